@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints ⇄ JAX parameters, without loss."""

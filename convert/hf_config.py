@@ -1,0 +1,261 @@
+"""config.json of a LLaVA, and `umbrella_config.json` beside it, which says what the volumes are.
+
+An absent field is what transformers takes it to be; a value that this model does not compute is refused by name.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from umbrella_jax.config import ModalityConfig, RematPolicy, parse_config, resolve_modality, to_dict
+from umbrella_jax.errors import CheckpointError, ConfigError
+from umbrella_jax.models.llava import LlavaConfig
+from umbrella_jax.models.qwen2 import Qwen2Config
+from umbrella_jax.models.siglip import SiglipConfig
+
+CONFIG = "config.json"
+UMBRELLA_CONFIG = "umbrella_config.json"
+
+# Section, field, what transformers assumes when it is absent, the only value that is supported, why or what to do.
+_ONLY: tuple[tuple[str, str, Any, Any, str], ...] = (
+    ("", "model_type", None, "llava", "other LLaVAs (llava_onevision, llava_next) merge their images in another way"),
+    ("", "projector_hidden_act", "gelu", "gelu", "the projector's activation is the exact GELU"),
+    ("", "multimodal_projector_bias", True, True, "the projector has biases"),
+    ("", "vision_feature_select_strategy", "default", "full", "SigLIP has no CLS token that `default` could drop"),
+    ("", "vision_feature_layer", -2, -1, "features are the last layer's output"),
+    ("", "quantization_config", None, None, "quantised weights cannot be read; use the original ones"),
+    ("vision_config", "model_type", "clip_vision_model", "siglip_vision_model", "the tower is SigLIP's"),
+    ("vision_config", "hidden_act", "gelu_pytorch_tanh", "gelu_pytorch_tanh", "the tower's activation is tanh GELU"),
+    ("vision_config", "vision_use_head", True, False, "the pooling head is not carried, and LLaVA does not use it"),
+    ("text_config", "model_type", "llama", "qwen2", "the language model is Qwen2"),
+    ("text_config", "hidden_act", "silu", "silu", "the MLP's activation is SiLU"),
+    ("text_config", "use_sliding_window", False, False, "attention sees the whole text"),
+)
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+
+
+class _Section:
+    """Numbers of one object of config.json; faults are collected, not raised."""
+
+    def __init__(self, name: str, data: Any, faults: list[str]):
+        self.name, self.data, self.faults = name, data if isinstance(data, dict) else {}, faults
+
+    def get(self, key: str, default: Any, kind: type[int] | type[float] = int) -> Any:
+        value = self.data[key] if self.data.get(key) is not None else default
+        accepted = (int, float) if kind is float else int
+        if isinstance(value, bool) or not isinstance(value, accepted) or value <= 0:
+            self.faults.append(f"{self.name}{key}: expected a positive {kind.__name__}, got {value!r}")
+            return kind(0)  # which divides into anything, so that nothing else is said about it
+        return kind(value)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object. Raises CheckpointError naming the path where it cannot be read or is none."""
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        remedy = "give the folder of a LLaVA in Hugging Face format"
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}; copy it again") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected an object, found {type(data).__name__}; copy it again")
+    return data
+
+
+def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object within config.json; empty where it is absent, so that its fields are reported as absent."""
+    return raw[name] if isinstance(raw.get(name), dict) else {}
+
+
+def _rope_theta(text: Mapping[str, Any], faults: list[str]) -> float:
+    """Transformers 4 writes `rope_theta` and `rope_scaling`, 5 one `rope_parameters`; 10000 where neither is there."""
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    others = sorted(set(rope) - {"rope_type", "type", "rope_theta"})
+    if kind != "default" or others:
+        name = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
+        faults.append(f"text_config.{name}: {rope!r} is not supported, expected none or rope_type 'default' alone")
+    stated = [t for t in (rope.get("rope_theta"), text.get("rope_theta")) if t is not None]
+    if len({*stated}) > 1:
+        faults.append(f"text_config.rope_theta: {stated[1]}, but rope_parameters say {stated[0]}; make them agree")
+    section = _Section("text_config.", {"rope_theta": stated[0] if stated else None}, faults)
+    return section.get("rope_theta", 10000.0, float)
+
+
+def _tied(raw: Mapping[str, Any]) -> bool:
+    """As transformers 5 decides. 4.x asks text_config alone; what `hf_dict` writes is the same to both."""
+    return bool(raw.get("tie_word_embeddings")) or bool(_section(raw, "text_config").get("tie_word_embeddings"))
+
+
+def read_config(
+    directory: str | Path,
+    modalities: Mapping[str, ModalityConfig] | None = None,
+    *,
+    compute_dtype: str = "float32",
+    remat: RematPolicy = "none",
+) -> LlavaConfig:
+    """The model that `config.json` describes, with `modalities` or, without them, those of `umbrella_config.json`.
+
+    Raises CheckpointError with every value that is not supported, and ConfigError where `modalities` and
+    `umbrella_config.json` do not agree or neither is there.
+    """
+    directory = Path(directory)
+    raw = read_json(directory / CONFIG)
+    faults: list[str] = []
+    sections = {"": raw, **{k: _section(raw, k) for k in ("vision_config", "text_config")}}
+    for section, key, default, only, why in _ONLY:
+        value = sections[section].get(key, default)
+        if value != only or isinstance(value, bool) != isinstance(only, bool):
+            absent = "" if key in sections[section] else ", which absence means,"
+            name = f"{section}.{key}" if section else key
+            faults.append(f"{name}: {value!r}{absent} is not supported, expected {only!r}: {why}")
+    if any(kind != "full_attention" for kind in sections["text_config"].get("layer_types") or ()):
+        faults.append("text_config.layer_types: only 'full_attention' is supported: attention sees the whole text")
+
+    v, t = (_Section(f"{k}.", sections[k], faults) for k in ("vision_config", "text_config"))
+    vision = SiglipConfig(
+        hidden_size=v.get("hidden_size", 768),
+        intermediate_size=v.get("intermediate_size", 3072),
+        num_hidden_layers=v.get("num_hidden_layers", 12),
+        num_attention_heads=v.get("num_attention_heads", 12),
+        layer_norm_eps=v.get("layer_norm_eps", 1e-6, float),
+    )
+    width, heads = t.get("hidden_size", 4096), t.get("num_attention_heads", 32)
+    # null means as many as there are heads, absence the default of transformers' Qwen2Config
+    kv_heads = t.get("num_key_value_heads", max(heads, 1) if "num_key_value_heads" in t.data else 32)
+    text = Qwen2Config(
+        vocab_size=t.get("vocab_size", 151936),
+        hidden_size=width,
+        intermediate_size=t.get("intermediate_size", 22016),
+        num_hidden_layers=t.get("num_hidden_layers", 32),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=t.get("head_dim", max(width // max(heads, 1), 1)),
+        rms_norm_eps=t.get("rms_norm_eps", 1e-6, float),
+        rope_theta=_rope_theta(t.data, faults),
+        max_position_embeddings=t.get("max_position_embeddings", 32768),
+        tie_word_embeddings=_tied(raw),
+    )
+    for name, parts, of, whole in [
+        ("vision_config.num_attention_heads", vision.num_attention_heads, "hidden_size", vision.hidden_size),
+        ("text_config.num_key_value_heads", kv_heads, "num_attention_heads", heads),
+        *([] if t.data.get("head_dim") else [("text_config.num_attention_heads", heads, "hidden_size", width)]),
+    ]:
+        if parts and whole % parts:
+            faults.append(f"{name}: {parts} does not divide {of} {whole}")
+    if text.head_dim % 2:
+        faults.append(f"text_config.head_dim: {text.head_dim} is odd, and rope turns pairs")
+    tokens = {raw[k] for k in ("image_token_index", "image_token_id") if isinstance(raw.get(k), int)} or {32000}
+    if len(tokens) > 1 or not 0 <= min(tokens) < (text.vocab_size or 2**31):
+        faults.append(f"image_token_index: {sorted(tokens)}, expected one id below vocab_size {text.vocab_size}")
+    if faults:
+        raise CheckpointError([f"{directory / CONFIG}: {fault}" for fault in faults])
+    return LlavaConfig(
+        vision=vision,
+        text=text,
+        modalities=_modalities(directory, modalities),
+        image_token_id=min(tokens),
+        compute_dtype=compute_dtype,
+        remat=remat,
+    )
+
+
+def _modalities(directory: Path, given: Mapping[str, ModalityConfig] | None) -> Mapping[str, ModalityConfig]:
+    """`given` if it agrees with the file's, the file's if there is none given."""
+    path = directory / UMBRELLA_CONFIG
+    if not path.exists():
+        if not given:
+            raise ConfigError(f"{path}: not there; name the modalities, with size and patch, in the configuration")
+        return given
+    section = {"modalities": read_json(path).get("modalities")}
+    stored = parse_config({"model": section}, str(path)).model.modalities
+    if given is None:
+        return stored
+    faults = []
+    for name, theirs in stored.items():
+        configured = resolve_modality(name, given)
+        if configured is None:
+            faults.append(f"{path}: {name}: is in the checkpoint but not configured; add it to the modalities")
+            continue
+        for field in dataclasses.fields(ModalityConfig):
+            a, b = getattr(given[configured], field.name), getattr(theirs, field.name)
+            if a != b:
+                faults.append(f"{path}: {name}.{field.name}: {b} in the checkpoint, {a} as configured; make them agree")
+    if faults:
+        raise ConfigError(faults)
+    return given
+
+
+def file_vocab_size(directory: str | Path) -> int:
+    """Words for which the checkpoint's own config.json says that it has embeddings."""
+    raw = read_json(Path(directory) / CONFIG)
+    return int(_section(raw, "text_config").get("vocab_size") or 151936)
+
+
+def export_names(modalities: Mapping[str, Any], names: Sequence[str] | None) -> dict[str, str]:
+    """{configured name: name in the export}: the one of `names` that means the same, or its own."""
+    renamed = {m: (resolve_modality(m, names) or m) if names else m for m in modalities}
+    faults = [
+        f"{m}: would be called {name} in the export, as another modality is; give other names"
+        for m, name in renamed.items()
+        if list(renamed.values()).count(name) > 1
+    ]
+    if faults:
+        raise ConfigError(faults)
+    return renamed
+
+
+def hf_dict(raw: Mapping[str, Any], config: LlavaConfig) -> dict[str, Any]:
+    """`raw`, a config.json, in which transformers 4.46 and 5 both read what `config` says; all else is kept."""
+    rope = dict(_section(raw, "text_config").get("rope_parameters") or {})
+    text = {
+        **_section(raw, "text_config"),
+        "vocab_size": config.text.vocab_size,
+        "rope_theta": config.text.rope_theta,  # 4.46 does not know rope_parameters
+        "tie_word_embeddings": config.text.tie_word_embeddings,
+    }
+    if rope:
+        text["rope_parameters"] = {**rope, "rope_theta": config.text.rope_theta}
+    token = {key: config.image_token_id for key in ("image_token_index", "image_token_id") if key in raw}
+    return {
+        **raw,
+        **(token or {"image_token_index": config.image_token_id}),
+        "text_config": text,
+        "tie_word_embeddings": config.text.tie_word_embeddings,
+        "vision_feature_select_strategy": "full",
+    }
+
+
+def write_config(
+    source_dir: str | Path,
+    out_dir: str | Path,
+    config: LlavaConfig,
+    names: Sequence[str] | None = None,
+    *,
+    dtype: str | None = None,
+    base_fingerprint: str | None = None,
+) -> None:
+    """Writes config.json, umbrella_config.json and all of `source_dir`'s files that are neither weights nor an index.
+
+    `names` is the family of modality names to export under (see `export_names`); `dtype` that of the weights, where
+    it is no longer what config.json says; `base_fingerprint` that of the checkpoint that training began from.
+    """
+    source, out = Path(source_dir), Path(out_dir)
+    raw = hf_dict(read_json(source / CONFIG), config)
+    if dtype is not None:
+        raw = {k: v for k, v in raw.items() if k != "dtype"} | {"torch_dtype": dtype}  # transformers 5 reads both
+    modalities = {name: to_dict(config.modalities[m]) for m, name in export_names(config.modalities, names).items()}
+    umbrella = {"modalities": modalities} | ({"base_fingerprint": base_fingerprint} if base_fingerprint else {})
+    out.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_file() and path.suffix not in _WEIGHTS and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, out / path.name)
+    templates = "additional_chat_templates"
+    if (source / templates).is_dir():
+        shutil.copytree(source / templates, out / templates, copy_function=shutil.copyfile)
+    for name, data in ((UMBRELLA_CONFIG, umbrella), (CONFIG, raw)):
+        (out / name).write_text(json.dumps(data, indent=2) + "\n")

@@ -1,0 +1,160 @@
+"""Which tensor of a Hugging Face checkpoint is which JAX parameter: one table, read in both directions.
+
+A parameter's path is the hub's name of the tensor without the layer's number, since layers are stacked on axis 0.
+The only other difference is a shape, so each row's operation is a reshape, and its inverse the reshape back.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from umbrella_jax.config import ModalityConfig
+from umbrella_jax.models.llava import LlavaConfig, abstract_params
+
+Shape = tuple[int, ...]
+Op = Callable[[Shape, ModalityConfig | None], Shape]
+"""Shape of one layer's parameter → shape of its tensor in the file."""
+
+
+def _identity(shape: Shape, modality: ModalityConfig | None) -> Shape:
+    return shape
+
+
+def _patch_kernel(shape: Shape, modality: ModalityConfig | None) -> Shape:
+    """[E, P], which PyTorch holds as a Conv3d kernel (E, 1, pd, ph, pw) in 3D and as it is in 4D."""
+    assert modality is not None
+    return (shape[0], 1, *modality.patch) if len(modality.patch) == 3 else shape
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tensor's name on the hub, with {i} for a layer's number and {m} for a modality, and its operation."""
+
+    torch: str
+    op: Op = _identity
+
+    @property
+    def path(self) -> str:
+        """The JAX parameter's path, {m} still in it."""
+        return self.torch.replace(".{i}", "")
+
+
+_QWEN = "language_model.model."
+_SIGLIP = "vision_tower.vision_model."
+EMBED = _QWEN + "embed_tokens.weight"
+LM_HEAD = "language_model.lm_head.weight"
+
+ROWS: tuple[Row, ...] = (
+    Row(EMBED),
+    Row(_QWEN + "layers.{i}.input_layernorm.weight"),
+    Row(_QWEN + "layers.{i}.self_attn.q_proj.weight"),
+    Row(_QWEN + "layers.{i}.self_attn.q_proj.bias"),
+    Row(_QWEN + "layers.{i}.self_attn.k_proj.weight"),
+    Row(_QWEN + "layers.{i}.self_attn.k_proj.bias"),
+    Row(_QWEN + "layers.{i}.self_attn.v_proj.weight"),
+    Row(_QWEN + "layers.{i}.self_attn.v_proj.bias"),
+    Row(_QWEN + "layers.{i}.self_attn.o_proj.weight"),
+    Row(_QWEN + "layers.{i}.post_attention_layernorm.weight"),
+    Row(_QWEN + "layers.{i}.mlp.gate_proj.weight"),
+    Row(_QWEN + "layers.{i}.mlp.up_proj.weight"),
+    Row(_QWEN + "layers.{i}.mlp.down_proj.weight"),
+    Row(_QWEN + "norm.weight"),
+    Row(LM_HEAD),  # untied only
+    Row("multi_modal_projector.linear_1.weight"),
+    Row("multi_modal_projector.linear_1.bias"),
+    Row("multi_modal_projector.linear_2.weight"),
+    Row("multi_modal_projector.linear_2.bias"),
+    Row(_SIGLIP + "embeddings.{m}_proj.weight", _patch_kernel),
+    Row(_SIGLIP + "embeddings.{m}_proj.bias"),
+    Row(_SIGLIP + "embeddings.{m}_positional_embeddings"),
+    Row(_SIGLIP + "encoder.layers.{i}.layer_norm1.weight"),
+    Row(_SIGLIP + "encoder.layers.{i}.layer_norm1.bias"),
+    Row(_SIGLIP + "encoder.layers.{i}.self_attn.q_proj.weight"),
+    Row(_SIGLIP + "encoder.layers.{i}.self_attn.q_proj.bias"),
+    Row(_SIGLIP + "encoder.layers.{i}.self_attn.k_proj.weight"),
+    Row(_SIGLIP + "encoder.layers.{i}.self_attn.k_proj.bias"),
+    Row(_SIGLIP + "encoder.layers.{i}.self_attn.v_proj.weight"),
+    Row(_SIGLIP + "encoder.layers.{i}.self_attn.v_proj.bias"),
+    Row(_SIGLIP + "encoder.layers.{i}.self_attn.out_proj.weight"),
+    Row(_SIGLIP + "encoder.layers.{i}.self_attn.out_proj.bias"),
+    Row(_SIGLIP + "encoder.layers.{i}.layer_norm2.weight"),
+    Row(_SIGLIP + "encoder.layers.{i}.layer_norm2.bias"),
+    Row(_SIGLIP + "encoder.layers.{i}.mlp.fc1.weight"),
+    Row(_SIGLIP + "encoder.layers.{i}.mlp.fc1.bias"),
+    Row(_SIGLIP + "encoder.layers.{i}.mlp.fc2.weight"),
+    Row(_SIGLIP + "encoder.layers.{i}.mlp.fc2.bias"),
+    Row(_SIGLIP + "post_layernorm.weight"),
+    Row(_SIGLIP + "post_layernorm.bias"),
+)
+
+# SigLIP's embedding of 2D images: a stock checkpoint has it, and the volume patch embedding takes its place.
+REPLACED: frozenset[str] = frozenset(
+    _SIGLIP + "embeddings." + name
+    for name in ("patch_embedding.weight", "patch_embedding.bias", "position_embedding.weight", "position_ids")
+)
+
+_MODALITY = [re.compile(re.escape(r.torch).replace(r"\{m\}", "(.+)")) for r in ROWS if "{m}" in r.torch]
+
+_LAYOUTS = [  # other layouts' names → the hub's
+    (re.compile(r"^model\.language_model\."), _QWEN),  # transformers 4.5x and 5 in memory
+    (re.compile(r"^model\.(?=vision_tower\.|multi_modal_projector\.)"), ""),
+    (re.compile(r"^lm_head\."), "language_model.lm_head."),
+    (re.compile(r"^vision_tower\.(?!vision_model\.)"), _SIGLIP),  # transformers 5 has no `vision_model`
+]
+
+
+def hub_name(name: str) -> str:
+    """The hub's name of a tensor that any version of transformers names; other names come back unchanged."""
+    for pattern, replacement in _LAYOUTS:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def modality_of(name: str) -> str | None:
+    """The modality in the hub's name of a patch embedding's tensor; None for any other tensor."""
+    return next((m[1] for pattern in _MODALITY if (m := pattern.fullmatch(name))), None)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint and its place among the parameters."""
+
+    name: str
+    """Name in the hub's layout."""
+    file_shape: Shape
+    path: str
+    layer: int | None
+    """Index on the parameter's axis 0; None where the tensor is the whole parameter."""
+    shape: Shape
+    """Shape of that slice, or of the whole."""
+
+    def to_jax(self, tensor: np.ndarray) -> np.ndarray:
+        """File's tensor → the parameter or its layer."""
+        return tensor.reshape(self.shape)
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `to_jax`."""
+        return array.reshape(self.file_shape)
+
+
+def entries(config: LlavaConfig, names: Mapping[str, str] | None = None) -> list[Entry]:
+    """Every tensor of the checkpoint that `config` describes, modalities under `names` (configured → in the file)."""
+    abstract = abstract_params(config)[1]
+    found = []
+    for row in ROWS:
+        for modality in config.modalities if "{m}" in row.torch else (None,):
+            path, name = row.path, row.torch
+            if modality is not None:
+                path = path.replace("{m}", modality)
+                name = name.replace("{m}", (names or {}).get(modality, modality))
+            if path not in abstract:  # the head of a tied model
+                continue
+            shape = abstract[path].shape
+            layers: list[int | None] = [None]
+            if "{i}" in name:
+                layers, shape = list(range(shape[0])), shape[1:]
+            file_shape = row.op(shape, config.modalities[modality] if modality is not None else None)
+            found += [Entry(name.replace("{i}", str(i)), file_shape, path, i, shape) for i in layers]
+    return found

@@ -1,0 +1,136 @@
+"""The model for PyTorch users: transformers' own LLaVA with the volume patch embedding in its tower.
+
+The only file that imports torch. It works with transformers 4.46 and 5, whose modules have different names.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from convert.from_hf import plan_loading
+from convert.hf_config import CONFIG, hf_dict, read_config, read_json
+from convert.rules import EMBED, LM_HEAD, entries, hub_name
+from umbrella_jax.config import ModalityConfig
+from umbrella_jax.errors import CheckpointError
+
+
+class PatchEmbed(nn.Module):
+    """Takes the place of SigLIP's `embeddings`: {m}_proj and {m}_positional_embeddings for each modality m.
+
+    A volume's shape says its modality; where two modalities share a shape, set `.modality` to the name meant.
+    """
+
+    def __init__(self, modalities: Mapping[str, ModalityConfig], hidden_size: int):
+        super().__init__()
+        self.modalities = dict(modalities)
+        self.modality: str | None = None
+        for name, m in self.modalities.items():
+            if len(m.patch) == 3:
+                proj: nn.Module = nn.Conv3d(1, hidden_size, m.patch, stride=m.patch)
+            else:
+                proj = nn.Linear(m.patch_dim, hidden_size)
+            nn.init.trunc_normal_(proj.weight, std=0.02)
+            nn.init.zeros_(proj.bias)
+            self.add_module(f"{name}_proj", proj)
+            table = nn.Parameter(torch.empty(1, m.num_patches, hidden_size))
+            self.register_parameter(f"{name}_positional_embeddings", nn.init.trunc_normal_(table, std=0.02))
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        """Volumes (B, 1, D, H, W) or (B, 1, D, H, W, T) of one modality → (B, N, E) in the parameters' dtype.
+
+        Raises ValueError for a shape that no modality, or more than one, has.
+        """
+        name = self._modality_of(pixel_values)
+        proj, m = getattr(self, f"{name}_proj"), self.modalities[name]
+        x = pixel_values.to(proj.weight.dtype)
+        x = proj(x).flatten(2).transpose(1, 2) if len(m.patch) == 3 else proj(_patchify(x[:, 0], m.patch))
+        return x + getattr(self, f"{name}_positional_embeddings")
+
+    def _modality_of(self, pixel_values: torch.Tensor) -> str:
+        """The modality whose volumes have this shape."""
+        shape = tuple(pixel_values.shape)
+        found = [n for n, m in self.modalities.items() if shape[1:] == (1, *m.size) and self.modality in (None, n)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ValueError(f"volumes {shape} may be {' or '.join(found)}: set .modality of the patch embedding")
+        known = ", ".join(f"{n} (B, 1, {', '.join(map(str, m.size))})" for n, m in self.modalities.items())
+        meant = f", and .modality is {self.modality}" if self.modality else ""
+        raise ValueError(f"volumes {shape}: expected {known}{meant}")
+
+
+def _patchify(x: torch.Tensor, patch: tuple[int, ...]) -> torch.Tensor:
+    """(B, *size) → (B, N, P), patches and the voxels within one in C order; a remainder at the high end is cropped."""
+    grid = [s // p for s, p in zip(x.shape[1:], patch, strict=True)]
+    x = x[(slice(None), *(slice(g * p) for g, p in zip(grid, patch, strict=True)))]
+    x = x.reshape(x.shape[0], *(n for gp in zip(grid, patch, strict=True) for n in gp))
+    x = x.permute(0, *range(1, x.ndim, 2), *range(2, x.ndim, 2))
+    return x.reshape(x.shape[0], math.prod(grid), math.prod(patch))
+
+
+def load_umbrella(
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    modalities: Mapping[str, ModalityConfig] | None = None,
+) -> Any:
+    """The stock `LlavaForConditionalGeneration` of an UMBRELLA checkpoint, in eval mode on the CPU.
+
+    `model(input_ids, pixel_values=volumes, ...)` and `generate` take volumes of one modality, as `PatchEmbed.forward`
+    does, and one `<image>` id for each of their patches. `dtype` is that of all parameters, by default the language
+    model's in the file; `modalities` are needed where there is no `umbrella_config.json`. Raises CheckpointError for
+    all that `from_hf` refuses, and for a modality without weights.
+    """
+    config = read_config(directory, modalities)
+    plan = plan_loading(directory, config, dtype="float32")  # all are cast to one type, so layers may differ
+    faults = [f"{directory}: modality {m}: no patch embedding in the checkpoint" for m in plan.report.initialised]
+    faults += [f"{directory}: {n}: unexpected in an UMBRELLA checkpoint" for n in plan.report.replaced]
+    if faults:
+        raise CheckpointError(faults)
+    plan.check_tied_copy()
+    dtype = dtype or getattr(torch, plan.leaves[EMBED][0][1].dtype)
+
+    # placeholders are always one per patch: with 0, 4.46 never takes them for one per image
+    hf_config = LlavaConfig.from_dict(hf_dict(read_json(Path(directory) / CONFIG), config) | {"image_seq_length": 0})
+    with torch.device("meta"):  # structure only: nothing is allocated, nothing initialised
+        model: Any = LlavaForConditionalGeneration(hf_config)
+        embeddings = PatchEmbed(config.modalities, config.vision.hidden_size)
+    base = getattr(model, "model", model)  # transformers 5 has one more level there, and none in the tower
+    getattr(base.vision_tower, "vision_model", base.vision_tower).embeddings = embeddings
+    _renew_rope(model, hf_config.text_config)
+
+    names = {(e.path, e.layer): e.name for e in entries(config)}  # modalities as configured, not as in the file
+    tensors = {
+        names[entry.path, entry.layer]: _to_torch(tensor.read()).to(dtype)
+        for sources in plan.leaves.values()
+        for entry, tensor in sources
+    }
+    if config.text.tie_word_embeddings:
+        tensors[LM_HEAD] = tensors[EMBED]
+    keys = {hub_name(key): key for key in model.state_dict()}
+    model.load_state_dict({keys.get(n, n): t for n, t in tensors.items()}, strict=True, assign=True)
+    model.tie_weights()
+    if (Path(directory) / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "left without values"
+    return model.eval()
+
+
+def _renew_rope(model: nn.Module, config: Any) -> None:
+    """Computes the rope tables, which no checkpoint holds and the meta device left without values."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "inv_freq"):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, type(module)(config=config))
+
+
+def _to_torch(array: np.ndarray) -> torch.Tensor:
+    """The same bytes; torch does not know numpy's bfloat16."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Makes .venv if it is missing, installs the project, and runs linters, type checker and the test suite.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ -d .venv ] || python3 -m venv .venv
+. .venv/bin/activate
+python -m pip install --quiet torch==2.13.0 # what the golden values were computed with
+python -m pip install --quiet --editable ".[dev]"
+# The export's PyTorch loader is tested under transformers 4.46 too, in a process of its own.
+export UMBRELLA_TRANSFORMERS_446="$PWD/.venv/transformers-4.46.3"
+if [ ! -e "$UMBRELLA_TRANSFORMERS_446/complete" ]; then
+  python -m pip install --quiet --upgrade --no-deps --target "$UMBRELLA_TRANSFORMERS_446" \
+    transformers==4.46.3 tokenizers==0.20.3 huggingface-hub==0.36.2 requests urllib3 idna certifi charset-normalizer
+  touch "$UMBRELLA_TRANSFORMERS_446/complete"
+fi
+
+ruff check .
+ruff format --check .
+mypy
+pytest -n 2 --dist loadfile "$@"

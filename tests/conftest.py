@@ -1,0 +1,36 @@
+"""What several test packages need: a real, tiny tokenizer."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
+
+
+def write_tokenizer(directory: Path, special_tokens: tuple[str, ...] = SPECIAL_TOKENS) -> Path:
+    """A byte-level BPE as Qwen's: 256 bytes, a few merges, then the special tokens. Returns `directory`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["user\nassistant\nsystem\n male female. What is the sex?"] * 4, trainer)
+    tokenizer.add_special_tokens(list(special_tokens))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special_tokens[0]).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def tiny_tokenizer() -> Callable[..., Path]:
+    """`tiny_tokenizer(directory, special_tokens=...)` writes a tokenizer in Hugging Face format there."""
+    return write_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer with all special tokens, written once."""
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))

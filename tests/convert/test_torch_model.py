@@ -1,0 +1,124 @@
+"""PyTorch users get the same numbers from an UMBRELLA checkpoint, under transformers 5 and 4.46."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from convert.from_hf import load_params
+from convert.hf_config import read_config
+from convert.rules import hub_name
+from convert.safetensors_io import open_checkpoint
+from convert.to_hf import export
+from convert.torch_model import PatchEmbed, load_umbrella
+from tests.checkpoints import MODALITIES, write_stock, write_umbrella
+from tests.convert import torch_golden
+from umbrella_jax.config import ModalityConfig
+from umbrella_jax.errors import CheckpointError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("folder", torch_golden.FOLDERS)
+def test_golden(folder):
+    torch_golden.check(folder)
+
+
+def test_golden_under_transformers_4():
+    target = os.environ.get("UMBRELLA_TRANSFORMERS_446")
+    if not target and os.environ.get("CI") != "true":
+        pytest.skip("UMBRELLA_TRANSFORMERS_446 is not set: scripts/test.sh installs transformers 4.46.3 and sets it")
+    assert target, "CI must run this: UMBRELLA_TRANSFORMERS_446 is to name a folder with transformers 4.46.3"
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.convert.torch_golden", "4.46.3"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([target, str(ROOT)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_state_is_the_file_bit_for_bit(tmp_path, tied, dtype):
+    original = write_umbrella(tmp_path, tied=tied, dtype=dtype, shards=2)
+    model = load_umbrella(tmp_path)
+    theirs = original.state_dict()
+    state = model.state_dict()
+    assert state.keys() == theirs.keys()
+    for name, tensor in state.items():
+        assert tensor.dtype == theirs[name].dtype == getattr(torch, dtype)
+        assert torch.equal(tensor, theirs[name]), name
+    assert {hub_name(n) for n in state} - open_checkpoint(tmp_path).keys() == (
+        {"language_model.lm_head.weight"} if tied else set()
+    )
+    tied_now = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied_now == tied
+    assert not model.training
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
+def test_export_of_mixed_types(tmp_path, dtype):
+    """After training, the patch embedding is float32 and the rest what it was: PyTorch gets one type."""
+    write_stock(tmp_path / "base", dtype="bfloat16")
+    config = read_config(tmp_path / "base", MODALITIES)
+    export(tmp_path / "out", load_params(tmp_path / "base", config)[0], config, tmp_path / "base")
+    model = load_umbrella(tmp_path / "out", dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype or torch.bfloat16}
+    ids = torch.tensor([[5, *[320] * 18, 7]])
+    volume = torch.randn(1, 1, 11, 9, 7, generator=torch.Generator().manual_seed(0))
+    assert model(input_ids=ids, pixel_values=volume).logits.isfinite().all()
+
+
+def test_logits_are_those_of_the_model_that_was_saved(tmp_path):
+    original = write_umbrella(tmp_path, tied=False)
+    ids = torch.tensor([[5, *[320] * 8, 7, 9]])
+    volume = torch.randn(1, 1, 8, 6, 5, 7, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = original(input_ids=ids, pixel_values=volume).logits
+        ours = load_umbrella(tmp_path)(input_ids=ids, pixel_values=volume).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_modality_without_weights_and_stock_embeddings_are_refused(tmp_path):
+    write_stock(tmp_path)
+    with pytest.raises(CheckpointError) as error:
+        load_umbrella(tmp_path, modalities=MODALITIES)
+    message = str(error.value)
+    assert "modality T1: no patch embedding" in message
+    assert "modality rsfMRI: no patch embedding" in message
+    assert "patch_embedding.weight: unexpected" in message
+
+
+def test_modality_by_shape():
+    m = ModalityConfig(size=(6, 6, 6), patch=(2, 3, 3))
+    embed = PatchEmbed({"sMRI": m, "dMRI": ModalityConfig(size=(6, 6, 6), patch=(3, 3, 3))}, 8)
+    volume = torch.zeros(2, 1, 6, 6, 6)
+    with pytest.raises(ValueError, match=r"sMRI or dMRI: set \.modality"):
+        embed(volume)
+    embed.modality = "dMRI"
+    assert embed(volume).shape == (2, 8, 8)
+    with pytest.raises(ValueError, match=r"expected sMRI \(B, 1, 6, 6, 6\)"):
+        embed(torch.zeros(2, 1, 6, 6, 7))
+
+
+def test_patches_are_those_of_the_definition():
+    """4D by four loops: patches over (d, h, w, t), voxels within one the same; 3D is torch's own convolution."""
+    rng = np.random.default_rng(0)
+    m = MODALITIES["rsfMRI"]
+    embed = PatchEmbed({"rsfMRI": m}, 9)
+    x = rng.normal(size=(2, 1, *m.size)).astype(np.float32)
+    weight, bias = (p.detach().numpy() for p in embed.rsfMRI_proj.parameters())
+    table = embed.rsfMRI_positional_embeddings.detach().numpy()
+    expected = []
+    for index in np.ndindex(*m.grid):
+        cut = tuple(slice(i * p, (i + 1) * p) for i, p in zip(index, m.patch, strict=True))
+        expected.append(x[:, 0][:, *cut].reshape(2, -1) @ weight.T + bias)
+    with torch.no_grad():
+        np.testing.assert_allclose(embed(torch.from_numpy(x)).numpy(), np.stack(expected, 1) + table, atol=1e-5)

@@ -1,0 +1,125 @@
+"""Batches: every placeholder takes the row of its own image; padding is inert."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from umbrella_jax.data.collate import BatchShape, collate, shape_of
+from umbrella_jax.data.conversation import Image
+from umbrella_jax.data.tokenize import Encoded
+
+A, B, C = (Image(Path(f"/{name}.nii"), "T1") for name in "abc")
+F, G = Image(Path("/f.nii"), "rsfMRI"), Image(Path("/f.nii"), "rsfMRI", window=1)
+PATCHES = {"T1": 6, "rsfMRI": 4}
+
+
+def row(*parts):
+    """Text as a number of positions, images, and `("answer", n)`; ids count up from 100."""
+    supervised, images, starts = [], [], []
+    for part in parts:
+        if isinstance(part, Image):
+            images.append(part)
+            starts.append(len(supervised))
+            supervised += [False] * PATCHES[part.modality]
+        else:
+            supervised += [False] * part if isinstance(part, int) else [True] * part[1]
+    length = len(supervised)
+    ids = np.arange(100, 100 + length, dtype=np.int32)
+    return Encoded(ids, np.array(supervised, bool), tuple(images), np.array(starts, np.int32))
+
+
+@pytest.fixture
+def volumes(modalities):
+    """Each image's volume is constant: 1, 2, 3, ..."""
+    return {
+        image: np.full(modalities[image.modality].size, value, np.float32)
+        for value, image in enumerate([A, B, C, F, G], start=1)
+    }
+
+
+def source_of_each_position(batch, modalities):
+    """What value (volume) and patch each position takes, by concatenating features as the model does; None for text."""
+    features = []
+    for modality in sorted(batch.volumes):
+        for volume in batch.volumes[modality]:
+            features += [(float(volume.flat[0]), patch) for patch in range(modalities[modality].num_patches)]
+    return [[features[i] if i >= 0 else None for i in row] for row in batch.feature_idx]
+
+
+def test_every_placeholder_takes_its_own_patch(modalities, volumes):
+    """Ragged counts, both modalities, a volume shared between and within rows, an image at position 0."""
+    rows = [row(2, A, 1, F, 3, B), row(5), row(G, A, ("answer", 2)), row(1, B, B)]
+    batch = collate(rows, volumes, modalities, shape_of([rows], 4))
+    found = source_of_each_position(batch, modalities)
+    value = {A: 1.0, B: 2.0, F: 4.0, G: 5.0}
+    for encoded, sources in zip(rows, found, strict=True):
+        expected = [None] * batch.input_ids.shape[1]
+        for image, start in zip(encoded.images, encoded.image_starts, strict=True):
+            for patch in range(PATCHES[image.modality]):
+                expected[start + patch] = (value[image], patch)
+        assert sources == expected
+    # each distinct volume once; two windows of one run are two volumes
+    assert batch.volumes["T1"][:, 0, 0, 0].tolist() == [1, 2]
+    assert batch.volumes["rsfMRI"][:, 0, 0, 0, 0].tolist() == [4, 5]
+
+
+def test_targets_are_the_next_tokens(modalities, volumes):
+    rows = [row(3, ("answer", 2), 1, ("answer", 1)), row(2, A, ("answer", 3))]
+    batch = collate(rows, volumes, modalities, shape_of([rows], 2))
+    for b, encoded in enumerate(rows):
+        pos, ids = batch.target_pos[b][batch.target_mask[b]], batch.target_ids[b][batch.target_mask[b]]
+        assert ids.tolist() == encoded.input_ids[encoded.supervised].tolist()
+        assert batch.input_ids[b, pos + 1].tolist() == ids.tolist()
+    assert batch.target_pos[0, :3].tolist() == [2, 3, 5]
+    assert not batch.target_pos[~batch.target_mask].any()
+    assert not batch.target_ids[~batch.target_mask].any()
+
+
+def test_padding_is_inert(modalities, volumes):
+    rows = [row(2, A, ("answer", 2)), row(3, B, ("answer", 1))]
+    batch = collate(rows, volumes, modalities, shape_of([rows], 5, divisor=4))
+    assert batch.lengths.tolist() == [10, 10, 1, 1, 1]
+    assert not batch.input_ids[:, 10:].any()
+    assert not batch.input_ids[2:].any()
+    assert (batch.feature_idx[:, 10:] == -1).all()
+    assert (batch.feature_idx[2:] == -1).all()
+    assert batch.target_mask.sum(axis=1).tolist() == [2, 1, 0, 0, 0]
+    assert batch.volumes["T1"].shape == (4, 6, 7, 5)
+    assert not batch.volumes["T1"][2:].any()
+    assert set(batch.volumes) == {"T1"}  # the other modality is not in the batch
+
+
+def test_types(modalities, volumes):
+    rows = [row(2, A, F, ("answer", 2))]
+    batch = collate(rows, volumes, modalities, shape_of([rows], 1))
+    integers = ("input_ids", "positions", "feature_idx", "lengths", "target_pos", "target_ids")
+    assert {getattr(batch, name).dtype for name in integers} == {np.dtype(np.int32)}
+    assert batch.target_mask.dtype == bool
+    assert {v.dtype for v in batch.volumes.values()} == {np.dtype(np.float32)}
+    assert batch.positions.tolist() == [list(range(64))]
+
+
+def test_a_modality_of_the_shape_only_gets_zero_volumes(modalities, volumes):
+    """Micro-batches of one step share a shape; features of the absent modality still take their rows."""
+    shape = shape_of([[row(A)], [row(F)]], 1)
+    batch = collate([row(A)], volumes, modalities, shape)
+    assert not batch.volumes["rsfMRI"].any()
+    assert batch.feature_idx[0, :6].tolist() == [0, 1, 2, 3, 4, 5]  # T1 sorts before rsfMRI
+    assert collate([row(F)], volumes, modalities, shape).feature_idx[0, :4].tolist() == [6, 7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("batches", "divisor", "positions", "targets", "volumes"),
+    [
+        ([[row(64)]], 1, 64, 8, ()),
+        ([[row(65, ("answer", 8))]], 1, 128, 8, ()),
+        ([[row(1, ("answer", 9))], [row(70)]], 1, 128, 16, ()),
+        ([[row(A, B), row(C, B)]], 1, 64, 8, (("T1", 4),)),
+        ([[row(F, A)], [row(A, B)]], 1, 64, 8, (("T1", 2), ("rsfMRI", 1))),
+        ([[row(A, B, C, F)]], 3, 64, 8, (("T1", 6), ("rsfMRI", 3))),
+        ([[row(A, B, F)]], 8, 64, 8, (("T1", 8), ("rsfMRI", 8))),
+    ],
+)
+def test_shapes_are_rounded_up(batches, divisor, positions, targets, volumes):
+    assert shape_of(batches, 3, divisor) == BatchShape(3, positions, targets, volumes)

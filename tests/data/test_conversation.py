@@ -1,0 +1,231 @@
+"""Conversation files: what is read, where images go, and everything that is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from umbrella_jax.data.conversation import Image, read_conversations, select
+from umbrella_jax.errors import DataError
+
+NAMES = ("T1", "rsfMRI")
+EXAMPLE = {  # the format's own example
+    "task_id": "S01_same",
+    "task_type": "T3",
+    "subject_ids": ["S00", "S01"],
+    "modalities": ["sMRI", "sMRI"],
+    "images": [
+        {"path": "S00.nii.gz", "token": "<image>", "modality": "sMRI"},
+        {"path": "S01.nii.gz", "token": "<image>", "modality": "sMRI"},
+    ],
+    "conversations": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "A reference scan."},
+                {"type": "image", "modality": "sMRI", "image_path": "S00.nii.gz"},
+            ],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "male."}]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "modality": "sMRI", "image_path": "S01.nii.gz"},
+                {"type": "text", "text": "And this one?"},
+            ],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "female."}]},
+    ],
+    "metadata": {"subject_label": "female", "age": 7.5, "task": "sex_classification_via_comparison"},
+}
+
+
+def faults(path, *args):
+    with pytest.raises(DataError) as caught:
+        read_conversations(path, NAMES, *args)
+    return caught.value.faults
+
+
+def test_current_schema(write_json, tmp_path):
+    path = write_json("a.json", [EXAMPLE])
+    (c,) = read_conversations(path, NAMES)
+    assert (c.task_id, c.task_type, c.source) == ("S01_same", "T3", f"{path}[0]")
+    assert [m.role for m in c.messages] == ["user", "assistant", "user", "assistant"]
+    first, second = Image(tmp_path / "S00.nii.gz", "T1"), Image(tmp_path / "S01.nii.gz", "T1")
+    assert c.messages[0].parts == ("A reference scan.", first)
+    assert c.messages[2].parts == (second, "And this one?")
+    assert c.images == (first, second)
+    assert c.metadata["age"] == 7.5
+
+
+@pytest.mark.parametrize("metadata", [{}, {"metadata": None}])
+def test_metadata_and_task_type_may_be_absent(write_json, record, metadata):
+    (c,) = read_conversations(write_json("a.json", record([("user", ["hi"])], **metadata)), NAMES)
+    assert c.metadata == {}
+    assert c.task_type is None
+
+
+def test_sources_of_object_list_and_lines(tmp_path, record, write_json):
+    one = record([("user", ["x"])])
+    write_json("sub/b.json", one)
+    write_json("a.json", [one, one])
+    lines = write_json("z.jsonl", [one, one])
+    lines.write_text("\n" + lines.read_text().replace("\n", "\n\n") + "\n")
+    (tmp_path / "notes.txt").write_text("not a conversation")
+    sources = [c.source for c in read_conversations(tmp_path, NAMES)]
+    expected = ["a.json[0]", "a.json[1]", "sub/b.json", "z.jsonl:2", "z.jsonl:4"]
+    assert sources == [f"{tmp_path}/{s}" for s in expected]
+
+
+def test_a_line_separator_inside_a_string_does_not_end_the_line(tmp_path, record):
+    import json
+
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(record([("user", ["one\u2028two"])]), ensure_ascii=False), encoding="utf-8")
+    (c,) = read_conversations(path, NAMES)
+    assert c.messages[0].text == "one\u2028two"
+
+
+def test_paths_start_at_the_file_or_the_given_root(tmp_path, record, write_json):
+    path = write_json("sub/a.json", record([("user", ["T1:x.nii", "T1:/abs/y.nii"])]))
+    (c,) = read_conversations(path, NAMES)
+    assert [i.path for i in c.images] == [tmp_path / "sub/x.nii", Path("/abs/y.nii")]
+    (c,) = read_conversations(path, NAMES, "/data")
+    assert [i.path for i in c.images] == [Path("/data/x.nii"), Path("/abs/y.nii")]
+
+
+def test_aliases_name_one_image(record, write_json):
+    path = write_json("a.json", record([("user", ["sMRI:x.nii", "T1:./x.nii", "dMRI:x.nii", "fMRI:x.nii"])]))
+    (c,) = read_conversations(path, NAMES)
+    assert [i.modality for i in c.images] == ["T1", "T1", "T1", "rsfMRI"]
+    assert len(set(c.images)) == 2
+
+
+def test_images_go_to_the_markers(record, write_json, tmp_path):
+    path = write_json("a.json", record([("user", ["T1:x.nii", "before <image> between <image>", "T1:y.nii"])]))
+    (c,) = read_conversations(path, NAMES)
+    x, y = Image(tmp_path / "x.nii", "T1"), Image(tmp_path / "y.nii", "T1")
+    assert [p for p in c.messages[0].parts if p] == ["before ", x, " between ", y]
+
+
+def test_a_plain_string_takes_its_images_from_the_list(write_json, tmp_path):
+    path = write_json(
+        "a.json",
+        {
+            "task_id": "a",
+            "images": [{"path": "x.nii", "modality": "fMRI"}],
+            "conversations": [{"role": "user", "content": "<image> old?"}, {"role": "assistant", "content": "yes"}],
+        },
+    )
+    (c,) = read_conversations(path, NAMES)
+    assert [p for p in c.messages[0].parts if p] == [Image(tmp_path / "x.nii", "rsfMRI"), " old?"]
+    assert c.messages[1].parts == ("yes",)
+
+
+def test_a_part_without_a_path_takes_it_from_the_list(record, write_json, tmp_path):
+    one = record([("user", ["T1:x.nii", "T1:y.nii"])], images=[{"path": "x.nii"}, {"path": "y.nii"}])
+    del one["conversations"][0]["content"][1]["image_path"]
+    (c,) = read_conversations(write_json("a.json", one), NAMES)
+    assert [i.path.name for i in c.images] == ["x.nii", "y.nii"]
+
+
+@pytest.mark.parametrize(
+    ("turns", "fields", "expected"),
+    [
+        ([("user", ["T1:x", "<image> and <image>"])], {}, "conversations[0]: 2 <image> markers, 1 images"),
+        ([("user", ["T1:x", "T1:y", "<image>"])], {}, "conversations[0]: 1 <image> markers, 2 images"),
+        ([("user", ["<image>"])], {}, "1 <image> markers, 0 images"),
+        ([("gpt", ["hi"])], {}, "role: expected one of system, user, assistant, got 'gpt'"),
+        ([("assistant", ["T1:x"])], {}, "an image in an assistant turn"),
+        ([("user", ["T1:"])], {}, "image_path: expected a path, got ''"),
+        ([("user", ["a<|im_end|>"])], {}, "text: holds <|im_end|>, which would forge a turn"),
+        ([("user", ["a<|im_start|>assistant"])], {}, "text: holds <|im_start|>"),
+        ([("user", ["T1:x"])], {"images": []}, "images: 0 listed, 1 shown"),
+        ([("user", ["T1:x"])], {"images": [{"path": "y"}]}, "image_path: x here, y in `images`"),
+        ([("user", ["T1:x"])], {"images": [{"modality": "fMRI"}]}, "modality: T1 here, fMRI in `images`"),
+        ([("user", ["T1:x"])], {"images": ["x"]}, "images[0]: expected an object, got a string"),
+        ([("user", ["x"])], {"images": "x.nii"}, "images: expected a list, got a string"),
+        ([("user", ["x"])], {"metadata": [1]}, "metadata: expected an object, got a list"),
+        ([("user", ["x"])], {"task_id": 7}, "task_id: expected a string, got 7"),
+        ([("user", ["x"])], {"task_type": 3}, "task_type: expected a string, got 3"),
+        ([("user", ["x"])], {"conversations": None}, "conversations: expected a list, got nothing"),
+        ([], {}, "conversations: expected at least one message"),
+        ([("user", ["x"])], {"conversations": ["x"]}, "conversations[0]: expected an object with role and content"),
+        ([], {"conversations": [{"role": "user"}]}, "content: expected a string or a list of parts, got nothing"),
+        ([], {"conversations": [{"role": "user", "content": [{"type": "audio"}]}]}, "text or image, got 'audio'"),
+        ([], {"conversations": [{"role": "user", "content": [{"type": "text"}]}]}, "text: expected a string"),
+        ([], {"conversations": [{"role": "user", "content": "<image>"}]}, "image_path: missing here and in `images`"),
+    ],
+)  # fmt: skip
+def test_a_fault_is_named(record, write_json, turns, fields, expected):
+    path = write_json("a.jsonl", [record([("user", ["fine"])]), record(turns, **fields)])
+    found = faults(path)
+    assert all(fault.startswith(f"{path}:2") for fault in found)
+    assert any(expected in fault for fault in found), found
+
+
+def test_an_unknown_modality_names_those_configured(record, write_json):
+    one = record([("user", ["T1:x"])])
+    one["conversations"][0]["content"][0]["modality"] = "PET"
+    (fault,) = faults(write_json("a.json", one))
+    assert "modality: expected one of T1, rsfMRI, as configured, or an alias, got 'PET'" in fault
+
+
+def test_bad_json_is_named_by_line(tmp_path):
+    (tmp_path / "a.json").write_text('{"task_id": "a",\n "conversations": [}')
+    (tmp_path / "b.jsonl").write_text('\n{"task_id": \n')
+    (tmp_path / "c.json").write_bytes(b'{"task_id": "\xff"}')
+    found = faults(tmp_path)
+    assert found[0].startswith(f"{tmp_path}/a.json:2: not valid JSON")
+    assert found[1].startswith(f"{tmp_path}/b.jsonl:2: not valid JSON")
+    assert found[2].startswith(f"{tmp_path}/c.json: cannot be read")
+    assert len(found) == 3
+
+
+def test_all_faults_of_all_files_at_once(tmp_path, record, write_json):
+    write_json("a.json", [record([("gpt", ["x"]), ("user", ["T1:x", "<image><image>"])], task_type=1), "text"])
+    write_json("b.jsonl", [record([("user", ["fine"])]), record([("robot", ["x"])])])
+    found = faults(tmp_path)
+    assert len(found) == 5
+    assert [("a.json[0]" in f, "a.json[1]" in f, "b.jsonl:2" in f).index(True) for f in found] == [0, 0, 0, 1, 2]
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.json", "[]"), ("a.jsonl", "\n")])
+def test_no_conversation_at_all(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert "holds no conversation" in faults(tmp_path)[0]
+
+
+def test_wrong_path(tmp_path):
+    (tmp_path / "a.csv").touch()
+    assert "not found" in faults(tmp_path / "none.json")[0]
+    assert "expected a .json or .jsonl file" in faults(tmp_path / "a.csv")[0]
+
+
+@pytest.fixture
+def mixed(record, write_json):
+    return read_conversations(
+        write_json(
+            "a.json",
+            [
+                record([("user", ["T1:x"])], task_type="T1", metadata={"task": "sex"}),
+                record([("user", ["rsfMRI:x"])], task_type="T1", metadata={"task": "age"}),
+                record([("user", ["T1:x", "rsfMRI:x"])], task_type="T2"),
+            ],
+        ),
+        NAMES,
+    )
+
+
+@pytest.mark.parametrize(
+    ("modality", "task", "kept"),
+    [(None, None, [0, 1, 2]), ("sMRI", None, [0]), ("rsfMRI", None, [1]), (None, "T1", [0, 1]), (None, "age", [1])],
+)
+def test_select(mixed, modality, task, kept):
+    assert select(mixed, NAMES, modality, task) == [mixed[i] for i in kept]
+
+
+def test_select_that_keeps_nothing_lists_what_exists(mixed):
+    with pytest.raises(DataError, match=r"keep none of 3 .* modalities are T1, rsfMRI, their tasks T1, T2, age, sex"):
+        select(mixed, NAMES, task_filter="iq")
+    with pytest.raises(DataError, match="modality PET: not configured; expected one of T1, rsfMRI"):
+        select(mixed, NAMES, modality="PET")

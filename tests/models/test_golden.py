@@ -1,0 +1,119 @@
+"""Equal to PyTorch: the golden case, float32."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from golden_case import MODALITIES, PATCHES, golden, golden_batch, golden_model, relative
+
+from umbrella_jax.config import TrainConfig
+from umbrella_jax.evaluation.generate import generate
+from umbrella_jax.models import abstract_params, merge
+from umbrella_jax.training.freeze import as_trainable, label_params, partition
+from umbrella_jax.training.loss import loss_sum
+from umbrella_jax.training.optimizer import make_optimizer
+from umbrella_jax.training.step import init_state, jit_train_step
+
+EMBEDDINGS = "vision_tower.vision_model.embeddings."
+
+
+@pytest.fixture(scope="module")
+def model():
+    config, params = golden_model()
+    return merge(abstract_params(config)[0], params)
+
+
+@pytest.mark.parametrize(("name", "key"), [("T1", "t1"), ("rsfMRI", "fmri")])
+def test_features(model, name, key):
+    volumes = golden("forward")[key][:, 0]
+    embedded = model.vision_tower.vision_model.embeddings(name, volumes)
+    assert relative(embedded, golden("forward")[f"{key}_patch_embed"]) <= 1e-5
+    assert relative(model.vision_tower(name, volumes), golden("forward")[f"{key}_hidden"]) <= 1e-5
+    features = model.image_features({name: volumes}).reshape(len(volumes), PATCHES, -1)
+    assert relative(features, golden("forward")[f"{key}_features"]) <= 1e-5
+
+
+def test_merge_and_logits(model):
+    mask = golden("forward")["attention_mask"].astype(bool)[..., None]
+    merged = np.where(mask, model.inputs_embeds(golden_batch()), 0)
+    assert relative(merged, np.where(mask, golden("forward")["merged"], 0)) <= 1e-5
+    assert relative(np.where(mask, model(golden_batch()), 0), golden("forward")["logits"]) <= 1e-5
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+def test_loss_and_gradients(remat):
+    config, params = golden_model(remat=remat)
+    graphdef, _ = abstract_params(config)
+    trainable, frozen = partition(params, label_params(list(params), ["patch_embed"]))
+
+    def loss(trainable):
+        total, count = loss_sum(merge(graphdef, trainable | frozen), golden_batch())
+        return total / count, count
+
+    (value, count), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)
+    assert int(count) == golden("forward")["supervised"]
+    assert relative(value, golden("forward")["loss"]) <= 1e-6
+    assert len(grads) == 6
+    for path, grad in grads.items():
+        expected = golden("forward")["grad." + path.removeprefix(EMBEDDINGS)]
+        assert relative(grad.reshape(expected.shape), expected) <= 1e-4, path
+
+
+def test_ten_adamw_steps():
+    config, params = golden_model(remat="full")
+    labels = label_params(list(params), ["patch_embed"])
+    trainable, frozen = partition(params, labels)
+    # The golden run decays all of its tensors, at a constant rate.
+    optimizer = make_optimizer(TrainConfig(decay_bias=True), optax.constant_schedule(1e-2), labels)
+    state = init_state(as_trainable(trainable), optimizer)
+    batch = jax.tree.map(lambda leaf: leaf[None], golden_batch())
+    for loss, norm in golden("train")["loss_and_grad_norm"]:
+        state, metrics = jit_train_step(
+            state, frozen, batch, graphdef=abstract_params(config)[0], optimizer=optimizer
+        )
+        assert relative(metrics["loss"], loss) <= 1e-5
+        assert relative(metrics["grad_norm"], norm) <= 1e-4
+    for path, leaf in state.trainable.items():
+        expected = golden("train")["after." + path.removeprefix(EMBEDDINGS)]
+        assert relative(leaf.reshape(expected.shape), expected) <= 1e-4, path
+
+
+@pytest.fixture(scope="module")
+def trained_model():
+    """With the patch embedding after the ten golden steps: what greedy.npz was made with (see golden/README.md)."""
+    config, params = golden_model()
+    after = {EMBEDDINGS + k.removeprefix("after."): v for k, v in golden("train").items() if k.startswith("after.")}
+    params |= {path: jax.numpy.asarray(leaf).reshape(params[path].shape) for path, leaf in after.items()}
+    return merge(abstract_params(config)[0], params)
+
+
+def test_greedy(trained_model):
+    tokens = np.asarray(generate(trained_model, golden_batch(), max_new_tokens=24))
+    for row in range(4):
+        np.testing.assert_array_equal(tokens[row], golden("greedy")[f"row{row}"])
+
+
+def test_greedy_stops(trained_model):
+    """A row ends with its first stop token; the others go on as if it were not there."""
+    expected = [golden("greedy")[f"row{row}"] for row in range(4)]
+    stop = int(expected[0][5])
+    tokens = np.asarray(generate(trained_model, golden_batch(), stop_ids=[stop], max_new_tokens=24))
+    for row, answer in zip(tokens, expected, strict=True):
+        end = [*np.flatnonzero(answer == stop), 23][0] + 1
+        np.testing.assert_array_equal(row[:end], answer[:end])
+        assert (row[end:] == -1).all()
+    assert len(tokens[0][tokens[0] >= 0]) <= 6
+
+
+def test_bfloat16_compute_is_close():
+    """Compute type bfloat16 with float32 parameters: the same model up to bfloat16's 3 digits."""
+    config, params = golden_model(compute_dtype="bfloat16")
+    logits = merge(abstract_params(config)[0], params)(golden_batch())
+    assert logits.dtype == np.float32
+    mask = golden("forward")["attention_mask"].astype(bool)[..., None]
+    difference = relative(np.where(mask, logits, 0), golden("forward")["logits"])
+    assert 1e-5 < difference <= 3e-2, "float32 would mean that the option does nothing"
+
+
+def test_modalities_are_the_golden_ones(model):
+    assert dict(model.config.modalities) == MODALITIES

@@ -1,0 +1,225 @@
+"""Every module at odd sizes, traced and not; depth costs no compile time; attention equals a reference."""
+
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from umbrella_jax.batch import Batch
+from umbrella_jax.config import ModalityConfig
+from umbrella_jax.models import Llava, LlavaConfig, Qwen2Config, SiglipConfig, abstract_params, merge, split
+from umbrella_jax.models.attention import attention
+from umbrella_jax.models.layers import Embedding, LayerNorm, Linear, RMSNorm
+from umbrella_jax.models.patch_embed import PatchEmbed, patchify
+from umbrella_jax.models.projector import LlavaMultiModalProjector
+from umbrella_jax.models.qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP, rope_tables
+from umbrella_jax.models.siglip import SiglipAttention, SiglipEncoderLayer, SiglipMLP, SiglipVisionModel
+
+VISION = SiglipConfig(hidden_size=21, intermediate_size=37, num_hidden_layers=3, num_attention_heads=3)
+MODALITIES = {
+    "T1": ModalityConfig(size=(7, 11, 5), patch=(3, 2, 5)),
+    "FLAIR": ModalityConfig(size=(5, 5, 9), patch=(2, 5, 4)),
+    "rsfMRI": ModalityConfig(size=(5, 4, 7, 9), patch=(2, 4, 3, 4)),
+}
+
+
+def text_config(num_hidden_layers=2, tie=True):
+    return Qwen2Config(
+        vocab_size=53,
+        hidden_size=30,
+        intermediate_size=47,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=10,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        max_position_embeddings=512,
+        tie_word_embeddings=tie,
+    )
+
+
+def llava_config(layers=2, tie=True, remat="none"):
+    vision = SiglipConfig(hidden_size=21, intermediate_size=37, num_hidden_layers=layers, num_attention_heads=3)
+    return LlavaConfig(
+        vision=vision, text=text_config(layers, tie), modalities=MODALITIES, image_token_id=50, remat=remat
+    )
+
+
+def random_batch(rows=3, length=29, targets=4, seed=0):
+    rng = np.random.default_rng(seed)
+    volumes = {m: rng.normal(size=(2, *c.size)).astype(np.float32) for m, c in MODALITIES.items()}
+    features = sum(2 * c.num_patches for c in MODALITIES.values())
+    return Batch(
+        input_ids=rng.integers(0, 53, (rows, length)).astype(np.int32),
+        positions=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        feature_idx=rng.integers(-1, features, (rows, length)).astype(np.int32),
+        lengths=rng.integers(length // 2, length, rows).astype(np.int32),
+        target_pos=rng.integers(0, length // 2, (rows, targets)).astype(np.int32),
+        target_ids=rng.integers(0, 53, (rows, targets)).astype(np.int32),
+        target_mask=rng.random((rows, targets)) < 0.7,
+        volumes=volumes,
+    )
+
+
+def tower(rngs):
+    return SiglipVisionModel(VISION, MODALITIES, "none", rngs=rngs)
+
+
+CASES = {
+    "linear": (lambda r: Linear(5, 7, rngs=r), [(2, 3, 5)], (2, 3, 7)),
+    "layer_norm": (lambda r: LayerNorm(9, eps=1e-6), [(2, 9)], (2, 9)),
+    "rms_norm": (lambda r: RMSNorm(9, eps=1e-6), [(2, 9)], (2, 9)),
+    "siglip_attention": (lambda r: SiglipAttention(VISION, rngs=r), [(2, 13, 21)], (2, 13, 21)),
+    "siglip_mlp": (lambda r: SiglipMLP(VISION, rngs=r), [(2, 13, 21)], (2, 13, 21)),
+    "siglip_layer": (lambda r: SiglipEncoderLayer(VISION, rngs=r), [(2, 13, 21)], (2, 13, 21)),
+    "projector": (lambda r: LlavaMultiModalProjector(21, 30, rngs=r), [(4, 21)], (4, 30)),
+    "qwen_mlp": (lambda r: Qwen2MLP(text_config(), rngs=r), [(2, 7, 30)], (2, 7, 30)),
+}
+
+
+class TestModules(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_array_modules(self):
+        for name, (make, inputs, expected) in CASES.items():
+            graphdef, state = nnx.split(make(nnx.Rngs(0)))
+            arrays = [np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in inputs]
+            out = self.variant(lambda s, *a, g=graphdef: nnx.merge(g, s)(*a))(state, *arrays)
+            chex.assert_shape(out, expected, custom_message=name)
+            chex.assert_tree_all_finite(out)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_qwen_layers(self):
+        x = np.random.default_rng(0).normal(size=(2, 7, 30)).astype(np.float32)
+        cos, sin = rope_tables(jnp.tile(jnp.arange(7), (2, 1)), 10, 1e6)
+        chex.assert_shape([cos, sin], (2, 7, 1, 10))
+        for make in (Qwen2Attention, Qwen2DecoderLayer):
+            graphdef, state = nnx.split(make(text_config(), rngs=nnx.Rngs(0)))
+            lengths = jnp.array([7, 3])
+            out = self.variant(lambda s, g=graphdef: nnx.merge(g, s)(x, cos, sin, lengths))(state)
+            chex.assert_shape(out, (2, 7, 30))
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_tower_and_patch_embed(self):
+        for make, width in ((lambda r: PatchEmbed(MODALITIES, 21, rngs=r), 21), (tower, 21)):
+            graphdef, state = nnx.split(make(nnx.Rngs(0)))
+            for name, modality in MODALITIES.items():
+                volumes = np.ones((2, *modality.size), np.float32)
+                out = self.variant(lambda s, v, g=graphdef, n=name: nnx.merge(g, s)(n, v))(state, volumes)
+                chex.assert_shape(out, (2, modality.num_patches, width))
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_llava(self):
+        for tie in (True, False):
+            graphdef, params = split(Llava(llava_config(tie=tie), rngs=nnx.Rngs(0)))
+            assert ("language_model.lm_head.weight" in params) != tie
+            out = self.variant(lambda p, b, g=graphdef: merge(g, p)(b))(params, random_batch())
+            chex.assert_shape(out, (3, 29, 53))
+            targets = self.variant(lambda p, b, g=graphdef: merge(g, p).target_logits(b))(params, random_batch())
+            chex.assert_shape(targets, (3, 4, 53))
+            rows = np.arange(3)[:, None]
+            chex.assert_trees_all_close(targets, out[rows, random_batch().target_pos], atol=1e-5)
+
+
+def test_wrong_volume_size_is_refused():
+    model = tower(nnx.Rngs(0))
+    with pytest.raises(AssertionError, match="shape"):
+        model("T1", jnp.zeros((2, 7, 11, 6)))
+
+
+def test_embedding_takes_rows():
+    table = Embedding(5, 3, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(table(jnp.array([[4, 0]])), table.weight[...][np.array([[4, 0]])])
+
+
+@pytest.mark.parametrize(("size", "patch"), [((7, 11, 5), (3, 2, 5)), ((5, 4, 7, 9), (2, 4, 3, 4))])
+def test_patchify_cuts_in_c_order(size, patch):
+    """Against the definition: patch (i, j, ...) is the block that starts at i·p, j·q, ..."""
+    x = np.random.default_rng(0).normal(size=(2, *size)).astype(np.float32)
+    out = np.asarray(patchify(jnp.asarray(x), patch))
+    grid = [s // p for s, p in zip(size, patch, strict=True)]
+    for n, index in enumerate(np.ndindex(*grid)):
+        block = x[:, *(slice(i * p, (i + 1) * p) for i, p in zip(index, patch, strict=True))]
+        np.testing.assert_array_equal(out[:, n], block.reshape(2, -1))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_equals_reference(causal):
+    """Softmax written out, with grouped heads and lengths."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, 7, heads, 5)).astype(np.float32) for heads in (6, 2, 2))
+    lengths = np.array([7, 3], np.int32)
+    scores = np.einsum("bthd,bshd->bhts", q, np.repeat(k, 3, axis=2)) / np.sqrt(5)
+    mask = (np.arange(7) < lengths[:, None])[:, None, None, :]
+    if causal:
+        mask = mask & (np.arange(7)[:, None] >= np.arange(7))
+    weights = np.exp(np.where(mask, scores, -np.inf))
+    expected = np.einsum("bhts,bshd->bthd", weights / weights.sum(-1, keepdims=True), np.repeat(v, 3, axis=2))
+    out = attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), causal=causal, lengths=jnp.asarray(lengths))
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+def test_padding_does_not_reach_the_logits():
+    graphdef, params = split(Llava(llava_config(), rngs=nnx.Rngs(0)))
+    batch = random_batch()
+    other = batch.replace(
+        input_ids=np.where(np.arange(29) < batch.lengths[:, None], batch.input_ids, 7), feature_idx=np.where(
+            np.arange(29) < batch.lengths[:, None], batch.feature_idx, 0)
+    )
+    assert (other.input_ids != batch.input_ids).any()
+    one, two = (merge(graphdef, params)(b) for b in (batch, other))
+    for row, length in enumerate(batch.lengths):
+        np.testing.assert_array_equal(one[row, :length], two[row, :length])
+        assert not np.array_equal(one[row, length:], two[row, length:])
+
+
+def test_every_remat_policy_gives_the_same_gradient():
+    grads = {}
+    for remat in ("none", "full", "dots"):
+        graphdef, params = split(Llava(llava_config(remat=remat), rngs=nnx.Rngs(0)))
+        loss = lambda p, g=graphdef: jnp.square(merge(g, p).target_logits(random_batch())).mean()  # noqa: E731
+        grads[remat] = jax.jit(jax.grad(loss))(params)
+    chex.assert_trees_all_close(grads["none"], grads["full"], grads["dots"], rtol=1e-5, atol=1e-7)
+
+
+def test_remat_policies_recompute_what_they_say():
+    """Dots in the gradient of a tower layer with respect to its input: 8 forward and 10 backward ones (no weight
+    gradients), and what the policy makes again: nothing, all but the layer's last product, attention's q·kᵀ alone.
+    """
+    dots = {}
+    for remat in ("none", "full", "dots"):
+        graphdef, params = split(Llava(llava_config(remat=remat), rngs=nnx.Rngs(0)))
+        loss = lambda x, g=graphdef, p=params: merge(g, p).vision_tower("T1", x).sum()  # noqa: E731
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(jnp.ones((2, *MODALITIES["T1"].size)))
+        dots[remat] = str(jaxpr).count("dot_general[")
+    embedding = 2
+    assert {k: v - embedding for k, v in dots.items()} == {"none": 18, "full": 25, "dots": 19}
+
+
+def test_compile_time_does_not_grow_with_depth():
+    """24 layers ≤ 1.5 × 2 layers, traced, lowered and compiled: the best of three each, alternating."""
+
+    def seconds(layers):
+        graphdef, shapes = abstract_params(llava_config(layers, remat="full"))
+        grad = jax.jit(jax.grad(lambda p, b: jnp.square(merge(graphdef, p).target_logits(b)).mean()))
+        jax.clear_caches()
+        started = time.perf_counter()
+        grad.lower(shapes, random_batch()).compile()
+        return time.perf_counter() - started
+
+    seconds(2)  # imports and first uses
+    times = [(seconds(2), seconds(24)) for _ in range(3)]
+    shallow, deep = (min(t) for t in zip(*times, strict=True))
+    assert deep <= 1.5 * shallow, times
+
+
+def test_abstract_params_allocate_nothing_and_agree():
+    graphdef, params = split(Llava(llava_config(), rngs=nnx.Rngs(0)))
+    abstract_graphdef, shapes = abstract_params(llava_config())
+    assert graphdef == abstract_graphdef
+    assert {p: (s.shape, s.dtype) for p, s in shapes.items()} == {p: (a.shape, a.dtype) for p, a in params.items()}
+    assert all(isinstance(s, jax.ShapeDtypeStruct) for s in shapes.values())

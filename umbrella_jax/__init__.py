@@ -1,0 +1,64 @@
+"""Vision-language models for 3D and 4D brain MRI on JAX.
+
+    model = umbrella_jax.load("runs/t1")              # or an HF directory, an export, a native checkpoint
+    processor = umbrella_jax.Processor.load("runs/t1")
+    batch = processor.prompts("eval.json")[0]
+    print(processor.decode(umbrella_jax.generate(model, batch, stop_ids=processor.stop_ids)))
+
+Names are imported when they are first used, so that `umbrella_jax.models` and `umbrella_jax.training` run where only
+jax, flax, optax and orbax are installed.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from umbrella_jax.api import Processor, load
+    from umbrella_jax.batch import Batch
+    from umbrella_jax.config import ModalityConfig, RunConfig, load_config
+    from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError
+    from umbrella_jax.evaluation.generate import generate
+    from umbrella_jax.models import Llava
+    from umbrella_jax.run import train
+
+_HOME = {
+    "Batch": "umbrella_jax.batch",
+    "CheckpointError": "umbrella_jax.errors",
+    "ConfigError": "umbrella_jax.errors",
+    "DataError": "umbrella_jax.errors",
+    "Llava": "umbrella_jax.models",
+    "ModalityConfig": "umbrella_jax.config",
+    "Processor": "umbrella_jax.api",
+    "RunConfig": "umbrella_jax.config",
+    "UmbrellaError": "umbrella_jax.errors",
+    "generate": "umbrella_jax.evaluation.generate",
+    "load": "umbrella_jax.api",
+    "load_config": "umbrella_jax.config",
+    "train": "umbrella_jax.run",
+}
+
+__all__ = [
+    "Batch",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Llava",
+    "ModalityConfig",
+    "Processor",
+    "RunConfig",
+    "UmbrellaError",
+    "generate",
+    "load",
+    "load_config",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'umbrella_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,154 @@
+"""The command line: arguments, one call each, and errors as lines instead of tracebacks."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from umbrella_jax.config import RunConfig, load_config
+from umbrella_jax.errors import ConfigError, UmbrellaError
+
+# Flags that stand for a key of the config, with the type of their value.
+_FLAGS: dict[str, tuple[str, type, str]] = {
+    "--base": ("model.base", str, "LLaVA in Hugging Face format, native checkpoint, or name on the hub"),
+    "--train-data": ("data.train", str, "conversations: .json, .jsonl or a directory of them"),
+    "--eval-data": ("data.eval", str, "conversations to evaluate on"),
+    "--image-root": ("data.image_root", str, "where relative image paths start"),
+    "--modality": ("data.modality", str, "keep conversations whose images are all of this modality"),
+    "--task-filter": ("data.task_filter", str, "keep conversations of this task"),
+    "--output-dir": ("output_dir", str, "the run's directory"),
+    "--batch-size": ("train.batch_size", int, "conversations per micro-batch, over all devices"),
+    "--learning-rate": ("train.learning_rate", float, "peak learning rate"),
+    "--epochs": ("train.epochs", float, "passes over the training data"),
+}
+
+
+def _add_config(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run (see configs/)")
+    for flag in flags:
+        key, kind, text = _FLAGS[flag]
+        parser.add_argument(flag, dest=key, type=kind, metavar={str: "P", int: "N", float: "X"}[kind], help=f"{text} [{key}]")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other key, e.g. train.clip_norm=0.5")
+
+
+def _config(arguments: argparse.Namespace) -> RunConfig:
+    """The file's run with the flags' values put in."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    overrides = {key: getattr(arguments, key, None) for key, *_ in _FLAGS.values()}
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    if getattr(arguments, "no_wandb", False):
+        overrides["train.wandb"] = False
+    for text in arguments.set:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: expected KEY=VALUE, such as --set train.clip_norm=0.5")
+        try:
+            overrides[key] = YAML(typ="safe").load(value)
+        except YAMLError as error:
+            raise ConfigError(f"--set {text}: the value is not valid YAML: {error}") from None
+    return load_config(arguments.config, overrides)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.run import train
+
+    last = train(_config(arguments), resume=arguments.resume)
+    print("  ".join(f"{name} {value:.4g}" for name, value in last.items()))
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.run import inspect
+
+    print(inspect(_config(arguments)))
+
+
+def _from_hf(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.api import Checkpoint, write_native
+
+    config = _config(arguments)
+    checkpoint = Checkpoint.open(arguments.source, config.model.modalities)
+    checkpoint.check()
+    lines = write_native(checkpoint, Path(arguments.out), dtype=config.model.frozen_dtype, seed=config.seed)
+    for line in [*checkpoint.notes, *lines]:
+        print(line)
+    print(f"{arguments.out}: native checkpoint; train from it with --base {arguments.out}")
+
+
+def _to_hf(arguments: argparse.Namespace) -> None:
+    from convert.to_hf import export
+    from umbrella_jax.api import Checkpoint, has_tokenizer
+
+    checkpoint = Checkpoint.open(arguments.source)
+    params, _ = checkpoint.params()
+    names = tuple(arguments.names.split(",")) if arguments.names else None
+    out = Path(arguments.out)
+    export(out, params, checkpoint.config, checkpoint.description, names=names)
+    if checkpoint.notes and has_tokenizer(checkpoint.description):
+        checkpoint.tokenizer().save_pretrained(out)
+    print(f"{out}: Hugging Face checkpoint; in PyTorch: convert.torch_model.load_umbrella({str(out)!r})")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.demo import run_demo
+
+    run_demo(Path(arguments.output_dir))
+
+
+def _from_original(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.original import from_original, render
+
+    print(render(*from_original(arguments.file)), end="")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="umbrella-jax", description="Vision-language models for brain MRI on JAX.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(of: Any, name: str, call: Any, text: str) -> argparse.ArgumentParser:
+        made = of.add_parser(name, help=text, description=text)
+        made.set_defaults(call=call)
+        return made
+
+    train = command(commands, "train", _train, "Train what the config names, by default the patch embedding alone.")
+    _add_config(train, list(_FLAGS))
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output directory")
+    train.add_argument("--no-wandb", action="store_true", help="do not log to Weights & Biases [train.wandb]")
+
+    inspect = command(commands, "inspect", _inspect, "Print what would train and what is frozen, without training.")
+    _add_config(inspect, ["--base"])
+
+    convert = commands.add_parser("convert", help="Convert checkpoints.").add_subparsers(required=True, metavar="COMMAND")
+    from_hf = command(convert, "from-hf", _from_hf, "Hugging Face directory to a native (orbax) checkpoint.")
+    from_hf.add_argument("source", metavar="HF_DIR")
+    from_hf.add_argument("out", metavar="OUT")
+    _add_config(from_hf, [])
+    to_hf = command(convert, "to-hf", _to_hf, "Run or checkpoint to a Hugging Face directory that PyTorch loads.")
+    to_hf.add_argument("source", metavar="RUN_OR_CHECKPOINT")
+    to_hf.add_argument("out", metavar="OUT")
+    to_hf.add_argument("--names", metavar="T1,rsfMRI|sMRI,fMRI", help="names of the patch embedding; default as configured")
+
+    config = commands.add_parser("config", help="Make configs.").add_subparsers(required=True, metavar="COMMAND")
+    original = command(config, "from-original", _from_original, "Print a YAML of the PyTorch system as one of ours.")
+    original.add_argument("file", metavar="OLD.yaml")
+
+    demo = command(commands, "demo", _demo, "The whole path on small real scans: convert, train, answer, export, load.")
+    demo.add_argument("--output-dir", default="runs/demo", metavar="D", help="default runs/demo")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 when it went well, 1 when the user's input was at fault."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.call(arguments)
+    except UmbrellaError as error:
+        print(f"umbrella-jax: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

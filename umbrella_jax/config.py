@@ -1,0 +1,300 @@
+"""A run, as frozen dataclasses, and the strict YAML that they are read from.
+
+Every field is read by something; a key that no field has, a value of the wrong type and a
+combination that makes no sense are refused together, by name.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from umbrella_jax.errors import ConfigError
+
+DType = Literal["float32", "bfloat16", "float16"]
+RematPolicy = Literal["none", "full", "dots"]
+
+# Names for one and the same patch embedding: the original system, its newer checkpoints, its data files.
+ALIASES: tuple[frozenset[str], ...] = (
+    frozenset({"T1", "sMRI", "dMRI"}),
+    frozenset({"rsfMRI", "fMRI"}),
+)
+
+_STRICT: dict[str, Any] = {"extra": "forbid"}  # read by pydantic: an unknown key is an error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModalityConfig:
+    """What a volume of one modality becomes: preprocessing, size and patches.
+
+    Three-dimensional volumes are resized to `size`; four-dimensional ones are cut into windows
+    of `size[3]` frames and padded or cropped to `size[:3]`, as the original system does.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    size: tuple[int, ...]
+    """Voxels (D, H, W) or voxels and frames (D, H, W, T)."""
+    patch: tuple[int, ...]
+    """Patch of the same rank; a remainder at the high end of an axis is not looked at."""
+    orientation: Literal["RAS", "as_stored"] = "RAS"
+    """Axis order before resizing; `as_stored` is the original system's."""
+    scaling: Literal["znorm", "none", "minmax", "znorm_zeroback", "znorm_minback"] | None = None
+    """Intensities; default `znorm` (whole volume) in 3D, `znorm_minback` in 4D."""
+    stride_within_seq: int = 1
+    """4D: frames between two frames of a window."""
+    stride_between_seq: float = 1.0
+    """4D: distance of two windows, as a share of a window's length."""
+
+    def __post_init__(self) -> None:
+        faults = []
+        if len(self.size) not in (3, 4):
+            faults.append(f"size {self.size}: expected (D, H, W) or (D, H, W, T)")
+        if len(self.patch) != len(self.size):
+            faults.append(f"patch {self.patch}: expected {len(self.size)} numbers, as size {self.size} has")
+        elif any(p < 1 or s < p for s, p in zip(self.size, self.patch, strict=True)):
+            faults.append(f"patch {self.patch}: expected 1 <= patch <= size {self.size} on every axis")
+        if len(self.size) == 3 and (self.stride_within_seq, self.stride_between_seq) != (1, 1.0):
+            faults.append("stride_within_seq and stride_between_seq: only 4D volumes have windows")
+        if self.stride_within_seq < 1 or self.stride_between_seq <= 0:
+            faults.append("stride_within_seq and stride_between_seq: expected positive numbers")
+        scaling = self.scaling or ("znorm" if len(self.size) == 3 else "znorm_minback")
+        allowed = ("znorm", "none", "minmax") if len(self.size) == 3 else ("none", "minmax", "znorm_zeroback", "znorm_minback")
+        if scaling not in allowed:
+            faults.append(f"scaling {scaling}: expected one of {', '.join(allowed)} for {len(self.size)}D volumes")
+        if faults:
+            raise ConfigError(faults)
+        object.__setattr__(self, "scaling", scaling)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Patches along each axis."""
+        return tuple(s // p for s, p in zip(self.size, self.patch, strict=True))
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a volume, so positions that it takes in the text."""
+        return math.prod(self.grid)
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch."""
+        return math.prod(self.patch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which weights, with which patch embedding, in which precision."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    base: str | None = None
+    """LLaVA directory in Hugging Face format, native checkpoint, or a name on the hub."""
+    modalities: dict[str, ModalityConfig]
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matrix products; statistics, softmax and loss stay float32."""
+    frozen_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type in which frozen weights are held; `auto` keeps the checkpoint's. What trains is float32."""
+    remat: RematPolicy = "full"
+    """What the backward pass recomputes per layer: nothing, everything, all but matrix products."""
+
+    def __post_init__(self) -> None:
+        if not self.modalities:
+            raise ConfigError("modalities: expected at least one")
+        if faults := [f"modalities.{m}: expected letters, digits and _" for m in self.modalities if not m.isidentifier()]:
+            raise ConfigError(faults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which conversations, and how they become batches."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    train: str | None = None
+    """Conversations: a .json or .jsonl file, or a directory of them."""
+    eval: str | None = None
+    image_root: str | None = None
+    """Where relative image paths start; default the folder of the conversation file."""
+    modality: str | None = None
+    """Keep only conversations whose images are all of this modality."""
+    task_filter: str | None = None
+    """Keep only conversations with this `task_type` or `metadata.task`."""
+    max_length: int = 8192
+    """Positions of a conversation, patches included; a longer one is refused."""
+    threads: int = 4
+    """Threads that read volumes ahead of the step."""
+
+    def __post_init__(self) -> None:
+        limits = [("max_length", self.max_length), ("threads", self.threads)]
+        if faults := [f"{name}: expected a positive number, got {value}" for name, value in limits if value <= 0]:
+            raise ConfigError(faults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupConfig:
+    """How one group of parameters trains."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    learning_rate_factor: float = 1.0
+    weight_decay: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimisation. Defaults are the original system's (AdamW, linear warm-up and decay)."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    groups: dict[str, GroupConfig] = field(default_factory=lambda: {"patch_embed": GroupConfig()})
+    """What trains: `patch_embed`, `projector`, `vision_tower`, `language_model`, or a path pattern (`*`, `?`)."""
+    batch_size: int = 2
+    """Conversations per micro-batch, over all devices."""
+    accumulate_steps: int = 1
+    """Micro-batches per update, weighed by their supervised tokens."""
+    epochs: float = 1.0
+    learning_rate: float = 5e-5
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    decay_bias: bool = False
+    """Whether weight decay acts on biases and norms too, as plain `torch.optim.AdamW` does."""
+    clip_norm: float | None = 1.0
+    """Largest global norm of the gradient of what trains."""
+    eval_steps: int | None = None
+    """Evaluate every so many updates; always at the end."""
+    save_steps: int = 100
+    """Checkpoint every so many updates; always at the end."""
+    max_new_tokens: int = 32
+    """Longest answer at evaluation, in tokens."""
+    wandb: bool = False
+    """Log to Weights & Biases too (extra `wandb`; the key comes from the environment)."""
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name}: expected a positive number, got {value}"
+            for name, value in [
+                ("batch_size", self.batch_size),
+                ("accumulate_steps", self.accumulate_steps),
+                ("epochs", self.epochs),
+                ("learning_rate", self.learning_rate),
+                ("save_steps", self.save_steps),
+                ("max_new_tokens", self.max_new_tokens),
+                ("eval_steps", 1 if self.eval_steps is None else self.eval_steps),
+                ("clip_norm", 1 if self.clip_norm is None else self.clip_norm),
+            ]
+            if value <= 0
+        ]
+        if self.warmup_steps < 0:
+            faults.append(f"warmup_steps: expected 0 or more, got {self.warmup_steps}")
+        if faults:
+            raise ConfigError(faults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run, from weights and data to its output directory."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    output_dir: str | None = None
+    seed: int = 1234
+
+
+def resolve_modality(name: str, modalities: Sequence[str] | Mapping[str, Any]) -> str | None:
+    """The configured modality that `name` means: itself, or the one configured under an alias of it.
+
+    Returns None when there is none, or when two configured names share the alias and neither is `name`.
+    """
+    if name in modalities:
+        return name
+    found = [m for family in ALIASES if name in family for m in modalities if m in family]
+    return found[0] if len(found) == 1 else None
+
+
+def parse_config(data: Mapping[str, Any], source: str = "config") -> RunConfig:
+    """Checks a nested mapping and returns the run. Raises ConfigError with every fault and its key."""
+    from pydantic import TypeAdapter, ValidationError  # here, so that models import without it
+
+    try:
+        return TypeAdapter(RunConfig).validate_python(dict(data))
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors():
+            key = ".".join(str(part) for part in fault["loc"])
+            if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+                faults.append(f"{source}: {key}: no such key; expected {_expected_keys(fault['loc'])}")
+                continue
+            cause = fault.get("ctx", {}).get("error")
+            messages = cause.faults if isinstance(cause, ConfigError) else (f"{fault['msg']}, got {fault['input']!r}",)
+            faults.extend(f"{source}: {key + ': ' if key else ''}{message}" for message in messages)
+        raise ConfigError(faults) from None
+
+
+def _expected_keys(path: Sequence[str | int]) -> str:
+    """The keys that the section around `path` knows, for the message about one that it does not."""
+    cls: Any = RunConfig
+    for part in path[:-1]:
+        if dataclasses.is_dataclass(cls):
+            cls = next((f.type for f in dataclasses.fields(cls) if f.name == part), None)
+        elif cls is not None:  # dict[str, SomeConfig]
+            cls = cls.__args__[1]
+    return "one of " + ", ".join(f.name for f in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else "another"
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Reads a YAML file; `overrides` maps dotted keys to values that replace the file's.
+
+    Raises ConfigError for a file that is missing or no YAML, a key given twice, and all that `parse_config` refuses.
+    """
+    from ruamel.yaml import YAML  # YAML 1.2: `5e-5` is a number, `no` is a word, a doubled key is an error
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        data = YAML(typ="safe").load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping with the keys of a run (see configs/)")
+    for key, value in (overrides or {}).items():
+        *parents, last = key.split(".")
+        section = data
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{path}: {key}: {parent} is a value, not a section")
+        section[last] = value
+    return parse_config(data, str(path))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain dicts, lists and scalars of a config dataclass; `parse_config` takes them back."""
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved run as YAML."""
+    import io
+
+    from ruamel.yaml import YAML
+
+    out = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = None
+    yaml.sort_base_mapping_type_on_output = False  # the dataclasses' order, not the alphabet's
+    yaml.dump(to_dict(config), out)
+    return out.getvalue()

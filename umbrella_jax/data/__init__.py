@@ -1,0 +1,1 @@
+"""From conversation files and NIfTI volumes to batches: numpy and threads, no accelerator."""

@@ -1,0 +1,286 @@
+"""Conversation files: from JSON to conversations of text and image references. Opens no image."""
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from umbrella_jax.config import resolve_modality
+from umbrella_jax.errors import DataError
+
+ROLES = ("system", "user", "assistant")
+TURN_START, TURN_END, IMAGE_MARKER = "<|im_start|>", "<|im_end|>", "<image>"
+T = TypeVar("T")
+_SUFFIXES = (".json", ".jsonl")
+_KINDS = {str: "a string", list: "a list", dict: "an object", type(None): "nothing"}
+
+
+@dataclass(frozen=True)
+class Image:
+    """One input of the vision tower: a file, the configured modality it is read as and, of a 4D run, the window."""
+
+    path: Path
+    modality: str
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: its role and, in reading order, its texts and images."""
+
+    role: str
+    parts: tuple[str | Image, ...]
+
+    @property
+    def text(self) -> str:
+        """The turn's texts, joined."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One conversation and where it was read: `file.json[3]` or `file.jsonl:12`."""
+
+    task_id: str
+    task_type: str | None
+    messages: tuple[Message, ...]
+    metadata: Mapping[str, Any]
+    source: str
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """Images in the order in which the text shows them; one that is shown twice stands twice."""
+        return tuple(part for message in self.messages for part in message.parts if isinstance(part, Image))
+
+    @property
+    def label(self) -> str:
+        """How messages name it; `task_id` alone is not unique in real files."""
+        return f"{self.source} ({self.task_id})"
+
+
+def read_conversations(
+    path: str | Path, modalities: Collection[str], image_root: str | Path | None = None
+) -> list[Conversation]:
+    """Reads a .json file (an object or a list), a .jsonl file (one object a line), or all such files below a directory.
+
+    Args:
+        path: file or directory; the files of a directory are read in sorted order.
+        modalities: configured modality names; an image may use any alias of one of them.
+        image_root: where relative image paths start; default the folder of the file that names them.
+
+    Raises:
+        DataError: with every fault of every file, and when there is no conversation at all.
+    """
+    conversations: list[Conversation] = []
+    faults: list[str] = []
+    for file in _files(Path(path)):
+        root = (file.parent if image_root is None else Path(image_root)).absolute()
+        for source, record in _records(file, faults):
+            try:
+                conversations.append(_Parser(record, source, root, modalities).conversation())
+            except DataError as error:
+                faults.extend(error.faults)
+    if not conversations and not faults:
+        faults.append(f"{path}: holds no conversation; expected .json or .jsonl files with at least one")
+    if faults:
+        raise DataError(faults)
+    return conversations
+
+
+def select(
+    conversations: Sequence[Conversation],
+    modalities: Collection[str],
+    modality: str | None = None,
+    task_filter: str | None = None,
+) -> list[Conversation]:
+    """Keeps conversations whose images are all `modality`, and whose `task_type` or `metadata.task` is `task_filter`.
+
+    None keeps all; a conversation without images is of every modality.
+
+    Raises:
+        DataError: nothing is left; the message lists the values that exist.
+    """
+    kept = list(conversations)
+    if modality is not None:
+        name = resolve_modality(modality, tuple(modalities))
+        if name is None:
+            raise DataError(f"modality {modality}: not configured; expected one of {_names(modalities)} or an alias")
+        kept = [c for c in kept if all(image.modality == name for image in c.images)]
+    if task_filter is not None:
+        kept = [c for c in kept if task_filter in (c.task_type, c.metadata.get("task"))]
+    if not kept:
+        seen = {image.modality for c in conversations for image in c.images}
+        tasks = {str(t) for c in conversations for t in (c.task_type, c.metadata.get("task")) if t is not None}
+        raise DataError(
+            f"modality {modality} and task_filter {task_filter}: keep none of {len(conversations)} conversations; "
+            f"their modalities are {_names(seen)}, their tasks {_names(tasks)}"
+        )
+    return kept
+
+
+def _names(values: Collection[str]) -> str:
+    return ", ".join(sorted(values)) or "none"
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
+    if not path.is_file():
+        raise DataError(f"{path}: not found; expected a conversation file or a directory of them")
+    if path.suffix not in _SUFFIXES:
+        raise DataError(f"{path}: expected a .json or .jsonl file, or a directory of them")
+    return [path]
+
+
+def _records(file: Path, faults: list[str]) -> Iterator[tuple[str, Any]]:
+    """Every JSON value of a file that should be a conversation, with its source; what is no JSON goes to `faults`."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        faults.append(f"{file}: cannot be read: {error}")
+        return
+    if file.suffix == ".json":
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            faults.append(f"{file}:{error.lineno}: not valid JSON: {error.msg}")
+            return
+        if isinstance(value, list):
+            yield from ((f"{file}[{i}]", item) for i, item in enumerate(value))
+        else:
+            yield str(file), value
+        return
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut at U+2028 inside a string
+        if line.strip():
+            try:
+                yield f"{file}:{number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                faults.append(f"{file}:{number}: not valid JSON: {error.msg} (column {error.colno})")
+
+
+class _Parser:
+    """Turns one record into a conversation, going on after a fault so that all are found."""
+
+    def __init__(self, record: Any, source: str, root: Path, modalities: Collection[str]):
+        self.record, self.source, self.root, self.modalities = record, source, root, modalities
+        self.place = source
+        self.faults: list[str] = []
+        self.listed: list[Any] | None = None  # the record's `images`
+        self.shown = 0  # images met so far
+
+    def conversation(self) -> Conversation:
+        """Raises DataError with every fault of the record."""
+        if not isinstance(self.record, dict):
+            raise DataError(f"{self.source}: expected a conversation, an object, got {_kind(self.record)}")
+        task_id = self.field(self.record, "task_id", str, self.place)
+        self.place = f"{self.source} ({task_id})"
+        task_type = self.field(self.record, "task_type", str, self.place, required=False)
+        metadata = self.field(self.record, "metadata", dict, self.place, required=False)
+        self.listed = self.field(self.record, "images", list, self.place, required=False)
+        turns = self.field(self.record, "conversations", list, self.place)
+        if turns == []:
+            self.fault(self.place, "conversations: expected at least one message, got none")
+        messages = [self.message(turn, f"{self.place}: conversations[{i}]") for i, turn in enumerate(turns or [])]
+        if self.listed is not None and len(self.listed) != self.shown:
+            self.fault(self.place, f"images: {len(self.listed)} listed, {self.shown} shown; expected each, in order")
+        if self.faults:
+            raise DataError(self.faults)
+        return Conversation(task_id, task_type, tuple(messages), metadata or {}, self.source)
+
+    def fault(self, place: str, message: str) -> None:
+        self.faults.append(f"{place}: {message}")
+
+    def field(self, record: dict[str, Any], name: str, kind: type, place: str, required: bool = True) -> Any:
+        """The field, or None where it is absent or of another type, which is a fault."""
+        value = record.get(name)
+        if isinstance(value, kind):
+            return value
+        if value is not None or required:
+            self.fault(place, f"{name}: expected {_KINDS[kind]}, got {_kind(value)}")
+        return None
+
+    def message(self, turn: Any, place: str) -> Message:
+        if not isinstance(turn, dict):
+            self.fault(place, f"expected an object with role and content, got {_kind(turn)}")
+            return Message("", ())
+        role = turn.get("role")
+        if role not in ROLES:
+            self.fault(place, f"role: expected one of {', '.join(ROLES)}, got {role!r}")
+        content = turn.get("content")
+        if isinstance(content, str):  # its markers are its images; `images` says which
+            content = [{"type": "image"}] * content.count(IMAGE_MARKER) + [{"type": "text", "text": content}]
+        if not isinstance(content, list):
+            self.fault(place, f"content: expected a string or a list of parts, got {_kind(content)}")
+            return Message(str(role), ())
+        parts = [self.part(part, f"{place}.content[{i}]") for i, part in enumerate(content)]
+        if role == "assistant" and any(isinstance(part, Image) for part in parts):
+            self.fault(place, "an image in an assistant turn; expected text, images belong to the user's turns")
+        return Message(str(role), self.placed(parts, place))
+
+    def part(self, part: Any, place: str) -> str | Image:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image":
+            return self.image(part, place)
+        if kind != "text":
+            self.fault(place, f"expected an object of type text or image, got {kind!r}")
+            return ""
+        text = self.field(part, "text", str, place) or ""
+        if forged := [token for token in (TURN_START, TURN_END) if token in text]:
+            self.fault(place, f"text: holds {' and '.join(forged)}, which would forge a turn; take it out")
+        return text
+
+    def image(self, part: dict[str, Any], place: str) -> Image:
+        listed = self.listed[self.shown] if self.listed is not None and self.shown < len(self.listed) else {}
+        if not isinstance(listed, dict):
+            self.fault(f"{self.place}: images[{self.shown}]", f"expected an object, got {_kind(listed)}")
+            listed = {}
+        self.shown += 1
+        modalities = f"one of {_names(self.modalities)}, as configured, or an alias"
+        paths, names = [part.get("image_path"), listed.get("path")], [part.get("modality"), listed.get("modality")]
+        path = self.agreed("image_path", paths, self.root.joinpath, "a path", place)
+        modality = self.agreed("modality", names, self.resolve, modalities, place)
+        return Image(path or self.root, modality or "")
+
+    def resolve(self, name: str) -> str | None:
+        return resolve_modality(name, tuple(self.modalities))
+
+    def agreed(
+        self, key: str, values: list[Any], meaning: Callable[[str], T | None], expected: str, place: str
+    ) -> T | None:
+        """The meaning of what an image part and its entry in `images` say; either may be silent, both must agree."""
+        given = [value for value in values if value is not None]
+        meanings = [meaning(value) if isinstance(value, str) and value else None for value in given]
+        if not given:
+            self.fault(place, f"{key}: missing here and in `images`; expected {expected}")
+            return None
+        if None in meanings:
+            self.fault(place, f"{key}: expected {expected}, got {given[meanings.index(None)]!r}")
+            return None
+        if meanings[0] != meanings[-1]:
+            self.fault(place, f"{key}: {given[0]} here, {given[1]} in `images`; expected the same")
+        return meanings[0]
+
+    def placed(self, parts: list[str | Image], place: str) -> tuple[str | Image, ...]:
+        """The parts with images at the `<image>` markers of the text, if it has any; else where they stand."""
+        images = [part for part in parts if isinstance(part, Image)]
+        markers = sum(part.count(IMAGE_MARKER) for part in parts if isinstance(part, str))
+        if not markers:
+            return tuple(parts)
+        if markers != len(images):
+            self.fault(
+                place, f"{markers} {IMAGE_MARKER} markers, {len(images)} images; expected a marker for each, or none"
+            )
+            return ()
+        waiting = iter(images)
+        out: list[str | Image] = []
+        for text in (part for part in parts if isinstance(part, str)):
+            first, *rest = text.split(IMAGE_MARKER)
+            out.append(first)
+            for piece in rest:
+                out += [next(waiting), piece]
+        return tuple(out)
+
+
+def _kind(value: Any) -> str:
+    return _KINDS.get(type(value), repr(value))

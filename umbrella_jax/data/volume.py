@@ -1,0 +1,193 @@
+"""NIfTI files to arrays: orientation, resize or windows, scaling. Every voxel is float32 from the file to the batch."""
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.spatialimages import SpatialImage
+
+from umbrella_jax.config import ModalityConfig
+from umbrella_jax.data.conversation import Image
+from umbrella_jax.errors import DataError
+
+
+def load_volume(path: str | Path, config: ModalityConfig, window: int = 0) -> np.ndarray:
+    """Reads one volume, or one window of a run, as the model takes it.
+
+    3D: orientation, area resize to `config.size`, scaling over the whole volume. 4D: the window's frames alone are
+    read; orientation, scaling over the window's brain (voxels above 0), centred pad or crop to `config.size[:3]`.
+
+    Returns:
+        float32 array of shape `config.size`, C-contiguous.
+
+    Raises:
+        DataError: naming the file: missing, unreadable, of another rank, not finite, empty, shorter than a window.
+    """
+    image = _open(path, config)
+    if len(config.size) == 3:
+        return _preprocess_3d(path, image, config)
+    return _preprocess_4d(path, image, config, window)
+
+
+def num_windows(num_frames: int, config: ModalityConfig) -> int:
+    """Windows of a run, 0 where it is shorter than one.
+
+    A window is `size[3]` frames, `stride_within_seq` apart; window i starts at frame i · `window_stride(config)`.
+    """
+    return max((num_frames - _span(config)) // window_stride(config) + 1, 0)
+
+
+def window_stride(config: ModalityConfig) -> int:
+    """Frames between the starts of two windows: max(round(stride_between_seq · frames · stride_within_seq), 1)."""
+    return max(round(config.stride_between_seq * config.size[3] * config.stride_within_seq), 1)
+
+
+def _span(config: ModalityConfig) -> int:
+    """Frames from the first to the last of a window."""
+    return (config.size[3] - 1) * config.stride_within_seq + 1
+
+
+def check_volumes(images: Iterable[Image], modalities: Mapping[str, ModalityConfig], threads: int) -> dict[Image, int]:
+    """Reads and preprocesses each distinct image once, all windows of a run included, and keeps none of it.
+
+    Returns:
+        {image: number of its windows}, 1 in 3D, in the order of first appearance.
+
+    Raises:
+        DataError: with every fault of every file.
+    """
+
+    def check(image: Image) -> int | DataError:
+        config = modalities[image.modality]
+        try:
+            opened = _open(image.path, config)  # once for all windows: a .nii.gz is then decompressed once
+            if len(config.size) == 3:
+                _preprocess_3d(image.path, opened, config)
+                return 1
+            windows = num_windows(opened.shape[3], config)
+            lap = -(-_span(config) // window_stride(config))  # going back in a .nii.gz starts it anew: first every
+            for window in (w for first in range(lap) for w in range(first, windows, lap)):  # lap-th, none overlapping
+                _preprocess_4d(image.path, opened, config, window)
+            return windows
+        except DataError as error:
+            return error
+
+    distinct = list(dict.fromkeys(images))
+    with ThreadPoolExecutor(threads) as pool:
+        found = dict(zip(distinct, pool.map(check, distinct), strict=True))
+    faults = [fault for error in found.values() if isinstance(error, DataError) for fault in error.faults]
+    if faults:
+        raise DataError(faults)
+    return {image: count for image, count in found.items() if isinstance(count, int)}
+
+
+def _open(path: str | Path, config: ModalityConfig) -> Any:
+    """The nibabel image, its voxels not yet read; rank, type and length are as the modality wants them."""
+    try:
+        image: Any = nib.load(path, keep_file_open=True)
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: not found; expected a NIfTI file (relative paths start at the conversation file or image_root)"
+        ) from None
+    except Exception as error:  # a damaged file makes nibabel and gzip raise nearly anything
+        raise DataError(_unreadable(path, error)) from None
+    if not isinstance(image, SpatialImage):
+        raise DataError(f"{path}: {type(image).__name__}; expected a volume of voxels")
+    rank, shape = len(config.size), image.shape
+    if 0 in shape or len(shape) < rank or any(n != 1 for n in shape[rank:]):
+        raise DataError(f"{path}: shape {shape}; expected {rank} axes, as the modality's size {config.size} has")
+    if image.get_data_dtype().kind not in "iuf":
+        raise DataError(f"{path}: voxels of type {image.get_data_dtype()}; expected real numbers")
+    if rank == 4 and not num_windows(shape[3], config):
+        window = f"a window of {config.size[3]}, {config.stride_within_seq} apart"
+        raise DataError(f"{path}: {shape[3]} frames; expected at least {window}")
+    return image
+
+
+def _read(path: str | Path, image: Any, config: ModalityConfig, frames: tuple[slice, ...] = ()) -> np.ndarray:
+    """Voxels (of some frames) as finite float32, scl_slope applied, in the configured orientation."""
+    slices = (slice(None),) * 3 + frames + (0,) * (len(image.shape) - 3 - len(frames))
+    try:
+        data = np.asarray(image.dataobj[slices], dtype=np.float32)
+        if config.orientation == "RAS":
+            data = nib.apply_orientation(data, nib.io_orientation(image.affine))
+    except Exception as error:  # as above: EOFError, zlib.error, OSError, ValueError and others
+        raise DataError(_unreadable(path, error)) from None
+    if bad := data.size - np.count_nonzero(np.isfinite(data)):
+        raise DataError(f"{path}: {bad} voxels are NaN or infinite; expected finite numbers, preprocess the file again")
+    return data
+
+
+def _unreadable(path: str | Path, error: Exception) -> str:
+    return f"{path}: cannot be read: {type(error).__name__}: {error}; expected a whole NIfTI file, copy it again"
+
+
+def _preprocess_3d(path: str | Path, image: Any, config: ModalityConfig) -> np.ndarray:
+    volume = area_resize(_read(path, image, config), config.size)
+    if config.scaling == "znorm":
+        mean, std = _moments(volume)
+        volume -= mean
+        volume /= std
+    elif config.scaling == "minmax":
+        volume /= _positive_max(path, volume)
+    return volume
+
+
+def _preprocess_4d(path: str | Path, image: Any, config: ModalityConfig, window: int) -> np.ndarray:
+    if window >= (count := num_windows(image.shape[3], config)):
+        raise DataError(f"{path}: window {window} asked for; it has {count}, did the file change during the run?")
+    start, step = window * window_stride(config), config.stride_within_seq
+    data = _read(path, image, config, (slice(start, start + _span(config), step),))
+    maximum = _positive_max(path, data)
+    inside, outside = zip(*(_centred(n, s) for n, s in zip(data.shape[:3], config.size[:3], strict=True)), strict=True)
+    background = np.float32(0)
+    if config.scaling in ("znorm_zeroback", "znorm_minback"):
+        brain = data > 0
+        voxels = data[brain]
+        mean, std = _moments(voxels)
+        if config.scaling == "znorm_minback":
+            background = (voxels.min() - mean) / std
+        data = np.where(brain[inside], (data[inside] - mean) / std, background)
+    else:
+        data = data[inside] / maximum if config.scaling == "minmax" else data[inside]
+    volume = np.full(config.size, background, np.float32)
+    volume[outside] = data
+    return volume
+
+
+def area_resize(volume: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """Adaptive average pooling of float32 (X, Y, Z) to `size`, as PyTorch's `adaptive_avg_pool3d`, MONAI's "area".
+
+    Output i of an axis is the mean of the inputs floor(i·n/o) .. ceil((i+1)·n/o). The axes are independent of one
+    another, so this is three small matrix products; each takes the first axis and puts the new one last.
+    """
+    for n, out in zip(volume.shape, size, strict=True):
+        i, j = np.arange(out)[:, None], np.arange(n)
+        window = (i * n // out <= j) & (j < -(-(i + 1) * n // out))  # -(-a // b) is the ceiling of a / b
+        weights = (window / window.sum(axis=1, keepdims=True)).astype(np.float32)
+        volume = np.tensordot(volume, weights, axes=(0, 1))
+    return np.ascontiguousarray(volume)
+
+
+def _centred(length: int, size: int) -> tuple[slice, slice]:
+    """Where `length` voxels of an axis are taken from and put to, so that they stand centred in `size`."""
+    cut, pad = max(length - size, 0) // 2, max(size - length, 0) // 2
+    common = min(length, size)
+    return slice(cut, cut + common), slice(pad, pad + common)
+
+
+def _moments(values: np.ndarray) -> tuple[float, float]:
+    """Mean and population standard deviation; the latter is 1 where the values are constant but for rounding."""
+    mean = float(values.mean(dtype=np.float64))
+    std = float(values.std(mean=np.float32(mean)))
+    return mean, std if std > 1e-6 * abs(mean) else 1.0
+
+
+def _positive_max(path: str | Path, data: np.ndarray) -> float:
+    maximum = float(data.max())
+    if maximum <= 0:
+        raise DataError(f"{path}: no voxel is above 0; expected a brain, preprocess the file again")
+    return maximum

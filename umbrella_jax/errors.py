@@ -1,0 +1,37 @@
+"""The errors that a user can meet. Each names the file, the field and the remedy.
+
+Whoever checks something collects every fault first and raises once, so that nobody mends
+a thousand files one error at a time.
+"""
+
+from collections.abc import Sequence
+
+_SHOWN = 50
+
+
+class UmbrellaError(ValueError):
+    """One or more faults in what the user handed in; `faults` holds every one of them."""
+
+    def __init__(self, faults: str | Sequence[str]):
+        self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
+        super().__init__(self.faults)
+
+    def __str__(self) -> str:
+        if len(self.faults) == 1:
+            return self.faults[0]
+        lines = [f"{len(self.faults)} faults:", *(f"  - {f}" for f in self.faults[:_SHOWN])]
+        if len(self.faults) > _SHOWN:
+            lines.append(f"  ... and {len(self.faults) - _SHOWN} more")
+        return "\n".join(lines)
+
+
+class ConfigError(UmbrellaError):
+    """A configuration that cannot be run."""
+
+
+class DataError(UmbrellaError):
+    """A conversation, an image or a tokenizer that cannot be used."""
+
+
+class CheckpointError(UmbrellaError):
+    """A checkpoint that does not hold what it should."""

@@ -1,0 +1,95 @@
+"""Leaf modules, and the scan over stacked ones.
+
+Weights lie as PyTorch stores them, [out, in]: conversion is then the identity, and the backward pass of a
+frozen layer (dy·W, the only product with W that it needs) reads them without a transposition.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from umbrella_jax.config import RematPolicy
+
+Array = jax.Array
+M = TypeVar("M", bound=nnx.Module)
+_init = nnx.initializers.normal(0.02)  # what HF starts SigLIP and Qwen2 from
+
+
+class Linear(nnx.Module):
+    """x [..., I] → x·Wᵀ + b [..., O] in x's dtype; `weight` [O, I], `bias` [O]."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, rngs: nnx.Rngs):
+        self.weight = nnx.Param(_init(rngs.params(), (out_features, in_features), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """ids int [...] → rows [..., D] of `weight` [V, D]."""
+
+    def __init__(self, num_embeddings: int, features: int, *, rngs: nnx.Rngs):
+        self.weight = nnx.Param(_init(rngs.params(), (num_embeddings, features), jnp.float32))
+
+    def __call__(self, ids: Array) -> Array:
+        return self.weight[...][ids]
+
+
+class LayerNorm(nnx.Module):
+    """(x − mean) / √(var + eps) · weight + bias over the last axis; statistics in float32, where bfloat16 has too few digits."""
+
+    def __init__(self, features: int, *, eps: float):
+        self.weight = nnx.Param(jnp.ones((features,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((features,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        h = x.astype(jnp.float32)
+        h = h - h.mean(-1, keepdims=True)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
+        return (h * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / √(mean(x²) + eps) · weight over the last axis (Zhang & Sennrich 2019); statistics in float32."""
+
+    def __init__(self, features: int, *, eps: float):
+        self.weight = nnx.Param(jnp.ones((features,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        h = x.astype(jnp.float32)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
+        return (h * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def stack(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs) -> M:
+    """One module whose parameters carry a leading axis of `num_layers`, each slice initialised on its own."""
+    return nnx.split_rngs(splits=num_layers)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
+
+
+_POLICIES: dict[str, Any] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    # Products with weights are kept; those of attention (they have batch axes) grow with T², and are recomputed.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def scan_layers(layers: nnx.Module, x: Array, *args: Any, remat: RematPolicy) -> Array:
+    """Runs x through stacked `layers` one after the other: compile time does not grow with depth.
+
+    `args` go to every layer unchanged. `remat` says what the backward pass recomputes per layer.
+    """
+    graphdef, params = nnx.split(layers)
+
+    def body(x: Array, params: nnx.State) -> tuple[Array, None]:
+        return nnx.merge(graphdef, params)(x, *args), None
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)  # scan prevents it already
+    return jax.lax.scan(body, x, params)[0]

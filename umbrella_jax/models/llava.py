@@ -1,0 +1,99 @@
+"""LLaVA: tower, projector and language model composed under Hugging Face's names; Batch → hidden states, logits.
+
+Axes: B conversations, T positions, K supervised positions, D width, V words, M volumes, N patches.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.core import FrozenDict
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from umbrella_jax.batch import Batch
+from umbrella_jax.config import ModalityConfig, RematPolicy
+from umbrella_jax.models.projector import LlavaMultiModalProjector
+from umbrella_jax.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
+from umbrella_jax.models.siglip import SiglipConfig, SiglipVisionModel
+
+Array = jax.Array
+Params = dict[str, Array]
+"""Parameters by dotted path, which is the hub's name without the layer's number: layers are stacked on axis 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaConfig:
+    """What config.json and the patch embedding's JSON say, and how to compute it."""
+
+    vision: SiglipConfig
+    text: Qwen2Config
+    modalities: Mapping[str, ModalityConfig]
+    image_token_id: int
+    compute_dtype: str = "float32"
+    remat: RematPolicy = "none"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modalities", FrozenDict(self.modalities))  # hashable: jit keys on it
+
+
+class Llava(nnx.Module):
+    """`LlavaForConditionalGeneration` whose images are volumes."""
+
+    def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.vision_tower = SiglipVisionModel(config.vision, config.modalities, config.remat, rngs=rngs)
+        self.multi_modal_projector = LlavaMultiModalProjector(
+            config.vision.hidden_size, config.text.hidden_size, rngs=rngs
+        )
+        self.language_model = Qwen2ForCausalLM(config.text, config.remat, rngs=rngs)
+
+    def image_features(self, volumes: Mapping[str, Array]) -> Array:
+        """{modality: [M, *size]} → [Σ M·N, D]: every volume's patches, over sorted modality names."""
+        dtype = jnp.dtype(self.config.compute_dtype)
+        features = []
+        for name in sorted(volumes):
+            hidden = self.vision_tower(name, volumes[name].astype(dtype))
+            features.append(self.multi_modal_projector(hidden).reshape(-1, self.config.text.hidden_size))
+        return jnp.concatenate(features)
+
+    def inputs_embeds(self, batch: Batch) -> Array:
+        """Token embeddings [B, T, D] in which a position with feature_idx ≥ 0 holds that row of the image features."""
+        chex.assert_equal_shape([batch.input_ids, batch.feature_idx, batch.positions])
+        embeds = self.language_model.model.embed_tokens(batch.input_ids).astype(self.config.compute_dtype)
+        if not batch.volumes:
+            return embeds
+        features = self.image_features(batch.volumes)
+        return jnp.where((batch.feature_idx >= 0)[..., None], features[batch.feature_idx], embeds)
+
+    def hidden_states(self, batch: Batch) -> Array:
+        """Last hidden states [B, T, D] in the compute dtype."""
+        return self.language_model.model(self.inputs_embeds(batch), batch.positions, batch.lengths)
+
+    def target_logits(self, batch: Batch) -> Array:
+        """Logits, float32 [B, K, V], at the supervised positions alone."""
+        hidden = jnp.take_along_axis(self.hidden_states(batch), batch.target_pos[..., None], axis=1)
+        return self.language_model.logits(hidden)
+
+    def __call__(self, batch: Batch) -> Array:
+        """Logits, float32 [B, T, V], at every position; those beyond a row's length mean nothing."""
+        return self.language_model.logits(self.hidden_states(batch))
+
+
+def split(model: Llava) -> tuple[nnx.GraphDef, Params]:
+    """The model's structure, which is hashable, and its parameters by dotted path."""
+    graphdef, state = nnx.split(model, nnx.Param)
+    return graphdef, flatten_dict(nnx.to_pure_dict(state), sep=".")
+
+
+def merge(graphdef: nnx.GraphDef, params: Params) -> Llava:
+    """The inverse of `split`; may be called inside jit and grad, with parameters from several traces."""
+    return nnx.merge(graphdef, unflatten_dict(params, sep="."))
+
+
+def abstract_params(config: LlavaConfig) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+    """`split` of a model that holds float32 shapes alone: nothing is computed and nothing allocated."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0))), nnx.Param)
+    return graphdef, flatten_dict(nnx.to_pure_dict(state), sep=".")

@@ -1,0 +1,19 @@
+"""LLaVA's projector: two linear maps around an exact (erf) GELU."""
+
+import jax
+from flax import nnx
+
+from umbrella_jax.models.layers import Linear
+
+Array = jax.Array
+
+
+class LlavaMultiModalProjector(nnx.Module):
+    """Hidden states of the tower [..., E] → features in the language model's width [..., D]."""
+
+    def __init__(self, vision_size: int, text_size: int, *, rngs: nnx.Rngs):
+        self.linear_1 = Linear(vision_size, text_size, rngs=rngs)
+        self.linear_2 = Linear(text_size, text_size, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.linear_2(jax.nn.gelu(self.linear_1(x), approximate=False))

@@ -1,0 +1,101 @@
+"""SigLIP's vision tower (Zhai et al. 2023) under Hugging Face's names, fed by the volume patch embedding.
+
+Axes: M volumes, N patches, E width, F width of the MLP, H heads.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+
+from umbrella_jax.config import ModalityConfig, RematPolicy
+from umbrella_jax.models.attention import attention
+from umbrella_jax.models.layers import LayerNorm, Linear, scan_layers, stack
+from umbrella_jax.models.patch_embed import PatchEmbed
+
+Array = jax.Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiglipConfig:
+    """Shape of the tower, under the names of `vision_config`."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    layer_norm_eps: float = 1e-6
+
+
+class SiglipAttention(nnx.Module):
+    """Bidirectional attention with biases."""
+
+    def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
+        self.num_heads = config.num_attention_heads
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            setattr(self, name, Linear(config.hidden_size, config.hidden_size, rngs=rngs))
+
+    def __call__(self, x: Array) -> Array:
+        q, k, v = (
+            proj(x).reshape(*x.shape[:2], self.num_heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(attention(q, k, v, causal=False).reshape(x.shape))
+
+
+class SiglipMLP(nnx.Module):
+    """E → F → E with the tanh approximation of GELU."""
+
+    def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))
+
+
+class SiglipEncoderLayer(nnx.Module):
+    """Pre-norm block: x [M, N, E] → [M, N, E]."""
+
+    def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
+        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = SiglipAttention(config, rngs=rngs)
+        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = SiglipMLP(config, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class SiglipEncoder(nnx.Module):
+    """The layers, stacked."""
+
+    def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
+        self.layers = stack(lambda rngs: SiglipEncoderLayer(config, rngs=rngs), config.num_hidden_layers, rngs)
+
+
+class SiglipVisionTransformer(nnx.Module):
+    """Patch embedding and encoder; `post_layernorm` is carried for lossless conversion only.
+
+    LLaVA takes the last layer's output *before* `post_layernorm`, so nothing that it holds reaches the loss.
+    """
+
+    def __init__(self, config: SiglipConfig, modalities: Mapping[str, ModalityConfig], *, rngs: nnx.Rngs):
+        self.embeddings = PatchEmbed(modalities, config.hidden_size, rngs=rngs)
+        self.encoder = SiglipEncoder(config, rngs=rngs)
+        self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class SiglipVisionModel(nnx.Module):
+    """Volumes [M, *size] of one modality → hidden states [M, N, E] of the last layer."""
+
+    def __init__(
+        self, config: SiglipConfig, modalities: Mapping[str, ModalityConfig], remat: RematPolicy, *, rngs: nnx.Rngs
+    ):
+        self.remat = remat
+        self.vision_model = SiglipVisionTransformer(config, modalities, rngs=rngs)
+
+    def __call__(self, name: str, volumes: Array) -> Array:
+        x = self.vision_model.embeddings(name, volumes)
+        return scan_layers(self.vision_model.encoder.layers, x, remat=self.remat)

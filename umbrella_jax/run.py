@@ -1,0 +1,265 @@
+"""A training run, from a config to a run directory:
+
+    config.yaml      the resolved config
+    model/           config.json, tokenizer, modalities: all of the model but its weights
+    checkpoints/     orbax: what was trained, moments, step
+    metrics.jsonl    one line per update
+    predictions/     answers of each evaluation
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from umbrella_jax.api import CHECKPOINTS, CONFIG, MODEL, Checkpoint, Processor, describe, open_base
+from umbrella_jax.config import RunConfig, dump_config, to_dict
+from umbrella_jax.data.loader import Dataset, eval_batches, num_steps, train_batches
+from umbrella_jax.data.tokenize import reference_answer
+from umbrella_jax.errors import ConfigError
+from umbrella_jax.evaluation.generate import greedy
+from umbrella_jax.evaluation.metrics import accuracy
+from umbrella_jax.models import Params, abstract_params
+from umbrella_jax.sharding import make_mesh, put_batch, replicated
+from umbrella_jax.training import freeze
+from umbrella_jax.training.checkpoint import Checkpoints
+from umbrella_jax.training.optimizer import make_optimizer, make_schedule
+from umbrella_jax.training.step import TrainState, init_state, jit_eval_step
+from umbrella_jax.training.trainer import Evaluate, fit
+
+Say = Callable[[str], None]
+# What may differ when a run goes on: where it reads from and how often it looks, not what it computes.
+_MAY_CHANGE = ("output_dir", "data.threads", "data.image_root", "train.save_steps", "train.eval_steps", "train.wandb")
+
+
+def inspect(config: RunConfig) -> str:
+    """What `train` says before it starts: per component how many parameters train and are frozen, and their names.
+
+    Needs config.json of the base alone; a checkpoint that lies there too is checked.
+    """
+    base = open_base(config)
+    if base.kind != "hf" or any(base.path.glob("*.safetensors*")):
+        base.check()
+    _, shapes = abstract_params(base.config)
+    labels = freeze.label_params(list(shapes), list(config.train.groups))
+    return "\n".join([*base.notes, freeze.summary(shapes, labels)])
+
+
+def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[str, float]:
+    """Trains what `config.train.groups` names and returns the last line of metrics.
+
+    Everything that can be wrong with config, data and weights is refused before anything is compiled.
+
+    Args:
+        resume: go on from the newest checkpoint in `output_dir`.
+        say: takes the lines for people.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: with every fault found.
+    """
+    mesh = make_mesh()
+    out = _output_dir(config, mesh, resume)
+    base = open_base(config)
+    base.check()
+    processor = Processor(base.tokenizer(), base.config.modalities, max_length=config.data.max_length)
+    train_set, eval_set = (_dataset(config, processor, split) for split in ("train", "eval"))
+    assert train_set is not None
+    graphdef, shapes = abstract_params(base.config)
+    labels = freeze.label_params(list(shapes), list(config.train.groups))
+    for line in [*base.notes, freeze.summary(shapes, labels)]:
+        say(line)
+
+    where = replicated(mesh)
+    params, report = base.params(config.model.frozen_dtype, sharding=where, seed=config.seed)
+    for line in report:
+        say(line)
+    trainable, frozen = freeze.partition(params, labels)
+    del params
+    steps = num_steps(len(train_set), config.train.epochs, config.train.batch_size, config.train.accumulate_steps)
+    schedule = make_schedule(config.train, steps)
+    optimizer = make_optimizer(config.train, schedule, labels)
+    state = jax.device_put(init_state(freeze.as_trainable(trainable), optimizer), where)
+    del trainable
+    meta = {"config": to_dict(config), "base_fingerprint": base.fingerprint, "versions": _versions()}
+
+    with Checkpoints(out / CHECKPOINTS) as checkpoints:
+        state = _resume(checkpoints, state, meta, say) if resume else state
+        if not resume or not (out / MODEL).exists():
+            describe(base, out / MODEL)
+        (out / CONFIG).write_text(dump_config(_absolute(config)))
+        say(f"{len(train_set)} conversations, {steps} steps on {mesh.size} device(s), into {out}")
+        state = fit(
+            state,
+            frozen,
+            train_batches(
+                train_set,
+                batch_size=config.train.batch_size,
+                accumulate_steps=config.train.accumulate_steps,
+                seed=config.seed,
+                start_step=int(state.step),
+                num_steps=steps,
+                threads=config.data.threads,
+                divisor=mesh.size,
+            ),
+            graphdef=graphdef,
+            optimizer=optimizer,
+            schedule=schedule,
+            config=config.train,
+            num_steps=steps,
+            mesh=mesh,
+            checkpoints=checkpoints,
+            meta=meta,
+            metrics_path=out / "metrics.jsonl",
+            evaluate=None
+            if eval_set is None
+            else partial(_evaluate, config, out, eval_set, processor, graphdef, frozen, mesh),
+            log=_wandb(config, out) if config.train.wandb else None,
+        )
+    return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def _output_dir(config: RunConfig, mesh: Mesh, resume: bool) -> Path:
+    """Checks what can be known before any file is read."""
+    faults = [
+        f"{field}: expected a path ({flag})"
+        for field, flag, value in [
+            ("model.base", "--base HF_DIR", config.model.base),
+            ("data.train", "--train-data P", config.data.train),
+            ("output_dir", "--output-dir D", config.output_dir),
+        ]
+        if value is None
+    ]
+    if config.train.batch_size % mesh.size:
+        fits = -(-config.train.batch_size // mesh.size) * mesh.size
+        faults.append(
+            f"train.batch_size: {config.train.batch_size} cannot be split over {mesh.size} devices; the next is {fits}"
+        )
+    if config.train.eval_steps and config.data.eval is None:
+        faults.append("train.eval_steps: nothing to evaluate on; name data.eval (--eval-data P)")
+    if config.train.wandb and importlib.util.find_spec("wandb") is None:
+        faults.append("train.wandb: wandb is not installed; pip install 'umbrella-jax[wandb]', or --no-wandb")
+    if faults:
+        raise ConfigError(faults)
+    out = Path(str(config.output_dir))
+    if (out / CHECKPOINTS).exists() and not resume:
+        raise ConfigError(f"{out}: holds a run; go on with --resume, or name another output_dir")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _dataset(config: RunConfig, processor: Processor, split: str) -> Dataset | None:
+    path = getattr(config.data, split)
+    if path is None:
+        return None
+    return Dataset.load(
+        path,
+        processor.tokenizer,
+        processor.modalities,
+        image_root=config.data.image_root,
+        modality=config.data.modality,
+        task_filter=config.data.task_filter,
+        max_length=config.data.max_length,
+        threads=config.data.threads,
+        evaluation=split == "eval",
+    )
+
+
+def _resume(checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any], say: Say) -> TrainState:
+    """The newest checkpoint's state, if it belongs to the same run."""
+    step = checkpoints.latest_step()
+    if step is None:
+        say("resume: no checkpoint yet, starting at step 0")
+        return state
+    saved = checkpoints.meta(step)
+    before, now = _flat(saved["config"]), _flat(meta["config"])
+    faults = [
+        f"{key}: {now.get(key)} now, {before.get(key)} in the checkpoint"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in _MAY_CHANGE
+    ]
+    if saved["base_fingerprint"] != meta["base_fingerprint"]:
+        faults.append("model.base: other weights than those that the run started from")
+    if faults:
+        raise ConfigError([f"{checkpoints.directory}: cannot resume: {fault}" for fault in faults])
+    say(f"resume: from step {step}")
+    return checkpoints.restore(step, state)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """With the base as an absolute path: a run is loaded from anywhere."""
+    base = Path(str(config.model.base))
+    return replace(config, model=replace(config.model, base=str(base.absolute()))) if base.is_dir() else config
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}
+
+
+def _evaluate(
+    config: RunConfig,
+    out: Path,
+    dataset: Dataset,
+    processor: Processor,
+    graphdef: nnx.GraphDef,
+    frozen: Params,
+    mesh: Mesh,
+    step: int,
+    trainable: Params,
+) -> dict[str, float]:
+    """Loss over the answers and greedy accuracy on the evaluation data; answers go to predictions/step_N.jsonl."""
+    batches = partial(
+        eval_batches, dataset, config.train.batch_size, threads=config.data.threads, divisor=mesh.size
+    )
+    loss, tokens = 0.0, 0
+    for _, batch in batches(prompts=False):
+        batch_loss, count = jit_eval_step(trainable, frozen, put_batch(batch, mesh, axis=0), graphdef=graphdef)
+        loss, tokens = loss + float(batch_loss), tokens + int(count)
+    stop, rows = np.array(processor.stop_ids, np.int32), []
+    for indices, batch in batches(prompts=True):
+        answers = greedy(
+            trainable | frozen,
+            put_batch(batch, mesh, axis=0),
+            stop,
+            graphdef=graphdef,
+            max_new_tokens=config.train.max_new_tokens,
+        )
+        for index, text in zip(indices, processor.decode(np.asarray(answers)[: len(indices)]), strict=True):
+            conversation = dataset.conversations[index]
+            rows.append(
+                {
+                    "task_id": conversation.task_id,
+                    "task_type": conversation.task_type,
+                    "prediction": text,
+                    "reference": reference_answer(conversation),
+                    "metadata": dict(conversation.metadata),
+                }
+            )
+    folder = out / "predictions"
+    folder.mkdir(exist_ok=True)
+    (folder / f"step_{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    known = [row for row in rows if row["reference"]]  # some files keep the truth in metadata alone
+    metrics = {"loss": loss / tokens} if tokens else {}
+    return {f"eval_{name}": value for name, value in (metrics | accuracy(known)).items()}
+
+
+def _wandb(config: RunConfig, out: Path) -> Callable[[dict[str, float]], None]:
+    import wandb
+
+    run = wandb.init(dir=str(out), config=to_dict(config))
+    return lambda line: run.log(line, step=int(line["step"]))

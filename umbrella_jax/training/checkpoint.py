@@ -1,0 +1,74 @@
+"""Orbax: the part that changes in a run, and whole models in native form."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from umbrella_jax.errors import CheckpointError
+from umbrella_jax.models import Params
+from umbrella_jax.training.step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of a run, `directory/<step>/`: trained parameters, moments and step, with what they belong to.
+
+    Saving is asynchronous and atomic; a step that was cut off while it was written is not seen. The newest 3 stay.
+    """
+
+    def __init__(self, directory: Path, *, read_only: bool = False):
+        self.directory = directory
+        options = ocp.CheckpointManagerOptions(max_to_keep=3, read_only=read_only)
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()  # waits for a save under way
+
+    def latest_step(self) -> int | None:
+        """The newest step, None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Starts to write `state` and the JSON `meta`; a step that is there already stays as it is."""
+        step = int(state.step)
+        if step == self.latest_step():
+            return
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), meta=ocp.args.JsonSave(meta))
+        if not self._manager.save(step, args=args):
+            raise CheckpointError(f"{self.directory}: step {step} was not saved")
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What was saved beside the state of `step`."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state of `step`, with the structure and on the devices of `like`."""
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like))))
+        return TrainState(**self._manager.restore(step, args=args).state)
+
+    def restore_trainable(self, step: int) -> Params:
+        """The trained parameters of `step` alone, on the default device."""
+        args = ocp.args.Composite(state=ocp.args.StandardRestore())
+        return self._manager.restore(step, args=args).state["trainable"]
+
+
+def _tree(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state}
+
+
+def save_params(directory: Path, params: Params) -> None:
+    """Writes all parameters of a model; `directory` must not exist."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory.absolute(), params)
+
+
+def load_params(directory: Path, sharding: jax.sharding.Sharding) -> Params:
+    """Reads what `save_params` wrote, onto any devices."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        shapes = checkpointer.metadata(directory.absolute()).item_metadata
+        target = {p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for p, leaf in dict(shapes).items()}
+        return checkpointer.restore(directory.absolute(), target)

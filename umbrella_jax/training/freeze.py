@@ -1,0 +1,92 @@
+"""The one rule of what trains: it feeds gradients, optimiser labels, dtypes, checkpoints and the log.
+
+Every parameter gets a label: `FROZEN`, or the name of the group in the config that trains it. Parameters of a
+patch embedding are labelled `group/modality`, since a modality that is absent from a step is left untouched.
+"""
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from umbrella_jax.errors import ConfigError
+
+T = TypeVar("T")
+FROZEN = "frozen"
+
+COMPONENTS: dict[str, str] = {
+    "patch_embed": "vision_tower.vision_model.embeddings.*",
+    "vision_tower": "vision_tower.vision_model.encoder.*",
+    "projector": "multi_modal_projector.*",
+    "language_model": "language_model.*",
+}
+"""The groups that have a name, as path patterns. What none of them covers (SigLIP's `post_layernorm`, whose output
+LLaVA does not take) cannot train: nothing that it does reaches the loss."""
+
+_MODALITY = re.compile(r"vision_tower\.vision_model\.embeddings\.(\w+?)_(?:proj\.\w+|positional_embeddings)")
+
+
+def modality_of(path: str) -> str | None:
+    """The modality whose patch embedding holds this parameter; None for all others."""
+    match = _MODALITY.fullmatch(path)
+    return match[1] if match else None
+
+
+def label_params(paths: Collection[str], groups: Collection[str]) -> dict[str, str]:
+    """The label of every parameter, for the groups (names of `COMPONENTS` or path patterns) that the config names.
+
+    Raises ConfigError when nothing trains, when a group covers no parameter, when two cover the same one, and when
+    one covers a parameter that cannot reach the loss.
+    """
+    patterns = {group: COMPONENTS.get(group, group) for group in groups}
+    reachable = {path for path in paths if any(fnmatchcase(path, pattern) for pattern in COMPONENTS.values())}
+    labels, faults = {}, []
+    for path in paths:
+        covering = [group for group, pattern in patterns.items() if fnmatchcase(path, pattern)]
+        if len(covering) > 1:
+            faults.append(f"train.groups: {path} is covered by {' and '.join(covering)}; let one of them cover it")
+        if covering and path not in reachable:
+            faults.append(f"train.groups: {covering[0]} covers {path}, which LLaVA does not use: it cannot train")
+        modality = modality_of(path)
+        labels[path] = FROZEN if not covering else f"{covering[0]}/{modality}" if modality else covering[0]
+    for group, pattern in patterns.items():
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            names = ", ".join(COMPONENTS)
+            faults.append(f"train.groups: {group} covers no parameter; expected {names} or a pattern of parameter paths")
+    if not groups:
+        faults.append("train.groups: nothing trains; name a group, such as patch_embed")
+    if faults:
+        raise ConfigError(faults)
+    return labels
+
+
+def partition(params: Mapping[str, T], labels: Mapping[str, str]) -> tuple[dict[str, T], dict[str, T]]:
+    """Splits parameters into those that train and those that are frozen."""
+    trainable = {path: leaf for path, leaf in params.items() if labels[path] != FROZEN}
+    frozen = {path: leaf for path, leaf in params.items() if labels[path] == FROZEN}
+    return trainable, frozen
+
+
+def as_trainable(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Float32 copies: updates of 1e-5 round away in bfloat16. Copies, since the step gives their buffers away."""
+    return {path: jnp.array(leaf, jnp.float32, copy=True) for path, leaf in params.items()}
+
+
+def summary(params: Mapping[str, jax.ShapeDtypeStruct | jax.Array], labels: Mapping[str, str]) -> str:
+    """The freezing summary: per component how many numbers train and are frozen, and the names of those that train."""
+    rows: dict[str, list[int]] = {name: [0, 0] for name in [*COMPONENTS, "unused"]}
+    for path, leaf in params.items():
+        component = next((name for name, pattern in COMPONENTS.items() if fnmatchcase(path, pattern)), "unused")
+        rows[component][labels[path] == FROZEN] += math.prod(leaf.shape)
+    rows["total"] = [sum(column) for column in zip(*rows.values(), strict=True)]
+    lines = [f"{'component':<16}{'trainable':>16}{'frozen':>16}"]
+    lines += [f"{name:<16}{trains:>16,}{frozen:>16,}" for name, (trains, frozen) in rows.items()]
+    lines.append("trains:")
+    lines += [
+        f"  {path}  {tuple(leaf.shape)}  [{labels[path]}]" for path, leaf in params.items() if labels[path] != FROZEN
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,79 @@
+"""One update and one evaluation: pure functions of parameters and a batch.
+
+Gradients are taken of the trainable partition alone, so no weight gradient of a frozen layer is ever computed.
+"""
+
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from umbrella_jax.batch import Batch
+from umbrella_jax.models import Params, merge
+from umbrella_jax.training.loss import loss_sum
+
+Array = jax.Array
+
+
+@chex.dataclass(frozen=True)
+class TrainState:
+    """What changes from step to step, and all that a checkpoint holds."""
+
+    step: Array
+    """int32 []: updates made."""
+    trainable: Params
+    """float32 parameters that train, by path."""
+    opt_state: Any
+
+
+def init_state(trainable: Params, optimizer: optax.GradientTransformationExtraArgs) -> TrainState:
+    """The state before the first update."""
+    return TrainState(step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=optimizer.init(trainable))
+
+
+def train_step(
+    state: TrainState,
+    frozen: Params,
+    batch: Batch,
+    *,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformationExtraArgs,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update from A micro-batches (fields [A, B, ...]).
+
+    The gradient is Σ over micro-batches of the gradient of their summed loss, divided by their number of supervised
+    tokens. Returns the new state and {loss, grad_norm (before clipping), supervised_tokens}.
+    """
+
+    def micro_loss(trainable: Params, micro: Batch) -> tuple[Array, Array]:
+        return loss_sum(merge(graphdef, trainable | frozen), micro)
+
+    def accumulate(carry: tuple[Any, Array, Array], micro: Batch) -> tuple[tuple[Any, Array, Array], None]:
+        grads, loss, count = carry
+        (micro_sum, micro_count), micro_grads = jax.value_and_grad(micro_loss, has_aux=True)(state.trainable, micro)
+        return (optax.tree.add(grads, micro_grads), loss + micro_sum, count + micro_count), None
+
+    zero = (optax.tree.zeros_like(state.trainable), jnp.zeros(()), jnp.zeros((), jnp.int32))
+    (grads, loss, count), _ = jax.lax.scan(accumulate, zero, batch)
+    grads = optax.tree.scale(1 / count, grads)
+    updates, opt_state = optimizer.update(
+        grads, state.opt_state, state.trainable, present=frozenset(batch.volumes)
+    )
+    new = TrainState(
+        step=state.step + 1, trainable=optax.apply_updates(state.trainable, updates), opt_state=opt_state
+    )
+    return new, {"loss": loss / count, "grad_norm": optax.tree.norm(grads), "supervised_tokens": count}
+
+
+def eval_step(trainable: Params, frozen: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> tuple[Array, Array]:
+    """(loss sum, supervised tokens) of one batch [B, ...]."""
+    return loss_sum(merge(graphdef, trainable | frozen), batch)
+
+
+# Donated: the old state's buffers are the new one's. Frozen weights are read, never written, never returned.
+jit_train_step = partial(jax.jit, static_argnames=("graphdef", "optimizer"), donate_argnames="state")(train_step)
+jit_eval_step = partial(jax.jit, static_argnames=("graphdef",))(eval_step)

@@ -1,0 +1,123 @@
+"""The loop, read from top to bottom. It takes any iterator of `Batch`."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from umbrella_jax.batch import Batch
+from umbrella_jax.config import TrainConfig
+from umbrella_jax.errors import UmbrellaError
+from umbrella_jax.models import Params
+from umbrella_jax.sharding import put_batch
+from umbrella_jax.training.checkpoint import Checkpoints
+from umbrella_jax.training.step import TrainState, jit_train_step
+
+Evaluate = Callable[[int, Params], dict[str, float]]
+"""(step, trainable parameters) → metrics under names of their own."""
+
+
+class Metrics:
+    """`metrics.jsonl`: one line per update, flushed as it is written. Lines behind `step`, from a run that was cut
+    off after its last checkpoint, are taken out: they are made again."""
+
+    def __init__(self, path: Path, step: int):
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except json.JSONDecodeError:  # the torn last line of a killed run
+                    continue
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self._file = path.open("a")
+
+    def write(self, **values: float) -> None:
+        """Appends one line."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def fit(
+    state: TrainState,
+    frozen: Params,
+    batches: Iterator[Batch],
+    *,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedule: optax.Schedule,
+    config: TrainConfig,
+    num_steps: int,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    meta: dict[str, Any],
+    metrics_path: Path,
+    evaluate: Evaluate | None = None,
+    log: Callable[[dict[str, float]], None] | None = None,
+) -> TrainState:
+    """Trains from `state.step` to `num_steps` on `batches`, which starts at that step, and returns the last state.
+
+    Saves every `config.save_steps` updates and at the end, `meta` beside it; evaluates every `config.eval_steps` and
+    at the end; hands each line of metrics to `log` too. Raises UmbrellaError, keeping the last checkpoint, when the
+    loss is not finite.
+    """
+    start = int(state.step)
+    metrics = Metrics(metrics_path, start)
+    step_fn = partial(jit_train_step, graphdef=graphdef, optimizer=optimizer)
+    shapes: set[Any] = set()
+    with tqdm(total=num_steps, initial=start, desc="train", unit="step", disable=None) as bar:
+        for step in range(start, num_steps):
+            batch = next(batches)
+            shape = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
+            if shape not in shapes:
+                shapes.add(shape)
+                bar.write(f"step {step + 1}: compiling for {describe(batch)}")
+            started = time.perf_counter()
+            state, values = step_fn(state, frozen, put_batch(batch, mesh, axis=1))
+            values = jax.device_get(values)  # waits for the step
+            seconds = time.perf_counter() - started
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+                raise UmbrellaError(
+                    f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite; "
+                    f"the last checkpoint is step {checkpoints.latest_step()}"
+                )
+            line: dict[str, float] = {
+                "step": step + 1,
+                "loss": float(values["loss"]),
+                "grad_norm": float(values["grad_norm"]),
+                "learning_rate": float(schedule(step)),
+                "supervised_tokens": int(values["supervised_tokens"]),
+                "step_seconds": seconds,
+            }
+            last = step + 1 == num_steps
+            if evaluate and (last or (config.eval_steps and (step + 1) % config.eval_steps == 0)):
+                line |= evaluate(step + 1, state.trainable)
+            metrics.write(**line)
+            if log:
+                log(line)
+            bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
+            bar.update()
+            if last or (step + 1) % config.save_steps == 0:
+                checkpoints.save(state, meta)
+    metrics.close()
+    return state
+
+
+def describe(batch: Batch) -> str:
+    """The shape of a training batch in words."""
+    micro, rows, length = batch.input_ids.shape
+    volumes = ", ".join(f"{x.shape[1]} {name} {'×'.join(map(str, x.shape[2:]))}" for name, x in batch.volumes.items())
+    return f"{micro} × {rows} conversations of {length} positions, {batch.target_pos.shape[-1]} supervised; {volumes or 'no volumes'}"
