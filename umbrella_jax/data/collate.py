@@ -25,7 +25,8 @@ class BatchShape:
     targets: int
     """K, a power of two, 8 at least."""
     volumes: tuple[tuple[str, int], ...]
-    """(modality, M) in sorted order; M is a power of two rounded up to the divisor. Absent modalities have no entry."""
+    """(modality, M) in sorted order; M is a power of two, B/2 at least, rounded up to the divisor. Absent modalities
+    have no entry."""
 
 
 def shape_of(batches: Iterable[Sequence[Encoded]], batch_size: int, divisor: int = 1) -> BatchShape:
@@ -41,7 +42,8 @@ def shape_of(batches: Iterable[Sequence[Encoded]], batch_size: int, divisor: int
         positions = max([positions, *(len(row) for row in batch)])
         targets = max([targets, *(int(row.supervised.sum()) for row in batch)])
         for modality, images in _distinct(batch).items():
-            volumes[modality] = max(volumes.get(modality, 1), len(images))
+            # Half the conversations at least: fewer shapes to compile, for at most that much padding.
+            volumes[modality] = max(volumes.get(modality, 1), len(images), batch_size // 2)
     return BatchShape(
         conversations=batch_size,
         positions=_multiple(positions, _T_MULTIPLE),

@@ -1,6 +1,7 @@
-"""What the demo runs on, made on the spot: a small random LLaVA-Qwen and a small brain data set."""
+"""The whole path on inputs made on the spot, through the commands that a user types."""
 
 from umbrella_jax.demo.base import make_base
 from umbrella_jax.demo.data import DemoData, make_data
+from umbrella_jax.demo.run import run_demo
 
-__all__ = ["DemoData", "make_base", "make_data"]
+__all__ = ["DemoData", "make_base", "make_data", "run_demo"]

@@ -1,0 +1,86 @@
+"""The demo: the main job on an embedded default. Every step is a command of the command line, and none is the demo's own."""
+
+import json
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from umbrella_jax.demo.base import make_base
+from umbrella_jax.demo.data import make_data
+from umbrella_jax.errors import ConfigError, UmbrellaError
+
+_PACKAGE = Path(__file__).parent.parent
+CONFIG = next(p for p in (_PACKAGE / "configs/tiny.yaml", _PACKAGE.parent / "configs/tiny.yaml") if p.exists())
+"""In an installed wheel the configs lie in the package, in a checkout beside it."""
+
+
+def run_demo(directory: Path, *, seed: int = 0, arguments: Sequence[str] = ()) -> dict[str, float]:
+    """Makes a small LLaVA-Qwen and a data set, converts, trains, answers, exports and loads the export back.
+
+    Args:
+        directory: for all that is made; must not exist or be empty.
+        arguments: for `umbrella-jax train`, behind the demo's own.
+
+    Returns:
+        {task: held-out accuracy}.
+
+    Raises:
+        UmbrellaError: the directory is not empty, or the export does not answer as the run did.
+    """
+    from umbrella_jax.cli import main
+
+    def command(*words: object) -> None:
+        text = [str(word) for word in words]
+        print(f"\n$ umbrella-jax {shlex.join(text)}", flush=True)
+        if main(text):
+            raise UmbrellaError(f"demo: umbrella-jax {text[0]} failed")
+
+    if directory.exists() and any(directory.iterdir()):
+        raise ConfigError(f"{directory}: not empty; name another directory (--output-dir D) or remove it")
+    base, native, run, export = (directory / name for name in ("base", "native", "run", "export"))
+    make_base(base, seed)
+    data = make_data(directory / "data", seed)
+    print(f"{base}: a small LLaVA-Qwen with random weights\n{data.root}: heads with a lesion, runs with an active region")
+
+    command("convert", "from-hf", base, native, "--config", CONFIG)
+    options = ["--base", native, "--train-data", data.train, "--eval-data", data.eval, "--output-dir", run]
+    command("train", "--config", CONFIG, *options, *arguments)
+    command("convert", "to-hf", run, export)
+
+    rows = [json.loads(line) for line in max((run / "predictions").glob("*.jsonl"), key=_step).read_text().splitlines()]
+    again = _answers(export, data.eval)
+    if again != [row["prediction"] for row in rows]:
+        raise UmbrellaError(f"{export}: answers other than the run's; the export does not hold what was trained")
+    print(f"\n{export}: loaded back, its {len(again)} held-out answers are the run's, one by one")
+    return _report(rows)
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
+
+
+def _answers(checkpoint: Path, conversations: Path) -> list[str]:
+    """What a notebook does: load, make a batch, generate."""
+    import umbrella_jax
+
+    model = umbrella_jax.load(checkpoint)
+    processor = umbrella_jax.Processor.load(checkpoint)
+    batch = processor.batch(conversations, prompts=True)
+    return processor.decode(umbrella_jax.generate(model, batch, stop_ids=processor.stop_ids, max_new_tokens=4))
+
+
+def _report(rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
+    """Prints accuracy per task on subjects that training did not see, beside that of the most frequent answer."""
+    from umbrella_jax.evaluation.metrics import accuracy, task_of
+
+    tasks = defaultdict(list)
+    for row in rows:
+        tasks[task_of(row)].append(row)
+    print(f"\n{'held-out task':<28}{'n':>5}{'accuracy':>10}{'chance':>8}")
+    result = {}
+    for task, members in sorted(tasks.items()):
+        result[task] = accuracy(members)["accuracy"]
+        chance = Counter(row["reference"] for row in members).most_common(1)[0][1] / len(members)
+        print(f"{task:<28}{len(members):>5}{result[task]:>10.1%}{chance:>8.1%}")
+    return result
