@@ -12,7 +12,7 @@ import numpy as np
 
 from convert.from_hf import check_checkpoint
 from convert.from_hf import load_params as params_from_hf
-from convert.hf_config import read_config, write_config
+from convert.hf_config import UMBRELLA_CONFIG, read_config, write_config
 from convert.safetensors_io import fingerprint
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import ModalityConfig, ModelConfig, RematPolicy, RunConfig, load_config
@@ -26,7 +26,6 @@ PARAMS = "params"
 """Of a native checkpoint: the orbax directory beside config.json."""
 MODEL, CONFIG, CHECKPOINTS = "model", "config.yaml", "checkpoints"
 """Of a run: all but the weights of its model, its resolved config, its checkpoints."""
-_NATIVE = "native.json"
 
 
 def fetch(base: str) -> Path:
@@ -34,7 +33,9 @@ def fetch(base: str) -> Path:
     if Path(base).is_dir():
         return Path(base)
     if base.count("/") != 1 or base.startswith((".", "/", "~")):
-        raise CheckpointError(f"{base}: no such directory; expected one in Hugging Face format, a native checkpoint or a run")
+        raise CheckpointError(
+            f"{base}: no such directory; expected one in Hugging Face format, a native checkpoint or a run"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -91,7 +92,7 @@ class Checkpoint:
             trained = load_config(run / CONFIG)
             assert trained.model.base is not None  # a run does not start without
             base = cls.open(trained.model.base, config.modalities, **options)
-            base = replace(base, config=replace(config, modalities=base.config.modalities))
+            base = replace(base, config=config)
             return cls(run, "run", run / MODEL, config, (), step, base)
         kind: Literal["hf", "native"] = "native" if (found / PARAMS).is_dir() else "hf"
         config = read_config(found, modalities, **options)
@@ -113,7 +114,7 @@ class Checkpoint:
         if self.base is not None:
             return self.base.fingerprint
         if self.kind == "native":
-            return json.loads((self.path / _NATIVE).read_text())["fingerprint"]
+            return json.loads((self.path / UMBRELLA_CONFIG).read_text())["base_fingerprint"]
         return fingerprint(self.path)
 
     def tokenizer(self) -> Any:
@@ -125,7 +126,9 @@ class Checkpoint:
         if self.kind == "hf":
             check_checkpoint(self.path, self.config)
 
-    def params(self, dtype: str = "auto", *, sharding: jax.sharding.Sharding | None = None, seed: int = 0) -> tuple[Params, list[str]]:
+    def params(
+        self, dtype: str = "auto", *, sharding: jax.sharding.Sharding | None = None, seed: int = 0
+    ) -> tuple[Params, list[str]]:
         """Reads all parameters, and says what was initialised, left out or grown on the way.
 
         Args:
@@ -142,19 +145,19 @@ class Checkpoint:
         if self.kind == "native":
             return _cast(load_params(self.path / PARAMS, where), dtype), []
         assert self.base is not None
-        params, report_lines = self.base.params(dtype, sharding=where, seed=seed)
+        params, lines = self.base.params(dtype, sharding=where, seed=seed)
         with Checkpoints(self.path / CHECKPOINTS, read_only=True) as checkpoints:
             step = self.step if self.step is not None else checkpoints.latest_step()
             if step is None:
                 raise CheckpointError(f"{self.path}: the run has no checkpoint yet")
-            meta, trained = checkpoints.meta(step), checkpoints.restore_trainable(step)
+            meta, trained = checkpoints.meta(step), checkpoints.restore_trainable(step, where)
         if meta["base_fingerprint"] != self.fingerprint:
             raise CheckpointError(
-                f"{self.base.path}: not the weights that {self.path} was trained on: fingerprint {self.fingerprint[:12]}, "
-                f"expected {meta['base_fingerprint'][:12]}; restore them, or name their copy as model.base in {self.path / CONFIG}"
+                f"{self.base.path}: not the weights that {self.path} was trained on (fingerprint "
+                f"{self.fingerprint[:12]}, expected {meta['base_fingerprint'][:12]}); bring them back, or name where "
+                f"they are as model.base in {self.path / CONFIG}"
             )
-        trained = {path: jax.device_put(leaf, where) for path, leaf in trained.items()}
-        return params | (_cast(trained, dtype)), report_lines
+        return params | _cast(trained, dtype), lines
 
 
 def _cast(params: Params, dtype: str) -> Params:
@@ -167,8 +170,8 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def describe(checkpoint: Checkpoint, directory: Path) -> None:
-    """Writes all but the weights (config.json, tokenizer, modalities) to `directory`, grown where the vocabulary was."""
-    write_config(checkpoint.description, directory, checkpoint.config)
+    """Writes all but the weights to `directory`: config.json, tokenizer, modalities; grown where the vocabulary was."""
+    write_config(checkpoint.description, directory, checkpoint.config, base_fingerprint=checkpoint.fingerprint)
     if checkpoint.notes:
         checkpoint.tokenizer().save_pretrained(directory)
 
@@ -179,7 +182,6 @@ def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str, seed: i
         raise CheckpointError(f"{directory}: not empty; name a directory that does not exist yet")
     params, lines = checkpoint.params(dtype, seed=seed)
     describe(checkpoint, directory)
-    (directory / _NATIVE).write_text(json.dumps({"fingerprint": checkpoint.fingerprint}) + "\n")
     save_params(directory / PARAMS, params)
     return lines
 
@@ -221,7 +223,12 @@ class Processor:
         return cls(checkpoint.tokenizer(), checkpoint.config.modalities, max_length=max_length)
 
     def dataset(
-        self, conversations: str | Path, *, image_root: str | Path | None = None, evaluation: bool = False, threads: int = 4
+        self,
+        conversations: str | Path,
+        *,
+        image_root: str | Path | None = None,
+        evaluation: bool = False,
+        threads: int = 4,
     ) -> Dataset:
         """Reads and checks a conversation file or a directory of them, and every volume; see `Dataset.load`."""
         return Dataset.load(
@@ -246,7 +253,7 @@ class Processor:
         ids = [self.tokenizer.convert_tokens_to_ids("<|im_end|>"), self.tokenizer.eos_token_id]
         return sorted({i for i in ids if i is not None})
 
-    def decode(self, tokens: np.ndarray | Sequence[Sequence[int]]) -> list[str]:
+    def decode(self, tokens: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> list[str]:
         """Text of generated tokens, int [B, L]; special tokens and what stands behind the end are left out."""
         rows = np.asarray(tokens)
         return [self.tokenizer.decode(row[row >= 0], skip_special_tokens=True).strip() for row in rows]

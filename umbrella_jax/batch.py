@@ -2,9 +2,8 @@
 
 import chex
 import jax
-import numpy as np
 
-Array = jax.Array | np.ndarray
+Array = jax.Array  # numpy's on the host, until a step puts them on devices
 
 
 @chex.dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Batch:
     target_mask: Array
     """bool [B, K]; False where padded."""
     volumes: dict[str, Array]
-    """{modality: float32 [M, D, H, W] or [M, D, H, W, T]}: each distinct volume once, zero volumes behind up to a static M.
+    """{modality: float32 [M, D, H, W] or [M, D, H, W, T]}: each distinct volume once, zeros behind up to a static M.
 
     A modality that no conversation of the batch names has no entry: the step leaves its parameters untouched.
     """

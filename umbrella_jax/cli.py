@@ -1,6 +1,7 @@
 """The command line: arguments, one call each, and errors as lines instead of tracebacks."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,27 +10,29 @@ from typing import Any
 from umbrella_jax.config import RunConfig, load_config
 from umbrella_jax.errors import ConfigError, UmbrellaError
 
-# Flags that stand for a key of the config, with the type of their value.
-_FLAGS: dict[str, tuple[str, type, str]] = {
-    "--base": ("model.base", str, "LLaVA in Hugging Face format, native checkpoint, or name on the hub"),
-    "--train-data": ("data.train", str, "conversations: .json, .jsonl or a directory of them"),
-    "--eval-data": ("data.eval", str, "conversations to evaluate on"),
-    "--image-root": ("data.image_root", str, "where relative image paths start"),
-    "--modality": ("data.modality", str, "keep conversations whose images are all of this modality"),
-    "--task-filter": ("data.task_filter", str, "keep conversations of this task"),
-    "--output-dir": ("output_dir", str, "the run's directory"),
-    "--batch-size": ("train.batch_size", int, "conversations per micro-batch, over all devices"),
-    "--learning-rate": ("train.learning_rate", float, "peak learning rate"),
-    "--epochs": ("train.epochs", float, "passes over the training data"),
+# Flags that stand for a key of the config: key, type, name of the value, help.
+_FLAGS: dict[str, tuple[str, type, str, str]] = {
+    "--base": ("model.base", str, "HF_DIR", "LLaVA in Hugging Face format, native checkpoint, or name on the hub"),
+    "--train-data": ("data.train", str, "P", "conversations: .json, .jsonl or a directory of them"),
+    "--eval-data": ("data.eval", str, "P", "conversations to evaluate on"),
+    "--image-root": ("data.image_root", str, "P", "where relative image paths start"),
+    "--modality": ("data.modality", str, "NAME", "keep conversations whose images are all of this modality"),
+    "--task-filter": ("data.task_filter", str, "NAME", "keep conversations of this task"),
+    "--output-dir": ("output_dir", str, "D", "the run's directory"),
+    "--batch-size": ("train.batch_size", int, "N", "conversations per micro-batch, over all devices"),
+    "--learning-rate": ("train.learning_rate", float, "X", "peak learning rate"),
+    "--epochs": ("train.epochs", float, "X", "passes over the training data"),
 }
 
 
 def _add_config(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run (see configs/)")
     for flag in flags:
-        key, kind, text = _FLAGS[flag]
-        parser.add_argument(flag, dest=key, type=kind, metavar={str: "P", int: "N", float: "X"}[kind], help=f"{text} [{key}]")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other key, e.g. train.clip_norm=0.5")
+        key, kind, metavar, text = _FLAGS[flag]
+        parser.add_argument(flag, dest=key, type=kind, metavar=metavar, help=f"{text} [{key}]")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any other key, e.g. train.clip_norm=0.5"
+    )
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
@@ -85,7 +88,8 @@ def _to_hf(arguments: argparse.Namespace) -> None:
     params, _ = checkpoint.params()
     names = tuple(arguments.names.split(",")) if arguments.names else None
     out = Path(arguments.out)
-    export(out, params, checkpoint.config, checkpoint.description, names=names)
+    fingerprint = None if checkpoint.kind == "hf" else checkpoint.fingerprint
+    export(out, params, checkpoint.config, checkpoint.description, names=names, fingerprint=fingerprint)
     if checkpoint.notes and has_tokenizer(checkpoint.description):
         checkpoint.tokenizer().save_pretrained(out)
     print(f"{out}: Hugging Face checkpoint; in PyTorch: convert.torch_model.load_umbrella({str(out)!r})")
@@ -120,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect = command(commands, "inspect", _inspect, "Print what would train and what is frozen, without training.")
     _add_config(inspect, ["--base"])
 
-    convert = commands.add_parser("convert", help="Convert checkpoints.").add_subparsers(required=True, metavar="COMMAND")
+    convert = commands.add_parser("convert", help="Convert checkpoints.").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
     from_hf = command(convert, "from-hf", _from_hf, "Hugging Face directory to a native (orbax) checkpoint.")
     from_hf.add_argument("source", metavar="HF_DIR")
     from_hf.add_argument("out", metavar="OUT")
@@ -128,7 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     to_hf = command(convert, "to-hf", _to_hf, "Run or checkpoint to a Hugging Face directory that PyTorch loads.")
     to_hf.add_argument("source", metavar="RUN_OR_CHECKPOINT")
     to_hf.add_argument("out", metavar="OUT")
-    to_hf.add_argument("--names", metavar="T1,rsfMRI|sMRI,fMRI", help="names of the patch embedding; default as configured")
+    to_hf.add_argument(
+        "--names", metavar="T1,rsfMRI|sMRI,fMRI", help="names of the patch embedding; default as configured"
+    )
 
     config = commands.add_parser("config", help="Make configs.").add_subparsers(required=True, metavar="COMMAND")
     original = command(config, "from-original", _from_original, "Print a YAML of the PyTorch system as one of ours.")
@@ -142,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 when it went well, 1 when the user's input was at fault."""
     arguments = _parser().parse_args(argv)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what is on purpose: reading a run read-only
     try:
         arguments.call(arguments)
     except UmbrellaError as error:

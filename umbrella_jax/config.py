@@ -61,7 +61,11 @@ class ModalityConfig:
         if self.stride_within_seq < 1 or self.stride_between_seq <= 0:
             faults.append("stride_within_seq and stride_between_seq: expected positive numbers")
         scaling = self.scaling or ("znorm" if len(self.size) == 3 else "znorm_minback")
-        allowed = ("znorm", "none", "minmax") if len(self.size) == 3 else ("none", "minmax", "znorm_zeroback", "znorm_minback")
+        allowed = (
+            ("znorm", "none", "minmax")
+            if len(self.size) == 3
+            else ("none", "minmax", "znorm_zeroback", "znorm_minback")
+        )
         if scaling not in allowed:
             faults.append(f"scaling {scaling}: expected one of {', '.join(allowed)} for {len(self.size)}D volumes")
         if faults:
@@ -103,7 +107,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.modalities:
             raise ConfigError("modalities: expected at least one")
-        if faults := [f"modalities.{m}: expected letters, digits and _" for m in self.modalities if not m.isidentifier()]:
+        if faults := [
+            f"modalities.{m}: expected letters, digits and _" for m in self.modalities if not m.isidentifier()
+        ]:
             raise ConfigError(faults)
 
 
@@ -245,7 +251,9 @@ def _expected_keys(path: Sequence[str | int]) -> str:
             cls = next((f.type for f in dataclasses.fields(cls) if f.name == part), None)
         elif cls is not None:  # dict[str, SomeConfig]
             cls = cls.__args__[1]
-    return "one of " + ", ".join(f.name for f in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else "another"
+    return (
+        "one of " + ", ".join(f.name for f in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else "another"
+    )
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:

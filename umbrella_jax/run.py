@@ -1,10 +1,10 @@
 """A training run, from a config to a run directory:
 
-    config.yaml      the resolved config
-    model/           config.json, tokenizer, modalities: all of the model but its weights
-    checkpoints/     orbax: what was trained, moments, step
-    metrics.jsonl    one line per update
-    predictions/     answers of each evaluation
+config.yaml      the resolved config
+model/           config.json, tokenizer, modalities: all of the model but its weights
+checkpoints/     orbax: what was trained, moments, step
+metrics.jsonl    one line per update
+predictions/     answers of each evaluation
 """
 
 import importlib.metadata
@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from umbrella_jax.api import CHECKPOINTS, CONFIG, MODEL, Checkpoint, Processor, describe, open_base
+from umbrella_jax.api import CHECKPOINTS, CONFIG, MODEL, Processor, describe, open_base
 from umbrella_jax.config import RunConfig, dump_config, to_dict
 from umbrella_jax.data.loader import Dataset, eval_batches, num_steps, train_batches
 from umbrella_jax.data.tokenize import reference_answer
@@ -34,7 +34,7 @@ from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule
 from umbrella_jax.training.step import TrainState, init_state, jit_eval_step
-from umbrella_jax.training.trainer import Evaluate, fit
+from umbrella_jax.training.trainer import fit
 
 Say = Callable[[str], None]
 # What may differ when a run goes on: where it reads from and how often it looks, not what it computes.
@@ -223,9 +223,7 @@ def _evaluate(
     trainable: Params,
 ) -> dict[str, float]:
     """Loss over the answers and greedy accuracy on the evaluation data; answers go to predictions/step_N.jsonl."""
-    batches = partial(
-        eval_batches, dataset, config.train.batch_size, threads=config.data.threads, divisor=mesh.size
-    )
+    batches = partial(eval_batches, dataset, config.train.batch_size, threads=config.data.threads, divisor=mesh.size)
     loss, tokens = 0.0, 0
     for _, batch in batches(prompts=False):
         batch_loss, count = jit_eval_step(trainable, frozen, put_batch(batch, mesh, axis=0), graphdef=graphdef)

@@ -68,9 +68,7 @@ def test_ten_adamw_steps():
     state = init_state(as_trainable(trainable), optimizer)
     batch = jax.tree.map(lambda leaf: leaf[None], golden_batch())
     for loss, norm in golden("train")["loss_and_grad_norm"]:
-        state, metrics = jit_train_step(
-            state, frozen, batch, graphdef=abstract_params(config)[0], optimizer=optimizer
-        )
+        state, metrics = jit_train_step(state, frozen, batch, graphdef=abstract_params(config)[0], optimizer=optimizer)
         assert relative(metrics["loss"], loss) <= 1e-5
         assert relative(metrics["grad_norm"], norm) <= 1e-4
     for path, leaf in state.trainable.items():

@@ -167,8 +167,8 @@ def test_padding_does_not_reach_the_logits():
     graphdef, params = split(Llava(llava_config(), rngs=nnx.Rngs(0)))
     batch = random_batch()
     other = batch.replace(
-        input_ids=np.where(np.arange(29) < batch.lengths[:, None], batch.input_ids, 7), feature_idx=np.where(
-            np.arange(29) < batch.lengths[:, None], batch.feature_idx, 0)
+        input_ids=np.where(np.arange(29) < batch.lengths[:, None], batch.input_ids, 7),
+        feature_idx=np.where(np.arange(29) < batch.lengths[:, None], batch.feature_idx, 0),
     )
     assert (other.input_ids != batch.input_ids).any()
     one, two = (merge(graphdef, params)(b) for b in (batch, other))

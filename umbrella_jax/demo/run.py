@@ -1,4 +1,4 @@
-"""The demo: the main job on an embedded default. Every step is a command of the command line, and none is the demo's own."""
+"""The demo: the main job on an embedded default, each step a command that a user types."""
 
 import json
 import shlex
@@ -41,7 +41,9 @@ def run_demo(directory: Path, *, seed: int = 0, arguments: Sequence[str] = ()) -
     base, native, run, export = (directory / name for name in ("base", "native", "run", "export"))
     make_base(base, seed)
     data = make_data(directory / "data", seed)
-    print(f"{base}: a small LLaVA-Qwen with random weights\n{data.root}: heads with a lesion, runs with an active region")
+    print(
+        f"{base}: a small LLaVA-Qwen with random weights\n{data.root}: heads with a lesion, runs with an active region"
+    )
 
     command("convert", "from-hf", base, native, "--config", CONFIG)
     options = ["--base", native, "--train-data", data.train, "--eval-data", data.eval, "--output-dir", run]

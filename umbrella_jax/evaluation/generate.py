@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,11 @@ def greedy(params: Params, batch: Batch, stop_ids: Array, *, graphdef: nnx.Graph
     embeds = jnp.pad(model.inputs_embeds(batch), ((0, 0), (0, max_new_tokens), (0, 0)))
     positions = jnp.broadcast_to(jnp.arange(embeds.shape[1]), embeds.shape[:2])
 
-    def more(carry: tuple[Array, ...]) -> Array:
+    def more(carry: Any) -> Array:
         i, *_, done = carry
         return (i < max_new_tokens) & ~done.all()
 
-    def next_token(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    def next_token(carry: Any) -> Any:
         i, embeds, lengths, tokens, done = carry
         hidden = model.language_model.model(embeds, positions, lengths)[rows, lengths - 1]
         token = model.language_model.logits(hidden).argmax(-1).astype(jnp.int32)

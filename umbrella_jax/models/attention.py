@@ -14,6 +14,4 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool, lengths: Array | No
     """
     chex.assert_equal_shape([k, v])
     chex.assert_equal_shape_prefix([q, k], 1)
-    return jax.nn.dot_product_attention(
-        q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="xla"
-    )
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="xla")

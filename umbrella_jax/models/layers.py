@@ -41,7 +41,7 @@ class Embedding(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x − mean) / √(var + eps) · weight + bias over the last axis; statistics in float32, where bfloat16 has too few digits."""
+    """(x − mean) / √(var + eps) · weight + bias over the last axis; statistics in float32: bfloat16 has 3 digits."""
 
     def __init__(self, features: int, *, eps: float):
         self.weight = nnx.Param(jnp.ones((features,), jnp.float32))

@@ -34,7 +34,7 @@ class Qwen2Config:
 
 
 def rope_tables(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """cos and sin, float32 [B, T, 1, Dh], for positions [B, T] (Su et al. 2021, in the half-split order of GPT-NeoX)."""
+    """cos and sin, float32 [B, T, 1, Dh], for positions [B, T] (Su et al. 2021, in GPT-NeoX's half-split order)."""
     frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angle = positions[..., None].astype(jnp.float32) * frequency
     angle = jnp.concatenate([angle, angle], -1)[:, :, None, :]
@@ -60,9 +60,7 @@ class Qwen2Attention(nnx.Module):
         self.o_proj = Linear(q, config.hidden_size, bias=False, rngs=rngs)
 
     def __call__(self, x: Array, cos: Array, sin: Array, lengths: Array) -> Array:
-        q, k, v = (
-            proj(x).reshape(*x.shape[:2], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (proj(x).reshape(*x.shape[:2], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         out = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, causal=True, lengths=lengths)
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 

@@ -19,8 +19,13 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, read_only: bool = False):
         self.directory = directory
-        options = ocp.CheckpointManagerOptions(max_to_keep=3, read_only=read_only)
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        options = (
+            ocp.CheckpointManagerOptions(read_only=True, max_to_keep=None, save_interval_steps=0, create=False)
+            if read_only
+            else ocp.CheckpointManagerOptions(max_to_keep=3)
+        )
+        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -47,12 +52,15 @@ class Checkpoints:
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of `step`, with the structure and on the devices of `like`."""
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like))))
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like)))
+        )
         return TrainState(**self._manager.restore(step, args=args).state)
 
-    def restore_trainable(self, step: int) -> Params:
-        """The trained parameters of `step` alone, on the default device."""
-        args = ocp.args.Composite(state=ocp.args.StandardRestore())
+    def restore_trainable(self, step: int, sharding: jax.sharding.Sharding) -> Params:
+        """The trained parameters of `step`, placed by `sharding` whatever devices they were saved from."""
+        target = _on(sharding, self._manager.item_metadata(step).state)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         return self._manager.restore(step, args=args).state["trainable"]
 
 
@@ -70,5 +78,9 @@ def load_params(directory: Path, sharding: jax.sharding.Sharding) -> Params:
     """Reads what `save_params` wrote, onto any devices."""
     with ocp.StandardCheckpointer() as checkpointer:
         shapes = checkpointer.metadata(directory.absolute()).item_metadata
-        target = {p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for p, leaf in dict(shapes).items()}
-        return checkpointer.restore(directory.absolute(), target)
+        return checkpointer.restore(directory.absolute(), _on(sharding, shapes))
+
+
+def _on(sharding: jax.sharding.Sharding, saved: Any) -> Any:
+    """What to restore: every saved array, on devices of our choice."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), dict(saved))

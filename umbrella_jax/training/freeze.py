@@ -56,7 +56,9 @@ def label_params(paths: Collection[str], groups: Collection[str]) -> dict[str, s
     for group, pattern in patterns.items():
         if not any(fnmatchcase(path, pattern) for path in paths):
             names = ", ".join(COMPONENTS)
-            faults.append(f"train.groups: {group} covers no parameter; expected {names} or a pattern of parameter paths")
+            faults.append(
+                f"train.groups: {group} covers no parameter; expected {names} or a pattern of parameter paths"
+            )
     if not groups:
         faults.append("train.groups: nothing trains; name a group, such as patch_embed")
     if faults:

@@ -12,7 +12,7 @@ from umbrella_jax.training.freeze import FROZEN
 
 
 def make_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
-    """Linear from 0 to the learning rate over `warmup_steps`, then linear to 0 at `num_steps` (Hugging Face's `linear`).
+    """Linear to the learning rate over `warmup_steps`, then linear to 0 at `num_steps` (Hugging Face's `linear`).
 
     The first update has count 0, so a run that warms up starts with a rate of 0, as it does there.
     """

@@ -32,7 +32,9 @@ class TrainState:
 
 def init_state(trainable: Params, optimizer: optax.GradientTransformationExtraArgs) -> TrainState:
     """The state before the first update."""
-    return TrainState(step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=optimizer.init(trainable))
+    return TrainState(  # type: ignore[call-arg]  # chex makes it a dataclass
+        step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=optimizer.init(trainable)
+    )
 
 
 def train_step(
@@ -60,10 +62,8 @@ def train_step(
     zero = (optax.tree.zeros_like(state.trainable), jnp.zeros(()), jnp.zeros((), jnp.int32))
     (grads, loss, count), _ = jax.lax.scan(accumulate, zero, batch)
     grads = optax.tree.scale(1 / count, grads)
-    updates, opt_state = optimizer.update(
-        grads, state.opt_state, state.trainable, present=frozenset(batch.volumes)
-    )
-    new = TrainState(
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, present=frozenset(batch.volumes))
+    new = TrainState(  # type: ignore[call-arg]
         step=state.step + 1, trainable=optax.apply_updates(state.trainable, updates), opt_state=opt_state
     )
     return new, {"loss": loss / count, "grad_norm": optax.tree.norm(grads), "supervised_tokens": count}

@@ -119,5 +119,7 @@ def fit(
 def describe(batch: Batch) -> str:
     """The shape of a training batch in words."""
     micro, rows, length = batch.input_ids.shape
-    volumes = ", ".join(f"{x.shape[1]} {name} {'×'.join(map(str, x.shape[2:]))}" for name, x in batch.volumes.items())
-    return f"{micro} × {rows} conversations of {length} positions, {batch.target_pos.shape[-1]} supervised; {volumes or 'no volumes'}"
+    counts = [f"{x.shape[1]} {name} {'×'.join(map(str, x.shape[2:]))}" for name, x in batch.volumes.items()]
+    volumes = ", ".join(counts) or "no volumes"
+    targets = batch.target_pos.shape[-1]
+    return f"{micro} × {rows} conversations of {length} positions, {targets} of them supervised; {volumes}"

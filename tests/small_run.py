@@ -1,0 +1,150 @@
+"""A world small enough to train in seconds: a base, NIfTI files, conversations of every kind, the YAML of a run."""
+
+import contextlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from ruamel.yaml import YAML
+
+from umbrella_jax.cli import main
+from umbrella_jax.config import ModalityConfig
+from umbrella_jax.demo import make_base
+
+ANATOMICAL, RUNS = 4, 4
+BATCH_SIZE = 6  # with 4 volumes of a modality, every batch holds 4 of it or none: two shapes to compile
+MODALITIES: dict[str, dict[str, Any]] = {
+    "T1": {"size": [6, 7, 5], "patch": [3, 2, 4]},  # 2·3·1 = 6 patches
+    "rsfMRI": {"size": [4, 3, 5, 4], "patch": [2, 3, 4, 2], "stride_between_seq": 0.5},  # 2·1·1·2 = 4 patches
+}
+VOLUME_SHAPES = {"T1": (9, 8, 7), "rsfMRI": (4, 4, 5, 10)}
+Turn = tuple[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class World:
+    """Where the parts lie."""
+
+    root: Path
+    base: Path
+    config: Path
+    train: Path
+    eval: Path
+
+    def train_flags(self, out: Path, *more: object) -> list[str]:
+        """`umbrella-jax train` of this world into `out`."""
+        flags = ["--config", self.config, "--base", self.base, "--train-data", self.train, "--output-dir", out]
+        return ["train", *map(str, [*flags, *more])]
+
+
+def make_world(root: Path, **config: Any) -> World:
+    """12 conversations to train on and 3 to evaluate, about 4 anatomical scans and 4 runs; `config` is laid over the
+    YAML section by section."""
+    world = World(root, root / "base", root / "run.yaml", root / "train.json", root / "eval.json")
+    make_base(world.base)
+    for i in range(ANATOMICAL):
+        write_volume(root / "scans" / f"{i}.nii.gz", VOLUME_SHAPES["T1"], seed=i)
+    for i in range(RUNS):
+        write_volume(root / "scans" / f"run-{i}.nii", VOLUME_SHAPES["rsfMRI"], seed=10 + i)
+
+    def one(i: int, task_id: str) -> dict[str, Any]:
+        return conversation(task_id, "T1", [("user", [f"sMRI:{i}.nii.gz", "Which sex?"]), ("assistant", [answer(i)])])
+
+    def two(i: int, j: int, task_id: str) -> dict[str, Any]:
+        turns = [("user", [f"sMRI:{i}.nii.gz", "A reference."]), ("assistant", [answer(i)])]
+        return conversation(
+            task_id, "T3", [*turns, ("user", [f"sMRI:{j}.nii.gz", "And this?"]), ("assistant", [answer(j)])]
+        )
+
+    def run(i: int, task_id: str) -> dict[str, Any]:
+        return conversation(task_id, "T1", [("user", [f"fMRI:run-{i}.nii", "Awake?"]), ("assistant", [answer(i)])])
+
+    text = conversation("text", "T0", [("user", ["Does an ox have two brains?"]), ("assistant", ["No."])])
+    pairs = [(0, 1), (1, 2), (2, 3), (3, 0)]
+    write_json(
+        world.train,
+        [
+            *(one(i, f"one-{i}") for i in range(ANATOMICAL)),
+            *(two(i, j, f"two-{i}{j}") for i, j in pairs),
+            *(run(i, f"run-{i}") for i in range(3)),
+            text,
+        ],
+    )
+    write_json(world.eval, [one(1, "eval-one"), two(2, 0, "eval-two"), run(3, "eval-run")])
+    settings: dict[str, Any] = {
+        "model": {"modalities": MODALITIES, "remat": "none"},
+        "data": {"image_root": str(root / "scans"), "threads": 2},
+        "train": {"batch_size": BATCH_SIZE, "learning_rate": 1e-2, "warmup_steps": 2, "max_new_tokens": 4},
+        "seed": 0,
+    }
+    write_config(world.config, {k: {**v, **config.get(k, {})} if isinstance(v, dict) else v for k, v in settings.items()})
+    return world
+
+
+def answer(i: int) -> str:
+    return "left." if i % 2 else "right."
+
+
+def conversation(task_id: str, task_type: str, turns: Sequence[Turn], **fields: Any) -> dict[str, Any]:
+    """One record of the present schema; of a turn's parts, `MODALITY:path` is an image and all else is text."""
+
+    def part(text: str) -> dict[str, str]:
+        modality, colon, path = text.partition(":")
+        if colon:
+            return {"type": "image", "modality": modality, "image_path": path}
+        return {"type": "text", "text": text}
+
+    messages = [{"role": role, "content": [part(p) for p in parts]} for role, parts in turns]
+    return {"task_id": task_id, "task_type": task_type, "conversations": messages, "metadata": {}, **fields}
+
+
+def write_volume(path: Path, shape: tuple[int, ...], seed: int = 0, values: np.ndarray | None = None) -> Path:
+    """A NIfTI file of positive random voxels, stored as LAS where the seed is odd."""
+    data = np.random.default_rng(seed).uniform(1, 9, shape) if values is None else values
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(data.astype(np.float32), np.diag([(-1) ** seed, 1, 1, 1])), path)
+    return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    path.write_text(json.dumps(value))
+    return path
+
+
+def write_config(path: Path, settings: dict[str, Any]) -> Path:
+    with path.open("w") as file:
+        YAML(typ="safe").dump(settings, file)
+    return path
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = YAML(typ="safe").load(path.read_text())
+    return settings
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def umbrella(*words: object, code: int = 0) -> str:
+    """Runs `umbrella-jax WORDS` in this process, asserts its exit code, and returns what it printed: stderr where it
+    failed, else stdout."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        found = main([str(word) for word in words])
+    assert found == code, f"{out.getvalue()}\n{err.getvalue()}"
+    return err.getvalue() if code else out.getvalue()
+
+
+def modalities() -> dict[str, ModalityConfig]:
+    """MODALITIES as a Python caller names them."""
+    return {
+        name: ModalityConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in m.items()})
+        for name, m in MODALITIES.items()
+    }
