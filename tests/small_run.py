@@ -3,13 +3,15 @@
 import contextlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import nibabel as nib
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from ruamel.yaml import YAML
 
 from umbrella_jax.cli import main
@@ -82,7 +84,9 @@ def make_world(root: Path, **config: Any) -> World:
         "train": {"batch_size": BATCH_SIZE, "learning_rate": 1e-2, "warmup_steps": 2, "max_new_tokens": 4},
         "seed": 0,
     }
-    write_config(world.config, {k: {**v, **config.get(k, {})} if isinstance(v, dict) else v for k, v in settings.items()})
+    write_config(
+        world.config, {k: {**v, **config.get(k, {})} if isinstance(v, dict) else v for k, v in settings.items()}
+    )
     return world
 
 
@@ -148,3 +152,26 @@ def modalities() -> dict[str, ModalityConfig]:
         name: ModalityConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in m.items()})
         for name, m in MODALITIES.items()
     }
+
+
+@contextlib.contextmanager
+def compile_once(directory: Path) -> Iterator[dict[str, str]]:
+    """Within it, what was compiled is kept in `directory`: the second run of a test file does not compile again.
+
+    Yields the environment with which other processes take part.
+    """
+    options: dict[str, Any] = {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # it looks at the options once
+    try:
+        yield {name.upper(): str(value) for name, value in options.items()}
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

@@ -121,15 +121,15 @@ class Checkpoint:
         """The tokenizer, with `<|im_start|>`, `<|im_end|>` and `<image>`. Raises DataError where there is none."""
         return load_tokenizer(self.description, None)[0]
 
-    def check(self) -> None:
-        """Compares names, shapes and types in the files with the model's; raises CheckpointError with every fault."""
-        if self.kind == "hf":
-            check_checkpoint(self.path, self.config)
+    def check(self, dtype: str = "auto") -> list[str]:
+        """Compares names, shapes and types in the files with the model's; reads no weights.
 
-    def params(
-        self, dtype: str = "auto", *, sharding: jax.sharding.Sharding | None = None, seed: int = 0
-    ) -> tuple[Params, list[str]]:
-        """Reads all parameters, and says what was initialised, left out or grown on the way.
+        Returns what will be initialised, left out or grown, for people. Raises CheckpointError with every fault.
+        """
+        return check_checkpoint(self.path, self.config, dtype=dtype).lines() if self.kind == "hf" else []
+
+    def params(self, dtype: str = "auto", *, sharding: jax.sharding.Sharding | None = None, seed: int = 0) -> Params:
+        """Reads all parameters.
 
         Args:
             dtype: of every parameter; `auto` keeps the files' types.
@@ -137,27 +137,32 @@ class Checkpoint:
             seed: of a patch embedding that the checkpoint does not hold.
         """
         where = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        if self.kind == "hf":
-            params, report = params_from_hf(
-                self.path, self.config, dtype=dtype, seed=seed, put=lambda _, leaf: jax.device_put(leaf, where)
-            )
-            return params, report.lines()
         if self.kind == "native":
-            return _cast(load_params(self.path / PARAMS, where), dtype), []
-        assert self.base is not None
-        params, lines = self.base.params(dtype, sharding=where, seed=seed)
+            return _cast(load_params(self.path / PARAMS, where), dtype)
+        if self.base is not None:
+            trained = _cast(self._trained(where), dtype)
+            return self.base.params(dtype, sharding=where, seed=seed) | trained
+
+        def put(_: str, leaf: np.ndarray) -> jax.Array:
+            return jax.device_put(leaf, where)
+
+        return params_from_hf(self.path, self.config, dtype=dtype, seed=seed, put=put)[0]
+
+    def _trained(self, where: jax.sharding.Sharding) -> Params:
+        """What a run trained, if it was on these weights of the base."""
         with Checkpoints(self.path / CHECKPOINTS, read_only=True) as checkpoints:
             step = self.step if self.step is not None else checkpoints.latest_step()
             if step is None:
                 raise CheckpointError(f"{self.path}: the run has no checkpoint yet")
-            meta, trained = checkpoints.meta(step), checkpoints.restore_trainable(step, where)
-        if meta["base_fingerprint"] != self.fingerprint:
-            raise CheckpointError(
-                f"{self.base.path}: not the weights that {self.path} was trained on (fingerprint "
-                f"{self.fingerprint[:12]}, expected {meta['base_fingerprint'][:12]}); bring them back, or name where "
-                f"they are as model.base in {self.path / CONFIG}"
-            )
-        return params | _cast(trained, dtype), lines
+            expected = checkpoints.meta(step)["base_fingerprint"]
+            if expected != self.fingerprint:
+                assert self.base is not None
+                raise CheckpointError(
+                    f"{self.base.path}: not the weights that {self.path} was trained on (fingerprint "
+                    f"{self.fingerprint[:12]}, expected {expected[:12]}); bring them back, or name where they are as "
+                    f"model.base in {self.path / CONFIG}"
+                )
+            return checkpoints.restore_trainable(step, where)
 
 
 def _cast(params: Params, dtype: str) -> Params:
@@ -176,14 +181,13 @@ def describe(checkpoint: Checkpoint, directory: Path) -> None:
         checkpoint.tokenizer().save_pretrained(directory)
 
 
-def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str, seed: int) -> list[str]:
-    """Writes a native checkpoint: orbax parameters, config, tokenizer; says what was initialised, left out or grown."""
+def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str, seed: int) -> None:
+    """Writes a native checkpoint: orbax parameters, config.json, tokenizer, modalities."""
     if directory.exists() and any(directory.iterdir()):
         raise CheckpointError(f"{directory}: not empty; name a directory that does not exist yet")
-    params, lines = checkpoint.params(dtype, seed=seed)
+    params = checkpoint.params(dtype, seed=seed)
     describe(checkpoint, directory)
     save_params(directory / PARAMS, params)
-    return lines
 
 
 def load(
@@ -204,8 +208,7 @@ def load(
         CheckpointError, ConfigError: naming every tensor or field that is not as it should be.
     """
     checkpoint = Checkpoint.open(path, modalities, compute_dtype=compute_dtype)
-    params, _ = checkpoint.params(dtype)
-    return merge(abstract_params(checkpoint.config)[0], params)
+    return merge(abstract_params(checkpoint.config)[0], checkpoint.params(dtype))
 
 
 class Processor:
@@ -264,4 +267,9 @@ def open_base(config: RunConfig | ModelConfig) -> Checkpoint:
     model = config.model if isinstance(config, RunConfig) else config
     if model.base is None:
         raise ConfigError("model.base: expected a LLaVA directory in Hugging Face format (--base HF_DIR)")
-    return Checkpoint.open(model.base, model.modalities, compute_dtype=model.compute_dtype, remat=model.remat)
+    base = Checkpoint.open(model.base, model.modalities, compute_dtype=model.compute_dtype, remat=model.remat)
+    if base.kind == "run":  # its weights may still move
+        raise ConfigError(
+            f"model.base: {base.path} is a run; export it (umbrella-jax convert to-hf) and name the export"
+        )
+    return base

@@ -73,10 +73,9 @@ def _from_hf(arguments: argparse.Namespace) -> None:
 
     config = _config(arguments)
     checkpoint = Checkpoint.open(arguments.source, config.model.modalities)
-    checkpoint.check()
-    lines = write_native(checkpoint, Path(arguments.out), dtype=config.model.frozen_dtype, seed=config.seed)
-    for line in [*checkpoint.notes, *lines]:
+    for line in [*checkpoint.notes, *checkpoint.check(config.model.frozen_dtype)]:
         print(line)
+    write_native(checkpoint, Path(arguments.out), dtype=config.model.frozen_dtype, seed=config.seed)
     print(f"{arguments.out}: native checkpoint; train from it with --base {arguments.out}")
 
 
@@ -85,7 +84,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
     from umbrella_jax.api import Checkpoint, has_tokenizer
 
     checkpoint = Checkpoint.open(arguments.source)
-    params, _ = checkpoint.params()
+    params = checkpoint.params()
     names = tuple(arguments.names.split(",")) if arguments.names else None
     out = Path(arguments.out)
     fingerprint = None if checkpoint.kind == "hf" else checkpoint.fingerprint

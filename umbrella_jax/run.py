@@ -38,7 +38,16 @@ from umbrella_jax.training.trainer import fit
 
 Say = Callable[[str], None]
 # What may differ when a run goes on: where it reads from and how often it looks, not what it computes.
-_MAY_CHANGE = ("output_dir", "data.threads", "data.image_root", "train.save_steps", "train.eval_steps", "train.wandb")
+# (Whether the base is the same one, its fingerprint says.)
+_MAY_CHANGE = (
+    "output_dir",
+    "model.base",
+    "data.image_root",
+    "data.threads",
+    "train.eval_steps",
+    "train.save_steps",
+    "train.wandb",
+)
 
 
 def inspect(config: RunConfig) -> str:
@@ -47,11 +56,13 @@ def inspect(config: RunConfig) -> str:
     Needs config.json of the base alone; a checkpoint that lies there too is checked.
     """
     base = open_base(config)
-    if base.kind != "hf" or any(base.path.glob("*.safetensors*")):
-        base.check()
+    bare = base.kind == "hf" and not any(base.path.glob("*.safetensors*"))
+    found = (
+        [f"{base.path}: no weights there; from config.json alone"] if bare else base.check(config.model.frozen_dtype)
+    )
     _, shapes = abstract_params(base.config)
     labels = freeze.label_params(list(shapes), list(config.train.groups))
-    return "\n".join([*base.notes, freeze.summary(shapes, labels)])
+    return "\n".join([*base.notes, *found, freeze.summary(shapes, labels)])
 
 
 def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[str, float]:
@@ -69,19 +80,17 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
     mesh = make_mesh()
     out = _output_dir(config, mesh, resume)
     base = open_base(config)
-    base.check()
+    found = base.check(config.model.frozen_dtype)
     processor = Processor(base.tokenizer(), base.config.modalities, max_length=config.data.max_length)
     train_set, eval_set = (_dataset(config, processor, split) for split in ("train", "eval"))
     assert train_set is not None
     graphdef, shapes = abstract_params(base.config)
     labels = freeze.label_params(list(shapes), list(config.train.groups))
-    for line in [*base.notes, freeze.summary(shapes, labels)]:
+    for line in [*base.notes, *found, freeze.summary(shapes, labels)]:
         say(line)
 
     where = replicated(mesh)
-    params, report = base.params(config.model.frozen_dtype, sharding=where, seed=config.seed)
-    for line in report:
-        say(line)
+    params = base.params(config.model.frozen_dtype, sharding=where, seed=config.seed)
     trainable, frozen = freeze.partition(params, labels)
     del params
     steps = num_steps(len(train_set), config.train.epochs, config.train.batch_size, config.train.accumulate_steps)

@@ -47,7 +47,10 @@ class Metrics:
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 
@@ -75,10 +78,12 @@ def fit(
     loss is not finite.
     """
     start = int(state.step)
-    metrics = Metrics(metrics_path, start)
     step_fn = partial(jit_train_step, graphdef=graphdef, optimizer=optimizer)
     shapes: set[Any] = set()
-    with tqdm(total=num_steps, initial=start, desc="train", unit="step", disable=None) as bar:
+    with (
+        Metrics(metrics_path, start) as metrics,
+        tqdm(total=num_steps, initial=start, desc="train", unit="step", disable=None) as bar,
+    ):
         for step in range(start, num_steps):
             batch = next(batches)
             shape = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
@@ -112,7 +117,6 @@ def fit(
             bar.update()
             if last or (step + 1) % config.save_steps == 0:
                 checkpoints.save(state, meta)
-    metrics.close()
     return state
 
 

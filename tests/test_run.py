@@ -1,0 +1,310 @@
+"""Runs from end to end through the command line: what is written, what trains, how it goes on after a kill."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import umbrella_jax
+import umbrella_jax.run
+from tests import small_run
+from tests.small_run import World, read_config, read_lines, umbrella
+from umbrella_jax.models import split
+
+STEPS, SAVE, EVAL = 36, 3, 24
+FLAGS = ["--epochs", STEPS // 2, "--set", f"train.save_steps={SAVE}"]  # an epoch is 12 conversations, 2 steps
+PATCH_EMBED = "vision_tower.vision_model.embeddings."
+TRAINED = {
+    f"{PATCH_EMBED}{modality}{end}"
+    for modality in small_run.MODALITIES
+    for end in ("_proj.weight", "_proj.bias", "_positional_embeddings")
+}
+METRICS = ("step", "loss", "grad_norm", "learning_rate", "supervised_tokens")  # all but step_seconds
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with small_run.compile_once(tmp_path_factory.mktemp("compiled")) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return small_run.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def run(world: World, environment: dict[str, str]) -> Path:
+    """A run of 36 steps, evaluated after 24 and at the end; what it printed is in `stdout` beside it."""
+    out = world.root / "run"
+    flags = [*FLAGS, "--eval-data", world.eval, "--set", f"train.eval_steps={EVAL}"]
+    (world.root / "stdout").write_text(umbrella(*world.train_flags(out, *flags)))
+    return out
+
+
+@pytest.fixture(scope="module")
+def stdout(run: Path) -> str:
+    return (run.parent / "stdout").read_text()
+
+
+def parameters(path: Path, **options: Any) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in split(umbrella_jax.load(path, **options))[1].items()}
+
+
+def test_what_a_run_writes(run: Path, world: World) -> None:
+    assert {p.name for p in run.iterdir()} == {"config.yaml", "model", "checkpoints", "metrics.jsonl", "predictions"}
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all({*METRICS, "step_seconds"} <= line.keys() for line in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"] / 2
+    assert [line["learning_rate"] for line in lines[:3]] == pytest.approx([0, 5e-3, 1e-2])  # two steps of warm-up
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"30", "33", "36"}
+    assert {"config.json", "umbrella_config.json", "tokenizer.json"} <= {p.name for p in (run / "model").iterdir()}
+    assert not list((run / "model").glob("*.safetensors"))
+    settings = read_config(run / "config.yaml")
+    assert settings["model"]["base"] == str(world.base)
+    assert settings["train"]["epochs"] == STEPS / 2
+    assert settings["data"]["max_length"] == 8192  # defaults too: nothing of a run depends on later ones
+
+
+def test_each_evaluation_writes_its_answers(run: Path) -> None:
+    lines = {line["step"]: line for line in read_lines(run / "metrics.jsonl")}
+    evaluated = {step for step, line in lines.items() if "eval_loss" in line}
+    assert evaluated == {EVAL, STEPS}
+    assert {p.name for p in (run / "predictions").iterdir()} == {f"step_{step}.jsonl" for step in evaluated}
+    rows = read_lines(run / "predictions" / f"step_{STEPS}.jsonl")
+    assert [row["task_id"] for row in rows] == ["eval-one", "eval-two", "eval-run"]
+    assert [row["reference"] for row in rows] == ["left.", "right.", "left."]
+    assert lines[STEPS]["eval_accuracy"] == pytest.approx(
+        np.mean([row["prediction"].strip(" .") == row["reference"].strip(".") for row in rows])
+    )
+
+
+def test_frozen_is_frozen_and_the_patch_embedding_trains(run: Path, world: World) -> None:
+    after = parameters(run)
+    before = parameters(world.base, modalities=small_run.modalities())
+    assert after.keys() == before.keys()
+    changed = {path for path, leaf in after.items() if leaf.tobytes() != before[path].tobytes()}
+    assert changed == TRAINED
+
+
+def test_the_summary_says_what_trains(stdout: str, world: World) -> None:
+    for line in [
+        # T1: 64 · (3·2·4 + 1 + 6 patches), rsfMRI: 64 · (2·3·4·2 + 1 + 4 patches)
+        f"patch_embed {64 * 31 + 64 * 53:,} 0",
+        "vision_tower 0 66,944",
+        "projector 0 8,320",
+        "language_model 0 98,880",
+    ]:
+        assert line in [" ".join(printed.split()) for printed in stdout.splitlines()]
+    names = [line.split()[0] for line in stdout.partition("trains:\n")[2].splitlines() if line.startswith("  ")]
+    assert set(names) == TRAINED
+    assert f"12 conversations, {STEPS} steps on 1 device(s), into {world.root / 'run'}" in stdout
+
+
+def test_inspect_prints_the_same_summary(stdout: str, world: World, tmp_path: Path) -> None:
+    summary = umbrella("inspect", "--config", world.config, "--base", world.base)
+    assert stdout.startswith(summary)
+    shutil.copy(world.base / "config.json", tmp_path)
+    assert umbrella("inspect", "--config", world.config, "--base", tmp_path) == summary
+    both = umbrella("inspect", "--config", world.config, "--base", tmp_path, "--set", "train.groups={projector: {}}")
+    assert "projector                  8,320               0" in both
+
+
+def test_a_run_is_not_overwritten(run: Path, world: World) -> None:
+    before = (run / "metrics.jsonl").read_bytes()
+    message = umbrella(*world.train_flags(run, *FLAGS), code=1)
+    assert str(run) in message
+    assert "--resume" in message
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "key"),
+    [
+        (["--learning-rate", 5e-3], "train.learning_rate: 0.005 now, 0.01 in the checkpoint"),
+        (["--set", "train.groups.patch_embed.weight_decay=0"], "train.groups.patch_embed.weight_decay: 0"),
+        (["--set", "model.compute_dtype=bfloat16"], "model.compute_dtype: bfloat16"),
+        (["--set", "seed=7"], "seed: 7 now"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(run: Path, world: World, flags: list[Any], key: str) -> None:
+    message = umbrella(*world.train_flags(run, *FLAGS, "--eval-data", world.eval, "--resume", *flags), code=1)
+    assert f"cannot resume: {key}" in message
+    assert "faults" not in message  # that one alone
+
+
+def test_resuming_on_another_base_is_refused(run: Path, world: World, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    other = shutil.copytree(world.base, tmp_path / "base")
+    tensors = load_file(other / "model.safetensors")
+    tensors["language_model.model.norm.weight"][3] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    flags = [*FLAGS, "--eval-data", world.eval, "--resume", "--base", other]
+    assert "other weights than those that the run started from" in umbrella(*world.train_flags(run, *flags), code=1)
+
+
+def test_a_finished_run_resumes_to_its_end(run: Path, world: World) -> None:
+    before = (run / "metrics.jsonl").read_bytes()
+    assert f"from step {STEPS}" in umbrella(*world.train_flags(run, *FLAGS, "--eval-data", world.eval, "--resume"))
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_killed_and_resumed_is_the_run_that_was_not_killed(
+    run: Path, world: World, environment: dict[str, str]
+) -> None:
+    out, metrics = world.root / "killed", world.root / "killed" / "metrics.jsonl"
+    command = [sys.executable, "-m", "umbrella_jax.cli", *world.train_flags(out, *FLAGS)]
+    options: dict[str, Any] = {"env": {**os.environ, **environment}, "text": True, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, **options)
+    # A save waits for the one before it: behind step 2 * SAVE, the first checkpoint is complete.
+    while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < 2 * SAVE + 2):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    printed = process.communicate()[0]
+    done = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    assert process.returncode == -signal.SIGKILL, printed
+    assert 2 * SAVE + 2 <= done < STEPS, printed
+
+    resumed = subprocess.run([*command, "--resume"], stdout=subprocess.PIPE, check=False, **options)
+    assert resumed.returncode == 0, resumed.stdout
+    step = int(resumed.stdout.partition("resume: from step ")[2].split()[0])
+    assert step in range(SAVE, done + 1, SAVE)
+
+    whole, again = ([[line[k] for k in METRICS] for line in read_lines(r / "metrics.jsonl")] for r in (run, out))
+    assert again == whole
+    trained, expected = parameters(out), parameters(run)
+    for path in TRAINED:
+        np.testing.assert_array_equal(trained[path], expected[path])
+
+
+@pytest.fixture
+def planned(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """`planned(*flags)`: what `umbrella-jax train` hands to the loop, its batches as a list; no step is made."""
+    seen: dict[str, Any] = {}
+
+    def fit(state: Any, frozen: Any, batches: Any, **arguments: Any) -> Any:
+        seen.update(arguments, state=state, batches=list(batches))
+        arguments["metrics_path"].write_text('{"step": 0}\n')
+        return state
+
+    def plan(*flags: object) -> dict[str, Any]:
+        monkeypatch.setattr(umbrella_jax.run, "fit", fit)
+        printed = umbrella(*world.train_flags(tmp_path / "planned", *flags))
+        return {**seen, "stdout": printed, "settings": read_config(tmp_path / "planned" / "config.yaml")}
+
+    return plan
+
+
+def test_modality(planned: Callable[..., dict[str, Any]]) -> None:
+    plan = planned("--modality", "fMRI")
+    assert "4 conversations, 1 steps" in plan["stdout"]  # three runs, and the one without images
+    assert plan["settings"]["data"]["modality"] == "fMRI"
+    assert [set(batch.volumes) for batch in plan["batches"]] == [{"rsfMRI"}]
+
+
+def test_task_filter(planned: Callable[..., dict[str, Any]]) -> None:
+    plan = planned("--task-filter", "T3")
+    assert "4 conversations, 1 steps" in plan["stdout"]
+    assert plan["settings"]["data"]["task_filter"] == "T3"
+    (batch,) = plan["batches"]
+    patches = (batch.feature_idx[0] >= 0).sum(-1)
+    assert patches.tolist() == [12] * 6  # each shows two scans of 6 patches
+
+
+def test_batch_size(planned: Callable[..., dict[str, Any]]) -> None:
+    plan = planned("--batch-size", 5, "--epochs", 2)
+    assert plan["settings"]["train"]["batch_size"] == 5
+    assert [batch.input_ids.shape[:2] for batch in plan["batches"]] == [(1, 5)] * 5  # 24 conversations
+
+
+def test_accumulate_steps(planned: Callable[..., dict[str, Any]]) -> None:
+    plan = planned("--set", "train.accumulate_steps=2")
+    assert [batch.input_ids.shape[:2] for batch in plan["batches"]] == [(2, 6)]
+
+
+def test_learning_rate(planned: Callable[..., dict[str, Any]]) -> None:
+    plan = planned("--learning-rate", "3e-4", "--set", "train.warmup_steps=0")
+    assert float(plan["schedule"](0)) == pytest.approx(3e-4)
+    assert plan["settings"]["train"]["learning_rate"] == 3e-4
+
+
+def test_epochs(planned: Callable[..., dict[str, Any]]) -> None:
+    plan = planned("--epochs", 2.5)
+    assert plan["num_steps"] == len(plan["batches"]) == 5
+    assert plan["settings"]["train"]["epochs"] == 2.5
+
+
+def test_set(planned: Callable[..., dict[str, Any]]) -> None:
+    plan = planned("--set", "train.groups={projector: {weight_decay: 0}}", "--set", "seed=5")
+    assert plan["settings"]["train"]["groups"] == {"projector": {"learning_rate_factor": 1.0, "weight_decay": 0.0}}
+    assert {path.partition(".")[0] for path in plan["state"].trainable} == {"multi_modal_projector"}
+    assert plan["settings"]["seed"] == 5
+
+
+def test_image_root(planned: Callable[..., dict[str, Any]], world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.root / "scans", tmp_path / "moved")
+    small_run.write_volume(tmp_path / "moved" / "0.nii.gz", small_run.VOLUME_SHAPES["T1"], seed=99)
+    volumes = []
+    for root in (world.root / "scans", tmp_path / "moved"):
+        plan = planned("--image-root", root, "--task-filter", "T3")
+        assert plan["settings"]["data"]["image_root"] == str(root)
+        shutil.rmtree(tmp_path / "planned")
+        volumes.append({volume.tobytes() for volume in plan["batches"][0].volumes["T1"][0]})
+    assert len(volumes[0] - volumes[1]) == 1  # one file differs
+
+
+def test_native_base_and_run_as_base(
+    planned: Callable[..., dict[str, Any]], run: Path, world: World, tmp_path: Path
+) -> None:
+    umbrella("convert", "from-hf", world.base, tmp_path / "native", "--config", world.config)
+    start = planned("--base", tmp_path / "native")["state"].trainable
+    shutil.rmtree(tmp_path / "planned")
+    stock = planned()["state"].trainable
+    shutil.rmtree(tmp_path / "planned")
+    jax.tree.map(np.testing.assert_array_equal, start, stock)
+    trained = parameters(run)
+    for path, leaf in planned("--base", run)["state"].trainable.items():
+        np.testing.assert_array_equal(leaf, trained[path])
+
+
+WANDB = """
+logged = []
+class Run:
+    def log(self, line, step):
+        logged.append((step, line))
+def init(dir, config):
+    logged.append((dir, config["train"]["wandb"]))
+    return Run()
+"""
+
+
+def test_wandb(
+    world: World, planned: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = read_config(world.config)
+    settings["train"]["wandb"] = True
+    config = ["--config", small_run.write_config(tmp_path / "wandb.yaml", settings)]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = umbrella(*world.train_flags(tmp_path / "none", *config), code=1)
+    assert "pip install 'umbrella-jax[wandb]', or --no-wandb" in message
+    plan = planned(*config, "--no-wandb")
+    assert plan["log"] is None
+    assert plan["settings"]["train"]["wandb"] is False
+
+    monkeypatch.undo()
+    (tmp_path / "wandb.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(tmp_path)
+    shutil.rmtree(tmp_path / "planned")
+    planned(*config)["log"]({"step": 3, "loss": 0.5})
+    assert sys.modules.pop("wandb").logged == [(str(tmp_path / "planned"), True), (3, {"step": 3, "loss": 0.5})]

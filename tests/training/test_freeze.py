@@ -1,0 +1,171 @@
+"""What trains: every parameter has a label, and a configuration that makes no sense is refused by name."""
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_case import golden_model
+
+from umbrella_jax.config import ModalityConfig, TrainConfig
+from umbrella_jax.errors import ConfigError
+from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig, abstract_params
+from umbrella_jax.training.freeze import FROZEN, as_trainable, label_params, modality_of, partition, summary
+
+EMBEDDINGS = "vision_tower.vision_model.embeddings."
+POST = "vision_tower.vision_model.post_layernorm."
+# Names that hold what other names end with, or are the start of another.
+NAMES = ("T1", "T1_w", "rsfMRI", "proj", "my_proj_map", "positional_embeddings")
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    volume = ModalityConfig(size=(4, 4, 4), patch=(2, 2, 2))
+    text = Qwen2Config(
+        vocab_size=23,
+        hidden_size=12,
+        intermediate_size=14,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=6,
+        rms_norm_eps=1e-6,
+        rope_theta=1e4,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    vision = SiglipConfig(hidden_size=10, intermediate_size=11, num_hidden_layers=3, num_attention_heads=2)
+    config = LlavaConfig(vision=vision, text=text, modalities=dict.fromkeys(NAMES, volume), image_token_id=3)
+    return abstract_params(config)[1]
+
+
+def trained(labels):
+    return {path for path, label in labels.items() if label != FROZEN}
+
+
+def test_default_trains_the_patch_embedding_alone(shapes):
+    labels = label_params(list(shapes), list(TrainConfig().groups))
+    assert labels.keys() == shapes.keys()
+    assert trained(labels) == {path for path in shapes if path.startswith(EMBEDDINGS)}
+    assert len(trained(labels)) == 3 * len(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("group", "prefix"),
+    [
+        ("patch_embed", EMBEDDINGS),
+        ("vision_tower", "vision_tower.vision_model.encoder."),
+        ("projector", "multi_modal_projector."),
+        ("language_model", "language_model."),
+    ],
+)
+def test_named_group(shapes, group, prefix):
+    labels = label_params(list(shapes), [group])
+    assert labels.keys() == shapes.keys()
+    assert trained(labels) == {path for path in shapes if path.startswith(prefix)} != set()
+    assert {label.partition("/")[0] for label in labels.values()} == {group, FROZEN}
+
+
+def test_all_groups_train_everything_but_the_unused(shapes):
+    labels = label_params(list(shapes), ["patch_embed", "vision_tower", "projector", "language_model"])
+    assert shapes.keys() - trained(labels) == {POST + "weight", POST + "bias"}
+    assert labels["language_model.lm_head.weight"] == "language_model"
+    assert labels["multi_modal_projector.linear_1.bias"] == "projector"
+
+
+def test_path_patterns(shapes):
+    queries, table = "language_model.*.q_proj.*", "vision_tower.vision_model.embeddings.T?_positional_embeddings"
+    labels = label_params(list(shapes), [queries, table])
+    attention = "language_model.model.layers.self_attn."
+    assert {path: label for path, label in labels.items() if label != FROZEN} == {
+        attention + "q_proj.weight": queries,
+        attention + "q_proj.bias": queries,
+        EMBEDDINGS + "T1_positional_embeddings": f"{table}/T1",
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_modality_labels(shapes, name):
+    leaves = [f"{EMBEDDINGS}{name}_{leaf}" for leaf in ("proj.weight", "proj.bias", "positional_embeddings")]
+    labels = label_params(list(shapes), ["patch_embed"])
+    assert [path for path, label in labels.items() if label == f"patch_embed/{name}"] == [
+        path for path in shapes if path in leaves
+    ]
+    assert {modality_of(path) for path in leaves} == {name}
+
+
+def test_only_the_patch_embedding_has_modalities(shapes):
+    others = [path for path in shapes if not path.startswith(EMBEDDINGS)]
+    assert {modality_of(path) for path in others} == {None}
+
+
+def faults(shapes, groups):
+    with pytest.raises(ConfigError) as error:
+        label_params(list(shapes), groups)
+    return error.value.faults
+
+
+def test_overlap_is_refused(shapes):
+    found = faults(shapes, ["projector", "*.linear_1.*"])
+    assert len(found) == 2
+    for leaf in ("weight", "bias"):
+        covered = f"multi_modal_projector.linear_1.{leaf} is covered by projector and *.linear_1.*"
+        assert any(covered in fault for fault in found)
+
+
+def test_nothing_to_train_is_refused(shapes):
+    assert faults(shapes, []) == ("train.groups: nothing trains; name a group, such as patch_embed",)
+
+
+def test_every_group_without_parameters_is_named(shapes):
+    first, second = faults(shapes, ["patch_embed", "patch_embedding", "lm_head"])
+    assert first.startswith("train.groups: patch_embedding covers no parameter; expected patch_embed, vision_tower")
+    assert second.startswith("train.groups: lm_head covers no parameter")
+
+
+@pytest.mark.parametrize("pattern", ["*post_layernorm*", "vision_tower.*"])
+def test_what_cannot_reach_the_loss_is_refused(shapes, pattern):
+    found = faults(shapes, [pattern])
+    assert len(found) == 2
+    for leaf in ("weight", "bias"):
+        assert any(f"{pattern} covers {POST}{leaf}, which LLaVA does not use" in fault for fault in found)
+
+
+def test_partition_and_float32(shapes):
+    params = {path: jnp.full(leaf.shape, 0.1, jnp.bfloat16) for path, leaf in shapes.items()}
+    labels = label_params(list(params), ["projector"])
+    trainable, frozen = partition(params, labels)
+    assert trainable.keys() == trained(labels)
+    assert trainable.keys() | frozen.keys() == params.keys()
+    assert not trainable.keys() & frozen.keys()
+    assert all(frozen[path] is params[path] for path in frozen)
+    for path, leaf in as_trainable(trainable).items():
+        assert leaf.dtype == jnp.float32
+        np.testing.assert_array_equal(leaf, params[path].astype(jnp.float32))
+
+
+def test_trainable_parameters_are_copies(shapes):
+    """The step gives their buffers away: float32 parameters must not be those of the caller."""
+    params = {path: jnp.ones(leaf.shape) for path, leaf in shapes.items()}
+    for path, leaf in as_trainable(params).items():
+        assert leaf.unsafe_buffer_pointer() != params[path].unsafe_buffer_pointer(), path
+
+
+@pytest.mark.parametrize("groups", [["patch_embed"], ["projector", "*self_attn.k_proj.bias"]])
+def test_summary_adds_up(groups):
+    _, params = golden_model()
+    labels = label_params(list(params), groups)
+    table, _, names = summary(params, labels).partition("trains:\n")
+    rows = {}
+    for line in table.splitlines()[1:]:
+        name, *numbers = line.split()
+        rows[name] = [int(number.replace(",", "")) for number in numbers]
+    total = rows.pop("total")
+    assert set(rows) == {"patch_embed", "vision_tower", "projector", "language_model", "unused"}
+    assert total == [sum(column) for column in zip(*rows.values(), strict=True)]
+    sizes = [sum(leaf.size for path, leaf in params.items() if (path in trained(labels)) is t) for t in (True, False)]
+    assert total == sizes
+    assert rows["unused"] == [0, 80]
+    assert rows["projector"] == ([0, 4320] if groups == ["patch_embed"] else [4320, 0])
+    listed = re.findall(r"^  (\S+)  (\(.*\))  \[(.*)\]$", names, re.MULTILINE)
+    assert listed == [(path, str(leaf.shape), labels[path]) for path, leaf in params.items() if path in trained(labels)]

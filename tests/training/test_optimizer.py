@@ -1,0 +1,192 @@
+"""The optimiser is PyTorch's AdamW under Hugging Face's schedule, and holds nothing for what is frozen."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+import torch
+from training_case import EMBEDDINGS, total_bytes
+from transformers import get_linear_schedule_with_warmup
+
+from umbrella_jax.config import GroupConfig, TrainConfig
+from umbrella_jax.training.freeze import FROZEN, label_params
+from umbrella_jax.training.optimizer import make_optimizer, make_schedule
+
+SHAPES = {
+    EMBEDDINGS + "T1_proj.weight": (5, 7),
+    EMBEDDINGS + "T1_proj.bias": (5,),
+    EMBEDDINGS + "T1_positional_embeddings": (1, 6, 5),
+    EMBEDDINGS + "rsfMRI_proj.weight": (5, 3),
+    "vision_tower.vision_model.encoder.layers.layer_norm1.weight": (2, 5),
+    "vision_tower.vision_model.encoder.layers.mlp.fc1.weight": (2, 9, 5),
+    "multi_modal_projector.linear_1.weight": (8, 5),
+    "multi_modal_projector.linear_1.bias": (8,),
+    "language_model.model.layers.input_layernorm.weight": (2, 8),
+    "language_model.model.layers.mlp.up_proj.weight": (2, 40, 30),
+    "language_model.model.norm.weight": (8,),
+}
+GROUPS = {
+    "patch_embed": GroupConfig(weight_decay=0.05),
+    "projector": GroupConfig(learning_rate_factor=0.1, weight_decay=0.3),
+    "vision_tower": GroupConfig(learning_rate_factor=2.0, weight_decay=0.0),
+}
+ALL_PRESENT = frozenset({"T1", "rsfMRI"})
+
+
+def random_tree(seed, shapes=SHAPES):
+    rng = np.random.default_rng(seed)
+    return {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+
+
+def jit_update(optimizer):
+    return jax.jit(optimizer.update, static_argnames="present")
+
+
+def trained_part(tree, labels):
+    return {path: leaf for path, leaf in tree.items() if labels[path] != FROZEN}
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 10), (3, 10), (1, 2), (10, 10)])
+def test_schedule_is_hugging_faces(warmup, steps):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    theirs = get_linear_schedule_with_warmup(optimizer, warmup, steps)
+    schedule = make_schedule(TrainConfig(learning_rate=0.3, warmup_steps=warmup), steps)
+    for step in range(steps):
+        np.testing.assert_allclose(schedule(step), theirs.get_last_lr()[0], rtol=1e-6, atol=1e-8)
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_equals_pytorchs_adamw(clip_norm):
+    """Three groups of their own rates and decays over six steps of a falling rate; the frozen rest is not there."""
+    config = TrainConfig(
+        groups=GROUPS, learning_rate=1e-2, betas=(0.8, 0.95), eps=1e-6, decay_bias=True, clip_norm=clip_norm
+    )
+    labels = label_params(list(SHAPES), list(GROUPS))
+    params = trained_part(random_tree(0), labels)
+    optimizer = make_optimizer(config, make_schedule(config, 6), labels)
+    state = optimizer.init(params)
+
+    theirs = {path: torch.nn.Parameter(torch.from_numpy(leaf.copy())) for path, leaf in params.items()}
+    reference = torch.optim.AdamW(
+        [
+            {
+                "params": [p for path, p in theirs.items() if labels[path].partition("/")[0] == group],
+                "lr": 1e-2 * options.learning_rate_factor,
+                "weight_decay": options.weight_decay,
+            }
+            for group, options in GROUPS.items()
+        ],
+        betas=(0.8, 0.95),
+        eps=1e-6,
+    )
+    schedule = get_linear_schedule_with_warmup(reference, 0, 6)
+    clipped = []
+    for step in range(6):
+        grads = {path: leaf * 0.4**step for path, leaf in random_tree(step + 1).items() if path in params}
+        updates, state = jit_update(optimizer)(grads, state, params, present=ALL_PRESENT)
+        params = optax.apply_updates(params, updates)
+        for path, p in theirs.items():
+            p.grad = torch.from_numpy(grads[path].copy())
+        if clip_norm:
+            clipped.append(float(torch.nn.utils.clip_grad_norm_(theirs.values(), clip_norm)) > clip_norm)
+        reference.step()
+        schedule.step()
+        for path, p in theirs.items():
+            np.testing.assert_allclose(params[path], p.detach().numpy(), rtol=1e-5, atol=1e-6, err_msg=path)
+    assert not clip_norm or set(clipped) == {True, False}, "gradients on both sides of the limit"
+
+
+def test_clipping_scales_all_groups_by_one_norm():
+    """AdamW forgets the scale of its gradients after a first step, so this is seen in its moments."""
+    config = TrainConfig(groups=GROUPS, clip_norm=1.0)
+    labels = label_params(list(SHAPES), list(GROUPS))
+    params, grads = (trained_part(random_tree(seed), labels) for seed in (0, 1))
+    optimizer = make_optimizer(config, optax.constant_schedule(1e-2), labels)
+    _, state = jit_update(optimizer)(grads, optimizer.init(params), params, present=ALL_PRESENT)
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in grads.values()))
+    assert norm > 5
+    seen = {}
+    for _, moments in optax.tree.get_all_with_path(state, "mu"):
+        seen |= {path: leaf for path, leaf in moments.items() if not isinstance(leaf, optax.MaskedNode)}
+    assert seen.keys() == grads.keys()
+    for path, leaf in seen.items():
+        np.testing.assert_allclose(leaf, 0.1 * grads[path] / norm, rtol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("decay_bias", [False, True])
+def test_decay_spares_biases_and_norms(decay_bias):
+    """Without gradients the update is the decay alone: −rate · decay · parameter."""
+    groups = dict.fromkeys(
+        ("patch_embed", "projector", "vision_tower", "language_model"), GroupConfig(weight_decay=0.5)
+    )
+    labels = label_params(list(SHAPES), list(groups))
+    optimizer = make_optimizer(TrainConfig(groups=groups, decay_bias=decay_bias), optax.constant_schedule(0.1), labels)
+    params, grads = random_tree(0), jax.tree.map(np.zeros_like, random_tree(0))
+    updates, _ = jit_update(optimizer)(grads, optimizer.init(params), params, present=ALL_PRESENT)
+    spared = {path for path in SHAPES if path.endswith("bias") or "norm" in path}
+    assert len(spared) == 5
+    for path, update in updates.items():
+        expected = 0 if path in spared and not decay_bias else -0.05 * params[path]
+        np.testing.assert_allclose(update, expected * np.ones_like(update), rtol=1e-5, err_msg=path)
+
+
+def test_frozen_parameters_get_no_update_and_no_state():
+    """Even where gradients of every parameter come in: zero updates, and moments for what trains alone."""
+    labels = label_params(list(SHAPES), ["patch_embed"])
+    config = TrainConfig(groups={"patch_embed": GroupConfig(weight_decay=0.5)}, decay_bias=True, clip_norm=None)
+    optimizer = make_optimizer(config, optax.constant_schedule(0.1), labels)
+    params = random_tree(0)
+    state = optimizer.init(params)
+    for step in range(3):
+        updates, state = jit_update(optimizer)(random_tree(step + 1), state, params, present=ALL_PRESENT)
+        params = optax.apply_updates(params, updates)
+    for path, leaf in random_tree(0).items():
+        if labels[path] == FROZEN:
+            assert not np.asarray(updates[path]).any(), path
+            assert np.asarray(params[path]).tobytes() == leaf.tobytes(), path
+        else:
+            assert (np.asarray(params[path]) != leaf).all(), path
+    trained = trained_part(random_tree(0), labels)
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim) == sorted(
+        leaf.shape for leaf in trained.values() for _ in ("mu", "nu")
+    )
+    assert total_bytes(state) <= 2 * total_bytes(trained) + 1000
+    assert total_bytes(params) > 10_000, "moments of frozen parameters would not fit into that"
+
+
+def test_state_does_not_depend_on_what_is_frozen():
+    """The step hands over the trained part alone; it is the same optimiser."""
+    labels = label_params(list(SHAPES), ["patch_embed"])
+    optimizer = make_optimizer(TrainConfig(), optax.constant_schedule(0.1), labels)
+    params, grads = random_tree(0), random_tree(1)
+    alone = trained_part(params, labels)
+    # Clipping sees the norm of what it is given: equal only if both are far below the limit.
+    grads = {path: 1e-3 * leaf for path, leaf in grads.items()}
+    every, _ = jit_update(optimizer)(grads, optimizer.init(params), params, present=ALL_PRESENT)
+    some, _ = jit_update(optimizer)(trained_part(grads, labels), optimizer.init(alone), alone, present=ALL_PRESENT)
+    for path, update in some.items():
+        np.testing.assert_array_equal(update, every[path])
+
+
+def test_absent_modality_is_left_alone():
+    """No update and the same state, while the other modality moves; the schedule counts on."""
+    labels = label_params(list(SHAPES), ["patch_embed"])
+    until_third = optax.piecewise_constant_schedule(1e-2, {3: 0.0})
+    optimizer = make_optimizer(TrainConfig(decay_bias=True), until_third, labels)
+    params, *grads = (trained_part(random_tree(seed), labels) for seed in range(5))
+    update = jit_update(optimizer)
+    _, state = update(grads[0], optimizer.init(params), params, present=ALL_PRESENT)
+    before = state[1].inner_states
+    updates, state = update(grads[1], state, params, present=frozenset({"T1"}))
+    for path, change in updates.items():
+        assert np.asarray(change).any() == ("T1" in path), path
+    for label, inner in state[1].inner_states.items():
+        same = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before[label], inner)), strict=True)]
+        assert not any(same) if label == "patch_embed/T1" else all(same), label
+
+    updates, state = update(grads[2], state, params, present=ALL_PRESENT)
+    assert all(np.asarray(change).any() for change in updates.values()), "the third update has a rate"
+    updates, _ = update(grads[3], state, params, present=ALL_PRESENT)
+    assert not any(np.asarray(change).any() for change in updates.values()), "and the fourth has none"
