@@ -128,7 +128,10 @@ def write_checkpoint(directory: str | Path, tensors: Mapping[str, Tensor], max_s
         # save_file writes the wrong numbers for arrays that are not C-contiguous: no array goes to it but through here
         arrays = {name: np.ascontiguousarray(tensors[name].read()) for name in names}
         temporary = directory / f".{file}.tmp"
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(arrays, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)  # what umask says; safetensors lets nobody else read it
         os.replace(temporary, directory / file)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}

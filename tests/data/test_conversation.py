@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from umbrella_jax.data.conversation import Image, read_conversations, select
+from umbrella_jax.data.conversation import Image, read_conversations
 from umbrella_jax.errors import DataError
 
 NAMES = ("T1", "rsfMRI")
@@ -203,16 +203,13 @@ def test_wrong_path(tmp_path):
 
 @pytest.fixture
 def mixed(record, write_json):
-    return read_conversations(
-        write_json(
-            "a.json",
-            [
-                record([("user", ["T1:x"])], task_type="T1", metadata={"task": "sex"}),
-                record([("user", ["rsfMRI:x"])], task_type="T1", metadata={"task": "age"}),
-                record([("user", ["T1:x", "rsfMRI:x"])], task_type="T2"),
-            ],
-        ),
-        NAMES,
+    return write_json(
+        "a.json",
+        [
+            record([("user", ["T1:x"])], task_type="T1", metadata={"task": "sex"}),
+            record([("user", ["rsfMRI:x"])], task_type="T1", metadata={"task": "age"}),
+            record([("user", ["T1:x", "rsfMRI:x"])], task_type="T2"),
+        ],
     )
 
 
@@ -220,12 +217,22 @@ def mixed(record, write_json):
     ("modality", "task", "kept"),
     [(None, None, [0, 1, 2]), ("sMRI", None, [0]), ("rsfMRI", None, [1]), (None, "T1", [0, 1]), (None, "age", [1])],
 )
-def test_select(mixed, modality, task, kept):
-    assert select(mixed, NAMES, modality, task) == [mixed[i] for i in kept]
+def test_filters(mixed, modality, task, kept):
+    everything = read_conversations(mixed, NAMES)
+    found = read_conversations(mixed, NAMES, modality=modality, task_filter=task)
+    assert found == [everything[i] for i in kept]
 
 
-def test_select_that_keeps_nothing_lists_what_exists(mixed):
+def test_what_a_filter_leaves_out_is_not_looked_at(mixed):
+    """A run on T1 alone takes the T1 conversations of a file that has others too."""
+    assert len(read_conversations(mixed, ["T1"], modality="T1")) == 1
+    assert len(read_conversations(mixed, ["T1"], task_filter="sex")) == 1
+    with pytest.raises(DataError, match="rsfMRI"):
+        read_conversations(mixed, ["T1"])
+
+
+def test_filters_that_keep_nothing_list_what_exists(mixed):
     with pytest.raises(DataError, match=r"keep none of 3 .* modalities are T1, rsfMRI, their tasks T1, T2, age, sex"):
-        select(mixed, NAMES, task_filter="iq")
+        read_conversations(mixed, NAMES, task_filter="iq")
     with pytest.raises(DataError, match="modality PET: not configured; expected one of T1, rsfMRI"):
-        select(mixed, NAMES, modality="PET")
+        read_conversations(mixed, NAMES, modality="PET")

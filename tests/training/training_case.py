@@ -13,8 +13,8 @@ from flax import nnx
 from golden_case import MODALITIES, PATCHES, golden_batch, golden_model
 
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import TrainConfig
-from umbrella_jax.models import LlavaConfig, Params, abstract_params
+from umbrella_jax.config import ModalityConfig, RematPolicy, TrainConfig
+from umbrella_jax.models import LlavaConfig, Params, Qwen2Config, SiglipConfig, abstract_params
 from umbrella_jax.training.freeze import as_trainable, label_params, partition
 from umbrella_jax.training.optimizer import make_optimizer
 from umbrella_jax.training.step import TrainState, init_state
@@ -52,7 +52,52 @@ def make_case(config: LlavaConfig, params: Params, train: TrainConfig, schedule:
 @cache
 def golden_case() -> Case:
     """The golden model, its patch embedding trained at a constant rate."""
-    return make_case(*golden_model(), CONFIG, optax.constant_schedule(1e-2))
+    return make_case(*golden_model(remat="full"), CONFIG, optax.constant_schedule(1e-2))
+
+
+SMALL_MODALITIES = {"T1": ModalityConfig(size=(7, 11, 5), patch=(3, 2, 5))}  # 10 patches of 30 voxels
+VISION = SiglipConfig(hidden_size=21, intermediate_size=37, num_hidden_layers=2, num_attention_heads=3)
+TEXT = Qwen2Config(
+    vocab_size=53,
+    hidden_size=28,
+    intermediate_size=47,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=10,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    max_position_embeddings=512,
+    tie_word_embeddings=True,
+)
+
+
+def small_case(train: TrainConfig = CONFIG, *, dtype: str = "float32", remat: RematPolicy = "none") -> Case:
+    """A random model of one modality, biases and norms random too; no two of its sizes, or its batch's, are the same."""
+    config = LlavaConfig(
+        vision=VISION, text=TEXT, modalities=SMALL_MODALITIES, image_token_id=50, compute_dtype=dtype, remat=remat
+    )
+    rng = np.random.default_rng(0)
+    shapes = abstract_params(config)[1]
+    params = {path: jnp.asarray(rng.normal(scale=0.2, size=leaf.shape), dtype) for path, leaf in shapes.items()}
+    return make_case(config, params, train, optax.constant_schedule(1e-2))
+
+
+def small_batch(seed: int = 0) -> Batch:
+    """4 conversations of 29 positions, 5 of them supervised at most, on 2 volumes, with the micro-batch axis."""
+    rng = np.random.default_rng(seed)
+    batch = Batch(
+        input_ids=rng.integers(0, 53, (4, 29)),
+        positions=np.tile(np.arange(29), (4, 1)),
+        feature_idx=rng.integers(-1, 20, (4, 29)),
+        lengths=np.array([29, 17, 23, 19]),
+        target_pos=rng.integers(0, 16, (4, 5)),
+        target_ids=rng.integers(0, 53, (4, 5)),
+        target_mask=np.arange(5) < np.array([[5], [2], [4], [1]]),
+        volumes={"T1": rng.normal(size=(2, 7, 11, 5))},
+    )
+    types = {"i": np.int32, "f": np.float32, "b": np.bool_}
+    return stack(jax.tree.map(lambda leaf: leaf.astype(types[leaf.dtype.kind]), batch))
 
 
 def stack(*batches: Batch) -> Batch:

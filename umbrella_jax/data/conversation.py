@@ -1,7 +1,7 @@
 """Conversation files: from JSON to conversations of text and image references. Opens no image."""
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,7 +60,12 @@ class Conversation:
 
 
 def read_conversations(
-    path: str | Path, modalities: Collection[str], image_root: str | Path | None = None
+    path: str | Path,
+    modalities: Collection[str],
+    image_root: str | Path | None = None,
+    *,
+    modality: str | None = None,
+    task_filter: str | None = None,
 ) -> list[Conversation]:
     """Reads a .json file (an object or a list), a .jsonl file (one object a line), or all such files below a directory.
 
@@ -68,55 +73,68 @@ def read_conversations(
         path: file or directory; the files of a directory are read in sorted order.
         modalities: configured modality names; an image may use any alias of one of them.
         image_root: where relative image paths start; default the folder of the file that names them.
+        modality: keep conversations whose images are all of it; one without images is of every modality.
+        task_filter: keep conversations whose `task_type` or `metadata.task` is this.
+
+    What a filter leaves out is not looked at: its images may be elsewhere, its modality not configured.
 
     Raises:
-        DataError: with every fault of every file, and when there is no conversation at all.
+        DataError: with every fault of every file, and when there is no conversation, or the filters keep none.
     """
+    if modality is not None and resolve_modality(modality, tuple(modalities)) is None:
+        raise DataError(f"modality {modality}: not configured; expected one of {_names(modalities)} or an alias")
     conversations: list[Conversation] = []
     faults: list[str] = []
+    found, shown, tasks = 0, set[str](), set[str]()
     for file in _files(Path(path)):
         root = (file.parent if image_root is None else Path(image_root)).absolute()
         for source, record in _records(file, faults):
+            found += 1
+            of_images, of_task = _shown_modalities(record), _tasks(record)
+            shown |= of_images
+            tasks |= of_task
+            if task_filter is not None and task_filter not in of_task:
+                continue
+            if modality is not None and any(not _same(modality, name, modalities) for name in of_images):
+                continue
             try:
                 conversations.append(_Parser(record, source, root, modalities).conversation())
             except DataError as error:
                 faults.extend(error.faults)
     if not conversations and not faults:
-        faults.append(f"{path}: holds no conversation; expected .json or .jsonl files with at least one")
+        faults.append(
+            f"{path}: modality {modality} and task_filter {task_filter} keep none of {found} conversations; "
+            f"their modalities are {_names(shown)}, their tasks {_names(tasks)}"
+            if found
+            else f"{path}: holds no conversation; expected .json or .jsonl files with at least one"
+        )
     if faults:
         raise DataError(faults)
     return conversations
 
 
-def select(
-    conversations: Sequence[Conversation],
-    modalities: Collection[str],
-    modality: str | None = None,
-    task_filter: str | None = None,
-) -> list[Conversation]:
-    """Keeps conversations whose images are all `modality`, and whose `task_type` or `metadata.task` is `task_filter`.
+def _shown_modalities(record: Any) -> set[str]:
+    """Modality names in a record that may be faulty."""
+    entries: list[Any] = []
+    if isinstance(record, dict):
+        entries += record["images"] if isinstance(record.get("images"), list) else []
+        for turn in record["conversations"] if isinstance(record.get("conversations"), list) else []:
+            content = turn.get("content") if isinstance(turn, dict) else None
+            entries += content if isinstance(content, list) else []
+    return {e["modality"] for e in entries if isinstance(e, dict) and isinstance(e.get("modality"), str)}
 
-    None keeps all; a conversation without images is of every modality.
 
-    Raises:
-        DataError: nothing is left; the message lists the values that exist.
-    """
-    kept = list(conversations)
-    if modality is not None:
-        name = resolve_modality(modality, tuple(modalities))
-        if name is None:
-            raise DataError(f"modality {modality}: not configured; expected one of {_names(modalities)} or an alias")
-        kept = [c for c in kept if all(image.modality == name for image in c.images)]
-    if task_filter is not None:
-        kept = [c for c in kept if task_filter in (c.task_type, c.metadata.get("task"))]
-    if not kept:
-        seen = {image.modality for c in conversations for image in c.images}
-        tasks = {str(t) for c in conversations for t in (c.task_type, c.metadata.get("task")) if t is not None}
-        raise DataError(
-            f"modality {modality} and task_filter {task_filter}: keep none of {len(conversations)} conversations; "
-            f"their modalities are {_names(seen)}, their tasks {_names(tasks)}"
-        )
-    return kept
+def _tasks(record: Any) -> set[str]:
+    """`task_type` and `metadata.task` of a record that may be faulty."""
+    if not isinstance(record, dict):
+        return set()
+    metadata = record.get("metadata")
+    values = [record.get("task_type"), metadata.get("task") if isinstance(metadata, dict) else None]
+    return {value for value in values if isinstance(value, str)}
+
+
+def _same(one: str, other: str, modalities: Collection[str]) -> bool:
+    return resolve_modality(one, tuple(modalities)) == resolve_modality(other, tuple(modalities))
 
 
 def _names(values: Collection[str]) -> str:

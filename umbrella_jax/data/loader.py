@@ -14,7 +14,7 @@ import numpy as np
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.data.collate import BatchShape, collate, shape_of
-from umbrella_jax.data.conversation import Conversation, Image, read_conversations, select
+from umbrella_jax.data.conversation import Conversation, Image, read_conversations
 from umbrella_jax.data.tokenize import Encoded, encode, encode_all, encode_prompt
 from umbrella_jax.data.volume import check_volumes, load_volume
 from umbrella_jax.errors import DataError
@@ -55,8 +55,7 @@ class Dataset:
         """Reads and checks everything that a run will need, before it starts.
 
         Args:
-            path, image_root: see `read_conversations`.
-            modality, task_filter: see `select`.
+            path, image_root, modality, task_filter: see `read_conversations`.
             max_length: positions of a conversation, patches included.
             threads: how many volumes are checked at a time.
             evaluation: make prompts too, so each conversation must end with an assistant turn, which may be empty;
@@ -65,8 +64,7 @@ class Dataset:
         Raises:
             DataError: with every fault of the conversation files, or, when they are good, of texts and volumes.
         """
-        found = read_conversations(path, modalities, image_root)
-        kept = select(found, modalities, modality, task_filter)
+        kept = read_conversations(path, modalities, image_root, modality=modality, task_filter=task_filter)
         common: dict[str, Any] = {"tokenizer": tokenizer, "modalities": modalities, "max_length": max_length}
         faults: list[str] = []
 

@@ -1,0 +1,220 @@
+"""What a step changes and what it leaves alone, and that only the whole of its micro-batches counts."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from golden_case import golden_batch, golden_model, relative
+from training_case import (
+    CONFIG,
+    EMBEDDINGS,
+    arrange_volumes,
+    as_bytes,
+    golden_case,
+    make_case,
+    micro_batches,
+    rows_of,
+    small_batch,
+    small_case,
+    stack,
+    total_bytes,
+)
+
+from umbrella_jax.config import GroupConfig, TrainConfig
+from umbrella_jax.training.freeze import COMPONENTS
+from umbrella_jax.training.step import jit_eval_step, jit_train_step, train_step
+
+
+def test_twenty_steps_move_what_trains_and_nothing_else():
+    """With weight decay on all that trains. One trace for all steps; another shape of batch is one more."""
+    case = golden_case()
+    state = case.state()
+    before, frozen_before = state.trainable.copy(), as_bytes(case.frozen)
+    before = {path: np.asarray(leaf) for path, leaf in before.items()}
+    step = jax.jit(chex.assert_max_traces(train_step, n=1), static_argnames=("graphdef", "optimizer"))
+    batch = stack(golden_batch())
+    for _ in range(20):
+        state, _ = step(state, case.frozen, batch, **case.static)
+    with pytest.raises(AssertionError, match="traced"):
+        step(state, case.frozen, stack(golden_batch([0])), **case.static)
+
+    assert int(state.step) == 20
+    assert as_bytes(case.frozen) == frozen_before
+    assert len(state.trainable) == 6
+    for path, leaf in state.trainable.items():
+        assert (np.asarray(leaf) != before[path]).all(), path
+    assert total_bytes(state.opt_state) <= 2 * total_bytes(state.trainable) + 1000
+
+
+def one_step(batch):
+    """Metrics and trained parameters after one step of the golden case."""
+    case = golden_case()
+    state, metrics = jit_train_step(case.state(), case.frozen, batch, **case.static)
+    return metrics, state.trainable
+
+
+def test_order_of_rows_and_volumes_does_not_matter():
+    batch = golden_batch()
+    loss = one_step(stack(batch))[0]["loss"]
+    rows = rows_of(batch, [2, 0, 3, 1])
+    volumes = arrange_volumes(batch, {"T1": [1, 2, 0], "rsfMRI": [1, 0]})
+    assert (volumes.feature_idx != batch.feature_idx).any()
+    for other in (rows, volumes):
+        assert relative(one_step(stack(other))[0]["loss"], loss) <= 1e-6
+    wrong = volumes.replace(feature_idx=batch.feature_idx)
+    assert relative(one_step(stack(wrong))[0]["loss"], loss) > 1e-6, "the volumes of other rows"
+
+
+def test_micro_batches_add_up_to_the_whole_batch():
+    """Rows of 7, 5, 6 and 2 supervised tokens: a mean of means would be another number."""
+    micro = stack(*micro_batches())
+    assert micro.target_mask.sum((1, 2)).tolist() == [7, 5, 6, 2]
+    (whole_metrics, whole), (micro_metrics, parts) = one_step(stack(golden_batch())), one_step(micro)
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(micro_metrics[name], whole_metrics[name], rtol=1e-5, err_msg=name)
+    assert micro_metrics["supervised_tokens"] == whole_metrics["supervised_tokens"] == 20
+    for path, leaf in whole.items():
+        assert relative(parts[path], np.asarray(leaf)) <= 1e-5, path
+
+
+def test_absent_modality_stays_as_it_is():
+    """Once trained it has momentum, and decay: neither moves it in a step that shows none of its volumes."""
+    config, params = golden_model(remat="full")
+    until_third = optax.piecewise_constant_schedule(1e-2, {3: 0.0})
+    case = make_case(config, params, CONFIG, until_third)
+    both, anatomical = stack(golden_batch()), stack(golden_batch([0]))
+    assert anatomical.volumes.keys() == {"T1"}
+
+    def step(state, batch):
+        """The new state, and for either modality its parameters, moments and count before and after."""
+        before = parts(state)
+        state, _ = jit_train_step(state, case.frozen, batch, **case.static)
+        return state, before, parts(state)
+
+    def parts(state):
+        inner = state.opt_state[1].inner_states
+        return {
+            m: as_bytes(
+                [
+                    {p: v for p, v in state.trainable.items() if p.startswith(f"{EMBEDDINGS}{m}_")},
+                    inner[f"patch_embed/{m}"],
+                ]
+            )
+            for m in ("T1", "rsfMRI")
+        }
+
+    state, _, _ = step(case.state(), both)
+    state, before, after = step(state, anatomical)
+    assert len(before["rsfMRI"]) == 3 + 1 + 2 * 3, "parameters, count, moments"
+    assert after["rsfMRI"] == before["rsfMRI"]
+    assert all(a != b for a, b in zip(after["T1"], before["T1"], strict=True))
+
+    # The schedule counted that step: the third update of `both` is the fourth of the run, whose rate is 0.
+    state, before, after = step(state, both)
+    assert all(a != b for m in after for a, b in zip(after[m], before[m], strict=True))
+    trained = as_bytes(state.trainable)
+    state, _, _ = step(state, both)
+    assert as_bytes(state.trainable) == trained
+
+
+def test_bfloat16_checkpoint_trains_in_float32():
+    case = small_case(dtype="bfloat16")
+    state, frozen = case.state(), as_bytes(case.frozen)
+    before = {path: np.asarray(leaf) for path, leaf in state.trainable.items()}
+    state, metrics = jit_train_step(state, case.frozen, small_batch(), **case.static)
+    assert np.isfinite(metrics["loss"])
+    assert {leaf.dtype for leaf in case.frozen.values()} == {jnp.dtype("bfloat16")}
+    assert as_bytes(case.frozen) == frozen
+    for path, leaf in state.trainable.items():
+        assert leaf.dtype == jnp.float32
+        assert (leaf != before[path]).any(), path
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert len(moments) == 2 * len(state.trainable)
+    assert {leaf.dtype for leaf in moments} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [["projector", "language_model.*.self_attn.*"], ["vision_tower", "patch_embed"], ["language_model"]],
+)
+def test_other_groups_train(groups):
+    case = small_case(TrainConfig(groups=dict.fromkeys(groups, GroupConfig()), decay_bias=True))
+    prefixes = tuple(COMPONENTS.get(group, group).partition("*")[0] for group in groups)
+    state, frozen = case.state(), as_bytes(case.frozen)
+    before = {path: np.asarray(leaf) for path, leaf in state.trainable.items()}
+    assert len(before) == {"projector": 4 + 7, "vision_tower": 16 + 3, "language_model": 14}[groups[0]]
+    assert all(path.startswith(prefixes) for path in before)
+    state, _ = jit_train_step(state, case.frozen, small_batch(), **case.static)
+    assert as_bytes(case.frozen) == frozen
+    assert state.trainable.keys() == before.keys()
+    for path, leaf in state.trainable.items():
+        changed = np.asarray(leaf) != before[path]
+        if path.endswith("embed_tokens.weight"):  # tied: the softmax moves every word
+            assert changed.any(axis=1).all()
+        assert changed.mean() > 0.9, path
+
+
+def test_evaluation_is_the_loss_of_training():
+    case = small_case()
+    state = case.state()
+    micro = jax.tree.map(lambda leaf: leaf[0], small_batch())
+    total, count = jit_eval_step(state.trainable, case.frozen, micro, graphdef=case.graphdef)
+    assert int(count) == 12
+    _, metrics = jit_train_step(state, case.frozen, small_batch(), **case.static)
+    np.testing.assert_allclose(total / count, metrics["loss"], rtol=1e-6)
+
+
+def arrays_in(jaxpr: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(primitive, shape) of every array that a program computes, in its loops and calls too."""
+    for equation in jaxpr.eqns:
+        yield from ((equation.primitive.name, v.aval.shape) for v in equation.outvars if hasattr(v.aval, "shape"))
+        for leaf in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+            inner = getattr(leaf, "jaxpr", leaf)
+            if hasattr(inner, "eqns"):
+                yield from arrays_in(inner)
+
+
+def matrix_shapes(params):
+    """Shapes of matrices, of stacked matrices and stacked vectors, as they lie and transposed."""
+    shapes = set()
+    for path, leaf in params.items():
+        for shape in (leaf.shape, leaf.shape[1:] if ".layers." in path else leaf.shape):
+            shapes |= {shape, shape[::-1]}
+    return {shape for shape in shapes if len(shape) > 1}
+
+
+def computed(case):
+    program = jax.make_jaxpr(partial(train_step, **case.static))(case.state(), case.frozen, small_batch())
+    return set(arrays_in(program.jaxpr))
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_of_a_frozen_weights_shape_is_computed(remat, dtype):
+    """No gradient of it, no transposed, converted or float32 copy; and no logits but those of supervised positions."""
+    case = small_case(dtype=dtype, remat=remat)
+    found = computed(case)
+    frozen = matrix_shapes(case.frozen)
+    assert len(frozen) > 20
+    assert not {(name, shape) for name, shape in found if shape in frozen}
+    assert ("dot_general", (21, 30)) in found, "the gradient of the patch projection, which is seen"
+    assert ("dot_general", (4, 5, 53)) in found, "the logits of 5 positions"
+    assert not {(name, shape) for name, shape in found if 53 in shape and 29 in shape}
+
+
+def test_gradients_of_weights_would_be_seen():
+    """The check above finds the shape of every matrix where all of them train."""
+    case = small_case(TrainConfig(groups=dict.fromkeys(COMPONENTS, GroupConfig())))
+    state = case.state()
+    found = {shape for _, shape in computed(case)}
+    assert len(state.trainable) == len(case.params) - 2
+    assert {leaf.shape for leaf in state.trainable.values()} <= found
+    dots = {shape for name, shape in computed(case) if name == "dot_general"}
+    layers = {leaf.shape[1:] for path, leaf in state.trainable.items() if ".layers." in path and leaf.ndim == 3}
+    assert layers <= dots
