@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from umbrella_jax.config import ModalityConfig, RematPolicy, parse_config, resolve_modality, to_dict
+from umbrella_jax.config import ALIASES, ModalityConfig, RematPolicy, parse_config, resolve_modality, to_dict
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models.llava import LlavaConfig
 from umbrella_jax.models.qwen2 import Qwen2Config
@@ -199,7 +199,12 @@ def file_vocab_size(directory: str | Path) -> int:
 def export_names(modalities: Mapping[str, Any], names: Sequence[str] | None) -> dict[str, str]:
     """{configured name: name in the export}: the one of `names` that means the same, or its own."""
     renamed = {m: (resolve_modality(m, names) or m) if names else m for m in modalities}
+    known = frozenset(modalities).union(*ALIASES)
     faults = [
+        f"{name}: no modality has this name; expected T1,rsfMRI or sMRI,fMRI"
+        for name in sorted({*(names or ())} - known)
+    ]
+    faults += [
         f"{m}: would be called {name} in the export, as another modality is; give other names"
         for m, name in renamed.items()
         if list(renamed.values()).count(name) > 1

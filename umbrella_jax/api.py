@@ -20,7 +20,7 @@ from umbrella_jax.data.loader import Dataset, eval_batches
 from umbrella_jax.data.tokenize import load_tokenizer
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models import Llava, LlavaConfig, Params, abstract_params, merge
-from umbrella_jax.training.checkpoint import Checkpoints, load_params, save_params
+from umbrella_jax.training.checkpoint import Checkpoints, load_params, param_shapes, save_params
 
 PARAMS = "params"
 """Of a native checkpoint: the orbax directory beside config.json."""
@@ -126,7 +126,20 @@ class Checkpoint:
 
         Returns what will be initialised, left out or grown, for people. Raises CheckpointError with every fault.
         """
-        return check_checkpoint(self.path, self.config, dtype=dtype).lines() if self.kind == "hf" else []
+        if self.kind == "hf":
+            return check_checkpoint(self.path, self.config, dtype=dtype).lines()
+        if self.kind == "native":
+            expected = {path: leaf.shape for path, leaf in abstract_params(self.config)[1].items()}
+            found = param_shapes(self.path / PARAMS)
+            faults = [
+                f"{self.path}: {path}: expected {expected.get(path, 'no such parameter')}, found "
+                f"{found.get(path, 'none')}; name the modalities as when it was converted, or convert again"
+                for path in sorted(expected.keys() | found.keys())
+                if expected.get(path) != found.get(path)
+            ]
+            if faults:
+                raise CheckpointError(faults)
+        return []
 
     def params(self, dtype: str = "auto", *, sharding: jax.sharding.Sharding | None = None, seed: int = 0) -> Params:
         """Reads all parameters.

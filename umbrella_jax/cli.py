@@ -155,6 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UmbrellaError as error:
         print(f"umbrella-jax: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a full disk, a directory that cannot be made or written
+        print(f"umbrella-jax: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 

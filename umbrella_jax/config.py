@@ -58,7 +58,7 @@ class ModalityConfig:
             faults.append(f"patch {self.patch}: expected 1 <= patch <= size {self.size} on every axis")
         if len(self.size) == 3 and (self.stride_within_seq, self.stride_between_seq) != (1, 1.0):
             faults.append("stride_within_seq and stride_between_seq: only 4D volumes have windows")
-        if self.stride_within_seq < 1 or self.stride_between_seq <= 0:
+        if self.stride_within_seq < 1 or not 0 < self.stride_between_seq < math.inf:
             faults.append("stride_within_seq and stride_between_seq: expected positive numbers")
         scaling = self.scaling or ("znorm" if len(self.size) == 3 else "znorm_minback")
         allowed = (
@@ -192,7 +192,7 @@ class TrainConfig:
                 ("eval_steps", 1 if self.eval_steps is None else self.eval_steps),
                 ("clip_norm", 1 if self.clip_norm is None else self.clip_norm),
             ]
-            if value <= 0
+            if not 0 < value < math.inf
         ]
         if self.warmup_steps < 0:
             faults.append(f"warmup_steps: expected 0 or more, got {self.warmup_steps}")

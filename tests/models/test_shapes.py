@@ -100,7 +100,7 @@ class TestModules(chex.TestCase):
         for make in (Qwen2Attention, Qwen2DecoderLayer):
             graphdef, state = nnx.split(make(text_config(), rngs=nnx.Rngs(0)))
             lengths = jnp.array([7, 3])
-            out = self.variant(lambda s, g=graphdef: nnx.merge(g, s)(x, cos, sin, lengths))(state)
+            out = self.variant(lambda s, n, g=graphdef: nnx.merge(g, s)(x, cos, sin, n))(state, lengths)
             chex.assert_shape(out, (2, 7, 30))
 
     @chex.variants(with_jit=True, without_jit=True)

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,15 +13,19 @@ from golden_case import golden_batch, golden_model, relative
 from training_case import (
     CONFIG,
     EMBEDDINGS,
+    QUICK,
     arrange_volumes,
     as_bytes,
     golden_case,
     make_case,
     micro_batches,
+    quick_step,
     rows_of,
     small_batch,
     small_case,
     stack,
+    step_traced_once,
+    to_numpy,
     total_bytes,
 )
 
@@ -35,9 +38,8 @@ def test_twenty_steps_move_what_trains_and_nothing_else():
     """With weight decay on all that trains. One trace for all steps; another shape of batch is one more."""
     case = golden_case()
     state = case.state()
-    before, frozen_before = state.trainable.copy(), as_bytes(case.frozen)
-    before = {path: np.asarray(leaf) for path, leaf in before.items()}
-    step = jax.jit(chex.assert_max_traces(train_step, n=1), static_argnames=("graphdef", "optimizer"))
+    before, frozen_before = to_numpy(state.trainable), as_bytes(case.frozen)
+    step = step_traced_once()
     batch = stack(golden_batch())
     for _ in range(20):
         state, _ = step(state, case.frozen, batch, **case.static)
@@ -55,7 +57,7 @@ def test_twenty_steps_move_what_trains_and_nothing_else():
 def one_step(batch):
     """Metrics and trained parameters after one step of the golden case."""
     case = golden_case()
-    state, metrics = jit_train_step(case.state(), case.frozen, batch, **case.static)
+    state, metrics = quick_step(case.state(), case.frozen, batch, **case.static)
     return metrics, state.trainable
 
 
@@ -94,7 +96,7 @@ def test_absent_modality_stays_as_it_is():
     def step(state, batch):
         """The new state, and for either modality its parameters, moments and count before and after."""
         before = parts(state)
-        state, _ = jit_train_step(state, case.frozen, batch, **case.static)
+        state, _ = quick_step(state, case.frozen, batch, **case.static)
         return state, before, parts(state)
 
     def parts(state):
@@ -126,8 +128,8 @@ def test_absent_modality_stays_as_it_is():
 def test_bfloat16_checkpoint_trains_in_float32():
     case = small_case(dtype="bfloat16")
     state, frozen = case.state(), as_bytes(case.frozen)
-    before = {path: np.asarray(leaf) for path, leaf in state.trainable.items()}
-    state, metrics = jit_train_step(state, case.frozen, small_batch(), **case.static)
+    before = to_numpy(state.trainable)
+    state, metrics = quick_step(state, case.frozen, small_batch(), **case.static)
     assert np.isfinite(metrics["loss"])
     assert {leaf.dtype for leaf in case.frozen.values()} == {jnp.dtype("bfloat16")}
     assert as_bytes(case.frozen) == frozen
@@ -147,10 +149,10 @@ def test_other_groups_train(groups):
     case = small_case(TrainConfig(groups=dict.fromkeys(groups, GroupConfig()), decay_bias=True))
     prefixes = tuple(COMPONENTS.get(group, group).partition("*")[0] for group in groups)
     state, frozen = case.state(), as_bytes(case.frozen)
-    before = {path: np.asarray(leaf) for path, leaf in state.trainable.items()}
+    before = to_numpy(state.trainable)
     assert len(before) == {"projector": 4 + 7, "vision_tower": 16 + 3, "language_model": 14}[groups[0]]
     assert all(path.startswith(prefixes) for path in before)
-    state, _ = jit_train_step(state, case.frozen, small_batch(), **case.static)
+    state, _ = quick_step(state, case.frozen, small_batch(), **case.static)
     assert as_bytes(case.frozen) == frozen
     assert state.trainable.keys() == before.keys()
     for path, leaf in state.trainable.items():
@@ -160,14 +162,19 @@ def test_other_groups_train(groups):
         assert changed.mean() > 0.9, path
 
 
-def test_evaluation_is_the_loss_of_training():
+def test_entry_points():
+    """The jitted step gives the old state's buffers away, and only those; evaluation is the loss of training."""
     case = small_case()
     state = case.state()
     micro = jax.tree.map(lambda leaf: leaf[0], small_batch())
-    total, count = jit_eval_step(state.trainable, case.frozen, micro, graphdef=case.graphdef)
-    assert int(count) == 12
-    _, metrics = jit_train_step(state, case.frozen, small_batch(), **case.static)
+    evaluate = jit_eval_step.lower(state.trainable, case.frozen, micro, graphdef=case.graphdef).compile(QUICK)
+    total, count = evaluate(state.trainable, case.frozen, micro)
+    step = jit_train_step.lower(state, case.frozen, small_batch(), **case.static).compile(QUICK)
+    new, metrics = step(state, case.frozen, small_batch())
+    assert int(count) == metrics["supervised_tokens"] == 12
     np.testing.assert_allclose(total / count, metrics["loss"], rtol=1e-6)
+    assert all(leaf.is_deleted() for leaf in state.trainable.values())
+    assert not any(leaf.is_deleted() for leaf in [*case.params.values(), *new.trainable.values()])
 
 
 def arrays_in(jaxpr: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -201,7 +208,7 @@ def test_nothing_of_a_frozen_weights_shape_is_computed(remat, dtype):
     case = small_case(dtype=dtype, remat=remat)
     found = computed(case)
     frozen = matrix_shapes(case.frozen)
-    assert len(frozen) > 20
+    assert len(frozen) == 40
     assert not {(name, shape) for name, shape in found if shape in frozen}
     assert ("dot_general", (21, 30)) in found, "the gradient of the patch projection, which is seen"
     assert ("dot_general", (4, 5, 53)) in found, "the logits of 5 positions"

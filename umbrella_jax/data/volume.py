@@ -87,7 +87,8 @@ def check_volumes(images: Iterable[Image], modalities: Mapping[str, ModalityConf
 def _open(path: str | Path, config: ModalityConfig) -> Any:
     """The nibabel image, its voxels not yet read; rank, type and length are as the modality wants them."""
     try:
-        image: Any = nib.load(path, keep_file_open=True)
+        # Not memory-mapped: a file that is cut short while it is mapped kills the process with SIGBUS.
+        image: Any = nib.load(path, mmap=False, keep_file_open=True)
     except FileNotFoundError:
         raise DataError(
             f"{path}: not found; expected a NIfTI file (relative paths start at the conversation file or image_root)"

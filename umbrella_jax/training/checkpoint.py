@@ -74,6 +74,13 @@ def save_params(directory: Path, params: Params) -> None:
         checkpointer.save(directory.absolute(), params)
 
 
+def param_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of what `save_params` wrote, by path; reads no parameters."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = dict(checkpointer.metadata(directory.absolute()).item_metadata)
+    return {path: tuple(leaf.shape) for path, leaf in saved.items()}
+
+
 def load_params(directory: Path, sharding: jax.sharding.Sharding) -> Params:
     """Reads what `save_params` wrote, onto any devices."""
     with ocp.StandardCheckpointer() as checkpointer:

@@ -1,0 +1,159 @@
+"""Equal to the installed transformers, every leaf random: tied and untied heads, with and without grouped queries."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import torch
+from golden_case import relative
+
+from convert.from_hf import load_params
+from convert.hf_config import read_config
+from convert.torch_model import load_umbrella
+from tests.checkpoints import IMAGE_ID, MODALITIES, write_umbrella
+from umbrella_jax.batch import Batch
+from umbrella_jax.models import abstract_params, merge
+from umbrella_jax.training.freeze import label_params, partition
+from umbrella_jax.training.loss import loss_sum
+
+EMBEDDINGS = "vision_tower.vision_model.embeddings."
+VOLUMES = {"T1": 3, "rsfMRI": 2}
+# Row by row: text and the volumes in it, then the number of its last tokens that are supervised.
+ROWS = [
+    ([5, ("T1", 0), 7, ("T1", 1), 4], 6),
+    ([9, ("rsfMRI", 1), 3], 2),
+    ([17], 9),
+    ([2, ("rsfMRI", 0), ("T1", 2), 6, ("T1", 0), 8], 7),  # a volume that the first row shows too
+]
+
+
+def torch_features(model, name, volumes):
+    """Hidden states of the tower and features of the projector, by the stock modules."""
+    hidden = model.model.vision_tower(volumes[:, None], output_hidden_states=True).hidden_states[-1]
+    return hidden, model.model.multi_modal_projector(hidden)
+
+
+def make_rows(rng):
+    """Token ids of each row, and where each of its volumes starts."""
+    rows = []
+    for parts, supervised in ROWS:
+        ids, images = [], []
+        for part in parts:
+            if isinstance(part, int):
+                ids += rng.integers(0, IMAGE_ID, part).tolist()
+            else:
+                images.append((*part, len(ids)))
+                ids += [IMAGE_ID] * MODALITIES[part[0]].num_patches
+        rows.append(SimpleNamespace(ids=np.array(ids, np.int32), images=images, supervised=supervised))
+    return rows
+
+
+def make_batch(rows, volumes):
+    """The rows as the model takes them, longer than the longest and with room for one more target."""
+    length, targets = max(len(row.ids) for row in rows) + 3, max(row.supervised for row in rows) + 1
+    input_ids, feature_idx = np.full((len(rows), length), 1, np.int32), np.full((len(rows), length), -1, np.int32)
+    target_pos, target_ids = (np.zeros((len(rows), targets), np.int32) for _ in range(2))
+    first = {"T1": 0, "rsfMRI": VOLUMES["T1"] * MODALITIES["T1"].num_patches}
+    for b, row in enumerate(rows):
+        input_ids[b, : len(row.ids)] = row.ids
+        for name, volume, start in row.images:
+            patches = np.arange(MODALITIES[name].num_patches)
+            feature_idx[b, start + patches] = first[name] + volume * len(patches) + patches
+        where = np.arange(len(row.ids) - row.supervised, len(row.ids))
+        target_pos[b, : len(where)], target_ids[b, : len(where)] = where - 1, row.ids[where]
+    return Batch(
+        input_ids=input_ids,
+        positions=np.tile(np.arange(length, dtype=np.int32), (len(rows), 1)),
+        feature_idx=feature_idx,
+        lengths=np.array([len(row.ids) for row in rows], np.int32),
+        target_pos=target_pos,
+        target_ids=target_ids,
+        target_mask=np.arange(targets) < np.array([[row.supervised] for row in rows]),
+        volumes=volumes,
+    )
+
+
+@pytest.fixture(scope="module", params=[(True, 2), (True, 6), (False, 2), (False, 6)], ids=str)
+def both(request, tmp_path_factory):
+    """One checkpoint in either framework, with the batch and what PyTorch says to it, row by row and unpadded."""
+    tied, kv_heads = request.param
+    directory = tmp_path_factory.mktemp("checkpoint")
+    write_umbrella(directory, tied=tied, kv_heads=kv_heads, seed=11)
+    model, config = load_umbrella(directory), read_config(directory, MODALITIES, remat="full")
+    assert (config.text.tie_word_embeddings, config.text.num_key_value_heads) == (tied, kv_heads)
+
+    rng = np.random.default_rng(3)
+    volumes = {m: rng.normal(size=(n, *MODALITIES[m].size)).astype(np.float32) for m, n in VOLUMES.items()}
+    rows = make_rows(rng)
+    made = {m: torch_features(model, m, torch.from_numpy(x)) for m, x in volumes.items()}
+    logits, losses = [], []
+    for row in rows:
+        ids = torch.from_numpy(row.ids).long()
+        embeds = model.get_input_embeddings()(ids).clone()
+        for name, volume, start in row.images:
+            embeds[start : start + MODALITIES[name].num_patches] = made[name][1][volume]
+        logits.append(model(inputs_embeds=embeds[None]).logits[0])
+        shifted = logits[-1][len(ids) - row.supervised - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(shifted, ids[-row.supervised :], reduction="none"))
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    return SimpleNamespace(
+        torch=model,
+        params=load_params(directory, config)[0],
+        graphdef=abstract_params(config)[0],
+        rows=rows,
+        batch=make_batch(rows, volumes),
+        made=made,
+        logits=[x.detach().numpy() for x in logits],
+        loss=loss.item(),
+    )
+
+
+def test_every_leaf_is_random(both):
+    """A zero bias or a norm of ones would hide one that is swapped or forgotten."""
+    for path, leaf in both.params.items():
+        assert np.unique(leaf).size > 0.9 * leaf.size, path
+
+
+def test_tower_and_features(both):
+    model = merge(both.graphdef, both.params)
+    for name, volumes in both.batch.volumes.items():
+        hidden, features = (x.detach().numpy() for x in both.made[name])
+        assert relative(model.vision_tower(name, volumes), hidden) <= 1e-5
+        assert relative(model.image_features({name: volumes}).reshape(features.shape), features) <= 1e-5
+
+
+def test_logits(both):
+    """At every position in use, and at the supervised ones alone."""
+    model = merge(both.graphdef, both.params)
+    logits, targets = model(both.batch), model.target_logits(both.batch)
+    for b, (row, expected) in enumerate(zip(both.rows, both.logits, strict=True)):
+        assert relative(logits[b, : len(row.ids)], expected) <= 1e-5
+        assert relative(targets[b, : row.supervised], expected[-row.supervised - 1 : -1]) <= 1e-5
+
+
+def test_stock_call_gives_the_same(both):
+    """PyTorch's own way from ids and volumes to logits, for a row of one modality: what `both` put together by hand."""
+    for b, name in ((0, "T1"), (1, "rsfMRI")):
+        volumes = torch.from_numpy(both.batch.volumes[name][[image[1] for image in both.rows[b].images], None])
+        with torch.no_grad():
+            logits = both.torch(input_ids=torch.from_numpy(both.rows[b].ids[None]).long(), pixel_values=volumes).logits
+        assert relative(logits[0], both.logits[b]) <= 1e-5
+
+
+def test_loss_and_gradients(both):
+    trainable, frozen = partition(both.params, label_params(list(both.params), ["patch_embed"]))
+
+    def loss(trainable):
+        total, count = loss_sum(merge(both.graphdef, trainable | frozen), both.batch)
+        return total / count, count
+
+    (value, count), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)
+    assert int(count) == sum(row.supervised for row in both.rows)
+    np.testing.assert_allclose(value, both.loss, rtol=1e-5)
+    embeddings = dict(both.torch.model.vision_tower.embeddings.named_parameters())
+    assert {path.removeprefix(EMBEDDINGS) for path in grads} == embeddings.keys()
+    for name, tensor in embeddings.items():
+        expected = tensor.grad.numpy()
+        assert relative(grads[EMBEDDINGS + name].reshape(expected.shape), expected) <= 1e-4, name

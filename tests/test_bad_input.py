@@ -1,0 +1,424 @@
+"""Bad input is refused before any weight is read and anything compiled, by file, field and what was expected."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import umbrella_jax.run
+from tests import small_run
+from tests.small_run import World, read_config, umbrella
+from umbrella_jax.api import Checkpoint
+
+Refused = Callable[..., str]
+Record = dict[str, Any]
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+class WorkStarted(BaseException):
+    """Not an Exception: nothing may take it for a fault of the input."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    world = small_run.make_world(tmp_path_factory.mktemp("world"))
+    scans = world.root / "scans"
+    (scans / "cut.nii.gz").write_bytes((scans / "0.nii.gz").read_bytes()[:1200])
+    (scans / "page.nii.gz").write_text("<html>404</html>")
+    voxels = np.ones(small_run.VOLUME_SHAPES["T1"])
+    voxels[1, 2, 3] = np.nan
+    small_run.write_volume(scans / "nan.nii.gz", voxels.shape, values=voxels)
+    small_run.write_volume(scans / "short.nii", (4, 4, 5, 3))
+    return world
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Fails the test when weights are read or a step is made; collects the names of compile events."""
+
+    def started(*args: Any, **kwargs: Any) -> Any:
+        raise WorkStarted
+
+    monkeypatch.setattr(umbrella_jax.run, "fit", started)
+    monkeypatch.setattr(Checkpoint, "params", started)
+    seen: list[str] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def refused(world: World, events: list[str], tmp_path: Path) -> Refused:
+    """`refused(*flags)`: the message of `umbrella-jax train` with them, which starts no work."""
+
+    def run(*flags: object) -> str:
+        message = umbrella(*world.train_flags(tmp_path / "out", *flags), code=1)
+        assert message.startswith("umbrella-jax: ")
+        assert COMPILED not in events
+        assert not (tmp_path / "out" / "metrics.jsonl").exists()
+        return message
+
+    return run
+
+
+def test_good_input_starts_work(world: World, events: list[str], tmp_path: Path) -> None:
+    """What the fixtures above watch for does happen."""
+    with pytest.raises(WorkStarted):
+        umbrella(*world.train_flags(tmp_path / "out"))
+    jax.jit(lambda x: x + 1)(1)
+    assert COMPILED in events
+
+
+# The configuration.
+
+
+def section(name: str, **values: Any) -> Callable[[Record], None]:
+    def change(settings: Record) -> None:
+        for part in name.split(".") if name else ():
+            settings = settings.setdefault(part, {})
+        settings.update(values)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (section("train", lr=1), ["train.lr: no such key", "learning_rate"]),
+        (section("model.modalities.T1", patches=[3, 3, 3]), ["model.modalities.T1.patches: no such key", "patch"]),
+        (section("", modle={}), ["modle: no such key", "model"]),
+        (section("train", batch_size="many"), ["train.batch_size", "integer", "'many'"]),
+        (section("train", batch_size=0), ["batch_size: expected a positive number, got 0"]),
+        (section("train", learning_rate=float("nan")), ["learning_rate: expected a positive number, got nan"]),
+        (section("train", epochs=float("inf")), ["epochs: expected a positive number, got inf"]),
+        (section("model.modalities.T1", patch=[3, 3]), ["model.modalities.T1: patch (3, 3): expected 3 numbers"]),
+        (section("model.modalities.T1", patch=[3, 3, 6]), ["T1: patch (3, 3, 6): expected 1 <= patch <= size"]),
+        (section("model.modalities.T1", scaling="znorm_minback"), ["T1: scaling znorm_minback: expected one of znorm"]),
+        (section("model", remat="partial"), ["model.remat", "'none', 'full' or 'dots'"]),
+        (section("model", modalities={}), ["modalities: expected at least one"]),
+        (section("train", eval_steps=5), ["train.eval_steps", "--eval-data"]),
+    ],
+)
+def test_config(
+    refused: Refused, world: World, tmp_path: Path, change: Callable[[Record], None], expected: list[str]
+) -> None:
+    settings = read_config(world.config)
+    change(settings)
+    path = small_run.write_config(tmp_path / "changed.yaml", settings)
+    message = refused("--config", path)
+    if "eval_steps" not in expected[0]:
+        assert str(path) in message
+    for part in expected:
+        assert part in message
+    assert "faults" not in message
+
+
+def test_faults_of_a_config_come_together(refused: Refused, world: World, tmp_path: Path) -> None:
+    settings = read_config(world.config)
+    section("train", lr=1, epochs="many")(settings)
+    section("model.modalities.rsfMRI", patch=[9, 9, 9, 9])(settings)
+    message = refused("--config", small_run.write_config(tmp_path / "changed.yaml", settings))
+    assert "3 faults" in message
+    for part in ("train.lr: no such key", "patch (9, 9, 9, 9)", "train.epochs: "):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--config", "/no/where.yaml"], ["/no/where.yaml: cannot be read"]),
+        (["--set", "train.clip=1"], ["train.clip: no such key", "clip_norm"]),
+        (["--set", "train.clip_norm"], ["train.clip_norm: expected KEY=VALUE"]),
+        (["--set", "train.clip_norm=[1"], ["train.clip_norm=[1: the value is not valid YAML"]),
+        (["--set", "seed.of=1"], ["seed.of: seed is a value"]),
+        (["--batch-size", -2], ["batch_size: expected a positive number, got -2"]),
+        (["--modality", "PET"], ["modality PET", "one of T1, rsfMRI"]),
+        (["--task-filter", "T9"], ["task_filter T9", "their tasks T0, T1, T3"]),
+    ],
+)
+def test_flags(refused: Refused, flags: list[Any], expected: list[str]) -> None:
+    message = refused(*flags)
+    for part in expected:
+        assert part in message
+
+
+def test_what_a_run_needs_is_asked_for_together(world: World, events: list[str]) -> None:
+    message = umbrella("train", "--config", world.config, code=1)
+    for flag in ("--base", "--train-data", "--output-dir"):
+        assert flag in message
+
+
+def test_batch_that_the_devices_do_not_divide(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(umbrella_jax.run, "make_mesh", lambda: SimpleNamespace(size=4))
+    assert "train.batch_size: 6 cannot be split over 4 devices; the next is 8" in refused()
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ("{}", "nothing trains"),
+        ("{patch_embedding: {}}", "patch_embedding covers no parameter; expected patch_embed, vision_tower"),
+        ("{'*.T2_proj.*': {}}", "*.T2_proj.* covers no parameter"),
+        ("{projector: {}, 'multi_modal*.bias': {}}", "linear_1.bias is covered by projector and multi_modal*.bias"),
+        ("{'*post_layernorm*': {}}", "post_layernorm.bias, which LLaVA does not use"),
+    ],
+)
+def test_what_trains(refused: Refused, world: World, groups: str, expected: str) -> None:
+    flags = ["--set", f"train.groups={groups}"]
+    for message in (
+        refused(*flags),
+        umbrella("inspect", "--config", world.config, "--base", world.base, *flags, code=1),
+    ):
+        assert "train.groups: " in message
+        assert expected in message
+
+
+# The base.
+
+
+@pytest.fixture
+def base(world: World, tmp_path: Path) -> Callable[..., Path]:
+    """`base(tensors=change, config=change)`: a copy of the base, its tensors or config.json altered in place."""
+
+    def make(tensors: Callable[[Record], None] | None = None, config: Callable[[Record], None] | None = None) -> Path:
+        directory = shutil.copytree(world.base, tmp_path / "base")
+        if tensors:
+            arrays = load_file(directory / "model.safetensors")
+            tensors(arrays)
+            save_file(arrays, directory / "model.safetensors", metadata={"format": "pt"})
+        if config:
+            raw = json.loads((directory / "config.json").read_text())
+            config(raw)
+            (directory / "config.json").write_text(json.dumps(raw))
+        return directory
+
+    return make
+
+
+def test_tensors_that_do_not_fit(refused: Refused, base: Callable[..., Path], world: World, tmp_path: Path) -> None:
+    def change(tensors: Record) -> None:
+        del tensors["language_model.model.layers.1.mlp.up_proj.weight"]
+        tensors["language_model.model.layers.2.mlp.up_proj.weight"] = np.zeros((128, 64), np.float32)
+        tensors["multi_modal_projector.linear_1.weight"] = np.zeros((64, 32), np.float32)
+
+    directory = base(tensors=change)
+    config = ["--config", world.config]
+    for message in (
+        refused("--base", directory),
+        umbrella("inspect", *config, "--base", directory, code=1),
+        umbrella("convert", "from-hf", directory, tmp_path / "native", *config, code=1),
+    ):
+        assert "3 faults" in message
+        for part in (
+            f"{directory}: language_model.model.layers.1.mlp.up_proj.weight: missing, expected shape [128, 64]",
+            f"{directory / 'model.safetensors'}: language_model.model.layers.2.mlp.up_proj.weight: not a part",
+            "multi_modal_projector.linear_1.weight: expected shape [64, 64], found [64, 32]",
+        ):
+            assert part in message
+    assert not (tmp_path / "native").exists()
+
+
+def test_weights_that_are_cut_short(refused: Refused, base: Callable[..., Path]) -> None:
+    file = base() / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    message = refused("--base", file.parent)
+    assert str(file) in message
+    assert "cut short or damaged" in message
+
+
+def test_image_id_other_than_the_tokenizers(refused: Refused, base: Callable[..., Path]) -> None:
+    message = refused("--base", base(config=lambda raw: raw.update(image_token_index=5)))
+    assert "<image> is token 333 of the tokenizer" in message
+    assert "5 in config.json" in message
+
+
+def test_model_of_another_kind(refused: Refused, base: Callable[..., Path]) -> None:
+    directory = base(config=lambda raw: raw["text_config"].update(model_type="llama"))
+    message = refused("--base", directory)
+    assert f"{directory / 'config.json'}: text_config.model_type: 'llama' is not supported, expected 'qwen2'" in message
+
+
+def test_missing_base(refused: Refused, tmp_path: Path) -> None:
+    assert f"{tmp_path / 'none'}: no such directory; expected" in refused("--base", tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert f"{tmp_path / 'empty' / 'config.json'}: cannot be read" in refused("--base", tmp_path / "empty")
+
+
+def test_base_without_tokenizer(refused: Refused, base: Callable[..., Path]) -> None:
+    directory = base()
+    for path in directory.glob("*token*"):
+        path.unlink()
+    assert f"{directory}: holds no tokenizer" in refused("--base", directory)
+
+
+def test_stock_base_without_modalities(refused: Refused, world: World, events: list[str], tmp_path: Path) -> None:
+    settings = read_config(world.config)
+    del settings["model"]["modalities"]
+    message = refused("--config", small_run.write_config(tmp_path / "changed.yaml", settings))
+    assert "model.modalities" in message
+    message = umbrella("convert", "to-hf", world.base, tmp_path / "export", code=1)
+    assert "umbrella_config.json" in message
+    assert "name the modalities, with size and patch" in message
+    with pytest.raises(umbrella_jax.ConfigError, match="name the modalities"):
+        umbrella_jax.load(world.base)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda modalities: modalities.update(sMRI=modalities.pop("T1")),
+        lambda modalities: modalities.update(T2=modalities["T1"]),
+    ],
+    ids=["renamed", "added"],
+)
+def test_native_base_with_other_modalities(
+    world: World, tmp_path: Path, change: Callable[[Record], None], request: pytest.FixtureRequest
+) -> None:
+    umbrella("convert", "from-hf", world.base, tmp_path / "native", "--config", world.config)
+    settings = read_config(world.config)
+    change(settings["model"]["modalities"])
+    config = small_run.write_config(tmp_path / "changed.yaml", settings)
+    assert str(tmp_path / "native") in request.getfixturevalue("refused")(
+        "--config", config, "--base", tmp_path / "native"
+    )
+
+
+def test_output_directory_that_cannot_be_made(refused: Refused, world: World) -> None:
+    assert str(world.config) in refused("--output-dir", world.config / "run")
+
+
+@pytest.mark.parametrize("names", ["t1,rsfmri", "T1,T2"])
+def test_names_of_an_export(world: World, tmp_path: Path, names: str) -> None:
+    umbrella("convert", "from-hf", world.base, tmp_path / "native", "--config", world.config)
+    message = umbrella("convert", "to-hf", tmp_path / "native", tmp_path / "export", "--names", names, code=1)
+    assert f"{names.split(',')[1]}: no modality has this name; expected T1,rsfMRI or sMRI,fMRI" in message
+    assert not (tmp_path / "export").exists()
+
+
+# Conversations and volumes.
+
+
+@pytest.fixture
+def data(world: World, tmp_path: Path) -> Callable[..., Path]:
+    """`data(change)`: the training conversations, altered in place by `change`. 0 to 3 show one scan, 8 to 10 a run."""
+
+    def make(change: Callable[[list[Record]], None]) -> Path:
+        records = json.loads(world.train.read_text())
+        change(records)
+        return small_run.write_json(tmp_path / "data.json", records)
+
+    return make
+
+
+def part(records: list[Record], conversation: int, turn: int = 0, content: int = 0) -> Record:
+    return records[conversation]["conversations"][turn]["content"][content]
+
+
+def test_training_data_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
+    assert f"{tmp_path / 'none.json'}: not found; expected" in refused("--train-data", tmp_path / "none.json")
+    (tmp_path / "bad.jsonl").write_text('{"task_id": "a"}\n{"task_id": \n')
+    message = refused("--train-data", tmp_path / "bad.jsonl")
+    assert "bad.jsonl:2: not valid JSON" in message
+    assert "bad.jsonl:1 (a): conversations: expected a list" in message
+
+
+@pytest.mark.parametrize(
+    ("conversation", "file", "expected"),
+    [
+        (0, "none.nii.gz", "not found; expected a NIfTI file"),
+        (0, "cut.nii.gz", "cannot be read"),
+        (0, "page.nii.gz", "cannot be read"),
+        (0, "nan.nii.gz", "1 voxels are NaN or infinite; expected finite numbers"),
+        (0, "run-0.nii", "shape (4, 4, 5, 10); expected 3 axes"),
+        (8, "0.nii.gz", "shape (9, 8, 7); expected 4 axes"),
+        (8, "short.nii", "3 frames; expected at least a window of 4"),
+    ],
+)
+def test_volume(
+    refused: Refused, world: World, data: Callable[..., Path], conversation: int, file: str, expected: str
+) -> None:
+    message = refused("--train-data", data(lambda r: part(r, conversation).update(image_path=file)))
+    assert f"{world.root / 'scans' / file}: {expected}" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            lambda r: part(r, 0, content=1).update(text="<image> or <image>?"),
+            "data.json[0] (one-0): conversations[0]: 2 <image> markers, 1 images; expected a marker for each",
+        ),
+        (
+            lambda r: r[0].update(images=[{"path": "0.nii.gz", "modality": "sMRI"}] * 2),
+            "data.json[0] (one-0): images: 2 listed, 1 shown",
+        ),
+        (
+            lambda r: r[1]["conversations"][0].update(role="human"),
+            "data.json[1] (one-1): conversations[0]: role: expected one of system, user, assistant, got 'human'",
+        ),
+        (
+            lambda r: part(r, 2).update(modality="PET"),
+            "data.json[2] (one-2): conversations[0].content[0]: modality: expected one of T1, rsfMRI",
+        ),
+        (
+            lambda r: part(r, 11).update(text="word " * 9000),
+            "data.json[11] (text): 45013 positions, 0 of them patches; expected at most 8192",
+        ),
+        (
+            lambda r: r[11]["conversations"].pop(),
+            "data.json[11] (text): no assistant turn has text; expected at least one answer",
+        ),
+    ],
+    ids=["markers", "images", "role", "modality", "length", "answer"],
+)
+def test_conversation(refused: Refused, data: Callable[..., Path], change: Any, expected: str) -> None:
+    message = refused("--train-data", data(change))
+    assert expected in message
+    assert "faults" not in message
+
+
+def test_the_limit_on_length_is_configured(refused: Refused) -> None:
+    message = refused("--set", "data.max_length=40")
+    assert "4 faults" in message  # the four of two images
+    assert "(two-01): 42 positions, 12 of them patches; expected at most 40" in message
+
+
+def test_faults_of_conversations_come_together(refused: Refused, data: Callable[..., Path]) -> None:
+    def change(records: list[Record]) -> None:
+        records[0]["conversations"][0]["role"] = "human"
+        part(records, 1)["modality"] = "PET"
+        part(records, 2, content=1)["text"] = "<image><image>"
+
+    message = refused("--train-data", data(change))
+    assert "3 faults" in message
+    assert all(f"data.json[{i}] (one-{i})" in message for i in range(3))
+
+
+def test_faults_of_volumes_and_texts_come_together(refused: Refused, world: World, data: Callable[..., Path]) -> None:
+    def change(records: list[Record]) -> None:
+        for i, name in enumerate(("none.nii.gz", "cut.nii.gz", "nan.nii.gz")):
+            part(records, i)["image_path"] = name
+        part(records, 8)["image_path"] = "0.nii.gz"
+        part(records, 11)["text"] = "word " * 9000
+
+    message = refused("--train-data", data(change))
+    assert "5 faults" in message
+    for name in ("none.nii.gz", "cut.nii.gz", "nan.nii.gz", "0.nii.gz"):
+        assert str(world.root / "scans" / name) in message
+    assert "data.json[11] (text)" in message
+
+
+def test_evaluation_data_is_checked_before_the_start(refused: Refused, data: Callable[..., Path]) -> None:
+    message = refused("--eval-data", data(lambda r: part(r, 0).update(image_path="none.nii.gz")))
+    assert "none.nii.gz: not found" in message

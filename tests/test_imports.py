@@ -1,0 +1,119 @@
+"""The arrows of the architecture: who may import whom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# What the modules of a room import, besides the standard library and the room itself. Imports within functions count.
+ROOMS: dict[str, set[str]] = {
+    "umbrella_jax/errors.py": set(),
+    "umbrella_jax/config.py": {"umbrella_jax.errors", "pydantic", "ruamel"},
+    "umbrella_jax/batch.py": {"jax", "chex"},
+    "umbrella_jax/sharding.py": {"umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "jax", "numpy"},
+    "umbrella_jax/models": {"umbrella_jax.config", "umbrella_jax.batch", "jax", "flax", "chex", "numpy"},
+    "umbrella_jax/training": {
+        *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
+        *("umbrella_jax.sharding", "jax", "flax", "optax", "orbax", "chex", "tqdm", "numpy"),
+    },
+    "umbrella_jax/evaluation": {
+        *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
+        *("umbrella_jax.sharding", "jax", "flax", "numpy"),
+    },
+    "umbrella_jax/data": {
+        *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors"),
+        *("numpy", "nibabel", "grain", "transformers"),
+    },
+    "convert": {
+        *("umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.models"),
+        *("jax", "flax", "numpy", "ml_dtypes", "safetensors", "huggingface_hub"),
+    },
+}
+EXCEPTIONS = {"convert/torch_model.py": {"torch", "transformers"}}
+NOT_ON_AN_ACCELERATOR = ("grain", "nibabel", "transformers", "torch", "pydantic", "ruamel", "safetensors", "tokenizers")
+
+
+def imports(source: str) -> set[str]:
+    """Modules that a source imports: of our own packages `umbrella_jax.room`, of all others the top level."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        found |= {".".join(name.split(".")[: 2 if name.startswith("umbrella_jax.") else 1]) for name in names}
+    return found - sys.stdlib_module_names
+
+
+def files(room: str) -> list[Path]:
+    path = ROOT / room
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+def test_imports_are_found() -> None:
+    source = """
+    import os.path, jax.numpy as jnp
+    from umbrella_jax.models.llava import Llava
+    from umbrella_jax import sharding
+    def f():
+        if True: import torch.nn
+    """
+    source = "\n".join(line[4:] for line in source.splitlines())
+    assert imports(source) == {"jax", "umbrella_jax.models", "umbrella_jax.sharding", "torch"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_arrows(room: str) -> None:
+    itself = room.removesuffix(".py").replace("/", ".")
+    assert files(room)
+    for path in files(room):
+        name = path.relative_to(ROOT).as_posix()
+        assert imports(path.read_text()) <= ROOMS[room] | {itself} | EXCEPTIONS.get(name, set()), name
+
+
+def test_nobody_in_the_package_imports_torch() -> None:
+    for path in files("umbrella_jax"):
+        assert "torch" not in imports(path.read_text()), path
+
+
+def python(source: str) -> str:
+    run = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_models_and_training_import_on_a_bare_accelerator_image() -> None:
+    python(f"""
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {NOT_ON_AN_ACCELERATOR!r}:
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Missing())
+try:
+    import nibabel
+    raise SystemExit("the blocker does not block")
+except ModuleNotFoundError:
+    pass
+import umbrella_jax.models, umbrella_jax.training.trainer, umbrella_jax.training.step, umbrella_jax.evaluation.generate
+assert umbrella_jax.generate is umbrella_jax.evaluation.generate.generate
+""")
+
+
+def test_import_is_lazy() -> None:
+    """The package, its configs and its command line are there without waiting for jax or transformers."""
+    heavy = ("jax", "flax", "orbax", "grain", "nibabel", "transformers", "torch", "numpy")
+    printed = python(f"""
+import sys
+import umbrella_jax, umbrella_jax.cli
+umbrella_jax.load_config({str(ROOT / "configs" / "tiny.yaml")!r})
+print(*sorted(set(sys.modules) & set({heavy!r})))
+""")
+    assert printed.split() == []
