@@ -1,9 +1,13 @@
-"""What several test packages need: a real, tiny tokenizer."""
+"""What several test packages need: eight simulated devices, and a real, tiny tokenizer."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Before anything asks jax for its devices. Tests in tests/test_sharding.py assert that there are eight.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
 

@@ -48,8 +48,21 @@ def native(world: World) -> Path:
 
 @pytest.fixture(scope="module")
 def run(world: World) -> Path:
-    """A run with a checkpoint after each of its two steps."""
-    flags = ["--epochs", 1, "--eval-data", world.eval, "--set", "train.save_steps=1"]
+    """A run with a checkpoint after each of its two steps; on T1 alone, which compiles in half the time."""
+    anatomical = [record for record in json.loads(world.train.read_text()) if record["task_id"].startswith("one")]
+    data = small_run.write_json(world.root / "anatomical.json", anatomical)
+    flags = [
+        "--train-data",
+        data,
+        "--batch-size",
+        2,
+        "--epochs",
+        1,
+        "--eval-data",
+        world.eval,
+        "--set",
+        "train.save_steps=1",
+    ]
     umbrella(*world.train_flags(world.root / "run", *flags))
     return world.root / "run"
 
