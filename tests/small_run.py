@@ -1,19 +1,23 @@
 """A world small enough to train in seconds: a base, NIfTI files, conversations of every kind, the YAML of a run."""
 
-import contextlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import nibabel as nib
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
 from ruamel.yaml import YAML
 
+import umbrella_jax.run
 from umbrella_jax.cli import main
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.demo import make_base
@@ -136,14 +140,31 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def umbrella(*words: object, code: int = 0) -> str:
-    """Runs `umbrella-jax WORDS` in this process, asserts its exit code, and returns what it printed: stderr where it
-    failed, else stdout."""
+def umbrella(*words: object, code: int = 0, devices: int = 1) -> str:
+    """Runs `umbrella-jax WORDS` in this process, on some of the eight devices that the suite simulates; asserts its
+    exit code, and returns what it printed: stderr where it failed, else stdout."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+    with mock.patch("umbrella_jax.run.make_mesh", return_value=mesh), redirect_stdout(out), redirect_stderr(err):
         found = main([str(word) for word in words])
     assert found == code, f"{out.getvalue()}\n{err.getvalue()}"
     return err.getvalue() if code else out.getvalue()
+
+
+def umbrella_command(*words: object) -> list[str]:
+    """`umbrella-jax WORDS` for a process of its own, which wants `process_environment`."""
+    return [sys.executable, "-m", "umbrella_jax.cli", *map(str, words)]
+
+
+def process_environment(compiled: Path) -> dict[str, str]:
+    """This process's environment but for the simulated devices; what is compiled is kept in `compiled`, so that a
+    second process need not compile it again."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | cache
 
 
 def modalities() -> dict[str, ModalityConfig]:
@@ -152,26 +173,3 @@ def modalities() -> dict[str, ModalityConfig]:
         name: ModalityConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in m.items()})
         for name, m in MODALITIES.items()
     }
-
-
-@contextlib.contextmanager
-def compile_once(directory: Path) -> Iterator[dict[str, str]]:
-    """Within it, what was compiled is kept in `directory`: the second run of a test file does not compile again.
-
-    Yields the environment with which other processes take part.
-    """
-    options: dict[str, Any] = {
-        "jax_compilation_cache_dir": str(directory),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # it looks at the options once
-    try:
-        yield {name.upper(): str(value) for name, value in options.items()}
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -159,9 +158,9 @@ def test_what_a_run_needs_is_asked_for_together(world: World, events: list[str])
         assert flag in message
 
 
-def test_batch_that_the_devices_do_not_divide(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(umbrella_jax.run, "make_mesh", lambda: SimpleNamespace(size=4))
-    assert "train.batch_size: 6 cannot be split over 4 devices; the next is 8" in refused()
+def test_batch_that_the_devices_do_not_divide(world: World, events: list[str], tmp_path: Path) -> None:
+    message = umbrella(*world.train_flags(tmp_path / "out"), code=1, devices=4)
+    assert "train.batch_size: 6 cannot be split over 4 devices; the next is 8" in message
 
 
 @pytest.mark.parametrize(

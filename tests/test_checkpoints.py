@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,6 @@ STOCK = {f"{PATCH_EMBED}{n}" for n in ("patch_embedding.weight", "patch_embeddin
 STEPS = 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with small_run.compile_once(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return small_run.make_world(tmp_path_factory.mktemp("world"), train={"warmup_steps": 0})
@@ -51,18 +44,7 @@ def run(world: World) -> Path:
     """A run with a checkpoint after each of its two steps; on T1 alone, which compiles in half the time."""
     anatomical = [record for record in json.loads(world.train.read_text()) if record["task_id"].startswith("one")]
     data = small_run.write_json(world.root / "anatomical.json", anatomical)
-    flags = [
-        "--train-data",
-        data,
-        "--batch-size",
-        2,
-        "--epochs",
-        1,
-        "--eval-data",
-        world.eval,
-        "--set",
-        "train.save_steps=1",
-    ]
+    flags = ["--train-data", data, "--batch-size", 2, "--eval-data", world.eval, "--set", "train.save_steps=1"]
     umbrella(*world.train_flags(world.root / "run", *flags))
     return world.root / "run"
 

@@ -1,12 +1,11 @@
 """Runs from end to end through the command line: what is written, what trains, how it goes on after a kill."""
 
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,8 @@ METRICS = ("step", "loss", "grad_norm", "learning_rate", "supervised_tokens")  #
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    with small_run.compile_once(tmp_path_factory.mktemp("compiled")) as environment:
-        yield environment
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return small_run.process_environment(tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +41,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="module")
-def run(world: World, environment: dict[str, str]) -> Path:
-    """A run of 36 steps, evaluated after 24 and at the end; what it printed is in `stdout` beside it."""
-    out = world.root / "run"
+def printed(world: World, environment: dict[str, str]) -> str:
+    """What a run of 36 steps, evaluated after 24 and at the end, says on stdout; it lies in `run`."""
     flags = [*FLAGS, "--eval-data", world.eval, "--set", f"train.eval_steps={EVAL}"]
-    (world.root / "stdout").write_text(umbrella(*world.train_flags(out, *flags)))
-    return out
+    command = small_run.umbrella_command(*world.train_flags(world.root / "run", *flags))
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 @pytest.fixture(scope="module")
-def stdout(run: Path) -> str:
-    return (run.parent / "stdout").read_text()
+def run(printed: str, world: World) -> Path:
+    return world.root / "run"
 
 
 def parameters(path: Path, **options: Any) -> dict[str, np.ndarray]:
@@ -97,7 +96,7 @@ def test_frozen_is_frozen_and_the_patch_embedding_trains(run: Path, world: World
     assert changed == TRAINED
 
 
-def test_the_summary_says_what_trains(stdout: str, world: World) -> None:
+def test_the_summary_says_what_trains(printed: str, world: World) -> None:
     for line in [
         # T1: 64 · (3·2·4 + 1 + 6 patches), rsfMRI: 64 · (2·3·4·2 + 1 + 4 patches)
         f"patch_embed {64 * 31 + 64 * 53:,} 0",
@@ -105,19 +104,19 @@ def test_the_summary_says_what_trains(stdout: str, world: World) -> None:
         "projector 0 8,320",
         "language_model 0 98,880",
     ]:
-        assert line in [" ".join(printed.split()) for printed in stdout.splitlines()]
-    names = [line.split()[0] for line in stdout.partition("trains:\n")[2].splitlines() if line.startswith("  ")]
+        assert line in [" ".join(line.split()) for line in printed.splitlines()]
+    names = [line.split()[0] for line in printed.partition("trains:\n")[2].splitlines() if line.startswith("  ")]
     assert set(names) == TRAINED
-    assert f"12 conversations, {STEPS} steps on 1 device(s), into {world.root / 'run'}" in stdout
+    assert f"12 conversations, {STEPS} steps on 1 device(s), into {world.root / 'run'}" in printed
 
 
-def test_inspect_prints_the_same_summary(stdout: str, world: World, tmp_path: Path) -> None:
-    printed = umbrella("inspect", "--config", world.config, "--base", world.base)
-    assert stdout.startswith(printed)
+def test_inspect_prints_the_same_summary(printed: str, world: World, tmp_path: Path) -> None:
+    summary = umbrella("inspect", "--config", world.config, "--base", world.base)
+    assert printed.startswith(summary)
     shutil.copy(world.base / "config.json", tmp_path)
     bare = umbrella("inspect", "--config", world.config, "--base", tmp_path)
     assert "no weights there" in bare
-    assert bare[bare.index("component") :] == printed[printed.index("component") :]
+    assert bare[bare.index("component") :] == summary[summary.index("component") :]
     other = umbrella("inspect", "--config", world.config, "--base", tmp_path, "--set", "train.groups={projector: {}}")
     assert "projector                  8,320               0" in other
 
@@ -166,17 +165,17 @@ def test_killed_and_resumed_is_the_run_that_was_not_killed(
     run: Path, world: World, environment: dict[str, str]
 ) -> None:
     out, metrics = world.root / "killed", world.root / "killed" / "metrics.jsonl"
-    command = [sys.executable, "-m", "umbrella_jax.cli", *world.train_flags(out, *FLAGS)]
-    options: dict[str, Any] = {"env": {**os.environ, **environment}, "text": True, "stderr": subprocess.STDOUT}
+    command = small_run.umbrella_command(*world.train_flags(out, *FLAGS))
+    options: dict[str, Any] = {"env": environment, "text": True, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, **options)
     # A save waits for the one before it: behind step 2 * SAVE, the first checkpoint is complete.
     while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < 2 * SAVE + 2):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
-    printed = process.communicate()[0]
+    said = process.communicate()[0]
     done = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-    assert process.returncode == -signal.SIGKILL, printed
-    assert 2 * SAVE + 2 <= done < STEPS, printed
+    assert process.returncode == -signal.SIGKILL, said
+    assert 2 * SAVE + 2 <= done < STEPS, said
 
     resumed = subprocess.run([*command, "--resume"], stdout=subprocess.PIPE, check=False, **options)
     assert resumed.returncode == 0, resumed.stdout

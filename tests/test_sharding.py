@@ -28,12 +28,12 @@ def runs(batch):
     for count in (1, 8):
         mesh = Mesh(np.array(jax.devices()[:count]), ("data",))
         state, frozen = jax.device_put((case.state(), case.frozen), replicated(mesh))  # as a run places them
-        batch = put_batch(batch, mesh, axis=1)
+        placed = put_batch(batch, mesh, axis=1)
         # A compiled step takes what it was compiled for alone: the second step's state lies as the first one's did.
-        step = jit_train_step.lower(state, frozen, batch, **case.static).compile(QUICK)
+        step = jit_train_step.lower(state, frozen, placed, **case.static).compile(QUICK)
         history = []
         for _ in range(3):
-            state, metrics = step(state, frozen, batch)
+            state, metrics = step(state, frozen, placed)
             history.append(to_numpy(metrics))
         result[count] = history, state, step.cost_analysis()["flops"]
     return result

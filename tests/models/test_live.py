@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from golden_case import relative
+from training_case import QUICK
 
 from convert.from_hf import load_params
 from convert.hf_config import read_config
@@ -28,7 +29,7 @@ ROWS = [
 ]
 
 
-def torch_features(model, name, volumes):
+def torch_features(model, volumes):
     """Hidden states of the tower and features of the projector, by the stock modules."""
     hidden = model.model.vision_tower(volumes[:, None], output_hidden_states=True).hidden_states[-1]
     return hidden, model.model.multi_modal_projector(hidden)
@@ -74,7 +75,9 @@ def make_batch(rows, volumes):
     )
 
 
-@pytest.fixture(scope="module", params=[(True, 2), (True, 6), (False, 2), (False, 6)], ids=str)
+@pytest.fixture(
+    scope="module", params=[(True, 2), (True, 6), (False, 2), (False, 6)], ids="tied {0[0]}, {0[1]} kv heads".format
+)
 def both(request, tmp_path_factory):
     """One checkpoint in either framework, with the batch and what PyTorch says to it, row by row and unpadded."""
     tied, kv_heads = request.param
@@ -86,7 +89,7 @@ def both(request, tmp_path_factory):
     rng = np.random.default_rng(3)
     volumes = {m: rng.normal(size=(n, *MODALITIES[m].size)).astype(np.float32) for m, n in VOLUMES.items()}
     rows = make_rows(rng)
-    made = {m: torch_features(model, m, torch.from_numpy(x)) for m, x in volumes.items()}
+    made = {m: torch_features(model, torch.from_numpy(x)) for m, x in volumes.items()}
     logits, losses = [], []
     for row in rows:
         ids = torch.from_numpy(row.ids).long()
@@ -98,16 +101,42 @@ def both(request, tmp_path_factory):
         losses.append(torch.nn.functional.cross_entropy(shifted, ids[-row.supervised :], reduction="none"))
     loss = torch.cat(losses).mean()
     loss.backward()
+    params, batch = load_params(directory, config)[0], make_batch(rows, volumes)
     return SimpleNamespace(
         torch=model,
-        params=load_params(directory, config)[0],
-        graphdef=abstract_params(config)[0],
-        rows=rows,
-        batch=make_batch(rows, volumes),
         made=made,
         logits=[x.detach().numpy() for x in logits],
         loss=loss.item(),
+        params=params,
+        rows=rows,
+        batch=batch,
+        jax=compute(abstract_params(config)[0], params, batch),
     )
+
+
+def compute(graphdef, params, batch):
+    """The same by JAX, in one program."""
+    trainable, frozen = partition(params, label_params(list(params), ["patch_embed"]))
+
+    def everything(trainable, frozen, batch):
+        def mean_loss(trainable):
+            total, count = loss_sum(merge(graphdef, trainable | frozen), batch)
+            return total / count, count
+
+        model = merge(graphdef, trainable | frozen)
+        (loss, count), grads = jax.value_and_grad(mean_loss, has_aux=True)(trainable)
+        return {
+            "hidden": {name: model.vision_tower(name, x) for name, x in batch.volumes.items()},
+            "features": {name: model.image_features({name: x}) for name, x in batch.volumes.items()},
+            "logits": model(batch),
+            "target_logits": model.target_logits(batch),
+            "loss": loss,
+            "count": count,
+            "grads": grads,
+        }
+
+    values = jax.jit(everything, compiler_options=QUICK)(trainable, frozen, batch)
+    return SimpleNamespace(**jax.tree.map(np.asarray, values))
 
 
 def test_every_leaf_is_random(both):
@@ -117,20 +146,17 @@ def test_every_leaf_is_random(both):
 
 
 def test_tower_and_features(both):
-    model = merge(both.graphdef, both.params)
-    for name, volumes in both.batch.volumes.items():
+    for name in VOLUMES:
         hidden, features = (x.detach().numpy() for x in both.made[name])
-        assert relative(model.vision_tower(name, volumes), hidden) <= 1e-5
-        assert relative(model.image_features({name: volumes}).reshape(features.shape), features) <= 1e-5
+        assert relative(both.jax.hidden[name], hidden) <= 1e-5
+        assert relative(both.jax.features[name].reshape(features.shape), features) <= 1e-5
 
 
 def test_logits(both):
     """At every position in use, and at the supervised ones alone."""
-    model = merge(both.graphdef, both.params)
-    logits, targets = model(both.batch), model.target_logits(both.batch)
     for b, (row, expected) in enumerate(zip(both.rows, both.logits, strict=True)):
-        assert relative(logits[b, : len(row.ids)], expected) <= 1e-5
-        assert relative(targets[b, : row.supervised], expected[-row.supervised - 1 : -1]) <= 1e-5
+        assert relative(both.jax.logits[b, : len(row.ids)], expected) <= 1e-5
+        assert relative(both.jax.target_logits[b, : row.supervised], expected[-row.supervised - 1 : -1]) <= 1e-5
 
 
 def test_stock_call_gives_the_same(both):
@@ -143,17 +169,10 @@ def test_stock_call_gives_the_same(both):
 
 
 def test_loss_and_gradients(both):
-    trainable, frozen = partition(both.params, label_params(list(both.params), ["patch_embed"]))
-
-    def loss(trainable):
-        total, count = loss_sum(merge(both.graphdef, trainable | frozen), both.batch)
-        return total / count, count
-
-    (value, count), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)
-    assert int(count) == sum(row.supervised for row in both.rows)
-    np.testing.assert_allclose(value, both.loss, rtol=1e-5)
+    assert both.jax.count == sum(row.supervised for row in both.rows)
+    np.testing.assert_allclose(both.jax.loss, both.loss, rtol=1e-5)
     embeddings = dict(both.torch.model.vision_tower.embeddings.named_parameters())
-    assert {path.removeprefix(EMBEDDINGS) for path in grads} == embeddings.keys()
+    assert {path.removeprefix(EMBEDDINGS) for path in both.jax.grads} == embeddings.keys()
     for name, tensor in embeddings.items():
         expected = tensor.grad.numpy()
-        assert relative(grads[EMBEDDINGS + name].reshape(expected.shape), expected) <= 1e-4, name
+        assert relative(both.jax.grads[EMBEDDINGS + name].reshape(expected.shape), expected) <= 1e-4, name

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from training_case import EMBEDDINGS, total_bytes
+from training_case import EMBEDDINGS, QUICK, total_bytes
 from transformers import get_linear_schedule_with_warmup
 
 from umbrella_jax.config import GroupConfig, TrainConfig
@@ -39,7 +39,7 @@ def random_tree(seed, shapes=SHAPES):
 
 
 def jit_update(optimizer):
-    return jax.jit(optimizer.update, static_argnames="present")
+    return jax.jit(optimizer.update, static_argnames="present", compiler_options=QUICK)
 
 
 def trained_part(tree, labels):
