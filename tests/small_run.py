@@ -17,7 +17,6 @@ import numpy as np
 from jax.sharding import Mesh
 from ruamel.yaml import YAML
 
-import umbrella_jax.run
 from umbrella_jax.cli import main
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.demo import make_base
