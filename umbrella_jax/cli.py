@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"umbrella-jax: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a full disk, a directory that cannot be made or written
-        print(f"umbrella-jax: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"umbrella-jax: {error}", file=sys.stderr)
         return 1
     return 0
 

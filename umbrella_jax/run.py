@@ -81,11 +81,11 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
     out = _output_dir(config, mesh, resume)
     base = open_base(config)
     found = base.check(config.model.frozen_dtype)
+    graphdef, shapes = abstract_params(base.config)
+    labels = freeze.label_params(list(shapes), list(config.train.groups))
     processor = Processor(base.tokenizer(), base.config.modalities, max_length=config.data.max_length)
     train_set, eval_set = (_dataset(config, processor, split) for split in ("train", "eval"))
     assert train_set is not None
-    graphdef, shapes = abstract_params(base.config)
-    labels = freeze.label_params(list(shapes), list(config.train.groups))
     for line in [*base.notes, *found, freeze.summary(shapes, labels)]:
         say(line)
 
