@@ -169,8 +169,10 @@ def test_entry_points():
     micro = jax.tree.map(lambda leaf: leaf[0], small_batch())
     evaluate = jit_eval_step.lower(state.trainable, case.frozen, micro, graphdef=case.graphdef).compile(QUICK)
     total, count = evaluate(state.trainable, case.frozen, micro)
-    step = jit_train_step.lower(state, case.frozen, small_batch(), **case.static).compile(QUICK)
-    new, metrics = step(state, case.frozen, small_batch())
+    lowered = jit_train_step.lower(state, case.frozen, small_batch(), **case.static)
+    for part, given_away in zip(lowered.args_info[0], (True, False, False), strict=True):
+        assert {leaf.donated for leaf in jax.tree.leaves(part)} == {given_away}
+    new, metrics = lowered.compile(QUICK)(state, case.frozen, small_batch())
     assert int(count) == metrics["supervised_tokens"] == 12
     np.testing.assert_allclose(total / count, metrics["loss"], rtol=1e-6)
     assert all(leaf.is_deleted() for leaf in state.trainable.values())
