@@ -1,5 +1,7 @@
 """A Hugging Face checkpoint → parameters; names, shapes and types are checked before any number is read."""
 
+import dataclasses
+import hashlib
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,26 +11,31 @@ import jax
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from jax.sharding import SingleDeviceSharding
 
-from convert.hf_config import CONFIG, file_vocab_size
+from convert.hf_config import CONFIG, UMBRELLA_CONFIG, file_vocab_size, stored_modalities
 from convert.rules import EMBED, LM_HEAD, REPLACED, Entry, entries, hub_name, modality_of
-from convert.safetensors_io import Tensor, open_checkpoint
-from umbrella_jax.config import resolve_modality
+from convert.safetensors_io import digest, open_checkpoint
+from convert.starts import inflate, resample
+from convert.tensor import Tensor, Where, grow, place, stack
+from convert.trainable import open_trainable
+from umbrella_jax.config import ModalityConfig, PatchEmbedInit, resolve_modality
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.models.llava import LlavaConfig, Params
 from umbrella_jax.models.patch_embed import PatchEmbed
 
-Put = Callable[[str, np.ndarray], jax.Array]
 _FLOATS = ("float32", "float16", "bfloat16")
-_EMBEDDINGS = "vision_tower.vision_model.embeddings"
+_EMBEDDINGS = "vision_tower.vision_model.embeddings."
+_IMAGE = tuple(_EMBEDDINGS + n for n in ("patch_embedding.weight", "patch_embedding.bias", "position_embedding.weight"))
+_KEYS = ("proj.weight", "proj.bias", "positional_embeddings")
 
 
 @dataclass(frozen=True)
 class Report:
     """What of a checkpoint was not taken over one to one."""
 
-    initialised: tuple[str, ...] = ()
-    """Configured modalities that the checkpoint does not have; they start from random weights."""
+    started: Mapping[str, str] = field(default_factory=dict)
+    """{configured modality: how its patch embedding starts}, where the checkpoint does not have it as configured."""
     replaced: tuple[str, ...] = ()
     """Tensors whose place the volume patch embedding takes."""
     grown: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -37,8 +44,8 @@ class Report:
     def lines(self) -> list[str]:
         """One sentence for each, for people."""
         return [
-            *(f"{name}: not in the checkpoint, patch embedding newly initialised" for name in self.initialised),
-            *(f"{name}: replaced by the volume patch embedding" for name in self.replaced),
+            *(f"{name}: patch embedding {how}" for name, how in self.started.items()),
+            *(f"{name}: left out, the volume patch embedding takes its place" for name in self.replaced),
             *(f"{path}: grown from {a} to {b} rows, new ones are the mean" for path, (a, b) in self.grown.items()),
         ]
 
@@ -48,22 +55,54 @@ class Plan:
     """Which tensor fills which parameter."""
 
     leaves: Mapping[str, list[tuple[Entry, Tensor]]]
+    starts: Mapping[str, Callable[[int], dict[str, np.ndarray]]]
+    """{modality: seed → its patch embedding}, of those that `report.started` names."""
     tied_copy: tuple[Tensor, Tensor] | None
     """Embeddings, and a head that the file holds although it is tied to them."""
     report: Report
 
-    def check_tied_copy(self) -> None:
-        """Reads both and raises CheckpointError unless they are the same bit for bit."""
+    def params(self, dtype: str = "auto", seed: int = 0) -> dict[str, Tensor]:
+        """Every parameter: what the checkpoint has as `dtype`, what starts anew as float32.
+
+        Raises CheckpointError where the checkpoint has a head that differs from the embeddings to which it is tied.
+        """
+        self._check_tied_copy()
+        params = {}
+        for path, sources in self.leaves.items():
+            if path in self.report.grown:
+                tensor = grow(sources[0][1], self.report.grown[path][1])
+            elif sources[0][0].layer is None:
+                tensor = sources[0][1].reshape(sources[0][0].shape)
+            else:
+                tensor = stack([tensor.reshape(entry.shape) for entry, tensor in sources])
+            params[path] = tensor.astype(dtype)
+        for name, start in self.starts.items():
+            params |= {f"{_EMBEDDINGS}{name}_{key}": Tensor.of(array) for key, array in start(seed).items()}
+        return params
+
+    def _check_tied_copy(self) -> None:
         if self.tied_copy is None:
             return
-        embed, head = (t.read() for t in self.tied_copy)
-        if embed.dtype != head.dtype or embed.shape != head.shape or embed.tobytes() != head.tobytes():
+        embed, head = self.tied_copy
+        same = (embed.dtype, embed.shape) == (head.dtype, head.shape)
+        if not same or any(a.tobytes() != b.tobytes() for a, b in zip(embed.blocks(), head.blocks(), strict=True)):
             remedy = f"say tie_word_embeddings false in {CONFIG} (text_config and top level) if the head is its own"
-            raise CheckpointError(f"{self.tied_copy[1].file}: {LM_HEAD}: differs from the tied embeddings; {remedy}")
+            raise CheckpointError(f"{head.file}: {LM_HEAD}: differs from the tied embeddings; {remedy}")
 
 
-def plan_loading(directory: str | Path, config: LlavaConfig, *, dtype: str = "auto") -> Plan:
-    """Matches the headers of a checkpoint with `config`. Raises CheckpointError with every fault; reads no numbers."""
+def plan_loading(
+    directory: str | Path,
+    config: LlavaConfig,
+    *,
+    dtype: str = "auto",
+    init: PatchEmbedInit = "random",
+    patch_embed: Path | None = None,
+) -> Plan:
+    """Matches the headers of a checkpoint with `config`. Raises CheckpointError with every fault; reads no numbers.
+
+    `init` says where a patch embedding comes from that the checkpoint does not have as configured; `patch_embed` is a
+    file of `write_trainable`, whose tensors take the place of the checkpoint's.
+    """
     directory = Path(directory)
     faults: list[str] = []
     found: dict[str, tuple[str, Tensor]] = {}  # hub's name → name in the file, tensor
@@ -72,6 +111,12 @@ def plan_loading(directory: str | Path, config: LlavaConfig, *, dtype: str = "au
         if hub in found:
             faults.append(f"{tensor.file}: {name}: the same tensor as {found[hub][0]}; expected it once, remove one")
         found.setdefault(hub, (name, tensor))
+    if patch_embed is not None:
+        trained = open_trainable(patch_embed)
+        # a modality's tensors are replaced together, under whichever of its names
+        theirs = {m for name in trained.tensors if (m := modality_of(name))}
+        found = {h: f for h, f in found.items() if not ((m := modality_of(h)) and resolve_modality(m, [*theirs]))}
+        found |= {name: (name, tensor) for name, tensor in trained.tensors.items()}
 
     names: dict[str, str] = {}  # configured modality → its name in the file
     claimed: set[str] = set(REPLACED)
@@ -83,18 +128,22 @@ def plan_loading(directory: str | Path, config: LlavaConfig, *, dtype: str = "au
             claimed |= {hub for hub in found if modality_of(hub) == stored}
         else:
             names[configured] = stored
-    missing_modalities = tuple(m for m in config.modalities if m not in names)
 
+    held = _held(directory, config, init, patch_embed, names)
     leaves: dict[str, list[tuple[Entry, Tensor]]] = {}
     grown: dict[str, tuple[int, int]] = {}
     rows = file_vocab_size(directory)
-    for entry in entries(config, names):
-        if modality_of(entry.path) in missing_modalities:
+    for entry in entries(held, names):
+        modality = modality_of(entry.path)
+        if modality is not None and modality not in names:
             continue
         claimed.add(entry.name)
         if entry.name not in found:
             shape = list(entry.file_shape)
-            faults.append(f"{directory}: {entry.name}: missing, expected shape {shape}; copy all of the checkpoint")
+            remedy = "copy all of the checkpoint"
+            if entry.path == LM_HEAD:
+                remedy = f"say tie_word_embeddings true in {CONFIG} if the head is the embeddings"
+            faults.append(f"{directory}: {entry.name}: missing, expected shape {shape}; {remedy}")
             continue
         name, tensor = found[entry.name]
         expected = entry.file_shape
@@ -123,60 +172,118 @@ def plan_loading(directory: str | Path, config: LlavaConfig, *, dtype: str = "au
     for hub, (name, tensor) in found.items():
         if hub not in claimed:
             faults.append(f"{tensor.file}: {name}: not a part of the model that {CONFIG} describes; is it of another?")
+
+    started: dict[str, str] = {}
+    starts: dict[str, Callable[[int], dict[str, np.ndarray]]] = {}
+    image = {hub: found[hub][1] for hub in _IMAGE if hub in found}
+    for name, new in config.modalities.items():
+        if name in names and held.modalities[name] != new:
+            old = held.modalities[name]
+            started[name] = f"resampled from size {_x(old.size)}, patch {_x(old.patch)}"
+            ours = {key: leaves.pop(f"{_EMBEDDINGS}{name}_{key}", [])[:1] for key in _KEYS}
+            starts[name] = _resampled({key: one[0] for key, one in ours.items() if one}, old, new)
+        elif name not in names and init == "inflate":
+            started[name] = "inflated from SigLIP's own"
+            starts[name] = _inflated(image, new)
+            if len(image) < 3:
+                missing = ", ".join(hub for hub in _IMAGE if hub not in image)
+                faults.append(
+                    f"{directory}: model.patch_embed_init inflate: {missing}: missing; start from a stock LLaVA"
+                )
+        elif name not in names:
+            started[name] = "not in the checkpoint, newly initialised"
+            starts[name] = _random(name, config)
+    if init == "resample" and not names:
+        faults.append(f"{directory}: model.patch_embed_init resample: the checkpoint has no patch embedding of volumes")
     if faults:
         raise CheckpointError(faults)
     replaced = tuple(name for hub, (name, _) in found.items() if hub in REPLACED)
-    return Plan(leaves, tied_copy, Report(missing_modalities, replaced, grown))
-
-
-def check_checkpoint(directory: str | Path, config: LlavaConfig, *, dtype: str = "auto") -> Report:
-    """What loading would report, from the headers alone. Raises CheckpointError with every fault."""
-    return plan_loading(directory, config, dtype=dtype).report
-
-
-def _device_put(path: str, array: np.ndarray) -> jax.Array:
-    return jax.device_put(array)
+    return Plan(leaves, starts, tied_copy, Report(started, replaced, grown))
 
 
 def load_params(
-    directory: str | Path, config: LlavaConfig, *, dtype: str = "auto", seed: int = 0, put: Put = _device_put
+    directory: str | Path,
+    config: LlavaConfig,
+    *,
+    dtype: str = "auto",
+    seed: int = 0,
+    init: PatchEmbedInit = "random",
+    where: Where = lambda path, shape: SingleDeviceSharding(jax.devices()[0]),
 ) -> tuple[Params, Report]:
     """Every parameter of the model that `config` describes, and what was not taken over one to one.
 
-    `dtype` is the type of all that is read, `auto` the file's own; what is newly initialised, from `seed` and the
-    modality's name, is float32. `put` receives each path and its whole array, and places it. Raises CheckpointError
-    with every fault before any parameter is made.
+    `dtype` is the type of all that is read, `auto` the file's own; what starts anew, at random from `seed` and the
+    modality's name, is float32. `where` says on which devices a parameter lies; of the files, only what this process's
+    devices hold is read. Raises CheckpointError with every fault before any parameter is made.
     """
-    plan = plan_loading(directory, config, dtype=dtype)
-    plan.check_tied_copy()
-    params: Params = {}
-    for path, sources in plan.leaves.items():
-        params[path] = put(path, _fill(sources, plan.report.grown.get(path), dtype))
-    for name in plan.report.initialised:
-        params |= {path: put(path, array) for path, array in _initial(name, config, seed).items()}
-    return params, plan.report
+    plan = plan_loading(directory, config, dtype=dtype, init=init)
+    return place(plan.params(dtype, seed), where), plan.report
 
 
-def _fill(sources: list[tuple[Entry, Tensor]], grown: tuple[int, int] | None, dtype: str) -> np.ndarray:
-    """One parameter, its layers read one after the other."""
-    entry, tensor = sources[0]
-    target = np.dtype(tensor.dtype if dtype == "auto" else dtype)
-    if entry.layer is not None:
-        stacked = np.empty((len(sources), *entry.shape), target)
-        for entry, tensor in sources:
-            stacked[entry.layer] = entry.to_jax(tensor.read())
-        return stacked
-    array = tensor.read()
-    if grown is None:
-        return entry.to_jax(array).astype(target, copy=False)
-    # summed in float64: 150,000 rows one after the other lose digits in float32
-    mean = array.mean(0, dtype=np.float64).astype(np.float32)
-    return np.concatenate([array.astype(target, copy=False), np.tile(mean.astype(target), (grown[1] - grown[0], 1))])
+def fingerprint(directory: str | Path, patch_embed: Path | None = None) -> str:
+    """SHA-256, in hex, of a checkpoint's weights and of those put onto it; the same in any layout of names and shards.
+
+    Raises CheckpointError where `patch_embed` was trained on another.
+    """
+    own = digest({hub_name(name): tensor for name, tensor in open_checkpoint(directory).items()})
+    if patch_embed is None:
+        return own
+    trained = open_trainable(patch_embed)
+    if trained.base_fingerprint != own:
+        raise CheckpointError(
+            f"{patch_embed}: trained on another base (fingerprint {trained.base_fingerprint[:12]}) than {directory} "
+            f"({own[:12]}); name the one that it was trained on"
+        )
+    return hashlib.sha256((own + digest(trained.tensors)).encode()).hexdigest()
 
 
-def _initial(name: str, config: LlavaConfig, seed: int) -> dict[str, np.ndarray]:
-    """A modality's patch embedding as PatchEmbed starts it; the key is its own, so other modalities change nothing."""
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-    module = PatchEmbed({name: config.modalities[name]}, config.vision.hidden_size, rngs=nnx.Rngs(params=key))
-    state = flatten_dict(nnx.to_pure_dict(nnx.state(module, nnx.Param)), sep=".")
-    return {f"{_EMBEDDINGS}.{path}": np.asarray(value) for path, value in state.items()}
+def _held(
+    directory: Path, config: LlavaConfig, init: PatchEmbedInit, patch_embed: Path | None, names: Mapping[str, str]
+) -> LlavaConfig:
+    """`config` with the modalities as the checkpoint has them, where they are to be resampled."""
+    if init != "resample":
+        return config
+    stored = stored_modalities(directory, patch_embed)
+    faults = [
+        f"{directory / UMBRELLA_CONFIG}: modality {theirs}: not there, so its size and patch before are not known"
+        for theirs in names.values()
+        if theirs not in stored
+    ]
+    if faults:
+        raise CheckpointError(faults)
+    modalities = {m: stored[names[m]] if m in names else new for m, new in config.modalities.items()}
+    return dataclasses.replace(config, modalities=modalities)
+
+
+def _random(name: str, config: LlavaConfig) -> Callable[[int], dict[str, np.ndarray]]:
+    """As PatchEmbed starts; the key is the modality's own, so that other modalities change nothing."""
+
+    def start(seed: int) -> dict[str, np.ndarray]:
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+        module = PatchEmbed({name: config.modalities[name]}, config.vision.hidden_size, rngs=nnx.Rngs(params=key))
+        state = flatten_dict(nnx.to_pure_dict(nnx.state(module, nnx.Param)), sep=".")
+        return {path.removeprefix(f"{name}_"): np.asarray(value) for path, value in state.items()}
+
+    return start
+
+
+def _inflated(image: Mapping[str, Tensor], new: ModalityConfig) -> Callable[[int], dict[str, np.ndarray]]:
+    def start(_: int) -> dict[str, np.ndarray]:
+        kernel, bias, table = (image[hub].read() for hub in _IMAGE)
+        return inflate(kernel, bias, table, new)
+
+    return start
+
+
+def _resampled(
+    ours: Mapping[str, tuple[Entry, Tensor]], old: ModalityConfig, new: ModalityConfig
+) -> Callable[[int], dict[str, np.ndarray]]:
+    def start(_: int) -> dict[str, np.ndarray]:
+        weight, bias, table = (ours[key][0].to_jax(ours[key][1].read()) for key in _KEYS)
+        return resample(weight, bias, table, old, new)
+
+    return start
+
+
+def _x(numbers: tuple[int, ...]) -> str:
+    return "×".join(map(str, numbers))

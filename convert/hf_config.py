@@ -10,7 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from umbrella_jax.config import ALIASES, ModalityConfig, RematPolicy, parse_config, resolve_modality, to_dict
+from convert.trainable import open_trainable
+from umbrella_jax.config import (
+    ALIASES,
+    ModalityConfig,
+    PatchEmbedInit,
+    RematPolicy,
+    parse_config,
+    resolve_modality,
+    to_dict,
+)
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models.llava import LlavaConfig
 from umbrella_jax.models.qwen2 import Qwen2Config
@@ -97,9 +106,12 @@ def read_config(
     *,
     compute_dtype: str = "float32",
     remat: RematPolicy = "none",
+    init: PatchEmbedInit = "random",
+    patch_embed: Path | None = None,
 ) -> LlavaConfig:
     """The model that `config.json` describes, with `modalities` or, without them, those of `umbrella_config.json`.
 
+    `init` and `patch_embed` are as in `plan_loading`; where sizes and patches are resampled, they need not agree.
     Raises CheckpointError with every value that is not supported, and ConfigError where `modalities` and
     `umbrella_config.json` do not agree or neither is there.
     """
@@ -157,23 +169,35 @@ def read_config(
     return LlavaConfig(
         vision=vision,
         text=text,
-        modalities=_modalities(directory, modalities),
+        modalities=_modalities(directory, modalities, init, patch_embed),
         image_token_id=min(tokens),
         compute_dtype=compute_dtype,
         remat=remat,
     )
 
 
-def _modalities(directory: Path, given: Mapping[str, ModalityConfig] | None) -> Mapping[str, ModalityConfig]:
-    """`given` if it agrees with the file's, the file's if there is none given."""
-    path = directory / UMBRELLA_CONFIG
-    if not path.exists():
-        if not given:
-            raise ConfigError(f"{path}: not there; name the modalities, with size and patch, in the configuration")
-        return given
-    section = {"modalities": read_json(path).get("modalities")}
-    stored = parse_config({"model": section}, str(path)).model.modalities
+def stored_modalities(directory: str | Path, patch_embed: Path | None = None) -> dict[str, ModalityConfig]:
+    """Modalities of `umbrella_config.json`, none without it, in which those of the file `patch_embed` are replaced."""
+    path = Path(directory) / UMBRELLA_CONFIG
+    stored: dict[str, ModalityConfig] = {}
+    if path.exists():
+        section = {"modalities": read_json(path).get("modalities")}
+        stored = parse_config({"model": section}, str(path)).model.modalities
+    if patch_embed is not None:
+        theirs = open_trainable(patch_embed).modalities
+        stored = {m: c for m, c in stored.items() if resolve_modality(m, theirs) is None} | theirs
+    return stored
+
+
+def _modalities(
+    directory: Path, given: Mapping[str, ModalityConfig] | None, init: PatchEmbedInit, patch_embed: Path | None
+) -> Mapping[str, ModalityConfig]:
+    """`given` if it agrees with the stored ones, those if there is none given."""
+    path = patch_embed or directory / UMBRELLA_CONFIG
+    stored = stored_modalities(directory, patch_embed)
     if given is None:
+        if not stored:
+            raise ConfigError(f"{path}: not there; name the modalities, with size and patch, in the configuration")
         return stored
     faults = []
     for name, theirs in stored.items():
@@ -183,8 +207,11 @@ def _modalities(directory: Path, given: Mapping[str, ModalityConfig] | None) -> 
             continue
         for field in dataclasses.fields(ModalityConfig):
             a, b = getattr(given[configured], field.name), getattr(theirs, field.name)
-            if a != b:
-                faults.append(f"{path}: {name}.{field.name}: {b} in the checkpoint, {a} as configured; make them agree")
+            if a != b and not (init == "resample" and field.name in ("size", "patch")):
+                remedy = "make them agree"
+                if field.name in ("size", "patch"):
+                    remedy += ", or say model.patch_embed_init: resample"
+                faults.append(f"{path}: {name}.{field.name}: {b} in the checkpoint, {a} as configured; {remedy}")
     if faults:
         raise ConfigError(faults)
     return given

@@ -102,6 +102,8 @@ _LAYOUTS = [  # other layouts' names → the hub's
     (re.compile(r"^model\.(?=vision_tower\.|multi_modal_projector\.)"), ""),
     (re.compile(r"^lm_head\."), "language_model.lm_head."),
     (re.compile(r"^vision_tower\.(?!vision_model\.)"), _SIGLIP),  # transformers 5 has no `vision_model`
+    # older UMBRELLA code put the volume patch embedding in place of the convolution only
+    (re.compile(r"(?<=\.embeddings\.)patch_embedding\.(?=\w+_(?:proj\.|positional_embeddings$))"), ""),
 ]
 
 

@@ -1,14 +1,10 @@
-"""safetensors checkpoints: read tensor by tensor, written at one place.
-
-Reader and writer speak of `Tensor`, which knows its shape and type and reads its numbers only when asked, so no more
-than one shard is ever in memory.
-"""
+"""Checkpoint files: safetensors both ways, PyTorch's `.bin` for reading."""
 
 import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,90 +12,117 @@ import ml_dtypes
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from umbrella_jax.errors import CheckpointError
+from convert.tensor import BLOCK, Index, Tensor
+from umbrella_jax.errors import CheckpointError, ConfigError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
-_DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor that is not in memory yet; `dtype` is numpy's name, or safetensors' own for a type without one here."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]
-    file: str = ""
-
-    @classmethod
-    def of(cls, array: np.ndarray) -> "Tensor":
-        """A tensor that is in memory already."""
-        return cls(array.shape, array.dtype.name, lambda: array)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+# In the order in which the safetensors library puts them into a file.
+_DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
+_CODES = {np.dtype(dtype).name: code for code, dtype in _DTYPES.items()}
 
 
-def _open_shard(path: Path) -> dict[str, Tensor]:
-    """Header of one file. Raises SafetensorError or OSError for one that is cut short, damaged or unreadable."""
-    shard = safe_open(path, framework="np")
+def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of one file; reads its header alone.
 
-    def tensor(name: str) -> Tensor:
-        header = shard.get_slice(name)
-        code = header.get_dtype()
-        dtype = np.dtype(_DTYPES[code]).name if code in _DTYPES else code
-        return Tensor(tuple(header.get_shape()), dtype, lambda: shard.get_tensor(name), str(path))
+    Raises CheckpointError for a file that is cut short, damaged or unreadable.
+    """
+    try:
+        with safe_open(path, framework="np") as shard:  # it checks the header and the file's length
+            metadata = shard.metadata() or {}
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cut short or damaged ({error}); download it again") from None
 
-    return {name: tensor(name) for name in shard.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    def tensor(entry: Mapping[str, Any]) -> Tensor:
+        code, shape, start = entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+        if code not in _DTYPES:
+            return Tensor(shape, code, _unreadable, str(path))
+        dtype = np.dtype(_DTYPES[code])
+
+        def fill(out: np.ndarray, index: Index) -> None:
+            rows = index[0] if index else slice(0, 1)
+            step = max(1, BLOCK // max(1, int(np.prod(shape[1:])) * dtype.itemsize))
+            for row in range(rows.start, rows.stop, step):  # mapped anew for each, so that read pages are let go
+                mapped = np.memmap(path, dtype, "r", start, shape)
+                part = slice(row, min(row + step, rows.stop))
+                to = slice(part.start - rows.start, part.stop - rows.start)
+                np.copyto(out[to] if index else out, mapped[(part, *index[1:])] if index else mapped, casting="unsafe")
+
+        return Tensor(shape, dtype.name, fill, str(path))
+
+    return {name: tensor(entry) for name, entry in header.items() if name != "__metadata__"}, metadata
+
+
+def _unreadable(out: np.ndarray, index: Index) -> None:
+    raise AssertionError("a type that numpy does not have is refused before it is read")
+
+
+def _open_bin(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file that torch.save wrote."""
+    try:
+        from convert.torch_model import open_bin
+    except ImportError:
+        remedy = "pip install 'umbrella-jax[torch]', or save the model as safetensors"
+        raise CheckpointError(f"{path}: needs PyTorch to be read; {remedy}") from None
+    return open_bin(path)
 
 
 def open_checkpoint(directory: str | Path) -> dict[str, Tensor]:
-    """{name in the file: tensor} of `model.safetensors` or of the shards that `model.safetensors.index.json` names.
+    """{name in the file: tensor} of a checkpoint's one file, or of the shards that its index names.
 
-    Only headers are read. Raises CheckpointError with every file that is missing or damaged and every tensor that is
-    doubled, or that index and shards do not agree on.
+    That is `model.safetensors`, or `pytorch_model.bin` where there is none, which needs PyTorch; as in a folder of the
+    hub or of a Trainer, whose other files do not matter. Only headers of safetensors are read. Raises CheckpointError
+    with every file that is missing or damaged and every tensor that is doubled, or that index and shards do not agree
+    on.
     """
     directory = Path(directory)
     single, index = directory / SINGLE, directory / INDEX
+    open_file: Callable[[Path], dict[str, Tensor]] = lambda path: open_safetensors(path)[0]  # noqa: E731
+    if not single.exists() and not index.exists():
+        others = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pth", ".gguf"))
+        single, index, open_file = directory / _BIN, directory / _BIN_INDEX, _open_bin
+        if not single.exists() and not index.exists():
+            remedy = (
+                f"found {', '.join(others)}; save the model as safetensors" if others else "give the weights' folder"
+            )
+            raise CheckpointError(f"{directory}: neither {SINGLE} nor {INDEX}; {remedy}")
     if single.exists() and index.exists():
-        raise CheckpointError(f"{directory}: holds both {SINGLE} and {INDEX}; remove the one that is out of date")
+        raise CheckpointError(f"{directory}: holds both {single.name} and {index.name}; remove the outdated one")
     weight_map = None
     if index.exists():
         try:
             weight_map = dict(json.loads(index.read_text())["weight_map"])
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise CheckpointError(f"{index}: no index with a weight_map ({error!r}); copy it again") from None
-    elif not single.exists():
-        others = ", ".join(sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pth", ".gguf")))
-        remedy = f"found {others}; save the model as safetensors" if others else "give the folder of the weights"
-        raise CheckpointError(f"{directory}: neither {SINGLE} nor {INDEX}; {remedy}")
 
     faults: list[str] = []
     tensors: dict[str, Tensor] = {}
     whole = True
-    for file in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
+    for file in [single.name] if weight_map is None else sorted(set(weight_map.values())):
         path = directory / file
         if not path.exists():
-            faults.append(f"{path}: missing, but {INDEX} names it; download it again")
+            faults.append(f"{path}: missing, but {index.name} names it; download it again")
             whole = False
             continue
         try:
-            shard = _open_shard(path)
-        except (SafetensorError, OSError) as error:
-            faults.append(f"{path}: cut short or damaged ({error}); download it again")
+            shard = open_file(path)
+        except CheckpointError as error:
+            faults += error.faults
             whole = False
             continue
         for name, tensor in shard.items():
             if name in tensors:
                 faults.append(f"{path}: {name}: also in {tensors[name].file}; expected in one shard only")
             elif weight_map is not None and name not in weight_map:
-                faults.append(f"{path}: {name}: not in {INDEX}; the index belongs to other shards, copy it again")
+                faults.append(f"{path}: {name}: not in {index.name}; the index belongs to other shards, copy it again")
             tensors.setdefault(name, tensor)
     if whole:  # else every tensor of a missing shard would be named once more
         for name, file in sorted((weight_map or {}).items()):
@@ -114,25 +137,21 @@ def open_checkpoint(directory: str | Path) -> dict[str, Tensor]:
 def write_checkpoint(directory: str | Path, tensors: Mapping[str, Tensor], max_shard_size: int | str = "5GB") -> None:
     """Writes `model.safetensors`, or shards and their index where one file would be larger than `max_shard_size`.
 
-    Each file appears under its name only when it is complete; the index comes last.
+    One tensor is in memory at a time. Each file appears under its name only when it is complete; the index comes last.
     """
     directory = Path(directory)
+    try:
+        plan = split_state_dict_into_shards_factory(
+            dict(tensors),
+            get_storage_size=lambda t: t.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError:
+        raise ConfigError(f"max_shard_size: {max_shard_size!r}: expected a size such as 500MB or 5GB") from None
     directory.mkdir(parents=True, exist_ok=True)
-    plan = split_state_dict_into_shards_factory(
-        dict(tensors),
-        get_storage_size=lambda t: t.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
     for file, names in plan.filename_to_tensors.items():
-        # save_file writes the wrong numbers for arrays that are not C-contiguous: no array goes to it but through here
-        arrays = {name: np.ascontiguousarray(tensors[name].read()) for name in names}
-        temporary = directory / f".{file}.tmp"
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(arrays, temporary, metadata={"format": "pt"})
-        temporary.chmod(mode)  # what umask says; safetensors lets nobody else read it
-        os.replace(temporary, directory / file)
+        write_safetensors(directory / file, {name: tensors[name] for name in names})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         temporary = directory / f".{INDEX}.tmp"
@@ -140,10 +159,41 @@ def write_checkpoint(directory: str | Path, tensors: Mapping[str, Tensor], max_s
         os.replace(temporary, directory / INDEX)
 
 
-def fingerprint(directory: str | Path) -> str:
-    """SHA-256, in hex, of all names, shapes, types and bytes; the same however they are dealt to shards."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(open_checkpoint(directory).items()):
-        digest.update(json.dumps([name, tensor.shape, tensor.dtype]).encode())
-        digest.update(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes one file, one tensor at a time in the order of `tensors`; it is laid out as the safetensors library does.
+
+    The library itself wants all of a file's tensors in memory at once.
+    """
+    types = list(_CODES)
+    order = sorted(tensors.items(), key=lambda item: (types.index(item[1].dtype), item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name, tensor in order:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            file.seek(8 + len(text) + header[name]["data_offsets"][0])
+            for block in tensor.blocks():
+                file.write(block.reshape(-1).view(np.uint8).data)
+        file.truncate(8 + len(text) + end)
+    os.replace(temporary, path)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hex, of names, shapes, types and bytes (as a digest of each tensor's), in the order of the names."""
+
+    def one(tensor: Tensor) -> str:
+        sha = hashlib.sha256()
+        for block in tensor.blocks():
+            sha.update(block.reshape(-1).view(np.uint8).data)
+        return sha.hexdigest()
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+        digests = pool.map(one, tensors.values())
+        lines = [[name, t.shape, t.dtype, sha] for (name, t), sha in zip(tensors.items(), digests, strict=True)]
+    return hashlib.sha256("".join(json.dumps(line) + "\n" for line in sorted(lines)).encode()).hexdigest()

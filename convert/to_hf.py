@@ -1,20 +1,22 @@
 """Parameters → a Hugging Face checkpoint in the hub's layout; the inverse of `from_hf`, from the same rules."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from convert.hf_config import export_names, write_config
-from convert.rules import EMBED, Entry, entries
-from convert.safetensors_io import Tensor, write_checkpoint
+from convert.rules import EMBED, entries
+from convert.safetensors_io import write_checkpoint
+from convert.tensor import Tensor
 from umbrella_jax.errors import CheckpointError
-from umbrella_jax.models.llava import LlavaConfig, Params, abstract_params
+from umbrella_jax.models.llava import LlavaConfig, abstract_params
 
 
 def export(
     out: str | Path,
-    params: Params,
+    params: Mapping[str, Tensor | jax.Array],
     config: LlavaConfig,
     source_dir: str | Path,
     *,
@@ -24,13 +26,12 @@ def export(
 ) -> None:
     """Writes weights, configuration and what else `source_dir` holds (tokenizer, templates) to the new folder `out`.
 
-    Parameters keep their types. `names` is the family of modality names, ("T1", "rsfMRI") or ("sMRI", "fMRI"), default
-    the configured ones; `fingerprint` that of the checkpoint that training began from. Raises CheckpointError for a
-    folder that is not empty, and for parameters that are not those of `config`.
+    Parameters, in memory or still to be read, keep their types and are written one by one. `names` is the family of
+    modality names, ("T1", "rsfMRI") or ("sMRI", "fMRI"), default the configured ones; `fingerprint` that of the
+    checkpoint that training began from. Raises CheckpointError for a folder that is not empty, and for parameters that
+    are not those of `config`.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: not an empty folder; an export overwrites nothing, give a new one")
+    out = new_folder(out)
     abstract = abstract_params(config)[1]
     faults = [f"{out}: {path}: not a parameter of this model" for path in sorted(params.keys() - abstract.keys())]
     for path, leaf in abstract.items():
@@ -40,17 +41,29 @@ def export(
             faults.append(f"{out}: {path}: expected shape {list(leaf.shape)}, found {list(params[path].shape)}")
     if faults:
         raise CheckpointError(faults)
-
-    def tensor(entry: Entry) -> Tensor:
-        leaf = params[entry.path]
-
-        def read() -> np.ndarray:
-            return entry.to_torch(np.asarray(leaf if entry.layer is None else leaf[entry.layer]))
-
-        return Tensor(entry.file_shape, leaf.dtype.name, read)
-
-    tensors = {entry.name: tensor(entry) for entry in entries(config, export_names(config.modalities, names))}
-    write_checkpoint(out, tensors, max_shard_size)
+    write_checkpoint(out, hub_tensors(params, config, export_names(config.modalities, names)), max_shard_size)
     # config.json comes last: without it, nobody takes what a killed export left for a checkpoint
-    dtype = params[EMBED].dtype.name
+    dtype = np.dtype(params[EMBED].dtype).name
     write_config(source_dir, out, config, names, dtype=dtype, base_fingerprint=fingerprint)
+
+
+def hub_tensors(
+    params: Mapping[str, Tensor | jax.Array], config: LlavaConfig, names: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """Parameters, or a part of them, as tensors of a checkpoint, modalities under `names` (configured → exported)."""
+    lazy = {path: leaf if isinstance(leaf, Tensor) else Tensor.of(leaf) for path, leaf in params.items()}
+    return {
+        entry.name: (lazy[entry.path] if entry.layer is None else lazy[entry.path].layer(entry.layer)).reshape(
+            entry.file_shape
+        )
+        for entry in entries(config, names)
+        if entry.path in params
+    }
+
+
+def new_folder(out: str | Path) -> Path:
+    """The path, if nothing is there yet. Raises CheckpointError otherwise."""
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: not an empty folder; an export overwrites nothing, give a new one")
+    return out

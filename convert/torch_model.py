@@ -3,21 +3,28 @@
 The only file that imports torch. It works with transformers 4.46 and 5, whose modules have different names.
 """
 
+import dataclasses
 import math
+import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
+import transformers
 from torch import nn
-from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from convert.from_hf import plan_loading
+from convert.from_hf import fingerprint, plan_loading
 from convert.hf_config import CONFIG, hf_dict, read_config, read_json
-from convert.rules import EMBED, LM_HEAD, entries, hub_name
+from convert.rules import EMBED, LM_HEAD, hub_name
+from convert.tensor import Tensor
+from convert.to_hf import hub_tensors
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.errors import CheckpointError
+from umbrella_jax.models.llava import LlavaConfig
 
 
 class PatchEmbed(nn.Module):
@@ -78,47 +85,71 @@ def load_umbrella(
     directory: str | Path,
     dtype: torch.dtype | None = None,
     modalities: Mapping[str, ModalityConfig] | None = None,
+    patch_embed: str | Path | None = None,
 ) -> Any:
     """The stock `LlavaForConditionalGeneration` of an UMBRELLA checkpoint, in eval mode on the CPU.
 
     `model(input_ids, pixel_values=volumes, ...)` and `generate` take volumes of one modality, as `PatchEmbed.forward`
     does, and one `<image>` id for each of their patches. `dtype` is that of all parameters, by default the language
-    model's in the file; `modalities` are needed where there is no `umbrella_config.json`. Raises CheckpointError for
+    model's in the file; `modalities` are needed where there is no `umbrella_config.json`; `patch_embed` is a file of
+    `convert to-hf --trainable-only`, and `directory` then the base that it was trained on. Raises CheckpointError for
     all that `from_hf` refuses, and for a modality without weights.
     """
-    config = read_config(directory, modalities)
-    plan = plan_loading(directory, config, dtype="float32")  # all are cast to one type, so layers may differ
-    faults = [f"{directory}: modality {m}: no patch embedding in the checkpoint" for m in plan.report.initialised]
-    faults += [f"{directory}: {n}: unexpected in an UMBRELLA checkpoint" for n in plan.report.replaced]
-    if faults:
-        raise CheckpointError(faults)
-    plan.check_tied_copy()
-    dtype = dtype or getattr(torch, plan.leaves[EMBED][0][1].dtype)
+    directory, patch_embed = Path(directory), None if patch_embed is None else Path(patch_embed)
+    config = read_config(directory, modalities, patch_embed=patch_embed)
+    # all are cast to one type, so layers may differ
+    plan = plan_loading(directory, config, dtype="float32", patch_embed=patch_embed)
+    if plan.report.started:
+        raise CheckpointError(
+            [f"{directory}: modality {m}: no patch embedding in the checkpoint" for m in plan.report.started]
+        )
+    if patch_embed is not None:
+        fingerprint(directory, patch_embed)  # refuses another base
+    name = plan.leaves[EMBED][0][1].dtype if dtype is None else str(dtype).removeprefix("torch.")
+    return umbrella_model(directory, config, plan.params(name))
 
+
+def umbrella_model(description: Path, config: LlavaConfig, params: Mapping[str, Tensor]) -> Any:
+    """As `load_umbrella`, of parameters from anywhere; config.json and generation_config.json are in `description`."""
     # placeholders are always one per patch: with 0, 4.46 never takes them for one per image
-    hf_config = LlavaConfig.from_dict(hf_dict(read_json(Path(directory) / CONFIG), config) | {"image_seq_length": 0})
+    raw = hf_dict(read_json(description / CONFIG), config) | {"image_seq_length": 0}
+    hf_config = transformers.LlavaConfig.from_dict(raw)
     with torch.device("meta"):  # structure only: nothing is allocated, nothing initialised
-        model: Any = LlavaForConditionalGeneration(hf_config)
+        model: Any = transformers.LlavaForConditionalGeneration(hf_config)
         embeddings = PatchEmbed(config.modalities, config.vision.hidden_size)
     base = getattr(model, "model", model)  # transformers 5 has one more level there, and none in the tower
     getattr(base.vision_tower, "vision_model", base.vision_tower).embeddings = embeddings
     _renew_rope(model, hf_config.text_config)
 
-    names = {(e.path, e.layer): e.name for e in entries(config)}  # modalities as configured, not as in the file
-    tensors = {
-        names[entry.path, entry.layer]: _to_torch(tensor.read()).to(dtype)
-        for sources in plan.leaves.values()
-        for entry, tensor in sources
-    }
+    tensors = {name: _to_torch(tensor.read()) for name, tensor in hub_tensors(params, config).items()}
     if config.text.tie_word_embeddings:
         tensors[LM_HEAD] = tensors[EMBED]
     keys = {hub_name(key): key for key in model.state_dict()}
     model.load_state_dict({keys.get(n, n): t for n, t in tensors.items()}, strict=True, assign=True)
     model.tie_weights()
-    if (Path(directory) / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+    if (description / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(description)
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "left without values"
     return model.eval()
+
+
+def open_bin(path: Path) -> dict[str, Tensor]:
+    """Tensors of a `pytorch_model*.bin`; nothing in it is executed. Raises CheckpointError for one that is damaged."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise CheckpointError(f"{path}: cut short, damaged, or more than tensors ({reason}); copy it again") from None
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise CheckpointError(f"{path}: expected a state_dict, names and tensors")
+    return {name: dataclasses.replace(_from_torch(tensor), file=str(path)) for name, tensor in state.items()}
+
+
+def _from_torch(tensor: torch.Tensor) -> Tensor:
+    """The same bytes; numpy does not know torch's bfloat16."""
+    if tensor.dtype == torch.bfloat16:
+        return Tensor.of(tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
+    return Tensor.of(tensor.numpy())
 
 
 def _renew_rope(model: nn.Module, config: Any) -> None:

@@ -3,19 +3,20 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from convert.from_hf import check_checkpoint
-from convert.from_hf import load_params as params_from_hf
-from convert.hf_config import UMBRELLA_CONFIG, read_config, write_config
-from convert.safetensors_io import fingerprint
+from convert.from_hf import Plan, fingerprint, plan_loading
+from convert.hf_config import UMBRELLA_CONFIG, export_names, read_config, write_config
+from convert.tensor import Index, Tensor, Where, check_finite, place
+from convert.to_hf import export, hub_tensors, new_folder
+from convert.trainable import FILE, Trainable, write_trainable
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import ModalityConfig, ModelConfig, RematPolicy, RunConfig, load_config
+from umbrella_jax.config import ModalityConfig, ModelConfig, PatchEmbedInit, RematPolicy, RunConfig, load_config
 from umbrella_jax.data.loader import Dataset, eval_batches
 from umbrella_jax.data.tokenize import load_tokenizer
 from umbrella_jax.errors import CheckpointError, ConfigError
@@ -61,6 +62,10 @@ class Checkpoint:
     config: LlavaConfig
     notes: tuple[str, ...]
     """What was added to the vocabulary, for people."""
+    init: PatchEmbedInit = "random"
+    """Of a Hugging Face directory: where a patch embedding comes from that it does not have as configured."""
+    patch_embed: Path | None = None
+    """Of a Hugging Face directory: a file of `convert to-hf --trainable-only`, put onto it."""
     step: int | None = None
     """Of a run: which of its checkpoints."""
     base: "Checkpoint | None" = None
@@ -74,30 +79,38 @@ class Checkpoint:
         *,
         compute_dtype: str = "float32",
         remat: RematPolicy = "none",
+        init: PatchEmbedInit = "random",
+        patch_embed: str | Path | None = None,
     ) -> "Checkpoint":
         """Finds out what `path` holds: a directory, a run's `checkpoints/STEP`, or a name on the hub.
 
         Args:
             modalities: of the patch embedding; needed for a stock LLaVA, read from the checkpoint otherwise.
+            init: as `model.patch_embed_init` of the configuration.
+            patch_embed: a file of `convert to-hf --trainable-only`, to be put onto a Hugging Face directory.
 
         Raises:
             CheckpointError, ConfigError, DataError: naming what is missing, unsupported or contradictory.
         """
         found = fetch(str(path))
+        overlay = None if patch_embed is None else Path(patch_embed)
         options: dict[str, Any] = {"compute_dtype": compute_dtype, "remat": remat}
         step = int(found.name) if found.name.isdigit() and found.parent.name == CHECKPOINTS else None
         run = found.parent.parent if step is not None else found
-        if (run / MODEL).is_dir() and (run / CONFIG).is_file():
+        is_run = (run / MODEL).is_dir() and (run / CONFIG).is_file()
+        kind: Literal["hf", "native", "run"] = "run" if is_run else "native" if (found / PARAMS).is_dir() else "hf"
+        if kind != "hf" and overlay is not None:
+            raise CheckpointError(f"{path}: {overlay} goes onto the Hugging Face directory that it was trained on")
+        if kind == "run":
             config = read_config(run / MODEL, modalities, **options)
-            trained = load_config(run / CONFIG)
-            assert trained.model.base is not None  # a run does not start without
-            base = cls.open(trained.model.base, config.modalities, **options)
+            trained = load_config(run / CONFIG).model
+            assert trained.base is not None  # a run does not start without
+            base = cls.open(trained.base, config.modalities, init=trained.patch_embed_init, **options)
             base = replace(base, config=config)
-            return cls(run, "run", run / MODEL, config, (), step, base)
-        kind: Literal["hf", "native"] = "native" if (found / PARAMS).is_dir() else "hf"
-        config = read_config(found, modalities, **options)
+            return cls(run, "run", run / MODEL, config, (), step=step, base=base)
+        config = read_config(found, modalities, init=init, patch_embed=overlay, **options)
         if not has_tokenizer(found):
-            return cls(found, kind, found, config, ())
+            return cls(found, kind, found, config, (), init, overlay)
         tokenizer, added = load_tokenizer(found, config.image_token_id)
         notes = [f"{token}: added to the tokenizer" for token in added]
         size = max(tokenizer.get_vocab().values()) + 1
@@ -106,7 +119,7 @@ class Checkpoint:
             notes.append(f"vocabulary: grown from {rows} to {size} rows, the new ones the mean of the others")
             config = replace(config, text=replace(config.text, vocab_size=size))
         config = replace(config, image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
-        return cls(found, kind, found, config, tuple(notes))
+        return cls(found, kind, found, config, tuple(notes), init, overlay)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -115,11 +128,14 @@ class Checkpoint:
             return self.base.fingerprint
         if self.kind == "native":
             return json.loads((self.path / UMBRELLA_CONFIG).read_text())["base_fingerprint"]
-        return fingerprint(self.path)
+        return fingerprint(self.path, self.patch_embed)
 
     def tokenizer(self) -> Any:
         """The tokenizer, with `<|im_start|>`, `<|im_end|>` and `<image>`. Raises DataError where there is none."""
         return load_tokenizer(self.description, None)[0]
+
+    def _plan(self, dtype: str) -> Plan:
+        return plan_loading(self.path, self.config, dtype=dtype, init=self.init, patch_embed=self.patch_embed)
 
     def check(self, dtype: str = "auto") -> list[str]:
         """Compares names, shapes and types in the files with the model's; reads no weights.
@@ -127,10 +143,10 @@ class Checkpoint:
         Returns what will be initialised, left out or grown, for people. Raises CheckpointError with every fault.
         """
         if self.kind == "hf":
-            return check_checkpoint(self.path, self.config, dtype=dtype).lines()
+            return self._plan(dtype).report.lines()
         if self.kind == "native":
             expected = {path: leaf.shape for path, leaf in abstract_params(self.config)[1].items()}
-            found = param_shapes(self.path / PARAMS)
+            found = {path: leaf.shape for path, leaf in param_shapes(self.path / PARAMS).items()}
             faults = [
                 f"{self.path}: {path}: expected {expected.get(path, 'no such parameter')}, found "
                 f"{found.get(path, 'none')}; name the modalities as when it was converted, or convert again"
@@ -141,41 +157,76 @@ class Checkpoint:
                 raise CheckpointError(faults)
         return []
 
-    def params(self, dtype: str = "auto", *, sharding: jax.sharding.Sharding | None = None, seed: int = 0) -> Params:
-        """Reads all parameters.
+    def tensors(self, dtype: str = "auto", *, seed: int = 0) -> dict[str, Tensor]:
+        """All parameters, to be read one by one; arguments as of `params`."""
+        if self.base is not None:
+            trained = {path: Tensor.of(leaf).astype(dtype) for path, leaf in self.trained(_first_device).items()}
+            return self.base.tensors(dtype, seed=seed) | trained
+        if self.kind == "native":
+            return {path: tensor.astype(dtype) for path, tensor in _native_tensors(self.path / PARAMS).items()}
+        if self.patch_embed is not None:
+            _ = self.fingerprint  # which refuses another base
+        return self._plan(dtype).params(dtype, seed)
+
+    def params(self, dtype: str = "auto", *, where: Where | None = None, seed: int = 0) -> Params:
+        """Reads all parameters, each straight onto its devices.
 
         Args:
             dtype: of every parameter; `auto` keeps the files' types.
-            sharding: where they go; default the first device.
-            seed: of a patch embedding that the checkpoint does not hold.
+            where: a parameter's path and shape → its sharding; default the first device.
+            seed: of a patch embedding that starts at random.
         """
-        where = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        if self.kind == "native":
-            return _cast(load_params(self.path / PARAMS, where), dtype)
+        where = where or _first_device
         if self.base is not None:
-            trained = _cast(self._trained(where), dtype)
-            return self.base.params(dtype, sharding=where, seed=seed) | trained
+            trained = self.trained(where)
+            return self.base.params(dtype, where=where, seed=seed) | _cast(trained, dtype)
+        if self.kind == "native":
+            like = {
+                path: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype if dtype == "auto" else dtype, sharding=where(path, leaf.shape)
+                )
+                for path, leaf in param_shapes(self.path / PARAMS).items()
+            }
+            return load_params(self.path / PARAMS, like)
+        return place(self.tensors(dtype, seed=seed), where)
 
-        def put(_: str, leaf: np.ndarray) -> jax.Array:
-            return jax.device_put(leaf, where)
-
-        return params_from_hf(self.path, self.config, dtype=dtype, seed=seed, put=put)[0]
-
-    def _trained(self, where: jax.sharding.Sharding) -> Params:
-        """What a run trained, if it was on these weights of the base."""
+    def trained(self, where: Where | None = None) -> Params:
+        """Of a run: what it trained, if that was on these weights of the base."""
+        assert self.base is not None
         with Checkpoints(self.path / CHECKPOINTS, read_only=True) as checkpoints:
             step = self.step if self.step is not None else checkpoints.latest_step()
             if step is None:
                 raise CheckpointError(f"{self.path}: the run has no checkpoint yet")
             expected = checkpoints.meta(step)["base_fingerprint"]
             if expected != self.fingerprint:
-                assert self.base is not None
                 raise CheckpointError(
                     f"{self.base.path}: not the weights that {self.path} was trained on (fingerprint "
                     f"{self.fingerprint[:12]}, expected {expected[:12]}); bring them back, or name where they are as "
                     f"model.base in {self.path / CONFIG}"
                 )
-            return checkpoints.restore_trainable(step, where)
+            return checkpoints.restore_trainable(step, where or _first_device)
+
+
+def _first_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def _native_tensors(directory: Path) -> dict[str, Tensor]:
+    """Parameters that orbax wrote, each read as a whole and kept until another is asked for."""
+
+    @lru_cache(maxsize=1)
+    def leaf(path: str) -> np.ndarray:
+        like = jax.ShapeDtypeStruct(shapes[path].shape, shapes[path].dtype, sharding=_first_device(path, ()))
+        return np.asarray(load_params(directory, {path: like})[path])
+
+    def tensor(path: str, shape: jax.ShapeDtypeStruct) -> Tensor:
+        def fill(out: np.ndarray, index: Index) -> None:
+            np.copyto(out, leaf(path)[index], casting="unsafe")
+
+        return Tensor(shape.shape, np.dtype(shape.dtype).name, fill, str(directory))
+
+    shapes = param_shapes(directory)
+    return {path: tensor(path, shape) for path, shape in shapes.items()}
 
 
 def _cast(params: Params, dtype: str) -> Params:
@@ -194,19 +245,60 @@ def describe(checkpoint: Checkpoint, directory: Path) -> None:
         checkpoint.tokenizer().save_pretrained(directory)
 
 
-def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str, seed: int) -> None:
-    """Writes a native checkpoint: orbax parameters, config.json, tokenizer, modalities."""
-    if directory.exists() and any(directory.iterdir()):
-        raise CheckpointError(f"{directory}: not empty; name a directory that does not exist yet")
+def write_native(
+    checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto", seed: int = 0, finite: bool = False
+) -> None:
+    """Writes a native checkpoint: orbax parameters, config.json, tokenizer, modalities.
+
+    Raises CheckpointError for a folder that is not empty and, where `finite`, for weights that are not.
+    """
+    directory = new_folder(directory)
+    if finite:
+        check_finite(checkpoint.tensors(seed=seed))
     params = checkpoint.params(dtype, seed=seed)
     describe(checkpoint, directory)
     save_params(directory / PARAMS, params)
+
+
+def write_hf(
+    checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | None = None, max_shard_size: int | str = "5GB"
+) -> None:
+    """Writes a Hugging Face directory, tensor by tensor, with tokenizer and model card; arguments as of `export`."""
+    fingerprint = None if checkpoint.kind == "hf" else checkpoint.fingerprint
+    export(
+        out,
+        checkpoint.tensors(),
+        checkpoint.config,
+        checkpoint.description,
+        names=names,
+        max_shard_size=max_shard_size,
+        fingerprint=fingerprint,
+    )
+    if checkpoint.notes and has_tokenizer(checkpoint.description):
+        checkpoint.tokenizer().save_pretrained(out)
+
+
+def write_trained(checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | None = None) -> Path:
+    """Writes what a run trained, and of which base, as one file into the new folder `out`; returns its path.
+
+    Raises CheckpointError where `checkpoint` is no run.
+    """
+    if checkpoint.kind != "run":
+        raise CheckpointError(f"{checkpoint.path}: not a run, so it does not say what was trained; name a run")
+    renamed = export_names(checkpoint.config.modalities, names)
+    path = new_folder(out) / FILE
+    trained = hub_tensors(checkpoint.trained(), checkpoint.config, renamed)
+    modalities = {renamed[m]: modality for m, modality in checkpoint.config.modalities.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    write_trainable(path, Trainable(trained, modalities, checkpoint.fingerprint))
+    return path
 
 
 def load(
     path: str | Path,
     *,
     modalities: Mapping[str, ModalityConfig] | None = None,
+    patch_embed: str | Path | None = None,
     dtype: str = "auto",
     compute_dtype: str = "float32",
 ) -> Llava:
@@ -214,13 +306,14 @@ def load(
 
     Args:
         modalities: of the patch embedding, for a stock LLaVA, which has none yet.
+        patch_embed: a file of `convert to-hf --trainable-only`; `path` is then the base that it was trained on.
         dtype: of every parameter; `auto` keeps what the files hold.
         compute_dtype: of activations, `float32` or `bfloat16`.
 
     Raises:
         CheckpointError, ConfigError: naming every tensor or field that is not as it should be.
     """
-    checkpoint = Checkpoint.open(path, modalities, compute_dtype=compute_dtype)
+    checkpoint = Checkpoint.open(path, modalities, compute_dtype=compute_dtype, patch_embed=patch_embed)
     return merge(abstract_params(checkpoint.config)[0], checkpoint.params(dtype))
 
 
@@ -280,7 +373,9 @@ def open_base(config: RunConfig | ModelConfig) -> Checkpoint:
     model = config.model if isinstance(config, RunConfig) else config
     if model.base is None:
         raise ConfigError("model.base: expected a LLaVA directory in Hugging Face format (--base HF_DIR)")
-    base = Checkpoint.open(model.base, model.modalities, compute_dtype=model.compute_dtype, remat=model.remat)
+    base = Checkpoint.open(
+        model.base, model.modalities, compute_dtype=model.compute_dtype, remat=model.remat, init=model.patch_embed_init
+    )
     if base.kind == "run":  # its weights may still move
         raise ConfigError(
             f"model.base: {base.path} is a run; export it (umbrella-jax convert to-hf) and name the export"

@@ -72,26 +72,36 @@ def _from_hf(arguments: argparse.Namespace) -> None:
     from umbrella_jax.api import Checkpoint, write_native
 
     config = _config(arguments)
-    checkpoint = Checkpoint.open(arguments.source, config.model.modalities)
+    checkpoint = Checkpoint.open(
+        arguments.source,
+        config.model.modalities,
+        init=config.model.patch_embed_init,
+        patch_embed=arguments.patch_embed,
+    )
     for line in [*checkpoint.notes, *checkpoint.check(config.model.frozen_dtype)]:
         print(line)
-    write_native(checkpoint, Path(arguments.out), dtype=config.model.frozen_dtype, seed=config.seed)
+    write_native(
+        checkpoint,
+        Path(arguments.out),
+        dtype=config.model.frozen_dtype,
+        seed=config.seed,
+        finite=arguments.check_finite,
+    )
     print(f"{arguments.out}: native checkpoint; train from it with --base {arguments.out}")
 
 
 def _to_hf(arguments: argparse.Namespace) -> None:
-    from convert.to_hf import export
-    from umbrella_jax.api import Checkpoint, has_tokenizer
+    from umbrella_jax.api import Checkpoint, write_hf, write_trained
 
     checkpoint = Checkpoint.open(arguments.source)
-    params = checkpoint.params()
     names = tuple(arguments.names.split(",")) if arguments.names else None
     out = Path(arguments.out)
-    fingerprint = None if checkpoint.kind == "hf" else checkpoint.fingerprint
-    export(out, params, checkpoint.config, checkpoint.description, names=names, fingerprint=fingerprint)
-    if checkpoint.notes and has_tokenizer(checkpoint.description):
-        checkpoint.tokenizer().save_pretrained(out)
-    print(f"{out}: Hugging Face checkpoint; in PyTorch: convert.torch_model.load_umbrella({str(out)!r})")
+    if arguments.trainable_only:
+        file = write_trained(checkpoint, out, names=names)
+        print(f"{file}: what was trained; onto its base: umbrella-jax convert from-hf HF_DIR OUT --patch-embed {file}")
+    else:
+        write_hf(checkpoint, out, names=names, max_shard_size=arguments.max_shard_size)
+        print(f"{out}: Hugging Face checkpoint; in PyTorch: convert.torch_model.load_umbrella({str(out)!r})")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -130,11 +140,19 @@ def _parser() -> argparse.ArgumentParser:
     from_hf.add_argument("source", metavar="HF_DIR")
     from_hf.add_argument("out", metavar="OUT")
     _add_config(from_hf, [])
+    from_hf.add_argument(
+        "--patch-embed", metavar="FILE", help="put this file of `to-hf --trainable-only` onto the base it is of"
+    )
+    from_hf.add_argument("--check-finite", action="store_true", help="refuse weights that are NaN or infinite")
     to_hf = command(convert, "to-hf", _to_hf, "Run or checkpoint to a Hugging Face directory that PyTorch loads.")
     to_hf.add_argument("source", metavar="RUN_OR_CHECKPOINT")
     to_hf.add_argument("out", metavar="OUT")
     to_hf.add_argument(
         "--names", metavar="T1,rsfMRI|sMRI,fMRI", help="names of the patch embedding; default as configured"
+    )
+    to_hf.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of a file, such as 500MB; default 5GB")
+    to_hf.add_argument(
+        "--trainable-only", action="store_true", help="write only what the run trained, and which base it is of"
     )
 
     config = commands.add_parser("config", help="Make configs.").add_subparsers(required=True, metavar="COMMAND")

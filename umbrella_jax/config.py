@@ -15,6 +15,7 @@ from umbrella_jax.errors import ConfigError
 
 DType = Literal["float32", "bfloat16", "float16"]
 RematPolicy = Literal["none", "full", "dots"]
+PatchEmbedInit = Literal["random", "inflate", "resample"]
 
 # Names for one and the same patch embedding: the original system, its newer checkpoints, its data files.
 ALIASES: tuple[frozenset[str], ...] = (
@@ -97,6 +98,9 @@ class ModelConfig:
     base: str | None = None
     """LLaVA directory in Hugging Face format, native checkpoint, or a name on the hub."""
     modalities: dict[str, ModalityConfig]
+    patch_embed_init: PatchEmbedInit = "random"
+    """How a patch embedding starts that the base does not have as configured: at `random`; as SigLIP's own 2D one,
+    `inflate`d to volumes; or as the base's one of volumes, `resample`d to this size and patch."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products; statistics, softmax and loss stay float32."""
     frozen_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert.from_hf import check_checkpoint, load_params
+from convert.from_hf import load_params, plan_loading
 from convert.hf_config import read_config
 from convert.rules import EMBED, LM_HEAD
 from convert.safetensors_io import open_checkpoint
@@ -48,10 +48,10 @@ def edit(written, tmp_path):
 
 def refused(directory, config, **kwargs) -> str:
     with pytest.raises(CheckpointError) as error:
-        load_params(directory, config, put=lambda *_: pytest.fail("a parameter was made"), **kwargs)
+        load_params(directory, config, where=lambda *_: pytest.fail("a parameter was made"), **kwargs)
     if "differs" not in str(error.value):  # that one needs the numbers
         with pytest.raises(CheckpointError) as headers:
-            check_checkpoint(directory, config, **kwargs)
+            plan_loading(directory, config, **kwargs)
         assert headers.value.faults == error.value.faults
     return str(error.value)
 
@@ -69,13 +69,13 @@ def test_every_parameter_is_loaded(written, tied):
     config = read_config(directory)
     placed = []
 
-    def put(path, array):
-        placed.append(path)
-        return jax.device_put(array)
+    def where(path, shape):
+        placed.append((path, shape))
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-    params, report = load_params(directory, config, put=put)
+    params, report = load_params(directory, config, where=where)
     assert {k: v.shape for k, v in params.items()} == {k: v.shape for k, v in abstract_params(config)[1].items()}
-    assert sorted(placed) == sorted(params)
+    assert sorted(placed) == sorted((path, leaf.shape) for path, leaf in params.items())
     assert report.lines() == []
     tensors = load_file(directory / "model.safetensors")
     np.testing.assert_array_equal(params["language_model.model.layers.mlp.up_proj.weight"][1], tensors[LAYER])
@@ -189,7 +189,7 @@ def test_names_are_resolved_by_alias(written):
     directory = written / "umbrella_True"
     config = read_config(directory, {"sMRI": MODALITIES["T1"], "fMRI": MODALITIES["rsfMRI"]})
     params, report = load_params(directory, config)
-    assert report.initialised == ()
+    assert report.lines() == []
     theirs = load_params(directory, read_config(directory))[0]
     for a, b in (("sMRI", "T1"), ("fMRI", "rsfMRI")):
         for end in ("_proj.weight", "_proj.bias", "_positional_embeddings"):
@@ -200,11 +200,11 @@ def test_new_modalities_of_a_stock_checkpoint(written):
     directory = written / "stock_True"
     config = read_config(directory, MODALITIES)
     params, report = load_params(directory, config, dtype="bfloat16", seed=3)
-    assert report.initialised == ("T1", "rsfMRI")
+    assert list(report.started) == ["T1", "rsfMRI"]
     assert set(report.replaced) == {
         EMBEDDINGS + name for name in ("patch_embedding.weight", "patch_embedding.bias", "position_embedding.weight")
     }
-    assert report == check_checkpoint(directory, config)
+    assert report == plan_loading(directory, config).report
     assert len(report.lines()) == 5
     for name in MODALITIES:
         weight, bias = params[f"{EMBEDDINGS}{name}_proj.weight"], params[f"{EMBEDDINGS}{name}_proj.bias"]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert.safetensors_io import INDEX, Tensor, fingerprint, open_checkpoint, write_checkpoint
+from convert.safetensors_io import INDEX, digest, open_checkpoint, write_checkpoint
+from convert.tensor import Tensor
 from umbrella_jax.errors import CheckpointError
 
 ARRAYS = {
@@ -67,7 +68,9 @@ def test_headers_alone_are_read(tmp_path):
 def test_folder_without_weights(tmp_path):
     assert str(tmp_path) in refused(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
-    assert "pytorch_model.bin; save the model as safetensors" in refused(tmp_path)
+    assert "pytorch_model.bin: cut short, damaged" in refused(tmp_path)
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "consolidated.pth")
+    assert "consolidated.pth; save the model as safetensors" in refused(tmp_path)
 
 
 def test_single_file_beside_an_index(tmp_path):
@@ -118,6 +121,10 @@ def test_index_and_shards_that_disagree(tmp_path):
 def test_fingerprint(tmp_path):
     for folder, size in (("one", "5GB"), ("many", 50)):
         write(tmp_path / folder, max_shard_size=size)
+
+    def fingerprint(folder):
+        return digest(open_checkpoint(folder))
+
     stamp = fingerprint(tmp_path / "one")
     assert len(stamp) == 64
     assert stamp == fingerprint(tmp_path / "many")

@@ -8,7 +8,7 @@ from training_case import as_bytes, small_case, to_numpy
 
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.sharding import make_mesh, replicated
-from umbrella_jax.training.checkpoint import Checkpoints, load_params, save_params
+from umbrella_jax.training.checkpoint import Checkpoints, load_params, param_shapes, save_params
 
 META = {"config": {"train": {"groups": {"patch_embed": {"weight_decay": 0.01}}}}, "note": "µ", "none": None}
 ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -54,7 +54,7 @@ def test_round_trip_is_bit_for_bit(tmp_path, empty, filled):
         assert_same(checkpoints.restore(7, empty), expected)
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         assert checkpoints.latest_step() == 7
-        assert_same(checkpoints.restore_trainable(7, ONE_DEVICE), expected.trainable)
+        assert_same(checkpoints.restore_trainable(7, lambda path, shape: ONE_DEVICE), expected.trainable)
 
 
 def test_newest_three_stay(tmp_path, empty, filled):
@@ -95,7 +95,7 @@ def test_one_device_to_eight_and_back(tmp_path, empty, filled):
     with Checkpoints(tmp_path / "eight") as checkpoints:
         checkpoints.save(state, META)
     with Checkpoints(tmp_path / "eight", read_only=True) as checkpoints:
-        trainable = checkpoints.restore_trainable(1, ONE_DEVICE)
+        trainable = checkpoints.restore_trainable(1, lambda path, shape: ONE_DEVICE)
     assert_same(trainable, filled(1).trainable)
     assert {leaf.sharding for leaf in trainable.values()} == {ONE_DEVICE}
 
@@ -122,7 +122,9 @@ def test_whole_model_round_trip(tmp_path, dtype):
     params = small_case(dtype=dtype).params
     save_params(tmp_path / "native", params)
     for where in (ONE_DEVICE, replicated(make_mesh())):
-        loaded = load_params(tmp_path / "native", where)
+        shapes = param_shapes(tmp_path / "native")
+        like = {path: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where) for path, s in shapes.items()}
+        loaded = load_params(tmp_path / "native", like)
         assert_same(loaded, params)
         assert {leaf.sharding for leaf in loaded.values()} == {where}
     assert {str(leaf.dtype) for leaf in params.values()} == {dtype}

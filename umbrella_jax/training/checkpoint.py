@@ -1,5 +1,6 @@
 """Orbax: the part that changes in a run, and whole models in native form."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,16 @@ class Checkpoints:
         )
         return TrainState(**self._manager.restore(step, args=args).state)
 
-    def restore_trainable(self, step: int, sharding: jax.sharding.Sharding) -> Params:
-        """The trained parameters of `step`, placed by `sharding` whatever devices they were saved from."""
-        target = _on(sharding, self._manager.item_metadata(step).state)
+    def restore_trainable(self, step: int, where: Callable[[str, tuple[int, ...]], jax.sharding.Sharding]) -> Params:
+        """The trained parameters of `step`, each on the devices that `where` says of its path and shape."""
+        saved = self._manager.item_metadata(step).state
+        # moments too, since orbax restores an item as a whole; they lie on one device until they are dropped
+        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), dict(saved))
+        target["trainable"] = {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(path, leaf.shape))
+            for path, leaf in target["trainable"].items()
+        }
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         return self._manager.restore(step, args=args).state["trainable"]
 
@@ -74,20 +82,19 @@ def save_params(directory: Path, params: Params) -> None:
         checkpointer.save(directory.absolute(), params)
 
 
-def param_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of what `save_params` wrote, by path; reads no parameters."""
+def param_shapes(directory: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of what `save_params` wrote, by path; reads no parameters."""
     with ocp.StandardCheckpointer() as checkpointer:
         saved = dict(checkpointer.metadata(directory.absolute()).item_metadata)
-    return {path: tuple(leaf.shape) for path, leaf in saved.items()}
+    return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in saved.items()}
 
 
-def load_params(directory: Path, sharding: jax.sharding.Sharding) -> Params:
-    """Reads what `save_params` wrote, onto any devices."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        shapes = checkpointer.metadata(directory.absolute()).item_metadata
-        return checkpointer.restore(directory.absolute(), _on(sharding, shapes))
-
-
-def _on(sharding: jax.sharding.Sharding, saved: Any) -> Any:
-    """What to restore: every saved array, on devices of our choice."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), dict(saved))
+def load_params(directory: Path, like: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+    """Reads those of the parameters that `like` names, as the types and on the devices that it says."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        args = ocp.args.PyTreeRestore(
+            item=dict(like),
+            restore_args=ocp.checkpoint_utils.construct_restore_args(dict(like)),
+            partial_restore=True,
+        )
+        return checkpointer.restore(directory.absolute(), args=args)

@@ -1,0 +1,168 @@
+"""A tensor that is not in memory yet: what every reader gives, and every writer and device takes.
+
+It knows its shape and type and reads its numbers only when asked, region by region, straight to where they are wanted.
+Stacked, cast or sharded, no tensor is ever in memory as a whole beside the result.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from umbrella_jax.errors import CheckpointError
+
+Index = tuple[slice, ...]
+"""A region: for each axis a slice with a start and a stop."""
+Where = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+"""A parameter's path and shape → the devices that it lies on, and how."""
+
+BLOCK = 32 << 20
+"""Bytes that are read at once; the kernel counts pages of a mapped file as the process's own until they are let go."""
+_THREADS = 4  # numpy's copies and casts let go of the interpreter
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor somewhere; `dtype` is numpy's name of a type, or safetensors' own for one that numpy has not."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    fill: Callable[[np.ndarray, Index], None]
+    """Writes a region into an array of the region's shape and any type of number."""
+    file: str = ""
+
+    @classmethod
+    def of(cls, array: Any) -> "Tensor":
+        """A tensor that is in memory already, numpy's or jax's."""
+        return cls(array.shape, array.dtype.name, lambda out, index: _copy(out, np.asarray(array)[index]))
+
+    @property
+    def whole(self) -> Index:
+        """The region that is all of it."""
+        return tuple(slice(0, n) for n in self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def read(self, index: Index | None = None) -> np.ndarray:
+        """A region, by default all; a new C-contiguous array. Raises CheckpointError where a number overflows."""
+        index = self.whole if index is None else index
+        out = _empty(tuple(i.stop - i.start for i in index), np.dtype(self.dtype))
+        try:
+            with np.errstate(over="raise"):
+                self.fill(out, index)
+        except FloatingPointError:
+            raise CheckpointError(f"{self.file}: a number is too large for {self.dtype}; choose a wider type") from None
+        return out
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All of it in C order, in pieces along axis 0 of no more than some MB."""
+        if not self.shape:
+            yield self.read()
+            return
+        rows = max(1, BLOCK * self.shape[0] // max(self.nbytes, 1))
+        for start in range(0, self.shape[0], rows):
+            yield self.read((slice(start, min(start + rows, self.shape[0])), *self.whole[1:]))
+
+    def astype(self, dtype: str) -> "Tensor":
+        """The same as another type; `auto` is its own."""
+        return self if dtype == "auto" else dataclasses.replace(self, dtype=dtype)
+
+    def reshape(self, shape: tuple[int, ...]) -> "Tensor":
+        """The same numbers in another shape. Any region reads all of it."""
+        if shape == self.shape:
+            return self
+
+        def fill(out: np.ndarray, index: Index) -> None:
+            _copy(out, self.read().reshape(shape)[index])
+
+        return dataclasses.replace(self, shape=shape, fill=fill)
+
+    def layer(self, i: int) -> "Tensor":
+        """What lies at i on axis 0."""
+
+        def fill(out: np.ndarray, index: Index) -> None:
+            self.fill(out[None], (slice(i, i + 1), *index))
+
+        return dataclasses.replace(self, shape=self.shape[1:], fill=fill)
+
+
+def stack(layers: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape and type on a new axis 0."""
+
+    def fill(out: np.ndarray, index: Index) -> None:
+        for part, layer in zip(out, layers[index[0]], strict=True):
+            layer.fill(part, index[1:])
+
+    return Tensor((len(layers), *layers[0].shape), layers[0].dtype, fill, layers[0].file)
+
+
+def grow(tensor: Tensor, rows: int) -> Tensor:
+    """A table [R, D] with new rows behind its own, each the mean of those."""
+
+    def fill(out: np.ndarray, index: Index) -> None:
+        own = slice(index[0].start, min(index[0].stop, tensor.shape[0]))
+        count = max(own.stop - own.start, 0)
+        if count:
+            tensor.fill(out[:count], (own, index[1]))
+        if count < len(out):
+            # summed in float64: 150,000 rows one after the other lose digits in float32
+            total = sum(block.sum(0, dtype=np.float64) for block in tensor.blocks())
+            _copy(out[count:], (total / tensor.shape[0]).astype(np.float32)[index[1]])
+
+    return dataclasses.replace(tensor, shape=(rows, *tensor.shape[1:]), fill=fill)
+
+
+def place(tensors: Mapping[str, Tensor], where: Where) -> dict[str, jax.Array]:
+    """Each tensor on its devices; only what this process's devices hold is read, and every region once."""
+
+    def put(item: tuple[str, Tensor]) -> jax.Array:
+        path, tensor = item
+        sharding = where(path, tensor.shape)
+        regions: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+        shards = []
+        for device, index in sharding.addressable_devices_indices_map(tensor.shape).items():
+            region = tuple(i.indices(n)[:2] for i, n in zip(index or (), tensor.shape, strict=True))
+            if region not in regions:
+                regions[region] = tensor.read(tuple(slice(*bounds) for bounds in region))
+            shards.append(jax.device_put(regions[region], device))
+        return jax.make_array_from_single_device_arrays(tensor.shape, sharding, shards)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(tensors, pool.map(put, tensors.items()), strict=True))
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Reads every number. Raises CheckpointError naming each tensor that holds a NaN or an infinity."""
+
+    def count(tensor: Tensor) -> int:
+        return sum(int(block.size - np.isfinite(block).sum()) for block in tensor.blocks())
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        counts = dict(zip(tensors, pool.map(count, tensors.values()), strict=True))
+    faults = [
+        f"{tensors[name].file}: {name}: {n} of {math.prod(tensors[name].shape)} numbers are NaN or infinite"
+        for name, n in counts.items()
+        if n
+    ]
+    if faults:
+        raise CheckpointError(faults)
+
+
+def _copy(out: np.ndarray, array: np.ndarray) -> None:
+    np.copyto(out, array, casting="unsafe")
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """np.empty at an address divisible by 64, where XLA's CPU backend uses an array in place; it copies all others."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)

@@ -1,0 +1,48 @@
+"""What a run trained, alone: one small safetensors file that goes back onto the base that it was trained on."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from convert.rules import hub_name
+from convert.safetensors_io import open_safetensors, write_safetensors
+from convert.tensor import Tensor
+from umbrella_jax.config import ModalityConfig, parse_config, to_dict
+from umbrella_jax.errors import CheckpointError
+
+FILE = "trainable.safetensors"
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """Contents of such a file."""
+
+    tensors: Mapping[str, Tensor]
+    """By their hub's names."""
+    modalities: dict[str, ModalityConfig]
+    """Of the patch embedding, with preprocessing."""
+    base_fingerprint: str
+    """Of the checkpoint that it was trained on."""
+
+
+def open_trainable(path: Path) -> Trainable:
+    """Reads the header. Raises CheckpointError for a file that is damaged or another kind of safetensors."""
+    tensors, metadata = open_safetensors(path)
+    try:
+        modalities = {"modalities": json.loads(metadata["modalities"])}
+        fingerprint = metadata["base_fingerprint"]
+    except (KeyError, ValueError):
+        raise CheckpointError(
+            f"{path}: its header does not say modalities and base_fingerprint; expected a file of "
+            "`umbrella-jax convert to-hf --trainable-only`"
+        ) from None
+    config = parse_config({"model": modalities}, str(path)).model.modalities
+    return Trainable({hub_name(name): tensor for name, tensor in tensors.items()}, config, fingerprint)
+
+
+def write_trainable(path: Path, trainable: Trainable) -> None:
+    """Writes the file; what `open_trainable` reads."""
+    modalities = {name: to_dict(modality) for name, modality in trainable.modalities.items()}
+    metadata = {"modalities": json.dumps(modalities), "base_fingerprint": trainable.base_fingerprint}
+    write_safetensors(path, trainable.tensors, metadata)
