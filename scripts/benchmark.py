@@ -65,8 +65,8 @@ def resident(pid: int | str = "self") -> float:
     return int(status.partition("VmRSS:")[2].split()[0]) * 1024 / 1e9
 
 
-def measure(work: Callable[..., Any], *args: Any) -> dict[str, float]:
-    """Runs `work(*args)` in a new process; seconds and GB that it adds at its peak to what jax takes."""
+def measure(work: Callable[..., Any], *args: Any) -> dict[str, Any]:
+    """Runs `work(*args)` in a new process; its seconds, the GB that it adds at its peak, and a list that it returns."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     process = context.Process(target=_measured, args=(results, work, args))
@@ -83,9 +83,6 @@ def _measured(results: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> 
         import jax
 
         jax.devices()
-        prepare = getattr(work, "prepare", None)
-        if prepare is not None:
-            prepare()
         before, peak, done = resident(), 0.0, threading.Event()
 
         def watch() -> None:
@@ -97,12 +94,11 @@ def _measured(results: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> 
         watcher = threading.Thread(target=watch)
         watcher.start()
         start = time.perf_counter()
-        kept = work(*args)
+        value = work(*args)
         seconds = time.perf_counter() - start
         done.set()
         watcher.join()
-        del kept
-        results.put({"seconds": seconds, "peak": peak - before})
+        results.put({"seconds": seconds, "peak": peak - before, "value": value if isinstance(value, list) else None})
     except BaseException as error:
         results.put({"error": repr(error)})
 
@@ -152,20 +148,25 @@ def load_torch(directory: Path, dtype: str) -> Any:
     return LlavaForConditionalGeneration.from_pretrained(directory, dtype=getattr(torch, dtype))
 
 
-def _import_torch() -> None:
+def alternate(directory: Path, dtype: str) -> list[tuple[float, float]]:
+    """Seconds that each takes, three times in turn, once both have been imported."""
     import transformers
+
+    import umbrella_jax.api  # noqa: F401
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    _ = transformers.LlavaForConditionalGeneration
-
-
-def _import_ours() -> None:
-    import umbrella_jax.api  # noqa: F401
-
-
-load_torch.prepare = _import_torch  # type: ignore[attr-defined]
-load_jax.prepare = _import_ours  # type: ignore[attr-defined]
+    _ = transformers.LlavaForConditionalGeneration  # imports it
+    runs = []
+    for _ in range(3):
+        seconds = []
+        for load in (load_jax, load_torch):
+            start = time.perf_counter()
+            model = load(directory, dtype)
+            seconds.append(time.perf_counter() - start)
+            del model
+        runs.append((seconds[0], seconds[1]))
+    return runs
 
 
 def to_native(directory: Path, out: Path) -> None:
@@ -200,10 +201,10 @@ def convert(work_dir: Path) -> None:
     size, largest = sum(t.nbytes for t in tensors.values()) / 1e9, max(t.nbytes for t in tensors.values()) / 1e9
     (base / "model.safetensors").read_bytes()  # into the page cache
     for dtype, held in (("float32", size), ("bfloat16", size / 2)):
-        runs = [(measure(load_jax, base, dtype), measure(load_torch, base, dtype)) for _ in range(3)]
-        ours, theirs = (statistics.median(r[i]["seconds"] for r in runs) for i in (0, 1))
-        peak = max(r[0]["peak"] for r in runs)
+        peak = measure(load_jax, base, dtype)["peak"]
         figure(f"load_{dtype}_peak_over_parameters", peak - held, "GB", parameters=round(held, 3), limit=0.7)
+        runs = measure(alternate, base, dtype)["value"]
+        ours, theirs = (statistics.median(seconds) for seconds in zip(*runs, strict=True))
         figure(f"load_{dtype}_seconds", ours, "s", torch=round(theirs, 3), ratio=round(ours / theirs, 3), limit_ratio=1)
     native, out = work_dir / "native", work_dir / "export"
     for name, work, source, to, limit in (

@@ -5,6 +5,7 @@ Axes: B conversations, T positions, K supervised positions, D width, V words, M 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import chex
 import jax
@@ -95,5 +96,11 @@ def merge(graphdef: nnx.GraphDef, params: Params) -> Llava:
 
 def abstract_params(config: LlavaConfig) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
     """`split` of a model that holds float32 shapes alone: nothing is computed and nothing allocated."""
+    graphdef, shapes = _abstract(config)
+    return graphdef, dict(shapes)
+
+
+@lru_cache(maxsize=8)  # tracing takes longer than reading all headers of a checkpoint, and several ask
+def _abstract(config: LlavaConfig) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0))), nnx.Param)
     return graphdef, flatten_dict(nnx.to_pure_dict(state), sep=".")
