@@ -62,14 +62,18 @@ class Tensor:
             raise CheckpointError(f"{self.file}: a number is too large for {self.dtype}; choose a wider type") from None
         return out
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        """All of it in C order, in pieces along axis 0 of no more than some MB."""
+    def regions(self) -> Iterator[Index]:
+        """All of it in C order, in regions along axis 0 of no more than some MB."""
         if not self.shape:
-            yield self.read()
+            yield ()
             return
         rows = max(1, BLOCK * self.shape[0] // max(self.nbytes, 1))
         for start in range(0, self.shape[0], rows):
-            yield self.read((slice(start, min(start + rows, self.shape[0])), *self.whole[1:]))
+            yield (slice(start, min(start + rows, self.shape[0])), *self.whole[1:])
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The numbers of `regions`, read one after the other."""
+        return map(self.read, self.regions())
 
     def astype(self, dtype: str) -> "Tensor":
         """The same as another type; `auto` is its own."""

@@ -12,9 +12,11 @@ import numpy as np
 
 from convert.from_hf import Plan, fingerprint, plan_loading
 from convert.hf_config import UMBRELLA_CONFIG, export_names, read_config, write_config
+from convert.rules import modality_of
 from convert.tensor import Index, Tensor, Where, check_finite, place
 from convert.to_hf import export, hub_tensors, new_folder
 from convert.trainable import FILE, Trainable, write_trainable
+from convert.verify import Comparison, Forward, compare_configs, compare_forward, compare_tensors
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import ModalityConfig, ModelConfig, PatchEmbedInit, RematPolicy, RunConfig, load_config
 from umbrella_jax.data.loader import Dataset, eval_batches
@@ -168,6 +170,11 @@ class Checkpoint:
             _ = self.fingerprint  # which refuses another base
         return self._plan(dtype).params(dtype, seed)
 
+    def held(self) -> dict[str, Tensor]:
+        """`tensors` without a patch embedding that the checkpoint does not have."""
+        started = self._plan("auto").report.started if self.kind == "hf" else {}
+        return {path: tensor for path, tensor in self.tensors().items() if modality_of(path) not in started}
+
     def params(self, dtype: str = "auto", *, where: Where | None = None, seed: int = 0) -> Params:
         """Reads all parameters, each straight onto its devices.
 
@@ -292,6 +299,45 @@ def write_trained(checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | N
     out.mkdir(parents=True, exist_ok=True)
     write_trainable(path, Trainable(trained, modalities, checkpoint.fingerprint))
     return path
+
+
+def verify(
+    a: str | Path,
+    b: str | Path,
+    modalities: Mapping[str, ModalityConfig] | None = None,
+    *,
+    forward: bool = True,
+) -> Comparison:
+    """Compares two of Hugging Face directory, native checkpoint and run: tensors, configuration, and A's logits in
+    PyTorch with B's in JAX.
+
+    Args:
+        modalities: of a stock LLaVA; by default those of the other.
+        forward: whether to compute logits, which needs PyTorch and memory for all weights in float32.
+
+    Raises:
+        CheckpointError, ConfigError: for what cannot be read as a model.
+    """
+    paths = [fetch(str(path)) for path in (a, b)]
+    stock = [not (p / UMBRELLA_CONFIG).exists() and not (p / MODEL).exists() and modalities is None for p in paths]
+    opened = {p: Checkpoint.open(p, modalities) for p, bare in zip(paths, stock, strict=True) if not bare}
+    known = next(iter(opened.values())).config.modalities if opened else None
+    one, other = (opened[p] if p in opened else Checkpoint.open(p, known) for p in paths)
+
+    configuration = compare_configs(one.config, other.config)
+    notes = [f"{c.path}: {line}" for c in (one, other) for line in (*c.notes, *c.check())]
+    ours, theirs = one.held(), other.held()
+    tensors = compare_tensors(ours, one.config, theirs, other.config)
+    found: dict[str, Forward] = {}
+    shapes_differ = any("→ [" in t.types for t in tensors)
+    if forward and not configuration and not shapes_differ:
+        try:
+            found = compare_forward(one.description, ours, one.config, theirs, other.config)
+        except ImportError as error:
+            notes.append(f"logits: not compared, {error.name} is not installed; pip install 'umbrella-jax[torch]'")
+    elif forward:
+        notes.append("logits: not compared, since the models are of other shapes or configurations")
+    return Comparison(tensors, configuration, found, tuple(notes))
 
 
 def load(

@@ -1,6 +1,7 @@
 """The command line: arguments, one call each, and errors as lines instead of tracebacks."""
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -104,6 +105,15 @@ def _to_hf(arguments: argparse.Namespace) -> None:
         print(f"{out}: Hugging Face checkpoint; in PyTorch: convert.torch_model.load_umbrella({str(out)!r})")
 
 
+def _verify(arguments: argparse.Namespace) -> int:
+    from umbrella_jax.api import verify
+
+    modalities = load_config(arguments.config).model.modalities if arguments.config else None
+    found = verify(arguments.a, arguments.b, modalities, forward=not arguments.no_logits)
+    print(json.dumps(found.to_json(), indent=2) if arguments.json else "\n".join(found.lines()))
+    return 0 if found.same else 1
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     from umbrella_jax.demo import run_demo
 
@@ -155,6 +165,13 @@ def _parser() -> argparse.ArgumentParser:
         "--trainable-only", action="store_true", help="write only what the run trained, and which base it is of"
     )
 
+    verify = command(convert, "verify", _verify, "Compare two models; exit code 1 when they differ.")
+    verify.add_argument("a", metavar="A", help="Hugging Face directory, native checkpoint or run")
+    verify.add_argument("b", metavar="B", help="another")
+    verify.add_argument("--config", metavar="FILE", help="YAML with the modalities, where both are stock LLaVAs")
+    verify.add_argument("--json", action="store_true", help="for programs")
+    verify.add_argument("--no-logits", action="store_true", help="compare tensors alone, not PyTorch with JAX on them")
+
     config = commands.add_parser("config", help="Make configs.").add_subparsers(required=True, metavar="COMMAND")
     original = command(config, "from-original", _from_original, "Print a YAML of the PyTorch system as one of ours.")
     original.add_argument("file", metavar="OLD.yaml")
@@ -169,14 +186,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what is on purpose: reading a run read-only
     try:
-        arguments.call(arguments)
+        return arguments.call(arguments) or 0
     except UmbrellaError as error:
         print(f"umbrella-jax: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a full disk, a directory that cannot be made or written
         print(f"umbrella-jax: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":
