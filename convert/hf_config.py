@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,19 @@ _ONLY: tuple[tuple[str, str, Any, Any, str], ...] = (
     ("text_config", "hidden_act", "silu", "silu", "the MLP's activation is SiLU"),
     ("text_config", "use_sliding_window", False, False, "attention sees the whole text"),
 )
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+# What of a folder goes with the weights; the rest may be a Trainer's state, another model's card, or anybody's notes.
+_CARRIED = (
+    *(
+        "tokenizer*",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "vocab.*",
+        "merges.txt",
+        "*.tiktoken",
+        "spiece.model",
+    ),
+    *("chat_template*", "generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*"),
+)
 
 
 class _Section:
@@ -269,22 +282,25 @@ def write_config(
     names: Sequence[str] | None = None,
     *,
     dtype: str | None = None,
+    base: str | None = None,
     base_fingerprint: str | None = None,
 ) -> None:
-    """Writes config.json, umbrella_config.json and all of `source_dir`'s files that are neither weights nor an index.
+    """Writes config.json, umbrella_config.json and those of `source_dir`'s files that are tokenizer's, generation's or
+    processor's.
 
     `names` is the family of modality names to export under (see `export_names`); `dtype` that of the weights, where
-    it is no longer what config.json says; `base_fingerprint` that of the checkpoint that training began from.
+    it is no longer what config.json says; `base` and `base_fingerprint` name the checkpoint that training began from.
     """
     source, out = Path(source_dir), Path(out_dir)
     raw = hf_dict(read_json(source / CONFIG), config)
     if dtype is not None:
         raw = {k: v for k, v in raw.items() if k != "dtype"} | {"torch_dtype": dtype}  # transformers 5 reads both
     modalities = {name: to_dict(config.modalities[m]) for m, name in export_names(config.modalities, names).items()}
-    umbrella = {"modalities": modalities} | ({"base_fingerprint": base_fingerprint} if base_fingerprint else {})
+    stated = {"base": base, "base_fingerprint": base_fingerprint}
+    umbrella = {"modalities": modalities} | {key: value for key, value in stated.items() if value}
     out.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
-        if path.is_file() and path.suffix not in _WEIGHTS and not path.name.endswith(".index.json"):
+        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in _CARRIED):
             shutil.copyfile(path, out / path.name)
     templates = "additional_chat_templates"
     if (source / templates).is_dir():

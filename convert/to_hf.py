@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from convert.hf_config import export_names, write_config
+from convert.model_card import model_card
 from convert.rules import EMBED, entries
 from convert.safetensors_io import write_checkpoint
 from convert.tensor import Tensor
@@ -22,14 +23,16 @@ def export(
     *,
     names: Sequence[str] | None = None,
     max_shard_size: int | str = "5GB",
+    base: str | None = None,
     fingerprint: str | None = None,
 ) -> None:
-    """Writes weights, configuration and what else `source_dir` holds (tokenizer, templates) to the new folder `out`.
+    """Writes weights, configuration, tokenizer and a model card to the new folder `out`; all but weights from
+    `source_dir`.
 
     Parameters, in memory or still to be read, keep their types and are written one by one. `names` is the family of
-    modality names, ("T1", "rsfMRI") or ("sMRI", "fMRI"), default the configured ones; `fingerprint` that of the
-    checkpoint that training began from. Raises CheckpointError for a folder that is not empty, and for parameters that
-    are not those of `config`.
+    modality names, ("T1", "rsfMRI") or ("sMRI", "fMRI"), default the configured ones; `base` and `fingerprint`
+    name the checkpoint that training began from. Raises CheckpointError for a folder that is not empty, and for
+    parameters that are not those of `config`.
     """
     out = new_folder(out)
     abstract = abstract_params(config)[1]
@@ -41,10 +44,13 @@ def export(
             faults.append(f"{out}: {path}: expected shape {list(leaf.shape)}, found {list(params[path].shape)}")
     if faults:
         raise CheckpointError(faults)
-    write_checkpoint(out, hub_tensors(params, config, export_names(config.modalities, names)), max_shard_size)
+    renamed = export_names(config.modalities, names)
+    write_checkpoint(out, hub_tensors(params, config, renamed), max_shard_size)
+    modalities = {renamed[m]: modality for m, modality in config.modalities.items()}
+    (out / "README.md").write_text(model_card(config, modalities, out.name, base, fingerprint))
     # config.json comes last: without it, nobody takes what a killed export left for a checkpoint
     dtype = np.dtype(params[EMBED].dtype).name
-    write_config(source_dir, out, config, names, dtype=dtype, base_fingerprint=fingerprint)
+    write_config(source_dir, out, config, names, dtype=dtype, base=base, base_fingerprint=fingerprint)
 
 
 def hub_tensors(

@@ -133,6 +133,22 @@ def umbrella_model(description: Path, config: LlavaConfig, params: Mapping[str, 
     return model.eval()
 
 
+def greedy_logits(
+    model: Any, modality: str, ids: np.ndarray, volume: np.ndarray, new_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`ids` [B, T] with one volume [B, *size] each → ids with the greedy tokens behind, and all logits."""
+    next(m for m in model.modules() if isinstance(m, PatchEmbed)).modality = modality
+    prompt, pixels = torch.from_numpy(ids), torch.from_numpy(volume[:, None])
+    plain = transformers.GenerationConfig(
+        do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0
+    )
+    with torch.no_grad():
+        sequence = model.generate(
+            prompt, pixel_values=pixels, attention_mask=torch.ones_like(prompt), generation_config=plain
+        )
+        return sequence.numpy(), model(sequence, pixel_values=pixels).logits.numpy()
+
+
 def open_bin(path: Path) -> dict[str, Tensor]:
     """Tensors of a `pytorch_model*.bin`; nothing in it is executed. Raises CheckpointError for one that is damaged."""
     try:

@@ -166,9 +166,7 @@ def compare_forward(
     embedding for is that one's in both; one that neither has is left out. `description` holds A's config.json. Raises
     ImportError without PyTorch.
     """
-    import torch
-
-    from convert.torch_model import umbrella_model
+    from convert.torch_model import greedy_logits, umbrella_model
 
     rng = np.random.default_rng(0)
     theirs = {m: str(resolve_modality(m, config_b.modalities)) for m in config_a.modalities}
@@ -186,18 +184,8 @@ def compare_forward(
         image = np.full(modality.num_patches, config_a.image_token_id)
         ids = np.concatenate([text[:_TOKENS], image, text[_TOKENS:]])[None]
         volume = rng.standard_normal((1, *modality.size), np.float32)
-        embeddings = next(m for m in model.modules() if hasattr(m, f"{name}_proj"))
-        embeddings.modality = name  # two may have volumes of one shape
-        pixels = torch.from_numpy(volume[:, None])
-        with torch.no_grad():
-            sequence = model.generate(
-                torch.from_numpy(ids),
-                pixel_values=pixels,
-                attention_mask=torch.ones(ids.shape, dtype=torch.long),
-                generation_config=_greedy(),
-            )
-            logits = model(sequence, pixel_values=pixels).logits[0, -_TOKENS - _GREEDY - 1 :]
-        cases[name] = sequence.numpy(), volume, logits.numpy()
+        sequence, logits = greedy_logits(model, name, ids, volume, _GREEDY)
+        cases[name] = sequence, volume, logits[0, -_TOKENS - _GREEDY - 1 :]
     del model
 
     where = SingleDeviceSharding(jax.devices()[0])
@@ -222,12 +210,6 @@ def _renamed(path: str, names: Mapping[str, str]) -> str:
     """A parameter's path with its modality, if it has one, called otherwise."""
     old = modality_of(path)
     return path.replace(f".{old}_", f".{names.get(old, old)}_") if old else path
-
-
-def _greedy() -> Any:
-    from transformers import GenerationConfig
-
-    return GenerationConfig(do_sample=False, max_new_tokens=_GREEDY, min_new_tokens=_GREEDY, pad_token_id=0)
 
 
 def _batch(ids: np.ndarray, modality: str, volume: np.ndarray, config: LlavaConfig) -> Batch:

@@ -28,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
         *("numpy", "nibabel", "grain", "transformers"),
     },
     "convert": {
-        *("umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.models"),
+        *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
         *("jax", "flax", "numpy", "ml_dtypes", "safetensors", "huggingface_hub"),
     },
 }

@@ -57,6 +57,8 @@ class Checkpoint:
     wrote; everything else is a Hugging Face directory, stock LLaVA or with the patch embedding.
     """
 
+    name: str
+    """What people call it: its name on the hub, or its folder's."""
     path: Path
     kind: Literal["hf", "native", "run"]
     description: Path
@@ -95,6 +97,7 @@ class Checkpoint:
             CheckpointError, ConfigError, DataError: naming what is missing, unsupported or contradictory.
         """
         found = fetch(str(path))
+        name = found.resolve().name if Path(path).is_dir() else str(path)
         overlay = None if patch_embed is None else Path(patch_embed)
         options: dict[str, Any] = {"compute_dtype": compute_dtype, "remat": remat}
         step = int(found.name) if found.name.isdigit() and found.parent.name == CHECKPOINTS else None
@@ -109,10 +112,10 @@ class Checkpoint:
             assert trained.base is not None  # a run does not start without
             base = cls.open(trained.base, config.modalities, init=trained.patch_embed_init, **options)
             base = replace(base, config=config)
-            return cls(run, "run", run / MODEL, config, (), step=step, base=base)
+            return cls(name, run, "run", run / MODEL, config, (), step=step, base=base)
         config = read_config(found, modalities, init=init, patch_embed=overlay, **options)
         if not has_tokenizer(found):
-            return cls(found, kind, found, config, (), init, overlay)
+            return cls(name, found, kind, found, config, (), init, overlay)
         tokenizer, added = load_tokenizer(found, config.image_token_id)
         notes = [f"{token}: added to the tokenizer" for token in added]
         size = max(tokenizer.get_vocab().values()) + 1
@@ -121,7 +124,7 @@ class Checkpoint:
             notes.append(f"vocabulary: grown from {rows} to {size} rows, the new ones the mean of the others")
             config = replace(config, text=replace(config.text, vocab_size=size))
         config = replace(config, image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
-        return cls(found, kind, found, config, tuple(notes), init, overlay)
+        return cls(name, found, kind, found, config, tuple(notes), init, overlay)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -131,6 +134,13 @@ class Checkpoint:
         if self.kind == "native":
             return json.loads((self.path / UMBRELLA_CONFIG).read_text())["base_fingerprint"]
         return fingerprint(self.path, self.patch_embed)
+
+    @property
+    def base_name(self) -> str:
+        """What the weights are called that `fingerprint` is of."""
+        if self.kind == "hf":
+            return self.name
+        return json.loads((self.description / UMBRELLA_CONFIG).read_text()).get("base", "unknown")
 
     def tokenizer(self) -> Any:
         """The tokenizer, with `<|im_start|>`, `<|im_end|>` and `<image>`. Raises DataError where there is none."""
@@ -247,7 +257,13 @@ def has_tokenizer(directory: Path) -> bool:
 
 def describe(checkpoint: Checkpoint, directory: Path) -> None:
     """Writes all but the weights to `directory`: config.json, tokenizer, modalities; grown where the vocabulary was."""
-    write_config(checkpoint.description, directory, checkpoint.config, base_fingerprint=checkpoint.fingerprint)
+    write_config(
+        checkpoint.description,
+        directory,
+        checkpoint.config,
+        base=checkpoint.base_name,
+        base_fingerprint=checkpoint.fingerprint,
+    )
     if checkpoint.notes:
         checkpoint.tokenizer().save_pretrained(directory)
 
@@ -271,7 +287,7 @@ def write_hf(
     checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | None = None, max_shard_size: int | str = "5GB"
 ) -> None:
     """Writes a Hugging Face directory, tensor by tensor, with tokenizer and model card; arguments as of `export`."""
-    fingerprint = None if checkpoint.kind == "hf" else checkpoint.fingerprint
+    derived = checkpoint.kind != "hf"
     export(
         out,
         checkpoint.tensors(),
@@ -279,7 +295,8 @@ def write_hf(
         checkpoint.description,
         names=names,
         max_shard_size=max_shard_size,
-        fingerprint=fingerprint,
+        base=checkpoint.base_name if derived else None,
+        fingerprint=checkpoint.fingerprint if derived else None,
     )
     if checkpoint.notes and has_tokenizer(checkpoint.description):
         checkpoint.tokenizer().save_pretrained(out)

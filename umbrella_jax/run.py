@@ -98,7 +98,12 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
     optimizer = make_optimizer(config.train, schedule, labels)
     state = jax.device_put(init_state(freeze.as_trainable(trainable), optimizer), where)
     del trainable
-    meta = {"config": to_dict(config), "base_fingerprint": base.fingerprint, "versions": _versions()}
+    meta = {
+        "config": to_dict(config),
+        "base_fingerprint": base.fingerprint,
+        "frozen_types": sorted({leaf.dtype.name for leaf in frozen.values()}),
+        "versions": _versions(),
+    }
 
     with Checkpoints(out / CHECKPOINTS) as checkpoints:
         state = _resume(checkpoints, state, meta, say) if resume else state
@@ -197,6 +202,9 @@ def _resume(checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any], s
     ]
     if saved["base_fingerprint"] != meta["base_fingerprint"]:
         faults.append("model.base: other weights than those that the run started from")
+    if saved["frozen_types"] != meta["frozen_types"]:  # a native checkpoint may be the same base in another type
+        before_, now_ = (", ".join(m["frozen_types"]) for m in (saved, meta))
+        faults.append(f"model.base: frozen weights are {now_} now, {before_} in the checkpoint; set model.frozen_dtype")
     if faults:
         raise ConfigError([f"{checkpoints.directory}: cannot resume: {fault}" for fault in faults])
     say(f"resume: from step {step}")

@@ -1,0 +1,80 @@
+"""The README.md of an export: what the weights are, what volumes they expect, and how to load them."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+
+from umbrella_jax.config import ModalityConfig
+from umbrella_jax.models.llava import LlavaConfig
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [llava, mri, neuroimaging]{base_model}
+---
+# Vision-language model for brain MRI
+
+A LLaVA, SigLIP ({vision_layers} layers, {vision_width} wide), projector and Qwen2 ({text_layers} layers, {text_width}
+wide, {vocab} words), whose 2D patch embedding is replaced by one for volumes. Written by umbrella-jax {version}.
+
+## Volumes
+{volumes}
+
+These are also in `umbrella_config.json`, from which umbrella-jax takes them: the weights mean nothing to volumes that
+were prepared otherwise. Orientation `RAS` is NIfTI's canonical one; `as_stored` takes the axes of the file.
+
+## Base
+{base}
+
+## How to load it
+In PyTorch, with transformers 4.46 or later and `pip install 'umbrella-jax[torch]'`:
+
+```python
+from convert.torch_model import load_umbrella
+
+model = load_umbrella("{folder}")  # the stock LlavaForConditionalGeneration with the volume patch embedding
+```
+
+`LlavaForConditionalGeneration.from_pretrained` alone does **not** load it: it leaves the patch embedding of volumes out
+and starts one of images at random.
+
+In JAX:
+
+```python
+import umbrella_jax
+
+model = umbrella_jax.load("{folder}")
+processor = umbrella_jax.Processor.load("{folder}")
+```
+"""
+
+
+def model_card(
+    config: LlavaConfig,
+    modalities: Mapping[str, ModalityConfig],
+    folder: str,
+    base: str | None = None,
+    base_fingerprint: str | None = None,
+) -> str:
+    """Markdown for `folder`; `modalities` under their names in the export, `base` the base's name."""
+    rows = ["| name | voxels | patch | tokens | orientation | scaling | windows |", "|---|---|---|---|---|---|---|"]
+    for name, m in modalities.items():
+        windows = "–"
+        if len(m.size) == 4:
+            windows = f"{m.size[3]} frames, {m.stride_within_seq} apart, every {m.stride_between_seq:g} of a window"
+        size, patch = ("×".join(map(str, numbers)) for numbers in (m.size, m.patch))
+        rows.append(f"| {name} | {size} | {patch} | {m.num_patches} | {m.orientation} | {m.scaling} | {windows} |")
+    lines = [f"Trained on top of `{base}`." if base else "Not stated."]
+    if base_fingerprint:
+        lines.append(f"SHA-256 of its weights (names, shapes, types, bytes): `{base_fingerprint}`.")
+    return _CARD.format(
+        base_model=f"\nbase_model: {base}" if base and base.count("/") == 1 else "",  # else the hub does not know it
+        vision_layers=config.vision.num_hidden_layers,
+        vision_width=config.vision.hidden_size,
+        text_layers=config.text.num_hidden_layers,
+        text_width=config.text.hidden_size,
+        vocab=config.text.vocab_size,
+        version=version("umbrella-jax"),
+        volumes="\n".join(rows),
+        base="\n".join(lines),
+        folder=folder,
+    )
