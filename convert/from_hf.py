@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.sharding import SingleDeviceSharding
 
-from convert.hf_config import CONFIG, UMBRELLA_CONFIG, file_vocab_size, stored_modalities
+from convert.hf_config import CONFIG, UMBRELLA_CONFIG, file_vocab_size, is_tied, stored_modalities
 from convert.rules import EMBED, LM_HEAD, REPLACED, Entry, entries, hub_name, modality_of
 from convert.safetensors_io import digest, open_checkpoint
 from convert.starts import inflate, resample
@@ -51,15 +52,34 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Start:
+    """A patch embedding that the checkpoint does not have as configured."""
+
+    how: str
+    """For people."""
+    sources: tuple[Tensor, ...]
+    """What it is made from."""
+    make: Callable[[int], dict[str, np.ndarray]]
+    """seed → {end of the parameter's name: array}, float32."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """Which tensor fills which parameter."""
 
     leaves: Mapping[str, list[tuple[Entry, Tensor]]]
-    starts: Mapping[str, Callable[[int], dict[str, np.ndarray]]]
-    """{modality: seed → its patch embedding}, of those that `report.started` names."""
+    starts: Mapping[str, Start]
+    """{modality: where its patch embedding comes from}, of those that `report.started` names."""
     tied_copy: tuple[Tensor, Tensor] | None
     """Embeddings, and a head that the file holds although it is tied to them."""
     report: Report
+
+    def sources(self) -> list[Tensor]:
+        """All tensors of files that anything is taken from."""
+        return [
+            *(tensor for sources in self.leaves.values() for _, tensor in sources),
+            *(tensor for start in self.starts.values() for tensor in start.sources),
+        ]
 
     def params(self, dtype: str = "auto", seed: int = 0) -> dict[str, Tensor]:
         """Every parameter: what the checkpoint has as `dtype`, what starts anew as float32.
@@ -77,7 +97,7 @@ class Plan:
                 tensor = stack([tensor.reshape(entry.shape) for entry, tensor in sources])
             params[path] = tensor.astype(dtype)
         for name, start in self.starts.items():
-            params |= {f"{_EMBEDDINGS}{name}_{key}": Tensor.of(array) for key, array in start(seed).items()}
+            params |= {f"{_EMBEDDINGS}{name}_{key}": Tensor.of(array) for key, array in start.make(seed).items()}
         return params
 
     def _check_tied_copy(self) -> None:
@@ -130,6 +150,12 @@ def plan_loading(
             names[configured] = stored
 
     held = _held(directory, config, init, patch_embed, names)
+    unknown = names.keys() - held.modalities.keys()
+    faults += [
+        f"{directory / UMBRELLA_CONFIG}: modality {names[m]}: not there, so its size and patch before are not known"
+        for m in sorted(unknown)
+    ]
+    claimed |= {hub for hub in found if modality_of(hub) in {names[m] for m in unknown}}
     leaves: dict[str, list[tuple[Entry, Tensor]]] = {}
     grown: dict[str, tuple[int, int]] = {}
     rows = file_vocab_size(directory)
@@ -173,30 +199,26 @@ def plan_loading(
         if hub not in claimed:
             faults.append(f"{tensor.file}: {name}: not a part of the model that {CONFIG} describes; is it of another?")
 
-    started: dict[str, str] = {}
-    starts: dict[str, Callable[[int], dict[str, np.ndarray]]] = {}
+    starts: dict[str, Start] = {}
     image = {hub: found[hub][1] for hub in _IMAGE if hub in found}
     for name, new in config.modalities.items():
+        if name in unknown:
+            continue
         if name in names and held.modalities[name] != new:
-            old = held.modalities[name]
-            started[name] = f"resampled from size {_x(old.size)}, patch {_x(old.patch)}"
-            ours = {key: leaves.pop(f"{_EMBEDDINGS}{name}_{key}", [])[:1] for key in _KEYS}
-            starts[name] = _resampled({key: one[0] for key, one in ours.items() if one}, old, new)
-        elif name not in names and init == "inflate":
-            started[name] = "inflated from SigLIP's own"
-            starts[name] = _inflated(image, new)
-            if len(image) < 3:
-                missing = ", ".join(hub for hub in _IMAGE if hub not in image)
-                faults.append(
-                    f"{directory}: model.patch_embed_init inflate: {missing}: missing; start from a stock LLaVA"
-                )
+            ours = [leaves.pop(f"{_EMBEDDINGS}{name}_{key}", [])[:1] for key in _KEYS]
+            starts[name] = _resampled([source for one in ours for source in one], held.modalities[name], new)
+            if len(held.modalities[name].size) != len(new.size):
+                sizes = f"size {_x(held.modalities[name].size)} to {_x(new.size)}"
+                faults.append(f"{directory}: modality {name}: {sizes}: expected as many axes; resample cannot add one")
         elif name not in names:
-            started[name] = "not in the checkpoint, newly initialised"
-            starts[name] = _random(name, config)
+            starts[name] = _inflated(image, new) if init == "inflate" else _random(name, config)
+    if init == "inflate" and len(starts):
+        faults += _image_faults(directory, image, config.vision.hidden_size)
     if init == "resample" and not names:
         faults.append(f"{directory}: model.patch_embed_init resample: the checkpoint has no patch embedding of volumes")
     if faults:
         raise CheckpointError(faults)
+    started = {name: start.how for name, start in starts.items()}
     replaced = tuple(name for hub, (name, _) in found.items() if hub in REPLACED)
     return Plan(leaves, starts, tied_copy, Report(started, replaced, grown))
 
@@ -223,9 +245,13 @@ def load_params(
 def fingerprint(directory: str | Path, patch_embed: Path | None = None) -> str:
     """SHA-256, in hex, of a checkpoint's weights and of those put onto it; the same in any layout of names and shards.
 
-    Raises CheckpointError where `patch_embed` was trained on another.
+    A head that is tied to the embeddings counts once, whether the file holds it or not. Raises CheckpointError where
+    `patch_embed` was trained on another.
     """
-    own = digest({hub_name(name): tensor for name, tensor in open_checkpoint(directory).items()})
+    tensors = {hub_name(name): tensor for name, tensor in open_checkpoint(directory).items()}
+    if is_tied(directory):
+        tensors.pop(LM_HEAD, None)
+    own = digest(tensors)
     if patch_embed is None:
         return own
     trained = open_trainable(patch_embed)
@@ -240,49 +266,61 @@ def fingerprint(directory: str | Path, patch_embed: Path | None = None) -> str:
 def _held(
     directory: Path, config: LlavaConfig, init: PatchEmbedInit, patch_embed: Path | None, names: Mapping[str, str]
 ) -> LlavaConfig:
-    """`config` with the modalities as the checkpoint has them, where they are to be resampled."""
+    """`config` with the modalities as the checkpoint has them; without those to resample that it does not describe."""
     if init != "resample":
         return config
     stored = stored_modalities(directory, patch_embed)
-    faults = [
-        f"{directory / UMBRELLA_CONFIG}: modality {theirs}: not there, so its size and patch before are not known"
-        for theirs in names.values()
-        if theirs not in stored
-    ]
-    if faults:
-        raise CheckpointError(faults)
-    modalities = {m: stored[names[m]] if m in names else new for m, new in config.modalities.items()}
+    held = {m: (stored.get(names[m]) if m in names else new) for m, new in config.modalities.items()}
+    modalities = {m: modality for m, modality in held.items() if modality is not None}
     return dataclasses.replace(config, modalities=modalities)
 
 
-def _random(name: str, config: LlavaConfig) -> Callable[[int], dict[str, np.ndarray]]:
+def _image_faults(directory: Path, image: Mapping[str, Tensor], width: int) -> list[str]:
+    """What of SigLIP's own patch embedding is missing, or cannot be inflated."""
+    faults = []
+    if missing := ", ".join(hub for hub in _IMAGE if hub not in image):
+        faults.append(f"{directory}: model.patch_embed_init inflate: {missing}: missing; start from a stock LLaVA")
+    expected = dict(zip(_IMAGE, ("[E, channels, p, p]", "[E]", "[side², E]"), strict=True))
+    for hub, tensor in image.items():
+        shape = tensor.shape
+        fits = {
+            _IMAGE[0]: len(shape) == 4 and shape[0] == width and shape[2] == shape[3],
+            _IMAGE[1]: shape == (width,),
+            _IMAGE[2]: len(shape) == 2 and shape[1] == width and math.isqrt(shape[0]) ** 2 == shape[0],
+        }[hub]
+        if not fits or tensor.dtype not in _FLOATS:
+            found = f"found {tensor.dtype} {list(shape)}"
+            faults.append(f"{tensor.file}: {tensor.name}: expected floats {expected[hub]} with E = {width}, {found}")
+    return faults
+
+
+def _random(name: str, config: LlavaConfig) -> Start:
     """As PatchEmbed starts; the key is the modality's own, so that other modalities change nothing."""
 
-    def start(seed: int) -> dict[str, np.ndarray]:
+    def make(seed: int) -> dict[str, np.ndarray]:
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
         module = PatchEmbed({name: config.modalities[name]}, config.vision.hidden_size, rngs=nnx.Rngs(params=key))
         state = flatten_dict(nnx.to_pure_dict(nnx.state(module, nnx.Param)), sep=".")
         return {path.removeprefix(f"{name}_"): np.asarray(value) for path, value in state.items()}
 
-    return start
+    return Start("not in the checkpoint, newly initialised", (), make)
 
 
-def _inflated(image: Mapping[str, Tensor], new: ModalityConfig) -> Callable[[int], dict[str, np.ndarray]]:
-    def start(_: int) -> dict[str, np.ndarray]:
+def _inflated(image: Mapping[str, Tensor], new: ModalityConfig) -> Start:
+    def make(_: int) -> dict[str, np.ndarray]:
         kernel, bias, table = (image[hub].read() for hub in _IMAGE)
         return inflate(kernel, bias, table, new)
 
-    return start
+    return Start("inflated from SigLIP's own", tuple(image.values()), make)
 
 
-def _resampled(
-    ours: Mapping[str, tuple[Entry, Tensor]], old: ModalityConfig, new: ModalityConfig
-) -> Callable[[int], dict[str, np.ndarray]]:
-    def start(_: int) -> dict[str, np.ndarray]:
-        weight, bias, table = (ours[key][0].to_jax(ours[key][1].read()) for key in _KEYS)
+def _resampled(ours: list[tuple[Entry, Tensor]], old: ModalityConfig, new: ModalityConfig) -> Start:
+    def make(_: int) -> dict[str, np.ndarray]:
+        weight, bias, table = (entry.to_jax(tensor.read()) for entry, tensor in ours)
         return resample(weight, bias, table, old, new)
 
-    return start
+    how = f"resampled from size {_x(old.size)}, patch {_x(old.patch)}"
+    return Start(how, tuple(tensor for _, tensor in ours), make)
 
 
 def _x(numbers: tuple[int, ...]) -> str:

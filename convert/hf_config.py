@@ -236,6 +236,11 @@ def file_vocab_size(directory: str | Path) -> int:
     return int(_section(raw, "text_config").get("vocab_size") or 151936)
 
 
+def is_tied(directory: str | Path) -> bool:
+    """Whether the checkpoint's own config.json says that the head is the embeddings."""
+    return _tied(read_json(Path(directory) / CONFIG))
+
+
 def export_names(modalities: Mapping[str, Any], names: Sequence[str] | None) -> dict[str, str]:
     """{configured name: name in the export}: the one of `names` that means the same, or its own."""
     renamed = {m: (resolve_modality(m, names) or m) if names else m for m in modalities}

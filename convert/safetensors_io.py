@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
-from convert.tensor import BLOCK, Index, Tensor
+from convert.tensor import BLOCK, Index, Tensor, copy
 from umbrella_jax.errors import CheckpointError, ConfigError
 
 SINGLE = "model.safetensors"
@@ -41,10 +42,10 @@ def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cut short or damaged ({error}); download it again") from None
 
-    def tensor(entry: Mapping[str, Any]) -> Tensor:
+    def tensor(name: str, entry: Mapping[str, Any]) -> Tensor:
         code, shape, start = entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
         if code not in _DTYPES:
-            return Tensor(shape, code, _unreadable, str(path))
+            return Tensor(shape, code, _unreadable, str(path), name)
         dtype = np.dtype(_DTYPES[code])
 
         def fill(out: np.ndarray, index: Index) -> None:
@@ -54,11 +55,14 @@ def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 mapped = np.memmap(path, dtype, "r", start, shape)
                 part = slice(row, min(row + step, rows.stop))
                 to = slice(part.start - rows.start, part.stop - rows.start)
-                np.copyto(out[to] if index else out, mapped[(part, *index[1:])] if index else mapped, casting="unsafe")
+                if index:
+                    copy(out[to], mapped[(part, *index[1:])], str(path), name)
+                else:
+                    copy(out, mapped, str(path), name)
 
-        return Tensor(shape, dtype.name, fill, str(path))
+        return Tensor(shape, dtype.name, fill, str(path), name)
 
-    return {name: tensor(entry) for name, entry in header.items() if name != "__metadata__"}, metadata
+    return {name: tensor(name, entry) for name, entry in header.items() if name != "__metadata__"}, metadata
 
 
 def _unreadable(out: np.ndarray, index: Index) -> None:
@@ -100,6 +104,8 @@ def open_checkpoint(directory: str | Path) -> dict[str, Tensor]:
     if index.exists():
         try:
             weight_map = dict(json.loads(index.read_text())["weight_map"])
+            if not all(isinstance(file, str) for file in weight_map.values()):
+                raise ValueError("a file's name is no string")
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise CheckpointError(f"{index}: no index with a weight_map ({error!r}); copy it again") from None
 
@@ -140,15 +146,12 @@ def write_checkpoint(directory: str | Path, tensors: Mapping[str, Tensor], max_s
     One tensor is in memory at a time. Each file appears under its name only when it is complete; the index comes last.
     """
     directory = Path(directory)
-    try:
-        plan = split_state_dict_into_shards_factory(
-            dict(tensors),
-            get_storage_size=lambda t: t.nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError:
-        raise ConfigError(f"max_shard_size: {max_shard_size!r}: expected a size such as 500MB or 5GB") from None
+    plan = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda t: t.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=_bytes(max_shard_size),
+    )
     directory.mkdir(parents=True, exist_ok=True)
     for file, names in plan.filename_to_tensors.items():
         write_safetensors(directory / file, {name: tensors[name] for name in names})
@@ -157,6 +160,14 @@ def write_checkpoint(directory: str | Path, tensors: Mapping[str, Tensor], max_s
         temporary = directory / f".{INDEX}.tmp"
         temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         os.replace(temporary, directory / INDEX)
+
+
+def _bytes(size: int | str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", str(size).strip(), re.IGNORECASE)
+    number = float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ") if match else 0
+    if number < 1:
+        raise ConfigError(f"max_shard_size: {size!r}: expected a size such as 500MB or 5GB")
+    return int(number)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -6,7 +6,7 @@ Stacked, cast or sharded, no tensor is ever in memory as a whole beside the resu
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ Index = tuple[slice, ...]
 Where = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 """A parameter's path and shape → the devices that it lies on, and how."""
 
+_INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80}
 BLOCK = 32 << 20
 """Bytes that are read at once; the kernel counts pages of a mapped file as the process's own until they are let go."""
 _THREADS = 4  # numpy's copies and casts let go of the interpreter
@@ -35,11 +36,17 @@ class Tensor:
     fill: Callable[[np.ndarray, Index], None]
     """Writes a region into an array of the region's shape and any type of number."""
     file: str = ""
+    name: str = ""
+    """In the file."""
 
     @classmethod
-    def of(cls, array: Any) -> "Tensor":
+    def of(cls, array: Any, file: str = "", name: str = "") -> "Tensor":
         """A tensor that is in memory already, numpy's or jax's."""
-        return cls(array.shape, array.dtype.name, lambda out, index: _copy(out, np.asarray(array)[index]))
+
+        def fill(out: np.ndarray, index: Index) -> None:
+            copy(out, np.asarray(array)[index], file, name)
+
+        return cls(array.shape, array.dtype.name, fill, file, name)
 
     @property
     def whole(self) -> Index:
@@ -55,11 +62,7 @@ class Tensor:
         """A region, by default all; a new C-contiguous array. Raises CheckpointError where a number overflows."""
         index = self.whole if index is None else index
         out = _empty(tuple(i.stop - i.start for i in index), np.dtype(self.dtype))
-        try:
-            with np.errstate(over="raise"):
-                self.fill(out, index)
-        except FloatingPointError:
-            raise CheckpointError(f"{self.file}: a number is too large for {self.dtype}; choose a wider type") from None
+        self.fill(out, index)
         return out
 
     def regions(self) -> Iterator[Index]:
@@ -85,7 +88,9 @@ class Tensor:
             return self
 
         def fill(out: np.ndarray, index: Index) -> None:
-            _copy(out, self.read().reshape(shape)[index])
+            whole = np.empty(self.shape, out.dtype)
+            self.fill(whole, self.whole)
+            out[...] = whole.reshape(shape)[index]
 
         return dataclasses.replace(self, shape=shape, fill=fill)
 
@@ -119,7 +124,7 @@ def grow(tensor: Tensor, rows: int) -> Tensor:
         if count < len(out):
             # summed in float64: 150,000 rows one after the other lose digits in float32
             total = sum(block.sum(0, dtype=np.float64) for block in tensor.blocks())
-            _copy(out[count:], (total / tensor.shape[0]).astype(np.float32)[index[1]])
+            copy(out[count:], (total / tensor.shape[0]).astype(np.float32)[index[1]], tensor.file, tensor.name)
 
     return dataclasses.replace(tensor, shape=(rows, *tensor.shape[1:]), fill=fill)
 
@@ -143,25 +148,30 @@ def place(tensors: Mapping[str, Tensor], where: Where) -> dict[str, jax.Array]:
         return dict(zip(tensors, pool.map(put, tensors.items()), strict=True))
 
 
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
+def check_finite(tensors: Iterable[Tensor]) -> None:
     """Reads every number. Raises CheckpointError naming each tensor that holds a NaN or an infinity."""
 
-    def count(tensor: Tensor) -> int:
-        return sum(int(block.size - np.isfinite(block).sum()) for block in tensor.blocks())
+    def fault(tensor: Tensor) -> str | None:
+        bad = sum(int(block.size - np.isfinite(block).sum()) for block in tensor.blocks())
+        if not bad:
+            return None
+        return f"{tensor.file}: {tensor.name}: {bad} of {math.prod(tensor.shape)} numbers are NaN or infinite"
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        counts = dict(zip(tensors, pool.map(count, tensors.values()), strict=True))
-    faults = [
-        f"{tensors[name].file}: {name}: {n} of {math.prod(tensors[name].shape)} numbers are NaN or infinite"
-        for name, n in counts.items()
-        if n
-    ]
+        faults = [found for found in pool.map(fault, tensors) if found]
     if faults:
         raise CheckpointError(faults)
 
 
-def _copy(out: np.ndarray, array: np.ndarray) -> None:
-    np.copyto(out, array, casting="unsafe")
+def copy(out: np.ndarray, array: np.ndarray, file: str, name: str) -> None:
+    """Fills `out`, whatever its type. Raises CheckpointError, naming the tensor, where a number becomes infinite."""
+    with np.errstate(over="ignore"):
+        np.copyto(out, array, casting="unsafe")
+    # only a 16-bit type overflows; its infinities are looked for as bits, which is several times as fast
+    infinity = _INFINITY.get(out.dtype.name) if out.dtype != array.dtype else None
+    found = infinity is not None and ((out.view(np.uint16) & 0x7FFF) == infinity).any()
+    if found and np.isinf(out).sum() > np.isinf(array).sum():
+        raise CheckpointError(f"{file}: {name}: a number is too large for {out.dtype}; choose a wider type")
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -3,9 +3,7 @@
 The only file that imports torch. It works with transformers 4.46 and 5, whose modules have different names.
 """
 
-import dataclasses
 import math
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -153,19 +151,24 @@ def open_bin(path: Path) -> dict[str, Tensor]:
     """Tensors of a `pytorch_model*.bin`; nothing in it is executed. Raises CheckpointError for one that is damaged."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+    except Exception as error:  # its unpickler and zipfile raise whatever damaged bytes lead to
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise CheckpointError(f"{path}: cut short, damaged, or more than tensors ({reason}); copy it again") from None
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
+    ):
         raise CheckpointError(f"{path}: expected a state_dict, names and tensors")
-    return {name: dataclasses.replace(_from_torch(tensor), file=str(path)) for name, tensor in state.items()}
+    try:
+        return {name: Tensor.of(_from_torch(tensor.detach()), str(path), name) for name, tensor in state.items()}
+    except (TypeError, RuntimeError) as error:  # a type or layout that numpy does not have
+        raise CheckpointError(f"{path}: {error}") from None
 
 
-def _from_torch(tensor: torch.Tensor) -> Tensor:
+def _from_torch(tensor: torch.Tensor) -> np.ndarray:
     """The same bytes; numpy does not know torch's bfloat16."""
     if tensor.dtype == torch.bfloat16:
-        return Tensor.of(tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
-    return Tensor.of(tensor.numpy())
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 def _renew_rope(model: nn.Module, config: Any) -> None:

@@ -88,7 +88,8 @@ def make_world(root: Path, **config: Any) -> World:
         "seed": 0,
     }
     write_config(
-        world.config, {k: {**v, **config.get(k, {})} if isinstance(v, dict) else v for k, v in settings.items()}
+        world.config,
+        {k: {**v, **config.get(k, {})} if isinstance(v, dict) else config.get(k, v) for k, v in settings.items()},
     )
     return world
 

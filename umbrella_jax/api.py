@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from convert.from_hf import Plan, fingerprint, plan_loading
 from convert.hf_config import UMBRELLA_CONFIG, export_names, read_config, write_config
 from convert.rules import modality_of
-from convert.tensor import Index, Tensor, Where, check_finite, place
+from convert.tensor import Index, Tensor, Where, check_finite, copy, place
 from convert.to_hf import export, hub_tensors, new_folder
 from convert.trainable import FILE, Trainable, write_trainable
 from convert.verify import Comparison, Forward, compare_configs, compare_forward, compare_tensors
@@ -70,6 +71,8 @@ class Checkpoint:
     """Of a Hugging Face directory: where a patch embedding comes from that it does not have as configured."""
     patch_embed: Path | None = None
     """Of a Hugging Face directory: a file of `convert to-hf --trainable-only`, put onto it."""
+    seed: int = 0
+    """Of a Hugging Face directory: of a patch embedding that starts at random."""
     step: int | None = None
     """Of a run: which of its checkpoints."""
     base: "Checkpoint | None" = None
@@ -85,6 +88,7 @@ class Checkpoint:
         remat: RematPolicy = "none",
         init: PatchEmbedInit = "random",
         patch_embed: str | Path | None = None,
+        seed: int = 0,
     ) -> "Checkpoint":
         """Finds out what `path` holds: a directory, a run's `checkpoints/STEP`, or a name on the hub.
 
@@ -92,6 +96,7 @@ class Checkpoint:
             modalities: of the patch embedding; needed for a stock LLaVA, read from the checkpoint otherwise.
             init: as `model.patch_embed_init` of the configuration.
             patch_embed: a file of `convert to-hf --trainable-only`, to be put onto a Hugging Face directory.
+            seed: of a patch embedding that starts at random; a run has its own.
 
         Raises:
             CheckpointError, ConfigError, DataError: naming what is missing, unsupported or contradictory.
@@ -108,14 +113,16 @@ class Checkpoint:
             raise CheckpointError(f"{path}: {overlay} goes onto the Hugging Face directory that it was trained on")
         if kind == "run":
             config = read_config(run / MODEL, modalities, **options)
-            trained = load_config(run / CONFIG).model
-            assert trained.base is not None  # a run does not start without
-            base = cls.open(trained.base, config.modalities, init=trained.patch_embed_init, **options)
+            settings = load_config(run / CONFIG)
+            assert settings.model.base is not None  # a run does not start without
+            # what it did not train is as it was when it began
+            options |= {"init": settings.model.patch_embed_init, "seed": settings.seed}
+            base = cls.open(settings.model.base, config.modalities, **options)
             base = replace(base, config=config)
             return cls(name, run, "run", run / MODEL, config, (), step=step, base=base)
         config = read_config(found, modalities, init=init, patch_embed=overlay, **options)
         if not has_tokenizer(found):
-            return cls(name, found, kind, found, config, (), init, overlay)
+            return cls(name, found, kind, found, config, (), init, overlay, seed)
         tokenizer, added = load_tokenizer(found, config.image_token_id)
         notes = [f"{token}: added to the tokenizer" for token in added]
         size = max(tokenizer.get_vocab().values()) + 1
@@ -124,7 +131,7 @@ class Checkpoint:
             notes.append(f"vocabulary: grown from {rows} to {size} rows, the new ones the mean of the others")
             config = replace(config, text=replace(config.text, vocab_size=size))
         config = replace(config, image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
-        return cls(name, found, kind, found, config, tuple(notes), init, overlay)
+        return cls(name, found, kind, found, config, tuple(notes), init, overlay, seed)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -169,43 +176,48 @@ class Checkpoint:
                 raise CheckpointError(faults)
         return []
 
-    def tensors(self, dtype: str = "auto", *, seed: int = 0) -> dict[str, Tensor]:
+    def tensors(self, dtype: str = "auto") -> dict[str, Tensor]:
         """All parameters, to be read one by one; arguments as of `params`."""
         if self.base is not None:
-            trained = {path: Tensor.of(leaf).astype(dtype) for path, leaf in self.trained(_first_device).items()}
-            return self.base.tensors(dtype, seed=seed) | trained
+            trained = {path: Tensor.of(leaf, str(self.path), path) for path, leaf in self.trained().items()}
+            return self.base.tensors(dtype) | {path: tensor.astype(dtype) for path, tensor in trained.items()}
         if self.kind == "native":
             return {path: tensor.astype(dtype) for path, tensor in _native_tensors(self.path / PARAMS).items()}
         if self.patch_embed is not None:
             _ = self.fingerprint  # which refuses another base
-        return self._plan(dtype).params(dtype, seed)
+        return self._plan(dtype).params(dtype, self.seed)
 
     def held(self) -> dict[str, Tensor]:
         """`tensors` without a patch embedding that the checkpoint does not have."""
         started = self._plan("auto").report.started if self.kind == "hf" else {}
         return {path: tensor for path, tensor in self.tensors().items() if modality_of(path) not in started}
 
-    def params(self, dtype: str = "auto", *, where: Where | None = None, seed: int = 0) -> Params:
+    def check_finite(self) -> None:
+        """Reads every number. Raises CheckpointError naming each tensor that holds a NaN or an infinity."""
+        check_finite(self._plan("float32").sources() if self.kind == "hf" else self.tensors().values())
+
+    def params(self, dtype: str = "auto", *, where: Where | None = None) -> Params:
         """Reads all parameters, each straight onto its devices.
 
         Args:
             dtype: of every parameter; `auto` keeps the files' types.
             where: a parameter's path and shape → its sharding; default the first device.
-            seed: of a patch embedding that starts at random.
+
+        Raises:
+            CheckpointError: where a number is too large for `dtype`, too.
         """
         where = where or _first_device
         if self.base is not None:
-            trained = self.trained(where)
-            return self.base.params(dtype, where=where, seed=seed) | _cast(trained, dtype)
+            trained = {path: _cast(path, leaf, dtype, self.path) for path, leaf in self.trained(where).items()}
+            return self.base.params(dtype, where=where) | trained
         if self.kind == "native":
-            like = {
-                path: jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype if dtype == "auto" else dtype, sharding=where(path, leaf.shape)
-                )
-                for path, leaf in param_shapes(self.path / PARAMS).items()
-            }
-            return load_params(self.path / PARAMS, like)
-        return place(self.tensors(dtype, seed=seed), where)
+            directory = self.path / PARAMS
+            params = {}
+            for path, leaf in param_shapes(directory).items():  # one by one, so that only one is there in two types
+                like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(path, leaf.shape))
+                params[path] = _cast(path, load_params(directory, {path: like})[path], dtype, self.path)
+            return params
+        return place(self.tensors(dtype), where)
 
     def trained(self, where: Where | None = None) -> Params:
         """Of a run: what it trained, if that was on these weights of the base."""
@@ -238,16 +250,20 @@ def _native_tensors(directory: Path) -> dict[str, Tensor]:
 
     def tensor(path: str, shape: jax.ShapeDtypeStruct) -> Tensor:
         def fill(out: np.ndarray, index: Index) -> None:
-            np.copyto(out, leaf(path)[index], casting="unsafe")
+            copy(out, leaf(path)[index], str(directory), path)
 
-        return Tensor(shape.shape, np.dtype(shape.dtype).name, fill, str(directory))
+        return Tensor(shape.shape, np.dtype(shape.dtype).name, fill, str(directory), path)
 
     shapes = param_shapes(directory)
     return {path: tensor(path, shape) for path, shape in shapes.items()}
 
 
-def _cast(params: Params, dtype: str) -> Params:
-    return params if dtype == "auto" else {path: leaf.astype(dtype) for path, leaf in params.items()}
+def _cast(path: str, leaf: jax.Array, dtype: str, file: Path) -> jax.Array:
+    """As `tensor.copy` does, on the devices where it lies."""
+    cast = leaf if dtype == "auto" else leaf.astype(dtype)
+    if cast.dtype != leaf.dtype and cast.dtype.itemsize == 2 and jnp.isinf(cast).sum() > jnp.isinf(leaf).sum():
+        raise CheckpointError(f"{file}: {path}: a number is too large for {dtype}; choose a wider type")
+    return cast
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -268,17 +284,15 @@ def describe(checkpoint: Checkpoint, directory: Path) -> None:
         checkpoint.tokenizer().save_pretrained(directory)
 
 
-def write_native(
-    checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto", seed: int = 0, finite: bool = False
-) -> None:
+def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto", finite: bool = False) -> None:
     """Writes a native checkpoint: orbax parameters, config.json, tokenizer, modalities.
 
     Raises CheckpointError for a folder that is not empty and, where `finite`, for weights that are not.
     """
     directory = new_folder(directory)
     if finite:
-        check_finite(checkpoint.tensors(seed=seed))
-    params = checkpoint.params(dtype, seed=seed)
+        checkpoint.check_finite()
+    params = checkpoint.params(dtype)
     describe(checkpoint, directory)
     save_params(directory / PARAMS, params)
 
@@ -311,7 +325,10 @@ def write_trained(checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | N
         raise CheckpointError(f"{checkpoint.path}: not a run, so it does not say what was trained; name a run")
     renamed = export_names(checkpoint.config.modalities, names)
     path = new_folder(out) / FILE
-    trained = hub_tensors(checkpoint.trained(), checkpoint.config, renamed)
+    # the whole patch embedding, whatever of it was trained: a stock base has none to put a part onto
+    paths = checkpoint.trained().keys()
+    tensors = {p: t for p, t in checkpoint.tensors().items() if p in paths or modality_of(p) is not None}
+    trained = hub_tensors(tensors, checkpoint.config, renamed)
     modalities = {renamed[m]: modality for m, modality in checkpoint.config.modalities.items()}
     out.mkdir(parents=True, exist_ok=True)
     write_trainable(path, Trainable(trained, modalities, checkpoint.fingerprint))
@@ -433,11 +450,16 @@ class Processor:
 
 def open_base(config: RunConfig | ModelConfig) -> Checkpoint:
     """The base of a run. Raises ConfigError where the config names none."""
-    model = config.model if isinstance(config, RunConfig) else config
+    model, seed = (config.model, config.seed) if isinstance(config, RunConfig) else (config, 0)
     if model.base is None:
         raise ConfigError("model.base: expected a LLaVA directory in Hugging Face format (--base HF_DIR)")
     base = Checkpoint.open(
-        model.base, model.modalities, compute_dtype=model.compute_dtype, remat=model.remat, init=model.patch_embed_init
+        model.base,
+        model.modalities,
+        compute_dtype=model.compute_dtype,
+        remat=model.remat,
+        init=model.patch_embed_init,
+        seed=seed,
     )
     if base.kind == "run":  # its weights may still move
         raise ConfigError(

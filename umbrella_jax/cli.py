@@ -78,6 +78,7 @@ def _from_hf(arguments: argparse.Namespace) -> None:
         config.model.modalities,
         init=config.model.patch_embed_init,
         patch_embed=arguments.patch_embed,
+        seed=config.seed,
     )
     for line in [*checkpoint.notes, *checkpoint.check(config.model.frozen_dtype)]:
         print(line)
@@ -85,7 +86,6 @@ def _from_hf(arguments: argparse.Namespace) -> None:
         checkpoint,
         Path(arguments.out),
         dtype=config.model.frozen_dtype,
-        seed=config.seed,
         finite=arguments.check_finite,
     )
     print(f"{arguments.out}: native checkpoint; train from it with --base {arguments.out}")

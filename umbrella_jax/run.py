@@ -90,7 +90,7 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
         say(line)
 
     where = replicated(mesh)
-    params = base.params(config.model.frozen_dtype, where=lambda path, shape: where, seed=config.seed)
+    params = base.params(config.model.frozen_dtype, where=lambda path, shape: where)
     trainable, frozen = freeze.partition(params, labels)
     del params
     steps = num_steps(len(train_set), config.train.epochs, config.train.batch_size, config.train.accumulate_steps)

@@ -51,7 +51,7 @@ def test_a_conversion_is_the_same_model(base, tmp_path):
 
 def test_stock_and_its_conversion(tmp_path):
     write_stock(tmp_path / "stock", tied=False)
-    write_native(Checkpoint.open(tmp_path / "stock", MODALITIES), tmp_path / "native", seed=7)
+    write_native(Checkpoint.open(tmp_path / "stock", MODALITIES, seed=7), tmp_path / "native")
     for pair in ((tmp_path / "stock", tmp_path / "native"), (tmp_path / "native", tmp_path / "stock")):
         found = verify(*pair)
         assert found.same
