@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from umbrella_jax.config import RunConfig, load_config
+from umbrella_jax.data.bids import MAX_CLASSES, MODALITIES, TEMPLATES, from_bids
 from umbrella_jax.errors import ConfigError, UmbrellaError
 
 # Flags that stand for a key of the config: key, type, name of the value, help.
@@ -114,6 +115,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0 if found.same else 1
 
 
+def _from_bids(arguments: argparse.Namespace) -> None:
+    options = {key: value for key, value in vars(arguments).items() if key != "call" and value is not None}
+    print("\n".join(from_bids(**options)))
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     from umbrella_jax.demo import run_demo
 
@@ -171,6 +177,28 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--config", metavar="FILE", help="YAML with the modalities, where both are stock LLaVAs")
     verify.add_argument("--json", action="store_true", help="for programs")
     verify.add_argument("--no-logits", action="store_true", help="compare tensors alone, not PyTorch with JAX on them")
+
+    data = commands.add_parser("data", help="Make conversation files.").add_subparsers(required=True, metavar="COMMAND")
+    bids = command(data, "from-bids", _from_bids, "BIDS data set with participants.tsv to conversations, in splits.")
+    bids.add_argument("root", metavar="DIR", help="the data set")
+    bids.add_argument("out", metavar="OUT", help="directory for train.json, eval.json")
+    bids.add_argument("--target", required=True, metavar="COLUMN", help="of participants.tsv: sex, age, ...")
+    bids.add_argument(
+        "--kind",
+        choices=list(TEMPLATES),
+        help=f"default regression where all are numbers, more than {MAX_CLASSES} distinct ones; else classification",
+    )
+    bids.add_argument(
+        "--modality", choices=list(MODALITIES), help="anat/*_T1w (default) or func/*_task-rest*_bold of every subject"
+    )
+    bids.add_argument("--entity", dest="entities", action="append", metavar="KEY=VALUE", help="take only files with it")
+    bids.add_argument("--derivatives", metavar="NAME", help="take the scans of DIR/derivatives/NAME instead")
+    bids.add_argument("--template", metavar="FILE", help="YAML or JSON with questions and answers (see docs/bids.md)")
+    bids.add_argument("--split", metavar="NAME=SHARE,...", help="of the subjects; default train=0.8,eval=0.2")
+    bids.add_argument("--seed", type=int, metavar="N", help="of splits and pairs; default 1234")
+    bids.add_argument(
+        "--pairs-per-subject", type=int, metavar="N", help="references for each query scan of a comparison; default 4"
+    )
 
     config = commands.add_parser("config", help="Make configs.").add_subparsers(required=True, metavar="COMMAND")
     original = command(config, "from-original", _from_original, "Print a YAML of the PyTorch system as one of ours.")

@@ -260,20 +260,27 @@ def _expected_keys(path: Sequence[str | int]) -> str:
     )
 
 
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML (or JSON) file holds. Raises ConfigError where it is missing, no YAML, or gives a key twice."""
+    from ruamel.yaml import YAML  # YAML 1.2: `5e-5` is a number, `no` is a word, a doubled key is an error
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return YAML(typ="safe").load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8: {error}") from None
+    except YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+
+
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Reads a YAML file; `overrides` maps dotted keys to values that replace the file's.
 
     Raises ConfigError for a file that is missing or no YAML, a key given twice, and all that `parse_config` refuses.
     """
-    from ruamel.yaml import YAML  # YAML 1.2: `5e-5` is a number, `no` is a word, a doubled key is an error
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        data = YAML(typ="safe").load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping with the keys of a run (see configs/)")
     for key, value in (overrides or {}).items():

@@ -1,0 +1,501 @@
+"""BIDS data sets to conversations: what is asked and answered, of which scans, in which split; what is refused."""
+
+import json
+import re
+import shlex
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.small_run import umbrella
+from umbrella_jax.config import load_config, resolve_modality
+from umbrella_jax.data.bids import MODALITIES, from_bids
+from umbrella_jax.data.conversation import read_conversations
+from umbrella_jax.data.loader import Dataset
+from umbrella_jax.errors import DataError
+
+
+@pytest.fixture
+def bids(tmp_path, nifti):
+    """`bids({"01": {"sex": "F"}}, {"01": ["anat/sub-01_T1w.nii.gz"]})`: a data set; by default a T1w each."""
+
+    def make(participants, scans=None, sidecar=None, root="ds", encoding="utf-8"):
+        folder = tmp_path / root
+        folder.mkdir()
+        columns = list(dict.fromkeys(column for row in participants.values() for column in row))
+        rows = [[f"sub-{name}", *(row.get(c, "n/a") for c in columns)] for name, row in participants.items()]
+        lines = ["\t".join(row) for row in [["participant_id", *columns], *rows]]
+        (folder / "participants.tsv").write_text("\n".join(lines) + "\n", encoding=encoding)
+        if sidecar is not None:
+            (folder / "participants.json").write_text(json.dumps(sidecar))
+        for name, files in (scans or {name: [f"anat/sub-{name}_T1w.nii.gz"] for name in participants}).items():
+            for file in files:
+                nifti(f"{root}/sub-{name}/{file}", (4, 3, 5, 10) if "_bold" in file else (6, 7, 5))
+        return folder
+
+    return make
+
+
+def sexes(num):
+    return {f"{i:02}": {"sex": "FM"[i % 2]} for i in range(num)}
+
+
+def written(folder, *names):
+    """The records of each split."""
+    return [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names or ("train", "eval")]
+
+
+def subjects(records):
+    return {subject for record in records for subject in record["subject_ids"]}
+
+
+def turns(record):
+    """(role, image or None, text) of each."""
+    return [
+        (turn["role"], *(part.get("image_path", part.get("text")) for part in turn["content"]))
+        for turn in record["conversations"]
+    ]
+
+
+def faults(*args, **options):
+    with pytest.raises(DataError) as caught:
+        from_bids(*args, **options)
+    assert not Path(args[1]).exists() or not Path(args[1], "train.json").exists()
+    return caught.value.faults
+
+
+def test_classification_exactly(bids, tmp_path):
+    root = bids({"01": {"sex": "F"}, "02": {"sex": "M"}}, sidecar={"sex": {"Levels": {"M": "male", "F": "female"}}})
+    from_bids(root, tmp_path / "out", "sex", split="all=1")
+    ((first, second),) = written(tmp_path / "out", "all")
+    assert first == {
+        "task_id": "sub-01_T1w_sex_classification",
+        "task_type": "T1",
+        "subject_ids": ["sub-01"],
+        "modalities": ["sMRI"],
+        "images": [{"path": "sub-01/anat/sub-01_T1w.nii.gz", "token": "<image>", "modality": "sMRI"}],
+        "conversations": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "modality": "sMRI", "image_path": "sub-01/anat/sub-01_T1w.nii.gz"},
+                    {"type": "text", "text": "What is the sex of this subject?"},
+                ],
+            },
+            {"role": "assistant", "content": [{"type": "text", "text": "female."}]},
+        ],
+        "metadata": {"subject_id": "sub-01", "subject_label": "female", "task": "sex_classification"},
+    }
+    assert second["metadata"]["subject_label"] == "male"
+
+
+def test_regression_exactly(bids, tmp_path):
+    ages = {f"{i:02}": {"age_at_scan": f"{20 + i}.50" if i % 2 else f"{20 + i}"} for i in range(11)}
+    from_bids(bids(ages), tmp_path / "out", "age_at_scan", split="all=1")
+    (records,) = written(tmp_path / "out", "all")
+    assert turns(records[1]) == [
+        ("user", "sub-01/anat/sub-01_T1w.nii.gz", "What is the age at scan of this subject?"),
+        ("assistant", "21.50"),  # as in the file
+    ]
+    labels = [record["metadata"]["subject_label"] for record in records]
+    assert labels[:2] == [20, 21.5]
+    assert isinstance(labels[0], int)
+    assert {record["metadata"]["task"] for record in records} == {"age_at_scan_regression"}
+
+
+def test_comparison_exactly(bids, tmp_path):
+    root = bids({"01": {"sex": "F"}, "02": {"sex": "M"}})
+    from_bids(root, tmp_path / "out", "sex", kind="comparison", split="all=1", pairs_per_subject=1)
+    ((record, _),) = written(tmp_path / "out", "all")
+    assert turns(record) == [
+        ("user", "sub-02/anat/sub-02_T1w.nii.gz", "This is a reference. What is the sex of this subject?"),
+        ("assistant", "M."),
+        ("user", "sub-01/anat/sub-01_T1w.nii.gz", "Compared with the reference, what is the sex of this subject?"),
+        ("assistant", "F."),
+    ]
+    assert record["task_type"] == "T3"
+    assert record["subject_ids"] == ["sub-02", "sub-01"]
+    assert record["modalities"] == ["sMRI", "sMRI"]
+    assert [image["path"][:6] for image in record["images"]] == ["sub-02", "sub-01"]
+    assert record["metadata"] == {
+        "subject_id": "sub-01",
+        "subject_label": "F",
+        "reference_id": "sub-02",
+        "reference_label": "M",
+        "comparison_type": "different",
+        "task": "sex_classification_via_comparison",
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([str(i) for i in range(11)], "regression"),
+        ([str(i % 10) for i in range(20)], "classification"),
+        ([f"site{i}" for i in range(11)], "classification"),
+    ],
+)
+def test_default_kind(bids, tmp_path, values, kind):
+    root = bids({f"{i:02}": {"x": value} for i, value in enumerate(values)})
+    from_bids(root, tmp_path / "out", "x")
+    assert written(tmp_path / "out")[0][0]["metadata"]["task"] == f"x_{kind}"
+
+
+@pytest.mark.parametrize("kind", ["classification", "comparison"])
+def test_splits_are_disjoint_stratified_and_a_function_of_the_seed(bids, tmp_path, kind):
+    root = bids({f"{i:02}": {"sex": "F" if i % 4 else "M"} for i in range(40)})  # 30 F, 10 M
+
+    def made(out, **options):
+        from_bids(root, tmp_path / out, "sex", kind=kind, split="train=0.7,val=0.1,eval=0.2", **options)
+        return written(tmp_path / out, "train", "val", "eval")
+
+    first = made("a")
+    assert [len(subjects(records)) for records in first] == [28, 4, 8]
+    assert len(set.union(*map(subjects, first))) == 40
+    of_subjects = [{r["metadata"]["subject_id"]: r["metadata"]["subject_label"] for r in records} for records in first]
+    labels = [Counter(found.values()) for found in of_subjects]
+    assert labels == [{"F": 21, "M": 7}, {"F": 3, "M": 1}, {"F": 6, "M": 2}]
+    assert made("b") == first
+    assert made("c", seed=7) != first
+
+
+def test_regression_is_stratified_by_quantile(bids, tmp_path):
+    root = bids({f"{i:03}": {"age": str(i)} for i in range(100)})
+    from_bids(root, tmp_path / "a", "age")
+    from_bids(root, tmp_path / "b", "age", seed=7)
+    train, held = written(tmp_path / "a")
+    assert len(train) == 80
+    assert Counter(record["metadata"]["subject_label"] // 10 for record in held) == dict.fromkeys(range(10), 2)
+    assert written(tmp_path / "b")[1] != held
+
+
+def test_comparison_is_balanced_and_pairs_nobody_with_themselves(bids, tmp_path):
+    from_bids(bids(sexes(20)), tmp_path / "out", "sex", kind="comparison", pairs_per_subject=3)
+    (train, held) = written(tmp_path / "out")
+    assert len(train) == 16 * 3
+    assert Counter(record["metadata"]["comparison_type"] for record in train) == {"same": 24, "different": 24}
+    pairs = [tuple(record["subject_ids"]) for record in train + held]
+    assert len(set(pairs)) == len(pairs)  # no reference twice
+    assert all(reference != query for reference, query in pairs)
+
+
+def test_comparison_fills_up_where_a_label_is_rare(bids, tmp_path):
+    root = bids({f"{i}": {"x": "rare" if i == 0 else "common"} for i in range(4)})
+    lines = from_bids(root, tmp_path / "out", "x", kind="comparison", split="all=1")
+    (records,) = written(tmp_path / "out", "all")
+    found = Counter((r["metadata"]["subject_label"], r["metadata"]["comparison_type"]) for r in records)
+    assert found == {("rare", "different"): 3, ("common", "same"): 6, ("common", "different"): 3}
+    assert "all: 4 pairs fewer than 4 a scan, for want of other subjects" in lines
+
+
+SESSIONS = {
+    "01": ["ses-1/anat/sub-01_ses-1_T1w.nii.gz", "ses-2/anat/sub-01_ses-2_run-1_T1w.nii", "anat/sub-01_T2w.nii.gz"],
+    "02": ["ses-1/anat/sub-02_ses-1_acq-mprage_T1w.nii.gz", "ses-1/anat/sub-02_ses-1_desc-brain_mask.nii.gz"],
+}
+
+
+@pytest.mark.parametrize(
+    ("entities", "paths"),
+    [
+        (
+            [],
+            [
+                *("01/ses-1/anat/sub-01_ses-1", "01/ses-2/anat/sub-01_ses-2_run-1"),
+                *("02/ses-1/anat/sub-02_ses-1_acq-mprage", "03/anat/sub-03_ses-2_run-1"),
+            ],
+        ),
+        (["ses=1"], ["01/ses-1/anat/sub-01_ses-1", "02/ses-1/anat/sub-02_ses-1_acq-mprage"]),
+        (["run=1", "ses=2"], ["01/ses-2/anat/sub-01_ses-2_run-1", "03/anat/sub-03_ses-2_run-1"]),
+    ],
+)
+def test_sessions_and_entities(bids, tmp_path, entities, paths):
+    root = bids(
+        {"01": {"age": "1"}, "02": {"age": "2"}, "03": {"age": "3"}},
+        {**SESSIONS, "03": ["anat/sub-03_ses-2_run-1_T1w.nii"]},
+    )
+    lines = from_bids(root, tmp_path / "out", "age", split="all=1", entities=entities)
+    (records,) = written(tmp_path / "out", "all")
+    found = [r["images"][0]["path"].removeprefix("sub-").partition("_T1w")[0] for r in records]
+    assert found == paths
+    text = "\n".join(lines)
+    if entities:
+        assert f"scans that are not {' '.join(entities)}" in text
+    else:
+        assert (
+            "subjects with several scans, all of them taken (1); --entity KEY=VALUE narrows: run (none), 1; ses 1, 2"
+            in text
+        )
+
+
+def test_a_key_twice_takes_either(bids, tmp_path):
+    root = bids(sexes(2), {n: [f"anat/sub-{n}_run-{r}_T1w.nii" for r in (1, 2, 3)] for n in sexes(2)})
+    from_bids(root, tmp_path / "out", "sex", split="all=1", entities=["run=1", "run=3"])
+    (records,) = written(tmp_path / "out", "all")
+    assert [r["task_id"][:12] for r in records] == ["sub-00_run-1", "sub-00_run-3", "sub-01_run-1", "sub-01_run-3"]
+
+
+def test_scans_of_a_subject_stay_together(bids, tmp_path):
+    files = {n: [f"ses-{s}/anat/sub-{n}_ses-{s}_T1w.nii" for s in (1, 2)] for n in sexes(10)}
+    for kind in ("classification", "comparison"):
+        from_bids(bids(sexes(10), files, root=kind), tmp_path / f"out-{kind}", "sex", kind=kind)
+        train, held = written(tmp_path / f"out-{kind}")
+        assert not subjects(train) & subjects(held)
+        assert len({image["path"] for record in train for image in record["images"]}) == 16
+
+
+def test_functional_runs_are_of_rest_unless_asked(bids, tmp_path):
+    files = {n: [f"func/sub-{n}_task-{t}_bold.nii.gz" for t in ("rest", "nback")] for n in sexes(2)}
+    files["00"].append("func/sub-00_task-rest_sbref.nii.gz")
+    root = bids(sexes(2), files)
+    lines = from_bids(root, tmp_path / "rest", "sex", modality="fMRI", split="train=0.5,eval=0.5")
+    train, held = written(tmp_path / "rest")
+    assert all(r["images"][0]["path"].endswith("_task-rest_bold.nii.gz") for r in train + held)
+    assert train[0]["modalities"] == ["fMRI"]
+    assert "left out: runs of other tasks (2), which --entity task=VALUE takes: nback" in lines
+    assert "--config configs/rsfmri_0.5b.yaml" in lines[-1]
+    from_bids(root, tmp_path / "nback", "sex", modality="fMRI", split="all=1", entities=["task=nback"])
+    (records,) = written(tmp_path / "nback", "all")
+    assert all("task-nback" in r["images"][0]["path"] for r in records)
+
+
+def test_derivatives(bids, tmp_path, nifti):
+    root = bids(sexes(2), {"00": ["anat/sub-00_T1w.nii"]})
+    for name in sexes(2):
+        nifti(
+            f"ds/derivatives/fmriprep/sub-{name}/anat/sub-{name}_space-MNI152NLin6Asym_desc-preproc_T1w.nii.gz",
+            (6, 7, 5),
+        )
+    from_bids(root, tmp_path / "out", "sex", derivatives="fmriprep", split="all=1")
+    (records,) = written(tmp_path / "out", "all")
+    start = "derivatives/fmriprep/sub-00/anat/"
+    assert records[0]["images"][0]["path"] == f"{start}sub-00_space-MNI152NLin6Asym_desc-preproc_T1w.nii.gz"
+    (fault,) = faults(root, tmp_path / "none", "sex", derivatives="freesurfer")
+    assert "derivatives/freesurfer: not found; expected a directory, such as fmriprep" in fault
+
+
+def test_what_is_left_out_is_named(bids, tmp_path):
+    people = {**sexes(4), "10": {"sex": "n/a"}, "11": {"sex": "N/A"}, "12": {"sex": "F"}, "13": {"sex": "F"}, "14": {}}
+    files = {n: [f"anat/sub-{n}_T1w.nii"] for n in [*sexes(4), "10", "11", "14", "20"]}
+    files["00"] += ["anat/sub-00_defaced-T1w_old_T1w.nii", "anat/sub-01_run-2_T1w.nii"]
+    root = bids(people, files)
+    (root / "sub-13/anat").mkdir(parents=True)
+    (root / "sub-13/anat/sub-13_T1w.nii.gz").symlink_to(root / ".git/annex/nowhere")
+    lines = from_bids(root, tmp_path / "out", "sex", split="train=0.5,eval=0.5")
+    assert [line for line in lines if line.startswith("left out")] == [
+        "left out: files with another name than BIDS gives them there (2): "
+        "sub-00/anat/sub-00_defaced-T1w_old_T1w.nii, sub-00/anat/sub-01_run-2_T1w.nii",
+        "left out: files that are links to nothing; `datalad get` them (1): sub-13/anat/sub-13_T1w.nii.gz",
+        "left out: subjects without a scan (2): sub-12, sub-13",
+        "left out: subjects whose sex is n/a or empty (3): sub-10, sub-11, sub-14",
+        "left out: subjects without a row in participants.tsv (1): sub-20",
+    ]
+    assert set.union(*map(subjects, written(tmp_path / "out"))) == {f"sub-{n}" for n in sexes(4)}
+
+
+def test_spelling(bids, tmp_path):
+    """Levels, as text or as an object; the template's labels before them; what neither spells stays as it is."""
+    levels = {"1": "patient", "2": {"Description": " control "}, "3": "never"}
+    root = bids(
+        {f"{i}": {"group": str(i)} for i in range(1, 5)}, sidecar={"group": {"Levels": levels}}, encoding="utf-8-sig"
+    )
+    template = tmp_path / "template.yaml"
+    template.write_text('labels: {"3": sibling}\n')
+    lines = from_bids(root, tmp_path / "out", "group", split="all=1", template=template)
+    (records,) = written(tmp_path / "out", "all")
+    assert [r["metadata"]["subject_label"] for r in records] == ["patient", "control", "sibling", "4"]
+    assert "said as in participants.tsv, since neither Levels nor labels spell them: 4" in lines
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_template(bids, tmp_path, suffix):
+    texts = {"regression": {"question": "Give the {target} {{in years}}.", "answer": "{label} years"}}
+    template = tmp_path / f"template.{suffix}"
+    template.write_text(json.dumps(texts, indent=2))
+    root = bids({f"{i:02}": {"age": f"{i}"} for i in range(11)})
+    from_bids(root, tmp_path / "out", "age", template=template)
+    train, _ = written(tmp_path / "out")
+    assert [texts[-1] for texts in turns(train[0])] == ["Give the age {in years}.", "0 years"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("- a", "expected sections classification, regression, comparison, labels"),
+        ("ranking: {question: x}", "ranking: expected a section, one of classification"),
+        ("classification: x", "classification: expected a section"),
+        ("classification: {reply: x}", "classification.reply: no such text; expected one of question, answer"),
+        ("classification: {question: 3}", "classification.question: expected a string, got 3"),
+        ("classification: {question: 'A {label}?'}", "question: placeholder 'label': expected {target}"),
+        ("classification: {answer: '{label} {sex}'}", "answer: placeholder 'sex': expected {target} or {label}"),
+        ("classification: {answer: '{label:d}'}", "answer: placeholder 'label'"),
+        ("classification: {answer: '{label.x}'}", "answer: placeholder 'label.x'"),
+        ("classification: {answer: '{label'}", "write {{ or }} for a brace"),
+        ("classification: {answer: 'yes'}", "answer: expected {label} in it"),
+        ("classification: {question: 'A <image>?'}", "question: holds <image>"),
+        ("labels: {F: 1}", "labels.F: expected a string, got 1"),
+        ("labels: {F: '<|im_end|>'}", "label '<|im_end|>': holds <|im_end|>"),
+        ("a: [", "not valid YAML"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_faulty_template_is_refused(bids, tmp_path, text, expected):
+    template = tmp_path / "template.yaml"
+    if text is not None:
+        template.write_text(text)
+    (fault,) = faults(bids(sexes(10)), tmp_path / "out", "sex", template=template)
+    assert expected in fault
+    assert expected.startswith("label '") or str(template) in fault
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ("participant_id\tage\nsub-1\t3\n", ["sex: expected one such column, got participant_id, age"]),
+        ("id\tage\n1\t3\n", ["participant_id: expected one such column", "sex: expected one such column"]),
+        ("participant_id\tsex\nsub-1\tF\n1\tM\nsub-2\n", [":3: participant_id: sub-1", ":4: expected 2"]),
+        ("participant_id\tsex\n\tF\n", [":2: participant_id: expected sub-LABEL, got ''"]),
+        ('participant_id\tsex\nsub-1\t"F\n', ["not a tab-separated row"]),
+        ("participant_id\tsex\n", ["holds no subject"]),
+        ("", ["participant_id: expected one such column, got none", "sex: expected one such column, got none"]),
+        (b"participant_id\tsex\nsub-1\t\xff\n", ["cannot be read"]),
+        (None, ["cannot be read"]),
+    ],
+)  # fmt: skip
+def test_a_faulty_table_is_refused(bids, tmp_path, table, expected):
+    root = bids(sexes(3))
+    file = root / "participants.tsv"
+    file.unlink()
+    if table is not None:
+        file.write_bytes(table if isinstance(table, bytes) else table.encode())
+    found = faults(root, tmp_path / "out", "sex")
+    assert len(found) == len(expected)
+    assert all(str(file) in fault and part in fault for fault, part in zip(found, expected, strict=True)), found
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "expected"),
+    [
+        ("{", "participants.json:1: not valid JSON"),
+        ("[]", "participants.json: sex: expected an object"),
+        ('{"sex": {"Levels": ["F"]}}', "and an object under its Levels"),
+        ('{"sex": {"Levels": {"F": 1}}}', "sex.Levels.F: expected a description"),
+    ],
+)
+def test_a_faulty_sidecar_is_refused(bids, tmp_path, sidecar, expected):
+    root = bids(sexes(3))
+    (root / "participants.json").write_text(sidecar)
+    (fault,) = faults(root, tmp_path / "out", "sex")
+    assert expected in fault
+
+
+def test_a_sidecar_that_was_not_downloaded_is_refused(bids, tmp_path):
+    root = bids(sexes(3))
+    (root / "participants.json").symlink_to(root / ".git/annex/nowhere")
+    (fault,) = faults(root, tmp_path / "out", "sex")
+    assert "participants.json: cannot be read" in fault
+
+
+def ages(*more):
+    return {f"{i:02}": {"x": value} for i, value in enumerate([*(str(i) for i in range(11)), *more])}
+
+
+@pytest.mark.parametrize(
+    ("people", "options", "expected"),
+    [
+        (ages("89+"), {}, "numbers and words mixed; write numbers or n/a instead of 89+ (sub-11), or ask for kind"),
+        (ages("nan"), {"kind": "regression"}, "x: expected a number or n/a, got nan (sub-11)"),
+        (ages("1_0"), {"kind": "regression"}, "x: expected a number or n/a, got 1_0 (sub-11)"),
+        (ages(), {"kind": "comparison"}, "11 distinct numbers, of which hardly two are the same"),
+        (ages(), {"pairs_per_subject": 2}, "pairs_per_subject: of kind comparison only; this is a regression"),
+        (ages(), {"kind": "comparison", "pairs_per_subject": 0}, "pairs_per_subject: expected at least 1, got 0"),
+        (ages(), {"kind": "ranking"}, "kind: expected one of classification, regression, comparison, got 'ranking'"),
+        (ages(), {"modality": "PET"}, "modality: expected one of sMRI, fMRI, got 'PET'"),
+        (ages(), {"modality": "fMRI"}, "no scan; expected sub-*/[ses-*/]func/*_bold.nii[.gz]"),
+        (ages(), {"entities": ["ses=1"]}, "entity ses=1: no scan has it; names have no ses"),
+        (ages(), {"entities": ["sub=99"]}, "entity sub=99: no scan has it; sub is 00 or 01"),
+        (ages(), {"entities": ["run=(none)"]}, "entity run=(none): no scan has it; names have no run"),
+        (ages(), {"modality": "fMRI", "entities": ["run=1"]}, "no scan; expected sub-*/[ses-*/]func/*_bold.nii[.gz]"),
+        (ages(), {"derivatives": "/fmriprep"}, "derivatives /fmriprep: expected the name of a directory in"),
+        (ages(), {"entities": ["run"]}, "entity run: expected KEY=VALUE"),
+        (ages(), {"split": "train=0.8"}, "the shares sum to 0.8; expected 1"),
+        (ages(), {"split": "train=0.8,train=0.2"}, "'train=0.2': expected NAME=SHARE, each name once"),
+        (ages(), {"split": "train=1,eval=0"}, "'eval=0': expected NAME=SHARE, each name once and its share above 0"),
+        (ages(), {"split": "../x=1"}, "'../x=1': expected NAME=SHARE"),
+        (ages(), {"split": "train=0.99,eval=0.01"}, "split eval: gets 0 of 11 subjects, a regression needs at least 1"),
+        (sexes(3), {"kind": "comparison"}, "split eval: gets 1 of 3 subjects, a comparison needs at least 2"),
+        ({"0": {"x": "a"}, "1": {"x": "a"}}, {}, "x: every subject is a; expected at least two values"),
+        ({"0": {"x": "n/a"}}, {}, "x: no subject has both a value and a scan"),
+    ],
+)  # fmt: skip
+def test_a_fault_is_named(bids, tmp_path, people, options, expected):
+    found = faults(bids(people), tmp_path / "out", "x" if people != sexes(3) else "sex", **options)
+    assert any(expected in fault for fault in found), found
+
+
+def test_faults_are_listed_together_and_nothing_is_written(bids, tmp_path):
+    root = bids(sexes(3))
+    (root / "participants.json").write_text("{")
+    found = faults(
+        root, tmp_path / "out", "iq", split="train=2", entities=["ses=1", "run=1"], template=tmp_path / "none.yaml"
+    )
+    names = ["split", "none.yaml", "participants.json", "participants.tsv", "entity ses=1", "entity run=1"]
+    assert len(found) == len(names)
+    assert all(name in fault for name, fault in zip(names, found, strict=True)), found
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_with_other_splits_is_refused(bids, tmp_path, write_json):
+    write_json("out/val.jsonl", [])
+    (fault,) = faults(bids(sexes(10)), tmp_path / "out", "sex")
+    assert "out: holds val.jsonl already; name an empty directory" in fault
+
+
+@pytest.mark.parametrize("kind", ["classification", "comparison"])
+@pytest.mark.parametrize("modality", ["sMRI", "fMRI"])
+def test_what_is_written_can_be_read(bids, tmp_path, tokenizer, modalities, kind, modality):
+    names = {"sMRI": "anat/sub-{}_T1w.nii.gz", "fMRI": "func/sub-{}_task-rest_bold.nii.gz"}
+    root = bids(sexes(10), {n: [names[modality].format(n)] for n in sexes(10)})
+    from_bids(root, tmp_path / "out", "sex", kind=kind, modality=modality)
+    for name, num in (("train", 8), ("eval", 2)):
+        file = tmp_path / "out" / f"{name}.json"
+        options = {"max_length": 400, "threads": 1, "evaluation": name == "eval"}
+        dataset = Dataset.load(file, tokenizer, modalities, image_root=root, **options)
+        assert len(dataset.windows) == num
+        assert {i.modality for i in dataset.windows} == {"T1" if modality == "sMRI" else "rsfMRI"}
+        assert len(read_conversations(file, modalities, root, task_filter="T1" if kind != "comparison" else "T3")) > 0
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_the_config_to_train_with_has_the_modality(modality):
+    config = load_config(Path(__file__).parents[2] / MODALITIES[modality][2])
+    assert resolve_modality(modality, config.model.modalities)
+
+
+def test_command(bids, tmp_path):
+    root = bids(sexes(10), sidecar={"sex": {"Levels": {"F": "female", "M": "male"}}}, root="my ds")
+    out = tmp_path / "out"
+    printed = umbrella("data", "from-bids", root, out, "--target", "sex", "--seed", 3, "--split", "train=0.6,eval=0.4")
+    assert printed.splitlines() == [
+        f"{root}: sex, classification, sMRI, 10 of 10 subjects",
+        f"{out}/train.json: 6 subjects, 6 conversations: female 3, male 3",
+        f"{out}/eval.json: 4 subjects, 4 conversations: female 2, male 2",
+        f"next: umbrella-jax train --config configs/t1_0.5b.yaml --base LLAVA_DIR --train-data {out}/train.json "
+        f"--eval-data {out}/eval.json --image-root {shlex.quote(str(root))} --output-dir runs/sex",
+    ]
+    pairs = umbrella("data", "from-bids", root, tmp_path / "t3", "--target", "sex", "--kind", "comparison")
+    assert "train.json: 8 subjects, 32 conversations: female 4, male 4; pairs: same 16, different 16" in pairs
+
+
+def test_command_prints_the_range_of_numbers(bids, tmp_path):
+    root = bids({f"{i:02}": {"age": f"{i}"} for i in range(20)})
+    printed = umbrella("data", "from-bids", root, tmp_path / "out", "--target", "age")
+    assert re.search(r"eval.json: 4 subjects, 4 conversations: \d+ to \d+, mean \d", printed)
+
+
+def test_command_names_faults(bids, tmp_path):
+    printed = umbrella(
+        "data", "from-bids", bids(sexes(3)), tmp_path / "out", "--target", "iq", "--split", "a=2", code=1
+    )
+    assert "2 faults:" in printed
+    assert "iq: expected one such column, got participant_id, sex" in printed
