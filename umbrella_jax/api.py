@@ -416,6 +416,7 @@ class Processor:
         conversations: str | Path,
         *,
         image_root: str | Path | None = None,
+        allow_outside_root: bool = False,
         evaluation: bool = False,
         threads: int = 4,
     ) -> Dataset:
@@ -425,6 +426,7 @@ class Processor:
             self.tokenizer,
             self.modalities,
             image_root=image_root,
+            allow_outside_root=allow_outside_root,
             max_length=self.max_length,
             threads=threads,
             evaluation=evaluation,
