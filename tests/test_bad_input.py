@@ -335,7 +335,7 @@ def test_training_data_that_is_not_there(refused: Refused, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("conversation", "file", "expected"),
     [
-        (0, "none.nii.gz", "not found; expected a NIfTI file"),
+        (0, "none.nii.gz", "not found; expected a volume or a directory of frames"),
         (0, "cut.nii.gz", "cannot be read"),
         (0, "page.nii.gz", "cannot be read"),
         (0, "nan.nii.gz", "1 voxels are NaN or infinite; expected finite numbers"),
