@@ -211,8 +211,10 @@ def test_a_window_reads_its_own_frames_alone(run, monkeypatch):
     read = []
     original = umbrella_jax.data.voxels._array
     monkeypatch.setattr(umbrella_jax.data.voxels, "_array", lambda file: read.append(file.name) or original(file))
-    load_volume(path, fmri(orientation="as_stored"), 1)
-    assert read == [f"frame_{n}.npy" for n in (0, 4, 5, 6, 7)]
+    for window, frames in [(0, (0, 1, 2, 3)), (1, (0, 4, 5, 6, 7))]:
+        read.clear()
+        load_volume(path, fmri(orientation="as_stored"), window)
+        assert read == [f"frame_{n}.npy" for n in frames]
 
 
 def test_a_directory_of_one_frame_is_a_volume_too(tmp_path):

@@ -39,8 +39,10 @@ class Voxels(Protocol):
 
 
 def open_voxels(path: str | Path) -> Voxels:
-    """Opens what lies there. Raises DataError naming it: missing, unreadable, no real numbers, frames that do not
-    follow one another."""
+    """Opens what lies there, a file by its suffix.
+
+    Raises DataError naming it: missing, unreadable, no real numbers, frames that do not follow one another.
+    """
     path = Path(path)
     if path.is_dir():
         return _Arrays(_frames(path), run=True)
@@ -65,8 +67,8 @@ def readable(path: Path, expected: str = "a whole volume, copy it again") -> Ite
         raise DataError(f"{path}: cannot be read: {type(error).__name__}: {reason}; expected {expected}") from None
 
 
-def _real(path: Path, kind: str, dtype: Any) -> None:
-    if kind not in "iuf":
+def _check_real(path: Path, dtype: np.dtype) -> None:
+    if dtype.kind not in "iuf":
         raise DataError(f"{path}: voxels of type {dtype}; expected real numbers")
 
 
@@ -82,7 +84,7 @@ class _Nibabel:
         # An Analyze header names no axes; nibabel, like SPM, would only assume them. (NIfTI is derived from it.)
         assumed = isinstance(self._image, AnalyzeImage) and not isinstance(self._image, Nifti1Pair)
         self.affine: np.ndarray | None = None if assumed else self._image.affine
-        _real(path, self._image.get_data_dtype().kind, self._image.get_data_dtype())
+        _check_real(path, self._image.get_data_dtype())
 
     def read(self, frames: slice | int) -> np.ndarray:
         behind = len(self.shape) - 4
@@ -96,8 +98,8 @@ class _Arrays:
 
     def __init__(self, files: list[Path], run: bool = False):
         self._files = files
-        first = _array(files[0])
-        self.shape: tuple[int, ...] = (*first.shape, len(files)) if run else first.shape
+        self._first = _array(files[0])  # says the shape, so it is read in any case
+        self.shape: tuple[int, ...] = (*self._first.shape, len(files)) if run else self._first.shape
 
     def read(self, frames: slice | int) -> np.ndarray:
         if isinstance(frames, int):
@@ -105,7 +107,7 @@ class _Arrays:
         return np.stack([self._volume(file) for file in self._files[frames]], axis=-1)
 
     def _volume(self, file: Path) -> np.ndarray:
-        volume = _array(file)
+        volume = self._first if file == self._files[0] else _array(file)
         if volume.shape != self.shape[:3]:
             raise DataError(f"{file}: shape {volume.shape}; expected {self.shape[:3]}, as {self._files[0].name} has it")
         return volume
@@ -145,7 +147,7 @@ def _array(file: Path) -> np.ndarray:
         array = _tensor(file) if file.suffix == ".pt" else np.load(file, allow_pickle=False)
     if not isinstance(array, np.ndarray):
         raise DataError(f"{file}: holds {type(array).__name__}; expected one array of numbers")
-    _real(file, array.dtype.kind, array.dtype)
+    _check_real(file, array.dtype)
     one = [axis for axis in (0, 3) if array.ndim == 4 and array.shape[axis] == 1]
     if array.ndim != 3 and len(one) != 1:
         raise DataError(
