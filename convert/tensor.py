@@ -165,13 +165,20 @@ def check_finite(tensors: Iterable[Tensor]) -> None:
 
 def copy(out: np.ndarray, array: np.ndarray, file: str, name: str) -> None:
     """Fills `out`, whatever its type. Raises CheckpointError, naming the tensor, where a number becomes infinite."""
-    with np.errstate(over="ignore"):
-        np.copyto(out, array, casting="unsafe")
-    # only a 16-bit type overflows; its infinities are looked for as bits, which is several times as fast
     infinity = _INFINITY.get(out.dtype.name) if out.dtype != array.dtype else None
-    found = infinity is not None and ((out.view(np.uint16) & 0x7FFF) == infinity).any()
-    if found and np.isinf(out).sum() > np.isinf(array).sum():
-        raise CheckpointError(f"{file}: {name}: a number is too large for {out.dtype}; choose a wider type")
+    if infinity is None:  # only a 16-bit type overflows
+        np.copyto(out, array, casting="unsafe")
+        return
+    out, array = np.atleast_1d(out), np.atleast_1d(array)
+    rows = max(1, (1 << 20) * len(out) // max(out.nbytes, 1))  # a piece stays in the cache until it is looked at
+    for start in range(0, len(out), rows):
+        piece, source = out[start : start + rows], array[start : start + rows]
+        with np.errstate(over="ignore"):
+            np.copyto(piece, source, casting="unsafe")
+        # infinities are looked for as bits, which is several times as fast
+        found = ((piece.view(np.uint16) & 0x7FFF) == infinity).any()
+        if found and np.isinf(piece).sum() > np.isinf(source).sum():
+            raise CheckpointError(f"{file}: {name}: a number is too large for {out.dtype}; choose a wider type")
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

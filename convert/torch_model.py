@@ -164,6 +164,17 @@ def open_bin(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: {error}") from None
 
 
+def read_tensor(path: Path) -> np.ndarray:
+    """The one tensor that torch.save wrote, as numpy has it, bfloat16 as float32; nothing in the file is executed.
+
+    Raises TypeError for another content or a type or layout that numpy lacks, and what torch raises for a damaged file.
+    """
+    tensor = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"holds {type(tensor).__name__}, not a tensor")
+    return (tensor.detach().float() if tensor.dtype == torch.bfloat16 else tensor.detach()).numpy()
+
+
 def _from_torch(tensor: torch.Tensor) -> np.ndarray:
     """The same bytes; numpy does not know torch's bfloat16."""
     if tensor.dtype == torch.bfloat16:

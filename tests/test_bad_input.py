@@ -335,7 +335,7 @@ def test_training_data_that_is_not_there(refused: Refused, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("conversation", "file", "expected"),
     [
-        (0, "none.nii.gz", "not found; expected a NIfTI file"),
+        (0, "none.nii.gz", "not found; expected a volume or a directory of frames"),
         (0, "cut.nii.gz", "cannot be read"),
         (0, "page.nii.gz", "cannot be read"),
         (0, "nan.nii.gz", "1 voxels are NaN or infinite; expected finite numbers"),
@@ -349,6 +349,33 @@ def test_volume(
 ) -> None:
     message = refused("--train-data", data(lambda r: part(r, conversation).update(image_path=file)))
     assert f"{world.root / 'scans' / file}: {expected}" in message
+
+
+def test_relative_paths_stay_below_the_image_root(
+    refused: Refused, world: World, data: Callable[..., Path], tmp_path: Path
+) -> None:
+    scans = world.root / "scans"
+    shutil.copy(scans / "0.nii.gz", world.root / "outside.nii.gz")
+    flags = "--train-data", data(lambda r: part(r, 0).update(image_path="../outside.nii.gz"))
+    message = refused(*flags)
+    assert (
+        f"data.json[0] (one-0): conversations[0].content[0]: image_path: ../outside.nii.gz leads out of {scans};"
+        in message
+    )
+    assert "faults" not in message
+    with pytest.raises(WorkStarted):
+        umbrella(*world.train_flags(tmp_path / "out", *flags, "--set", "data.allow_outside_root=true"))
+
+
+def test_an_older_schema_starts_work(
+    world: World, events: list[str], data: Callable[..., Path], tmp_path: Path
+) -> None:
+    def change(records: list[Record]) -> None:
+        turns = [{"from": "human", "value": "<image>male?"}, {"from": "gpt", "value": "yes"}]
+        records[:] = [{"task_id": "old", "conversation": turns, "modality_paths": {"sMRI": "0.nii.gz"}}]
+
+    with pytest.raises(WorkStarted):
+        umbrella(*world.train_flags(tmp_path / "out", "--train-data", data(change)))
 
 
 @pytest.mark.parametrize(

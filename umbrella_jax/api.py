@@ -416,6 +416,7 @@ class Processor:
         conversations: str | Path,
         *,
         image_root: str | Path | None = None,
+        allow_outside_root: bool = False,
         evaluation: bool = False,
         threads: int = 4,
     ) -> Dataset:
@@ -425,14 +426,24 @@ class Processor:
             self.tokenizer,
             self.modalities,
             image_root=image_root,
+            allow_outside_root=allow_outside_root,
             max_length=self.max_length,
             threads=threads,
             evaluation=evaluation,
         )
 
-    def batch(self, conversations: str | Path, *, image_root: str | Path | None = None, prompts: bool = False) -> Batch:
+    def batch(
+        self,
+        conversations: str | Path,
+        *,
+        image_root: str | Path | None = None,
+        allow_outside_root: bool = False,
+        prompts: bool = False,
+    ) -> Batch:
         """All conversations of a file as one Batch: whole, or as prompts for their last answer."""
-        dataset = self.dataset(conversations, image_root=image_root, evaluation=prompts)
+        dataset = self.dataset(
+            conversations, image_root=image_root, allow_outside_root=allow_outside_root, evaluation=prompts
+        )
         ((_, batch),) = eval_batches(dataset, len(dataset), prompts=prompts)
         return batch
 

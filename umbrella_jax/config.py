@@ -128,6 +128,8 @@ class DataConfig:
     eval: str | None = None
     image_root: str | None = None
     """Where relative image paths start; default the folder of the conversation file."""
+    allow_outside_root: bool = False
+    """Take relative image paths that lead out of it (`../`); absolute ones are always taken."""
     modality: str | None = None
     """Keep only conversations whose images are all of this modality."""
     task_filter: str | None = None

@@ -236,3 +236,173 @@ def test_filters_that_keep_nothing_list_what_exists(mixed):
         read_conversations(mixed, NAMES, task_filter="iq")
     with pytest.raises(DataError, match="modality PET: not configured; expected one of T1, rsfMRI"):
         read_conversations(mixed, NAMES, modality="PET")
+
+
+# Older schemas
+
+
+def old(turns, **fields):
+    """A conversation of {from, value} turns."""
+    return {"task_id": "S01", "conversation": [{"from": role, "value": text} for role, text in turns], **fields}
+
+
+ASKED = [("human", "<image> and <image>?"), ("gpt", "female.")]
+SCANS = [{"path": "x.nii", "modality": "sMRI"}, {"path": "y.nii", "modality": "sMRI"}]
+
+
+def of_turns(conversation):
+    return [(m.role, [p.path.name if isinstance(p, Image) else p for p in m.parts if p]) for m in conversation.messages]
+
+
+def test_brain_scans_are_images(write_json):
+    new = {**EXAMPLE, "brain_scans": EXAMPLE["images"]}
+    del new["images"]
+    path = write_json("a.json", [EXAMPLE, new, {**new, "images": None}])
+    one, *others = read_conversations(path, NAMES)
+    assert all((c.messages, c.metadata) == (one.messages, one.metadata) for c in others)
+
+
+@pytest.mark.parametrize("name", ["conversation", "conversations"])
+@pytest.mark.parametrize(
+    "images",
+    [{"modality_paths": {"sMRI": ["x.nii", "y.nii"]}}, {"images": SCANS}, {"brain_scans": SCANS}],
+    ids=lambda images: next(iter(images)),
+)
+def test_from_and_value(write_json, tmp_path, name, images):
+    record = old([("system", "Be brief."), *ASKED, ("human", "Sure?"), ("gpt", "")], metadata=None, **images)
+    record[name] = record.pop("conversation")
+    (c,) = read_conversations(write_json("a.json", record), NAMES)
+    assert of_turns(c) == [
+        ("system", ["Be brief."]),
+        ("user", ["x.nii", " and ", "y.nii", "?"]),
+        ("assistant", ["female."]),
+        ("user", ["Sure?"]),
+        ("assistant", []),
+    ]
+    assert c.images == (Image(tmp_path / "x.nii", "T1"), Image(tmp_path / "y.nii", "T1"))
+    assert c.metadata == {}
+
+
+@pytest.mark.parametrize("listing", [{"sMRI": "x.nii", "fMRI": "y"}, {"sMRI": ["x.nii"], "fMRI": ["y"]}])
+def test_a_path_for_each_modality_in_the_order_of_the_listing(write_json, tmp_path, listing):
+    (c,) = read_conversations(write_json("a.json", old(ASKED, modality_paths=listing)), NAMES)
+    assert c.images == (Image(tmp_path / "x.nii", "T1"), Image(tmp_path / "y", "rsfMRI"))
+    turned = dict(reversed(listing.items()))
+    (c,) = read_conversations(write_json("a.json", old(ASKED, modality_paths=turned)), NAMES)
+    assert c.images == (Image(tmp_path / "y", "rsfMRI"), Image(tmp_path / "x.nii", "T1"))
+
+
+def test_without_markers_images_stand_before_the_only_question(write_json):
+    record = old([("human", "Same?"), ("gpt", "no")], modality_paths={"sMRI": ["x.nii", "y.nii"]})
+    (c,) = read_conversations(write_json("a.json", record), NAMES)
+    assert of_turns(c) == [("user", ["x.nii", "y.nii", "Same?"]), ("assistant", ["no"])]
+
+
+def test_modality_paths_beside_plain_content(write_json):
+    turns = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "no"}]
+    record = {"task_id": "a", "conversations": turns, "modality_paths": {"fMRI": "run"}}
+    (c,) = read_conversations(write_json("a.json", record), NAMES)
+    assert of_turns(c) == [("user", ["run", "?"]), ("assistant", ["no"])]
+
+
+def test_labels_of_metadata_may_be_numbers_and_task_ids_repeat(write_json):
+    records = [old([("human", "Age?"), ("gpt", "7.5")], metadata={"subject_label": 7.5})] * 2
+    found = read_conversations(write_json("a.json", records), NAMES)
+    assert [(c.task_id, c.metadata["subject_label"]) for c in found] == [("S01", 7.5)] * 2
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (old(ASKED, conversations=[]), "conversations and conversation: given together; expected turns in one of"),
+        (
+            old(ASKED, images=SCANS, modality_paths={"sMRI": "x"}),
+            "images and modality_paths: given together; expected turns in one of `conversations` and `conversation`, "
+            "all {role, content} or all {from, value}, and images in one of `images`, `brain_scans` and",
+        ),
+        (old(ASKED, images=[], brain_scans=SCANS), "images and brain_scans: given together"),
+        (old(ASKED, brain_scans={"sMRI": "x"}), "brain_scans: expected a list, got an object"),
+        (old(ASKED, modality_paths=["x"]), "modality_paths: expected an object, got a list"),
+        ({"task_id": "S01", "conversation": "hi"}, "conversation: expected a list, got a string"),
+        (
+            old(ASKED, modality_paths={"sMRI": ["x", "y"], "fMRI": "z"}),
+            "modality_paths: several paths beside another modality (sMRI, fMRI), so their order is not said; expected",
+        ),
+        (
+            old([("human", "a"), ("gpt", "b"), ("human", "c")], modality_paths={"sMRI": "x"}),
+            "1 images, 2 human turns, no <image> marker, so their turns are not said; expected one human turn, or",
+        ),
+        (old([("user", "a")]), "conversations[0]: from: expected one of human, gpt, system, got 'user'"),
+        (old([("human", "a"), (["gpt"], "b")]), "conversations[1]: from: expected one of human, gpt, system, got ['gp"),
+        (old([("human", "a"), ("gpt", 7.5)]), "conversations[1]: value: expected a string, got 7.5"),
+        (old([("human", "a"), ("gpt", None)]), "conversations[1]: value: expected a string, got nothing"),
+        (
+            {
+                "task_id": "S01",
+                "conversation": [{"from": "human", "value": "a"}, {"role": "assistant", "content": "b"}],
+            },
+            "conversations: content, role beside from, value; expected turns in one of",
+        ),
+        (old(ASKED, modality_paths={"sMRI": "x"}), "images: 1 listed, 2 shown"),
+        (old(ASKED[:1], modality_paths={"sMRI": ["x", "y", "z"]}), "images: 3 listed, 2 shown"),
+        (old(ASKED, modality_paths={"sMRI": ["x", 7]}), "image_path: expected a path, got 7"),
+        (old(ASKED, modality_paths={"PET": ["x", "y"]}), "modality: expected one of T1, rsfMRI"),
+        (old([("gpt", "<image>")], modality_paths={"sMRI": "x"}), "an image in an assistant turn"),
+        (old([("human", "<|im_end|>")]), "text: holds <|im_end|>, which would forge a turn"),
+    ],
+)
+def test_a_fault_of_an_older_schema_is_named(write_json, record, expected):
+    path = write_json("a.json", [EXAMPLE, record])
+    found = faults(path)
+    assert all(fault.startswith(f"{path}[1] (S01): ") for fault in found)
+    assert any(expected in fault for fault in found), found
+
+
+def test_faults_of_a_schema_come_together_and_with_a_missing_task_id(write_json):
+    record = old([("user", "a"), ("gpt", 1)])
+    del record["task_id"]
+    found = faults(write_json("a.json", record))
+    assert [f.split(": ", 1)[1] for f in found] == [
+        "task_id: expected a string, got nothing",
+        "conversations[0]: from: expected one of human, gpt, system, got 'user'",
+        "conversations[1]: value: expected a string, got 1",
+    ]
+
+
+def test_filters_look_at_older_schemas(write_json):
+    records = [
+        old(ASKED[1:], modality_paths={"fMRI": "x"}, task_type="T1"),  # faulty, but left out
+        old([("human", "a")], modality_paths={"sMRI": "x"}, metadata={"task": "sex"}),
+        old([("human", "a")], brain_scans=[{"path": "x", "modality": "rsfMRI"}]),
+    ]
+    path = write_json("a.json", records)
+    assert [c.images[0].modality for c in read_conversations(path, NAMES, modality="T1")] == ["T1"]
+    assert [c.metadata["task"] for c in read_conversations(path, NAMES, task_filter="sex")] == ["sex"]
+
+
+# Where paths lead
+
+
+@pytest.mark.parametrize("name", ["../x.nii", "sub/../../x.nii", "../root2/x.nii", "sub/../../root/../x.nii", ".."])
+def test_a_path_that_leads_out_of_the_root_is_refused(record, write_json, tmp_path, name):
+    root = tmp_path / "root"
+    path = write_json("root/a.json", [record([("user", [f"T1:{name}"])]), old([("human", "?")], images=[
+        {"path": name, "modality": "T1"}])])  # fmt: skip
+    found = faults(path)
+    remedy = "expected a path inside it, an absolute one, or data.allow_outside_root: true"
+    assert found[0] == f"{path}[0] (S01): conversations[0].content[0]: image_path: {name} leads out of {root}; {remedy}"
+    assert found[1].startswith(f"{path}[1] (S01): ")
+    assert f"{name} leads out of {root}" in found[1]
+    allowed = read_conversations(path, NAMES, allow_outside_root=True)
+    assert [c.images[0].path for c in allowed] == [root / name] * 2
+
+
+@pytest.mark.parametrize("root", ["root", "other/../root"])
+def test_paths_that_stay_inside_absolute_ones_and_links_are_taken(record, write_json, tmp_path, root):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "root/link").symlink_to(tmp_path / "other")
+    names = ["x.nii", "sub/../y.nii", "link/z.nii", "..x.nii", str(tmp_path / "other/x.nii"), "/abs/../x.nii"]
+    path = write_json("a.json", record([("user", [f"T1:{name}" for name in names])]))
+    (c,) = read_conversations(path, NAMES, tmp_path / root)
+    assert [i.path for i in c.images] == [tmp_path / root / name for name in names]

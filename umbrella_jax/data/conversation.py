@@ -1,19 +1,20 @@
 """Conversation files: from JSON to conversations of text and image references. Opens no image."""
 
 import json
+import os.path
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from umbrella_jax.config import resolve_modality
+from umbrella_jax.data.schema import IMAGE_MARKER, KINDS, kind, to_current
 from umbrella_jax.errors import DataError
 
 ROLES = ("system", "user", "assistant")
-TURN_START, TURN_END, IMAGE_MARKER = "<|im_start|>", "<|im_end|>", "<image>"
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 T = TypeVar("T")
 _SUFFIXES = (".json", ".jsonl")
-_KINDS = {str: "a string", list: "a list", dict: "an object", type(None): "nothing"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def read_conversations(
     *,
     modality: str | None = None,
     task_filter: str | None = None,
+    allow_outside_root: bool = False,
 ) -> list[Conversation]:
     """Reads a .json file (an object or a list), a .jsonl file (one object a line), or all such files below a directory.
 
@@ -75,8 +77,11 @@ def read_conversations(
         image_root: where relative image paths start; default the folder of the file that names them.
         modality: keep conversations whose images are all of it; one without images is of every modality.
         task_filter: keep conversations whose `task_type` or `metadata.task` is this.
+        allow_outside_root: take relative image paths that lead out of where they start, by `..`. Without it they are
+            refused. Absolute paths are always taken, and so is a symbolic link inside, wherever it leads.
 
-    What a filter leaves out is not looked at: its images may be elsewhere, its modality not configured.
+    Older schemas are read too, see `umbrella_jax.data.schema`. What a filter leaves out is not looked at: its images
+    may be elsewhere, its modality not configured.
 
     Raises:
         DataError: with every fault of every file, and when there is no conversation, or the filters keep none.
@@ -90,6 +95,7 @@ def read_conversations(
         root = (file.parent if image_root is None else Path(image_root)).absolute()
         for source, record in _records(file, faults):
             found += 1
+            record, wrong = to_current(record) if isinstance(record, dict) else (record, [])
             of_images, of_task = _shown_modalities(record), _tasks(record)
             shown |= of_images
             tasks |= of_task
@@ -98,7 +104,7 @@ def read_conversations(
             if modality is not None and any(not _same(modality, name, modalities) for name in of_images):
                 continue
             try:
-                conversations.append(_Parser(record, source, root, modalities).conversation())
+                conversations.append(_Parser(record, source, root, modalities, allow_outside_root).conversation(wrong))
             except DataError as error:
                 faults.extend(error.faults)
     if not conversations and not faults:
@@ -180,19 +186,22 @@ def _records(file: Path, faults: list[str]) -> Iterator[tuple[str, Any]]:
 class _Parser:
     """Turns one record into a conversation, going on after a fault so that all are found."""
 
-    def __init__(self, record: Any, source: str, root: Path, modalities: Collection[str]):
+    def __init__(self, record: Any, source: str, root: Path, modalities: Collection[str], allow_outside_root: bool):
         self.record, self.source, self.root, self.modalities = record, source, root, modalities
+        self.allow_outside_root = allow_outside_root
         self.place = source
         self.faults: list[str] = []
         self.listed: list[Any] | None = None  # the record's `images`
         self.shown = 0  # images met so far
 
-    def conversation(self) -> Conversation:
-        """Raises DataError with every fault of the record."""
+    def conversation(self, faults: Collection[str] = ()) -> Conversation:
+        """Raises DataError with every fault of the record; those of its schema, if it has any, are handed in."""
         if not isinstance(self.record, dict):
-            raise DataError(f"{self.source}: expected a conversation, an object, got {_kind(self.record)}")
+            raise DataError(f"{self.source}: expected a conversation, an object, got {kind(self.record)}")
         task_id = self.field(self.record, "task_id", str, self.place)
         self.place = f"{self.source} ({task_id})"
+        if faults:  # what was meant by the rest is then not known
+            raise DataError([*self.faults, *(f"{self.place}: {fault}" for fault in faults)])
         task_type = self.field(self.record, "task_type", str, self.place, required=False)
         metadata = self.field(self.record, "metadata", dict, self.place, required=False)
         self.listed = self.field(self.record, "images", list, self.place, required=False)
@@ -209,18 +218,18 @@ class _Parser:
     def fault(self, place: str, message: str) -> None:
         self.faults.append(f"{place}: {message}")
 
-    def field(self, record: dict[str, Any], name: str, kind: type, place: str, required: bool = True) -> Any:
+    def field(self, record: dict[str, Any], name: str, type_: type, place: str, required: bool = True) -> Any:
         """The field, or None where it is absent or of another type, which is a fault."""
         value = record.get(name)
-        if isinstance(value, kind):
+        if isinstance(value, type_):
             return value
         if value is not None or required:
-            self.fault(place, f"{name}: expected {_KINDS[kind]}, got {_kind(value)}")
+            self.fault(place, f"{name}: expected {KINDS[type_]}, got {kind(value)}")
         return None
 
     def message(self, turn: Any, place: str) -> Message:
         if not isinstance(turn, dict):
-            self.fault(place, f"expected an object with role and content, got {_kind(turn)}")
+            self.fault(place, f"expected an object with role and content, got {kind(turn)}")
             return Message("", ())
         role = turn.get("role")
         if role not in ROLES:
@@ -229,7 +238,7 @@ class _Parser:
         if isinstance(content, str):  # its markers are its images; `images` says which
             content = [{"type": "image"}] * content.count(IMAGE_MARKER) + [{"type": "text", "text": content}]
         if not isinstance(content, list):
-            self.fault(place, f"content: expected a string or a list of parts, got {_kind(content)}")
+            self.fault(place, f"content: expected a string or a list of parts, got {kind(content)}")
             return Message(str(role), ())
         parts = [self.part(part, f"{place}.content[{i}]") for i, part in enumerate(content)]
         if role == "assistant" and any(isinstance(part, Image) for part in parts):
@@ -237,11 +246,11 @@ class _Parser:
         return Message(str(role), self.placed(parts, place))
 
     def part(self, part: Any, place: str) -> str | Image:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image":
+        form = part.get("type") if isinstance(part, dict) else None
+        if form == "image":
             return self.image(part, place)
-        if kind != "text":
-            self.fault(place, f"expected an object of type text or image, got {kind!r}")
+        if form != "text":
+            self.fault(place, f"expected an object of type text or image, got {form!r}")
             return ""
         text = self.field(part, "text", str, place) or ""
         if forged := [token for token in (TURN_START, TURN_END) if token in text]:
@@ -251,14 +260,22 @@ class _Parser:
     def image(self, part: dict[str, Any], place: str) -> Image:
         listed = self.listed[self.shown] if self.listed is not None and self.shown < len(self.listed) else {}
         if not isinstance(listed, dict):
-            self.fault(f"{self.place}: images[{self.shown}]", f"expected an object, got {_kind(listed)}")
+            self.fault(f"{self.place}: images[{self.shown}]", f"expected an object, got {kind(listed)}")
             listed = {}
         self.shown += 1
         modalities = f"one of {_names(self.modalities)}, as configured, or an alias"
         paths, names = [part.get("image_path"), listed.get("path")], [part.get("modality"), listed.get("modality")]
         path = self.agreed("image_path", paths, self.root.joinpath, "a path", place)
+        if path and not self.allow_outside_root and (away := [p for p in paths if p and self.leads_out(p)]):
+            remedy = "expected a path inside it, an absolute one, or data.allow_outside_root: true"
+            self.fault(place, f"image_path: {away[0]} leads out of {self.root}; {remedy}")
         modality = self.agreed("modality", names, self.resolve, modalities, place)
         return Image(path or self.root, modality or "")
+
+    def leads_out(self, path: str) -> bool:
+        """Whether a relative path ends outside the root, going by its words: links are not followed."""
+        root, whole = os.path.normpath(self.root), os.path.normpath(self.root / path)
+        return not os.path.isabs(path) and not Path(whole).is_relative_to(root)
 
     def resolve(self, name: str) -> str | None:
         return resolve_modality(name, tuple(self.modalities))
@@ -298,7 +315,3 @@ class _Parser:
             for piece in rest:
                 out += [next(waiting), piece]
         return tuple(out)
-
-
-def _kind(value: Any) -> str:
-    return _KINDS.get(type(value), repr(value))

@@ -48,6 +48,7 @@ class Dataset:
         image_root: str | Path | None = None,
         modality: str | None = None,
         task_filter: str | None = None,
+        allow_outside_root: bool = False,
         max_length: int,
         threads: int,
         evaluation: bool = False,
@@ -55,7 +56,7 @@ class Dataset:
         """Reads and checks everything that a run will need, before it starts.
 
         Args:
-            path, image_root, modality, task_filter: see `read_conversations`.
+            path, image_root, modality, task_filter, allow_outside_root: see `read_conversations`.
             max_length: positions of a conversation, patches included.
             threads: how many volumes are checked at a time.
             evaluation: make prompts too, so each conversation must end with an assistant turn, which may be empty;
@@ -64,7 +65,14 @@ class Dataset:
         Raises:
             DataError: with every fault of the conversation files, or, when they are good, of texts and volumes.
         """
-        kept = read_conversations(path, modalities, image_root, modality=modality, task_filter=task_filter)
+        kept = read_conversations(
+            path,
+            modalities,
+            image_root,
+            modality=modality,
+            task_filter=task_filter,
+            allow_outside_root=allow_outside_root,
+        )
         common: dict[str, Any] = {"tokenizer": tokenizer, "modalities": modalities, "max_length": max_length}
         faults: list[str] = []
 

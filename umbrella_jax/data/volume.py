@@ -1,16 +1,15 @@
-"""NIfTI files to arrays: orientation, resize or windows, scaling. Every voxel is float32 from the file to the batch."""
+"""Volumes to arrays: orientation, resize or windows, scaling. Every voxel is float32 from the file to the batch."""
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.spatialimages import SpatialImage
 
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.data.conversation import Image
+from umbrella_jax.data.voxels import Voxels, open_voxels, readable
 from umbrella_jax.errors import DataError
 
 
@@ -19,12 +18,14 @@ def load_volume(path: str | Path, config: ModalityConfig, window: int = 0) -> np
 
     3D: orientation, area resize to `config.size`, scaling over the whole volume. 4D: the window's frames alone are
     read; orientation, scaling over the window's brain (voxels above 0), centred pad or crop to `config.size[:3]`.
+    Which formats are read, and what a directory of frames is, `umbrella_jax.data.voxels` says.
 
     Returns:
         float32 array of shape `config.size`, C-contiguous.
 
     Raises:
-        DataError: naming the file: missing, unreadable, of another rank, not finite, empty, shorter than a window.
+        DataError: naming the file: missing, unreadable, of another rank, not finite, empty, shorter than a window,
+            without an orientation where `config.orientation` asks for one.
     """
     image = _open(path, config)
     if len(config.size) == 3:
@@ -84,50 +85,35 @@ def check_volumes(images: Iterable[Image], modalities: Mapping[str, ModalityConf
     return {image: count for image, count in found.items() if isinstance(count, int)}
 
 
-def _open(path: str | Path, config: ModalityConfig) -> Any:
-    """The nibabel image, its voxels not yet read; rank, type and length are as the modality wants them."""
-    try:
-        # Not memory-mapped: a file that is cut short while it is mapped kills the process with SIGBUS.
-        image: Any = nib.load(path, mmap=False, keep_file_open=True)
-    except FileNotFoundError:
-        raise DataError(
-            f"{path}: not found; expected a NIfTI file (relative paths start at the conversation file or image_root)"
-        ) from None
-    except Exception as error:  # a damaged file makes nibabel and gzip raise nearly anything
-        raise DataError(_unreadable(path, error)) from None
-    if not isinstance(image, SpatialImage):
-        raise DataError(f"{path}: {type(image).__name__}; expected a volume of voxels")
+def _open(path: str | Path, config: ModalityConfig) -> Voxels:
+    """The file, its voxels not yet read; rank, length and orientation are as the modality wants them."""
+    image = open_voxels(path)
     rank, shape = len(config.size), image.shape
     if 0 in shape or len(shape) < rank or any(n != 1 for n in shape[rank:]):
         raise DataError(f"{path}: shape {shape}; expected {rank} axes, as the modality's size {config.size} has")
-    if image.get_data_dtype().kind not in "iuf":
-        raise DataError(f"{path}: voxels of type {image.get_data_dtype()}; expected real numbers")
+    if config.orientation != "as_stored" and image.affine is None:
+        raise DataError(
+            f"{path}: its format says nothing of orientation; expected orientation: as_stored of the modality, or NIfTI"
+        )
     if rank == 4 and not num_windows(shape[3], config):
         window = f"a window of {config.size[3]}, {config.stride_within_seq} apart"
         raise DataError(f"{path}: {shape[3]} frames; expected at least {window}")
     return image
 
 
-def _read(path: str | Path, image: Any, config: ModalityConfig, frames: tuple[slice, ...] = ()) -> np.ndarray:
-    """Voxels (of some frames) as finite float32, scl_slope applied, in the configured orientation."""
-    slices = (slice(None),) * 3 + frames + (0,) * (len(image.shape) - 3 - len(frames))
-    try:
-        data = np.asarray(image.dataobj[slices], dtype=np.float32)
-        if config.orientation == "RAS":
+def _read(path: str | Path, image: Voxels, config: ModalityConfig, frames: slice | int) -> np.ndarray:
+    """Voxels of some frames, or of one, as finite float32 in the configured orientation."""
+    data = image.read(frames)
+    if config.orientation == "RAS":
+        with readable(Path(path)):  # an affine may be anything
             data = nib.apply_orientation(data, nib.io_orientation(image.affine))
-    except Exception as error:  # as above: EOFError, zlib.error, OSError, ValueError and others
-        raise DataError(_unreadable(path, error)) from None
     if bad := data.size - np.count_nonzero(np.isfinite(data)):
         raise DataError(f"{path}: {bad} voxels are NaN or infinite; expected finite numbers, preprocess the file again")
     return data
 
 
-def _unreadable(path: str | Path, error: Exception) -> str:
-    return f"{path}: cannot be read: {type(error).__name__}: {error}; expected a whole NIfTI file, copy it again"
-
-
-def _preprocess_3d(path: str | Path, image: Any, config: ModalityConfig) -> np.ndarray:
-    volume = area_resize(_read(path, image, config), config.size)
+def _preprocess_3d(path: str | Path, image: Voxels, config: ModalityConfig) -> np.ndarray:
+    volume = area_resize(_read(path, image, config, 0), config.size)
     if config.scaling == "znorm":
         mean, std = _moments(volume)
         volume -= mean
@@ -137,11 +123,11 @@ def _preprocess_3d(path: str | Path, image: Any, config: ModalityConfig) -> np.n
     return volume
 
 
-def _preprocess_4d(path: str | Path, image: Any, config: ModalityConfig, window: int) -> np.ndarray:
+def _preprocess_4d(path: str | Path, image: Voxels, config: ModalityConfig, window: int) -> np.ndarray:
     if window >= (count := num_windows(image.shape[3], config)):
         raise DataError(f"{path}: window {window} asked for; it has {count}, did the file change during the run?")
     start, step = window * window_stride(config), config.stride_within_seq
-    data = _read(path, image, config, (slice(start, start + _span(config), step),))
+    data = _read(path, image, config, slice(start, start + _span(config), step))
     maximum = _positive_max(path, data)
     inside, outside = zip(*(_centred(n, s) for n, s in zip(data.shape[:3], config.size[:3], strict=True)), strict=True)
     background = np.float32(0)

@@ -1,0 +1,91 @@
+"""Older schemas of conversation files, turned into the current one, which alone is parsed.
+
+Current: turns `{role, content}` in `conversations`; `images`, if given, lists `{path, modality}` as they are shown.
+Each function below takes one older way to say a part of that: `conversation`, `brain_scans`, `modality_paths`, and
+turns `{from, value}`.
+"""
+
+from typing import Any
+
+IMAGE_MARKER = "<image>"
+_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+_TURNS, _IMAGES = ("conversations", "conversation"), ("images", "brain_scans", "modality_paths")
+_READ = (
+    "expected turns in one of `conversations` and `conversation`, all {role, content} or all {from, value}, and images "
+    "in one of `images`, `brain_scans` and `modality_paths`, or in the turns alone"
+)
+KINDS = {str: "a string", list: "a list", dict: "an object", type(None): "nothing"}
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, for messages."""
+    return KINDS.get(type(value), repr(value))
+
+
+def to_current(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A record of any schema as one of the current, and the faults of its schema, to which the caller adds the place.
+
+    A field that is null counts as absent. What is faulty is carried over as far as it goes, for filters to look at.
+    """
+    record = dict(record)
+    faults: list[str] = []
+    for names in (_TURNS, _IMAGES):
+        given = [name for name in names if record.get(name) is not None]
+        if len(given) > 1:
+            faults.append(f"{' and '.join(given)}: given together; {_READ}")
+        elif given and given[0] != names[0]:
+            value: Any = record.pop(given[0])
+            expected: type = dict if given[0] == "modality_paths" else list
+            if not isinstance(value, expected):
+                faults.append(f"{given[0]}: expected {KINDS[expected]}, got {kind(value)}")
+            else:
+                record[names[0]] = _listed(value, faults) if expected is dict else value
+    turns = record.get("conversations")
+    if isinstance(turns, list) and not faults:
+        record["conversations"] = _turns(turns, record.get("images"), faults)
+    return record, faults
+
+
+def _listed(paths: Any, faults: list[str]) -> list[dict[str, Any]]:
+    """`modality_paths`, {modality: path or list of paths}, as `images`: in the order in which they stand there."""
+    if len(paths) > 1 and any(isinstance(value, list) and len(value) > 1 for value in paths.values()):
+        faults.append(  # modality by modality or subject by subject?
+            f"modality_paths: several paths beside another modality ({', '.join(paths)}), so their order is not said; "
+            "expected one modality or a single path for each; else `images`, in the order in which they are shown"
+        )
+    each = ((modality, path) for modality, v in paths.items() for path in (v if isinstance(v, list) else [v]))
+    return [{"modality": modality, "path": path} for modality, path in each]
+
+
+def _turns(turns: list[Any], images: Any, faults: list[str]) -> list[Any]:
+    """Turns {from, value}, if they are that, as {role, content}; images at the markers.
+
+    Where no turn has a marker the images stand before the text of the user's turn, of which there must be one alone.
+    """
+    keys = {key for turn in turns if isinstance(turn, dict) for key in turn}
+    if not keys & {"from", "value"}:
+        return turns
+    if mixed := sorted(keys & {"role", "content"}):
+        faults.append(f"conversations: {', '.join(mixed)} beside from, value; {_READ}")
+        return turns
+    out: list[dict[str, Any]] = []
+    for i, turn in enumerate(turns):
+        turn = turn if isinstance(turn, dict) else {}
+        role, text = turn.get("from"), turn.get("value")
+        if not isinstance(role, str) or role not in _ROLES:
+            faults.append(f"conversations[{i}]: from: expected one of {', '.join(_ROLES)}, got {role!r}")
+        elif not isinstance(text, str):
+            faults.append(f"conversations[{i}]: value: expected a string, got {kind(text)}")
+        else:
+            out.append({"role": _ROLES[role], "content": text})
+    asked = [turn for turn in out if turn["role"] == "user"]
+    if faults or not isinstance(images, list) or not images or any(IMAGE_MARKER in turn["content"] for turn in out):
+        return out
+    if len(asked) == 1:
+        asked[0]["content"] = [{"type": "image"}] * len(images) + [{"type": "text", "text": asked[0]["content"]}]
+    else:
+        faults.append(
+            f"{len(images)} images, {len(asked)} human turns, no {IMAGE_MARKER} marker, so their turns are not said; "
+            f"expected one human turn, or a marker in its `value` for each image"
+        )
+    return out
