@@ -175,8 +175,8 @@ def copy(out: np.ndarray, array: np.ndarray, file: str, name: str) -> None:
         piece, source = out[start : start + rows], array[start : start + rows]
         with np.errstate(over="ignore"):
             np.copyto(piece, source, casting="unsafe")
-        # infinities are looked for as bits, which is several times as fast
-        found = ((piece.view(np.uint16) & 0x7FFF) == infinity).any()
+        # as integers, infinities of either sign are the largest but for NaNs; several times as fast as np.isinf
+        found = piece.view(np.int16).max() >= infinity or piece.view(np.uint16).max() >= infinity + 0x8000
         if found and np.isinf(piece).sum() > np.isinf(source).sum():
             raise CheckpointError(f"{file}: {name}: a number is too large for {out.dtype}; choose a wider type")
 
