@@ -13,7 +13,7 @@ _FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_cou
 # PyTorch's golden values in a process of its own (scripts/test.sh), and trained by the demo.
 if "UMBRELLA_TEST_OPTIMISED" not in os.environ:
     _FLAGS += ["--xla_backend_optimization_level=0"]
-    if version("jaxlib") < "0.11":  # later ones do not know the flag, and end the process
+    if version("jaxlib") < "0.11":  # 0.12 does not know the flag, and ends the process
         _FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 
