@@ -316,7 +316,7 @@ def _inflated(image: Mapping[str, Tensor], new: ModalityConfig) -> Start:
 
 def _resampled(ours: list[tuple[Entry, Tensor]], old: ModalityConfig, new: ModalityConfig) -> Start:
     def make(_: int) -> dict[str, np.ndarray]:
-        weight, bias, table = (entry.to_jax(tensor.read()) for entry, tensor in ours)
+        weight, bias, table = (tensor.reshape(entry.shape).read() for entry, tensor in ours)
         return resample(weight, bias, table, old, new)
 
     how = f"resampled from size {_x(old.size)}, patch {_x(old.patch)}"

@@ -8,8 +8,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.models.llava import LlavaConfig, abstract_params
 
@@ -131,14 +129,6 @@ class Entry:
     """Index on the parameter's axis 0; None where the tensor is the whole parameter."""
     shape: Shape
     """Shape of that slice, or of the whole."""
-
-    def to_jax(self, tensor: np.ndarray) -> np.ndarray:
-        """File's tensor → the parameter or its layer."""
-        return tensor.reshape(self.shape)
-
-    def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of `to_jax`."""
-        return array.reshape(self.file_shape)
 
 
 def entries(config: LlavaConfig, names: Mapping[str, str] | None = None) -> list[Entry]:

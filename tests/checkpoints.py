@@ -4,11 +4,15 @@ Every leaf is random, biases and norms included, and all dimensions differ: a sw
 """
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
@@ -16,12 +20,33 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 from convert.torch_model import PatchEmbed
 from umbrella_jax.config import ModalityConfig
 
+ROOT = Path(__file__).parents[1]
 IMAGE_ID = 320
 MODALITIES: dict[str, ModalityConfig] = {
     "T1": ModalityConfig(size=(11, 9, 7), patch=(5, 3, 2)),  # 2·3·3 = 18 patches; 1, 0 and 1 voxels cropped
     "rsfMRI": ModalityConfig(size=(8, 6, 5, 7), patch=(4, 3, 5, 3)),  # 2·2·1·2 = 8 patches; 1 frame cropped
 }
 FAMILIES = (("T1", "rsfMRI"), ("sMRI", "fMRI"))
+
+
+def under_transformers_4_46(*words: object) -> None:
+    """Runs `python WORDS` from the root with transformers 4.46.3 in place of the installed one; asserts that it ends
+    well. Skips where that version is not there: only scripts/test.sh installs it, into a folder of its own, since two
+    versions do not fit into one environment. Under CI its absence is a failure.
+    """
+    target = os.environ.get("UMBRELLA_TRANSFORMERS_446")
+    if not target and os.environ.get("CI") != "true":
+        pytest.skip("UMBRELLA_TRANSFORMERS_446 is not set: scripts/test.sh installs transformers 4.46.3 and sets it")
+    assert target, "CI must run this: UMBRELLA_TRANSFORMERS_446 is to name a folder with transformers 4.46.3"
+    run = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([target, str(ROOT)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def make_model(*, tied: bool = True, kv_heads: int = 2, dtype: str = "float32", seed: int = 0) -> Any:

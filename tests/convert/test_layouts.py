@@ -1,10 +1,7 @@
 """Every layout of names and files is the same model: loaded, and exported in the hub's layout, bit for bit."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from argparse import Namespace
 from itertools import product
 from pathlib import Path
@@ -21,7 +18,7 @@ from convert.hf_config import read_config
 from convert.rules import EMBED, LM_HEAD
 from convert.safetensors_io import open_checkpoint
 from convert.to_hf import export
-from tests.checkpoints import FAMILIES, MODALITIES, make_model, randomise, save, write_umbrella
+from tests.checkpoints import FAMILIES, MODALITIES, make_model, randomise, save, under_transformers_4_46, write_umbrella
 from tests.conftest import write_tokenizer
 from umbrella_jax.api import Checkpoint, write_hf, write_native
 from umbrella_jax.errors import CheckpointError
@@ -170,20 +167,8 @@ for source in map(Path, sys.argv[2:]):
 
 
 def test_what_transformers_4_46_saves(hubs, tmp_path):
-    target = os.environ.get("UMBRELLA_TRANSFORMERS_446")
-    if not target and os.environ.get("CI") != "true":
-        pytest.skip("UMBRELLA_TRANSFORMERS_446 is not set: scripts/test.sh installs transformers 4.46.3 and sets it")
-    assert target, "CI must run this: UMBRELLA_TRANSFORMERS_446 is to name a folder with transformers 4.46.3"
     sources = [hubs["float32", False], hubs["bfloat16", True]]
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM_446, tmp_path, *sources],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([target, str(ROOT)])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    under_transformers_4_46("-c", PROGRAM_446, tmp_path, *sources)
     for source in sources:
         saved = tmp_path / source.name
         assert {path.name: len([*path.glob("*.index.json")]) for path in saved.iterdir()} == {

@@ -1,8 +1,5 @@
 """PyTorch users get the same numbers from an UMBRELLA checkpoint, under transformers 5 and 4.46."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +12,7 @@ from convert.rules import hub_name
 from convert.safetensors_io import open_checkpoint
 from convert.to_hf import export
 from convert.torch_model import PatchEmbed, load_umbrella
-from tests.checkpoints import MODALITIES, write_stock, write_umbrella
+from tests.checkpoints import MODALITIES, under_transformers_4_46, write_stock, write_umbrella
 from tests.convert import torch_golden
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.errors import CheckpointError
@@ -29,19 +26,7 @@ def test_golden(folder):
 
 
 def test_golden_under_transformers_4():
-    target = os.environ.get("UMBRELLA_TRANSFORMERS_446")
-    if not target and os.environ.get("CI") != "true":
-        pytest.skip("UMBRELLA_TRANSFORMERS_446 is not set: scripts/test.sh installs transformers 4.46.3 and sets it")
-    assert target, "CI must run this: UMBRELLA_TRANSFORMERS_446 is to name a folder with transformers 4.46.3"
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.convert.torch_golden", "4.46.3"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([target, str(ROOT)])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    under_transformers_4_46("-m", "tests.convert.torch_golden", "4.46.3")
 
 
 @pytest.mark.parametrize("tied", [True, False])
