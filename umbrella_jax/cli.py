@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,7 +101,8 @@ def _to_hf(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     if arguments.trainable_only:
         file = write_trained(checkpoint, out, names=names)
-        print(f"{file}: what was trained; onto its base: umbrella-jax convert from-hf HF_DIR OUT --patch-embed {file}")
+        print(f"{file}: what was trained; back onto its base HF_DIR:")
+        print(f"  umbrella-jax convert from-hf HF_DIR OUT --config FILE --patch-embed {file}")
     else:
         write_hf(checkpoint, out, names=names, max_shard_size=arguments.max_shard_size)
         print(f"{out}: Hugging Face checkpoint; in PyTorch: convert.torch_model.load_umbrella({str(out)!r})")
@@ -212,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 when it went well, 1 when the user's input was at fault."""
     arguments = _parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of missing PyTorch, which is not needed
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what is on purpose: reading a run read-only
     try:
         return arguments.call(arguments) or 0
