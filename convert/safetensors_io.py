@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +24,8 @@ _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 # In the order in which the safetensors library puts them into a file.
 _DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
+_BUFFER = 4 << 20
+"""Bytes of a piece that is cast: small enough to stay in the cache."""
 _CODES = {np.dtype(dtype).name: code for code, dtype in _DTYPES.items()}
 
 
@@ -49,20 +52,49 @@ def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         dtype = np.dtype(_DTYPES[code])
 
         def fill(out: np.ndarray, index: Index) -> None:
-            rows = index[0] if index else slice(0, 1)
-            step = max(1, BLOCK // max(1, int(np.prod(shape[1:])) * dtype.itemsize))
-            for row in range(rows.start, rows.stop, step):  # mapped anew for each, so that read pages are let go
-                mapped = np.memmap(path, dtype, "r", start, shape)
-                part = slice(row, min(row + step, rows.stop))
-                to = slice(part.start - rows.start, part.stop - rows.start)
-                if index:
-                    copy(out[to], mapped[(part, *index[1:])], str(path), name)
-                else:
-                    copy(out, mapped, str(path), name)
+            _fill(out, index, path, name, start, shape, dtype)
 
         return Tensor(shape, dtype.name, fill, str(path), name)
 
     return {name: tensor(name, entry) for name, entry in header.items() if name != "__metadata__"}, metadata
+
+
+def _fill(
+    out: np.ndarray, index: Index, path: Path, name: str, start: int, shape: tuple[int, ...], dtype: np.dtype
+) -> None:
+    """Fills `out` with a region of a tensor that begins at byte `start`."""
+    if not out.flags.c_contiguous or any(i != slice(0, n) for i, n in zip(index[1:], shape[1:], strict=True)):
+        # of a mapped file, only the pages that hold these columns are read; mapped anew for each block, so that the
+        # process does not keep them
+        rows = max(1, BLOCK // max(1, math.prod(shape[1:]) * dtype.itemsize))
+        for row in range(index[0].start, index[0].stop, rows):
+            part = slice(row, min(row + rows, index[0].stop))
+            mapped = np.memmap(path, dtype, "r", start, shape)
+            copy(out[row - index[0].start :][:rows], mapped[(part, *index[1:])], str(path), name)
+        return
+    # whole rows lie together: read to where they belong, which spares the page faults of a mapped file
+    start += index[0].start * math.prod(shape[1:]) * dtype.itemsize if index else 0
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        if out.dtype == dtype:
+            _read(file, out, path, name)
+            return
+        flat = out.reshape(-1)
+        buffer = np.empty(min(flat.size, _BUFFER // dtype.itemsize), dtype)
+        for i in range(0, flat.size, max(buffer.size, 1)):
+            piece = flat[i : i + buffer.size]
+            _read(file, buffer[: piece.size], path, name)
+            copy(piece, buffer[: piece.size], str(path), name)
+
+
+def _read(file: BinaryIO, out: np.ndarray, path: Path, name: str) -> None:
+    """The next bytes of a file as the numbers of a C-contiguous array."""
+    left = memoryview(out.reshape(-1).view(np.uint8))
+    while left:
+        count = file.readinto(left[:BLOCK])
+        if not count:
+            raise CheckpointError(f"{path}: {name}: the file became shorter while it was read")
+        left = left[count:]
 
 
 def _unreadable(out: np.ndarray, index: Index) -> None:

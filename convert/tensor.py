@@ -6,6 +6,7 @@ Stacked, cast or sharded, no tensor is ever in memory as a whole beside the resu
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ Where = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 _INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80}
 BLOCK = 32 << 20
 """Bytes that are read at once; the kernel counts pages of a mapped file as the process's own until they are let go."""
-_THREADS = 4  # numpy's copies and casts let go of the interpreter
+_THREADS = min(os.cpu_count() or 1, 8)  # reading, copying and casting let go of the interpreter
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,10 @@ def place(tensors: Mapping[str, Tensor], where: Where) -> dict[str, jax.Array]:
             shards.append(jax.device_put(regions[region], device))
         return jax.make_array_from_single_device_arrays(tensor.shape, sharding, shards)
 
+    largest_first = sorted(tensors.items(), key=lambda item: -item[1].nbytes)  # else one thread ends long after others
     with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip(tensors, pool.map(put, tensors.items()), strict=True))
+        placed = dict(zip((path for path, _ in largest_first), pool.map(put, largest_first), strict=True))
+    return {path: placed[path] for path in tensors}
 
 
 def check_finite(tensors: Iterable[Tensor]) -> None:
