@@ -7,8 +7,9 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -87,9 +88,9 @@ def _fill(
             copy(piece, buffer[: piece.size], str(path), name)
 
 
-def _read(file: BinaryIO, out: np.ndarray, path: Path, name: str) -> None:
+def _read(file: FileIO, out: np.ndarray, path: Path, name: str) -> None:
     """The next bytes of a file as the numbers of a C-contiguous array."""
-    left = memoryview(out.reshape(-1).view(np.uint8))
+    left = out.reshape(-1).view(np.uint8).data
     while left:
         count = file.readinto(left[:BLOCK])
         if not count:
