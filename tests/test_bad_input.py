@@ -104,7 +104,7 @@ def section(name: str, **values: Any) -> Callable[[Record], None]:
         (section("model.modalities.T1", patch=[3, 3]), ["model.modalities.T1: patch (3, 3): expected 3 numbers"]),
         (section("model.modalities.T1", patch=[3, 3, 6]), ["T1: patch (3, 3, 6): expected 1 <= patch <= size"]),
         (section("model.modalities.T1", scaling="znorm_minback"), ["T1: scaling znorm_minback: expected one of znorm"]),
-        (section("model", remat="partial"), ["model.remat", "'none', 'full' or 'dots'"]),
+        (section("model", remat="partial"), ["model.remat", "'none', 'mlp' or 'full'"]),
         (section("model", modalities={}), ["modalities: expected at least one"]),
         (section("train", eval_steps=5), ["train.eval_steps", "--eval-data"]),
     ],

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from umbrella_jax.errors import ConfigError
 
 DType = Literal["float32", "bfloat16", "float16"]
-RematPolicy = Literal["none", "full", "dots"]
+RematPolicy = Literal["none", "mlp", "full"]
 PatchEmbedInit = Literal["random", "inflate", "resample"]
 
 # Names for one and the same patch embedding: the original system, its newer checkpoints, its data files.
@@ -106,7 +106,7 @@ class ModelConfig:
     frozen_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type in which frozen weights are held; `auto` keeps the checkpoint's. What trains is float32."""
     remat: RematPolicy = "full"
-    """What the backward pass recomputes per layer: nothing, everything, all but matrix products."""
+    """Which products with weights the backward pass does again: none, those into each layer's MLP, all."""
 
     def __post_init__(self) -> None:
         if not self.modalities:

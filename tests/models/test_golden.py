@@ -40,7 +40,7 @@ def test_merge_and_logits(model):
     assert relative(np.where(mask, model(golden_batch()), 0), golden("forward")["logits"]) <= 1e-5
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("remat", ["none", "mlp", "full"])
 def test_loss_and_gradients(remat):
     config, params = golden_model(remat=remat)
     graphdef, _ = abstract_params(config)

@@ -179,25 +179,28 @@ def test_padding_does_not_reach_the_logits():
 
 def test_every_remat_policy_gives_the_same_gradient():
     grads = {}
-    for remat in ("none", "full", "dots"):
+    for remat in ("none", "mlp", "full"):
         graphdef, params = split(Llava(llava_config(remat=remat), rngs=nnx.Rngs(0)))
         loss = lambda p, g=graphdef: jnp.square(merge(g, p).target_logits(random_batch())).mean()  # noqa: E731
         grads[remat] = jax.jit(jax.grad(loss))(params)
-    chex.assert_trees_all_close(grads["none"], grads["full"], grads["dots"], rtol=1e-5, atol=1e-7)
+    for path, leaf in grads["full"].items():  # the same sums, but XLA may add in another order
+        for other in (grads["none"][path], grads["mlp"][path]):
+            assert jnp.abs(other - leaf).max() <= 1e-6 * jnp.abs(leaf).max(), path
 
 
 def test_remat_policies_recompute_what_they_say():
-    """Dots in the gradient of a tower layer with respect to its input: 8 forward and 10 backward ones (no weight
-    gradients), and what the policy makes again: nothing, all but the layer's last product, attention's q·kᵀ alone.
+    """Dots in the gradient of a tower layer with respect to its input: 6 forward and 6 backward ones with weights (no
+    weight gradients), and what the policy makes again: nothing, the product into the MLP, all but the layer's last.
+    Attention has 2 forward and 5 backward, each traced for the CPU and for the rest.
     """
     dots = {}
-    for remat in ("none", "full", "dots"):
+    for remat in ("none", "mlp", "full"):
         graphdef, params = split(Llava(llava_config(remat=remat), rngs=nnx.Rngs(0)))
         loss = lambda x, g=graphdef, p=params: merge(g, p).vision_tower("T1", x).sum()  # noqa: E731
         jaxpr = jax.make_jaxpr(jax.grad(loss))(jnp.ones((2, *MODALITIES["T1"].size)))
         dots[remat] = str(jaxpr).count("dot_general[")
     embedding = 2
-    assert {k: v - embedding for k, v in dots.items()} == {"none": 18, "full": 25, "dots": 19}
+    assert {k: v - embedding for k, v in dots.items()} == {"none": 12 + 2 * 7, "mlp": 13 + 2 * 7, "full": 17 + 2 * 9}
 
 
 def test_compile_time_does_not_grow_with_depth():

@@ -203,7 +203,7 @@ def computed(case):
     return set(arrays_in(program.jaxpr))
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("remat", ["none", "mlp", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nothing_of_a_frozen_weights_shape_is_computed(remat, dtype):
     """No gradient of it, no transposed, converted or float32 copy; and no logits but those of supervised positions."""

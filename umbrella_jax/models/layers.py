@@ -73,23 +73,25 @@ def stack(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs) -> M:
     return nnx.split_rngs(splits=num_layers)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
 
 
+# What the nonlinearities of a layer need in its backward pass; a frozen product needs none of its inputs.
+_KEPT = ("qkv", "attention", "middle", "mlp")
 _POLICIES: dict[str, Any] = {
+    "none": jax.checkpoint_policies.save_only_these_names(*_KEPT),
+    "mlp": jax.checkpoint_policies.save_only_these_names(*_KEPT[:-1]),
     "full": jax.checkpoint_policies.nothing_saveable,
-    # Products with weights are kept; those of attention (they have batch axes) grow with T², and are recomputed.
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
 def scan_layers(layers: nnx.Module, x: Array, *args: Any, remat: RematPolicy) -> Array:
     """Runs x through stacked `layers` one after the other: compile time does not grow with depth.
 
-    `args` go to every layer unchanged. `remat` says what the backward pass recomputes per layer.
+    `args` go to every layer unchanged. `remat` says which products with weights the backward pass does again: `none`,
+    those into each layer's `mlp`, or those of the `full` layer. What is cheaper than a product is always made again.
     """
     graphdef, params = nnx.split(layers)
 
     def body(x: Array, params: nnx.State) -> tuple[Array, None]:
         return nnx.merge(graphdef, params)(x, *args), None
 
-    if remat != "none":
-        body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)  # scan prevents it already
+    body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)  # scan prevents it already
     return jax.lax.scan(body, x, params)[0]

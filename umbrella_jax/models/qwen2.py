@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from umbrella_jax.config import RematPolicy
 from umbrella_jax.models.attention import attention
@@ -74,7 +75,8 @@ class Qwen2MLP(nnx.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = (checkpoint_name(proj(x), "mlp") for proj in (self.gate_proj, self.up_proj))
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class Qwen2DecoderLayer(nnx.Module):
@@ -87,7 +89,7 @@ class Qwen2DecoderLayer(nnx.Module):
         self.mlp = Qwen2MLP(config, rngs=rngs)
 
     def __call__(self, x: Array, cos: Array, sin: Array, lengths: Array) -> Array:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, lengths)
+        x = checkpoint_name(x + self.self_attn(self.input_layernorm(x), cos, sin, lengths), "middle")
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

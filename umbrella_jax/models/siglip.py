@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from umbrella_jax.config import ModalityConfig, RematPolicy
 from umbrella_jax.models.attention import attention
@@ -51,7 +52,7 @@ class SiglipMLP(nnx.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))
+        return self.fc2(jax.nn.gelu(checkpoint_name(self.fc1(x), "mlp"), approximate=True))
 
 
 class SiglipEncoderLayer(nnx.Module):
@@ -64,7 +65,7 @@ class SiglipEncoderLayer(nnx.Module):
         self.mlp = SiglipMLP(config, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        x = x + self.self_attn(self.layer_norm1(x))
+        x = checkpoint_name(x + self.self_attn(self.layer_norm1(x)), "middle")
         return x + self.mlp(self.layer_norm2(x))
 
 
