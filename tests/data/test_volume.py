@@ -9,7 +9,7 @@ import pytest
 
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.data.conversation import Image
-from umbrella_jax.data.volume import area_resize, check_volumes, load_volume, num_windows
+from umbrella_jax.data.volume import area_weights, check_volumes, load_volume, num_windows, resample
 from umbrella_jax.errors import DataError
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -48,9 +48,9 @@ def test_live_against_monai(nifti, shape, size):
     np.testing.assert_allclose(load_volume(path, t1(size)), expected, atol=1e-5)
 
 
-def test_area_resize_is_the_mean_of_each_window():
+def test_area_weights_are_the_mean_of_each_window():
     volume = np.random.default_rng(0).normal(size=(7, 5, 3)).astype(np.float32)
-    found = area_resize(volume, (3, 5, 4))
+    found = resample(volume, [area_weights(n, size) for n, size in zip((7, 5, 3), (3, 5, 4), strict=True)])
     # 7 -> 3: windows 0..3, 2..5, 4..7;  3 -> 4: 0..1, 0..2, 1..3, 2..3
     assert found[1, 2, 2] == pytest.approx(volume[2:5, 2, 1:3].mean(), abs=1e-6)
     assert found[2, 0, 3] == pytest.approx(volume[4:7, 0, 2].mean(), abs=1e-6)
