@@ -19,8 +19,8 @@ def load_volume(path: str | Path, config: ModalityConfig, window: int = 0) -> np
     3D: orientation; to `config.size` by `config.mode`; scaling over the whole of the result. Mode `resize` is
     `area_weights` on each axis. Mode `pad` is `linear_weights`: cubic voxels of `config.spacing` mm, then centred pad
     and crop. It pads with 0, the background of a brain, before the scaling: so it becomes what the file's own
-    background does, and a scan means the same however much air was stored around it. It crops background alone: a
-    file that would lose voxels above 0 is refused.
+    background does, and a scan means the same, but for a shift below a voxel, however much air was stored around it.
+    It crops background alone: a file that would lose voxels above 0 is refused.
 
     4D: the window's frames alone are read; orientation; scaling over the window's brain (voxels above 0); centred pad
     with the scaled background, or crop, to `config.size[:3]`, as the original does, so whatever is there is cut off.
