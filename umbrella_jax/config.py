@@ -135,6 +135,54 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes of training volumes, each drawn once per conversation and epoch, the same for all its images.
+
+    All are off by default. A FLIP TURNS LEFT INTO RIGHT, in the volume and not in the text: leave both flips off
+    where any answer speaks of sides. Ranges are uniform. How each is done, `umbrella_jax.data.augment` says.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    left_right_flip: float = 0.0
+    """Probability of a flip of the left–right axis, found by the affine; files without one are refused."""
+    flip_any_axis: float = 0.0
+    """Probability of a flip along one random axis. The original system's is 0.5, of 3D volumes alone and of each image
+    for itself, also where a conversation compares two; here all images of a conversation flip alike, 4D too."""
+    rotation: float = 0.0
+    """Largest rotation about each axis in degrees, of the array of `size`, so in voxels: where the resize made them
+    anisotropic, angles are those of the array, not of the head."""
+    translation: float = 0.0
+    """Largest shift along each axis, in voxels of the array of `size`."""
+    bias_field: float = 0.0
+    """Largest coefficient of the log of a smooth field (cubic) that multiplies the volume; 0.1 is moderate."""
+    intensity_scale: tuple[float, float] = (1.0, 1.0)
+    """Smallest and largest factor of the heights above a volume's minimum."""
+    noise: float = 0.0
+    """Standard deviation of Gaussian noise on every voxel, as a share of the volume's."""
+
+    def __post_init__(self) -> None:
+        ranges = [
+            ("left_right_flip", 1, "a probability"),
+            ("flip_any_axis", 1, "a probability"),
+            ("rotation", 90, "degrees"),
+            ("translation", math.inf, "voxels"),
+            ("bias_field", 1, "a coefficient"),
+            ("noise", math.inf, "a share"),
+        ]
+        faults = [
+            f"{name}: expected {what}, 0 or more" + (f", at most {high}" if high < math.inf else "") + f", got {value}"
+            for name, high, what in ranges
+            if not (0 <= (value := getattr(self, name)) <= high and math.isfinite(value))
+        ]
+        low, high = self.intensity_scale
+        if not 0 < low <= high < math.inf:
+            faults.append(f"intensity_scale: expected two factors, 0 < low <= high, got {low}, {high}")
+        if faults:
+            raise ConfigError(faults)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which conversations, and how they become batches."""
 
@@ -155,6 +203,8 @@ class DataConfig:
     """Positions of a conversation, patches included; a longer one is refused."""
     threads: int = 4
     """Threads that read volumes ahead of the step."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Random changes of training volumes; evaluation never has any."""
 
     def __post_init__(self) -> None:
         limits = [("max_length", self.max_length), ("threads", self.threads)]
@@ -234,6 +284,14 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     output_dir: str | None = None
     seed: int = 1234
+
+    def __post_init__(self) -> None:
+        shortest = min(length for modality in self.model.modalities.values() for length in modality.size[:3])
+        if 2 * self.data.augment.translation >= shortest:
+            raise ConfigError(
+                f"data.augment.translation: {self.data.augment.translation} voxels; expected less than half of the "
+                f"shortest axis, which has {shortest}"
+            )
 
 
 def resolve_modality(name: str, modalities: Sequence[str] | Mapping[str, Any]) -> str | None:
