@@ -213,7 +213,9 @@ def from_original(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     if faults:
         raise ConfigError([f"{path}: {fault}" for fault in faults])
     notes.append("the original flips training volumes at random; umbrella-jax does not")
-    mapping = _nest({target: value for target, (_, value) in targets.items()}, complete)
+    notes.append("data.template: original: as there, images stand before the text and an answer's header is learnt too")
+    flat = {"data.template": "original", **{target: value for target, (_, value) in targets.items()}}
+    mapping = _nest(flat, complete)
     parse_config(mapping, str(path))
     return mapping, notes
 
