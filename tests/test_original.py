@@ -71,7 +71,7 @@ def test_values(tmp_path: Any) -> None:
     assert (t1.size, t1.patch, t1.orientation, t1.scaling) == ((96, 96, 96), (10, 10, 10), "as_stored", "znorm")
     assert (fmri.size, fmri.patch, fmri.scaling) == ((96, 96, 96, 24), (16, 16, 16, 3), "znorm_minback")
     assert (run.model.compute_dtype, run.model.frozen_dtype, run.model.remat) == ("bfloat16", "bfloat16", "full")
-    assert run.data.threads == 8
+    assert (run.data.threads, run.data.template) == (8, "original")
     assert (run.train.epochs, run.train.learning_rate, run.train.warmup_steps) == (50, 5e-5, 500)
     assert (run.train.batch_size, run.train.accumulate_steps, run.train.betas) == (2, 4, (0.9, 0.95))
     assert (run.train.eval_steps, run.train.save_steps, run.train.wandb) == (100, 50, True)
