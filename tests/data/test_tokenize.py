@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from umbrella_jax.data.conversation import Conversation, Image, Message
 from umbrella_jax.data.tokenize import (
@@ -221,7 +222,7 @@ def test_forged_control_tokens_are_refused(template, turn, token, modalities, ch
             encoder(conversation, chat_tokenizer(PLAIN), modalities, LIMIT, template=template)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def joining(tokenizer_directory):
     """A tokenizer that joins a newline and what follows it, as Qwen's joins two newlines."""
     tokenizer = load_tokenizer(tokenizer_directory, None)[0]
@@ -392,6 +393,15 @@ def test_an_answer_that_joins_the_header_is_refused(joining, modalities):
         encode(talk(("user", "a"), ("assistant", "m")), joining, modalities, LIMIT, template="chat")
 
 
+def test_an_answer_may_be_normalised_by_the_tokenizer(chat_tokenizer, modalities):
+    """Qwen's tokenizers write an accent and its letter as one."""
+    tokenizer = chat_tokenizer(PLAIN)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    conversation = talk(("user", "a"), ("assistant", "e\u0301"))
+    found = encode(conversation, tokenizer, modalities, LIMIT, template="chat")
+    assert decode(tokenizer, found.input_ids[found.supervised]) == "\u00e9<|im_end|>"
+
+
 def test_a_tokenizer_without_a_chat_template(tokenizer, tokenizer_directory, chat_tokenizer):
     for template in ("umbrella", "original"):
         check_template(tokenizer, template)
@@ -420,6 +430,7 @@ FRAGMENTS = [
     "user",
 ]
 CONTROL = ("<|im_start|>", "<|im_end|>", "<image>", "<|endoftext|>")
+DEFAULT_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=5).map("".join)
 
 
@@ -447,9 +458,6 @@ def written(conversation, template):
         if message.role == "assistant":
             learnt += turn if template == "original" else f"{marked}<|im_end|>" if marked.strip() else ""
     return whole, learnt
-
-
-DEFAULT_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
 
 @pytest.mark.parametrize(
@@ -495,7 +503,7 @@ def decode(tokenizer, ids):
 
 @settings(max_examples=150, deadline=None)
 @given(conversation=conversations())
-def test_the_original_another_way(conversation, joining_for_all, modalities):
+def test_the_original_another_way(conversation, joining, modalities):
     """As REFERENCE.md says it: the images' patches in the text, all of it tokenized at once, answers found in it by a
     pattern and in its tokens by their offsets."""
     if any(token in message.text for message in conversation.messages for token in CONTROL):
@@ -506,19 +514,12 @@ def test_the_original_another_way(conversation, joining_for_all, modalities):
         text += f"<|im_start|>{message.role}\n"
         text += "<image>" * sum(modalities[image.modality].num_patches for image in images)
         text += f"{message.text}<|im_end|>\n"
-    expected = joining_for_all(text, return_offsets_mapping=True)
+    expected = joining(text, return_offsets_mapping=True)
     spans = [match.span() for match in re.finditer(r"<\|im_start\|>assistant\n.*?<\|im_end\|>\n", text, re.DOTALL)]
     labels = [any(a <= start and stop <= b for a, b in spans) for start, stop in expected["offset_mapping"]]
-    found = encode(conversation, joining_for_all, modalities, LIMIT, template="original", needs_answer=False)
+    found = encode(conversation, joining, modalities, LIMIT, template="original", needs_answer=False)
     assert found.input_ids.tolist() == expected["input_ids"]
     assert found.supervised.tolist() == labels
-
-
-@pytest.fixture(scope="session")
-def joining_for_all(tokenizer_directory):
-    tokenizer = load_tokenizer(tokenizer_directory, None)[0]
-    tokenizer.add_tokens(["\nm", "\n\n"])
-    return tokenizer
 
 
 # The tokenizer
