@@ -72,7 +72,7 @@ def test_values(tmp_path: Any) -> None:
     assert (fmri.size, fmri.patch, fmri.scaling) == ((96, 96, 96, 24), (16, 16, 16, 3), "znorm_minback")
     assert (t1.mode, t1.spacing, fmri.mode, fmri.spacing) == ("resize", None, "pad", None)
     assert (run.model.compute_dtype, run.model.frozen_dtype, run.model.remat) == ("bfloat16", "bfloat16", "full")
-    assert run.data.threads == 8
+    assert (run.data.threads, run.data.template) == (8, "original")
     assert run.data.augment == AugmentConfig(flip_any_axis=0.5)
     assert any(note.startswith("data.augment.flip_any_axis: the original flips") for note in notes)
     assert (run.train.epochs, run.train.learning_rate, run.train.warmup_steps) == (50, 5e-5, 500)

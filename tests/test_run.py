@@ -1,6 +1,7 @@
 """Runs from end to end through the command line: what is written, what trains, how it goes on after a kill."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import umbrella_jax
 import umbrella_jax.run
 from tests import small_run
 from tests.small_run import World, read_config, read_lines, umbrella
+from umbrella_jax.api import Checkpoint
 from umbrella_jax.models import split
 
 STEPS, SAVE, EVAL = 36, 3, 24
@@ -136,6 +138,7 @@ def test_a_run_is_not_overwritten(run: Path, world: World) -> None:
         (["--learning-rate", 5e-3], "train.learning_rate: 0.005 now, 0.01 in the checkpoint"),
         (["--set", "train.groups.patch_embed.weight_decay=0"], "train.groups.patch_embed.weight_decay: 0"),
         (["--set", "model.compute_dtype=bfloat16"], "model.compute_dtype: bfloat16"),
+        (["--set", "data.template=original"], "data.template: original now, umbrella in the checkpoint"),
         (["--set", "seed=7"], "seed: 7 now"),
     ],
 )
@@ -266,6 +269,16 @@ def test_set(planned: Callable[..., dict[str, Any]]) -> None:
     assert plan["settings"]["train"]["groups"] == {"projector": {"learning_rate_factor": 1.0, "weight_decay": 0.0}}
     assert {path.partition(".")[0] for path in plan["state"].trainable} == {"multi_modal_projector"}
     assert plan["settings"]["seed"] == 5
+
+
+def test_template(planned: Callable[..., dict[str, Any]], world: World, tmp_path: Path) -> None:
+    plan = planned("--task-filter", "T3", "--set", "data.template=original", "--eval-data", world.eval)
+    assert json.loads((tmp_path / "planned" / "model" / "umbrella_config.json").read_text())["template"] == "original"
+    tokenizer = Checkpoint.open(world.base, small_run.modalities()).tokenizer()
+    (batch,) = plan["batches"]
+    learnt = tokenizer.decode(batch.target_ids[0, 0][batch.target_mask[0, 0]])
+    assert re.fullmatch(r"(<\|im_start\|>assistant\n(left|right)\.<\|im_end\|>\n){2}", learnt)
+    assert plan["evaluate"].args[3].template == "original"  # the processor's
 
 
 def test_image_root(planned: Callable[..., dict[str, Any]], world: World, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from umbrella_jax.errors import ConfigError
 DType = Literal["float32", "bfloat16", "float16"]
 RematPolicy = Literal["none", "full", "dots"]
 PatchEmbedInit = Literal["random", "inflate", "resample"]
+Template = Literal["umbrella", "original", "chat"]
 
 # Names for one and the same patch embedding: the original system, its newer checkpoints, its data files.
 ALIASES: tuple[frozenset[str], ...] = (
@@ -199,6 +200,9 @@ class DataConfig:
     """Keep only conversations whose images are all of this modality."""
     task_filter: str | None = None
     """Keep only conversations with this `task_type` or `metadata.task`."""
+    template: Template = "umbrella"
+    """How a conversation is written: ChatML, images where its content shows them, answers alone supervised; as the
+    `original` system does, ids and labels equal; or by the tokenizer's own `chat` template."""
     max_length: int = 8192
     """Positions of a conversation, patches included; a longer one is refused."""
     threads: int = 4

@@ -220,7 +220,9 @@ def from_original(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     if any(len(geometry["size"]) == 3 for geometry in complete.values()):
         targets["data.augment.flip_any_axis"] = ("", 0.5)
         notes.append(_FLIP)
-    mapping = _nest({target: value for target, (_, value) in targets.items()}, complete)
+    notes.append("data.template: original: as there, images stand before the text and an answer's header is learnt too")
+    flat = {"data.template": "original", **{target: value for target, (_, value) in targets.items()}}
+    mapping = _nest(flat, complete)
     parse_config(mapping, str(path))
     return mapping, notes
 

@@ -84,7 +84,8 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
     found = base.check(config.model.frozen_dtype)
     graphdef, shapes = abstract_params(base.config)
     labels = freeze.label_params(list(shapes), list(config.train.groups))
-    processor = Processor(base.tokenizer(), base.config.modalities, max_length=config.data.max_length)
+    options: dict[str, Any] = {"template": config.data.template, "max_length": config.data.max_length}
+    processor = Processor(base.tokenizer(), base.config.modalities, **options)
     train_set, eval_set = (_dataset(config, processor, split) for split in ("train", "eval"))
     assert train_set is not None
     for line in [*base.notes, *found, freeze.summary(shapes, labels)]:
@@ -183,6 +184,7 @@ def _dataset(config: RunConfig, processor: Processor, split: str) -> Dataset | N
         modality=config.data.modality,
         task_filter=config.data.task_filter,
         allow_outside_root=config.data.allow_outside_root,
+        template=config.data.template,
         max_length=config.data.max_length,
         threads=config.data.threads,
         evaluation=split == "eval",

@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import ModalityConfig
+from umbrella_jax.config import ModalityConfig, Template
 from umbrella_jax.data.collate import BatchShape, collate, shape_of
 from umbrella_jax.data.conversation import Conversation, Image, read_conversations
 from umbrella_jax.data.tokenize import Encoded, encode, encode_all, encode_prompt
@@ -49,6 +49,7 @@ class Dataset:
         modality: str | None = None,
         task_filter: str | None = None,
         allow_outside_root: bool = False,
+        template: Template = "umbrella",
         max_length: int,
         threads: int,
         evaluation: bool = False,
@@ -57,6 +58,7 @@ class Dataset:
 
         Args:
             path, image_root, modality, task_filter, allow_outside_root: see `read_conversations`.
+            template: how conversations are written, see `umbrella_jax.data.tokenize`.
             max_length: positions of a conversation, patches included.
             threads: how many volumes are checked at a time.
             evaluation: make prompts too, so each conversation must end with an assistant turn, which may be empty;
@@ -74,6 +76,7 @@ class Dataset:
             allow_outside_root=allow_outside_root,
         )
         common: dict[str, Any] = {"tokenizer": tokenizer, "modalities": modalities, "max_length": max_length}
+        common["template"] = template
         faults: list[str] = []
 
         def collect(check: Callable[[], T]) -> T | None:
