@@ -31,6 +31,8 @@ class Voxels(Protocol):
 
     shape: tuple[int, ...]
     """As stored: (D, H, W), (D, H, W, T), or with more axes."""
+    dtype: np.dtype
+    """As stored; of a run of arrays, that of its first frame."""
     affine: np.ndarray | None
     """(4, 4), voxel indices to RAS+ millimetres; None where the format does not hold one."""
 
@@ -84,7 +86,8 @@ class _Nibabel:
         # An Analyze header names no axes; nibabel, like SPM, would only assume them. (NIfTI is derived from it.)
         assumed = isinstance(self._image, AnalyzeImage) and not isinstance(self._image, Nifti1Pair)
         self.affine: np.ndarray | None = None if assumed else self._image.affine
-        _check_real(path, self._image.get_data_dtype())
+        self.dtype: np.dtype = self._image.get_data_dtype()
+        _check_real(path, self.dtype)
 
     def read(self, frames: slice | int) -> np.ndarray:
         behind = len(self.shape) - 4
@@ -100,6 +103,7 @@ class _Arrays:
         self._files = files
         self._first = _array(files[0])  # says the shape, so it is read in any case
         self.shape: tuple[int, ...] = (*self._first.shape, len(files)) if run else self._first.shape
+        self.dtype: np.dtype = self._first.dtype
 
     def read(self, frames: slice | int) -> np.ndarray:
         if isinstance(frames, int):
@@ -110,7 +114,7 @@ class _Arrays:
         volume = self._first if file == self._files[0] else _array(file)
         if volume.shape != self.shape[:3]:
             raise DataError(f"{file}: shape {volume.shape}; expected {self.shape[:3]}, as {self._files[0].name} has it")
-        return volume
+        return np.asarray(volume, np.float32)
 
 
 def _frames(directory: Path) -> list[Path]:
@@ -142,7 +146,7 @@ def _frames(directory: Path) -> list[Path]:
 
 
 def _array(file: Path) -> np.ndarray:
-    """One volume, float32 (D, H, W)."""
+    """One volume (D, H, W), as stored."""
     with readable(file, "one array of numbers, nothing pickled with it; save it again"):
         array = _tensor(file) if file.suffix == ".pt" else np.load(file, allow_pickle=False)
     if not isinstance(array, np.ndarray):
@@ -154,7 +158,7 @@ def _array(file: Path) -> np.ndarray:
             f"{file}: shape {array.shape}; expected one volume, (D, H, W), (1, D, H, W) or (D, H, W, 1); "
             "a run is a directory of frames"
         )
-    return np.asarray(array.squeeze(tuple(one)), np.float32)
+    return array.squeeze(tuple(one))
 
 
 def _tensor(file: Path) -> np.ndarray:
