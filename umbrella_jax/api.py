@@ -459,6 +459,25 @@ class Processor:
         return [self.tokenizer.decode(row[row >= 0], skip_special_tokens=True).strip() for row in rows]
 
 
+def local_tokenizer(config: RunConfig) -> Any | None:
+    """The tokenizer of a run's base, None where none is named or the hub's was not downloaded yet.
+
+    Raises what `open_base` does.
+    """
+    base = config.model.base
+    if base is None:
+        return None
+    if not Path(base).is_dir() and base.count("/") == 1:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            base = snapshot_download(base, local_files_only=True)
+        except (LocalEntryNotFoundError, HFValidationError):
+            return None
+    return open_base(replace(config, model=replace(config.model, base=base))).tokenizer()
+
+
 def open_base(config: RunConfig | ModelConfig) -> Checkpoint:
     """The base of a run. Raises ConfigError where the config names none."""
     model, seed = (config.model, config.seed) if isinstance(config, RunConfig) else (config, 0)

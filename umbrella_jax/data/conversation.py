@@ -249,7 +249,11 @@ class _Parser:
 
     def subjects(self, metadata: Mapping[str, Any]) -> frozenset[str]:
         listed = self.record.get("subject_ids")
-        named = [*(listed if isinstance(listed, list) else ()), metadata.get("subject_id"), metadata.get("reference_id")]
+        named = [
+            *(listed if isinstance(listed, list) else ()),
+            metadata.get("subject_id"),
+            metadata.get("reference_id"),
+        ]
         of_paths = (next(filter(None, map(_SUBJECT.match, reversed(Path(path).parts))), None) for path in self.paths)
         return frozenset(
             [str(name).removeprefix("sub-") for name in named if isinstance(name, str | int) and str(name)]
