@@ -2,6 +2,7 @@
 """Measures, and prints one JSON line per figure: {"figure": …, "value": …, "unit": …, …}.
 
     python scripts/benchmark.py convert [--work-dir D]     needs the extra `torch`, 12 GB of disk
+    python scripts/benchmark.py data [--work-dir D]        needs the extra `report`
 
 Every measurement has a process of its own, begun with the files in the page cache; peaks are over what the
 interpreter holds with jax imported and its devices found.
@@ -10,7 +11,10 @@ interpreter holds with jax imported and its devices found.
 import argparse
 import json
 import multiprocessing
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -20,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 CONFIG_05B = {  # of llava-hf/llava-interleave-qwen-0.5b-hf
     "architectures": ["LlavaForConditionalGeneration"],
     "model_type": "llava",
@@ -221,14 +226,61 @@ def convert(work_dir: Path) -> None:
     figure("fingerprint_seconds", result["seconds"], "s", gb_per_second=round(size / result["seconds"], 2))
 
 
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+def data_validate(work_dir: Path) -> None:
+    """`data validate --html`, as typed: 1,000 conversations over 200 volumes of 64³ as .nii.gz, int16."""
+    import nibabel as nib
+
+    from umbrella_jax.demo import make_base
+
+    folder = work_dir / "validate"
+    if not folder.exists():
+        make_base(folder / "base")
+        rng = np.random.default_rng(0)
+        head = sum((np.indices((64, 64, 64)) - 31.5) ** 2) < 28**2
+        for i in range(200):
+            voxels = (rng.uniform(200, 2000, head.shape) * head).astype(np.int16)
+            nib.save(nib.Nifti1Image(voxels, np.diag([3, 3, 3, 1])), folder / f"sub-{i:03d}.nii.gz")
+        for name, subjects, count in (("train", range(160), 800), ("eval", range(160, 200), 200)):
+            records = [_pair(i, subjects[i % len(subjects)], subjects[i * 7 % len(subjects)]) for i in range(count)]
+            (folder / f"{name}.json").write_text(json.dumps(records))
+    words = f"data validate --config {CONFIGS / 't1_0.5b.yaml'} --base {folder / 'base'} --html {folder / 'page.html'}"
+    words += f" --train-data {folder / 'train.json'} --eval-data {folder / 'eval.json'}"
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "umbrella_jax.cli", *words.split()], check=True, capture_output=True)
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    figure("validate_seconds", seconds, "s", limit=60, cpu_seconds=round(busy, 1), conversations=1000, volumes=200)
+
+
+def _pair(number: int, *subjects: int) -> dict[str, Any]:
+    """A conversation about each of the subjects in turn."""
+    turns = []
+    for subject in subjects:
+        image = {"type": "image", "modality": "sMRI", "image_path": f"sub-{subject:03d}.nii.gz"}
+        question = {"type": "text", "text": "What is the sex of this subject?"}
+        answer = {"type": "text", "text": "male." if subject % 2 else "female."}
+        turns += [{"role": "user", "content": [image, question]}, {"role": "assistant", "content": [answer]}]
+    return {"task_id": str(number), "conversations": turns, "metadata": {"task": "sex"}}
+
+
+def data(work_dir: Path) -> None:
+    """Time of checking what a run would read."""
+    data_validate(work_dir)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
-    command = commands.add_parser("convert", help=convert.__doc__)
-    command.add_argument("--work-dir", type=Path, help="where files are made and left; default a temporary folder")
+    for work in (convert, data):
+        command = commands.add_parser(work.__name__, help=work.__doc__)
+        command.set_defaults(work=work)
+        command.add_argument("--work-dir", type=Path, help="where files are made and left; default a temporary folder")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        convert(arguments.work_dir or Path(temporary))
+        arguments.work(arguments.work_dir or Path(temporary))
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ def _set_table(report: Report) -> Table:
         faulty = {f.place for f in report.findings if f.kind == "conversation" and name in f.sets}
         volumes = sum(name in volume.sets for volume in report.volumes)
         rows.append((name, str(len(s.conversations)), str(len(faulty)), str(volumes), str(len(s.subjects)), s.path))
-    return Table("Sets", ("", "conversations", "unreadable", "volumes", "subjects", "from"), tuple(rows))
+    return Table("Sets", ("", "conversations", "faulty", "volumes", "subjects", "from"), tuple(rows))
 
 
 def _length_table(report: Report) -> Table:

@@ -164,7 +164,7 @@ def _volumes(config: RunConfig, sets: Mapping[str, Set]) -> tuple[list[Volume], 
         try:
             contents = read_contents(image.path)
         except DataError as error:
-            faults = faults or error.faults  # a run that is cut off behind its last window, say
+            windows, faults = 0, faults or error.faults  # a run that is cut off behind its last window, say
         return Volume(image.path, image.modality, tuple(shown[image]), windows, contents), faults
 
     with ThreadPoolExecutor(config.data.threads) as pool:
@@ -219,7 +219,10 @@ def _overlaps(sets: Mapping[str, Set], volumes: Sequence[Volume], severity: Seve
     expected = "expected other subjects to evaluate on than to train on, or --allow-overlap"
     train, evaluation = (sets[name].subjects for name in SETS)
     for subject in sorted(train.keys() & evaluation.keys()):
-        where = [f"{len(found[subject])} conversations, first {found[subject][0]}" for found in (train, evaluation)]
+        where = [
+            found[subject][0] + (f" and {more} more" if (more := len(found[subject]) - 1) else "")
+            for found in (train, evaluation)
+        ]
         yield Finding(
             severity,
             "overlap",
