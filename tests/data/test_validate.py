@@ -322,9 +322,14 @@ def test_outliers(config, ask, nifti, write_json):
     path = write_json("train.json", [ask(f"{name}.nii") for name in names])
     said = {f.place.rpartition("/")[2]: f.reason for f in found(validate(config(path)), "warning", "outlier")}
     assert said.keys() == {"left.nii", "large.nii", "bright.nii"}
-    assert said["left.nii"] == "orientation LAS, as 1 of 9 T1 volumes; most have RAS"
-    assert said["large.nii"] == "voxel size (mm) 2 × 1 × 1.2, as 1 of 9 T1 volumes; most have 1 × 1 × 1.2"
+    assert said["left.nii"] == "orientation LAS, 1 of 9 T1 volumes; usual is RAS (8)"
+    assert said["large.nii"] == "voxel size (mm) 2 × 1 × 1.2, 1 of 9 T1 volumes; usual is 1 × 1 × 1.2 (8)"
     assert said["bright.nii"].startswith("its largest voxel is 9.997e+04; of the T1 volumes it is 8.9")
+    nifti("up.nii", SHAPE, np.eye(4)[[2, 1, 0, 3]] * [1, 1, 1.2, 1])
+    two = [ask(f"{name}.nii") for name in ("0", "1", "left", "copy", "up")]
+    nifti("copy.nii", SHAPE, usual * [-1, 1, 1, 1])
+    (warning,) = found(validate(config(write_json("two.json", two))), "warning", "outlier")
+    assert warning.reason == "orientation SAR, 1 of 5 T1 volumes; usual is RAS (2), LAS (2)"
     halves = write_json("halves.json", [ask(f"{name}.nii") for name in ("0", "left")])
     assert found(validate(config(halves)), "warning", "outlier") == []  # neither is the usual one
 

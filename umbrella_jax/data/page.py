@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 
 from umbrella_jax.config import ModalityConfig
-from umbrella_jax.data.report import KINDS, SEVERITIES, Contents, Report, Volume, grouped, histogram
+from umbrella_jax.data.report import KINDS, SEVERITIES, Contents, Finding, Report, Severity, Volume, grouped, histogram
 from umbrella_jax.data.volume import load_volume
 from umbrella_jax.errors import ConfigError
 
@@ -82,8 +82,10 @@ def write_page(
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template)
     text = page.render(
         report=report,
-        groups={severity: grouped(report.of(severity)) for severity in SEVERITIES},
-        kinds=KINDS,
+        found={
+            severity: [(title, groups) for kind, title in KINDS.items() if (groups := _groups(report, severity, kind))]
+            for severity in SEVERITIES
+        },
         histograms=[
             (f"{name}: {what} of a conversation", _bars(histogram(numbers)))
             for name, s in report.sets.items()
@@ -95,6 +97,10 @@ def write_page(
         privacy=PRIVACY,
     )
     file.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")  # JSON may hold half a surrogate pair
+
+
+def _groups(report: Report, severity: Severity, kind: str) -> list[list[Finding]]:
+    return grouped(finding for finding in report.of(severity) if finding.kind == kind)
 
 
 def _sample(volumes: Sequence[Volume], first: set[Volume], number: int) -> list[Volume]:
@@ -208,11 +214,12 @@ def _data(image: Any) -> str:
     return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
-def _bars(found: Mapping[str, Sequence[int]]) -> list[tuple[float, float, float, str]]:
-    """Of a histogram: x, width and height of each bar as percentages, and what it says."""
+def _bars(found: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """A histogram's bars, x, width and height in percent and what each says, and what its axes reach to."""
     edges, counts = found["edges"], found["counts"]
     span, top = edges[-1] - edges[0], max(counts)
-    return [
+    bars = [
         (100 * (low - edges[0]) / span, 100 * (high - low) / span, 100 * n / top, f"{low} to {high - 1}: {n}")
         for low, high, n in zip(edges, edges[1:], counts, strict=False)
     ]
+    return {"bars": bars, "low": edges[0], "high": edges[-1] - 1, "top": top}

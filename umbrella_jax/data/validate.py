@@ -26,7 +26,7 @@ from umbrella_jax.errors import ConfigError, DataError, UmbrellaError
 T = TypeVar("T")
 _ALMOST_EMPTY = 0.01  # share of voxels that are not 0
 _RARE = 20  # an outlier's value is that of one volume in so many, or of one alone
-_TOLD = 5  # answers of a contradiction
+_TOLD = 5  # answers of a contradiction, usual values beside an outlier's
 
 
 def validate(
@@ -318,13 +318,13 @@ def _outliers(volumes: Sequence[Volume]) -> Iterator[Finding]:
     known = [(volume, volume.contents) for volume in volumes if volume.contents is not None]
     for name, of in PROPERTIES.items():
         counts = Counter(of(contents) for _, contents in known)
-        usual, count = counts.most_common(1)[0] if counts else ("", 0)
+        usual = {value: n for value, n in counts.most_common() if n > max(len(known) // _RARE, 1)}
+        if sum(usual.values()) <= len(known) / 2:  # each has its own
+            continue
         for volume, contents in known:
-            value = of(contents)
-            if count > len(known) / 2 and value != usual and counts[value] <= max(len(known) // _RARE, 1):
-                reason = (
-                    f"{name} {value}, as {counts[value]} of {len(known)} {volume.modality} volumes; most have {usual}"
-                )
+            if (value := of(contents)) not in usual:
+                told = ", ".join(f"{value} ({n})" for value, n in [*usual.items()][:_TOLD])
+                reason = f"{name} {value}, {counts[value]} of {len(known)} {volume.modality} volumes; usual is {told}"
                 yield Finding("warning", "outlier", volume.sets, str(volume.path), reason)
     maxima = [(volume, contents.maximum) for volume, contents in known if contents.maximum is not None]
     middle = float(np.median([maximum for _, maximum in maxima])) if maxima else 0.0
