@@ -20,7 +20,9 @@ wide, {vocab} words), whose 2D patch embedding is replaced by one for volumes. W
 {volumes}
 
 These are also in `umbrella_config.json`, from which umbrella-jax takes them: the weights mean nothing to volumes that
-were prepared otherwise. Orientation `RAS` is NIfTI's canonical one; `as_stored` takes the axes of the file.
+were prepared otherwise. Orientation `RAS` is NIfTI's canonical one; `as_stored` takes the axes of the file. Mode
+`resize` brings the whole field of view to that many voxels, whatever their shape; `pad` pads and crops around the
+middle, where mm are given after the voxels were made cubes of them.
 
 ## Base
 {base}
@@ -56,13 +58,15 @@ def model_card(
     base_fingerprint: str | None = None,
 ) -> str:
     """Markdown for `folder`; `modalities` under their names in the export, `base` the base's name."""
-    rows = ["| name | voxels | patch | tokens | orientation | scaling | windows |", "|---|---|---|---|---|---|---|"]
+    rows = ["| name | voxels | patch | tokens | orientation | mode | scaling | windows |", "|---" * 8 + "|"]
     for name, m in modalities.items():
         windows = "–"
         if len(m.size) == 4:
             windows = f"{m.size[3]} frames, {m.stride_within_seq} apart, every {m.stride_between_seq:g} of a window"
         size, patch = ("×".join(map(str, numbers)) for numbers in (m.size, m.patch))
-        rows.append(f"| {name} | {size} | {patch} | {m.num_patches} | {m.orientation} | {m.scaling} | {windows} |")
+        mode = m.mode if m.spacing is None else f"{m.mode}, {m.spacing:g} mm"
+        cells = (name, size, patch, m.num_patches, m.orientation, mode, m.scaling, windows)
+        rows.append(f"| {' | '.join(map(str, cells))} |")
     lines = [f"Trained on top of `{base}`." if base else "Not stated."]
     if base_fingerprint:
         lines.append(f"SHA-256 of its weights (names, shapes, types, bytes): `{base_fingerprint}`.")

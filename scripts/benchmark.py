@@ -2,7 +2,7 @@
 """Measures, and prints one JSON line per figure: {"figure": …, "value": …, "unit": …, …}.
 
     python scripts/benchmark.py convert [--work-dir D]     needs the extra `torch`, 12 GB of disk
-    python scripts/benchmark.py data [--work-dir D]        needs the extra `report`
+    python scripts/benchmark.py data [--work-dir D]        needs the extra `report`, 1 GB of disk
 
 Every measurement has a process of its own, begun with the files in the page cache; peaks are over what the
 interpreter holds with jax imported and its devices found.
@@ -11,6 +11,7 @@ interpreter holds with jax imported and its devices found.
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import statistics
 import subprocess
@@ -266,8 +267,90 @@ def _pair(number: int, *subjects: int) -> dict[str, Any]:
     return {"task_id": str(number), "conversations": turns, "metadata": {"task": "sex"}}
 
 
+def make_head(path: Path) -> None:
+    """256³ int16 at 1 mm, stored LIA as FreeSurfer does: a smooth head in the noise of a magnitude image, air too."""
+    import nibabel as nib
+
+    x, y, z = np.ogrid[-1:1:256j, -1:1:256j, -1:1:256j]
+    radius = np.sqrt((x / 0.6) ** 2 + (y / 0.75) ** 2 + (z / 0.65) ** 2)
+    head = 800 * (radius < 1) * (0.6 + 0.4 * np.cos(9 * radius) * np.cos(7 * x * y))
+    rng = np.random.default_rng(0)
+    noisy = np.hypot(head + rng.normal(0, 12, head.shape), rng.normal(0, 12, head.shape))
+    affine = np.array([[-1.0, 0, 0, 128], [0, 0, 1, -128], [0, -1, 0, 128], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image(noisy.astype(np.int16), affine), path)
+
+
+def make_run(path: Path) -> None:
+    """64 x 64 x 36 voxels, 1200 frames, int16: 354 MB, of noise."""
+    import nibabel as nib
+
+    data = np.random.default_rng(0).integers(1, 1000, (1200, 36, 64, 64), np.int16).T
+    nib.save(nib.Nifti1Image(data, np.diag([3, 3, 4, 1.0])), path)
+
+
+def preprocess(path: Path, mode: str) -> list[float]:
+    """Seconds of each of five times that a volume becomes 96³."""
+    from umbrella_jax.config import ModalityConfig
+    from umbrella_jax.data.volume import load_volume
+
+    spacing = {"spacing": 2.7} if mode == "pad" else {}
+    config = ModalityConfig(size=(96, 96, 96), patch=(16, 16, 16), mode=mode, **spacing)
+    return [_seconds(lambda: load_volume(path, config)) for _ in range(5)]
+
+
+def read_window(path: Path, window: int) -> list[float]:
+    """Seconds that one window of 20 frames takes, and the MB that are read of the file for it."""
+    from umbrella_jax.config import ModalityConfig
+    from umbrella_jax.data.volume import load_volume
+
+    config = ModalityConfig(size=(64, 64, 36, 20), patch=(16, 16, 12, 5))
+    read = _read_so_far()
+    seconds = _seconds(lambda: load_volume(path, config, window))
+    return [seconds, (_read_so_far() - read) / 1e6]
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _read_so_far() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def data_preprocess(work_dir: Path) -> None:
+    """Volumes and windows of runs from files to arrays, on one core."""
+    head, run, zipped = (work_dir / name for name in ("head.nii.gz", "run.nii", "run.nii.gz"))
+    for path, make in ((head, make_head), (run, make_run), (zipped, make_run)):
+        if not path.exists():
+            make(path)
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # inherited by what `measure` starts
+    try:
+        for mode in ("resize", "pad"):
+            result = measure(preprocess, head, mode)
+            seconds = statistics.median(result["value"])
+            what = "preprocess 256³ .nii.gz to 96³"
+            figure(what, seconds, "s", mode=mode, limit=0.35, peak_gb=round(result["peak"], 3), limit_gb=0.4)
+        for path, window in ((run, 0), (run, 59), (zipped, 0), (zipped, 59)):
+            result = measure(read_window, path, window)
+            seconds, megabytes = result["value"]
+            figure(
+                f"window {window} of 60 of {path.name}",
+                seconds,
+                "s",
+                read_mb=round(megabytes, 1),
+                of_mb=round(path.stat().st_size / 1e6, 1),
+                peak_gb=round(result["peak"], 3),
+            )
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def data(work_dir: Path) -> None:
-    """Time of checking what a run would read."""
+    """Time and memory from files to batches."""
+    data_preprocess(work_dir)
     data_validate(work_dir)
 
 
@@ -276,11 +359,13 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, dest="command")
     for work in (convert, data):
         command = commands.add_parser(work.__name__, help=work.__doc__)
-        command.set_defaults(work=work)
         command.add_argument("--work-dir", type=Path, help="where files are made and left; default a temporary folder")
+        command.set_defaults(work=work)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        arguments.work(arguments.work_dir or Path(temporary))
+        work_dir = arguments.work_dir or Path(temporary)
+        work_dir.mkdir(parents=True, exist_ok=True)
+        arguments.work(work_dir)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ def test_values(tmp_path: Any) -> None:
     t1, fmri = run.model.modalities.values()
     assert (t1.size, t1.patch, t1.orientation, t1.scaling) == ((96, 96, 96), (10, 10, 10), "as_stored", "znorm")
     assert (fmri.size, fmri.patch, fmri.scaling) == ((96, 96, 96, 24), (16, 16, 16, 3), "znorm_minback")
+    assert (t1.mode, t1.spacing, fmri.mode, fmri.spacing) == ("resize", None, "pad", None)
     assert (run.model.compute_dtype, run.model.frozen_dtype, run.model.remat) == ("bfloat16", "bfloat16", "full")
     assert run.data.threads == 8
     assert (run.train.epochs, run.train.learning_rate, run.train.warmup_steps) == (50, 5e-5, 500)

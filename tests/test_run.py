@@ -1,5 +1,6 @@
 """Runs from end to end through the command line: what is written, what trains, how it goes on after a kill."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -153,6 +154,20 @@ def test_resuming_on_another_base_is_refused(run: Path, world: World, tmp_path: 
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     flags = [*FLAGS, "--eval-data", world.eval, "--resume", "--base", other]
     assert "other weights than those that the run started from" in umbrella(*world.train_flags(run, *flags), code=1)
+
+
+def test_a_run_from_before_a_field_was_known_resumes(run: Path, world: World, tmp_path: Path) -> None:
+    """It ran as the field's default says."""
+    old = shutil.copytree(run, tmp_path / "old")
+    for file in (old / "checkpoints").glob("*/meta/metadata"):
+        meta = json.loads(file.read_text())
+        for modality in meta["config"]["model"]["modalities"].values():
+            del modality["mode"], modality["spacing"]
+        file.write_text(json.dumps(meta))
+    flags = [*FLAGS, "--eval-data", world.eval, "--resume"]
+    assert f"from step {STEPS}" in umbrella(*world.train_flags(old, *flags))
+    message = umbrella(*world.train_flags(old, *flags, "--set", "model.modalities.T1.mode=pad"), code=1)
+    assert "cannot resume: model.modalities.T1.mode: pad now, resize in the checkpoint" in message
 
 
 def test_a_finished_run_resumes_to_its_end(run: Path, world: World) -> None:

@@ -30,8 +30,8 @@ _STRICT: dict[str, Any] = {"extra": "forbid"}  # read by pydantic: an unknown ke
 class ModalityConfig:
     """What a volume of one modality becomes: preprocessing, size and patches.
 
-    Three-dimensional volumes are resized to `size`; four-dimensional ones are cut into windows
-    of `size[3]` frames and padded or cropped to `size[:3]`, as the original system does.
+    Three-dimensional volumes are resized to `size`, as the original system does, or padded and cropped to it at one
+    voxel size; four-dimensional ones are cut into windows of `size[3]` frames and padded or cropped to `size[:3]`.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
@@ -42,6 +42,12 @@ class ModalityConfig:
     """Patch of the same rank; a remainder at the high end of an axis is not looked at."""
     orientation: Literal["RAS", "as_stored"] = "RAS"
     """Axis order before resizing; `as_stored` is the original system's."""
+    mode: Literal["resize", "pad"] | None = None
+    """How a volume comes to `size`: `resize`, the whole field of view by the mean of each window, whatever its voxels'
+    shape; or `pad`, centred pad and crop. Default `resize` in 3D; 4D has `pad` alone, of its voxels as they are."""
+    spacing: float | None = None
+    """3D with `pad`: edge in mm of the cubic voxels that a volume has before it; default 2, with which 96 voxels are
+    192 mm and hold an adult's brain."""
     scaling: Literal["znorm", "none", "minmax", "znorm_zeroback", "znorm_minback"] | None = None
     """Intensities; default `znorm` (whole volume) in 3D, `znorm_minback` in 4D."""
     stride_within_seq: int = 1
@@ -61,6 +67,16 @@ class ModalityConfig:
             faults.append("stride_within_seq and stride_between_seq: only 4D volumes have windows")
         if self.stride_within_seq < 1 or not 0 < self.stride_between_seq < math.inf:
             faults.append("stride_within_seq and stride_between_seq: expected positive numbers")
+        mode = self.mode or ("resize" if len(self.size) == 3 else "pad")
+        if len(self.size) == 4 and mode != "pad":
+            faults.append(f"mode {mode}: expected pad for 4D volumes")
+        spacing = self.spacing
+        if len(self.size) == 3 and mode == "pad":
+            spacing = 2.0 if spacing is None else spacing
+            if not 0 < spacing < math.inf:
+                faults.append(f"spacing {spacing}: expected a positive number of mm")
+        elif spacing is not None:
+            faults.append(f"spacing {spacing}: only 3D volumes with mode pad are brought to one voxel size")
         scaling = self.scaling or ("znorm" if len(self.size) == 3 else "znorm_minback")
         allowed = (
             ("znorm", "none", "minmax")
@@ -71,7 +87,8 @@ class ModalityConfig:
             faults.append(f"scaling {scaling}: expected one of {', '.join(allowed)} for {len(self.size)}D volumes")
         if faults:
             raise ConfigError(faults)
-        object.__setattr__(self, "scaling", scaling)
+        for name, value in (("mode", mode), ("spacing", spacing), ("scaling", scaling)):
+            object.__setattr__(self, name, value)
 
     @property
     def grid(self) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from umbrella_jax.api import CHECKPOINTS, CONFIG, MODEL, Processor, describe, open_base
-from umbrella_jax.config import RunConfig, dump_config, to_dict
+from umbrella_jax.config import RunConfig, dump_config, parse_config, to_dict
 from umbrella_jax.data.loader import Dataset, eval_batches, num_steps, train_batches
 from umbrella_jax.data.tokenize import reference_answer
 from umbrella_jax.errors import ConfigError
@@ -196,7 +196,8 @@ def _resume(checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any], s
         say("resume: no checkpoint yet, starting at step 0")
         return state
     saved = checkpoints.meta(step)
-    before, now = _flat(saved["config"]), _flat(meta["config"])
+    stored = to_dict(parse_config(saved["config"], str(checkpoints.directory)))  # with fields that it did not know yet
+    before, now = _flat(stored), _flat(meta["config"])
     faults = [
         f"{key}: {now.get(key)} now, {before.get(key)} in the checkpoint"
         for key in sorted(before.keys() | now.keys())
