@@ -471,7 +471,9 @@ def test_planes_are_to_scale(nifti, orientation):
     assert (codes, spacing) == (("RAS", (3.75, 5, 2.5)) if orientation == "RAS" else ("SLA", (5, 3.75, 2.5)))
     planes = page.slices(np.zeros(config.size), codes, spacing)
     assert [plane.mm for plane in planes] == [(30, 40), (30, 40), (40, 40)]
-    run = replace(config, size=(8, 8, 16, 4), patch=(2, 2, 2, 2), scaling=None)
+    padded = replace(config, mode="pad", spacing=2.5)
+    assert page.geometry(contents, padded) == (codes, (2.5, 2.5, 2.5))
+    run = replace(config, size=(8, 8, 16, 4), patch=(2, 2, 2, 2), scaling=None, mode=None)
     assert page.geometry(contents, run)[1] == ((1, 4, 2) if orientation == "RAS" else (2, 1, 4))  # never resized
 
 

@@ -118,16 +118,18 @@ def geometry(contents: Contents | None, config: ModalityConfig) -> tuple[str | N
 
     None where the file does not say.
     """
-    if contents is None or contents.orientation is None or contents.voxel_size is None or "?" in contents.orientation:
+    if contents is None:
         return None, None
-    size, shape = np.array(contents.voxel_size), np.array(contents.shape[:3])
-    codes = contents.orientation
-    if config.orientation == "RAS":
+    codes, size, shape = contents.orientation, contents.voxel_size, contents.shape[:3]
+    if config.orientation == "RAS" and codes is not None:
         stored = np.argsort(nib.orientations.axcodes2ornt(codes)[:, 0])  # the stored axis that each axis was
-        codes, size, shape = "RAS", size[stored], shape[stored]
-    if len(config.size) == 3:  # resized, the field of view stays
-        size = size * shape / np.array(config.size)
-    return codes, tuple(float(length) for length in size)
+        codes, shape = "RAS", tuple(shape[axis] for axis in stored)
+        size = size and tuple(size[axis] for axis in stored)
+    if config.spacing is not None:
+        size = (config.spacing,) * 3
+    elif config.mode == "resize" and size is not None:  # the field of view stays
+        size = tuple(mm * n / out for mm, n, out in zip(size, shape, config.size, strict=True))
+    return codes, size
 
 
 def _images(array: np.ndarray) -> list[tuple[str, np.ndarray]]:

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import nibabel as nib
 import numpy as np
-from nibabel.affines import voxel_sizes
 from tqdm import tqdm
 
 from umbrella_jax.config import RunConfig
@@ -20,7 +19,7 @@ from umbrella_jax.data.conversation import Conversation, Image, scan_conversatio
 from umbrella_jax.data.report import PROPERTIES, SETS, Contents, Finding, Report, Set, Severity, Volume
 from umbrella_jax.data.tokenize import encode, encode_prompt, reference_answer
 from umbrella_jax.data.volume import check_volumes
-from umbrella_jax.data.voxels import open_voxels, readable
+from umbrella_jax.data.voxels import open_voxels
 from umbrella_jax.errors import ConfigError, DataError, UmbrellaError
 
 T = TypeVar("T")
@@ -178,11 +177,6 @@ def read_contents(path: Path) -> Contents:
     Raises DataError naming it, where it cannot be read; voxels that are not finite are no fault here.
     """
     image = open_voxels(path)
-    orientation = size = None
-    if image.affine is not None and np.isfinite(image.affine).all():
-        with readable(path):  # an affine may be anything
-            orientation = "".join(code or "?" for code in nib.aff2axcodes(image.affine))
-            size = tuple(round(float(length), 3) for length in voxel_sizes(image.affine))
     digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=16)
     low, high, total, nonzero, count, voxels = np.inf, -np.inf, 0.0, 0, 0, 0
     frames = image.shape[3] if len(image.shape) > 3 else 1
@@ -201,8 +195,8 @@ def read_contents(path: Path) -> Contents:
     return Contents(
         shape=tuple(int(n) for n in image.shape),
         dtype=image.dtype.name,
-        orientation=orientation,
-        voxel_size=size,
+        orientation=None if image.affine is None else "".join(nib.aff2axcodes(image.affine)),
+        voxel_size=None if image.zooms is None else tuple(round(float(length), 3) for length in image.zooms),
         minimum=float(low) if count else None,
         maximum=float(high) if count else None,
         mean=total / count if count else None,
