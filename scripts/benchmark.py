@@ -2,7 +2,7 @@
 """Measures, and prints one JSON line per figure: {"figure": …, "value": …, "unit": …, …}.
 
     python scripts/benchmark.py convert [--work-dir D]     needs the extra `torch`, 12 GB of disk
-    python scripts/benchmark.py data [--work-dir D]        1 GB of disk
+    python scripts/benchmark.py data [--work-dir D]        needs the extra `report`, 1 GB of disk
 
 Every measurement has a process of its own, begun with the files in the page cache; peaks are over what the
 interpreter holds with jax imported and its devices found.
@@ -12,7 +12,10 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -22,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 CONFIG_05B = {  # of llava-hf/llava-interleave-qwen-0.5b-hf
     "architectures": ["LlavaForConditionalGeneration"],
     "model_type": "llava",
@@ -226,6 +230,43 @@ def convert(work_dir: Path) -> None:
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
+def data_validate(work_dir: Path) -> None:
+    """`data validate --html`, as typed: 1,000 conversations over 200 volumes of 64³ as .nii.gz, int16."""
+    import nibabel as nib
+
+    from umbrella_jax.demo import make_base
+
+    folder = work_dir / "validate"
+    if not folder.exists():
+        make_base(folder / "base")
+        rng = np.random.default_rng(0)
+        head = sum((np.indices((64, 64, 64)) - 31.5) ** 2) < 28**2
+        for i in range(200):
+            voxels = (rng.uniform(200, 2000, head.shape) * head).astype(np.int16)
+            nib.save(nib.Nifti1Image(voxels, np.diag([3, 3, 3, 1])), folder / f"sub-{i:03d}.nii.gz")
+        for name, subjects, count in (("train", range(160), 800), ("eval", range(160, 200), 200)):
+            records = [_pair(i, subjects[i % len(subjects)], subjects[i * 7 % len(subjects)]) for i in range(count)]
+            (folder / f"{name}.json").write_text(json.dumps(records))
+    words = f"data validate --config {CONFIGS / 't1_0.5b.yaml'} --base {folder / 'base'} --html {folder / 'page.html'}"
+    words += f" --train-data {folder / 'train.json'} --eval-data {folder / 'eval.json'}"
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "umbrella_jax.cli", *words.split()], check=True, capture_output=True)
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    figure("validate_seconds", seconds, "s", limit=60, cpu_seconds=round(busy, 1), conversations=1000, volumes=200)
+
+
+def _pair(number: int, *subjects: int) -> dict[str, Any]:
+    """A conversation about each of the subjects in turn."""
+    turns = []
+    for subject in subjects:
+        image = {"type": "image", "modality": "sMRI", "image_path": f"sub-{subject:03d}.nii.gz"}
+        question = {"type": "text", "text": "What is the sex of this subject?"}
+        answer = {"type": "text", "text": "male." if subject % 2 else "female."}
+        turns += [{"role": "user", "content": [image, question]}, {"role": "assistant", "content": [answer]}]
+    return {"task_id": str(number), "conversations": turns, "metadata": {"task": "sex"}}
+
+
 def make_head(path: Path) -> None:
     """256³ int16 at 1 mm, stored LIA as FreeSurfer does: a smooth head in the noise of a magnitude image, air too."""
     import nibabel as nib
@@ -311,6 +352,7 @@ def data_preprocess(work_dir: Path) -> None:
 def data(work_dir: Path) -> None:
     """Time and memory from files to batches."""
     data_preprocess(work_dir)
+    data_validate(work_dir)
 
 
 def main() -> None:

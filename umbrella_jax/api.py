@@ -507,6 +507,25 @@ def _same_template(field: str, template: Template, checkpoint: Checkpoint) -> Te
     return template
 
 
+def local_tokenizer(config: RunConfig) -> Any | None:
+    """The tokenizer of a run's base, None where none is named or the hub's was not downloaded yet.
+
+    Raises what `open_base` does.
+    """
+    base = config.model.base
+    if base is None:
+        return None
+    if not Path(base).is_dir() and base.count("/") == 1:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            base = snapshot_download(base, local_files_only=True)
+        except (LocalEntryNotFoundError, HFValidationError):
+            return None
+    return open_base(replace(config, model=replace(config.model, base=base))).tokenizer()
+
+
 def open_base(config: RunConfig | ModelConfig) -> Checkpoint:
     """The base of a run, with the run's template. Raises ConfigError where the config names none, or another template
     than the base was trained with."""

@@ -37,6 +37,8 @@ class Voxels(Protocol):
 
     shape: tuple[int, ...]
     """As stored: (D, H, W), (D, H, W, T), or with more axes."""
+    dtype: np.dtype
+    """As stored; of a run of arrays, that of its first frame."""
     affine: np.ndarray | None
     """(4, 4), voxel indices to RAS+ coordinates; None where the file does not say how it is oriented."""
     zooms: np.ndarray | None
@@ -93,7 +95,8 @@ class _Nibabel:
             raise DataError(f"{path}: {type(self._image).__name__}; expected a volume of voxels")
         self.shape: tuple[int, ...] = self._image.shape
         header, data = self._image.header, self._image.dataobj
-        _check_real(path, self._image.get_data_dtype())
+        self.dtype: np.dtype = self._image.get_data_dtype()
+        _check_real(path, self.dtype)
         nifti = isinstance(self._image, Nifti1Pair)
         analyze = isinstance(self._image, AnalyzeImage) and not nifti  # NIfTI is derived from it
         # An Analyze header names no axes, nor does a NIfTI header without codes; nibabel would only assume them.
@@ -132,6 +135,7 @@ class _Arrays:
         self._files = files
         self._first = _array(files[0])  # says the shape, so it is read in any case
         self.shape: tuple[int, ...] = (*self._first.shape, len(files)) if run else self._first.shape
+        self.dtype: np.dtype = self._first.dtype
 
     def read(self, frames: slice | int) -> np.ndarray:
         if isinstance(frames, int):
@@ -174,7 +178,7 @@ def _frames(directory: Path) -> list[Path]:
 
 
 def _array(file: Path) -> np.ndarray:
-    """One volume, float32 (D, H, W)."""
+    """One volume (D, H, W), as stored."""
     with readable(file, "one array of numbers, nothing pickled with it; save it again"):
         array = _tensor(file) if file.suffix == ".pt" else np.load(file, allow_pickle=False)
     if not isinstance(array, np.ndarray):
@@ -186,7 +190,7 @@ def _array(file: Path) -> np.ndarray:
             f"{file}: shape {array.shape}; expected one volume, (D, H, W), (1, D, H, W) or (D, H, W, 1); "
             "a run is a directory of frames"
         )
-    return np.asarray(array.squeeze(tuple(one)), np.float32)
+    return array.squeeze(tuple(one))
 
 
 def _tensor(file: Path) -> np.ndarray:
