@@ -287,7 +287,11 @@ def test_digest_is_of_shape_and_voxels(nifti, tmp_path):
     data = np.arange(24.0).reshape(2, 3, 4)
     same = [nifti("a.nii", data.astype(np.float32)), nifti("b.nii.gz", data.astype(">i2")), tmp_path / "c.npy"]
     np.save(same[2], data)
-    other = [nifti("d.nii", data.reshape((3, 2, 4), order="F")), nifti("e.nii", data[::-1].copy()), nifti("f.nii", data + 1)]
+    other = [
+        nifti("d.nii", data.reshape((3, 2, 4), order="F")),
+        nifti("e.nii", data[::-1].copy()),
+        nifti("f.nii", data + 1),
+    ]
     assert len({read_contents(path).digest for path in same}) == 1
     assert len({read_contents(path).digest for path in [*same, *other]}) == 4
 
