@@ -25,7 +25,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "umbrella_jax/data": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors"),
-        *("numpy", "nibabel", "grain", "transformers"),
+        *("numpy", "nibabel", "grain", "safetensors", "tqdm", "transformers"),
     },
     "convert": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
