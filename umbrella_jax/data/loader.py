@@ -196,9 +196,11 @@ def _collate_all(batches: Sequence[Sequence[Encoded]], dataset: Dataset, shape: 
 
 def _stack(batches: Sequence[Batch]) -> Batch:
     """Micro-batches of one shape on a new leading axis."""
+    # one is not copied: its volumes are the most of what a batch costs
+    stack: Callable[[list[Any]], Any] = np.stack if len(batches) > 1 else lambda only: only[0][None]
     names = [field.name for field in fields(Batch) if field.name != "volumes"]  # type: ignore[arg-type]
-    stacked: dict[str, Any] = {name: np.stack([getattr(batch, name) for batch in batches]) for name in names}
-    stacked["volumes"] = {m: np.stack([batch.volumes[m] for batch in batches]) for m in batches[0].volumes}
+    stacked: dict[str, Any] = {name: stack([getattr(batch, name) for batch in batches]) for name in names}
+    stacked["volumes"] = {m: stack([batch.volumes[m] for batch in batches]) for m in batches[0].volumes}
     return Batch(**stacked)
 
 
