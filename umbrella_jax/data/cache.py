@@ -116,7 +116,8 @@ class VolumeCache:
             count = count_windows(image, config)
         for window in reading_order(count, config):
             key = self._key(source, config, window)
-            if first if window == 0 else self._read(key, config, header_only=not self._verify):
+            entry = first if window == 0 else self._read(key, config, header_only=not self._verify)
+            if entry:
                 self._count("found", self._file(key).stat().st_size)
             else:
                 image = image or open_volume(path, config)
