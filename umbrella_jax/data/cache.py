@@ -23,6 +23,7 @@ on a file system that does not keep them. A source that changes during a run is 
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 import threading
@@ -37,7 +38,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from umbrella_jax.config import DataConfig, ModalityConfig, RunConfig, to_dict
@@ -60,6 +60,7 @@ _SETTLED = 2.0
 change a second time and look the same."""
 _ABANDONED = 3600.0
 """Seconds after which a file in tmp/ is what a crash has left."""
+_CODES = {"float32": "F32", "float16": "F16"}
 _LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -184,21 +185,28 @@ class VolumeCache:
     ) -> tuple[dict[str, str], np.ndarray] | None:
         """Metadata and volume of an entry, the latter empty with `header_only`. None where there is none, and, with a
         warning, where it is damaged."""
-        file = self._file(key)
+        file, volume = self._file(key), np.empty(0, self.dtype)
+        nbytes = math.prod(config.size) * self.dtype.itemsize
+        tensor = {"dtype": _CODES[self.dtype.name], "shape": list(config.size), "data_offsets": [0, nbytes]}
         try:
-            with safe_open(file, framework="np") as entry:  # compares the header with the file's length
-                metadata = entry.metadata() or {}
-                volume = np.empty(0) if header_only else entry.get_tensor("volume")
-            if metadata["key"] != key:
-                raise ValueError("its key is another one")
-            if not header_only and (
-                (volume.shape, volume.dtype) != (config.size, self.dtype)
-                or zlib.crc32(volume.data) != int(metadata["crc32"])
-            ):
-                raise ValueError("its checksum is another one")
+            # Not by safe_open: it maps the file, and where a network file system replaces or loses one that is mapped,
+            # the process is killed (SIGBUS).
+            with file.open("rb") as entry:
+                length = int.from_bytes(entry.read(8), "little")
+                if 8 + length + nbytes != os.fstat(entry.fileno()).st_size:
+                    raise ValueError("its length is another one")
+                header = json.loads(entry.read(length))
+                metadata: dict[str, str] = header["__metadata__"]
+                if (header["volume"], metadata["key"]) != (tensor, key):
+                    raise ValueError("it is another one")
+                if not header_only:
+                    volume = np.empty(config.size, self.dtype)
+                    entry.readinto(volume.data.cast("B"))
+                    if zlib.crc32(volume.data) != int(metadata["crc32"]):
+                        raise ValueError("its checksum is another one")
         except FileNotFoundError:
             return None
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             _log.warning("%s: a damaged volume (%s); made anew", file, error)
             return None
         return metadata, volume
@@ -245,7 +253,7 @@ class VolumeCache:
             with suppress(OSError):
                 temporary.unlink()
             if self._strict:
-                raise
+                raise OSError(error.errno, error.strerror, str(self.directory)) from None
             with self._lock:
                 if self._writes:
                     _log.warning("%s: volumes are not kept from here on: %s", self.directory, error)
