@@ -25,7 +25,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "umbrella_jax/data": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors"),
-        *("numpy", "scipy", "nibabel", "isal", "grain", "transformers", "tqdm", "jinja2", "PIL"),
+        *("numpy", "scipy", "nibabel", "isal", "grain", "safetensors", "transformers", "tqdm", "jinja2", "PIL"),
     },
     "convert": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),

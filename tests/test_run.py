@@ -293,6 +293,16 @@ def test_image_root(planned: Callable[..., dict[str, Any]], world: World, tmp_pa
     assert len(volumes[0] - volumes[1]) == 1  # one file differs
 
 
+def test_cache(planned: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    plain = planned("--epochs", 1)
+    shutil.rmtree(tmp_path / "planned")
+    cached = planned("--epochs", 1, "--cache", tmp_path / "cache")
+    assert cached["settings"]["data"]["cache"] == str(tmp_path / "cache")
+    assert list((tmp_path / "cache").glob("volumes/*/*.safetensors"))
+    for left, right in zip(plain["batches"], cached["batches"], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
 def test_a_native_base_starts_the_same_run(
     planned: Callable[..., dict[str, Any]], world: World, tmp_path: Path
 ) -> None:

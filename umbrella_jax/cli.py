@@ -21,6 +21,7 @@ _FLAGS: dict[str, tuple[str, type, str, str]] = {
     "--image-root": ("data.image_root", str, "P", "where relative image paths start"),
     "--modality": ("data.modality", str, "NAME", "keep conversations whose images are all of this modality"),
     "--task-filter": ("data.task_filter", str, "NAME", "keep conversations of this task"),
+    "--cache": ("data.cache", str, "D", "directory of preprocessed volumes, shared by runs"),
     "--output-dir": ("output_dir", str, "D", "the run's directory"),
     "--batch-size": ("train.batch_size", int, "N", "conversations per micro-batch, over all devices"),
     "--learning-rate": ("train.learning_rate", float, "X", "peak learning rate"),
@@ -141,6 +142,12 @@ def _validate(arguments: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _cache(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.data.cache import fill
+
+    print(fill(_config(arguments), verify=arguments.verify))
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     from umbrella_jax.demo import run_demo
 
@@ -205,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="for programs")
     verify.add_argument("--no-logits", action="store_true", help="compare tensors alone, not PyTorch with JAX on them")
 
-    data = commands.add_parser("data", help="Make and check conversation files.").add_subparsers(
+    data = commands.add_parser("data", help="Make and check conversation files, prepare volumes.").add_subparsers(
         required=True, metavar="COMMAND"
     )
     bids = command(data, "from-bids", _from_bids, "BIDS data set with participants.tsv to conversations, in splits.")
@@ -242,6 +249,10 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--allow-overlap", action="store_true", help="a subject or volume both in train and in eval is no fault"
     )
+
+    cache = command(data, "cache", _cache, "Preprocess all volumes of a config into its data.cache, ahead of runs.")
+    _add_config(cache, ["--train-data", "--eval-data", "--image-root", "--modality", "--task-filter", "--cache"])
+    cache.add_argument("--verify", action="store_true", help="read what is there too, and mend what is damaged")
 
     config = commands.add_parser("config", help="Make configs.").add_subparsers(required=True, metavar="COMMAND")
     original = command(config, "from-original", _from_original, "Print a YAML of the PyTorch system as one of ours.")

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from umbrella_jax.api import CHECKPOINTS, CONFIG, MODEL, Processor, describe, open_base
 from umbrella_jax.config import RunConfig, dump_config, parse_config, to_dict
+from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.loader import Dataset, eval_batches, num_steps, train_batches
 from umbrella_jax.data.tokenize import reference_answer
 from umbrella_jax.errors import ConfigError
@@ -45,6 +46,7 @@ _MAY_CHANGE = (
     "data.image_root",
     "data.allow_outside_root",
     "data.threads",
+    "data.cache",
     "train.eval_steps",
     "train.save_steps",
     "train.wandb",
@@ -86,7 +88,8 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
     labels = freeze.label_params(list(shapes), list(config.train.groups))
     options: dict[str, Any] = {"template": config.data.template, "max_length": config.data.max_length}
     processor = Processor(base.tokenizer(), base.config.modalities, **options)
-    train_set, eval_set = (_dataset(config, processor, split) for split in ("train", "eval"))
+    cache = VolumeCache.of(config.data)
+    train_set, eval_set = (_dataset(config, processor, split, cache) for split in ("train", "eval"))
     assert train_set is not None
     for line in [*base.notes, *found, freeze.summary(shapes, labels)]:
         say(line)
@@ -172,7 +175,7 @@ def _output_dir(config: RunConfig, mesh: Mesh, resume: bool) -> Path:
     return out
 
 
-def _dataset(config: RunConfig, processor: Processor, split: str) -> Dataset | None:
+def _dataset(config: RunConfig, processor: Processor, split: str, cache: VolumeCache | None) -> Dataset | None:
     path = getattr(config.data, split)
     if path is None:
         return None
@@ -188,6 +191,7 @@ def _dataset(config: RunConfig, processor: Processor, split: str) -> Dataset | N
         max_length=config.data.max_length,
         threads=config.data.threads,
         evaluation=split == "eval",
+        cache=cache,
     )
 
 

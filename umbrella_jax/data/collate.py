@@ -82,8 +82,10 @@ def collate(
     features = 0
     for modality, count in shape.volumes:
         config = modalities[modality]
-        stacked[modality] = np.zeros((count, *config.size), np.float32)
-        for slot, image in enumerate(distinct.get(modality, ())):
+        images = distinct.get(modality, [])
+        stacked[modality] = np.empty((count, *config.size), np.float32)
+        stacked[modality][len(images) :] = 0  # alone: zeros everywhere first would be written twice
+        for slot, image in enumerate(images):
             stacked[modality][slot] = volumes[image]
             first_feature[image] = features + slot * config.num_patches
         features += count * config.num_patches

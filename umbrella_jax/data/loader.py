@@ -13,10 +13,11 @@ import numpy as np
 
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import ModalityConfig, Template
+from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.collate import BatchShape, collate, shape_of
 from umbrella_jax.data.conversation import Conversation, Image, read_conversations
 from umbrella_jax.data.tokenize import Encoded, encode, encode_all, encode_prompt
-from umbrella_jax.data.volume import check_volumes, load_volume
+from umbrella_jax.data.volume import check_volume, check_volumes, load_volume
 from umbrella_jax.errors import DataError
 
 T = TypeVar("T")
@@ -34,6 +35,8 @@ class Dataset:
     windows: Mapping[Image, int]
     """Number of windows of each distinct image, in the order of first appearance."""
     modalities: Mapping[str, ModalityConfig]
+    cache: VolumeCache | None = None
+    """Where preprocessed volumes are kept and read from."""
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -53,6 +56,7 @@ class Dataset:
         max_length: int,
         threads: int,
         evaluation: bool = False,
+        cache: VolumeCache | None = None,
     ) -> "Dataset":
         """Reads and checks everything that a run will need, before it starts.
 
@@ -63,6 +67,7 @@ class Dataset:
             threads: how many volumes are checked at a time.
             evaluation: make prompts too, so each conversation must end with an assistant turn, which may be empty;
                 otherwise each conversation must supervise something.
+            cache: preprocessed volumes are taken from it, and those that it lacks are put there.
 
         Raises:
             DataError: with every fault of the conversation files, or, when they are good, of texts and volumes.
@@ -88,10 +93,12 @@ class Dataset:
 
         encoded = collect(lambda: encode_all(kept, partial(encode, needs_answer=not evaluation, **common)))
         prompts = collect(lambda: encode_all(kept if evaluation else (), partial(encode_prompt, **common)))
-        windows = collect(lambda: check_volumes((i for c in kept for i in c.images), modalities, threads))
+        images = [image for conversation in kept for image in conversation.images]
+        check = check_volume if cache is None else cache.check
+        windows = collect(lambda: check_volumes(images, modalities, threads, check))
         if encoded is None or prompts is None or windows is None:
             raise DataError(faults)
-        return cls(tuple(kept), tuple(encoded), tuple(prompts), windows, modalities)
+        return cls(tuple(kept), tuple(encoded), tuple(prompts), windows, modalities, cache)
 
 
 def num_steps(num_conversations: int, epochs: float, batch_size: int, accumulate_steps: int) -> int:
@@ -185,15 +192,18 @@ def eval_batches(
 def _collate_all(batches: Sequence[Sequence[Encoded]], dataset: Dataset, shape: BatchShape) -> list[Batch]:
     """One Batch each; an image that several of them show is read once."""
     images = dict.fromkeys(image for rows in batches for row in rows for image in row.images)
-    volumes = {i: load_volume(i.path, dataset.modalities[i.modality], i.window) for i in images}
+    load = load_volume if dataset.cache is None else dataset.cache.load
+    volumes = {i: load(i.path, dataset.modalities[i.modality], i.window) for i in images}
     return [collate(rows, volumes, dataset.modalities, shape) for rows in batches]
 
 
 def _stack(batches: Sequence[Batch]) -> Batch:
     """Micro-batches of one shape on a new leading axis."""
+    # one is not copied: its volumes are the most of what a batch costs
+    stack: Callable[[list[Any]], Any] = np.stack if len(batches) > 1 else lambda only: only[0][None]
     names = [field.name for field in fields(Batch) if field.name != "volumes"]  # type: ignore[arg-type]
-    stacked: dict[str, Any] = {name: np.stack([getattr(batch, name) for batch in batches]) for name in names}
-    stacked["volumes"] = {m: np.stack([batch.volumes[m] for batch in batches]) for m in batches[0].volumes}
+    stacked: dict[str, Any] = {name: stack([getattr(batch, name) for batch in batches]) for name in names}
+    stacked["volumes"] = {m: stack([batch.volumes[m] for batch in batches]) for m in batches[0].volumes}
     return Batch(**stacked)
 
 

@@ -127,8 +127,8 @@ def _texts(
             faults.extend(error.faults)
             return None
 
-    write = partial(encode, tokenizer=tokenizer, modalities=modalities)
-    prompt = partial(encode_prompt, tokenizer=tokenizer, modalities=modalities)
+    common: dict[str, Any] = {"tokenizer": tokenizer, "modalities": modalities, "template": config.data.template}
+    write, prompt = partial(encode, **common), partial(encode_prompt, **common)
     for c in conversations:
         if tokenizer is None:
             if evaluation:
@@ -138,7 +138,9 @@ def _texts(
             collect(partial(prompt, c, max_length=config.data.max_length))
         whole = collect(partial(write, c, max_length=config.data.max_length, needs_answer=not evaluation))
         if whole is None:
-            whole = write(c, max_length=sys.maxsize, needs_answer=False)
+            whole = collect(partial(write, c, max_length=sys.maxsize, needs_answer=False))  # how long is too long?
+        if whole is None:  # no template writes it
+            continue
         patches = sum(modalities[image.modality].num_patches for image in whole.images)
         rows.append((len(whole), patches, len(whole) - patches, int(whole.supervised.sum())))
     names = ("positions", "patches", "text", "supervised")

@@ -1,16 +1,20 @@
 """Volumes to arrays, float32: orientation; resize, or one voxel size and pad; windows; scaling."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from tqdm import tqdm
 
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.voxels import Voxels, open_voxels
 from umbrella_jax.errors import DataError
+
+PREPROCESSING_VERSION = 1
+"""Raise it whenever the same file and the same config become other numbers: cached volumes of before are then stale."""
 
 
 def load_volume(path: str | Path, config: ModalityConfig, window: int = 0) -> np.ndarray:
@@ -36,7 +40,11 @@ def load_volume(path: str | Path, config: ModalityConfig, window: int = 0) -> np
             without an orientation where `config.orientation` asks for one, without voxel sizes or too large where
             `config.mode` is `pad` in 3D.
     """
-    image = _open(path, config)
+    return preprocess(path, open_volume(path, config), config, window)
+
+
+def preprocess(path: str | Path, image: Voxels, config: ModalityConfig, window: int = 0) -> np.ndarray:
+    """`load_volume` of a file that `open_volume` opened: of a .nii.gz, windows then decompress no frame twice."""
     if len(config.size) == 3:
         return _preprocess_3d(path, image, config)
     return _preprocess_4d(path, image, config, window)
@@ -47,6 +55,18 @@ def axis_codes(image: Voxels, config: ModalityConfig) -> str | None:
     if image.affine is None:
         return None
     return "RAS" if config.orientation == "RAS" else "".join(nib.aff2axcodes(image.affine))
+
+
+def count_windows(image: Voxels, config: ModalityConfig) -> int:
+    """Windows of an opened volume, 1 in 3D."""
+    return 1 if len(config.size) == 3 else num_windows(image.shape[3], config)
+
+
+def reading_order(count: int, config: ModalityConfig) -> Iterator[int]:
+    """Windows 0 .. count - 1 as they are read fastest. Going back in a .nii.gz starts it anew, so first come every
+    lap-th, none of which overlap, then those that begin one window later, and so on."""
+    lap = -(-_span(config) // window_stride(config)) if count > 1 else 1
+    return (window for first in range(lap) for window in range(first, count, lap))
 
 
 def num_windows(num_frames: int, config: ModalityConfig) -> int:
@@ -67,8 +87,22 @@ def _span(config: ModalityConfig) -> int:
     return (config.size[3] - 1) * config.stride_within_seq + 1
 
 
-def check_volumes(images: Iterable[Image], modalities: Mapping[str, ModalityConfig], threads: int) -> dict[Image, int]:
-    """Reads and preprocesses each distinct image once, all windows of a run included, and keeps none of it.
+def check_volume(path: str | Path, config: ModalityConfig) -> int:
+    """Reads and preprocesses a file, all windows of a run included, and keeps none of it. Returns their number."""
+    image = open_volume(path, config)
+    count = count_windows(image, config)
+    for window in reading_order(count, config):
+        preprocess(path, image, config, window)
+    return count
+
+
+def check_volumes(
+    images: Iterable[Image],
+    modalities: Mapping[str, ModalityConfig],
+    threads: int,
+    check: Callable[[Path, ModalityConfig], int] = check_volume,
+) -> dict[Image, int]:
+    """Reads and preprocesses each distinct image once, by `check`, and shows on a terminal how far it is.
 
     Returns:
         {image: number of its windows}, 1 in 3D, in the order of first appearance.
@@ -77,31 +111,23 @@ def check_volumes(images: Iterable[Image], modalities: Mapping[str, ModalityConf
         DataError: with every fault of every file.
     """
 
-    def check(image: Image) -> int | DataError:
-        config = modalities[image.modality]
+    def windows(image: Image) -> int | DataError:
         try:
-            opened = _open(image.path, config)  # once for all windows: a .nii.gz is then decompressed once
-            if len(config.size) == 3:
-                _preprocess_3d(image.path, opened, config)
-                return 1
-            windows = num_windows(opened.shape[3], config)
-            lap = -(-_span(config) // window_stride(config))  # going back in a .nii.gz starts it anew: first every
-            for window in (w for first in range(lap) for w in range(first, windows, lap)):  # lap-th, none overlapping
-                _preprocess_4d(image.path, opened, config, window)
-            return windows
+            return check(image.path, modalities[image.modality])
         except DataError as error:
             return error
 
     distinct = list(dict.fromkeys(images))
     with ThreadPoolExecutor(threads) as pool:
-        found = dict(zip(distinct, pool.map(check, distinct), strict=True))
+        progress = tqdm(pool.map(windows, distinct), "volumes", len(distinct), disable=None)
+        found = dict(zip(distinct, progress, strict=True))
     faults = [fault for error in found.values() if isinstance(error, DataError) for fault in error.faults]
     if faults:
         raise DataError(faults)
     return {image: count for image, count in found.items() if isinstance(count, int)}
 
 
-def _open(path: str | Path, config: ModalityConfig) -> Voxels:
+def open_volume(path: str | Path, config: ModalityConfig) -> Voxels:
     """The file, its voxels not yet read; rank, length, orientation and voxel sizes are as the modality wants them."""
     image = open_voxels(path)
     rank, shape = len(config.size), image.shape

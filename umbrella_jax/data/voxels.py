@@ -11,7 +11,7 @@ Nothing in a file is ever executed: arrays are read without pickles, tensors wit
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from isal import igzip
 from nibabel.affines import voxel_sizes
 from nibabel.analyze import AnalyzeImage
 from nibabel.arrayproxy import ArrayProxy
+from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Pair
 from nibabel.openers import ImageOpener
 from nibabel.spatialimages import SpatialImage
@@ -29,6 +30,7 @@ from umbrella_jax.errors import DataError
 
 _ARRAYS = (".npy", ".pt")
 _MM = {"meter": 1000.0, "micron": 0.001}  # what NIfTI may measure in, beside mm
+_SINGLE = (".nii", ".nii.gz", ".mgz", ".mgh", *_ARRAYS)
 _FRAME = re.compile(r"frame_([0-9]+)\.(npy|pt)")
 
 
@@ -60,6 +62,21 @@ def open_voxels(path: str | Path) -> Voxels:
     if path.is_dir():
         return _Arrays(_frames(path), run=True)
     return _Arrays([path]) if path.suffix in _ARRAYS else _Nibabel(path)
+
+
+def source_files(path: Path) -> list[Path]:
+    """All files that `open_voxels` may read there, in a fixed order: itself, both of a pair, a directory's frames.
+
+    Opens none. Raises DataError as `open_voxels` does where the frames of a directory do not follow one another.
+    """
+    if path.is_dir():
+        return _frames(path)
+    files = {path}
+    if not path.name.endswith(_SINGLE):
+        for kind in nib.all_image_classes:
+            with suppress(ImageFileError):  # not a name of this kind
+                files |= {Path(part.filename) for part in kind.filespec_to_file_map(path).values()}
+    return sorted(file for file in files if file == path or file.exists())
 
 
 @contextmanager
