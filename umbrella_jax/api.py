@@ -20,7 +20,7 @@ from convert.trainable import FILE, Trainable, write_trainable
 from convert.verify import Comparison, Forward, compare_configs, compare_forward, compare_tensors
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import ModalityConfig, ModelConfig, PatchEmbedInit, RematPolicy, RunConfig, load_config
-from umbrella_jax.data.loader import Dataset, eval_batches
+from umbrella_jax.data.loader import Dataset, whole_batch
 from umbrella_jax.data.tokenize import load_tokenizer
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models import Llava, LlavaConfig, Params, abstract_params, merge
@@ -444,8 +444,7 @@ class Processor:
         dataset = self.dataset(
             conversations, image_root=image_root, allow_outside_root=allow_outside_root, evaluation=prompts
         )
-        ((_, batch),) = eval_batches(dataset, len(dataset), prompts=prompts)
-        return batch
+        return whole_batch(dataset, prompts=prompts)
 
     @property
     def stop_ids(self) -> list[int]:
