@@ -177,7 +177,8 @@ class Plan:
                 arrived[bucket.moves_to].append(members[bucket.conversations :])
                 members = members[: bucket.conversations]
             # Evenly: an update of few conversations would move the parameters as far as a full one.
-            sizes = _even(len(members), bucket.updates * self.accumulate_steps)
+            totals = _even(len(members), bucket.updates)
+            sizes = [size for total in totals for size in _even(total, self.accumulate_steps)]
             micro = gather(members.tolist(), self.facts.volumes, sizes)
             for batch in zip(*[micro] * self.accumulate_steps, strict=True):
                 updates.append((index, tuple(map(tuple, batch))))
@@ -273,8 +274,8 @@ def gather(order: Sequence[int], volumes: Sequence[tuple[int, ...]], sizes: Iter
     """Cuts `order` into micro-batches of `sizes`, so that conversations that share volumes come together.
 
     A micro-batch begins with the first conversation that is left. Whoever needs the fewest volumes that are not there
-    yet comes next; of those that need one, whose volume lets most others in; of those, the first in `order`. Where
-    nothing is shared, that is `order` itself. Time is near linear in the number of names of volumes.
+    yet comes next; of those that need one, whose volume lets most others in; of those, as a rule the first in `order`.
+    Where nothing is shared, that is `order` itself. Time is near linear in the number of names of volumes.
 
     The problem (edges of a graph into groups of B that touch few nodes) is NP-hard; this is a heuristic.
     """
@@ -297,10 +298,9 @@ def gather(order: Sequence[int], volumes: Sequence[tuple[int, ...]], sizes: Iter
             left.remove(chosen)
             new = _missing(volumes[chosen], seen)
             seen.update(new)
-            for c in {c: None for v in new for c in _first_waiting(waiting[v], left, _LOOK * size)}:
-                missing = _missing(volumes[c], seen)
-                if len(missing) == 1:
-                    opens[missing[0]] += 1
+            near = {c: _missing(volumes[c], seen) for v in new for c in _first_waiting(waiting[v], left, _LOOK * size)}
+            opens.update(missing[0] for missing in near.values() if len(missing) == 1)
+            for c, missing in near.items():
                 heapq.heappush(heap, (len(missing), -opens[missing[0]] if len(missing) == 1 else 0, rank[c], c))
         yield batch
 
