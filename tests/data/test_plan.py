@@ -151,6 +151,16 @@ def test_what_is_over_moves_to_a_longer_bucket_that_shows_as_much():
         assert set(moved) == set(range(13)), "and who it is is drawn"
 
 
+def test_a_few_join_those_that_show_more_where_that_is_cheaper():
+    """3 of text, longer than 5 runs: one update of 8 by 208, not two; but 8 of either are two."""
+    text, run = [(200, 1, "")], [(104, 1, f"rsfMRI:{i}") for i in range(8)]
+    ((update,), apart) = (Plan(facts(*text * n, *run[: 8 - n]), batch_size=8, seed=0).epoch(0) for n in (3, 0))
+    assert update.shape == BatchShape(8, 200, 8, (("rsfMRI", 5),))
+    assert [u.shape.positions for u in apart] == [104]
+    apart = Plan(facts(*text * 8, *run), batch_size=8, seed=0).epoch(0)
+    assert sorted((u.shape.positions, u.shape.volumes) for u in apart) == [(104, (("rsfMRI", 8),)), (200, ())]
+
+
 def test_an_update_is_never_nearly_empty():
     """17 conversations by 8: of 6, 6 and 5, not of 8, 8 and 1, whose step would be as long as the others'."""
     known = facts(*[(100, 1, "")] * 17)

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 
 import numpy as np
@@ -112,6 +112,8 @@ class _Bucket:
     positions: int
     members: np.ndarray
     """int [n]; its own conversations."""
+    patches: int
+    """Of the volumes of a conversation, at most."""
     conversations: int = 0
     """How many an epoch has here, those that moved here counted, those that moved on not."""
     updates: int = 0
@@ -320,55 +322,84 @@ def _first_waiting(waiting: list[int], left: set[int], most: int) -> list[int]:
 
 
 def _make_buckets(facts: Facts, update_size: int) -> list[_Bucket]:
-    """Buckets that cost the fewest positions, in the order in which what is over may move up."""
-    shown = [frozenset(facts.modality[v] for v in volumes) for volumes in facts.volumes]
+    """The cheapest buckets, in the order in which what is over may move up."""
     members: dict[frozenset[str], list[int]] = {}
-    for i, modalities in enumerate(shown):
-        members.setdefault(modalities, []).append(i)
+    for i, volumes in enumerate(facts.volumes):
+        members.setdefault(frozenset(facts.modality[v] for v in volumes), []).append(i)
     while len(members) > MAX_SHAPES:  # the rarest joins those whose modalities it adds least to
         rarest = min(members, key=lambda s: (len(members[s]), sorted(s)))
-        own = members.pop(rarest)
-        other = min(members, key=lambda s: (len(s ^ rarest), len(members[s]), sorted(s)))
-        own += members.pop(other)
-        members.setdefault(other | rarest, []).extend(own)
+        others = members.keys() - {rarest}
+        members = _join(members, rarest, min(others, key=lambda s: (len(s ^ rarest), len(members[s]), sorted(s))))
     shared = max(Counter(v for volumes in facts.volumes for v in volumes).values(), default=0) > 1
-    most = max(_BUCKETS_WITH_SHARING, len(members)) if shared else MAX_SHAPES
-
-    # Of each set of modalities, the best bounds for every number of buckets ...
     rounded = np.array([round_positions(int(length)) for length in facts.lengths])
+    patches = np.array([sum(facts.patches[facts.modality[v]] for v in volumes) for volumes in facts.volumes])
+    price = partial(_cheapest, rounded=rounded, patches=patches, shared=shared, update_size=update_size)
+    best = price(members)
+    while True:  # a few may be cheaper among those that show more
+        joined = [_join(members, a, b) for a in members for b in members if a < b]
+        found = [(price(candidate), candidate) for candidate in joined]
+        if not found or (nearest := min(found, key=lambda f: f[0][:2]))[0][:2] >= best[:2]:
+            return best[2]
+        best, members = nearest
+
+
+def _join(
+    members: Mapping[frozenset[str], list[int]], one: frozenset[str], other: frozenset[str]
+) -> dict[frozenset[str], list[int]]:
+    """With both as conversations of the union of their modalities."""
+    joined = {modalities: indices for modalities, indices in members.items() if modalities not in (one, other)}
+    joined[one | other] = sorted([*joined.get(one | other, []), *members[one], *members[other]])
+    return joined
+
+
+Priced = tuple[int, int, list[_Bucket]]
+"""(Σ over rows of an epoch of T and the patches that are encoded for it, as if nothing were shared; shapes; buckets)"""
+
+
+def _cheapest(
+    members: Mapping[frozenset[str], list[int]],
+    *,
+    rounded: np.ndarray,
+    patches: np.ndarray,
+    shared: bool,
+    update_size: int,
+) -> Priced:
+    """Cuts each set of modalities by length. `rounded` are T, `patches` those of its volumes, int [n]."""
+    most = max(_BUCKETS_WITH_SHARING, len(members)) if shared else MAX_SHAPES
+    # Of each set the best bounds for every number of buckets ...
     choices: list[list[list[_Bucket]]] = []
     for modalities, indices in sorted(members.items(), key=lambda item: sorted(item[0])):
-        own_indices = np.sort(indices)
-        values, counts = np.unique(rounded[own_indices], return_counts=True)
-        choices.append(
-            [
-                _cut(modalities, own_indices, rounded[own_indices], [int(values[i]) for i in bounds])
-                for _, bounds in _bounds(values, counts, most)
-            ]
-        )
-    # ... and of all combinations, what is over counted in, the cheapest; of two alike the one with fewer shapes.
-    priced: list[tuple[int, int, list[_Bucket]]] = []
+        own = np.array(indices)
+        values, counts = np.unique(rounded[own], return_counts=True)
+        choices.append([])
+        for _, bounds in _bounds(values, counts, most):
+            place = np.searchsorted(values[bounds], rounded[own])
+            parts = [own[place == i] for i in range(len(bounds))]
+            choices[-1].append(
+                [
+                    _Bucket(modalities, int(values[bound]), part, int(patches[part].max()))
+                    for bound, part in zip(bounds, parts, strict=True)
+                ]
+            )
+    # ... and of all combinations, what is over counted in, the cheapest; of those that cost about as much, the one with
+    # the fewest shapes.
+    priced: list[Priced] = []
     for combination in product(*choices):
         if sum(map(len, combination)) <= most:
             buckets = [bucket for part in combination for bucket in part]
             buckets.sort(key=lambda b: (b.positions, len(b.modalities), sorted(b.modalities)))
             priced.append(_settle(buckets, update_size))
     limit = min(cost for cost, _, _ in priced) * (1 + (_WORTH_WITH_SHARING if shared else _WORTH))
-    return min((p for p in priced if p[0] <= limit), key=lambda p: (p[1], p[0]))[2]
+    return min((p for p in priced if p[0] <= limit), key=lambda p: (p[1], p[0]))
 
 
-def _cut(modalities: frozenset[str], members: np.ndarray, rounded: np.ndarray, bounds: Sequence[int]) -> list[_Bucket]:
-    place = np.searchsorted(bounds, rounded)
-    return [_Bucket(modalities, bound, members[place == i]) for i, bound in enumerate(bounds)]
-
-
-def _settle(buckets: list[_Bucket], update_size: int) -> tuple[int, int, list[_Bucket]]:
-    """Decides of each bucket whether what is over moves up; (positions of an epoch, shapes, the buckets)."""
+def _settle(buckets: list[_Bucket], update_size: int) -> Priced:
+    """Decides of each bucket whether what is over moves up."""
     targets = [
         next((j for j in range(i + 1, len(buckets)) if buckets[i].modalities <= buckets[j].modalities), None)
         for i in range(len(buckets))
     ]
-    best: tuple[int, int, list[_Bucket]] | None = None
+    best: Priced | None = None
     for moves in product(*[(False, True) if target is not None else (False,) for target in targets]):
         counts = [bucket.members.size for bucket in buckets]
         settled, cost = [], 0
@@ -378,9 +409,9 @@ def _settle(buckets: list[_Bucket], update_size: int) -> tuple[int, int, list[_B
             if to is None:
                 updates += over > 0
             else:
-                counts[to] += over
                 counts[i] -= over
-            cost += updates * update_size * bucket.positions
+                counts[to] += over
+            cost += updates * update_size * (bucket.positions + bucket.patches)
             settled.append(replace(bucket, conversations=counts[i], updates=updates, moves_to=to))
         shapes = sum(bucket.updates > 0 for bucket in settled)
         if best is None or (cost, shapes) < best[:2]:
