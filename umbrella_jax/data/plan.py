@@ -33,7 +33,7 @@ MAX_SHAPES = 6
 # Where volumes are shared, fewer buckets: they part those who share, and the other shapes tell apart how many distinct
 # volumes an update holds.
 _BUCKETS_WITH_SHARING = 4
-_WORTH, _WORTH_WITH_SHARING = 0.01, 0.03  # a further bucket, or choice of M, saves that share of the cost at least
+_WORTH, _WORTH_WITH_SHARING = 0.01, 0.03  # a bucket more, or choice of M, saves that share of the cost at least
 _REHEARSED = 10_000  # conversations, in whole epochs, from which it is learnt how many volumes updates hold
 _TARGETS_MULTIPLE = 8
 _LOOK = 4  # how many waiting conversations of a volume are looked at, in micro-batches: a reference of all has many
@@ -114,6 +114,8 @@ class _Bucket:
     """int [n]; its own conversations."""
     patches: int
     """Of the volumes of a conversation, at most."""
+    worth: int
+    """Positions that one bucket more has to save."""
     conversations: int = 0
     """How many an epoch has here, those that moved here counted, those that moved on not."""
     updates: int = 0
@@ -140,6 +142,7 @@ class Plan:
         self.seed, self.divisor = seed, divisor
         self._buckets = _make_buckets(facts, batch_size * accumulate_steps)
         self.updates_per_epoch = sum(bucket.updates for bucket in self._buckets)
+        self._first = self._compose(0)
         self.shapes = self._make_shapes()
         """Of each bucket, from the smallest to the one that holds whatever an epoch brings."""
 
@@ -150,7 +153,8 @@ class Plan:
 
     def epoch(self, epoch: int) -> list[Update]:
         """The updates of one epoch in order: each conversation in exactly one row of one of them."""
-        return [Update(rows, self._shape(bucket, rows)) for bucket, rows in self._composition(epoch)]
+        composed = self._first if epoch == 0 else self._compose(epoch)
+        return [Update(rows, self._shape(bucket, rows)) for bucket, rows in composed]
 
     @cached_property
     def report(self) -> Report:
@@ -165,7 +169,7 @@ class Plan:
             shown=sum(map(len, self.facts.volumes)) / n,
         )
 
-    def _composition(self, epoch: int) -> list[tuple[int, tuple[tuple[int, ...], ...]]]:
+    def _compose(self, epoch: int) -> list[tuple[int, tuple[tuple[int, ...], ...]]]:
         """(bucket, rows of each micro-batch) of every update in order."""
         n = len(self.facts)
         rng = None if self.seed is None else np.random.default_rng([self.seed, epoch])
@@ -191,7 +195,7 @@ class Plan:
         epochs = 1 if self.seed is None else max(1, min(8, _REHEARSED // len(self.facts)))
         needs: dict[int, list[Counter[str]]] = {}
         for epoch in range(epochs):
-            for index, rows in self._composition(epoch):
+            for index, rows in self._compose(epoch) if epoch else self._first:
                 needs.setdefault(index, []).append(self._needs(rows))
         ladders = {i: _VolumeLadder(self._most_volumes(i), needs[i], self.facts.patches) for i in sorted(needs)}
         rungs = dict.fromkeys(ladders, 1)
@@ -313,6 +317,9 @@ def _missing(volumes: tuple[int, ...], seen: set[int]) -> list[int]:
 
 def _first_waiting(waiting: list[int], left: set[int], most: int) -> list[int]:
     """The first few that are left; those that are not are forgotten."""
+    if len(waiting) <= most:
+        waiting[:] = [c for c in waiting if c in left]
+        return waiting[::-1]
     found: list[int] = []
     while waiting and len(found) < most:
         if (c := waiting.pop()) in left:
@@ -330,10 +337,9 @@ def _make_buckets(facts: Facts, update_size: int) -> list[_Bucket]:
         rarest = min(members, key=lambda s: (len(members[s]), sorted(s)))
         others = members.keys() - {rarest}
         members = _join(members, rarest, min(others, key=lambda s: (len(s ^ rarest), len(members[s]), sorted(s))))
-    shared = max(Counter(v for volumes in facts.volumes for v in volumes).values(), default=0) > 1
     rounded = np.array([round_positions(int(length)) for length in facts.lengths])
     patches = np.array([sum(facts.patches[facts.modality[v]] for v in volumes) for volumes in facts.volumes])
-    price = partial(_cheapest, rounded=rounded, patches=patches, shared=shared, update_size=update_size)
+    price = partial(_cheapest, facts=facts, rounded=rounded, patches=patches, update_size=update_size)
     best = price(members)
     while True:  # a few may be cheaper among those that show more
         joined = [_join(members, a, b) for a in members for b in members if a < b]
@@ -353,23 +359,27 @@ def _join(
 
 
 Priced = tuple[int, int, list[_Bucket]]
-"""(Σ over rows of an epoch of T and the patches that are encoded for it, as if nothing were shared; shapes; buckets)"""
+"""(Σ over rows of an epoch of T and the patches that are encoded for it, as if nothing were shared, and what the
+buckets have to be worth; number of shapes; the buckets)"""
 
 
 def _cheapest(
     members: Mapping[frozenset[str], list[int]],
     *,
+    facts: Facts,
     rounded: np.ndarray,
     patches: np.ndarray,
-    shared: bool,
     update_size: int,
 ) -> Priced:
-    """Cuts each set of modalities by length. `rounded` are T, `patches` those of its volumes, int [n]."""
+    """Cuts each set of modalities by length. Of each conversation, `rounded` is T, int [n], `patches` its volumes'."""
+    counted = {m: Counter(v for i in own for v in facts.volumes[i]) for m, own in members.items()}
+    shared = {m for m, counts in counted.items() if max(counts.values(), default=0) > 1}
     most = max(_BUCKETS_WITH_SHARING, len(members)) if shared else MAX_SHAPES
+    least = int(rounded.sum() + patches.sum())
     # Of each set the best bounds for every number of buckets ...
     choices: list[list[list[_Bucket]]] = []
     for modalities, indices in sorted(members.items(), key=lambda item: sorted(item[0])):
-        own = np.array(indices)
+        own, worth = np.array(indices), int(least * (_WORTH_WITH_SHARING if modalities in shared else _WORTH))
         values, counts = np.unique(rounded[own], return_counts=True)
         choices.append([])
         for _, bounds in _bounds(values, counts, most):
@@ -377,20 +387,18 @@ def _cheapest(
             parts = [own[place == i] for i in range(len(bounds))]
             choices[-1].append(
                 [
-                    _Bucket(modalities, int(values[bound]), part, int(patches[part].max()))
+                    _Bucket(modalities, int(values[bound]), part, int(patches[part].max()), worth)
                     for bound, part in zip(bounds, parts, strict=True)
                 ]
             )
-    # ... and of all combinations, what is over counted in, the cheapest; of those that cost about as much, the one with
-    # the fewest shapes.
+    # ... and of all combinations, what is over counted in, the cheapest.
     priced: list[Priced] = []
     for combination in product(*choices):
         if sum(map(len, combination)) <= most:
             buckets = [bucket for part in combination for bucket in part]
             buckets.sort(key=lambda b: (b.positions, len(b.modalities), sorted(b.modalities)))
             priced.append(_settle(buckets, update_size))
-    limit = min(cost for cost, _, _ in priced) * (1 + (_WORTH_WITH_SHARING if shared else _WORTH))
-    return min((p for p in priced if p[0] <= limit), key=lambda p: (p[1], p[0]))
+    return min(priced, key=lambda p: p[:2])
 
 
 def _settle(buckets: list[_Bucket], update_size: int) -> Priced:
@@ -411,7 +419,7 @@ def _settle(buckets: list[_Bucket], update_size: int) -> Priced:
             else:
                 counts[i] -= over
                 counts[to] += over
-            cost += updates * update_size * (bucket.positions + bucket.patches)
+            cost += updates * update_size * (bucket.positions + bucket.patches) + bucket.worth * (updates > 0)
             settled.append(replace(bucket, conversations=counts[i], updates=updates, moves_to=to))
         shapes = sum(bucket.updates > 0 for bucket in settled)
         if best is None or (cost, shapes) < best[:2]:
