@@ -14,8 +14,9 @@ is the step alone: step s is update s mod U of epoch s div U.
 is uniform. It says who moves up: each conversation of a bucket is as likely to. Without shared volumes a bucket's
 order is that permutation: a uniform shuffle, cut into updates. With shared volumes it says where a micro-batch begins
 and which of equally good conversations comes next; then conversations that share volumes are in one micro-batch far
-more often than by chance, those that share none more rarely, and well connected ones are drawn first. Conversations
-of different modalities or of very different lengths are never in one update, but for those that moved up.
+more often than by chance, those that share none more rarely, and an update shows fewer subjects. Conversations of
+different modalities or of very different lengths are never in one update, but for those that moved up and for kinds
+of which there are too few for a bucket of their own.
 """
 
 import heapq
