@@ -198,6 +198,14 @@ def test_without_a_seed_the_order_is_that_of_the_conversations():
     assert plan.epoch(1) == plan.epoch(0)
 
 
+def test_a_single_pass_has_fewer_shapes():
+    """Two lengths: of 100 updates, two buckets are worth it; of three in one pass they are not."""
+    few, many = (facts(*[(length, 1, "") for length in (104, 208) for _ in range(n)]) for n in (6, 200))
+    for known, seed, buckets in [(many, 0, 2), (many, None, 2), (few, 0, 2), (few, None, 1)]:
+        plan = Plan(known, batch_size=4, seed=seed)
+        assert len({update.shape for update in plan.epoch(0)}) == buckets
+
+
 def test_gather():
     volumes = [(0, 1), (2, 3), (4, 5), (1, 0), (3, 6), (6, 2), (7,)]
     # 3 needs nothing more than 0; behind 1, 4 and 5 each need the same volume, which lets the other in

@@ -141,7 +141,8 @@ class Plan:
     ):
         self.facts, self.batch_size, self.accumulate_steps = facts, batch_size, accumulate_steps
         self.seed, self.divisor = seed, divisor
-        self._buckets = _make_buckets(facts, batch_size * accumulate_steps)
+        # A shape of a single pass has to be worth an update at least: compiling takes longer than one.
+        self._buckets = _make_buckets(facts, batch_size * accumulate_steps, updates_worth=int(seed is None))
         self.updates_per_epoch = sum(bucket.updates for bucket in self._buckets)
         self._first = self._compose(0)
         self.shapes = self._make_shapes()
@@ -329,8 +330,8 @@ def _first_waiting(waiting: list[int], left: set[int], most: int) -> list[int]:
     return found
 
 
-def _make_buckets(facts: Facts, update_size: int) -> list[_Bucket]:
-    """The cheapest buckets, in the order in which what is over may move up."""
+def _make_buckets(facts: Facts, update_size: int, updates_worth: int) -> list[_Bucket]:
+    """The cheapest buckets, in the order in which what is over may move up. One more saves so many updates at least."""
     members: dict[frozenset[str], list[int]] = {}
     for i, volumes in enumerate(facts.volumes):
         members.setdefault(frozenset(facts.modality[v] for v in volumes), []).append(i)
@@ -340,7 +341,14 @@ def _make_buckets(facts: Facts, update_size: int) -> list[_Bucket]:
         members = _join(members, rarest, min(others, key=lambda s: (len(s ^ rarest), len(members[s]), sorted(s))))
     rounded = np.array([round_positions(int(length)) for length in facts.lengths])
     patches = np.array([sum(facts.patches[facts.modality[v]] for v in volumes) for volumes in facts.volumes])
-    price = partial(_cheapest, facts=facts, rounded=rounded, patches=patches, update_size=update_size)
+    price = partial(
+        _cheapest,
+        facts=facts,
+        rounded=rounded,
+        patches=patches,
+        update_size=update_size,
+        least_worth=updates_worth * update_size * (int(rounded.sum() + patches.sum()) // len(facts)),
+    )
     best = price(members)
     while True:  # a few may be cheaper among those that show more
         joined = [_join(members, a, b) for a in members for b in members if a < b]
@@ -371,6 +379,7 @@ def _cheapest(
     rounded: np.ndarray,
     patches: np.ndarray,
     update_size: int,
+    least_worth: int,
 ) -> Priced:
     """Cuts each set of modalities by length. Of each conversation, `rounded` is T, int [n], `patches` its volumes'."""
     counted = {m: Counter(v for i in own for v in facts.volumes[i]) for m, own in members.items()}
@@ -380,7 +389,8 @@ def _cheapest(
     # Of each set the best bounds for every number of buckets ...
     choices: list[list[list[_Bucket]]] = []
     for modalities, indices in sorted(members.items(), key=lambda item: sorted(item[0])):
-        own, worth = np.array(indices), int(least * (_WORTH_WITH_SHARING if modalities in shared else _WORTH))
+        own, share = np.array(indices), _WORTH_WITH_SHARING if modalities in shared else _WORTH
+        worth = max(int(least * share), least_worth)
         values, counts = np.unique(rounded[own], return_counts=True)
         choices.append([])
         for _, bounds in _bounds(values, counts, most):
