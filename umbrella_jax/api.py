@@ -28,7 +28,7 @@ from umbrella_jax.config import (
     Template,
     load_config,
 )
-from umbrella_jax.data.loader import Dataset, eval_batches
+from umbrella_jax.data.loader import Dataset, whole_batch
 from umbrella_jax.data.tokenize import check_template, load_tokenizer, stop_ids
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models import Llava, LlavaConfig, Params, abstract_params, merge
@@ -484,8 +484,7 @@ class Processor:
         dataset = self.dataset(
             conversations, image_root=image_root, allow_outside_root=allow_outside_root, evaluation=prompts
         )
-        ((_, batch),) = eval_batches(dataset, len(dataset), prompts=prompts)
-        return batch
+        return whole_batch(dataset, prompts=prompts)
 
     @property
     def stop_ids(self) -> list[int]:

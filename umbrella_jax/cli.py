@@ -136,7 +136,8 @@ def _validate(arguments: argparse.Namespace) -> int:
     report = validate(config, lambda: local_tokenizer(config), allow_overlap=arguments.allow_overlap)
     if page:
         sample = 24 if arguments.sample is None else arguments.sample
-        write_page(report, config.model.modalities, page, sample=sample, threads=config.data.threads)
+        data = config.data
+        write_page(report, config.model.modalities, page, sample=sample, threads=data.threads, augment=data.augment)
         print(f"{page}: {PRIVACY}", file=sys.stderr)
     print(json.dumps(report.to_json(), indent=1, allow_nan=False) if arguments.json else "\n".join(report.lines()))
     return 0 if report.ok else 1

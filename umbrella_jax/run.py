@@ -22,9 +22,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from umbrella_jax.api import CHECKPOINTS, CONFIG, MODEL, Processor, describe, open_base
-from umbrella_jax.config import RunConfig, dump_config, parse_config, to_dict
+from umbrella_jax.config import AugmentConfig, RunConfig, dump_config, parse_config, to_dict
 from umbrella_jax.data.cache import VolumeCache
-from umbrella_jax.data.loader import Dataset, eval_batches, num_steps, train_batches
+from umbrella_jax.data.loader import Dataset, eval_batches, make_plan, train_batches
 from umbrella_jax.data.tokenize import reference_answer
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.evaluation.generate import greedy
@@ -98,7 +98,14 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
     params = base.params(config.model.frozen_dtype, where=lambda path, shape: where)
     trainable, frozen = freeze.partition(params, labels)
     del params
-    steps = num_steps(len(train_set), config.train.epochs, config.train.batch_size, config.train.accumulate_steps)
+    plan = make_plan(
+        train_set,
+        batch_size=config.train.batch_size,
+        accumulate_steps=config.train.accumulate_steps,
+        seed=config.seed,
+        divisor=mesh.size,
+    )
+    steps = plan.num_steps(config.train.epochs)
     schedule = make_schedule(config.train, steps)
     optimizer = make_optimizer(config.train, schedule, labels)
     state = jax.device_put(init_state(freeze.as_trainable(trainable), optimizer), where)
@@ -116,18 +123,16 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
             describe(base, out / MODEL)
         (out / CONFIG).write_text(dump_config(_absolute(config)))
         say(f"{len(train_set)} conversations, {steps} steps on {mesh.size} device(s), into {out}")
+        say(f"plan: {plan.report}")
         state = fit(
             state,
             frozen,
             train_batches(
                 train_set,
-                batch_size=config.train.batch_size,
-                accumulate_steps=config.train.accumulate_steps,
-                seed=config.seed,
+                plan,
                 start_step=int(state.step),
                 num_steps=steps,
                 threads=config.data.threads,
-                divisor=mesh.size,
             ),
             graphdef=graphdef,
             optimizer=optimizer,
@@ -192,6 +197,7 @@ def _dataset(config: RunConfig, processor: Processor, split: str, cache: VolumeC
         threads=config.data.threads,
         evaluation=split == "eval",
         cache=cache,
+        augment=config.data.augment if split == "train" else AugmentConfig(),
     )
 
 
@@ -254,7 +260,8 @@ def _evaluate(
     for _, batch in batches(prompts=False):
         batch_loss, count = jit_eval_step(trainable, frozen, put_batch(batch, mesh, axis=0), graphdef=graphdef)
         loss, tokens = loss + float(batch_loss), tokens + int(count)
-    stop, rows = np.array(processor.stop_ids, np.int32), []
+    stop = np.array(processor.stop_ids, np.int32)
+    found: dict[int, dict[str, Any]] = {}
     for indices, batch in batches(prompts=True):
         answers = greedy(
             trainable | frozen,
@@ -265,15 +272,14 @@ def _evaluate(
         )
         for index, text in zip(indices, processor.decode(np.asarray(answers)[: len(indices)]), strict=True):
             conversation = dataset.conversations[index]
-            rows.append(
-                {
-                    "task_id": conversation.task_id,
-                    "task_type": conversation.task_type,
-                    "prediction": text,
-                    "reference": reference_answer(conversation),
-                    "metadata": dict(conversation.metadata),
-                }
-            )
+            found[index] = {
+                "task_id": conversation.task_id,
+                "task_type": conversation.task_type,
+                "prediction": text,
+                "reference": reference_answer(conversation),
+                "metadata": dict(conversation.metadata),
+            }
+    rows = [found[index] for index in range(len(dataset))]
     folder = out / "predictions"
     folder.mkdir(exist_ok=True)
     (folder / f"step_{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -15,7 +15,7 @@ from PIL import Image as Picture
 
 from tests import small_run
 from umbrella_jax.cli import main
-from umbrella_jax.config import DataConfig, ModalityConfig, ModelConfig, RunConfig
+from umbrella_jax.config import AugmentConfig, DataConfig, ModalityConfig, ModelConfig, RunConfig
 from umbrella_jax.data import page
 from umbrella_jax.data.page import write_page
 from umbrella_jax.data.report import KINDS, Finding, Report, histogram
@@ -393,7 +393,7 @@ def test_page(config, ask, record, nifti, write_json, tokenizer, tmp_path):
     settings = config(write_json("<s>train.json", turns))
     report = validate(settings, lambda: tokenizer)
     file = tmp_path / "page.html"
-    write_page(report, settings.model.modalities, file, sample=24, threads=2)
+    write_page(report, settings.model.modalities, file, sample=24, threads=2, augment=settings.data.augment)
     text = file.read_text(encoding="utf-8")
     elements = Elements(text).found
     assert not {tag for tag, _ in elements} & {"script", "link", "iframe", "object", "b", "i", "u", "s"}
@@ -410,6 +410,27 @@ def test_page(config, ask, record, nifti, write_json, tokenizer, tmp_path):
     assert text.index("not found") < text.index("<svg") < text.index("<article")
 
 
+def test_the_page_shows_what_augmentation_does(config, ask, nifti, write_json, tmp_path):
+    nifti("a.nii", SHAPE)
+    settings = config(write_json("train.json", ask("a.nii")), augment=AugmentConfig(left_right_flip=0.5, noise=0.2))
+    file = tmp_path / "page.html"
+    write_page(validate(settings), settings.model.modalities, file, sample=1, threads=1, augment=settings.data.augment)
+    plain, flipped, noisy = pictures(file.read_text())
+    assert "left_right_flip" in file.read_text()
+    assert not np.array_equal(plain, flipped)
+    assert not np.array_equal(plain, noisy)
+
+
+def test_a_flip_of_what_has_no_orientation_is_a_fault(config, ask, write_json, tmp_path):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).random(SHAPE, np.float32))
+    for augment, ok in ((AugmentConfig(), True), (AugmentConfig(left_right_flip=0.5), False)):
+        settings = config(write_json("train.json", ask("a.npy")), augment=augment)
+        modality = replace(settings.model.modalities["T1"], orientation="as_stored")
+        report = validate(replace(settings, model=replace(settings.model, modalities={"T1": modality})))
+        assert report.ok == ok, report.lines()
+        assert any("left_right_flip" in line for line in report.lines()) != ok
+
+
 def test_the_sample_is_even_and_begins_with_what_was_found(config, ask, nifti, write_json, tmp_path):
     for i in range(9):
         nifti(f"{i}.nii", SHAPE)
@@ -419,7 +440,7 @@ def test_the_sample_is_even_and_begins_with_what_was_found(config, ask, nifti, w
 
     def drawn(sample):
         file = tmp_path / "page.html"
-        write_page(report, settings.model.modalities, file, sample=sample, threads=2)
+        write_page(report, settings.model.modalities, file, sample=sample, threads=2, augment=settings.data.augment)
         return re.findall(r'<h3 class="path">[^<]*/([^<]*)\.nii</h3>', file.read_text())
 
     assert drawn(0) == []
@@ -440,7 +461,14 @@ def test_right_front_and_top_are_drawn_where_the_letters_are(nifti, write_json, 
     settings = RunConfig(
         model=ModelConfig(modalities={"T1": modality}), data=DataConfig(train=str(write_json("t.json", ask("a.nii"))))
     )
-    write_page(validate(settings), settings.model.modalities, tmp_path / "page.html", sample=1, threads=1)
+    write_page(
+        validate(settings),
+        settings.model.modalities,
+        tmp_path / "page.html",
+        sample=1,
+        threads=1,
+        augment=settings.data.augment,
+    )
     ((picture,), side, margin) = pictures((tmp_path / "page.html").read_text()), page._LONGEST, page._MARGIN
     assert picture.shape == (side + 2 * margin, 3 * (side + 2 * margin))
     for panel in np.split(picture, 3, axis=1):

@@ -26,6 +26,8 @@ class Image:
     path: Path
     modality: str
     window: int = 0
+    changed: tuple[int, int, int, int] | None = None
+    """Whom augmentation changed it for: seed, epoch, conversation, and which of its images it is; None as it is."""
 
 
 @dataclass(frozen=True)

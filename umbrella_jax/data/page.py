@@ -5,7 +5,7 @@ No script and nothing from elsewhere: it opens anywhere, offline too.
 
 import base64
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -15,13 +15,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from umbrella_jax.config import ModalityConfig
+from umbrella_jax.config import AugmentConfig, ModalityConfig
+from umbrella_jax.data.augment import examples
 from umbrella_jax.data.report import KINDS, SEVERITIES, Contents, Finding, Report, Severity, Volume, grouped, histogram
 from umbrella_jax.data.volume import load_volume
 from umbrella_jax.errors import ConfigError
 
-Transform = Callable[[np.ndarray], np.ndarray]
-PREPROCESSED: tuple[tuple[str, Transform], ...] = (("as the model gets it", lambda volume: volume),)
 PRIVACY = "holds pictures of people's scans and names of files: keep and share it as you may the scans themselves"
 _LONGEST, _MARGIN = 260, 18  # pixels: of the longest side of a plane, and for a letter beside it
 
@@ -48,13 +47,13 @@ def write_page(
     *,
     sample: int,
     threads: int,
-    transforms: Callable[[Volume], Sequence[tuple[str, Transform]]] = lambda volume: PREPROCESSED,
+    augment: AugmentConfig,
 ) -> None:
     """Writes the page.
 
     Args:
         sample: how many volumes are drawn; those of which something was found first, the rest evenly over all.
-        transforms: of a volume, what is drawn of it: titles, and what is done to the preprocessed array before.
+        augment: each augmentation that is on is drawn too, alone and at its largest.
 
     Raises:
         ConfigError: see `check_page`.
@@ -67,10 +66,16 @@ def write_page(
         config = modalities[volume.modality]
         array = load_volume(volume.path, config)
         codes, spacing = geometry(volume.contents, config)
+        background = 0.0 if config.scaling == "znorm_zeroback" else None
+        changes = [
+            (title, augmentation.apply(array, codes, background=background))
+            for title, augmentation in examples(augment)
+            if codes or not augmentation.left_right
+        ]
         pictures = [
             (", ".join(filter(None, (title, part))), _data(draw(slices(image, codes, spacing), *_grey(image))))
-            for title, transform in transforms(volume)
-            for part, image in _images(transform(array))
+            for title, changed in [("as the model gets it", array), *changes]
+            for part, image in _images(changed)
         ]
         return {"volume": volume, "codes": codes, "spacing": spacing, "pictures": pictures, "of": about[volume]}
 

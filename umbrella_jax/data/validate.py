@@ -14,11 +14,12 @@ import numpy as np
 from tqdm import tqdm
 
 from umbrella_jax.config import RunConfig
+from umbrella_jax.data.augment import check_axes
 from umbrella_jax.data.bids import MAX_CLASSES
 from umbrella_jax.data.conversation import Conversation, Image, scan_conversations
 from umbrella_jax.data.report import PROPERTIES, SETS, Contents, Finding, Report, Set, Severity, Volume
 from umbrella_jax.data.tokenize import encode, encode_prompt, reference_answer
-from umbrella_jax.data.volume import check_volumes
+from umbrella_jax.data.volume import check_volume
 from umbrella_jax.data.voxels import open_voxels
 from umbrella_jax.errors import ConfigError, DataError, UmbrellaError
 
@@ -159,13 +160,18 @@ def _volumes(config: RunConfig, sets: Mapping[str, Set]) -> tuple[list[Volume], 
         windows, contents = 0, None
         faults: tuple[str, ...] = ()
         try:
-            windows = check_volumes([image], config.model.modalities, threads=1)[image]
+            windows = check_volume(image.path, config.model.modalities[image.modality])
         except DataError as error:
             faults = error.faults
         try:
             contents = read_contents(image.path)
         except DataError as error:
             windows, faults = 0, faults or error.faults  # a run that is cut off behind its last window, say
+        if contents and "train" in shown[image]:
+            try:
+                check_axes(config.data.augment, {image.path: contents.orientation})
+            except DataError as error:
+                faults += error.faults
         return Volume(image.path, image.modality, tuple(shown[image]), windows, contents), faults
 
     with ThreadPoolExecutor(config.data.threads) as pool:
