@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from convert.trainable import open_trainable
 from umbrella_jax.config import (
@@ -17,6 +17,7 @@ from umbrella_jax.config import (
     ModalityConfig,
     PatchEmbedInit,
     RematPolicy,
+    Template,
     parse_config,
     resolve_modality,
     to_dict,
@@ -202,6 +203,19 @@ def stored_modalities(directory: str | Path, patch_embed: Path | None = None) ->
     return stored
 
 
+def stored_template(directory: str | Path, patch_embed: Path | None = None) -> Template | None:
+    """How the text was written that the weights were trained on: by the file `patch_embed`, else by
+    `umbrella_config.json`; None where it does not say, as of a stock LLaVA."""
+    path = patch_embed or Path(directory) / UMBRELLA_CONFIG
+    if patch_embed is not None:
+        template = open_trainable(patch_embed).template
+    else:
+        template = read_json(path).get("template") if path.exists() else None
+    if template not in (None, *get_args(Template)):
+        raise ConfigError(f"{path}: template: expected one of {', '.join(get_args(Template))}, got {template!r}")
+    return template
+
+
 def _modalities(
     directory: Path, given: Mapping[str, ModalityConfig] | None, init: PatchEmbedInit, patch_embed: Path | None
 ) -> Mapping[str, ModalityConfig]:
@@ -289,19 +303,21 @@ def write_config(
     dtype: str | None = None,
     base: str | None = None,
     base_fingerprint: str | None = None,
+    template: Template | None = None,
 ) -> None:
     """Writes config.json, umbrella_config.json and those of `source_dir`'s files that are tokenizer's, generation's or
     processor's.
 
     `names` is the family of modality names to export under (see `export_names`); `dtype` that of the weights, where
-    it is no longer what config.json says; `base` and `base_fingerprint` name the checkpoint that training began from.
+    it is no longer what config.json says; `base` and `base_fingerprint` name the checkpoint that training began from,
+    `template` is how its text was written.
     """
     source, out = Path(source_dir), Path(out_dir)
     raw = hf_dict(read_json(source / CONFIG), config)
     if dtype is not None:
         raw = {k: v for k, v in raw.items() if k != "dtype"} | {"torch_dtype": dtype}  # transformers 5 reads both
     modalities = {name: to_dict(config.modalities[m]) for m, name in export_names(config.modalities, names).items()}
-    stated = {"base": base, "base_fingerprint": base_fingerprint}
+    stated = {"template": template, "base": base, "base_fingerprint": base_fingerprint}
     umbrella = {"modalities": modalities} | {key: value for key, value in stated.items() if value}
     out.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from importlib.metadata import version
 
-from umbrella_jax.config import ModalityConfig
+from umbrella_jax.config import ModalityConfig, Template
 from umbrella_jax.models.llava import LlavaConfig
 
 _CARD = """---
@@ -20,7 +20,12 @@ wide, {vocab} words), whose 2D patch embedding is replaced by one for volumes. W
 {volumes}
 
 These are also in `umbrella_config.json`, from which umbrella-jax takes them: the weights mean nothing to volumes that
-were prepared otherwise. Orientation `RAS` is NIfTI's canonical one; `as_stored` takes the axes of the file.
+were prepared otherwise. Orientation `RAS` is NIfTI's canonical one; `as_stored` takes the axes of the file. Mode
+`resize` brings the whole field of view to that many voxels, whatever their shape; `pad` pads and crops around the
+middle, where mm are given after the voxels were made cubes of them.
+
+## Text
+{text}
 
 ## Base
 {base}
@@ -47,6 +52,15 @@ processor = umbrella_jax.Processor.load("{folder}")
 ```
 """
 
+_CHATML = (
+    "ChatML: `<|im_start|>user`, a newline, the turn, `<|im_end|>`, a newline; then `<|im_start|>assistant`, a newline"
+)
+_TEXTS: dict[Template, str] = {
+    "umbrella": f"{_CHATML}. Images stand where the turn shows them.",
+    "original": f"{_CHATML}. A turn's images stand before its text.",
+    "chat": "The tokenizer's own chat template.",
+}
+
 
 def model_card(
     config: LlavaConfig,
@@ -54,19 +68,27 @@ def model_card(
     folder: str,
     base: str | None = None,
     base_fingerprint: str | None = None,
+    template: Template | None = None,
 ) -> str:
-    """Markdown for `folder`; `modalities` under their names in the export, `base` the base's name."""
-    rows = ["| name | voxels | patch | tokens | orientation | scaling | windows |", "|---|---|---|---|---|---|---|"]
+    """Markdown for `folder`; `modalities` under their names in the export, `base` the base's name, `template` how
+    text was written in training."""
+    rows = ["| name | voxels | patch | tokens | orientation | mode | scaling | windows |", "|---" * 8 + "|"]
     for name, m in modalities.items():
         windows = "–"
         if len(m.size) == 4:
             windows = f"{m.size[3]} frames, {m.stride_within_seq} apart, every {m.stride_between_seq:g} of a window"
         size, patch = ("×".join(map(str, numbers)) for numbers in (m.size, m.patch))
-        rows.append(f"| {name} | {size} | {patch} | {m.num_patches} | {m.orientation} | {m.scaling} | {windows} |")
+        mode = m.mode if m.spacing is None else f"{m.mode}, {m.spacing:g} mm"
+        cells = (name, size, patch, m.num_patches, m.orientation, mode, m.scaling, windows)
+        rows.append(f"| {' | '.join(map(str, cells))} |")
     lines = [f"Trained on top of `{base}`." if base else "Not stated."]
     if base_fingerprint:
         lines.append(f"SHA-256 of its weights (names, shapes, types, bytes): `{base_fingerprint}`.")
+    text = "Not stated."
+    if template is not None:
+        text = f"Trained with the template `{template}`, which `umbrella_config.json` says too. {_TEXTS[template]}"
     return _CARD.format(
+        text=text,
         base_model=f"\nbase_model: {base}" if base and base.count("/") == 1 else "",  # else the hub does not know it
         vision_layers=config.vision.num_hidden_layers,
         vision_width=config.vision.hidden_size,

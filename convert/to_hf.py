@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from convert.model_card import model_card
 from convert.rules import EMBED, entries
 from convert.safetensors_io import write_checkpoint
 from convert.tensor import Tensor
+from umbrella_jax.config import Template
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.models.llava import LlavaConfig, abstract_params
 
@@ -25,14 +27,15 @@ def export(
     max_shard_size: int | str = "5GB",
     base: str | None = None,
     fingerprint: str | None = None,
+    template: Template | None = None,
 ) -> None:
     """Writes weights, configuration, tokenizer and a model card to the new folder `out`; all but weights from
     `source_dir`.
 
     Parameters, in memory or still to be read, keep their types and are written one by one. `names` is the family of
     modality names, ("T1", "rsfMRI") or ("sMRI", "fMRI"), default the configured ones; `base` and `fingerprint`
-    name the checkpoint that training began from. Raises CheckpointError for a folder that is not empty, and for
-    parameters that are not those of `config`.
+    name the checkpoint that training began from, `template` says how its text was written. Raises CheckpointError for a
+    folder that is not empty, and for parameters that are not those of `config`.
     """
     out = new_folder(out)
     abstract = abstract_params(config)[1]
@@ -47,10 +50,11 @@ def export(
     renamed = export_names(config.modalities, names)
     write_checkpoint(out, hub_tensors(params, config, renamed), max_shard_size)
     modalities = {renamed[m]: modality for m, modality in config.modalities.items()}
-    (out / "README.md").write_text(model_card(config, modalities, out.name, base, fingerprint))
+    (out / "README.md").write_text(model_card(config, modalities, out.name, base, fingerprint, template))
     # config.json comes last: without it, nobody takes what a killed export left for a checkpoint
     dtype = np.dtype(params[EMBED].dtype).name
-    write_config(source_dir, out, config, names, dtype=dtype, base=base, base_fingerprint=fingerprint)
+    stated: dict[str, Any] = {"base": base, "base_fingerprint": fingerprint, "template": template}
+    write_config(source_dir, out, config, names, dtype=dtype, **stated)
 
 
 def hub_tensors(

@@ -4,11 +4,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from convert.rules import hub_name
 from convert.safetensors_io import open_safetensors, write_safetensors
 from convert.tensor import Tensor
-from umbrella_jax.config import ModalityConfig, parse_config, to_dict
+from umbrella_jax.config import ModalityConfig, Template, parse_config, to_dict
 from umbrella_jax.errors import CheckpointError
 
 FILE = "trainable.safetensors"
@@ -24,6 +25,8 @@ class Trainable:
     """Of the patch embedding, with preprocessing."""
     base_fingerprint: str
     """Of the checkpoint that it was trained on."""
+    template: Template | None = None
+    """How its text was written."""
 
 
 def open_trainable(path: Path) -> Trainable:
@@ -38,11 +41,14 @@ def open_trainable(path: Path) -> Trainable:
             "`umbrella-jax convert to-hf --trainable-only`"
         ) from None
     config = parse_config({"model": modalities}, str(path)).model.modalities
-    return Trainable({hub_name(name): tensor for name, tensor in tensors.items()}, config, fingerprint)
+    template: Any = metadata.get("template")  # checked by `hf_config.stored_template`
+    return Trainable({hub_name(name): tensor for name, tensor in tensors.items()}, config, fingerprint, template)
 
 
 def write_trainable(path: Path, trainable: Trainable) -> None:
     """Writes the file; what `open_trainable` reads."""
     modalities = {name: to_dict(modality) for name, modality in trainable.modalities.items()}
     metadata = {"modalities": json.dumps(modalities), "base_fingerprint": trainable.base_fingerprint}
+    if trainable.template is not None:
+        metadata["template"] = trainable.template
     write_safetensors(path, trainable.tensors, metadata)

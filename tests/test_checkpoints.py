@@ -20,6 +20,8 @@ from tests import checkpoints, small_run
 from tests.conftest import write_tokenizer
 from tests.small_run import World, read_lines, umbrella
 from umbrella_jax import Batch, Llava, Processor
+from umbrella_jax.api import verify
+from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import merge, split
 
 EMBED = "language_model.model.embed_tokens.weight"
@@ -162,9 +164,48 @@ def test_what_lies_beside_the_weights(export: Path, world: World) -> None:
     for name, settings in small_run.MODALITIES.items():
         assert settings.items() <= said["modalities"][name].items()
     assert len(said["base_fingerprint"]) == 64
+    assert said["template"] == "umbrella"
     ours, theirs = (AutoTokenizer.from_pretrained(path) for path in (export, world.base))
     assert ours.get_vocab() == theirs.get_vocab()
     assert ours.chat_template == theirs.chat_template
+
+
+def test_the_template_of_the_text_goes_along(world: World, native: Path, tmp_path: Path) -> None:
+    """Into each form that weights take, and no other is taken."""
+
+    def say(path: Path, template: str) -> None:
+        said = json.loads((path / "umbrella_config.json").read_text())
+        (path / "umbrella_config.json").write_text(json.dumps(said | {"template": template}))
+
+    trained, export, again = shutil.copytree(native, tmp_path / "trained"), tmp_path / "export", tmp_path / "again"
+    say(trained, "original")
+    umbrella("convert", "to-hf", trained, export)
+    umbrella("convert", "from-hf", export, again, "--config", world.config)
+    assert "template `original`" in (export / "README.md").read_text()
+    for path in (trained, export, again):
+        processor = Processor.load(path)
+        assert processor.template == "original"
+        batch = processor.batch(world.eval, image_root=world.root / "scans")
+        learnt = processor.tokenizer.decode(batch.target_ids[0][batch.target_mask[0]])
+        assert learnt == "<|im_start|>assistant\nleft.<|im_end|>\n"
+        with pytest.raises(ConfigError, match=f"template: umbrella, but {path} was trained with original"):
+            Processor.load(path, template="umbrella")
+        message = umbrella("inspect", "--config", world.config, "--base", path, code=1)
+        assert f"data.template: umbrella, but {path} was trained with original" in message
+        umbrella("inspect", "--config", world.config, "--base", path, "--set", "data.template=original")
+    say(again, "umbrella")
+    assert verify(export, again, forward=False).configuration == ["template: original in A, umbrella in B"]
+    say(again, "poetry")
+    with pytest.raises(ConfigError, match=r"umbrella_config.json: template: expected one of umbrella, original, chat"):
+        Processor.load(again)
+
+
+def test_a_stock_base_says_no_template(world: World, native: Path) -> None:
+    for path in (world.base, native):
+        processor = Processor.load(path, modalities=small_run.modalities(), template="original")
+        assert processor.template == "original"
+        assert Processor.load(path, modalities=small_run.modalities()).template == "umbrella"
+    assert "template" not in json.loads((native / "umbrella_config.json").read_text())
 
 
 def test_pytorch_computes_the_same_logits(run: Path, export: Path, batch: Batch) -> None:

@@ -25,7 +25,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "umbrella_jax/data": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors"),
-        *("numpy", "nibabel", "grain", "transformers"),
+        *("numpy", "scipy", "nibabel", "isal", "grain", "safetensors", "transformers", "tqdm", "jinja2", "PIL"),
     },
     "convert": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
@@ -36,7 +36,17 @@ EXCEPTIONS = {
     "convert/torch_model.py": {"torch", "transformers"},
     "umbrella_jax/data/voxels.py": {"convert"},  # torch_model alone, when a .pt is read: no second file imports torch
 }
-NOT_ON_AN_ACCELERATOR = ("grain", "nibabel", "transformers", "torch", "pydantic", "ruamel", "safetensors", "tokenizers")
+NOT_ON_AN_ACCELERATOR = (
+    "grain",
+    "nibabel",
+    "isal",
+    "transformers",
+    "torch",
+    "pydantic",
+    "ruamel",
+    "safetensors",
+    "tokenizers",
+)
 
 
 def imports(source: str) -> set[str]:

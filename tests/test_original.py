@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from umbrella_jax.config import load_config, parse_config
+from umbrella_jax.config import AugmentConfig, load_config, parse_config
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.original import from_original, render
 
@@ -70,8 +70,11 @@ def test_values(tmp_path: Any) -> None:
     t1, fmri = run.model.modalities.values()
     assert (t1.size, t1.patch, t1.orientation, t1.scaling) == ((96, 96, 96), (10, 10, 10), "as_stored", "znorm")
     assert (fmri.size, fmri.patch, fmri.scaling) == ((96, 96, 96, 24), (16, 16, 16, 3), "znorm_minback")
+    assert (t1.mode, t1.spacing, fmri.mode, fmri.spacing) == ("resize", None, "pad", None)
     assert (run.model.compute_dtype, run.model.frozen_dtype, run.model.remat) == ("bfloat16", "bfloat16", "full")
-    assert run.data.threads == 8
+    assert (run.data.threads, run.data.template) == (8, "original")
+    assert run.data.augment == AugmentConfig(flip_any_axis=0.5)
+    assert any(note.startswith("data.augment.flip_any_axis: the original flips") for note in notes)
     assert (run.train.epochs, run.train.learning_rate, run.train.warmup_steps) == (50, 5e-5, 500)
     assert (run.train.batch_size, run.train.accumulate_steps, run.train.betas) == (2, 4, (0.9, 0.95))
     assert (run.train.eval_steps, run.train.save_steps, run.train.wandb) == (100, 50, True)
@@ -97,6 +100,13 @@ def test_no_key_is_lost(tmp_path: Any, path: tuple[str, ...], value: Any) -> Non
     except ConfigError:
         return
     assert changed_mapping != mapping
+
+
+def test_only_3d_volumes_are_flipped(tmp_path: Any) -> None:
+    text = "{dataset: {fMRI: {img_size: 64, sequence_length: 20}}, model: {fMRI: {patch_size: [16, 16, 16, 4]}}}"
+    mapping, notes = from_original(write(tmp_path, text))
+    assert parse_config(mapping).data.augment == AugmentConfig()
+    assert not any("flip" in note for note in notes)
 
 
 def test_rendered_loads(tmp_path: Any) -> None:

@@ -1,5 +1,7 @@
 """Runs from end to end through the command line: what is written, what trains, how it goes on after a kill."""
 
+import json
+import re
 import shutil
 import signal
 import subprocess
@@ -17,10 +19,11 @@ import umbrella_jax
 import umbrella_jax.run
 from tests import small_run
 from tests.small_run import World, read_config, read_lines, umbrella
+from umbrella_jax.api import Checkpoint
 from umbrella_jax.models import split
 
 STEPS, SAVE, EVAL = 36, 3, 24
-FLAGS = ["--epochs", STEPS // 2, "--set", f"train.save_steps={SAVE}"]  # an epoch is 12 conversations, 2 steps
+FLAGS = ["--epochs", STEPS // 3, "--set", f"train.save_steps={SAVE}"]  # a step of one scan, of two, and of runs
 PATCH_EMBED = "vision_tower.vision_model.embeddings."
 TRAINED = {
     f"{PATCH_EMBED}{modality}{end}"
@@ -71,7 +74,7 @@ def test_what_a_run_writes(run: Path, world: World) -> None:
     assert not list((run / "model").glob("*.safetensors"))
     settings = read_config(run / "config.yaml")
     assert settings["model"]["base"] == str(world.base)
-    assert settings["train"]["epochs"] == STEPS / 2
+    assert settings["train"]["epochs"] == STEPS / 3
     assert settings["data"]["max_length"] == 8192  # defaults too: nothing of a run depends on later ones
 
 
@@ -108,6 +111,8 @@ def test_the_summary_says_what_trains(printed: str, world: World) -> None:
     names = [line.split()[0] for line in printed.partition("trains:\n")[2].splitlines() if line.startswith("  ")]
     assert set(names) == TRAINED
     assert f"12 conversations, {STEPS} steps on 1 device(s), into {world.root / 'run'}" in printed
+    # 4 of one scan and the one of text, 3 of runs, 4 of two scans; M is 4, 3 and 4
+    assert "plan: 3 shapes to compile, 36.3% of positions padded, 0.92 volumes encoded per conversation" in printed
 
 
 def test_inspect_prints_the_same_summary(printed: str, world: World, tmp_path: Path) -> None:
@@ -135,6 +140,7 @@ def test_a_run_is_not_overwritten(run: Path, world: World) -> None:
         (["--learning-rate", 5e-3], "train.learning_rate: 0.005 now, 0.01 in the checkpoint"),
         (["--set", "train.groups.patch_embed.weight_decay=0"], "train.groups.patch_embed.weight_decay: 0"),
         (["--set", "model.compute_dtype=bfloat16"], "model.compute_dtype: bfloat16"),
+        (["--set", "data.template=original"], "data.template: original now, umbrella in the checkpoint"),
         (["--set", "seed=7"], "seed: 7 now"),
     ],
 )
@@ -153,6 +159,20 @@ def test_resuming_on_another_base_is_refused(run: Path, world: World, tmp_path: 
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     flags = [*FLAGS, "--eval-data", world.eval, "--resume", "--base", other]
     assert "other weights than those that the run started from" in umbrella(*world.train_flags(run, *flags), code=1)
+
+
+def test_a_run_from_before_a_field_was_known_resumes(run: Path, world: World, tmp_path: Path) -> None:
+    """It ran as the field's default says."""
+    old = shutil.copytree(run, tmp_path / "old")
+    for file in (old / "checkpoints").glob("*/meta/metadata"):
+        meta = json.loads(file.read_text())
+        for modality in meta["config"]["model"]["modalities"].values():
+            del modality["mode"], modality["spacing"]
+        file.write_text(json.dumps(meta))
+    flags = [*FLAGS, "--eval-data", world.eval, "--resume"]
+    assert f"from step {STEPS}" in umbrella(*world.train_flags(old, *flags))
+    message = umbrella(*world.train_flags(old, *flags, "--set", "model.modalities.T1.mode=pad"), code=1)
+    assert "cannot resume: model.modalities.T1.mode: pad now, resize in the checkpoint" in message
 
 
 def test_a_finished_run_resumes_to_its_end(run: Path, world: World) -> None:
@@ -220,18 +240,18 @@ def test_task_filter(planned: Callable[..., dict[str, Any]]) -> None:
     assert plan["settings"]["data"]["task_filter"] == "T3"
     (batch,) = plan["batches"]
     patches = (batch.feature_idx[0] >= 0).sum(-1)
-    assert patches.tolist() == [12] * 6  # each shows two scans of 6 patches
+    assert patches.tolist() == [12] * 4 + [0] * 2  # each shows two scans of 6 patches; two rows are empty
 
 
 def test_batch_size(planned: Callable[..., dict[str, Any]]) -> None:
     plan = planned("--batch-size", 5, "--epochs", 2)
     assert plan["settings"]["train"]["batch_size"] == 5
-    assert [batch.input_ids.shape[:2] for batch in plan["batches"]] == [(1, 5)] * 5  # 24 conversations
+    assert [batch.input_ids.shape[:2] for batch in plan["batches"]] == [(1, 5)] * 6  # 3 an epoch
 
 
 def test_accumulate_steps(planned: Callable[..., dict[str, Any]]) -> None:
     plan = planned("--set", "train.accumulate_steps=2")
-    assert [batch.input_ids.shape[:2] for batch in plan["batches"]] == [(2, 6)]
+    assert [batch.input_ids.shape[:2] for batch in plan["batches"]] == [(2, 6)] * 2
 
 
 def test_learning_rate(planned: Callable[..., dict[str, Any]]) -> None:
@@ -242,7 +262,7 @@ def test_learning_rate(planned: Callable[..., dict[str, Any]]) -> None:
 
 def test_epochs(planned: Callable[..., dict[str, Any]]) -> None:
     plan = planned("--epochs", 2.5)
-    assert plan["num_steps"] == len(plan["batches"]) == 5
+    assert plan["num_steps"] == len(plan["batches"]) == 8  # of 3 an epoch
     assert plan["settings"]["train"]["epochs"] == 2.5
 
 
@@ -251,6 +271,16 @@ def test_set(planned: Callable[..., dict[str, Any]]) -> None:
     assert plan["settings"]["train"]["groups"] == {"projector": {"learning_rate_factor": 1.0, "weight_decay": 0.0}}
     assert {path.partition(".")[0] for path in plan["state"].trainable} == {"multi_modal_projector"}
     assert plan["settings"]["seed"] == 5
+
+
+def test_template(planned: Callable[..., dict[str, Any]], world: World, tmp_path: Path) -> None:
+    plan = planned("--task-filter", "T3", "--set", "data.template=original", "--eval-data", world.eval)
+    assert json.loads((tmp_path / "planned" / "model" / "umbrella_config.json").read_text())["template"] == "original"
+    tokenizer = Checkpoint.open(world.base, small_run.modalities()).tokenizer()
+    (batch,) = plan["batches"]
+    learnt = tokenizer.decode(batch.target_ids[0, 0][batch.target_mask[0, 0]])
+    assert re.fullmatch(r"(<\|im_start\|>assistant\n(left|right)\.<\|im_end\|>\n){2}", learnt)
+    assert plan["evaluate"].args[3].template == "original"  # the processor's
 
 
 def test_image_root(planned: Callable[..., dict[str, Any]], world: World, tmp_path: Path) -> None:
@@ -263,6 +293,16 @@ def test_image_root(planned: Callable[..., dict[str, Any]], world: World, tmp_pa
         shutil.rmtree(tmp_path / "planned")
         volumes.append({volume.tobytes() for volume in plan["batches"][0].volumes["T1"][0]})
     assert len(volumes[0] - volumes[1]) == 1  # one file differs
+
+
+def test_cache(planned: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    plain = planned("--epochs", 1)
+    shutil.rmtree(tmp_path / "planned")
+    cached = planned("--epochs", 1, "--cache", tmp_path / "cache")
+    assert cached["settings"]["data"]["cache"] == str(tmp_path / "cache")
+    assert list((tmp_path / "cache").glob("volumes/*/*.safetensors"))
+    for left, right in zip(plain["batches"], cached["batches"], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
 def test_a_native_base_starts_the_same_run(

@@ -12,16 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.from_hf import Plan, fingerprint, plan_loading
-from convert.hf_config import UMBRELLA_CONFIG, export_names, read_config, write_config
+from convert.hf_config import UMBRELLA_CONFIG, export_names, read_config, stored_template, write_config
 from convert.rules import modality_of
 from convert.tensor import Index, Tensor, Where, check_finite, copy, place
 from convert.to_hf import export, hub_tensors, new_folder
 from convert.trainable import FILE, Trainable, write_trainable
 from convert.verify import Comparison, Forward, compare_configs, compare_forward, compare_tensors
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import ModalityConfig, ModelConfig, PatchEmbedInit, RematPolicy, RunConfig, load_config
-from umbrella_jax.data.loader import Dataset, eval_batches
-from umbrella_jax.data.tokenize import load_tokenizer
+from umbrella_jax.config import (
+    ModalityConfig,
+    ModelConfig,
+    PatchEmbedInit,
+    RematPolicy,
+    RunConfig,
+    Template,
+    load_config,
+)
+from umbrella_jax.data.loader import Dataset, whole_batch
+from umbrella_jax.data.tokenize import check_template, load_tokenizer, stop_ids
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models import Llava, LlavaConfig, Params, abstract_params, merge
 from umbrella_jax.training.checkpoint import Checkpoints, load_params, param_shapes, save_params
@@ -77,6 +85,8 @@ class Checkpoint:
     """Of a run: which of its checkpoints."""
     base: "Checkpoint | None" = None
     """Of a run: the weights that it trained on top of."""
+    template: Template | None = None
+    """How the text was written that it was trained on; None where nobody says, as of a stock LLaVA."""
 
     @classmethod
     def open(
@@ -119,10 +129,12 @@ class Checkpoint:
             options |= {"init": settings.model.patch_embed_init, "seed": settings.seed}
             base = cls.open(settings.model.base, config.modalities, **options)
             base = replace(base, config=config)
-            return cls(name, run, "run", run / MODEL, config, (), step=step, base=base)
+            template = stored_template(run / MODEL)
+            return cls(name, run, "run", run / MODEL, config, (), step=step, base=base, template=template)
         config = read_config(found, modalities, init=init, patch_embed=overlay, **options)
+        template = stored_template(found, overlay)
         if not has_tokenizer(found):
-            return cls(name, found, kind, found, config, (), init, overlay, seed)
+            return cls(name, found, kind, found, config, (), init, overlay, seed, template=template)
         tokenizer, added = load_tokenizer(found, config.image_token_id)
         notes = [f"{token}: added to the tokenizer" for token in added]
         size = max(tokenizer.get_vocab().values()) + 1
@@ -131,7 +143,7 @@ class Checkpoint:
             notes.append(f"vocabulary: grown from {rows} to {size} rows, the new ones the mean of the others")
             config = replace(config, text=replace(config.text, vocab_size=size))
         config = replace(config, image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
-        return cls(name, found, kind, found, config, tuple(notes), init, overlay, seed)
+        return cls(name, found, kind, found, config, tuple(notes), init, overlay, seed, template=template)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -279,6 +291,7 @@ def describe(checkpoint: Checkpoint, directory: Path) -> None:
         checkpoint.config,
         base=checkpoint.base_name,
         base_fingerprint=checkpoint.fingerprint,
+        template=checkpoint.template,
     )
     if checkpoint.notes:
         checkpoint.tokenizer().save_pretrained(directory)
@@ -311,6 +324,7 @@ def write_hf(
         max_shard_size=max_shard_size,
         base=checkpoint.base_name if derived else None,
         fingerprint=checkpoint.fingerprint if derived else None,
+        template=checkpoint.template,
     )
     if checkpoint.notes and has_tokenizer(checkpoint.description):
         checkpoint.tokenizer().save_pretrained(out)
@@ -331,7 +345,7 @@ def write_trained(checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | N
     trained = hub_tensors(tensors, checkpoint.config, renamed)
     modalities = {renamed[m]: modality for m, modality in checkpoint.config.modalities.items()}
     out.mkdir(parents=True, exist_ok=True)
-    write_trainable(path, Trainable(trained, modalities, checkpoint.fingerprint))
+    write_trainable(path, Trainable(trained, modalities, checkpoint.fingerprint, checkpoint.template))
     return path
 
 
@@ -359,6 +373,8 @@ def verify(
     one, other = (opened[p] if p in opened else Checkpoint.open(p, known) for p in paths)
 
     configuration = compare_configs(one.config, other.config)
+    if one.template and other.template and one.template != other.template:
+        configuration.append(f"template: {one.template} in A, {other.template} in B")
     notes = [f"{c.path}: {line}" for c in (one, other) for line in (*c.notes, *c.check())]
     ours, theirs = one.held(), other.held()
     tensors = compare_tensors(ours, one.config, theirs, other.config)
@@ -400,16 +416,39 @@ def load(
 class Processor:
     """Conversations to batches and tokens to text, as the model of `path` expects them."""
 
-    def __init__(self, tokenizer: Any, modalities: Mapping[str, ModalityConfig], *, max_length: int = 8192):
-        self.tokenizer, self.modalities, self.max_length = tokenizer, modalities, max_length
+    def __init__(
+        self,
+        tokenizer: Any,
+        modalities: Mapping[str, ModalityConfig],
+        *,
+        template: Template = "umbrella",
+        max_length: int = 8192,
+    ):
+        """`template`: how conversations are written. Raises DataError where it is `chat` and the tokenizer has none."""
+        check_template(tokenizer, template)
+        self.tokenizer, self.modalities, self.template, self.max_length = tokenizer, modalities, template, max_length
 
     @classmethod
     def load(
-        cls, path: str | Path, *, modalities: Mapping[str, ModalityConfig] | None = None, max_length: int = 8192
+        cls,
+        path: str | Path,
+        *,
+        modalities: Mapping[str, ModalityConfig] | None = None,
+        patch_embed: str | Path | None = None,
+        template: Template | None = None,
+        max_length: int = 8192,
     ) -> "Processor":
-        """The processor of whatever `umbrella_jax.load` takes."""
-        checkpoint = Checkpoint.open(path, modalities)
-        return cls(checkpoint.tokenizer(), checkpoint.config.modalities, max_length=max_length)
+        """The processor of whatever `umbrella_jax.load` takes.
+
+        Args:
+            modalities, patch_embed: as of `umbrella_jax.load`.
+            template: how conversations are written; default as the checkpoint was trained, `umbrella` where it does
+                not say. Raises ConfigError for another than it was trained with.
+        """
+        checkpoint = Checkpoint.open(path, modalities, patch_embed=patch_embed)
+        template = _same_template("template", template or checkpoint.template or "umbrella", checkpoint)
+        tokenizer = checkpoint.tokenizer()
+        return cls(tokenizer, checkpoint.config.modalities, template=template, max_length=max_length)
 
     def dataset(
         self,
@@ -427,6 +466,7 @@ class Processor:
             self.modalities,
             image_root=image_root,
             allow_outside_root=allow_outside_root,
+            template=self.template,
             max_length=self.max_length,
             threads=threads,
             evaluation=evaluation,
@@ -444,14 +484,12 @@ class Processor:
         dataset = self.dataset(
             conversations, image_root=image_root, allow_outside_root=allow_outside_root, evaluation=prompts
         )
-        ((_, batch),) = eval_batches(dataset, len(dataset), prompts=prompts)
-        return batch
+        return whole_batch(dataset, prompts=prompts)
 
     @property
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer."""
-        ids = [self.tokenizer.convert_tokens_to_ids("<|im_end|>"), self.tokenizer.eos_token_id]
-        return sorted({i for i in ids if i is not None})
+        return stop_ids(self.tokenizer)
 
     def decode(self, tokens: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> list[str]:
         """Text of generated tokens, int [B, L]; special tokens and what stands behind the end are left out."""
@@ -459,8 +497,37 @@ class Processor:
         return [self.tokenizer.decode(row[row >= 0], skip_special_tokens=True).strip() for row in rows]
 
 
+def _same_template(field: str, template: Template, checkpoint: Checkpoint) -> Template:
+    """`template`, if `checkpoint` was not trained with another."""
+    if checkpoint.template not in (None, template):
+        raise ConfigError(
+            f"{field}: {template}, but {checkpoint.path} was trained with {checkpoint.template}; expected the same"
+        )
+    return template
+
+
+def local_tokenizer(config: RunConfig) -> Any | None:
+    """The tokenizer of a run's base, None where none is named or the hub's was not downloaded yet.
+
+    Raises what `open_base` does.
+    """
+    base = config.model.base
+    if base is None:
+        return None
+    if not Path(base).is_dir() and base.count("/") == 1:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            base = snapshot_download(base, local_files_only=True)
+        except (LocalEntryNotFoundError, HFValidationError):
+            return None
+    return open_base(replace(config, model=replace(config.model, base=base))).tokenizer()
+
+
 def open_base(config: RunConfig | ModelConfig) -> Checkpoint:
-    """The base of a run. Raises ConfigError where the config names none."""
+    """The base of a run, with the run's template. Raises ConfigError where the config names none, or another template
+    than the base was trained with."""
     model, seed = (config.model, config.seed) if isinstance(config, RunConfig) else (config, 0)
     if model.base is None:
         raise ConfigError("model.base: expected a LLaVA directory in Hugging Face format (--base HF_DIR)")
@@ -476,4 +543,6 @@ def open_base(config: RunConfig | ModelConfig) -> Checkpoint:
         raise ConfigError(
             f"model.base: {base.path} is a run; export it (umbrella-jax convert to-hf) and name the export"
         )
+    if isinstance(config, RunConfig):
+        return replace(base, template=_same_template("data.template", config.data.template, base))
     return base

@@ -33,5 +33,6 @@ class Batch:
     volumes: dict[str, Array]
     """{modality: float32 [M, D, H, W] or [M, D, H, W, T]}: each distinct volume once, zeros behind up to a static M.
 
-    A modality that no conversation of the batch names has no entry: the step leaves its parameters untouched.
+    A modality may have no entry. Where no position of a training batch takes a feature of it, entry or not, the step
+    leaves its parameters untouched.
     """

@@ -21,6 +21,7 @@ _FLAGS: dict[str, tuple[str, type, str, str]] = {
     "--image-root": ("data.image_root", str, "P", "where relative image paths start"),
     "--modality": ("data.modality", str, "NAME", "keep conversations whose images are all of this modality"),
     "--task-filter": ("data.task_filter", str, "NAME", "keep conversations of this task"),
+    "--cache": ("data.cache", str, "D", "directory of preprocessed volumes, shared by runs"),
     "--output-dir": ("output_dir", str, "D", "the run's directory"),
     "--batch-size": ("train.batch_size", int, "N", "conversations per micro-batch, over all devices"),
     "--learning-rate": ("train.learning_rate", float, "X", "peak learning rate"),
@@ -122,6 +123,32 @@ def _from_bids(arguments: argparse.Namespace) -> None:
     print("\n".join(from_bids(**options)))
 
 
+def _validate(arguments: argparse.Namespace) -> int:
+    from umbrella_jax.api import local_tokenizer
+    from umbrella_jax.data.page import PRIVACY, check_page, write_page
+    from umbrella_jax.data.validate import validate
+
+    config, page = _config(arguments), arguments.html and Path(arguments.html)
+    if page:
+        check_page(page)
+    elif arguments.sample is not None:
+        raise ConfigError("--sample: how many volumes the page shows; name it too (--html FILE)")
+    report = validate(config, lambda: local_tokenizer(config), allow_overlap=arguments.allow_overlap)
+    if page:
+        sample = 24 if arguments.sample is None else arguments.sample
+        data = config.data
+        write_page(report, config.model.modalities, page, sample=sample, threads=data.threads, augment=data.augment)
+        print(f"{page}: {PRIVACY}", file=sys.stderr)
+    print(json.dumps(report.to_json(), indent=1, allow_nan=False) if arguments.json else "\n".join(report.lines()))
+    return 0 if report.ok else 1
+
+
+def _cache(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.data.cache import fill
+
+    print(fill(_config(arguments), verify=arguments.verify))
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     from umbrella_jax.demo import run_demo
 
@@ -132,6 +159,12 @@ def _from_original(arguments: argparse.Namespace) -> None:
     from umbrella_jax.original import from_original, render
 
     print(render(*from_original(arguments.file)), end="")
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -180,7 +213,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="for programs")
     verify.add_argument("--no-logits", action="store_true", help="compare tensors alone, not PyTorch with JAX on them")
 
-    data = commands.add_parser("data", help="Make conversation files.").add_subparsers(required=True, metavar="COMMAND")
+    data = commands.add_parser("data", help="Make and check conversation files, prepare volumes.").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
     bids = command(data, "from-bids", _from_bids, "BIDS data set with participants.tsv to conversations, in splits.")
     bids.add_argument("root", metavar="DIR", help="the data set")
     bids.add_argument("out", metavar="OUT", help="directory for train.json, eval.json")
@@ -201,6 +236,24 @@ def _parser() -> argparse.ArgumentParser:
     bids.add_argument(
         "--pairs-per-subject", type=int, metavar="N", help="references for each query scan of a comparison; default 4"
     )
+
+    check = command(
+        data,
+        "validate",
+        _validate,
+        "Read all that a run would read, tell all that is wrong; exit code 1 for faults.",
+    )
+    _add_config(check, ["--base", "--train-data", "--eval-data", "--image-root", "--modality", "--task-filter"])
+    check.add_argument("--json", action="store_true", help="for programs")
+    check.add_argument("--html", metavar="FILE", help="write a page with slices of the volumes (extra `report`)")
+    check.add_argument("--sample", type=_number, metavar="N", help="volumes that the page shows; default 24")
+    check.add_argument(
+        "--allow-overlap", action="store_true", help="a subject or volume both in train and in eval is no fault"
+    )
+
+    cache = command(data, "cache", _cache, "Preprocess all volumes of a config into its data.cache, ahead of runs.")
+    _add_config(cache, ["--train-data", "--eval-data", "--image-root", "--modality", "--task-filter", "--cache"])
+    cache.add_argument("--verify", action="store_true", help="read what is there too, and mend what is damaged")
 
     config = commands.add_parser("config", help="Make configs.").add_subparsers(required=True, metavar="COMMAND")
     original = command(config, "from-original", _from_original, "Print a YAML of the PyTorch system as one of ours.")

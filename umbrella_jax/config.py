@@ -16,6 +16,7 @@ from umbrella_jax.errors import ConfigError
 DType = Literal["float32", "bfloat16", "float16"]
 RematPolicy = Literal["none", "mlp", "full"]
 PatchEmbedInit = Literal["random", "inflate", "resample"]
+Template = Literal["umbrella", "original", "chat"]
 
 # Names for one and the same patch embedding: the original system, its newer checkpoints, its data files.
 ALIASES: tuple[frozenset[str], ...] = (
@@ -30,8 +31,8 @@ _STRICT: dict[str, Any] = {"extra": "forbid"}  # read by pydantic: an unknown ke
 class ModalityConfig:
     """What a volume of one modality becomes: preprocessing, size and patches.
 
-    Three-dimensional volumes are resized to `size`; four-dimensional ones are cut into windows
-    of `size[3]` frames and padded or cropped to `size[:3]`, as the original system does.
+    Three-dimensional volumes are resized to `size`, as the original system does, or padded and cropped to it at one
+    voxel size; four-dimensional ones are cut into windows of `size[3]` frames and padded or cropped to `size[:3]`.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
@@ -42,6 +43,12 @@ class ModalityConfig:
     """Patch of the same rank; a remainder at the high end of an axis is not looked at."""
     orientation: Literal["RAS", "as_stored"] = "RAS"
     """Axis order before resizing; `as_stored` is the original system's."""
+    mode: Literal["resize", "pad"] | None = None
+    """How a volume comes to `size`: `resize`, the whole field of view by the mean of each window, whatever its voxels'
+    shape; or `pad`, centred pad and crop. Default `resize` in 3D; 4D has `pad` alone, of its voxels as they are."""
+    spacing: float | None = None
+    """3D with `pad`: edge in mm of the cubic voxels that a volume has before it; default 2, with which 96 voxels are
+    192 mm and hold an adult's brain."""
     scaling: Literal["znorm", "none", "minmax", "znorm_zeroback", "znorm_minback"] | None = None
     """Intensities; default `znorm` (whole volume) in 3D, `znorm_minback` in 4D."""
     stride_within_seq: int = 1
@@ -61,6 +68,16 @@ class ModalityConfig:
             faults.append("stride_within_seq and stride_between_seq: only 4D volumes have windows")
         if self.stride_within_seq < 1 or not 0 < self.stride_between_seq < math.inf:
             faults.append("stride_within_seq and stride_between_seq: expected positive numbers")
+        mode = self.mode or ("resize" if len(self.size) == 3 else "pad")
+        if len(self.size) == 4 and mode != "pad":
+            faults.append(f"mode {mode}: expected pad for 4D volumes")
+        spacing = self.spacing
+        if len(self.size) == 3 and mode == "pad":
+            spacing = 2.0 if spacing is None else spacing
+            if not 0 < spacing < math.inf:
+                faults.append(f"spacing {spacing}: expected a positive number of mm")
+        elif spacing is not None:
+            faults.append(f"spacing {spacing}: only 3D volumes with mode pad are brought to one voxel size")
         scaling = self.scaling or ("znorm" if len(self.size) == 3 else "znorm_minback")
         allowed = (
             ("znorm", "none", "minmax")
@@ -71,7 +88,8 @@ class ModalityConfig:
             faults.append(f"scaling {scaling}: expected one of {', '.join(allowed)} for {len(self.size)}D volumes")
         if faults:
             raise ConfigError(faults)
-        object.__setattr__(self, "scaling", scaling)
+        for name, value in (("mode", mode), ("spacing", spacing), ("scaling", scaling)):
+            object.__setattr__(self, name, value)
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -118,6 +136,54 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes of training volumes, each drawn once per conversation and epoch, the same for all its images.
+
+    All are off by default. A FLIP TURNS LEFT INTO RIGHT, in the volume and not in the text: leave both flips off
+    where any answer speaks of sides. Ranges are uniform. How each is done, `umbrella_jax.data.augment` says.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    left_right_flip: float = 0.0
+    """Probability of a flip of the left–right axis, found by the affine; files without one are refused."""
+    flip_any_axis: float = 0.0
+    """Probability of a flip along one random axis. The original system's is 0.5, of 3D volumes alone and of each image
+    for itself, also where a conversation compares two; here all images of a conversation flip alike, 4D too."""
+    rotation: float = 0.0
+    """Largest rotation about each axis in degrees, of the array of `size`, so in voxels: where the resize made them
+    anisotropic, angles are those of the array, not of the head."""
+    translation: float = 0.0
+    """Largest shift along each axis, in voxels of the array of `size`."""
+    bias_field: float = 0.0
+    """Largest coefficient of the log of a smooth field (cubic) that multiplies the volume; 0.1 is moderate."""
+    intensity_scale: tuple[float, float] = (1.0, 1.0)
+    """Smallest and largest factor of the heights above a volume's minimum."""
+    noise: float = 0.0
+    """Standard deviation of Gaussian noise on every voxel, as a share of the volume's."""
+
+    def __post_init__(self) -> None:
+        ranges = [
+            ("left_right_flip", 1, "a probability"),
+            ("flip_any_axis", 1, "a probability"),
+            ("rotation", 90, "degrees"),
+            ("translation", math.inf, "voxels"),
+            ("bias_field", 1, "a coefficient"),
+            ("noise", math.inf, "a share"),
+        ]
+        faults = [
+            f"{name}: expected {what}, 0 or more" + (f", at most {high}" if high < math.inf else "") + f", got {value}"
+            for name, high, what in ranges
+            if not (0 <= (value := getattr(self, name)) <= high and math.isfinite(value))
+        ]
+        low, high = self.intensity_scale
+        if not 0 < low <= high < math.inf:
+            faults.append(f"intensity_scale: expected two factors, 0 < low <= high, got {low}, {high}")
+        if faults:
+            raise ConfigError(faults)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which conversations, and how they become batches."""
 
@@ -134,14 +200,26 @@ class DataConfig:
     """Keep only conversations whose images are all of this modality."""
     task_filter: str | None = None
     """Keep only conversations with this `task_type` or `metadata.task`."""
+    template: Template = "umbrella"
+    """How a conversation is written: ChatML, images where its content shows them, answers alone supervised; as the
+    `original` system does, ids and labels equal; or by the tokenizer's own `chat` template."""
     max_length: int = 8192
     """Positions of a conversation, patches included; a longer one is refused."""
     threads: int = 4
     """Threads that read volumes ahead of the step."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Random changes of training volumes; evaluation never has any."""
+    cache: str | None = None
+    """Directory of preprocessed volumes, filled as a run starts or by `umbrella-jax data cache`; runs may share it."""
+    cache_dtype: Literal["float32", "float16"] = "float32"
+    """Type that they are kept in: `float32` changes nothing, `float16` halves the disk and rounds each voxel."""
 
     def __post_init__(self) -> None:
         limits = [("max_length", self.max_length), ("threads", self.threads)]
-        if faults := [f"{name}: expected a positive number, got {value}" for name, value in limits if value <= 0]:
+        faults = [f"{name}: expected a positive number, got {value}" for name, value in limits if value <= 0]
+        if self.cache is None and self.cache_dtype != "float32":
+            faults.append(f"cache_dtype: {self.cache_dtype} of no cache; expected data.cache too, or float32")
+        if faults:
             raise ConfigError(faults)
 
 
@@ -217,6 +295,14 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     output_dir: str | None = None
     seed: int = 1234
+
+    def __post_init__(self) -> None:
+        shortest = min(length for modality in self.model.modalities.values() for length in modality.size[:3])
+        if 2 * self.data.augment.translation >= shortest:
+            raise ConfigError(
+                f"data.augment.translation: {self.data.augment.translation} voxels; expected less than half of the "
+                f"shortest axis, which has {shortest}"
+            )
 
 
 def resolve_modality(name: str, modalities: Sequence[str] | Mapping[str, Any]) -> str | None:

@@ -150,6 +150,11 @@ _OF_MODALITY = {
     "stride_within_seq": "stride_within_seq",
     "stride_between_seq": "stride_between_seq",
 }
+_FLIP = (
+    "data.augment.flip_any_axis: the original flips half of the 3D training volumes along a random axis, each image "
+    "for itself; here all images of a conversation flip alike, 4D too. A flip turns left into right: "
+    "set it to 0 where answers speak of sides"
+)
 
 
 def from_original(path: str | Path) -> tuple[dict[str, Any], list[str]]:
@@ -212,8 +217,12 @@ def from_original(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         faults.append(f"no modality has both {_SIZE.format('NAME')} and {_PATCH.format('NAME')}")
     if faults:
         raise ConfigError([f"{path}: {fault}" for fault in faults])
-    notes.append("the original flips training volumes at random; umbrella-jax does not")
-    mapping = _nest({target: value for target, (_, value) in targets.items()}, complete)
+    if any(len(geometry["size"]) == 3 for geometry in complete.values()):
+        targets["data.augment.flip_any_axis"] = ("", 0.5)
+        notes.append(_FLIP)
+    notes.append("data.template: original: as there, images stand before the text and an answer's header is learnt too")
+    flat = {"data.template": "original", **{target: value for target, (_, value) in targets.items()}}
+    mapping = _nest(flat, complete)
     parse_config(mapping, str(path))
     return mapping, notes
 

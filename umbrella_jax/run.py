@@ -22,8 +22,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from umbrella_jax.api import CHECKPOINTS, CONFIG, MODEL, Processor, describe, open_base
-from umbrella_jax.config import RunConfig, dump_config, to_dict
-from umbrella_jax.data.loader import Dataset, eval_batches, num_steps, train_batches
+from umbrella_jax.config import AugmentConfig, RunConfig, dump_config, parse_config, to_dict
+from umbrella_jax.data.cache import VolumeCache
+from umbrella_jax.data.loader import Dataset, eval_batches, make_plan, train_batches
 from umbrella_jax.data.tokenize import reference_answer
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.evaluation.generate import greedy
@@ -45,6 +46,7 @@ _MAY_CHANGE = (
     "data.image_root",
     "data.allow_outside_root",
     "data.threads",
+    "data.cache",
     "train.eval_steps",
     "train.save_steps",
     "train.wandb",
@@ -84,8 +86,10 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
     found = base.check(config.model.frozen_dtype)
     graphdef, shapes = abstract_params(base.config)
     labels = freeze.label_params(list(shapes), list(config.train.groups))
-    processor = Processor(base.tokenizer(), base.config.modalities, max_length=config.data.max_length)
-    train_set, eval_set = (_dataset(config, processor, split) for split in ("train", "eval"))
+    options: dict[str, Any] = {"template": config.data.template, "max_length": config.data.max_length}
+    processor = Processor(base.tokenizer(), base.config.modalities, **options)
+    cache = VolumeCache.of(config.data)
+    train_set, eval_set = (_dataset(config, processor, split, cache) for split in ("train", "eval"))
     assert train_set is not None
     for line in [*base.notes, *found, freeze.summary(shapes, labels)]:
         say(line)
@@ -94,7 +98,14 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
     params = base.params(config.model.frozen_dtype, where=lambda path, shape: where)
     trainable, frozen = freeze.partition(params, labels)
     del params
-    steps = num_steps(len(train_set), config.train.epochs, config.train.batch_size, config.train.accumulate_steps)
+    plan = make_plan(
+        train_set,
+        batch_size=config.train.batch_size,
+        accumulate_steps=config.train.accumulate_steps,
+        seed=config.seed,
+        divisor=mesh.size,
+    )
+    steps = plan.num_steps(config.train.epochs)
     schedule = make_schedule(config.train, steps)
     optimizer = make_optimizer(config.train, schedule, labels)
     state = jax.device_put(init_state(freeze.as_trainable(trainable), optimizer), where)
@@ -112,18 +123,16 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
             describe(base, out / MODEL)
         (out / CONFIG).write_text(dump_config(_absolute(config)))
         say(f"{len(train_set)} conversations, {steps} steps on {mesh.size} device(s), into {out}")
+        say(f"plan: {plan.report}")
         state = fit(
             state,
             frozen,
             train_batches(
                 train_set,
-                batch_size=config.train.batch_size,
-                accumulate_steps=config.train.accumulate_steps,
-                seed=config.seed,
+                plan,
                 start_step=int(state.step),
                 num_steps=steps,
                 threads=config.data.threads,
-                divisor=mesh.size,
             ),
             graphdef=graphdef,
             optimizer=optimizer,
@@ -171,7 +180,7 @@ def _output_dir(config: RunConfig, mesh: Mesh, resume: bool) -> Path:
     return out
 
 
-def _dataset(config: RunConfig, processor: Processor, split: str) -> Dataset | None:
+def _dataset(config: RunConfig, processor: Processor, split: str, cache: VolumeCache | None) -> Dataset | None:
     path = getattr(config.data, split)
     if path is None:
         return None
@@ -183,9 +192,12 @@ def _dataset(config: RunConfig, processor: Processor, split: str) -> Dataset | N
         modality=config.data.modality,
         task_filter=config.data.task_filter,
         allow_outside_root=config.data.allow_outside_root,
+        template=config.data.template,
         max_length=config.data.max_length,
         threads=config.data.threads,
         evaluation=split == "eval",
+        cache=cache,
+        augment=config.data.augment if split == "train" else AugmentConfig(),
     )
 
 
@@ -196,7 +208,8 @@ def _resume(checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any], s
         say("resume: no checkpoint yet, starting at step 0")
         return state
     saved = checkpoints.meta(step)
-    before, now = _flat(saved["config"]), _flat(meta["config"])
+    stored = to_dict(parse_config(saved["config"], str(checkpoints.directory)))  # with fields that it did not know yet
+    before, now = _flat(stored), _flat(meta["config"])
     faults = [
         f"{key}: {now.get(key)} now, {before.get(key)} in the checkpoint"
         for key in sorted(before.keys() | now.keys())
@@ -247,7 +260,8 @@ def _evaluate(
     for _, batch in batches(prompts=False):
         batch_loss, count = jit_eval_step(trainable, frozen, put_batch(batch, mesh, axis=0), graphdef=graphdef)
         loss, tokens = loss + float(batch_loss), tokens + int(count)
-    stop, rows = np.array(processor.stop_ids, np.int32), []
+    stop = np.array(processor.stop_ids, np.int32)
+    found: dict[int, dict[str, Any]] = {}
     for indices, batch in batches(prompts=True):
         answers = greedy(
             trainable | frozen,
@@ -258,15 +272,14 @@ def _evaluate(
         )
         for index, text in zip(indices, processor.decode(np.asarray(answers)[: len(indices)]), strict=True):
             conversation = dataset.conversations[index]
-            rows.append(
-                {
-                    "task_id": conversation.task_id,
-                    "task_type": conversation.task_type,
-                    "prediction": text,
-                    "reference": reference_answer(conversation),
-                    "metadata": dict(conversation.metadata),
-                }
-            )
+            found[index] = {
+                "task_id": conversation.task_id,
+                "task_type": conversation.task_type,
+                "prediction": text,
+                "reference": reference_answer(conversation),
+                "metadata": dict(conversation.metadata),
+            }
+    rows = [found[index] for index in range(len(dataset))]
     folder = out / "predictions"
     folder.mkdir(exist_ok=True)
     (folder / f"step_{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

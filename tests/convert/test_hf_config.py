@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from convert.hf_config import hf_dict, read_config, write_config
+from convert.model_card import model_card
 from tests.checkpoints import MODALITIES, make_model
+from umbrella_jax.config import ModalityConfig
 from umbrella_jax.errors import CheckpointError, ConfigError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava"  # written by transformers 4.46.3
@@ -192,11 +194,14 @@ def test_modalities_come_from_the_file_or_the_argument(tmp_path):
 
 def test_modalities_that_disagree(tmp_path):
     umbrella(tmp_path, MODALITIES)
+    other = dataclasses.replace(MODALITIES["T1"], patch=(5, 3, 7), orientation="as_stored", mode="pad")
     with pytest.raises(ConfigError) as error:
-        read_config(tmp_path, {"sMRI": dataclasses.replace(MODALITIES["T1"], patch=(5, 3, 7), orientation="as_stored")})
+        read_config(tmp_path, {"sMRI": other})
     message = str(error.value)
     assert "T1.patch: (5, 3, 2) in the checkpoint, (5, 3, 7) as configured" in message
     assert "T1.orientation: RAS in the checkpoint, as_stored as configured" in message
+    assert "T1.mode: resize in the checkpoint, pad as configured" in message
+    assert "T1.spacing: None in the checkpoint, 2.0 as configured" in message
     assert "rsfMRI: is in the checkpoint but not configured" in message
 
 
@@ -237,6 +242,34 @@ def test_write_config(tmp_path):
     assert (list(written["modalities"]), written["base_fingerprint"]) == (["sMRI", "fMRI"], "f00")
     again = read_config(out)
     assert again == dataclasses.replace(config, modalities={"sMRI": MODALITIES["T1"], "fMRI": MODALITIES["rsfMRI"]})
+
+
+def test_every_parameter_of_the_preprocessing_is_in_an_export(tmp_path):
+    t1 = dataclasses.replace(MODALITIES["T1"], orientation="as_stored", mode="pad", spacing=1.5, scaling="minmax")
+    fmri = dataclasses.replace(
+        MODALITIES["rsfMRI"], scaling="none", stride_within_seq=2, stride_between_seq=0.5, orientation="as_stored"
+    )
+    default = ModalityConfig(size=(9, 9, 9), patch=(3, 3, 3))
+    changed = {f.name for f in dataclasses.fields(t1) for m in (t1, fmri) if getattr(m, f.name) != f.default}
+    assert changed == {f.name for f in dataclasses.fields(ModalityConfig)}
+    modalities = {"T1": t1, "rsfMRI": fmri, "other": default}
+    umbrella(tmp_path, modalities)
+    assert dict(read_config(tmp_path).modalities) == modalities
+    card = model_card(read_config(tmp_path), modalities, "folder")
+    for name, cells in (("T1", "as_stored | pad, 1.5 mm | minmax"), ("rsfMRI", "as_stored | pad | none")):
+        assert f" {cells} | " in next(line for line in card.splitlines() if line.startswith(f"| {name} |"))
+    assert " RAS | resize | znorm | " in next(line for line in card.splitlines() if line.startswith("| other |"))
+
+
+def test_an_export_from_before_modes_is_read_as_it_was_meant(tmp_path):
+    umbrella(tmp_path, MODALITIES)
+    stored = json.loads((tmp_path / "umbrella_config.json").read_text())
+    for modality in stored["modalities"].values():
+        del modality["mode"], modality["spacing"]
+    (tmp_path / "umbrella_config.json").write_text(json.dumps(stored))
+    found = read_config(tmp_path).modalities
+    assert dict(found) == MODALITIES
+    assert [(m.mode, m.spacing) for m in found.values()] == [("resize", None), ("pad", None)]
 
 
 def test_two_modalities_under_one_name(tmp_path):

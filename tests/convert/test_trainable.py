@@ -16,7 +16,7 @@ from convert.safetensors_io import open_checkpoint, write_checkpoint
 from convert.torch_model import load_umbrella
 from tests import small_run
 from tests.small_run import World, umbrella
-from umbrella_jax.api import Checkpoint
+from umbrella_jax.api import Checkpoint, Processor
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models import split
 
@@ -110,6 +110,7 @@ def test_the_file_holds_exactly_what_trained(
         metadata = file.metadata()
     said = json.loads((tmp_path / "export" / "umbrella_config.json").read_text())
     assert metadata["base_fingerprint"] == said["base_fingerprint"] == Checkpoint.open(run).fingerprint
+    assert metadata["template"] == said["template"] == "umbrella"
     modalities = json.loads(metadata["modalities"])
     assert modalities == said["modalities"]
     assert list(modalities) == list(names)
@@ -117,6 +118,20 @@ def test_the_file_holds_exactly_what_trained(
         assert settings.items() <= found.items()
     assert modalities[names[0]]["orientation"] == "RAS"
     assert modalities[names[1]]["scaling"] == "znorm_minback"
+
+
+def test_the_file_says_how_its_text_was_written(world: World, part: Path, tmp_path: Path) -> None:
+    with safe_open(part, "np") as file:
+        metadata = file.metadata()
+    assert Processor.load(world.base, patch_embed=part).template == "umbrella"
+    save_file(load_file(part), tmp_path / "other", metadata | {"template": "original"})
+    assert Processor.load(world.base, patch_embed=tmp_path / "other").template == "original"
+    flags = ["--config", world.config, "--patch-embed", tmp_path / "other"]
+    umbrella("convert", "from-hf", world.base, tmp_path / "native", *flags)
+    assert Processor.load(tmp_path / "native").template == "original"
+    save_file(load_file(part), tmp_path / "other", metadata | {"template": "poetry"})
+    with pytest.raises(ConfigError, match="other: template: expected one of umbrella, original, chat, got 'poetry'"):
+        Processor.load(world.base, patch_embed=tmp_path / "other")
 
 
 def test_what_trained_is_not_what_it_started_from(world: World, part: Path) -> None:

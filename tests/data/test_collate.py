@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from umbrella_jax.data.collate import BatchShape, collate, shape_of
+from umbrella_jax.data.collate import collate
 from umbrella_jax.data.conversation import Image
+from umbrella_jax.data.plan import BatchShape
 from umbrella_jax.data.tokenize import Encoded
 
 A, B, C = (Image(Path(f"/{name}.nii"), "T1") for name in "abc")
@@ -38,6 +40,13 @@ def volumes(modalities):
     }
 
 
+def one(rows, volumes, modalities, conversations, positions, targets, **counts):
+    """The only micro-batch, without its axis."""
+    shape = BatchShape(conversations, positions, targets, tuple(counts.items()))
+    batch = collate([rows], volumes.__getitem__, modalities, shape)
+    return jax.tree.map(lambda leaf: leaf[0], batch)
+
+
 def source_of_each_position(batch, modalities):
     """What value (volume) and patch each position takes, by concatenating features as the model does; None for text."""
     features = []
@@ -50,7 +59,7 @@ def source_of_each_position(batch, modalities):
 def test_every_placeholder_takes_its_own_patch(modalities, volumes):
     """Ragged counts, both modalities, a volume shared between and within rows, an image at position 0."""
     rows = [row(2, A, 1, F, 3, B), row(5), row(G, A, ("answer", 2)), row(1, B, B)]
-    batch = collate(rows, volumes, modalities, shape_of([rows], 4))
+    batch = one(rows, volumes, modalities, 4, 24, 8, T1=3, rsfMRI=2)
     found = source_of_each_position(batch, modalities)
     value = {A: 1.0, B: 2.0, F: 4.0, G: 5.0}
     for encoded, sources in zip(rows, found, strict=True):
@@ -60,13 +69,13 @@ def test_every_placeholder_takes_its_own_patch(modalities, volumes):
                 expected[start + patch] = (value[image], patch)
         assert sources == expected
     # each distinct volume once; two windows of one run are two volumes
-    assert batch.volumes["T1"][:, 0, 0, 0].tolist() == [1, 2]
+    assert batch.volumes["T1"][:, 0, 0, 0].tolist() == [1, 2, 0]
     assert batch.volumes["rsfMRI"][:, 0, 0, 0, 0].tolist() == [4, 5]
 
 
 def test_targets_are_the_next_tokens(modalities, volumes):
     rows = [row(3, ("answer", 2), 1, ("answer", 1)), row(2, A, ("answer", 3))]
-    batch = collate(rows, volumes, modalities, shape_of([rows], 2))
+    batch = one(rows, volumes, modalities, 2, 16, 8, T1=1)
     for b, encoded in enumerate(rows):
         pos, ids = batch.target_pos[b][batch.target_mask[b]], batch.target_ids[b][batch.target_mask[b]]
         assert ids.tolist() == encoded.input_ids[encoded.supervised].tolist()
@@ -78,7 +87,7 @@ def test_targets_are_the_next_tokens(modalities, volumes):
 
 def test_padding_is_inert(modalities, volumes):
     rows = [row(2, A, ("answer", 2)), row(3, B, ("answer", 1))]
-    batch = collate(rows, volumes, modalities, shape_of([rows], 5, divisor=4))
+    batch = one(rows, volumes, modalities, 5, 16, 8, T1=4)
     assert batch.lengths.tolist() == [10, 10, 1, 1, 1]
     assert not batch.input_ids[:, 10:].any()
     assert not batch.input_ids[2:].any()
@@ -92,7 +101,7 @@ def test_padding_is_inert(modalities, volumes):
 
 def test_types(modalities, volumes):
     rows = [row(2, A, F, ("answer", 2))]
-    batch = collate(rows, volumes, modalities, shape_of([rows], 1))
+    batch = one(rows, volumes, modalities, 1, 64, 8, T1=1, rsfMRI=1)
     integers = ("input_ids", "positions", "feature_idx", "lengths", "target_pos", "target_ids")
     assert {getattr(batch, name).dtype for name in integers} == {np.dtype(np.int32)}
     assert batch.target_mask.dtype == bool
@@ -102,24 +111,54 @@ def test_types(modalities, volumes):
 
 def test_a_modality_of_the_shape_only_gets_zero_volumes(modalities, volumes):
     """Micro-batches of one step share a shape; features of the absent modality still take their rows."""
-    shape = shape_of([[row(A)], [row(F)]], 1)
-    batch = collate([row(A)], volumes, modalities, shape)
-    assert not batch.volumes["rsfMRI"].any()
-    assert batch.feature_idx[0, :6].tolist() == [0, 1, 2, 3, 4, 5]  # T1 sorts before rsfMRI
-    assert collate([row(F)], volumes, modalities, shape).feature_idx[0, :4].tolist() == [6, 7, 8, 9]
+    shape = BatchShape(1, 16, 8, (("T1", 1), ("rsfMRI", 1)))
+    batch = collate([[row(A)], [row(F)], []], volumes.__getitem__, modalities, shape)
+    assert not batch.volumes["rsfMRI"][0].any()
+    assert batch.feature_idx[0, 0, :6].tolist() == [0, 1, 2, 3, 4, 5]  # T1 sorts before rsfMRI
+    assert not batch.volumes["T1"][1].any()
+    assert batch.feature_idx[1, 0, :4].tolist() == [6, 7, 8, 9]
+    assert batch.lengths.tolist() == [[6], [4], [1]]
+    assert not any(leaf[2].any() for leaf in (batch.input_ids, batch.target_mask, *batch.volumes.values()))
 
 
-@pytest.mark.parametrize(
-    ("batches", "divisor", "positions", "targets", "volumes"),
-    [
-        ([[row(64)]], 1, 64, 8, ()),
-        ([[row(65, ("answer", 8))]], 1, 128, 8, ()),
-        ([[row(1, ("answer", 9))], [row(70)]], 1, 128, 16, ()),
-        ([[row(A, B), row(C, B)]], 1, 64, 8, (("T1", 4),)),
-        ([[row(F, A)], [row(A, B)]], 1, 64, 8, (("T1", 2), ("rsfMRI", 1))),
-        ([[row(A, B, C, F)]], 3, 64, 8, (("T1", 6), ("rsfMRI", 3))),
-        ([[row(A, B, F)]], 8, 64, 8, (("T1", 8), ("rsfMRI", 8))),
-    ],
-)
-def test_shapes_are_rounded_up(batches, divisor, positions, targets, volumes):
-    assert shape_of(batches, 3, divisor) == BatchShape(3, positions, targets, volumes)
+def test_an_image_is_asked_for_once(modalities, volumes):
+    """Though both micro-batches show it; each has a copy."""
+    asked = []
+
+    def volume(image):
+        asked.append(image)
+        return volumes[image]
+
+    shape = BatchShape(2, 16, 8, (("T1", 2), ("rsfMRI", 1)))
+    batch = collate([[row(A), row(B)], [row(F), row(B)]], volume, modalities, shape)
+    assert asked == [A, B, F]
+    assert batch.volumes["T1"][:, :, 0, 0, 0].tolist() == [[1, 2], [2, 0]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_parts_of_processes_are_the_whole(modalities, volumes, count):
+    """Each asks for its own volumes alone, which another's rows may name."""
+    batches = [[row(2, A, B), row(3, ("answer", 2)), row(C, F), row(G, B)], [row(F), row(C, ("answer", 1)), row(A)]]
+    shape = BatchShape(4, 24, 8, (("T1", 4), ("rsfMRI", 4)))
+    whole = collate(batches, volumes.__getitem__, modalities, shape)
+    parts, asked = [], []
+    for p in range(count):
+        mine = set()
+
+        def volume(image, mine=mine):
+            mine.add(image)
+            return volumes[image]
+
+        parts.append(collate(batches, volume, modalities, shape, process_index=p, process_count=count))
+        asked.append(mine)
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *parts)
+    for leaf, expected in zip(jax.tree.leaves(joined), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(leaf, expected, strict=True)
+    assert (
+        asked
+        == {  # slots are A, B, C and C, A of T1, and F, G and F of rsfMRI
+            1: [{A, B, C, F, G}],
+            2: [{A, B, C, F, G}, {C}],
+            4: [{A, C, F}, {A, B, G}, {C}, set()],
+        }[count]
+    )

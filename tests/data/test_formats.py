@@ -107,8 +107,8 @@ def test_analyze_has_no_orientation(tmp_path, kind, named):
         found = load_volume(tmp_path / named, config(orientation="as_stored"))
         np.testing.assert_array_equal(found, data[..., :4] if data.ndim == 4 else data)
         assert faults(tmp_path / named, config()) == (
-            f"{tmp_path / named}: its format says nothing of orientation; "
-            "expected orientation: as_stored of the modality, or NIfTI",
+            f"{tmp_path / named}: nothing in it says how it is oriented; "
+            "expected orientation: as_stored of the modality, or NIfTI whose qform_code or sform_code is not 0",
         )
 
 
@@ -229,7 +229,7 @@ def test_arrays_and_frames_have_no_orientation(run, tmp_path):
     write(tmp_path / "a.npy", numbers(SIZE))
     for path, config in [(run()[0], fmri()), (tmp_path / "a.npy", t1())]:
         (fault,) = faults(path, config)
-        assert fault.startswith(f"{path}: its format says nothing of orientation; expected orientation: as_stored")
+        assert fault.startswith(f"{path}: nothing in it says how it is oriented; expected orientation: as_stored")
 
 
 @pytest.mark.parametrize(

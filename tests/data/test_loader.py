@@ -3,12 +3,16 @@
 from collections import Counter
 from itertools import islice
 
+import jax
 import nibabel as nib
 import numpy as np
 import pytest
 
-from umbrella_jax.data.loader import Dataset, eval_batches, num_steps, train_batches
-from umbrella_jax.errors import DataError
+from umbrella_jax.config import AugmentConfig, ModalityConfig
+from umbrella_jax.data.cache import VolumeCache
+from umbrella_jax.data.loader import Dataset, eval_batches, make_plan, train_batches, whole_batch
+from umbrella_jax.data.volume import load_volume
+from umbrella_jax.errors import ConfigError, DataError
 
 NUM = 7
 
@@ -33,9 +37,17 @@ def make_dataset(nifti, record, write_json, tokenizer, modalities):
     return make
 
 
+def batches_of(dataset, *, batch_size, accumulate_steps=1, seed=5, divisor=1, start_step=0, **options):
+    """Training batches as a run makes them; by default of one epoch."""
+    plan = make_plan(dataset, batch_size=batch_size, accumulate_steps=accumulate_steps, seed=seed, divisor=divisor)
+    options = {"num_steps": plan.updates_per_epoch, "threads": 2} | options
+    return train_batches(dataset, plan, start_step=start_step, **options)
+
+
 def seen(batch):
-    """Indices of the conversations of a batch with leading axis A, row by row: answers have i + 2 tokens."""
-    return [[int(mask.sum()) - 2 for mask in micro] for micro in batch.target_mask]
+    """Indices of the conversations of a batch with leading axis A, row by row: answers have i + 2 tokens, and empty
+    rows none."""
+    return [[int(mask.sum()) - 2 for mask in micro if mask.any()] for micro in batch.target_mask]
 
 
 def test_load(make_dataset, tmp_path):
@@ -47,15 +59,28 @@ def test_load(make_dataset, tmp_path):
 
 
 def test_each_conversation_once_an_epoch(make_dataset):
-    options = {"batch_size": 2, "accumulate_steps": 1, "seed": 5, "start_step": 0, "num_steps": 14, "threads": 2}
-    batches = list(train_batches(make_dataset(), **options))
-    assert len(batches) == 14
-    order = [i for batch in batches for row in seen(batch) for i in row]
-    epochs = [order[k : k + NUM] for k in range(0, len(order), NUM)]
-    assert all(sorted(epoch) == list(range(NUM)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) > 1  # each in its own order
-    other = list(train_batches(make_dataset(), **{**options, "seed": 6}))
-    assert [seen(b) for b in other] != [seen(b) for b in batches]
+    """Of 7 by 2: three show the run, four do not; in two updates each."""
+    dataset = make_dataset()
+    batches = list(batches_of(dataset, batch_size=2, num_steps=8))
+    assert len(batches) == 8
+    orders = [[i for batch in batches[k : k + 4] for row in seen(batch) for i in row] for k in (0, 4)]
+    assert all(sorted(order) == list(range(NUM)) for order in orders)
+    assert orders[0] != orders[1]  # each in its own order
+    assert [seen(b) for b in batches_of(dataset, batch_size=2, num_steps=8, seed=6)] != [seen(b) for b in batches]
+
+
+def test_a_batch_holds_what_the_conversations_show(make_dataset, modalities, tmp_path):
+    dataset = make_dataset()
+    t1 = modalities["T1"]
+    for batch in batches_of(dataset, batch_size=2, accumulate_steps=2):
+        for a, micro in enumerate(seen(batch)):
+            used = {volume.tobytes() for volume in batch.volumes["T1"][a] if volume.any()}
+            files = [*(f"{i}.nii" for i in micro), *(["shared.nii"] if micro else [])]
+            assert used == {load_volume(tmp_path / name, t1).tobytes() for name in files}
+            for b, i in enumerate(micro):
+                row = dataset.encoded[i]
+                assert batch.lengths[a, b] == len(row)
+                np.testing.assert_array_equal(batch.input_ids[a, b, : len(row)], row.input_ids)
 
 
 def assert_equal(left, right):
@@ -67,51 +92,52 @@ def assert_equal(left, right):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_resumed_is_continued(make_dataset, threads):
+@pytest.mark.parametrize("start", [0, 1, 4, 8])
+def test_resumed_is_continued(make_dataset, start, threads):
     dataset = make_dataset()
-    options = {"batch_size": 2, "accumulate_steps": 2, "seed": 5, "num_steps": 9}
-    whole = list(train_batches(dataset, **options, start_step=0, threads=2))
-    resumed = list(train_batches(dataset, **options, start_step=4, threads=threads))
-    assert len(resumed) == 5
-    for left, right in zip(whole[4:], resumed, strict=True):
+    options = {"batch_size": 1, "accumulate_steps": 2, "num_steps": 9}
+    whole = list(batches_of(dataset, **options))
+    resumed = list(batches_of(dataset, **options, start_step=start, threads=threads))
+    assert len(resumed) == 9 - start
+    for left, right in zip(whole[start:], resumed, strict=True):
         assert_equal(left, right)
 
 
-def test_accumulated_micro_batches(make_dataset, modalities):
-    options = {"batch_size": 2, "seed": 5, "start_step": 0, "threads": 1}
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_a_batch(make_dataset, count, monkeypatch):
+    """Their parts put together are the batch of one process; each opens what lies in its part and nothing else."""
     dataset = make_dataset()
-    one = list(train_batches(dataset, **options, accumulate_steps=1, num_steps=6))
-    three = list(train_batches(dataset, **options, accumulate_steps=3, num_steps=2, divisor=3))
-    for step, batch in enumerate(three):
-        assert batch.input_ids.shape == (3, 2, 64)
-        assert batch.lengths.shape == (3, 2)
-        assert batch.target_pos.shape == (3, 2, batch.target_ids.shape[2])
-        for a in range(3):
-            single = one[3 * step + a]
-            np.testing.assert_array_equal(batch.input_ids[a], single.input_ids[0])
-            for modality, volumes in single.volumes.items():
-                used = [v for v in volumes[0] if v.any()]
-                assert batch.volumes[modality].shape == (
-                    3,
-                    batch.volumes[modality].shape[1],
-                    *modalities[modality].size,
-                )
-                assert batch.volumes[modality].shape[1] % 3 == 0
-                np.testing.assert_array_equal(batch.volumes[modality][a][: len(used)], used)
+    options = {"batch_size": 4, "accumulate_steps": 2, "divisor": 4, "threads": 1}
+    whole = list(batches_of(dataset, **options))
+    opened = []
+    monkeypatch.setattr("umbrella_jax.data.loader.load_volume", lambda *a: opened.append(a) or load_volume(*a))
+    parts = []
+    for p in range(count):
+        parts.append(list(batches_of(dataset, **options, process_index=p, process_count=count)))
+        held = {v.tobytes() for b in parts[-1] for vs in b.volumes.values() for m in vs for v in m if v.any()}
+        assert {load_volume(*arguments).tobytes() for arguments in opened} == held
+        opened.clear()
+    for expected, *found in zip(whole, *parts, strict=True):
+        assert_equal(jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *found), expected)
+
+
+def test_processes_divide_the_batch(make_dataset):
+    dataset = make_dataset()
+    with pytest.raises(ConfigError, match=r"train\.batch_size: 4 cannot be split over 3 processes") as caught:
+        batches_of(dataset, batch_size=4, divisor=8, process_count=3)
+    assert caught.value.faults[1] == "devices: 8 cannot be split over 3 processes"
 
 
 def test_a_step_without_a_modality_has_no_entry_for_it(make_dataset):
-    options = {"batch_size": 1, "accumulate_steps": 1, "seed": 5, "start_step": 0, "num_steps": NUM, "threads": 1}
-    for batch in train_batches(make_dataset(), **options):
+    for batch in batches_of(make_dataset(), batch_size=1):
         assert set(batch.volumes) == ({"T1", "rsfMRI"} if seen(batch)[0][0] in (1, 2, 5) else {"T1"})
 
 
 def test_an_epoch_draws_one_window_of_a_run(make_dataset):
     dataset = make_dataset()
-    options = {"batch_size": 1, "accumulate_steps": 1, "start_step": 0, "num_steps": 8 * NUM, "threads": 2}
     windows = []
     epoch = Counter()
-    for step, batch in enumerate(train_batches(dataset, **options, seed=5)):
+    for step, batch in enumerate(batches_of(dataset, batch_size=1, num_steps=8 * NUM)):
         if "rsfMRI" in batch.volumes:
             epoch[batch.volumes["rsfMRI"].tobytes()] += 1
         if step % NUM == NUM - 1:
@@ -122,28 +148,42 @@ def test_an_epoch_draws_one_window_of_a_run(make_dataset):
     assert len(set(windows)) > 2  # and another one in another epoch
 
 
-def test_eval_batches_in_order_and_of_one_shape(make_dataset):
+def test_evaluation_takes_every_conversation_once(make_dataset):
+    """In one shape, since 7 conversations are not worth compiling a second."""
     dataset = make_dataset(evaluation=True)
     for prompts in (False, True):
         found = list(eval_batches(dataset, 3, prompts=prompts, divisor=2))
-        assert [indices for indices, _ in found] == [[0, 1, 2], [3, 4, 5], [6]]
+        assert sorted(i for indices, _ in found for i in indices) == list(range(NUM))
         assert len({tuple(v.shape for v in (b.input_ids, b.target_pos, *b.volumes.values())) for _, b in found}) == 1
-        assert all(set(batch.volumes) == {"T1", "rsfMRI"} for _, batch in found)
         rows = dataset.prompts if prompts else dataset.encoded
         for indices, batch in found:
+            assert all(len(volumes) % 2 == 0 for volumes in batch.volumes.values())
+            assert batch.lengths.tolist() == [len(rows[i]) for i in indices] + [1] * (3 - len(indices))
             for b, i in enumerate(indices):
-                assert batch.lengths[b] == len(rows[i])
                 np.testing.assert_array_equal(batch.input_ids[b, : len(rows[i])], rows[i].input_ids)
-        assert found[-1][1].lengths[1:].tolist() == [1, 1]
+        again = list(eval_batches(dataset, 3, prompts=prompts, divisor=2, threads=1))
+        assert [indices for indices, _ in again] == [indices for indices, _ in found]
+
+
+def test_the_whole_batch_is_in_order(make_dataset):
+    dataset = make_dataset(evaluation=True)
+    batch = whole_batch(dataset, prompts=True)
+    assert batch.lengths.tolist() == [len(row) for row in dataset.prompts]
+    assert batch.volumes["T1"].shape[0] == NUM + 1
+    for b, row in enumerate(dataset.prompts):
+        np.testing.assert_array_equal(batch.input_ids[b, : len(row)], row.input_ids)
 
 
 def test_eval_takes_the_first_window(make_dataset, modalities):
-    from umbrella_jax.data.volume import load_volume
-
     dataset = make_dataset(evaluation=True)
     (image,) = (i for i in dataset.windows if i.modality == "rsfMRI")
-    _, batch = next(eval_batches(dataset, 2, prompts=True))
-    np.testing.assert_array_equal(batch.volumes["rsfMRI"][0], load_volume(image.path, modalities["rsfMRI"], 0))
+    batches = [whole_batch(dataset, prompts=True), *(b for _, b in eval_batches(dataset, 2, prompts=True))]
+    expected = load_volume(image.path, modalities["rsfMRI"], 0)
+    found = [batch.volumes["rsfMRI"][0] for batch in batches if "rsfMRI" in batch.volumes]
+    shown = [volume for volume in found if volume.any()]
+    assert len(shown) >= 2
+    for volume in shown:
+        np.testing.assert_array_equal(volume, expected)
 
 
 def test_answers_may_be_empty_at_evaluation_only(make_dataset):
@@ -156,6 +196,8 @@ def test_answers_may_be_empty_at_evaluation_only(make_dataset):
 def test_prompts_of_training_data_are_refused(make_dataset):
     with pytest.raises(DataError, match="evaluation=True"):
         eval_batches(make_dataset(), 2, prompts=True)
+    with pytest.raises(DataError, match="evaluation=True"):
+        whole_batch(make_dataset(), prompts=True)
 
 
 def test_texts_and_volumes_are_refused_together(nifti, record, write_json, tokenizer, modalities, tmp_path):
@@ -200,25 +242,64 @@ def test_options_of_load_reach_their_place(nifti, record, write_json, tokenizer,
 def test_a_volume_that_breaks_during_the_run_reaches_the_caller(make_dataset, tmp_path):
     dataset = make_dataset()
     (tmp_path / "3.nii").write_bytes(b"")
-    options = {"batch_size": 1, "accumulate_steps": 1, "seed": 5, "start_step": 0, "num_steps": NUM, "threads": 3}
     with pytest.raises(DataError, match=r"3\.nii: cannot be read"):
-        list(train_batches(dataset, **options))
+        list(batches_of(dataset, batch_size=1, threads=3))
     dataset = make_dataset(evaluation=True)
     nib.save(nib.Nifti1Image(np.ones((6, 7), np.float32), np.eye(4)), tmp_path / "3.nii")
-    batches = eval_batches(dataset, 3, prompts=False)
-    assert next(batches)[0] == [0, 1, 2]  # those before it are fine
+    batches, found = eval_batches(dataset, 1, prompts=False), []
     with pytest.raises(DataError, match=r"3\.nii: shape \(6, 7\)"):
-        next(batches)
+        found.extend(indices for indices, _ in batches)
+    assert [3] not in found
+    assert found[:1] == [[0]]  # those before it are fine
 
 
 def test_a_run_may_be_left_early(make_dataset):
-    options = {"batch_size": 2, "accumulate_steps": 1, "seed": 5, "start_step": 0, "num_steps": 10**9, "threads": 2}
-    assert len(list(islice(train_batches(make_dataset(), **options), 3))) == 3
+    assert len(list(islice(batches_of(make_dataset(), batch_size=2, num_steps=10**9), 3))) == 3
 
 
-@pytest.mark.parametrize(
-    ("conversations", "epochs", "batch", "accumulate", "expected"),
-    [(10, 1, 2, 1, 5), (11, 1, 2, 1, 6), (11, 2, 2, 1, 11), (11, 3, 2, 4, 5), (100, 0.07, 1, 1, 7), (3, 0.5, 8, 1, 1)],
-)
-def test_num_steps(conversations, epochs, batch, accumulate, expected):
-    assert num_steps(conversations, epochs, batch, accumulate) == expected
+AUGMENT = AugmentConfig(flip_any_axis=0.5, noise=0.1)
+
+
+def test_augmentation_is_of_the_conversation_and_the_epoch(make_dataset, modalities, tmp_path):
+    """Each conversation has a change of its own, so that none share a volume; the same after a resume, another in the
+    next epoch; evaluation has none."""
+    dataset = make_dataset(augment=AUGMENT)
+    plain = {
+        name: load_volume(tmp_path / f"{name}.nii", modalities["T1"]) for name in [*map(str, range(NUM)), "shared"]
+    }
+    batches = list(batches_of(dataset, batch_size=2, num_steps=8))
+    for left, right in zip(batches[3:], batches_of(dataset, batch_size=2, num_steps=8, start_step=3), strict=True):
+        assert_equal(left, right)
+    epochs = [{}, {}]
+    for step, batch in enumerate(batches):
+        for b, i in enumerate(seen(batch)[0]):
+            row = dataset.encoded[i]
+            for start, image in zip(row.image_starts, row.images, strict=True):
+                if image.modality == "T1":  # sorts before rsfMRI, so its features come first
+                    slot = batch.feature_idx[0, b, start] // modalities["T1"].num_patches
+                    epochs[step // 4][i, image.path.stem] = batch.volumes["T1"][0, slot]
+    for changed in epochs:
+        assert len({volume.tobytes() for volume in changed.values()}) == 2 * NUM
+        assert not any(np.array_equal(volume, plain[name]) for (_, name), volume in changed.items())
+    assert not any(np.array_equal(volume, epochs[1][key]) for key, volume in epochs[0].items())
+    evaluated = make_dataset(evaluation=True)
+    for _, batch in eval_batches(evaluated, 2, prompts=False):
+        assert {v.tobytes() for v in batch.volumes["T1"] if v.any()} <= {v.tobytes() for v in plain.values()}
+
+
+def test_augmentation_on_cached_volumes(make_dataset, tmp_path):
+    plain = list(batches_of(make_dataset(augment=AUGMENT), batch_size=2))
+    for _ in range(2):  # filled, then read
+        cached = make_dataset(augment=AUGMENT, cache=VolumeCache(tmp_path / "cache"))
+        for left, right in zip(plain, batches_of(cached, batch_size=2), strict=True):
+            assert_equal(left, right)
+
+
+def test_a_flip_of_what_has_no_orientation_is_refused(record, write_json, tokenizer, tmp_path):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).random((6, 7, 5), np.float32))
+    path = write_json("data.json", [record([("user", ["T1:a.npy"]), ("assistant", ["yes"])])])
+    modalities = {"T1": ModalityConfig(size=(6, 7, 5), patch=(3, 2, 4), orientation="as_stored")}
+    options = {"max_length": 200, "threads": 1}
+    Dataset.load(path, tokenizer, modalities, **options)
+    with pytest.raises(DataError, match=r"a\.npy: left_right_flip: its orientation is unknown"):
+        Dataset.load(path, tokenizer, modalities, augment=AugmentConfig(left_right_flip=0.5), **options)

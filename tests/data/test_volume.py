@@ -1,16 +1,19 @@
 """Volumes: equal to the original's preprocessing, whatever the axis order of the file; bad files are refused."""
 
 import gzip
+import itertools
 from pathlib import Path
 
+import jax
 import nibabel as nib
 import numpy as np
 import pytest
 
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.data.conversation import Image
-from umbrella_jax.data.volume import area_resize, check_volumes, load_volume, num_windows
-from umbrella_jax.errors import DataError
+from umbrella_jax.data.volume import area_weights, axis_codes, check_volumes, load_volume, num_windows, resample
+from umbrella_jax.data.voxels import open_voxels
+from umbrella_jax.errors import ConfigError, DataError
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -48,9 +51,33 @@ def test_live_against_monai(nifti, shape, size):
     np.testing.assert_allclose(load_volume(path, t1(size)), expected, atol=1e-5)
 
 
-def test_area_resize_is_the_mean_of_each_window():
+@pytest.mark.parametrize("scaling", ["none", "znorm", "minmax"])
+@pytest.mark.parametrize("codes", ["RAS", "LAS", "PSR", "ILA", "SPL"])
+@pytest.mark.parametrize("size", [(8, 6, 7), (24, 13, 9), (12, 9, 10)])  # from (12, 9, 10) in RAS
+def test_live_against_monai_in_any_orientation(nifti, codes, size, scaling):
+    """int16, canonical and as stored: MONAI reorients, resizes and scales."""
+    transforms = pytest.importorskip("monai.transforms")
+    meta_tensor = pytest.importorskip("monai.data").MetaTensor
+    ras = np.random.default_rng(0).integers(-50, 900, (12, 9, 10)).astype(np.int16)
+    data, affine = stored_as(ras, np.diag([1.5, 2, 3, 1]), codes)
+    path = nifti("a.nii.gz", data, affine)
+    for orientation in ("RAS", "as_stored"):
+        expected = meta_tensor(data[None].astype(np.float32), affine=affine)
+        if orientation == "RAS":
+            expected = transforms.Orientation("RAS", labels=None)(expected)
+        expected = transforms.Resize(size, mode="area")(expected)
+        if scaling == "znorm":
+            expected = transforms.NormalizeIntensity()(expected)
+        elif scaling == "minmax":
+            expected = expected / expected.max()
+        expected = expected[0].numpy()
+        found = load_volume(path, t1(size, orientation=orientation, scaling=scaling))
+        np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
+def test_area_weights_are_the_mean_of_each_window():
     volume = np.random.default_rng(0).normal(size=(7, 5, 3)).astype(np.float32)
-    found = area_resize(volume, (3, 5, 4))
+    found = resample(volume, [area_weights(n, size) for n, size in zip((7, 5, 3), (3, 5, 4), strict=True)])
     # 7 -> 3: windows 0..3, 2..5, 4..7;  3 -> 4: 0..1, 0..2, 1..3, 2..3
     assert found[1, 2, 2] == pytest.approx(volume[2:5, 2, 1:3].mean(), abs=1e-6)
     assert found[2, 0, 3] == pytest.approx(volume[4:7, 0, 2].mean(), abs=1e-6)
@@ -86,6 +113,237 @@ def test_a_last_axis_of_one_is_three_dimensional(nifti):
     np.testing.assert_allclose(load_volume(nifti("a.nii", data), t1(scaling="none")), data[..., 0], atol=1e-6)
 
 
+# 3D, one voxel size
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPI", "SRA"])
+@pytest.mark.parametrize(
+    ("shape", "zooms", "spacing", "size"),
+    [
+        ((20, 17, 11), (1, 1.5, 4), 2.0, (16, 16, 24)),  # larger, larger, smaller voxels; padded on every axis
+        ((3, 40, 2), (0.2, 1, 1.1), 5, (1, 8, 4)),  # less than half a voxel is one
+    ],
+)
+def test_pad_against_jax(nifti, shape, zooms, spacing, size, codes):
+    """jax.image resamples with antialiasing; numpy pads."""
+    data = np.random.default_rng(0).uniform(1, 900, shape).astype(np.float32)
+    numbers = [max(round(n * zoom / spacing), 1) for n, zoom in zip(shape, zooms, strict=True)]
+    scale = np.array(zooms, np.float32) / spacing
+    # its voxel k is centred at (k + 1/2 - translation) / scale: that the middles of both fields be one
+    translation = np.array(numbers, np.float32) / 2 - scale * np.array(shape, np.float32) / 2
+    resampled = jax.image.scale_and_translate(data, numbers, (0, 1, 2), scale, translation, "linear")
+    before = [(s - n) // 2 for s, n in zip(size, numbers, strict=True)]
+    width = [(b, s - n - b) for b, s, n in zip(before, size, numbers, strict=True)]
+    expected = np.pad(np.asarray(resampled), width)
+    path = nifti("a.nii", *stored_as(data, np.diag([*zooms, 1]), codes))
+    found = load_volume(path, t1(size, mode="pad", spacing=spacing, scaling="none"))
+    assert found.flags.c_contiguous
+    np.testing.assert_allclose(found, expected, atol=2e-5 * 900)
+    if codes == "RAS":
+        same = load_volume(path, t1(size, mode="pad", spacing=spacing, scaling="none", orientation="as_stored"))
+        np.testing.assert_array_equal(same, found)
+    z = load_volume(path, t1(size, mode="pad", spacing=spacing))  # over all of it, what was padded too
+    np.testing.assert_allclose(z, (expected - expected.mean()) / expected.std(), atol=1e-5)
+    share = load_volume(path, t1(size, mode="pad", spacing=spacing, scaling="minmax"))
+    np.testing.assert_allclose(share, expected / expected.max(), atol=2e-5)
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPI", "SRA"])
+@pytest.mark.parametrize(
+    ("zooms", "size"), [((2, 2, 2), (9, 8, 12)), ((6, 4, 2), (32, 25, 11)), ((4, 4, 3), (18, 15, 19))]
+)
+def test_pad_against_monai(nifti, zooms, size, codes):
+    """To voxels that are no larger, since MONAI does not antialias; around the middle, which it calls scale_extent."""
+    transforms = pytest.importorskip("monai.transforms")
+    meta_tensor = pytest.importorskip("monai.data").MetaTensor
+    ras = np.random.default_rng(0).uniform(1, 9, (9, 7, 10)).astype(np.float32)
+    data, affine = stored_as(ras, np.diag([*zooms, 1.0]), codes)
+    expected = transforms.Orientation("RAS", labels=None)(meta_tensor(data[None], affine=affine))
+    spacing = transforms.Spacing((2.0,) * 3, mode="bilinear", padding_mode="border", scale_extent=True)
+    expected = transforms.ResizeWithPadOrCrop(size)(spacing(expected))
+    path = nifti("a.nii", data, affine)
+    found = load_volume(path, t1(size, mode="pad", scaling="none"))
+    np.testing.assert_allclose(found, expected[0].numpy(), atol=1e-5 * 9)
+    expected = transforms.NormalizeIntensity()(expected)[0].numpy()
+    np.testing.assert_allclose(load_volume(path, t1(size, mode="pad")), expected, atol=1e-5)
+
+
+def test_pad_of_voxels_that_have_the_size_already_moves_none(nifti):
+    """Even if they cannot stand quite in the middle."""
+    data = np.random.default_rng(0).uniform(1, 9, (5, 7, 6)).astype(np.float32)
+    found = load_volume(nifti("a.nii", data, np.diag([2, 2, 2, 1])), t1((6, 8, 9), mode="pad", scaling="none"))
+    np.testing.assert_array_equal(found, np.pad(data, [(0, 1), (0, 1), (1, 2)]))
+
+
+def test_pad_keeps_shape_and_place_of_a_ball_that_resize_distorts(nifti):
+    """30 mm wide at (12, -8, 5) mm, sampled with thick slices and with small voxels."""
+    for zooms, shape in [((1, 1, 5), (120, 100, 20)), ((3, 2, 2), (40, 50, 50))]:
+        axes = [(np.arange(n) - (n - 1) / 2) * zoom for n, zoom in zip(shape, zooms, strict=True)]
+        x, y, z = np.meshgrid(*axes, indexing="ij")
+        ball = np.exp(-((x - 12) ** 2 + (y + 8) ** 2 + (z - 5) ** 2) / 2 / 15**2).astype(np.float32)
+        path = nifti("a.nii", ball, np.diag([*zooms, 1]))
+        found = load_volume(path, t1((80, 80, 80), mode="pad", scaling="none"))
+        grid = np.moveaxis(np.indices(found.shape), 0, -1) * 2 - 79.0
+        weights = (found / found.sum())[..., None]
+        middle = (weights * grid).sum((0, 1, 2))
+        np.testing.assert_allclose(middle, [12, -8, 5], atol=0.3)
+        width = np.sqrt((weights * (grid - middle) ** 2).sum((0, 1, 2)))
+        np.testing.assert_allclose(width, 15, atol=0.5)
+
+
+@pytest.mark.parametrize("scaling", ["none", "znorm", "minmax"])
+def test_air_that_was_stored_around_a_brain_does_not_matter(nifti, scaling):
+    data = np.zeros((9, 9, 10), np.float32)
+    data[2:-2, 1:-1, 3:-3] = np.random.default_rng(0).uniform(1, 9, (5, 7, 4))  # the edge of the field is air
+    affine = np.diag([2, 3, 1.5, 1])
+    config = t1((8, 9, 7), mode="pad", spacing=3, scaling=scaling)
+    close = load_volume(nifti("close.nii", data, affine), config)
+    wide = np.pad(data, [(3, 3), (2, 2), (40, 40)])  # 2, 2 and 20 voxels of 3 mm
+    np.testing.assert_allclose(load_volume(nifti("wide.nii", wide, affine), config), close, atol=1e-5)
+
+
+def test_voxels_of_a_brain_are_not_cropped(nifti):
+    data = np.zeros((10, 8, 6), np.float32)
+    data[2:8, 1:7, 1:5] = np.random.default_rng(0).uniform(1, 9, (6, 6, 4))
+    path = nifti("a.nii", data, np.diag([2, 2, 2, 1]))
+    found = load_volume(path, t1((6, 6, 6), mode="pad", scaling="none"))
+    np.testing.assert_array_equal(found, data[2:8, 1:7])
+    fault = one_fault(path, t1((5, 6, 6), mode="pad"))  # 10 - 5 leaves out 2 and 3
+    assert fault == (
+        f"{path}: 24 voxels above 0 lie outside the central 10×12×12 mm; expected a larger size or spacing of the "
+        "modality, or a volume without the rest of the body and with a background of 0"
+    )
+    assert "outside the central 9×9×9 mm" in one_fault(path, t1((6, 6, 6), mode="pad", spacing=1.5))
+    load_volume(path, t1((6, 6, 6), mode="pad", spacing=2.5))
+
+
+def header_with(path, pixdim=(2, 3, 4), units="mm", qform=1, sform=0, header_class=nib.Nifti1Header):
+    """Ones of shape (6, 7, 5), and a header in which nothing was made good."""
+    header = header_class()
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape((6, 7, 5))
+    affine = np.diag([2.0, 3, 4, 1])
+    header.set_qform(affine, qform)
+    header.set_sform(affine, sform)
+    header.set_xyzt_units(units)
+    header["pixdim"][1:4] = pixdim
+    header["vox_offset"] = header.sizeof_hdr + 4
+    path.write_bytes(header.binaryblock + bytes(4) + b"" * 210)
+    return path
+
+
+@pytest.mark.parametrize("header_class", [nib.Nifti1Header, nib.Nifti2Header])
+@pytest.mark.parametrize(
+    ("fields", "zooms"),
+    [
+        ({}, (2, 3, 4)),
+        ({"pixdim": (-2, 3, 4)}, (2, 3, 4)),
+        ({"qform": 0}, (2, 3, 4)),  # the orientation alone is unknown
+        ({"pixdim": (0, 0, 0), "sform": 1}, (2, 3, 4)),  # the sform says it
+        ({"pixdim": (9, 9, 9), "sform": 1}, (2, 3, 4)),
+        ({"pixdim": (2000, 3000, 4000), "units": "micron"}, (2, 3, 4)),
+        ({"pixdim": (0.002, 0.003, 0.004), "units": "meter"}, (2, 3, 4)),
+        ({"units": "unknown"}, (2, 3, 4)),
+        ({"pixdim": (2, 0, 4)}, None),
+        ({"pixdim": (2, np.nan, 4), "qform": 0}, None),
+        ({"pixdim": (2, np.inf, 4), "qform": 0}, None),
+    ],
+)
+def test_voxel_sizes(tmp_path, header_class, fields, zooms):
+    path = header_with(tmp_path / "a.nii", header_class=header_class, **fields)
+    config = {"orientation": "as_stored", "scaling": "none", "spacing": 1, "mode": "pad"}
+    if zooms is None:
+        assert one_fault(path, t1(**config)) == (
+            f"{path}: nothing in it says how large its voxels are; expected positive numbers of mm, or mode: resize of "
+            "the modality"
+        )
+        load_volume(path, t1(orientation="as_stored"))
+    else:
+        found = load_volume(path, t1((30, 30, 30), **config))
+        assert [len(np.unique(axis)) for axis in np.nonzero(found)] == [12, 21, 20]
+
+
+# Orientation
+
+
+def rotation(x, y):
+    """Degrees about x, then about y."""
+    x, y = np.deg2rad((x, y))
+    about_x = [[1, 0, 0], [0, np.cos(x), -np.sin(x)], [0, np.sin(x), np.cos(x)]]
+    about_y = [[np.cos(y), 0, np.sin(y)], [0, 1, 0], [-np.sin(y), 0, np.cos(y)]]
+    return np.array(about_y) @ about_x
+
+
+@pytest.mark.parametrize("angles", [(0, 0), (20, -30)])
+def test_all_48_orders_and_directions_of_axes_against_nibabel(nifti, angles):
+    data = np.random.default_rng(0).integers(1, 900, (6, 7, 5)).astype(np.int16)
+    affine = np.eye(4)
+    affine[:3, :3] = rotation(*angles) @ np.diag([1, 2, 3])
+    seen = set()
+    for axes, signs in itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=3)):
+        turned = affine.copy()
+        turned[:3, :3] = affine[:3, axes] * signs
+        path = nifti("a.nii", data, turned)
+        expected = nib.as_closest_canonical(nib.load(path)).get_fdata(dtype=np.float32)
+        image, config = open_voxels(path), t1(expected.shape, scaling="none")
+        np.testing.assert_array_equal(load_volume(path, config), expected)
+        assert axis_codes(image, config) == "RAS"
+        stored = t1(orientation="as_stored", scaling="none")
+        np.testing.assert_array_equal(load_volume(path, stored), data)
+        seen.add(codes := "".join(nib.aff2axcodes(turned)))
+        assert axis_codes(image, stored) == codes
+    assert len(seen) == 48
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image, nib.Nifti1Pair])
+@pytest.mark.parametrize(("shape", "config"), [((6, 7, 5), t1), ((4, 3, 5, 4), fmri)])
+def test_nifti_that_does_not_say_its_orientation(tmp_path, kind, shape, config):
+    path = tmp_path / ("a.img" if kind is nib.Nifti1Pair else "a.nii")
+    data = np.ones(shape, np.float32)
+    for qform, sform in [(1, 0), (0, 1), (0, 0)]:
+        image = kind(data, np.eye(4))
+        image.set_qform(np.eye(4), qform)
+        image.set_sform(np.eye(4), sform)
+        nib.save(image, path)
+        stored = config(orientation="as_stored", scaling="none")
+        np.testing.assert_array_equal(load_volume(path, stored), data)
+        if qform or sform:
+            load_volume(path, config())
+            assert axis_codes(open_voxels(path), stored) == "RAS"
+    assert one_fault(path, config()) == (
+        f"{path}: nothing in it says how it is oriented; expected orientation: as_stored of the modality, or NIfTI "
+        "whose qform_code or sform_code is not 0"
+    )
+    assert axis_codes(open_voxels(path), stored) is None
+
+
+@pytest.mark.parametrize("fault", [0, np.nan, np.inf])
+def test_an_affine_that_is_none(nifti, fault):
+    affine = np.eye(4)
+    affine[1, 1] = fault
+    path = nifti("a.nii", (6, 7, 5), np.eye(4))
+    image = nib.load(path)
+    content = bytearray(path.read_bytes())
+    content[280:328] = affine[:3].astype("<f4").tobytes()  # srow_x, srow_y, srow_z
+    path.write_bytes(content)
+    assert "nothing in it says how it is oriented" in one_fault(path, t1())
+    assert "nothing in it says how large its voxels are" in one_fault(path, t1(orientation="as_stored", mode="pad"))
+    stored = t1(orientation="as_stored", scaling="none")
+    np.testing.assert_array_equal(load_volume(path, stored), image.get_fdata(dtype=np.float32))
+    assert axis_codes(open_voxels(path), stored) is None
+
+
+def test_arrays_have_neither_orientation_nor_voxel_sizes(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones((6, 7, 5)))
+    assert axis_codes(open_voxels(tmp_path / "a.npy"), t1(orientation="as_stored")) is None
+    with pytest.raises(DataError) as caught:
+        load_volume(tmp_path / "a.npy", t1(mode="pad"))
+    assert [fault.partition("; ")[0] for fault in caught.value.faults] == [
+        f"{tmp_path / 'a.npy'}: nothing in it says how it is oriented",
+        f"{tmp_path / 'a.npy'}: nothing in it says how large its voxels are",
+    ]
+
+
 ORIENTATIONS = ["LAS", "PSR", "ILA", "SPL"]
 
 
@@ -96,15 +354,19 @@ def stored_as(data, affine, codes):
         nib.orientations.ornt_transform(nib.io_orientation(affine), ornt)
     )
     assert "".join(nib.aff2axcodes(image.affine)) == codes
-    return np.asarray(image.dataobj), image.affine
+    return np.ascontiguousarray(image.dataobj), image.affine
 
 
 @pytest.mark.parametrize("codes", ORIENTATIONS)
 def test_the_order_of_the_axes_in_the_file_does_not_matter(nifti, codes):
     affine = np.array([[2.0, 0.1, 0, -9], [-0.1, 2, 0, 4], [0, 0.05, 3, 1], [0, 0, 0, 1]])  # slightly oblique RAS
     data = np.random.default_rng(0).uniform(1, 9, (9, 8, 10)).astype(np.float32)
-    expected = load_volume(nifti("ras.nii", data, affine), t1())
     other = nifti("other.nii", *stored_as(data, affine, codes))
+    padded = t1((12, 13, 20), mode="pad")  # an odd number of voxels pads each axis
+    np.testing.assert_allclose(
+        load_volume(other, padded), load_volume(nifti("ras.nii", data, affine), padded), atol=1e-5
+    )
+    expected = load_volume(nifti("ras.nii", data, affine), t1())
     np.testing.assert_allclose(load_volume(other, t1()), expected, atol=1e-5)
     assert np.abs(load_volume(other, t1(orientation="as_stored")) - expected).max() > 0.1
 
@@ -176,6 +438,73 @@ def test_pad_and_crop_are_centred_with_the_background(nifti, scaling):
     np.testing.assert_array_equal(found[1:5], same[:, :, 1:3])
     background = same.min() if scaling == "znorm_minback" else 0
     assert (found[[0, 5, 6]] == background).all()
+
+
+@pytest.mark.parametrize("codes", ["RAS", "PSR"])
+@pytest.mark.parametrize("size", [(7, 3, 8, 4), (4, 5, 3, 4), (4, 1, 5, 4), (6, 5, 7, 4)])  # from (4, 3, 5)
+@pytest.mark.parametrize("scaling", ["none", "minmax", "znorm_zeroback", "znorm_minback"])
+def test_live_against_monai_4d(nifti, codes, size, scaling):
+    transforms = pytest.importorskip("monai.transforms")
+    data = np.zeros((4, 3, 5, 9), np.float32)
+    data[:3, :, 1:] = np.random.default_rng(0).uniform(100, 300, (3, 3, 4, 9))
+    path = nifti("a.nii.gz", *stored_as(data, np.diag([3, 3, 4, 1]), codes))
+    frames = np.moveaxis(data[..., 4:8], -1, 0)  # the second window; MONAI's channels are the frames
+    background = 0.0
+    if scaling == "minmax":
+        frames = frames / frames.max()
+    elif scaling != "none":
+        brain = frames > 0
+        frames = transforms.NormalizeIntensity(nonzero=True)(frames).numpy()
+        background = frames[brain].min() if scaling == "znorm_minback" else 0.0
+        frames = np.where(brain, frames, background)
+    expected = transforms.ResizeWithPadOrCrop(size[:3], constant_values=background)(frames)
+    found = load_volume(path, fmri(size, scaling=scaling), 1)
+    np.testing.assert_allclose(found, np.moveaxis(expected.numpy(), 0, -1), atol=1e-5 * max(1, float(expected.max())))
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_of_a_run_a_window_alone_is_read(nifti, name):
+    """Its first window is there although the file ends soon after it."""
+    data = np.random.default_rng(0).uniform(1, 9, (4, 3, 5, 4000)).astype(np.float32)
+    path = nifti(name, data)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    np.testing.assert_array_equal(load_volume(path, fmri(scaling="none")), data[..., :4])
+    with pytest.raises(DataError, match="cannot be read"):
+        load_volume(path, fmri(scaling="none"), 999)
+
+
+def test_integers_stay_what_they_are_until_they_are_averaged(nifti):
+    path = nifti("a.nii.gz", np.ones((6, 7, 5), np.int16))
+    assert open_voxels(path).read(0).dtype == np.int16
+    assert load_volume(path, t1()).dtype == np.float32
+
+
+# What a modality says
+
+
+def test_modes():
+    assert (t1().mode, t1().spacing) == ("resize", None)
+    assert (t1(mode="pad").spacing, t1(mode="pad", spacing=1.25).spacing) == (2.0, 1.25)
+    assert (fmri().mode, fmri(mode="pad").spacing) == ("pad", None)
+
+
+@pytest.mark.parametrize(
+    ("make", "fields", "fault"),
+    [
+        (fmri, {"mode": "resize"}, "mode resize: expected pad for 4D volumes"),
+        (fmri, {"spacing": 2.0}, "spacing 2.0: only 3D volumes with mode pad are brought to one voxel size"),
+        (t1, {"spacing": 2.0}, "spacing 2.0: only 3D volumes with mode pad are brought to one voxel size"),
+        *[
+            (t1, {"mode": "pad", "spacing": spacing}, f"spacing {spacing}: expected a positive number of mm")
+            for spacing in (0, -1.0, np.inf, np.nan)
+        ],
+    ],
+)
+def test_modes_that_are_refused(make, fields, fault):
+    with pytest.raises(ConfigError) as caught:
+        make(**fields)
+    assert caught.value.faults == (fault,)
 
 
 # What is refused

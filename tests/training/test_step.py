@@ -85,13 +85,19 @@ def test_micro_batches_add_up_to_the_whole_batch():
         assert relative(parts[path], np.asarray(leaf)) <= 1e-5, path
 
 
-def test_absent_modality_stays_as_it_is():
-    """Once trained it has momentum, and decay: neither moves it in a step that shows none of its volumes."""
+@pytest.mark.parametrize("entry", [False, True])
+def test_absent_modality_stays_as_it_is(entry):
+    """Once trained it has momentum, and decay: neither moves it in a step that shows none of its volumes, be there
+    padding in their place or nothing."""
     config, params = golden_model(remat="full")
     until_third = optax.piecewise_constant_schedule(1e-2, {3: 0.0})
     case = make_case(config, params, CONFIG, until_third)
     both, anatomical = stack(golden_batch()), stack(golden_batch([0]))
     assert anatomical.volumes.keys() == {"T1"}
+    if entry:
+        padded = arrange_volumes(rows_of(golden_batch(), [0]), {"rsfMRI": [None], "T1": [0, 1]})
+        assert not padded.volumes["rsfMRI"].any()
+        anatomical = stack(padded)
 
     def step(state, batch):
         """The new state, and for either modality its parameters, moments and count before and after."""

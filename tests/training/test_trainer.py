@@ -1,6 +1,7 @@
 """The loop: what it writes, when it evaluates and saves, what stops it, and that a resumed one goes on the same."""
 
 import json
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -10,8 +11,8 @@ from jax.sharding import Mesh
 from training_case import CONFIG, as_bytes, quick_step, small_batch, small_case, stack
 
 from umbrella_jax.config import TrainConfig
-from umbrella_jax.errors import UmbrellaError
-from umbrella_jax.sharding import replicated
+from umbrella_jax.errors import DataError, UmbrellaError
+from umbrella_jax.sharding import put_batch, replicated
 from umbrella_jax.training import trainer
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.optimizer import make_schedule
@@ -100,6 +101,43 @@ def test_five_steps(start, run, tmp_path, capsys):
         assert checkpoints.meta(5) == {"name": "run"}
         assert as_bytes(checkpoints.restore(5, result.state)) == as_bytes(result.state)
     assert capsys.readouterr().out.count("compiling for") == 1
+
+
+def test_the_loop_is_the_steps_one_by_one(case, start, run):
+    """Batches put on devices ahead change no number."""
+    result = run(start, map(small_batch, range(STEPS)))
+    state, losses = jax.device_put(case.state(), replicated(MESH)), []
+    for i in range(STEPS):
+        state, values = quick_step(state, case.frozen, put_batch(small_batch(i), MESH, axis=1), **case.static)
+        losses.append(float(values["loss"]))
+    assert [line["loss"] for line in result.lines] == losses
+    assert as_bytes(result.state) == as_bytes(state)
+
+
+def test_the_next_batch_is_fetched_while_a_step_runs(start, run, tmp_path, monkeypatch):
+    """Before anybody waits for the step's numbers; its error comes when its turn does, and no step is lost."""
+    fetched = [threading.Event() for _ in range(STEPS)]
+
+    def batches():
+        for i in range(STEPS):
+            fetched[i].set()
+            if i == 3:
+                raise DataError("3.nii: cannot be read")
+            yield small_batch(i)
+
+    steps, waited = [], []
+
+    def device_get(values):
+        steps.append(len(steps))
+        waited.append(fetched[steps[-1] + 1].wait(20))
+        return jax.device_get(values)
+
+    monkeypatch.setattr(trainer, "jax", SimpleNamespace(**{**vars(jax), "device_get": device_get}))
+    with pytest.raises(DataError, match=r"3\.nii"):
+        run(start, batches(), save_steps=1)
+    assert waited == [True] * 3
+    assert saved(tmp_path) == [1, 2, 3]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_without_eval_steps_the_end_is_evaluated_once(start, run):

@@ -2,6 +2,7 @@
 
 import json
 import os.path
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ ROLES = ("system", "user", "assistant")
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 T = TypeVar("T")
 _SUFFIXES = (".json", ".jsonl")
+_SUBJECT = re.compile(r"sub-([0-9A-Za-z]+)(?=[_.]|$)")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Image:
     path: Path
     modality: str
     window: int = 0
+    changed: tuple[int, int, int, int] | None = None
+    """Whom augmentation changed it for: seed, epoch, conversation, and which of its images it is; None as it is."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ class Conversation:
     messages: tuple[Message, ...]
     metadata: Mapping[str, Any]
     source: str
+    subjects: frozenset[str] = frozenset()
+    """Whom it is about, without BIDS' `sub-`: `subject_ids`, `subject_id` and `reference_id` of `metadata`, and the
+    last `sub-LABEL` of each image's path as the file gives it. Empty where nothing says so."""
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -86,6 +93,33 @@ def read_conversations(
     Raises:
         DataError: with every fault of every file, and when there is no conversation, or the filters keep none.
     """
+    conversations, faults = scan_conversations(
+        path,
+        modalities,
+        image_root,
+        modality=modality,
+        task_filter=task_filter,
+        allow_outside_root=allow_outside_root,
+    )
+    if faults:
+        raise DataError(faults)
+    return conversations
+
+
+def scan_conversations(
+    path: str | Path,
+    modalities: Collection[str],
+    image_root: str | Path | None = None,
+    *,
+    modality: str | None = None,
+    task_filter: str | None = None,
+    allow_outside_root: bool = False,
+) -> tuple[list[Conversation], list[str]]:
+    """The conversations that are good, and the faults of the others; arguments as of `read_conversations`.
+
+    Raises:
+        DataError: there is no such path, or `modality` is not configured.
+    """
     if modality is not None and resolve_modality(modality, tuple(modalities)) is None:
         raise DataError(f"modality {modality}: not configured; expected one of {_names(modalities)} or an alias")
     conversations: list[Conversation] = []
@@ -114,9 +148,7 @@ def read_conversations(
             if found
             else f"{path}: holds no conversation; expected .json or .jsonl files with at least one"
         )
-    if faults:
-        raise DataError(faults)
-    return conversations
+    return conversations, faults
 
 
 def _shown_modalities(record: Any) -> set[str]:
@@ -193,6 +225,7 @@ class _Parser:
         self.faults: list[str] = []
         self.listed: list[Any] | None = None  # the record's `images`
         self.shown = 0  # images met so far
+        self.paths: list[str] = []  # theirs, as the record has them
 
     def conversation(self, faults: Collection[str] = ()) -> Conversation:
         """Raises DataError with every fault of the record; those of its schema, if it has any, are handed in."""
@@ -213,7 +246,21 @@ class _Parser:
             self.fault(self.place, f"images: {len(self.listed)} listed, {self.shown} shown; expected each, in order")
         if self.faults:
             raise DataError(self.faults)
-        return Conversation(task_id, task_type, tuple(messages), metadata or {}, self.source)
+        subjects = self.subjects(metadata or {})
+        return Conversation(task_id, task_type, tuple(messages), metadata or {}, self.source, subjects)
+
+    def subjects(self, metadata: Mapping[str, Any]) -> frozenset[str]:
+        listed = self.record.get("subject_ids")
+        named = [
+            *(listed if isinstance(listed, list) else ()),
+            metadata.get("subject_id"),
+            metadata.get("reference_id"),
+        ]
+        of_paths = (next(filter(None, map(_SUBJECT.match, reversed(Path(path).parts))), None) for path in self.paths)
+        return frozenset(
+            [str(name).removeprefix("sub-") for name in named if isinstance(name, str | int) and str(name)]
+            + [match[1] for match in of_paths if match]
+        )
 
     def fault(self, place: str, message: str) -> None:
         self.faults.append(f"{place}: {message}")
@@ -270,6 +317,7 @@ class _Parser:
             remedy = "expected a path inside it, an absolute one, or data.allow_outside_root: true"
             self.fault(place, f"image_path: {away[0]} leads out of {self.root}; {remedy}")
         modality = self.agreed("modality", names, self.resolve, modalities, place)
+        self.paths += [path for path in paths if isinstance(path, str)]
         return Image(path or self.root, modality or "")
 
     def leads_out(self, path: str) -> bool:

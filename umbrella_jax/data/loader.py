@@ -1,25 +1,28 @@
-"""Batches of a run, in an order that is a pure function of the seed and the step; threads read ahead."""
+"""Batches of a run as its plan says, a pure function of seed and step; threads read ahead."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from fractions import Fraction
-from functools import lru_cache, partial
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 import grain
 import numpy as np
 
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import ModalityConfig
-from umbrella_jax.data.collate import BatchShape, collate, shape_of
+from umbrella_jax.config import AugmentConfig, ModalityConfig, Template
+from umbrella_jax.data.augment import check_axes, draw
+from umbrella_jax.data.cache import VolumeCache
+from umbrella_jax.data.collate import collate
 from umbrella_jax.data.conversation import Conversation, Image, read_conversations
+from umbrella_jax.data.plan import Facts, Plan, Update, exact_shape
 from umbrella_jax.data.tokenize import Encoded, encode, encode_all, encode_prompt
-from umbrella_jax.data.volume import check_volumes, load_volume
-from umbrella_jax.errors import DataError
+from umbrella_jax.data.volume import axis_codes, check_volume, check_volumes, load_volume, open_volume
+from umbrella_jax.errors import ConfigError, DataError
 
 T = TypeVar("T")
+_UNCHANGED = AugmentConfig()
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,62 @@ class Dataset:
     windows: Mapping[Image, int]
     """Number of windows of each distinct image, in the order of first appearance."""
     modalities: Mapping[str, ModalityConfig]
+    cache: VolumeCache | None = None
+    """Where preprocessed volumes are kept and read from."""
+    augment: AugmentConfig = _UNCHANGED
+    """How training changes volumes at random."""
+    axes: Mapping[Path, str | None] = field(default_factory=dict)
+    """Orientation of each file's preprocessed array, as `axis_codes` says it; filled where `augment` is on."""
 
     def __len__(self) -> int:
         return len(self.conversations)
+
+    def rows(self, *, prompts: bool = False) -> tuple[Encoded, ...]:
+        """The conversations, or their prompts. Raises DataError where there are none."""
+        rows = self.prompts if prompts else self.encoded
+        if len(rows) != len(self):
+            raise DataError("prompts: the dataset has none; expected one that was loaded with evaluation=True")
+        return rows
+
+    def training_row(self, index: int, seed: int, epoch: int) -> Encoded:
+        """A conversation with the windows of its runs, and the change of its volumes, that the epoch draws for it.
+
+        A window is drawn for each run, so that conversations share it; a change for each conversation, so that with
+        augmentation on they share no volume.
+        """
+        encoded = self.encoded[index]
+        places = {image: place for place, image in enumerate(dict.fromkeys(encoded.images))}
+
+        def drawn(image: Image) -> Image:
+            window = 0
+            if self.windows[image] > 1:
+                rng = np.random.default_rng([seed, epoch, 1 + self._number[image]])  # 0 would be the plan's stream
+                window = int(rng.integers(self.windows[image]))
+            changed = None if self.augment == _UNCHANGED else (seed, epoch, index, places[image])
+            return replace(image, window=window, changed=changed)
+
+        return replace(encoded, images=tuple(drawn(image) for image in encoded.images))
+
+    @cached_property
+    def _number(self) -> dict[Image, int]:
+        return {image: number for number, image in enumerate(self.windows)}
+
+    def volume(self, image: Image) -> np.ndarray:
+        """An image as the model takes it: float32 of its modality's size. Every volume of a batch is made here.
+
+        Raises:
+            DataError: it cannot be read any more.
+        """
+        config = self.modalities[image.modality]
+        load = load_volume if self.cache is None else self.cache.load
+        volume = load(image.path, config, image.window)
+        if image.changed is None:
+            return volume
+        seed, epoch, conversation, place = image.changed
+        # a stream of its own: four numbers, where the plan and the windows have two and three
+        augmentation = draw(self.augment, np.random.default_rng([seed, epoch, conversation, 1]))
+        background = 0.0 if config.scaling == "znorm_zeroback" else None
+        return augmentation.apply(volume, self.axes[image.path], place, background=background)
 
     @classmethod
     def load(
@@ -49,18 +105,24 @@ class Dataset:
         modality: str | None = None,
         task_filter: str | None = None,
         allow_outside_root: bool = False,
+        template: Template = "umbrella",
         max_length: int,
         threads: int,
         evaluation: bool = False,
+        cache: VolumeCache | None = None,
+        augment: AugmentConfig = _UNCHANGED,
     ) -> "Dataset":
         """Reads and checks everything that a run will need, before it starts.
 
         Args:
             path, image_root, modality, task_filter, allow_outside_root: see `read_conversations`.
+            template: how conversations are written, see `umbrella_jax.data.tokenize`.
             max_length: positions of a conversation, patches included.
             threads: how many volumes are checked at a time.
             evaluation: make prompts too, so each conversation must end with an assistant turn, which may be empty;
                 otherwise each conversation must supervise something.
+            cache: preprocessed volumes are taken from it, and those that it lacks are put there.
+            augment: how `train_batches` changes volumes.
 
         Raises:
             DataError: with every fault of the conversation files, or, when they are good, of texts and volumes.
@@ -74,6 +136,7 @@ class Dataset:
             allow_outside_root=allow_outside_root,
         )
         common: dict[str, Any] = {"tokenizer": tokenizer, "modalities": modalities, "max_length": max_length}
+        common["template"] = template
         faults: list[str] = []
 
         def collect(check: Callable[[], T]) -> T | None:
@@ -85,67 +148,95 @@ class Dataset:
 
         encoded = collect(lambda: encode_all(kept, partial(encode, needs_answer=not evaluation, **common)))
         prompts = collect(lambda: encode_all(kept if evaluation else (), partial(encode_prompt, **common)))
-        windows = collect(lambda: check_volumes((i for c in kept for i in c.images), modalities, threads))
+        images = [image for conversation in kept for image in conversation.images]
+        check = check_volume if cache is None else cache.check
+        windows = collect(lambda: check_volumes(images, modalities, threads, check))
         if encoded is None or prompts is None or windows is None:
             raise DataError(faults)
-        return cls(tuple(kept), tuple(encoded), tuple(prompts), windows, modalities)
+        axes: dict[Path, str | None] = {}  # not asked for where nothing needs them: a file is opened for each
+        if augment != _UNCHANGED:
+            orientation = _axes if cache is None else cache.axes
+            axes = {image.path: orientation(image.path, modalities[image.modality]) for image in windows}
+            check_axes(augment, axes)
+        return cls(tuple(kept), tuple(encoded), tuple(prompts), windows, modalities, cache, augment, axes)
 
 
-def num_steps(num_conversations: int, epochs: float, batch_size: int, accumulate_steps: int) -> int:
-    """Updates of a run: ceil(epochs · conversations / (batch size · micro-batches))."""
-    # Exact: in floating point 0.07 * 100 lies above 7, which would add a step.
-    return math.ceil(Fraction(str(epochs)) * num_conversations / (batch_size * accumulate_steps))
+def facts_of(rows: Sequence[Encoded], modalities: Mapping[str, ModalityConfig]) -> Facts:
+    """What a plan needs to know of conversations. Equal images are one volume: what tells two volumes apart must be
+    part of `Image`."""
+    number: dict[Image, int] = {}
+    volumes = [tuple(number.setdefault(i, len(number)) for i in dict.fromkeys(row.images)) for row in rows]
+    return Facts(
+        lengths=np.array([len(row) for row in rows]),
+        targets=np.array([np.count_nonzero(row.supervised) for row in rows]),
+        volumes=volumes,
+        modality=[image.modality for image in number],
+        patches={name: config.num_patches for name, config in modalities.items()},
+    )
+
+
+def make_plan(dataset: Dataset, *, batch_size: int, accumulate_steps: int, seed: int, divisor: int = 1) -> Plan:
+    """The plan of a training run; see `Plan`."""
+    rows = [dataset.training_row(index, seed, 0) for index in range(len(dataset))]
+    facts = facts_of(rows, dataset.modalities)
+    return Plan(facts, batch_size=batch_size, accumulate_steps=accumulate_steps, seed=seed, divisor=divisor)
 
 
 def train_batches(
     dataset: Dataset,
+    plan: Plan,
     *,
-    batch_size: int,
-    accumulate_steps: int,
-    seed: int,
     start_step: int,
     num_steps: int,
     threads: int,
-    divisor: int = 1,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Iterator[Batch]:
     """Batches of the steps start_step .. num_steps - 1, each of A micro-batches of B conversations.
 
-    Epochs follow one another, each in an order of its own, so every conversation comes once an epoch, none is dropped,
-    and a step may hold the end of one epoch and the beginning of the next. In 4D, an epoch draws one window per run,
-    the same for every conversation that shows it. Both depend on `seed` and the epoch alone: step s is the same
-    whether or not the run was resumed.
+    Epochs follow one another, each in an order of its own: see `umbrella_jax.data.plan`. In 4D, an epoch draws one
+    window per run, the same for every conversation that shows it. Both depend on the plan's seed and the epoch alone:
+    step s is the same whether or not the run was resumed, and whatever the number of threads or processes.
 
     Args:
+        plan: from `make_plan` of the dataset.
         num_steps: steps of the whole run, not of what is left of it.
         threads: how many steps are prepared at a time.
-        divisor: the number of volumes of a micro-batch is a multiple of it.
+        process_index, process_count: the part of each batch that is made, see `collate`; no other volumes are read.
 
     Yields:
         Batch of numpy arrays with a leading axis A; its micro-batches have one shape.
 
     Raises:
+        ConfigError: B or the plan's divisor cannot be split over the processes.
         DataError: a volume cannot be read any more.
     """
-    number = {image: index for index, image in enumerate(dataset.windows)}
+    faults = [
+        f"{name}: {value} cannot be split over {process_count} processes"
+        for name, value in [("train.batch_size", plan.batch_size), ("devices", plan.divisor)]
+        if value % process_count
+    ]
+    if faults:
+        raise ConfigError(faults)
+    seed, lock = plan.seed, Lock()
+    assert seed is not None, "a plan without a seed is of one epoch"
 
     @lru_cache(maxsize=2)
-    def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng([seed, epoch]).permutation(len(dataset))
-
-    def sample(position: int) -> Encoded:
-        epoch, place = divmod(position, len(dataset))
-        row: Encoded = dataset.encoded[order(epoch)[place]]
-        return replace(row, images=tuple(with_window(image, epoch) for image in row.images))
-
-    def with_window(image: Image, epoch: int) -> Image:
-        rng = np.random.default_rng([seed, epoch, 1 + number[image]])  # 0 would be the stream of `order`
-        return replace(image, window=int(rng.integers(dataset.windows[image])))
+    def planned(epoch: int) -> list[Update]:
+        return plan.epoch(epoch)
 
     def make(step: int) -> Batch:
-        first = step * batch_size * accumulate_steps
-        starts = range(first, first + batch_size * accumulate_steps, batch_size)
-        rows = [[sample(p) for p in range(start, start + batch_size)] for start in starts]
-        return _stack(_collate_all(rows, dataset, shape_of(rows, batch_size, divisor)))
+        epoch, place = divmod(step, plan.updates_per_epoch)
+        with lock:  # one thread plans an epoch, the others wait for it
+            update = planned(epoch)[place]
+        return collate(
+            [[dataset.training_row(index, seed, epoch) for index in micro] for micro in update.rows],
+            dataset.volume,
+            dataset.modalities,
+            update.shape,
+            process_index=process_index,
+            process_count=process_count,
+        )
 
     return _prefetch(make, start_step, num_steps, threads)
 
@@ -153,45 +244,50 @@ def train_batches(
 def eval_batches(
     dataset: Dataset, batch_size: int, *, prompts: bool, threads: int = 4, divisor: int = 1
 ) -> Iterator[tuple[list[int], Batch]]:
-    """Every conversation once, in order, with the first window of its runs; all batches have one shape.
+    """Every conversation once, with the first window of its runs; planned as training is, always the same.
 
     Args:
         prompts: what to generate from, instead of the whole conversations.
 
     Yields:
-        Indices into `dataset.conversations` and the Batch (no axis A) whose first rows they are; the last batch may
-        have empty rows behind them.
+        Indices into `dataset.conversations`, in no particular order, and the Batch (no axis A) whose first rows they
+        are; empty rows may follow.
 
     Raises:
         DataError: a volume cannot be read any more, or `prompts` of a dataset that was not loaded for evaluation.
     """
-    rows = dataset.prompts if prompts else dataset.encoded
-    if len(rows) != len(dataset):
-        raise DataError("prompts: the dataset has none; expected one that was loaded with evaluation=True")
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    shape = shape_of(batches, batch_size, divisor)
+    rows = dataset.rows(prompts=prompts)
+    updates = Plan(facts_of(rows, dataset.modalities), batch_size=batch_size, divisor=divisor).epoch(0)
 
     def make(index: int) -> tuple[list[int], Batch]:
-        start = index * batch_size
-        (batch,) = _collate_all([batches[index]], dataset, shape)
-        return list(range(start, start + len(batches[index]))), batch
+        (indices,), shape = updates[index].rows, updates[index].shape
+        batch = collate([[rows[i] for i in indices]], dataset.volume, dataset.modalities, shape)
+        return list(indices), _first(batch)
 
-    return _prefetch(make, 0, len(batches), threads)
-
-
-def _collate_all(batches: Sequence[Sequence[Encoded]], dataset: Dataset, shape: BatchShape) -> list[Batch]:
-    """One Batch each; an image that several of them show is read once."""
-    images = dict.fromkeys(image for rows in batches for row in rows for image in row.images)
-    volumes = {i: load_volume(i.path, dataset.modalities[i.modality], i.window) for i in images}
-    return [collate(rows, volumes, dataset.modalities, shape) for rows in batches]
+    return _prefetch(make, 0, len(updates), threads)
 
 
-def _stack(batches: Sequence[Batch]) -> Batch:
-    """Micro-batches of one shape on a new leading axis."""
-    names = [field.name for field in fields(Batch) if field.name != "volumes"]  # type: ignore[arg-type]
-    stacked: dict[str, Any] = {name: np.stack([getattr(batch, name) for batch in batches]) for name in names}
-    stacked["volumes"] = {m: np.stack([batch.volumes[m] for batch in batches]) for m in batches[0].volumes}
-    return Batch(**stacked)
+def whole_batch(dataset: Dataset, *, prompts: bool) -> Batch:
+    """All conversations in order as one Batch (no axis A), with the first window of their runs.
+
+    Raises:
+        DataError: as `eval_batches`.
+    """
+    rows = dataset.rows(prompts=prompts)
+    shape = exact_shape(facts_of(rows, dataset.modalities))
+    return _first(collate([rows], dataset.volume, dataset.modalities, shape))
+
+
+def _axes(path: Path, config: ModalityConfig) -> str | None:
+    return axis_codes(open_volume(path, config), config)
+
+
+def _first(batch: Batch) -> Batch:
+    """The first micro-batch, without its axis."""
+    leaves: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(Batch)}  # type: ignore[arg-type]
+    volumes = leaves.pop("volumes")
+    first: dict[str, Any] = {name: leaf[0] for name, leaf in leaves.items()}
+    return Batch(**first | {"volumes": {modality: leaf[0] for modality, leaf in volumes.items()}})
 
 
 def _prefetch(make: Callable[[int], T], start: int, stop: int, threads: int) -> Iterator[T]:

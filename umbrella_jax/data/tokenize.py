@@ -1,16 +1,33 @@
-"""Conversations to token ids and loss mask, both made in the same breath: ChatML, piece by piece."""
+"""Conversations to token ids and loss mask, both made in the same breath, in one of three templates.
 
+`umbrella`: ChatML, piece by piece, each image where the content shows it. Supervised is every answer that is not
+    blank, with its `<|im_end|>`; not its header, nor the newline behind it.
+`original`: as the PyTorch system writes it (ids and labels are equal). ChatML, a turn's images before its text, the
+    text tokenized as a whole, so that an answer's leading newline may join the header's. Supervised is every token of
+    an assistant turn, from its `<|im_start|>` to the newline behind its `<|im_end|>`, blank ones too. Not as there:
+    nothing is padded, there to 2048 on the left, or cut; so positions count from the first token, not from the first
+    pad, which rope, seeing distances alone, turns into the same logits up to rounding; and a first token is never
+    supervised, since nothing stands before it to predict it from (there a pad did, where an assistant begins).
+`chat`: the tokenizer's own (`apply_chat_template`), default system prompt and all. Supervised is what stands between
+    the prompt for an answer that is not blank and the token that ends it, that included; or, where the template marks
+    answers by `{% generation %}`, what it marks.
+"""
+
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 
-from umbrella_jax.config import ModalityConfig
+from umbrella_jax.config import ModalityConfig, Template
 from umbrella_jax.data.conversation import IMAGE_MARKER, TURN_END, TURN_START, Conversation, Image, Message
 from umbrella_jax.errors import DataError
+
+# Ids, an image being one placeholder, and which of them are supervised.
+_Text = tuple[list[int], list[bool]]
 
 
 @dataclass(frozen=True)
@@ -65,54 +82,62 @@ def load_tokenizer(directory: str | Path, image_token_id: int | None) -> tuple[A
     return tokenizer, added
 
 
+def check_template(tokenizer: Any, template: Template) -> None:
+    """Raises DataError where the template is the tokenizer's own and it has none."""
+    if template == "chat" and not tokenizer.chat_template:
+        raise DataError(
+            f"data.template: chat, but {tokenizer.name_or_path or 'the tokenizer'} has no chat template; expected "
+            "chat_template.jinja beside tokenizer.json, or data.template: umbrella"
+        )
+
+
+def stop_ids(tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: `<|im_end|>` and the tokenizer's own end of text."""
+    ids = [tokenizer.convert_tokens_to_ids(TURN_END), tokenizer.eos_token_id]
+    return sorted({i for i in ids if i is not None})
+
+
 def encode(
     conversation: Conversation,
     tokenizer: Any,
     modalities: Mapping[str, ModalityConfig],
     max_length: int,
     *,
+    template: Template = "umbrella",
     needs_answer: bool = True,
 ) -> Encoded:
     """A whole conversation.
 
-    Supervised is every answer that is not blank, with its `<|im_end|>`; not its header, nor the newline behind it.
-
     Args:
         max_length: positions, patches included.
-        needs_answer: refuse a conversation in which nothing is supervised.
+        template: see above, also for what is supervised.
+        needs_answer: refuse a conversation in which no assistant turn has text.
 
     Raises:
-        DataError: longer than `max_length` (never cut), or nothing supervised.
+        DataError: longer than `max_length` (never cut), no answer, a control token within a text, or a conversation
+            that the tokenizer's chat template cannot render so that its answers are found.
     """
-    writer = _Writer(tokenizer, modalities)
-    for message in conversation.messages:
-        writer.turn(message)
-    faults = _too_long(conversation, writer, max_length)
-    if needs_answer and not any(writer.supervised):
+    faults = []
+    if needs_answer and not any(map(_is_answer, conversation.messages)):
         faults.append(f"{conversation.label}: no assistant turn has text; expected at least one answer to learn from")
-    if faults:
-        raise DataError(faults)
-    return writer.encoded()
+    return _encode(conversation, conversation.messages, False, tokenizer, modalities, max_length, template, faults)
 
 
 def encode_prompt(
-    conversation: Conversation, tokenizer: Any, modalities: Mapping[str, ModalityConfig], max_length: int
+    conversation: Conversation,
+    tokenizer: Any,
+    modalities: Mapping[str, ModalityConfig],
+    max_length: int,
+    *,
+    template: Template = "umbrella",
 ) -> Encoded:
     """What an answer is generated from: the last assistant turn is dropped but for its header. Nothing is supervised.
 
     Raises:
-        DataError: the last turn is not the assistant's, or the prompt is longer than `max_length`.
+        DataError: the last turn is not the assistant's, and as `encode`.
     """
     faults = [] if _ends_with_answer(conversation) else [_no_answer(conversation)]
-    writer = _Writer(tokenizer, modalities)
-    for message in conversation.messages[:-1]:
-        writer.turn(message)
-    writer.header("assistant")
-    faults += _too_long(conversation, writer, max_length)
-    if faults:
-        raise DataError(faults)
-    writer.supervised = [False] * len(writer.ids)
-    return writer.encoded()
+    return _encode(conversation, conversation.messages[:-1], True, tokenizer, modalities, max_length, template, faults)
 
 
 def encode_all(conversations: Iterable[Conversation], encoder: Callable[[Conversation], Encoded]) -> list[Encoded]:
@@ -148,58 +173,182 @@ def _no_answer(conversation: Conversation) -> str:
     return f'{conversation.label}: the last turn is not the assistant\'s; expected one to evaluate, its text may be ""'
 
 
-def _too_long(conversation: Conversation, writer: "_Writer", max_length: int) -> list[str]:
-    if len(writer.ids) <= max_length:
-        return []
-    patches = sum(writer.modalities[image.modality].num_patches for image in writer.images)
-    return [
-        f"{conversation.label}: {len(writer.ids)} positions, {patches} of them patches; expected at most {max_length}: "
-        "raise max_length or the patch size, or shorten the conversation"
-    ]
+def _is_answer(message: Message) -> bool:
+    return message.role == "assistant" and bool(message.text.strip())  # a blank one would teach silence
 
 
-class _Writer:
-    """Writes turns one behind the other; ids and mask grow together, so they cannot disagree."""
+def _encode(
+    conversation: Conversation,
+    messages: Sequence[Message],
+    prompt: bool,
+    tokenizer: Any,
+    modalities: Mapping[str, ModalityConfig],
+    max_length: int,
+    template: Template,
+    faults: list[str],
+) -> Encoded:
+    """`messages` and, where it is a `prompt`, the header of an answer. Raises DataError with `faults` and its own."""
+    label = conversation.label
+    if forged := _control_tokens(messages, tokenizer):
+        found = " and ".join(forged)
+        raise DataError([*faults, f"{label}: text holds {found}, which the tokenizer takes for control; take it out"])
+    try:
+        ids, supervised = _TEMPLATES[template](messages, tokenizer, prompt)
+    except DataError as error:
+        raise DataError([*faults, *(f"{label}: {fault}" for fault in error.faults)]) from None
 
-    def __init__(self, tokenizer: Any, modalities: Mapping[str, ModalityConfig]):
-        self.tokenizer, self.modalities = tokenizer, modalities
-        tokens: Sequence[int] = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END, IMAGE_MARKER])
-        self.turn_start, self.turn_end, self.placeholder = tokens
-        self.ids: list[int] = []
-        self.supervised: list[bool] = []
-        self.images: list[Image] = []
-        self.image_starts: list[int] = []
+    images = tuple(part for message in messages for part in message.parts if isinstance(part, Image))
+    shown = np.array(ids, np.int32) == tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
+    if shown.sum() != len(images):
+        raise DataError([*faults, f"{label}: {shown.sum()} {IMAGE_MARKER} in the text, {len(images)} images; {_MEND}"])
+    patches = [modalities[image.modality].num_patches for image in images]
+    repeats = np.ones(len(ids), np.int32)
+    repeats[shown] = patches
+    if (length := int(repeats.sum())) > max_length:
+        faults.append(
+            f"{label}: {length} positions, {sum(patches)} of them patches; expected at most {max_length}: "
+            "raise max_length or the patch size, or shorten the conversation"
+        )
+    if faults:
+        raise DataError(faults)
+    return Encoded(
+        input_ids=np.repeat(np.array(ids, np.int32), repeats),
+        supervised=np.repeat(np.array(supervised, bool) & (not prompt), repeats),
+        images=images,
+        image_starts=(np.cumsum(repeats, dtype=np.int32) - repeats)[shown],
+    )
 
-    def add(self, ids: Sequence[int], supervised: bool = False) -> None:
-        self.ids.extend(ids)
-        self.supervised.extend([supervised] * len(ids))
 
-    def tokens(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+def _control_tokens(messages: Sequence[Message], tokenizer: Any) -> list[str]:
+    """Those that stand in a turn's text, where they would forge an image, a turn or the end of one."""
+    control = {TURN_START, TURN_END, IMAGE_MARKER, *tokenizer.all_special_tokens}
+    return sorted(token for token in control if any(token in message.text for message in messages))
+
+
+def _words(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+def _joined(message: Message) -> list[str | Image]:
+    """The turn's parts, adjacent texts as one."""
+    out: list[str | Image] = []
+    for part in message.parts:
+        if out and isinstance(part, str) and isinstance(last := out[-1], str):
+            out[-1] = last + part
+        else:
+            out.append(part)
+    return out
+
+
+def _umbrella(messages: Sequence[Message], tokenizer: Any, prompt: bool) -> _Text:
+    start, end, image = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END, IMAGE_MARKER])
+    pieces: list[tuple[list[int], bool]] = []  # ids and mask grow together, so they cannot disagree
+    for message in messages:
+        learnt = _is_answer(message)
+        pieces.append(([start, *_words(tokenizer, f"{message.role}\n")], False))
+        for part in _joined(message):
+            pieces.append((_words(tokenizer, part), learnt) if isinstance(part, str) else ([image], False))
+        pieces += [([end], learnt), (_words(tokenizer, "\n"), False)]
+    if prompt:
+        pieces.append(([start, *_words(tokenizer, "assistant\n")], False))
+    return [i for ids, _ in pieces for i in ids], [learnt for ids, learnt in pieces for _ in ids]
+
+
+def _original(messages: Sequence[Message], tokenizer: Any, prompt: bool) -> _Text:
+    text = ""
+    for message in messages:
+        images = IMAGE_MARKER * sum(isinstance(part, Image) for part in message.parts)
+        text += f"{TURN_START}{message.role}\n{images}{message.text}{TURN_END}\n"
+    ids = _words(tokenizer, text + (f"{TURN_START}assistant\n" if prompt else ""))
+    # a turn starts wherever its control token stands, and no token reaches over one
+    turn = np.cumsum(np.array(ids) == tokenizer.convert_tokens_to_ids(TURN_START)) - 1
+    learnt = [*(message.role == "assistant" for message in messages), False]
+    return ids, [i > 0 and learnt[t] for i, t in enumerate(turn)]
+
+
+_MEND = "mend the tokenizer's chat template, or set data.template: umbrella"
+
+
+def _chat(messages: Sequence[Message], tokenizer: Any, prompt: bool) -> _Text:
+    chat = _chat_messages(messages, tokenizer)
+
+    def words(count: int, **options: bool) -> list[int]:
+        ids: list[int] = _render(tokenizer, chat[:count], tokenize=True, return_dict=True, **options)["input_ids"]
         return ids
 
-    def header(self, role: str) -> None:
-        self.add([self.turn_start, *self.tokens(f"{role}\n")])
+    rest = _render(tokenizer, chat, tokenize=False, add_generation_prompt=prompt)
+    for i, message in enumerate(messages):
+        for text in (part.strip() for part in _joined(message) if isinstance(part, str)):
+            if text not in rest:
+                raise DataError(f"conversations[{i}]: the chat template leaves out or rewrites its text; {_MEND}")
+            rest = rest[rest.index(text) + len(text) :]
+    ids = words(len(chat), add_generation_prompt=prompt)
+    if prompt:
+        return ids, [False] * len(ids)
 
-    def turn(self, message: Message) -> None:
-        answer = message.role == "assistant" and bool(message.text.strip())  # a blank one would teach silence
-        self.header(message.role)
-        for is_text, parts in groupby(message.parts, key=lambda part: isinstance(part, str)):
-            if is_text:
-                self.add(self.tokens("".join(str(part) for part in parts)), supervised=answer)
-            else:
-                for image in parts:
-                    assert isinstance(image, Image)
-                    self.image_starts.append(len(self.ids))
-                    self.images.append(image)
-                    self.add([self.placeholder] * self.modalities[image.modality].num_patches)
-        self.add([self.turn_end], supervised=answer)
-        self.add(self.tokens("\n"))
-
-    def encoded(self) -> Encoded:
-        return Encoded(
-            input_ids=np.array(self.ids, np.int32),
-            supervised=np.array(self.supervised, bool),
-            images=tuple(self.images),
-            image_starts=np.array(self.image_starts, np.int32),
+    marked = None
+    if re.search(r"{%-?\s*generation\s*-?%}", tokenizer.get_chat_template()):
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        marked = np.array(_render(tokenizer, chat, **options)["assistant_masks"], bool)
+    supervised, outside = np.zeros(len(ids), bool), np.ones(len(ids), bool)
+    ends = np.isin(ids, stop_ids(tokenizer))
+    for i, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        before, until = words(i, add_generation_prompt=True), words(i + 1)
+        if ids[: len(before)] != before or ids[: len(until)] != until:
+            raise DataError(
+                f"conversations[{i}]: the chat template does not begin it as it prompts for it, or writes it otherwise "
+                f"when the conversation goes on, so what is learnt would not be what is asked; {_MEND}"
+            )
+        answer = slice(len(before), len(until))
+        outside[answer] = False
+        # up to the first token that ends it: a newline behind it is the next turn's
+        learnt = np.cumsum(ends[answer]) - ends[answer] == 0 if marked is None else marked[answer]
+        if not (learnt & ends[answer]).any():
+            raise DataError(
+                f"conversations[{i}]: the chat template ends the answer without {TURN_END} or the end of text"
+                f"{'' if marked is None else ' within {% generation %}'}, so its end would not be learnt; {_MEND}"
+            )
+        said = tokenizer.decode(
+            np.array(ids)[answer][learnt], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+        if normalize("NFC", said.strip()) != normalize("NFC", message.text.strip()):  # as Qwen's tokenizers do
+            raise DataError(
+                f"conversations[{i}]: the chat template makes {said!r} of the answer {message.text!r}; {_MEND}"
+            )
+        supervised[answer] = learnt & _is_answer(message)
+    if marked is not None and (marked & outside).any():
+        raise DataError(f"the chat template marks more than the answers by {{% generation %}}; {_MEND}")
+    return ids, supervised.tolist()
+
+
+def _chat_messages(messages: Sequence[Message], tokenizer: Any) -> list[dict[str, Any]]:
+    """As the chat template takes them: in parts where it shows an image part as a marker; else with markers in text."""
+    try:
+        probe = _render(tokenizer, [{"role": "user", "content": [{"type": "image"}]}], tokenize=False)
+    except DataError:
+        probe = ""
+    chat: list[dict[str, Any]] = []
+    for message in messages:
+        parts = _joined(message) or [""]
+        content: Any = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in parts]
+        if IMAGE_MARKER not in probe:
+            content = "".join(p if isinstance(p, str) else IMAGE_MARKER for p in parts)
+        chat.append({"role": message.role, "content": content})
+    return chat
+
+
+def _render(tokenizer: Any, chat: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(chat, **options)
+    except Exception as error:  # a template is a program, which may raise anything
+        raise DataError(f"the chat template cannot render it: {type(error).__name__}: {error}; {_MEND}") from None
+
+
+_TEMPLATES: Mapping[Template, Callable[[Sequence[Message], Any, bool], _Text]] = {
+    "umbrella": _umbrella,
+    "original": _original,
+    "chat": _chat,
+}

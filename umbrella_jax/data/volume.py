@@ -1,36 +1,72 @@
-"""Volumes to arrays: orientation, resize or windows, scaling. Every voxel is float32 from the file to the batch."""
+"""Volumes to arrays, float32: orientation; resize, or one voxel size and pad; windows; scaling."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from tqdm import tqdm
 
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.data.conversation import Image
-from umbrella_jax.data.voxels import Voxels, open_voxels, readable
+from umbrella_jax.data.voxels import Voxels, open_voxels
 from umbrella_jax.errors import DataError
+
+PREPROCESSING_VERSION = 1
+"""Raise it whenever the same file and the same config become other numbers: cached volumes of before are then stale."""
 
 
 def load_volume(path: str | Path, config: ModalityConfig, window: int = 0) -> np.ndarray:
     """Reads one volume, or one window of a run, as the model takes it.
 
-    3D: orientation, area resize to `config.size`, scaling over the whole volume. 4D: the window's frames alone are
-    read; orientation, scaling over the window's brain (voxels above 0), centred pad or crop to `config.size[:3]`.
-    Which formats are read, and what a directory of frames is, `umbrella_jax.data.voxels` says.
+    3D: orientation; to `config.size` by `config.mode`; scaling over the whole of the result. Mode `resize` is
+    `area_weights` on each axis. Mode `pad` is `linear_weights`: cubic voxels of `config.spacing` mm, then centred pad
+    and crop. It pads with 0, the background of a brain, before the scaling: so it becomes what the file's own
+    background does, and a scan means the same, but for a shift below a voxel, however much air was stored around it.
+    It crops background alone: a file that would lose voxels above 0 is refused.
+
+    4D: the window's frames alone are read; orientation; scaling over the window's brain (voxels above 0); centred pad
+    with the scaled background, or crop, to `config.size[:3]`, as the original does, so whatever is there is cut off.
+
+    An oblique scan is not rotated: its axes are the nearest ones. Which formats are read, and what a directory of
+    frames is, `umbrella_jax.data.voxels` says.
 
     Returns:
         float32 array of shape `config.size`, C-contiguous.
 
     Raises:
         DataError: naming the file: missing, unreadable, of another rank, not finite, empty, shorter than a window,
-            without an orientation where `config.orientation` asks for one.
+            without an orientation where `config.orientation` asks for one, without voxel sizes or too large where
+            `config.mode` is `pad` in 3D.
     """
-    image = _open(path, config)
+    return preprocess(path, open_volume(path, config), config, window)
+
+
+def preprocess(path: str | Path, image: Voxels, config: ModalityConfig, window: int = 0) -> np.ndarray:
+    """`load_volume` of a file that `open_volume` opened: of a .nii.gz, windows then decompress no frame twice."""
     if len(config.size) == 3:
         return _preprocess_3d(path, image, config)
     return _preprocess_4d(path, image, config, window)
+
+
+def axis_codes(image: Voxels, config: ModalityConfig) -> str | None:
+    """Where the axes of the preprocessed array point to: "RAS", or as stored, "LPS" say; None where nothing says it."""
+    if image.affine is None:
+        return None
+    return "RAS" if config.orientation == "RAS" else "".join(nib.aff2axcodes(image.affine))
+
+
+def count_windows(image: Voxels, config: ModalityConfig) -> int:
+    """Windows of an opened volume, 1 in 3D."""
+    return 1 if len(config.size) == 3 else num_windows(image.shape[3], config)
+
+
+def reading_order(count: int, config: ModalityConfig) -> Iterator[int]:
+    """Windows 0 .. count - 1 as they are read fastest. Going back in a .nii.gz starts it anew, so first come every
+    lap-th, none of which overlap, then those that begin one window later, and so on."""
+    lap = -(-_span(config) // window_stride(config)) if count > 1 else 1
+    return (window for first in range(lap) for window in range(first, count, lap))
 
 
 def num_windows(num_frames: int, config: ModalityConfig) -> int:
@@ -51,8 +87,22 @@ def _span(config: ModalityConfig) -> int:
     return (config.size[3] - 1) * config.stride_within_seq + 1
 
 
-def check_volumes(images: Iterable[Image], modalities: Mapping[str, ModalityConfig], threads: int) -> dict[Image, int]:
-    """Reads and preprocesses each distinct image once, all windows of a run included, and keeps none of it.
+def check_volume(path: str | Path, config: ModalityConfig) -> int:
+    """Reads and preprocesses a file, all windows of a run included, and keeps none of it. Returns their number."""
+    image = open_volume(path, config)
+    count = count_windows(image, config)
+    for window in reading_order(count, config):
+        preprocess(path, image, config, window)
+    return count
+
+
+def check_volumes(
+    images: Iterable[Image],
+    modalities: Mapping[str, ModalityConfig],
+    threads: int,
+    check: Callable[[Path, ModalityConfig], int] = check_volume,
+) -> dict[Image, int]:
+    """Reads and preprocesses each distinct image once, by `check`, and shows on a terminal how far it is.
 
     Returns:
         {image: number of its windows}, 1 in 3D, in the order of first appearance.
@@ -61,59 +111,65 @@ def check_volumes(images: Iterable[Image], modalities: Mapping[str, ModalityConf
         DataError: with every fault of every file.
     """
 
-    def check(image: Image) -> int | DataError:
-        config = modalities[image.modality]
+    def windows(image: Image) -> int | DataError:
         try:
-            opened = _open(image.path, config)  # once for all windows: a .nii.gz is then decompressed once
-            if len(config.size) == 3:
-                _preprocess_3d(image.path, opened, config)
-                return 1
-            windows = num_windows(opened.shape[3], config)
-            lap = -(-_span(config) // window_stride(config))  # going back in a .nii.gz starts it anew: first every
-            for window in (w for first in range(lap) for w in range(first, windows, lap)):  # lap-th, none overlapping
-                _preprocess_4d(image.path, opened, config, window)
-            return windows
+            return check(image.path, modalities[image.modality])
         except DataError as error:
             return error
 
     distinct = list(dict.fromkeys(images))
     with ThreadPoolExecutor(threads) as pool:
-        found = dict(zip(distinct, pool.map(check, distinct), strict=True))
+        progress = tqdm(pool.map(windows, distinct), "volumes", len(distinct), disable=None)
+        found = dict(zip(distinct, progress, strict=True))
     faults = [fault for error in found.values() if isinstance(error, DataError) for fault in error.faults]
     if faults:
         raise DataError(faults)
     return {image: count for image, count in found.items() if isinstance(count, int)}
 
 
-def _open(path: str | Path, config: ModalityConfig) -> Voxels:
-    """The file, its voxels not yet read; rank, length and orientation are as the modality wants them."""
+def open_volume(path: str | Path, config: ModalityConfig) -> Voxels:
+    """The file, its voxels not yet read; rank, length, orientation and voxel sizes are as the modality wants them."""
     image = open_voxels(path)
     rank, shape = len(config.size), image.shape
     if 0 in shape or len(shape) < rank or any(n != 1 for n in shape[rank:]):
         raise DataError(f"{path}: shape {shape}; expected {rank} axes, as the modality's size {config.size} has")
-    if config.orientation != "as_stored" and image.affine is None:
-        raise DataError(
-            f"{path}: its format says nothing of orientation; expected orientation: as_stored of the modality, or NIfTI"
-        )
+    faults = []
+    if config.orientation == "RAS" and image.affine is None:
+        remedy = "expected orientation: as_stored of the modality, or NIfTI whose qform_code or sform_code is not 0"
+        faults.append(f"{path}: nothing in it says how it is oriented; {remedy}")
+    if config.spacing is not None and image.zooms is None:
+        remedy = "expected positive numbers of mm, or mode: resize of the modality"
+        faults.append(f"{path}: nothing in it says how large its voxels are; {remedy}")
     if rank == 4 and not num_windows(shape[3], config):
         window = f"a window of {config.size[3]}, {config.stride_within_seq} apart"
-        raise DataError(f"{path}: {shape[3]} frames; expected at least {window}")
+        faults.append(f"{path}: {shape[3]} frames; expected at least {window}")
+    if faults:
+        raise DataError(faults)
     return image
 
 
+def _orientation(image: Voxels, config: ModalityConfig) -> np.ndarray:
+    """As `nibabel.io_orientation`, (3, 2): for each stored axis where it goes, and whether turned round."""
+    return nib.io_orientation(image.affine if config.orientation == "RAS" else np.eye(4))
+
+
 def _read(path: str | Path, image: Voxels, config: ModalityConfig, frames: slice | int) -> np.ndarray:
-    """Voxels of some frames, or of one, as finite float32 in the configured orientation."""
-    data = image.read(frames)
-    if config.orientation == "RAS":
-        with readable(Path(path)):  # an affine may be anything
-            data = nib.apply_orientation(data, nib.io_orientation(image.affine))
-    if bad := data.size - np.count_nonzero(np.isfinite(data)):
+    """Voxels of some frames, or of one, in the configured orientation, a view of what was read; finite in float32."""
+    data = nib.apply_orientation(image.read(frames), _orientation(image, config))
+    limit = np.finfo(np.float32).max
+    if data.dtype.kind == "f" and not (data.min() >= -limit and data.max() <= limit):
+        bad = data.size - np.count_nonzero(np.abs(data) <= limit)
         raise DataError(f"{path}: {bad} voxels are NaN or infinite; expected finite numbers, preprocess the file again")
     return data
 
 
 def _preprocess_3d(path: str | Path, image: Voxels, config: ModalityConfig) -> np.ndarray:
-    volume = area_resize(_read(path, image, config, 0), config.size)
+    data = _read(path, image, config, 0)
+    if config.mode == "resize":
+        weights = [area_weights(n, out) for n, out in zip(data.shape, config.size, strict=True)]
+    else:
+        weights = _pad_weights(path, data, image, config)
+    volume = resample(data, weights)
     if config.scaling == "znorm":
         mean, std = _moments(volume)
         volume -= mean
@@ -127,36 +183,86 @@ def _preprocess_4d(path: str | Path, image: Voxels, config: ModalityConfig, wind
     if window >= (count := num_windows(image.shape[3], config)):
         raise DataError(f"{path}: window {window} asked for; it has {count}, did the file change during the run?")
     start, step = window * window_stride(config), config.stride_within_seq
-    data = _read(path, image, config, slice(start, start + _span(config), step))
+    data = _read(path, image, config, slice(start, start + _span(config), step)).astype(np.float32, copy=False)
     maximum = _positive_max(path, data)
     inside, outside = zip(*(_centred(n, s) for n, s in zip(data.shape[:3], config.size[:3], strict=True)), strict=True)
-    background = np.float32(0)
-    if config.scaling in ("znorm_zeroback", "znorm_minback"):
-        brain = data > 0
-        voxels = data[brain]
+    volume = np.zeros(config.size, np.float32)
+    volume[outside] = data[inside]
+    if config.scaling == "minmax":
+        volume /= maximum
+    elif config.scaling in ("znorm_zeroback", "znorm_minback"):
+        voxels = data.ravel("K")  # in the order of memory, which a mask of (D, H, W, T) is slow to leave
+        voxels = voxels[voxels > 0]
         mean, std = _moments(voxels)
-        if config.scaling == "znorm_minback":
-            background = (voxels.min() - mean) / std
-        data = np.where(brain[inside], (data[inside] - mean) / std, background)
-    else:
-        data = data[inside] / maximum if config.scaling == "minmax" else data[inside]
-    volume = np.full(config.size, background, np.float32)
-    volume[outside] = data
+        background = volume <= 0
+        volume -= mean
+        volume /= std
+        volume[background] = (voxels.min() - mean) / std if config.scaling == "znorm_minback" else 0
     return volume
 
 
-def area_resize(volume: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Adaptive average pooling of float32 (X, Y, Z) to `size`, as PyTorch's `adaptive_avg_pool3d`, MONAI's "area".
+def area_weights(length: int, size: int) -> np.ndarray:
+    """(size, length), float32: output i of an axis is the mean of the inputs floor(i·n/o) .. ceil((i+1)·n/o).
 
-    Output i of an axis is the mean of the inputs floor(i·n/o) .. ceil((i+1)·n/o). The axes are independent of one
-    another, so this is three small matrix products; each takes the first axis and puts the new one last.
+    On all axes this is adaptive average pooling, PyTorch's `adaptive_avg_pool3d` and MONAI's "area".
     """
-    for n, out in zip(volume.shape, size, strict=True):
-        i, j = np.arange(out)[:, None], np.arange(n)
-        window = (i * n // out <= j) & (j < -(-(i + 1) * n // out))  # -(-a // b) is the ceiling of a / b
-        weights = (window / window.sum(axis=1, keepdims=True)).astype(np.float32)
-        volume = np.tensordot(volume, weights, axes=(0, 1))
-    return np.ascontiguousarray(volume)
+    i, j = np.arange(size)[:, None], np.arange(length)
+    window = (i * length // size <= j) & (j < -(-(i + 1) * length // size))  # -(-a // b) is the ceiling of a / b
+    return (window / window.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def linear_weights(length: int, zoom: float, size: int, spacing: float) -> np.ndarray:
+    """(size, length), float32: an axis of voxels `zoom` mm apart to ones `spacing` mm apart, padded and cropped.
+
+    round(length · zoom / spacing) voxels share the middle of the field of view, and stand centred in `size` as
+    `_centred` says. Each is the mean of the inputs around it, weighted by a triangle of half-width
+    max(zoom, spacing): linear interpolation to smaller voxels, and to larger ones no aliasing, as PyTorch's
+    `interpolate(mode="linear", antialias=True)`. What pads has no weights.
+    """
+    resampled = max(round(length * zoom / spacing), 1)
+    inside, outside = _centred(resampled, size)
+    middles = (np.arange(inside.start, inside.stop) - (resampled - 1) / 2) * spacing
+    distance = np.abs(middles[:, None] - (np.arange(length) - (length - 1) / 2) * zoom)
+    triangle = np.maximum(1 - distance / max(zoom, spacing), 0)
+    weights = np.zeros((size, length), np.float32)
+    weights[outside] = triangle / triangle.sum(axis=1, keepdims=True)
+    return weights
+
+
+def resample(volume: np.ndarray, weights: Sequence[np.ndarray]) -> np.ndarray:
+    """(X, Y, Z) of any real type to float32 (U, V, W), by weights (U, X), (V, Y) and (W, Z) of its axes.
+
+    The axes are independent of one another, so these are three matrix products. The first is over the axis that is
+    slowest in memory, a few slices at a time, so that nothing of the volume's own size is made.
+    """
+    order = sorted(range(3), key=lambda axis: -abs(volume.strides[axis]))
+    slow, middle, fast = (weights[axis] for axis in order)
+    data = volume.transpose(order)
+    reduced = np.zeros((len(slow), *data.shape[1:]), np.float32)
+    for row, out in zip(slow, reduced, strict=True):
+        near = np.flatnonzero(row)
+        if len(near):
+            some = slice(near[0], near[-1] + 1)
+            out[...] = np.tensordot(row[some], data[some].astype(np.float32), 1)
+    return np.ascontiguousarray((middle @ reduced @ fast.T).transpose(np.argsort(order)))
+
+
+def _pad_weights(path: str | Path, data: np.ndarray, image: Voxels, config: ModalityConfig) -> list[np.ndarray]:
+    """`linear_weights` of each axis of the oriented `data`. Raises DataError where they leave voxels above 0 out."""
+    spacing, zooms = config.spacing, image.zooms
+    assert spacing is not None  # by ModalityConfig
+    assert zooms is not None  # by _open
+    stored = np.argsort(_orientation(image, config)[:, 0])  # the stored axis that each axis was
+    weights = [linear_weights(*axis, spacing) for axis in zip(data.shape, zooms[stored], config.size, strict=True)]
+    used = [np.flatnonzero(w.any(axis=0)) for w in weights]
+    kept = tuple(slice(near[0], near[-1] + 1) for near in used)
+    if lost := 0 if data[kept].shape == data.shape else np.count_nonzero(data > 0) - np.count_nonzero(data[kept] > 0):
+        field = "×".join(f"{size * spacing:g}" for size in config.size)
+        raise DataError(
+            f"{path}: {lost} voxels above 0 lie outside the central {field} mm; expected a larger size or spacing of "
+            "the modality, or a volume without the rest of the body and with a background of 0"
+        )
+    return weights
 
 
 def _centred(length: int, size: int) -> tuple[slice, slice]:

@@ -60,6 +60,19 @@ class Llava(nnx.Module):
             features.append(self.multi_modal_projector(hidden).reshape(-1, self.config.text.hidden_size))
         return jnp.concatenate(features)
 
+    def shown(self, batch: Batch) -> dict[str, Array]:
+        """Of each modality of `batch.volumes`, bool []: whether a position of the batch takes a feature of it.
+
+        Takes a training step's batch too, with its axis of micro-batches."""
+        found, first = {}, 0
+        for name in sorted(batch.volumes):
+            behind = (
+                first + batch.volumes[name].shape[batch.lengths.ndim - 1] * self.config.modalities[name].num_patches
+            )
+            found[name] = jnp.any((first <= batch.feature_idx) & (batch.feature_idx < behind))
+            first = behind
+        return found
+
     def inputs_embeds(self, batch: Batch) -> Array:
         """Token embeddings [B, T, D] in which a position with feature_idx ≥ 0 holds that row of the image features."""
         chex.assert_equal_shape([batch.input_ids, batch.feature_idx, batch.positions])

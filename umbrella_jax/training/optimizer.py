@@ -1,6 +1,7 @@
 """Schedule and optimiser: AdamW per label through `optax.multi_transform`, the frozen set to zero."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +10,8 @@ import optax
 
 from umbrella_jax.config import TrainConfig
 from umbrella_jax.training.freeze import FROZEN
+
+Array = jax.Array
 
 
 def make_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
@@ -23,15 +26,20 @@ def make_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
 
 
 def only_when_present(inner: optax.GradientTransformation, modality: str) -> optax.GradientTransformationExtraArgs:
-    """`inner` where the step has volumes of `modality`; elsewhere no update and an untouched state.
+    """`inner` where a conversation of the step shows `modality`; elsewhere no update and an untouched state.
 
     Without it Adam's momentum and weight decay move the patch embedding of a modality that no volume showed.
     """
 
-    def update(updates: Any, state: Any, params: Any = None, *, present: frozenset[str], **_: Any) -> tuple[Any, Any]:
-        if modality not in present:  # which modalities a batch has is part of its structure: known when tracing
-            return jax.tree.map(jnp.zeros_like, updates), state
-        return inner.update(updates, state, params)
+    def update(
+        updates: Any, state: Any, params: Any = None, *, present: Mapping[str, Array], **_: Any
+    ) -> tuple[Any, Any]:
+        none = jax.tree.map(jnp.zeros_like, updates)
+        if modality not in present:  # the batch has no entry for it: known when tracing
+            return none, state
+        shown = inner.update(updates, state, params)
+        result: tuple[Any, Any] = jax.tree.map(partial(jnp.where, present[modality]), shown, (none, state))
+        return result
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -47,7 +55,8 @@ def make_optimizer(
     """AdamW (Loshchilov & Hutter 2019) whose groups have their own rate factors and decays.
 
     `labels` covers every parameter; gradients may be of the trainable part alone (what the step makes) or of all of
-    them, the frozen ones' updates then being zero. `update` takes `present`, the modalities that the step has.
+    them, the frozen ones' updates then being zero. `update` takes `present`, bool [] by modality: whether a
+    conversation of the step shows it; a modality without an entry is not shown.
     """
 
     def adamw(label: str) -> optax.GradientTransformation:

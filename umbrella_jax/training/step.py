@@ -62,7 +62,9 @@ def train_step(
     zero = (optax.tree.zeros_like(state.trainable), jnp.zeros(()), jnp.zeros((), jnp.int32))
     (grads, loss, count), _ = jax.lax.scan(accumulate, zero, batch)
     grads = optax.tree.scale(1 / count, grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, present=frozenset(batch.volumes))
+    # A batch may have volumes of a modality, all padding, that none of its conversations shows.
+    present = merge(graphdef, state.trainable | frozen).shown(batch)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, present=present)
     new = TrainState(  # type: ignore[call-arg]
         step=state.step + 1, trainable=optax.apply_updates(state.trainable, updates), opt_state=opt_state
     )

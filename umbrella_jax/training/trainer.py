@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,23 +76,31 @@ def fit(
 
     Saves every `config.save_steps` updates and at the end, `meta` beside it; evaluates every `config.eval_steps` and
     at the end; hands each line of metrics to `log` too. Raises UmbrellaError, keeping the last checkpoint, when the
-    loss is not finite.
+    loss is not finite. While a step runs, the next batch is read and put on the devices; its errors wait until then.
     """
     start = int(state.step)
     step_fn = partial(jit_train_step, graphdef=graphdef, optimizer=optimizer)
     shapes: set[Any] = set()
+
+    def next_batch() -> Batch:
+        return put_batch(next(batches), mesh, axis=1)
+
     with (
+        ThreadPoolExecutor(1) as ahead,
         Metrics(metrics_path, start) as metrics,
         tqdm(total=num_steps, initial=start, desc="train", unit="step", disable=None) as bar,
     ):
+        coming = ahead.submit(next_batch) if start < num_steps else None
         for step in range(start, num_steps):
-            batch = next(batches)
+            assert coming is not None
+            batch, last = coming.result(), step + 1 == num_steps
             shape = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
             if shape not in shapes:
                 shapes.add(shape)
                 bar.write(f"step {step + 1}: compiling for {describe(batch)}")
             started = time.perf_counter()
-            state, values = step_fn(state, frozen, put_batch(batch, mesh, axis=1))
+            state, values = step_fn(state, frozen, batch)
+            coming = None if last else ahead.submit(next_batch)
             values = jax.device_get(values)  # waits for the step
             seconds = time.perf_counter() - started
             if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
@@ -107,7 +116,6 @@ def fit(
                 "supervised_tokens": int(values["supervised_tokens"]),
                 "step_seconds": seconds,
             }
-            last = step + 1 == num_steps
             if evaluate and (last or (config.eval_steps and (step + 1) % config.eval_steps == 0)):
                 line |= evaluate(step + 1, state.trainable)
             metrics.write(**line)

@@ -1,0 +1,584 @@
+"""The cache: the same batches without opening a source, whatever crashes, fills up, changes or decays meanwhile."""
+
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from umbrella_jax.cli import main
+from umbrella_jax.config import DataConfig, ModalityConfig
+from umbrella_jax.data import cache as cache_module
+from umbrella_jax.data import volume as volume_module
+from umbrella_jax.data.cache import VolumeCache
+from umbrella_jax.data.conversation import Image
+from umbrella_jax.data.loader import Dataset, eval_batches, make_plan, train_batches
+from umbrella_jax.data.volume import PREPROCESSING_VERSION, check_volumes, load_volume
+from umbrella_jax.errors import ConfigError, DataError
+
+T1 = ModalityConfig(size=(6, 7, 5), patch=(3, 2, 4))
+RUN = ModalityConfig(size=(4, 3, 5, 4), patch=(2, 3, 4, 2))
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch):
+    """Files of this very moment count as settled, so that their digests are remembered."""
+    monkeypatch.setattr(cache_module, "_SETTLED", -1.0)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def sealed(monkeypatch):
+    """`sealed()`: from here on, whoever opens or hashes a source fails."""
+
+    def seal():
+        def refuse(*_):
+            raise AssertionError("a source was opened")
+
+        for module, name in [(volume_module, "open_voxels"), (cache_module, "_digest"), (nib, "load")]:
+            monkeypatch.setattr(module, name, refuse)
+
+    return seal
+
+
+def entries(directory: Path) -> list[Path]:
+    return sorted((directory / "volumes").rglob("*.*"))
+
+
+def made(directory, path, config, **options) -> int:
+    """How many volumes a new cache over the directory has to make."""
+    cache = VolumeCache(directory, **options)
+    cache.check(path, config)
+    return cache.made
+
+
+# The same numbers, without the sources
+
+
+@pytest.fixture
+def load_dataset(nifti, record, write_json, tokenizer, modalities):
+    """`load_dataset(cache)`: four conversations over three volumes and a run of five windows."""
+    nifti("run.nii.gz", (5, 3, 4, 20), np.diag([-2, 2, 3, 1]))
+    for i in range(3):
+        nifti(f"{i}.nii", (9, 8, 7))
+    shown = [["T1:0.nii"], ["T1:1.nii", "T1:0.nii"], ["fMRI:run.nii.gz"], ["fMRI:run.nii.gz", "T1:2.nii"]]
+    path = write_json("data.json", [record([("user", images), ("assistant", ["x"])]) for images in shown])
+    return lambda cache, **more: Dataset.load(
+        path, tokenizer, modalities, max_length=200, threads=2, cache=cache, **more
+    )
+
+
+def volumes_of(dataset):
+    """All volumes that training and evaluation batches show, in their order."""
+    plan = make_plan(dataset, batch_size=2, accumulate_steps=2, seed=5)
+    training = train_batches(dataset, plan, start_step=0, num_steps=6, threads=2)
+    batches = [*training, *(b for _, b in eval_batches(dataset, 3, prompts=True))]
+    return [(name, volume) for batch in batches for name, volume in sorted(batch.volumes.items())]
+
+
+def test_batches_are_bit_identical_and_no_source_is_opened(load_dataset, directory, sealed):
+    expected = volumes_of(load_dataset(None, evaluation=True))
+    filling = load_dataset(VolumeCache(directory), evaluation=True)
+    windows = dict(filling.windows)
+    assert sorted(windows.values()) == [1, 1, 1, 5]
+    assert len(entries(directory)) == 8
+    sealed()
+    full = load_dataset(VolumeCache(directory), evaluation=True)
+    assert dict(full.windows) == windows
+    for dataset in (filling, full):
+        for (name, found), (other, volume) in zip(volumes_of(dataset), expected, strict=True):
+            assert name == other
+            assert found.dtype == np.float32
+            assert found.tobytes() == volume.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_comes_back(nifti, directory, dtype):
+    path = nifti("a.nii", np.geomspace(1e-7, 6e4, 210).reshape(T1.size).astype(np.float32))
+    config = ModalityConfig(size=T1.size, patch=(1, 1, 1), scaling="none")
+    expected = load_volume(path, config).astype(dtype).astype(np.float32)
+    assert (expected < 6e-5).any()  # subnormal in float16
+    cache = VolumeCache(directory, dtype)
+    for _ in range(2):  # made, then read
+        found = cache.load(path, config)
+        assert found.dtype == np.float32
+        assert found.flags.c_contiguous
+        assert found.flags.writeable
+        np.testing.assert_array_equal(found, expected)
+    assert cache.made == 1
+    (entry,) = entries(directory)
+    assert load_file(entry)["volume"].dtype == dtype
+    np.testing.assert_array_equal(load_file(entry)["volume"], expected)
+
+
+def test_every_finite_float16_is_widened_exactly():
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)]
+    found = cache_module._widen(finite)
+    assert found.dtype == np.float32
+    assert found.tobytes() == finite.astype(np.float32).tobytes()  # the sign of 0 too
+    relative = np.abs(np.float32(1.0004) - np.float16(1.0004)) / 1.0004
+    assert relative <= 2**-11
+
+
+@pytest.mark.parametrize("value", [65505.0, -65505.0])
+def test_what_float16_cannot_hold_is_refused(nifti, directory, value):
+    data = np.ones(T1.size, np.float32)
+    data[1, 2, 3] = value
+    path, config = nifti("a.nii", data), ModalityConfig(size=T1.size, patch=(1, 1, 1), scaling="none")
+    for call in (VolumeCache(directory, "float16").check, VolumeCache(directory, "float16").load):
+        with pytest.raises(
+            DataError, match=r"a\.nii: values up to 65505, float16 ends at 65504; expected data.cache_dtype: float32"
+        ):
+            call(path, config)
+    assert entries(directory) == []
+    VolumeCache(directory, "float32").check(path, config)
+
+
+def test_the_version_is_raised_with_the_numbers(nifti):
+    """Where this fails, preprocessing gives other numbers than before: raise PREPROCESSING_VERSION, so that no run
+    takes cached volumes of before for new ones, and put the new numbers here."""
+    expected = {
+        1: (
+            [1.1541852, -0.6955972, -1.7535143, -0.376967, -0.9412419, 0.6511261, -0.4067903, 1.4108162, 1.4955751],
+            [-1.7171421, -1.6280195, -1.7171421, 0.3361076, 0.8057156, -0.3220292, -0.6888034, -1.7171421, -1.3469402],
+        )
+    }[PREPROCESSING_VERSION]
+    data = (np.arange(5 * 6 * 7 * 9).reshape(5, 6, 7, 9) * 7919 % 1009).astype(np.float32)
+    affine = np.array([[0, -2, 0, 0], [1.5, 0, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1.0]])
+    three = load_volume(nifti("3.nii", data[..., 0], affine), ModalityConfig(size=(4, 3, 5), patch=(1, 1, 1)))
+    four = load_volume(nifti("4.nii", data, affine), ModalityConfig(size=(4, 7, 5, 4), patch=(1, 1, 1, 1)), 1)
+    np.testing.assert_allclose(three.ravel()[::7], expected[0], atol=5e-6)  # sums of another order differ by 1e-6
+    np.testing.assert_allclose(four.ravel()[:549:61], expected[1], atol=5e-6)
+
+
+# What makes another entry
+
+
+@pytest.mark.parametrize(
+    ("config", "change"),
+    [
+        (T1, {"size": (6, 7, 4)}),
+        (T1, {"orientation": "as_stored"}),
+        (T1, {"scaling": "minmax"}),
+        (RUN, {"stride_within_seq": 2}),
+        (RUN, {"stride_between_seq": 0.5}),
+    ],
+)
+def test_a_parameter_makes_another_entry(nifti, directory, config, change):
+    path = nifti("a.nii", (6, 7, 5, 9)[: len(config.size)])
+    fields = {name: getattr(config, name) for name in ("size", "patch", "orientation", "stride_within_seq")}
+    assert made(directory, path, config) == load_windows(path, config)
+    assert made(directory, path, config) == 0
+    other = ModalityConfig(**{**fields, **change})
+    assert made(directory, path, other) == load_windows(path, other)
+    np.testing.assert_array_equal(VolumeCache(directory).load(path, other), load_volume(path, other))
+
+
+def load_windows(path, config):
+    return check_volumes([Image(path, "M")], {"M": config}, 1)[Image(path, "M")]
+
+
+def test_type_and_version_make_another_entry_but_the_patch_does_not(nifti, directory, monkeypatch):
+    path = nifti("a.nii", (6, 7, 5))
+    assert made(directory, path, T1) == 1
+    assert made(directory, path, ModalityConfig(size=T1.size, patch=(1, 1, 1))) == 0
+    assert made(directory, path, T1, dtype="float16") == 1
+    monkeypatch.setattr(cache_module, "PREPROCESSING_VERSION", PREPROCESSING_VERSION + 1)
+    assert made(directory, path, T1) == 1
+
+
+def test_a_changed_source_is_noticed(nifti, directory):
+    path = nifti("a.nii", np.ones(T1.size, np.float32))
+    assert made(directory, path, T1) == 1
+    before = path.stat()
+    data = np.random.default_rng(0).uniform(1, 9, T1.size).astype(np.float32)
+    content = path.read_bytes()
+    nifti("a.nii", data)
+    assert len(content) == path.stat().st_size
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as `cp -p` and rsync do
+    cache = VolumeCache(directory)
+    assert cache.check(path, T1) == cache.made == 1
+    np.testing.assert_array_equal(cache.load(path, T1), load_volume(path, T1))
+    path.write_bytes(content)
+    assert made(directory, path, T1) == 0  # back again: its entry is still there
+
+
+def test_equal_content_is_kept_once(nifti, directory, tmp_path):
+    path = nifti("a.nii", (6, 7, 5))
+    assert made(directory, path, T1) == 1
+    shutil.copy(path, tmp_path / "b.nii")
+    assert made(directory, tmp_path / "b.nii", T1) == 0
+    path.touch()
+    assert made(directory, path, T1) == 0
+    assert len(entries(directory)) == 1
+
+
+@pytest.mark.parametrize("change", [0, 1])
+def test_a_change_of_either_half_of_a_pair_is_noticed(directory, tmp_path, change):
+    data = np.random.default_rng(0).uniform(1, 9, T1.size).astype(np.float32)
+    for affine in (np.eye(4), np.diag([-1.0, 1, 1, 1])):
+        nib.save(nib.Nifti1Pair(data * affine[0, 0] * 2, affine), tmp_path / f"{affine[0, 0]:.0f}.hdr")
+    for suffix in (".hdr", ".img"):
+        shutil.copy(tmp_path / f"1{suffix}", tmp_path / f"a{suffix}")
+    path = tmp_path / "a.hdr"
+    assert made(directory, path, T1) == 1
+    suffix = (".hdr", ".img")[change]
+    shutil.copy(tmp_path / f"-1{suffix}", tmp_path / f"a{suffix}")
+    cache = VolumeCache(directory)
+    assert cache.check(path, T1) == cache.made == 1
+    np.testing.assert_array_equal(cache.load(path, T1), load_volume(path, T1))
+    assert made(directory, tmp_path / "a.img", T1) == 0  # the same pair
+
+
+def test_a_changed_frame_is_noticed(directory, tmp_path):
+    config = ModalityConfig(size=RUN.size, patch=RUN.patch, orientation="as_stored")
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        np.save(folder / f"frame_{i}.npy", rng.uniform(1, 9, (4, 3, 5)).astype(np.float32))
+    assert made(directory, folder, config) == 2
+    assert made(directory, folder, config) == 0
+    one, two = folder / "frame_1.npy", folder / "frame_2.npy"
+    shutil.move(one, tmp_path / "one.npy")
+    shutil.move(two, one)
+    shutil.move(tmp_path / "one.npy", two)  # the same frames in another order
+    cache = VolumeCache(directory)
+    cache.check(folder, config)
+    assert cache.made == 2
+    np.testing.assert_array_equal(cache.load(folder, config, 0), load_volume(folder, config, 0))
+
+
+def test_a_digest_is_remembered_only_of_a_settled_file(nifti, directory, monkeypatch):
+    hashed = []
+    original = cache_module._digest
+    monkeypatch.setattr(cache_module, "_digest", lambda path: hashed.append(path) or original(path))
+    path = nifti("a.nii", (6, 7, 5))
+    monkeypatch.setattr(cache_module, "_SETTLED", 60.0)
+    assert [made(directory, path, T1) for _ in range(2)] == [1, 0]
+    assert len(hashed) == 2  # within its clock's tick, it may change once more and look the same
+    monkeypatch.setattr(cache_module, "_SETTLED", -1.0)
+    assert [made(directory, path, T1) for _ in range(3)] == [0, 0, 0]
+    assert len(hashed) == 3
+    (record,) = (directory / "sources").rglob("*.json")
+    record.write_bytes(record.read_bytes()[:-9])
+    assert made(directory, path, T1) == 0
+    assert len(hashed) == 4
+
+
+@pytest.mark.parametrize("call", ["check", "load"])
+def test_a_source_that_changes_while_it_is_read_is_not_kept(nifti, directory, monkeypatch, call):
+    path = nifti("a.nii", (6, 7, 5))
+    original = cache_module.preprocess
+
+    def slow(*arguments):
+        nifti("a.nii", np.ones(T1.size, np.float32))
+        return original(*arguments)
+
+    monkeypatch.setattr(cache_module, "preprocess", slow)
+    with pytest.raises(DataError, match=r"a\.nii: changed since the run began"):
+        getattr(VolumeCache(directory), call)(path, T1)
+    assert entries(directory) == []
+
+
+def test_after_the_check_a_run_keeps_what_it_saw(nifti, directory):
+    path = nifti("a.nii", (6, 7, 5))
+    cache = VolumeCache(directory)
+    cache.check(path, T1)
+    expected = load_volume(path, T1)
+    path.unlink()
+    np.testing.assert_array_equal(cache.load(path, T1), expected)
+    with pytest.raises(DataError, match="not found"):
+        cache.check(path, T1)
+
+
+# Runs
+
+
+def test_only_missing_windows_are_made(nifti, directory, sealed):
+    path = nifti("a.nii.gz", (4, 3, 5, 21))
+    assert made(directory, path, RUN) == 5
+    for entry in entries(directory):
+        with safe_open(entry, "np") as file:
+            if '"window": 3' in file.metadata()["key"]:
+                entry.unlink()
+    assert len(entries(directory)) == 4
+    cache = VolumeCache(directory)
+    assert cache.check(path, RUN) == 5
+    assert (cache.made, cache.found) == (1, 4)
+    sealed()
+    assert VolumeCache(directory).check(path, RUN) == 5
+    with pytest.raises(AssertionError, match="opened"):
+        VolumeCache(directory).load(path, RUN, 5)
+
+
+def test_orientation_of_what_is_kept(nifti, directory, sealed):
+    stored = ModalityConfig(size=T1.size, patch=T1.patch, orientation="as_stored")
+    turned = np.array([[0, 0, -2.0, 0], [-1, 0, 0, 0], [0, 3, 0, 0], [0, 0, 0, 1]])  # axes to P, S, L
+    path = nifti("a.nii", (6, 7, 5), turned)
+    np.save(path.with_suffix(".npy"), np.ones(T1.size))
+    wanted = [(path, stored, "PSL"), (path, T1, "RAS"), (path.with_suffix(".npy"), stored, None)]
+    for cached in (False, True):
+        if cached:
+            for file, config, _ in wanted:
+                VolumeCache(directory).check(file, config)
+            sealed()
+        for file, config, axes in wanted:
+            assert VolumeCache(directory).axes(file, config) == axes
+
+
+# Faults
+
+
+def test_faults_are_the_same_and_not_kept(nifti, directory, tmp_path):
+    late = np.ones((4, 3, 5, 8), np.float32)
+    late[0, 0, 0, 7] = np.nan
+    cut = nifti("cut.nii.gz", (20, 20, 20))
+    cut.write_bytes(cut.read_bytes()[:500])
+    nib.save(nib.Nifti1Pair(np.ones(T1.size, np.float32), np.eye(4)), tmp_path / "half.hdr")
+    (tmp_path / "half.img").unlink()
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "gap").mkdir()
+    np.save(tmp_path / "gap" / "frame_1.npy", np.ones((4, 3, 5)))
+    (tmp_path / "none.npy").write_bytes(b"no array")
+    images = [
+        *(Image(tmp_path / name, "T1") for name in ("missing.nii.gz", "cut.nii.gz", "half.hdr", "none.npy")),
+        *(Image(tmp_path / name, "rsfMRI") for name in ("frames", "gap", "missing")),
+        Image(nifti("late.nii.gz", late), "rsfMRI"),
+        Image(nifti("zeros.nii", np.zeros((4, 3, 5, 4), np.float32)), "rsfMRI"),
+        Image(nifti("rank.nii", (4, 3, 5)), "rsfMRI"),
+        Image(nifti("short.nii", (4, 3, 5, 2)), "rsfMRI"),
+    ]
+    modalities = {"T1": T1, "rsfMRI": RUN}
+    with pytest.raises(DataError) as expected:
+        check_volumes(images, modalities, 2)
+    for _ in range(2):
+        with pytest.raises(DataError) as found:
+            check_volumes(images, modalities, 2, VolumeCache(directory).check)
+        assert found.value.faults == expected.value.faults
+    assert len(expected.value.faults) == len(images)
+    assert len(entries(directory)) == 1  # the first window of late.nii.gz is good
+    for image in images:
+        with pytest.raises(DataError):
+            VolumeCache(directory).load(image.path, modalities[image.modality], window=int(image is images[7]))
+
+
+# Damage
+
+
+def damage(entry: Path, kind: str) -> None:
+    content = bytearray(entry.read_bytes())
+    if kind == "cut":
+        content = content[:-1]
+    elif kind == "empty":
+        content = bytearray()
+    elif kind == "longer":
+        content += b"\0"
+    elif kind == "header":
+        content[:8] = b"\xff" * 8
+    elif kind == "metadata":
+        content[20] ^= 255
+    elif kind == "payload":
+        content[-200] ^= 1
+    else:
+        content = bytearray(content.replace(b'\\"window\\": 0', b'\\"window\\": 1'))
+        assert content != entry.read_bytes()
+    entry.write_bytes(content)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kind", ["cut", "empty", "longer", "header", "metadata", "key", "payload"])
+def test_a_damaged_entry_is_noticed_and_mended(nifti, directory, caplog, kind, dtype):
+    path = nifti("a.nii", (6, 7, 5))
+    cache = VolumeCache(directory, dtype)
+    expected = cache.load(path, T1)
+    (entry,) = entries(directory)
+    calls = [lambda: cache.load(path, T1), lambda: VolumeCache(directory, dtype, verify=True).check(path, T1)]
+    if kind != "payload":  # that, a check that does not verify leaves to whoever reads it
+        calls.append(lambda: VolumeCache(directory, dtype).check(path, T1))
+    for call in calls:
+        caplog.clear()
+        damage(entry, kind)
+        call()
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert f"{entry}: a damaged volume" in caplog.text
+        np.testing.assert_array_equal(cache.load(path, T1), expected)
+        assert made(directory, path, T1, dtype=dtype, verify=True) == 0
+        assert len(caplog.records) == 1
+
+
+# A full disk
+
+SMALL = 600
+
+
+@pytest.fixture
+def full_disk():
+    """No file of this process can grow beyond 600 bytes: a source's record fits, a volume does not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, hard))
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_run_goes_on_when_the_disk_is_full(nifti, directory, caplog, full_disk):
+    full_disk()  # room again
+    paths = [nifti(f"{i}.nii", (6, 7, 5)) for i in range(4)]
+    expected = [load_volume(path, T1).astype(np.float16) for path in paths]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    cache = VolumeCache(directory, "float16")
+    check_volumes([Image(path, "T1") for path in paths], {"T1": T1}, 3, cache.check)
+    found = [cache.load(path, T1) for path in paths]
+    full_disk()
+    np.testing.assert_array_equal(found, expected)  # rounded as if they had been kept
+    assert cache.made == 0
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "not kept from here on" in record.getMessage()
+    assert [path for path in directory.rglob("*") if path.is_file() and path.suffix != ".json"] == []
+    assert made(directory, paths[0], T1, dtype="float16") == 1
+
+
+@pytest.fixture
+def config_file(nifti, record, write_json):
+    """A config over three volumes in training and evaluation data, one of them in both."""
+    for name in ("a", "b", "c"):
+        nifti(f"{name}.nii", (6, 7, 5))
+    for split, names in (("train", "ab"), ("eval", "bc")):
+        rows = [record([("user", [f"T1:{name}.nii"]), ("assistant", ["x"])]) for name in names]
+        write_json(f"{split}.json", rows)
+    modalities = {"T1": {"size": [6, 7, 5], "patch": [3, 2, 4]}}
+    return write_json("config.yaml", {"model": {"modalities": modalities}})
+
+
+def command(config_file, *flags, data=("train", "eval")):
+    splits = [word for split in data for word in (f"--{split}-data", str(config_file.parent / f"{split}.json"))]
+    return ["data", "cache", "--config", str(config_file), *splits, *map(str, flags)]
+
+
+def test_data_cache(config_file, directory, capsys):
+    assert main(command(config_file, "--cache", directory)) == 0
+    size = sum(entry.stat().st_size for entry in entries(directory)) / 1e6
+    assert f"{directory}: 3 files, 3 volumes in float32: 3 made, 0 found; {size:.1f} MB" in capsys.readouterr().out
+    assert main(command(config_file, "--cache", directory)) == 0
+    assert "0 made, 3 found" in capsys.readouterr().out
+    damage(entries(directory)[1], "payload")
+    assert main(command(config_file, "--cache", directory)) == 0
+    assert "0 made, 3 found" in capsys.readouterr().out
+    assert main(command(config_file, "--cache", directory, "--verify")) == 0
+    assert "1 made, 2 found" in capsys.readouterr().out
+    assert main(command(config_file, "--cache", directory, "--set", "data.cache_dtype=float16")) == 0
+    assert "3 volumes in float16: 3 made" in capsys.readouterr().out
+
+
+def test_data_cache_on_a_full_disk_fails(config_file, directory, capsys, full_disk):
+    code = main(command(config_file, "--cache", directory))
+    full_disk()
+    assert code == 1
+    assert f"File too large: '{directory}'" in capsys.readouterr().err
+    assert entries(directory) == []
+    assert main(command(config_file, "--cache", directory)) == 0
+    assert "3 made, 0 found" in capsys.readouterr().out
+
+
+def test_data_cache_names_what_is_wrong(config_file, directory, capsys):
+    assert main(command(config_file, data=())) == 1
+    message = capsys.readouterr().err
+    assert "data.cache: expected a directory (--cache D)" in message
+    assert "data.train: expected a path" in message
+    (config_file.parent / "a.nii").unlink()
+    (config_file.parent / "c.nii").write_bytes(b"")
+    assert main(command(config_file, "--cache", directory)) == 1
+    message = capsys.readouterr().err
+    assert "2 faults" in message
+    assert "a.nii: not found" in message
+    assert len(entries(directory)) == 1  # the good one
+
+
+def test_float16_of_no_cache_is_refused():
+    with pytest.raises(ConfigError, match="cache_dtype: float16 of no cache"):
+        DataConfig(cache_dtype="float16")
+    assert VolumeCache.of(DataConfig()) is None
+    cache = VolumeCache.of(DataConfig(cache="somewhere", cache_dtype="float16"))
+    assert (cache.directory, cache.dtype) == (Path("somewhere"), np.float16)
+
+
+# Several processes, and crashes
+
+
+FILL = "import sys; from umbrella_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.fixture
+def large_config(nifti, record, write_json):
+    """Forty volumes of 40³, of which the cache keeps 256 kB each."""
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        nifti(f"{i}.nii", rng.uniform(1, 9, (40, 40, 40)).astype(np.float32))
+    rows = [record([("user", [f"T1:{i}.nii"]), ("assistant", ["x"])]) for i in range(40)]
+    write_json("train.json", rows)
+    modalities = {"T1": {"size": [40, 40, 40], "patch": [10, 10, 10]}}
+    return write_json("config.yaml", {"model": {"modalities": modalities}, "data": {"threads": 2}})
+
+
+def start(config, directory):
+    words = [sys.executable, "-c", FILL, *command(config, "--cache", directory, data=("train",))]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def assert_valid(config, directory, capsys, found):
+    assert main(command(config, "--cache", directory, "--verify", data=("train",))) == 0
+    printed = capsys.readouterr()
+    assert f"{40 - found} made, {found} found" in printed.out
+    modality = ModalityConfig(size=(40, 40, 40), patch=(10, 10, 10))
+    for i in (0, 17, 39):
+        path = config.parent / f"{i}.nii"
+        np.testing.assert_array_equal(VolumeCache(directory).load(path, modality), load_volume(path, modality))
+
+
+def test_processes_fill_one_directory_together(large_config, directory, capsys):
+    processes = [start(large_config, directory) for _ in range(3)]
+    printed = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert all("40 volumes in float32" in text for text in printed)
+    assert len(entries(directory)) == 40
+    assert list((directory / "tmp").iterdir()) == []
+    assert_valid(large_config, directory, capsys, found=40)
+
+
+def test_a_killed_filling_leaves_a_valid_cache(large_config, directory, capsys, caplog):
+    process = start(large_config, directory)
+    while len(entries(directory)) < 5 and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    process.stderr.close()
+    whole = len(entries(directory))
+    assert whole >= 5
+    assert_valid(large_config, directory, capsys, found=whole)
+    assert caplog.records == []  # nothing was damaged
+
+
+def test_what_a_crash_left_is_removed_when_it_is_old(directory):
+    (directory / "tmp").mkdir(parents=True)
+    for name, age in (("old", 7200), ("new", 60)):
+        (directory / "tmp" / name).write_bytes(b"half")
+        os.utime(directory / "tmp" / name, (time.time() - age,) * 2)
+    VolumeCache(directory)
+    assert [file.name for file in (directory / "tmp").iterdir()] == ["new"]
