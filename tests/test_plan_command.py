@@ -28,8 +28,8 @@ from umbrella_jax.config import (
 )
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig, abstract_params
+from umbrella_jax.plan import Plan, make_plan, parse_devices, parse_mesh
 from umbrella_jax.plan import devices as devices_module
-from umbrella_jax.plan import make_plan, parse_devices, parse_mesh
 from umbrella_jax.plan.count import AGAIN, KEPT, Model, describe, workload
 from umbrella_jax.plan.devices import KINDS, Mesh, meshes
 from umbrella_jax.plan.report import OF_BANDWIDTH, RESERVED, estimate, largest_batch
@@ -313,6 +313,26 @@ def test_the_best_comes_first(tmp_path: Path) -> None:
     best = plan.largest[0]
     assert plan.hours(best) == math.ceil(1000 / best.batch_size) * best.step_seconds / 3600
     assert [found.remat for found in plan.policies] == list(KEPT)
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
+    run, model = full_size(tmp_path, "0.5b", "bfloat16", remat="none")
+    run = replace(run, model=replace(run.model, remat="none"), train=replace(run.train, batch_size=3))
+    devices = parse_devices("v5e-2")
+
+    def plan(memory: float, batch_size: int) -> Plan:
+        small = replace(devices, kind=replace(devices.kind, memory=memory))
+        sized = replace(run, train=replace(run.train, batch_size=batch_size))
+        return make_plan(sized, model, small, frozen_dtype="bfloat16", mesh=Mesh(data=2))
+
+    only_full = plan(2.6e9, 3)  # 1.7 GB of weights, 0.9 GB of activations where all are kept
+    assert (only_full.configured, only_full.largest) == ((), ())
+    assert [found.remat for found in only_full.policies] == ["full"]
+    assert "batch 3: no mesh of these devices divides it; the next for all is 4" in only_full.table()
+    nothing = plan(1e9, 4)
+    assert [found.fits for found in nothing.configured] == [False]
+    for words in ("(too much)", "no conversation fits on any mesh under any remat policy"):
+        assert words in nothing.table()
 
 
 def test_meshes_are_those_that_divide(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def parse_devices(
     if kind == "cpu":
         rate = flops or matmul_rate(dtype)
         memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        source = "--flops" if flops else f"{dtype} products measured here"
+        source = "--flops" if flops else f"{dtype} products measured just now, beside whatever else runs here"
         cpu = DeviceKind("cpu", rate, memory, memory_rate(), link=0.0, island=1, network=0.0, source=source)
         return Devices(name=name, kind=cpu, count=1, efficiency=efficiency or OF_MEASURED)
     sheet = KINDS[kind]

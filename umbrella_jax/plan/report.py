@@ -119,8 +119,8 @@ class Plan:
             f"products, those done again too, reach {self.devices.efficiency:.0%} of {kind.flops / 1e12:.4g} TFLOP/s "
             f"({kind.source})",
             f"memory and links reach {OF_BANDWIDTH:.0%} of their bandwidth; {RESERVED:.0%} of memory is left free",
-            "a step: max(compute, memory, collectives of gradients and weights) + collectives of activations; "
-            "latencies, data loading and evaluation are not in it",
+            "a step takes max(compute, memory, collectives of gradients, of weights) + collectives of activations",
+            "latencies, data loading and evaluation are not counted",
             "attention keeps no scores (a flash kernel), a causal mask's half is counted as done",
         ]
 
@@ -183,7 +183,8 @@ class Plan:
             rows += [[key, *(f"{found.bytes[key] / 1e9:.3f}" for _, found in shown)] for key in shown[0][1].bytes]
             rows.append(["total", *(f"{found.total_bytes / 1e9:.3f}" for _, found in shown)])
             lines += ["", *_columns(rows)]
-        header = ["batch", "GB", *(shown[0][1].seconds if shown else ()), "step", "samples/s", "bound by"]
+        limits = next((list(found.seconds) for found in (*self.configured, *self.policies)), [])
+        header = ["batch", "GB", *limits, "step", "samples/s", "bound by"]
         if self.subjects is not None:
             header.append(f"hours for {self.subjects:,}")
         for title, estimates in (
@@ -203,11 +204,8 @@ class Plan:
         if self.policies:
             rows = [["remat", *header]]
             rows += [[f"{found.remat}, {found.mesh}", *self._row(found)] for found in self.policies]
-            lines += [
-                "",
-                "largest batch that fits, each remat policy on its best mesh; milliseconds by limit:",
-                *_columns(rows),
-            ]
+            title = "largest batch that fits, each remat policy on its best mesh; milliseconds by limit:"
+            lines += ["", title, *_columns(rows)]
         else:
             lines += ["", "no conversation fits on any mesh under any remat policy: take more devices"]
         return "\n".join([*lines, "", "assumed:", *(f"- {text}" for text in self.assumptions())])
