@@ -220,6 +220,24 @@ def test_collectives_by_hand() -> None:
     assert sent(Mesh(tensor=2), 3, "full") == [0, 0, 2 * 1 / 2 * 5 * stream]
 
 
+def test_traffic_by_hand() -> None:
+    """Every product reads its operands and writes its result, once each time that it runs."""
+    counted = tiny()
+
+    def product(rows: int, inputs: int, outputs: int) -> int:
+        return inputs * outputs + rows * (inputs + outputs)
+
+    q, kv = HT * DH, KV * DH
+    vision = 4 * product(N, E, E) + product(N, E, F) + product(N, F, E)
+    text = 2 * product(T, D, q) + 2 * product(T, D, kv) + 3 * product(T, D, G)
+    ends = product(N, P, E) + product(N, E, D) + product(N, D, D) + product(K, D, V)
+    attention = 12 * (LV * N * E + LT * T * q)  # q, k, v, out forward; these and their gradients backward
+    once = LV * vision + LT * text + ends
+    assert counted.traffic(Mesh(), 1, "none") == 4 * (2 * once + attention) + 28 * counted.trained
+    again = LV * product(N, E, F) + LT * 2 * product(T, D, G)
+    assert counted.traffic(Mesh(), 1, "mlp") - counted.traffic(Mesh(), 1, "none") == 4 * again
+
+
 @pytest.mark.parametrize(("size", "remat"), [("0.5b", "none"), ("0.5b", "full"), ("7b", "mlp")])
 def test_flops_are_xlas(size: str, remat: RematPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the real widths, one layer each. XLA counts a loop's body once: the step is lowered without loops."""
@@ -304,7 +322,11 @@ def test_the_best_comes_first(tmp_path: Path) -> None:
     run, model = full_size(tmp_path, "7b", "bfloat16")
     plan = make_plan(run, model, parse_devices("v5e-16"), frozen_dtype="bfloat16", subjects=1000)
     assert {found.mesh.batch_ways for found in plan.configured} == {1, 2}  # the config's batch is 2
-    for found in (plan.configured, plan.largest):
+    larger = replace(run, train=replace(run.train, batch_size=256))
+    mixed = make_plan(larger, model, plan.devices, frozen_dtype="bfloat16").configured
+    assert {found.fits for found in mixed} == {True, False}
+    assert all(found.fits == (found.total_bytes <= 16e9 * (1 - RESERVED)) for found in mixed)
+    for found in (plan.configured, plan.largest, mixed):
         assert len({e.mesh for e in found}) == len(found) > 1
         fitting = [e.samples_per_second for e in found if e.fits]
         assert fitting == pytest.approx(sorted(fitting, reverse=True), rel=1e-5)
@@ -325,10 +347,10 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
         sized = replace(run, train=replace(run.train, batch_size=batch_size))
         return make_plan(sized, model, small, frozen_dtype="bfloat16", mesh=Mesh(data=2))
 
-    only_full = plan(2.6e9, 3)  # 1.7 GB of weights, 0.9 GB of activations where all are kept
-    assert (only_full.configured, only_full.largest) == ((), ())
-    assert [found.remat for found in only_full.policies] == ["full"]
-    assert "batch 3: no mesh of these devices divides it; the next for all is 4" in only_full.table()
+    small = plan(2.6e9, 3)  # 1.7 GB of weights, 0.9 GB of activations where all are kept
+    assert (small.configured, small.largest) == ((), ())
+    assert [found.remat for found in small.policies] == ["mlp", "full"]
+    assert "batch 3: no mesh of these devices divides it; the next for all is 4" in small.table()
     nothing = plan(1e9, 4)
     assert [found.fits for found in nothing.configured] == [False]
     for words in ("(too much)", "no conversation fits on any mesh under any remat policy"):
