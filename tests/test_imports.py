@@ -19,6 +19,9 @@ ROOMS: dict[str, set[str]] = {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
         *("umbrella_jax.sharding", "jax", "flax", "optax", "orbax", "chex", "tqdm", "numpy"),
     },
+    "umbrella_jax/plan": {
+        *("umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.models", "umbrella_jax.training", "jax"),
+    },
     "umbrella_jax/evaluation": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
         *("umbrella_jax.sharding", "jax", "flax", "numpy"),

@@ -40,7 +40,7 @@ MODEL, CONFIG, CHECKPOINTS = "model", "config.yaml", "checkpoints"
 """Of a run: all but the weights of its model, its resolved config, its checkpoints."""
 
 
-def fetch(base: str) -> Path:
+def fetch(base: str, *, weights: bool = True) -> Path:
     """A local directory: `base` itself, or what the hub holds under that name, downloaded once and kept."""
     if Path(base).is_dir():
         return Path(base)
@@ -52,7 +52,8 @@ def fetch(base: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(base, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"]))
+        wanted = ["*.json", "*.jinja", "*.txt", *["*.safetensors"] * weights]
+        return Path(snapshot_download(base, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{base}: no such directory, and the hub does not give it: {reason}") from None
@@ -99,6 +100,7 @@ class Checkpoint:
         init: PatchEmbedInit = "random",
         patch_embed: str | Path | None = None,
         seed: int = 0,
+        weights: bool = True,
     ) -> "Checkpoint":
         """Finds out what `path` holds: a directory, a run's `checkpoints/STEP`, or a name on the hub.
 
@@ -107,11 +109,12 @@ class Checkpoint:
             init: as `model.patch_embed_init` of the configuration.
             patch_embed: a file of `convert to-hf --trainable-only`, to be put onto a Hugging Face directory.
             seed: of a patch embedding that starts at random; a run has its own.
+            weights: download them too, where `path` is a name on the hub.
 
         Raises:
             CheckpointError, ConfigError, DataError: naming what is missing, unsupported or contradictory.
         """
-        found = fetch(str(path))
+        found = fetch(str(path), weights=weights)
         name = found.resolve().name if Path(path).is_dir() else str(path)
         overlay = None if patch_embed is None else Path(patch_embed)
         options: dict[str, Any] = {"compute_dtype": compute_dtype, "remat": remat}
@@ -525,9 +528,11 @@ def local_tokenizer(config: RunConfig) -> Any | None:
     return open_base(replace(config, model=replace(config.model, base=base))).tokenizer()
 
 
-def open_base(config: RunConfig | ModelConfig) -> Checkpoint:
-    """The base of a run, with the run's template. Raises ConfigError where the config names none, or another template
-    than the base was trained with."""
+def open_base(config: RunConfig | ModelConfig, *, weights: bool = True) -> Checkpoint:
+    """The base of a run, with the run's template; without its `weights` where shapes are enough.
+
+    Raises ConfigError where the config names none, or another template than the base was trained with.
+    """
     model, seed = (config.model, config.seed) if isinstance(config, RunConfig) else (config, 0)
     if model.base is None:
         raise ConfigError("model.base: expected a LLaVA directory in Hugging Face format (--base HF_DIR)")
@@ -538,6 +543,7 @@ def open_base(config: RunConfig | ModelConfig) -> Checkpoint:
         remat=model.remat,
         init=model.patch_embed_init,
         seed=seed,
+        weights=weights,
     )
     if base.kind == "run":  # its weights may still move
         raise ConfigError(

@@ -72,6 +72,27 @@ def _inspect(arguments: argparse.Namespace) -> None:
     print(inspect(_config(arguments)))
 
 
+def _plan(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.api import open_base
+    from umbrella_jax.plan import make_plan, parse_devices, parse_mesh, stored_dtype
+
+    config = _config(arguments)
+    devices = parse_devices(
+        arguments.devices, flops=arguments.flops, efficiency=arguments.efficiency, dtype=config.model.compute_dtype
+    )
+    base = open_base(config, weights=False)
+    found = make_plan(
+        config,
+        base.config,
+        devices,
+        frozen_dtype=stored_dtype(config.model, base.description / "config.json"),
+        text_tokens=arguments.text_tokens,
+        subjects=arguments.subjects,
+        mesh=parse_mesh(arguments.mesh, devices.count, base.config) if arguments.mesh else None,
+    )
+    print(json.dumps(found.to_json(), indent=2) if arguments.json else found.table())
+
+
 def _from_hf(arguments: argparse.Namespace) -> None:
     from umbrella_jax.api import Checkpoint, write_native
 
@@ -183,6 +204,22 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = command(commands, "inspect", _inspect, "Print what would train and what is frozen, without training.")
     _add_config(inspect, ["--base"])
+
+    plan = command(commands, "plan", _plan, "Work out memory, time and the best mesh on devices that are not at hand.")
+    _add_config(plan, ["--base", "--batch-size", "--modality"])
+    plan.add_argument(
+        "--devices", required=True, metavar="NAME", help="v5e-16, v5p-64, v6e-8, a100x8, h100x8, h200x1, cpu"
+    )
+    plan.add_argument(
+        "--mesh", metavar="data=N,fsdp=N,tensor=N", help="this one; default the best of those that divide"
+    )
+    plan.add_argument("--subjects", type=int, metavar="N", help="conversations of an epoch, for its hours")
+    plan.add_argument("--text-tokens", type=int, default=64, metavar="N", help="of a conversation; default 64")
+    plan.add_argument("--flops", type=float, metavar="X", help="matmul rate measured on one device, FLOP/s")
+    plan.add_argument(
+        "--efficiency", type=float, metavar="SHARE", help="of the peak that products reach; default 0.5, of --flops 0.8"
+    )
+    plan.add_argument("--json", action="store_true", help="for programs")
 
     convert = commands.add_parser("convert", help="Convert checkpoints.").add_subparsers(
         required=True, metavar="COMMAND"

@@ -58,7 +58,7 @@ def inspect(config: RunConfig) -> str:
 
     Needs config.json of the base alone; a checkpoint that lies there too is checked.
     """
-    base = open_base(config)
+    base = open_base(config, weights=False)
     bare = base.kind == "hf" and not any(base.path.glob("*.safetensors*"))
     found = (
         [f"{base.path}: no weights there; from config.json alone"] if bare else base.check(config.model.frozen_dtype)

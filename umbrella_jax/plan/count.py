@@ -1,0 +1,326 @@
+"""FLOPs, bytes and collectives of a micro-batch, from shapes.
+
+The policies' tables follow umbrella_jax/models/layers.py, the products its modules; tests compare both with XLA.
+"""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import jax.numpy as jnp
+
+from umbrella_jax.config import RunConfig, resolve_modality
+from umbrella_jax.errors import ConfigError
+from umbrella_jax.models import LlavaConfig, abstract_params
+from umbrella_jax.plan.devices import Mesh
+from umbrella_jax.training import freeze
+
+_SUPERVISED = 8  # tokens of a conversation, the smallest that a batch has room for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One conversation with one volume."""
+
+    modality: str
+    voxels: int
+    patches: int
+    patch_dim: int
+    text_tokens: int
+    supervised: int = _SUPERVISED
+
+    @property
+    def positions(self) -> int:
+        """In the language model."""
+        return self.patches + self.text_tokens
+
+
+def workload(config: RunConfig, model: LlavaConfig, text_tokens: int = 64) -> Workload:
+    """A conversation about `data.modality`, or about the modality with the most patches.
+
+    Raises ConfigError for a modality that the model does not have, and for more positions than `data.max_length`.
+    """
+    name = max(model.modalities, key=lambda m: model.modalities[m].num_patches)
+    if config.data.modality is not None:
+        found = resolve_modality(config.data.modality, model.modalities)
+        if found is None:
+            known = ", ".join(model.modalities)
+            raise ConfigError(f"data.modality: {config.data.modality} is not configured; expected one of {known}")
+        name = found
+    if text_tokens < _SUPERVISED:
+        raise ConfigError(f"--text-tokens {text_tokens}: expected {_SUPERVISED} at least, which are supervised")
+    modality = model.modalities[name]
+    made = Workload(
+        modality=name,
+        voxels=math.prod(modality.size),
+        patches=modality.num_patches,
+        patch_dim=modality.patch_dim,
+        text_tokens=text_tokens,
+    )
+    if made.positions > config.data.max_length:
+        raise ConfigError(
+            f"--text-tokens {text_tokens}: with {made.patches} patches more than data.max_length "
+            f"{config.data.max_length}"
+        )
+    return made
+
+
+# What the backward pass does not find kept, and what it multiplies again for it (umbrella_jax/models/layers.py).
+_MLP = ("fc1", "gate_proj", "up_proj")
+_ALL = ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj", *_MLP)  # fc2, down_proj: nothing needs their output
+KEPT: dict[str, tuple[str, ...]] = {
+    "none": ("input", "qkv", "attention", "lse", "middle", "mlp"),
+    "mlp": ("input", "qkv", "attention", "lse", "middle"),
+    "full": ("input",),
+}
+"""Per remat policy, what a layer keeps: its input; q, k, v; attention's output and softmax denominators (lse); the
+residual stream between its two blocks (middle); what goes into the MLP's nonlinearity."""
+AGAIN: dict[str, tuple[str, ...]] = {"none": (), "mlp": _MLP, "full": ("attention", *_ALL)}
+"""Per remat policy, the products that the backward pass does again; scores are made again under each of them."""
+_ATTENTION_PRODUCTS = {"forward": 2, "backward": 4, "scores": 1}
+"""Scores and their product with v; gradients of v, probabilities, q and k; scores again (Dao et al. 2022)."""
+_TENSOR_REDUCTIONS = {"forward": 2, "backward": 2}
+"""All-reduces of a layer's residual stream under `tensor`: behind attention and MLP, and before them on the way
+back (Shoeybi et al. 2019). `full` makes attention's again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """Activations times a weight [outputs, inputs], in each of `layers` layers."""
+
+    name: str
+    component: str
+    layers: int
+    rows: int
+    """Of one conversation."""
+    inputs: int
+    outputs: int
+    trained: bool
+    differentiated: bool
+    """Whether the gradient goes on to its input."""
+
+    @property
+    def flops(self) -> float:
+        """Of one run over a conversation."""
+        return 2.0 * self.layers * self.rows * self.inputs * self.outputs
+
+    def runs(self, again: Collection[str] = ()) -> int:
+        """Forward; gradient of the input; gradient of the weight; forward again."""
+        return 1 + self.differentiated + self.trained + (self.differentiated and self.name in again)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """The layers of a tower."""
+
+    component: str
+    layers: int
+    rows: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    gated: bool
+    differentiated: bool
+
+    @property
+    def attention_flops(self) -> float:
+        """Of one of attention's products over a conversation, all layers; a causal mask's half counted whole."""
+        return 2.0 * self.layers * self.rows**2 * self.heads * self.head_dim
+
+    def attention_runs(self, again: Collection[str]) -> int:
+        """Such products."""
+        if not self.differentiated:
+            return _ATTENTION_PRODUCTS["forward"]
+        return sum(_ATTENTION_PRODUCTS.values()) + ("attention" in again) * _ATTENTION_PRODUCTS["forward"]
+
+    @property
+    def floor_runs(self) -> int:
+        """Of those, what cannot be done without."""
+        return _ATTENTION_PRODUCTS["forward"] + self.differentiated * _ATTENTION_PRODUCTS["backward"]
+
+    def values(self, tensor: int, size: int) -> dict[str, float]:
+        """Bytes per position of what a layer may keep; under `tensor`, the residual stream lies on each device."""
+        heads = self.heads * self.head_dim
+        return {
+            "input": self.width * size,
+            "middle": self.width * size,
+            "qkv": (heads + 2 * self.kv_heads * self.head_dim) * size / tensor,
+            "attention": heads * size / tensor,
+            "lse": self.heads * 4 / tensor,
+            "mlp": self.mlp * (1 + self.gated) * size / tensor,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Shapes, and what follows from them for one conversation."""
+
+    config: LlavaConfig
+    workload: Workload
+    products: tuple[Product, ...]
+    stacks: tuple[Stack, ...]
+    trained: int
+    """Numbers that train."""
+    frozen: dict[str, float]
+    """{component: bytes of its frozen weights}."""
+    gathered: float
+    """Bytes of the largest frozen piece that is used at once: two layers, or the table of words."""
+    layer: dict[str, float]
+    """{component: bytes of the frozen weights of one layer}."""
+    differentiated: dict[str, bool]
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number in the compute dtype."""
+        return jnp.dtype(self.config.compute_dtype).itemsize
+
+    def flops(self, remat: str | None) -> dict[str, float]:
+        """FLOPs of one conversation by component; `remat` None for the floor, that no policy goes below."""
+        found = dict.fromkeys(freeze.COMPONENTS, 0.0)
+        for product in self.products:
+            found[product.component] += product.flops * product.runs(AGAIN[remat] if remat else ())
+        for stack in self.stacks:
+            runs = stack.attention_runs(AGAIN[remat]) if remat else stack.floor_runs
+            found[stack.component] += stack.attention_flops * runs
+        return found
+
+    def device_bytes(self, mesh: Mesh, batch_size: int, remat: str) -> dict[str, float]:
+        """What lies on each device when most does, by kind."""
+        local = batch_size / mesh.batch_ways
+        size, work, text = self.size, self.workload, self.config.text
+        kept = working = 0.0
+        for stack in self.stacks:
+            values = stack.values(mesh.tensor, size)
+            lasting = sum(values[name] for name in KEPT[remat]) if stack.differentiated else values["input"]
+            kept += stack.differentiated * stack.layers * stack.rows * lasting
+            # One layer's backward pass: what was not kept, gradients in the MLP and of the residual stream.
+            passing = sum(values.values()) - lasting + values["mlp"] + stack.mlp * size / mesh.tensor
+            passing += 3 * stack.width * size
+            working = max(working, local * stack.rows * passing + self.layer[stack.component] / mesh.tensor)
+        volumes = work.voxels * (4 + size) + work.patches * work.patch_dim * size
+        ends = work.patches + 2 * work.positions  # the projector's, the language model's first and last
+        return {
+            "frozen weights": sum(self.frozen.values()) / (mesh.fsdp * mesh.tensor),
+            "gathered weights": self.gathered / mesh.tensor * (mesh.fsdp > 1),
+            "trained weights and moments": 12.0 * self.trained,
+            "gradients": 8.0 * self.trained,  # of this micro-batch, and their sum
+            "volumes": local * volumes,
+            "activations": local * (kept + ends * text.hidden_size * size),
+            "one layer at work": working,
+            "logits": local * work.supervised * text.vocab_size * 4 * 2 / mesh.tensor,  # and their gradient
+        }
+
+    def traffic(self, mesh: Mesh, batch_size: int, remat: str) -> float:
+        """Bytes that products read and write in each device's memory, and the optimiser: the least there is."""
+        local = batch_size / mesh.batch_ways
+        moved = 28.0 * self.trained  # weights and moments read and written, gradients read
+        for product in self.products:
+            weight = product.layers * product.inputs * product.outputs
+            activations = product.layers * local * product.rows * (product.inputs + product.outputs)
+            moved += product.runs(AGAIN[remat]) * (weight + activations) * self.size / mesh.tensor
+        for stack in self.stacks:
+            one = stack.layers * local * stack.rows * stack.heads * stack.head_dim * self.size / mesh.tensor
+            again = stack.differentiated and "attention" in AGAIN[remat]
+            moved += one * 4 * (1 + again) + one * 8 * stack.differentiated  # q, k, v, out; these and their gradients
+        return moved
+
+    def collectives(self, mesh: Mesh, batch_size: int, remat: str) -> dict[str, tuple[int, int, float]]:
+        """{what: (devices, neighbours' distance, bytes that each device sends in rings)}."""
+        local, n, f, t = batch_size / mesh.batch_ways, mesh.batch_ways, mesh.fsdp, mesh.tensor
+        # Forward, and again backward where the gradient passes; what is made again there finds them gathered.
+        gathered = sum(self.frozen.get(part, 0.0) * (1 + passes) for part, passes in self.differentiated.items())
+        stream = 0.0
+        for stack in self.stacks:
+            reductions = _TENSOR_REDUCTIONS["forward"]
+            if stack.differentiated:
+                reductions += _TENSOR_REDUCTIONS["backward"] + ("attention" in AGAIN[remat])
+            stream += stack.layers * reductions * local * stack.rows * stack.width * self.size
+        return {
+            "gradients": (n, t, 2 * (n - 1) / n * 4.0 * self.trained),
+            "weights": (f, t, (f - 1) / f * gathered / t),
+            "activations": (t, 1, 2 * (t - 1) / t * stream),
+        }
+
+
+def describe(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype: str) -> Model:
+    """The counts of a model that trains `config.train.groups`. Raises ConfigError as `freeze.label_params` does."""
+    _, shapes = abstract_params(model)
+    labels = freeze.label_params(list(shapes), list(config.train.groups))
+    component = {
+        path: next((name for name, pattern in freeze.COMPONENTS.items() if fnmatchcase(path, pattern)), "unused")
+        for path in shapes
+    }
+    trained = {path for path in shapes if labels[path] != freeze.FROZEN}
+    first = min(list(freeze.COMPONENTS).index(component[path]) for path in trained)
+    differentiated = {name: i >= first for i, name in enumerate(freeze.COMPONENTS)}
+    rows = {"patch_embed": work.patches, "vision_tower": work.patches, "projector": work.patches}
+    head = "embed_tokens" if model.text.tie_word_embeddings else "lm_head"
+
+    products = []
+    frozen: dict[str, float] = {}
+    layer = dict.fromkeys(freeze.COMPONENTS, 0.0)
+    size = jnp.dtype(frozen_dtype).itemsize
+    for path, leaf in shapes.items():
+        part = component[path]
+        stacked = ".layers." in path
+        if path not in trained:
+            frozen[part] = frozen.get(part, 0.0) + math.prod(leaf.shape) * size
+            layer[part] = layer.get(part, 0.0) + stacked * math.prod(leaf.shape[1:]) * size
+        *_, module, kind = path.split(".")
+        if kind != "weight" or len(leaf.shape) != 2 + stacked:
+            continue  # a bias, a norm, a table of positions
+        if (module == "embed_tokens" and module != head) or freeze.modality_of(path) not in (None, work.modality):
+            continue  # looked up, or of another modality
+        products.append(
+            Product(
+                name=module,
+                component=part,
+                layers=leaf.shape[0] if stacked else 1,
+                rows=work.supervised if module == head else rows.get(part, work.positions),
+                inputs=leaf.shape[-1],
+                outputs=leaf.shape[-2],
+                trained=path in trained,
+                differentiated=differentiated[part] and part != "patch_embed",
+            )
+        )
+    vision, text = model.vision, model.text
+    stacks = (
+        Stack(
+            component="vision_tower",
+            layers=vision.num_hidden_layers,
+            rows=work.patches,
+            width=vision.hidden_size,
+            heads=vision.num_attention_heads,
+            kv_heads=vision.num_attention_heads,
+            head_dim=vision.hidden_size // vision.num_attention_heads,
+            mlp=vision.intermediate_size,
+            gated=False,
+            differentiated=differentiated["vision_tower"],
+        ),
+        Stack(
+            component="language_model",
+            layers=text.num_hidden_layers,
+            rows=work.positions,
+            width=text.hidden_size,
+            heads=text.num_attention_heads,
+            kv_heads=text.num_key_value_heads,
+            head_dim=text.head_dim,
+            mlp=text.intermediate_size,
+            gated=True,
+            differentiated=differentiated["language_model"],
+        ),
+    )
+    return Model(
+        config=model,
+        workload=work,
+        products=tuple(products),
+        stacks=stacks,
+        trained=sum(math.prod(shapes[path].shape) for path in trained),
+        frozen=frozen,
+        gathered=max(2 * max(layer.values()), text.vocab_size * text.hidden_size * size),
+        layer=layer,
+        differentiated=differentiated,
+    )

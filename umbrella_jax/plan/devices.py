@@ -1,0 +1,223 @@
+"""Devices by their data sheets, a CPU by measurement, and the meshes that divide a model."""
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from umbrella_jax.errors import ConfigError
+from umbrella_jax.models import LlavaConfig
+
+AXES = ("data", "fsdp", "tensor")
+OF_PEAK = 0.5
+"""Share of a data sheet's peak that products reach over a whole step, those done again counted: a round figure below
+the 57.8% that PaLM reached (Chowdhery et al. 2022, section 4.1)."""
+OF_MEASURED = 0.8
+"""Share of a measured matmul rate that they reach."""
+
+
+@dataclass(frozen=True)
+class DeviceKind:
+    """One device's data sheet, in units of 1, bytes and seconds."""
+
+    name: str
+    flops: float
+    """Peak of dense bfloat16 products, FLOP/s."""
+    memory: float
+    bandwidth: float
+    """Of its memory, bytes/s."""
+    link: float
+    """To its neighbours, bytes/s in one direction: half of what data sheets call bidirectional."""
+    island: int
+    """Devices that `link` connects; collectives over more go through the network."""
+    network: float
+    """Of one device, bytes/s."""
+    source: str
+    counted: int = 1
+    """What the name counts per device: `v5p-64` are 64 TensorCores, two on each of 32 chips."""
+
+
+_GOOGLE, _NVIDIA = "https://cloud.google.com/tpu/docs", "https://www.nvidia.com/en-us/data-center"
+_DGX = "SXM, without sparsity; network of a DGX"
+KINDS: dict[str, DeviceKind] = {
+    kind.name: kind
+    for kind in (
+        DeviceKind("v5e", 197e12, 16e9, 819e9, 200e9, 256, 25e9 / 8, f"{_GOOGLE}/v5e"),
+        DeviceKind("v5p", 459e12, 95e9, 2765e9, 600e9, 8960, 50e9 / 8, f"{_GOOGLE}/v5p", counted=2),
+        DeviceKind("v6e", 918e12, 32e9, 1638e9, 400e9, 256, 100e9 / 8, f"{_GOOGLE}/v6e"),
+        DeviceKind("a100", 312e12, 80e9, 2039e9, 300e9, 8, 200e9 / 8, f"{_NVIDIA}/a100; {_DGX}"),
+        DeviceKind("h100", 989e12, 80e9, 3350e9, 450e9, 8, 400e9 / 8, f"{_NVIDIA}/h100; {_DGX}"),
+        DeviceKind("h200", 989e12, 141e9, 4800e9, 450e9, 8, 400e9 / 8, f"{_NVIDIA}/h200; {_DGX}"),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Devices:
+    """So many of one kind, and what a step reaches of their peak."""
+
+    name: str
+    kind: DeviceKind
+    count: int
+    efficiency: float
+
+
+def parse_devices(
+    name: str, *, flops: float | None = None, efficiency: float | None = None, dtype: str = "bfloat16"
+) -> Devices:
+    """`v5e-16`, `h100x8`, `h200`, `cpu`.
+
+    Args:
+        flops: a matmul rate measured on one device, FLOP/s, which takes the place of the data sheet's peak.
+        efficiency: the share of the peak, or of that rate, that a step reaches.
+        dtype: that the products are computed in; the rate of a CPU is measured in it here and now, where not given.
+
+    Raises:
+        ConfigError: naming the kinds that are known; for counts that a kind cannot have, and for a dtype that its
+            data sheet has no peak of.
+    """
+    match = re.fullmatch(r"([a-z]\w*?)(?:[-x]([1-9]\d*))?", name.lower())
+    kind = match[1] if match else name
+    faults = []
+    if kind not in (*KINDS, "cpu"):
+        near = _nearest(kind, [*KINDS, "cpu"])
+        faults.append(f"--devices {name}: expected {', '.join(KINDS)} with a count (v5e-16, h100x8), or cpu{near}")
+    elif match and kind == "cpu" and match[2]:
+        faults.append(f"--devices {name}: expected cpu, which is one device")
+    if kind in KINDS and dtype != "bfloat16" and flops is None:
+        faults.append(
+            f"model.compute_dtype: {dtype}, but the data sheet's peak is of bfloat16; expected --set "
+            f"model.compute_dtype=bfloat16, or the rate of {dtype} products measured on one device (--flops)"
+        )
+    if flops is not None and not 0 < flops < math.inf:
+        faults.append(f"--flops {flops}: expected a positive number of FLOP/s")
+    if efficiency is not None and not 0 < efficiency <= 1:
+        faults.append(f"--efficiency {efficiency}: expected a share, above 0 and at most 1")
+    if faults:
+        raise ConfigError(faults)
+    assert match
+    if kind == "cpu":
+        rate = flops or matmul_rate(dtype)
+        memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        source = "--flops" if flops else f"{dtype} products measured just now, beside whatever else runs here"
+        cpu = DeviceKind("cpu", rate, memory, memory_rate(), link=0.0, island=1, network=0.0, source=source)
+        return Devices(name=name, kind=cpu, count=1, efficiency=efficiency or OF_MEASURED)
+    sheet = KINDS[kind]
+    number = int(match[2] or sheet.counted)
+    if number % sheet.counted:
+        raise ConfigError(
+            f"--devices {name}: {kind} counts {sheet.counted} cores per chip; the next is {kind}-{number + 1}"
+        )
+    if flops:
+        sheet = dataclasses.replace(sheet, flops=flops, source=f"{sheet.source}; --flops")
+    default = OF_MEASURED if flops else OF_PEAK
+    return Devices(name=name, kind=sheet, count=number // sheet.counted, efficiency=efficiency or default)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; the nearest is {near[0]}" if near else ""
+
+
+def matmul_rate(dtype: str, size: int = 2048) -> float:
+    """FLOP/s of this machine's CPU in a product of two [size, size] matrices, the best of five."""
+    return 2 * size**3 / _seconds(jnp.matmul, (size, size), dtype)
+
+
+def memory_rate(size: int = 1 << 24) -> float:
+    """Bytes/s that this machine's CPU reads and writes, adding two float32 arrays of `size`, the best of five."""
+    return 3 * 4 * size / _seconds(jnp.add, (size,), "float32")
+
+
+def _seconds(function: Callable[[jax.Array, jax.Array], jax.Array], shape: tuple[int, ...], dtype: str) -> float:
+    with jax.default_device(jax.devices("cpu")[0]):
+        x, compiled = jnp.ones(shape, dtype), jax.jit(function)
+        compiled(x, x).block_until_ready()
+        seconds = []
+        for _ in range(5):
+            started = time.perf_counter()
+            compiled(x, x).block_until_ready()
+            seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Devices along each axis; `data` outermost, `tensor` innermost."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    @property
+    def batch_ways(self) -> int:
+        """Parts of a batch."""
+        return self.data * self.fsdp
+
+    def __str__(self) -> str:
+        return "×".join(str(getattr(self, axis)) for axis in AXES)
+
+
+def parse_mesh(text: str, count: int, model: LlavaConfig) -> Mesh:
+    """`data=4,fsdp=2,tensor=2`; axes not named are 1.
+
+    Raises ConfigError for an axis that is not known, sizes that are not all the devices, and a size that does not
+    divide what it splits, naming the nearest that does.
+    """
+    sizes: dict[str, int] = {}
+    faults = []
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in AXES:
+            faults.append(f"--mesh {part}: no such axis; expected {', '.join(AXES)}{_nearest(axis, AXES)}")
+        elif not size.isdigit() or int(size) < 1 or axis in sizes:
+            faults.append(f"--mesh {part}: expected {axis}=N once, N at least 1")
+        else:
+            sizes[axis] = int(size)
+    if faults:
+        raise ConfigError(faults)
+    if (product := math.prod(sizes.values())) != count:
+        faults.append(f"--mesh {text}: is {product} devices; expected sizes whose product is {count}")
+    for axis, split in _split(model).items():
+        ways = sizes.get(axis, 1)
+        if wrong := [f"{what} {number}" for what, number in split.items() if number % ways]:
+            common = math.gcd(*split.values())
+            nearest = min((n for n in range(1, common + 1) if common % n == 0), key=lambda n: abs(n - ways))
+            faults.append(f"--mesh {axis}={ways}: does not divide {', '.join(wrong)}; the nearest that does: {nearest}")
+    if faults:
+        raise ConfigError(faults)
+    return Mesh(**sizes)
+
+
+def _split(model: LlavaConfig) -> dict[str, dict[str, int]]:
+    """What an axis must divide."""
+    vision, text = model.vision, model.text
+    return {
+        "fsdp": {"vision width": vision.hidden_size, "text width": text.hidden_size},
+        "tensor": {
+            "vision heads": vision.num_attention_heads,
+            "vision MLP": vision.intermediate_size,
+            "text heads": text.num_attention_heads,
+            "text kv heads": text.num_key_value_heads,
+            "text MLP": text.intermediate_size,
+        },
+    }
+
+
+def meshes(count: int, model: LlavaConfig) -> list[Mesh]:
+    """All that use `count` devices and divide the model."""
+    shared = {axis: math.gcd(*split.values()) for axis, split in _split(model).items()}
+    sizes = [n for n in range(1, count + 1) if count % n == 0]
+    return [
+        Mesh(data=count // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
+        for fsdp in sizes
+        for tensor in sizes
+        if count % (fsdp * tensor) == 0 and shared["fsdp"] % fsdp == 0 and shared["tensor"] % tensor == 0
+    ]

@@ -1,0 +1,289 @@
+"""Time from counts and data sheets, the largest batch, the best mesh; and the table of them."""
+
+import dataclasses
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from umbrella_jax.config import ModelConfig, RunConfig
+from umbrella_jax.errors import ConfigError
+from umbrella_jax.models import LlavaConfig
+from umbrella_jax.plan.count import KEPT, Model, describe, workload
+from umbrella_jax.plan.devices import Devices, Mesh, meshes
+from umbrella_jax.training import freeze
+
+OF_BANDWIDTH = 0.8
+"""Share of a data sheet's memory and link bandwidth that large transfers reach."""
+RESERVED = 0.1
+"""Share of a device's memory that is left to the runtime and to fragmentation."""
+_SHOWN = 6  # meshes in a table
+_COUNTS: dict[str, str | None] = {"floor": None} | {policy: policy for policy in KEPT}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A micro-batch on a mesh. Bytes are of each device; seconds are bounds from each of the machine's limits."""
+
+    mesh: Mesh
+    remat: str
+    batch_size: int
+    bytes: dict[str, float]
+    fits: bool
+    seconds: dict[str, float]
+    step_seconds: float
+    samples_per_second: float
+
+    @property
+    def total_bytes(self) -> float:
+        """Of each device."""
+        return sum(self.bytes.values())
+
+    @property
+    def bound(self) -> str:
+        """The limit that takes the longest."""
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+
+def estimate(model: Model, devices: Devices, mesh: Mesh, batch_size: int, remat: str) -> Estimate:
+    """Bytes and time of B conversations.
+
+    Products, memory, and collectives of weights and gradients overlap: the longest counts. Collectives of activations
+    do not, since the next product waits for them: they are added. Latencies are not counted.
+    """
+    kind = devices.kind
+    seconds = {
+        "compute": sum(model.flops(remat).values()) * batch_size / devices.count / (kind.flops * devices.efficiency),
+        "memory": model.traffic(mesh, batch_size, remat) / (kind.bandwidth * OF_BANDWIDTH),
+    }
+    for name, (count, stride, size) in model.collectives(mesh, batch_size, remat).items():
+        rate = kind.link if count * stride <= kind.island else kind.network
+        seconds[name] = size / (rate * OF_BANDWIDTH) if count > 1 else 0.0
+    overlapping = max(seconds[name] for name in seconds if name != "activations")
+    used = model.device_bytes(mesh, batch_size, remat)
+    step = overlapping + seconds["activations"]
+    return Estimate(
+        mesh=mesh,
+        remat=remat,
+        batch_size=batch_size,
+        bytes=used,
+        fits=sum(used.values()) <= kind.memory * (1 - RESERVED),
+        seconds=seconds,
+        step_seconds=step,
+        samples_per_second=batch_size / step,
+    )
+
+
+def largest_batch(model: Model, devices: Devices, mesh: Mesh, remat: str) -> int:
+    """The most conversations of a micro-batch that fit, a multiple of what the mesh splits it into; 0 where none."""
+    room = devices.kind.memory * (1 - RESERVED)
+
+    def total(local: int) -> float:
+        return sum(model.device_bytes(mesh, local * mesh.batch_ways, remat).values())
+
+    return (bisect_right(range(1 << 20), room, lo=1, key=total) - 1) * mesh.batch_ways
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that was worked out; lists come best first."""
+
+    devices: Devices
+    model: Model
+    frozen_dtype: str
+    remat: str
+    batch_size: int
+    configured: tuple[Estimate, ...]
+    """With the config's batch, on every mesh that divides it and the model."""
+    largest: tuple[Estimate, ...]
+    """With the largest batch that fits, on every mesh that divides the model and on which one does."""
+    policies: tuple[Estimate, ...]
+    """The best of `largest` per remat policy."""
+    subjects: int | None
+
+    def hours(self, found: Estimate) -> float | None:
+        """Of an epoch of one conversation per subject: whole steps, nothing but steps."""
+        if self.subjects is None:
+            return None
+        return math.ceil(self.subjects / found.batch_size) * found.step_seconds / 3600
+
+    def assumptions(self) -> list[str]:
+        """What the figures rest on, in words."""
+        kind, work = self.devices.kind, self.model.workload
+        return [
+            f"a conversation: one {work.modality} volume of {work.patches} patches, {work.text_tokens} text tokens, "
+            f"{work.supervised} of them supervised; no padding, no volume shared",
+            f"products, those done again too, reach {self.devices.efficiency:.0%} of {kind.flops / 1e12:.4g} TFLOP/s "
+            f"({kind.source})",
+            f"memory and links reach {OF_BANDWIDTH:.0%} of their bandwidth; {RESERVED:.0%} of memory is left free",
+            "a step takes max(compute, memory, collectives of gradients, of weights) + collectives of activations",
+            "latencies, data loading and evaluation are not counted",
+            "attention keeps no scores (a flash kernel), a causal mask's half is counted as done",
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; bytes, FLOPs and seconds."""
+
+        def of(found: Estimate) -> dict[str, Any]:
+            values = dataclasses.asdict(found)
+            return values | {
+                "total_bytes": found.total_bytes,
+                "bound": found.bound,
+                "hours_per_epoch": self.hours(found),
+            }
+
+        return {
+            "devices": dataclasses.asdict(self.devices),
+            "workload": dataclasses.asdict(self.model.workload),
+            "trained_numbers": self.model.trained,
+            "frozen_bytes": self.model.frozen,
+            "frozen_dtype": self.frozen_dtype,
+            "compute_dtype": self.model.config.compute_dtype,
+            "remat": self.remat,
+            "batch_size": self.batch_size,
+            "subjects": self.subjects,
+            "flops_per_sample": {name: self.model.flops(remat) for name, remat in _COUNTS.items()},
+            "configured": [of(found) for found in self.configured],
+            "largest": [of(found) for found in self.largest],
+            "policies": [of(found) for found in self.policies],
+            "assumptions": self.assumptions(),
+        }
+
+    def table(self) -> str:
+        """For a terminal."""
+        devices, model = self.devices, self.model
+        kind = devices.kind
+        chips = f"{devices.count} devices" if devices.count > 1 else "1 device"
+        if kind.counted > 1:
+            chips += f" (the name counts {kind.counted} cores on each)"
+        speeds = f"{kind.flops / 1e12:.4g} TFLOP/s, {kind.memory / 1e9:.4g} GB at {kind.bandwidth / 1e9:.4g} GB/s"
+        if kind.link:
+            speeds += f", links of {kind.link / 1e9:.4g} GB/s"
+        lines = [
+            f"{devices.name}: {chips}, each {speeds}",
+            f"trains {model.trained:,} numbers; {sum(model.frozen.values()) / 1e9:.3f} GB frozen in "
+            f"{self.frozen_dtype}; computes in {model.config.compute_dtype}",
+            "",
+        ]
+        counts = [model.flops(remat) for remat in _COUNTS.values()]
+        lines += _columns(
+            [
+                ["TFLOP per conversation, by remat policy", *_COUNTS],
+                *([part, *(f"{count[part] / 1e12:.3f}" for count in counts)] for part in freeze.COMPONENTS),
+                ["total", *(f"{sum(count.values()) / 1e12:.3f}" for count in counts)],
+            ]
+        )
+        best = [(f"batch {self.batch_size}", self.configured), ("largest batch", self.largest)]
+        shown = [(name, found[0]) for name, found in best if found]
+        if shown:
+            rows = [[f"GB per device, remat {self.remat}", *(f"{name}, {found.mesh}" for name, found in shown)]]
+            rows += [[key, *(f"{found.bytes[key] / 1e9:.3f}" for _, found in shown)] for key in shown[0][1].bytes]
+            rows.append(["total", *(f"{found.total_bytes / 1e9:.3f}" for _, found in shown)])
+            lines += ["", *_columns(rows)]
+        limits = next((list(found.seconds) for found in (*self.configured, *self.policies)), [])
+        header = ["batch", "GB", *limits, "step", "samples/s", "bound by"]
+        if self.subjects is not None:
+            header.append(f"hours for {self.subjects:,}")
+        for title, estimates in (
+            (f"batch {self.batch_size}, remat {self.remat}", self.configured),
+            (f"largest batch that fits, remat {self.remat}", self.largest),
+        ):
+            if estimates:
+                rows = [["data×fsdp×tensor", *header]]
+                rows += [[str(found.mesh), *self._row(found)] for found in estimates[:_SHOWN]]
+                lines += ["", f"{title}; milliseconds by limit:", *_columns(rows)]
+                if len(estimates) > _SHOWN:
+                    lines.append(f"and {len(estimates) - _SHOWN} slower ones (--json has them)")
+        if not self.configured:
+            ways = devices.count
+            fits = -(-self.batch_size // ways) * ways
+            lines += ["", f"batch {self.batch_size}: no mesh of these devices divides it; the next for all is {fits}"]
+        if self.policies:
+            rows = [["remat", *header]]
+            rows += [[f"{found.remat}, {found.mesh}", *self._row(found)] for found in self.policies]
+            title = "largest batch that fits, each remat policy on its best mesh; milliseconds by limit:"
+            lines += ["", title, *_columns(rows)]
+        else:
+            lines += ["", "no conversation fits on any mesh under any remat policy: take more devices"]
+        return "\n".join([*lines, "", "assumed:", *(f"- {text}" for text in self.assumptions())])
+
+    def _row(self, found: Estimate) -> list[str]:
+        cells = [str(found.batch_size), f"{found.total_bytes / 1e9:.2f}{'' if found.fits else ' (too much)'}"]
+        cells += [f"{seconds * 1e3:.2f}" for seconds in (*found.seconds.values(), found.step_seconds)]
+        cells += [f"{found.samples_per_second:.4g}", found.bound]
+        hours = self.hours(found)
+        return cells if hours is None else [*cells, f"{hours:.3g}"]
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+
+
+def stored_dtype(config: ModelConfig, config_json: Path) -> str:
+    """The type of frozen weights: the run's, or where that is `auto`, what the checkpoint's config.json says."""
+    if config.frozen_dtype != "auto":
+        return config.frozen_dtype
+    raw: Mapping[str, Any] = json.loads(config_json.read_text())
+    return raw.get("torch_dtype") or raw.get("dtype") or "float32"
+
+
+def make_plan(
+    config: RunConfig,
+    model: LlavaConfig,
+    devices: Devices,
+    *,
+    frozen_dtype: str,
+    text_tokens: int = 64,
+    subjects: int | None = None,
+    mesh: Mesh | None = None,
+) -> Plan:
+    """Works out a run on `devices`, on `mesh` or on all that divide the model.
+
+    Args:
+        model: of the run's base; its shapes alone are looked at.
+        frozen_dtype: see `stored_dtype`.
+        text_tokens: of one conversation, beside its patches.
+        subjects: conversations of an epoch.
+
+    Raises:
+        ConfigError: as `workload` and `freeze.label_params`; for fewer than one subject.
+    """
+    if subjects is not None and subjects < 1:
+        raise ConfigError(f"--subjects {subjects}: expected 1 or more")
+    counted = describe(config, model, workload(config, model, text_tokens), frozen_dtype)
+    remat, batch_size = config.model.remat, config.train.batch_size
+    candidates = meshes(devices.count, model) if mesh is None else [mesh]
+
+    def best_first(found: Iterable[Estimate]) -> tuple[Estimate, ...]:
+        def rank(e: Estimate) -> tuple[bool, float, int, int]:  # where two are equally fast, the one that splits less
+            return not e.fits, -float(f"{e.samples_per_second:.6g}"), e.mesh.tensor, e.mesh.fsdp
+
+        return tuple(sorted(found, key=rank))
+
+    def largest(remat: str) -> tuple[Estimate, ...]:
+        batches = [(mesh, largest_batch(counted, devices, mesh, remat)) for mesh in candidates]
+        return best_first(estimate(counted, devices, mesh, batch, remat) for mesh, batch in batches if batch)
+
+    return Plan(
+        devices=devices,
+        model=counted,
+        frozen_dtype=frozen_dtype,
+        remat=remat,
+        batch_size=batch_size,
+        configured=best_first(
+            estimate(counted, devices, mesh, batch_size, remat)
+            for mesh in candidates
+            if batch_size % mesh.batch_ways == 0
+        ),
+        largest=largest(remat),
+        policies=tuple(found[0] for policy in KEPT if (found := largest(policy))),
+        subjects=subjects,
+    )
