@@ -92,14 +92,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def two(world: World, environment: dict[str, str]) -> Callable[..., list[tuple[int, str, str]]]:
-    """`two(out, *flags, second=[...])`: a run of two processes, the second with other flags behind; what each record
-    says lies in `out.0.json` and `out.1.json`."""
+    """`two(out, *flags)`: a run of two processes; their records are `out.0.json` and `out.1.json`."""
 
-    def launch(out: Path, *flags: object, second: list[Any] = []) -> list[tuple[int, str, str]]:  # noqa: B006
+    def launch(out: Path, *flags: object) -> list[tuple[int, str, str]]:
         port, processes = free_port(), []
         for i in range(2):
             where = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", i]
-            words = world.train_flags(out, *FLAGS, "--eval-data", world.eval, *flags, *where, *(second if i else []))
+            words = world.train_flags(out, *FLAGS, "--eval-data", world.eval, *flags, *where)
             command = [sys.executable, "-m", "tests.test_processes", f"{out}.{i}.json", *words]
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, **pipes))
@@ -217,16 +216,6 @@ def test_two_processes_resume(two: Callable[..., Any], run: Path, world: World) 
         np.testing.assert_array_equal(trained(again)[path], leaf)
 
 
-def test_what_one_process_cannot_read_all_refuse(two: Callable[..., Any], world: World) -> None:
-    absent = world.root / "elsewhere"
-    (first, _, said), (second, *silent) = two(world.root / "refused", second=["--image-root", absent])
-    assert (first, second) == (1, 1)
-    assert "umbrella-jax: 4 faults" in said
-    for i in range(4):
-        assert f"process 1: {absent / f'{i}.nii.gz'}" in said.replace(f"{world.train}: ", "")
-    assert not [line for text in silent for line in text.splitlines() if not line.startswith("[Gloo]")]
-
-
 # Who belongs to a run.
 
 STARTED = """
@@ -236,6 +225,20 @@ start(timeout=60)
 assert jax.distributed.is_initialized()
 start()
 print(json.dumps([jax.process_index(), gather({"from": jax.process_index()})]))
+"""
+
+
+REFUSED = """
+import sys
+from umbrella_jax.distributed import start, together
+from umbrella_jax.errors import DataError
+start(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
+with together():
+    print("both")
+with together():
+    if {fails}:
+        raise DataError(["one", "two"])
+print("not reached")
 """
 
 
@@ -265,6 +268,22 @@ def test_slurm_starts_its_tasks(environment: dict[str, str]) -> None:
     for i, (code, out, err) in enumerate(found):
         assert code == 0, err
         assert json.loads(out.splitlines()[-1]) == [i, [{"from": 0}, {"from": 1}]]
+
+
+@pytest.mark.parametrize(
+    ("fails", "faults"),
+    [("sys.argv[2] == '1'", ["process 1: one", "process 1: two"]), ("True", ["one", "two"])],
+)
+def test_what_one_process_refuses_all_refuse(environment: dict[str, str], fails: str, faults: list[str]) -> None:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    words = [sys.executable, "-c", REFUSED.format(fails=fails), f"127.0.0.1:{free_port()}"]
+    found = finish([subprocess.Popen([*words, str(i)], env=environment, cwd=ROOT, **pipes) for i in range(2)])
+    (first, out, error), (second, other, silent) = found
+    assert (first, second) == (1, 1)
+    for said in (out, other):
+        assert [line for line in said.splitlines() if not line.startswith("[Gloo]")] == ["both"]
+    assert [line.strip(" -") for line in error.splitlines()[-2:]] == faults
+    assert silent == ""
 
 
 @pytest.mark.parametrize("process", [0, 1])
