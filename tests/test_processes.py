@@ -286,6 +286,29 @@ def test_what_one_process_refuses_all_refuse(environment: dict[str, str], fails:
     assert silent == ""
 
 
+LOST = """
+import sys
+from umbrella_jax.distributed import bound, gather, start
+from umbrella_jax.errors import DataError
+start(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
+with bound():
+    gather(0)
+    if sys.argv[2] == "1":
+        raise DataError("a volume is gone")
+    gather(1)  # waits for the other
+"""
+
+
+def test_whoever_fails_alone_ends_the_run(environment: dict[str, str]) -> None:
+    """Within seconds: jax by itself would have the one wait for the other for minutes."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    words = [sys.executable, "-c", LOST, f"127.0.0.1:{free_port()}"]
+    found = finish([subprocess.Popen([*words, str(i)], env=environment, cwd=ROOT, **pipes) for i in range(2)], 90)
+    assert found[0][0] != 0
+    assert found[1][0] == 1
+    assert found[1][2] == "umbrella-jax: process 1 ends, and with it the run:\na volume is gone\n"
+
+
 @pytest.mark.parametrize("process", [0, 1])
 def test_whoever_waits_in_vain_says_for_whom(environment: dict[str, str], process: int, tmp_path: Path) -> None:
     words = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, "--process-id", process]

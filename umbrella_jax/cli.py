@@ -61,13 +61,14 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 def _train(arguments: argparse.Namespace) -> None:
     import jax
 
-    from umbrella_jax.distributed import start, together
+    from umbrella_jax.distributed import bound, start, together
     from umbrella_jax.run import train
 
     start(arguments.coordinator, arguments.num_processes, arguments.process_id, timeout=arguments.start_timeout)
-    with together():
-        config = _config(arguments)
-    last = train(config, resume=arguments.resume)
+    with bound():
+        with together():
+            config = _config(arguments)
+        last = train(config, resume=arguments.resume)
     if jax.process_index() == 0:
         print("  ".join(f"{name} {value:.4g}" for name, value in last.items()))
 

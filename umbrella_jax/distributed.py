@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
@@ -179,7 +180,31 @@ def together() -> Iterator[None]:
         raise error
     if not any(found):
         return
-    if jax.process_index():
+    first = jax.process_index() == 0
+    jax.distributed.shutdown()  # which all do: what ends now is no loss to the others (`bound`)
+    if not first:
         sys.exit(1)
     same = all(other == found[0] for other in found)
     raise UmbrellaError(found[0] if same else [f"process {i}: {fault}" for i, own in enumerate(found) for fault in own])
+
+
+@contextmanager
+def bound() -> Iterator[None]:
+    """A block that a process of several does not leave by an error alone: it says so and ends at once with exit code 1.
+
+    The others wait for it in the middle of a step, and find it gone; at the usual end of a process, jax would let it
+    wait for them for minutes.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if alone():
+            raise
+        print(f"umbrella-jax: process {jax.process_index()} ends, and with it the run:", file=sys.stderr)
+        if isinstance(error, UmbrellaError | OSError):
+            print(error, file=sys.stderr)
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
