@@ -2,6 +2,7 @@
 """Measures, and prints one JSON line per figure: {"figure": …, "value": …, "unit": …, …}.
 
     python scripts/benchmark.py convert [--work-dir D]     needs the extra `torch`, 12 GB of disk
+    python scripts/benchmark.py data [--work-dir D]
 
 Every measurement has a process of its own, begun with the files in the page cache; peaks are over what the
 interpreter holds with jax imported and its devices found.
@@ -221,14 +222,82 @@ def convert(work_dir: Path) -> None:
     figure("fingerprint_seconds", result["seconds"], "s", gb_per_second=round(size / result["seconds"], 2))
 
 
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+def demo_facts(work_dir: Path) -> Any:
+    """What a plan knows of the demo's training conversations; volumes are not read."""
+    from functools import partial
+
+    from umbrella_jax.config import load_config
+    from umbrella_jax.data.conversation import read_conversations
+    from umbrella_jax.data.loader import facts_of
+    from umbrella_jax.data.tokenize import encode, encode_all, load_tokenizer
+    from umbrella_jax.demo import make_base, make_data
+
+    modalities = load_config(Path(__file__).parents[1] / "configs" / "tiny.yaml").model.modalities
+    tokenizer, _ = load_tokenizer(make_base(work_dir / "demo_base"), None)
+    conversations = read_conversations(make_data(work_dir / "demo_data").train, modalities)
+    encoder = partial(encode, tokenizer=tokenizer, modalities=modalities, max_length=8192)
+    return facts_of(encode_all(conversations, encoder), modalities)
+
+
+def synthetic_facts(subjects: int, single: int, pairs: int, text: int) -> Any:
+    """T1 questions, T3 comparisons of two subjects and questions without an image, in this order: 729 patches for an
+    image and 20 to 60 tokens for a turn, of text alone 20 to 800 in all."""
+    from umbrella_jax.data.plan import Facts
+
+    rng = np.random.default_rng(0)
+    volumes: list[tuple[int, ...]] = [(int(rng.integers(subjects)),) for _ in range(single)]
+    for _ in range(pairs):
+        first, second = rng.choice(subjects, 2, replace=False)
+        volumes.append((int(first), int(second)))
+    volumes += [()] * text
+    turns = np.array([len(shown) * 729 + rng.integers(20, 60, 2 * len(shown)).sum() for shown in volumes])
+    lengths = np.where(turns > 0, turns, rng.integers(20, 800, len(volumes)))
+    return Facts(lengths, rng.integers(3, 30, len(volumes)), volumes, ["T1"] * subjects, {"T1": 729})
+
+
+def data_plan(work_dir: Path) -> None:
+    """What the plans of the demo's, a mixed and a comparing data set cost, and how long a large one takes."""
+    from umbrella_jax.data.plan import MAX_SHAPES, Plan
+
+    sets = {
+        "demo": (demo_facts(work_dir), (16,)),
+        "mixed": (synthetic_facts(400, 1000, 1500, 500), (8, 16, 32)),
+        "comparisons": (synthetic_facts(100, 0, 600, 0), (8, 16, 32)),
+    }
+    for name, (facts, batch_sizes) in sets.items():
+        for batch_size in batch_sizes:
+            report = Plan(facts, batch_size=batch_size, seed=0).report
+            more = {"set": name, "batch_size": batch_size}
+            figure("plan_padding", report.padding, "of positions", **more, limit=0.1)
+            figure("plan_shapes", report.shapes, "shapes", **more, limit=MAX_SHAPES)
+            figure("plan_volumes", report.volumes, "per conversation", **more, shown=round(report.shown, 3))
+    large = synthetic_facts(40_000, 0, 240_000, 0)
+    start = time.perf_counter()
+    plan = Plan(large, batch_size=8, seed=0)
+    made = time.perf_counter()
+    plan.epoch(1)
+    more = {"conversations": len(large), "of_each_epoch": round(time.perf_counter() - made, 2)}
+    figure("plan_seconds", made - start, "s", **more)
+
+
+def data(work_dir: Path) -> None:
+    """The loader's figures."""
+    data_plan(work_dir)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
-    command = commands.add_parser("convert", help=convert.__doc__)
-    command.add_argument("--work-dir", type=Path, help="where files are made and left; default a temporary folder")
+    for work in (convert, data):
+        command = commands.add_parser(work.__name__, help=work.__doc__)
+        command.add_argument("--work-dir", type=Path, help="where files are made and left; default a temporary folder")
+        command.set_defaults(work=work)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        convert(arguments.work_dir or Path(temporary))
+        arguments.work(arguments.work_dir or Path(temporary))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from umbrella_jax.config import ModalityConfig
 from umbrella_jax.demo import make_base
 
 ANATOMICAL, RUNS = 4, 4
-BATCH_SIZE = 6  # with 4 volumes of a modality, every batch holds 4 of it or none: two shapes to compile
+BATCH_SIZE = 6  # more than there are conversations of a kind: one batch of each
 MODALITIES: dict[str, dict[str, Any]] = {
     "T1": {"size": [6, 7, 5], "patch": [3, 2, 4]},  # 2·3·1 = 6 patches
     "rsfMRI": {"size": [4, 3, 5, 4], "patch": [2, 3, 4, 2], "stride_between_seq": 0.5},  # 2·1·1·2 = 4 patches

@@ -20,7 +20,7 @@ from tests.small_run import World, read_config, read_lines, umbrella
 from umbrella_jax.models import split
 
 STEPS, SAVE, EVAL = 36, 3, 24
-FLAGS = ["--epochs", STEPS // 2, "--set", f"train.save_steps={SAVE}"]  # an epoch is 12 conversations, 2 steps
+FLAGS = ["--epochs", STEPS // 3, "--set", f"train.save_steps={SAVE}"]  # a step of one scan, of two, and of runs
 PATCH_EMBED = "vision_tower.vision_model.embeddings."
 TRAINED = {
     f"{PATCH_EMBED}{modality}{end}"
@@ -71,7 +71,7 @@ def test_what_a_run_writes(run: Path, world: World) -> None:
     assert not list((run / "model").glob("*.safetensors"))
     settings = read_config(run / "config.yaml")
     assert settings["model"]["base"] == str(world.base)
-    assert settings["train"]["epochs"] == STEPS / 2
+    assert settings["train"]["epochs"] == STEPS / 3
     assert settings["data"]["max_length"] == 8192  # defaults too: nothing of a run depends on later ones
 
 
@@ -108,6 +108,8 @@ def test_the_summary_says_what_trains(printed: str, world: World) -> None:
     names = [line.split()[0] for line in printed.partition("trains:\n")[2].splitlines() if line.startswith("  ")]
     assert set(names) == TRAINED
     assert f"12 conversations, {STEPS} steps on 1 device(s), into {world.root / 'run'}" in printed
+    # 4 of one scan and the one of text, 3 of runs, 4 of two scans; M is 4, 3 and 4
+    assert "plan: 3 shapes to compile, 36.3% of positions padded, 0.92 volumes encoded per conversation" in printed
 
 
 def test_inspect_prints_the_same_summary(printed: str, world: World, tmp_path: Path) -> None:
@@ -220,18 +222,18 @@ def test_task_filter(planned: Callable[..., dict[str, Any]]) -> None:
     assert plan["settings"]["data"]["task_filter"] == "T3"
     (batch,) = plan["batches"]
     patches = (batch.feature_idx[0] >= 0).sum(-1)
-    assert patches.tolist() == [12] * 6  # each shows two scans of 6 patches
+    assert patches.tolist() == [12] * 4 + [0] * 2  # each shows two scans of 6 patches; two rows are empty
 
 
 def test_batch_size(planned: Callable[..., dict[str, Any]]) -> None:
     plan = planned("--batch-size", 5, "--epochs", 2)
     assert plan["settings"]["train"]["batch_size"] == 5
-    assert [batch.input_ids.shape[:2] for batch in plan["batches"]] == [(1, 5)] * 5  # 24 conversations
+    assert [batch.input_ids.shape[:2] for batch in plan["batches"]] == [(1, 5)] * 6  # 3 an epoch
 
 
 def test_accumulate_steps(planned: Callable[..., dict[str, Any]]) -> None:
     plan = planned("--set", "train.accumulate_steps=2")
-    assert [batch.input_ids.shape[:2] for batch in plan["batches"]] == [(2, 6)]
+    assert [batch.input_ids.shape[:2] for batch in plan["batches"]] == [(2, 6)] * 2
 
 
 def test_learning_rate(planned: Callable[..., dict[str, Any]]) -> None:
@@ -242,7 +244,7 @@ def test_learning_rate(planned: Callable[..., dict[str, Any]]) -> None:
 
 def test_epochs(planned: Callable[..., dict[str, Any]]) -> None:
     plan = planned("--epochs", 2.5)
-    assert plan["num_steps"] == len(plan["batches"]) == 5
+    assert plan["num_steps"] == len(plan["batches"]) == 8  # of 3 an epoch
     assert plan["settings"]["train"]["epochs"] == 2.5
 
 

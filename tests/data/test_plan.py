@@ -151,6 +151,16 @@ def test_what_is_over_moves_to_a_longer_bucket_that_shows_as_much():
         assert set(moved) == set(range(13)), "and who it is is drawn"
 
 
+def test_a_few_join_those_that_show_more_where_that_is_cheaper():
+    """3 of text, longer than 5 runs: one update of 8 by 208, not two; but 8 of either are two."""
+    text, run = [(200, 1, "")], [(104, 1, f"rsfMRI:{i}") for i in range(8)]
+    ((update,), apart) = (Plan(facts(*text * n, *run[: 8 - n]), batch_size=8, seed=0).epoch(0) for n in (3, 0))
+    assert update.shape == BatchShape(8, 200, 8, (("rsfMRI", 5),))
+    assert [u.shape.positions for u in apart] == [104]
+    apart = Plan(facts(*text * 8, *run), batch_size=8, seed=0).epoch(0)
+    assert sorted((u.shape.positions, u.shape.volumes) for u in apart) == [(104, (("rsfMRI", 8),)), (200, ())]
+
+
 def test_an_update_is_never_nearly_empty():
     """17 conversations by 8: of 6, 6 and 5, not of 8, 8 and 1, whose step would be as long as the others'."""
     known = facts(*[(100, 1, "")] * 17)
@@ -186,6 +196,14 @@ def test_without_a_seed_the_order_is_that_of_the_conversations():
     plan = Plan(known, batch_size=4)
     assert [u.rows for u in plan.epoch(0)] == [((0, 1, 2, 3),), ((4, 5, 6),), ((7, 8, 9),)]
     assert plan.epoch(1) == plan.epoch(0)
+
+
+def test_a_single_pass_has_fewer_shapes():
+    """Two lengths: of 100 updates, two buckets are worth it; of three in one pass they are not."""
+    few, many = (facts(*[(length, 1, "") for length in (104, 208) for _ in range(n)]) for n in (6, 200))
+    for known, seed, buckets in [(many, 0, 2), (many, None, 2), (few, 0, 2), (few, None, 1)]:
+        plan = Plan(known, batch_size=4, seed=seed)
+        assert len({update.shape for update in plan.epoch(0)}) == buckets
 
 
 def test_gather():

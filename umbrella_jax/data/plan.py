@@ -14,8 +14,9 @@ is the step alone: step s is update s mod U of epoch s div U.
 is uniform. It says who moves up: each conversation of a bucket is as likely to. Without shared volumes a bucket's
 order is that permutation: a uniform shuffle, cut into updates. With shared volumes it says where a micro-batch begins
 and which of equally good conversations comes next; then conversations that share volumes are in one micro-batch far
-more often than by chance, those that share none more rarely, and well connected ones are drawn first. Conversations
-of different modalities or of very different lengths are never in one update, but for those that moved up.
+more often than by chance, those that share none more rarely, and an update shows fewer subjects. Conversations of
+different modalities or of very different lengths are never in one update, but for those that moved up and for kinds
+of which there are too few for a bucket of their own.
 """
 
 import heapq
@@ -24,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 
 import numpy as np
@@ -33,7 +34,7 @@ MAX_SHAPES = 6
 # Where volumes are shared, fewer buckets: they part those who share, and the other shapes tell apart how many distinct
 # volumes an update holds.
 _BUCKETS_WITH_SHARING = 4
-_WORTH, _WORTH_WITH_SHARING = 0.01, 0.03  # a further bucket, or choice of M, saves that share of the cost at least
+_WORTH, _WORTH_WITH_SHARING = 0.01, 0.03  # a bucket more, or choice of M, saves that share of the cost at least
 _REHEARSED = 10_000  # conversations, in whole epochs, from which it is learnt how many volumes updates hold
 _TARGETS_MULTIPLE = 8
 _LOOK = 4  # how many waiting conversations of a volume are looked at, in micro-batches: a reference of all has many
@@ -112,6 +113,10 @@ class _Bucket:
     positions: int
     members: np.ndarray
     """int [n]; its own conversations."""
+    patches: int
+    """Of the volumes of a conversation, at most."""
+    worth: int
+    """Positions that one bucket more has to save."""
     conversations: int = 0
     """How many an epoch has here, those that moved here counted, those that moved on not."""
     updates: int = 0
@@ -136,8 +141,10 @@ class Plan:
     ):
         self.facts, self.batch_size, self.accumulate_steps = facts, batch_size, accumulate_steps
         self.seed, self.divisor = seed, divisor
-        self._buckets = _make_buckets(facts, batch_size * accumulate_steps)
+        # A shape of a single pass has to be worth an update at least: compiling takes longer than one.
+        self._buckets = _make_buckets(facts, batch_size * accumulate_steps, updates_worth=int(seed is None))
         self.updates_per_epoch = sum(bucket.updates for bucket in self._buckets)
+        self._first = self._compose(0)
         self.shapes = self._make_shapes()
         """Of each bucket, from the smallest to the one that holds whatever an epoch brings."""
 
@@ -148,7 +155,8 @@ class Plan:
 
     def epoch(self, epoch: int) -> list[Update]:
         """The updates of one epoch in order: each conversation in exactly one row of one of them."""
-        return [Update(rows, self._shape(bucket, rows)) for bucket, rows in self._composition(epoch)]
+        composed = self._first if epoch == 0 else self._compose(epoch)
+        return [Update(rows, self._shape(bucket, rows)) for bucket, rows in composed]
 
     @cached_property
     def report(self) -> Report:
@@ -163,7 +171,7 @@ class Plan:
             shown=sum(map(len, self.facts.volumes)) / n,
         )
 
-    def _composition(self, epoch: int) -> list[tuple[int, tuple[tuple[int, ...], ...]]]:
+    def _compose(self, epoch: int) -> list[tuple[int, tuple[tuple[int, ...], ...]]]:
         """(bucket, rows of each micro-batch) of every update in order."""
         n = len(self.facts)
         rng = None if self.seed is None else np.random.default_rng([self.seed, epoch])
@@ -189,7 +197,7 @@ class Plan:
         epochs = 1 if self.seed is None else max(1, min(8, _REHEARSED // len(self.facts)))
         needs: dict[int, list[Counter[str]]] = {}
         for epoch in range(epochs):
-            for index, rows in self._composition(epoch):
+            for index, rows in self._compose(epoch) if epoch else self._first:
                 needs.setdefault(index, []).append(self._needs(rows))
         ladders = {i: _VolumeLadder(self._most_volumes(i), needs[i], self.facts.patches) for i in sorted(needs)}
         rungs = dict.fromkeys(ladders, 1)
@@ -311,6 +319,9 @@ def _missing(volumes: tuple[int, ...], seen: set[int]) -> list[int]:
 
 def _first_waiting(waiting: list[int], left: set[int], most: int) -> list[int]:
     """The first few that are left; those that are not are forgotten."""
+    if len(waiting) <= most:
+        waiting[:] = [c for c in waiting if c in left]
+        return waiting[::-1]
     found: list[int] = []
     while waiting and len(found) < most:
         if (c := waiting.pop()) in left:
@@ -319,56 +330,95 @@ def _first_waiting(waiting: list[int], left: set[int], most: int) -> list[int]:
     return found
 
 
-def _make_buckets(facts: Facts, update_size: int) -> list[_Bucket]:
-    """Buckets that cost the fewest positions, in the order in which what is over may move up."""
-    shown = [frozenset(facts.modality[v] for v in volumes) for volumes in facts.volumes]
+def _make_buckets(facts: Facts, update_size: int, updates_worth: int) -> list[_Bucket]:
+    """The cheapest buckets, in the order in which what is over may move up. One more saves so many updates at least."""
     members: dict[frozenset[str], list[int]] = {}
-    for i, modalities in enumerate(shown):
-        members.setdefault(modalities, []).append(i)
+    for i, volumes in enumerate(facts.volumes):
+        members.setdefault(frozenset(facts.modality[v] for v in volumes), []).append(i)
     while len(members) > MAX_SHAPES:  # the rarest joins those whose modalities it adds least to
         rarest = min(members, key=lambda s: (len(members[s]), sorted(s)))
-        own = members.pop(rarest)
-        other = min(members, key=lambda s: (len(s ^ rarest), len(members[s]), sorted(s)))
-        own += members.pop(other)
-        members.setdefault(other | rarest, []).extend(own)
-    shared = max(Counter(v for volumes in facts.volumes for v in volumes).values(), default=0) > 1
-    most = max(_BUCKETS_WITH_SHARING, len(members)) if shared else MAX_SHAPES
-
-    # Of each set of modalities, the best bounds for every number of buckets ...
+        others = members.keys() - {rarest}
+        members = _join(members, rarest, min(others, key=lambda s: (len(s ^ rarest), len(members[s]), sorted(s))))
     rounded = np.array([round_positions(int(length)) for length in facts.lengths])
+    patches = np.array([sum(facts.patches[facts.modality[v]] for v in volumes) for volumes in facts.volumes])
+    price = partial(
+        _cheapest,
+        facts=facts,
+        rounded=rounded,
+        patches=patches,
+        update_size=update_size,
+        least_worth=updates_worth * update_size * (int(rounded.sum() + patches.sum()) // len(facts)),
+    )
+    best = price(members)
+    while True:  # a few may be cheaper among those that show more
+        joined = [_join(members, a, b) for a in members for b in members if a < b]
+        found = [(price(candidate), candidate) for candidate in joined]
+        if not found or (nearest := min(found, key=lambda f: f[0][:2]))[0][:2] >= best[:2]:
+            return best[2]
+        best, members = nearest
+
+
+def _join(
+    members: Mapping[frozenset[str], list[int]], one: frozenset[str], other: frozenset[str]
+) -> dict[frozenset[str], list[int]]:
+    """With both as conversations of the union of their modalities."""
+    joined = {modalities: indices for modalities, indices in members.items() if modalities not in (one, other)}
+    joined[one | other] = sorted([*joined.get(one | other, []), *members[one], *members[other]])
+    return joined
+
+
+Priced = tuple[int, int, list[_Bucket]]
+"""(Σ over rows of an epoch of T and the patches that are encoded for it, as if nothing were shared, and what the
+buckets have to be worth; number of shapes; the buckets)"""
+
+
+def _cheapest(
+    members: Mapping[frozenset[str], list[int]],
+    *,
+    facts: Facts,
+    rounded: np.ndarray,
+    patches: np.ndarray,
+    update_size: int,
+    least_worth: int,
+) -> Priced:
+    """Cuts each set of modalities by length. Of each conversation, `rounded` is T, int [n], `patches` its volumes'."""
+    counted = {m: Counter(v for i in own for v in facts.volumes[i]) for m, own in members.items()}
+    shared = {m for m, counts in counted.items() if max(counts.values(), default=0) > 1}
+    most = max(_BUCKETS_WITH_SHARING, len(members)) if shared else MAX_SHAPES
+    least = int(rounded.sum() + patches.sum())
+    # Of each set the best bounds for every number of buckets ...
     choices: list[list[list[_Bucket]]] = []
     for modalities, indices in sorted(members.items(), key=lambda item: sorted(item[0])):
-        own_indices = np.sort(indices)
-        values, counts = np.unique(rounded[own_indices], return_counts=True)
-        choices.append(
-            [
-                _cut(modalities, own_indices, rounded[own_indices], [int(values[i]) for i in bounds])
-                for _, bounds in _bounds(values, counts, most)
-            ]
-        )
-    # ... and of all combinations, what is over counted in, the cheapest; of two alike the one with fewer shapes.
-    priced: list[tuple[int, int, list[_Bucket]]] = []
+        own, share = np.array(indices), _WORTH_WITH_SHARING if modalities in shared else _WORTH
+        worth = max(int(least * share), least_worth)
+        values, counts = np.unique(rounded[own], return_counts=True)
+        choices.append([])
+        for _, bounds in _bounds(values, counts, most):
+            place = np.searchsorted(values[bounds], rounded[own])
+            parts = [own[place == i] for i in range(len(bounds))]
+            choices[-1].append(
+                [
+                    _Bucket(modalities, int(values[bound]), part, int(patches[part].max()), worth)
+                    for bound, part in zip(bounds, parts, strict=True)
+                ]
+            )
+    # ... and of all combinations, what is over counted in, the cheapest.
+    priced: list[Priced] = []
     for combination in product(*choices):
         if sum(map(len, combination)) <= most:
             buckets = [bucket for part in combination for bucket in part]
             buckets.sort(key=lambda b: (b.positions, len(b.modalities), sorted(b.modalities)))
             priced.append(_settle(buckets, update_size))
-    limit = min(cost for cost, _, _ in priced) * (1 + (_WORTH_WITH_SHARING if shared else _WORTH))
-    return min((p for p in priced if p[0] <= limit), key=lambda p: (p[1], p[0]))[2]
+    return min(priced, key=lambda p: p[:2])
 
 
-def _cut(modalities: frozenset[str], members: np.ndarray, rounded: np.ndarray, bounds: Sequence[int]) -> list[_Bucket]:
-    place = np.searchsorted(bounds, rounded)
-    return [_Bucket(modalities, bound, members[place == i]) for i, bound in enumerate(bounds)]
-
-
-def _settle(buckets: list[_Bucket], update_size: int) -> tuple[int, int, list[_Bucket]]:
-    """Decides of each bucket whether what is over moves up; (positions of an epoch, shapes, the buckets)."""
+def _settle(buckets: list[_Bucket], update_size: int) -> Priced:
+    """Decides of each bucket whether what is over moves up."""
     targets = [
         next((j for j in range(i + 1, len(buckets)) if buckets[i].modalities <= buckets[j].modalities), None)
         for i in range(len(buckets))
     ]
-    best: tuple[int, int, list[_Bucket]] | None = None
+    best: Priced | None = None
     for moves in product(*[(False, True) if target is not None else (False,) for target in targets]):
         counts = [bucket.members.size for bucket in buckets]
         settled, cost = [], 0
@@ -378,9 +428,9 @@ def _settle(buckets: list[_Bucket], update_size: int) -> tuple[int, int, list[_B
             if to is None:
                 updates += over > 0
             else:
-                counts[to] += over
                 counts[i] -= over
-            cost += updates * update_size * bucket.positions
+                counts[to] += over
+            cost += updates * update_size * (bucket.positions + bucket.patches) + bucket.worth * (updates > 0)
             settled.append(replace(bucket, conversations=counts[i], updates=updates, moves_to=to))
         shapes = sum(bucket.updates > 0 for bucket in settled)
         if best is None or (cost, shapes) < best[:2]:
