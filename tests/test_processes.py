@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import jax
@@ -242,12 +244,25 @@ print("not reached")
 """
 
 
-def launched(environment: dict[str, str], *own: dict[str, object]) -> list[tuple[int, str, str]]:
+# As on a TPU VM, but that the devices are CPUs: jax is told that there are TPUs, and has to find out all the rest.
+ON_TPU = """
+import os, jax
+if "GCE_METADATA_IP" in os.environ:
+    del os.environ["TPU_SKIP_MDS_QUERY"]  # jax sets it where it sees no chips, GKE by itself
+from umbrella_jax.distributed import start
+start(timeout=60)
+jax.config.update("jax_platforms", "cpu")
+"""
+
+
+def launched(
+    environment: dict[str, str], *own: dict[str, object], program: str = STARTED
+) -> list[tuple[int, str, str]]:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return finish(
         [
             subprocess.Popen(
-                [sys.executable, "-c", STARTED], env=environment | {k: str(v) for k, v in e.items()}, cwd=ROOT, **pipes
+                [sys.executable, "-c", program], env=environment | {k: str(v) for k, v in e.items()}, cwd=ROOT, **pipes
             )
             for e in own
         ]
@@ -266,6 +281,56 @@ def test_slurm_starts_its_tasks(environment: dict[str, str]) -> None:
     }
     found = launched(environment, *({**job, "SLURM_PROCID": i, "SLURM_LOCALID": i} for i in range(2)))
     for i, (code, out, err) in enumerate(found):
+        assert code == 0, err
+        assert json.loads(out.splitlines()[-1]) == [i, [{"from": 0}, {"from": 1}]]
+
+
+@pytest.fixture
+def metadata() -> Iterator[str]:
+    """Google's server of metadata as each worker of a slice of two hosts meets it: HOST:PORT, its number before."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            worker, _, key = self.path.removeprefix("/").partition("/computeMetadata/v1/instance/attributes/")
+            known = {
+                "agent-worker-number": worker[-1],
+                "worker-network-endpoints": "unknown:1:127.0.0.1,unknown:2:127.0.0.1",
+                "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-8'\n",
+            }
+            self.send_response(200 if key in known else 404)
+            self.end_headers()
+            self.wfile.write(known.get(key, "").encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}/worker-"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["TPU VM", "GKE"])
+def test_tpus_start_their_hosts(environment: dict[str, str], kind: str, metadata: str) -> None:
+    """Through jax's own reading of metadata, and of what GKE sets."""
+    chips = {"JAX_FORCE_TPU_INIT": 1, "TPU_LIBRARY_PATH": sys.executable, "JAX_COORDINATOR_PORT": free_port()}
+    hosts: list[dict[str, object]] = [
+        chips
+        | (
+            {"GCE_METADATA_IP": f"{metadata}{i}"}
+            if kind == "TPU VM"
+            else {
+                "TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.1",
+                "TPU_WORKER_ID": i,
+                "MEGASCALE_COORDINATOR_ADDRESS": "",  # else jax asks the server of metadata
+                "MEGASCALE_NUM_SLICES": "",
+                "MEGASCALE_SLICE_ID": "",
+            }
+        )
+        for i in range(2)
+    ]
+    without = {name: value for name, value in environment.items() if name != "JAX_PLATFORMS"}
+    for i, (code, out, err) in enumerate(launched(without, *hosts, program=ON_TPU + STARTED)):
         assert code == 0, err
         assert json.loads(out.splitlines()[-1]) == [i, [{"from": 0}, {"from": 1}]]
 
