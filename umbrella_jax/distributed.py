@@ -100,8 +100,8 @@ def _faults(coordinator: str | None, num_processes: int | None, process_id: int 
             faults.append(f"--coordinator {coordinator}: expected HOST:PORT, such as node1:8476")
     if num_processes is not None and num_processes < 1:
         faults.append(f"--num-processes {num_processes}: expected 1 or more")
-    elif process_id is not None and not 0 <= process_id < (process_id + 1 if num_processes is None else num_processes):
-        faults.append(f"--process-id {process_id}: expected 0 to {(num_processes or process_id) - 1}, the processes")
+    elif num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
+        faults.append(f"--process-id {process_id}: expected 0 to {num_processes - 1}")
     return faults
 
 
@@ -122,8 +122,9 @@ def _peers() -> str | None:
         return None
     if "TPU_WORKER_HOSTNAMES" in environment:
         hosts, slices = environment["TPU_WORKER_HOSTNAMES"], int(environment.get("MEGASCALE_NUM_SLICES") or 1)
-        alone = "," not in hosts and slices == 1
-        return None if alone else f"the pods on {hosts}" + (f" and of {slices} slices in all" if slices > 1 else "")
+        if "," not in hosts and slices == 1:
+            return None
+        return f"the pods on {hosts}" + (f" and of {slices} slices in all" if slices > 1 else "")
     return "the hosts of this TPU (gcloud compute tpus tpu-vm ssh NAME --worker=all starts a command on each)"
 
 
