@@ -216,6 +216,9 @@ def stored_template(directory: str | Path, patch_embed: Path | None = None) -> T
     return template
 
 
+_GEOMETRY = ("size", "patch", "mode", "spacing")  # where patches lie, which a resampled patch embedding may change
+
+
 def _modalities(
     directory: Path, given: Mapping[str, ModalityConfig] | None, init: PatchEmbedInit, patch_embed: Path | None
 ) -> Mapping[str, ModalityConfig]:
@@ -234,9 +237,9 @@ def _modalities(
             continue
         for field in dataclasses.fields(ModalityConfig):
             a, b = getattr(given[configured], field.name), getattr(theirs, field.name)
-            if a != b and not (init == "resample" and field.name in ("size", "patch")):
+            if a != b and not (init == "resample" and field.name in _GEOMETRY):
                 remedy = "make them agree"
-                if field.name in ("size", "patch"):
+                if field.name in _GEOMETRY:
                     remedy += ", or say model.patch_embed_init: resample"
                 faults.append(f"{path}: {name}.{field.name}: {b} in the checkpoint, {a} as configured; {remedy}")
     if faults:

@@ -14,10 +14,12 @@ ROOMS: dict[str, set[str]] = {
     "umbrella_jax/config.py": {"umbrella_jax.errors", "pydantic", "ruamel"},
     "umbrella_jax/batch.py": {"jax", "chex"},
     "umbrella_jax/sharding.py": {"umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "jax", "numpy"},
+    "umbrella_jax/distributed.py": {"umbrella_jax.errors", "jax", "numpy"},
     "umbrella_jax/models": {"umbrella_jax.config", "umbrella_jax.batch", "jax", "flax", "chex", "numpy"},
     "umbrella_jax/training": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
-        *("umbrella_jax.sharding", "jax", "flax", "optax", "orbax", "chex", "tqdm", "numpy"),
+        *("umbrella_jax.distributed", "umbrella_jax.sharding"),
+        *("jax", "flax", "optax", "orbax", "chex", "tqdm", "numpy"),
     },
     "umbrella_jax/plan": {
         *("umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.models", "umbrella_jax.training", "jax"),

@@ -60,10 +60,18 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    import jax
+
+    from umbrella_jax.distributed import bound, start, together
     from umbrella_jax.run import train
 
-    last = train(_config(arguments), resume=arguments.resume)
-    print("  ".join(f"{name} {value:.4g}" for name, value in last.items()))
+    start(arguments.coordinator, arguments.num_processes, arguments.process_id, timeout=arguments.start_timeout)
+    with bound():
+        with together():
+            config = _config(arguments)
+        last = train(config, resume=arguments.resume)
+    if jax.process_index() == 0:
+        print("  ".join(f"{name} {value:.4g}" for name, value in last.items()))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -201,6 +209,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(train, list(_FLAGS))
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output directory")
     train.add_argument("--no-wandb", action="store_true", help="do not log to Weights & Biases [train.wandb]")
+    train.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where no cluster says it")
+    train.add_argument("--num-processes", type=int, metavar="N", help="started with the same --coordinator")
+    train.add_argument("--process-id", type=int, metavar="I", help="of this one, from 0")
+    train.add_argument(
+        "--start-timeout", type=int, default=300, metavar="S", help="seconds until all are there; default 300"
+    )
 
     inspect = command(commands, "inspect", _inspect, "Print what would train and what is frozen, without training.")
     _add_config(inspect, ["--base"])

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from umbrella_jax.api import CHECKPOINTS, CONFIG, MODEL, Processor, describe, open_base
@@ -26,11 +27,12 @@ from umbrella_jax.config import AugmentConfig, RunConfig, dump_config, parse_con
 from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.loader import Dataset, eval_batches, make_plan, train_batches
 from umbrella_jax.data.tokenize import reference_answer
+from umbrella_jax.distributed import gather, together
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.evaluation.generate import greedy
 from umbrella_jax.evaluation.metrics import accuracy
 from umbrella_jax.models import Params, abstract_params
-from umbrella_jax.sharding import make_mesh, put_batch, replicated
+from umbrella_jax.sharding import make_mesh, process_part, put_batch, replicated
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule
@@ -71,7 +73,9 @@ def inspect(config: RunConfig) -> str:
 def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[str, float]:
     """Trains what `config.train.groups` names and returns the last line of metrics.
 
-    Everything that can be wrong with config, data and weights is refused before anything is compiled.
+    Everything that can be wrong with config, data and weights is refused before anything is compiled. All processes
+    of a run (`umbrella_jax.distributed.start`) call this alike and see one `output_dir`; the first alone says and
+    writes something, checkpoints apart, which each writes its part of.
 
     Args:
         resume: go on from the newest checkpoint in `output_dir`.
@@ -80,16 +84,20 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
     Raises:
         ConfigError, DataError, CheckpointError: with every fault found.
     """
+    first = jax.process_index() == 0
+    say = say if first else _nothing
     mesh = make_mesh()
-    out = _output_dir(config, mesh, resume)
-    base = open_base(config)
-    found = base.check(config.model.frozen_dtype)
-    graphdef, shapes = abstract_params(base.config)
-    labels = freeze.label_params(list(shapes), list(config.train.groups))
-    options: dict[str, Any] = {"template": config.data.template, "max_length": config.data.max_length}
-    processor = Processor(base.tokenizer(), base.config.modalities, **options)
-    cache = VolumeCache.of(config.data)
-    train_set, eval_set = (_dataset(config, processor, split, cache) for split in ("train", "eval"))
+    with together():
+        out = _output_dir(config, mesh, resume)
+        base = open_base(config)
+        found = base.check(config.model.frozen_dtype)
+        graphdef, shapes = abstract_params(base.config)
+        labels = freeze.label_params(list(shapes), list(config.train.groups))
+        options: dict[str, Any] = {"template": config.data.template, "max_length": config.data.max_length}
+        processor = Processor(base.tokenizer(), base.config.modalities, **options)
+        cache = VolumeCache.of(config.data)
+        train_set, eval_set = (_dataset(config, processor, split, cache) for split in ("train", "eval"))
+        fingerprint = base.fingerprint if first else None  # which reads the whole base
     assert train_set is not None
     for line in [*base.notes, *found, freeze.summary(shapes, labels)]:
         say(line)
@@ -112,16 +120,17 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
     del trainable
     meta = {
         "config": to_dict(config),
-        "base_fingerprint": base.fingerprint,
+        "base_fingerprint": gather(fingerprint)[0],
         "frozen_types": sorted({leaf.dtype.name for leaf in frozen.values()}),
         "versions": _versions(),
     }
 
     with Checkpoints(out / CHECKPOINTS) as checkpoints:
         state = _resume(checkpoints, state, meta, say) if resume else state
-        if not resume or not (out / MODEL).exists():
-            describe(base, out / MODEL)
-        (out / CONFIG).write_text(dump_config(_absolute(config)))
+        if first:
+            if not resume or not (out / MODEL).exists():
+                describe(base, out / MODEL)
+            (out / CONFIG).write_text(dump_config(_absolute(config)))
         say(f"{len(train_set)} conversations, {steps} steps on {mesh.size} device(s), into {out}")
         say(f"plan: {plan.report}")
         state = fit(
@@ -133,6 +142,8 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
                 start_step=int(state.step),
                 num_steps=steps,
                 threads=config.data.threads,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
             ),
             graphdef=graphdef,
             optimizer=optimizer,
@@ -146,9 +157,13 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
             evaluate=None
             if eval_set is None
             else partial(_evaluate, config, out, eval_set, processor, graphdef, frozen, mesh),
-            log=_wandb(config, out) if config.train.wandb else None,
+            log=_wandb(config, out) if config.train.wandb and first else None,
         )
-    return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    return gather(json.loads((out / "metrics.jsonl").read_text().splitlines()[-1]) if first else None)[0]
+
+
+def _nothing(line: str) -> None:
+    """Says nothing."""
 
 
 def _output_dir(config: RunConfig, mesh: Mesh, resume: bool) -> Path:
@@ -207,8 +222,15 @@ def _resume(checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any], s
     if step is None:
         say("resume: no checkpoint yet, starting at step 0")
         return state
-    saved = checkpoints.meta(step)
-    stored = to_dict(parse_config(saved["config"], str(checkpoints.directory)))  # with fields that it did not know yet
+    with together():
+        _same_run(checkpoints.directory, checkpoints.meta(step), meta)
+    say(f"resume: from step {step}")
+    return checkpoints.restore(step, state)
+
+
+def _same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Raises ConfigError with everything in which the run of a checkpoint is another one."""
+    stored = to_dict(parse_config(saved["config"], str(directory)))  # with fields that it did not know yet
     before, now = _flat(stored), _flat(meta["config"])
     faults = [
         f"{key}: {now.get(key)} now, {before.get(key)} in the checkpoint"
@@ -221,9 +243,7 @@ def _resume(checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any], s
         before_, now_ = (", ".join(m["frozen_types"]) for m in (saved, meta))
         faults.append(f"model.base: frozen weights are {now_} now, {before_} in the checkpoint; set model.frozen_dtype")
     if faults:
-        raise ConfigError([f"{checkpoints.directory}: cannot resume: {fault}" for fault in faults])
-    say(f"resume: from step {step}")
-    return checkpoints.restore(step, state)
+        raise ConfigError([f"{directory}: cannot resume: {fault}" for fault in faults])
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -256,21 +276,23 @@ def _evaluate(
 ) -> dict[str, float]:
     """Loss over the answers and greedy accuracy on the evaluation data; answers go to predictions/step_N.jsonl."""
     batches = partial(eval_batches, dataset, config.train.batch_size, threads=config.data.threads, divisor=mesh.size)
-    loss, tokens = 0.0, 0
+    loss, supervised = 0.0, 0
     for _, batch in batches(prompts=False):
-        batch_loss, count = jit_eval_step(trainable, frozen, put_batch(batch, mesh, axis=0), graphdef=graphdef)
-        loss, tokens = loss + float(batch_loss), tokens + int(count)
+        placed = put_batch(process_part(batch), mesh, axis=0)
+        batch_loss, count = jit_eval_step(trainable, frozen, placed, graphdef=graphdef)
+        loss, supervised = loss + float(batch_loss), supervised + int(count)
     stop = np.array(processor.stop_ids, np.int32)
     found: dict[int, dict[str, Any]] = {}
     for indices, batch in batches(prompts=True):
         answers = greedy(
             trainable | frozen,
-            put_batch(batch, mesh, axis=0),
+            put_batch(process_part(batch), mesh, axis=0),
             stop,
             graphdef=graphdef,
             max_new_tokens=config.train.max_new_tokens,
         )
-        for index, text in zip(indices, processor.decode(np.asarray(answers)[: len(indices)]), strict=True):
+        tokens = multihost_utils.process_allgather(answers, tiled=True)
+        for index, text in zip(indices, processor.decode(tokens[: len(indices)]), strict=True):
             conversation = dataset.conversations[index]
             found[index] = {
                 "task_id": conversation.task_id,
@@ -280,11 +302,12 @@ def _evaluate(
                 "metadata": dict(conversation.metadata),
             }
     rows = [found[index] for index in range(len(dataset))]
-    folder = out / "predictions"
-    folder.mkdir(exist_ok=True)
-    (folder / f"step_{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if jax.process_index() == 0:
+        folder = out / "predictions"
+        folder.mkdir(exist_ok=True)
+        (folder / f"step_{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     known = [row for row in rows if row["reference"]]  # some files keep the truth in metadata alone
-    metrics = {"loss": loss / tokens} if tokens else {}
+    metrics = {"loss": loss / supervised} if supervised else {}
     return {f"eval_{name}": value for name, value in (metrics | accuracy(known)).items()}
 
 

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import TrainConfig
+from umbrella_jax.distributed import together
 from umbrella_jax.errors import UmbrellaError
 from umbrella_jax.models import Params
 from umbrella_jax.sharding import put_batch
@@ -77,7 +79,11 @@ def fit(
     Saves every `config.save_steps` updates and at the end, `meta` beside it; evaluates every `config.eval_steps` and
     at the end; hands each line of metrics to `log` too. Raises UmbrellaError, keeping the last checkpoint, when the
     loss is not finite. While a step runs, the next batch is read and put on the devices; its errors wait until then.
+
+    Of several processes each brings its own part of every batch (see `put_batch`); all of them save and evaluate, the
+    first alone prints, writes metrics and logs.
     """
+    first = jax.process_index() == 0
     start = int(state.step)
     step_fn = partial(jit_train_step, graphdef=graphdef, optimizer=optimizer)
     shapes: set[Any] = set()
@@ -87,15 +93,15 @@ def fit(
 
     with (
         ThreadPoolExecutor(1) as ahead,
-        Metrics(metrics_path, start) as metrics,
-        tqdm(total=num_steps, initial=start, desc="train", unit="step", disable=None) as bar,
+        Metrics(metrics_path, start) if first else nullcontext() as metrics,
+        tqdm(total=num_steps, initial=start, desc="train", unit="step", disable=None if first else True) as bar,
     ):
         coming = ahead.submit(next_batch) if start < num_steps else None
         for step in range(start, num_steps):
             assert coming is not None
             batch, last = coming.result(), step + 1 == num_steps
             shape = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
-            if shape not in shapes:
+            if first and shape not in shapes:
                 shapes.add(shape)
                 bar.write(f"step {step + 1}: compiling for {describe(batch)}")
             started = time.perf_counter()
@@ -104,10 +110,11 @@ def fit(
             values = jax.device_get(values)  # waits for the step
             seconds = time.perf_counter() - started
             if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-                raise UmbrellaError(
-                    f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite; "
-                    f"the last checkpoint is step {checkpoints.latest_step()}"
-                )
+                with together():  # every process comes here: all have the same values
+                    raise UmbrellaError(
+                        f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite; "
+                        f"the last checkpoint is step {checkpoints.latest_step()}"
+                    )
             line: dict[str, float] = {
                 "step": step + 1,
                 "loss": float(values["loss"]),
@@ -118,9 +125,10 @@ def fit(
             }
             if evaluate and (last or (config.eval_steps and (step + 1) % config.eval_steps == 0)):
                 line |= evaluate(step + 1, state.trainable)
-            metrics.write(**line)
-            if log:
-                log(line)
+            if metrics:
+                metrics.write(**line)
+                if log:
+                    log(line)
             bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
             bar.update()
             if last or (step + 1) % config.save_steps == 0:

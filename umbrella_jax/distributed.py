@@ -1,0 +1,211 @@
+"""Several processes as one run: how they find each other, and how they agree."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from umbrella_jax.errors import ConfigError, UmbrellaError
+
+_QUIET = 10
+"""Seconds of waiting for the others before a process says so."""
+
+
+def start(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: int = 300,
+) -> None:
+    """Joins the processes of this run. Comes before anything asks jax for its devices; a second call does nothing.
+
+    Without arguments SLURM, a TPU VM, TPUs in GKE or Open MPI say which processes those are
+    (`jax.distributed.initialize`). A process that none of them started together with others stays alone: it waits for
+    nobody.
+
+    Args:
+        coordinator: HOST:PORT where process 0 listens; with it the other two. Each process then takes all devices
+            that it sees.
+        num_processes, process_id: how many there are, and which of them this is, from 0.
+        timeout: seconds within which all must be there. Else the process names whom it waited for, and ends with
+            exit code 1.
+
+    Raises:
+        ConfigError: arguments that contradict each other, or a cluster that jax cannot read.
+    """
+    if jax.distributed.is_initialized():
+        return
+    if faults := _faults(coordinator, num_processes, process_id, timeout):
+        raise ConfigError(faults)
+    if coordinator is not None:
+        peers: str | None = f"{num_processes} processes with --coordinator {coordinator}"
+        options: dict[str, Any] = {
+            "coordinator_address": coordinator,
+            "num_processes": num_processes,
+            "process_id": process_id,
+            "cluster_detection_method": "deactivate",
+        }
+    else:
+        peers, options = _peers(), {"local_device_ids": _local_devices()}
+    if peers is None:
+        return
+
+    up = Event()
+
+    def watch() -> None:
+        # Past its own limit, jax aborts the process with a stack trace that does not say who was missing.
+        if not up.wait(min(_QUIET, timeout)):
+            print(f"umbrella-jax: waiting for {peers}, {timeout} s at most", file=sys.stderr, flush=True)
+            if not up.wait(max(timeout - _QUIET, 0)):
+                print(
+                    f"umbrella-jax: not all came within {timeout} s: {peers}; start every one of them with the same "
+                    "command, see whether they reach each other, or give them more time (--start-timeout)",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+    try:
+        jax.distributed.initialize(**options, initialization_timeout=timeout + 60)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ConfigError(
+            f"{peers}: jax cannot join them: {error}; name them by --coordinator, --num-processes and --process-id"
+        ) from None
+    finally:
+        up.set()
+
+
+def _faults(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> list[str]:
+    faults = [] if timeout > 0 else [f"--start-timeout {timeout}: expected a positive number of seconds"]
+    given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
+    missing = [flag for flag, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return faults
+    if missing:
+        named = " and ".join(flag for flag in given if flag not in missing)
+        faults.append(f"{named}: expected {' and '.join(missing)} too, or none of them")
+    if coordinator is not None:
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            faults.append(f"--coordinator {coordinator}: expected HOST:PORT, such as node1:8476")
+    if num_processes is not None and num_processes < 1:
+        faults.append(f"--num-processes {num_processes}: expected 1 or more")
+    elif num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
+        faults.append(f"--process-id {process_id}: expected 0 to {num_processes - 1}")
+    return faults
+
+
+def _peers() -> str | None:
+    """The processes that this one was started with, in words; None where it is alone."""
+    environment = os.environ
+    if "OMPI_COMM_WORLD_SIZE" in environment:
+        count = int(environment["OMPI_COMM_WORLD_SIZE"])
+        return f"{count} processes of mpirun" if count > 1 else None
+    if "SLURM_JOB_ID" in environment:
+        # Tasks of the step, not of the job (SLURM_NTASKS), which jax goes by: a shell, an editor or a batch script
+        # within a job of many tasks is alone.
+        count = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+        nodes = environment.get("SLURM_STEP_NODELIST")
+        return f"{count} tasks of srun on {nodes}" if count > 1 else None
+    platforms: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax sets it where it finds TPUs
+    if "tpu" not in (platforms or "").split(","):
+        return None
+    if "TPU_WORKER_HOSTNAMES" in environment:
+        hosts, slices = environment["TPU_WORKER_HOSTNAMES"], int(environment.get("MEGASCALE_NUM_SLICES") or 1)
+        if "," not in hosts and slices == 1:
+            return None
+        return f"the pods on {hosts}" + (f" and of {slices} slices in all" if slices > 1 else "")
+    return "the hosts of this TPU (gcloud compute tpus tpu-vm ssh NAME --worker=all starts a command on each)"
+
+
+def _local_devices() -> list[int] | None:
+    """For jax: all that this process sees ([]), or, of several tasks on a node that see the same GPUs, its own (None).
+
+    jax by itself gives every task one GPU, also one that has the node to itself, or sees no other GPU.
+    """
+    environment = os.environ
+    one_per_node = environment.get("SLURM_STEP_NUM_TASKS") == environment.get("SLURM_STEP_NUM_NODES")
+    shared = "SLURM_STEP_NUM_TASKS" in environment and not one_per_node
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
+        shared = int(environment["OMPI_COMM_WORLD_LOCAL_SIZE"]) > 1
+    return None if shared and "," in environment.get("CUDA_VISIBLE_DEVICES", ",") else []
+
+
+def alone() -> bool:
+    """Whether this is the run's only process. Does not ask jax for devices where nothing was started."""
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
+
+
+def gather(value: Any) -> list[Any]:
+    """The `value`, anything that JSON holds, of each process. All must call it, at the same point of the program."""
+    if alone():
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    rows = multihost_utils.process_allgather(np.pad(data, (0, sizes.max() - len(data))))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A block of which no process leaves before all did it: it goes well on each, or is an error on each.
+
+    Raises:
+        UmbrellaError: on process 0, with the faults of all; the others end with exit code 1 and say nothing. Any other
+            error is raised where it happened, too.
+    """
+    if alone():
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if isinstance(error, UmbrellaError):
+        faults = list(error.faults)
+    else:
+        faults = [f"{type(error).__name__}: {error}"] if error else []
+    found = gather(faults)
+    if error and not isinstance(error, UmbrellaError):
+        raise error
+    if not any(found):
+        return
+    first = jax.process_index() == 0
+    jax.distributed.shutdown()  # which all do: what ends now is no loss to the others (`bound`)
+    if not first:
+        sys.exit(1)
+    same = all(other == found[0] for other in found)
+    raise UmbrellaError(found[0] if same else [f"process {i}: {fault}" for i, own in enumerate(found) for fault in own])
+
+
+@contextmanager
+def bound() -> Iterator[None]:
+    """A block that a process of several does not leave by an error alone: it says so and ends at once with exit code 1.
+
+    The others wait for it in the middle of a step, and find it gone; at the usual end of a process, jax would let it
+    wait for them for minutes.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if alone():
+            raise
+        print(f"umbrella-jax: process {jax.process_index()} ends, and with it the run:", file=sys.stderr)
+        if isinstance(error, UmbrellaError | OSError):
+            print(error, file=sys.stderr)
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
