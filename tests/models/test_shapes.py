@@ -185,7 +185,7 @@ def test_every_remat_policy_gives_the_same_gradient():
         grads[remat] = jax.jit(jax.grad(loss))(params)
     for path, leaf in grads["full"].items():  # the same sums, but XLA may add in another order
         for other in (grads["none"][path], grads["mlp"][path]):
-            assert jnp.abs(other - leaf).max() <= 1e-6 * jnp.abs(leaf).max(), path
+            assert jnp.abs(other - leaf).max() <= 1e-5 * jnp.abs(leaf).max(), path
 
 
 def test_remat_policies_recompute_what_they_say():

@@ -28,86 +28,92 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool, lengths: Array | No
     b, t, h, d = q.shape
     s, kv = k.shape[1:3]
     q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
-    q = q.reshape(b, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4).reshape(b * kv, h // kv, t, d)
-    k, v = (x.transpose(0, 2, 1, 3).reshape(b * kv, s, d) for x in (k, v))
-    bounds = jnp.full((b * kv,), s, jnp.int32) if lengths is None else jnp.repeat(lengths.astype(jnp.int32), kv)
-    out = _attention(q, k, v, bounds, causal)
-    return out.reshape(b, kv, h // kv, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
+    q = q.reshape(b, t, kv, h // kv, d).transpose(2, 0, 3, 1, 4)
+    k, v = (x.transpose(2, 0, 1, 3) for x in (k, v))
+    lengths = jnp.full((b,), s, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+    out = _attention(q, k, v, lengths, causal)
+    return out.transpose(1, 3, 0, 2, 4).reshape(b, t, h, d)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attention(q: Array, k: Array, v: Array, lengths: Array, causal: bool) -> Array:
-    """q [N, G, T, Dh]; k, v [N, S, Dh]; lengths [N] → [N, G, T, Dh]."""
+    """q [K, B, G, T, Dh]; k, v [K, B, S, Dh]; lengths [B] → [K, B, G, T, Dh]."""
     return _forward(q, k, v, lengths, causal)[0]
 
 
 def _forward(q: Array, k: Array, v: Array, lengths: Array, causal: bool) -> tuple[Array, tuple[Array, ...]]:
-    out, lse = _for_each_kv_head(lambda args: _one_forward(*args, causal=causal), (q, k, v, lengths))
+    out, lse = _for_each_kv_head(partial(_one_forward, lengths, causal=causal), (q, k, v))
     out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
     return out, (q, k, v, lengths, out, lse)
 
 
 def _backward(causal: bool, residuals: tuple[Array, ...], dout: Array) -> tuple[Array | None, ...]:
-    dq, dk, dv = _for_each_kv_head(lambda args: _one_backward(*args, causal=causal), (*residuals, dout))
+    q, k, v, lengths, out, lse = residuals
+    args = (q, k, v, out, lse, dout)
+    dq, dk, dv = _for_each_kv_head(partial(_one_backward, lengths, causal=causal), args)
     return dq, dk, dv, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _for_each_kv_head(function: Callable[[Any], Any], args: tuple[Array, ...]) -> Any:
-    """One after the other on a CPU, where the scores of a head then stay in its cache; elsewhere all at once."""
-    return jax.lax.platform_dependent(args, cpu=partial(jax.lax.map, function), default=jax.vmap(function))
+def _for_each_kv_head(function: Callable[..., Any], args: tuple[Array, ...]) -> Any:
+    """One after the other on a CPU, where the scores of a head then stay in its cache; elsewhere all at once.
+
+    Rows are not gone through: they are what devices share out.
+    """
+    one_by_one = lambda *args: jax.lax.map(lambda one: function(*one), args)  # noqa: E731
+    return jax.lax.platform_dependent(*args, cpu=one_by_one, default=jax.vmap(function))
 
 
 def _blocks(shape: tuple[int, ...], keys: int, causal: bool) -> list[tuple[slice, int]]:
     """Queries block by block, and how many keys a block can see: above the diagonal nothing is computed."""
-    heads, queries = shape[:2]
-    wanted = -(-heads * queries * keys * 4 // _BLOCK_BYTES)
+    rows, heads, queries, _ = shape
+    wanted = -(-rows * heads * queries * keys * 4 // _BLOCK_BYTES)
     count = min(max(wanted, 4 if causal else 1), 8)
     size = -(-queries // count)
     starts = range(0, queries, size)
     return [(slice(i, min(i + size, queries)), min(i + size, keys) if causal else keys) for i in starts]
 
 
-def _scores(q: Array, k: Array, length: Array, first: int | None) -> Array:
-    """Masked and scaled scores, transposed: float32 [G, S, T]. `first` is the first query's place, where causal."""
-    scores = jnp.einsum("sd,gtd->gst", k, q, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    s, t = scores.shape[1:]
-    allowed = jnp.arange(s)[:, None] < length
+def _scores(q: Array, k: Array, lengths: Array, first: int | None) -> Array:
+    """Masked and scaled scores, transposed: float32 [B, G, S, T]. `first` is the first query's place, where causal."""
+    scores = jnp.einsum("bsd,bgtd->bgst", k, q, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    s, t = scores.shape[2:]
+    allowed = jnp.arange(s)[:, None] < lengths[:, None, None, None]
     if first is not None:
         allowed &= jnp.arange(s)[:, None] <= first + jnp.arange(t)
     return jnp.where(allowed, scores, _MASKED)
 
 
-def _one_forward(q: Array, k: Array, v: Array, length: Array, *, causal: bool) -> tuple[Array, Array]:
-    """One kv head: out [G, T, Dh] and the logarithm of the softmax's denominator, float32 [G, T]."""
+def _one_forward(lengths: Array, q: Array, k: Array, v: Array, *, causal: bool) -> tuple[Array, Array]:
+    """One kv head: out [B, G, T, Dh] and the logarithm of the softmax's denominator, float32 [B, G, T]."""
     outs, lses = [], []
-    for block, keys in _blocks(q.shape, len(k), causal):
-        scores = _scores(q[:, block], k[:keys], length, block.start if causal else None)
-        top = scores.max(1, keepdims=True)
+    for block, keys in _blocks(q.shape, k.shape[1], causal):
+        scores = _scores(q[:, :, block], k[:, :keys], lengths, block.start if causal else None)
+        top = scores.max(2, keepdims=True)
         p = jnp.exp(scores - top)
-        total = p.sum(1)
-        out = jnp.einsum("gst,sd->gtd", p.astype(v.dtype), v[:keys], preferred_element_type=jnp.float32)
+        total = p.sum(2)
+        out = jnp.einsum("bgst,bsd->bgtd", p.astype(v.dtype), v[:, :keys], preferred_element_type=jnp.float32)
         outs.append((out / total[..., None]).astype(q.dtype))
-        lses.append(top[:, 0] + jnp.log(total))
-    return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
+        lses.append(top[:, :, 0] + jnp.log(total))
+    return jnp.concatenate(outs, 2), jnp.concatenate(lses, 2)
 
 
 def _one_backward(
-    q: Array, k: Array, v: Array, length: Array, out: Array, lse: Array, dout: Array, *, causal: bool
+    lengths: Array, q: Array, k: Array, v: Array, out: Array, lse: Array, dout: Array, *, causal: bool
 ) -> tuple[Array, Array, Array]:
     """Dao et al. 2022, algorithm 4: the probabilities are made again from q, k and the softmax's denominator."""
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), -1)
     scale = q.shape[-1] ** -0.5
     dqs, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for block, keys in _blocks(q.shape, len(k), causal):
-        q_, dout_ = q[:, block], dout[:, block]
-        p = jnp.exp(_scores(q_, k[:keys], length, block.start if causal else None) - lse[:, None, block])
-        dp = jnp.einsum("sd,gtd->gst", v[:keys], dout_, preferred_element_type=jnp.float32)
-        ds = (p * (dp - delta[:, None, block]) * scale).astype(q.dtype)
-        dqs.append(jnp.einsum("gst,sd->gtd", ds, k[:keys]))
+    for block, keys in _blocks(q.shape, k.shape[1], causal):
+        q_, dout_, row = q[:, :, block], dout[:, :, block], (slice(None), slice(None), None, block)
+        p = jnp.exp(_scores(q_, k[:, :keys], lengths, block.start if causal else None) - lse[row])
+        dp = jnp.einsum("bsd,bgtd->bgst", v[:, :keys], dout_, preferred_element_type=jnp.float32)
+        ds = (p * (dp - delta[row]) * scale).astype(q.dtype)
+        dqs.append(jnp.einsum("bgst,bsd->bgtd", ds, k[:, :keys]))
         float32 = {"preferred_element_type": jnp.float32}
-        dk = dk.at[:keys].add(jnp.einsum("gst,gtd->sd", ds, q_, **float32))
-        dv = dv.at[:keys].add(jnp.einsum("gst,gtd->sd", p.astype(q.dtype), dout_, **float32))
-    return jnp.concatenate(dqs, 1), dk.astype(k.dtype), dv.astype(v.dtype)
+        dk = dk.at[:, :keys].add(jnp.einsum("bgst,bgtd->bsd", ds, q_, **float32))
+        dv = dv.at[:, :keys].add(jnp.einsum("bgst,bgtd->bsd", p.astype(q.dtype), dout_, **float32))
+    return jnp.concatenate(dqs, 2), dk.astype(k.dtype), dv.astype(v.dtype)
