@@ -1,0 +1,159 @@
+"""Loading and converting the 0.5b size."""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.measure import figure, measure
+
+CONFIG_05B = {  # of llava-hf/llava-interleave-qwen-0.5b-hf
+    "architectures": ["LlavaForConditionalGeneration"],
+    "model_type": "llava",
+    "image_token_index": 151646,
+    "projector_hidden_act": "gelu",
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "full",
+    "torch_dtype": "float32",
+    "tie_word_embeddings": True,
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "image_size": 384,
+        "intermediate_size": 4304,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 26,
+        "patch_size": 14,
+        "vision_use_head": False,
+    },
+    "text_config": {
+        "model_type": "qwen2",
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 16,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+        "vocab_size": 152000,
+        "max_position_embeddings": 32768,
+    },
+}
+
+
+def make_base(directory: Path) -> None:
+    """A 0.5b UMBRELLA checkpoint, T1 96³ with patch 10, float32 and random."""
+    from convert.hf_config import CONFIG, UMBRELLA_CONFIG, read_config
+    from convert.safetensors_io import write_checkpoint
+    from convert.tensor import Tensor
+    from convert.to_hf import hub_tensors
+    from umbrella_jax.config import ModalityConfig, to_dict
+    from umbrella_jax.models import abstract_params
+
+    directory.mkdir(parents=True)
+    (directory / CONFIG).write_text(json.dumps(CONFIG_05B))
+    modalities = {"T1": ModalityConfig(size=(96, 96, 96), patch=(10, 10, 10))}
+    (directory / UMBRELLA_CONFIG).write_text(json.dumps({"modalities": {m: to_dict(c) for m, c in modalities.items()}}))
+    config = read_config(directory)
+    rng = np.random.default_rng(0)
+
+    def fill(out: np.ndarray, index: Any) -> None:
+        out[...] = rng.standard_normal(out.shape, np.float32) * np.float32(0.02)
+
+    params = {path: Tensor(leaf.shape, "float32", fill) for path, leaf in abstract_params(config)[1].items()}
+    write_checkpoint(directory, hub_tensors(params, config))
+
+
+def load_jax(directory: Path, dtype: str) -> Any:
+    """All parameters on the first device."""
+    import jax
+
+    from umbrella_jax.api import Checkpoint
+
+    params = Checkpoint.open(directory).params(dtype)
+    jax.block_until_ready(params)
+    return params
+
+
+def load_torch(directory: Path, dtype: str) -> Any:
+    """The same directory by transformers."""
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    return LlavaForConditionalGeneration.from_pretrained(directory, dtype=getattr(torch, dtype))
+
+
+def alternate(directory: Path, dtype: str) -> list[tuple[float, float]]:
+    """Seconds that each takes, three times in turn, once both have been imported."""
+    import transformers
+
+    import umbrella_jax.api  # noqa: F401
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    _ = transformers.LlavaForConditionalGeneration  # imports it
+    runs = []
+    for _ in range(3):
+        seconds = []
+        for load in (load_jax, load_torch):
+            start = time.perf_counter()
+            model = load(directory, dtype)
+            seconds.append(time.perf_counter() - start)
+            del model
+        runs.append((seconds[0], seconds[1]))
+    return runs
+
+
+def to_native(directory: Path, out: Path) -> None:
+    """`convert from-hf`."""
+    from umbrella_jax.api import Checkpoint, write_native
+
+    write_native(Checkpoint.open(directory), out)
+
+
+def to_hf(native: Path, out: Path) -> None:
+    """`convert to-hf`."""
+    from umbrella_jax.api import Checkpoint, write_hf
+
+    write_hf(Checkpoint.open(native), out)
+
+
+def fingerprint(directory: Path) -> str:
+    """SHA-256 of the base."""
+    from umbrella_jax.api import Checkpoint
+
+    return Checkpoint.open(directory).fingerprint
+
+
+def convert(work_dir: Path) -> None:
+    """Memory and time of loading and converting the 0.5b size, beside transformers' from_pretrained."""
+    from convert.safetensors_io import open_checkpoint
+
+    base = work_dir / "base"
+    if not base.exists():
+        make_base(base)
+    tensors = open_checkpoint(base)
+    size, largest = sum(t.nbytes for t in tensors.values()) / 1e9, max(t.nbytes for t in tensors.values()) / 1e9
+    (base / "model.safetensors").read_bytes()  # into the page cache
+    for dtype, held in (("float32", size), ("bfloat16", size / 2)):
+        peak = measure(load_jax, base, dtype)["peak"]
+        figure(f"load_{dtype}_peak_over_parameters", peak - held, "GB", parameters=round(held, 3), limit=0.7)
+        runs = measure(alternate, base, dtype)["value"]
+        ours, theirs = (statistics.median(seconds) for seconds in zip(*runs, strict=True))
+        figure(f"load_{dtype}_seconds", ours, "s", torch=round(theirs, 3), ratio=round(ours / theirs, 3), limit_ratio=1)
+    native, out = work_dir / "native", work_dir / "export"
+    for name, work, source, to, limit in (
+        ("from_hf", to_native, base, native, None),
+        ("to_hf", to_hf, native, out, 1 + 2 * largest),
+    ):
+        result = measure(work, source, to)
+        figure(
+            f"{name}_peak", result["peak"], "GB", limit=limit and round(limit, 3), seconds=round(result["seconds"], 2)
+        )
+    same = (base / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    figure("hf_native_hf_identical", float(same), "bool")
+    result = measure(fingerprint, base)
+    figure("fingerprint_seconds", result["seconds"], "s", gb_per_second=round(size / result["seconds"], 2))

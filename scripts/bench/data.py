@@ -1,0 +1,260 @@
+"""From files to batches."""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.measure import figure, measure
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def data_validate(work_dir: Path) -> None:
+    """`data validate --html`, as typed: 1,000 conversations over 200 volumes of 64³ as .nii.gz, int16."""
+    import nibabel as nib
+
+    from umbrella_jax.demo import make_base
+
+    folder = work_dir / "validate"
+    if not folder.exists():
+        make_base(folder / "base")
+        rng = np.random.default_rng(0)
+        head = sum((np.indices((64, 64, 64)) - 31.5) ** 2) < 28**2
+        for i in range(200):
+            voxels = (rng.uniform(200, 2000, head.shape) * head).astype(np.int16)
+            nib.save(nib.Nifti1Image(voxels, np.diag([3, 3, 3, 1])), folder / f"sub-{i:03d}.nii.gz")
+        for name, subjects, count in (("train", range(160), 800), ("eval", range(160, 200), 200)):
+            records = [_pair(i, subjects[i % len(subjects)], subjects[i * 7 % len(subjects)]) for i in range(count)]
+            (folder / f"{name}.json").write_text(json.dumps(records))
+    words = f"data validate --config {CONFIGS / 't1_0.5b.yaml'} --base {folder / 'base'} --html {folder / 'page.html'}"
+    words += f" --train-data {folder / 'train.json'} --eval-data {folder / 'eval.json'}"
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "umbrella_jax.cli", *words.split()], check=True, capture_output=True)
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    figure("validate_seconds", seconds, "s", limit=60, cpu_seconds=round(busy, 1), conversations=1000, volumes=200)
+
+
+def _pair(number: int, *subjects: int) -> dict[str, Any]:
+    """A conversation about each of the subjects in turn."""
+    turns = []
+    for subject in subjects:
+        image = {"type": "image", "modality": "sMRI", "image_path": f"sub-{subject:03d}.nii.gz"}
+        question = {"type": "text", "text": "What is the sex of this subject?"}
+        answer = {"type": "text", "text": "male." if subject % 2 else "female."}
+        turns += [{"role": "user", "content": [image, question]}, {"role": "assistant", "content": [answer]}]
+    return {"task_id": str(number), "conversations": turns, "metadata": {"task": "sex"}}
+
+
+def make_head(path: Path) -> None:
+    """256³ int16 at 1 mm, stored LIA as FreeSurfer does: a smooth head in the noise of a magnitude image, air too."""
+    import nibabel as nib
+
+    x, y, z = np.ogrid[-1:1:256j, -1:1:256j, -1:1:256j]
+    radius = np.sqrt((x / 0.6) ** 2 + (y / 0.75) ** 2 + (z / 0.65) ** 2)
+    head = 800 * (radius < 1) * (0.6 + 0.4 * np.cos(9 * radius) * np.cos(7 * x * y))
+    rng = np.random.default_rng(0)
+    noisy = np.hypot(head + rng.normal(0, 12, head.shape), rng.normal(0, 12, head.shape))
+    affine = np.array([[-1.0, 0, 0, 128], [0, 0, 1, -128], [0, -1, 0, 128], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image(noisy.astype(np.int16), affine), path)
+
+
+def make_run(path: Path) -> None:
+    """64 x 64 x 36 voxels, 1200 frames, int16: 354 MB, of noise."""
+    import nibabel as nib
+
+    data = np.random.default_rng(0).integers(1, 1000, (1200, 36, 64, 64), np.int16).T
+    nib.save(nib.Nifti1Image(data, np.diag([3, 3, 4, 1.0])), path)
+
+
+def preprocess(path: Path, mode: str) -> list[tuple[float, float]]:
+    """Seconds, and those of the processor, of each of five times that a volume becomes 96³."""
+    from umbrella_jax.config import ModalityConfig
+    from umbrella_jax.data.volume import load_volume
+
+    spacing = {"spacing": 2.7} if mode == "pad" else {}
+    config = ModalityConfig(size=(96, 96, 96), patch=(16, 16, 16), mode=mode, **spacing)
+    return [_seconds(lambda: load_volume(path, config)) for _ in range(5)]
+
+
+def read_window(path: Path, window: int) -> list[float]:
+    """Seconds that one window of 20 frames takes, those of the processor, and the MB that are read of the file."""
+    from umbrella_jax.config import ModalityConfig
+    from umbrella_jax.data.volume import load_volume
+
+    config = ModalityConfig(size=(64, 64, 36, 20), patch=(16, 16, 12, 5))
+    read = _read_so_far()
+    seconds, busy = _seconds(lambda: load_volume(path, config, window))
+    return [seconds, busy, (_read_so_far() - read) / 1e6]
+
+
+def _seconds(work: Callable[[], Any]) -> tuple[float, float]:
+    start, busy = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - start, time.process_time() - busy
+
+
+def _read_so_far() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def data_preprocess(work_dir: Path) -> None:
+    """Volumes and windows of runs from files to arrays, on one core."""
+    head, run, zipped = (work_dir / name for name in ("head.nii.gz", "run.nii", "run.nii.gz"))
+    for path, make in ((head, make_head), (run, make_run), (zipped, make_run)):
+        if not path.exists():
+            make(path)
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # inherited by what `measure` starts
+    try:
+        for mode in ("resize", "pad"):
+            result = measure(preprocess, head, mode)
+            seconds, busy = (statistics.median(times) for times in zip(*result["value"], strict=True))
+            name, peak = f"preprocess_256_to_96_{mode}_seconds", round(result["peak"], 3)
+            figure(name, seconds, "s", limit=0.35, processor=round(busy, 3), peak_gb=peak, limit_gb=0.4)
+        for path, window in ((run, 0), (run, 59), (zipped, 0), (zipped, 59)):
+            result = measure(read_window, path, window)
+            seconds, busy, megabytes = result["value"]
+            figure(
+                f"window_{window}_of_{path.name}_seconds",
+                seconds,
+                "s",
+                processor=round(busy, 3),
+                read_mb=round(megabytes, 1),
+                of_mb=round(path.stat().st_size / 1e6, 1),
+                peak_gb=round(result["peak"], 3),
+            )
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+VOLUMES = 64
+
+
+def make_scans(directory: Path) -> None:
+    """int16 volumes of 128³ and a conversation about each."""
+    import nibabel as nib
+
+    directory.mkdir(parents=True)
+    records, rng = [], np.random.default_rng(0)
+    for i in range(VOLUMES):
+        nib.save(nib.Nifti1Image(rng.integers(0, 4000, (128,) * 3, np.int16), np.eye(4)), directory / f"{i}.nii")
+        image = {"type": "image", "modality": "T1", "image_path": f"{i}.nii"}
+        question, answer = ({"type": "text", "text": text} for text in ("What is the sex?", "female."))
+        turns = [{"role": "user", "content": [image, question]}, {"role": "assistant", "content": [answer]}]
+        records.append({"task_id": str(i), "task_type": "T1", "conversations": turns})
+    (directory / "train.json").write_text(json.dumps(records))
+
+
+def deliver(scans: Path, base: Path, cache: Path, dtype: str) -> list[tuple[float, float]]:
+    """Volumes per second, and per second of CPU time, that one core brings from the cache into batches of 8, in seven
+    passes; the files are in the page cache."""
+    from umbrella_jax.config import ModalityConfig
+    from umbrella_jax.data.cache import VolumeCache
+    from umbrella_jax.data.loader import Dataset, make_plan, train_batches
+    from umbrella_jax.data.tokenize import load_tokenizer
+
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    tokenizer, _ = load_tokenizer(base, None)
+    modalities = {"T1": ModalityConfig(size=(96, 96, 96), patch=(10, 10, 10))}
+    options: dict[str, Any] = {"max_length": 2048, "threads": 1, "cache": VolumeCache(cache, dtype)}
+    dataset = Dataset.load(scans / "train.json", tokenizer, modalities, **options)
+    plan = make_plan(dataset, batch_size=8, accumulate_steps=1, seed=0)
+    steps, rates = 4 * VOLUMES // 8, []
+    for _ in range(8):
+        start = time.perf_counter(), time.process_time()
+        for _batch in train_batches(dataset, plan, start_step=0, num_steps=steps, threads=1):
+            pass
+        rates.append((steps * 8 / (time.perf_counter() - start[0]), steps * 8 / (time.process_time() - start[1])))
+    return rates[1:]
+
+
+def data_cache(work_dir: Path) -> None:
+    """From the cache to batches."""
+    from umbrella_jax.demo import make_base
+
+    scans, base = work_dir / "scans", work_dir / "demo_base"
+    if not scans.exists():
+        make_scans(scans)
+    if not base.exists():
+        make_base(base)
+    for dtype in ("float32", "float16"):
+        rates = measure(deliver, scans, base, work_dir / "cache", dtype)["value"]
+        wall, cpu = (statistics.median(column) for column in zip(*rates, strict=True))
+        more = {"best": round(max(rates)[0], 1), "per_cpu_second": round(cpu, 1)}  # the core may have other work too
+        figure(f"cache_{dtype}_volumes", wall, "1/s of one core", at_least=150, **more)
+
+
+def demo_facts(work_dir: Path) -> Any:
+    """What a plan knows of the demo's training conversations; volumes are not read."""
+    from functools import partial
+
+    from umbrella_jax.config import load_config
+    from umbrella_jax.data.conversation import read_conversations
+    from umbrella_jax.data.loader import facts_of
+    from umbrella_jax.data.tokenize import encode, encode_all, load_tokenizer
+    from umbrella_jax.demo import make_base, make_data
+
+    modalities = load_config(Path(__file__).parents[1] / "configs" / "tiny.yaml").model.modalities
+    tokenizer, _ = load_tokenizer(make_base(work_dir / "demo_base"), None)
+    conversations = read_conversations(make_data(work_dir / "demo_data").train, modalities)
+    encoder = partial(encode, tokenizer=tokenizer, modalities=modalities, max_length=8192)
+    return facts_of(encode_all(conversations, encoder), modalities)
+
+
+def synthetic_facts(subjects: int, single: int, pairs: int, text: int) -> Any:
+    """T1 questions, T3 comparisons of two subjects and questions without an image, in this order: 729 patches for an
+    image and 20 to 60 tokens for a turn, of text alone 20 to 800 in all."""
+    from umbrella_jax.data.plan import Facts
+
+    rng = np.random.default_rng(0)
+    volumes: list[tuple[int, ...]] = [(int(rng.integers(subjects)),) for _ in range(single)]
+    for _ in range(pairs):
+        first, second = rng.choice(subjects, 2, replace=False)
+        volumes.append((int(first), int(second)))
+    volumes += [()] * text
+    turns = np.array([len(shown) * 729 + rng.integers(20, 60, 2 * len(shown)).sum() for shown in volumes])
+    lengths = np.where(turns > 0, turns, rng.integers(20, 800, len(volumes)))
+    return Facts(lengths, rng.integers(3, 30, len(volumes)), volumes, ["T1"] * subjects, {"T1": 729})
+
+
+def data_plan(work_dir: Path) -> None:
+    """What the plans of the demo's, a mixed and a comparing data set cost, and how long a large one takes."""
+    from umbrella_jax.data.plan import MAX_SHAPES, Plan
+
+    sets = {
+        "demo": (demo_facts(work_dir), (16,)),
+        "mixed": (synthetic_facts(400, 1000, 1500, 500), (8, 16, 32)),
+        "comparisons": (synthetic_facts(100, 0, 600, 0), (8, 16, 32)),
+    }
+    for name, (facts, batch_sizes) in sets.items():
+        for batch_size in batch_sizes:
+            report = Plan(facts, batch_size=batch_size, seed=0).report
+            more = {"set": name, "batch_size": batch_size}
+            figure("plan_padding", report.padding, "of positions", **more, limit=0.1)
+            figure("plan_shapes", report.shapes, "shapes", **more, limit=MAX_SHAPES)
+            figure("plan_volumes", report.volumes, "per conversation", **more, shown=round(report.shown, 3))
+    large = synthetic_facts(40_000, 0, 240_000, 0)
+    start = time.perf_counter()
+    plan = Plan(large, batch_size=8, seed=0)
+    made = time.perf_counter()
+    plan.epoch(1)
+    more = {"conversations": len(large), "of_each_epoch": round(time.perf_counter() - made, 2)}
+    figure("plan_seconds", made - start, "s", **more)
+
+
+def data(work_dir: Path) -> None:
+    """Figures of the way from files to batches."""
+    data_preprocess(work_dir)
+    data_cache(work_dir)
+    data_plan(work_dir)
+    data_validate(work_dir)

@@ -1,0 +1,107 @@
+"""Our training step on the workload of `torch_step.py`, as JSON lines."""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from convert.hf_config import CONFIG, UMBRELLA_CONFIG, read_config
+from umbrella_jax.batch import Batch
+from umbrella_jax.config import ModalityConfig, TrainConfig, to_dict
+from umbrella_jax.models import abstract_params
+from umbrella_jax.training import freeze
+from umbrella_jax.training.optimizer import make_optimizer, make_schedule
+from umbrella_jax.training.step import init_state, jit_train_step
+
+IMAGE = 151646
+MODALITIES = {"T1": ModalityConfig(size=(96, 96, 96), patch=(10, 10, 10))}
+
+
+def matmul_rate() -> float:
+    """FLOP/s of float32 products as large as the tower's, the best of 20."""
+    x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(729, 1152), (4304, 1152)]))
+    product = jax.jit(lambda x, w: x @ w.T)
+    product(x, w).block_until_ready()
+    best = np.inf
+    for _ in range(20):
+        start = time.perf_counter()
+        product(x, w).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 729 * 1152 * 4304 / best
+
+
+def make_batch(size: int, rng: np.random.Generator) -> Batch:
+    """[1, B, ...]: a T1 volume and 64 tokens each, its placeholder among them; the last 8 supervised."""
+    patches, text, answer = MODALITIES["T1"].num_patches, 64, 8
+    length = patches + text - 1
+    rows = (1, size, length)
+    ids = rng.integers(0, 150000, rows, np.int32)
+    ids[..., 4 : 4 + patches] = IMAGE
+    feature_idx = np.full(rows, -1, np.int32)
+    feature_idx[..., 4 : 4 + patches] = np.arange(size * patches).reshape(1, size, patches)
+    return Batch(  # type: ignore[call-arg]
+        input_ids=ids,
+        positions=np.broadcast_to(np.arange(length, dtype=np.int32), rows),
+        feature_idx=feature_idx,
+        lengths=np.full((1, size), length, np.int32),
+        target_pos=np.broadcast_to(np.arange(length - answer - 1, length - 1, dtype=np.int32), (1, size, answer)),
+        target_ids=ids[..., -answer:],
+        target_mask=np.ones((1, size, answer), bool),
+        volumes={"T1": rng.standard_normal((1, size, *MODALITIES["T1"].size), np.float32)},
+    )
+
+
+def main() -> None:
+    """Prints a line on the compilation, and one per step: seconds, loss, and the peak of memory so far."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("config", help="config.json, as JSON")
+    parser.add_argument("--remat", choices=["none", "mlp", "full"], required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--compilation-cache", metavar="DIR")
+    args = parser.parse_args()
+    if args.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", args.compilation_cache)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / CONFIG).write_text(args.config)
+        modalities = {name: to_dict(modality) for name, modality in MODALITIES.items()}
+        (Path(folder) / UMBRELLA_CONFIG).write_text(json.dumps({"modalities": modalities}))
+        config = read_config(Path(folder), compute_dtype=args.dtype, remat=args.remat)
+    graphdef, shapes = abstract_params(config)
+    rng = np.random.default_rng(0)
+    labels = freeze.label_params(list(shapes), ["patch_embed"])
+    params = {}
+    for path, leaf in shapes.items():
+        values = np.empty(leaf.shape, np.float32)
+        rng.standard_normal(out=values.reshape(-1), dtype=np.float32)
+        values *= np.float32(0.02)  # in place: the peak of memory is to be the step's
+        values += np.float32("norm" in path)
+        params[path] = jax.device_put(values).astype(args.dtype if labels[path] == freeze.FROZEN else "float32")
+    trainable, frozen = freeze.partition(params, labels)
+    del params
+    train = TrainConfig()
+    optimizer = make_optimizer(train, make_schedule(train, 100), labels)
+    state, batch = init_state(trainable, optimizer), jax.device_put(make_batch(args.batch, rng))
+    print(json.dumps({"matmul_flops": matmul_rate() if jax.default_backend() == "cpu" else None}), flush=True)
+    start = time.perf_counter()
+    step = jit_train_step.lower(state, frozen, batch, graphdef=graphdef, optimizer=optimizer).compile()
+    print(json.dumps({"compile_seconds": time.perf_counter() - start}), flush=True)
+    for _ in range(args.steps):
+        start, busy = time.perf_counter(), time.process_time()
+        state, values = step(state, frozen, batch)
+        loss = float(values["loss"])  # waits for the device
+        seconds, busy = time.perf_counter() - start, time.process_time() - busy
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if stats := jax.devices()[0].memory_stats():
+            peak = stats["peak_bytes_in_use"] / 2**30
+        print(json.dumps({"seconds": seconds, "busy": busy, "peak_gib": peak, "loss": loss}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

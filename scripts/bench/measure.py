@@ -1,0 +1,58 @@
+"""A figure as a JSON line; seconds and memory of work in a process of its own."""
+
+import json
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def figure(name: str, value: float, unit: str, **more: Any) -> None:
+    """Prints one line."""
+    print(json.dumps({"figure": name, "value": round(value, 3), "unit": unit, **more}), flush=True)
+
+
+def resident(pid: int | str = "self") -> float:
+    """Resident memory in GB: what is touched of it, mapped files included."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) * 1024 / 1e9
+
+
+def measure(work: Callable[..., Any], *args: Any) -> dict[str, Any]:
+    """Runs `work(*args)` in a new process; its seconds, the GB that it adds at its peak, and a list that it returns."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=_measured, args=(results, work, args))
+    process.start()
+    result = results.get()
+    process.join()
+    if "error" in result:
+        raise RuntimeError(result["error"])
+    return result
+
+
+def _measured(results: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    try:
+        import jax
+
+        jax.devices()
+        before, peak, done = resident(), 0.0, threading.Event()
+
+        def watch() -> None:
+            nonlocal peak
+            while not done.is_set():
+                peak = max(peak, resident())
+                time.sleep(0.002)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        start = time.perf_counter()
+        value = work(*args)
+        seconds = time.perf_counter() - start
+        done.set()
+        watcher.join()
+        results.put({"seconds": seconds, "peak": peak - before, "value": value if isinstance(value, list) else None})
+    except BaseException as error:
+        results.put({"error": repr(error)})

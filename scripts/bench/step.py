@@ -1,0 +1,83 @@
+"""The training step beside PyTorch's: 0.5b size, a T1 volume of 729 patches, 64 tokens, 8 of them supervised."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.convert import CONFIG_05B
+from bench.measure import figure
+
+# Products that the step cannot do without: forward, and the activations' gradients down to the patch embedding
+# (`umbrella-jax plan` counts them).
+FLOOR = 2.523e12
+ROUNDS, STEPS = 2, 3
+_JAX, _TORCH = (Path(__file__).with_name(name) for name in ("jax_step.py", "torch_step.py"))
+
+
+def run(script: Path, *options: str) -> list[dict[str, Any]]:
+    """The lines that a script prints."""
+    words = [sys.executable, str(script), json.dumps(CONFIG_05B), *options]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, options))}: {done.stderr[-2000:]}")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def step(work_dir: Path) -> None:
+    """Seconds and memory of a training step, ours and PyTorch's in turn."""
+    steps = ["--steps", str(STEPS)]
+    pairs = {  # ours, and what of PyTorch's it is held against
+        "none": (["--remat", "none", *steps], ["--mode", "tuned", *steps], 0.95),
+        "mlp": (["--remat", "mlp", *steps], ["--mode", "tuned", "--remat", *steps], 0.85),
+    }
+    ours: dict[str, list[dict[str, Any]]] = {name: [] for name in pairs}
+    theirs: dict[str, list[dict[str, Any]]] = {name: [] for name in pairs}
+    rates, compiled, cache = [], [], str(work_dir / "compilation")
+    for _ in range(ROUNDS):
+        for name, (our_options, their_options, _) in pairs.items():
+            rate, compilation, *lines = run(_JAX, *our_options)
+            rates.append(rate["matmul_flops"])
+            compiled.append(compilation["compile_seconds"] + lines[0]["seconds"])
+            ours[name] += lines[1:]
+            theirs[name] += run(_TORCH, *their_options)[1:]
+    seconds = {name: _median(lines) for name, lines in ours.items()}
+    for name, (_, _, limit) in pairs.items():
+        times = sorted(line["seconds"] for line in ours[name])
+        torch = sorted(line["seconds"] for line in theirs[name])
+        peaks = {"peak_gib": _peak(ours[name]), "torch_peak_gib": _peak(theirs[name])}
+        figure(f"step_{name}_seconds", seconds[name], "s", all=_rounded(times), torch=_rounded(torch), **peaks)
+        ratio = seconds[name] / _median(theirs[name])
+        figure(
+            f"step_{name}_to_torch",
+            ratio,
+            "",
+            limit=limit,
+            memory=round(peaks["peak_gib"] / peaks["torch_peak_gib"], 2),
+        )
+    rate = max(rates)
+    figure(
+        "step_none_of_matmul_rate", FLOOR / seconds["none"] / rate, "", at_least=0.8, matmul_gflops=round(rate / 1e9)
+    )
+    figure("first_step_more_seconds", statistics.median(compiled) - seconds["none"], "s", limit=10)
+    for _ in range(2):  # filled, then used
+        _, compilation, *lines = run(_JAX, "--remat", "none", "--steps", "2", "--compilation-cache", cache)
+    more = compilation["compile_seconds"] + lines[0]["seconds"] - lines[1]["seconds"]
+    figure("first_step_more_seconds_cached", more, "s", limit=4)
+    reference = run(_TORCH, "--mode", "reference", "--remat", "--steps", "2")[1:]
+    ratio = seconds["none"] / _median(reference)
+    figure("step_none_to_reference", ratio, "", limit=0.2, torch_seconds=round(_median(reference), 1))
+
+
+def _median(lines: list[dict[str, Any]]) -> float:
+    return statistics.median(line["seconds"] for line in lines)
+
+
+def _peak(lines: list[dict[str, Any]]) -> float:
+    return round(max(line["peak_gib"] for line in lines), 2)
+
+
+def _rounded(times: list[float]) -> list[float]:
+    return [round(t, 1) for t in times]
