@@ -185,7 +185,8 @@ def test_every_remat_policy_gives_the_same_gradient():
         grads[remat] = jax.jit(jax.grad(loss))(params)
     for path, leaf in grads["full"].items():  # the same sums, but XLA may add in another order
         for other in (grads["none"][path], grads["mlp"][path]):
-            assert jnp.abs(other - leaf).max() <= 1e-5 * jnp.abs(leaf).max(), path
+            # a bias of k moves all scores of a query alike: its gradient is 0 but for rounding
+            assert jnp.abs(other - leaf).max() <= 1e-5 * jnp.abs(leaf).max() + 1e-10, path
 
 
 def test_remat_policies_recompute_what_they_say():
