@@ -204,7 +204,7 @@ def demo_facts(work_dir: Path) -> Any:
     from umbrella_jax.data.tokenize import encode, encode_all, load_tokenizer
     from umbrella_jax.demo import make_base, make_data
 
-    modalities = load_config(Path(__file__).parents[1] / "configs" / "tiny.yaml").model.modalities
+    modalities = load_config(CONFIGS / "tiny.yaml").model.modalities
     tokenizer, _ = load_tokenizer(make_base(work_dir / "demo_base"), None)
     conversations = read_conversations(make_data(work_dir / "demo_data").train, modalities)
     encoder = partial(encode, tokenizer=tokenizer, modalities=modalities, max_length=8192)
