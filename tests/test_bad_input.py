@@ -109,6 +109,7 @@ def section(name: str, **values: Any) -> Callable[[Record], None]:
         (section("model.modalities.T1", mode="pad", spacing=0), ["T1: spacing 0.0: expected a positive number of mm"]),
         (section("model.modalities.rsfMRI", mode="resize"), ["rsfMRI: mode resize: expected pad for 4D volumes"]),
         (section("model.modalities.rsfMRI", spacing=2), ["rsfMRI: spacing 2.0: only 3D volumes with mode pad"]),
+        (section("", seed=-1), ["seed: expected 0 or more, got -1"]),
         (section("model", remat="partial"), ["model.remat", "'none', 'mlp' or 'full'"]),
         (section("model", modalities={}), ["modalities: expected at least one"]),
         (section("train", eval_steps=5), ["train.eval_steps", "--eval-data"]),

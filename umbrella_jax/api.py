@@ -126,7 +126,7 @@ class Checkpoint:
             raise CheckpointError(f"{path}: {overlay} goes onto the Hugging Face directory that it was trained on")
         if kind == "run":
             config = read_config(run / MODEL, modalities, **options)
-            settings = load_config(run / CONFIG)
+            settings = load_config(run / CONFIG, {"model.remat": "full"})  # not asked; older runs may say `dots`
             assert settings.model.base is not None  # a run does not start without
             # what it did not train is as it was when it began
             options |= {"init": settings.model.patch_embed_init, "seed": settings.seed}

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal
 
 from umbrella_jax.errors import ConfigError
 
-DType = Literal["float32", "bfloat16", "float16"]
 RematPolicy = Literal["none", "mlp", "full"]
 PatchEmbedInit = Literal["random", "inflate", "resample"]
 Template = Literal["umbrella", "original", "chat"]
@@ -297,6 +296,8 @@ class RunConfig:
     seed: int = 1234
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed: expected 0 or more, got {self.seed}")
         shortest = min(length for modality in self.model.modalities.values() for length in modality.size[:3])
         if 2 * self.data.augment.translation >= shortest:
             raise ConfigError(

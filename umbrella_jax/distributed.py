@@ -74,6 +74,8 @@ def start(
                 )
                 os._exit(1)
 
+    # jax would catch SIGTERM, and leave it to the program to end
+    jax.config.update("jax_enable_preemption_service", False)
     Thread(target=watch, daemon=True).start()
     try:
         jax.distributed.initialize(**options, initialization_timeout=timeout + 60)

@@ -32,7 +32,7 @@ from umbrella_jax.errors import ConfigError
 from umbrella_jax.evaluation.generate import greedy
 from umbrella_jax.evaluation.metrics import accuracy
 from umbrella_jax.models import Params, abstract_params
-from umbrella_jax.sharding import make_mesh, process_part, put_batch, replicated
+from umbrella_jax.sharding import make_mesh, put_batch, replicated
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule
@@ -87,6 +87,8 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
     first = jax.process_index() == 0
     say = say if first else _nothing
     mesh = make_mesh()
+    with together():
+        pass  # the first meeting, for which jax waits half a minute at most, before some read longer than others
     with together():
         out = _output_dir(config, mesh, resume)
         base = open_base(config)
@@ -275,18 +277,25 @@ def _evaluate(
     trainable: Params,
 ) -> dict[str, float]:
     """Loss over the answers and greedy accuracy on the evaluation data; answers go to predictions/step_N.jsonl."""
-    batches = partial(eval_batches, dataset, config.train.batch_size, threads=config.data.threads, divisor=mesh.size)
+    batches = partial(
+        eval_batches,
+        dataset,
+        config.train.batch_size,
+        threads=config.data.threads,
+        divisor=mesh.size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
     loss, supervised = 0.0, 0
     for _, batch in batches(prompts=False):
-        placed = put_batch(process_part(batch), mesh, axis=0)
-        batch_loss, count = jit_eval_step(trainable, frozen, placed, graphdef=graphdef)
+        batch_loss, count = jit_eval_step(trainable, frozen, put_batch(batch, mesh, axis=0), graphdef=graphdef)
         loss, supervised = loss + float(batch_loss), supervised + int(count)
     stop = np.array(processor.stop_ids, np.int32)
     found: dict[int, dict[str, Any]] = {}
     for indices, batch in batches(prompts=True):
         answers = greedy(
             trainable | frozen,
-            put_batch(process_part(batch), mesh, axis=0),
+            put_batch(batch, mesh, axis=0),
             stop,
             graphdef=graphdef,
             max_new_tokens=config.train.max_new_tokens,

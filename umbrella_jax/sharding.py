@@ -37,8 +37,3 @@ def put_batch(batch: T, mesh: Mesh, *, axis: int) -> T:
     sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
     # not jax.device_put, which lets the processes compare their arrays first
     return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), batch)
-
-
-def process_part(batch: T) -> T:
-    """This process's rows of a batch [B, ...] that every process made as a whole."""
-    return jax.tree.map(lambda leaf: np.split(leaf, jax.process_count())[jax.process_index()], batch)

@@ -303,3 +303,16 @@ def test_a_flip_of_what_has_no_orientation_is_refused(record, write_json, tokeni
     Dataset.load(path, tokenizer, modalities, **options)
     with pytest.raises(DataError, match=r"a\.npy: left_right_flip: its orientation is unknown"):
         Dataset.load(path, tokenizer, modalities, augment=AugmentConfig(left_right_flip=0.5), **options)
+
+
+def test_a_file_shown_as_two_modalities_has_the_axes_of_each(record, write_json, tokenizer, tmp_path):
+    nib.save(nib.Nifti1Image(np.ones((6, 7, 5), np.float32), np.diag([-1, 1, 1, 1])), tmp_path / "a.nii")
+    path = write_json("data.json", [record([("user", ["T1:a.nii", "fMRI:a.nii"]), ("assistant", ["yes"])])])
+    geometry = {"size": (6, 7, 5), "patch": (3, 2, 4)}
+    modalities = {
+        "T1": ModalityConfig(**geometry, orientation="as_stored"),
+        "rsfMRI": ModalityConfig(**geometry),
+    }
+    augment = AugmentConfig(left_right_flip=0.5)
+    dataset = Dataset.load(path, tokenizer, modalities, max_length=200, threads=1, augment=augment)
+    assert dataset.axes == {(tmp_path / "a.nii", "T1"): "LAS", (tmp_path / "a.nii", "rsfMRI"): "RAS"}

@@ -421,6 +421,17 @@ def test_the_page_shows_what_augmentation_does(config, ask, nifti, write_json, t
     assert not np.array_equal(plain, noisy)
 
 
+def test_what_float16_cannot_hold_is_a_fault(config, ask, nifti, write_json, tmp_path):
+    nifti("a.nii", np.full(SHAPE, 1e5, np.float32) + np.arange(210).reshape(SHAPE))
+    train = write_json("train.json", ask("a.nii"))
+    for dtype, ok in (("float32", True), ("float16", False)):
+        settings = config(train, cache=str(tmp_path / "cache"), cache_dtype=dtype)
+        modality = replace(settings.model.modalities["T1"], scaling="none")
+        report = validate(replace(settings, model=replace(settings.model, modalities={"T1": modality})))
+        assert any("float16 ends at 65504" in line for line in report.lines()) != ok
+        assert report.ok == ok, report.lines()
+
+
 def test_a_flip_of_what_has_no_orientation_is_a_fault(config, ask, write_json, tmp_path):
     np.save(tmp_path / "a.npy", np.random.default_rng(0).random(SHAPE, np.float32))
     for augment, ok in ((AugmentConfig(), True), (AugmentConfig(left_right_flip=0.5), False)):

@@ -72,6 +72,15 @@ class _Source:
     digest: str
 
 
+def check_float16(path: Path, volume: np.ndarray) -> None:
+    """Raises DataError, naming the file, where float16 does not reach to a preprocessed volume's values."""
+    if (largest := max(volume.max(), -volume.min())) > _LARGEST:
+        raise DataError(
+            f"{path}: values up to {largest:.6g}, float16 ends at {_LARGEST:.0f}; "
+            "expected data.cache_dtype: float32, or a scaling of the modality"
+        )
+
+
 class VolumeCache:
     """`load_volume` with a memory. Safe for threads, and for processes that share the directory.
 
@@ -216,11 +225,8 @@ class VolumeCache:
         volume = preprocess(path, image, config, window)
         if _stat(path)[0] != source.stat:  # it would be kept under the digest of what it was
             raise DataError(f"{path}: changed since the run began; expected volumes that stay as they are, begin again")
-        if self.dtype == np.float16 and (largest := max(volume.max(), -volume.min())) > _LARGEST:
-            raise DataError(
-                f"{path}: values up to {largest:.6g}, float16 ends at {_LARGEST:.0f}; "
-                "expected data.cache_dtype: float32, or a scaling of the modality"
-            )
+        if self.dtype == np.float16:
+            check_float16(path, volume)
         volume = np.ascontiguousarray(volume, self.dtype)  # safetensors writes others wrong
         key = self._key(source, config, window)
         metadata = {

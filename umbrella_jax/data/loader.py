@@ -1,6 +1,7 @@
 """Batches of a run as its plan says, a pure function of seed and step; threads read ahead."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -41,8 +42,8 @@ class Dataset:
     """Where preprocessed volumes are kept and read from."""
     augment: AugmentConfig = _UNCHANGED
     """How training changes volumes at random."""
-    axes: Mapping[Path, str | None] = field(default_factory=dict)
-    """Orientation of each file's preprocessed array, as `axis_codes` says it; filled where `augment` is on."""
+    axes: Mapping[tuple[Path, str], str | None] = field(default_factory=dict)
+    """Orientation of the preprocessed array of each file and modality, as `axis_codes` says it; filled where `augment` is on."""
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -92,7 +93,7 @@ class Dataset:
         # a stream of its own: four numbers, where the plan and the windows have two and three
         augmentation = draw(self.augment, np.random.default_rng([seed, epoch, conversation, 1]))
         background = 0.0 if config.scaling == "znorm_zeroback" else None
-        return augmentation.apply(volume, self.axes[image.path], place, background=background)
+        return augmentation.apply(volume, self.axes[image.path, image.modality], place, background=background)
 
     @classmethod
     def load(
@@ -153,11 +154,13 @@ class Dataset:
         windows = collect(lambda: check_volumes(images, modalities, threads, check))
         if encoded is None or prompts is None or windows is None:
             raise DataError(faults)
-        axes: dict[Path, str | None] = {}  # not asked for where nothing needs them: a file is opened for each
+        axes: dict[tuple[Path, str], str | None] = {}  # a file is opened for each: only where needed
         if augment != _UNCHANGED:
             orientation = _axes if cache is None else cache.axes
-            axes = {image.path: orientation(image.path, modalities[image.modality]) for image in windows}
-            check_axes(augment, axes)
+            with ThreadPoolExecutor(threads) as pool:
+                codes = pool.map(lambda image: orientation(image.path, modalities[image.modality]), windows)
+                axes = {(image.path, image.modality): c for image, c in zip(windows, codes, strict=True)}
+            check_axes(augment, {path: c for (path, _), c in axes.items()})
         return cls(tuple(kept), tuple(encoded), tuple(prompts), windows, modalities, cache, augment, axes)
 
 
@@ -242,16 +245,24 @@ def train_batches(
 
 
 def eval_batches(
-    dataset: Dataset, batch_size: int, *, prompts: bool, threads: int = 4, divisor: int = 1
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    prompts: bool,
+    threads: int = 4,
+    divisor: int = 1,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Iterator[tuple[list[int], Batch]]:
     """Every conversation once, with the first window of its runs; planned as training is, always the same.
 
     Args:
         prompts: what to generate from, instead of the whole conversations.
+        process_index, process_count: the part of each batch that is made, see `collate`; no other volumes are read.
 
     Yields:
-        Indices into `dataset.conversations`, in no particular order, and the Batch (no axis A) whose first rows they
-        are; empty rows may follow.
+        Indices into `dataset.conversations`, in no particular order, and the Batch (no axis A) whose first rows, those
+        of all processes, they are; empty rows may follow.
 
     Raises:
         DataError: a volume cannot be read any more, or `prompts` of a dataset that was not loaded for evaluation.
@@ -261,7 +272,8 @@ def eval_batches(
 
     def make(index: int) -> tuple[list[int], Batch]:
         (indices,), shape = updates[index].rows, updates[index].shape
-        batch = collate([[rows[i] for i in indices]], dataset.volume, dataset.modalities, shape)
+        part = {"process_index": process_index, "process_count": process_count}
+        batch = collate([[rows[i] for i in indices]], dataset.volume, dataset.modalities, shape, **part)
         return list(indices), _first(batch)
 
     return _prefetch(make, 0, len(updates), threads)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from umbrella_jax.config import RunConfig
 from umbrella_jax.data.augment import check_axes
 from umbrella_jax.data.bids import MAX_CLASSES
+from umbrella_jax.data.cache import check_float16
 from umbrella_jax.data.conversation import Conversation, Image, scan_conversations
 from umbrella_jax.data.report import PROPERTIES, SETS, Contents, Finding, Report, Set, Severity, Volume
 from umbrella_jax.data.tokenize import encode, encode_prompt, reference_answer
@@ -156,11 +157,14 @@ def _volumes(config: RunConfig, sets: Mapping[str, Set]) -> tuple[list[Volume], 
         for image in (image for c in s.conversations for image in c.images):
             shown[image][name] = None
 
+    def look_at(path: Path) -> Callable[[np.ndarray], object]:
+        return partial(check_float16, path) if config.data.cache_dtype == "float16" else lambda volume: None
+
     def look(image: Image) -> tuple[Volume, tuple[str, ...]]:
         windows, contents = 0, None
         faults: tuple[str, ...] = ()
         try:
-            windows = check_volume(image.path, config.model.modalities[image.modality])
+            windows = check_volume(image.path, config.model.modalities[image.modality], look_at(image.path))
         except DataError as error:
             faults = error.faults
         try:

@@ -87,12 +87,17 @@ def _span(config: ModalityConfig) -> int:
     return (config.size[3] - 1) * config.stride_within_seq + 1
 
 
-def check_volume(path: str | Path, config: ModalityConfig) -> int:
-    """Reads and preprocesses a file, all windows of a run included, and keeps none of it. Returns their number."""
+def check_volume(
+    path: str | Path, config: ModalityConfig, look: Callable[[np.ndarray], object] = lambda volume: None
+) -> int:
+    """Reads and preprocesses a file, all windows of a run included, and keeps none of it. Returns their number.
+
+    `look` is shown each; what it raises is raised.
+    """
     image = open_volume(path, config)
     count = count_windows(image, config)
     for window in reading_order(count, config):
-        preprocess(path, image, config, window)
+        look(preprocess(path, image, config, window))
     return count
 
 

@@ -70,7 +70,7 @@ def _blocks(shape: tuple[int, ...], keys: int, causal: bool) -> list[tuple[slice
     """Queries block by block, and how many keys a block can see: above the diagonal nothing is computed."""
     rows, heads, queries, _ = shape
     wanted = -(-rows * heads * queries * keys * 4 // _BLOCK_BYTES)
-    count = min(max(wanted, 4 if causal else 1), 8)
+    count = min(max(wanted, 4 if causal else 1), 8, -(-queries // 128))  # each is compiled on its own
     size = -(-queries // count)
     starts = range(0, queries, size)
     return [(slice(i, min(i + size, queries)), min(i + size, keys) if causal else keys) for i in starts]
