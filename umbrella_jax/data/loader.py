@@ -43,7 +43,7 @@ class Dataset:
     augment: AugmentConfig = _UNCHANGED
     """How training changes volumes at random."""
     axes: Mapping[tuple[Path, str], str | None] = field(default_factory=dict)
-    """Orientation of the preprocessed array of each file and modality, as `axis_codes` says it; filled where `augment` is on."""
+    """Orientation of the preprocessed array by file and modality, see `axis_codes`; filled where `augment` is on."""
 
     def __len__(self) -> int:
         return len(self.conversations)

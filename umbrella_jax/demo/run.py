@@ -46,7 +46,8 @@ def run_demo(directory: Path, *, seed: int = 0, arguments: Sequence[str] = ()) -
     )
 
     command("convert", "from-hf", base, native, "--config", CONFIG)
-    options = ["--base", native, "--train-data", data.train, "--eval-data", data.eval, "--output-dir", run]
+    options = ["--base", native, "--train-data", data.train, "--eval-data", data.eval]
+    options += ["--output-dir", run, "--cache", directory / "cache"]
     command("train", "--config", CONFIG, *options, *arguments)
     command("convert", "to-hf", run, export)
 
