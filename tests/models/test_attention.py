@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from umbrella_jax.models import attention as module
+from umbrella_jax.models import xla_attention as module
 from umbrella_jax.models.attention import attention
 
 CASES = {  # B, T, S, H, K, Dh

@@ -121,8 +121,8 @@ class Plan:
             f"memory and links reach {OF_BANDWIDTH:.0%} of their bandwidth; {RESERVED:.0%} of memory is left free",
             "a step takes max(compute, memory, collectives of gradients, of weights) + collectives of activations",
             "latencies, data loading and evaluation are not counted",
-            "attention keeps no scores (a flash kernel, which this version has not yet: its blocks of scores are not "
-            "counted), a causal mask's half is counted as done",
+            "a causal mask's half is counted as done",
+            "attention keeps no scores, as a flash kernel; blocks of scores of this version's are not counted",
             "train shares out the batch alone in this version (N×1×1); other meshes are to come",
         ]
 
