@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.convert import CONFIG_05B
-from bench.data import synthetic_facts
+from bench.data import CONFIGS, synthetic_facts
+from bench.jax_step import model_config
 from bench.measure import figure
+from umbrella_jax.config import load_config
 from umbrella_jax.data.plan import Plan
+from umbrella_jax.plan import make_plan, parse_devices
 
 # Products that the step cannot do without: forward, and the activations' gradients down to the patch embedding
 # (`umbrella-jax plan` counts them).
@@ -63,6 +66,7 @@ def step(work_dir: Path) -> None:
     figure(
         "step_none_of_matmul_rate", FLOOR / seconds["none"] / rate, "", at_least=0.8, matmul_gflops=round(rate / 1e9)
     )
+    figure("step_none_to_plan", seconds["none"] / planned(rate), "", limit=1.25, planned=round(planned(rate), 1))
     figure("first_step_more_seconds", statistics.median(compiled) - seconds["none"], "s", limit=10)
     for _ in range(2):  # filled, then used
         _, compilation, *lines = run(_JAX, "--remat", "none", "--steps", "2", "--compilation-cache", cache)
@@ -71,6 +75,14 @@ def step(work_dir: Path) -> None:
     reference = run(_TORCH, "--mode", "reference", "--remat", "--steps", "2")[1:]
     ratio = seconds["none"] / _median(reference)
     figure("step_none_to_reference", ratio, "", limit=0.2, torch_seconds=round(_median(reference), 1))
+
+
+def planned(rate: float) -> float:
+    """Seconds that `umbrella-jax plan --devices cpu --flops RATE` says of the step."""
+    config = load_config(CONFIGS / "t1_0.5b.yaml", {"model.remat": "none", "train.batch_size": 1})
+    model = model_config(json.dumps(CONFIG_05B), "float32", "none")
+    devices = parse_devices("cpu", flops=rate, dtype="float32")
+    return make_plan(config, model, devices, frozen_dtype="float32", text_tokens=64).configured[0].step_seconds
 
 
 def sharing(work_dir: Path) -> None:
