@@ -1,7 +1,6 @@
 """Every backend of attention against a dense reference: values, gradients, padding; and which one a device gets."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,6 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from umbrella_jax.models import native_backend
 from umbrella_jax.models.attention import attention
-from umbrella_jax.models.splash_attention import splash_shape
 
 CASES = {  # B, T, S, H, K, Dh
     "grouped": (2, 37, 37, 6, 2, 72),
