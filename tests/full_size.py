@@ -30,11 +30,8 @@ def full_size(tmp_path: Path, size: str, dtype: str, **changes: Any) -> tuple[Ru
     return run, replace(model, vision=vision, text=text, **changes)
 
 
-def abstract_step(
-    run: RunConfig, model: LlavaConfig, batch_size: int, frozen_dtype: str
-) -> tuple[Any, tuple[Any, ...]]:
-    """The training step, jitted, and the shapes of its arguments: one T1, 64 text tokens, 8 of them supervised, per
-    conversation."""
+def abstract_step(run: RunConfig, model: LlavaConfig, batch_size: int, frozen_dtype: str) -> tuple[Any, Any]:
+    """The training step, jitted, and its arguments: per conversation one T1, 64 text tokens, 8 of them supervised."""
     graphdef, shapes = abstract_params(model)
     labels = freeze.label_params(list(shapes), list(run.train.groups))
     trainable, frozen = freeze.partition(shapes, labels)

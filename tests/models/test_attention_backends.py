@@ -1,6 +1,7 @@
 """Every backend of attention against a dense reference: values, gradients, padding; and which one a device gets."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from umbrella_jax.models import native_backend
-from umbrella_jax.models.attention import attention
+from umbrella_jax.errors import ConfigError
+from umbrella_jax.models.attention import attention, choose_backend, native_backend
+from umbrella_jax.models.splash_attention import splash_block, splash_shape
 
 CASES = {  # B, T, S, H, K, Dh
     "grouped": (2, 37, 37, 6, 2, 72),
@@ -83,3 +85,44 @@ def test_values_and_gradients(backend, case, causal, dtype):
 def test_values_and_gradients_on_a_gpu(backend, case, causal, dtype):
     assert native_backend(jax.devices()[0]) == "cudnn"
     check(backend, case, causal, dtype)
+
+
+@pytest.mark.parametrize("length", [1, 37, 256, 257, 512, 729, 793, 1024, 1500, 8192])
+def test_splash_pads_to_whole_blocks(length):
+    padded, width = splash_shape(length, 72)
+    assert (padded % splash_block(length), width) == (0, 128)
+    assert length <= padded < length + 256
+    assert splash_block(length) % 128 == 0
+
+
+def test_which_backend_a_device_gets():
+    device = lambda platform, **more: native_backend(SimpleNamespace(platform=platform, **more))  # noqa: E731
+    assert native_backend(jax.devices("cpu")[0]) == "xla"
+    assert device("tpu") == "splash"
+    assert device("gpu", compute_capability="9.0") == device("gpu", compute_capability="12.0") == "cudnn"
+    assert device("gpu", compute_capability="7.0") == device("gpu", compute_capability="gfx942") == "xla"
+
+
+def test_what_auto_means():
+    choose = partial(choose_backend, "auto")
+    assert choose("splash", "float32", (72, 64)) == "splash"
+    assert choose("cudnn", "bfloat16", (72, 64)) == choose("cudnn", "float16", (128,)) == "cudnn"
+    assert choose("cudnn", "float32", (72, 64)) == choose("cudnn", "bfloat16", (72, 60)) == "xla"
+    assert choose("cudnn", "bfloat16", (72, 136)) == choose("xla", "bfloat16", (72, 64)) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "native", "dtype", "words"),
+    [
+        ("splash", "cudnn", "bfloat16", ["model.attention: splash is for TPUs", "expected auto or xla"]),
+        ("cudnn", "xla", "bfloat16", ["model.attention: cudnn is for NVIDIA GPUs since Ampere"]),
+        ("cudnn", "cudnn", "float32", ["model.attention: cudnn", "not float32 with heads of 72, 64", "compute_dtype"]),
+    ],
+)
+def test_a_backend_that_cannot_serve_is_refused(wanted, native, dtype, words):
+    with pytest.raises(ConfigError) as error:
+        choose_backend(wanted, native, dtype, (72, 64))
+    for word in words:
+        assert word in str(error.value)
+    assert choose_backend("xla", native, dtype, (72, 64)) == "xla"
+    assert choose_backend(native, native, "bfloat16", (72, 64)) == native

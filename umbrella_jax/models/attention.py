@@ -34,10 +34,11 @@ def attention(
     lengths: Array | None = None,
     backend: AttentionBackend = "xla",
 ) -> Array:
-    """Softmax(q·kᵀ/√Dh + mask)·v, softmax in float32.
+    """Softmax(q·kᵀ/√Dh + mask)·v, softmax in float32, by a backend that serves here (`choose_backend`).
 
     q [B, T, H, Dh]; k, v [B, S, K, Dh] with K kv heads, H a multiple of K (head h reads kv head h·K/H);
-    lengths int32 [B]: keys in use, counted from the left. Returns [B, T, H, Dh] in q's dtype.
+    lengths int32 [B]: keys in use, counted from the left; padding among the queries sees them too.
+    Returns [B, T, H, Dh] in q's dtype.
     """
     chex.assert_equal_shape([k, v])
     chex.assert_equal_shape_prefix([q, k], 1)

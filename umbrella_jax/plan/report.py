@@ -23,8 +23,8 @@ RESERVED = 0.1
 _ATTENTION = {
     "xla": "attention is XLA's: no scores are kept; those at work at a time, and their traffic, are not counted",
     "cudnn": "attention is cuDNN's flash kernel, which writes no scores",
-    "splash": "attention is splash, a flash kernel, which writes no scores; memory of what it pads (heads to 128, lengths "
-    "to blocks) is counted, products are not",
+    "splash": "attention is splash, a flash kernel, which writes no scores; memory of what it pads (heads to 128, "
+    "lengths to blocks) is counted, products are not",
 }
 _SHOWN = 6  # meshes in a table
 _COUNTS: dict[str, str | None] = {"floor": None} | {policy: policy for policy in KEPT}
