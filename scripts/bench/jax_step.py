@@ -13,7 +13,7 @@ import numpy as np
 from convert.hf_config import CONFIG, UMBRELLA_CONFIG, read_config
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import ModalityConfig, TrainConfig, to_dict
-from umbrella_jax.models import abstract_params, native_backend
+from umbrella_jax.models import abstract_params
 from umbrella_jax.training import freeze
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule
 from umbrella_jax.training.step import init_state, jit_train_step
@@ -73,7 +73,6 @@ def main() -> None:
         modalities = {name: to_dict(modality) for name, modality in MODALITIES.items()}
         (Path(folder) / UMBRELLA_CONFIG).write_text(json.dumps({"modalities": modalities}))
         config = read_config(Path(folder), compute_dtype=args.dtype, remat=args.remat)
-        config = config.with_attention("auto", native_backend(jax.devices()[0]))
     graphdef, shapes = abstract_params(config)
     rng = np.random.default_rng(0)
     labels = freeze.label_params(list(shapes), ["patch_embed"])
