@@ -4,6 +4,8 @@
     python scripts/benchmark.py convert [--work-dir D]     needs the extra `torch`, 12 GB of disk
     python scripts/benchmark.py data [--work-dir D]        needs the extra `report`, 1 GB of disk
     python scripts/benchmark.py step [--work-dir D]        needs the extra `torch`, 13 GB of memory, half an hour
+    python scripts/benchmark.py sharing [--work-dir D]     ten minutes
+    python scripts/benchmark.py compile [--work-dir D]
 
 Every measurement has a process of its own, begun with the files in the page cache; peaks are over what the
 interpreter holds with jax imported and its devices found.
@@ -13,15 +15,16 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from bench.compile import compile
 from bench.convert import convert
 from bench.data import data
-from bench.step import step
+from bench.step import sharing, step
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
-    for work in (convert, data, step):
+    for work in (convert, data, step, sharing, compile):
         command = commands.add_parser(work.__name__, help=work.__doc__)
         command.add_argument("--work-dir", type=Path, help="where files are made and left; default a temporary folder")
         command.set_defaults(work=work)

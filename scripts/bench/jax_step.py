@@ -12,8 +12,8 @@ import numpy as np
 
 from convert.hf_config import CONFIG, UMBRELLA_CONFIG, read_config
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import ModalityConfig, TrainConfig, to_dict
-from umbrella_jax.models import abstract_params
+from umbrella_jax.config import ModalityConfig, RematPolicy, TrainConfig, to_dict
+from umbrella_jax.models import LlavaConfig, abstract_params
 from umbrella_jax.training import freeze
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule
 from umbrella_jax.training.step import init_state, jit_train_step
@@ -35,15 +35,21 @@ def matmul_rate() -> float:
     return 2 * 729 * 1152 * 4304 / best
 
 
-def make_batch(size: int, rng: np.random.Generator) -> Batch:
-    """[1, B, ...]: a T1 volume and 64 tokens each, its placeholder among them; the last 8 supervised."""
+def make_batch(size: int, images: int, volumes: int, rng: np.random.Generator) -> Batch:
+    """[1, B, ...]: `images` T1 scans and 64 tokens each, their placeholders among them; the last 8 supervised.
+
+    `volumes` distinct scans go round over the images.
+    """
     patches, text, answer = MODALITIES["T1"].num_patches, 64, 8
-    length = patches + text - 1
-    rows = (1, size, length)
+    length = text + images * (patches - 1)
+    rows, first = (1, size, length), 4
     ids = rng.integers(0, 150000, rows, np.int32)
-    ids[..., 4 : 4 + patches] = IMAGE
     feature_idx = np.full(rows, -1, np.int32)
-    feature_idx[..., 4 : 4 + patches] = np.arange(size * patches).reshape(1, size, patches)
+    for b in range(size):
+        for i in range(images):
+            place = slice(first + i * (patches + 4), first + i * (patches + 4) + patches)
+            ids[0, b, place] = IMAGE
+            feature_idx[0, b, place] = (b * images + i) % volumes * patches + np.arange(patches)
     return Batch(  # type: ignore[call-arg]
         input_ids=ids,
         positions=np.broadcast_to(np.arange(length, dtype=np.int32), rows),
@@ -52,8 +58,20 @@ def make_batch(size: int, rng: np.random.Generator) -> Batch:
         target_pos=np.broadcast_to(np.arange(length - answer - 1, length - 1, dtype=np.int32), (1, size, answer)),
         target_ids=ids[..., -answer:],
         target_mask=np.ones((1, size, answer), bool),
-        volumes={"T1": rng.standard_normal((1, size, *MODALITIES["T1"].size), np.float32)},
+        volumes={"T1": rng.standard_normal((1, volumes, *MODALITIES["T1"].size), np.float32)},
     )
+
+
+def model_config(text: str, dtype: str, remat: RematPolicy, layers: int | None = None) -> LlavaConfig:
+    """The model of a config.json, cut to so many layers."""
+    content = json.loads(text)
+    for part in ("vision_config", "text_config"):
+        content[part]["num_hidden_layers"] = layers or content[part]["num_hidden_layers"]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / CONFIG).write_text(json.dumps(content))
+        modalities = {name: to_dict(modality) for name, modality in MODALITIES.items()}
+        (Path(folder) / UMBRELLA_CONFIG).write_text(json.dumps({"modalities": modalities}))
+        return read_config(Path(folder), compute_dtype=dtype, remat=remat)
 
 
 def main() -> None:
@@ -62,17 +80,16 @@ def main() -> None:
     parser.add_argument("config", help="config.json, as JSON")
     parser.add_argument("--remat", choices=["none", "mlp", "full"], required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--layers", type=int, help="of tower and language model each; default as configured")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--images", type=int, default=1, help="of a conversation")
+    parser.add_argument("--volumes", type=int, help="distinct ones of the batch; default one for each image")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compilation-cache", metavar="DIR")
     args = parser.parse_args()
     if args.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", args.compilation_cache)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / CONFIG).write_text(args.config)
-        modalities = {name: to_dict(modality) for name, modality in MODALITIES.items()}
-        (Path(folder) / UMBRELLA_CONFIG).write_text(json.dumps({"modalities": modalities}))
-        config = read_config(Path(folder), compute_dtype=args.dtype, remat=args.remat)
+    config = model_config(args.config, args.dtype, args.remat, args.layers)
     graphdef, shapes = abstract_params(config)
     rng = np.random.default_rng(0)
     labels = freeze.label_params(list(shapes), ["patch_embed"])
@@ -87,7 +104,8 @@ def main() -> None:
     del params
     train = TrainConfig()
     optimizer = make_optimizer(train, make_schedule(train, 100), labels)
-    state, batch = init_state(trainable, optimizer), jax.device_put(make_batch(args.batch, rng))
+    made = make_batch(args.batch, args.images, args.volumes or args.batch * args.images, rng)
+    state, batch = init_state(trainable, optimizer), jax.device_put(made)
     print(json.dumps({"matmul_flops": matmul_rate() if jax.default_backend() == "cpu" else None}), flush=True)
     start = time.perf_counter()
     step = jit_train_step.lower(state, frozen, batch, graphdef=graphdef, optimizer=optimizer).compile()

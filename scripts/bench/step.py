@@ -8,19 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from bench.convert import CONFIG_05B
+from bench.data import CONFIGS, synthetic_facts
+from bench.jax_step import model_config
 from bench.measure import figure
+from umbrella_jax.config import load_config
+from umbrella_jax.data.plan import Plan
+from umbrella_jax.plan import make_plan, parse_devices
 
 # Products that the step cannot do without: forward, and the activations' gradients down to the patch embedding
 # (`umbrella-jax plan` counts them).
 FLOOR = 2.523e12
 ROUNDS, STEPS = 2, 3
-_JAX, _TORCH = (Path(__file__).with_name(name) for name in ("jax_step.py", "torch_step.py"))
+_JAX, _TORCH = "bench.jax_step", "bench.torch_step"
 
 
-def run(script: Path, *options: str) -> list[dict[str, Any]]:
-    """The lines that a script prints."""
-    words = [sys.executable, str(script), json.dumps(CONFIG_05B), *options]
-    done = subprocess.run(words, capture_output=True, text=True)
+def run(module: str, *options: str) -> list[dict[str, Any]]:
+    """The lines that a module prints."""
+    words = [sys.executable, "-m", module, json.dumps(CONFIG_05B), *options]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, options))}: {done.stderr[-2000:]}")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -57,10 +62,11 @@ def step(work_dir: Path) -> None:
             limit=limit,
             memory=round(peaks["peak_gib"] / peaks["torch_peak_gib"], 2),
         )
-    rate = max(rates)
+    rate = statistics.median(rates)
     figure(
         "step_none_of_matmul_rate", FLOOR / seconds["none"] / rate, "", at_least=0.8, matmul_gflops=round(rate / 1e9)
     )
+    figure("step_none_to_plan", seconds["none"] / planned(rate), "", limit=1.25, planned=round(planned(rate), 1))
     figure("first_step_more_seconds", statistics.median(compiled) - seconds["none"], "s", limit=10)
     for _ in range(2):  # filled, then used
         _, compilation, *lines = run(_JAX, "--remat", "none", "--steps", "2", "--compilation-cache", cache)
@@ -69,6 +75,33 @@ def step(work_dir: Path) -> None:
     reference = run(_TORCH, "--mode", "reference", "--remat", "--steps", "2")[1:]
     ratio = seconds["none"] / _median(reference)
     figure("step_none_to_reference", ratio, "", limit=0.2, torch_seconds=round(_median(reference), 1))
+
+
+def planned(rate: float) -> float:
+    """Seconds that `umbrella-jax plan --devices cpu --flops RATE` says of the step."""
+    config = load_config(CONFIGS / "t1_0.5b.yaml", {"model.remat": "none", "train.batch_size": 1})
+    model = model_config(json.dumps(CONFIG_05B), "float32", "none")
+    devices = parse_devices("cpu", flops=rate, dtype="float32")
+    return make_plan(config, model, devices, frozen_dtype="float32", text_tokens=64).configured[0].step_seconds
+
+
+def sharing(work_dir: Path) -> None:
+    """Steps of comparisons whose scans several conversations of a batch show: each encoded once, or for each of them.
+
+    The plan of 600 comparisons over 100 subjects says how many a batch holds; the model is the 0.5b size's, of two
+    layers each.
+    """
+    size = 8
+    plan = Plan(synthetic_facts(100, 0, 600, 0), batch_size=size, seed=0)
+    held = round(plan.report.volumes * size)
+    lines: dict[int, list[dict[str, Any]]] = {held: [], 2 * size: []}
+    for _ in range(ROUNDS):
+        for volumes, found in lines.items():
+            options = ["--remat", "full", "--layers", "2", "--batch", str(size), "--images", "2"]
+            found += run(_JAX, *options, "--volumes", str(volumes), "--steps", "3")[3:]
+    shared, apart = (_median(found) for found in lines.values())
+    more = {"volumes_per_conversation": round(held / size, 2), "padding": round(plan.report.padding, 3)}
+    figure("sharing_conversations_per_second", apart / shared, "times those without", at_least=2, **more)
 
 
 def _median(lines: list[dict[str, Any]]) -> float:

@@ -45,11 +45,11 @@ def test_values_and_gradients_are_jaxs(case, causal, platform, monkeypatch):
 
 def test_blocks_see_every_key_that_they_may():
     for queries, causal in ((521, True), (521, False), (100, True), (129, True)):
-        blocks = module._blocks((1, 1, queries, 8), queries, causal)
+        blocks = module._blocks(queries, queries, causal)
         rows = [i for block, _ in blocks for i in range(block.start, block.stop)]
         assert rows == list(range(queries))
         assert all(keys == (block.stop if causal else queries) for block, keys in blocks)
-    assert len(module._blocks((1, 1, 521, 8), 521, True)) == 4
+    assert len(module._blocks(521, 521, True)) == 4
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -62,7 +62,8 @@ def check(backend, case, causal, dtype):
         dout = dout * (np.arange(t) < lengths[:, None])[..., None, None].astype(dtype)
 
     def ours(q, k, v, dout):
-        attend = partial(attention, causal=causal, lengths=jnp.asarray(lengths), backend=backend)
+        used = None if case == "a volume" else jnp.asarray(lengths)  # as the tower calls it
+        attend = partial(attention, causal=causal, lengths=used, backend=backend)
         out, pull = jax.vjp(attend, q, k, v)
         return [out, *pull(dout)]
 

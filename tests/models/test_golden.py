@@ -104,13 +104,27 @@ def test_greedy_stops(trained_model):
 
 
 def test_bfloat16_compute_is_close():
-    """Compute type bfloat16 with float32 parameters: the same model up to bfloat16's 3 digits."""
+    """Compute type bfloat16 with float32 parameters: the same model, and the same way down, up to bfloat16's 3 digits."""
     config, params = golden_model(compute_dtype="bfloat16")
-    logits = merge(abstract_params(config)[0], params)(golden_batch())
+    graphdef, _ = abstract_params(config)
+    trainable, frozen = partition(params, label_params(list(params), ["patch_embed"]))
+
+    @jax.jit
+    def run(trainable):
+        model = merge(graphdef, trainable | frozen)
+        return model(golden_batch()), jax.grad(
+            lambda trainable: loss_sum(merge(graphdef, trainable | frozen), golden_batch())[0]
+        )(trainable)
+
+    logits, grads = run(trainable)
     assert logits.dtype == np.float32
     mask = golden("forward")["attention_mask"].astype(bool)[..., None]
     difference = relative(np.where(mask, logits, 0), golden("forward")["logits"])
-    assert 1e-5 < difference <= 3e-2, "float32 would mean that the option does nothing"
+    assert 1e-5 < difference <= 2e-2, "float32 would mean that the option does nothing"
+    for path, grad in grads.items():
+        assert grad.dtype == np.float32
+        ours, theirs = np.ravel(grad), np.ravel(golden("forward")["grad." + path.removeprefix(EMBEDDINGS)])
+        assert ours @ theirs >= 0.999 * np.linalg.norm(ours) * np.linalg.norm(theirs), path
 
 
 def test_modalities_are_the_golden_ones(model):

@@ -8,7 +8,6 @@ from typing import Literal
 
 import chex
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from umbrella_jax.config import AttentionBackend
@@ -37,13 +36,12 @@ def attention(
     """Softmax(q·kᵀ/√Dh + mask)·v, softmax in float32, by a backend that serves here (`choose_backend`).
 
     q [B, T, H, Dh]; k, v [B, S, K, Dh] with K kv heads, H a multiple of K (head h reads kv head h·K/H);
-    lengths int32 [B]: keys in use, counted from the left; padding among the queries sees them too.
+    lengths int32 [B]: keys in use, counted from the left; None: all. Padding among the queries sees them too.
     Returns [B, T, H, Dh] in q's dtype.
     """
     chex.assert_equal_shape([k, v])
     chex.assert_equal_shape_prefix([q, k], 1)
     q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
-    lengths = jnp.full(k.shape[:1], k.shape[1], jnp.int32) if lengths is None else lengths.astype(jnp.int32)
     return _BACKENDS[backend](q, k, v, lengths, causal=causal)
 
 

@@ -18,8 +18,8 @@ def splash_shape(length: int, head_dim: int) -> tuple[int, int]:
     return length + -length % splash_block(length), head_dim + -head_dim % _LANES
 
 
-def splash_attention(q: Array, k: Array, v: Array, lengths: Array, *, causal: bool) -> Array:
-    """Softmax(q·kᵀ/√Dh + mask)·v: q [B, T, H, Dh]; k, v [B, S, K, Dh]; lengths int32 [B] → [B, T, H, Dh]."""
+def splash_attention(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool) -> Array:
+    """Softmax(q·kᵀ/√Dh + mask)·v: q [B, T, H, Dh]; k, v [B, S, K, Dh]; lengths int32 [B] or None → [B, T, H, Dh]."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # here: it takes long, and few need it
 
     def padded(x: Array) -> Array:
@@ -42,6 +42,7 @@ def splash_attention(q: Array, k: Array, v: Array, lengths: Array, *, causal: bo
         residual_checkpoint_name="attention",
     )
     # Segment 1 is every query and the keys in use: no query, padding or not, is left without a key.
+    lengths = jnp.full(k.shape[:1], k.shape[1]) if lengths is None else lengths
     used = (jnp.arange(s) < lengths[:, None]).astype(jnp.int32)
     segments = splash.SegmentIds(q=jnp.ones((len(used), t), jnp.int32), kv=used)
     out = jax.vmap(kernel)(queries, keys, values, segments)
