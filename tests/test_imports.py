@@ -15,7 +15,9 @@ ROOMS: dict[str, set[str]] = {
     "umbrella_jax/batch.py": {"jax", "chex"},
     "umbrella_jax/sharding.py": {"umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "jax", "numpy"},
     "umbrella_jax/distributed.py": {"umbrella_jax.errors", "jax", "numpy"},
-    "umbrella_jax/models": {"umbrella_jax.config", "umbrella_jax.batch", "jax", "flax", "chex", "numpy"},
+    "umbrella_jax/models": {
+        *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "jax", "flax", "chex", "numpy"),
+    },
     "umbrella_jax/training": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
         *("umbrella_jax.distributed", "umbrella_jax.sharding"),

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 import pytest
 
+from tests.full_size import TEXT_TOKENS, abstract_step, full_size
 from tests.small_run import umbrella
 from tests.test_configs import CONFIGS, write_hub_config
 from umbrella_jax import cli
-from umbrella_jax.api import open_base
-from umbrella_jax.batch import Batch
 from umbrella_jax.config import (
     DataConfig,
     GroupConfig,
@@ -24,20 +22,14 @@ from umbrella_jax.config import (
     RematPolicy,
     RunConfig,
     TrainConfig,
-    load_config,
 )
 from umbrella_jax.errors import ConfigError
-from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig, abstract_params
+from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig
 from umbrella_jax.plan import Plan, make_plan, parse_devices, parse_mesh
 from umbrella_jax.plan import devices as devices_module
 from umbrella_jax.plan.count import AGAIN, KEPT, Model, describe, workload
 from umbrella_jax.plan.devices import KINDS, Mesh, meshes
 from umbrella_jax.plan.report import OF_BANDWIDTH, RESERVED, estimate, largest_batch
-from umbrella_jax.training import freeze
-from umbrella_jax.training.optimizer import make_optimizer, make_schedule
-from umbrella_jax.training.step import init_state, train_step
-
-TEXT_TOKENS, SUPERVISED = 64, 8
 
 # A model whose every size can be told from the others: 12 patches of 30 numbers, 8 text tokens, so 20 positions.
 N, P, T, K = 12, 30, 20, 8
@@ -75,40 +67,10 @@ def tiny(*groups: str, tied: bool = True, dtype: str = "float32") -> Model:
     return describe(config, model, workload(config, model, T - N), "bfloat16")
 
 
-def full_size(tmp_path: Path, size: str, dtype: str, **changes: Any) -> tuple[RunConfig, LlavaConfig]:
-    """configs/t1_SIZE.yaml and the model of its base's config.json."""
-    base = write_hub_config(tmp_path / size, size)
-    run = load_config(CONFIGS / f"t1_{size}.yaml", {"model.base": str(base), "model.compute_dtype": dtype})
-    model = open_base(run).config
-    text = replace(model.text, num_hidden_layers=changes.pop("layers", model.text.num_hidden_layers))
-    vision = replace(model.vision, num_hidden_layers=changes.pop("vision_layers", model.vision.num_hidden_layers))
-    return run, replace(model, vision=vision, text=text, **changes)
-
-
 def lowered(run: RunConfig, model: LlavaConfig, batch_size: int) -> jax.stages.Lowered:
-    """The real training step on shapes alone: one T1, 64 text tokens, 8 of them supervised, per conversation."""
-    graphdef, shapes = abstract_params(model)
-    labels = freeze.label_params(list(shapes), list(run.train.groups))
-    trainable, frozen = freeze.partition(shapes, labels)
-    optimizer = make_optimizer(run.train, make_schedule(run.train, 1000), labels)
-    state = jax.eval_shape(partial(init_state, optimizer=optimizer), trainable)
-    positions = 9 * 9 * 9 + TEXT_TOKENS
-
-    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((1, batch_size, *shape), dtype)
-
-    batch = Batch(
-        input_ids=array(positions),
-        positions=array(positions),
-        feature_idx=array(positions),
-        lengths=array(),
-        target_pos=array(SUPERVISED),
-        target_ids=array(SUPERVISED),
-        target_mask=array(SUPERVISED, dtype=bool),
-        volumes={"T1": array(96, 96, 96, dtype=jnp.float32)},
-    )
-    step = jax.jit(partial(train_step, graphdef=graphdef, optimizer=optimizer), donate_argnums=0)
-    return step.lower(state, frozen, batch)
+    """The real training step, with frozen weights in float32."""
+    step, arguments = abstract_step(run, model, batch_size, "float32")
+    return step.lower(*arguments)
 
 
 def test_every_remat_policy_is_counted() -> None:
@@ -339,7 +301,8 @@ def test_the_best_comes_first(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     run, model = full_size(tmp_path, "0.5b", "bfloat16", remat="none")
-    run = replace(run, model=replace(run.model, remat="none"), train=replace(run.train, batch_size=3))
+    model_config = replace(run.model, remat="none", attention="xla")
+    run = replace(run, model=model_config, train=replace(run.train, batch_size=3))
     devices = parse_devices("v5e-2")
 
     def plan(memory: float, batch_size: int) -> Plan:
@@ -355,6 +318,29 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     assert [found.fits for found in nothing.configured] == [False]
     for words in ("(too much)", "no conversation fits on any mesh under any remat policy"):
         assert words in nothing.table()
+
+
+def test_attention_is_that_of_the_devices(tmp_path: Path) -> None:
+    run, model = full_size(tmp_path, "0.5b", "bfloat16")
+    run = replace(run, model=replace(run.model, remat="mlp"))
+
+    def plan(devices: str, attention: Any = "auto") -> Plan:
+        asked = replace(run, model=replace(run.model, attention=attention))
+        return make_plan(asked, model, parse_devices(devices), frozen_dtype="bfloat16", mesh=Mesh())
+
+    plans = {"splash": plan("v5e-1"), "cudnn": plan("h100"), "xla": plan("v5e-1", "xla")}
+    for name, found in plans.items():
+        assert found.model.config.attention == found.to_json()["attention"] == name
+        said = [line for line in found.assumptions() if line.startswith("attention is")]
+        assert len(said) == 1
+        assert {"splash": "splash", "cudnn": "cuDNN", "xla": "XLA"}[name] in said[0]
+    bytes_ = {name: found.configured[0].bytes for name, found in plans.items()}
+    assert bytes_["cudnn"] == bytes_["xla"]
+    # 729 patches by 72 are kept as 768 by 128, 793 positions by 64 as 1024 by 128
+    more = 26 * 16 * (768 * 128 - 729 * 72) + 24 * 16 * (1024 * 128 - 793 * 64)
+    assert bytes_["splash"]["activations"] - bytes_["xla"]["activations"] == 2 * run.train.batch_size * more
+    with pytest.raises(ConfigError, match=r"model\.attention: cudnn is for NVIDIA GPUs"):
+        plan("v5e-1", "cudnn")
 
 
 def test_meshes_are_those_that_divide(tmp_path: Path) -> None:

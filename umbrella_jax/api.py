@@ -20,6 +20,7 @@ from convert.trainable import FILE, Trainable, write_trainable
 from convert.verify import Comparison, Forward, compare_configs, compare_forward, compare_tensors
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import (
+    AttentionBackend,
     ModalityConfig,
     ModelConfig,
     PatchEmbedInit,
@@ -31,7 +32,7 @@ from umbrella_jax.config import (
 from umbrella_jax.data.loader import Dataset, whole_batch
 from umbrella_jax.data.tokenize import check_template, load_tokenizer, stop_ids
 from umbrella_jax.errors import CheckpointError, ConfigError
-from umbrella_jax.models import Llava, LlavaConfig, Params, abstract_params, merge
+from umbrella_jax.models import Llava, LlavaConfig, Params, abstract_params, merge, native_backend
 from umbrella_jax.training.checkpoint import Checkpoints, load_params, param_shapes, save_params
 
 PARAMS = "params"
@@ -400,6 +401,7 @@ def load(
     patch_embed: str | Path | None = None,
     dtype: str = "auto",
     compute_dtype: str = "float32",
+    attention: Literal["auto", AttentionBackend] = "auto",
 ) -> Llava:
     """The model of a Hugging Face directory, an export, a native checkpoint or a run, on the first device.
 
@@ -408,12 +410,14 @@ def load(
         patch_embed: a file of `convert to-hf --trainable-only`; `path` is then the base that it was trained on.
         dtype: of every parameter; `auto` keeps what the files hold.
         compute_dtype: of activations, `float32` or `bfloat16`.
+        attention: as `model.attention` of the configuration.
 
     Raises:
         CheckpointError, ConfigError: naming every tensor or field that is not as it should be.
     """
     checkpoint = Checkpoint.open(path, modalities, compute_dtype=compute_dtype, patch_embed=patch_embed)
-    return merge(abstract_params(checkpoint.config)[0], checkpoint.params(dtype))
+    config = checkpoint.config.with_attention(attention, native_backend(jax.devices()[0]))
+    return merge(abstract_params(config)[0], checkpoint.params(dtype))
 
 
 class Processor:

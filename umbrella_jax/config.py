@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from umbrella_jax.errors import ConfigError
 
 RematPolicy = Literal["none", "mlp", "full"]
+AttentionBackend = Literal["xla", "cudnn", "splash"]
 PatchEmbedInit = Literal["random", "inflate", "resample"]
 Template = Literal["umbrella", "original", "chat"]
 
@@ -124,6 +125,9 @@ class ModelConfig:
     """Type in which frozen weights are held; `auto` keeps the checkpoint's. What trains is float32."""
     remat: RematPolicy = "full"
     """Which products with weights the backward pass does again: none, those into each layer's MLP, all."""
+    attention: Literal["auto", AttentionBackend] = "auto"
+    """What computes attention, all to the same numbers but for rounding: `splash` on TPUs; `cudnn` on NVIDIA GPUs since
+    Ampere, in bfloat16, with heads of a multiple of 8 up to 128; `xla` anywhere. `auto` takes the first that can."""
 
     def __post_init__(self) -> None:
         if not self.modalities:

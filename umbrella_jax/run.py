@@ -31,7 +31,7 @@ from umbrella_jax.distributed import gather, together
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.evaluation.generate import greedy
 from umbrella_jax.evaluation.metrics import accuracy
-from umbrella_jax.models import Params, abstract_params
+from umbrella_jax.models import Params, abstract_params, native_backend
 from umbrella_jax.sharding import make_mesh, put_batch, replicated
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints
@@ -93,7 +93,8 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
         out = _output_dir(config, mesh, resume)
         base = open_base(config)
         found = base.check(config.model.frozen_dtype)
-        graphdef, shapes = abstract_params(base.config)
+        model = base.config.with_attention(config.model.attention, native_backend(mesh.devices.flat[0]))
+        graphdef, shapes = abstract_params(model)
         labels = freeze.label_params(list(shapes), list(config.train.groups))
         options: dict[str, Any] = {"template": config.data.template, "max_length": config.data.max_length}
         processor = Processor(base.tokenizer(), base.config.modalities, **options)
@@ -135,6 +136,7 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
             (out / CONFIG).write_text(dump_config(_absolute(config)))
         say(f"{len(train_set)} conversations, {steps} steps on {mesh.size} device(s), into {out}")
         say(f"plan: {plan.report}")
+        say(f"attention: {model.attention}")
         state = fit(
             state,
             frozen,

@@ -67,7 +67,7 @@ def random_batch(rows=3, length=29, targets=4, seed=0):
 
 
 def tower(rngs):
-    return SiglipVisionModel(VISION, MODALITIES, "none", rngs=rngs)
+    return SiglipVisionModel(VISION, MODALITIES, "none", "xla", rngs=rngs)
 
 
 CASES = {

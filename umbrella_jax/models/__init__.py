@@ -1,7 +1,18 @@
 """The model: SigLIP with a 3D/4D patch embedding, projector, Qwen2; pure Flax NNX, nothing but jax and flax."""
 
+from umbrella_jax.models.attention import native_backend
 from umbrella_jax.models.llava import Llava, LlavaConfig, Params, abstract_params, merge, split
 from umbrella_jax.models.qwen2 import Qwen2Config
 from umbrella_jax.models.siglip import SiglipConfig
 
-__all__ = ["Llava", "LlavaConfig", "Params", "Qwen2Config", "SiglipConfig", "abstract_params", "merge", "split"]
+__all__ = [
+    "Llava",
+    "LlavaConfig",
+    "Params",
+    "Qwen2Config",
+    "SiglipConfig",
+    "abstract_params",
+    "merge",
+    "native_backend",
+    "split",
+]

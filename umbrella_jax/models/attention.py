@@ -1,24 +1,74 @@
-"""Attention. One entry for every caller and, later, every backend.
+"""Attention. One entry for every caller and every backend.
 
 Axes: B rows, T queries, S keys, H heads, K kv heads, Dh head width.
 """
+
+from collections.abc import Callable, Collection
+from typing import Literal
 
 import chex
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from umbrella_jax.config import AttentionBackend
+from umbrella_jax.errors import ConfigError
+from umbrella_jax.models.cudnn_attention import cudnn_attention, cudnn_serves
+from umbrella_jax.models.splash_attention import splash_attention
 from umbrella_jax.models.xla_attention import xla_attention
 
 Array = jax.Array
+_BACKENDS: dict[AttentionBackend, Callable[..., Array]] = {
+    "xla": xla_attention,
+    "cudnn": cudnn_attention,
+    "splash": splash_attention,
+}
 
 
-def attention(q: Array, k: Array, v: Array, *, causal: bool, lengths: Array | None = None) -> Array:
-    """Softmax(q·kᵀ/√Dh + mask)·v, softmax in float32.
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool,
+    lengths: Array | None = None,
+    backend: AttentionBackend = "xla",
+) -> Array:
+    """Softmax(q·kᵀ/√Dh + mask)·v, softmax in float32, by a backend that serves here (`choose_backend`).
 
     q [B, T, H, Dh]; k, v [B, S, K, Dh] with K kv heads, H a multiple of K (head h reads kv head h·K/H);
-    lengths int32 [B]: keys in use, counted from the left; None: all. Returns [B, T, H, Dh] in q's dtype.
+    lengths int32 [B]: keys in use, counted from the left; None: all. Padding among the queries sees them too.
+    Returns [B, T, H, Dh] in q's dtype.
     """
     chex.assert_equal_shape([k, v])
     chex.assert_equal_shape_prefix([q, k], 1)
     q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
-    return xla_attention(q, k, v, lengths, causal=causal)
+    return _BACKENDS[backend](q, k, v, lengths, causal=causal)
+
+
+def native_backend(device: jax.Device) -> AttentionBackend:
+    """The backend that was written for such devices."""
+    if device.platform == "tpu":
+        return "splash"
+    major, _, _ = getattr(device, "compute_capability", "").partition(".")  # NVIDIA's are `9.0`, AMD's `gfx942`
+    return "cudnn" if major.isdigit() and int(major) >= 8 else "xla"
+
+
+def choose_backend(
+    wanted: Literal["auto", AttentionBackend], native: AttentionBackend, dtype: str, head_dims: Collection[int]
+) -> AttentionBackend:
+    """What `model.attention` means on devices whose own backend is `native`, for a model's type and head widths.
+
+    Raises ConfigError for a backend that cannot serve there.
+    """
+    unfit = [] if native != "cudnn" else [width for width in head_dims if not cudnn_serves(dtype, width)]
+    if wanted == "auto":
+        return "xla" if unfit else native
+    if wanted not in ("xla", native):
+        where = {"cudnn": "NVIDIA GPUs since Ampere", "splash": "TPUs"}[wanted]
+        raise ConfigError(f"model.attention: {wanted} is for {where}, not for this device; expected auto or xla")
+    if wanted == "cudnn" and unfit:
+        raise ConfigError(
+            f"model.attention: cudnn takes bfloat16 and heads of a multiple of 8 up to 128, not {dtype} with heads of "
+            f"{', '.join(map(str, unfit))}; expected auto or xla, or another model.compute_dtype"
+        )
+    return wanted

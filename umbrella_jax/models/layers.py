@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from umbrella_jax.config import RematPolicy
+from umbrella_jax.models.cudnn_attention import is_cudnn_forward
 
 Array = jax.Array
 M = TypeVar("M", bound=nnx.Module)
@@ -75,9 +76,10 @@ def stack(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs) -> M:
 
 # What the nonlinearities of a layer need in its backward pass; a frozen product needs none of its inputs.
 _KEPT = ("qkv", "attention", "middle", "mlp")
+_keep, _or = jax.checkpoint_policies.save_only_these_names, jax.checkpoint_policies.save_from_both_policies
 _POLICIES: dict[str, Any] = {
-    "none": jax.checkpoint_policies.save_only_these_names(*_KEPT),
-    "mlp": jax.checkpoint_policies.save_only_these_names(*_KEPT[:-1]),
+    "none": _or(_keep(*_KEPT), is_cudnn_forward),
+    "mlp": _or(_keep(*_KEPT[:-1]), is_cudnn_forward),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

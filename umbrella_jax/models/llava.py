@@ -4,8 +4,9 @@ Axes: B conversations, T positions, K supervised positions, D width, V words, M 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import chex
 import jax
@@ -15,7 +16,8 @@ from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import ModalityConfig, RematPolicy
+from umbrella_jax.config import AttentionBackend, ModalityConfig, RematPolicy
+from umbrella_jax.models.attention import choose_backend
 from umbrella_jax.models.projector import LlavaMultiModalProjector
 from umbrella_jax.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from umbrella_jax.models.siglip import SiglipConfig, SiglipVisionModel
@@ -35,9 +37,18 @@ class LlavaConfig:
     image_token_id: int
     compute_dtype: str = "float32"
     remat: RematPolicy = "none"
+    attention: AttentionBackend = "xla"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modalities", FrozenDict(self.modalities))  # hashable: jit keys on it
+
+    def with_attention(self, wanted: Literal["auto", AttentionBackend], native: AttentionBackend) -> "LlavaConfig":
+        """The same model, for devices whose own backend is `native`, at hand (`native_backend`) or not.
+
+        `wanted` is as `model.attention` of a run. Raises ConfigError where that cannot serve there.
+        """
+        head_dims = (self.vision.hidden_size // self.vision.num_attention_heads, self.text.head_dim)
+        return replace(self, attention=choose_backend(wanted, native, self.compute_dtype, head_dims))
 
 
 class Llava(nnx.Module):
@@ -45,11 +56,13 @@ class Llava(nnx.Module):
 
     def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.vision_tower = SiglipVisionModel(config.vision, config.modalities, config.remat, rngs=rngs)
+        self.vision_tower = SiglipVisionModel(
+            config.vision, config.modalities, config.remat, config.attention, rngs=rngs
+        )
         self.multi_modal_projector = LlavaMultiModalProjector(
             config.vision.hidden_size, config.text.hidden_size, rngs=rngs
         )
-        self.language_model = Qwen2ForCausalLM(config.text, config.remat, rngs=rngs)
+        self.language_model = Qwen2ForCausalLM(config.text, config.remat, config.attention, rngs=rngs)
 
     def image_features(self, volumes: Mapping[str, Array]) -> Array:
         """{modality: [M, *size]} → [Σ M·N, D]: every volume's patches, over sorted modality names."""

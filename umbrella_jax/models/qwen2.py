@@ -3,14 +3,16 @@
 Axes: B conversations, T positions, D width, F width of the MLP, H heads, K kv heads, Dh head width, V words.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from umbrella_jax.config import RematPolicy
+from umbrella_jax.config import AttentionBackend, RematPolicy
 from umbrella_jax.models.attention import attention
 from umbrella_jax.models.layers import Embedding, Linear, RMSNorm, scan_layers, stack
 
@@ -50,7 +52,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 class Qwen2Attention(nnx.Module):
-    """Causal grouped-query attention with rope; biases on q, k and v only."""
+    """Grouped-query attention with rope, biases on q, k, v only; `attend` takes q [B, T, H, Dh], k, v [B, T, K, Dh]."""
 
     def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
@@ -60,9 +62,9 @@ class Qwen2Attention(nnx.Module):
         self.v_proj = Linear(config.hidden_size, kv, rngs=rngs)
         self.o_proj = Linear(q, config.hidden_size, bias=False, rngs=rngs)
 
-    def __call__(self, x: Array, cos: Array, sin: Array, lengths: Array) -> Array:
+    def __call__(self, x: Array, cos: Array, sin: Array, attend: Callable[..., Array]) -> Array:
         q, k, v = (proj(x).reshape(*x.shape[:2], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, causal=True, lengths=lengths)
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
 
@@ -88,30 +90,31 @@ class Qwen2DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = Qwen2MLP(config, rngs=rngs)
 
-    def __call__(self, x: Array, cos: Array, sin: Array, lengths: Array) -> Array:
-        x = checkpoint_name(x + self.self_attn(self.input_layernorm(x), cos, sin, lengths), "middle")
+    def __call__(self, x: Array, cos: Array, sin: Array, attend: Callable[..., Array]) -> Array:
+        x = checkpoint_name(x + self.self_attn(self.input_layernorm(x), cos, sin, attend), "middle")
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Qwen2Model(nnx.Module):
     """Embeddings [B, T, D] → last hidden states [B, T, D], normed."""
 
-    def __init__(self, config: Qwen2Config, remat: RematPolicy, *, rngs: nnx.Rngs):
-        self.config, self.remat = config, remat
+    def __init__(self, config: Qwen2Config, remat: RematPolicy, backend: AttentionBackend, *, rngs: nnx.Rngs):
+        self.config, self.remat, self.backend = config, remat, backend
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
         self.layers = stack(lambda rngs: Qwen2DecoderLayer(config, rngs=rngs), config.num_hidden_layers, rngs)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(self, x: Array, positions: Array, lengths: Array) -> Array:
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
-        return self.norm(scan_layers(self.layers, x, cos, sin, lengths, remat=self.remat))
+        attend = partial(attention, causal=True, lengths=lengths, backend=self.backend)
+        return self.norm(scan_layers(self.layers, x, cos, sin, attend, remat=self.remat))
 
 
 class Qwen2ForCausalLM(nnx.Module):
     """The decoder and the head that turns hidden states into words; tied to the embeddings or its own."""
 
-    def __init__(self, config: Qwen2Config, remat: RematPolicy, *, rngs: nnx.Rngs):
-        self.model = Qwen2Model(config, remat, rngs=rngs)
+    def __init__(self, config: Qwen2Config, remat: RematPolicy, backend: AttentionBackend, *, rngs: nnx.Rngs):
+        self.model = Qwen2Model(config, remat, backend, rngs=rngs)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
 

@@ -3,14 +3,15 @@
 Axes: M volumes, N patches, E width, F width of the MLP, H heads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from umbrella_jax.config import ModalityConfig, RematPolicy
+from umbrella_jax.config import AttentionBackend, ModalityConfig, RematPolicy
 from umbrella_jax.models.attention import attention
 from umbrella_jax.models.layers import LayerNorm, Linear, scan_layers, stack
 from umbrella_jax.models.patch_embed import PatchEmbed
@@ -30,18 +31,18 @@ class SiglipConfig:
 
 
 class SiglipAttention(nnx.Module):
-    """Bidirectional attention with biases."""
+    """Attention with biases; `attend` takes q, k and v [M, N, H, Dh]."""
 
     def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
         self.num_heads = config.num_attention_heads
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             setattr(self, name, Linear(config.hidden_size, config.hidden_size, rngs=rngs))
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, attend: Callable[..., Array]) -> Array:
         q, k, v = (
             proj(x).reshape(*x.shape[:2], self.num_heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(attention(q, k, v, causal=False).reshape(x.shape))
+        return self.out_proj(attend(q, k, v).reshape(x.shape))
 
 
 class SiglipMLP(nnx.Module):
@@ -64,8 +65,8 @@ class SiglipEncoderLayer(nnx.Module):
         self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = SiglipMLP(config, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
-        x = checkpoint_name(x + self.self_attn(self.layer_norm1(x)), "middle")
+    def __call__(self, x: Array, attend: Callable[..., Array]) -> Array:
+        x = checkpoint_name(x + self.self_attn(self.layer_norm1(x), attend), "middle")
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -92,11 +93,18 @@ class SiglipVisionModel(nnx.Module):
     """Volumes [M, *size] of one modality → hidden states [M, N, E] of the last layer."""
 
     def __init__(
-        self, config: SiglipConfig, modalities: Mapping[str, ModalityConfig], remat: RematPolicy, *, rngs: nnx.Rngs
+        self,
+        config: SiglipConfig,
+        modalities: Mapping[str, ModalityConfig],
+        remat: RematPolicy,
+        backend: AttentionBackend,
+        *,
+        rngs: nnx.Rngs,
     ):
-        self.remat = remat
+        self.remat, self.backend = remat, backend
         self.vision_model = SiglipVisionTransformer(config, modalities, rngs=rngs)
 
     def __call__(self, name: str, volumes: Array) -> Array:
         x = self.vision_model.embeddings(name, volumes)
-        return scan_layers(self.vision_model.encoder.layers, x, remat=self.remat)
+        attend = partial(attention, causal=False, backend=self.backend)
+        return scan_layers(self.vision_model.encoder.layers, x, attend, remat=self.remat)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from umbrella_jax.config import RunConfig, resolve_modality
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import LlavaConfig, abstract_params
+from umbrella_jax.models.splash_attention import splash_shape
 from umbrella_jax.plan.devices import Mesh
 from umbrella_jax.training import freeze
 
@@ -124,6 +125,8 @@ class Stack:
     mlp: int
     gated: bool
     differentiated: bool
+    padded: float = 1.0
+    """How many times larger attention's output is kept than it is: `splash` pads it."""
 
     @property
     def attention_flops(self) -> float:
@@ -148,7 +151,7 @@ class Stack:
             "input": self.width * size,
             "middle": self.width * size,
             "qkv": (heads + 2 * self.kv_heads * self.head_dim) * size / tensor,
-            "attention": heads * size / tensor,
+            "attention": heads * self.padded * size / tensor,
             "lse": self.heads * 4 / tensor,
             "mlp": self.mlp * (1 + self.gated) * size / tensor,
         }
@@ -287,6 +290,12 @@ def describe(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype
             )
         )
     vision, text = model.vision, model.text
+
+    def padded(rows: int, head_dim: int) -> float:
+        shape = splash_shape(rows, head_dim) if model.attention == "splash" else (rows, head_dim)
+        return math.prod(shape) / (rows * head_dim)
+
+    vision_head_dim = vision.hidden_size // vision.num_attention_heads
     stacks = (
         Stack(
             component="vision_tower",
@@ -295,10 +304,11 @@ def describe(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype
             width=vision.hidden_size,
             heads=vision.num_attention_heads,
             kv_heads=vision.num_attention_heads,
-            head_dim=vision.hidden_size // vision.num_attention_heads,
+            head_dim=vision_head_dim,
             mlp=vision.intermediate_size,
             gated=False,
             differentiated=differentiated["vision_tower"],
+            padded=padded(work.patches, vision_head_dim),
         ),
         Stack(
             component="language_model",
@@ -311,6 +321,7 @@ def describe(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype
             mlp=text.intermediate_size,
             gated=True,
             differentiated=differentiated["language_model"],
+            padded=padded(work.positions, text.head_dim),
         ),
     )
     return Model(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from umbrella_jax.config import AttentionBackend
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import LlavaConfig
 
@@ -40,6 +41,8 @@ class DeviceKind:
     network: float
     """Of one device, bytes/s."""
     source: str
+    attention: AttentionBackend
+    """What `model.attention: auto` takes there, where it can."""
     counted: int = 1
     """What the name counts per device: `v5p-64` are 64 TensorCores, two on each of 32 chips."""
 
@@ -49,12 +52,12 @@ _DGX = "SXM, without sparsity; network of a DGX"
 KINDS: dict[str, DeviceKind] = {
     kind.name: kind
     for kind in (
-        DeviceKind("v5e", 197e12, 16e9, 819e9, 200e9, 256, 25e9 / 8, f"{_GOOGLE}/v5e"),
-        DeviceKind("v5p", 459e12, 95e9, 2765e9, 600e9, 8960, 50e9 / 8, f"{_GOOGLE}/v5p", counted=2),
-        DeviceKind("v6e", 918e12, 32e9, 1638e9, 400e9, 256, 100e9 / 8, f"{_GOOGLE}/v6e"),
-        DeviceKind("a100", 312e12, 80e9, 2039e9, 300e9, 8, 200e9 / 8, f"{_NVIDIA}/a100; {_DGX}"),
-        DeviceKind("h100", 989e12, 80e9, 3350e9, 450e9, 8, 400e9 / 8, f"{_NVIDIA}/h100; {_DGX}"),
-        DeviceKind("h200", 989e12, 141e9, 4800e9, 450e9, 8, 400e9 / 8, f"{_NVIDIA}/h200; {_DGX}"),
+        DeviceKind("v5e", 197e12, 16e9, 819e9, 200e9, 256, 25e9 / 8, f"{_GOOGLE}/v5e", "splash"),
+        DeviceKind("v5p", 459e12, 95e9, 2765e9, 600e9, 8960, 50e9 / 8, f"{_GOOGLE}/v5p", "splash", counted=2),
+        DeviceKind("v6e", 918e12, 32e9, 1638e9, 400e9, 256, 100e9 / 8, f"{_GOOGLE}/v6e", "splash"),
+        DeviceKind("a100", 312e12, 80e9, 2039e9, 300e9, 8, 200e9 / 8, f"{_NVIDIA}/a100; {_DGX}", "cudnn"),
+        DeviceKind("h100", 989e12, 80e9, 3350e9, 450e9, 8, 400e9 / 8, f"{_NVIDIA}/h100; {_DGX}", "cudnn"),
+        DeviceKind("h200", 989e12, 141e9, 4800e9, 450e9, 8, 400e9 / 8, f"{_NVIDIA}/h200; {_DGX}", "cudnn"),
     )
 }
 
@@ -107,7 +110,9 @@ def parse_devices(
         rate = flops or matmul_rate(dtype)
         memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         source = "--flops" if flops else f"{dtype} products measured just now, beside whatever else runs here"
-        cpu = DeviceKind("cpu", rate, memory, memory_rate(), link=0.0, island=1, network=0.0, source=source)
+        cpu = DeviceKind(
+            "cpu", rate, memory, memory_rate(), link=0.0, island=1, network=0.0, source=source, attention="xla"
+        )
         return Devices(name=name, kind=cpu, count=1, efficiency=efficiency or OF_MEASURED)
     sheet = KINDS[kind]
     number = int(match[2] or sheet.counted)

@@ -20,6 +20,12 @@ OF_BANDWIDTH = 0.8
 """Share of a data sheet's memory and link bandwidth that large transfers reach."""
 RESERVED = 0.1
 """Share of a device's memory that is left to the runtime and to fragmentation."""
+_ATTENTION = {
+    "xla": "attention is XLA's: no scores are kept; those at work at a time, and their traffic, are not counted",
+    "cudnn": "attention is cuDNN's flash kernel, which writes no scores",
+    "splash": "attention is splash, a flash kernel, which writes no scores; memory of what it pads (heads to 128, "
+    "lengths to blocks) is counted, products are not",
+}
 _SHOWN = 6  # meshes in a table
 _COUNTS: dict[str, str | None] = {"floor": None} | {policy: policy for policy in KEPT}
 
@@ -122,7 +128,7 @@ class Plan:
             "a step takes max(compute, memory, collectives of gradients, of weights) + collectives of activations",
             "latencies, data loading and evaluation are not counted",
             "a causal mask's half is counted as done",
-            "attention keeps no scores, as a flash kernel; blocks of scores of this version's are not counted",
+            _ATTENTION[self.model.config.attention],
             "train shares out the batch alone in this version (N×1×1); other meshes are to come",
         ]
 
@@ -144,6 +150,7 @@ class Plan:
             "frozen_bytes": self.model.frozen,
             "frozen_dtype": self.frozen_dtype,
             "compute_dtype": self.model.config.compute_dtype,
+            "attention": self.model.config.attention,
             "remat": self.remat,
             "batch_size": self.batch_size,
             "subjects": self.subjects,
@@ -247,7 +254,7 @@ def make_plan(
     subjects: int | None = None,
     mesh: Mesh | None = None,
 ) -> Plan:
-    """Works out a run on `devices`, on `mesh` or on all that divide the model.
+    """Works out a run on `devices`, on `mesh` or on all that divide the model, with the attention that it has there.
 
     Args:
         model: of the run's base; its shapes alone are looked at.
@@ -256,10 +263,11 @@ def make_plan(
         subjects: conversations of an epoch.
 
     Raises:
-        ConfigError: as `workload` and `freeze.label_params`; for fewer than one subject.
+        ConfigError: as `workload`, `freeze.label_params` and `LlavaConfig.with_attention`; for fewer than one subject.
     """
     if subjects is not None and subjects < 1:
         raise ConfigError(f"--subjects {subjects}: expected 1 or more")
+    model = model.with_attention(config.model.attention, devices.kind.attention)
     counted = describe(config, model, workload(config, model, text_tokens), frozen_dtype)
     remat, batch_size = config.model.remat, config.train.batch_size
     candidates = meshes(devices.count, model) if mesh is None else [mesh]

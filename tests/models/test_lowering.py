@@ -1,0 +1,73 @@
+"""The whole training step lowers for TPUs and NVIDIA GPUs from here, with the attention kernels that it must have."""
+
+import re
+from collections import Counter
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from tests.full_size import abstract_step, full_size
+from umbrella_jax.models import SiglipConfig
+from umbrella_jax.models.attention import attention
+from umbrella_jax.models.layers import scan_layers
+from umbrella_jax.models.siglip import SiglipEncoder
+
+# jax vouches for its TPU kernels, not for these, when an export is to be kept for years
+CHECKS = [
+    jax.export.DisabledSafetyCheck.custom_call(name) for name in ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
+]
+KERNELS = {
+    "splash": ("tpu", "splash_mha_fwd_segmented_residuals", "splash_mha_dkv_segmented", "splash_mha_dq_segmented"),
+    "cudnn": ("cuda", "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _cudnn_is_there(monkeypatch):
+    """jax asks for the library while it traces; lowering does without."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+
+
+def kernels(module: str) -> Counter[str]:
+    """Custom calls of a module, TPU kernels by their own name."""
+    found = re.findall(r"custom_call @\"?([\w$]+)|kernel_name = \"(\w+?)(?:_no_residuals)?\"", module)
+    return Counter(name or kernel for name, kernel in found if name != "tpu_custom_call")
+
+
+@pytest.mark.parametrize(
+    ("size", "native", "remat"),
+    [("0.5b", "splash", "none"), ("0.5b", "cudnn", "full"), ("7b", "splash", "full"), ("7b", "cudnn", "mlp")],
+)
+def test_the_whole_step_lowers(size, native, remat, tmp_path):
+    """At full width, two layers each. In each tower one forward kernel, which only `full` runs again."""
+    run, model = full_size(tmp_path, size, "bfloat16", layers=2, vision_layers=2, remat=remat)
+    step, arguments = abstract_step(run, model.with_attention("auto", native), 2, "bfloat16")
+    platform, forward, *backward = KERNELS[native]
+    module = jax.export.export(step, platforms=[platform], disabled_checks=CHECKS)(*arguments).mlir_module()
+    assert kernels(module) == {forward: 4 if remat == "full" else 2, **dict.fromkeys(backward, 2)}
+
+
+@pytest.mark.parametrize("backend", ["xla", "cudnn", "splash"])
+def test_what_a_layer_keeps(backend):
+    """For its backward pass: what the policy says, once; of attention its output and the softmax's denominators."""
+    config = SiglipConfig(hidden_size=144, intermediate_size=300, num_hidden_layers=3, num_attention_heads=2)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: SiglipEncoder(config, rngs=nnx.Rngs(0)).layers))
+    attend = partial(attention, causal=False, backend=backend)
+
+    def kept(remat):
+        loss = lambda x, p: scan_layers(nnx.merge(graphdef, p), x, attend, remat=remat).sum()  # noqa: E731
+        x = jax.ShapeDtypeStruct((5, 729, 144), jnp.bfloat16)
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(x, params)
+        scan = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan")
+        leaves = [var.aval for var in scan.outvars[scan.params["num_carry"] :]]
+        return Counter((leaf.dtype.name, leaf.size // (3 * 5)) for leaf in leaves)  # numbers per layer and volume
+
+    rows, width = {"xla": (729, 144), "cudnn": (730, 144), "splash": (768, 2 * 128)}[backend]
+    stream, flash = ("bfloat16", 729 * 144), [("bfloat16", rows * width), ("float32", rows * 2)]
+    assert kept("full") == Counter([stream])  # a layer's input
+    assert kept("mlp") == Counter([*[stream] * 5, *flash])  # q, k, v and what lies between attention and MLP
+    assert kept("none") == Counter([*[stream] * 5, *flash, ("bfloat16", 729 * 300)])

@@ -1,0 +1,27 @@
+"""Attention by cuDNN's flash kernel, on NVIDIA GPUs since Ampere."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def cudnn_serves(dtype: str, head_dim: int) -> bool:
+    """Whether the kernel takes this type and head width."""
+    return dtype in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= 128
+
+
+def cudnn_attention(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool) -> Array:
+    """Softmax(q·kᵀ/√Dh + mask)·v: q [B, T, H, Dh]; k, v [B, S, K, Dh]; lengths int32 [B] or None → [B, T, H, Dh]."""
+    if lengths is None and k.shape[1] % 2:
+        lengths = jnp.full(k.shape[:1], k.shape[1], jnp.int32)  # the padding below is not to be seen
+    even = [jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v)]  # jax refuses odd T, S
+    out = jax.nn.dot_product_attention(*even, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn")
+    return out[:, : q.shape[1]]
+
+
+def is_cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A remat policy that keeps what the forward kernel gives, output and softmax denominators: jax names neither."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"

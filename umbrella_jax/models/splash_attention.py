@@ -1,0 +1,49 @@
+"""Attention by splash, the flash kernel for TPUs that comes with jax."""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+_BLOCKS = (512, 384, 256)  # queries and keys at a time, a multiple of 128 lanes; scores of 512² are 1 MiB of VMEM
+_LANES = 128
+
+
+def splash_block(length: int) -> int:
+    """The block that pads `length` the least: 729 by 384 to 768, 793 by 512 to 1024."""
+    return min(_BLOCKS, key=lambda block: -length % block)
+
+
+def splash_shape(length: int, head_dim: int) -> tuple[int, int]:
+    """What the kernel pads length and head width to: whole blocks, whole lanes (64 and 72 to 128)."""
+    return length + -length % splash_block(length), head_dim + -head_dim % _LANES
+
+
+def splash_attention(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool) -> Array:
+    """Softmax(q·kᵀ/√Dh + mask)·v: q [B, T, H, Dh]; k, v [B, S, K, Dh]; lengths int32 [B] or None → [B, T, H, Dh]."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # here: it takes long, and few need it
+
+    def padded(x: Array) -> Array:
+        length, width = splash_shape(x.shape[1], x.shape[3])
+        x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, width - x.shape[3])))
+        return x.transpose(0, 2, 1, 3)
+
+    scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)  # splash does not scale
+    queries, keys, values = padded(scaled), padded(k), padded(v)
+    heads, t, s = *queries.shape[1:3], keys.shape[2]
+    mask = splash.CausalMask((t, s)) if causal else splash.FullMask((t, s))
+    bq, bkv = splash_block(q.shape[1]), splash_block(k.shape[1])
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=bq, block_kv=bkv, block_q_dkv=bq, block_kv_dkv=bkv, block_q_dq=bq, block_kv_dq=bkv
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name="attention",
+    )
+    # Segment 1 is every query and the keys in use: no query, padding or not, is left without a key.
+    lengths = jnp.full(k.shape[:1], k.shape[1]) if lengths is None else lengths
+    used = (jnp.arange(s) < lengths[:, None]).astype(jnp.int32)
+    segments = splash.SegmentIds(q=jnp.ones((len(used), t), jnp.int32), kv=used)
+    out = jax.vmap(kernel)(queries, keys, values, segments)
+    return out.transpose(0, 2, 1, 3)[:, : q.shape[1], :, : q.shape[3]]
