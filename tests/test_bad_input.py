@@ -166,7 +166,7 @@ def test_what_a_run_needs_is_asked_for_together(world: World, events: list[str])
 
 def test_batch_that_the_devices_do_not_divide(world: World, events: list[str], tmp_path: Path) -> None:
     message = umbrella(*world.train_flags(tmp_path / "out"), code=1, devices=4)
-    assert "train.batch_size: 6 cannot be split over 4 devices; the next is 8" in message
+    assert "train.batch_size: 6 rows cannot be split over data × fsdp = 4 devices; the nearest that can: 8" in message
 
 
 @pytest.mark.parametrize(

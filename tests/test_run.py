@@ -110,7 +110,9 @@ def test_the_summary_says_what_trains(printed: str, world: World) -> None:
         assert line in [" ".join(line.split()) for line in printed.splitlines()]
     names = [line.split()[0] for line in printed.partition("trains:\n")[2].splitlines() if line.startswith("  ")]
     assert set(names) == TRAINED
-    assert f"12 conversations, {STEPS} steps on 1 device(s), into {world.root / 'run'}" in printed
+    assert (
+        f"12 conversations, {STEPS} steps on 1 device(s) (data=1,fsdp=1,tensor=1), into {world.root / 'run'}" in printed
+    )
     # 4 of one scan and the one of text, 3 of runs, 4 of two scans; M is 4, 3 and 4
     assert "plan: 3 shapes to compile, 36.3% of positions padded, 0.92 volumes encoded per conversation" in printed
 
