@@ -26,7 +26,7 @@ from umbrella_jax.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[1]
 STEPS = 3
-# Four comparisons of four scans, all in every batch: each process has two rows and two volumes of it.
+# Four comparisons of four scans, all in every batch: each process has two rows, which show three of the scans.
 FLAGS = ["--task-filter", "T3", "--batch-size", 4, "--epochs", STEPS, "--learning-rate", 1e-3]
 FLAGS += ["--set", "train.warmup_steps=0", "--set", "train.save_steps=1"]
 
@@ -184,8 +184,9 @@ def test_each_process_reads_its_own_part(records: list[dict[str, Any]], world: W
     assert opened[0]["check"] == opened[1]["check"]  # every process checks every file
     assert opened[0]["check"].keys() == scans
     once = min(opened[0]["check"].values())  # some are shown by the evaluation data too
-    assert opened[0]["train"] + opened[1]["train"] == Counter(dict.fromkeys(scans, STEPS * once))
-    assert opened[0]["train"].total() == opened[1]["train"].total()
+    for own in (o["train"] for o in opened):
+        assert own.total() == STEPS * 3 * once
+        assert max(own.values()) <= STEPS * once
 
 
 def test_only_process_0_prints_and_writes(
