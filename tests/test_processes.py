@@ -219,6 +219,22 @@ def test_two_processes_resume(two: Callable[..., Any], run: Path, world: World) 
         np.testing.assert_array_equal(trained(again)[path], leaf)
 
 
+@pytest.mark.parametrize("mesh", ["fsdp=2", "tensor=2"])
+def test_weights_lie_over_processes(two: Callable[..., Any], run: Path, world: World, mesh: str) -> None:
+    """The last step on another mesh, of which no process has all weights; with `tensor`, both have all rows."""
+    again = world.root / mesh
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "checkpoints" / str(STEPS))
+    (first, out, _), (second, *_) = two(again, "--resume", "--mesh", mesh)
+    assert (first, second) == (0, 0)
+    assert mesh in out
+    assert metrics(again)[-1] == pytest.approx(metrics(run)[-1], rel=1e-6)
+    for path, leaf in trained(run).items():
+        np.testing.assert_allclose(trained(again)[path], leaf, rtol=0, atol=1e-6 * np.abs(leaf).max())
+    answers = f"predictions/step_{STEPS}.jsonl"
+    assert read_lines(again / answers) == read_lines(run / answers)
+
+
 # Who belongs to a run.
 
 STARTED = """

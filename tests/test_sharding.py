@@ -340,8 +340,12 @@ def test_data_takes_the_devices_that_are_left() -> None:
 @pytest.mark.parametrize(
     ("mesh", "batch_size", "faults"),
     [
-        ({"data": 4}, 8, ["mesh: data=4, fsdp=1, tensor=1 are 4 devices; expected sizes whose product is 16"]),
-        ({"tensor": 3}, 5, ["mesh: data=5, fsdp=1, tensor=3 are 15 devices; expected sizes whose product is 16"]),
+        (
+            {"data": 4},
+            8,
+            ["are 4 devices; expected sizes whose product is 16, the nearest: data=16 with fsdp × tensor = 1"],
+        ),
+        ({"tensor": 3}, 5, ["tensor=3 are 15 devices; expected sizes whose product is 16, the nearest: data=8 with"]),
         (
             {"fsdp": 16},
             16,
@@ -415,28 +419,32 @@ def test_a_process_brings_what_its_devices_hold(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_evaluation_on_a_mesh_is_one_devices() -> None:
-    """Loss and answers, with both modalities in a batch."""
+    """Loss, its gradient by every parameter, and answers, with both modalities in a batch."""
     case, batch = mesh_case(), micro_batch(2, "T1", "rsfMRI")
     others = batch.replace(feature_idx=np.roll(batch.feature_idx, 1, axis=0))  # each the features of the row before
-    stop = np.array([5], np.int32)
+    evaluate = jax.value_and_grad(partial(eval_step, graphdef=case.graphdef), has_aux=True)
     answer = partial(greedy.__wrapped__, graphdef=case.graphdef, max_new_tokens=4)
-    evaluate, answer = (
-        jax.jit(f, compiler_options=QUICK) for f in (partial(eval_step, graphdef=case.graphdef), answer)
-    )
-    results = []
+    evaluate, answer = (jax.jit(function, compiler_options=QUICK) for function in (evaluate, answer))
+    stop, results = np.array([5], np.int32), []
     for sizes in (ONE, ALL):
         mesh = mesh_of(sizes)
         with jax.set_mesh(mesh):
             params = jax.device_put(case.params, shardings(case.params, mesh))
-            loss, count = evaluate({}, params, put_batch(batch, mesh, axis=0))
-            nowhere, _ = evaluate({}, params, put_batch(others, mesh, axis=0))
+            (loss, count), grads = evaluate(params, {}, put_batch(batch, mesh, axis=0))
+            (nowhere, _), _ = evaluate(params, {}, put_batch(others, mesh, axis=0))
             tokens = answer(params, put_batch(batch, mesh, axis=0), stop)
-        results.append((float(loss), int(count), np.asarray(tokens)))
+        results.append((float(loss), int(count), to_numpy(grads), np.asarray(tokens)))
         assert np.isnan(nowhere) == (sizes == ALL), "another device's volume must not pass for text"
-    (loss, count, tokens), (ours, counted, found) = results
+    (loss, count, grads, tokens), (ours, counted, found, answers) = results
     assert counted == count
     assert ours == pytest.approx(loss, rel=1e-5)
-    np.testing.assert_array_equal(found, tokens)
+    for path, leaf in grads.items():
+        if "post_layernorm" in path or fnmatchcase(path, "vision_tower.*.k_proj.bias"):
+            # which nothing takes, or which moves all scores of a query alike: zero but for rounding
+            assert max(np.abs(leaf).max(), np.abs(found[path]).max()) < 1e-6, path
+        else:
+            assert relative(found[path], leaf) <= 1e-5, path
+    np.testing.assert_array_equal(answers, tokens)
     assert len(np.unique(tokens)) > 4
 
 

@@ -66,11 +66,6 @@ class MeshShape:
     tensor: int = 1
 
     @property
-    def size(self) -> int:
-        """Devices."""
-        return self.data * self.fsdp * self.tensor
-
-    @property
     def parts(self) -> int:
         """Parts of a batch."""
         return self.data * self.fsdp
@@ -129,8 +124,11 @@ def mesh_shape(config: MeshConfig, count: int, *, together: int, batch_size: int
     inner = config.fsdp * config.tensor
     data = config.data or max(count // inner, 1)
     if data * inner != count:
-        sizes = f"data={data}, fsdp={config.fsdp}, tensor={config.tensor}"
-        faults.append(f"mesh: {sizes} are {data * inner} devices; expected sizes whose product is {count}")
+        fits = min(_divisors(count), key=lambda n: abs(n - inner))
+        faults.append(
+            f"mesh: data={data}, fsdp={config.fsdp}, tensor={config.tensor} are {data * inner} devices; expected sizes "
+            f"whose product is {count}, the nearest: data={count // fits} with fsdp × tensor = {fits}"
+        )
     elif together % inner:
         fits = min(_divisors(together), key=lambda n: abs(n - inner))
         faults.append(

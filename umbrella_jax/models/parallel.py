@@ -56,15 +56,14 @@ def look_up(table: Array, ids: Array) -> Array:
 
 
 def local(function: Callable[..., Any], *, in_specs: Any, out_specs: Any, check_vma: bool) -> Callable[..., Any]:
-    """`function`, of what each device has of the arguments, instead of all of them: nothing is exchanged
-    but what it says itself.
+    """`function`, of what each device has of the arguments: nothing is exchanged but what it exchanges itself.
 
     `check_vma` as of `jax.shard_map`: False for kernels, whose results do not say over which axes they differ; the
     specs must then name all axes, else gradients are added up over the others.
     """
-    return (
-        function if _alone() else jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
-    )
+    if _alone():
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
 
 
 def _alone() -> bool:
