@@ -131,6 +131,7 @@ def test_inspect_prints_the_same_summary(printed: str, world: World, tmp_path: P
 def test_a_run_goes_on_on_another_mesh(world: World, tmp_path: Path) -> None:
     """Four comparisons three times, on 1×2×2 devices; and cut off before the last time, on 2×1×1."""
     flags = ["--task-filter", "T3", "--batch-size", 4, "--epochs", 3, "--set", "train.save_steps=1"]
+    flags += ["--learning-rate", 1e-3, "--set", "train.warmup_steps=0"]
     whole, again = tmp_path / "whole", tmp_path / "again"
     said = umbrella(*world.train_flags(whole, *flags, "--mesh", "fsdp=2,tensor=2"), devices=4)
     assert "3 steps on 4 device(s) (data=1,fsdp=2,tensor=2)" in said

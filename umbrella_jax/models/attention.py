@@ -8,6 +8,7 @@ from functools import partial
 
 import chex
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
