@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,12 +15,12 @@ from unittest import mock
 import jax
 import nibabel as nib
 import numpy as np
-from jax.sharding import Mesh
 from ruamel.yaml import YAML
 
 from umbrella_jax.cli import main
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.demo import make_base
+from umbrella_jax.sharding import make_mesh
 
 ANATOMICAL, RUNS = 4, 4
 BATCH_SIZE = 6  # more than there are conversations of a kind: one batch of each
@@ -144,8 +145,8 @@ def umbrella(*words: object, code: int = 0, devices: int = 1) -> str:
     """Runs `umbrella-jax WORDS` in this process, on some of the eight devices that the suite simulates; asserts its
     exit code, and returns what it printed: stderr where it failed, else stdout."""
     out, err = io.StringIO(), io.StringIO()
-    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
-    with mock.patch("umbrella_jax.run.make_mesh", return_value=mesh), redirect_stdout(out), redirect_stderr(err):
+    on_some = partial(make_mesh, devices=jax.devices()[:devices])
+    with mock.patch("umbrella_jax.run.make_mesh", on_some), redirect_stdout(out), redirect_stderr(err):
         found = main([str(word) for word in words])
     assert found == code, f"{out.getvalue()}\n{err.getvalue()}"
     return err.getvalue() if code else out.getvalue()

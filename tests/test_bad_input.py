@@ -166,9 +166,26 @@ def test_what_a_run_needs_is_asked_for_together(world: World, events: list[str])
         assert flag in message
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--mesh", "fsdp=2,tnsor=2"], ["--mesh tnsor=2: no such axis", "the nearest is tensor"]),
+        (["--mesh", "data=2,fsdp=4"], ["data=2, fsdp=4, tensor=1 are 8 devices; expected sizes whose product is 6"]),
+        (["--mesh", "tensor=3"], ["mesh.tensor: 3 does not divide", "vision heads 4", "the nearest that does: 2"]),
+        (["--set", "mesh.fsdp=0"], ["mesh: fsdp: expected 1 or more, got 0"]),
+        (["--set", "mesh.rows=2"], ["mesh.rows: no such key; expected one of data, fsdp, tensor"]),
+    ],
+)
+def test_mesh(world: World, events: list[str], tmp_path: Path, flags: list[str], expected: list[str]) -> None:
+    message = umbrella(*world.train_flags(tmp_path / "out", *flags), code=1, devices=6)
+    for words in expected:
+        assert words in message
+    assert COMPILED not in events
+
+
 def test_batch_that_the_devices_do_not_divide(world: World, events: list[str], tmp_path: Path) -> None:
     message = umbrella(*world.train_flags(tmp_path / "out"), code=1, devices=4)
-    assert "train.batch_size: 6 cannot be split over 4 devices; the next is 8" in message
+    assert "train.batch_size: 6 rows cannot be split over data × fsdp = 4 devices; the nearest that can: 8" in message
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ ROOMS: dict[str, set[str]] = {
     "umbrella_jax/errors.py": set(),
     "umbrella_jax/config.py": {"umbrella_jax.errors", "pydantic", "ruamel"},
     "umbrella_jax/batch.py": {"jax", "chex"},
-    "umbrella_jax/sharding.py": {"umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "jax", "numpy"},
+    "umbrella_jax/sharding.py": {
+        *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models", "jax", "numpy"),
+    },
     "umbrella_jax/distributed.py": {"umbrella_jax.errors", "jax", "numpy"},
     "umbrella_jax/models": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "jax", "flax", "chex", "numpy"),
@@ -25,6 +27,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "umbrella_jax/plan": {
         *("umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.models", "umbrella_jax.training", "jax"),
+        "umbrella_jax.sharding",
     },
     "umbrella_jax/evaluation": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),

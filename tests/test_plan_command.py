@@ -17,19 +17,22 @@ from umbrella_jax import cli
 from umbrella_jax.config import (
     DataConfig,
     GroupConfig,
+    MeshConfig,
     ModalityConfig,
     ModelConfig,
     RematPolicy,
     RunConfig,
     TrainConfig,
+    parse_mesh,
 )
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig
-from umbrella_jax.plan import Plan, make_plan, parse_devices, parse_mesh
+from umbrella_jax.plan import Plan, make_plan, parse_devices
 from umbrella_jax.plan import devices as devices_module
 from umbrella_jax.plan.count import AGAIN, KEPT, Model, describe, workload
-from umbrella_jax.plan.devices import KINDS, Mesh, meshes
+from umbrella_jax.plan.devices import KINDS
 from umbrella_jax.plan.report import OF_BANDWIDTH, RESERVED, estimate, largest_batch
+from umbrella_jax.sharding import MeshShape, mesh_shapes
 
 # A model whose every size can be told from the others: 12 patches of 30 numbers, 8 text tokens, so 20 positions.
 N, P, T, K = 12, 30, 20, 8
@@ -128,7 +131,7 @@ def test_what_trains_decides_what_is_computed() -> None:
     projector = tiny("projector")
     assert projector.flops("full")["vision_tower"] == LV * (2 * N * (4 * E * E + 2 * E * F) + 2 * 2 * N * N * E)
     assert projector.flops("full")["patch_embed"] == 2 * N * P * E
-    kept = [counted.device_bytes(Mesh(), 1, "none")["activations"] for counted in (tiny(), projector)]
+    kept = [counted.device_bytes(MeshShape(), 1, "none")["activations"] for counted in (tiny(), projector)]
     assert kept[0] - kept[1] == LV * N * (6 * E + F + HV) * 4
 
 
@@ -139,7 +142,7 @@ def test_bytes_by_hand(dtype: str, size: int) -> None:
     vision = LV * (4 * E + 4 * (E * E + E) + 2 * E * F + F + E)
     text = V * D + D + LT * (2 * D + (HT + 2 * KV) * DH * (D + 1) + HT * DH * D + 3 * D * G)
     frozen = 2 * (vision + text + (E * D + D) + (D * D + D) + 2 * E)
-    one = counted.device_bytes(Mesh(), 1, "none")
+    one = counted.device_bytes(MeshShape(), 1, "none")
     assert one["trained weights and moments"] == 12 * trained
     assert one["frozen weights"] == frozen
     assert one["gathered weights"] == 0
@@ -151,14 +154,23 @@ def test_bytes_by_hand(dtype: str, size: int) -> None:
         "full": (LV * N * E + LT * T * D) * size,
     }
     for policy, expected in kept.items():
-        assert counted.device_bytes(Mesh(), 1, policy)["activations"] == expected + ends
-    split = counted.device_bytes(Mesh(data=3, fsdp=4, tensor=2), 24, "none")  # two conversations on each
-    assert split["frozen weights"] == frozen / 8
+        assert counted.device_bytes(MeshShape(), 1, policy)["activations"] == expected + ends
+    split = counted.device_bytes(MeshShape(data=3, fsdp=4, tensor=2), 24, "none")  # two conversations on each
+    into = LV * (3 * E + F) + LT * (HT + 2 * KV) * DH + D  # biases of what goes into heads and MLPs
+    stream = LV * 6 * E + 2 * E + D + LT * 2 * D + D  # biases and norms of the residual stream
+    assert 2 * (matrices() + into + stream) == frozen
+    assert split["frozen weights"] == 2 * (matrices() / 8 + into / 2 + stream)
     assert split["gathered weights"] == max(2 * 2 * text_layer(), 2 * V * D) / 2
-    assert split["trained weights and moments"] == 12 * trained
+    assert split["trained weights and moments"] == 12 * trained / 4
     whole = 2 * size * (LV * N * E + LT * T * D)  # the residual stream, twice a layer, is on each device of `tensor`
     assert split["activations"] == 2 * ((kept["none"] - whole) / 2 + whole + ends)
     assert split["logits"] == 2 * K * V * 4 * 2 / 2
+
+
+def matrices() -> int:
+    """Numbers in all frozen ones of the tiny model, its table of words among them."""
+    vision, text = 4 * E * E + 2 * E * F, 2 * D * HT * DH + 2 * D * KV * DH + 3 * D * G
+    return LV * vision + LT * text + E * D + D * D + V * D
 
 
 def text_layer() -> int:
@@ -170,16 +182,21 @@ def test_collectives_by_hand() -> None:
     counted = tiny()
     trained = counted.trained
 
-    def sent(mesh: Mesh, batch_size: int, remat: str = "none") -> list[float]:
+    def sent(mesh: MeshShape, batch_size: int, remat: str = "none") -> list[float]:
         return [size for _, _, size in counted.collectives(mesh, batch_size, remat).values()]
 
-    assert sent(Mesh(), 1) == [0, 0, 0]
-    assert sent(Mesh(data=8), 8) == [2 * 7 / 8 * 4 * trained, 0, 0]
-    used = 2 * (2 * sum(counted.frozen[part] for part in ("vision_tower", "projector", "language_model")) / 2)
-    assert sent(Mesh(fsdp=8), 8) == pytest.approx([2 * 7 / 8 * 4 * trained, 7 / 8 * used, 0])
+    assert sent(MeshShape(), 1) == [0, 0, 0]
+    assert sent(MeshShape(data=8), 8) == [2 * 7 / 8 * 4 * trained, 0, 0]
+    used = 2 * 2 * matrices() + 4 * trained  # in bfloat16, forward and backward; the trained part forward alone
+    assert sent(MeshShape(fsdp=8), 8) == pytest.approx([2 * 7 / 8 * 4 * trained, 7 / 8 * used, 0])
+    untied = tiny(tied=False)  # the table that is only looked up stays where it is
+    assert (
+        untied.collectives(MeshShape(fsdp=8), 8, "none")["weights"]
+        == counted.collectives(MeshShape(fsdp=8), 8, "none")["weights"]
+    )
     stream = (LV * N * E + LT * T * D) * 4 * 3  # three conversations
-    assert sent(Mesh(tensor=2), 3) == [0, 0, 2 * 1 / 2 * 4 * stream]
-    assert sent(Mesh(tensor=2), 3, "full") == [0, 0, 2 * 1 / 2 * 5 * stream]
+    assert sent(MeshShape(tensor=2), 3) == [0, 0, 2 * 1 / 2 * 4 * stream]
+    assert sent(MeshShape(tensor=2), 3, "full") == [0, 0, 2 * 1 / 2 * 5 * stream]
 
 
 def test_traffic_by_hand() -> None:
@@ -195,9 +212,9 @@ def test_traffic_by_hand() -> None:
     ends = product(N, P, E) + product(N, E, D) + product(N, D, D) + product(K, D, V)
     attention = 12 * (LV * N * E + LT * T * q)  # q, k, v, out forward; these and their gradients backward
     once = LV * vision + LT * text + ends
-    assert counted.traffic(Mesh(), 1, "none") == 4 * (2 * once + attention) + 28 * counted.trained
+    assert counted.traffic(MeshShape(), 1, "none") == 4 * (2 * once + attention) + 28 * counted.trained
     again = LV * product(N, E, F) + LT * 2 * product(T, D, G)
-    assert counted.traffic(Mesh(), 1, "mlp") - counted.traffic(Mesh(), 1, "none") == 4 * again
+    assert counted.traffic(MeshShape(), 1, "mlp") - counted.traffic(MeshShape(), 1, "none") == 4 * again
 
 
 @pytest.mark.parametrize(("size", "remat"), [("0.5b", "none"), ("0.5b", "full"), ("7b", "mlp")])
@@ -218,7 +235,9 @@ def test_bytes_are_xlas(size: str, remat: RematPolicy, batch_size: int, tmp_path
     run, model = full_size(tmp_path, size, "float32", remat=remat)
     xla = lowered(run, model, batch_size).compile().memory_analysis()
     assert xla is not None
-    ours = describe(run, model, workload(run, model, TEXT_TOKENS), "float32").device_bytes(Mesh(), batch_size, remat)
+    ours = describe(run, model, workload(run, model, TEXT_TOKENS), "float32").device_bytes(
+        MeshShape(), batch_size, remat
+    )
     lasting = ours["frozen weights"] + ours["trained weights and moments"]
     assert lasting == pytest.approx(xla.argument_size_in_bytes, rel=0.01)
     assert sum(ours.values()) - lasting == pytest.approx(xla.temp_size_in_bytes, rel=0.1)
@@ -228,7 +247,7 @@ def test_time_is_the_longest_of_what_overlaps_and_the_rest() -> None:
     counted = tiny(dtype="bfloat16")
     slow = replace(KINDS["h100"], flops=1e6, bandwidth=1e9, link=1e6, network=1e3)
     devices = replace(parse_devices("h100x8"), kind=slow)
-    found = estimate(counted, devices, Mesh(data=4, tensor=2), 4, "none")
+    found = estimate(counted, devices, MeshShape(data=4, tensor=2), 4, "none")
     flops, (_, _, stream) = (
         sum(counted.flops("none").values()),
         counted.collectives(found.mesh, 4, "none")["activations"],
@@ -244,8 +263,8 @@ def test_collectives_beyond_the_links_take_the_network() -> None:
     counted, kind = tiny(dtype="bfloat16"), KINDS["h100"]
 
     def gradients(name: str, **sizes: int) -> float:
-        mesh = Mesh(**sizes)
-        return estimate(counted, parse_devices(name), mesh, mesh.batch_ways, "none").seconds["gradients"]
+        mesh = MeshShape(**sizes)
+        return estimate(counted, parse_devices(name), mesh, mesh.parts, "none").seconds["gradients"]
 
     sent = 4 * counted.trained / OF_BANDWIDTH
     assert gradients("h100x8", data=8) == pytest.approx(2 * 7 / 8 * sent / kind.link)
@@ -260,7 +279,7 @@ def test_more_devices_are_never_slower_per_conversation(kind: str, tmp_path: Pat
     counted = describe(run, model, workload(run, model), "bfloat16")
     rates = []
     for count in (1, 2, 4, 8, 16, 64, 256, 512):
-        found = estimate(counted, parse_devices(f"{kind}-{count}"), Mesh(data=count), 8 * count, "mlp")
+        found = estimate(counted, parse_devices(f"{kind}-{count}"), MeshShape(data=count), 8 * count, "mlp")
         rates.append(found.samples_per_second)
     assert rates == sorted(rates)
     assert rates[3] == pytest.approx(8 * rates[0], rel=0.01)
@@ -271,19 +290,19 @@ def test_the_largest_batch_is_the_largest(remat: str, tmp_path: Path) -> None:
     run, model = full_size(tmp_path, "7b", "bfloat16")
     counted, devices = describe(run, model, workload(run, model), "bfloat16"), parse_devices("v5e-16")
     room = devices.kind.memory * (1 - RESERVED)
-    found = {mesh: largest_batch(counted, devices, mesh, remat) for mesh in meshes(16, model)}
-    assert found[Mesh(data=16)] == 0  # 16 GB of weights on each
+    found = {mesh: largest_batch(counted, devices, mesh, remat) for mesh in mesh_shapes(16, model, together=16)}
+    assert found[MeshShape(data=16)] == 0  # 16 GB of weights on each
     assert any(found.values())
     for mesh, batch in found.items():
-        assert batch % mesh.batch_ways == 0
+        assert batch % mesh.parts == 0
         assert not batch or sum(counted.device_bytes(mesh, batch, remat).values()) <= room
-        assert sum(counted.device_bytes(mesh, batch + mesh.batch_ways, remat).values()) > room
+        assert sum(counted.device_bytes(mesh, batch + mesh.parts, remat).values()) > room
 
 
 def test_the_best_comes_first(tmp_path: Path) -> None:
     run, model = full_size(tmp_path, "7b", "bfloat16")
     plan = make_plan(run, model, parse_devices("v5e-16"), frozen_dtype="bfloat16", subjects=1000)
-    assert {found.mesh.batch_ways for found in plan.configured} == {1, 2}  # the config's batch is 2
+    assert {found.mesh.parts for found in plan.configured} == {1, 2}  # the config's batch is 2
     larger = replace(run, train=replace(run.train, batch_size=256))
     mixed = make_plan(larger, model, plan.devices, frozen_dtype="bfloat16").configured
     assert {found.fits for found in mixed} == {True, False}
@@ -307,8 +326,8 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
 
     def plan(memory: float, batch_size: int) -> Plan:
         small = replace(devices, kind=replace(devices.kind, memory=memory))
-        sized = replace(run, train=replace(run.train, batch_size=batch_size))
-        return make_plan(sized, model, small, frozen_dtype="bfloat16", mesh=Mesh(data=2))
+        sized = replace(run, train=replace(run.train, batch_size=batch_size), mesh=MeshConfig(data=2))
+        return make_plan(sized, model, small, frozen_dtype="bfloat16")
 
     small = plan(2.6e9, 3)  # 1.7 GB of weights, 0.9 GB of activations where all are kept
     assert (small.configured, small.largest) == ((), ())
@@ -326,7 +345,7 @@ def test_attention_is_that_of_the_devices(tmp_path: Path) -> None:
 
     def plan(devices: str, attention: Any = "auto") -> Plan:
         asked = replace(run, model=replace(run.model, attention=attention))
-        return make_plan(asked, model, parse_devices(devices), frozen_dtype="bfloat16", mesh=Mesh())
+        return make_plan(asked, model, parse_devices(devices), frozen_dtype="bfloat16")
 
     plans = {"splash": plan("v5e-1"), "cudnn": plan("h100"), "xla": plan("v5e-1", "xla")}
     for name, found in plans.items():
@@ -345,11 +364,12 @@ def test_attention_is_that_of_the_devices(tmp_path: Path) -> None:
 
 def test_meshes_are_those_that_divide(tmp_path: Path) -> None:
     _, model = full_size(tmp_path, "0.5b", "bfloat16")
-    found = meshes(64, model)
-    assert Mesh(data=2, fsdp=2, tensor=16) in found
+    found = mesh_shapes(64, model, together=64)
+    assert MeshShape(data=2, fsdp=2, tensor=16) in found
     assert all(m.data * m.fsdp * m.tensor == 64 and m.tensor <= 16 for m in found)  # 16 heads
     grouped = replace(model, text=replace(model.text, num_key_value_heads=2))
-    assert {m.tensor for m in meshes(64, grouped)} == {1, 2}
+    assert {m.tensor for m in mesh_shapes(64, grouped, together=64)} == {1, 2, 4, 8, 16}  # kv heads are repeated
+    assert max(m.fsdp * m.tensor for m in mesh_shapes(64, model, together=8)) == 8
 
 
 @pytest.mark.parametrize(
@@ -392,18 +412,26 @@ def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_mesh_that_cannot_be_is_refused(tmp_path: Path) -> None:
-    _, model = full_size(tmp_path, "0.5b", "bfloat16")
-    assert parse_mesh("data=2,tensor=4", 8, model) == Mesh(data=2, tensor=4)
+    run, model = full_size(tmp_path, "0.5b", "bfloat16")
+
+    def plan(text: str, devices: str) -> None:
+        mesh = MeshConfig(**parse_mesh(text))
+        make_plan(replace(run, mesh=mesh), model, parse_devices(devices), frozen_dtype="bfloat16")
+
     for text, words in {
         "data=8,tensr=1": ["tensr=1: no such axis", "the nearest is tensor"],
         "data=8,fsdp=0": ["fsdp=0: expected fsdp=N once"],
-        "data=4": ["is 4 devices; expected sizes whose product is 8"],
-        "tensor=3": ["tensor=3: does not divide vision heads 16", "the nearest that does: 2", "product is 8"],
+        "data=4": ["are 4 devices; expected sizes whose product is 8"],
+        "data=2,tensor=32": ["are 64 devices; expected sizes whose product is 8"],
     }.items():
         with pytest.raises(ConfigError) as error:
-            parse_mesh(text, 8, model)
+            plan(text, "h100x8")
         for word in words:
             assert word in str(error.value)
+    with pytest.raises(ConfigError, match=r"mesh\.tensor: 3 does not divide vision heads 16.*the nearest that does: 2"):
+        plan("tensor=3", "v5e-9")
+    with pytest.raises(ConfigError, match="fsdp=16, tensor=1 are 16 devices, which have to be together"):
+        plan("fsdp=16", "h100x16")
 
 
 def test_the_modality_and_the_length_are_checked() -> None:
@@ -437,7 +465,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = json.loads(umbrella(*flags, "--mesh", "fsdp=32", "--json"))
     assert [e["mesh"]["fsdp"] for e in one["largest"]] == [32]
     assert one["configured"] == []
-    assert "no mesh of these devices divides it; the next for all is 32" in umbrella(*flags, "--mesh", "fsdp=32")
+    told = umbrella(*flags, "--mesh", "fsdp=32")
+    assert "no mesh of these devices divides it; the next for all is 32" in told
+    assert (
+        f"to train, the largest: --batch-size {one['largest'][0]['batch_size']} --mesh data=1,fsdp=32,tensor=1" in told
+    )
     assert cli.main([*map(str, flags[:-1]), "v5z-64"]) == 1
     assert "the nearest is v5" in capsys.readouterr().err
 

@@ -110,7 +110,9 @@ def test_the_summary_says_what_trains(printed: str, world: World) -> None:
         assert line in [" ".join(line.split()) for line in printed.splitlines()]
     names = [line.split()[0] for line in printed.partition("trains:\n")[2].splitlines() if line.startswith("  ")]
     assert set(names) == TRAINED
-    assert f"12 conversations, {STEPS} steps on 1 device(s), into {world.root / 'run'}" in printed
+    assert (
+        f"12 conversations, {STEPS} steps on 1 device(s) (data=1,fsdp=1,tensor=1), into {world.root / 'run'}" in printed
+    )
     assert "attention: xla" in printed.splitlines()
     # 4 of one scan and the one of text, 3 of runs, 4 of two scans; M is 4, 3 and 4
     assert "plan: 3 shapes to compile, 36.3% of positions padded, 0.92 volumes encoded per conversation" in printed
@@ -125,6 +127,25 @@ def test_inspect_prints_the_same_summary(printed: str, world: World, tmp_path: P
     assert bare[bare.index("component") :] == summary[summary.index("component") :]
     other = umbrella("inspect", "--config", world.config, "--base", tmp_path, "--set", "train.groups={projector: {}}")
     assert "projector                  8,320               0" in other
+
+
+def test_a_run_goes_on_on_another_mesh(world: World, tmp_path: Path) -> None:
+    """Four comparisons three times, on 1×2×2 devices; and cut off before the last time, on 2×1×1."""
+    flags = ["--task-filter", "T3", "--batch-size", 4, "--epochs", 3, "--set", "train.save_steps=1"]
+    flags += ["--learning-rate", 1e-3, "--set", "train.warmup_steps=0"]
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    said = umbrella(*world.train_flags(whole, *flags, "--mesh", "fsdp=2,tensor=2"), devices=4)
+    assert "3 steps on 4 device(s) (data=1,fsdp=2,tensor=2)" in said
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "3")
+    said = umbrella(*world.train_flags(again, *flags, "--resume"), devices=2)
+    assert "resume: from step 2" in said
+    assert "3 steps on 2 device(s) (data=2,fsdp=1,tensor=1)" in said
+    for ours, theirs in zip(*(read_lines(out / "metrics.jsonl") for out in (again, whole)), strict=True):
+        assert {k: ours[k] for k in METRICS} == pytest.approx({k: theirs[k] for k in METRICS}, rel=1e-6)
+    trained = [Checkpoint.open(out).trained() for out in (again, whole)]
+    for path, leaf in trained[1].items():
+        assert np.abs(np.asarray(trained[0][path]) - np.asarray(leaf)).max() <= 1e-6 * np.abs(leaf).max()
 
 
 def test_a_run_is_not_overwritten(run: Path, world: World) -> None:

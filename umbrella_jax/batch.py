@@ -1,9 +1,26 @@
 """What a step takes: one static-shape batch of conversations and the distinct volumes that they name."""
 
+from dataclasses import dataclass
+
 import chex
 import jax
 
 Array = jax.Array  # numpy's on the host, until a step puts them on devices
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How a batch is shared out: rows and volumes are cut into `of` parts of one size, and some are one's `own`.
+
+    A row takes features of volumes in its own part alone, so that devices need not exchange any.
+    """
+
+    of: int = 1
+    own: tuple[int, ...] = (0,)
+    """Ascending."""
+
+
+WHOLE = Parts()
 
 
 @chex.dataclass(frozen=True)
@@ -20,7 +37,8 @@ class Batch:
     feature_idx: Array
     """int32 [B, T]; row of the concatenated image features that the position takes, -1 for text.
 
-    Features are concatenated over `volumes` in the order of its sorted names: M·N rows each, volume by volume.
+    Features are concatenated over `volumes` in the order of its sorted names: M·N rows each, volume by volume. A
+    position that takes one that is not there, or not in its row's part (`Parts`), is NaN, and the loss with it.
     """
     lengths: Array
     """int32 [B]; positions in use, counted from the left."""
@@ -31,7 +49,8 @@ class Batch:
     target_mask: Array
     """bool [B, K]; False where padded."""
     volumes: dict[str, Array]
-    """{modality: float32 [M, D, H, W] or [M, D, H, W, T]}: each distinct volume once, zeros behind up to a static M.
+    """{modality: float32 [M, D, H, W] or [M, D, H, W, T]}: of each part each distinct volume once, and zeros behind
+    them up to a static M.
 
     A modality may have no entry. Where no position of a training batch takes a feature of it, entry or not, the step
     leaves its parameters untouched.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from umbrella_jax.config import RunConfig, load_config
+from umbrella_jax.config import RunConfig, load_config, parse_mesh
 from umbrella_jax.data.bids import MAX_CLASSES, MODALITIES, TEMPLATES, from_bids
 from umbrella_jax.errors import ConfigError, UmbrellaError
 
@@ -24,6 +24,7 @@ _FLAGS: dict[str, tuple[str, type, str, str]] = {
     "--cache": ("data.cache", str, "D", "directory of preprocessed volumes, shared by runs"),
     "--output-dir": ("output_dir", str, "D", "the run's directory"),
     "--batch-size": ("train.batch_size", int, "N", "conversations per micro-batch, over all devices"),
+    "--mesh": ("mesh", str, "data=N,fsdp=N,tensor=N", "how devices share it out; axes not named as by default"),
     "--learning-rate": ("train.learning_rate", float, "X", "peak learning rate"),
     "--epochs": ("train.epochs", float, "X", "passes over the training data"),
 }
@@ -46,6 +47,8 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 
     overrides = {key: getattr(arguments, key, None) for key, *_ in _FLAGS.values()}
     overrides = {key: value for key, value in overrides.items() if value is not None}
+    if mesh := overrides.get("mesh"):
+        overrides["mesh"] = parse_mesh(mesh)
     if getattr(arguments, "no_wandb", False):
         overrides["train.wandb"] = False
     for text in arguments.set:
@@ -82,7 +85,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from umbrella_jax.api import open_base
-    from umbrella_jax.plan import make_plan, parse_devices, parse_mesh, stored_dtype
+    from umbrella_jax.plan import make_plan, parse_devices, stored_dtype
 
     config = _config(arguments)
     devices = parse_devices(
@@ -96,7 +99,6 @@ def _plan(arguments: argparse.Namespace) -> None:
         frozen_dtype=stored_dtype(config.model, base.description / "config.json"),
         text_tokens=arguments.text_tokens,
         subjects=arguments.subjects,
-        mesh=parse_mesh(arguments.mesh, devices.count, base.config) if arguments.mesh else None,
     )
     print(json.dumps(found.to_json(), indent=2) if arguments.json else found.table())
 
@@ -220,12 +222,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(inspect, ["--base"])
 
     plan = command(commands, "plan", _plan, "Work out memory, time and the best mesh on devices that are not at hand.")
-    _add_config(plan, ["--base", "--batch-size", "--modality"])
+    _add_config(plan, ["--base", "--batch-size", "--modality", "--mesh"])
     plan.add_argument(
         "--devices", required=True, metavar="NAME", help="v5e-16, v5p-64, v6e-8, a100x8, h100x8, h200x1, cpu"
-    )
-    plan.add_argument(
-        "--mesh", metavar="data=N,fsdp=N,tensor=N", help="this one; default the best of those that divide"
     )
     plan.add_argument("--subjects", type=int, metavar="N", help="conversations of an epoch, for its hours")
     plan.add_argument("--text-tokens", type=int, default=64, metavar="N", help="of a conversation; default 64")

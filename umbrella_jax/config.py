@@ -5,6 +5,7 @@ combination that makes no sense are refused together, by name.
 """
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -288,6 +289,26 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How devices share a run out: data × fsdp × tensor is their number. When to choose which: docs/clusters.md."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    data: int | None = None
+    """Parts of a batch, each with weights of its own; the axis that crosses slices and nodes. Default: all devices that
+    are left."""
+    fsdp: int = 1
+    """Parts of a batch that share one copy of the weights and gather them layer by layer."""
+    tensor: int = 1
+    """Parts of every layer's heads and MLP, and of the words."""
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self).items()
+        if faults := [f"{axis}: expected 1 or more, got {n}" for axis, n in sizes if n is not None and n < 1]:
+            raise ConfigError(faults)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run, from weights and data to its output directory."""
 
@@ -296,6 +317,7 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     output_dir: str | None = None
     seed: int = 1234
 
@@ -319,6 +341,26 @@ def resolve_modality(name: str, modalities: Sequence[str] | Mapping[str, Any]) -
         return name
     found = [m for family in ALIASES if name in family for m in modalities if m in family]
     return found[0] if len(found) == 1 else None
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`data=4,fsdp=2,tensor=2` → what the section `mesh` holds. Raises ConfigError for what is no axis, or no size."""
+    axes = [f.name for f in dataclasses.fields(MeshConfig)]
+    sizes: dict[str, int] = {}
+    faults = []
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in axes:
+            near = difflib.get_close_matches(axis, axes, n=1, cutoff=0.5)
+            expected = f"expected {', '.join(axes)}" + (f"; the nearest is {near[0]}" if near else "")
+            faults.append(f"--mesh {part}: no such axis; {expected}")
+        elif not size.isdecimal() or int(size) < 1 or axis in sizes:
+            faults.append(f"--mesh {part}: expected {axis}=N once, N at least 1")
+        else:
+            sizes[axis] = int(size)
+    if faults:
+        raise ConfigError(faults)
+    return sizes
 
 
 def parse_config(data: Mapping[str, Any], source: str = "config") -> RunConfig:

@@ -32,7 +32,7 @@ from umbrella_jax.errors import ConfigError
 from umbrella_jax.evaluation.generate import greedy
 from umbrella_jax.evaluation.metrics import accuracy
 from umbrella_jax.models import Params, abstract_params, native_backend
-from umbrella_jax.sharding import make_mesh, put_batch, replicated
+from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, put_batch, shardings
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule
@@ -49,6 +49,9 @@ _MAY_CHANGE = (
     "data.allow_outside_root",
     "data.threads",
     "data.cache",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
     "train.eval_steps",
     "train.save_steps",
     "train.wandb",
@@ -86,12 +89,13 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
     """
     first = jax.process_index() == 0
     say = say if first else _nothing
-    mesh = make_mesh()
     with together():
         pass  # the first meeting, for which jax waits half a minute at most, before some read longer than others
     with together():
-        out = _output_dir(config, mesh, resume)
+        out, mesh = _output_dir(config, resume)
         base = open_base(config)
+        if faults := MeshShape(**mesh.shape).undivided(base.config):
+            raise ConfigError(faults)
         found = base.check(config.model.frozen_dtype)
         model = base.config.with_attention(config.model.attention, native_backend(mesh.devices.flat[0]))
         graphdef, shapes = abstract_params(model)
@@ -105,8 +109,7 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
     for line in [*base.notes, *found, freeze.summary(shapes, labels)]:
         say(line)
 
-    where = replicated(mesh)
-    params = base.params(config.model.frozen_dtype, where=lambda path, shape: where)
+    params = base.params(config.model.frozen_dtype, where=partial(param_sharding, mesh))
     trainable, frozen = freeze.partition(params, labels)
     del params
     plan = make_plan(
@@ -114,12 +117,13 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
         batch_size=config.train.batch_size,
         accumulate_steps=config.train.accumulate_steps,
         seed=config.seed,
-        divisor=mesh.size,
+        parts=parts(mesh).of,
     )
     steps = plan.num_steps(config.train.epochs)
     schedule = make_schedule(config.train, steps)
     optimizer = make_optimizer(config.train, schedule, labels)
-    state = jax.device_put(init_state(freeze.as_trainable(trainable), optimizer), where)
+    state = init_state(freeze.as_trainable(trainable), optimizer)
+    state = jax.device_put(state, shardings(state, mesh))
     del trainable
     meta = {
         "config": to_dict(config),
@@ -134,7 +138,8 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
             if not resume or not (out / MODEL).exists():
                 describe(base, out / MODEL)
             (out / CONFIG).write_text(dump_config(_absolute(config)))
-        say(f"{len(train_set)} conversations, {steps} steps on {mesh.size} device(s), into {out}")
+        sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        say(f"{len(train_set)} conversations, {steps} steps on {mesh.size} device(s) ({sizes}), into {out}")
         say(f"plan: {plan.report}")
         say(f"attention: {model.attention}")
         state = fit(
@@ -146,8 +151,7 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
                 start_step=int(state.step),
                 num_steps=steps,
                 threads=config.data.threads,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                parts=parts(mesh),
             ),
             graphdef=graphdef,
             optimizer=optimizer,
@@ -170,8 +174,8 @@ def _nothing(line: str) -> None:
     """Says nothing."""
 
 
-def _output_dir(config: RunConfig, mesh: Mesh, resume: bool) -> Path:
-    """Checks what can be known before any file is read."""
+def _output_dir(config: RunConfig, resume: bool) -> tuple[Path, Mesh]:
+    """Checks what can be known before any file is read; of the mesh, all that does not depend on the model."""
     faults = [
         f"{field}: expected a path ({flag})"
         for field, flag, value in [
@@ -181,11 +185,10 @@ def _output_dir(config: RunConfig, mesh: Mesh, resume: bool) -> Path:
         ]
         if value is None
     ]
-    if config.train.batch_size % mesh.size:
-        fits = -(-config.train.batch_size // mesh.size) * mesh.size
-        faults.append(
-            f"train.batch_size: {config.train.batch_size} cannot be split over {mesh.size} devices; the next is {fits}"
-        )
+    try:
+        mesh = make_mesh(config.mesh, batch_size=config.train.batch_size)
+    except ConfigError as error:
+        faults += error.faults
     if config.train.eval_steps and config.data.eval is None:
         faults.append("train.eval_steps: nothing to evaluate on; name data.eval (--eval-data P)")
     if config.train.wandb and importlib.util.find_spec("wandb") is None:
@@ -196,7 +199,7 @@ def _output_dir(config: RunConfig, mesh: Mesh, resume: bool) -> Path:
     if (out / CHECKPOINTS).exists() and not resume:
         raise ConfigError(f"{out}: holds a run; go on with --resume, or name another output_dir")
     out.mkdir(parents=True, exist_ok=True)
-    return out
+    return out, mesh
 
 
 def _dataset(config: RunConfig, processor: Processor, split: str, cache: VolumeCache | None) -> Dataset | None:
@@ -284,9 +287,7 @@ def _evaluate(
         dataset,
         config.train.batch_size,
         threads=config.data.threads,
-        divisor=mesh.size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        parts=parts(mesh),
     )
     loss, supervised = 0.0, 0
     for _, batch in batches(prompts=False):

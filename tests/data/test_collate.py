@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from umbrella_jax.batch import Parts
 from umbrella_jax.data.collate import collate
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.plan import BatchShape
@@ -136,29 +137,42 @@ def test_an_image_is_asked_for_once(modalities, volumes):
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_the_parts_of_processes_are_the_whole(modalities, volumes, count):
-    """Each asks for its own volumes alone, which another's rows may name."""
+def test_each_part_has_its_own_rows_volumes(modalities, volumes, count):
+    """Whoever makes a part asks for them alone; put together, parts are the batch of whoever makes all of them."""
     batches = [[row(2, A, B), row(3, ("answer", 2)), row(C, F), row(G, B)], [row(F), row(C, ("answer", 1)), row(A)]]
-    shape = BatchShape(4, 24, 8, (("T1", 4), ("rsfMRI", 4)))
-    whole = collate(batches, volumes.__getitem__, modalities, shape)
-    parts, asked = [], []
-    for p in range(count):
+    shape = BatchShape(4, 24, 8, (("T1", 8), ("rsfMRI", 8)))
+    whole = collate(batches, volumes.__getitem__, modalities, shape, Parts(count, tuple(range(count))))
+    made, asked = [], []
+    for part in range(count):
         mine = set()
 
         def volume(image, mine=mine):
             mine.add(image)
             return volumes[image]
 
-        parts.append(collate(batches, volume, modalities, shape, process_index=p, process_count=count))
+        made.append(collate(batches, volume, modalities, shape, Parts(count, (part,))))
         asked.append(mine)
-    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *parts)
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *made)
     for leaf, expected in zip(jax.tree.leaves(joined), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(leaf, expected, strict=True)
     assert (
         asked
-        == {  # slots are A, B, C and C, A of T1, and F, G and F of rsfMRI
+        == {
             1: [{A, B, C, F, G}],
-            2: [{A, B, C, F, G}, {C}],
-            4: [{A, C, F}, {A, B, G}, {C}, set()],
+            2: [{A, B, C, F}, {A, B, C, F, G}],
+            4: [{A, B, F}, {C}, {A, C, F}, {B, G}],
         }[count]
     )
+    value = {A: 1.0, B: 2.0, C: 3.0, F: 4.0, G: 5.0}
+    for a, rows in enumerate(batches):
+        found = source_of_each_position(jax.tree.map(lambda leaf, a=a: leaf[a], whole), modalities)
+        for b, encoded in enumerate(rows):
+            shown = [found[b][start] for start in encoded.image_starts]
+            assert shown == [(value[image], 0) for image in encoded.images]
+        for b in range(4):
+            part = b * count // 4
+            for name, first in (("T1", 0), ("rsfMRI", 8 * PATCHES["T1"])):
+                size = 8 * PATCHES[name] // count
+                indices = whole.feature_idx[a, b]
+                inside = (indices >= first) & (indices < first + 8 * PATCHES[name])
+                assert ((indices[inside] - first) // size == part).all(), "in the part of the row"

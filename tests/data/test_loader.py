@@ -1,6 +1,7 @@
 """The order of a run: every conversation once an epoch, the same after a resume; faults reach the caller."""
 
 from collections import Counter
+from functools import partial
 from itertools import islice
 
 import jax
@@ -8,11 +9,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from umbrella_jax.batch import WHOLE, Parts
 from umbrella_jax.config import AugmentConfig, ModalityConfig
 from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.loader import Dataset, eval_batches, make_plan, train_batches, whole_batch
 from umbrella_jax.data.volume import load_volume
-from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.errors import DataError
 
 NUM = 7
 
@@ -37,11 +39,11 @@ def make_dataset(nifti, record, write_json, tokenizer, modalities):
     return make
 
 
-def batches_of(dataset, *, batch_size, accumulate_steps=1, seed=5, divisor=1, start_step=0, **options):
+def batches_of(dataset, *, batch_size, accumulate_steps=1, seed=5, parts=WHOLE, start_step=0, **options):
     """Training batches as a run makes them; by default of one epoch."""
-    plan = make_plan(dataset, batch_size=batch_size, accumulate_steps=accumulate_steps, seed=seed, divisor=divisor)
+    plan = make_plan(dataset, batch_size=batch_size, accumulate_steps=accumulate_steps, seed=seed, parts=parts.of)
     options = {"num_steps": plan.updates_per_epoch, "threads": 2} | options
-    return train_batches(dataset, plan, start_step=start_step, **options)
+    return train_batches(dataset, plan, start_step=start_step, parts=parts, **options)
 
 
 def seen(batch):
@@ -103,29 +105,29 @@ def test_resumed_is_continued(make_dataset, start, threads):
         assert_equal(left, right)
 
 
+def interleave(*leaves, own):
+    """Leaves [A, own · rows, ...] of processes that have every so-manieth part → [A, all rows, ...]."""
+    cut = [leaf.reshape(leaf.shape[0], own, -1, *leaf.shape[2:]) for leaf in leaves]
+    return np.stack(cut, axis=2).reshape(leaves[0].shape[0], -1, *leaves[0].shape[2:])
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_share_a_batch(make_dataset, count, monkeypatch):
     """Their parts put together are the batch of one process; each opens what lies in its part and nothing else."""
     dataset = make_dataset()
-    options = {"batch_size": 4, "accumulate_steps": 2, "divisor": 4, "threads": 1}
-    whole = list(batches_of(dataset, **options))
+    options = {"batch_size": 4, "accumulate_steps": 2, "threads": 1}
+    whole = list(batches_of(dataset, **options, parts=Parts(4, (0, 1, 2, 3))))
     opened = []
     monkeypatch.setattr("umbrella_jax.data.loader.load_volume", lambda *a: opened.append(a) or load_volume(*a))
     parts = []
     for p in range(count):
-        parts.append(list(batches_of(dataset, **options, process_index=p, process_count=count)))
+        own = tuple(range(p, 4, count))  # as on a torus, where a process's devices are not side by side
+        parts.append(list(batches_of(dataset, **options, parts=Parts(4, own))))
         held = {v.tobytes() for b in parts[-1] for vs in b.volumes.values() for m in vs for v in m if v.any()}
         assert {load_volume(*arguments).tobytes() for arguments in opened} == held
         opened.clear()
     for expected, *found in zip(whole, *parts, strict=True):
-        assert_equal(jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *found), expected)
-
-
-def test_processes_divide_the_batch(make_dataset):
-    dataset = make_dataset()
-    with pytest.raises(ConfigError, match=r"train\.batch_size: 4 cannot be split over 3 processes") as caught:
-        batches_of(dataset, batch_size=4, divisor=8, process_count=3)
-    assert caught.value.faults[1] == "devices: 8 cannot be split over 3 processes"
+        assert_equal(jax.tree.map(partial(interleave, own=4 // count), *found), expected)
 
 
 def test_a_step_without_a_modality_has_no_entry_for_it(make_dataset):
@@ -152,16 +154,17 @@ def test_evaluation_takes_every_conversation_once(make_dataset):
     """In one shape, since 7 conversations are not worth compiling a second."""
     dataset = make_dataset(evaluation=True)
     for prompts in (False, True):
-        found = list(eval_batches(dataset, 3, prompts=prompts, divisor=2))
+        parts = Parts(2, (0, 1))
+        found = list(eval_batches(dataset, 4, prompts=prompts, parts=parts))
         assert sorted(i for indices, _ in found for i in indices) == list(range(NUM))
         assert len({tuple(v.shape for v in (b.input_ids, b.target_pos, *b.volumes.values())) for _, b in found}) == 1
         rows = dataset.prompts if prompts else dataset.encoded
         for indices, batch in found:
             assert all(len(volumes) % 2 == 0 for volumes in batch.volumes.values())
-            assert batch.lengths.tolist() == [len(rows[i]) for i in indices] + [1] * (3 - len(indices))
+            assert batch.lengths.tolist() == [len(rows[i]) for i in indices] + [1] * (4 - len(indices))
             for b, i in enumerate(indices):
                 np.testing.assert_array_equal(batch.input_ids[b, : len(rows[i])], rows[i].input_ids)
-        again = list(eval_batches(dataset, 3, prompts=prompts, divisor=2, threads=1))
+        again = list(eval_batches(dataset, 3, prompts=prompts, parts=parts, threads=1))
         assert [indices for indices, _ in again] == [indices for indices, _ in found]
 
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from golden_case import MODALITIES, PATCHES, golden, golden_batch, golden_model, relative
+from golden_case import MODALITIES, golden, golden_batch, golden_model, relative
 
 from umbrella_jax.config import TrainConfig
 from umbrella_jax.evaluation.generate import generate
@@ -29,7 +29,7 @@ def test_features(model, name, key):
     embedded = model.vision_tower.vision_model.embeddings(name, volumes)
     assert relative(embedded, golden("forward")[f"{key}_patch_embed"]) <= 1e-5
     assert relative(model.vision_tower(name, volumes), golden("forward")[f"{key}_hidden"]) <= 1e-5
-    features = model.image_features({name: volumes}).reshape(len(volumes), PATCHES, -1)
+    features = model.image_features(name, volumes)
     assert relative(features, golden("forward")[f"{key}_features"]) <= 1e-5
 
 
@@ -104,7 +104,7 @@ def test_greedy_stops(trained_model):
 
 
 def test_bfloat16_compute_is_close():
-    """Compute type bfloat16 with float32 parameters: the same model, and the same way down, up to bfloat16's 3 digits."""
+    """Compute type bfloat16 with float32 parameters: the same model, and way down, up to its 3 digits."""
     config, params = golden_model(compute_dtype="bfloat16")
     graphdef, _ = abstract_params(config)
     trainable, frozen = partition(params, label_params(list(params), ["patch_embed"]))

@@ -127,7 +127,7 @@ def compute(graphdef, params, batch):
         (loss, count), grads = jax.value_and_grad(mean_loss, has_aux=True)(trainable)
         return {
             "hidden": {name: model.vision_tower(name, x) for name, x in batch.volumes.items()},
-            "features": {name: model.image_features({name: x}) for name, x in batch.volumes.items()},
+            "features": {name: model.image_features(name, x) for name, x in batch.volumes.items()},
             "logits": model(batch),
             "target_logits": model.target_logits(batch),
             "loss": loss,

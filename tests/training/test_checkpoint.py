@@ -4,14 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from training_case import as_bytes, small_case, to_numpy
 
 from umbrella_jax.errors import CheckpointError
-from umbrella_jax.sharding import make_mesh, replicated
 from umbrella_jax.training.checkpoint import Checkpoints, load_params, param_shapes, save_params
 
 META = {"config": {"train": {"groups": {"patch_embed": {"weight_decay": 0.01}}}}, "note": "µ", "none": None}
 ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+EVERYWHERE = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec())
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +81,8 @@ def test_a_step_is_written_once(tmp_path, empty, filled):
 
 
 def test_one_device_to_eight_and_back(tmp_path, empty, filled):
-    mesh = make_mesh()
-    assert mesh.size == jax.device_count() == 8
-    where = replicated(mesh)
+    assert EVERYWHERE.num_devices == jax.device_count() == 8
+    where = EVERYWHERE
     with Checkpoints(tmp_path / "one") as checkpoints:
         checkpoints.save(filled(1), META)
     with Checkpoints(tmp_path / "one") as checkpoints:
@@ -121,7 +121,7 @@ def test_what_a_killed_save_leaves_is_not_seen(tmp_path, empty, filled):
 def test_whole_model_round_trip(tmp_path, dtype):
     params = small_case(dtype=dtype).params
     save_params(tmp_path / "native", params)
-    for where in (ONE_DEVICE, replicated(make_mesh())):
+    for where in (ONE_DEVICE, EVERYWHERE):
         shapes = param_shapes(tmp_path / "native")
         like = {path: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where) for path, s in shapes.items()}
         loaded = load_params(tmp_path / "native", like)

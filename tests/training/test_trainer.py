@@ -7,12 +7,11 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 from training_case import CONFIG, as_bytes, quick_step, small_batch, small_case, stack
 
-from umbrella_jax.config import TrainConfig
+from umbrella_jax.config import MeshConfig, TrainConfig
 from umbrella_jax.errors import DataError, UmbrellaError
-from umbrella_jax.sharding import put_batch, replicated
+from umbrella_jax.sharding import make_mesh, put_batch, shardings
 from umbrella_jax.training import trainer
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.optimizer import make_schedule
@@ -23,7 +22,7 @@ VALUES = {"loss", "grad_norm", "learning_rate", "supervised_tokens", "step_secon
 SCHEDULE = make_schedule(CONFIG, STEPS)
 
 
-MESH = Mesh(np.array(jax.devices()[:1]), ("data",))
+MESH = make_mesh(MeshConfig(), devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +31,15 @@ def case():
     return small_case()
 
 
+def placed(state):
+    """As a run places it."""
+    return jax.device_put(state, shardings(state, MESH))
+
+
 @pytest.fixture
 def start(case):
-    """The state before the first step, placed as a run places it."""
-    return jax.device_put(case.state(), replicated(MESH))
+    """The state before the first step."""
+    return placed(case.state())
 
 
 @pytest.fixture
@@ -106,7 +110,7 @@ def test_five_steps(start, run, tmp_path, capsys):
 def test_the_loop_is_the_steps_one_by_one(case, start, run):
     """Batches put on devices ahead change no number."""
     result = run(start, map(small_batch, range(STEPS)))
-    state, losses = jax.device_put(case.state(), replicated(MESH)), []
+    state, losses = placed(case.state()), []
     for i in range(STEPS):
         state, values = quick_step(state, case.frozen, put_batch(small_batch(i), MESH, axis=1), **case.static)
         losses.append(float(values["loss"]))

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import grain
 import numpy as np
 
-from umbrella_jax.batch import Batch
+from umbrella_jax.batch import WHOLE, Batch, Parts
 from umbrella_jax.config import AugmentConfig, ModalityConfig, Template
 from umbrella_jax.data.augment import check_axes, draw
 from umbrella_jax.data.cache import VolumeCache
@@ -20,7 +20,7 @@ from umbrella_jax.data.conversation import Conversation, Image, read_conversatio
 from umbrella_jax.data.plan import Facts, Plan, Update, exact_shape
 from umbrella_jax.data.tokenize import Encoded, encode, encode_all, encode_prompt
 from umbrella_jax.data.volume import axis_codes, check_volume, check_volumes, load_volume, open_volume
-from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.errors import DataError
 
 T = TypeVar("T")
 _UNCHANGED = AugmentConfig()
@@ -178,11 +178,11 @@ def facts_of(rows: Sequence[Encoded], modalities: Mapping[str, ModalityConfig]) 
     )
 
 
-def make_plan(dataset: Dataset, *, batch_size: int, accumulate_steps: int, seed: int, divisor: int = 1) -> Plan:
+def make_plan(dataset: Dataset, *, batch_size: int, accumulate_steps: int, seed: int, parts: int = 1) -> Plan:
     """The plan of a training run; see `Plan`."""
     rows = [dataset.training_row(index, seed, 0) for index in range(len(dataset))]
     facts = facts_of(rows, dataset.modalities)
-    return Plan(facts, batch_size=batch_size, accumulate_steps=accumulate_steps, seed=seed, divisor=divisor)
+    return Plan(facts, batch_size=batch_size, accumulate_steps=accumulate_steps, seed=seed, parts=parts)
 
 
 def train_batches(
@@ -192,8 +192,7 @@ def train_batches(
     start_step: int,
     num_steps: int,
     threads: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    parts: Parts = WHOLE,
 ) -> Iterator[Batch]:
     """Batches of the steps start_step .. num_steps - 1, each of A micro-batches of B conversations.
 
@@ -202,25 +201,18 @@ def train_batches(
     step s is the same whether or not the run was resumed, and whatever the number of threads or processes.
 
     Args:
-        plan: from `make_plan` of the dataset.
+        plan: from `make_plan` of the dataset, for as many parts.
         num_steps: steps of the whole run, not of what is left of it.
         threads: how many steps are prepared at a time.
-        process_index, process_count: the part of each batch that is made, see `collate`; no other volumes are read.
+        parts: of each batch its own are made; no other volumes are read.
 
     Yields:
         Batch of numpy arrays with a leading axis A; its micro-batches have one shape.
 
     Raises:
-        ConfigError: B or the plan's divisor cannot be split over the processes.
         DataError: a volume cannot be read any more.
     """
-    faults = [
-        f"{name}: {value} cannot be split over {process_count} processes"
-        for name, value in [("train.batch_size", plan.batch_size), ("devices", plan.divisor)]
-        if value % process_count
-    ]
-    if faults:
-        raise ConfigError(faults)
+    assert plan.parts == parts.of
     seed, lock = plan.seed, Lock()
     assert seed is not None, "a plan without a seed is of one epoch"
 
@@ -237,8 +229,7 @@ def train_batches(
             dataset.volume,
             dataset.modalities,
             update.shape,
-            process_index=process_index,
-            process_count=process_count,
+            parts,
         )
 
     return _prefetch(make, start_step, num_steps, threads)
@@ -250,15 +241,13 @@ def eval_batches(
     *,
     prompts: bool,
     threads: int = 4,
-    divisor: int = 1,
-    process_index: int = 0,
-    process_count: int = 1,
+    parts: Parts = WHOLE,
 ) -> Iterator[tuple[list[int], Batch]]:
     """Every conversation once, with the first window of its runs; planned as training is, always the same.
 
     Args:
         prompts: what to generate from, instead of the whole conversations.
-        process_index, process_count: the part of each batch that is made, see `collate`; no other volumes are read.
+        parts: of each batch its own are made; no other volumes are read.
 
     Yields:
         Indices into `dataset.conversations`, in no particular order, and the Batch (no axis A) whose first rows, those
@@ -268,12 +257,11 @@ def eval_batches(
         DataError: a volume cannot be read any more, or `prompts` of a dataset that was not loaded for evaluation.
     """
     rows = dataset.rows(prompts=prompts)
-    updates = Plan(facts_of(rows, dataset.modalities), batch_size=batch_size, divisor=divisor).epoch(0)
+    updates = Plan(facts_of(rows, dataset.modalities), batch_size=batch_size, parts=parts.of).epoch(0)
 
     def make(index: int) -> tuple[list[int], Batch]:
         (indices,), shape = updates[index].rows, updates[index].shape
-        part = {"process_index": process_index, "process_count": process_count}
-        batch = collate([[rows[i] for i in indices]], dataset.volume, dataset.modalities, shape, **part)
+        batch = collate([[rows[i] for i in indices]], dataset.volume, dataset.modalities, shape, parts)
         return list(indices), _first(batch)
 
     return _prefetch(make, 0, len(updates), threads)

@@ -5,7 +5,8 @@ little of a shape is padding,
 
 - conversations that show the same modalities are grouped by length into *buckets*;
 - what a bucket has over, short of a whole update, moves up into a longer bucket where that costs less;
-- conversations that share volumes come together, and a volume is encoded once for all rows of a micro-batch.
+- conversations that share volumes come together, and a volume is encoded once for all rows of a micro-batch that lie
+  on one device.
 
 How many updates a bucket makes depends on the data alone, so every epoch has equally many, and the position of a run
 is the step alone: step s is update s mod U of epoch s div U.
@@ -27,8 +28,11 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, partial
 from itertools import product
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 MAX_SHAPES = 6
 # Where volumes are shared, fewer buckets: they part those who share, and the other shapes tell apart how many distinct
@@ -51,7 +55,7 @@ class BatchShape:
     targets: int
     """K, a multiple of 8."""
     volumes: tuple[tuple[str, int], ...]
-    """(modality, M) in sorted order; M is a multiple of the divisor. Absent modalities have no entry."""
+    """(modality, M) in sorted order; M is a multiple of the plan's parts. Absent modalities have no entry."""
 
 
 @dataclass(frozen=True)
@@ -132,15 +136,17 @@ class Plan:
         accumulate_steps: A, micro-batches of an update.
         seed: with the number of the epoch, decides the order; None: always that of the conversations, as far as
             buckets and shared volumes leave it.
-        divisor: M becomes a multiple of it, so that volumes can be split over that many devices. Which conversations
-            come together does not depend on it.
+        parts: into so many, one after the other, `cut` takes the B rows of a micro-batch, and as many equal parts the
+            M volumes; each part has the volumes of its own rows, so one that rows of several show is encoded in each.
+            B is a multiple of it. Which conversations come together does not depend on it.
     """
 
     def __init__(
-        self, facts: Facts, *, batch_size: int, accumulate_steps: int = 1, seed: int | None = None, divisor: int = 1
+        self, facts: Facts, *, batch_size: int, accumulate_steps: int = 1, seed: int | None = None, parts: int = 1
     ):
         self.facts, self.batch_size, self.accumulate_steps = facts, batch_size, accumulate_steps
-        self.seed, self.divisor = seed, divisor
+        self.seed, self.parts = seed, parts
+        assert batch_size % parts == 0, "a mesh that does not divide the batch is refused before"
         # A shape of a single pass has to be worth an update at least: compiling takes longer than one.
         self._buckets = _make_buckets(facts, batch_size * accumulate_steps, updates_worth=int(seed is None))
         self.updates_per_epoch = sum(bucket.updates for bucket in self._buckets)
@@ -219,7 +225,7 @@ class Plan:
 
     def _bucket_shapes(self, index: int, rungs: list[Counter[str]]) -> Iterator[BatchShape]:
         targets = max(int(self.facts.targets[b.members].max()) for b in self._feeding(index))
-        for volumes in dict.fromkeys(_counts(rung, self.divisor) for rung in rungs):
+        for volumes in dict.fromkeys(_counts(rung) for rung in rungs):
             yield BatchShape(
                 conversations=self.batch_size,
                 positions=self._buckets[index].positions,
@@ -233,11 +239,12 @@ class Plan:
         return next(shape for shape in self.shapes[bucket] if needs <= Counter(dict(shape.volumes)))
 
     def _needs(self, rows: Sequence[Sequence[int]]) -> Counter[str]:
-        """{modality: the most distinct volumes of a micro-batch}."""
+        """{modality: M that holds the part of a micro-batch that shows most, in each part}."""
         needs: Counter[str] = Counter()
         for micro in rows:
-            needs |= self.facts.distinct(micro)
-        return needs
+            for part in cut(micro, self.batch_size, self.parts):
+                needs |= self.facts.distinct(part)
+        return Counter({m: self.parts * count for m, count in needs.items()})
 
     def _feeding(self, index: int) -> list[_Bucket]:
         """The buckets whose conversations may come into this one, itself included."""
@@ -252,21 +259,28 @@ class Plan:
         bucket = self._buckets[index]
         members = np.concatenate([b.members for b in self._feeding(index)]).tolist()
         rows = -(-bucket.conversations // (bucket.updates * self.accumulate_steps))  # of a micro-batch, at most
+        rows = min(rows, self.batch_size // self.parts)  # of a part
         volumes, modality, exist = self.facts.volumes, self.facts.modality, self.facts.distinct(members)
 
         def largest(name: str) -> int:
             return sum(heapq.nlargest(rows, (sum(modality[v] == name for v in volumes[i]) for i in members)))
 
-        return Counter({m: min(exist[m], largest(m)) for m in bucket.modalities})
+        return Counter({m: self.parts * min(exist[m], largest(m)) for m in bucket.modalities})
 
 
-def exact_shape(facts: Facts, divisor: int = 1) -> BatchShape:
+def cut(rows: Sequence[T], batch_size: int, parts: int) -> list[Sequence[T]]:
+    """The rows of a micro-batch, at most `batch_size`, part by part as devices hold them; the last may be empty."""
+    size = batch_size // parts
+    return [rows[start : start + size] for start in range(0, batch_size, size)]
+
+
+def exact_shape(facts: Facts) -> BatchShape:
     """The shape that holds all conversations in one batch."""
     return BatchShape(
         conversations=len(facts),
         positions=round_positions(int(facts.lengths.max())),
         targets=_multiple(max(int(facts.targets.max()), 1), _TARGETS_MULTIPLE),
-        volumes=_counts(facts.distinct(range(len(facts))), divisor),
+        volumes=_counts(facts.distinct(range(len(facts)))),
     )
 
 
@@ -502,8 +516,8 @@ def _even(number: int, parts: int) -> list[int]:
     return [number // parts + (i < number % parts) for i in range(parts)]
 
 
-def _counts(volumes: Mapping[str, int], divisor: int) -> tuple[tuple[str, int], ...]:
-    return tuple((m, _multiple(count, divisor)) for m, count in sorted(volumes.items()) if count)
+def _counts(volumes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    return tuple((m, count) for m, count in sorted(volumes.items()) if count)
 
 
 def _multiple(number: int, of: int) -> int:

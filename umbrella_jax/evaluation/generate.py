@@ -24,7 +24,6 @@ def greedy(params: Params, batch: Batch, stop_ids: Array, *, graphdef: nnx.Graph
     once; the language model runs over the whole row for each token.
     """
     model = merge(graphdef, params)
-    rows = jnp.arange(batch.input_ids.shape[0])
     embeds = jnp.pad(model.inputs_embeds(batch), ((0, 0), (0, max_new_tokens), (0, 0)))
     positions = jnp.broadcast_to(jnp.arange(embeds.shape[1]), embeds.shape[:2])
 
@@ -34,15 +33,18 @@ def greedy(params: Params, batch: Batch, stop_ids: Array, *, graphdef: nnx.Graph
 
     def next_token(carry: Any) -> Any:
         i, embeds, lengths, tokens, done = carry
-        hidden = model.language_model.model(embeds, positions, lengths)[rows, lengths - 1]
-        token = model.language_model.logits(hidden).argmax(-1).astype(jnp.int32)
+        hidden = model.language_model.model(embeds, positions, lengths)
+        last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+        token = model.language_model.logits(last).argmax(-1).astype(jnp.int32)
         embed = model.language_model.model.embed_tokens(token).astype(embeds.dtype)
-        embeds = embeds.at[rows, lengths].set(embed)
+        # not embeds.at[rows, lengths], for which devices would exchange rows
+        embeds = jnp.where((positions == lengths[:, None])[..., None], embed[:, None], embeds)
         tokens = tokens.at[:, i].set(jnp.where(done, NONE, token))
         return i + 1, embeds, lengths + 1, tokens, done | jnp.isin(token, stop_ids)
 
-    tokens = jnp.full((len(rows), max_new_tokens), NONE, jnp.int32)
-    carry = (jnp.zeros((), jnp.int32), embeds, jnp.asarray(batch.lengths), tokens, jnp.zeros(rows.shape, bool))
+    lengths = jnp.asarray(batch.lengths)
+    tokens = jnp.full((len(lengths), max_new_tokens), NONE, jnp.int32)
+    carry = (jnp.zeros((), jnp.int32), embeds, lengths, tokens, jnp.zeros(lengths.shape, bool))
     return jax.lax.while_loop(more, next_token, carry)[3]
 
 

@@ -3,16 +3,21 @@
 Axes: B rows, T queries, S keys, H heads, K kv heads, Dh head width.
 """
 
+import math
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Literal
 
 import chex
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from umbrella_jax.config import AttentionBackend
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models.cudnn_attention import cudnn_attention, cudnn_serves
+from umbrella_jax.models.parallel import HEADS, ROWS, local, ways
 from umbrella_jax.models.splash_attention import splash_attention
 from umbrella_jax.models.xla_attention import xla_attention
 
@@ -38,11 +43,19 @@ def attention(
     q [B, T, H, Dh]; k, v [B, S, K, Dh] with K kv heads, H a multiple of K (head h reads kv head h·K/H);
     lengths int32 [B]: keys in use, counted from the left; None: all. Padding among the queries sees them too.
     Returns [B, T, H, Dh] in q's dtype.
+
+    On a mesh every device has its own rows and heads. Where it has more parts of heads than there are kv heads, those
+    are repeated.
     """
     chex.assert_equal_shape([k, v])
     chex.assert_equal_shape_prefix([q, k], 1)
     q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
-    return _BACKENDS[backend](q, k, v, lengths, causal=causal)
+    kv = k.shape[2]
+    if (times := math.lcm(kv, ways(HEADS)) // kv) > 1:
+        k, v = (jnp.repeat(x, times, axis=2) for x in (k, v))
+    heads = PartitionSpec(ROWS, None, HEADS)
+    specs = {"in_specs": (heads, heads, heads, PartitionSpec(ROWS)), "out_specs": heads}
+    return local(partial(_BACKENDS[backend], causal=causal), **specs, check_vma=False)(q, k, v, lengths)
 
 
 def native_backend(device: jax.Device) -> AttentionBackend:

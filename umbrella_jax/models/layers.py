@@ -13,6 +13,7 @@ from flax import nnx
 
 from umbrella_jax.config import RematPolicy
 from umbrella_jax.models.cudnn_attention import is_cudnn_forward
+from umbrella_jax.models.parallel import look_up, split_rows
 
 Array = jax.Array
 M = TypeVar("M", bound=nnx.Module)
@@ -38,7 +39,7 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(_init(rngs.params(), (num_embeddings, features), jnp.float32))
 
     def __call__(self, ids: Array) -> Array:
-        return self.weight[...][ids]
+        return look_up(self.weight[...], ids)
 
 
 class LayerNorm(nnx.Module):
@@ -93,7 +94,7 @@ def scan_layers(layers: nnx.Module, x: Array, *args: Any, remat: RematPolicy) ->
     graphdef, params = nnx.split(layers)
 
     def body(x: Array, params: nnx.State) -> tuple[Array, None]:
-        return nnx.merge(graphdef, params)(x, *args), None
+        return nnx.merge(graphdef, params)(split_rows(x), *args), None
 
     body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)  # scan prevents it already
     return jax.lax.scan(body, x, params)[0]

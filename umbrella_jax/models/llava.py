@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import PartitionSpec
 
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import AttentionBackend, ModalityConfig, RematPolicy
 from umbrella_jax.models.attention import choose_backend
+from umbrella_jax.models.parallel import ROWS, local, split_rows, ways
 from umbrella_jax.models.projector import LlavaMultiModalProjector
 from umbrella_jax.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from umbrella_jax.models.siglip import SiglipConfig, SiglipVisionModel
@@ -64,14 +66,10 @@ class Llava(nnx.Module):
         )
         self.language_model = Qwen2ForCausalLM(config.text, config.remat, config.attention, rngs=rngs)
 
-    def image_features(self, volumes: Mapping[str, Array]) -> Array:
-        """{modality: [M, *size]} → [Σ M·N, D]: every volume's patches, over sorted modality names."""
-        dtype = jnp.dtype(self.config.compute_dtype)
-        features = []
-        for name in sorted(volumes):
-            hidden = self.vision_tower(name, volumes[name].astype(dtype))
-            features.append(self.multi_modal_projector(hidden).reshape(-1, self.config.text.hidden_size))
-        return jnp.concatenate(features)
+    def image_features(self, name: str, volumes: Array) -> Array:
+        """Volumes [M, *size] of modality `name` → [M, N, D], a row for every patch."""
+        hidden = self.vision_tower(name, volumes.astype(self.config.compute_dtype))
+        return split_rows(self.multi_modal_projector(hidden))
 
     def shown(self, batch: Batch) -> dict[str, Array]:
         """Of each modality of `batch.volumes`, bool []: whether a position of the batch takes a feature of it.
@@ -89,11 +87,19 @@ class Llava(nnx.Module):
     def inputs_embeds(self, batch: Batch) -> Array:
         """Token embeddings [B, T, D] in which a position with feature_idx ≥ 0 holds that row of the image features."""
         chex.assert_equal_shape([batch.input_ids, batch.feature_idx, batch.positions])
-        embeds = self.language_model.model.embed_tokens(batch.input_ids).astype(self.config.compute_dtype)
-        if not batch.volumes:
-            return embeds
-        features = self.image_features(batch.volumes)
-        return jnp.where((batch.feature_idx >= 0)[..., None], features[batch.feature_idx], embeds)
+        ids, idx = batch.input_ids, batch.feature_idx
+        embeds = split_rows(self.language_model.model.embed_tokens(ids).astype(self.config.compute_dtype))
+        # What names no feature that the device has must not pass for text.
+        embeds = jnp.where((idx >= 0)[..., None], jnp.nan, embeds)
+        parts, first = ways(ROWS), 0
+        rows, part = PartitionSpec(ROWS), jnp.arange(parts)
+        for name in sorted(batch.volumes):
+            features = self.image_features(name, batch.volumes[name])
+            size = features.shape[0] * features.shape[1]
+            start = first + part * (size // parts)
+            embeds = local(_show, in_specs=rows, out_specs=rows, check_vma=True)(embeds, idx, features, start)
+            first += size
+        return embeds
 
     def hidden_states(self, batch: Batch) -> Array:
         """Last hidden states [B, T, D] in the compute dtype."""
@@ -107,6 +113,14 @@ class Llava(nnx.Module):
     def __call__(self, batch: Batch) -> Array:
         """Logits, float32 [B, T, V], at every position; those beyond a row's length mean nothing."""
         return self.language_model.logits(self.hidden_states(batch))
+
+
+def _show(embeds: Array, idx: Array, features: Array, start: Array) -> Array:
+    """embeds [B, T, D] with rows idx − start of the features [M, N, D] at all positions that mean one of them."""
+    features = features.reshape(-1, features.shape[-1])
+    idx = idx - start
+    here = (idx >= 0) & (idx < len(features))
+    return jnp.where(here[..., None], features.at[idx].get(mode="clip"), embeds)
 
 
 def split(model: Llava) -> tuple[nnx.GraphDef, Params]:

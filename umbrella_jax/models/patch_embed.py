@@ -13,6 +13,7 @@ from flax import nnx
 
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.models.layers import Linear
+from umbrella_jax.models.parallel import split_rows
 
 Array = jax.Array
 _init = nnx.initializers.truncated_normal(0.02)
@@ -49,4 +50,4 @@ class PatchEmbed(nnx.Module):
         modality = self.modalities[name]
         chex.assert_shape(volumes, (None, *modality.size))
         x = getattr(self, f"{name}_proj")(patchify(volumes, modality.patch))
-        return x + getattr(self, f"{name}_positional_embeddings")[...].astype(x.dtype)
+        return split_rows(x + getattr(self, f"{name}_positional_embeddings")[...].astype(x.dtype))

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from umbrella_jax.config import AttentionBackend, RematPolicy
 from umbrella_jax.models.attention import attention
 from umbrella_jax.models.layers import Embedding, Linear, RMSNorm, scan_layers, stack
+from umbrella_jax.models.parallel import split_heads
 
 Array = jax.Array
 
@@ -63,7 +64,8 @@ class Qwen2Attention(nnx.Module):
         self.o_proj = Linear(q, config.hidden_size, bias=False, rngs=rngs)
 
     def __call__(self, x: Array, cos: Array, sin: Array, attend: Callable[..., Array]) -> Array:
-        q, k, v = (proj(x).reshape(*x.shape[:2], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projected = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (split_heads(y.reshape(*x.shape[:2], -1, self.head_dim)) for y in projected)
         out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 

@@ -14,7 +14,7 @@ from umbrella_jax.config import RunConfig, resolve_modality
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import LlavaConfig, abstract_params
 from umbrella_jax.models.splash_attention import splash_shape
-from umbrella_jax.plan.devices import Mesh
+from umbrella_jax.sharding import MeshShape, spec_of
 from umbrella_jax.training import freeze
 
 _SUPERVISED = 8  # tokens of a conversation, the smallest that a batch has room for
@@ -147,14 +147,35 @@ class Stack:
     def values(self, tensor: int, size: int) -> dict[str, float]:
         """Bytes per position of what a layer may keep; under `tensor`, the residual stream lies on each device."""
         heads = self.heads * self.head_dim
+        kv = self.kv_heads if self.kv_heads % tensor else self.kv_heads // tensor  # all on each device, or its own
         return {
             "input": self.width * size,
             "middle": self.width * size,
-            "qkv": (heads + 2 * self.kv_heads * self.head_dim) * size / tensor,
+            "qkv": (heads / tensor + 2 * kv * self.head_dim) * size,
             "attention": heads * self.padded * size / tensor,
             "lse": self.heads * 4 / tensor,
             "mlp": self.mlp * (1 + self.gated) * size / tensor,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A parameter."""
+
+    component: str
+    bytes: float
+    """Of its numbers: of a frozen one as it is held, of one that trains in float32."""
+    axes: tuple[str, ...]
+    """That it is split over."""
+    trained: bool
+    first: bool
+    """Of the patch embedding, whose input has no gradient."""
+    looked_up: bool
+    """A table of words that nothing multiplies: it stays where it is."""
+
+    def on_device(self, mesh: MeshShape, *gathered: str) -> float:
+        """Bytes on each device; those over the axes `gathered` together."""
+        return self.bytes / math.prod(getattr(mesh, axis) for axis in self.axes if axis not in gathered)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,15 +186,26 @@ class Model:
     workload: Workload
     products: tuple[Product, ...]
     stacks: tuple[Stack, ...]
-    trained: int
-    """Numbers that train."""
-    frozen: dict[str, float]
-    """{component: bytes of its frozen weights}."""
+    weights: tuple[Weight, ...]
     gathered: float
     """Bytes of the largest frozen piece that is used at once: two layers, or the table of words."""
     layer: dict[str, float]
     """{component: bytes of the frozen weights of one layer}."""
     differentiated: dict[str, bool]
+
+    @property
+    def trained(self) -> int:
+        """Numbers that train."""
+        return sum(int(weight.bytes) // 4 for weight in self.weights if weight.trained)
+
+    @property
+    def frozen(self) -> dict[str, float]:
+        """{component: bytes of its frozen weights}."""
+        found: dict[str, float] = {}
+        for weight in self.weights:
+            if not weight.trained:
+                found[weight.component] = found.get(weight.component, 0.0) + weight.bytes
+        return found
 
     @property
     def size(self) -> int:
@@ -190,9 +222,9 @@ class Model:
             found[stack.component] += stack.attention_flops * runs
         return found
 
-    def device_bytes(self, mesh: Mesh, batch_size: int, remat: str) -> dict[str, float]:
+    def device_bytes(self, mesh: MeshShape, batch_size: int, remat: str) -> dict[str, float]:
         """What lies on each device when most does, by kind."""
-        local = batch_size / mesh.batch_ways
+        local = batch_size / mesh.parts
         size, work, text = self.size, self.workload, self.config.text
         kept = working = 0.0
         for stack in self.stacks:
@@ -203,22 +235,23 @@ class Model:
             passing = sum(values.values()) - lasting + values["mlp"] + stack.mlp * size / mesh.tensor
             passing += 3 * stack.width * size
             working = max(working, local * stack.rows * passing + self.layer[stack.component] / mesh.tensor)
+        trained = sum(weight.on_device(mesh) for weight in self.weights if weight.trained)
         volumes = work.voxels * (4 + size) + work.patches * work.patch_dim * size
         ends = work.patches + 2 * work.positions  # the projector's, the language model's first and last
         return {
-            "frozen weights": sum(self.frozen.values()) / (mesh.fsdp * mesh.tensor),
+            "frozen weights": sum(w.on_device(mesh) for w in self.weights if not w.trained),
             "gathered weights": self.gathered / mesh.tensor * (mesh.fsdp > 1),
-            "trained weights and moments": 12.0 * self.trained,
-            "gradients": 8.0 * self.trained,  # of this micro-batch, and their sum
+            "trained weights and moments": 3 * trained,
+            "gradients": 2 * trained,  # of this micro-batch, and their sum
             "volumes": local * volumes,
             "activations": local * (kept + ends * text.hidden_size * size),
             "one layer at work": working,
             "logits": local * work.supervised * text.vocab_size * 4 * 2 / mesh.tensor,  # and their gradient
         }
 
-    def traffic(self, mesh: Mesh, batch_size: int, remat: str) -> float:
+    def traffic(self, mesh: MeshShape, batch_size: int, remat: str) -> float:
         """Bytes that products read and write in each device's memory, and the optimiser: the least there is."""
-        local = batch_size / mesh.batch_ways
+        local = batch_size / mesh.parts
         moved = 28.0 * self.trained  # weights and moments read and written, gradients read
         for product in self.products:
             weight = product.layers * product.inputs * product.outputs
@@ -230,11 +263,15 @@ class Model:
             moved += one * 4 * (1 + again) + one * 8 * stack.differentiated  # q, k, v, out; these and their gradients
         return moved
 
-    def collectives(self, mesh: Mesh, batch_size: int, remat: str) -> dict[str, tuple[int, int, float]]:
+    def collectives(self, mesh: MeshShape, batch_size: int, remat: str) -> dict[str, tuple[int, int, float]]:
         """{what: (devices, neighbours' distance, bytes that each device sends in rings)}."""
-        local, n, f, t = batch_size / mesh.batch_ways, mesh.batch_ways, mesh.fsdp, mesh.tensor
+        local, n, f, t = batch_size / mesh.parts, mesh.parts, mesh.fsdp, mesh.tensor
         # Forward, and again backward where the gradient passes; what is made again there finds them gathered.
-        gathered = sum(self.frozen.get(part, 0.0) * (1 + passes) for part, passes in self.differentiated.items())
+        gathered = sum(
+            weight.on_device(mesh, "fsdp") * (1 + (self.differentiated[weight.component] and not weight.first))
+            for weight in self.weights
+            if "fsdp" in weight.axes and not weight.looked_up
+        )
         stream = 0.0
         for stack in self.stacks:
             reductions = _TENSOR_REDUCTIONS["forward"]
@@ -242,8 +279,8 @@ class Model:
                 reductions += _TENSOR_REDUCTIONS["backward"] + ("attention" in AGAIN[remat])
             stream += stack.layers * reductions * local * stack.rows * stack.width * self.size
         return {
-            "gradients": (n, t, 2 * (n - 1) / n * 4.0 * self.trained),
-            "weights": (f, t, (f - 1) / f * gathered / t),
+            "gradients": (n, t, 2 * (n - 1) / n * sum(w.on_device(mesh, "fsdp") for w in self.weights if w.trained)),
+            "weights": (f, t, (f - 1) / f * gathered),
             "activations": (t, 1, 2 * (t - 1) / t * stream),
         }
 
@@ -262,20 +299,28 @@ def describe(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype
     rows = {"patch_embed": work.patches, "vision_tower": work.patches, "projector": work.patches}
     head = "embed_tokens" if model.text.tie_word_embeddings else "lm_head"
 
-    products = []
-    frozen: dict[str, float] = {}
+    products, weights = [], []
     layer = dict.fromkeys(freeze.COMPONENTS, 0.0)
     size = jnp.dtype(frozen_dtype).itemsize
     for path, leaf in shapes.items():
         part = component[path]
         stacked = ".layers." in path
-        if path not in trained:
-            frozen[part] = frozen.get(part, 0.0) + math.prod(leaf.shape) * size
-            layer[part] = layer.get(part, 0.0) + stacked * math.prod(leaf.shape[1:]) * size
         *_, module, kind = path.split(".")
+        weights.append(
+            Weight(
+                component=part,
+                bytes=float(math.prod(leaf.shape) * (4 if path in trained else size)),
+                axes=tuple(axis for axis in spec_of(path) if axis),
+                trained=path in trained,
+                first=part == "patch_embed",
+                looked_up=module == "embed_tokens" and module != head,
+            )
+        )
+        if path not in trained:
+            layer[part] = layer.get(part, 0.0) + stacked * math.prod(leaf.shape[1:]) * size
         if kind != "weight" or len(leaf.shape) != 2 + stacked:
             continue  # a bias, a norm, a table of positions
-        if (module == "embed_tokens" and module != head) or freeze.modality_of(path) not in (None, work.modality):
+        if weights[-1].looked_up or freeze.modality_of(path) not in (None, work.modality):
             continue  # looked up, or of another modality
         products.append(
             Product(
@@ -329,8 +374,7 @@ def describe(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype
         workload=work,
         products=tuple(products),
         stacks=stacks,
-        trained=sum(math.prod(shapes[path].shape) for path in trained),
-        frozen=frozen,
+        weights=tuple(weights),
         gathered=max(2 * max(layer.values()), text.vocab_size * text.hidden_size * size),
         layer=layer,
         differentiated=differentiated,

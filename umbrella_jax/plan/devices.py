@@ -1,4 +1,4 @@
-"""Devices by their data sheets, a CPU by measurement, and the meshes that divide a model."""
+"""Devices by their data sheets, a CPU by measurement."""
 
 import dataclasses
 import difflib
@@ -14,9 +14,7 @@ import jax.numpy as jnp
 
 from umbrella_jax.config import AttentionBackend
 from umbrella_jax.errors import ConfigError
-from umbrella_jax.models import LlavaConfig
 
-AXES = ("data", "fsdp", "tensor")
 OF_PEAK = 0.5
 """Share of a data sheet's peak that products reach over a whole step, those done again counted: a round figure below
 the 57.8% that PaLM reached (Chowdhery et al. 2022, section 4.1)."""
@@ -70,6 +68,11 @@ class Devices:
     kind: DeviceKind
     count: int
     efficiency: float
+
+    @property
+    def together(self) -> int:
+        """So many of them links connect, of a slice or a node."""
+        return min(self.count, self.kind.island)
 
 
 def parse_devices(
@@ -151,78 +154,3 @@ def _seconds(function: Callable[[jax.Array, jax.Array], jax.Array], shape: tuple
             compiled(x, x).block_until_ready()
             seconds.append(time.perf_counter() - started)
     return min(seconds)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mesh:
-    """Devices along each axis; `data` outermost, `tensor` innermost."""
-
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-
-    @property
-    def batch_ways(self) -> int:
-        """Parts of a batch."""
-        return self.data * self.fsdp
-
-    def __str__(self) -> str:
-        return "×".join(str(getattr(self, axis)) for axis in AXES)
-
-
-def parse_mesh(text: str, count: int, model: LlavaConfig) -> Mesh:
-    """`data=4,fsdp=2,tensor=2`; axes not named are 1.
-
-    Raises ConfigError for an axis that is not known, sizes that are not all the devices, and a size that does not
-    divide what it splits, naming the nearest that does.
-    """
-    sizes: dict[str, int] = {}
-    faults = []
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if axis not in AXES:
-            faults.append(f"--mesh {part}: no such axis; expected {', '.join(AXES)}{_nearest(axis, AXES)}")
-        elif not size.isdigit() or int(size) < 1 or axis in sizes:
-            faults.append(f"--mesh {part}: expected {axis}=N once, N at least 1")
-        else:
-            sizes[axis] = int(size)
-    if faults:
-        raise ConfigError(faults)
-    if (product := math.prod(sizes.values())) != count:
-        faults.append(f"--mesh {text}: is {product} devices; expected sizes whose product is {count}")
-    for axis, split in _split(model).items():
-        ways = sizes.get(axis, 1)
-        if wrong := [f"{what} {number}" for what, number in split.items() if number % ways]:
-            common = math.gcd(*split.values())
-            nearest = min((n for n in range(1, common + 1) if common % n == 0), key=lambda n: abs(n - ways))
-            faults.append(f"--mesh {axis}={ways}: does not divide {', '.join(wrong)}; the nearest that does: {nearest}")
-    if faults:
-        raise ConfigError(faults)
-    return Mesh(**sizes)
-
-
-def _split(model: LlavaConfig) -> dict[str, dict[str, int]]:
-    """What an axis must divide."""
-    vision, text = model.vision, model.text
-    return {
-        "fsdp": {"vision width": vision.hidden_size, "text width": text.hidden_size},
-        "tensor": {
-            "vision heads": vision.num_attention_heads,
-            "vision MLP": vision.intermediate_size,
-            "text heads": text.num_attention_heads,
-            "text kv heads": text.num_key_value_heads,
-            "text MLP": text.intermediate_size,
-        },
-    }
-
-
-def meshes(count: int, model: LlavaConfig) -> list[Mesh]:
-    """All that use `count` devices and divide the model."""
-    shared = {axis: math.gcd(*split.values()) for axis, split in _split(model).items()}
-    sizes = [n for n in range(1, count + 1) if count % n == 0]
-    return [
-        Mesh(data=count // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
-        for fsdp in sizes
-        for tensor in sizes
-        if count % (fsdp * tensor) == 0 and shared["fsdp"] % fsdp == 0 and shared["tensor"] % tensor == 0
-    ]

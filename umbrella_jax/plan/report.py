@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from umbrella_jax.config import ModelConfig, RunConfig
+from umbrella_jax.config import MeshConfig, ModelConfig, RunConfig
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import LlavaConfig
 from umbrella_jax.plan.count import KEPT, Model, describe, workload
-from umbrella_jax.plan.devices import Devices, Mesh, meshes
+from umbrella_jax.plan.devices import Devices
+from umbrella_jax.sharding import MeshShape, mesh_shape, mesh_shapes
 from umbrella_jax.training import freeze
 
 OF_BANDWIDTH = 0.8
@@ -34,7 +35,7 @@ _COUNTS: dict[str, str | None] = {"floor": None} | {policy: policy for policy in
 class Estimate:
     """A micro-batch on a mesh. Bytes are of each device; seconds are bounds from each of the machine's limits."""
 
-    mesh: Mesh
+    mesh: MeshShape
     remat: str
     batch_size: int
     bytes: dict[str, float]
@@ -54,7 +55,7 @@ class Estimate:
         return max(self.seconds, key=lambda name: self.seconds[name])
 
 
-def estimate(model: Model, devices: Devices, mesh: Mesh, batch_size: int, remat: str) -> Estimate:
+def estimate(model: Model, devices: Devices, mesh: MeshShape, batch_size: int, remat: str) -> Estimate:
     """Bytes and time of B conversations.
 
     Products, memory, and collectives of weights and gradients overlap: the longest counts. Collectives of activations
@@ -83,14 +84,14 @@ def estimate(model: Model, devices: Devices, mesh: Mesh, batch_size: int, remat:
     )
 
 
-def largest_batch(model: Model, devices: Devices, mesh: Mesh, remat: str) -> int:
+def largest_batch(model: Model, devices: Devices, mesh: MeshShape, remat: str) -> int:
     """The most conversations of a micro-batch that fit, a multiple of what the mesh splits it into; 0 where none."""
     room = devices.kind.memory * (1 - RESERVED)
 
     def total(local: int) -> float:
-        return sum(model.device_bytes(mesh, local * mesh.batch_ways, remat).values())
+        return sum(model.device_bytes(mesh, local * mesh.parts, remat).values())
 
-    return (bisect_right(range(1 << 20), room, lo=1, key=total) - 1) * mesh.batch_ways
+    return (bisect_right(range(1 << 20), room, lo=1, key=total) - 1) * mesh.parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,6 @@ class Plan:
             "latencies, data loading and evaluation are not counted",
             "a causal mask's half is counted as done",
             _ATTENTION[self.model.config.attention],
-            "train shares out the batch alone in this version (N×1×1); other meshes are to come",
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -217,6 +217,10 @@ class Plan:
             lines += ["", title, *_columns(rows)]
         else:
             lines += ["", "no conversation fits on any mesh under any remat policy: take more devices"]
+        for title, found in (("as configured", self.configured), ("the largest", self.largest)):
+            if found:
+                sizes = ",".join(f"{axis}={size}" for axis, size in dataclasses.asdict(found[0].mesh).items())
+                lines += ["", f"to train, {title}: --batch-size {found[0].batch_size} --mesh {sizes}"]
         return "\n".join([*lines, "", "assumed:", *(f"- {text}" for text in self.assumptions())])
 
     def _row(self, found: Estimate) -> list[str]:
@@ -252,9 +256,9 @@ def make_plan(
     frozen_dtype: str,
     text_tokens: int = 64,
     subjects: int | None = None,
-    mesh: Mesh | None = None,
 ) -> Plan:
-    """Works out a run on `devices`, on `mesh` or on all that divide the model, with the attention that it has there.
+    """Works out a run on `devices`, with the attention that it has there, on the config's mesh or, where it names none,
+    on all that divide the model.
 
     Args:
         model: of the run's base; its shapes alone are looked at.
@@ -263,14 +267,20 @@ def make_plan(
         subjects: conversations of an epoch.
 
     Raises:
-        ConfigError: as `workload`, `freeze.label_params` and `LlavaConfig.with_attention`; for fewer than one subject.
+        ConfigError: as `workload`, `freeze.label_params`, `LlavaConfig.with_attention` and `mesh_shape`; for a mesh
+            that does not divide the model, and for fewer than one subject.
     """
     if subjects is not None and subjects < 1:
         raise ConfigError(f"--subjects {subjects}: expected 1 or more")
     model = model.with_attention(config.model.attention, devices.kind.attention)
     counted = describe(config, model, workload(config, model, text_tokens), frozen_dtype)
     remat, batch_size = config.model.remat, config.train.batch_size
-    candidates = meshes(devices.count, model) if mesh is None else [mesh]
+    if config.mesh == MeshConfig():
+        candidates = mesh_shapes(devices.count, model, together=devices.together)
+    else:
+        candidates = [mesh_shape(config.mesh, devices.count, together=devices.together)]
+        if faults := candidates[0].undivided(model):
+            raise ConfigError(faults)
 
     def best_first(found: Iterable[Estimate]) -> tuple[Estimate, ...]:
         def rank(e: Estimate) -> tuple[bool, float, int, int]:  # where two are equally fast, the one that splits less
@@ -289,9 +299,7 @@ def make_plan(
         remat=remat,
         batch_size=batch_size,
         configured=best_first(
-            estimate(counted, devices, mesh, batch_size, remat)
-            for mesh in candidates
-            if batch_size % mesh.batch_ways == 0
+            estimate(counted, devices, mesh, batch_size, remat) for mesh in candidates if batch_size % mesh.parts == 0
         ),
         largest=largest(remat),
         policies=tuple(found[0] for policy in KEPT if (found := largest(policy))),

@@ -14,6 +14,7 @@ from flax import nnx
 
 from umbrella_jax.batch import Batch
 from umbrella_jax.models import Params, merge
+from umbrella_jax.sharding import constrain
 from umbrella_jax.training.loss import loss_sum
 
 Array = jax.Array
@@ -57,7 +58,7 @@ def train_step(
     def accumulate(carry: tuple[Any, Array, Array], micro: Batch) -> tuple[tuple[Any, Array, Array], None]:
         grads, loss, count = carry
         (micro_sum, micro_count), micro_grads = jax.value_and_grad(micro_loss, has_aux=True)(state.trainable, micro)
-        return (optax.tree.add(grads, micro_grads), loss + micro_sum, count + micro_count), None
+        return (optax.tree.add(grads, constrain(micro_grads)), loss + micro_sum, count + micro_count), None
 
     zero = (optax.tree.zeros_like(state.trainable), jnp.zeros(()), jnp.zeros((), jnp.int32))
     (grads, loss, count), _ = jax.lax.scan(accumulate, zero, batch)
@@ -68,7 +69,7 @@ def train_step(
     new = TrainState(  # type: ignore[call-arg]
         step=state.step + 1, trainable=optax.apply_updates(state.trainable, updates), opt_state=opt_state
     )
-    return new, {"loss": loss / count, "grad_norm": optax.tree.norm(grads), "supervised_tokens": count}
+    return constrain(new), {"loss": loss / count, "grad_norm": optax.tree.norm(grads), "supervised_tokens": count}
 
 
 def eval_step(trainable: Params, frozen: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> tuple[Array, Array]:

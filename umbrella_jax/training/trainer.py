@@ -92,6 +92,7 @@ def fit(
         return put_batch(next(batches), mesh, axis=1)
 
     with (
+        jax.set_mesh(mesh),
         ThreadPoolExecutor(1) as ahead,
         Metrics(metrics_path, start) if first else nullcontext() as metrics,
         tqdm(total=num_steps, initial=start, desc="train", unit="step", disable=None if first else True) as bar,
