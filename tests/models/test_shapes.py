@@ -1,6 +1,7 @@
 """Every module at odd sizes, traced and not; depth costs no compile time; attention equals a reference."""
 
 import time
+from functools import partial
 
 import chex
 import jax
@@ -70,13 +71,14 @@ def tower(rngs):
     return SiglipVisionModel(VISION, MODALITIES, "none", "xla", rngs=rngs)
 
 
-CASES = {
+ATTEND = partial(attention, causal=True)
+CASES = {  # how it is made, shapes of what it takes, of what it gives, and what else it takes
     "linear": (lambda r: Linear(5, 7, rngs=r), [(2, 3, 5)], (2, 3, 7)),
     "layer_norm": (lambda r: LayerNorm(9, eps=1e-6), [(2, 9)], (2, 9)),
     "rms_norm": (lambda r: RMSNorm(9, eps=1e-6), [(2, 9)], (2, 9)),
-    "siglip_attention": (lambda r: SiglipAttention(VISION, rngs=r), [(2, 13, 21)], (2, 13, 21)),
+    "siglip_attention": (lambda r: SiglipAttention(VISION, rngs=r), [(2, 13, 21)], (2, 13, 21), ATTEND),
     "siglip_mlp": (lambda r: SiglipMLP(VISION, rngs=r), [(2, 13, 21)], (2, 13, 21)),
-    "siglip_layer": (lambda r: SiglipEncoderLayer(VISION, rngs=r), [(2, 13, 21)], (2, 13, 21)),
+    "siglip_layer": (lambda r: SiglipEncoderLayer(VISION, rngs=r), [(2, 13, 21)], (2, 13, 21), ATTEND),
     "projector": (lambda r: LlavaMultiModalProjector(21, 30, rngs=r), [(4, 21)], (4, 30)),
     "qwen_mlp": (lambda r: Qwen2MLP(text_config(), rngs=r), [(2, 7, 30)], (2, 7, 30)),
 }
@@ -85,10 +87,10 @@ CASES = {
 class TestModules(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_array_modules(self):
-        for name, (make, inputs, expected) in CASES.items():
+        for name, (make, inputs, expected, *more) in CASES.items():
             graphdef, state = nnx.split(make(nnx.Rngs(0)))
             arrays = [np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in inputs]
-            out = self.variant(lambda s, *a, g=graphdef: nnx.merge(g, s)(*a))(state, *arrays)
+            out = self.variant(lambda s, *a, g=graphdef, m=more: nnx.merge(g, s)(*a, *m))(state, *arrays)
             chex.assert_shape(out, expected, custom_message=name)
             chex.assert_tree_all_finite(out)
 
@@ -99,8 +101,7 @@ class TestModules(chex.TestCase):
         chex.assert_shape([cos, sin], (2, 7, 1, 10))
         for make in (Qwen2Attention, Qwen2DecoderLayer):
             graphdef, state = nnx.split(make(text_config(), rngs=nnx.Rngs(0)))
-            lengths = jnp.array([7, 3])
-            out = self.variant(lambda s, n, g=graphdef: nnx.merge(g, s)(x, cos, sin, n))(state, lengths)
+            out = self.variant(lambda s, g=graphdef: nnx.merge(g, s)(x, cos, sin, ATTEND))(state)
             chex.assert_shape(out, (2, 7, 30))
 
     @chex.variants(with_jit=True, without_jit=True)
