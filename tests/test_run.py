@@ -142,7 +142,9 @@ def test_a_run_goes_on_on_another_mesh(world: World, tmp_path: Path) -> None:
     assert "resume: from step 2" in said
     assert "3 steps on 2 device(s) (data=2,fsdp=1,tensor=1)" in said
     for ours, theirs in zip(*(read_lines(out / "metrics.jsonl") for out in (again, whole)), strict=True):
-        assert {k: ours[k] for k in METRICS} == pytest.approx({k: theirs[k] for k in METRICS}, rel=1e-6)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        # the gradient adds up in another order: as between meshes in tests/test_sharding.py
+        assert {k: ours[k] for k in METRICS} == pytest.approx({k: theirs[k] for k in METRICS}, rel=1e-5)
     trained = [Checkpoint.open(out).trained() for out in (again, whole)]
     for path, leaf in trained[1].items():
         assert np.abs(np.asarray(trained[0][path]) - np.asarray(leaf)).max() <= 1e-6 * np.abs(leaf).max()
