@@ -79,10 +79,8 @@ def finish(processes: list[subprocess.Popen[str]], timeout: int = 300) -> list[t
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
     return small_run.process_environment(tmp_path_factory.mktemp("compiled")) | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": " ".join(flags),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
 

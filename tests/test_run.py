@@ -62,6 +62,11 @@ def parameters(path: Path, **options: Any) -> dict[str, np.ndarray]:
     return {path: np.asarray(leaf) for path, leaf in split(umbrella_jax.load(path, **options))[1].items()}
 
 
+def numbers(run: Path) -> list[dict[str, float]]:
+    """Its metrics without what the machine's speed says."""
+    return [{k: v for k, v in line.items() if k != "step_seconds"} for line in read_lines(run / "metrics.jsonl")]
+
+
 def test_what_a_run_writes(run: Path, world: World) -> None:
     assert {p.name for p in run.iterdir()} == {"config.yaml", "model", "checkpoints", "metrics.jsonl", "predictions"}
     lines = read_lines(run / "metrics.jsonl")
@@ -164,11 +169,12 @@ def test_resuming_on_another_base_is_refused(run: Path, world: World, tmp_path: 
 def test_a_run_from_before_a_field_was_known_resumes(run: Path, world: World, tmp_path: Path) -> None:
     """It ran as the field's default says."""
     old = shutil.copytree(run, tmp_path / "old")
-    for file in (old / "checkpoints").glob("*/meta/metadata"):
-        meta = json.loads(file.read_text())
+
+    def forget(meta: dict[str, Any]) -> None:
         for modality in meta["config"]["model"]["modalities"].values():
             del modality["mode"], modality["spacing"]
-        file.write_text(json.dumps(meta))
+
+    small_run.edit_meta(old, forget)
     flags = [*FLAGS, "--eval-data", world.eval, "--resume"]
     assert f"from step {STEPS}" in umbrella(*world.train_flags(old, *flags))
     message = umbrella(*world.train_flags(old, *flags, "--set", "model.modalities.T1.mode=pad"), code=1)
@@ -202,11 +208,62 @@ def test_killed_and_resumed_is_the_run_that_was_not_killed(
     step = int(resumed.stdout.partition("resume: from step ")[2].split()[0])
     assert step in range(SAVE, done + 1, SAVE)
 
-    whole, again = ([[line[k] for k in METRICS] for line in read_lines(r / "metrics.jsonl")] for r in (run, out))
-    assert again == whole
+    assert [{k: line[k] for k in METRICS} for line in numbers(run)] == numbers(out)
     trained, expected = parameters(out), parameters(run)
     for path in TRAINED:
         np.testing.assert_array_equal(trained[path], expected[path])
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    run: Path, world: World, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The newest has lost numbers, and a step is there that is none: the run goes on from the one before."""
+    out = shutil.copytree(run, tmp_path / "damaged")
+    for file in (out / "checkpoints" / "36" / "state").glob("ocdbt.process_*/d/*"):
+        file.write_bytes(b"\0" * file.stat().st_size)
+    (out / "checkpoints" / "99").mkdir()
+    message = umbrella("convert", "to-hf", out, tmp_path / "export", code=1)
+    assert f"{out / 'checkpoints' / '99'}: damaged: " in message
+
+    best = [f"train.{key}" for key in ("keep_best=1", "best_metric=eval_loss", "best_mode=max", f"eval_steps={EVAL}")]
+    flags = [*FLAGS, "--eval-data", world.eval, "--resume", *(word for key in best for word in ("--set", key))]
+    command = small_run.umbrella_command(*world.train_flags(out, *flags))
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    for step in (36, 99):
+        assert f"{out / 'checkpoints' / str(step)}: damaged: " in said
+        assert f"renamed to {step}.damaged" in said
+    assert "resume: from step 33" in said
+    assert f"best: eval_loss {read_lines(run / 'metrics.jsonl')[-1]['eval_loss']:.4g} at step 36: " in said
+    assert {p.name for p in (out / "checkpoints").iterdir()} == {"30", "33", "36", "36.damaged", "99.damaged"}
+    assert numbers(out) == numbers(run)
+    trained, expected = parameters(out), parameters(run)
+    for path in TRAINED:
+        np.testing.assert_array_equal(trained[path], expected[path])
+
+    for step in (30, 33, 36):
+        shutil.rmtree(out / "checkpoints" / str(step) / "meta")
+    message = umbrella(*world.train_flags(out, *FLAGS, "--eval-data", world.eval, "--resume"), code=1)
+    assert message.count("damaged: meta: ") == 3
+    assert "none is good: cannot resume" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["keep_best=1", "best_metric=eval_acuracy"],
+            "no evaluation gives eval_acuracy; expected one of eval_accuracy",
+        ),
+        (["keep_best=1"], "1 by best_metric None; expected both"),
+        (["best_metric=eval_loss"], "0 by best_metric eval_loss; expected both"),
+        (["keep_latest=0"], "keep_latest: expected a positive number"),
+    ],
+)
+def test_best_of_what_is_refused(world: World, tmp_path: Path, settings: list[str], message: str) -> None:
+    flags = [word for key in settings for word in ("--set", f"train.{key}")]
+    assert message in umbrella(*world.train_flags(tmp_path, "--eval-data", world.eval, *flags), code=1)
+    if "acuracy" in message:
+        assert "data.eval too" in umbrella(*world.train_flags(tmp_path, *flags), code=1)
 
 
 @pytest.fixture

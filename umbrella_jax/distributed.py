@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from umbrella_jax.errors import ConfigError, UmbrellaError
+from umbrella_jax.errors import ConfigError, Interrupted, UmbrellaError
 
 _QUIET = 10
 """Seconds of waiting for the others before a process says so."""
@@ -158,6 +158,11 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
+def agree(value: int) -> int:
+    """The largest `value`, an int32, of all processes. One exchange, made for every step."""
+    return value if alone() else int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """A block of which no process leaves before all did it: it goes well on each, or is an error on each.
@@ -201,7 +206,7 @@ def bound() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if alone():
+        if alone() or isinstance(error, Interrupted):  # on which all agree
             raise
         print(f"umbrella-jax: process {jax.process_index()} ends, and with it the run:", file=sys.stderr)
         if isinstance(error, UmbrellaError | OSError):

@@ -1,0 +1,48 @@
+"""Writing that is whole or not at all, and says where it fails."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from umbrella_jax.errors import UmbrellaError
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError within it names `path`: what a write raises, on a full disk say, does not say of which file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Puts a file there, or in the place of another one, as a whole: never half of it, whatever happens meanwhile."""
+    aside = path.with_name(f".{path.name}.part")
+    with naming(path):
+        try:
+            with aside.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def append(file: int, path: Path, line: bytes) -> None:
+    """Writes a line behind the others of an open file, or takes away what of it was written.
+
+    Raises OSError, and UmbrellaError where the file at `path` is no longer this one: deleted, moved or replaced.
+    """
+    with naming(path):
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file)):
+            raise UmbrellaError(f"{path}: deleted, moved or replaced while the run was writing to it; the run ends")
+        size = os.fstat(file).st_size
+        try:
+            while line:
+                line = line[os.write(file, line) :]
+        except OSError:
+            os.ftruncate(file, size)
+            raise
