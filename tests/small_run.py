@@ -17,9 +17,11 @@ import numpy as np
 from jax.sharding import Mesh
 from ruamel.yaml import YAML
 
+import umbrella_jax
 from umbrella_jax.cli import main
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.demo import make_base
+from umbrella_jax.models import split
 from umbrella_jax.training.checkpoint import crc32
 
 ANATOMICAL, RUNS = 4, 4
@@ -139,6 +141,16 @@ def read_config(path: Path) -> dict[str, Any]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def numbers(run: Path) -> list[dict[str, float]]:
+    """A run's metrics without what the machine's speed says."""
+    return [{k: v for k, v in line.items() if k != "step_seconds"} for line in read_lines(run / "metrics.jsonl")]
+
+
+def parameters(path: Path, **options: Any) -> dict[str, np.ndarray]:
+    """What `umbrella_jax.load` gives."""
+    return {path: np.asarray(leaf) for path, leaf in split(umbrella_jax.load(path, **options))[1].items()}
 
 
 def umbrella(*words: object, code: int = 0, devices: int = 1) -> str:

@@ -1,12 +1,10 @@
-"""Runs from end to end through the command line: what is written, what trains, how it goes on after a kill."""
+"""Runs from end to end through the command line: what is written, what trains, which run goes on."""
 
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-import umbrella_jax
 import umbrella_jax.run
 from tests import small_run
-from tests.small_run import World, read_config, read_lines, umbrella
+from tests.small_run import World, parameters, read_config, read_lines, umbrella
 from umbrella_jax.api import Checkpoint
-from umbrella_jax.models import split
 
 STEPS, SAVE, EVAL = 36, 3, 24
 FLAGS = ["--epochs", STEPS // 3, "--set", f"train.save_steps={SAVE}"]  # a step of one scan, of two, and of runs
@@ -58,17 +54,9 @@ def run(printed: str, world: World) -> Path:
     return world.root / "run"
 
 
-def parameters(path: Path, **options: Any) -> dict[str, np.ndarray]:
-    return {path: np.asarray(leaf) for path, leaf in split(umbrella_jax.load(path, **options))[1].items()}
-
-
-def numbers(run: Path) -> list[dict[str, float]]:
-    """Its metrics without what the machine's speed says."""
-    return [{k: v for k, v in line.items() if k != "step_seconds"} for line in read_lines(run / "metrics.jsonl")]
-
-
 def test_what_a_run_writes(run: Path, world: World) -> None:
-    assert {p.name for p in run.iterdir()} == {"config.yaml", "model", "checkpoints", "metrics.jsonl", "predictions"}
+    written = {"config.yaml", "model", "checkpoints", "metrics.jsonl", "predictions", "inputs.json", ".lock"}
+    assert {p.name for p in run.iterdir()} == written
     lines = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all({*METRICS, "step_seconds"} <= line.keys() for line in lines)
@@ -185,66 +173,6 @@ def test_a_finished_run_resumes_to_its_end(run: Path, world: World) -> None:
     before = (run / "metrics.jsonl").read_bytes()
     assert f"from step {STEPS}" in umbrella(*world.train_flags(run, *FLAGS, "--eval-data", world.eval, "--resume"))
     assert (run / "metrics.jsonl").read_bytes() == before
-
-
-def test_killed_and_resumed_is_the_run_that_was_not_killed(
-    run: Path, world: World, environment: dict[str, str]
-) -> None:
-    out, metrics = world.root / "killed", world.root / "killed" / "metrics.jsonl"
-    command = small_run.umbrella_command(*world.train_flags(out, *FLAGS))
-    options: dict[str, Any] = {"env": environment, "text": True, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, **options)
-    # A save waits for the one before it: behind step 2 * SAVE, the first checkpoint is complete.
-    while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < 2 * SAVE + 2):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    said = process.communicate()[0]
-    done = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-    assert process.returncode == -signal.SIGKILL, said
-    assert 2 * SAVE + 2 <= done < STEPS, said
-
-    resumed = subprocess.run([*command, "--resume"], stdout=subprocess.PIPE, check=False, **options)
-    assert resumed.returncode == 0, resumed.stdout
-    step = int(resumed.stdout.partition("resume: from step ")[2].split()[0])
-    assert step in range(SAVE, done + 1, SAVE)
-
-    assert [{k: line[k] for k in METRICS} for line in numbers(run)] == numbers(out)
-    trained, expected = parameters(out), parameters(run)
-    for path in TRAINED:
-        np.testing.assert_array_equal(trained[path], expected[path])
-
-
-def test_a_damaged_checkpoint_is_passed_over(
-    run: Path, world: World, environment: dict[str, str], tmp_path: Path
-) -> None:
-    """The newest has lost numbers, and a step is there that is none: the run goes on from the one before."""
-    out = shutil.copytree(run, tmp_path / "damaged")
-    for file in (out / "checkpoints" / "36" / "state").glob("ocdbt.process_*/d/*"):
-        file.write_bytes(b"\0" * file.stat().st_size)
-    (out / "checkpoints" / "99").mkdir()
-    message = umbrella("convert", "to-hf", out, tmp_path / "export", code=1)
-    assert f"{out / 'checkpoints' / '99'}: damaged: " in message
-
-    best = [f"train.{key}" for key in ("keep_best=1", "best_metric=eval_loss", "best_mode=max", f"eval_steps={EVAL}")]
-    flags = [*FLAGS, "--eval-data", world.eval, "--resume", *(word for key in best for word in ("--set", key))]
-    command = small_run.umbrella_command(*world.train_flags(out, *flags))
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    for step in (36, 99):
-        assert f"{out / 'checkpoints' / str(step)}: damaged: " in said
-        assert f"renamed to {step}.damaged" in said
-    assert "resume: from step 33" in said
-    assert f"best: eval_loss {read_lines(run / 'metrics.jsonl')[-1]['eval_loss']:.4g} at step 36: " in said
-    assert {p.name for p in (out / "checkpoints").iterdir()} == {"30", "33", "36", "36.damaged", "99.damaged"}
-    assert numbers(out) == numbers(run)
-    trained, expected = parameters(out), parameters(run)
-    for path in TRAINED:
-        np.testing.assert_array_equal(trained[path], expected[path])
-
-    for step in (30, 33, 36):
-        shutil.rmtree(out / "checkpoints" / str(step) / "meta")
-    message = umbrella(*world.train_flags(out, *FLAGS, "--eval-data", world.eval, "--resume"), code=1)
-    assert message.count("damaged: meta: ") == 3
-    assert "none is good: cannot resume" in message
 
 
 @pytest.mark.parametrize(

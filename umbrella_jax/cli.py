@@ -324,7 +324,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = _parser().parse_args(words)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of missing PyTorch, which is not needed
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what is on purpose: reading a run read-only
+    # orbax warns of what is on purpose (reading a run read-only), and prints tracebacks of what it raises later
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         return arguments.call(arguments) or 0
     except Interrupted as end:

@@ -1,11 +1,14 @@
-"""Writing that is whole or not at all, and says where it fails."""
+"""Writing that is whole or not at all, and says where it fails; and a directory for one run alone."""
 
+import errno
+import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from umbrella_jax.errors import UmbrellaError
+from umbrella_jax.errors import ConfigError, UmbrellaError
 
 
 @contextmanager
@@ -46,3 +49,33 @@ def append(file: int, path: Path, line: bytes) -> None:
         except OSError:
             os.ftruncate(file, size)
             raise
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """A block that one process at a time is in, of all that name this directory; it holds `.lock` with `flock`.
+
+    The kernel lets go when the process ends, however it ends. On NFS the lock holds between hosts and ends with the
+    host's lease, some 90 s, where that is lost; on a file system without locks (Lustre with `noflock`) there is none.
+
+    Raises ConfigError where another process is in it, naming that.
+    """
+    path = directory / ".lock"
+    with naming(path):
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(file, 1000).decode(errors="replace") or "another process"
+            raise ConfigError(
+                f"{directory}: {holder} is writing to it; wait until that has ended, or name another output_dir"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        os.close(file)

@@ -4,6 +4,7 @@ config.yaml      the resolved config
 model/           config.json, tokenizer, modalities: all of the model but its weights
 checkpoints/     orbax: what was trained, moments, step
 metrics.jsonl    one line per update
+inputs.json      what the run reads, by content
 predictions/     answers of each evaluation
 """
 
@@ -12,7 +13,8 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,13 +28,14 @@ from jax.sharding import Mesh
 from umbrella_jax.api import CHECKPOINTS, CONFIG, MODEL, Processor, describe, open_base
 from umbrella_jax.config import AugmentConfig, RunConfig, dump_config, parse_config, to_dict
 from umbrella_jax.data.cache import VolumeCache
+from umbrella_jax.data.inputs import Inputs, changed, digest_of, dump_inputs, read_inputs
 from umbrella_jax.data.loader import Dataset, eval_batches, make_plan, task_ids, train_batches
 from umbrella_jax.data.tokenize import reference_answer
 from umbrella_jax.distributed import agree, gather, together
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.evaluation.generate import greedy
 from umbrella_jax.evaluation.metrics import accuracy
-from umbrella_jax.files import write_whole
+from umbrella_jax.files import locked, write_whole
 from umbrella_jax.models import Params, abstract_params
 from umbrella_jax.sharding import make_mesh, put_batch, replicated
 from umbrella_jax.signals import Signals
@@ -44,6 +47,7 @@ from umbrella_jax.training.trainer import Line, fit, read_metrics
 
 Say = Callable[[str], None]
 T = TypeVar("T")
+INPUTS = "inputs.json"
 # What may differ when a run goes on: where it reads from and how often it looks, not what it computes.
 # (Whether the base is the same one, its fingerprint says.)
 _MAY_CHANGE = (
@@ -101,8 +105,19 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> Line:
     mesh = make_mesh()
     with together():
         pass  # the first meeting, for which jax waits half a minute at most, before some read longer than others
+    with ExitStack() as held:
+        with together():
+            out = _output_dir(config, mesh)
+            if first:
+                held.enter_context(locked(out))
+            if (out / CHECKPOINTS).exists() and not resume:
+                raise ConfigError(f"{out}: holds a run; go on with --resume, or name another output_dir")
+        return _train(config, out, mesh, resume, say)
+
+
+def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> Line:
+    first = jax.process_index() == 0
     with together():
-        out = _output_dir(config, mesh, resume)
         base = open_base(config)
         found = base.check(config.model.frozen_dtype)
         graphdef, shapes = abstract_params(base.config)
@@ -112,8 +127,10 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> Line:
         cache = VolumeCache.of(config.data)
         train_set, eval_set = (_dataset(config, processor, split, cache) for split in ("train", "eval"))
         _check_best(config, eval_set)
-        fingerprint = base.fingerprint if first else None  # which reads the whole base
-    assert train_set is not None
+        assert train_set is not None
+        datasets = {"train": train_set} | ({} if eval_set is None else {"eval": eval_set})
+        # by the first alone: they read the whole base, and all volumes
+        mine = (base.fingerprint, read_inputs(config.data, datasets)) if first else None
     for line in [*base.notes, *found, freeze.summary(shapes, labels)]:
         say(line)
 
@@ -133,9 +150,12 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> Line:
     optimizer = make_optimizer(config.train, schedule, labels)
     state = jax.device_put(init_state(freeze.as_trainable(trainable), optimizer), where)
     del trainable
+    fingerprint, inputs = gather(mine)[0]
     meta = {
         "config": to_dict(config),
-        "base_fingerprint": gather(fingerprint)[0],
+        "base_fingerprint": fingerprint,
+        "architecture": {"vision": asdict(base.config.vision), "text": asdict(base.config.text)},
+        "inputs": digest_of(inputs),
         "frozen_types": sorted({leaf.dtype.name for leaf in frozen.values()}),
         "versions": _versions(),
     }
@@ -145,11 +165,12 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> Line:
         Checkpoints(out / CHECKPOINTS, config.train, read_metrics(metrics)) as checkpoints,
         Signals(say) as signals,
     ):
-        state, pending = _resume(checkpoints, state, meta, say) if resume else (state, None)
+        state, pending = _resume(checkpoints, state, meta, inputs, say) if resume else (state, None)
         if first:
             if not resume or not (out / MODEL).exists():
                 describe(base, out / MODEL)
             write_whole(out / CONFIG, dump_config(_absolute(config)))
+            write_whole(out / INPUTS, dump_inputs(inputs))
 
         def interrupted() -> int:
             return agree(signals.received)
@@ -194,8 +215,8 @@ def _nothing(line: str) -> None:
     """Says nothing."""
 
 
-def _output_dir(config: RunConfig, mesh: Mesh, resume: bool) -> Path:
-    """Checks what can be known before any file is read."""
+def _output_dir(config: RunConfig, mesh: Mesh) -> Path:
+    """Checks what can be known before any file is read, and makes the directory."""
     faults = [
         f"{field}: expected a path ({flag})"
         for field, flag, value in [
@@ -217,8 +238,6 @@ def _output_dir(config: RunConfig, mesh: Mesh, resume: bool) -> Path:
     if faults:
         raise ConfigError(faults)
     out = Path(str(config.output_dir))
-    if (out / CHECKPOINTS).exists() and not resume:
-        raise ConfigError(f"{out}: holds a run; go on with --resume, or name another output_dir")
     out.mkdir(parents=True, exist_ok=True)
     return out
 
@@ -256,7 +275,7 @@ def _check_best(config: RunConfig, dataset: Dataset | None) -> None:
 
 
 def _resume(
-    checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any], say: Say
+    checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any], inputs: Inputs, say: Say
 ) -> tuple[TrainState, Line | None]:
     """The state of the newest checkpoint that is not damaged, if it belongs to the same run, and its pending line."""
     damaged: dict[int, list[str]] = {}
@@ -265,7 +284,7 @@ def _resume(
         saved, faults = _attempt(checkpoints.meta, step)
         if saved is not None:
             with together():
-                _same_run(checkpoints.directory, saved, meta)
+                _same_run(checkpoints.directory, saved, meta, inputs)
             found, faults = _attempt(checkpoints.restore, step, state)
         if found is not None:
             break
@@ -285,6 +304,9 @@ def _resume(
         say("resume: no checkpoint yet, starting at step 0")
         return state, None
     say(f"resume: from step {step}")
+    for name, version in meta["versions"].items():
+        if (before := saved["versions"].get(name)) != version:
+            say(f"resume: {name} is {version} now, {before} before: numbers may differ in their last digits")
     return found, saved.get("pending")
 
 
@@ -299,7 +321,7 @@ def _attempt(read: Callable[..., T], *args: Any) -> tuple[T | None, list[str]]:
     return (None if faults else found), faults
 
 
-def _same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any]) -> None:
+def _same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any], inputs: Inputs) -> None:
     """Raises ConfigError with everything in which the run of a checkpoint is another one."""
     stored = to_dict(parse_config(saved["config"], str(directory)))  # with fields that it did not know yet
     before, now = _flat(stored), _flat(meta["config"])
@@ -313,6 +335,18 @@ def _same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any]) -> N
     if saved["frozen_types"] != meta["frozen_types"]:  # a native checkpoint may be the same base in another type
         before_, now_ = (", ".join(m["frozen_types"]) for m in (saved, meta))
         faults.append(f"model.base: frozen weights are {now_} now, {before_} in the checkpoint; set model.frozen_dtype")
+    before, now = _flat(saved["architecture"]), _flat(meta["architecture"])
+    faults += [
+        f"model.base: config.json: {key}: {now.get(key)} now, {before.get(key)} in the checkpoint"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if saved["inputs"] != meta["inputs"] and not faults:  # other settings may well read other files
+        record = directory.parent / INPUTS
+        names = changed(json.loads(record.read_text()), inputs) if record.exists() else []
+        faults = [f"{name}: other content than when the run began" for name in names] or [
+            f"conversations, tokenizer or volumes are other ones than when the run began; {record} does not say which"
+        ]
     if faults:
         raise ConfigError([f"{directory}: cannot resume: {fault}" for fault in faults])
 

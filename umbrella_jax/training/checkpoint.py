@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from umbrella_jax.config import TrainConfig
-from umbrella_jax.errors import CheckpointError
+from umbrella_jax.errors import CheckpointError, Interrupted
 from umbrella_jax.models import Params
 from umbrella_jax.training.step import TrainState
 
@@ -45,7 +45,7 @@ class Checkpoints:
         options = (
             ocp.CheckpointManagerOptions(read_only=True, max_to_keep=None, save_interval_steps=0, create=False)
             if read_only
-            else ocp.CheckpointManagerOptions(preservation_policy=self)
+            else ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True)
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers)
@@ -56,8 +56,26 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()  # waits for a save under way
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        also = [] if error is None or isinstance(error, Interrupted) else [str(error)]
+        with self._writing(also):
+            self._manager.close()  # waits for a save under way
+
+    def check(self) -> None:
+        """Raises CheckpointError where the save under way has failed, as of a full disk."""
+        with self._writing():
+            self._manager.check_for_errors()
+
+    @contextmanager
+    def _writing(self, also: Sequence[str] = ()) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of orbax, tensorstore or the file system, from a thread of theirs
+            self._manager.reload()
+            whole = f"step {self.latest_step()} is whole" if self.steps() else "none is there yet"
+            raise CheckpointError(
+                [*also, f"{self.directory}: a checkpoint could not be written, {whole}: {_first_line(error)}"]
+            ) from error
 
     def steps(self) -> list[int]:
         """All that are there, the newest first."""
@@ -99,7 +117,9 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave({**content, "crc32": crc32(content)})
         )
-        if not self._manager.save(step, args=args):
+        with self._writing():
+            saved = self._manager.save(step, args=args)
+        if not saved:
             raise CheckpointError(f"{self.directory}: step {step} was not saved")
 
     def _rank(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -142,10 +162,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # orbax and tensorstore raise whatever the damage leads them to
-            line = next(iter(str(error).splitlines()), "")[:200]
-            raise CheckpointError(
-                f"{self.directory / str(step)}: damaged: {item}: {type(error).__name__}: {line}"
-            ) from error
+            raise CheckpointError(f"{self.directory / str(step)}: damaged: {item}: {_first_line(error)}") from error
 
     def _verify(self, step: int, tree: Any) -> None:
         """Raises CheckpointError naming each array of `tree`, a part of what was saved, that is another than it was."""
@@ -175,6 +192,11 @@ class Checkpoints:
 
 def _tree(state: TrainState) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}  # type: ignore[arg-type]
+
+
+def _first_line(error: Exception) -> str:
+    """Of what orbax or tensorstore say, which goes on for pages."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
 
 
 def crc32(content: Mapping[str, Any]) -> int:

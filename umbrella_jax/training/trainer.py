@@ -136,6 +136,7 @@ def fit(
 
         def finish(line: Line) -> None:
             """What follows an update: evaluation, the line, a checkpoint, and the end where a signal asks for it."""
+            checkpoints.check()
             step = int(state.step)
             last, number, found = step == num_steps, interrupted(), Line()
             if evaluate and (last or (config.eval_steps and step % config.eval_steps == 0)):
