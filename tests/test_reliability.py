@@ -75,7 +75,7 @@ def run(world: World, begin: Begin) -> Path:
 
 def end(process: "subprocess.Popen[str]", code: int = 0) -> tuple[str, str]:
     """What it said, on stdout and stderr; asserts its exit code."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == code, f"{process.returncode}\n{out}\n{err}"
     return out, err
 
@@ -252,6 +252,7 @@ def test_a_damaged_checkpoint_is_passed_over(world: World, begin: Begin, run: Pa
     (out / "checkpoints" / "99").mkdir()
     message = umbrella("convert", "to-hf", out, tmp_path / "export", code=1)
     assert f"{out / 'checkpoints' / '99'}: damaged: " in message
+    assert f"name an older checkpoint: {out / 'checkpoints' / '36'}, " in message
 
     said, _ = end(begin(out, "--resume"))
     for step in (36, 99):

@@ -116,8 +116,9 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> Line:
 
 
 def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> Line:
-    first = jax.process_index() == 0
+    first, metrics = jax.process_index() == 0, out / "metrics.jsonl"
     with together():
+        lines = read_metrics(metrics)
         base = open_base(config)
         found = base.check(config.model.frozen_dtype)
         graphdef, shapes = abstract_params(base.config)
@@ -160,9 +161,8 @@ def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> 
         "versions": _versions(),
     }
 
-    metrics = out / "metrics.jsonl"
     with (
-        Checkpoints(out / CHECKPOINTS, config.train, read_metrics(metrics)) as checkpoints,
+        Checkpoints(out / CHECKPOINTS, config.train, lines) as checkpoints,
         Signals(say) as signals,
     ):
         state, pending = _resume(checkpoints, state, meta, inputs, say) if resume else (state, None)
