@@ -62,6 +62,7 @@ def child(record: str, *words: str) -> None:
         def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
             for i, batch in enumerate(train_batches(*args, **kwargs)):
                 if i == int(place):
+                    Path(record).write_text(str(time.time()))
                     os.kill(os.getpid(), getattr(signal, name))
                     time.sleep(1)  # so that the step which follows comes behind it
                 yield batch
@@ -80,7 +81,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def finish(processes: list[subprocess.Popen[str]], timeout: int = 300) -> list[tuple[int, str, str]]:
+def finish(processes: list[subprocess.Popen[str]], timeout: int = 900) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of each."""
     try:
         found = [process.communicate(timeout=timeout) for process in processes]
@@ -236,13 +237,12 @@ def test_one_killed_the_other_ends_and_both_go_on(
     out = world.root / f"killed{killed}"
     signals = ["", ""]
     signals[killed] = "SIGKILL 2"
-    started = time.monotonic()
     found = two(out, signals=signals)
-    assert time.monotonic() - started < 120
+    assert time.time() - float(Path(f"{out}.{killed}.json").read_text()) < 120
     assert found[killed][0] == -signal.SIGKILL
     code, _, error = found[1 - killed]
     assert code != 0
-    assert "a process of the run is gone" in error
+    assert "a process of the run is gone" in error or (killed == 0 and "another task died" in error)
     assert [code for code, *_ in two(out, "--resume")] == [0, 0]
     assert_same(out, run)
 

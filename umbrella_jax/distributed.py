@@ -18,7 +18,8 @@ from umbrella_jax.errors import ConfigError, Interrupted, UmbrellaError
 _QUIET = 10
 """Seconds of waiting for the others before a process says so."""
 _GONE = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
-"""In what jax raises where another process no longer answers; of these words, one at least."""
+"""Of these words one is in what jax raises where another process no longer answers. Where process 0 is gone it may be
+first, and end this one with "another task died"."""
 
 
 def start(
@@ -213,7 +214,7 @@ def bound() -> Iterator[None]:
         print(f"umbrella-jax: process {jax.process_index()} ends, and with it the run:", file=sys.stderr)
         if isinstance(error, UmbrellaError | OSError):
             print(error, file=sys.stderr)
-        elif isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in _GONE):
+        elif isinstance(error, RuntimeError | ValueError) and any(word in str(error) for word in _GONE):
             print(
                 f"a process of the run is gone: {str(error).splitlines()[0]}\nstart all of them again, with --resume",
                 file=sys.stderr,

@@ -43,13 +43,13 @@ def read_metrics(path: Path) -> list[Line]:
     """
     if not path.exists():
         return []
-    text, lines = path.read_text().splitlines(), []
-    for number, line in enumerate(text, 1):
+    rows, lines = path.read_text().splitlines(), []
+    for number, row in enumerate(rows, 1):
         try:
-            lines.append(json.loads(line))
+            lines.append(json.loads(row))
             int(lines[-1]["step"])
         except (ValueError, TypeError, KeyError):
-            if number < len(text):
+            if number < len(rows):
                 raise DataError(f"{path}:{number}: no line of metrics; take it out, or bring the file back") from None
             del lines[number - 1 :]
     return lines
