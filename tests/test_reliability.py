@@ -201,6 +201,7 @@ def test_a_second_run_in_the_directory_is_refused(world: World, run: Path, tmp_p
 SIGNALLED = """
 import os, signal, sys, time
 from umbrella_jax.signals import Signals
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and what they start
 with Signals(lambda line: print(line, flush=True)) as signals:
     print("in", flush=True)
     time.sleep(60)

@@ -319,6 +319,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _unraisable(found: Any) -> None:
+    """Nothing of the other writes of a save whose first failed, which is raised: asyncio prints tracebacks of them."""
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 when it went well, 1 when the user's input was at fault, 128 + N when signal N ended it."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -326,6 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of missing PyTorch, which is not needed
     # orbax warns of what is on purpose (reading a run read-only), and prints tracebacks of what it raises later
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
     try:
         return arguments.call(arguments) or 0
     except Interrupted as end:

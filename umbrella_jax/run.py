@@ -206,8 +206,8 @@ def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> 
             interrupted=interrupted,
             pending=pending,
         )
-        for step, value in checkpoints.best():
-            say(f"best: {config.train.best_metric} {value:.4g} at step {step}: {checkpoints.directory / str(step)}")
+    for step, value in checkpoints.best():
+        say(f"best: {config.train.best_metric} {value:.4g} at step {step}: {checkpoints.directory / str(step)}")
     return gather(read_metrics(metrics)[-1] if first else None)[0]
 
 
@@ -293,10 +293,10 @@ def _resume(
         with together():
             faults = [fault for each in damaged.values() for fault in each]
             raise CheckpointError([*faults, f"{checkpoints.directory}: none is good: cannot resume"])
-    for step, faults in damaged.items():
+    for bad, faults in damaged.items():
         if jax.process_index() == 0:
-            checkpoints.set_aside(step)
-        say("\n".join(["WARNING: a damaged checkpoint:", *faults, f"renamed to {step}.damaged, no longer looked at"]))
+            checkpoints.set_aside(bad)
+        say("\n".join(["WARNING: a damaged checkpoint:", *faults, f"renamed to {bad}.damaged, no longer looked at"]))
     if damaged:
         gather(None)  # renamed
         checkpoints.reload()
