@@ -83,7 +83,8 @@ python3 -m pip install --quiet --user uv; ~/.local/bin/uv venv --quiet --allow-e
     exit
   fi
   sleep "${POLL_SECONDS:-30}" # until it shows whether the slice was taken away
-  if [ "$(state)" = ACTIVE ]; then
+  # 143: a host was told to stop, for maintenance say; the run saved, and goes on when the slice is back
+  if [ $code -ne 143 ] && [ "$(state)" = ACTIVE ]; then
     echo "The command failed, not the TPU. $name is kept, and costs; to delete it:" >&2
     echo "  gcloud compute tpus queued-resources delete $name --zone=$zone --force" >&2
     exit $code

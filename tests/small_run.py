@@ -4,7 +4,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +17,13 @@ import nibabel as nib
 import numpy as np
 from ruamel.yaml import YAML
 
+import umbrella_jax
 from umbrella_jax.cli import main
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.demo import make_base
+from umbrella_jax.models import split
 from umbrella_jax.sharding import make_mesh
+from umbrella_jax.training.checkpoint import crc32
 
 ANATOMICAL, RUNS = 4, 4
 BATCH_SIZE = 6  # more than there are conversations of a kind: one batch of each
@@ -141,6 +144,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def numbers(run: Path) -> list[dict[str, float]]:
+    """A run's metrics without what the machine's speed says."""
+    return [{k: v for k, v in line.items() if k != "step_seconds"} for line in read_lines(run / "metrics.jsonl")]
+
+
+def parameters(path: Path, **options: Any) -> dict[str, np.ndarray]:
+    """What `umbrella_jax.load` gives."""
+    return {path: np.asarray(leaf) for path, leaf in split(umbrella_jax.load(path, **options))[1].items()}
+
+
 def umbrella(*words: object, code: int = 0, devices: int = 1) -> str:
     """Runs `umbrella-jax WORDS` in this process, on some of the eight devices that the suite simulates; asserts its
     exit code, and returns what it printed: stderr where it failed, else stdout."""
@@ -150,6 +163,15 @@ def umbrella(*words: object, code: int = 0, devices: int = 1) -> str:
         found = main([str(word) for word in words])
     assert found == code, f"{out.getvalue()}\n{err.getvalue()}"
     return err.getvalue() if code else out.getvalue()
+
+
+def edit_meta(run: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Changes what stands beside the state in each of a run's checkpoints, as if it had been written so."""
+    for file in (run / "checkpoints").glob("*/meta/metadata"):
+        content = json.loads(file.read_text())
+        del content["crc32"]
+        edit(content["run"])
+        file.write_text(json.dumps({**content, "crc32": crc32(content)}))
 
 
 def umbrella_command(*words: object) -> list[str]:
@@ -165,7 +187,8 @@ def process_environment(compiled: Path) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | cache
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    return os.environ | cache | {"XLA_FLAGS": " ".join(flags)}
 
 
 def modalities() -> dict[str, ModalityConfig]:

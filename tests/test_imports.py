@@ -22,7 +22,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "umbrella_jax/training": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
-        *("umbrella_jax.distributed", "umbrella_jax.sharding"),
+        *("umbrella_jax.distributed", "umbrella_jax.files", "umbrella_jax.sharding"),
         *("jax", "flax", "optax", "orbax", "chex", "tqdm", "numpy"),
     },
     "umbrella_jax/plan": {

@@ -36,6 +36,7 @@ case "$*" in
 *queued-resources\\ delete*) rm "$BEHAVIOUR/state" ;;
 *umbrella-jax\\ train*)
   if [ -e "$BEHAVIOUR/fail" ]; then exit 3; fi
+  if [ -e "$BEHAVIOUR/reboot" ]; then rm "$BEHAVIOUR/reboot"; exit 143; fi
   if [ -e "$BEHAVIOUR/preempt" ]; then rm "$BEHAVIOUR/preempt"; echo SUSPENDED > "$BEHAVIOUR/state"; exit 255; fi ;;
 esac
 """
@@ -152,7 +153,7 @@ def test_slurm_asks_for_nodes() -> None:
 
 def test_slurm_hands_on_the_signal_and_queues_again(cluster: Cluster) -> None:
     (cluster.behaviour / "srun").write_text(
-        'trap \'echo saved >> "$RECORD"; exit 0\' TERM; touch "$BEHAVIOUR/up"; while true; do sleep 0.1; done\n'
+        'trap \'echo saved >> "$RECORD"; exit 143\' TERM; touch "$BEHAVIOUR/up"; while true; do sleep 0.1; done\n'
     )
     process = cluster.start(f"bash scripts/train_slurm.sbatch {FLAGS}", direct="1", SLURM_JOB_ID="7")
     while not (cluster.behaviour / "up").exists():
@@ -211,6 +212,14 @@ def test_tpu_vm_that_is_taken_away(cluster: Cluster) -> None:
     assert doing(cluster.called()) == [CREATE, *ON_TPU, first, DELETE, CREATE, *ON_TPU, again, DELETE]
 
 
+def test_tpu_vm_whose_hosts_are_told_to_stop(cluster: Cluster) -> None:
+    """For maintenance: the slice is there again, and the run, which saved, goes on."""
+    (cluster.behaviour / "reboot").touch()
+    cluster.run(TPU)
+    first, again = [*SSH, f"--command={REMOTE}"], [*SSH, f"--command={REMOTE} --resume"]
+    assert doing(cluster.called()) == [CREATE, *ON_TPU, first, *ON_TPU, again, DELETE]
+
+
 def test_tpu_vm_on_which_the_training_fails(cluster: Cluster) -> None:
     (cluster.behaviour / "fail").touch()
     said = cluster.run(TPU, code=3)
@@ -240,6 +249,7 @@ def test_gke() -> None:
     assert job["completionMode"] == "Indexed"
     pod = job["template"]["spec"]
     assert pod["restartPolicy"] == "Never"
+    assert pod["terminationGracePeriodSeconds"] >= 120  # as long as SLURM gives
     (container,) = pod["containers"]
     chips = container["resources"]["limits"]["google.com/tpu"]
     assert container["resources"]["requests"]["google.com/tpu"] == chips

@@ -1,12 +1,10 @@
-"""Runs from end to end through the command line: what is written, what trains, how it goes on after a kill."""
+"""Runs from end to end through the command line: what is written, what trains, which run goes on."""
 
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-import umbrella_jax
 import umbrella_jax.run
 from tests import small_run
-from tests.small_run import World, read_config, read_lines, umbrella
+from tests.small_run import World, parameters, read_config, read_lines, umbrella
 from umbrella_jax.api import Checkpoint
-from umbrella_jax.models import split
 
 STEPS, SAVE, EVAL = 36, 3, 24
 FLAGS = ["--epochs", STEPS // 3, "--set", f"train.save_steps={SAVE}"]  # a step of one scan, of two, and of runs
@@ -58,12 +54,9 @@ def run(printed: str, world: World) -> Path:
     return world.root / "run"
 
 
-def parameters(path: Path, **options: Any) -> dict[str, np.ndarray]:
-    return {path: np.asarray(leaf) for path, leaf in split(umbrella_jax.load(path, **options))[1].items()}
-
-
 def test_what_a_run_writes(run: Path, world: World) -> None:
-    assert {p.name for p in run.iterdir()} == {"config.yaml", "model", "checkpoints", "metrics.jsonl", "predictions"}
+    written = {"config.yaml", "model", "checkpoints", "metrics.jsonl", "predictions", "inputs.json", ".lock"}
+    assert {p.name for p in run.iterdir()} == written
     lines = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all({*METRICS, "step_seconds"} <= line.keys() for line in lines)
@@ -188,11 +181,12 @@ def test_resuming_on_another_base_is_refused(run: Path, world: World, tmp_path: 
 def test_a_run_from_before_a_field_was_known_resumes(run: Path, world: World, tmp_path: Path) -> None:
     """It ran as the field's default says."""
     old = shutil.copytree(run, tmp_path / "old")
-    for file in (old / "checkpoints").glob("*/meta/metadata"):
-        meta = json.loads(file.read_text())
+
+    def forget(meta: dict[str, Any]) -> None:
         for modality in meta["config"]["model"]["modalities"].values():
             del modality["mode"], modality["spacing"]
-        file.write_text(json.dumps(meta))
+
+    small_run.edit_meta(old, forget)
     flags = [*FLAGS, "--eval-data", world.eval, "--resume"]
     assert f"from step {STEPS}" in umbrella(*world.train_flags(old, *flags))
     message = umbrella(*world.train_flags(old, *flags, "--set", "model.modalities.T1.mode=pad"), code=1)
@@ -205,32 +199,23 @@ def test_a_finished_run_resumes_to_its_end(run: Path, world: World) -> None:
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_killed_and_resumed_is_the_run_that_was_not_killed(
-    run: Path, world: World, environment: dict[str, str]
-) -> None:
-    out, metrics = world.root / "killed", world.root / "killed" / "metrics.jsonl"
-    command = small_run.umbrella_command(*world.train_flags(out, *FLAGS))
-    options: dict[str, Any] = {"env": environment, "text": True, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, **options)
-    # A save waits for the one before it: behind step 2 * SAVE, the first checkpoint is complete.
-    while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < 2 * SAVE + 2):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    said = process.communicate()[0]
-    done = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-    assert process.returncode == -signal.SIGKILL, said
-    assert 2 * SAVE + 2 <= done < STEPS, said
-
-    resumed = subprocess.run([*command, "--resume"], stdout=subprocess.PIPE, check=False, **options)
-    assert resumed.returncode == 0, resumed.stdout
-    step = int(resumed.stdout.partition("resume: from step ")[2].split()[0])
-    assert step in range(SAVE, done + 1, SAVE)
-
-    whole, again = ([[line[k] for k in METRICS] for line in read_lines(r / "metrics.jsonl")] for r in (run, out))
-    assert again == whole
-    trained, expected = parameters(out), parameters(run)
-    for path in TRAINED:
-        np.testing.assert_array_equal(trained[path], expected[path])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["keep_best=1", "best_metric=eval_acuracy"],
+            "no evaluation gives eval_acuracy; expected one of eval_accuracy",
+        ),
+        (["keep_best=1"], "1 by best_metric None; expected both"),
+        (["best_metric=eval_loss"], "0 by best_metric eval_loss; expected both"),
+        (["keep_latest=0"], "keep_latest: expected a positive number"),
+    ],
+)
+def test_best_of_what_is_refused(world: World, tmp_path: Path, settings: list[str], message: str) -> None:
+    flags = [word for key in settings for word in ("--set", f"train.{key}")]
+    assert message in umbrella(*world.train_flags(tmp_path, "--eval-data", world.eval, *flags), code=1)
+    if "acuracy" in message:
+        assert "data.eval too" in umbrella(*world.train_flags(tmp_path, *flags), code=1)
 
 
 @pytest.fixture

@@ -242,14 +242,20 @@ class Checkpoint:
             step = self.step if self.step is not None else checkpoints.latest_step()
             if step is None:
                 raise CheckpointError(f"{self.path}: the run has no checkpoint yet")
-            expected = checkpoints.meta(step)["base_fingerprint"]
+            try:
+                expected = checkpoints.meta(step)["base_fingerprint"]
+                trained = checkpoints.restore_trainable(step, where or _first_device)
+            except CheckpointError as error:
+                older = [str(checkpoints.directory / str(other)) for other in checkpoints.steps() if other < step]
+                remedy = f"name an older checkpoint: {', '.join(older)}" if older else "there is no older checkpoint"
+                raise CheckpointError([*error.faults, remedy]) from error
             if expected != self.fingerprint:
                 raise CheckpointError(
                     f"{self.base.path}: not the weights that {self.path} was trained on (fingerprint "
                     f"{self.fingerprint[:12]}, expected {expected[:12]}); bring them back, or name where they are as "
                     f"model.base in {self.path / CONFIG}"
                 )
-            return checkpoints.restore_trainable(step, where or _first_device)
+            return trained
 
 
 def _first_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:

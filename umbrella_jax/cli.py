@@ -3,7 +3,10 @@
 import argparse
 import json
 import logging
+import math
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +14,7 @@ from typing import Any
 
 from umbrella_jax.config import RunConfig, load_config, parse_mesh
 from umbrella_jax.data.bids import MAX_CLASSES, MODALITIES, TEMPLATES, from_bids
-from umbrella_jax.errors import ConfigError, UmbrellaError
+from umbrella_jax.errors import ConfigError, Interrupted, UmbrellaError
 
 # Flags that stand for a key of the config: key, type, name of the value, help.
 _FLAGS: dict[str, tuple[str, type, str, str]] = {
@@ -27,6 +30,7 @@ _FLAGS: dict[str, tuple[str, type, str, str]] = {
     "--mesh": ("mesh", str, "data=N,fsdp=N,tensor=N", "how devices share it out; axes not named as by default"),
     "--learning-rate": ("train.learning_rate", float, "X", "peak learning rate"),
     "--epochs": ("train.epochs", float, "X", "passes over the training data"),
+    "--on-nonfinite": ("train.on_nonfinite", str, "stop|skip", "what a loss or gradient that is not finite does"),
 }
 
 
@@ -74,7 +78,7 @@ def _train(arguments: argparse.Namespace) -> None:
             config = _config(arguments)
         last = train(config, resume=arguments.resume)
     if jax.process_index() == 0:
-        print("  ".join(f"{name} {value:.4g}" for name, value in last.items()))
+        print("  ".join(f"{name} {math.nan if value is None else value:.4g}" for name, value in last.items()))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -314,13 +318,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _unraisable(found: Any) -> None:
+    """Nothing of the other writes of a save whose first failed, which is raised: asyncio prints tracebacks of them."""
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 when it went well, 1 when the user's input was at fault."""
-    arguments = _parser().parse_args(argv)
+    """Runs one command; 0 when it went well, 1 when the user's input was at fault, 128 + N when signal N ended it."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(words)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of missing PyTorch, which is not needed
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what is on purpose: reading a run read-only
+    # orbax warns of what is on purpose (reading a run read-only), and prints tracebacks of what it raises later
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
     try:
         return arguments.call(arguments) or 0
+    except Interrupted as end:
+        import jax
+
+        if jax.process_index() == 0:
+            command = shlex.join(["umbrella-jax", *words, *([] if "--resume" in words else ["--resume"])])
+            print(f"umbrella-jax: {end}; it goes on with\n  {command}", file=sys.stderr)
+        return 128 + end.signum
+    except KeyboardInterrupt:
+        print("umbrella-jax: SIGINT: ends, before there was anything to save", file=sys.stderr)
+        return 128 + signal.SIGINT
     except UmbrellaError as error:
         print(f"umbrella-jax: {error}", file=sys.stderr)
         return 1

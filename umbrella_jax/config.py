@@ -261,9 +261,22 @@ class TrainConfig:
     eval_steps: int | None = None
     """Evaluate every so many updates; always at the end."""
     save_steps: int = 100
-    """Checkpoint every so many updates; always at the end."""
+    """Checkpoint every so many updates; always at the end, and with `keep_best` wherever it evaluates."""
+    keep_latest: int = 3
+    """How many of the newest checkpoints stay."""
+    keep_best: int = 0
+    """How many of the best stay beside them; 0: none for that reason."""
+    best_metric: str | None = None
+    """By which they are the best: `eval_loss`, `eval_accuracy`, `eval_accuracy/TASK`. Values that are not finite never
+    are."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether the lowest values are the best, or the highest."""
     max_new_tokens: int = 32
     """Longest answer at evaluation, in tokens."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is NaN or infinite does: stops the run, or skips the update, moments and all."""
+    max_skipped: int = 10
+    """How many updates a run skips; one more stops it."""
     wandb: bool = False
     """Log to Weights & Biases too (extra `wandb`; the key comes from the environment)."""
 
@@ -276,6 +289,7 @@ class TrainConfig:
                 ("epochs", self.epochs),
                 ("learning_rate", self.learning_rate),
                 ("save_steps", self.save_steps),
+                ("keep_latest", self.keep_latest),
                 ("max_new_tokens", self.max_new_tokens),
                 ("eval_steps", 1 if self.eval_steps is None else self.eval_steps),
                 ("clip_norm", 1 if self.clip_norm is None else self.clip_norm),
@@ -284,6 +298,14 @@ class TrainConfig:
         ]
         if self.warmup_steps < 0:
             faults.append(f"warmup_steps: expected 0 or more, got {self.warmup_steps}")
+        for name, number in [("keep_best", self.keep_best), ("max_skipped", self.max_skipped)]:
+            if number < 0:
+                faults.append(f"{name}: expected 0 or more, got {number}")
+        if (self.keep_best > 0) != (self.best_metric is not None):
+            faults.append(
+                f"keep_best: {self.keep_best} by best_metric {self.best_metric}; expected both, such as 1 by "
+                "eval_loss, or neither"
+            )
         if faults:
             raise ConfigError(faults)
 

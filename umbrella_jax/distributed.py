@@ -13,10 +13,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from umbrella_jax.errors import ConfigError, UmbrellaError
+from umbrella_jax.errors import ConfigError, Interrupted, UmbrellaError
 
 _QUIET = 10
 """Seconds of waiting for the others before a process says so."""
+_GONE = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
+"""Of these words one is in what jax raises where another process no longer answers. Where process 0 is gone it may be
+first, and end this one with "another task died"."""
 
 
 def start(
@@ -158,6 +161,11 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
+def agree(value: int) -> int:
+    """The largest `value`, an int32, of all processes. One exchange, made for every step."""
+    return value if alone() else int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """A block of which no process leaves before all did it: it goes well on each, or is an error on each.
@@ -201,11 +209,16 @@ def bound() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if alone():
+        if alone() or isinstance(error, Interrupted):  # on which all agree
             raise
         print(f"umbrella-jax: process {jax.process_index()} ends, and with it the run:", file=sys.stderr)
         if isinstance(error, UmbrellaError | OSError):
             print(error, file=sys.stderr)
+        elif isinstance(error, RuntimeError | ValueError) and any(word in str(error) for word in _GONE):
+            print(
+                f"a process of the run is gone: {str(error).splitlines()[0]}\nstart all of them again, with --resume",
+                file=sys.stderr,
+            )
         else:
             traceback.print_exc()
         sys.stdout.flush()

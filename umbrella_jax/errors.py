@@ -35,3 +35,11 @@ class DataError(UmbrellaError):
 
 class CheckpointError(UmbrellaError):
     """A checkpoint that does not hold what it should."""
+
+
+class Interrupted(Exception):
+    """A run that a signal ended between two steps, after it had saved: no error, and not the end of the run."""
+
+    def __init__(self, signum: int, message: str):
+        self.signum = signum
+        super().__init__(message)

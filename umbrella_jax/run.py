@@ -4,17 +4,20 @@ config.yaml      the resolved config
 model/           config.json, tokenizer, modalities: all of the model but its weights
 checkpoints/     orbax: what was trained, moments, step
 metrics.jsonl    one line per update
+inputs.json      what the run reads, by content
 predictions/     answers of each evaluation
 """
 
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Callable
-from dataclasses import replace
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -25,21 +28,26 @@ from jax.sharding import Mesh
 from umbrella_jax.api import CHECKPOINTS, CONFIG, MODEL, Processor, describe, open_base
 from umbrella_jax.config import AugmentConfig, RunConfig, dump_config, parse_config, to_dict
 from umbrella_jax.data.cache import VolumeCache
-from umbrella_jax.data.loader import Dataset, eval_batches, make_plan, train_batches
+from umbrella_jax.data.inputs import Inputs, changed, digest_of, dump_inputs, read_inputs
+from umbrella_jax.data.loader import Dataset, eval_batches, make_plan, task_ids, train_batches
 from umbrella_jax.data.tokenize import reference_answer
-from umbrella_jax.distributed import gather, together
-from umbrella_jax.errors import ConfigError
+from umbrella_jax.distributed import agree, gather, together
+from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.evaluation.generate import greedy
 from umbrella_jax.evaluation.metrics import accuracy
+from umbrella_jax.files import locked, write_whole
 from umbrella_jax.models import Params, abstract_params, native_backend
 from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, put_batch, shardings
+from umbrella_jax.signals import Signals
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule
 from umbrella_jax.training.step import TrainState, init_state, jit_eval_step
-from umbrella_jax.training.trainer import fit
+from umbrella_jax.training.trainer import Line, fit, read_metrics
 
 Say = Callable[[str], None]
+T = TypeVar("T")
+INPUTS = "inputs.json"
 # What may differ when a run goes on: where it reads from and how often it looks, not what it computes.
 # (Whether the base is the same one, its fingerprint says.)
 _MAY_CHANGE = (
@@ -54,6 +62,12 @@ _MAY_CHANGE = (
     "mesh.tensor",
     "train.eval_steps",
     "train.save_steps",
+    "train.keep_latest",
+    "train.keep_best",
+    "train.best_metric",
+    "train.best_mode",
+    "train.on_nonfinite",
+    "train.max_skipped",
     "train.wandb",
 )
 
@@ -73,7 +87,7 @@ def inspect(config: RunConfig) -> str:
     return "\n".join([*base.notes, *found, freeze.summary(shapes, labels)])
 
 
-def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[str, float]:
+def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> Line:
     """Trains what `config.train.groups` names and returns the last line of metrics.
 
     Everything that can be wrong with config, data and weights is refused before anything is compiled. All processes
@@ -81,18 +95,32 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
     writes something, checkpoints apart, which each writes its part of.
 
     Args:
-        resume: go on from the newest checkpoint in `output_dir`.
+        resume: go on from the newest checkpoint in `output_dir` that is not damaged.
         say: takes the lines for people.
 
     Raises:
         ConfigError, DataError, CheckpointError: with every fault found.
+        UmbrellaError: loss or gradient are not finite.
+        Interrupted: by SIGTERM or SIGINT, at the end of a step, which was saved; `resume` goes on.
     """
     first = jax.process_index() == 0
     say = say if first else _nothing
     with together():
         pass  # the first meeting, for which jax waits half a minute at most, before some read longer than others
+    with ExitStack() as held:
+        with together():
+            out, mesh = _output_dir(config)
+            if first:
+                held.enter_context(locked(out))
+            if (out / CHECKPOINTS).exists() and not resume:
+                raise ConfigError(f"{out}: holds a run; go on with --resume, or name another output_dir")
+        return _train(config, out, mesh, resume, say)
+
+
+def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> Line:
+    first, metrics = jax.process_index() == 0, out / "metrics.jsonl"
     with together():
-        out, mesh = _output_dir(config, resume)
+        lines = read_metrics(metrics)
         base = open_base(config)
         if faults := MeshShape(**mesh.shape).undivided(base.config):
             raise ConfigError(faults)
@@ -104,8 +132,11 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
         processor = Processor(base.tokenizer(), base.config.modalities, **options)
         cache = VolumeCache.of(config.data)
         train_set, eval_set = (_dataset(config, processor, split, cache) for split in ("train", "eval"))
-        fingerprint = base.fingerprint if first else None  # which reads the whole base
-    assert train_set is not None
+        _check_best(config, eval_set)
+        assert train_set is not None
+        datasets = {"train": train_set} | ({} if eval_set is None else {"eval": eval_set})
+        # by the first alone: they read the whole base, and all volumes
+        mine = (base.fingerprint, read_inputs(config.data, datasets)) if first else None
     for line in [*base.notes, *found, freeze.summary(shapes, labels)]:
         say(line)
 
@@ -125,19 +156,30 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
     state = init_state(freeze.as_trainable(trainable), optimizer)
     state = jax.device_put(state, shardings(state, mesh))
     del trainable
+    fingerprint, inputs = gather(mine)[0]
     meta = {
         "config": to_dict(config),
-        "base_fingerprint": gather(fingerprint)[0],
+        "base_fingerprint": fingerprint,
+        "architecture": {"vision": asdict(base.config.vision), "text": asdict(base.config.text)},
+        "inputs": digest_of(inputs),
         "frozen_types": sorted({leaf.dtype.name for leaf in frozen.values()}),
         "versions": _versions(),
     }
 
-    with Checkpoints(out / CHECKPOINTS) as checkpoints:
-        state = _resume(checkpoints, state, meta, say) if resume else state
+    with (
+        Checkpoints(out / CHECKPOINTS, config.train, lines) as checkpoints,
+        Signals(say) as signals,
+    ):
+        state, pending = _resume(checkpoints, state, meta, inputs, say) if resume else (state, None)
         if first:
             if not resume or not (out / MODEL).exists():
                 describe(base, out / MODEL)
-            (out / CONFIG).write_text(dump_config(_absolute(config)))
+            write_whole(out / CONFIG, dump_config(_absolute(config)))
+            write_whole(out / INPUTS, dump_inputs(inputs))
+
+        def interrupted() -> int:
+            return agree(signals.received)
+
         sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
         say(f"{len(train_set)} conversations, {steps} steps on {mesh.size} device(s) ({sizes}), into {out}")
         say(f"plan: {plan.report}")
@@ -161,21 +203,27 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> dict[
             mesh=mesh,
             checkpoints=checkpoints,
             meta=meta,
-            metrics_path=out / "metrics.jsonl",
+            metrics_path=metrics,
+            task_ids=partial(task_ids, train_set, plan),
             evaluate=None
             if eval_set is None
-            else partial(_evaluate, config, out, eval_set, processor, graphdef, frozen, mesh),
+            else partial(_evaluate, config, out, eval_set, processor, graphdef, frozen, mesh, interrupted),
             log=_wandb(config, out) if config.train.wandb and first else None,
+            interrupted=interrupted,
+            pending=pending,
         )
-    return gather(json.loads((out / "metrics.jsonl").read_text().splitlines()[-1]) if first else None)[0]
+    for step, value in checkpoints.best():
+        say(f"best: {config.train.best_metric} {value:.4g} at step {step}: {checkpoints.directory / str(step)}")
+    return gather(read_metrics(metrics)[-1] if first else None)[0]
 
 
 def _nothing(line: str) -> None:
     """Says nothing."""
 
 
-def _output_dir(config: RunConfig, resume: bool) -> tuple[Path, Mesh]:
-    """Checks what can be known before any file is read; of the mesh, all that does not depend on the model."""
+def _output_dir(config: RunConfig) -> tuple[Path, Mesh]:
+    """Checks what can be known before any file is read, of the mesh all that does not depend on the model; makes the
+    directory."""
     faults = [
         f"{field}: expected a path ({flag})"
         for field, flag, value in [
@@ -196,8 +244,6 @@ def _output_dir(config: RunConfig, resume: bool) -> tuple[Path, Mesh]:
     if faults:
         raise ConfigError(faults)
     out = Path(str(config.output_dir))
-    if (out / CHECKPOINTS).exists() and not resume:
-        raise ConfigError(f"{out}: holds a run; go on with --resume, or name another output_dir")
     out.mkdir(parents=True, exist_ok=True)
     return out, mesh
 
@@ -223,19 +269,65 @@ def _dataset(config: RunConfig, processor: Processor, split: str, cache: VolumeC
     )
 
 
-def _resume(checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any], say: Say) -> TrainState:
-    """The newest checkpoint's state, if it belongs to the same run."""
-    step = checkpoints.latest_step()
-    if step is None:
+def _check_best(config: RunConfig, dataset: Dataset | None) -> None:
+    """Raises ConfigError for a `train.best_metric` that no evaluation of `dataset` gives."""
+    wanted = config.train.best_metric
+    known = []
+    if dataset is not None:
+        known = sorted(_metrics(1.0, _answers(dataset, dict.fromkeys(range(len(dataset)), ""))))
+    if wanted is not None and wanted not in known:
+        given = f"one of {', '.join(known)}" if known else "data.eval too (--eval-data P)"
+        raise ConfigError(f"train.best_metric: no evaluation gives {wanted}; expected {given}")
+
+
+def _resume(
+    checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any], inputs: Inputs, say: Say
+) -> tuple[TrainState, Line | None]:
+    """The state of the newest checkpoint that is not damaged, if it belongs to the same run, and its pending line."""
+    damaged: dict[int, list[str]] = {}
+    saved = found = None
+    for step in checkpoints.steps():
+        saved, faults = _attempt(checkpoints.meta, step)
+        if saved is not None:
+            with together():
+                _same_run(checkpoints.directory, saved, meta, inputs)
+            found, faults = _attempt(checkpoints.restore, step, state)
+        if found is not None:
+            break
+        damaged[step] = faults
+    if damaged and found is None:
+        with together():
+            faults = [fault for each in damaged.values() for fault in each]
+            raise CheckpointError([*faults, f"{checkpoints.directory}: none is good: cannot resume"])
+    for bad, faults in damaged.items():
+        if jax.process_index() == 0:
+            checkpoints.set_aside(bad)
+        say("\n".join(["WARNING: a damaged checkpoint:", *faults, f"renamed to {bad}.damaged, no longer looked at"]))
+    if damaged:
+        gather(None)  # renamed
+        checkpoints.reload()
+    if saved is None or found is None:
         say("resume: no checkpoint yet, starting at step 0")
-        return state
-    with together():
-        _same_run(checkpoints.directory, checkpoints.meta(step), meta)
+        return state, None
     say(f"resume: from step {step}")
-    return checkpoints.restore(step, state)
+    for name, version in meta["versions"].items():
+        if (before := saved["versions"].get(name)) != version:
+            say(f"resume: {name} is {version} now, {before} before: numbers may differ in their last digits")
+    return found, saved.get("pending")
 
 
-def _same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any]) -> None:
+def _attempt(read: Callable[..., T], *args: Any) -> tuple[T | None, list[str]]:
+    """What `read` returns; or None, on every process, and what is damaged as one or more of them found it."""
+    found, own = None, []
+    try:
+        found = read(*args)
+    except CheckpointError as error:
+        own = list(error.faults)
+    faults = list(dict.fromkeys(fault for each in gather(own) for fault in each))
+    return (None if faults else found), faults
+
+
+def _same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any], inputs: Inputs) -> None:
     """Raises ConfigError with everything in which the run of a checkpoint is another one."""
     stored = to_dict(parse_config(saved["config"], str(directory)))  # with fields that it did not know yet
     before, now = _flat(stored), _flat(meta["config"])
@@ -249,6 +341,18 @@ def _same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any]) -> N
     if saved["frozen_types"] != meta["frozen_types"]:  # a native checkpoint may be the same base in another type
         before_, now_ = (", ".join(m["frozen_types"]) for m in (saved, meta))
         faults.append(f"model.base: frozen weights are {now_} now, {before_} in the checkpoint; set model.frozen_dtype")
+    before, now = _flat(saved["architecture"]), _flat(meta["architecture"])
+    faults += [
+        f"model.base: config.json: {key}: {now.get(key)} now, {before.get(key)} in the checkpoint"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if saved["inputs"] != meta["inputs"] and not faults:  # other settings may well read other files
+        record = directory.parent / INPUTS
+        names = changed(json.loads(record.read_text()), inputs) if record.exists() else []
+        faults = [f"{name}: other content than when the run began" for name in names] or [
+            f"conversations, tokenizer or volumes are other ones than when the run began; {record} does not say which"
+        ]
     if faults:
         raise ConfigError([f"{directory}: cannot resume: {fault}" for fault in faults])
 
@@ -278,10 +382,14 @@ def _evaluate(
     graphdef: nnx.GraphDef,
     frozen: Params,
     mesh: Mesh,
+    interrupted: Callable[[], int],
     step: int,
     trainable: Params,
-) -> dict[str, float]:
-    """Loss over the answers and greedy accuracy on the evaluation data; answers go to predictions/step_N.jsonl."""
+) -> Line | None:
+    """Loss over the answers and greedy accuracy on the evaluation data; answers go to predictions/step_N.jsonl.
+
+    None, and no answers, where a signal comes meanwhile.
+    """
     batches = partial(
         eval_batches,
         dataset,
@@ -291,11 +399,15 @@ def _evaluate(
     )
     loss, supervised = 0.0, 0
     for _, batch in batches(prompts=False):
+        if interrupted():
+            return None
         batch_loss, count = jit_eval_step(trainable, frozen, put_batch(batch, mesh, axis=0), graphdef=graphdef)
         loss, supervised = loss + float(batch_loss), supervised + int(count)
     stop = np.array(processor.stop_ids, np.int32)
-    found: dict[int, dict[str, Any]] = {}
+    texts: dict[int, str] = {}
     for indices, batch in batches(prompts=True):
+        if interrupted():
+            return None
         answers = greedy(
             trainable | frozen,
             put_batch(batch, mesh, axis=0),
@@ -304,27 +416,38 @@ def _evaluate(
             max_new_tokens=config.train.max_new_tokens,
         )
         tokens = multihost_utils.process_allgather(answers, tiled=True)
-        for index, text in zip(indices, processor.decode(tokens[: len(indices)]), strict=True):
-            conversation = dataset.conversations[index]
-            found[index] = {
-                "task_id": conversation.task_id,
-                "task_type": conversation.task_type,
-                "prediction": text,
-                "reference": reference_answer(conversation),
-                "metadata": dict(conversation.metadata),
-            }
-    rows = [found[index] for index in range(len(dataset))]
+        texts.update(zip(indices, processor.decode(tokens[: len(indices)]), strict=True))
+    rows = _answers(dataset, texts)
     if jax.process_index() == 0:
         folder = out / "predictions"
         folder.mkdir(exist_ok=True)
-        (folder / f"step_{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(folder / f"step_{step}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return _metrics(loss / supervised if supervised else None, rows)
+
+
+def _answers(dataset: Dataset, texts: Mapping[int, str]) -> list[dict[str, Any]]:
+    """A row of `predictions/` for each conversation; `texts` are the answers by its index."""
+    return [
+        {
+            "task_id": conversation.task_id,
+            "task_type": conversation.task_type,
+            "prediction": texts[index],
+            "reference": reference_answer(conversation),
+            "metadata": dict(conversation.metadata),
+        }
+        for index, conversation in enumerate(dataset.conversations)
+    ]
+
+
+def _metrics(loss: float | None, rows: Sequence[Mapping[str, Any]]) -> Line:
+    """What an evaluation says, under the names of `metrics.jsonl`; `loss` None where nothing was supervised."""
     known = [row for row in rows if row["reference"]]  # some files keep the truth in metadata alone
-    metrics = {"loss": loss / supervised} if supervised else {}
+    metrics = {} if loss is None else {"loss": loss if math.isfinite(loss) else None}
     return {f"eval_{name}": value for name, value in (metrics | accuracy(known)).items()}
 
 
-def _wandb(config: RunConfig, out: Path) -> Callable[[dict[str, float]], None]:
+def _wandb(config: RunConfig, out: Path) -> Callable[[Line], None]:
     import wandb
 
     run = wandb.init(dir=str(out), config=to_dict(config))
-    return lambda line: run.log(line, step=int(line["step"]))
+    return lambda line: run.log(line, step=int(line["step"] or 0))

@@ -1,14 +1,19 @@
 """A checkpoint gives back every bit, on whatever devices, and the newest whole one is found."""
 
+import dataclasses
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from training_case import as_bytes, small_case, to_numpy
+from training_case import as_bytes, small_case, to_numpy, total_bytes
 
+from umbrella_jax.config import TrainConfig
 from umbrella_jax.errors import CheckpointError
-from umbrella_jax.training.checkpoint import Checkpoints, load_params, param_shapes, save_params
+from umbrella_jax.training.checkpoint import Checkpoints, checksums, load_params, param_shapes, save_params
+from umbrella_jax.training.step import TrainState
 
 META = {"config": {"train": {"groups": {"patch_embed": {"weight_decay": 0.01}}}}, "note": "µ", "none": None}
 ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -67,6 +72,103 @@ def test_newest_three_stay(tmp_path, empty, filled):
         for step in (4, 8, 16):
             assert_same(checkpoints.restore(step, empty), filled(step))
             assert checkpoints.meta(step) == {"step": step}
+
+
+def test_newest_and_best_stay_together(tmp_path, empty, filled):
+    """A value that is not finite is never the best; whoever goes on knows the best of before by `metrics.jsonl`."""
+    keep = TrainConfig(keep_latest=2, keep_best=2, best_metric="eval_accuracy/sex", best_mode="max")
+    values = {1: 0.5, 2: 0.9, 3: np.nan, 4: 0.7, 5: np.inf, 6: None, 7: 0.1}
+    lines = [{"step": step, "eval_accuracy/sex": value, "eval_loss": 1.0 * step} for step, value in values.items()]
+    for steps in ((1, 2, 3, 4), (5, 6, 7)):
+        with Checkpoints(tmp_path, keep, lines[: steps[0] - 1]) as checkpoints:
+            for step in steps:
+                checkpoints.save(filled(step), META, lines[step - 1])
+    assert checkpoints.best() == [(2, 0.9), (4, 0.7)]
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "4", "6", "7"}
+    lowest = dataclasses.replace(keep, keep_best=1, best_metric="eval_loss", best_mode="min")
+    with Checkpoints(tmp_path, lowest, lines) as checkpoints:
+        assert checkpoints.best() == [(2, 2.0)]
+        checkpoints.save(filled(8), META, {"eval_loss": 3.0})
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "7", "8"}
+
+
+@pytest.mark.parametrize("part", ["state", "meta", "all", "flipped bit", "json"])
+def test_damage_is_named(tmp_path, empty, filled, part):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(filled(2), META)
+        checkpoints.save(filled(3), META)
+    if part == "flipped bit":
+        flip_bits(tmp_path / "3")
+        expected = r"3: damaged: (trainable|opt_state)\.\S+: its checksum is another one|3: damaged: state: \w+: "
+    elif part == "json":
+        file = tmp_path / "3" / "meta" / "metadata"
+        file.write_text(file.read_text().replace("0.01", "0.02"))
+        expected = "3: damaged: meta: its checksum is another one"
+    else:
+        for path in [tmp_path / "3"] if part == "all" else [tmp_path / "3" / part]:
+            shutil.rmtree(path)
+        (tmp_path / "3").mkdir(exist_ok=True)  # orbax takes any directory with a number for a step
+        expected = "3: damaged: (meta|state)"
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [3, 2]
+        with pytest.raises(CheckpointError, match=expected):
+            checkpoints.meta(3), checkpoints.restore(3, empty)
+        checkpoints.set_aside(3)
+        checkpoints.reload()
+        assert checkpoints.latest_step() == 2
+        assert_same(checkpoints.restore(2, empty), filled(2))
+        checkpoints.save(filled(3), META)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert_same(checkpoints.restore_trainable(3, lambda path, shape: ONE_DEVICE), filled(3).trainable)
+    if part == "flipped bit":
+        flip_bits(tmp_path / "3")
+        with (
+            Checkpoints(tmp_path, read_only=True) as checkpoints,
+            pytest.raises(CheckpointError, match="3: damaged: "),
+        ):
+            checkpoints.restore_trainable(3, lambda path, shape: ONE_DEVICE)
+
+
+def flip_bits(step):
+    """In every file that holds numbers, and in every one of its arrays."""
+    files = [file for file in step.glob("state/ocdbt.process_*/d/*") if file.stat().st_size > 1000]
+    assert files
+    for file in files:
+        content = bytearray(file.read_bytes())
+        for place in range(50, len(content), 400):
+            content[place] ^= 16
+        file.write_bytes(content)
+
+
+def test_every_number_counts_in_a_checksum():
+    """Each bit, each place, whatever the rank; and the same however an array lies on devices."""
+    x = np.random.default_rng(0).normal(size=(8, 3, 5)).astype(np.float32)
+    (expected,) = checksums([jnp.asarray(x)]).values()
+    seen = {int(expected)}
+    for place in ((0, 0, 0), (7, 2, 4), (3, 1, 2)):
+        for bit in range(32):
+            other = x.copy()
+            other.view(np.uint32)[place] ^= np.uint32(1 << bit)
+            seen.add(int(checksums([jnp.asarray(other)])["0"]))
+    for other in (x[::-1], x[:, ::-1], x[:, :, ::-1], x.swapaxes(0, 1)):
+        seen.add(int(checksums([jnp.asarray(other)])["0"]))
+    assert len(seen) == 1 + 3 * 32 + 4
+    for where in (EVERYWHERE, NamedSharding(EVERYWHERE.mesh, PartitionSpec("data"))):
+        assert checksums([jax.device_put(x, where)])["0"] == expected
+    assert checksums({"step": jnp.int32(3)}).keys() == {"step"}
+
+
+def test_a_checkpoint_is_as_large_as_what_it_holds(tmp_path):
+    state = TrainState(
+        step=jnp.int32(1),
+        skipped=jnp.int32(0),
+        trainable={"a": jax.random.normal(jax.random.key(0), (1024, 512))},
+        opt_state=[jax.random.normal(jax.random.key(i), (1024, 512)) for i in (1, 2)],
+    )
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, META)
+    files = [file for file in (tmp_path / "1").rglob("*") if file.is_file()]
+    assert 0.9 * total_bytes(state) < sum(file.stat().st_size for file in files) < 1.1 * total_bytes(state)
 
 
 def test_a_step_is_written_once(tmp_path, empty, filled):

@@ -1,8 +1,14 @@
 """The loop: what it writes, when it evaluates and saves, what stops it, and that a resumed one goes on the same."""
 
+import errno
 import json
+import os
+import re
+import shutil
+import signal
 import threading
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import numpy as np
@@ -10,10 +16,11 @@ import pytest
 from training_case import CONFIG, as_bytes, quick_step, small_batch, small_case, stack
 
 from umbrella_jax.config import MeshConfig, TrainConfig
-from umbrella_jax.errors import DataError, UmbrellaError
+from umbrella_jax.errors import DataError, Interrupted, UmbrellaError
 from umbrella_jax.sharding import make_mesh, put_batch, shardings
 from umbrella_jax.training import trainer
 from umbrella_jax.training.checkpoint import Checkpoints
+from umbrella_jax.training.diagnose import first_nonfinite
 from umbrella_jax.training.optimizer import make_schedule
 from umbrella_jax.training.trainer import Metrics, describe, fit
 
@@ -48,15 +55,21 @@ def run(case, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer, "jit_train_step", quick_step)
 
-    def call(state, batches, *, save_steps=2, eval_steps=2, num_steps=STEPS):
-        evaluated, logged = [], []
+    def call(state, batches, *, num_steps=STEPS, signals=(), cut_off=None, pending=None, **settings):
+        """`signals`: what `interrupted` says each time; `cut_off`: the step whose evaluation a signal ends."""
+        evaluated, logged, signals = [], [], list(signals)
 
         def evaluate(step, trainable):
             evaluated.append((step, as_bytes(trainable)))
+            if step == cut_off:
+                signals.append(signal.SIGINT)
+                return None
             return {"eval_loss": step / 10}
 
+        config = TrainConfig(**{"save_steps": 2, "eval_steps": 2, **settings})
+
         try:
-            with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+            with Checkpoints(tmp_path / "checkpoints", config) as checkpoints:
                 state = fit(
                     state,
                     case.frozen,
@@ -64,7 +77,7 @@ def run(case, tmp_path, monkeypatch):
                     graphdef=case.graphdef,
                     optimizer=case.optimizer,
                     schedule=SCHEDULE,
-                    config=TrainConfig(save_steps=save_steps, eval_steps=eval_steps),
+                    config=config,
                     num_steps=num_steps,
                     mesh=MESH,
                     checkpoints=checkpoints,
@@ -72,6 +85,9 @@ def run(case, tmp_path, monkeypatch):
                     metrics_path=tmp_path / "metrics.jsonl",
                     evaluate=evaluate,
                     log=logged.append,
+                    task_ids=lambda step: [[f"{step + 1}{row}" for row in "abcd"]],
+                    interrupted=lambda: signals.pop(0) if signals else 0,
+                    pending=pending,
                 )
         finally:
             lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -178,12 +194,21 @@ def test_finished_run_does_nothing_more(start, run, tmp_path):
     assert not again.evaluated + again.logged
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_loss_that_is_not_finite_stops_the_run(start, run, tmp_path, value):
+def bad_batch():
+    """Its second volume, which the first and the last two of four conversations show, holds a NaN."""
     bad = small_batch(2)
-    bad.volumes["T1"][0, 0, 0] = value
-    with pytest.raises(UmbrellaError, match=r"^step 3: loss nan, .*not finite; the last checkpoint is step 2$"):
-        run(start, [small_batch(0), small_batch(1), bad], save_steps=1)
+    bad.volumes["T1"][0, 1] = np.nan
+    bad.feature_idx[0, 1] = np.minimum(bad.feature_idx[0, 1], 9)
+    return bad
+
+
+def test_loss_that_is_not_finite_stops_the_run(start, run, tmp_path):
+    message = (
+        r"^step 3: loss nan, gradient norm nan: not finite; first in patch_embed \(T1\), of 3a, 3c, 3d; "
+        r"the step's task_ids: 3a, 3b, 3c, 3d; the last checkpoint is step 2; .*--on-nonfinite skip\)$"
+    )
+    with pytest.raises(UmbrellaError, match=message):
+        run(start, [small_batch(0), small_batch(1), bad_batch()], save_steps=1)
     assert saved(tmp_path) == [1, 2]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
@@ -193,9 +218,81 @@ def test_gradient_that_is_not_finite_stops_the_run(start, run, tmp_path):
     bad = jax.tree.map(np.copy, small_batch(0))
     bad.volumes["T1"][:] = 1e38
     small = {path: leaf * (1e-38 if path.endswith("weight") else 1) for path, leaf in start.trainable.items()}
-    with pytest.raises(UmbrellaError, match=r"^step 1: loss \d.*, gradient norm (inf|nan): not finite"):
+    message = (
+        r"^step 1: loss \d.*, gradient norm (inf|nan): not finite; first in gradient; .* there is no checkpoint yet"
+    )
+    with pytest.raises(UmbrellaError, match=message):
         run(start.replace(trainable=small), [bad])
     assert saved(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [
+        (".encoder.layers.mlp.fc1.weight", r"vision_tower \(T1\)"),
+        ("multi_modal_projector.linear_2.bias", r"projector \(T1\)"),
+        ("language_model.model.layers.mlp.up_proj.weight", "language_model"),
+    ],
+)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_the_first_part_that_is_not_finite(case, path, part, value):
+    (path,) = [name for name in case.params if name.endswith(path)]
+    params = {**case.params, path: case.params[path].at[..., -1].set(value)}
+    found, rows = first_nonfinite(params, small_batch(), graphdef=case.graphdef)
+    assert re.fullmatch(part, found)
+    assert rows.all()
+    found, rows = first_nonfinite(case.params, small_batch(), graphdef=case.graphdef)
+    assert found == "gradient"
+    assert not rows.any()
+
+
+def test_skipped_updates_change_nothing_and_are_counted(start, run, case, tmp_path, capsys):
+    """The run with a bad batch in its midst is the run without it, but for the steps' numbers."""
+    batches = [small_batch(0), small_batch(1), bad_batch(), small_batch(3)]
+    whole = run(start, batches, on_nonfinite="skip", max_skipped=1, num_steps=4, save_steps=1)
+    assert whole.lines[2]["loss"] is whole.lines[2]["grad_norm"] is None
+    assert [line.get("skipped") for line in whole.lines] == [None, None, 1, None]
+    assert "first in patch_embed (T1), of 3a, 3c, 3d" in (out := capsys.readouterr().out)
+    assert "skipped, 1 of 1 that may be" in out
+    assert (int(whole.state.step), int(whole.state.skipped)) == (4, 1)
+    assert whole.lines[3]["learning_rate"] == whole.lines[2]["learning_rate"]  # the schedule waits too
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        before, behind = (checkpoints.restore(step, whole.state) for step in (2, 3))
+    assert as_bytes(behind.replace(step=0, skipped=0)) == as_bytes(before.replace(step=0, skipped=0))
+    assert int(behind.skipped) == 1
+
+    (tmp_path / "checkpoints").rename(tmp_path / "first")
+    without = run(placed(case.state()), [*batches[:2], batches[3]], num_steps=3)
+    assert as_bytes(without.state.replace(step=0, skipped=0)) == as_bytes(whole.state.replace(step=0, skipped=0))
+    assert [line["loss"] for line in without.lines] == [whole.lines[i]["loss"] for i in (0, 1, 3)]
+
+    # A resumed run goes on counting, and the limit ends it.
+    with pytest.raises(UmbrellaError, match=r"^step 5: .*train\.max_skipped is 1; the last checkpoint is step 3$"):
+        run(whole.state, [bad_batch()], on_nonfinite="skip", max_skipped=1, num_steps=6)
+
+
+@pytest.mark.parametrize("when", ["between", "before an evaluation", "in an evaluation", "in the last evaluation"])
+def test_a_signal_ends_the_run_behind_a_step(case, start, run, tmp_path, when):
+    """What goes on from there is the run that no signal came to, with the evaluation that it kept from being made."""
+    whole = run(start, map(small_batch, range(STEPS)))
+    shutil.rmtree(tmp_path / "checkpoints")
+    step, wishes = {
+        "between": (3, {"signals": [0, 0, signal.SIGTERM]}),
+        "before an evaluation": (2, {"signals": [0, signal.SIGTERM, signal.SIGTERM]}),
+        "in an evaluation": (4, {"cut_off": 4}),
+        "in the last evaluation": (5, {"cut_off": 5}),
+    }[when]
+    name, number = ("SIGINT", 2) if "cut_off" in wishes else ("SIGTERM", 15)
+    with pytest.raises(Interrupted, match=f"^{name}: saved at step {step} of 5$") as end:
+        run(placed(case.state()), map(small_batch, range(STEPS)), **wishes)
+    assert end.value.signum == number
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.latest_step() == step
+        state, pending = checkpoints.restore(step, whole.state), checkpoints.meta(step).get("pending")
+    assert (pending is None) == (when == "between")
+    resumed = run(state, map(small_batch, range(step, STEPS)), pending=pending)
+    assert as_bytes(resumed.state) == as_bytes(whole.state)
+    assert [without_time(line) for line in resumed.lines] == [without_time(line) for line in whole.lines]
 
 
 def test_metrics_of_lost_steps_are_taken_out(tmp_path):
@@ -203,10 +300,36 @@ def test_metrics_of_lost_steps_are_taken_out(tmp_path):
     path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
     with Metrics(path, 2) as metrics:
         assert path.read_text() == '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n'
-        metrics.write(step=3, loss=1.5)
+        metrics.write({"step": 3, "loss": 1.5})
         assert json.loads(path.read_text().splitlines()[-1]) == {"step": 3, "loss": 1.5}, "at once, not at the end"
     with Metrics(path, 0):
         assert path.read_text() == ""
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: no line of metrics"):
+        Metrics(path, 3)
+
+
+def test_a_line_that_does_not_fit_is_not_there(tmp_path):
+    """The disk is full in the midst of it."""
+    path = tmp_path / "metrics.jsonl"
+    with Metrics(path, 0) as metrics:
+        metrics.write({"step": 1})
+        writes = [3, OSError(errno.ENOSPC, "No space left on device")]
+
+        def write(file, data):
+            now = writes.pop(0)
+            if isinstance(now, OSError):
+                raise now
+            return os_write(file, data[:now])
+
+        os_write = os.write
+        with mock.patch("os.write", write), pytest.raises(OSError, match=r"No space left .*metrics\.jsonl"):
+            metrics.write({"step": 2})
+        metrics.write({"step": 3})
+        assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+        path.rename(tmp_path / "moved")
+        with pytest.raises(UmbrellaError, match=r"metrics\.jsonl: deleted, moved or replaced"):
+            metrics.write({"step": 4})
 
 
 def test_description_of_a_batch():

@@ -151,6 +151,10 @@ class VolumeCache:
         entry = self._read(self._key(self._source(path), config, 0), config, header_only=True)
         return (entry[0]["axes"] or None) if entry else axis_codes(open_volume(path, config), config)
 
+    def digest(self, path: str | Path) -> str:
+        """`source_digest`, from what the cache remembers where the source has not changed since."""
+        return self._source(Path(path)).digest
+
     # sources
 
     def _source(self, path: Path) -> _Source:
@@ -168,7 +172,7 @@ class VolumeCache:
             known = json.loads(record.read_bytes())
             if known["stat"] == stat:
                 return _Source(stat, known["digest"])
-        source = _Source(stat, _digest(path))
+        source = _Source(stat, source_digest(path))
         if now - changed > _SETTLED:
             self._write(record, json.dumps({"path": os.path.abspath(path), **vars(source)}).encode())
         return source
@@ -345,8 +349,8 @@ def _stat(path: Path) -> tuple[str, float]:
     return _sha256(json.dumps(said)), max(max(s.st_mtime, s.st_ctime) for _, s in found)
 
 
-def _digest(path: Path) -> str:
-    """Of a source's content: of each file, in order, its suffix or, of a frame, its name, and its SHA-256."""
+def source_digest(path: Path) -> str:
+    """SHA-256 of a source's content: of each file, in order, its suffix or, of a frame, its name, and its SHA-256."""
     parts = []
     with readable(path):
         for file in source_files(path):

@@ -125,7 +125,7 @@ def scan_conversations(
     conversations: list[Conversation] = []
     faults: list[str] = []
     found, shown, tasks = 0, set[str](), set[str]()
-    for file in _files(Path(path)):
+    for file in conversation_files(Path(path)):
         root = (file.parent if image_root is None else Path(image_root)).absolute()
         for source, record in _records(file, faults):
             found += 1
@@ -179,7 +179,7 @@ def _names(values: Collection[str]) -> str:
     return ", ".join(sorted(values)) or "none"
 
 
-def _files(path: Path) -> list[Path]:
+def conversation_files(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
     if not path.is_file():

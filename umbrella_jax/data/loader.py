@@ -221,7 +221,7 @@ def train_batches(
         return plan.epoch(epoch)
 
     def make(step: int) -> Batch:
-        epoch, place = divmod(step, plan.updates_per_epoch)
+        epoch, place = plan.place(step)
         with lock:  # one thread plans an epoch, the others wait for it
             update = planned(epoch)[place]
         return collate(
@@ -233,6 +233,12 @@ def train_batches(
         )
 
     return _prefetch(make, start_step, num_steps, threads)
+
+
+def task_ids(dataset: Dataset, plan: Plan, step: int) -> list[list[str]]:
+    """Of the conversations in each micro-batch of a training step, row by row; empty rows have none."""
+    epoch, place = plan.place(step)
+    return [[dataset.conversations[index].task_id for index in micro] for micro in plan.epoch(epoch)[place].rows]
 
 
 def eval_batches(

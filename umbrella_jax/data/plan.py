@@ -159,6 +159,10 @@ class Plan:
         # Exact: in floating point 0.07 * 100 lies above 7, which would add a step.
         return math.ceil(Fraction(str(epochs)) * self.updates_per_epoch)
 
+    def place(self, step: int) -> tuple[int, int]:
+        """The epoch of a step, and which of its updates it is."""
+        return divmod(step, self.updates_per_epoch)
+
     def epoch(self, epoch: int) -> list[Update]:
         """The updates of one epoch in order: each conversation in exactly one row of one of them."""
         composed = self._first if epoch == 0 else self._compose(epoch)

@@ -1,79 +1,234 @@
 """Orbax: the part that changes in a run, and whole models in native form."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import json
+import math
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
-from umbrella_jax.errors import CheckpointError
+from umbrella_jax.config import TrainConfig
+from umbrella_jax.errors import CheckpointError, Interrupted
 from umbrella_jax.models import Params
 from umbrella_jax.training.step import TrainState
+
+Array = jax.Array
 
 
 class Checkpoints:
     """The checkpoints of a run, `directory/<step>/`: trained parameters, moments and step, with what they belong to.
 
-    Saving is asynchronous and atomic; a step that was cut off while it was written is not seen. The newest 3 stay.
+    Saving is asynchronous and atomic; a step that was cut off while it was written is not seen. Of those written, the
+    newest `keep.keep_latest` stay, and the `keep.keep_best` best. Every array has a checksum, and so has the rest:
+    whatever reads a checkpoint raises CheckpointError, naming what is damaged, instead of handing it out.
     """
 
-    def __init__(self, directory: Path, *, read_only: bool = False):
-        self.directory = directory
+    def __init__(
+        self,
+        directory: Path,
+        keep: TrainConfig | None = None,
+        lines: Iterable[Mapping[str, Any]] = (),
+        *,
+        read_only: bool = False,
+    ):
+        # lines: of `metrics.jsonl`, from which the best of before are known
+        self.directory, self._keep = directory, keep or TrainConfig()
         options = (
             ocp.CheckpointManagerOptions(read_only=True, max_to_keep=None, save_interval_steps=0, create=False)
             if read_only
-            else ocp.CheckpointManagerOptions(max_to_keep=3)
+            else ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True)
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers)
+        self._values: dict[int, float] = {}
+        for line in lines:
+            self._rank(int(line["step"]), line)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()  # waits for a save under way
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        also = [] if error is None or isinstance(error, Interrupted) else [str(error)]
+        with self._writing(also):
+            self._manager.close()  # waits for a save under way
+
+    def check(self) -> None:
+        """Raises CheckpointError where the save under way has failed, as of a full disk."""
+        with self._writing():
+            self._manager.check_for_errors()
+
+    @contextmanager
+    def _writing(self, also: Sequence[str] = ()) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of orbax, tensorstore or the file system, from a thread of theirs
+            self._manager.reload()
+            whole = f"step {self.latest_step()} is whole" if self.steps() else "none is there yet"
+            raise CheckpointError(
+                [*also, f"{self.directory}: a checkpoint could not be written, {whole}: {_first_line(error)}"]
+            ) from error
+
+    def steps(self) -> list[int]:
+        """All that are there, the newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
 
     def latest_step(self) -> int | None:
         """The newest step, None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Starts to write `state` and the JSON `meta`; a step that is there already stays as it is."""
+    def best(self) -> list[tuple[int, float]]:
+        """(step, value of `best_metric`) of the `keep_best` best, the best first; none of them is not finite."""
+        return self._best(self.steps())
+
+    def _best(self, steps: Iterable[int]) -> list[tuple[int, float]]:
+        sign = 1 if self._keep.best_mode == "min" else -1
+        values = [(step, self._values[step]) for step in steps if step in self._values]
+        return sorted(values, key=lambda item: (sign * item[1], item[0]))[: self._keep.keep_best]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Orbax asks which of the checkpoints, in order, stay (`ocp.checkpoint_managers.PreservationPolicy`)."""
+        # Not orbax's own BestN: it keeps a NaN as the best, and a damaged file of metrics ends it.
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        stay = {*steps[-self._keep.keep_latest :], *(step for step, _ in self._best(steps))}
+        return [step in stay for step in steps]
+
+    def save(self, state: TrainState, meta: dict[str, Any], metrics: Mapping[str, Any] | None = None) -> None:
+        """Starts to write `state` and the JSON `meta`; a step that is there already stays as it is.
+
+        Args:
+            metrics: of an evaluation of this state, by which it may be one of the best.
+        """
         step = int(state.step)
+        self._rank(step, metrics or {})
         if step == self.latest_step():
             return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), meta=ocp.args.JsonSave(meta))
-        if not self._manager.save(step, args=args):
+        tree = _tree(state)
+        sums = {name: int(value) for name, value in checksums(tree).items()}
+        content = {"run": meta, "checksums": sums}
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave({**content, "crc32": crc32(content)})
+        )
+        with self._writing():
+            saved = self._manager.save(step, args=args)
+        if not saved:
             raise CheckpointError(f"{self.directory}: step {step} was not saved")
 
+    def _rank(self, step: int, metrics: Mapping[str, Any]) -> None:
+        value = metrics.get(str(self._keep.best_metric))
+        if value is not None and math.isfinite(value):
+            self._values[step] = value
+
     def meta(self, step: int) -> dict[str, Any]:
-        """What was saved beside the state of `step`."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        """The `meta` that was saved beside the state of `step`."""
+        return self._content(step)["run"]
+
+    def _content(self, step: int) -> dict[str, Any]:
+        with self._reading(step, "meta"):
+            content = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        if not isinstance(content, dict) or content.pop("crc32", None) != crc32(content):
+            raise CheckpointError(f"{self.directory / str(step)}: damaged: meta: its checksum is another one")
+        return content
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of `step`, with the structure and on the devices of `like`."""
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like)))
-        )
-        return TrainState(**self._manager.restore(step, args=args).state)
+        target = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like)))
+        with self._reading(step, "state"):
+            tree = self._manager.restore(step, args=ocp.args.Composite(state=target)).state
+        self._verify(step, tree)
+        return TrainState(**tree)
+
+    def set_aside(self, step: int) -> Path:
+        """Renames a damaged step: it is neither found nor in the way. One process does it, then all `reload`."""
+        place = self.directory / f"{step}.damaged"
+        if place.exists():
+            shutil.rmtree(place)
+        return (self.directory / str(step)).rename(place)
+
+    def reload(self) -> None:
+        """Looks again which steps there are."""
+        self._manager.reload()
+
+    @contextmanager
+    def _reading(self, step: int, item: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # orbax and tensorstore raise whatever the damage leads them to
+            raise CheckpointError(f"{self.directory / str(step)}: damaged: {item}: {_first_line(error)}") from error
+
+    def _verify(self, step: int, tree: Any) -> None:
+        """Raises CheckpointError naming each array of `tree`, a part of what was saved, that is another than it was."""
+        saved, found = self._content(step)["checksums"], checksums(tree)
+        faults = [name for name, value in found.items() if saved.get(name) != int(value)]
+        if faults:
+            raise CheckpointError(
+                [f"{self.directory / str(step)}: damaged: {name}: its checksum is another one" for name in faults]
+            )
 
     def restore_trainable(self, step: int, where: Callable[[str, tuple[int, ...]], jax.sharding.Sharding]) -> Params:
         """The trained parameters of `step`, each on the devices that `where` says of its path and shape."""
-        saved = self._manager.item_metadata(step).state
         # moments too, since orbax restores an item as a whole; they lie on one device until they are dropped
         one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), dict(saved))
-        target["trainable"] = {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(path, leaf.shape))
-            for path, leaf in target["trainable"].items()
-        }
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        return self._manager.restore(step, args=args).state["trainable"]
+        with self._reading(step, "state"):
+            saved = dict(self._manager.item_metadata(step).state)
+            target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), saved)
+            target["trainable"] = {
+                path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(path, leaf.shape))
+                for path, leaf in target["trainable"].items()
+            }
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+            trainable: Params = self._manager.restore(step, args=args).state["trainable"]
+        self._verify(step, {"trainable": trainable})
+        return trainable
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state}
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}  # type: ignore[arg-type]
+
+
+def _first_line(error: Exception) -> str:
+    """Of what orbax or tensorstore say, which goes on for pages."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
+
+
+def crc32(content: Mapping[str, Any]) -> int:
+    """The checksum of what JSON holds."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+@jax.jit
+def _checksums(tree: Any) -> Any:
+    return jax.tree.map(_checksum, tree)
+
+
+def checksums(tree: Any) -> dict[str, np.ndarray]:
+    """The `_checksum` of every array, by its path in the tree. Made where the arrays lie; the same on any mesh."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_checksums(tree)))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _checksum(x: Array) -> Array:
+    """Sum mod 2³² of hash(bits + position · odd), uint32 [], of an array of 4-byte numbers.
+
+    The hash is MurmurHash3's finaliser, one to one: a number that changed always shows. A sum, unlike a CRC, is the
+    same in whatever order and on whatever devices it is made, so that no process needs all of an array.
+    """
+    chex.assert_equal(x.dtype.itemsize, 4)  # what trains and its moments are float32, counts int32
+    h = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    for axis in range(x.ndim):  # the position in C order, piece by piece: a reshape would gather what is sharded
+        stride = np.uint32(math.prod(x.shape[axis + 1 :]) * 0x9E3779B9 % 2**32)
+        h = h + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
+    h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
 
 
 def save_params(directory: Path, params: Params) -> None:

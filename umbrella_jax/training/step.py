@@ -25,7 +25,9 @@ class TrainState:
     """What changes from step to step, and all that a checkpoint holds."""
 
     step: Array
-    """int32 []: updates made."""
+    """int32 []: updates made, those that were skipped counted."""
+    skipped: Array
+    """int32 []: updates skipped, since loss or gradient were not finite."""
     trainable: Params
     """float32 parameters that train, by path."""
     opt_state: Any
@@ -34,7 +36,10 @@ class TrainState:
 def init_state(trainable: Params, optimizer: optax.GradientTransformationExtraArgs) -> TrainState:
     """The state before the first update."""
     return TrainState(  # type: ignore[call-arg]  # chex makes it a dataclass
-        step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=optimizer.init(trainable)
+        step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        trainable=trainable,
+        opt_state=optimizer.init(trainable),
     )
 
 
@@ -49,7 +54,8 @@ def train_step(
     """One update from A micro-batches (fields [A, B, ...]).
 
     The gradient is Σ over micro-batches of the gradient of their summed loss, divided by their number of supervised
-    tokens. Returns the new state and {loss, grad_norm (before clipping), supervised_tokens}.
+    tokens. Returns the new state and {loss, grad_norm (before clipping), supervised_tokens}. Where loss or norm are not
+    finite, parameters and optimiser's state stay, all of it, and the step counts as skipped.
     """
 
     def micro_loss(trainable: Params, micro: Batch) -> tuple[Array, Array]:
@@ -66,10 +72,17 @@ def train_step(
     # A batch may have volumes of a modality, all padding, that none of its conversations shows.
     present = merge(graphdef, state.trainable | frozen).shown(batch)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, present=present)
-    new = TrainState(  # type: ignore[call-arg]
-        step=state.step + 1, trainable=optax.apply_updates(state.trainable, updates), opt_state=opt_state
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    trainable, opt_state = jax.tree.map(
+        partial(jnp.where, finite),
+        (optax.apply_updates(state.trainable, updates), opt_state),
+        (state.trainable, state.opt_state),
     )
-    return constrain(new), {"loss": loss / count, "grad_norm": optax.tree.norm(grads), "supervised_tokens": count}
+    new = TrainState(  # type: ignore[call-arg]
+        step=state.step + 1, skipped=state.skipped + ~finite, trainable=trainable, opt_state=opt_state
+    )
+    return constrain(new), {"loss": loss / count, "grad_norm": norm, "supervised_tokens": count}
 
 
 def eval_step(trainable: Params, frozen: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> tuple[Array, Array]:

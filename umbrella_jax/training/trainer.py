@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -19,42 +22,63 @@ from tqdm import tqdm
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import TrainConfig
 from umbrella_jax.distributed import together
-from umbrella_jax.errors import UmbrellaError
+from umbrella_jax.errors import DataError, Interrupted, UmbrellaError
+from umbrella_jax.files import append, naming, write_whole
 from umbrella_jax.models import Params
 from umbrella_jax.sharding import put_batch
 from umbrella_jax.training.checkpoint import Checkpoints
+from umbrella_jax.training.diagnose import first_nonfinite
 from umbrella_jax.training.step import TrainState, jit_train_step
 
-Evaluate = Callable[[int, Params], dict[str, float]]
-"""(step, trainable parameters) → metrics under names of their own."""
+Line = dict[str, float | None]
+"""A line of `metrics.jsonl`; None stands for what is not finite, which JSON does not know."""
+Evaluate = Callable[[int, Params], Line | None]
+"""(step, trainable parameters) → metrics under names of their own, None where a signal cut it off."""
+
+
+def read_metrics(path: Path) -> list[Line]:
+    """The lines of a `metrics.jsonl`, none where there is no file. A last one that a kill tore apart is left out.
+
+    Raises DataError for any other line that is none.
+    """
+    if not path.exists():
+        return []
+    rows, lines = path.read_text().splitlines(), []
+    for number, row in enumerate(rows, 1):
+        try:
+            lines.append(json.loads(row))
+            int(lines[-1]["step"])
+        except (ValueError, TypeError, KeyError):
+            if number < len(rows):
+                raise DataError(f"{path}:{number}: no line of metrics; take it out, or bring the file back") from None
+            del lines[number - 1 :]
+    return lines
 
 
 class Metrics:
-    """`metrics.jsonl`: one line per update, flushed as it is written. Lines behind `step`, from a run that was cut
-    off after its last checkpoint, are taken out: they are made again."""
+    """`metrics.jsonl`: one line per update, there as a whole as soon as it is written. Lines behind `step`, from a run
+    that was cut off after its last checkpoint, are taken out: they are made again."""
 
     def __init__(self, path: Path, step: int):
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-                except json.JSONDecodeError:  # the torn last line of a killed run
-                    continue
-        path.write_text("".join(f"{line}\n" for line in kept))
-        self._file = path.open("a")
+        self.path = path
+        lines = read_metrics(path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines if int(line["step"] or 0) <= step))
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
-    def write(self, **values: float) -> None:
+    def write(self, line: Line) -> None:
         """Appends one line."""
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        append(self._file, self.path, (json.dumps(line, allow_nan=False) + "\n").encode())
+
+    def sync(self) -> None:
+        """Down to the disk, as a checkpoint does that counts on the lines."""
+        with naming(self.path):
+            os.fsync(self._file)
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        os.close(self._file)
 
 
 def fit(
@@ -71,20 +95,33 @@ def fit(
     checkpoints: Checkpoints,
     meta: dict[str, Any],
     metrics_path: Path,
+    task_ids: Callable[[int], Sequence[Sequence[str]]],
     evaluate: Evaluate | None = None,
-    log: Callable[[dict[str, float]], None] | None = None,
+    log: Callable[[Line], None] | None = None,
+    interrupted: Callable[[], int] = lambda: 0,
+    pending: Line | None = None,
 ) -> TrainState:
     """Trains from `state.step` to `num_steps` on `batches`, which starts at that step, and returns the last state.
 
     Saves every `config.save_steps` updates and at the end, `meta` beside it; evaluates every `config.eval_steps` and
-    at the end; hands each line of metrics to `log` too. Raises UmbrellaError, keeping the last checkpoint, when the
-    loss is not finite. While a step runs, the next batch is read and put on the devices; its errors wait until then.
+    at the end; hands each line of metrics to `log` too. While a step runs, the next batch is read and put on the
+    devices; its errors wait until then.
 
     Of several processes each brings its own part of every batch (see `put_batch`); all of them save and evaluate, the
     first alone prints, writes metrics and logs.
+
+    Args:
+        task_ids: of the conversations in each micro-batch of a step, for the message about one that goes wrong.
+        interrupted: the signal that asks the run to end, 0 for none; all processes get the same answer.
+        pending: the line of `state.step`, where a signal came before its evaluation, as `meta["pending"]` holds it.
+
+    Raises:
+        UmbrellaError: loss or gradient are not finite, and `config.on_nonfinite` is `stop` or too many were skipped.
+            The last checkpoint stays.
+        Interrupted: by a signal, after the step was saved.
     """
     first = jax.process_index() == 0
-    start = int(state.step)
+    start, skipped = int(state.step), int(state.skipped)
     step_fn = partial(jit_train_step, graphdef=graphdef, optimizer=optimizer)
     shapes: set[Any] = set()
 
@@ -94,47 +131,93 @@ def fit(
     with (
         jax.set_mesh(mesh),
         ThreadPoolExecutor(1) as ahead,
-        Metrics(metrics_path, start) if first else nullcontext() as metrics,
+        Metrics(metrics_path, start - bool(pending)) if first else nullcontext() as metrics,
         tqdm(total=num_steps, initial=start, desc="train", unit="step", disable=None if first else True) as bar,
     ):
+
+        def finish(line: Line) -> None:
+            """What follows an update: evaluation, the line, a checkpoint, and the end where a signal asks for it."""
+            checkpoints.check()
+            step = int(state.step)
+            last, number, found = step == num_steps, interrupted(), Line()
+            if evaluate and (last or (config.eval_steps and step % config.eval_steps == 0)):
+                evaluated = None if number else evaluate(step, state.trainable)
+                if evaluated is None:
+                    checkpoints.save(state, {**meta, "pending": line})
+                    raise _interrupted(interrupted(), step, num_steps)
+                found = evaluated
+            if metrics:
+                metrics.write(line | found)
+                if log:
+                    log(line | found)
+            if last or number or step % config.save_steps == 0 or (found and config.keep_best):
+                if metrics:
+                    metrics.sync()
+                checkpoints.save(state, meta, found)
+            if number and not last:
+                raise _interrupted(number, step, num_steps)
+
+        if pending:
+            finish(pending)
         coming = ahead.submit(next_batch) if start < num_steps else None
         for step in range(start, num_steps):
             assert coming is not None
-            batch, last = coming.result(), step + 1 == num_steps
+            batch = coming.result()
             shape = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
             if first and shape not in shapes:
                 shapes.add(shape)
                 bar.write(f"step {step + 1}: compiling for {describe(batch)}")
             started = time.perf_counter()
             state, values = step_fn(state, frozen, batch)
-            coming = None if last else ahead.submit(next_batch)
+            coming = ahead.submit(next_batch) if step + 1 < num_steps else None
             values = jax.device_get(values)  # waits for the step
-            seconds = time.perf_counter() - started
-            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-                with together():  # every process comes here: all have the same values
-                    raise UmbrellaError(
-                        f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite; "
-                        f"the last checkpoint is step {checkpoints.latest_step()}"
-                    )
-            line: dict[str, float] = {
+            line: Line = {
                 "step": step + 1,
-                "loss": float(values["loss"]),
-                "grad_norm": float(values["grad_norm"]),
-                "learning_rate": float(schedule(step)),
+                "loss": _finite(values["loss"]),
+                "grad_norm": _finite(values["grad_norm"]),
+                "learning_rate": float(schedule(step - skipped)),
                 "supervised_tokens": int(values["supervised_tokens"]),
-                "step_seconds": seconds,
+                "step_seconds": time.perf_counter() - started,
             }
-            if evaluate and (last or (config.eval_steps and (step + 1) % config.eval_steps == 0)):
-                line |= evaluate(step + 1, state.trainable)
-            if metrics:
-                metrics.write(**line)
-                if log:
-                    log(line)
-            bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
+            if line["loss"] is None or line["grad_norm"] is None:
+                skipped += 1
+                line["skipped"] = skipped
+                part, rows = first_nonfinite(state.trainable | frozen, batch, graphdef=graphdef)
+                message = (
+                    f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite; "
+                    f"{_where(part, rows, task_ids(step))}"
+                )
+                if config.on_nonfinite == "stop" or skipped > config.max_skipped:
+                    with together():  # every process comes here: all have the same values
+                        raise UmbrellaError(f"{message}; {_remedy(config, checkpoints.latest_step())}")
+                if first:
+                    bar.write(f"{message}; skipped, {skipped} of {config.max_skipped} that may be")
+            finish(line)
+            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
             bar.update()
-            if last or (step + 1) % config.save_steps == 0:
-                checkpoints.save(state, meta)
     return state
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _where(part: str, rows: np.ndarray, ids: Sequence[Sequence[str]]) -> str:
+    """In words, what `first_nonfinite` found of conversations with these ids."""
+    hit = [name for micro, found in zip(ids, rows, strict=True) for name, bad in zip(micro, found, strict=False) if bad]
+    among = f", of {', '.join(hit)}" if hit else ""
+    return f"first in {part}{among}; the step's task_ids: {', '.join(name for micro in ids for name in micro)}"
+
+
+def _remedy(config: TrainConfig, saved: int | None) -> str:
+    last = "there is no checkpoint yet" if saved is None else f"the last checkpoint is step {saved}"
+    if config.on_nonfinite == "skip":
+        return f"train.max_skipped is {config.max_skipped}; {last}"
+    return f"{last}; look at these conversations, lower train.learning_rate, or skip such steps (--on-nonfinite skip)"
+
+
+def _interrupted(number: int, step: int, num_steps: int) -> Interrupted:
+    return Interrupted(number, f"{signal.Signals(number).name}: saved at step {step} of {num_steps}")
 
 
 def describe(batch: Batch) -> str:

@@ -1,0 +1,81 @@
+"""Writing that is whole or not at all, and says where it fails; and a directory for one run alone."""
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from umbrella_jax.errors import ConfigError, UmbrellaError
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError within it names `path`: what a write raises, on a full disk say, does not say of which file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Puts a file there, or in the place of another one, as a whole: never half of it, whatever happens meanwhile."""
+    aside = path.with_name(f".{path.name}.part")
+    with naming(path):
+        try:
+            with aside.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def append(file: int, path: Path, line: bytes) -> None:
+    """Writes a line behind the others of an open file, or takes away what of it was written.
+
+    Raises OSError, and UmbrellaError where the file at `path` is no longer this one: deleted, moved or replaced.
+    """
+    with naming(path):
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file)):
+            raise UmbrellaError(f"{path}: deleted, moved or replaced while the run was writing to it; the run ends")
+        size = os.fstat(file).st_size
+        try:
+            while line:
+                line = line[os.write(file, line) :]
+        except OSError:
+            os.ftruncate(file, size)
+            raise
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """A block that one process at a time is in, of all that name this directory; it holds `.lock` with `flock`.
+
+    The kernel lets go when the process ends, however it ends. On NFS the lock holds between hosts and ends with the
+    host's lease, some 90 s, where that is lost; on a file system without locks (Lustre with `noflock`) there is none.
+
+    Raises ConfigError where another process is in it, naming that.
+    """
+    path = directory / ".lock"
+    with naming(path):
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(file, 1000).decode(errors="replace") or "another process"
+            raise ConfigError(
+                f"{directory}: {holder} is writing to it; wait until that has ended, or name another output_dir"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        os.close(file)
