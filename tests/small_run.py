@@ -146,7 +146,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def numbers(run: Path) -> list[dict[str, float]]:
     """A run's metrics without what the machine's speed says."""
-    return [{k: v for k, v in line.items() if k != "step_seconds"} for line in read_lines(run / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if not k.endswith("_seconds")} for line in read_lines(run / "metrics.jsonl")]
 
 
 def parameters(path: Path, **options: Any) -> dict[str, np.ndarray]:

@@ -26,7 +26,7 @@ TRAINED = {
     for modality in small_run.MODALITIES
     for end in ("_proj.weight", "_proj.bias", "_positional_embeddings")
 }
-METRICS = ("step", "loss", "grad_norm", "learning_rate", "supervised_tokens")  # all but step_seconds
+METRICS = ("step", "loss", "grad_norm", "learning_rate", "supervised_tokens")  # all but seconds
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_what_a_run_writes(run: Path, world: World) -> None:
     assert {p.name for p in run.iterdir()} == written
     lines = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert all({*METRICS, "step_seconds"} <= line.keys() for line in lines)
+    assert all({*METRICS, "step_seconds", "wait_seconds"} <= line.keys() for line in lines)
     assert lines[-1]["loss"] < lines[0]["loss"] / 2
     assert [line["learning_rate"] for line in lines[:3]] == pytest.approx([0, 5e-3, 1e-2])  # two steps of warm-up
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"30", "33", "36"}

@@ -25,7 +25,7 @@ from umbrella_jax.training.optimizer import make_schedule
 from umbrella_jax.training.trainer import Metrics, describe, fit
 
 STEPS = 5
-VALUES = {"loss", "grad_norm", "learning_rate", "supervised_tokens", "step_seconds"}
+VALUES = {"loss", "grad_norm", "learning_rate", "supervised_tokens", "step_seconds", "wait_seconds"}
 SCHEDULE = make_schedule(CONFIG, STEPS)
 
 
@@ -108,6 +108,7 @@ def test_five_steps(start, run, tmp_path, capsys):
         assert line["learning_rate"] == pytest.approx(1e-2 * (1 - i / STEPS))
         assert line["supervised_tokens"] == 12
         assert line["step_seconds"] > 0
+        assert line["wait_seconds"] > 0
         assert np.isfinite([line["loss"], line["grad_norm"]]).all()
     assert result.logged == result.lines
     assert len({line["loss"] for line in result.lines}) == STEPS
@@ -183,7 +184,7 @@ def test_resumed_run_is_the_same_run(start, run, tmp_path):
 
 
 def without_time(line):
-    return {name: value for name, value in line.items() if name != "step_seconds"}
+    return {name: value for name, value in line.items() if not name.endswith("_seconds")}
 
 
 def test_finished_run_does_nothing_more(start, run, tmp_path):

@@ -123,6 +123,7 @@ def fit(
     first = jax.process_index() == 0
     start, skipped = int(state.step), int(state.skipped)
     step_fn = partial(jit_train_step, graphdef=graphdef, optimizer=optimizer)
+    rates = np.broadcast_to(schedule(np.arange(num_steps)), num_steps)  # once: it takes a millisecond
     shapes: set[Any] = set()
 
     def next_batch() -> Batch:
@@ -160,6 +161,7 @@ def fit(
         if pending:
             finish(pending)
         coming = ahead.submit(next_batch) if start < num_steps else None
+        ended = time.perf_counter()
         for step in range(start, num_steps):
             assert coming is not None
             batch = coming.result()
@@ -171,13 +173,15 @@ def fit(
             state, values = step_fn(state, frozen, batch)
             coming = ahead.submit(next_batch) if step + 1 < num_steps else None
             values = jax.device_get(values)  # waits for the step
+            waited, ended = started - ended, time.perf_counter()
             line: Line = {
                 "step": step + 1,
                 "loss": _finite(values["loss"]),
                 "grad_norm": _finite(values["grad_norm"]),
-                "learning_rate": float(schedule(step - skipped)),
+                "learning_rate": float(rates[step - skipped]),
                 "supervised_tokens": int(values["supervised_tokens"]),
-                "step_seconds": time.perf_counter() - started,
+                "step_seconds": ended - started,
+                "wait_seconds": waited,  # of the device, since the last step: for data, evaluation and checkpoints
             }
             if line["loss"] is None or line["grad_norm"] is None:
                 skipped += 1
