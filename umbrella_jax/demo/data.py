@@ -39,7 +39,7 @@ class DemoData:
     eval: Path
 
 
-def make_data(directory: str | Path, seed: int = 0, train_subjects: int = 160, eval_subjects: int = 40) -> DemoData:
+def make_data(directory: str | Path, seed: int = 0, train_subjects: int = 320, eval_subjects: int = 40) -> DemoData:
     """Writes NIfTI files (one folder per subject) and the conversations about them, train.json and eval.json.
 
     Each subject has an anatomical scan (48, 64, 24) at 3 x 3 x 2.2 mm with one bright lesion, and a functional
