@@ -13,7 +13,7 @@ import numpy as np
 from convert.hf_config import CONFIG, UMBRELLA_CONFIG, read_config
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import ModalityConfig, RematPolicy, TrainConfig, to_dict
-from umbrella_jax.models import LlavaConfig, abstract_params
+from umbrella_jax.models import LlavaConfig, abstract_params, native_backend
 from umbrella_jax.training import freeze
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule
 from umbrella_jax.training.step import init_state, jit_train_step
@@ -90,6 +90,7 @@ def main() -> None:
     if args.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", args.compilation_cache)
     config = model_config(args.config, args.dtype, args.remat, args.layers)
+    config = config.with_attention("auto", native_backend(jax.devices()[0]))
     graphdef, shapes = abstract_params(config)
     rng = np.random.default_rng(0)
     labels = freeze.label_params(list(shapes), ["patch_embed"])
