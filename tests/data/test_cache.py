@@ -49,7 +49,7 @@ def sealed(monkeypatch):
         def refuse(*_):
             raise AssertionError("a source was opened")
 
-        for module, name in [(volume_module, "open_voxels"), (cache_module, "_digest"), (nib, "load")]:
+        for module, name in [(volume_module, "open_voxels"), (cache_module, "source_digest"), (nib, "load")]:
             monkeypatch.setattr(module, name, refuse)
 
     return seal
@@ -266,8 +266,8 @@ def test_a_changed_frame_is_noticed(directory, tmp_path):
 
 def test_a_digest_is_remembered_only_of_a_settled_file(nifti, directory, monkeypatch):
     hashed = []
-    original = cache_module._digest
-    monkeypatch.setattr(cache_module, "_digest", lambda path: hashed.append(path) or original(path))
+    original = cache_module.source_digest
+    monkeypatch.setattr(cache_module, "source_digest", lambda path: hashed.append(path) or original(path))
     path = nifti("a.nii", (6, 7, 5))
     monkeypatch.setattr(cache_module, "_SETTLED", 60.0)
     assert [made(directory, path, T1) for _ in range(2)] == [1, 0]

@@ -164,7 +164,7 @@ def test_evaluation_takes_every_conversation_once(make_dataset):
             assert batch.lengths.tolist() == [len(rows[i]) for i in indices] + [1] * (4 - len(indices))
             for b, i in enumerate(indices):
                 np.testing.assert_array_equal(batch.input_ids[b, : len(rows[i])], rows[i].input_ids)
-        again = list(eval_batches(dataset, 3, prompts=prompts, parts=parts, threads=1))
+        again = list(eval_batches(dataset, 4, prompts=prompts, parts=parts, threads=1))
         assert [indices for indices, _ in again] == [indices for indices, _ in found]
 
 

@@ -212,6 +212,9 @@ class Plan:
         ladders = {i: _VolumeLadder(self._most_volumes(i), needs[i], self.facts.patches) for i in sorted(needs)}
         rungs = dict.fromkeys(ladders, 1)
         price = sum(len(needs[i]) * self.batch_size * self._buckets[i].positions + ladders[i].cost(1) for i in needs)
+        least = _WORTH * price
+        if self.seed is None:  # a single pass: compiling takes longer than an update
+            least = max(least, price / sum(map(len, needs.values())))
         while spare := MAX_SHAPES - sum(rungs.values()):
             # The next rung may save little and the one behind it much, so steps of several are looked at.
             saving, index, more = max(
@@ -219,7 +222,7 @@ class Plan:
                 for i in ladders
                 for more in range(1, spare + 1)
             )
-            if saving < _WORTH * price:
+            if saving < least:
                 break
             rungs[index] += more
         return tuple(
