@@ -199,7 +199,8 @@ def test_upsampled_volumes_give_what_the_volumes_gave(rng, patch):
         upsampled[place(patch)] = interpolate(values, patch)
     expected = embed(dict(zip(resample(*arrays, old, old), arrays, strict=True)), old, volumes)
     largest = np.abs(expected).max()  # about 35: sums of hundreds of numbers
-    close(embed(resample(*arrays, old, new), new, upsampled) / largest, expected / largest)
+    found = embed(resample(*arrays, old, new), new, upsampled)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * largest)
 
 
 @pytest.mark.parametrize("patch", [(2, 3, 1), (2, 7, 3), (3, 2, 4), (2, 3, 1, 4), (4, 2, 3, 1)])
