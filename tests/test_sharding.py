@@ -16,10 +16,11 @@ from jax.sharding import Mesh, PartitionSpec
 from mesh_case import DH, HEADS, KV_HEADS, MODEL, PATCHES, B, D, E, F, G, K, T, V, mesh_batch, mesh_case, micro_batch
 from training_case import QUICK, stack, to_numpy
 
+from umbrella_jax.batch import Batch
 from umbrella_jax.config import MeshConfig
 from umbrella_jax.errors import ConfigError
-from umbrella_jax.evaluation.generate import greedy
-from umbrella_jax.models import abstract_params
+from umbrella_jax.evaluation.generate import decode, prefill, score_answers
+from umbrella_jax.models import Params, abstract_params
 from umbrella_jax.sharding import (
     RULES,
     MeshShape,
@@ -425,7 +426,15 @@ def test_evaluation_on_a_mesh_is_one_devices() -> None:
     case, batch = mesh_case(), micro_batch(2, "T1", "rsfMRI")
     others = batch.replace(feature_idx=np.roll(batch.feature_idx, 1, axis=0))  # each the features of the row before
     evaluate = jax.value_and_grad(partial(eval_step, graphdef=case.graphdef), has_aux=True)
-    answer = partial(greedy.__wrapped__, graphdef=case.graphdef, max_new_tokens=4)
+
+    def answer(params: Params, batch: Batch, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Tokens, and the likelihoods of two answers."""
+        static = {"graphdef": case.graphdef}
+        state = prefill.__wrapped__(params, batch, max_new_tokens=4, **static)
+        scores = score_answers.__wrapped__(params, state, np.tile([[7, 5], [9, 5]], (B, 1, 1)), **static)
+        seeds = np.zeros(B, np.uint32)
+        return decode.__wrapped__(params, state, stop, seeds, np.int32(4), **static).tokens, scores
+
     evaluate, answer = (jax.jit(function, compiler_options=QUICK) for function in (evaluate, answer))
     stop, results = np.array([5], np.int32), []
     for sizes in (ONE, ALL):
@@ -434,10 +443,10 @@ def test_evaluation_on_a_mesh_is_one_devices() -> None:
             params = jax.device_put(case.params, shardings(case.params, mesh))
             (loss, count), grads = evaluate(params, {}, put_batch(batch, mesh, axis=0))
             (nowhere, _), _ = evaluate(params, {}, put_batch(others, mesh, axis=0))
-            tokens = answer(params, put_batch(batch, mesh, axis=0), stop)
-        results.append((float(loss), int(count), to_numpy(grads), np.asarray(tokens)))
+            tokens, scores = answer(params, put_batch(batch, mesh, axis=0), stop)
+        results.append((float(loss), int(count), to_numpy(grads), np.asarray(tokens), np.asarray(scores)))
         assert np.isnan(nowhere) == (sizes == ALL), "another device's volume must not pass for text"
-    (loss, count, grads, tokens), (ours, counted, found, answers) = results
+    (loss, count, grads, tokens, scores), (ours, counted, found, answers, scored) = results
     assert counted == count
     assert ours == pytest.approx(loss, rel=1e-5)
     for path, leaf in grads.items():
@@ -447,6 +456,7 @@ def test_evaluation_on_a_mesh_is_one_devices() -> None:
         else:
             assert relative(found[path], leaf) <= 1e-5, path
     np.testing.assert_array_equal(answers, tokens)
+    np.testing.assert_allclose(scored, scores, rtol=1e-5)
     assert len(np.unique(tokens)) > 4
 
 

@@ -2,7 +2,7 @@
 
     model = umbrella_jax.load("runs/t1")              # or an HF directory, an export, a native checkpoint
     processor = umbrella_jax.Processor.load("runs/t1")
-    batch = processor.prompts("eval.json")[0]
+    batch = processor.prompt("Which side is the lesion on?", [("T1", "scan.nii.gz")])
     print(processor.decode(umbrella_jax.generate(model, batch, stop_ids=processor.stop_ids)))
 
 Names are imported when they are first used, so that `umbrella_jax.models` and `umbrella_jax.training` run where only
@@ -13,12 +13,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from umbrella_jax.api import Processor, load
+    from umbrella_jax.api import load
     from umbrella_jax.batch import Batch
     from umbrella_jax.config import ModalityConfig, RunConfig, load_config
     from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError
-    from umbrella_jax.evaluation.generate import generate
+    from umbrella_jax.evaluation.generate import Sampling, generate, stream
     from umbrella_jax.models import Llava
+    from umbrella_jax.predict import predict
+    from umbrella_jax.processor import Processor
     from umbrella_jax.run import train
 
 _HOME = {
@@ -28,12 +30,15 @@ _HOME = {
     "DataError": "umbrella_jax.errors",
     "Llava": "umbrella_jax.models",
     "ModalityConfig": "umbrella_jax.config",
-    "Processor": "umbrella_jax.api",
+    "Processor": "umbrella_jax.processor",
     "RunConfig": "umbrella_jax.config",
+    "Sampling": "umbrella_jax.evaluation.generate",
     "UmbrellaError": "umbrella_jax.errors",
     "generate": "umbrella_jax.evaluation.generate",
     "load": "umbrella_jax.api",
     "load_config": "umbrella_jax.config",
+    "predict": "umbrella_jax.predict",
+    "stream": "umbrella_jax.evaluation.generate",
     "train": "umbrella_jax.run",
 }
 
@@ -46,10 +51,13 @@ __all__ = [
     "ModalityConfig",
     "Processor",
     "RunConfig",
+    "Sampling",
     "UmbrellaError",
     "generate",
     "load",
     "load_config",
+    "predict",
+    "stream",
     "train",
 ]
 

@@ -1,4 +1,4 @@
-"""Weights on disk, of every kind, and what a notebook needs beside them."""
+"""Weights on disk, of every kind."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,6 @@ from convert.tensor import Index, Tensor, Where, check_finite, copy, place
 from convert.to_hf import export, hub_tensors, new_folder
 from convert.trainable import FILE, Trainable, write_trainable
 from convert.verify import Comparison, Forward, compare_configs, compare_forward, compare_tensors
-from umbrella_jax.batch import Batch
 from umbrella_jax.config import (
     AttentionBackend,
     ModalityConfig,
@@ -29,10 +28,9 @@ from umbrella_jax.config import (
     Template,
     load_config,
 )
-from umbrella_jax.data.loader import Dataset, whole_batch
-from umbrella_jax.data.tokenize import check_template, load_tokenizer, stop_ids
+from umbrella_jax.data.tokenize import load_tokenizer
 from umbrella_jax.errors import CheckpointError, ConfigError
-from umbrella_jax.models import Llava, LlavaConfig, Params, abstract_params, merge, native_backend
+from umbrella_jax.models import Llava, LlavaConfig, Params, abstract_params, merge, native_backend, quantize
 from umbrella_jax.training.checkpoint import Checkpoints, load_params, param_shapes, save_params
 
 PARAMS = "params"
@@ -175,8 +173,11 @@ class Checkpoint:
     def check(self, dtype: str = "auto") -> list[str]:
         """Compares names, shapes and types in the files with the model's; reads no weights.
 
-        Returns what will be initialised, left out or grown, for people. Raises CheckpointError with every fault.
+        Returns what will be initialised, left out or grown, for people. Raises CheckpointError with every fault, and
+        for a run that has no checkpoint yet.
         """
+        if self.kind == "run" and self.current_step() is None:
+            raise CheckpointError(f"{self.path}: the run has no checkpoint yet; train it first")
         if self.kind == "hf":
             return self._plan(dtype).report.lines()
         if self.kind == "native":
@@ -235,13 +236,20 @@ class Checkpoint:
             return params
         return place(self.tensors(dtype), where)
 
+    def current_step(self) -> int | None:
+        """Of a run: which of its checkpoints `params` reads, None where it has none yet; None of anything else."""
+        if self.kind != "run" or self.step is not None:
+            return self.step
+        with Checkpoints(self.path / CHECKPOINTS, read_only=True) as checkpoints:
+            return checkpoints.latest_step()
+
     def trained(self, where: Where | None = None) -> Params:
         """Of a run: what it trained, if that was on these weights of the base."""
         assert self.base is not None
         with Checkpoints(self.path / CHECKPOINTS, read_only=True) as checkpoints:
             step = self.step if self.step is not None else checkpoints.latest_step()
             if step is None:
-                raise CheckpointError(f"{self.path}: the run has no checkpoint yet")
+                raise CheckpointError(f"{self.path}: the run has no checkpoint yet; train it first")
             try:
                 expected = checkpoints.meta(step)["base_fingerprint"]
                 trained = checkpoints.restore_trainable(step, where or _first_device)
@@ -408,6 +416,7 @@ def load(
     dtype: str = "auto",
     compute_dtype: str = "float32",
     attention: Literal["auto", AttentionBackend] = "auto",
+    quantized: Literal["int8", "fp8"] | None = None,
 ) -> Llava:
     """The model of a Hugging Face directory, an export, a native checkpoint or a run, on the first device.
 
@@ -417,100 +426,18 @@ def load(
         dtype: of every parameter; `auto` keeps what the files hold.
         compute_dtype: of activations, `float32` or `bfloat16`.
         attention: as `model.attention` of the configuration.
+        quantized: as `model.quantize` of the configuration.
 
     Raises:
         CheckpointError, ConfigError: naming every tensor or field that is not as it should be.
     """
     checkpoint = Checkpoint.open(path, modalities, compute_dtype=compute_dtype, patch_embed=patch_embed)
     config = checkpoint.config.with_attention(attention, native_backend(jax.devices()[0]))
-    return merge(abstract_params(config)[0], checkpoint.params(dtype))
+    params = checkpoint.params(dtype)
+    return merge(abstract_params(config)[0], quantize(params, quantized) if quantized else params)
 
 
-class Processor:
-    """Conversations to batches and tokens to text, as the model of `path` expects them."""
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        modalities: Mapping[str, ModalityConfig],
-        *,
-        template: Template = "umbrella",
-        max_length: int = 8192,
-    ):
-        """`template`: how conversations are written. Raises DataError where it is `chat` and the tokenizer has none."""
-        check_template(tokenizer, template)
-        self.tokenizer, self.modalities, self.template, self.max_length = tokenizer, modalities, template, max_length
-
-    @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        *,
-        modalities: Mapping[str, ModalityConfig] | None = None,
-        patch_embed: str | Path | None = None,
-        template: Template | None = None,
-        max_length: int = 8192,
-    ) -> "Processor":
-        """The processor of whatever `umbrella_jax.load` takes.
-
-        Args:
-            modalities, patch_embed: as of `umbrella_jax.load`.
-            template: how conversations are written; default as the checkpoint was trained, `umbrella` where it does
-                not say. Raises ConfigError for another than it was trained with.
-        """
-        checkpoint = Checkpoint.open(path, modalities, patch_embed=patch_embed)
-        template = _same_template("template", template or checkpoint.template or "umbrella", checkpoint)
-        tokenizer = checkpoint.tokenizer()
-        return cls(tokenizer, checkpoint.config.modalities, template=template, max_length=max_length)
-
-    def dataset(
-        self,
-        conversations: str | Path,
-        *,
-        image_root: str | Path | None = None,
-        allow_outside_root: bool = False,
-        evaluation: bool = False,
-        threads: int = 4,
-    ) -> Dataset:
-        """Reads and checks a conversation file or a directory of them, and every volume; see `Dataset.load`."""
-        return Dataset.load(
-            conversations,
-            self.tokenizer,
-            self.modalities,
-            image_root=image_root,
-            allow_outside_root=allow_outside_root,
-            template=self.template,
-            max_length=self.max_length,
-            threads=threads,
-            evaluation=evaluation,
-        )
-
-    def batch(
-        self,
-        conversations: str | Path,
-        *,
-        image_root: str | Path | None = None,
-        allow_outside_root: bool = False,
-        prompts: bool = False,
-    ) -> Batch:
-        """All conversations of a file as one Batch: whole, or as prompts for their last answer."""
-        dataset = self.dataset(
-            conversations, image_root=image_root, allow_outside_root=allow_outside_root, evaluation=prompts
-        )
-        return whole_batch(dataset, prompts=prompts)
-
-    @property
-    def stop_ids(self) -> list[int]:
-        """Tokens that end an answer."""
-        return stop_ids(self.tokenizer)
-
-    def decode(self, tokens: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> list[str]:
-        """Text of generated tokens, int [B, L]; special tokens and what stands behind the end are left out."""
-        rows = np.asarray(tokens)
-        return [self.tokenizer.decode(row[row >= 0], skip_special_tokens=True).strip() for row in rows]
-
-
-def _same_template(field: str, template: Template, checkpoint: Checkpoint) -> Template:
+def same_template(field: str, template: Template, checkpoint: Checkpoint) -> Template:
     """`template`, if `checkpoint` was not trained with another."""
     if checkpoint.template not in (None, template):
         raise ConfigError(
@@ -560,5 +487,5 @@ def open_base(config: RunConfig | ModelConfig, *, weights: bool = True) -> Check
             f"model.base: {base.path} is a run; export it (umbrella-jax convert to-hf) and name the export"
         )
     if isinstance(config, RunConfig):
-        return replace(base, template=_same_template("data.template", config.data.template, base))
+        return replace(base, template=same_template("data.template", config.data.template, base))
     return base

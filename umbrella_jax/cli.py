@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,14 @@ _FLAGS: dict[str, tuple[str, type, str, str]] = {
     "--epochs": ("train.epochs", float, "X", "passes over the training data"),
     "--on-nonfinite": ("train.on_nonfinite", str, "stop|skip", "what a loss or gradient that is not finite does"),
 }
+
+
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+"""In what jax raises when a device's memory is full."""
+_LESS = (
+    "the device's memory is full: lower train.batch_size, set model.remat: full or model.frozen_dtype: bfloat16, or "
+    "split the weights (--mesh fsdp=N); `umbrella-jax plan` says what fits"
+)
 
 
 def _add_config(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
@@ -79,6 +88,94 @@ def _train(arguments: argparse.Namespace) -> None:
         last = train(config, resume=arguments.resume)
     if jax.process_index() == 0:
         print("  ".join(f"{name} {math.nan if value is None else value:.4g}" for name, value in last.items()))
+
+
+def _modalities(arguments: argparse.Namespace) -> Any:
+    """Of --config, which a stock LLaVA needs; None where none is given."""
+    return load_config(arguments.config).model.modalities if arguments.config else None
+
+
+def _sampling(arguments: argparse.Namespace) -> Any:
+    from umbrella_jax.evaluation.generate import Sampling
+
+    return Sampling(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    import umbrella_jax
+    from umbrella_jax.evaluation.generate import probabilities
+
+    sampling, modalities = _sampling(arguments), _modalities(arguments)
+    processor = umbrella_jax.Processor.load(arguments.model, modalities=modalities)
+    only = next(iter(processor.modalities)) if len(processor.modalities) == 1 else None
+    images, faults = [], []
+    for text in arguments.image:
+        name, _, path = text.rpartition("=")
+        if not name and only is None:
+            faults.append(f"--image {text}: expected MODALITY=FILE, of {', '.join(processor.modalities)}")
+        images.append((name or str(only), path))
+    if faults:
+        raise ConfigError(faults)
+    batch = processor.prompt(arguments.prompt, images)
+    answers = processor.answers(arguments.answers) if arguments.answers else None
+    model = umbrella_jax.load(arguments.model, modalities=modalities, compute_dtype=arguments.compute_dtype)
+    if answers is not None:
+        for answer, share in zip(arguments.answers, probabilities(model, batch, answers)[0], strict=True):
+            print(f"{share:7.2%}  {answer}")
+        return
+    said: list[int] = []
+    shown = ""
+    for token in umbrella_jax.stream(
+        model,
+        batch,
+        stop_ids=processor.stop_ids,
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling,
+        seeds=[arguments.seed],
+    ):
+        said.append(int(token[0]))
+        (text,) = processor.decode([said])
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the first tokens of a letter that takes several
+            print(text.removeprefix(shown), end="", flush=True)
+            shown = text
+    print()
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.config import DataConfig, MeshConfig
+    from umbrella_jax.distributed import bound, start, together
+
+    start(arguments.coordinator, arguments.num_processes, arguments.process_id, timeout=arguments.start_timeout)
+    from umbrella_jax.predict import predict
+
+    with bound():
+        with together():
+            data = DataConfig(
+                eval=arguments.data,
+                image_root=arguments.image_root,
+                modality=arguments.modality,
+                task_filter=arguments.task_filter,
+                cache=arguments.cache,
+            )
+            mesh = MeshConfig(**parse_mesh(arguments.mesh)) if arguments.mesh else MeshConfig()
+            sampling = _sampling(arguments)
+            config = load_config(arguments.config) if arguments.config else None
+        rows = predict(
+            arguments.model,
+            data,
+            arguments.out,
+            batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens,
+            sampling=sampling,
+            seed=arguments.seed,
+            likelihoods=arguments.likelihoods,
+            tasks=config.evaluation.tasks if config else None,
+            modalities=config.model.modalities if config else None,
+            mesh=mesh,
+            compute_dtype=arguments.compute_dtype,
+            resume=arguments.resume,
+        )
+    print(f"{arguments.out}: {len(rows)} answers")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -147,8 +244,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> int:
     from umbrella_jax.api import verify
 
-    modalities = load_config(arguments.config).model.modalities if arguments.config else None
-    found = verify(arguments.a, arguments.b, modalities, forward=not arguments.no_logits)
+    found = verify(arguments.a, arguments.b, _modalities(arguments), forward=not arguments.no_logits)
     print(json.dumps(found.to_json(), indent=2) if arguments.json else "\n".join(found.lines()))
     return 0 if found.same else 1
 
@@ -202,12 +298,39 @@ def _number(text: str) -> int:
     return int(text)
 
 
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where no cluster says it")
+    parser.add_argument("--num-processes", type=int, metavar="N", help="started with the same --coordinator")
+    parser.add_argument("--process-id", type=int, metavar="I", help="of this one, from 0")
+    parser.add_argument(
+        "--start-timeout", type=int, default=300, metavar="S", help="seconds until all are there; default 300"
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="run, export, native checkpoint or Hugging Face directory")
+    parser.add_argument("--config", metavar="FILE", help="YAML with the modalities of a stock LLaVA, and with tasks")
+    parser.add_argument("--compute-dtype", choices=["float32", "bfloat16"], default="float32", help="default float32")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer; default 32")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default: likeliest token")
+    parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that sum to P")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn; default 0")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="umbrella-jax", description="Vision-language models for brain MRI on JAX.")
+    debug = argparse.ArgumentParser(add_help=False)
+    debug.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+    parser = argparse.ArgumentParser(
+        prog="umbrella-jax", description="Vision-language models for brain MRI on JAX.", parents=[debug]
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(of: Any, name: str, call: Any, text: str) -> argparse.ArgumentParser:
-        made = of.add_parser(name, help=text, description=text)
+        made: argparse.ArgumentParser = of.add_parser(name, help=text, description=text, parents=[debug])
         made.set_defaults(call=call)
         return made
 
@@ -215,12 +338,32 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(train, list(_FLAGS))
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output directory")
     train.add_argument("--no-wandb", action="store_true", help="do not log to Weights & Biases [train.wandb]")
-    train.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where no cluster says it")
-    train.add_argument("--num-processes", type=int, metavar="N", help="started with the same --coordinator")
-    train.add_argument("--process-id", type=int, metavar="I", help="of this one, from 0")
-    train.add_argument(
-        "--start-timeout", type=int, default=300, metavar="S", help="seconds until all are there; default 300"
+    _add_cluster(train)
+
+    generate = command(commands, "generate", _generate, "Ask a model about volumes; the answer appears as it is made.")
+    _add_model(generate)
+    generate.add_argument("prompt", metavar="PROMPT", help="the question")
+    generate.add_argument(
+        "--image", action="append", default=[], metavar="[MODALITY=]FILE", help="what it is about; again for more"
     )
+    generate.add_argument(
+        "--answers", nargs="+", metavar="TEXT", help="print how probable each of these is, instead of an answer"
+    )
+    _add_sampling(generate)
+
+    predict = command(commands, "predict", _predict, "Answer every conversation of a data set, into a .jsonl file.")
+    _add_model(predict)
+    predict.add_argument("--data", required=True, metavar="P", help="conversations, as data.eval of a run")
+    predict.add_argument("--out", required=True, metavar="FILE", help="a row for each, in the data's order")
+    for flag in ("--image-root", "--modality", "--task-filter", "--cache"):
+        _, kind, metavar, text = _FLAGS[flag]
+        predict.add_argument(flag, type=kind, metavar=metavar, help=text)
+    predict.add_argument("--likelihoods", action="store_true", help="of every answer of tasks with a closed set, too")
+    predict.add_argument("--batch-size", type=int, default=8, metavar="N", help="over all devices; default 8")
+    predict.add_argument("--mesh", metavar="data=N,fsdp=N,tensor=N", help="how devices share it out")
+    predict.add_argument("--resume", action="store_true", help="go on where an earlier call was cut off")
+    _add_sampling(predict)
+    _add_cluster(predict)
 
     inspect = command(commands, "inspect", _inspect, "Print what would train and what is frozen, without training.")
     _add_config(inspect, ["--base"])
@@ -325,9 +468,11 @@ def _unraisable(found: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 when it went well, 1 when the user's input was at fault, 128 + N when signal N ended it."""
+    """Runs one command. Returns 0 when it went well, 2 when what the user handed in was at fault, 1 for any other
+    failure (and for what `validate` and `verify` find), 128 + N when signal N ended it."""
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = _parser().parse_args(words)
+    debug = vars(arguments).pop("debug", False)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of missing PyTorch, which is not needed
     # orbax warns of what is on purpose (reading a run read-only), and prints tracebacks of what it raises later
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -344,12 +489,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("umbrella-jax: SIGINT: ends, before there was anything to save", file=sys.stderr)
         return 128 + signal.SIGINT
-    except UmbrellaError as error:
-        print(f"umbrella-jax: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:  # a full disk, a directory that cannot be made or written
-        print(f"umbrella-jax: {error}", file=sys.stderr)
-        return 1
+    except (UmbrellaError, OSError, RuntimeError) as error:  # of the system: a full disk, a directory not to be written
+        if isinstance(error, RuntimeError) and _OUT_OF_MEMORY not in str(error):
+            raise
+        if debug:
+            traceback.print_exc()
+        message = f"{str(error).splitlines()[0]}; {_LESS}" if isinstance(error, RuntimeError) else error
+        print(f"umbrella-jax: {message}", file=sys.stderr)
+        return error.exit_code if isinstance(error, UmbrellaError) else 1
 
 
 if __name__ == "__main__":

@@ -124,6 +124,9 @@ class ModelConfig:
     """Type of activations and matrix products; statistics, softmax and loss stay float32."""
     frozen_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type in which frozen weights are held; `auto` keeps the checkpoint's. What trains is float32."""
+    quantize: Literal["int8", "fp8"] | None = None
+    """Hold the frozen weights of products in 8 bits, one scale for each output (extra `quantize`); what trains, norms,
+    biases, word embeddings and head stay. What it does to loss and answers: docs/performance.md."""
     remat: RematPolicy = "full"
     """Which products with weights the backward pass does again: none, those into each layer's MLP, all."""
     attention: Literal["auto", AttentionBackend] = "auto"

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from umbrella_jax.errors import ConfigError, Interrupted, UmbrellaError
+from umbrella_jax.errors import ConfigError, Interrupted, RunError, UmbrellaError
 
 _QUIET = 10
 """Seconds of waiting for the others before a process says so."""
@@ -171,8 +171,8 @@ def together() -> Iterator[None]:
     """A block of which no process leaves before all did it: it goes well on each, or is an error on each.
 
     Raises:
-        UmbrellaError: on process 0, with the faults of all; the others end with exit code 1 and say nothing. Any other
-            error is raised where it happened, too.
+        UmbrellaError: on process 0, with the faults of all; the others end with its exit code and say nothing. Any
+            other error is raised where it happened, too.
     """
     if alone():
         yield
@@ -183,25 +183,29 @@ def together() -> Iterator[None]:
     except Exception as caught:
         error = caught
     if isinstance(error, UmbrellaError):
-        faults = list(error.faults)
+        mine = error.exit_code, list(error.faults)
     else:
-        faults = [f"{type(error).__name__}: {error}"] if error else []
-    found = gather(faults)
+        mine = 1, [f"{type(error).__name__}: {error}"] if error else []
+    found = gather(mine)
     if error and not isinstance(error, UmbrellaError):
         raise error
-    if not any(found):
+    told = [(code, faults) for code, faults in found if faults]
+    if not told:
         return
+    code = min(code for code, _ in told)
     first = jax.process_index() == 0
     jax.distributed.shutdown()  # which all do: what ends now is no loss to the others (`bound`)
     if not first:
-        sys.exit(1)
+        sys.exit(code)
     same = all(other == found[0] for other in found)
-    raise UmbrellaError(found[0] if same else [f"process {i}: {fault}" for i, own in enumerate(found) for fault in own])
+    kind = RunError if code == RunError.exit_code else UmbrellaError
+    raise kind(found[0][1] if same else [f"process {i}: {fault}" for i, (_, own) in enumerate(found) for fault in own])
 
 
 @contextmanager
 def bound() -> Iterator[None]:
-    """A block that a process of several does not leave by an error alone: it says so and ends at once with exit code 1.
+    """A block that a process of several does not leave by an error alone: it says so and ends at once, with exit code 1
+    or the error's own.
 
     The others wait for it in the middle of a step, and find it gone; at the usual end of a process, jax would let it
     wait for them for minutes.
@@ -223,4 +227,4 @@ def bound() -> Iterator[None]:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(error.exit_code if isinstance(error, UmbrellaError) else 1)

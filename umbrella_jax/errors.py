@@ -1,16 +1,24 @@
 """The errors that a user can meet. Each names the file, the field and the remedy.
 
+    UmbrellaError
+      ConfigError, DataError, CheckpointError    what the user handed in cannot be used
+      RunError                                   what was handed in is good, and it went wrong nevertheless
+    Interrupted                                  a signal ended a run that goes on with --resume
+
 Whoever checks something collects every fault first and raises once, so that nobody mends
 a thousand files one error at a time.
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 _SHOWN = 50
 
 
 class UmbrellaError(ValueError):
-    """One or more faults in what the user handed in; `faults` holds every one of them."""
+    """One or more faults; `faults` holds every one of them, `exit_code` what the command line ends with."""
+
+    exit_code: ClassVar[int] = 2
 
     def __init__(self, faults: str | Sequence[str]):
         self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
@@ -35,6 +43,12 @@ class DataError(UmbrellaError):
 
 class CheckpointError(UmbrellaError):
     """A checkpoint that does not hold what it should."""
+
+
+class RunError(UmbrellaError):
+    """Something that went wrong while it ran: a loss that is not finite, a directory that was deleted."""
+
+    exit_code = 1
 
 
 class Interrupted(Exception):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from umbrella_jax.errors import ConfigError, UmbrellaError
+from umbrella_jax.errors import ConfigError, RunError
 
 
 @contextmanager
@@ -37,11 +37,11 @@ def write_whole(path: Path, text: str) -> None:
 def append(file: int, path: Path, line: bytes) -> None:
     """Writes a line behind the others of an open file, or takes away what of it was written.
 
-    Raises OSError, and UmbrellaError where the file at `path` is no longer this one: deleted, moved or replaced.
+    Raises OSError, and RunError where the file at `path` is no longer this one: deleted, moved or replaced.
     """
     with naming(path):
         if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file)):
-            raise UmbrellaError(f"{path}: deleted, moved or replaced while the run was writing to it; the run ends")
+            raise RunError(f"{path}: deleted, moved or replaced while the run was writing to it; the run ends")
         size = os.fstat(file).st_size
         try:
             while line:
@@ -64,18 +64,22 @@ def locked(directory: Path) -> Iterator[None]:
     with naming(path):
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(file, 1000).decode(errors="replace") or "another process"
-            raise ConfigError(
-                f"{directory}: {holder} is writing to it; wait until that has ended, or name another output_dir"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise
+        hold(file, directory, "name another output_dir")
         os.ftruncate(file, 0)
         os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
         os.close(file)
+
+
+def hold(file: int, path: Path, remedy: str) -> None:
+    """Takes the lock of an open file, until it is closed. Raises ConfigError where another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        first = os.pread(file, 1000, 0).decode(errors="replace")
+        holder = first if first.startswith("process ") else "another process"
+        raise ConfigError(f"{path}: {holder} is writing to it; wait until that has ended, or {remedy}") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise

@@ -20,23 +20,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from umbrella_jax.api import CHECKPOINTS, CONFIG, MODEL, Processor, describe, open_base
+from umbrella_jax.api import CHECKPOINTS, CONFIG, MODEL, describe, open_base
 from umbrella_jax.config import AugmentConfig, RunConfig, dump_config, parse_config, to_dict
 from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.inputs import Inputs, changed, digest_of, dump_inputs, read_inputs
 from umbrella_jax.data.loader import Dataset, eval_batches, make_plan, task_ids, train_batches
-from umbrella_jax.data.tokenize import reference_answer
 from umbrella_jax.distributed import agree, gather, together
 from umbrella_jax.errors import CheckpointError, ConfigError
-from umbrella_jax.evaluation.generate import greedy
 from umbrella_jax.evaluation.metrics import accuracy
 from umbrella_jax.files import locked, write_whole
-from umbrella_jax.models import Params, abstract_params, native_backend
+from umbrella_jax.models import Params, abstract_params, native_backend, quantize
+from umbrella_jax.predict import answers, blank_rows, with_answer
+from umbrella_jax.processor import Processor
 from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, put_batch, shardings
 from umbrella_jax.signals import Signals
 from umbrella_jax.training import freeze
@@ -143,6 +141,8 @@ def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> 
     params = base.params(config.model.frozen_dtype, where=partial(param_sharding, mesh))
     trainable, frozen = freeze.partition(params, labels)
     del params
+    if config.model.quantize:
+        frozen = quantize(frozen, config.model.quantize)
     plan = make_plan(
         train_set,
         batch_size=config.train.batch_size,
@@ -241,6 +241,8 @@ def _output_dir(config: RunConfig) -> tuple[Path, Mesh]:
         faults.append("train.eval_steps: nothing to evaluate on; name data.eval (--eval-data P)")
     if config.train.wandb and importlib.util.find_spec("wandb") is None:
         faults.append("train.wandb: wandb is not installed; pip install 'umbrella-jax[wandb]', or --no-wandb")
+    if config.model.quantize and importlib.util.find_spec("qwix") is None:
+        faults.append("model.quantize: qwix is not installed; pip install 'umbrella-jax[quantize]', or leave it out")
     if faults:
         raise ConfigError(faults)
     out = Path(str(config.output_dir))
@@ -274,7 +276,7 @@ def _check_best(config: RunConfig, dataset: Dataset | None) -> None:
     wanted = config.train.best_metric
     known = []
     if dataset is not None:
-        known = sorted(_metrics(1.0, _answers(dataset, dict.fromkeys(range(len(dataset)), ""))))
+        known = sorted(_metrics(1.0, blank_rows(dataset)))
     if wanted is not None and wanted not in known:
         given = f"one of {', '.join(known)}" if known else "data.eval too (--eval-data P)"
         raise ConfigError(f"train.best_metric: no evaluation gives {wanted}; expected {given}")
@@ -390,53 +392,33 @@ def _evaluate(
 
     None, and no answers, where a signal comes meanwhile.
     """
-    batches = partial(
-        eval_batches,
-        dataset,
-        config.train.batch_size,
-        threads=config.data.threads,
-        parts=parts(mesh),
-    )
+    common: dict[str, Any] = {"threads": config.data.threads}
     loss, supervised = 0.0, 0
-    for _, batch in batches(prompts=False):
+    for _, batch in eval_batches(dataset, config.train.batch_size, prompts=False, parts=parts(mesh), **common):
         if interrupted():
             return None
         batch_loss, count = jit_eval_step(trainable, frozen, put_batch(batch, mesh, axis=0), graphdef=graphdef)
         loss, supervised = loss + float(batch_loss), supervised + int(count)
-    stop = np.array(processor.stop_ids, np.int32)
-    texts: dict[int, str] = {}
-    for indices, batch in batches(prompts=True):
+    rows = blank_rows(dataset)
+    for found in answers(
+        trainable | frozen,
+        graphdef,
+        dataset,
+        processor,
+        mesh,
+        batch_size=config.train.batch_size,
+        max_new_tokens=config.train.max_new_tokens,
+        **common,
+    ):
         if interrupted():
             return None
-        answers = greedy(
-            trainable | frozen,
-            put_batch(batch, mesh, axis=0),
-            stop,
-            graphdef=graphdef,
-            max_new_tokens=config.train.max_new_tokens,
-        )
-        tokens = multihost_utils.process_allgather(answers, tiled=True)
-        texts.update(zip(indices, processor.decode(tokens[: len(indices)]), strict=True))
-    rows = _answers(dataset, texts)
+        for index, answer in found.items():
+            rows[index] = with_answer(rows[index], answer)
     if jax.process_index() == 0:
         folder = out / "predictions"
         folder.mkdir(exist_ok=True)
         write_whole(folder / f"step_{step}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return _metrics(loss / supervised if supervised else None, rows)
-
-
-def _answers(dataset: Dataset, texts: Mapping[int, str]) -> list[dict[str, Any]]:
-    """A row of `predictions/` for each conversation; `texts` are the answers by its index."""
-    return [
-        {
-            "task_id": conversation.task_id,
-            "task_type": conversation.task_type,
-            "prediction": texts[index],
-            "reference": reference_answer(conversation),
-            "metadata": dict(conversation.metadata),
-        }
-        for index, conversation in enumerate(dataset.conversations)
-    ]
 
 
 def _metrics(loss: float | None, rows: Sequence[Mapping[str, Any]]) -> Line:

@@ -8,16 +8,19 @@ import pytest
 import torch
 from golden_case import relative
 from training_case import QUICK
+from transformers import GenerationConfig
 
 from convert.from_hf import load_params
 from convert.hf_config import read_config
 from convert.torch_model import load_umbrella
 from tests.checkpoints import IMAGE_ID, MODALITIES, write_umbrella
 from umbrella_jax.batch import Batch
+from umbrella_jax.evaluation.generate import generate
 from umbrella_jax.models import abstract_params, merge
 from umbrella_jax.training.freeze import label_params, partition
 from umbrella_jax.training.loss import loss_sum
 
+NEW = 8  # tokens of an answer
 EMBEDDINGS = "vision_tower.vision_model.embeddings."
 VOLUMES = {"T1": 3, "rsfMRI": 2}
 # Row by row: text and the volumes in it, then the number of its last tokens that are supervised.
@@ -102,6 +105,7 @@ def both(request, tmp_path_factory):
     loss = torch.cat(losses).mean()
     loss.backward()
     params, batch = load_params(directory, config)[0], make_batch(rows, volumes)
+    graphdef = abstract_params(config)[0]
     return SimpleNamespace(
         torch=model,
         made=made,
@@ -110,7 +114,8 @@ def both(request, tmp_path_factory):
         params=params,
         rows=rows,
         batch=batch,
-        jax=compute(abstract_params(config)[0], params, batch),
+        graphdef=graphdef,
+        jax=compute(graphdef, params, batch),
     )
 
 
@@ -176,3 +181,19 @@ def test_loss_and_gradients(both):
     for name, tensor in embeddings.items():
         expected = tensor.grad.numpy()
         assert relative(both.jax.grads[EMBEDDINGS + name].reshape(expected.shape), expected) <= 1e-4, name
+
+
+def test_greedy_answers_are_generates(both):
+    """Token by token what `model.generate` gives each row, from the row alone and unpadded."""
+    expected = []
+    for row in both.rows:
+        ids = torch.from_numpy(row.ids).long()
+        embeds = both.torch.get_input_embeddings()(ids).detach().clone()
+        for name, volume, start in row.images:
+            embeds[start : start + MODALITIES[name].num_patches] = both.made[name][1][volume].detach()
+        plain = GenerationConfig(do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0)
+        with torch.no_grad():
+            expected.append(both.torch.generate(inputs_embeds=embeds[None], generation_config=plain)[0].numpy())
+    tokens = generate(merge(both.graphdef, both.params), both.batch, max_new_tokens=NEW)
+    np.testing.assert_array_equal(np.asarray(tokens), np.stack(expected))
+    assert len(np.unique(tokens)) > NEW

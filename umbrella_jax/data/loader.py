@@ -248,12 +248,14 @@ def eval_batches(
     prompts: bool,
     threads: int = 4,
     parts: Parts = WHOLE,
+    only: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[int], Batch]]:
     """Every conversation once, with the first window of its runs; planned as training is, always the same.
 
     Args:
         prompts: what to generate from, instead of the whole conversations.
         parts: of each batch its own are made; no other volumes are read.
+        only: indices of the conversations that are wanted; default all.
 
     Yields:
         Indices into `dataset.conversations`, in no particular order, and the Batch (no axis A) whose first rows, those
@@ -263,12 +265,17 @@ def eval_batches(
         DataError: a volume cannot be read any more, or `prompts` of a dataset that was not loaded for evaluation.
     """
     rows = dataset.rows(prompts=prompts)
-    updates = Plan(facts_of(rows, dataset.modalities), batch_size=batch_size, parts=parts.of).epoch(0)
+    wanted = range(len(rows)) if only is None else only
+    if not len(wanted):
+        return iter(())
+    facts = facts_of([rows[i] for i in wanted], dataset.modalities)
+    updates = Plan(facts, batch_size=batch_size, parts=parts.of).epoch(0)
 
-    def make(index: int) -> tuple[list[int], Batch]:
-        (indices,), shape = updates[index].rows, updates[index].shape
+    def make(update: int) -> tuple[list[int], Batch]:
+        (places,), shape = updates[update].rows, updates[update].shape
+        indices = [wanted[place] for place in places]
         batch = collate([[rows[i] for i in indices]], dataset.volume, dataset.modalities, shape, parts)
-        return list(indices), _first(batch)
+        return indices, _first(batch)
 
     return _prefetch(make, 0, len(updates), threads)
 

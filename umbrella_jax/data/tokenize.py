@@ -140,6 +140,31 @@ def encode_prompt(
     return _encode(conversation, conversation.messages[:-1], True, tokenizer, modalities, max_length, template, faults)
 
 
+def encode_answers(
+    conversation: Conversation, answers: Sequence[str], tokenizer: Any, *, template: Template = "umbrella"
+) -> list[list[int]]:
+    """What each of `answers` would be behind `encode_prompt`: its tokens up to the one that ends it, that included.
+
+    Raises:
+        DataError: one holds a control token, or the template does not go on from the prompt with it.
+    """
+    write, messages = _TEMPLATES[template], conversation.messages[:-1]
+    prompt, _ = write(messages, tokenizer, True)
+    ends, encoded, faults = stop_ids(tokenizer), [], []
+    for answer in answers:
+        said = Message("assistant", (answer,))
+        ids, _ = write([*messages, said], tokenizer, False)
+        rest = ids[len(prompt) :]
+        end = next((place for place, token in enumerate(rest) if token in ends), None)
+        if _control_tokens([said], tokenizer) or ids[: len(prompt)] != prompt or not end:
+            faults.append(f"{conversation.label}: the answer {answer!r} cannot be written behind its prompt; {_MEND}")
+        else:
+            encoded.append(rest[: end + 1])
+    if faults:
+        raise DataError(faults)
+    return encoded
+
+
 def encode_all(conversations: Iterable[Conversation], encoder: Callable[[Conversation], Encoded]) -> list[Encoded]:
     """`encoder` of each. Raises DataError with the faults of all."""
     encoded: list[Encoded] = []

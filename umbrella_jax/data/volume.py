@@ -168,12 +168,43 @@ def _read(path: str | Path, image: Voxels, config: ModalityConfig, frames: slice
     return data
 
 
+def restore(path: str | Path, values: np.ndarray, config: ModalityConfig, window: int = 0) -> np.ndarray:
+    """A map over the preprocessed volume, brought back to the voxels of the file as it is stored.
+
+    Every voxel of the file gets its shares of the voxels that were made of it, as they were weighted (the transpose of
+    the resampling), so that sums are kept, but for what fell on padding. Frames outside the window get 0.
+
+    Args:
+        values: float32 of shape `config.size`.
+
+    Returns:
+        float32 of the file's shape.
+
+    Raises:
+        DataError: as `load_volume`.
+    """
+    image = open_volume(path, config)
+    rank = len(config.size)
+    forward = _orientation(image, config)
+    back = nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)), forward)
+    shape = tuple(image.shape[axis] for axis in np.argsort(forward[:, 0]))  # of the oriented array
+    if rank == 3:
+        made = nib.apply_orientation(resample(values, [w.T for w in _weights(shape, image, config)]), back)
+        return made.reshape(image.shape)
+    out = np.zeros((*image.shape[:3], image.shape[3]), np.float32)
+    inside, outside = zip(*(_centred(n, s) for n, s in zip(shape, config.size[:3], strict=True)), strict=True)
+    frames = np.zeros((*shape, config.size[3]), np.float32)
+    frames[inside] = values[outside]
+    start, step = window * window_stride(config), config.stride_within_seq
+    out[..., start : start + _span(config) : step] = nib.apply_orientation(frames, back)
+    return out.reshape(image.shape)
+
+
 def _preprocess_3d(path: str | Path, image: Voxels, config: ModalityConfig) -> np.ndarray:
     data = _read(path, image, config, 0)
-    if config.mode == "resize":
-        weights = [area_weights(n, out) for n, out in zip(data.shape, config.size, strict=True)]
-    else:
-        weights = _pad_weights(path, data, image, config)
+    weights = _weights(data.shape, image, config)
+    if config.mode == "pad":
+        _check_covered(path, data, weights, config)
     volume = resample(data, weights)
     if config.scaling == "znorm":
         mean, std = _moments(volume)
@@ -252,22 +283,27 @@ def resample(volume: np.ndarray, weights: Sequence[np.ndarray]) -> np.ndarray:
     return np.ascontiguousarray((middle @ reduced @ fast.T).transpose(np.argsort(order)))
 
 
-def _pad_weights(path: str | Path, data: np.ndarray, image: Voxels, config: ModalityConfig) -> list[np.ndarray]:
-    """`linear_weights` of each axis of the oriented `data`. Raises DataError where they leave voxels above 0 out."""
+def _weights(shape: tuple[int, ...], image: Voxels, config: ModalityConfig) -> list[np.ndarray]:
+    """By which each axis of the oriented array, of this shape, becomes one of `config.size`."""
+    if config.mode == "resize":
+        return [area_weights(n, out) for n, out in zip(shape, config.size, strict=True)]
     spacing, zooms = config.spacing, image.zooms
     assert spacing is not None  # by ModalityConfig
-    assert zooms is not None  # by _open
+    assert zooms is not None  # by open_volume
     stored = np.argsort(_orientation(image, config)[:, 0])  # the stored axis that each axis was
-    weights = [linear_weights(*axis, spacing) for axis in zip(data.shape, zooms[stored], config.size, strict=True)]
+    return [linear_weights(*axis, spacing) for axis in zip(shape, zooms[stored], config.size, strict=True)]
+
+
+def _check_covered(path: str | Path, data: np.ndarray, weights: Sequence[np.ndarray], config: ModalityConfig) -> None:
+    """Raises DataError where the weights leave voxels above 0 out."""
     used = [np.flatnonzero(w.any(axis=0)) for w in weights]
     kept = tuple(slice(near[0], near[-1] + 1) for near in used)
     if lost := 0 if data[kept].shape == data.shape else np.count_nonzero(data > 0) - np.count_nonzero(data[kept] > 0):
-        field = "×".join(f"{size * spacing:g}" for size in config.size)
+        field = "×".join(f"{size * config.spacing:g}" for size in config.size if config.spacing)
         raise DataError(
             f"{path}: {lost} voxels above 0 lie outside the central {field} mm; expected a larger size or spacing of "
             "the modality, or a volume without the rest of the body and with a background of 0"
         )
-    return weights
 
 
 def _centred(length: int, size: int) -> tuple[slice, slice]:

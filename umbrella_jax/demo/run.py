@@ -8,7 +8,7 @@ from pathlib import Path
 
 from umbrella_jax.demo.base import make_base
 from umbrella_jax.demo.data import make_data
-from umbrella_jax.errors import ConfigError, UmbrellaError
+from umbrella_jax.errors import ConfigError, RunError
 
 _PACKAGE = Path(__file__).parent.parent
 CONFIG = next(p for p in (_PACKAGE / "configs/tiny.yaml", _PACKAGE.parent / "configs/tiny.yaml") if p.exists())
@@ -26,7 +26,7 @@ def run_demo(directory: Path, *, seed: int = 0, arguments: Sequence[str] = ()) -
         {task: held-out accuracy}.
 
     Raises:
-        UmbrellaError: the directory is not empty, or the export does not answer as the run did.
+        RunError: the directory is not empty, or the export does not answer as the run did.
     """
     from umbrella_jax.cli import main
 
@@ -34,7 +34,7 @@ def run_demo(directory: Path, *, seed: int = 0, arguments: Sequence[str] = ()) -
         text = [str(word) for word in words]
         print(f"\n$ umbrella-jax {shlex.join(text)}", flush=True)
         if main(text):
-            raise UmbrellaError(f"demo: umbrella-jax {text[0]} failed")
+            raise RunError(f"demo: umbrella-jax {text[0]} failed")
 
     if directory.exists() and any(directory.iterdir()):
         raise ConfigError(f"{directory}: not empty; name another directory (--output-dir D) or remove it")
@@ -54,7 +54,7 @@ def run_demo(directory: Path, *, seed: int = 0, arguments: Sequence[str] = ()) -
     rows = [json.loads(line) for line in max((run / "predictions").glob("*.jsonl"), key=_step).read_text().splitlines()]
     again = _answers(export, data.eval)
     if again != [row["prediction"] for row in rows]:
-        raise UmbrellaError(f"{export}: answers other than the run's; the export does not hold what was trained")
+        raise RunError(f"{export}: answers other than the run's; the export does not hold what was trained")
     print(f"\n{export}: loaded back, its {len(again)} held-out answers are the run's, one by one")
     return _report(rows)
 

@@ -1,55 +1,241 @@
-"""Greedy answers."""
+"""Answers: what a model says to a prompt, and how probable it finds each of several answers.
 
-from collections.abc import Sequence
+A prompt is read once (`prefill`); its keys and values stay, and each further token costs one pass over that token
+alone. Three programs for each shape of a batch and length of an answer: `prefill`, `decode`, `score_answers`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from umbrella_jax.batch import Batch
-from umbrella_jax.models import Llava, Params, merge, split
+from umbrella_jax.errors import ConfigError
+from umbrella_jax.models import KVCache, Llava, Params, merge, split
 
 Array = jax.Array
 NONE = -1
 """Stands where a row had ended already."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen: the most likely one, or drawn from the likelier ones."""
+
+    temperature: float = 0.0
+    """Logits are divided by it; 0: the most likely token, always."""
+    top_k: int | None = None
+    """Draw from so many of the likeliest; all that are as likely as the last of them count too."""
+    top_p: float = 1.0
+    """Draw from the fewest of the likeliest whose probabilities reach this sum (Holtzman et al. 2020)."""
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not 0 <= self.temperature < float("inf"):
+            faults.append(f"temperature: expected 0 or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            faults.append(f"top_k: expected 1 or more, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            faults.append(f"top_p: expected above 0 and at most 1, got {self.top_p}")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
+            faults.append("top_k and top_p do nothing at temperature 0; expected a temperature, or neither of them")
+        if faults:
+            raise ConfigError(faults)
+
+
+GREEDY = Sampling()
+
+
+@chex.dataclass(frozen=True)
+class Decoding:
+    """B rows in the midst of their answers, of N tokens at most."""
+
+    cache: KVCache
+    """Slots: those of the prompts, and N - 1 behind them."""
+    lengths: Array
+    """int32 [B]: positions of each prompt."""
+    hidden: Array
+    """[B, D]: last hidden state of each prompt, from which its first token is chosen."""
+    tokens: Array
+    """int32 [B, N]: the answers so far; `NONE` behind."""
+    made: Array
+    """int32 []: tokens made so far."""
+    done: Array
+    """bool [B]: whether the answer has ended."""
+
+
 @partial(jax.jit, static_argnames=("graphdef", "max_new_tokens"))
-def greedy(params: Params, batch: Batch, stop_ids: Array, *, graphdef: nnx.GraphDef, max_new_tokens: int) -> Array:
-    """The most likely next token, again and again, behind each row's own length; int32 [B, max_new_tokens].
-
-    A row ends with the first of `stop_ids` (int32 [S]), which is in the result; `NONE` follows. Volumes are encoded
-    once; the language model runs over the whole row for each token.
-    """
+def prefill(params: Params, batch: Batch, *, graphdef: nnx.GraphDef, max_new_tokens: int) -> Decoding:
+    """Reads the prompts of a batch; volumes are encoded here, each once."""
     model = merge(graphdef, params)
-    embeds = jnp.pad(model.inputs_embeds(batch), ((0, 0), (0, max_new_tokens), (0, 0)))
-    positions = jnp.broadcast_to(jnp.arange(embeds.shape[1]), embeds.shape[:2])
-
-    def more(carry: Any) -> Array:
-        i, *_, done = carry
-        return (i < max_new_tokens) & ~done.all()
-
-    def next_token(carry: Any) -> Any:
-        i, embeds, lengths, tokens, done = carry
-        hidden = model.language_model.model(embeds, positions, lengths)
-        last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-        token = model.language_model.logits(last).argmax(-1).astype(jnp.int32)
-        embed = model.language_model.model.embed_tokens(token).astype(embeds.dtype)
-        # not embeds.at[rows, lengths], for which devices would exchange rows
-        embeds = jnp.where((positions == lengths[:, None])[..., None], embed[:, None], embeds)
-        tokens = tokens.at[:, i].set(jnp.where(done, NONE, token))
-        return i + 1, embeds, lengths + 1, tokens, done | jnp.isin(token, stop_ids)
-
-    lengths = jnp.asarray(batch.lengths)
-    tokens = jnp.full((len(lengths), max_new_tokens), NONE, jnp.int32)
-    carry = (jnp.zeros((), jnp.int32), embeds, lengths, tokens, jnp.zeros(lengths.shape, bool))
-    return jax.lax.while_loop(more, next_token, carry)[3]
+    hidden, cache = model.language_model.model.prefill(model.inputs_embeds(batch), batch.positions, batch.lengths)
+    rows = len(batch.lengths)
+    return Decoding(  # type: ignore[call-arg]
+        cache=cache.grown(max_new_tokens - 1),
+        lengths=jnp.asarray(batch.lengths),
+        hidden=jnp.take_along_axis(hidden, batch.lengths[:, None, None] - 1, axis=1)[:, 0],
+        tokens=jnp.full((rows, max_new_tokens), NONE, jnp.int32),
+        made=jnp.zeros((), jnp.int32),
+        done=jnp.zeros(rows, bool),
+    )
 
 
-def generate(model: Llava, batch: Batch, *, stop_ids: Sequence[int] = (), max_new_tokens: int = 32) -> Array:
-    """`greedy` for a model in hand."""
+@partial(jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames="state")
+def decode(
+    params: Params,
+    state: Decoding,
+    stop_ids: Array,
+    seeds: Array,
+    until: Array,
+    *,
+    graphdef: nnx.GraphDef,
+    sampling: Sampling = GREEDY,
+) -> Decoding:
+    """Goes on to `until` (int32 []) tokens, or until all rows have ended. `state` is used up.
+
+    A row ends with the first of `stop_ids` (int32 [S]), which is in the result. What is drawn for a row depends on its
+    own of `seeds` (uint32 [B]) and how many tokens it has, not on the rows beside it.
+    """
+    language_model = merge(graphdef, params).language_model
+    size = state.tokens.shape[1]
+    first_slot = state.cache.used.shape[1] - (size - 1)
+    keys = jax.vmap(jax.random.key)(seeds)
+
+    def chosen(state: Decoding, hidden: Array) -> dict[str, Array]:
+        token = choose(
+            language_model.logits(hidden), jax.vmap(jax.random.fold_in, (0, None))(keys, state.made), sampling
+        )
+        kept = jnp.where(state.done, NONE, token)
+        # not tokens.at[:, made], for which devices would exchange rows
+        tokens = jnp.where(jnp.arange(size) == state.made, kept[:, None], state.tokens)
+        return {"tokens": tokens, "made": state.made + 1, "done": state.done | jnp.isin(token, stop_ids)}
+
+    def unfinished(state: Decoding) -> Array:
+        return (state.made < until) & ~state.done.all()
+
+    def step(state: Decoding) -> Decoding:
+        last = jnp.take(state.tokens, state.made - 1, axis=1)
+        x = language_model.model.embed_tokens(jnp.maximum(last, 0)).astype(state.hidden.dtype)[:, None]
+        positions = (state.lengths + state.made - 1)[:, None]
+        hidden, k, v = language_model.model.extend(x, positions, state.cache)
+        cache = state.cache.put(k, v, first_slot + state.made - 1)
+        return state.replace(cache=cache, **chosen(state, hidden[:, 0]))
+
+    begun = jax.lax.cond(
+        state.made == 0,
+        lambda: chosen(state, state.hidden),
+        lambda: {"tokens": state.tokens, "made": state.made, "done": state.done},
+    )
+    return jax.lax.while_loop(unfinished, step, state.replace(**begun))
+
+
+def choose(logits: Array, keys: Array, sampling: Sampling) -> Array:
+    """Next tokens, int32 [B], of logits float32 [B, V]; one random key a row."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        ranked = jnp.sort(logits, axis=-1, descending=True)
+        p = jax.nn.softmax(ranked, axis=-1)
+        before = jnp.cumsum(p, axis=-1) - p
+        least = jnp.where(before < sampling.top_p, ranked, jnp.inf).min(-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def score_answers(params: Params, state: Decoding, answers: Array, *, graphdef: nnx.GraphDef) -> Array:
+    """Logarithm of the probability of answers, given each row's prompt; float32 [B, A].
+
+    answers int32 [B, A, N]: token ids, the one that ends an answer included, and `NONE` behind. Of a state of which
+    nothing was decoded yet. The sum over an answer's tokens; 0 for one without any.
+    """
+    language_model = merge(graphdef, params).language_model
+    b, a, n = answers.shape
+    given = jnp.maximum(answers[..., :-1], 0).reshape(b, a * (n - 1))
+    x = language_model.model.embed_tokens(given).astype(state.hidden.dtype)
+    positions = jnp.tile(state.lengths[:, None] + jnp.arange(n - 1), (1, a))
+    hidden, _, _ = language_model.model.extend(x, positions, state.cache, ways=a)
+    first = jnp.broadcast_to(state.hidden[:, None, None], (b, a, 1, state.hidden.shape[-1]))
+    hidden = jnp.concatenate([first, hidden.reshape(b, a, n - 1, -1)], axis=2)
+
+    def of_one(one: tuple[Array, Array]) -> Array:  # answer by answer: logits are V numbers for each token
+        hidden, tokens = one
+        logits = language_model.logits(hidden)
+        found = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[..., None], axis=-1)[..., 0]
+        return jnp.where(tokens == NONE, 0, found - jax.nn.logsumexp(logits, axis=-1)).sum(-1)
+
+    return jax.lax.map(of_one, (hidden.swapaxes(0, 1), answers.swapaxes(0, 1))).T
+
+
+def stream(
+    model: Llava,
+    batch: Batch,
+    *,
+    stop_ids: Sequence[int] = (),
+    max_new_tokens: int = 32,
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
+) -> Iterator[np.ndarray]:
+    """Tokens of `generate` as they are made, int32 [B] each time, `NONE` of a row that has ended."""
     graphdef, params = split(model)
-    stop = jnp.asarray(stop_ids, jnp.int32)
-    return greedy(params, batch, stop, graphdef=graphdef, max_new_tokens=max_new_tokens)
+    stop, given = jnp.asarray(stop_ids, jnp.int32), _seeds(batch, seeds)
+    state = prefill(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens)
+    for until in range(1, max_new_tokens + 1):
+        state = decode(params, state, stop, given, jnp.int32(until), graphdef=graphdef, sampling=sampling)
+        yield np.asarray(state.tokens[:, until - 1])
+        if state.done.all():
+            return
+
+
+def generate(
+    model: Llava,
+    batch: Batch,
+    *,
+    stop_ids: Sequence[int] = (),
+    max_new_tokens: int = 32,
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
+) -> Array:
+    """What the model answers to the prompts of a batch; int32 [B, max_new_tokens].
+
+    Args:
+        stop_ids: tokens that end an answer; the one that did is in the result, and `NONE` behind it.
+        sampling: how tokens are chosen, by default the most likely.
+        seeds: of each row, for tokens that are drawn; by default its number. The same seed and prompt give the same
+            answer, whatever other rows are in the batch.
+    """
+    graphdef, params = split(model)
+    state = prefill(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens)
+    stop, until = jnp.asarray(stop_ids, jnp.int32), jnp.int32(max_new_tokens)
+    return decode(params, state, stop, _seeds(batch, seeds), until, graphdef=graphdef, sampling=sampling).tokens
+
+
+def probabilities(model: Llava, batch: Batch, answers: Array | np.ndarray) -> np.ndarray:
+    """How probable each of several answers is, of these alone; float64 [B, A], each row sums to 1.
+
+    answers int32 [A, N] or [B, A, N], as of `score_answers`, such as `Processor.answers` gives. Not normalised by
+    length: an answer of more tokens has a product of more factors, as its text has in the model.
+    """
+    graphdef, params = split(model)
+    state = prefill(params, batch, graphdef=graphdef, max_new_tokens=1)
+    given = jnp.broadcast_to(jnp.asarray(answers), (len(batch.lengths), *answers.shape[-2:]))
+    scores = np.asarray(score_answers(params, state, given, graphdef=graphdef), np.float64)
+    shares = np.exp(scores - scores.max(-1, keepdims=True))
+    return shares / shares.sum(-1, keepdims=True)
+
+
+def _seeds(batch: Batch, seeds: Sequence[int] | None) -> Array:
+    given: Any = range(len(batch.lengths)) if seeds is None else seeds
+    if len(given) != len(batch.lengths):
+        raise ConfigError(f"seeds: {len(given)} given; expected one for each of {len(batch.lengths)} rows")
+    return jnp.asarray(given, jnp.uint32)

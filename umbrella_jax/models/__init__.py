@@ -2,10 +2,12 @@
 
 from umbrella_jax.models.attention import native_backend
 from umbrella_jax.models.llava import Llava, LlavaConfig, Params, abstract_params, merge, split
-from umbrella_jax.models.qwen2 import Qwen2Config
+from umbrella_jax.models.quantize import quantize
+from umbrella_jax.models.qwen2 import KVCache, Qwen2Config
 from umbrella_jax.models.siglip import SiglipConfig
 
 __all__ = [
+    "KVCache",
     "Llava",
     "LlavaConfig",
     "Params",
@@ -14,5 +16,6 @@ __all__ = [
     "abstract_params",
     "merge",
     "native_backend",
+    "quantize",
     "split",
 ]

@@ -58,6 +58,27 @@ def attention(
     return local(partial(_BACKENDS[backend], causal=causal), **specs, check_vma=False)(q, k, v, lengths)
 
 
+def extension_attention(q: Array, k: Array, v: Array, past_k: Array, past_v: Array, used: Array, ways: int) -> Array:
+    """Attention of new positions to those of their row in a cache and, causally, to those before them of their way.
+
+    q [B, W·N, H, Dh]; k, v [B, W·N, K, Dh]: W = `ways` continuations of N positions each, one behind the other;
+    past_k, past_v [B, K, S, Dh]; used bool [B, S]. Returns [B, W·N, H, Dh] in q's dtype. Softmax in float32.
+    """
+    b, t, h, d = q.shape
+    kv, n, slots = k.shape[2], t // ways, used.shape[1]
+    float32 = {"preferred_element_type": jnp.float32}
+    q = (q.astype(jnp.float32) * d**-0.5).astype(q.dtype).reshape(b, ways, n, kv, h // kv, d)
+    k, v = (x.reshape(b, ways, n, kv, d) for x in (k, v))
+    before = jnp.einsum("bwnkgd,bksd->bkwgns", q, past_k, **float32)
+    before = jnp.where(used[:, None, None, None, None], before, -jnp.inf)
+    own = jnp.einsum("bwnkgd,bwmkd->bkwgnm", q, k, **float32)
+    own = jnp.where(jnp.tri(n, dtype=bool), own, -jnp.inf)  # each sees itself at least: no row without a key
+    p = jax.nn.softmax(jnp.concatenate([before, own], -1), axis=-1).astype(v.dtype)
+    out = jnp.einsum("bkwgns,bksd->bwnkgd", p[..., :slots], past_v, **float32)
+    out += jnp.einsum("bkwgnm,bwmkd->bwnkgd", p[..., slots:], v, **float32)
+    return out.astype(q.dtype).reshape(b, t, h, d)
+
+
 def native_backend(device: jax.Device) -> AttentionBackend:
     """The backend that was written for such devices."""
     if device.platform == "tpu":

@@ -20,15 +20,24 @@ M = TypeVar("M", bound=nnx.Module)
 _init = nnx.initializers.normal(0.02)  # what HF starts SigLIP and Qwen2 from
 
 
+def dense(weight: Any, dtype: Any) -> Array:
+    """A weight in `dtype`, be it an array or qwix's QArray (umbrella_jax/models/quantize.py)."""
+    if isinstance(weight, jax.Array):
+        return weight.astype(dtype)
+    import qwix
+
+    return qwix.dequantize(weight.astype(dtype))
+
+
 class Linear(nnx.Module):
-    """x [..., I] → x·Wᵀ + b [..., O] in x's dtype; `weight` [O, I], `bias` [O]."""
+    """x [..., I] → x·Wᵀ + b [..., O] in x's dtype; `weight` [O, I], perhaps quantized, `bias` [O]."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, rngs: nnx.Rngs):
         self.weight = nnx.Param(_init(rngs.params(), (out_features, in_features), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        y = jnp.einsum("...i,oi->...o", x, dense(self.weight[...], x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

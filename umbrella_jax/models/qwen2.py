@@ -6,16 +6,18 @@ Axes: B conversations, T positions, D width, F width of the MLP, H heads, K kv h
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from umbrella_jax.config import AttentionBackend, RematPolicy
-from umbrella_jax.models.attention import attention
+from umbrella_jax.models.attention import attention, extension_attention
 from umbrella_jax.models.layers import Embedding, Linear, RMSNorm, scan_layers, stack
-from umbrella_jax.models.parallel import split_heads
+from umbrella_jax.models.parallel import split_heads, split_rows
 
 Array = jax.Array
 
@@ -35,6 +37,31 @@ class Qwen2Config:
     rope_theta: float
     max_position_embeddings: int
     tie_word_embeddings: bool
+
+
+@chex.dataclass(frozen=True)
+class KVCache:
+    """What later positions need of earlier ones: keys, rotated, and values of all L layers, in S slots a row."""
+
+    k: Array
+    """[L, B, K, S, Dh]"""
+    v: Array
+    """[L, B, K, S, Dh]"""
+    used: Array
+    """bool [B, S]: slots that hold something."""
+
+    def grown(self, slots: int) -> "KVCache":
+        """With so many empty slots behind the others."""
+        k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, slots), (0, 0))) for x in (self.k, self.v))
+        return KVCache(k=k, v=v, used=jnp.pad(self.used, ((0, 0), (0, slots))))  # type: ignore[call-arg]
+
+    def put(self, k: Array, v: Array, slot: Array) -> "KVCache":
+        """With k, v [L, B, K, N, Dh] in the slots from `slot` on, the same of every row: so no row is looked for."""
+        put = jax.lax.dynamic_update_slice_in_dim
+        used = put(self.used, jnp.ones((k.shape[1], k.shape[3]), bool), slot, axis=1)
+        return KVCache(  # type: ignore[call-arg]
+            k=put(self.k, k, slot, axis=3), v=put(self.v, v, slot, axis=3), used=used
+        )
 
 
 def rope_tables(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
@@ -110,6 +137,48 @@ class Qwen2Model(nnx.Module):
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
         attend = partial(attention, causal=True, lengths=lengths, backend=self.backend)
         return self.norm(scan_layers(self.layers, x, cos, sin, attend, remat=self.remat))
+
+    def prefill(self, x: Array, positions: Array, lengths: Array) -> tuple[Array, KVCache]:
+        """As a call, and what `extend` needs of these positions."""
+
+        def attend(q: Array, k: Array, v: Array) -> Array:
+            return attention(q, k, v, causal=True, lengths=lengths, backend=self.backend)
+
+        hidden, k, v = self._keeping(x, positions, attend)
+        used = jnp.arange(x.shape[1]) < lengths[:, None]
+        return hidden, KVCache(k=k, v=v, used=used)  # type: ignore[call-arg]
+
+    def extend(self, x: Array, positions: Array, cache: KVCache, ways: int = 1) -> tuple[Array, Array, Array]:
+        """Each row goes on in W = `ways` ways that do not see one another, N positions each.
+
+        x [B, W·N, D], positions [B, W·N] → last hidden states [B, W·N, D], normed, and the new keys and values
+        [L, B, K, W·N, Dh], which are not in the cache yet.
+        """
+
+        def attend(q: Array, k: Array, v: Array, past: tuple[Array, Array]) -> Array:
+            return extension_attention(q, k, v, *past, cache.used, ways)
+
+        return self._keeping(x, positions, attend, (cache.k, cache.v))
+
+    def _keeping(
+        self, x: Array, positions: Array, attend: Callable[..., Array], *of_layers: Any
+    ) -> tuple[Array, Array, Array]:
+        """The layers with `attend(q, k, v, *of_layer)`; last hidden states, and k and v [L, B, K, T, Dh] of each."""
+        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        graphdef, params = nnx.split(self.layers)
+
+        def body(x: Array, sliced: tuple[nnx.State, tuple[Any, ...]]) -> tuple[Array, list[Array]]:
+            params, of_layer = sliced
+            kept: list[Array] = []
+
+            def keeping(q: Array, k: Array, v: Array) -> Array:
+                kept.extend(y.transpose(0, 2, 1, 3) for y in (k, v))
+                return attend(q, k, v, *of_layer)
+
+            return nnx.merge(graphdef, params)(split_rows(x), cos, sin, keeping), kept
+
+        x, (k, v) = jax.lax.scan(body, x, (params, of_layers))
+        return self.norm(x), k, v
 
 
 class Qwen2ForCausalLM(nnx.Module):

@@ -8,11 +8,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import jax
 import jax.numpy as jnp
 
 from umbrella_jax.config import RunConfig, resolve_modality
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import LlavaConfig, abstract_params
+from umbrella_jax.models.quantize import quantizable
 from umbrella_jax.models.splash_attention import splash_shape
 from umbrella_jax.sharding import MeshShape, spec_of
 from umbrella_jax.training import freeze
@@ -302,6 +304,13 @@ def describe(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype
     products, weights = [], []
     layer = dict.fromkeys(freeze.COMPONENTS, 0.0)
     size = jnp.dtype(frozen_dtype).itemsize
+
+    def held(path: str, leaf: jax.ShapeDtypeStruct) -> float:
+        """Bytes of a number of a parameter."""
+        if path in trained:
+            return 4
+        return 1 + 4 / leaf.shape[-1] if config.model.quantize and quantizable(path) else size
+
     for path, leaf in shapes.items():
         part = component[path]
         stacked = ".layers." in path
@@ -309,7 +318,7 @@ def describe(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype
         weights.append(
             Weight(
                 component=part,
-                bytes=float(math.prod(leaf.shape) * (4 if path in trained else size)),
+                bytes=math.prod(leaf.shape) * held(path, leaf),
                 axes=tuple(axis for axis in spec_of(path) if axis),
                 trained=path in trained,
                 first=part == "patch_embed",
@@ -317,7 +326,7 @@ def describe(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype
             )
         )
         if path not in trained:
-            layer[part] = layer.get(part, 0.0) + stacked * math.prod(leaf.shape[1:]) * size
+            layer[part] = layer.get(part, 0.0) + stacked * math.prod(leaf.shape[1:]) * held(path, leaf)
         if kind != "weight" or len(leaf.shape) != 2 + stacked:
             continue  # a bias, a norm, a table of positions
         if weights[-1].looked_up or freeze.modality_of(path) not in (None, work.modality):

@@ -295,7 +295,7 @@ def make_plan(
     return Plan(
         devices=devices,
         model=counted,
-        frozen_dtype=frozen_dtype,
+        frozen_dtype=frozen_dtype + (f", products in {config.model.quantize}" if config.model.quantize else ""),
         remat=remat,
         batch_size=batch_size,
         configured=best_first(

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import TrainConfig
 from umbrella_jax.distributed import together
-from umbrella_jax.errors import DataError, Interrupted, UmbrellaError
+from umbrella_jax.errors import DataError, Interrupted, RunError
 from umbrella_jax.files import append, naming, write_whole
 from umbrella_jax.models import Params
 from umbrella_jax.sharding import put_batch
@@ -116,7 +116,7 @@ def fit(
         pending: the line of `state.step`, where a signal came before its evaluation, as `meta["pending"]` holds it.
 
     Raises:
-        UmbrellaError: loss or gradient are not finite, and `config.on_nonfinite` is `stop` or too many were skipped.
+        RunError: loss or gradient are not finite, and `config.on_nonfinite` is `stop` or too many were skipped.
             The last checkpoint stays.
         Interrupted: by a signal, after the step was saved.
     """
@@ -193,7 +193,7 @@ def fit(
                 )
                 if config.on_nonfinite == "stop" or skipped > config.max_skipped:
                     with together():  # every process comes here: all have the same values
-                        raise UmbrellaError(f"{message}; {_remedy(config, checkpoints.latest_step())}")
+                        raise RunError(f"{message}; {_remedy(config, checkpoints.latest_step())}")
                 if first:
                     bar.write(f"{message}; skipped, {skipped} of {config.max_skipped} that may be")
             finish(line)

@@ -1,0 +1,135 @@
+"""Why an answer was given, as maps over the scans that it is about, in their own space."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import nibabel as nib
+import numpy as np
+
+from umbrella_jax.data.conversation import Conversation, Image
+from umbrella_jax.data.loader import Dataset, whole_batch
+from umbrella_jax.data.tokenize import encode_answers, encode_prompt
+from umbrella_jax.data.volume import check_volumes, restore
+from umbrella_jax.data.voxels import open_voxels
+from umbrella_jax.errors import ConfigError
+from umbrella_jax.evaluation.explain import Method, gradient, integrated, log_probability, occlusion
+from umbrella_jax.evaluation.generate import generate
+from umbrella_jax.models import Llava, split
+from umbrella_jax.processor import Processor
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What each voxel contributes to the log-probability of an answer."""
+
+    answer: str
+    log_probability: float
+    """log p(answer | conversation), with the token that ends it."""
+    without: float
+    """The same where all volumes are background."""
+    maps: Mapping[Image, np.ndarray]
+    """Of each distinct image: float32 over the preprocessed volume, `size` of its modality."""
+
+    def in_scan(self, processor: Processor, image: Image) -> np.ndarray:
+        """A map brought back to the voxels of the file as it is stored; see `umbrella_jax.data.volume.restore`."""
+        return restore(image.path, self.maps[image], processor.modalities[image.modality], image.window)
+
+    def write(self, processor: Processor, folder: str | Path) -> list[Path]:
+        """A NIfTI per image, with the scan's affine, so that viewers lay one over the other; returns their paths."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for number, image in enumerate(self.maps):
+            stem = image.path.name.split(".")[0]
+            paths.append(folder / f"{number}_{stem}_attribution.nii.gz")
+            affine = open_voxels(image.path).affine
+            made = nib.Nifti1Image(self.in_scan(processor, image), np.eye(4) if affine is None else affine)
+            nib.save(made, paths[-1])
+        return paths
+
+
+def explain(
+    model: Llava,
+    processor: Processor,
+    conversation: Conversation,
+    *,
+    answer: str | None = None,
+    method: Method = "integrated",
+    steps: int = 16,
+    max_new_tokens: int = 32,
+) -> Explanation:
+    """Shares an answer's log-probability out over the voxels of the conversation's volumes.
+
+    Heights are above the background: the volume's lowest value, or 0 where its modality is scaled with a background of
+    0 (`znorm_zeroback`).
+
+    Args:
+        conversation: its last turn is the assistant's; what stands there is not read.
+        answer: the text to explain; by default what the model answers.
+        method: `gradient` × input; `integrated` gradients, in so many `steps`; `occlusion` by boxes of a patch.
+
+    Raises:
+        ConfigError: the conversation shows no image; or `answer` is empty.
+        DataError: as `Processor.dataset`.
+    """
+    if not conversation.images:
+        raise ConfigError(f"{conversation.label}: shows no image; there is nothing to explain the answer by")
+    if answer is not None and not answer.strip():
+        raise ConfigError("answer: expected a text")
+    options: dict[str, Any] = {"template": processor.template}
+    prompt = encode_prompt(conversation, processor.tokenizer, processor.modalities, processor.max_length, **options)
+    windows = check_volumes(conversation.images, processor.modalities, 4)
+    dataset = Dataset((conversation,), (), (prompt,), windows, processor.modalities)
+    if answer is None:
+        tokens = generate(
+            model,
+            whole_batch(dataset, prompts=True),
+            stop_ids=processor.stop_ids,
+            max_new_tokens=max_new_tokens,
+        )
+        (answer,) = processor.decode(tokens)
+    ((*ids,),) = encode_answers(conversation, [answer], processor.tokenizer, **options)
+    whole = replace(
+        prompt,
+        input_ids=np.concatenate([prompt.input_ids, np.array(ids, np.int32)]),
+        supervised=np.repeat([False, True], [len(prompt), len(ids)]),
+    )
+    batch = whole_batch(replace(dataset, encoded=(whole,)), prompts=False)
+    graphdef, params = split(model)
+    background = {
+        name: np.broadcast_to(
+            _background(x, processor.modalities[name].scaling).reshape(-1, *[1] * (x.ndim - 1)), x.shape
+        )
+        for name, x in batch.volumes.items()
+    }
+    put = partial(jax.tree.map, jax.numpy.asarray)
+    volumes, background, batch = put(batch.volumes), put(background), put(batch)
+    common: dict[str, Any] = {"graphdef": graphdef}
+    if method == "gradient":
+        found = gradient(volumes, background, params, batch, **common)
+    elif method == "integrated":
+        found = integrated(volumes, background, params, batch, steps=steps, **common)
+    else:
+        boxes = {name: processor.modalities[name].patch for name in volumes}
+        found = occlusion(volumes, background, params, batch, windows=boxes, **common)
+    maps: dict[Image, np.ndarray] = {}
+    for name, values in found.items():
+        images = [image for image in dict.fromkeys(conversation.images) if image.modality == name]
+        maps |= dict(zip(images, np.asarray(values), strict=False))
+    return Explanation(
+        answer,
+        float(log_probability(volumes, params, batch, **common)),
+        float(log_probability(background, params, batch, **common)),
+        {image: maps[image] for image in dict.fromkeys(conversation.images)},
+    )
+
+
+def _background(volumes: np.ndarray, scaling: str) -> np.ndarray:
+    """Of each volume, float32 [M]."""
+    return (
+        np.zeros(len(volumes), np.float32) if scaling == "znorm_zeroback" else volumes.reshape(len(volumes), -1).min(1)
+    )

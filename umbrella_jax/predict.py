@@ -1,0 +1,311 @@
+"""Answers to a data set, on all devices of all processes: a run's evaluations, and `umbrella-jax predict`."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from umbrella_jax.api import Checkpoint
+from umbrella_jax.batch import Batch
+from umbrella_jax.config import DataConfig, MeshConfig, ModalityConfig, TaskConfig
+from umbrella_jax.data.cache import VolumeCache
+from umbrella_jax.data.inputs import digest_of, read_inputs
+from umbrella_jax.data.loader import Dataset, eval_batches
+from umbrella_jax.data.tokenize import encode_answers, reference_answer
+from umbrella_jax.distributed import gather, together
+from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.evaluation.generate import GREEDY, NONE, Sampling, decode, prefill, score_answers
+from umbrella_jax.evaluation.metrics import Task, task_of, tasks_of
+from umbrella_jax.files import append, hold, naming, write_whole
+from umbrella_jax.models import Params, abstract_params, native_backend
+from umbrella_jax.processor import Processor
+from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, put_batch
+
+Row = dict[str, Any]
+"""`task_id`, `task_type`, `prediction`, `reference`, `metadata`; `likelihoods` too, where they were asked for."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """To one conversation."""
+
+    text: str
+    log_likelihoods: Mapping[str, float] | None = None
+    """Of each answer that the task knows: log p(answer | prompt), summed over its tokens, with the one that ends it."""
+
+
+def blank_rows(dataset: Dataset) -> list[Row]:
+    """A row for each conversation, in order, that says all but its prediction."""
+    return [
+        {
+            "task_id": conversation.task_id,
+            "task_type": conversation.task_type,
+            "prediction": "",
+            "reference": reference_answer(conversation),
+            "metadata": dict(conversation.metadata),
+        }
+        for conversation in dataset.conversations
+    ]
+
+
+def with_answer(row: Row, answer: Answer) -> Row:
+    """The row with what was predicted."""
+    more = {} if answer.log_likelihoods is None else {"likelihoods": dict(answer.log_likelihoods)}
+    return row | {"prediction": answer.text} | more
+
+
+class Choices:
+    """The answers that each conversation's task knows, as tokens: the same shape [A, N] for all of a data set."""
+
+    def __init__(self, dataset: Dataset, processor: Processor, rows: Sequence[Row], tasks: Mapping[str, Task]):
+        """Raises DataError where an answer's tokens do not go on from a prompt."""
+        self.texts = [tasks[task_of(row)].answers or () for row in rows]
+        encoded, faults = [], []
+        for conversation, texts in zip(dataset.conversations, self.texts, strict=True):
+            try:
+                encoded.append(encode_answers(conversation, texts, processor.tokenizer, template=processor.template))
+            except DataError as error:
+                faults.extend(error.faults)
+        if faults:
+            raise DataError(faults)
+        self._shape = (max(map(len, encoded)), max(len(ids) for each in encoded for ids in each))
+        self._encoded = encoded
+
+    @classmethod
+    def of(
+        cls, dataset: Dataset, processor: Processor, rows: Sequence[Row], tasks: Mapping[str, Task]
+    ) -> "Choices | None":
+        """None where no task has a closed set of answers."""
+        return cls(dataset, processor, rows, tasks) if any(task.answers for task in tasks.values()) else None
+
+    def tokens(self, indices: Sequence[int], rows: int) -> np.ndarray:
+        """int32 [rows, A, N], `NONE` behind each answer, behind each conversation's answers and behind them all."""
+        out = np.full((rows, *self._shape), NONE, np.int32)
+        for row, index in enumerate(indices):
+            for a, ids in enumerate(self._encoded[index]):
+                out[row, a, : len(ids)] = ids
+        return out
+
+
+def answers(
+    params: Params,
+    graphdef: nnx.GraphDef,
+    dataset: Dataset,
+    processor: Processor,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    threads: int,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    choices: Choices | None = None,
+    only: Sequence[int] | None = None,
+) -> Iterator[dict[int, Answer]]:
+    """Batch by batch, the answer to each conversation by its number in the data set; all processes get all of them.
+
+    What is drawn for a conversation depends on `seed` and its number alone.
+
+    Args:
+        dataset: loaded with `evaluation=True`.
+        choices: answers whose likelihoods are wanted too.
+        only: numbers of the conversations to answer; default all.
+
+    Raises:
+        DataError: a volume cannot be read any more.
+    """
+    stop = np.array(processor.stop_ids, np.int32)
+    batches = eval_batches(dataset, batch_size, prompts=True, threads=threads, parts=parts(mesh), only=only)
+    for indices, own in batches:
+        batch: Batch = put_batch(own, mesh, axis=0)
+        rows = len(batch.lengths)
+        state = prefill(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens)
+        scores = None
+        if choices is not None:
+            scores = _fetched(score_answers(params, state, choices.tokens(indices, rows), graphdef=graphdef))
+        seeds = np.zeros(rows, np.uint32)
+        seeds[: len(indices)] = [np.random.SeedSequence([seed, i]).generate_state(1)[0] for i in indices]
+        options: dict[str, Any] = {"graphdef": graphdef, "sampling": sampling}
+        state = decode(params, state, stop, seeds, jnp.int32(max_new_tokens), **options)
+        texts = processor.decode(_fetched(state.tokens)[: len(indices)])
+        found = {}
+        for row, (index, text) in enumerate(zip(indices, texts, strict=True)):
+            known = choices.texts[index] if choices else ()
+            likelihoods = dict(zip(known, map(float, scores[row]), strict=False)) if scores is not None else {}
+            found[index] = Answer(text, likelihoods or None)
+        yield found
+
+
+def _fetched(array: jax.Array) -> np.ndarray:
+    """All of an array, on every process."""
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def predict(
+    source: str | Path,
+    data: DataConfig,
+    out: str | Path,
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 32,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    likelihoods: bool = False,
+    tasks: Mapping[str, TaskConfig] | None = None,
+    modalities: Mapping[str, ModalityConfig] | None = None,
+    mesh: MeshConfig = MeshConfig(),  # noqa: B008  # frozen
+    compute_dtype: str = "float32",
+    resume: bool = False,
+) -> list[Row]:
+    """Answers every conversation of `data.eval` and writes the rows to `out`, a .jsonl file, in the data's order.
+
+    All processes of a cluster call this alike and see one `out`. What is done so far stands in `out` with `.part`
+    behind it, which becomes `out` at the end.
+
+    Args:
+        source: a run, an export, a native checkpoint: whatever `umbrella_jax.load` takes.
+        data: `eval` and what belongs to it.
+        likelihoods: of the answers of tasks that know theirs, too.
+        tasks: as `evaluation.tasks` of a configuration.
+        modalities: of a stock LLaVA.
+        resume: go on with what an earlier call left in the `.part` file.
+
+    Raises:
+        ConfigError: `out` is there; an earlier call's part is and `resume` is not asked for, or other settings are;
+            the model has not the modalities of the data.
+        DataError, CheckpointError: as training does.
+    """
+    out, first = Path(out), jax.process_index() == 0
+    with together():
+        if data.eval is None:
+            raise ConfigError("data.eval: expected conversations to answer (--data P)")
+        if out.exists():
+            raise ConfigError(f"{out}: is there already; name another file, or remove it")
+        devices = make_mesh(mesh, batch_size=batch_size)
+        checkpoint = Checkpoint.open(source, modalities, compute_dtype=compute_dtype)
+        if faults := MeshShape(**devices.shape).undivided(checkpoint.config):
+            raise ConfigError(faults)
+        checkpoint.check()
+        processor = Processor.of(checkpoint, max_length=data.max_length)
+        dataset = processor.dataset(
+            data.eval,
+            image_root=data.image_root,
+            modality=data.modality,
+            task_filter=data.task_filter,
+            allow_outside_root=data.allow_outside_root,
+            evaluation=True,
+            threads=data.threads,
+            cache=VolumeCache.of(data),
+        )
+        rows = blank_rows(dataset)
+        choices = None
+        if likelihoods:
+            choices = Choices.of(dataset, processor, rows, tasks_of(rows, tasks or {}))
+            if choices is None:
+                raise ConfigError(
+                    "likelihoods: no task of the data has a closed set of answers; name them in evaluation.tasks"
+                )
+        part = None
+        if first:
+            settings = {
+                "model": [checkpoint.fingerprint, checkpoint.current_step()],
+                "inputs": digest_of(read_inputs(data, {"eval": dataset})),
+                "conversations": len(rows),
+                "max_new_tokens": max_new_tokens,
+                "sampling": asdict(sampling) | ({"seed": seed} if sampling.temperature else {}),
+                "likelihoods": likelihoods,
+                "compute_dtype": compute_dtype,
+            }
+            part = _Part(out.with_name(f"{out.name}.part"), settings, resume=resume)
+    params = checkpoint.params(where=partial(param_sharding, devices))
+    model = checkpoint.config.with_attention("auto", native_backend(devices.devices.flat[0]))
+    done = {int(index): row for index, row in gather(part.done if part else None)[0].items()}
+    left = [index for index in range(len(rows)) if index not in done]
+    with jax.set_mesh(devices), part or nullcontext():
+        for found in answers(
+            params,
+            abstract_params(model)[0],
+            dataset,
+            processor,
+            devices,
+            batch_size=batch_size,
+            threads=data.threads,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            choices=choices,
+            only=left,
+        ):
+            fresh = {index: with_answer(rows[index], answer) for index, answer in found.items()}
+            done |= fresh
+            if part:
+                part.write(fresh)
+    answered = [done[index] for index in range(len(rows))]
+    if part:
+        write_whole(out, "".join(json.dumps(row) + "\n" for row in answered))
+        part.path.unlink()
+    gather(None)  # written
+    return answered
+
+
+class _Part:
+    """Rows so far, `[number, row]` a line behind one that says what they were made with; one process at a time."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, resume: bool):
+        """Raises ConfigError where the file is there and `resume` is not asked for, or was made with other settings, or
+        is another process's."""
+        self.path, self.done = path, dict[int, Row]()
+        if path.exists() and not resume:
+            raise ConfigError(f"{path}: what an earlier call left; go on with --resume, or remove it")
+        with naming(path):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            hold(self._file, path, "name another file")
+            self._go_on(dict(settings))
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def _go_on(self, settings: dict[str, Any]) -> None:
+        text = self.path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]  # a last line that was torn apart is made again
+        os.ftruncate(self._file, len(whole))
+        if not whole:
+            append(self._file, self.path, (json.dumps(settings) + "\n").encode())
+            return
+        try:
+            before, *rows = (json.loads(line) for line in whole.splitlines())
+            self.done = {int(index): row for index, row in rows}
+            other = [key for key in settings if before[key] != settings[key]]
+        except (ValueError, TypeError, KeyError):
+            raise ConfigError(f"{self.path}: not what an earlier call left; remove it, or name another file") from None
+        if other:
+            raise ConfigError(
+                [
+                    f"{self.path}: cannot go on: {key}: {settings[key]} now, {before[key]} when it began; remove it to "
+                    "start anew"
+                    for key in other
+                ]
+            )
+
+    def write(self, rows: Mapping[int, Row]) -> None:
+        """Adds rows by their numbers."""
+        lines = "".join(json.dumps([index, row]) + "\n" for index, row in rows.items())
+        append(self._file, self.path, lines.encode())
+
+    def __enter__(self) -> "_Part":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)

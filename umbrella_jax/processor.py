@@ -1,0 +1,138 @@
+"""Conversations to batches, and tokens to text, as a model expects them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from umbrella_jax.api import Checkpoint, same_template
+from umbrella_jax.batch import Batch
+from umbrella_jax.config import ModalityConfig, Template, resolve_modality
+from umbrella_jax.data.conversation import Conversation, Image, Message
+from umbrella_jax.data.loader import Dataset, whole_batch
+from umbrella_jax.data.tokenize import check_template, encode_answers, encode_prompt, stop_ids
+from umbrella_jax.data.volume import check_volumes
+from umbrella_jax.errors import ConfigError
+
+
+class Processor:
+    """What stands between a data set and a model: tokenizer, modalities and template."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        modalities: Mapping[str, ModalityConfig],
+        *,
+        template: Template = "umbrella",
+        max_length: int = 8192,
+    ):
+        """`template`: how conversations are written. Raises DataError where it is `chat` and the tokenizer has none."""
+        check_template(tokenizer, template)
+        self.tokenizer, self.modalities, self.template, self.max_length = tokenizer, modalities, template, max_length
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        modalities: Mapping[str, ModalityConfig] | None = None,
+        patch_embed: str | Path | None = None,
+        template: Template | None = None,
+        max_length: int = 8192,
+    ) -> "Processor":
+        """The processor of whatever `umbrella_jax.load` takes.
+
+        Args:
+            modalities, patch_embed: as of `umbrella_jax.load`.
+            template: how conversations are written; default as the checkpoint was trained, `umbrella` where it does
+                not say. Raises ConfigError for another than it was trained with.
+        """
+        checkpoint = Checkpoint.open(path, modalities, patch_embed=patch_embed)
+        return cls.of(checkpoint, template=template, max_length=max_length)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, *, template: Template | None = None, max_length: int = 8192) -> "Processor":
+        """The processor of an opened checkpoint; arguments as of `load`."""
+        template = same_template("template", template or checkpoint.template or "umbrella", checkpoint)
+        tokenizer = checkpoint.tokenizer()
+        return cls(tokenizer, checkpoint.config.modalities, template=template, max_length=max_length)
+
+    def dataset(
+        self,
+        conversations: str | Path,
+        *,
+        threads: int = 4,
+        **options: Any,
+    ) -> Dataset:
+        """Reads and checks a conversation file or a directory of them, and every volume; see `Dataset.load`."""
+        return Dataset.load(
+            conversations,
+            self.tokenizer,
+            self.modalities,
+            template=self.template,
+            max_length=self.max_length,
+            threads=threads,
+            **options,
+        )
+
+    def prompt(self, text: str, images: Sequence[tuple[str, str | Path]] = ()) -> Batch:
+        """One question, behind the images that it is about, as a Batch of one row.
+
+        Args:
+            images: (modality, file) of each, in order; a modality as configured, or an alias of one.
+
+        Raises:
+            DataError, ConfigError: for a file that cannot be read, a modality that the model does not have.
+        """
+        faults, parts = [], list[str | Image]()
+        for name, path in images:
+            modality = resolve_modality(name, self.modalities)
+            if modality is None:
+                faults.append(f"{path}: modality {name}: the model has {', '.join(self.modalities)}")
+            else:
+                parts.append(Image(Path(path), modality))
+        if faults:
+            raise ConfigError(faults)
+        messages = (Message("user", (*parts, text)), Message("assistant", ("",)))
+        conversation = Conversation("prompt", None, messages, {}, "the prompt")
+        common: dict[str, Any] = {"template": self.template, "max_length": self.max_length}
+        prompt = encode_prompt(conversation, self.tokenizer, self.modalities, **common)
+        windows = check_volumes(conversation.images, self.modalities, 4)
+        return whole_batch(Dataset((conversation,), (), (prompt,), windows, self.modalities), prompts=True)
+
+    def batch(
+        self,
+        conversations: str | Path,
+        *,
+        image_root: str | Path | None = None,
+        allow_outside_root: bool = False,
+        prompts: bool = False,
+    ) -> Batch:
+        """All conversations of a file as one Batch: whole, or as prompts for their last answer."""
+        dataset = self.dataset(
+            conversations, image_root=image_root, allow_outside_root=allow_outside_root, evaluation=prompts
+        )
+        return whole_batch(dataset, prompts=prompts)
+
+    def answers(self, texts: Sequence[str]) -> np.ndarray:
+        """Several answers to one question as tokens, int32 [A, N], each with the one that ends it; -1 behind."""
+        conversation = Conversation(
+            "prompt", None, (Message("user", ("",)), Message("assistant", ("",))), {}, "answers"
+        )
+        encoded = encode_answers(conversation, texts, self.tokenizer, template=self.template)
+        out = np.full((len(encoded), max(map(len, encoded))), -1, np.int32)
+        for row, ids in zip(out, encoded, strict=True):
+            row[: len(ids)] = ids
+        return out
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer."""
+        return stop_ids(self.tokenizer)
+
+    def decode(self, tokens: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> list[str]:
+        """Text of generated tokens, int [B, L]; special tokens and what stands behind the end are left out."""
+        rows = np.asarray(tokens)
+        return [self.tokenizer.decode(row[row >= 0], skip_special_tokens=True).strip() for row in rows]
