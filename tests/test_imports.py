@@ -18,7 +18,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "umbrella_jax/distributed.py": {"umbrella_jax.errors", "jax", "numpy"},
     "umbrella_jax/models": {
-        *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "jax", "flax", "chex", "numpy"),
+        *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "jax", "flax", "chex", "numpy", "qwix"),
     },
     "umbrella_jax/training": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "umbrella_jax/evaluation": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
-        *("umbrella_jax.sharding", "jax", "flax", "numpy"),
+        *("umbrella_jax.sharding", "umbrella_jax.training", "jax", "flax", "chex", "numpy"),
     },
     "umbrella_jax/data": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors"),
@@ -47,6 +47,7 @@ EXCEPTIONS = {
     "umbrella_jax/data/voxels.py": {"convert"},  # torch_model alone, when a .pt is read: no second file imports torch
 }
 NOT_ON_AN_ACCELERATOR = (
+    "qwix",
     "grain",
     "nibabel",
     "isal",

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from umbrella_jax.config import ModalityConfig, RunConfig, load_config
     from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError
     from umbrella_jax.evaluation.generate import Sampling, generate, stream
+    from umbrella_jax.explanation import explain
     from umbrella_jax.models import Llava
-    from umbrella_jax.predict import predict
+    from umbrella_jax.prediction import predict
     from umbrella_jax.processor import Processor
     from umbrella_jax.run import train
 
@@ -34,10 +35,11 @@ _HOME = {
     "RunConfig": "umbrella_jax.config",
     "Sampling": "umbrella_jax.evaluation.generate",
     "UmbrellaError": "umbrella_jax.errors",
+    "explain": "umbrella_jax.explanation",
     "generate": "umbrella_jax.evaluation.generate",
     "load": "umbrella_jax.api",
     "load_config": "umbrella_jax.config",
-    "predict": "umbrella_jax.predict",
+    "predict": "umbrella_jax.prediction",
     "stream": "umbrella_jax.evaluation.generate",
     "train": "umbrella_jax.run",
 }
@@ -53,6 +55,7 @@ __all__ = [
     "RunConfig",
     "Sampling",
     "UmbrellaError",
+    "explain",
     "generate",
     "load",
     "load_config",

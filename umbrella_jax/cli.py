@@ -146,7 +146,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     from umbrella_jax.distributed import bound, start, together
 
     start(arguments.coordinator, arguments.num_processes, arguments.process_id, timeout=arguments.start_timeout)
-    from umbrella_jax.predict import predict
+    from umbrella_jax.prediction import predict
 
     with bound():
         with together():

@@ -33,7 +33,7 @@ from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.evaluation.metrics import accuracy
 from umbrella_jax.files import locked, write_whole
 from umbrella_jax.models import Params, abstract_params, native_backend, quantize
-from umbrella_jax.predict import answers, blank_rows, with_answer
+from umbrella_jax.prediction import answers, blank_rows, with_answer
 from umbrella_jax.processor import Processor
 from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, put_batch, shardings
 from umbrella_jax.signals import Signals

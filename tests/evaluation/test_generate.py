@@ -23,6 +23,7 @@ SEEDS = np.arange(100, 100 + B)
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     """The three programs, compiled in a third of the time."""
+    model(), batch()  # not while something is traced
     patch = pytest.MonkeyPatch()
     static = {
         "prefill": ("graphdef", "max_new_tokens"),

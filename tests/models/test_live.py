@@ -196,4 +196,3 @@ def test_greedy_answers_are_generates(both):
             expected.append(both.torch.generate(inputs_embeds=embeds[None], generation_config=plain)[0].numpy())
     tokens = generate(merge(both.graphdef, both.params), both.batch, max_new_tokens=NEW)
     np.testing.assert_array_equal(np.asarray(tokens), np.stack(expected))
-    assert len(np.unique(tokens)) > NEW

@@ -1,6 +1,6 @@
 """Which voxels an answer rests on: log p(answer | prompt, volumes) as a function of the volumes.
 
-Everything here is in the preprocessed volumes' own grid; `umbrella_jax.explain` brings maps back to the scan.
+Everything here is in the preprocessed volumes' own grid; `umbrella_jax.explanation` brings maps back to the scan.
 """
 
 import itertools
