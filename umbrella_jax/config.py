@@ -18,7 +18,25 @@ RematPolicy = Literal["none", "mlp", "full"]
 AttentionBackend = Literal["xla", "cudnn", "splash"]
 PatchEmbedInit = Literal["random", "inflate", "resample"]
 Template = Literal["umbrella", "original", "chat"]
+TaskKind = Literal["classification", "comparison", "regression", "text"]
+Metric = Literal[
+    "accuracy",
+    "balanced_accuracy",
+    "f1",
+    "auroc",
+    "brier",
+    "ece",
+    "copy_rate",
+    "vote_accuracy",
+    "mae",
+    "rmse",
+    "r2",
+    "pearson",
+    "spearman",
+]
 
+MAX_CLASSES = 10
+"""A task or column of numbers with more distinct values than this is a quantity, not a set of labels."""
 # Names for one and the same patch embedding: the original system, its newer checkpoints, its data files.
 ALIASES: tuple[frozenset[str], ...] = (
     frozenset({"T1", "sMRI", "dMRI"}),
@@ -270,8 +288,8 @@ class TrainConfig:
     keep_best: int = 0
     """How many of the best stay beside them; 0: none for that reason."""
     best_metric: str | None = None
-    """By which they are the best: `eval_loss`, `eval_accuracy`, `eval_accuracy/TASK`. Values that are not finite never
-    are."""
+    """By which they are the best: `eval_loss`, `eval_accuracy`, `eval_mae/TASK` or any other of docs/metrics.md that
+    the evaluation data allow. Values that are not finite never are."""
     best_mode: Literal["min", "max"] = "min"
     """Whether the lowest values are the best, or the highest."""
     max_new_tokens: int = 32
@@ -334,6 +352,57 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """How the answers to one task are scored, where the data say too little of it; docs/metrics.md has the rules."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    kind: TaskKind | None = None
+    """Default: as the data say."""
+    answers: tuple[str, ...] | None = None
+    """Of a classification or comparison: all answers that there are, as they are said. Default: those of the data,
+    which may lack one."""
+    unit: str | None = None
+    """Of a regression: the unit that may stand behind the number, such as `years`; any other word there makes the
+    answer unparsable. Default: the references' own, and where they have none whatever stands there is passed over."""
+    metrics: tuple[Metric, ...] | None = None
+    """Which are given. Default: all that its kind has."""
+
+    def __post_init__(self) -> None:
+        faults = []
+        closed, number = ("classification", "comparison"), ("regression",)
+        for name, kinds in [("answers", closed), ("unit", number)]:
+            if getattr(self, name) is not None and self.kind not in (None, *kinds):
+                faults.append(f"{name}: a {self.kind} has none; leave it out, or expected kind {' or '.join(kinds)}")
+        if self.answers is not None and self.unit is not None:
+            faults.append("answers and unit: expected one of them: labels have no unit, numbers no closed set")
+        if self.answers is not None and len(self.answers) < 2:
+            faults.append(f"answers: expected at least two, got {len(self.answers)}")
+        if self.metrics == ():
+            faults.append("metrics: expected at least one, or leave it out for all")
+        if self.unit is not None and not self.unit.strip():
+            faults.append("unit: expected a word, such as years")
+        if faults:
+            raise ConfigError(faults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How answers are scored."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    """By name: `metadata.task` of the conversations, else their `task_type`. Those left out are as the data say."""
+    resamples: int = 1000
+    """Of subjects, for the 95 % intervals of a report; 0 for none. Evaluations during training have none."""
+
+    def __post_init__(self) -> None:
+        if self.resamples < 0:
+            raise ConfigError(f"resamples: expected 0 or more, got {self.resamples}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run, from weights and data to its output directory."""
 
@@ -342,6 +411,7 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     output_dir: str | None = None
     seed: int = 1234

@@ -15,13 +15,11 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, TypeVar
 
-from umbrella_jax.config import read_yaml
+from umbrella_jax.config import MAX_CLASSES, read_yaml
 from umbrella_jax.data.conversation import IMAGE_MARKER, TURN_END, TURN_START
 from umbrella_jax.errors import ConfigError, DataError, UmbrellaError
 
 T = TypeVar("T")
-MAX_CLASSES = 10
-"""A column of numbers with more distinct values than this is a quantity, not a set of labels."""
 TEMPLATES: dict[str, dict[str, str]] = {
     "classification": {"question": "What is the {target} of this subject?", "answer": "{label}."},
     "regression": {"question": "What is the {target} of this subject?", "answer": "{label}"},

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from umbrella_jax.data.bids import MAX_CLASSES
+from umbrella_jax.config import MAX_CLASSES
 from umbrella_jax.data.conversation import Conversation
 
 Severity = Literal["fault", "warning", "note"]

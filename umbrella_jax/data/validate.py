@@ -13,9 +13,8 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from umbrella_jax.config import RunConfig
+from umbrella_jax.config import MAX_CLASSES, RunConfig
 from umbrella_jax.data.augment import check_axes
-from umbrella_jax.data.bids import MAX_CLASSES
 from umbrella_jax.data.cache import check_float16
 from umbrella_jax.data.conversation import Conversation, Image, scan_conversations
 from umbrella_jax.data.report import PROPERTIES, SETS, Contents, Finding, Report, Set, Severity, Volume
