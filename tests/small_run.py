@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -159,7 +159,10 @@ def umbrella(*words: object, code: int = 0, devices: int = 1) -> str:
     exit code, and returns what it printed: stderr where it failed, else stdout."""
     out, err = io.StringIO(), io.StringIO()
     on_some = partial(make_mesh, devices=jax.devices()[:devices])
-    with mock.patch("umbrella_jax.run.make_mesh", on_some), redirect_stdout(out), redirect_stderr(err):
+    places = (mock.patch(f"umbrella_jax.{module}.make_mesh", on_some) for module in ("run", "prediction"))
+    with ExitStack() as patched:
+        for place in (*places, redirect_stdout(out), redirect_stderr(err)):
+            patched.enter_context(place)
         found = main([str(word) for word in words])
     assert found == code, f"{out.getvalue()}\n{err.getvalue()}"
     return err.getvalue() if code else out.getvalue()

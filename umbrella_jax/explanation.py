@@ -10,6 +10,7 @@ import jax
 import nibabel as nib
 import numpy as np
 
+from umbrella_jax.config import ModalityConfig
 from umbrella_jax.data.conversation import Conversation, Image
 from umbrella_jax.data.loader import Dataset, whole_batch
 from umbrella_jax.data.tokenize import encode_answers, encode_prompt
@@ -100,12 +101,7 @@ def explain(
     )
     batch = whole_batch(replace(dataset, encoded=(whole,)), prompts=False)
     graphdef, params = split(model)
-    background = {
-        name: np.broadcast_to(
-            _background(x, processor.modalities[name].scaling).reshape(-1, *[1] * (x.ndim - 1)), x.shape
-        )
-        for name, x in batch.volumes.items()
-    }
+    background = {name: _background(np.asarray(x), processor.modalities[name]) for name, x in batch.volumes.items()}
     put = partial(jax.tree.map, jax.numpy.asarray)
     volumes, background, batch = put(batch.volumes), put(background), put(batch)
     common: dict[str, Any] = {"graphdef": graphdef}
@@ -128,8 +124,9 @@ def explain(
     )
 
 
-def _background(volumes: np.ndarray, scaling: str) -> np.ndarray:
-    """Of each volume, float32 [M]."""
-    return (
-        np.zeros(len(volumes), np.float32) if scaling == "znorm_zeroback" else volumes.reshape(len(volumes), -1).min(1)
-    )
+def _background(volumes: np.ndarray, modality: ModalityConfig) -> np.ndarray:
+    """Of [M, ...], each volume's, in the same shape."""
+    if modality.scaling == "znorm_zeroback":
+        return np.zeros_like(volumes)
+    lowest = volumes.min(axis=tuple(range(1, volumes.ndim)), keepdims=True)
+    return np.broadcast_to(lowest, volumes.shape)

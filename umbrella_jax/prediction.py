@@ -71,7 +71,7 @@ class Choices:
     def __init__(self, dataset: Dataset, processor: Processor, rows: Sequence[Row], tasks: Mapping[str, Task]):
         """Raises DataError where an answer's tokens do not go on from a prompt."""
         self.texts = [tasks[task_of(row)].answers or () for row in rows]
-        encoded, faults = [], []
+        encoded, faults = [], list[str]()
         for conversation, texts in zip(dataset.conversations, self.texts, strict=True):
             try:
                 encoded.append(encode_answers(conversation, texts, processor.tokenizer, template=processor.template))

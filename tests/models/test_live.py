@@ -1,5 +1,6 @@
 """Equal to the installed transformers, every leaf random: tied and untied heads, with and without grouped queries."""
 
+import copy
 from types import SimpleNamespace
 
 import jax
@@ -185,14 +186,23 @@ def test_loss_and_gradients(both):
 
 def test_greedy_answers_are_generates(both):
     """Token by token what `model.generate` gives each row, from the row alone and unpadded."""
+    louder = ("o_proj.weight", "down_proj.weight")  # else the residual stream repeats the last token for ever
+    model = copy.deepcopy(both.torch)
+    with torch.no_grad():
+        for name, weight in model.model.language_model.named_parameters():
+            weight *= 9 if name.endswith(louder) else 1
+    params = {
+        p: leaf * 9 if p.startswith("language_model") and p.endswith(louder) else leaf
+        for p, leaf in both.params.items()
+    }
+    plain = GenerationConfig(do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0)
     expected = []
     for row in both.rows:
-        ids = torch.from_numpy(row.ids).long()
-        embeds = both.torch.get_input_embeddings()(ids).detach().clone()
+        embeds = model.get_input_embeddings()(torch.from_numpy(row.ids).long()).detach().clone()
         for name, volume, start in row.images:
             embeds[start : start + MODALITIES[name].num_patches] = both.made[name][1][volume].detach()
-        plain = GenerationConfig(do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0)
         with torch.no_grad():
-            expected.append(both.torch.generate(inputs_embeds=embeds[None], generation_config=plain)[0].numpy())
-    tokens = generate(merge(both.graphdef, both.params), both.batch, max_new_tokens=NEW)
-    np.testing.assert_array_equal(np.asarray(tokens), np.stack(expected))
+            expected.append(model.generate(inputs_embeds=embeds[None], generation_config=plain)[0].numpy())
+    tokens = np.asarray(generate(merge(both.graphdef, params), both.batch, max_new_tokens=NEW))
+    np.testing.assert_array_equal(tokens, np.stack(expected))
+    assert (tokens[:, 1:] != tokens[:, :-1]).sum() > NEW / 2, tokens

@@ -5,6 +5,7 @@ Everything here is in the preprocessed volumes' own grid; `umbrella_jax.explanat
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -26,7 +27,8 @@ Method = Literal["gradient", "integrated", "occlusion"]
 @partial(jax.jit, static_argnames=("graphdef",))
 def log_probability(volumes: Volumes, params: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> Array:
     """log p of all supervised tokens of the batch, its volumes replaced by these; float32 []."""
-    return -loss_sum(merge(graphdef, params), batch.replace(volumes=volumes))[0]
+    shown = replace(batch, volumes=volumes)  # type: ignore[type-var]  # chex makes it a dataclass
+    return -loss_sum(merge(graphdef, params), shown)[0]
 
 
 _slope = partial(jax.jit, static_argnames=("graphdef",))(jax.grad(log_probability))
@@ -73,8 +75,8 @@ def occlusion(
             for corner in corners:
                 without = _hide(x, background[name], jnp.int32(m), jnp.array(corner), size)
                 fall = whole - log_probability(volumes | {name: without}, params, batch, graphdef=graphdef)
-                box = tuple(slice(i, i + n) for i, n in zip(corner, windows[name], strict=True))
-                maps[name][(m, *box)] = fall / maps[name][(m, *box)].size
+                box = maps[name][m][tuple(slice(i, i + n) for i, n in zip(corner, windows[name], strict=True))]
+                box[...] = fall / box.size
     return {name: jnp.asarray(values) for name, values in maps.items()}
 
 

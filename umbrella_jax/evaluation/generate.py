@@ -5,7 +5,7 @@ alone. Three programs for each shape of a batch and length of an answer: `prefil
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -125,14 +125,14 @@ def decode(
         positions = (state.lengths + state.made - 1)[:, None]
         hidden, k, v = language_model.model.extend(x, positions, state.cache)
         cache = state.cache.put(k, v, first_slot + state.made - 1)
-        return state.replace(cache=cache, **chosen(state, hidden[:, 0]))
+        return replace(state, cache=cache, **chosen(state, hidden[:, 0]))  # type: ignore[type-var]
 
     begun = jax.lax.cond(
         state.made == 0,
         lambda: chosen(state, state.hidden),
         lambda: {"tokens": state.tokens, "made": state.made, "done": state.done},
     )
-    return jax.lax.while_loop(unfinished, step, state.replace(**begun))
+    return jax.lax.while_loop(unfinished, step, replace(state, **begun))  # type: ignore[type-var]
 
 
 def choose(logits: Array, keys: Array, sampling: Sampling) -> Array:

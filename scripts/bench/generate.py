@@ -1,0 +1,54 @@
+"""Answering: what a token costs beside reading the language model's weights once."""
+
+import json
+import time
+from pathlib import Path
+
+from bench.convert import CONFIG_05B
+from bench.measure import figure, measure
+
+NEW, ROUNDS = 64, 3
+
+
+def answered() -> list[float]:
+    """[bytes of the language model's weights, seconds of prefill, of NEW tokens, of a copy of as many bytes]."""
+    import jax
+    import numpy as np
+
+    from bench.jax_step import make_batch, model_config
+    from umbrella_jax.evaluation.generate import decode, prefill
+    from umbrella_jax.models import abstract_params
+
+    graphdef, shapes = abstract_params(model_config(json.dumps(CONFIG_05B), "float32", "none"))
+    rng = np.random.default_rng(0)
+    params = {}
+    for path, leaf in shapes.items():
+        values = np.empty(leaf.shape, np.float32)
+        rng.standard_normal(out=values.reshape(-1), dtype=np.float32)
+        values *= np.float32(0.02)
+        params[path] = jax.device_put(values)
+    batch = jax.tree.map(lambda leaf: leaf[0], make_batch(1, 1, 1, rng))
+    size = sum(leaf.nbytes for path, leaf in params.items() if path.startswith("language_model"))
+    source = np.ones(size // 4, np.float32)
+    target = np.empty_like(source)
+    stop, seeds = np.array([-5], np.int32), np.zeros(1, np.uint32)
+    prefilled, decoded, copied = [], [], []
+    for _ in range(ROUNDS + 1):  # the first compiles
+        start = time.perf_counter()
+        state = jax.block_until_ready(prefill(params, batch, graphdef=graphdef, max_new_tokens=NEW))
+        prefilled.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        jax.block_until_ready(decode(params, state, stop, seeds, np.int32(NEW), graphdef=graphdef))
+        decoded.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        np.copyto(target, source)
+        copied.append(time.perf_counter() - start)
+    return [size, *(float(np.median(times[1:])) for times in (prefilled, decoded, copied))]
+
+
+def generate(work_dir: Path) -> None:
+    """Seconds of an answer of 64 tokens at the 0.5b size, batch 1, beside reading the weights."""
+    size, prefilled, decoded, copied = measure(answered)["value"]
+    figure("generate_prefill_seconds", prefilled, "s")
+    figure("generate_token_seconds", decoded / NEW, "s", weights_gb=round(size / 1e9, 2), copy=round(copied, 3))
+    figure("generate_tokens_to_copies", decoded / NEW / copied, "", limit=1.5)

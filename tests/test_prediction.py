@@ -1,0 +1,197 @@
+"""`generate` and `predict`: a model's answers to one question and to a data set, and what is refused."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import umbrella_jax
+from tests import small_run
+from tests.small_run import World, conversation, read_lines, umbrella, write_json
+from umbrella_jax import prediction
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return small_run.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def run(world: World) -> Path:
+    """Trained well enough to answer, with predictions on eval at its end."""
+    out = world.root / "run"
+    umbrella(*world.train_flags(out, "--epochs", 12, "--eval-data", world.eval))
+    return out
+
+
+@pytest.fixture(scope="module")
+def data(world: World) -> Path:
+    """Every training conversation that shows something, with a closed set of answers."""
+    rows = [row for row in json.loads(world.train.read_text()) if row["task_id"] != "text"]
+    return write_json(world.root / "all.json", [row | {"metadata": {"task": "side"}} for row in rows])
+
+
+def predict(run: Path, data: Path, out: Path, *more: object, **options: Any) -> str:
+    return umbrella(
+        "predict", run, "--data", data, "--out", out, "--image-root", run.parent / "scans", *more, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(run: Path, data: Path) -> list[dict[str, Any]]:
+    predict(run, data, run.parent / "whole.jsonl", "--likelihoods", "--max-new-tokens", 4)
+    return read_lines(run.parent / "whole.jsonl")
+
+
+def test_a_runs_own_answers_come_back(run: Path, world: World, tmp_path: Path) -> None:
+    predict(run, world.eval, tmp_path / "out.jsonl", "--max-new-tokens", 4)
+    (own,) = (run / "predictions").iterdir()
+    assert read_lines(tmp_path / "out.jsonl") == read_lines(own)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_rows_say_what_was_asked_and_answered(whole: list[dict[str, Any]], data: Path) -> None:
+    records = json.loads(data.read_text())
+    assert [row["task_id"] for row in whole] == [record["task_id"] for record in records]
+    for row, record in zip(whole, records, strict=True):
+        assert row["reference"] == record["conversations"][-1]["content"][0]["text"]
+        assert row["metadata"] == {"task": "side"}
+        assert set(row["likelihoods"]) == {"left.", "right."}
+        assert all(value < 0 for value in row["likelihoods"].values())
+        assert sum(map(math.exp, row["likelihoods"].values())) < 1
+    assert np.mean([row["prediction"] == row["reference"] for row in whole]) > 0.8
+    for row in whole:  # greedy answers are among the likelier of answers of one length
+        if row["prediction"] in row["likelihoods"]:
+            assert row["prediction"] == max(row["likelihoods"], key=row["likelihoods"].__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("flags", "devices"), [(["--batch-size", 1], 1), (["--batch-size", 3], 1), (["--batch-size", 8], 4)]
+)
+def test_answers_depend_on_neither_batch_nor_devices(
+    run: Path, data: Path, whole: list[dict[str, Any]], flags: list[object], devices: int, tmp_path: Path
+) -> None:
+    predict(run, data, tmp_path / "out", "--likelihoods", "--max-new-tokens", 4, *flags, devices=devices)
+    _same(read_lines(tmp_path / "out"), whole)
+
+
+def _same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    for row, other in zip(rows, expected, strict=True):
+        assert {k: v for k, v in row.items() if k != "likelihoods"} == {
+            k: v for k, v in other.items() if k != "likelihoods"
+        }
+        for answer, value in row["likelihoods"].items():
+            assert value == pytest.approx(other["likelihoods"][answer], abs=1e-4)
+
+
+def test_drawn_answers_depend_on_the_seed_alone(run: Path, data: Path, tmp_path: Path) -> None:
+    flags = ["--max-new-tokens", 4, "--temperature", 5]
+    for name, more in {"a": ["--batch-size", 2], "b": ["--batch-size", 8], "c": ["--seed", 1]}.items():
+        predict(run, data, tmp_path / name, *flags, *more)
+    one, other, third = ([row["prediction"] for row in read_lines(tmp_path / name)] for name in "abc")
+    assert one == other
+    assert one != third
+
+
+def test_a_part_is_gone_on_with(
+    run: Path, data: Path, whole: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off in its second batch, with a last line that was torn apart: each conversation is answered once."""
+    out, asked = tmp_path / "out.jsonl", list[list[int]]()
+    answers = prediction.answers
+
+    def counted(*args: Any, **options: Any) -> Any:
+        asked.append(list(options["only"]))
+        for number, found in enumerate(answers(*args, **options)):
+            if len(asked) == 1 and number == 1:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(prediction, "answers", counted)
+    flags = ["--likelihoods", "--max-new-tokens", 4, "--batch-size", 4]
+    predict(run, data, out, *flags, code=130)
+    part = tmp_path / "out.jsonl.part"
+    done = [json.loads(line)[0] for line in part.read_text().splitlines()[1:]]
+    assert 0 < len(done) <= 4
+    with part.open("a") as file:
+        file.write('[9, {"task_id"')
+    assert "go on with --resume" in predict(run, data, out, *flags, code=2)
+    said = predict(run, data, out, *flags, "--resume", "--seed", 5)  # no seed counts where nothing is drawn
+    assert f"{out}: 11 answers" in said
+    assert set(asked[1]) == set(range(11)) - set(done)
+    _same(read_lines(out), whole)
+    assert not part.exists()
+    assert "is there already" in predict(run, data, out, *flags, "--resume", code=2)
+
+
+def test_a_part_of_something_else_is_refused(run: Path, data: Path, world: World, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    part = tmp_path / "out.part"
+    predict(run, data, out, "--max-new-tokens", 2)
+    umbrella_jax_settings = {"model": ["other", 1], "max_new_tokens": 3}
+    part.write_text(json.dumps(umbrella_jax_settings) + "\n")
+    out.unlink()
+    assert "not what an earlier call left" in predict(run, data, out, "--resume", code=2)
+    part.unlink()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--top-k", 3], "do nothing at temperature 0"),
+        (["--temperature", -1], "temperature: expected 0 or more"),
+        (["--batch-size", 0], "batch"),
+        (["--mesh", "data=3"], "mesh: data=3"),
+    ],
+)
+def test_flags_that_mean_nothing_are_refused(
+    run: Path, data: Path, tmp_path: Path, flags: list[object], message: str
+) -> None:
+    assert message in predict(run, data, tmp_path / "out", *flags, code=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_answered_is_refused_before_weights_are_read(
+    run: Path, world: World, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(umbrella_jax.api.Checkpoint, "params", None)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/config.yaml").write_text((run / "config.yaml").read_text())
+    (tmp_path / "begun/model").symlink_to(run / "model")
+    assert "has no checkpoint yet" in predict(tmp_path / "begun", data, tmp_path / "out", code=2)
+    unknown = conversation("x", "T1", [("user", ["dwi:0.nii.gz", "?"]), ("assistant", ["left."])])
+    wrong = write_json(tmp_path / "dwi.json", [unknown])
+    assert "dwi" in predict(run, wrong, tmp_path / "out", code=2)
+    open_ended = [conversation(f"{i}", "T1", [("user", ["?"]), ("assistant", [f"word{i}."])]) for i in range(40)]
+    said = predict(run, write_json(tmp_path / "open.json", open_ended), tmp_path / "out", "--likelihoods", code=2)
+    assert "no task of the data has a closed set of answers" in said
+
+
+def test_generate_says_what_predict_does(run: Path, world: World, whole: list[dict[str, Any]]) -> None:
+    scans = world.root / "scans"
+    for number in range(2):
+        said = umbrella("generate", run, "Which sex?", "--image", f"T1={scans / f'{number}.nii.gz'}")
+        assert said.strip() == whole[number]["prediction"]
+    shares = umbrella(
+        "generate", run, "Which sex?", "--image", f"sMRI={scans / '0.nii.gz'}", "--answers", "left.", "right."
+    )
+    found = {text: float(share) for share, text in re.findall(r"([\d.]+)%  (\S+)", shares)}
+    weights = {answer: math.exp(value) for answer, value in whole[0]["likelihoods"].items()}
+    for answer, weight in weights.items():
+        assert found[answer] == pytest.approx(100 * weight / sum(weights.values()), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("0.nii.gz", "expected MODALITY=FILE, of T1, rsfMRI"),
+        ("dwi=0.nii.gz", "modality dwi: the model has T1, rsfMRI"),
+        ("T1=none.nii.gz", "not found"),
+    ],
+)
+def test_an_image_that_cannot_be_shown_is_refused(run: Path, image: str, message: str) -> None:
+    assert message in umbrella("generate", run, "Which sex?", "--image", image, code=2)
