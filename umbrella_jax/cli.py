@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -107,15 +108,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     sampling, modalities = _sampling(arguments), _modalities(arguments)
     processor = umbrella_jax.Processor.load(arguments.model, modalities=modalities)
-    only = next(iter(processor.modalities)) if len(processor.modalities) == 1 else None
-    images, faults = [], []
-    for text in arguments.image:
-        name, _, path = text.rpartition("=")
-        if not name and only is None:
-            faults.append(f"--image {text}: expected MODALITY=FILE, of {', '.join(processor.modalities)}")
-        images.append((name or str(only), path))
-    if faults:
-        raise ConfigError(faults)
+    images = _images(arguments, list(processor.modalities))
     batch = processor.prompt(arguments.prompt, images)
     answers = processor.answers(arguments.answers) if arguments.answers else None
     model = umbrella_jax.load(arguments.model, modalities=modalities, compute_dtype=arguments.compute_dtype)
@@ -139,6 +132,50 @@ def _generate(arguments: argparse.Namespace) -> None:
             print(text.removeprefix(shown), end="", flush=True)
             shown = text
     print()
+
+
+def _images(arguments: argparse.Namespace, modalities: Sequence[str]) -> list[tuple[str, str]]:
+    """(modality, file) of each --image. Raises ConfigError where one names no modality and the model has several."""
+    found, faults = [], []
+    for text in arguments.image:
+        name, _, path = text.rpartition("=")
+        if not name and len(modalities) > 1:
+            faults.append(f"--image {text}: expected MODALITY=FILE, of {', '.join(modalities)}")
+        found.append((name or modalities[0], path))
+    if faults:
+        raise ConfigError(faults)
+    return found
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    import umbrella_jax
+    from umbrella_jax.data.conversation import read_conversations
+
+    modalities, out = _modalities(arguments), Path(arguments.out)
+    if (arguments.prompt is None) == (arguments.data is None):
+        raise ConfigError("explain: expected a PROMPT with --image, or --data P with --task-id ID")
+    processor = umbrella_jax.Processor.load(arguments.model, modalities=modalities)
+    if arguments.data is None:
+        conversations = [processor.question(arguments.prompt, _images(arguments, list(processor.modalities)))]
+    else:
+        found = read_conversations(arguments.data, processor.modalities, arguments.image_root)
+        conversations = [c for c in found if not arguments.task_id or c.task_id in arguments.task_id]
+        if missing := set(arguments.task_id) - {c.task_id for c in conversations}:
+            raise ConfigError(f"--task-id {', '.join(sorted(missing))}: not in {arguments.data}")
+    model = umbrella_jax.load(arguments.model, modalities=modalities)
+    for number, conversation in enumerate(conversations):
+        explained = umbrella_jax.explain(
+            model, processor, conversation, answer=arguments.answer, method=arguments.method, steps=arguments.steps
+        )
+        # a task_id may hold what leads out of a folder
+        name = f"{number}_{re.sub(r'[^A-Za-z0-9-]+', '_', conversation.task_id)}"
+        folder = out if arguments.data is None else out / name
+        print(
+            f"{conversation.task_id}: {explained.answer!r}: log p {explained.log_probability:.4g}, "
+            f"{explained.without:.4g} where volumes are background"
+        )
+        for path in explained.write(processor, folder):
+            print(f"  {path}")
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -350,6 +387,23 @@ def _parser() -> argparse.ArgumentParser:
         "--answers", nargs="+", metavar="TEXT", help="print how probable each of these is, instead of an answer"
     )
     _add_sampling(generate)
+
+    explain = command(commands, "explain", _explain, "Map over a scan's voxels what an answer rests on, as NIfTI.")
+    _add_model(explain)
+    explain.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question; or --data with --task-id")
+    explain.add_argument("--image", action="append", default=[], metavar="[MODALITY=]FILE", help="what it is about")
+    explain.add_argument("--data", metavar="P", help="conversations, whose last answer is explained")
+    explain.add_argument("--task-id", action="append", default=[], metavar="ID", help="which of them; default all")
+    explain.add_argument("--image-root", metavar="P", help="where their relative image paths start")
+    explain.add_argument("--answer", metavar="TEXT", help="the answer to explain; default the model's own")
+    explain.add_argument(
+        "--method",
+        choices=["gradient", "integrated", "occlusion"],
+        default="integrated",
+        help="gradient × input, integrated gradients (default), occlusion by boxes of a patch",
+    )
+    explain.add_argument("--steps", type=int, default=16, metavar="N", help="of integrated gradients; default 16")
+    explain.add_argument("--out", required=True, metavar="DIR", help="where the maps are written")
 
     predict = command(commands, "predict", _predict, "Answer every conversation of a data set, into a .jsonl file.")
     _add_model(predict)
