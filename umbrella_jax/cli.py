@@ -162,7 +162,7 @@ def _explain(arguments: argparse.Namespace) -> None:
         conversations = [c for c in found if not arguments.task_id or c.task_id in arguments.task_id]
         if missing := set(arguments.task_id) - {c.task_id for c in conversations}:
             raise ConfigError(f"--task-id {', '.join(sorted(missing))}: not in {arguments.data}")
-    model = umbrella_jax.load(arguments.model, modalities=modalities)
+    model = umbrella_jax.load(arguments.model, modalities=modalities, compute_dtype=arguments.compute_dtype)
     for number, conversation in enumerate(conversations):
         explained = umbrella_jax.explain(
             model, processor, conversation, answer=arguments.answer, method=arguments.method, steps=arguments.steps
