@@ -195,7 +195,9 @@ def test_a_run_from_before_a_field_was_known_resumes(run: Path, world: World, tm
 
 def test_a_finished_run_resumes_to_its_end(run: Path, world: World) -> None:
     before = (run / "metrics.jsonl").read_bytes()
-    assert f"from step {STEPS}" in umbrella(*world.train_flags(run, *FLAGS, "--eval-data", world.eval, "--resume"))
+    other = ["--set", "evaluation={tasks: {T1: {answers: [left, right]}}, resamples: 7}"]  # changes no step
+    flags = [*FLAGS, "--eval-data", world.eval, *other, "--resume"]
+    assert f"from step {STEPS}" in umbrella(*world.train_flags(run, *flags))
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
@@ -206,6 +208,7 @@ def test_a_finished_run_resumes_to_its_end(run: Path, world: World) -> None:
             ["keep_best=1", "best_metric=eval_acuracy"],
             "no evaluation gives eval_acuracy; expected one of eval_accuracy",
         ),
+        (["keep_best=1", "best_metric=eval_mae/T1"], "no evaluation gives eval_mae/T1"),
         (["keep_best=1"], "1 by best_metric None; expected both"),
         (["best_metric=eval_loss"], "0 by best_metric eval_loss; expected both"),
         (["keep_latest=0"], "keep_latest: expected a positive number"),
