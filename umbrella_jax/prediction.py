@@ -196,6 +196,9 @@ def predict(
     """
     out, first = Path(out), jax.process_index() == 0
     with together():
+        numbers = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+        if faults := [f"{name}: expected 1 or more, got {value}" for name, value in numbers.items() if value < 1]:
+            raise ConfigError(faults)
         if data.eval is None:
             raise ConfigError("data.eval: expected conversations to answer (--data P)")
         if out.exists():
