@@ -473,3 +473,16 @@ def test_faults_of_volumes_and_texts_come_together(refused: Refused, world: Worl
 def test_evaluation_data_is_checked_before_the_start(refused: Refused, data: Callable[..., Path]) -> None:
     message = refused("--eval-data", data(lambda r: part(r, 0).update(image_path="none.nii.gz")))
     assert "none.nii.gz: not found" in message
+
+
+def test_evaluation_data_without_references(refused: Refused, data: Callable[..., Path]) -> None:
+    """The last answers blank, and nothing in metadata."""
+
+    def change(records: list[Record]) -> None:
+        for i in (*range(4), 8, 9, 10):
+            part(records, i, turn=1)["text"] = ""
+
+    message = refused("--eval-data", data(change))
+    assert (
+        "task T1: none of its 7 conversations has a reference; expected the last answer of the conversation" in message
+    )

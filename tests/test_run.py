@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import umbrella_jax.run
 from tests import small_run
 from tests.small_run import World, parameters, read_config, read_lines, umbrella
 from umbrella_jax.api import Checkpoint
+from umbrella_jax.data.conversation import Conversation, Message
 
 STEPS, SAVE, EVAL = 36, 3, 24
 FLAGS = ["--epochs", STEPS // 3, "--set", f"train.save_steps={SAVE}"]  # a step of one scan, of two, and of runs
@@ -82,6 +84,21 @@ def test_each_evaluation_writes_its_answers(run: Path) -> None:
     assert lines[STEPS]["eval_accuracy"] == pytest.approx(
         np.mean([row["prediction"].strip(" .") == row["reference"].strip(".") for row in rows])
     )
+
+
+def test_predictions_say_whose_they_are() -> None:
+    """As the images' paths do, where metadata does not and they are of one subject."""
+    messages = (Message("user", ("Which sex?",)), Message("assistant", ("female.",)))
+    whose: list[tuple[dict[str, Any], set[str]]] = [
+        ({}, {"01"}),
+        ({}, {"01", "02"}),
+        ({"subject_id": "02"}, {"01", "02"}),
+        ({}, set()),
+    ]
+    conversations = [Conversation("a", "T1", messages, metadata, "a.json", frozenset(s)) for metadata, s in whose]
+    rows = umbrella_jax.run._answers(SimpleNamespace(conversations=conversations), dict.fromkeys(range(4), "male."))
+    assert [row["metadata"] for row in rows] == [{"subject_id": "01"}, {}, {"subject_id": "02"}, {}]
+    assert (rows[0]["reference"], rows[0]["prediction"]) == ("female.", "male.")
 
 
 def test_frozen_is_frozen_and_the_patch_embedding_trains(run: Path, world: World) -> None:
@@ -195,7 +212,9 @@ def test_a_run_from_before_a_field_was_known_resumes(run: Path, world: World, tm
 
 def test_a_finished_run_resumes_to_its_end(run: Path, world: World) -> None:
     before = (run / "metrics.jsonl").read_bytes()
-    assert f"from step {STEPS}" in umbrella(*world.train_flags(run, *FLAGS, "--eval-data", world.eval, "--resume"))
+    other = ["--set", "evaluation={tasks: {T1: {answers: [left, right]}}, resamples: 7}"]  # changes no step
+    flags = [*FLAGS, "--eval-data", world.eval, *other, "--resume"]
+    assert f"from step {STEPS}" in umbrella(*world.train_flags(run, *flags))
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
@@ -206,6 +225,7 @@ def test_a_finished_run_resumes_to_its_end(run: Path, world: World) -> None:
             ["keep_best=1", "best_metric=eval_acuracy"],
             "no evaluation gives eval_acuracy; expected one of eval_accuracy",
         ),
+        (["keep_best=1", "best_metric=eval_mae/T1"], "no evaluation gives eval_mae/T1"),
         (["keep_best=1"], "1 by best_metric None; expected both"),
         (["best_metric=eval_loss"], "0 by best_metric eval_loss; expected both"),
         (["keep_latest=0"], "keep_latest: expected a positive number"),

@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -28,13 +28,14 @@ from jax.sharding import Mesh
 from umbrella_jax.api import CHECKPOINTS, CONFIG, MODEL, Processor, describe, open_base
 from umbrella_jax.config import AugmentConfig, RunConfig, dump_config, parse_config, to_dict
 from umbrella_jax.data.cache import VolumeCache
+from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.data.inputs import Inputs, changed, digest_of, dump_inputs, read_inputs
 from umbrella_jax.data.loader import Dataset, eval_batches, make_plan, task_ids, train_batches
 from umbrella_jax.data.tokenize import reference_answer
 from umbrella_jax.distributed import agree, gather, together
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.evaluation.generate import greedy
-from umbrella_jax.evaluation.metrics import accuracy
+from umbrella_jax.evaluation.metrics import Task, metric_names, score, tasks_of
 from umbrella_jax.files import locked, write_whole
 from umbrella_jax.models import Params, abstract_params, native_backend
 from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, put_batch, shardings
@@ -69,6 +70,7 @@ _MAY_CHANGE = (
     "train.on_nonfinite",
     "train.max_skipped",
     "train.wandb",
+    "evaluation",
 )
 
 
@@ -132,7 +134,7 @@ def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> 
         processor = Processor(base.tokenizer(), base.config.modalities, **options)
         cache = VolumeCache.of(config.data)
         train_set, eval_set = (_dataset(config, processor, split, cache) for split in ("train", "eval"))
-        _check_best(config, eval_set)
+        tasks = _tasks(config, eval_set)
         assert train_set is not None
         datasets = {"train": train_set} | ({} if eval_set is None else {"eval": eval_set})
         # by the first alone: they read the whole base, and all volumes
@@ -207,7 +209,7 @@ def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> 
             task_ids=partial(task_ids, train_set, plan),
             evaluate=None
             if eval_set is None
-            else partial(_evaluate, config, out, eval_set, processor, graphdef, frozen, mesh, interrupted),
+            else partial(_evaluate, config, out, eval_set, tasks, processor, graphdef, frozen, mesh, interrupted),
             log=_wandb(config, out) if config.train.wandb and first else None,
             interrupted=interrupted,
             pending=pending,
@@ -269,15 +271,19 @@ def _dataset(config: RunConfig, processor: Processor, split: str, cache: VolumeC
     )
 
 
-def _check_best(config: RunConfig, dataset: Dataset | None) -> None:
-    """Raises ConfigError for a `train.best_metric` that no evaluation of `dataset` gives."""
-    wanted = config.train.best_metric
-    known = []
+def _tasks(config: RunConfig, dataset: Dataset | None) -> dict[str, Task]:
+    """What an evaluation of `dataset` scores. Raises DataError and ConfigError, also for a `train.best_metric` that it
+    does not give."""
+    tasks: dict[str, Task] = {}
+    known: list[str] = []
     if dataset is not None:
-        known = sorted(_metrics(1.0, _answers(dataset, dict.fromkeys(range(len(dataset)), ""))))
+        tasks = tasks_of(_answers(dataset, dict.fromkeys(range(len(dataset)), "")), config.evaluation.tasks)
+        known = sorted(f"eval_{name}" for name in ("loss", *metric_names(tasks)))
+    wanted = config.train.best_metric
     if wanted is not None and wanted not in known:
         given = f"one of {', '.join(known)}" if known else "data.eval too (--eval-data P)"
         raise ConfigError(f"train.best_metric: no evaluation gives {wanted}; expected {given}")
+    return tasks
 
 
 def _resume(
@@ -334,7 +340,7 @@ def _same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any], inpu
     faults = [
         f"{key}: {now.get(key)} now, {before.get(key)} in the checkpoint"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in _MAY_CHANGE
+        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in _MAY_CHANGE)
     ]
     if saved["base_fingerprint"] != meta["base_fingerprint"]:
         faults.append("model.base: other weights than those that the run started from")
@@ -378,6 +384,7 @@ def _evaluate(
     config: RunConfig,
     out: Path,
     dataset: Dataset,
+    tasks: Mapping[str, Task],
     processor: Processor,
     graphdef: nnx.GraphDef,
     frozen: Params,
@@ -386,7 +393,7 @@ def _evaluate(
     step: int,
     trainable: Params,
 ) -> Line | None:
-    """Loss over the answers and greedy accuracy on the evaluation data; answers go to predictions/step_N.jsonl.
+    """Loss over the answers, and how right greedy ones are; these go to predictions/step_N.jsonl.
 
     None, and no answers, where a signal comes meanwhile.
     """
@@ -422,28 +429,30 @@ def _evaluate(
         folder = out / "predictions"
         folder.mkdir(exist_ok=True)
         write_whole(folder / f"step_{step}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    return _metrics(loss / supervised if supervised else None, rows)
+    mean = loss / supervised if supervised else None  # none: the truth is in metadata alone
+    metrics: Line = {} if mean is None else {"loss": mean if math.isfinite(mean) else None}
+    return {f"eval_{name}": value for name, value in (metrics | score(rows, tasks, resamples=0).flat()).items()}
 
 
 def _answers(dataset: Dataset, texts: Mapping[int, str]) -> list[dict[str, Any]]:
-    """A row of `predictions/` for each conversation; `texts` are the answers by its index."""
+    """A row of `predictions/` for each conversation; `texts` are the answers by its index.
+
+    `metadata.subject_id` is there also where only the conversation itself says whom it is about, and that is one.
+    """
     return [
         {
             "task_id": conversation.task_id,
             "task_type": conversation.task_type,
             "prediction": texts[index],
             "reference": reference_answer(conversation),
-            "metadata": dict(conversation.metadata),
+            "metadata": _about(conversation) | dict(conversation.metadata),
         }
         for index, conversation in enumerate(dataset.conversations)
     ]
 
 
-def _metrics(loss: float | None, rows: Sequence[Mapping[str, Any]]) -> Line:
-    """What an evaluation says, under the names of `metrics.jsonl`; `loss` None where nothing was supervised."""
-    known = [row for row in rows if row["reference"]]  # some files keep the truth in metadata alone
-    metrics = {} if loss is None else {"loss": loss if math.isfinite(loss) else None}
-    return {f"eval_{name}": value for name, value in (metrics | accuracy(known)).items()}
+def _about(conversation: Conversation) -> dict[str, str]:
+    return {"subject_id": next(iter(conversation.subjects))} if len(conversation.subjects) == 1 else {}
 
 
 def _wandb(config: RunConfig, out: Path) -> Callable[[Line], None]:
