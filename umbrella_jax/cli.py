@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from umbrella_jax.config import RunConfig, load_config, parse_mesh
-from umbrella_jax.data.bids import MAX_CLASSES, MODALITIES, TEMPLATES, from_bids
+from umbrella_jax.config import MAX_CLASSES, EvaluationConfig, RunConfig, load_config, parse_mesh
+from umbrella_jax.data.bids import MODALITIES, TEMPLATES, from_bids
 from umbrella_jax.errors import ConfigError, Interrupted, UmbrellaError
 
 # Flags that stand for a key of the config: key, type, name of the value, help.
@@ -78,7 +78,11 @@ def _train(arguments: argparse.Namespace) -> None:
             config = _config(arguments)
         last = train(config, resume=arguments.resume)
     if jax.process_index() == 0:
-        print("  ".join(f"{name} {math.nan if value is None else value:.4g}" for name, value in last.items()))
+        numbers = [f"{name} {math.nan if value is None else value:.4g}" for name, value in last.items()]
+        print("  ".join(number for number in numbers if not number.startswith("eval_")))
+        for number in numbers:
+            if number.startswith("eval_"):
+                print(number)  # of each task many: a line each
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -178,6 +182,15 @@ def _validate(arguments: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _score(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.evaluation.metrics import read_predictions, score, tasks_of
+
+    config = load_config(arguments.config).evaluation if arguments.config else EvaluationConfig()
+    rows = read_predictions(arguments.predictions)
+    found = score(rows, tasks_of(rows, config.tasks), resamples=config.resamples)
+    print(json.dumps(found.to_json(), indent=1, allow_nan=False) if arguments.json else found.table())
+
+
 def _cache(arguments: argparse.Namespace) -> None:
     from umbrella_jax.data.cache import fill
 
@@ -224,6 +237,13 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = command(commands, "inspect", _inspect, "Print what would train and what is frozen, without training.")
     _add_config(inspect, ["--base"])
+
+    scored = command(commands, "score", _score, "How right predictions are, by task, with intervals.")
+    scored.add_argument("predictions", metavar="PREDICTIONS.jsonl", help="of a run's predictions/, or like them")
+    scored.add_argument(
+        "--config", metavar="FILE", help="YAML of a run, for its section evaluation; default: as the data say"
+    )
+    scored.add_argument("--json", action="store_true", help="for programs")
 
     plan = command(commands, "plan", _plan, "Work out memory, time and the best mesh on devices that are not at hand.")
     _add_config(plan, ["--base", "--batch-size", "--modality", "--mesh"])
