@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import umbrella_jax.run
 from tests import small_run
 from tests.small_run import World, parameters, read_config, read_lines, umbrella
 from umbrella_jax.api import Checkpoint
+from umbrella_jax.data.conversation import Conversation, Message
 
 STEPS, SAVE, EVAL = 36, 3, 24
 FLAGS = ["--epochs", STEPS // 3, "--set", f"train.save_steps={SAVE}"]  # a step of one scan, of two, and of runs
@@ -84,6 +86,21 @@ def test_each_evaluation_writes_its_answers(run: Path) -> None:
     )
 
 
+def test_predictions_say_whose_they_are() -> None:
+    """As the images' paths do, where metadata does not and they are of one subject."""
+    messages = (Message("user", ("Which sex?",)), Message("assistant", ("female.",)))
+    whose: list[tuple[dict[str, Any], set[str]]] = [
+        ({}, {"01"}),
+        ({}, {"01", "02"}),
+        ({"subject_id": "02"}, {"01", "02"}),
+        ({}, set()),
+    ]
+    conversations = [Conversation("a", "T1", messages, metadata, "a.json", frozenset(s)) for metadata, s in whose]
+    rows = umbrella_jax.run._answers(SimpleNamespace(conversations=conversations), dict.fromkeys(range(4), "male."))
+    assert [row["metadata"] for row in rows] == [{"subject_id": "01"}, {}, {"subject_id": "02"}, {}]
+    assert (rows[0]["reference"], rows[0]["prediction"]) == ("female.", "male.")
+
+
 def test_frozen_is_frozen_and_the_patch_embedding_trains(run: Path, world: World) -> None:
     after = parameters(run)
     before = parameters(world.base, modalities=small_run.modalities())
@@ -140,7 +157,9 @@ def test_a_run_goes_on_on_another_mesh(world: World, tmp_path: Path) -> None:
         assert {k: ours[k] for k in METRICS} == pytest.approx({k: theirs[k] for k in METRICS}, rel=1e-5)
     trained = [Checkpoint.open(out).trained() for out in (again, whole)]
     for path, leaf in trained[1].items():
-        assert np.abs(np.asarray(trained[0][path]) - np.asarray(leaf)).max() <= 1e-6 * np.abs(leaf).max()
+        # a bias, which began at 0, against the products that it is added to
+        scale = np.abs(trained[1][path.replace("_proj.bias", "_proj.weight")]).max()
+        assert np.abs(np.asarray(trained[0][path]) - np.asarray(leaf)).max() <= 1e-6 * scale
 
 
 def test_a_run_is_not_overwritten(run: Path, world: World) -> None:

@@ -397,7 +397,7 @@ def _versions() -> dict[str, str]:
 def _evaluate(
     config: RunConfig,
     out: Path,
-    evaluated: "Evaluated",
+    evaluated: Evaluated,
     processor: Processor,
     graphdef: nnx.GraphDef,
     frozen: Params,

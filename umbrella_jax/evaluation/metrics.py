@@ -433,9 +433,14 @@ def _notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Row]], resam
             yield f"{name}: {none} of {len(rows)} answers {what}; each counts as {so}."
         if len(task.classes) == 1:
             yield f"{name}: every reference is {task.classes[0]}; evaluation.tasks.{name}.answers names all answers."
-        lacking = [m for m in task.metrics if m in OF_LIKELIHOODS and not _with_likelihoods(rows)]
-        if lacking:
-            yield f"{name}: no {', '.join(lacking)}, for which the predictions would need likelihoods."
+    lacking = {
+        name: [metric for metric in task.metrics if metric in OF_LIKELIHOODS]
+        for name, task in tasks.items()
+        if not _with_likelihoods(groups[name])
+    }
+    if metrics := dict.fromkeys(metric for of_task in lacking.values() for metric in of_task):
+        whose = ", ".join(name for name, of_task in lacking.items() if of_task)
+        yield f"No {', '.join(metrics)} of {whose}: their predictions hold no likelihoods."
 
 
 def _figure_lines(figures: Mapping[str, Figure]) -> Iterator[str]:
