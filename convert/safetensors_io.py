@@ -178,7 +178,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     faults = [
         f"{index}: {name}: in {file!r}; expected the name of a file beside it"
         for name, file in weight_map.items()
-        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file
+        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file or len(os.fsencode(file)) > 255
     ]
     if faults:
         raise CheckpointError(faults)

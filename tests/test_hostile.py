@@ -176,7 +176,7 @@ def bomb(line: str) -> str:
         ("model: {}\nseed: !!int 3", "line 2: a tag, "),
         ("model: !!binary aGk=", "line 1: a tag, "),
         ("[" * DEEP, "line 1: nests deeper than 20 levels"),
-        ("{a: " * DEEP, "line 1: nests deeper than 20 levels"),
+        ("{a: " * (DEEP // 2), "line 1: nests deeper than 20 levels"),
         (bomb("a{0}: &a{0} [{1}]"), "more than 10000 values"),
         (bomb("a{0}: &a{0} {{<<: [{1}]}}"), "more than 10000 values"),
         ("a: &a [*a]", "more than 10000 values"),
@@ -273,7 +273,7 @@ def test_a_mask_that_compresses_well_is_no_bomb(tmp_path: Path) -> None:
     data[5:9, 60:70, 3] = 1
     path = tmp_path / "a.nii.gz"
     nib.save(nib.Nifti1Image(data, np.eye(4)), path)
-    assert data.size > 500 * path.stat().st_size
+    assert data.size > 200 * path.stat().st_size
     assert load_volume(path, T1).std() > 0.9
 
 
@@ -331,7 +331,7 @@ def test_voxels_of_no_size(tmp_path: Path, scale: float, axis: int) -> None:
     image.header["sform_code"], image.header["srow_x"] = 1, affine[0]
     image.header["srow_y"], image.header["srow_z"] = affine[1], affine[2]
     (tmp_path / "a.nii").write_bytes(image.header.binaryblock + bytes(4) + image.dataobj.tobytes())
-    pad = ModalityConfig(size=SIZE, patch=(3, 2, 4), mode="pad")
+    pad = ModalityConfig(size=SIZE, patch=(3, 2, 4), mode="pad", orientation="as_stored")
     assert "nothing in it says how large its voxels are" in refused(DataError, load_volume, tmp_path / "a.nii", pad)
 
 
@@ -340,12 +340,10 @@ def test_voxels_of_no_size(tmp_path: Path, scale: float, axis: int) -> None:
     [([3e38, -3e38], "znorm"), ([1e30, 2e30], "znorm"), ([-1e30, 1e-30], "minmax"), ([1e30, 2e30], "znorm_minback")],
 )
 def test_values_that_scaling_takes_out_of_range(tmp_path: Path, values: list[float], scaling: Any) -> None:
-    data = np.resize(np.float32(values), (*SIZE, 4))
-    four = scaling == "znorm_minback"
-    nib.save(nib.Nifti1Image(data if four else data[..., 0], np.eye(4)), tmp_path / "a.nii")
-    modality = ModalityConfig(
-        size=(*SIZE, 4)[: 4 if four else 3], patch=(1, 1, 1, 1)[: 4 if four else 3], scaling=scaling
-    )
+    axes = 4 if scaling == "znorm_minback" else 3
+    size, patch = (*SIZE, 3)[:axes], (1, 1, 1, 1)[:axes]
+    nib.save(nib.Nifti1Image(np.resize(np.float32(values), size), np.eye(4)), tmp_path / "a.nii")
+    modality = ModalityConfig(size=size, patch=patch, scaling=scaling)
     assert f"scaling {scaling} takes it beyond float32" in refused(DataError, load_volume, tmp_path / "a.nii", modality)
 
 
@@ -414,7 +412,9 @@ def test_types_that_are_not_read(tmp_path: Path, code: str) -> None:
     assert f"a: type {code} cannot be read" in refused(CheckpointError, fingerprint, tmp_path)
 
 
-@pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "", "a/../b", "."])
+@pytest.mark.parametrize(
+    "file", ["../secret.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "", "a/../b", ".", "x" * 256]
+)
 def test_index_that_leads_out_of_its_folder(tmp_path: Path, file: str) -> None:
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)

@@ -33,8 +33,10 @@ def read_text(path: str | Path, error: type[UmbrellaError], limit: int, remedy: 
     read, is longer than `limit` bytes or is no text."""
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            content = b"" if size > limit else file.read(limit + 1)  # of a pipe the size says nothing
+            size, content = os.fstat(file.fileno()).st_size, bytearray()
+            # of a pipe, the size says nothing
+            while max(size, len(content)) <= limit and (piece := file.read(1 << 20)):
+                content += piece
         if max(size, len(content)) <= limit:
             return content.decode("utf-8-sig")
     except (OSError, ValueError) as fault:  # no text, or a name that none can have
