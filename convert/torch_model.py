@@ -191,6 +191,8 @@ def _check_packing(path: Path) -> None:
 def _checked(tensor: torch.Tensor) -> torch.Tensor:
     """Without its gradient. Raises TypeError where its numbers are not all there: repeated by strides of 0, 10¹² of
     them take four bytes of a file."""
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"a tensor of {tensor.layout}, which numpy has not")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise TypeError(f"shape {tuple(tensor.shape)} of {tensor.untyped_storage().nbytes()} bytes, which it repeats")
     return tensor.detach()

@@ -35,8 +35,8 @@ def open_trainable(path: Path) -> Trainable:
     """Reads the header. Raises CheckpointError for a file that is damaged or another kind of safetensors."""
     tensors, metadata = open_safetensors(path)
     remedy = "expected a file of `umbrella-jax convert to-hf --trainable-only`"
-    if faults := [f"{path}: its header does not say {key}; {remedy}" for key in _STATED if key not in metadata]:
-        raise CheckpointError(faults)
+    if missing := [key for key in _STATED if key not in metadata]:
+        raise CheckpointError(f"{path}: its header does not say {' and '.join(missing)}; {remedy}")
     stated, fingerprint = (metadata[key] for key in _STATED)
     modalities = parse_json(stated, f"{path}: modalities", CheckpointError, remedy)
     config = parse_config({"model": {"modalities": modalities}}, str(path)).model.modalities

@@ -22,9 +22,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    with atheris.instrument_imports(
-        include=["umbrella_jax", "convert", "nibabel", "ruamel"], enable_loader_override=False
-    ):
+    with atheris.instrument_imports(include=["umbrella_jax", "convert", "nibabel"], enable_loader_override=False):
         from tests import fuzz_targets
     with tempfile.TemporaryDirectory() as corpus:
         for i in range(64):  # else it begins with inputs too short to make a file from

@@ -9,6 +9,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -394,12 +395,19 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
+@cache
+def _adapter() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(RunConfig)
+
+
 def parse_config(data: Mapping[str, Any], source: str = "config") -> RunConfig:
     """Checks a nested mapping and returns the run. Raises ConfigError with every fault and its key."""
-    from pydantic import TypeAdapter, ValidationError  # here, so that models import without it
+    from pydantic import ValidationError  # here, so that models import without it
 
     try:
-        return TypeAdapter(RunConfig).validate_python(dict(data))
+        return _adapter().validate_python(dict(data))
     except ValidationError as error:
         faults = []
         for fault in error.errors():

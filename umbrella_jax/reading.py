@@ -53,7 +53,7 @@ def read_lines(path: str | Path, error: type[UmbrellaError], remedy: str) -> Ite
             for number, line in enumerate(iter(lambda: file.readline(LINE + 1), ""), start=1):
                 if len(line) > LINE:
                     raise error(f"{path}:{number}: a line of more than {LINE / 2**20:g} M characters; {remedy}")
-                yield number, line
+                yield number, line.removesuffix("\n")
     except (OSError, UnicodeDecodeError) as fault:
         raise error(f"{path}: cannot be read: {_reason(fault)}; {remedy}") from None
 
