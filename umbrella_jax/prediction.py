@@ -222,7 +222,9 @@ def predict(
         rows = blank_rows(dataset)
         choices = None
         if likelihoods:
-            choices = Choices.of(dataset, processor, rows, tasks_of(rows, tasks or {}))
+            asked = {task_of(row) for row in rows}
+            configured = {name: task for name, task in (tasks or {}).items() if name in asked}
+            choices = Choices.of(dataset, processor, rows, tasks_of(rows, configured))
             if choices is None:
                 raise ConfigError(
                     "likelihoods: no task of the data has a closed set of answers; name them in evaluation.tasks"

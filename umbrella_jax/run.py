@@ -35,6 +35,7 @@ from umbrella_jax.files import locked, write_whole
 from umbrella_jax.models import Params, abstract_params, native_backend, quantize
 from umbrella_jax.prediction import Choices, Row, answers, blank_rows, with_answer
 from umbrella_jax.processor import Processor
+from umbrella_jax.reading import LISTING, read_json
 from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, put_batch, shardings
 from umbrella_jax.signals import Signals
 from umbrella_jax.training import freeze
@@ -369,7 +370,9 @@ def _same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any], inpu
     ]
     if saved["inputs"] != meta["inputs"] and not faults:  # other settings may well read other files
         record = directory.parent / INPUTS
-        names = changed(json.loads(record.read_text()), inputs) if record.exists() else []
+        names = []
+        if record.exists():
+            names = changed(read_json(record, ConfigError, f"remove {record}", LISTING), inputs)
         faults = [f"{name}: other content than when the run began" for name in names] or [
             f"conversations, tokenizer or volumes are other ones than when the run began; {record} does not say which"
         ]

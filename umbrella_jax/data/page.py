@@ -101,7 +101,7 @@ def write_page(
         usable=sum(volume.windows > 0 for volume in report.volumes),
         privacy=PRIVACY,
     )
-    file.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")  # JSON may hold half a surrogate pair
+    file.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")  # a file's name may be no text
 
 
 def _groups(report: Report, severity: Severity, kind: str) -> list[list[Finding]]:
