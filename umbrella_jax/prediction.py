@@ -31,6 +31,7 @@ from umbrella_jax.evaluation.metrics import Task, task_of, tasks_of
 from umbrella_jax.files import append, hold, naming, write_whole
 from umbrella_jax.models import Params, abstract_params, native_backend
 from umbrella_jax.processor import Processor
+from umbrella_jax.reading import parse_json
 from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, put_batch
 
 Row = dict[str, Any]
@@ -298,10 +299,11 @@ class _Part:
             append(self._file, self.path, (json.dumps(settings) + "\n").encode())
             return
         try:
-            before, *rows = (json.loads(line) for line in whole.splitlines())
+            lines = whole.decode().splitlines()
+            before, *rows = (parse_json(line, self.path, ConfigError, "", n) for n, line in enumerate(lines, 1))
             self.done = {int(index): row for index, row in rows}
             other = [key for key in settings if before[key] != settings[key]]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError):  # of which ConfigError is one
             raise ConfigError(f"{self.path}: not what an earlier call left; remove it, or name another file") from None
         if other:
             raise ConfigError(
