@@ -19,7 +19,9 @@ from tests import small_run
 from tests.small_run import World, parameters, read_config, read_lines, umbrella
 from umbrella_jax.api import Checkpoint
 from umbrella_jax.data.conversation import Conversation, Message
+from umbrella_jax.evaluation.generate import decode, prefill, score_answers
 from umbrella_jax.prediction import blank_rows
+from umbrella_jax.training.step import jit_eval_step
 
 STEPS, SAVE, EVAL = 36, 3, 24
 FLAGS = ["--epochs", STEPS // 3, "--set", f"train.save_steps={SAVE}"]  # a step of one scan, of two, and of runs
@@ -378,3 +380,31 @@ def test_wandb(
     shutil.rmtree(tmp_path / "planned")
     planned(*config)["log"]({"step": 3, "loss": 0.5})
     assert sys.modules.pop("wandb").logged == [(str(tmp_path / "planned"), True), (3, {"step": 3, "loss": 0.5})]
+
+
+def test_evaluations_of_a_part_compile_nothing_more(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one conversation at least before the end, of all at the end, likelihoods of the answers too."""
+    programs = list[tuple[int, ...]]()
+    evaluate = umbrella_jax.run._evaluate
+
+    def counted(*args: Any) -> Any:
+        found = evaluate(*args)
+        programs.append(tuple(f._cache_size() for f in (prefill, decode, score_answers, jit_eval_step)))
+        return found
+
+    monkeypatch.setattr(umbrella_jax.run, "_evaluate", counted)
+    rows = [row for row in json.loads(world.train.read_text()) if row["task_type"] == "T3"] * 3
+    data = small_run.write_json(tmp_path / "eval.json", [row | {"task_id": f"{i}"} for i, row in enumerate(rows)])
+    flags = ["--task-filter", "T3", "--eval-data", data, "--epochs", 3, "--batch-size", 4]
+    flags += ["--set", "train.eval_steps=1", "--set", "train.eval_samples=1", "--set", "evaluation.likelihoods=true"]
+    umbrella(*world.train_flags(tmp_path / "run", *flags))
+    assert len(programs) == 3
+    assert programs[0] == programs[1] == programs[2]
+    sizes = [len(read_lines(tmp_path / f"run/predictions/step_{step}.jsonl")) for step in (1, 2, 3)]
+    assert sizes == [4, 4, 12]
+    first, second, _ = (read_lines(tmp_path / f"run/predictions/step_{step}.jsonl") for step in (1, 2, 3))
+    assert [row["task_id"] for row in first] == [row["task_id"] for row in second]
+    assert all(row["likelihoods"].keys() == {"left.", "right."} for row in first)
+    assert {"eval_auroc/T3", "eval_accuracy/T3"} <= read_lines(tmp_path / "run/metrics.jsonl")[0].keys()
