@@ -490,7 +490,7 @@ def test_data_cache(config_file, directory, capsys):
 def test_data_cache_on_a_full_disk_fails(config_file, directory, capsys, full_disk):
     code = main(command(config_file, "--cache", directory))
     full_disk()
-    assert code == 2
+    assert code == 1
     assert f"File too large: '{directory}'" in capsys.readouterr().err
     assert entries(directory) == []
     assert main(command(config_file, "--cache", directory)) == 0

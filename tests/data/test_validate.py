@@ -560,7 +560,7 @@ def test_no_page_without_its_packages(command, tmp_path, monkeypatch):
     monkeypatch.setattr(page, "_installed", lambda module: module != "PIL")
     monkeypatch.setattr("umbrella_jax.data.validate.validate", lambda *_, **__: pytest.fail("work was begun"))
     told = command("--html", tmp_path / "page.html")
-    assert told.code == 1
+    assert told.code == 2
     assert "pillow not installed; pip install 'umbrella-jax[report]'" in told.err
     monkeypatch.undo()
     monkeypatch.setattr("umbrella_jax.data.validate.validate", lambda *_, **__: pytest.fail("work was begun"))
