@@ -178,6 +178,8 @@ def _explain(arguments: argparse.Namespace) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
+    import jax
+
     from umbrella_jax.config import DataConfig, MeshConfig
     from umbrella_jax.distributed import bound, start, together
 
@@ -211,7 +213,8 @@ def _predict(arguments: argparse.Namespace) -> None:
             compute_dtype=arguments.compute_dtype,
             resume=arguments.resume,
         )
-    print(f"{arguments.out}: {len(rows)} answers")
+    if jax.process_index() == 0:
+        print(f"{arguments.out}: {len(rows)} answers")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
