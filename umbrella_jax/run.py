@@ -13,7 +13,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from umbrella_jax.distributed import agree, gather, together
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.evaluation.metrics import accuracy
 from umbrella_jax.files import locked, write_whole
+from umbrella_jax.loggers import loggers, missing
 from umbrella_jax.models import Params, abstract_params, native_backend, quantize
 from umbrella_jax.prediction import answers, blank_rows, with_answer
 from umbrella_jax.processor import Processor
@@ -66,6 +67,7 @@ _MAY_CHANGE = (
     "train.best_mode",
     "train.on_nonfinite",
     "train.max_skipped",
+    "train.tensorboard",
     "train.wandb",
 )
 
@@ -184,34 +186,36 @@ def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> 
         say(f"{len(train_set)} conversations, {steps} steps on {mesh.size} device(s) ({sizes}), into {out}")
         say(f"plan: {plan.report}")
         say(f"attention: {model.attention}")
-        state = fit(
-            state,
-            frozen,
-            train_batches(
-                train_set,
-                plan,
-                start_step=int(state.step),
+        start = int(state.step)
+        with loggers(config, out, start - bool(pending)) if first else nullcontext() as log:
+            state = fit(
+                state,
+                frozen,
+                train_batches(
+                    train_set,
+                    plan,
+                    start_step=start,
+                    num_steps=steps,
+                    threads=config.data.threads,
+                    parts=parts(mesh),
+                ),
+                graphdef=graphdef,
+                optimizer=optimizer,
+                schedule=schedule,
+                config=config.train,
                 num_steps=steps,
-                threads=config.data.threads,
-                parts=parts(mesh),
-            ),
-            graphdef=graphdef,
-            optimizer=optimizer,
-            schedule=schedule,
-            config=config.train,
-            num_steps=steps,
-            mesh=mesh,
-            checkpoints=checkpoints,
-            meta=meta,
-            metrics_path=metrics,
-            task_ids=partial(task_ids, train_set, plan),
-            evaluate=None
-            if eval_set is None
-            else partial(_evaluate, config, out, eval_set, processor, graphdef, frozen, mesh, interrupted),
-            log=_wandb(config, out) if config.train.wandb and first else None,
-            interrupted=interrupted,
-            pending=pending,
-        )
+                mesh=mesh,
+                checkpoints=checkpoints,
+                meta=meta,
+                metrics_path=metrics,
+                task_ids=partial(task_ids, train_set, plan),
+                evaluate=None
+                if eval_set is None
+                else partial(_evaluate, config, out, eval_set, processor, graphdef, frozen, mesh, interrupted),
+                log=log,
+                interrupted=interrupted,
+                pending=pending,
+            )
     for step, value in checkpoints.best():
         say(f"best: {config.train.best_metric} {value:.4g} at step {step}: {checkpoints.directory / str(step)}")
     return gather(read_metrics(metrics)[-1] if first else None)[0]
@@ -239,8 +243,7 @@ def _output_dir(config: RunConfig) -> tuple[Path, Mesh]:
         faults += error.faults
     if config.train.eval_steps and config.data.eval is None:
         faults.append("train.eval_steps: nothing to evaluate on; name data.eval (--eval-data P)")
-    if config.train.wandb and importlib.util.find_spec("wandb") is None:
-        faults.append("train.wandb: wandb is not installed; pip install 'umbrella-jax[wandb]', or --no-wandb")
+    faults += missing(config)
     if config.model.quantize and importlib.util.find_spec("qwix") is None:
         faults.append("model.quantize: qwix is not installed; pip install 'umbrella-jax[quantize]', or leave it out")
     if faults:
@@ -426,10 +429,3 @@ def _metrics(loss: float | None, rows: Sequence[Mapping[str, Any]]) -> Line:
     known = [row for row in rows if row["reference"]]  # some files keep the truth in metadata alone
     metrics = {} if loss is None else {"loss": loss if math.isfinite(loss) else None}
     return {f"eval_{name}": value for name, value in (metrics | accuracy(known)).items()}
-
-
-def _wandb(config: RunConfig, out: Path) -> Callable[[Line], None]:
-    import wandb
-
-    run = wandb.init(dir=str(out), config=to_dict(config))
-    return lambda line: run.log(line, step=int(line["step"] or 0))
