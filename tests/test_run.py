@@ -144,7 +144,7 @@ def test_a_run_goes_on_on_another_mesh(world: World, tmp_path: Path) -> None:
 
 def test_a_run_is_not_overwritten(run: Path, world: World) -> None:
     before = (run / "metrics.jsonl").read_bytes()
-    message = umbrella(*world.train_flags(run, *FLAGS), code=1)
+    message = umbrella(*world.train_flags(run, *FLAGS), code=2)
     assert str(run) in message
     assert "--resume" in message
     assert (run / "metrics.jsonl").read_bytes() == before
@@ -161,7 +161,7 @@ def test_a_run_is_not_overwritten(run: Path, world: World) -> None:
     ],
 )
 def test_resuming_with_other_settings_is_refused(run: Path, world: World, flags: list[Any], key: str) -> None:
-    message = umbrella(*world.train_flags(run, *FLAGS, "--eval-data", world.eval, "--resume", *flags), code=1)
+    message = umbrella(*world.train_flags(run, *FLAGS, "--eval-data", world.eval, "--resume", *flags), code=2)
     assert f"cannot resume: {key}" in message
     assert "faults" not in message  # that one alone
 
@@ -174,7 +174,7 @@ def test_resuming_on_another_base_is_refused(run: Path, world: World, tmp_path: 
     tensors["language_model.model.norm.weight"][3] += 1
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     flags = [*FLAGS, "--eval-data", world.eval, "--resume", "--base", other]
-    assert "other weights than those that the run started from" in umbrella(*world.train_flags(run, *flags), code=1)
+    assert "other weights than those that the run started from" in umbrella(*world.train_flags(run, *flags), code=2)
 
 
 def test_a_run_from_before_a_field_was_known_resumes(run: Path, world: World, tmp_path: Path) -> None:
@@ -188,13 +188,15 @@ def test_a_run_from_before_a_field_was_known_resumes(run: Path, world: World, tm
     small_run.edit_meta(old, forget)
     flags = [*FLAGS, "--eval-data", world.eval, "--resume"]
     assert f"from step {STEPS}" in umbrella(*world.train_flags(old, *flags))
-    message = umbrella(*world.train_flags(old, *flags, "--set", "model.modalities.T1.mode=pad"), code=1)
+    message = umbrella(*world.train_flags(old, *flags, "--set", "model.modalities.T1.mode=pad"), code=2)
     assert "cannot resume: model.modalities.T1.mode: pad now, resize in the checkpoint" in message
 
 
 def test_a_finished_run_resumes_to_its_end(run: Path, world: World) -> None:
     before = (run / "metrics.jsonl").read_bytes()
-    assert f"from step {STEPS}" in umbrella(*world.train_flags(run, *FLAGS, "--eval-data", world.eval, "--resume"))
+    other = ["--set", "evaluation={tasks: {T1: {answers: [left, right]}}, resamples: 7}"]  # changes no step
+    flags = [*FLAGS, "--eval-data", world.eval, *other, "--resume"]
+    assert f"from step {STEPS}" in umbrella(*world.train_flags(run, *flags))
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
@@ -205,6 +207,7 @@ def test_a_finished_run_resumes_to_its_end(run: Path, world: World) -> None:
             ["keep_best=1", "best_metric=eval_acuracy"],
             "no evaluation gives eval_acuracy; expected one of eval_accuracy",
         ),
+        (["keep_best=1", "best_metric=eval_mae/T1"], "no evaluation gives eval_mae/T1"),
         (["keep_best=1"], "1 by best_metric None; expected both"),
         (["best_metric=eval_loss"], "0 by best_metric eval_loss; expected both"),
         (["keep_latest=0"], "keep_latest: expected a positive number"),
@@ -212,9 +215,9 @@ def test_a_finished_run_resumes_to_its_end(run: Path, world: World) -> None:
 )
 def test_best_of_what_is_refused(world: World, tmp_path: Path, settings: list[str], message: str) -> None:
     flags = [word for key in settings for word in ("--set", f"train.{key}")]
-    assert message in umbrella(*world.train_flags(tmp_path, "--eval-data", world.eval, *flags), code=1)
+    assert message in umbrella(*world.train_flags(tmp_path, "--eval-data", world.eval, *flags), code=2)
     if "acuracy" in message:
-        assert "data.eval too" in umbrella(*world.train_flags(tmp_path, *flags), code=1)
+        assert "data.eval too" in umbrella(*world.train_flags(tmp_path, *flags), code=2)
 
 
 @pytest.fixture

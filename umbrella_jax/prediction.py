@@ -20,6 +20,7 @@ from umbrella_jax.api import Checkpoint
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import DataConfig, MeshConfig, ModalityConfig, TaskConfig
 from umbrella_jax.data.cache import VolumeCache
+from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.data.inputs import digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, eval_batches
 from umbrella_jax.data.tokenize import encode_answers, reference_answer
@@ -46,17 +47,24 @@ class Answer:
 
 
 def blank_rows(dataset: Dataset) -> list[Row]:
-    """A row for each conversation, in order, that says all but its prediction."""
+    """A row for each conversation, in order, that says all but its prediction.
+
+    `metadata.subject_id` is there also where only the conversation itself says whom it is about, and that is one.
+    """
     return [
         {
             "task_id": conversation.task_id,
             "task_type": conversation.task_type,
             "prediction": "",
             "reference": reference_answer(conversation),
-            "metadata": dict(conversation.metadata),
+            "metadata": _about(conversation) | dict(conversation.metadata),
         }
         for conversation in dataset.conversations
     ]
+
+
+def _about(conversation: Conversation) -> dict[str, str]:
+    return {"subject_id": next(iter(conversation.subjects))} if len(conversation.subjects) == 1 else {}
 
 
 def with_answer(row: Row, answer: Answer) -> Row:

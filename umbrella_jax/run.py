@@ -12,8 +12,8 @@ import importlib.metadata
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from umbrella_jax.data.inputs import Inputs, changed, digest_of, dump_inputs, re
 from umbrella_jax.data.loader import Dataset, eval_batches, make_plan, task_ids, train_batches
 from umbrella_jax.distributed import agree, gather, together
 from umbrella_jax.errors import CheckpointError, ConfigError
-from umbrella_jax.evaluation.metrics import accuracy
+from umbrella_jax.evaluation.metrics import Task, metric_names, score, tasks_of
 from umbrella_jax.files import locked, write_whole
 from umbrella_jax.loggers import loggers, missing
 from umbrella_jax.models import Params, abstract_params, native_backend, quantize
@@ -69,6 +69,7 @@ _MAY_CHANGE = (
     "train.max_skipped",
     "train.tensorboard",
     "train.wandb",
+    "evaluation",
 )
 
 
@@ -132,7 +133,7 @@ def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> 
         processor = Processor(base.tokenizer(), base.config.modalities, **options)
         cache = VolumeCache.of(config.data)
         train_set, eval_set = (_dataset(config, processor, split, cache) for split in ("train", "eval"))
-        _check_best(config, eval_set)
+        tasks = _tasks(config, eval_set)
         assert train_set is not None
         datasets = {"train": train_set} | ({} if eval_set is None else {"eval": eval_set})
         # by the first alone: they read the whole base, and all volumes
@@ -171,6 +172,7 @@ def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> 
     with (
         Checkpoints(out / CHECKPOINTS, config.train, lines) as checkpoints,
         Signals(say) as signals,
+        ExitStack() as opened,
     ):
         state, pending = _resume(checkpoints, state, meta, inputs, say) if resume else (state, None)
         if first:
@@ -187,35 +189,35 @@ def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> 
         say(f"plan: {plan.report}")
         say(f"attention: {model.attention}")
         start = int(state.step)
-        with loggers(config, out, start - bool(pending)) if first else nullcontext() as log:
-            state = fit(
-                state,
-                frozen,
-                train_batches(
-                    train_set,
-                    plan,
-                    start_step=start,
-                    num_steps=steps,
-                    threads=config.data.threads,
-                    parts=parts(mesh),
-                ),
-                graphdef=graphdef,
-                optimizer=optimizer,
-                schedule=schedule,
-                config=config.train,
+        log = opened.enter_context(loggers(config, out, start - bool(pending))) if first else None
+        state = fit(
+            state,
+            frozen,
+            train_batches(
+                train_set,
+                plan,
+                start_step=start,
                 num_steps=steps,
-                mesh=mesh,
-                checkpoints=checkpoints,
-                meta=meta,
-                metrics_path=metrics,
-                task_ids=partial(task_ids, train_set, plan),
-                evaluate=None
-                if eval_set is None
-                else partial(_evaluate, config, out, eval_set, processor, graphdef, frozen, mesh, interrupted),
-                log=log,
-                interrupted=interrupted,
-                pending=pending,
-            )
+                threads=config.data.threads,
+                parts=parts(mesh),
+            ),
+            graphdef=graphdef,
+            optimizer=optimizer,
+            schedule=schedule,
+            config=config.train,
+            num_steps=steps,
+            mesh=mesh,
+            checkpoints=checkpoints,
+            meta=meta,
+            metrics_path=metrics,
+            task_ids=partial(task_ids, train_set, plan),
+            evaluate=None
+            if eval_set is None
+            else partial(_evaluate, config, out, eval_set, tasks, processor, graphdef, frozen, mesh, interrupted),
+            log=log,
+            interrupted=interrupted,
+            pending=pending,
+        )
     for step, value in checkpoints.best():
         say(f"best: {config.train.best_metric} {value:.4g} at step {step}: {checkpoints.directory / str(step)}")
     return gather(read_metrics(metrics)[-1] if first else None)[0]
@@ -274,15 +276,19 @@ def _dataset(config: RunConfig, processor: Processor, split: str, cache: VolumeC
     )
 
 
-def _check_best(config: RunConfig, dataset: Dataset | None) -> None:
-    """Raises ConfigError for a `train.best_metric` that no evaluation of `dataset` gives."""
-    wanted = config.train.best_metric
-    known = []
+def _tasks(config: RunConfig, dataset: Dataset | None) -> dict[str, Task]:
+    """What an evaluation of `dataset` scores. Raises DataError and ConfigError, also for a `train.best_metric` that it
+    does not give."""
+    tasks: dict[str, Task] = {}
+    known: list[str] = []
     if dataset is not None:
-        known = sorted(_metrics(1.0, blank_rows(dataset)))
+        tasks = tasks_of(blank_rows(dataset), config.evaluation.tasks)
+        known = sorted(f"eval_{name}" for name in ("loss", *metric_names(tasks)))
+    wanted = config.train.best_metric
     if wanted is not None and wanted not in known:
         given = f"one of {', '.join(known)}" if known else "data.eval too (--eval-data P)"
         raise ConfigError(f"train.best_metric: no evaluation gives {wanted}; expected {given}")
+    return tasks
 
 
 def _resume(
@@ -339,7 +345,7 @@ def _same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any], inpu
     faults = [
         f"{key}: {now.get(key)} now, {before.get(key)} in the checkpoint"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in _MAY_CHANGE
+        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in _MAY_CHANGE)
     ]
     if saved["base_fingerprint"] != meta["base_fingerprint"]:
         faults.append("model.base: other weights than those that the run started from")
@@ -383,6 +389,7 @@ def _evaluate(
     config: RunConfig,
     out: Path,
     dataset: Dataset,
+    tasks: Mapping[str, Task],
     processor: Processor,
     graphdef: nnx.GraphDef,
     frozen: Params,
@@ -391,7 +398,7 @@ def _evaluate(
     step: int,
     trainable: Params,
 ) -> Line | None:
-    """Loss over the answers and greedy accuracy on the evaluation data; answers go to predictions/step_N.jsonl.
+    """Loss over the answers, and how right greedy ones are; these go to predictions/step_N.jsonl.
 
     None, and no answers, where a signal comes meanwhile.
     """
@@ -421,11 +428,6 @@ def _evaluate(
         folder = out / "predictions"
         folder.mkdir(exist_ok=True)
         write_whole(folder / f"step_{step}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    return _metrics(loss / supervised if supervised else None, rows)
-
-
-def _metrics(loss: float | None, rows: Sequence[Mapping[str, Any]]) -> Line:
-    """What an evaluation says, under the names of `metrics.jsonl`; `loss` None where nothing was supervised."""
-    known = [row for row in rows if row["reference"]]  # some files keep the truth in metadata alone
-    metrics = {} if loss is None else {"loss": loss if math.isfinite(loss) else None}
-    return {f"eval_{name}": value for name, value in (metrics | accuracy(known)).items()}
+    mean = loss / supervised if supervised else None  # none: the truth is in metadata alone
+    metrics: Line = {} if mean is None else {"loss": mean if math.isfinite(mean) else None}
+    return {f"eval_{name}": value for name, value in (metrics | score(rows, tasks, resamples=0).flat()).items()}
