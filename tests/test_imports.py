@@ -13,6 +13,7 @@ ROOMS: dict[str, set[str]] = {
     "umbrella_jax/errors.py": set(),
     "umbrella_jax/config.py": {"umbrella_jax.errors", "pydantic", "ruamel"},
     "umbrella_jax/batch.py": {"jax", "chex"},
+    "umbrella_jax/pages.py": {"jinja2"},
     "umbrella_jax/sharding.py": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models", "jax", "numpy"),
     },
@@ -34,8 +35,8 @@ ROOMS: dict[str, set[str]] = {
         *("umbrella_jax.sharding", "umbrella_jax.training", "jax", "flax", "chex", "numpy", "scipy"),
     },
     "umbrella_jax/data": {
-        *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors"),
-        *("numpy", "scipy", "nibabel", "isal", "grain", "safetensors", "transformers", "tqdm", "jinja2", "PIL"),
+        *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.pages"),
+        *("numpy", "scipy", "nibabel", "isal", "grain", "safetensors", "transformers", "tqdm", "PIL"),
     },
     "convert": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),

@@ -297,8 +297,9 @@ def _from_bids(arguments: argparse.Namespace) -> None:
 
 def _validate(arguments: argparse.Namespace) -> int:
     from umbrella_jax.api import local_tokenizer
-    from umbrella_jax.data.page import PRIVACY, check_page, write_page
+    from umbrella_jax.data.page import check_page, write_page
     from umbrella_jax.data.validate import validate
+    from umbrella_jax.pages import PRIVACY
 
     config, page = _config(arguments), arguments.html and Path(arguments.html)
     if page:
