@@ -46,7 +46,7 @@ from umbrella_jax.training.trainer import Line, fit, read_metrics
 
 Say = Callable[[str], None]
 T = TypeVar("T")
-INPUTS = "inputs.json"
+INPUTS, PREDICTIONS = "inputs.json", "predictions"
 # What may differ when a run goes on: where it reads from and how often it looks, not what it computes.
 # (Whether the base is the same one, its fingerprint says.)
 _MAY_CHANGE = (
@@ -382,7 +382,8 @@ def _absolute(config: RunConfig) -> RunConfig:
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}
+    names = ("umbrella-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def _evaluate(
@@ -425,7 +426,7 @@ def _evaluate(
         for index, answer in found.items():
             rows[index] = with_answer(rows[index], answer)
     if jax.process_index() == 0:
-        folder = out / "predictions"
+        folder = out / PREDICTIONS
         folder.mkdir(exist_ok=True)
         write_whole(folder / f"step_{step}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     mean = loss / supervised if supervised else None  # none: the truth is in metadata alone
