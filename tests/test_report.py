@@ -301,12 +301,17 @@ def test_another_evaluation_and_other_predictions(run: Path, rows: Rows, tmp_pat
     assert 'class="failed"' not in other.text
 
 
-def test_explanations_are_laid_over(run: Path, tmp_path: Path) -> None:
-    umbrella("report", run, "--samples", 3, "--explain", "gradient", "--out", tmp_path / "out.html")
+def test_explanations_are_laid_over(run: Path, rows: Rows, tmp_path: Path) -> None:
+    answers = [row | {"prediction": row["reference"]} for row in rows]
+    pair = next(row for row in answers if row["metadata"]["task"] == "pair")
+    pair["prediction"] = "both"  # the one that failed comes first
+    words = ["--predictions", write_rows(tmp_path / "answers.jsonl", answers), "--samples", 1, "--explain", "gradient"]
+    umbrella("report", run, *words, "--out", tmp_path / "out.html")
     found = Page(tmp_path / "out.html")
-    assert found.text.count("in place of all volumes") == 3
+    assert found.titles[-1] == f"wrong pair · {pair['task_id']}"
+    assert "log-probability of “both”:" in found.text
     coloured = [browser.picture(str(of["src"])) for tag, of in found.elements if "speaks for" in str(of.get("alt"))]
-    assert len(coloured) == 4  # of the pair, both
+    assert len(coloured) == 2  # both of its scans
     for picture in coloured:
         red, green, blue = (picture[..., i].astype(int) for i in range(3))
         assert (red > blue + 60).any()
