@@ -6,12 +6,14 @@ An absent field is what transformers takes it to be; a value that this model doe
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args
 
 from convert.trainable import open_trainable
+from umbrella_jax import reading
 from umbrella_jax.config import (
     ALIASES,
     ModalityConfig,
@@ -45,10 +47,18 @@ _ONLY: tuple[tuple[str, str, Any, Any, str], ...] = (
     ("text_config", "hidden_act", "silu", "silu", "the MLP's activation is SiLU"),
     ("text_config", "use_sliding_window", False, False, "attention sees the whole text"),
 )
+LARGEST = 1 << 24
+"""Of the whole numbers of config.json: sixty times the words, three hundred times the widths and above the positions of
+the largest published models. What they multiply to then fits into 64 bits."""
+MOST_LAYERS = 1000
+"""Eight times the layers of the deepest published models; each is a dozen tensors to look for."""
+# Files of a folder that transformers reads, each of which may name code of the folder's, or of any other on the hub.
+_CODE = (CONFIG, *(f"{kind}_config.json" for kind in ("tokenizer", "processor", "preprocessor", "generation")))
 # What of a folder goes with the weights; the rest may be a Trainer's state, another model's card, or anybody's notes.
 _CARRIED = (
     *(
-        "tokenizer*",
+        "tokenizer*.json",  # not all of its name: one that ends in .py is code
+        "tokenizer*.model",
         "added_tokens.json",
         "special_tokens_map.json",
         "vocab.*",
@@ -69,24 +79,41 @@ class _Section:
     def get(self, key: str, default: Any, kind: type[int] | type[float] = int) -> Any:
         value = self.data[key] if self.data.get(key) is not None else default
         accepted = (int, float) if kind is float else int
-        if isinstance(value, bool) or not isinstance(value, accepted) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, accepted) or not 0 < value <= sys.float_info.max:
             self.faults.append(f"{self.name}{key}: expected a positive {kind.__name__}, got {value!r}")
             return kind(0)  # which divides into anything, so that nothing else is said about it
+        most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST
+        if kind is int and value > most:
+            self.faults.append(f"{self.name}{key}: {value}; expected at most {most}, more than any published model has")
+            return 0
         return kind(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object. Raises CheckpointError naming the path where it cannot be read or is none."""
-    try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        remedy = "give the folder of a LLaVA in Hugging Face format"
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}; copy it again") from None
+    data = reading.read_json(path, CheckpointError, "give the whole folder of a LLaVA in Hugging Face format")
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected an object, found {type(data).__name__}; copy it again")
     return data
+
+
+def check_code(directory: Path) -> None:
+    """Raises CheckpointError where a file of a checkpoint asks for code to be run (`auto_map`).
+
+    We would not run it. But a copy of the file in an export would ask whoever loads that.
+    """
+    faults = []
+    for file in (directory / name for name in _CODE):
+        if file.exists():
+            raw = read_json(file)
+            sections = {"": raw, **{f"{key}.": value for key, value in raw.items() if isinstance(value, dict)}}
+            faults += [
+                f"{file}: {name}auto_map: names code to be run; code of a checkpoint is not, take it out of the file"
+                for name, section in sections.items()
+                if "auto_map" in section
+            ]
+    if faults:
+        raise CheckpointError(faults)
 
 
 def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -96,14 +123,17 @@ def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _rope_theta(text: Mapping[str, Any], faults: list[str]) -> float:
     """Transformers 4 writes `rope_theta` and `rope_scaling`, 5 one `rope_parameters`; 10000 where neither is there."""
-    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    name = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
+    rope = text.get(name) or {}
+    if not isinstance(rope, dict):
+        faults.append(f"text_config.{name}: {rope!r} is not supported, expected an object")
+        rope = {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     others = sorted(set(rope) - {"rope_type", "type", "rope_theta"})
     if kind != "default" or others:
-        name = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
         faults.append(f"text_config.{name}: {rope!r} is not supported, expected none or rope_type 'default' alone")
     stated = [t for t in (rope.get("rope_theta"), text.get("rope_theta")) if t is not None]
-    if len({*stated}) > 1:
+    if len(stated) == 2 and stated[0] != stated[1]:
         faults.append(f"text_config.rope_theta: {stated[1]}, but rope_parameters say {stated[0]}; make them agree")
     section = _Section("text_config.", {"rope_theta": stated[0] if stated else None}, faults)
     return section.get("rope_theta", 10000.0, float)
@@ -126,11 +156,12 @@ def read_config(
     """The model that `config.json` describes, with `modalities` or, without them, those of `umbrella_config.json`.
 
     `init` and `patch_embed` are as in `plan_loading`; where sizes and patches are resampled, they need not agree.
-    Raises CheckpointError with every value that is not supported, and ConfigError where `modalities` and
-    `umbrella_config.json` do not agree or neither is there.
+    Raises CheckpointError as `check_code`, and with every value that is not supported, and ConfigError where
+    `modalities` and `umbrella_config.json` do not agree or neither is there.
     """
     directory = Path(directory)
     raw = read_json(directory / CONFIG)
+    check_code(directory)
     faults: list[str] = []
     sections = {"": raw, **{k: _section(raw, k) for k in ("vision_config", "text_config")}}
     for section, key, default, only, why in _ONLY:
@@ -139,7 +170,8 @@ def read_config(
             absent = "" if key in sections[section] else ", which absence means,"
             name = f"{section}.{key}" if section else key
             faults.append(f"{name}: {value!r}{absent} is not supported, expected {only!r}: {why}")
-    if any(kind != "full_attention" for kind in sections["text_config"].get("layer_types") or ()):
+    kinds = sections["text_config"].get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         faults.append("text_config.layer_types: only 'full_attention' is supported: attention sees the whole text")
 
     v, t = (_Section(f"{k}.", sections[k], faults) for k in ("vision_config", "text_config"))
@@ -297,6 +329,27 @@ def hf_dict(raw: Mapping[str, Any], config: LlavaConfig) -> dict[str, Any]:
     }
 
 
+def carried(source: Path) -> list[Path]:
+    """The files of a folder that go with its weights wherever those go.
+
+    Raises CheckpointError for a link to something else: what it shows would be in every export. A link may lead to a
+    file of its own name, or to one of the hub's cache.
+    """
+    templates = source / "additional_chat_templates"
+    files = [path for path in source.iterdir() if any(fnmatchcase(path.name, pattern) for pattern in _CARRIED)]
+    files = [path for path in (*files, *templates.glob("*.jinja")) if path.is_file()]
+    faults = [
+        f"{path}: a link that leads out of the folder, to {target}; copy the file there if it belongs to the checkpoint"
+        for path in files
+        if not (target := path.resolve()).is_relative_to(source.resolve())
+        and target.name != path.name
+        and target.parent.name != "blobs"
+    ]
+    if faults:
+        raise CheckpointError(faults)
+    return files
+
+
 def write_config(
     source_dir: str | Path,
     out_dir: str | Path,
@@ -308,8 +361,8 @@ def write_config(
     base_fingerprint: str | None = None,
     template: Template | None = None,
 ) -> None:
-    """Writes config.json, umbrella_config.json and those of `source_dir`'s files that are tokenizer's, generation's or
-    processor's.
+    """Writes config.json, umbrella_config.json and those of `source_dir`'s files that are `carried`: tokenizer's,
+    generation's and processor's.
 
     `names` is the family of modality names to export under (see `export_names`); `dtype` that of the weights, where
     it is no longer what config.json says; `base` and `base_fingerprint` name the checkpoint that training began from,
@@ -323,11 +376,9 @@ def write_config(
     stated = {"template": template, "base": base, "base_fingerprint": base_fingerprint}
     umbrella = {"modalities": modalities} | {key: value for key, value in stated.items() if value}
     out.mkdir(parents=True, exist_ok=True)
-    for path in source.iterdir():
-        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in _CARRIED):
-            shutil.copyfile(path, out / path.name)
-    templates = "additional_chat_templates"
-    if (source / templates).is_dir():
-        shutil.copytree(source / templates, out / templates, copy_function=shutil.copyfile)
+    for path in carried(source):
+        copy = out / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
     for name, data in ((UMBRELLA_CONFIG, umbrella), (CONFIG, raw)):
         (out / name).write_text(json.dumps(data, indent=2) + "\n")

@@ -18,9 +18,11 @@ from safetensors import SafetensorError, safe_open
 
 from convert.tensor import BLOCK, Index, Tensor, copy
 from umbrella_jax.errors import CheckpointError, ConfigError
+from umbrella_jax.reading import parse_json, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_AGAIN = "copy it again"
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 # In the order in which the safetensors library puts them into a file.
@@ -31,25 +33,30 @@ _CODES = {np.dtype(dtype).name: code for code, dtype in _DTYPES.items()}
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of one file; reads its header alone.
+    """Tensors and metadata of one file; reads its header alone, of which the library takes no more than 100 MB.
 
     Raises CheckpointError for a file that is cut short, damaged or unreadable.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{path}: no such file")
     try:
         with safe_open(path, framework="np") as shard:  # it checks the header and the file's length
             metadata = shard.metadata() or {}
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
+            length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+            text = file.read(length).decode()
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cut short or damaged ({error}); download it again") from None
+    header = {k: v for k, v in parse_json(text, path, CheckpointError, _AGAIN).items() if k != "__metadata__"}
+    # no number of an empty tensor is in the file, so the library lets its other axes be of any length
+    endless = [name for name, entry in header.items() if max([0, *entry["shape"]]) > size]
+    if endless:
+        raise CheckpointError([f"{path}: {name}: an axis longer than the file; {_AGAIN}" for name in endless])
 
     def tensor(name: str, entry: Mapping[str, Any]) -> Tensor:
         code, shape, start = entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
         if code not in _DTYPES:
-            return Tensor(shape, code, _unreadable, str(path), name)
+            return Tensor(shape, code, lambda out, index: None, str(path), name)  # which refuses to be read
         dtype = np.dtype(_DTYPES[code])
 
         def fill(out: np.ndarray, index: Index) -> None:
@@ -57,7 +64,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
         return Tensor(shape, dtype.name, fill, str(path), name)
 
-    return {name: tensor(name, entry) for name, entry in header.items() if name != "__metadata__"}, metadata
+    return {name: tensor(name, entry) for name, entry in header.items()}, metadata
 
 
 def _fill(
@@ -98,10 +105,6 @@ def _read(file: FileIO, out: np.ndarray, path: Path, name: str) -> None:
         left = left[count:]
 
 
-def _unreadable(out: np.ndarray, index: Index) -> None:
-    raise AssertionError("a type that numpy does not have is refused before it is read")
-
-
 def _open_bin(path: Path) -> dict[str, Tensor]:
     """Tensors of a file that torch.save wrote."""
     try:
@@ -133,21 +136,14 @@ def open_checkpoint(directory: str | Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{directory}: neither {SINGLE} nor {INDEX}; {remedy}")
     if single.exists() and index.exists():
         raise CheckpointError(f"{directory}: holds both {single.name} and {index.name}; remove the outdated one")
-    weight_map = None
-    if index.exists():
-        try:
-            weight_map = dict(json.loads(index.read_text())["weight_map"])
-            if not all(isinstance(file, str) for file in weight_map.values()):
-                raise ValueError("a file's name is no string")
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise CheckpointError(f"{index}: no index with a weight_map ({error!r}); copy it again") from None
+    weight_map = _weight_map(index) if index.exists() else None
 
     faults: list[str] = []
     tensors: dict[str, Tensor] = {}
     whole = True
     for file in [single.name] if weight_map is None else sorted(set(weight_map.values())):
         path = directory / file
-        if not path.exists():
+        if not path.is_file():
             faults.append(f"{path}: missing, but {index.name} names it; download it again")
             whole = False
             continue
@@ -171,6 +167,22 @@ def open_checkpoint(directory: str | Path) -> dict[str, Tensor]:
     if faults:
         raise CheckpointError(faults)
     return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """{tensor: name of the shard that holds it}, all beside the index."""
+    found = read_json(index, CheckpointError, _AGAIN)
+    weight_map = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: no index with a weight_map; {_AGAIN}")
+    faults = [
+        f"{index}: {name}: in {file!r}; expected the name of a file beside it"
+        for name, file in weight_map.items()
+        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file or len(os.fsencode(file)) > 255
+    ]
+    if faults:
+        raise CheckpointError(faults)
+    return weight_map
 
 
 def write_checkpoint(directory: str | Path, tensors: Mapping[str, Tensor], max_shard_size: int | str = "5GB") -> None:

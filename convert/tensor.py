@@ -55,14 +55,22 @@ class Tensor:
         return tuple(slice(0, n) for n in self.shape)
 
     @property
+    def _numpy(self) -> np.dtype:
+        """Raises CheckpointError for a type that is none of numpy's: safetensors' names of those are large."""
+        if self.dtype.isupper():
+            raise CheckpointError(f"{self.file}: {self.name}: type {self.dtype} cannot be read; expected floats")
+        return np.dtype(self.dtype)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all of it."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        """Bytes of all of it. Raises as `read`."""
+        return math.prod(self.shape) * self._numpy.itemsize
 
     def read(self, index: Index | None = None) -> np.ndarray:
-        """A region, by default all; a new C-contiguous array. Raises CheckpointError where a number overflows."""
+        """A region, by default all; a new C-contiguous array. Raises CheckpointError for a type that is none of
+        numpy's, and where a number overflows."""
         index = self.whole if index is None else index
-        out = _empty(tuple(i.stop - i.start for i in index), np.dtype(self.dtype))
+        out = _empty(tuple(i.stop - i.start for i in index), self._numpy)
         self.fill(out, index)
         return out
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.hf_config import export_names, write_config
+from convert.hf_config import carried, export_names, write_config
 from convert.model_card import model_card
 from convert.rules import EMBED, entries
 from convert.safetensors_io import write_checkpoint
@@ -35,9 +35,10 @@ def export(
     Parameters, in memory or still to be read, keep their types and are written one by one. `names` is the family of
     modality names, ("T1", "rsfMRI") or ("sMRI", "fMRI"), default the configured ones; `base` and `fingerprint`
     name the checkpoint that training began from, `template` says how its text was written. Raises CheckpointError for a
-    folder that is not empty, and for parameters that are not those of `config`.
+    folder that is not empty, for parameters that are not those of `config`, and as `carried`.
     """
     out = new_folder(out)
+    carried(Path(source_dir))  # which raises, before anything is written
     abstract = abstract_params(config)[1]
     faults = [f"{out}: {path}: not a parameter of this model" for path in sorted(params.keys() - abstract.keys())]
     for path, leaf in abstract.items():

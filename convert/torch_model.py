@@ -150,6 +150,7 @@ def greedy_logits(
 def open_bin(path: Path) -> dict[str, Tensor]:
     """Tensors of a `pytorch_model*.bin`; nothing in it is executed. Raises CheckpointError for one that is damaged."""
     try:
+        _check_packing(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # its unpickler and zipfile raise whatever damaged bytes lead to
         reason = (str(error).splitlines() or [repr(error)])[0]
@@ -159,7 +160,7 @@ def open_bin(path: Path) -> dict[str, Tensor]:
     ):
         raise CheckpointError(f"{path}: expected a state_dict, names and tensors")
     try:
-        return {name: Tensor.of(_from_torch(tensor.detach()), str(path), name) for name, tensor in state.items()}
+        return {name: Tensor.of(_from_torch(_checked(tensor)), str(path), name) for name, tensor in state.items()}
     except (TypeError, RuntimeError) as error:  # a type or layout that numpy does not have
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -167,12 +168,34 @@ def open_bin(path: Path) -> dict[str, Tensor]:
 def read_tensor(path: Path) -> np.ndarray:
     """The one tensor that torch.save wrote, as numpy has it, bfloat16 as float32; nothing in the file is executed.
 
-    Raises TypeError for another content or a type or layout that numpy lacks, and what torch raises for a damaged file.
+    Raises TypeError for another content or a type or layout that numpy lacks, ValueError for a file that unpacks to
+    more than it is, and what torch raises for a damaged file.
     """
+    _check_packing(path)
     tensor = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"holds {type(tensor).__name__}, not a tensor")
-    return (tensor.detach().float() if tensor.dtype == torch.bfloat16 else tensor.detach()).numpy()
+    tensor = _checked(tensor)
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _check_packing(path: Path) -> None:
+    """Raises ValueError for a file that unpacks to more than it is: torch.save compresses nothing, a bomb does."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > path.stat().st_size:
+            raise ValueError(f"unpacks to {size} bytes, more than the file has")
+
+
+def _checked(tensor: torch.Tensor) -> torch.Tensor:
+    """Without its gradient. Raises TypeError where its numbers are not all there: repeated by strides of 0, 10¹² of
+    them take four bytes of a file."""
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"a tensor of {tensor.layout}, which numpy has not")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise TypeError(f"shape {tuple(tensor.shape)} of {tensor.untyped_storage().nbytes()} bytes, which it repeats")
+    return tensor.detach()
 
 
 def _from_torch(tensor: torch.Tensor) -> np.ndarray:

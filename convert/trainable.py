@@ -11,8 +11,10 @@ from convert.safetensors_io import open_safetensors, write_safetensors
 from convert.tensor import Tensor
 from umbrella_jax.config import ModalityConfig, Template, parse_config, to_dict
 from umbrella_jax.errors import CheckpointError
+from umbrella_jax.reading import parse_json
 
 FILE = "trainable.safetensors"
+_STATED = ("modalities", "base_fingerprint")
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,12 @@ class Trainable:
 def open_trainable(path: Path) -> Trainable:
     """Reads the header. Raises CheckpointError for a file that is damaged or another kind of safetensors."""
     tensors, metadata = open_safetensors(path)
-    try:
-        modalities = {"modalities": json.loads(metadata["modalities"])}
-        fingerprint = metadata["base_fingerprint"]
-    except (KeyError, ValueError):
-        raise CheckpointError(
-            f"{path}: its header does not say modalities and base_fingerprint; expected a file of "
-            "`umbrella-jax convert to-hf --trainable-only`"
-        ) from None
-    config = parse_config({"model": modalities}, str(path)).model.modalities
+    remedy = "expected a file of `umbrella-jax convert to-hf --trainable-only`"
+    if missing := [key for key in _STATED if key not in metadata]:
+        raise CheckpointError(f"{path}: its header does not say {' and '.join(missing)}; {remedy}")
+    stated, fingerprint = (metadata[key] for key in _STATED)
+    modalities = parse_json(stated, f"{path}: modalities", CheckpointError, remedy)
+    config = parse_config({"model": {"modalities": modalities}}, str(path)).model.modalities
     template: Any = metadata.get("template")  # checked by `hf_config.stored_template`
     return Trainable({hub_name(name): tensor for name, tensor in tensors.items()}, config, fingerprint, template)
 

@@ -8,6 +8,7 @@
     python scripts/benchmark.py compile [--work-dir D]
     python scripts/benchmark.py loop [--work-dir D]
     python scripts/benchmark.py generate [--work-dir D]
+    python scripts/benchmark.py quantize [--work-dir D]    needs the extra `quantize`, five minutes
 
 Every measurement has a process of its own, begun with the files in the page cache; peaks are over what the
 interpreter holds with jax imported and its devices found.
@@ -22,13 +23,14 @@ from bench.convert import convert
 from bench.data import data
 from bench.generate import generate
 from bench.loop import loop
+from bench.quantize import quantize
 from bench.step import sharing, step
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
-    for work in (convert, data, step, sharing, compile, loop, generate):
+    for work in (convert, data, step, sharing, compile, loop, generate, quantize):
         command = commands.add_parser(work.__name__, help=work.__doc__)
         command.add_argument("--work-dir", type=Path, help="where files are made and left; default a temporary folder")
         command.set_defaults(work=work)

@@ -12,7 +12,7 @@ import pytest
 from nibabel.affines import apply_affine
 
 from umbrella_jax.demo import DemoData, make_base, make_data
-from umbrella_jax.demo.data import BLOCK
+from umbrella_jax.demo.data import BLOCK, lesion_mask
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,22 @@ def test_splits(data: DemoData) -> None:
         for task in ("lesion_side", "lesion_side_via_comparison", "active_side"):
             assert labels[task, "left"] == labels[task, "right"]
     assert not subjects[0] & subjects[1]
+
+
+def test_masks_say_where_lesions_are(data: DemoData) -> None:
+    """On the scan's grid, where it is brightest, on the labelled side."""
+    found = [c for c in conversations(data.eval) if c["metadata"]["task"] == "lesion_side"]
+    assert len(found) == 8
+    for conversation in found:
+        subject, label = (conversation["metadata"][key] for key in ("subject_id", "subject_label"))
+        scan, mask = (nib.load(data.root / path) for path in (conversation["images"][0]["path"], lesion_mask(subject)))
+        inside = np.asarray(mask.dataobj) > 0
+        voxels = np.asarray(scan.dataobj)
+        np.testing.assert_array_equal(scan.affine, mask.affine)
+        assert 50 < inside.sum() < 1500
+        assert np.median(voxels[inside]) > 1.5 * np.percentile(voxels[(voxels > 0) & ~inside], 95)
+        middle = apply_affine(scan.affine, np.argwhere(inside).mean(0))
+        assert (middle[0] < 0) == (label == "left")
 
 
 def test_labels_are_true_in_the_patients_terms(data: DemoData) -> None:

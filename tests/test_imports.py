@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 # What the modules of a room import, besides the standard library and the room itself. Imports within functions count.
 ROOMS: dict[str, set[str]] = {
     "umbrella_jax/errors.py": set(),
-    "umbrella_jax/config.py": {"umbrella_jax.errors", "pydantic", "ruamel"},
+    "umbrella_jax/reading.py": {"umbrella_jax.errors", "pydantic_core", "ruamel"},
+    "umbrella_jax/config.py": {"umbrella_jax.errors", "umbrella_jax.reading", "pydantic", "ruamel"},
     "umbrella_jax/batch.py": {"jax", "chex"},
     "umbrella_jax/pages.py": {"jinja2"},
     "umbrella_jax/sharding.py": {
@@ -28,18 +29,34 @@ ROOMS: dict[str, set[str]] = {
     },
     "umbrella_jax/plan": {
         *("umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.models", "umbrella_jax.training", "jax"),
-        "umbrella_jax.sharding",
+        *("umbrella_jax.sharding", "umbrella_jax.reading"),
     },
     "umbrella_jax/evaluation": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
-        *("umbrella_jax.sharding", "umbrella_jax.training", "jax", "flax", "chex", "numpy", "scipy"),
+        *(
+            "umbrella_jax.reading",
+            "umbrella_jax.sharding",
+            "umbrella_jax.training",
+            "jax",
+            "flax",
+            "chex",
+            "numpy",
+            "scipy",
+        ),
     },
     "umbrella_jax/data": {
-        *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.pages"),
+        *(
+            "umbrella_jax.config",
+            "umbrella_jax.batch",
+            "umbrella_jax.errors",
+            "umbrella_jax.reading",
+            "umbrella_jax.pages",
+        ),
         *("numpy", "scipy", "nibabel", "isal", "grain", "safetensors", "transformers", "tqdm", "PIL"),
     },
     "convert": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
+        "umbrella_jax.reading",
         *("jax", "flax", "numpy", "ml_dtypes", "safetensors", "huggingface_hub"),
     },
 }
@@ -55,6 +72,7 @@ NOT_ON_AN_ACCELERATOR = (
     "transformers",
     "torch",
     "pydantic",
+    "pydantic_core",
     "ruamel",
     "safetensors",
     "tokenizers",

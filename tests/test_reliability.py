@@ -108,10 +108,18 @@ def assert_same_run(out: Path, run: Path) -> None:
         assert found[path].tobytes() == leaf.tobytes(), path
 
 
-def wait_for(process: "subprocess.Popen[str]", out: Path, step: int) -> None:
+def wait_for(process: "subprocess.Popen[str]", out: Path, step: int, before: int | None = None) -> None:
+    """Until this process has written so many lines; `before` is the `inode` of what an earlier one left, which it puts
+    a new file in the place of."""
     metrics = out / "metrics.jsonl"
-    while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < step):
+    while process.poll() is None and (inode(out) in (None, before) or metrics.read_bytes().count(b"\n") < step):
         time.sleep(0.001)
+
+
+def inode(out: Path) -> int | None:
+    """Of the lines of metrics, if there are any yet."""
+    metrics = out / "metrics.jsonl"
+    return metrics.stat().st_ino if metrics.exists() else None
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
@@ -120,12 +128,12 @@ def test_killed_again_and_again_it_is_the_same_run(world: World, begin: Begin, r
     rng, out = random.Random(kills), world.root / f"killed{kills}"
     ends = ["SIGTERM", "SIGKILL", "save"] * (kills // 3) + ["SIGKILL"] * (kills % 3)
     for number, kind in enumerate(ends):
-        resume = [] if number == 0 else ["--resume"]
+        resume, before = [] if number == 0 else ["--resume"], inode(out)
         if kind == "save":
             process = begin(out, *resume, inside=f"save:{rng.randrange(1, 40)}")
         else:
             process = begin(out, *resume)
-            wait_for(process, out, round((number + rng.random()) * (STEPS - 6) / kills))
+            wait_for(process, out, round((number + rng.random()) * (STEPS - 6) / kills), before)
             time.sleep(rng.random() * 0.01)
             process.send_signal(getattr(signal, kind))
         said, err = end(process, 143 if kind == "SIGTERM" else -signal.SIGKILL)

@@ -58,13 +58,14 @@ def answered(rows: Rows) -> Rows:
 
 
 def make_run(root: Path) -> tuple[World, Path]:
-    """A world and a run in it, evaluated twice; the answers of the last evaluation are `answered`."""
+    """A world and a run in it, evaluated twice, first in part; the answers of the last evaluation are `answered`."""
     world = small_run.make_world(root)
     write_json(world.eval, evaluation())
     training = json.loads(world.train.read_text())
     write_json(world.train, [record for record in training if record["task_id"].startswith("one-")])  # one shape
     out = root / "run"
     flags = ["--eval-data", world.eval, "--epochs", STEP, "--set", "train.eval_steps=2"]
+    flags += ["--set", "train.eval_samples=20"]
     umbrella(*world.train_flags(out, *flags))
     last = out / "predictions" / f"step_{STEP}.jsonl"
     write_rows(last, answered(read_lines(last)))
@@ -286,12 +287,20 @@ def test_it_is_legible_in_a_browser_and_on_paper(page: Page, run: Path, tmp_path
 
 
 def test_another_evaluation_and_other_predictions(run: Path, rows: Rows, tmp_path: Path) -> None:
-    umbrella("report", run, "--step", 2, "--samples", 0, "--out", tmp_path / "two.html")
-    two = Page(tmp_path / "two.html")
+    umbrella("report", run, "--step", 2, "--samples", 3, "--out", tmp_path / "two.html")
+    two, part = Page(tmp_path / "two.html"), read_lines(run / "predictions" / "step_2.jsonl")
     assert two.numbers["step"] == 2
     assert two.numbers["calibration"] == {}
-    assert two.cells["side", "accuracy", "run"][0] != Page(run / "report.html").cells["side", "accuracy", "run"][0]
-    assert "<article" not in two.text
+    assert 20 <= len(part) < 36
+    assert f"Answers to {len(part)} of 36 conversations" in two.text
+    right = [row["prediction"] == row["reference"] for row in by_task(part, "side")]
+    assert two.cells["side", "accuracy", "run"][0] == np.mean(right)
+    shown = [sample["task_id"] for sample in two.numbers["samples"]]
+    assert set(shown) <= {row["task_id"] for row in part}
+    (age,) = (name for name in shown if name.endswith("age"))
+    assert f"run-{int(age[1:3]) % 4}.nii" in two.text  # its own scan
+    umbrella("report", run, "--samples", 0, "--out", tmp_path / "none.html")
+    assert "<article" not in Page(tmp_path / "none.html").text
     right = write_rows(tmp_path / "right.jsonl", [row | {"prediction": row["reference"]} for row in rows])
     umbrella("report", run, "--predictions", right, "--samples", 1, "--out", tmp_path / "right.html")
     other = Page(tmp_path / "right.html")
@@ -354,8 +363,8 @@ def test_steps_that_are_not_there_are_refused(copy: Path) -> None:
 
 
 def test_answers_to_other_conversations_are_refused(copy: Path, rows: Rows, baselines: Path, tmp_path: Path) -> None:
-    fewer = write_rows(tmp_path / "fewer.jsonl", rows[:-1])
-    assert "answers to other conversations than those of data.eval" in refused(copy, "--predictions", fewer)
+    other = write_rows(tmp_path / "other.jsonl", [*rows[:-1], rows[-1] | {"task_id": "S99_age"}])
+    assert "answers to other conversations than those of data.eval" in refused(copy, "--predictions", other)
     write_rows(tmp_path / "other" / "cnn.jsonl", rows[1:])
     message = refused(copy, "--baseline", tmp_path / "other")
     assert "--baseline: cnn: task side: other conversations than the run's: S00_side" in message

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,6 +17,10 @@ import umbrella_jax.run
 from tests import small_run
 from tests.small_run import World, parameters, read_config, read_lines, umbrella
 from umbrella_jax.api import Checkpoint
+from umbrella_jax.data.conversation import Conversation, Message
+from umbrella_jax.evaluation.generate import decode, prefill, score_answers
+from umbrella_jax.prediction import blank_rows
+from umbrella_jax.training.step import jit_eval_step
 
 STEPS, SAVE, EVAL = 36, 3, 24
 FLAGS = ["--epochs", STEPS // 3, "--set", f"train.save_steps={SAVE}"]  # a step of one scan, of two, and of runs
@@ -83,6 +88,21 @@ def test_each_evaluation_writes_its_answers(run: Path) -> None:
     )
 
 
+def test_predictions_say_whose_they_are() -> None:
+    """As the images' paths do, where metadata does not and they are of one subject."""
+    messages = (Message("user", ("Which sex?",)), Message("assistant", ("female.",)))
+    whose: list[tuple[dict[str, Any], set[str]]] = [
+        ({}, {"01"}),
+        ({}, {"01", "02"}),
+        ({"subject_id": "02"}, {"01", "02"}),
+        ({}, set()),
+    ]
+    conversations = [Conversation("a", "T1", messages, metadata, "a.json", frozenset(s)) for metadata, s in whose]
+    rows = blank_rows(SimpleNamespace(conversations=conversations))
+    assert [row["metadata"] for row in rows] == [{"subject_id": "01"}, {}, {"subject_id": "02"}, {}]
+    assert rows[0]["reference"] == "female."
+
+
 def test_frozen_is_frozen_and_the_patch_embedding_trains(run: Path, world: World) -> None:
     after = parameters(run)
     before = parameters(world.base, modalities=small_run.modalities())
@@ -139,7 +159,9 @@ def test_a_run_goes_on_on_another_mesh(world: World, tmp_path: Path) -> None:
         assert {k: ours[k] for k in METRICS} == pytest.approx({k: theirs[k] for k in METRICS}, rel=1e-5)
     trained = [Checkpoint.open(out).trained() for out in (again, whole)]
     for path, leaf in trained[1].items():
-        assert np.abs(np.asarray(trained[0][path]) - np.asarray(leaf)).max() <= 1e-6 * np.abs(leaf).max()
+        # a bias, which began at 0, against the products that it is added to
+        scale = np.abs(trained[1][path.replace("_proj.bias", "_proj.weight")]).max()
+        assert np.abs(np.asarray(trained[0][path]) - np.asarray(leaf)).max() <= 1e-6 * scale
 
 
 def test_a_run_is_not_overwritten(run: Path, world: World) -> None:
@@ -346,3 +368,31 @@ def test_loggers(
     assert list((tmp_path / "planned" / "tensorboard").iterdir())
     shutil.rmtree(tmp_path / "planned")
     assert planned()["log"] is None
+
+
+def test_evaluations_of_a_part_compile_nothing_more(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one conversation at least before the end, of all at the end, likelihoods of the answers too."""
+    programs = list[tuple[int, ...]]()
+    evaluate = umbrella_jax.run._evaluate
+
+    def counted(*args: Any) -> Any:
+        found = evaluate(*args)
+        programs.append(tuple(f._cache_size() for f in (prefill, decode, score_answers, jit_eval_step)))
+        return found
+
+    monkeypatch.setattr(umbrella_jax.run, "_evaluate", counted)
+    rows = [row for row in json.loads(world.train.read_text()) if row["task_type"] == "T3"] * 3
+    data = small_run.write_json(tmp_path / "eval.json", [row | {"task_id": f"{i}"} for i, row in enumerate(rows)])
+    flags = ["--task-filter", "T3", "--eval-data", data, "--epochs", 3, "--batch-size", 4]
+    flags += ["--set", "train.eval_steps=1", "--set", "train.eval_samples=1", "--set", "evaluation.likelihoods=true"]
+    umbrella(*world.train_flags(tmp_path / "run", *flags))
+    assert len(programs) == 3
+    assert programs[0] == programs[1] == programs[2]
+    sizes = [len(read_lines(tmp_path / f"run/predictions/step_{step}.jsonl")) for step in (1, 2, 3)]
+    assert sizes == [4, 4, 12]
+    first, second, _ = (read_lines(tmp_path / f"run/predictions/step_{step}.jsonl") for step in (1, 2, 3))
+    assert [row["task_id"] for row in first] == [row["task_id"] for row in second]
+    assert all(row["likelihoods"].keys() == {"left.", "right."} for row in first)
+    assert {"eval_auroc/T3", "eval_accuracy/T3"} <= read_lines(tmp_path / "run/metrics.jsonl")[0].keys()

@@ -66,10 +66,13 @@ def test_two_thousand_steps(tmp_path: Path) -> None:
         settled = [s for s in samples if s["step"] > samples[0]["step"] + SETTLED]
         first, last = settled[0], settled[-1]
         growth = max(s["bytes"] for s in settled) / first["bytes"] - 1
-        found = {kind: sorted({s[kind] for s in settled}) for kind in ("files", "threads", "compiled")}
+        # a save or a read under way has files and threads of its own, so the fewest of each half count
+        halves = (settled[: len(settled) // 2], settled[len(settled) // 2 :])
+        found = {kind: [min(s[kind] for s in half) for half in halves] for kind in ("files", "threads")}
+        found["compiled"] = sorted({s["compiled"] for s in settled})
         print(f"steps {samples[0]['step']}..{last['step']}: {first['bytes'] / 1e6:.0f} MB, {growth:+.2%}; {found}")
         assert growth <= 0.02
-        assert all(len(values) == 1 for values in found.values()), found
+        assert all(len(set(values)) == 1 for values in found.values()), found
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, STEPS + 1))
 
 

@@ -1,6 +1,5 @@
 """Weights on disk, of every kind."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.from_hf import Plan, fingerprint, plan_loading
-from convert.hf_config import UMBRELLA_CONFIG, export_names, read_config, stored_template, write_config
+from convert.hf_config import UMBRELLA_CONFIG, export_names, read_config, read_json, stored_template, write_config
 from convert.rules import modality_of
 from convert.tensor import Index, Tensor, Where, check_finite, copy, place
 from convert.to_hf import export, hub_tensors, new_folder
@@ -153,7 +152,7 @@ class Checkpoint:
         if self.base is not None:
             return self.base.fingerprint
         if self.kind == "native":
-            return json.loads((self.path / UMBRELLA_CONFIG).read_text())["base_fingerprint"]
+            return _stated(self.path, "base_fingerprint")
         return fingerprint(self.path, self.patch_embed)
 
     @property
@@ -161,7 +160,7 @@ class Checkpoint:
         """What the weights are called that `fingerprint` is of."""
         if self.kind == "hf":
             return self.name
-        return json.loads((self.description / UMBRELLA_CONFIG).read_text()).get("base", "unknown")
+        return _stated(self.description, "base", "unknown")
 
     def tokenizer(self) -> Any:
         """The tokenizer, with `<|im_start|>`, `<|im_end|>` and `<image>`. Raises DataError where there is none."""
@@ -264,6 +263,14 @@ class Checkpoint:
                     f"model.base in {self.path / CONFIG}"
                 )
             return trained
+
+
+def _stated(directory: Path, key: str, default: str | None = None) -> str:
+    """What `umbrella_config.json` says."""
+    found = read_json(directory / UMBRELLA_CONFIG).get(key, default)
+    if not isinstance(found, str):
+        raise CheckpointError(f"{directory / UMBRELLA_CONFIG}: {key}: expected a string, got {found!r}; convert again")
+    return found
 
 
 def _first_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:

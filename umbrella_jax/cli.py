@@ -17,6 +17,7 @@ from typing import Any
 from umbrella_jax.config import MAX_CLASSES, EvaluationConfig, RunConfig, load_config, parse_mesh
 from umbrella_jax.data.bids import MODALITIES, TEMPLATES, from_bids
 from umbrella_jax.errors import ConfigError, Interrupted, UmbrellaError
+from umbrella_jax.reading import parse_yaml
 
 # Flags that stand for a key of the config: key, type, name of the value, help.
 _FLAGS: dict[str, tuple[str, type, str, str]] = {
@@ -56,9 +57,6 @@ def _add_config(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
     """The file's run with the flags' values put in."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
     overrides = {key: getattr(arguments, key, None) for key, *_ in _FLAGS.values()}
     overrides = {key: value for key, value in overrides.items() if value is not None}
     if mesh := overrides.get("mesh"):
@@ -69,10 +67,7 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set {text}: expected KEY=VALUE, such as --set train.clip_norm=0.5")
-        try:
-            overrides[key] = YAML(typ="safe").load(value)
-        except YAMLError as error:
-            raise ConfigError(f"--set {text}: the value is not valid YAML: {error}") from None
+        overrides[key] = parse_yaml(value, f"--set {text}")
     return load_config(arguments.config, overrides)
 
 
@@ -183,6 +178,8 @@ def _explain(arguments: argparse.Namespace) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
+    import jax
+
     from umbrella_jax.config import DataConfig, MeshConfig
     from umbrella_jax.distributed import bound, start, together
 
@@ -216,7 +213,8 @@ def _predict(arguments: argparse.Namespace) -> None:
             compute_dtype=arguments.compute_dtype,
             resume=arguments.resume,
         )
-    print(f"{arguments.out}: {len(rows)} answers")
+    if jax.process_index() == 0:
+        print(f"{arguments.out}: {len(rows)} answers")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

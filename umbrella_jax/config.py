@@ -9,10 +9,12 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from umbrella_jax.errors import ConfigError
+from umbrella_jax.reading import read_yaml
 
 RematPolicy = Literal["none", "mlp", "full"]
 AttentionBackend = Literal["xla", "cudnn", "splash"]
@@ -43,6 +45,12 @@ ALIASES: tuple[frozenset[str], ...] = (
     frozenset({"rsfMRI", "fMRI"}),
 )
 
+MAX_VOXELS = 1 << 31
+"""Of one volume or window, as it is read and as the model takes it; in float32 they are 8 GiB. A head at 0.25 mm has a
+billion, and so have the 1200 frames of a run at 2 mm."""
+_LONGEST_RUN = 1 << 20  # frames: a week's
+MM = (1e-3, 1e3)
+"""Of a voxel's edge, from a hundredth of what MRI resolves to half a body: beyond, a header or a config is wrong."""
 _STRICT: dict[str, Any] = {"extra": "forbid"}  # read by pydantic: an unknown key is an error
 
 
@@ -83,18 +91,20 @@ class ModalityConfig:
             faults.append(f"patch {self.patch}: expected {len(self.size)} numbers, as size {self.size} has")
         elif any(p < 1 or s < p for s, p in zip(self.size, self.patch, strict=True)):
             faults.append(f"patch {self.patch}: expected 1 <= patch <= size {self.size} on every axis")
+        elif math.prod(self.size) > MAX_VOXELS:
+            faults.append(f"size {self.size}: {math.prod(self.size)} voxels; expected at most {MAX_VOXELS}")
         if len(self.size) == 3 and (self.stride_within_seq, self.stride_between_seq) != (1, 1.0):
             faults.append("stride_within_seq and stride_between_seq: only 4D volumes have windows")
-        if self.stride_within_seq < 1 or not 0 < self.stride_between_seq < math.inf:
-            faults.append("stride_within_seq and stride_between_seq: expected positive numbers")
+        if not 1 <= self.stride_within_seq <= _LONGEST_RUN or not 0 < self.stride_between_seq <= _LONGEST_RUN:
+            faults.append(f"stride_within_seq and stride_between_seq: expected positive numbers up to {_LONGEST_RUN}")
         mode = self.mode or ("resize" if len(self.size) == 3 else "pad")
         if len(self.size) == 4 and mode != "pad":
             faults.append(f"mode {mode}: expected pad for 4D volumes")
         spacing = self.spacing
         if len(self.size) == 3 and mode == "pad":
             spacing = 2.0 if spacing is None else spacing
-            if not 0 < spacing < math.inf:
-                faults.append(f"spacing {spacing}: expected a positive number of mm")
+            if not MM[0] <= spacing <= MM[1]:
+                faults.append(f"spacing {spacing}: expected a positive number of mm, from {MM[0]:g} to {MM[1]:g}")
         elif spacing is not None:
             faults.append(f"spacing {spacing}: only 3D volumes with mode pad are brought to one voxel size")
         scaling = self.scaling or ("znorm" if len(self.size) == 3 else "znorm_minback")
@@ -281,6 +291,9 @@ class TrainConfig:
     """Largest global norm of the gradient of what trains."""
     eval_steps: int | None = None
     """Evaluate every so many updates; always at the end."""
+    eval_samples: int | None = None
+    """Evaluate at least so many conversations, always the same, before the end; default all, as at the end. With
+    `keep_best`, mind that the end's figures are then of more of them."""
     save_steps: int = 100
     """Checkpoint every so many updates; always at the end, and with `keep_best` wherever it evaluates."""
     keep_latest: int = 3
@@ -316,6 +329,7 @@ class TrainConfig:
                 ("keep_latest", self.keep_latest),
                 ("max_new_tokens", self.max_new_tokens),
                 ("eval_steps", 1 if self.eval_steps is None else self.eval_steps),
+                ("eval_samples", 1 if self.eval_samples is None else self.eval_samples),
                 ("clip_norm", 1 if self.clip_norm is None else self.clip_norm),
             ]
             if not 0 < value < math.inf
@@ -397,6 +411,8 @@ class EvaluationConfig:
 
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     """By name: `metadata.task` of the conversations, else their `task_type`. Those left out are as the data say."""
+    likelihoods: bool = False
+    """Work out at each evaluation how probable every answer of a closed set is, too: for AUROC and calibration."""
     resamples: int = 1000
     """Of subjects, for the 95 % intervals of a report; 0 for none. Evaluations during training have none."""
 
@@ -461,12 +477,19 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
+@cache
+def _adapter() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(RunConfig)
+
+
 def parse_config(data: Mapping[str, Any], source: str = "config") -> RunConfig:
     """Checks a nested mapping and returns the run. Raises ConfigError with every fault and its key."""
-    from pydantic import TypeAdapter, ValidationError  # here, so that models import without it
+    from pydantic import ValidationError  # here, so that models import without it
 
     try:
-        return TypeAdapter(RunConfig).validate_python(dict(data))
+        return _adapter().validate_python(dict(data))
     except ValidationError as error:
         faults = []
         for fault in error.errors():
@@ -491,21 +514,6 @@ def _expected_keys(path: Sequence[str | int]) -> str:
     return (
         "one of " + ", ".join(f.name for f in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else "another"
     )
-
-
-def read_yaml(path: str | Path) -> Any:
-    """What a YAML (or JSON) file holds. Raises ConfigError where it is missing, no YAML, or gives a key twice."""
-    from ruamel.yaml import YAML  # YAML 1.2: `5e-5` is a number, `no` is a word, a doubled key is an error
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        return YAML(typ="safe").load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8: {error}") from None
-    except YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 _SHOWN = 50
+_LONGEST = 2000  # characters of one fault: what it quotes may be a text of megabytes
+# A file's names and texts may hold what moves a terminal's cursor or colours its lines.
+_VISIBLE = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
 
 
 class UmbrellaError(ValueError):
@@ -25,9 +28,12 @@ class UmbrellaError(ValueError):
         super().__init__(self.faults)
 
     def __str__(self) -> str:
+        """As people read them: fifty, of each its beginning, control characters written out."""
+        shown = [f if len(f) <= _LONGEST else f"{f[:_LONGEST]} …" for f in self.faults[:_SHOWN]]
+        shown = [f.translate(_VISIBLE) for f in shown]
         if len(self.faults) == 1:
-            return self.faults[0]
-        lines = [f"{len(self.faults)} faults:", *(f"  - {f}" for f in self.faults[:_SHOWN])]
+            return shown[0]
+        lines = [f"{len(self.faults)} faults:", *(f"  - {f}" for f in shown)]
         if len(self.faults) > _SHOWN:
             lines.append(f"  ... and {len(self.faults) - _SHOWN} more")
         return "\n".join(lines)

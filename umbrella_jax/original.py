@@ -11,6 +11,7 @@ from typing import Any
 
 from umbrella_jax.config import TrainConfig, parse_config
 from umbrella_jax.errors import ConfigError
+from umbrella_jax.reading import read_yaml
 
 _SECRET = re.compile(r"api_?key|secret|password|(^|_)token$", re.IGNORECASE)
 
@@ -243,15 +244,7 @@ def render(mapping: Mapping[str, Any], notes: list[str]) -> str:
 
 
 def _read(path: str | Path) -> dict[str, Any]:
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        data = YAML(typ="safe").load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping with the sections dataset, model and trainer")
     return data

@@ -31,6 +31,7 @@ from umbrella_jax.evaluation.metrics import Task, task_of, tasks_of
 from umbrella_jax.files import append, hold, naming, write_whole
 from umbrella_jax.models import Params, abstract_params, native_backend
 from umbrella_jax.processor import Processor
+from umbrella_jax.reading import parse_json
 from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, put_batch
 
 Row = dict[str, Any]
@@ -196,6 +197,9 @@ def predict(
     """
     out, first = Path(out), jax.process_index() == 0
     with together():
+        numbers = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+        if faults := [f"{name}: expected 1 or more, got {value}" for name, value in numbers.items() if value < 1]:
+            raise ConfigError(faults)
         if data.eval is None:
             raise ConfigError("data.eval: expected conversations to answer (--data P)")
         if out.exists():
@@ -219,15 +223,17 @@ def predict(
         rows = blank_rows(dataset)
         choices = None
         if likelihoods:
-            choices = Choices.of(dataset, processor, rows, tasks_of(rows, tasks or {}))
+            asked = {task_of(row) for row in rows}
+            configured = {name: task for name, task in (tasks or {}).items() if name in asked}
+            choices = Choices.of(dataset, processor, rows, tasks_of(rows, configured))
             if choices is None:
                 raise ConfigError(
                     "likelihoods: no task of the data has a closed set of answers; name them in evaluation.tasks"
                 )
-        part = None
+        part, step = None, checkpoint.current_step()  # orbax lets all processes meet for it
         if first:
             settings = {
-                "model": [checkpoint.fingerprint, checkpoint.current_step()],
+                "model": [checkpoint.fingerprint, step],
                 "inputs": digest_of(read_inputs(data, {"eval": dataset})),
                 "conversations": len(rows),
                 "max_new_tokens": max_new_tokens,
@@ -293,10 +299,11 @@ class _Part:
             append(self._file, self.path, (json.dumps(settings) + "\n").encode())
             return
         try:
-            before, *rows = (json.loads(line) for line in whole.splitlines())
+            lines = whole.decode().splitlines()
+            before, *rows = (parse_json(line, self.path, ConfigError, "", n) for n, line in enumerate(lines, 1))
             self.done = {int(index): row for index, row in rows}
             other = [key for key in settings if before[key] != settings[key]]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError):  # of which ConfigError is one
             raise ConfigError(f"{self.path}: not what an earlier call left; remove it, or name another file") from None
         if other:
             raise ConfigError(

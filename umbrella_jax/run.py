@@ -12,9 +12,9 @@ import importlib.metadata
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,15 +27,16 @@ from umbrella_jax.api import CHECKPOINTS, CONFIG, MODEL, describe, open_base
 from umbrella_jax.config import AugmentConfig, RunConfig, dump_config, parse_config, to_dict
 from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.inputs import Inputs, changed, digest_of, dump_inputs, read_inputs
-from umbrella_jax.data.loader import Dataset, eval_batches, make_plan, task_ids, train_batches
+from umbrella_jax.data.loader import Dataset, eval_batches, eval_subset, make_plan, task_ids, train_batches
 from umbrella_jax.distributed import agree, gather, together
 from umbrella_jax.errors import CheckpointError, ConfigError
-from umbrella_jax.evaluation.metrics import Task, metric_names, score, tasks_of
+from umbrella_jax.evaluation.metrics import Task, metric_names, score, task_of, tasks_of
 from umbrella_jax.files import locked, write_whole
 from umbrella_jax.loggers import loggers, missing
 from umbrella_jax.models import Params, abstract_params, native_backend, quantize
-from umbrella_jax.prediction import answers, blank_rows, with_answer
+from umbrella_jax.prediction import Choices, Row, answers, blank_rows, with_answer
 from umbrella_jax.processor import Processor
+from umbrella_jax.reading import LISTING, read_json
 from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, put_batch, shardings
 from umbrella_jax.signals import Signals
 from umbrella_jax.training import freeze
@@ -59,6 +60,7 @@ _MAY_CHANGE = (
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
+    "train.eval_samples",
     "train.eval_steps",
     "train.save_steps",
     "train.keep_latest",
@@ -133,7 +135,7 @@ def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> 
         processor = Processor(base.tokenizer(), base.config.modalities, **options)
         cache = VolumeCache.of(config.data)
         train_set, eval_set = (_dataset(config, processor, split, cache) for split in ("train", "eval"))
-        tasks = _tasks(config, eval_set)
+        evaluated = _evaluated(config, eval_set, processor)
         assert train_set is not None
         datasets = {"train": train_set} | ({} if eval_set is None else {"eval": eval_set})
         # by the first alone: they read the whole base, and all volumes
@@ -212,8 +214,8 @@ def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> 
             metrics_path=metrics,
             task_ids=partial(task_ids, train_set, plan),
             evaluate=None
-            if eval_set is None
-            else partial(_evaluate, config, out, eval_set, tasks, processor, graphdef, frozen, mesh, interrupted),
+            if evaluated is None
+            else partial(_evaluate, config, out, evaluated, processor, graphdef, frozen, mesh, interrupted, steps),
             log=log,
             interrupted=interrupted,
             pending=pending,
@@ -276,19 +278,31 @@ def _dataset(config: RunConfig, processor: Processor, split: str, cache: VolumeC
     )
 
 
-def _tasks(config: RunConfig, dataset: Dataset | None) -> dict[str, Task]:
-    """What an evaluation of `dataset` scores. Raises DataError and ConfigError, also for a `train.best_metric` that it
-    does not give."""
-    tasks: dict[str, Task] = {}
-    known: list[str] = []
+@dataclass(frozen=True)
+class Evaluated:
+    """What a run evaluates on."""
+
+    dataset: Dataset
+    rows: list[Row]
+    tasks: dict[str, Task]
+    choices: Choices | None
+    """Answers whose likelihoods are wanted."""
+
+
+def _evaluated(config: RunConfig, dataset: Dataset | None, processor: Processor) -> Evaluated | None:
+    """Raises DataError and ConfigError, also for a `train.best_metric` that no evaluation gives."""
+    found, known = None, list[str]()
     if dataset is not None:
-        tasks = tasks_of(blank_rows(dataset), config.evaluation.tasks)
-        known = sorted(f"eval_{name}" for name in ("loss", *metric_names(tasks)))
+        rows = blank_rows(dataset)
+        tasks = tasks_of(rows, config.evaluation.tasks)
+        choices = Choices.of(dataset, processor, rows, tasks) if config.evaluation.likelihoods else None
+        found = Evaluated(dataset, rows, tasks, choices)
+        known = sorted(f"eval_{name}" for name in ("loss", *metric_names(tasks, likelihoods=bool(choices))))
     wanted = config.train.best_metric
     if wanted is not None and wanted not in known:
         given = f"one of {', '.join(known)}" if known else "data.eval too (--eval-data P)"
         raise ConfigError(f"train.best_metric: no evaluation gives {wanted}; expected {given}")
-    return tasks
+    return found
 
 
 def _resume(
@@ -360,7 +374,9 @@ def _same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any], inpu
     ]
     if saved["inputs"] != meta["inputs"] and not faults:  # other settings may well read other files
         record = directory.parent / INPUTS
-        names = changed(json.loads(record.read_text()), inputs) if record.exists() else []
+        names = []
+        if record.exists():
+            names = changed(read_json(record, ConfigError, f"remove {record}", LISTING), inputs)
         faults = [f"{name}: other content than when the run began" for name in names] or [
             f"conversations, tokenizer or volumes are other ones than when the run began; {record} does not say which"
         ]
@@ -389,13 +405,13 @@ def _versions() -> dict[str, str]:
 def _evaluate(
     config: RunConfig,
     out: Path,
-    dataset: Dataset,
-    tasks: Mapping[str, Task],
+    evaluated: Evaluated,
     processor: Processor,
     graphdef: nnx.GraphDef,
     frozen: Params,
     mesh: Mesh,
     interrupted: Callable[[], int],
+    num_steps: int,
     step: int,
     trainable: Params,
 ) -> Line | None:
@@ -403,14 +419,17 @@ def _evaluate(
 
     None, and no answers, where a signal comes meanwhile.
     """
-    common: dict[str, Any] = {"threads": config.data.threads}
+    dataset = evaluated.dataset
+    common: dict[str, Any] = {"threads": config.data.threads, "only": None}
+    if step < num_steps and config.train.eval_samples is not None:
+        common["only"] = eval_subset(dataset, config.train.batch_size, config.train.eval_samples, parts(mesh))
     loss, supervised = 0.0, 0
     for _, batch in eval_batches(dataset, config.train.batch_size, prompts=False, parts=parts(mesh), **common):
         if interrupted():
             return None
         batch_loss, count = jit_eval_step(trainable, frozen, put_batch(batch, mesh, axis=0), graphdef=graphdef)
         loss, supervised = loss + float(batch_loss), supervised + int(count)
-    rows = blank_rows(dataset)
+    rows: dict[int, Row] = {}
     for found in answers(
         trainable | frozen,
         graphdef,
@@ -419,16 +438,19 @@ def _evaluate(
         mesh,
         batch_size=config.train.batch_size,
         max_new_tokens=config.train.max_new_tokens,
+        choices=evaluated.choices,
         **common,
     ):
         if interrupted():
             return None
-        for index, answer in found.items():
-            rows[index] = with_answer(rows[index], answer)
+        rows |= {index: with_answer(evaluated.rows[index], answer) for index, answer in found.items()}
+    answered = [rows[index] for index in sorted(rows)]
     if jax.process_index() == 0:
         folder = out / PREDICTIONS
         folder.mkdir(exist_ok=True)
-        write_whole(folder / f"step_{step}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(folder / f"step_{step}.jsonl", "".join(json.dumps(row) + "\n" for row in answered))
     mean = loss / supervised if supervised else None  # none: the truth is in metadata alone
     metrics: Line = {} if mean is None else {"loss": mean if math.isfinite(mean) else None}
-    return {f"eval_{name}": value for name, value in (metrics | score(rows, tasks, resamples=0).flat()).items()}
+    there = {task_of(row) for row in answered}
+    tasks = {name: task for name, task in evaluated.tasks.items() if name in there}
+    return {f"eval_{name}": value for name, value in (metrics | score(answered, tasks, resamples=0).flat()).items()}

@@ -228,7 +228,7 @@ def test_number_too_large_for_the_type(
             arrays[LAYER][5, 6] = value
         save_file({name: a.astype(np.dtype(own)) for name, a in arrays.items()}, directory / shard)
     flags = [directory, tmp_path / "native", "--config", good / "run.yaml", "--set", f"model.frozen_dtype={dtype}"]
-    message = umbrella("convert", "from-hf", *flags, code=int(not fits))
+    message = umbrella("convert", "from-hf", *flags, code=0 if fits else 2)
     assert (tmp_path / "native").exists() == fits
     if not fits:
         for part in (str(directory / weight_map[LAYER]), LAYER, f"too large for {dtype}"):
@@ -329,8 +329,8 @@ def huge(directory: Path) -> None:
             ["{dir}/" + FIRST, "damaged"],
             id="shape of more bytes",
         ),
-        pytest.param(raw(INDEX, lambda data: data[:-9]), ["{dir}/" + INDEX, "no index"], id="index cut short"),
-        pytest.param(raw(INDEX, lambda data: b"\xff\xfe"), ["{dir}/" + INDEX, "no index"], id="index no text"),
+        pytest.param(raw(INDEX, lambda data: data[:-9]), ["{dir}/" + INDEX, "not valid JSON"], id="index cut short"),
+        pytest.param(raw(INDEX, lambda data: b"\xff\xfe"), ["{dir}/" + INDEX, "cannot be read"], id="index no text"),
         pytest.param(
             raw(INDEX, lambda data: b'{"weight_map": {"a": 1}}'), ["{dir}/" + INDEX], id="index of other values"
         ),
@@ -384,7 +384,7 @@ def config(section: str = "", **values: Any) -> Change:
         pytest.param(lambda d: (d / "config.json").unlink(), ["cannot be read", "No such file"], id="missing"),
         pytest.param(raw("config.json", lambda data: data[:-3]), ["not valid JSON"], id="cut short"),
         pytest.param(raw("config.json", lambda data: b"[]"), ["expected an object, found list"], id="a list"),
-        pytest.param(raw("config.json", lambda data: b"\xff\xfe"), ["not valid JSON"], id="no text"),
+        pytest.param(raw("config.json", lambda data: b"\xff\xfe"), ["cannot be read"], id="no text"),
         pytest.param(
             config(model_type="llava_onevision"), ["model_type: 'llava_onevision'", "'llava'"], id="other LLaVA"
         ),
@@ -405,7 +405,7 @@ def test_config(copy: Callable[..., Path], good: Path, tmp_path: Path, change: C
     directory = copy("one", change)
     with pytest.raises(CheckpointError) as error:
         read_config(directory)
-    only(error.value.faults, f"{directory / 'config.json'}: ", *expected)
+    only(error.value.faults, f"{directory / 'config.json'}:", *expected)
     flags = [directory, tmp_path / "native", "--config", good / "run.yaml"]
     assert umbrella("convert", "from-hf", *flags, code=2) == f"umbrella-jax: {error.value}\n"
     assert not (tmp_path / "native").exists()

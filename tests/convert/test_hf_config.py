@@ -217,7 +217,7 @@ def test_write_config(tmp_path):
     source.mkdir()
     put(source, changed(unknown={"kept": 1}, vision_feature_select_strategy="full", dtype="float16"))
     for name in ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "generation_config.json"):
-        (source / name).write_text(name)
+        (source / name).write_text("{}")
     for name in ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "optimizer.pt"):
         (source / name).write_text(name)
     (source / "additional_chat_templates").mkdir()

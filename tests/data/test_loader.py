@@ -12,7 +12,7 @@ import pytest
 from umbrella_jax.batch import WHOLE, Parts
 from umbrella_jax.config import AugmentConfig, ModalityConfig
 from umbrella_jax.data.cache import VolumeCache
-from umbrella_jax.data.loader import Dataset, eval_batches, make_plan, train_batches, whole_batch
+from umbrella_jax.data.loader import Dataset, eval_batches, eval_subset, make_plan, train_batches, whole_batch
 from umbrella_jax.data.volume import load_volume
 from umbrella_jax.errors import DataError
 
@@ -319,3 +319,35 @@ def test_a_file_shown_as_two_modalities_has_the_axes_of_each(record, write_json,
     augment = AugmentConfig(left_right_flip=0.5)
     dataset = Dataset.load(path, tokenizer, modalities, max_length=200, threads=1, augment=augment)
     assert dataset.axes == {(tmp_path / "a.nii", "T1"): "LAS", (tmp_path / "a.nii", "rsfMRI"): "RAS"}
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+def test_a_part_of_an_evaluation_has_the_shapes_of_the_whole(make_dataset, prompts):
+    """Whose other rows are left out: no shape is new, and what is asked for comes once."""
+    dataset = make_dataset(evaluation=True)
+    whole = {batch.input_ids.shape for _, batch in eval_batches(dataset, 2, prompts=prompts)}
+    for only in ([3], [0, 5, 6], range(NUM), []):
+        found = list(eval_batches(dataset, 2, prompts=prompts, only=only))
+        assert sorted(index for indices, _ in found for index in indices) == sorted(only)
+        assert {batch.input_ids.shape for _, batch in found} <= whole
+        rows = dataset.rows(prompts=prompts)
+        for indices, batch in found:
+            assert batch.lengths.tolist()[: len(indices)] == [len(rows[i]) for i in indices]
+
+
+def test_a_subset_is_whole_batches_of_each_shape(make_dataset):
+    dataset = make_dataset(evaluation=True)
+    batches = list(eval_batches(dataset, 2, prompts=True))
+    shapes = {str(jax.tree.map(np.shape, batch)) for _, batch in batches}
+    sizes = []
+    for count in range(1, NUM + 2):
+        chosen = eval_subset(dataset, 2, count)
+        assert chosen == sorted(set(chosen)) == eval_subset(dataset, 2, count)
+        taken = [(set(indices), batch) for indices, batch in batches if set(indices) & set(chosen)]
+        assert set().union(*(indices for indices, _ in taken)) == set(chosen), "whole batches"
+        assert {str(jax.tree.map(np.shape, batch)) for _, batch in taken} == shapes
+        assert len(chosen) >= min(count, NUM)
+        sizes.append(len(chosen))
+    assert sizes == sorted(sizes)
+    assert sizes[0] < NUM
+    assert sizes[-1] == NUM

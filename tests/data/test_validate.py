@@ -387,11 +387,11 @@ def test_page(config, ask, record, nifti, write_json, tokenizer, tmp_path):
     nifti("run.nii", np.random.default_rng(0).uniform(1, 2, (4, 3, 5, 6)))
     turns = [
         ask("<b>gone.nii", task_id="</script><script>alert(2)</script>"),
-        ask(name, "<i>male</i>", metadata={"task": "<u>sex</u>"}, task_id="\ud800"),
+        ask(name, "<i>male</i>", metadata={"task": "<u>sex</u>"}),
         record([("user", ["fMRI:run.nii"]), ("assistant", ["yes"])]),
         ask("run.nii", task_id="<script>"),
     ]
-    settings = config(write_json("<s>train.json", turns))
+    settings = config(write_json("<s>train\udcff.json", turns))  # a name that is no UTF-8
     report = validate(settings, lambda: tokenizer)
     file = tmp_path / "page.html"
     write_page(report, settings.model.modalities, file, sample=24, threads=2, augment=settings.data.augment)

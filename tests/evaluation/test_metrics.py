@@ -614,17 +614,17 @@ def test_the_command_reads_a_config(tmp_path: Path, capsys: pytest.CaptureFixtur
     ]:
         bad = tmp_path / "bad.yaml"
         bad.write_text(config.read_text().replace(old, new))
-        assert main(["score", file, "--config", str(bad)]) == 1
+        assert main(["score", file, "--config", str(bad)]) == 2
         assert message in capsys.readouterr().err
 
 
 def test_the_command_names_every_bad_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "answers.jsonl"
     file.write_text('{"task_id": "a", "prediction": null, "reference": "x"}\n\n{"task_id"\n[]\n')
-    assert main(["score", str(file)]) == 1
+    assert main(["score", str(file)]) == 2
     err = capsys.readouterr().err
     assert f"{file}:1: prediction: expected a string, got None" in err
     assert f"{file}:3: not valid JSON" in err
     assert f"{file}:4: expected a prediction, an object, got []" in err
-    assert main(["score", str(tmp_path / "none.jsonl")]) == 1
+    assert main(["score", str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl: cannot be read" in capsys.readouterr().err

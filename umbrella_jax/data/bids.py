@@ -15,9 +15,10 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, TypeVar
 
-from umbrella_jax.config import MAX_CLASSES, read_yaml
+from umbrella_jax.config import MAX_CLASSES
 from umbrella_jax.data.conversation import IMAGE_MARKER, TURN_END, TURN_START
 from umbrella_jax.errors import ConfigError, DataError, UmbrellaError
+from umbrella_jax.reading import LISTING, read_json, read_text, read_yaml
 
 T = TypeVar("T")
 TEMPLATES: dict[str, dict[str, str]] = {
@@ -231,21 +232,11 @@ def _forged(text: str) -> list[str]:
     return [f"holds {' and '.join(held)}, which the tokenizer puts in; take it out"] if held else []
 
 
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from None
-
-
 def _levels(file: Path, target: str) -> dict[str, str]:
     """`Levels` of the column: a description each, or an object that holds one; none where there is no such file."""
     if not file.exists() and not file.is_symlink():  # a link to nothing is one that datalad has yet to get
         return {}
-    try:
-        found = json.loads(_read(file))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
+    found = read_json(file, DataError, "expected an object of columns")
     column = found.get(target, {}) if isinstance(found, dict) else None
     levels = column.get("Levels", {}) if isinstance(column, dict) else None
     if not isinstance(levels, dict):
@@ -259,7 +250,8 @@ def _levels(file: Path, target: str) -> dict[str, str]:
 
 def _participants(file: Path, target: str) -> dict[str, str]:
     """{sub-LABEL: value}, in sorted order."""
-    reader = csv.reader(StringIO(_read(file), newline=""), delimiter="\t", strict=True)
+    text = read_text(file, DataError, LISTING, "expected a table of tab-separated rows")
+    reader = csv.reader(StringIO(text, newline=""), delimiter="\t", strict=True)
     rows: list[tuple[int, list[str]]] = []
     try:
         rows += ((reader.line_num, [cell.strip() for cell in row]) for row in reader if row)

@@ -53,6 +53,7 @@ from umbrella_jax.data.volume import (
 )
 from umbrella_jax.data.voxels import Voxels, readable, source_files
 from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.reading import parse_json, read_json
 
 _log = logging.getLogger(__name__)
 _SETTLED = 2.0
@@ -169,7 +170,7 @@ class VolumeCache:
         now = time.time()
         stat, changed = _stat(path)
         with suppress(OSError, ValueError, KeyError, TypeError):  # no record, or a damaged one
-            known = json.loads(record.read_bytes())
+            known = read_json(record, DataError, "remove it")
             if known["stat"] == stat:
                 return _Source(stat, known["digest"])
         source = _Source(stat, source_digest(path))
@@ -208,7 +209,7 @@ class VolumeCache:
                 length = int.from_bytes(entry.read(8), "little")
                 if 8 + length + nbytes != os.fstat(entry.fileno()).st_size:
                     raise ValueError("its length is another one")
-                header = json.loads(entry.read(length))
+                header = parse_json(entry.read(length).decode(), file, DataError, "remove it")
                 metadata: dict[str, str] = header["__metadata__"]
                 if (header["volume"], metadata["key"]) != (tensor, key):
                     raise ValueError("it is another one")

@@ -1,6 +1,5 @@
 """Conversation files: from JSON to conversations of text and image references. Opens no image."""
 
-import json
 import os.path
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -11,11 +10,16 @@ from typing import Any, TypeVar
 from umbrella_jax.config import resolve_modality
 from umbrella_jax.data.schema import IMAGE_MARKER, KINDS, kind, to_current
 from umbrella_jax.errors import DataError
+from umbrella_jax.reading import LISTING, parse_json, read_json, read_lines
 
 ROLES = ("system", "user", "assistant")
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+MAX_FAULTS = 10_000
+"""After so many faults no more are looked for: of a file that is no conversations at all each number may be one."""
 T = TypeVar("T")
 _SUFFIXES = (".json", ".jsonl")
+_EACH = "expected a conversation, an object, in each line"
+_JSONL = "expected a conversation or a list of them; a .jsonl, of one in each line, may have any length"
 _SUBJECT = re.compile(r"sub-([0-9A-Za-z]+)(?=[_.]|$)")
 
 
@@ -141,6 +145,11 @@ def scan_conversations(
                 conversations.append(_Parser(record, source, root, modalities, allow_outside_root).conversation(wrong))
             except DataError as error:
                 faults.extend(error.faults)
+            if len(faults) > MAX_FAULTS:
+                break
+        if len(faults) > MAX_FAULTS:
+            faults.append(f"{file}: not looked at further, nor any file behind it; mend these first")
+            break
     if not conversations and not faults:
         faults.append(
             f"{path}: modality {modality} and task_filter {task_filter} keep none of {found} conversations; "
@@ -192,27 +201,25 @@ def conversation_files(path: Path) -> list[Path]:
 def _records(file: Path, faults: list[str]) -> Iterator[tuple[str, Any]]:
     """Every JSON value of a file that should be a conversation, with its source; what is no JSON goes to `faults`."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        faults.append(f"{file}: cannot be read: {error}")
-        return
-    if file.suffix == ".json":
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            faults.append(f"{file}:{error.lineno}: not valid JSON: {error.msg}")
+        if file.suffix == ".json":
+            value = read_json(file, DataError, _JSONL, LISTING)
+            if isinstance(value, list):
+                yield from ((f"{file}[{i}]", item) for i, item in enumerate(value))
+            else:
+                yield str(file), value
             return
-        if isinstance(value, list):
-            yield from ((f"{file}[{i}]", item) for i, item in enumerate(value))
-        else:
-            yield str(file), value
-        return
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut at U+2028 inside a string
-        if line.strip():
-            try:
-                yield f"{file}:{number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                faults.append(f"{file}:{number}: not valid JSON: {error.msg} (column {error.colno})")
+        for number, line in read_lines(file, DataError, _EACH):
+            if line.strip():
+                try:
+                    value = parse_json(line, file, DataError, _EACH, number)
+                except DataError as error:
+                    faults.extend(error.faults)
+                    if len(faults) > MAX_FAULTS:
+                        return
+                else:
+                    yield f"{file}:{number}", value
+    except DataError as error:
+        faults.extend(error.faults)
 
 
 class _Parser:

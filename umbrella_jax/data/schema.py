@@ -19,7 +19,7 @@ KINDS = {str: "a string", list: "a list", dict: "an object", type(None): "nothin
 
 def kind(value: Any) -> str:
     """What a JSON value is, for messages."""
-    return KINDS.get(type(value), repr(value))
+    return KINDS[type(value)] if type(value) in KINDS else repr(value)
 
 
 def to_current(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

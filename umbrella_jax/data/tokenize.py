@@ -25,6 +25,10 @@ import numpy as np
 from umbrella_jax.config import ModalityConfig, Template
 from umbrella_jax.data.conversation import IMAGE_MARKER, TURN_END, TURN_START, Conversation, Image, Message
 from umbrella_jax.errors import DataError
+from umbrella_jax.reading import LISTING
+
+_TOKENIZER = (".json", ".txt", ".model", ".tiktoken", ".jinja")
+_LARGE = f"larger than {LISTING >> 20} MB, eight times the largest tokenizer known; expected the file of one"
 
 # Ids, an image being one placeholder, and which of them are supervised.
 _Text = tuple[list[int], list[bool]]
@@ -54,21 +58,27 @@ def load_tokenizer(directory: str | Path, image_token_id: int | None) -> tuple[A
     added `<image>` for the model's and makes sure that the embeddings have a row for each.
 
     Args:
-        directory: holds tokenizer.json and its companions; nothing is downloaded.
+        directory: holds tokenizer.json and its companions; nothing is downloaded, and no code that it holds or names is
+            run.
         image_token_id: the model's, from its config.json; None where it has none yet.
 
     Returns:
         The tokenizer and the tokens that were added.
 
     Raises:
-        DataError: no tokenizer there, or its `<image>` has another id than the model's.
+        DataError: no tokenizer there, one that is larger than any, or that is code; or its `<image>` has another id
+            than the model's.
     """
     from transformers import AutoTokenizer  # here: reading conversations and volumes needs no transformers
 
     if not Path(directory).is_dir():
         raise DataError(f"{directory}: not found; expected a directory with a tokenizer")
+    files = [file for file in sorted(Path(directory).iterdir()) if file.suffix in _TOKENIZER and file.is_file()]
+    if faults := [f"{file}: {_LARGE}" for file in files if file.stat().st_size > LISTING]:
+        raise DataError(faults)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        # False, not the default None: that asks on the terminal whether the directory's code may run
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a missing or damaged file makes transformers raise nearly anything
         raise DataError(f"{directory}: holds no tokenizer that can be read: {type(error).__name__}: {error}") from None
     vocabulary = tokenizer.get_vocab()

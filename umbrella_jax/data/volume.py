@@ -1,5 +1,6 @@
 """Volumes to arrays, float32: orientation; resize, or one voxel size and pad; windows; scaling."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,8 @@ from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.voxels import Voxels, open_voxels
 from umbrella_jax.errors import DataError
 
+MAX_AXIS = 8192
+"""Voxels along an axis of space, four times those of the finest scans: resizing one makes a matrix of its weights."""
 PREPROCESSING_VERSION = 1
 """Raise it whenever the same file and the same config become other numbers: cached volumes of before are then stale."""
 
@@ -45,9 +48,14 @@ def load_volume(path: str | Path, config: ModalityConfig, window: int = 0) -> np
 
 def preprocess(path: str | Path, image: Voxels, config: ModalityConfig, window: int = 0) -> np.ndarray:
     """`load_volume` of a file that `open_volume` opened: of a .nii.gz, windows then decompress no frame twice."""
-    if len(config.size) == 3:
-        return _preprocess_3d(path, image, config)
-    return _preprocess_4d(path, image, config, window)
+    with np.errstate(over="ignore", invalid="ignore"):  # it shows in the result
+        if len(config.size) == 3:
+            volume = _preprocess_3d(path, image, config)
+        else:
+            volume = _preprocess_4d(path, image, config, window)
+    if not np.isfinite(volume).all():
+        raise DataError(f"{path}: scaling {config.scaling} takes it beyond float32; expected smaller numbers")
+    return volume
 
 
 def axis_codes(image: Voxels, config: ModalityConfig) -> str | None:
@@ -139,6 +147,8 @@ def open_volume(path: str | Path, config: ModalityConfig) -> Voxels:
     if 0 in shape or len(shape) < rank or any(n != 1 for n in shape[rank:]):
         raise DataError(f"{path}: shape {shape}; expected {rank} axes, as the modality's size {config.size} has")
     faults = []
+    if max(shape[:3]) > MAX_AXIS:
+        faults.append(f"{path}: shape {shape}; expected at most {MAX_AXIS} voxels along an axis")
     if config.orientation == "RAS" and image.affine is None:
         remedy = "expected orientation: as_stored of the modality, or NIfTI whose qform_code or sform_code is not 0"
         faults.append(f"{path}: nothing in it says how it is oriented; {remedy}")
@@ -317,6 +327,8 @@ def _moments(values: np.ndarray) -> tuple[float, float]:
     """Mean and population standard deviation; the latter is 1 where the values are constant but for rounding."""
     mean = float(values.mean(dtype=np.float64))
     std = float(values.std(mean=np.float32(mean)))
+    if std == math.inf:  # its squares were too large; nothing that is divided by it would tell
+        return mean, math.nan
     return mean, std if std > 1e-6 * abs(mean) else 1.0
 
 

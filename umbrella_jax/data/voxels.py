@@ -6,10 +6,15 @@ asked for.
 - A directory of such volumes, `frame_0`, `frame_1`, … `.npy` or `.pt`: a run. Files of other names are not looked at,
   the `global_stats.pt` of the original system among them.
 
-Nothing in a file is ever executed: arrays are read without pickles, tensors with `weights_only`.
+Nothing in a file is ever executed: arrays are read without pickles, tensors with `weights_only`. What a header
+promises is compared with the file before anything is allocated for it. Extensions of a NIfTI are not read, nor is the
+`.mat` beside an Analyze pair.
 """
 
+import math
+import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,15 +24,23 @@ import nibabel as nib
 import numpy as np
 from isal import igzip
 from nibabel.affines import voxel_sizes
-from nibabel.analyze import AnalyzeImage
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
-from nibabel.nifti1 import Nifti1Pair
 from nibabel.openers import ImageOpener
-from nibabel.spatialimages import SpatialImage
+from numpy.lib.format import MAGIC_PREFIX, read_array_header_1_0, read_array_header_2_0, read_magic
 
+from umbrella_jax.config import MAX_VOXELS, MM
 from umbrella_jax.errors import DataError
 
+UNPACKED = 256 << 20
+"""Bytes that any compressed file may hold: a volume of 320³ in float64, whatever is in it."""
+RATIO = 100
+"""Beyond those, bytes for each of a compressed file's. Scans come to half or a tenth of their size, for they are noisy;
+masks to a hundredth; a bomb, of zeros alone, to a thousandth, which is the least that gzip can."""
+# In the order in which nibabel tries its classes; those before and between are no volumes of voxels.
+_NIFTI = (nib.Nifti1Pair, nib.Nifti1Image, nib.Nifti2Pair, nib.Nifti2Image)
+_ANALYZE = (nib.Spm2AnalyzeImage, nib.Spm99AnalyzeImage, nib.AnalyzeImage)
+_KINDS = (*_NIFTI, *_ANALYZE, nib.MGHImage)
 _ARRAYS = (".npy", ".pt")
 _MM = {"meter": 1000.0, "micron": 0.001}  # what NIfTI may measure in, beside mm
 _SINGLE = (".nii", ".nii.gz", ".mgz", ".mgh", *_ARRAYS)
@@ -56,27 +69,44 @@ class Voxels(Protocol):
 def open_voxels(path: str | Path) -> Voxels:
     """Opens what lies there, a file by its suffix.
 
-    Raises DataError naming it: missing, unreadable, no real numbers, frames that do not follow one another.
+    Raises DataError naming it: missing, unreadable, no real numbers, a header that promises more than the file can
+    hold, frames that do not follow one another.
     """
     path = Path(path)
-    if path.is_dir():
+    if _is_directory(path):
         return _Arrays(_frames(path), run=True)
     return _Arrays([path]) if path.suffix in _ARRAYS else _Nibabel(path)
+
+
+def _is_directory(path: Path) -> bool:
+    with readable(path):  # a name may be longer than any can be
+        return path.is_dir()
 
 
 def source_files(path: Path) -> list[Path]:
     """All files that `open_voxels` may read there, in a fixed order: itself, both of a pair, a directory's frames.
 
-    Opens none. Raises DataError as `open_voxels` does where the frames of a directory do not follow one another.
+    Opens none. Raises DataError as `open_voxels` does for what is no file, and where the frames of a directory do not
+    follow one another.
     """
-    if path.is_dir():
+    if _is_directory(path):
         return _frames(path)
     files = {path}
     if not path.name.endswith(_SINGLE):
-        for kind in nib.all_image_classes:
+        for kind in _KINDS:
             with suppress(ImageFileError):  # not a name of this kind
-                files |= {Path(part.filename) for part in kind.filespec_to_file_map(path).values()}
-    return sorted(file for file in files if file == path or file.exists())
+                files |= _pair(kind, path)
+    found = sorted(file for file in files if file == path or file.exists())
+    with readable(path):
+        for file in found:
+            _size(file)
+    return found
+
+
+def _pair(kind: Any, path: Path) -> set[Path]:
+    """The files of a kind that are read: header and voxels, which may be one."""
+    parts = kind.filespec_to_file_map(path)
+    return {Path(parts[part].filename) for part in ("header", "image") if part in parts}
 
 
 @contextmanager
@@ -102,46 +132,96 @@ def _check_real(path: Path, dtype: np.dtype) -> None:
         raise DataError(f"{path}: voxels of type {dtype}; expected real numbers")
 
 
+def _size(file: Path) -> int:
+    """Bytes of a file. Raises FileNotFoundError, and DataError for what is none: a pipe would be waited for."""
+    status = os.stat(file)
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{file}: a directory, pipe or device; expected a file")
+    return status.st_size
+
+
+def _check_promise(path: Path, file: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int = 0) -> None:
+    """Raises DataError where `file` cannot hold the voxels that a header speaks of."""
+    size, promised = _size(file), offset + math.prod(shape) * dtype.itemsize
+    what = f"{path}: its header promises {' × '.join(map(str, shape))} voxels of {dtype}"
+    if min(shape, default=0) < 0 or offset < 0:
+        raise DataError(f"{what} from byte {offset}; expected a whole volume, copy it again")
+    packed = file.suffix.lower() in ImageOpener.compress_ext_map
+    if not packed and promised > size:
+        raise DataError(f"{what}, {promised} bytes, but {file} has {size}; expected a whole volume, copy it again")
+    if packed and promised > max(UNPACKED, RATIO * size):
+        raise DataError(
+            f"{what}, {promised} bytes, from {size} compressed ones; expected no more than {RATIO} times as many, as "
+            "of any scan: copy it again, or if it is so empty, unpack it"
+        )
+
+
+def _check_count(path: Path, shape: tuple[int, ...], frames: slice | int) -> None:
+    """Raises DataError where a reading is of more voxels than memory may hold."""
+    length = shape[3] if len(shape) > 3 else 1
+    count = math.prod(shape[:3]) * (1 if isinstance(frames, int) else len(range(length)[frames]))
+    if count > MAX_VOXELS:
+        raise DataError(f"{path}: {count} voxels to be read at once; expected at most {MAX_VOXELS}, resample it")
+
+
 class _Nibabel:
+    """By nibabel's headers and its proxy of voxels, but not by its `load`, which reads more than those: extensions of a
+    NIfTI of whatever length they say, a `.mat` beside an Analyze pair, what stands behind the voxels of an `.mgz`."""
+
     def __init__(self, path: Path):
         self._path = path
         with readable(path):
-            # Not memory-mapped: a file that is cut short while it is mapped kills the process with SIGBUS.
-            self._image: Any = nib.load(path, mmap=False, keep_file_open=True)
-        if not isinstance(self._image, SpatialImage):
-            raise DataError(f"{path}: {type(self._image).__name__}; expected a volume of voxels")
-        self.shape: tuple[int, ...] = self._image.shape
-        header, data = self._image.header, self._image.dataobj
-        self.dtype: np.dtype = self._image.get_data_dtype()
-        _check_real(path, self.dtype)
-        nifti = isinstance(self._image, Nifti1Pair)
-        analyze = isinstance(self._image, AnalyzeImage) and not nifti  # NIfTI is derived from it
-        # An Analyze header names no axes, nor does a NIfTI header without codes; nibabel would only assume them.
-        assumed = analyze or (nifti and header["qform_code"] == 0 and header["sform_code"] == 0)
-        affine = self._image.affine
-        oriented = np.isfinite(affine).all() and not np.isnan(nib.io_orientation(affine)).any()
-        self.affine: np.ndarray | None = affine if oriented and not assumed else None
-        with readable(path):
-            pixdim = analyze or (nifti and header["sform_code"] == 0)
-            zooms = self._pixdim() if pixdim else voxel_sizes(affine)
+            kind = _kind(path)
+            parts = kind.filespec_to_file_map(path)
+            file = Path(parts["image"].filename)
+            with ImageOpener(str(parts.get("header", parts["image"]).filename)) as opened:
+                raw = opened.read(kind.header_class.template_dtype.itemsize)
+            header = kind.header_class(raw)  # which is checked
+            self.shape: tuple[int, ...] = tuple(int(n) for n in header.get_data_shape())
+            self.dtype: np.dtype = header.get_data_dtype()
+            _check_real(path, self.dtype)
+            offset, (slope, inter) = header.get_data_offset(), header.get_slope_inter()
+            _check_promise(path, file, self.shape, self.dtype, offset)
+            # An Analyze header names no axes, nor does a NIfTI header without codes; nibabel would only assume them.
+            nifti, analyze = kind in _NIFTI, kind in _ANALYZE
+            assumed = analyze or (nifti and header["qform_code"] == 0 and header["sform_code"] == 0)
+            affine = np.asarray(header.get_best_affine(), np.float64)
+            oriented = np.isfinite(affine).all() and not np.isnan(nib.io_orientation(affine)).any()
+            self.affine: np.ndarray | None = affine if oriented and not assumed else None
+            if analyze or (nifti and header["sform_code"] == 0):
+                # as it is in the file: nibabel, which checks headers, has replaced zeros by ones
+                stored = kind.header_class(raw, check=False)
+                zooms = np.abs(stored["pixdim"][1:4].astype(np.float64))
+            else:
+                zooms = voxel_sizes(affine)
             if nifti:
                 zooms = zooms * _MM.get(header.get_xyzt_units()[0], 1.0)
-            if type(data) is ArrayProxy and str(data.file_like).lower().endswith("gz"):
-                data.file_like = igzip.open(data.file_like)  # takes two thirds of the time of nibabel's own
-        self.zooms: np.ndarray | None = zooms if (np.isfinite(zooms) & (zooms > 0)).all() else None
-
-    def _pixdim(self) -> np.ndarray:
-        """As it is in the file: nibabel, which checks headers, has replaced zeros by ones."""
-        files = self._image.file_map
-        with ImageOpener(files.get("header", files["image"]).filename) as file:
-            stored = type(self._image.header).from_fileobj(file, check=False)
-        return np.abs(stored["pixdim"][1:4].astype(np.float64))
+            self.zooms: np.ndarray | None = zooms if ((zooms >= MM[0]) & (zooms <= MM[1])).all() else None
+            # igzip takes two thirds of the time of nibabel's own. Not memory-mapped: a file that is cut short while it
+            # is mapped kills the process with SIGBUS.
+            content = igzip.open(file) if file.name.lower().endswith("gz") else str(file)
+            scale = (1.0 if slope is None else slope, 0.0 if inter is None else inter)
+            self._data = ArrayProxy(content, (self.shape, self.dtype, offset, *scale), mmap=False, keep_file_open=True)
 
     def read(self, frames: slice | int) -> np.ndarray:
+        _check_count(self._path, self.shape, frames)
         behind = len(self.shape) - 4
         with readable(self._path):
             index = (*(slice(None),) * 3, frames, *(0,) * behind)[: len(self.shape)]
-            return np.asarray(self._image.dataobj[index])
+            return np.asarray(self._data[index])
+
+
+def _kind(path: Path) -> Any:
+    """nibabel's class for a file, going by its name and the beginning of its header."""
+    _size(path)
+    sniffed = None
+    for kind in nib.all_image_classes:
+        found, sniffed = kind.path_maybe_image(path, sniffed)
+        if found and kind in _KINDS:
+            return kind
+        if found:
+            raise DataError(f"{path}: {kind.__name__}; expected a volume of voxels")
+    raise ImageFileError("no header of a NIfTI, Analyze or MGH file")
 
 
 class _Arrays:
@@ -155,6 +235,7 @@ class _Arrays:
         self.dtype: np.dtype = self._first.dtype
 
     def read(self, frames: slice | int) -> np.ndarray:
+        _check_count(self._files[0], self.shape, frames)
         if isinstance(frames, int):
             return self._volume(self._files[frames])
         return np.stack([self._volume(file) for file in self._files[frames]], axis=-1)
@@ -197,7 +278,8 @@ def _frames(directory: Path) -> list[Path]:
 def _array(file: Path) -> np.ndarray:
     """One volume (D, H, W), as stored."""
     with readable(file, "one array of numbers, nothing pickled with it; save it again"):
-        array = _tensor(file) if file.suffix == ".pt" else np.load(file, allow_pickle=False)
+        _size(file)
+        array = _tensor(file) if file.suffix == ".pt" else _load(file)
     if not isinstance(array, np.ndarray):
         raise DataError(f"{file}: holds {type(array).__name__}; expected one array of numbers")
     _check_real(file, array.dtype)
@@ -208,6 +290,18 @@ def _array(file: Path) -> np.ndarray:
             "a run is a directory of frames"
         )
     return array.squeeze(tuple(one))
+
+
+def _load(file: Path) -> Any:
+    """As np.load, but for a header that promises more than the file holds."""
+    with file.open("rb") as content:
+        if content.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX:
+            content.seek(0)
+            read_header = read_array_header_1_0 if read_magic(content) == (1, 0) else read_array_header_2_0
+            shape, _, dtype = read_header(content)
+            _check_promise(file, file, shape, dtype, content.tell())
+        content.seek(0)
+        return np.load(content, allow_pickle=False)
 
 
 def _tensor(file: Path) -> np.ndarray:

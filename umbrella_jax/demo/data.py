@@ -62,7 +62,10 @@ def make_data(directory: str | Path, seed: int = 0, train_subjects: int = 320, e
         active = rng.permutation(lesion)
         names = [f"sub-{first + i:03d}" for i in range(count)]
         for i, name in enumerate(names):
-            _save(root / _anat(name), *_draw_lesion(rng, *head, lesion[i][0]), lesion[i][1])
+            scan, affine, inside = _draw_lesion(rng, *head, lesion[i][0])
+            _save(root / _anat(name), scan, affine, lesion[i][1])
+            if split == "eval":
+                _save(root / lesion_mask(name), inside, affine, lesion[i][1])
             _save(root / _func(name), *_draw_activity(rng, *run, active[i][0]), active[i][1])
         conversations = _conversations(rng, names, [s for s, _ in lesion.tolist()], [s for s, _ in active.tolist()])
         (root / f"{split}.json").write_text(json.dumps(conversations, indent=1) + "\n")
@@ -72,6 +75,11 @@ def make_data(directory: str | Path, seed: int = 0, train_subjects: int = 320, e
 
 def _anat(subject: str) -> str:
     return f"{subject}/anat/{subject}_brain.nii.gz"
+
+
+def lesion_mask(subject: str) -> str:
+    """Where, below the data's root, a held-out subject's lesion is drawn: 1 inside it, on the scan's grid."""
+    return f"{subject}/anat/{subject}_label-lesion_mask.nii.gz"
 
 
 def _func(subject: str) -> str:
@@ -135,8 +143,8 @@ def _rotation(rng: np.random.Generator) -> np.ndarray:
 
 def _draw_lesion(
     rng: np.random.Generator, head: np.ndarray, zooms: np.ndarray, side: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """A head, moved and lit at random, with a lesion on the patient's `side`; and its affine."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A head, moved and lit at random, with a lesion on the patient's `side`; its affine; and where the lesion is."""
     grid_zooms = np.array(ZOOMS)
     affine = _affine(GRID, grid_zooms)
     rotation, shift = _rotation(rng), rng.uniform(-MAX_SHIFT, MAX_SHIFT, 3).astype(np.float32)
@@ -155,7 +163,7 @@ def _draw_lesion(
 
     voxel = np.unravel_index(np.argmin(distance), GRID)
     assert ((affine @ (*voxel, 1))[0] < 0) == (side == "left")  # RAS+: x grows towards the patient's right
-    return image * rng.uniform(0.7, 1.4), affine
+    return image * rng.uniform(0.7, 1.4), affine, inside > 0.5
 
 
 def _draw_activity(
@@ -179,7 +187,7 @@ def _save(path: Path, image: np.ndarray, affine: np.ndarray, order: str) -> None
     import nibabel as nib
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    nifti = nib.Nifti1Image(np.clip(image.round(), 0, None).astype(np.int16), affine)
+    nifti = nib.Nifti1Image(np.clip(np.round(image), 0, None).astype(np.int16), affine)
     nifti.header.set_xyzt_units("mm", "sec")
     if image.ndim == 4:
         nifti.header["pixdim"][4] = 2.0

@@ -1,6 +1,5 @@
 """How right answers are, task by task. docs/metrics.md says what each figure means."""
 
-import json
 import math
 import textwrap
 from collections import Counter, defaultdict
@@ -31,6 +30,7 @@ from umbrella_jax.evaluation.tasks import (
     tasks_of,
 )
 from umbrella_jax.evaluation.weighted import Array
+from umbrella_jax.reading import parse_json, read_lines
 
 __all__ = [
     "METRICS",
@@ -126,20 +126,18 @@ class Scores:
 
 def read_predictions(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file. Raises DataError with every line that is none."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would also cut at U+2028 in a string
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    rows, faults = [], []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                faults.append(f"{path}:{number}: not valid JSON: {error.msg} (column {error.colno})")
-                continue
-            faults += [f"{path}:{number}: {fault}" for fault in _schema_faults(row)]
-            rows.append(row)
+    remedy = "expected predictions, as `umbrella-jax predict` writes them"
+    rows, faults = [], list[str]()
+    for number, line in read_lines(path, DataError, remedy):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line, path, DataError, remedy, number)
+        except DataError as error:
+            faults += error.faults
+            continue
+        faults += [f"{path}:{number}: {fault}" for fault in _schema_faults(row)]
+        rows.append(row)
     if faults:
         raise DataError(faults)
     return rows
@@ -439,9 +437,14 @@ def _notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Row]], resam
             yield f"{name}: {none} of {len(rows)} answers {what}; each counts as {so}."
         if len(task.classes) == 1:
             yield f"{name}: every reference is {task.classes[0]}; evaluation.tasks.{name}.answers names all answers."
-        lacking = [m for m in task.metrics if m in OF_LIKELIHOODS and not _with_likelihoods(rows)]
-        if lacking:
-            yield f"{name}: no {', '.join(lacking)}, for which the predictions would need likelihoods."
+    lacking = {
+        name: [metric for metric in task.metrics if metric in OF_LIKELIHOODS]
+        for name, task in tasks.items()
+        if not _with_likelihoods(groups[name])
+    }
+    if metrics := dict.fromkeys(metric for of_task in lacking.values() for metric in of_task):
+        whose = ", ".join(name for name, of_task in lacking.items() if of_task)
+        yield f"No {', '.join(metrics)} of {whose}: their predictions hold no likelihoods."
 
 
 def _figure_lines(figures: Mapping[str, Figure]) -> Iterator[str]:

@@ -1,19 +1,19 @@
 """Time from counts and data sheets, the largest batch, the best mesh; and the table of them."""
 
 import dataclasses
-import json
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from umbrella_jax.config import MeshConfig, ModelConfig, RunConfig
-from umbrella_jax.errors import ConfigError
+from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models import LlavaConfig
 from umbrella_jax.plan.count import KEPT, Model, describe, workload
 from umbrella_jax.plan.devices import Devices
+from umbrella_jax.reading import read_json
 from umbrella_jax.sharding import MeshShape, mesh_shape, mesh_shapes
 from umbrella_jax.training import freeze
 
@@ -27,6 +27,7 @@ _ATTENTION = {
     "splash": "attention is splash, a flash kernel, which writes no scores; memory of what it pads (heads to 128, "
     "lengths to blocks) is counted, products are not",
 }
+_STORED = ("float32", "bfloat16", "float16")  # what weights are read in
 _SHOWN = 6  # meshes in a table
 _COUNTS: dict[str, str | None] = {"floor": None} | {policy: policy for policy in KEPT}
 
@@ -241,11 +242,17 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def stored_dtype(config: ModelConfig, config_json: Path) -> str:
-    """The type of frozen weights: the run's, or where that is `auto`, what the checkpoint's config.json says."""
+    """The type of frozen weights: the run's, or where that is `auto`, what the checkpoint's config.json says.
+
+    Raises CheckpointError where that says none of those that weights are read in.
+    """
     if config.frozen_dtype != "auto":
         return config.frozen_dtype
-    raw: Mapping[str, Any] = json.loads(config_json.read_text())
-    return raw.get("torch_dtype") or raw.get("dtype") or "float32"
+    raw = read_json(config_json, CheckpointError, "give the whole folder of a LLaVA in Hugging Face format")
+    found = (raw.get("torch_dtype") or raw.get("dtype") or "float32") if isinstance(raw, dict) else raw
+    if found not in _STORED:
+        raise CheckpointError(f"{config_json}: dtype: expected one of {', '.join(_STORED)}, got {found!r}")
+    return found
 
 
 def make_plan(

@@ -1,7 +1,6 @@
 """What a run's directory says, put together for its page; nothing is drawn here, and no weights are read."""
 
 import hashlib
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from convert.hf_config import UMBRELLA_CONFIG, read_config
+from convert.hf_config import UMBRELLA_CONFIG, read_config, read_json
+from umbrella_jax import reading
 from umbrella_jax.api import CHECKPOINTS, CONFIG, MODEL
 from umbrella_jax.config import RunConfig, load_config
 from umbrella_jax.data.cache import source_digest
 from umbrella_jax.data.conversation import Conversation, conversation_files, read_conversations
+from umbrella_jax.data.loader import Dataset
 from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError
 from umbrella_jax.evaluation.metrics import (
     Row,
@@ -30,6 +31,7 @@ from umbrella_jax.evaluation.metrics import (
     tasks_of,
 )
 from umbrella_jax.models import LlavaConfig, abstract_params
+from umbrella_jax.prediction import blank_rows
 from umbrella_jax.run import INPUTS, PREDICTIONS
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints
@@ -127,36 +129,39 @@ def read_facts(
     with faults:
         saved, meta = _checkpoints(run)
     with faults:
-        lines = read_metrics(run / "metrics.jsonl")
+        lines, inputs = read_metrics(run / "metrics.jsonl"), _inputs(run)
     with faults:
         file, at = (Path(predictions), None) if predictions is not None else _evaluation(run, step)
         if weights and at is not None and at not in saved:
             there = ", ".join(map(str, saved))
             raise ConfigError(f"--explain: step {at} answered, of which no checkpoint is left; expected --step {there}")
         rows = read_predictions(file)
-        tasks = tasks_of(rows, config.evaluation.tasks)
     others: dict[str, list[dict[str, Any]]] = {}
     with faults:
         others = {} if baseline is None else _baselines(Path(baseline))
-    read, inputs = dict[str, list[Conversation] | str](), _inputs(run)
+    faults.stop()
+    read: dict[str, list[Conversation] | str] = {}
     for split in ("train", "eval"):
         if getattr(config.data, split) is not None:
             try:
                 read[split] = _conversations(config, model, split, inputs)
             except UmbrellaError as error:
                 read[split] = error.faults[0]
-    faults.stop()
+    found = read.get("eval", "data.eval: the run has none")
     with faults:
-        found = read.get("eval", "the config names none (data.eval)")
-        conversations = _same_conversations(found, rows, file, samples)
-        for name, of in others.items():
-            faults.found += _baseline_faults(name, of, rows)
+        # by all of the evaluation data, where it is there: these may be a part (train.eval_samples)
+        whole = rows if isinstance(found, str) else blank_rows(Dataset(tuple(found), (), (), {}, model.modalities))
+        groups, known = _by_task(rows), tasks_of(whole, config.evaluation.tasks)
+        tasks = {name: task for name, task in known.items() if name in groups}
+    with faults:
+        conversations = _answered(found, rows, file) if samples else []
+    for name, of in others.items():
+        faults.found += _baseline_faults(name, of, rows)
     faults.stop()
 
     order = _order(rows, tasks)[:samples]
     chosen = [_sample(conversations[i], rows[i], tasks[task_of(rows[i])], failed) for i, failed in order]
     _check_volumes(chosen, inputs)
-    groups = _by_task(rows)
     _, shapes = abstract_params(model)
     labels = freeze.label_params(list(shapes), list(config.train.groups))
     options: dict[str, Any] = {"resamples": config.evaluation.resamples}
@@ -167,7 +172,7 @@ def read_facts(
         saved=saved,
         versions=meta["versions"],
         base={
-            "name": json.loads((run / MODEL / UMBRELLA_CONFIG).read_text()).get("base", "unknown"),
+            "name": read_json(run / MODEL / UMBRELLA_CONFIG).get("base", "unknown"),
             "path": str(config.model.base),
             "fingerprint": meta["base_fingerprint"],
         },
@@ -264,7 +269,7 @@ def _baseline_faults(name: str, rows: Sequence[Row], expected: Sequence[Row]) ->
 
 def _inputs(run: Path) -> dict[str, set[str]]:
     """{kind: digests of the files that the run read}."""
-    recorded = json.loads((run / INPUTS).read_text())
+    recorded = reading.read_json(run / INPUTS, ConfigError, "a run writes it as it starts", reading.LISTING)
     return {kind: {digest for _, digest in files} for kind, files in recorded.items()}
 
 
@@ -289,18 +294,18 @@ def _conversations(
     )
 
 
-def _same_conversations(
-    found: list[Conversation] | str, rows: Sequence[Row], file: Path, samples: int
-) -> Sequence[Conversation]:
-    """Those that the rows answer, in their order. Raises DataError where they are not to be had, or are others."""
-    if not samples:
-        return []
-    remedy = "bring them back, or leave the conversations out (--samples 0)"
+def _answered(found: list[Conversation] | str, rows: Sequence[Row], file: Path) -> Sequence[Conversation]:
+    """The conversation of each row. Raises DataError where they are not to be had, or are others."""
+    remedy = "or leave the conversations out (--samples 0)"
     if isinstance(found, str):
-        raise DataError(f"{found}; {remedy}")
-    if [c.task_id for c in found] != [row["task_id"] for row in rows]:
-        raise DataError(f"{file}: answers to other conversations than those of data.eval; {remedy}")
-    return found
+        raise DataError(f"{found}; bring it back (relative paths start where the run was started), {remedy}")
+    wanted = [str(row["task_id"]) for row in rows]
+    if wanted == [c.task_id for c in found]:  # which need not be unique
+        return found
+    named = {c.task_id: c for c in found}
+    if len(named) < len(found) or not named.keys() >= set(wanted):
+        raise DataError(f"{file}: answers to other conversations than those of data.eval; name others, {remedy}")
+    return [named[name] for name in wanted]
 
 
 def _check_volumes(samples: Sequence[Sample], inputs: Mapping[str, set[str]]) -> None:

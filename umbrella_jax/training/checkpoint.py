@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from umbrella_jax.config import TrainConfig
-from umbrella_jax.errors import CheckpointError, Interrupted
+from umbrella_jax.errors import CheckpointError, Interrupted, RunError
 from umbrella_jax.models import Params
 from umbrella_jax.training.step import TrainState
 
@@ -62,7 +62,7 @@ class Checkpoints:
             self._manager.close()  # waits for a save under way
 
     def check(self) -> None:
-        """Raises CheckpointError where the save under way has failed, as of a full disk."""
+        """Raises RunError where the save under way has failed, as of a full disk."""
         with self._writing():
             self._manager.check_for_errors()
 
@@ -73,7 +73,7 @@ class Checkpoints:
         except Exception as error:  # of orbax, tensorstore or the file system, from a thread of theirs
             self._manager.reload()
             whole = f"step {self.latest_step()} is whole" if self.steps() else "none is there yet"
-            raise CheckpointError(
+            raise RunError(
                 [*also, f"{self.directory}: a checkpoint could not be written, {whole}: {_first_line(error)}"]
             ) from error
 

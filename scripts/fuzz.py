@@ -1,0 +1,44 @@
+"""Fuzzes one of the readers under atheris, which seeks input that reaches new code: python scripts/fuzz.py TARGET.
+
+Targets and what must hold are in tests/fuzz_targets.py. Ends with the number of inputs, or at the first finding, whose
+input it prints. An input that takes a minute or 4 GB is one too.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+TARGETS = ("conversations", "volumes", "checkpoints", "configs")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--seconds", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    with atheris.instrument_imports(include=["umbrella_jax", "convert", "nibabel"], enable_loader_override=False):
+        from tests import fuzz_targets
+    with tempfile.TemporaryDirectory() as corpus:
+        for i in range(64):  # else it begins with inputs too short to make a file from
+            Path(corpus, str(i)).write_bytes(os.urandom(fuzz_targets.LENGTH))
+        flags = [
+            *(f"-max_total_time={arguments.seconds}", f"-seed={arguments.seed}", f"-max_len={fuzz_targets.LENGTH}"),
+            *(
+                "-timeout=60",
+                "-rss_limit_mb=4096",
+                "-print_final_stats=1",
+                f"-artifact_prefix={tempfile.gettempdir()}/",
+            ),
+        ]
+        atheris.Setup([sys.argv[0], *flags, corpus], fuzz_targets.TARGETS[arguments.target].hypothesis.fuzz_one_input)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
