@@ -14,6 +14,7 @@ ROOMS: dict[str, set[str]] = {
     "umbrella_jax/reading.py": {"umbrella_jax.errors", "pydantic_core", "ruamel"},
     "umbrella_jax/config.py": {"umbrella_jax.errors", "umbrella_jax.reading", "pydantic", "ruamel"},
     "umbrella_jax/batch.py": {"jax", "chex"},
+    "umbrella_jax/pages.py": {"jinja2"},
     "umbrella_jax/sharding.py": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models", "jax", "numpy"),
     },
@@ -44,8 +45,14 @@ ROOMS: dict[str, set[str]] = {
         ),
     },
     "umbrella_jax/data": {
-        *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.reading"),
-        *("numpy", "scipy", "nibabel", "isal", "grain", "safetensors", "transformers", "tqdm", "jinja2", "PIL"),
+        *(
+            "umbrella_jax.config",
+            "umbrella_jax.batch",
+            "umbrella_jax.errors",
+            "umbrella_jax.reading",
+            "umbrella_jax.pages",
+        ),
+        *("numpy", "scipy", "nibabel", "isal", "grain", "safetensors", "transformers", "tqdm", "PIL"),
     },
     "convert": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),

@@ -149,14 +149,14 @@ def test_short_forms(tmp_path: Any) -> None:
     text = """
     dataset: {T1: {img_size: 96}, fMRI: {img_size: 64, sequence_length: 20}}
     model: {T1: {patch_size: 16}, fMRI: {patch_size: [16, 16, 16, 4]}}
-    trainer: {fp16: True, report_to: [tensorboard], ckpt_dir: "./hf_results/{}/last.ckpt"}
+    trainer: {fp16: True, report_to: [tensorboard, comet], ckpt_dir: "./hf_results/{}/last.ckpt"}
     """
     mapping, notes = from_original(write(tmp_path, text))
     run = parse_config(mapping)
     assert run.model.modalities["T1"].grid == (6, 6, 6)
     assert run.model.modalities["fMRI"].size == (64, 64, 64, 20)
     assert run.output_dir is None
-    assert not run.train.wandb
-    assert "trainer.report_to: of ['tensorboard'], only wandb has a counterpart" in notes
+    assert (run.train.tensorboard, run.train.wandb) == (True, False)
+    assert "trainer.report_to: of ['tensorboard', 'comet'], only tensorboard and wandb have a counterpart" in notes
     assert any(note.startswith("trainer.ckpt_dir: dropped") for note in notes)
     assert "trainer.fp16: fp16 becomes bfloat16, which needs no loss scaling" in notes

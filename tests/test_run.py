@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -364,38 +363,25 @@ def test_a_native_base_starts_the_same_run(
     assert native["meta"]["base_fingerprint"] == stock["meta"]["base_fingerprint"]
 
 
-WANDB = """
-logged = []
-class Run:
-    def log(self, line, step):
-        logged.append((step, line))
-def init(dir, config):
-    assert "5ec2e7" not in repr((dir, config))
-    logged.append((dir, config["train"]["wandb"]))
-    return Run()
-"""
-
-
-def test_wandb(
+def test_loggers(
     world: World, planned: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = read_config(world.config)
-    settings["train"]["wandb"] = True
-    config = ["--config", small_run.write_config(tmp_path / "wandb.yaml", settings)]
+    settings["train"] |= {"wandb": True, "tensorboard": True}
+    config = ["--config", small_run.write_config(tmp_path / "logged.yaml", settings)]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = umbrella(*world.train_flags(tmp_path / "none", *config), code=2)
     assert "pip install 'umbrella-jax[wandb]', or --no-wandb" in message
-    plan = planned(*config, "--no-wandb")
-    assert plan["log"] is None
-    assert plan["settings"]["train"]["wandb"] is False
+    assert "pip install 'umbrella-jax[tensorboard]'" in message
+    assert not (tmp_path / "none").exists()
 
     monkeypatch.undo()
-    (tmp_path / "wandb.py").write_text(WANDB)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("WANDB_API_KEY", SECRETS["WANDB_API_KEY"])
+    plan = planned(*config, "--no-wandb")
+    assert plan["settings"]["train"]["wandb"] is False
+    assert plan["log"] is not None
+    assert list((tmp_path / "planned" / "tensorboard").iterdir())
     shutil.rmtree(tmp_path / "planned")
-    planned(*config)["log"]({"step": 3, "loss": 0.5})
-    assert sys.modules.pop("wandb").logged == [(str(tmp_path / "planned"), True), (3, {"step": 3, "loss": 0.5})]
+    assert planned()["log"] is None
 
 
 def test_evaluations_of_a_part_compile_nothing_more(

@@ -67,13 +67,15 @@ def test_two_thousand_steps(tmp_path: Path) -> None:
         first, last = settled[0], settled[-1]
         growth = max(s["bytes"] for s in settled) / first["bytes"] - 1
         halves = (settled[: len(settled) // 2], settled[len(settled) // 2 :])
-        # a save or a read under way has files and threads of its own: files are told by the fewest, and threads, of which
-        # pools start more as they need them, by the most
+        # A save or a read under way has files and threads of its own, so files are told by the fewest. Pools start
+        # threads as they need them: a few more may come late, but not one for each of some 30 saves.
         found = {"files": [min(s["files"] for s in half) for half in halves]}
         found |= {kind: [max(s[kind] for s in half) for half in halves] for kind in ("threads", "compiled")}
         print(f"steps {samples[0]['step']}..{last['step']}: {first['bytes'] / 1e6:.0f} MB, {growth:+.2%}; {found}")
         assert growth <= 0.02
-        assert all(later <= earlier for earlier, later in found.values()), found
+        assert found["files"][1] == found["files"][0]
+        assert found["threads"][1] <= found["threads"][0] + 3
+        assert found["compiled"][1] == found["compiled"][0]
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, STEPS + 1))
 
 

@@ -295,8 +295,9 @@ def _from_bids(arguments: argparse.Namespace) -> None:
 
 def _validate(arguments: argparse.Namespace) -> int:
     from umbrella_jax.api import local_tokenizer
-    from umbrella_jax.data.page import PRIVACY, check_page, write_page
+    from umbrella_jax.data.page import check_page, write_page
     from umbrella_jax.data.validate import validate
+    from umbrella_jax.pages import PRIVACY
 
     config, page = _config(arguments), arguments.html and Path(arguments.html)
     if page:
@@ -320,6 +321,23 @@ def _score(arguments: argparse.Namespace) -> None:
     rows = read_predictions(arguments.predictions)
     found = score(rows, tasks_of(rows, config.tasks), resamples=config.resamples)
     print(json.dumps(found.to_json(), indent=1, allow_nan=False) if arguments.json else found.table())
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.pages import PRIVACY
+    from umbrella_jax.report import write_report
+
+    out = Path(arguments.out) if arguments.out else Path(arguments.run) / "report.html"
+    write_report(
+        arguments.run,
+        out,
+        step=arguments.step,
+        predictions=arguments.predictions,
+        baseline=arguments.baseline,
+        samples=arguments.samples,
+        explain=arguments.explain,
+    )
+    print(f"{out}: {PRIVACY}")
 
 
 def _cache(arguments: argparse.Namespace) -> None:
@@ -452,6 +470,24 @@ def _parser() -> argparse.ArgumentParser:
         "--efficiency", type=float, metavar="SHARE", help="of the peak that products reach; default 0.5, of --flops 0.8"
     )
     plan.add_argument("--json", action="store_true", help="for programs")
+
+    report = command(commands, "report", _report, "Write a run as one HTML page: what was run, curves, answers.")
+    report.add_argument("run", metavar="RUN", help="the run's directory")
+    report.add_argument("--out", metavar="FILE", help="default RUN/report.html")
+    which = report.add_mutually_exclusive_group()
+    which.add_argument("--step", type=_number, metavar="N", help="whose evaluation; default the last")
+    which.add_argument(
+        "--predictions",
+        metavar="FILE",
+        help="of `predict` on the run's evaluation data instead",
+    )
+    report.add_argument("--baseline", metavar="DIR", help="compare with these answers of `umbrella-jax baseline`")
+    report.add_argument(
+        "--samples", type=_number, default=8, metavar="N", help="conversations with their volumes; default 8"
+    )
+    report.add_argument(
+        "--explain", choices=["gradient", "integrated", "occlusion"], help="lay over them what the answer is about"
+    )
 
     convert = commands.add_parser("convert", help="Convert checkpoints.").add_subparsers(
         required=True, metavar="COMMAND"

@@ -311,8 +311,11 @@ class TrainConfig:
     """What a loss or gradient that is NaN or infinite does: stops the run, or skips the update, moments and all."""
     max_skipped: int = 10
     """How many updates a run skips; one more stops it."""
+    tensorboard: bool = False
+    """Log to TensorBoard too, into `tensorboard/` of the run (extra `tensorboard`)."""
     wandb: bool = False
-    """Log to Weights & Biases too (extra `wandb`; the key comes from the environment)."""
+    """Log to Weights & Biases too (extra `wandb`). The key comes from the environment; so does WANDB_MODE=offline, with
+    which nothing leaves the machine until `wandb sync`."""
 
     def __post_init__(self) -> None:
         faults = [

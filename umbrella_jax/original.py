@@ -60,8 +60,10 @@ def _output_dir(value: Any) -> tuple[dict[str, Any], str | None]:
 
 def _report_to(value: Any) -> tuple[dict[str, Any], str | None]:
     wanted = {str(v) for v in (value if isinstance(value, list) else [value])}
-    others = wanted - {"wandb", "none", "False"}
-    return {"train.wandb": "wandb" in wanted}, f"of {value}, only wandb has a counterpart" if others else None
+    known = ("tensorboard", "wandb")
+    others = wanted - {*known, "none", "False"}
+    note = f"of {value}, only {' and '.join(known)} have a counterpart" if others else None
+    return {f"train.{name}": name in wanted for name in known}, note
 
 
 _SPLIT = _drop("the split is made by the files that data.train and data.eval name")

@@ -32,6 +32,7 @@ from umbrella_jax.distributed import agree, gather, together
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.evaluation.metrics import Task, metric_names, score, task_of, tasks_of
 from umbrella_jax.files import locked, write_whole
+from umbrella_jax.loggers import loggers, missing
 from umbrella_jax.models import Params, abstract_params, native_backend, quantize
 from umbrella_jax.prediction import Choices, Row, answers, blank_rows, with_answer
 from umbrella_jax.processor import Processor
@@ -46,7 +47,7 @@ from umbrella_jax.training.trainer import Line, fit, read_metrics
 
 Say = Callable[[str], None]
 T = TypeVar("T")
-INPUTS = "inputs.json"
+INPUTS, PREDICTIONS = "inputs.json", "predictions"
 # What may differ when a run goes on: where it reads from and how often it looks, not what it computes.
 # (Whether the base is the same one, its fingerprint says.)
 _MAY_CHANGE = (
@@ -68,6 +69,7 @@ _MAY_CHANGE = (
     "train.best_mode",
     "train.on_nonfinite",
     "train.max_skipped",
+    "train.tensorboard",
     "train.wandb",
     "evaluation",
 )
@@ -172,6 +174,7 @@ def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> 
     with (
         Checkpoints(out / CHECKPOINTS, config.train, lines) as checkpoints,
         Signals(say) as signals,
+        ExitStack() as opened,
     ):
         state, pending = _resume(checkpoints, state, meta, inputs, say) if resume else (state, None)
         if first:
@@ -187,13 +190,15 @@ def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> 
         say(f"{len(train_set)} conversations, {steps} steps on {mesh.size} device(s) ({sizes}), into {out}")
         say(f"plan: {plan.report}")
         say(f"attention: {model.attention}")
+        start = int(state.step)
+        log = opened.enter_context(loggers(config, out, start - bool(pending))) if first else None
         state = fit(
             state,
             frozen,
             train_batches(
                 train_set,
                 plan,
-                start_step=int(state.step),
+                start_step=start,
                 num_steps=steps,
                 threads=config.data.threads,
                 parts=parts(mesh),
@@ -211,7 +216,7 @@ def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> 
             evaluate=None
             if evaluated is None
             else partial(_evaluate, config, out, evaluated, processor, graphdef, frozen, mesh, interrupted, steps),
-            log=_wandb(config, out) if config.train.wandb and first else None,
+            log=log,
             interrupted=interrupted,
             pending=pending,
         )
@@ -242,8 +247,7 @@ def _output_dir(config: RunConfig) -> tuple[Path, Mesh]:
         faults += error.faults
     if config.train.eval_steps and config.data.eval is None:
         faults.append("train.eval_steps: nothing to evaluate on; name data.eval (--eval-data P)")
-    if config.train.wandb and importlib.util.find_spec("wandb") is None:
-        faults.append("train.wandb: wandb is not installed; pip install 'umbrella-jax[wandb]', or --no-wandb")
+    faults += missing(config)
     if config.model.quantize and importlib.util.find_spec("qwix") is None:
         faults.append("model.quantize: qwix is not installed; pip install 'umbrella-jax[quantize]', or leave it out")
     if faults:
@@ -394,7 +398,8 @@ def _absolute(config: RunConfig) -> RunConfig:
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}
+    names = ("umbrella-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def _evaluate(
@@ -441,7 +446,7 @@ def _evaluate(
         rows |= {index: with_answer(evaluated.rows[index], answer) for index, answer in found.items()}
     answered = [rows[index] for index in sorted(rows)]
     if jax.process_index() == 0:
-        folder = out / "predictions"
+        folder = out / PREDICTIONS
         folder.mkdir(exist_ok=True)
         write_whole(folder / f"step_{step}.jsonl", "".join(json.dumps(row) + "\n" for row in answered))
     mean = loss / supervised if supervised else None  # none: the truth is in metadata alone
@@ -449,10 +454,3 @@ def _evaluate(
     there = {task_of(row) for row in answered}
     tasks = {name: task for name, task in evaluated.tasks.items() if name in there}
     return {f"eval_{name}": value for name, value in (metrics | score(answered, tasks, resamples=0).flat()).items()}
-
-
-def _wandb(config: RunConfig, out: Path) -> Callable[[Line], None]:
-    import wandb
-
-    run = wandb.init(dir=str(out), config=to_dict(config))
-    return lambda line: run.log(line, step=int(line["step"] or 0))

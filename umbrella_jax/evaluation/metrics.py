@@ -328,10 +328,7 @@ def _classification(task: Task, rows: Sequence[Row], subject: Array) -> dict[str
     }
     if not _with_likelihoods(rows):
         return found
-    from scipy.special import softmax
-
-    by_class = [{normalise(a): value for a, value in row["likelihoods"].items()} for row in rows]
-    probability = softmax(np.array([[of[name] for name in task.classes] for of in by_class]), axis=1)
+    probability = probabilities(task, rows)
     brier = ((probability - one_hot) ** 2).sum(1) / 2
     calibration = {"right": probability.argmax(1) == truth, "confidence": probability.max(1)}
     auroc = partial(weighted.macro_auroc, truth=one_hot, probability=probability)
@@ -340,6 +337,15 @@ def _classification(task: Task, rows: Sequence[Row], subject: Array) -> dict[str
         "brier": _mean(brier, subject, float((1 - (share**2).sum()) / 2)),
         "ece": _Statistic(partial(weighted.calibration_error, **calibration), subject, None),
     }
+
+
+def probabilities(task: Task, rows: Sequence[Row]) -> Array:
+    """Of each answer of a closed set, float [n, K] in the order of `task.classes`: the softmax of the likelihoods,
+    which all rows have."""
+    from scipy.special import softmax
+
+    by_class = [{normalise(a): value for a, value in row["likelihoods"].items()} for row in rows]
+    return softmax(np.array([[of[name] for name in task.classes] for of in by_class]), axis=1)
 
 
 def _comparison(task: Task, rows: Sequence[Row], subject: Array) -> dict[str, _Statistic]:
@@ -443,8 +449,8 @@ def _notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Row]], resam
 
 def _figure_lines(figures: Mapping[str, Figure]) -> Iterator[str]:
     for name, f in figures.items():
-        interval = "–" if f.low is None or f.high is None else f"{_short(f.low)} to {_short(f.high)}"
-        cells = f"{_short(f.value):>9}{interval:>20}{f.n:>7}{f.subjects:>9}{_short(f.chance):>7}"
+        interval = "–" if f.low is None or f.high is None else f"{short(f.low)} to {short(f.high)}"
+        cells = f"{short(f.value):>9}{interval:>20}{f.n:>7}{f.subjects:>9}{short(f.chance):>7}"
         label = textwrap.wrap(f"  {name}", _WIDTH, subsequent_indent="    ")
         yield from label[:-1]
         if len(label[-1]) > 28:
@@ -453,7 +459,8 @@ def _figure_lines(figures: Mapping[str, Figure]) -> Iterator[str]:
         yield f"{label[-1]:<28}{cells}"
 
 
-def _short(value: float | None) -> str:
+def short(value: float | None) -> str:
+    """For people: three places, or three digits of what is very small or large."""
     if value is None:
         return "–"
     return f"{value:.3f}" if value == 0 or 0.01 <= abs(value) < 1000 else f"{value:.3g}"

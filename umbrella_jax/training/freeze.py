@@ -78,15 +78,22 @@ def as_trainable(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {path: jnp.array(leaf, jnp.float32, copy=True) for path, leaf in params.items()}
 
 
-def summary(params: Mapping[str, jax.ShapeDtypeStruct | jax.Array], labels: Mapping[str, str]) -> str:
-    """The freezing summary: per component how many numbers train and are frozen, and the names of those that train."""
-    rows: dict[str, list[int]] = {name: [0, 0] for name in [*COMPONENTS, "unused"]}
+def counts(
+    params: Mapping[str, jax.ShapeDtypeStruct | jax.Array], labels: Mapping[str, str]
+) -> dict[str, tuple[int, int]]:
+    """{component, and at last `total`: how many numbers of it train, and how many are frozen}."""
+    found = {name: [0, 0] for name in [*COMPONENTS, "unused"]}
     for path, leaf in params.items():
         component = next((name for name, pattern in COMPONENTS.items() if fnmatchcase(path, pattern)), "unused")
-        rows[component][labels[path] == FROZEN] += math.prod(leaf.shape)
-    rows["total"] = [sum(column) for column in zip(*rows.values(), strict=True)]
+        found[component][labels[path] == FROZEN] += math.prod(leaf.shape)
+    found["total"] = [sum(column) for column in zip(*found.values(), strict=True)]
+    return {name: (trains, frozen) for name, (trains, frozen) in found.items()}
+
+
+def summary(params: Mapping[str, jax.ShapeDtypeStruct | jax.Array], labels: Mapping[str, str]) -> str:
+    """The freezing summary: per component how many numbers train and are frozen, and the names of those that train."""
     lines = [f"{'component':<16}{'trainable':>16}{'frozen':>16}"]
-    lines += [f"{name:<16}{trains:>16,}{frozen:>16,}" for name, (trains, frozen) in rows.items()]
+    lines += [f"{name:<16}{trains:>16,}{frozen:>16,}" for name, (trains, frozen) in counts(params, labels).items()]
     lines.append("trains:")
     lines += [
         f"  {path}  {tuple(leaf.shape)}  [{labels[path]}]" for path, leaf in params.items() if labels[path] != FROZEN

@@ -1,0 +1,136 @@
+"""Pictures of preprocessed volumes: three planes to scale, with the patient's sides, and maps laid over them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from umbrella_jax.config import ModalityConfig
+
+LONGEST, MARGIN = 260, 18
+"""Pixels: of the longest side of a plane, and for a letter beside it."""
+RED, BLUE = (220, 30, 20), (30, 90, 255)
+"""Of a map: above 0, and below."""
+_OPAQUE = 200
+"""Of 255, where a map is largest: what it lies on shows through."""
+
+
+def geometry(
+    codes: str | None, size: Sequence[float] | None, shape: Sequence[int], config: ModalityConfig
+) -> tuple[str | None, tuple[float, ...] | None]:
+    """Of a preprocessed array: where its axes point to, "RAS" say, and mm from voxel to voxel along each.
+
+    Args:
+        codes, size, shape: the same of the file, as it is stored, and its shape. None, here and there: it is not known.
+    """
+    lengths, mm = tuple(shape[:3]), None if size is None else tuple(size)
+    if config.orientation == "RAS" and codes is not None:
+        stored = np.argsort(nib.orientations.axcodes2ornt(codes)[:, 0])  # the stored axis that each axis was
+        codes, lengths = "RAS", tuple(lengths[axis] for axis in stored)
+        mm = mm and tuple(mm[axis] for axis in stored)
+    if config.spacing is not None:
+        mm = (config.spacing,) * 3
+    elif config.mode == "resize" and mm is not None:  # the field of view stays
+        mm = tuple(edge * n / out for edge, n, out in zip(mm, lengths, config.size, strict=True))
+    return codes, mm
+
+
+def images(array: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """What is drawn of an array: of a window of a run, its first frame and how much each voxel varies."""
+    if array.ndim == 3:
+        return [("", array)]
+    return [("first frame", array[..., 0]), ("standard deviation over its frames", array.std(axis=-1))]
+
+
+def grey(image: np.ndarray) -> tuple[float, float]:
+    """What is drawn black and white: the 0.5th and the 99.5th percentile of the whole volume."""
+    low, high = np.percentile(image, (0.5, 99.5))
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A slice as it is drawn."""
+
+    rows: np.ndarray
+    """From top to bottom, each from left to right."""
+    letters: tuple[str, ...]
+    """At its left, right, top and bottom."""
+    mm: tuple[float, float]
+    """Its width and height."""
+
+
+def slices(
+    volume: np.ndarray, codes: str | None, spacing: Sequence[float] | None, at: Sequence[int] | None = None
+) -> list[Plane]:
+    """An axial, coronal and sagittal plane as a radiologist hangs them: the patient's right, or front, at the left, and
+    front, or top, up.
+
+    Args:
+        volume: [D, H, W].
+        codes: where its axes point to; None: planes of the axes i, j, k, and no claim about sides.
+        spacing: mm from voxel to voxel along each axis; None: as if it were 1.
+        at: the voxel that they go through; default the middle one.
+    """
+    mm, ends = np.array(spacing or (1.0, 1.0, 1.0)), [(f"+{axis}", f"−{axis}") for axis in "ijk"]
+    place = None if at is None else np.array(at)
+    if codes is not None:
+        order = nib.orientations.axcodes2ornt(codes)
+        stored = np.argsort(order[:, 0])
+        if place is not None:
+            place = np.where(order[:, 1] < 0, np.array(volume.shape) - 1 - place, place)[stored]
+        volume, mm = nib.apply_orientation(volume, order), mm[stored]
+        ends = [("R", "L"), ("A", "P"), ("S", "I")]
+    if place is None:
+        place = np.array(volume.shape) // 2
+    found = []
+    for axis in (2, 1, 0):
+        across, up = (a for a in range(3) if a != axis)
+        rows = np.take(volume, place[axis], axis).T[::-1, ::-1]
+        size = (rows.shape[1] * mm[across], rows.shape[0] * mm[up])
+        found.append(Plane(rows, (*ends[across], *ends[up]), size))
+    return found
+
+
+def draw(
+    planes: Sequence[Plane], low: float, high: float, over: Sequence[Plane] = (), *, longest: int = LONGEST
+) -> Any:
+    """Planes side by side, to one scale, as a PIL image in grey from `low`, black, to `high`, white.
+
+    The letters stand beside each plane, in the picture itself, so that they go wherever it goes.
+
+    Args:
+        over: the same planes of a map, in -1 .. 1, to be laid over them: red above 0, blue below, the more opaque the
+            farther from it.
+        longest: pixels of the longest side of a plane.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    def sized(pixels: np.ndarray, size: tuple[int, int]) -> Any:
+        return Image.fromarray(pixels.astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+
+    scale = longest / max(max(plane.mm) for plane in planes)
+    sizes = [(max(round(plane.mm[0] * scale), 1), max(round(plane.mm[1] * scale), 1)) for plane in planes]
+    width = sum(w for w, _ in sizes) + len(planes) * 2 * MARGIN
+    canvas = Image.new("RGB" if over else "L", (width, max(h for _, h in sizes) + 2 * MARGIN), 0)
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
+    x, half = MARGIN, MARGIN // 2
+    for number, (plane, (w, h)) in enumerate(zip(planes, sizes, strict=True)):
+        y = (canvas.height - h) // 2
+        canvas.paste(sized(np.clip((plane.rows - low) / (high - low or 1), 0, 1) * 255, (w, h)), (x, y))
+        if over:
+            rows = np.clip(over[number].rows, -1, 1)
+            for colour, part in ((RED, rows), (BLUE, -rows)):
+                canvas.paste(colour, (x, y, x + w, y + h), sized(np.maximum(part, 0) * _OPAQUE, (w, h)))
+        places = [
+            (x - half, y + h // 2),
+            (x + w + half, y + h // 2),
+            (x + w // 2, y - half),
+            (x + w // 2, y + h + half),
+        ]
+        for letter, place in zip(plane.letters, places, strict=True):
+            pen.text(place, letter, fill="white", font=font, anchor="mm")
+        x += w + 2 * MARGIN
+    return canvas

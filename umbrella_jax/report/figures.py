@@ -1,0 +1,112 @@
+"""The page's diagrams, as SVG: curves of a run, calibration, predicted against true."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+from umbrella_jax.evaluation.metrics import Task
+from umbrella_jax.pages import data_url
+from umbrella_jax.report.facts import BINS, Bin, Facts
+from umbrella_jax.training.trainer import Line
+
+_SIZE = (4.3, 2.9)  # inches; as wide as a telephone, so that it is nowhere scaled down by much
+Points = list[tuple[int, float]]
+"""(step, value)"""
+
+
+def points(lines: Sequence[Line], name: str) -> Points:
+    """A number of the metrics, where it is there and finite."""
+    return [(int(line["step"] or 0), value) for line in lines if (value := line.get(name)) is not None]
+
+
+def headline(task: Task) -> str:
+    """The first metric to look at."""
+    return next((name for name in ("accuracy", "mae") if name in task.metrics), task.metrics[0])
+
+
+def with_unit(task: Task, metric: str) -> str:
+    """The metric's name, with the unit that it is in."""
+    return f"{metric} ({task.unit})" if task.unit and metric in ("mae", "rmse") else metric
+
+
+def curves(facts: Facts) -> Iterator[tuple[str, dict[str, Points]]]:
+    """(title, {what: points}) of each diagram over the steps."""
+    loss = {"training": points(facts.lines, "loss"), "evaluation": points(facts.lines, "eval_loss")}
+    yield "loss", {name: of for name, of in loss.items() if of}
+    yield "gradient norm", {"": points(facts.lines, "grad_norm")}
+    yield "learning rate", {"": points(facts.lines, "learning_rate")}
+    of_metric: dict[str, dict[str, Points]] = {}
+    for name, task in facts.scores.tasks.items():
+        metric = headline(task)
+        of_metric.setdefault(with_unit(task, metric), {})[name] = points(facts.lines, f"eval_{metric}/{name}")
+    for title, of in of_metric.items():
+        if any(of.values()):
+            yield f"evaluation: {title}", of
+
+
+def draw_curves(title: str, of: Mapping[str, Points]) -> str:
+    """Of each, a line over the steps; evaluations with marks, since there are few."""
+    figure, axes = _axes("step", title)
+    for name, values in of.items():
+        steps, numbers = [step for step, _ in values], [value for _, value in values]
+        marked = title.startswith("evaluation") or name == "evaluation"
+        axes.plot(steps, numbers, marker="o" if marked else None, markersize=4, linewidth=1.2, label=name or None)
+    positive = [value for values in of.values() for _, value in values if value > 0]
+    if title == "gradient norm" and positive and max(positive) > 20 * min(positive):
+        axes.set_yscale("log")
+    if title.endswith("accuracy"):
+        axes.set_ylim(-0.03, 1.03)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if any(of):
+        axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def draw_calibration(bins: Sequence[Bin]) -> str:
+    """Accuracy over confidence; on the diagonal a model is calibrated. The area of a mark is how many answers it is."""
+    figure, axes = _axes("probability of the answer", "share that is right")
+    axes.plot([0, 1], [0, 1], color="#999", linewidth=1, linestyle="--")
+    total = sum(b.count for b in bins)
+    sizes = [20 + 300 * b.count / total for b in bins]
+    axes.scatter([b.confidence for b in bins], [b.accuracy for b in bins], s=sizes, alpha=0.8)
+    for b in bins:
+        axes.annotate(str(b.count), (b.confidence, b.accuracy), (0, 9), textcoords="offset points", fontsize=8)
+    axes.set_xticks([i / BINS for i in range(0, BINS + 1, 2)])
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.12))
+    return _svg(figure)
+
+
+def draw_numbers(pairs: Sequence[tuple[float, float | None]], unit: str | None) -> str:
+    """Answer over truth; on the diagonal it is right. What holds no number stands at the lower edge, as a cross."""
+    figure, axes = _axes(f"true ({unit})" if unit else "true", f"answered ({unit})" if unit else "answered")
+    known = [(truth, answer) for truth, answer in pairs if answer is not None]
+    values = [truth for truth, _ in pairs] + [answer for _, answer in known]
+    ends = [min(values), max(values)]
+    axes.plot(ends, ends, color="#999", linewidth=1, linestyle="--")
+    axes.scatter([truth for truth, _ in known], [answer for _, answer in known], s=16, alpha=0.7)
+    if none := [truth for truth, answer in pairs if answer is None]:
+        axes.scatter(none, [ends[0]] * len(none), s=24, marker="x", color="#b00020")
+    return _svg(figure)
+
+
+def _axes(x: str, y: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # without pyplot: no window, no state
+
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x, fontsize=9)
+    axes.set_ylabel(y, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    """As a URL, the same for the same numbers."""
+    import matplotlib
+
+    out = BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "umbrella-jax"}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return data_url("image/svg+xml", out.getvalue())

@@ -1,0 +1,234 @@
+"""The page itself: what `facts` says, with diagrams, slices of the volumes and maps of what an answer is about."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from umbrella_jax import pages
+from umbrella_jax.api import CHECKPOINTS, CONFIG
+from umbrella_jax.config import ModalityConfig
+from umbrella_jax.data.conversation import Image
+from umbrella_jax.data.slices import draw, geometry, grey, images, slices
+from umbrella_jax.data.volume import open_volume, preprocess
+from umbrella_jax.errors import ConfigError
+from umbrella_jax.evaluation.explain import Method
+from umbrella_jax.evaluation.metrics import Figure, short
+from umbrella_jax.explanation import Explanation
+from umbrella_jax.report.facts import Facts, Sample, read_facts
+from umbrella_jax.report.figures import curves, draw_calibration, draw_curves, draw_numbers, headline, with_unit
+
+_LONGEST = 150
+"""Pixels of a plane's longest side: three of them and their letters are legible on a telephone."""
+_METHODS = {"gradient": "gradient × input", "integrated": "integrated gradients", "occlusion": "occlusion by patches"}
+
+
+def write_report(
+    run: str | Path,
+    file: str | Path,
+    *,
+    step: int | None = None,
+    predictions: str | Path | None = None,
+    baseline: str | Path | None = None,
+    samples: int = 8,
+    explain: Method | None = None,
+) -> Facts:
+    """Writes the page of a run to `file`, and returns what it says.
+
+    Args:
+        step, predictions, baseline, samples: as of `read_facts`.
+        explain: lay over the volumes of each sample what its answer is about, by this method. Needs the base too, and
+            a backward pass for each of them, or many.
+
+    Raises:
+        ConfigError: the page could not be written; and as `read_facts`.
+        CheckpointError, DataError: as `read_facts` and, where something is to be explained, `umbrella_jax.load`.
+    """
+    file = Path(file)
+    faults = pages.page_faults("--out", file, ["matplotlib", "pillow"])
+    if explain and not samples:
+        faults.append("--explain: no conversations whose answers could be (--samples 0); expected some")
+    if faults:
+        raise ConfigError(faults)
+    facts = read_facts(
+        run, step=step, predictions=predictions, baseline=baseline, samples=samples, weights=explain is not None
+    )
+    explained = _explained(facts, explain) if explain else [None] * len(facts.samples)
+    cards = [_card(facts, sample, found) for sample, found in zip(facts.samples, explained, strict=True)]
+    pages.write_page(
+        Path(__file__).with_name("page.html"),
+        file,
+        facts=facts,
+        short=short,
+        settings=list(_settings(facts)),
+        curves=[(title, draw_curves(title, of), _said(of)) for title, of in curves(facts) if any(of.values())],
+        results=[
+            (name, with_unit(task, headline(task)), _cells(facts, name)[headline(task)])
+            for name, task in facts.scores.tasks.items()
+        ],
+        overall={name: [(None, figure)] for name, figure in facts.scores.overall().items()},
+        tasks=[_task(facts, name) for name in facts.scores.tasks],
+        cards=cards,
+        method=_METHODS[explain] if explain else None,
+        yaml=(facts.run / CONFIG).read_text(encoding="utf-8"),
+        numbers=_embedded(facts),
+    )
+    return facts
+
+
+def _settings(facts: Facts) -> Iterator[tuple[str, str]]:
+    """What was run, a line each."""
+    config, model, lines = facts.config, facts.model, facts.lines
+    base = facts.base
+    yield "base", f"{base['name']}, from {base['path']}; fingerprint {base['fingerprint'][:12]}"
+    yield (
+        "model",
+        f"vision {model.vision.num_hidden_layers} layers of {model.vision.hidden_size}, language "
+        f"{model.text.num_hidden_layers} layers of {model.text.hidden_size}; computed in {model.compute_dtype}"
+        + (f", frozen weights in {config.model.quantize}" if config.model.quantize else ""),
+    )
+    for name, modality in model.modalities.items():
+        sizes = " × ".join(map(str, modality.size)), " × ".join(map(str, modality.patch))
+        yield name, f"{sizes[0]} in patches of {sizes[1]}: {modality.num_patches} positions"
+    for split, of in facts.data.items():
+        yield split, f"{of['path']}: {_counted(of)}"
+    train = config.train
+    yield (
+        "training",
+        f"{int(lines[-1]['step'] or 0) if lines else 0} steps, epochs {train.epochs:g}, batches of "
+        f"{train.batch_size} × {train.accumulate_steps}, learning rate {train.learning_rate:g}, seed {config.seed}",
+    )
+    seconds = [sum(line.get(name) or 0 for line in lines) for name in ("step_seconds", "wait_seconds")]
+    yield "time", f"{_duration(seconds[0])} in steps, {_duration(seconds[1])} between them (data, evaluation, saving)"
+    yield "checkpoints", f"steps {', '.join(map(str, facts.saved))}"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+
+
+def _counted(of: Mapping[str, Any]) -> str:
+    if "unknown" in of:
+        return f"not counted: {of['unknown']}"
+    whose = f"{of['subjects']:,} subjects" if of["subjects"] else "subjects not said"
+    return f"{of['conversations']:,} conversations, {whose}, {of['volumes']:,} volumes"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+
+
+def _said(of: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    """Of a curve, for who cannot see it, or wants the number."""
+    return "; ".join(
+        f"{name + ' ' if name else ''}{short(values[0][1])} at step {values[0][0]}, {short(values[-1][1])} at step "
+        f"{values[-1][0]}"
+        for name, values in of.items()
+        if values
+    )
+
+
+def _cells(facts: Facts, task: str) -> dict[str, list[tuple[str | None, Figure | None]]]:
+    """{figure of a task: the run's, under None, and each baseline's, None where it has none}."""
+    others = {name: scores.of(task) if task in scores.tasks else {} for name, scores in facts.baselines.items()}
+    return {
+        figure: [(None, value), *((name, of.get(figure)) for name, of in others.items())]
+        for figure, value in facts.scores.of(task).items()
+    }
+
+
+def _task(facts: Facts, name: str) -> dict[str, Any]:
+    task, scores = facts.scores.tasks[name], facts.scores
+    return {
+        "name": name,
+        "task": task,
+        "figures": _cells(facts, name),
+        "confusion": scores.confusion.get(name),
+        "calibration": draw_calibration(facts.calibration[name]) if name in facts.calibration else None,
+        "numbers": draw_numbers(facts.numbers[name], task.unit) if name in facts.numbers else None,
+    }
+
+
+def _explained(facts: Facts, method: Method) -> list[Explanation | None]:
+    """Of each sample that shows a volume and has an answer."""
+    import umbrella_jax
+    from umbrella_jax.explanation import explain
+
+    step = facts.saved[0] if facts.step is None else facts.step
+    source = facts.run / CHECKPOINTS / str(step)
+    model = umbrella_jax.load(source)
+    processor = umbrella_jax.Processor.load(source, max_length=facts.config.data.max_length)
+    return [
+        explain(model, processor, sample.conversation, answer=answer, method=method)
+        if (answer := sample.row["prediction"]).strip() and sample.conversation.images
+        else None
+        for sample in facts.samples
+    ]
+
+
+def _card(facts: Facts, sample: Sample, explained: Explanation | None) -> dict[str, Any]:
+    names = {image: number for number, image in enumerate(dict.fromkeys(sample.conversation.images), 1)}
+    return {
+        "sample": sample,
+        "right": sample.row["reference"].strip() or facts.scores.tasks[sample.task].truth(sample.row),
+        "likelihoods": sample.row.get("likelihoods") or {},
+        "explained": explained,
+        "turns": [
+            (m.role, [f"[{names[part]}: {part.modality}]" if isinstance(part, Image) else part for part in m.parts])
+            for m in sample.conversation.messages[:-1]
+        ],
+        "volumes": [
+            (number, image, list(_pictures(image, facts.model.modalities[image.modality], explained)))
+            for image, number in names.items()
+        ],
+    }
+
+
+def _pictures(image: Image, config: ModalityConfig, explained: Explanation | None) -> Iterator[tuple[str, str]]:
+    """(caption, URL) of each picture of a volume, preprocessed as the model gets it."""
+    voxels = open_volume(image.path, config)
+    array = preprocess(image.path, voxels, config, image.window)
+    codes, spacing = geometry(
+        None if voxels.affine is None else "".join(nib.aff2axcodes(voxels.affine)),
+        None if voxels.zooms is None else voxels.zooms.tolist(),
+        voxels.shape,
+        config,
+    )
+    sides = "" if codes else "planes of the array's axes, as the file does not say which side is which"
+    for part, picture in images(array):
+        planes = slices(picture, codes, spacing)
+        caption = ", ".join(filter(None, (part or "through the middle", sides)))
+        yield caption, pages.png(draw(planes, *grey(picture), longest=_LONGEST))
+    if explained is not None:
+        under, found = images(array)[0][1], explained.maps[image]
+        values = found if found.ndim == 3 else found.sum(-1)
+        size = np.abs(values)
+        limit = float(np.percentile(size[size > 0], 99)) if size.any() else 1.0
+        at = np.unravel_index(size.argmax(), size.shape)
+        planes, over = (slices(x, codes, spacing, tuple(map(int, at))) for x in (under, values / limit))
+        yield (
+            "what speaks for the answer (red) and against it (blue), through the voxel with the largest share; all "
+            f"shares sum to {short(float(values.sum()))}",
+            pages.png(draw(planes, *grey(under), over, longest=_LONGEST)),
+        )
+
+
+def _embedded(facts: Facts) -> str:
+    """All numbers, for programs, as JSON that no HTML ends within."""
+    found = {
+        "version": 1,
+        "run": str(facts.run),
+        "predictions": str(facts.predictions),
+        "step": facts.step,
+        "trains": facts.trains,
+        "data": facts.data,
+        "curves": dict(curves(facts)),
+        "scores": facts.scores.to_json(),
+        "baselines": {name: scores.to_json() for name, scores in facts.baselines.items()},
+        "calibration": {name: [asdict(b) for b in bins] for name, bins in facts.calibration.items()},
+        "numbers": facts.numbers,
+        "samples": [{"task_id": s.row["task_id"], "task": s.task, "failed": s.failed} for s in facts.samples],
+    }
+    return json.dumps(found, allow_nan=False).replace("<", "\\u003c")
