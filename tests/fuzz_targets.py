@@ -69,8 +69,8 @@ def only(*errors: type[UmbrellaError], data: Any) -> Iterator[None]:
         return
     except errors as error:
         faults, message = error.faults, str(error)
-    except BaseException as error:  # panics of Rust are none of Exception
-        error.add_note(f"input: {repr(data)[:4000]}")
+    except BaseException:  # panics of Rust are none of Exception
+        print(f"input: {repr(data)[:4000]}", flush=True)
         raise
     assert faults, f"no fault; input: {data!r}"
     assert all(str(folder()) in fault for fault in faults), f"a fault without its place: {faults}; input: {data!r}"

@@ -310,6 +310,18 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str, read: Any) -> None:
     )
 
 
+def test_a_pipe_in_place_of_a_header_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.hdr")
+    (tmp_path / "a.img").write_bytes(bytes(1000))
+    assert f"{tmp_path / 'a.hdr'}: a directory, pipe or device" in refused(DataError, open_voxels, tmp_path / "a.img")
+
+
+def test_other_classes_of_nibabel_are_not_read(tmp_path: Path) -> None:
+    """Some of which parse XML, some of which open other files that they name."""
+    nib.save(nib.GiftiImage(), tmp_path / "a.gii")
+    assert f"{tmp_path / 'a.gii'}: GiftiImage; expected a NIfTI" in refused(DataError, open_voxels, tmp_path / "a.gii")
+
+
 @pytest.mark.parametrize("name", ["x" * 300 + ".nii", "x\0.nii", "x\0.npy", "x" * 300 + ".npy", "x" * 300])
 def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
     for read in (open_voxels, source_files):

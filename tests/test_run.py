@@ -30,12 +30,13 @@ TRAINED = {
     for modality in small_run.MODALITIES
     for end in ("_proj.weight", "_proj.bias", "_positional_embeddings")
 }
+SECRETS = {"WANDB_API_KEY": "5ec2e7-of-wandb", "HF_TOKEN": "hf_5ec2e7"}  # of the environment of what runs here
 METRICS = ("step", "loss", "grad_norm", "learning_rate", "supervised_tokens")  # all but seconds
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return small_run.process_environment(tmp_path_factory.mktemp("compiled"))
+    return small_run.process_environment(tmp_path_factory.mktemp("compiled")) | SECRETS
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,7 @@ def printed(world: World, environment: dict[str, str]) -> str:
     command = small_run.umbrella_command(*world.train_flags(world.root / "run", *flags))
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
+    assert not any(secret in process.stdout + process.stderr for secret in SECRETS.values())
     return process.stdout
 
 
@@ -73,6 +75,18 @@ def test_what_a_run_writes(run: Path, world: World) -> None:
     assert settings["model"]["base"] == str(world.base)
     assert settings["train"]["epochs"] == STEPS / 3
     assert settings["data"]["max_length"] == 8192  # defaults too: nothing of a run depends on later ones
+
+
+def test_secrets_go_nowhere(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not into the config, checkpoints and what they say, metrics, predictions, or exports."""
+    for key, secret in SECRETS.items():
+        monkeypatch.setenv(key, secret)
+    umbrella("convert", "to-hf", run, tmp_path / "export")
+    umbrella("convert", "to-hf", run, tmp_path / "part", "--trainable-only")
+    files = [file for root in (run, tmp_path) for file in root.rglob("*") if file.is_file()]
+    assert {"config.yaml", "metrics.jsonl", "metadata", "README.md", "trainable.safetensors"} <= {f.name for f in files}
+    for file in files:
+        assert not any(secret.encode() in file.read_bytes() for secret in SECRETS.values()), file
 
 
 def test_each_evaluation_writes_its_answers(run: Path) -> None:

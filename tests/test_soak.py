@@ -15,7 +15,7 @@ from tests import small_run
 from tests.small_run import read_lines
 
 ROOT = Path(__file__).parents[1]
-STEPS, EVAL, CUT_OFF, SETTLED = 2001, 100, 400, 200
+STEPS, EVAL, CUT_OFF, SETTLED = 2001, 100, 1000, 200
 FLAGS = ["--epochs", STEPS // 3, "--set", "train.save_steps=25", "--set", f"train.eval_steps={EVAL}"]
 
 
@@ -66,13 +66,16 @@ def test_two_thousand_steps(tmp_path: Path) -> None:
         settled = [s for s in samples if s["step"] > samples[0]["step"] + SETTLED]
         first, last = settled[0], settled[-1]
         growth = max(s["bytes"] for s in settled) / first["bytes"] - 1
-        # a save or a read under way has files and threads of its own, so the fewest of each half count
         halves = (settled[: len(settled) // 2], settled[len(settled) // 2 :])
-        found = {kind: [min(s[kind] for s in half) for half in halves] for kind in ("files", "threads")}
-        found["compiled"] = sorted({s["compiled"] for s in settled})
+        # A save or a read under way has files and threads of its own, so files are told by the fewest. Pools start
+        # threads as they need them: a few more may come late, but not one for each of some 30 saves.
+        found = {"files": [min(s["files"] for s in half) for half in halves]}
+        found |= {kind: [max(s[kind] for s in half) for half in halves] for kind in ("threads", "compiled")}
         print(f"steps {samples[0]['step']}..{last['step']}: {first['bytes'] / 1e6:.0f} MB, {growth:+.2%}; {found}")
         assert growth <= 0.02
-        assert all(len(set(values)) == 1 for values in found.values()), found
+        assert found["files"][1] == found["files"][0]
+        assert found["threads"][1] <= found["threads"][0] + 3
+        assert found["compiled"][1] == found["compiled"][0]
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, STEPS + 1))
 
 

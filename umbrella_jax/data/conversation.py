@@ -121,6 +121,8 @@ def scan_conversations(
 ) -> tuple[list[Conversation], list[str]]:
     """The conversations that are good, and the faults of the others; arguments as of `read_conversations`.
 
+    Behind MAX_FAULTS it stops, and says so in the last of them.
+
     Raises:
         DataError: there is no such path, or `modality` is not configured.
     """

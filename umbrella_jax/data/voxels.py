@@ -37,7 +37,6 @@ UNPACKED = 256 << 20
 RATIO = 100
 """Beyond those, bytes for each of a compressed file's. Scans come to half or a tenth of their size, for they are noisy;
 masks to a hundredth; a bomb, of zeros alone, to a thousandth, which is the least that gzip can."""
-# In the order in which nibabel tries its classes; those before and between are no volumes of voxels.
 _NIFTI = (nib.Nifti1Pair, nib.Nifti1Image, nib.Nifti2Pair, nib.Nifti2Image)
 _ANALYZE = (nib.Spm2AnalyzeImage, nib.Spm99AnalyzeImage, nib.AnalyzeImage)
 _KINDS = (*_NIFTI, *_ANALYZE, nib.MGHImage)
@@ -213,14 +212,14 @@ class _Nibabel:
 
 def _kind(path: Path) -> Any:
     """nibabel's class for a file, going by its name and the beginning of its header."""
-    _size(path)
+    source_files(path)  # which refuses a pipe, in either half of a pair
     sniffed = None
     for kind in nib.all_image_classes:
         found, sniffed = kind.path_maybe_image(path, sniffed)
         if found and kind in _KINDS:
             return kind
         if found:
-            raise DataError(f"{path}: {kind.__name__}; expected a volume of voxels")
+            raise DataError(f"{path}: {kind.__name__}; expected a NIfTI, Analyze or MGH file")
     raise ImageFileError("no header of a NIfTI, Analyze or MGH file")
 
 

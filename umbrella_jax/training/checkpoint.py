@@ -238,16 +238,26 @@ def save_params(directory: Path, params: Params) -> None:
         checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(params))
 
 
+@contextmanager
+def _whole(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # orbax and tensorstore raise whatever the damage leads them to
+        raise CheckpointError(f"{directory}: damaged: {_first_line(error)}; convert it again") from error
+
+
 def param_shapes(directory: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of what `save_params` wrote, by path; reads no parameters."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    """Shapes and types of what `save_params` wrote, by path; reads no parameters. Raises CheckpointError where it is
+    damaged."""
+    with _whole(directory), ocp.PyTreeCheckpointer() as checkpointer:
         saved = dict(checkpointer.metadata(directory.absolute()).item_metadata)
-    return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in saved.items()}
+        return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in saved.items()}
 
 
 def load_params(directory: Path, like: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
-    """Reads those of the parameters that `like` names, as the types and on the devices that it says."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    """Reads those of the parameters that `like` names, as the types and on the devices that it says. Raises
+    CheckpointError where they are damaged."""
+    with _whole(directory), ocp.PyTreeCheckpointer() as checkpointer:
         args = ocp.args.PyTreeRestore(
             item=dict(like),
             restore_args=ocp.checkpoint_utils.construct_restore_args(dict(like)),
