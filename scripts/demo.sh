@@ -4,6 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -d .venv ] || python3 -m venv .venv
 . .venv/bin/activate
-python -m pip install --quiet --editable .
+python -m pip install --quiet --editable ".[report]"
 
 umbrella-jax demo "$@"

@@ -6,6 +6,15 @@ cd "$(dirname "$0")/.."
 . .venv/bin/activate
 python -m pip install --quiet torch==2.13.0 # what the golden values were computed with
 python -m pip install --quiet --editable ".[dev]"
+# tests/test_report.py looks at the page in a browser.
+if ! command -v chromium-headless-shell chromium chromium-browser google-chrome >/dev/null; then
+  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+    echo "scripts/test.sh: no Chromium; install it (Debian: apt-get install chromium-headless-shell)" >&2
+    exit 1
+  fi
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium-headless-shell fonts-dejavu-core >/dev/null
+fi
 # The export's PyTorch loader is tested under transformers 4.46 too, in a process of its own.
 export UMBRELLA_TRANSFORMERS_446="$PWD/.venv/transformers-4.46.3"
 if [ ! -e "$UMBRELLA_TRANSFORMERS_446/complete" ]; then

@@ -247,6 +247,7 @@ def test_failures_come_first_of_every_task_in_turn(page: Page, rows: Rows) -> No
     limit = np.mean(np.abs(np.array(list(truth.values())) - np.median(list(truth.values()))))
     off = [abs(float(said[s["task_id"]].split()[0]) - truth[s["task_id"]]) for s in ages[1:]]
     assert [s["failed"] for s in ages[1:]] == [error > limit for error in off]
+    assert page.numbers["failures"] == len(wrong) + sum(sample["failed"] for sample in ages)  # 30 samples hold them all
     shown = [title for title in page.titles if " · " in title]
     assert len(shown) == 30
     assert shown[0] == f"no number age · {ages[0]['task_id']}"
@@ -301,8 +302,8 @@ def test_another_evaluation_and_other_predictions(run: Path, rows: Rows, tmp_pat
     assert f"run-{int(age[1:3]) % 4}.nii" in two.text  # its own scan
     umbrella("report", run, "--samples", 0, "--out", tmp_path / "none.html")
     assert "<article" not in Page(tmp_path / "none.html").text
-    right = write_rows(tmp_path / "right.jsonl", [row | {"prediction": row["reference"]} for row in rows])
-    umbrella("report", run, "--predictions", right, "--samples", 1, "--out", tmp_path / "right.html")
+    all_right = write_rows(tmp_path / "right.jsonl", [row | {"prediction": row["reference"]} for row in rows])
+    umbrella("report", run, "--predictions", all_right, "--samples", 1, "--out", tmp_path / "right.html")
     other = Page(tmp_path / "right.html")
     assert other.numbers["step"] is None
     assert other.cells["side", "accuracy", "run"][0] == 1

@@ -9,6 +9,7 @@ from typing import Any
 from umbrella_jax.demo.base import make_base
 from umbrella_jax.demo.data import DemoData, lesion_mask, make_data
 from umbrella_jax.errors import ConfigError, RunError
+from umbrella_jax.pages import PACKAGES, page_faults
 
 _PACKAGE = Path(__file__).parent.parent
 CONFIG = next(p for p in (_PACKAGE / "configs/tiny.yaml", _PACKAGE.parent / "configs/tiny.yaml") if p.exists())
@@ -56,6 +57,10 @@ def run_demo(directory: Path, *, seed: int = 0, arguments: Sequence[str] = ()) -
     if again != [row["prediction"] for row in rows]:
         raise RunError(f"{export}: answers other than the run's; the export does not hold what was trained")
     print(f"\n{export}: loaded back, its {len(again)} held-out answers are the run's, one by one")
+    if faults := page_faults("report", run / "report.html", PACKAGES):
+        print("\n".join(["", "no page of the run:", *faults]))
+    else:
+        command("report", run, "--samples", 6, "--explain", "integrated")
     found = _report(rows)
     ratio = _lesions(export, data)
     print(

@@ -60,7 +60,7 @@ class Sample:
     task: str
     failed: bool
     verdict: str
-    """In words: right, wrong, no number, off by how much."""
+    """In words: correct, wrong, no number, off by how much."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ class Facts:
     """Of the tasks whose answers have likelihoods: the bins that hold some."""
     numbers: Mapping[str, tuple[tuple[float, float | None], ...]]
     """Of regressions: truth and answer, None where it holds no number, in the order of the rows."""
+    failures: int
+    """Of all rows; in numbers those that are farther off than always answering the median is on average."""
     samples: tuple[Sample, ...]
     """Failures first."""
 
@@ -159,8 +161,8 @@ def read_facts(
         faults.found += _baseline_faults(name, of, rows)
     faults.stop()
 
-    order = _order(rows, tasks)[:samples]
-    chosen = [_sample(conversations[i], rows[i], tasks[task_of(rows[i])], failed) for i, failed in order]
+    order = _order(rows, tasks)
+    chosen = [_sample(conversations[i], rows[i], tasks[task_of(rows[i])], failed) for i, failed in order[:samples]]
     _check_volumes(chosen, inputs)
     _, shapes = abstract_params(model)
     labels = freeze.label_params(list(shapes), list(config.train.groups))
@@ -198,6 +200,7 @@ def read_facts(
             for name, of in groups.items()
             if tasks[name].kind == "regression"
         },
+        failures=sum(failed for _, failed in order),
         samples=tuple(chosen),
     )
 
@@ -382,7 +385,7 @@ def _sample(conversation: Conversation, row: Row, task: Task, failed: bool) -> S
     if task.kind == "regression":
         verdict = f"off by {short(error)} {task.unit or ''}".strip() if np.isfinite(error) else "no number"
     else:
-        verdict = "wrong" if failed else "right"
+        verdict = "wrong" if failed else "correct"  # not "right", which is a side
     return Sample(conversation, row, task_of(row), failed, verdict)
 
 
@@ -395,7 +398,7 @@ def _error(row: Row, task: Task) -> float:
 
 
 def _tolerated(task: Task, rows: Sequence[Row]) -> float:
-    """Above it an answer has failed: of numbers, what always answering the median is off by in the mean."""
+    """Above it an answer has failed: of numbers, what always answering the median is off by on average."""
     if task.kind != "regression":
         return 0.0
     truths = np.array([_number(task.truth(row), task) for row in rows])

@@ -49,7 +49,7 @@ def write_report(
         CheckpointError, DataError: as `read_facts` and, where something is to be explained, `umbrella_jax.load`.
     """
     file = Path(file)
-    faults = pages.page_faults("--out", file, ["matplotlib", "pillow"])
+    faults = pages.page_faults("--out", file, pages.PACKAGES)
     if explain and not samples:
         faults.append("--explain: no conversations whose answers could be (--samples 0); expected some")
     if faults:
@@ -64,6 +64,7 @@ def write_report(
         file,
         facts=facts,
         short=short,
+        evaluated=facts.data.get("eval", {}).get("conversations"),
         settings=list(_settings(facts)),
         curves=[(title, draw_curves(title, of), _said(of)) for title, of in curves(facts) if any(of.values())],
         results=[
@@ -122,12 +123,12 @@ def _duration(seconds: float) -> str:
 
 def _said(of: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     """Of a curve, for who cannot see it, or wants the number."""
-    return "; ".join(
-        f"{name + ' ' if name else ''}{short(values[0][1])} at step {values[0][0]}, {short(values[-1][1])} at step "
-        f"{values[-1][0]}"
-        for name, values in of.items()
-        if values
-    )
+
+    def ends(values: Sequence[tuple[int, float]]) -> str:
+        both = dict([values[0], values[-1]])
+        return ", ".join(f"{short(value)} at step {step}" for step, value in both.items())
+
+    return "; ".join(f"{name} {ends(values)}".strip() for name, values in of.items() if values)
 
 
 def _cells(facts: Facts, task: str) -> dict[str, list[tuple[str | None, Figure | None]]]:
@@ -229,6 +230,7 @@ def _embedded(facts: Facts) -> str:
         "baselines": {name: scores.to_json() for name, scores in facts.baselines.items()},
         "calibration": {name: [asdict(b) for b in bins] for name, bins in facts.calibration.items()},
         "numbers": facts.numbers,
+        "failures": facts.failures,
         "samples": [{"task_id": s.row["task_id"], "task": s.task, "failed": s.failed} for s in facts.samples],
     }
     return json.dumps(found, allow_nan=False).replace("<", "\\u003c")
