@@ -73,7 +73,7 @@ def make_run(root: Path) -> tuple[World, Path]:
 
 
 def write_rows(path: Path, rows: Rows) -> Path:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -99,8 +99,8 @@ def baselines(run: Path, rows: Rows) -> Path:
     folder = run.parent / "baselines"
     plain = [{k: v for k, v in row.items() if k != "likelihoods"} for row in rows]
     said = [row | {"prediction": "30" if row["metadata"]["task"] == "age" else "left."} for row in plain]
-    write_rows(folder / "cnn.jsonl", said)
-    write_rows(folder / "probe.jsonl", [row for row in said if row["metadata"]["task"] != "pair"])
+    write_rows(folder / "baseline" / "cnn.jsonl", said)
+    write_rows(folder / "baseline" / "probe.jsonl", [row for row in said if row["metadata"]["task"] != "pair"])
     return folder
 
 
@@ -352,7 +352,7 @@ def test_everything_at_fault_is_told_together(copy: Path, tmp_path: Path) -> Non
     message = refused(copy, "--baseline", tmp_path / "none")
     assert "the run has no checkpoint yet; train it first" in message
     assert "no predictions; train with data.eval (--eval-data P)" in message
-    assert "no .jsonl in it; expected the directory of umbrella-jax baseline" in message
+    assert "no .jsonl in it; expected what umbrella-jax baseline has as --out" in message
     assert not (copy / "report.html").exists()
 
 

@@ -481,7 +481,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="of `predict` on the run's evaluation data instead",
     )
-    report.add_argument("--baseline", metavar="DIR", help="compare with these answers of `umbrella-jax baseline`")
+    report.add_argument("--baseline", metavar="DIR", help="compare with `umbrella-jax baseline --out DIR`")
     report.add_argument(
         "--samples", type=_number, default=8, metavar="N", help="conversations with their volumes; default 8"
     )

@@ -115,7 +115,7 @@ def read_facts(
     Args:
         step: of the evaluation; default the last.
         predictions: answers to the run's evaluation data from elsewhere, `umbrella-jax predict` say, instead of one.
-        baseline: directory of `umbrella-jax baseline`, with a NAME.jsonl for each of them.
+        baseline: what `umbrella-jax baseline` wrote to, or another directory with a NAME.jsonl for each of several.
         samples: how many conversations to choose, failures first; 0 needs neither conversations nor volumes.
         weights: whether the checkpoint that answered must be there still.
 
@@ -252,9 +252,10 @@ def _evaluation(run: Path, step: int | None) -> tuple[Path, int]:
 
 
 def _baselines(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    files = sorted(folder.glob("*.jsonl"))
+    inner = folder / "baseline"
+    files = sorted((inner if inner.is_dir() else folder).glob("*.jsonl"))
     if not files:
-        raise ConfigError(f"--baseline {folder}: no .jsonl in it; expected the directory of umbrella-jax baseline")
+        raise ConfigError(f"--baseline {folder}: no .jsonl in it; expected what umbrella-jax baseline has as --out")
     return {file.stem: read_predictions(file) for file in files}
 
 
