@@ -62,7 +62,7 @@ def refused(world: World, events: list[str], tmp_path: Path) -> Refused:
     """`refused(*flags)`: the message of `umbrella-jax train` with them, which starts no work."""
 
     def run(*flags: object) -> str:
-        message = umbrella(*world.train_flags(tmp_path / "out", *flags), code=1)
+        message = umbrella(*world.train_flags(tmp_path / "out", *flags), code=2)
         assert message.startswith("umbrella-jax: ")
         assert COMPILED not in events
         assert not (tmp_path / "out" / "metrics.jsonl").exists()
@@ -161,7 +161,7 @@ def test_flags(refused: Refused, flags: list[Any], expected: list[str]) -> None:
 
 
 def test_what_a_run_needs_is_asked_for_together(world: World, events: list[str]) -> None:
-    message = umbrella("train", "--config", world.config, code=1)
+    message = umbrella("train", "--config", world.config, code=2)
     for flag in ("--base", "--train-data", "--output-dir"):
         assert flag in message
 
@@ -177,14 +177,14 @@ def test_what_a_run_needs_is_asked_for_together(world: World, events: list[str])
     ],
 )
 def test_mesh(world: World, events: list[str], tmp_path: Path, flags: list[str], expected: list[str]) -> None:
-    message = umbrella(*world.train_flags(tmp_path / "out", *flags), code=1, devices=6)
+    message = umbrella(*world.train_flags(tmp_path / "out", *flags), code=2, devices=6)
     for words in expected:
         assert words in message
     assert COMPILED not in events
 
 
 def test_batch_that_the_devices_do_not_divide(world: World, events: list[str], tmp_path: Path) -> None:
-    message = umbrella(*world.train_flags(tmp_path / "out"), code=1, devices=4)
+    message = umbrella(*world.train_flags(tmp_path / "out"), code=2, devices=4)
     assert "train.batch_size: 6 rows cannot be split over data × fsdp = 4 devices; the nearest that can: 8" in message
 
 
@@ -202,7 +202,7 @@ def test_what_trains(refused: Refused, world: World, groups: str, expected: str)
     flags = ["--set", f"train.groups={groups}"]
     for message in (
         refused(*flags),
-        umbrella("inspect", "--config", world.config, "--base", world.base, *flags, code=1),
+        umbrella("inspect", "--config", world.config, "--base", world.base, *flags, code=2),
     ):
         assert "train.groups: " in message
         assert expected in message
@@ -240,8 +240,8 @@ def test_tensors_that_do_not_fit(refused: Refused, base: Callable[..., Path], wo
     config = ["--config", world.config]
     for message in (
         refused("--base", directory),
-        umbrella("inspect", *config, "--base", directory, code=1),
-        umbrella("convert", "from-hf", directory, tmp_path / "native", *config, code=1),
+        umbrella("inspect", *config, "--base", directory, code=2),
+        umbrella("convert", "from-hf", directory, tmp_path / "native", *config, code=2),
     ):
         assert "3 faults" in message
         for part in (
@@ -291,7 +291,7 @@ def test_stock_base_without_modalities(refused: Refused, world: World, events: l
     del settings["model"]["modalities"]
     message = refused("--config", small_run.write_config(tmp_path / "changed.yaml", settings))
     assert "model.modalities" in message
-    message = umbrella("convert", "to-hf", world.base, tmp_path / "export", code=1)
+    message = umbrella("convert", "to-hf", world.base, tmp_path / "export", code=2)
     assert "umbrella_config.json" in message
     assert "name the modalities, with size and patch" in message
     with pytest.raises(umbrella_jax.ConfigError, match="name the modalities"):
@@ -325,7 +325,7 @@ def test_output_directory_that_cannot_be_made(refused: Refused, world: World) ->
 @pytest.mark.parametrize("names", ["t1,rsfmri", "T1,T2"])
 def test_names_of_an_export(world: World, tmp_path: Path, names: str) -> None:
     umbrella("convert", "from-hf", world.base, tmp_path / "native", "--config", world.config)
-    message = umbrella("convert", "to-hf", tmp_path / "native", tmp_path / "export", "--names", names, code=1)
+    message = umbrella("convert", "to-hf", tmp_path / "native", tmp_path / "export", "--names", names, code=2)
     assert f"{names.split(',')[1]}: no modality has this name; expected T1,rsfMRI or sMRI,fMRI" in message
     assert not (tmp_path / "export").exists()
 
@@ -473,3 +473,16 @@ def test_faults_of_volumes_and_texts_come_together(refused: Refused, world: Worl
 def test_evaluation_data_is_checked_before_the_start(refused: Refused, data: Callable[..., Path]) -> None:
     message = refused("--eval-data", data(lambda r: part(r, 0).update(image_path="none.nii.gz")))
     assert "none.nii.gz: not found" in message
+
+
+def test_evaluation_data_without_references(refused: Refused, data: Callable[..., Path]) -> None:
+    """The last answers blank, and nothing in metadata."""
+
+    def change(records: list[Record]) -> None:
+        for i in (*range(4), 8, 9, 10):
+            part(records, i, turn=1)["text"] = ""
+
+    message = refused("--eval-data", data(change))
+    assert (
+        "task T1: none of its 7 conversations has a reference; expected the last answer of the conversation" in message
+    )

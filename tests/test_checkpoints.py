@@ -190,7 +190,7 @@ def test_the_template_of_the_text_goes_along(world: World, native: Path, tmp_pat
         assert learnt == "<|im_start|>assistant\nleft.<|im_end|>\n"
         with pytest.raises(ConfigError, match=f"template: umbrella, but {path} was trained with original"):
             Processor.load(path, template="umbrella")
-        message = umbrella("inspect", "--config", world.config, "--base", path, code=1)
+        message = umbrella("inspect", "--config", world.config, "--base", path, code=2)
         assert f"data.template: umbrella, but {path} was trained with original" in message
         umbrella("inspect", "--config", world.config, "--base", path, "--set", "data.template=original")
     say(again, "umbrella")

@@ -470,7 +470,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         f"to train, the largest: --batch-size {one['largest'][0]['batch_size']} --mesh data=1,fsdp=32,tensor=1" in told
     )
-    assert cli.main([*map(str, flags[:-1]), "v5z-64"]) == 1
+    assert cli.main([*map(str, flags[:-1]), "v5z-64"]) == 2
     assert "the nearest is v5" in capsys.readouterr().err
 
 

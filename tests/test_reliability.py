@@ -188,7 +188,7 @@ def test_a_second_run_in_the_directory_is_refused(world: World, run: Path, tmp_p
         assert holder.stdout.readline() == "in\n"
         flags = [*FLAGS, "--eval-data", world.eval, *TO_EVALUATE]
         for more in ([], ["--resume"]):
-            message = umbrella(*world.train_flags(run, *flags, *more), code=1)
+            message = umbrella(*world.train_flags(run, *flags, *more), code=2)
             assert f"{run}: process {holder.pid} on {os.uname().nodename} is writing to it" in message
     finally:
         holder.kill()
@@ -251,7 +251,7 @@ def test_a_damaged_checkpoint_is_passed_over(world: World, begin: Begin, run: Pa
     for file in (out / "checkpoints" / "36" / "state").glob("ocdbt.process_*/d/*"):
         file.write_bytes(b"\0" * file.stat().st_size)
     (out / "checkpoints" / "99").mkdir()
-    message = umbrella("convert", "to-hf", out, tmp_path / "export", code=1)
+    message = umbrella("convert", "to-hf", out, tmp_path / "export", code=2)
     assert f"{out / 'checkpoints' / '99'}: damaged: " in message
     assert f"name an older checkpoint: {out / 'checkpoints' / '36'}, " in message
 
@@ -271,7 +271,7 @@ def test_a_damaged_checkpoint_is_passed_over(world: World, begin: Begin, run: Pa
     for file in (out / "checkpoints").glob("[0-9]*/meta"):
         shutil.rmtree(file)
     flags = [*FLAGS, "--eval-data", world.eval, *TO_EVALUATE, "--resume"]
-    message = umbrella(*world.train_flags(out, *flags), code=1)
+    message = umbrella(*world.train_flags(out, *flags), code=2)
     assert message.count("damaged: meta: ") == len(left)
     assert "none is good: cannot resume" in message
 
@@ -315,7 +315,7 @@ def test_resuming_on_changed_files_is_refused(run: Path, world: World, tmp_path:
             file.write_text(json.dumps(settings))
         if what != "volume in a cache":  # which goes by them
             os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        message = umbrella(*command, code=1)
+        message = umbrella(*command, code=2)
         assert f"cannot resume: {expected.format(file)}" in message
         assert ("faults" in message) == (what == "tokenizer")  # of both data sets
     finally:

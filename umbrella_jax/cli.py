@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -13,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from umbrella_jax.config import RunConfig, load_config, parse_mesh
-from umbrella_jax.data.bids import MAX_CLASSES, MODALITIES, TEMPLATES, from_bids
+from umbrella_jax.config import MAX_CLASSES, EvaluationConfig, RunConfig, load_config, parse_mesh
+from umbrella_jax.data.bids import MODALITIES, TEMPLATES, from_bids
 from umbrella_jax.errors import ConfigError, Interrupted, UmbrellaError
 
 # Flags that stand for a key of the config: key, type, name of the value, help.
@@ -87,7 +88,11 @@ def _train(arguments: argparse.Namespace) -> None:
             config = _config(arguments)
         last = train(config, resume=arguments.resume)
     if jax.process_index() == 0:
-        print("  ".join(f"{name} {math.nan if value is None else value:.4g}" for name, value in last.items()))
+        numbers = [f"{name} {math.nan if value is None else value:.4g}" for name, value in last.items()]
+        print("  ".join(number for number in numbers if not number.startswith("eval_")))
+        for number in numbers:
+            if number.startswith("eval_"):
+                print(number)  # of each task many: a line each
 
 
 def _modalities(arguments: argparse.Namespace) -> Any:
@@ -107,15 +112,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     sampling, modalities = _sampling(arguments), _modalities(arguments)
     processor = umbrella_jax.Processor.load(arguments.model, modalities=modalities)
-    only = next(iter(processor.modalities)) if len(processor.modalities) == 1 else None
-    images, faults = [], []
-    for text in arguments.image:
-        name, _, path = text.rpartition("=")
-        if not name and only is None:
-            faults.append(f"--image {text}: expected MODALITY=FILE, of {', '.join(processor.modalities)}")
-        images.append((name or str(only), path))
-    if faults:
-        raise ConfigError(faults)
+    images = _images(arguments, list(processor.modalities))
     batch = processor.prompt(arguments.prompt, images)
     answers = processor.answers(arguments.answers) if arguments.answers else None
     model = umbrella_jax.load(arguments.model, modalities=modalities, compute_dtype=arguments.compute_dtype)
@@ -139,6 +136,50 @@ def _generate(arguments: argparse.Namespace) -> None:
             print(text.removeprefix(shown), end="", flush=True)
             shown = text
     print()
+
+
+def _images(arguments: argparse.Namespace, modalities: Sequence[str]) -> list[tuple[str, str]]:
+    """(modality, file) of each --image. Raises ConfigError where one names no modality and the model has several."""
+    found, faults = [], []
+    for text in arguments.image:
+        name, _, path = text.rpartition("=")
+        if not name and len(modalities) > 1:
+            faults.append(f"--image {text}: expected MODALITY=FILE, of {', '.join(modalities)}")
+        found.append((name or modalities[0], path))
+    if faults:
+        raise ConfigError(faults)
+    return found
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    import umbrella_jax
+    from umbrella_jax.data.conversation import read_conversations
+
+    modalities, out = _modalities(arguments), Path(arguments.out)
+    if (arguments.prompt is None) == (arguments.data is None):
+        raise ConfigError("explain: expected a PROMPT with --image, or --data P with --task-id ID")
+    processor = umbrella_jax.Processor.load(arguments.model, modalities=modalities)
+    if arguments.data is None:
+        conversations = [processor.question(arguments.prompt, _images(arguments, list(processor.modalities)))]
+    else:
+        found = read_conversations(arguments.data, processor.modalities, arguments.image_root)
+        conversations = [c for c in found if not arguments.task_id or c.task_id in arguments.task_id]
+        if missing := set(arguments.task_id) - {c.task_id for c in conversations}:
+            raise ConfigError(f"--task-id {', '.join(sorted(missing))}: not in {arguments.data}")
+    model = umbrella_jax.load(arguments.model, modalities=modalities, compute_dtype=arguments.compute_dtype)
+    for number, conversation in enumerate(conversations):
+        explained = umbrella_jax.explain(
+            model, processor, conversation, answer=arguments.answer, method=arguments.method, steps=arguments.steps
+        )
+        # a task_id may hold what leads out of a folder
+        name = f"{number}_{re.sub(r'[^A-Za-z0-9-]+', '_', conversation.task_id)}"
+        folder = out if arguments.data is None else out / name
+        print(
+            f"{conversation.task_id}: {explained.answer!r}: log p {explained.log_probability:.4g}, "
+            f"{explained.without:.4g} where volumes are background"
+        )
+        for path in explained.write(processor, folder):
+            print(f"  {path}")
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -274,6 +315,15 @@ def _validate(arguments: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _score(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.evaluation.metrics import read_predictions, score, tasks_of
+
+    config = load_config(arguments.config).evaluation if arguments.config else EvaluationConfig()
+    rows = read_predictions(arguments.predictions)
+    found = score(rows, tasks_of(rows, config.tasks), resamples=config.resamples)
+    print(json.dumps(found.to_json(), indent=1, allow_nan=False) if arguments.json else found.table())
+
+
 def _cache(arguments: argparse.Namespace) -> None:
     from umbrella_jax.data.cache import fill
 
@@ -351,6 +401,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_sampling(generate)
 
+    explain = command(commands, "explain", _explain, "Map over a scan's voxels what an answer rests on, as NIfTI.")
+    _add_model(explain)
+    explain.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question; or --data with --task-id")
+    explain.add_argument("--image", action="append", default=[], metavar="[MODALITY=]FILE", help="what it is about")
+    explain.add_argument("--data", metavar="P", help="conversations, whose last answer is explained")
+    explain.add_argument("--task-id", action="append", default=[], metavar="ID", help="which of them; default all")
+    explain.add_argument("--image-root", metavar="P", help="where their relative image paths start")
+    explain.add_argument("--answer", metavar="TEXT", help="the answer to explain; default the model's own")
+    explain.add_argument(
+        "--method",
+        choices=["gradient", "integrated", "occlusion"],
+        default="integrated",
+        help="gradient × input, integrated gradients (default), occlusion by boxes of a patch",
+    )
+    explain.add_argument("--steps", type=int, default=16, metavar="N", help="of integrated gradients; default 16")
+    explain.add_argument("--out", required=True, metavar="DIR", help="where the maps are written")
+
     predict = command(commands, "predict", _predict, "Answer every conversation of a data set, into a .jsonl file.")
     _add_model(predict)
     predict.add_argument("--data", required=True, metavar="P", help="conversations, as data.eval of a run")
@@ -367,6 +434,13 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = command(commands, "inspect", _inspect, "Print what would train and what is frozen, without training.")
     _add_config(inspect, ["--base"])
+
+    scored = command(commands, "score", _score, "How right predictions are, by task, with intervals.")
+    scored.add_argument("predictions", metavar="PREDICTIONS.jsonl", help="of a run's predictions/, or like them")
+    scored.add_argument(
+        "--config", metavar="FILE", help="YAML of a run, for its section evaluation; default: as the data say"
+    )
+    scored.add_argument("--json", action="store_true", help="for programs")
 
     plan = command(commands, "plan", _plan, "Work out memory, time and the best mesh on devices that are not at hand.")
     _add_config(plan, ["--base", "--batch-size", "--modality", "--mesh"])

@@ -281,6 +281,9 @@ class TrainConfig:
     """Largest global norm of the gradient of what trains."""
     eval_steps: int | None = None
     """Evaluate every so many updates; always at the end."""
+    eval_samples: int | None = None
+    """Evaluate at least so many conversations, always the same, before the end; default all, as at the end. With
+    `keep_best`, mind that the end's figures are then of more of them."""
     save_steps: int = 100
     """Checkpoint every so many updates; always at the end, and with `keep_best` wherever it evaluates."""
     keep_latest: int = 3
@@ -313,6 +316,7 @@ class TrainConfig:
                 ("keep_latest", self.keep_latest),
                 ("max_new_tokens", self.max_new_tokens),
                 ("eval_steps", 1 if self.eval_steps is None else self.eval_steps),
+                ("eval_samples", 1 if self.eval_samples is None else self.eval_samples),
                 ("clip_norm", 1 if self.clip_norm is None else self.clip_norm),
             ]
             if not 0 < value < math.inf
@@ -394,6 +398,8 @@ class EvaluationConfig:
 
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     """By name: `metadata.task` of the conversations, else their `task_type`. Those left out are as the data say."""
+    likelihoods: bool = False
+    """Work out at each evaluation how probable every answer of a closed set is, too: for AUROC and calibration."""
     resamples: int = 1000
     """Of subjects, for the 95 % intervals of a report; 0 for none. Evaluations during training have none."""
 

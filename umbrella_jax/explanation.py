@@ -12,9 +12,9 @@ import numpy as np
 
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.data.conversation import Conversation, Image
-from umbrella_jax.data.loader import Dataset, whole_batch
-from umbrella_jax.data.tokenize import encode_answers, encode_prompt
-from umbrella_jax.data.volume import check_volumes, restore
+from umbrella_jax.data.loader import whole_batch
+from umbrella_jax.data.tokenize import encode_answers
+from umbrella_jax.data.volume import restore
 from umbrella_jax.data.voxels import open_voxels
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.evaluation.explain import Method, gradient, integrated, log_probability, occlusion
@@ -81,10 +81,10 @@ def explain(
         raise ConfigError(f"{conversation.label}: shows no image; there is nothing to explain the answer by")
     if answer is not None and not answer.strip():
         raise ConfigError("answer: expected a text")
-    options: dict[str, Any] = {"template": processor.template}
-    prompt = encode_prompt(conversation, processor.tokenizer, processor.modalities, processor.max_length, **options)
-    windows = check_volumes(conversation.images, processor.modalities, 4)
-    dataset = Dataset((conversation,), (), (prompt,), windows, processor.modalities)
+    if steps < 1:
+        raise ConfigError(f"steps: expected 1 or more, got {steps}")
+    dataset = processor.asked(conversation)
+    (prompt,) = dataset.prompts
     if answer is None:
         tokens = generate(
             model,
@@ -93,7 +93,7 @@ def explain(
             max_new_tokens=max_new_tokens,
         )
         (answer,) = processor.decode(tokens)
-    ((*ids,),) = encode_answers(conversation, [answer], processor.tokenizer, **options)
+    (ids,) = encode_answers(conversation, [answer], processor.tokenizer, template=processor.template)
     whole = replace(
         prompt,
         input_ids=np.concatenate([prompt.input_ids, np.array(ids, np.int32)]),

@@ -20,6 +20,7 @@ from umbrella_jax.api import Checkpoint
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import DataConfig, MeshConfig, ModalityConfig, TaskConfig
 from umbrella_jax.data.cache import VolumeCache
+from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.data.inputs import digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, eval_batches
 from umbrella_jax.data.tokenize import encode_answers, reference_answer
@@ -46,17 +47,24 @@ class Answer:
 
 
 def blank_rows(dataset: Dataset) -> list[Row]:
-    """A row for each conversation, in order, that says all but its prediction."""
+    """A row for each conversation, in order, that says all but its prediction.
+
+    `metadata.subject_id` is there also where only the conversation itself says whom it is about, and that is one.
+    """
     return [
         {
             "task_id": conversation.task_id,
             "task_type": conversation.task_type,
             "prediction": "",
             "reference": reference_answer(conversation),
-            "metadata": dict(conversation.metadata),
+            "metadata": _about(conversation) | dict(conversation.metadata),
         }
         for conversation in dataset.conversations
     ]
+
+
+def _about(conversation: Conversation) -> dict[str, str]:
+    return {"subject_id": next(iter(conversation.subjects))} if len(conversation.subjects) == 1 else {}
 
 
 def with_answer(row: Row, answer: Answer) -> Row:
@@ -188,6 +196,9 @@ def predict(
     """
     out, first = Path(out), jax.process_index() == 0
     with together():
+        numbers = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+        if faults := [f"{name}: expected 1 or more, got {value}" for name, value in numbers.items() if value < 1]:
+            raise ConfigError(faults)
         if data.eval is None:
             raise ConfigError("data.eval: expected conversations to answer (--data P)")
         if out.exists():

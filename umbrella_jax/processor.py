@@ -77,14 +77,14 @@ class Processor:
             **options,
         )
 
-    def prompt(self, text: str, images: Sequence[tuple[str, str | Path]] = ()) -> Batch:
-        """One question, behind the images that it is about, as a Batch of one row.
+    def question(self, text: str, images: Sequence[tuple[str, str | Path]] = ()) -> Conversation:
+        """One question, behind the images that it is about.
 
         Args:
             images: (modality, file) of each, in order; a modality as configured, or an alias of one.
 
         Raises:
-            DataError, ConfigError: for a file that cannot be read, a modality that the model does not have.
+            ConfigError: for a modality that the model does not have.
         """
         faults, parts = [], list[str | Image]()
         for name, path in images:
@@ -96,11 +96,18 @@ class Processor:
         if faults:
             raise ConfigError(faults)
         messages = (Message("user", (*parts, text)), Message("assistant", ("",)))
-        conversation = Conversation("prompt", None, messages, {}, "the prompt")
+        return Conversation("question", None, messages, {}, "the prompt")
+
+    def prompt(self, text: str, images: Sequence[tuple[str, str | Path]] = ()) -> Batch:
+        """`question` as a Batch of one row, to generate from. Raises DataError for a file that cannot be read."""
+        return whole_batch(self.asked(self.question(text, images)), prompts=True)
+
+    def asked(self, conversation: Conversation) -> Dataset:
+        """A data set of one conversation, as the prompt for its last answer; its volumes are checked."""
         common: dict[str, Any] = {"template": self.template, "max_length": self.max_length}
         prompt = encode_prompt(conversation, self.tokenizer, self.modalities, **common)
         windows = check_volumes(conversation.images, self.modalities, 4)
-        return whole_batch(Dataset((conversation,), (), (prompt,), windows, self.modalities), prompts=True)
+        return Dataset((conversation,), (), (prompt,), windows, self.modalities)
 
     def batch(
         self,

@@ -12,9 +12,9 @@ import importlib.metadata
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,13 +27,13 @@ from umbrella_jax.api import CHECKPOINTS, CONFIG, MODEL, describe, open_base
 from umbrella_jax.config import AugmentConfig, RunConfig, dump_config, parse_config, to_dict
 from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.inputs import Inputs, changed, digest_of, dump_inputs, read_inputs
-from umbrella_jax.data.loader import Dataset, eval_batches, make_plan, task_ids, train_batches
+from umbrella_jax.data.loader import Dataset, eval_batches, eval_subset, make_plan, task_ids, train_batches
 from umbrella_jax.distributed import agree, gather, together
 from umbrella_jax.errors import CheckpointError, ConfigError
-from umbrella_jax.evaluation.metrics import accuracy
+from umbrella_jax.evaluation.metrics import Task, metric_names, score, task_of, tasks_of
 from umbrella_jax.files import locked, write_whole
 from umbrella_jax.models import Params, abstract_params, native_backend, quantize
-from umbrella_jax.prediction import answers, blank_rows, with_answer
+from umbrella_jax.prediction import Choices, Row, answers, blank_rows, with_answer
 from umbrella_jax.processor import Processor
 from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, put_batch, shardings
 from umbrella_jax.signals import Signals
@@ -58,6 +58,7 @@ _MAY_CHANGE = (
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
+    "train.eval_samples",
     "train.eval_steps",
     "train.save_steps",
     "train.keep_latest",
@@ -67,6 +68,7 @@ _MAY_CHANGE = (
     "train.on_nonfinite",
     "train.max_skipped",
     "train.wandb",
+    "evaluation",
 )
 
 
@@ -130,7 +132,7 @@ def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> 
         processor = Processor(base.tokenizer(), base.config.modalities, **options)
         cache = VolumeCache.of(config.data)
         train_set, eval_set = (_dataset(config, processor, split, cache) for split in ("train", "eval"))
-        _check_best(config, eval_set)
+        evaluated = _evaluated(config, eval_set, processor)
         assert train_set is not None
         datasets = {"train": train_set} | ({} if eval_set is None else {"eval": eval_set})
         # by the first alone: they read the whole base, and all volumes
@@ -206,8 +208,8 @@ def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> 
             metrics_path=metrics,
             task_ids=partial(task_ids, train_set, plan),
             evaluate=None
-            if eval_set is None
-            else partial(_evaluate, config, out, eval_set, processor, graphdef, frozen, mesh, interrupted),
+            if evaluated is None
+            else partial(_evaluate, config, out, evaluated, processor, graphdef, frozen, mesh, interrupted, steps),
             log=_wandb(config, out) if config.train.wandb and first else None,
             interrupted=interrupted,
             pending=pending,
@@ -271,15 +273,31 @@ def _dataset(config: RunConfig, processor: Processor, split: str, cache: VolumeC
     )
 
 
-def _check_best(config: RunConfig, dataset: Dataset | None) -> None:
-    """Raises ConfigError for a `train.best_metric` that no evaluation of `dataset` gives."""
-    wanted = config.train.best_metric
-    known = []
+@dataclass(frozen=True)
+class Evaluated:
+    """What a run evaluates on."""
+
+    dataset: Dataset
+    rows: list[Row]
+    tasks: dict[str, Task]
+    choices: Choices | None
+    """Answers whose likelihoods are wanted."""
+
+
+def _evaluated(config: RunConfig, dataset: Dataset | None, processor: Processor) -> Evaluated | None:
+    """Raises DataError and ConfigError, also for a `train.best_metric` that no evaluation gives."""
+    found, known = None, list[str]()
     if dataset is not None:
-        known = sorted(_metrics(1.0, blank_rows(dataset)))
+        rows = blank_rows(dataset)
+        tasks = tasks_of(rows, config.evaluation.tasks)
+        choices = Choices.of(dataset, processor, rows, tasks) if config.evaluation.likelihoods else None
+        found = Evaluated(dataset, rows, tasks, choices)
+        known = sorted(f"eval_{name}" for name in ("loss", *metric_names(tasks, likelihoods=bool(choices))))
+    wanted = config.train.best_metric
     if wanted is not None and wanted not in known:
         given = f"one of {', '.join(known)}" if known else "data.eval too (--eval-data P)"
         raise ConfigError(f"train.best_metric: no evaluation gives {wanted}; expected {given}")
+    return found
 
 
 def _resume(
@@ -336,7 +354,7 @@ def _same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any], inpu
     faults = [
         f"{key}: {now.get(key)} now, {before.get(key)} in the checkpoint"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in _MAY_CHANGE
+        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in _MAY_CHANGE)
     ]
     if saved["base_fingerprint"] != meta["base_fingerprint"]:
         faults.append("model.base: other weights than those that the run started from")
@@ -379,27 +397,31 @@ def _versions() -> dict[str, str]:
 def _evaluate(
     config: RunConfig,
     out: Path,
-    dataset: Dataset,
+    evaluated: Evaluated,
     processor: Processor,
     graphdef: nnx.GraphDef,
     frozen: Params,
     mesh: Mesh,
     interrupted: Callable[[], int],
+    num_steps: int,
     step: int,
     trainable: Params,
 ) -> Line | None:
-    """Loss over the answers and greedy accuracy on the evaluation data; answers go to predictions/step_N.jsonl.
+    """Loss over the answers, and how right greedy ones are; these go to predictions/step_N.jsonl.
 
     None, and no answers, where a signal comes meanwhile.
     """
-    common: dict[str, Any] = {"threads": config.data.threads}
+    dataset = evaluated.dataset
+    common: dict[str, Any] = {"threads": config.data.threads, "only": None}
+    if step < num_steps and config.train.eval_samples is not None:
+        common["only"] = eval_subset(dataset, config.train.batch_size, config.train.eval_samples, parts(mesh))
     loss, supervised = 0.0, 0
     for _, batch in eval_batches(dataset, config.train.batch_size, prompts=False, parts=parts(mesh), **common):
         if interrupted():
             return None
         batch_loss, count = jit_eval_step(trainable, frozen, put_batch(batch, mesh, axis=0), graphdef=graphdef)
         loss, supervised = loss + float(batch_loss), supervised + int(count)
-    rows = blank_rows(dataset)
+    rows: dict[int, Row] = {}
     for found in answers(
         trainable | frozen,
         graphdef,
@@ -408,24 +430,22 @@ def _evaluate(
         mesh,
         batch_size=config.train.batch_size,
         max_new_tokens=config.train.max_new_tokens,
+        choices=evaluated.choices,
         **common,
     ):
         if interrupted():
             return None
-        for index, answer in found.items():
-            rows[index] = with_answer(rows[index], answer)
+        rows |= {index: with_answer(evaluated.rows[index], answer) for index, answer in found.items()}
+    answered = [rows[index] for index in sorted(rows)]
     if jax.process_index() == 0:
         folder = out / "predictions"
         folder.mkdir(exist_ok=True)
-        write_whole(folder / f"step_{step}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    return _metrics(loss / supervised if supervised else None, rows)
-
-
-def _metrics(loss: float | None, rows: Sequence[Mapping[str, Any]]) -> Line:
-    """What an evaluation says, under the names of `metrics.jsonl`; `loss` None where nothing was supervised."""
-    known = [row for row in rows if row["reference"]]  # some files keep the truth in metadata alone
-    metrics = {} if loss is None else {"loss": loss if math.isfinite(loss) else None}
-    return {f"eval_{name}": value for name, value in (metrics | accuracy(known)).items()}
+        write_whole(folder / f"step_{step}.jsonl", "".join(json.dumps(row) + "\n" for row in answered))
+    mean = loss / supervised if supervised else None  # none: the truth is in metadata alone
+    metrics: Line = {} if mean is None else {"loss": mean if math.isfinite(mean) else None}
+    there = {task_of(row) for row in answered}
+    tasks = {name: task for name, task in evaluated.tasks.items() if name in there}
+    return {f"eval_{name}": value for name, value in (metrics | score(answered, tasks, resamples=0).flat()).items()}
 
 
 def _wandb(config: RunConfig, out: Path) -> Callable[[Line], None]:

@@ -407,7 +407,7 @@ def test_config(copy: Callable[..., Path], good: Path, tmp_path: Path, change: C
         read_config(directory)
     only(error.value.faults, f"{directory / 'config.json'}: ", *expected)
     flags = [directory, tmp_path / "native", "--config", good / "run.yaml"]
-    assert umbrella("convert", "from-hf", *flags, code=1) == f"umbrella-jax: {error.value}\n"
+    assert umbrella("convert", "from-hf", *flags, code=2) == f"umbrella-jax: {error.value}\n"
     assert not (tmp_path / "native").exists()
 
 
@@ -432,7 +432,7 @@ def test_not_finite(copy: Callable[..., Path], good: Path, tmp_path: Path, name:
     arrays[name].reshape(-1)[[3, -1]] = values
     save_file(arrays, file)
     flags = [directory, tmp_path / "native", "--config", good / "run.yaml"]
-    message = umbrella("convert", "from-hf", *flags, "--check-finite", code=1)
+    message = umbrella("convert", "from-hf", *flags, "--check-finite", code=2)
     assert message == f"umbrella-jax: {file}: {name}: 2 of {arrays[name].size} numbers are NaN or infinite\n"
     assert not (tmp_path / "native").exists()
     umbrella("convert", "from-hf", *flags)
@@ -450,7 +450,7 @@ def test_not_finite_where_a_patch_embedding_starts_from(copy: Callable[..., Path
     flags = [directory, tmp_path / "native", "--config", good / "run.yaml", "--check-finite"]
     umbrella("convert", "from-hf", *flags)  # it is not read
     shutil.rmtree(tmp_path / "native")
-    message = umbrella("convert", "from-hf", *flags, "--set", "model.patch_embed_init=inflate", code=1)
+    message = umbrella("convert", "from-hf", *flags, "--set", "model.patch_embed_init=inflate", code=2)
     assert f"{directory / 'model.safetensors'}: {name}: 1 of 36 numbers are NaN or infinite" in message
     assert not (tmp_path / "native").exists()
 
@@ -474,7 +474,7 @@ def test_part_of_another_base(copy: Callable[..., Path], good: Path, tmp_path: P
     ours, theirs = (fingerprint(d)[:12] for d in (directory, good / "one"))
     only(error.value.faults, f"{part}: trained on another base", ours, theirs, str(directory))
     flags = [directory, tmp_path / "native", "--config", good / "run.yaml", "--patch-embed", part]
-    assert f"{part}: trained on another base" in umbrella("convert", "from-hf", *flags, code=1)
+    assert f"{part}: trained on another base" in umbrella("convert", "from-hf", *flags, code=2)
     assert not (tmp_path / "native").exists()
 
 
@@ -508,7 +508,7 @@ def test_part_that_is_none(good: Path, tmp_path: Path, change: Callable[[Path], 
     change(part)
     only(refused(good / "one", read_config(good / "one"), UmbrellaError, patch_embed=part), str(part), expected)
     flags = [good / "one", tmp_path / "native", "--config", good / "run.yaml", "--patch-embed", part]
-    message = umbrella("convert", "from-hf", *flags, code=1)
+    message = umbrella("convert", "from-hf", *flags, code=2)
     assert message.startswith(f"umbrella-jax: {part}: ")
 
 
@@ -547,7 +547,7 @@ def test_part_onto_a_native_checkpoint(good: Path, tmp_path: Path) -> None:
     native, part = tmp_path / "native", good / "part"
     umbrella("convert", "from-hf", good / "one", native, "--config", good / "run.yaml")
     flags = [native, tmp_path / "again", "--config", good / "run.yaml", "--patch-embed", part]
-    message = umbrella("convert", "from-hf", *flags, code=1)
+    message = umbrella("convert", "from-hf", *flags, code=2)
     for said in (str(native), str(part), "Hugging Face directory"):
         assert said in message
     with pytest.raises(CheckpointError, match="Hugging Face directory"):
@@ -584,7 +584,7 @@ def test_inflate_without_siglips_own(copy: Callable[..., Path], kind: str, tmp_p
 
 @pytest.mark.parametrize("size", ["many", "", "5XB", "GB", "-1GB", "0GB", "nanGB", "infGB"])
 def test_max_shard_size(good: Path, tmp_path: Path, size: str) -> None:
-    message = umbrella("convert", "to-hf", good / "one", tmp_path / "out", f"--max-shard-size={size}", code=1)
+    message = umbrella("convert", "to-hf", good / "one", tmp_path / "out", f"--max-shard-size={size}", code=2)
     assert f"max_shard_size: {size!r}: expected a size" in message
     assert not (tmp_path / "out").exists()
 
@@ -593,7 +593,7 @@ def test_max_shard_size(good: Path, tmp_path: Path, size: str) -> None:
 def test_export_onto_a_folder_that_is_not_empty(good: Path, tmp_path: Path, flags: list[str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    message = umbrella("convert", "to-hf", good / "one", tmp_path / "out", *flags, code=1)
+    message = umbrella("convert", "to-hf", good / "one", tmp_path / "out", *flags, code=2)
     assert f"{tmp_path / 'out'}: not an empty folder" in message
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
@@ -604,7 +604,7 @@ def test_trainable_only_of_what_is_no_run(good: Path, tmp_path: Path, kind: str)
     if kind == "native":
         source = tmp_path / "native"
         umbrella("convert", "from-hf", good / "one", source, "--config", good / "run.yaml")
-    message = umbrella("convert", "to-hf", source, tmp_path / "out", "--trainable-only", code=1)
+    message = umbrella("convert", "to-hf", source, tmp_path / "out", "--trainable-only", code=2)
     assert f"{source}: not a run" in message
     assert not (tmp_path / "out").exists()
 

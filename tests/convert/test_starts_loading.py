@@ -203,7 +203,7 @@ def test_resample_needs_the_sizes_before(tmp_path: Path) -> None:
         f"{file}: modality rsfMRI",
     }
     config = yaml(tmp_path / "run.yaml", OTHER, "resample")
-    message = umbrella("convert", "from-hf", tmp_path / "base", tmp_path / "native", "--config", config, code=1)
+    message = umbrella("convert", "from-hf", tmp_path / "base", tmp_path / "native", "--config", config, code=2)
     assert f"{tmp_path / 'base' / 'umbrella_config.json'}: modality T1: not there" in message
     assert not (tmp_path / "native").exists()
 

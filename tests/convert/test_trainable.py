@@ -213,7 +213,7 @@ def test_other_modalities_than_the_files(
 ) -> None:
     config = config_with(tmp_path / "run.yaml", world, OLD, **{field: value})
     flags = ["--config", config, "--patch-embed", files[NEW]]
-    message = umbrella("convert", "from-hf", world.base, tmp_path / "native", *flags, code=1)
+    message = umbrella("convert", "from-hf", world.base, tmp_path / "native", *flags, code=2)
     assert message.startswith(f"umbrella-jax: {files[NEW]}: sMRI.{field}: ")
     assert not (tmp_path / "native").exists()
 
@@ -232,7 +232,7 @@ def test_base_with_a_flipped_byte(world: World, part: Path, tmp_path: Path) -> N
         with pytest.raises(CheckpointError, match=f"{part}: trained on another base .* than {base} "):
             load(base, patch_embed=part)
     flags = [base, tmp_path / "native", "--config", world.config, "--patch-embed", part]
-    assert f"{part}: trained on another base" in umbrella("convert", "from-hf", *flags, code=1)
+    assert f"{part}: trained on another base" in umbrella("convert", "from-hf", *flags, code=2)
     assert not (tmp_path / "native").exists()
 
 

@@ -138,7 +138,7 @@ def test_command_line(base, tmp_path, capsys):
         "only in B": 0,
     }
     assert [d["name"] for d in found["differences"]] == [NORM, WEIGHT]
-    assert main(["convert", "verify", str(base), str(tmp_path)]) == 1
+    assert main(["convert", "verify", str(base), str(tmp_path)]) == 2
     assert "config.json" in capsys.readouterr().err
 
 

@@ -495,7 +495,7 @@ def test_command_prints_the_range_of_numbers(bids, tmp_path):
 
 def test_command_names_faults(bids, tmp_path):
     printed = umbrella(
-        "data", "from-bids", bids(sexes(3)), tmp_path / "out", "--target", "iq", "--split", "a=2", code=1
+        "data", "from-bids", bids(sexes(3)), tmp_path / "out", "--target", "iq", "--split", "a=2", code=2
     )
     assert "2 faults:" in printed
     assert "iq: expected one such column, got participant_id, sex" in printed

@@ -489,7 +489,7 @@ def test_data_cache(config_file, directory, capsys):
 def test_data_cache_on_a_full_disk_fails(config_file, directory, capsys, full_disk):
     code = main(command(config_file, "--cache", directory))
     full_disk()
-    assert code == 1
+    assert code == 2
     assert f"File too large: '{directory}'" in capsys.readouterr().err
     assert entries(directory) == []
     assert main(command(config_file, "--cache", directory)) == 0
@@ -497,13 +497,13 @@ def test_data_cache_on_a_full_disk_fails(config_file, directory, capsys, full_di
 
 
 def test_data_cache_names_what_is_wrong(config_file, directory, capsys):
-    assert main(command(config_file, data=())) == 1
+    assert main(command(config_file, data=())) == 2
     message = capsys.readouterr().err
     assert "data.cache: expected a directory (--cache D)" in message
     assert "data.train: expected a path" in message
     (config_file.parent / "a.nii").unlink()
     (config_file.parent / "c.nii").write_bytes(b"")
-    assert main(command(config_file, "--cache", directory)) == 1
+    assert main(command(config_file, "--cache", directory)) == 2
     message = capsys.readouterr().err
     assert "2 faults" in message
     assert "a.nii: not found" in message

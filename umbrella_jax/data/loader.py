@@ -255,7 +255,8 @@ def eval_batches(
     Args:
         prompts: what to generate from, instead of the whole conversations.
         parts: of each batch its own are made; no other volumes are read.
-        only: indices of the conversations that are wanted; default all.
+        only: indices of the conversations that are wanted; default all. Batches and shapes are those of all, without
+            the other rows, so that no shape is new.
 
     Yields:
         Indices into `dataset.conversations`, in no particular order, and the Batch (no axis A) whose first rows, those
@@ -265,19 +266,40 @@ def eval_batches(
         DataError: a volume cannot be read any more, or `prompts` of a dataset that was not loaded for evaluation.
     """
     rows = dataset.rows(prompts=prompts)
-    wanted = range(len(rows)) if only is None else only
-    if not len(wanted):
-        return iter(())
-    facts = facts_of([rows[i] for i in wanted], dataset.modalities)
-    updates = Plan(facts, batch_size=batch_size, parts=parts.of).epoch(0)
+    updates = _eval_updates(dataset, batch_size, prompts, parts)
+    if only is not None:
+        wanted = set(only)
+        kept = ((tuple(i for i in update.rows[0] if i in wanted), update.shape) for update in updates)
+        updates = [Update((indices,), shape) for indices, shape in kept if indices]
 
-    def make(update: int) -> tuple[list[int], Batch]:
-        (places,), shape = updates[update].rows, updates[update].shape
-        indices = [wanted[place] for place in places]
+    def make(index: int) -> tuple[list[int], Batch]:
+        (indices,), shape = updates[index].rows, updates[index].shape
         batch = collate([[rows[i] for i in indices]], dataset.volume, dataset.modalities, shape, parts)
-        return indices, _first(batch)
+        return list(indices), _first(batch)
 
     return prefetch(make, 0, len(updates), threads)
+
+
+def eval_subset(dataset: Dataset, batch_size: int, count: int, parts: Parts = WHOLE) -> list[int]:
+    """Indices of at least `count` conversations, or of all: whole batches of `eval_batches(prompts=True)`, of each
+    shape one at least, the rest evenly over all. Always the same."""
+    updates = _eval_updates(dataset, batch_size, True, parts)
+    first = {update.shape: place for place, update in reversed(list(enumerate(updates)))}
+    others = [place for place in range(len(updates)) if place not in first.values()]
+    bits = len(others).bit_length()
+    # by their reversed binary digits, any beginning of which is even
+    order = sorted(range(len(others)), key=lambda n: f"{n:0{bits}b}"[::-1])
+    chosen: list[int] = []
+    for place in [*sorted(first.values()), *(others[n] for n in order)]:
+        if len(chosen) >= count and place not in first.values():
+            break
+        chosen += updates[place].rows[0]
+    return sorted(chosen)
+
+
+def _eval_updates(dataset: Dataset, batch_size: int, prompts: bool, parts: Parts) -> list[Update]:
+    facts = facts_of(dataset.rows(prompts=prompts), dataset.modalities)
+    return Plan(facts, batch_size=batch_size, parts=parts.of).epoch(0)
 
 
 def whole_batch(dataset: Dataset, *, prompts: bool) -> Batch:

@@ -2,9 +2,9 @@
 
 import json
 import shlex
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from umbrella_jax.demo.base import make_base
 from umbrella_jax.demo.data import make_data
@@ -73,17 +73,17 @@ def _answers(checkpoint: Path, conversations: Path) -> list[str]:
     return processor.decode(umbrella_jax.generate(model, batch, stop_ids=processor.stop_ids, max_new_tokens=4))
 
 
-def _report(rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
-    """Prints accuracy per task on subjects that training did not see, beside that of the most frequent answer."""
-    from umbrella_jax.evaluation.metrics import accuracy, task_of
+def _report(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Prints accuracy per task on subjects that training did not see, beside what is reached without the images."""
+    from umbrella_jax.evaluation.metrics import score, tasks_of
 
-    tasks = defaultdict(list)
-    for row in rows:
-        tasks[task_of(row)].append(row)
+    scores = score(rows, tasks_of(rows), resamples=0)
     print(f"\n{'held-out task':<28}{'n':>5}{'accuracy':>10}{'chance':>8}")
     result = {}
-    for task, members in sorted(tasks.items()):
-        result[task] = accuracy(members)["accuracy"]
-        chance = Counter(row["reference"] for row in members).most_common(1)[0][1] / len(members)
-        print(f"{task:<28}{len(members):>5}{result[task]:>10.1%}{chance:>8.1%}")
+    for task in scores.tasks:
+        figure = scores.of(task)["accuracy"]
+        assert figure.value is not None
+        assert figure.chance is not None
+        print(f"{task:<28}{figure.n:>5}{figure.value:>10.1%}{figure.chance:>8.1%}")
+        result[task] = figure.value
     return result

@@ -1,0 +1,81 @@
+"""What the command line says of errors, and what it ends with."""
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+
+from umbrella_jax import cli
+from umbrella_jax.errors import CheckpointError, ConfigError, DataError, Interrupted, RunError, UmbrellaError
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(path for package in ("umbrella_jax", "convert") for path in (ROOT / package).rglob("*.py"))
+
+
+def ended(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Exit code of a command that raises `error`."""
+
+    def fail(arguments: argparse.Namespace) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_from_original", fail)
+    return cli.main([*words, "config", "from-original", "old.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("a key"), 2),
+        (DataError(["one", "two"]), 2),
+        (CheckpointError("a tensor"), 2),
+        (UmbrellaError("of several processes"), 2),
+        (RunError("a loss"), 1),
+        (OSError(28, "No space left on device", "metrics.jsonl"), 1),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nmany lines"), 1),
+        (Interrupted(15, "SIGTERM: saved at step 3"), 143),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_exit_codes(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(error, monkeypatch) == code
+    said = capsys.readouterr().err
+    assert said.startswith("umbrella-jax: ")
+    assert "Traceback" not in said
+    assert "many lines" not in said
+    if isinstance(error, RuntimeError):
+        assert "the device's memory is full: lower train.batch_size" in said
+
+
+def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(ConfigError("a key"), monkeypatch, "--debug") == 2
+    said = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in said
+    assert said.endswith("umbrella-jax: a key\n")
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (RuntimeError("INTERNAL"), KeyError("x"), AssertionError()):
+        with pytest.raises(type(error)):
+            ended(error, monkeypatch)
+
+
+def test_what_argparse_refuses_ends_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train"])
+    assert end.value.code == 2
+    assert "--config" in capsys.readouterr().err
+
+
+def test_nothing_is_swallowed() -> None:
+    """No bare `except`, and none of all errors that does nothing."""
+    for path in SOURCES:
+        text = path.read_text()
+        assert not re.search(r"except\s*:", text), path
+        assert not re.search(
+            r"except (Base)?Exception( as \w+)?:\s*(#.*)?\n\s*(pass|continue|return( None)?)\n", text
+        ), path
+    assert len(SOURCES) > 60
