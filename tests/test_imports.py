@@ -32,6 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "umbrella_jax/evaluation": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
         *("umbrella_jax.sharding", "umbrella_jax.training", "jax", "flax", "chex", "numpy", "scipy"),
+        *("optax", "sklearn", "tqdm"),  # the baselines
     },
     "umbrella_jax/data": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors"),

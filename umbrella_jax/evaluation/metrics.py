@@ -43,6 +43,7 @@ __all__ = [
     "parse_number",
     "read_predictions",
     "score",
+    "short",
     "task_of",
     "tasks_of",
 ]
@@ -445,8 +446,8 @@ def _notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Row]], resam
 
 def _figure_lines(figures: Mapping[str, Figure]) -> Iterator[str]:
     for name, f in figures.items():
-        interval = "–" if f.low is None or f.high is None else f"{_short(f.low)} to {_short(f.high)}"
-        cells = f"{_short(f.value):>9}{interval:>20}{f.n:>7}{f.subjects:>9}{_short(f.chance):>7}"
+        interval = "–" if f.low is None or f.high is None else f"{short(f.low)} to {short(f.high)}"
+        cells = f"{short(f.value):>9}{interval:>20}{f.n:>7}{f.subjects:>9}{short(f.chance):>7}"
         label = textwrap.wrap(f"  {name}", _WIDTH, subsequent_indent="    ")
         yield from label[:-1]
         if len(label[-1]) > 28:
@@ -455,7 +456,8 @@ def _figure_lines(figures: Mapping[str, Figure]) -> Iterator[str]:
         yield f"{label[-1]:<28}{cells}"
 
 
-def _short(value: float | None) -> str:
+def short(value: float | None) -> str:
+    """A figure in about three digits; – for none."""
     if value is None:
         return "–"
     return f"{value:.3f}" if value == 0 or 0.01 <= abs(value) < 1000 else f"{value:.3g}"
