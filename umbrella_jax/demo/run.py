@@ -47,10 +47,12 @@ def run_demo(directory: Path, *, seed: int = 0, arguments: Sequence[str] = ()) -
     )
 
     command("convert", "from-hf", base, native, "--config", CONFIG)
-    options = ["--base", native, "--train-data", data.train, "--eval-data", data.eval]
-    options += ["--output-dir", run, "--cache", directory / "cache"]
-    command("train", "--config", CONFIG, *options, *arguments)
+    data_options = ["--base", native, "--train-data", data.train, "--eval-data", data.eval]
+    data_options += ["--cache", directory / "cache"]
+    command("train", "--config", CONFIG, *data_options, "--output-dir", run, *arguments)
     command("convert", "to-hf", run, export)
+    # a quarter of the network's published channels, and few epochs: enough for what is drawn here
+    command("baseline", "--config", CONFIG, *data_options, "--run", run, "--out", run, "--width", 0.25, "--epochs", 8)
 
     rows = [json.loads(line) for line in max((run / "predictions").glob("*.jsonl"), key=_step).read_text().splitlines()]
     again = _answers(export, data.eval)
@@ -60,7 +62,7 @@ def run_demo(directory: Path, *, seed: int = 0, arguments: Sequence[str] = ()) -
     if faults := page_faults("report", run / "report.html", PACKAGES):
         print("\n".join(["", "no page of the run:", *faults]))
     else:
-        command("report", run, "--samples", 6, "--explain", "integrated")
+        command("report", run, "--samples", 3, "--explain", "gradient", "--baseline", run)
     found = _report(rows)
     ratio = _lesions(export, data)
     print(
