@@ -60,7 +60,7 @@ def run_demo(directory: Path, *, seed: int = 0, arguments: Sequence[str] = ()) -
     if faults := page_faults("report", run / "report.html", PACKAGES):
         print("\n".join(["", "no page of the run:", *faults]))
     else:
-        command("report", run, "--samples", 3, "--explain", "gradient")
+        command("report", run)
     found = _report(rows)
     ratio = _lesions(export, data)
     print(
