@@ -43,6 +43,7 @@ ROOMS: dict[str, set[str]] = {
             "numpy",
             "scipy",
         ),
+        *("optax", "sklearn", "tqdm"),  # the baselines
     },
     "umbrella_jax/data": {
         *(

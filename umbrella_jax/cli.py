@@ -340,6 +340,28 @@ def _report(arguments: argparse.Namespace) -> None:
     print(f"{out}: {PRIVACY}")
 
 
+def _baseline(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.distributed import alone, start, together
+
+    start()
+    with together():
+        if not alone():
+            raise ConfigError("baseline: several processes were started; it works in one: start one alone")
+    from umbrella_jax.baseline import baseline
+
+    found = baseline(
+        _config(arguments),
+        arguments.out,
+        run=arguments.run,
+        predictions=arguments.predictions,
+        only=arguments.only,
+        epochs=arguments.most_epochs,
+        width=arguments.width,
+        allow_overlap=arguments.allow_overlap,
+    )
+    print(found.table())
+
+
 def _cache(arguments: argparse.Namespace) -> None:
     from umbrella_jax.data.cache import fill
 
@@ -457,6 +479,33 @@ def _parser() -> argparse.ArgumentParser:
         "--config", metavar="FILE", help="YAML of a run, for its section evaluation; default: as the data say"
     )
     scored.add_argument("--json", action="store_true", help="for programs")
+
+    beside = command(
+        commands,
+        "baseline",
+        _baseline,
+        "Train a 3D CNN and a linear probe on the same split; print them beside a model.",
+    )
+    data_flags = ["--train-data", "--eval-data", "--image-root", "--modality", "--task-filter", "--cache"]
+    _add_config(beside, ["--base", *data_flags])
+    beside.add_argument("--out", required=True, metavar="DIR", help="for baseline/cnn.jsonl and baseline/probe.jsonl")
+    model = beside.add_mutually_exclusive_group()
+    model.add_argument("--run", metavar="RUN", help="put its newest predictions beside, and probe its tower")
+    model.add_argument("--predictions", metavar="FILE", help="put these answers to the evaluation data beside")
+    beside.add_argument("--only", choices=["cnn", "probe"], help="default both")
+    beside.add_argument(
+        "--epochs", dest="most_epochs", type=int, default=100, metavar="N", help="of the CNN, at most; default 100"
+    )
+    beside.add_argument(
+        "--width",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="of the CNN, as a share of its published channels; default 1",
+    )
+    beside.add_argument(
+        "--allow-overlap", action="store_true", help="a subject or volume both in train and in eval is no fault"
+    )
 
     plan = command(commands, "plan", _plan, "Work out memory, time and the best mesh on devices that are not at hand.")
     _add_config(plan, ["--base", "--batch-size", "--modality", "--mesh"])

@@ -55,8 +55,7 @@ def test_each_output_has_a_scale_of_its_own(dtype):
         assert error.max() > 0
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("int8", 0.05), ("fp8", 0.12)])
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize(("dtype", "limit", "remat"), [("int8", 0.05, "full"), ("fp8", 0.12, "none")])
 def test_logits_and_gradients_are_those_of_the_rounded_weights(dtype, limit, remat):
     """And near those of the weights as they were, as far as 8 bits reach in a network of 32 to 64 wide."""
     graphdef, trainable, frozen = halves(remat)

@@ -232,7 +232,7 @@ def train_batches(
             parts,
         )
 
-    return _prefetch(make, start_step, num_steps, threads)
+    return prefetch(make, start_step, num_steps, threads)
 
 
 def task_ids(dataset: Dataset, plan: Plan, step: int) -> list[list[str]]:
@@ -277,7 +277,7 @@ def eval_batches(
         batch = collate([[rows[i] for i in indices]], dataset.volume, dataset.modalities, shape, parts)
         return list(indices), _first(batch)
 
-    return _prefetch(make, 0, len(updates), threads)
+    return prefetch(make, 0, len(updates), threads)
 
 
 def eval_subset(dataset: Dataset, batch_size: int, count: int, parts: Parts = WHOLE) -> list[int]:
@@ -325,7 +325,7 @@ def _first(batch: Batch) -> Batch:
     return Batch(**first | {"volumes": {modality: leaf[0] for modality, leaf in volumes.items()}})
 
 
-def _prefetch(make: Callable[[int], T], start: int, stop: int, threads: int) -> Iterator[T]:
+def prefetch(make: Callable[[int], T], start: int, stop: int, threads: int) -> Iterator[T]:
     """make(start), ..., make(stop - 1) in order, prepared by threads; an error of a thread reaches who iterates."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     return iter(grain.MapDataset.range(start, stop).map(make).to_iter_dataset(options))

@@ -80,7 +80,7 @@ def validate(
     for name, s in sets.items():
         if nameless := sum(not c.subjects for c in s.conversations):
             unchecked(s.path, f"{nameless} of {len(s.conversations)} conversations name no subject", name)
-    findings += _overlaps(sets, volumes, "warning" if allow_overlap else "fault")
+    findings += overlaps(sets, volumes, "warning" if allow_overlap else "fault")
     findings += _duplicates(volumes)
     findings += _contradictions(sets, volumes)
     findings += _answer_findings(sets)
@@ -217,7 +217,7 @@ def read_contents(path: Path) -> Contents:
     )
 
 
-def _overlaps(sets: Mapping[str, Set], volumes: Sequence[Volume], severity: Severity) -> Iterator[Finding]:
+def overlaps(sets: Mapping[str, Set], volumes: Sequence[Volume], severity: Severity) -> Iterator[Finding]:
     """What train and eval share: answers about it may be remembered instead of seen."""
     if len(sets) < 2:
         return

@@ -169,7 +169,7 @@ class _Nibabel:
 
     def __init__(self, path: Path):
         self._path = path
-        with readable(path):
+        with readable(path), np.errstate(over="ignore", invalid="ignore"):  # of headers that are nonsense
             kind = _kind(path)
             parts = kind.filespec_to_file_map(path)
             file = Path(parts["image"].filename)

@@ -43,6 +43,7 @@ __all__ = [
     "parse_number",
     "read_predictions",
     "score",
+    "short",
     "task_of",
     "tasks_of",
 ]

@@ -1,0 +1,251 @@
+"""A convolutional network as a yardstick: SFCN of Peng et al. 2021, from scratch on the volumes that the model sees.
+
+"Accurate brain age prediction with lightweight deep neural networks", Medical Image Analysis 68:101871. As published
+are the layers: five of 3×3×3 convolution, batch norm, max pooling by 2 and ReLU; one of 1×1×1 without pooling; the mean
+over what is left of the volume; dropout of one half; a linear map. On the paper's 160×192×160 voxels, with its 40
+outputs, that is 2,952,936 parameters. Not as there:
+
+- An axis that pooling has brought to length 1 is pooled no further, so that small volumes go through too.
+- A question that shows several scans has such layers for each; the linear map sees all their means.
+- A quantity is one output, trained on its squared error; the paper has soft labels for bins of age.
+- AdamW at a constant rate, up to an epoch that held-out subjects choose; the paper has SGD with a falling rate.
+
+Axes: B questions, D, H, W voxels, C channels, K outputs.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+from umbrella_jax.errors import RunError
+
+Array = jax.Array
+Scans = tuple[Any, ...]
+"""Of each scan that the questions of a batch show, float32 [B, D, H, W, C]."""
+Stream = Callable[[Sequence[np.ndarray], int | None], Iterable[Scans]]
+"""Batches of questions, by number, and the epoch that draws the windows of runs (None: the first) → their scans."""
+
+Variables = tuple[Any, Any]
+"""Arrays by path: what trains; and running statistics, with what dropout draws from."""
+
+WIDTHS = (32, 64, 128, 256, 256, 64)
+"""The published channels of the layers."""
+BATCH = 8
+EPOCHS = 100
+"""At most."""
+PATIENCE = 10
+"""Epochs without a better one, after which it ends."""
+_OPTIMIZER = optax.adamw(1e-3, weight_decay=1e-2)
+_DROPOUT = 0.5
+
+
+def channels(volume: np.ndarray) -> np.ndarray:
+    """A preprocessed volume as channels, float32 [D, H, W, C].
+
+    3D: itself. 4D: over the frames of the window, mean and standard deviation, each z-scored over the voxels. A window
+    begins anywhere in a run at rest, so frame n of one has nothing to do with frame n of another, and a channel for
+    each would only make the network larger; the two say what a voxel looks like and how much it fluctuates. What only
+    the course of time says, such as connectivity, is lost.
+    """
+    if volume.ndim == 3:
+        return volume[..., None]
+    both = np.stack([volume.mean(-1), volume.std(-1)], -1)
+    spread = both.std((0, 1, 2))
+    return (both - both.mean((0, 1, 2))) / np.where(spread > 0, spread, 1)
+
+
+def by_slices(x: Array, kernel: Array, strides: Any, padding: str, **options: Any) -> Array:
+    """`jax.lax.conv_general_dilated` of volumes [B, D, H, W, C] with kernels [3, 3, 3, C, O], as nnx.Conv calls it with
+    stride 1 and padding "SAME": as one of slices, each with both its neighbours. On CPUs XLA's own in 3D takes three
+    times as long."""
+    assert (set(strides), padding, len(kernel)) == ({1}, "SAME", 3)
+    padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+    slices = jnp.concatenate([padded[:, i : i + x.shape[1]] for i in range(3)], -1).reshape(
+        -1, *x.shape[2:-1], 3 * x.shape[-1]
+    )
+    planes = kernel.transpose(1, 2, 0, 3, 4).reshape(3, 3, -1, kernel.shape[-1])
+    layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": options["precision"]}
+    return jax.lax.conv_general_dilated(slices, planes, (1, 1), "SAME", **layout).reshape(*x.shape[:-1], -1)
+
+
+def max_pool(x: Array) -> Array:
+    """[B, D, H, W, C] → half of each axis that is longer than 1; what is over is left out. As a maximum over an axis,
+    whose gradient XLA computes much faster on CPUs than a window's."""
+    window = [min(2, n) for n in x.shape[1:-1]]
+    grid = [n // w for n, w in zip(x.shape[1:-1], window, strict=True)]
+    x = x[:, *(slice(n * w) for n, w in zip(grid, window, strict=True))]
+    x = x.reshape(len(x), *(n for pair in zip(grid, window, strict=True) for n in pair), -1)
+    return x.max((2, 4, 6))
+
+
+class Layer(nnx.Module):
+    """Convolution, batch norm, max pooling if `pools`, ReLU: [B, D, H, W, C] → [B, D', H', W', O]."""
+
+    def __init__(self, inputs: int, outputs: int, *, pools: bool, rngs: nnx.Rngs):
+        convolve = by_slices if pools and jax.default_backend() == "cpu" else jax.lax.conv_general_dilated
+        size = (3, 3, 3) if pools else (1, 1, 1)
+        self.conv = nnx.Conv(inputs, outputs, size, padding="SAME", conv_general_dilated=convolve, rngs=rngs)
+        self.norm = nnx.BatchNorm(outputs, momentum=0.9, epsilon=1e-5, rngs=rngs)
+        self.pools = pools
+
+    def __call__(self, x: Array) -> Array:
+        x = self.norm(self.conv(x))
+        return nnx.relu(max_pool(x) if self.pools else x)
+
+
+class SFCN(nnx.Module):
+    """Scans [B, D, H, W, C] of each question → [B, K]."""
+
+    def __init__(self, inputs: Sequence[int], outputs: int, *, widths: Sequence[int] = WIDTHS, rngs: nnx.Rngs):
+        """`inputs`: channels of each scan."""
+        last = len(widths) - 1
+        self.scans = nnx.List(
+            nnx.List(
+                Layer(before, width, pools=i < last, rngs=rngs)
+                for i, (before, width) in enumerate(zip((first, *widths), widths, strict=False))
+            )
+            for first in inputs
+        )
+        self.dropout = nnx.Dropout(_DROPOUT, rngs=rngs)
+        self.head = nnx.Linear(len(inputs) * widths[-1], outputs, rngs=rngs)
+
+    def __call__(self, scans: Sequence[Array]) -> Array:
+        means = []
+        for layers, x in zip(self.scans, scans, strict=True):
+            for layer in layers:
+                x = layer(x)
+            means.append(x.mean((1, 2, 3)))
+        return self.head(self.dropout(jnp.concatenate(means, -1)))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network with the weights of its best epoch."""
+
+    graphdef: nnx.GraphDef
+    variables: Variables
+    best: int
+    """The epoch, from 1."""
+    epochs: int
+    """That it ran."""
+    centre: float
+    """Of a quantity: mean and standard deviation of what it was trained on; 0 and 1 of classes."""
+    scale: float
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers were trained."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.variables[0]))
+
+    def __call__(self, count: int, stream: Stream) -> np.ndarray:
+        """Of `count` questions, float64: log-probabilities of the classes [n, K], or quantities [n]."""
+        return _outputs(self.graphdef, self.variables, np.arange(count), stream) * self.scale + self.centre
+
+
+def fit(
+    targets: np.ndarray,
+    held_out: np.ndarray,
+    stream: Stream,
+    *,
+    classes: int | None,
+    seed: int,
+    epochs: int = EPOCHS,
+    widths: Sequence[int] = WIDTHS,
+    name: str = "",
+) -> Trained:
+    """Trains a network. All it draws follows from `seed`.
+
+    Args:
+        targets: of n questions: int [n], a class of `classes`; or float [n], a quantity, where that is None.
+        held_out: numbers of the questions that choose the epoch; the others are trained on.
+        stream: scans by the questions' numbers.
+        epochs: at most; it ends before, after PATIENCE epochs that were none better.
+        name: of the progress bar.
+
+    Raises:
+        RunError: no epoch's loss on the held-out questions was finite.
+    """
+    own = np.setdiff1d(np.arange(len(targets)), held_out)
+    centre, scale = (0.0, 1.0) if classes else (float(targets[own].mean()), float(targets[own].std()) or 1.0)
+    wanted = targets.astype(np.int32) if classes else ((targets - centre) / scale).astype(np.float32)
+    (first,) = stream([own[:1]], None)
+    network = SFCN([x.shape[-1] for x in first], classes or 1, widths=widths, rngs=nnx.Rngs(seed))
+    network.train()
+    learns, *states = nnx.split(network, nnx.Param, ...)
+    params, rest = map(nnx.to_pure_dict, states)
+    network.eval()
+    answers = nnx.graphdef(network)
+    moments = _OPTIMIZER.init(params)
+    rng = np.random.default_rng(seed)
+    size = min(BATCH, len(own))
+    lowest, best, kept, epoch = np.inf, 0, None, 0
+    with tqdm(total=epochs, desc=f"CNN {name}".strip(), unit="epoch", disable=None) as bar:
+        for epoch in range(1, epochs + 1):
+            batches = _batches(rng.permutation(own), size)
+            for indices, scans in zip(batches, stream(batches, epoch), strict=True):
+                params, rest, moments = _step(params, rest, moments, scans, wanted[indices], graphdef=learns)
+            found = _outputs(answers, (params, rest), held_out, stream)
+            loss = float(_losses(jnp.asarray(found, jnp.float32), wanted[held_out]).mean())
+            bar.set_postfix(loss=loss)
+            bar.update()
+            if loss < lowest:
+                lowest, best, kept = loss, epoch, (params, rest)
+            if epoch - best >= PATIENCE:
+                break
+    if kept is None:
+        raise RunError(f"CNN {name}: no epoch had a finite loss on the held-out subjects")
+    return Trained(answers, kept, best, epoch, centre, scale)
+
+
+def _batches(indices: np.ndarray, size: int) -> list[np.ndarray]:
+    """All of one size: the last one is filled with the first indices."""
+    count = -(-len(indices) // size)
+    return list(np.resize(indices, (count, size)))
+
+
+def _losses(outputs: Array, wanted: Any) -> Array:
+    """[B]: of log-probabilities [B, K] and classes, cross-entropy; of quantities [B], squared error."""
+    if outputs.ndim == 1:
+        return jnp.square(outputs - wanted)
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, wanted)
+
+
+def _answers(network: SFCN, scans: Scans) -> Array:
+    outputs = network(scans)
+    return outputs[:, 0] if outputs.shape[1] == 1 else jax.nn.log_softmax(outputs)
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _step(
+    params: Any, rest: Any, moments: Any, scans: Scans, wanted: Array, *, graphdef: nnx.GraphDef
+) -> tuple[Any, Any, Any]:
+    """One update; `rest` are running statistics and what dropout draws from."""
+
+    def loss(params: Any) -> tuple[Array, Any]:
+        network = nnx.merge(graphdef, params, rest)
+        value = _losses(_answers(network, scans), wanted).mean()
+        return value, nnx.to_pure_dict(nnx.state(network, nnx.Not(nnx.Param)))
+
+    gradient, rest = jax.grad(loss, has_aux=True)(params)
+    updates, moments = _OPTIMIZER.update(gradient, moments, params)
+    return optax.apply_updates(params, updates), rest, moments
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _forward(params: Any, rest: Any, scans: Scans, *, graphdef: nnx.GraphDef) -> Array:
+    return _answers(nnx.merge(graphdef, params, rest), scans)
+
+
+def _outputs(graphdef: nnx.GraphDef, variables: Variables, indices: np.ndarray, stream: Stream) -> np.ndarray:
+    """float64 [n, K] or [n], in order."""
+    batches = _batches(indices, min(BATCH, len(indices)))
+    found = [_forward(*variables, scans, graphdef=graphdef) for scans in stream(batches, None)]
+    return np.concatenate(found).astype(np.float64)[: len(indices)]

@@ -1,0 +1,146 @@
+"""A linear probe as a yardstick: what a linear map reads out of the vision tower's features, nothing else trained.
+
+scikit-learn's logistic regression or ridge regression on standardised features, its regularisation chosen by
+cross-validation in which all scans of a subject lie in one part.
+
+Axes: n questions, M volumes, E width of the tower.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.traverse_util import unflatten_dict
+
+from umbrella_jax.errors import DataError
+from umbrella_jax.models import LlavaConfig, Params
+from umbrella_jax.models.siglip import SiglipVisionModel
+
+TOWER = "vision_tower."
+"""With which the paths of the tower's parameters begin."""
+FOLDS = 5
+"""Of cross-validation, where there are as many subjects of the classes."""
+NEVER = float(np.log(np.finfo(np.float64).tiny))
+"""The log of a probability that is 0, as that of the smallest number above: what is scored is finite."""
+_STRENGTHS = {"C": np.logspace(-5, 2, 8).tolist(), "alpha": np.logspace(-2, 5, 8).tolist()}
+"""Of the logistic and of the ridge regression, on standardised features."""
+
+
+class Tower:
+    """The vision tower alone, frozen: volumes → features."""
+
+    def __init__(self, config: LlavaConfig, params: Params):
+        """`params`: of the model, those whose path begins with TOWER."""
+        graphdef, _ = nnx.split(
+            nnx.eval_shape(
+                lambda: SiglipVisionModel(
+                    config.vision, config.modalities, config.remat, config.attention, rngs=nnx.Rngs(0)
+                )
+            )
+        )
+        self._params = unflatten_dict({path.removeprefix(TOWER): leaf for path, leaf in params.items()}, sep=".")
+        self._features = jax.jit(partial(_features, graphdef, config.compute_dtype), static_argnames="name")
+
+    def __call__(self, name: str, volumes: np.ndarray) -> np.ndarray:
+        """Volumes [M, *size] of modality `name` → float32 [M, E], the mean of the last hidden state over the patches:
+        what the projector is given of each, before `post_layernorm`."""
+        return np.asarray(self._features(self._params, volumes, name=name))
+
+
+def _features(
+    graphdef: nnx.GraphDef, dtype: str, params: Mapping[str, Any], volumes: jax.Array, *, name: str
+) -> jax.Array:
+    tower = nnx.merge(graphdef, params)
+    return tower(name, volumes.astype(dtype)).astype(jnp.float32).mean(1)
+
+
+def folds(targets: np.ndarray, subjects: Sequence[str], *, classes: bool) -> list[np.ndarray]:
+    """Numbers of the questions in each of at most FOLDS parts, which share no subject; of classes, in shares as equal
+    as that allows. The same for the same arguments.
+
+    Args:
+        targets: [n], whole numbers of classes or quantities.
+
+    Raises:
+        DataError: too few subjects for two parts, each of which leaves two classes, or two subjects, to train on.
+    """
+    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
+
+    groups = np.unique(np.asarray(subjects), return_inverse=True)[1]
+    if classes:
+        counts = sorted(len(np.unique(groups[targets == k])) for k in np.unique(targets))
+        room, needed = (counts[-2] if len(counts) > 1 else 0), "two subjects of each of two answers"
+        split: Any = StratifiedGroupKFold
+    else:
+        room, needed, split = len(np.unique(groups)), "three subjects", GroupKFold
+    if room < (2 if classes else 3):
+        raise DataError(f"too few subjects to hold some of them out; expected at least {needed}")
+    with warnings.catch_warnings():  # of classes with fewer members than there are parts: so be it
+        warnings.simplefilter("ignore", UserWarning)
+        pairs = list(split(min(FOLDS, room)).split(np.zeros(len(targets)), targets, groups))
+    if classes and any(len(np.unique(targets[rest])) < 2 for rest, _ in pairs):
+        raise DataError("subjects cannot be held out so that two answers are left; expected more subjects of each")
+    return [part for _, part in pairs]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fitted probe."""
+
+    model: Any
+    """scikit-learn's pipeline."""
+    chosen: str
+    """Of the regularisation: `C = 0.01`."""
+    classes: int | None
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Of features [n, E], float64: log-probabilities of the classes [n, K], or quantities [n]."""
+        if self.classes is None:
+            return self.model.predict(features)
+        found = np.zeros((len(features), self.classes))
+        found[:, self.model.classes_] = self.model.predict_proba(features)
+        return _log(found)
+
+
+def fit_probe(features: np.ndarray, targets: np.ndarray, parts: Sequence[np.ndarray], *, classes: int | None) -> Probe:
+    """Fits a probe to all questions, as strongly regularised as does best over the `parts` (`folds`).
+
+    Args:
+        features: float [n, E].
+        targets: int [n], a class of `classes`; or float [n], a quantity, where that is None.
+    """
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model, scoring, name = (
+        (LogisticRegression(max_iter=10_000), _log_likelihood, "C")
+        if classes
+        else (Ridge(), "neg_mean_squared_error", "alpha")
+    )
+    key = f"{type(model).__name__.lower()}__{name}"
+    pairs = [(np.setdiff1d(np.arange(len(targets)), part), part) for part in parts]
+    search = GridSearchCV(
+        make_pipeline(StandardScaler(), model), {key: _STRENGTHS[name]}, scoring=scoring, cv=pairs, error_score="raise"
+    )
+    search.fit(features.astype(np.float64), targets)
+    return Probe(search.best_estimator_, f"{name} = {search.best_params_[key]:g}", classes)
+
+
+def _log_likelihood(model: Any, features: np.ndarray, targets: np.ndarray) -> float:
+    """Mean log-probability of the right classes, also of those that the model has not seen."""
+    probability = np.zeros((len(features), max(*model.classes_, *targets) + 1))
+    probability[:, model.classes_] = model.predict_proba(features)
+    return float(_log(probability[np.arange(len(targets)), targets]).mean())
+
+
+def _log(probability: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.maximum(np.log(probability), NEVER)
