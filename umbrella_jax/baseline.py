@@ -150,7 +150,7 @@ def _open(config: RunConfig, run: str | Path | None, *, weights: bool) -> Checkp
     if run is None:
         found = open_base(config, weights=weights)
     else:
-        found = Checkpoint.open(run, compute_dtype=config.model.compute_dtype)
+        found = Checkpoint.open(run, config.model.modalities, compute_dtype=config.model.compute_dtype)
         if found.kind != "run":
             raise CheckpointError(f"{run}: not a run; expected the --output-dir of umbrella-jax train")
         same_template("data.template", config.data.template, found)

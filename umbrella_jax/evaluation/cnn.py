@@ -76,16 +76,6 @@ def by_slices(x: Array, kernel: Array, strides: Any, padding: str, **options: An
     return jax.lax.conv_general_dilated(slices, planes, (1, 1), "SAME", **layout).reshape(*x.shape[:-1], -1)
 
 
-def max_pool(x: Array) -> Array:
-    """[B, D, H, W, C] → half of each axis that is longer than 1; what is over is left out. As a maximum over an axis,
-    whose gradient XLA computes much faster on CPUs than a window's."""
-    window = [min(2, n) for n in x.shape[1:-1]]
-    grid = [n // w for n, w in zip(x.shape[1:-1], window, strict=True)]
-    x = x[:, *(slice(n * w) for n, w in zip(grid, window, strict=True))]
-    x = x.reshape(len(x), *(n for pair in zip(grid, window, strict=True) for n in pair), -1)
-    return x.max((2, 4, 6))
-
-
 class Layer(nnx.Module):
     """Convolution, batch norm, max pooling if `pools`, ReLU: [B, D, H, W, C] → [B, D', H', W', O]."""
 
@@ -98,7 +88,10 @@ class Layer(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         x = self.norm(self.conv(x))
-        return nnx.relu(max_pool(x) if self.pools else x)
+        if self.pools:
+            window = tuple(min(2, n) for n in x.shape[1:-1])
+            x = nnx.max_pool(x, window, strides=window)
+        return nnx.relu(x)
 
 
 class SFCN(nnx.Module):
