@@ -514,7 +514,7 @@ def yaml(tree: Any) -> bytes:
         with path.open("w") as file:
             YAML(typ="safe", pure=True).dump(tree, file)
         return path.read_bytes()
-    except Exception:
+    except Exception:  # what its writer cannot write, which raises nearly anything, is tried as JSON
         return written(tree)
 
 
