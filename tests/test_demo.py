@@ -10,9 +10,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 from nibabel.affines import apply_affine
+from scipy.special import softmax
+from sklearn.metrics import brier_score_loss, roc_auc_score
 
+from tests.page import Page
+from tests.small_run import read_lines
 from umbrella_jax.demo import DemoData, make_base, make_data
 from umbrella_jax.demo.data import BLOCK, lesion_mask
+from umbrella_jax.demo.run import run_demo
+from umbrella_jax.prediction import evaluations
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +124,55 @@ def test_labels_are_true_in_the_patients_terms(data: DemoData) -> None:
 def test_uneven_counts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="multiples of 4"):
         make_data(tmp_path, train_subjects=10)
+
+
+@pytest.fixture(scope="module")
+def went(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    """The whole demo, of few subjects and steps, and what it returned."""
+    root = tmp_path_factory.mktemp("demo")
+    return root, run_demo(root, subjects=(8, 8), arguments=["--epochs", "0.5"])
+
+
+def test_the_demo_says_what_its_files_say(went: tuple[Path, dict[str, float]]) -> None:
+    root, found = went
+    *_, last = evaluations(root / "run").values()
+    rows = read_lines(last)
+    assert len(rows) == 4 * 8
+    right = {task: [row["prediction"] == row["reference"] for row in of] for task, of in grouped(rows).items()}
+    assert found.pop("attribution") > 0
+    assert found == {task: np.mean(of) for task, of in right.items()}
+
+
+def test_the_numbers_of_the_demos_page_are_those_of_its_files(went: tuple[Path, dict[str, float]]) -> None:
+    root, _ = went
+    run = root / "run"
+    page, lines = Page(run / "report.html"), read_lines(run / "metrics.jsonl")
+    assert page.numbers["curves"]["loss"]["training"] == [[line["step"], line["loss"]] for line in lines]
+    files = {"run": max(evaluations(run).items())[1]}
+    files |= {name: run / "baseline" / f"{name}.jsonl" for name in ("cnn", "probe")}
+    cells = set()
+    for whose, file in files.items():
+        for task, rows in grouped(read_lines(file)).items():
+            truth = np.array([row["reference"] == "right." for row in rows])
+            said = np.array([row["prediction"] == "right." for row in rows])
+            both = np.array([[row["likelihoods"][side] for side in ("left.", "right.")] for row in rows])
+            share = softmax(both, axis=1)[:, 1]
+            parsed = np.array([row["prediction"] in ("left.", "right.") for row in rows])
+            expected = {
+                "accuracy": np.mean((truth == said) & parsed),
+                "auroc": roc_auc_score(truth, share),
+                "brier": brier_score_loss(truth, share),
+            }
+            for name, value in expected.items():
+                assert page.cells[task, name, whose][0] == pytest.approx(value), (whose, task, name)
+                cells.add(whose)
+    assert cells == {"run", "cnn", "probe"}
+    assert len(page.numbers["samples"]) == 3
+    assert sum("speaks for" in str(of.get("alt")) for tag, of in page.elements if tag == "img") >= 3
+
+
+def grouped(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """{task: its rows}."""
+    tasks = sorted({row["metadata"]["task"] for row in rows})
+    assert len(tasks) == 3
+    return {task: [row for row in rows if row["metadata"]["task"] == task] for task in tasks}

@@ -12,6 +12,7 @@ import umbrella_jax
 from tests import small_run
 from tests.small_run import World, conversation, read_lines, umbrella, write_json
 from umbrella_jax import prediction
+from umbrella_jax.prediction import evaluations
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +198,12 @@ def test_generate_says_what_predict_does(run: Path, world: World, whole: list[di
 )
 def test_an_image_that_cannot_be_shown_is_refused(run: Path, image: str, message: str) -> None:
     assert message in umbrella("generate", run, "Which sex?", "--image", image, code=2)
+
+
+def test_a_runs_evaluations_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    assert evaluations(tmp_path) == {}
+    folder = tmp_path / "predictions"
+    folder.mkdir()
+    for name in ("step_9.jsonl", "step_10.jsonl", "step_x.jsonl", ".step_11.jsonl.part"):
+        (folder / name).touch()
+    assert list(evaluations(tmp_path).items()) == [(9, folder / "step_9.jsonl"), (10, folder / "step_10.jsonl")]

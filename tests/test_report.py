@@ -1,12 +1,10 @@
 """A run's page: every number in it is that of the run's files, it holds all it shows, and it is legible."""
 
-import html
 import json
 import math
 import re
 import shutil
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests import browser, small_run
+from tests.page import Page
 from tests.small_run import World, conversation, read_lines, umbrella, write_json
 from umbrella_jax import pages
 
@@ -102,31 +101,6 @@ def baselines(run: Path, rows: Rows) -> Path:
     write_rows(folder / "baseline" / "cnn.jsonl", said)
     write_rows(folder / "baseline" / "probe.jsonl", [row for row in said if row["metadata"]["task"] != "pair"])
     return folder
-
-
-class Page(HTMLParser):
-    """What stands in a page."""
-
-    def __init__(self, file: Path):
-        super().__init__()
-        self.text = file.read_text(encoding="utf-8")
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(self.text)
-        self.numbers: Any = json.loads(re.findall(r'id="numbers">(.*?)</script>', self.text)[0])
-        self.titles = [html.unescape(re.sub("<.*?>", "", title)) for title in re.findall("<h3>(.*?)</h3>", self.text)]
-        self.cells: dict[tuple[str, str, str], tuple[float, str]] = {}
-        """{(task, figure, whose): value and text}"""
-        self.counts: dict[str, list[int]] = {}
-        """{task: its confusion, row by row}"""
-        for section in re.findall("<section>(.*?)</section>", self.text, re.DOTALL):
-            task = re.findall("<h3>(.*?)(?: [(].*)?</h3>", section)[0]
-            self.counts[task] = [int(count) for count in re.findall('data-count="(.*?)"', section)]
-            cell = '<td data-figure="(.*?)" data-of="(.*?)" data-value="(.*?)".*?>(.*?)</td>'
-            for figure, of, value, text in re.findall(cell, section, re.DOTALL):
-                self.cells[task, figure, of] = (float(value or "nan"), re.sub("<.*?>", "", text))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from umbrella_jax.evaluation.side_by_side import side_by_side
 from umbrella_jax.evaluation.tasks import label_of
 from umbrella_jax.files import write_whole
 from umbrella_jax.models import native_backend
-from umbrella_jax.prediction import Row, blank_rows
+from umbrella_jax.prediction import Row, blank_rows, evaluations
 from umbrella_jax.processor import Processor
 
 Kind = Literal["cnn", "probe"]
@@ -83,7 +83,7 @@ def baseline(
             with a patch embedding that was not trained.
         predictions: answers to the evaluation data, to stand beside.
         only: one of the two.
-        epochs: of the network, at most.
+        epochs: of the network.
         width: of the network, as a share of its published channels.
         allow_overlap: what train and eval share is told, not refused.
 
@@ -102,7 +102,7 @@ def baseline(
     tasks = {problem.name: problem.task for problem in problems}
     notes = [*shared, *notes]
     columns: dict[str, list[Row]] = {}
-    given = predictions if run is None else _newest(Path(run))
+    given = predictions if run is None else next(reversed(evaluations(Path(run)).values()), None)
     if given is not None:
         columns["language model"] = _given(Path(given), [row for row in rows if task_of(row) in tasks])
         notes.append(f"language model: {given}.")
@@ -154,10 +154,6 @@ def _open(config: RunConfig, run: str | Path | None, *, weights: bool) -> Checkp
         if found.kind != "run":
             raise CheckpointError(f"{run}: not a run; expected the --output-dir of umbrella-jax train")
         same_template("data.template", config.data.template, found)
-        if dict(found.config.modalities) != dict(config.model.modalities):
-            raise ConfigError(
-                f"model.modalities: other than those of {run}; expected the same (--config {found.path}/config.yaml)"
-            )
     if weights:
         found.check(config.model.frozen_dtype)
     return found
@@ -198,12 +194,6 @@ def _shared(train: Dataset, evaluation: Dataset, allowed: bool) -> list[str]:
     if found and not allowed:
         raise DataError(found)
     return [f"{len(found)} subjects and scans are both in train and in eval (--allow-overlap)."] if found else []
-
-
-def _newest(run: Path) -> Path | None:
-    """A run's last predictions."""
-    found = {path: path.stem.removeprefix("step_") for path in (run / "predictions").glob("step_*.jsonl")}
-    return max((path for path, step in found.items() if step.isdecimal()), key=lambda p: int(found[p]), default=None)
 
 
 def _given(file: Path, rows: Sequence[Row]) -> list[Row]:
@@ -516,7 +506,7 @@ def _cnn(
             f"CNN: {problem.name}: " + "the network of a task before, which asks the same of the same scans."
             if again
             else f"CNN: {problem.name}: SFCN (Peng et al. 2021) of {network.parameters:,} parameters on {modalities}; "
-            f"trained on {all_ - held} questions, epoch {network.best} of {network.epochs} chosen by {held} of other "
+            f"trained on {all_ - held} questions, epoch {network.best} of {epochs} chosen by {held} of other "
             f"subjects of train; {time.monotonic() - began:.0f} s."
         )
     return found, notes

@@ -494,7 +494,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--predictions", metavar="FILE", help="put these answers to the evaluation data beside")
     beside.add_argument("--only", choices=["cnn", "probe"], help="default both")
     beside.add_argument(
-        "--epochs", dest="most_epochs", type=int, default=100, metavar="N", help="of the CNN, at most; default 100"
+        "--epochs", dest="most_epochs", type=int, default=50, metavar="N", help="of the CNN; default 50"
     )
     beside.add_argument(
         "--width",

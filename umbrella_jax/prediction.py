@@ -34,6 +34,8 @@ from umbrella_jax.processor import Processor
 from umbrella_jax.reading import parse_json
 from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, put_batch
 
+PREDICTIONS = "predictions"
+"""Of a run's directory, the folder with a `step_N.jsonl` for each evaluation."""
 Row = dict[str, Any]
 """`task_id`, `task_type`, `prediction`, `reference`, `metadata`; `likelihoods` too, where they were asked for."""
 
@@ -45,6 +47,12 @@ class Answer:
     text: str
     log_likelihoods: Mapping[str, float] | None = None
     """Of each answer that the task knows: log p(answer | prompt), summed over its tokens, with the one that ends it."""
+
+
+def evaluations(run: Path) -> dict[int, Path]:
+    """{step: the predictions of a run's evaluation behind it}, the first step first."""
+    found = {file.stem.removeprefix("step_"): file for file in (run / PREDICTIONS).glob("step_*.jsonl")}
+    return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int)}
 
 
 def blank_rows(dataset: Dataset) -> list[Row]:

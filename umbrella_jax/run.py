@@ -34,7 +34,7 @@ from umbrella_jax.evaluation.metrics import Task, metric_names, score, task_of, 
 from umbrella_jax.files import locked, write_whole
 from umbrella_jax.loggers import loggers, missing
 from umbrella_jax.models import Params, abstract_params, native_backend, quantize
-from umbrella_jax.prediction import Choices, Row, answers, blank_rows, with_answer
+from umbrella_jax.prediction import PREDICTIONS, Choices, Row, answers, blank_rows, with_answer
 from umbrella_jax.processor import Processor
 from umbrella_jax.reading import LISTING, read_json
 from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, put_batch, shardings
@@ -47,7 +47,7 @@ from umbrella_jax.training.trainer import Line, fit, read_metrics
 
 Say = Callable[[str], None]
 T = TypeVar("T")
-INPUTS, PREDICTIONS = "inputs.json", "predictions"
+INPUTS = "inputs.json"
 # What may differ when a run goes on: where it reads from and how often it looks, not what it computes.
 # (Whether the base is the same one, its fingerprint says.)
 _MAY_CHANGE = (

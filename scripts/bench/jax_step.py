@@ -14,6 +14,7 @@ from convert.hf_config import CONFIG, UMBRELLA_CONFIG, read_config
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import ModalityConfig, RematPolicy, TrainConfig, to_dict
 from umbrella_jax.models import LlavaConfig, abstract_params, native_backend
+from umbrella_jax.plan.devices import layer_rate
 from umbrella_jax.training import freeze
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule
 from umbrella_jax.training.step import init_state, jit_train_step
@@ -107,7 +108,9 @@ def main() -> None:
     optimizer = make_optimizer(train, make_schedule(train, 100), labels)
     made = make_batch(args.batch, args.images, args.volumes or args.batch * args.images, rng)
     state, batch = init_state(trainable, optimizer), jax.device_put(made)
-    print(json.dumps({"matmul_flops": matmul_rate() if jax.default_backend() == "cpu" else None}), flush=True)
+    on_cpu = jax.default_backend() == "cpu"
+    rates = {"matmul_flops": matmul_rate(), "layer_flops": layer_rate(args.dtype)} if on_cpu else {}
+    print(json.dumps(rates), flush=True)
     start = time.perf_counter()
     step = jit_train_step.lower(state, frozen, batch, graphdef=graphdef, optimizer=optimizer).compile()
     print(json.dumps({"compile_seconds": time.perf_counter() - start}), flush=True)

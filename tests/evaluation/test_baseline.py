@@ -24,7 +24,7 @@ from umbrella_jax.api import Checkpoint
 from umbrella_jax.demo import make_base
 from umbrella_jax.errors import DataError
 from umbrella_jax.evaluation import probe as probe_module
-from umbrella_jax.evaluation.cnn import PATIENCE, SFCN, WIDTHS, by_slices, channels, fit
+from umbrella_jax.evaluation.cnn import SFCN, WIDTHS, by_slices, channels, fit
 from umbrella_jax.evaluation.metrics import read_predictions, score, tasks_of
 from umbrella_jax.evaluation.probe import FOLDS, TOWER, Tower, fit_probe, folds
 
@@ -91,13 +91,12 @@ class Blobs:
 
     count: int = 80
     seed: int = 0
-    noise: float = 1.0
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
         self.sides = np.arange(self.count) % 2
         self.values = rng.uniform(2, 8, self.count)
-        self.volumes = rng.normal(0, self.noise, (self.count, 8, 6, 5, 1)).astype(np.float32)
+        self.volumes = rng.normal(0, 1, (self.count, 8, 6, 5, 1)).astype(np.float32)
         for i, side in enumerate(self.sides):
             d, h, w = rng.integers(0, 2), rng.integers(0, 4), rng.integers(0, 3)
             self.volumes[i, 4 * side + d : 4 * side + d + 2, h : h + 2, w : w + 2] += self.values[i]
@@ -111,7 +110,7 @@ HELD = np.arange(20)
 
 def test_the_network_learns_on_which_side_a_blob_is() -> None:
     blobs, others = Blobs(), Blobs(count=40, seed=1)
-    network = fit(blobs.sides, HELD, blobs.stream, classes=2, seed=0, epochs=30, widths=NARROW)
+    network = fit(blobs.sides, HELD, blobs.stream, classes=2, seed=0, epochs=15, widths=NARROW)
     found = network(40, others.stream)
     np.testing.assert_allclose(np.exp(found).sum(1), 1, rtol=1e-5)
     assert (found.argmax(1) == others.sides).mean() >= 0.95
@@ -119,23 +118,26 @@ def test_the_network_learns_on_which_side_a_blob_is() -> None:
 
 def test_the_network_learns_how_bright_a_blob_is() -> None:
     """In the quantity's own unit."""
-    blobs, others = Blobs(noise=0.1), Blobs(count=40, seed=1, noise=0.1)
-    network = fit(50 + 10 * blobs.values, HELD, blobs.stream, classes=None, seed=0, epochs=40, widths=NARROW)
+    blobs, others = Blobs(count=160), Blobs(count=40, seed=1)
+    network = fit(50 + 10 * blobs.values, HELD, blobs.stream, classes=None, seed=0, epochs=20, widths=NARROW)
     error = np.abs(network(40, others.stream) - (50 + 10 * others.values)).mean()
     assert error < np.abs(10 * (others.values - np.median(others.values))).mean() / 2
 
 
 def test_the_epoch_is_the_one_that_is_best_on_those_held_out() -> None:
-    """Their labels are turned round: what is learnt makes their loss rise. Weights and statistics are those of then."""
+    """Where their labels are turned round, what is learnt makes their loss rise."""
     blobs = Blobs()
-    targets = np.where(np.arange(blobs.count) < len(HELD), 1 - blobs.sides, blobs.sides)
-    options: dict[str, Any] = {"classes": 2, "seed": 0, "widths": NARROW}
-    network = fit(targets, HELD, blobs.stream, epochs=40, **options)
-    assert network.epochs == network.best + PATIENCE < 40
-    again = fit(targets, HELD, blobs.stream, epochs=network.best, **options)
-    np.testing.assert_array_equal(network(40, blobs.stream), again(40, blobs.stream))
-    other = fit(targets, HELD, blobs.stream, epochs=network.best, **options | {"seed": 1})
-    assert np.abs(network(40, blobs.stream) - other(40, blobs.stream)).max() > 1e-3
+    wrong = np.where(np.arange(blobs.count) < len(HELD), 1 - blobs.sides, blobs.sides)
+
+    def loss(targets: np.ndarray, seed: int = 0) -> float:
+        """On the wrong labels."""
+        network = fit(targets, HELD, blobs.stream, classes=2, seed=seed, epochs=10, widths=NARROW)
+        return -float(network(len(HELD), blobs.stream)[HELD, wrong[HELD]].mean())
+
+    found = loss(wrong)
+    assert found < 1 < 2 < loss(blobs.sides)
+    assert found == loss(wrong)
+    assert found != loss(wrong, seed=1)
 
 
 # The probe.
@@ -239,7 +241,7 @@ def side(i: int) -> str:
 
 
 def records(first: int, count: int) -> list[dict[str, Any]]:
-    """Of each subject its side, its age, its run's side and, beside the next subject of the set, its side again."""
+    """Of each subject its side, by its run its age and, beside the next subject of the set, its side again."""
     found = []
     for i in range(first, first + count):
         scan, other = f"sMRI:{i}.nii.gz", first + (i + 1 - first) % count
@@ -252,8 +254,7 @@ def records(first: int, count: int) -> list[dict[str, Any]]:
         ]
         of = {
             "side": ([("user", [scan, "Which side?"]), ("assistant", [side(i)])], {}),
-            "age": ([("user", [scan, "How old?"]), ("assistant", [f"{20 + i} years."])], {}),
-            "run": ([("user", [f"fMRI:run-{i}.nii", "Which side?"]), ("assistant", [side(i)])], {}),
+            "age": ([("user", [f"fMRI:run-{i}.nii", "How old?"]), ("assistant", [f"{20 + i} years."])], {}),
             "pair": (pair, {"reference_label": side(other), "subject_label": side(i)}),
         }
         for task, (turns, more) in of.items():
@@ -327,7 +328,6 @@ def test_the_table_says_what_score_does(world: World, found: str) -> None:
     assert {name: task.kind for name, task in tasks[1].items()} == {
         "age": "regression",
         "pair": "comparison",
-        "run": "classification",
         "side": "classification",
     }
     assert tasks[0] == tasks[1] == tasks[2]
@@ -453,7 +453,7 @@ def one_answer(train: list[Any], evaluation: list[Any]) -> None:
 
 
 def other_scans(train: list[Any], evaluation: list[Any]) -> None:
-    evaluation[:] = of_task(evaluation, "run")
+    evaluation[:] = of_task(evaluation, "age")
     for record in evaluation:
         record["metadata"]["task"] = "side"
 

@@ -1,6 +1,5 @@
 """The demo: the main job on an embedded default, each step a command that a user types."""
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,11 +15,14 @@ CONFIG = next(p for p in (_PACKAGE / "configs/tiny.yaml", _PACKAGE.parent / "con
 """In an installed wheel the configs lie in the package, in a checkout beside it."""
 
 
-def run_demo(directory: Path, *, seed: int = 0, arguments: Sequence[str] = ()) -> dict[str, float]:
+def run_demo(
+    directory: Path, *, seed: int = 0, subjects: tuple[int, int] = (320, 40), arguments: Sequence[str] = ()
+) -> dict[str, float]:
     """Makes a small LLaVA-Qwen and a data set, converts, trains, answers, exports and loads the export back.
 
     Args:
         directory: for all that is made; must not exist or be empty.
+        subjects: to train on, and held out; multiples of 4.
         arguments: for `umbrella-jax train`, behind the demo's own.
 
     Returns:
@@ -30,6 +32,8 @@ def run_demo(directory: Path, *, seed: int = 0, arguments: Sequence[str] = ()) -
         RunError: the directory is not empty, or the export does not answer as the run did.
     """
     from umbrella_jax.cli import main
+    from umbrella_jax.evaluation.metrics import read_predictions
+    from umbrella_jax.prediction import evaluations
 
     def command(*words: object) -> None:
         text = [str(word) for word in words]
@@ -41,7 +45,7 @@ def run_demo(directory: Path, *, seed: int = 0, arguments: Sequence[str] = ()) -
         raise ConfigError(f"{directory}: not empty; name another directory (--output-dir D) or remove it")
     base, native, run, export = (directory / name for name in ("base", "native", "run", "export"))
     make_base(base, seed)
-    data = make_data(directory / "data", seed)
+    data = make_data(directory / "data", seed, *subjects)
     print(
         f"{base}: a small LLaVA-Qwen with random weights\n{data.root}: heads with a lesion, runs with an active region"
     )
@@ -54,7 +58,8 @@ def run_demo(directory: Path, *, seed: int = 0, arguments: Sequence[str] = ()) -
     # a quarter of the network's published channels, and few epochs: enough for what is drawn here
     command("baseline", "--config", CONFIG, *data_options, "--run", run, "--out", run, "--width", 0.25, "--epochs", 8)
 
-    rows = [json.loads(line) for line in max((run / "predictions").glob("*.jsonl"), key=_step).read_text().splitlines()]
+    *_, last = evaluations(run).values()
+    rows = read_predictions(last)
     again = _answers(export, data.eval)
     if again != [row["prediction"] for row in rows]:
         raise RunError(f"{export}: answers other than the run's; the export does not hold what was trained")
@@ -93,10 +98,6 @@ def _lesions(checkpoint: Path, data: DemoData) -> float:
         others = rng.choice(outside, np.count_nonzero(inside), replace=False)
         ratios.append(share[inside].sum() / share.reshape(-1)[others].sum())
     return float(np.median(ratios))
-
-
-def _step(path: Path) -> int:
-    return int(path.stem.removeprefix("step_"))
 
 
 def _answers(checkpoint: Path, conversations: Path) -> list[str]:

@@ -31,8 +31,8 @@ from umbrella_jax.evaluation.metrics import (
     tasks_of,
 )
 from umbrella_jax.models import LlavaConfig, abstract_params
-from umbrella_jax.prediction import blank_rows
-from umbrella_jax.run import INPUTS, PREDICTIONS
+from umbrella_jax.prediction import PREDICTIONS, blank_rows, evaluations
+from umbrella_jax.run import INPUTS
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.trainer import Line, read_metrics
@@ -241,11 +241,11 @@ def _checkpoints(run: Path) -> tuple[tuple[int, ...], dict[str, Any]]:
 
 def _evaluation(run: Path, step: int | None) -> tuple[Path, int]:
     """The predictions of `step`, or of the last evaluation, and which that is."""
-    files = {int(file.stem.removeprefix("step_")): file for file in (run / PREDICTIONS).glob("step_*.jsonl")}
+    files = evaluations(run)
     if not files:
         raise ConfigError(f"{run / PREDICTIONS}: no predictions; train with data.eval (--eval-data P)")
     if step is not None and step not in files:
-        known = ", ".join(map(str, sorted(files)))
+        known = ", ".join(map(str, files))
         raise ConfigError(f"--step {step}: {run / PREDICTIONS} has none of it; expected one of {known}")
     at = max(files) if step is None else step
     return files[at], at
