@@ -8,6 +8,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 
 from tests import small_run
-from tests.small_run import World, numbers, parameters, umbrella
+from tests.small_run import World, numbers, parameters, umbrella, umbrella_command
 from umbrella_jax import cli
 from umbrella_jax.errors import ConfigError, Interrupted
 from umbrella_jax.files import locked, write_whole
@@ -157,6 +158,32 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_saved(begin: Begin, run: Pat
     assert "Traceback" not in err
     end(begin(out, "--resume"))
     assert_same_run(out, run)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full(world: World, environment: dict[str, str], run: Path, tmp_path: Path) -> None:
+    """3 MB of it, on which every checkpoint stays, until there is room again. Mounting takes a user namespace."""
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    flags = [*FLAGS, "--eval-data", world.eval, *TO_EVALUATE]
+    flags += ["--set", "train.save_steps=1", "--set", "train.keep_latest=1000"]
+    train = shlex.join(umbrella_command(*world.train_flags(disk / "run", *flags)))
+    script = f"""mount -t tmpfs -o size=3m tmpfs {disk} || exit 9
+        {train}; code=$?
+        cp {disk}/run/metrics.jsonl {tmp_path}
+        mount -o remount,size=1g {disk}
+        {train} --resume || exit 8
+        cp -r {disk}/run {kept}
+        exit $code"""
+    words = ["unshare", "--map-root-user", "--mount", "sh", "-c", script]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "could not be written, step " in done.stderr
+    assert "Traceback" not in done.stderr
+    lines = (tmp_path / "metrics.jsonl").read_bytes()
+    assert lines.endswith(b"\n")
+    assert 1 < lines.count(b"\n") < STEPS
+    assert_same_run(kept, run)
 
 
 def test_a_deleted_directory_ends_the_run(begin: Begin, tmp_path: Path) -> None:
