@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from umbrella_jax.cli import _parser
+from umbrella_jax.cli import make_parser
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/*.sbatch")])
@@ -103,7 +103,7 @@ def cluster(tmp_path: Path) -> Cluster:
 
 def is_train_command(words: list[str]) -> bool:
     """Whether `umbrella-jax` takes these words."""
-    return _parser().parse_args(words).call.__name__ == "_train"
+    return make_parser().parse_args(words).call.__name__ == "_train"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -306,5 +306,5 @@ def test_documented_commands(cluster: Cluster, documented: list[str]) -> None:
         ["kubectl", "delete", "-f", "scripts/train_gke.yaml"],
     ]
     commands = said(3)
-    assert [_parser().parse_args(words[1:]).process_id for words in commands] == [0, 1]
+    assert [make_parser().parse_args(words[1:]).process_id for words in commands] == [0, 1]
     assert len({tuple(words[:-1]) for words in commands}) == 1
