@@ -138,9 +138,9 @@ def _check(config: RunConfig, files: Iterable[Path], epochs: int, width: float) 
     ]
     faults += [f"{file}: is there already; name another --out, or remove it" for file in files if file.exists()]
     if epochs < 1:
-        faults.append(f"--epochs {epochs}: expected 1 or more")
+        faults.append(f"--cnn-epochs {epochs}: expected 1 or more")
     if not math.isfinite(width) or min(_widths(width)) < 1:
-        faults.append(f"--width {width}: expected a share of {', '.join(map(str, WIDTHS))} channels, such as 0.25")
+        faults.append(f"--cnn-width {width}: expected a share of {', '.join(map(str, WIDTHS))} channels, such as 0.25")
     if faults:
         raise ConfigError(faults)
 
@@ -152,7 +152,7 @@ def _open(config: RunConfig, run: str | Path | None, *, weights: bool) -> Checkp
     else:
         found = Checkpoint.open(run, config.model.modalities, compute_dtype=config.model.compute_dtype)
         if found.kind != "run":
-            raise CheckpointError(f"{run}: not a run; expected the --output-dir of umbrella-jax train")
+            raise CheckpointError(f"{run}: not a run; expected the --out of umbrella-jax train")
         same_template("data.template", config.data.template, found)
         if dict(found.config.modalities) != dict(config.model.modalities):
             raise ConfigError(

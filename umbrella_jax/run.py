@@ -237,7 +237,7 @@ def _output_dir(config: RunConfig) -> tuple[Path, Mesh]:
         for field, flag, value in [
             ("model.base", "--base HF_DIR", config.model.base),
             ("data.train", "--train-data P", config.data.train),
-            ("output_dir", "--output-dir D", config.output_dir),
+            ("output_dir", "--out D", config.output_dir),
         ]
         if value is None
     ]

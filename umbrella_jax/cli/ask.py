@@ -75,7 +75,7 @@ def add(commands: Any) -> None:
         metavar="NAME",
         help="gradient (× input), integrated (gradients; default), occlusion (by boxes of a patch)",
     )
-    explain.add_argument("--steps", type=int, default=16, metavar="N", help="of integrated gradients; default 16")
+    explain.add_argument("--path-steps", type=int, default=16, metavar="N", help="of integrated gradients; default 16")
     explain.add_argument("--out", required=True, metavar="DIR", help="where the maps are written")
 
 
@@ -207,7 +207,7 @@ def _explain(arguments: argparse.Namespace) -> None:
     model = umbrella_jax.load(arguments.model, modalities=modalities, compute_dtype=arguments.compute_dtype)
     for number, conversation in enumerate(conversations):
         explained = umbrella_jax.explain(
-            model, processor, conversation, answer=arguments.answer, method=arguments.method, steps=arguments.steps
+            model, processor, conversation, answer=arguments.answer, method=arguments.method, steps=arguments.path_steps
         )
         # a task_id may hold what leads out of a folder
         name = f"{number}_{re.sub(r'[^A-Za-z0-9-]+', '_', conversation.task_id)}"

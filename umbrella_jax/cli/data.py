@@ -68,7 +68,7 @@ def add(commands: Any) -> None:
     )
     add_config(check, ["--base", *DATA_FLAGS])
     check.add_argument("--html", metavar="FILE", help="a page with slices of volumes (extra `report`)")
-    check.add_argument("--sample", type=number, metavar="N", help="volumes that the page shows; default 24")
+    check.add_argument("--samples", type=number, metavar="N", help="volumes that the page shows; default 24")
     add_overlap(check)
     add_json(check)
 
@@ -97,11 +97,11 @@ def _validate(arguments: argparse.Namespace) -> int:
     config, page = config_of(arguments), arguments.html and Path(arguments.html)
     if page:
         check_page(page)
-    elif arguments.sample is not None:
-        raise ConfigError("--sample: how many volumes the page shows; name it too (--html FILE)")
+    elif arguments.samples is not None:
+        raise ConfigError("--samples: how many volumes the page shows; name it too (--html FILE)")
     report = validate(config, lambda: local_tokenizer(config), allow_overlap=arguments.allow_overlap)
     if page:
-        sample = 24 if arguments.sample is None else arguments.sample
+        sample = 24 if arguments.samples is None else arguments.samples
         data = config.data
         write_page(report, config.model.modalities, page, sample=sample, threads=data.threads, augment=data.augment)
         print(f"{page}: {PRIVACY}", file=sys.stderr)

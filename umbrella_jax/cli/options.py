@@ -18,7 +18,7 @@ _FLAGS: dict[str, tuple[str, str, type, str, str]] = {
     "--modality": (_DATA, "data.modality", str, "NAME", "keep what is of this modality alone"),
     "--task-filter": (_DATA, "data.task_filter", str, "NAME", "keep conversations of this task"),
     "--cache": (_DATA, "data.cache", str, "DIR", "preprocessed volumes, shared by runs"),
-    "--output-dir": (_RUN, "output_dir", str, "DIR", "the run's directory"),
+    "--out": (_RUN, "output_dir", str, "DIR", "the run's directory"),
     "--batch-size": (_RUN, "train.batch_size", int, "N", "of a micro-batch, all devices"),
     "--mesh": (_RUN, "mesh", str, "AXES", "data=N,fsdp=N,tensor=N or some of them"),
     "--learning-rate": (_RUN, "train.learning_rate", float, "X", "peak learning rate"),

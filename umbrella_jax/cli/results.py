@@ -66,11 +66,9 @@ def add(commands: Any) -> None:
     model.add_argument("--run", metavar="RUN", help="put its newest predictions beside; probe its tower")
     model.add_argument("--predictions", metavar="FILE", help="put these answers to the eval data beside")
     baseline.add_argument("--only", choices=["cnn", "probe"], metavar="NAME", help="cnn or probe; default both")
+    baseline.add_argument("--cnn-epochs", type=int, default=100, metavar="N", help="of the CNN, at most; default 100")
     baseline.add_argument(
-        "--epochs", dest="most_epochs", type=int, default=100, metavar="N", help="of the CNN, at most; default 100"
-    )
-    baseline.add_argument(
-        "--width", type=float, default=1.0, metavar="X", help="of the CNN's channels, a share; default 1"
+        "--cnn-width", type=float, default=1.0, metavar="X", help="of the CNN's channels, a share; default 1"
     )
     add_overlap(baseline)
 
@@ -116,8 +114,8 @@ def _baseline(arguments: argparse.Namespace) -> None:
         run=arguments.run,
         predictions=arguments.predictions,
         only=arguments.only,
-        epochs=arguments.most_epochs,
-        width=arguments.width,
+        epochs=arguments.cnn_epochs,
+        width=arguments.cnn_width,
         allow_overlap=arguments.allow_overlap,
     )
     print(found.table())

@@ -14,9 +14,9 @@ def add(commands: Any) -> None:
         "demo",
         _demo,
         "The whole path on small real scans, from base to export.",
-        "umbrella-jax demo --output-dir runs/demo",
+        "umbrella-jax demo --out runs/demo",
     )
-    demo.add_argument("--output-dir", default="runs/demo", metavar="DIR", help="default runs/demo")
+    demo.add_argument("--out", default="runs/demo", metavar="DIR", help="default runs/demo")
 
     config = add_group(commands, "config", "Make configs.", "umbrella-jax config from-original old.yaml > run.yaml")
     original = add_command(

@@ -24,9 +24,9 @@ def add(commands: Any) -> None:
         _train,
         "Train what the config names; by default the patch embedding.",
         "umbrella-jax train --config run.yaml --base llava --train-data train.json \\\n"
-        "    --eval-data eval.json --output-dir runs/sex",
+        "    --eval-data eval.json --out runs/sex",
     )
-    of_run = ("--output-dir", "--batch-size", "--mesh", "--learning-rate", "--epochs", "--on-nonfinite")
+    of_run = ("--out", "--batch-size", "--mesh", "--learning-rate", "--epochs", "--on-nonfinite")
     run = add_config(train, ["--base", *DATA_FLAGS, "--cache", *of_run])["run"]
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint there")
     run.add_argument("--no-wandb", action="store_true", help="not to Weights & Biases [train.wandb]")
