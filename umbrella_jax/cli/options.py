@@ -1,7 +1,7 @@
 """What commands share: their frame, and flags that more than one of them has."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from umbrella_jax.config import RunConfig, load_config, parse_mesh
@@ -27,6 +27,10 @@ _FLAGS: dict[str, tuple[str, str, type, str, str]] = {
 }
 DATA_FLAGS = ("--train-data", "--eval-data", "--image-root", "--modality", "--task-filter")
 """Of commands that read both splits."""
+
+FILES = ("FILE", "PATH", "[NAME=]FILE")
+DIRECTORIES = ("DIR", "HF_DIR", "MODEL", "OTHER", "OUT", "RUN")
+"""Names of values that are completed as files (and the folders they are in), and as directories."""
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -70,6 +74,15 @@ def add_command(
 def add_group(commands: Any, name: str, text: str, example: str) -> Any:
     """A command that has commands, to add to."""
     return commands_of(make_command(commands.add_parser, name, text, example, help=text))
+
+
+def walk(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The parser and those of all its commands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from walk(command)
 
 
 def number(text: str) -> int:
