@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 from typing import Any
 
 from umbrella_jax.cli.options import (
@@ -29,6 +28,7 @@ def add(commands: Any) -> None:
     of_run = ("--out", "--batch-size", "--mesh", "--learning-rate", "--epochs", "--on-nonfinite")
     run = add_config(train, ["--base", *DATA_FLAGS, "--cache", *of_run])["run"]
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint there")
+    run.add_argument("--dry-run", action="store_true", help="check, compile, say what memory it takes; no step")
     run.add_argument("--no-wandb", action="store_true", help="not to Weights & Biases [train.wandb]")
     add_cluster(train)
 
@@ -58,22 +58,14 @@ def add(commands: Any) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    import jax
-
     from umbrella_jax.distributed import bound, together
-    from umbrella_jax.run import train
+    from umbrella_jax.run import rehearse, train
 
     start_processes(arguments)
     with bound():
         with together():
             config = config_of(arguments)
-        last = train(config, resume=arguments.resume)
-    if jax.process_index() == 0:
-        numbers = [f"{name} {math.nan if value is None else value:.4g}" for name, value in last.items()]
-        print("  ".join(number for number in numbers if not number.startswith("eval_")))
-        for number in numbers:
-            if number.startswith("eval_"):
-                print(number)  # of each task many: a line each
+        (rehearse if arguments.dry_run else train)(config, resume=arguments.resume)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
