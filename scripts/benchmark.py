@@ -9,6 +9,7 @@
     python scripts/benchmark.py loop [--work-dir D]
     python scripts/benchmark.py generate [--work-dir D]
     python scripts/benchmark.py quantize [--work-dir D]    needs the extra `quantize`, five minutes
+    python scripts/benchmark.py startup
 
 Every measurement has a process of its own, begun with the files in the page cache; peaks are over what the
 interpreter holds with jax imported and its devices found.
@@ -24,13 +25,14 @@ from bench.data import data
 from bench.generate import generate
 from bench.loop import loop
 from bench.quantize import quantize
+from bench.startup import startup
 from bench.step import sharing, step
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
-    for work in (convert, data, step, sharing, compile, loop, generate, quantize):
+    for work in (convert, data, step, sharing, compile, loop, generate, quantize, startup):
         command = commands.add_parser(work.__name__, help=work.__doc__)
         command.add_argument("--work-dir", type=Path, help="where files are made and left; default a temporary folder")
         command.set_defaults(work=work)

@@ -50,7 +50,7 @@ class World:
 
     def train_flags(self, out: Path, *more: object) -> list[str]:
         """`umbrella-jax train` of this world into `out`."""
-        flags = ["--config", self.config, "--base", self.base, "--train-data", self.train, "--output-dir", out]
+        flags = ["--config", self.config, "--base", self.base, "--train-data", self.train, "--out", out]
         return ["train", *map(str, [*flags, *more])]
 
 

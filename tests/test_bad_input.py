@@ -162,7 +162,7 @@ def test_flags(refused: Refused, flags: list[Any], expected: list[str]) -> None:
 
 def test_what_a_run_needs_is_asked_for_together(world: World, events: list[str]) -> None:
     message = umbrella("train", "--config", world.config, code=2)
-    for flag in ("--base", "--train-data", "--output-dir"):
+    for flag in ("--base", "--train-data", "--out"):
         assert flag in message
 
 

@@ -18,7 +18,7 @@ from tests.small_run import read_lines
 from umbrella_jax.demo import DemoData, make_base, make_data
 from umbrella_jax.demo.data import BLOCK, lesion_mask
 from umbrella_jax.demo.run import run_demo
-from umbrella_jax.prediction import evaluations
+from umbrella_jax.rundir import evaluations
 
 
 @pytest.fixture(scope="module")

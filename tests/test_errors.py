@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from umbrella_jax import cli
+from umbrella_jax.cli import setup
 from umbrella_jax.errors import CheckpointError, ConfigError, DataError, Interrupted, RunError, UmbrellaError
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +20,7 @@ def ended(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: str) ->
     def fail(arguments: argparse.Namespace) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_from_original", fail)
+    monkeypatch.setattr(setup, "_from_original", fail)
     return cli.main([*words, "config", "from-original", "old.yaml"])
 
 

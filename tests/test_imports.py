@@ -15,6 +15,8 @@ ROOMS: dict[str, set[str]] = {
     "umbrella_jax/config.py": {"umbrella_jax.errors", "umbrella_jax.reading", "pydantic", "ruamel"},
     "umbrella_jax/batch.py": {"jax", "chex"},
     "umbrella_jax/pages.py": {"jinja2"},
+    "umbrella_jax/rundir.py": {"umbrella_jax.errors"},
+    "umbrella_jax/progress.py": {"umbrella_jax.rundir", "tqdm"},
     "umbrella_jax/sharding.py": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models", "jax", "numpy"),
     },
@@ -24,8 +26,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "umbrella_jax/training": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
-        *("umbrella_jax.distributed", "umbrella_jax.files", "umbrella_jax.sharding"),
-        *("jax", "flax", "optax", "orbax", "chex", "tqdm", "numpy"),
+        *("umbrella_jax.distributed", "umbrella_jax.files", "umbrella_jax.rundir", "umbrella_jax.sharding"),
+        *("jax", "flax", "optax", "orbax", "chex", "numpy"),
     },
     "umbrella_jax/plan": {
         *("umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.models", "umbrella_jax.training", "jax"),
@@ -58,7 +60,7 @@ ROOMS: dict[str, set[str]] = {
     "umbrella_jax/report": {
         *("umbrella_jax.api", "umbrella_jax.config", "umbrella_jax.data", "umbrella_jax.errors", "umbrella_jax.pages"),
         *("umbrella_jax.evaluation", "umbrella_jax.explanation", "umbrella_jax.models", "umbrella_jax.prediction"),
-        *("umbrella_jax.reading", "umbrella_jax.run", "umbrella_jax.training", "umbrella_jax"),
+        *("umbrella_jax.reading", "umbrella_jax.rundir", "umbrella_jax.training", "umbrella_jax"),
         *("convert", "nibabel", "numpy", "matplotlib"),
     },
     "convert": {

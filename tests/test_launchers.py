@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from umbrella_jax.cli import _parser
+from umbrella_jax.cli import make_parser
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/*.sbatch")])
@@ -103,7 +103,7 @@ def cluster(tmp_path: Path) -> Cluster:
 
 def is_train_command(words: list[str]) -> bool:
     """Whether `umbrella-jax` takes these words."""
-    return _parser().parse_args(words).call.__name__ == "_train"
+    return make_parser().parse_args(words).call.__name__ == "_train"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -125,8 +125,8 @@ def test_nothing_of_one_machine(script: Path) -> None:
 
 # SLURM.
 
-FLAGS = "--config run.yaml --output-dir 'runs/a b'"
-TRAIN = ["umbrella-jax", "train", "--config", "run.yaml", "--output-dir", "runs/a b"]
+FLAGS = "--config run.yaml --out 'runs/a b'"
+TRAIN = ["umbrella-jax", "train", "--config", "run.yaml", "--out", "runs/a b"]
 SRUN = ["srun", "--kill-on-bad-exit=1", *TRAIN]
 
 
@@ -184,7 +184,7 @@ INSTALL = """set -e; sudo apt-get -qq update; sudo apt-get -qq install -y nfs-co
 sudo mkdir -p /mnt/umbrella; mountpoint -q /mnt/umbrella || sudo mount -t nfs 10.0.0.2:/share /mnt/umbrella
 python3 -m pip install --quiet --user uv; ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 ~/umbrella
 ~/.local/bin/uv pip install --quiet --python ~/umbrella $HOME/umbrella_jax-0.1.0-py3-none-any.whl[tpu]"""
-REMOTE = "cd /mnt/umbrella; ~/umbrella/bin/umbrella-jax train --config run.yaml --output-dir runs/a\\ b"
+REMOTE = "cd /mnt/umbrella; ~/umbrella/bin/umbrella-jax train --config run.yaml --out runs/a\\ b"
 DELETE = [*QUEUE, "delete", "brain", ZONE, "--force", "--quiet"]
 ON_TPU = [COPY, [*SSH, f"--command={INSTALL}"]]
 
@@ -285,7 +285,7 @@ def documented() -> list[str]:
 def test_documented_commands(cluster: Cluster, documented: list[str]) -> None:
     said: Callable[[int], list[list[str]]] = lambda i: (cluster.run(documented[i]), doing(cluster.called()))[1]  # noqa: E731
     assert len(documented) == 4
-    flags = ["--config", "configs/t1_7b.yaml", "--output-dir", "runs/sex"]
+    flags = ["--config", "configs/t1_7b.yaml", "--out", "runs/sex"]
     assert said(0) == [
         ["python", "-m", "venv", ".venv"],
         ["pip", "install", ".[cuda12]"],
@@ -296,7 +296,7 @@ def test_documented_commands(cluster: Cluster, documented: list[str]) -> None:
     wheel, create, copy, _, train, _ = said(1)
     assert wheel == ["pip", "wheel", "--no-deps", "--wheel-dir", "dist", "."]
     assert (create, copy) == ([*CREATE, "--spot"], COPY)
-    assert train[-1].endswith("umbrella-jax train --config run.yaml --output-dir runs/sex")
+    assert train[-1].endswith("umbrella-jax train --config run.yaml --out runs/sex")
     assert said(2) == [
         ["kubectl", "apply", "-f", "scripts/train_gke.yaml"],
         [
@@ -306,5 +306,5 @@ def test_documented_commands(cluster: Cluster, documented: list[str]) -> None:
         ["kubectl", "delete", "-f", "scripts/train_gke.yaml"],
     ]
     commands = said(3)
-    assert [_parser().parse_args(words[1:]).process_id for words in commands] == [0, 1]
+    assert [make_parser().parse_args(words[1:]).process_id for words in commands] == [0, 1]
     assert len({tuple(words[:-1]) for words in commands}) == 1

@@ -14,7 +14,7 @@ from tests.small_run import modalities
 from umbrella_jax.config import ModelConfig, RunConfig, TrainConfig
 from umbrella_jax.errors import Interrupted, RunError
 from umbrella_jax.loggers import loggers, missing
-from umbrella_jax.training.trainer import Line
+from umbrella_jax.rundir import Line
 
 LINES: list[Line] = [
     {"step": 1, "loss": 0.5, "learning_rate": 1e-3},

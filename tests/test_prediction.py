@@ -12,7 +12,7 @@ import umbrella_jax
 from tests import small_run
 from tests.small_run import World, conversation, read_lines, umbrella, write_json
 from umbrella_jax import prediction
-from umbrella_jax.prediction import evaluations
+from umbrella_jax.rundir import evaluations
 
 
 @pytest.fixture(scope="module")

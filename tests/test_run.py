@@ -61,7 +61,7 @@ def run(printed: str, world: World) -> Path:
 
 
 def test_what_a_run_writes(run: Path, world: World) -> None:
-    written = {"config.yaml", "model", "checkpoints", "metrics.jsonl", "predictions", "inputs.json", ".lock"}
+    written = {"config.yaml", "model", "checkpoints", "metrics.jsonl", "predictions", "inputs.json", "log.txt", ".lock"}
     assert {p.name for p in run.iterdir()} == written
     lines = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))

@@ -30,12 +30,11 @@ from umbrella_jax.config import (
 from umbrella_jax.data.tokenize import load_tokenizer
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models import Llava, LlavaConfig, Params, abstract_params, merge, native_backend, quantize
+from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL
 from umbrella_jax.training.checkpoint import Checkpoints, load_params, param_shapes, save_params
 
 PARAMS = "params"
 """Of a native checkpoint: the orbax directory beside config.json."""
-MODEL, CONFIG, CHECKPOINTS = "model", "config.yaml", "checkpoints"
-"""Of a run: all but the weights of its model, its resolved config, its checkpoints."""
 
 
 def fetch(base: str, *, weights: bool = True) -> Path:

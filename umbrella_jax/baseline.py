@@ -36,8 +36,9 @@ from umbrella_jax.evaluation.side_by_side import side_by_side
 from umbrella_jax.evaluation.tasks import label_of
 from umbrella_jax.files import write_whole
 from umbrella_jax.models import native_backend
-from umbrella_jax.prediction import Row, blank_rows, evaluations
+from umbrella_jax.prediction import Row, blank_rows
 from umbrella_jax.processor import Processor
+from umbrella_jax.rundir import evaluations
 
 Kind = Literal["cnn", "probe"]
 KINDS: tuple[Kind, ...] = ("cnn", "probe")
@@ -138,9 +139,9 @@ def _check(config: RunConfig, files: Iterable[Path], epochs: int, width: float) 
     ]
     faults += [f"{file}: is there already; name another --out, or remove it" for file in files if file.exists()]
     if epochs < 1:
-        faults.append(f"--epochs {epochs}: expected 1 or more")
+        faults.append(f"--cnn-epochs {epochs}: expected 1 or more")
     if not math.isfinite(width) or min(_widths(width)) < 1:
-        faults.append(f"--width {width}: expected a share of {', '.join(map(str, WIDTHS))} channels, such as 0.25")
+        faults.append(f"--cnn-width {width}: expected a share of {', '.join(map(str, WIDTHS))} channels, such as 0.25")
     if faults:
         raise ConfigError(faults)
 
@@ -152,7 +153,7 @@ def _open(config: RunConfig, run: str | Path | None, *, weights: bool) -> Checkp
     else:
         found = Checkpoint.open(run, config.model.modalities, compute_dtype=config.model.compute_dtype)
         if found.kind != "run":
-            raise CheckpointError(f"{run}: not a run; expected the --output-dir of umbrella-jax train")
+            raise CheckpointError(f"{run}: not a run; expected the --out of umbrella-jax train")
         same_template("data.template", config.data.template, found)
     if weights:
         found.check(config.model.frozen_dtype)

@@ -18,6 +18,11 @@ _LONGEST = 2000  # characters of one fault: what it quotes may be a text of mega
 _VISIBLE = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
 
 
+def visible(text: str) -> str:
+    """The text with control characters but line feeds and tabs written out."""
+    return text.translate(_VISIBLE)
+
+
 class UmbrellaError(ValueError):
     """One or more faults; `faults` holds every one of them, `exit_code` what the command line ends with."""
 
@@ -30,7 +35,7 @@ class UmbrellaError(ValueError):
     def __str__(self) -> str:
         """As people read them: fifty, of each its beginning, control characters written out."""
         shown = [f if len(f) <= _LONGEST else f"{f[:_LONGEST]} …" for f in self.faults[:_SHOWN]]
-        shown = [f.translate(_VISIBLE) for f in shown]
+        shown = [visible(f) for f in shown]
         if len(self.faults) == 1:
             return shown[0]
         lines = [f"{len(self.faults)} faults:", *(f"  - {f}" for f in shown)]

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,10 +73,31 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(file)
 
 
+def is_locked(directory: Path) -> bool:
+    """Whether a process is in a block that is `locked`. Takes the lock for an instant, to see whether it can."""
+    try:
+        file = os.open(directory / ".lock", os.O_RDONLY)
+    except OSError:  # none, or not to be read: nobody of ours
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(file)
+    return False
+
+
 def hold(file: int, path: Path, remedy: str) -> None:
     """Takes the lock of an open file, until it is closed. Raises ConfigError where another process has it."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)  # it may have been a look (`is_locked`)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         first = os.pread(file, 1000, 0).decode(errors="replace")
         holder = first if first.startswith("process ") else "another process"

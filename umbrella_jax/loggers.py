@@ -7,7 +7,7 @@ from pathlib import Path
 
 from umbrella_jax.config import RunConfig, to_dict
 from umbrella_jax.errors import Interrupted
-from umbrella_jax.training.trainer import Line
+from umbrella_jax.rundir import Line
 
 Log = Callable[[Line], None]
 """Takes a line of `metrics.jsonl`."""
@@ -82,8 +82,8 @@ def _wandb(config: RunConfig, out: Path, step: int) -> Iterator[Log]:
 
 
 def _numbers(line: Line) -> dict[str, float]:
-    """All but the step, by name. What was not finite has no point in a chart; the line's `skipped` counts it."""
-    return {name: value for name, value in line.items() if name != "step" and value is not None}
+    """All but the steps, by name. What was not finite has no point in a chart; the line's `skipped` counts it."""
+    return {name: value for name, value in line.items() if name not in ("step", "steps") and value is not None}
 
 
 _LOGGERS: dict[str, Callable[[RunConfig, Path, int], AbstractContextManager[Log]]] = {

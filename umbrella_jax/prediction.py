@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from umbrella_jax.api import Checkpoint
 from umbrella_jax.batch import Batch
@@ -22,7 +24,8 @@ from umbrella_jax.config import DataConfig, MeshConfig, ModalityConfig, TaskConf
 from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.data.inputs import digest_of, read_inputs
-from umbrella_jax.data.loader import Dataset, eval_batches
+from umbrella_jax.data.loader import Dataset, empty_batch, eval_batches, eval_shapes
+from umbrella_jax.data.plan import BatchShape
 from umbrella_jax.data.tokenize import encode_answers, reference_answer
 from umbrella_jax.distributed import gather, together
 from umbrella_jax.errors import ConfigError, DataError
@@ -31,11 +34,11 @@ from umbrella_jax.evaluation.metrics import Task, task_of, tasks_of
 from umbrella_jax.files import append, hold, naming, write_whole
 from umbrella_jax.models import Params, abstract_params, native_backend
 from umbrella_jax.processor import Processor
+from umbrella_jax.progress import Progress, Work
 from umbrella_jax.reading import parse_json
-from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, put_batch
+from umbrella_jax.rundir import Say
+from umbrella_jax.sharding import MeshShape, abstract_batch, make_mesh, param_sharding, parts, put_batch
 
-PREDICTIONS = "predictions"
-"""Of a run's directory, the folder with a `step_N.jsonl` for each evaluation."""
 Row = dict[str, Any]
 """`task_id`, `task_type`, `prediction`, `reference`, `metadata`; `likelihoods` too, where they were asked for."""
 
@@ -47,12 +50,6 @@ class Answer:
     text: str
     log_likelihoods: Mapping[str, float] | None = None
     """Of each answer that the task knows: log p(answer | prompt), summed over its tokens, with the one that ends it."""
-
-
-def evaluations(run: Path) -> dict[int, Path]:
-    """{step: the predictions of a run's evaluation behind it}, the first step first."""
-    found = {file.stem.removeprefix("step_"): file for file in (run / PREDICTIONS).glob("step_*.jsonl")}
-    return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int)}
 
 
 def blank_rows(dataset: Dataset) -> list[Row]:
@@ -129,6 +126,7 @@ def answers(
     seed: int = 0,
     choices: Choices | None = None,
     only: Sequence[int] | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[dict[int, Answer]]:
     """Batch by batch, the answer to each conversation by its number in the data set; all processes get all of them.
 
@@ -138,15 +136,21 @@ def answers(
         dataset: loaded with `evaluation=True`.
         choices: answers whose likelihoods are wanted too.
         only: numbers of the conversations to answer; default all.
+        progress: counts conversations.
 
     Raises:
         DataError: a volume cannot be read any more.
     """
     stop = np.array(processor.stop_ids, np.int32)
     batches = eval_batches(dataset, batch_size, prompts=True, threads=threads, parts=parts(mesh), only=only)
+    shapes: set[Any] = set()
+    begun = time.perf_counter()
     for indices, own in batches:
         batch: Batch = put_batch(own, mesh, axis=0)
         rows = len(batch.lengths)
+        shape = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        compiled = shape not in shapes
+        shapes.add(shape)
         state = prefill(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens)
         scores = None
         if choices is not None:
@@ -155,13 +159,52 @@ def answers(
         seeds[: len(indices)] = [np.random.SeedSequence([seed, i]).generate_state(1)[0] for i in indices]
         options: dict[str, Any] = {"graphdef": graphdef, "sampling": sampling}
         state = decode(params, state, stop, seeds, jnp.int32(max_new_tokens), **options)
-        texts = processor.decode(_fetched(state.tokens)[: len(indices)])
+        tokens = _fetched(state.tokens)[: len(indices)]
+        texts = processor.decode(tokens)
         found = {}
         for row, (index, text) in enumerate(zip(indices, texts, strict=True)):
             known = choices.texts[index] if choices else ()
             likelihoods = dict(zip(known, map(float, scores[row]), strict=False)) if scores is not None else {}
             found[index] = Answer(text, likelihoods or None)
+        if progress:
+            read = sum(len(dataset.prompts[index]) for index in indices)
+            work = Work(samples=len(indices), tokens=read + int((tokens != NONE).sum()))
+            progress.advance(len(indices), work, time.perf_counter() - begun, compiled=compiled)
         yield found
+        begun = time.perf_counter()
+
+
+def compile_answers(
+    params: Params,
+    graphdef: nnx.GraphDef,
+    dataset: Dataset,
+    processor: Processor,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    choices: Choices | None = None,
+) -> Iterator[tuple[str, BatchShape, jax.stages.Compiled]]:
+    """(what, of which shape, the program) of all that `answers` would compile, one by one; nothing is computed."""
+    stop = np.array(processor.stop_ids, np.int32)
+    for shape in eval_shapes(dataset, batch_size, prompts=True, parts=parts(mesh)):
+        batch = abstract_batch(empty_batch(dataset, shape), mesh, axis=0)
+        rows = len(batch.lengths)
+        reading = prefill.lower(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens)
+        read = reading.compile()
+        yield "prompts", shape, read
+        state = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            reading.out_info,
+            read.output_shardings,
+        )
+        if choices is not None:
+            given = choices.tokens((), rows)
+            yield "likelihoods", shape, score_answers.lower(params, state, given, graphdef=graphdef).compile()
+        seeds, until = np.zeros(rows, np.uint32), jnp.int32(max_new_tokens)
+        options: dict[str, Any] = {"graphdef": graphdef, "sampling": sampling}
+        yield "answers", shape, decode.lower(params, state, stop, seeds, until, **options).compile()
 
 
 def _fetched(array: jax.Array) -> np.ndarray:
@@ -184,6 +227,7 @@ def predict(
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  # frozen
     compute_dtype: str = "float32",
     resume: bool = False,
+    say: Say = tqdm.write,
 ) -> list[Row]:
     """Answers every conversation of `data.eval` and writes the rows to `out`, a .jsonl file, in the data's order.
 
@@ -197,6 +241,7 @@ def predict(
         tasks: as `evaluation.tasks` of a configuration.
         modalities: of a stock LLaVA.
         resume: go on with what an earlier call left in the `.part` file.
+        say: takes a line now and then of how far it is, where there is no terminal.
 
     Raises:
         ConfigError: `out` is there; an earlier call's part is and `resume` is not asked for, or other settings are;
@@ -254,7 +299,14 @@ def predict(
     model = checkpoint.config.with_attention("auto", native_backend(devices.devices.flat[0]))
     done = {int(index): row for index, row in gather(part.done if part else None)[0].items()}
     left = [index for index in range(len(rows)) if index not in done]
-    with jax.set_mesh(devices), part or nullcontext():
+    say = say if first else _nothing
+    options: dict[str, Any] = {"say": say, "note": _nothing, "quiet": not first}
+    options["memory"] = jax.local_devices()[0].memory_stats
+    with (
+        jax.set_mesh(devices),
+        part or nullcontext(),
+        Progress("answer", len(rows), done=len(done), **options) as progress,
+    ):
         for found in answers(
             params,
             abstract_params(model)[0],
@@ -268,6 +320,7 @@ def predict(
             seed=seed,
             choices=choices,
             only=left,
+            progress=progress,
         ):
             fresh = {index: with_answer(rows[index], answer) for index, answer in found.items()}
             done |= fresh
@@ -279,6 +332,10 @@ def predict(
         part.path.unlink()
     gather(None)  # written
     return answered
+
+
+def _nothing(line: str) -> None:
+    """Says nothing."""
 
 
 class _Part:

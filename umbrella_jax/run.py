@@ -1,53 +1,75 @@
-"""A training run, from a config to a run directory:
+"""A training run, from a config to a run directory; what lies there, umbrella_jax/rundir.py says.
 
-config.yaml      the resolved config
-model/           config.json, tokenizer, modalities: all of the model but its weights
-checkpoints/     orbax: what was trained, moments, step
-metrics.jsonl    one line per update
-inputs.json      what the run reads, by content
-predictions/     answers of each evaluation
+`train` and `rehearse` (`umbrella-jax train --dry-run`) share all up to the first step: `_prepare`.
 """
 
 import importlib.metadata
 import importlib.util
 import json
 import math
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import optax
 from flax import nnx
 from jax.sharding import Mesh
+from tqdm import tqdm
 
-from umbrella_jax.api import CHECKPOINTS, CONFIG, MODEL, describe, open_base
+from umbrella_jax.api import Checkpoint, describe, open_base
 from umbrella_jax.config import AugmentConfig, RunConfig, dump_config, parse_config, to_dict
 from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.inputs import Inputs, changed, digest_of, dump_inputs, read_inputs
-from umbrella_jax.data.loader import Dataset, eval_batches, eval_subset, make_plan, task_ids, train_batches
+from umbrella_jax.data.loader import (
+    Dataset,
+    empty_batch,
+    eval_batches,
+    eval_shapes,
+    eval_subset,
+    make_plan,
+    task_ids,
+    train_batches,
+)
+from umbrella_jax.data.plan import BatchShape, Plan
 from umbrella_jax.distributed import agree, gather, together
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.evaluation.metrics import Task, metric_names, score, task_of, tasks_of
 from umbrella_jax.files import locked, write_whole
 from umbrella_jax.loggers import loggers, missing
-from umbrella_jax.models import Params, abstract_params, native_backend, quantize
-from umbrella_jax.prediction import PREDICTIONS, Choices, Row, answers, blank_rows, with_answer
+from umbrella_jax.models import LlavaConfig, Params, abstract_params, native_backend, quantize
+from umbrella_jax.plan import at_shape, batch_flops, sheet_of
+from umbrella_jax.prediction import Choices, Row, answers, blank_rows, compile_answers, with_answer
 from umbrella_jax.processor import Processor
+from umbrella_jax.progress import Progress, Work
 from umbrella_jax.reading import LISTING, read_json
-from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, put_batch, shardings
+from umbrella_jax.rundir import (
+    CHECKPOINTS,
+    CONFIG,
+    INPUTS,
+    LOG,
+    METRICS,
+    MODEL,
+    PREDICTIONS,
+    Line,
+    RunLog,
+    Say,
+    read_metrics,
+)
+from umbrella_jax.sharding import MeshShape, abstract_batch, make_mesh, param_sharding, parts, put_batch, shardings
 from umbrella_jax.signals import Signals
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule
-from umbrella_jax.training.step import TrainState, init_state, jit_eval_step
-from umbrella_jax.training.trainer import Line, fit, read_metrics
+from umbrella_jax.training.step import TrainState, init_state, jit_eval_step, jit_train_step
+from umbrella_jax.training.trainer import fit
 
-Say = Callable[[str], None]
 T = TypeVar("T")
-INPUTS = "inputs.json"
 # What may differ when a run goes on: where it reads from and how often it looks, not what it computes.
 # (Whether the base is the same one, its fingerprint says.)
 _MAY_CHANGE = (
@@ -90,7 +112,7 @@ def inspect(config: RunConfig) -> str:
     return "\n".join([*base.notes, *found, freeze.summary(shapes, labels)])
 
 
-def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> Line:
+def train(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) -> Line:
     """Trains what `config.train.groups` names and returns the last line of metrics.
 
     Everything that can be wrong with config, data and weights is refused before anything is compiled. All processes
@@ -99,7 +121,7 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> Line:
 
     Args:
         resume: go on from the newest checkpoint in `output_dir` that is not damaged.
-        say: takes the lines for people.
+        say: takes the lines for people, which `log.txt` has too.
 
     Raises:
         ConfigError, DataError, CheckpointError: with every fault found.
@@ -107,23 +129,76 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = print) -> Line:
         Interrupted: by SIGTERM or SIGINT, at the end of a step, which was saved; `resume` goes on.
     """
     first = jax.process_index() == 0
-    say = say if first else _nothing
-    with together():
-        pass  # the first meeting, for which jax waits half a minute at most, before some read longer than others
     with ExitStack() as held:
+        _meet()
         with together():
-            out, mesh = _output_dir(config)
+            out, mesh = _check(config)
+            out.mkdir(parents=True, exist_ok=True)
             if first:
                 held.enter_context(locked(out))
-            if (out / CHECKPOINTS).exists() and not resume:
-                raise ConfigError(f"{out}: holds a run; go on with --resume, or name another output_dir")
-        return _train(config, out, mesh, resume, say)
+            _check_unused(out, resume)
+            log = held.enter_context(RunLog(out / LOG, say, _about(mesh))) if first else None
+        prepared = _prepare(config, out, mesh, log.say if log else _nothing)
+        return _run(prepared, resume, log)
 
 
-def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> Line:
-    first, metrics = jax.process_index() == 0, out / "metrics.jsonl"
+def rehearse(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) -> None:
+    """All that `train` does but the steps: checks config, data and weights, says what would train and in which batches,
+    and compiles every program, for its memory and its time. Nothing is written to `output_dir`, and it is not locked;
+    what `data.cache` lacks is put there.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as `train`; and where the devices have too little memory.
+    """
+    say = say if jax.process_index() == 0 else _nothing
+    _meet()
     with together():
-        lines = read_metrics(metrics)
+        out, mesh = _check(config)
+        _check_unused(out, resume)
+        _check_writable(out)
+    prepared = _prepare(config, out, mesh, say)
+    if resume and (out / CHECKPOINTS).exists():
+        with Checkpoints(out / CHECKPOINTS, read_only=True) as checkpoints, together():
+            if (step := checkpoints.latest_step()) is not None:
+                _same_run(checkpoints.directory, checkpoints.meta(step), prepared.meta, prepared.inputs)
+                say(f"resume: would go on from step {step}")
+    programs = _compile(prepared, say)
+    with together():
+        _check_memory(prepared, programs, say)
+    say(f"nothing was written to {out}")
+
+
+@dataclass
+class Prepared:
+    """A run before its first step."""
+
+    config: RunConfig
+    out: Path
+    mesh: Mesh
+    base: Checkpoint
+    processor: Processor
+    lines: list[Line]
+    """Of metrics, that are there."""
+    train_set: Dataset
+    evaluated: "Evaluated | None"
+    model: LlavaConfig
+    graphdef: nnx.GraphDef
+    frozen: Params
+    state: TrainState | None
+    """Before the first step; None as soon as a loop has it, so that it is not kept beside what the loop makes of it."""
+    plan: Plan
+    steps: int
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformationExtraArgs
+    meta: dict[str, Any]
+    inputs: Inputs
+
+
+def _prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
+    """Reads and checks all that a run takes, puts the weights on their devices, and says what will be done."""
+    first = jax.process_index() == 0
+    with together():
+        lines = read_metrics(out / METRICS)
         base = open_base(config)
         if faults := MeshShape(**mesh.shape).undivided(base.config):
             raise ConfigError(faults)
@@ -133,8 +208,8 @@ def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> 
         labels = freeze.label_params(list(shapes), list(config.train.groups))
         options: dict[str, Any] = {"template": config.data.template, "max_length": config.data.max_length}
         processor = Processor(base.tokenizer(), base.config.modalities, **options)
-        cache = VolumeCache.of(config.data)
-        train_set, eval_set = (_dataset(config, processor, split, cache) for split in ("train", "eval"))
+        volumes = VolumeCache.of(config.data)
+        train_set, eval_set = (_dataset(config, processor, split, volumes) for split in ("train", "eval"))
         evaluated = _evaluated(config, eval_set, processor)
         assert train_set is not None
         datasets = {"train": train_set} | ({} if eval_set is None else {"eval": eval_set})
@@ -160,84 +235,161 @@ def _train(config: RunConfig, out: Path, mesh: Mesh, resume: bool, say: Say) -> 
     optimizer = make_optimizer(config.train, schedule, labels)
     state = init_state(freeze.as_trainable(trainable), optimizer)
     state = jax.device_put(state, shardings(state, mesh))
-    del trainable
     fingerprint, inputs = gather(mine)[0]
-    meta = {
-        "config": to_dict(config),
-        "base_fingerprint": fingerprint,
-        "architecture": {"vision": asdict(base.config.vision), "text": asdict(base.config.text)},
-        "inputs": digest_of(inputs),
-        "frozen_types": sorted({leaf.dtype.name for leaf in frozen.values()}),
-        "versions": _versions(),
-    }
+    sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    say(f"{len(train_set)} conversations, {steps} steps on {mesh.size} device(s) ({sizes}), into {out}")
+    say(f"plan: {plan.report}")
+    say(f"attention: {model.attention}")
+    return Prepared(
+        config=config,
+        out=out,
+        mesh=mesh,
+        base=base,
+        processor=processor,
+        lines=lines,
+        train_set=train_set,
+        evaluated=evaluated,
+        model=model,
+        graphdef=graphdef,
+        frozen=frozen,
+        state=state,
+        plan=plan,
+        steps=steps,
+        schedule=schedule,
+        optimizer=optimizer,
+        meta={
+            "config": to_dict(config),
+            "base_fingerprint": fingerprint,
+            "architecture": {"vision": asdict(base.config.vision), "text": asdict(base.config.text)},
+            "inputs": digest_of(inputs),
+            "frozen_types": sorted({leaf.dtype.name for leaf in frozen.values()}),
+            "versions": _versions(),
+        },
+        inputs=inputs,
+    )
 
+
+def _run(run: Prepared, resume: bool, log: RunLog | None) -> Line:
+    """The steps. `log`: of the first process."""
+    config, out, mesh, metrics = run.config, run.out, run.mesh, run.out / METRICS
+    say, note = (log.say, log.note) if log else (_nothing, _nothing)
+    state, run.state = run.state, None
+    assert state is not None
     with (
-        Checkpoints(out / CHECKPOINTS, config.train, lines) as checkpoints,
+        Checkpoints(out / CHECKPOINTS, config.train, run.lines) as checkpoints,
         Signals(say) as signals,
         ExitStack() as opened,
     ):
-        state, pending = _resume(checkpoints, state, meta, inputs, say) if resume else (state, None)
-        if first:
+        state, pending = _resume(checkpoints, state, run.meta, run.inputs, say) if resume else (state, None)
+        if log:
             if not resume or not (out / MODEL).exists():
-                describe(base, out / MODEL)
+                describe(run.base, out / MODEL)
             write_whole(out / CONFIG, dump_config(_absolute(config)))
-            write_whole(out / INPUTS, dump_inputs(inputs))
+            write_whole(out / INPUTS, dump_inputs(run.inputs))
 
         def interrupted() -> int:
             return agree(signals.received)
 
-        sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-        say(f"{len(train_set)} conversations, {steps} steps on {mesh.size} device(s) ({sizes}), into {out}")
-        say(f"plan: {plan.report}")
-        say(f"attention: {model.attention}")
         start = int(state.step)
-        log = opened.enter_context(loggers(config, out, start - bool(pending))) if first else None
+        lines = opened.enter_context(loggers(config, out, start - bool(pending))) if log else None
+        options: dict[str, Any] = {"say": say, "note": note, "quiet": log is None}
+        options["memory"] = jax.local_devices()[0].memory_stats
+        progress = opened.enter_context(
+            Progress("step", run.steps, done=start, always=True, peak=_peak(run), **options)
+        )
+        flops = cache(partial(_flops, run))
+
+        def told(step: int, seconds: float, compiled: bool, loss: float | None) -> None:
+            progress.advance(1, _work(run.plan, step - 1, flops), seconds, compiled=compiled, loss=loss)
+
         state = fit(
             state,
-            frozen,
+            run.frozen,
             train_batches(
-                train_set,
-                plan,
+                run.train_set,
+                run.plan,
                 start_step=start,
-                num_steps=steps,
+                num_steps=run.steps,
                 threads=config.data.threads,
                 parts=parts(mesh),
             ),
-            graphdef=graphdef,
-            optimizer=optimizer,
-            schedule=schedule,
+            graphdef=run.graphdef,
+            optimizer=run.optimizer,
+            schedule=run.schedule,
             config=config.train,
-            num_steps=steps,
+            num_steps=run.steps,
             mesh=mesh,
             checkpoints=checkpoints,
-            meta=meta,
+            meta=run.meta,
             metrics_path=metrics,
-            task_ids=partial(task_ids, train_set, plan),
-            evaluate=None
-            if evaluated is None
-            else partial(_evaluate, config, out, evaluated, processor, graphdef, frozen, mesh, interrupted, steps),
-            log=log,
+            task_ids=partial(task_ids, run.train_set, run.plan),
+            evaluate=None if run.evaluated is None else partial(_evaluate, run, run.evaluated, interrupted, options),
+            log=lines,
             interrupted=interrupted,
             pending=pending,
+            say=say,
+            progress=told,
         )
     for step, value in checkpoints.best():
         say(f"best: {config.train.best_metric} {value:.4g} at step {step}: {checkpoints.directory / str(step)}")
-    return gather(read_metrics(metrics)[-1] if first else None)[0]
+    last: Line = gather(read_metrics(metrics)[-1] if log else None)[0]
+    numbers = [f"{name} {math.nan if value is None else value:.4g}" for name, value in last.items() if name != "steps"]
+    say("  ".join(number for number in numbers if not number.startswith("eval_")))
+    for number in numbers:
+        if number.startswith("eval_"):
+            say(number)  # of each task many: a line each
+    return last
+
+
+def _meet() -> None:
+    with together():
+        pass  # the first meeting, for which jax waits half a minute at most, before some read longer than others
+
+
+def _about(mesh: Mesh) -> str:
+    kinds = ", ".join(sorted({device.device_kind for device in mesh.devices.flat}))
+    return f"umbrella-jax {_versions()['umbrella-jax']}, jax {jax.__version__}, {mesh.size} × {kinds}"
+
+
+def _peak(run: Prepared) -> float | None:
+    """FLOP/s of all devices, where their data sheet says it of what is computed in."""
+    sheet = sheet_of(run.mesh.devices.flat[0].device_kind)
+    return sheet.flops * run.mesh.size if sheet and run.model.compute_dtype == "bfloat16" else None
+
+
+def _flops(run: Prepared, shape: BatchShape) -> float:
+    """Of an update, where their share of a peak is known."""
+    if _peak(run) is None:
+        return 0.0
+    of_micro = batch_flops(
+        run.config,
+        run.model,
+        conversations=shape.conversations,
+        positions=shape.positions,
+        targets=shape.targets,
+        volumes=dict(shape.volumes),
+    )
+    return of_micro * run.config.train.accumulate_steps
+
+
+def _work(plan: Plan, step: int, flops: Callable[[BatchShape], float]) -> Work:
+    update = plan.update(step)
+    rows = [row for micro in update.rows for row in micro]
+    return Work(samples=len(rows), tokens=int(plan.facts.lengths[rows].sum()), flops=flops(update.shape))
 
 
 def _nothing(line: str) -> None:
     """Says nothing."""
 
 
-def _output_dir(config: RunConfig) -> tuple[Path, Mesh]:
-    """Checks what can be known before any file is read, of the mesh all that does not depend on the model; makes the
-    directory."""
+def _check(config: RunConfig) -> tuple[Path, Mesh]:
+    """Checks what can be known before any file is read, of the mesh all that does not depend on the model."""
     faults = [
         f"{field}: expected a path ({flag})"
         for field, flag, value in [
             ("model.base", "--base HF_DIR", config.model.base),
             ("data.train", "--train-data P", config.data.train),
-            ("output_dir", "--output-dir D", config.output_dir),
+            ("output_dir", "--out D", config.output_dir),
         ]
         if value is None
     ]
@@ -252,9 +404,19 @@ def _output_dir(config: RunConfig) -> tuple[Path, Mesh]:
         faults.append("model.quantize: qwix is not installed; pip install 'umbrella-jax[quantize]', or leave it out")
     if faults:
         raise ConfigError(faults)
-    out = Path(str(config.output_dir))
-    out.mkdir(parents=True, exist_ok=True)
-    return out, mesh
+    return Path(str(config.output_dir)), mesh
+
+
+def _check_unused(out: Path, resume: bool) -> None:
+    if (out / CHECKPOINTS).exists() and not resume:
+        raise ConfigError(f"{out}: holds a run; go on with --resume, or name another output_dir")
+
+
+def _check_writable(out: Path) -> None:
+    """Raises ConfigError where the directory could not be made, or written to."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{out}: cannot be written, because of {there}; name another output_dir")
 
 
 def _dataset(config: RunConfig, processor: Processor, split: str, cache: VolumeCache | None) -> Dataset | None:
@@ -403,50 +565,62 @@ def _versions() -> dict[str, str]:
 
 
 def _evaluate(
-    config: RunConfig,
-    out: Path,
+    run: Prepared,
     evaluated: Evaluated,
-    processor: Processor,
-    graphdef: nnx.GraphDef,
-    frozen: Params,
-    mesh: Mesh,
     interrupted: Callable[[], int],
-    num_steps: int,
+    options: Mapping[str, Any],
     step: int,
     trainable: Params,
 ) -> Line | None:
     """Loss over the answers, and how right greedy ones are; these go to predictions/step_N.jsonl.
 
     None, and no answers, where a signal comes meanwhile.
+
+    Args:
+        options: of the `Progress` of both.
     """
-    dataset = evaluated.dataset
+    config, mesh, dataset = run.config, run.mesh, evaluated.dataset
     common: dict[str, Any] = {"threads": config.data.threads, "only": None}
-    if step < num_steps and config.train.eval_samples is not None:
+    if step < run.steps and config.train.eval_samples is not None:
         common["only"] = eval_subset(dataset, config.train.batch_size, config.train.eval_samples, parts(mesh))
+    total = len(dataset if common["only"] is None else common["only"])
     loss, supervised = 0.0, 0
-    for _, batch in eval_batches(dataset, config.train.batch_size, prompts=False, parts=parts(mesh), **common):
-        if interrupted():
-            return None
-        batch_loss, count = jit_eval_step(trainable, frozen, put_batch(batch, mesh, axis=0), graphdef=graphdef)
-        loss, supervised = loss + float(batch_loss), supervised + int(count)
+    with Progress(f"evaluation at step {step}: loss of", total, **options) as progress:
+        batches = eval_batches(dataset, config.train.batch_size, prompts=False, parts=parts(mesh), **common)
+        shapes: set[Any] = set()
+        begun = time.perf_counter()
+        for indices, batch in batches:
+            if interrupted():
+                return None
+            shape = batch.input_ids.shape, tuple((name, len(x)) for name, x in batch.volumes.items())
+            batch_loss, count = jit_eval_step(
+                trainable, run.frozen, put_batch(batch, mesh, axis=0), graphdef=run.graphdef
+            )
+            loss, supervised = loss + float(batch_loss), supervised + int(count)
+            work = Work(samples=len(indices), tokens=sum(len(dataset.encoded[i]) for i in indices))
+            progress.advance(len(indices), work, time.perf_counter() - begun, compiled=shape not in shapes)
+            shapes.add(shape)
+            begun = time.perf_counter()
     rows: dict[int, Row] = {}
-    for found in answers(
-        trainable | frozen,
-        graphdef,
-        dataset,
-        processor,
-        mesh,
-        batch_size=config.train.batch_size,
-        max_new_tokens=config.train.max_new_tokens,
-        choices=evaluated.choices,
-        **common,
-    ):
-        if interrupted():
-            return None
-        rows |= {index: with_answer(evaluated.rows[index], answer) for index, answer in found.items()}
+    with Progress(f"evaluation at step {step}: answer", total, **options) as progress:
+        for found in answers(
+            trainable | run.frozen,
+            run.graphdef,
+            dataset,
+            run.processor,
+            mesh,
+            batch_size=config.train.batch_size,
+            max_new_tokens=config.train.max_new_tokens,
+            choices=evaluated.choices,
+            progress=progress,
+            **common,
+        ):
+            if interrupted():
+                return None
+            rows |= {index: with_answer(evaluated.rows[index], answer) for index, answer in found.items()}
     answered = [rows[index] for index in sorted(rows)]
     if jax.process_index() == 0:
-        folder = out / PREDICTIONS
+        folder = run.out / PREDICTIONS
         folder.mkdir(exist_ok=True)
         write_whole(folder / f"step_{step}.jsonl", "".join(json.dumps(row) + "\n" for row in answered))
     mean = loss / supervised if supervised else None  # none: the truth is in metadata alone
@@ -454,3 +628,93 @@ def _evaluate(
     there = {task_of(row) for row in answered}
     tasks = {name: task for name, task in evaluated.tasks.items() if name in there}
     return {f"eval_{name}": value for name, value in (metrics | score(answered, tasks, resamples=0).flat()).items()}
+
+
+Programs = list[tuple[str, BatchShape, jax.stages.Compiled]]
+"""What, of which shape, the program."""
+
+
+def _compile(run: Prepared, say: Say) -> Programs:
+    """All programs of a run, each of which is named with the time that it took to compile."""
+    began, programs = time.perf_counter(), Programs()
+    for what, shape, program, seconds in _timed(_programs(run)):
+        say(f"compiled in {seconds:.1f} s: {what} of {shape}")
+        programs.append((what, shape, program))
+    say(f"{len(programs)} programs compiled in {time.perf_counter() - began:.1f} s")
+    return programs
+
+
+def _timed(programs: Iterator[tuple[str, BatchShape, Any]]) -> Iterator[tuple[str, BatchShape, Any, float]]:
+    began = time.perf_counter()
+    for what, shape, program in programs:
+        yield what, shape, program, time.perf_counter() - began
+        began = time.perf_counter()
+
+
+def _programs(run: Prepared) -> Iterator[tuple[str, BatchShape, jax.stages.Compiled]]:
+    """As `fit` and `_evaluate` call them; nothing is computed."""
+    config, mesh, state = run.config, run.mesh, run.state
+    assert state is not None
+    with jax.set_mesh(mesh):
+        for shape in dict.fromkeys(shape for shapes in run.plan.shapes for shape in shapes):
+            batch = empty_batch(run.train_set, shape, accumulate_steps=config.train.accumulate_steps)
+            given = state, run.frozen, abstract_batch(batch, mesh, axis=1)
+            yield "step", shape, jit_train_step.lower(*given, graphdef=run.graphdef, optimizer=run.optimizer).compile()
+        if run.evaluated is None:
+            return
+        dataset, batch_size = run.evaluated.dataset, config.train.batch_size
+        for shape in eval_shapes(dataset, batch_size, prompts=False, parts=parts(mesh)):
+            evaluating = abstract_batch(empty_batch(dataset, shape), mesh, axis=0)
+            lowered = jit_eval_step.lower(state.trainable, run.frozen, evaluating, graphdef=run.graphdef)
+            yield "evaluation", shape, lowered.compile()
+        yield from compile_answers(
+            state.trainable | run.frozen,
+            run.graphdef,
+            dataset,
+            run.processor,
+            mesh,
+            batch_size=batch_size,
+            max_new_tokens=config.train.max_new_tokens,
+            choices=run.evaluated.choices,
+        )
+
+
+def _check_memory(run: Prepared, programs: Programs, say: Say) -> None:
+    """Says what a device will hold, as `umbrella-jax plan` counts it and as XLA does, and what it has. Raises
+    ConfigError where XLA counts more."""
+    device = jax.local_devices()[0]
+    has = (device.memory_stats() or {}).get("bytes_limit")
+    if device.platform == "cpu":
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    planned = max(_planned(run, shape) for what, shape, _ in programs if what == "step")
+    say(f"memory of a device, planned (umbrella-jax plan): {planned / 1e9:.2f} GB, of its {_gb(has)}")
+    faults = []
+    for what, shape, program in programs:
+        if (found := program.memory_analysis()) is None:
+            continue
+        resident = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+        total = resident + found.temp_size_in_bytes + found.generated_code_size_in_bytes
+        say(
+            f"memory of a device, as compiled: {total / 1e9:.2f} GB, {found.temp_size_in_bytes / 1e9:.2f} of it at "
+            f"work: {what} of {shape}"
+        )
+        if has is not None and total > has:
+            faults.append(
+                f"{what} of {shape}: takes {total / 1e9:.2f} GB of a device that has {_gb(has)}; lower "
+                "train.batch_size, set model.remat: full or model.frozen_dtype: bfloat16, or split the weights (--mesh)"
+            )
+    if faults:
+        raise ConfigError(faults)
+
+
+def _gb(size: int | None) -> str:
+    return "unknown size" if size is None else f"{size / 1e9:.2f} GB"
+
+
+def _planned(run: Prepared, shape: BatchShape) -> float:
+    """Bytes of a device in a step."""
+    name = max(dict(shape.volumes) or run.model.modalities, key=lambda m: run.model.modalities[m].num_patches)
+    held = next((leaf.dtype.name for leaf in run.frozen.values()), "float32")
+    held = held if held in ("float32", "bfloat16", "float16") else "bfloat16"
+    model = at_shape(run.config, run.model, name, positions=shape.positions, targets=shape.targets, frozen_dtype=held)
+    return sum(model.device_bytes(MeshShape(**run.mesh.shape), shape.conversations, run.config.model.remat).values())

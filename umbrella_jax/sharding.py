@@ -222,6 +222,12 @@ def parts(mesh: Mesh) -> Parts:
     return Parts(of=ways, own=tuple(own))
 
 
+def abstract_batch(batch: T, mesh: Mesh, *, axis: int) -> T:
+    """Shapes and shardings of what `put_batch` makes of a whole batch."""
+    sharding = NamedSharding(mesh, P(*[None] * axis, ROWS))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), batch)
+
+
 def put_batch(batch: T, mesh: Mesh, *, axis: int) -> T:
     """Splits every array of a batch over `data` and `fsdp` along `axis`: 1 behind the micro-batch axis of a training
     step, else 0.

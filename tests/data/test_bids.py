@@ -481,7 +481,7 @@ def test_command(bids, tmp_path):
         f"{out}/train.json: 6 subjects, 6 conversations: female 3, male 3",
         f"{out}/eval.json: 4 subjects, 4 conversations: female 2, male 2",
         f"next: umbrella-jax train --config configs/t1_0.5b.yaml --base LLAVA_DIR --train-data {out}/train.json "
-        f"--eval-data {out}/eval.json --image-root {shlex.quote(str(root))} --output-dir runs/sex",
+        f"--eval-data {out}/eval.json --image-root {shlex.quote(str(root))} --out runs/sex",
     ]
     pairs = umbrella("data", "from-bids", root, tmp_path / "t3", "--target", "sex", "--kind", "comparison")
     assert "train.json: 8 subjects, 32 conversations: female 4, male 4; pairs: same 16, different 16" in pairs

@@ -563,7 +563,7 @@ def test_command(command, world, tmp_path):
     told = command()
     assert told.code == 1  # the world's sets share scans
     assert "in train and in eval" in told.out
-    told = command("--allow-overlap", "--json", "--html", tmp_path / "page.html", "--sample", 3)
+    told = command("--allow-overlap", "--json", "--html", tmp_path / "page.html", "--samples", 3)
     assert told.code == 0
     found = json.loads(told.out)
     assert found.keys() == {"version", "ok", "counts", "findings", "sets", "volumes"}
@@ -588,7 +588,7 @@ def test_no_page_without_its_packages(command, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr("umbrella_jax.data.validate.validate", lambda *_, **__: pytest.fail("work was begun"))
     assert "expected the name of a file" in command("--html", tmp_path / "none" / "page.html").err
-    assert "--html FILE" in command("--sample", 3).err
+    assert "--html FILE" in command("--samples", 3).err
 
 
 def test_without_the_base(world, capsys):

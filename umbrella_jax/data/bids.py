@@ -152,7 +152,7 @@ def _next_command(root: Path, out: Path, target: str, modality: str, splits: Col
     words = ["umbrella-jax", "train", "--config", MODALITIES[modality][2], "--base", "LLAVA_DIR"]
     for name in [name for name in ("train", "eval") if name in splits]:
         words += [f"--{name}-data", str(out / f"{name}.json")]
-    return [f"next: {shlex.join([*words, '--image-root', str(root), '--output-dir', f'runs/{target}'])}"]
+    return [f"next: {shlex.join([*words, '--image-root', str(root), '--out', f'runs/{target}'])}"]
 
 
 def _check_arguments(out: Path, kind: str | None, modality: str, pairs: int | None) -> None:

@@ -3,9 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
-from threading import Lock
 from typing import Any, TypeVar
 
 import grain
@@ -17,7 +16,7 @@ from umbrella_jax.data.augment import check_axes, draw
 from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.collate import collate
 from umbrella_jax.data.conversation import Conversation, Image, read_conversations
-from umbrella_jax.data.plan import Facts, Plan, Update, exact_shape
+from umbrella_jax.data.plan import BatchShape, Facts, Plan, Update, exact_shape
 from umbrella_jax.data.tokenize import Encoded, encode, encode_all, encode_prompt
 from umbrella_jax.data.volume import axis_codes, check_volume, check_volumes, load_volume, open_volume
 from umbrella_jax.errors import DataError
@@ -213,17 +212,12 @@ def train_batches(
         DataError: a volume cannot be read any more.
     """
     assert plan.parts == parts.of
-    seed, lock = plan.seed, Lock()
+    seed = plan.seed
     assert seed is not None, "a plan without a seed is of one epoch"
 
-    @lru_cache(maxsize=2)
-    def planned(epoch: int) -> list[Update]:
-        return plan.epoch(epoch)
-
     def make(step: int) -> Batch:
-        epoch, place = plan.place(step)
-        with lock:  # one thread plans an epoch, the others wait for it
-            update = planned(epoch)[place]
+        epoch, _ = plan.place(step)
+        update = plan.update(step)
         return collate(
             [[dataset.training_row(index, seed, epoch) for index in micro] for micro in update.rows],
             dataset.volume,
@@ -237,8 +231,7 @@ def train_batches(
 
 def task_ids(dataset: Dataset, plan: Plan, step: int) -> list[list[str]]:
     """Of the conversations in each micro-batch of a training step, row by row; empty rows have none."""
-    epoch, place = plan.place(step)
-    return [[dataset.conversations[index].task_id for index in micro] for micro in plan.epoch(epoch)[place].rows]
+    return [[dataset.conversations[index].task_id for index in micro] for micro in plan.update(step).rows]
 
 
 def eval_batches(
@@ -295,6 +288,17 @@ def eval_subset(dataset: Dataset, batch_size: int, count: int, parts: Parts = WH
             break
         chosen += updates[place].rows[0]
     return sorted(chosen)
+
+
+def eval_shapes(dataset: Dataset, batch_size: int, *, prompts: bool, parts: Parts = WHOLE) -> list[BatchShape]:
+    """Those of `eval_batches`, each once."""
+    return list(dict.fromkeys(update.shape for update in _eval_updates(dataset, batch_size, prompts, parts)))
+
+
+def empty_batch(dataset: Dataset, shape: BatchShape, *, accumulate_steps: int | None = None) -> Batch:
+    """A Batch of a shape, of all processes together, with nothing in it; None: without the axis of micro-batches."""
+    batch = collate([()] * (accumulate_steps or 1), dataset.volume, dataset.modalities, shape)
+    return batch if accumulate_steps else _first(batch)
 
 
 def _eval_updates(dataset: Dataset, batch_size: int, prompts: bool, parts: Parts) -> list[Update]:

@@ -26,8 +26,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from itertools import product
+from threading import Lock
 from typing import TypeVar
 
 import numpy as np
@@ -56,6 +57,10 @@ class BatchShape:
     """K, a multiple of 8."""
     volumes: tuple[tuple[str, int], ...]
     """(modality, M) in sorted order; M is a multiple of the plan's parts. Absent modalities have no entry."""
+
+    def __str__(self) -> str:
+        volumes = ", ".join(f"{count} {modality}" for modality, count in self.volumes) or "no volumes"
+        return f"{self.conversations} conversations of {self.positions} positions, {self.targets} supervised; {volumes}"
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,12 @@ class Plan:
         self._first = self._compose(0)
         self.shapes = self._make_shapes()
         """Of each bucket, from the smallest to the one that holds whatever an epoch brings."""
+        self._lock, self._epoch = Lock(), lru_cache(maxsize=2)(self._made)
+
+    def update(self, step: int) -> Update:
+        """Of a step."""
+        epoch, place = self.place(step)
+        return self.epoch(epoch)[place]
 
     def num_steps(self, epochs: float) -> int:
         """ceil(epochs · updates per epoch)."""
@@ -164,7 +175,12 @@ class Plan:
         return divmod(step, self.updates_per_epoch)
 
     def epoch(self, epoch: int) -> list[Update]:
-        """The updates of one epoch in order: each conversation in exactly one row of one of them."""
+        """The updates of one epoch in order: each conversation in exactly one row of one of them. The last two are
+        kept."""
+        with self._lock:  # one thread plans an epoch, the others wait for it
+            return self._epoch(epoch)
+
+    def _made(self, epoch: int) -> list[Update]:
         composed = self._first if epoch == 0 else self._compose(epoch)
         return [Update(rows, self._shape(bucket, rows)) for bucket, rows in composed]
 

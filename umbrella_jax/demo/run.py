@@ -33,7 +33,7 @@ def run_demo(
     """
     from umbrella_jax.cli import main
     from umbrella_jax.evaluation.metrics import read_predictions
-    from umbrella_jax.prediction import evaluations
+    from umbrella_jax.rundir import evaluations
 
     def command(*words: object) -> None:
         text = [str(word) for word in words]
@@ -42,7 +42,7 @@ def run_demo(
             raise RunError(f"demo: umbrella-jax {text[0]} failed")
 
     if directory.exists() and any(directory.iterdir()):
-        raise ConfigError(f"{directory}: not empty; name another directory (--output-dir D) or remove it")
+        raise ConfigError(f"{directory}: not empty; name another directory (--out D) or remove it")
     base, native, run, export = (directory / name for name in ("base", "native", "run", "export"))
     make_base(base, seed)
     data = make_data(directory / "data", seed, *subjects)
@@ -53,10 +53,11 @@ def run_demo(
     command("convert", "from-hf", base, native, "--config", CONFIG)
     data_options = ["--base", native, "--train-data", data.train, "--eval-data", data.eval]
     data_options += ["--cache", directory / "cache"]
-    command("train", "--config", CONFIG, *data_options, "--output-dir", run, *arguments)
+    command("train", "--config", CONFIG, *data_options, "--out", run, *arguments)
     command("convert", "to-hf", run, export)
     # a quarter of the network's published channels, and few epochs: enough for what is drawn here
-    command("baseline", "--config", CONFIG, *data_options, "--run", run, "--out", run, "--width", 0.25, "--epochs", 8)
+    small = ["--cnn-width", 0.25, "--cnn-epochs", 8]
+    command("baseline", "--config", CONFIG, *data_options, "--run", run, "--out", run, *small)
 
     *_, last = evaluations(run).values()
     rows = read_predictions(last)

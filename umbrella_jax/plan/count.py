@@ -4,7 +4,7 @@ The policies' tables follow umbrella_jax/models/layers.py, the products its modu
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -387,4 +387,41 @@ def describe(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype
         gathered=max(2 * max(layer.values()), text.vocab_size * text.hidden_size * size),
         layer=layer,
         differentiated=differentiated,
+    )
+
+
+def at_shape(
+    config: RunConfig, model: LlavaConfig, modality: str, *, positions: int, targets: int, frozen_dtype: str
+) -> Model:
+    """The counts of a conversation of a batch's shape, padding included, with one volume."""
+    found = model.modalities[modality]
+    work = Workload(
+        modality=modality,
+        voxels=math.prod(found.size),
+        patches=found.num_patches,
+        patch_dim=found.patch_dim,
+        text_tokens=positions - found.num_patches,
+        supervised=targets,
+    )
+    return describe(config, model, work, frozen_dtype)
+
+
+def batch_flops(
+    config: RunConfig,
+    model: LlavaConfig,
+    *,
+    conversations: int,
+    positions: int,
+    targets: int,
+    volumes: Mapping[str, int],
+) -> float:
+    """FLOPs of a micro-batch of that shape, padding included, but for what a remat policy does again."""
+    of_one = {
+        name: at_shape(config, model, name, positions=positions, targets=targets, frozen_dtype="float32").flops(None)
+        for name in volumes or list(model.modalities)[:1]
+    }
+    language = next(iter(of_one.values()))["language_model"]
+    return conversations * language + sum(
+        count * sum(flops for part, flops in of_one[name].items() if part != "language_model")
+        for name, count in volumes.items()
     )

@@ -59,6 +59,21 @@ KINDS: dict[str, DeviceKind] = {
     )
 }
 
+_NAMED: dict[str, str] = {
+    "v5e": r"TPU v5 ?(lite|e)",
+    "v5p": r"TPU v5p?",
+    "v6e": r"TPU v6 ?(lite|e)",
+    "a100": r"NVIDIA A100\b.*",
+    "h100": r"NVIDIA H100 80GB HBM3",
+    "h200": r"NVIDIA H200",
+}
+"""What jax calls them (`device_kind`); the slower H100 PCIe, H100 NVL and H200 NVL are none of these."""
+
+
+def sheet_of(device_kind: str) -> DeviceKind | None:
+    """The data sheet of a device that is there, by jax's name; None where it is not known."""
+    return next((KINDS[name] for name, pattern in _NAMED.items() if re.fullmatch(pattern, device_kind)), None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Devices:

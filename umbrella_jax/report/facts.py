@@ -11,7 +11,6 @@ import numpy as np
 
 from convert.hf_config import UMBRELLA_CONFIG, read_config, read_json
 from umbrella_jax import reading
-from umbrella_jax.api import CHECKPOINTS, CONFIG, MODEL
 from umbrella_jax.config import RunConfig, load_config
 from umbrella_jax.data.cache import source_digest
 from umbrella_jax.data.conversation import Conversation, conversation_files, read_conversations
@@ -31,11 +30,20 @@ from umbrella_jax.evaluation.metrics import (
     tasks_of,
 )
 from umbrella_jax.models import LlavaConfig, abstract_params
-from umbrella_jax.prediction import PREDICTIONS, blank_rows, evaluations
-from umbrella_jax.run import INPUTS
+from umbrella_jax.prediction import blank_rows
+from umbrella_jax.rundir import (
+    CHECKPOINTS,
+    CONFIG,
+    INPUTS,
+    METRICS,
+    MODEL,
+    PREDICTIONS,
+    Line,
+    evaluations,
+    read_metrics,
+)
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints
-from umbrella_jax.training.trainer import Line, read_metrics
 
 BINS = 10
 """Of equal width, in which confidence is compared with accuracy; those of `ece`."""
@@ -131,7 +139,7 @@ def read_facts(
     with faults:
         saved, meta = _checkpoints(run)
     with faults:
-        lines, inputs = read_metrics(run / "metrics.jsonl"), _inputs(run)
+        lines, inputs = read_metrics(run / METRICS), _inputs(run)
     with faults:
         file, at = (Path(predictions), None) if predictions is not None else _evaluation(run, step)
         if weights and at is not None and at not in saved:

@@ -7,7 +7,7 @@ from typing import Any
 from umbrella_jax.evaluation.metrics import Task
 from umbrella_jax.pages import data_url
 from umbrella_jax.report.facts import BINS, Bin, Facts
-from umbrella_jax.training.trainer import Line
+from umbrella_jax.rundir import Line
 
 _SIZE = (4.3, 2.9)  # inches; as wide as a telephone, so that it is nowhere scaled down by much
 Points = list[tuple[int, float]]

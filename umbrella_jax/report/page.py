@@ -10,7 +10,6 @@ import nibabel as nib
 import numpy as np
 
 from umbrella_jax import pages
-from umbrella_jax.api import CHECKPOINTS, CONFIG
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.slices import draw, geometry, grey, images, slices
@@ -21,6 +20,7 @@ from umbrella_jax.evaluation.metrics import Figure, short
 from umbrella_jax.explanation import Explanation
 from umbrella_jax.report.facts import Facts, Sample, read_facts
 from umbrella_jax.report.figures import curves, draw_calibration, draw_curves, draw_numbers, headline, with_unit
+from umbrella_jax.rundir import CHECKPOINTS, CONFIG
 
 _LONGEST = 150
 """Pixels of a plane's longest side: three of them and their letters are legible on a telephone."""

@@ -17,42 +17,23 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import TrainConfig
 from umbrella_jax.distributed import together
-from umbrella_jax.errors import DataError, Interrupted, RunError
+from umbrella_jax.errors import Interrupted, RunError
 from umbrella_jax.files import append, naming, write_whole
 from umbrella_jax.models import Params
+from umbrella_jax.rundir import Line, Say, read_metrics
 from umbrella_jax.sharding import put_batch
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.diagnose import first_nonfinite
 from umbrella_jax.training.step import TrainState, jit_train_step
 
-Line = dict[str, float | None]
-"""A line of `metrics.jsonl`; None stands for what is not finite, which JSON does not know."""
 Evaluate = Callable[[int, Params], Line | None]
 """(step, trainable parameters) → metrics under names of their own, None where a signal cut it off."""
-
-
-def read_metrics(path: Path) -> list[Line]:
-    """The lines of a `metrics.jsonl`, none where there is no file. A last one that a kill tore apart is left out.
-
-    Raises DataError for any other line that is none.
-    """
-    if not path.exists():
-        return []
-    rows, lines = path.read_text().splitlines(), []
-    for number, row in enumerate(rows, 1):
-        try:
-            lines.append(json.loads(row))
-            int(lines[-1]["step"])
-        except (ValueError, TypeError, KeyError):
-            if number < len(rows):
-                raise DataError(f"{path}:{number}: no line of metrics; take it out, or bring the file back") from None
-            del lines[number - 1 :]
-    return lines
+Progress = Callable[[int, float, bool, float | None], None]
+"""(step, seconds that it took with the wait for its batch, whether it was compiled meanwhile, loss), after each."""
 
 
 class Metrics:
@@ -100,6 +81,8 @@ def fit(
     log: Callable[[Line], None] | None = None,
     interrupted: Callable[[], int] = lambda: 0,
     pending: Line | None = None,
+    say: Say = print,
+    progress: Progress | None = None,
 ) -> TrainState:
     """Trains from `state.step` to `num_steps` on `batches`, which starts at that step, and returns the last state.
 
@@ -108,11 +91,12 @@ def fit(
     devices; its errors wait until then.
 
     Of several processes each brings its own part of every batch (see `put_batch`); all of them save and evaluate, the
-    first alone prints, writes metrics and logs.
+    first alone says something, writes metrics and logs.
 
     Args:
         task_ids: of the conversations in each micro-batch of a step, for the message about one that goes wrong.
         interrupted: the signal that asks the run to end, 0 for none; all processes get the same answer.
+        progress: is told after each update, before its evaluation and checkpoint.
         pending: the line of `state.step`, where a signal came before its evaluation, as `meta["pending"]` holds it.
 
     Raises:
@@ -133,7 +117,6 @@ def fit(
         jax.set_mesh(mesh),
         ThreadPoolExecutor(1) as ahead,
         Metrics(metrics_path, start - bool(pending)) if first else nullcontext() as metrics,
-        tqdm(total=num_steps, initial=start, desc="train", unit="step", disable=None if first else True) as bar,
     ):
 
         def finish(line: Line) -> None:
@@ -164,11 +147,13 @@ def fit(
         ended = time.perf_counter()
         for step in range(start, num_steps):
             assert coming is not None
+            begun = time.perf_counter()
             batch = coming.result()
             shape = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
-            if first and shape not in shapes:
-                shapes.add(shape)
-                bar.write(f"step {step + 1}: compiling for {describe(batch)}")
+            fresh = shape not in shapes
+            shapes.add(shape)
+            if first and fresh:
+                say(f"step {step + 1}: compiling for {describe(batch)}")
             started = time.perf_counter()
             state, values = step_fn(state, frozen, batch)
             coming = ahead.submit(next_batch) if step + 1 < num_steps else None
@@ -176,6 +161,7 @@ def fit(
             waited, ended = started - ended, time.perf_counter()
             line: Line = {
                 "step": step + 1,
+                "steps": num_steps,
                 "loss": _finite(values["loss"]),
                 "grad_norm": _finite(values["grad_norm"]),
                 "learning_rate": float(rates[step - skipped]),
@@ -195,10 +181,10 @@ def fit(
                     with together():  # every process comes here: all have the same values
                         raise RunError(f"{message}; {_remedy(config, checkpoints.latest_step())}")
                 if first:
-                    bar.write(f"{message}; skipped, {skipped} of {config.max_skipped} that may be")
+                    say(f"{message}; skipped, {skipped} of {config.max_skipped} that may be")
+            if progress:
+                progress(step + 1, ended - begun, fresh, line["loss"])
             finish(line)
-            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-            bar.update()
     return state
 
 

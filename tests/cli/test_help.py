@@ -1,0 +1,153 @@
+"""What every command says of itself, and what stands behind the Tab key."""
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from umbrella_jax.cli import main, make_parser
+from umbrella_jax.cli.options import DIRECTORIES, FILES, walk
+
+PARSER = make_parser()
+COMMANDS = {command.prog: command for command in walk(PARSER)}
+ROOT = Path(__file__).parents[2]
+
+
+def example_of(command: argparse.ArgumentParser) -> str:
+    """Its line for a shell, with which the help ends."""
+    assert command.epilog
+    title, _, text = command.epilog.partition("\n")
+    assert title == "example:"
+    assert command.format_help().endswith(f"{command.epilog}\n")
+    return text.replace("\\\n", "")
+
+
+def test_all_commands_are_looked_at() -> None:
+    assert {"umbrella-jax", "umbrella-jax train", "umbrella-jax convert to-hf"} <= COMMANDS.keys()
+    assert len(COMMANDS) > 20
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_a_screen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = COMMANDS[name].format_help().splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith(f"usage: {name} ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_is_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of this command, or of one of its own; what stands behind `>` is the shell's."""
+    words = shlex.split(example_of(COMMANDS[name]).partition(">")[0])
+    assert words[: len(name.split())] == name.split()
+    if words[-1] == "--help":
+        with pytest.raises(SystemExit, match=r"^0$"):
+            PARSER.parse_args(words[1:])
+    else:
+        assert callable(PARSER.parse_args(words[1:]).call)
+
+
+def test_an_example_that_is_none_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        PARSER.parse_args(["train", "--config", "run.yaml", "--outdir", "runs/sex"])
+    assert "--outdir" in capsys.readouterr().err
+
+
+def test_no_flag_is_abbreviated() -> None:
+    """A script's `--eval` would mean another flag, or two, once there is one more."""
+    for command in COMMANDS.values():
+        assert not command.allow_abbrev, command.prog
+
+
+def test_one_name_for_one_thing() -> None:
+    """A flag has one kind of value, wherever it is; nothing else is spelt like it but for an ending."""
+    kinds: dict[str, set[str | None]] = {}
+    for command in COMMANDS.values():
+        for action in command._actions:
+            for flag in action.option_strings:
+                metavar = action.metavar if isinstance(action.metavar, str) else None
+                path = "path" if metavar in (*FILES, *DIRECTORIES) else metavar
+                kinds.setdefault(flag, set()).add(path)
+    assert {flag: found for flag, found in kinds.items() if len(found) > 1} == {}
+    assert not [flag for flag in kinds if f"{flag}s" in kinds and flag not in ("--answer",)]
+
+
+def test_help_waits_for_nothing() -> None:
+    """Nor does the package: what is slow to import is imported by what needs it."""
+    heavy = "jax flax optax orbax numpy scipy pydantic pydantic_core ruamel nibabel grain transformers shtab tqdm torch"
+    code = f"""
+import sys
+import umbrella_jax
+from umbrella_jax.cli import main
+try:
+    main(["train", "--help"])
+except SystemExit as end:
+    assert end.code == 0
+print(*sorted({{name.partition(".")[0] for name in sys.modules}} & set({heavy.split()!r})), file=sys.stderr)
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "usage: umbrella-jax train" in found.stdout
+    assert found.stderr.split() == []
+
+
+@pytest.fixture(scope="module")
+def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `umbrella-jax completion bash` prints."""
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main(["completion", "bash"]) == 0
+    path = tmp_path_factory.mktemp("completion") / "umbrella-jax.bash"
+    path.write_text(out.getvalue())
+    subprocess.run(["bash", "-n", path], check=True)
+    return path
+
+
+def completed(script: Path, folder: Path, *words: str) -> set[str]:
+    """What bash offers in a folder for the last of the words."""
+    code = f"""
+. {shlex.quote(str(script))}
+COMP_WORDS=({" ".join(map(shlex.quote, words))})
+COMP_CWORD={len(words) - 1}
+read -r function <<< "$(complete -p umbrella-jax | sed -E 's/.*-F ([^ ]+).*/\\1/')"
+"$function" umbrella-jax "${{COMP_WORDS[COMP_CWORD]}}" "${{COMP_WORDS[COMP_CWORD-1]}}"
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+    found = subprocess.run(["bash", "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert not found.stderr
+    return {re.sub(r"/$", "", line) for line in found.stdout.split()}
+
+
+def test_bash_completes(bash_script: Path, tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scan.nii.gz").touch()
+    assert completed(bash_script, tmp_path, "umbrella-jax", "tr") == {"train"}
+    assert completed(bash_script, tmp_path, "umbrella-jax", "convert", "to") == {"to-hf"}
+    assert completed(bash_script, tmp_path, "umbrella-jax", "train", "--image-r") == {"--image-root"}
+    assert completed(bash_script, tmp_path, "umbrella-jax", "train", "--config", "sc") == {"scans", "scan.nii.gz"}
+    assert completed(bash_script, tmp_path, "umbrella-jax", "train", "--image-root", "sc") == {"scans"}
+    assert completed(bash_script, tmp_path, "umbrella-jax", "explain", "m", "--method", "o") == {"occlusion"}
+
+
+def test_zsh_has_a_script_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "zsh"]) == 0
+    script = capsys.readouterr().out
+    assert script.startswith("#compdef umbrella-jax")
+    assert "_files -/" in script
+
+
+def test_every_path_is_completed() -> None:
+    """By the names of values: what is written or read is called by one of those, or is none."""
+    others = {
+        *("NAME", "TEXT", "PROMPT", "ID", "N", "X", "S", "I", "AXES", "ADDRESS", "KEY=VALUE", "WHAT", "TYPE", "METHOD"),
+        *("COLUMN", "KIND", "SHARES", "NAMES", "SIZE", "SHELL", "COMMAND"),
+    }
+    named = {action.metavar for command in COMMANDS.values() for action in command._actions if action.metavar}
+    assert named - {*FILES, *DIRECTORIES} <= others

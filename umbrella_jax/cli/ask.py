@@ -1,0 +1,220 @@
+"""Questions to a model: `generate`, `predict`, `explain`."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from umbrella_jax.cli.options import (
+    add_cluster,
+    add_command,
+    add_flags,
+    add_model,
+    modalities_of,
+    start_processes,
+)
+from umbrella_jax.config import load_config, parse_mesh
+from umbrella_jax.errors import ConfigError
+
+METHODS = ("gradient", "integrated", "occlusion")
+"""Of an explanation."""
+
+
+def add(commands: Any) -> None:
+    """Adds the commands."""
+    generate = add_command(
+        commands,
+        "generate",
+        _generate,
+        "Ask a model about volumes; the answer appears as it is made.",
+        'umbrella-jax generate runs/sex "Which sex?" --image T1=scan.nii.gz',
+    )
+    add_model(generate)
+    generate.add_argument("prompt", metavar="PROMPT", help="the question")
+    _add_image(generate)
+    generate.add_argument("--answers", nargs="+", metavar="TEXT", help="how probable each of these is, instead of one")
+    _add_sampling(generate)
+
+    predict = add_command(
+        commands,
+        "predict",
+        _predict,
+        "Answer every conversation of a data set, into a .jsonl file.",
+        "umbrella-jax predict runs/sex --data test.json --out test.jsonl",
+    )
+    add_model(predict)
+    predict.add_argument("--data", required=True, metavar="PATH", help="conversations, as data.eval of a run")
+    predict.add_argument("--out", required=True, metavar="FILE", help="a row for each, in the data's order")
+    add_flags(predict, ["--image-root", "--modality", "--task-filter", "--cache"])
+    predict.add_argument("--likelihoods", action="store_true", help="of all answers that a task knows, too")
+    predict.add_argument("--batch-size", type=int, default=8, metavar="N", help="over all devices; default 8")
+    add_flags(predict, ["--mesh"])
+    predict.add_argument("--resume", action="store_true", help="go on where an earlier call was cut off")
+    _add_sampling(predict)
+    add_cluster(predict)
+
+    explain = add_command(
+        commands,
+        "explain",
+        _explain,
+        "Map over a scan's voxels what an answer rests on, as NIfTI.",
+        'umbrella-jax explain runs/sex "Which sex?" --image T1=scan.nii.gz --out maps',
+    )
+    add_model(explain)
+    explain.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question; or --data with --task-id")
+    _add_image(explain)
+    explain.add_argument("--data", metavar="PATH", help="conversations; their last answers are explained")
+    explain.add_argument("--task-id", action="append", default=[], metavar="ID", help="which of them; default all")
+    add_flags(explain, ["--image-root"])
+    explain.add_argument("--answer", metavar="TEXT", help="the one to explain; default the model's own")
+    explain.add_argument(
+        "--method",
+        choices=METHODS,
+        default="integrated",
+        metavar="NAME",
+        help="gradient (× input), integrated (gradients; default), occlusion (by boxes of a patch)",
+    )
+    explain.add_argument("--path-steps", type=int, default=16, metavar="N", help="of integrated gradients; default 16")
+    explain.add_argument("--out", required=True, metavar="DIR", help="where the maps are written")
+
+
+def _add_image(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="what it is about, with its modality; again for more",
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("answers")
+    group.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="of the longest; default 32")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default: likeliest token")
+    group.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="X", help="draw from the likeliest that sum to X")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn; default 0")
+
+
+def _sampling(arguments: argparse.Namespace) -> Any:
+    from umbrella_jax.evaluation.generate import Sampling
+
+    return Sampling(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p)
+
+
+def _images(arguments: argparse.Namespace, modalities: Sequence[str]) -> list[tuple[str, str]]:
+    """(modality, file) of each --image. Raises ConfigError where one names no modality and the model has several."""
+    found, faults = [], []
+    for text in arguments.image:
+        name, _, path = text.rpartition("=")
+        if not name and len(modalities) > 1:
+            faults.append(f"--image {text}: expected MODALITY=FILE, of {', '.join(modalities)}")
+        found.append((name or modalities[0], path))
+    if faults:
+        raise ConfigError(faults)
+    return found
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    import umbrella_jax
+    from umbrella_jax.evaluation.generate import probabilities
+
+    sampling, modalities = _sampling(arguments), modalities_of(arguments)
+    processor = umbrella_jax.Processor.load(arguments.model, modalities=modalities)
+    images = _images(arguments, list(processor.modalities))
+    batch = processor.prompt(arguments.prompt, images)
+    answers = processor.answers(arguments.answers) if arguments.answers else None
+    model = umbrella_jax.load(arguments.model, modalities=modalities, compute_dtype=arguments.compute_dtype)
+    if answers is not None:
+        for answer, share in zip(arguments.answers, probabilities(model, batch, answers)[0], strict=True):
+            print(f"{share:7.2%}  {answer}")
+        return
+    said: list[int] = []
+    shown = ""
+    for token in umbrella_jax.stream(
+        model,
+        batch,
+        stop_ids=processor.stop_ids,
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling,
+        seeds=[arguments.seed],
+    ):
+        said.append(int(token[0]))
+        (text,) = processor.decode([said])
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the first tokens of a letter that takes several
+            print(text.removeprefix(shown), end="", flush=True)
+            shown = text
+    print()
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    import jax
+
+    from umbrella_jax.config import DataConfig, MeshConfig
+    from umbrella_jax.distributed import bound, together
+
+    start_processes(arguments)
+    from umbrella_jax.prediction import predict
+
+    with bound():
+        with together():
+            data = DataConfig(
+                eval=arguments.data,
+                image_root=arguments.image_root,
+                modality=arguments.modality,
+                task_filter=arguments.task_filter,
+                cache=arguments.cache,
+            )
+            mesh = MeshConfig(**parse_mesh(arguments.mesh)) if arguments.mesh else MeshConfig()
+            sampling = _sampling(arguments)
+            config = load_config(arguments.config) if arguments.config else None
+        rows = predict(
+            arguments.model,
+            data,
+            arguments.out,
+            batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens,
+            sampling=sampling,
+            seed=arguments.seed,
+            likelihoods=arguments.likelihoods,
+            tasks=config.evaluation.tasks if config else None,
+            modalities=config.model.modalities if config else None,
+            mesh=mesh,
+            compute_dtype=arguments.compute_dtype,
+            resume=arguments.resume,
+        )
+    if jax.process_index() == 0:
+        print(f"{arguments.out}: {len(rows)} answers")
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    import umbrella_jax
+    from umbrella_jax.data.conversation import read_conversations
+
+    modalities, out = modalities_of(arguments), Path(arguments.out)
+    if (arguments.prompt is None) == (arguments.data is None):
+        raise ConfigError("explain: expected a PROMPT with --image, or --data P with --task-id ID")
+    processor = umbrella_jax.Processor.load(arguments.model, modalities=modalities)
+    if arguments.data is None:
+        conversations = [processor.question(arguments.prompt, _images(arguments, list(processor.modalities)))]
+    else:
+        found = read_conversations(arguments.data, processor.modalities, arguments.image_root)
+        conversations = [c for c in found if not arguments.task_id or c.task_id in arguments.task_id]
+        if missing := set(arguments.task_id) - {c.task_id for c in conversations}:
+            raise ConfigError(f"--task-id {', '.join(sorted(missing))}: not in {arguments.data}")
+    model = umbrella_jax.load(arguments.model, modalities=modalities, compute_dtype=arguments.compute_dtype)
+    for number, conversation in enumerate(conversations):
+        explained = umbrella_jax.explain(
+            model, processor, conversation, answer=arguments.answer, method=arguments.method, steps=arguments.path_steps
+        )
+        # a task_id may hold what leads out of a folder
+        name = f"{number}_{re.sub(r'[^A-Za-z0-9-]+', '_', conversation.task_id)}"
+        folder = out if arguments.data is None else out / name
+        print(
+            f"{conversation.task_id}: {explained.answer!r}: log p {explained.log_probability:.4g}, "
+            f"{explained.without:.4g} where volumes are background"
+        )
+        for path in explained.write(processor, folder):
+            print(f"  {path}")

@@ -1,0 +1,101 @@
+"""Checkpoints from and to Hugging Face: `convert from-hf`, `to-hf`, `verify`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from umbrella_jax.cli.options import add_command, add_config, add_group, add_json, config_of, modalities_of
+
+
+def add(commands: Any) -> None:
+    """Adds the commands."""
+    convert = add_group(
+        commands,
+        "convert",
+        "Convert checkpoints.",
+        "umbrella-jax convert to-hf runs/sex exports/sex",
+    )
+    from_hf = add_command(
+        convert,
+        "from-hf",
+        _from_hf,
+        "Hugging Face directory to a native (orbax) checkpoint.",
+        "umbrella-jax convert from-hf llava native --config run.yaml",
+    )
+    from_hf.add_argument("source", metavar="HF_DIR", help="LLaVA, or its name on the hub")
+    from_hf.add_argument("out", metavar="OUT", help="directory to write")
+    add_config(from_hf, [])
+    from_hf.add_argument("--patch-embed", metavar="FILE", help="of `to-hf --trainable-only`, put onto its base")
+    from_hf.add_argument("--check-finite", action="store_true", help="refuse weights that are NaN or infinite")
+
+    to_hf = add_command(
+        convert,
+        "to-hf",
+        _to_hf,
+        "Run or checkpoint to a Hugging Face directory that PyTorch loads.",
+        "umbrella-jax convert to-hf runs/sex exports/sex --names sMRI,fMRI",
+    )
+    to_hf.add_argument("source", metavar="RUN", help="or native checkpoint")
+    to_hf.add_argument("out", metavar="OUT", help="directory to write")
+    to_hf.add_argument("--names", metavar="NAMES", help="of the patch embedding: T1,rsfMRI or sMRI,fMRI")
+    to_hf.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of a file: 500MB; default 5GB")
+    to_hf.add_argument("--trainable-only", action="store_true", help="write only what was trained, and on what")
+
+    verify = add_command(
+        convert,
+        "verify",
+        _verify,
+        "Compare two models; exit code 1 when they differ.",
+        "umbrella-jax convert verify runs/sex exports/sex",
+    )
+    verify.add_argument("a", metavar="MODEL", help="Hugging Face directory, native checkpoint or run")
+    verify.add_argument("b", metavar="OTHER", help="another")
+    verify.add_argument("--config", metavar="FILE", help="YAML with modalities, of two stock LLaVAs")
+    verify.add_argument("--no-logits", action="store_true", help="tensors alone, not PyTorch beside JAX")
+    add_json(verify)
+
+
+def _from_hf(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.api import Checkpoint, write_native
+
+    config = config_of(arguments)
+    checkpoint = Checkpoint.open(
+        arguments.source,
+        config.model.modalities,
+        init=config.model.patch_embed_init,
+        patch_embed=arguments.patch_embed,
+        seed=config.seed,
+    )
+    for line in [*checkpoint.notes, *checkpoint.check(config.model.frozen_dtype)]:
+        print(line)
+    write_native(
+        checkpoint,
+        Path(arguments.out),
+        dtype=config.model.frozen_dtype,
+        finite=arguments.check_finite,
+    )
+    print(f"{arguments.out}: native checkpoint; train from it with --base {arguments.out}")
+
+
+def _to_hf(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.api import Checkpoint, write_hf, write_trained
+
+    checkpoint = Checkpoint.open(arguments.source)
+    names = tuple(arguments.names.split(",")) if arguments.names else None
+    out = Path(arguments.out)
+    if arguments.trainable_only:
+        file = write_trained(checkpoint, out, names=names)
+        print(f"{file}: what was trained; back onto its base HF_DIR:")
+        print(f"  umbrella-jax convert from-hf HF_DIR OUT --config FILE --patch-embed {file}")
+    else:
+        write_hf(checkpoint, out, names=names, max_shard_size=arguments.max_shard_size)
+        print(f"{out}: Hugging Face checkpoint; in PyTorch: convert.torch_model.load_umbrella({str(out)!r})")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from umbrella_jax.api import verify
+
+    found = verify(arguments.a, arguments.b, modalities_of(arguments), forward=not arguments.no_logits)
+    print(json.dumps(found.to_json(), indent=2) if arguments.json else "\n".join(found.lines()))
+    return 0 if found.same else 1

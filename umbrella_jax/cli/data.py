@@ -1,0 +1,115 @@
+"""Conversations and volumes: `data from-bids`, `validate`, `cache`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from umbrella_jax.cli.options import (
+    DATA_FLAGS,
+    add_command,
+    add_config,
+    add_group,
+    add_json,
+    add_overlap,
+    config_of,
+    number,
+)
+from umbrella_jax.config import MAX_CLASSES
+from umbrella_jax.data.bids import MODALITIES, TEMPLATES, from_bids
+from umbrella_jax.errors import ConfigError
+
+
+def add(commands: Any) -> None:
+    """Adds the commands."""
+    data = add_group(
+        commands,
+        "data",
+        "Make and check conversation files, prepare volumes.",
+        "umbrella-jax data from-bids ds000001 conversations --target sex",
+    )
+    bids = add_command(
+        data,
+        "from-bids",
+        _from_bids,
+        "BIDS data set with participants.tsv to conversations, in splits.",
+        "umbrella-jax data from-bids ds000001 conversations --target sex",
+    )
+    bids.add_argument("root", metavar="DIR", help="the data set")
+    bids.add_argument("out", metavar="OUT", help="directory for train.json, eval.json")
+    bids.add_argument("--target", required=True, metavar="COLUMN", help="of participants.tsv: sex, age, ...")
+    bids.add_argument(
+        "--kind",
+        choices=list(TEMPLATES),
+        metavar="KIND",
+        help=f"{', '.join(TEMPLATES)}; default regression where all are numbers, more than {MAX_CLASSES} distinct "
+        "ones, else classification",
+    )
+    bids.add_argument(
+        "--modality",
+        choices=list(MODALITIES),
+        metavar="NAME",
+        help="sMRI: anat/*_T1w (default); fMRI: func/*_task-rest*_bold; of every subject",
+    )
+    bids.add_argument("--entity", dest="entities", action="append", metavar="KEY=VALUE", help="take only such files")
+    bids.add_argument("--derivatives", metavar="NAME", help="take scans of DIR/derivatives/NAME instead")
+    bids.add_argument("--template", metavar="FILE", help="YAML or JSON of what is said (see docs/bids.md)")
+    bids.add_argument("--split", metavar="SHARES", help="of subjects; default train=0.8,eval=0.2")
+    bids.add_argument("--seed", type=int, metavar="N", help="of splits and pairs; default 1234")
+    bids.add_argument("--pairs-per-subject", type=int, metavar="N", help="references per compared scan; default 4")
+
+    check = add_command(
+        data,
+        "validate",
+        _validate,
+        "Read all that a run would read, tell all that is wrong.",
+        "umbrella-jax data validate --config run.yaml --train-data train.json",
+    )
+    add_config(check, ["--base", *DATA_FLAGS])
+    check.add_argument("--html", metavar="FILE", help="a page with slices of volumes (extra `report`)")
+    check.add_argument("--samples", type=number, metavar="N", help="volumes that the page shows; default 24")
+    add_overlap(check)
+    add_json(check)
+
+    cache = add_command(
+        data,
+        "cache",
+        _cache,
+        "Preprocess all volumes of a config into its cache, ahead of runs.",
+        "umbrella-jax data cache --config run.yaml --train-data train.json --cache mri",
+    )
+    add_config(cache, [*DATA_FLAGS, "--cache"])
+    cache.add_argument("--verify", action="store_true", help="read what is there too; mend the damaged")
+
+
+def _from_bids(arguments: argparse.Namespace) -> None:
+    options = {key: value for key, value in vars(arguments).items() if key != "call" and value is not None}
+    print("\n".join(from_bids(**options)))
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from umbrella_jax.api import local_tokenizer
+    from umbrella_jax.data.page import check_page, write_page
+    from umbrella_jax.data.validate import validate
+    from umbrella_jax.pages import PRIVACY
+
+    config, page = config_of(arguments), arguments.html and Path(arguments.html)
+    if page:
+        check_page(page)
+    elif arguments.samples is not None:
+        raise ConfigError("--samples: how many volumes the page shows; name it too (--html FILE)")
+    report = validate(config, lambda: local_tokenizer(config), allow_overlap=arguments.allow_overlap)
+    if page:
+        sample = 24 if arguments.samples is None else arguments.samples
+        data = config.data
+        write_page(report, config.model.modalities, page, sample=sample, threads=data.threads, augment=data.augment)
+        print(f"{page}: {PRIVACY}", file=sys.stderr)
+    print(json.dumps(report.to_json(), indent=1, allow_nan=False) if arguments.json else "\n".join(report.lines()))
+    return 0 if report.ok else 1
+
+
+def _cache(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.data.cache import fill
+
+    print(fill(config_of(arguments), verify=arguments.verify))

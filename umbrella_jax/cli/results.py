@@ -1,0 +1,121 @@
+"""What came of it: `score`, `report`, `baseline`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from umbrella_jax.cli.ask import METHODS
+from umbrella_jax.cli.options import (
+    DATA_FLAGS,
+    add_command,
+    add_config,
+    add_json,
+    add_overlap,
+    config_of,
+    number,
+)
+from umbrella_jax.config import EvaluationConfig, load_config
+from umbrella_jax.errors import ConfigError
+
+
+def add(commands: Any) -> None:
+    """Adds the commands."""
+    score = add_command(
+        commands,
+        "score",
+        _score,
+        "How right predictions are, by task, with intervals.",
+        "umbrella-jax score runs/sex/predictions/step_300.jsonl",
+    )
+    score.add_argument("predictions", metavar="FILE", help="of a run's predictions/, or like them (.jsonl)")
+    score.add_argument("--config", metavar="FILE", help="YAML of a run, for its section evaluation")
+    add_json(score)
+
+    report = add_command(
+        commands,
+        "report",
+        _report,
+        "Write a run as one HTML page: what was run, curves, answers.",
+        "umbrella-jax report runs/sex --samples 12 --explain gradient",
+    )
+    report.add_argument("run", metavar="RUN", help="the run's directory")
+    report.add_argument("--out", metavar="FILE", help="default RUN/report.html")
+    which = report.add_mutually_exclusive_group()
+    which.add_argument("--step", type=number, metavar="N", help="whose evaluation; default the last")
+    which.add_argument("--predictions", metavar="FILE", help="of `predict` on the run's data.eval instead")
+    report.add_argument("--baseline", metavar="DIR", help="beside what `baseline --out DIR` wrote")
+    report.add_argument("--samples", type=number, default=8, metavar="N", help="conversations with volumes; default 8")
+    report.add_argument(
+        "--explain",
+        choices=METHODS,
+        metavar="METHOD",
+        help="lay over them what the answer rests on: gradient, integrated or occlusion, as `explain`",
+    )
+
+    baseline = add_command(
+        commands,
+        "baseline",
+        _baseline,
+        "Train a 3D CNN and a linear probe on the same split, to compare.",
+        "umbrella-jax baseline --config runs/sex/config.yaml --run runs/sex --out base",
+    )
+    add_config(baseline, ["--base", *DATA_FLAGS, "--cache"])
+    baseline.add_argument("--out", required=True, metavar="DIR", help="for baseline/cnn.jsonl and /probe.jsonl")
+    model = baseline.add_mutually_exclusive_group()
+    model.add_argument("--run", metavar="RUN", help="put its newest predictions beside; probe its tower")
+    model.add_argument("--predictions", metavar="FILE", help="put these answers to the eval data beside")
+    baseline.add_argument("--only", choices=["cnn", "probe"], metavar="NAME", help="cnn or probe; default both")
+    baseline.add_argument("--cnn-epochs", type=int, default=50, metavar="N", help="of the CNN; default 50")
+    baseline.add_argument(
+        "--cnn-width", type=float, default=1.0, metavar="X", help="of the CNN's channels, a share; default 1"
+    )
+    add_overlap(baseline)
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.evaluation.metrics import read_predictions, score, tasks_of
+
+    config = load_config(arguments.config).evaluation if arguments.config else EvaluationConfig()
+    rows = read_predictions(arguments.predictions)
+    found = score(rows, tasks_of(rows, config.tasks), resamples=config.resamples)
+    print(json.dumps(found.to_json(), indent=1, allow_nan=False) if arguments.json else found.table())
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.pages import PRIVACY
+    from umbrella_jax.report import write_report
+
+    out = Path(arguments.out) if arguments.out else Path(arguments.run) / "report.html"
+    write_report(
+        arguments.run,
+        out,
+        step=arguments.step,
+        predictions=arguments.predictions,
+        baseline=arguments.baseline,
+        samples=arguments.samples,
+        explain=arguments.explain,
+    )
+    print(f"{out}: {PRIVACY}")
+
+
+def _baseline(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.distributed import alone, start, together
+
+    start()
+    with together():
+        if not alone():
+            raise ConfigError("baseline: several processes were started; it works in one: start one alone")
+    from umbrella_jax.baseline import baseline
+
+    found = baseline(
+        config_of(arguments),
+        arguments.out,
+        run=arguments.run,
+        predictions=arguments.predictions,
+        only=arguments.only,
+        epochs=arguments.cnn_epochs,
+        width=arguments.cnn_width,
+        allow_overlap=arguments.allow_overlap,
+    )
+    print(found.table())

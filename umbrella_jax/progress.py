@@ -1,0 +1,120 @@
+"""How far a loop is, in a line: on a terminal one that is rewritten, elsewhere a new one now and then."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from tqdm import tqdm
+
+from umbrella_jax.rundir import Say
+
+INTERVAL = 30.0
+"""Seconds from one line to the next, where there is no terminal; of a log too."""
+_RECENT = 50
+"""Steps or batches that rates are of."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one step or batch."""
+
+    samples: int
+    """Conversations, without empty rows."""
+    tokens: int
+    """Positions of these, without padding, and tokens that were made."""
+    flops: float = 0.0
+    """Of its shape, with what is padding; 0 where nobody counts them."""
+
+
+class Progress:
+    """Counts up to a total. Rates are of what did not wait for the compiler; the time that is left is by the clock.
+
+    Args:
+        what: is counted, the line's beginning: `step`.
+        done: of the total, as it begins.
+        say: takes a line where stderr is no terminal; `note` one where it is, for a log. A line comes when the last
+            one is `INTERVAL` seconds old and, of what `always` says, at the first and the last count.
+        peak: FLOP/s of all devices together.
+        memory: a device's `memory_stats`, which has none where the backend does not say.
+        quiet: of a process that says nothing.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        *,
+        done: int = 0,
+        say: Say,
+        note: Say,
+        always: bool = False,
+        peak: float | None = None,
+        memory: Callable[[], Mapping[str, Any] | None] = lambda: None,
+        quiet: bool = False,
+    ):
+        self._what, self._total, self._done, self._always = what, total, done, always
+        self._peak, self._memory = peak, memory
+        self._recent: deque[tuple[Work, float]] = deque(maxlen=_RECENT)
+        self._began, self._counted, self._elapsed = done, 0, 0.0
+        self._last = self._told = time.perf_counter()
+        # a bar of a fixed width, and all else in its description, which is cut to the terminal
+        options: dict[str, Any] = {"bar_format": "{bar:10} {desc}", "dynamic_ncols": True, "leave": always}
+        self._bar = tqdm(total=total, initial=done, disable=True if quiet else None, **options)
+        self._line = say if self._bar.disable else note
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def advance(self, count: int, work: Work, seconds: float, *, compiled: bool, loss: float | None = None) -> None:
+        """Counts on, by what took so many seconds; where it `compiled` meanwhile, no rate has it."""
+        now = time.perf_counter()
+        first = self._done == self._began
+        self._done += count
+        if not compiled:
+            self._recent.append((work, seconds))
+            self._counted += count
+            self._elapsed += now - self._last
+        self._last = now
+        ends = self._always and (first or self._done >= self._total)
+        due = ends or now - self._told >= INTERVAL
+        if due or not self._bar.disable:
+            text = self.text(loss)
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.update(count)
+            if due:
+                self._line(text)
+                self._told = now
+
+    def text(self, loss: float | None = None) -> str:
+        """The line: what is not known is left out."""
+        parts = [f"{self._what} {self._done:,} of {self._total:,}"]
+        if loss is not None:
+            parts.append(f"loss {loss:.4f}")
+        seconds = sum(seconds for _, seconds in self._recent)
+        if seconds > 0:
+            work = [work for work, _ in self._recent]
+            parts.append(f"{sum(w.samples for w in work) / seconds:,.3g} samples/s")
+            parts.append(f"{sum(w.tokens for w in work) / seconds:,.0f} tokens/s")
+            flops = sum(w.flops for w in work)
+            if self._peak and flops:
+                parts.append(f"{flops / seconds / self._peak:.0%} of peak")
+        if self._counted and self._done < self._total:
+            left = self._elapsed / self._counted * (self._total - self._done)
+            parts.append(f"{timedelta(seconds=round(left))} left")
+        if stats := self._memory():
+            parts.append(_memory_text(stats))
+        return "  ".join(parts)
+
+
+def _memory_text(stats: Mapping[str, Any]) -> str:
+    """Of a device: in use between two steps, at most so far, and all that it has."""
+    used, most, limit = (stats.get(name) for name in ("bytes_in_use", "peak_bytes_in_use", "bytes_limit"))
+    text = f"memory {(used or 0) / 1e9:.1f}"
+    text += "" if most is None else f", at most {most / 1e9:.1f}"
+    return text + ("" if limit is None else f" of {limit / 1e9:.1f}") + " GB"

@@ -1,0 +1,157 @@
+"""What lies in a run's directory, and what of it is read without jax. docs/runs.md tells it to people.
+
+config.yaml      the resolved config
+inputs.json      what the run reads, by content
+model/           config.json, tokenizer, modalities: all of the model but its weights
+metrics.jsonl    one line per update, with the figures of its evaluation where there was one
+predictions/     answers of each evaluation
+checkpoints/     orbax: what was trained, moments, step
+log.txt          all that was said, and how it ended; a run that goes on writes behind it
+report.html      where `umbrella-jax report` puts its page
+.lock            held by the process that is training
+"""
+
+import json
+import logging
+import os
+import socket
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from umbrella_jax.errors import DataError, Interrupted, UmbrellaError, visible
+
+CONFIG, INPUTS, MODEL, METRICS, PREDICTIONS, CHECKPOINTS, LOG, REPORT = (
+    *("config.yaml", "inputs.json", "model", "metrics.jsonl", "predictions", "checkpoints", "log.txt", "report.html"),
+)
+Say = Callable[[str], None]
+"""Takes lines for people."""
+Line = dict[str, float | None]
+"""A line of `metrics.jsonl`; None stands for what is not finite, which JSON does not know."""
+_STARTED, _FINISHED, _ENDED = "started:", "finished:", "ended:"
+_TAIL = 1 << 18
+"""Bytes of a log's end in which it is looked for how the run ended."""
+
+
+def read_metrics(path: Path) -> list[Line]:
+    """The lines of a `metrics.jsonl`, none where there is no file. A last one that a kill tore apart is left out.
+
+    Raises DataError for any other line that is none.
+    """
+    if not path.exists():
+        return []
+    rows, lines = path.read_text().splitlines(), []
+    for number, row in enumerate(rows, 1):
+        try:
+            lines.append(json.loads(row))
+            int(lines[-1]["step"])
+        except (ValueError, TypeError, KeyError):
+            if number < len(rows):
+                raise DataError(f"{path}:{number}: no line of metrics; take it out, or bring the file back") from None
+            del lines[number - 1 :]
+    return lines
+
+
+def evaluations(run: Path) -> dict[int, Path]:
+    """{step: the predictions of a run's evaluation behind it}, the first step first."""
+    found = {file.stem.removeprefix("step_"): file for file in (run / PREDICTIONS).glob("step_*.jsonl")}
+    return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int)}
+
+
+class RunLog:
+    """`log.txt` while it is entered: what is said, warnings, what other packages log, and the error that ends it.
+
+    Every line has its time; control characters are written out. Where the file can no longer be written, that is said
+    once, and the run goes on without it.
+    """
+
+    def __init__(self, path: Path, say: Say, about: str):
+        """`say`: where lines go too; `about`: of the first line, beside process and host."""
+        self.path, self._say, self._about = path, say, about
+        self._handlers: list[logging.Handler] = []
+        self._file: TextIO | None = None
+
+    def say(self, text: str) -> None:
+        """Into the log and to people."""
+        self._say(text)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Into the log alone."""
+        if self._file is None:
+            return
+        now = datetime.now().astimezone().isoformat(" ", "seconds")
+        try:
+            self._file.write("".join(f"{now} {visible(line)}\n" for line in text.split("\n")))
+            self._file.flush()
+        except OSError as error:
+            self._file = None
+            self._say(f"WARNING: {self.path}: no longer written: {error.strerror}")
+
+    def __enter__(self) -> "RunLog":
+        self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace")  # a path may be no Unicode
+        self.note(f"{_STARTED} {self._about}, process {os.getpid()} on {socket.gethostname()}")
+        self._showwarning, warnings.showwarning = warnings.showwarning, self._warned
+        root = logging.getLogger()
+        self._handlers = [_Handler(self.note)]
+        if not root.handlers and logging.lastResort:  # which is asked no more where there is a handler
+            self._handlers.append(logging.lastResort)
+        for handler in self._handlers:
+            root.addHandler(handler)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: object) -> None:
+        for handler in self._handlers:
+            logging.getLogger().removeHandler(handler)
+        warnings.showwarning = self._showwarning
+        self.note(_FINISHED if error is None else f"{_ENDED} {_said(error)}")
+        if self._file:
+            self._file.close()
+
+    def _warned(
+        self, message: Any, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        self._showwarning(message, category, filename, lineno, file, line)
+        self.note(f"{category.__name__}: {message} ({filename}:{lineno})")
+
+
+class _Handler(logging.Handler):
+    """Of warnings and worse."""
+
+    def __init__(self, note: Say):
+        super().__init__(logging.WARNING)
+        self._note = note
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._note(f"{record.levelname}: {record.name}: {self.format(record)}")
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, Interrupted | UmbrellaError | OSError):
+        return str(error)
+    return f"{type(error).__name__}: {error}\n{''.join(traceback.format_exception(error)).rstrip()}"
+
+
+def how_it_ended(path: Path) -> str | None:
+    """What a log says last of an end: the error's first line, "" of a run that finished, None where it says none, as
+    of a process that was killed, or that is running."""
+    for text in _from_the_end(path):
+        if text.startswith(_STARTED):
+            return None
+        if text.startswith((_FINISHED, _ENDED)):
+            return text.removeprefix(_FINISHED).removeprefix(_ENDED).strip()
+    return None
+
+
+def _from_the_end(path: Path) -> Iterator[str]:
+    """Lines without their time, the last first."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(max(os.fstat(file.fileno()).st_size - _TAIL, 0))
+        lines = file.read().decode("utf-8", "replace").splitlines()
+    for line in reversed(lines):
+        yield line.partition(" ")[2].partition(" ")[2]
