@@ -24,8 +24,13 @@ from umbrella_jax.training.step import init_state, jit_train_step
 LOSS, GRAD_NORM = 3.8166556129819407, 2.217119256535518
 """Mean over supervised tokens, and norm of the patch embedding's gradient before clipping: PyTorch's in float64
 (tests/test_doctor.py, which works them out again)."""
-TOLERANCE = {"cpu": (1e-6, 1e-5), "gpu": (1e-3, 5e-3), "tpu": (1e-2, 5e-2)}
-"""Of loss and gradient norm, relative, by platform."""
+TOLERANCE = {"cpu": (1e-5, 1e-4), "gpu": (1e-3, 5e-3), "tpu": (1e-2, 5e-2)}
+"""Of loss and gradient norm, relative, by platform, whose default precision of float32 products differs.
+
+CPUs compute them in float32: 6e-8 and 9e-8 were seen. TPUs round their factors to bfloat16: with all of the model in
+bfloat16, which rounds more, twelve models and batches like this one were off by 1.4e-3 and 9e-3 (root mean square), of
+which this is the five- to sevenfold. NVIDIA GPUs round them to TF32, which has three bits more: an eighth. Nothing of
+that was seen on a GPU or TPU yet."""
 
 VISION = SiglipConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3)
 TEXT = Qwen2Config(
