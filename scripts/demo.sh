@@ -2,8 +2,6 @@
 # Makes .venv if it is missing, installs the project, and goes the whole path on real scans.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ -d .venv ] || python3 -m venv .venv
-. .venv/bin/activate
-python -m pip install --quiet --editable ".[report]"
+bash scripts/install.sh report
 
-umbrella-jax demo "$@"
+.venv/bin/umbrella-jax demo "$@"

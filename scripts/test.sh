@@ -2,10 +2,8 @@
 # Makes .venv if it is missing, installs the project, and runs linters, type checker and the test suite.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ -d .venv ] || python3 -m venv .venv
+bash scripts/install.sh dev
 . .venv/bin/activate
-python -m pip install --quiet torch==2.13.0 # what the golden values were computed with
-python -m pip install --quiet --editable ".[dev]"
 # tests/test_report.py looks at the page in a browser.
 if ! command -v chromium-headless-shell chromium chromium-browser google-chrome >/dev/null; then
   if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
@@ -18,8 +16,8 @@ fi
 # The export's PyTorch loader is tested under transformers 4.46 too, in a process of its own.
 export UMBRELLA_TRANSFORMERS_446="$PWD/.venv/transformers-4.46.3"
 if [ ! -e "$UMBRELLA_TRANSFORMERS_446/complete" ]; then
-  python -m pip install --quiet --upgrade --no-deps --target "$UMBRELLA_TRANSFORMERS_446" \
-    transformers==4.46.3 tokenizers==0.20.3 huggingface-hub==0.36.2 requests urllib3 idna certifi charset-normalizer
+  UV_SYSTEM_CERTS=1 uv pip install --quiet --no-deps --require-hashes --target "$UMBRELLA_TRANSFORMERS_446" \
+    --requirement requirements/transformers-4.46.txt
   touch "$UMBRELLA_TRANSFORMERS_446/complete"
 fi
 

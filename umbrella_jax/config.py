@@ -7,6 +7,7 @@ combination that makes no sense are refused together, by name.
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -516,14 +517,26 @@ def _expected_keys(path: Sequence[str | int]) -> str:
     )
 
 
-def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """Reads a YAML file; `overrides` maps dotted keys to values that replace the file's.
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with the package, by name."""
+    package = Path(__file__).parent
+    # in a wheel they lie in the package, in a checkout beside it
+    folder = next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
-    Raises ConfigError for a file that is missing or no YAML, a key given twice, and all that `parse_config` refuses.
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Reads a YAML file, or the shipped config of that name; `overrides` maps dotted keys to values that replace it.
+
+    A name is that of a shipped config (`t1_0.5b`) where no file is called so. Raises ConfigError for a file that is
+    missing or no YAML, a key given twice, and all that `parse_config` refuses.
     """
-    data = read_yaml(path)
+    shipped = shipped_configs()
+    if os.path.isdir(path) or not os.path.lexists(path):
+        path = shipped.get(str(path), path)
+    data = read_yaml(path, f"expected a YAML file, or a shipped config: {', '.join(shipped)}")
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping with the keys of a run (see configs/)")
+        raise ConfigError(f"{path}: expected a mapping with the keys of a run")
     for key, value in (overrides or {}).items():
         *parents, last = key.split(".")
         section = data

@@ -84,10 +84,10 @@ def parse_json(text: str, path: str | Path, error: type[UmbrellaError], remedy: 
         raise error(f"{place}: not valid JSON: {message} (column {column}); {remedy}") from None
 
 
-def read_yaml(path: str | Path) -> Any:
-    """What a YAML (or JSON) file holds, plain values alone. Raises ConfigError as `parse_yaml`, and where it is missing
-    or too long."""
-    return parse_yaml(read_text(path, ConfigError, YAML, "expected a YAML file"), str(path))
+def read_yaml(path: str | Path, remedy: str = "expected a YAML file") -> Any:
+    """What a YAML (or JSON) file holds, plain values alone. Raises ConfigError as `parse_yaml`, and with the `remedy`
+    where it is missing or too long."""
+    return parse_yaml(read_text(path, ConfigError, YAML, remedy), str(path))
 
 
 def parse_yaml(text: str, place: str) -> Any:

@@ -253,7 +253,7 @@ def test_functional_runs_are_of_rest_unless_asked(bids, tmp_path):
     assert all(r["images"][0]["path"].endswith("_task-rest_bold.nii.gz") for r in train + held)
     assert train[0]["modalities"] == ["fMRI"]
     assert "left out: runs of other tasks (2), which --entity task=VALUE takes: nback" in lines
-    assert "--config configs/rsfmri_0.5b.yaml" in lines[-1]
+    assert "--config rsfmri_0.5b " in lines[-1]
     from_bids(root, tmp_path / "nback", "sex", modality="fMRI", split="all=1", entities=["task=nback"])
     (records,) = written(tmp_path / "nback", "all")
     assert all("task-nback" in r["images"][0]["path"] for r in records)
@@ -468,7 +468,7 @@ def test_what_is_written_can_be_read(bids, tmp_path, tokenizer, modalities, kind
 
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_the_config_to_train_with_has_the_modality(modality):
-    config = load_config(Path(__file__).parents[2] / MODALITIES[modality][2])
+    config = load_config(MODALITIES[modality][2])
     assert resolve_modality(modality, config.model.modalities)
 
 
@@ -480,7 +480,7 @@ def test_command(bids, tmp_path):
         f"{root}: sex, classification, sMRI, 10 of 10 subjects",
         f"{out}/train.json: 6 subjects, 6 conversations: female 3, male 3",
         f"{out}/eval.json: 4 subjects, 4 conversations: female 2, male 2",
-        f"next: umbrella-jax train --config configs/t1_0.5b.yaml --base LLAVA_DIR --train-data {out}/train.json "
+        f"next: umbrella-jax train --config t1_0.5b --base LLAVA_DIR --train-data {out}/train.json "
         f"--eval-data {out}/eval.json --image-root {shlex.quote(str(root))} --out runs/sex",
     ]
     pairs = umbrella("data", "from-bids", root, tmp_path / "t3", "--target", "sex", "--kind", "comparison")

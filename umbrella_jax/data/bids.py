@@ -32,7 +32,7 @@ TEMPLATES: dict[str, dict[str, str]] = {
     },
 }
 """What is said where a template file says nothing else; its kinds are the kinds of conversation."""
-MODALITIES = {"sMRI": ("anat", "T1w", "configs/t1_0.5b.yaml"), "fMRI": ("func", "bold", "configs/rsfmri_0.5b.yaml")}
+MODALITIES = {"sMRI": ("anat", "T1w", "t1_0.5b"), "fMRI": ("func", "bold", "rsfmri_0.5b")}
 """Folder and suffix of a modality's files, and a config to train it with."""
 _MISSING = ("", "n/a")
 

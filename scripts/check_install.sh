@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Installs the wheel into an empty environment, and uses it from an empty directory, far from the checkout: command line,
+# a config that is shipped, a short training, answers, and mypy --strict on the program that asks for them.
+# PYTHON=python3.13 bash scripts/check_install.sh takes another Python; LOCKED=1 the versions of requirements/lock.txt.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+tree=$PWD
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+"${PYTHON:-python3}" -m venv "$work/venv"
+"$work/venv/bin/python" -m pip install --quiet --require-hashes --requirement requirements/uv.txt
+export UV_SYSTEM_CERTS=1
+uv=$work/venv/bin/uv
+"$uv" build --quiet --wheel --out-dir "$work/dist"
+"$uv" pip install --quiet --python "$work/venv/bin/python" ${LOCKED:+--constraint requirements/lock.txt} \
+  "$work"/dist/*.whl mypy
+mkdir "$work/empty"
+cp tests/outside.py "$work/outside.py"
+cd "$work/empty"
+unset PYTHONPATH
+export PATH="$work/venv/bin:$PATH" PYTHONSAFEPATH=1
+python -c 'import umbrella_jax, convert; print(umbrella_jax.__file__, convert.__file__)' >"$work/where"
+! grep -qF "$tree" "$work/where"
+
+umbrella-jax --help >"$work/help"
+umbrella-jax doctor
+umbrella-jax data validate --config t1_0.5b --train-data nowhere.json 2>"$work/err" && exit 1
+grep -q nowhere.json "$work/err"
+umbrella-jax inspect --config t1 2>"$work/err" && exit 1
+tee /dev/stderr <"$work/err" | grep -q 'a shipped config: joint_0.5b, .*t1_0.5b'
+python "$work/outside.py" "$work/demo" | tail -n 1
+mypy --strict --cache-dir "$work/mypy" "$work/outside.py"
+[ -z "$(ls -A)" ]
+echo "$(python --version): the wheel works"

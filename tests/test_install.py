@@ -1,0 +1,119 @@
+"""Wheel and sdist hold what they should, and the wheel works where there is no checkout."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from umbrella_jax.config import load_config, shipped_configs
+from umbrella_jax.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+NAME = f"umbrella_jax-{VERSION}"
+
+
+def project_files() -> set[str]:
+    """Files of the checkout, or of the sdist that this is in."""
+    if (ROOT / "PKG-INFO").exists():
+        listed = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if path.is_file()]
+        caches = ("__pycache__", ".venv", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis")
+        return {name for name in listed if not any(part in caches for part in name.split("/"))} - {"PKG-INFO"}
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--deduplicate"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    return {name for name in listed if (ROOT / name).exists() and not name.startswith(".ci/")}
+
+
+def build(source: Path, target: str, out: Path) -> Path:
+    """With hatchling alone, as pip does without build isolation: nothing is fetched."""
+    command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(out)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (file,) = out.iterdir()
+    return file
+
+
+@dataclass(frozen=True)
+class Built:
+    wheel: Path
+    sdist: Path
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    root = tmp_path_factory.mktemp("built")
+    return Built(build(ROOT, "wheel", root / "wheel"), build(ROOT, "sdist", root / "sdist"))
+
+
+def test_the_wheel_holds_the_packages_and_the_configs(built: Built) -> None:
+    expected = {name for name in project_files() if name.startswith(("umbrella_jax/", "convert/"))}
+    expected |= {f"umbrella_jax/{name}" for name in project_files() if name.startswith("configs/")}
+    assert {"convert/py.typed", "umbrella_jax/py.typed", "umbrella_jax/report/page.html"} < expected
+    parts = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
+    expected |= {f"{NAME}.dist-info/{part}" for part in parts}
+    assert set(zipfile.ZipFile(built.wheel).namelist()) == expected
+
+
+def test_the_sdist_holds_the_project_and_makes_the_same_wheel(built: Built, tmp_path: Path) -> None:
+    with tarfile.open(built.sdist) as sdist:
+        names = {member.name for member in sdist.getmembers()}
+        sdist.extractall(tmp_path, filter="data")
+    assert names == {f"{NAME}/{name}" for name in project_files() | {"PKG-INFO"}}
+    again = build(tmp_path / NAME, "wheel", tmp_path / "out")
+    assert again.read_bytes() == built.wheel.read_bytes()
+
+
+def test_the_wheel_alone_works(built: Built, tmp_path: Path) -> None:
+    """Beside this environment's dependencies, from an empty directory: its files are used, not the checkout's."""
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
+    subprocess.run([*pip, str(built.wheel)], check=True)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    program = (
+        "import convert, umbrella_jax.config as c;"
+        "print(convert.__file__, c.__file__, *c.shipped_configs().values(), sep='\\n');"
+        "print(c.load_config('t1_0.5b').output_dir)"
+    )
+    *files, output = run(sys.executable, "-c", program).splitlines()
+    assert len(files) == 2 + len(list((ROOT / "configs").iterdir()))
+    assert all(Path(file).is_relative_to(site) for file in files)
+    assert output == "runs/t1_0.5b"
+    assert "doctor" in run(str(site / "bin/umbrella-jax"), "--help")
+    found = json.loads(run(str(site / "bin/umbrella-jax"), "doctor", "--json"))
+    assert found["ok"]
+    assert found["versions"]["umbrella-jax"] == VERSION
+    assert list(empty.iterdir()) == []
+
+
+def test_a_shipped_config_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("t1_7b") == load_config(ROOT / "configs/t1_7b.yaml")
+    assert set(shipped_configs()) == {path.stem for path in (ROOT / "configs").iterdir()}
+    (tmp_path / "tiny").mkdir()  # a directory is no config
+    assert load_config("tiny") == load_config(ROOT / "configs/tiny.yaml")
+    (tmp_path / "t1_7b").write_text("model: {modalities: {T1: {size: [4, 4, 4], patch: [2, 2, 2]}}}")
+    assert load_config("t1_7b").model.modalities["T1"].size == (4, 4, 4), "a file of that name goes first"
+
+
+@pytest.mark.parametrize("name", ["t1", "configs/t1_7b.yaml", "./tiny", "t1_7b.yaml"])
+def test_a_config_that_is_nowhere(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"expected a YAML file, or a shipped config: joint_0\.5b, .*, t1_0\.5b, t1_7b"
+    ):
+        load_config(name)
