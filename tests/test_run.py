@@ -321,7 +321,7 @@ def test_template(planned: Callable[..., dict[str, Any]], world: World, tmp_path
     (batch,) = plan["batches"]
     learnt = tokenizer.decode(batch.target_ids[0, 0][batch.target_mask[0, 0]])
     assert re.fullmatch(r"(<\|im_start\|>assistant\n(left|right)\.<\|im_end\|>\n){2}", learnt)
-    assert plan["evaluate"].args[3].template == "original"  # the processor's
+    assert plan["evaluate"].args[0].processor.template == "original"
 
 
 def test_image_root(planned: Callable[..., dict[str, Any]], world: World, tmp_path: Path) -> None:
