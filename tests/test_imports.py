@@ -15,6 +15,11 @@ ROOMS: dict[str, set[str]] = {
     "umbrella_jax/config.py": {"umbrella_jax.errors", "umbrella_jax.reading", "pydantic", "ruamel"},
     "umbrella_jax/batch.py": {"jax", "chex"},
     "umbrella_jax/pages.py": {"jinja2"},
+    "umbrella_jax/columns.py": set(),
+    "umbrella_jax/runs.py": {
+        *("umbrella_jax.columns", "umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.evaluation"),
+        *("umbrella_jax.files", "umbrella_jax.pages", "umbrella_jax.rundir", "matplotlib"),
+    },
     "umbrella_jax/rundir.py": {"umbrella_jax.errors"},
     "umbrella_jax/progress.py": {"umbrella_jax.rundir", "tqdm"},
     "umbrella_jax/sharding.py": {
@@ -31,7 +36,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "umbrella_jax/plan": {
         *("umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.models", "umbrella_jax.training", "jax"),
-        *("umbrella_jax.sharding", "umbrella_jax.reading"),
+        *("umbrella_jax.sharding", "umbrella_jax.reading", "umbrella_jax.columns"),
     },
     "umbrella_jax/evaluation": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),

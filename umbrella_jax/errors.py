@@ -12,6 +12,11 @@ a thousand files one error at a time.
 from collections.abc import Sequence
 from typing import ClassVar
 
+LESS = (
+    "lower train.batch_size, set model.remat: full or model.frozen_dtype: bfloat16, or split the weights "
+    "(--mesh fsdp=N); `umbrella-jax plan` says what fits"
+)
+"""The remedy, where a device's memory is full."""
 _SHOWN = 50
 _LONGEST = 2000  # characters of one fault: what it quotes may be a text of megabytes
 # A file's names and texts may hold what moves a terminal's cursor or colours its lines.

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from umbrella_jax.api import Checkpoint, describe, open_base
-from umbrella_jax.config import AugmentConfig, RunConfig, dump_config, parse_config, to_dict
+from umbrella_jax.config import AugmentConfig, RunConfig, dump_config, flat, parse_config, to_dict
 from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.inputs import Inputs, changed, digest_of, dump_inputs, read_inputs
 from umbrella_jax.data.loader import (
@@ -38,7 +38,7 @@ from umbrella_jax.data.loader import (
 )
 from umbrella_jax.data.plan import BatchShape, Plan
 from umbrella_jax.distributed import agree, gather, together
-from umbrella_jax.errors import CheckpointError, ConfigError
+from umbrella_jax.errors import LESS, CheckpointError, ConfigError
 from umbrella_jax.evaluation.metrics import Task, metric_names, score, task_of, tasks_of
 from umbrella_jax.files import locked, write_whole
 from umbrella_jax.loggers import loggers, missing
@@ -162,9 +162,8 @@ def rehearse(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) 
             if (step := checkpoints.latest_step()) is not None:
                 _same_run(checkpoints.directory, checkpoints.meta(step), prepared.meta, prepared.inputs)
                 say(f"resume: would go on from step {step}")
-    programs = _compile(prepared, say)
     with together():
-        _check_memory(prepared, programs, say)
+        _compile(prepared, say)
     say(f"nothing was written to {out}")
 
 
@@ -517,7 +516,7 @@ def _attempt(read: Callable[..., T], *args: Any) -> tuple[T | None, list[str]]:
 def _same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any], inputs: Inputs) -> None:
     """Raises ConfigError with everything in which the run of a checkpoint is another one."""
     stored = to_dict(parse_config(saved["config"], str(directory)))  # with fields that it did not know yet
-    before, now = _flat(stored), _flat(meta["config"])
+    before, now = flat(stored), flat(meta["config"])
     faults = [
         f"{key}: {now.get(key)} now, {before.get(key)} in the checkpoint"
         for key in sorted(before.keys() | now.keys())
@@ -528,7 +527,7 @@ def _same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any], inpu
     if saved["frozen_types"] != meta["frozen_types"]:  # a native checkpoint may be the same base in another type
         before_, now_ = (", ".join(m["frozen_types"]) for m in (saved, meta))
         faults.append(f"model.base: frozen weights are {now_} now, {before_} in the checkpoint; set model.frozen_dtype")
-    before, now = _flat(saved["architecture"]), _flat(meta["architecture"])
+    before, now = flat(saved["architecture"]), flat(meta["architecture"])
     faults += [
         f"model.base: config.json: {key}: {now.get(key)} now, {before.get(key)} in the checkpoint"
         for key in sorted(before.keys() | now.keys())
@@ -544,13 +543,6 @@ def _same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any], inpu
         ]
     if faults:
         raise ConfigError([f"{directory}: cannot resume: {fault}" for fault in faults])
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in config.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out
 
 
 def _absolute(config: RunConfig) -> RunConfig:
@@ -630,25 +622,35 @@ def _evaluate(
     return {f"eval_{name}": value for name, value in (metrics | score(answered, tasks, resamples=0).flat()).items()}
 
 
-Programs = list[tuple[str, BatchShape, jax.stages.Compiled]]
-"""What, of which shape, the program."""
+def _compile(run: Prepared, say: Say) -> None:
+    """Compiles all that a run calls, and says of each program how long that took and what it takes of a device, beside
+    what `umbrella-jax plan` counts and what the device has.
 
-
-def _compile(run: Prepared, say: Say) -> Programs:
-    """All programs of a run, each of which is named with the time that it took to compile."""
-    began, programs = time.perf_counter(), Programs()
-    for what, shape, program, seconds in _timed(_programs(run)):
-        say(f"compiled in {seconds:.1f} s: {what} of {shape}")
-        programs.append((what, shape, program))
-    say(f"{len(programs)} programs compiled in {time.perf_counter() - began:.1f} s")
-    return programs
-
-
-def _timed(programs: Iterator[tuple[str, BatchShape, Any]]) -> Iterator[tuple[str, BatchShape, Any, float]]:
-    began = time.perf_counter()
-    for what, shape, program in programs:
-        yield what, shape, program, time.perf_counter() - began
-        began = time.perf_counter()
+    Raises ConfigError naming each program that the device has too little memory for.
+    """
+    device = jax.local_devices()[0]
+    has = (device.memory_stats() or {}).get("bytes_limit")
+    if device.platform == "cpu":
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    sizes, planned, faults = list[int](), list[float](), list[str]()
+    began = last = time.perf_counter()
+    for what, shape, program in _programs(run):
+        took, last = time.perf_counter() - last, time.perf_counter()
+        size = _memory(program)
+        say(f"compiled in {took:.1f} s: {what} of {shape}" + ("" if size is None else f"; takes {_bytes(size)}"))
+        sizes.append(size or 0)
+        if what == "step":
+            planned.append(_planned(run, shape))
+        if has is not None and (size or 0) > has:
+            faults.append(f"{what} of {shape}: takes {_bytes(size or 0)} of a device that has {_bytes(has)}; {LESS}")
+    say(f"{len(sizes)} programs compiled in {time.perf_counter() - began:.1f} s")
+    compiled = _bytes(max(sizes)) if any(sizes) else "not known"
+    say(
+        f"memory of a device: {compiled} as compiled, {_bytes(max(planned))} as umbrella-jax plan counts; it has "
+        + ("an unknown size" if has is None else _bytes(has))
+    )
+    if faults:
+        raise ConfigError(faults)
 
 
 def _programs(run: Prepared) -> Iterator[tuple[str, BatchShape, jax.stages.Compiled]]:
@@ -679,36 +681,16 @@ def _programs(run: Prepared) -> Iterator[tuple[str, BatchShape, jax.stages.Compi
         )
 
 
-def _check_memory(run: Prepared, programs: Programs, say: Say) -> None:
-    """Says what a device will hold, as `umbrella-jax plan` counts it and as XLA does, and what it has. Raises
-    ConfigError where XLA counts more."""
-    device = jax.local_devices()[0]
-    has = (device.memory_stats() or {}).get("bytes_limit")
-    if device.platform == "cpu":
-        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    planned = max(_planned(run, shape) for what, shape, _ in programs if what == "step")
-    say(f"memory of a device, planned (umbrella-jax plan): {planned / 1e9:.2f} GB, of its {_gb(has)}")
-    faults = []
-    for what, shape, program in programs:
-        if (found := program.memory_analysis()) is None:
-            continue
-        resident = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-        total = resident + found.temp_size_in_bytes + found.generated_code_size_in_bytes
-        say(
-            f"memory of a device, as compiled: {total / 1e9:.2f} GB, {found.temp_size_in_bytes / 1e9:.2f} of it at "
-            f"work: {what} of {shape}"
-        )
-        if has is not None and total > has:
-            faults.append(
-                f"{what} of {shape}: takes {total / 1e9:.2f} GB of a device that has {_gb(has)}; lower "
-                "train.batch_size, set model.remat: full or model.frozen_dtype: bfloat16, or split the weights (--mesh)"
-            )
-    if faults:
-        raise ConfigError(faults)
+def _memory(program: jax.stages.Compiled) -> int | None:
+    """Bytes of a device that it takes, its arguments among them; None where the backend does not say."""
+    if (found := program.memory_analysis()) is None:
+        return None
+    size = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return int(size + found.temp_size_in_bytes + found.generated_code_size_in_bytes)
 
 
-def _gb(size: int | None) -> str:
-    return "unknown size" if size is None else f"{size / 1e9:.2f} GB"
+def _bytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _planned(run: Prepared, shape: BatchShape) -> float:

@@ -132,6 +132,8 @@ class _Handler(logging.Handler):
 def _said(error: BaseException) -> str:
     if isinstance(error, Interrupted | UmbrellaError | OSError):
         return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "SIGINT, before there was anything to save"
     return f"{type(error).__name__}: {error}\n{''.join(traceback.format_exception(error)).rstrip()}"
 
 

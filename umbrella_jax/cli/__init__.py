@@ -5,6 +5,7 @@ that `--help` and completion are there at once.
 """
 
 import argparse
+import io
 import logging
 import os
 import shlex
@@ -16,14 +17,10 @@ from typing import Any
 
 from umbrella_jax.cli import ask, convert, data, results, setup, train
 from umbrella_jax.cli.options import commands_of, make_command
-from umbrella_jax.errors import Interrupted, UmbrellaError
+from umbrella_jax.errors import LESS, Interrupted, UmbrellaError
 
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 """In what jax raises when a device's memory is full."""
-_LESS = (
-    "the device's memory is full: lower train.batch_size, set model.remat: full or model.frozen_dtype: bfloat16, or "
-    "split the weights (--mesh fsdp=N); `umbrella-jax plan` says what fits"
-)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -50,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0 when it went well, 2 when what the user handed in was at fault, 1 for any other
     failure (and for what `validate` and `verify` find), 128 + N when signal N ended it."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a job's log shows a line when it is said
     arguments = make_parser().parse_args(words)
     debug = vars(arguments).pop("debug", False)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of missing PyTorch, which is not needed
@@ -73,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if debug:
             traceback.print_exc()
-        message = f"{str(error).splitlines()[0]}; {_LESS}" if isinstance(error, RuntimeError) else error
+        message = str(error)
+        if isinstance(error, RuntimeError):
+            message = f"{message.splitlines()[0]}; the device's memory is full: {LESS}"
         print(f"umbrella-jax: {message}", file=sys.stderr)
         return error.exit_code if isinstance(error, UmbrellaError) else 1

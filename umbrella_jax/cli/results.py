@@ -1,7 +1,8 @@
-"""What came of it: `score`, `report`, `baseline`."""
+"""What came of it: `runs`, `score`, `report`, `baseline`."""
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,18 @@ from umbrella_jax.errors import ConfigError
 
 def add(commands: Any) -> None:
     """Adds the commands."""
+    runs = add_command(
+        commands,
+        "runs",
+        _runs,
+        "Compare runs: state, steps, figures, what differs in their configs.",
+        "umbrella-jax runs runs --metric eval_loss --plot runs.svg",
+    )
+    runs.add_argument("dir", metavar="DIR", help="in which they are, at any depth")
+    runs.add_argument("--metric", action="append", metavar="NAME", help="as in metrics.jsonl; again for more")
+    runs.add_argument("--plot", metavar="FILE", help="curves of all, .svg or .png (extra `report`)")
+    add_json(runs)
+
     score = add_command(
         commands,
         "score",
@@ -71,6 +84,19 @@ def add(commands: Any) -> None:
         "--cnn-width", type=float, default=1.0, metavar="X", help="of the CNN's channels, a share; default 1"
     )
     add_overlap(baseline)
+
+
+def _runs(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.runs import compare, find_runs, plot_faults
+
+    file = Path(arguments.plot) if arguments.plot else None
+    if file and (faults := plot_faults(file)):
+        raise ConfigError(faults)
+    found = compare(find_runs(arguments.dir), arguments.metric or ())
+    print(json.dumps(found.to_json(), indent=1, allow_nan=False) if arguments.json else found.table())
+    if file:
+        found.plot(file)
+        print(f"{file}: curves of {len(found.runs)} runs", file=sys.stderr)
 
 
 def _score(arguments: argparse.Namespace) -> None:

@@ -128,6 +128,11 @@ def metric_names(tasks: Mapping[str, Task], *, likelihoods: bool = False) -> lis
     return [*over_tasks(of), *(name_of(task, figure) for task, figures in of.items() for figure in figures)]
 
 
+def headline(metrics: Sequence[str]) -> str:
+    """Of the metrics of a task, the first to look at."""
+    return next((name for name in ("accuracy", "mae") if name in metrics), metrics[0])
+
+
 def name_of(task: str, figure: str) -> str:
     """Of a task's figure, among those of all tasks."""
     metric, *part = figure.split("/", 1)

@@ -3,11 +3,12 @@
 import dataclasses
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from umbrella_jax.columns import columns
 from umbrella_jax.config import MeshConfig, ModelConfig, RunConfig
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models import LlavaConfig
@@ -179,7 +180,7 @@ class Plan:
             "",
         ]
         counts = [model.flops(remat) for remat in _COUNTS.values()]
-        lines += _columns(
+        lines += columns(
             [
                 ["TFLOP per conversation, by remat policy", *_COUNTS],
                 *([part, *(f"{count[part] / 1e12:.3f}" for count in counts)] for part in freeze.COMPONENTS),
@@ -192,7 +193,7 @@ class Plan:
             rows = [[f"GB per device, remat {self.remat}", *(f"{name}, {found.mesh}" for name, found in shown)]]
             rows += [[key, *(f"{found.bytes[key] / 1e9:.3f}" for _, found in shown)] for key in shown[0][1].bytes]
             rows.append(["total", *(f"{found.total_bytes / 1e9:.3f}" for _, found in shown)])
-            lines += ["", *_columns(rows)]
+            lines += ["", *columns(rows)]
         limits = next((list(found.seconds) for found in (*self.configured, *self.policies)), [])
         header = ["batch", "GB", *limits, "step", "samples/s", "bound by"]
         if self.subjects is not None:
@@ -204,7 +205,7 @@ class Plan:
             if estimates:
                 rows = [["data×fsdp×tensor", *header]]
                 rows += [[str(found.mesh), *self._row(found)] for found in estimates[:_SHOWN]]
-                lines += ["", f"{title}; milliseconds by limit:", *_columns(rows)]
+                lines += ["", f"{title}; milliseconds by limit:", *columns(rows)]
                 if len(estimates) > _SHOWN:
                     lines.append(f"and {len(estimates) - _SHOWN} slower ones (--json has them)")
         if not self.configured:
@@ -215,7 +216,7 @@ class Plan:
             rows = [["remat", *header]]
             rows += [[f"{found.remat}, {found.mesh}", *self._row(found)] for found in self.policies]
             title = "largest batch that fits, each remat policy on its best mesh; milliseconds by limit:"
-            lines += ["", title, *_columns(rows)]
+            lines += ["", title, *columns(rows)]
         else:
             lines += ["", "no conversation fits on any mesh under any remat policy: take more devices"]
         for title, found in (("as configured", self.configured), ("the largest", self.largest)):
@@ -230,15 +231,6 @@ class Plan:
         cells += [f"{found.samples_per_second:.4g}", found.bound]
         hours = self.hours(found)
         return cells if hours is None else [*cells, f"{hours:.3g}"]
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
 
 
 def stored_dtype(config: ModelConfig, config_json: Path) -> str:

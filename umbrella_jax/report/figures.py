@@ -5,6 +5,7 @@ from io import BytesIO
 from typing import Any
 
 from umbrella_jax.evaluation.metrics import Task
+from umbrella_jax.evaluation.tasks import headline
 from umbrella_jax.pages import data_url
 from umbrella_jax.report.facts import BINS, Bin, Facts
 from umbrella_jax.rundir import Line
@@ -17,11 +18,6 @@ Points = list[tuple[int, float]]
 def points(lines: Sequence[Line], name: str) -> Points:
     """A number of the metrics, where it is there and finite."""
     return [(int(line["step"] or 0), value) for line in lines if (value := line.get(name)) is not None]
-
-
-def headline(task: Task) -> str:
-    """The first metric to look at."""
-    return next((name for name in ("accuracy", "mae") if name in task.metrics), task.metrics[0])
 
 
 def with_unit(task: Task, metric: str) -> str:
@@ -37,7 +33,7 @@ def curves(facts: Facts) -> Iterator[tuple[str, dict[str, Points]]]:
     yield "learning rate", {"": points(facts.lines, "learning_rate")}
     of_metric: dict[str, dict[str, Points]] = {}
     for name, task in facts.scores.tasks.items():
-        metric = headline(task)
+        metric = headline(task.metrics)
         of_metric.setdefault(with_unit(task, metric), {})[name] = points(facts.lines, f"eval_{metric}/{name}")
     for title, of in of_metric.items():
         if any(of.values()):

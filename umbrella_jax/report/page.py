@@ -17,9 +17,10 @@ from umbrella_jax.data.volume import open_volume, preprocess
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.evaluation.explain import Method
 from umbrella_jax.evaluation.metrics import Figure, short
+from umbrella_jax.evaluation.tasks import headline
 from umbrella_jax.explanation import Explanation
 from umbrella_jax.report.facts import Facts, Sample, read_facts
-from umbrella_jax.report.figures import curves, draw_calibration, draw_curves, draw_numbers, headline, with_unit
+from umbrella_jax.report.figures import curves, draw_calibration, draw_curves, draw_numbers, with_unit
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG
 
 _LONGEST = 150
@@ -68,7 +69,7 @@ def write_report(
         settings=list(_settings(facts)),
         curves=[(title, draw_curves(title, of), _said(of)) for title, of in curves(facts) if any(of.values())],
         results=[
-            (name, with_unit(task, headline(task)), _cells(facts, name)[headline(task)])
+            (name, with_unit(task, headline(task.metrics)), _cells(facts, name)[headline(task.metrics)])
             for name, task in facts.scores.tasks.items()
         ],
         overall={name: [(None, figure)] for name, figure in facts.scores.overall().items()},

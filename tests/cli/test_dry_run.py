@@ -1,0 +1,212 @@
+"""`train --dry-run`: all but the steps, of the very programs that the steps are."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import small_run
+from tests.small_run import World, read_lines, umbrella
+from umbrella_jax import prediction, run
+from umbrella_jax.rundir import how_it_ended
+from umbrella_jax.training import trainer
+
+PROGRAMS = {
+    "step": ((run, "jit_train_step"), (trainer, "jit_train_step")),
+    "evaluation": ((run, "jit_eval_step"),),
+    "prompts": ((prediction, "prefill"),),
+    "likelihoods": ((prediction, "score_answers"),),
+    "answers": ((prediction, "decode"),),
+}
+
+
+class Recorded:
+    """A jitted function that notes the program of each `lower` and of each call."""
+
+    def __init__(self, function: Any, name: str, lowered: set[Any], called: set[Any]):
+        self._function, self._name, self._lowered, self._called = function, name, lowered, called
+
+    def lower(self, *args: Any, **options: Any) -> Any:
+        found = self._function.lower(*args, **options)
+        self._lowered.add((self._name, found.as_text()))
+        return found
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self._called.add((self._name, self._function.lower(*args, **options).as_text()))
+        return self._function(*args, **options)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return small_run.make_world(
+        tmp_path_factory.mktemp("world"), train={"batch_size": 4, "learning_rate": 1e-2, "max_new_tokens": 2}
+    )
+
+
+@pytest.fixture(scope="module")
+def flags(world: World) -> list[object]:
+    """Four comparisons of two scans, to train and to evaluate on: one shape of each program."""
+    answers = "evaluation.tasks={T3: {kind: classification, answers: [left, right]}}"
+    settings = ["--set", answers, "--set", "evaluation.likelihoods=true"]
+    return ["--task-filter", "T3", "--eval-data", world.train, "--epochs", 2, *settings]
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Iterator[tuple[set[Any], set[Any]]]:
+    """(name, text) of the programs that were lowered, and of those that were called."""
+    lowered, called = set[Any](), set[Any]()
+    with pytest.MonkeyPatch.context() as patch:
+        for what, places in PROGRAMS.items():
+            for module, name in places:
+                patch.setattr(module, name, Recorded(getattr(module, name), what, lowered, called))
+        yield lowered, called
+
+
+@pytest.fixture(scope="module")
+def rehearsed(world: World, flags: list[object], recorded: tuple[set[Any], set[Any]]) -> str:
+    """What a dry run into `run` says."""
+    said = umbrella(*world.train_flags(world.root / "run", *flags, "--dry-run"))
+    assert not recorded[1], "a step"
+    return said
+
+
+@pytest.fixture(scope="module")
+def counted() -> list[tuple[int, int, int, bool]]:
+    """(count, conversations, positions, whether it compiled) of each step and batch of `trained`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def trained(rehearsed: str, world: World, flags: list[object], counted: list[tuple[int, int, int, bool]]) -> Path:
+    """The run that was rehearsed."""
+    advance = run.Progress.advance
+
+    def noted(self: Any, count: int, work: Any, seconds: float, *, compiled: bool, **more: Any) -> None:
+        assert seconds > 0
+        counted.append((count, work.samples, work.tokens, compiled))
+        advance(self, count, work, seconds, compiled=compiled, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Progress, "advance", noted)
+        umbrella(*world.train_flags(world.root / "run", *flags))
+    return world.root / "run"
+
+
+def test_what_it_says(rehearsed: str) -> None:
+    for text in (
+        r"trains:\n  vision_tower\.\S+T1_positional_embeddings ",
+        r"4 conversations, 2 steps on 1 device\(s\)",
+        r"plan: 1 shapes to compile",
+        *(rf"compiled in \d+\.\d s: {what} of 4 conversations of \d+ positions, .*; takes \d" for what in PROGRAMS),
+        r"5 programs compiled in \d+\.\d s",
+        r"memory of a device: \d+\.\d MB as compiled, \d+\.\d MB as umbrella-jax plan counts; it has \d+\.\d GB",
+        r"nothing was written to ",
+    ):
+        assert re.search(text, rehearsed), text
+
+
+def test_it_leaves_nothing(rehearsed: str, world: World) -> None:
+    assert not list(world.root.glob("*run/*"))
+    assert not (world.root / "run").exists()
+
+
+def test_its_programs_are_the_run_s(trained: Path, recorded: tuple[set[Any], set[Any]]) -> None:
+    """To the letter, shardings and donated arguments too: with a compilation cache, the run compiles nothing more."""
+    lowered, called = recorded
+    assert {name for name, _ in called} == PROGRAMS.keys()
+    assert called <= lowered
+
+
+def test_memory_is_that_of_arguments_and_results(rehearsed: str) -> None:
+    """A step takes its weights at least, 180 thousand numbers of float32; programs that need a part of them, less."""
+    found = dict(re.findall(r"compiled in \S+ s: (\w+) of .*; takes (\d+\.\d) MB", rehearsed))
+    assert found.keys() == PROGRAMS.keys()
+    assert 0.7 < float(found["step"]) < 20
+    assert float(found["likelihoods"]) < float(found["step"])
+
+
+def test_too_little_memory_is_refused(
+    world: World, flags: list[object], recorded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_programs", lambda _: iter([("step", "2 volumes", Program(10**18))]))
+    monkeypatch.setattr(run, "_planned", lambda *_: 0.0)
+    message = umbrella(*world.train_flags(world.root / "other", *flags, "--dry-run"), code=2)
+    assert "step of 2 volumes: takes 1000000000.0 GB of a device that has " in message
+    assert "lower train.batch_size" in message
+    assert not (world.root / "other").exists()
+
+
+class Program:
+    """As XLA says its size."""
+
+    def __init__(self, size: int):
+        self.argument_size_in_bytes, self.temp_size_in_bytes = size, 0
+        self.output_size_in_bytes = self.alias_size_in_bytes = self.generated_code_size_in_bytes = 0
+
+    def memory_analysis(self) -> "Program":
+        return self
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run up to where it compiles."""
+    monkeypatch.setattr(run, "_programs", lambda _: iter([("step", "2 volumes", Program(1))]))
+    monkeypatch.setattr(run, "_planned", lambda *_: 0.0)
+
+
+def test_what_a_run_refuses_it_refuses(
+    trained: Path, world: World, flags: list[object], uncompiled: None, tmp_path: Path
+) -> None:
+    before = {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
+    assert "holds a run; go on with --resume" in umbrella(*world.train_flags(trained, *flags, "--dry-run"), code=2)
+    said = umbrella(*world.train_flags(trained, *flags, "--dry-run", "--resume"))
+    assert "resume: would go on from step 2" in said
+    other = ["--dry-run", "--resume", "--learning-rate", 0.5]
+    assert "train.learning_rate: 0.5 now, 0.01 in the" in umbrella(*world.train_flags(trained, *flags, *other), code=2)
+    assert {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()} == before
+
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        message = umbrella(*world.train_flags(place, *flags, "--dry-run"), code=2)
+        assert f"{place}: cannot be written, because of {tmp_path / 'file'}" in message
+    message = umbrella(*world.train_flags(tmp_path / "run", "--train-data", tmp_path / "none", "--dry-run"), code=2)
+    assert str(tmp_path / "none") in message
+
+
+def test_progress_and_log_of_the_run(trained: Path) -> None:
+    """Every line has its time, none moves a cursor; the steps' line is there without a terminal."""
+    text = (trained / "log.txt").read_text()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", text)
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d ", line) for line in text.splitlines())
+    assert re.search(r" started: umbrella-jax \S+, jax \S+, 1 × cpu, process ", text)
+    assert re.search(r" step 1: compiling for 1 × 4 conversations of ", text)
+    assert re.search(r" step 1 of 2  loss \d+\.\d{4}$", text, re.MULTILINE), "no rate of what compiled"
+    assert re.search(r" step 2 of 2  loss \d+\.\d{4}  [\d.,e+]+ samples/s  [\d,]+ tokens/s$", text, re.MULTILINE)
+    assert re.search(r" eval_loss \d", text)
+    assert how_it_ended(trained / "log.txt") == ""
+    assert [line["steps"] for line in read_lines(trained / "metrics.jsonl")] == [2, 2]
+
+
+def test_the_log_has_the_error(trained: Path, world: World, flags: list[object]) -> None:
+    """Of a run that goes on with other settings; what was there stays."""
+    before = (trained / "log.txt").read_bytes()
+    message = umbrella(*world.train_flags(trained, *flags, "--resume", "--learning-rate", 0.5), code=2)
+    after = (trained / "log.txt").read_bytes()
+    assert after.startswith(before)
+    assert how_it_ended(trained / "log.txt")
+    assert how_it_ended(trained / "log.txt") in message
+
+
+def test_work_is_conversations_and_their_positions(
+    trained: Path, counted: list[tuple[int, int, int, bool]], rehearsed: str
+) -> None:
+    """Without padding, and with what is answered; of two steps and one evaluation of four conversations."""
+    first, second, loss, answers = counted
+    assert (first[:2], second[:2], loss[:2], answers[:2]) == ((1, 4), (1, 4), (4, 4), (4, 4))
+    assert [compiled for *_, compiled in counted] == [True, False, True, True]
+    assert first[2] == second[2] == loss[2]
+    positions = int(re.search(r"step of 4 conversations of (\d+) positions", rehearsed)[1])  # type: ignore[index]
+    assert 4 * (2 * 6 + 8) < loss[2] <= 4 * positions
+    assert loss[2] - 40 < answers[2] < loss[2], "prompts lack the last answer"
