@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         "Vision-language models for brain MRI on JAX.",
         "umbrella-jax train --help",
     )
-    parser.add_argument("-V", "--version", action=_Version, nargs=0, help="of this package")
+    parser.add_argument("--version", action=_Version, nargs=0, help="of this package")
     commands = commands_of(parser)
     for module in (setup, data, train, ask, results, convert):
         module.add(commands)
