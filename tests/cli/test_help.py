@@ -1,6 +1,7 @@
 """What every command says of itself, and what stands behind the Tab key."""
 
 import argparse
+import importlib.metadata
 import re
 import shlex
 import subprocess
@@ -38,6 +39,23 @@ def test_help_fits_a_screen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 80
     assert lines[0].startswith(f"usage: {name} ")
+
+
+def test_commands_are_lines_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is longer than its column, no text than its line."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, command in COMMANDS.items():
+        if groups := [action for action in command._actions if isinstance(action, argparse._SubParsersAction)]:
+            shown = command.format_help().partition("commands:\n")[2].partition("\nexample:")[0].splitlines()[1:]
+            listed = [line.split()[0] for line in shown if line]
+            assert listed == list(groups[0].choices), name
+            assert all(re.match(r"    \S+ +\S+ \S", line) for line in shown if line), name
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == importlib.metadata.version("umbrella-jax")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

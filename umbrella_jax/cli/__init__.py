@@ -23,6 +23,16 @@ _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 """In what jax raises when a device's memory is full."""
 
 
+class _Version(argparse.Action):
+    """Looks for it when it is asked."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(version("umbrella-jax"))
+        parser.exit()
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Of all commands."""
     parser = make_command(
@@ -31,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         "Vision-language models for brain MRI on JAX.",
         "umbrella-jax train --help",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="of this package")
     commands = commands_of(parser)
     for module in (setup, data, train, ask, results, convert):
         module.add(commands)

@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
         convert,
         "to-hf",
         _to_hf,
-        "Run or checkpoint to a Hugging Face directory that PyTorch loads.",
+        "Run or checkpoint to a Hugging Face directory, for PyTorch.",
         "umbrella-jax convert to-hf runs/sex exports/sex --names sMRI,fMRI",
     )
     to_hf.add_argument("source", metavar="RUN", help="or native checkpoint")

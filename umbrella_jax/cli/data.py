@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
         data,
         "from-bids",
         _from_bids,
-        "BIDS data set with participants.tsv to conversations, in splits.",
+        "BIDS data set (participants.tsv) to conversations, in splits.",
         "umbrella-jax data from-bids ds000001 conversations --target sex",
     )
     bids.add_argument("root", metavar="DIR", help="the data set")
@@ -76,7 +76,7 @@ def add(commands: Any) -> None:
         data,
         "cache",
         _cache,
-        "Preprocess all volumes of a config into its cache, ahead of runs.",
+        "Preprocess all volumes of a config, ahead of runs.",
         "umbrella-jax data cache --config run.yaml --train-data train.json --cache mri",
     )
     add_config(cache, [*DATA_FLAGS, "--cache"])

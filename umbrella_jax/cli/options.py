@@ -45,6 +45,12 @@ class Help(argparse.RawDescriptionHelpFormatter):
         rest = argparse.Action(["[options]"], "options", nargs=0, required=True)
         super().add_usage(usage, [rest, *needed], (), prefix)
 
+    def add_argument(self, action: argparse.Action) -> None:
+        """Where commands are listed, what they are for stands behind the longest of them."""
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            self._action_max_length += self._indent_increment  # by which argparse indents them, and forgets it
+
 
 def make_command(
     make: Callable[..., argparse.ArgumentParser], name: str, text: str, example: str, **more: Any
@@ -94,7 +100,7 @@ def number(text: str) -> int:
 
 def add_config(parser: argparse.ArgumentParser, flags: Sequence[str]) -> dict[str, Any]:
     """--config, --set and those of the `flags` that stand for keys; returns the groups that these are in, by title."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run (see configs/)")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run, or a shipped one: t1_0.5b")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key: train.clip_norm=0.5")
     groups: dict[str, Any] = {}
     for flag in flags:

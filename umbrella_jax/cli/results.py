@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
         commands,
         "runs",
         _runs,
-        "Compare runs: state, steps, figures, what differs in their configs.",
+        "Compare runs: state, steps, figures, what differs in configs.",
         "umbrella-jax runs runs --metric eval_loss --plot runs.svg",
     )
     runs.add_argument("dir", metavar="DIR", help="in which they are, at any depth")
@@ -70,7 +70,7 @@ def add(commands: Any) -> None:
         commands,
         "baseline",
         _baseline,
-        "Train a 3D CNN and a linear probe on the same split, to compare.",
+        "A 3D CNN and a linear probe on the same split, to compare.",
         "umbrella-jax baseline --config runs/sex/config.yaml --run runs/sex --out base",
     )
     add_config(baseline, ["--base", *DATA_FLAGS, "--cache"])

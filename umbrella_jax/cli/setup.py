@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
         commands,
         "completion",
         _completion,
-        "Print a script by which a shell completes commands, flags and paths.",
+        "A script for the shell's Tab key: commands, flags and paths.",
         "umbrella-jax completion bash > ~/.umbrella-jax.bash",
     )
     text = "bash: `. ~/.umbrella-jax.bash` in ~/.bashrc; zsh: as _umbrella-jax into a folder of $fpath"

@@ -45,7 +45,7 @@ def add(commands: Any) -> None:
         commands,
         "plan",
         _plan,
-        "Work out memory, time and the best mesh on devices not at hand.",
+        "Memory, time and the best mesh, on devices not at hand.",
         "umbrella-jax plan --config run.yaml --base llava --devices h100x8",
     )
     add_config(plan, ["--base", "--modality", "--batch-size", "--mesh"])
