@@ -14,6 +14,9 @@ from umbrella_jax.pages import PACKAGES, page_faults
 _PACKAGE = Path(__file__).parent.parent
 CONFIG = next(p for p in (_PACKAGE / "configs/tiny.yaml", _PACKAGE.parent / "configs/tiny.yaml") if p.exists())
 """In an installed wheel the configs lie in the package, in a checkout beside it."""
+LESIONS = """
+The lesion holds {:.1f} times the attribution (integrated gradients of the answer) of as many random brain voxels,
+median over held-out subjects. To see it on a scan: umbrella-jax explain"""
 
 
 def run_demo(directory: Path, *, seed: int = 0, arguments: Sequence[str] = ()) -> dict[str, float]:
@@ -65,10 +68,7 @@ def run_demo(directory: Path, *, seed: int = 0, arguments: Sequence[str] = ()) -
         command("report", run, "--samples", 3, "--explain", "gradient", "--baseline", run)
     found = _report(rows)
     ratio = _lesions(export, data)
-    print(
-        f"\nThe lesion holds {ratio:.1f} times the attribution (integrated gradients of the answer) of as many random "
-        "brain voxels,\nmedian over held-out subjects. To see it on a scan: umbrella-jax explain"
-    )
+    print(LESIONS.format(ratio))
     return found | {"attribution": ratio}
 
 
