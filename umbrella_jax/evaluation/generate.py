@@ -4,7 +4,7 @@ A prompt is read once (`prefill`); its keys and values stay, and each further to
 alone. Three programs for each shape of a batch and length of an answer: `prefill`, `decode`, `score_answers`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -187,12 +187,10 @@ def stream(
     seeds: Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
     """Tokens of `generate` as they are made, int32 [B] each time, `NONE` of a row that has ended."""
-    graphdef, params = split(model)
-    stop, given = jnp.asarray(stop_ids, jnp.int32), _seeds(batch, seeds)
-    state = prefill(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens)
-    for until in range(1, max_new_tokens + 1):
-        state = decode(params, state, stop, given, jnp.int32(until), graphdef=graphdef, sampling=sampling)
-        yield np.asarray(state.tokens[:, until - 1])
+    state, until = _start(model, batch, stop_ids, max_new_tokens, sampling, seeds)
+    for count in range(1, max_new_tokens + 1):
+        state = until(state, count)
+        yield np.asarray(state.tokens[:, count - 1])
         if state.done.all():
             return
 
@@ -214,10 +212,8 @@ def generate(
         seeds: of each row, for tokens that are drawn; by default its number. The same seed and prompt give the same
             answer, whatever other rows are in the batch.
     """
-    graphdef, params = split(model)
-    state = prefill(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens)
-    stop, until = jnp.asarray(stop_ids, jnp.int32), jnp.int32(max_new_tokens)
-    return decode(params, state, stop, _seeds(batch, seeds), until, graphdef=graphdef, sampling=sampling).tokens
+    state, until = _start(model, batch, stop_ids, max_new_tokens, sampling, seeds)
+    return until(state, max_new_tokens).tokens
 
 
 def probabilities(model: Llava, batch: Batch, answers: Array | np.ndarray) -> np.ndarray:
@@ -234,8 +230,22 @@ def probabilities(model: Llava, batch: Batch, answers: Array | np.ndarray) -> np
     return shares / shares.sum(-1, keepdims=True)
 
 
-def _seeds(batch: Batch, seeds: Sequence[int] | None) -> Array:
+def _start(
+    model: Llava,
+    batch: Batch,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seeds: Sequence[int] | None,
+) -> tuple[Decoding, Callable[[Decoding, int], Decoding]]:
+    """The prompts as read, and what makes their answers so many tokens long."""
     given: Any = range(len(batch.lengths)) if seeds is None else seeds
     if len(given) != len(batch.lengths):
         raise ConfigError(f"seeds: {len(given)} given; expected one for each of {len(batch.lengths)} rows")
-    return jnp.asarray(given, jnp.uint32)
+    keys, stop = jnp.asarray(given, jnp.uint32), jnp.asarray(stop_ids, jnp.int32)
+    graphdef, params = split(model)
+
+    def until(state: Decoding, count: int) -> Decoding:
+        return decode(params, state, stop, keys, jnp.int32(count), graphdef=graphdef, sampling=sampling)
+
+    return prefill(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens), until
