@@ -69,6 +69,16 @@ def test_rates_leave_out_what_compiled(clock: Clock) -> None:
     assert progress.text(1.5) == "step 15 of 1,000  loss 1.5000  1 samples/s  500 tokens/s  50% of peak  0:41:02 left"
 
 
+def test_rates_are_no_powers_of_ten(clock: Clock) -> None:
+    with Progress("step", 9, say=print, note=print) as progress:
+        progress.advance(1, Work(1, 123_456), 0.05, compiled=False)
+        assert progress.text().startswith("step 1 of 9  20 samples/s  2,469,120 tokens/s")
+        progress.advance(1, Work(2470, 0), 0.95, compiled=False)
+        assert progress.text().startswith("step 2 of 9  2,471 samples/s  123,456 tokens/s")
+        progress.advance(1, Work(0, 0), 7999, compiled=False)
+        assert progress.text().startswith("step 3 of 9  0.309 samples/s  15.4 tokens/s")
+
+
 def test_lines_come_now_and_then(clock: Clock) -> None:
     """Where nothing rewrites them; of what is short, none at all."""
     said: list[str] = []

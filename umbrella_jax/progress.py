@@ -99,8 +99,9 @@ class Progress:
         seconds = sum(seconds for _, seconds in self._recent)
         if seconds > 0:
             work = [work for work, _ in self._recent]
-            parts.append(f"{sum(w.samples for w in work) / seconds:,.3g} samples/s")
-            parts.append(f"{sum(w.tokens for w in work) / seconds:,.0f} tokens/s")
+            for name in ("samples", "tokens"):
+                rate = sum(getattr(w, name) for w in work) / seconds
+                parts.append(f"{rate:,.0f} {name}/s" if rate >= 100 else f"{rate:.3g} {name}/s")
             flops = sum(w.flops for w in work)
             if self._peak and flops:
                 parts.append(f"{flops / seconds / self._peak:.0%} of peak")

@@ -158,10 +158,9 @@ def rehearse(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) 
         _check_writable(out)
     prepared = _prepare(config, out, mesh, say)
     if resume and (out / CHECKPOINTS).exists():
-        with Checkpoints(out / CHECKPOINTS, read_only=True) as checkpoints, together():
-            if (step := checkpoints.latest_step()) is not None:
-                _same_run(checkpoints.directory, checkpoints.meta(step), prepared.meta, prepared.inputs)
-                say(f"resume: would go on from step {step}")
+        assert prepared.state is not None
+        with Checkpoints(out / CHECKPOINTS, read_only=True) as checkpoints:
+            _newest(checkpoints, prepared.state, prepared.meta, prepared.inputs, say)
     with together():
         _compile(prepared, say)
     say(f"nothing was written to {out}")
@@ -470,8 +469,24 @@ def _resume(
     checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any], inputs: Inputs, say: Say
 ) -> tuple[TrainState, Line | None]:
     """The state of the newest checkpoint that is not damaged, if it belongs to the same run, and its pending line."""
+    found, saved, damaged = _newest(checkpoints, state, meta, inputs, say)
+    for bad in damaged:
+        if jax.process_index() == 0:
+            checkpoints.set_aside(bad)
+        say(f"renamed to {bad}.damaged, no longer looked at")
+    if damaged:
+        gather(None)  # renamed
+        checkpoints.reload()
+    return (state, None) if found is None else (found, saved.get("pending"))
+
+
+def _newest(
+    checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any], inputs: Inputs, say: Say
+) -> tuple[TrainState | None, dict[str, Any], list[int]]:
+    """The state of the newest checkpoint that is not damaged, None where there is none yet; what stands beside it; and
+    the steps that are damaged. Says which it is. Raises ConfigError where it is another run's."""
     damaged: dict[int, list[str]] = {}
-    saved = found = None
+    found = saved = None
     for step in checkpoints.steps():
         saved, faults = _attempt(checkpoints.meta, step)
         if saved is not None:
@@ -485,21 +500,16 @@ def _resume(
         with together():
             faults = [fault for each in damaged.values() for fault in each]
             raise CheckpointError([*faults, f"{checkpoints.directory}: none is good: cannot resume"])
-    for bad, faults in damaged.items():
-        if jax.process_index() == 0:
-            checkpoints.set_aside(bad)
-        say("\n".join(["WARNING: a damaged checkpoint:", *faults, f"renamed to {bad}.damaged, no longer looked at"]))
-    if damaged:
-        gather(None)  # renamed
-        checkpoints.reload()
+    for faults in damaged.values():
+        say("\n".join(["WARNING: a damaged checkpoint:", *faults]))
     if saved is None or found is None:
         say("resume: no checkpoint yet, starting at step 0")
-        return state, None
+        return None, {}, []
     say(f"resume: from step {step}")
     for name, version in meta["versions"].items():
         if (before := saved["versions"].get(name)) != version:
             say(f"resume: {name} is {version} now, {before} before: numbers may differ in their last digits")
-    return found, saved.get("pending")
+    return found, saved, list(damaged)
 
 
 def _attempt(read: Callable[..., T], *args: Any) -> tuple[T | None, list[str]]:

@@ -162,7 +162,7 @@ def test_what_a_run_refuses_it_refuses(
     before = {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
     assert "holds a run; go on with --resume" in umbrella(*world.train_flags(trained, *flags, "--dry-run"), code=2)
     said = umbrella(*world.train_flags(trained, *flags, "--dry-run", "--resume"))
-    assert "resume: would go on from step 2" in said
+    assert "resume: from step 2" in said
     other = ["--dry-run", "--resume", "--learning-rate", 0.5]
     assert "train.learning_rate: 0.5 now, 0.01 in the" in umbrella(*world.train_flags(trained, *flags, *other), code=2)
     assert {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()} == before
