@@ -146,6 +146,7 @@ class ModelConfig:
     base: str | None = None
     """LLaVA directory in Hugging Face format, native checkpoint, or a name on the hub."""
     modalities: dict[str, ModalityConfig]
+    """By name: a patch embedding each; data files may use any alias of a name (`ALIASES`)."""
     patch_embed_init: PatchEmbedInit = "random"
     """How a patch embedding starts that the base does not have as configured: at `random`; as SigLIP's own 2D one,
     `inflate`d to volumes; or as the base's one of volumes, `resample`d to this size and patch."""
@@ -228,6 +229,7 @@ class DataConfig:
     train: str | None = None
     """Conversations: a .json or .jsonl file, or a directory of them."""
     eval: str | None = None
+    """Conversations of other subjects, of which each is asked its last question; in the same formats."""
     image_root: str | None = None
     """Where relative image paths start; default the folder of the conversation file."""
     allow_outside_root: bool = False
@@ -266,7 +268,9 @@ class GroupConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     learning_rate_factor: float = 1.0
+    """Times `train.learning_rate`."""
     weight_decay: float = 0.01
+    """AdamW's decoupled decay; of biases and norms only with `train.decay_bias`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,10 +286,15 @@ class TrainConfig:
     accumulate_steps: int = 1
     """Micro-batches per update, weighed by their supervised tokens."""
     epochs: float = 1.0
+    """Passes over the training conversations; 0.5 is half of one."""
     learning_rate: float = 5e-5
+    """Where the warm-up ends; from there it falls linearly to 0 at the last update."""
     warmup_steps: int = 0
+    """Updates over which the rate rises linearly from 0."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's, of the mean of gradients and of their squares."""
     eps: float = 1e-8
+    """AdamW's, added to the root of the mean of squares."""
     decay_bias: bool = False
     """Whether weight decay acts on biases and norms too, as plain `torch.optim.AdamW` does."""
     clip_norm: float | None = 1.0
@@ -434,7 +443,9 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     output_dir: str | None = None
+    """The run's directory, which is made; one that holds a run is refused, but for `--resume`."""
     seed: int = 1234
+    """Of all that is drawn: the order of training, windows, augmentation, a patch embedding that starts at random."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:

@@ -12,6 +12,9 @@ from umbrella_jax.pages import PACKAGES, page_faults
 
 CONFIG = "tiny"
 """A shipped one."""
+LESIONS = """
+The lesion holds {:.1f} times the attribution (integrated gradients of the answer) of as many random brain voxels,
+median over held-out subjects. To see it on a scan: umbrella-jax explain"""
 
 
 def run_demo(
@@ -70,10 +73,7 @@ def run_demo(
         command("report", run, "--samples", 3, "--explain", "gradient", "--baseline", run)
     found = _report(rows)
     ratio = _lesions(export, data)
-    print(
-        f"\nThe lesion holds {ratio:.1f} times the attribution (integrated gradients of the answer) of as many random "
-        "brain voxels,\nmedian over held-out subjects. To see it on a scan: umbrella-jax explain"
-    )
+    print(LESIONS.format(ratio))
     return found | {"attribution": ratio}
 
 

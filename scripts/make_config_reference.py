@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""Prints docs/configuration.md, made of the dataclasses in umbrella_jax/config.py and their docstrings.
+
+    python scripts/make_config_reference.py > docs/configuration.md
+
+`tests/test_docs.py` asserts that the file is what this prints.
+"""
+
+import ast
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from umbrella_jax import config
+from umbrella_jax.cli.options import _FLAGS
+
+HEAD = """# Configuration of a run
+
+<!-- Made by scripts/make_config_reference.py from umbrella_jax/config.py; edit the docstrings there. -->
+
+A run is one YAML file: those of [configs/](../configs) are of full size, by way of example. Only `model.modalities` has
+to be there; every other key has the default below. Some keys have a flag of their own; any key is set by
+`--set KEY=VALUE`, with the value in YAML (`--set train.clip_norm=0.5`, `--set model.modalities.T1.mode=pad`), and
+flags win over the file. A key that does not exist, a value of another type and a combination that makes no sense are
+refused together, by name, before anything is read. `config.yaml` in a run's directory is the run resolved: every key
+with its value.
+"""
+PLURALS = {str: "texts", int: "whole numbers", float: "numbers"}
+TYPES = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
+
+
+def sections(cls: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, dataclass) of a config and of all that it is made of, in the order of the fields."""
+    yield key, cls
+    for name, kind in typing.get_type_hints(cls).items():
+        path = f"{key}.{name}" if key else name
+        if dataclasses.is_dataclass(kind):
+            yield from sections(kind, path)
+        elif typing.get_origin(kind) is dict and dataclasses.is_dataclass(typing.get_args(kind)[1]):
+            yield from sections(typing.get_args(kind)[1], f"{path}.NAME")
+
+
+def docstrings(cls: Any) -> dict[str, str]:
+    """The string below each field of a class."""
+    (node,) = ast.parse(inspect.cleandoc("\n" + inspect.getsource(cls))).body
+    assert isinstance(node, ast.ClassDef)
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in zip(node.body, node.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+    }
+
+
+def said(kind: Any) -> str:
+    """A type as people write it in YAML."""
+    origin, of = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(said(one) for one in of if one is not type(None))
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in of)
+    if origin is tuple:
+        count = "" if of[-1] is ... else f"{len(of)} "
+        return f"list of {count}{PLURALS.get(of[0]) or said(of[0])}"
+    return TYPES[kind]
+
+
+def default(field: "dataclasses.Field[Any]") -> str:
+    """As YAML."""
+    if field.default is not dataclasses.MISSING:
+        value = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
+        return "must be given"
+    if isinstance(value, dict):
+        return f"`{{{', '.join(f'{name}: {{}}' for name in value)}}}`"
+    if value is None:
+        return "–"
+    if isinstance(value, tuple):
+        return f"`[{', '.join(map(str, value))}]`"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def reference() -> str:
+    """The page. Raises ValueError for a field without a docstring."""
+    lines, flag = [HEAD], {key: name for name, (_, key, *_) in _FLAGS.items()}
+    for key, cls in sections(config.RunConfig):
+        documented, hints = docstrings(cls), typing.get_type_hints(cls)
+        rows = []
+        for field in dataclasses.fields(cls):
+            path = f"{key}.{field.name}" if key else field.name
+            kind = hints[field.name]
+            of = typing.get_args(kind)
+            if dataclasses.is_dataclass(kind):
+                continue
+            if field.name not in documented:
+                raise ValueError(f"{cls.__name__}.{field.name}: no docstring below it")
+            meaning = re.sub(r"\bdocs/(\w+\.md)", r"[\1](\1)", documented[field.name])
+            meaning += f" Flag: `{flag[path]}`." if path in flag else ""
+            what = said(kind) if not of or not dataclasses.is_dataclass(of[-1]) else f"sections `{path}.NAME`"
+            rows.append(f"| `{field.name}` | {what} | {default(field)} | {meaning.replace('|', chr(92) + '|')} |")
+        paragraphs = re.sub(r"\bdocs/(\w+\.md)", r"[\1](\1)", inspect.cleandoc(cls.__doc__ or ""))
+        paragraphs += f" Flag: `{flag[key]}`." if key in flag else ""
+        lines += [f"## {f'`{key}`' if key else 'Top level'}", "", paragraphs, ""]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
