@@ -6,7 +6,6 @@
 `tests/test_docs.py` asserts that the file is what this prints.
 """
 
-import argparse
 import ast
 import dataclasses
 import inspect
@@ -17,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from umbrella_jax import config
-from umbrella_jax.cli import _parser
+from umbrella_jax.cli.options import _FLAGS
 
 HEAD = """# Configuration of a run
 
@@ -87,19 +86,9 @@ def default(field: "dataclasses.Field[Any]") -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
-def flags() -> dict[str, str]:
-    """{key: the flag that sets it}, of `umbrella-jax train`."""
-    commands = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
-    keys = {a.dest: a.option_strings[0] for a in commands.choices["train"]._actions if a.option_strings}
-    known = {
-        f"{key}.{f.name}" if key else f.name for key, cls in sections(config.RunConfig) for f in dataclasses.fields(cls)
-    }
-    return {key: flag for key, flag in keys.items() if key in known}
-
-
 def reference() -> str:
     """The page. Raises ValueError for a field without a docstring."""
-    lines, flag = [HEAD], flags()
+    lines, flag = [HEAD], {key: name for name, (_, key, *_) in _FLAGS.items()}
     for key, cls in sections(config.RunConfig):
         documented, hints = docstrings(cls), typing.get_type_hints(cls)
         rows = []
@@ -116,6 +105,7 @@ def reference() -> str:
             what = said(kind) if not of or not dataclasses.is_dataclass(of[-1]) else f"sections `{path}.NAME`"
             rows.append(f"| `{field.name}` | {what} | {default(field)} | {meaning.replace('|', chr(92) + '|')} |")
         paragraphs = re.sub(r"\bdocs/(\w+\.md)", r"[\1](\1)", inspect.cleandoc(cls.__doc__ or ""))
+        paragraphs += f" Flag: `{flag[key]}`." if key in flag else ""
         lines += [f"## {f'`{key}`' if key else 'Top level'}", "", paragraphs, ""]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""]
     return "\n".join(lines).rstrip() + "\n"

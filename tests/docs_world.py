@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from tests.small_run import MODALITIES, VOLUME_SHAPES, read_config, write_config, write_json, write_volume
-from umbrella_jax.cli import _parser, main
+from umbrella_jax.cli import main, make_parser
 from umbrella_jax.config import RunConfig, load_config, parse_config, to_dict
 from umbrella_jax.data.bids import TEMPLATES, from_bids
 from umbrella_jax.data.conversation import read_conversations
@@ -75,12 +75,7 @@ def _spoilt(folder: Path) -> None:
         image = {"type": "image", "modality": "sMRI", "image_path": f"{name}_T1w.nii.gz"}
         asked = {"role": "user", "content": [image, {"type": "text", "text": "What is the sex of this subject?"}]}
         said = {"role": "assistant", "content": [{"type": "text", "text": "female."}]}
-        return {
-            "task_id": name,
-            "conversations": [asked, said],
-            "metadata": {"subject_id": name, "task": "sex"},
-            **fields,
-        }
+        return {"task_id": name, "conversations": [asked, said], "metadata": {"subject_id": name, "task": "sex"}, **fields}
 
     for i in range(1, 5):
         values = np.random.default_rng(i).uniform(1, 9, VOLUME_SHAPES["T1"])
@@ -114,6 +109,7 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "docs/data.md": ("conversations",),
     "docs/metrics.md": ("runs/sex",),
     "docs/pytorch.md": ("exports/sex",),
+    "docs/runs.md": ("conversations", "runs/sex"),
 }
 """Page → what README makes and the page reads."""
 NEEDS = {"runs/sex": ("conversations",)}
@@ -201,12 +197,12 @@ PARSED: dict[str, str] = {
 
 CHEAPER: dict[str, tuple[list[str], str]] = {
     "umbrella-jax plan": (["--set", "model.compute_dtype=bfloat16"], "as configs/ has it; see _configs"),
-    "umbrella-jax baseline": (["--epochs", "1", "--width", "0.05"], "the network is as large for small volumes"),
+    "umbrella-jax baseline": (["--cnn-epochs", "1", "--cnn-width", "0.05"], "the network is as large for small volumes"),
 }
 """Beginnings of commands → flags that they get besides, with why."""
 
 EXIT_CODES: dict[str, int] = {
-    "umbrella-jax data validate --config configs/t1_0.5b.yaml --base LLAVA_DIR --train-data spoilt": 1,
+    "umbrella-jax data validate --config t1_0.5b --base LLAVA_DIR --train-data spoilt": 1,
 }
 """Beginnings of commands that end with another code than 0."""
 
@@ -248,10 +244,13 @@ class Page:
 
 @contextmanager
 def captured(devices: int = 1) -> Iterator[tuple[io.StringIO, io.StringIO]]:
-    """stdout and stderr of what runs within, on some of the eight devices that the suite simulates."""
+    """stdout and stderr of what runs within, on some of the eight devices that the suite simulates; configs by name are
+    those of the world."""
     out, err = io.StringIO(), io.StringIO()
     on_some = partial(make_mesh, devices=jax.devices()[:devices])
+    shipped = {file.stem: file for file in Path("configs").absolute().glob("*.yaml")}
     with ExitStack() as stack:
+        stack.enter_context(mock.patch("umbrella_jax.config.shipped_configs", lambda: shipped))
         for module in ("run", "prediction"):
             stack.enter_context(mock.patch(f"umbrella_jax.{module}.make_mesh", on_some))
         stack.enter_context(redirect_stdout(out))
@@ -276,7 +275,7 @@ def run_bash(page: Page, block: Block) -> None:
 def umbrella(page: Page, words: list[str], settings: Mapping[str, str]) -> str:
     """`umbrella-jax` in this process."""
     if beginning(PARSED, words):
-        _parser().parse_args(words[1:])
+        make_parser().parse_args(words[1:])
         return ""
     cheap = beginning(CHEAPER, words)
     code = EXIT_CODES.get(beginning(EXIT_CODES, words) or "", 0)
@@ -308,7 +307,7 @@ def script(page: Page, words: list[str], settings: Mapping[str, str]) -> str:
     trained = re.findall(r"umbrella-jax(?:\\ | )train(?:\\ | )(.*)", run.stdout)
     assert trained, f"{page.name}: {shlex.join(words)} trains nothing"
     for flags in trained:
-        _parser().parse_args(["train", *shlex.split(flags.replace("\\ ", " ").strip())])
+        make_parser().parse_args(["train", *shlex.split(flags.replace("\\ ", " ").strip())])
     return run.stdout
 
 
@@ -438,8 +437,9 @@ def check_tree(page: Page, block: Block) -> None:
 PICTURES: dict[str, tuple[str, ...]] = {
     README: ("HF checkpoint directory ──convert──► parameters ─┐",),
     "docs/conversion.md": ("HF directory ──convert from-hf──► native checkpoint",),
+    "docs/runs.md": ("step 1,200 of 30,000",),
 }
-"""Page → how the lines begin that its blocks of kind `picture` begin with: drawings, with nothing to execute."""
+"""Page → how the lines begin that its blocks of kind `picture` begin with: drawings, and what a terminal shows while one waits."""
 
 
 def look_at_picture(page: Page, block: Block) -> None:

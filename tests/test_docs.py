@@ -3,7 +3,6 @@
 What their commands read stands in `tests/docs_world.py`, with the few that are not run, and why.
 """
 
-import argparse
 import dataclasses
 import json
 import re
@@ -21,7 +20,8 @@ from tests.checkpoints import under_transformers_4_46
 from tests.docs_world import GIVEN, README, ROOT, blocks, commands, execute, pages, pattern
 from tests.small_run import umbrella
 from tests.test_configs import write_hub_config
-from umbrella_jax.cli import _parser
+from umbrella_jax.cli import make_parser
+from umbrella_jax.cli.options import walk
 from umbrella_jax.config import RunConfig
 
 OTHERS = [page for page in pages() if page != README]
@@ -72,6 +72,11 @@ def test_no_dead_name() -> None:
     begun = {page: [block.first for block in blocks(page) if block.kind == "picture"] for page in pages()}
     listed = [(page, first) for page, firsts in docs_world.PICTURES.items() for first in firsts]
     assert [(p, first) for p, first in listed if not any(line.startswith(first) for line in begun.get(p, []))] == []
+
+
+def test_blocks_are_fenced() -> None:
+    """One that is indented instead nothing would execute."""
+    assert [page for page in pages() if re.search(r"\n\n {4,}\S", prose(page))] == []
 
 
 def test_what_executes_blocks_can_fail(tmp_path: Path) -> None:
@@ -223,16 +228,8 @@ def test_every_page_is_reached_from_readme() -> None:
     assert set(pages()) - seen == set()
 
 
-def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    yield parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for child in action.choices.values():
-                yield from parsers(child)
-
-
 def test_flags_in_the_text() -> None:
-    known = {option for parser in parsers(_parser()) for action in parser._actions for option in action.option_strings}
+    known = {option for parser in walk(make_parser()) for action in parser._actions for option in action.option_strings}
     scripts = "".join(
         file.read_text() for file in (ROOT / "scripts").rglob("*") if file.suffix in (".sh", ".sbatch", ".py")
     )
@@ -247,7 +244,7 @@ def test_flags_in_the_text() -> None:
 
 
 def test_commands_in_the_text() -> None:
-    names = {parser.prog for parser in parsers(_parser())}
+    names = {parser.prog for parser in walk(make_parser())}
     for page in pages():
         for code in re.findall(r"`umbrella-jax ([^`]+)`", prose(page)):
             words = re.split(r"\s+", code)
