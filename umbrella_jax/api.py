@@ -417,7 +417,7 @@ def write_trained(checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | N
     paths = {path for leaves, _ in trained for path in leaves}
     # the whole patch embedding, whatever of it was trained: a stock base has none to put a part onto
     tensors = {p: t for p, t in checkpoint.tensors().items() if p in paths or modality_of(p) is not None}
-    for weight in {w for path in paths if (w := adapted_weight(path))} - paths:
+    for weight in sorted({w for path in paths if (w := adapted_weight(path))} - paths):
         a, b = adapters(weight)
         own = [(leaves, np.float32(scale)) for leaves, scale in trained if a in leaves]
         tensors[a] = Tensor.of(np.concatenate([np.asarray(leaves[a]) for leaves, _ in own], axis=-2))

@@ -219,8 +219,9 @@ def _prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
         evaluated = _evaluated(config, eval_set, processor)
         assert train_set is not None
         datasets = {"train": train_set} | ({} if eval_set is None else {"eval": eval_set})
-        # by the first alone: they read the whole base, and all volumes
-        mine = (base.identity, read_inputs(config.data, datasets)) if first else None
+        # by the first alone, since they read the whole base, and all volumes; but for a run orbax lets all meet
+        identity = base.identity if first or base.kind == "run" else None
+        mine = (identity, read_inputs(config.data, datasets)) if first else None
     for line in [*_said_of(base), *found, freeze.summary(shapes, labels)]:
         say(line)
 
