@@ -50,7 +50,7 @@ def compare(folder: Path, subjects: int, epochs: int, seed: int) -> None:
         for i, groups in enumerate(stages, 1):
             out = folder / " then ".join([f"{len(stages)} stages", *stages[:i]]).replace(", ", "+").replace(" ", "-")
             if not out.exists():
-                flags: list[Any] = ["--config", CONFIG, "--base", base, "--output-dir", out]
+                flags: list[Any] = ["--config", CONFIG, "--base", base, "--out", out]
                 flags += ["--train-data", data.train, "--eval-data", data.eval, "--task-filter", TASK]
                 flags += ["--cache", folder / "cache", "--epochs", epochs / len(stages)]
                 settings = [*GROUPS[groups], "evaluation.likelihoods=false", f"seed={seed}"]
