@@ -18,11 +18,12 @@ from convert.hf_config import CONFIG, UMBRELLA_CONFIG, file_vocab_size, is_tied,
 from convert.rules import EMBED, LM_HEAD, REPLACED, Entry, entries, hub_name, modality_of
 from convert.safetensors_io import digest, open_checkpoint
 from convert.starts import inflate, resample
-from convert.tensor import Tensor, Where, grow, place, stack
+from convert.tensor import Tensor, Where, add_product, grow, place, stack
 from convert.trainable import open_trainable
 from umbrella_jax.config import ModalityConfig, PatchEmbedInit, resolve_modality
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.models.llava import LlavaConfig, Params
+from umbrella_jax.models.lora import adapted_weight, adapters
 from umbrella_jax.models.patch_embed import PatchEmbed
 
 _FLOATS = ("float32", "float16", "bfloat16")
@@ -136,7 +137,8 @@ def plan_loading(
         # a modality's tensors are replaced together, under whichever of its names
         theirs = {m for name in trained.tensors if (m := modality_of(name))}
         found = {h: f for h, f in found.items() if not ((m := modality_of(h)) and resolve_modality(m, [*theirs]))}
-        found |= {name: (name, tensor) for name, tensor in trained.tensors.items()}
+        found |= {name: (name, tensor) for name, tensor in trained.tensors.items() if not adapted_weight(name)}
+        faults += _add_adapters(found, trained.tensors)
 
     names: dict[str, str] = {}  # configured modality → its name in the file
     claimed: set[str] = set(REPLACED)
@@ -261,6 +263,25 @@ def fingerprint(directory: str | Path, patch_embed: Path | None = None) -> str:
             f"({own[:12]}); name the one that it was trained on"
         )
     return hashlib.sha256((own + digest(trained.tensors)).encode()).hexdigest()
+
+
+def _add_adapters(found: dict[str, tuple[str, Tensor]], trained: Mapping[str, Tensor]) -> list[str]:
+    """Puts W + B·A in the place of each weight beside which `trained` has an adapter; returns what is wrong with it."""
+    faults = []
+    for weight in dict.fromkeys(w for name in trained if (w := adapted_weight(name))):
+        a, b = (trained.get(name) for name in adapters(weight))
+        shape = found[weight][1].shape if weight in found else ()
+        file = next(iter(trained.values())).file
+        if a is None or b is None:
+            faults.append(f"{file}: {weight}: half of its adapter is missing; write the file again")
+        elif len(shape) != 2 or (b.shape[:1] + a.shape[1:], a.shape[:1]) != (shape, b.shape[1:]):
+            shapes = f"{list(a.shape)} and {list(b.shape)} beside {list(shape)}"
+            faults.append(f"{file}: {weight}: its adapter has shapes {shapes}; is it of another base?")
+        elif {a.dtype, b.dtype} - set(_FLOATS):
+            faults.append(f"{file}: {weight}: its adapter has types {a.dtype} and {b.dtype}, expected floats")
+        else:
+            found[weight] = (found[weight][0], add_product(found[weight][1], a, b, 1.0))
+    return faults
 
 
 def _held(

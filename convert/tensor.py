@@ -138,6 +138,18 @@ def grow(tensor: Tensor, rows: int) -> Tensor:
     return dataclasses.replace(tensor, shape=(rows, *tensor.shape[1:]), fill=fill)
 
 
+def add_product(tensor: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """W + scale · B·A of W [..., O, I], A [..., r, I] and B [..., O, r]: computed in float32, in W's type."""
+
+    def fill(out: np.ndarray, index: Index) -> None:
+        *layers, outputs, inputs = index
+        parts = ((tensor, index), (b, (*layers, outputs, b.whole[-1])), (a, (*layers, a.whole[-2], inputs)))
+        w, left, right = (part.astype("float32").read(region) for part, region in parts)
+        copy(out, w + np.float32(scale) * (left @ right), tensor.file, tensor.name)
+
+    return dataclasses.replace(tensor, fill=fill)
+
+
 def place(tensors: Mapping[str, Tensor], where: Where) -> dict[str, jax.Array]:
     """Each tensor on its devices; only what this process's devices hold is read, and every region once."""
 

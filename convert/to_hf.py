@@ -15,6 +15,7 @@ from convert.tensor import Tensor
 from umbrella_jax.config import Template
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.models.llava import LlavaConfig, abstract_params
+from umbrella_jax.models.lora import adapters
 
 
 def export(
@@ -61,15 +62,17 @@ def export(
 def hub_tensors(
     params: Mapping[str, Tensor | jax.Array], config: LlavaConfig, names: Mapping[str, str] | None = None
 ) -> dict[str, Tensor]:
-    """Parameters, or a part of them, as tensors of a checkpoint, modalities under `names` (configured → exported)."""
+    """Parameters, or a part of them, and adapters beside them as tensors of a checkpoint, modalities under `names`
+    (configured → exported)."""
     lazy = {path: leaf if isinstance(leaf, Tensor) else Tensor.of(leaf) for path, leaf in params.items()}
-    return {
-        entry.name: (lazy[entry.path] if entry.layer is None else lazy[entry.path].layer(entry.layer)).reshape(
-            entry.file_shape
-        )
-        for entry in entries(config, names)
-        if entry.path in params
-    }
+    found = {}
+    for entry in entries(config, names):
+        beside = zip(adapters(entry.path), adapters(entry.name), strict=True)
+        for path, name in ((entry.path, entry.name), *beside):
+            if path in lazy:
+                tensor = lazy[path] if entry.layer is None else lazy[path].layer(entry.layer)
+                found[name] = tensor.reshape(entry.file_shape) if path == entry.path else tensor
+    return found
 
 
 def new_folder(out: str | Path) -> Path:

@@ -114,6 +114,24 @@ def section(name: str, **values: Any) -> Callable[[Record], None]:
         (section("model", attention="flash"), ["model.attention", "'auto', 'xla', 'cudnn' or 'splash'"]),
         (section("model", attention="splash"), ["model.attention: splash is for TPUs", "expected auto or xla"]),
         (section("model", modalities={}), ["modalities: expected at least one"]),
+        (section("model", lora={"rnk": 1}), ["model.lora.rnk: no such key; expected one of rank, alpha, targets"]),
+        (
+            section("model", lora={"rank": 0, "alpha": -1, "targets": ["language_model.q_prj", "projector", "head"]}),
+            [
+                "4 faults",
+                "model.lora: rank: expected 1 or more, got 0",
+                "alpha: expected a positive number, got -1.0",
+                "targets: language_model.q_prj: no such product; the nearest is language_model.q_proj",
+                "targets: head: no such product; expected some of vision_tower, projector, language_model, ",
+            ],
+        ),
+        (section("model", lora={"targets": []}), ["model.lora: targets: expected at least one"]),
+        (
+            section("model", lora={"targets": ["projector", "projector.linear_1"]}),
+            ["model.lora: targets: projector.linear_1: named twice"],
+        ),
+        (section("model", lora={}), ["model.lora: its adapters do not train; name the group lora in train.groups"]),
+        (section("train", groups={"lora": {}}), ["train.groups: lora: there are no adapters; say model.lora too"]),
         (section("train", eval_steps=5), ["train.eval_steps", "--eval-data"]),
     ],
 )
@@ -128,7 +146,7 @@ def test_config(
         assert str(path) in message
     for part in expected:
         assert part in message
-    assert "faults" not in message
+    assert ("faults" in message) == ("faults" in expected[0])
 
 
 def test_faults_of_a_config_come_together(refused: Refused, world: World, tmp_path: Path) -> None:

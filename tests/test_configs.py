@@ -103,7 +103,9 @@ def test_loads(path: Path, tmp_path: Path) -> None:
     run = load_config(path)
     (tmp_path / "again.yaml").write_text(dump_config(run))
     assert load_config(tmp_path / "again.yaml") == run
-    assert list(run.train.groups) == ["patch_embed"]
+    second = path.stem.startswith("stage2")
+    assert list(run.train.groups) == (["patch_embed", "projector", "lora"] if second else ["patch_embed"])
+    assert (run.model.lora is not None) == second
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
@@ -123,6 +125,22 @@ def test_full_size_parameter_counts(name: str, tmp_path: Path) -> None:
     }
     if name == "t1_0.5b":
         assert trains["patch_embed"] == (1000 + 1) * 1152 + 729 * 1152 == 1_992_960
+
+
+def test_the_second_stage_goes_on_from_the_first(tmp_path: Path) -> None:
+    first, second = (load_config(CONFIGS / f"stage{n}_0.5b.yaml") for n in (1, 2))
+    assert second.model.base == first.output_dir
+    assert second.model.modalities == first.model.modalities
+    base = write_hub_config(tmp_path / "base", "0.5b")
+    printed = umbrella("inspect", "--config", CONFIGS / "stage2_0.5b.yaml", "--base", base)
+    rows = {row[0]: row[1:] for row in (line.replace(",", "").split() for line in printed.splitlines()) if row}
+    d, f, layers, _ = TEXT["0.5b"]
+    expected = expected_counts("0.5b", ["T1"])
+    adapters = layers * 16 * (4 * (d + d) + 3 * (d + f))
+    assert adapters == 7_569_408
+    assert rows["lora"] == [str(adapters), "0"]
+    assert rows["language_model"] == ["0", str(expected["language_model"])]
+    assert rows["total"][0] == str(expected["patch_embed"] + expected["projector"] + adapters)
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)

@@ -17,6 +17,7 @@ from umbrella_jax import cli
 from umbrella_jax.config import (
     DataConfig,
     GroupConfig,
+    LoraConfig,
     MeshConfig,
     ModalityConfig,
     ModelConfig,
@@ -42,7 +43,7 @@ MODALITY = ModalityConfig(size=(4, 9, 10), patch=(2, 3, 5))
 OTHER = ModalityConfig(size=(4, 4, 4), patch=(2, 2, 2))
 
 
-def tiny(*groups: str, tied: bool = True, dtype: str = "float32") -> Model:
+def tiny(*groups: str, tied: bool = True, dtype: str = "float32", lora: LoraConfig | None = None) -> Model:
     """Counts of the tiny model that trains `groups`."""
     model = LlavaConfig(
         vision=SiglipConfig(hidden_size=E, intermediate_size=F, num_hidden_layers=LV, num_attention_heads=HV),
@@ -62,9 +63,10 @@ def tiny(*groups: str, tied: bool = True, dtype: str = "float32") -> Model:
         modalities={"T1": MODALITY, "dwi": OTHER},
         image_token_id=1,
         compute_dtype=dtype,
+        lora=lora,
     )
     config = RunConfig(
-        model=ModelConfig(modalities=dict(model.modalities)),
+        model=ModelConfig(modalities=dict(model.modalities), lora=lora),
         train=TrainConfig(groups={group: GroupConfig() for group in groups or ("patch_embed",)}),
     )
     return describe(config, model, workload(config, model, T - N), "bfloat16")
@@ -133,6 +135,34 @@ def test_what_trains_decides_what_is_computed() -> None:
     assert projector.flops("full")["patch_embed"] == 2 * N * P * E
     kept = [counted.device_bytes(MeshShape(), 1, "none")["activations"] for counted in (tiny(), projector)]
     assert kept[0] - kept[1] == LV * N * (6 * E + F + HV) * 4
+
+
+R = 7
+LORA = LoraConfig(rank=R, targets=("language_model", "vision_tower.fc2"))
+
+
+def test_adapters_by_hand() -> None:
+    """No weight gradient of W; A forward, again, and two gradients; B forward, again where W is, and two gradients."""
+    without, counted = tiny("patch_embed"), tiny("patch_embed", "lora", lora=LORA)
+    q, kv = HT * DH, KV * DH
+    a_text, b_text = R * (5 * D + q + G), R * (q + 2 * kv + 2 * D + 2 * G)
+    a_vision, b_vision = R * F, R * E
+    ended = R * D  # B of down_proj, whose output nothing needs; as of fc2
+    for remat, again in ((None, 0), ("none", 0), ("mlp", 2 * R * G), ("full", b_text - ended)):
+        more = {name: flops - without.flops(remat)[name] for name, flops in counted.flops(remat).items()}
+        assert more == {
+            "patch_embed": 0,
+            "vision_tower": LV * 2 * N * ((4 if remat else 3) * a_vision + 3 * b_vision),
+            "projector": 0,
+            "language_model": LT * 2 * T * ((4 if remat else 3) * a_text + 3 * b_text + again),
+        }
+    adapters = LV * (a_vision + b_vision) + LT * (a_text + b_text)
+    assert counted.trained - without.trained == adapters
+    ours, theirs = (c.device_bytes(MeshShape(), 1, "none") for c in (counted, without))
+    assert ours["trained weights and moments"] - theirs["trained weights and moments"] == 12 * adapters
+    assert ours["gradients"] - theirs["gradients"] == 8 * adapters
+    assert ours["frozen weights"] == theirs["frozen weights"]
+    assert tiny("lora", lora=LORA).flops("none")["patch_embed"] == 2 * N * P * E  # whose gradient nobody asks for
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
@@ -227,6 +257,26 @@ def test_flops_are_xlas(size: str, remat: RematPolicy, tmp_path: Path, monkeypat
     assert cost is not None
     ours = sum(describe(run, model, workload(run, model, TEXT_TOKENS), "float32").flops(remat).values())
     assert ours == pytest.approx(cost["flops"], rel=0.05)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_flops_of_adapters_are_xlas(remat: RematPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a large rank adds to the step of one layer each."""
+    monkeypatch.setattr(jax.lax, "scan", partial(jax.lax.scan, unroll=True))
+    monkeypatch.setattr(jax.lax, "map", lambda function, xs: jax.vmap(function)(xs))
+    found = []
+    for lora in (None, LoraConfig(rank=256, targets=("vision_tower", "projector", "language_model"))):
+        (folder := tmp_path / str(len(found))).mkdir()
+        run, model = full_size(folder, "0.5b", "float32", layers=1, vision_layers=1, remat=remat, lora=lora)
+        groups = dict.fromkeys(["patch_embed", *(["lora"] if lora else [])], GroupConfig())
+        run = replace(run, model=replace(run.model, lora=lora), train=replace(run.train, groups=groups))
+        cost = lowered(run, model, 1).cost_analysis()
+        assert cost is not None
+        ours = sum(describe(run, model, workload(run, model, TEXT_TOKENS), "float32").flops(remat).values())
+        found.append((ours, cost["flops"]))
+    (without, theirs_without), (with_, theirs_with) = found
+    assert with_ > 1.3 * without
+    assert with_ - without == pytest.approx(theirs_with - theirs_without, rel=0.05)
 
 
 @pytest.mark.parametrize(("size", "remat", "batch_size"), [("0.5b", "none", 1), ("7b", "full", 4)])

@@ -14,7 +14,7 @@ from flax import nnx
 from golden_case import MODALITIES, PATCHES, golden_batch, golden_model
 
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import ModalityConfig, RematPolicy, TrainConfig
+from umbrella_jax.config import LoraConfig, ModalityConfig, RematPolicy, TrainConfig
 from umbrella_jax.models import LlavaConfig, Params, Qwen2Config, SiglipConfig, abstract_params
 from umbrella_jax.training.freeze import as_trainable, label_params, partition
 from umbrella_jax.training.optimizer import make_optimizer
@@ -87,10 +87,18 @@ TEXT = Qwen2Config(
 )
 
 
-def small_case(train: TrainConfig = CONFIG, *, dtype: str = "float32", remat: RematPolicy = "none") -> Case:
+def small_case(
+    train: TrainConfig = CONFIG, *, dtype: str = "float32", remat: RematPolicy = "none", lora: LoraConfig | None = None
+) -> Case:
     """A random model of one modality, biases and norms random too; all sizes, its batch's among them, differ."""
     config = LlavaConfig(
-        vision=VISION, text=TEXT, modalities=SMALL_MODALITIES, image_token_id=50, compute_dtype=dtype, remat=remat
+        vision=VISION,
+        text=TEXT,
+        modalities=SMALL_MODALITIES,
+        image_token_id=50,
+        compute_dtype=dtype,
+        remat=remat,
+        lora=lora,
     )
     rng = np.random.default_rng(0)
     shapes = abstract_params(config)[1]

@@ -1,6 +1,7 @@
 """Weights on disk, of every kind."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,12 +14,14 @@ import numpy as np
 from convert.from_hf import Plan, fingerprint, plan_loading
 from convert.hf_config import UMBRELLA_CONFIG, export_names, read_config, read_json, stored_template, write_config
 from convert.rules import modality_of
-from convert.tensor import Index, Tensor, Where, check_finite, copy, place
+from convert.safetensors_io import digest
+from convert.tensor import Index, Tensor, Where, add_product, check_finite, copy, place
 from convert.to_hf import export, hub_tensors, new_folder
 from convert.trainable import FILE, Trainable, write_trainable
 from convert.verify import Comparison, Forward, compare_configs, compare_forward, compare_tensors
 from umbrella_jax.config import (
     AttentionBackend,
+    LoraConfig,
     ModalityConfig,
     ModelConfig,
     PatchEmbedInit,
@@ -30,6 +33,7 @@ from umbrella_jax.config import (
 from umbrella_jax.data.tokenize import load_tokenizer
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models import Llava, LlavaConfig, Params, abstract_params, merge, native_backend, quantize
+from umbrella_jax.models.lora import adapted_weight, adapters
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL
 from umbrella_jax.training.checkpoint import Checkpoints, load_params, param_shapes, save_params
 
@@ -82,7 +86,9 @@ class Checkpoint:
     step: int | None = None
     """Of a run: which of its checkpoints."""
     base: "Checkpoint | None" = None
-    """Of a run: the weights that it trained on top of."""
+    """Of a run: the weights that it trained on top of, which may be another run's."""
+    lora: LoraConfig | None = None
+    """Of a run: its adapters, which lie beside the weights where `config` has them too, else are merged into them."""
     template: Template | None = None
     """How the text was written that it was trained on; None where nobody says, as of a stock LLaVA."""
 
@@ -126,11 +132,11 @@ class Checkpoint:
             settings = load_config(run / CONFIG, {"model.remat": "full"})  # not asked; older runs may say `dots`
             assert settings.model.base is not None  # a run does not start without
             # what it did not train is as it was when it began
-            options |= {"init": settings.model.patch_embed_init, "seed": settings.seed}
-            base = cls.open(settings.model.base, config.modalities, **options)
-            base = replace(base, config=config)
-            template = stored_template(run / MODEL)
-            return cls(name, run, "run", run / MODEL, config, (), step=step, base=base, template=template)
+            options |= {"init": settings.model.patch_embed_init, "seed": settings.seed, "weights": weights}
+            base = replace(cls.open(settings.model.base, config.modalities, **options), config=config)
+            template, lora = stored_template(run / MODEL), settings.model.lora
+            own = replace(config, lora=lora)
+            return cls(name, run, "run", run / MODEL, own, (), step=step, base=base, lora=lora, template=template)
         config = read_config(found, modalities, init=init, patch_embed=overlay, **options)
         template = stored_template(found, overlay)
         if not has_tokenizer(found):
@@ -144,6 +150,19 @@ class Checkpoint:
             config = replace(config, text=replace(config.text, vocab_size=size))
         config = replace(config, image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
         return cls(name, found, kind, found, config, tuple(notes), init, overlay, seed, template=template)
+
+    def merged(self) -> "Checkpoint":
+        """The same model without adapters: a run's are added to the weights beside which they lie."""
+        return replace(self, config=replace(self.config, lora=None))
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of all weights, for who trains on top of them: of a run, of its base's and of what it trained."""
+        if self.base is None:
+            return self.fingerprint
+        trained = {path: Tensor.of(leaf) for path, leaf in self.trained().items()}
+        parts = (self.base.identity, digest(trained), self.lora.scale if self.lora else "")
+        return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -192,10 +211,10 @@ class Checkpoint:
         return []
 
     def tensors(self, dtype: str = "auto") -> dict[str, Tensor]:
-        """All parameters, to be read one by one; arguments as of `params`."""
+        """All parameters, to be read one by one, adapters merged; arguments as of `params`."""
         if self.base is not None:
             trained = {path: Tensor.of(leaf, str(self.path), path) for path, leaf in self.trained().items()}
-            return self.base.tensors(dtype) | {path: tensor.astype(dtype) for path, tensor in trained.items()}
+            return _merge(self.base.tensors(dtype), trained, self.lora, dtype)
         if self.kind == "native":
             return {path: tensor.astype(dtype) for path, tensor in _native_tensors(self.path / PARAMS).items()}
         if self.patch_embed is not None:
@@ -211,28 +230,34 @@ class Checkpoint:
         """Reads every number. Raises CheckpointError naming each tensor that holds a NaN or an infinity."""
         check_finite(self._plan("float32").sources() if self.kind == "hf" else self.tensors().values())
 
-    def params(self, dtype: str = "auto", *, where: Where | None = None) -> Params:
-        """Reads all parameters, each straight onto its devices.
+    def params(self, dtype: str = "auto", *, where: Where | None = None, in_float32: Collection[str] = ()) -> Params:
+        """Reads all parameters, adapters among them where `config` has some, each straight onto its devices.
 
         Args:
             dtype: of every parameter; `auto` keeps the files' types.
             where: a parameter's path and shape → its sharding; default the first device.
+            in_float32: paths of those that are float32, whatever `dtype` says.
 
         Raises:
             CheckpointError: where a number is too large for `dtype`, too.
         """
         where = where or _first_device
-        if self.base is not None:
-            trained = {path: _cast(path, leaf, dtype, self.path) for path, leaf in self.trained(where).items()}
-            return self.base.params(dtype, where=where) | trained
+
+        def cast(path: str, leaf: jax.Array) -> jax.Array:
+            return _cast(path, leaf, "float32" if path in in_float32 else dtype, self.path)
+
+        if self.base is not None and self.lora == self.config.lora:
+            trained = {path: cast(path, leaf) for path, leaf in self.trained(where).items()}
+            return self.base.params(dtype, where=where, in_float32=in_float32) | trained
         if self.kind == "native":
             directory = self.path / PARAMS
             params = {}
             for path, leaf in param_shapes(directory).items():  # one by one, so that only one is there in two types
                 like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(path, leaf.shape))
-                params[path] = _cast(path, load_params(directory, {path: like})[path], dtype, self.path)
+                params[path] = cast(path, load_params(directory, {path: like})[path])
             return params
-        return place(self.tensors(dtype), where)
+        tensors = self.tensors(dtype)
+        return place(tensors | {path: tensors[path].astype("float32") for path in in_float32}, where)
 
     def current_step(self) -> int | None:
         """Of a run: which of its checkpoints `params` reads, None where it has none yet; None of anything else."""
@@ -255,13 +280,29 @@ class Checkpoint:
                 older = [str(checkpoints.directory / str(other)) for other in checkpoints.steps() if other < step]
                 remedy = f"name an older checkpoint: {', '.join(older)}" if older else "there is no older checkpoint"
                 raise CheckpointError([*error.faults, remedy]) from error
-            if expected != self.fingerprint:
+            if expected != self.base.identity:
                 raise CheckpointError(
                     f"{self.base.path}: not the weights that {self.path} was trained on (fingerprint "
-                    f"{self.fingerprint[:12]}, expected {expected[:12]}); bring them back, or name where they are as "
+                    f"{self.base.identity[:12]}, expected {expected[:12]}); bring them back, or name where they are as "
                     f"model.base in {self.path / CONFIG}"
                 )
             return trained
+
+
+def _merge(
+    base: Mapping[str, Tensor], trained: Mapping[str, Tensor], lora: LoraConfig | None, dtype: str
+) -> dict[str, Tensor]:
+    """What was trained in the place of the base's, in `dtype`; its adapters added to the weights beside them."""
+    found = dict(base)
+    for path, tensor in trained.items():
+        weight = adapted_weight(path)
+        if weight is None:
+            found[path] = tensor.astype(dtype)
+        elif path.endswith("lora_A.weight"):
+            assert lora is not None
+            a, b = adapters(weight)
+            found[weight] = add_product(base[weight], trained[a], trained[b], lora.scale)
+    return found
 
 
 def _stated(directory: Path, key: str, default: str | None = None) -> str:
@@ -273,7 +314,7 @@ def _stated(directory: Path, key: str, default: str | None = None) -> str:
 
 
 def _first_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _native_tensors(directory: Path) -> dict[str, Tensor]:
@@ -314,7 +355,7 @@ def describe(checkpoint: Checkpoint, directory: Path) -> None:
         directory,
         checkpoint.config,
         base=checkpoint.base_name,
-        base_fingerprint=checkpoint.fingerprint,
+        base_fingerprint=checkpoint.identity,
         template=checkpoint.template,
     )
     if checkpoint.notes:
@@ -326,7 +367,7 @@ def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto"
 
     Raises CheckpointError for a folder that is not empty and, where `finite`, for weights that are not.
     """
-    directory = new_folder(directory)
+    directory, checkpoint = new_folder(directory), checkpoint.merged()
     if finite:
         checkpoint.check_finite()
     params = checkpoint.params(dtype)
@@ -337,7 +378,9 @@ def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto"
 def write_hf(
     checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | None = None, max_shard_size: int | str = "5GB"
 ) -> None:
-    """Writes a Hugging Face directory, tensor by tensor, with tokenizer and model card; arguments as of `export`."""
+    """Writes a Hugging Face directory, tensor by tensor, with tokenizer and model card; arguments as of `export`.
+    Adapters are merged into the weights, which keep their types."""
+    checkpoint = checkpoint.merged()
     derived = checkpoint.kind != "hf"
     export(
         out,
@@ -357,19 +400,32 @@ def write_hf(
 def write_trained(checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | None = None) -> Path:
     """Writes what a run trained, and of which base, as one file into the new folder `out`; returns its path.
 
+    Of a run on top of another run, what all of them trained. Adapters are written so that they are to be added as
+    B·A, their scale being in B; those of several runs beside one weight as one, of the sum of their ranks.
+
     Raises CheckpointError where `checkpoint` is no run.
     """
     if checkpoint.kind != "run":
         raise CheckpointError(f"{checkpoint.path}: not a run, so it does not say what was trained; name a run")
     renamed = export_names(checkpoint.config.modalities, names)
     path = new_folder(out) / FILE
+    runs: list[Checkpoint] = []
+    one: Checkpoint | None = checkpoint
+    while one is not None and one.kind == "run":
+        runs, one = [one, *runs], one.base
+    trained = [(run.trained(), run.lora.scale if run.lora else 1.0) for run in runs]
+    paths = {path for leaves, _ in trained for path in leaves}
     # the whole patch embedding, whatever of it was trained: a stock base has none to put a part onto
-    paths = checkpoint.trained().keys()
     tensors = {p: t for p, t in checkpoint.tensors().items() if p in paths or modality_of(p) is not None}
-    trained = hub_tensors(tensors, checkpoint.config, renamed)
+    for weight in sorted({w for path in paths if (w := adapted_weight(path))} - paths):
+        a, b = adapters(weight)
+        own = [(leaves, np.float32(scale)) for leaves, scale in trained if a in leaves]
+        tensors[a] = Tensor.of(np.concatenate([np.asarray(leaves[a]) for leaves, _ in own], axis=-2))
+        tensors[b] = Tensor.of(np.concatenate([np.asarray(leaves[b]) * scale for leaves, scale in own], axis=-1))
+    named = hub_tensors(tensors, checkpoint.config, renamed)
     modalities = {renamed[m]: modality for m, modality in checkpoint.config.modalities.items()}
     out.mkdir(parents=True, exist_ok=True)
-    write_trainable(path, Trainable(trained, modalities, checkpoint.fingerprint, checkpoint.template))
+    write_trainable(path, Trainable(named, modalities, checkpoint.fingerprint, checkpoint.template))
     return path
 
 
@@ -394,7 +450,7 @@ def verify(
     stock = [not (p / UMBRELLA_CONFIG).exists() and not (p / MODEL).exists() and modalities is None for p in paths]
     opened = {p: Checkpoint.open(p, modalities) for p, bare in zip(paths, stock, strict=True) if not bare}
     known = next(iter(opened.values())).config.modalities if opened else None
-    one, other = (opened[p] if p in opened else Checkpoint.open(p, known) for p in paths)
+    one, other = ((opened[p] if p in opened else Checkpoint.open(p, known)).merged() for p in paths)
 
     configuration = compare_configs(one.config, other.config)
     if one.template and other.template and one.template != other.template:
@@ -474,6 +530,8 @@ def local_tokenizer(config: RunConfig) -> Any | None:
 def open_base(config: RunConfig | ModelConfig, *, weights: bool = True) -> Checkpoint:
     """The base of a run, with the run's template; without its `weights` where shapes are enough.
 
+    Where that is a run itself, it is so as its checkpoint of now has it, adapters merged.
+
     Raises ConfigError where the config names none, or another template than the base was trained with.
     """
     model, seed = (config.model, config.seed) if isinstance(config, RunConfig) else (config, 0)
@@ -488,10 +546,8 @@ def open_base(config: RunConfig | ModelConfig, *, weights: bool = True) -> Check
         seed=seed,
         weights=weights,
     )
-    if base.kind == "run":  # its weights may still move
-        raise ConfigError(
-            f"model.base: {base.path} is a run; export it (umbrella-jax convert to-hf) and name the export"
-        )
+    if base.kind == "run":
+        base = replace(base.merged(), step=base.current_step())  # it may go on
     if isinstance(config, RunConfig):
         return replace(base, template=same_template("data.template", config.data.template, base))
     return base

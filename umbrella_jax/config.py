@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.reading import read_yaml
@@ -38,6 +38,14 @@ Metric = Literal[
     "spearman",
 ]
 
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "vision_tower": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    "projector": ("linear_1", "linear_2"),
+    "language_model": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+"""{component: its products that may have adapters}, under the names of PEFT's `target_modules`."""
+LORA = "lora"
+"""The group of `train.groups` that all adapters are."""
 MAX_CLASSES = 10
 """A task or column of numbers with more distinct values than this is a quantity, not a set of labels."""
 # Names for one and the same patch embedding: the original system, its newer checkpoints, its data files.
@@ -138,13 +146,64 @@ class ModalityConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Adapters beside frozen products (Hu et al. 2021): x·Wᵀ + alpha/rank · x·Aᵀ·Bᵀ, of which A and B train.
+
+    A [rank, inputs] starts uniform in ±1/√inputs, B [outputs, rank] at zero, as PEFT's: the first step is the base's.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("language_model",)
+    """Which products: all of a component (`vision_tower`, `projector`, `language_model`), or one of it in every layer,
+    by PEFT's name for it, as `language_model.q_proj`."""
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.rank < 1:
+            faults.append(f"rank: expected 1 or more, got {self.rank}")
+        if not 0 < self.alpha < math.inf:
+            faults.append(f"alpha: expected a positive number, got {self.alpha}")
+        if not self.targets:
+            faults.append("targets: expected at least one, such as language_model")
+        known = [*LORA_TARGETS, *(f"{c}.{name}" for c, names in LORA_TARGETS.items() for name in names)]
+        for target in self.targets:
+            if target not in known:
+                near = difflib.get_close_matches(target, known, n=1)
+                expected = f"the nearest is {near[0]}" if near else f"expected some of {', '.join(known)}"
+                faults.append(f"targets: {target}: no such product; {expected}")
+        products = [product for target in self.targets for product in self._of(target)]
+        if twice := sorted({product for product in products if products.count(product) > 1}):
+            faults.append(f"targets: {', '.join(twice)}: named twice; name each once")
+        if faults:
+            raise ConfigError(faults)
+
+    @staticmethod
+    def _of(target: str) -> list[str]:
+        return [f"{target}.{name}" for name in LORA_TARGETS[target]] if target in LORA_TARGETS else [target]
+
+    @property
+    def products(self) -> frozenset[str]:
+        """COMPONENT.NAME of each product that has an adapter."""
+        return frozenset(product for target in self.targets for product in self._of(target))
+
+    @property
+    def scale(self) -> float:
+        """Of what an adapter adds."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which weights, with which patch embedding, in which precision."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     base: str | None = None
-    """LLaVA directory in Hugging Face format, native checkpoint, or a name on the hub."""
+    """LLaVA directory in Hugging Face format, native checkpoint, a name on the hub; or a run, as its newest checkpoint
+    has it, or one of its checkpoints/STEP."""
     modalities: dict[str, ModalityConfig]
     """By name: a patch embedding each; data files may use any alias of a name (`ALIASES`)."""
     patch_embed_init: PatchEmbedInit = "random"
@@ -157,6 +216,8 @@ class ModelConfig:
     quantize: Literal["int8", "fp8"] | None = None
     """Hold the frozen weights of products in 8 bits, one scale for each output (extra `quantize`); what trains, norms,
     biases, word embeddings and head stay. What it does to loss and answers: docs/performance.md."""
+    lora: LoraConfig | None = None
+    """Adapters that train in place of the weights beside which they lie: the group `lora` of `train.groups`."""
     remat: RematPolicy = "full"
     """Which products with weights the backward pass does again: none, those into each layer's MLP, all."""
     attention: Literal["auto", AttentionBackend] = "auto"
@@ -280,7 +341,8 @@ class TrainConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     groups: dict[str, GroupConfig] = field(default_factory=lambda: {"patch_embed": GroupConfig()})
-    """What trains: `patch_embed`, `projector`, `vision_tower`, `language_model`, or a path pattern (`*`, `?`)."""
+    """What trains: `patch_embed`, `projector`, `vision_tower`, `language_model`, `lora` (all adapters of `model.lora`),
+    or a path pattern (`*`, `?`), which means adapters where it says `lora_`: `vision_tower.*.lora_*`."""
     batch_size: int = 2
     """Conversations per micro-batch, over all devices."""
     accumulate_steps: int = 1
@@ -448,14 +510,22 @@ class RunConfig:
     """Of all that is drawn: the order of training, windows, augmentation, a patch embedding that starts at random."""
 
     def __post_init__(self) -> None:
+        adapted = any(group == LORA or "lora_" in group for group in self.train.groups)
+        faults = []
         if self.seed < 0:
-            raise ConfigError(f"seed: expected 0 or more, got {self.seed}")
+            faults.append(f"seed: expected 0 or more, got {self.seed}")
+        if adapted and self.model.lora is None:
+            faults.append("train.groups: lora: there are no adapters; say model.lora too (rank, alpha, targets)")
+        if self.model.lora is not None and not adapted:
+            faults.append("model.lora: its adapters do not train; name the group lora in train.groups, or leave it out")
         shortest = min(length for modality in self.model.modalities.values() for length in modality.size[:3])
         if 2 * self.data.augment.translation >= shortest:
-            raise ConfigError(
+            faults.append(
                 f"data.augment.translation: {self.data.augment.translation} voxels; expected less than half of the "
                 f"shortest axis, which has {shortest}"
             )
+        if faults:
+            raise ConfigError(faults)
 
 
 def resolve_modality(name: str, modalities: Sequence[str] | Mapping[str, Any]) -> str | None:
@@ -520,7 +590,8 @@ def _expected_keys(path: Sequence[str | int]) -> str:
     cls: Any = RunConfig
     for part in path[:-1]:
         if dataclasses.is_dataclass(cls):
-            cls = next((f.type for f in dataclasses.fields(cls) if f.name == part), None)
+            found = next((f.type for f in dataclasses.fields(cls) if f.name == part), None)
+            cls = get_args(found)[0] if type(None) in get_args(found) else found  # SomeConfig | None
         elif cls is not None:  # dict[str, SomeConfig]
             cls = cls.__args__[1]
     return (

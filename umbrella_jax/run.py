@@ -22,6 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from convert.tensor import Tensor, place
 from umbrella_jax.api import Checkpoint, describe, open_base
 from umbrella_jax.config import AugmentConfig, RunConfig, dump_config, flat, parse_config, to_dict
 from umbrella_jax.data.cache import VolumeCache
@@ -42,7 +43,7 @@ from umbrella_jax.errors import LESS, CheckpointError, ConfigError
 from umbrella_jax.evaluation.metrics import Task, metric_names, score, task_of, tasks_of
 from umbrella_jax.files import locked, write_whole
 from umbrella_jax.loggers import loggers, missing
-from umbrella_jax.models import LlavaConfig, Params, abstract_params, native_backend, quantize
+from umbrella_jax.models import LlavaConfig, Params, abstract_params, lora, native_backend, quantize
 from umbrella_jax.plan import at_shape, batch_flops, sheet_of
 from umbrella_jax.prediction import Choices, Row, answers, blank_rows, compile_answers, with_answer
 from umbrella_jax.processor import Processor
@@ -107,9 +108,14 @@ def inspect(config: RunConfig) -> str:
     found = (
         [f"{base.path}: no weights there; from config.json alone"] if bare else base.check(config.model.frozen_dtype)
     )
-    _, shapes = abstract_params(base.config)
+    _, shapes = abstract_params(replace(base.config, lora=config.model.lora))
     labels = freeze.label_params(list(shapes), list(config.train.groups))
-    return "\n".join([*base.notes, *found, freeze.summary(shapes, labels)])
+    return "\n".join([*_said_of(base), *found, freeze.summary(shapes, labels)])
+
+
+def _said_of(base: Checkpoint) -> list[str]:
+    """What is to be said of a base, for people."""
+    return [f"{base.path}: a run, as of step {base.step}"] if base.kind == "run" else list(base.notes)
 
 
 def train(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) -> Line:
@@ -202,6 +208,7 @@ def _prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
             raise ConfigError(faults)
         found = base.check(config.model.frozen_dtype)
         model = base.config.with_attention(config.model.attention, native_backend(mesh.devices.flat[0]))
+        model = replace(model, lora=config.model.lora)
         graphdef, shapes = abstract_params(model)
         labels = freeze.label_params(list(shapes), list(config.train.groups))
         options: dict[str, Any] = {"template": config.data.template, "max_length": config.data.max_length}
@@ -211,12 +218,17 @@ def _prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
         evaluated = _evaluated(config, eval_set, processor)
         assert train_set is not None
         datasets = {"train": train_set} | ({} if eval_set is None else {"eval": eval_set})
-        # by the first alone: they read the whole base, and all volumes
-        mine = (base.fingerprint, read_inputs(config.data, datasets)) if first else None
-    for line in [*base.notes, *found, freeze.summary(shapes, labels)]:
+        # by the first alone, since they read the whole base, and all volumes; but for a run orbax lets all meet
+        identity = base.identity if first or base.kind == "run" else None
+        mine = (identity, read_inputs(config.data, datasets)) if first else None
+    for line in [*_said_of(base), *found, freeze.summary(shapes, labels)]:
         say(line)
 
-    params = base.params(config.model.frozen_dtype, where=partial(param_sharding, mesh))
+    where = partial(param_sharding, mesh)
+    adapters = lora.start(shapes, config.seed)
+    own = [path for path, label in labels.items() if label != freeze.FROZEN and path not in adapters]
+    params = base.params(config.model.frozen_dtype, where=where, in_float32=own)
+    params |= place({path: Tensor.of(array) for path, array in adapters.items()}, where)
     trainable, frozen = freeze.partition(params, labels)
     del params
     if config.model.quantize:
@@ -282,7 +294,7 @@ def _run(run: Prepared, resume: bool, log: RunLog | None) -> Line:
         if log:
             if not resume or not (out / MODEL).exists():
                 describe(run.base, out / MODEL)
-            write_whole(out / CONFIG, dump_config(_absolute(config)))
+            write_whole(out / CONFIG, dump_config(_absolute(config, run.base)))
             write_whole(out / INPUTS, dump_inputs(run.inputs))
 
         def interrupted() -> int:
@@ -555,10 +567,12 @@ def _same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any], inpu
         raise ConfigError([f"{directory}: cannot resume: {fault}" for fault in faults])
 
 
-def _absolute(config: RunConfig) -> RunConfig:
-    """With the base as an absolute path: a run is loaded from anywhere."""
-    base = Path(str(config.model.base))
-    return replace(config, model=replace(config.model, base=str(base.absolute()))) if base.is_dir() else config
+def _absolute(config: RunConfig, base: Checkpoint) -> RunConfig:
+    """With the base as an absolute path, a run with its step: what is trained is loaded from anywhere, later."""
+    path = Path(str(config.model.base))
+    if base.kind == "run":
+        path = base.path / CHECKPOINTS / str(base.step)
+    return replace(config, model=replace(config.model, base=str(path.absolute()))) if path.is_dir() else config
 
 
 def _versions() -> dict[str, str]:

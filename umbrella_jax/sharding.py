@@ -23,6 +23,7 @@ from umbrella_jax.batch import Parts
 from umbrella_jax.config import MeshConfig
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import LlavaConfig
+from umbrella_jax.models.lora import adapted_weight
 from umbrella_jax.models.parallel import ROWS
 
 T = TypeVar("T")
@@ -178,7 +179,11 @@ def _divisors(number: int) -> list[int]:
 
 @cache
 def spec_of(path: str) -> P:
-    """How the parameter of that path is split. Raises KeyError for one that no rule covers."""
+    """How the parameter of that path is split: an adapter's inputs and outputs as those of the weight beside it, its
+    rank never. Raises KeyError for one that no rule covers."""
+    if weight := adapted_weight(path):
+        *layers, outputs, inputs = spec_of(weight)
+        return P(*layers, None, inputs) if "lora_A" in path else P(*layers, outputs, None)
     for pattern, spec in RULES.items():
         if fnmatchcase(path, pattern):
             return spec

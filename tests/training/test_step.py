@@ -29,7 +29,7 @@ from training_case import (
     total_bytes,
 )
 
-from umbrella_jax.config import GroupConfig, TrainConfig
+from umbrella_jax.config import GroupConfig, LoraConfig, TrainConfig
 from umbrella_jax.training.freeze import COMPONENTS
 from umbrella_jax.training.step import jit_eval_step, jit_train_step, train_step
 
@@ -221,6 +221,21 @@ def test_nothing_of_a_frozen_weights_shape_is_computed(remat, dtype):
     assert ("dot_general", (21, 30)) in found, "the gradient of the patch projection, which is seen"
     assert ("dot_general", (4, 5, 53)) in found, "the logits of 5 positions"
     assert not {(name, shape) for name, shape in found if 53 in shape and 29 in shape}
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_with_adapters_too(remat):
+    """Of a weight that has an adapter beside it, nothing more is computed: gradients are of A and B alone."""
+    groups = {"patch_embed": GroupConfig(), "lora": GroupConfig()}
+    lora = LoraConfig(rank=4, targets=("vision_tower", "projector", "language_model"))
+    case = small_case(TrainConfig(groups=groups), remat=remat, lora=lora)
+    found = computed(case)
+    frozen = matrix_shapes(case.frozen)
+    assert len(frozen) == 40
+    assert not {(name, shape) for name, shape in found if shape in frozen}
+    of_adapters = {leaf.shape[".layers." in path :] for path, leaf in case.state().trainable.items() if "lora" in path}
+    assert len(of_adapters) == 2 * 6
+    assert {("dot_general", shape) for shape in of_adapters} <= found
 
 
 def test_gradients_of_weights_would_be_seen():

@@ -29,8 +29,22 @@ def dense(weight: Any, dtype: Any) -> Array:
     return qwix.dequantize(weight.astype(dtype))
 
 
+class Factor(nnx.Module):
+    """One of the two of an adapter: `weight`, [..., r, I] or [..., O, r]."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.weight = nnx.Param(jnp.zeros(shape, jnp.float32))
+
+
 class Linear(nnx.Module):
-    """x [..., I] → x·Wᵀ + b [..., O] in x's dtype; `weight` [O, I], perhaps quantized, `bias` [O]."""
+    """x [..., I] → x·Wᵀ + b [..., O] in x's dtype; `weight` [O, I], perhaps quantized, `bias` [O].
+
+    With an adapter (umbrella_jax/models/lora.py), x·Wᵀ + s · x·Aᵀ·Bᵀ + b.
+    """
+
+    lora_A: Factor | None = None
+    lora_B: Factor | None = None
+    lora_scale: float = 1.0
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, rngs: nnx.Rngs):
         self.weight = nnx.Param(_init(rngs.params(), (out_features, in_features), jnp.float32))
@@ -38,6 +52,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         y = jnp.einsum("...i,oi->...o", x, dense(self.weight[...], x.dtype))
+        if self.lora_A is not None and self.lora_B is not None:
+            low = jnp.einsum("...i,ri->...r", x, self.lora_A.weight[...].astype(x.dtype)) * self.lora_scale
+            y = y + jnp.einsum("...r,or->...o", low, self.lora_B.weight[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -17,8 +17,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
 
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import AttentionBackend, ModalityConfig, RematPolicy
+from umbrella_jax.config import AttentionBackend, LoraConfig, ModalityConfig, RematPolicy
 from umbrella_jax.models.attention import choose_backend
+from umbrella_jax.models.lora import attach
 from umbrella_jax.models.parallel import ROWS, local, split_rows, ways
 from umbrella_jax.models.projector import LlavaMultiModalProjector
 from umbrella_jax.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
@@ -40,6 +41,8 @@ class LlavaConfig:
     compute_dtype: str = "float32"
     remat: RematPolicy = "none"
     attention: AttentionBackend = "xla"
+    lora: LoraConfig | None = None
+    """Of the adapters beside its weights."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modalities", FrozenDict(self.modalities))  # hashable: jit keys on it
@@ -65,6 +68,8 @@ class Llava(nnx.Module):
             config.vision.hidden_size, config.text.hidden_size, rngs=rngs
         )
         self.language_model = Qwen2ForCausalLM(config.text, config.remat, config.attention, rngs=rngs)
+        if config.lora is not None:
+            attach(self, config.lora)
 
     def image_features(self, name: str, volumes: Array) -> Array:
         """Volumes [M, *size] of modality `name` → [M, N, D], a row for every patch."""

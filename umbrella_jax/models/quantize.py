@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from umbrella_jax.models.llava import Params
+from umbrella_jax.models.lora import adapted_weight
 
 Quantized = Literal["int8", "fp8"]
 _TYPES: dict[Quantized, Any] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
@@ -21,8 +22,9 @@ _PRODUCTS = (
 
 def quantizable(path: str) -> bool:
     """Whether a parameter is the weight of a product of a layer or of the projector. Word embeddings and the head stay
-    as they are: they are looked up, and decide between words."""
-    return "norm" not in path and any(fnmatchcase(path, pattern) for pattern in _PRODUCTS)
+    as they are: they are looked up, and decide between words; adapters too: they are small."""
+    other = "norm" in path or adapted_weight(path) is not None
+    return not other and any(fnmatchcase(path, pattern) for pattern in _PRODUCTS)
 
 
 def quantize(params: Params, dtype: Quantized) -> Params:

@@ -6,7 +6,6 @@ The policies' tables follow umbrella_jax/models/layers.py, the products its modu
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +71,7 @@ def workload(config: RunConfig, model: LlavaConfig, text_tokens: int = 64) -> Wo
 # What the backward pass does not find kept, and what it multiplies again for it (umbrella_jax/models/layers.py).
 _MLP = ("fc1", "gate_proj", "up_proj")
 _ALL = ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj", *_MLP)  # fc2, down_proj: nothing needs their output
+_LOW = "lora_A"  # what an adapter's first product makes, rank numbers for each row, is never kept
 KEPT: dict[str, tuple[str, ...]] = {
     "none": ("input", "qkv", "attention", "lse", "middle", "mlp"),
     "mlp": ("input", "qkv", "attention", "lse", "middle"),
@@ -79,7 +79,7 @@ KEPT: dict[str, tuple[str, ...]] = {
 }
 """Per remat policy, what a layer keeps: its input; q, k, v; attention's output and softmax denominators (lse); the
 residual stream between its two blocks (middle); what goes into the MLP's nonlinearity."""
-AGAIN: dict[str, tuple[str, ...]] = {"none": (), "mlp": _MLP, "full": ("attention", *_ALL)}
+AGAIN: dict[str, tuple[str, ...]] = {"none": (_LOW,), "mlp": (_LOW, *_MLP), "full": (_LOW, "attention", *_ALL)}
 """Per remat policy, the products that the backward pass does again; scores are made again under each of them."""
 _ATTENTION_PRODUCTS = {"forward": 2, "backward": 4, "scores": 1}
 """Scores and their product with v; gradients of v, probabilities, q and k; scores again (Dao et al. 2022)."""
@@ -93,6 +93,7 @@ class Product:
     """Activations times a weight [outputs, inputs], in each of `layers` layers."""
 
     name: str
+    """Of an adapter's second product, that of the product beside which it lies: the same needs both."""
     component: str
     layers: int
     rows: int
@@ -291,10 +292,7 @@ def describe(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype
     """The counts of a model that trains `config.train.groups`. Raises ConfigError as `freeze.label_params` does."""
     _, shapes = abstract_params(model)
     labels = freeze.label_params(list(shapes), list(config.train.groups))
-    component = {
-        path: next((name for name, pattern in freeze.COMPONENTS.items() if fnmatchcase(path, pattern)), "unused")
-        for path in shapes
-    }
+    component = {path: freeze.component_of(path) for path in shapes}
     trained = {path for path in shapes if labels[path] != freeze.FROZEN}
     first = min(list(freeze.COMPONENTS).index(component[path]) for path in trained)
     differentiated = {name: i >= first for i, name in enumerate(freeze.COMPONENTS)}
@@ -314,7 +312,7 @@ def describe(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype
     for path, leaf in shapes.items():
         part = component[path]
         stacked = ".layers." in path
-        *_, module, kind = path.split(".")
+        *_, product, module, kind = path.split(".")
         weights.append(
             Weight(
                 component=part,
@@ -333,7 +331,7 @@ def describe(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype
             continue  # looked up, or of another modality
         products.append(
             Product(
-                name=module,
+                name=product if module == "lora_B" else module,
                 component=part,
                 layers=leaf.shape[0] if stacked else 1,
                 rows=work.supervised if module == head else rows.get(part, work.positions),

@@ -271,7 +271,9 @@ def make_plan(
     """
     if subjects is not None and subjects < 1:
         raise ConfigError(f"--subjects {subjects}: expected 1 or more")
-    model = model.with_attention(config.model.attention, devices.kind.attention)
+    model = dataclasses.replace(
+        model.with_attention(config.model.attention, devices.kind.attention), lora=config.model.lora
+    )
     counted = describe(config, model, workload(config, model, text_tokens), frozen_dtype)
     remat, batch_size = config.model.remat, config.train.batch_size
     if config.mesh == MeshConfig():

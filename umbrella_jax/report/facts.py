@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,7 @@ def read_facts(
     order = _order(rows, tasks)
     chosen = [_sample(conversations[i], rows[i], tasks[task_of(rows[i])], failed) for i, failed in order[:samples]]
     _check_volumes(chosen, inputs)
-    _, shapes = abstract_params(model)
+    _, shapes = abstract_params(replace(model, lora=config.model.lora))
     labels = freeze.label_params(list(shapes), list(config.train.groups))
     options: dict[str, Any] = {"resamples": config.evaluation.resamples}
     return Facts(

@@ -13,10 +13,12 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
+from umbrella_jax.config import LORA
 from umbrella_jax.errors import ConfigError
+from umbrella_jax.models.lora import adapted_weight
 
 T = TypeVar("T")
-FROZEN = "frozen"
+FROZEN, UNUSED = "frozen", "unused"
 
 COMPONENTS: dict[str, str] = {
     "patch_embed": "vision_tower.vision_model.embeddings.*",
@@ -36,26 +38,44 @@ def modality_of(path: str) -> str | None:
     return match[1] if match else None
 
 
-def label_params(paths: Collection[str], groups: Collection[str]) -> dict[str, str]:
-    """The label of every parameter, for the groups (names of `COMPONENTS` or path patterns) that the config names.
+def component_of(path: str) -> str:
+    """The name in `COMPONENTS` of what holds a parameter, `unused` where LLaVA does not use it."""
+    return next((name for name, pattern in COMPONENTS.items() if fnmatchcase(path, pattern)), UNUSED)
 
-    Raises ConfigError when nothing trains, when a group covers no parameter, when two cover the same one, and when
-    one covers a parameter that cannot reach the loss.
+
+def _covers(group: str, path: str) -> bool:
+    """Whether a group of the config means a parameter; adapters are meant by `lora`, and by patterns that say so."""
+    if adapted_weight(path) is not None:
+        return group == LORA or ("lora_" in group and fnmatchcase(path, group))
+    return fnmatchcase(path, COMPONENTS.get(group, group))
+
+
+def label_params(paths: Collection[str], groups: Collection[str]) -> dict[str, str]:
+    """The label of every parameter, for the groups that the config names: of `COMPONENTS`, `lora`, or path patterns.
+
+    Raises ConfigError when nothing trains, when a group covers no parameter, when two cover the same one, when one
+    covers a parameter that cannot reach the loss, and for an adapter that is frozen or beside a weight that is not.
     """
-    patterns = {group: COMPONENTS.get(group, group) for group in groups}
-    reachable = {path for path in paths if any(fnmatchcase(path, pattern) for pattern in COMPONENTS.values())}
     labels, faults = {}, []
     for path in paths:
-        covering = [group for group, pattern in patterns.items() if fnmatchcase(path, pattern)]
+        covering = [group for group in groups if _covers(group, path)]
         if len(covering) > 1:
             faults.append(f"train.groups: {path} is covered by {' and '.join(covering)}; let one of them cover it")
-        if covering and path not in reachable:
+        if covering and component_of(path) == UNUSED:
             faults.append(f"train.groups: {covering[0]} covers {path}, which LLaVA does not use: it cannot train")
         modality = modality_of(path)
         labels[path] = FROZEN if not covering else f"{covering[0]}/{modality}" if modality else covering[0]
-    for group, pattern in patterns.items():
-        if not any(fnmatchcase(path, pattern) for path in paths):
-            names = ", ".join(COMPONENTS)
+    for path, label in labels.items():
+        weight = adapted_weight(path)
+        if weight is None:
+            continue
+        if label == FROZEN:
+            faults.append(f"model.lora: {path} does not train; let a group cover it (lora all), or name fewer targets")
+        if labels[weight] != FROZEN and path.endswith("lora_A.weight"):
+            faults.append(f"model.lora: {weight} trains as a whole ({labels[weight]}); let it, or an adapter beside it")
+    for group in groups:
+        if not any(_covers(group, path) for path in paths):
+            names = ", ".join([*COMPONENTS, LORA])
             faults.append(
                 f"train.groups: {group} covers no parameter; expected {names} or a pattern of parameter paths"
             )
@@ -81,11 +101,12 @@ def as_trainable(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 def counts(
     params: Mapping[str, jax.ShapeDtypeStruct | jax.Array], labels: Mapping[str, str]
 ) -> dict[str, tuple[int, int]]:
-    """{component, and at last `total`: how many numbers of it train, and how many are frozen}."""
-    found = {name: [0, 0] for name in [*COMPONENTS, "unused"]}
+    """{component, `lora` where there are adapters, and at last `total`: how many numbers of it train, and how many are
+    frozen}."""
+    found = {name: [0, 0] for name in [*COMPONENTS, *([LORA] if any(map(adapted_weight, params)) else []), UNUSED]}
     for path, leaf in params.items():
-        component = next((name for name, pattern in COMPONENTS.items() if fnmatchcase(path, pattern)), "unused")
-        found[component][labels[path] == FROZEN] += math.prod(leaf.shape)
+        part = LORA if adapted_weight(path) else component_of(path)
+        found[part][labels[path] == FROZEN] += math.prod(leaf.shape)
     found["total"] = [sum(column) for column in zip(*found.values(), strict=True)]
     return {name: (trains, frozen) for name, (trains, frozen) in found.items()}
 

@@ -1,0 +1,64 @@
+"""Adapters of low rank beside the weights of products (LoRA, Hu et al. 2021), under PEFT's names.
+
+The adapter of `….q_proj.weight` [L, O, I] is `….q_proj.lora_A.weight` [L, r, I] and `….q_proj.lora_B.weight` [L, O, r].
+Own code: of the libraries, PEFT is torch's, and qwix's provider makes adapters while a call is traced, which within our
+scan is that of one layer for all.
+"""
+
+import re
+import zlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+
+from umbrella_jax.config import LoraConfig
+from umbrella_jax.models.layers import Factor, Linear
+
+_ADAPTER = re.compile(r"(.+)\.lora_([AB])\.weight")
+_COMPONENTS = {  # parameters' path → component, of those in LORA_TARGETS
+    "vision_tower.vision_model.encoder.layers.": "vision_tower",
+    "multi_modal_projector.": "projector",
+    "language_model.model.layers.": "language_model",
+}
+
+
+def adapted_weight(path: str) -> str | None:
+    """The path of the weight beside which this part of an adapter lies; None for all other parameters."""
+    match = _ADAPTER.fullmatch(path)
+    return f"{match[1]}.weight" if match else None
+
+
+def adapters(weight: str) -> tuple[str, str]:
+    """Paths of A and B beside a weight."""
+    module = weight.removesuffix(".weight")
+    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+
+
+def attach(model: nnx.Module, lora: LoraConfig) -> None:
+    """Puts adapters, all zero, beside the products of `model` that `lora` names."""
+    for keys, module in list(nnx.iter_modules(model)):
+        path = ".".join(map(str, keys))
+        component = next((name for start, name in _COMPONENTS.items() if path.startswith(start)), None)
+        if isinstance(module, Linear) and f"{component}.{keys[-1]}" in lora.products:
+            *layers, outputs, inputs = module.weight[...].shape
+            module.lora_A = Factor((*layers, lora.rank, inputs))
+            module.lora_B = Factor((*layers, outputs, lora.rank))
+            module.lora_scale = lora.scale
+
+
+def start(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int) -> dict[str, np.ndarray]:
+    """The adapters among `shapes` as they start, float32: A uniform in ±1/√inputs, which is PEFT's Kaiming, B zero.
+
+    The numbers of each follow from `seed` and its path alone, whatever else there is and wherever it lies.
+    """
+    found = {}
+    for path, leaf in shapes.items():
+        if adapted_weight(path) is None:
+            continue
+        found[path] = np.zeros(leaf.shape, np.float32)
+        if path.endswith("lora_A.weight"):
+            rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+            found[path] = rng.uniform(-1, 1, leaf.shape).astype(np.float32) / np.sqrt(np.float32(leaf.shape[-1]))
+    return found
