@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
         commands,
         "runs",
         _runs,
-        "Compare runs: state, steps, figures, what differs in configs.",
+        "Compare runs: state, steps, figures, differing configs.",
         "umbrella-jax runs runs --metric eval_loss --plot runs.svg",
     )
     runs.add_argument("dir", metavar="DIR", help="in which they are, at any depth")
