@@ -75,7 +75,12 @@ def _spoilt(folder: Path) -> None:
         image = {"type": "image", "modality": "sMRI", "image_path": f"{name}_T1w.nii.gz"}
         asked = {"role": "user", "content": [image, {"type": "text", "text": "What is the sex of this subject?"}]}
         said = {"role": "assistant", "content": [{"type": "text", "text": "female."}]}
-        return {"task_id": name, "conversations": [asked, said], "metadata": {"subject_id": name, "task": "sex"}, **fields}
+        return {
+            "task_id": name,
+            "conversations": [asked, said],
+            "metadata": {"subject_id": name, "task": "sex"},
+            **fields,
+        }
 
     for i in range(1, 5):
         values = np.random.default_rng(i).uniform(1, 9, VOLUME_SHAPES["T1"])
@@ -197,7 +202,10 @@ PARSED: dict[str, str] = {
 
 CHEAPER: dict[str, tuple[list[str], str]] = {
     "umbrella-jax plan": (["--set", "model.compute_dtype=bfloat16"], "as configs/ has it; see _configs"),
-    "umbrella-jax baseline": (["--cnn-epochs", "1", "--cnn-width", "0.05"], "the network is as large for small volumes"),
+    "umbrella-jax baseline": (
+        ["--only", "probe"],
+        "the network compiles long; tests/evaluation/test_baseline.py has it",
+    ),
 }
 """Beginnings of commands → flags that they get besides, with why."""
 
@@ -250,7 +258,7 @@ def captured(devices: int = 1) -> Iterator[tuple[io.StringIO, io.StringIO]]:
     on_some = partial(make_mesh, devices=jax.devices()[:devices])
     shipped = {file.stem: file for file in Path("configs").absolute().glob("*.yaml")}
     with ExitStack() as stack:
-        stack.enter_context(mock.patch("umbrella_jax.config.shipped_configs", lambda: shipped))
+        stack.enter_context(mock.patch("umbrella_jax.config.shipped_configs", return_value=shipped))
         for module in ("run", "prediction"):
             stack.enter_context(mock.patch(f"umbrella_jax.{module}.make_mesh", on_some))
         stack.enter_context(redirect_stdout(out))
@@ -439,7 +447,7 @@ PICTURES: dict[str, tuple[str, ...]] = {
     "docs/conversion.md": ("HF directory ──convert from-hf──► native checkpoint",),
     "docs/runs.md": ("step 1,200 of 30,000",),
 }
-"""Page → how the lines begin that its blocks of kind `picture` begin with: drawings, and what a terminal shows while one waits."""
+"""Page → beginnings of its blocks of kind `picture`: drawings, and what a terminal shows while one waits."""
 
 
 def look_at_picture(page: Page, block: Block) -> None:

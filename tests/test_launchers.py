@@ -272,39 +272,3 @@ def test_what_a_pod_of_gke_runs(cluster: Cluster) -> None:
     assert install == ["pip", "install", "--quiet", "umbrella_jax-0.1.0-py3-none-any.whl[tpu]"]
     assert train == ["umbrella-jax", "train", *variable["value"].split(), "--resume"]
     assert is_train_command(train[1:])
-
-
-# What docs/clusters.md says.
-
-
-@pytest.fixture(scope="module")
-def documented() -> list[str]:
-    return re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "clusters.md").read_text(), re.DOTALL)
-
-
-def test_documented_commands(cluster: Cluster, documented: list[str]) -> None:
-    said: Callable[[int], list[list[str]]] = lambda i: (cluster.run(documented[i]), doing(cluster.called()))[1]  # noqa: E731
-    assert len(documented) == 4
-    flags = ["--config", "configs/t1_7b.yaml", "--out", "runs/sex"]
-    assert said(0) == [
-        ["python", "-m", "venv", ".venv"],
-        ["pip", "install", ".[cuda12]"],
-        ["sbatch", "--nodes=4", "--gpus-per-node=8", "scripts/train_slurm.sbatch", *flags],
-        ["srun", "--kill-on-bad-exit=1", "umbrella-jax", "train", *flags],
-    ]
-    assert (ROOT / flags[1]).exists()
-    wheel, create, copy, _, train, _ = said(1)
-    assert wheel == ["pip", "wheel", "--no-deps", "--wheel-dir", "dist", "."]
-    assert (create, copy) == ([*CREATE, "--spot"], COPY)
-    assert train[-1].endswith("umbrella-jax train --config run.yaml --out runs/sex")
-    assert said(2) == [
-        ["kubectl", "apply", "-f", "scripts/train_gke.yaml"],
-        [
-            *("kubectl", "logs", "--follow", "--selector"),
-            "batch.kubernetes.io/job-completion-index=0,jobset.sigs.k8s.io/jobset-name=umbrella",
-        ],
-        ["kubectl", "delete", "-f", "scripts/train_gke.yaml"],
-    ]
-    commands = said(3)
-    assert [make_parser().parse_args(words[1:]).process_id for words in commands] == [0, 1]
-    assert len({tuple(words[:-1]) for words in commands}) == 1
