@@ -1,6 +1,7 @@
 """What several test packages need: eight simulated devices, and a real, tiny tokenizer."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,15 @@ if "UMBRELLA_TEST_OPTIMISED" not in os.environ:
     if version("jaxlib") < "0.11":  # 0.12 does not know the flag, and ends the process
         _FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
+# Many tests make the same small run. What is compiled for one is there for all: the workers of pytest-xdist and the
+# processes that tests start get the first process's environment.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _COMPILED = tempfile.TemporaryDirectory(prefix="compiled")
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": _COMPILED.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
 

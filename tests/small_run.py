@@ -170,8 +170,14 @@ def parameters(path: Path, **options: Any) -> dict[str, np.ndarray]:
 
 
 def umbrella(*words: object, code: int = 0, devices: int = 1) -> str:
+    """As `said`; returns stderr where it failed, else stdout."""
+    out, err = said(*words, code=code, devices=devices)
+    return err if code else out
+
+
+def said(*words: object, code: int = 0, devices: int = 1) -> tuple[str, str]:
     """Runs `umbrella-jax WORDS` in this process, on some of the eight devices that the suite simulates; asserts its
-    exit code, and returns what it printed: stderr where it failed, else stdout."""
+    exit code, and returns what it printed, on stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     on_some = partial(make_mesh, devices=jax.devices()[:devices])
     places = (mock.patch(f"umbrella_jax.{module}.make_mesh", on_some) for module in ("run", "prediction"))
@@ -180,7 +186,7 @@ def umbrella(*words: object, code: int = 0, devices: int = 1) -> str:
             patched.enter_context(place)
         found = main([str(word) for word in words])
     assert found == code, f"{out.getvalue()}\n{err.getvalue()}"
-    return err.getvalue() if code else out.getvalue()
+    return out.getvalue(), err.getvalue()
 
 
 def trained(run: Path) -> dict[str, np.ndarray]:
@@ -214,16 +220,10 @@ def umbrella_command(*words: object) -> list[str]:
     return [sys.executable, "-m", "umbrella_jax.cli", *map(str, words)]
 
 
-def process_environment(compiled: Path) -> dict[str, str]:
-    """This process's environment but for the simulated devices; what is compiled is kept in `compiled`, so that a
-    second process need not compile it again."""
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(compiled),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+def process_environment() -> dict[str, str]:
+    """This process's environment but for the simulated devices."""
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    return os.environ | cache | {"XLA_FLAGS": " ".join(flags)}
+    return os.environ | {"XLA_FLAGS": " ".join(flags)}
 
 
 def modalities() -> dict[str, ModalityConfig]:

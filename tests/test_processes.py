@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 from typing import Any
 
 import jax
@@ -34,14 +34,17 @@ FLAGS = ["--task-filter", "T3", "--batch-size", 4, "--epochs", STEPS, "--learnin
 FLAGS += ["--set", "train.warmup_steps=0", "--set", "train.save_steps=1"]
 
 
-def child(record: str, *words: str) -> None:
-    """`umbrella-jax WORDS`; into `record`, the files that Python opened: to read, phase by phase, and to write."""
+def child() -> None:
+    """`umbrella-jax WORDS` for each line [record, *words] on stdin; its exit code is a line on stdout. Into
+    `record.out` and `record.err` what it said, into `record.json` the files that Python opened: to read, phase by
+    phase, and to write."""
     from umbrella_jax import cli, run
 
     if "HEARTBEAT" in os.environ:  # jax looks every so many seconds whether the others live, 100 by default
         beat = int(os.environ["HEARTBEAT"])
         jax.distributed.initialize = partial(jax.distributed.initialize, heartbeat_timeout_seconds=beat)
-    phase, read, written = "check", [], []
+    record, phase = "", "check"
+    read, written = list[tuple[str, str]](), list[str]()
 
     def hook(event: str, arguments: Any) -> None:
         if event == "open" and isinstance(arguments[0], str):
@@ -66,7 +69,7 @@ def child(record: str, *words: str) -> None:
         def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
             for i, batch in enumerate(train_batches(*args, **kwargs)):
                 if i == int(place):
-                    Path(record).write_text(str(time.time()))
+                    Path(f"{record}.json").write_text(str(time.time()))
                     os.kill(os.getpid(), getattr(signal, name))
                     time.sleep(1)  # so that the step which follows comes behind it
                 yield batch
@@ -74,9 +77,19 @@ def child(record: str, *words: str) -> None:
     run.train_batches = entering("train", batches)
     run.eval_batches = entering("eval", run.eval_batches)
     sys.addaudithook(hook)
-    code = cli.main(words)
-    Path(record).write_text(json.dumps({"read": read, "written": written}))
-    sys.exit(code)
+    codes = os.dup(1)
+    for line in sys.stdin:
+        record, *words = json.loads(line)
+        phase = "check"
+        read.clear()
+        written.clear()
+        for end, descriptor in ("out", 1), ("err", 2):
+            with open(f"{record}.{end}", "w") as file:
+                os.dup2(file.fileno(), descriptor)
+        code = cli.main(words)
+        sys.stdout.flush()
+        Path(f"{record}.json").write_text(json.dumps({"read": read, "written": written}))
+        os.write(codes, f"{code}\n".encode())
 
 
 def free_port() -> int:
@@ -96,8 +109,8 @@ def finish(processes: list[subprocess.Popen[str]], timeout: int = 900) -> list[t
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return small_run.process_environment(tmp_path_factory.mktemp("compiled")) | {
+def environment() -> dict[str, str]:
+    return small_run.process_environment() | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
@@ -110,27 +123,87 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return found
 
 
+class Pair:
+    """Two processes of a run, which take one command after another: they start and compile once."""
+
+    def __init__(self, environment: dict[str, str], signals: Sequence[str] = ("", "")):
+        """`signals`: what each sends itself, and at which batch."""
+        self.where = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id"]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-m", "tests.test_processes"]
+        beat = {"HEARTBEAT": "10"} if any(signals) else {}
+        own = [beat | ({"SIGNAL_AT": signal} if signal else {}) for signal in signals]
+        self.processes = [subprocess.Popen(command, env=environment | more, cwd=ROOT, **pipes) for more in own]
+
+    def __call__(self, record: Path, *words: object) -> list[tuple[int, str, str]]:
+        """Exit code, stdout and stderr of either at `umbrella-jax WORDS`; their records are `record.0` and
+        `record.1`."""
+        for i, process in enumerate(self.processes):
+            process.stdin.write(json.dumps([f"{record}.{i}", *map(str, [*words, *self.where, i])]) + "\n")
+            process.stdin.flush()
+        limit = Timer(600, self.end)
+        limit.start()
+        try:
+            codes = [process.stdout.readline() for process in self.processes]
+        finally:
+            limit.cancel()
+        return [
+            (
+                int(code or process.wait()),  # no line: it has ended
+                *(Path(f"{record}.{i}.{kind}").read_text() for kind in ("out", "err")),
+            )
+            for i, (process, code) in enumerate(zip(self.processes, codes, strict=True))
+        ]
+
+    @property
+    def ended(self) -> bool:
+        """Of either, as where both refused a command."""
+        return any(process.poll() is not None for process in self.processes)
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+Two = Callable[..., list[tuple[int, str, str]]]
+
+
 @pytest.fixture(scope="module")
-def two(world: World, environment: dict[str, str]) -> Callable[..., list[tuple[int, str, str]]]:
-    """`two(out, *flags)`: a run of two processes; their records are `out.0.json` and `out.1.json`. `signals`: what each
-    sends itself, and at which batch."""
+def pair(environment: dict[str, str]) -> Iterator[Two]:
+    """`pair(record, *words)`: `umbrella-jax WORDS` in the same two processes as before, unless these have ended."""
+    running = Pair(environment)
 
-    def launch(out: Path, *flags: object, signals: Sequence[str] = ("", "")) -> list[tuple[int, str, str]]:
-        port, processes = free_port(), []
-        for i in range(2):
-            where = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", i]
-            words = world.train_flags(out, *FLAGS, "--eval-data", world.eval, *flags, *where)
-            command = [sys.executable, "-m", "tests.test_processes", f"{out}.{i}.json", *words]
-            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            own = {"SIGNAL_AT": signals[i], "HEARTBEAT": "10"} if signals[i] else {"HEARTBEAT": "10"}
-            processes.append(subprocess.Popen(command, env=environment | own, cwd=ROOT, **pipes))
-        return finish(processes)
+    def command(record: Path, *words: object) -> list[tuple[int, str, str]]:
+        nonlocal running
+        if running.ended:
+            running.end()
+            running = Pair(environment)
+        return running(record, *words)
 
-    return launch
+    yield command
+    running.end()
 
 
 @pytest.fixture(scope="module")
-def said(two: Callable[..., Any], world: World) -> list[tuple[int, str, str]]:
+def two(world: World, environment: dict[str, str], pair: Two) -> Two:
+    """`two(out, *flags)`: a run of two processes. With `signals`, of a pair of its own, which ends with it."""
+
+    def train(out: Path, *flags: object, signals: Sequence[str] = ()) -> list[tuple[int, str, str]]:
+        words = world.train_flags(out, *FLAGS, "--eval-data", world.eval, *flags)
+        if not signals:
+            return pair(out, *words)
+        own = Pair(environment, signals)
+        try:
+            return own(out, *words)
+        finally:
+            own.end()
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def said(two: Two, world: World) -> list[tuple[int, str, str]]:
     found = two(world.root / "two")
     assert [code for code, *_ in found] == [0, 0], found
     return found
@@ -185,37 +258,6 @@ def test_two_processes_are_one_device(run: Path, whole: Callable[[int], Path], w
     assert read_lines(run / answers) == read_lines(expected / answers)
 
 
-def test_two_processes_predict_as_one(run: Path, world: World, environment: dict[str, str]) -> None:
-    """Every conversation once, in order, with the likelihoods of its answers; and what one refuses both refuse."""
-
-    def predict(out: Path) -> list[tuple[int, str, str]]:
-        port = free_port()
-        words = ["predict", run, "--data", world.train, "--out", out, "--image-root", world.root / "scans"]
-        words += ["--task-filter", "T3", "--likelihoods", "--max-new-tokens", 3, "--batch-size", 2]
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        commands = [
-            small_run.umbrella_command(
-                *words, "--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", i
-            )
-            for i in range(2)
-        ]
-        return finish([subprocess.Popen(command, env=environment, cwd=ROOT, **pipes) for command in commands])
-
-    out, alone = world.root / "two.jsonl", world.root / "one.jsonl"
-    (first, said, _), (second, other, _) = found = predict(out)
-    assert (first, second) == (0, 0), "\n".join(err for *_, err in found)
-    assert f"{out}: 4 answers" in said
-    assert str(out) not in other, "one of them says it"
-    flags = ["--data", world.train, "--out", alone, "--image-root", world.root / "scans", "--task-filter", "T3"]
-    umbrella("predict", run, *flags, "--likelihoods", "--max-new-tokens", 3)
-    for ours, theirs in zip(read_lines(out), read_lines(alone), strict=True):
-        for answer, value in theirs.pop("likelihoods").items():
-            assert ours["likelihoods"][answer] == pytest.approx(value, abs=1e-4)
-        ours.pop("likelihoods")
-        assert ours == theirs
-    assert [code for code, *_ in predict(out)] == [2, 2]
-
-
 def test_each_process_reads_its_own_part(records: list[dict[str, Any]], world: World) -> None:
     scans = {str(path) for path in (world.root / "scans").iterdir() if "run" not in path.name}
     opened = [
@@ -251,7 +293,7 @@ def test_only_process_0_prints_and_writes(
     assert theirs <= {"checkpoints"}
 
 
-def test_two_processes_resume(two: Callable[..., Any], run: Path, world: World) -> None:
+def test_two_processes_resume(two: Two, run: Path, world: World) -> None:
     """From the step before the last, as if they had been cut off there."""
     again = world.root / "again"
     shutil.copytree(run, again)
@@ -262,26 +304,23 @@ def test_two_processes_resume(two: Callable[..., Any], run: Path, world: World) 
     assert_same(again, run)
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_one_killed_the_other_ends_and_both_go_on(
-    two: Callable[..., Any], run: Path, world: World, killed: int
-) -> None:
-    """Within a minute, of heartbeats every 10 s."""
-    out = world.root / f"killed{killed}"
-    signals = ["", ""]
-    signals[killed] = "SIGKILL 2"
-    found = two(out, signals=signals)
-    assert time.time() - float(Path(f"{out}.{killed}.json").read_text()) < 60
-    assert found[killed][0] == -signal.SIGKILL
-    code, _, error = found[1 - killed]
-    assert code != 0
-    # found in a collective, or by jax, which then ends the process itself
-    assert "a process of the run is gone" in error or "another task died" in error
+def test_one_killed_the_other_ends_and_both_go_on(two: Two, run: Path, world: World) -> None:
+    """Within a minute, of heartbeats every 10 s: first without process 0, then without process 1."""
+    out = world.root / "killed"
+    for killed, (more, signals) in enumerate([([], ["SIGKILL 2", ""]), (["--resume"], ["", "SIGKILL 1"])]):
+        found = two(out, *more, signals=signals)
+        assert time.time() - float(Path(f"{out}.{killed}.json").read_text()) < 60
+        assert found[killed][0] == -signal.SIGKILL
+        code, _, error = found[1 - killed]
+        assert code != 0
+        # found in a collective, or by jax, which then ends the process itself
+        assert "a process of the run is gone" in error or "another task died" in error
+    assert len(numbers(out)) < STEPS
     assert [code for code, *_ in two(out, "--resume")] == [0, 0]
     assert_same(out, run)
 
 
-def test_a_signal_to_one_ends_both_behind_the_same_step(two: Callable[..., Any], run: Path, world: World) -> None:
+def test_a_signal_to_one_ends_both_behind_the_same_step(two: Two, run: Path, world: World) -> None:
     """And one process goes on: with two devices bit for bit, with one but for the order of its sums."""
     out = world.root / "signalled"
     (first, _, error), (second, _, silent) = two(out, signals=["", "SIGTERM 1"])
@@ -299,7 +338,7 @@ def test_a_signal_to_one_ends_both_behind_the_same_step(two: Callable[..., Any],
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=2", "tensor=2"])
-def test_weights_lie_over_processes(two: Callable[..., Any], run: Path, world: World, mesh: str) -> None:
+def test_weights_lie_over_processes(two: Two, run: Path, world: World, mesh: str) -> None:
     """The last step on another mesh, of which no process has all weights; with `tensor`, both have all rows."""
     again = world.root / mesh
     shutil.copytree(run, again)
@@ -310,6 +349,25 @@ def test_weights_lie_over_processes(two: Callable[..., Any], run: Path, world: W
     assert_close(again, run)
     answers = f"predictions/step_{STEPS}.jsonl"
     assert read_lines(again / answers) == read_lines(run / answers)
+
+
+def test_two_processes_predict_as_one(pair: Two, run: Path, world: World) -> None:
+    """Every conversation once, in order, with the likelihoods of its answers; and what one refuses both refuse."""
+    out, alone = world.root / "two.jsonl", world.root / "one.jsonl"
+    words = ["predict", run, "--data", world.train, "--out", out, "--image-root", world.root / "scans"]
+    words += ["--task-filter", "T3", "--likelihoods", "--max-new-tokens", 3, "--batch-size", 2]
+    (first, said, _), (second, other, _) = found = pair(out, *words)
+    assert (first, second) == (0, 0), "\n".join(err for *_, err in found)
+    assert f"{out}: 4 answers" in said
+    assert str(out) not in other, "one of them says it"
+    flags = ["--data", world.train, "--out", alone, "--image-root", world.root / "scans", "--task-filter", "T3"]
+    umbrella("predict", run, *flags, "--likelihoods", "--max-new-tokens", 3)
+    for ours, theirs in zip(read_lines(out), read_lines(alone), strict=True):
+        for answer, value in theirs.pop("likelihoods").items():
+            assert ours["likelihoods"][answer] == pytest.approx(value, abs=1e-4)
+        ours.pop("likelihoods")
+        assert ours == theirs
+    assert [code for code, *_ in pair(out, *words)] == [2, 2]
 
 
 # Who belongs to a run.
@@ -580,4 +638,4 @@ def test_alone_a_process_agrees_with_itself() -> None:
 
 
 if __name__ == "__main__":
-    child(*sys.argv[1:])
+    child()

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -41,14 +42,19 @@ TO_EVALUATE = [
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def environment() -> dict[str, str]:
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return small_run.process_environment(tmp_path_factory.mktemp("compiled")) | paths
+    return small_run.process_environment() | paths
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return small_run.make_world(tmp_path_factory.mktemp("world"))
+
+
+def train_words(world: World, out: Path, *flags: object) -> list[str]:
+    """`umbrella-jax train` into `out`."""
+    return world.train_flags(out, *FLAGS, "--eval-data", world.eval, *TO_EVALUATE, *flags)
 
 
 Begin = Callable[..., "subprocess.Popen[str]"]
@@ -59,7 +65,7 @@ def begin(world: World, environment: dict[str, str]) -> Begin:
     """`begin(out, *flags)`: `umbrella-jax train` in a process of its own; `inside`: see `child`."""
 
     def start(out: Path, *flags: object, inside: str = "nothing") -> "subprocess.Popen[str]":
-        words = world.train_flags(out, *FLAGS, "--eval-data", world.eval, *TO_EVALUATE, *flags)
+        words = train_words(world, out, *flags)
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         command = [sys.executable, "-m", "tests.test_reliability", inside, *words]
         return subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
@@ -68,36 +74,35 @@ def begin(world: World, environment: dict[str, str]) -> Begin:
 
 
 @pytest.fixture(scope="module")
-def run(world: World, begin: Begin) -> Path:
+def run(world: World) -> Path:
     """The run that nothing happened to."""
-    end(begin(world.root / "run"))
+    umbrella(*train_words(world, world.root / "run"))
     return world.root / "run"
 
 
-def end(process: "subprocess.Popen[str]", code: int = 0) -> tuple[str, str]:
-    """What it said, on stdout and stderr; asserts its exit code."""
+def end(process: "subprocess.Popen[str]", code: int) -> str:
+    """What it said on stderr; asserts its exit code."""
     out, err = process.communicate(timeout=900)
     assert process.returncode == code, f"{process.returncode}\n{out}\n{err}"
-    return out, err
+    return err
 
 
 def child(inside: str, words: Sequence[str]) -> int:
     """`umbrella-jax WORDS`; `save:N` kills it at the N-th time that a save touches a file, `disk:N` ends files at N
-    bytes, as a full disk does."""
+    bytes from the first such time on, as a full disk does."""
     what, _, number = inside.partition(":")
-    if what == "save":
-        left = int(number)
+    left = int(number) if what == "save" else 1
 
-        def count(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal left
-            if event in ("open", "os.mkdir", "os.rename") and "orbax-checkpoint-tmp" in str(arguments[0]):
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event in ("open", "os.mkdir", "os.rename") and "orbax-checkpoint-tmp" in str(arguments[0]):
+            left -= 1
+            if left == 0 and what == "save":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif left == 0 and what == "disk":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (int(number), int(number)))
 
-        sys.addaudithook(count)
-    elif what == "disk":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(number), int(number)))
+    sys.addaudithook(count)
     return cli.main(words)
 
 
@@ -109,11 +114,11 @@ def assert_same_run(out: Path, run: Path) -> None:
         assert found[path].tobytes() == leaf.tobytes(), path
 
 
-def wait_for(process: "subprocess.Popen[str]", out: Path, step: int, before: int | None = None) -> None:
-    """Until this process has written so many lines; `before` is the `inode` of what an earlier one left, which it puts
-    a new file in the place of."""
+def wait_for(ended: Callable[[], object], out: Path, step: int, before: int | None = None) -> None:
+    """Until a run that has not `ended` has written so many lines; `before` is the `inode` of what an earlier one left,
+    which it puts a new file in the place of."""
     metrics = out / "metrics.jsonl"
-    while process.poll() is None and (inode(out) in (None, before) or metrics.read_bytes().count(b"\n") < step):
+    while not ended() and (inode(out) in (None, before) or metrics.read_bytes().count(b"\n") < step):
         time.sleep(0.001)
 
 
@@ -134,29 +139,31 @@ def test_killed_again_and_again_it_is_the_same_run(world: World, begin: Begin, r
             process = begin(out, *resume, inside=f"save:{rng.randrange(1, 40)}")
         else:
             process = begin(out, *resume)
-            wait_for(process, out, round((number + rng.random()) * (STEPS - 6) / kills), before)
+            step = round((number + rng.random()) * (STEPS - 6) / kills)
+            wait_for(lambda running=process: running.poll() is not None, out, step, before)
             time.sleep(rng.random() * 0.01)
             process.send_signal(getattr(signal, kind))
-        said, err = end(process, 143 if kind == "SIGTERM" else -signal.SIGKILL)
+        err = end(process, 143 if kind == "SIGTERM" else -signal.SIGKILL)
         if kind == "SIGTERM":
             step = len(numbers(out))
             assert f"SIGTERM: saved at step {step} of {STEPS}; it goes on with\n  umbrella-jax train --config" in err
             assert err.rstrip().endswith("--resume")
             assert (out / "checkpoints" / str(step)).exists()
-    said, _ = end(begin(out, "--resume"))
-    assert "resume: from step " in said
+    assert "resume: from step " in umbrella(*train_words(world, out, "--resume"))
     assert_same_run(out, run)
     assert not list((out / "checkpoints").glob("*tmp*"))
 
 
-def test_a_full_disk_ends_the_run_and_keeps_what_is_saved(begin: Begin, run: Path, tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_run_and_keeps_what_is_saved(
+    world: World, begin: Begin, run: Path, tmp_path: Path
+) -> None:
     """A limit on the length of files, which a save comes to and the lines of metrics do not."""
     out = shutil.copytree(run, tmp_path / "full")
     shutil.rmtree(out / "checkpoints" / "36")
-    _, err = end(begin(out, "--resume", inside="disk:20000"), 1)
+    err = end(begin(out, "--resume", inside="disk:20000"), 1)
     assert "could not be written, step 33 is whole: " in err
     assert "Traceback" not in err
-    end(begin(out, "--resume"))
+    umbrella(*train_words(world, out, "--resume"))
     assert_same_run(out, run)
 
 
@@ -165,9 +172,8 @@ def test_a_disk_that_is_really_full(world: World, environment: dict[str, str], r
     """3 MB of it, on which every checkpoint stays, until there is room again. Mounting takes a user namespace."""
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
-    flags = [*FLAGS, "--eval-data", world.eval, *TO_EVALUATE]
-    flags += ["--set", "train.save_steps=1", "--set", "train.keep_latest=1000"]
-    train = shlex.join(umbrella_command(*world.train_flags(disk / "run", *flags)))
+    flags = ["--set", "train.save_steps=1", "--set", "train.keep_latest=1000"]
+    train = shlex.join(umbrella_command(*train_words(world, disk / "run", *flags)))
     script = f"""mount -t tmpfs -o size=3m tmpfs {disk} || exit 9
         {train}; code=$?
         cp {disk}/run/metrics.jsonl {tmp_path}
@@ -186,13 +192,20 @@ def test_a_disk_that_is_really_full(world: World, environment: dict[str, str], r
     assert_same_run(kept, run)
 
 
-def test_a_deleted_directory_ends_the_run(begin: Begin, tmp_path: Path) -> None:
-    out = tmp_path / "deleted"
-    process = begin(out, "--epochs", 1000, "--set", "train.save_steps=100000", "--set", "train.eval_steps=100000")
-    wait_for(process, out, 3)
-    out.rename(tmp_path / "gone")  # at once, while a file may be being written
-    shutil.rmtree(tmp_path / "gone")
-    _, err = end(process, 1)
+def test_a_deleted_directory_ends_the_run(world: World, tmp_path: Path) -> None:
+    out, ended = tmp_path / "deleted", Event()
+
+    def delete() -> None:
+        wait_for(ended.is_set, out, 3)
+        out.rename(tmp_path / "gone")  # at once, while a file may be being written
+        shutil.rmtree(tmp_path / "gone")
+
+    Thread(target=delete, daemon=True).start()
+    flags = ["--epochs", 1000, "--set", "train.save_steps=100000", "--set", "train.eval_steps=100000"]
+    try:
+        err = umbrella(*train_words(world, out, *flags), code=1)
+    finally:
+        ended.set()
     assert f"{out / 'metrics.jsonl'}: deleted, moved or replaced" in err
     assert "Traceback" not in err
     assert not out.exists()
@@ -221,14 +234,13 @@ def test_a_second_run_in_the_directory_is_refused(world: World, run: Path, tmp_p
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "in\n"
-        flags = [*FLAGS, "--eval-data", world.eval, *TO_EVALUATE]
         for more in ([], ["--resume"]):
-            message = umbrella(*world.train_flags(run, *flags, *more), code=2)
+            message = umbrella(*train_words(world, run, *more), code=2)
             assert f"{run}: process {holder.pid} on {os.uname().nodename} is writing to it" in message
     finally:
         holder.kill()
         holder.communicate()
-    assert f"resume: from step {STEPS}" in umbrella(*world.train_flags(run, *flags, "--resume"))
+    assert f"resume: from step {STEPS}" in umbrella(*train_words(world, run, "--resume"))
     with locked(tmp_path), pytest.raises(ConfigError, match="is writing to it"), locked(tmp_path):
         pass
 
@@ -280,7 +292,7 @@ def test_exit_codes_of_signals(
     assert said in umbrella(*world.train_flags(tmp_path, "--resume"), code=code)
 
 
-def test_a_damaged_checkpoint_is_passed_over(world: World, begin: Begin, run: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over(world: World, run: Path, tmp_path: Path) -> None:
     """The newest has lost numbers, and a step is there that is none: the run goes on from the one before."""
     out = shutil.copytree(run, tmp_path / "damaged")
     for file in (out / "checkpoints" / "36" / "state").glob("ocdbt.process_*/d/*"):
@@ -290,7 +302,7 @@ def test_a_damaged_checkpoint_is_passed_over(world: World, begin: Begin, run: Pa
     assert f"{out / 'checkpoints' / '99'}: damaged: " in message
     assert f"name an older checkpoint: {out / 'checkpoints' / '36'}, " in message
 
-    said, _ = end(begin(out, "--resume"))
+    said = umbrella(*train_words(world, out, "--resume"))
     for step in (36, 99):
         assert f"{out / 'checkpoints' / str(step)}: damaged: " in said
         assert f"renamed to {step}.damaged" in said
@@ -305,8 +317,7 @@ def test_a_damaged_checkpoint_is_passed_over(world: World, begin: Begin, run: Pa
 
     for file in (out / "checkpoints").glob("[0-9]*/meta"):
         shutil.rmtree(file)
-    flags = [*FLAGS, "--eval-data", world.eval, *TO_EVALUATE, "--resume"]
-    message = umbrella(*world.train_flags(out, *flags), code=2)
+    message = umbrella(*train_words(world, out, "--resume"), code=2)
     assert message.count("damaged: meta: ") == len(left)
     assert "none is good: cannot resume" in message
 

@@ -1,13 +1,14 @@
 """Runs from end to end through the command line: what is written, what trains, which run goes on."""
 
 import json
+import os
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -35,24 +36,18 @@ METRICS = ("step", "loss", "grad_norm", "learning_rate", "supervised_tokens")  #
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return small_run.process_environment(tmp_path_factory.mktemp("compiled")) | SECRETS
-
-
-@pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return small_run.make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
-def printed(world: World, environment: dict[str, str]) -> str:
+def printed(world: World) -> str:
     """What a run of 36 steps, evaluated after 24 and at the end, says on stdout; it lies in `run`."""
     flags = [*FLAGS, "--eval-data", world.eval, "--set", f"train.eval_steps={EVAL}"]
-    command = small_run.umbrella_command(*world.train_flags(world.root / "run", *flags))
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
-    assert not any(secret in process.stdout + process.stderr for secret in SECRETS.values())
-    return process.stdout
+    with mock.patch.dict(os.environ, SECRETS):
+        out, err = small_run.said(*world.train_flags(world.root / "run", *flags))
+    assert not any(secret in out + err for secret in SECRETS.values())
+    return out
 
 
 @pytest.fixture(scope="module")

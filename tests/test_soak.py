@@ -55,7 +55,7 @@ def child(record: str, words: Sequence[str]) -> int:
 def test_two_thousand_steps(tmp_path: Path) -> None:
     """Saved every 25, evaluated every 100, and cut off and resumed once."""
     world = small_run.make_world(tmp_path)
-    environment = small_run.process_environment(tmp_path / "compiled") | {"PYTHONPATH": str(ROOT)}
+    environment = small_run.process_environment() | {"PYTHONPATH": str(ROOT)}
     words = world.train_flags(tmp_path / "run", *FLAGS, "--eval-data", world.eval)
     for number, (more, code) in enumerate([([], 143), (["--resume"], 0)]):
         record = tmp_path / f"{number}.json"
