@@ -253,7 +253,7 @@ def _disk(problems: list[Problem]) -> dict[str, Any]:
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
     remedies = {
-        "runs": "start where there is room, or name such a place: --output-dir, --cache",
+        "runs": "start where there is room, or name such a place: --out, --cache",
         "TMPDIR": "name another directory: export TMPDIR=DIR",
         "HF cache": "name another directory: export HF_HOME=DIR; or HF_HUB_OFFLINE=1, where bases are directories",
     }
@@ -261,7 +261,7 @@ def _disk(problems: list[Problem]) -> dict[str, Any]:
     found = {}
     for name, path in places.items():
         there = next(folder for folder in (path, *path.parents) if folder.exists())
-        free, writable = shutil.disk_usage(there).free, os.access(there, os.W_OK)
+        free, writable = shutil.disk_usage(there).free, there.is_dir() and os.access(there, os.W_OK)
         found[name] = {"path": str(path), "free": free, "writable": writable}
         if name == "HF cache" and HF_HUB_OFFLINE:
             continue
