@@ -8,9 +8,12 @@ import tarfile
 import tomllib
 import zipfile
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from umbrella_jax.config import load_config, shipped_configs
 from umbrella_jax.errors import ConfigError
@@ -98,6 +101,21 @@ def test_the_wheel_alone_works(built: Built, tmp_path: Path) -> None:
     assert found["ok"]
     assert found["versions"]["umbrella-jax"] == VERSION
     assert list(empty.iterdir()) == []
+
+
+def test_the_lock_covers_all_that_is_required() -> None:
+    """Where pyproject.toml has moved on: bash scripts/lock.sh."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "requirements/lock.txt").read_text().splitlines()
+    pins = [Requirement(line.removesuffix("\\")) for line in lines if line and line[0] not in " #"]
+    required = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    for requirement in map(Requirement, required):
+        if canonicalize_name(requirement.name) != "umbrella-jax":
+            versions = [pin.specifier for pin in pins if pin.name == canonicalize_name(requirement.name)]
+            assert versions, f"{requirement}: not in the lock"
+            for version in versions:
+                assert requirement.specifier.contains(str(version).removeprefix("==")), f"{requirement}: {version}"
+    assert all("--hash=sha256:" in after for line, after in pairwise(lines) if line and line[0] not in " #")
 
 
 def test_a_shipped_config_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,11 +87,14 @@ def diagnose() -> Diagnosis:
 
 
 def _failed(section: str, error: Exception) -> Problem:
-    reason = next(iter(str(error).splitlines()), "")
     return Problem(
-        f"{section}: {type(error).__name__}: {reason}",
+        f"{section}: {_said(error)}",
         "install anew into an empty environment (docs/install.md); if that does not help, report it with this page",
     )
+
+
+def _said(error: Exception) -> str:
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 # What is looked at. Each takes the list to which it adds problems, and returns facts.
@@ -161,10 +164,10 @@ def _devices(problems: list[Problem]) -> dict[str, Any]:
 
     try:
         found = jax.local_devices()
-    except RuntimeError as error:
+    except Exception as error:  # RuntimeError, and of a platform that jax has no plugin for AssertionError
         problems.append(
             Problem(
-                f"jax finds no devices: {str(error).splitlines()[0]}",
+                f"jax finds no devices: {_said(error)}",
                 f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', 'not set')}; unset it, or install the extra for "
                 "these devices: cuda12, cuda13 or tpu",
             )
@@ -253,7 +256,7 @@ def _disk(problems: list[Problem]) -> dict[str, Any]:
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
     remedies = {
-        "runs": "start where there is room, or name such a place: --output-dir, --cache",
+        "runs": "start where there is room, or name such a place: --out, --cache",
         "TMPDIR": "name another directory: export TMPDIR=DIR",
         "HF cache": "name another directory: export HF_HOME=DIR; or HF_HUB_OFFLINE=1, where bases are directories",
     }
@@ -261,7 +264,7 @@ def _disk(problems: list[Problem]) -> dict[str, Any]:
     found = {}
     for name, path in places.items():
         there = next(folder for folder in (path, *path.parents) if folder.exists())
-        free, writable = shutil.disk_usage(there).free, os.access(there, os.W_OK)
+        free, writable = shutil.disk_usage(there).free, there.is_dir() and os.access(there, os.W_OK)
         found[name] = {"path": str(path), "free": free, "writable": writable}
         if name == "HF cache" and HF_HUB_OFFLINE:
             continue
@@ -314,7 +317,7 @@ def _step(problems: list[Problem]) -> dict[str, Any] | None:
 
     try:
         device = jax.local_devices()[0]
-    except RuntimeError:  # which `_devices` says
+    except Exception:  # which `_devices` says
         return None
     step = golden.take_step(device)
     tolerance = golden.TOLERANCE.get(device.platform, golden.TOLERANCE["gpu"])

@@ -1,14 +1,24 @@
-"""To begin with: `demo`, `config from-original`, `completion`."""
+"""To begin with: `doctor`, `demo`, `config from-original`, `completion`."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
-from umbrella_jax.cli.options import DIRECTORIES, FILES, add_command, add_group, walk
+from umbrella_jax.cli.options import DIRECTORIES, FILES, add_command, add_group, add_json, walk
 
 
 def add(commands: Any) -> None:
     """Adds the commands."""
+    doctor = add_command(
+        commands,
+        "doctor",
+        _doctor,
+        "Look at installation, machine and devices; exit code 1 for problems.",
+        "umbrella-jax doctor",
+    )
+    add_json(doctor)
+
     demo = add_command(
         commands,
         "demo",
@@ -39,10 +49,18 @@ def add(commands: Any) -> None:
     completion.add_argument("shell", choices=["bash", "zsh"], metavar="SHELL", help=text)
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from umbrella_jax.doctor import diagnose
+
+    found = diagnose()
+    print(json.dumps(found.to_json(), indent=2) if arguments.json else "\n".join(found.lines()))
+    return 1 if found.problems else 0
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     from umbrella_jax.demo import run_demo
 
-    run_demo(Path(arguments.output_dir))
+    run_demo(Path(arguments.out))
 
 
 def _from_original(arguments: argparse.Namespace) -> None:
