@@ -201,6 +201,8 @@ NOT_RUN: dict[str, str] = {
 
 PARSED: dict[str, str] = {
     "umbrella-jax train --config run.yaml --coordinator": "two machines; tests/test_processes.py has two processes",
+    "umbrella-jax train --config configs/stage1_0.5b.yaml": "tests/test_lora.py trains both stages",
+    "umbrella-jax train --config configs/stage2_0.5b.yaml": "tests/test_lora.py trains both stages",
 }
 """Beginnings of `umbrella-jax` commands of which the words alone are checked, with why."""
 

@@ -262,8 +262,8 @@ def keys(cls: Any = RunConfig, key: str = "") -> Iterator[str]:
         kind, path = hints[name], rf"{key}\.{name}" if key else name
         yield path
         of = typing.get_args(kind)
-        if dataclasses.is_dataclass(kind):
-            yield from keys(kind, path)
+        if section := next((one for one in (kind, *of[:1]) if dataclasses.is_dataclass(one)), None):  # or one | None
+            yield from keys(section, path)
         elif of and dataclasses.is_dataclass(of[-1]):
             yield rf"{path}\.\w+"
             yield from keys(of[-1], rf"{path}\.\w+")
