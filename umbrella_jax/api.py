@@ -483,7 +483,7 @@ def load(
     """The model of a Hugging Face directory, an export, a native checkpoint or a run, on the first device.
 
     Args:
-        modalities: of the patch embedding, for a stock LLaVA, which has none yet.
+        modalities: of the patch embedding, for a stock LLaVA, which has none yet: it then starts at random.
         patch_embed: a file of `convert to-hf --trainable-only`; `path` is then the base that it was trained on.
         dtype: of every parameter; `auto` keeps what the files hold.
         compute_dtype: of activations, `float32` or `bfloat16`.

@@ -119,7 +119,7 @@ def _said_of(base: Checkpoint) -> list[str]:
 
 
 def train(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) -> Line:
-    """Trains what `config.train.groups` names and returns the last line of metrics.
+    """Trains what `config.train.groups` names.
 
     Everything that can be wrong with config, data and weights is refused before anything is compiled. All processes
     of a run (`umbrella_jax.distributed.start`) call this alike and see one `output_dir`; the first alone says and
@@ -129,9 +129,13 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) -> 
         resume: go on from the newest checkpoint in `output_dir` that is not damaged.
         say: takes the lines for people, which `log.txt` has too.
 
+    Returns:
+        The last line of `metrics.jsonl`: `step`, `loss` (mean over its supervised tokens, in nats), `grad_norm`,
+        `learning_rate`, ..., and `eval_NAME` of the evaluation at the end; None where a figure is not defined.
+
     Raises:
         ConfigError, DataError, CheckpointError: with every fault found.
-        UmbrellaError: loss or gradient are not finite.
+        RunError: loss or gradient are not finite.
         Interrupted: by SIGTERM or SIGINT, at the end of a step, which was saved; `resume` goes on.
     """
     first = jax.process_index() == 0
