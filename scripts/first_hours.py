@@ -4,7 +4,8 @@
 
 Walks both ways (a researcher who trains; an engineer who adds a modality), asserts of each command its exit code and
 what its output must hold, and with `--write` writes the page. As it stands each command is a process of its own; with
-`--short`, for CI, it runs in this process where it can, on fewer subjects and steps, and the commands are the same.
+`--short`, for CI, it runs in this process where it can, on fewer subjects and steps; the commands are the same, without
+the few that take long (`Step.long`).
 """
 
 import argparse
@@ -60,6 +61,8 @@ class Step:
     """The run directory of a training that SIGTERM ends."""
     process: bool = False
     """Always one of its own."""
+    long: bool = False
+    """Not in the short form."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,15 @@ RESEARCHER = [
     Part(
         "What there is",
         [
-            Step("A BIDS data set, as any other.", "ls ds ds/sub-001/anat", [r"participants\.tsv", r"sub-001_T1w"], show=(5, 4)),
-            Step("What is known of the subjects.", "head -4 ds/participants.tsv", [r"participant_id\tlesion_side\tage"]),
+            Step(
+                "A BIDS data set, as any other.",
+                "ls ds ds/sub-001/anat",
+                [r"participants\.tsv", r"sub-001_T1w"],
+                show=(5, 4),
+            ),
+            Step(
+                "What is known of the subjects.", "head -4 ds/participants.tsv", [r"participant_id\tlesion_side\tage"]
+            ),
             Step(
                 "The run's config: `configs/t1_0.5b.yaml` cut down to what two cores train in a minute.",
                 "cat lesion.yaml",
@@ -143,9 +153,8 @@ RESEARCHER = [
                 show=(20, 0),
             ),
         ],
-        "40 subjects, each with a T1 scan and a lesion in one hemisphere; and a LLaVA as Hugging Face's hub holds one.\n"
-        "Both are small, made by `umbrella_jax/demo`: the scans are real heads, the lesions are drawn, the weights are\n"
-        "random.",
+        "40 subjects, each with a T1 scan and a lesion in one hemisphere; and a LLaVA as Hugging Face's hub has\n"
+        "it. Both are small and made by `umbrella_jax/demo`: heads are real, lesions drawn, weights random.",
     ),
     Part(
         "From BIDS to conversations",
@@ -153,7 +162,11 @@ RESEARCHER = [
             Step(
                 "Questions and answers, in splits of subjects that do not overlap.",
                 "umbrella-jax data from-bids ds conversations --target lesion_side",
-                [r"lesion_side, classification, sMRI, \d+ of \d+ subjects", r"train\.json: \d+ subjects", r"next: "],
+                [
+                    r"lesion_side, classification, sMRI, \d+ of \d+ subjects",
+                    r"train\.json: \d+ subjects",
+                    r"^next:\n  umbrella-jax train",
+                ],
             ),
             Step(
                 "One line is one conversation.",
@@ -242,7 +255,7 @@ RESEARCHER = [
                 show=(24, 12),
             ),
             Step(
-                "All but the steps, on this machine: into the queue's short partition before the job that waits for days.",
+                "All but the steps, on this machine: for the queue's short partition, before the job that waits for days.",
                 f"umbrella-jax train {FLAGS} {DATA} --out runs/lesion --dry-run",
                 [r"compiled in .* s: step of 8 conversations", r"memory of a device", r"nothing was written"],
                 show=(2, 14),
@@ -313,11 +326,13 @@ RESEARCHER = [
                 "--cnn-width 0.25 --cnn-epochs 4",
                 [r"language model\s+CNN\s+probe\s+chance"],
                 show=(10, 8),
+                long=True,
             ),
             Step(
                 "One page of all that.",
                 "umbrella-jax report runs/lesion --baseline runs/lesion --samples 2 --explain gradient",
                 [r"runs/lesion/report\.html: holds pictures"],
+                long=True,
             ),
         ],
     ),
@@ -385,7 +400,11 @@ ENGINEER = [
             Step(
                 "A modality is a name, a size and a patch: model, gradient, optimiser, checkpoints and export follow.",
                 f"umbrella-jax inspect {NEW}",
-                [r"DWI: patch embedding not in the checkpoint", r"DWI_proj\.weight\s+\(64, 90\)", r"patch_embed\s+\S+\s+\S+"],
+                [
+                    r"DWI: patch embedding not in the checkpoint",
+                    r"DWI_proj\.weight\s+\(64, 180\)",
+                    r"patch_embed\s+\S+\s+\S+",
+                ],
             ),
             Step(
                 "A group may be any pattern of parameter paths, with a learning rate of its own.",
@@ -416,8 +435,8 @@ ENGINEER = [
                 "sed 's/sMRI/dMRI/g' conversations/train.json > wrong/alias.json",
             ),
             Step(
-                "so `dMRI` is an alias of T1 (`ALIASES` in umbrella_jax/config.py) unless a modality of this very name is "
-                "configured: call yours otherwise.",
+                "so `dMRI` is an alias of T1 (`ALIASES` in umbrella_jax/config.py) unless a modality of this very "
+                "name is configured: call yours otherwise.",
                 f"umbrella-jax data validate {FLAGS} --train-data wrong/alias.json --image-root ds",
                 [r"T1: \d+ volumes, \d+ of them readable", r"good: 0 faults"],
                 show=(3, 2),
@@ -439,7 +458,7 @@ ENGINEER = [
             Step(
                 "goes from BIDS",
                 "cd umbrella-jax; umbrella-jax data from-bids ../ds ../diffusion --target lesion_side --modality DWI",
-                [r"lesion_side, classification, DWI, 8 of \d+ subjects", r"next: .*--config dwi"],
+                [r"lesion_side, classification, DWI, 8 of \d+ subjects", r"--config dwi"],
                 process=True,
             ),
             Step(
@@ -501,7 +520,7 @@ def make_world(work: Path, short: bool) -> None:
 
 def walk(work: Path, short: bool, steps: Sequence[Step]) -> Iterator[Result]:
     """Types each command in `work`."""
-    for step in steps:
+    for step in (step for step in steps if not (short and step.long)):
         begun = time.perf_counter()
         here = short and not step.process and step.typed.startswith(("umbrella-jax ", "python "))
         with signalled(work / step.interrupted, step):
@@ -517,7 +536,9 @@ def in_process(typed: str, work: Path, step: Step) -> tuple[int, str]:
     """`umbrella-jax ...` or `python FILE` without a new interpreter: exit code, and stdout and stderr in one."""
     from umbrella_jax.cli import main
 
-    words = [w for word in shlex.split(typed) for w in (sorted(map(str, Path().glob(word))) if "*" in word else []) or [word]]
+    words = [
+        w for word in shlex.split(typed) for w in (sorted(map(str, Path().glob(word))) if "*" in word else []) or [word]
+    ]
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         if words[0] == "python":
@@ -633,13 +654,13 @@ HEAD = """\
 # Two first hours
 
 What two newcomers type, what comes, and why: one who trains on own data, with the mistakes one makes on the way, and
-one who changes the model. `python scripts/first_hours.py --write` types all of it and writes this page, in {minutes} minutes on
-two cores; CI types the same on fewer subjects (`--short`, `tests/test_first_hours.py`).
+one who changes the model. `python scripts/first_hours.py --write` types all of it and writes this page, in {minutes}
+minutes on two cores; CI types nearly all of it on fewer subjects (`--short`, `tests/test_first_hours.py`).
 
-What differs from a screen: long output is cut, `[... N lines]`; lines of more than 80 characters are folded, `↪`; times,
-rates, and what this machine has are `…`. `JAX_COMPILATION_CACHE_DIR` was set, as in a job it should be: what one command
-compiled, the next does not. Behind a failed command its exit code would be 2 where what was typed or handed in is at
-fault, 1 for any other failure and for what `validate` finds.
+What differs from a screen: long output is cut, `[... N lines]`; lines of more than 80 characters are folded, `↪`;
+times, rates, and what this machine has are `…`. `JAX_COMPILATION_CACHE_DIR` was set, as a job's should be: what one
+command compiled, the next does not. The exit code is 2 where what was typed or handed in is at fault, 1 for any other
+failure and for what `validate` finds.
 """
 
 
@@ -648,7 +669,7 @@ def transcript(text: str) -> list[tuple[str, str]]:
     found = []
     for block in re.findall(r"^```console\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         lines = block.split("\n")
-        typed = [line for line in itertools.takewhile(lambda line: line.endswith(" \\"), lines)]
+        typed = list(itertools.takewhile(lambda line: line.endswith(" \\"), lines))
         typed = lines[: len(typed) + 1]
         command = " ".join(line.removesuffix(" \\").strip() for line in typed).removeprefix("$ ")
         found.append((command, "\n".join(lines[len(typed) :]).replace(f"\n{FOLD}", " ")))

@@ -419,14 +419,14 @@ def _check(config: RunConfig) -> tuple[Path, Mesh]:
 
 def _check_unused(out: Path, resume: bool) -> None:
     if (out / CHECKPOINTS).exists() and not resume:
-        raise ConfigError(f"{out}: holds a run; go on with --resume, or name another output_dir")
+        raise ConfigError(f"{out}: holds a run; go on with --resume, or name another output_dir (--out DIR)")
 
 
 def _check_writable(out: Path) -> None:
     """Raises ConfigError where the directory could not be made, or written to."""
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{out}: cannot be written, because of {there}; name another output_dir")
+        raise ConfigError(f"{out}: cannot be written, because of {there}; name another output_dir (--out DIR)")
 
 
 def _dataset(config: RunConfig, processor: Processor, split: str, cache: VolumeCache | None) -> Dataset | None:
