@@ -504,7 +504,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = umbrella(*flags, "--subjects", 40_000)
     for words in ("v5p-64: 32 devices", "2 cores on each", "hours for 40,000", "50% of 459 TFLOP/s", "docs/v5p"):
         assert words in table
-    assert max(map(len, table.splitlines())) <= 150
+    assert max(map(len, table.splitlines())) <= 80
     found = json.loads(umbrella(*flags, "--batch-size", 64, "--json"))
     assert found["batch_size"] == 64
     assert found["configured"][0]["mesh"] == {"data": 32, "fsdp": 1, "tensor": 1}

@@ -597,9 +597,11 @@ def _expected_keys(path: Sequence[str | int]) -> str:
             cls = get_args(found)[0] if type(None) in get_args(found) else found  # SomeConfig | None
         elif cls is not None:  # dict[str, SomeConfig]
             cls = cls.__args__[1]
-    return (
-        "one of " + ", ".join(f.name for f in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else "another"
-    )
+    if not dataclasses.is_dataclass(cls):
+        return "another"
+    known = [f.name for f in dataclasses.fields(cls)]
+    near = difflib.get_close_matches(str(path[-1]), known, n=1)
+    return f"one of {', '.join(known)}" + (f"; the nearest is {near[0]}" if near else "")
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -65,7 +65,7 @@ def locked(directory: Path) -> Iterator[None]:
     with naming(path):
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        hold(file, directory, "name another output_dir")
+        hold(file, directory, "name another output_dir (--out DIR)")
         os.ftruncate(file, 0)
         os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield

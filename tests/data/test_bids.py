@@ -480,9 +480,15 @@ def test_command(bids, tmp_path):
         f"{root}: sex, classification, sMRI, 10 of 10 subjects",
         f"{out}/train.json: 6 subjects, 6 conversations: female 3, male 3",
         f"{out}/eval.json: 4 subjects, 4 conversations: female 2, male 2",
-        f"next: umbrella-jax train --config t1_0.5b --base LLAVA_DIR --train-data {out}/train.json "
-        f"--eval-data {out}/eval.json --image-root {shlex.quote(str(root))} --out runs/sex",
+        "next:",
+        *printed.splitlines()[4:],
     ]
+    _, _, command = printed.partition("next:\n")
+    assert all(len(line) <= 80 or line.count(" --") == 1 for line in command.splitlines())
+    assert shlex.split(command.replace("\\\n", " ")) == shlex.split(
+        f"umbrella-jax train --config t1_0.5b --base LLAVA_DIR --train-data {out}/train.json "
+        f"--eval-data {out}/eval.json --image-root {shlex.quote(str(root))} --out runs/sex"
+    )
     pairs = umbrella("data", "from-bids", root, tmp_path / "t3", "--target", "sex", "--kind", "comparison")
     assert "train.json: 8 subjects, 32 conversations: female 4, male 4; pairs: same 16, different 16" in pairs
 

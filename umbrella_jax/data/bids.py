@@ -149,10 +149,17 @@ def from_bids(
 def _next_command(root: Path, out: Path, target: str, modality: str, splits: Collection[str]) -> list[str]:
     if "train" not in splits:
         return []
-    words = ["umbrella-jax", "train", "--config", MODALITIES[modality][2], "--base", "LLAVA_DIR"]
-    for name in [name for name in ("train", "eval") if name in splits]:
-        words += [f"--{name}-data", str(out / f"{name}.json")]
-    return [f"next: {shlex.join([*words, '--image-root', str(root), '--out', f'runs/{target}'])}"]
+    flags = {"config": MODALITIES[modality][2], "base": "LLAVA_DIR"}
+    flags |= {f"{name}-data": str(out / f"{name}.json") for name in ("train", "eval") if name in splits}
+    flags |= {"image-root": str(root), "out": f"runs/{target}"}
+    lines = ["umbrella-jax train"]
+    for flag in (f"--{name} {shlex.quote(value)}" for name, value in flags.items()):
+        if len(lines[-1]) + len(flag) < 78:
+            lines[-1] += f" {flag}"
+        else:  # to be pasted as it is
+            lines[-1] += " \\"
+            lines.append(f"    {flag}")
+    return ["next:", *(f"  {line}" for line in lines)]
 
 
 def _check_arguments(out: Path, kind: str | None, modality: str, pairs: int | None) -> None:

@@ -1,6 +1,9 @@
 """What `validate` found, as text for people and as JSON for programs."""
 
+import itertools
+import os
 import re
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -309,13 +312,44 @@ def _grouped_lines(findings: Sequence[Finding]) -> Iterator[str]:
         for group in grouped(of_kind):
             first = group[0]
             if len(group) == 1:
-                yield f"    {first.place}: {first.reason}"
+                yield from _wrapped(f"    {first.place}: {first.reason}")
                 continue
-            yield f"    {len(group)} × {first.reason}"
-            for finding in group[:_PLACES]:
-                yield f"        {finding.place}" + ("" if finding.reason == first.reason else f": {finding.reason}")
+            said, details = _differences([finding.reason for finding in group])
+            yield from _wrapped(f"    {len(group)} × {said}")
+            for finding, of_one in zip(group[:_PLACES], details, strict=False):
+                yield from _wrapped(f"        {finding.place}" + (f": {', '.join(of_one)}" if of_one else ""))
             if len(group) > _PLACES:
                 yield f"        … and {len(group) - _PLACES} more (--json and --html name all)"
+
+
+def _wrapped(line: str) -> list[str]:
+    """In 80 columns, indented further where it goes on; what has no space stays whole, as paths do."""
+    indent = " " * (len(line) - len(line.lstrip()))
+    return textwrap.wrap(line, 80, subsequent_indent=f"{indent}  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _differences(texts: Sequence[str]) -> tuple[str, list[list[str]]]:
+    """What texts of the same number of words have in common, `…` where they differ; and of each what stands there.
+
+    Of texts of other lengths: the first, and the others whole.
+    """
+    words = [text.split(" ") for text in texts]
+    if len({len(of_one) for of_one in words}) > 1:
+        return texts[0], [[] if text == texts[0] else [text] for text in texts]
+    said, details = list[str](), [list[str]() for _ in texts]
+    for same, run in itertools.groupby(zip(*words, strict=True), key=lambda column: len(set(column)) == 1):
+        columns = list(run)
+        if same:
+            said += [column[0] for column in columns]
+            continue
+        phrases = [" ".join(phrase) for phrase in zip(*columns, strict=True)]
+        end = "".join(reversed(os.path.commonprefix([phrase[::-1] for phrase in phrases])))
+        end = end[len(end.rstrip(",;:")) :]  # the sentence's, not the phrase's
+        said.append(f"…{end}")
+        for of_one, phrase in zip(details, phrases, strict=True):
+            phrase = phrase.removesuffix(end)
+            of_one.append(phrase[1:-1] if phrase.startswith("(") and phrase.endswith(")") else phrase)
+    return " ".join(said), details
 
 
 def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:

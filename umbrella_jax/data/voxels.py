@@ -119,7 +119,7 @@ def readable(path: Path, expected: str = "a whole volume, copy it again") -> Ite
         missing = path if error.filename is None else error.filename  # of a pair, the half that is missing
         raise DataError(
             f"{path}: {'' if str(missing) == str(path) else f'{missing} '}not found; expected a volume or a directory "
-            "of frames (relative paths start at the conversation file or image_root)"
+            "of frames (relative paths start at the conversation file, or at data.image_root: --image-root DIR)"
         ) from None
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+import textwrap
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ _ATTENTION = {
     "lengths to blocks) is counted, products are not",
 }
 _STORED = ("float32", "bfloat16", "float16")  # what weights are read in
-_SHOWN = 6  # meshes in a table
+_SHOWN = 4  # meshes in a table, which is not wider than 80 characters
 _COUNTS: dict[str, str | None] = {"floor": None} | {policy: policy for policy in KEPT}
 
 
@@ -173,39 +174,35 @@ class Plan:
         speeds = f"{kind.flops / 1e12:.4g} TFLOP/s, {kind.memory / 1e9:.4g} GB at {kind.bandwidth / 1e9:.4g} GB/s"
         if kind.link:
             speeds += f", links of {kind.link / 1e9:.4g} GB/s"
-        lines = [
-            f"{devices.name}: {chips}, each {speeds}",
+        trains = (
             f"trains {model.trained:,} numbers; {sum(model.frozen.values()) / 1e9:.3f} GB frozen in "
-            f"{self.frozen_dtype}; computes in {model.config.compute_dtype}",
-            "",
-        ]
+            f"{self.frozen_dtype}; computes in {model.config.compute_dtype}"
+        )
+        lines = [*_wrapped(f"{devices.name}: {chips}, each {speeds}"), *_wrapped(trains), ""]
         counts = [model.flops(remat) for remat in _COUNTS.values()]
+        unit, of = _unit(max(sum(count.values()) for count in counts))
         lines += columns(
             [
-                ["TFLOP per conversation, by remat policy", *_COUNTS],
-                *([part, *(f"{count[part] / 1e12:.3f}" for count in counts)] for part in freeze.COMPONENTS),
-                ["total", *(f"{sum(count.values()) / 1e12:.3f}" for count in counts)],
+                [f"{unit}FLOP per conversation, by remat policy", *_COUNTS],
+                *([part, *(of(count[part]) for count in counts)] for part in freeze.COMPONENTS),
+                ["total", *(of(sum(count.values())) for count in counts)],
             ]
         )
         best = [(f"batch {self.batch_size}", self.configured), ("largest batch", self.largest)]
         shown = [(name, found[0]) for name, found in best if found]
         if shown:
-            rows = [[f"GB per device, remat {self.remat}", *(f"{name}, {found.mesh}" for name, found in shown)]]
-            rows += [[key, *(f"{found.bytes[key] / 1e9:.3f}" for _, found in shown)] for key in shown[0][1].bytes]
-            rows.append(["total", *(f"{found.total_bytes / 1e9:.3f}" for _, found in shown)])
+            unit, of = _unit(min(found.total_bytes for _, found in shown), "G")
+            rows = [[f"{unit}B per device, remat {self.remat}", *(f"{name}, {found.mesh}" for name, found in shown)]]
+            rows += [[key, *(of(found.bytes[key]) for _, found in shown)] for key in shown[0][1].bytes]
+            rows.append(["total", *(of(found.total_bytes) for _, found in shown)])
             lines += ["", *columns(rows)]
-        limits = next((list(found.seconds) for found in (*self.configured, *self.policies)), [])
-        header = ["batch", "GB", *limits, "step", "samples/s", "bound by"]
-        if self.subjects is not None:
-            header.append(f"hours for {self.subjects:,}")
         for title, estimates in (
             (f"batch {self.batch_size}, remat {self.remat}", self.configured),
             (f"largest batch that fits, remat {self.remat}", self.largest),
         ):
             if estimates:
-                rows = [["data×fsdp×tensor", *header]]
-                rows += [[str(found.mesh), *self._row(found)] for found in estimates[:_SHOWN]]
-                lines += ["", f"{title}; milliseconds by limit:", *columns(rows)]
+                beside = self._beside("data×fsdp×tensor", estimates[:_SHOWN], lambda found: str(found.mesh))
+                lines += ["", f"{title}; milliseconds by limit:", *beside]
                 if len(estimates) > _SHOWN:
                     lines.append(f"and {len(estimates) - _SHOWN} slower ones (--json has them)")
         if not self.configured:
@@ -213,24 +210,44 @@ class Plan:
             fits = -(-self.batch_size // ways) * ways
             lines += ["", f"batch {self.batch_size}: no mesh of these devices divides it; the next for all is {fits}"]
         if self.policies:
-            rows = [["remat", *header]]
-            rows += [[f"{found.remat}, {found.mesh}", *self._row(found)] for found in self.policies]
-            title = "largest batch that fits, each remat policy on its best mesh; milliseconds by limit:"
-            lines += ["", title, *columns(rows)]
+            title = "largest batch that fits, each remat policy on its best mesh; milliseconds:"
+            beside = self._beside("remat", self.policies, lambda found: f"{found.remat}, {found.mesh}")
+            lines += ["", title, *beside]
         else:
             lines += ["", "no conversation fits on any mesh under any remat policy: take more devices"]
         for title, found in (("as configured", self.configured), ("the largest", self.largest)):
             if found:
                 sizes = ",".join(f"{axis}={size}" for axis, size in dataclasses.asdict(found[0].mesh).items())
                 lines += ["", f"to train, {title}: --batch-size {found[0].batch_size} --mesh {sizes}"]
-        return "\n".join([*lines, "", "assumed:", *(f"- {text}" for text in self.assumptions())])
+        return "\n".join(
+            [*lines, "", "assumed:", *(line for text in self.assumptions() for line in _wrapped(f"- {text}"))]
+        )
 
-    def _row(self, found: Estimate) -> list[str]:
-        cells = [str(found.batch_size), f"{found.total_bytes / 1e9:.2f}{'' if found.fits else ' (too much)'}"]
-        cells += [f"{seconds * 1e3:.2f}" for seconds in (*found.seconds.values(), found.step_seconds)]
-        cells += [f"{found.samples_per_second:.4g}", found.bound]
-        hours = self.hours(found)
-        return cells if hours is None else [*cells, f"{hours:.3g}"]
+    def _beside(self, what: str, found: Sequence[Estimate], name: Callable[[Estimate], str]) -> list[str]:
+        """A column for each."""
+        rows = [[what, *map(name, found)], ["batch", *(str(e.batch_size) for e in found)]]
+        rows.append(["GB", *(f"{e.total_bytes / 1e9:.2f}" for e in found)])
+        if not all(e.fits for e in found):
+            rows.append(["", *("" if e.fits else "(too much)" for e in found)])
+        rows += [[limit, *(f"{e.seconds[limit] * 1e3:.2f}" for e in found)] for limit in found[0].seconds]
+        rows.append(["step", *(f"{e.step_seconds * 1e3:.2f}" for e in found)])
+        rows.append(["samples/s", *(f"{e.samples_per_second:.4g}" for e in found)])
+        rows.append(["bound by", *(e.bound for e in found)])
+        if self.subjects is not None:
+            rows.append([f"hours for {self.subjects:,}", *(f"{self.hours(e):.3g}" for e in found)])
+        return columns(rows)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 80, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _unit(size: float, largest: str = "T") -> tuple[str, Callable[[float], str]]:
+    """In which a size has figures before the point: its prefix, and how such sizes are written."""
+    scales = {"T": 1e12, "G": 1e9, "M": 1e6}
+    prefixes = list(scales)[list(scales).index(largest) :]
+    unit = next((prefix for prefix in prefixes if size >= scales[prefix] / 10), "M")
+    return unit, lambda value: f"{value / scales[unit]:.3f}"
 
 
 def stored_dtype(config: ModelConfig, config_json: Path) -> str:

@@ -97,7 +97,7 @@ def check(config: RunConfig) -> tuple[Path, Mesh]:
 
 def check_unused(out: Path, resume: bool) -> None:
     if (out / CHECKPOINTS).exists() and not resume:
-        raise ConfigError(f"{out}: holds a run; go on with --resume, or name another output_dir")
+        raise ConfigError(f"{out}: holds a run; go on with --resume, or name another output_dir (--out DIR)")
 
 
 def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:

@@ -51,7 +51,7 @@ def _check_writable(out: Path) -> None:
     """Raises ConfigError where the directory could not be made, or written to."""
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{out}: cannot be written, because of {there}; name another output_dir")
+        raise ConfigError(f"{out}: cannot be written, because of {there}; name another output_dir (--out DIR)")
 
 
 def _compile(run: Prepared, say: Say) -> None:

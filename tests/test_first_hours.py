@@ -1,0 +1,95 @@
+"""docs/first_hours.md is what scripts/first_hours.py types, and what comes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts import first_hours
+from scripts.first_hours import (
+    FOLD,
+    PAGE,
+    PARTS,
+    ROOT,
+    Result,
+    Step,
+    folded,
+    neutral,
+    shortened,
+    transcript,
+    typed_lines,
+)
+
+STEPS = [step for parts in PARTS.values() for part in parts for step in part.steps]
+
+
+@pytest.fixture(scope="module")
+def written() -> list[tuple[str, str]]:
+    """Commands and outputs of the page."""
+    return transcript(PAGE.read_text(encoding="utf-8"))
+
+
+def test_the_page_has_the_commands_in_order(written: list[tuple[str, str]]) -> None:
+    assert [typed for typed, _ in written] == [step.typed for step in STEPS]
+    titles = [title for parts in PARTS.values() for title in [part.title for part in parts]]
+    assert re.findall(r"^### (.*)$", PAGE.read_text(), re.MULTILINE) == titles
+
+
+def test_the_page_holds_what_the_commands_must_say(written: list[tuple[str, str]]) -> None:
+    for step, (_, output) in zip(STEPS, written, strict=True):
+        for pattern in step.holds:
+            assert re.search(pattern, output, re.MULTILINE), (step.typed, pattern)
+
+
+def test_the_page_is_of_no_machine(written: list[tuple[str, str]]) -> None:
+    for typed, output in written:
+        assert not re.search(r"(?<![\w.])/(home|tmp|root|usr|work|opt)\b", typed + output), typed
+        assert neutral(output, Path("/nowhere")) == output.strip("\n"), typed
+    assert all(
+        len(line) <= 80 or " " not in line.removeprefix(FOLD) for _, text in written for line in text.split("\n")
+    )
+
+
+def test_the_short_walk(tmp_path: Path) -> None:
+    """The same commands, in one process that sees one device, do what they must; and no step is left out."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTEST_CURRENT_TEST")}
+    told = tmp_path / "told.json"
+    command = [sys.executable, ROOT / "scripts" / "first_hours.py", "--short", "--json", told]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [typed for typed, _ in json.loads(told.read_text())] == [step.typed for step in STEPS if not step.long]
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.typed)
+def test_a_typed_line_is_the_command(step: Step) -> None:
+    lines = typed_lines(step.typed)
+    assert all(len(line) <= 80 for line in lines)
+    block = "\n".join(["```console", *lines, "came", "```"])
+    assert transcript(block) == [(step.typed, "came\n")]
+
+
+def test_shortened_keeps_what_is_looked_for() -> None:
+    step = Step("", "x", [r"seven\n\s+eight"], show=(1, 1))
+    lines = ["one", "two", "three", "four", "five", "six", "seven", "  eight", "nine", "ten", "eleven", "twelve"]
+    found = shortened(Result(step, "\n".join(lines), 0.0, ""))
+    assert found == ["one", "[... 5 lines]", "seven", "  eight", "[... 3 lines]", "twelve"]
+    assert folded("a" * 50 + " " + "b" * 50) == ["a" * 50, FOLD + "b" * 50]
+    assert folded("") == [""]
+
+
+def test_neutral() -> None:
+    work = Path("/some/where")
+    assert neutral("/some/where/ds/a.nii: at 12.3 samples/s, 0:12:03 left, in 4.5 s", work) == (
+        "ds/a.nii: at … samples/s, … left, in … s"
+    )
+    assert neutral("\x1b[1mbold\x1b[0m\nold\rnew  \n", work) == "bold\nnew"
+
+
+def test_a_command_that_fails_is_told(tmp_path: Path) -> None:
+    (result,) = first_hours.walk(tmp_path, False, [Step("", "echo here; exit 3", ["there"])])
+    assert "exit code 3, expected 0; not there: ['there']" in result.fault
+    assert not next(first_hours.walk(tmp_path, False, [Step("", "echo there; exit 3", ["there"], 3)])).fault
