@@ -255,7 +255,7 @@ RESEARCHER = [
                 show=(24, 12),
             ),
             Step(
-                "All but the steps, on this machine: for the queue's short partition, before the job that waits for days.",
+                "All but the steps, here: for the queue's short partition, before the job that waits for days.",
                 f"umbrella-jax train {FLAGS} {DATA} --out runs/lesion --dry-run",
                 [r"compiled in .* s: step of 8 conversations", r"memory of a device", r"nothing was written"],
                 show=(2, 14),

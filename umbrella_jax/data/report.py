@@ -343,7 +343,7 @@ def _differences(texts: Sequence[str]) -> tuple[str, list[list[str]]]:
             said += [column[0] for column in columns]
             continue
         phrases = [" ".join(phrase) for phrase in zip(*columns, strict=True)]
-        end = "".join(reversed(os.path.commonprefix([phrase[::-1] for phrase in phrases])))
+        end = "".join(reversed(os.path.commonprefix([phrase[::-1] for phrase in phrases])))  # noqa: RUF071  # of text
         end = end[len(end.rstrip(",;:")) :]  # the sentence's, not the phrase's
         said.append(f"…{end}")
         for of_one, phrase in zip(details, phrases, strict=True):
