@@ -3,9 +3,9 @@
     python scripts/first_hours.py [--short] [--write] [--work DIR]
 
 Walks both ways (a researcher who trains; an engineer who adds a modality), asserts of each command its exit code and
-what its output must hold, and with `--write` writes the page. As it stands each command is a process of its own; with
-`--short`, for CI, it runs in this process where it can, on fewer subjects and steps; the commands are the same, without
-the few that take long (`Step.long`).
+what its output must hold, and with `--write` writes the page. Commands of umbrella-jax are called in this process, all
+others in bash. `--short`, for CI, is the same on fewer subjects and steps, without the few commands that take long
+(`Step.long`).
 """
 
 import argparse
@@ -25,7 +25,7 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,8 +59,6 @@ class Step:
     """Lines of the output's beginning and end that the page has."""
     interrupted: str = ""
     """The run directory of a training that SIGTERM ends."""
-    process: bool = False
-    """Always one of its own."""
     long: bool = False
     """Not in the short form."""
 
@@ -255,7 +253,7 @@ RESEARCHER = [
                 show=(24, 12),
             ),
             Step(
-                "All but the steps, here: for the queue's short partition, before the job that waits for days.",
+                "All but the steps, on this machine: for the queue's short partition, before the long job.",
                 f"umbrella-jax train {FLAGS} {DATA} --out runs/lesion --dry-run",
                 [r"compiled in .* s: step of 8 conversations", r"memory of a device", r"nothing was written"],
                 show=(2, 14),
@@ -407,9 +405,9 @@ ENGINEER = [
                 ],
             ),
             Step(
-                "A group may be any pattern of parameter paths, with a learning rate of its own.",
+                "A group that trains may be any pattern of parameter paths.",
                 f"umbrella-jax inspect {NEW} "
-                "--set 'train.groups={patch_embed: {}, vision_tower.*.q_proj.*: {learning_rate_factor: 0.1}}'",
+                "--set 'train.groups={patch_embed: {}, vision_tower.*.q_proj.*: {}}'",
                 [r"q_proj\.weight\s+\(2, 64, 64\)\s+\[vision_tower\.\*\.q_proj\.\*\]"],
                 show=(0, 12),
             ),
@@ -453,19 +451,19 @@ ENGINEER = [
                 code=2,
             ),
             Step("The change, with its test,", "cat dwi.diff", [r"^\+.*DWI"], show=(400, 0)),
-            Step("put into a copy of the repository", "git -C umbrella-jax apply ../dwi.diff", process=True),
+            Step("put into a copy of the repository", "git -C umbrella-jax apply ../dwi.diff"),
             Step("with the config", "cp dwi.yaml umbrella-jax/configs/"),
             Step(
                 "goes from BIDS",
                 "cd umbrella-jax; umbrella-jax data from-bids ../ds ../diffusion --target lesion_side --modality DWI",
                 [r"lesion_side, classification, DWI, 8 of \d+ subjects", r"--config dwi"],
-                process=True,
+                ,
             ),
             Step(
                 "to PyTorch.",
                 "cd umbrella-jax; python -m pytest -q tests/test_dwi.py",
                 [r"[45] passed in"],
-                process=True,
+                ,
                 show=(0, 2),
             ),
         ],
@@ -518,13 +516,12 @@ def make_world(work: Path, short: bool) -> None:
     shutil.copy(ROOT / "pyproject.toml", copied)
 
 
-def walk(work: Path, short: bool, steps: Sequence[Step]) -> Iterator[Result]:
-    """Types each command in `work`."""
-    for step in (step for step in steps if not (short and step.long)):
+def walk(work: Path, steps: Iterable[Step]) -> Iterator[Result]:
+    """Types each command in `work`, which is the working directory."""
+    for step in steps:
         begun = time.perf_counter()
-        here = short and not step.process and step.typed.startswith(("umbrella-jax ", "python "))
-        with signalled(work / step.interrupted, step):
-            code, output = (in_process if here else in_shell)(step.typed, work, step)
+        with signalled(step.interrupted):
+            code, output = (in_process if re.match(r"(umbrella-jax|python) ", step.typed) else in_shell)(step.typed)
         seconds, output = time.perf_counter() - begun, neutral(output, work)
         missing = [pattern for pattern in step.holds if not re.search(pattern, output, re.MULTILINE)]
         wrong = code != step.code or missing
@@ -532,7 +529,7 @@ def walk(work: Path, short: bool, steps: Sequence[Step]) -> Iterator[Result]:
         yield Result(step, output, seconds, fault if wrong else "")
 
 
-def in_process(typed: str, work: Path, step: Step) -> tuple[int, str]:
+def in_process(typed: str) -> tuple[int, str]:
     """`umbrella-jax ...` or `python FILE` without a new interpreter: exit code, and stdout and stderr in one."""
     from umbrella_jax.cli import main
 
@@ -550,40 +547,34 @@ def in_process(typed: str, work: Path, step: Step) -> tuple[int, str]:
             return int(end.code or 0), said.getvalue()
 
 
-def in_shell(typed: str, work: Path, step: Step) -> tuple[int, str]:
-    """In bash, in which umbrella-jax is this tree's."""
+def in_shell(typed: str) -> tuple[int, str]:
+    """In bash, where umbrella-jax and python are those of this process: exit code, and stdout and stderr in one."""
     python = shlex.quote(sys.executable)
     begin = f'umbrella-jax() {{ {python} -m umbrella_jax.cli "$@"; }}; python() {{ {python} "$@"; }}; '
-    if step.interrupted:  # bash itself is then the process that the signal reaches
-        begin, typed = "", f"exec {python} -m umbrella_jax.cli {typed.removeprefix('umbrella-jax ')}"
-    process = subprocess.Popen(
-        ["bash", "-c", f"{begin}{typed}"], cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    signalled.target = process.pid  # type: ignore[attr-defined]
-    return process.wait() if process.stdout is None else (process.communicate()[0], process.returncode)[::-1]
+    done = subprocess.run(["bash", "-c", begin + typed], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout
 
 
 @contextlib.contextmanager
-def signalled(run: Path, step: Step) -> Iterator[None]:
-    """Sends SIGTERM to the run that a step starts, behind a few of its steps."""
+def signalled(run: str) -> Iterator[None]:
+    """Sends this process SIGTERM behind a few steps of a run; of none where there is no name."""
     done = threading.Event()
-    signalled.target = os.getpid()  # type: ignore[attr-defined]
 
     def watch() -> None:
-        lines = run / "metrics.jsonl"
+        lines = Path(run) / "metrics.jsonl"
         while not done.wait(0.002):
             if lines.exists() and lines.read_bytes().count(b"\n") >= INTERRUPT_AFTER:
-                os.kill(signalled.target, signal.SIGTERM)  # type: ignore[attr-defined]
+                os.kill(os.getpid(), signal.SIGTERM)
                 return
 
     thread = threading.Thread(target=watch)
-    if step.interrupted:
+    if run:
         thread.start()
     try:
         yield
     finally:
         done.set()
-        if step.interrupted:
+        if run:
             thread.join()
 
 
@@ -655,7 +646,8 @@ HEAD = """\
 
 What two newcomers type, what comes, and why: one who trains on own data, with the mistakes one makes on the way, and
 one who changes the model. `python scripts/first_hours.py --write` types all of it and writes this page, in {minutes}
-minutes on two cores; CI types nearly all of it on fewer subjects (`--short`, `tests/test_first_hours.py`).
+minutes on two cores; each command is called in one process there, and takes some seconds more by itself. CI types
+nearly all of it on fewer subjects (`--short`, `tests/test_first_hours.py`).
 
 What differs from a screen: long output is cut, `[... N lines]`; lines of more than 80 characters are folded, `↪`;
 times, rates, and what this machine has are `…`. `JAX_COMPILATION_CACHE_DIR` was set, as a job's should be: what one
@@ -679,7 +671,7 @@ def transcript(text: str) -> list[tuple[str, str]]:
 def main() -> int:
     """Returns 1 where a command does not do what it must."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="fewer subjects and steps, in this process where possible")
+    parser.add_argument("--short", action="store_true", help="fewer subjects and steps")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
     parser.add_argument("--work", type=Path, help="an empty folder for all that is made; default one that is removed")
     parser.add_argument("--json", type=Path, help="where to write commands and outputs to")
@@ -703,7 +695,7 @@ def main() -> int:
             of_title = []
             for part in parts:
                 results = []
-                for result in walk(work, arguments.short, part.steps):
+                for result in walk(work, (s for s in part.steps if not (arguments.short and s.long))):
                     print(f"{result.seconds:6.1f} s  $ {result.step.typed}", flush=True)
                     results.append(result)
                 of_title.append((part, results))
