@@ -20,7 +20,7 @@ cd "$work/empty"
 unset PYTHONPATH
 export PATH="$work/venv/bin:$PATH" PYTHONSAFEPATH=1
 python -c 'import umbrella_jax, convert; print(umbrella_jax.__file__, convert.__file__)' >"$work/where"
-! grep -qF "$tree" "$work/where"
+if grep -F "$tree" "$work/where"; then exit 1; fi # not what is installed
 
 umbrella-jax --help >"$work/help"
 umbrella-jax doctor
