@@ -22,6 +22,6 @@ install=("$venv/bin/uv" pip install --quiet --python "$venv/bin/python")
 run=tests/test_run.py::test_ mesh=tests/test_sharding.py::test_
 "$venv/bin/python" -m pytest -n 2 --dist loadfile "${@:2}" \
   tests/models/test_golden.py tests/training/test_step.py tests/training/test_checkpoint.py \
-  tests/evaluation/test_generate.py tests/convert/test_property.py tests/data/test_loader.py tests/data/test_tokenize.py \
+  tests/evaluation/test_generate.py tests/convert/test_safetensors_io.py tests/data/test_loader.py tests/data/test_tokenize.py \
   "$run"{what_a_run_writes,each_evaluation_writes_its_answers,secrets_go_nowhere} \
   "$mesh"{any_mesh_is_one_device,a_checkpoint_goes_on_on_another_mesh} tests/test_doctor.py::test_all_is_well_here
