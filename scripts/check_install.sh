@@ -30,5 +30,7 @@ umbrella-jax inspect --config t1 2>"$work/err" && exit 1
 grep -q 'a shipped config: joint_0.5b, .*t1_0.5b' "$work/err"
 python "$work/outside.py" "$work/demo" | tail -n 1
 mypy --strict --cache-dir "$work/mypy" "$work/outside.py"
+mypy --strict --cache-dir "$work/mypy" -c 'import umbrella_jax; model: int = umbrella_jax.load("run")' >"$work/err" && exit 1
+grep -q '"Llava"' "$work/err" # types, and not Any
 [ -z "$(ls -A)" ]
 echo "$(python --version): the wheel works"
