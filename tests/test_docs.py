@@ -321,6 +321,16 @@ def test_files_and_tests_in_the_text() -> None:
                     assert f"def {name}(" in last.read_text(), (page, last.name, name)
 
 
+def test_every_room_is_in_the_tree() -> None:
+    (tree,) = (block for block in blocks("docs/architecture.md") if block.kind == "tree")
+    names = set(tree.text.split())
+    for room in (ROOT / "umbrella_jax").iterdir():
+        if room.suffix == ".py" and room.stem != "__init__":
+            assert room.name in names
+        if (room / "__init__.py").exists():
+            assert f"{room.name}/" in names
+
+
 def test_files_that_an_addition_touches() -> None:
     """docs/architecture.md lists what to touch for a thing of a kind: the files that name one that is there already."""
     text = (ROOT / "docs" / "architecture.md").read_text()
