@@ -265,7 +265,8 @@ def captured(devices: int = 1) -> Iterator[tuple[io.StringIO, io.StringIO]]:
     on_some = partial(make_mesh, devices=jax.devices()[:devices])
     shipped = {file.stem: file for file in Path("configs").absolute().glob("*.yaml")}
     with ExitStack() as stack:
-        stack.enter_context(mock.patch("umbrella_jax.config.shipped_configs", return_value=shipped))
+        if shipped:
+            stack.enter_context(mock.patch("umbrella_jax.config.shipped_configs", return_value=shipped))
         for module in ("run.preparation", "prediction"):
             stack.enter_context(mock.patch(f"umbrella_jax.{module}.make_mesh", on_some))
         stack.enter_context(redirect_stdout(out))

@@ -30,7 +30,7 @@ from umbrella_jax.config import (
     Template,
     load_config,
 )
-from umbrella_jax.data.tokenize import load_tokenizer
+from umbrella_jax.data.tokenize import load_tokenizer, save_tokenizer
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models import Llava, LlavaConfig, Params, abstract_params, merge, native_backend, quantize
 from umbrella_jax.models.lora import adapted_weight, adapters
@@ -359,7 +359,7 @@ def describe(checkpoint: Checkpoint, directory: Path) -> None:
         template=checkpoint.template,
     )
     if checkpoint.notes:
-        checkpoint.tokenizer().save_pretrained(directory)
+        save_tokenizer(checkpoint.tokenizer(), directory)
 
 
 def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto", finite: bool = False) -> None:
@@ -394,7 +394,7 @@ def write_hf(
         template=checkpoint.template,
     )
     if checkpoint.notes and has_tokenizer(checkpoint.description):
-        checkpoint.tokenizer().save_pretrained(out)
+        save_tokenizer(checkpoint.tokenizer(), out)
 
 
 def write_trained(checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | None = None) -> Path:
