@@ -406,8 +406,7 @@ ENGINEER = [
             ),
             Step(
                 "A group that trains may be any pattern of parameter paths.",
-                f"umbrella-jax inspect {NEW} "
-                "--set 'train.groups={patch_embed: {}, vision_tower.*.q_proj.*: {}}'",
+                f"umbrella-jax inspect {NEW} --set 'train.groups={{patch_embed: {{}}, vision_tower.*.q_proj.*: {{}}}}'",
                 [r"q_proj\.weight\s+\(2, 64, 64\)\s+\[vision_tower\.\*\.q_proj\.\*\]"],
                 show=(0, 12),
             ),
@@ -457,13 +456,11 @@ ENGINEER = [
                 "goes from BIDS",
                 "cd umbrella-jax; umbrella-jax data from-bids ../ds ../diffusion --target lesion_side --modality DWI",
                 [r"lesion_side, classification, DWI, 8 of \d+ subjects", r"--config dwi"],
-                ,
             ),
             Step(
                 "to PyTorch.",
                 "cd umbrella-jax; python -m pytest -q tests/test_dwi.py",
                 [r"[45] passed in"],
-                ,
                 show=(0, 2),
             ),
         ],
