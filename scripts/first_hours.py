@@ -151,8 +151,8 @@ RESEARCHER = [
                 show=(20, 0),
             ),
         ],
-        "40 subjects, each with a T1 scan and a lesion in one hemisphere; and a LLaVA as Hugging Face's hub has it. Both "
-        "are small and made by `umbrella_jax/demo`: heads are real, lesions drawn, weights random.",
+        "40 subjects, each with a T1 scan and a lesion in one hemisphere; and a LLaVA as Hugging Face's hub has it. "
+        "Both are small and made by `umbrella_jax/demo`: heads are real, lesions drawn, weights random.",
     ),
     Part(
         "From BIDS to conversations",
@@ -467,8 +467,8 @@ ENGINEER = [
             ),
         ],
         "`data from-bids` knows by name where scans lie. What is 4D is taken in windows of frames: of diffusion, "
-        "directions in the file's order; b-values and vectors are not read. In an export the new modality keeps its name, "
-        "whatever `--names` calls T1 and rsfMRI. Where two modalities have one size, `.modality` of PyTorch's patch "
+        "directions in the file's order; b-values and vectors are not read. In an export the new modality keeps its "
+        "name, whatever `--names` calls T1 and rsfMRI. Where two modalities have one size, `.modality` of PyTorch's patch "
         "embedding says which is meant.",
     ),
 ]
