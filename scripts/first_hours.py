@@ -468,8 +468,8 @@ ENGINEER = [
         ],
         "`data from-bids` knows by name where scans lie. What is 4D is taken in windows of frames: of diffusion, "
         "directions in the file's order; b-values and vectors are not read. In an export the new modality keeps its "
-        "name, whatever `--names` calls T1 and rsfMRI. Where two modalities have one size, `.modality` of PyTorch's patch "
-        "embedding says which is meant.",
+        "name, whatever `--names` calls T1 and rsfMRI. Where two modalities have one size, `.modality` of PyTorch's "
+        "patch embedding says which is meant.",
     ),
 ]
 PARTS: dict[str, Sequence[Part]] = {
