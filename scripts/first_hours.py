@@ -151,8 +151,8 @@ RESEARCHER = [
                 show=(20, 0),
             ),
         ],
-        "40 subjects, each with a T1 scan and a lesion in one hemisphere; and a LLaVA as Hugging Face's hub has\n"
-        "it. Both are small and made by `umbrella_jax/demo`: heads are real, lesions drawn, weights random.",
+        "40 subjects, each with a T1 scan and a lesion in one hemisphere; and a LLaVA as Hugging Face's hub has it. "
+        "Both are small and made by `umbrella_jax/demo`: heads are real, lesions drawn, weights random.",
     ),
     Part(
         "From BIDS to conversations",
@@ -406,8 +406,7 @@ ENGINEER = [
             ),
             Step(
                 "A group that trains may be any pattern of parameter paths.",
-                f"umbrella-jax inspect {NEW} "
-                "--set 'train.groups={patch_embed: {}, vision_tower.*.q_proj.*: {}}'",
+                f"umbrella-jax inspect {NEW} --set 'train.groups={{patch_embed: {{}}, vision_tower.*.q_proj.*: {{}}}}'",
                 [r"q_proj\.weight\s+\(2, 64, 64\)\s+\[vision_tower\.\*\.q_proj\.\*\]"],
                 show=(0, 12),
             ),
@@ -424,6 +423,8 @@ ENGINEER = [
                 code=2,
             ),
         ],
+        "Freezing, optimiser, checkpoints, conversion, export and `data validate` follow from `model.modalities`. What "
+        "does not is listed by file in [architecture.md](architecture.md).",
     ),
     Part(
         "Names that mean something already",
@@ -457,16 +458,18 @@ ENGINEER = [
                 "goes from BIDS",
                 "cd umbrella-jax; umbrella-jax data from-bids ../ds ../diffusion --target lesion_side --modality DWI",
                 [r"lesion_side, classification, DWI, 8 of \d+ subjects", r"--config dwi"],
-                ,
             ),
             Step(
                 "to PyTorch.",
                 "cd umbrella-jax; python -m pytest -q tests/test_dwi.py",
                 [r"[45] passed in"],
-                ,
                 show=(0, 2),
             ),
         ],
+        "`data from-bids` knows by name where scans lie. What is 4D is taken in windows of frames: of diffusion, "
+        "directions in the file's order; b-values and vectors are not read. In an export the new modality keeps its "
+        "name, whatever `--names` calls T1 and rsfMRI. Where two modalities have one size, `.modality` of PyTorch's "
+        "patch embedding says which is meant.",
     ),
 ]
 PARTS: dict[str, Sequence[Part]] = {
@@ -634,7 +637,7 @@ def page(found: Sequence[tuple[str, Sequence[tuple[Part, Sequence[Result]]]]], s
     for number, (title, parts) in enumerate(found, start=1):
         lines += [f"## {number}. {title}", ""]
         for part, results in parts:
-            lines += [f"### {part.title}", "", *([part.text, ""] if part.text else [])]
+            lines += [f"### {part.title}", "", *([textwrap.fill(part.text, 120), ""] if part.text else [])]
             for result in results:
                 block = ["```console", *typed_lines(result.step.typed), *shortened(result), "```", ""]
                 lines += [*([result.step.why.strip(), ""] if result.step.why else []), *block]

@@ -101,7 +101,7 @@ def test_all_faults_of_both_sets_come_together(config, ask, record, nifti, write
         (match,) = [f for f in faults if f[:3] == (kind, (name,), place)]
         assert reason in match[3]
     assert len(faults) == len(expected)
-    text = "\n".join(report.lines())
+    text = re.sub(r"\s+", " ", "\n".join(report.lines()))
     for _, _, place, reason in expected:
         assert place in text
         assert reason in text
@@ -348,11 +348,35 @@ def test_thousands_of_faults_are_legible():
     report = Report({}, (), tuple(findings))
     lines = report.lines()
     assert len(lines) < 25
-    assert sum("3000 × images: 0 listed, 1 shown" in line for line in lines) == 1
+    assert sum("3000 × images: … listed, 1 shown" in line for line in lines) == 1
+    assert "        t.json[1] (S1): 1" in lines, "what is different"
     assert sum("2000 × not found" in line for line in lines) == 1
     assert sum("and 2995 more" in line for line in lines) == 1
     assert lines[-1] == "not good: 5,000 faults, 0 warnings, 0 notes"
     assert len(report.to_json()["findings"]) == 5000
+
+
+def test_findings_fit_a_terminal():
+    """Alike ones are told by what they have in common, then what each has instead; nothing is wider than it must be."""
+    where = (
+        "in train (conversations/train.json[{0}] (sub-0{0}_T1w)) and in eval (again/eval.json[{1}] (sub-0{0}_T1w)); "
+    )
+    where += "expected other subjects to evaluate on than to train on, or --allow-overlap"
+    findings = [Finding("fault", "overlap", ("train", "eval"), f"subject {i}", where.format(i, 9 - i)) for i in (3, 4)]
+    findings.append(
+        Finding("fault", "volume", ("train",), "/" + "d" * 90 + "/a.nii", "not found; expected " + "w " * 40)
+    )
+    findings.append(Finding("fault", "conversation", ("train",), "t.json[0]", "size 3, 4: wrong"))
+    findings.append(Finding("fault", "conversation", ("train",), "t.json[1]", "size 3, 5: wrong"))
+    lines = Report({}, (), tuple(findings)).lines()
+    assert [len(line) > 80 for line in lines] == ["/ddd" in line for line in lines]
+    text = "\n".join(lines)
+    assert "2 × in train … and in eval …; expected other subjects to evaluate on than to" in text
+    assert (
+        "        subject 3: conversations/train.json[3] (sub-03_T1w), again/eval.json[6]\n          (sub-03_T1w)\n"
+        in text
+    )
+    assert "    2 × size 3, …: wrong\n        t.json[0]: 4\n        t.json[1]: 5" in text
 
 
 def test_a_terminal_is_not_steered_by_a_name():

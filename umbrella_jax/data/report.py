@@ -1,7 +1,6 @@
 """What `validate` found, as text for people and as JSON for programs."""
 
 import itertools
-import os
 import re
 import textwrap
 from collections import Counter, defaultdict
@@ -324,6 +323,7 @@ def _grouped_lines(findings: Sequence[Finding]) -> Iterator[str]:
 
 def _wrapped(line: str) -> list[str]:
     """In 80 columns, indented further where it goes on; what has no space stays whole, as paths do."""
+    line = _printable(line)
     indent = " " * (len(line) - len(line.lstrip()))
     return textwrap.wrap(line, 80, subsequent_indent=f"{indent}  ", break_long_words=False, break_on_hyphens=False)
 
@@ -343,8 +343,8 @@ def _differences(texts: Sequence[str]) -> tuple[str, list[list[str]]]:
             said += [column[0] for column in columns]
             continue
         phrases = [" ".join(phrase) for phrase in zip(*columns, strict=True)]
-        end = "".join(reversed(os.path.commonprefix([phrase[::-1] for phrase in phrases])))  # noqa: RUF071  # of text
-        end = end[len(end.rstrip(",;:")) :]  # the sentence's, not the phrase's
+        ends = {phrase[-1:] for phrase in phrases}
+        end = ends.pop() if len(ends) == 1 and ends <= {",", ";", ":"} else ""  # the sentence's, not the phrase's
         said.append(f"…{end}")
         for of_one, phrase in zip(details, phrases, strict=True):
             phrase = phrase.removesuffix(end)
