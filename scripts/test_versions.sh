@@ -21,6 +21,7 @@ install=("$venv/bin/uv" pip install --quiet --python "$venv/bin/python")
 # What of the suite needs no PyTorch: it has versions of its own.
 run=tests/test_run.py::test_ mesh=tests/test_sharding.py::test_
 "$venv/bin/python" -m pytest -n 2 --dist loadfile "${@:2}" \
+  --deselect tests/convert/test_safetensors_io.py::test_folder_without_weights \
   tests/models/test_golden.py tests/training/test_step.py tests/training/test_checkpoint.py \
   tests/evaluation/test_generate.py tests/convert/test_safetensors_io.py tests/data/test_loader.py tests/data/test_tokenize.py \
   "$run"{what_a_run_writes,each_evaluation_writes_its_answers,secrets_go_nowhere} \
