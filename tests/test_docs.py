@@ -205,7 +205,7 @@ def test_tour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 assert pattern("".join(held["text"])).fullmatch(text), text
     right, asked = map(int, re.findall(r"\d+", "".join(outputs[-2][0]["text"])))
     assert right >= 0.75 * asked  # it learnt
-    assert float(re.findall(r"\d+\.\d+", outputs[-1][-1]["text"][0])[0]) > 2  # and looks at the lesion
+    assert float(re.findall(r"\d+\.\d+", outputs[-1][-1]["text"][0])[0]) > 1.5  # and looks at the lesion
 
 
 # Names.
