@@ -24,6 +24,4 @@ fi
 ruff check .
 ruff format --check .
 mypy
-pytest -n 2 --dist loadfile "$@"
-# The same golden values once more with XLA's optimisations, which the suite goes without (tests/conftest.py).
-[ $# -gt 0 ] || UMBRELLA_TEST_OPTIMISED=1 pytest tests/models/test_golden.py
+pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" # in the order of tests/conftest.py

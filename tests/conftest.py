@@ -12,11 +12,12 @@ from packaging.version import Version
 # Before anything asks jax for its devices. Tests in tests/test_sharding.py assert that there are eight.
 _FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 # Most of the suite's time would be XLA optimising programs that run once. What users run, optimised, is compared with
-# PyTorch's golden values in a process of its own (scripts/test.sh), and trained by the demo.
+# PyTorch's golden values in a process of its own (tests/models/test_golden.py), and trained by the demo.
 if "UMBRELLA_TEST_OPTIMISED" not in os.environ:
     _FLAGS += ["--xla_backend_optimization_level=0"]
-    if Version(version("jaxlib")) < Version("0.11"):  # 0.12 does not know the flag, and ends the process
-        _FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
+    if Version(version("jaxlib")) < Version("0.11"):  # 0.12 does not know the first flag, and ends the process
+        # in one piece, since the pieces that LLVM compiles at once are no gain to two workers on two cores
+        _FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 # Many tests make the same small run. What is compiled for one is there for all: the workers of pytest-xdist and the
 # processes that tests start get the first process's environment.
@@ -27,6 +28,28 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+
+# Files that take longest, in that order: the last ones are short, so that no worker waits for the other.
+LONG = (
+    "test_processes.py",
+    "test_demo.py",
+    "test_reliability.py",
+    "test_docs.py",
+    "test_sharding.py",
+    "test_golden.py",
+    "test_baseline.py",
+    "test_run.py",
+    "test_step.py",
+    "test_adapters.py",
+    "test_shapes.py",
+    "test_report.py",
+    "test_fuzz.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
 

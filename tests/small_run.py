@@ -4,8 +4,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,6 +101,11 @@ def make_world(root: Path, **config: Any) -> World:
     return world
 
 
+def keep(data: Path, *names: str) -> None:
+    """Of a file's conversations those whose task_id begins so."""
+    write_json(data, [record for record in json.loads(data.read_text()) if record["task_id"].startswith(names)])
+
+
 def soften(base: Path) -> None:
     """Weights of a checkpoint as training starts with them, normal numbers: those of `make_base` are so steep that the
     order of a sum changes a gradient's fifth digit."""
@@ -169,6 +174,16 @@ def parameters(path: Path, **options: Any) -> dict[str, np.ndarray]:
     return {path: np.asarray(leaf) for path, leaf in split(umbrella_jax.load(path, **options))[1].items()}
 
 
+@contextmanager
+def on(devices: int) -> Iterator[None]:
+    """Runs in this block are on so many of the devices that the suite simulates."""
+    some = partial(make_mesh, devices=jax.devices()[:devices])
+    with ExitStack() as patched:
+        for module in ("run.preparation", "prediction"):
+            patched.enter_context(mock.patch(f"umbrella_jax.{module}.make_mesh", some))
+        yield
+
+
 def umbrella(*words: object, code: int = 0, devices: int = 1) -> str:
     """As `said`; returns stderr where it failed, else stdout."""
     out, err = said(*words, code=code, devices=devices)
@@ -179,11 +194,7 @@ def said(*words: object, code: int = 0, devices: int = 1) -> tuple[str, str]:
     """Runs `umbrella-jax WORDS` in this process, on some of the eight devices that the suite simulates; asserts its
     exit code, and returns what it printed, on stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
-    on_some = partial(make_mesh, devices=jax.devices()[:devices])
-    places = (mock.patch(f"umbrella_jax.{module}.make_mesh", on_some) for module in ("run.preparation", "prediction"))
-    with ExitStack() as patched:
-        for place in (*places, redirect_stdout(out), redirect_stderr(err)):
-            patched.enter_context(place)
+    with on(devices), redirect_stdout(out), redirect_stderr(err):
         found = main([str(word) for word in words])
     assert found == code, f"{out.getvalue()}\n{err.getvalue()}"
     return out.getvalue(), err.getvalue()

@@ -30,7 +30,7 @@ from umbrella_jax.run.resumption import MAY_CHANGE
 
 ROOT = Path(__file__).parents[1]
 STEPS, SAVE, EVAL = 36, 3, 24
-FLAGS = ["--epochs", STEPS // 3, "--set", f"train.save_steps={SAVE}"]  # a step of one scan, of two, and of runs
+FLAGS = ["--epochs", STEPS // 2, "--set", f"train.save_steps={SAVE}"]  # a step of one scan, and of runs
 TO_EVALUATE = [
     "--set",
     f"train.eval_steps={EVAL}",
@@ -49,7 +49,11 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return small_run.make_world(tmp_path_factory.mktemp("world"))
+    """Without what needs further shapes: every process compiles for each."""
+    world = small_run.make_world(tmp_path_factory.mktemp("world"))
+    small_run.keep(world.train, "one", "run", "text")
+    small_run.keep(world.eval, "eval-run")
+    return world
 
 
 def train_words(world: World, out: Path, *flags: object) -> list[str]:
@@ -68,7 +72,9 @@ def begin(world: World, environment: dict[str, str]) -> Begin:
         words = train_words(world, out, *flags)
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         command = [sys.executable, "-m", "tests.test_reliability", inside, *words]
-        return subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
+        # with the suite's devices: its programs are those that are compiled already
+        simulated = {"XLA_FLAGS": os.environ["XLA_FLAGS"]}
+        return subprocess.Popen(command, env=environment | simulated, cwd=ROOT, **pipes)
 
     return start
 
@@ -103,7 +109,8 @@ def child(inside: str, words: Sequence[str]) -> int:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (int(number), int(number)))
 
     sys.addaudithook(count)
-    return cli.main(words)
+    with small_run.on(devices=1):
+        return cli.main(words)
 
 
 def assert_same_run(out: Path, run: Path) -> None:

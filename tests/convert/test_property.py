@@ -184,7 +184,7 @@ def exported(directory):
     return {name: bits(tensor.read()) for name, tensor in open_checkpoint(directory).items()}
 
 
-@settings(SETTINGS, max_examples=30)
+@settings(SETTINGS, max_examples=20)
 @given(cases())
 def test_parameters_and_export_are_the_file(case):
     with tempfile.TemporaryDirectory() as root:
@@ -213,7 +213,7 @@ def test_parameters_and_export_are_the_file(case):
         assert read_config(out) == config
 
 
-@settings(SETTINGS, max_examples=8)
+@settings(SETTINGS, max_examples=5)
 @given(cases())
 def test_native_and_back(case):
     with tempfile.TemporaryDirectory() as root:

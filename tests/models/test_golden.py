@@ -1,5 +1,9 @@
 """Equal to PyTorch: the golden case, float32."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import optax
@@ -129,3 +133,17 @@ def test_bfloat16_compute_is_close():
 
 def test_modalities_are_the_golden_ones(model):
     assert dict(model.config.modalities) == MODALITIES
+
+
+@pytest.mark.parametrize(
+    "besides",
+    ["none or mlp or stops or bfloat16", pytest.param("nothing", marks=pytest.mark.slow)],
+    ids=["most", "all"],
+)
+def test_with_xlas_optimisations(besides):
+    """The above once more as users run it; the suite goes without them (tests/conftest.py)."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS" and not k.startswith("PYTEST_")}
+    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", f"not (xlas or {besides})", __file__]
+    environment |= {"UMBRELLA_TEST_OPTIMISED": "1"}
+    run = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
