@@ -36,12 +36,23 @@ TYPES = {str: "text", int: "whole number", float: "number", bool: "`true` or `fa
 def sections(cls: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """(key, dataclass) of a config and of all that it is made of, in the order of the fields."""
     yield key, cls
-    for name, kind in typing.get_type_hints(cls).items():
+    for name, kind in fields(cls).items():
         path = f"{key}.{name}" if key else name
         if dataclasses.is_dataclass(kind):
             yield from sections(kind, path)
         elif typing.get_origin(kind) is dict and dataclasses.is_dataclass(typing.get_args(kind)[1]):
             yield from sections(typing.get_args(kind)[1], f"{path}.NAME")
+
+
+def fields(cls: Any) -> dict[str, Any]:
+    """{name: type}; a section that may be left out as the section."""
+    hints = typing.get_type_hints(cls)
+    return {
+        name: next((of for of in typing.get_args(kind) if dataclasses.is_dataclass(of)), kind)
+        if isinstance(kind, types.UnionType)
+        else kind
+        for name, kind in hints.items()
+    }
 
 
 def docstrings(cls: Any) -> dict[str, str]:
@@ -59,6 +70,8 @@ def docstrings(cls: Any) -> dict[str, str]:
 def said(kind: Any) -> str:
     """A type as people write it in YAML."""
     origin, of = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return "section"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(said(one) for one in of if one is not type(None))
     if origin is Literal:
@@ -102,7 +115,7 @@ def reference() -> str:
                 raise ValueError(f"{cls.__name__}.{field.name}: no docstring below it")
             meaning = re.sub(r"\bdocs/(\w+\.md)", r"[\1](\1)", documented[field.name])
             meaning += f" Flag: `{flag[path]}`." if path in flag else ""
-            what = said(kind) if not of or not dataclasses.is_dataclass(of[-1]) else f"sections `{path}.NAME`"
+            what = f"sections `{path}.NAME`" if of and dataclasses.is_dataclass(of[-1]) else said(kind)
             rows.append(f"| `{field.name}` | {what} | {default(field)} | {meaning.replace('|', chr(92) + '|')} |")
         paragraphs = re.sub(r"\bdocs/(\w+\.md)", r"[\1](\1)", inspect.cleandoc(cls.__doc__ or ""))
         paragraphs += f" Flag: `{flag[key]}`." if key in flag else ""

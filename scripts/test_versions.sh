@@ -18,7 +18,10 @@ install=("$venv/bin/uv" pip install --quiet --python "$venv/bin/python")
 "$venv/bin/uv" pip list --python "$venv/bin/python" 2>/dev/null |
   grep -E '^(jax|jaxlib|flax|optax|orbax-checkpoint|grain|numpy|transformers|nibabel|pydantic|qwix) '
 
+# What of the suite needs no PyTorch: it has versions of its own.
+run=tests/test_run.py::test_ mesh=tests/test_sharding.py::test_
 "$venv/bin/python" -m pytest -n 2 --dist loadfile "${@:2}" \
-  tests/models/test_golden.py tests/training/test_step.py tests/training/test_checkpoint.py tests/test_sharding.py \
-  tests/evaluation/test_generate.py tests/convert/test_round_trip.py tests/convert/test_hf_config.py \
-  tests/data/test_volume.py tests/data/test_loader.py tests/data/test_tokenize.py tests/test_prediction.py tests/test_run.py
+  tests/models/test_golden.py tests/training/test_step.py tests/training/test_checkpoint.py \
+  tests/evaluation/test_generate.py tests/convert/test_safetensors_io.py tests/data/test_loader.py tests/data/test_tokenize.py \
+  "$run"{what_a_run_writes,each_evaluation_writes_its_answers,secrets_go_nowhere} \
+  "$mesh"{any_mesh_is_one_device,a_checkpoint_goes_on_on_another_mesh} tests/test_doctor.py::test_all_is_well_here

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 # Before anything asks jax for its devices. Tests in tests/test_sharding.py assert that there are eight.
 _FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
@@ -14,7 +15,7 @@ _FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_cou
 # PyTorch's golden values in a process of its own (scripts/test.sh), and trained by the demo.
 if "UMBRELLA_TEST_OPTIMISED" not in os.environ:
     _FLAGS += ["--xla_backend_optimization_level=0"]
-    if version("jaxlib") < "0.11":  # 0.12 does not know the flag, and ends the process
+    if Version(version("jaxlib")) < Version("0.11"):  # 0.12 does not know the flag, and ends the process
         _FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 # Many tests make the same small run. What is compiled for one is there for all: the workers of pytest-xdist and the

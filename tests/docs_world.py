@@ -191,6 +191,10 @@ def commands(text: str) -> list[list[str]]:
 NOT_RUN: dict[str, str] = {
     "bash scripts/demo.sh": "five minutes; what it prints, compare_demo looks at",
     "bash scripts/test.sh": "the suite itself",
+    "bash scripts/install.sh": "the environment is the suite's; scripts/test.sh begins with it",
+    "bash scripts/lock.sh": "asks the registry for versions, which change",
+    "srun": "no SLURM here; tests/test_doctor.py has its variables",
+    "uv pip install": "the environment is the suite's; scripts/install.sh installs so",
     "python -m venv": "the environment is the suite's",
     ". .venv/bin/activate": "the environment is the suite's",
 }
@@ -198,6 +202,8 @@ NOT_RUN: dict[str, str] = {
 
 PARSED: dict[str, str] = {
     "umbrella-jax train --config run.yaml --coordinator": "two machines; tests/test_processes.py has two processes",
+    "umbrella-jax train --config configs/stage1_0.5b.yaml": "tests/test_lora.py trains both stages",
+    "umbrella-jax train --config configs/stage2_0.5b.yaml": "tests/test_lora.py trains both stages",
 }
 """Beginnings of `umbrella-jax` commands of which the words alone are checked, with why."""
 
@@ -259,8 +265,9 @@ def captured(devices: int = 1) -> Iterator[tuple[io.StringIO, io.StringIO]]:
     on_some = partial(make_mesh, devices=jax.devices()[:devices])
     shipped = {file.stem: file for file in Path("configs").absolute().glob("*.yaml")}
     with ExitStack() as stack:
-        stack.enter_context(mock.patch("umbrella_jax.config.shipped_configs", return_value=shipped))
-        for module in ("run", "prediction"):
+        if shipped:
+            stack.enter_context(mock.patch("umbrella_jax.config.shipped_configs", return_value=shipped))
+        for module in ("run.preparation", "prediction"):
             stack.enter_context(mock.patch(f"umbrella_jax.{module}.make_mesh", on_some))
         stack.enter_context(redirect_stdout(out))
         stack.enter_context(redirect_stderr(err))

@@ -15,7 +15,7 @@ from umbrella_jax.demo import make_base, make_data
 
 def main(root: Path) -> None:
     base = make_base(root / "base")
-    data = make_data(root / "data", train_subjects=8, eval_subjects=2)
+    data = make_data(root / "data", train_subjects=8, eval_subjects=4)
     config: umbrella_jax.RunConfig = umbrella_jax.load_config(
         "tiny",
         {

@@ -180,7 +180,7 @@ def said(*words: object, code: int = 0, devices: int = 1) -> tuple[str, str]:
     exit code, and returns what it printed, on stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     on_some = partial(make_mesh, devices=jax.devices()[:devices])
-    places = (mock.patch(f"umbrella_jax.{module}.make_mesh", on_some) for module in ("run", "prediction"))
+    places = (mock.patch(f"umbrella_jax.{module}.make_mesh", on_some) for module in ("run.preparation", "prediction"))
     with ExitStack() as patched:
         for place in (*places, redirect_stdout(out), redirect_stderr(err)):
             patched.enter_context(place)

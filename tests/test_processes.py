@@ -75,7 +75,7 @@ def child() -> None:
                 yield batch
 
     run.train_batches = entering("train", batches)
-    run.eval_batches = entering("eval", run.eval_batches)
+    run.evaluation.eval_batches = entering("eval", run.evaluation.eval_batches)
     sys.addaudithook(hook)
     codes = os.dup(1)
     for line in sys.stdin:

@@ -26,7 +26,7 @@ from tests.small_run import World, numbers, parameters, umbrella, umbrella_comma
 from umbrella_jax import cli
 from umbrella_jax.errors import ConfigError, Interrupted
 from umbrella_jax.files import locked, write_whole
-from umbrella_jax.run import _MAY_CHANGE
+from umbrella_jax.run.resumption import MAY_CHANGE
 
 ROOT = Path(__file__).parents[1]
 STEPS, SAVE, EVAL = 36, 3, 24
@@ -369,14 +369,14 @@ def test_resuming_on_changed_files_is_refused(run: Path, world: World, tmp_path:
 
 
 def test_what_the_document_promises() -> None:
-    """Its tests are there, and what may change is what `run.py` lets change."""
+    """Its tests are there, and what may change is what `run/resumption.py` lets change."""
     text = (ROOT / "docs" / "reliability.md").read_text()
     tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
     named = re.findall(r"::(test_\w+)", text)
     assert len(named) > 20
     assert [name for name in named if f"def {name}(" not in tests] == []
     may_change = text[text.index("## What may change") : text.index("## What is behind")]
-    assert set(re.findall(r"`([a-z_.]+)`", may_change)) == set(_MAY_CHANGE)
+    assert set(re.findall(r"`([a-z_.]+)`", may_change)) == set(MAY_CHANGE)
 
 
 if __name__ == "__main__":

@@ -378,14 +378,14 @@ def test_evaluations_of_a_part_compile_nothing_more(
 ) -> None:
     """Of one conversation at least before the end, of all at the end, likelihoods of the answers too."""
     programs = list[tuple[int, ...]]()
-    evaluate = umbrella_jax.run._evaluate
+    evaluate = umbrella_jax.run.evaluate
 
     def counted(*args: Any) -> Any:
         found = evaluate(*args)
         programs.append(tuple(f._cache_size() for f in (prefill, decode, score_answers, jit_eval_step)))
         return found
 
-    monkeypatch.setattr(umbrella_jax.run, "_evaluate", counted)
+    monkeypatch.setattr(umbrella_jax.run, "evaluate", counted)
     rows = [row for row in json.loads(world.train.read_text()) if row["task_type"] == "T3"] * 3
     data = small_run.write_json(tmp_path / "eval.json", [row | {"task_id": f"{i}"} for i, row in enumerate(rows)])
     flags = ["--task-filter", "T3", "--eval-data", data, "--epochs", 3, "--batch-size", 4]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import version
 from typing import Any
 
 import chex
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 from golden_case import MODALITIES, PATCHES, golden_batch, golden_model
+from packaging.version import Version
 
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import LoraConfig, ModalityConfig, RematPolicy, TrainConfig
@@ -26,7 +28,9 @@ EMBEDDINGS = "vision_tower.vision_model.embeddings."
 CONFIG = TrainConfig(learning_rate=1e-2, decay_bias=True, eps=1e-3)
 
 # Compile in a third of the time, where a step runs a few times only.
-QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
+if Version(version("jaxlib")) < Version("0.11"):  # see tests/conftest.py
+    QUICK["xla_cpu_use_fusion_emitters"] = False
 quick_jit = partial(jax.jit, static_argnames=("graphdef", "optimizer"), donate_argnames="state", compiler_options=QUICK)
 """As `jit_train_step` is jitted, which `test_entry_points` looks at."""
 quick_step = quick_jit(train_step)

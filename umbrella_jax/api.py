@@ -30,7 +30,7 @@ from umbrella_jax.config import (
     Template,
     load_config,
 )
-from umbrella_jax.data.tokenize import load_tokenizer
+from umbrella_jax.data.tokenize import load_tokenizer, save_tokenizer
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models import Llava, LlavaConfig, Params, abstract_params, merge, native_backend, quantize
 from umbrella_jax.models.lora import adapted_weight, adapters
@@ -359,7 +359,7 @@ def describe(checkpoint: Checkpoint, directory: Path) -> None:
         template=checkpoint.template,
     )
     if checkpoint.notes:
-        checkpoint.tokenizer().save_pretrained(directory)
+        save_tokenizer(checkpoint.tokenizer(), directory)
 
 
 def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto", finite: bool = False) -> None:
@@ -394,7 +394,7 @@ def write_hf(
         template=checkpoint.template,
     )
     if checkpoint.notes and has_tokenizer(checkpoint.description):
-        checkpoint.tokenizer().save_pretrained(out)
+        save_tokenizer(checkpoint.tokenizer(), out)
 
 
 def write_trained(checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | None = None) -> Path:
@@ -483,7 +483,7 @@ def load(
     """The model of a Hugging Face directory, an export, a native checkpoint or a run, on the first device.
 
     Args:
-        modalities: of the patch embedding, for a stock LLaVA, which has none yet.
+        modalities: of the patch embedding, for a stock LLaVA, which has none yet: it then starts at random.
         patch_embed: a file of `convert to-hf --trainable-only`; `path` is then the base that it was trained on.
         dtype: of every parameter; `auto` keeps what the files hold.
         compute_dtype: of activations, `float32` or `bfloat16`.

@@ -150,12 +150,15 @@ class LoraConfig:
     """Adapters beside frozen products (Hu et al. 2021): x·Wᵀ + alpha/rank · x·Aᵀ·Bᵀ, of which A and B train.
 
     A [rank, inputs] starts uniform in ±1/√inputs, B [outputs, rank] at zero, as PEFT's: the first step is the base's.
+    When they are worth it: docs/recipes.md.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     rank: int = 16
+    """Of the product B·A; numbers that train grow with it."""
     alpha: float = 32.0
+    """What the product is multiplied by, over the rank."""
     targets: tuple[str, ...] = ("language_model",)
     """Which products: all of a component (`vision_tower`, `projector`, `language_model`), or one of it in every layer,
     by PEFT's name for it, as `language_model.q_proj`."""

@@ -29,14 +29,16 @@ class Explanation:
 
     answer: str
     log_probability: float
-    """log p(answer | conversation), with the token that ends it."""
+    """log p(answer | conversation), with the token that ends it; natural logarithm."""
     without: float
     """The same where all volumes are background."""
     maps: Mapping[Image, np.ndarray]
-    """Of each distinct image: float32 over the preprocessed volume, `size` of its modality."""
+    """Of each distinct image: float32 over the preprocessed volume, `size` of its modality, in the unit of
+    `log_probability`; of `integrated`, all of them sum to `log_probability` less `without`."""
 
     def in_scan(self, processor: Processor, image: Image) -> np.ndarray:
-        """A map brought back to the voxels of the file as it is stored; see `umbrella_jax.data.volume.restore`."""
+        """A map brought back to the voxels of the file as it is stored, float32 of its shape and, but for what fell on
+        padding, with the same sum; see `umbrella_jax.data.volume.restore`."""
         return restore(image.path, self.maps[image], processor.modalities[image.modality], image.window)
 
     def write(self, processor: Processor, folder: str | Path) -> list[Path]:

@@ -243,6 +243,9 @@ def predict(
         resume: go on with what an earlier call left in the `.part` file.
         say: takes a line now and then of how far it is, where there is no terminal.
 
+    Returns:
+        The rows (`Row`), as they stand in `out`; `likelihoods` are natural logarithms.
+
     Raises:
         ConfigError: `out` is there; an earlier call's part is and `resume` is not asked for, or other settings are;
             the model has not the modalities of the data.

@@ -28,7 +28,17 @@ class Processor:
         template: Template = "umbrella",
         max_length: int = 8192,
     ):
-        """`template`: how conversations are written. Raises DataError where it is `chat` and the tokenizer has none."""
+        """A processor of parts; `load` makes one of a checkpoint.
+
+        Args:
+            tokenizer: of Hugging Face's, with the special tokens of the model.
+            modalities: as the model has them.
+            template: how conversations are written.
+            max_length: positions of a conversation, patches included; a longer one is refused.
+
+        Raises:
+            DataError: `template` is `chat` and the tokenizer has none.
+        """
         check_template(tokenizer, template)
         self.tokenizer, self.modalities, self.template, self.max_length = tokenizer, modalities, template, max_length
 
@@ -99,7 +109,12 @@ class Processor:
         return Conversation("question", None, messages, {}, "the prompt")
 
     def prompt(self, text: str, images: Sequence[tuple[str, str | Path]] = ()) -> Batch:
-        """`question` as a Batch of one row, to generate from. Raises DataError for a file that cannot be read."""
+        """`question` as a Batch of one row, NumPy arrays on the host, to generate from.
+
+        Raises:
+            ConfigError: as `question`.
+            DataError: a file that cannot be read as its modality; a text longer than `max_length`.
+        """
         return whole_batch(self.asked(self.question(text, images)), prompts=True)
 
     def asked(self, conversation: Conversation) -> Dataset:
@@ -117,14 +132,24 @@ class Processor:
         allow_outside_root: bool = False,
         prompts: bool = False,
     ) -> Batch:
-        """All conversations of a file as one Batch: whole, or as prompts for their last answer."""
+        """All conversations of a file as one Batch of NumPy arrays, in its order.
+
+        Args:
+            image_root, allow_outside_root: as `data.image_root` and `data.allow_outside_root` of a configuration.
+            prompts: each without its last answer, to generate from; otherwise whole.
+
+        Raises:
+            DataError: with every fault of the file and of its volumes.
+        """
         dataset = self.dataset(
             conversations, image_root=image_root, allow_outside_root=allow_outside_root, evaluation=prompts
         )
         return whole_batch(dataset, prompts=prompts)
 
     def answers(self, texts: Sequence[str]) -> np.ndarray:
-        """Several answers to one question as tokens, int32 [A, N], each with the one that ends it; -1 behind."""
+        """Several answers to one question as tokens, int32 [A, N], each with the one that ends it; -1 behind.
+
+        Raises DataError for an answer whose tokens do not go on from a prompt."""
         conversation = Conversation(
             "prompt", None, (Message("user", ("",)), Message("assistant", ("",))), {}, "answers"
         )

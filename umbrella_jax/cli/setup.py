@@ -14,7 +14,7 @@ def add(commands: Any) -> None:
         commands,
         "doctor",
         _doctor,
-        "Look at installation, machine and devices; exit code 1 for problems.",
+        "Check installation, machine and devices, with remedies.",
         "umbrella-jax doctor",
     )
     add_json(doctor)

@@ -13,6 +13,7 @@
     answers by `{% generation %}`, what it marks.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,20 @@ def load_tokenizer(directory: str | Path, image_token_id: int | None) -> tuple[A
         )
     tokenizer.add_tokens(added, special_tokens=True)
     return tokenizer, added
+
+
+def save_tokenizer(tokenizer: Any, directory: str | Path) -> None:
+    """Writes a tokenizer as transformers 4 and 5 both read it: 5 by itself names a class that 4 does not know, and
+    holds further special tokens under a key that 4 takes for something else."""
+    tokenizer.save_pretrained(directory)
+    file = Path(directory) / "tokenizer_config.json"
+    stated = json.loads(file.read_text())
+    if stated.get("tokenizer_class") == "TokenizersBackend":
+        stated["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(further := stated.get("extra_special_tokens"), list):
+        del stated["extra_special_tokens"]
+        stated["additional_special_tokens"] = further
+    file.write_text(json.dumps(stated, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_template(tokenizer: Any, template: Template) -> None:

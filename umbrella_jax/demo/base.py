@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from umbrella_jax.data.tokenize import save_tokenizer
 from umbrella_jax.demo.data import SENTENCES
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, MLP = 64, 2, 4, 2, 128
@@ -39,7 +40,7 @@ def make_base(directory: str | Path, seed: int = 0) -> Path:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = _make_tokenizer()
-    tokenizer.save_pretrained(directory)
+    save_tokenizer(tokenizer, directory)
     end, pad, image = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>", "<image>"))
     config = _config(math.ceil(len(tokenizer) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE, image)
     generation = {"eos_token_id": [end, pad], "pad_token_id": pad}

@@ -26,7 +26,9 @@ NONE = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen: the most likely one, or drawn from the likelier ones."""
+    """How the next token is chosen: the most likely one, or drawn from the likelier ones.
+
+    Raises ConfigError for numbers out of range, and for `top_k` or `top_p` at temperature 0."""
 
     temperature: float = 0.0
     """Logits are divided by it; 0: the most likely token, always."""
@@ -186,7 +188,8 @@ def stream(
     sampling: Sampling = GREEDY,
     seeds: Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Tokens of `generate` as they are made, int32 [B] each time, `NONE` of a row that has ended."""
+    """Tokens of `generate` as they are made, int32 [B] each time, `NONE` of a row that has ended; arguments and errors
+    are those of `generate`."""
     state, until = _start(model, batch, stop_ids, max_new_tokens, sampling, seeds)
     for count in range(1, max_new_tokens + 1):
         state = until(state, count)
@@ -211,6 +214,9 @@ def generate(
         sampling: how tokens are chosen, by default the most likely.
         seeds: of each row, for tokens that are drawn; by default its number. The same seed and prompt give the same
             answer, whatever other rows are in the batch.
+
+    Raises:
+        ConfigError: as many `seeds` as there are rows were not given.
     """
     state, until = _start(model, batch, stop_ids, max_new_tokens, sampling, seeds)
     return until(state, max_new_tokens).tokens

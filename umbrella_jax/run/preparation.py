@@ -1,0 +1,239 @@
+"""All of a run up to its first step, which `train` and `rehearse` share."""
+
+import importlib.metadata
+import importlib.util
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from convert.tensor import Tensor, place
+from umbrella_jax.api import Checkpoint, open_base
+from umbrella_jax.config import AugmentConfig, RunConfig, to_dict
+from umbrella_jax.data.cache import VolumeCache
+from umbrella_jax.data.inputs import Inputs, digest_of, read_inputs
+from umbrella_jax.data.loader import Dataset, make_plan
+from umbrella_jax.data.plan import Plan
+from umbrella_jax.distributed import gather, together
+from umbrella_jax.errors import ConfigError
+from umbrella_jax.evaluation.metrics import Task, metric_names, tasks_of
+from umbrella_jax.loggers import missing
+from umbrella_jax.models import LlavaConfig, Params, abstract_params, lora, native_backend, quantize
+from umbrella_jax.prediction import Choices, Row, blank_rows
+from umbrella_jax.processor import Processor
+from umbrella_jax.rundir import CHECKPOINTS, METRICS, Line, Say, read_metrics
+from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, shardings
+from umbrella_jax.training import freeze
+from umbrella_jax.training.optimizer import make_optimizer, make_schedule
+from umbrella_jax.training.step import TrainState, init_state
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a run evaluates on."""
+
+    dataset: Dataset
+    rows: list[Row]
+    tasks: dict[str, Task]
+    choices: Choices | None
+    """Answers whose likelihoods are wanted."""
+
+
+@dataclass
+class Prepared:
+    """A run before its first step."""
+
+    config: RunConfig
+    out: Path
+    mesh: Mesh
+    base: Checkpoint
+    processor: Processor
+    lines: list[Line]
+    """Of metrics, that are there."""
+    train_set: Dataset
+    evaluated: Evaluated | None
+    model: LlavaConfig
+    graphdef: nnx.GraphDef
+    frozen: Params
+    state: TrainState | None
+    """Before the first step; None as soon as a loop has it, so that it is not kept beside what the loop makes of it."""
+    plan: Plan
+    steps: int
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformationExtraArgs
+    meta: dict[str, Any]
+    inputs: Inputs
+
+
+def check(config: RunConfig) -> tuple[Path, Mesh]:
+    """Checks what can be known before any file is read, of the mesh all that does not depend on the model."""
+    faults = [
+        f"{field}: expected a path ({flag})"
+        for field, flag, value in [
+            ("model.base", "--base HF_DIR", config.model.base),
+            ("data.train", "--train-data P", config.data.train),
+            ("output_dir", "--out D", config.output_dir),
+        ]
+        if value is None
+    ]
+    try:
+        mesh = make_mesh(config.mesh, batch_size=config.train.batch_size)
+    except ConfigError as error:
+        faults += error.faults
+    if config.train.eval_steps and config.data.eval is None:
+        faults.append("train.eval_steps: nothing to evaluate on; name data.eval (--eval-data P)")
+    faults += missing(config)
+    if config.model.quantize and importlib.util.find_spec("qwix") is None:
+        faults.append("model.quantize: qwix is not installed; pip install 'umbrella-jax[quantize]', or leave it out")
+    if faults:
+        raise ConfigError(faults)
+    return Path(str(config.output_dir)), mesh
+
+
+def check_unused(out: Path, resume: bool) -> None:
+    if (out / CHECKPOINTS).exists() and not resume:
+        raise ConfigError(f"{out}: holds a run; go on with --resume, or name another output_dir (--out DIR)")
+
+
+def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
+    """Reads and checks all that a run takes, puts the weights on their devices, and says what will be done."""
+    first = jax.process_index() == 0
+    with together():
+        lines = read_metrics(out / METRICS)
+        base = open_base(config)
+        if faults := MeshShape(**mesh.shape).undivided(base.config):
+            raise ConfigError(faults)
+        found = base.check(config.model.frozen_dtype)
+        model = base.config.with_attention(config.model.attention, native_backend(mesh.devices.flat[0]))
+        model = replace(model, lora=config.model.lora)
+        graphdef, shapes = abstract_params(model)
+        labels = freeze.label_params(list(shapes), list(config.train.groups))
+        options: dict[str, Any] = {"template": config.data.template, "max_length": config.data.max_length}
+        processor = Processor(base.tokenizer(), base.config.modalities, **options)
+        volumes = VolumeCache.of(config.data)
+        train_set, eval_set = (_dataset(config, processor, split, volumes) for split in ("train", "eval"))
+        evaluated = _evaluated(config, eval_set, processor)
+        assert train_set is not None
+        datasets = {"train": train_set} | ({} if eval_set is None else {"eval": eval_set})
+        # by the first alone, since they read the whole base, and all volumes; but for a run orbax lets all meet
+        identity = base.identity if first or base.kind == "run" else None
+        mine = (identity, read_inputs(config.data, datasets)) if first else None
+    for line in [*said_of(base), *found, freeze.summary(shapes, labels)]:
+        say(line)
+
+    where = partial(param_sharding, mesh)
+    adapters = lora.start(shapes, config.seed)
+    own = [path for path, label in labels.items() if label != freeze.FROZEN and path not in adapters]
+    params = base.params(config.model.frozen_dtype, where=where, in_float32=own)
+    params |= place({path: Tensor.of(array) for path, array in adapters.items()}, where)
+    trainable, frozen = freeze.partition(params, labels)
+    del params
+    if config.model.quantize:
+        frozen = quantize(frozen, config.model.quantize)
+    plan = make_plan(
+        train_set,
+        batch_size=config.train.batch_size,
+        accumulate_steps=config.train.accumulate_steps,
+        seed=config.seed,
+        parts=parts(mesh).of,
+    )
+    steps = plan.num_steps(config.train.epochs)
+    schedule = make_schedule(config.train, steps)
+    optimizer = make_optimizer(config.train, schedule, labels)
+    state = init_state(freeze.as_trainable(trainable), optimizer)
+    state = jax.device_put(state, shardings(state, mesh))
+    fingerprint, inputs = gather(mine)[0]
+    sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    say(f"{len(train_set)} conversations, {steps} steps on {mesh.size} device(s) ({sizes}), into {out}")
+    say(f"plan: {plan.report}")
+    say(f"attention: {model.attention}")
+    return Prepared(
+        config=config,
+        out=out,
+        mesh=mesh,
+        base=base,
+        processor=processor,
+        lines=lines,
+        train_set=train_set,
+        evaluated=evaluated,
+        model=model,
+        graphdef=graphdef,
+        frozen=frozen,
+        state=state,
+        plan=plan,
+        steps=steps,
+        schedule=schedule,
+        optimizer=optimizer,
+        meta={
+            "config": to_dict(config),
+            "base_fingerprint": fingerprint,
+            "architecture": {"vision": asdict(base.config.vision), "text": asdict(base.config.text)},
+            "inputs": digest_of(inputs),
+            "frozen_types": sorted({leaf.dtype.name for leaf in frozen.values()}),
+            "versions": versions(),
+        },
+        inputs=inputs,
+    )
+
+
+def said_of(base: Checkpoint) -> list[str]:
+    """What is to be said of a base, for people."""
+    return [f"{base.path}: a run, as of step {base.step}"] if base.kind == "run" else list(base.notes)
+
+
+def _dataset(config: RunConfig, processor: Processor, split: str, cache: VolumeCache | None) -> Dataset | None:
+    path = getattr(config.data, split)
+    if path is None:
+        return None
+    return Dataset.load(
+        path,
+        processor.tokenizer,
+        processor.modalities,
+        image_root=config.data.image_root,
+        modality=config.data.modality,
+        task_filter=config.data.task_filter,
+        allow_outside_root=config.data.allow_outside_root,
+        template=config.data.template,
+        max_length=config.data.max_length,
+        threads=config.data.threads,
+        evaluation=split == "eval",
+        cache=cache,
+        augment=config.data.augment if split == "train" else AugmentConfig(),
+    )
+
+
+def _evaluated(config: RunConfig, dataset: Dataset | None, processor: Processor) -> Evaluated | None:
+    """Raises DataError and ConfigError, also for a `train.best_metric` that no evaluation gives."""
+    found, known = None, list[str]()
+    if dataset is not None:
+        rows = blank_rows(dataset)
+        tasks = tasks_of(rows, config.evaluation.tasks)
+        choices = Choices.of(dataset, processor, rows, tasks) if config.evaluation.likelihoods else None
+        found = Evaluated(dataset, rows, tasks, choices)
+        known = sorted(f"eval_{name}" for name in ("loss", *metric_names(tasks, likelihoods=bool(choices))))
+    wanted = config.train.best_metric
+    if wanted is not None and wanted not in known:
+        given = f"one of {', '.join(known)}" if known else "data.eval too (--eval-data P)"
+        raise ConfigError(f"train.best_metric: no evaluation gives {wanted}; expected {given}")
+    return found
+
+
+def meet() -> None:
+    """The first meeting, for which jax waits half a minute at most: before some read longer than others."""
+    with together():
+        pass
+
+
+def nothing(line: str) -> None:
+    """Says nothing."""
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a run's numbers depend on."""
+    names = ("umbrella-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
