@@ -622,7 +622,8 @@ def folded(line: str) -> list[str]:
 def typed_lines(typed: str) -> list[str]:
     """A command as one types it on 80 columns, `\\` where it goes on."""
     lines, line = [], "$"
-    for word in re.findall(r"""(?:"[^"]*"|'[^']*'|[^\s"'])+""", typed):
+    one = r"""(?:"[^"]*"|'[^']*'|[^\s"'])+"""
+    for word in re.findall(rf"--\S+ (?!-){one}|{one}", typed):  # a flag stands beside its value
         if len(line) + 1 + len(word) > WIDTH - 2:
             lines.append(f"{line} \\")
             line = "   "
@@ -639,7 +640,7 @@ def page(found: Sequence[tuple[str, Sequence[tuple[Part, Sequence[Result]]]]], s
             lines += [f"### {part.title}", "", *([textwrap.fill(part.text, 120), ""] if part.text else [])]
             for result in results:
                 block = ["```console", *typed_lines(result.step.typed), *shortened(result), "```", ""]
-                lines += [*([result.step.why.strip(), ""] if result.step.why else []), *block]
+                lines += [*([textwrap.fill(result.step.why, 120), ""] if result.step.why else []), *block]
     return "\n".join(lines).rstrip() + "\n"
 
 
