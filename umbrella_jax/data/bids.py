@@ -154,11 +154,11 @@ def _next_command(root: Path, out: Path, target: str, modality: str, splits: Col
     flags |= {"image-root": str(root), "out": f"runs/{target}"}
     lines = ["umbrella-jax train"]
     for flag in (f"--{name} {shlex.quote(value)}" for name, value in flags.items()):
-        if len(lines[-1]) + len(flag) < 78:
+        if len(lines[-1]) + len(flag) < 76:
             lines[-1] += f" {flag}"
         else:  # to be pasted as it is
             lines[-1] += " \\"
-            lines.append(f"    {flag}")
+            lines.append(f"  {flag}")
     return ["next:", *(f"  {line}" for line in lines)]
 
 
