@@ -141,7 +141,7 @@ RESEARCHER = [
                 show=(5, 4),
             ),
             Step(
-                "What is known of the subjects.", "head -4 ds/participants.tsv", [r"participant_id\tlesion_side\tage"]
+                "What is known of the subjects.", "head -4 ds/participants.tsv", [r"participant_id\s+lesion_side\s+age"]
             ),
             Step(
                 "The run's config: `configs/t1_0.5b.yaml` cut down to what two cores train in a minute.",
