@@ -74,9 +74,10 @@ def extension_attention(q: Array, k: Array, v: Array, past_k: Array, past_v: Arr
     own = jnp.einsum("bwnkgd,bwmkd->bkwgnm", q, k, **float32)
     own = jnp.where(jnp.tri(n, dtype=bool), own, -jnp.inf)  # each sees itself at least: no row without a key
     p = jax.nn.softmax(jnp.concatenate([before, own], -1), axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkwgns,bksd->bwnkgd", p[..., :slots], past_v, **float32)
-    out += jnp.einsum("bkwgnm,bwmkd->bwnkgd", p[..., slots:], v, **float32)
-    return out.astype(q.dtype).reshape(b, t, h, d)
+    # in the order of the operands: XLA's CPU backend has no bfloat16 product that comes out transposed in float32
+    out = jnp.einsum("bkwgns,bksd->bkwgnd", p[..., :slots], past_v, **float32)
+    out += jnp.einsum("bkwgnm,bwmkd->bkwgnd", p[..., slots:], v, **float32)
+    return out.astype(q.dtype).transpose(0, 2, 4, 1, 3, 5).reshape(b, t, h, d)
 
 
 def native_backend(device: jax.Device) -> AttentionBackend:
