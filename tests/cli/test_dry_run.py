@@ -14,8 +14,8 @@ from umbrella_jax.rundir import how_it_ended
 from umbrella_jax.training import trainer
 
 PROGRAMS = {
-    "step": ((run, "jit_train_step"), (trainer, "jit_train_step")),
-    "evaluation": ((run, "jit_eval_step"),),
+    "step": ((run.rehearsal, "jit_train_step"), (trainer, "jit_train_step")),
+    "evaluation": ((run.rehearsal, "jit_eval_step"), (run.evaluation, "jit_eval_step")),
     "prompts": ((prediction, "prefill"),),
     "likelihoods": ((prediction, "score_answers"),),
     "answers": ((prediction, "decode"),),
@@ -131,7 +131,7 @@ def test_too_little_memory_is_refused(
     world: World, flags: list[object], recorded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run.rehearsal, "_programs", lambda _: iter([("step", "2 volumes", Program(10**18))]))
-    monkeypatch.setattr(run, "_planned", lambda *_: 0.0)
+    monkeypatch.setattr(run.rehearsal, "_planned", lambda *_: 0.0)
     message = umbrella(*world.train_flags(world.root / "other", *flags, "--dry-run"), code=2)
     assert "step of 2 volumes: takes 1000000000.0 GB of a device that has " in message
     assert "lower train.batch_size" in message
@@ -153,7 +153,7 @@ class Program:
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dry run up to where it compiles."""
     monkeypatch.setattr(run.rehearsal, "_programs", lambda _: iter([("step", "2 volumes", Program(1))]))
-    monkeypatch.setattr(run, "_planned", lambda *_: 0.0)
+    monkeypatch.setattr(run.rehearsal, "_planned", lambda *_: 0.0)
 
 
 def test_what_a_run_refuses_it_refuses(
