@@ -1,7 +1,6 @@
 """docs/first_hours.md is what scripts/first_hours.py types, and what comes."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from scripts.first_hours import (
     transcript,
     typed_lines,
 )
+from tests.small_run import process_environment
 
 STEPS = [step for parts in PARTS.values() for part in parts for step in part.steps]
 
@@ -55,7 +55,7 @@ def test_the_page_is_of_no_machine(written: list[tuple[str, str]]) -> None:
 
 def test_the_short_walk(tmp_path: Path) -> None:
     """The same commands, in one process that sees one device, do what they must; and no step is left out."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTEST_CURRENT_TEST")}
+    environment = {k: v for k, v in process_environment().items() if k != "PYTEST_CURRENT_TEST"}
     told = tmp_path / "told.json"
     command = [sys.executable, ROOT / "scripts" / "first_hours.py", "--short", "--json", told]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
