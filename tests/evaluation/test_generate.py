@@ -15,6 +15,7 @@ from umbrella_jax.errors import ConfigError
 from umbrella_jax.evaluation import generate as module
 from umbrella_jax.evaluation.generate import GREEDY, NONE, Sampling, choose, generate, probabilities, stream
 from umbrella_jax.models import Llava, merge
+from umbrella_jax.models.attention import extension_attention
 
 NEW = 6
 SEEDS = np.arange(100, 100 + B)
@@ -214,3 +215,16 @@ def test_tokens_are_drawn_as_likely_as_they_are(sampling, expected):
 def test_sampling_that_means_nothing_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         Sampling(**options)
+
+
+@pytest.mark.parametrize(("ways", "count"), [(1, 1), (3, 2), (1, 4)])
+def test_extension_in_bfloat16(ways, count):
+    """As in float32, to its 8 bits; XLA's CPU backend does not know every product of bfloat16 into float32."""
+    rng = np.random.default_rng(0)
+    shapes = [(2, ways * count, 4, 16), *[(2, ways * count, 2, 16)] * 2, *[(2, 2, 24, 16)] * 2]
+    arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    used = rng.random((2, 24)) < 0.7
+    attention = jax.jit(extension_attention, static_argnums=6)
+    found = attention(*(x.astype(jnp.bfloat16) for x in arrays), used, ways)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float32), attention(*arrays, used, ways), atol=2e-2)
