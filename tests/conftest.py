@@ -12,12 +12,11 @@ from packaging.version import Version
 # Before anything asks jax for its devices. Tests in tests/test_sharding.py assert that there are eight.
 _FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 # Most of the suite's time would be XLA optimising programs that run once. What users run, optimised, is compared with
-# PyTorch's golden values in a process of its own (tests/models/test_golden.py), and trained by the demo.
-if "UMBRELLA_TEST_OPTIMISED" not in os.environ:
-    _FLAGS += ["--xla_backend_optimization_level=0"]
-    if Version(version("jaxlib")) < Version("0.11"):  # 0.12 does not know the first flag, and ends the process
-        # in one piece, since the pieces that LLVM compiles at once are no gain to two workers on two cores
-        _FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+# PyTorch's golden values (tests/models/test_golden.py), and trained by the demo.
+_FLAGS += ["--xla_backend_optimization_level=0"]
+if Version(version("jaxlib")) < Version("0.11"):  # 0.12 does not know the first flag, and ends the process
+    # in one piece, since the pieces that LLVM compiles at once are no gain to two workers on two cores
+    _FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 # Many tests make the same small run. What is compiled for one is there for all: the workers of pytest-xdist and the
 # processes that tests start get the first process's environment.

@@ -1,10 +1,12 @@
 """What the tests of training share: a model made ready to train, and batches put together from golden rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
+from unittest import mock
 
 import chex
 import jax
@@ -17,6 +19,7 @@ from packaging.version import Version
 
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import LoraConfig, ModalityConfig, RematPolicy, TrainConfig
+from umbrella_jax.evaluation import generate
 from umbrella_jax.models import LlavaConfig, Params, Qwen2Config, SiglipConfig, abstract_params
 from umbrella_jax.training.freeze import as_trainable, label_params, partition
 from umbrella_jax.training.optimizer import make_optimizer
@@ -31,6 +34,10 @@ CONFIG = TrainConfig(learning_rate=1e-2, decay_bias=True, eps=1e-3)
 QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
 if Version(version("jaxlib")) < Version("0.11"):  # see tests/conftest.py
     QUICK["xla_cpu_use_fusion_emitters"] = False
+# What users run, and the suite does not (tests/conftest.py): XLA's own defaults.
+OPTIMISED: dict[str, Any] = {"xla_backend_optimization_level": 3}
+if Version(version("jaxlib")) < Version("0.11"):
+    OPTIMISED |= {"xla_cpu_use_fusion_emitters": True, "xla_cpu_parallel_codegen_split_count": 32}
 quick_jit = partial(jax.jit, static_argnames=("graphdef", "optimizer"), donate_argnames="state", compiler_options=QUICK)
 """As `jit_train_step` is jitted, which `test_entry_points` looks at."""
 quick_step = quick_jit(train_step)
@@ -40,6 +47,21 @@ def step_traced_once() -> Any:
     """A new jitted step that raises when it is traced a second time."""
     chex.clear_trace_counter()  # it is one for all that is made from `train_step`
     return quick_jit(chex.assert_max_traces(train_step, n=1))
+
+
+@contextmanager
+def generating_with(options: dict[str, Any]) -> Iterator[None]:
+    """The three programs of `umbrella_jax.evaluation.generate`, compiled so."""
+    static = {
+        "prefill": ("graphdef", "max_new_tokens"),
+        "decode": ("graphdef", "sampling"),
+        "score_answers": ("graphdef",),
+    }
+    with ExitStack() as patched:
+        for name, names in static.items():
+            jitted = jax.jit(getattr(generate, name).__wrapped__, static_argnames=names, compiler_options=options)
+            patched.enter_context(mock.patch.object(generate, name, jitted))
+        yield
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from golden_case import relative
 from mesh_case import B, T, V, mesh_case, micro_batch
-from training_case import QUICK
+from training_case import QUICK, generating_with
 
 from umbrella_jax.batch import Batch
 from umbrella_jax.errors import ConfigError
@@ -25,17 +25,8 @@ SEEDS = np.arange(100, 100 + B)
 def quick():
     """The three programs, compiled in a third of the time."""
     model(), batch()  # not while something is traced
-    patch = pytest.MonkeyPatch()
-    static = {
-        "prefill": ("graphdef", "max_new_tokens"),
-        "decode": ("graphdef", "sampling"),
-        "score_answers": ("graphdef",),
-    }
-    for name, names in static.items():
-        function = getattr(module, name).__wrapped__
-        patch.setattr(module, name, jax.jit(function, static_argnames=names, compiler_options=QUICK))
-    yield
-    patch.undo()
+    with generating_with(QUICK):
+        yield
 
 
 @cache

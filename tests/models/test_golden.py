@@ -1,14 +1,13 @@
-"""Equal to PyTorch: the golden case, float32."""
+"""Equal to PyTorch: the golden case, float32, with XLA's optimisations, as users run it."""
 
-import os
-import subprocess
-import sys
+from functools import partial
 
 import jax
 import numpy as np
 import optax
 import pytest
 from golden_case import MODALITIES, golden, golden_batch, golden_model, relative
+from training_case import OPTIMISED, generating_with
 
 from umbrella_jax.config import TrainConfig
 from umbrella_jax.evaluation.generate import generate
@@ -21,27 +20,44 @@ from umbrella_jax.training.step import init_state, jit_train_step
 EMBEDDINGS = "vision_tower.vision_model.embeddings."
 
 
+optimised = partial(jax.jit, compiler_options=OPTIMISED)
+
+
 @pytest.fixture(scope="module")
 def model():
+    """Its definition and parameters."""
     config, params = golden_model()
-    return merge(abstract_params(config)[0], params)
+    return abstract_params(config)[0], params
 
 
 @pytest.mark.parametrize(("name", "key"), [("T1", "t1"), ("rsfMRI", "fmri")])
 def test_features(model, name, key):
-    volumes = golden("forward")[key][:, 0]
-    embedded = model.vision_tower.vision_model.embeddings(name, volumes)
+    graphdef, params = model
+
+    @optimised
+    def run(params, volumes):
+        tower = merge(graphdef, params).vision_tower
+        features = merge(graphdef, params).image_features(name, volumes)
+        return tower.vision_model.embeddings(name, volumes), tower(name, volumes), features
+
+    embedded, hidden, features = run(params, golden("forward")[key][:, 0])
     assert relative(embedded, golden("forward")[f"{key}_patch_embed"]) <= 1e-5
-    assert relative(model.vision_tower(name, volumes), golden("forward")[f"{key}_hidden"]) <= 1e-5
-    features = model.image_features(name, volumes)
+    assert relative(hidden, golden("forward")[f"{key}_hidden"]) <= 1e-5
     assert relative(features, golden("forward")[f"{key}_features"]) <= 1e-5
 
 
 def test_merge_and_logits(model):
+    graphdef, params = model
+
+    @optimised
+    def run(params, batch):
+        model = merge(graphdef, params)
+        return model.inputs_embeds(batch), model(batch)
+
+    merged, logits = run(params, golden_batch())
     mask = golden("forward")["attention_mask"].astype(bool)[..., None]
-    merged = np.where(mask, model.inputs_embeds(golden_batch()), 0)
-    assert relative(merged, np.where(mask, golden("forward")["merged"], 0)) <= 1e-5
-    assert relative(np.where(mask, model(golden_batch()), 0), golden("forward")["logits"]) <= 1e-5
+    assert relative(np.where(mask, merged, 0), np.where(mask, golden("forward")["merged"], 0)) <= 1e-5
+    assert relative(np.where(mask, logits, 0), golden("forward")["logits"]) <= 1e-5
 
 
 @pytest.mark.parametrize("remat", ["none", "mlp", "full"])
@@ -54,7 +70,8 @@ def test_loss_and_gradients(remat):
         total, count = loss_sum(merge(graphdef, trainable | frozen), golden_batch())
         return total / count, count
 
-    (value, count), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)
+    compiled = optimised if remat == "full" else jax.jit  # a policy changes when, not what is computed
+    (value, count), grads = compiled(jax.value_and_grad(loss, has_aux=True))(trainable)
     assert int(count) == golden("forward")["supervised"]
     assert relative(value, golden("forward")["loss"]) <= 1e-6
     assert len(grads) == 6
@@ -71,8 +88,10 @@ def test_ten_adamw_steps():
     optimizer = make_optimizer(TrainConfig(decay_bias=True), optax.constant_schedule(1e-2), labels)
     state = init_state(as_trainable(trainable), optimizer)
     batch = jax.tree.map(lambda leaf: leaf[None], golden_batch())
+    static = {"graphdef": abstract_params(config)[0], "optimizer": optimizer}
+    step = jit_train_step.lower(state, frozen, batch, **static).compile(OPTIMISED)
     for loss, norm in golden("train")["loss_and_grad_norm"]:
-        state, metrics = jit_train_step(state, frozen, batch, graphdef=abstract_params(config)[0], optimizer=optimizer)
+        state, metrics = step(state, frozen, batch)
         assert relative(metrics["loss"], loss) <= 1e-5
         assert relative(metrics["grad_norm"], norm) <= 1e-4
     for path, leaf in state.trainable.items():
@@ -86,7 +105,8 @@ def trained_model():
     config, params = golden_model()
     after = {EMBEDDINGS + k.removeprefix("after."): v for k, v in golden("train").items() if k.startswith("after.")}
     params |= {path: jax.numpy.asarray(leaf).reshape(params[path].shape) for path, leaf in after.items()}
-    return merge(abstract_params(config)[0], params)
+    with generating_with(OPTIMISED):
+        yield merge(abstract_params(config)[0], params)
 
 
 def test_greedy(trained_model):
@@ -113,7 +133,7 @@ def test_bfloat16_compute_is_close():
     graphdef, _ = abstract_params(config)
     trainable, frozen = partition(params, label_params(list(params), ["patch_embed"]))
 
-    @jax.jit
+    @jax.jit  # its optimisation takes half a minute
     def run(trainable):
         model = merge(graphdef, trainable | frozen)
         return model(golden_batch()), jax.grad(
@@ -131,19 +151,5 @@ def test_bfloat16_compute_is_close():
         assert ours @ theirs >= 0.999 * np.linalg.norm(ours) * np.linalg.norm(theirs), path
 
 
-def test_modalities_are_the_golden_ones(model):
-    assert dict(model.config.modalities) == MODALITIES
-
-
-@pytest.mark.parametrize(
-    "besides",
-    ["none or mlp or stops or bfloat16", pytest.param("nothing", marks=pytest.mark.slow)],
-    ids=["most", "all"],
-)
-def test_with_xlas_optimisations(besides):
-    """The above once more as users run it; the suite goes without them (tests/conftest.py)."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS" and not k.startswith("PYTEST_")}
-    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", f"not (xlas or {besides})", __file__]
-    environment |= {"UMBRELLA_TEST_OPTIMISED": "1"}
-    run = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
+def test_modalities_are_the_golden_ones():
+    assert dict(golden_model()[0].modalities) == MODALITIES
