@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,25 @@ def test_arrows(room: str) -> None:
     for path in files(room):
         name = path.relative_to(ROOT).as_posix()
         assert imports(path.read_text()) <= ROOMS[room] | {itself} | EXCEPTIONS.get(name, set()), name
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """As they load; imports within functions come later."""
+    paths = {p.with_suffix("").relative_to(ROOT): p for top in ("umbrella_jax", "convert") for p in files(top)}
+    sources = {".".join(n.parts).removesuffix(".__init__"): p.read_text() for n, p in paths.items()}
+    graph: dict[str, set[str]] = {}
+    for name, source in sources.items():
+        found = set()
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ImportFrom):
+                found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+        graph[name] = (found & sources.keys()) - {name}
+        # `from package import module` is an edge to the module, not to the package that is being loaded
+        graph[name] -= {one for one in graph[name] if name.startswith(f"{one}.")}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError, which names them
+    assert len(order) == len(sources) > 80
 
 
 def test_nobody_in_the_package_imports_torch() -> None:
