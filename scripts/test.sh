@@ -2,6 +2,7 @@
 # Makes .venv if it is missing, installs the project, and runs linters, type checker and the test suite.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+unset PYTHONDONTWRITEBYTECODE # of containers: each of the suite's processes would compile jax's sources again
 bash scripts/install.sh dev
 . .venv/bin/activate
 # tests/test_report.py looks at the page in a browser.
