@@ -205,7 +205,7 @@ def _device_memory(device: Any) -> dict[str, int | None]:
     """Bytes that jax may take, and has taken; None where the device does not say, as a CPU."""
     try:
         stats = device.memory_stats() or {}
-    except Exception:  # a backend without
+    except RuntimeError:  # of a backend that does not implement it
         stats = {}
     return {"memory": stats.get("bytes_limit"), "in_use": stats.get("bytes_in_use")}
 
