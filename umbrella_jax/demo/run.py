@@ -58,7 +58,7 @@ def run_demo(
     command("train", "--config", CONFIG, *data_options, "--out", run, *arguments)
     command("convert", "to-hf", run, export)
     # a quarter of the network's published channels, and few epochs: enough for what is drawn here
-    small = ["--cnn-width", 0.25, "--cnn-epochs", 8]
+    small = ["--cnn-width", 0.25, "--cnn-epochs", 5]
     command("baseline", "--config", CONFIG, *data_options, "--run", run, "--out", run, *small)
 
     *_, last = evaluations(run).values()
