@@ -38,7 +38,7 @@ NOT_THE_SAME = [  # of another machine or another day, and what stands in the pa
     (r"\d[\d.,]*(e\+\d+)? (?=(samples|tokens)/s)", "… "),
     (r"\b\d:\d\d:\d\d left", "… left"),
     (r"\b\d[\d.]* (m?s)\b(?!/)", r"… \1"),
-    (r"(compiled in|passed in) [\d.]+ ?s", r"\1 … s"),
+    (r"(compiled in|passed in) [\d.]+ ?s( \([\d:]+\))?", r"\1 … s"),
     (r"seconds [\d.e+-]+", "seconds …"),
     (r"has \d[\d.]* GB", "has … GB"),
 ]
