@@ -5,7 +5,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from convert.safetensors_io import INDEX, digest, open_checkpoint, write_checkpoint
 from convert.tensor import Tensor
