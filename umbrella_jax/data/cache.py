@@ -228,7 +228,8 @@ class VolumeCache:
     def _make(self, path: Path, image: Voxels, config: ModalityConfig, window: int, source: _Source) -> np.ndarray:
         """Preprocesses a volume and writes its entry; returns it as it is kept."""
         volume = preprocess(path, image, config, window)
-        if _stat(path)[0] != source.stat:  # it would be kept under the digest of what it was
+        # it would be kept under the digest of what it was; times and inodes may change though the content does not
+        if _stat(path)[0] != source.stat and source_digest(path) != source.digest:
             raise DataError(f"{path}: changed since the run began; expected volumes that stay as they are, begin again")
         if self.dtype == np.float16:
             check_float16(path, volume)
