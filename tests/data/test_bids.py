@@ -293,6 +293,15 @@ def test_what_is_left_out_is_named(bids, tmp_path):
     assert set.union(*map(subjects, written(tmp_path / "out"))) == {f"sub-{n}" for n in sexes(4)}
 
 
+def test_what_elsewhere_means_missing_is_told(bids, tmp_path):
+    """R's write.table writes NA by default: a label, as far as BIDS goes."""
+    people = {**sexes(4), "10": {"sex": "NA"}, "11": {"sex": "NA"}, "12": {"sex": "nan"}}
+    root = bids(people, {n: [f"anat/sub-{n}_T1w.nii"] for n in people})
+    lines = from_bids(root, tmp_path / "out", "sex", split="train=0.5,eval=0.5")
+    told = "taken as values of sex, though elsewhere they mean a missing one, in BIDS n/a: NA (2), nan (1)"
+    assert [line for line in lines if line.startswith("taken")] == [told]
+
+
 def test_spelling(bids, tmp_path):
     """Levels, as text or as an object; the template's labels before them; what neither spells stays as it is."""
     levels = {"1": "patient", "2": {"Description": " control "}, "3": "never"}

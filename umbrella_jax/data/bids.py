@@ -35,6 +35,8 @@ TEMPLATES: dict[str, dict[str, str]] = {
 MODALITIES = {"sMRI": ("anat", "T1w", "t1_0.5b"), "fMRI": ("func", "bold", "rsfmri_0.5b")}
 """Folder and suffix of a modality's files, and a config to train it with."""
 _MISSING = ("", "n/a")
+_ELSEWHERE_MISSING = ("na", "nan", "null")
+"""What R, Python and databases write for it, which BIDS does not."""
 
 
 @dataclass(frozen=True)
@@ -388,7 +390,11 @@ def _with_both(
     _note(notes, [s for s in values if s not in scans], "subjects without a scan")
     _note(notes, [s for s in scans if s in values and s not in valued], f"subjects whose {target} is n/a or empty")
     _note(notes, [s for s in scans if s not in values], "subjects without a row in participants.tsv")
-    return [s for s in valued if s in scans]
+    used = [s for s in valued if s in scans]
+    if odd := Counter(valued[s] for s in used if valued[s].lower() in _ELSEWHERE_MISSING):
+        told = ", ".join(f"{value} ({n})" for value, n in odd.items())
+        notes.append(f"taken as values of {target}, though elsewhere they mean a missing one, in BIDS n/a: {told}")
+    return used
 
 
 def _kind(file: Path, target: str, used: Mapping[str, str], kind: str | None) -> str:
