@@ -564,6 +564,25 @@ def test_a_subject_is_known_by_its_id_or_by_the_task_id() -> None:
     )
 
 
+def test_the_nan_of_pandas_is_nothing() -> None:
+    """Neither a label of its own nor a subject."""
+    nan = float("nan")
+    rows = [row("a", "a", task_id="1", subject_label=nan), row("b", "b", task_id="2")]
+    for each in rows:
+        each["metadata"]["subject_id"] = nan
+    assert score(rows, tasks_of(rows)).figures["accuracy"].subjects == 2
+    with pytest.raises(DataError, match="task sex: 3: no reference"):
+        tasks_of([*rows, row("a", "", task_id="3", subject_label=nan)])
+
+
+def test_letters_of_two_signs_are_one() -> None:
+    """As tokenizers normalise them (NFC), so that a model cannot answer the other spelling."""
+    composed, decomposed = "M\N{LATIN SMALL LETTER U WITH DIAERESIS}ller", "Mu\N{COMBINING DIAERESIS}ller"
+    assert composed != decomposed
+    rows = [row(composed, decomposed, "1"), row("b", "b", "2"), row("b", composed, "3")]
+    assert score(rows, tasks_of(rows), resamples=0).figures["accuracy"].value == pytest.approx(2 / 3)
+
+
 def write(path: Path, rows: Rows) -> Path:
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path

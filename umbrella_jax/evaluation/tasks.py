@@ -68,9 +68,9 @@ def task_of(row: Row) -> str:
 
 
 def label_of(row: Row, key: str) -> Any:
-    """What `metadata` says; None where that is nothing, or blank."""
+    """What `metadata` says; None where that is nothing, blank, or the NaN that pandas has for nothing."""
     value = (row.get("metadata") or {}).get(key)
-    return value if value is not None and str(value).strip() else None
+    return value if value is not None and value == value and str(value).strip() else None
 
 
 def by_task(rows: Iterable[Row]) -> dict[str, list[Row]]:
