@@ -1,12 +1,12 @@
 """Runs from end to end through the command line: what is written, what trains, which run goes on."""
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -105,10 +105,12 @@ def test_predictions_say_whose_they_are() -> None:
         ({}, {"01", "02"}),
         ({"subject_id": "02"}, {"01", "02"}),
         ({}, set()),
+        ({"subject_id": None}, {"01"}),
+        ({"subject_id": math.nan}, {"01"}),
     ]
     conversations = [Conversation("a", "T1", messages, metadata, "a.json", frozenset(s)) for metadata, s in whose]
-    rows = blank_rows(SimpleNamespace(conversations=conversations))
-    assert [row["metadata"] for row in rows] == [{"subject_id": "01"}, {}, {"subject_id": "02"}, {}]
+    rows = blank_rows(conversations)
+    assert [row["metadata"].get("subject_id") for row in rows] == ["01", None, "02", None, "01", "01"]
     assert rows[0]["reference"] == "female."
 
 

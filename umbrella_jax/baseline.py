@@ -97,7 +97,7 @@ def baseline(
     _check(config, files.values(), epochs, width)
     checkpoint = _open(config, run, weights="probe" in kinds)
     train, evaluation = _datasets(config, checkpoint)
-    rows = blank_rows(evaluation)
+    rows = blank_rows(evaluation.conversations)
     shared = _shared(train, evaluation, allow_overlap)
     problems, notes = _problems(train, evaluation, config.evaluation.tasks)
     tasks = {problem.name: problem.task for problem in problems}
@@ -262,12 +262,12 @@ def _problems(
 
     Raises DataError and ConfigError with every fault, and where there is nothing to learn.
     """
-    tasks = tasks_of(blank_rows(evaluation), configured)
+    tasks = tasks_of(blank_rows(evaluation.conversations), configured)
     if blank := [c.label for c in train.conversations if c.messages[-1].role != "assistant"]:
         raise DataError(
             [f"{label}: the last turn is not the assistant's; expected an answer to learn" for label in blank]
         )
-    rows = {"train": blank_rows(train), "eval": blank_rows(evaluation)}
+    rows = {"train": blank_rows(train.conversations), "eval": blank_rows(evaluation.conversations)}
     found, notes, faults = list[_Problem](), list[str](), list[str]()
     for name, task in tasks.items():
         learnt, asked = (

@@ -69,7 +69,8 @@ class Contents:
     still: bool
     """Whether it has several frames, all of them the same."""
     digest: str
-    """BLAKE2b of shape and float32 voxels in stored order, whatever the file's format, type and compression."""
+    """BLAKE2b of shape, last axes of length 1 left out, and float32 voxels in stored order, whatever the file's format,
+    type and compression."""
 
     @property
     def frames(self) -> int:

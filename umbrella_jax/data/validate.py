@@ -30,12 +30,18 @@ _TOLD = 5  # answers of a contradiction, usual values beside an outlier's
 
 
 def validate(
-    config: RunConfig, tokenizer: Callable[[], Any | None] = lambda: None, *, allow_overlap: bool = False
+    config: RunConfig,
+    tokenizer: Callable[[], Any | None] = lambda: None,
+    scored: Callable[[Sequence[Conversation]], object] = lambda conversations: None,
+    *,
+    allow_overlap: bool = False,
 ) -> Report:
     """Reads all conversations and volumes of a run, train and eval, and goes on after every fault.
 
     Args:
         tokenizer: makes the base's; None where there is none at hand, and an UmbrellaError is a fault like others.
+        scored: is shown the evaluation data, if they have no other fault; an UmbrellaError of it says which answers
+            cannot be scored.
         allow_overlap: a subject or a volume in train and in eval is a warning instead of a fault.
 
     Raises:
@@ -71,6 +77,8 @@ def validate(
         lengths, faults = _texts(config, conversations, words, evaluation=name == "eval")
         findings += _faults("text", (name,), faults)
         sets[name] = Set(str(path), tuple(conversations), lengths)
+    if "eval" in sets and not any(f.severity == "fault" and "eval" in f.sets for f in findings):
+        collect(partial(scored, sets["eval"].conversations), "answers", "eval")
     volumes, faults_of = _volumes(config, sets)
     for volume in volumes:
         findings += _faults("volume", volume.sets, faults_of.get(volume, ()), str(volume.path))
@@ -188,7 +196,8 @@ def read_contents(path: Path) -> Contents:
     Raises DataError naming it, where it cannot be read; voxels that are not finite are no fault here.
     """
     image = open_voxels(path)
-    digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=16)
+    rank = max((axis for axis, length in enumerate(image.shape, 1) if axis <= 3 or length != 1), default=0)
+    digest = hashlib.blake2b(repr(image.shape[:rank]).encode(), digest_size=16)
     low, high, total, nonzero, count, voxels = np.inf, -np.inf, 0.0, 0, 0, 0
     frames = image.shape[3] if len(image.shape) > 3 else 1
     first, still = None, frames > 1

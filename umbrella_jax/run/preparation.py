@@ -211,7 +211,7 @@ def _evaluated(config: RunConfig, dataset: Dataset | None, processor: Processor)
     """Raises DataError and ConfigError, also for a `train.best_metric` that no evaluation gives."""
     found, known = None, list[str]()
     if dataset is not None:
-        rows = blank_rows(dataset)
+        rows = blank_rows(dataset.conversations)
         tasks = tasks_of(rows, config.evaluation.tasks)
         choices = Choices.of(dataset, processor, rows, tasks) if config.evaluation.likelihoods else None
         found = Evaluated(dataset, rows, tasks, choices)
