@@ -594,10 +594,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         *(r | {"metadata": r["metadata"] | {"task": "pairs of " * 12}} for r in compared("It is {0}" * 9)),
     ]
     rows += [row("1" * i, str(i), task="age") for i in range(1, 30)]
+    rows += [row("a", "a", task="\x1b[2J")]
     file = str(write(tmp_path / "answers.jsonl", rows))
     assert main(["score", file]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
+    assert "\x1b" not in out, "a terminal is not steered by a task's name"
     figure = score(rows, tasks_of(rows)).figures["auroc/sex"]
     assert f"  auroc{figure.value:>30.3f}" in out
     assert f"{figure.low:.3f} to {figure.high:.3f}    200       40  0.500" in out
