@@ -85,7 +85,12 @@ def test_classification_exactly(bids, tmp_path):
             },
             {"role": "assistant", "content": [{"type": "text", "text": "female."}]},
         ],
-        "metadata": {"subject_id": "sub-01", "subject_label": "female", "task": "sex_classification"},
+        "metadata": {
+            "subject_id": "sub-01",
+            "subject_label": "female",
+            "task": "sex_classification",
+            "kind": "classification",
+        },
     }
     assert second["metadata"]["subject_label"] == "male"
 
@@ -125,6 +130,7 @@ def test_comparison_exactly(bids, tmp_path):
         "reference_label": "M",
         "comparison_type": "different",
         "task": "sex_classification_via_comparison",
+        "kind": "comparison",
     }
 
 

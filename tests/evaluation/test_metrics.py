@@ -426,6 +426,14 @@ MANY = [str(i / 2) for i in range(40)]
         ([row("", r) for r in "ab"], {"answers": ("a", "b")}, "classification"),
         ([row("", r) for r in "12"], {"unit": "mm"}, "regression"),
         ([row("", r) for r in MANY], {"kind": "text"}, "text"),
+        # as those say who asked: of few subjects, numbers look like labels; of many sites, labels like numbers
+        ([row("", r, subject_label=float(r), kind="regression") for r in MANY[:5]], {}, "regression"),
+        ([row("", r, subject_label=r, kind="classification") for r in MANY], {}, "classification"),
+        ([row("", r, kind="classification") for r in MANY], {"kind": "regression"}, "regression"),
+        ([row("", r, kind="classification") for r in MANY], {"unit": "mm"}, "regression"),
+        ([row("", r, kind="regression") for r in "ab"], {"answers": ("a", "b")}, "classification"),
+        ([row("", r, kind=["of mine"]) for r in MANY], {}, "regression"),
+        ([row("", MANY[0]), *(row("", r, kind="classification") for r in MANY)], {}, "regression"),
     ],
 )
 def test_the_kind_of_a_task(rows: Rows, configured: dict[str, Any], kind: str) -> None:

@@ -552,7 +552,7 @@ class _Writer:
                 {"path": self.path(scan), "token": IMAGE_MARKER, "modality": self.modality} for _, scan in sides
             ],
             "conversations": turns,
-            "metadata": {"subject_id": subject.name, "subject_label": label, **metadata},
+            "metadata": {"subject_id": subject.name, "subject_label": label, **metadata, "kind": self.kind},
         }
 
 
