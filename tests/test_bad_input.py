@@ -235,6 +235,17 @@ def test_what_trains(refused: Refused, world: World, groups: str, expected: str)
         assert expected in message
 
 
+def test_faults_of_both_sets_come_together(refused: Refused, world: World, tmp_path: Path) -> None:
+    files = [tmp_path / "train.json", tmp_path / "eval.json"]
+    for file, name in zip(files, ("nan", "page"), strict=True):
+        turns = [("user", [f"sMRI:{name}.nii.gz", "Which sex?"]), ("assistant", ["left."])]
+        small_run.write_json(file, [small_run.conversation(name, "T1", turns)])
+    message = refused("--train-data", files[0], "--eval-data", files[1])
+    assert "2 faults" in message
+    assert "nan.nii.gz: 1 voxels are NaN or infinite" in message
+    assert "page.nii.gz: cannot be read" in message
+
+
 # The base.
 
 

@@ -137,6 +137,8 @@ def test_the_summary_says_what_trains(printed: str, world: World) -> None:
         f"12 conversations, {STEPS} steps on 1 device(s) (data=1,fsdp=1,tensor=1), into {world.root / 'run'}" in printed
     )
     assert "attention: xla" in printed.splitlines()
+    # three of its scans stand in eval too; no conversation says a subject
+    assert "WARNING: 3 subjects and scans are both in train and in eval: answers may be remembered" in printed
     # 4 of one scan and the one of text, 3 of runs, 4 of two scans; M is 4, 3 and 4
     assert "plan: 3 shapes to compile, 36.3% of positions padded, 0.92 volumes encoded per conversation" in printed
 

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from umbrella_jax.api import Checkpoint
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import DataConfig, MeshConfig, ModalityConfig, TaskConfig, to_dict
-from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.data.inputs import digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, empty_batch, eval_batches, eval_shapes
@@ -268,16 +267,7 @@ def predict(
             raise ConfigError(faults)
         checkpoint.check()
         processor = Processor.of(checkpoint, max_length=data.max_length)
-        dataset = processor.dataset(
-            data.eval,
-            image_root=data.image_root,
-            modality=data.modality,
-            task_filter=data.task_filter,
-            allow_outside_root=data.allow_outside_root,
-            evaluation=True,
-            threads=data.threads,
-            cache=VolumeCache.of(data),
-        )
+        dataset = processor.datasets(data, ("eval",))["eval"]
         rows = blank_rows(dataset.conversations)
         choices, known = None, dict[str, Task]()
         if likelihoods:

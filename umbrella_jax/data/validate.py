@@ -17,6 +17,7 @@ from umbrella_jax.config import MAX_CLASSES, RunConfig
 from umbrella_jax.data.augment import check_axes
 from umbrella_jax.data.cache import check_float16
 from umbrella_jax.data.conversation import Conversation, Image, scan_conversations
+from umbrella_jax.data.loader import Dataset
 from umbrella_jax.data.report import PROPERTIES, SETS, Contents, Finding, Report, Set, Severity, Volume
 from umbrella_jax.data.tokenize import encode, encode_prompt, reference_answer
 from umbrella_jax.data.volume import check_volume
@@ -250,6 +251,17 @@ def overlaps(sets: Mapping[str, Set], volumes: Sequence[Volume], severity: Sever
             first, *others = paths
             known = f", also as {', '.join(others)}" if others else ""
             yield Finding(severity, "overlap", SETS, first, f"in train and in eval{known}; {expected}")
+
+
+def shared(datasets: Mapping[str, Dataset]) -> list[str]:
+    """What train and eval share by name, a line each; what else they share, voxels say, which are not looked at."""
+    sets = {name: Set("", of.conversations, {}) for name, of in datasets.items()}
+    within: dict[tuple[Path, str], list[str]] = defaultdict(list)
+    for name, of in datasets.items():
+        for image in of.windows:
+            within[image.path, image.modality].append(name)
+    volumes = [Volume(*place, tuple(names), 1, None) for place, names in within.items()]
+    return [f"{finding.place}: {finding.reason}" for finding in overlaps(sets, volumes, "fault")]
 
 
 def _same(volumes: Iterable[Volume]) -> Iterable[list[Volume]]:
