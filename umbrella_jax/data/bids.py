@@ -471,14 +471,15 @@ def _pairs(members: Sequence[_Subject], number: int, rng: random.Random) -> list
     labels = dict.fromkeys(subject.label for subject in members)
     same = {label: [s for s in members if s.label == label] for label in labels}
     different = {label: [s for s in members if s.label != label] for label in labels}
+    place = {subject.name: i for of_label in same.values() for i, subject in enumerate(of_label)}
     pairs: list[tuple[Side, Side]] = []
     queries = [(subject, scan) for subject in members for scan in subject.scans]
     for turn, (query, scan) in enumerate(queries):
-        alike = [s for s in same[query.label] if s is not query]
-        others = different[query.label]
+        alike, others = range(len(same[query.label]) - 1), different[query.label]  # places of those but the query's own
         num_alike = min(len(alike), max((number + turn % 2) // 2, number - len(others)))
         num_others = min(len(others), number - num_alike)
-        references = rng.sample(alike, num_alike) + rng.sample(others, num_others)
+        references = [same[query.label][i + (i >= place[query.name])] for i in rng.sample(alike, num_alike)]
+        references += rng.sample(others, num_others)
         pairs += [((reference, rng.choice(reference.scans)), (query, scan)) for reference in references]
     return pairs
 
