@@ -53,7 +53,7 @@ from umbrella_jax.data.volume import (
 )
 from umbrella_jax.data.voxels import Voxels, readable, source_files
 from umbrella_jax.errors import ConfigError, DataError
-from umbrella_jax.reading import parse_json, read_json
+from umbrella_jax.reading import parse_json, read_json, sha256
 
 _log = logging.getLogger(__name__)
 _SETTLED = 2.0
@@ -356,9 +356,7 @@ def source_digest(path: Path) -> str:
     parts = []
     with readable(path):
         for file in source_files(path):
-            with file.open("rb") as content:
-                name = file.name if path.is_dir() else file.suffix
-                parts.append([name, hashlib.file_digest(content, "sha256").hexdigest()])
+            parts.append([file.name if path.is_dir() else file.suffix, sha256(file)])
     return _sha256(json.dumps(parts))
 
 

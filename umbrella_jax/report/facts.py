@@ -1,6 +1,5 @@
 """What a run's directory says, put together for its page; nothing is drawn here, and no weights are read."""
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -293,7 +292,7 @@ def _conversations(
     if changed := [
         f"data.{split}: {file}: other content than the run read"
         for file in conversation_files(path)
-        if hashlib.sha256(file.read_bytes()).hexdigest() not in inputs["conversations"]
+        if reading.sha256(file) not in inputs["conversations"]
     ]:
         raise DataError(changed)
     return read_conversations(
