@@ -145,6 +145,8 @@ def test_what_was_not_checked_is_said(config, ask, record, nifti, write_json):
         ({"subject_ids": ["S1", "S2"]}, {"metadata": {"subject_id": "S2"}}, "S2"),
         ({"metadata": {"subject_id": "S3", "reference_id": "S1"}}, {"subject_ids": ["S1"]}, "S1"),
         ({"metadata": {"subject_id": 17}}, {"metadata": {"subject_id": "17"}}, "17"),
+        ({"metadata": {"subject_id": 17.0}}, {"subject_ids": [17]}, "17"),
+        ({"metadata": {"subject_id": float("nan")}}, {"metadata": {"subject_id": float("nan")}}, None),
         ({"metadata": {"subject_id": "sub-07"}}, {"path": "sub-07/anat/sub-07_T1w.nii"}, "07"),
         ({"path": "sub-08_T1w.nii"}, {"path": "mri/sub-08/brain.nii"}, "08"),
         ({"path": "sub-a/sub-09_T1w.nii"}, {"path": "sub-a/sub-10_T1w.nii"}, None),

@@ -268,6 +268,8 @@ class _Parser:
             metadata.get("subject_id"),
             metadata.get("reference_id"),
         ]
+        # pandas makes floats of numbers in a column that lacks some, and NaN of those
+        named = [int(name) if isinstance(name, float) and name.is_integer() else name for name in named]
         of_paths = (next(filter(None, map(_SUBJECT.match, reversed(path.split("/")))), None) for path in self.paths)
         return frozenset(
             [str(name).removeprefix("sub-") for name in named if isinstance(name, str | int) and str(name)]
