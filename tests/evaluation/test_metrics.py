@@ -394,6 +394,8 @@ def test_the_names_are_known_before(likelihoods: bool) -> None:
         ("12.05.2020: 27", None, None),
         ("1e999", None, None),
         ("T1", None, None),
+        ("27½", None, None),
+        ("27²", None, None),
     ],
 )
 def test_numbers_in_text(text: str, unit: str | None, number: float | None) -> None:

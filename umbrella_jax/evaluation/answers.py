@@ -37,7 +37,7 @@ def parse_number(text: str, unit: str | None = None) -> float | None:
         behind = _WORD.match(text, at)
         if unit is not None and (stated := _unit(unit).match(text, at)):
             at = stated.end()
-        elif behind and behind.start(1) == at and behind[1][0].isalpha():
+        elif behind and behind.start(1) == at and behind[1][0].isalnum():
             continue
         elif unit is not None and behind:
             return None
