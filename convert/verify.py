@@ -217,7 +217,7 @@ def _batch(ids: np.ndarray, modality: str, volume: np.ndarray, config: LlavaConf
     length = ids.shape[1]
     image = ids == config.image_token_id
     last = np.arange(length - _TOKENS - _GREEDY - 1, length, dtype=np.int32)[None]
-    return Batch(  # type: ignore[call-arg]  # mypy does not know that chex.dataclass makes a dataclass
+    return Batch(
         input_ids=jnp.asarray(ids, jnp.int32),
         positions=jnp.arange(length, dtype=jnp.int32)[None],
         feature_idx=jnp.asarray(np.where(image, image.cumsum() - 1, -1), jnp.int32),

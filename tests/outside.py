@@ -4,6 +4,7 @@
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,8 @@ def main(root: Path) -> None:
     )
     answers: list[str] = processor.decode(tokens)
     assert model(batch).shape[:2] == batch.input_ids.shape
+    unseen = replace(batch, volumes={name: np.zeros_like(volumes) for name, volumes in batch.volumes.items()})
+    assert (model(unseen) != model(batch)).any()
     rows = umbrella_jax.predict(root / "run", DataConfig(eval=str(data.eval)), root / "answers.jsonl")
     assert len(rows) == len(answers) == len(batch.lengths)
     print(f"loss {loss:.4f}; {len(rows)} answers, the first: {rows[0]['prediction']!r}")

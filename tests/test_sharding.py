@@ -327,7 +327,7 @@ def test_batch_is_split(sizes: tuple[int, ...], axis: int) -> None:
 def test_what_cannot_be_split_is_refused() -> None:
     """Volumes too: XLA would otherwise be handed uneven parts."""
     batch = micro_batch(0, "T1")
-    batch = batch.replace(volumes={"T1": np.concatenate([batch.volumes["T1"]] * 2)[:12]})
+    batch = replace(batch, volumes={"T1": np.concatenate([batch.volumes["T1"]] * 2)[:12]})
     with pytest.raises(ConfigError, match="12 rows cannot be split over 8 devices"):
         put_batch(stack(batch), mesh_of(DATA), axis=1)
 
@@ -424,7 +424,7 @@ def test_a_process_brings_what_its_devices_hold(monkeypatch: pytest.MonkeyPatch)
 def test_evaluation_on_a_mesh_is_one_devices() -> None:
     """Loss, its gradient by every parameter, and answers, with both modalities in a batch."""
     case, batch = mesh_case(), micro_batch(2, "T1", "rsfMRI")
-    others = batch.replace(feature_idx=np.roll(batch.feature_idx, 1, axis=0))  # each the features of the row before
+    others = replace(batch, feature_idx=np.roll(batch.feature_idx, 1, axis=0))  # each the features of the row before
     evaluate = jax.value_and_grad(partial(eval_step, graphdef=case.graphdef), has_aux=True)
 
     def answer(params: Params, batch: Batch, stop: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
@@ -156,8 +156,8 @@ def stack(*batches: Batch) -> Batch:
 
 def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
     """Some rows, or the same in another order, with all of the volumes."""
-    taken = jax.tree.map(lambda leaf: leaf[list(rows)], batch.replace(volumes={}))
-    return taken.replace(volumes=batch.volumes)
+    taken = jax.tree.map(lambda leaf: leaf[list(rows)], replace(batch, volumes={}))
+    return replace(taken, volumes=batch.volumes)
 
 
 def arrange_volumes(batch: Batch, slots: Mapping[str, Sequence[int | None]]) -> Batch:
@@ -180,7 +180,7 @@ def arrange_volumes(batch: Batch, slots: Mapping[str, Sequence[int | None]]) -> 
                 feature_idx = np.where((offset >= 0) & (offset < PATCHES), first + offset, feature_idx)
             first += PATCHES
     assert feature_idx.max() < first, "a row names a volume that has no slot"
-    return batch.replace(feature_idx=feature_idx.astype(np.int32), volumes=volumes)
+    return replace(batch, feature_idx=feature_idx.astype(np.int32), volumes=volumes)
 
 
 def micro_batches() -> list[Batch]:

@@ -1,11 +1,11 @@
 """What a step takes: one static-shape batch of conversations and the distinct volumes that they name."""
 
 from dataclasses import dataclass
+from typing import Any
 
-import chex
 import jax
 
-Array = jax.Array  # numpy's on the host, until a step puts them on devices
+Array = Any  # jax.Array; on the host, until a step puts them on devices, np.ndarray
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Parts:
 WHOLE = Parts()
 
 
-@chex.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """A batch of B conversations of T positions, K of them supervised at most.
 

@@ -113,7 +113,7 @@ def make_batch() -> Batch:
         ids[row, length:] = 0
         target_pos[row, :count] = range(length - count - 1, length - 1)
         target_mask[row, :count] = True
-    return Batch(  # type: ignore[call-arg]  # chex makes it a dataclass
+    return Batch(
         input_ids=ids,
         positions=np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape).copy(),
         feature_idx=feature_idx,

@@ -1,7 +1,7 @@
 """At the widths of LLaVA-Qwen 7B, of which two layers: the same files come back, and the logits are PyTorch's."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def test_logits(base: Path) -> None:
     ours = logits(*split(umbrella_jax.load(base, dtype="float32")), batch)[0]
     assert ours.shape == expected.shape == (length, VOCABULARY)
     assert relative(ours, expected) <= 1e-4
-    without = batch.replace(volumes={"T1": volume[:, ::-1].copy()})
+    without = replace(batch, volumes={"T1": volume[:, ::-1].copy()})
     other = logits(*split(umbrella_jax.load(base, dtype="float32")), without)[0]
     assert relative(other, expected) > 1e-2, "what the volume holds is seen"
 

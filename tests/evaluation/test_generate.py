@@ -1,5 +1,6 @@
 """Answers with a cache are answers without one; what is drawn for a row depends on that row alone."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -46,7 +47,7 @@ def row(number: int) -> Batch:
     """One row of the batch, alone; its volumes are still there."""
     one = {name: getattr(batch(), name)[number : number + 1] for name in ("input_ids", "positions", "feature_idx")}
     more = {name: getattr(batch(), name)[number : number + 1] for name in ("lengths", "target_pos", "target_ids")}
-    return batch().replace(**one, **more, target_mask=batch().target_mask[number : number + 1])
+    return replace(batch(), **one, **more, target_mask=batch().target_mask[number : number + 1])
 
 
 @cache

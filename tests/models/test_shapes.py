@@ -1,6 +1,7 @@
 """Every module at odd sizes, traced and not; depth costs no compile time; attention equals a reference."""
 
 import time
+from dataclasses import replace
 from functools import partial
 
 import chex
@@ -172,7 +173,8 @@ def test_attention_equals_reference(causal):
 def test_padding_does_not_reach_the_logits():
     graphdef, params = split(Llava(llava_config(), rngs=nnx.Rngs(0)))
     batch = random_batch()
-    other = batch.replace(
+    other = replace(
+        batch,
         input_ids=np.where(np.arange(29) < batch.lengths[:, None], batch.input_ids, 7),
         feature_idx=np.where(np.arange(29) < batch.lengths[:, None], batch.feature_idx, 0),
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def filled(empty):
     def fill(step):
         rng = np.random.default_rng(step)
         random = lambda leaf: jnp.asarray(rng.normal(scale=100, size=leaf.shape), leaf.dtype)  # noqa: E731
-        return jax.tree.map(random, empty).replace(step=jnp.int32(step))
+        return replace(jax.tree.map(random, empty), step=jnp.int32(step))
 
     return fill
 
@@ -174,7 +175,7 @@ def test_a_checkpoint_is_as_large_as_what_it_holds(tmp_path):
 def test_a_step_is_written_once(tmp_path, empty, filled):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(filled(5), META)
-        checkpoints.save(filled(6).replace(step=jnp.int32(5)), {"other": True})
+        checkpoints.save(replace(filled(6), step=jnp.int32(5)), {"other": True})
         with pytest.raises(CheckpointError, match="step 3 was not saved"):
             checkpoints.save(filled(3), META)
     with Checkpoints(tmp_path) as checkpoints:

@@ -1,6 +1,7 @@
 """What a step changes and what it leaves alone, and that only the whole of its micro-batches counts."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_order_of_rows_and_volumes_does_not_matter():
     assert (volumes.feature_idx != batch.feature_idx).any()
     for other in (rows, volumes):
         assert relative(one_step(stack(other))[0]["loss"], loss) <= 1e-6
-    wrong = volumes.replace(feature_idx=batch.feature_idx)
+    wrong = replace(volumes, feature_idx=batch.feature_idx)
     assert relative(one_step(stack(wrong))[0]["loss"], loss) > 1e-6, "the volumes of other rows"
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -223,7 +224,7 @@ def test_gradient_that_is_not_finite_stops_the_run(start, run, tmp_path):
         r"^step 1: loss \d.*, gradient norm (inf|nan): not finite; first in gradient; .* there is no checkpoint yet"
     )
     with pytest.raises(UmbrellaError, match=message):
-        run(start.replace(trainable=small), [bad])
+        run(replace(start, trainable=small), [bad])
     assert saved(tmp_path) == []
 
 
@@ -259,12 +260,12 @@ def test_skipped_updates_change_nothing_and_are_counted(start, run, case, tmp_pa
     assert whole.lines[3]["learning_rate"] == whole.lines[2]["learning_rate"]  # the schedule waits too
     with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
         before, behind = (checkpoints.restore(step, whole.state) for step in (2, 3))
-    assert as_bytes(behind.replace(step=0, skipped=0)) == as_bytes(before.replace(step=0, skipped=0))
+    assert as_bytes(replace(behind, step=0, skipped=0)) == as_bytes(replace(before, step=0, skipped=0))
     assert int(behind.skipped) == 1
 
     (tmp_path / "checkpoints").rename(tmp_path / "first")
     without = run(placed(case.state()), [*batches[:2], batches[3]], num_steps=3)
-    assert as_bytes(without.state.replace(step=0, skipped=0)) == as_bytes(whole.state.replace(step=0, skipped=0))
+    assert as_bytes(replace(without.state, step=0, skipped=0)) == as_bytes(replace(whole.state, step=0, skipped=0))
     assert [line["loss"] for line in without.lines] == [whole.lines[i]["loss"] for i in (0, 1, 3)]
 
     # A resumed run goes on counting, and the limit ends it.
@@ -337,4 +338,4 @@ def test_description_of_a_batch():
     batch = jax.tree.map(lambda leaf: leaf[0], small_batch())
     text = "3 × 4 conversations of 29 positions, 5 of them supervised; "
     assert describe(stack(batch, batch, batch)) == text + "2 T1 7×11×5"
-    assert describe(stack(*[batch.replace(volumes={})] * 3)) == text + "no volumes"
+    assert describe(stack(*[replace(batch, volumes={})] * 3)) == text + "no volumes"

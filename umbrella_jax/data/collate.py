@@ -69,7 +69,7 @@ def collate(
                 target_pos[a, b, : len(targets)] = targets - 1  # the position that predicts the token
                 target_ids[a, b, : len(targets)] = row.input_ids[targets]
                 target_mask[a, b, : len(targets)] = True
-    return Batch(  # type: ignore[call-arg]  # mypy does not know that chex.dataclass makes a dataclass
+    return Batch(
         input_ids=input_ids,
         positions=np.broadcast_to(np.arange(rows[2], dtype=np.int32), rows),
         feature_idx=feature_idx,

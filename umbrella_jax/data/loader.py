@@ -323,7 +323,7 @@ def _axes(path: Path, config: ModalityConfig) -> str | None:
 
 def _first(batch: Batch) -> Batch:
     """The first micro-batch, without its axis."""
-    leaves: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(Batch)}  # type: ignore[arg-type]
+    leaves: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(Batch)}
     volumes = leaves.pop("volumes")
     first: dict[str, Any] = {name: leaf[0] for name, leaf in leaves.items()}
     return Batch(**first | {"volumes": {modality: leaf[0] for modality, leaf in volumes.items()}})

@@ -27,7 +27,7 @@ Method = Literal["gradient", "integrated", "occlusion"]
 @partial(jax.jit, static_argnames=("graphdef",))
 def log_probability(volumes: Volumes, params: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> Array:
     """log p of all supervised tokens of the batch, its volumes replaced by these; float32 []."""
-    shown = replace(batch, volumes=volumes)  # type: ignore[type-var]  # chex makes it a dataclass
+    shown = replace(batch, volumes=volumes)
     return -loss_sum(merge(graphdef, params), shown)[0]
 
 

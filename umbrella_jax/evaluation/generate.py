@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +53,8 @@ class Sampling:
 GREEDY = Sampling()
 
 
-@chex.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Decoding:
     """B rows in the midst of their answers, of N tokens at most."""
 
@@ -78,7 +78,7 @@ def prefill(params: Params, batch: Batch, *, graphdef: nnx.GraphDef, max_new_tok
     model = merge(graphdef, params)
     hidden, cache = model.language_model.model.prefill(model.inputs_embeds(batch), batch.positions, batch.lengths)
     rows = len(batch.lengths)
-    return Decoding(  # type: ignore[call-arg]
+    return Decoding(
         cache=cache.grown(max_new_tokens - 1),
         lengths=jnp.asarray(batch.lengths),
         hidden=jnp.take_along_axis(hidden, batch.lengths[:, None, None] - 1, axis=1)[:, 0],
@@ -127,14 +127,14 @@ def decode(
         positions = (state.lengths + state.made - 1)[:, None]
         hidden, k, v = language_model.model.extend(x, positions, state.cache)
         cache = state.cache.put(k, v, first_slot + state.made - 1)
-        return replace(state, cache=cache, **chosen(state, hidden[:, 0]))  # type: ignore[type-var]
+        return replace(state, cache=cache, **chosen(state, hidden[:, 0]))
 
     begun = jax.lax.cond(
         state.made == 0,
         lambda: chosen(state, state.hidden),
         lambda: {"tokens": state.tokens, "made": state.made, "done": state.done},
     )
-    return jax.lax.while_loop(unfinished, step, replace(state, **begun))  # type: ignore[type-var]
+    return jax.lax.while_loop(unfinished, step, replace(state, **begun))
 
 
 def choose(logits: Array, keys: Array, sampling: Sampling) -> Array:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -39,7 +38,8 @@ class Qwen2Config:
     tie_word_embeddings: bool
 
 
-@chex.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class KVCache:
     """What later positions need of earlier ones: keys, rotated, and values of all L layers, in S slots a row."""
 
@@ -53,15 +53,13 @@ class KVCache:
     def grown(self, slots: int) -> "KVCache":
         """With so many empty slots behind the others."""
         k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, slots), (0, 0))) for x in (self.k, self.v))
-        return KVCache(k=k, v=v, used=jnp.pad(self.used, ((0, 0), (0, slots))))  # type: ignore[call-arg]
+        return KVCache(k=k, v=v, used=jnp.pad(self.used, ((0, 0), (0, slots))))
 
     def put(self, k: Array, v: Array, slot: Array) -> "KVCache":
         """With k, v [L, B, K, N, Dh] in the slots from `slot` on, the same of every row: so no row is looked for."""
         put = jax.lax.dynamic_update_slice_in_dim
         used = put(self.used, jnp.ones((k.shape[1], k.shape[3]), bool), slot, axis=1)
-        return KVCache(  # type: ignore[call-arg]
-            k=put(self.k, k, slot, axis=3), v=put(self.v, v, slot, axis=3), used=used
-        )
+        return KVCache(k=put(self.k, k, slot, axis=3), v=put(self.v, v, slot, axis=3), used=used)
 
 
 def rope_tables(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
@@ -146,7 +144,7 @@ class Qwen2Model(nnx.Module):
 
         hidden, k, v = self._keeping(x, positions, attend)
         used = jnp.arange(x.shape[1]) < lengths[:, None]
-        return hidden, KVCache(k=k, v=v, used=used)  # type: ignore[call-arg]
+        return hidden, KVCache(k=k, v=v, used=used)
 
     def extend(self, x: Array, positions: Array, cache: KVCache, ways: int = 1) -> tuple[Array, Array, Array]:
         """Each row goes on in W = `ways` ways that do not see one another, N positions each.

@@ -191,7 +191,7 @@ class Checkpoints:
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}  # type: ignore[arg-type]
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
 def _first_line(error: Exception) -> str:

@@ -3,10 +3,10 @@
 Gradients are taken of the trainable partition alone, so no weight gradient of a frozen layer is ever computed.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -20,7 +20,8 @@ from umbrella_jax.training.loss import loss_sum
 Array = jax.Array
 
 
-@chex.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class TrainState:
     """What changes from step to step, and all that a checkpoint holds."""
 
@@ -35,7 +36,7 @@ class TrainState:
 
 def init_state(trainable: Params, optimizer: optax.GradientTransformationExtraArgs) -> TrainState:
     """The state before the first update."""
-    return TrainState(  # type: ignore[call-arg]  # chex makes it a dataclass
+    return TrainState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
         trainable=trainable,
@@ -79,9 +80,7 @@ def train_step(
         (optax.apply_updates(state.trainable, updates), opt_state),
         (state.trainable, state.opt_state),
     )
-    new = TrainState(  # type: ignore[call-arg]
-        step=state.step + 1, skipped=state.skipped + ~finite, trainable=trainable, opt_state=opt_state
-    )
+    new = TrainState(step=state.step + 1, skipped=state.skipped + ~finite, trainable=trainable, opt_state=opt_state)
     return constrain(new), {"loss": loss / count, "grad_norm": norm, "supervised_tokens": count}
 
 
