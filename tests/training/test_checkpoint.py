@@ -6,6 +6,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from training_case import as_bytes, small_case, to_numpy, total_bytes
@@ -217,6 +218,23 @@ def test_what_a_killed_save_leaves_is_not_seen(tmp_path, empty, filled):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step() == 3
         assert_same(checkpoints.restore(3, empty), filled(3))
+
+
+def test_moments_are_not_read_where_nobody_asks_for_them(tmp_path, filled, monkeypatch):
+    """Of a language model that trained as a whole they would not fit on one device."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(filled(1), META)
+    read, handler = [], ocp.type_handlers.ArrayHandler
+    deserialize = handler.deserialize
+
+    def recorded(self, infos, args=None):
+        read.extend(info.name for info in infos)
+        return deserialize(self, infos, args)
+
+    monkeypatch.setattr(handler, "deserialize", recorded)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        trainable = checkpoints.restore_trainable(1, lambda path, shape: ONE_DEVICE)
+    assert sorted(read) == sorted(f"trainable.{path}" for path in trainable)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
