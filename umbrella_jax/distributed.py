@@ -161,6 +161,17 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
+def broadcast(value: Any) -> Any:
+    """The `value` of process 0, anything that JSON holds, on each; what the others hand in is not looked at. All must
+    call it, at the same point of the program. For what is large: `gather` puts that of all processes on every device.
+    """
+    if alone():
+        return value
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    return json.loads(multihost_utils.broadcast_one_to_all(np.resize(data, size)).tobytes())
+
+
 def agree(value: int) -> int:
     """The largest `value`, an int32, of all processes. One exchange, made for every step."""
     return value if alone() else int(multihost_utils.process_allgather(np.int32(value)).max())

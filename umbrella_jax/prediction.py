@@ -27,7 +27,7 @@ from umbrella_jax.data.inputs import digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, empty_batch, eval_batches, eval_shapes
 from umbrella_jax.data.plan import BatchShape
 from umbrella_jax.data.tokenize import encode_answers, reference_answer
-from umbrella_jax.distributed import gather, together
+from umbrella_jax.distributed import broadcast, gather, together
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.evaluation.generate import GREEDY, NONE, Sampling, decode, prefill, score_answers
 from umbrella_jax.evaluation.metrics import Task, task_of, tasks_of
@@ -300,7 +300,7 @@ def predict(
             part = _Part(out.with_name(f"{out.name}.part"), settings, resume=resume)
     params = checkpoint.params(where=partial(param_sharding, devices))
     model = checkpoint.config.with_attention("auto", native_backend(devices.devices.flat[0]))
-    done = {int(index): row for index, row in gather(part.done if part else None)[0].items()}
+    done = {int(index): row for index, row in broadcast(part.done if part else None).items()}
     left = [index for index in range(len(rows)) if index not in done]
     say = say if first else _nothing
     options: dict[str, Any] = {"say": say, "note": _nothing, "quiet": not first}
