@@ -143,6 +143,10 @@ def add_product(tensor: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
     def fill(out: np.ndarray, index: Index) -> None:
         *layers, outputs, inputs = index
+        if layers and len(out) > 1:  # one by one: in float32 all of them are several times the result
+            for i, layer in enumerate(range(layers[0].start, layers[0].stop)):
+                fill(out[i : i + 1], (slice(layer, layer + 1), *index[1:]))
+            return
         parts = ((tensor, index), (b, (*layers, outputs, b.whole[-1])), (a, (*layers, a.whole[-2], inputs)))
         w, left, right = (part.astype("float32").read(region) for part, region in parts)
         copy(out, w + np.float32(scale) * (left @ right), tensor.file, tensor.name)
