@@ -253,8 +253,8 @@ def predict(
     """
     out, first = Path(out), jax.process_index() == 0
     with together():
-        numbers = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-        if faults := [f"{name}: expected 1 or more, got {value}" for name, value in numbers.items() if value < 1]:
+        numbers = [("batch_size", batch_size, 1), ("max_new_tokens", max_new_tokens, 1), ("seed", seed, 0)]
+        if faults := [f"{name}: expected {least} or more, got {n}" for name, n, least in numbers if n < least]:
             raise ConfigError(faults)
         if data.eval is None:
             raise ConfigError("data.eval: expected conversations to answer (--data P)")
