@@ -175,6 +175,16 @@ def place(tensors: Mapping[str, Tensor], where: Where) -> dict[str, jax.Array]:
     return {path: placed[path] for path in tensors}
 
 
+def host(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """As `where` of `place`: the host's memory, for what no accelerator has to do or has room for; the first device,
+    where jax was told to leave its CPU backend out."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        device = jax.local_devices()[0]
+    return jax.sharding.SingleDeviceSharding(device)
+
+
 def check_finite(tensors: Iterable[Tensor]) -> None:
     """Reads every number. Raises CheckpointError naming each tensor that holds a NaN or an infinity."""
 
