@@ -23,6 +23,13 @@ _LONGEST = 2000  # characters of one fault: what it quotes may be a text of mega
 _VISIBLE = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """What is to be said where jax found a device's memory full; None of any other error."""
+    if not isinstance(error, RuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
+        return None
+    return f"{str(error).splitlines()[0]}; the device's memory is full: {LESS}"
+
+
 def visible(text: str) -> str:
     """The text with control characters but line feeds and tabs written out."""
     return text.translate(_VISIBLE)
