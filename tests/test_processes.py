@@ -136,11 +136,12 @@ class Pair:
         own = [beat | ({"SIGNAL_AT": signal} if signal else {}) for signal in signals]
         self.processes = [subprocess.Popen(command, env=environment | more, cwd=ROOT, **pipes) for more in own]
 
-    def __call__(self, record: Path, *words: object) -> list[tuple[int, str, str]]:
-        """Exit code, stdout and stderr of either at `umbrella-jax WORDS`; their records are `record.0` and
-        `record.1`."""
+    def __call__(self, record: Path, *words: object, second: Sequence[object] = ()) -> list[tuple[int, str, str]]:
+        """Exit code, stdout and stderr of either at `umbrella-jax WORDS`, of the second with more of them; their
+        records are `record.0` and `record.1`."""
         for i, process in enumerate(self.processes):
-            process.stdin.write(json.dumps([f"{record}.{i}", *map(str, [*words, *self.where, i])]) + "\n")
+            own = [*words, *(second if i else ()), *self.where, i]
+            process.stdin.write(json.dumps([f"{record}.{i}", *map(str, own)]) + "\n")
             process.stdin.flush()
         limit = Timer(600, self.end)
         limit.start()
@@ -175,12 +176,12 @@ def pair(environment: dict[str, str]) -> Iterator[Two]:
     """`pair(record, *words)`: `umbrella-jax WORDS` in the same two processes as before, unless these have ended."""
     running = Pair(environment)
 
-    def command(record: Path, *words: object) -> list[tuple[int, str, str]]:
+    def command(record: Path, *words: object, **more: Any) -> list[tuple[int, str, str]]:
         nonlocal running
         if running.ended:
             running.end()
             running = Pair(environment)
-        return running(record, *words)
+        return running(record, *words, **more)
 
     yield command
     running.end()
@@ -369,6 +370,18 @@ def test_two_processes_predict_as_one(pair: Two, run: Path, world: World) -> Non
         ours.pop("likelihoods")
         assert ours == theirs
     assert [code for code, *_ in pair(out, *words)] == [2, 2]
+
+
+def test_what_one_does_not_see_is_told_where_the_base_is_a_run(pair: Two, run: Path, world: World) -> None:
+    """Whose checkpoint orbax lets all of them read together: whoever came there would wait for the other."""
+    out, empty = world.root / "unseen", world.root / "empty"
+    empty.mkdir()
+    words = world.train_flags(out, *FLAGS, "--base", run)
+    for second, fault in (["--base", empty / "gone"], "no such directory"), (["--image-root", empty], "not found"):
+        (first, _, error), (other, *_) = pair(out, *words, second=second)
+        assert (first, other) == (2, 2), error
+        assert f"process 1: {empty}" in error
+        assert fault in error
 
 
 # Who belongs to a run.

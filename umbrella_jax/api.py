@@ -263,8 +263,9 @@ class Checkpoint:
         """Of a run: which of its checkpoints `params` reads, None where it has none yet; None of anything else."""
         if self.kind != "run" or self.step is not None:
             return self.step
-        with Checkpoints(self.path / CHECKPOINTS, read_only=True) as checkpoints:
-            return checkpoints.latest_step()
+        # not asked of orbax, which lets all processes meet for it, also those that have found a fault before
+        found = [path.name for path in (self.path / CHECKPOINTS).glob("*") if path.name.isdecimal()]
+        return max(map(int, found), default=None)
 
     def trained(self, where: Where | None = None) -> Params:
         """Of a run: what it trained, if that was on these weights of the base."""

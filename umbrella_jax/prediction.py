@@ -286,10 +286,10 @@ def predict(
                 raise ConfigError(
                     "likelihoods: no task of the data has a closed set of answers; name them in evaluation.tasks"
                 )
-        part, step = None, checkpoint.current_step()  # orbax lets all processes meet for it
+        part = None
         if first:
             settings = {
-                "model": [checkpoint.fingerprint, step],
+                "model": [checkpoint.fingerprint, checkpoint.current_step()],
                 "inputs": digest_of(read_inputs(data, {"eval": dataset})),
                 "conversations": len(rows),
                 "max_new_tokens": max_new_tokens,

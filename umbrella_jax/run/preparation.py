@@ -120,7 +120,9 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
         evaluated = _evaluated(config, eval_set, processor)
         assert train_set is not None
         datasets = {"train": train_set} | ({} if eval_set is None else {"eval": eval_set})
-        # by the first alone, since they read the whole base, and all volumes; but for a run orbax lets all meet
+    with together():
+        # by the first alone, since they read the whole base, and all volumes; but for a run orbax lets all meet: so
+        # none may have found a fault before
         identity = base.identity if first or base.kind == "run" else None
         mine = (identity, read_inputs(config.data, datasets)) if first else None
     for line in [*said_of(base), *found, freeze.summary(shapes, labels)]:
