@@ -13,6 +13,7 @@ from training_case import as_bytes, small_case, to_numpy, total_bytes
 
 from umbrella_jax.config import TrainConfig
 from umbrella_jax.errors import CheckpointError
+from umbrella_jax.run import resumption
 from umbrella_jax.training.checkpoint import Checkpoints, checksums, load_params, param_shapes, save_params
 from umbrella_jax.training.step import TrainState
 
@@ -201,6 +202,26 @@ def test_one_device_to_eight_and_back(tmp_path, empty, filled):
         trainable = checkpoints.restore_trainable(1, lambda path, shape: ONE_DEVICE)
     assert_same(trainable, filled(1).trainable)
     assert {leaf.sharding for leaf in trainable.values()} == {ONE_DEVICE}
+
+
+def test_who_goes_on_holds_one_state(tmp_path, empty, filled, monkeypatch):
+    """That before the first step is gone before the other is read; it stays where there is no other."""
+    monkeypatch.setattr(resumption, "same_run", lambda *_: None)
+    meta, state = {"versions": {}}, jax.tree.map(jnp.copy, empty)
+    restore = Checkpoints.restore
+
+    def alone(checkpoints, step, like):
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+        return restore(checkpoints, step, like)
+
+    monkeypatch.setattr(Checkpoints, "restore", alone)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert resumption.resume_from(checkpoints, state, meta, {}, print) == (state, None)
+        checkpoints.save(filled(3), meta)
+    with Checkpoints(tmp_path) as checkpoints:
+        found, pending = resumption.resume_from(checkpoints, state, meta, {}, print)
+    assert_same(found, filled(3))
+    assert pending is None
 
 
 def test_what_a_killed_save_leaves_is_not_seen(tmp_path, empty, filled):
