@@ -52,7 +52,9 @@ def export(
     renamed = export_names(config.modalities, names)
     write_checkpoint(out, hub_tensors(params, config, renamed), max_shard_size)
     modalities = {renamed[m]: modality for m, modality in config.modalities.items()}
-    (out / "README.md").write_text(model_card(config, modalities, out.name, base, fingerprint, template))
+    (out / "README.md").write_text(
+        model_card(config, modalities, out.name, base, fingerprint, template), encoding="utf-8"
+    )
     # config.json comes last: without it, nobody takes what a killed export left for a checkpoint
     dtype = np.dtype(params[EMBED].dtype).name
     stated: dict[str, Any] = {"base": base, "base_fingerprint": fingerprint, "template": template}

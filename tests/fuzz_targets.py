@@ -35,7 +35,7 @@ from umbrella_jax.data.volume import load_volume
 from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError
 from umbrella_jax.original import from_original
 
-SECONDS = float(os.environ.get("UMBRELLA_FUZZ_SECONDS", "20"))
+SECONDS = float(os.environ.get("UMBRELLA_FUZZ_SECONDS", "5"))
 """Of each target in the suite."""
 LENGTH = 4096
 """Bytes that an input is made from."""

@@ -1,6 +1,7 @@
 """Bad input is refused before any weight is read and anything compiled, by file, field and what was expected."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,14 @@ def section(name: str, **values: Any) -> Callable[[Record], None]:
         (section("model", lora={}), ["model.lora: its adapters do not train; name the group lora in train.groups"]),
         (section("train", groups={"lora": {}}), ["train.groups: lora: there are no adapters; say model.lora too"]),
         (section("train", eval_steps=5), ["train.eval_steps", "--eval-data"]),
+        (
+            section("train", betas=[-0.1, 1.0], eps=math.nan),
+            ["2 faults", "train: betas: expected two numbers, 0 or more and below 1, got (-0.1, 1.0)", "train: eps: "],
+        ),
+        (
+            section("train", groups={"patch_embed": {"weight_decay": -1, "learning_rate_factor": math.inf}}),
+            ["2 faults", "train.groups.patch_embed: weight_decay: expected 0 or more", "learning_rate_factor: "],
+        ),
     ],
 )
 def test_config(
@@ -166,7 +175,7 @@ def test_faults_of_a_config_come_together(refused: Refused, world: World, tmp_pa
         (["--set", "train.clip=1"], ["train.clip: no such key", "clip_norm"]),
         (["--set", "train.clip_norm"], ["train.clip_norm: expected KEY=VALUE"]),
         (["--set", "train.clip_norm=[1"], ["--set train.clip_norm=[1: not valid YAML"]),
-        (["--set", "seed.of=1"], ["seed.of: seed is a value"]),
+        (["--set", "seed.of=1"], ["seed.of: seed is 0; expected a section of keys"]),
         (["--batch-size", -2], ["batch_size: expected a positive number, got -2"]),
         (["--modality", "PET"], ["modality PET", "one of T1, rsfMRI"]),
         (["--task-filter", "T9"], ["task_filter T9", "their tasks T0, T1, T3"]),
@@ -224,6 +233,17 @@ def test_what_trains(refused: Refused, world: World, groups: str, expected: str)
     ):
         assert "train.groups: " in message
         assert expected in message
+
+
+def test_faults_of_both_sets_come_together(refused: Refused, world: World, tmp_path: Path) -> None:
+    files = [tmp_path / "train.json", tmp_path / "eval.json"]
+    for file, name in zip(files, ("nan", "page"), strict=True):
+        turns = [("user", [f"sMRI:{name}.nii.gz", "Which sex?"]), ("assistant", ["left."])]
+        small_run.write_json(file, [small_run.conversation(name, "T1", turns)])
+    message = refused("--train-data", files[0], "--eval-data", files[1])
+    assert "2 faults" in message
+    assert "nan.nii.gz: 1 voxels are NaN or infinite" in message
+    assert "page.nii.gz: cannot be read" in message
 
 
 # The base.

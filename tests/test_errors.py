@@ -1,8 +1,10 @@
 """What the command line says of errors, and what it ends with."""
 
 import argparse
+import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,6 +66,22 @@ def test_one_of_several_processes_says_the_same_of_a_full_device(
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "umbrella-jax: process 0 ends, and with it the run:"
     assert said[1:] == [f"RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes; the device's memory is full: {LESS}"]
+
+
+def test_a_locale_without_unicode(tmp_path: Path) -> None:
+    """As of clusters whose LANG is en_US: what a terminal cannot show is told by its codes, and files are UTF-8."""
+    rows = [{"task_id": "a", "prediction": "left", "reference": "left"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    program = (
+        "import sys; from pathlib import Path; from umbrella_jax.cli import main; from umbrella_jax.files import "
+        "write_whole; write_whole(Path(sys.argv[1], 'x'), chr(233)); main(['score', sys.argv[1] + '/rows.jsonl'])"
+    )
+    ascii_alone = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    ended = subprocess.run(command, env=ascii_alone, capture_output=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert b"\\u2013" in ended.stdout
+    assert (tmp_path / "x").read_bytes() == "\xe9".encode()
 
 
 def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,13 @@ from training_case import QUICK
 
 from tests.small_run import write_volume
 from umbrella_jax.config import ModalityConfig
+from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.volume import load_volume, open_volume, restore, window_stride
 from umbrella_jax.evaluation import explain as module
 from umbrella_jax.evaluation.explain import gradient, integrated, log_probability, occlusion
+from umbrella_jax.explanation import Explanation
 from umbrella_jax.models import abstract_params
+from umbrella_jax.processor import Processor
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,3 +130,21 @@ def test_a_point_comes_back_to_where_it_was(tmp_path: Path) -> None:
     found = np.unravel_index(made.argmax(), made.shape)
     assert np.abs(np.array(found) - (2, 7, 5)).max() <= 2
     assert made[2, 7, 5] > 0
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_a_map_lies_where_a_viewer_puts_its_scan(tmp_path: Path, kind: Any) -> None:
+    """Also where the scan's header does not say its orientation, so that a viewer has to assume one."""
+    config = ModalityConfig(size=(3, 5, 7), patch=(3, 5, 7), orientation="as_stored")
+    processor = Processor(SimpleNamespace(chat_template=None), {"T1": config})
+    for affine in (OBLIQUE, None):
+        scan = kind(np.random.default_rng(0).uniform(1, 9, (9, 10, 7)).astype(np.float32), affine)
+        if affine is None:
+            scan.header.set_zooms((1.5, 2, 3))
+        nib.save(scan, tmp_path / "x.nii")
+        image = Image(tmp_path / "x.nii", "T1")
+        (path,) = Explanation("a", 0, 0, {image: np.ones(config.size, np.float32)}).write(processor, tmp_path)
+        seen, made = nib.load(tmp_path / "x.nii"), nib.load(path)
+        np.testing.assert_allclose(made.affine, seen.affine, atol=1e-6)
+        if affine is None:
+            assert (made.header["qform_code"], made.header["sform_code"]) == (0, 0)

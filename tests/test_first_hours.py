@@ -6,22 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import first_hours
 import pytest
+from first_hours import FOLD, PAGE, ROOT, Result, folded, neutral, shortened, transcript, typed_lines
+from walks import PARTS, Step
 
-from scripts import first_hours
-from scripts.first_hours import (
-    FOLD,
-    PAGE,
-    PARTS,
-    ROOT,
-    Result,
-    Step,
-    folded,
-    neutral,
-    shortened,
-    transcript,
-    typed_lines,
-)
 from tests.small_run import process_environment
 
 STEPS = [step for parts in PARTS.values() for part in parts for step in part.steps]

@@ -601,9 +601,9 @@ def test_links_and_code_are_not_carried(base: Path, tmp_path: Path) -> None:
 
 
 def test_messages_move_no_cursor_and_have_an_end() -> None:
-    error = DataError(["\x1b[2J\x1b]0;title\x07\x9b31m\r", "x" * 5000])
+    error = DataError(["\x1b[2J\x1b]0;title\x07\x9b31m\r\u202e é", "x" * 5000])
     assert error.faults[0][0] == "\x1b"
-    assert str(error).splitlines()[1] == r"  - \x1b[2J\x1b]0;title\x07\x9b31m\x0d"
+    assert str(error).splitlines()[1] == r"  - \x1b[2J\x1b]0;title\x07\x9b31m\r\u202e é"
     assert len(str(error)) < 2200
 
 

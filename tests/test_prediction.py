@@ -99,7 +99,12 @@ def test_drawn_answers_depend_on_the_seed_alone(run: Path, data: Path, tmp_path:
 
 
 def test_a_part_is_gone_on_with(
-    run: Path, data: Path, whole: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path,
+    world: World,
+    data: Path,
+    whole: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Cut off in its second batch, with a last line that was torn apart: each conversation is answered once."""
     out, asked = tmp_path / "out.jsonl", list[list[int]]()
@@ -121,6 +126,12 @@ def test_a_part_is_gone_on_with(
     with part.open("a") as file:
         file.write('[9, {"task_id"')
     assert "go on with --resume" in predict(run, data, out, *flags, code=2)
+    tasks = {"side": {"answers": ["left.", "right.", "neither."]}}
+    more = small_run.write_config(
+        tmp_path / "more.yaml", {**small_run.read_config(world.config), "evaluation": {"tasks": tasks}}
+    )
+    said = predict(run, data, out, *flags, "--resume", "--config", more, code=2)
+    assert "cannot go on: likelihoods: {'side': ['left.', 'neither.', 'right.']} now" in said
     said = predict(run, data, out, *flags, "--resume", "--seed", 5)  # no seed counts where nothing is drawn
     assert f"{out}: 11 answers" in said
     assert set(asked[1]) == set(range(11)) - set(done)

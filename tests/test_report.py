@@ -345,7 +345,7 @@ def test_answers_to_other_conversations_are_refused(copy: Path, rows: Rows, base
     assert "--baseline: cnn: task side: other conversations than the run's: S00_side" in message
     odd = [row | {"metadata": row["metadata"] | {"task": "handedness"}} for row in rows]
     write_rows(tmp_path / "other" / "cnn.jsonl", odd)
-    assert "task handedness: not one of the run's, side, pair, age" in refused(copy, "--baseline", tmp_path / "other")
+    assert "task handedness: not one of the run's, age, pair, side" in refused(copy, "--baseline", tmp_path / "other")
 
 
 def test_data_that_changed_are_refused(copy: Path, made: tuple[World, Path], tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
 """Runs from end to end through the command line: what is written, what trains, which run goes on."""
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -105,10 +105,12 @@ def test_predictions_say_whose_they_are() -> None:
         ({}, {"01", "02"}),
         ({"subject_id": "02"}, {"01", "02"}),
         ({}, set()),
+        ({"subject_id": None}, {"01"}),
+        ({"subject_id": math.nan}, {"01"}),
     ]
     conversations = [Conversation("a", "T1", messages, metadata, "a.json", frozenset(s)) for metadata, s in whose]
-    rows = blank_rows(SimpleNamespace(conversations=conversations))
-    assert [row["metadata"] for row in rows] == [{"subject_id": "01"}, {}, {"subject_id": "02"}, {}]
+    rows = blank_rows(conversations)
+    assert [row["metadata"].get("subject_id") for row in rows] == ["01", None, "02", None, "01", "01"]
     assert rows[0]["reference"] == "female."
 
 
@@ -135,6 +137,8 @@ def test_the_summary_says_what_trains(printed: str, world: World) -> None:
         f"12 conversations, {STEPS} steps on 1 device(s) (data=1,fsdp=1,tensor=1), into {world.root / 'run'}" in printed
     )
     assert "attention: xla" in printed.splitlines()
+    # three of its scans stand in eval too; no conversation says a subject
+    assert "WARNING: 3 subjects and scans are both in train and in eval: answers may be remembered" in printed
     # 4 of one scan and the one of text, 3 of runs, 4 of two scans; M is 4, 3 and 4
     assert "plan: 3 shapes to compile, 36.3% of positions padded, 0.92 volumes encoded per conversation" in printed
 

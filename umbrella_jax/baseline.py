@@ -22,11 +22,9 @@ import numpy as np
 from convert.tensor import place
 from umbrella_jax.api import Checkpoint, open_base, same_template
 from umbrella_jax.config import RunConfig, TaskConfig
-from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.conversation import Conversation, Image
 from umbrella_jax.data.loader import Dataset, prefetch
-from umbrella_jax.data.report import Set, Volume
-from umbrella_jax.data.validate import overlaps
+from umbrella_jax.data.validate import shared
 from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError
 from umbrella_jax.evaluation.answers import normalise, parse_number, same_unit
 from umbrella_jax.evaluation.cnn import BATCH, EPOCHS, WIDTHS, Scans, Stream, channels, fit
@@ -96,12 +94,17 @@ def baseline(
     files = {kind: Path(out) / "baseline" / f"{kind}.jsonl" for kind in kinds}
     _check(config, files.values(), epochs, width)
     checkpoint = _open(config, run, weights="probe" in kinds)
-    train, evaluation = _datasets(config, checkpoint)
-    rows = blank_rows(evaluation)
-    shared = _shared(train, evaluation, allow_overlap)
+    data = config.data
+    processor = Processor.of(checkpoint, template=data.template, max_length=data.max_length)
+    train, evaluation = processor.datasets(data).values()
+    rows = blank_rows(evaluation.conversations)
+    both = shared({"train": train, "eval": evaluation})
+    if both and not allow_overlap:
+        raise DataError(both)
     problems, notes = _problems(train, evaluation, config.evaluation.tasks)
     tasks = {problem.name: problem.task for problem in problems}
-    notes = [*shared, *notes]
+    if both:
+        notes = [f"{len(both)} subjects and scans are both in train and in eval (--allow-overlap).", *notes]
     columns: dict[str, list[Row]] = {}
     given = predictions if run is None else next(reversed(evaluations(Path(run)).values()), None)
     if given is not None:
@@ -158,43 +161,6 @@ def _open(config: RunConfig, run: str | Path | None, *, weights: bool) -> Checkp
     if weights:
         found.check(config.model.frozen_dtype)
     return found
-
-
-def _datasets(config: RunConfig, checkpoint: Checkpoint) -> tuple[Dataset, Dataset]:
-    """train and eval, volumes as they are."""
-    data = config.data
-    processor = Processor.of(checkpoint, template=data.template, max_length=data.max_length)
-    options: dict[str, Any] = {
-        "image_root": data.image_root,
-        "modality": data.modality,
-        "task_filter": data.task_filter,
-        "allow_outside_root": data.allow_outside_root,
-        "threads": data.threads,
-        "cache": VolumeCache.of(data),
-    }
-    found, faults = list[Dataset](), list[str]()
-    for path, evaluation in ((data.train, False), (data.eval, True)):
-        try:
-            found.append(processor.dataset(str(path), evaluation=evaluation, **options))
-        except DataError as error:
-            faults += error.faults
-    if faults:
-        raise DataError(faults)
-    return found[0], found[1]
-
-
-def _shared(train: Dataset, evaluation: Dataset, allowed: bool) -> list[str]:
-    """Says what train and eval share, by name; by its voxels `umbrella-jax data validate` finds it. Raises DataError
-    where that is not `allowed`."""
-    data = {"train": train, "eval": evaluation}
-    sets = {name: Set("", of.conversations, {}) for name, of in data.items()}
-    places = dict.fromkeys((image.path, image.modality) for of in data.values() for image in of.windows)
-    within = {name: {(image.path, image.modality) for image in of.windows} for name, of in data.items()}
-    volumes = [Volume(*place, tuple(name for name in data if place in within[name]), 1, None) for place in places]
-    found = [f"{finding.place}: {finding.reason}" for finding in overlaps(sets, volumes, "fault")]
-    if found and not allowed:
-        raise DataError(found)
-    return [f"{len(found)} subjects and scans are both in train and in eval (--allow-overlap)."] if found else []
 
 
 def _given(file: Path, rows: Sequence[Row]) -> list[Row]:
@@ -262,12 +228,12 @@ def _problems(
 
     Raises DataError and ConfigError with every fault, and where there is nothing to learn.
     """
-    tasks = tasks_of(blank_rows(evaluation), configured)
+    tasks = tasks_of(blank_rows(evaluation.conversations), configured)
     if blank := [c.label for c in train.conversations if c.messages[-1].role != "assistant"]:
         raise DataError(
             [f"{label}: the last turn is not the assistant's; expected an answer to learn" for label in blank]
         )
-    rows = {"train": blank_rows(train), "eval": blank_rows(evaluation)}
+    rows = {"train": blank_rows(train.conversations), "eval": blank_rows(evaluation.conversations)}
     found, notes, faults = list[_Problem](), list[str](), list[str]()
     for name, task in tasks.items():
         learnt, asked = (

@@ -337,6 +337,12 @@ class GroupConfig:
     weight_decay: float = 0.01
     """AdamW's decoupled decay; of biases and norms only with `train.decay_bias`."""
 
+    def __post_init__(self) -> None:
+        numbers = [("learning_rate_factor", self.learning_rate_factor), ("weight_decay", self.weight_decay)]
+        faults = [f"{name}: expected 0 or more, got {n}" for name, n in numbers if not 0 <= n < math.inf]
+        if faults:
+            raise ConfigError(faults)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -410,6 +416,10 @@ class TrainConfig:
             ]
             if not 0 < value < math.inf
         ]
+        if not all(0 <= beta < 1 for beta in self.betas):
+            faults.append(f"betas: expected two numbers, 0 or more and below 1, got {self.betas}")
+        if not 0 <= self.eps < math.inf:
+            faults.append(f"eps: expected 0 or more, got {self.eps}")
         if self.warmup_steps < 0:
             faults.append(f"warmup_steps: expected 0 or more, got {self.warmup_steps}")
         for name, number in [("keep_best", self.keep_best), ("max_skipped", self.max_skipped)]:
@@ -631,7 +641,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         for parent in parents:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
-                raise ConfigError(f"{path}: {key}: {parent} is a value, not a section")
+                raise ConfigError(f"{path}: {key}: {parent} is {section!r}; expected a section of keys")
         section[last] = value
     return parse_config(data, str(path))
 

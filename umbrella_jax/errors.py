@@ -19,8 +19,6 @@ LESS = (
 """The remedy, where a device's memory is full."""
 _SHOWN = 50
 _LONGEST = 2000  # characters of one fault: what it quotes may be a text of megabytes
-# A file's names and texts may hold what moves a terminal's cursor or colours its lines.
-_VISIBLE = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
 
 
 def out_of_memory(error: BaseException) -> str | None:
@@ -30,9 +28,10 @@ def out_of_memory(error: BaseException) -> str | None:
     return f"{str(error).splitlines()[0]}; the device's memory is full: {LESS}"
 
 
-def visible(text: str) -> str:
-    """The text with control characters but line feeds and tabs written out."""
-    return text.translate(_VISIBLE)
+def visible(text: str, kept: str = "\n\t") -> str:
+    """The text with all but letters, signs, spaces and what is `kept` written out: a file's names and texts may hold
+    what moves a terminal's cursor, colours its lines or turns their direction round."""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 class UmbrellaError(ValueError):

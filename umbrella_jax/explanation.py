@@ -42,15 +42,20 @@ class Explanation:
         return restore(image.path, self.maps[image], processor.modalities[image.modality], image.window)
 
     def write(self, processor: Processor, folder: str | Path) -> list[Path]:
-        """A NIfTI per image, with the scan's affine, so that viewers lay one over the other; returns their paths."""
+        """A NIfTI per image, with the scan's affine, so that viewers lay one over the other; returns their paths.
+
+        Of a scan that does not say how it is oriented, nor does the map, so that a viewer assumes the same of both.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         paths = []
         for number, image in enumerate(self.maps):
             stem = image.path.name.split(".")[0]
             paths.append(folder / f"{number}_{stem}_attribution.nii.gz")
-            affine = open_voxels(image.path).affine
-            made = nib.Nifti1Image(self.in_scan(processor, image), np.eye(4) if affine is None else affine)
+            scan = open_voxels(image.path)
+            made = nib.Nifti1Image(self.in_scan(processor, image), scan.affine)
+            if scan.affine is None and scan.zooms is not None:
+                made.header["pixdim"][1:4] = scan.zooms
             nib.save(made, paths[-1])
         return paths
 

@@ -26,7 +26,7 @@ def write_whole(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.part")
     with naming(path):
         try:
-            with aside.open("w") as file:
+            with aside.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,8 +20,7 @@ from tqdm import tqdm
 
 from umbrella_jax.api import Checkpoint
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import DataConfig, MeshConfig, ModalityConfig, TaskConfig
-from umbrella_jax.data.cache import VolumeCache
+from umbrella_jax.config import DataConfig, MeshConfig, ModalityConfig, TaskConfig, to_dict
 from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.data.inputs import digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, empty_batch, eval_batches, eval_shapes
@@ -31,6 +30,7 @@ from umbrella_jax.distributed import broadcast, gather, together
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.evaluation.generate import GREEDY, NONE, Sampling, decode, prefill, score_answers
 from umbrella_jax.evaluation.metrics import Task, task_of, tasks_of
+from umbrella_jax.evaluation.tasks import label_of
 from umbrella_jax.files import append, hold, naming, write_whole
 from umbrella_jax.models import Params, abstract_params, native_backend
 from umbrella_jax.processor import Processor
@@ -52,7 +52,7 @@ class Answer:
     """Of each answer that the task knows: log p(answer | prompt), summed over its tokens, with the one that ends it."""
 
 
-def blank_rows(dataset: Dataset) -> list[Row]:
+def blank_rows(conversations: Iterable[Conversation]) -> list[Row]:
     """A row for each conversation, in order, that says all but its prediction.
 
     `metadata.subject_id` is there also where only the conversation itself says whom it is about, and that is one.
@@ -63,14 +63,15 @@ def blank_rows(dataset: Dataset) -> list[Row]:
             "task_type": conversation.task_type,
             "prediction": "",
             "reference": reference_answer(conversation),
-            "metadata": _about(conversation) | dict(conversation.metadata),
+            "metadata": dict(conversation.metadata) | _about(conversation),
         }
-        for conversation in dataset.conversations
+        for conversation in conversations
     ]
 
 
 def _about(conversation: Conversation) -> dict[str, str]:
-    return {"subject_id": next(iter(conversation.subjects))} if len(conversation.subjects) == 1 else {}
+    said = label_of({"metadata": conversation.metadata}, "subject_id") is not None
+    return {} if said or len(conversation.subjects) != 1 else {"subject_id": next(iter(conversation.subjects))}
 
 
 def with_answer(row: Row, answer: Answer) -> Row:
@@ -266,22 +267,13 @@ def predict(
             raise ConfigError(faults)
         checkpoint.check()
         processor = Processor.of(checkpoint, max_length=data.max_length)
-        dataset = processor.dataset(
-            data.eval,
-            image_root=data.image_root,
-            modality=data.modality,
-            task_filter=data.task_filter,
-            allow_outside_root=data.allow_outside_root,
-            evaluation=True,
-            threads=data.threads,
-            cache=VolumeCache.of(data),
-        )
-        rows = blank_rows(dataset)
-        choices = None
+        dataset = processor.datasets(data, ("eval",))["eval"]
+        rows = blank_rows(dataset.conversations)
+        choices, known = None, dict[str, Task]()
         if likelihoods:
             asked = {task_of(row) for row in rows}
-            configured = {name: task for name, task in (tasks or {}).items() if name in asked}
-            choices = Choices.of(dataset, processor, rows, tasks_of(rows, configured))
+            known = tasks_of(rows, {name: task for name, task in (tasks or {}).items() if name in asked})
+            choices = Choices.of(dataset, processor, rows, known)
             if choices is None:
                 raise ConfigError(
                     "likelihoods: no task of the data has a closed set of answers; name them in evaluation.tasks"
@@ -291,10 +283,12 @@ def predict(
             settings = {
                 "model": [checkpoint.fingerprint, checkpoint.current_step()],
                 "inputs": digest_of(read_inputs(data, {"eval": dataset})),
+                "modalities": {name: to_dict(modality) for name, modality in processor.modalities.items()},
                 "conversations": len(rows),
                 "max_new_tokens": max_new_tokens,
                 "sampling": asdict(sampling) | ({"seed": seed} if sampling.temperature else {}),
-                "likelihoods": likelihoods,
+                "likelihoods": {name: list(task.answers) for name, task in known.items() if task.answers},
+                "cache_dtype": data.cache_dtype,
                 "compute_dtype": compute_dtype,
             }
             part = _Part(out.with_name(f"{out.name}.part"), settings, resume=resume)

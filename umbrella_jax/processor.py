@@ -9,12 +9,13 @@ import numpy as np
 
 from umbrella_jax.api import Checkpoint, same_template
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import ModalityConfig, Template, resolve_modality
+from umbrella_jax.config import AugmentConfig, DataConfig, ModalityConfig, Template, resolve_modality
+from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.conversation import Conversation, Image, Message
 from umbrella_jax.data.loader import Dataset, whole_batch
 from umbrella_jax.data.tokenize import check_template, encode_answers, encode_prompt, stop_ids
 from umbrella_jax.data.volume import check_volumes
-from umbrella_jax.errors import ConfigError
+from umbrella_jax.errors import ConfigError, DataError
 
 
 class Processor:
@@ -86,6 +87,34 @@ class Processor:
             threads=threads,
             **options,
         )
+
+    def datasets(
+        self, data: DataConfig, splits: Sequence[str] = ("train", "eval"), *, augment: bool = False
+    ) -> dict[str, Dataset]:
+        """Those of the `splits` that a configuration names, as it says; with `augment`, what trains is augmented.
+
+        Raises DataError with the faults of all.
+        """
+        found, faults, cache = dict[str, Dataset](), list[str](), VolumeCache.of(data)
+        for split in splits:
+            try:
+                if (path := getattr(data, split)) is not None:
+                    found[split] = self.dataset(
+                        path,
+                        image_root=data.image_root,
+                        modality=data.modality,
+                        task_filter=data.task_filter,
+                        allow_outside_root=data.allow_outside_root,
+                        threads=data.threads,
+                        evaluation=split == "eval",
+                        cache=cache,
+                        augment=data.augment if augment and split == "train" else AugmentConfig(),
+                    )
+            except DataError as error:
+                faults += error.faults
+        if faults:
+            raise DataError(faults)
+        return found
 
     def question(self, text: str, images: Sequence[tuple[str, str | Path]] = ()) -> Conversation:
         """One question, behind the images that it is about.

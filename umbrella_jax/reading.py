@@ -4,6 +4,7 @@ A file is never read further than its limit, nor text parsed deeper than a few l
 interpreter's stack is at the mercy of whoever wrote it. What comes out is text, numbers, lists and mappings alone.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -56,6 +57,12 @@ def read_lines(path: str | Path, error: type[UmbrellaError], remedy: str) -> Ite
                 yield number, line.removesuffix("\n")
     except (OSError, UnicodeDecodeError) as fault:
         raise error(f"{path}: cannot be read: {_reason(fault)}; {remedy}") from None
+
+
+def sha256(path: str | Path) -> str:
+    """Of a file's content, which is read a piece at a time."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reason(fault: Exception) -> str:

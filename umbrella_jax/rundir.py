@@ -43,7 +43,7 @@ def read_metrics(path: Path) -> list[Line]:
     """
     if not path.exists():
         return []
-    rows, lines = path.read_text().splitlines(), []
+    rows, lines = path.read_text(encoding="utf-8").splitlines(), []
     for number, row in enumerate(rows, 1):
         try:
             lines.append(json.loads(row))

@@ -5,7 +5,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from convert.safetensors_io import INDEX, digest, open_checkpoint, write_checkpoint
 from convert.tensor import Tensor
@@ -42,6 +42,7 @@ def test_round_trip(tmp_path, size):
 
 
 def test_arrays_that_are_not_contiguous(tmp_path):
+    """safetensors itself writes the memory of a strided array as if it were contiguous (0.8.0; 0.5.0 does not)."""
     base = np.arange(12, dtype=np.float32).reshape(3, 4)
     arrays = {
         "transposed": base.T,
@@ -52,8 +53,6 @@ def test_arrays_that_are_not_contiguous(tmp_path):
     write(tmp_path, arrays)
     for name, array in arrays.items():
         np.testing.assert_array_equal(open_checkpoint(tmp_path)[name].read(), array)
-    save_file({"transposed": base.T}, tmp_path / "raw.safetensors")  # what the guard is for
-    assert (load_file(tmp_path / "raw.safetensors")["transposed"] != base.T).any()
 
 
 def test_headers_alone_are_read(tmp_path):

@@ -85,7 +85,12 @@ def test_classification_exactly(bids, tmp_path):
             },
             {"role": "assistant", "content": [{"type": "text", "text": "female."}]},
         ],
-        "metadata": {"subject_id": "sub-01", "subject_label": "female", "task": "sex_classification"},
+        "metadata": {
+            "subject_id": "sub-01",
+            "subject_label": "female",
+            "task": "sex_classification",
+            "kind": "classification",
+        },
     }
     assert second["metadata"]["subject_label"] == "male"
 
@@ -125,6 +130,7 @@ def test_comparison_exactly(bids, tmp_path):
         "reference_label": "M",
         "comparison_type": "different",
         "task": "sex_classification_via_comparison",
+        "kind": "comparison",
     }
 
 
@@ -291,6 +297,15 @@ def test_what_is_left_out_is_named(bids, tmp_path):
         "left out: subjects without a row in participants.tsv (1): sub-20",
     ]
     assert set.union(*map(subjects, written(tmp_path / "out"))) == {f"sub-{n}" for n in sexes(4)}
+
+
+def test_what_elsewhere_means_missing_is_told(bids, tmp_path):
+    """R's write.table writes NA by default: a label, as far as BIDS goes."""
+    people = {**sexes(4), "10": {"sex": "NA"}, "11": {"sex": "NA"}, "12": {"sex": "nan"}}
+    root = bids(people, {n: [f"anat/sub-{n}_T1w.nii"] for n in people})
+    lines = from_bids(root, tmp_path / "out", "sex", split="train=0.5,eval=0.5")
+    told = "taken as values of sex, though elsewhere they mean a missing one, in BIDS n/a: NA (2), nan (1)"
+    assert [line for line in lines if line.startswith("taken")] == [told]
 
 
 def test_spelling(bids, tmp_path):

@@ -297,6 +297,18 @@ def test_a_source_that_changes_while_it_is_read_is_not_kept(nifti, directory, mo
     assert entries(directory) == []
 
 
+def test_a_source_that_was_only_touched_is_the_same(nifti, directory):
+    """Copied over itself, or its owner changed."""
+    path = nifti("a.nii", (6, 7, 5))
+    cache = VolumeCache(directory)
+    cache.check(path, T1)
+    for entry in entries(directory):
+        entry.unlink()
+    os.utime(path, (1, 1))
+    np.testing.assert_array_equal(cache.load(path, T1), load_volume(path, T1))
+    assert len(entries(directory)) == 1
+
+
 def test_after_the_check_a_run_keeps_what_it_saw(nifti, directory):
     path = nifti("a.nii", (6, 7, 5))
     cache = VolumeCache(directory)

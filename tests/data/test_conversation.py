@@ -1,5 +1,7 @@
 """Conversation files: what is read, where images go, and everything that is refused."""
 
+import json
+
 import pytest
 
 from umbrella_jax.data.conversation import Image, read_conversations
@@ -97,6 +99,16 @@ def test_aliases_name_one_image(record, write_json):
     (c,) = read_conversations(path, NAMES)
     assert [i.modality for i in c.images] == ["T1", "T1", "T1", "rsfMRI"]
     assert len(set(c.images)) == 2
+
+
+def test_hidden_files_of_a_directory_are_no_conversations(record, tmp_path):
+    """Jupyter keeps a copy of what it edited in .ipynb_checkpoints, which would count twice."""
+    for name in (".home/a.json", ".home/b/c.json", ".home/.ipynb_checkpoints/a-checkpoint.json", ".home/._a.json"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record([("user", ["?"])], task_id=name)))
+    read = read_conversations(tmp_path / ".home", NAMES)
+    assert [c.task_id for c in read] == [".home/a.json", ".home/b/c.json"]
 
 
 def test_images_go_to_the_markers(record, write_json, tmp_path):

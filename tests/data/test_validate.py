@@ -145,6 +145,8 @@ def test_what_was_not_checked_is_said(config, ask, record, nifti, write_json):
         ({"subject_ids": ["S1", "S2"]}, {"metadata": {"subject_id": "S2"}}, "S2"),
         ({"metadata": {"subject_id": "S3", "reference_id": "S1"}}, {"subject_ids": ["S1"]}, "S1"),
         ({"metadata": {"subject_id": 17}}, {"metadata": {"subject_id": "17"}}, "17"),
+        ({"metadata": {"subject_id": 17.0}}, {"subject_ids": [17]}, "17"),
+        ({"metadata": {"subject_id": float("nan")}}, {"metadata": {"subject_id": float("nan")}}, None),
         ({"metadata": {"subject_id": "sub-07"}}, {"path": "sub-07/anat/sub-07_T1w.nii"}, "07"),
         ({"path": "sub-08_T1w.nii"}, {"path": "mri/sub-08/brain.nii"}, "08"),
         ({"path": "sub-a/sub-09_T1w.nii"}, {"path": "sub-a/sub-10_T1w.nii"}, None),
@@ -287,6 +289,7 @@ def test_contents(nifti, tmp_path):
 def test_digest_is_of_shape_and_voxels(nifti, tmp_path):
     data = np.arange(24.0).reshape(2, 3, 4)
     same = [nifti("a.nii", data.astype(np.float32)), nifti("b.nii.gz", data.astype(">i2")), tmp_path / "c.npy"]
+    same.append(nifti("g.nii", data.astype(np.float32)[..., None, None]))
     np.save(same[2], data)
     other = [
         nifti("d.nii", data.reshape((3, 2, 4), order="F")),
@@ -601,6 +604,19 @@ def test_command(command, world, tmp_path):
     assert found["sets"]["train"]["lengths"]["patches"]["max"] == 12
     assert pages.PRIVACY in told.err
     assert (tmp_path / "page.html").read_text().count("<article>") == 3
+
+
+def test_answers_that_a_run_could_not_score_are_a_fault(command, world):
+    """As `train` refuses them, before it compiles."""
+    assert command("--allow-overlap").code == 0
+    assert "evaluation.tasks.age: no such task here" in command("--set", "evaluation.tasks.age.kind=regression").out
+    records = json.loads(world.eval.read_text())
+    records[0]["conversations"][-1]["content"] = ""
+    blank = world.eval.with_name("blank.json")
+    blank.write_text(json.dumps(records))
+    told = command("--allow-overlap", "--eval-data", blank)
+    assert told.code == 1
+    assert "no reference; expected the last answer of the conversation" in " ".join(told.out.split())
 
 
 def test_no_page_without_its_packages(command, tmp_path, monkeypatch):

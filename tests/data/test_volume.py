@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import weakref
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+import umbrella_jax.data.volume
 import umbrella_jax.data.voxels
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.data.conversation import Image
@@ -226,7 +228,7 @@ def header_with(path, pixdim=(2, 3, 4), units="mm", qform=1, sform=0, header_cla
     affine = np.diag([2.0, 3, 4, 1])
     header.set_qform(affine, qform)
     header.set_sform(affine, sform)
-    header.set_xyzt_units(units)
+    header["xyzt_units"] = units if isinstance(units, int) else nib.nifti1.unit_codes[units]
     header["pixdim"][1:4] = pixdim
     header["vox_offset"] = header.sizeof_hdr + 4
     path.write_bytes(header.binaryblock + bytes(4) + b"" * 210)
@@ -245,6 +247,7 @@ def header_with(path, pixdim=(2, 3, 4), units="mm", qform=1, sform=0, header_cla
         ({"pixdim": (2000, 3000, 4000), "units": "micron"}, (2, 3, 4)),
         ({"pixdim": (0.002, 0.003, 0.004), "units": "meter"}, (2, 3, 4)),
         ({"units": "unknown"}, (2, 3, 4)),
+        ({"units": 4}, (2, 3, 4)),  # no unit of NIfTI's
         ({"pixdim": (2, 0, 4)}, None),
         ({"pixdim": (2, np.nan, 4), "qform": 0}, None),
         ({"pixdim": (2, np.inf, 4), "qform": 0}, None),
@@ -332,6 +335,19 @@ def test_an_affine_that_is_none(nifti, fault):
     stored = t1(orientation="as_stored", scaling="none")
     np.testing.assert_array_equal(load_volume(path, stored), image.get_fdata(dtype=np.float32))
     assert axis_codes(open_voxels(path), stored) is None
+
+
+def test_an_mgh_whose_flag_says_that_its_axes_mean_nothing(tmp_path):
+    """nibabel takes FreeSurfer's own axes and voxels of 1 mm for it."""
+    path = tmp_path / "a.mgh"
+    nib.save(nib.MGHImage(np.ones((6, 7, 5), np.float32), np.diag([2.0, 2, 2, 1])), path)
+    assert axis_codes(open_voxels(path), t1()) == "RAS"
+    content = bytearray(path.read_bytes())
+    content[28:30] = b"\0\0"
+    path.write_bytes(content)
+    assert "nothing in it says how it is oriented" in one_fault(path, t1())
+    assert "nothing in it says how large its voxels are" in one_fault(path, t1(orientation="as_stored", mode="pad"))
+    load_volume(path, t1(orientation="as_stored"))
 
 
 def test_arrays_have_neither_orientation_nor_voxel_sizes(tmp_path):
@@ -615,3 +631,22 @@ def test_check_volumes_lists_every_fault(nifti, modalities, tmp_path):
     bad = [images[i].path for i in (0, 2, 3, 4)]
     assert len(caught.value.faults) == 4
     assert all(fault.startswith(f"{path}: ") for fault, path in zip(caught.value.faults, bad, strict=True))
+
+
+def test_a_faulty_file_is_not_kept_open(nifti, modalities, monkeypatch):
+    """A thousand of them would take all that a process may open, and good ones behind them be called unreadable."""
+    opened, held = [], []
+    original = umbrella_jax.data.volume.open_voxels
+
+    def counted(path):
+        held.append(sum(reference() is not None for reference in opened))
+        image = original(path)
+        opened.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(umbrella_jax.data.volume, "open_voxels", counted)
+    images = [Image(nifti(f"{i}.nii.gz", np.full((6, 7, 5), np.nan, np.float32)), "T1") for i in range(6)]
+    with pytest.raises(DataError):
+        check_volumes(images, modalities, threads=1)
+    assert len(held) == 6
+    assert max(held) <= 1

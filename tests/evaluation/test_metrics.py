@@ -394,6 +394,8 @@ def test_the_names_are_known_before(likelihoods: bool) -> None:
         ("12.05.2020: 27", None, None),
         ("1e999", None, None),
         ("T1", None, None),
+        ("27½", None, None),
+        ("27²", None, None),
     ],
 )
 def test_numbers_in_text(text: str, unit: str | None, number: float | None) -> None:
@@ -426,6 +428,14 @@ MANY = [str(i / 2) for i in range(40)]
         ([row("", r) for r in "ab"], {"answers": ("a", "b")}, "classification"),
         ([row("", r) for r in "12"], {"unit": "mm"}, "regression"),
         ([row("", r) for r in MANY], {"kind": "text"}, "text"),
+        # as those say who asked: of few subjects, numbers look like labels; of many sites, labels like numbers
+        ([row("", r, subject_label=float(r), kind="regression") for r in MANY[:5]], {}, "regression"),
+        ([row("", r, subject_label=r, kind="classification") for r in MANY], {}, "classification"),
+        ([row("", r, kind="classification") for r in MANY], {"kind": "regression"}, "regression"),
+        ([row("", r, kind="classification") for r in MANY], {"unit": "mm"}, "regression"),
+        ([row("", r, kind="regression") for r in "ab"], {"answers": ("a", "b")}, "classification"),
+        ([row("", r, kind=["of mine"]) for r in MANY], {}, "regression"),
+        ([row("", MANY[0]), *(row("", r, kind="classification") for r in MANY)], {}, "regression"),
     ],
 )
 def test_the_kind_of_a_task(rows: Rows, configured: dict[str, Any], kind: str) -> None:
@@ -564,6 +574,25 @@ def test_a_subject_is_known_by_its_id_or_by_the_task_id() -> None:
     )
 
 
+def test_the_nan_of_pandas_is_nothing() -> None:
+    """Neither a label of its own nor a subject."""
+    nan = float("nan")
+    rows = [row("a", "a", task_id="1", subject_label=nan), row("b", "b", task_id="2")]
+    for each in rows:
+        each["metadata"]["subject_id"] = nan
+    assert score(rows, tasks_of(rows)).figures["accuracy"].subjects == 2
+    with pytest.raises(DataError, match="task sex: 3: no reference"):
+        tasks_of([*rows, row("a", "", task_id="3", subject_label=nan)])
+
+
+def test_letters_of_two_signs_are_one() -> None:
+    """As tokenizers normalise them (NFC), so that a model cannot answer the other spelling."""
+    composed, decomposed = "M\N{LATIN SMALL LETTER U WITH DIAERESIS}ller", "Mu\N{COMBINING DIAERESIS}ller"
+    assert composed != decomposed
+    rows = [row(composed, decomposed, "1"), row("b", "b", "2"), row("b", composed, "3")]
+    assert score(rows, tasks_of(rows), resamples=0).figures["accuracy"].value == pytest.approx(2 / 3)
+
+
 def write(path: Path, rows: Rows) -> Path:
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
@@ -575,10 +604,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         *(r | {"metadata": r["metadata"] | {"task": "pairs of " * 12}} for r in compared("It is {0}" * 9)),
     ]
     rows += [row("1" * i, str(i), task="age") for i in range(1, 30)]
+    rows += [row("a", "a", task="\x1b[2J")]
     file = str(write(tmp_path / "answers.jsonl", rows))
     assert main(["score", file]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
+    assert "\x1b" not in out, "a terminal is not steered by a task's name"
     figure = score(rows, tasks_of(rows)).figures["auroc/sex"]
     assert f"  auroc{figure.value:>30.3f}" in out
     assert f"{figure.low:.3f} to {figure.high:.3f}    200       40  0.500" in out

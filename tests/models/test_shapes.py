@@ -242,22 +242,28 @@ def uncached():
     compilation_cache.reset_cache()
 
 
+def lowered_gradient(layers: int):
+    graphdef, shapes = abstract_params(llava_config(layers, remat="full", modalities=ONE))
+    grad = jax.jit(jax.grad(lambda p, b: jnp.square(merge(graphdef, p).target_logits(b)).mean()))
+    return grad.lower(shapes, random_batch(modalities=ONE))
+
+
+def test_a_program_has_as_many_operations_at_any_depth():
+    """Layers are scanned: what is traced and compiled does not grow with them."""
+    operations = [len(lowered_gradient(layers).as_text().splitlines()) for layers in (2, 24)]
+    assert operations[0] == operations[1]
+
+
+@pytest.mark.slow
 def test_compile_time_does_not_grow_with_depth(uncached):
     """24 layers ≤ 1.5 × 2 layers, traced, lowered and compiled, in the processor's time: the best of up to three
-    each, the deep one first, which meets imports and first uses. And the program has as many operations."""
-
-    def lowered(layers):
-        graphdef, shapes = abstract_params(llava_config(layers, remat="full", modalities=ONE))
-        grad = jax.jit(jax.grad(lambda p, b: jnp.square(merge(graphdef, p).target_logits(b)).mean()))
-        return grad.lower(shapes, random_batch(modalities=ONE))
+    each, the deep one first, which meets imports and first uses."""
 
     def seconds(layers):
         started = time.process_time()
-        lowered(layers).compile()
+        lowered_gradient(layers).compile()
         return time.process_time() - started
 
-    operations = [len(lowered(layers).as_text().splitlines()) for layers in (2, 24)]
-    assert operations[0] == operations[1]
     times = []
     for _ in range(3):
         times.append((seconds(24), seconds(2)))

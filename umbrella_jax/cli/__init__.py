@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     failure (and for what `validate` and `verify` find), 128 + N when signal N ended it."""
     words = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a job's log shows a line when it is said
+        # a job's log shows a line when it is said; a terminal that has no Unicode, its codes instead of a traceback
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     arguments = make_parser().parse_args(words)
     debug = vars(arguments).pop("debug", False)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of missing PyTorch, which is not needed

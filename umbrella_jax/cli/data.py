@@ -18,7 +18,7 @@ from umbrella_jax.cli.options import (
 )
 from umbrella_jax.config import MAX_CLASSES
 from umbrella_jax.data.bids import MODALITIES, TEMPLATES, from_bids
-from umbrella_jax.errors import ConfigError
+from umbrella_jax.errors import ConfigError, visible
 
 
 def add(commands: Any) -> None:
@@ -85,21 +85,28 @@ def add(commands: Any) -> None:
 
 def _from_bids(arguments: argparse.Namespace) -> None:
     options = {key: value for key, value in vars(arguments).items() if key != "call" and value is not None}
-    print("\n".join(from_bids(**options)))
+    print(visible("\n".join(from_bids(**options))))
 
 
 def _validate(arguments: argparse.Namespace) -> int:
     from umbrella_jax.api import local_tokenizer
     from umbrella_jax.data.page import check_page, write_page
     from umbrella_jax.data.validate import validate
+    from umbrella_jax.evaluation.tasks import tasks_of
     from umbrella_jax.pages import PRIVACY
+    from umbrella_jax.prediction import blank_rows
 
     config, page = config_of(arguments), arguments.html and Path(arguments.html)
     if page:
         check_page(page)
     elif arguments.samples is not None:
         raise ConfigError("--samples: how many volumes the page shows; name it too (--html FILE)")
-    report = validate(config, lambda: local_tokenizer(config), allow_overlap=arguments.allow_overlap)
+    report = validate(
+        config,
+        lambda: local_tokenizer(config),
+        lambda conversations: tasks_of(blank_rows(conversations), config.evaluation.tasks),
+        allow_overlap=arguments.allow_overlap,
+    )
     if page:
         sample = 24 if arguments.samples is None else arguments.samples
         data = config.data

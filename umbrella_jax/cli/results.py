@@ -17,7 +17,7 @@ from umbrella_jax.cli.options import (
     number,
 )
 from umbrella_jax.config import EvaluationConfig, load_config
-from umbrella_jax.errors import ConfigError
+from umbrella_jax.errors import ConfigError, visible
 
 
 def add(commands: Any) -> None:
@@ -105,7 +105,7 @@ def _score(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config).evaluation if arguments.config else EvaluationConfig()
     rows = read_predictions(arguments.predictions)
     found = score(rows, tasks_of(rows, config.tasks), resamples=config.resamples)
-    print(json.dumps(found.to_json(), indent=1, allow_nan=False) if arguments.json else found.table())
+    print(json.dumps(found.to_json(), indent=1, allow_nan=False) if arguments.json else visible(found.table()))
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -144,4 +144,4 @@ def _baseline(arguments: argparse.Namespace) -> None:
         width=arguments.cnn_width,
         allow_overlap=arguments.allow_overlap,
     )
-    print(found.table())
+    print(visible(found.table()))

@@ -35,6 +35,8 @@ TEMPLATES: dict[str, dict[str, str]] = {
 MODALITIES = {"sMRI": ("anat", "T1w", "t1_0.5b"), "fMRI": ("func", "bold", "rsfmri_0.5b")}
 """Folder and suffix of a modality's files, and a config to train it with."""
 _MISSING = ("", "n/a")
+_ELSEWHERE_MISSING = ("na", "nan", "null")
+"""What R, Python and databases write for it, which BIDS does not."""
 
 
 @dataclass(frozen=True)
@@ -388,7 +390,11 @@ def _with_both(
     _note(notes, [s for s in values if s not in scans], "subjects without a scan")
     _note(notes, [s for s in scans if s in values and s not in valued], f"subjects whose {target} is n/a or empty")
     _note(notes, [s for s in scans if s not in values], "subjects without a row in participants.tsv")
-    return [s for s in valued if s in scans]
+    used = [s for s in valued if s in scans]
+    if odd := Counter(valued[s] for s in used if valued[s].lower() in _ELSEWHERE_MISSING):
+        told = ", ".join(f"{value} ({n})" for value, n in odd.items())
+        notes.append(f"taken as values of {target}, though elsewhere they mean a missing one, in BIDS n/a: {told}")
+    return used
 
 
 def _kind(file: Path, target: str, used: Mapping[str, str], kind: str | None) -> str:
@@ -465,14 +471,15 @@ def _pairs(members: Sequence[_Subject], number: int, rng: random.Random) -> list
     labels = dict.fromkeys(subject.label for subject in members)
     same = {label: [s for s in members if s.label == label] for label in labels}
     different = {label: [s for s in members if s.label != label] for label in labels}
+    place = {subject.name: i for of_label in same.values() for i, subject in enumerate(of_label)}
     pairs: list[tuple[Side, Side]] = []
     queries = [(subject, scan) for subject in members for scan in subject.scans]
     for turn, (query, scan) in enumerate(queries):
-        alike = [s for s in same[query.label] if s is not query]
-        others = different[query.label]
+        alike, others = range(len(same[query.label]) - 1), different[query.label]  # places of those but the query's own
         num_alike = min(len(alike), max((number + turn % 2) // 2, number - len(others)))
         num_others = min(len(others), number - num_alike)
-        references = rng.sample(alike, num_alike) + rng.sample(others, num_others)
+        references = [same[query.label][i + (i >= place[query.name])] for i in rng.sample(alike, num_alike)]
+        references += rng.sample(others, num_others)
         pairs += [((reference, rng.choice(reference.scans)), (query, scan)) for reference in references]
     return pairs
 
@@ -546,7 +553,7 @@ class _Writer:
                 {"path": self.path(scan), "token": IMAGE_MARKER, "modality": self.modality} for _, scan in sides
             ],
             "conversations": turns,
-            "metadata": {"subject_id": subject.name, "subject_label": label, **metadata},
+            "metadata": {"subject_id": subject.name, "subject_label": label, **metadata, "kind": self.kind},
         }
 
 

@@ -53,7 +53,7 @@ from umbrella_jax.data.volume import (
 )
 from umbrella_jax.data.voxels import Voxels, readable, source_files
 from umbrella_jax.errors import ConfigError, DataError
-from umbrella_jax.reading import parse_json, read_json
+from umbrella_jax.reading import parse_json, read_json, sha256
 
 _log = logging.getLogger(__name__)
 _SETTLED = 2.0
@@ -228,7 +228,8 @@ class VolumeCache:
     def _make(self, path: Path, image: Voxels, config: ModalityConfig, window: int, source: _Source) -> np.ndarray:
         """Preprocesses a volume and writes its entry; returns it as it is kept."""
         volume = preprocess(path, image, config, window)
-        if _stat(path)[0] != source.stat:  # it would be kept under the digest of what it was
+        # it would be kept under the digest of what it was; times and inodes may change though the content does not
+        if _stat(path)[0] != source.stat and source_digest(path) != source.digest:
             raise DataError(f"{path}: changed since the run began; expected volumes that stay as they are, begin again")
         if self.dtype == np.float16:
             check_float16(path, volume)
@@ -355,9 +356,7 @@ def source_digest(path: Path) -> str:
     parts = []
     with readable(path):
         for file in source_files(path):
-            with file.open("rb") as content:
-                name = file.name if path.is_dir() else file.suffix
-                parts.append([name, hashlib.file_digest(content, "sha256").hexdigest()])
+            parts.append([file.name if path.is_dir() else file.suffix, sha256(file)])
     return _sha256(json.dumps(parts))
 
 

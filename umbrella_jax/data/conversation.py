@@ -20,7 +20,7 @@ T = TypeVar("T")
 _SUFFIXES = (".json", ".jsonl")
 _EACH = "expected a conversation, an object, in each line"
 _JSONL = "expected a conversation or a list of them; a .jsonl, of one in each line, may have any length"
-_SUBJECT = re.compile(r"sub-([0-9A-Za-z]+)(?=[_.]|$)")
+_SUBJECT = re.compile(r"sub-([0-9A-Za-z+]+)(?=[_.]|$)")
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,11 @@ def _names(values: Collection[str]) -> str:
 
 
 def conversation_files(path: Path) -> list[Path]:
+    """The file itself, or all below a directory, in sorted order: but for hidden ones, such as what editors keep of a
+    file in `.ipynb_checkpoints`, and for what links to directories lead to. Raises DataError where it is neither."""
     if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
+        found = (file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
+        return sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts))
     if not path.is_file():
         raise DataError(f"{path}: not found; expected a conversation file or a directory of them")
     if path.suffix not in _SUFFIXES:
@@ -265,7 +268,9 @@ class _Parser:
             metadata.get("subject_id"),
             metadata.get("reference_id"),
         ]
-        of_paths = (next(filter(None, map(_SUBJECT.match, reversed(Path(path).parts))), None) for path in self.paths)
+        # pandas makes floats of numbers in a column that lacks some, and NaN of those
+        named = [int(name) if isinstance(name, float) and name.is_integer() else name for name in named]
+        of_paths = (next(filter(None, map(_SUBJECT.match, reversed(path.split("/")))), None) for path in self.paths)
         return frozenset(
             [str(name).removeprefix("sub-") for name in named if isinstance(name, str | int) and str(name)]
             + [match[1] for match in of_paths if match]
@@ -331,6 +336,8 @@ class _Parser:
 
     def leads_out(self, path: str) -> bool:
         """Whether a relative path ends outside the root, going by its words: links are not followed."""
+        if ".." not in path:  # as of nearly all, and much faster
+            return False
         root, whole = os.path.normpath(self.root), os.path.normpath(self.root / path)
         return not os.path.isabs(path) and not Path(whole).is_relative_to(root)
 

@@ -15,6 +15,7 @@ from umbrella_jax.config import DataConfig
 from umbrella_jax.data.cache import source_digest
 from umbrella_jax.data.conversation import conversation_files
 from umbrella_jax.data.loader import Dataset
+from umbrella_jax.reading import sha256
 
 Inputs = dict[str, list[tuple[str, str]]]
 """(name, SHA-256) of each file, by kind: `conversations`, `tokens` (the tokenizer's work), `volumes`; each kind in the
@@ -27,7 +28,7 @@ def read_inputs(data: DataConfig, datasets: Mapping[str, Dataset]) -> Inputs:
     volumes: dict[Path, Dataset] = {}
     for split, dataset in datasets.items():
         for file in conversation_files(Path(getattr(data, split))):
-            found["conversations"].append((str(file), hashlib.sha256(file.read_bytes()).hexdigest()))
+            found["conversations"].append((str(file), sha256(file)))
         tokens = hashlib.sha256()
         for row in (*dataset.encoded, *dataset.prompts):
             tokens.update(row.input_ids.tobytes() + row.supervised.tobytes())

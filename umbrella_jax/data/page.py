@@ -1,5 +1,6 @@
 """The page of `validate`: all that was found, and slices of the volumes as the model gets them."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,7 +63,10 @@ def write_page(
         ]
         return {"volume": volume, "codes": codes, "spacing": spacing, "pictures": pictures, "of": about[volume]}
 
-    about = {volume: [f for f in report.findings if f.place == str(volume.path)] for volume in report.volumes}
+    told: dict[str, list[Finding]] = defaultdict(list)
+    for finding in report.findings:
+        told[finding.place].append(finding)
+    about = {volume: told.get(str(volume.path), []) for volume in report.volumes}
     drawn = _sample(report.volumes, {volume for volume in report.volumes if about[volume]}, sample)
     with ThreadPoolExecutor(threads) as pool:
         cards = list(pool.map(card, drawn))

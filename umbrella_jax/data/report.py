@@ -13,6 +13,7 @@ import numpy as np
 
 from umbrella_jax.config import MAX_CLASSES
 from umbrella_jax.data.conversation import Conversation
+from umbrella_jax.errors import visible
 
 Severity = Literal["fault", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
@@ -69,7 +70,8 @@ class Contents:
     still: bool
     """Whether it has several frames, all of them the same."""
     digest: str
-    """BLAKE2b of shape and float32 voxels in stored order, whatever the file's format, type and compression."""
+    """BLAKE2b of shape, last axes of length 1 left out, and float32 voxels in stored order, whatever the file's format,
+    type and compression."""
 
     @property
     def frames(self) -> int:
@@ -158,7 +160,7 @@ class Report:
             if found:
                 out += [f"{_count(len(found), severity)}:", *_grouped_lines(found), ""]
         counts = ", ".join(_count(len(self.of(s)), s) for s in SEVERITIES)
-        return [_printable(line) for line in [*out, f"{'good' if self.ok else 'not good'}: {counts}"]]
+        return [visible(line, kept="") for line in [*out, f"{'good' if self.ok else 'not good'}: {counts}"]]
 
     def to_json(self) -> dict[str, Any]:
         """For programs; docs/validate.md says what the keys are."""
@@ -323,7 +325,7 @@ def _grouped_lines(findings: Sequence[Finding]) -> Iterator[str]:
 
 def _wrapped(line: str) -> list[str]:
     """In 80 columns, indented further where it goes on; what has no space stays whole, as paths do."""
-    line = _printable(line)
+    line = visible(line, kept="")
     indent = " " * (len(line) - len(line.lstrip()))
     return textwrap.wrap(line, 80, subsequent_indent=f"{indent}  ", break_long_words=False, break_on_hyphens=False)
 
@@ -371,8 +373,3 @@ def _share(count: int, total: int) -> str:
 
 def _times(numbers: Iterable[float]) -> str:
     return " × ".join(f"{number:g}" for number in numbers)
-
-
-def _printable(text: str) -> str:
-    """With what a terminal would obey, in a file's name say, spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -98,13 +98,13 @@ def save_tokenizer(tokenizer: Any, directory: str | Path) -> None:
     holds further special tokens under a key that 4 takes for something else."""
     tokenizer.save_pretrained(directory)
     file = Path(directory) / "tokenizer_config.json"
-    stated = json.loads(file.read_text())
+    stated = json.loads(file.read_text(encoding="utf-8"))
     if stated.get("tokenizer_class") == "TokenizersBackend":
         stated["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(further := stated.get("extra_special_tokens"), list):
         del stated["extra_special_tokens"]
         stated["additional_special_tokens"] = further
-    file.write_text(json.dumps(stated, indent=2, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(stated, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_template(tokenizer: Any, template: Template) -> None:

@@ -17,6 +17,7 @@ from umbrella_jax.config import MAX_CLASSES, RunConfig
 from umbrella_jax.data.augment import check_axes
 from umbrella_jax.data.cache import check_float16
 from umbrella_jax.data.conversation import Conversation, Image, scan_conversations
+from umbrella_jax.data.loader import Dataset
 from umbrella_jax.data.report import PROPERTIES, SETS, Contents, Finding, Report, Set, Severity, Volume
 from umbrella_jax.data.tokenize import encode, encode_prompt, reference_answer
 from umbrella_jax.data.volume import check_volume
@@ -30,12 +31,18 @@ _TOLD = 5  # answers of a contradiction, usual values beside an outlier's
 
 
 def validate(
-    config: RunConfig, tokenizer: Callable[[], Any | None] = lambda: None, *, allow_overlap: bool = False
+    config: RunConfig,
+    tokenizer: Callable[[], Any | None] = lambda: None,
+    scored: Callable[[Sequence[Conversation]], object] = lambda conversations: None,
+    *,
+    allow_overlap: bool = False,
 ) -> Report:
     """Reads all conversations and volumes of a run, train and eval, and goes on after every fault.
 
     Args:
         tokenizer: makes the base's; None where there is none at hand, and an UmbrellaError is a fault like others.
+        scored: is shown the evaluation data, if they have no other fault; an UmbrellaError of it says which answers
+            cannot be scored.
         allow_overlap: a subject or a volume in train and in eval is a warning instead of a fault.
 
     Raises:
@@ -71,6 +78,8 @@ def validate(
         lengths, faults = _texts(config, conversations, words, evaluation=name == "eval")
         findings += _faults("text", (name,), faults)
         sets[name] = Set(str(path), tuple(conversations), lengths)
+    if "eval" in sets and not any(f.severity == "fault" and "eval" in f.sets for f in findings):
+        collect(partial(scored, sets["eval"].conversations), "answers", "eval")
     volumes, faults_of = _volumes(config, sets)
     for volume in volumes:
         findings += _faults("volume", volume.sets, faults_of.get(volume, ()), str(volume.path))
@@ -188,7 +197,8 @@ def read_contents(path: Path) -> Contents:
     Raises DataError naming it, where it cannot be read; voxels that are not finite are no fault here.
     """
     image = open_voxels(path)
-    digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=16)
+    rank = max((axis for axis, length in enumerate(image.shape, 1) if axis <= 3 or length != 1), default=0)
+    digest = hashlib.blake2b(repr(image.shape[:rank]).encode(), digest_size=16)
     low, high, total, nonzero, count, voxels = np.inf, -np.inf, 0.0, 0, 0, 0
     frames = image.shape[3] if len(image.shape) > 3 else 1
     first, still = None, frames > 1
@@ -241,6 +251,17 @@ def overlaps(sets: Mapping[str, Set], volumes: Sequence[Volume], severity: Sever
             first, *others = paths
             known = f", also as {', '.join(others)}" if others else ""
             yield Finding(severity, "overlap", SETS, first, f"in train and in eval{known}; {expected}")
+
+
+def shared(datasets: Mapping[str, Dataset]) -> list[str]:
+    """What train and eval share by name, a line each; what else they share, voxels say, which are not looked at."""
+    sets = {name: Set("", of.conversations, {}) for name, of in datasets.items()}
+    within: dict[tuple[Path, str], list[str]] = defaultdict(list)
+    for name, of in datasets.items():
+        for image in of.windows:
+            within[image.path, image.modality].append(name)
+    volumes = [Volume(*place, tuple(names), 1, None) for place, names in within.items()]
+    return [f"{finding.place}: {finding.reason}" for finding in overlaps(sets, volumes, "fault")]
 
 
 def _same(volumes: Iterable[Volume]) -> Iterable[list[Volume]]:

@@ -124,17 +124,17 @@ def check_volumes(
         DataError: with every fault of every file.
     """
 
-    def windows(image: Image) -> int | DataError:
+    def windows(image: Image) -> int | tuple[str, ...]:
         try:
             return check(image.path, modalities[image.modality])
         except DataError as error:
-            return error
+            return error.faults  # the error itself would hold its frames, and in them the opened file
 
     distinct = list(dict.fromkeys(images))
     with ThreadPoolExecutor(threads) as pool:
         progress = tqdm(pool.map(windows, distinct), "volumes", len(distinct), disable=None)
         found = dict(zip(distinct, progress, strict=True))
-    faults = [fault for error in found.values() if isinstance(error, DataError) for fault in error.faults]
+    faults = [fault for each in found.values() if isinstance(each, tuple) for fault in each]
     if faults:
         raise DataError(faults)
     return {image: count for image, count in found.items() if isinstance(count, int)}

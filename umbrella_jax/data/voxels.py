@@ -41,7 +41,9 @@ _NIFTI = (nib.Nifti1Pair, nib.Nifti1Image, nib.Nifti2Pair, nib.Nifti2Image)
 _ANALYZE = (nib.Spm2AnalyzeImage, nib.Spm99AnalyzeImage, nib.AnalyzeImage)
 _KINDS = (*_NIFTI, *_ANALYZE, nib.MGHImage)
 _ARRAYS = (".npy", ".pt")
-_MM = {"meter": 1000.0, "micron": 0.001}  # what NIfTI may measure in, beside mm
+_MM = {1: 1000.0, 3: 0.001}  # by NIfTI's codes of the metre and the micron: what it may measure in, beside mm
+_RAS_FLAG = slice(28, 30)
+"""Bytes of an MGH header: whether its voxel sizes and axes mean anything (`goodRASFlag`)."""
 _SINGLE = (".nii", ".nii.gz", ".mgz", ".mgh", *_ARRAYS)
 _FRAME = re.compile(r"frame_([0-9]+)\.(npy|pt)")
 
@@ -181,9 +183,11 @@ class _Nibabel:
             _check_real(path, self.dtype)
             offset, (slope, inter) = header.get_data_offset(), header.get_slope_inter()
             _check_promise(path, file, self.shape, self.dtype, offset)
-            # An Analyze header names no axes, nor does a NIfTI header without codes; nibabel would only assume them.
+            # An Analyze header names no axes, nor does a NIfTI header without codes, or an MGH one without its flag;
+            # nibabel would only assume them.
             nifti, analyze = kind in _NIFTI, kind in _ANALYZE
-            assumed = analyze or (nifti and header["qform_code"] == 0 and header["sform_code"] == 0)
+            flagless = kind is nib.MGHImage and not any(raw[_RAS_FLAG])
+            assumed = analyze or flagless or (nifti and header["qform_code"] == 0 and header["sform_code"] == 0)
             affine = np.asarray(header.get_best_affine(), np.float64)
             oriented = np.isfinite(affine).all() and not np.isnan(nib.io_orientation(affine)).any()
             self.affine: np.ndarray | None = affine if oriented and not assumed else None
@@ -192,9 +196,9 @@ class _Nibabel:
                 stored = kind.header_class(raw, check=False)
                 zooms = np.abs(stored["pixdim"][1:4].astype(np.float64))
             else:
-                zooms = voxel_sizes(affine)
+                zooms = voxel_sizes(affine) * (0 if flagless else 1)
             if nifti:
-                zooms = zooms * _MM.get(header.get_xyzt_units()[0], 1.0)
+                zooms = zooms * _MM.get(int(header["xyzt_units"]) & 7, 1.0)  # above those three bits, the unit of time
             self.zooms: np.ndarray | None = zooms if ((zooms >= MM[0]) & (zooms <= MM[1])).all() else None
             # igzip takes two thirds of the time of nibabel's own. Not memory-mapped: a file that is cut short while it
             # is mapped kills the process with SIGBUS.

@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 
 _NUMBER = re.compile(r"(?<![\w.,])[+-]?(?:\d[\d.,]*\d|\d|\.\d+)(?:e[+-]?\d+)?", re.IGNORECASE)
 """Behind a letter it is none: T1."""
@@ -11,8 +12,8 @@ _WORD = re.compile(r"[\s-]*([^\W\d_]+|%|°\w*)")
 
 
 def normalise(answer: str) -> str:
-    """An answer without case, surrounding white space and final full stop."""
-    return answer.strip().casefold().removesuffix(".").strip()
+    """An answer without case, surrounding white space and final full stop, in Unicode's NFC as tokenizers write it."""
+    return unicodedata.normalize("NFC", answer.strip().casefold()).removesuffix(".").strip()
 
 
 def parse_number(text: str, unit: str | None = None) -> float | None:
@@ -36,7 +37,7 @@ def parse_number(text: str, unit: str | None = None) -> float | None:
         behind = _WORD.match(text, at)
         if unit is not None and (stated := _unit(unit).match(text, at)):
             at = stated.end()
-        elif behind and behind.start(1) == at and behind[1][0].isalpha():
+        elif behind and behind.start(1) == at and behind[1][0].isalnum():
             continue
         elif unit is not None and behind:
             return None

@@ -68,9 +68,9 @@ def task_of(row: Row) -> str:
 
 
 def label_of(row: Row, key: str) -> Any:
-    """What `metadata` says; None where that is nothing, or blank."""
+    """What `metadata` says; None where that is nothing, blank, or the NaN that pandas has for nothing."""
     value = (row.get("metadata") or {}).get(key)
-    return value if value is not None and str(value).strip() else None
+    return value if value is not None and value == value and str(value).strip() else None
 
 
 def by_task(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -240,6 +240,10 @@ def _kind(rows: Sequence[Row], labels: Mapping[str, str], ambiguous: bool, confi
     distinct = set(truths)
     if config.unit is not None:
         return "regression"
+    stated = label_of(rows[0], "kind")
+    for kind in METRICS if config.answers is None else ():
+        if stated == kind and all(label_of(row, "kind") == kind for row in rows):
+            return kind
     if config.answers is None and len(distinct) > MAX_CLASSES:
         numeric = [isinstance(label, int | float) for label in own]
         if all(is_number(t) or (n and parse_number(t) is not None) for t, n in zip(truths, numeric, strict=True)):

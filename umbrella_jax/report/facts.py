@@ -1,6 +1,5 @@
 """What a run's directory says, put together for its page; nothing is drawn here, and no weights are read."""
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,6 @@ from umbrella_jax import reading
 from umbrella_jax.config import RunConfig, load_config
 from umbrella_jax.data.cache import source_digest
 from umbrella_jax.data.conversation import Conversation, conversation_files, read_conversations
-from umbrella_jax.data.loader import Dataset
 from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError
 from umbrella_jax.evaluation.metrics import (
     Row,
@@ -29,6 +27,7 @@ from umbrella_jax.evaluation.metrics import (
     task_of,
     tasks_of,
 )
+from umbrella_jax.evaluation.tasks import by_task
 from umbrella_jax.models import LlavaConfig, abstract_params
 from umbrella_jax.prediction import blank_rows
 from umbrella_jax.rundir import (
@@ -160,8 +159,8 @@ def read_facts(
     found = read.get("eval", "data.eval: the run has none")
     with faults:
         # by all of the evaluation data, where it is there: these may be a part (train.eval_samples)
-        whole = rows if isinstance(found, str) else blank_rows(Dataset(tuple(found), (), (), {}, model.modalities))
-        groups, known = _by_task(rows), tasks_of(whole, config.evaluation.tasks)
+        whole = rows if isinstance(found, str) else blank_rows(found)
+        groups, known = by_task(rows), tasks_of(whole, config.evaluation.tasks)
         tasks = {name: task for name, task in known.items() if name in groups}
     with faults:
         conversations = _answered(found, rows, file) if samples else []
@@ -195,7 +194,7 @@ def read_facts(
         rows=tuple(rows),
         scores=score(rows, tasks, **options),
         baselines={
-            name: score(of, {task: tasks[task] for task in tasks if task in _by_task(of)}, **options)
+            name: score(of, {task: tasks[task] for task in tasks if task in by_task(of)}, **options)
             for name, of in others.items()
         },
         calibration={
@@ -269,8 +268,8 @@ def _baselines(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _baseline_faults(name: str, rows: Sequence[Row], expected: Sequence[Row]) -> Iterator[str]:
     """Of a task that the run has not, or other conversations than the run's of a task."""
-    wanted = {task: Counter(str(row["task_id"]) for row in of) for task, of in _by_task(expected).items()}
-    for task, of in _by_task(rows).items():
+    wanted = {task: Counter(str(row["task_id"]) for row in of) for task, of in by_task(expected).items()}
+    for task, of in by_task(rows).items():
         if task not in wanted:
             yield f"--baseline: {name}: task {task}: not one of the run's, {', '.join(wanted)}"
         elif differ := sorted(
@@ -293,7 +292,7 @@ def _conversations(
     if changed := [
         f"data.{split}: {file}: other content than the run read"
         for file in conversation_files(path)
-        if hashlib.sha256(file.read_bytes()).hexdigest() not in inputs["conversations"]
+        if reading.sha256(file) not in inputs["conversations"]
     ]:
         raise DataError(changed)
     return read_conversations(
@@ -341,13 +340,6 @@ def _counts(conversations: list[Conversation] | str) -> dict[str, Any]:
         "subjects": len({subject for c in conversations for subject in c.subjects}),
         "volumes": len({(image.path, image.modality) for c in conversations for image in c.images}),
     }
-
-
-def _by_task(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[task_of(row)].append(row)
-    return groups
 
 
 def _number(text: str, task: Task) -> float:

@@ -14,11 +14,11 @@ from jax.sharding import Mesh
 
 from convert.tensor import Tensor, place
 from umbrella_jax.api import Checkpoint, open_base
-from umbrella_jax.config import AugmentConfig, RunConfig, to_dict
-from umbrella_jax.data.cache import VolumeCache
+from umbrella_jax.config import RunConfig, to_dict
 from umbrella_jax.data.inputs import Inputs, digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, make_plan
 from umbrella_jax.data.plan import Plan
+from umbrella_jax.data.validate import shared
 from umbrella_jax.distributed import broadcast, together
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.evaluation.metrics import Task, metric_names, tasks_of
@@ -115,11 +115,9 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
         labels = freeze.label_params(list(shapes), list(config.train.groups))
         options: dict[str, Any] = {"template": config.data.template, "max_length": config.data.max_length}
         processor = Processor(base.tokenizer(), base.config.modalities, **options)
-        volumes = VolumeCache.of(config.data)
-        train_set, eval_set = (_dataset(config, processor, split, volumes) for split in ("train", "eval"))
-        evaluated = _evaluated(config, eval_set, processor)
-        assert train_set is not None
-        datasets = {"train": train_set} | ({} if eval_set is None else {"eval": eval_set})
+        datasets = processor.datasets(config.data, augment=True)
+        train_set = datasets["train"]
+        evaluated = _evaluated(config, datasets.get("eval"), processor)
     with together():
         # by the first alone, since they read the whole base, and all volumes; but for a run orbax lets all meet: so
         # none may have found a fault before
@@ -127,6 +125,9 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
         mine = (identity, read_inputs(config.data, datasets)) if first else None
     for line in [*said_of(base), *found, freeze.summary(shapes, labels)]:
         say(line)
+    if both := shared(datasets):
+        told = "answers may be remembered, not seen (`umbrella-jax data validate` names them)"
+        say(f"WARNING: {len(both)} subjects and scans are both in train and in eval: {told}")
 
     where = partial(param_sharding, mesh)
     adapters = lora.start(shapes, config.seed)
@@ -188,32 +189,11 @@ def said_of(base: Checkpoint) -> list[str]:
     return [f"{base.path}: a run, as of step {base.step}"] if base.kind == "run" else list(base.notes)
 
 
-def _dataset(config: RunConfig, processor: Processor, split: str, cache: VolumeCache | None) -> Dataset | None:
-    path = getattr(config.data, split)
-    if path is None:
-        return None
-    return Dataset.load(
-        path,
-        processor.tokenizer,
-        processor.modalities,
-        image_root=config.data.image_root,
-        modality=config.data.modality,
-        task_filter=config.data.task_filter,
-        allow_outside_root=config.data.allow_outside_root,
-        template=config.data.template,
-        max_length=config.data.max_length,
-        threads=config.data.threads,
-        evaluation=split == "eval",
-        cache=cache,
-        augment=config.data.augment if split == "train" else AugmentConfig(),
-    )
-
-
 def _evaluated(config: RunConfig, dataset: Dataset | None, processor: Processor) -> Evaluated | None:
     """Raises DataError and ConfigError, also for a `train.best_metric` that no evaluation gives."""
     found, known = None, list[str]()
     if dataset is not None:
-        rows = blank_rows(dataset)
+        rows = blank_rows(dataset.conversations)
         tasks = tasks_of(rows, config.evaluation.tasks)
         choices = Choices.of(dataset, processor, rows, tasks) if config.evaluation.likelihoods else None
         found = Evaluated(dataset, rows, tasks, choices)
