@@ -143,6 +143,10 @@ def add_product(tensor: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
     def fill(out: np.ndarray, index: Index) -> None:
         *layers, outputs, inputs = index
+        if layers and len(out) > 1:  # one by one: in float32 all of them are several times the result
+            for i, layer in enumerate(range(layers[0].start, layers[0].stop)):
+                fill(out[i : i + 1], (slice(layer, layer + 1), *index[1:]))
+            return
         parts = ((tensor, index), (b, (*layers, outputs, b.whole[-1])), (a, (*layers, a.whole[-2], inputs)))
         w, left, right = (part.astype("float32").read(region) for part, region in parts)
         copy(out, w + np.float32(scale) * (left @ right), tensor.file, tensor.name)
@@ -169,6 +173,16 @@ def place(tensors: Mapping[str, Tensor], where: Where) -> dict[str, jax.Array]:
     with ThreadPoolExecutor(_THREADS) as pool:
         placed = dict(zip((path for path, _ in largest_first), pool.map(put, largest_first), strict=True))
     return {path: placed[path] for path in tensors}
+
+
+def host(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """As `where` of `place`: the host's memory, for what no accelerator has to do or has room for; the first device,
+    where jax was told to leave its CPU backend out."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        device = jax.local_devices()[0]
+    return jax.sharding.SingleDeviceSharding(device)
 
 
 def check_finite(tensors: Iterable[Tensor]) -> None:

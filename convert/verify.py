@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from convert.rules import modality_of
-from convert.tensor import Tensor, place
+from convert.tensor import Tensor, host, place
 from convert.to_hf import hub_tensors
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import resolve_modality, to_dict
@@ -188,14 +187,14 @@ def compare_forward(
         cases[name] = sequence, volume, logits[0, -_TOKENS - _GREEDY - 1 :]
     del model
 
-    where = SingleDeviceSharding(jax.devices()[0])
-    params = place({p: t.astype(narrow[p]) for p, t in b.items()}, lambda path, shape: where)
+    params = place({p: t.astype(narrow[p]) for p, t in b.items()}, host)
     params = {path: leaf.astype("float32") for path, leaf in params.items()}
     graphdef, _ = abstract_params(config_b)
     run = jax.jit(lambda params, batch: merge(graphdef, params).target_logits(batch))
     found = {}
     for name, (sequence, volume, expected) in cases.items():
-        logits = np.asarray(run(params, _batch(sequence, name, volume, config_a)))[0]
+        with jax.default_matmul_precision("highest"):  # by default GPUs and TPUs round the factors of float32 products
+            logits = np.asarray(run(params, _batch(sequence, name, volume, config_a)))[0]
         generated = sequence[0, -_GREEDY:]
         agree = logits[-_GREEDY - 1 : -1].argmax(-1) == generated
         found[name] = Forward(

@@ -27,6 +27,7 @@ shift 5
 quoted=$(printf ' %q' "$@") # for the hosts' shell
 mount=$(printf '%q' "$share")
 file=$(printf '%q' "$(basename "$wheel")")
+compiled=JAX_COMPILATION_CACHE_DIR=/mnt/umbrella/compiled # so that a run that goes on does not compile again
 
 run() {
   if [ -n "$dry" ]; then
@@ -75,7 +76,7 @@ while true; do
 sudo mkdir -p /mnt/umbrella; mountpoint -q /mnt/umbrella || sudo mount -t nfs $mount /mnt/umbrella
 python3 -m pip install --quiet --user uv; ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 ~/umbrella
 ~/.local/bin/uv pip install --quiet --python ~/umbrella \$HOME/${file}[tpu]" &&
-      on_all_hosts "cd /mnt/umbrella; ~/umbrella/bin/umbrella-jax train$quoted$resume"
+      on_all_hosts "cd /mnt/umbrella; $compiled ~/umbrella/bin/umbrella-jax train$quoted$resume"
   } || code=$?
 
   if [ $code -eq 0 ]; then

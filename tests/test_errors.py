@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from umbrella_jax import cli
+from umbrella_jax import cli, distributed
 from umbrella_jax.cli import setup
-from umbrella_jax.errors import CheckpointError, ConfigError, DataError, Interrupted, RunError, UmbrellaError
+from umbrella_jax.errors import LESS, CheckpointError, ConfigError, DataError, Interrupted, RunError, UmbrellaError
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for package in ("umbrella_jax", "convert") for path in (ROOT / package).rglob("*.py"))
@@ -53,6 +53,19 @@ def test_exit_codes(
     assert "many lines" not in said
     if isinstance(error, RuntimeError):
         assert "the device's memory is full: lower train.batch_size" in said
+
+
+def test_one_of_several_processes_says_the_same_of_a_full_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distributed, "alone", lambda: False)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as end, distributed.bound():
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nmany lines")
+    assert end.value.code == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "umbrella-jax: process 0 ends, and with it the run:"
+    assert said[1:] == [f"RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes; the device's memory is full: {LESS}"]
 
 
 def test_a_locale_without_unicode(tmp_path: Path) -> None:

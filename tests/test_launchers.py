@@ -150,6 +150,13 @@ def test_slurm_asks_for_nodes() -> None:
     assert options["open-mode"] == "append"  # the log of a job that queues again
 
 
+def test_slurm_keeps_what_was_compiled(cluster: Cluster) -> None:
+    (cluster.behaviour / "srun").write_text(f'echo "${CACHE}" >> "$RECORD"\n')
+    for own in ({}, {CACHE: "/scratch"}):
+        cluster.run(f"bash scripts/train_slurm.sbatch {FLAGS}", **own)
+        assert cluster.called() == [SRUN, [own.get(CACHE, str(cluster.root / "compiled"))]]
+
+
 def test_slurm_hands_on_the_signal_and_queues_again(cluster: Cluster) -> None:
     (cluster.behaviour / "srun").write_text(
         'trap \'echo saved >> "$RECORD"; exit 143\' TERM; touch "$BEHAVIOUR/up"; while true; do sleep 0.1; done\n'
@@ -183,7 +190,9 @@ INSTALL = """set -e; sudo apt-get -qq update; sudo apt-get -qq install -y nfs-co
 sudo mkdir -p /mnt/umbrella; mountpoint -q /mnt/umbrella || sudo mount -t nfs 10.0.0.2:/share /mnt/umbrella
 python3 -m pip install --quiet --user uv; ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 ~/umbrella
 ~/.local/bin/uv pip install --quiet --python ~/umbrella $HOME/umbrella_jax-0.1.0-py3-none-any.whl[tpu]"""
-REMOTE = "cd /mnt/umbrella; ~/umbrella/bin/umbrella-jax train --config run.yaml --out runs/a\\ b"
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+REMOTE = f"cd /mnt/umbrella; {CACHE}=/mnt/umbrella/compiled "
+REMOTE += "~/umbrella/bin/umbrella-jax train --config run.yaml --out runs/a\\ b"
 DELETE = [*QUEUE, "delete", "brain", ZONE, "--force", "--quiet"]
 ON_TPU = [COPY, [*SSH, f"--command={INSTALL}"]]
 
@@ -201,7 +210,7 @@ def test_tpu_vm(cluster: Cluster) -> None:
     assert doing(cluster.called()) == expected
     cluster.run(TPU, SPOT="1", RUNTIME="v2-alpha-tpuv6e")
     assert doing(cluster.called())[0] == [*CREATE[:-1], "--runtime-version=v2-alpha-tpuv6e", "--spot"]
-    assert is_train_command(shlex.split(REMOTE)[3:])
+    assert is_train_command(shlex.split(REMOTE)[4:])
 
 
 def test_tpu_vm_that_is_taken_away(cluster: Cluster) -> None:
@@ -264,7 +273,8 @@ def test_gke() -> None:
 def test_what_a_pod_of_gke_runs(cluster: Cluster) -> None:
     jobset = YAML(typ="safe").load((ROOT / "scripts" / "train_gke.yaml").read_text())
     (container,) = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
-    (variable,) = container["env"]
+    variable, cache = container["env"]
+    assert cache["name"] == CACHE
     (cluster.root / "umbrella_jax-0.1.0-py3-none-any.whl").touch()
     cluster.run(shlex.join([*container["command"], *container["args"]]), **{variable["name"]: variable["value"]})
     install, train = cluster.called()

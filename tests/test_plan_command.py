@@ -190,7 +190,7 @@ def test_bytes_by_hand(dtype: str, size: int) -> None:
     stream = LV * 6 * E + 2 * E + D + LT * 2 * D + D  # biases and norms of the residual stream
     assert 2 * (matrices() + into + stream) == frozen
     assert split["frozen weights"] == 2 * (matrices() / 8 + into / 2 + stream)
-    assert split["gathered weights"] == max(2 * 2 * text_layer(), 2 * V * D) / 2
+    assert split["gathered weights"] == size * max(2 * text_layer(), V * D) / 2
     assert split["trained weights and moments"] == 12 * trained / 4
     whole = 2 * size * (LV * N * E + LT * T * D)  # the residual stream, twice a layer, is on each device of `tensor`
     assert split["activations"] == 2 * ((kept["none"] - whole) / 2 + whole + ends)
@@ -217,8 +217,11 @@ def test_collectives_by_hand() -> None:
 
     assert sent(MeshShape(), 1) == [0, 0, 0]
     assert sent(MeshShape(data=8), 8) == [2 * 7 / 8 * 4 * trained, 0, 0]
-    used = 2 * 2 * matrices() + 4 * trained  # in bfloat16, forward and backward; the trained part forward alone
+    used = 2 * 4 * matrices() + 4 * trained  # forward and backward; the trained part forward alone
     assert sent(MeshShape(fsdp=8), 8) == pytest.approx([2 * 7 / 8 * 4 * trained, 7 / 8 * used, 0])
+    narrow = tiny(dtype="bfloat16").collectives(MeshShape(fsdp=8), 8, "none")  # whatever they are held in
+    assert narrow["weights"] == (8, 1, pytest.approx(7 / 8 * used / 2))
+    assert narrow["gradients"] == (8, 1, 2 * 7 / 8 * 4 * trained)
     untied = tiny(tied=False)  # the table that is only looked up stays where it is
     assert (
         untied.collectives(MeshShape(fsdp=8), 8, "none")["weights"]

@@ -158,6 +158,7 @@ def test_a_part_of_something_else_is_refused(run: Path, data: Path, world: World
         (["--temperature", -1], "temperature: expected 0 or more"),
         (["--batch-size", 0], "batch_size: expected 1 or more, got 0"),
         (["--max-new-tokens", 0], "max_new_tokens: expected 1 or more, got 0"),
+        (["--seed", -1], "seed: expected 0 or more, got -1"),
         (["--mesh", "data=3"], "mesh: data=3"),
     ],
 )

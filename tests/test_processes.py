@@ -24,7 +24,8 @@ import pytest
 from tests import small_run
 from tests.small_run import World, assert_close, numbers, read_lines, trained, umbrella
 from umbrella_jax.api import Checkpoint
-from umbrella_jax.distributed import _local_devices, _peers, gather, start, together
+from umbrella_jax.data.inputs import changed
+from umbrella_jax.distributed import _local_devices, _peers, broadcast, gather, start, together
 from umbrella_jax.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[1]
@@ -135,11 +136,12 @@ class Pair:
         own = [beat | ({"SIGNAL_AT": signal} if signal else {}) for signal in signals]
         self.processes = [subprocess.Popen(command, env=environment | more, cwd=ROOT, **pipes) for more in own]
 
-    def __call__(self, record: Path, *words: object) -> list[tuple[int, str, str]]:
-        """Exit code, stdout and stderr of either at `umbrella-jax WORDS`; their records are `record.0` and
-        `record.1`."""
+    def __call__(self, record: Path, *words: object, second: Sequence[object] = ()) -> list[tuple[int, str, str]]:
+        """Exit code, stdout and stderr of either at `umbrella-jax WORDS`, of the second with more of them; their
+        records are `record.0` and `record.1`."""
         for i, process in enumerate(self.processes):
-            process.stdin.write(json.dumps([f"{record}.{i}", *map(str, [*words, *self.where, i])]) + "\n")
+            own = [*words, *(second if i else ()), *self.where, i]
+            process.stdin.write(json.dumps([f"{record}.{i}", *map(str, own)]) + "\n")
             process.stdin.flush()
         limit = Timer(600, self.end)
         limit.start()
@@ -174,12 +176,12 @@ def pair(environment: dict[str, str]) -> Iterator[Two]:
     """`pair(record, *words)`: `umbrella-jax WORDS` in the same two processes as before, unless these have ended."""
     running = Pair(environment)
 
-    def command(record: Path, *words: object) -> list[tuple[int, str, str]]:
+    def command(record: Path, *words: object, **more: Any) -> list[tuple[int, str, str]]:
         nonlocal running
         if running.ended:
             running.end()
             running = Pair(environment)
-        return running(record, *words)
+        return running(record, *words, **more)
 
     yield command
     running.end()
@@ -370,15 +372,28 @@ def test_two_processes_predict_as_one(pair: Two, run: Path, world: World) -> Non
     assert [code for code, *_ in pair(out, *words)] == [2, 2]
 
 
+def test_what_one_does_not_see_is_told_where_the_base_is_a_run(pair: Two, run: Path, world: World) -> None:
+    """Whose checkpoint orbax lets all of them read together: whoever came there would wait for the other."""
+    out, empty = world.root / "unseen", world.root / "empty"
+    empty.mkdir()
+    words = world.train_flags(out, *FLAGS, "--base", run)
+    for second, fault in (["--base", empty / "gone"], "no such directory"), (["--image-root", empty], "not found"):
+        (first, _, error), (other, *_) = pair(out, *words, second=second)
+        assert (first, other) == (2, 2), error
+        assert f"process 1: {empty}" in error
+        assert fault in error
+
+
 # Who belongs to a run.
 
 STARTED = """
 import json, sys, jax
-from umbrella_jax.distributed import gather, start
+from umbrella_jax.distributed import broadcast, gather, start
 start(timeout=60)
 assert jax.distributed.is_initialized()
 start()
-print(json.dumps([jax.process_index(), gather({"from": jax.process_index()})]))
+own = {"from": jax.process_index()}
+print(json.dumps([jax.process_index(), gather(own), broadcast(own | {"µ": [None] * 100 * (own["from"] == 0)})]))
 """
 
 
@@ -434,7 +449,7 @@ def test_slurm_starts_its_tasks(environment: dict[str, str]) -> None:
     found = launched(environment, *({**job, "SLURM_PROCID": i, "SLURM_LOCALID": i} for i in range(2)))
     for i, (code, out, err) in enumerate(found):
         assert code == 0, err
-        assert json.loads(out.splitlines()[-1]) == [i, [{"from": 0}, {"from": 1}]]
+        assert json.loads(out.splitlines()[-1]) == [i, [{"from": 0}, {"from": 1}], {"from": 0, "µ": [None] * 100}]
 
 
 @pytest.fixture
@@ -484,7 +499,7 @@ def test_tpus_start_their_hosts(environment: dict[str, str], kind: str, metadata
     without = {name: value for name, value in environment.items() if name != "JAX_PLATFORMS"}
     for i, (code, out, err) in enumerate(launched(without, *hosts, program=ON_TPU + STARTED)):
         assert code == 0, err
-        assert json.loads(out.splitlines()[-1]) == [i, [{"from": 0}, {"from": 1}]]
+        assert json.loads(out.splitlines()[-1]) == [i, [{"from": 0}, {"from": 1}], {"from": 0, "µ": [None] * 100}]
 
 
 @pytest.mark.parametrize(
@@ -627,6 +642,7 @@ def test_a_cluster_that_jax_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_alone_a_process_agrees_with_itself() -> None:
     assert gather({"a": [1]}) == [{"a": [1]}]
+    assert broadcast({"a": [1]}) == {"a": [1]}
     with together():
         pass
 
@@ -635,6 +651,14 @@ def test_alone_a_process_agrees_with_itself() -> None:
 
     with pytest.raises(DataError, match="a fault"), together():
         fail()
+
+
+def test_files_that_are_gone_are_named_on_every_process() -> None:
+    """Those of now come to all but the first as JSON, as those of before do."""
+    before = {"conversations": [("c", "1")], "volumes": [("a", "1"), ("b", "2")]}
+    now = before | {"volumes": [("a", "1")]}
+    for found in (now, json.loads(json.dumps(now))):
+        assert changed(json.loads(json.dumps(before)), found) == ["b"]
 
 
 if __name__ == "__main__":

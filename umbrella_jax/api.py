@@ -15,7 +15,7 @@ from convert.from_hf import Plan, fingerprint, plan_loading
 from convert.hf_config import UMBRELLA_CONFIG, export_names, read_config, read_json, stored_template, write_config
 from convert.rules import modality_of
 from convert.safetensors_io import digest
-from convert.tensor import Index, Tensor, Where, add_product, check_finite, copy, place
+from convert.tensor import Index, Tensor, Where, add_product, check_finite, copy, host, place
 from convert.to_hf import export, hub_tensors, new_folder
 from convert.trainable import FILE, Trainable, write_trainable
 from convert.verify import Comparison, Forward, compare_configs, compare_forward, compare_tensors
@@ -263,8 +263,9 @@ class Checkpoint:
         """Of a run: which of its checkpoints `params` reads, None where it has none yet; None of anything else."""
         if self.kind != "run" or self.step is not None:
             return self.step
-        with Checkpoints(self.path / CHECKPOINTS, read_only=True) as checkpoints:
-            return checkpoints.latest_step()
+        # not asked of orbax, which lets all processes meet for it, also those that have found a fault before
+        found = [path.name for path in (self.path / CHECKPOINTS).glob("*") if path.name.isdecimal()]
+        return max(map(int, found), default=None)
 
     def trained(self, where: Where | None = None) -> Params:
         """Of a run: what it trained, if that was on these weights of the base."""
@@ -370,7 +371,7 @@ def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto"
     directory, checkpoint = new_folder(directory), checkpoint.merged()
     if finite:
         checkpoint.check_finite()
-    params = checkpoint.params(dtype)
+    params = checkpoint.params(dtype, where=host)
     describe(checkpoint, directory)
     save_params(directory / PARAMS, params)
 

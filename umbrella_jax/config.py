@@ -213,7 +213,8 @@ class ModelConfig:
     """How a patch embedding starts that the base does not have as configured: at `random`; as SigLIP's own 2D one,
     `inflate`d to volumes; or as the base's one of volumes, `resample`d to this size and patch."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations and matrix products; statistics, softmax and loss stay float32."""
+    """Type of activations and matrix products; statistics, softmax and loss stay float32. Of float32 products GPUs
+    round the factors to TF32, TPUs to bfloat16, unless JAX_DEFAULT_MATMUL_PRECISION=highest is set."""
     frozen_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type in which frozen weights are held; `auto` keeps the checkpoint's. What trains is float32."""
     quantize: Literal["int8", "fp8"] | None = None

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from umbrella_jax.errors import ConfigError, Interrupted, RunError, UmbrellaError
+from umbrella_jax.errors import ConfigError, Interrupted, RunError, UmbrellaError, out_of_memory
 
 _QUIET = 10
 """Seconds of waiting for the others before a process says so."""
@@ -161,6 +161,17 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
+def broadcast(value: Any) -> Any:
+    """The `value` of process 0, anything that JSON holds, on each; what the others hand in is not looked at. All must
+    call it, at the same point of the program. For what is large: `gather` puts that of all processes on every device.
+    """
+    if alone():
+        return value
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    return json.loads(multihost_utils.broadcast_one_to_all(np.resize(data, size)).tobytes())
+
+
 def agree(value: int) -> int:
     """The largest `value`, an int32, of all processes. One exchange, made for every step."""
     return value if alone() else int(multihost_utils.process_allgather(np.int32(value)).max())
@@ -216,8 +227,8 @@ def bound() -> Iterator[None]:
         if alone() or isinstance(error, Interrupted):  # on which all agree
             raise
         print(f"umbrella-jax: process {jax.process_index()} ends, and with it the run:", file=sys.stderr)
-        if isinstance(error, UmbrellaError | OSError):
-            print(error, file=sys.stderr)
+        if (full := out_of_memory(error)) or isinstance(error, UmbrellaError | OSError):
+            print(full or error, file=sys.stderr)
         elif isinstance(error, RuntimeError | ValueError) and any(word in str(error) for word in _GONE):
             print(
                 f"a process of the run is gone: {str(error).splitlines()[0]}\nstart all of them again, with --resume",

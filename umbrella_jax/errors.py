@@ -21,6 +21,13 @@ _SHOWN = 50
 _LONGEST = 2000  # characters of one fault: what it quotes may be a text of megabytes
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """What is to be said where jax found a device's memory full; None of any other error."""
+    if not isinstance(error, RuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
+        return None
+    return f"{str(error).splitlines()[0]}; the device's memory is full: {LESS}"
+
+
 def visible(text: str, kept: str = "\n\t") -> str:
     """The text with all but letters, signs, spaces and what is `kept` written out: a file's names and texts may hold
     what moves a terminal's cursor, colours its lines or turns their direction round."""

@@ -26,7 +26,7 @@ from umbrella_jax.data.inputs import digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, empty_batch, eval_batches, eval_shapes
 from umbrella_jax.data.plan import BatchShape
 from umbrella_jax.data.tokenize import encode_answers, reference_answer
-from umbrella_jax.distributed import gather, together
+from umbrella_jax.distributed import broadcast, gather, together
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.evaluation.generate import GREEDY, NONE, Sampling, decode, prefill, score_answers
 from umbrella_jax.evaluation.metrics import Task, task_of, tasks_of
@@ -254,8 +254,8 @@ def predict(
     """
     out, first = Path(out), jax.process_index() == 0
     with together():
-        numbers = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-        if faults := [f"{name}: expected 1 or more, got {value}" for name, value in numbers.items() if value < 1]:
+        numbers = [("batch_size", batch_size, 1), ("max_new_tokens", max_new_tokens, 1), ("seed", seed, 0)]
+        if faults := [f"{name}: expected {least} or more, got {n}" for name, n, least in numbers if n < least]:
             raise ConfigError(faults)
         if data.eval is None:
             raise ConfigError("data.eval: expected conversations to answer (--data P)")
@@ -278,10 +278,10 @@ def predict(
                 raise ConfigError(
                     "likelihoods: no task of the data has a closed set of answers; name them in evaluation.tasks"
                 )
-        part, step = None, checkpoint.current_step()  # orbax lets all processes meet for it
+        part = None
         if first:
             settings = {
-                "model": [checkpoint.fingerprint, step],
+                "model": [checkpoint.fingerprint, checkpoint.current_step()],
                 "inputs": digest_of(read_inputs(data, {"eval": dataset})),
                 "modalities": {name: to_dict(modality) for name, modality in processor.modalities.items()},
                 "conversations": len(rows),
@@ -294,7 +294,7 @@ def predict(
             part = _Part(out.with_name(f"{out.name}.part"), settings, resume=resume)
     params = checkpoint.params(where=partial(param_sharding, devices))
     model = checkpoint.config.with_attention("auto", native_backend(devices.devices.flat[0]))
-    done = {int(index): row for index, row in gather(part.done if part else None)[0].items()}
+    done = {int(index): row for index, row in broadcast(part.done if part else None).items()}
     left = [index for index in range(len(rows)) if index not in done]
     say = say if first else _nothing
     options: dict[str, Any] = {"say": say, "note": _nothing, "quiet": not first}

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from convert.from_hf import Plan, load_params, plan_loading
 from convert.hf_config import read_config
 from convert.rules import modality_of
-from convert.tensor import Index, Tensor, place, stack
+from convert.tensor import Index, Tensor, add_product, place, stack
 
 ROOT = Path(__file__).parents[2]
 if __name__ != "__main__":
@@ -98,6 +98,17 @@ def test_stacked(mesh: Mesh, spec: PartitionSpec) -> None:
         np.testing.assert_array_equal(np.asarray(shard.data), expected[shard.index])
     for regions in read:
         assert (times((4, 12), regions) == 1).all()
+
+
+def test_adapters_are_added_a_layer_at_a_time(mesh: Mesh) -> None:
+    """Of a stack its float32 copies would take several times the host's memory that it does itself."""
+    read = list[Region]()
+    w, a, b = random((4, 8, 6), ml_dtypes.bfloat16), random((4, 3, 6)), random((4, 8, 3))
+    tensor = add_product(counted(w, read), Tensor.of(a), Tensor.of(b), 2.0)
+    found = place({"a": tensor}, lambda path, shape: NamedSharding(mesh, PartitionSpec(None, "x", "y")))["a"]
+    np.testing.assert_array_equal(found, (w.astype(np.float32) + 2 * (b @ a)).astype(w.dtype))
+    assert (times(w.shape, read) == 1).all()
+    assert {stop - start for (start, stop), *_ in read} == {1}
 
 
 def test_some_devices_alone(mesh: Mesh) -> None:

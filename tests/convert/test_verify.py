@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from convert.verify import _compare, _ulp
 from tests.checkpoints import FAMILIES, MODALITIES, write_stock, write_umbrella
 from umbrella_jax.api import Checkpoint, verify, write_hf, write_native
 from umbrella_jax.cli import main
+from umbrella_jax.models import Llava
 
 NORM = "language_model.model.norm.weight"
 WEIGHT = "vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight"
@@ -104,6 +106,19 @@ def test_preprocessing_is_part_of_the_model(base, tmp_path):
     found = verify(base, other, forward=False)
     assert found.configuration == ["T1.orientation: RAS in A, as_stored in B"]
     assert not found.same
+
+
+def test_products_are_of_float32_on_any_device(base, monkeypatch):
+    """Whose own precision of float32 products, TF32 or bfloat16, would make any two models differ."""
+    seen, target_logits = [], Llava.target_logits
+
+    def noted(self, batch):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return target_logits(self, batch)
+
+    monkeypatch.setattr(Llava, "target_logits", noted)
+    assert verify(base, base).same
+    assert set(seen) == {"highest"}
 
 
 def test_wrong_weights_give_other_logits(base, tmp_path):

@@ -124,6 +124,10 @@ def test_seeds_say_what_is_drawn():
     first = np.asarray(drawn(seeds=SEEDS))
     np.testing.assert_array_equal(first, drawn(seeds=SEEDS))
     assert (first != np.asarray(drawn(seeds=SEEDS + 1))).any(axis=1).sum() >= B - 2
+    with pytest.raises(ConfigError, match=r"seeds: expected 0 to 4294967295, got -1"):
+        generate(model(), batch(), max_new_tokens=NEW, seeds=[*SEEDS[1:], -1])
+    with pytest.raises(ConfigError, match="max_new_tokens: expected 1 or more, got 0"):
+        generate(model(), batch(), max_new_tokens=0)
     with pytest.raises(ConfigError, match="seeds: 3 given; expected one for each of 8 rows"):
         drawn(seeds=[1, 2, 3])
 
@@ -164,6 +168,12 @@ def test_likelihoods_are_those_of_whole_passes():
     shares = probabilities(model(), batch(), ANSWERS)
     np.testing.assert_allclose(shares.sum(-1), 1, rtol=1e-12)
     np.testing.assert_allclose(shares, np.asarray(jax.nn.softmax(found)), rtol=1e-4, atol=1e-7)
+    firsts = jax.nn.log_softmax(without_cache(batch(), np.zeros((B, ANSWERS.shape[1] - 1), np.int32)))[:, 0]
+    words = np.array([[3], [7], [NONE]], np.int32)  # of one token, and of none
+    given = jnp.broadcast_to(words, (B, *words.shape))
+    found = np.asarray(module.score_answers(case.params, state, given, graphdef=case.graphdef))
+    expected = np.stack([firsts[:, 3], firsts[:, 7], np.zeros(B)], axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 LOGITS = np.log([0.4, 0.3, 0.2, 0.06, 0.04]).astype(np.float32)

@@ -7,12 +7,14 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from training_case import as_bytes, small_case, to_numpy, total_bytes
 
 from umbrella_jax.config import TrainConfig
 from umbrella_jax.errors import CheckpointError
+from umbrella_jax.run import resumption
 from umbrella_jax.training.checkpoint import Checkpoints, checksums, load_params, param_shapes, save_params
 from umbrella_jax.training.step import TrainState
 
@@ -203,6 +205,26 @@ def test_one_device_to_eight_and_back(tmp_path, empty, filled):
     assert {leaf.sharding for leaf in trainable.values()} == {ONE_DEVICE}
 
 
+def test_who_goes_on_holds_one_state(tmp_path, empty, filled, monkeypatch):
+    """That before the first step is gone before the other is read; it stays where there is no other."""
+    monkeypatch.setattr(resumption, "same_run", lambda *_: None)
+    meta, state = {"versions": {}}, jax.tree.map(jnp.copy, empty)
+    restore = Checkpoints.restore
+
+    def alone(checkpoints, step, like):
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+        return restore(checkpoints, step, like)
+
+    monkeypatch.setattr(Checkpoints, "restore", alone)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert resumption.resume_from(checkpoints, state, meta, {}, print) == (state, None)
+        checkpoints.save(filled(3), meta)
+    with Checkpoints(tmp_path) as checkpoints:
+        found, pending = resumption.resume_from(checkpoints, state, meta, {}, print)
+    assert_same(found, filled(3))
+    assert pending is None
+
+
 def test_what_a_killed_save_leaves_is_not_seen(tmp_path, empty, filled):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(filled(2), META)
@@ -218,6 +240,23 @@ def test_what_a_killed_save_leaves_is_not_seen(tmp_path, empty, filled):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step() == 3
         assert_same(checkpoints.restore(3, empty), filled(3))
+
+
+def test_moments_are_not_read_where_nobody_asks_for_them(tmp_path, filled, monkeypatch):
+    """Of a language model that trained as a whole they would not fit on one device."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(filled(1), META)
+    read, handler = [], ocp.type_handlers.ArrayHandler
+    deserialize = handler.deserialize
+
+    def recorded(self, infos, args=None):
+        read.extend(info.name for info in infos)
+        return deserialize(self, infos, args)
+
+    monkeypatch.setattr(handler, "deserialize", recorded)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        trainable = checkpoints.restore_trainable(1, lambda path, shape: ONE_DEVICE)
+    assert sorted(read) == sorted(f"trainable.{path}" for path in trainable)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -17,6 +17,7 @@ SHAPES = {
     EMBEDDINGS + "T1_proj.bias": (5,),
     EMBEDDINGS + "T1_positional_embeddings": (1, 6, 5),
     EMBEDDINGS + "rsfMRI_proj.weight": (5, 3),
+    EMBEDDINGS + "norm_proj.weight": (5, 4),  # FreeSurfer's norm.mgz
     "vision_tower.vision_model.encoder.layers.layer_norm1.weight": (2, 5),
     "vision_tower.vision_model.encoder.layers.mlp.fc1.weight": (2, 9, 5),
     "multi_modal_projector.linear_1.weight": (8, 5),
@@ -30,7 +31,7 @@ GROUPS = {
     "projector": GroupConfig(learning_rate_factor=0.1, weight_decay=0.3),
     "vision_tower": GroupConfig(learning_rate_factor=2.0, weight_decay=0.0),
 }
-ALL_PRESENT = {"T1": True, "rsfMRI": True}
+ALL_PRESENT = {"T1": True, "rsfMRI": True, "norm": True}
 
 
 def random_tree(seed, shapes=SHAPES):
@@ -125,7 +126,7 @@ def test_decay_spares_biases_and_norms(decay_bias):
     optimizer = make_optimizer(TrainConfig(groups=groups, decay_bias=decay_bias), optax.constant_schedule(0.1), labels)
     params, grads = random_tree(0), jax.tree.map(np.zeros_like, random_tree(0))
     updates, _ = jit_update(optimizer)(grads, optimizer.init(params), params, present=ALL_PRESENT)
-    spared = {path for path in SHAPES if path.endswith("bias") or "norm" in path}
+    spared = {path for path in SHAPES if path.endswith("bias") or "norm.weight" in path or "norm1.weight" in path}
     assert len(spared) == 5
     for path, update in updates.items():
         expected = 0 if path in spared and not decay_bias else -0.05 * params[path]

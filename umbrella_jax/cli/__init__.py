@@ -17,10 +17,7 @@ from typing import Any
 
 from umbrella_jax.cli import ask, convert, data, results, setup, train
 from umbrella_jax.cli.options import commands_of, make_command
-from umbrella_jax.errors import LESS, Interrupted, UmbrellaError
-
-_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
-"""In what jax raises when a device's memory is full."""
+from umbrella_jax.errors import Interrupted, UmbrellaError, out_of_memory
 
 
 class _Version(argparse.Action):
@@ -80,12 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("umbrella-jax: SIGINT: ends, before there was anything to save", file=sys.stderr)
         return 128 + signal.SIGINT
     except (UmbrellaError, OSError, RuntimeError) as error:  # of the system: a full disk, a directory not to be written
-        if isinstance(error, RuntimeError) and _OUT_OF_MEMORY not in str(error):
+        full = out_of_memory(error)
+        if isinstance(error, RuntimeError) and full is None:
             raise
         if debug:
             traceback.print_exc()
-        message = str(error)
-        if isinstance(error, RuntimeError):
-            message = f"{message.splitlines()[0]}; the device's memory is full: {LESS}"
-        print(f"umbrella-jax: {message}", file=sys.stderr)
+        print(f"umbrella-jax: {full or error}", file=sys.stderr)
         return error.exit_code if isinstance(error, UmbrellaError) else 1

@@ -57,8 +57,9 @@ def digest_of(inputs: Inputs) -> str:
 
 def changed(before: Inputs, now: Inputs) -> list[str]:
     """Names of what is other `now`, of the first kind in which something is."""
-    for kind, found in now.items():
-        was = [(name, digest) for name, digest in before[kind]]
+    for kind in now:
+        # pairs are lists where JSON held them, on disk or on the way from process 0
+        was, found = ([(name, digest) for name, digest in each[kind]] for each in (before, now))
         if len(was) == len(found):
             names = [name for (name, digest), (_, old) in zip(found, was, strict=True) if digest != old]
         else:

@@ -163,12 +163,13 @@ def score_answers(params: Params, state: Decoding, answers: Array, *, graphdef: 
     """
     language_model = merge(graphdef, params).language_model
     b, a, n = answers.shape
-    given = jnp.maximum(answers[..., :-1], 0).reshape(b, a * (n - 1))
-    x = language_model.model.embed_tokens(given).astype(state.hidden.dtype)
-    positions = jnp.tile(state.lengths[:, None] + jnp.arange(n - 1), (1, a))
-    hidden, _, _ = language_model.model.extend(x, positions, state.cache, ways=a)
-    first = jnp.broadcast_to(state.hidden[:, None, None], (b, a, 1, state.hidden.shape[-1]))
-    hidden = jnp.concatenate([first, hidden.reshape(b, a, n - 1, -1)], axis=2)
+    hidden = jnp.broadcast_to(state.hidden[:, None, None], (b, a, 1, state.hidden.shape[-1]))
+    if n > 1:  # the first token of each follows from the prompt
+        given = jnp.maximum(answers[..., :-1], 0).reshape(b, a * (n - 1))
+        x = language_model.model.embed_tokens(given).astype(state.hidden.dtype)
+        positions = jnp.tile(state.lengths[:, None] + jnp.arange(n - 1), (1, a))
+        behind, _, _ = language_model.model.extend(x, positions, state.cache, ways=a)
+        hidden = jnp.concatenate([hidden, behind.reshape(b, a, n - 1, -1)], axis=2)
 
     def of_one(one: tuple[Array, Array]) -> Array:  # answer by answer: logits are V numbers for each token
         hidden, tokens = one
@@ -216,7 +217,8 @@ def generate(
             answer, whatever other rows are in the batch.
 
     Raises:
-        ConfigError: as many `seeds` as there are rows were not given.
+        ConfigError: as many `seeds` as there are rows were not given, or one of them is no uint32; `max_new_tokens` is
+            below 1.
     """
     state, until = _start(model, batch, stop_ids, max_new_tokens, sampling, seeds)
     return until(state, max_new_tokens).tokens
@@ -246,8 +248,12 @@ def _start(
 ) -> tuple[Decoding, Callable[[Decoding, int], Decoding]]:
     """The prompts as read, and what makes their answers so many tokens long."""
     given: Any = range(len(batch.lengths)) if seeds is None else seeds
+    faults = [] if max_new_tokens > 0 else [f"max_new_tokens: expected 1 or more, got {max_new_tokens}"]
     if len(given) != len(batch.lengths):
-        raise ConfigError(f"seeds: {len(given)} given; expected one for each of {len(batch.lengths)} rows")
+        faults.append(f"seeds: {len(given)} given; expected one for each of {len(batch.lengths)} rows")
+    faults += [f"seeds: expected 0 to {2**32 - 1}, got {seed}" for seed in given if not 0 <= seed < 2**32]
+    if faults:
+        raise ConfigError(faults)
     keys, stop = jnp.asarray(given, jnp.uint32), jnp.asarray(stop_ids, jnp.int32)
     graphdef, params = split(model)
 

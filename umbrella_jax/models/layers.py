@@ -55,7 +55,8 @@ class Linear(nnx.Module):
         if self.lora_A is not None and self.lora_B is not None:
             low = jnp.einsum("...i,ri->...r", x, self.lora_A.weight[...].astype(x.dtype)) * self.lora_scale
             y = y + jnp.einsum("...r,or->...o", low, self.lora_B.weight[...].astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        # in float32 where it trains: its gradient is summed over all rows, and over devices, as what is added to it
+        return y if self.bias is None else (y + self.bias[...]).astype(x.dtype)
 
 
 class Embedding(nnx.Module):

@@ -50,4 +50,5 @@ class PatchEmbed(nnx.Module):
         modality = self.modalities[name]
         chex.assert_shape(volumes, (None, *modality.size))
         x = getattr(self, f"{name}_proj")(patchify(volumes, modality.patch))
-        return split_rows(x + getattr(self, f"{name}_positional_embeddings")[...].astype(x.dtype))
+        table = getattr(self, f"{name}_positional_embeddings")[...]
+        return split_rows((x + table).astype(x.dtype))  # in float32 where it trains, as `Linear` adds its bias

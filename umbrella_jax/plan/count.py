@@ -4,7 +4,7 @@ The policies' tables follow umbrella_jax/models/layers.py, the products its modu
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -166,6 +166,7 @@ class Weight:
     """A parameter."""
 
     component: str
+    numbers: int
     bytes: float
     """Of its numbers: of a frozen one as it is held, of one that trains in float32."""
     axes: tuple[str, ...]
@@ -176,9 +177,17 @@ class Weight:
     looked_up: bool
     """A table of words that nothing multiplies: it stays where it is."""
 
-    def on_device(self, mesh: MeshShape, *gathered: str) -> float:
-        """Bytes on each device; those over the axes `gathered` together."""
-        return self.bytes / math.prod(getattr(mesh, axis) for axis in self.axes if axis not in gathered)
+    def on_device(self, mesh: MeshShape) -> float:
+        """Bytes on each device."""
+        return self.bytes / self._parts(mesh, self.axes)
+
+    def gathered(self, mesh: MeshShape, size: int) -> float:
+        """Bytes on each device where those over `fsdp` are together, each number of so many."""
+        return self.numbers * size / self._parts(mesh, [axis for axis in self.axes if axis != "fsdp"])
+
+    @staticmethod
+    def _parts(mesh: MeshShape, axes: Iterable[str]) -> int:
+        return math.prod(getattr(mesh, axis) for axis in axes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +200,7 @@ class Model:
     stacks: tuple[Stack, ...]
     weights: tuple[Weight, ...]
     gathered: float
-    """Bytes of the largest frozen piece that is used at once: two layers, or the table of words."""
+    """Bytes, gathered, of the largest frozen piece that is used at once: two layers, or the table of words."""
     layer: dict[str, float]
     """{component: bytes of the frozen weights of one layer}."""
     differentiated: dict[str, bool]
@@ -199,7 +208,7 @@ class Model:
     @property
     def trained(self) -> int:
         """Numbers that train."""
-        return sum(int(weight.bytes) // 4 for weight in self.weights if weight.trained)
+        return sum(weight.numbers for weight in self.weights if weight.trained)
 
     @property
     def frozen(self) -> dict[str, float]:
@@ -269,9 +278,10 @@ class Model:
     def collectives(self, mesh: MeshShape, batch_size: int, remat: str) -> dict[str, tuple[int, int, float]]:
         """{what: (devices, neighbours' distance, bytes that each device sends in rings)}."""
         local, n, f, t = batch_size / mesh.parts, mesh.parts, mesh.fsdp, mesh.tensor
-        # Forward, and again backward where the gradient passes; what is made again there finds them gathered.
+        # Forward, and again backward where the gradient passes; what is made again there finds them gathered. Cast, or
+        # made whole from 8 bits, before that: XLA gathers the operand of a product as it is.
         gathered = sum(
-            weight.on_device(mesh, "fsdp") * (1 + (self.differentiated[weight.component] and not weight.first))
+            weight.gathered(mesh, self.size) * (1 + (self.differentiated[weight.component] and not weight.first))
             for weight in self.weights
             if "fsdp" in weight.axes and not weight.looked_up
         )
@@ -282,7 +292,7 @@ class Model:
                 reductions += _TENSOR_REDUCTIONS["backward"] + ("attention" in AGAIN[remat])
             stream += stack.layers * reductions * local * stack.rows * stack.width * self.size
         return {
-            "gradients": (n, t, 2 * (n - 1) / n * sum(w.on_device(mesh, "fsdp") for w in self.weights if w.trained)),
+            "gradients": (n, t, 2 * (n - 1) / n * sum(w.gathered(mesh, 4) for w in self.weights if w.trained)),
             "weights": (f, t, (f - 1) / f * gathered),
             "activations": (t, 1, 2 * (t - 1) / t * stream),
         }
@@ -300,7 +310,7 @@ def describe(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype
     head = "embed_tokens" if model.text.tie_word_embeddings else "lm_head"
 
     products, weights = [], []
-    layer = dict.fromkeys(freeze.COMPONENTS, 0.0)
+    layer, numbers = (dict.fromkeys(freeze.COMPONENTS, 0.0) for _ in range(2))  # frozen, of one layer
     size = jnp.dtype(frozen_dtype).itemsize
 
     def held(path: str, leaf: jax.ShapeDtypeStruct) -> float:
@@ -316,6 +326,7 @@ def describe(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype
         weights.append(
             Weight(
                 component=part,
+                numbers=math.prod(leaf.shape),
                 bytes=math.prod(leaf.shape) * held(path, leaf),
                 axes=tuple(axis for axis in spec_of(path) if axis),
                 trained=path in trained,
@@ -324,7 +335,9 @@ def describe(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype
             )
         )
         if path not in trained:
-            layer[part] = layer.get(part, 0.0) + stacked * math.prod(leaf.shape[1:]) * held(path, leaf)
+            of_one = stacked * math.prod(leaf.shape[1:])
+            numbers[part] = numbers.get(part, 0.0) + of_one
+            layer[part] = layer.get(part, 0.0) + of_one * held(path, leaf)
         if kind != "weight" or len(leaf.shape) != 2 + stacked:
             continue  # a bias, a norm, a table of positions
         if weights[-1].looked_up or freeze.modality_of(path) not in (None, work.modality):
@@ -382,7 +395,8 @@ def describe(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype
         products=tuple(products),
         stacks=stacks,
         weights=tuple(weights),
-        gathered=max(2 * max(layer.values()), text.vocab_size * text.hidden_size * size),
+        gathered=max(2 * max(numbers.values()), text.vocab_size * text.hidden_size)
+        * jnp.dtype(model.compute_dtype).itemsize,
         layer=layer,
         differentiated=differentiated,
     )

@@ -20,7 +20,7 @@ from umbrella_jax.config import RunConfig, dump_config
 from umbrella_jax.data.inputs import dump_inputs
 from umbrella_jax.data.loader import task_ids, train_batches
 from umbrella_jax.data.plan import BatchShape, Plan
-from umbrella_jax.distributed import agree, gather, together
+from umbrella_jax.distributed import agree, broadcast, together
 from umbrella_jax.files import locked, write_whole
 from umbrella_jax.loggers import loggers
 from umbrella_jax.models import abstract_params
@@ -152,7 +152,7 @@ def _run(run: Prepared, resume: bool, log: RunLog | None) -> Line:
         )
     for step, value in checkpoints.best():
         say(f"best: {config.train.best_metric} {value:.4g} at step {step}: {checkpoints.directory / str(step)}")
-    last: Line = gather(read_metrics(metrics)[-1] if log else None)[0]
+    last: Line = broadcast(read_metrics(metrics)[-1] if log else None)
     numbers = [f"{name} {math.nan if value is None else value:.4g}" for name, value in last.items() if name != "steps"]
     say("  ".join(number for number in numbers if not number.startswith("eval_")))
     for number in numbers:

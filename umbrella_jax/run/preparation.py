@@ -19,7 +19,7 @@ from umbrella_jax.data.inputs import Inputs, digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, make_plan
 from umbrella_jax.data.plan import Plan
 from umbrella_jax.data.validate import shared
-from umbrella_jax.distributed import gather, together
+from umbrella_jax.distributed import broadcast, together
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.evaluation.metrics import Task, metric_names, tasks_of
 from umbrella_jax.loggers import missing
@@ -118,7 +118,9 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
         datasets = processor.datasets(config.data, augment=True)
         train_set = datasets["train"]
         evaluated = _evaluated(config, datasets.get("eval"), processor)
-        # by the first alone, since they read the whole base, and all volumes; but for a run orbax lets all meet
+    with together():
+        # by the first alone, since they read the whole base, and all volumes; but for a run orbax lets all meet: so
+        # none may have found a fault before
         identity = base.identity if first or base.kind == "run" else None
         mine = (identity, read_inputs(config.data, datasets)) if first else None
     for line in [*said_of(base), *found, freeze.summary(shapes, labels)]:
@@ -148,7 +150,7 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
     optimizer = make_optimizer(config.train, schedule, labels)
     state = init_state(freeze.as_trainable(trainable), optimizer)
     state = jax.device_put(state, shardings(state, mesh))
-    fingerprint, inputs = gather(mine)[0]
+    fingerprint, inputs = broadcast(mine)
     sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     say(f"{len(train_set)} conversations, {steps} steps on {mesh.size} device(s) ({sizes}), into {out}")
     say(f"plan: {plan.report}")

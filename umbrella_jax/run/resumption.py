@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import orbax.checkpoint as ocp
 
 from umbrella_jax.config import flat, parse_config, to_dict
 from umbrella_jax.data.inputs import Inputs, changed
@@ -48,8 +49,14 @@ MAY_CHANGE = (
 def resume_from(
     checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any], inputs: Inputs, say: Say
 ) -> tuple[TrainState, Line | None]:
-    """The state of the newest checkpoint that is not damaged, if it belongs to the same run, and its pending line."""
-    found, saved, damaged = newest(checkpoints, state, meta, inputs, say)
+    """The state of the newest checkpoint that is not damaged, if it belongs to the same run, and its pending line.
+
+    Where there is a checkpoint, `state` is used up: of a large part that trains, devices may not hold two."""
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    if checkpoints.steps():
+        for leaf in jax.tree.leaves(state):
+            leaf.delete()
+    found, saved, damaged = newest(checkpoints, like, meta, inputs, say)
     for bad in damaged:
         if jax.process_index() == 0:
             checkpoints.set_aside(bad)
@@ -64,7 +71,8 @@ def newest(
     checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any], inputs: Inputs, say: Say
 ) -> tuple[TrainState | None, dict[str, Any], list[int]]:
     """The state of the newest checkpoint that is not damaged, None where there is none yet; what stands beside it; and
-    the steps that are damaged. Says which it is. Raises ConfigError where it is another run's."""
+    the steps that are damaged. Of `state` only shapes and devices are looked at. Says which it is. Raises ConfigError
+    where it is another run's."""
     damaged: dict[int, list[str]] = {}
     found = saved = None
     for step in checkpoints.steps():

@@ -174,18 +174,16 @@ class Checkpoints:
             )
 
     def restore_trainable(self, step: int, where: Callable[[str, tuple[int, ...]], jax.sharding.Sharding]) -> Params:
-        """The trained parameters of `step`, each on the devices that `where` says of its path and shape."""
-        # moments too, since orbax restores an item as a whole; they lie on one device until they are dropped
-        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        """The trained parameters of `step`, each on the devices that `where` says of its path and shape; nothing else
+        of it is read."""
         with self._reading(step, "state"):
-            saved = dict(self._manager.item_metadata(step).state)
-            target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), saved)
-            target["trainable"] = {
+            saved = self._manager.item_metadata(step).state["trainable"]
+            like = {
                 path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(path, leaf.shape))
-                for path, leaf in target["trainable"].items()
+                for path, leaf in saved.items()
             }
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            trainable: Params = self._manager.restore(step, args=args).state["trainable"]
+            # not by the manager, which restores an item as a whole: moments are twice as large as what they are of
+            trainable: Params = _read(self.directory / str(step) / "state", {"trainable": like})["trainable"]
         self._verify(step, {"trainable": trainable})
         return trainable
 
@@ -257,10 +255,14 @@ def param_shapes(directory: Path) -> dict[str, jax.ShapeDtypeStruct]:
 def load_params(directory: Path, like: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
     """Reads those of the parameters that `like` names, as the types and on the devices that it says. Raises
     CheckpointError where they are damaged."""
-    with _whole(directory), ocp.PyTreeCheckpointer() as checkpointer:
-        args = ocp.args.PyTreeRestore(
-            item=dict(like),
-            restore_args=ocp.checkpoint_utils.construct_restore_args(dict(like)),
-            partial_restore=True,
-        )
+    with _whole(directory):
+        return _read(directory, dict(like))
+
+
+def _read(directory: Path, like: dict[str, Any]) -> Any:
+    """Those leaves of a tree that orbax wrote which `like` has, as it says."""
+    args = ocp.args.PyTreeRestore(
+        item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
+    )
+    with ocp.PyTreeCheckpointer() as checkpointer:
         return checkpointer.restore(directory.absolute(), args=args)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from umbrella_jax.config import TrainConfig
-from umbrella_jax.training.freeze import FROZEN
+from umbrella_jax.training.freeze import FROZEN, modality_of
 
 Array = jax.Array
 
@@ -46,7 +46,7 @@ def only_when_present(inner: optax.GradientTransformation, modality: str) -> opt
 
 def _decays(path: str) -> bool:
     """Whether decoupled weight decay acts on it: on all but biases and norms, as in Hugging Face's Trainer."""
-    return not path.endswith("bias") and "norm" not in path
+    return not path.endswith("bias") and ("norm" not in path or modality_of(path) is not None)  # of norm.mgz, say
 
 
 def make_optimizer(
