@@ -138,7 +138,7 @@ def test_wrong_volume_size_is_refused():
         model("T1", jnp.zeros((2, 7, 11, 6)))
 
 
-def test_what_is_added_and_trains_has_its_gradient_summed_in_float32():
+def test_a_patch_embedding_that_trains_has_its_gradient_summed_in_float32():
     """Of 259 ones the sum is 259, which bfloat16 has not; whatever has no float32 numbers stays in bfloat16."""
     rows, one = 259, {"T1": MODALITIES["T1"]}
     embed = PatchEmbed(one, 2, rngs=nnx.Rngs(0))
@@ -153,7 +153,8 @@ def test_what_is_added_and_trains_has_its_gradient_summed_in_float32():
 
     grads = jax.grad(summed)(state, jnp.float32)
     np.testing.assert_array_equal(grads["T1_positional_embeddings"][...][0, 0], rows)
-    np.testing.assert_array_equal(grads["T1_proj"]["bias"][...], rows)
+    for leaf in ("weight", "bias"):
+        np.testing.assert_array_equal(grads["T1_proj"][leaf][...], rows)
     assert grads["T1_positional_embeddings"][...].shape == (1, patches, 2)
     program = str(jax.make_jaxpr(partial(summed, dtype=jnp.bfloat16))(state))
     assert f"f32[{rows},{patches},2]" not in program

@@ -49,6 +49,8 @@ class PatchEmbed(nnx.Module):
         """Volumes [M, *size] of modality `name` → [M, N, E] in the volumes' dtype."""
         modality = self.modalities[name]
         chex.assert_shape(volumes, (None, *modality.size))
-        x = getattr(self, f"{name}_proj")(patchify(volumes, modality.patch))
         table = getattr(self, f"{name}_positional_embeddings")[...]
-        return split_rows((x + table).astype(x.dtype))  # in float32 where it trains, as `Linear` adds its bias
+        # in float32 where it trains: its gradient is summed over rows and devices in the type of the products
+        x = patchify(volumes, modality.patch).astype(jnp.result_type(volumes, table))
+        x = getattr(self, f"{name}_proj")(x)
+        return split_rows((x + table).astype(volumes.dtype))
