@@ -242,7 +242,7 @@ def test_faults_of_both_sets_come_together(refused: Refused, world: World, tmp_p
         small_run.write_json(file, [small_run.conversation(name, "T1", turns)])
     message = refused("--train-data", files[0], "--eval-data", files[1])
     assert "2 faults" in message
-    assert "nan.nii.gz: 1 voxels are NaN or infinite" in message
+    assert "nan.nii.gz: 1 voxel is NaN or infinite" in message
     assert "page.nii.gz: cannot be read" in message
 
 
