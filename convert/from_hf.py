@@ -44,11 +44,12 @@ class Report:
     """{parameter: (rows in the file, rows now)}; new rows are the mean of the old."""
 
     def lines(self) -> list[str]:
-        """One sentence for each, for people."""
+        """For people, a fact each."""
+        replaced = "\n  ".join(["left out, since the patch embedding of volumes takes their place:", *self.replaced])
         return [
             *(f"{name}: patch embedding {how}" for name, how in self.started.items()),
-            *(f"{name}: left out, the volume patch embedding takes its place" for name in self.replaced),
-            *(f"{path}: grown from {a} to {b} rows, new ones are the mean" for path, (a, b) in self.grown.items()),
+            *([replaced] if self.replaced else []),
+            *(f"{path}: {a} rows → {b}, new ones the mean" for path, (a, b) in self.grown.items()),
         ]
 
 

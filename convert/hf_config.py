@@ -91,7 +91,7 @@ class _Section:
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object. Raises CheckpointError naming the path where it cannot be read or is none."""
-    data = reading.read_json(path, CheckpointError, "give the whole folder of a LLaVA in Hugging Face format")
+    data = reading.read_json(path, CheckpointError, "give the whole folder of a LLaVA in Hugging Face format, or a run")
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected an object, found {type(data).__name__}; copy it again")
     return data
@@ -259,7 +259,8 @@ def _modalities(
     stored = stored_modalities(directory, patch_embed)
     if given is None:
         if not stored:
-            raise ConfigError(f"{path}: not there; name the modalities, with size and patch, in the configuration")
+            remedy = "name the modalities, with size and patch, in a config (--config FILE)"
+            raise ConfigError(f"{path}: not there; {remedy}")
         return stored
     faults = []
     for name, theirs in stored.items():

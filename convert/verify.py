@@ -112,8 +112,8 @@ class Comparison:
         lines += [f"configuration: {fault}" for fault in self.configuration]
         for name, forward in self.forward.items():
             lines.append(
-                f"{name}: logits of PyTorch (A) and JAX (B) differ by {forward.logits:.1e} of the largest"
-                f" (at most {LOGITS_TOLERANCE:.0e}), greedy tokens agree {forward.greedy} of {forward.of}"
+                f"{name}: logits of PyTorch (A) and JAX (B) differ by {forward.logits:.1e} of the largest\n"
+                f"  (at most {LOGITS_TOLERANCE:.0e}), greedy tokens agree {forward.greedy} of {forward.of}"
             )
         return [*lines, *self.notes, "the same model" if self.same else "NOT the same model"]
 

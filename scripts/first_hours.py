@@ -232,10 +232,10 @@ one who changes the model. `python scripts/first_hours.py --write` types all of 
 minutes of processor time; commands are called in one process there, and each takes some seconds more by itself. CI
 types nearly all of it on fewer subjects (`--short`, `tests/test_first_hours.py`).
 
-What differs from a screen: long output is cut, `[... N lines]`; lines of more than 80 characters are folded, `↪`;
-times, rates, and what this machine has are `…`. `JAX_COMPILATION_CACHE_DIR` was set, as a job's should be: what one
-command compiled, the next does not. The exit code is 2 where what was typed or handed in is at fault, 1 for any other
-failure and for what `validate` finds.
+What differs from a screen: long output is cut, `[... N lines]`; lines of more than 80 characters are folded, `↪`; paths
+lack the folder in which all was typed; times, rates, and what this machine has are `…`. `JAX_COMPILATION_CACHE_DIR` was
+set, as a job's should be: what one command compiled, the next does not. The exit code is 2 where what was typed or
+handed in is at fault, 1 for any other failure and for what `validate` finds.
 """
 
 

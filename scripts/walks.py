@@ -133,7 +133,7 @@ RESEARCHER = [
             Step(
                 "All that a run would read is read, and all that is wrong is told.",
                 f"umbrella-jax data validate {FLAGS} {DATA} --html look.html",
-                [r"good: 0 faults, 0 warnings, 0 notes", r"orientation\s+LAS", r"look\.html: holds pictures"],
+                [r"good: 0 faults, 0 warnings, 0 notes", r"orientation\s+LAS", r"look\.html:\n  holds pictures"],
                 show=(26, 9),
             ),
             Step(
@@ -141,13 +141,13 @@ RESEARCHER = [
                 f"umbrella-jax data validate {FLAGS} --train-data conversations/train.json",
                 [r"image-root|image_root", r"not good: \d+ faults"],
                 code=1,
-                show=(0, 8),
+                show=(0, 15),
             ),
             Step("A wrong path, ", "mkdir wrong; sed '2s/sub-0/sub-9/g' conversations/train.json > wrong/path.json"),
             Step(
                 "is named.",
                 f"umbrella-jax data validate {FLAGS} --train-data wrong/path.json --image-root ds",
-                [r"sub-9\d\d_T1w\.nii\.gz: not found", r"not good: 1 fault"],
+                [r"sub-9\d\d_T1w\.nii\.gz, in\s+wrong/path\.json\[0\]", r"not good: 1 fault"],
                 code=1,
                 show=(0, 8),
             ),
@@ -203,7 +203,7 @@ RESEARCHER = [
             Step(
                 "All but the steps, on this machine: for the queue's short partition, before the long job.",
                 f"umbrella-jax train {FLAGS} {DATA} --out runs/lesion --dry-run",
-                [r"compiled in .* s: step of 8 conversations", r"memory of a device", r"nothing was written"],
+                [r" s, .* MB, step of 8 × ", r"memory of a device", r"nothing was written"],
                 show=(2, 14),
             ),
         ],
@@ -262,7 +262,7 @@ RESEARCHER = [
         [
             Step(
                 "With intervals over subjects, beside chance.",
-                "umbrella-jax score runs/lesion/predictions/step_*.jsonl",
+                "umbrella-jax score runs/lesion",
                 [r"lesion_side_classification", r"balanced_accuracy|accuracy"],
                 show=(18, 3),
             ),
@@ -277,7 +277,7 @@ RESEARCHER = [
             Step(
                 "One page of all that.",
                 "umbrella-jax report runs/lesion --baseline runs/lesion --samples 2 --explain gradient",
-                [r"runs/lesion/report\.html: holds pictures"],
+                [r"runs/lesion/report\.html:\n  holds pictures"],
                 long=True,
             ),
         ],
@@ -348,14 +348,14 @@ ENGINEER = [
                 f"umbrella-jax inspect {NEW}",
                 [
                     r"DWI: patch embedding not in the checkpoint",
-                    r"DWI_proj\.weight\s+\(64, 180\)",
+                    r"DWI_proj\.weight\s+64×180",
                     r"patch_embed\s+\S+\s+\S+",
                 ],
             ),
             Step(
                 "A group that trains may be any pattern of parameter paths.",
                 f"umbrella-jax inspect {NEW} --set 'train.groups={{patch_embed: {{}}, vision_tower.*.q_proj.*: {{}}}}'",
-                [r"q_proj\.weight\s+\(2, 64, 64\)\s+\[vision_tower\.\*\.q_proj\.\*\]"],
+                [r"trains, vision_tower\.\*\.q_proj\.\*:\n", r"q_proj\.weight\s+2×64×64$"],
                 show=(0, 12),
             ),
             Step(

@@ -173,6 +173,8 @@ def test_faults_of_a_config_come_together(refused: Refused, world: World, tmp_pa
     [
         (["--config", "/no/where.yaml"], ["/no/where.yaml: cannot be read"]),
         (["--set", "train.clip=1"], ["train.clip: no such key", "clip_norm"]),
+        (["--set", "clip_norm=1"], ["clip_norm: no such key", "the nearest is train.clip_norm"]),
+        (["--eval-data", "none.json"], ["data.eval: none.json: not found", "(--eval-data P)"]),
         (["--set", "train.clip_norm"], ["train.clip_norm: expected KEY=VALUE"]),
         (["--set", "train.clip_norm=[1"], ["--set train.clip_norm=[1: not valid YAML"]),
         (["--set", "seed.of=1"], ["seed.of: seed is 0; expected a section of keys"]),
@@ -242,7 +244,7 @@ def test_faults_of_both_sets_come_together(refused: Refused, world: World, tmp_p
         small_run.write_json(file, [small_run.conversation(name, "T1", turns)])
     message = refused("--train-data", files[0], "--eval-data", files[1])
     assert "2 faults" in message
-    assert "nan.nii.gz: 1 voxels are NaN or infinite" in message
+    assert "nan.nii.gz: 1 voxel is NaN or infinite" in message
     assert "page.nii.gz: cannot be read" in message
 
 
@@ -402,7 +404,7 @@ def test_training_data_that_is_not_there(refused: Refused, tmp_path: Path) -> No
         (0, "none.nii.gz", "not found; expected a volume or a directory of frames"),
         (0, "cut.nii.gz", "cannot be read"),
         (0, "page.nii.gz", "cannot be read"),
-        (0, "nan.nii.gz", "1 voxels are NaN or infinite; expected finite numbers"),
+        (0, "nan.nii.gz", "1 voxel is NaN or infinite; expected finite numbers"),
         (0, "run-0.nii", "shape (4, 4, 5, 10); expected 3 axes"),
         (8, "0.nii.gz", "shape (9, 8, 7); expected 4 axes"),
         (8, "short.nii", "3 frames; expected at least a window of 4"),
@@ -481,7 +483,8 @@ def test_conversation(refused: Refused, data: Callable[..., Path], change: Any, 
 def test_the_limit_on_length_is_configured(refused: Refused) -> None:
     message = refused("--set", "data.max_length=40")
     assert "4 faults" in message  # the four of two images
-    assert "(two-01): 42 positions, 12 of them patches; expected at most 40" in message
+    assert "  - 4 × 42 positions, 12 of them patches; expected at most 40" in message, "which is said once"
+    assert all(f"({name})\n" in message for name in ("two-01", "two-23", "two-30"))
 
 
 def test_faults_of_conversations_come_together(refused: Refused, data: Callable[..., Path]) -> None:

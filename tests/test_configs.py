@@ -114,7 +114,7 @@ def test_full_size_parameter_counts(name: str, tmp_path: Path) -> None:
     modalities = list(load_config(CONFIGS / f"{name}.yaml").model.modalities)
     base = write_hub_config(tmp_path / "base", size)
     printed = umbrella("inspect", "--config", CONFIGS / f"{name}.yaml", "--base", base)
-    rows = [line.replace(",", "").split() for line in printed.partition("trains:")[0].splitlines()]
+    rows = [line.replace(",", "").split() for line in printed.partition("trains, ")[0].splitlines()]
     counts = {row[0]: (int(row[1]), int(row[2])) for row in rows if len(row) == 3 and row[1].isdigit()}
     expected = expected_counts(size, modalities)
     trains = {"patch_embed": expected.pop("patch_embed")}

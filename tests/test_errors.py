@@ -97,6 +97,21 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
             ended(error, monkeypatch)
 
 
+def test_alike_faults_are_told_as_one() -> None:
+    """Of four or more places, each named; all of `faults` are as they were."""
+    missing = [f"scan{i}.nii: not found; expected: a volume" for i in range(4)]
+    error = DataError([missing[0], "train.json: no turn", *missing[1:], "odd"])
+    assert str(error).splitlines() == [
+        "6 faults:",
+        "  - 4 × not found; expected: a volume",
+        *(f"      scan{i}.nii" for i in range(4)),
+        "  - train.json: no turn",
+        "  - odd",
+    ]
+    assert str(DataError(missing[1:])).splitlines()[1:] == [f"  - {fault}" for fault in missing[1:]]
+    assert error.faults[2] == missing[1]
+
+
 def test_what_argparse_refuses_ends_alike(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["train"])

@@ -138,6 +138,7 @@ def test_a_part_is_gone_on_with(
     _same(read_lines(out), whole)
     assert not part.exists()
     assert "is there already" in predict(run, data, out, *flags, "--resume", code=2)
+    assert "in a directory that exists" in predict(run, data, tmp_path / "none" / "a.jsonl", code=2)
 
 
 def test_a_part_of_something_else_is_refused(run: Path, data: Path, world: World, tmp_path: Path) -> None:

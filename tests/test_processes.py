@@ -282,7 +282,8 @@ def test_only_process_0_prints_and_writes(
     said: list[tuple[int, str, str]], records: list[dict[str, Any]], run: Path
 ) -> None:
     (_, first, _), (_, *second) = said
-    assert f"4 conversations, {STEPS} steps on 2 device(s)" in first
+    assert f"4 conversations, {STEPS} steps, into " in first
+    assert "devices: 2 (" in first
     assert first.count("step 1: compiling") == 1
     assert f"step {STEPS}  loss" in first
     said_by_us = [line for text in second for line in text.splitlines() if not line.startswith("[Gloo]")]  # of XLA

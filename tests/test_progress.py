@@ -66,17 +66,17 @@ def test_rates_leave_out_what_compiled(clock: Clock) -> None:
             clock.now += 2.5  # half a second of which it is evaluated or saved
             progress.advance(1, Work(2, 1000, 1e6), 2, compiled=False, loss=1.5)
     assert len(said) == 1
-    assert progress.text(1.5) == "step 15 of 1,000  loss 1.5000  1 samples/s  500 tokens/s  50% of peak  0:41:02 left"
+    assert progress.text(1.5) == "step 15 of 1,000  loss 1.5000  0:41:02 left  1 samples/s  500 tokens/s  50% of peak"
 
 
 def test_rates_are_no_powers_of_ten(clock: Clock) -> None:
     with Progress("step", 9, say=print, note=print) as progress:
         progress.advance(1, Work(1, 123_456), 0.05, compiled=False)
-        assert progress.text().startswith("step 1 of 9  20 samples/s  2,469,120 tokens/s")
+        assert "  20 samples/s  2,469,120 tokens/s" in progress.text()
         progress.advance(1, Work(2470, 0), 0.95, compiled=False)
-        assert progress.text().startswith("step 2 of 9  2,471 samples/s  123,456 tokens/s")
+        assert "  2,471 samples/s  123,456 tokens/s" in progress.text()
         progress.advance(1, Work(0, 0), 7999, compiled=False)
-        assert progress.text().startswith("step 3 of 9  0.309 samples/s  15.4 tokens/s")
+        assert "  0.309 samples/s  15.4 tokens/s" in progress.text()
 
 
 def test_lines_come_now_and_then(clock: Clock) -> None:
@@ -111,7 +111,7 @@ def test_a_terminal_has_one_line(clock: Clock, monkeypatch: pytest.MonkeyPatch) 
         written = read()
     assert "\n" not in written.rstrip(), "it is rewritten"
     shown = re.sub(r"\x1b\[\w+", "", written).split("\r")
-    assert any("step 2 of 3  loss 2.0000  0.4" in part for part in shown)
+    assert any("step 2 of 3  loss 2.0000  0:00:10 left" in part for part in shown)
     assert max(map(len, shown)) <= 50
     assert [line.split("  ")[0] for line in noted] == ["step 1 of 3", "step 3 of 3"]
     assert not any(re.search(r"[\x00-\x1f]", line) for line in noted)

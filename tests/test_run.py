@@ -131,16 +131,17 @@ def test_the_summary_says_what_trains(printed: str, world: World) -> None:
         "language_model 0 98,880",
     ]:
         assert line in [" ".join(line.split()) for line in printed.splitlines()]
-    names = [line.split()[0] for line in printed.partition("trains:\n")[2].splitlines() if line.startswith("  ")]
+    _, *groups = printed.partition("\n12 conversations")[0].split("trains, ")
+    names = [line.split()[0] for group in groups for line in group.splitlines() if line.startswith("  ")]
     assert set(names) == TRAINED
-    assert (
-        f"12 conversations, {STEPS} steps on 1 device(s) (data=1,fsdp=1,tensor=1), into {world.root / 'run'}" in printed
-    )
+    assert f"12 conversations, {STEPS} steps, into {world.root / 'run'}\n" in printed
+    assert "devices: 1 (data=1,fsdp=1,tensor=1)" in printed.splitlines()
     assert "attention: xla" in printed.splitlines()
     # three of its scans stand in eval too; no conversation says a subject
     assert "WARNING: 3 subjects and scans are both in train and in eval: answers may be remembered" in printed
     # 4 of one scan and the one of text, 3 of runs, 4 of two scans; M is 4, 3 and 4
-    assert "plan: 3 shapes to compile, 36.3% of positions padded, 0.92 volumes encoded per conversation" in printed
+    assert "plan: 3 shapes to compile, 36.3% of positions padded\n" in printed
+    assert "\n      0.92 volumes encoded per conversation, which shows " in printed
 
 
 def test_inspect_prints_the_same_summary(printed: str, world: World, tmp_path: Path) -> None:
@@ -162,12 +163,13 @@ def test_a_run_goes_on_on_another_mesh(tmp_path: Path) -> None:
     flags += ["--learning-rate", 1e-3, "--set", "train.warmup_steps=0"]
     whole, again = tmp_path / "whole", tmp_path / "again"
     said = umbrella(*world.train_flags(whole, *flags, "--mesh", "fsdp=2,tensor=2"), devices=4)
-    assert "3 steps on 4 device(s) (data=1,fsdp=2,tensor=2)" in said
+    assert "3 steps, into " in said
+    assert "devices: 4 (data=1,fsdp=2,tensor=2)" in said
     shutil.copytree(whole, again)
     shutil.rmtree(again / "checkpoints" / "3")
     said = umbrella(*world.train_flags(again, *flags, "--resume"), devices=2)
     assert "resume: from step 2" in said
-    assert "3 steps on 2 device(s) (data=2,fsdp=1,tensor=1)" in said
+    assert "devices: 2 (data=2,fsdp=1,tensor=1)" in said
     small_run.assert_close(again, whole)
 
 

@@ -611,7 +611,12 @@ def _expected_keys(path: Sequence[str | int]) -> str:
     if not dataclasses.is_dataclass(cls):
         return "another"
     known = [f.name for f in dataclasses.fields(cls)]
-    near = difflib.get_close_matches(str(path[-1]), known, n=1)
+    name = str(path[-1])
+    near = difflib.get_close_matches(name, known, n=1) or [
+        f"{section.name}.{name}"
+        for section in dataclasses.fields(RunConfig)
+        if dataclasses.is_dataclass(section.type) and name in {f.name for f in dataclasses.fields(section.type)}
+    ]
     return f"one of {', '.join(known)}" + (f"; the nearest is {near[0]}" if near else "")
 
 

@@ -9,7 +9,7 @@ Whoever checks something collects every fault first and raises once, so that nob
 a thousand files one error at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 LESS = (
@@ -18,6 +18,8 @@ LESS = (
 )
 """The remedy, where a device's memory is full."""
 _SHOWN = 50
+_ALIKE = 4
+"""So many faults that say the same of several places are told as one."""
 _LONGEST = 2000  # characters of one fault: what it quotes may be a text of megabytes
 
 
@@ -32,6 +34,22 @@ def visible(text: str, kept: str = "\n\t") -> str:
     """The text with all but letters, signs, spaces and what is `kept` written out: a file's names and texts may hold
     what moves a terminal's cursor, colours its lines or turns their direction round."""
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def _told(faults: Sequence[str]) -> Iterator[str]:
+    """Lines, in order; a reason that many of them have (paths without --image-root) once, above its places."""
+    places: dict[str, list[str]] = {}
+    for fault in faults:
+        place, _, reason = fault.partition(": ")
+        places.setdefault(reason, []).append(place)
+    for fault in faults:
+        reason = fault.partition(": ")[2]
+        alike = places.get(reason, [])
+        if not reason or 0 < len(alike) < _ALIKE:
+            yield f"  - {fault}"
+        elif alike:
+            yield f"  - {len(alike)} × {reason}"
+            yield from (f"      {place}" for place in places.pop(reason))
 
 
 class UmbrellaError(ValueError):
@@ -49,7 +67,7 @@ class UmbrellaError(ValueError):
         shown = [visible(f) for f in shown]
         if len(self.faults) == 1:
             return shown[0]
-        lines = [f"{len(self.faults)} faults:", *(f"  - {f}" for f in shown)]
+        lines = [f"{len(self.faults)} faults:", *_told(shown)]
         if len(self.faults) > _SHOWN:
             lines.append(f"  ... and {len(self.faults) - _SHOWN} more")
         return "\n".join(lines)

@@ -248,8 +248,8 @@ def predict(
         The rows (`Row`), as they stand in `out`; `likelihoods` are natural logarithms.
 
     Raises:
-        ConfigError: `out` is there; an earlier call's part is and `resume` is not asked for, or other settings are;
-            the model has not the modalities of the data.
+        ConfigError: `out` is there, or its directory is not; an earlier call's part is and `resume` is not asked for,
+            or other settings are; the model has not the modalities of the data.
         DataError, CheckpointError: as training does.
     """
     out, first = Path(out), jax.process_index() == 0
@@ -261,6 +261,8 @@ def predict(
             raise ConfigError("data.eval: expected conversations to answer (--data P)")
         if out.exists():
             raise ConfigError(f"{out}: is there already; name another file, or remove it")
+        if not out.parent.is_dir():
+            raise ConfigError(f"{out}: expected the name of a file in a directory that exists")
         devices = make_mesh(mesh, batch_size=batch_size)
         checkpoint = Checkpoint.open(source, modalities, compute_dtype=compute_dtype)
         if faults := MeshShape(**devices.shape).undivided(checkpoint.config):

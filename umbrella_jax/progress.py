@@ -96,6 +96,9 @@ class Progress:
         parts = [f"{self._what} {self._done:,} of {self._total:,}"]
         if loss is not None:
             parts.append(f"loss {loss:.4f}")
+        if self._counted and self._done < self._total:  # before the rates: a narrow terminal cuts the line
+            left = self._elapsed / self._counted * (self._total - self._done)
+            parts.append(f"{timedelta(seconds=round(left))} left")
         seconds = sum(seconds for _, seconds in self._recent)
         if seconds > 0:
             work = [work for work, _ in self._recent]
@@ -105,9 +108,6 @@ class Progress:
             flops = sum(w.flops for w in work)
             if self._peak and flops:
                 parts.append(f"{flops / seconds / self._peak:.0%} of peak")
-        if self._counted and self._done < self._total:
-            left = self._elapsed / self._counted * (self._total - self._done)
-            parts.append(f"{timedelta(seconds=round(left))} left")
         if stats := self._memory():
             parts.append(_memory_text(stats))
         return "  ".join(parts)

@@ -71,7 +71,8 @@ def find_runs(directory: str | Path) -> list[Run]:
 
 def _directories(directory: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(directory):
-        if METRICS in files or LOG in files or (CONFIG in files and CHECKPOINTS in folders):
+        begun = METRICS in files or (CONFIG in files and CHECKPOINTS in folders)
+        if begun or (LOG in files and is_locked(Path(folder))):  # a log alone: what was refused before it was a run
             folders.clear()  # what lies within is the run's own
             yield Path(folder)
 
@@ -114,7 +115,9 @@ class Comparison:
 
     def table(self) -> str:
         """For a terminal."""
-        rows = [["run", "state", "step", "loss", *self.metrics]]
+        parts = [name.rpartition("/") for name in self.metrics]  # above each other, for a narrow column
+        rows = [["", "", "", "", *(before + slash for before, slash, _ in parts)]] if any(p[0] for p in parts) else []
+        rows.append(["run", "state", "step", "loss", *(last for *_, last in parts)])
         for run in self.runs:
             steps = f"{run.step:,}" + ("" if run.steps is None else f" of {run.steps:,}")
             rows.append([visible(run.name), run.state, steps, *map(_short, self._values(run).values())])

@@ -96,12 +96,13 @@ def trained(rehearsed: str, world: World, flags: list[object], counted: list[tup
 
 def test_what_it_says(rehearsed: str) -> None:
     for text in (
-        r"trains:\n  vision_tower\.\S+T1_positional_embeddings ",
-        r"4 conversations, 2 steps on 1 device\(s\)",
-        r"plan: 1 shapes to compile",
-        *(rf"compiled in \d+\.\d s: {what} of 4 conversations of \d+ positions, .*; takes \d" for what in PROGRAMS),
+        r"trains, patch_embed/T1:\n  vision_tower\.\S+T1_positional_embeddings ",
+        r"4 conversations, 2 steps, into ",
+        r"devices: 1 \(data=1,fsdp=1,tensor=1\)",
+        r"plan: 1 shape to compile",
+        *(rf"  \d+\.\d s, \d+\.\d MB, {what} of 4 × \d+ positions, " for what in PROGRAMS),
         r"5 programs compiled in \d+\.\d s",
-        r"memory of a device: \d+\.\d MB as compiled, \d+\.\d MB as umbrella-jax plan counts; it has \d+\.\d GB",
+        r"memory of a device: \d+\.\d MB as compiled, \d+\.\d MB as plan counts; it has \d+\.\d GB",
         r"nothing was written to ",
     ):
         assert re.search(text, rehearsed), text
@@ -121,7 +122,7 @@ def test_its_programs_are_the_run_s(trained: Path, recorded: tuple[set[Any], set
 
 def test_memory_is_that_of_arguments_and_results(rehearsed: str) -> None:
     """A step takes its weights at least, 180 thousand numbers of float32; programs that need a part of them, less."""
-    found = dict(re.findall(r"compiled in \S+ s: (\w+) of .*; takes (\d+\.\d) MB", rehearsed))
+    found = {what: size for size, what in re.findall(r" s, (\d+\.\d) MB, (\w+) of ", rehearsed)}
     assert found.keys() == PROGRAMS.keys()
     assert 0.7 < float(found["step"]) < 20
     assert float(found["likelihoods"]) < float(found["step"])
@@ -175,6 +176,14 @@ def test_what_a_run_refuses_it_refuses(
     assert str(tmp_path / "none") in message
 
 
+def test_a_warmup_as_long_as_the_run_is_warned_of(world: World, flags: list[object], uncompiled: None) -> None:
+    for steps, warned in ((1, False), (2, True)):
+        said = umbrella(
+            *world.train_flags(world.root / "w", *flags, "--dry-run", "--set", f"train.warmup_steps={steps}")
+        )
+        assert ("WARNING: train.warmup_steps: 2 of 2 steps: the rate never reaches" in said) == warned
+
+
 def test_progress_and_log_of_the_run(trained: Path) -> None:
     """Every line has its time, none moves a cursor; the steps' line is there without a terminal."""
     text = (trained / "log.txt").read_text()
@@ -207,6 +216,6 @@ def test_work_is_conversations_and_their_positions(
     assert (first[:2], second[:2], loss[:2], answers[:2]) == ((1, 4), (1, 4), (4, 4), (4, 4))
     assert [compiled for *_, compiled in counted] == [True, False, True, True]
     assert first[2] == second[2] == loss[2]
-    positions = int(re.search(r"step of 4 conversations of (\d+) positions", rehearsed)[1])  # type: ignore[index]
+    positions = int(re.search(r"step of 4 × (\d+) positions", rehearsed)[1])  # type: ignore[index]
     assert 4 * (2 * 6 + 8) < loss[2] <= 4 * positions
     assert loss[2] - 40 < answers[2] < loss[2], "prompts lack the last answer"

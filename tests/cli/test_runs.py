@@ -13,6 +13,7 @@ import pytest
 from tests.small_run import MODALITIES, read_config, write_config
 from umbrella_jax.cli import main
 from umbrella_jax.config import dump_config, parse_config
+from umbrella_jax.files import locked
 from umbrella_jax.runs import compare, find_runs
 
 SEX, AGE = "eval_accuracy/sex", "eval_mae/age"
@@ -81,7 +82,8 @@ def test_the_table(running: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", str(running), "--metric", AGE]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows == [
-        ["run", "state", "step", "loss", AGE],
+        ["eval_mae/"],
+        ["run", "state", "step", "loss", "age"],
         ["a", "finished", "6", "of", "6", "1.667", "3.6"],
         ["c", "running", "1", "of", "6", "10", "–"],
         ["deep/b", "stopped", "4", "of", "8", "2.5", "–"],
@@ -93,6 +95,15 @@ def test_the_table(running: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ["train.epochs", "1.0", "2.0", "1.0"],
         ["seed", "1", "1", "2"],
     ]
+
+
+def test_what_was_refused_is_no_run(folder: Path) -> None:
+    """It left a log alone; while a process is at it, it is one that begins."""
+    (folder / "d").mkdir()
+    (folder / "d" / "log.txt").write_text("2026-01-01 10:00:00+00:00 started: x\n")
+    assert [run.name for run in find_runs(folder)] == ["a", "c", "deep/b"]
+    with locked(folder / "d"):
+        assert [(run.name, run.state) for run in find_runs(folder)][2] == ("d", "running")
 
 
 def test_a_killed_run_has_no_last_word(folder: Path) -> None:

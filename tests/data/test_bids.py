@@ -224,7 +224,7 @@ def test_sessions_and_entities(bids, tmp_path, entities, paths):
     (records,) = written(tmp_path / "out", "all")
     found = [r["images"][0]["path"].removeprefix("sub-").partition("_T1w")[0] for r in records]
     assert found == paths
-    text = "\n".join(lines)
+    text = " ".join(" ".join(lines).split())  # without line breaks
     if entities:
         assert f"scans that are not {' '.join(entities)}" in text
     else:
@@ -288,10 +288,11 @@ def test_what_is_left_out_is_named(bids, tmp_path):
     (root / "sub-13/anat").mkdir(parents=True)
     (root / "sub-13/anat/sub-13_T1w.nii.gz").symlink_to(root / ".git/annex/nowhere")
     lines = from_bids(root, tmp_path / "out", "sex", split="train=0.5,eval=0.5")
-    assert [line for line in lines if line.startswith("left out")] == [
-        "left out: files with another name than BIDS gives them there (2): "
-        "sub-00/anat/sub-00_defaced-T1w_old_T1w.nii, sub-00/anat/sub-01_run-2_T1w.nii",
-        "left out: files that are links to nothing; `datalad get` them (1): sub-13/anat/sub-13_T1w.nii.gz",
+    assert lines[3 : lines.index("next:")] == [
+        "left out: files with another name than BIDS gives them there (2):",
+        "  sub-00/anat/sub-00_defaced-T1w_old_T1w.nii, sub-00/anat/sub-01_run-2_T1w.nii",
+        "left out: files that are links to nothing; `datalad get` them (1):",
+        "  sub-13/anat/sub-13_T1w.nii.gz",
         "left out: subjects without a scan (2): sub-12, sub-13",
         "left out: subjects whose sex is n/a or empty (3): sub-10, sub-11, sub-14",
         "left out: subjects without a row in participants.tsv (1): sub-20",
@@ -304,8 +305,8 @@ def test_what_elsewhere_means_missing_is_told(bids, tmp_path):
     people = {**sexes(4), "10": {"sex": "NA"}, "11": {"sex": "NA"}, "12": {"sex": "nan"}}
     root = bids(people, {n: [f"anat/sub-{n}_T1w.nii"] for n in people})
     lines = from_bids(root, tmp_path / "out", "sex", split="train=0.5,eval=0.5")
-    told = "taken as values of sex, though elsewhere they mean a missing one, in BIDS n/a: NA (2), nan (1)"
-    assert [line for line in lines if line.startswith("taken")] == [told]
+    told = "taken as values of sex, though elsewhere they mean a missing one, in BIDS n/a:\n  NA (2), nan (1)\n"
+    assert told in "\n".join(lines)
 
 
 def test_spelling(bids, tmp_path):
@@ -505,7 +506,7 @@ def test_command(bids, tmp_path):
         f"--eval-data {out}/eval.json --image-root {shlex.quote(str(root))} --out runs/sex"
     )
     pairs = umbrella("data", "from-bids", root, tmp_path / "t3", "--target", "sex", "--kind", "comparison")
-    assert "train.json: 8 subjects, 32 conversations: female 4, male 4; pairs: same 16, different 16" in pairs
+    assert "train.json: 8 subjects, 32 conversations: female 4, male 4\n  pairs: same 16, different 16\n" in pairs
 
 
 def test_command_prints_the_range_of_numbers(bids, tmp_path):
@@ -520,3 +521,12 @@ def test_command_names_faults(bids, tmp_path):
     )
     assert "2 faults:" in printed
     assert "iq: expected one such column, got participant_id, sex" in printed
+
+
+def test_one_cause_is_one_fault(bids, tmp_path):
+    (fault,) = faults(tmp_path / "none", tmp_path / "out", "sex")
+    assert fault.endswith("none: not found; expected a directory with a BIDS data set")
+    root = bids(sexes(3))
+    table = root / "participants.tsv"
+    table.write_text(table.read_text().replace("\t", ","))
+    assert all("parted by tabs" in fault for fault in faults(root, tmp_path / "out", "sex"))

@@ -243,7 +243,10 @@ def test_what_a_filter_leaves_out_is_not_looked_at(mixed):
 
 
 def test_filters_that_keep_nothing_list_what_exists(mixed):
-    with pytest.raises(DataError, match=r"keep none of 3 .* modalities are T1, rsfMRI, their tasks T1, T2, age, sex"):
+    with pytest.raises(
+        DataError,
+        match=r"none of 3 .* is of task_filter iq; their modalities are T1, rsfMRI, their tasks T1, T2, age, sex",
+    ):
         read_conversations(mixed, NAMES, task_filter="iq")
     with pytest.raises(DataError, match="modality PET: not configured; expected one of T1, rsfMRI"):
         read_conversations(mixed, NAMES, modality="PET")

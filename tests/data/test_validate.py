@@ -91,15 +91,14 @@ def test_all_faults_of_both_sets_come_together(config, ask, record, nifti, write
         ("text", "train", "train.jsonl:4 (long)", "expected at most 100"),
         ("text", "train", "train.jsonl:5 (silent)", "no assistant turn has text"),
         ("volume", "train", "rank.nii", "expected 3 axes"),
-        ("volume", "eval", "nan.nii", "1 voxels are NaN"),
+        ("volume", "eval", "nan.nii", "1 voxel is NaN"),
         ("volume", "eval", "cut.nii.gz", "cannot be read"),
         ("text", "eval", "eval.json[2] (answerless)", "the last turn is not the assistant's"),
         ("conversation", "eval", "eval.json[3]", "task_id: expected a string"),
-        ("conversation", "eval", "eval.json[3] (None)", "expected at least one message"),
+        ("conversation", "eval", "eval.json[3]", "expected at least one message"),
     ]
     for kind, name, place, reason in expected:
-        (match,) = [f for f in faults if f[:3] == (kind, (name,), place)]
-        assert reason in match[3]
+        assert any(reason in f[3] for f in faults if f[:3] == (kind, (name,), place)), (place, reason)
     assert len(faults) == len(expected)
     text = re.sub(r"\s+", " ", "\n".join(report.lines()))
     for _, _, place, reason in expected:

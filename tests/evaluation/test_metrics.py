@@ -649,6 +649,32 @@ def test_the_command_reads_a_config(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert message in capsys.readouterr().err
 
 
+def test_the_command_takes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its newest predictions, by its own config."""
+    (tmp_path / "config.yaml").write_text(
+        "model: {modalities: {T1: {size: [4, 4, 4], patch: [2, 2, 2]}}}\nevaluation: {resamples: 0}\n"
+    )
+    assert main(["score", str(tmp_path)]) == 2
+    assert "no predictions in it" in capsys.readouterr().err
+    (tmp_path / "predictions").mkdir()
+    for step in (9, 10):
+        write(tmp_path / "predictions" / f"step_{step}.jsonl", SEX[: step - 7])
+    assert main(["score", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{tmp_path}/predictions/step_10.jsonl\n\n")
+    assert "No intervals: no resamples" in out
+    assert main(["score", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["overall"]["accuracy"]["n"] == 3
+
+
+def test_columns_stay_apart() -> None:
+    """Of the widest interval too."""
+    found = metrics.Figure(5.49e-07, 2.78e-11, 2.05e-06, 5, 4, 0.24)
+    (line,) = metrics._figure_lines({"brier": found})
+    assert line.split() == ["brier", "5.49e-07", "2.78e-11–2.05e-06", "5", "4", "0.240"]
+    assert len(line) == 80
+
+
 def test_the_command_names_every_bad_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "answers.jsonl"
     file.write_text('{"task_id": "a", "prediction": null, "reference": "x"}\n\n{"task_id"\n[]\n')

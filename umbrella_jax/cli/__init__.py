@@ -7,7 +7,6 @@ that `--help` and completion are there at once.
 import argparse
 import io
 import logging
-import os
 import shlex
 import signal
 import sys
@@ -60,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     arguments = make_parser().parse_args(words)
     debug = vars(arguments).pop("debug", False)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of missing PyTorch, which is not needed
     # orbax warns of what is on purpose (reading a run read-only), and prints tracebacks of what it raises later
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisable

@@ -87,10 +87,10 @@ def _to_hf(arguments: argparse.Namespace) -> None:
     if arguments.trainable_only:
         file = write_trained(checkpoint, out, names=names)
         print(f"{file}: what was trained; back onto its base HF_DIR:")
-        print(f"  umbrella-jax convert from-hf HF_DIR OUT --config FILE --patch-embed {file}")
+        print(f"  umbrella-jax convert from-hf HF_DIR OUT --config FILE \\\n    --patch-embed {file}")
     else:
         write_hf(checkpoint, out, names=names, max_shard_size=arguments.max_shard_size)
-        print(f"{out}: Hugging Face checkpoint; in PyTorch: convert.torch_model.load_umbrella({str(out)!r})")
+        print(f"{out}: Hugging Face checkpoint; in PyTorch:\n  convert.torch_model.load_umbrella({str(out)!r})")
 
 
 def _verify(arguments: argparse.Namespace) -> int:

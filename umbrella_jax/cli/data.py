@@ -111,7 +111,7 @@ def _validate(arguments: argparse.Namespace) -> int:
         sample = 24 if arguments.samples is None else arguments.samples
         data = config.data
         write_page(report, config.model.modalities, page, sample=sample, threads=data.threads, augment=data.augment)
-        print(f"{page}: {PRIVACY}", file=sys.stderr)
+        print(f"{page}:\n  {PRIVACY}", file=sys.stderr)
     print(json.dumps(report.to_json(), indent=1, allow_nan=False) if arguments.json else "\n".join(report.lines()))
     return 0 if report.ok else 1
 

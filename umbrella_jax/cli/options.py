@@ -11,7 +11,7 @@ from umbrella_jax.reading import parse_yaml
 # Flags that stand for a key of the config: group, key, type, name of the value, help.
 _DATA, _RUN = "model and data", "run"
 _FLAGS: dict[str, tuple[str, str, type, str, str]] = {
-    "--base": (_DATA, "model.base", str, "HF_DIR", "LLaVA (HF), native checkpoint, hub name"),
+    "--base": (_DATA, "model.base", str, "HF_DIR", "LLaVA (HF), its hub name, native, or a run"),
     "--train-data": (_DATA, "data.train", str, "PATH", ".json, .jsonl or a directory of them"),
     "--eval-data": (_DATA, "data.eval", str, "PATH", "conversations to evaluate on"),
     "--image-root": (_DATA, "data.image_root", str, "DIR", "where relative image paths start"),

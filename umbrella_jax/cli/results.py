@@ -39,10 +39,10 @@ def add(commands: Any) -> None:
         "score",
         _score,
         "How right predictions are, by task, with intervals.",
-        "umbrella-jax score runs/sex/predictions/step_300.jsonl",
+        "umbrella-jax score runs/sex",
     )
-    score.add_argument("predictions", metavar="FILE", help="of a run's predictions/, or like them (.jsonl)")
-    score.add_argument("--config", metavar="FILE", help="YAML of a run, for its section evaluation")
+    score.add_argument("predictions", metavar="FILE", help="predictions (.jsonl), or a run: its newest")
+    score.add_argument("--config", metavar="FILE", help="for its section evaluation; default a run's own")
     add_json(score)
 
     report = add_command(
@@ -101,11 +101,22 @@ def _runs(arguments: argparse.Namespace) -> None:
 
 def _score(arguments: argparse.Namespace) -> None:
     from umbrella_jax.evaluation.metrics import read_predictions, score, tasks_of
+    from umbrella_jax.rundir import CONFIG, evaluations
 
-    config = load_config(arguments.config).evaluation if arguments.config else EvaluationConfig()
-    rows = read_predictions(arguments.predictions)
-    found = score(rows, tasks_of(rows, config.tasks), resamples=config.resamples)
-    print(json.dumps(found.to_json(), indent=1, allow_nan=False) if arguments.json else visible(found.table()))
+    file, settings, title = Path(arguments.predictions), arguments.config, ""
+    if file.is_dir():
+        found = evaluations(file)
+        if not found:
+            raise ConfigError(f"{file}: no predictions in it; expected a run that was evaluated, or a file of them")
+        file, settings = found[max(found)], settings or file / CONFIG
+        title = f"{file}\n\n"
+    config = load_config(settings).evaluation if settings else EvaluationConfig()
+    rows = read_predictions(file)
+    scores = score(rows, tasks_of(rows, config.tasks), resamples=config.resamples)
+    if arguments.json:
+        print(json.dumps(scores.to_json(), indent=1, allow_nan=False))
+    else:
+        print(visible(f"{title}{scores.table()}"))
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -122,7 +133,7 @@ def _report(arguments: argparse.Namespace) -> None:
         samples=arguments.samples,
         explain=arguments.explain,
     )
-    print(f"{out}: {PRIVACY}")
+    print(f"{out}:\n  {PRIVACY}")
 
 
 def _baseline(arguments: argparse.Namespace) -> None:

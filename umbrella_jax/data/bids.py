@@ -15,6 +15,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, TypeVar
 
+from umbrella_jax.columns import plural, wrapped
 from umbrella_jax.config import MAX_CLASSES
 from umbrella_jax.data.conversation import IMAGE_MARKER, TURN_END, TURN_START
 from umbrella_jax.errors import ConfigError, DataError, UmbrellaError
@@ -96,6 +97,8 @@ def from_bids(
         DataError: with every fault of the data set and the arguments, before anything is written.
     """
     root, out = Path(root), Path(out)
+    if not root.is_dir():
+        raise DataError(f"{root}: not found; expected a directory with a BIDS data set")
     faults: list[str] = []
     notes: list[str] = []
 
@@ -143,9 +146,13 @@ def from_bids(
         file = out / f"{name}.json"
         body = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)  # a line each, for grep
         file.write_text(f"[\n{body}\n]\n", encoding="utf-8")
-        counts = f"{len(members)} subjects, {len(records)} conversations"
-        lines.append(f"{file}: {counts}: {_counted(kind, subjects, members, records)}")
-    return [*lines, *notes, *_next_command(root, out, target, modality, splits)]
+        counts = f"{plural(len(members), 'subject')}, {plural(len(records), 'conversation')}"
+        lines.append(f"{file}: {counts}: {_counted(kind, subjects, members)}")
+        if kind == "comparison":
+            pairs = Counter(record["metadata"]["comparison_type"] for record in records)
+            lines.append(f"  pairs: same {pairs['same']}, different {pairs['different']}")
+    told = [line for note in notes for line in wrapped(note)]
+    return [*lines, *told, *_next_command(root, out, target, modality, splits)]
 
 
 def _next_command(root: Path, out: Path, target: str, modality: str, splits: Collection[str]) -> list[str]:
@@ -268,6 +275,8 @@ def _participants(file: Path, target: str) -> dict[str, str]:
         raise DataError(f"{file}:{reader.line_num}: not a tab-separated row: {error}") from None
     header = rows[0][1] if rows else []
     columns = ", ".join(header) or "none"
+    if len(header) == 1 and re.search(r"[,;]", columns):
+        columns += "; its columns have to be parted by tabs"
     faults = [
         f"{file}: {name}: expected one such column, got {columns}"
         for name in dict.fromkeys(("participant_id", target))
@@ -484,19 +493,13 @@ def _pairs(members: Sequence[_Subject], number: int, rng: random.Random) -> list
     return pairs
 
 
-def _counted(
-    kind: str, subjects: Sequence[_Subject], members: Sequence[_Subject], records: Sequence[Mapping[str, Any]]
-) -> str:
+def _counted(kind: str, subjects: Sequence[_Subject], members: Sequence[_Subject]) -> str:
     """What a split holds: subjects per label, or the range of the numbers."""
     if kind == "regression":
         numbers = [float(subject.value) for subject in members]
         return f"{min(numbers):g} to {max(numbers):g}, mean {math.fsum(numbers) / len(numbers):.4g}"
     labels = Counter(subject.label for subject in members)
-    text = ", ".join(f"{label} {labels[label]}" for label in sorted({s.label for s in subjects}))  # zeros too
-    if kind == "comparison":
-        pairs = Counter(record["metadata"]["comparison_type"] for record in records)
-        text += f"; pairs: same {pairs['same']}, different {pairs['different']}"
-    return text
+    return ", ".join(f"{label} {labels[label]}" for label in sorted({s.label for s in subjects}))  # zeros too
 
 
 @dataclass(frozen=True)

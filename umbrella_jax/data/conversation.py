@@ -153,8 +153,10 @@ def scan_conversations(
             faults.append(f"{file}: not looked at further, nor any file behind it; mend these first")
             break
     if not conversations and not faults:
+        given = {"modality": modality, "task_filter": task_filter}
+        filters = [f"{name} {value}" for name, value in given.items() if value is not None]
         faults.append(
-            f"{path}: modality {modality} and task_filter {task_filter} keep none of {found} conversations; "
+            f"{path}: none of {found} conversations is of {' and '.join(filters)}; "
             f"their modalities are {_names(shown)}, their tasks {_names(tasks)}"
             if found
             else f"{path}: holds no conversation; expected .json or .jsonl files with at least one"
@@ -244,7 +246,7 @@ class _Parser:
         if not isinstance(self.record, dict):
             raise DataError(f"{self.source}: expected a conversation, an object, got {kind(self.record)}")
         task_id = self.field(self.record, "task_id", str, self.place)
-        self.place = f"{self.source} ({task_id})"
+        self.place = self.source if task_id is None else f"{self.source} ({task_id})"
         if faults:  # what was meant by the rest is then not known
             raise DataError([*self.faults, *(f"{self.place}: {fault}" for fault in faults)])
         task_type = self.field(self.record, "task_type", str, self.place, required=False)

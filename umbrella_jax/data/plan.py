@@ -60,7 +60,7 @@ class BatchShape:
 
     def __str__(self) -> str:
         volumes = ", ".join(f"{count} {modality}" for modality, count in self.volumes) or "no volumes"
-        return f"{self.conversations} conversations of {self.positions} positions, {self.targets} supervised; {volumes}"
+        return f"{self.conversations} × {self.positions} positions, {self.targets} supervised; {volumes}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Report:
-    """What a plan costs; `str` says it in a line."""
+    """What a plan costs; `str` says it, below `plan: `."""
 
     shapes: int
     padding: float
@@ -109,8 +109,8 @@ class Report:
 
     def __str__(self) -> str:
         return (
-            f"{self.shapes} shapes to compile, {self.padding:.1%} of positions padded, {self.volumes:.2f} volumes "
-            f"encoded per conversation, which shows {self.shown:.2f}"
+            f"{self.shapes} shape{'s' * (self.shapes != 1)} to compile, {self.padding:.1%} of positions padded\n"
+            f"      {self.volumes:.2f} volumes encoded per conversation, which shows {self.shown:.2f}"
         )
 
 

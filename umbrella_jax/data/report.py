@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from umbrella_jax.columns import plural, wrapped
 from umbrella_jax.config import MAX_CLASSES
 from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.errors import visible
@@ -158,9 +158,14 @@ class Report:
         for severity in reversed(SEVERITIES):
             found = self.of(severity)
             if found:
-                out += [f"{_count(len(found), severity)}:", *_grouped_lines(found), ""]
-        counts = ", ".join(_count(len(self.of(s)), s) for s in SEVERITIES)
+                out += [f"{plural(len(found), severity)}:", *_grouped_lines(found, self._shown_by()), ""]
+        counts = ", ".join(plural(len(self.of(s)), s) for s in SEVERITIES)
         return [visible(line, kept="") for line in [*out, f"{'good' if self.ok else 'not good'}: {counts}"]]
+
+    def _shown_by(self) -> dict[str, str]:
+        """{path of a volume: the first conversation that shows it}."""
+        found = [(str(i.path), c.label) for s in self.sets.values() for c in s.conversations for i in c.images]
+        return dict(reversed(found))
 
     def to_json(self) -> dict[str, Any]:
         """For programs; docs/validate.md says what the keys are."""
@@ -304,30 +309,26 @@ def _volume_tables(report: Report, modality: str) -> Iterator[Table]:
         yield Table(f"{modality}: intensities as stored", ("", "min", "median", "max"), tuple(ranges))
 
 
-def _grouped_lines(findings: Sequence[Finding]) -> Iterator[str]:
-    """Findings that differ in numbers and names alone are one, with its first places."""
+def _grouped_lines(findings: Sequence[Finding], shown_by: Mapping[str, str]) -> Iterator[str]:
+    """Findings that differ in numbers and names alone are one, with its first places; of a volume that a run refuses
+    with the conversation to mend, which may name it wrongly."""
     for kind in KINDS:
         of_kind = [finding for finding in findings if finding.kind == kind]
         if of_kind:
             yield f"  {KINDS[kind]} ({len(of_kind)})"
         for group in grouped(of_kind):
             first = group[0]
+            where = [f", in {shown_by[f.place]}" if kind == "volume" and f.place in shown_by else "" for f in group]
             if len(group) == 1:
-                yield from _wrapped(f"    {first.place}: {first.reason}")
+                yield from wrapped(visible(f"    {first.place}{where[0]}: {first.reason}", kept=""))
                 continue
             said, details = _differences([finding.reason for finding in group])
-            yield from _wrapped(f"    {len(group)} × {said}")
-            for finding, of_one in zip(group[:_PLACES], details, strict=False):
-                yield from _wrapped(f"        {finding.place}" + (f": {', '.join(of_one)}" if of_one else ""))
+            yield from wrapped(visible(f"    {len(group)} × {said}", kept=""))
+            for finding, of_one, of_volume in zip(group[:_PLACES], details, where, strict=False):
+                text = f": {', '.join(of_one)}" if of_one else ""
+                yield from wrapped(visible(f"        {finding.place}{of_volume}{text}", kept=""))
             if len(group) > _PLACES:
                 yield f"        … and {len(group) - _PLACES} more (--json and --html name all)"
-
-
-def _wrapped(line: str) -> list[str]:
-    """In 80 columns, indented further where it goes on; what has no space stays whole, as paths do."""
-    line = visible(line, kept="")
-    indent = " " * (len(line) - len(line.lstrip()))
-    return textwrap.wrap(line, 80, subsequent_indent=f"{indent}  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _differences(texts: Sequence[str]) -> tuple[str, list[list[str]]]:
@@ -361,10 +362,6 @@ def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:
         pattern = re.sub(r"'[^']*'|\S*/\S*|\d+(\.\d+)?(e[+-]?\d+)?", "…", finding.reason)
         groups[finding.kind, pattern].append(finding)
     return sorted(groups.values(), key=len, reverse=True)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _share(count: int, total: int) -> str:

@@ -14,6 +14,7 @@
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from umbrella_jax.config import ModalityConfig, Template
 from umbrella_jax.data.conversation import IMAGE_MARKER, TURN_END, TURN_START, Conversation, Image, Message
 from umbrella_jax.errors import DataError
 from umbrella_jax.reading import LISTING
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of missing PyTorch, which is not needed
 
 _TOKENIZER = (".json", ".txt", ".model", ".tiktoken", ".jinja")
 _LARGE = f"larger than {LISTING >> 20} MB, eight times the largest tokenizer known; expected the file of one"
@@ -81,7 +84,9 @@ def load_tokenizer(directory: str | Path, image_token_id: int | None) -> tuple[A
         # False, not the default None: that asks on the terminal whether the directory's code may run
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a missing or damaged file makes transformers raise nearly anything
-        raise DataError(f"{directory}: holds no tokenizer that can be read: {type(error).__name__}: {error}") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        remedy = "copy the base's tokenizer.json and tokenizer_config.json into it"
+        raise DataError(f"{directory}: holds no tokenizer that can be read: {reason}; {remedy}") from None
     vocabulary = tokenizer.get_vocab()
     added = [token for token in (TURN_START, TURN_END, IMAGE_MARKER) if token not in vocabulary]
     if IMAGE_MARKER not in added and image_token_id not in (None, vocabulary[IMAGE_MARKER]):

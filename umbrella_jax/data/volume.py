@@ -174,7 +174,8 @@ def _read(path: str | Path, image: Voxels, config: ModalityConfig, frames: slice
     limit = np.finfo(np.float32).max
     if data.dtype.kind == "f" and not (data.min() >= -limit and data.max() <= limit):
         bad = data.size - np.count_nonzero(np.abs(data) <= limit)
-        raise DataError(f"{path}: {bad} voxels are NaN or infinite; expected finite numbers, preprocess the file again")
+        which = "1 voxel is" if bad == 1 else f"{bad} voxels are"
+        raise DataError(f"{path}: {which} NaN or infinite; expected finite numbers, preprocess the file again")
     return data
 
 

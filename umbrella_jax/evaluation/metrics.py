@@ -450,14 +450,21 @@ def _notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Row]], resam
 
 def _figure_lines(figures: Mapping[str, Figure]) -> Iterator[str]:
     for name, f in figures.items():
-        interval = "–" if f.low is None or f.high is None else f"{short(f.low)} to {short(f.high)}"
-        cells = f"{short(f.value):>9}{interval:>20}{f.n:>7}{f.subjects:>9}{short(f.chance):>7}"
+        cells = f"{short(f.value):>9}{span(f, 20) or '–':>20}{f.n:>7}{f.subjects:>9}{short(f.chance):>7}"
         label = textwrap.wrap(f"  {name}", _WIDTH, subsequent_indent="    ")
         yield from label[:-1]
         if len(label[-1]) > 28:
             yield label[-1]
             label[-1] = ""
         yield f"{label[-1]:<28}{cells}"
+
+
+def span(figure: Figure, width: int) -> str:
+    """Its interval in a column, with a space before it; nothing where there is none."""
+    if figure.low is None or figure.high is None:
+        return ""
+    whole = f"{short(figure.low)} to {short(figure.high)}"
+    return whole if len(whole) < width else f"{short(figure.low)}–{short(figure.high)}"
 
 
 def short(value: float | None) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from umbrella_jax.evaluation.metrics import Figure, Scores, short
+from umbrella_jax.evaluation.metrics import Figure, Scores, short, span
 
 _NAME, _COLUMN, _CHANCE = 21, 17, 8
 """Widths; with three columns a line has 80."""
@@ -38,11 +38,5 @@ def _lines(columns: list[dict[str, Figure]]) -> Iterator[str]:
         values = "".join(f"{short(figure.value if figure else None):>{_COLUMN}}" for figure in figures)
         yield f"{label:<{_NAME}}{values}{chance:>{_CHANCE}}"
         if any(figure and figure.low is not None for figure in figures):
-            yield (" " * _NAME + "".join(f"{_interval(figure):>{_COLUMN}}" for figure in figures)).rstrip()
-
-
-def _interval(figure: Figure | None) -> str:
-    if figure is None or figure.low is None or figure.high is None:
-        return ""
-    whole = f"{short(figure.low)} to {short(figure.high)}"
-    return whole if len(whole) < _COLUMN else f"{short(figure.low)}–{short(figure.high)}"
+            intervals = (span(figure, _COLUMN) if figure else "" for figure in figures)
+            yield (" " * _NAME + "".join(f"{interval:>{_COLUMN}}" for interval in intervals)).rstrip()

@@ -153,10 +153,10 @@ def _run(run: Prepared, resume: bool, log: RunLog | None) -> Line:
     for step, value in checkpoints.best():
         say(f"best: {config.train.best_metric} {value:.4g} at step {step}: {checkpoints.directory / str(step)}")
     last: Line = broadcast(read_metrics(metrics)[-1] if log else None)
-    numbers = [f"{name} {math.nan if value is None else value:.4g}" for name, value in last.items() if name != "steps"]
-    say("  ".join(number for number in numbers if not number.startswith("eval_")))
-    for number in numbers:
-        if number.startswith("eval_"):
+    numbers = {name: f"{name} {math.nan if value is None else value:.4g}" for name, value in last.items()}
+    say("  ".join(numbers[name] for name in ("step", "loss", "grad_norm", "learning_rate") if name in numbers))
+    for name, number in numbers.items():
+        if name.startswith("eval_"):
             say(number)  # of each task many: a line each
     return last
 

@@ -81,6 +81,11 @@ def check(config: RunConfig) -> tuple[Path, Mesh]:
         ]
         if value is None
     ]
+    faults += [
+        f"data.{name}: {path}: not found; expected a conversation file or a directory of them (--{name}-data P)"
+        for name, path in (("train", config.data.train), ("eval", config.data.eval))
+        if path is not None and not Path(path).exists()
+    ]
     try:
         mesh = make_mesh(config.mesh, batch_size=config.train.batch_size)
     except ConfigError as error:
@@ -152,7 +157,11 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
     state = jax.device_put(state, shardings(state, mesh))
     fingerprint, inputs = broadcast(mine)
     sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    say(f"{len(train_set)} conversations, {steps} steps on {mesh.size} device(s) ({sizes}), into {out}")
+    say(f"{len(train_set)} conversations, {steps} steps, into {out}")
+    if config.train.warmup_steps >= steps:
+        warmup, peak = config.train.warmup_steps, config.train.learning_rate
+        say(f"WARNING: train.warmup_steps: {warmup} of {steps} steps: the rate never reaches {peak:g}")
+    say(f"devices: {mesh.size} ({sizes})")
     say(f"plan: {plan.report}")
     say(f"attention: {model.attention}")
     return Prepared(

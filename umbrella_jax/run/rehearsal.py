@@ -65,11 +65,12 @@ def _compile(run: Prepared, say: Say) -> None:
     if device.platform == "cpu":
         has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     sizes, planned, faults = list[int](), list[float](), list[str]()
+    say("compiling; each program with its time, and what it takes of a device:")
     began = last = time.perf_counter()
     for what, shape, program in _programs(run):
         took, last = time.perf_counter() - last, time.perf_counter()
         size = _memory(program)
-        say(f"compiled in {took:.1f} s: {what} of {shape}" + ("" if size is None else f"; takes {_bytes(size)}"))
+        say(f"  {took:.1f} s, " + ("" if size is None else f"{_bytes(size)}, ") + f"{what} of {shape}")
         sizes.append(size or 0)
         if what == "step":
             planned.append(_planned(run, shape))
@@ -78,7 +79,7 @@ def _compile(run: Prepared, say: Say) -> None:
     say(f"{len(sizes)} programs compiled in {time.perf_counter() - began:.1f} s")
     compiled = _bytes(max(sizes)) if any(sizes) else "not known"
     say(
-        f"memory of a device: {compiled} as compiled, {_bytes(max(planned))} as umbrella-jax plan counts; it has "
+        f"memory of a device: {compiled} as compiled, {_bytes(max(planned))} as plan counts; it has "
         + ("an unknown size" if has is None else _bytes(has))
     )
     if faults:

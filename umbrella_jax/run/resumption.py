@@ -116,7 +116,7 @@ def same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any], input
     stored = to_dict(parse_config(saved["config"], str(directory)))  # with fields that it did not know yet
     before, now = flat(stored), flat(meta["config"])
     faults = [
-        f"{key}: {now.get(key)} now, {before.get(key)} in the checkpoint"
+        f"{key}: {now.get(key)} now, {before.get(key)} in the checkpoint; keep that, or name another --out"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE)
     ]

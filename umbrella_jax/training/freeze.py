@@ -115,8 +115,11 @@ def summary(params: Mapping[str, jax.ShapeDtypeStruct | jax.Array], labels: Mapp
     """The freezing summary: per component how many numbers train and are frozen, and the names of those that train."""
     lines = [f"{'component':<16}{'trainable':>16}{'frozen':>16}"]
     lines += [f"{name:<16}{trains:>16,}{frozen:>16,}" for name, (trains, frozen) in counts(params, labels).items()]
-    lines.append("trains:")
-    lines += [
-        f"  {path}  {tuple(leaf.shape)}  [{labels[path]}]" for path, leaf in params.items() if labels[path] != FROZEN
-    ]
+    for group in dict.fromkeys(label for label in labels.values() if label != FROZEN):
+        lines.append(f"trains, {group}:")
+        lines += [f"  {path}  {_times(leaf.shape)}" for path, leaf in params.items() if labels[path] == group]
     return "\n".join(lines)
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))

@@ -213,7 +213,5 @@ def _interrupted(number: int, step: int, num_steps: int) -> Interrupted:
 def describe(batch: Batch) -> str:
     """The shape of a training batch in words."""
     micro, rows, length = batch.input_ids.shape
-    counts = [f"{x.shape[1]} {name} {'×'.join(map(str, x.shape[2:]))}" for name, x in batch.volumes.items()]
-    volumes = ", ".join(counts) or "no volumes"
-    targets = batch.target_pos.shape[-1]
-    return f"{micro} × {rows} conversations of {length} positions, {targets} of them supervised; {volumes}"
+    volumes = ", ".join(f"{x.shape[1]} {name}" for name, x in batch.volumes.items()) or "no volumes"
+    return f"{micro} × {rows} conversations of {length} positions; {volumes}"
