@@ -14,6 +14,7 @@ from convert.safetensors_io import write_checkpoint
 from convert.tensor import Tensor
 from umbrella_jax.config import Template
 from umbrella_jax.errors import CheckpointError
+from umbrella_jax.files import new_folder
 from umbrella_jax.models.llava import LlavaConfig, abstract_params
 from umbrella_jax.models.lora import adapters
 
@@ -75,11 +76,3 @@ def hub_tensors(
                 tensor = lazy[path] if entry.layer is None else lazy[path].layer(entry.layer)
                 found[name] = tensor.reshape(entry.file_shape) if path == entry.path else tensor
     return found
-
-
-def new_folder(out: str | Path) -> Path:
-    """The path, if nothing is there yet. Raises CheckpointError otherwise."""
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: not an empty folder; an export overwrites nothing, give a new one")
-    return out

@@ -133,7 +133,7 @@ RESEARCHER = [
             Step(
                 "All that a run would read is read, and all that is wrong is told.",
                 f"umbrella-jax data validate {FLAGS} {DATA} --html look.html",
-                [r"good: 0 faults, 0 warnings, 0 notes", r"orientation\s+LAS", r"look\.html:\n  holds pictures"],
+                [r"good: 0 faults, 0 warnings, 0 notes", r"orientation\s+LAS", r"look\.html:\n  tells of people"],
                 show=(26, 9),
             ),
             Step(
@@ -277,7 +277,7 @@ RESEARCHER = [
             Step(
                 "One page of all that.",
                 "umbrella-jax report runs/lesion --baseline runs/lesion --samples 2 --explain gradient",
-                [r"runs/lesion/report\.html:\n  holds pictures"],
+                [r"runs/lesion/report\.html:\n  tells of people"],
                 long=True,
             ),
         ],

@@ -12,6 +12,8 @@ import umbrella_jax
 from tests import small_run
 from tests.small_run import World, conversation, read_lines, umbrella, write_json
 from umbrella_jax import prediction
+from umbrella_jax.errors import ConfigError
+from umbrella_jax.processor import Processor
 from umbrella_jax.rundir import evaluations
 
 
@@ -207,10 +209,22 @@ def test_generate_says_what_predict_does(run: Path, world: World, whole: list[di
         ("0.nii.gz", "expected MODALITY=FILE, of T1, rsfMRI"),
         ("dwi=0.nii.gz", "modality dwi: the model has T1, rsfMRI"),
         ("T1=none.nii.gz", "not found"),
+        ("T1=a/ses=1.nii.gz", "a/ses=1.nii.gz: not found"),
+        ("a/ses=1.nii.gz", "expected MODALITY=FILE, of T1, rsfMRI"),
     ],
 )
 def test_an_image_that_cannot_be_shown_is_refused(run: Path, image: str, message: str) -> None:
     assert message in umbrella("generate", run, "Which sex?", "--image", image, code=2)
+
+
+def test_maps_replace_nothing(run: Path, world: World) -> None:
+    said = umbrella("explain", run, "Which sex?", "--image", "T1=0.nii.gz", "--out", world.root / "scans", code=2)
+    assert "scans: not an empty folder; nothing is overwritten" in said
+
+
+def test_images_are_pairs(run: Path) -> None:
+    with pytest.raises(ConfigError, match=r"expected pairs, such as \[\('T1', FILE\)\], got '0.nii.gz'"):
+        Processor.load(run).prompt("Which sex?", "0.nii.gz")
 
 
 def test_a_runs_evaluations_are_in_the_order_of_their_steps(tmp_path: Path) -> None:

@@ -184,15 +184,17 @@ def test_a_run_is_not_overwritten(run: Path, world: World) -> None:
 @pytest.mark.parametrize(
     ("flags", "key"),
     [
-        (["--learning-rate", 5e-3], "train.learning_rate: 0.005 now, 0.01 in the checkpoint"),
+        (["--learning-rate", 5e-3], "train.learning_rate: 0.005 now, 0.01 in the run"),
         (["--set", "train.groups.patch_embed.weight_decay=0"], "train.groups.patch_embed.weight_decay: 0"),
         (["--set", "model.compute_dtype=bfloat16"], "model.compute_dtype: bfloat16"),
-        (["--set", "data.template=original"], "data.template: original now, umbrella in the checkpoint"),
+        (["--set", "data.template=original"], "data.template: original now, umbrella in the run"),
         (["--set", "seed=7"], "seed: 7 now"),
     ],
 )
 def test_resuming_with_other_settings_is_refused(run: Path, world: World, flags: list[Any], key: str) -> None:
-    message = umbrella(*world.train_flags(run, *FLAGS, "--eval-data", world.eval, "--resume", *flags), code=2)
+    """Before volumes are looked for."""
+    flags = [*FLAGS, "--eval-data", world.eval, "--resume", "--image-root", run / "nowhere", *flags]
+    message = umbrella(*world.train_flags(run, *flags), code=2)
     assert f"cannot resume: {key}" in message
     assert "faults" not in message  # that one alone
 
@@ -220,7 +222,7 @@ def test_a_run_from_before_a_field_was_known_resumes(run: Path, world: World, tm
     flags = [*FLAGS, "--eval-data", world.eval, "--resume"]
     assert f"from step {STEPS}" in umbrella(*world.train_flags(old, *flags))
     message = umbrella(*world.train_flags(old, *flags, "--set", "model.modalities.T1.mode=pad"), code=2)
-    assert "cannot resume: model.modalities.T1.mode: pad now, resize in the checkpoint" in message
+    assert "cannot resume: model.modalities.T1.mode: pad now, resize in the run" in message
 
 
 def test_a_finished_run_resumes_to_its_end(run: Path, world: World) -> None:

@@ -16,7 +16,7 @@ from convert.hf_config import UMBRELLA_CONFIG, export_names, read_config, read_j
 from convert.rules import modality_of
 from convert.safetensors_io import digest
 from convert.tensor import Index, Tensor, Where, add_product, check_finite, copy, host, place
-from convert.to_hf import export, hub_tensors, new_folder
+from convert.to_hf import export, hub_tensors
 from convert.trainable import FILE, Trainable, write_trainable
 from convert.verify import Comparison, Forward, compare_configs, compare_forward, compare_tensors
 from umbrella_jax.config import (
@@ -32,6 +32,7 @@ from umbrella_jax.config import (
 )
 from umbrella_jax.data.tokenize import load_tokenizer, save_tokenizer
 from umbrella_jax.errors import CheckpointError, ConfigError
+from umbrella_jax.files import new_folder
 from umbrella_jax.models import Llava, LlavaConfig, Params, abstract_params, merge, native_backend, quantize
 from umbrella_jax.models.lora import adapted_weight, adapters
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL

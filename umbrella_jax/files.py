@@ -21,6 +21,14 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+def new_folder(out: str | Path) -> Path:
+    """The path, if nothing is there yet. Raises ConfigError otherwise."""
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: not an empty folder; nothing is overwritten, give a new one")
+    return out
+
+
 def write_whole(path: Path, text: str) -> None:
     """Puts a file there, or in the place of another one, as a whole: never half of it, whatever happens meanwhile."""
     aside = path.with_name(f".{path.name}.part")

@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-PRIVACY = "holds pictures of people's scans and names of files: treat it as the scans"
+PRIVACY = "tells of people's scans (pictures, names, answers): treat it as the scans"
 PACKAGES = ("matplotlib", "pillow")
 """Of the extra `report`."""
 _MODULES = {"pillow": "PIL"}  # that are not called as their package

@@ -36,7 +36,7 @@ from umbrella_jax.models import Params, abstract_params, native_backend
 from umbrella_jax.processor import Processor
 from umbrella_jax.progress import Progress, Work
 from umbrella_jax.reading import parse_json
-from umbrella_jax.rundir import Say
+from umbrella_jax.rundir import Say, nothing
 from umbrella_jax.sharding import MeshShape, abstract_batch, make_mesh, param_sharding, parts, put_batch
 
 Row = dict[str, Any]
@@ -298,8 +298,8 @@ def predict(
     model = checkpoint.config.with_attention("auto", native_backend(devices.devices.flat[0]))
     done = {int(index): row for index, row in broadcast(part.done if part else None).items()}
     left = [index for index in range(len(rows)) if index not in done]
-    say = say if first else _nothing
-    options: dict[str, Any] = {"say": say, "note": _nothing, "quiet": not first}
+    say = say if first else nothing
+    options: dict[str, Any] = {"say": say, "note": nothing, "quiet": not first}
     options["memory"] = jax.local_devices()[0].memory_stats
     with (
         jax.set_mesh(devices),
@@ -331,10 +331,6 @@ def predict(
         part.path.unlink()
     gather(None)  # written
     return answered
-
-
-def _nothing(line: str) -> None:
-    """Says nothing."""
 
 
 class _Part:

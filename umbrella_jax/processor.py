@@ -123,8 +123,12 @@ class Processor:
             images: (modality, file) of each, in order; a modality as configured, or an alias of one.
 
         Raises:
-            ConfigError: for a modality that the model does not have.
+            ConfigError: for a modality that the model does not have, and where `images` are no such pairs.
         """
+        if isinstance(images, str | Path) or not all(isinstance(i, tuple | list) and len(i) == 2 for i in images):
+            raise ConfigError(
+                f"images: expected pairs, such as [('{next(iter(self.modalities))}', FILE)], got {images!r}"
+            )
         faults, parts = [], list[str | Image]()
         for name, path in images:
             modality = resolve_modality(name, self.modalities)

@@ -36,6 +36,10 @@ _TAIL = 1 << 18
 """Bytes of a log's end in which it is looked for how the run ended."""
 
 
+def nothing(line: str) -> None:
+    """Says nothing: of all processes but the first."""
+
+
 def read_metrics(path: Path) -> list[Line]:
     """The lines of a `metrics.jsonl`, none where there is no file. A last one that a kill tore apart is left out.
 

@@ -1,9 +1,9 @@
 """Questions to a model: `generate`, `predict`, `explain`."""
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from umbrella_jax.cli.options import (
@@ -76,7 +76,7 @@ def add(commands: Any) -> None:
         help="gradient (× input), integrated (gradients; default), occlusion (by boxes of a patch)",
     )
     explain.add_argument("--path-steps", type=int, default=16, metavar="N", help="of integrated gradients; default 16")
-    explain.add_argument("--out", required=True, metavar="DIR", help="where the maps are written")
+    explain.add_argument("--out", required=True, metavar="DIR", help="a new folder for the maps")
 
 
 def _add_image(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +108,9 @@ def _images(arguments: argparse.Namespace, modalities: Sequence[str]) -> list[tu
     """(modality, file) of each --image. Raises ConfigError where one names no modality and the model has several."""
     found, faults = [], []
     for text in arguments.image:
-        name, _, path = text.rpartition("=")
+        name, equals, path = text.partition("=")
+        if not equals or os.sep in name:  # a path alone, which may hold the sign
+            name, path = "", text
         if not name and len(modalities) > 1:
             faults.append(f"--image {text}: expected MODALITY=FILE, of {', '.join(modalities)}")
         found.append((name or modalities[0], path))
@@ -192,10 +194,11 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _explain(arguments: argparse.Namespace) -> None:
     import umbrella_jax
     from umbrella_jax.data.conversation import read_conversations
+    from umbrella_jax.files import new_folder
 
-    modalities, out = modalities_of(arguments), Path(arguments.out)
     if (arguments.prompt is None) == (arguments.data is None):
         raise ConfigError("explain: expected a PROMPT with --image, or --data P with --task-id ID")
+    modalities, out = modalities_of(arguments), new_folder(arguments.out)
     processor = umbrella_jax.Processor.load(arguments.model, modalities=modalities)
     if arguments.data is None:
         conversations = [processor.question(arguments.prompt, _images(arguments, list(processor.modalities)))]

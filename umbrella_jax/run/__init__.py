@@ -27,10 +27,22 @@ from umbrella_jax.models import abstract_params
 from umbrella_jax.plan import batch_flops, sheet_of
 from umbrella_jax.progress import Progress, Work
 from umbrella_jax.run.evaluation import evaluate
-from umbrella_jax.run.preparation import Prepared, check, check_unused, meet, nothing, prepare, said_of, versions
+from umbrella_jax.run.preparation import Prepared, check, meet, prepare, said_of, versions
 from umbrella_jax.run.rehearsal import rehearse
-from umbrella_jax.run.resumption import resume_from
-from umbrella_jax.rundir import CHECKPOINTS, CONFIG, INPUTS, LOG, METRICS, MODEL, Line, RunLog, Say, read_metrics
+from umbrella_jax.run.resumption import check_out, resume_from
+from umbrella_jax.rundir import (
+    CHECKPOINTS,
+    CONFIG,
+    INPUTS,
+    LOG,
+    METRICS,
+    MODEL,
+    Line,
+    RunLog,
+    Say,
+    nothing,
+    read_metrics,
+)
 from umbrella_jax.sharding import parts
 from umbrella_jax.signals import Signals
 from umbrella_jax.training import freeze
@@ -83,7 +95,7 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) -> 
             out.mkdir(parents=True, exist_ok=True)
             if first:
                 held.enter_context(locked(out))
-            check_unused(out, resume)
+            check_out(config, out, resume)
             log = held.enter_context(RunLog(out / LOG, say, _about(mesh))) if first else None
         prepared = prepare(config, out, mesh, log.say if log else nothing)
         return _run(prepared, resume, log)

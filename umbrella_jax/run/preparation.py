@@ -26,7 +26,7 @@ from umbrella_jax.loggers import missing
 from umbrella_jax.models import LlavaConfig, Params, abstract_params, lora, native_backend, quantize
 from umbrella_jax.prediction import Choices, Row, blank_rows
 from umbrella_jax.processor import Processor
-from umbrella_jax.rundir import CHECKPOINTS, METRICS, Line, Say, read_metrics
+from umbrella_jax.rundir import METRICS, Line, Say, read_metrics
 from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, shardings
 from umbrella_jax.training import freeze
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule
@@ -98,11 +98,6 @@ def check(config: RunConfig) -> tuple[Path, Mesh]:
     if faults:
         raise ConfigError(faults)
     return Path(str(config.output_dir)), mesh
-
-
-def check_unused(out: Path, resume: bool) -> None:
-    if (out / CHECKPOINTS).exists() and not resume:
-        raise ConfigError(f"{out}: holds a run; go on with --resume, or name another output_dir (--out DIR)")
 
 
 def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
@@ -218,10 +213,6 @@ def meet() -> None:
     """The first meeting, for which jax waits half a minute at most: before some read longer than others."""
     with together():
         pass
-
-
-def nothing(line: str) -> None:
-    """Says nothing."""
 
 
 def versions() -> dict[str, str]:

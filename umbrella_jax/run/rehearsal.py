@@ -15,9 +15,9 @@ from umbrella_jax.distributed import together
 from umbrella_jax.errors import LESS, ConfigError
 from umbrella_jax.plan import at_shape
 from umbrella_jax.prediction import compile_answers
-from umbrella_jax.run.preparation import Prepared, check, check_unused, meet, nothing, prepare
-from umbrella_jax.run.resumption import newest
-from umbrella_jax.rundir import CHECKPOINTS, Say
+from umbrella_jax.run.preparation import Prepared, check, meet, prepare
+from umbrella_jax.run.resumption import check_out, newest
+from umbrella_jax.rundir import CHECKPOINTS, Say, nothing
 from umbrella_jax.sharding import MeshShape, abstract_batch, parts
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.step import jit_eval_step, jit_train_step
@@ -35,7 +35,7 @@ def rehearse(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) 
     meet()
     with together():
         out, mesh = check(config)
-        check_unused(out, resume)
+        check_out(config, out, resume)
         _check_writable(out)
     prepared = prepare(config, out, mesh, say)
     if resume and (out / CHECKPOINTS).exists():

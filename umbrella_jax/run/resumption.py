@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from umbrella_jax.config import flat, parse_config, to_dict
+from umbrella_jax.config import RunConfig, flat, load_config, parse_config, to_dict
 from umbrella_jax.data.inputs import Inputs, changed
 from umbrella_jax.distributed import gather, together
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.reading import LISTING, read_json
-from umbrella_jax.rundir import INPUTS, Line, Say
+from umbrella_jax.rundir import CHECKPOINTS, CONFIG, INPUTS, Line, Say
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.step import TrainState
 
@@ -44,6 +44,26 @@ MAY_CHANGE = (
     "train.wandb",
     "evaluation",
 )
+
+
+def check_out(config: RunConfig, out: Path, resume: bool) -> None:
+    """Raises ConfigError where `out` holds a run that is not to be resumed, or one of other settings: what `same_run`
+    asks too, of what needs neither weights nor data to be read."""
+    if not resume and (out / CHECKPOINTS).exists():
+        raise ConfigError(f"{out}: holds a run; go on with --resume, or name another output_dir (--out DIR)")
+    if resume and (out / CONFIG).exists():
+        faults = _other_settings(to_dict(load_config(out / CONFIG)), to_dict(config))
+        if faults:
+            raise ConfigError([f"{out}: cannot resume: {fault}" for fault in faults])
+
+
+def _other_settings(stored: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    before, now = flat(stored), flat(config)
+    return [
+        f"{key}: {now.get(key)} now, {before.get(key)} in the run; keep that, or name another --out"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE)
+    ]
 
 
 def resume_from(
@@ -114,12 +134,7 @@ def _attempt(read: Callable[..., T], *args: Any) -> tuple[T | None, list[str]]:
 def same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any], inputs: Inputs) -> None:
     """Raises ConfigError with everything in which the run of a checkpoint is another one."""
     stored = to_dict(parse_config(saved["config"], str(directory)))  # with fields that it did not know yet
-    before, now = flat(stored), flat(meta["config"])
-    faults = [
-        f"{key}: {now.get(key)} now, {before.get(key)} in the checkpoint; keep that, or name another --out"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE)
-    ]
+    faults = _other_settings(stored, meta["config"])
     if saved["base_fingerprint"] != meta["base_fingerprint"]:
         faults.append("model.base: other weights than those that the run started from")
     if saved["frozen_types"] != meta["frozen_types"]:  # a native checkpoint may be the same base in another type
