@@ -1,4 +1,4 @@
-"""The model: SigLIP with a 3D/4D patch embedding, projector, Qwen2; pure Flax NNX, nothing but jax and flax."""
+"""The model: SigLIP with a 3D/4D patch embedding, projector, Qwen2; pure Flax NNX, which reads no files."""
 
 from umbrella_jax.models.attention import native_backend
 from umbrella_jax.models.llava import Llava, LlavaConfig, Params, abstract_params, merge, split
