@@ -76,6 +76,14 @@ def test_an_example_that_is_none_is_noticed(capsys: pytest.CaptureFixture[str]) 
     assert "--outdir" in capsys.readouterr().err
 
 
+def test_a_flag_that_is_none_is_told_by_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["data", "validate", "--config", "run.yaml", "--imageroot=scans"])
+    said = capsys.readouterr().err
+    assert said.startswith("usage: umbrella-jax data validate")
+    assert said.rstrip().endswith("unrecognized arguments: --imageroot=scans; did you mean --image-root?")
+
+
 def test_no_flag_is_abbreviated() -> None:
     """A script's `--eval` would mean another flag, or two, once there is one more."""
     for command in COMMANDS.values():

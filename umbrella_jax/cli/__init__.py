@@ -57,8 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # a job's log shows a line when it is said; a terminal that has no Unicode, its codes instead of a traceback
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    arguments = make_parser().parse_args(words)
-    debug = vars(arguments).pop("debug", False)
+    arguments, unknown = make_parser().parse_known_args(words)
+    debug, refuse = vars(arguments).pop("debug", False), vars(arguments).pop("refuse")
+    if unknown:
+        refuse(unknown)
     # orbax warns of what is on purpose (reading a run read-only), and prints tracebacks of what it raises later
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisable

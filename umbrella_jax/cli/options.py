@@ -1,7 +1,10 @@
 """What commands share: their frame, and flags that more than one of them has."""
 
 import argparse
+import difflib
+import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from umbrella_jax.config import RunConfig, load_config, parse_mesh
@@ -73,8 +76,15 @@ def add_command(
 ) -> argparse.ArgumentParser:
     """A command that calls `call(arguments)`, whose return, if any, is the exit code; `text` is a line."""
     parser = make_command(commands.add_parser, name, text, example, help=text)
-    parser.set_defaults(call=call)
+    parser.set_defaults(call=call, refuse=partial(_refuse, parser))
     return parser
+
+
+def _refuse(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
+    """Ends with the usage of the command, not that of umbrella-jax as argparse itself does, and the nearest flag."""
+    flags = re.findall(r"--[a-z-]+", parser.format_help())
+    near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 def add_group(commands: Any, name: str, text: str, example: str) -> Any:
