@@ -183,6 +183,9 @@ def test_what_cannot_be_answered_is_refused_before_weights_are_read(
     unknown = conversation("x", "T1", [("user", ["dwi:0.nii.gz", "?"]), ("assistant", ["left."])])
     wrong = write_json(tmp_path / "dwi.json", [unknown])
     assert "dwi" in predict(run, wrong, tmp_path / "out", code=2)
+    short = tmp_path / "short.yaml"
+    short.write_text(re.sub(r"max_length: \d+", "max_length: 8", (run / "config.yaml").read_text()))
+    assert "at most 8" in predict(run, data, tmp_path / "out", "--config", short, code=2)
     open_ended = [conversation(f"{i}", "T1", [("user", ["?"]), ("assistant", [f"word{i}."])]) for i in range(40)]
     said = predict(run, write_json(tmp_path / "open.json", open_ended), tmp_path / "out", "--likelihoods", code=2)
     assert "no task of the data has a closed set of answers" in said

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from umbrella_jax.cli.options import (
@@ -162,16 +163,12 @@ def _predict(arguments: argparse.Namespace) -> None:
 
     with bound():
         with together():
-            data = DataConfig(
-                eval=arguments.data,
-                image_root=arguments.image_root,
-                modality=arguments.modality,
-                task_filter=arguments.task_filter,
-                cache=arguments.cache,
-            )
+            config = load_config(arguments.config) if arguments.config else None
+            flags = {name: getattr(arguments, name) for name in ("image_root", "modality", "task_filter", "cache")}
+            given = {name: value for name, value in flags.items() if value is not None}
+            data = replace(config.data if config else DataConfig(), eval=arguments.data, **given)
             mesh = MeshConfig(**parse_mesh(arguments.mesh)) if arguments.mesh else MeshConfig()
             sampling = _sampling(arguments)
-            config = load_config(arguments.config) if arguments.config else None
         rows = predict(
             arguments.model,
             data,
@@ -193,6 +190,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 def _explain(arguments: argparse.Namespace) -> None:
     import umbrella_jax
+    from umbrella_jax.config import DataConfig
     from umbrella_jax.data.conversation import read_conversations
     from umbrella_jax.files import new_folder
 
@@ -203,7 +201,9 @@ def _explain(arguments: argparse.Namespace) -> None:
     if arguments.data is None:
         conversations = [processor.question(arguments.prompt, _images(arguments, list(processor.modalities)))]
     else:
-        found = read_conversations(arguments.data, processor.modalities, arguments.image_root)
+        data = load_config(arguments.config).data if arguments.config else DataConfig()
+        root, outside = arguments.image_root or data.image_root, data.allow_outside_root
+        found = read_conversations(arguments.data, processor.modalities, root, allow_outside_root=outside)
         conversations = [c for c in found if not arguments.task_id or c.task_id in arguments.task_id]
         if missing := set(arguments.task_id) - {c.task_id for c in conversations}:
             raise ConfigError(f"--task-id {', '.join(sorted(missing))}: not in {arguments.data}")

@@ -163,7 +163,7 @@ def start_processes(arguments: argparse.Namespace) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """A model that is there."""
     parser.add_argument("model", metavar="MODEL", help="run, export, native checkpoint or Hugging Face folder")
-    parser.add_argument("--config", metavar="FILE", help="YAML: modalities of a stock LLaVA, tasks")
+    parser.add_argument("--config", metavar="FILE", help="YAML: modalities of a stock LLaVA, tasks, data")
     parser.add_argument(
         "--compute-dtype",
         choices=["float32", "bfloat16"],
