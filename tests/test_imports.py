@@ -59,6 +59,7 @@ ROOMS: dict[str, set[str]] = {
             "umbrella_jax.batch",
             "umbrella_jax.errors",
             "umbrella_jax.reading",
+            "umbrella_jax.columns",
             "umbrella_jax.pages",
         ),
         *("numpy", "scipy", "nibabel", "isal", "grain", "safetensors", "transformers", "tqdm", "PIL"),

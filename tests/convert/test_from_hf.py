@@ -205,7 +205,9 @@ def test_new_modalities_of_a_stock_checkpoint(written):
         EMBEDDINGS + name for name in ("patch_embedding.weight", "patch_embedding.bias", "position_embedding.weight")
     }
     assert report == plan_loading(directory, config).report
-    assert len(report.lines()) == 5
+    *new, replaced = report.lines()
+    assert [line.partition(":")[0] for line in new] == ["T1", "rsfMRI"]
+    assert replaced.split("\n  ")[1:] == list(report.replaced)
     for name in MODALITIES:
         weight, bias = params[f"{EMBEDDINGS}{name}_proj.weight"], params[f"{EMBEDDINGS}{name}_proj.bias"]
         table = params[f"{EMBEDDINGS}{name}_positional_embeddings"]
@@ -233,7 +235,7 @@ def test_vocabulary_grows(written):
         np.testing.assert_array_equal(params[path][:331], before[path])
         mean = np.asarray(before[path]).mean(0, dtype=np.float64).astype(np.float32)
         np.testing.assert_array_equal(params[path][331:], np.tile(mean, (3, 1)))
-    assert any("331 to 334" in line for line in report.lines())
+    assert any("331 rows → 334" in line for line in report.lines())
 
 
 def test_vocabulary_never_shrinks(written):
