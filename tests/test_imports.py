@@ -14,7 +14,7 @@ ROOMS: dict[str, set[str]] = {
     "umbrella_jax/errors.py": set(),
     "umbrella_jax/reading.py": {"umbrella_jax.errors", "pydantic_core", "ruamel"},
     "umbrella_jax/config.py": {"umbrella_jax.errors", "umbrella_jax.reading", "pydantic", "ruamel"},
-    "umbrella_jax/batch.py": {"jax", "chex"},
+    "umbrella_jax/batch.py": {"jax"},
     "umbrella_jax/pages.py": {"jinja2"},
     "umbrella_jax/columns.py": set(),
     "umbrella_jax/runs.py": {
@@ -72,7 +72,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "convert": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
-        "umbrella_jax.reading",
+        *("umbrella_jax.files", "umbrella_jax.reading"),
         *("jax", "flax", "numpy", "ml_dtypes", "safetensors", "huggingface_hub"),
     },
 }
