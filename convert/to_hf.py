@@ -36,8 +36,8 @@ def export(
 
     Parameters, in memory or still to be read, keep their types and are written one by one. `names` is the family of
     modality names, ("T1", "rsfMRI") or ("sMRI", "fMRI"), default the configured ones; `base` and `fingerprint`
-    name the checkpoint that training began from, `template` says how its text was written. Raises CheckpointError for a
-    folder that is not empty, for parameters that are not those of `config`, and as `carried`.
+    name the checkpoint that training began from, `template` says how its text was written. Raises ConfigError for a
+    folder that is not empty, CheckpointError for parameters that are not those of `config`, and as `carried`.
     """
     out = new_folder(out)
     carried(Path(source_dir))  # which raises, before anything is written

@@ -367,7 +367,7 @@ def describe(checkpoint: Checkpoint, directory: Path) -> None:
 def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto", finite: bool = False) -> None:
     """Writes a native checkpoint: orbax parameters, config.json, tokenizer, modalities.
 
-    Raises CheckpointError for a folder that is not empty and, where `finite`, for weights that are not.
+    Raises ConfigError for a folder that is not empty and, where `finite`, CheckpointError for weights that are not.
     """
     directory, checkpoint = new_folder(directory), checkpoint.merged()
     if finite:

@@ -12,7 +12,7 @@ from convert.hf_config import read_config
 from convert.safetensors_io import open_checkpoint
 from convert.to_hf import export
 from tests.checkpoints import FAMILIES, MODALITIES, write_stock, write_umbrella
-from umbrella_jax.errors import CheckpointError
+from umbrella_jax.errors import CheckpointError, ConfigError
 
 
 def contents(directory):
@@ -74,7 +74,7 @@ def test_export_overwrites_nothing(tmp_path):
     write_umbrella(tmp_path / "in")
     config = read_config(tmp_path / "in")
     params, _ = load_params(tmp_path / "in", config)
-    with pytest.raises(CheckpointError, match="not an empty folder"):
+    with pytest.raises(ConfigError, match="not an empty folder"):
         export(tmp_path / "in", params, config, tmp_path / "in")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from umbrella_jax.demo.base import make_base
 from umbrella_jax.demo.data import DemoData, lesion_mask, make_data
-from umbrella_jax.errors import ConfigError, RunError
+from umbrella_jax.errors import RunError
 from umbrella_jax.pages import PACKAGES, page_faults
 
 CONFIG = "tiny"
@@ -31,10 +31,12 @@ def run_demo(
         {task: held-out accuracy}, and `attribution`: see `_lesions`.
 
     Raises:
-        RunError: the directory is not empty, or the export does not answer as the run did.
+        ConfigError: the directory is not empty.
+        RunError: the export does not answer as the run did.
     """
     from umbrella_jax.cli import main
     from umbrella_jax.evaluation.metrics import read_predictions
+    from umbrella_jax.files import new_folder
     from umbrella_jax.rundir import evaluations
 
     def command(*words: object) -> None:
@@ -43,8 +45,7 @@ def run_demo(
         if main(text):
             raise RunError(f"demo: umbrella-jax {text[0]} failed")
 
-    if directory.exists() and any(directory.iterdir()):
-        raise ConfigError(f"{directory}: not empty; name another directory (--out D) or remove it")
+    new_folder(directory)
     base, native, run, export = (directory / name for name in ("base", "native", "run", "export"))
     make_base(base, seed)
     data = make_data(directory / "data", seed, *subjects)
