@@ -35,7 +35,7 @@ from umbrella_jax.data.volume import load_volume
 from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError
 from umbrella_jax.original import from_original
 
-SECONDS = float(os.environ.get("UMBRELLA_FUZZ_SECONDS", "5"))
+SECONDS = float(os.environ.get("UMBRELLA_FUZZ_SECONDS", "10"))
 """Of each target in the suite."""
 LENGTH = 4096
 """Bytes that an input is made from."""
@@ -78,9 +78,12 @@ def only(*errors: type[UmbrellaError], data: Any) -> Iterator[None]:
 
 
 def fuzz(target: Callable[..., None], seconds: float = SECONDS, seed: int = 0) -> int:
-    """Runs a target on random bytes, the same ones for a seed, for some time. Returns on how many."""
+    """Runs a target on random bytes, the same ones for a seed, for some time behind a first input, which imports.
+    Returns on how many."""
     one = target.hypothesis.fuzz_one_input  # type: ignore[attr-defined]
-    rng, end, count = random.Random(seed), time.monotonic() + seconds, 0
+    rng, count = random.Random(seed), 0
+    one(rng.randbytes(LENGTH))
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         count += one(rng.randbytes(LENGTH)) is not None
     return count
