@@ -212,6 +212,7 @@ def test_generate_says_what_predict_does(run: Path, world: World, whole: list[di
         ("0.nii.gz", "expected MODALITY=FILE, of T1, rsfMRI"),
         ("dwi=0.nii.gz", "modality dwi: the model has T1, rsfMRI"),
         ("T1=none.nii.gz", "not found"),
+        ("T1=", "--image T1=: expected MODALITY=FILE"),
         ("T1=a/ses=1.nii.gz", "a/ses=1.nii.gz: not found"),
         ("a/ses=1.nii.gz", "expected MODALITY=FILE, of T1, rsfMRI"),
     ],

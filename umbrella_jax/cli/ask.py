@@ -112,7 +112,7 @@ def _images(arguments: argparse.Namespace, modalities: Sequence[str]) -> list[tu
         name, equals, path = text.partition("=")
         if not equals or os.sep in name:  # a path alone, which may hold the sign
             name, path = "", text
-        if not name and len(modalities) > 1:
+        if not path or (not name and len(modalities) > 1):
             faults.append(f"--image {text}: expected MODALITY=FILE, of {', '.join(modalities)}")
         found.append((name or modalities[0], path))
     if faults:
