@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -106,5 +107,9 @@ class SiglipVisionModel(nnx.Module):
 
     def __call__(self, name: str, volumes: Array) -> Array:
         x = self.vision_model.embeddings(name, volumes)
-        attend = partial(attention, causal=False, backend=self.backend)
-        return scan_layers(self.vision_model.encoder.layers, x, attend, remat=self.remat)
+        patches, lengths = x.shape[1], None
+        if self.backend == "cudnn" and patches % 2:  # it would copy q, k and v of every layer into even ones
+            x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
+            lengths = jnp.full(x.shape[:1], patches, jnp.int32)
+        attend = partial(attention, causal=False, lengths=lengths, backend=self.backend)
+        return scan_layers(self.vision_model.encoder.layers, x, attend, remat=self.remat)[:, :patches]
