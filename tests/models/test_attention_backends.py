@@ -7,11 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+from umbrella_jax.config import ModalityConfig
 from umbrella_jax.errors import ConfigError
+from umbrella_jax.models import attention as attention_module
 from umbrella_jax.models.attention import attention, choose_backend, native_backend
+from umbrella_jax.models.siglip import SiglipConfig, SiglipVisionModel
 from umbrella_jax.models.splash_attention import splash_block, splash_shape
+from umbrella_jax.models.xla_attention import xla_attention
 
 CASES = {  # B, T, S, H, K, Dh
     "grouped": (2, 37, 37, 6, 2, 72),
@@ -86,6 +91,32 @@ def test_values_and_gradients(backend, case, causal, dtype):
 def test_values_and_gradients_on_a_gpu(backend, case, causal, dtype):
     assert native_backend(jax.devices()[0]) == "cudnn"
     check(backend, case, causal, dtype)
+
+
+def test_a_tower_of_odd_length_is_the_same_for_cudnn(monkeypatch):
+    """It pads its rows by one; the kernel itself runs on a GPU alone, so what it computes is computed by xla's."""
+    config = SiglipConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3)
+    modality = {"T1": ModalityConfig(size=(9, 9, 9), patch=(3, 3, 3))}  # 27 patches
+    seen = []
+
+    def noted(q, k, v, lengths, *, causal):
+        seen.append((q.shape[1], lengths is not None))
+        return xla_attention(q, k, v, lengths, causal=causal)
+
+    monkeypatch.setitem(attention_module._BACKENDS, "cudnn", noted)
+    rng, found = np.random.default_rng(0), {}
+    volumes = jnp.asarray(rng.standard_normal((2, 9, 9, 9)), jnp.float32)
+    dout = jnp.asarray(rng.standard_normal((2, 27, 48)), jnp.float32)
+    for backend in ("xla", "cudnn"):
+        graphdef, params = nnx.split(SiglipVisionModel(config, modality, "none", backend, rngs=nnx.Rngs(0)), nnx.Param)
+        rng = np.random.default_rng(1)
+        params = jax.tree.map(lambda leaf, rng=rng: jnp.asarray(rng.normal(0, 0.2, leaf.shape), leaf.dtype), params)
+        out, pull = jax.vjp(lambda params, x, g=graphdef: nnx.merge(g, params)("T1", x), params, volumes)
+        found[backend] = [out, *jax.tree.leaves(pull(dout))]
+    assert seen == [(28, True)]
+    largest = max(float(jnp.abs(one).max()) for one in found["xla"])  # the gradient of k's bias is 0
+    for one, other in zip(*found.values(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * largest)
 
 
 @pytest.mark.parametrize("length", [1, 37, 256, 257, 512, 729, 793, 1024, 1500, 8192])
