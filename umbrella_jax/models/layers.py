@@ -29,6 +29,29 @@ def dense(weight: Any, dtype: Any) -> Array:
     return qwix.dequantize(weight.astype(dtype))
 
 
+@jax.custom_vjp
+def float32_product(x: Array, weight: Array) -> Array:
+    """x [..., I] · Wᵀ, float32 [..., O], of x and `weight` [O, I] of one type, in which their gradients are computed.
+
+    Left to itself, jax multiplies a float32 gradient by the weight, of which XLA then makes a float32 copy.
+    """
+    return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
+
+
+def _float32_product(x: Any, weight: Any) -> tuple[Array, tuple[Array | None, Array]]:
+    return float32_product(x.value, weight.value), (x.value if weight.perturbed else None, weight.value)
+
+
+def _float32_product_gradients(kept: tuple[Array | None, Array], dy: Array) -> tuple[Array, Array | None]:
+    x, weight = kept
+    dy = dy.astype(weight.dtype)
+    dx = jnp.einsum("...o,oi->...i", dy, weight)
+    return dx, None if x is None else jnp.einsum("...o,...i->oi", dy, x)
+
+
+float32_product.defvjp(_float32_product, _float32_product_gradients, symbolic_zeros=True)
+
+
 class Factor(nnx.Module):
     """One of the two of an adapter: `weight`, [..., r, I] or [..., O, r]."""
 

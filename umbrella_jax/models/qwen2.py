@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from umbrella_jax.config import AttentionBackend, RematPolicy
 from umbrella_jax.models.attention import attention, extension_attention
-from umbrella_jax.models.layers import Embedding, Linear, RMSNorm, scan_layers, stack
+from umbrella_jax.models.layers import Embedding, Linear, RMSNorm, float32_product, scan_layers, stack
 from umbrella_jax.models.parallel import split_heads, split_rows
 
 Array = jax.Array
@@ -190,5 +190,4 @@ class Qwen2ForCausalLM(nnx.Module):
     def logits(self, x: Array) -> Array:
         """Hidden states [..., D] → float32 [..., V]."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        weight = head.weight[...].astype(x.dtype)
-        return jnp.einsum("...d,vd->...v", x, weight, preferred_element_type=jnp.float32)
+        return float32_product(x, head.weight[...].astype(x.dtype))
