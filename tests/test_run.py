@@ -390,7 +390,7 @@ def test_evaluations_of_a_part_compile_nothing_more(
 
     def counted(*args: Any) -> Any:
         found = evaluate(*args)
-        programs.append(tuple(f._cache_size() for f in (prefill, decode, score_answers, jit_eval_step)))
+        programs.append(tuple(f._cache_size() for f in (prefill, decode, score_answers, jit_eval_step())))
         return found
 
     monkeypatch.setattr(umbrella_jax.run, "evaluate", counted)

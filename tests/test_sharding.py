@@ -68,7 +68,7 @@ def runs() -> dict[tuple[int, ...], Run]:
             state, frozen = jax.device_put((state, case.frozen), shardings((state, case.frozen), mesh))
             batch = put_batch(mesh_batch(), mesh, axis=1)
             # A compiled step takes what it was compiled for alone: the second step's state lies as the first one's did.
-            step = jit_train_step.lower(state, frozen, batch, **case.static).compile(QUICK)
+            step = jit_train_step().lower(state, frozen, batch, **case.static).compile(QUICK)
             history, states = [], []
             for _ in range(3):
                 state, metrics = step(state, frozen, batch)

@@ -135,6 +135,6 @@ def take_step(device: jax.Device) -> Step:
     optimizer = make_optimizer(TrainConfig(), optax.constant_schedule(1e-3), labels)
     state = jax.device_put(init_state(as_trainable(trainable), optimizer), device)
     batch = jax.device_put(jax.tree.map(lambda leaf: leaf[None], make_batch()), device)
-    _, metrics = jit_train_step(state, frozen, batch, graphdef=abstract_params(config)[0], optimizer=optimizer)
+    _, metrics = jit_train_step()(state, frozen, batch, graphdef=abstract_params(config)[0], optimizer=optimizer)
     loss, norm = (float(jnp.asarray(metrics[name])) for name in ("loss", "grad_norm"))
     return Step(loss, norm, time.monotonic() - start)

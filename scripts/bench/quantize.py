@@ -30,7 +30,7 @@ def quantize(work_dir: Path) -> None:
         graphdef, params = split(model)
         total, count = 0.0, 0
         for _, batch in eval_batches(data, 16, prompts=False):
-            loss, supervised = jit_eval_step(params, {}, batch, graphdef=graphdef)
+            loss, supervised = jit_eval_step()(params, {}, batch, graphdef=graphdef)
             total, count = total + float(loss), count + int(supervised)
         found: dict[int, str] = {}
         for indices, batch in eval_batches(data, 16, prompts=True):

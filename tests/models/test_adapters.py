@@ -171,7 +171,7 @@ def test_on_a_mesh_it_is_one_devices():
             state = step.state()
             state, frozen = jax.device_put((state, step.frozen), shardings((state, step.frozen), mesh))
             batch = put_batch(mesh_batch(), mesh, axis=1)
-            lowered = jit_train_step.lower(state, frozen, batch, **step.static)
+            lowered = jit_train_step().lower(state, frozen, batch, **step.static)
             state, metrics = lowered.compile(QUICK)(state, frozen, batch)
             for path, leaf in state.trainable.items():
                 held = {shard.data.size for shard in leaf.addressable_shards}

@@ -89,7 +89,7 @@ def test_ten_adamw_steps():
     state = init_state(as_trainable(trainable), optimizer)
     batch = jax.tree.map(lambda leaf: leaf[None], golden_batch())
     static = {"graphdef": abstract_params(config)[0], "optimizer": optimizer}
-    step = jit_train_step.lower(state, frozen, batch, **static).compile(OPTIMISED)
+    step = jit_train_step().lower(state, frozen, batch, **static).compile(OPTIMISED)
     for loss, norm in golden("train")["loss_and_grad_norm"]:
         state, metrics = step(state, frozen, batch)
         assert relative(metrics["loss"], loss) <= 1e-5

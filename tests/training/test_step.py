@@ -174,9 +174,9 @@ def test_entry_points():
     case = small_case()
     state = case.state()
     micro = jax.tree.map(lambda leaf: leaf[0], small_batch())
-    evaluate = jit_eval_step.lower(state.trainable, case.frozen, micro, graphdef=case.graphdef).compile(QUICK)
+    evaluate = jit_eval_step().lower(state.trainable, case.frozen, micro, graphdef=case.graphdef).compile(QUICK)
     total, count = evaluate(state.trainable, case.frozen, micro)
-    lowered = jit_train_step.lower(state, case.frozen, small_batch(), **case.static)
+    lowered = jit_train_step().lower(state, case.frozen, small_batch(), **case.static)
     for part, given_away in zip(lowered.args_info[0], (True, False, False), strict=True):
         assert {leaf.donated for leaf in jax.tree.leaves(part)} == {given_away}
     new, metrics = lowered.compile(QUICK)(state, case.frozen, small_batch())
@@ -186,14 +186,14 @@ def test_entry_points():
     assert not any(leaf.is_deleted() for leaf in [*case.params.values(), *new.trainable.values()])
 
 
-def arrays_in(jaxpr: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(primitive, shape) of every array that a program computes, in its loops and calls too."""
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """What a program computes, in its loops and calls too."""
     for equation in jaxpr.eqns:
-        yield from ((equation.primitive.name, v.aval.shape) for v in equation.outvars if hasattr(v.aval, "shape"))
+        yield equation
         for leaf in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
             inner = getattr(leaf, "jaxpr", leaf)
             if hasattr(inner, "eqns"):
-                yield from arrays_in(inner)
+                yield from equations(inner)
 
 
 def matrix_shapes(params):
@@ -205,9 +205,13 @@ def matrix_shapes(params):
     return {shape for shape in shapes if len(shape) > 1}
 
 
+def program(case):
+    return list(equations(jax.make_jaxpr(partial(train_step, **case.static))(case.state(), case.frozen, small_batch())))
+
+
 def computed(case):
-    program = jax.make_jaxpr(partial(train_step, **case.static))(case.state(), case.frozen, small_batch())
-    return set(arrays_in(program.jaxpr))
+    """(primitive, shape) of every array."""
+    return {(e.primitive.name, v.aval.shape) for e in program(case) for v in e.outvars if hasattr(v.aval, "shape")}
 
 
 @pytest.mark.parametrize("remat", ["none", "mlp", "full"])
@@ -222,6 +226,17 @@ def test_nothing_of_a_frozen_weights_shape_is_computed(remat, dtype):
     assert ("dot_general", (21, 30)) in found, "the gradient of the patch projection, which is seen"
     assert ("dot_general", (4, 5, 53)) in found, "the logits of 5 positions"
     assert not {(name, shape) for name, shape in found if 53 in shape and 29 in shape}
+
+
+def test_no_product_of_two_types():
+    """XLA makes them one: of a frozen weight and a float32 gradient, by a float32 copy of the weight."""
+    found = [
+        [v.aval.dtype.name for v in e.invars]
+        for e in program(small_case(dtype="bfloat16"))
+        if "dot" in str(e.primitive)
+    ]
+    assert len(found) > 50
+    assert all(first == second for first, second in found)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

@@ -54,7 +54,7 @@ def start(case):
 def run(case, tmp_path, monkeypatch):
     """`run(state, batches, ...)` is `fit` into tmp_path; returns the state, the lines and what it called."""
 
-    monkeypatch.setattr(trainer, "jit_train_step", quick_step)
+    monkeypatch.setattr(trainer, "jit_train_step", lambda: quick_step)
 
     def call(state, batches, *, num_steps=STEPS, signals=(), cut_off=None, pending=None, **settings):
         """`signals`: what `interrupted` says each time; `cut_off`: the step whose evaluation a signal ends."""

@@ -49,7 +49,7 @@ def evaluate(
             if interrupted():
                 return None
             shape = batch.input_ids.shape, tuple((name, len(x)) for name, x in batch.volumes.items())
-            batch_loss, count = jit_eval_step(
+            batch_loss, count = jit_eval_step()(
                 trainable, run.frozen, put_batch(batch, mesh, axis=0), graphdef=run.graphdef
             )
             loss, supervised = loss + float(batch_loss), supervised + int(count)

@@ -94,13 +94,17 @@ def _programs(run: Prepared) -> Iterator[tuple[str, BatchShape, jax.stages.Compi
         for shape in dict.fromkeys(shape for shapes in run.plan.shapes for shape in shapes):
             batch = empty_batch(run.train_set, shape, accumulate_steps=config.train.accumulate_steps)
             given = state, run.frozen, abstract_batch(batch, mesh, axis=1)
-            yield "step", shape, jit_train_step.lower(*given, graphdef=run.graphdef, optimizer=run.optimizer).compile()
+            yield (
+                "step",
+                shape,
+                jit_train_step().lower(*given, graphdef=run.graphdef, optimizer=run.optimizer).compile(),
+            )
         if run.evaluated is None:
             return
         dataset, batch_size = run.evaluated.dataset, config.train.batch_size
         for shape in eval_shapes(dataset, batch_size, prompts=False, parts=parts(mesh)):
             evaluating = abstract_batch(empty_batch(dataset, shape), mesh, axis=0)
-            lowered = jit_eval_step.lower(state.trainable, run.frozen, evaluating, graphdef=run.graphdef)
+            lowered = jit_eval_step().lower(state.trainable, run.frozen, evaluating, graphdef=run.graphdef)
             yield "evaluation", shape, lowered.compile()
         yield from compile_answers(
             state.trainable | run.frozen,

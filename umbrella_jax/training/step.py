@@ -4,7 +4,7 @@ Gradients are taken of the trainable partition alone, so no weight gradient of a
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from flax import nnx
 from umbrella_jax.batch import Batch
 from umbrella_jax.models import Params, merge
 from umbrella_jax.sharding import constrain
+from umbrella_jax.training.compiler import compiler_options
 from umbrella_jax.training.loss import loss_sum
 
 Array = jax.Array
@@ -89,6 +90,18 @@ def eval_step(trainable: Params, frozen: Params, batch: Batch, *, graphdef: nnx.
     return loss_sum(merge(graphdef, trainable | frozen), batch)
 
 
-# Donated: the old state's buffers are the new one's. Frozen weights are read, never written, never returned.
-jit_train_step = partial(jax.jit, static_argnames=("graphdef", "optimizer"), donate_argnames="state")(train_step)
-jit_eval_step = partial(jax.jit, static_argnames=("graphdef",))(eval_step)
+@cache
+def jit_train_step() -> Any:
+    """`train_step`, jitted for the devices that are there.
+
+    Donated: the old state's buffers are the new one's. Frozen weights are read, never written, never returned.
+    """
+    static = ("graphdef", "optimizer")
+    options = compiler_options()
+    return jax.jit(train_step, static_argnames=static, donate_argnames="state", compiler_options=options)
+
+
+@cache
+def jit_eval_step() -> Any:
+    """`eval_step`, jitted for the devices that are there."""
+    return jax.jit(eval_step, static_argnames="graphdef", compiler_options=compiler_options())

@@ -106,7 +106,7 @@ def fit(
     """
     first = jax.process_index() == 0
     start, skipped = int(state.step), int(state.skipped)
-    step_fn = partial(jit_train_step, graphdef=graphdef, optimizer=optimizer)
+    step_fn = partial(jit_train_step(), graphdef=graphdef, optimizer=optimizer)
     rates = np.broadcast_to(schedule(np.arange(num_steps)), num_steps)  # once: it takes a millisecond
     shapes: set[Any] = set()
 

@@ -1,0 +1,37 @@
+"""What XLA is told about programs, where it is told anything."""
+
+import pytest
+
+from umbrella_jax.training import compiler
+from umbrella_jax.training.compiler import compiler_options
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew():
+    compiler_options.cache_clear()
+    yield
+    compiler_options.cache_clear()
+
+
+def test_nothing_on_a_cpu():
+    assert compiler_options() == {}
+
+
+def test_on_nvidia_gpus_what_this_jaxlib_knows(monkeypatch):
+    monkeypatch.setattr(compiler, "native_backend", lambda device: "cudnn")
+    monkeypatch.setitem(compiler._CUDA, "xla_gpu_no_such_option", True)
+    found = compiler_options()
+    assert found["xla_gpu_enable_triton_gemm"] is False
+    assert compiler._CUDA.keys() - found.keys() <= {
+        "xla_gpu_no_such_option",
+        "xla_gpu_enable_dus_accumulator_zero_init_elimination",  # not in jaxlib 0.8.1
+    }
+    assert "xla_gpu_no_such_option" not in found
+
+
+def test_other_refusals_are_not_hidden(monkeypatch):
+    """A value of the wrong type, say, is a fault of ours."""
+    monkeypatch.setattr(compiler, "native_backend", lambda device: "cudnn")
+    monkeypatch.setitem(compiler._CUDA, "xla_gpu_enable_triton_gemm", "perhaps")
+    with pytest.raises(Exception, match="xla_gpu_enable_triton_gemm"):
+        compiler_options()
