@@ -4,6 +4,7 @@
     python scripts/benchmark.py convert [--work-dir D]     needs the extra `torch`, 12 GB of disk
     python scripts/benchmark.py data [--work-dir D]        needs the extra `report`, 1 GB of disk
     python scripts/benchmark.py step [--work-dir D]        needs the extra `torch`, 13 GB of memory, half an hour
+    python scripts/benchmark.py gpu [--work-dir D]         an NVIDIA GPU of 80 GB or more, PyTorch for it, five minutes
     python scripts/benchmark.py sharing [--work-dir D]     ten minutes
     python scripts/benchmark.py compile [--work-dir D]
     python scripts/benchmark.py loop [--work-dir D]
@@ -23,6 +24,7 @@ from bench.compile import compile
 from bench.convert import convert
 from bench.data import data
 from bench.generate import generate
+from bench.gpu import gpu
 from bench.loop import loop
 from bench.quantize import quantize
 from bench.startup import startup
@@ -32,7 +34,7 @@ from bench.step import sharing, step
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
-    for work in (convert, data, step, sharing, compile, loop, generate, quantize, startup):
+    for work in (convert, data, step, gpu, sharing, compile, loop, generate, quantize, startup):
         command = commands.add_parser(work.__name__, help=work.__doc__)
         command.add_argument("--work-dir", type=Path, help="where files are made and left; default a temporary folder")
         command.set_defaults(work=work)

@@ -1,14 +1,13 @@
 """Tracing and compiling the training step, and what of products the compiled program holds."""
 
-import json
 import re
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bench.convert import CONFIG_05B
 from bench.measure import figure, measure
+from bench.workload import SCANS
 
 
 def compiled(work_dir: str, layers: int) -> list[Any]:
@@ -24,16 +23,18 @@ def compiled(work_dir: str, layers: int) -> list[Any]:
     from umbrella_jax.training.step import init_state, jit_train_step
 
     jax.config.update("jax_compilation_cache_dir", work_dir)
-    config = model_config(json.dumps(CONFIG_05B), "float32", "none", layers)
+    config = model_config("0.5b", SCANS["t1"], "float32", "none", layers)
     graphdef, shapes = abstract_params(config)
     labels = freeze.label_params(list(shapes), ["patch_embed"])
     trainable, frozen = freeze.partition(shapes, labels)
     train = TrainConfig()
     optimizer = make_optimizer(train, make_schedule(train, 100), labels)
     state = jax.eval_shape(lambda: init_state({p: jax.numpy.zeros(s.shape) for p, s in trainable.items()}, optimizer))
-    batch = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, make_batch(1, 1, 1, np.random.default_rng(0))))
+    batch = jax.eval_shape(
+        lambda: jax.tree.map(jax.numpy.asarray, make_batch(SCANS["t1"], 1, 1, 1, np.random.default_rng(0)))
+    )
     start = time.perf_counter()
-    lowered = jit_train_step.lower(state, frozen, batch, graphdef=graphdef, optimizer=optimizer)
+    lowered = jit_train_step().lower(state, frozen, batch, graphdef=graphdef, optimizer=optimizer)
     traced = time.perf_counter()
     program = lowered.compile()
     done = time.perf_counter()

@@ -9,39 +9,7 @@ from typing import Any
 import numpy as np
 
 from bench.measure import figure, measure
-
-CONFIG_05B = {  # of llava-hf/llava-interleave-qwen-0.5b-hf
-    "architectures": ["LlavaForConditionalGeneration"],
-    "model_type": "llava",
-    "image_token_index": 151646,
-    "projector_hidden_act": "gelu",
-    "vision_feature_layer": -1,
-    "vision_feature_select_strategy": "full",
-    "torch_dtype": "float32",
-    "tie_word_embeddings": True,
-    "vision_config": {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 1152,
-        "image_size": 384,
-        "intermediate_size": 4304,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 26,
-        "patch_size": 14,
-        "vision_use_head": False,
-    },
-    "text_config": {
-        "model_type": "qwen2",
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 24,
-        "num_key_value_heads": 16,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": True,
-        "vocab_size": 152000,
-        "max_position_embeddings": 32768,
-    },
-}
+from bench.workload import HUB_CONFIGS
 
 
 def make_base(directory: Path) -> None:
@@ -54,7 +22,7 @@ def make_base(directory: Path) -> None:
     from umbrella_jax.models import abstract_params
 
     directory.mkdir(parents=True)
-    (directory / CONFIG).write_text(json.dumps(CONFIG_05B))
+    (directory / CONFIG).write_text(json.dumps(HUB_CONFIGS["0.5b"]))
     modalities = {"T1": ModalityConfig(size=(96, 96, 96), patch=(10, 10, 10))}
     (directory / UMBRELLA_CONFIG).write_text(json.dumps({"modalities": {m: to_dict(c) for m, c in modalities.items()}}))
     config = read_config(directory)

@@ -1,11 +1,10 @@
 """Answering: what a token costs beside reading the language model's weights once."""
 
-import json
 import time
 from pathlib import Path
 
-from bench.convert import CONFIG_05B
 from bench.measure import figure, measure
+from bench.workload import SCANS
 
 NEW, ROUNDS = 64, 3
 
@@ -15,19 +14,14 @@ def answered() -> list[float]:
     import jax
     import numpy as np
 
-    from bench.jax_step import make_batch, model_config
+    from bench.jax_step import make_batch, model_config, random_params
     from umbrella_jax.evaluation.generate import decode, prefill
     from umbrella_jax.models import abstract_params
 
-    graphdef, shapes = abstract_params(model_config(json.dumps(CONFIG_05B), "float32", "none"))
-    rng = np.random.default_rng(0)
-    params = {}
-    for path, leaf in shapes.items():
-        values = np.empty(leaf.shape, np.float32)
-        rng.standard_normal(out=values.reshape(-1), dtype=np.float32)
-        values *= np.float32(0.02)
-        params[path] = jax.device_put(values)
-    batch = jax.tree.map(lambda leaf: leaf[0], make_batch(1, 1, 1, rng))
+    config, rng = model_config("0.5b", SCANS["t1"], "float32", "none"), np.random.default_rng(0)
+    trainable, frozen = random_params(config, rng)
+    graphdef, params = abstract_params(config)[0], trainable | frozen
+    batch = jax.tree.map(lambda leaf: leaf[0], make_batch(SCANS["t1"], 1, 1, 1, rng))
     size = sum(leaf.nbytes for path, leaf in params.items() if path.startswith("language_model"))
     source = np.ones(size // 4, np.float32)
     target = np.empty_like(source)

@@ -11,39 +11,41 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from bench.trace import kernels
+from bench.workload import ANSWER, HUB_CONFIGS, IMAGE, SCANS, TEXT, Scan
 from convert.hf_config import CONFIG, UMBRELLA_CONFIG, read_config
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import ModalityConfig, RematPolicy, TrainConfig, to_dict
-from umbrella_jax.models import LlavaConfig, abstract_params, native_backend
+from umbrella_jax.models import LlavaConfig, Params, abstract_params, native_backend
 from umbrella_jax.plan.devices import layer_rate
 from umbrella_jax.training import freeze
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule
-from umbrella_jax.training.step import init_state, jit_train_step
-
-IMAGE = 151646
-MODALITIES = {"T1": ModalityConfig(size=(96, 96, 96), patch=(10, 10, 10))}
+from umbrella_jax.training.step import init_state, jit_train_step, train_step
 
 
-def matmul_rate() -> float:
-    """FLOP/s of float32 products as large as the tower's, the best of 20."""
-    x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(729, 1152), (4304, 1152)]))
-    product = jax.jit(lambda x, w: x @ w.T)
+def matmul_rate(dtype: str) -> float:
+    """FLOP/s of products, the best of 20: on a CPU of one as large as the tower's, elsewhere of ten of 8192³ in a row,
+    which fill the card and leave no time between them."""
+    times, m, n, k = (1, 729, 4304, 1152) if jax.default_backend() == "cpu" else (10, *[8192] * 3)
+    x, w = (jax.random.normal(jax.random.key(i), (rows, k), dtype) for i, rows in enumerate((m, n)))
+    w = w * k**-0.5  # products of the same size as x
+    product = jax.jit(lambda x, w: jax.lax.fori_loop(0, times, lambda _, x: x @ w.T, x) if times > 1 else x @ w.T)
     product(x, w).block_until_ready()
     best = np.inf
     for _ in range(20):
         start = time.perf_counter()
         product(x, w).block_until_ready()
         best = min(best, time.perf_counter() - start)
-    return 2 * 729 * 1152 * 4304 / best
+    return times * 2 * m * n * k / best
 
 
-def make_batch(size: int, images: int, volumes: int, rng: np.random.Generator) -> Batch:
-    """[1, B, ...]: `images` T1 scans and 64 tokens each, their placeholders among them; the last 8 supervised.
+def make_batch(scan: Scan, size: int, images: int, volumes: int, rng: np.random.Generator) -> Batch:
+    """[1, B, ...]: `images` scans and 64 tokens each, their placeholders among them; the last 8 supervised.
 
     `volumes` distinct scans go round over the images.
     """
-    patches, text, answer = MODALITIES["T1"].num_patches, 64, 8
-    length = text + images * (patches - 1)
+    patches = scan.patches
+    length = TEXT + images * (patches - 1)
     rows, first = (1, size, length), 4
     ids = rng.integers(0, 150000, rows, np.int32)
     feature_idx = np.full(rows, -1, np.int32)
@@ -52,79 +54,128 @@ def make_batch(size: int, images: int, volumes: int, rng: np.random.Generator) -
             place = slice(first + i * (patches + 4), first + i * (patches + 4) + patches)
             ids[0, b, place] = IMAGE
             feature_idx[0, b, place] = (b * images + i) % volumes * patches + np.arange(patches)
-    return Batch(  # type: ignore[call-arg]
+    few = rng.standard_normal((min(volumes, 8), *scan.size), np.float32)  # a 4D scan takes a second
+    return Batch(
         input_ids=ids,
         positions=np.broadcast_to(np.arange(length, dtype=np.int32), rows),
         feature_idx=feature_idx,
         lengths=np.full((1, size), length, np.int32),
-        target_pos=np.broadcast_to(np.arange(length - answer - 1, length - 1, dtype=np.int32), (1, size, answer)),
-        target_ids=ids[..., -answer:],
-        target_mask=np.ones((1, size, answer), bool),
-        volumes={"T1": rng.standard_normal((1, volumes, *MODALITIES["T1"].size), np.float32)},
+        target_pos=np.broadcast_to(np.arange(length - ANSWER - 1, length - 1, dtype=np.int32), (1, size, ANSWER)),
+        target_ids=ids[..., -ANSWER:],
+        target_mask=np.ones((1, size, ANSWER), bool),
+        volumes={scan.modality: np.resize(few, (1, volumes, *scan.size))},
     )
 
 
-def model_config(text: str, dtype: str, remat: RematPolicy, layers: int | None = None) -> LlavaConfig:
-    """The model of a config.json, cut to so many layers."""
-    content = json.loads(text)
+def model_config(size: str, scan: Scan, dtype: str, remat: RematPolicy, layers: int | None = None) -> LlavaConfig:
+    """The hub's model of this size, tower and language model cut to so many layers."""
+    content = json.loads(json.dumps(HUB_CONFIGS[size]))
     for part in ("vision_config", "text_config"):
         content[part]["num_hidden_layers"] = layers or content[part]["num_hidden_layers"]
+    modality = ModalityConfig(size=scan.size, patch=scan.patch)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / CONFIG).write_text(json.dumps(content))
-        modalities = {name: to_dict(modality) for name, modality in MODALITIES.items()}
-        (Path(folder) / UMBRELLA_CONFIG).write_text(json.dumps({"modalities": modalities}))
+        (Path(folder) / UMBRELLA_CONFIG).write_text(json.dumps({"modalities": {scan.modality: to_dict(modality)}}))
         return read_config(Path(folder), compute_dtype=dtype, remat=remat)
 
 
+def random_params(config: LlavaConfig, rng: np.random.Generator, frozen: Params | None = None) -> tuple[Params, Params]:
+    """Parameters of the patch embedding in float32, and frozen ones in the compute dtype, if they are not given."""
+    shapes = abstract_params(config)[1]
+    labels = freeze.label_params(list(shapes), ["patch_embed"])
+    params = dict(frozen or {})
+    for i, (path, leaf) in enumerate(shapes.items()):
+        if path in params:
+            continue
+        dtype = config.compute_dtype if labels[path] == freeze.FROZEN else "float32"
+        if jax.default_backend() == "cpu":
+            values = np.empty(leaf.shape, np.float32)
+            rng.standard_normal(out=values.reshape(-1), dtype=np.float32)
+            values *= np.float32(0.02)  # in place: the peak of memory is to be the step's
+            values += np.float32("norm" in path)
+            params[path] = jax.device_put(values).astype(dtype)
+        else:
+            params[path] = jax.random.normal(jax.random.key(i, impl="rbg"), leaf.shape, dtype) * 0.02 + ("norm" in path)
+    return freeze.partition(params, labels)
+
+
+class Step:
+    """A compiled step, and what it takes."""
+
+    def __init__(self, config: LlavaConfig, trainable: Params, frozen: Params, batch: Batch, *, defaults: bool):
+        labels = freeze.label_params([*trainable, *frozen], ["patch_embed"])
+        train = TrainConfig()
+        optimizer = make_optimizer(train, make_schedule(train, 100), labels)
+        self.state, self.frozen, self.batch = init_state(trainable, optimizer), frozen, jax.device_put(batch)
+        static = {"graphdef": abstract_params(config)[0], "optimizer": optimizer}
+        jitted = jit_train_step()
+        if defaults:
+            jitted = jax.jit(train_step, static_argnames=tuple(static), donate_argnames="state")
+        start = time.perf_counter()
+        self.compiled = jitted.lower(self.state, frozen, self.batch, **static).compile()
+        self.compile_seconds = time.perf_counter() - start
+
+    def __call__(self) -> float:
+        """The loss, when the device is done."""
+        self.state, values = self.compiled(self.state, self.frozen, self.batch)
+        return float(values["loss"])
+
+
+def peak_gib() -> float:
+    """Most memory used so far: of the device, or where it is a CPU of the process."""
+    stats = jax.devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] / 2**30 if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def main() -> None:
-    """Prints a line on the compilation, and one per step: seconds, loss, and the peak of memory so far."""
+    """Prints a line on rates; of each case one on the compilation, and one per step: seconds, loss, and the peak of
+    memory so far. Of a case that does not fit it says so."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("config", help="config.json, as JSON")
+    parser.add_argument("--size", choices=HUB_CONFIGS, default="0.5b")
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        default=["t1:1"],
+        metavar="SCAN:BATCH[:defaults]",
+        help="one after the other; `defaults` compiles as XLA does by default",
+    )
     parser.add_argument("--remat", choices=["none", "mlp", "full"], required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--layers", type=int, help="of tower and language model each; default as configured")
-    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--images", type=int, default=1, help="of a conversation")
     parser.add_argument("--volumes", type=int, help="distinct ones of the batch; default one for each image")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compilation-cache", metavar="DIR")
+    parser.add_argument("--trace", action="store_true", help="of each case a line on what one more step spends")
     args = parser.parse_args()
     if args.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", args.compilation_cache)
-    config = model_config(args.config, args.dtype, args.remat, args.layers)
-    config = config.with_attention("auto", native_backend(jax.devices()[0]))
-    graphdef, shapes = abstract_params(config)
-    rng = np.random.default_rng(0)
-    labels = freeze.label_params(list(shapes), ["patch_embed"])
-    params = {}
-    for path, leaf in shapes.items():
-        values = np.empty(leaf.shape, np.float32)
-        rng.standard_normal(out=values.reshape(-1), dtype=np.float32)
-        values *= np.float32(0.02)  # in place: the peak of memory is to be the step's
-        values += np.float32("norm" in path)
-        params[path] = jax.device_put(values).astype(args.dtype if labels[path] == freeze.FROZEN else "float32")
-    trainable, frozen = freeze.partition(params, labels)
-    del params
-    train = TrainConfig()
-    optimizer = make_optimizer(train, make_schedule(train, 100), labels)
-    made = make_batch(args.batch, args.images, args.volumes or args.batch * args.images, rng)
-    state, batch = init_state(trainable, optimizer), jax.device_put(made)
-    on_cpu = jax.default_backend() == "cpu"
-    rates = {"matmul_flops": matmul_rate(), "layer_flops": layer_rate(args.dtype)} if on_cpu else {}
-    print(json.dumps(rates), flush=True)
-    start = time.perf_counter()
-    step = jit_train_step.lower(state, frozen, batch, graphdef=graphdef, optimizer=optimizer).compile()
-    print(json.dumps({"compile_seconds": time.perf_counter() - start}), flush=True)
-    ctypes.CDLL(None).malloc_trim(0)  # what the compiler has freed is no memory of the step
-    for _ in range(args.steps):
-        start, busy = time.perf_counter(), time.process_time()
-        state, values = step(state, frozen, batch)
-        loss = float(values["loss"])  # waits for the device
-        seconds, busy = time.perf_counter() - start, time.process_time() - busy
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        if stats := jax.devices()[0].memory_stats():
-            peak = stats["peak_bytes_in_use"] / 2**30
-        print(json.dumps({"seconds": seconds, "busy": busy, "peak_gib": peak, "loss": loss}), flush=True)
+    rng, backend, frozen = np.random.default_rng(0), native_backend(jax.devices()[0]), None
+    rates = {"matmul_flops": matmul_rate(args.dtype)}
+    rates |= {"layer_flops": layer_rate(args.dtype)} if jax.default_backend() == "cpu" else {}
+    print(json.dumps(rates | {"device": jax.devices()[0].device_kind}), flush=True)
+    for case in args.case:
+        name, count, *defaults = case.split(":")
+        scan, size = SCANS[name], int(count)
+        config = model_config(args.size, scan, args.dtype, args.remat, args.layers).with_attention("auto", backend)
+        trainable, frozen = random_params(config, rng, frozen)
+        batch = make_batch(scan, size, args.images, args.volumes or size * args.images, rng)
+        try:
+            step = Step(config, trainable, frozen, batch, defaults=bool(defaults))
+            print(json.dumps({"case": case, "compile_seconds": step.compile_seconds}), flush=True)
+            ctypes.CDLL(None).malloc_trim(0)  # what the compiler has freed is no memory of the step
+            for _ in range(args.steps):
+                start, busy = time.perf_counter(), time.process_time()
+                loss = step()
+                seconds, busy = time.perf_counter() - start, time.process_time() - busy
+                line = {"case": case, "seconds": seconds, "busy": busy, "peak_gib": peak_gib(), "loss": loss}
+                print(json.dumps(line), flush=True)
+            if args.trace:
+                print(json.dumps({"case": case, "kernels": kernels(step)}), flush=True)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(json.dumps({"case": case, "error": "out of memory"}), flush=True)
 
 
 if __name__ == "__main__":

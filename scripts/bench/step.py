@@ -7,24 +7,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.convert import CONFIG_05B
 from bench.data import CONFIGS, synthetic_facts
 from bench.jax_step import model_config
 from bench.measure import figure
+from bench.workload import SCANS, TEXT
 from umbrella_jax.config import load_config
-from umbrella_jax.data.plan import Plan
-from umbrella_jax.plan import make_plan, parse_devices
+from umbrella_jax.data.plan import Plan as BatchPlan
+from umbrella_jax.plan import Plan, make_plan, parse_devices
+from umbrella_jax.plan.devices import Devices
 
-# Products that the step cannot do without: forward, and the activations' gradients down to the patch embedding
-# (`umbrella-jax plan` counts them).
-FLOOR = 2.523e12
 ROUNDS, STEPS = 2, 3
-_JAX, _TORCH = "bench.jax_step", "bench.torch_step"
+JAX, TORCH = "bench.jax_step", "bench.torch_step"
 
 
 def run(module: str, *options: str) -> list[dict[str, Any]]:
     """The lines that a module prints."""
-    words = [sys.executable, "-m", module, json.dumps(CONFIG_05B), *options]
+    words = [sys.executable, "-m", module, *options]
     done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, options))}: {done.stderr[-2000:]}")
@@ -35,19 +33,19 @@ def step(work_dir: Path) -> None:
     """Seconds and memory of a training step, ours and PyTorch's in turn."""
     steps = ["--steps", str(STEPS)]
     pairs = {  # ours, and what of PyTorch's it is held against
-        "none": (["--remat", "none", *steps], ["--mode", "tuned", *steps], 0.95),
-        "mlp": (["--remat", "mlp", *steps], ["--mode", "tuned", "--remat", *steps], 0.85),
+        "none": (["--remat", "none", *steps], ["--mode", "tuned:1", *steps], 0.95),
+        "mlp": (["--remat", "mlp", *steps], ["--mode", "tuned:1", "--remat", *steps], 0.85),
     }
     ours: dict[str, list[dict[str, Any]]] = {name: [] for name in pairs}
     theirs: dict[str, list[dict[str, Any]]] = {name: [] for name in pairs}
     rates, compiled, cache = [], [], str(work_dir / "compilation")
     for _ in range(ROUNDS):
         for name, (our_options, their_options, _) in pairs.items():
-            rate, compilation, *lines = run(_JAX, *our_options)
+            rate, compilation, *lines = run(JAX, *our_options)
             rates.append(rate)
             compiled.append(compilation["compile_seconds"] + lines[0]["seconds"])
             ours[name] += lines[1:]
-            theirs[name] += run(_TORCH, *their_options)[1:]
+            theirs[name] += run(TORCH, *their_options)[1:]
     seconds = {name: _median(lines) for name, lines in ours.items()}
     for name, (_, _, limit) in pairs.items():
         times = sorted(line["seconds"] for line in ours[name])
@@ -62,27 +60,35 @@ def step(work_dir: Path) -> None:
             limit=limit,
             memory=round(peaks["peak_gib"] / peaks["torch_peak_gib"], 2),
         )
+    # products that the step cannot do without: forward, and the activations' gradients down to the patch embedding
+    floor = sum(plan_of("0.5b", "t1", 1, "float32", parse_devices("cpu", flops=1.0)).model.flops(None).values())
     matmul, layer = (statistics.median(rate[name] for rate in rates) for name in ("matmul_flops", "layer_flops"))
-    share = FLOOR / seconds["none"] / matmul
+    share = floor / seconds["none"] / matmul
     figure("step_none_of_matmul_rate", share, "", at_least=0.8, matmul_gflops=round(matmul / 1e9))
     expected, gflops = planned(layer), round(layer / 1e9)
     figure("step_none_to_plan", seconds["none"] / expected, "", limit=1.25, planned=round(expected, 1), gflops=gflops)
     figure("first_step_more_seconds", statistics.median(compiled) - seconds["none"], "s", limit=10)
     for _ in range(2):  # filled, then used
-        _, compilation, *lines = run(_JAX, "--remat", "none", "--steps", "2", "--compilation-cache", cache)
+        _, compilation, *lines = run(JAX, "--remat", "none", "--steps", "2", "--compilation-cache", cache)
     more = compilation["compile_seconds"] + lines[0]["seconds"] - lines[1]["seconds"]
     figure("first_step_more_seconds_cached", more, "s", limit=4)
-    reference = run(_TORCH, "--mode", "reference", "--remat", "--steps", "2")[1:]
+    reference = run(TORCH, "--mode", "reference:1", "--steps", "2")[1:]
     ratio = seconds["none"] / _median(reference)
     figure("step_none_to_reference", ratio, "", limit=0.2, torch_seconds=round(_median(reference), 1))
 
 
 def planned(rate: float) -> float:
     """Seconds that `umbrella-jax plan --devices cpu --flops RATE` says of the step."""
-    config = load_config(CONFIGS / "t1_0.5b.yaml", {"model.remat": "none", "train.batch_size": 1})
-    model = model_config(json.dumps(CONFIG_05B), "float32", "none")
     devices = parse_devices("cpu", flops=rate, dtype="float32")
-    return make_plan(config, model, devices, frozen_dtype="float32", text_tokens=64).configured[0].step_seconds
+    return plan_of("0.5b", "t1", 1, "float32", devices).configured[0].step_seconds
+
+
+def plan_of(size: str, scan: str, batch: int, dtype: str, devices: Devices) -> Plan:
+    """What `umbrella-jax plan` says of a case without remat."""
+    model = model_config(size, SCANS[scan], dtype, "none")
+    settings = {"model.remat": "none", "model.compute_dtype": dtype, "train.batch_size": batch}
+    config = load_config(CONFIGS / f"{SCANS[scan].config}.yaml", settings)
+    return make_plan(config, model, devices, frozen_dtype=dtype, text_tokens=TEXT)
 
 
 def sharing(work_dir: Path) -> None:
@@ -92,13 +98,13 @@ def sharing(work_dir: Path) -> None:
     layers each.
     """
     size = 8
-    plan = Plan(synthetic_facts(100, 0, 600, 0), batch_size=size, seed=0)
+    plan = BatchPlan(synthetic_facts(100, 0, 600, 0), batch_size=size, seed=0)
     held = round(plan.report.volumes * size)
     lines: dict[int, list[dict[str, Any]]] = {held: [], 2 * size: []}
     for _ in range(ROUNDS):
         for volumes, found in lines.items():
-            options = ["--remat", "full", "--layers", "2", "--batch", str(size), "--images", "2"]
-            found += run(_JAX, *options, "--volumes", str(volumes), "--steps", "3")[3:]
+            options = ["--remat", "full", "--layers", "2", "--case", f"t1:{size}", "--images", "2"]
+            found += run(JAX, *options, "--volumes", str(volumes), "--steps", "3")[3:]
     shared, apart = (_median(found) for found in lines.values())
     more = {"volumes_per_conversation": round(held / size, 2), "padding": round(plan.report.padding, 3)}
     figure("sharing_conversations_per_second", apart / shared, "times those without", at_least=2, **more)

@@ -2,6 +2,7 @@
 
 `reference` is the original's way: text padded to 2048, conversations merged row by row, logits at every position,
 gradient checkpointing. `tuned` is what its user could make of it: no padding, SDPA, logits where a label stands.
+`compiled` is that with `torch.compile` of the layers.
 """
 
 import argparse
@@ -15,91 +16,135 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-IMAGE = 151646
+from bench.workload import ANSWER, HUB_CONFIGS, IMAGE, SCANS, TEXT, Scan
 
 
 class PatchEmbed(nn.Module):
-    """T1 96³ in patches of 10, the original's names."""
+    """The original's names; 3D by a convolution, 4D by patches and a linear map."""
 
-    def __init__(self, width: int):
+    def __init__(self, scan: Scan, width: int):
         super().__init__()
-        self.T1_proj = nn.Conv3d(1, width, 10, 10)
-        self.T1_positional_embeddings = nn.Parameter(torch.randn(1, 9**3, width) * 0.02)
+        self.scan = scan
+        voxels = torch.Size(scan.patch).numel()
+        self.proj = nn.Conv3d(1, width, scan.patch, scan.patch) if len(scan.patch) == 3 else nn.Linear(voxels, width)
+        self.positional_embeddings = nn.Parameter(torch.randn(1, scan.patches, width) * 0.02)
 
     def forward(self, volumes: torch.Tensor, **_: Any) -> torch.Tensor:
-        return self.T1_proj(volumes).flatten(2).transpose(1, 2) + self.T1_positional_embeddings
+        """[B, 1, *size] → [B, N, E]."""
+        if len(self.scan.patch) == 3:
+            return self.proj(volumes).flatten(2).transpose(1, 2) + self.positional_embeddings
+        x = volumes[:, 0]
+        for axis, patch in enumerate(self.scan.patch):  # the sizes divide
+            x = x.unflatten(1 + 2 * axis, (-1, patch))
+        x = x.permute(0, *range(1, x.ndim, 2), *range(2, x.ndim, 2)).reshape(len(x), self.scan.patches, -1)
+        return self.proj(x) + self.positional_embeddings
 
 
-def main() -> None:
-    """Prints a line per step: seconds, loss, and the peak of memory so far."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("config", help="config.json, as JSON")
-    parser.add_argument("--mode", choices=["reference", "tuned"], required=True)
-    parser.add_argument("--remat", action="store_true")
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch", type=int, default=1)
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    config = LlavaConfig(**json.loads(args.config))
-    with device:
-        model = LlavaForConditionalGeneration(config).to(dtype)
-    core, tower = model.model, model.model.vision_tower
-    tower.embeddings = PatchEmbed(config.vision_config.hidden_size).to(device, dtype)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for parameter in tower.embeddings.parameters():
-        parameter.requires_grad_(True)
-    if args.remat:
-        model.gradient_checkpointing_enable()
-    model.train()
-    optimizer = torch.optim.AdamW(tower.embeddings.parameters(), lr=5e-5, weight_decay=0.01)
-    text, answer = 64, 8
-    volumes = torch.randn(args.batch, 1, 96, 96, 96, dtype=dtype, device=device)
-    ids = torch.randint(0, 150000, (args.batch, text), device=device)
-    ids[:, 4] = IMAGE
-    labels = torch.full_like(ids, -100)
-    labels[:, -answer:] = ids[:, -answer:]
-    used = torch.ones_like(ids)
-    if args.mode == "reference":
-        ids, labels, used = (
-            functional.pad(x, (0, 2048 - text), value=v) for x, v in ((ids, 151643), (labels, -100), (used, 0))
-        )
+class Step:
+    """Model and optimiser; a call is an update on conversations about a scan each."""
 
-    def step() -> torch.Tensor:
-        hidden = tower.encoder(inputs_embeds=tower.embeddings(volumes)).last_hidden_state
-        features = core.multi_modal_projector(hidden)
-        embeds = core.get_input_embeddings()(ids)
-        ignored = torch.full((features.shape[1],), -100, device=device)
+    def __init__(self, size: str, scan: Scan, device: str, dtype: torch.dtype):
+        self.scan, self.mode, self.device, self.dtype = scan, "tuned", torch.device(device), dtype
+        config = LlavaConfig(**json.loads(json.dumps(HUB_CONFIGS[size])))
+        torch.set_default_dtype(dtype)
+        with self.device:
+            self.model = LlavaForConditionalGeneration(config)
+            self.core = self.model.model
+            self.tower = self.core.vision_tower
+            self.tower.embeddings = PatchEmbed(scan, config.vision_config.hidden_size)
+        torch.set_default_dtype(torch.float32)
+        self.model.to(dtype)
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in self.tower.embeddings.parameters():
+            parameter.requires_grad_(True)
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(self.tower.embeddings.parameters(), lr=5e-5, weight_decay=0.01)
+
+    def set_mode(self, mode: str, *, remat: bool) -> None:
+        """`compiled` stays so."""
+        self.mode = mode
+        if remat or mode == "reference":
+            self.model.gradient_checkpointing_enable()
+        else:
+            self.model.gradient_checkpointing_disable()
+        if mode == "compiled":
+            for layer in (*self.tower.encoder.layers, *self.core.language_model.layers):
+                layer.compile()  # the first of each is compiled, the others find it
+
+    def batch(self, size: int) -> tuple[torch.Tensor, ...]:
+        """Volumes, ids, labels, and which positions are in use."""
+        volumes = torch.randn(size, 1, *self.scan.size, dtype=self.dtype, device=self.device)
+        ids = torch.randint(0, 150000, (size, TEXT), device=self.device)
+        ids[:, 4] = IMAGE
+        labels = torch.full_like(ids, -100)
+        labels[:, -ANSWER:] = ids[:, -ANSWER:]
+        used = torch.ones_like(ids)
+        if self.mode == "reference":
+            ids, labels, used = (
+                functional.pad(x, (0, 2048 - TEXT), value=v) for x, v in ((ids, 151643), (labels, -100), (used, 0))
+            )
+        return volumes, ids, labels, used
+
+    def __call__(self, volumes: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor, used: torch.Tensor) -> float:
+        """The loss, when the device is done."""
+        hidden = self.tower.encoder(inputs_embeds=self.tower.embeddings(volumes)).last_hidden_state
+        features = self.core.multi_modal_projector(hidden)
+        embeds = self.core.get_input_embeddings()(ids)
+        ignored = torch.full((features.shape[1],), -100, device=self.device)
         rows, targets, masks = [], [], []
-        for row in range(args.batch):
+        for row in range(len(ids)):
             rows.append(torch.cat([embeds[row, :4], features[row], embeds[row, 5:]]))
             targets.append(torch.cat([labels[row, :4], ignored, labels[row, 5:]]))
             masks.append(torch.cat([used[row, :4], torch.ones_like(ignored), used[row, 5:]]))
         x, y, mask = (torch.stack(part) for part in (rows, targets, masks))
-        if args.mode == "reference":
-            out = core.language_model(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
-            logits = model.lm_head(out).float()[:, :-1]
+        if self.mode == "reference":
+            out = self.core.language_model(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
+            logits = self.model.lm_head(out).float()[:, :-1]
             loss = functional.cross_entropy(logits.flatten(0, 1), y[:, 1:].flatten(), ignore_index=-100)
         else:
-            out = core.language_model(inputs_embeds=x, use_cache=False).last_hidden_state
+            out = self.core.language_model(inputs_embeds=x, use_cache=False).last_hidden_state
             supervised = y[:, 1:] != -100
-            logits = model.lm_head(out[:, :-1][supervised]).float()
+            logits = self.model.lm_head(out[:, :-1][supervised]).float()
             loss = functional.cross_entropy(logits, y[:, 1:][supervised])
-        optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
-        return loss
+        self.optimizer.step()
+        return loss.item()
 
-    for _ in range(args.steps):
-        start, busy = time.perf_counter(), time.process_time()
-        loss = step().item()  # waits for the device
-        seconds, busy = time.perf_counter() - start, time.process_time() - busy
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else peak
-        print(json.dumps({"seconds": seconds, "busy": busy, "peak_gib": peak, "loss": loss}), flush=True)
+
+def main() -> None:
+    """Prints a line per step: seconds, loss, and the peak of memory of its case and mode so far. Of a case that does
+    not fit it says so."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", choices=HUB_CONFIGS, default="0.5b")
+    parser.add_argument("--scan", choices=SCANS, default="t1")
+    parser.add_argument("--mode", nargs="+", required=True, metavar="MODE:BATCH", help="one after the other")
+    parser.add_argument("--remat", action="store_true", help="in the modes tuned and compiled too")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    on_gpu = args.device != "cpu"
+    step = Step(args.size, SCANS[args.scan], args.device, getattr(torch, args.dtype))
+    for name in args.mode:
+        mode, _, size = name.partition(":")
+        step.set_mode(mode, remat=args.remat)
+        batch = step.batch(int(size))
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            for _ in range(args.steps):
+                start, busy = time.perf_counter(), time.process_time()
+                loss = step(*batch)
+                seconds, busy = time.perf_counter() - start, time.process_time() - busy
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+                peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else peak
+                line = {"case": name, "seconds": seconds, "busy": busy, "peak_gib": peak, "loss": loss}
+                print(json.dumps(line), flush=True)
+        except torch.OutOfMemoryError:
+            print(json.dumps({"case": name, "error": "out of memory"}), flush=True)
 
 
 if __name__ == "__main__":
