@@ -31,8 +31,8 @@ from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig
 from umbrella_jax.plan import Plan, make_plan, parse_devices
 from umbrella_jax.plan import devices as devices_module
 from umbrella_jax.plan.count import AGAIN, KEPT, Model, describe, workload
-from umbrella_jax.plan.devices import KINDS
-from umbrella_jax.plan.report import OF_BANDWIDTH, RESERVED, estimate, largest_batch
+from umbrella_jax.plan.devices import KINDS, OF_PEAK
+from umbrella_jax.plan.report import OF_BANDWIDTH, OF_LINKS, OF_PRODUCTS, RESERVED, estimate, largest_batch
 from umbrella_jax.sharding import MeshShape, mesh_shapes
 
 # A model whose every size can be told from the others: 12 patches of 30 numbers, 8 text tokens, so 20 positions.
@@ -233,21 +233,50 @@ def test_collectives_by_hand() -> None:
 
 
 def test_traffic_by_hand() -> None:
-    """Every product reads its operands and writes its result, once each time that it runs."""
+    """What lies between products: values read and written, of a position and layer."""
     counted = tiny()
-
-    def product(rows: int, inputs: int, outputs: int) -> int:
-        return inputs * outputs + rows * (inputs + outputs)
-
     q, kv = HT * DH, KV * DH
-    vision = 4 * product(N, E, E) + product(N, E, F) + product(N, F, E)
-    text = 2 * product(T, D, q) + 2 * product(T, D, kv) + 3 * product(T, D, G)
-    ends = product(N, P, E) + product(N, E, D) + product(N, D, D) + product(K, D, V)
-    attention = 12 * (LV * N * E + LT * T * q)  # q, k, v, out forward; these and their gradients backward
-    once = LV * vision + LT * text + ends
-    assert counted.traffic(MeshShape(), 1, "none") == 4 * (2 * once + attention) + 28 * counted.trained
-    again = LV * product(N, E, F) + LT * 2 * product(T, D, G)
-    assert counted.traffic(MeshShape(), 1, "mlp") - counted.traffic(MeshShape(), 1, "none") == 4 * again
+    # forward: two norms (read, written), two sums (two read, one written); q, k, v; the activation's inputs and result
+    vision, text = 10 * E + 2 * 3 * E + 2 * F, 10 * D + 2 * (q + 2 * kv) + 3 * G
+    # backward: a gradient more in each; and what is kept, copied there and back: input, q, k, v, attention's output and
+    # denominators, the stream between the blocks, and what the activation takes
+    back = 10 * E + 2 * 3 * E + 3 * F, 10 * D + 2 * (q + 2 * kv) + 5 * G
+    kept = E + 3 * E + E + HV + E + F, D + q + 2 * kv + q + HT + D + 2 * G
+    none = LV * N * (vision + back[0] + 4 * kept[0]) + LT * T * (text + back[1] + 4 * kept[1])
+    assert counted.traffic(MeshShape(), 1, "none") == 4 * none + 28 * counted.trained
+    less = LV * N * F + LT * T * 2 * G
+    assert counted.traffic(MeshShape(), 1, "none") - counted.traffic(MeshShape(), 1, "mlp") == 4 * 4 * less
+    full = LV * N * (2 * vision + back[0] + 4 * E) + LT * T * (2 * text + back[1] + 4 * D)
+    assert counted.traffic(MeshShape(), 1, "full") == 4 * full + 28 * counted.trained
+
+
+# Batch, seconds, GiB: `python scripts/benchmark.py gpu` on one H200, 2026-11-27 (docs/performance.md).
+H200 = {
+    ("0.5b", "t1"): [(8, 0.061, 8.5), (32, 0.217, 28.8), (128, 0.849, 110.2)],
+    ("0.5b", "t1-16"): [(128, 0.253, 37.8)],
+    ("0.5b", "rsfmri"): [(24, 0.458, 52.3)],
+    ("7b", "t1"): [(8, 0.341, 37.2), (32, 1.283, 102.0)],
+    ("7b", "rsfmri"): [(8, 0.795, 66.0)],
+}
+SCANS = {
+    "t1": ("T1", ModalityConfig(size=(96, 96, 96), patch=(10, 10, 10))),
+    "t1-16": ("T1", ModalityConfig(size=(96, 96, 96), patch=(16, 16, 16))),
+    "rsfmri": ("rsfMRI", ModalityConfig(size=(96, 96, 96, 24), patch=(16, 16, 16, 3))),
+}
+
+
+@pytest.mark.parametrize(("size", "scan"), H200)
+def test_what_was_measured_on_a_gpu(size: str, scan: str, tmp_path: Path) -> None:
+    """Seconds within 25 %, memory within 3 %."""
+    run, model = full_size(tmp_path, size, "bfloat16", remat="none")
+    name, modality = SCANS[scan]
+    model = replace(model, modalities={name: modality}, attention="cudnn")
+    run = replace(run, model=replace(run.model, modalities={name: modality}), data=replace(run.data, max_length=4096))
+    counted = describe(run, model, workload(run, model, 64), "bfloat16")
+    for batch_size, seconds, gib in H200[size, scan]:
+        found = estimate(counted, parse_devices("h200"), MeshShape(), batch_size, "none")
+        assert found.step_seconds == pytest.approx(seconds, rel=0.25)
+        assert found.total_bytes / 2**30 == pytest.approx(gib, rel=0.03)
 
 
 @pytest.mark.parametrize(("size", "remat"), [("0.5b", "none"), ("0.5b", "full"), ("7b", "mlp")])
@@ -301,13 +330,18 @@ def test_time_is_the_longest_of_what_overlaps_and_the_rest() -> None:
     slow = replace(KINDS["h100"], flops=1e6, bandwidth=1e9, link=1e6, network=1e3)
     devices = replace(parse_devices("h100x8"), kind=slow)
     found = estimate(counted, devices, MeshShape(data=4, tensor=2), 4, "none")
-    flops, (_, _, stream) = (
-        sum(counted.flops("none").values()),
+    attention, (_, _, stream) = (
+        7 * 2 * (LV * N**2 * E + LT * T**2 * HT * DH),  # forward, its scores again, four gradients
         counted.collectives(found.mesh, 4, "none")["activations"],
     )
-    assert found.seconds["compute"] == pytest.approx(flops * 4 / 8 / (1e6 * 0.5))
-    assert found.seconds["activations"] == pytest.approx(stream / (1e6 * OF_BANDWIDTH))
-    assert found.step_seconds == pytest.approx(found.seconds["compute"] + found.seconds["activations"])
+    flops = sum(counted.flops("none").values()) - attention + attention / OF_PRODUCTS["xla"]
+    assert found.seconds["compute"] == pytest.approx(flops * 4 / 8 / (1e6 * OF_PEAK))
+    assert found.seconds["memory"] == pytest.approx(counted.traffic(found.mesh, 4, "none") / (1e9 * OF_BANDWIDTH))
+    assert found.seconds["activations"] == pytest.approx(stream / (1e6 * OF_LINKS))
+    between = found.seconds["compute"] + found.seconds["memory"]
+    assert found.step_seconds == pytest.approx(between + found.seconds["activations"])
+    slower = estimate(counted, replace(devices, kind=replace(slow, link=1.0)), MeshShape(data=8), 8, "none")
+    assert slower.step_seconds == slower.seconds["gradients"] > slower.seconds["compute"]
     assert found.samples_per_second == pytest.approx(4 / found.step_seconds)
     assert found.bound == "compute"
 
@@ -319,7 +353,7 @@ def test_collectives_beyond_the_links_take_the_network() -> None:
         mesh = MeshShape(**sizes)
         return estimate(counted, parse_devices(name), mesh, mesh.parts, "none").seconds["gradients"]
 
-    sent = 4 * counted.trained / OF_BANDWIDTH
+    sent = 4 * counted.trained / OF_LINKS
     assert gradients("h100x8", data=8) == pytest.approx(2 * 7 / 8 * sent / kind.link)
     assert gradients("h100x16", data=16) == pytest.approx(2 * 15 / 16 * sent / kind.network)
     # Eight ways of data, but the tensor axis lies within each node: neighbours are two devices apart.
@@ -363,7 +397,7 @@ def test_the_best_comes_first(tmp_path: Path) -> None:
     for found in (plan.configured, plan.largest, mixed):
         assert len({e.mesh for e in found}) == len(found) > 1
         fitting = [e.samples_per_second for e in found if e.fits]
-        assert fitting == pytest.approx(sorted(fitting, reverse=True), rel=1e-5)
+        assert fitting == pytest.approx(sorted(fitting, reverse=True), rel=1e-2)  # rounded: the simpler mesh first
         assert [e.fits for e in found] == sorted([e.fits for e in found], reverse=True)
     assert all(found.fits for found in plan.largest)
     best = plan.largest[0]
@@ -446,9 +480,9 @@ def test_unknown_devices_are_refused(name: str, words: list[str]) -> None:
 def test_names_of_devices() -> None:
     assert (parse_devices("v5e-16").count, parse_devices("h100x8").count, parse_devices("h200").count) == (16, 8, 1)
     assert parse_devices("v5p-64").count == 32  # Google counts TensorCores
-    assert parse_devices("h100x8").efficiency == 0.5
+    assert parse_devices("h100x8").efficiency == OF_PEAK
     own = parse_devices("h100x8", flops=7e14, dtype="float32")
-    assert (own.kind.flops, own.efficiency) == (7e14, 0.8)
+    assert (own.kind.flops, own.efficiency) == (7e14, 1.0)
     with pytest.raises(ConfigError, match="compute_dtype: float32") as error:
         parse_devices("h100x8", dtype="float32", efficiency=1.5)
     assert len(error.value.faults) == 2
@@ -459,7 +493,7 @@ def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices_module, "layer_rate", lambda dtype: asked.append(dtype) or 1.5e11)
     monkeypatch.setattr(devices_module, "memory_rate", lambda: 2e10)
     found = parse_devices("cpu", dtype="float32")
-    assert (asked, found.kind.flops, found.count, found.efficiency) == (["float32"], 1.5e11, 1, 0.8)
+    assert (asked, found.kind.flops, found.count, found.efficiency) == (["float32"], 1.5e11, 1, 1.0)
     assert parse_devices("cpu", flops=2e11).kind.flops == 2e11
     assert len(asked) == 1
 
@@ -505,7 +539,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = write_hub_config(tmp_path / "base", "0.5b")
     flags = ["plan", "--config", CONFIGS / "t1_0.5b.yaml", "--base", base, "--devices", "v5p-64"]
     table = umbrella(*flags, "--subjects", 40_000)
-    for words in ("v5p-64: 32 devices", "2 cores on each", "hours for 40,000", "50% of 459 TFLOP/s", "docs/v5p"):
+    for words in ("v5p-64: 32 devices", "2 cores on each", "hours for 40,000", "75% of 459 TFLOP/s", "docs/v5p"):
         assert words in table
     assert max(map(len, table.splitlines())) <= 80
     found = json.loads(umbrella(*flags, "--batch-size", 64, "--json"))

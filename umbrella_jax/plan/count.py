@@ -261,18 +261,28 @@ class Model:
             "logits": local * work.supervised * text.vocab_size * 4 * 2 / mesh.tensor,  # and their gradient
         }
 
+    def attention_flops(self, remat: str) -> float:
+        """FLOPs of one conversation that are attention's."""
+        return sum(stack.attention_flops * stack.attention_runs(AGAIN[remat]) for stack in self.stacks)
+
     def traffic(self, mesh: MeshShape, batch_size: int, remat: str) -> float:
-        """Bytes that products read and write in each device's memory, and the optimiser: the least there is."""
+        """Bytes that are read and written in each device's memory between products, attention's among them, while
+        none runs: by norms, residual sums, biases and rope, activations, the scan that keeps values; by the optimiser.
+        """
         local = batch_size / mesh.parts
         moved = 28.0 * self.trained  # weights and moments read and written, gradients read
-        for product in self.products:
-            weight = product.layers * product.inputs * product.outputs
-            activations = product.layers * local * product.rows * (product.inputs + product.outputs)
-            moved += product.runs(AGAIN[remat]) * (weight + activations) * self.size / mesh.tensor
         for stack in self.stacks:
-            one = stack.layers * local * stack.rows * stack.heads * stack.head_dim * self.size / mesh.tensor
-            again = stack.differentiated and "attention" in AGAIN[remat]
-            moved += one * 4 * (1 + again) + one * 8 * stack.differentiated  # q, k, v, out; these and their gradients
+            values = stack.values(mesh.tensor, self.size)
+            stream, qkv, inner = values["input"], values["qkv"], values["mlp"]
+            out = inner / (1 + stack.gated)
+            # two norms and two sums; biases or rope of q, k, v; what goes into the activation, and its result
+            forward = 2 * (2 + 3) * stream + 2 * qkv + inner + out
+            # norms and sums again, a gradient more; rope; the activation's inputs, and the gradients of both
+            backward = 2 * 5 * stream + 2 * qkv + 2 * inner + out
+            kept = 4 * sum(values[name] for name in KEPT[remat])  # copied to where it is kept, and from there
+            again = "attention" in AGAIN[remat]
+            passes = forward + stack.differentiated * (backward + kept + again * forward)
+            moved += stack.layers * local * stack.rows * passes
         return moved
 
     def collectives(self, mesh: MeshShape, batch_size: int, remat: str) -> dict[str, tuple[int, int, float]]:

@@ -15,11 +15,9 @@ import jax.numpy as jnp
 from umbrella_jax.config import AttentionBackend
 from umbrella_jax.errors import ConfigError
 
-OF_PEAK = 0.5
-"""Share of a data sheet's peak that products reach over a whole step, those done again counted: a round figure below
-the 57.8% that PaLM reached (Chowdhery et al. 2022, section 4.1)."""
-OF_MEASURED = 0.8
-"""Share of a measured rate of products that they reach."""
+OF_PEAK = 0.75
+"""Share of a data sheet's peak that products reach: 0.71 to 0.76 on an H200 (docs/performance.md). Where their rate was
+measured, all of it."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def parse_devices(
 
     Args:
         flops: a matmul rate measured on one device, FLOP/s, which takes the place of the data sheet's peak.
-        efficiency: the share of the peak, or of that rate, that a step reaches.
+        efficiency: the share of the peak, or of that rate, that products reach.
         dtype: that the products are computed in; the rate of a CPU is measured in it here and now, where not given.
 
     Raises:
@@ -131,7 +129,7 @@ def parse_devices(
         cpu = DeviceKind(
             "cpu", rate, memory, memory_rate(), link=0.0, island=1, network=0.0, source=source, attention="xla"
         )
-        return Devices(name=name, kind=cpu, count=1, efficiency=efficiency or OF_MEASURED)
+        return Devices(name=name, kind=cpu, count=1, efficiency=efficiency or 1.0)
     sheet = KINDS[kind]
     number = int(match[2] or sheet.counted)
     if number % sheet.counted:
@@ -140,7 +138,7 @@ def parse_devices(
         )
     if flops:
         sheet = dataclasses.replace(sheet, flops=flops, source=f"{sheet.source}; --flops")
-    default = OF_MEASURED if flops else OF_PEAK
+    default = 1.0 if flops else OF_PEAK
     return Devices(name=name, kind=sheet, count=number // sheet.counted, efficiency=efficiency or default)
 
 

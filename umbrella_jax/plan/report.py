@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from umbrella_jax.columns import columns
-from umbrella_jax.config import MeshConfig, ModelConfig, RunConfig
+from umbrella_jax.config import AttentionBackend, MeshConfig, ModelConfig, RunConfig
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models import LlavaConfig
 from umbrella_jax.plan.count import KEPT, Model, describe, workload
@@ -19,8 +19,13 @@ from umbrella_jax.reading import read_json
 from umbrella_jax.sharding import MeshShape, mesh_shape, mesh_shapes
 from umbrella_jax.training import freeze
 
-OF_BANDWIDTH = 0.8
-"""Share of a data sheet's memory and link bandwidth that large transfers reach."""
+OF_PRODUCTS: dict[AttentionBackend, float] = {"xla": 1.0, "cudnn": 0.4, "splash": 0.4}
+"""Of the rate of other products, what attention's reach: XLA's on a CPU; cuDNN's, 0.36 to 0.74 on an H200, 0.2 at 216
+patches. Of splash it is a guess."""
+OF_BANDWIDTH = 0.7
+"""Share of a data sheet's memory bandwidth that what lies between products reaches: 0.63 to 0.85 on an H200."""
+OF_LINKS = 0.8
+"""Share of links' bandwidth that large transfers reach."""
 RESERVED = 0.1
 """Share of a device's memory that is left to the runtime and to fragmentation."""
 _ATTENTION = {
@@ -61,18 +66,20 @@ class Estimate:
 def estimate(model: Model, devices: Devices, mesh: MeshShape, batch_size: int, remat: str) -> Estimate:
     """Bytes and time of B conversations.
 
-    Products, memory, and collectives of weights and gradients overlap: the longest counts. Collectives of activations
-    do not, since the next product waits for them: they are added. Latencies are not counted.
+    Products, and what is read and written between them, come one after the other. Beside both run collectives of
+    weights and gradients: the longest counts. Those of activations do not, since the next product waits for them: they
+    are added. Latencies are not counted.
     """
-    kind = devices.kind
+    kind, attention = devices.kind, model.attention_flops(remat)
+    flops = sum(model.flops(remat).values()) - attention + attention / OF_PRODUCTS[model.config.attention]
     seconds = {
-        "compute": sum(model.flops(remat).values()) * batch_size / devices.count / (kind.flops * devices.efficiency),
+        "compute": flops * batch_size / devices.count / (kind.flops * devices.efficiency),
         "memory": model.traffic(mesh, batch_size, remat) / (kind.bandwidth * OF_BANDWIDTH),
     }
     for name, (count, stride, size) in model.collectives(mesh, batch_size, remat).items():
         rate = kind.link if count * stride <= kind.island else kind.network
-        seconds[name] = size / (rate * OF_BANDWIDTH) if count > 1 else 0.0
-    overlapping = max(seconds[name] for name in seconds if name != "activations")
+        seconds[name] = size / (rate * OF_LINKS) if count > 1 else 0.0
+    overlapping = max(seconds["compute"] + seconds["memory"], seconds["gradients"], seconds["weights"])
     used = model.device_bytes(mesh, batch_size, remat)
     step = overlapping + seconds["activations"]
     return Estimate(
@@ -127,9 +134,10 @@ class Plan:
             f"a conversation: one {work.modality} volume of {work.patches} patches, {work.text_tokens} text tokens, "
             f"{work.supervised} of them supervised; no padding, no volume shared",
             f"products, those done again too, reach {self.devices.efficiency:.0%} of {kind.flops / 1e12:.4g} TFLOP/s "
-            f"({kind.source})",
-            f"memory and links reach {OF_BANDWIDTH:.0%} of their bandwidth; {RESERVED:.0%} of memory is left free",
-            "a step takes max(compute, memory, collectives of gradients, of weights) + collectives of activations",
+            f"({kind.source}), attention's {OF_PRODUCTS[self.model.config.attention]:.0%} of that",
+            f"memory reaches {OF_BANDWIDTH:.0%} of its bandwidth, links {OF_LINKS:.0%}; {RESERVED:.0%} of memory is "
+            "left free",
+            "a step takes max(compute + memory, collectives of gradients, of weights) + collectives of activations",
             "latencies, data loading and evaluation are not counted",
             "a causal mask's half is counted as done",
             _ATTENTION[self.model.config.attention],
@@ -301,8 +309,8 @@ def make_plan(
             raise ConfigError(faults)
 
     def best_first(found: Iterable[Estimate]) -> tuple[Estimate, ...]:
-        def rank(e: Estimate) -> tuple[bool, float, int, int]:  # where two are equally fast, the one that splits less
-            return not e.fits, -float(f"{e.samples_per_second:.6g}"), e.mesh.tensor, e.mesh.fsdp
+        def rank(e: Estimate) -> tuple[bool, float, int, int]:  # where two are about as fast, the one that splits less
+            return not e.fits, -float(f"{e.samples_per_second:.3g}"), e.mesh.tensor, e.mesh.fsdp
 
         return tuple(sorted(found, key=rank))
 
