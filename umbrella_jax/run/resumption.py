@@ -19,11 +19,14 @@ from umbrella_jax.training.step import TrainState
 T = TypeVar("T")
 
 
-# What may differ when a run goes on: where it reads from and how often it looks, not what it computes.
+# What may differ when a run goes on: where it reads from, how often it looks and how its devices share the work, not
+# what it computes.
 # (Whether the base is the same one, its fingerprint says.)
 MAY_CHANGE = (
     "output_dir",
     "model.base",
+    "model.remat",
+    "model.attention",
     "data.image_root",
     "data.allow_outside_root",
     "data.threads",
