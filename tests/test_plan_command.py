@@ -493,7 +493,7 @@ def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices_module, "layer_rate", lambda dtype: asked.append(dtype) or 1.5e11)
     monkeypatch.setattr(devices_module, "memory_rate", lambda: 2e10)
     found = parse_devices("cpu", dtype="float32")
-    assert (asked, found.kind.flops, found.count, found.efficiency) == (["float32"], 1.5e11, 1, 1.0)
+    assert (asked, found.kind.flops, found.count, found.efficiency) == (["float32"], 1.5e11, 1, 0.8)
     assert parse_devices("cpu", flops=2e11).kind.flops == 2e11
     assert len(asked) == 1
 

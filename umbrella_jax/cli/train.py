@@ -53,7 +53,9 @@ def add(commands: Any) -> None:
     plan.add_argument("--subjects", type=int, metavar="N", help="conversations of an epoch, for its hours")
     plan.add_argument("--text-tokens", type=int, default=64, metavar="N", help="of a conversation; default 64")
     plan.add_argument("--flops", type=float, metavar="X", help="FLOP/s of products, measured on a device")
-    plan.add_argument("--efficiency", type=float, metavar="X", help="share of the peak; default 0.75, of --flops 1")
+    plan.add_argument(
+        "--efficiency", type=float, metavar="X", help="share of the peak; default 0.75 (--flops 1, cpu 0.8)"
+    )
     add_json(plan)
 
 

@@ -16,8 +16,10 @@ from umbrella_jax.config import AttentionBackend
 from umbrella_jax.errors import ConfigError
 
 OF_PEAK = 0.75
-"""Share of a data sheet's peak that products reach: 0.71 to 0.76 on an H200 (docs/performance.md). Where their rate was
-measured, all of it."""
+"""Share of a data sheet's peak that products reach: 0.71 to 0.76 on an H200, which is the rate measured there with
+products alone, so that of such a rate they reach all (docs/performance.md)."""
+OF_CPU = 0.8
+"""Share that products reach of a CPU's rate, which is that of the best moment."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def parse_devices(
         cpu = DeviceKind(
             "cpu", rate, memory, memory_rate(), link=0.0, island=1, network=0.0, source=source, attention="xla"
         )
-        return Devices(name=name, kind=cpu, count=1, efficiency=efficiency or 1.0)
+        return Devices(name=name, kind=cpu, count=1, efficiency=efficiency or OF_CPU)
     sheet = KINDS[kind]
     number = int(match[2] or sheet.counted)
     if number % sheet.counted:

@@ -94,11 +94,8 @@ def _programs(run: Prepared) -> Iterator[tuple[str, BatchShape, jax.stages.Compi
         for shape in dict.fromkeys(shape for shapes in run.plan.shapes for shape in shapes):
             batch = empty_batch(run.train_set, shape, accumulate_steps=config.train.accumulate_steps)
             given = state, run.frozen, abstract_batch(batch, mesh, axis=1)
-            yield (
-                "step",
-                shape,
-                jit_train_step().lower(*given, graphdef=run.graphdef, optimizer=run.optimizer).compile(),
-            )
+            lowered = jit_train_step().lower(*given, graphdef=run.graphdef, optimizer=run.optimizer)
+            yield "step", shape, lowered.compile()
         if run.evaluated is None:
             return
         dataset, batch_size = run.evaluated.dataset, config.train.batch_size
