@@ -61,8 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug, refuse = vars(arguments).pop("debug", False), vars(arguments).pop("refuse")
     if unknown:
         refuse(unknown)
-    # orbax warns of what is on purpose (reading a run read-only), and prints tracebacks of what it raises later
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # orbax warns of what is on purpose (reading a run read-only), and prints tracebacks of what it raises later; asyncio
+    # those of the other writes of a save whose first failed
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisable
     try:
         return arguments.call(arguments) or 0
