@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug, refuse = vars(arguments).pop("debug", False), vars(arguments).pop("refuse")
     if unknown:
         refuse(unknown)
-    # orbax warns of what is on purpose (reading a run read-only), and prints tracebacks of what it raises later; asyncio
-    # those of the other writes of a save whose first failed
+    # orbax warns of what is on purpose (reading a run read-only), and prints tracebacks of what it raises later;
+    # asyncio prints those of the other writes of a save whose first failed
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisable
