@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import jax
 import pytest
+from bench.workload import SCANS
 
 from tests.full_size import TEXT_TOKENS, abstract_step, full_size
 from tests.small_run import umbrella
@@ -258,20 +259,15 @@ H200 = {
     ("7b", "t1"): [(8, 0.341, 37.2), (32, 1.283, 102.0)],
     ("7b", "rsfmri"): [(8, 0.795, 66.0)],
 }
-SCANS = {
-    "t1": ("T1", ModalityConfig(size=(96, 96, 96), patch=(10, 10, 10))),
-    "t1-16": ("T1", ModalityConfig(size=(96, 96, 96), patch=(16, 16, 16))),
-    "rsfmri": ("rsfMRI", ModalityConfig(size=(96, 96, 96, 24), patch=(16, 16, 16, 3))),
-}
 
 
 @pytest.mark.parametrize(("size", "scan"), H200)
 def test_what_was_measured_on_a_gpu(size: str, scan: str, tmp_path: Path) -> None:
     """Seconds within 25 %, memory within 3 %."""
     run, model = full_size(tmp_path, size, "bfloat16", remat="none")
-    name, modality = SCANS[scan]
-    model = replace(model, modalities={name: modality}, attention="cudnn")
-    run = replace(run, model=replace(run.model, modalities={name: modality}), data=replace(run.data, max_length=4096))
+    modalities = {SCANS[scan].modality: ModalityConfig(size=SCANS[scan].size, patch=SCANS[scan].patch)}
+    model = replace(model, modalities=modalities, attention="cudnn")
+    run = replace(run, model=replace(run.model, modalities=modalities), data=replace(run.data, max_length=4096))
     counted = describe(run, model, workload(run, model, 64), "bfloat16")
     for batch_size, seconds, gib in H200[size, scan]:
         found = estimate(counted, parse_devices("h200"), MeshShape(), batch_size, "none")

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from bench.measure import figure
-from bench.step import JAX, TORCH, plan_of, run
+from bench.step import JAX, TORCH, floor, plan_of, run
 from umbrella_jax.plan import parse_devices, sheet_of
 
 # The last of each is about the largest that fits an H200.
@@ -50,7 +50,7 @@ def gpu(work_dir: Path) -> None:
 
 
 def _of(lines: Sequence[dict[str, Any]], case: str) -> dict[str, Any]:
-    """What the lines of a case say; the first step, which may compile, apart."""
+    """What the lines of a case say: `seconds` of every step, of the rest the last."""
     found: dict[str, Any] = {}
     for line in lines:
         if line.get("case") == case:
@@ -62,13 +62,11 @@ def _of(lines: Sequence[dict[str, Any]], case: str) -> dict[str, Any]:
 def _ours(size: str, case: str, found: dict[str, Any], rate: float, device: str) -> None:
     name = f"gpu_{size}_{case.replace(':', '_')}"
     if "error" in found:
-        figure(f"{name}_seconds", float("nan"), "s", error=found["error"])
+        figure(f"{name}_seconds", None, "s", error=found["error"])
         return
     scan, batch, *_ = case.split(":")
     seconds = statistics.median(found["seconds"][1:])
-    sheet = sheet_of(device)
-    plan = plan_of(size, scan, int(batch), "bfloat16", parse_devices(sheet.name if sheet else "h100"))
-    floor = sum(plan.model.flops(None).values()) * int(batch) / seconds
+    reached = floor(size, scan) * int(batch) / seconds
     kinds = dict.fromkeys(KINDS, 0.0)
     for kernel, milliseconds, _ in found["kernels"]:
         kinds[next(kind for kind, words in KINDS.items() if re.search(words, kernel, re.I))] += milliseconds
@@ -83,18 +81,21 @@ def _ours(size: str, case: str, found: dict[str, Any], rate: float, device: str)
         milliseconds={kind: round(spent, 1) for kind, spent in kinds.items()},
     )
     limit = {"at_least": OF_RATE[size]} if scan == "t1" else {}
-    figure(f"{name}_of_matmul_rate", floor / rate, "", tflops=round(floor / 1e12), **limit)
-    planned = plan.configured[0]
-    more = {"planned": round(planned.step_seconds, 3), "planned_gib": round(planned.total_bytes / 2**30, 1)}
-    figure(f"{name}_to_plan", seconds / planned.step_seconds, "", limit=1.25, **more)
+    figure(f"{name}_of_matmul_rate", reached / rate, "", tflops=round(reached / 1e12), **limit)
+    if sheet := sheet_of(device):
+        planned = plan_of(size, scan, int(batch), "bfloat16", parse_devices(sheet.name)).configured[0]
+        more = {"planned": round(planned.step_seconds, 3), "planned_gib": round(planned.total_bytes / 2**30, 1)}
+        figure(f"{name}_to_plan", seconds / planned.step_seconds, "", limit=1.25, **more)
 
 
 def _theirs(name: str, mode: str, found: dict[str, Any], ours: dict[str, Any]) -> None:
     if "error" in found:
-        figure(f"{name}_seconds", float("nan"), "s", error=found["error"])
+        figure(f"{name}_seconds", None, "s", error=found["error"])
         return
     times = found["seconds"][1:]
     seconds = statistics.median(times)
     more = {"all": [round(t, 3) for t in sorted(times)], "first": round(found["seconds"][0], 1)}
     figure(f"{name}_seconds", seconds, "s", peak_gib=round(found["peak_gib"], 1), **more)
-    figure(f"{name}_to_ours", seconds / statistics.median(ours["seconds"][1:]), "times", at_least=TIMES_FASTER[mode])
+    if "error" not in ours:
+        ratio = seconds / statistics.median(ours["seconds"][1:])
+        figure(f"{name}_to_ours", ratio, "times", at_least=TIMES_FASTER[mode])

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 
-def figure(name: str, value: float, unit: str, **more: Any) -> None:
-    """Prints one line."""
-    print(json.dumps({"figure": name, "value": round(value, 3), "unit": unit, **more}), flush=True)
+def figure(name: str, value: float | None, unit: str, **more: Any) -> None:
+    """Prints one line; None where there was nothing to measure."""
+    rounded = None if value is None else round(value, 3)
+    print(json.dumps({"figure": name, "value": rounded, "unit": unit, **more}), flush=True)
 
 
 def resident(pid: int | str = "self") -> float:

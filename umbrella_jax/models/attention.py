@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from umbrella_jax.config import AttentionBackend
 from umbrella_jax.errors import ConfigError
-from umbrella_jax.models.cudnn_attention import cudnn_attention, cudnn_serves
+from umbrella_jax.models.cudnn_attention import MULTIPLE, cudnn_attention, cudnn_serves
 from umbrella_jax.models.parallel import HEADS, ROWS, local, ways
 from umbrella_jax.models.splash_attention import splash_attention
 from umbrella_jax.models.xla_attention import xla_attention
@@ -78,6 +78,11 @@ def extension_attention(q: Array, k: Array, v: Array, past_k: Array, past_v: Arr
     out = jnp.einsum("bkwgns,bksd->bkwgnd", p[..., :slots], past_v, **float32)
     out += jnp.einsum("bkwgnm,bwmkd->bkwgnd", p[..., slots:], v, **float32)
     return out.astype(q.dtype).transpose(0, 2, 4, 1, 3, 5).reshape(b, t, h, d)
+
+
+def length_multiple(backend: AttentionBackend) -> int:
+    """Of which a backend wants lengths to be. Others it pads itself: q, k, v, output and gradients of every layer."""
+    return MULTIPLE if backend == "cudnn" else 1
 
 
 def native_backend(device: jax.Device) -> AttentionBackend:

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from umbrella_jax.config import AttentionBackend, ModalityConfig, RematPolicy
-from umbrella_jax.models.attention import attention
+from umbrella_jax.models.attention import attention, length_multiple
 from umbrella_jax.models.layers import LayerNorm, Linear, scan_layers, stack
 from umbrella_jax.models.patch_embed import PatchEmbed
 
@@ -108,8 +108,8 @@ class SiglipVisionModel(nnx.Module):
     def __call__(self, name: str, volumes: Array) -> Array:
         x = self.vision_model.embeddings(name, volumes)
         patches, lengths = x.shape[1], None
-        if self.backend == "cudnn" and patches % 2:  # it would copy q, k and v of every layer into even ones
-            x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
+        if padding := -patches % length_multiple(self.backend):
+            x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
             lengths = jnp.full(x.shape[:1], patches, jnp.int32)
         attend = partial(attention, causal=False, lengths=lengths, backend=self.backend)
         return scan_layers(self.vision_model.encoder.layers, x, attend, remat=self.remat)[:, :patches]
