@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -292,12 +293,15 @@ def is_tied(directory: str | Path) -> bool:
 
 
 def export_names(modalities: Mapping[str, Any], names: Sequence[str] | None) -> dict[str, str]:
-    """{configured name: name in the export}: the one of `names` that means the same, or its own."""
+    """Return {configured name: name in the export}: the one of `names` that means the same, or its own."""
     renamed = {m: (resolve_modality(m, names) or m) if names else m for m in modalities}
     known = frozenset(modalities).union(*ALIASES)
     faults = [
         f"{name}: no modality has this name; expected T1,rsfMRI or sMRI,fMRI"
         for name in sorted({*(names or ())} - known)
+    ]
+    faults += [
+        f"{name}: given {count} times; give each name once" for name, count in Counter(names or ()).items() if count > 1
     ]
     faults += [
         f"{m}: would be called {name} in the export, as another modality is; give other names"

@@ -49,9 +49,18 @@ class World:
     eval: Path
 
     def train_flags(self, out: Path, *more: object) -> list[str]:
-        """`umbrella-jax train` of this world into `out`."""
+        """Return `umbrella-jax train` of this world into `out`; flags among `more` replace the world's own."""
         flags = ["--config", self.config, "--base", self.base, "--train-data", self.train, "--out", out]
-        return ["train", *map(str, [*flags, *more])]
+        return ["train", *latest(*flags, *more)]
+
+
+def latest(*flags: object) -> list[str]:
+    """Return flags with their values; of a flag (or a key of --set) that is given twice, only the last."""
+    words = list(map(str, flags))
+    starts = [i for i, word in enumerate(words) if word.startswith("--")]
+    groups = [words[start:end] for start, end in zip(starts, [*starts[1:], len(words)], strict=True)]
+    kept = {(group[0], group[-1].partition("=")[0] if group[0] == "--set" else ""): group for group in groups}
+    return [word for group in kept.values() for word in group]
 
 
 def make_world(root: Path, **config: Any) -> World:

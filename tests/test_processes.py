@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from tests import small_run
-from tests.small_run import World, assert_close, numbers, read_lines, trained, umbrella
+from tests.small_run import World, assert_close, latest, numbers, read_lines, trained, umbrella
 from umbrella_jax.api import Checkpoint
 from umbrella_jax.data.inputs import changed
 from umbrella_jax.distributed import _local_devices, _peers, broadcast, gather, start, together
@@ -140,7 +140,7 @@ class Pair:
         """Exit code, stdout and stderr of either at `umbrella-jax WORDS`, of the second with more of them; their
         records are `record.0` and `record.1`."""
         for i, process in enumerate(self.processes):
-            own = [*words, *(second if i else ()), *self.where, i]
+            own = [words[0], *latest(*words[1:], *(second if i else ())), *self.where, i]
             process.stdin.write(json.dumps([f"{record}.{i}", *map(str, own)]) + "\n")
             process.stdin.flush()
         limit = Timer(600, self.end)

@@ -90,6 +90,28 @@ def test_no_flag_is_abbreviated() -> None:
         assert not command.allow_abbrev, command.prog
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("data from-bids ds out --target sex --target age", "--target: given twice: sex, age; give one value"),
+        ("data from-bids ds out --target=sex --target sex", "--target: given twice: sex, sex; give one value"),
+        ("train --config a.yaml --epochs 1 --epochs 2", "--epochs: given twice: 1.0, 2.0; give one value"),
+        ("train --config a.yaml --set seed=1 --set seed=2", "--set seed=2: seed is given twice"),
+        ("train --config a.yaml --epochs 1 --set train.epochs=2", "--set train.epochs=2: train.epochs is given twice"),
+    ],
+)
+def test_a_flag_given_twice_is_an_error(words: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Argparse would keep the last value. Flags that may be repeated collect: `--entity`, `--metric`."""
+    try:
+        assert main(words.split()) == 2
+    except SystemExit as end:
+        assert end.code == 2
+    assert expected in capsys.readouterr().err
+    words = "data from-bids ds out --target sex --entity run=1 --entity run=2"
+    for _ in range(2):  # a parser may be used again
+        assert PARSER.parse_args(words.split()).entities == ["run=1", "run=2"]
+
+
 def test_one_name_for_one_thing() -> None:
     """A flag has one kind of value, wherever it is; nothing else is spelt like it but for an ending."""
     kinds: dict[str, set[str | None]] = {}

@@ -55,6 +55,18 @@ class Help(argparse.RawDescriptionHelpFormatter):
             self._action_max_length += self._indent_increment  # by which argparse indents them, and forgets it
 
 
+class _StoreOnce(argparse.Action):
+    """Store a flag's value. A second value is an error: argparse would keep the last without a word."""
+
+    _namespace: argparse.Namespace | None = None
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: object, flag: str | None = None) -> None:
+        if flag and self._namespace is namespace:
+            raise argparse.ArgumentError(self, f"given twice: {getattr(namespace, self.dest)}, {values}; give one value")
+        self._namespace = namespace
+        setattr(namespace, self.dest, values)
+
+
 def make_command(
     make: Callable[..., argparse.ArgumentParser], name: str, text: str, example: str, **more: Any
 ) -> argparse.ArgumentParser:
@@ -62,6 +74,8 @@ def make_command(
     parser = make(
         name, description=text, epilog=f"example:\n  {example}", formatter_class=Help, allow_abbrev=False, **more
     )
+    for action in (None, "store"):
+        parser.register("action", action, _StoreOnce)
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="traceback of an error")
     return parser
 
@@ -140,6 +154,8 @@ def config_of(arguments: argparse.Namespace) -> RunConfig:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set {text}: expected KEY=VALUE, such as --set train.clip_norm=0.5")
+        if key in overrides:
+            raise ConfigError(f"--set {text}: {key} is given twice; give one value, by a flag or by --set")
         overrides[key] = parse_yaml(value, f"--set {text}")
     return load_config(arguments.config, overrides)
 
