@@ -62,7 +62,8 @@ class _StoreOnce(argparse.Action):
 
     def __call__(self, parser: object, namespace: argparse.Namespace, values: object, flag: str | None = None) -> None:
         if flag and self._namespace is namespace:
-            raise argparse.ArgumentError(self, f"given twice: {getattr(namespace, self.dest)}, {values}; give one value")
+            values = f"{getattr(namespace, self.dest)}, {values}"
+            raise argparse.ArgumentError(self, f"given twice: {values}; give one value")
         self._namespace = namespace
         setattr(namespace, self.dest, values)
 
