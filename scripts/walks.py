@@ -233,7 +233,7 @@ RESEARCHER = [
             Step(
                 "SLURM sends SIGTERM as a job's time ends; here a second terminal does, `kill -TERM PID`.",
                 f"umbrella-jax train {FLAGS} {DATA} --out runs/lesion",
-                [r"SIGTERM", r"it goes on with\n\s+umbrella-jax train .*--resume"],
+                [r"SIGTERM", r"continue with\n\s+umbrella-jax train .*--resume"],
                 code=143,
                 show=(3, 10),
                 interrupted="runs/lesion",

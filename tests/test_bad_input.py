@@ -174,7 +174,7 @@ def test_faults_of_a_config_come_together(refused: Refused, world: World, tmp_pa
         (["--config", "/no/where.yaml"], ["/no/where.yaml: cannot be read"]),
         (["--set", "train.clip=1"], ["train.clip: no such key", "clip_norm"]),
         (["--set", "clip_norm=1"], ["clip_norm: no such key", "the nearest is train.clip_norm"]),
-        (["--eval-data", "none.json"], ["data.eval: none.json: not found", "(--eval-data P)"]),
+        (["--eval-data", "none.json"], ["data.eval: none.json: not found", "(--eval-data PATH)"]),
         (["--set", "train.clip_norm"], ["train.clip_norm: expected KEY=VALUE"]),
         (["--set", "train.clip_norm=[1"], ["--set train.clip_norm=[1: not valid YAML"]),
         (["--set", "seed.of=1"], ["seed.of: seed is 0; expected a section of keys"]),

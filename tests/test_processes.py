@@ -330,7 +330,7 @@ def test_a_signal_to_one_ends_both_behind_the_same_step(two: Two, run: Path, wor
     assert (first, second) == (143, 143), error + silent
     step = len(numbers(out))
     assert 0 < step < STEPS
-    assert f"SIGTERM: saved at step {step} of {STEPS}; it goes on with" in error
+    assert f"SIGTERM: saved at step {step} of {STEPS}; continue with" in error
     assert (out / "checkpoints" / str(step)).exists()
     one = shutil.copytree(out, world.root / "signalled-one")
     flags = [*FLAGS, "--eval-data", world.eval, "--resume"]

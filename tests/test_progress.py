@@ -171,7 +171,7 @@ def test_the_log_has_all_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
         (DataError(["one", "two"]), "2 faults:"),
         (OSError(28, "No space left on device", "a.jsonl"), "[Errno 28] No space left on device: 'a.jsonl'"),
         (KeyError("x"), "KeyError: 'x'"),
-        (KeyboardInterrupt(), "SIGINT, before there was anything to save"),
+        (KeyboardInterrupt(), "SIGINT: stopped before there was anything to save"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )

@@ -153,7 +153,7 @@ def test_killed_again_and_again_it_is_the_same_run(world: World, begin: Begin, r
         err = end(process, 143 if kind == "SIGTERM" else -signal.SIGKILL)
         if kind == "SIGTERM":
             step = len(numbers(out))
-            assert f"SIGTERM: saved at step {step} of {STEPS}; it goes on with\n  umbrella-jax train --config" in err
+            assert f"SIGTERM: saved at step {step} of {STEPS}; continue with\n  umbrella-jax train --config" in err
             assert err.rstrip().endswith("--resume")
             assert (out / "checkpoints" / str(step)).exists()
     assert "resume: from step " in umbrella(*train_words(world, out, "--resume"))
@@ -284,9 +284,9 @@ def test_a_second_signal_ends_at_once(second: str, code: int) -> None:
         (
             Interrupted(signal.SIGINT, "SIGINT: saved at step 3 of 9"),
             130,
-            "SIGINT: saved at step 3 of 9; it goes on with",
+            "SIGINT: saved at step 3 of 9; continue with",
         ),
-        (KeyboardInterrupt(), 130, "SIGINT: ends, before there was anything to save"),
+        (KeyboardInterrupt(), 130, "SIGINT: stopped before there was anything to save"),
     ],
 )
 def test_exit_codes_of_signals(

@@ -325,7 +325,7 @@ def test_everything_at_fault_is_told_together(copy: Path, tmp_path: Path) -> Non
     (tmp_path / "none").mkdir()
     message = refused(copy, "--baseline", tmp_path / "none")
     assert "the run has no checkpoint yet; train it first" in message
-    assert "no predictions; train with data.eval (--eval-data P)" in message
+    assert "no predictions; train with data.eval (--eval-data PATH)" in message
     assert "no .jsonl in it; expected what umbrella-jax baseline has as --out" in message
     assert not (copy / "report.html").exists()
 

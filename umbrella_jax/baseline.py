@@ -137,7 +137,7 @@ def _check(config: RunConfig, files: Iterable[Path], epochs: int, width: float) 
     """What can be known before any file is read."""
     faults = [
         f"{name}: expected a path ({flag})"
-        for name, flag in (("data.train", "--train-data P"), ("data.eval", "--eval-data P"))
+        for name, flag in (("data.train", "--train-data PATH"), ("data.eval", "--eval-data PATH"))
         if getattr(config.data, name.removeprefix("data.")) is None
     ]
     faults += [f"{file}: is there already; name another --out, or remove it" for file in files if file.exists()]

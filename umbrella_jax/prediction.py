@@ -258,7 +258,7 @@ def predict(
         if faults := [f"{name}: expected {least} or more, got {n}" for name, n, least in numbers if n < least]:
             raise ConfigError(faults)
         if data.eval is None:
-            raise ConfigError("data.eval: expected conversations to answer (--data P)")
+            raise ConfigError("data.eval: expected conversations to answer (--data PATH)")
         if out.exists():
             raise ConfigError(f"{out}: is there already; name another file, or remove it")
         if not out.parent.is_dir():

@@ -137,7 +137,7 @@ def _said(error: BaseException) -> str:
     if isinstance(error, Interrupted | UmbrellaError | OSError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
-        return "SIGINT, before there was anything to save"
+        return "SIGINT: stopped before there was anything to save"
     return f"{type(error).__name__}: {error}\n{''.join(traceback.format_exception(error)).rstrip()}"
 
 

@@ -655,7 +655,7 @@ def test_the_command_takes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "model: {modalities: {T1: {size: [4, 4, 4], patch: [2, 2, 2]}}}\nevaluation: {resamples: 0}\n"
     )
     assert main(["score", str(tmp_path)]) == 2
-    assert "no predictions in it" in capsys.readouterr().err
+    assert "no predictions; expected an evaluated run" in capsys.readouterr().err
     (tmp_path / "predictions").mkdir()
     for step in (9, 10):
         write(tmp_path / "predictions" / f"step_{step}.jsonl", SEX[: step - 7])

@@ -1,7 +1,7 @@
-"""The command line: arguments, one call each, and errors as lines instead of tracebacks.
+"""The command line: parse arguments, make one call per command, print errors as lines instead of tracebacks.
 
-A module for each of what people do; it imports jax, numpy, pydantic and the like within the functions that work, so
-that `--help` and completion are there at once.
+The modules import jax, numpy, pydantic and other slow packages inside the functions that use them, which keeps `--help`
+and completion fast.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from umbrella_jax.errors import Interrupted, UmbrellaError, out_of_memory
 
 
 class _Version(argparse.Action):
-    """Looks for it when it is asked."""
+    """Print the version of the package, looked up only when asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
@@ -30,39 +30,39 @@ class _Version(argparse.Action):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Of all commands."""
+    """Return the parser of all commands."""
     parser = make_command(
         argparse.ArgumentParser,
         "umbrella-jax",
         "Vision-language models for brain MRI on JAX.",
         "umbrella-jax train --help",
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="of this package")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = commands_of(parser)
     for module in (setup, data, train, ask, results, convert):
         module.add(commands)
     return parser
 
 
-def _unraisable(found: Any) -> None:
-    """Nothing of the other writes of a save whose first failed, which is raised: asyncio prints tracebacks of them."""
-    if str(found.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(found)
+def _unraisable(unraisable: Any) -> None:
+    """Drop asyncio's tracebacks of a save's other writes; the error of the first one is raised already."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0 when it went well, 2 when what the user handed in was at fault, 1 for any other
-    failure (and for what `validate` and `verify` find), 128 + N when signal N ended it."""
+    """Run one command and return its exit code: 0 for success, 2 for faulty input, 1 for any other failure (and for
+    problems that `validate` and `verify` find), 128 + N if signal N ended it."""
     words = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # a job's log shows a line when it is said; a terminal that has no Unicode, its codes instead of a traceback
+        # Flush each line so a job's log is current; escape characters that the terminal cannot encode.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     arguments, unknown = make_parser().parse_known_args(words)
     debug, refuse = vars(arguments).pop("debug", False), vars(arguments).pop("refuse")
     if unknown:
         refuse(unknown)
-    # orbax warns of what is on purpose (reading a run read-only), and prints tracebacks of what it raises later;
-    # asyncio prints those of the other writes of a save whose first failed
+    # orbax warns about intended use (reading a run read-only) and prints tracebacks of errors it raises later;
+    # asyncio prints those of a save's other writes after the first failed.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisable
@@ -73,12 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if jax.process_index() == 0:
             command = shlex.join(["umbrella-jax", *words, *([] if "--resume" in words else ["--resume"])])
-            print(f"umbrella-jax: {end}; it goes on with\n  {command}", file=sys.stderr)
+            print(f"umbrella-jax: {end}; continue with\n  {command}", file=sys.stderr)
         return 128 + end.signum
     except KeyboardInterrupt:
-        print("umbrella-jax: SIGINT: ends, before there was anything to save", file=sys.stderr)
+        print("umbrella-jax: SIGINT: stopped before there was anything to save", file=sys.stderr)
         return 128 + signal.SIGINT
-    except (UmbrellaError, OSError, RuntimeError) as error:  # of the system: a full disk, a directory not to be written
+    except (UmbrellaError, OSError, RuntimeError) as error:  # OSError: a full disk, a read-only directory
         full = out_of_memory(error)
         if isinstance(error, RuntimeError) and full is None:
             raise

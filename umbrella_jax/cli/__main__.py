@@ -1,4 +1,4 @@
-"""`python -m umbrella_jax.cli`, where the command itself is not on the PATH."""
+"""`python -m umbrella_jax.cli`, for when the command is not on the PATH."""
 
 import sys
 

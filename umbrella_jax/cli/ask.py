@@ -1,4 +1,4 @@
-"""Questions to a model: `generate`, `predict`, `explain`."""
+"""Commands that ask a model: `generate`, `predict`, `explain`."""
 
 import argparse
 import os
@@ -19,39 +19,41 @@ from umbrella_jax.config import load_config, parse_mesh
 from umbrella_jax.errors import ConfigError
 
 METHODS = ("gradient", "integrated", "occlusion")
-"""Of an explanation."""
+"""Methods of explanation."""
 
 
 def add(commands: Any) -> None:
-    """Adds the commands."""
+    """Add the commands."""
     generate = add_command(
         commands,
         "generate",
         _generate,
-        "Ask a model about volumes; the answer appears as it is made.",
+        "Ask a model about volumes; stream the answer.",
         'umbrella-jax generate runs/sex "Which sex?" --image T1=scan.nii.gz',
     )
     add_model(generate)
-    generate.add_argument("prompt", metavar="PROMPT", help="the question")
+    generate.add_argument("prompt", metavar="PROMPT", help="question to the model")
     _add_image(generate)
-    generate.add_argument("--answers", nargs="+", metavar="TEXT", help="how probable each of these is, instead of one")
+    generate.add_argument("--answers", nargs="+", metavar="TEXT", help="score these answers instead of generating one")
     _add_sampling(generate)
 
     predict = add_command(
         commands,
         "predict",
         _predict,
-        "Answer every conversation of a data set, into a .jsonl file.",
+        "Answer every conversation of a data set into a .jsonl file.",
         "umbrella-jax predict runs/sex --data test.json --out test.jsonl",
     )
     add_model(predict)
-    predict.add_argument("--data", required=True, metavar="PATH", help="conversations, as data.eval of a run")
-    predict.add_argument("--out", required=True, metavar="FILE", help="a row for each, in the data's order")
+    predict.add_argument("--data", required=True, metavar="PATH", help="conversations to answer")
+    predict.add_argument("--out", required=True, metavar="FILE", help="answers (.jsonl), in the order of the data")
     add_flags(predict, ["--image-root", "--modality", "--task-filter", "--cache"])
-    predict.add_argument("--likelihoods", action="store_true", help="of all answers that a task knows, too")
-    predict.add_argument("--batch-size", type=int, default=8, metavar="N", help="over all devices; default 8")
+    predict.add_argument("--likelihoods", action="store_true", help="also score every answer of a closed set")
+    predict.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="conversations per batch, over all devices; default 8"
+    )
     add_flags(predict, ["--mesh"])
-    predict.add_argument("--resume", action="store_true", help="go on where an earlier call was cut off")
+    predict.add_argument("--resume", action="store_true", help="continue an interrupted call")
     _add_sampling(predict)
     add_cluster(predict)
 
@@ -59,25 +61,29 @@ def add(commands: Any) -> None:
         commands,
         "explain",
         _explain,
-        "Map over a scan's voxels what an answer rests on, as NIfTI.",
+        "Write NIfTI maps of the voxels an answer depends on.",
         'umbrella-jax explain runs/sex "Which sex?" --image T1=scan.nii.gz --out maps',
     )
     add_model(explain)
-    explain.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question; or --data with --task-id")
+    explain.add_argument("prompt", metavar="PROMPT", nargs="?", help="question; or use --data and --task-id")
     _add_image(explain)
-    explain.add_argument("--data", metavar="PATH", help="conversations; their last answers are explained")
-    explain.add_argument("--task-id", action="append", default=[], metavar="ID", help="which of them; default all")
+    explain.add_argument("--data", metavar="PATH", help="conversations whose last answers to explain")
+    explain.add_argument(
+        "--task-id", action="append", default=[], metavar="ID", help="explain only this conversation; repeatable"
+    )
     add_flags(explain, ["--image-root"])
-    explain.add_argument("--answer", metavar="TEXT", help="the one to explain; default the model's own")
+    explain.add_argument("--answer", metavar="TEXT", help="answer to explain; default the model's own")
     explain.add_argument(
         "--method",
         choices=METHODS,
         default="integrated",
         metavar="NAME",
-        help="gradient (× input), integrated (gradients; default), occlusion (by boxes of a patch)",
+        help="gradient (× input), integrated (gradients, the default) or occlusion (of one patch at a time)",
     )
-    explain.add_argument("--path-steps", type=int, default=16, metavar="N", help="of integrated gradients; default 16")
-    explain.add_argument("--out", required=True, metavar="DIR", help="a new folder for the maps")
+    explain.add_argument(
+        "--path-steps", type=int, default=16, metavar="N", help="steps of integrated gradients; default 16"
+    )
+    explain.add_argument("--out", required=True, metavar="DIR", help="new folder for the maps")
 
 
 def _add_image(parser: argparse.ArgumentParser) -> None:
@@ -85,18 +91,24 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
         "--image",
         action="append",
         default=[],
-        metavar="[NAME=]FILE",
-        help="what it is about, with its modality; again for more",
+        metavar="IMAGE",
+        help="image as MODALITY=FILE; repeatable",
     )
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("answers")
-    group.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="of the longest; default 32")
-    group.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default: likeliest token")
-    group.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="X", help="draw from the likeliest that sum to X")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn; default 0")
+    group = parser.add_argument_group("generation")
+    group.add_argument(
+        "--max-new-tokens", type=int, default=32, metavar="N", help="longest answer, in tokens; default 32"
+    )
+    group.add_argument(
+        "--temperature", type=float, default=0.0, metavar="VALUE", help="0 takes the likeliest token; default 0"
+    )
+    group.add_argument("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens")
+    group.add_argument(
+        "--top-p", type=float, default=1.0, metavar="SHARE", help="sample from the likeliest tokens with this share"
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed for sampling; default 0")
 
 
 def _sampling(arguments: argparse.Namespace) -> Any:
@@ -106,14 +118,14 @@ def _sampling(arguments: argparse.Namespace) -> Any:
 
 
 def _images(arguments: argparse.Namespace, modalities: Sequence[str]) -> list[tuple[str, str]]:
-    """(modality, file) of each --image. Raises ConfigError where one names no modality and the model has several."""
+    """Return (modality, file) of each --image. Raises ConfigError if a needed modality is missing."""
     found, faults = [], []
     for text in arguments.image:
         name, equals, path = text.partition("=")
-        if not equals or os.sep in name:  # a path alone, which may hold the sign
+        if not equals or os.sep in name:  # only a path, which may contain "="
             name, path = "", text
         if not path or (not name and len(modalities) > 1):
-            faults.append(f"--image {text}: expected MODALITY=FILE, of {', '.join(modalities)}")
+            faults.append(f"--image {text}: expected MODALITY=FILE with one of {', '.join(modalities)}")
         found.append((name or modalities[0], path))
     if faults:
         raise ConfigError(faults)
@@ -146,7 +158,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     ):
         said.append(int(token[0]))
         (text,) = processor.decode([said])
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the first tokens of a letter that takes several
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens, not yet complete
             print(text.removeprefix(shown), end="", flush=True)
             shown = text
     print()
@@ -195,7 +207,7 @@ def _explain(arguments: argparse.Namespace) -> None:
     from umbrella_jax.files import new_folder
 
     if (arguments.prompt is None) == (arguments.data is None):
-        raise ConfigError("explain: expected a PROMPT with --image, or --data P with --task-id ID")
+        raise ConfigError("explain: expected PROMPT with --image, or --data PATH without PROMPT")
     modalities, out = modalities_of(arguments), new_folder(arguments.out)
     processor = umbrella_jax.Processor.load(arguments.model, modalities=modalities)
     if arguments.data is None:
@@ -212,12 +224,12 @@ def _explain(arguments: argparse.Namespace) -> None:
         explained = umbrella_jax.explain(
             model, processor, conversation, answer=arguments.answer, method=arguments.method, steps=arguments.path_steps
         )
-        # a task_id may hold what leads out of a folder
+        # a task_id may contain "../"
         name = f"{number}_{re.sub(r'[^A-Za-z0-9-]+', '_', conversation.task_id)}"
         folder = out if arguments.data is None else out / name
         print(
             f"{conversation.task_id}: {explained.answer!r}: log p {explained.log_probability:.4g}, "
-            f"{explained.without:.4g} where volumes are background"
+            f"{explained.without:.4g} with background for every volume"
         )
         for path in explained.write(processor, folder):
             print(f"  {path}")

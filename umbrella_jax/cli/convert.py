@@ -1,4 +1,4 @@
-"""Checkpoints from and to Hugging Face: `convert from-hf`, `to-hf`, `verify`."""
+"""Commands for checkpoints: `convert from-hf`, `to-hf`, `verify`."""
 
 import argparse
 import json
@@ -9,50 +9,54 @@ from umbrella_jax.cli.options import add_command, add_config, add_group, add_jso
 
 
 def add(commands: Any) -> None:
-    """Adds the commands."""
+    """Add the commands."""
     convert = add_group(
         commands,
         "convert",
-        "Convert checkpoints.",
+        "Convert and compare checkpoints.",
         "umbrella-jax convert to-hf runs/sex exports/sex",
     )
     from_hf = add_command(
         convert,
         "from-hf",
         _from_hf,
-        "Hugging Face directory to a native (orbax) checkpoint.",
+        "Convert a Hugging Face model to a native (orbax) checkpoint.",
         "umbrella-jax convert from-hf llava native --config run.yaml",
     )
-    from_hf.add_argument("source", metavar="HF_DIR", help="LLaVA, or its name on the hub")
+    from_hf.add_argument("source", metavar="HF_DIR", help="LLaVA directory, or its name on the hub")
     from_hf.add_argument("out", metavar="OUT", help="directory to write")
     add_config(from_hf, [])
-    from_hf.add_argument("--patch-embed", metavar="FILE", help="of `to-hf --trainable-only`, put onto its base")
-    from_hf.add_argument("--check-finite", action="store_true", help="refuse weights that are NaN or infinite")
+    from_hf.add_argument("--patch-embed", metavar="FILE", help="file of `to-hf --trainable-only`, to add to its base")
+    from_hf.add_argument("--check-finite", action="store_true", help="reject weights that are NaN or infinite")
 
     to_hf = add_command(
         convert,
         "to-hf",
         _to_hf,
-        "Run or checkpoint to a Hugging Face directory, for PyTorch.",
+        "Export a run or checkpoint as a Hugging Face directory.",
         "umbrella-jax convert to-hf runs/sex exports/sex --names sMRI,fMRI",
     )
-    to_hf.add_argument("source", metavar="RUN", help="or native checkpoint")
+    to_hf.add_argument("source", metavar="RUN", help="run or native checkpoint")
     to_hf.add_argument("out", metavar="OUT", help="directory to write")
-    to_hf.add_argument("--names", metavar="NAMES", help="of the patch embedding: T1,rsfMRI or sMRI,fMRI")
-    to_hf.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of a file: 500MB; default 5GB")
-    to_hf.add_argument("--trainable-only", action="store_true", help="write only what was trained, and on what")
+    to_hf.add_argument("--names", metavar="NAMES", help="names of the modalities in the export: sMRI,fMRI")
+    to_hf.add_argument(
+        "--max-shard-size", metavar="SIZE", default="5GB", help="largest file, such as 500MB; default 5GB"
+    )
+    to_hf.add_argument(
+        "--trainable-only", action="store_true", help="write only the trained weights and their base's hash"
+    )
 
     verify = add_command(
         convert,
         "verify",
         _verify,
-        "Compare two models; exit code 1 when they differ.",
+        "Compare two models; exit with 1 if they differ.",
         "umbrella-jax convert verify runs/sex exports/sex",
     )
     verify.add_argument("a", metavar="MODEL", help="Hugging Face directory, native checkpoint or run")
-    verify.add_argument("b", metavar="OTHER", help="another")
-    verify.add_argument("--config", metavar="FILE", help="YAML with modalities, of two stock LLaVAs")
-    verify.add_argument("--no-logits", action="store_true", help="tensors alone, not PyTorch beside JAX")
+    verify.add_argument("b", metavar="OTHER", help="model to compare with")
+    verify.add_argument("--config", metavar="FILE", help="YAML with modalities, for stock LLaVAs")
+    verify.add_argument("--no-logits", action="store_true", help="compare only tensors, not PyTorch's and JAX's logits")
     add_json(verify)
 
 
@@ -86,7 +90,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     if arguments.trainable_only:
         file = write_trained(checkpoint, out, names=names)
-        print(f"{file}: what was trained; back onto its base HF_DIR:")
+        print(f"{file}: trained weights; add them to their base with")
         print(f"  umbrella-jax convert from-hf HF_DIR OUT --config FILE \\\n    --patch-embed {file}")
     else:
         write_hf(checkpoint, out, names=names, max_shard_size=arguments.max_shard_size)

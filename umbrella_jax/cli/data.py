@@ -1,4 +1,4 @@
-"""Conversations and volumes: `data from-bids`, `validate`, `cache`."""
+"""Commands for data: `data from-bids`, `validate`, `cache`."""
 
 import argparse
 import json
@@ -22,53 +22,59 @@ from umbrella_jax.errors import ConfigError, visible
 
 
 def add(commands: Any) -> None:
-    """Adds the commands."""
+    """Add the commands."""
     data = add_group(
         commands,
         "data",
-        "Make and check conversation files, prepare volumes.",
+        "Make and check conversation files, preprocess volumes.",
         "umbrella-jax data from-bids ds000001 conversations --target sex",
     )
     bids = add_command(
         data,
         "from-bids",
         _from_bids,
-        "BIDS data set (participants.tsv) to conversations, in splits.",
+        "Turn a BIDS data set into conversations, split by subject.",
         "umbrella-jax data from-bids ds000001 conversations --target sex",
     )
-    bids.add_argument("root", metavar="DIR", help="the data set")
-    bids.add_argument("out", metavar="OUT", help="directory for train.json, eval.json")
-    bids.add_argument("--target", required=True, metavar="COLUMN", help="of participants.tsv: sex, age, ...")
+    bids.add_argument("root", metavar="DIR", help="BIDS data set with participants.tsv")
+    bids.add_argument("out", metavar="OUT", help="directory for the conversation files")
+    bids.add_argument("--target", required=True, metavar="COLUMN", help="column of participants.tsv: sex, age, ...")
     bids.add_argument(
         "--kind",
         choices=list(TEMPLATES),
         metavar="KIND",
-        help=f"{', '.join(TEMPLATES)}; default regression where all are numbers, more than {MAX_CLASSES} distinct "
-        "ones, else classification",
+        help=f"{', '.join(TEMPLATES)}; default regression for more than "
+        f"{MAX_CLASSES} distinct numbers, else classification",
     )
     bids.add_argument(
         "--modality",
         choices=list(MODALITIES),
         metavar="NAME",
-        help="sMRI: anat/*_T1w (default); fMRI: func/*_task-rest*_bold; of every subject",
+        help="sMRI: anat/*_T1w (default); fMRI: func/*_task-rest*_bold",
     )
-    bids.add_argument("--entity", dest="entities", action="append", metavar="KEY=VALUE", help="take only such files")
-    bids.add_argument("--derivatives", metavar="NAME", help="take scans of DIR/derivatives/NAME instead")
-    bids.add_argument("--template", metavar="FILE", help="YAML or JSON of what is said (see docs/bids.md)")
-    bids.add_argument("--split", metavar="SHARES", help="of subjects; default train=0.8,eval=0.2")
-    bids.add_argument("--seed", type=int, metavar="N", help="of splits and pairs; default 1234")
+    bids.add_argument(
+        "--entity",
+        dest="entities",
+        action="append",
+        metavar="KEY=VALUE",
+        help="use only files with this entity; repeatable",
+    )
+    bids.add_argument("--derivatives", metavar="NAME", help="use the scans in DIR/derivatives/NAME")
+    bids.add_argument("--template", metavar="FILE", help="YAML or JSON of questions and answers (docs/bids.md)")
+    bids.add_argument("--split", metavar="SHARES", help="shares of subjects; default train=0.8,eval=0.2")
+    bids.add_argument("--seed", type=int, metavar="N", help="random seed for splits and pairs; default 1234")
     bids.add_argument("--pairs-per-subject", type=int, metavar="N", help="references per compared scan; default 4")
 
     check = add_command(
         data,
         "validate",
         _validate,
-        "Read all that a run would read, tell all that is wrong.",
+        "Check conversations and volumes; report every problem.",
         "umbrella-jax data validate --config run.yaml --train-data train.json",
     )
     add_config(check, ["--base", *DATA_FLAGS])
-    check.add_argument("--html", metavar="FILE", help="a page with slices of volumes (extra `report`)")
-    check.add_argument("--samples", type=number, metavar="N", help="volumes that the page shows; default 24")
+    check.add_argument("--html", metavar="FILE", help="write a page with slices of volumes (extra `report`)")
+    check.add_argument("--samples", type=number, metavar="N", help="volumes on the page; default 24")
     add_overlap(check)
     add_json(check)
 
@@ -76,11 +82,11 @@ def add(commands: Any) -> None:
         data,
         "cache",
         _cache,
-        "Preprocess all volumes of a config, ahead of runs.",
+        "Preprocess all volumes before the runs that use them.",
         "umbrella-jax data cache --config run.yaml --train-data train.json --cache mri",
     )
     add_config(cache, [*DATA_FLAGS, "--cache"])
-    cache.add_argument("--verify", action="store_true", help="read what is there too; mend the damaged")
+    cache.add_argument("--verify", action="store_true", help="also check cached volumes; replace damaged ones")
 
 
 def _from_bids(arguments: argparse.Namespace) -> None:
@@ -100,7 +106,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     if page:
         check_page(page)
     elif arguments.samples is not None:
-        raise ConfigError("--samples: how many volumes the page shows; name it too (--html FILE)")
+        raise ConfigError("--samples: sets the number of volumes on the page; add --html FILE")
     report = validate(
         config,
         lambda: local_tokenizer(config),

@@ -1,4 +1,4 @@
-"""What came of it: `runs`, `score`, `report`, `baseline`."""
+"""Commands for results: `runs`, `score`, `report`, `baseline`."""
 
 import argparse
 import json
@@ -21,67 +21,71 @@ from umbrella_jax.errors import ConfigError, visible
 
 
 def add(commands: Any) -> None:
-    """Adds the commands."""
+    """Add the commands."""
     runs = add_command(
         commands,
         "runs",
         _runs,
-        "Compare runs: state, steps, figures, differing configs.",
+        "Compare runs: state, steps, metrics, config differences.",
         "umbrella-jax runs runs --metric eval_loss --plot runs.svg",
     )
-    runs.add_argument("dir", metavar="DIR", help="in which they are, at any depth")
-    runs.add_argument("--metric", action="append", metavar="NAME", help="as in metrics.jsonl; again for more")
-    runs.add_argument("--plot", metavar="FILE", help="curves of all, .svg or .png (extra `report`)")
+    runs.add_argument("dir", metavar="DIR", help="folder to search recursively for runs")
+    runs.add_argument("--metric", action="append", metavar="NAME", help="name in metrics.jsonl; repeatable")
+    runs.add_argument("--plot", metavar="FILE", help="plot the curves, .svg or .png (extra `report`)")
     add_json(runs)
 
     score = add_command(
         commands,
         "score",
         _score,
-        "How right predictions are, by task, with intervals.",
+        "Score predictions per task, with confidence intervals.",
         "umbrella-jax score runs/sex",
     )
-    score.add_argument("predictions", metavar="FILE", help="predictions (.jsonl), or a run: its newest")
-    score.add_argument("--config", metavar="FILE", help="for its section evaluation; default a run's own")
+    score.add_argument("predictions", metavar="FILE", help="predictions (.jsonl), or a run for its newest")
+    score.add_argument("--config", metavar="FILE", help="YAML with an evaluation section; default the run's")
     add_json(score)
 
     report = add_command(
         commands,
         "report",
         _report,
-        "Write a run as one HTML page: what was run, curves, answers.",
+        "Write one HTML page about a run: settings, curves, answers.",
         "umbrella-jax report runs/sex --samples 12 --explain gradient",
     )
-    report.add_argument("run", metavar="RUN", help="the run's directory")
-    report.add_argument("--out", metavar="FILE", help="default RUN/report.html")
+    report.add_argument("run", metavar="RUN", help="directory of the run")
+    report.add_argument("--out", metavar="FILE", help="page to write; default RUN/report.html")
     which = report.add_mutually_exclusive_group()
-    which.add_argument("--step", type=number, metavar="N", help="whose evaluation; default the last")
-    which.add_argument("--predictions", metavar="FILE", help="of `predict` on the run's data.eval instead")
-    report.add_argument("--baseline", metavar="DIR", help="beside what `baseline --out DIR` wrote")
-    report.add_argument("--samples", type=number, default=8, metavar="N", help="conversations with volumes; default 8")
+    which.add_argument("--step", type=number, metavar="N", help="show the evaluation at this step; default the last")
+    which.add_argument("--predictions", metavar="FILE", help="show these `predict` answers to the run's data.eval")
+    report.add_argument("--baseline", metavar="DIR", help="compare with the output of `baseline --out DIR`")
+    report.add_argument(
+        "--samples", type=number, default=8, metavar="N", help="conversations shown with volumes; default 8"
+    )
     report.add_argument(
         "--explain",
         choices=METHODS,
         metavar="METHOD",
-        help="lay over them what the answer rests on: gradient, integrated or occlusion, as `explain`",
+        help="overlay the maps of `explain`: gradient, integrated or occlusion",
     )
 
     baseline = add_command(
         commands,
         "baseline",
         _baseline,
-        "A 3D CNN and a linear probe on the same split, to compare.",
+        "Train a 3D CNN and a linear probe on the same split.",
         "umbrella-jax baseline --config runs/sex/config.yaml --run runs/sex --out base",
     )
     add_config(baseline, ["--base", *DATA_FLAGS, "--cache"])
-    baseline.add_argument("--out", required=True, metavar="DIR", help="for baseline/cnn.jsonl and /probe.jsonl")
-    model = baseline.add_mutually_exclusive_group()
-    model.add_argument("--run", metavar="RUN", help="put its newest predictions beside; probe its tower")
-    model.add_argument("--predictions", metavar="FILE", help="put these answers to the eval data beside")
-    baseline.add_argument("--only", choices=["cnn", "probe"], metavar="NAME", help="cnn or probe; default both")
-    baseline.add_argument("--cnn-epochs", type=int, default=50, metavar="N", help="of the CNN; default 50")
     baseline.add_argument(
-        "--cnn-width", type=float, default=1.0, metavar="X", help="of the CNN's channels, a share; default 1"
+        "--out", required=True, metavar="DIR", help="folder for baseline/cnn.jsonl and baseline/probe.jsonl"
+    )
+    model = baseline.add_mutually_exclusive_group()
+    model.add_argument("--run", metavar="RUN", help="compare with this run; probe its vision tower")
+    model.add_argument("--predictions", metavar="FILE", help="compare with these answers to the eval data")
+    baseline.add_argument("--only", choices=["cnn", "probe"], metavar="NAME", help="cnn or probe; default both")
+    baseline.add_argument("--cnn-epochs", type=int, default=50, metavar="N", help="epochs of the CNN; default 50")
+    baseline.add_argument(
+        "--cnn-width", type=float, default=1.0, metavar="FACTOR", help="factor of the CNN's channels; default 1"
     )
     add_overlap(baseline)
 
@@ -107,7 +111,7 @@ def _score(arguments: argparse.Namespace) -> None:
     if file.is_dir():
         found = evaluations(file)
         if not found:
-            raise ConfigError(f"{file}: no predictions in it; expected a run that was evaluated, or a file of them")
+            raise ConfigError(f"{file}: no predictions; expected an evaluated run or a predictions file")
         file, settings = found[max(found)], settings or file / CONFIG
         title = f"{file}\n\n"
     config = load_config(settings).evaluation if settings else EvaluationConfig()
@@ -142,7 +146,7 @@ def _baseline(arguments: argparse.Namespace) -> None:
     start()
     with together():
         if not alone():
-            raise ConfigError("baseline: several processes were started; it works in one: start one alone")
+            raise ConfigError("baseline: runs in one process; start only one")
     from umbrella_jax.baseline import baseline
 
     found = baseline(

@@ -1,4 +1,4 @@
-"""To begin with: `doctor`, `demo`, `config from-original`, `completion`."""
+"""Commands to begin with: `doctor`, `demo`, `config from-original`, `completion`."""
 
 import argparse
 import json
@@ -9,12 +9,12 @@ from umbrella_jax.cli.options import DIRECTORIES, FILES, add_command, add_group,
 
 
 def add(commands: Any) -> None:
-    """Adds the commands."""
+    """Add the commands."""
     doctor = add_command(
         commands,
         "doctor",
         _doctor,
-        "Check installation, machine and devices, with remedies.",
+        "Check installation, machine and devices; print remedies.",
         "umbrella-jax doctor",
     )
     add_json(doctor)
@@ -23,29 +23,29 @@ def add(commands: Any) -> None:
         commands,
         "demo",
         _demo,
-        "The whole path on small real scans, from base to export.",
+        "Run the whole workflow on small real scans, base to export.",
         "umbrella-jax demo --out runs/demo",
     )
-    demo.add_argument("--out", default="runs/demo", metavar="DIR", help="default runs/demo")
+    demo.add_argument("--out", default="runs/demo", metavar="DIR", help="directory of the run; default runs/demo")
 
-    config = add_group(commands, "config", "Make configs.", "umbrella-jax config from-original old.yaml > run.yaml")
+    config = add_group(commands, "config", "Convert configs.", "umbrella-jax config from-original old.yaml > run.yaml")
     original = add_command(
         config,
         "from-original",
         _from_original,
-        "Print a YAML of the PyTorch system as one of ours.",
+        "Convert a YAML of the PyTorch system; print the result.",
         "umbrella-jax config from-original old.yaml > run.yaml",
     )
-    original.add_argument("file", metavar="FILE", help="of the PyTorch system")
+    original.add_argument("file", metavar="FILE", help="YAML of the PyTorch system")
 
     completion = add_command(
         commands,
         "completion",
         _completion,
-        "A script for the shell's Tab key: commands, flags and paths.",
+        "Print a script that completes commands, flags and paths.",
         "umbrella-jax completion bash > ~/.umbrella-jax.bash",
     )
-    text = "bash: `. ~/.umbrella-jax.bash` in ~/.bashrc; zsh: as _umbrella-jax into a folder of $fpath"
+    text = "bash (source the script in ~/.bashrc) or zsh (save it as _umbrella-jax in a folder of $fpath)"
     completion.add_argument("shell", choices=["bash", "zsh"], metavar="SHELL", help=text)
 
 
@@ -70,7 +70,7 @@ def _from_original(arguments: argparse.Namespace) -> None:
 
 
 def _completion(arguments: argparse.Namespace) -> None:
-    import shtab  # static scripts: argcomplete would start Python at every press of Tab
+    import shtab  # static scripts; argcomplete would start Python at every press of Tab
 
     from umbrella_jax.cli import make_parser
 

@@ -1,4 +1,4 @@
-"""`train`, and what looks ahead of it: `inspect`, `plan`."""
+"""Commands for training: `train`, `inspect`, `plan`."""
 
 import argparse
 import json
@@ -16,27 +16,27 @@ from umbrella_jax.cli.options import (
 
 
 def add(commands: Any) -> None:
-    """Adds the commands."""
+    """Add the commands."""
     train = add_command(
         commands,
         "train",
         _train,
-        "Train what the config names; by default the patch embedding.",
+        "Train a model; by default only its patch embedding.",
         "umbrella-jax train --config run.yaml --base llava --train-data train.json \\\n"
         "    --eval-data eval.json --out runs/sex",
     )
     of_run = ("--out", "--batch-size", "--mesh", "--learning-rate", "--epochs", "--on-nonfinite")
     run = add_config(train, ["--base", *DATA_FLAGS, "--cache", *of_run])["run"]
-    run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint there")
-    run.add_argument("--dry-run", action="store_true", help="check, compile, say what memory it takes; no step")
-    run.add_argument("--no-wandb", action="store_true", help="not to Weights & Biases [train.wandb]")
+    run.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    run.add_argument("--dry-run", action="store_true", help="check, compile and report memory; do not train")
+    run.add_argument("--no-wandb", action="store_true", help="disable Weights & Biases [train.wandb]")
     add_cluster(train)
 
     inspect = add_command(
         commands,
         "inspect",
         _inspect,
-        "Print what would train and what is frozen, without training.",
+        "List trainable and frozen parameters without training.",
         "umbrella-jax inspect --config run.yaml --base llava",
     )
     add_config(inspect, ["--base"])
@@ -45,17 +45,17 @@ def add(commands: Any) -> None:
         commands,
         "plan",
         _plan,
-        "Memory, time and the best mesh, on devices not at hand.",
+        "Estimate memory, time and the best mesh for other devices.",
         "umbrella-jax plan --config run.yaml --base llava --devices h100x8",
     )
     add_config(plan, ["--base", "--modality", "--batch-size", "--mesh"])
-    plan.add_argument("--devices", required=True, metavar="NAME", help="v5e-16, v5p-64, v6e-8, a100x8, h200x1, cpu")
-    plan.add_argument("--subjects", type=int, metavar="N", help="conversations of an epoch, for its hours")
-    plan.add_argument("--text-tokens", type=int, default=64, metavar="N", help="of a conversation; default 64")
-    plan.add_argument("--flops", type=float, metavar="X", help="FLOP/s of products, measured on a device")
+    plan.add_argument("--devices", required=True, metavar="NAME", help="v5e-16, v5p-64, v6e-8, a100x8, h200x1 or cpu")
+    plan.add_argument("--subjects", type=int, metavar="N", help="conversations per epoch, to estimate time")
     plan.add_argument(
-        "--efficiency", type=float, metavar="X", help="share of the peak; default 0.75 (--flops 1, cpu 0.8)"
+        "--text-tokens", type=int, default=64, metavar="N", help="text tokens per conversation; default 64"
     )
+    plan.add_argument("--flops", type=float, metavar="N", help="matrix-product FLOP/s measured on a device")
+    plan.add_argument("--efficiency", type=float, metavar="FRACTION", help="of peak; default 0.75 (cpu 0.8, --flops 1)")
     add_json(plan)
 
 

@@ -296,7 +296,7 @@ def fill(config: RunConfig, *, verify: bool = False) -> str:
     paths = [path for path in (data.train, data.eval) if path is not None]
     faults = [] if data.cache else ["data.cache: expected a directory (--cache D)"]
     if not paths:
-        faults.append("data.train: expected a path (--train-data P), or data.eval (--eval-data P)")
+        faults.append("data.train: expected a path (--train-data PATH), or data.eval (--eval-data PATH)")
     if faults:
         raise ConfigError(faults)
     images: dict[Image, None] = {}

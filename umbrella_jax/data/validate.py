@@ -50,7 +50,7 @@ def validate(
     """
     paths = {name: path for name in SETS if (path := getattr(config.data, name)) is not None}
     if not paths:
-        raise ConfigError("data.train, data.eval: expected a path (--train-data P, --eval-data P)")
+        raise ConfigError("data.train, data.eval: expected a path (--train-data PATH, --eval-data PATH)")
     findings: list[Finding] = []
 
     def collect(check: Callable[[], T], kind: str, *sets: str) -> T | None:

@@ -250,7 +250,7 @@ def _evaluation(run: Path, step: int | None) -> tuple[Path, int]:
     """The predictions of `step`, or of the last evaluation, and which that is."""
     files = evaluations(run)
     if not files:
-        raise ConfigError(f"{run / PREDICTIONS}: no predictions; train with data.eval (--eval-data P)")
+        raise ConfigError(f"{run / PREDICTIONS}: no predictions; train with data.eval (--eval-data PATH)")
     if step is not None and step not in files:
         known = ", ".join(map(str, files))
         raise ConfigError(f"--step {step}: {run / PREDICTIONS} has none of it; expected one of {known}")

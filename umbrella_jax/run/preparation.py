@@ -76,13 +76,13 @@ def check(config: RunConfig) -> tuple[Path, Mesh]:
         f"{field}: expected a path ({flag})"
         for field, flag, value in [
             ("model.base", "--base HF_DIR", config.model.base),
-            ("data.train", "--train-data P", config.data.train),
-            ("output_dir", "--out D", config.output_dir),
+            ("data.train", "--train-data PATH", config.data.train),
+            ("output_dir", "--out DIR", config.output_dir),
         ]
         if value is None
     ]
     faults += [
-        f"data.{name}: {path}: not found; expected a conversation file or a directory of them (--{name}-data P)"
+        f"data.{name}: {path}: not found; expected a conversation file or a directory of them (--{name}-data PATH)"
         for name, path in (("train", config.data.train), ("eval", config.data.eval))
         if path is not None and not Path(path).exists()
     ]
@@ -91,7 +91,7 @@ def check(config: RunConfig) -> tuple[Path, Mesh]:
     except ConfigError as error:
         faults += error.faults
     if config.train.eval_steps and config.data.eval is None:
-        faults.append("train.eval_steps: nothing to evaluate on; name data.eval (--eval-data P)")
+        faults.append("train.eval_steps: nothing to evaluate on; name data.eval (--eval-data PATH)")
     faults += missing(config)
     if config.model.quantize and importlib.util.find_spec("qwix") is None:
         faults.append("model.quantize: qwix is not installed; pip install 'umbrella-jax[quantize]', or leave it out")
@@ -204,7 +204,7 @@ def _evaluated(config: RunConfig, dataset: Dataset | None, processor: Processor)
         known = sorted(f"eval_{name}" for name in ("loss", *metric_names(tasks, likelihoods=bool(choices))))
     wanted = config.train.best_metric
     if wanted is not None and wanted not in known:
-        given = f"one of {', '.join(known)}" if known else "data.eval too (--eval-data P)"
+        given = f"one of {', '.join(known)}" if known else "data.eval too (--eval-data PATH)"
         raise ConfigError(f"train.best_metric: no evaluation gives {wanted}; expected {given}")
     return found
 
