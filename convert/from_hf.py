@@ -38,6 +38,8 @@ class Report:
 
     started: Mapping[str, str] = field(default_factory=dict)
     """{configured modality: how its patch embedding starts}, where the checkpoint does not have it as configured."""
+    random: tuple[str, ...] = ()
+    """Modalities of `started` whose weights are random."""
     replaced: tuple[str, ...] = ()
     """Tensors whose place the volume patch embedding takes."""
     grown: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -63,6 +65,7 @@ class Start:
     """What it is made from."""
     make: Callable[[int], dict[str, np.ndarray]]
     """seed → {end of the parameter's name: array}, float32."""
+    random: bool = False
 
 
 @dataclass(frozen=True)
@@ -214,16 +217,21 @@ def plan_loading(
                 sizes = f"size {_x(held.modalities[name].size)} to {_x(new.size)}"
                 faults.append(f"{directory}: modality {name}: {sizes}: expected as many axes; resample cannot add one")
         elif name not in names:
-            starts[name] = _inflated(image, new) if init == "inflate" else _random(name, config)
+            lost = resolve_modality(name, stored_modalities(directory)) is not None
+            starts[name] = _inflated(image, new) if init == "inflate" else _random(name, config, lost=lost)
     if init == "inflate" and len(starts):
         faults += _image_faults(directory, image, config.vision.hidden_size)
     if init == "resample" and not names:
         faults.append(f"{directory}: model.patch_embed_init resample: the checkpoint has no patch embedding of volumes")
     if faults:
         raise CheckpointError(faults)
-    started = {name: start.how for name, start in starts.items()}
-    replaced = tuple(name for hub, (name, _) in found.items() if hub in REPLACED)
-    return Plan(leaves, starts, tied_copy, Report(started, replaced, grown))
+    report = Report(
+        started={name: start.how for name, start in starts.items()},
+        random=tuple(name for name, start in starts.items() if start.random),
+        replaced=tuple(name for hub, (name, _) in found.items() if hub in REPLACED),
+        grown=grown,
+    )
+    return Plan(leaves, starts, tied_copy, report)
 
 
 def load_params(
@@ -316,8 +324,11 @@ def _image_faults(directory: Path, image: Mapping[str, Tensor], width: int) -> l
     return faults
 
 
-def _random(name: str, config: LlavaConfig) -> Start:
-    """As PatchEmbed starts; the key is the modality's own, so that other modalities change nothing."""
+def _random(name: str, config: LlavaConfig, *, lost: bool) -> Start:
+    """As PatchEmbed starts; the key is the modality's own, so that other modalities change nothing.
+
+    `lost`: the checkpoint's own description says that it has this patch embedding.
+    """
 
     def make(seed: int) -> dict[str, np.ndarray]:
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
@@ -325,7 +336,10 @@ def _random(name: str, config: LlavaConfig) -> Start:
         state = flatten_dict(nnx.to_pure_dict(nnx.state(module, nnx.Param)), sep=".")
         return {path.removeprefix(f"{name}_"): np.asarray(value) for path, value in state.items()}
 
-    return Start("not in the checkpoint, newly initialised", (), make)
+    how = "not in the checkpoint, newly initialised"
+    if lost:
+        how += f", although {UMBRELLA_CONFIG} describes it (transformers' own save_pretrained drops it)"
+    return Start(how, (), make, random=True)
 
 
 def _inflated(image: Mapping[str, Tensor], new: ModalityConfig) -> Start:

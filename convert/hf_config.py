@@ -249,6 +249,27 @@ def stored_template(directory: str | Path, patch_embed: Path | None = None) -> T
     return template
 
 
+def stored_untrained(directory: str | Path, patch_embed: Path | None = None) -> dict[str, str]:
+    """Return {modality: why} for the patch embeddings that are recorded as random.
+
+    The record of the file `patch_embed` replaces that of `umbrella_config.json` for the modalities which it holds.
+    """
+    path = Path(directory) / UMBRELLA_CONFIG
+    untrained = _string_mapping(path, read_json(path).get("untrained")) if path.exists() else {}
+    if patch_embed is not None:
+        trained = open_trainable(patch_embed)
+        untrained = {m: why for m, why in untrained.items() if resolve_modality(m, trained.modalities) is None}
+        untrained |= _string_mapping(patch_embed, trained.untrained)
+    return untrained
+
+
+def _string_mapping(path: Path, stated: Any) -> dict[str, str]:
+    stated = {} if stated is None else stated
+    if not isinstance(stated, dict) or not all(isinstance(text, str) for pair in stated.items() for text in pair):
+        raise ConfigError(f"{path}: untrained: expected {{modality: reason}}, got {stated!r}")
+    return stated
+
+
 _GEOMETRY = ("size", "patch", "mode", "spacing")  # where patches lie, which a resampled patch embedding may change
 
 
@@ -365,20 +386,23 @@ def write_config(
     base: str | None = None,
     base_fingerprint: str | None = None,
     template: Template | None = None,
+    untrained: Mapping[str, str] | None = None,
 ) -> None:
     """Writes config.json, umbrella_config.json and those of `source_dir`'s files that are `carried`: tokenizer's,
     generation's and processor's.
 
     `names` is the family of modality names to export under (see `export_names`); `dtype` that of the weights, where
     it is no longer what config.json says; `base` and `base_fingerprint` name the checkpoint that training began from,
-    `template` is how its text was written.
+    `template` is how its text was written, `untrained` says which modalities' weights are random, and why.
     """
     source, out = Path(source_dir), Path(out_dir)
     raw = hf_dict(read_json(source / CONFIG), config)
     if dtype is not None:
         raw = {k: v for k, v in raw.items() if k != "dtype"} | {"torch_dtype": dtype}  # transformers 5 reads both
-    modalities = {name: to_dict(config.modalities[m]) for m, name in export_names(config.modalities, names).items()}
-    stated = {"template": template, "base": base, "base_fingerprint": base_fingerprint}
+    renamed = export_names(config.modalities, names)
+    modalities = {name: to_dict(config.modalities[m]) for m, name in renamed.items()}
+    random = {renamed[m]: why for m, why in (untrained or {}).items()}
+    stated = {"template": template, "base": base, "base_fingerprint": base_fingerprint, "untrained": random}
     umbrella = {"modalities": modalities} | {key: value for key, value in stated.items() if value}
     out.mkdir(parents=True, exist_ok=True)
     for path in carried(source):

@@ -30,13 +30,15 @@ def export(
     base: str | None = None,
     fingerprint: str | None = None,
     template: Template | None = None,
+    untrained: Mapping[str, str] | None = None,
 ) -> None:
     """Writes weights, configuration, tokenizer and a model card to the new folder `out`; all but weights from
     `source_dir`.
 
     Parameters, in memory or still to be read, keep their types and are written one by one. `names` is the family of
     modality names, ("T1", "rsfMRI") or ("sMRI", "fMRI"), default the configured ones; `base` and `fingerprint`
-    name the checkpoint that training began from, `template` says how its text was written. Raises ConfigError for a
+    name the checkpoint that training began from, `template` says how its text was written, `untrained` which
+    modalities' weights are random, and why. Raises ConfigError for a
     folder that is not empty, CheckpointError for parameters that are not those of `config`, and as `carried`.
     """
     out = new_folder(out)
@@ -59,6 +61,7 @@ def export(
     # config.json comes last: without it, nobody takes what a killed export left for a checkpoint
     dtype = np.dtype(params[EMBED].dtype).name
     stated: dict[str, Any] = {"base": base, "base_fingerprint": fingerprint, "template": template}
+    stated["untrained"] = untrained
     write_config(source_dir, out, config, names, dtype=dtype, **stated)
 
 

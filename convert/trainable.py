@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Trainable:
     """Of the checkpoint that it was trained on."""
     template: Template | None = None
     """How its text was written."""
+    untrained: Mapping[str, str] = field(default_factory=dict)
+    """{modality: why}: patch embeddings whose weights are random."""
 
 
 def open_trainable(path: Path) -> Trainable:
@@ -41,7 +43,10 @@ def open_trainable(path: Path) -> Trainable:
     modalities = parse_json(stated, f"{path}: modalities", CheckpointError, remedy)
     config = parse_config({"model": {"modalities": modalities}}, str(path)).model.modalities
     template: Any = metadata.get("template")  # checked by `hf_config.stored_template`
-    return Trainable({hub_name(name): tensor for name, tensor in tensors.items()}, config, fingerprint, template)
+    random: Any = parse_json(metadata.get("untrained", "{}"), f"{path}: untrained", CheckpointError, remedy)
+    # `untrained` is checked by `hf_config.stored_untrained`
+    named = {hub_name(name): tensor for name, tensor in tensors.items()}
+    return Trainable(named, config, fingerprint, template, random)
 
 
 def write_trainable(path: Path, trainable: Trainable) -> None:
@@ -50,4 +55,6 @@ def write_trainable(path: Path, trainable: Trainable) -> None:
     metadata = {"modalities": json.dumps(modalities), "base_fingerprint": trainable.base_fingerprint}
     if trainable.template is not None:
         metadata["template"] = trainable.template
+    if trainable.untrained:
+        metadata["untrained"] = json.dumps(dict(trainable.untrained))
     write_safetensors(path, trainable.tensors, metadata)

@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 import umbrella_jax
 from convert.safetensors_io import open_checkpoint
 from convert.torch_model import load_umbrella
 from tests import checkpoints, small_run
+from tests.checkpoints import write_umbrella
 from tests.conftest import write_tokenizer
 from tests.small_run import World, read_lines, umbrella
 from umbrella_jax import Batch, Llava, Processor
-from umbrella_jax.api import verify
-from umbrella_jax.errors import ConfigError
+from umbrella_jax.api import Checkpoint, verify
+from umbrella_jax.errors import CheckpointError, ConfigError
+from umbrella_jax.evaluation.generate import probabilities
 from umbrella_jax.models import merge, split
 
 EMBED = "language_model.model.embed_tokens.weight"
@@ -81,8 +83,8 @@ def contents(directory: Path) -> dict[str, tuple[Any, ...]]:
 
 
 def test_a_stock_base_and_its_native_form_are_one_model(world: World, native: Path, batch: Batch) -> None:
-    stock = umbrella_jax.load(world.base, modalities=small_run.modalities())
-    np.testing.assert_array_equal(logits(umbrella_jax.load(native), batch), logits(stock, batch))
+    stock = umbrella_jax.load(world.base, modalities=small_run.modalities(), allow_untrained=True)
+    np.testing.assert_array_equal(logits(umbrella_jax.load(native, allow_untrained=True), batch), logits(stock, batch))
 
 
 def test_run_checkpoint_and_export_are_one_model(run: Path, export: Path, native: Path, batch: Batch) -> None:
@@ -90,7 +92,7 @@ def test_run_checkpoint_and_export_are_one_model(run: Path, export: Path, native
     for same in (run / "checkpoints" / str(STEPS), export):
         np.testing.assert_array_equal(logits(umbrella_jax.load(same), batch), after)
     earlier = logits(umbrella_jax.load(run / "checkpoints" / "1"), batch)
-    before = logits(umbrella_jax.load(native), batch)
+    before = logits(umbrella_jax.load(native, allow_untrained=True), batch)
     for other in (earlier, before):
         assert np.abs(other - after).max() > 1e-2
     assert np.abs(earlier - before).max() > 1e-2
@@ -105,10 +107,78 @@ def test_an_export_converts_to_native_and_back(world: World, export: Path, batch
         assert (tmp_path / "again" / name).read_bytes() == (export / name).read_bytes()
 
 
+@pytest.fixture(scope="module")
+def lost(export: Path) -> Path:
+    """An export that went through transformers' own class, which drops the volume patch embedding."""
+    directory = export.parent / "lost"
+    LlavaForConditionalGeneration.from_pretrained(export).save_pretrained(directory)
+    for name in ("umbrella_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(export / name, directory / name)
+    return directory
+
+
+def test_a_lost_patch_embedding_does_not_answer(world: World, lost: Path, tmp_path: Path) -> None:
+    scan = f"T1={world.root}/scans/0.nii.gz"
+    ask = ["generate", lost, "Which sex?", "--image", scan, "--max-new-tokens", 1]
+    predict = [
+        "predict",
+        lost,
+        "--data",
+        world.eval,
+        "--image-root",
+        world.root / "scans",
+        "--out",
+        tmp_path / "p.jsonl",
+    ]
+    for command in (ask, [*ask, "--answers", "left.", "right."], predict):
+        message = umbrella(*command, code=2)
+        assert f"{lost}: modality T1: patch embedding not in the checkpoint, newly initialised" in message
+        assert "although umbrella_config.json describes it (transformers' own save_pretrained drops it)" in message
+        assert "--allow-untrained" in message
+    with pytest.raises(CheckpointError, match="modality rsfMRI: patch embedding not in the checkpoint"):
+        umbrella_jax.load(lost)
+    umbrella(*ask, "--allow-untrained")
+    umbrella(*predict, "--max-new-tokens", 1, "--allow-untrained")
+    assert len(read_lines(tmp_path / "p.jsonl")) == 3
+
+
+def test_random_weights_stay_known(world: World, native: Path, tmp_path: Path) -> None:
+    """Through the native form, an export of it, a file of what a run trained; until a run trains them."""
+    assert set(Checkpoint.open(native).untrained) == {"T1", "rsfMRI"}
+    umbrella("convert", "to-hf", native, tmp_path / "export", "--names", "sMRI,fMRI")
+    assert set(Checkpoint.open(tmp_path / "export").untrained) == {"sMRI", "fMRI"}
+    again = Checkpoint.open(tmp_path / "export", small_run.modalities())
+    assert set(again.untrained) == {"T1", "rsfMRI"}
+    assert again.untrained_after([f"{PATCH_EMBED}T1_proj.weight"]).keys() == {"rsfMRI"}
+    assert again.untrained_after(["multi_modal_projector.linear_1.bias"]).keys() == {"T1", "rsfMRI"}
+    write_umbrella(tmp_path / "old")
+    assert Checkpoint.open(tmp_path / "old").untrained == {}
+
+
+def test_a_model_answers_about_the_modality_that_was_trained(world: World, native: Path, tmp_path: Path) -> None:
+    """One of two: the model loads, and refuses the other."""
+    directory = shutil.copytree(native, tmp_path / "native")
+    described = json.loads((directory / "umbrella_config.json").read_text())
+    del described["untrained"]["T1"]
+    small_run.write_json(directory / "umbrella_config.json", described)
+    model, processor = umbrella_jax.load(directory), Processor.load(directory)
+    scan, series = (("T1", world.root / "scans" / "0.nii.gz"), ("rsfMRI", world.root / "scans" / "run-0.nii"))
+    umbrella_jax.generate(model, processor.prompt("Which sex?", [scan]), max_new_tokens=1)
+    prompt = processor.prompt("Which sex?", [series])
+    with pytest.raises(CheckpointError, match="modality rsfMRI: patch embedding not in the checkpoint"):
+        umbrella_jax.generate(model, prompt, max_new_tokens=1)
+    with pytest.raises(CheckpointError, match="modality rsfMRI"):
+        probabilities(model, prompt, processor.answers(["left.", "right."]))
+    with pytest.raises(CheckpointError, match="modality rsfMRI"):
+        umbrella_jax.explain(model, processor, processor.question("Which sex?", [series]))
+    allowed = umbrella_jax.load(directory, allow_untrained=True)
+    umbrella_jax.generate(allowed, prompt, max_new_tokens=1)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dtype(run: Path, export: Path, native: Path, dtype: str) -> None:
     for path in (run, export, native):
-        params = split(umbrella_jax.load(path, dtype=dtype))[1]
+        params = split(umbrella_jax.load(path, dtype=dtype, allow_untrained=True))[1]
         assert {str(leaf.dtype) for leaf in params.values()} == {dtype}
 
 
@@ -342,6 +412,8 @@ def test_size_of_the_vocabulary(directory: Path, world: World, rows: int, after:
     exported = load_file(directory / "export" / "model.safetensors")[EMBED]
     assert exported.shape == (after, 64)
     np.testing.assert_array_equal(exported[:rows], table)
-    np.testing.assert_array_equal(split(umbrella_jax.load(directory / "native"))[1][EMBED], exported)
+    np.testing.assert_array_equal(
+        split(umbrella_jax.load(directory / "native", allow_untrained=True))[1][EMBED], exported
+    )
     assert Processor.load(directory / "export").tokenizer.convert_tokens_to_ids("<image>") == 283
     assert json.loads((directory / "export" / "config.json").read_text())["image_token_index"] == 283

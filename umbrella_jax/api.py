@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.from_hf import Plan, fingerprint, plan_loading
-from convert.hf_config import UMBRELLA_CONFIG, export_names, read_config, read_json, stored_template, write_config
+from convert.hf_config import (
+    UMBRELLA_CONFIG,
+    export_names,
+    read_config,
+    read_json,
+    stored_template,
+    stored_untrained,
+    write_config,
+)
 from convert.rules import modality_of
 from convert.safetensors_io import digest
 from convert.tensor import Index, Tensor, Where, add_product, check_finite, copy, host, place
@@ -29,6 +37,7 @@ from umbrella_jax.config import (
     RunConfig,
     Template,
     load_config,
+    resolve_modality,
 )
 from umbrella_jax.data.tokenize import load_tokenizer, save_tokenizer
 from umbrella_jax.errors import CheckpointError, ConfigError
@@ -36,6 +45,7 @@ from umbrella_jax.files import new_folder
 from umbrella_jax.models import Llava, LlavaConfig, Params, abstract_params, merge, native_backend, quantize
 from umbrella_jax.models.lora import adapted_weight, adapters
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL
+from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints, load_params, param_shapes, save_params
 
 PARAMS = "params"
@@ -90,6 +100,8 @@ class Checkpoint:
     """Of a run: the weights that it trained on top of, which may be another run's."""
     lora: LoraConfig | None = None
     """Of a run: its adapters, which lie beside the weights where `config` has them too, else are merged into them."""
+    groups: tuple[str, ...] = ()
+    """The groups that a run trains (`train.groups`)."""
     template: Template | None = None
     """How the text was written that it was trained on; None where nobody says, as of a stock LLaVA."""
 
@@ -137,7 +149,8 @@ class Checkpoint:
             base = replace(cls.open(settings.model.base, config.modalities, **options), config=config)
             template, lora = stored_template(run / MODEL), settings.model.lora
             own = replace(config, lora=lora)
-            return cls(name, run, "run", run / MODEL, own, (), step=step, base=base, lora=lora, template=template)
+            trained: dict[str, Any] = {"lora": lora, "groups": tuple(settings.train.groups), "template": template}
+            return cls(name, run, "run", run / MODEL, own, (), step=step, base=base, **trained)
         config = read_config(found, modalities, init=init, patch_embed=overlay, **options)
         template = stored_template(found, overlay)
         if not has_tokenizer(found):
@@ -180,6 +193,43 @@ class Checkpoint:
         if self.kind == "hf":
             return self.name
         return _stated(self.description, "base", "unknown")
+
+    @cached_property
+    def untrained(self) -> dict[str, str]:
+        """Return {modality: why} for every patch embedding that is random.
+
+        A Hugging Face directory lacks its weights, a native checkpoint or an export records that they are random, or a
+        run starts from random ones and trains none of them.
+        """
+        if self.base is not None:
+            labels = freeze.label_params(list(abstract_params(self.config)[1]), self.groups)
+            return self.base.untrained_after([path for path, label in labels.items() if label != freeze.FROZEN])
+        stated = stored_untrained(self.path, self.patch_embed)
+        untrained = {resolve_modality(m, self.config.modalities) or m: why for m, why in stated.items()}
+        if self.kind == "hf":
+            report = self._plan("float32").report
+            untrained |= {name: report.started[name] for name in report.random}
+        return untrained
+
+    def untrained_after(self, trained: Collection[str]) -> dict[str, str]:
+        """Return those of `untrained` of which nothing is among the parameters `trained`."""
+        own = {modality_of(path) for path in trained}
+        return {name: why for name, why in self.untrained.items() if name not in own}
+
+    def answering(self) -> "Checkpoint":
+        """Return the same model, which refuses to answer from random weights (`LlavaConfig.check_trained`).
+
+        Raises CheckpointError if no modality is trained.
+        """
+        remedy = "name a checkpoint that was trained on it, or allow random weights (--allow-untrained)"
+        refusals = {
+            name: f"{self.path}: modality {name}: patch embedding {why}; {remedy}"
+            for name, why in self.untrained.items()
+        }
+        config = replace(self.config, untrained=refusals)
+        if config.modalities.keys() == config.untrained.keys():
+            config.check_trained(config.untrained)
+        return replace(self, config=config)
 
     def tokenizer(self) -> Any:
         """The tokenizer, with `<|im_start|>`, `<|im_end|>` and `<image>`. Raises DataError where there is none."""
@@ -350,8 +400,11 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
 
 
-def describe(checkpoint: Checkpoint, directory: Path) -> None:
-    """Writes all but the weights to `directory`: config.json, tokenizer, modalities; grown where the vocabulary was."""
+def describe(checkpoint: Checkpoint, directory: Path, *, untrained: Mapping[str, str] | None = None) -> None:
+    """Write all but the weights to `directory`: config.json, tokenizer, modalities; grown where the vocabulary was.
+
+    `untrained` says which of the weights beside it are random (`Checkpoint.untrained`).
+    """
     write_config(
         checkpoint.description,
         directory,
@@ -359,6 +412,7 @@ def describe(checkpoint: Checkpoint, directory: Path) -> None:
         base=checkpoint.base_name,
         base_fingerprint=checkpoint.identity,
         template=checkpoint.template,
+        untrained=untrained,
     )
     if checkpoint.notes:
         save_tokenizer(checkpoint.tokenizer(), directory)
@@ -373,7 +427,7 @@ def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto"
     if finite:
         checkpoint.check_finite()
     params = checkpoint.params(dtype, where=host)
-    describe(checkpoint, directory)
+    describe(checkpoint, directory, untrained=checkpoint.untrained)
     save_params(directory / PARAMS, params)
 
 
@@ -394,6 +448,7 @@ def write_hf(
         base=checkpoint.base_name if derived else None,
         fingerprint=checkpoint.fingerprint if derived else None,
         template=checkpoint.template,
+        untrained=checkpoint.untrained,
     )
     if checkpoint.notes and has_tokenizer(checkpoint.description):
         save_tokenizer(checkpoint.tokenizer(), out)
@@ -427,7 +482,8 @@ def write_trained(checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | N
     named = hub_tensors(tensors, checkpoint.config, renamed)
     modalities = {renamed[m]: modality for m, modality in checkpoint.config.modalities.items()}
     out.mkdir(parents=True, exist_ok=True)
-    write_trainable(path, Trainable(named, modalities, checkpoint.fingerprint, checkpoint.template))
+    untrained = {renamed[m]: why for m, why in checkpoint.untrained.items()}
+    write_trainable(path, Trainable(named, modalities, checkpoint.fingerprint, checkpoint.template, untrained))
     return path
 
 
@@ -481,21 +537,27 @@ def load(
     compute_dtype: str = "float32",
     attention: Literal["auto", AttentionBackend] = "auto",
     quantized: Literal["int8", "fp8"] | None = None,
+    allow_untrained: bool = False,
 ) -> Llava:
     """The model of a Hugging Face directory, an export, a native checkpoint or a run, on the first device.
 
     Args:
-        modalities: of the patch embedding, for a stock LLaVA, which has none yet: it then starts at random.
+        modalities: of the patch embedding, for a stock LLaVA, which has none yet (`allow_untrained`).
         patch_embed: a file of `convert to-hf --trainable-only`; `path` is then the base that it was trained on.
         dtype: of every parameter; `auto` keeps what the files hold.
         compute_dtype: of activations, `float32` or `bfloat16`.
         attention: as `model.attention` of the configuration.
         quantized: as `model.quantize` of the configuration.
+        allow_untrained: let the model answer from patch embeddings whose weights are random (`Checkpoint.untrained`).
 
     Raises:
-        CheckpointError, ConfigError: naming every tensor or field that is not as it should be.
+        CheckpointError, ConfigError: naming every tensor or field that is not as it should be; and, without
+            `allow_untrained`, if no modality is trained. A model with one that is trained and one that is not loads,
+            and refuses to answer about the latter.
     """
     checkpoint = Checkpoint.open(path, modalities, compute_dtype=compute_dtype, patch_embed=patch_embed)
+    if not allow_untrained:
+        checkpoint = checkpoint.answering()
     config = checkpoint.config.with_attention(attention, native_backend(jax.devices()[0]))
     params = checkpoint.params(dtype)
     return merge(abstract_params(config)[0], quantize(params, quantized) if quantized else params)

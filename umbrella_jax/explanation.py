@@ -82,6 +82,7 @@ def explain(
 
     Raises:
         ConfigError: the conversation shows no image; or `answer` is empty.
+        CheckpointError: as `umbrella_jax.generate`.
         DataError: as `Processor.dataset`.
     """
     if not conversation.images:
@@ -90,6 +91,7 @@ def explain(
         raise ConfigError("answer: expected a text")
     if steps < 1:
         raise ConfigError(f"steps: expected 1 or more, got {steps}")
+    model.config.check_trained(image.modality for image in conversation.images)
     dataset = processor.asked(conversation)
     (prompt,) = dataset.prompts
     if answer is None:

@@ -227,6 +227,7 @@ def predict(
     modalities: Mapping[str, ModalityConfig] | None = None,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  # frozen
     compute_dtype: str = "float32",
+    allow_untrained: bool = False,
     resume: bool = False,
     say: Say = tqdm.write,
 ) -> list[Row]:
@@ -241,6 +242,7 @@ def predict(
         likelihoods: of the answers of tasks that know theirs, too.
         tasks: as `evaluation.tasks` of a configuration.
         modalities: of a stock LLaVA.
+        allow_untrained: as `umbrella_jax.load`.
         resume: go on with what an earlier call left in the `.part` file.
         say: takes a line now and then of how far it is, where there is no terminal.
 
@@ -268,8 +270,11 @@ def predict(
         if faults := MeshShape(**devices.shape).undivided(checkpoint.config):
             raise ConfigError(faults)
         checkpoint.check()
+        if not allow_untrained:
+            checkpoint = checkpoint.answering()
         processor = Processor.of(checkpoint, max_length=data.max_length)
         dataset = processor.datasets(data, ("eval",))["eval"]
+        checkpoint.config.check_trained(image.modality for c in dataset.conversations for image in c.images)
         rows = blank_rows(dataset.conversations)
         choices, known = None, dict[str, Task]()
         if likelihoods:

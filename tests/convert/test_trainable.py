@@ -137,7 +137,7 @@ def test_the_file_says_how_its_text_was_written(world: World, part: Path, tmp_pa
 
 def test_what_trained_is_not_what_it_started_from(world: World, part: Path) -> None:
     """Else all below would hold of the base too."""
-    before = parameters(umbrella_jax.load(world.base, modalities=small_run.modalities()))
+    before = parameters(umbrella_jax.load(world.base, modalities=small_run.modalities(), allow_untrained=True))
     after = load_file(part)
     for name in {f"{EMBEDDINGS}T1{end}" for end in ENDS} | PROJECTOR:
         assert (after[name].reshape(-1) != before[name].reshape(-1)).any(), name
@@ -279,7 +279,11 @@ def partly(request: pytest.FixtureRequest, world: World) -> tuple[Path, dict[str
 
 def test_what_did_not_train_is_loaded_as_it_started(partly: tuple[Path, dict[str, np.ndarray]]) -> None:
     run, expected = partly
-    same(parameters(umbrella_jax.load(run)), expected)
+    same(parameters(umbrella_jax.load(run, allow_untrained=True)), expected)
+    of_projector = run.name == "partly-True"
+    said = "WARNING: T1: patch embedding not in the checkpoint, newly initialised, and train.groups does not train it"
+    assert (said in (run / "log.txt").read_text()) == of_projector
+    assert set(Checkpoint.open(run).untrained) == ({"T1", "rsfMRI"} if of_projector else {"rsfMRI"})
 
 
 def test_what_did_not_train_is_exported_as_it_started(
@@ -287,7 +291,7 @@ def test_what_did_not_train_is_exported_as_it_started(
 ) -> None:
     run, expected = partly
     umbrella("convert", "to-hf", run, tmp_path / "export")
-    same(parameters(umbrella_jax.load(tmp_path / "export")), expected)
+    same(parameters(umbrella_jax.load(tmp_path / "export", allow_untrained=True)), expected)
 
 
 def test_what_did_not_train_comes_back_onto_the_base(
@@ -296,7 +300,7 @@ def test_what_did_not_train_comes_back_onto_the_base(
     run, expected = partly
     umbrella("convert", "to-hf", run, tmp_path / "part", "--trainable-only")
     (part,) = (tmp_path / "part").iterdir()
-    same(parameters(umbrella_jax.load(world.base, patch_embed=part)), expected)
+    same(parameters(umbrella_jax.load(world.base, patch_embed=part, allow_untrained=True)), expected)
 
 
 def test_a_part_of_the_patch_embedding_onto_a_base_that_has_it(run: Path, world: World, tmp_path: Path) -> None:

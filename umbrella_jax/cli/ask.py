@@ -132,6 +132,17 @@ def _images(arguments: argparse.Namespace, modalities: Sequence[str]) -> list[tu
     return found
 
 
+def _model(arguments: argparse.Namespace, modalities: Any) -> Any:
+    import umbrella_jax
+
+    return umbrella_jax.load(
+        arguments.model,
+        modalities=modalities,
+        compute_dtype=arguments.compute_dtype,
+        allow_untrained=arguments.allow_untrained,
+    )
+
+
 def _generate(arguments: argparse.Namespace) -> None:
     import umbrella_jax
     from umbrella_jax.evaluation.generate import probabilities
@@ -141,7 +152,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     images = _images(arguments, list(processor.modalities))
     batch = processor.prompt(arguments.prompt, images)
     answers = processor.answers(arguments.answers) if arguments.answers else None
-    model = umbrella_jax.load(arguments.model, modalities=modalities, compute_dtype=arguments.compute_dtype)
+    model = _model(arguments, modalities)
     if answers is not None:
         for answer, share in zip(arguments.answers, probabilities(model, batch, answers)[0], strict=True):
             print(f"{share:7.2%}  {answer}")
@@ -194,6 +205,7 @@ def _predict(arguments: argparse.Namespace) -> None:
             modalities=config.model.modalities if config else None,
             mesh=mesh,
             compute_dtype=arguments.compute_dtype,
+            allow_untrained=arguments.allow_untrained,
             resume=arguments.resume,
         )
     if jax.process_index() == 0:
@@ -219,7 +231,7 @@ def _explain(arguments: argparse.Namespace) -> None:
         conversations = [c for c in found if not arguments.task_id or c.task_id in arguments.task_id]
         if missing := set(arguments.task_id) - {c.task_id for c in conversations}:
             raise ConfigError(f"--task-id {', '.join(sorted(missing))}: not in {arguments.data}")
-    model = umbrella_jax.load(arguments.model, modalities=modalities, compute_dtype=arguments.compute_dtype)
+    model = _model(arguments, modalities)
     for number, conversation in enumerate(conversations):
         explained = umbrella_jax.explain(
             model, processor, conversation, answer=arguments.answer, method=arguments.method, steps=arguments.path_steps

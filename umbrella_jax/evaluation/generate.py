@@ -219,6 +219,7 @@ def generate(
     Raises:
         ConfigError: as many `seeds` as there are rows were not given, or one of them is no uint32; `max_new_tokens` is
             below 1.
+        CheckpointError: the batch shows a modality whose weights are random (`umbrella_jax.load`, `allow_untrained`).
     """
     state, until = _start(model, batch, stop_ids, max_new_tokens, sampling, seeds)
     return until(state, max_new_tokens).tokens
@@ -230,6 +231,7 @@ def probabilities(model: Llava, batch: Batch, answers: Array | np.ndarray) -> np
     answers int32 [A, N] or [B, A, N], as of `score_answers`, such as `Processor.answers` gives. Not normalised by
     length: an answer of more tokens has a product of more factors, as its text has in the model.
     """
+    model.config.check_trained(batch.volumes)
     graphdef, params = split(model)
     state = prefill(params, batch, graphdef=graphdef, max_new_tokens=1)
     given = jnp.broadcast_to(jnp.asarray(answers), (len(batch.lengths), *answers.shape[-2:]))
@@ -254,6 +256,7 @@ def _start(
     faults += [f"seeds: expected 0 to {2**32 - 1}, got {seed}" for seed in given if not 0 <= seed < 2**32]
     if faults:
         raise ConfigError(faults)
+    model.config.check_trained(batch.volumes)
     keys, stop = jnp.asarray(given, jnp.uint32), jnp.asarray(stop_ids, jnp.int32)
     graphdef, params = split(model)
 

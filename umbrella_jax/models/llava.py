@@ -3,7 +3,7 @@
 Axes: B conversations, T positions, K supervised positions, D width, V words, M volumes, N patches.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import AttentionBackend, LoraConfig, ModalityConfig, RematPolicy
+from umbrella_jax.errors import CheckpointError
 from umbrella_jax.models.attention import choose_backend
 from umbrella_jax.models.lora import attach
 from umbrella_jax.models.parallel import ROWS, local, split_rows, ways
@@ -43,9 +44,17 @@ class LlavaConfig:
     attention: AttentionBackend = "xla"
     lora: LoraConfig | None = None
     """Of the adapters beside its weights."""
+    untrained: Mapping[str, str] = FrozenDict()
+    """{modality: why no answer may use it}: the patch embedding's weights are random."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "modalities", FrozenDict(self.modalities))  # hashable: jit keys on it
+        for name in ("modalities", "untrained"):
+            object.__setattr__(self, name, FrozenDict(getattr(self, name)))  # hashable: jit keys on it
+
+    def check_trained(self, modalities: Iterable[str]) -> None:
+        """Raise CheckpointError if any of these modalities has a random patch embedding."""
+        if faults := [self.untrained[name] for name in sorted({*modalities}) if name in self.untrained]:
+            raise CheckpointError(faults)
 
     def with_attention(self, wanted: Literal["auto", AttentionBackend], native: AttentionBackend) -> "LlavaConfig":
         """The same model, for devices whose own backend is `native`, at hand (`native_backend`) or not.

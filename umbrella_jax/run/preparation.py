@@ -132,6 +132,8 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
     where = partial(param_sharding, mesh)
     adapters = lora.start(shapes, config.seed)
     own = [path for path, label in labels.items() if label != freeze.FROZEN and path not in adapters]
+    for name, why in base.untrained_after(own).items():
+        say(f"WARNING: {name}: patch embedding {why}, and train.groups does not train it: answers would mean nothing")
     params = base.params(config.model.frozen_dtype, where=where, in_float32=own)
     params |= place({path: Tensor.of(array) for path, array in adapters.items()}, where)
     trainable, frozen = freeze.partition(params, labels)
