@@ -3,7 +3,6 @@
 An absent field is what transformers takes it to be; a value that this model does not compute is refused by name.
 """
 
-import dataclasses
 import json
 import shutil
 import sys
@@ -290,13 +289,14 @@ def _modalities(
         if configured is None:
             faults.append(f"{path}: {name}: is in the checkpoint but not configured; add it to the modalities")
             continue
-        for field in dataclasses.fields(ModalityConfig):
-            a, b = getattr(given[configured], field.name), getattr(theirs, field.name)
-            if a != b and not (init == "resample" and field.name in _GEOMETRY):
-                remedy = "make them agree"
-                if field.name in _GEOMETRY:
-                    remedy += ", or say model.patch_embed_init: resample"
-                faults.append(f"{path}: {name}.{field.name}: {b} in the checkpoint, {a} as configured; {remedy}")
+        ours = given[configured].meaning
+        for field, value in theirs.meaning.items():
+            if ours[field] != value and not (init == "resample" and field in _GEOMETRY):
+                remedy = f"set model.modalities.{configured}.{field}: {value}, which these weights were trained on"
+                if field in _GEOMETRY:
+                    remedy += ", or model.patch_embed_init: resample"
+                both = f"{value} in the checkpoint, {ours[field]} as configured"
+                faults.append(f"{path}: {name}.{field}: {both}; {remedy}")
     if faults:
         raise ConfigError(faults)
     return given

@@ -20,7 +20,8 @@ wide, {vocab} words), whose 2D patch embedding is replaced by one for volumes. W
 {volumes}
 
 These are also in `umbrella_config.json`, from which umbrella-jax takes them: the weights mean nothing to volumes that
-were prepared otherwise. Orientation `RAS` is NIfTI's canonical one; `as_stored` takes the axes of the file. Mode
+were prepared otherwise. Orientation gives the ends of the body that the axes point to, as NIfTI's canonical `RAS`;
+`as_stored` takes the axes of the file. Mode
 `resize` brings the whole field of view to that many voxels, whatever their shape; `pad` pads and crops around the
 middle, where mm are given after the voxels were made cubes of them.
 

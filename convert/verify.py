@@ -16,7 +16,7 @@ from convert.rules import modality_of
 from convert.tensor import Tensor, host, place
 from convert.to_hf import hub_tensors
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import resolve_modality, to_dict
+from umbrella_jax.config import resolve_modality
 from umbrella_jax.models.llava import LlavaConfig, abstract_params, merge
 
 Kind = Literal["identical", "rounded", "different", "only in A", "only in B"]
@@ -150,7 +150,7 @@ def compare_configs(a: LlavaConfig, b: LlavaConfig) -> list[str]:
         if match is None:
             faults.append(f"modalities.{name}: only in A")
             continue
-        ours, theirs = to_dict(modality), to_dict(b.modalities[match])
+        ours, theirs = modality.meaning, b.modalities[match].meaning
         faults += [f"{name}.{k}: {v} in A, {theirs[k]} in B" for k, v in ours.items() if v != theirs[k]]
     faults += [f"modalities.{m}: only in B" for m in b.modalities if resolve_modality(m, a.modalities) is None]
     return faults

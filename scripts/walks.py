@@ -378,13 +378,13 @@ ENGINEER = [
         "Names that mean something already",
         [
             Step(
-                "The PyTorch system's data say `dMRI` of what its T1 embedding takes,",
+                "The PyTorch system feeds maps named `dMRI` through its T1 patch embedding. Data made for it",
                 "sed 's/sMRI/dMRI/g' conversations/train.json > wrong/alias.json",
             ),
             Step(
-                "so `dMRI` is an alias of T1 (`ALIASES` in umbrella_jax/config.py) unless a modality of this very "
-                "name is configured: call yours otherwise.",
-                f"umbrella-jax data validate {FLAGS} --train-data wrong/alias.json --image-root ds",
+                "need the same said in the config. Without `aliases`, `dMRI` is a modality of its own.",
+                f"umbrella-jax data validate {FLAGS} --train-data wrong/alias.json --image-root ds "
+                "--set 'model.modalities.T1.aliases=[dMRI]'",
                 [r"T1: \d+ volumes, \d+ of them readable", r"good: 0 faults"],
                 show=(3, 2),
             ),

@@ -69,6 +69,8 @@ def test_values(tmp_path: Any) -> None:
     assert list(run.model.modalities) == ["T1", "rsfMRI"]
     t1, fmri = run.model.modalities.values()
     assert (t1.size, t1.patch, t1.orientation, t1.scaling) == ((96, 96, 96), (10, 10, 10), "as_stored", "znorm")
+    assert (t1.aliases, fmri.aliases) == (("dMRI",), ())  # diffusion maps pass through T1 there
+    assert any(note.startswith("model.modalities.T1.aliases: [dMRI]: the original feeds") for note in notes)
     assert (fmri.size, fmri.patch, fmri.scaling) == ((96, 96, 96, 24), (16, 16, 16, 3), "znorm_minback")
     assert (t1.mode, t1.spacing, fmri.mode, fmri.spacing) == ("resize", None, "pad", None)
     assert (run.model.compute_dtype, run.model.frozen_dtype, run.model.remat) == ("bfloat16", "bfloat16", "full")

@@ -523,7 +523,7 @@ def test_the_modality_and_the_length_are_checked() -> None:
     assert workload(config, counted.config).modality == "T1"  # the one with the most patches
     named = replace(config, data=DataConfig(modality="dwi"))
     assert (workload(named, counted.config).patches, workload(named, counted.config).patch_dim) == (8, 8)
-    with pytest.raises(ConfigError, match="rsfMRI is not configured; expected one of T1, dwi"):
+    with pytest.raises(ConfigError, match=r"'rsfMRI' is not configured; expected T1 \(or sMRI\), dwi"):
         workload(replace(config, data=DataConfig(modality="rsfMRI")), counted.config)
     with pytest.raises(ConfigError, match="--text-tokens 4: expected 8 at least"):
         workload(config, counted.config, 4)

@@ -209,12 +209,12 @@ def test_generate_says_what_predict_does(run: Path, world: World, whole: list[di
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("0.nii.gz", "expected MODALITY=FILE, of T1, rsfMRI"),
-        ("dwi=0.nii.gz", "modality dwi: the model has T1, rsfMRI"),
+        ("0.nii.gz", "expected MODALITY=FILE with one of T1 (or sMRI), rsfMRI (or fMRI)"),
+        ("dwi=0.nii.gz", "modality dwi: the model has T1 (or sMRI), rsfMRI (or fMRI)"),
         ("T1=none.nii.gz", "not found"),
         ("T1=", "--image T1=: expected MODALITY=FILE"),
         ("T1=a/ses=1.nii.gz", "a/ses=1.nii.gz: not found"),
-        ("a/ses=1.nii.gz", "expected MODALITY=FILE, of T1, rsfMRI"),
+        ("a/ses=1.nii.gz", "expected MODALITY=FILE with one of T1 (or sMRI), rsfMRI (or fMRI)"),
     ],
 )
 def test_an_image_that_cannot_be_shown_is_refused(run: Path, image: str, message: str) -> None:

@@ -6,9 +6,10 @@ combination that makes no sense are refused together, by name.
 
 import dataclasses
 import difflib
+import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -48,11 +49,16 @@ LORA = "lora"
 """The group of `train.groups` that all adapters are."""
 MAX_CLASSES = 10
 """A task or column of numbers with more distinct values than this is a quantity, not a set of labels."""
-# Names for one and the same patch embedding: the original system, its newer checkpoints, its data files.
 ALIASES: tuple[frozenset[str], ...] = (
-    frozenset({"T1", "sMRI", "dMRI"}),
+    frozenset({"T1", "sMRI"}),
     frozenset({"rsfMRI", "fMRI"}),
 )
+"""Names for the same kind of scan. The original system writes one, its newer checkpoints and data files the other."""
+AS_STORED = "as_stored"
+ORIENTATIONS: frozenset[str] = frozenset(
+    "".join(ends) for axes in itertools.permutations(("RL", "AP", "SI")) for ends in itertools.product(*axes)
+)
+"""The 48 orientations of an array in NIfTI's codes: the end of the body that each axis points to."""
 
 MAX_VOXELS = 1 << 31
 """Of one volume or window, as it is read and as the model takes it; in float32 they are 8 GiB. A head at 0.25 mm has a
@@ -77,8 +83,9 @@ class ModalityConfig:
     """Voxels (D, H, W) or voxels and frames (D, H, W, T)."""
     patch: tuple[int, ...]
     """Patch of the same rank; a remainder at the high end of an axis is not looked at."""
-    orientation: Literal["RAS", "as_stored"] = "RAS"
-    """Axis order before resizing; `as_stored` is the original system's."""
+    orientation: str = "RAS"
+    """Where the axes point before resizing: three codes such as `RAS` or `LAS`, or `as_stored`, which leaves the axes
+    of the file as they are, as the original system does."""
     mode: Literal["resize", "pad"] | None = None
     """How a volume comes to `size`: `resize`, the whole field of view by the mean of each window, whatever its voxels'
     shape; or `pad`, centred pad and crop. Default `resize` in 3D; 4D has `pad` alone, of its voxels as they are."""
@@ -91,9 +98,17 @@ class ModalityConfig:
     """4D: frames between two frames of a window."""
     stride_between_seq: float = 1.0
     """4D: distance of two windows, as a share of a window's length."""
+    aliases: tuple[str, ...] = ()
+    """Further names under which data files and checkpoints may mention this modality: `[dMRI]` feeds diffusion maps
+    through it, as the original system does. `sMRI` and `T1` always mean the same, and so do `fMRI` and `rsfMRI`."""
 
     def __post_init__(self) -> None:
         faults = []
+        if self.orientation not in (AS_STORED, *ORIENTATIONS):
+            faults.append(
+                f"orientation {self.orientation}: expected as_stored, or three codes such as RAS or LAS: one of R and "
+                "L, one of A and P, one of S and I, in any order"
+            )
         if len(self.size) not in (3, 4):
             faults.append(f"size {self.size}: expected (D, H, W) or (D, H, W, T)")
         if len(self.patch) != len(self.size):
@@ -143,6 +158,11 @@ class ModalityConfig:
     def patch_dim(self) -> int:
         """Numbers in one patch."""
         return math.prod(self.patch)
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """Every field that a patch embedding's meaning depends on: all but `aliases`."""
+        return {name: value for name, value in to_dict(self).items() if name != "aliases"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +228,7 @@ class ModelConfig:
     """LLaVA directory in Hugging Face format, native checkpoint, a name on the hub; or a run, as its newest checkpoint
     has it, or one of its checkpoints/STEP."""
     modalities: dict[str, ModalityConfig]
-    """By name: a patch embedding each; data files may use any alias of a name (`ALIASES`)."""
+    """By name: a patch embedding each. Data files may also use an alias of the name (`aliases`)."""
     patch_embed_init: PatchEmbedInit = "random"
     """How a patch embedding starts that the base does not have as configured: at `random`; as SigLIP's own 2D one,
     `inflate`d to volumes; or as the base's one of volumes, `resample`d to this size and patch."""
@@ -231,9 +251,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.modalities:
             raise ConfigError("modalities: expected at least one")
-        if faults := [
-            f"modalities.{m}: expected letters, digits and _" for m in self.modalities if not m.isidentifier()
-        ]:
+        faults = [f"modalities.{m}: expected letters, digits and _" for m in self.modalities if not m.isidentifier()]
+        for name, modality in self.modalities.items():
+            others = {other: config for other, config in self.modalities.items() if other != name}
+            faults += [
+                f"modalities.{name}.aliases: {alias} already means {meaning}; give each name to one modality"
+                for alias in modality.aliases
+                if (meaning := resolve_modality(alias, others)) is not None
+            ]
+        if faults:
             raise ConfigError(faults)
 
 
@@ -542,15 +568,44 @@ class RunConfig:
             raise ConfigError(faults)
 
 
-def resolve_modality(name: str, modalities: Sequence[str] | Mapping[str, Any]) -> str | None:
-    """The configured modality that `name` means: itself, or the one configured under an alias of it.
+def resolve_modality(name: str, modalities: Collection[str]) -> str | None:
+    """Return the configured modality that `name` means: itself, one that has it as an alias, or one of its family.
 
-    Returns None when there is none, or when two configured names share the alias and neither is `name`.
+    Args:
+        modalities: the configured names; a mapping to each `ModalityConfig` also gives their own aliases.
+
+    Returns None if there is none, or if two configured names share the family and neither is `name`.
     """
     if name in modalities:
         return name
+    if isinstance(modalities, Mapping):
+        for modality, config in modalities.items():
+            if isinstance(config, ModalityConfig) and name in config.aliases:
+                return modality
     found = [m for family in ALIASES if name in family for m in modalities if m in family]
     return found[0] if len(found) == 1 else None
+
+
+def modality_names(modalities: Collection[str]) -> str:
+    """Return the configured modalities, each with its aliases, for messages: `T1 (or sMRI), rsfMRI (or fMRI)`."""
+    known = sorted(frozenset().union(*ALIASES))
+    names = []
+    for modality in modalities:
+        own = modalities[modality] if isinstance(modalities, Mapping) else None
+        candidates = [*(own.aliases if isinstance(own, ModalityConfig) else ()), *known]
+        others = (name for name in dict.fromkeys(candidates) if name != modality)
+        aliases = [name for name in others if resolve_modality(name, modalities) == modality]
+        names.append(f"{modality} (or {', '.join(aliases)})" if aliases else modality)
+    return ", ".join(names) or "none"
+
+
+def unknown_modality(name: str, modalities: Collection[str]) -> str:
+    """Return the message about a modality that is not configured, and what to do about it."""
+    first = next(iter(modalities), "NAME")
+    return (
+        f"{name!r} is not configured; expected {modality_names(modalities)}. Configure model.modalities.{name}, or let "
+        f"another modality accept it, such as model.modalities.{first}.aliases: [{name}]"
+    )
 
 
 def parse_mesh(text: str) -> dict[str, int]:

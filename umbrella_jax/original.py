@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from umbrella_jax.config import TrainConfig, parse_config
+from umbrella_jax.config import TrainConfig, parse_config, resolve_modality
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.reading import read_yaml
 
@@ -158,6 +158,10 @@ _FLIP = (
     "for itself; here all images of a conversation flip alike, 4D too. A flip turns left into right: "
     "set it to 0 where answers speak of sides"
 )
+_DIFFUSION = (
+    "model.modalities.{}.aliases: [dMRI]: the original feeds diffusion maps through this patch embedding too; "
+    "without the alias, dMRI is a modality of its own, to be configured"
+)
 
 
 def from_original(path: str | Path) -> tuple[dict[str, Any], list[str]]:
@@ -223,6 +227,9 @@ def from_original(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     if any(len(geometry["size"]) == 3 for geometry in complete.values()):
         targets["data.augment.flip_any_axis"] = ("", 0.5)
         notes.append(_FLIP)
+    if "dMRI" not in complete and (structural := resolve_modality("T1", complete)):
+        complete[structural]["aliases"] = ["dMRI"]
+        notes.append(_DIFFUSION.format(structural))
     notes.append("data.template: original: as there, images stand before the text and an answer's header is learnt too")
     flat = {"data.template": "original", **{target: value for target, (_, value) in targets.items()}}
     mapping = _nest(flat, complete)

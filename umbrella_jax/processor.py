@@ -9,7 +9,7 @@ import numpy as np
 
 from umbrella_jax.api import Checkpoint, same_template
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import AugmentConfig, DataConfig, ModalityConfig, Template, resolve_modality
+from umbrella_jax.config import AugmentConfig, DataConfig, ModalityConfig, Template, modality_names, resolve_modality
 from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.conversation import Conversation, Image, Message
 from umbrella_jax.data.loader import Dataset, whole_batch
@@ -133,7 +133,7 @@ class Processor:
         for name, path in images:
             modality = resolve_modality(name, self.modalities)
             if modality is None:
-                faults.append(f"{path}: modality {name}: the model has {', '.join(self.modalities)}")
+                faults.append(f"{path}: modality {name}: the model has {modality_names(self.modalities)}")
             else:
                 parts.append(Image(Path(path), modality))
         if faults:

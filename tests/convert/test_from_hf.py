@@ -178,11 +178,11 @@ def test_modality_that_is_not_configured(edit):
 def test_two_names_for_one_modality(edit):
     def change(tensors):
         for name in [n for n in tensors if "T1_" in n]:
-            tensors[name.replace("T1_", "dMRI_")] = tensors[name]
+            tensors[name.replace("T1_", "sMRI_")] = tensors[name]
 
     directory, config = edit(change)
-    config = dataclasses.replace(config, modalities={"sMRI": MODALITIES["T1"], "rsfMRI": MODALITIES["rsfMRI"]})
-    assert "modality dMRI: T1 is sMRI already" in refused(directory, config)
+    config = dataclasses.replace(config, modalities={"T1": MODALITIES["T1"], "rsfMRI": MODALITIES["rsfMRI"]})
+    assert "modality sMRI: T1 is T1 already" in refused(directory, config)
 
 
 def test_names_are_resolved_by_alias(written):

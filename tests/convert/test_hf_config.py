@@ -186,7 +186,7 @@ def umbrella(directory, modalities) -> Path:
 def test_modalities_come_from_the_file_or_the_argument(tmp_path):
     umbrella(tmp_path, MODALITIES)
     assert dict(read_config(tmp_path).modalities) == MODALITIES
-    aliased = {"dMRI": MODALITIES["T1"], "fMRI": MODALITIES["rsfMRI"], "other": MODALITIES["T1"]}
+    aliased = {"sMRI": MODALITIES["T1"], "fMRI": MODALITIES["rsfMRI"], "other": MODALITIES["T1"]}
     assert dict(read_config(tmp_path, aliased).modalities) == aliased
     with pytest.raises(ConfigError, match="name the modalities"):
         read_config(GOLDEN)
@@ -198,8 +198,11 @@ def test_modalities_that_disagree(tmp_path):
     with pytest.raises(ConfigError) as error:
         read_config(tmp_path, {"sMRI": other})
     message = str(error.value)
-    assert "T1.patch: (5, 3, 2) in the checkpoint, (5, 3, 7) as configured" in message
-    assert "T1.orientation: RAS in the checkpoint, as_stored as configured" in message
+    assert "T1.patch: [5, 3, 2] in the checkpoint, [5, 3, 7] as configured" in message
+    assert (
+        "T1.orientation: RAS in the checkpoint, as_stored as configured; set model.modalities.sMRI.orientation: RAS, "
+        "which these weights were trained on" in message
+    )
     assert "T1.mode: resize in the checkpoint, pad as configured" in message
     assert "T1.spacing: None in the checkpoint, 2.0 as configured" in message
     assert "rsfMRI: is in the checkpoint but not configured" in message
@@ -249,6 +252,7 @@ def test_every_parameter_of_the_preprocessing_is_in_an_export(tmp_path):
     fmri = dataclasses.replace(
         MODALITIES["rsfMRI"], scaling="none", stride_within_seq=2, stride_between_seq=0.5, orientation="as_stored"
     )
+    fmri = dataclasses.replace(fmri, aliases=("bold",))
     default = ModalityConfig(size=(9, 9, 9), patch=(3, 3, 3))
     changed = {f.name for f in dataclasses.fields(t1) for m in (t1, fmri) if getattr(m, f.name) != f.default}
     assert changed == {f.name for f in dataclasses.fields(ModalityConfig)}
@@ -273,7 +277,7 @@ def test_an_export_from_before_modes_is_read_as_it_was_meant(tmp_path):
 
 
 def test_two_modalities_under_one_name(tmp_path):
-    config = read_config(GOLDEN, {"sMRI": MODALITIES["T1"], "dMRI": MODALITIES["T1"]})
+    config = read_config(GOLDEN, {"T1": MODALITIES["T1"], "sMRI": MODALITIES["T1"]})
     with pytest.raises(ConfigError, match="would be called T1"):
         write_config(GOLDEN, tmp_path, config, ("T1", "rsfMRI"))
     with pytest.raises(ConfigError, match=r"^T1: given 2 times; give each name once$"):

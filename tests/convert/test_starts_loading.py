@@ -181,14 +181,14 @@ def test_other_sizes_are_refused_but_for_resample(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as error:
             Checkpoint.open(tmp_path, OTHER, init=init)
         assert len(error.value.faults) == 4
-        assert all("or say model.patch_embed_init: resample" in fault for fault in error.value.faults)
+        assert all("or model.patch_embed_init: resample" in fault for fault in error.value.faults)
 
 
 @pytest.mark.parametrize("field", ["orientation", "scaling"])
 def test_resample_takes_no_other_preprocessing(tmp_path: Path, field: str) -> None:
     write_umbrella(tmp_path)
     value: Any = {"orientation": "as_stored", "scaling": "minmax"}[field]
-    with pytest.raises(ConfigError, match=rf"umbrella_config.json: T1.{field}: .* make them agree$"):
+    with pytest.raises(ConfigError, match=rf"umbrella_config.json: T1.{field}: .*, which these weights were trained"):
         Checkpoint.open(tmp_path, OTHER | {"T1": replace(OTHER["T1"], **{field: value})}, init="resample")
 
 

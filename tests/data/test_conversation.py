@@ -1,9 +1,11 @@
 """Conversation files: what is read, where images go, and everything that is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from umbrella_jax.config import ModalityConfig
 from umbrella_jax.data.conversation import Image, read_conversations
 from umbrella_jax.errors import DataError
 
@@ -95,10 +97,25 @@ def test_paths_start_at_the_file_or_the_given_root(tmp_path, record, write_json)
 
 
 def test_aliases_name_one_image(record, write_json):
-    path = write_json("a.json", record([("user", ["sMRI:x.nii", "T1:./x.nii", "dMRI:x.nii", "fMRI:x.nii"])]))
+    path = write_json("a.json", record([("user", ["sMRI:x.nii", "T1:./x.nii", "fMRI:x.nii"])]))
     (c,) = read_conversations(path, NAMES)
-    assert [i.modality for i in c.images] == ["T1", "T1", "T1", "rsfMRI"]
+    assert [i.modality for i in c.images] == ["T1", "T1", "rsfMRI"]
     assert len(set(c.images)) == 2
+
+
+def test_diffusion_maps_are_a_modality_of_their_own_unless_the_config_says_otherwise(record, write_json):
+    path = write_json("a.json", record([("user", ["sMRI:x.nii", "dMRI:fa.nii"])]))
+    (fault,) = faults(path)
+    assert fault.endswith(
+        "modality: 'dMRI' is not configured; expected T1 (or sMRI), rsfMRI (or fMRI). Configure model.modalities.dMRI, "
+        "or let another modality accept it, such as model.modalities.T1.aliases: [dMRI]"
+    )
+    t1 = ModalityConfig(size=(6, 7, 5), patch=(3, 2, 4))
+    for configured, expected in [({"T1": t1, "dMRI": t1}, "dMRI"), ({"T1": replace(t1, aliases=("dMRI",))}, "T1")]:
+        (c,) = read_conversations(path, configured)
+        assert [i.modality for i in c.images] == ["T1", expected]
+        kept = read_conversations(path, configured, modality="sMRI") if expected == "T1" else [c]
+        assert kept == [c]
 
 
 def test_hidden_files_of_a_directory_are_no_conversations(record, tmp_path):
@@ -178,7 +195,7 @@ def test_an_unknown_modality_names_those_configured(record, write_json):
     one = record([("user", ["T1:x"])])
     one["conversations"][0]["content"][0]["modality"] = "PET"
     (fault,) = faults(write_json("a.json", one))
-    assert "modality: expected one of T1, rsfMRI, as configured, or an alias, got 'PET'" in fault
+    assert "modality: 'PET' is not configured; expected T1 (or sMRI), rsfMRI (or fMRI). Configure" in fault
 
 
 def test_bad_json_is_named_by_line(tmp_path):
@@ -248,7 +265,7 @@ def test_filters_that_keep_nothing_list_what_exists(mixed):
         match=r"none of 3 .* is of task_filter iq; their modalities are T1, rsfMRI, their tasks T1, T2, age, sex",
     ):
         read_conversations(mixed, NAMES, task_filter="iq")
-    with pytest.raises(DataError, match="modality PET: not configured; expected one of T1, rsfMRI"):
+    with pytest.raises(DataError, match=r"data.modality: 'PET' is not configured; expected T1 \(or sMRI\), rsfMRI"):
         read_conversations(mixed, NAMES, modality="PET")
 
 
@@ -360,7 +377,10 @@ def test_labels_of_metadata_may_be_numbers_and_task_ids_repeat(write_json):
         (old(ASKED, modality_paths={"sMRI": "x"}), "images: 1 listed, 2 shown"),
         (old(ASKED[:1], modality_paths={"sMRI": ["x", "y", "z"]}), "images: 3 listed, 2 shown"),
         (old(ASKED, modality_paths={"sMRI": ["x", 7]}), "image_path: expected a path, got 7"),
-        (old(ASKED, modality_paths={"PET": ["x", "y"]}), "modality: expected one of T1, rsfMRI"),
+        (
+            old(ASKED, modality_paths={"PET": ["x", "y"]}),
+            "modality: 'PET' is not configured; expected T1 (or sMRI), rsfMRI",
+        ),
         (old([("gpt", "<image>")], modality_paths={"sMRI": "x"}), "an image in an assistant turn"),
         (old([("human", "<|im_end|>")]), "text: holds <|im_end|>, which would forge a turn"),
     ],

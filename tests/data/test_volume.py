@@ -13,9 +13,19 @@ import pytest
 
 import umbrella_jax.data.volume
 import umbrella_jax.data.voxels
+from umbrella_jax.config import ORIENTATIONS as ORIENTATIONS_48
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.data.conversation import Image
-from umbrella_jax.data.volume import area_weights, axis_codes, check_volumes, load_volume, num_windows, resample
+from umbrella_jax.data.slices import geometry
+from umbrella_jax.data.volume import (
+    area_weights,
+    axis_codes,
+    check_volumes,
+    load_volume,
+    num_windows,
+    resample,
+    restore,
+)
 from umbrella_jax.data.voxels import open_voxels
 from umbrella_jax.errors import ConfigError, DataError
 
@@ -360,6 +370,34 @@ def test_arrays_have_neither_orientation_nor_voxel_sizes(tmp_path):
         f"{tmp_path / 'a.npy'}: nothing in it says how it is oriented",
         f"{tmp_path / 'a.npy'}: nothing in it says how large its voxels are",
     ]
+
+
+def test_all_48_orientations_that_a_modality_may_ask_for(nifti):
+    """Against nibabel's `as_reoriented`; a map goes back to the voxels it came from; the pages' geometry agrees."""
+    ras = np.random.default_rng(0).integers(1, 900, (6, 7, 5)).astype(np.int16)
+    data, affine = stored_as(ras, np.diag([2.0, 4, 4, 1]), "PIR")
+    path = nifti("a.nii", data, affine)
+    image, cubes = open_voxels(path), {"mode": "pad", "spacing": 1, "scaling": "none"}
+    canonical = load_volume(path, t1((28,) * 3, **cubes))  # 12 × 28 × 20 voxels of 1 mm, an even number around them
+    for orientation in sorted(ORIENTATIONS_48):
+        expected, turned = stored_as(data, affine, orientation)
+        config = t1(expected.shape, scaling="none", orientation=orientation)
+        found = load_volume(path, config)
+        np.testing.assert_array_equal(found, expected)
+        assert axis_codes(image, config) == "".join(nib.aff2axcodes(turned)) == orientation
+        np.testing.assert_array_equal(restore(path, found, config), data)
+        stored = ("PIR", (4.0, 4.0, 2.0), data.shape)
+        assert geometry(*stored, config) == (orientation, tuple(nib.affines.voxel_sizes(turned)))
+        turn = nib.orientations.axcodes2ornt(orientation)
+        there = nib.apply_orientation(load_volume(path, t1((28,) * 3, orientation=orientation, **cubes)), turn)
+        np.testing.assert_allclose(there, canonical, atol=1e-3)
+    assert len(ORIENTATIONS_48) == 48
+
+
+@pytest.mark.parametrize("orientation", ["ras", "RA", "RAL", "RASL", "", "stored", "XYZ"])
+def test_an_orientation_that_is_none(orientation):
+    with pytest.raises(ConfigError, match=f"orientation {orientation}: expected as_stored, or three codes such as RAS"):
+        t1(orientation=orientation)
 
 
 ORIENTATIONS = ["LAS", "PSR", "ILA", "SPL"]

@@ -3,7 +3,7 @@
 import argparse
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from umbrella_jax.cli.options import (
     modalities_of,
     start_processes,
 )
-from umbrella_jax.config import load_config, parse_mesh
+from umbrella_jax.config import ModalityConfig, load_config, modality_names, parse_mesh
 from umbrella_jax.errors import ConfigError
 
 METHODS = ("gradient", "integrated", "occlusion")
@@ -117,16 +117,19 @@ def _sampling(arguments: argparse.Namespace) -> Any:
     return Sampling(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p)
 
 
-def _images(arguments: argparse.Namespace, modalities: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (modality, file) of each --image. Raises ConfigError if a needed modality is missing."""
+def _images(arguments: argparse.Namespace, modalities: Mapping[str, ModalityConfig]) -> list[tuple[str, str]]:
+    """Return (modality, file) of each --image.
+
+    Raises ConfigError if one names no modality and the model has several.
+    """
     found, faults = [], []
     for text in arguments.image:
         name, equals, path = text.partition("=")
         if not equals or os.sep in name:  # only a path, which may contain "="
             name, path = "", text
         if not path or (not name and len(modalities) > 1):
-            faults.append(f"--image {text}: expected MODALITY=FILE with one of {', '.join(modalities)}")
-        found.append((name or modalities[0], path))
+            faults.append(f"--image {text}: expected MODALITY=FILE with one of {modality_names(modalities)}")
+        found.append((name or next(iter(modalities)), path))
     if faults:
         raise ConfigError(faults)
     return found
@@ -149,7 +152,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     sampling, modalities = _sampling(arguments), modalities_of(arguments)
     processor = umbrella_jax.Processor.load(arguments.model, modalities=modalities)
-    images = _images(arguments, list(processor.modalities))
+    images = _images(arguments, processor.modalities)
     batch = processor.prompt(arguments.prompt, images)
     answers = processor.answers(arguments.answers) if arguments.answers else None
     model = _model(arguments, modalities)
@@ -223,7 +226,7 @@ def _explain(arguments: argparse.Namespace) -> None:
     modalities, out = modalities_of(arguments), new_folder(arguments.out)
     processor = umbrella_jax.Processor.load(arguments.model, modalities=modalities)
     if arguments.data is None:
-        conversations = [processor.question(arguments.prompt, _images(arguments, list(processor.modalities)))]
+        conversations = [processor.question(arguments.prompt, _images(arguments, processor.modalities))]
     else:
         data = load_config(arguments.config).data if arguments.config else DataConfig()
         root, outside = arguments.image_root or data.image_root, data.allow_outside_root

@@ -40,7 +40,7 @@ import nibabel as nib
 import numpy as np
 from safetensors.numpy import save
 
-from umbrella_jax.config import DataConfig, ModalityConfig, RunConfig, to_dict
+from umbrella_jax.config import DataConfig, ModalityConfig, RunConfig
 from umbrella_jax.data.conversation import Image, read_conversations
 from umbrella_jax.data.volume import (
     PREPROCESSING_VERSION,
@@ -325,8 +325,8 @@ def fill(config: RunConfig, *, verify: bool = False) -> str:
 
 @lru_cache
 def _parameters(config: ModalityConfig) -> dict[str, Any]:
-    """All of the modality that preprocessing looks at. Not its patch: that comes after."""
-    return {name: value for name, value in to_dict(config).items() if name != "patch"}
+    """Return what preprocessing depends on: not the patch, which comes after it."""
+    return {name: value for name, value in config.meaning.items() if name != "patch"}
 
 
 def _widen(volume: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from umbrella_jax.config import resolve_modality
+from umbrella_jax.config import modality_names, resolve_modality, unknown_modality
 from umbrella_jax.data.schema import IMAGE_MARKER, KINDS, kind, to_current
 from umbrella_jax.errors import DataError
 from umbrella_jax.reading import LISTING, parse_json, read_json, read_lines
@@ -126,8 +126,8 @@ def scan_conversations(
     Raises:
         DataError: there is no such path, or `modality` is not configured.
     """
-    if modality is not None and resolve_modality(modality, tuple(modalities)) is None:
-        raise DataError(f"modality {modality}: not configured; expected one of {_names(modalities)} or an alias")
+    if modality is not None and resolve_modality(modality, modalities) is None:
+        raise DataError(f"data.modality: {unknown_modality(modality, modalities)}")
     conversations: list[Conversation] = []
     faults: list[str] = []
     found, shown, tasks = 0, set[str](), set[str]()
@@ -185,7 +185,7 @@ def _tasks(record: Any) -> set[str]:
 
 
 def _same(one: str, other: str, modalities: Collection[str]) -> bool:
-    return resolve_modality(one, tuple(modalities)) == resolve_modality(other, tuple(modalities))
+    return resolve_modality(one, modalities) == resolve_modality(other, modalities)
 
 
 def _names(values: Collection[str]) -> str:
@@ -326,7 +326,7 @@ class _Parser:
             self.fault(f"{self.place}: images[{self.shown}]", f"expected an object, got {kind(listed)}")
             listed = {}
         self.shown += 1
-        modalities = f"one of {_names(self.modalities)}, as configured, or an alias"
+        modalities = modality_names(self.modalities)
         paths, names = [part.get("image_path"), listed.get("path")], [part.get("modality"), listed.get("modality")]
         path = self.agreed("image_path", paths, self.root.joinpath, "a path", place)
         if path and not self.allow_outside_root and (away := [p for p in paths if p and self.leads_out(p)]):
@@ -344,7 +344,7 @@ class _Parser:
         return not os.path.isabs(path) and not Path(whole).is_relative_to(root)
 
     def resolve(self, name: str) -> str | None:
-        return resolve_modality(name, tuple(self.modalities))
+        return resolve_modality(name, self.modalities)
 
     def agreed(
         self, key: str, values: list[Any], meaning: Callable[[str], T | None], expected: str, place: str
@@ -356,7 +356,10 @@ class _Parser:
             self.fault(place, f"{key}: missing here and in `images`; expected {expected}")
             return None
         if None in meanings:
-            self.fault(place, f"{key}: expected {expected}, got {given[meanings.index(None)]!r}")
+            value = given[meanings.index(None)]
+            unknown = key == "modality" and isinstance(value, str) and value
+            reason = unknown_modality(value, self.modalities) if unknown else f"expected {expected}, got {value!r}"
+            self.fault(place, f"{key}: {reason}")
             return None
         if meanings[0] != meanings[-1]:
             self.fault(place, f"{key}: {given[0]} here, {given[1]} in `images`; expected the same")

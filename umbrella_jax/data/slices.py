@@ -7,7 +7,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from umbrella_jax.config import ModalityConfig
+from umbrella_jax.config import AS_STORED, ModalityConfig
 
 LONGEST, MARGIN = 260, 18
 """Pixels: of the longest side of a plane, and for a letter beside it."""
@@ -20,15 +20,16 @@ _OPAQUE = 200
 def geometry(
     codes: str | None, size: Sequence[float] | None, shape: Sequence[int], config: ModalityConfig
 ) -> tuple[str | None, tuple[float, ...] | None]:
-    """Of a preprocessed array: where its axes point to, "RAS" say, and mm from voxel to voxel along each.
+    """Return where the axes of a preprocessed array point, such as "RAS", and the mm between its voxels along each.
 
     Args:
-        codes, size, shape: the same of the file, as it is stored, and its shape. None, here and there: it is not known.
+        codes, size, shape: the same of the file as stored, and its shape. None, here and there, means not known.
     """
     lengths, mm = tuple(shape[:3]), None if size is None else tuple(size)
-    if config.orientation == "RAS" and codes is not None:
-        stored = np.argsort(nib.orientations.axcodes2ornt(codes)[:, 0])  # the stored axis that each axis was
-        codes, lengths = "RAS", tuple(lengths[axis] for axis in stored)
+    if config.orientation != AS_STORED and codes is not None:
+        before, after = (nib.orientations.axcodes2ornt(axes) for axes in (codes, config.orientation))
+        stored = np.argsort(nib.orientations.ornt_transform(before, after)[:, 0])  # the stored axis of each axis
+        codes, lengths = config.orientation, tuple(lengths[axis] for axis in stored)
         mm = mm and tuple(mm[axis] for axis in stored)
     if config.spacing is not None:
         mm = (config.spacing,) * 3

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from umbrella_jax.config import ModalityConfig
+from umbrella_jax.config import AS_STORED, ModalityConfig
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.voxels import Voxels, open_voxels
 from umbrella_jax.errors import DataError
@@ -59,10 +59,10 @@ def preprocess(path: str | Path, image: Voxels, config: ModalityConfig, window: 
 
 
 def axis_codes(image: Voxels, config: ModalityConfig) -> str | None:
-    """Where the axes of the preprocessed array point to: "RAS", or as stored, "LPS" say; None where nothing says it."""
+    """Return where the axes of the preprocessed array point, such as "RAS"; None if the file does not say."""
     if image.affine is None:
         return None
-    return "RAS" if config.orientation == "RAS" else "".join(nib.aff2axcodes(image.affine))
+    return "".join(nib.aff2axcodes(image.affine)) if config.orientation == AS_STORED else config.orientation
 
 
 def count_windows(image: Voxels, config: ModalityConfig) -> int:
@@ -149,7 +149,7 @@ def open_volume(path: str | Path, config: ModalityConfig) -> Voxels:
     faults = []
     if max(shape[:3]) > MAX_AXIS:
         faults.append(f"{path}: shape {shape}; expected at most {MAX_AXIS} voxels along an axis")
-    if config.orientation == "RAS" and image.affine is None:
+    if config.orientation != AS_STORED and image.affine is None:
         remedy = "expected orientation: as_stored of the modality, or NIfTI whose qform_code or sform_code is not 0"
         faults.append(f"{path}: nothing in it says how it is oriented; {remedy}")
     if config.spacing is not None and image.zooms is None:
@@ -164,8 +164,12 @@ def open_volume(path: str | Path, config: ModalityConfig) -> Voxels:
 
 
 def _orientation(image: Voxels, config: ModalityConfig) -> np.ndarray:
-    """As `nibabel.io_orientation`, (3, 2): for each stored axis where it goes, and whether turned round."""
-    return nib.io_orientation(image.affine if config.orientation == "RAS" else np.eye(4))
+    """Return, as `nibabel.io_orientation`, (3, 2): for each stored axis its place and whether it is reversed."""
+    if config.orientation == AS_STORED:
+        return nib.io_orientation(np.eye(4))
+    return nib.orientations.ornt_transform(
+        nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(config.orientation)
+    )
 
 
 def _read(path: str | Path, image: Voxels, config: ModalityConfig, frames: slice | int) -> np.ndarray:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from umbrella_jax.config import RunConfig, resolve_modality
+from umbrella_jax.config import RunConfig, resolve_modality, unknown_modality
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import LlavaConfig, abstract_params
 from umbrella_jax.models.quantize import quantizable
@@ -47,8 +47,7 @@ def workload(config: RunConfig, model: LlavaConfig, text_tokens: int = 64) -> Wo
     if config.data.modality is not None:
         found = resolve_modality(config.data.modality, model.modalities)
         if found is None:
-            known = ", ".join(model.modalities)
-            raise ConfigError(f"data.modality: {config.data.modality} is not configured; expected one of {known}")
+            raise ConfigError(f"data.modality: {unknown_modality(config.data.modality, model.modalities)}")
         name = found
     if text_tokens < _SUPERVISED:
         raise ConfigError(f"--text-tokens {text_tokens}: expected {_SUPERVISED} at least, which are supervised")
