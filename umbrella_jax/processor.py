@@ -13,7 +13,7 @@ from umbrella_jax.config import AugmentConfig, DataConfig, ModalityConfig, Templ
 from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.conversation import Conversation, Image, Message
 from umbrella_jax.data.loader import Dataset, whole_batch
-from umbrella_jax.data.tokenize import check_template, encode_answers, encode_prompt, stop_ids
+from umbrella_jax.data.tokenize import check_template, decode, encode_answers, encode_prompt, stop_ids
 from umbrella_jax.data.volume import check_volumes
 from umbrella_jax.errors import ConfigError, DataError
 
@@ -198,6 +198,6 @@ class Processor:
         return stop_ids(self.tokenizer)
 
     def decode(self, tokens: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> list[str]:
-        """Text of generated tokens, int [B, L]; special tokens and what stands behind the end are left out."""
+        """Return the text of generated tokens, int [B, L], without special tokens and what follows the end."""
         rows = np.asarray(tokens)
-        return [self.tokenizer.decode(row[row >= 0], skip_special_tokens=True).strip() for row in rows]
+        return [decode(self.tokenizer, row[row >= 0]).strip() for row in rows]

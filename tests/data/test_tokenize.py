@@ -1,6 +1,8 @@
 """Ids and loss mask, written out by hand: which tokens there are, which of them are learnt."""
 
+import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
+from tests.checkpoints import under_transformers_4_46
 from umbrella_jax.data.conversation import Conversation, Image, Message
 from umbrella_jax.data.tokenize import (
     check_template,
@@ -18,6 +21,8 @@ from umbrella_jax.data.tokenize import (
     encode_prompt,
     load_tokenizer,
     reference_answer,
+    save_tokenizer,
+    stop_ids,
 )
 from umbrella_jax.errors import DataError
 
@@ -552,3 +557,85 @@ def test_no_tokenizer(tmp_path):
         load_tokenizer(tmp_path, None)
     with pytest.raises(DataError, match="not found"):
         load_tokenizer(tmp_path / "none", None)
+
+
+# What lies beside the tokenizer
+
+
+def beside(tmp_path, source, **files):
+    """A copy of a tokenizer's folder with these JSON files, by stem, laid into it."""
+    directory = shutil.copytree(source, tmp_path / "folder", dirs_exist_ok=True)
+    for name, content in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("files", "ends"),
+    [
+        ({}, []),
+        ({"generation_config": {"eos_token_id": 5}}, [5]),
+        ({"generation_config": {"eos_token_id": [9, 7]}}, [7, 9]),
+        ({"generation_config": {"eos_token_id": None}}, []),
+        # the whole model's before the language model's, and either only without a generation_config.json
+        ({"config": {"eos_token_id": 3, "text_config": {"eos_token_id": 4}}}, [3]),
+        ({"config": {"text_config": {"eos_token_id": [4]}}}, [4]),
+        ({"generation_config": {"eos_token_id": 5}, "config": {"eos_token_id": 3}}, [5]),
+    ],
+)
+def test_every_end_that_the_model_names_ends_an_answer(files, ends, tokenizer_directory, tmp_path):
+    tokenizer, _ = load_tokenizer(beside(tmp_path, tokenizer_directory, **files), None)
+    own = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert stop_ids(tokenizer) == sorted({*own, *ends})
+
+
+@pytest.mark.parametrize("stated", ["5", 5.0, -1, True, [5, None]])
+def test_an_end_that_is_no_token_is_refused(stated, tokenizer_directory, tmp_path):
+    directory = beside(tmp_path, tokenizer_directory, generation_config={"eos_token_id": stated})
+    with pytest.raises(DataError, match=r"generation_config.json: eos_token_id: expected a token id or a list of them"):
+        load_tokenizer(directory, None)
+
+
+PROCESSORS = {"chat_template": {"chat_template": "P {{ messages[0].content }}"}}
+
+
+def test_the_processors_chat_template_comes_first(tokenizer_directory, tmp_path):
+    """transformers' order for a model that sees: processor_config.json, chat_template.json, then the tokenizer's."""
+    directory = beside(tmp_path, tokenizer_directory, **PROCESSORS)
+    said = [{"role": "user", "content": "a"}]
+    assert load_tokenizer(directory, None)[0].apply_chat_template(said, tokenize=False) == "P a"
+    (directory / "chat_template.jinja").write_text("the tokenizer's")
+    tokenizer, _ = load_tokenizer(directory, None)
+    assert tokenizer.apply_chat_template(said, tokenize=False) == "P a"
+    check_template(tokenizer, "chat")
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved", None)[0].apply_chat_template(said, tokenize=False) == "P a"
+
+    named = {"chat_template": [{"name": "default", "template": "N"}, {"name": "other", "template": "O"}]}
+    beside(tmp_path, tokenizer_directory, processor_config=named)
+    assert load_tokenizer(directory, None)[0].apply_chat_template(said, tokenize=False) == "N"
+    beside(tmp_path, tokenizer_directory, processor_config={}, chat_template={"chat_template": None})
+    assert load_tokenizer(directory, None)[0].apply_chat_template(said, tokenize=False) == "the tokenizer's"
+    beside(tmp_path, tokenizer_directory, chat_template={"chat_template": 3})
+    with pytest.raises(DataError, match="chat_template.json: chat_template: expected a template or several by name"):
+        load_tokenizer(directory, None)
+
+
+DECODE_446 = """
+import sys, transformers
+from umbrella_jax.processor import Processor
+assert transformers.__version__ == "4.46.3"
+from umbrella_jax.data.tokenize import load_tokenizer
+processor = Processor(load_tokenizer(sys.argv[1], None)[0], {})
+assert processor.tokenizer.clean_up_tokenization_spaces
+texts = ["left , then right .", "it 's 3 . 5"]
+found = [processor.decode([processor.tokenizer.encode(text, add_special_tokens=False)])[0] for text in texts]
+assert found == texts, found
+"""
+
+
+def test_spaces_of_an_answer_stay(tokenizer_directory, tmp_path):
+    """`clean_up_tokenization_spaces` would take some out under transformers 4.46 to 5.6."""
+    stated = json.loads((tokenizer_directory / "tokenizer_config.json").read_text())
+    stated |= {"clean_up_tokenization_spaces": True, "tokenizer_class": "PreTrainedTokenizerFast"}
+    under_transformers_4_46("-c", DECODE_446, beside(tmp_path, tokenizer_directory, tokenizer_config=stated))

@@ -27,7 +27,7 @@ import numpy as np
 from umbrella_jax.config import ModalityConfig, Template
 from umbrella_jax.data.conversation import IMAGE_MARKER, TURN_END, TURN_START, Conversation, Image, Message
 from umbrella_jax.errors import DataError
-from umbrella_jax.reading import LISTING
+from umbrella_jax.reading import LISTING, read_json
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of missing PyTorch, which is not needed
 
@@ -67,11 +67,12 @@ def load_tokenizer(directory: str | Path, image_token_id: int | None) -> tuple[A
         image_token_id: the model's, from its config.json; None where it has none yet.
 
     Returns:
-        The tokenizer and the tokens that were added.
+        The tokenizer and the tokens that were added. Its `chat_template` is the processor's if the directory has one,
+        as in transformers; `stop_ids` knows the ends of an answer that the directory names.
 
     Raises:
-        DataError: no tokenizer there, one that is larger than any, or that is code; or its `<image>` has another id
-            than the model's.
+        DataError: no tokenizer there, one that is larger than any, or that is code; its `<image>` has another id than
+            the model's; a chat template or `eos_token_id` that is none.
     """
     from transformers import AutoTokenizer  # here: reading conversations and volumes needs no transformers
 
@@ -95,7 +96,59 @@ def load_tokenizer(directory: str | Path, image_token_id: int | None) -> tuple[A
             f"{image_token_id} in config.json; use the tokenizer that belongs to the model, or mend config.json"
         )
     tokenizer.add_tokens(added, special_tokens=True)
+    setattr(tokenizer, _STATED_ENDS, _stated_ends(Path(directory)))
+    tokenizer.chat_template = _processor_template(Path(directory)) or tokenizer.chat_template
     return tokenizer, added
+
+
+_STATED_ENDS = "stated_ends"
+"""Attribute of a loaded tokenizer: what `_stated_ends` found beside it."""
+
+
+def _stated_ends(directory: Path) -> list[int]:
+    """Return the ids that end an answer according to `generation_config.json`, or without one to config.json.
+
+    As transformers' `generate` reads them: a number or a list; the language model's only if the whole model has none.
+    """
+    file = directory / "generation_config.json"
+    field, stated = "eos_token_id", None
+    if file.exists():
+        stated = _read_object(file).get(field)
+    elif (file := directory / "config.json").exists():
+        config = _read_object(file)
+        stated = config.get(field)
+        if stated is None and isinstance(text := config.get("text_config"), dict):
+            field, stated = f"text_config.{field}", text.get(field)
+    ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        raise DataError(f"{file}: {field}: expected a token id or a list of them, got {stated!r}; correct the file")
+    return ids
+
+
+def _processor_template(directory: Path) -> str | dict[str, str] | None:
+    """Return the chat template of the processor if it has one of its own, by transformers' precedence:
+    `processor_config.json`, then `chat_template.json`. (`chat_template.jinja` is the tokenizer's too.)"""
+    for name in ("processor_config.json", "chat_template.json"):
+        if not (file := directory / name).exists():
+            continue
+        found = _read_object(file).get("chat_template")
+        if isinstance(found, list) and all(isinstance(t, dict) and {"name", "template"} <= t.keys() for t in found):
+            found = {template["name"]: template["template"] for template in found}
+        texts = list(found.values()) if isinstance(found, dict) else [found]
+        if found is not None and not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{file}: chat_template: expected a template or several by name; correct or remove the file")
+        if found:
+            return found
+    return None
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON object that belongs to a tokenizer. Raises DataError if it is none."""
+    remedy = "copy the base's file again"
+    found = read_json(file, DataError, remedy)
+    if not isinstance(found, dict):
+        raise DataError(f"{file}: expected an object, got {type(found).__name__}; {remedy}")
+    return found
 
 
 def save_tokenizer(tokenizer: Any, directory: str | Path) -> None:
@@ -116,15 +169,25 @@ def check_template(tokenizer: Any, template: Template) -> None:
     """Raises DataError where the template is the tokenizer's own and it has none."""
     if template == "chat" and not tokenizer.chat_template:
         raise DataError(
-            f"data.template: chat, but {tokenizer.name_or_path or 'the tokenizer'} has no chat template; expected "
-            "chat_template.jinja beside tokenizer.json, or data.template: umbrella"
+            f"data.template: chat, but {tokenizer.name_or_path or 'the tokenizer'} has no chat template; add "
+            "chat_template.jinja beside tokenizer.json, or set data.template: umbrella"
         )
 
 
 def stop_ids(tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: `<|im_end|>` and the tokenizer's own end of text."""
-    ids = [tokenizer.convert_tokens_to_ids(TURN_END), tokenizer.eos_token_id]
+    """Return the tokens that end an answer: `<|im_end|>`, the tokenizer's end of text, and every `eos_token_id` of the
+    model's `generation_config.json`."""
+    ids = [tokenizer.convert_tokens_to_ids(TURN_END), tokenizer.eos_token_id, *getattr(tokenizer, _STATED_ENDS, ())]
     return sorted({i for i in ids if i is not None})
+
+
+def decode(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> str:
+    """Return the text of token ids without special tokens.
+
+    Spaces stay as they are whatever `clean_up_tokenization_spaces` says: transformers 4.46 to 5.6 would obey it.
+    """
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
 
 
 def encode(
@@ -366,9 +429,7 @@ def _chat(messages: Sequence[Message], tokenizer: Any, prompt: bool) -> _Text:
                 f"conversations[{i}]: the chat template ends the answer without {TURN_END} or the end of text"
                 f"{'' if marked is None else ' within {% generation %}'}, so its end would not be learnt; {_MEND}"
             )
-        said = tokenizer.decode(
-            np.array(ids)[answer][learnt], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        said = decode(tokenizer, np.array(ids)[answer][learnt])
         if normalize("NFC", said.strip()) != normalize("NFC", message.text.strip()):  # as Qwen's tokenizers do
             raise DataError(
                 f"conversations[{i}]: the chat template makes {said!r} of the answer {message.text!r}; {_MEND}"
