@@ -136,9 +136,10 @@ def _processor_template(directory: Path) -> str | dict[str, str] | None:
             found = {template["name"]: template["template"] for template in found}
         texts = list(found.values()) if isinstance(found, dict) else [found]
         if found is not None and not all(isinstance(text, str) for text in texts):
-            raise DataError(f"{file}: chat_template: expected a template or several by name; correct or remove the file")
+            raise DataError(f"{file}: chat_template: expected a template or several by name; correct the file")
         if found:
-            return found
+            template: str | dict[str, str] = found
+            return template
     return None
 
 
