@@ -617,7 +617,7 @@ def test_the_processors_chat_template_comes_first(tokenizer_directory, tmp_path)
     beside(tmp_path, tokenizer_directory, processor_config={}, chat_template={"chat_template": None})
     assert load_tokenizer(directory, None)[0].apply_chat_template(said, tokenize=False) == "the tokenizer's"
     beside(tmp_path, tokenizer_directory, chat_template={"chat_template": 3})
-    with pytest.raises(DataError, match="chat_template.json: chat_template: expected a template or several by name"):
+    with pytest.raises(DataError, match=r"chat_template.json: chat_template: expected a template or several by name"):
         load_tokenizer(directory, None)
 
 
