@@ -1,6 +1,6 @@
 """Parameters → a Hugging Face checkpoint in the hub's layout; the inverse of `from_hf`, from the same rules."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from convert.safetensors_io import write_checkpoint
 from convert.tensor import Tensor
 from umbrella_jax.config import Template
 from umbrella_jax.errors import CheckpointError
-from umbrella_jax.files import new_folder
+from umbrella_jax.files import check_new_folder, new_folder
 from umbrella_jax.models.llava import LlavaConfig, abstract_params
 from umbrella_jax.models.lora import adapters
 
@@ -31,9 +31,10 @@ def export(
     fingerprint: str | None = None,
     template: Template | None = None,
     untrained: Mapping[str, str] | None = None,
+    finish: Callable[[Path], None] = lambda part: None,
 ) -> None:
-    """Writes weights, configuration, tokenizer and a model card to the new folder `out`; all but weights from
-    `source_dir`.
+    """Write weights, configuration, tokenizer and a model card to the new folder `out`, atomically; all but weights
+    from `source_dir`. `finish` may change the folder before it gets its name.
 
     Parameters, in memory or still to be read, keep their types and are written one by one. `names` is the family of
     modality names, ("T1", "rsfMRI") or ("sMRI", "fMRI"), default the configured ones; `base` and `fingerprint`
@@ -41,7 +42,8 @@ def export(
     modalities' weights are random, and why. Raises ConfigError for a
     folder that is not empty, CheckpointError for parameters that are not those of `config`, and as `carried`.
     """
-    out = new_folder(out)
+    out = Path(out)
+    check_new_folder(out)
     carried(Path(source_dir))  # which raises, before anything is written
     abstract = abstract_params(config)[1]
     faults = [f"{out}: {path}: not a parameter of this model" for path in sorted(params.keys() - abstract.keys())]
@@ -53,16 +55,16 @@ def export(
     if faults:
         raise CheckpointError(faults)
     renamed = export_names(config.modalities, names)
-    write_checkpoint(out, hub_tensors(params, config, renamed), max_shard_size)
     modalities = {renamed[m]: modality for m, modality in config.modalities.items()}
-    (out / "README.md").write_text(
-        model_card(config, modalities, out.name, base, fingerprint, template), encoding="utf-8"
-    )
-    # config.json comes last: without it, nobody takes what a killed export left for a checkpoint
     dtype = np.dtype(params[EMBED].dtype).name
     stated: dict[str, Any] = {"base": base, "base_fingerprint": fingerprint, "template": template}
     stated["untrained"] = untrained
-    write_config(source_dir, out, config, names, dtype=dtype, **stated)
+    with new_folder(out) as part:
+        write_checkpoint(part, hub_tensors(params, config, renamed), max_shard_size)
+        card = model_card(config, modalities, out.name, base, fingerprint, template)
+        (part / "README.md").write_text(card, encoding="utf-8")
+        write_config(source_dir, part, config, names, dtype=dtype, **stated)
+        finish(part)
 
 
 def hub_tensors(

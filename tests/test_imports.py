@@ -15,13 +15,13 @@ ROOMS: dict[str, set[str]] = {
     "umbrella_jax/reading.py": {"umbrella_jax.errors", "pydantic_core", "ruamel"},
     "umbrella_jax/config.py": {"umbrella_jax.errors", "umbrella_jax.reading", "pydantic", "ruamel"},
     "umbrella_jax/batch.py": {"jax"},
-    "umbrella_jax/pages.py": {"jinja2"},
+    "umbrella_jax/pages.py": {"umbrella_jax.errors", "umbrella_jax.files", "jinja2"},
     "umbrella_jax/columns.py": set(),
     "umbrella_jax/runs.py": {
         *("umbrella_jax.columns", "umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.evaluation"),
         *("umbrella_jax.files", "umbrella_jax.pages", "umbrella_jax.rundir", "matplotlib"),
     },
-    "umbrella_jax/rundir.py": {"umbrella_jax.errors"},
+    "umbrella_jax/rundir.py": {"umbrella_jax.errors", "umbrella_jax.files"},
     "umbrella_jax/progress.py": {"umbrella_jax.rundir", "tqdm"},
     "umbrella_jax/sharding.py": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models", "jax", "numpy"),
@@ -33,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "umbrella_jax/training": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
         *("umbrella_jax.distributed", "umbrella_jax.files", "umbrella_jax.rundir", "umbrella_jax.sharding"),
-        *("jax", "flax", "optax", "orbax", "chex", "numpy"),
+        *("jax", "flax", "optax", "orbax", "etils", "chex", "numpy"),
     },
     "umbrella_jax/plan": {
         *("umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.models", "umbrella_jax.training", "jax"),
@@ -58,6 +58,7 @@ ROOMS: dict[str, set[str]] = {
             "umbrella_jax.config",
             "umbrella_jax.batch",
             "umbrella_jax.errors",
+            "umbrella_jax.files",
             "umbrella_jax.reading",
             "umbrella_jax.columns",
             "umbrella_jax.pages",

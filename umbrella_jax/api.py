@@ -41,7 +41,7 @@ from umbrella_jax.config import (
 )
 from umbrella_jax.data.tokenize import load_tokenizer, save_tokenizer
 from umbrella_jax.errors import CheckpointError, ConfigError
-from umbrella_jax.files import new_folder
+from umbrella_jax.files import check_new_folder, check_run_name, new_folder
 from umbrella_jax.models import Llava, LlavaConfig, Params, abstract_params, merge, native_backend, quantize
 from umbrella_jax.models.lora import adapted_weight, adapters
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL
@@ -138,6 +138,11 @@ class Checkpoint:
         run = found.parent.parent if step is not None else found
         is_run = (run / MODEL).is_dir() and (run / CONFIG).is_file()
         kind: Literal["hf", "native", "run"] = "run" if is_run else "native" if (found / PARAMS).is_dir() else "hf"
+        if kind == "hf" and (run / CHECKPOINTS).is_dir():
+            absent = " and ".join(name for name in (MODEL, CONFIG) if not (run / name).exists())
+            raise CheckpointError(
+                f"{run}: a run without {absent}: cut off while it began; train it again with --resume"
+            )
         if kind != "hf" and overlay is not None:
             raise CheckpointError(f"{path}: {overlay} goes onto the Hugging Face directory that it was trained on")
         if kind == "run":
@@ -419,25 +424,34 @@ def describe(checkpoint: Checkpoint, directory: Path, *, untrained: Mapping[str,
 
 
 def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto", finite: bool = False) -> None:
-    """Writes a native checkpoint: orbax parameters, config.json, tokenizer, modalities.
+    """Write a native checkpoint atomically: orbax parameters, config.json, tokenizer, modalities.
 
-    Raises ConfigError for a folder that is not empty and, where `finite`, CheckpointError for weights that are not.
+    Raises ConfigError as `check_new_folder` and, if `finite`, CheckpointError for weights that are not finite.
     """
-    directory, checkpoint = new_folder(directory), checkpoint.merged()
+    directory, checkpoint = Path(directory), checkpoint.merged()
+    check_new_folder(directory)
+    check_run_name(directory, "name another folder")
     if finite:
         checkpoint.check_finite()
     params = checkpoint.params(dtype, where=host)
-    describe(checkpoint, directory, untrained=checkpoint.untrained)
-    save_params(directory / PARAMS, params)
+    with new_folder(directory) as part:
+        describe(checkpoint, part, untrained=checkpoint.untrained)
+        save_params(part / PARAMS, params)
 
 
 def write_hf(
     checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | None = None, max_shard_size: int | str = "5GB"
 ) -> None:
-    """Writes a Hugging Face directory, tensor by tensor, with tokenizer and model card; arguments as of `export`.
+    """Write a Hugging Face directory, tensor by tensor, with tokenizer and model card; arguments as of `export`.
     Adapters are merged into the weights, which keep their types."""
+    check_new_folder(out)
     checkpoint = checkpoint.merged()
     derived = checkpoint.kind != "hf"
+
+    def finish(part: Path) -> None:
+        if checkpoint.notes and has_tokenizer(checkpoint.description):
+            save_tokenizer(checkpoint.tokenizer(), part)
+
     export(
         out,
         checkpoint.tensors(),
@@ -449,13 +463,12 @@ def write_hf(
         fingerprint=checkpoint.fingerprint if derived else None,
         template=checkpoint.template,
         untrained=checkpoint.untrained,
+        finish=finish,
     )
-    if checkpoint.notes and has_tokenizer(checkpoint.description):
-        save_tokenizer(checkpoint.tokenizer(), out)
 
 
 def write_trained(checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | None = None) -> Path:
-    """Writes what a run trained, and of which base, as one file into the new folder `out`; returns its path.
+    """Write what a run trained, and on which base, as one file into the new folder `out`; returns its path.
 
     Of a run on top of another run, what all of them trained. Adapters are written so that they are to be added as
     B·A, their scale being in B; those of several runs beside one weight as one, of the sum of their ranks.
@@ -465,7 +478,7 @@ def write_trained(checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | N
     if checkpoint.kind != "run":
         raise CheckpointError(f"{checkpoint.path}: not a run, so it does not say what was trained; name a run")
     renamed = export_names(checkpoint.config.modalities, names)
-    path = new_folder(out) / FILE
+    check_new_folder(out)
     runs: list[Checkpoint] = []
     one: Checkpoint | None = checkpoint
     while one is not None and one.kind == "run":
@@ -481,10 +494,12 @@ def write_trained(checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | N
         tensors[b] = Tensor.of(np.concatenate([np.asarray(leaves[b]) * scale for leaves, scale in own], axis=-1))
     named = hub_tensors(tensors, checkpoint.config, renamed)
     modalities = {renamed[m]: modality for m, modality in checkpoint.config.modalities.items()}
-    out.mkdir(parents=True, exist_ok=True)
     untrained = {renamed[m]: why for m, why in checkpoint.untrained.items()}
-    write_trainable(path, Trainable(named, modalities, checkpoint.fingerprint, checkpoint.template, untrained))
-    return path
+    with new_folder(out) as part:
+        write_trainable(
+            part / FILE, Trainable(named, modalities, checkpoint.fingerprint, checkpoint.template, untrained)
+        )
+    return out / FILE
 
 
 def verify(

@@ -10,7 +10,7 @@ import math
 import textwrap
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from umbrella_jax.evaluation.metrics import Scores, Task, read_predictions, scor
 from umbrella_jax.evaluation.probe import NEVER, TOWER, Tower, fit_probe, folds
 from umbrella_jax.evaluation.side_by_side import side_by_side
 from umbrella_jax.evaluation.tasks import label_of
-from umbrella_jax.files import write_whole
+from umbrella_jax.files import PRIVATE, check_output, write_whole
 from umbrella_jax.models import native_backend
 from umbrella_jax.prediction import Row, blank_rows
 from umbrella_jax.processor import Processor
@@ -121,8 +121,8 @@ def baseline(
             found, said = _probe(problems, work, checkpoint)
         answered = dict(pair for problem, of in zip(problems, found, strict=True) for pair in _rows(problem, rows, of))
         columns[_COLUMNS[kind]] = [answered[i] for i in sorted(answered)]
-        files[kind].parent.mkdir(parents=True, exist_ok=True)
-        write_whole(files[kind], "".join(json.dumps(row) + "\n" for row in columns[_COLUMNS[kind]]))
+        files[kind].parent.mkdir(0o700, parents=True, exist_ok=True)
+        write_whole(files[kind], "".join(json.dumps(row) + "\n" for row in columns[_COLUMNS[kind]]), PRIVATE)
         notes += said
     scores = {name: score(of, tasks, resamples=config.evaluation.resamples) for name, of in columns.items()}
     how = next(iter(scores.values())).notes[0]
@@ -133,7 +133,7 @@ def _widths(width: float) -> tuple[int, ...]:
     return tuple(round(width * published) for published in WIDTHS)
 
 
-def _check(config: RunConfig, files: Iterable[Path], epochs: int, width: float) -> None:
+def _check(config: RunConfig, files: Collection[Path], epochs: int, width: float) -> None:
     """What can be known before any file is read."""
     faults = [
         f"{name}: expected a path ({flag})"
@@ -147,6 +147,8 @@ def _check(config: RunConfig, files: Iterable[Path], epochs: int, width: float) 
         faults.append(f"--cnn-width {width}: expected a share of {', '.join(map(str, WIDTHS))} channels, such as 0.25")
     if faults:
         raise ConfigError(faults)
+    for file in files:
+        check_output(file, "name another folder (--out DIR)", folder=False)
 
 
 def _open(config: RunConfig, run: str | Path | None, *, weights: bool) -> Checkpoint:

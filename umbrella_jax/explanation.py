@@ -47,7 +47,7 @@ class Explanation:
         Of a scan that does not say how it is oriented, nor does the map, so that a viewer assumes the same of both.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o700, parents=True, exist_ok=True)
         paths = []
         for number, image in enumerate(self.maps):
             stem = image.path.name.split(".")[0]

@@ -1,41 +1,190 @@
-"""Writing that is whole or not at all, and says where it fails; and a directory for one run alone."""
+"""Atomic writes that name the file where they fail, checks of output paths, and the lock of a directory."""
 
 import errno
 import fcntl
 import os
+import shutil
 import socket
+import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from umbrella_jax.errors import ConfigError, RunError
 
+SHARED, PRIVATE = 0o666, 0o600
+"""Modes of new files, before the umask: what anybody may read, and what contains participant data."""
+LOCK = ".lock"
+"""The file in a directory that `locked` locks."""
+_LONGEST = 240
+"""Bytes of an output's name: file systems take 255, and a file that is being written has a longer name."""
+_DEEPEST = 3800
+"""Bytes of an output's path: Linux takes 4096, and a checkpoint's files have paths some 150 bytes longer."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def disk_full(error: BaseException) -> int | None:
+    """Return the errno if an error of the system or of tensorstore means that the disk is full, else None."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return error.errno
+    # tensorstore's errors are no OSErrors, and quote the system's
+    return next((n for n in _FULL if errno.errorcode[n] in str(error) or os.strerror(n) in str(error)), None)
+
+
+def private(path: str, flags: int) -> int:
+    """Open a file as the `opener` of `open` does; a new one is readable by its owner only."""
+    return os.open(path, flags, PRIVATE)
+
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError within it names `path`: what a write raises, on a full disk say, does not say of which file."""
+    """Name `path` in an OSError of the block: a failed write, on a full disk say, does not name its file."""
     try:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def new_folder(out: str | Path) -> Path:
-    """The path, if nothing is there yet. Raises ConfigError otherwise."""
+def check_output(path: str | Path, remedy: str, *, folder: bool) -> None:
+    """Check that a file, or a `folder`, can be written at `path`; leaves nothing there.
+
+    Raises ConfigError with the cause and the `remedy`: a file in place of a folder or the reverse, a folder that takes
+    no new files (read-only, under /proc, another user's), or a name that is too long.
+    """
+    absolute = Path(path).absolute()
+    if any(len(os.fsencode(part)) > _LONGEST for part in absolute.parts) or len(os.fsencode(absolute)) > _DEEPEST:
+        limits = f"{_LONGEST} bytes, and {_DEEPEST} with its folders"
+        raise ConfigError(f"{path}: name too long, expected at most {limits}; {remedy}")
+    if not folder and absolute.is_dir():
+        raise ConfigError(f"{path}: a folder, not a file; {remedy}")
+    folders = [absolute, *absolute.parents] if folder else absolute.parents
+    there = next(parent for parent in folders if os.path.lexists(parent))
+    if not there.is_dir():
+        kind = "a broken link" if there.is_symlink() else "a file, not a folder"
+        raise ConfigError(f"{path}: {kind if there == absolute else f'{there} is {kind}'}; {remedy}")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".umbrella-jax-", dir=there))
+    except OSError as error:
+        # a pseudo file system (/proc, /sys) answers that there is no such file
+        cause = "it takes no new files" if error.errno in (errno.ENOENT, errno.EINVAL) else error.strerror
+        raise ConfigError(f"{path}: {there} cannot be written to: {cause}; {remedy}") from None
+
+
+def check_run_name(path: str | Path, remedy: str) -> None:
+    """Raise ConfigError if orbax or tensorstore could not read again what they write at `path`."""
+    absolute = os.path.abspath(path)
+    if "\\" in absolute:
+        raise ConfigError(f"{path}: checkpoints cannot be read from a path with a backslash ({absolute}); {remedy}")
+    if found := {"gs:", "s3:", "az:", "hf:"}.intersection(absolute.split("/")):
+        raise ConfigError(f"{path}: a folder named {min(found)} is taken for a cloud's address; {remedy}")
+    try:
+        absolute.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{absolute!a}: checkpoints need a path in UTF-8; {remedy}") from None
+
+
+def check_new_folder(out: str | Path) -> None:
+    """Check that `new_folder` can make `out`. Raises ConfigError if something is there, and as `check_output`."""
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: not an empty folder; nothing is overwritten, give a new one")
-    return out
+    check_output(out, "name another folder", folder=True)
+    if out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"{out}: not an empty folder; nothing is overwritten, name another one")
+    if os.path.ismount(out):
+        raise ConfigError(f"{out}: a mount point cannot be replaced; name a folder inside it")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Puts a file there, or in the place of another one, as a whole: never half of it, whatever happens meanwhile."""
+@contextmanager
+def new_folder(out: str | Path, mode: int = 0o777) -> Iterator[Path]:
+    """Write a folder atomically: the block fills the folder that it is given, which becomes `out` at the end.
+
+    That is `.NAME.part` beside `out`, locked by this process. What a killed process left there is removed; so is all
+    that a block wrote which fails.
+
+    Raises ConfigError as `check_new_folder`, or if another process is writing `out`; OSError naming `out`.
+    """
+    check_new_folder(out)
+    final = Path(os.path.realpath(out))
+    part = final.with_name(f".{final.name}.part")
+    with naming(Path(out)):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.mkdir(mode, exist_ok=True)
+    with locked(part, "wait until that has ended, or name another folder", named=Path(out)):
+        try:
+            for path in part.iterdir():
+                if path.name != LOCK:
+                    _remove(path)
+            yield part
+            with naming(Path(out)):
+                sync(part)
+                part.rename(final)
+        except BaseException as error:
+            shutil.rmtree(part, ignore_errors=True)
+            if isinstance(error, OSError) and Path(error.filename or part).is_relative_to(part):
+                inner = Path(error.filename or part).relative_to(part)
+                raise OSError(error.errno, error.strerror, str(Path(out) / inner)) from None
+            raise
+        (final / LOCK).unlink(missing_ok=True)
+
+
+def rewrite_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Make `path` the folder that `write` fills; one that holds the same already stays. A kill in between leaves the
+    old folder or none, never half of one."""
+    part, old = (path.with_name(f".{path.name}.{end}") for end in ("part", "old"))
+    with naming(path):
+        _remove(old)
+        _remove(part)
+        try:
+            part.mkdir()
+            write(part)
+            if _contents(part) != _contents(path):
+                sync(part)
+                if os.path.lexists(path):
+                    path.rename(old)
+                part.rename(path)
+        finally:
+            _remove(part)
+        _remove(old)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    files = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(folder: Path) -> None:
+    """Flush a folder and all in it to the disk, so that a rename never shows an empty file after a power cut."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _fsync(os.path.join(root, name))
+        with suppress(OSError):  # file systems that do not flush folders do not need it
+            _fsync(root)
+
+
+def _fsync(path: str) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def write_whole(path: Path, content: str | bytes, mode: int = SHARED) -> None:
+    """Write a file atomically, in place of one that is there."""
     aside = path.with_name(f".{path.name}.part")
+    data = content.encode("utf-8") if isinstance(content, str) else content
     with naming(path):
         try:
-            with aside.open("w", encoding="utf-8") as file:
-                file.write(text)
+            aside.unlink(missing_ok=True)  # what a killed process left, under whatever mode
+            with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(path)
@@ -61,19 +210,23 @@ def append(file: int, path: Path, line: bytes) -> None:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(
+    directory: Path,
+    remedy: str = "wait until that has ended, or name another output_dir (--out DIR)",
+    named: Path | None = None,
+) -> Iterator[None]:
     """A block that one process at a time is in, of all that name this directory; it holds `.lock` with `flock`.
 
     The kernel lets go when the process ends, however it ends. On NFS the lock holds between hosts and ends with the
     host's lease, some 90 s, where that is lost; on a file system without locks (Lustre with `noflock`) there is none.
 
-    Raises ConfigError where another process is in it, naming that.
+    Raises ConfigError if another process is in it, with that process and `named` (by default the directory).
     """
-    path = directory / ".lock"
+    path = directory / LOCK
     with naming(path):
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, SHARED)
     try:
-        hold(file, directory, "name another output_dir (--out DIR)")
+        hold(file, named or directory, remedy)
         os.ftruncate(file, 0)
         os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
@@ -84,7 +237,7 @@ def locked(directory: Path) -> Iterator[None]:
 def is_locked(directory: Path) -> bool:
     """Whether a process is in a block that is `locked`. Takes the lock for an instant, to see whether it can."""
     try:
-        file = os.open(directory / ".lock", os.O_RDONLY)
+        file = os.open(directory / LOCK, os.O_RDONLY)
     except OSError:  # none, or not to be read: nobody of ours
         return False
     try:
@@ -109,7 +262,7 @@ def hold(file: int, path: Path, remedy: str) -> None:
     except BlockingIOError:
         first = os.pread(file, 1000, 0).decode(errors="replace")
         holder = first if first.startswith("process ") else "another process"
-        raise ConfigError(f"{path}: {holder} is writing to it; wait until that has ended, or {remedy}") from None
+        raise ConfigError(f"{path}: {holder} is writing to it; {remedy}") from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise

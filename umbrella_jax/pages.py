@@ -7,6 +7,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from umbrella_jax.errors import ConfigError
+from umbrella_jax.files import PRIVATE, check_output, write_whole
+
 PRIVACY = "tells of people's scans (pictures, names, answers): treat it as the scans"
 PACKAGES = ("matplotlib", "pillow")
 """Of the extra `report`."""
@@ -20,6 +23,11 @@ def page_faults(flag: str, file: Path, packages: Sequence[str]) -> list[str]:
         faults.append(f"{flag}: {' and '.join(missing)} not installed; pip install 'umbrella-jax[report]'")
     if file.is_dir() or not file.parent.is_dir():
         faults.append(f"{flag} {file}: expected the name of a file in a directory that exists")
+    else:
+        try:
+            check_output(file, f"name another file ({flag} FILE)", folder=False)
+        except ConfigError as error:
+            faults += error.faults
     return faults
 
 
@@ -34,7 +42,8 @@ def write_page(template: Path, file: Path, **values: Any) -> None:
     loader = jinja2.FileSystemLoader([template.parent, Path(__file__).parent])
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     text = environment.get_template(template.name).render(privacy=PRIVACY, **values)
-    file.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")  # JSON may hold half a surrogate pair
+    # JSON may hold half a surrogate pair
+    write_whole(file, text.encode("utf-8", errors="xmlcharrefreplace"), PRIVATE)
 
 
 def png(image: Any) -> str:

@@ -31,7 +31,7 @@ from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.evaluation.generate import GREEDY, NONE, Sampling, decode, prefill, score_answers
 from umbrella_jax.evaluation.metrics import Task, task_of, tasks_of
 from umbrella_jax.evaluation.tasks import label_of
-from umbrella_jax.files import append, hold, naming, write_whole
+from umbrella_jax.files import PRIVATE, append, check_output, hold, naming, write_whole
 from umbrella_jax.models import Params, abstract_params, native_backend
 from umbrella_jax.processor import Processor
 from umbrella_jax.progress import Progress, Work
@@ -265,6 +265,8 @@ def predict(
             raise ConfigError(f"{out}: is there already; name another file, or remove it")
         if not out.parent.is_dir():
             raise ConfigError(f"{out}: expected the name of a file in a directory that exists")
+        if first:
+            check_output(out, "name another file", folder=False)
         devices = make_mesh(mesh, batch_size=batch_size)
         checkpoint = Checkpoint.open(source, modalities, compute_dtype=compute_dtype)
         if faults := MeshShape(**devices.shape).undivided(checkpoint.config):
@@ -332,7 +334,7 @@ def predict(
                 part.write(fresh)
     answered = [done[index] for index in range(len(rows))]
     if part:
-        write_whole(out, "".join(json.dumps(row) + "\n" for row in answered))
+        write_whole(out, "".join(json.dumps(row) + "\n" for row in answered), PRIVATE)
         part.path.unlink()
     gather(None)  # written
     return answered
@@ -348,9 +350,9 @@ class _Part:
         if path.exists() and not resume:
             raise ConfigError(f"{path}: what an earlier call left; go on with --resume, or remove it")
         with naming(path):
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, PRIVATE)
         try:
-            hold(self._file, path, "name another file")
+            hold(self._file, path, "wait until that has ended, or name another file")
             self._go_on(dict(settings))
         except BaseException:
             os.close(self._file)

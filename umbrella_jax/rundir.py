@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from umbrella_jax.errors import DataError, Interrupted, UmbrellaError, visible
+from umbrella_jax.files import private
 
 CONFIG, INPUTS, MODEL, METRICS, PREDICTIONS, CHECKPOINTS, LOG, REPORT = (
     *("config.yaml", "inputs.json", "model", "metrics.jsonl", "predictions", "checkpoints", "log.txt", "report.html"),
@@ -96,7 +97,8 @@ class RunLog:
             self._say(f"WARNING: {self.path}: no longer written: {error.strerror}")
 
     def __enter__(self) -> "RunLog":
-        self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace")  # a path may be no Unicode
+        # a path may be no Unicode
+        self._file = open(self.path, "a", encoding="utf-8", errors="backslashreplace", opener=private)
         self.note(f"{_STARTED} {self._about}, process {os.getpid()} on {socket.gethostname()}")
         self._showwarning, warnings.showwarning = warnings.showwarning, self._warned
         root = logging.getLogger()

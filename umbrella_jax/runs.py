@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,7 +13,7 @@ from umbrella_jax.columns import columns
 from umbrella_jax.config import Metric, flat, load_config, to_dict
 from umbrella_jax.errors import ConfigError, UmbrellaError, visible
 from umbrella_jax.evaluation.tasks import headline
-from umbrella_jax.files import is_locked
+from umbrella_jax.files import is_locked, write_whole
 from umbrella_jax.pages import page_faults
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, LOG, METRICS, Line, how_it_ended, read_metrics
 
@@ -177,7 +178,10 @@ class Comparison:
             where.grid(alpha=0.25)
             where.spines[["top", "right"]].set_visible(False)
         with matplotlib.rc_context({"svg.hashsalt": "umbrella-jax"}):
-            figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+            drawn = BytesIO()
+            metadata = {"Date": None} if file.suffix == ".svg" else None
+            figure.savefig(drawn, format=file.suffix[1:], metadata=metadata)
+        write_whole(file, drawn.getvalue())
 
 
 def compare(runs: Sequence[Run], metrics: Sequence[str] = ()) -> Comparison:

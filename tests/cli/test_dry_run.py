@@ -174,9 +174,12 @@ def test_what_a_run_refuses_it_refuses(
     assert {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()} == before
 
     (tmp_path / "file").touch()
-    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+    for place, cause in (
+        (tmp_path / "file", "a file, not a folder"),
+        (tmp_path / "file" / "run", f"{tmp_path / 'file'} is a file, not a folder"),
+    ):
         message = umbrella(*world.train_flags(place, *flags, "--dry-run"), code=2)
-        assert f"{place}: cannot be written, because of {tmp_path / 'file'}" in message
+        assert f"{place}: {cause}; name another output_dir (--out DIR)" in message
     message = umbrella(*world.train_flags(tmp_path / "run", "--train-data", tmp_path / "none", "--dry-run"), code=2)
     assert str(tmp_path / "none") in message
 

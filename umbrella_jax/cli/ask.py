@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from umbrella_jax.cli.options import (
@@ -219,11 +220,12 @@ def _explain(arguments: argparse.Namespace) -> None:
     import umbrella_jax
     from umbrella_jax.config import DataConfig
     from umbrella_jax.data.conversation import read_conversations
-    from umbrella_jax.files import new_folder
+    from umbrella_jax.files import check_new_folder, new_folder
 
     if (arguments.prompt is None) == (arguments.data is None):
         raise ConfigError("explain: expected PROMPT with --image, or --data PATH without PROMPT")
-    modalities, out = modalities_of(arguments), new_folder(arguments.out)
+    modalities, out = modalities_of(arguments), Path(arguments.out)
+    check_new_folder(out)
     processor = umbrella_jax.Processor.load(arguments.model, modalities=modalities)
     if arguments.data is None:
         conversations = [processor.question(arguments.prompt, _images(arguments, processor.modalities))]
@@ -235,16 +237,23 @@ def _explain(arguments: argparse.Namespace) -> None:
         if missing := set(arguments.task_id) - {c.task_id for c in conversations}:
             raise ConfigError(f"--task-id {', '.join(sorted(missing))}: not in {arguments.data}")
     model = _model(arguments, modalities)
-    for number, conversation in enumerate(conversations):
-        explained = umbrella_jax.explain(
-            model, processor, conversation, answer=arguments.answer, method=arguments.method, steps=arguments.path_steps
-        )
-        # a task_id may contain "../"
-        name = f"{number}_{re.sub(r'[^A-Za-z0-9-]+', '_', conversation.task_id)}"
-        folder = out if arguments.data is None else out / name
-        print(
-            f"{conversation.task_id}: {explained.answer!r}: log p {explained.log_probability:.4g}, "
-            f"{explained.without:.4g} with background for every volume"
-        )
-        for path in explained.write(processor, folder):
-            print(f"  {path}")
+    paths: list[Path] = []
+    with new_folder(out, 0o700) as part:
+        for number, conversation in enumerate(conversations):
+            explained = umbrella_jax.explain(
+                model,
+                processor,
+                conversation,
+                answer=arguments.answer,
+                method=arguments.method,
+                steps=arguments.path_steps,
+            )
+            # a task_id may contain "../"
+            name = f"{number}_{re.sub(r'[^A-Za-z0-9-]+', '_', conversation.task_id)}"
+            folder = part if arguments.data is None else part / name
+            print(
+                f"{conversation.task_id}: {explained.answer!r}: log p {explained.log_probability:.4g}, "
+                f"{explained.without:.4g} with background for every volume"
+            )
+            paths += [out / path.relative_to(part) for path in explained.write(processor, folder)]
+    print("\n".join(f"  {path}" for path in paths))

@@ -19,6 +19,7 @@ from umbrella_jax.cli.options import (
 from umbrella_jax.config import MAX_CLASSES
 from umbrella_jax.data.bids import MODALITIES, TEMPLATES, from_bids
 from umbrella_jax.errors import ConfigError, visible
+from umbrella_jax.files import check_output
 
 
 def add(commands: Any) -> None:
@@ -91,6 +92,7 @@ def add(commands: Any) -> None:
 
 def _from_bids(arguments: argparse.Namespace) -> None:
     options = {key: value for key, value in vars(arguments).items() if key != "call" and value is not None}
+    check_output(arguments.out, "name another folder", folder=True)
     print(visible("\n".join(from_bids(**options))))
 
 

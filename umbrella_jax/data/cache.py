@@ -53,6 +53,7 @@ from umbrella_jax.data.volume import (
 )
 from umbrella_jax.data.voxels import Voxels, readable, source_files
 from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.files import check_output
 from umbrella_jax.reading import parse_json, read_json, sha256
 
 _log = logging.getLogger(__name__)
@@ -299,6 +300,7 @@ def fill(config: RunConfig, *, verify: bool = False) -> str:
         faults.append("data.train: expected a path (--train-data PATH), or data.eval (--eval-data PATH)")
     if faults:
         raise ConfigError(faults)
+    check_output(Path(str(data.cache)), "name another folder (--cache DIR)", folder=True)
     images: dict[Image, None] = {}
     for path in paths:
         try:

@@ -36,7 +36,7 @@ def run_demo(
     """
     from umbrella_jax.cli import main
     from umbrella_jax.evaluation.metrics import read_predictions
-    from umbrella_jax.files import new_folder
+    from umbrella_jax.files import check_new_folder, check_run_name
     from umbrella_jax.rundir import evaluations
 
     def command(*words: object) -> None:
@@ -45,7 +45,8 @@ def run_demo(
         if main(text):
             raise RunError(f"demo: umbrella-jax {text[0]} failed")
 
-    new_folder(directory)
+    check_new_folder(directory)
+    check_run_name(directory, "name another folder (--out DIR)")
     base, native, run, export = (directory / name for name in ("base", "native", "run", "export"))
     make_base(base, seed)
     data = make_data(directory / "data", seed, *subjects)

@@ -21,7 +21,7 @@ from umbrella_jax.data.inputs import dump_inputs
 from umbrella_jax.data.loader import task_ids, train_batches
 from umbrella_jax.data.plan import BatchShape, Plan
 from umbrella_jax.distributed import agree, broadcast, together
-from umbrella_jax.files import locked, write_whole
+from umbrella_jax.files import PRIVATE, locked, rewrite_folder, write_whole
 from umbrella_jax.loggers import loggers
 from umbrella_jax.models import abstract_params
 from umbrella_jax.plan import batch_flops, sheet_of
@@ -114,10 +114,10 @@ def _run(run: Prepared, resume: bool, log: RunLog | None) -> Line:
     ):
         state, pending = resume_from(checkpoints, state, run.meta, run.inputs, say) if resume else (state, None)
         if log:
-            if not resume or not (out / MODEL).exists():
-                describe(run.base, out / MODEL)
+            # also of a run that goes on: what a kill or a full disk left of them would show when it has ended
+            rewrite_folder(out / MODEL, partial(describe, run.base))
             write_whole(out / CONFIG, dump_config(_absolute(config, run.base)))
-            write_whole(out / INPUTS, dump_inputs(run.inputs))
+            write_whole(out / INPUTS, dump_inputs(run.inputs), PRIVATE)
 
         def interrupted() -> int:
             return agree(signals.received)

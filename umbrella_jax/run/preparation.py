@@ -22,6 +22,7 @@ from umbrella_jax.data.validate import shared
 from umbrella_jax.distributed import broadcast, together
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.evaluation.metrics import Task, metric_names, tasks_of
+from umbrella_jax.files import check_output, check_run_name
 from umbrella_jax.loggers import missing
 from umbrella_jax.models import LlavaConfig, Params, abstract_params, lora, native_backend, quantize
 from umbrella_jax.prediction import Choices, Row, blank_rows
@@ -97,7 +98,11 @@ def check(config: RunConfig) -> tuple[Path, Mesh]:
         faults.append("model.quantize: qwix is not installed; pip install 'umbrella-jax[quantize]', or leave it out")
     if faults:
         raise ConfigError(faults)
-    return Path(str(config.output_dir)), mesh
+    out = Path(str(config.output_dir))
+    remedy = "name another output_dir (--out DIR)"
+    check_output(out, remedy, folder=True)
+    check_run_name(out, remedy)
+    return out, mesh
 
 
 def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:

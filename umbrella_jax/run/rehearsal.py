@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 from tqdm import tqdm
@@ -36,7 +35,6 @@ def rehearse(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) 
     with together():
         out, mesh = check(config)
         check_out(config, out, resume)
-        _check_writable(out)
     prepared = prepare(config, out, mesh, say)
     if resume and (out / CHECKPOINTS).exists():
         assert prepared.state is not None
@@ -45,13 +43,6 @@ def rehearse(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) 
     with together():
         _compile(prepared, say)
     say(f"nothing was written to {out}")
-
-
-def _check_writable(out: Path) -> None:
-    """Raises ConfigError where the directory could not be made, or written to."""
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{out}: cannot be written, because of {there}; name another output_dir (--out DIR)")
 
 
 def _compile(run: Prepared, say: Say) -> None:

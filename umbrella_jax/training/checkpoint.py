@@ -1,8 +1,10 @@
 """Orbax: the part that changes in a run, and whole models in native form."""
 
 import dataclasses
+import glob
 import json
 import math
+import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,13 +17,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils.epath.gpath import PosixGPath
 
 from umbrella_jax.config import TrainConfig
 from umbrella_jax.errors import CheckpointError, Interrupted, RunError
+from umbrella_jax.files import disk_full
 from umbrella_jax.models import Params
 from umbrella_jax.training.step import TrainState
 
 Array = jax.Array
+_TIMEOUT = 20 * 365 * 86400
+"""Seconds that orbax may take for a save. It measures them by the clock, which may be set forward meanwhile; a process
+that is gone is noticed by its heartbeat."""
+
+
+class _LiteralPath(PosixGPath):
+    """A path whose own characters are not wildcards in `glob`, by which orbax finds the files that it has written."""
+
+    def glob(self, pattern: str) -> Iterator["_LiteralPath"]:
+        """Yield the matches of `pattern` below this path."""
+        for name in glob.glob(pattern, root_dir=self):
+            yield self / name
+
+
+def _orbax_path(directory: Path) -> _LiteralPath:
+    return _LiteralPath(os.path.abspath(directory))
 
 
 class Checkpoints:
@@ -45,10 +65,14 @@ class Checkpoints:
         options = (
             ocp.CheckpointManagerOptions(read_only=True, max_to_keep=None, save_interval_steps=0, create=False)
             if read_only
-            else ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True)
+            else ocp.CheckpointManagerOptions(
+                preservation_policy=self,
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(timeout_secs=_TIMEOUT),
+            )
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers)
+        self._manager = ocp.CheckpointManager(_orbax_path(directory), options=options, item_handlers=handlers)
         self._values: dict[int, float] = {}
         for line in lines:
             self._rank(int(line["step"]), line)
@@ -194,6 +218,8 @@ def _tree(state: TrainState) -> dict[str, Any]:
 
 def _first_line(error: Exception) -> str:
     """Of what orbax or tensorstore say, which goes on for pages."""
+    if full := disk_full(error):
+        return f"the disk is full ({os.strerror(full)})"
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
 
 
@@ -230,10 +256,15 @@ def _checksum(x: Array) -> Array:
 
 
 def save_params(directory: Path, params: Params) -> None:
-    """Writes all parameters of a model; `directory` must not exist."""
+    """Write all parameters of a model; `directory` must not exist. Raises OSError if the disk is full."""
     # weights are noise to a compressor, which would take five times as long; written in place, not copied for later
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
-        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(params))
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
+            checkpointer.save(_orbax_path(directory), args=ocp.args.PyTreeSave(params))
+    except Exception as error:  # of orbax, tensorstore or the file system
+        if full := disk_full(error):
+            raise OSError(full, os.strerror(full), str(directory)) from error
+        raise
 
 
 @contextmanager
@@ -248,7 +279,7 @@ def param_shapes(directory: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and types of what `save_params` wrote, by path; reads no parameters. Raises CheckpointError where it is
     damaged."""
     with _whole(directory), ocp.PyTreeCheckpointer() as checkpointer:
-        saved = dict(checkpointer.metadata(directory.absolute()).item_metadata)
+        saved = dict(checkpointer.metadata(_orbax_path(directory)).item_metadata)
         return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in saved.items()}
 
 
@@ -265,4 +296,4 @@ def _read(directory: Path, like: dict[str, Any]) -> Any:
         item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
     )
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(directory.absolute(), args=args)
+        return checkpointer.restore(_orbax_path(directory), args=args)
