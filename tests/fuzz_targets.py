@@ -147,6 +147,8 @@ TOKENS += (
     "<<: *a",
     "!!python/name:os.system ",
     "!x ",
+    '"task_id": "b", ',
+    '{"a": 1, "a": 2}',
     "%YAML 1.1\n---\n",
 )
 TOKENS += (

@@ -2,17 +2,20 @@
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from umbrella_jax import cli, distributed
 from umbrella_jax.cli import setup
 from umbrella_jax.errors import LESS, CheckpointError, ConfigError, DataError, Interrupted, RunError, UmbrellaError
+from umbrella_jax.files import strict_json
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for package in ("umbrella_jax", "convert") for path in (ROOT / package).rglob("*.py"))
@@ -128,3 +131,18 @@ def test_nothing_is_swallowed() -> None:
             r"except (Base)?Exception( as \w+)?:\s*(#.*)?\n\s*(pass|continue|return( None)?)\n", text
         ), path
     assert len(SOURCES) > 60
+
+
+def test_json_that_we_write_is_strict() -> None:
+    assert strict_json({"é": [1.5, (2, None)]}, ensure_ascii=False) == '{"é": [1.5, [2, null]]}'
+    value = {"a": math.nan, "b": [math.inf, {"c": (-math.inf, 1e308)}], "d": np.float64("nan")}
+    assert strict_json(value) == '{"a": null, "b": [null, {"c": [null, 1e+308]}], "d": null}'
+
+
+def test_json_is_written_at_one_place() -> None:
+    """Elsewhere what is hashed, processes exchange, or has no number that could be infinite."""
+    exempt = {"training/checkpoint.py", "distributed.py", "data/cache.py", "data/tokenize.py", "data/inputs.py"}
+    exempt |= {"demo/base.py", "demo/data.py", "safetensors_io.py", "hf_config.py", "trainable.py", "files.py"}
+    for path in SOURCES:
+        if not path.as_posix().endswith(tuple(exempt)):
+            assert "json.dump" not in path.read_text(), path

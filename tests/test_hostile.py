@@ -105,14 +105,21 @@ def place(tmp_path: Path) -> Callable[[str], Path]:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("[" * DEEP, "recursion limit"),
-        ('{"task_id":' * DEEP, "recursion limit"),
-        ("[" * 900 + "]" * 900, "recursion limit"),  # which Python's own reader takes, and whoever shows it may not
+        ("[" * DEEP, "nests deeper than 200 levels"),
+        ('{"task_id":' * DEEP, "nests deeper than 200 levels"),
+        (
+            "[" * 900 + "]" * 900,
+            "nests deeper than 200",
+        ),  # which Python's own reader takes, and whoever shows it may not
         ('{"task_id": "\\ud800"}', "surrogate"),  # which no UTF-8 could be written with
         ('{"task_id": 1' + "0" * 5000 + "}", "number out of range"),  # which Python would not write
         ('{"task_id": "\0"}', "control character"),
+        ('{"a": [{"b": 1}, {"b": 1, "c": {}, "b": 1}]}', 'the key "b" is given twice in one object (column 36)'),
+        ('[{"\\u0061": "\\"a\\": }", "a": 1}]', 'the key "a" is given twice in one object (column 25)'),
+        ('{"a": -Infinity}', "-Infinity is no number of JSON; write null, or a finite number (column 7)"),
+        ('{"a": "1e999", "b": 1e999}', "1e999 is no number of JSON; write null, or a finite number (column 21)"),
     ],
-    ids=["lists", "objects", "nearly too deep", "surrogate", "number", "zero byte"],
+    ids=["lists", "objects", "deep", "surrogate", "number", "zero byte", "twice", "escaped", "infinity", "beyond"],
 )
 def test_json(place: Callable[[str], Path], name: str, read: Any, error: Any, text: str, expected: str) -> None:
     path = place(name)
@@ -122,13 +129,56 @@ def test_json(place: Callable[[str], Path], name: str, read: Any, error: Any, te
     assert expected in message
 
 
-@pytest.mark.parametrize(("name", "read", "error"), [row for row in JSON if row[0] != "a.jsonl"])
+@pytest.mark.parametrize(("name", "read", "error"), [row for row in JSON if not row[0].startswith("a.")])
 def test_json_of_a_gigabyte_is_not_read(place: Callable[[str], Path], name: str, read: Any, error: Any) -> None:
     path = place(name)
     with path.open("wb") as file:
         file.truncate(1 << 30)
-    limit = 256 if name == "a.json" else 16
-    assert f"{path}: larger than {limit} MB; " in refused(error, read, path)
+    assert f"{path}: larger than 16 MB; " in refused(error, read, path)
+
+
+def test_a_list_of_conversations_has_any_length_but_not_its_items(
+    place: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = place("a.json")
+    with path.open("wb") as file:
+        file.truncate(1 << 30)
+    assert f"{path}:1: not valid JSON: Expecting value (column 1)" in refused(DataError, conversations, path)
+    record = {"task_id": "é", "conversations": [{"role": "user", "content": "?\u2028"}]}
+    path.write_text(json.dumps([record] * 30_000, indent=1, ensure_ascii=False))
+    assert path.stat().st_size > 2 * MB
+    with costs_at_most(10 * MB):  # 75 MB as one value
+        assert sum(1 for _ in reading.read_items(path, DataError, "")) == 30_000
+    monkeypatch.setattr(reading, "_PIECE", 100)
+    assert [c.source for c in conversations(path)][-1] == f"{path}[29999]"
+    monkeypatch.setattr(reading, "LINE", 1000)
+    path.write_text(json.dumps([record, record | {"metadata": {"note": "x" * 3000}}], indent=1))
+    assert f"{path}:11: not valid JSON: Longer than" in refused(DataError, conversations, path)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_nan_of_pandas_is_nothing(place: Callable[[str], Path], name: str) -> None:
+    path = place(name)
+    path.write_text('{"task_id": "a", "metadata": {"age": NaN}, "conversations": [{"role": "user", "content": "?"}]}')
+    assert conversations(path)[0].metadata == {"age": None}
+
+
+@pytest.mark.parametrize("name", [row[0] for row in JSON if not row[0].startswith("a.")])
+def test_nan_elsewhere_is_named(place: Callable[[str], Path], name: str) -> None:
+    path = place(name)
+    path.write_text('{\n"sex": NaN}')
+    read, error = next((read, error) for known, read, error in JSON if known == name)
+    assert f"{path}:2: not valid JSON: NaN is no number of JSON; write null" in refused(error, read, path)
+
+
+@pytest.mark.parametrize(("name", "read", "error"), JSON)
+def test_other_encodings_are_named(place: Callable[[str], Path], name: str, read: Any, error: Any) -> None:
+    path = place(name)
+    path.write_text('{"task_id": "é"}', encoding="utf-16")
+    assert f"{path}: cannot be read: it is UTF-16; save it as UTF-8" in refused(error, read, path)
+    path.write_text('{"task_id": "é"}', encoding="cp1252")
+    expected = f"{path}: cannot be read: byte 0xe9 is no UTF-8, as in a text of Windows-1252; save it as UTF-8"
+    assert expected in refused(error, read, path)
 
 
 def test_a_jsonl_has_any_length_but_not_its_lines(
@@ -475,7 +525,7 @@ MODALITIES = {"T1": T1}
             {"vision_config__intermediate_size": 10**12},
             "vision_config.intermediate_size: 1000000000000; expected at most",
         ),
-        ({"text_config__rms_norm_eps": float("nan")}, "text_config.rms_norm_eps: expected a positive float, got nan"),
+        ({"text_config__rms_norm_eps": float("nan")}, "config.json:1: not valid JSON: NaN is no number of JSON"),
         ({"text_config__rms_norm_eps": 10**400}, "text_config.rms_norm_eps: expected a positive float"),
         ({"text_config__rope_parameters": "linear"}, "text_config.rope_parameters: 'linear' is not supported"),
         (

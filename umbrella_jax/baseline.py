@@ -5,7 +5,6 @@ A question is answered from the scans that it shows itself: of a comparison from
 the reference's label. Neither sees a word of the text.
 """
 
-import json
 import math
 import textwrap
 import time
@@ -32,7 +31,7 @@ from umbrella_jax.evaluation.metrics import Scores, Task, read_predictions, scor
 from umbrella_jax.evaluation.probe import NEVER, TOWER, Tower, fit_probe, folds
 from umbrella_jax.evaluation.side_by_side import side_by_side
 from umbrella_jax.evaluation.tasks import label_of
-from umbrella_jax.files import PRIVATE, check_output, write_whole
+from umbrella_jax.files import PRIVATE, check_output, strict_json, write_whole
 from umbrella_jax.models import native_backend
 from umbrella_jax.prediction import Row, blank_rows
 from umbrella_jax.processor import Processor
@@ -122,7 +121,7 @@ def baseline(
         answered = dict(pair for problem, of in zip(problems, found, strict=True) for pair in _rows(problem, rows, of))
         columns[_COLUMNS[kind]] = [answered[i] for i in sorted(answered)]
         files[kind].parent.mkdir(0o700, parents=True, exist_ok=True)
-        write_whole(files[kind], "".join(json.dumps(row) + "\n" for row in columns[_COLUMNS[kind]]), PRIVATE)
+        write_whole(files[kind], "".join(strict_json(row) + "\n" for row in columns[_COLUMNS[kind]]), PRIVATE)
         notes += said
     scores = {name: score(of, tasks, resamples=config.evaluation.resamples) for name, of in columns.items()}
     how = next(iter(scores.values())).notes[0]

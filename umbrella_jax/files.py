@@ -2,6 +2,8 @@
 
 import errno
 import fcntl
+import json
+import math
 import os
 import shutil
 import socket
@@ -10,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from umbrella_jax.errors import ConfigError, RunError
 
@@ -266,3 +269,20 @@ def hold(file: int, path: Path, remedy: str) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise
+
+
+def strict_json(value: Any, **options: Any) -> str:
+    """Return `value` as JSON text that every reader takes: a number that is not finite is null. `options` are those of
+    `json.dumps`."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

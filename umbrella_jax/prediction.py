@@ -1,6 +1,5 @@
 """Answers to a data set, on all devices of all processes: a run's evaluations, and `umbrella-jax predict`."""
 
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.evaluation.generate import GREEDY, NONE, Sampling, decode, prefill, score_answers
 from umbrella_jax.evaluation.metrics import Task, task_of, tasks_of
 from umbrella_jax.evaluation.tasks import label_of
-from umbrella_jax.files import PRIVATE, append, check_output, hold, naming, write_whole
+from umbrella_jax.files import PRIVATE, append, check_output, hold, naming, strict_json, write_whole
 from umbrella_jax.models import Params, abstract_params, native_backend
 from umbrella_jax.processor import Processor
 from umbrella_jax.progress import Progress, Work
@@ -334,7 +333,7 @@ def predict(
                 part.write(fresh)
     answered = [done[index] for index in range(len(rows))]
     if part:
-        write_whole(out, "".join(json.dumps(row) + "\n" for row in answered), PRIVATE)
+        write_whole(out, "".join(strict_json(row) + "\n" for row in answered), PRIVATE)
         part.path.unlink()
     gather(None)  # written
     return answered
@@ -363,7 +362,7 @@ class _Part:
         whole = text[: text.rfind(b"\n") + 1]  # a last line that was torn apart is made again
         os.ftruncate(self._file, len(whole))
         if not whole:
-            append(self._file, self.path, (json.dumps(settings) + "\n").encode())
+            append(self._file, self.path, (strict_json(settings) + "\n").encode())
             return
         try:
             lines = whole.decode().splitlines()
@@ -383,7 +382,7 @@ class _Part:
 
     def write(self, rows: Mapping[int, Row]) -> None:
         """Adds rows by their numbers."""
-        lines = "".join(json.dumps([index, row]) + "\n" for index, row in rows.items())
+        lines = "".join(strict_json([index, row]) + "\n" for index, row in rows.items())
         append(self._file, self.path, lines.encode())
 
     def __enter__(self) -> "_Part":

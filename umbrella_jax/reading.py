@@ -1,25 +1,31 @@
 """Text, JSON and YAML from outside: within limits, and refused by name beyond them.
 
 A file is never read further than its limit, nor text parsed deeper than a few levels, so that neither memory nor the
-interpreter's stack is at the mercy of whoever wrote it. What comes out is text, numbers, lists and mappings alone.
+interpreter's stack is at the mercy of whoever wrote it. What comes out is text, finite numbers, lists and mappings.
 """
 
+import codecs
 import hashlib
+import json
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 from umbrella_jax.errors import ConfigError, UmbrellaError
 
 DESCRIPTION = 16 << 20
 """Bytes of a JSON file that describes something: config.json has some KB, the index of a thousand shards some MB."""
 LISTING = 256 << 20
-"""Bytes of a JSON file or table that lists: 250,000 conversations of 1 KB. Parsed, JSON takes up to twenty times its
-bytes, so one of 1 GB would take the machine's memory; lines of a .jsonl have no such sum."""
+"""Bytes of a table or of a run's record of its inputs. Parsed, JSON takes up to twenty times its bytes, so one of 1 GB
+would take the machine's memory."""
 LINE = 16 << 20
-"""Characters of one line of a .jsonl: thousands of times a conversation that a model could read."""
+"""Characters of one line of a .jsonl or one item of a JSON list: thousands of times a conversation that a model could
+read."""
+DEPTH = 200
+"""Levels of JSON."""
 YAML = 256 << 10
 """Bytes of a YAML file, a hundred times the longest in configs/; its parser takes seconds for each MB."""
 YAML_DEPTH = 20
@@ -30,24 +36,24 @@ _WHERE = re.compile(r"(.*) at line (\d+) column (\d+)", re.DOTALL)
 
 
 def read_text(path: str | Path, error: type[UmbrellaError], limit: int, remedy: str) -> str:
-    """A whole file of UTF-8, with or without a byte order mark. Raises `error` with the `remedy` where it cannot be
-    read, is longer than `limit` bytes or is no text."""
+    """Return a whole file of UTF-8, without its byte order mark. Raises `error` with the `remedy` if the file cannot be
+    read, is longer than `limit` bytes or is not UTF-8."""
     try:
         with open(path, "rb") as file:
             size, content = os.fstat(file.fileno()).st_size, bytearray()
-            # of a pipe, the size says nothing
+            # the size of a pipe says nothing
             while max(size, len(content)) <= limit and (piece := file.read(1 << 20)):
                 content += piece
         if max(size, len(content)) <= limit:
             return content.decode("utf-8-sig")
-    except (OSError, ValueError) as fault:  # no text, or a name that none can have
+    except (OSError, ValueError) as fault:  # no text, or a name that no file can have
         raise error(f"{path}: cannot be read: {_reason(fault)}; {remedy}") from None
     raise error(f"{path}: larger than {limit / 2**20:g} MB; {remedy}")
 
 
 def read_lines(path: str | Path, error: type[UmbrellaError], remedy: str) -> Iterator[tuple[int, str]]:
-    """(number from 1, line) of a text file of any length, one in memory at a time; raises as `read_text`, of a line of
-    more than LINE characters too."""
+    """Yield (number from 1, line) of a text file of any length, one in memory at a time. Raises as `read_text`, and for
+    a line of more than LINE characters."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             # not by splitlines(), which would also cut at U+2028 inside a string
@@ -66,29 +72,221 @@ def sha256(path: str | Path) -> str:
 
 
 def _reason(fault: Exception) -> str:
+    if isinstance(fault, UnicodeDecodeError):
+        if bytes(fault.object[:2]) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return "it is UTF-16; save it as UTF-8"
+        return f"byte {fault.object[fault.start]:#04x} is no UTF-8, as in a text of Windows-1252; save it as UTF-8"
     return (fault.strerror if isinstance(fault, OSError) else None) or str(fault)
 
 
-def read_json(path: str | Path, error: type[UmbrellaError], remedy: str, limit: int = DESCRIPTION) -> Any:
-    """What a JSON file holds. Raises `error` with the `remedy` as `read_text` and `parse_json` do."""
-    return parse_json(read_text(path, error, limit, remedy), path, error, remedy)
+def read_json(
+    path: str | Path, error: type[UmbrellaError], remedy: str, limit: int = DESCRIPTION, *, nan_is_null: bool = False
+) -> Any:
+    """Return the value of a JSON file. Raises `error` with the `remedy` as `read_text` and `parse_json` do."""
+    return parse_json(read_text(path, error, limit, remedy), path, error, remedy, nan_is_null=nan_is_null)
 
 
-def parse_json(text: str, path: str | Path, error: type[UmbrellaError], remedy: str, line: int = 1) -> Any:
-    """What JSON that begins at a `line` of `path` holds.
+def parse_json(
+    text: str, path: str | Path, error: type[UmbrellaError], remedy: str, line: int = 1, *, nan_is_null: bool = False
+) -> Any:
+    """Return the value of JSON `text`, which begins at a `line` of `path`.
 
-    Raises `error` for what is none, nests deeper than 200 levels, or has half of a surrogate pair or a number of more
-    than 4300 digits, which no later text could be written with. NaN and Infinity are taken, as pandas writes them.
+    Raises `error`, naming the line, for text that is not JSON, a key that is given twice in one object, more than DEPTH
+    levels, half of a surrogate pair, a number of more than 4300 digits or beyond a float's range, and Infinity. NaN is
+    null if `nan_is_null`, as in data that pandas wrote, and otherwise refused.
     """
-    from pydantic_core import from_json  # here, so that models import without it
-
-    # Not by json: it goes as deep as the interpreter's stack, whatever is left of it.
     try:
-        return from_json(text)
-    except ValueError as fault:
-        message, row, column = m.groups() if (m := _WHERE.fullmatch(str(fault))) else (str(fault), "1", "?")
-        place = f"{path}:{line + int(row) - 1}"
-        raise error(f"{place}: not valid JSON: {message} (column {column}); {remedy}") from None
+        value = _DECODERS[nan_is_null].decode(text)
+        _check_strict(text)
+        return value
+    except (ValueError, RecursionError) as fault:
+        place, message = _json_fault(fault, text, 0, line, 0)
+        raise error(f"{path}:{place[0]}: not valid JSON: {message} (column {place[1]}); {remedy}") from None
+
+
+def read_items(
+    path: str | Path, error: type[UmbrellaError], remedy: str, *, nan_is_null: bool = False
+) -> Iterator[tuple[int | None, Any]]:
+    """Yield (index, item) of a JSON list of any length, one item in memory at a time; (None, value) if the file holds
+    another value. Raises as `read_lines` and `parse_json` do."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            yield from _Items(file, path, error, remedy, nan_is_null).items()
+    except (OSError, UnicodeDecodeError) as fault:
+        raise error(f"{path}: cannot be read: {_reason(fault)}; {remedy}") from None
+
+
+class _Items:
+    """Values of JSON text that is read a piece at a time; `text[at:]` is what was read and not yet taken."""
+
+    def __init__(
+        self, file: TextIO, path: str | Path, error: type[UmbrellaError], remedy: str, nan_is_null: bool
+    ) -> None:
+        self.file, self.path, self.error, self.remedy = file, path, error, remedy
+        self.decoder = _DECODERS[nan_is_null]
+        self.text, self.at = "", 0
+        self.line, self.before = 1, 0  # where `text` begins: its line, and the characters before it in that line
+
+    def items(self) -> Iterator[tuple[int | None, Any]]:
+        """Yield what `read_items` does."""
+        if self.next() != "[":
+            yield None, self.value()
+        else:
+            self.at += 1
+            index = 0
+            while index or self.next() != "]":  # a comma has an item after it
+                yield index, self.value()
+                index += 1
+                if self.next() == "]":
+                    break
+                if self.next() != ",":
+                    self.refuse(json.JSONDecodeError("Expecting ',' delimiter", self.text, self.at))
+                self.at += 1
+            self.at += 1
+        if self.next():
+            self.refuse(json.JSONDecodeError("Extra data", self.text, self.at))
+
+    def next(self) -> str:
+        """Return the next character that is not white space; "" at the end of the file."""
+        while True:
+            while self.text[self.at : self.at + 1] in tuple(" \t\n\r"):
+                self.at += 1
+            if self.at < len(self.text) or not self.more():
+                return self.text[self.at : self.at + 1]
+
+    def more(self) -> bool:
+        """Read as much again as is waiting, and a piece at least. Returns whether there was any."""
+        piece = self.file.read(max(_PIECE, len(self.text) - self.at))
+        if piece:
+            newline = self.text.rfind("\n", 0, self.at)
+            self.before = self.at - newline - 1 if newline >= 0 else self.before + self.at
+            self.line += self.text.count("\n", 0, self.at)
+            self.text, self.at = self.text[self.at :] + piece, 0
+        return bool(piece)
+
+    def value(self) -> Any:
+        """Take the next value."""
+        self.next()
+        while True:
+            fault: Exception | None = None
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.at)
+            except (_RefusedError, RecursionError) as error:
+                self.refuse(error)
+            except ValueError as error:
+                if isinstance(error, json.JSONDecodeError) and _is_final(error):
+                    self.refuse(error)
+                fault, end = error, len(self.text)
+            if end == len(self.text):  # cut off, or a number that goes on
+                if end - self.at > LINE:
+                    message = f"Longer than {LINE / 2**20:g} M characters, which is no conversation"
+                    self.refuse(json.JSONDecodeError(message, self.text, self.at))
+                if self.more():
+                    continue
+                if fault:
+                    self.refuse(fault)
+            try:
+                _check_strict(self.text[self.at : end])
+            except ValueError as error:
+                self.refuse(error)
+            self.at = end
+            return value
+
+    def refuse(self, fault: Exception) -> NoReturn:
+        (line, column), message = _json_fault(fault, self.text, self.at, self.line, self.before)
+        raise self.error(f"{self.path}:{line}: not valid JSON: {message} (column {column}); {self.remedy}") from None
+
+
+class _RefusedError(ValueError):
+    """A value that Python's JSON reader takes and we do not: a number as it is written, or "" for a key given twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _RefusedError("")
+    return found
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise _RefusedError(text)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise _RefusedError(text)
+    return value
+
+
+def _decoder(constant: Callable[[str], Any]) -> json.JSONDecoder:
+    return json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_constant=constant)
+
+
+_DECODERS = {
+    False: _decoder(_refuse_constant),
+    True: _decoder(lambda text: None if text == "NaN" else _refuse_constant(text)),
+}
+"""{whether NaN is null: the decoder}."""
+_PIECE = 1 << 20
+_STRING = r'"(?P<string>[^"\\]*(?:\\.[^"\\]*)*)"\s*(?P<colon>:)?'
+_TOKEN = re.compile(_STRING + r"|[{}]|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|NaN|-?Infinity", re.DOTALL)
+
+
+def _check_strict(text: str) -> None:
+    """Raise ValueError for what Python's JSON reader takes as deep as its stack allows: deep nesting, and half of a
+    surrogate pair, with which no UTF-8 can be written."""
+    if "\\u" in text or text.count("[") + text.count("{") > DEPTH:
+        from pydantic_core import from_json  # here, so that models import without it
+
+        from_json(text)
+
+
+def _is_final(fault: json.JSONDecodeError) -> bool:
+    """Whether no more text could mend it."""
+    return not fault.msg.startswith("Unterminated string") and fault.pos + len("-Infinity") < len(fault.doc)
+
+
+def _json_fault(fault: Exception, text: str, at: int, line: int, before: int) -> tuple[tuple[int, int], str]:
+    """Return (line, column) and message for a fault of the value that begins at `text[at]`.
+
+    `line` is that of `text[0]`, which has `before` characters before it.
+    """
+    message, position, rows, columns = str(fault), at, 0, 0
+    if isinstance(fault, json.JSONDecodeError):
+        message, position = fault.msg, fault.pos
+    elif isinstance(fault, _RefusedError):
+        message, position = _find_refused(str(fault), text, at)
+    else:
+        from pydantic_core import from_json
+
+        try:
+            from_json(text[at:])
+        except ValueError as strict:
+            if match := _WHERE.fullmatch(str(strict)):
+                message, rows, columns = match[1], int(match[2]) - 1, int(match[3]) - 1
+                message = message.replace("recursion limit exceeded", f"nests deeper than {DEPTH} levels")
+    newline = text.rfind("\n", 0, position)
+    column = (position - newline if newline >= 0 else before + position + 1) if not rows else 1
+    return (line + text.count("\n", 0, position) + rows, column + columns), message
+
+
+def _find_refused(number: str, text: str, at: int) -> tuple[str, int]:
+    """Return why and where `_RefusedError` was raised, with this `number`, for the value that begins at `text[at]`."""
+    keys: list[set[str]] = []
+    for token in _TOKEN.finditer(text, at):
+        if token[0] == "{":
+            keys.append(set())
+        elif token[0] == "}":
+            keys.pop()
+        elif number and token[0] == number:
+            return f"{number} is no number of JSON; write null, or a finite number", token.start()
+        elif not number and token["colon"]:
+            key = json.loads(f'"{token["string"]}"')
+            if key in keys[-1]:
+                return f"the key {json.dumps(key, ensure_ascii=False)} is given twice in one object", token.start()
+            keys[-1].add(key)
+    raise AssertionError("nothing was refused")
 
 
 def read_yaml(path: str | Path, remedy: str = "expected a YAML file") -> Any:

@@ -11,7 +11,6 @@ report.html      where `umbrella-jax report` puts its page
 .lock            held by the process that is training
 """
 
-import json
 import logging
 import os
 import socket
@@ -24,6 +23,7 @@ from typing import Any, TextIO
 
 from umbrella_jax.errors import DataError, Interrupted, UmbrellaError, visible
 from umbrella_jax.files import private
+from umbrella_jax.reading import parse_json
 
 CONFIG, INPUTS, MODEL, METRICS, PREDICTIONS, CHECKPOINTS, LOG, REPORT = (
     *("config.yaml", "inputs.json", "model", "metrics.jsonl", "predictions", "checkpoints", "log.txt", "report.html"),
@@ -51,7 +51,7 @@ def read_metrics(path: Path) -> list[Line]:
     rows, lines = path.read_text(encoding="utf-8").splitlines(), []
     for number, row in enumerate(rows, 1):
         try:
-            lines.append(json.loads(row))
+            lines.append(parse_json(row, path, DataError, "take it out", number))
             int(lines[-1]["step"])
         except (ValueError, TypeError, KeyError):
             if number < len(rows):

@@ -1,11 +1,11 @@
 """Commands for checkpoints: `convert from-hf`, `to-hf`, `verify`."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from umbrella_jax.cli.options import add_command, add_config, add_group, add_json, config_of, modalities_of
+from umbrella_jax.files import strict_json
 
 
 def add(commands: Any) -> None:
@@ -101,5 +101,5 @@ def _verify(arguments: argparse.Namespace) -> int:
     from umbrella_jax.api import verify
 
     found = verify(arguments.a, arguments.b, modalities_of(arguments), forward=not arguments.no_logits)
-    print(json.dumps(found.to_json(), indent=2) if arguments.json else "\n".join(found.lines()))
+    print(strict_json(found.to_json(), indent=2) if arguments.json else "\n".join(found.lines()))
     return 0 if found.same else 1

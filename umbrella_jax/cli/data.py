@@ -1,7 +1,6 @@
 """Commands for data: `data from-bids`, `validate`, `cache`."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from umbrella_jax.cli.options import (
 from umbrella_jax.config import MAX_CLASSES
 from umbrella_jax.data.bids import MODALITIES, TEMPLATES, from_bids
 from umbrella_jax.errors import ConfigError, visible
-from umbrella_jax.files import check_output
+from umbrella_jax.files import check_output, strict_json
 
 
 def add(commands: Any) -> None:
@@ -120,7 +119,7 @@ def _validate(arguments: argparse.Namespace) -> int:
         data = config.data
         write_page(report, config.model.modalities, page, sample=sample, threads=data.threads, augment=data.augment)
         print(f"{page}:\n  {PRIVACY}", file=sys.stderr)
-    print(json.dumps(report.to_json(), indent=1, allow_nan=False) if arguments.json else "\n".join(report.lines()))
+    print(strict_json(report.to_json(), indent=1) if arguments.json else "\n".join(report.lines()))
     return 0 if report.ok else 1
 
 

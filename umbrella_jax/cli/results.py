@@ -1,7 +1,6 @@
 """Commands for results: `runs`, `score`, `report`, `baseline`."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from umbrella_jax.cli.options import (
 )
 from umbrella_jax.config import EvaluationConfig, load_config
 from umbrella_jax.errors import ConfigError, visible
+from umbrella_jax.files import strict_json
 
 
 def add(commands: Any) -> None:
@@ -97,7 +97,7 @@ def _runs(arguments: argparse.Namespace) -> None:
     if file and (faults := plot_faults(file)):
         raise ConfigError(faults)
     found = compare(find_runs(arguments.dir), arguments.metric or ())
-    print(json.dumps(found.to_json(), indent=1, allow_nan=False) if arguments.json else found.table())
+    print(strict_json(found.to_json(), indent=1) if arguments.json else found.table())
     if file:
         found.plot(file)
         print(f"{file}: curves of {len(found.runs)} runs", file=sys.stderr)
@@ -118,7 +118,7 @@ def _score(arguments: argparse.Namespace) -> None:
     rows = read_predictions(file)
     scores = score(rows, tasks_of(rows, config.tasks), resamples=config.resamples)
     if arguments.json:
-        print(json.dumps(scores.to_json(), indent=1, allow_nan=False))
+        print(strict_json(scores.to_json(), indent=1))
     else:
         print(visible(f"{title}{scores.table()}"))
 

@@ -1,11 +1,11 @@
 """Commands to begin with: `doctor`, `demo`, `config from-original`, `completion`."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from umbrella_jax.cli.options import DIRECTORIES, FILES, add_command, add_group, add_json, walk
+from umbrella_jax.files import strict_json
 
 
 def add(commands: Any) -> None:
@@ -53,7 +53,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from umbrella_jax.doctor import diagnose
 
     found = diagnose()
-    print(json.dumps(found.to_json(), indent=2) if arguments.json else "\n".join(found.lines()))
+    print(strict_json(found.to_json(), indent=2) if arguments.json else "\n".join(found.lines()))
     return 1 if found.problems else 0
 
 

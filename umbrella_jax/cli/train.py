@@ -1,7 +1,6 @@
 """Commands for training: `train`, `inspect`, `plan`."""
 
 import argparse
-import json
 from typing import Any
 
 from umbrella_jax.cli.options import (
@@ -13,6 +12,7 @@ from umbrella_jax.cli.options import (
     config_of,
     start_processes,
 )
+from umbrella_jax.files import strict_json
 
 
 def add(commands: Any) -> None:
@@ -93,4 +93,4 @@ def _plan(arguments: argparse.Namespace) -> None:
         text_tokens=arguments.text_tokens,
         subjects=arguments.subjects,
     )
-    print(json.dumps(found.to_json(), indent=2) if arguments.json else found.table())
+    print(strict_json(found.to_json(), indent=2) if arguments.json else found.table())

@@ -1,7 +1,6 @@
 """A BIDS data set to conversations: participants.tsv says what is asked, file names about which scans."""
 
 import csv
-import json
 import math
 import random
 import re
@@ -19,7 +18,7 @@ from umbrella_jax.columns import plural, wrapped
 from umbrella_jax.config import MAX_CLASSES
 from umbrella_jax.data.conversation import IMAGE_MARKER, TURN_END, TURN_START
 from umbrella_jax.errors import ConfigError, DataError, UmbrellaError
-from umbrella_jax.files import PRIVATE, write_whole
+from umbrella_jax.files import PRIVATE, strict_json, write_whole
 from umbrella_jax.reading import LISTING, read_json, read_text, read_yaml
 
 T = TypeVar("T")
@@ -145,7 +144,7 @@ def from_bids(
         else:
             records = [writer.one(subject, scan) for subject in members for scan in subject.scans]
         file = out / f"{name}.json"
-        body = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)  # a line each, for grep
+        body = ",\n".join(strict_json(record, ensure_ascii=False) for record in records)  # a line each, for grep
         write_whole(file, f"[\n{body}\n]\n", PRIVATE)
         counts = f"{plural(len(members), 'subject')}, {plural(len(records), 'conversation')}"
         lines.append(f"{file}: {counts}: {_counted(kind, subjects, members)}")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from umbrella_jax.config import modality_names, resolve_modality, unknown_modality
 from umbrella_jax.data.schema import IMAGE_MARKER, KINDS, kind, to_current
 from umbrella_jax.errors import DataError
-from umbrella_jax.reading import LISTING, parse_json, read_json, read_lines
+from umbrella_jax.reading import parse_json, read_items, read_lines
 
 ROLES = ("system", "user", "assistant")
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -19,7 +19,7 @@ MAX_FAULTS = 10_000
 T = TypeVar("T")
 _SUFFIXES = (".json", ".jsonl")
 _EACH = "expected a conversation, an object, in each line"
-_JSONL = "expected a conversation or a list of them; a .jsonl, of one in each line, may have any length"
+_LIST = "expected a conversation, an object, or a list of them"
 _SUBJECT = re.compile(r"sub-([0-9A-Za-z+]+)(?=[_.]|$)")
 
 
@@ -209,16 +209,13 @@ def _records(file: Path, faults: list[str]) -> Iterator[tuple[str, Any]]:
     """Every JSON value of a file that should be a conversation, with its source; what is no JSON goes to `faults`."""
     try:
         if file.suffix == ".json":
-            value = read_json(file, DataError, _JSONL, LISTING)
-            if isinstance(value, list):
-                yield from ((f"{file}[{i}]", item) for i, item in enumerate(value))
-            else:
-                yield str(file), value
+            for index, value in read_items(file, DataError, _LIST, nan_is_null=True):
+                yield str(file) if index is None else f"{file}[{index}]", value
             return
         for number, line in read_lines(file, DataError, _EACH):
             if line.strip():
                 try:
-                    value = parse_json(line, file, DataError, _EACH, number)
+                    value = parse_json(line, file, DataError, _EACH, number, nan_is_null=True)
                 except DataError as error:
                     faults.extend(error.faults)
                     if len(faults) > MAX_FAULTS:

@@ -15,6 +15,7 @@ from umbrella_jax.config import DataConfig
 from umbrella_jax.data.cache import source_digest
 from umbrella_jax.data.conversation import conversation_files
 from umbrella_jax.data.loader import Dataset
+from umbrella_jax.files import strict_json
 from umbrella_jax.reading import sha256
 
 Inputs = dict[str, list[tuple[str, str]]]
@@ -46,7 +47,7 @@ def read_inputs(data: DataConfig, datasets: Mapping[str, Dataset]) -> Inputs:
 
 def dump_inputs(inputs: Inputs) -> str:
     """As JSON, for people and for `changed`."""
-    return json.dumps(inputs, indent=1) + "\n"
+    return strict_json(inputs, indent=1) + "\n"
 
 
 def digest_of(inputs: Inputs) -> str:

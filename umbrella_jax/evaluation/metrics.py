@@ -133,7 +133,7 @@ def read_predictions(path: str | Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = parse_json(line, path, DataError, remedy, number)
+            row = parse_json(line, path, DataError, remedy, number, nan_is_null=True)
         except DataError as error:
             faults += error.faults
             continue

@@ -1,6 +1,5 @@
 """The page itself: what `facts` says, with diagrams, slices of the volumes and maps of what an answer is about."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from umbrella_jax.evaluation.explain import Method
 from umbrella_jax.evaluation.metrics import Figure, short
 from umbrella_jax.evaluation.tasks import headline
 from umbrella_jax.explanation import Explanation
+from umbrella_jax.files import strict_json
 from umbrella_jax.report.facts import Facts, Sample, read_facts
 from umbrella_jax.report.figures import curves, draw_calibration, draw_curves, draw_numbers, with_unit
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG
@@ -235,4 +235,4 @@ def _embedded(facts: Facts) -> str:
         "failures": facts.failures,
         "samples": [{"task_id": s.row["task_id"], "task": s.task, "failed": s.failed} for s in facts.samples],
     }
-    return json.dumps(found, allow_nan=False).replace("<", "\\u003c")
+    return strict_json(found).replace("<", "\\u003c")

@@ -1,6 +1,5 @@
 """A run's evaluations: loss over the answers, and the answers."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +9,7 @@ import jax
 
 from umbrella_jax.data.loader import eval_batches, eval_subset
 from umbrella_jax.evaluation.metrics import score, task_of
-from umbrella_jax.files import PRIVATE, write_whole
+from umbrella_jax.files import PRIVATE, strict_json, write_whole
 from umbrella_jax.models import Params
 from umbrella_jax.prediction import Row, answers, with_answer
 from umbrella_jax.progress import Progress, Work
@@ -78,7 +77,7 @@ def evaluate(
     if jax.process_index() == 0:
         folder = run.out / PREDICTIONS
         folder.mkdir(0o700, exist_ok=True)
-        write_whole(folder / f"step_{step}.jsonl", "".join(json.dumps(row) + "\n" for row in answered), PRIVATE)
+        write_whole(folder / f"step_{step}.jsonl", "".join(strict_json(row) + "\n" for row in answered), PRIVATE)
     mean = loss / supervised if supervised else None  # none: the truth is in metadata alone
     metrics: Line = {} if mean is None else {"loss": mean if math.isfinite(mean) else None}
     there = {task_of(row) for row in answered}

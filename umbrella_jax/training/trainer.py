@@ -1,6 +1,5 @@
 """The loop, read from top to bottom. It takes any iterator of `Batch`."""
 
-import json
 import math
 import os
 import signal
@@ -22,7 +21,7 @@ from umbrella_jax.batch import Batch
 from umbrella_jax.config import TrainConfig
 from umbrella_jax.distributed import together
 from umbrella_jax.errors import Interrupted, RunError
-from umbrella_jax.files import append, naming, write_whole
+from umbrella_jax.files import append, naming, strict_json, write_whole
 from umbrella_jax.models import Params
 from umbrella_jax.rundir import Line, Say, read_metrics
 from umbrella_jax.sharding import put_batch
@@ -43,12 +42,12 @@ class Metrics:
     def __init__(self, path: Path, step: int):
         self.path = path
         lines = read_metrics(path)
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines if int(line["step"] or 0) <= step))
+        write_whole(path, "".join(strict_json(line) + "\n" for line in lines if int(line["step"] or 0) <= step))
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, line: Line) -> None:
         """Appends one line."""
-        append(self._file, self.path, (json.dumps(line, allow_nan=False) + "\n").encode())
+        append(self._file, self.path, (strict_json(line) + "\n").encode())
 
     def sync(self) -> None:
         """Down to the disk, as a checkpoint does that counts on the lines."""
