@@ -69,7 +69,7 @@ ROOMS: dict[str, set[str]] = {
         *("umbrella_jax.api", "umbrella_jax.config", "umbrella_jax.data", "umbrella_jax.errors", "umbrella_jax.pages"),
         *("umbrella_jax.evaluation", "umbrella_jax.explanation", "umbrella_jax.models", "umbrella_jax.prediction"),
         *("umbrella_jax.reading", "umbrella_jax.rundir", "umbrella_jax.training", "umbrella_jax"),
-        *("convert", "nibabel", "numpy", "matplotlib"),
+        *("umbrella_jax.files", "convert", "nibabel", "numpy", "matplotlib"),
     },
     "convert": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),

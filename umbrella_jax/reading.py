@@ -284,7 +284,7 @@ def _find_refused(number: str, text: str, at: int) -> tuple[str, int]:
         elif not number and token["colon"]:
             key = json.loads(f'"{token["string"]}"')
             if key in keys[-1]:
-                return f"the key "{token['string']}" is given twice in one object", token.start()
+                return f'the key "{token["string"]}" is given twice in one object', token.start()
             keys[-1].add(key)
     raise AssertionError("nothing was refused")
 
