@@ -384,7 +384,7 @@ def test_an_axis_of_any_length_is_no_matrix(tmp_path: Path, shape: tuple[int, ..
     assert "expected at most 8192 voxels along an axis" in refused(DataError, load_volume, tmp_path / "a.npy", T1)
 
 
-@pytest.mark.parametrize("scale", [1e-300, 1e300, 1e-4, 1e4])
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
 @pytest.mark.parametrize("axis", [0, 2])
 def test_voxels_of_no_size(tmp_path: Path, scale: float, axis: int) -> None:
     affine = np.eye(4)
@@ -394,7 +394,7 @@ def test_voxels_of_no_size(tmp_path: Path, scale: float, axis: int) -> None:
     image.header["srow_y"], image.header["srow_z"] = affine[1], affine[2]
     (tmp_path / "a.nii").write_bytes(image.header.binaryblock + bytes(4) + image.dataobj.tobytes())
     pad = ModalityConfig(size=SIZE, patch=(3, 2, 4), mode="pad", orientation="as_stored")
-    assert "nothing in it says how large its voxels are" in refused(DataError, load_volume, tmp_path / "a.nii", pad)
+    assert "no voxel sizes: its header says " in refused(DataError, load_volume, tmp_path / "a.nii", pad)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Conversations to batches, and tokens to text, as a model expects them."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ import numpy as np
 from umbrella_jax.api import Checkpoint, same_template
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import AugmentConfig, DataConfig, ModalityConfig, Template, modality_names, resolve_modality
-from umbrella_jax.data.cache import VolumeCache
+from umbrella_jax.data.cache import Sources, VolumeCache
 from umbrella_jax.data.conversation import Conversation, Image, Message
 from umbrella_jax.data.loader import Dataset, whole_batch
 from umbrella_jax.data.tokenize import check_template, decode, encode_answers, encode_prompt, stop_ids
 from umbrella_jax.data.volume import check_volumes
 from umbrella_jax.errors import ConfigError, DataError
+
+_log = logging.getLogger(__name__)
+_REMARKS = 10
+"""Contradictions in headers that are printed."""
 
 
 class Processor:
@@ -95,7 +100,7 @@ class Processor:
 
         Raises DataError with the faults of all.
         """
-        found, faults, cache = dict[str, Dataset](), list[str](), VolumeCache.of(data)
+        found, faults, sources = dict[str, Dataset](), list[str](), VolumeCache.of(data)
         for split in splits:
             try:
                 if (path := getattr(data, split)) is not None:
@@ -107,13 +112,14 @@ class Processor:
                         allow_outside_root=data.allow_outside_root,
                         threads=data.threads,
                         evaluation=split == "eval",
-                        cache=cache,
+                        sources=sources,
                         augment=data.augment if augment and split == "train" else AugmentConfig(),
                     )
             except DataError as error:
                 faults += error.faults
         if faults:
             raise DataError(faults)
+        _warn(sources)
         return found
 
     def question(self, text: str, images: Sequence[tuple[str, str | Path]] = ()) -> Conversation:
@@ -154,8 +160,10 @@ class Processor:
         """A data set of one conversation, as the prompt for its last answer; its volumes are checked."""
         common: dict[str, Any] = {"template": self.template, "max_length": self.max_length}
         prompt = encode_prompt(conversation, self.tokenizer, self.modalities, **common)
-        windows = check_volumes(conversation.images, self.modalities, 4)
-        return Dataset((conversation,), (), (prompt,), windows, self.modalities)
+        sources = Sources()
+        windows = check_volumes(conversation.images, self.modalities, 4, sources.check)
+        _warn(sources)
+        return Dataset((conversation,), (), (prompt,), windows, self.modalities, sources)
 
     def batch(
         self,
@@ -201,3 +209,14 @@ class Processor:
         """Return the text of generated tokens, int [B, L], without special tokens and what follows the end."""
         rows = np.asarray(tokens)
         return [decode(self.tokenizer, row[row >= 0]).strip() for row in rows]
+
+
+def _warn(sources: Sources) -> None:
+    """Log contradictions in the headers of scans, once for all processes."""
+    remarks = sources.remarks() if jax.process_index() == 0 else []
+    for remark in remarks[:_REMARKS]:
+        _log.warning("%s", remark)
+    if len(remarks) > _REMARKS:
+        _log.warning(
+            "%d more contradictions in headers; `umbrella-jax data validate` lists them", len(remarks) - _REMARKS
+        )

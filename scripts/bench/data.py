@@ -89,11 +89,11 @@ def preprocess(path: Path, mode: str) -> list[tuple[float, float]]:
 def read_window(path: Path, window: int) -> list[float]:
     """Seconds that one window of 20 frames takes, those of the processor, and the MB that are read of the file."""
     from umbrella_jax.config import ModalityConfig
-    from umbrella_jax.data.volume import load_volume
+    from umbrella_jax.data.volume import open_volume, preprocess
 
     config = ModalityConfig(size=(64, 64, 36, 20), patch=(16, 16, 12, 5))
     read = _read_so_far()
-    seconds, busy = _seconds(lambda: load_volume(path, config, window))
+    seconds, busy = _seconds(lambda: preprocess(path, open_volume(path, config), config, window))
     return [seconds, busy, (_read_so_far() - read) / 1e6]
 
 
@@ -166,7 +166,7 @@ def deliver(scans: Path, base: Path, cache: Path, dtype: str) -> list[tuple[floa
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     tokenizer, _ = load_tokenizer(base, None)
     modalities = {"T1": ModalityConfig(size=(96, 96, 96), patch=(10, 10, 10))}
-    options: dict[str, Any] = {"max_length": 2048, "threads": 1, "cache": VolumeCache(cache, dtype)}
+    options: dict[str, Any] = {"max_length": 2048, "threads": 1, "sources": VolumeCache(cache, dtype)}
     dataset = Dataset.load(scans / "train.json", tokenizer, modalities, **options)
     plan = make_plan(dataset, batch_size=8, accumulate_steps=1, seed=0)
     steps, rates = 4 * VOLUMES // 8, []

@@ -21,7 +21,7 @@ from umbrella_jax.config import DataConfig, ModalityConfig
 from umbrella_jax.data import cache as cache_module
 from umbrella_jax.data import volume as volume_module
 from umbrella_jax.data import voxels as voxels_module
-from umbrella_jax.data.cache import VolumeCache
+from umbrella_jax.data.cache import Sources, VolumeCache
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.loader import Dataset, eval_batches, make_plan, train_batches
 from umbrella_jax.data.volume import PREPROCESSING_VERSION, check_volumes, load_volume
@@ -79,7 +79,7 @@ def load_dataset(nifti, record, write_json, tokenizer, modalities):
     shown = [["T1:0.nii"], ["T1:1.nii", "T1:0.nii"], ["fMRI:run.nii.gz"], ["fMRI:run.nii.gz", "T1:2.nii"]]
     path = write_json("data.json", [record([("user", images), ("assistant", ["x"])]) for images in shown])
     return lambda cache, **more: Dataset.load(
-        path, tokenizer, modalities, max_length=200, threads=2, cache=cache, **more
+        path, tokenizer, modalities, max_length=200, threads=2, sources=cache, **more
     )
 
 
@@ -526,7 +526,7 @@ def test_data_cache_names_what_is_wrong(config_file, directory, capsys):
 def test_float16_of_no_cache_is_refused():
     with pytest.raises(ConfigError, match="cache_dtype: float16 of no cache"):
         DataConfig(cache_dtype="float16")
-    assert VolumeCache.of(DataConfig()) is None
+    assert type(VolumeCache.of(DataConfig())) is Sources
     cache = VolumeCache.of(DataConfig(cache="somewhere", cache_dtype="float16"))
     assert (cache.directory, cache.dtype) == (Path("somewhere"), np.float16)
 

@@ -13,7 +13,7 @@ import umbrella_jax.data.voxels
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.loader import Dataset
-from umbrella_jax.data.volume import check_volumes, load_volume
+from umbrella_jax.data.volume import check_volumes, load_volume, open_volume, preprocess
 from umbrella_jax.errors import DataError
 
 SIZE, FRAMES = (6, 7, 5), 11
@@ -107,8 +107,8 @@ def test_analyze_has_no_orientation(tmp_path, kind, named):
         found = load_volume(tmp_path / named, config(orientation="as_stored"))
         np.testing.assert_array_equal(found, data[..., :4] if data.ndim == 4 else data)
         assert faults(tmp_path / named, config()) == (
-            f"{tmp_path / named}: nothing in it says how it is oriented; "
-            "expected orientation: as_stored of the modality, or NIfTI whose qform_code or sform_code is not 0",
+            f"{tmp_path / named}: no orientation: Analyze headers do not hold one; use NIfTI with a valid qform or "
+            "sform, or set orientation: as_stored for the modality",
         )
 
 
@@ -213,7 +213,8 @@ def test_a_window_reads_its_own_frames_alone(run, monkeypatch):
     monkeypatch.setattr(umbrella_jax.data.voxels, "_array", lambda file: read.append(file.name) or original(file))
     for window, frames in [(0, (0, 1, 2, 3)), (1, (0, 4, 5, 6, 7))]:
         read.clear()
-        load_volume(path, fmri(orientation="as_stored"), window)
+        config = fmri(orientation="as_stored")
+        preprocess(path, open_volume(path, config), config, window)
         assert read == [f"frame_{n}.npy" for n in frames]
 
 
@@ -229,7 +230,7 @@ def test_arrays_and_frames_have_no_orientation(run, tmp_path):
     write(tmp_path / "a.npy", numbers(SIZE))
     for path, config in [(run()[0], fmri()), (tmp_path / "a.npy", t1())]:
         (fault,) = faults(path, config)
-        assert fault.startswith(f"{path}: nothing in it says how it is oriented; expected orientation: as_stored")
+        assert fault.startswith(f"{path}: no orientation: .npy and .pt arrays do not hold one; ")
 
 
 @pytest.mark.parametrize(

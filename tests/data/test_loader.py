@@ -118,7 +118,7 @@ def test_processes_share_a_batch(make_dataset, count, monkeypatch):
     options = {"batch_size": 4, "accumulate_steps": 2, "threads": 1}
     whole = list(batches_of(dataset, **options, parts=Parts(4, (0, 1, 2, 3))))
     opened = []
-    monkeypatch.setattr("umbrella_jax.data.loader.load_volume", lambda *a: opened.append(a) or load_volume(*a))
+    monkeypatch.setattr(dataset.sources, "load", lambda *a: opened.append(a) or load_volume(*a))
     parts = []
     for p in range(count):
         own = tuple(range(p, 4, count))  # as on a torus, where a process's devices are not side by side
@@ -293,7 +293,7 @@ def test_augmentation_is_of_the_conversation_and_the_epoch(make_dataset, modalit
 def test_augmentation_on_cached_volumes(make_dataset, tmp_path):
     plain = list(batches_of(make_dataset(augment=AUGMENT), batch_size=2))
     for _ in range(2):  # filled, then read
-        cached = make_dataset(augment=AUGMENT, cache=VolumeCache(tmp_path / "cache"))
+        cached = make_dataset(augment=AUGMENT, sources=VolumeCache(tmp_path / "cache"))
         for left, right in zip(plain, batches_of(cached, batch_size=2), strict=True):
             assert_equal(left, right)
 

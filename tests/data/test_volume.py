@@ -23,6 +23,8 @@ from umbrella_jax.data.volume import (
     check_volumes,
     load_volume,
     num_windows,
+    open_volume,
+    preprocess,
     resample,
     restore,
 )
@@ -259,18 +261,19 @@ def header_with(path, pixdim=(2, 3, 4), units="mm", qform=1, sform=0, header_cla
         ({"pixdim": (0.002, 0.003, 0.004), "units": "meter"}, (2, 3, 4)),
         ({"units": "unknown"}, (2, 3, 4)),
         ({"units": 4}, (2, 3, 4)),  # no unit of NIfTI's
-        ({"pixdim": (2, 0, 4)}, None),
-        ({"pixdim": (2, np.nan, 4), "qform": 0}, None),
-        ({"pixdim": (2, np.inf, 4), "qform": 0}, None),
+        ({"pixdim": (2, 0, 4)}, "2 × 0 × 4"),
+        ({"pixdim": (2, np.nan, 4), "qform": 0}, "2 × nan × 4"),
+        ({"pixdim": (2, np.inf, 4), "qform": 0}, "2 × inf × 4"),
+        ({"units": "micron", "pixdim": (0.5, 0.5, 0.5)}, "0.0005 × 0.0005 × 0.0005"),
     ],
 )
 def test_voxel_sizes(tmp_path, header_class, fields, zooms):
     path = header_with(tmp_path / "a.nii", header_class=header_class, **fields)
     config = {"orientation": "as_stored", "scaling": "none", "spacing": 1, "mode": "pad"}
-    if zooms is None:
+    if isinstance(zooms, str):
         assert one_fault(path, t1(**config)) == (
-            f"{path}: nothing in it says how large its voxels are; expected positive numbers of mm, or mode: resize of "
-            "the modality"
+            f"{path}: no voxel sizes: its header says {zooms} mm, which is not from 0.001 to 1000; use a file with "
+            "voxel sizes, or set mode: resize for the modality"
         )
         load_volume(path, t1(orientation="as_stored"))
     else:
@@ -326,8 +329,8 @@ def test_nifti_that_does_not_say_its_orientation(tmp_path, kind, shape, config):
             load_volume(path, config())
             assert axis_codes(open_voxels(path), stored) == "RAS"
     assert one_fault(path, config()) == (
-        f"{path}: nothing in it says how it is oriented; expected orientation: as_stored of the modality, or NIfTI "
-        "whose qform_code or sform_code is not 0"
+        f"{path}: no orientation: its qform_code and sform_code are 0; use NIfTI with a valid qform or sform, or set "
+        "orientation: as_stored for the modality"
     )
     assert axis_codes(open_voxels(path), stored) is None
 
@@ -341,8 +344,9 @@ def test_an_affine_that_is_none(nifti, fault):
     content = bytearray(path.read_bytes())
     content[280:328] = affine[:3].astype("<f4").tobytes()  # srow_x, srow_y, srow_z
     path.write_bytes(content)
-    assert "nothing in it says how it is oriented" in one_fault(path, t1())
-    assert "nothing in it says how large its voxels are" in one_fault(path, t1(orientation="as_stored", mode="pad"))
+    which = "is singular" if fault == 0 else "holds NaN or infinity"
+    assert f"no orientation: its sform (code 2) {which}; " in one_fault(path, t1())
+    load_volume(path, t1(orientation="as_stored", mode="pad"))  # pixdim says how large its voxels are
     stored = t1(orientation="as_stored", scaling="none")
     np.testing.assert_array_equal(load_volume(path, stored), image.get_fdata(dtype=np.float32))
     assert axis_codes(open_voxels(path), stored) is None
@@ -356,8 +360,8 @@ def test_an_mgh_whose_flag_says_that_its_axes_mean_nothing(tmp_path):
     content = bytearray(path.read_bytes())
     content[28:30] = b"\0\0"
     path.write_bytes(content)
-    assert "nothing in it says how it is oriented" in one_fault(path, t1())
-    assert "nothing in it says how large its voxels are" in one_fault(path, t1(orientation="as_stored", mode="pad"))
+    assert "no orientation: its goodRASFlag is 0; " in one_fault(path, t1())
+    assert "no voxel sizes: its goodRASFlag is 0; " in one_fault(path, t1(orientation="as_stored", mode="pad"))
     load_volume(path, t1(orientation="as_stored"))
 
 
@@ -367,8 +371,8 @@ def test_arrays_have_neither_orientation_nor_voxel_sizes(tmp_path):
     with pytest.raises(DataError) as caught:
         load_volume(tmp_path / "a.npy", t1(mode="pad"))
     assert [fault.partition("; ")[0] for fault in caught.value.faults] == [
-        f"{tmp_path / 'a.npy'}: nothing in it says how it is oriented",
-        f"{tmp_path / 'a.npy'}: nothing in it says how large its voxels are",
+        f"{tmp_path / 'a.npy'}: no orientation: .npy and .pt arrays do not hold one",
+        f"{tmp_path / 'a.npy'}: no voxel sizes: .npy and .pt arrays do not hold one",
     ]
 
 
@@ -520,13 +524,18 @@ def test_live_against_monai_4d(nifti, codes, size, scaling):
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
 def test_of_a_run_a_window_alone_is_read(nifti, name):
-    """Its first window is there although the rest is gone: of a stream it is not noticed, of a file these are zeros."""
+    """Its first window is there although the rest is gone: a stream notices at its end, in a file these are zeros."""
     data = np.random.default_rng(0).uniform(1, 9, (4, 3, 5, 4000)).astype(np.float32)
     path = nifti(name, data)
     content = path.read_bytes()
     half = content[: len(content) // 2]
     path.write_bytes(half if name == "a.nii.gz" else half.ljust(len(content), b"\0"))
-    np.testing.assert_array_equal(load_volume(path, fmri(scaling="none")), data[..., :4])
+    config = fmri(scaling="none")
+    image = open_volume(path, config)
+    np.testing.assert_array_equal(preprocess(path, image, config), data[..., :4])
+    if name == "a.nii.gz":
+        with pytest.raises(DataError, match="cannot be read: EOFError"):
+            image.check_end()
     with pytest.raises(DataError, match="cannot be read" if name == "a.nii.gz" else "no voxel is above 0"):
         load_volume(path, fmri(scaling="none"), 999)
 
@@ -649,7 +658,7 @@ def test_check_volumes_looks_at_every_overlapping_window(nifti):
 def test_check_volumes_reads_each_image_once(nifti, modalities, monkeypatch):
     loads = []
     original = umbrella_jax.data.voxels._kind
-    monkeypatch.setattr(umbrella_jax.data.voxels, "_kind", lambda path: loads.append(path) or original(path))
+    monkeypatch.setattr(umbrella_jax.data.voxels, "_kind", lambda path, _: loads.append(path) or original(path, _))
     images = [Image(nifti(f"{i}.nii", (6, 7, 5)), "T1") for i in range(3)]
     check_volumes(images * 4, modalities, threads=3)
     assert sorted(loads) == sorted(i.path for i in images)

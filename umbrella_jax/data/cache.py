@@ -1,7 +1,8 @@
-"""Preprocessed volumes on disk, so that a file is decompressed, resized and scaled once for all runs.
+"""Volumes of a run, from files that stay as they were when it began; and preprocessed ones on disk, so that a file is
+decompressed, resized and scaled once for all runs.
 
     DIR/volumes/ab/ab….safetensors   one volume, or one window of a run
-    DIR/sources/cd/cd….json          the digest of one source file, and what `stat` said of it then
+    DIR/sources/cd/cd….json          one source file: its digest, the contradictions of its header, and its `stat`
     DIR/tmp/                         files that are being written
 
 An entry is a safetensors file with one tensor, `volume`. It is named by the SHA-256 of its key, which stands in its
@@ -15,9 +16,10 @@ one directory without locks (which network file systems do not keep), and neithe
 half an entry; and any program reads it. Whatever happens to it later is noticed: a length that does not fit when a run
 begins, a flipped bit (CRC-32) when it is read. Such an entry is made anew, with a warning.
 
-A source is hashed once: as long as its path, size, times of change (`mtime`, `ctime`) and inode stay, so does its
-digest. What is not noticed, then: content that changed while all of these stayed, as after the clock was set back, or
-on a file system that does not keep them. A source that changes during a run is noticed only when it must be read.
+A source is hashed, and checked to its end for damage, once: as long as its path, size, times of change (`mtime`,
+`ctime`) and inode stay, so does its digest. What is not noticed, then: content that changed while all of these stayed,
+as after the clock was set back, or on a file system that does not keep them. A source that changes during a run is
+noticed when it is read.
 """
 
 import hashlib
@@ -30,8 +32,8 @@ import threading
 import time
 import uuid
 import zlib
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,9 @@ from umbrella_jax.data.conversation import Image, read_conversations
 from umbrella_jax.data.volume import (
     PREPROCESSING_VERSION,
     axis_codes,
+    check_opened,
     check_volumes,
+    checked_to_end,
     count_windows,
     open_volume,
     preprocess,
@@ -68,10 +72,89 @@ _LARGEST = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class _Source:
-    """A source as it was found: hash of what `stat` says of its files, and of what they hold."""
+    """A source as it was when it was first read."""
 
-    stat: str
     digest: str
+    """Hash of what its files hold."""
+    stats: np.ndarray
+    """int64, a hash of what `stat` says of each of its files: a run may have thousands."""
+    stat: str
+    """The same of all, as a record keeps it."""
+    changed: float
+    """When the last of them changed, in seconds."""
+    remarks: tuple[str, ...] | None = None
+    """As of `Voxels`; None as long as it was not checked to its end."""
+
+
+class Sources:
+    """`check_volume` and `load_volume` of files that stay as they are. Safe for threads.
+
+    `load` refuses a file that is not the one that `check` saw.
+    """
+
+    def __init__(self) -> None:
+        self._sources: dict[Path, _Source] = {}
+
+    def check(self, path: str | Path, config: ModalityConfig) -> int:
+        """`check_volume`; raises DataError also if the file changes meanwhile."""
+        path = Path(path)
+        source, image = self._look(path), open_volume(path, config)
+        count = check_opened(path, image, config)
+        self._check_unchanged(path, image, source)
+        self._remember(path, image, source)
+        return count
+
+    def load(self, path: str | Path, config: ModalityConfig, window: int = 0) -> np.ndarray:
+        """`load_volume` of a file that `check` has read to its end; raises DataError also if it changed since."""
+        path = Path(path)
+        source, image = self._source(path), open_volume(path, config)
+        volume = preprocess(path, image, config, window)
+        self._check_unchanged(path, image, source)
+        return volume
+
+    def axes(self, path: str | Path, config: ModalityConfig) -> str | None:
+        """`axis_codes` of a file."""
+        return axis_codes(open_volume(path, config), config)
+
+    def digest(self, path: str | Path) -> str:
+        """`source_digest` of a file as it was when it was first read."""
+        return self._source(Path(path)).digest
+
+    def remarks(self) -> list[str]:
+        """Contradictions in the headers of the files that were checked, one line for all files with the same one."""
+        paths: dict[str, list[Path]] = {}
+        for path, source in sorted(self._sources.items()):
+            for remark in source.remarks or ():
+                paths.setdefault(remark, []).append(path)
+        return [
+            f"{first}{f' and {len(others)} more files' if others else ''}: {remark}"
+            for remark, (first, *others) in paths.items()
+        ]
+
+    def _source(self, path: Path) -> _Source:
+        """The source as it was when it was first read, or last checked."""
+        if path not in self._sources:
+            self._sources[path] = self._look(path)
+        return self._sources[path]
+
+    def _look(self, path: Path) -> _Source:
+        """The source as it is now."""
+        found = _stat(path)  # before it is hashed: a change in between shows when it is read
+        return _Source(source_digest(path), *found)
+
+    def _remember(self, path: Path, image: Voxels, source: _Source) -> None:
+        """Keep what was found of a source that was checked to its end."""
+        self._sources[path] = replace(source, remarks=tuple(image.remarks))
+
+    def _check_unchanged(self, path: Path, image: Voxels, source: _Source) -> None:
+        """Raise DataError if what was read is not the source as it was; times and inodes alone may change."""
+        with readable(path):
+            same = all(source.stats[i : i + 1].tolist() == [_stamp(image.files[i].stat())] for i in image.used)
+        if not same:
+            stats, stat, changed = _stat(path)
+            if source_digest(path) != source.digest:
+                raise DataError(f"{path}: changed since the run began; leave volumes as they are, and start again")
+            self._sources[path] = replace(source, stats=stats, stat=stat, changed=changed)
 
 
 def check_float16(path: Path, volume: np.ndarray) -> None:
@@ -83,7 +166,7 @@ def check_float16(path: Path, volume: np.ndarray) -> None:
         )
 
 
-class VolumeCache:
+class VolumeCache(Sources):
     """`load_volume` with a memory. Safe for threads, and for processes that share the directory.
 
     `dtype` float32 gives the very numbers of `load_volume`. float16 rounds them, the same whether an entry was there
@@ -95,10 +178,10 @@ class VolumeCache:
 
     def __init__(self, directory: str | Path, dtype: str = "float32", *, strict: bool = False, verify: bool = False):
         # verify: `check` reads every entry, not its header alone
+        super().__init__()
         self.directory, self.dtype = Path(directory), np.dtype(dtype)
         self.made, self.found, self.nbytes = 0, 0, 0
         self._strict, self._verify, self._writes = strict, verify, True
-        self._sources: dict[Path, _Source] = {}
         self._lock = threading.Lock()
         with suppress(OSError):  # not there yet, or gone meanwhile
             for file in (self.directory / "tmp").iterdir():
@@ -106,12 +189,12 @@ class VolumeCache:
                     file.unlink()
 
     @classmethod
-    def of(cls, data: DataConfig) -> "VolumeCache | None":
-        """The cache that a run's config names, if it does."""
-        return None if data.cache is None else cls(data.cache, data.cache_dtype)
+    def of(cls, data: DataConfig) -> Sources:
+        """The cache that a run's config names; files without one if it names none."""
+        return Sources() if data.cache is None else cls(data.cache, data.cache_dtype)
 
     def check(self, path: str | Path, config: ModalityConfig) -> int:
-        """`check_volume`, and keeps what it makes. Opens no source of which every entry is there.
+        """`check_volume`, and keeps what it makes. Opens no source that was checked before and has every entry.
 
         Raises:
             DataError: as `load_volume`; the source changes meanwhile; it holds more than float16 can.
@@ -121,19 +204,23 @@ class VolumeCache:
         self._sources[path] = source = self._look(path)
         first = self._read(self._key(source, config, 0), config, header_only=not self._verify)
         image: Voxels | None = None
-        if first:
+        if first and source.remarks is not None:
             count = int(first[0]["windows"])
         else:
             image = open_volume(path, config)
             count = count_windows(image, config)
-        for window in reading_order(count, config):
-            key = self._key(source, config, window)
-            entry = first if window == 0 else self._read(key, config, header_only=not self._verify)
-            if entry:
-                self._count("found", self._file(key).stat().st_size)
-            else:
-                image = image or open_volume(path, config)
-                self._make(path, image, config, window, source)
+        with nullcontext() if image is None else checked_to_end(image):
+            for window in reading_order(count, config):
+                key = self._key(source, config, window)
+                entry = first if window == 0 else self._read(key, config, header_only=not self._verify)
+                if entry:
+                    self._count("found", self._file(key).stat().st_size)
+                else:
+                    image = image or open_volume(path, config)
+                    self._make(path, image, config, window, source)
+        if image is not None and source.remarks is None:
+            self._check_unchanged(path, image, source)
+            self._remember(path, image, source)
         return count
 
     def load(self, path: str | Path, config: ModalityConfig, window: int = 0) -> np.ndarray:
@@ -148,36 +235,33 @@ class VolumeCache:
         return _widen(volume) if volume.dtype == np.float16 else volume
 
     def axes(self, path: str | Path, config: ModalityConfig) -> str | None:
-        """`volume.axes` of a source, from its first entry where it can be."""
+        """`axis_codes` of a file, from its first entry where it can be."""
         path = Path(path)
         entry = self._read(self._key(self._source(path), config, 0), config, header_only=True)
-        return (entry[0]["axes"] or None) if entry else axis_codes(open_volume(path, config), config)
-
-    def digest(self, path: str | Path) -> str:
-        """`source_digest`, from what the cache remembers where the source has not changed since."""
-        return self._source(Path(path)).digest
+        return (entry[0]["axes"] or None) if entry else super().axes(path, config)
 
     # sources
 
-    def _source(self, path: Path) -> _Source:
-        """The source as it was when this cache first saw it, or last checked it."""
-        if path not in self._sources:
-            self._sources[path] = self._look(path)
-        return self._sources[path]
+    def _record(self, path: Path) -> Path:
+        return self.directory / "sources" / _spread(_sha256(os.path.abspath(path)), ".json")
 
     def _look(self, path: Path) -> _Source:
-        """The source as it is now. Reads it only where it has changed since it was last seen."""
-        record = self.directory / "sources" / _spread(_sha256(os.path.abspath(path)), ".json")
-        now = time.time()
-        stat, changed = _stat(path)
+        """The source as it is now. Hashes it only if it has changed since it was last seen."""
+        now, found = time.time(), _stat(path)
         with suppress(OSError, ValueError, KeyError, TypeError):  # no record, or a damaged one
-            known = read_json(record, DataError, "remove it")
-            if known["stat"] == stat:
-                return _Source(stat, known["digest"])
-        source = _Source(stat, source_digest(path))
-        if now - changed > _SETTLED:
-            self._write(record, json.dumps({"path": os.path.abspath(path), **vars(source)}).encode())
-        return source
+            known = read_json(self._record(path), DataError, "remove it")
+            if known["stat"] == found[1]:
+                remarks = known.get("remarks")  # records of before have none: checked again
+                return _Source(known["digest"], *found, remarks=None if remarks is None else tuple(remarks))
+        # a change within a tick of the file system's clock would not show: as if it had changed now
+        stats, stat, changed = found
+        return _Source(source_digest(path), stats, stat, changed if now - changed > _SETTLED else math.inf)
+
+    def _remember(self, path: Path, image: Voxels, source: _Source) -> None:
+        super()._remember(path, image, source)
+        if source.changed < math.inf:
+            kept = {"path": os.path.abspath(path), "stat": source.stat, "digest": source.digest}
+            self._write(self._record(path), json.dumps(kept | {"remarks": image.remarks}).encode())
 
     # entries
 
@@ -229,9 +313,7 @@ class VolumeCache:
     def _make(self, path: Path, image: Voxels, config: ModalityConfig, window: int, source: _Source) -> np.ndarray:
         """Preprocesses a volume and writes its entry; returns it as it is kept."""
         volume = preprocess(path, image, config, window)
-        # it would be kept under the digest of what it was; times and inodes may change though the content does not
-        if _stat(path)[0] != source.stat and source_digest(path) != source.digest:
-            raise DataError(f"{path}: changed since the run began; expected volumes that stay as they are, begin again")
+        self._check_unchanged(path, image, source)  # it would be kept under the digest of what it was
         if self.dtype == np.float16:
             check_float16(path, volume)
         volume = np.ascontiguousarray(volume, self.dtype)  # safetensors writes others wrong
@@ -345,12 +427,17 @@ def _widen(volume: np.ndarray) -> np.ndarray:
     return wide
 
 
-def _stat(path: Path) -> tuple[str, float]:
-    """Hash of what the file system says of a source's files, and when the last of them changed, in seconds."""
+def _stat(path: Path) -> tuple[np.ndarray, str, float]:
+    """What the file system says of a source's files: `stats`, `stat` and `changed` of `_Source`."""
     with readable(path):
         found = [(file, file.stat()) for file in source_files(path)]
     said = [[file.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for file, s in found]
-    return _sha256(json.dumps(said)), max(max(s.st_mtime, s.st_ctime) for _, s in found)
+    stats = np.array([_stamp(s) for _, s in found], np.int64)
+    return stats, _sha256(json.dumps(said)), max(max(s.st_mtime, s.st_ctime) for _, s in found)
+
+
+def _stamp(s: os.stat_result) -> int:
+    return hash((s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino))
 
 
 def source_digest(path: Path) -> str:

@@ -1,8 +1,8 @@
 """What a run reads, by content: a run that goes on goes on with the same.
 
 Every file is read to the end for it, in a fraction of the time that decompressing takes: sizes and times of change say
-too little, since copies, checkouts and network file systems do not keep them. With a cache, which knows its sources,
-that is done once.
+too little, since copies, checkouts and network file systems do not keep them. A volume's SHA-256 is that of the file as
+it was checked (`Sources`); with a cache, which knows its sources, it is computed once.
 """
 
 import hashlib
@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from umbrella_jax.config import DataConfig
-from umbrella_jax.data.cache import source_digest
 from umbrella_jax.data.conversation import conversation_files
 from umbrella_jax.data.loader import Dataset
 from umbrella_jax.files import strict_json
@@ -37,8 +36,7 @@ def read_inputs(data: DataConfig, datasets: Mapping[str, Dataset]) -> Inputs:
         volumes |= {image.path: dataset for image in dataset.windows}
 
     def digest(path: Path) -> str:
-        cache = volumes[path].cache
-        return source_digest(path) if cache is None else cache.digest(path)
+        return volumes[path].sources.digest(path)
 
     with ThreadPoolExecutor(data.threads) as pool:
         found["volumes"] += zip(map(str, volumes), pool.map(digest, volumes), strict=True)

@@ -13,12 +13,12 @@ import numpy as np
 from umbrella_jax.batch import WHOLE, Batch, Parts
 from umbrella_jax.config import AugmentConfig, ModalityConfig, Template
 from umbrella_jax.data.augment import check_axes, draw
-from umbrella_jax.data.cache import VolumeCache
+from umbrella_jax.data.cache import Sources
 from umbrella_jax.data.collate import collate
 from umbrella_jax.data.conversation import Conversation, Image, read_conversations
 from umbrella_jax.data.plan import BatchShape, Facts, Plan, Update, exact_shape
 from umbrella_jax.data.tokenize import Encoded, encode, encode_all, encode_prompt
-from umbrella_jax.data.volume import axis_codes, check_volume, check_volumes, load_volume, open_volume
+from umbrella_jax.data.volume import check_volumes
 from umbrella_jax.errors import DataError
 
 T = TypeVar("T")
@@ -37,8 +37,8 @@ class Dataset:
     windows: Mapping[Image, int]
     """Number of windows of each distinct image, in the order of first appearance."""
     modalities: Mapping[str, ModalityConfig]
-    cache: VolumeCache | None = None
-    """Where preprocessed volumes are kept and read from."""
+    sources: Sources
+    """Where volumes are read from: files as they were checked, or a cache of them."""
     augment: AugmentConfig = _UNCHANGED
     """How training changes volumes at random."""
     axes: Mapping[tuple[Path, str], str | None] = field(default_factory=dict)
@@ -81,11 +81,10 @@ class Dataset:
         """An image as the model takes it: float32 of its modality's size. Every volume of a batch is made here.
 
         Raises:
-            DataError: it cannot be read any more.
+            DataError: it cannot be read any more, or has changed.
         """
         config = self.modalities[image.modality]
-        load = load_volume if self.cache is None else self.cache.load
-        volume = load(image.path, config, image.window)
+        volume = self.sources.load(image.path, config, image.window)
         if image.changed is None:
             return volume
         seed, epoch, conversation, place = image.changed
@@ -109,7 +108,7 @@ class Dataset:
         max_length: int,
         threads: int,
         evaluation: bool = False,
-        cache: VolumeCache | None = None,
+        sources: Sources | None = None,
         augment: AugmentConfig = _UNCHANGED,
     ) -> "Dataset":
         """Reads and checks everything that a run will need, before it starts.
@@ -121,7 +120,7 @@ class Dataset:
             threads: how many volumes are checked at a time.
             evaluation: make prompts too, so each conversation must end with an assistant turn, which may be empty;
                 otherwise each conversation must supervise something.
-            cache: preprocessed volumes are taken from it, and those that it lacks are put there.
+            sources: where volumes are read from; a `VolumeCache` keeps them preprocessed. Default: the files.
             augment: how `train_batches` changes volumes.
 
         Raises:
@@ -149,18 +148,17 @@ class Dataset:
         encoded = collect(lambda: encode_all(kept, partial(encode, needs_answer=not evaluation, **common)))
         prompts = collect(lambda: encode_all(kept if evaluation else (), partial(encode_prompt, **common)))
         images = [image for conversation in kept for image in conversation.images]
-        check = check_volume if cache is None else cache.check
-        windows = collect(lambda: check_volumes(images, modalities, threads, check))
+        sources = Sources() if sources is None else sources
+        windows = collect(lambda: check_volumes(images, modalities, threads, sources.check))
         if encoded is None or prompts is None or windows is None:
             raise DataError(faults)
         axes: dict[tuple[Path, str], str | None] = {}  # a file is opened for each: only where needed
         if augment != _UNCHANGED:
-            orientation = _axes if cache is None else cache.axes
             with ThreadPoolExecutor(threads) as pool:
-                codes = pool.map(lambda image: orientation(image.path, modalities[image.modality]), windows)
+                codes = pool.map(lambda image: sources.axes(image.path, modalities[image.modality]), windows)
                 axes = {(image.path, image.modality): c for image, c in zip(windows, codes, strict=True)}
             check_axes(augment, {path: c for (path, _), c in axes.items()})
-        return cls(tuple(kept), tuple(encoded), tuple(prompts), windows, modalities, cache, augment, axes)
+        return cls(tuple(kept), tuple(encoded), tuple(prompts), windows, modalities, sources, augment, axes)
 
 
 def facts_of(rows: Sequence[Encoded], modalities: Mapping[str, ModalityConfig]) -> Facts:
@@ -315,10 +313,6 @@ def whole_batch(dataset: Dataset, *, prompts: bool) -> Batch:
     rows = dataset.rows(prompts=prompts)
     shape = exact_shape(facts_of(rows, dataset.modalities))
     return _first(collate([rows], dataset.volume, dataset.modalities, shape))
-
-
-def _axes(path: Path, config: ModalityConfig) -> str | None:
-    return axis_codes(open_volume(path, config), config)
 
 
 def _first(batch: Batch) -> Batch:

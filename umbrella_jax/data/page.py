@@ -13,7 +13,7 @@ from umbrella_jax.config import AugmentConfig, ModalityConfig
 from umbrella_jax.data.augment import examples
 from umbrella_jax.data.report import KINDS, SEVERITIES, Finding, Report, Severity, Volume, grouped, histogram
 from umbrella_jax.data.slices import draw, geometry, grey, images, slices
-from umbrella_jax.data.volume import load_volume
+from umbrella_jax.data.volume import open_volume, preprocess
 from umbrella_jax.errors import ConfigError
 
 
@@ -46,7 +46,7 @@ def write_page(
 
     def card(volume: Volume) -> dict[str, Any]:
         config = modalities[volume.modality]
-        array = load_volume(volume.path, config)
+        array = preprocess(volume.path, open_volume(volume.path, config), config)
         contents = volume.contents
         assert contents is not None  # of what cannot be read there is no window to draw
         codes, spacing = geometry(contents.orientation, contents.voxel_size, contents.shape, config)

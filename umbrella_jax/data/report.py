@@ -28,6 +28,7 @@ KINDS = {
     "duplicate": "the same voxels under several names",
     "contradiction": "the same question about the same images, answered differently",
     "answers": "answers",
+    "header": "headers that contradict themselves",
     "empty": "volumes with next to nothing in them",
     "outlier": "volumes unlike the others of their modality",
     "task_id": "task ids that come twice",
@@ -72,6 +73,8 @@ class Contents:
     digest: str
     """BLAKE2b of shape, last axes of length 1 left out, and float32 voxels in stored order, whatever the file's format,
     type and compression."""
+    remarks: tuple[str, ...] = ()
+    """Contradictions of its header, each with the reading that was taken."""
 
     @property
     def frames(self) -> int:

@@ -94,6 +94,7 @@ def validate(
     findings += _contradictions(sets, volumes)
     findings += _answer_findings(sets)
     findings += _repeated_ids(sets)
+    findings += _headers(volumes)
     findings += _empty(volumes)
     for modality in config.model.modalities:
         findings += _outliers([v for v in volumes if v.modality == modality])
@@ -192,7 +193,7 @@ def _volumes(config: RunConfig, sets: Mapping[str, Set]) -> tuple[list[Volume], 
 
 
 def read_contents(path: Path) -> Contents:
-    """Reads all voxels of a file or a directory of frames, frame by frame.
+    """Reads all voxels of a file or a directory of frames, frame by frame, to its end.
 
     Raises DataError naming it, where it cannot be read; voxels that are not finite are no fault here.
     """
@@ -213,6 +214,7 @@ def read_contents(path: Path) -> Contents:
         voxels += data.size
         count += int(np.count_nonzero(finite))
         nonzero += int(np.count_nonzero(data))
+    image.check_end()
     return Contents(
         shape=tuple(int(n) for n in image.shape),
         dtype=image.dtype.name,
@@ -224,6 +226,7 @@ def read_contents(path: Path) -> Contents:
         nonzero=nonzero / max(voxels, 1),
         still=still,
         digest=digest.hexdigest(),
+        remarks=tuple(image.remarks),
     )
 
 
@@ -321,6 +324,12 @@ def _repeated_ids(sets: Mapping[str, Set]) -> Iterator[Finding]:
                 f"{len(repeated)} task ids come more than once, {most!r} {repeated[most]} times; nothing goes by them"
             )
             yield Finding("note", "task_id", (name,), s.path, reason)
+
+
+def _headers(volumes: Iterable[Volume]) -> Iterator[Finding]:
+    for volume in volumes:
+        for remark in volume.contents.remarks if volume.contents else ():
+            yield Finding("warning", "header", volume.sets, str(volume.path), remark)
 
 
 def _empty(volumes: Iterable[Volume]) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel as nib
@@ -21,7 +22,7 @@ PREPROCESSING_VERSION = 1
 
 
 def load_volume(path: str | Path, config: ModalityConfig, window: int = 0) -> np.ndarray:
-    """Reads one volume, or one window of a run, as the model takes it.
+    """Reads one volume, or one window of a run, as the model takes it, and checks the file to its end.
 
     3D: orientation; to `config.size` by `config.mode`; scaling over the whole of the result. Mode `resize` is
     `area_weights` on each axis. Mode `pad` is `linear_weights`: cubic voxels of `config.spacing` mm, then centred pad
@@ -39,11 +40,25 @@ def load_volume(path: str | Path, config: ModalityConfig, window: int = 0) -> np
         float32 array of shape `config.size`, C-contiguous.
 
     Raises:
-        DataError: naming the file: missing, unreadable, of another rank, not finite, empty, shorter than a window,
-            without an orientation where `config.orientation` asks for one, without voxel sizes or too large where
-            `config.mode` is `pad` in 3D.
+        DataError: naming the file: missing, unreadable, damaged, of another rank, not finite, empty, shorter than a
+            window, without an orientation where `config.orientation` asks for one, without voxel sizes or too large
+            where `config.mode` is `pad` in 3D.
     """
-    return preprocess(path, open_volume(path, config), config, window)
+    image = open_volume(path, config)
+    with checked_to_end(image):
+        return preprocess(path, image, config, window)
+
+
+@contextmanager
+def checked_to_end(image: Voxels) -> Iterator[None]:
+    """Check a file to its end after what is read of it in the block.
+
+    The DataError of a damaged file replaces any other: voxels that are wrong may look like any fault.
+    """
+    try:
+        yield
+    finally:
+        image.check_end()
 
 
 def preprocess(path: str | Path, image: Voxels, config: ModalityConfig, window: int = 0) -> np.ndarray:
@@ -98,14 +113,25 @@ def _span(config: ModalityConfig) -> int:
 def check_volume(
     path: str | Path, config: ModalityConfig, look: Callable[[np.ndarray], object] = lambda volume: None
 ) -> int:
-    """Reads and preprocesses a file, all windows of a run included, and keeps none of it. Returns their number.
+    """Reads and preprocesses a file, all windows of a run included, to its end, and keeps none of it. Returns the
+    number of windows.
 
     `look` is shown each; what it raises is raised.
     """
-    image = open_volume(path, config)
+    return check_opened(path, open_volume(path, config), config, look)
+
+
+def check_opened(
+    path: str | Path,
+    image: Voxels,
+    config: ModalityConfig,
+    look: Callable[[np.ndarray], object] = lambda volume: None,
+) -> int:
+    """`check_volume` of a file that `open_volume` opened."""
     count = count_windows(image, config)
-    for window in reading_order(count, config):
-        look(preprocess(path, image, config, window))
+    with checked_to_end(image):
+        for window in reading_order(count, config):
+            look(preprocess(path, image, config, window))
     return count
 
 
@@ -150,11 +176,11 @@ def open_volume(path: str | Path, config: ModalityConfig) -> Voxels:
     if max(shape[:3]) > MAX_AXIS:
         faults.append(f"{path}: shape {shape}; expected at most {MAX_AXIS} voxels along an axis")
     if config.orientation != AS_STORED and image.affine is None:
-        remedy = "expected orientation: as_stored of the modality, or NIfTI whose qform_code or sform_code is not 0"
-        faults.append(f"{path}: nothing in it says how it is oriented; {remedy}")
+        remedy = "use NIfTI with a valid qform or sform, or set orientation: as_stored for the modality"
+        faults.append(f"{path}: no orientation: {image.unoriented}; {remedy}")
     if config.spacing is not None and image.zooms is None:
-        remedy = "expected positive numbers of mm, or mode: resize of the modality"
-        faults.append(f"{path}: nothing in it says how large its voxels are; {remedy}")
+        remedy = "use a file with voxel sizes, or set mode: resize for the modality"
+        faults.append(f"{path}: no voxel sizes: {image.unsized}; {remedy}")
     if rank == 4 and not num_windows(shape[3], config):
         window = f"a window of {config.size[3]}, {config.stride_within_seq} apart"
         faults.append(f"{path}: {shape[3]} frames; expected at least {window}")

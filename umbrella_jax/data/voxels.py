@@ -9,14 +9,20 @@ asked for.
 Nothing in a file is ever executed: arrays are read without pickles, tensors with `weights_only`. What a header
 promises is compared with the file before anything is allocated for it. Extensions of a NIfTI are not read, nor is the
 `.mat` beside an Analyze pair.
+
+A header may contradict itself. A field that NIfTI does not allow is refused if the voxels depend on it. If another
+field holds the same information, that one is used and `Voxels.remarks` says so.
 """
 
 import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+import struct
+import zipfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +33,7 @@ from nibabel.affines import voxel_sizes
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.openers import ImageOpener
+from nibabel.spatialimages import HeaderDataError
 from numpy.lib.format import MAGIC_PREFIX, read_array_header_1_0, read_array_header_2_0, read_magic
 
 from umbrella_jax.config import MAX_VOXELS, MM
@@ -41,7 +48,27 @@ _NIFTI = (nib.Nifti1Pair, nib.Nifti1Image, nib.Nifti2Pair, nib.Nifti2Image)
 _ANALYZE = (nib.Spm2AnalyzeImage, nib.Spm99AnalyzeImage, nib.AnalyzeImage)
 _KINDS = (*_NIFTI, *_ANALYZE, nib.MGHImage)
 _ARRAYS = (".npy", ".pt")
-_MM = {1: 1000.0, 3: 0.001}  # by NIfTI's codes of the metre and the micron: what it may measure in, beside mm
+_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
+"""Millimetres per unit of length, by NIfTI's codes: unknown (taken as mm), metre, mm, micron."""
+_SIZES_DIFFER = 0.01
+"""Relative difference beyond which two voxel sizes of one header contradict each other."""
+_SIDES = {"L": "left and right", "R": "left and right", "P": "front and back", "A": "front and back"}
+_SIDES |= {"I": "top and bottom", "S": "top and bottom"}
+_GEOMETRY: tuple[str, ...] = (
+    "pixdim",
+    "xyzt_units",
+    "qform_code",
+    "quatern_b",
+    "quatern_c",
+    "quatern_d",
+    "qoffset_x",
+    "qoffset_y",
+)
+_GEOMETRY += ("qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z")
+"""Fields of a NIfTI header that say where its voxels are, how large, and how far apart in time."""
+_PACKINGS = {".gz": "gzip", ".mgz": "gzip", ".bz2": "bzip2", ".zst": "zstd"}
+_MAGIC = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
+_CHUNK = 1 << 20
 _RAS_FLAG = slice(28, 30)
 """Bytes of an MGH header: whether its voxel sizes and axes mean anything (`goodRASFlag`)."""
 _SINGLE = (".nii", ".nii.gz", ".mgz", ".mgh", *_ARRAYS)
@@ -59,11 +86,27 @@ class Voxels(Protocol):
     """(4, 4), voxel indices to RAS+ coordinates; None where the file does not say how it is oriented."""
     zooms: np.ndarray | None
     """(3,), mm from voxel to voxel along each axis as stored; None where the file does not say."""
+    unoriented: str
+    """Why `affine` is None."""
+    unsized: str
+    """Why `zooms` is None."""
+    remarks: list[str]
+    """Contradictions of its header, each with the reading that was taken; complete after `check_end`."""
+    files: Sequence[Path]
+    """All files behind it, as `source_files` lists them."""
+    used: set[int]
+    """Indices of the files that were read."""
 
     def read(self, frames: slice | int) -> np.ndarray:
         """(D, H, W, n) of n frames, (D, H, W) of one; of axes behind them the first entry, of 3 axes all.
 
         Real numbers in the type of the file, or a float where it scales them.
+        """
+
+    def check_end(self) -> None:
+        """Read what was not read yet, to the end of each compressed file, where its checksum is.
+
+        Raises DataError for a damaged file: voxels that were read before may be wrong.
         """
 
 
@@ -77,6 +120,28 @@ def open_voxels(path: str | Path) -> Voxels:
     if _is_directory(path):
         return _Arrays(_frames(path), run=True)
     return _Arrays([path]) if path.suffix in _ARRAYS else _Nibabel(path)
+
+
+def map_header(scan: Voxels) -> nib.Nifti1Header:
+    """Return a NIfTI header (of version 2 for a NIfTI-2 scan) with a scan's geometry, for a map over its voxels.
+
+    A NIfTI scan's fields are copied as they are, even where they contradict each other: viewers then place both alike.
+    """
+    if isinstance(scan, _Nibabel) and scan.kind in _NIFTI:
+        header = (nib.Nifti2Header if scan.kind in (nib.Nifti2Image, nib.Nifti2Pair) else nib.Nifti1Header)()
+        for field in _GEOMETRY:
+            header[field] = scan.stored[field]
+        return header
+    header = nib.Nifti1Header()
+    if scan.zooms is not None:
+        header.set_xyzt_units("mm", "sec")
+        header["pixdim"][1:4] = scan.zooms
+    if scan.affine is not None:
+        header.set_qform(scan.affine, "scanner")
+        header.set_sform(scan.affine, "scanner")
+    if isinstance(scan, _Nibabel) and scan.kind is nib.MGHImage:
+        header["pixdim"][4] = scan.read_mgh_tr() / 1000
+    return header
 
 
 def _is_directory(path: Path) -> bool:
@@ -119,12 +184,19 @@ def readable(path: Path, expected: str = "a whole volume, copy it again") -> Ite
         raise
     except FileNotFoundError as error:
         missing = path if error.filename is None else error.filename  # of a pair, the half that is missing
+        if os.path.islink(missing):
+            raise DataError(
+                f"{path}: a link to {os.readlink(missing)}, which does not exist; fetch the file (`datalad get` in a "
+                "DataLad data set), or copy it here"
+            ) from None
         raise DataError(
             f"{path}: {'' if str(missing) == str(path) else f'{missing} '}not found; expected a volume or a directory "
             "of frames (relative paths start at the conversation file, or at data.image_root: --image-root DIR)"
         ) from None
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
+        if isinstance(error, HeaderDataError):
+            expected = "another header: correct it, or copy the file again"
         raise DataError(f"{path}: cannot be read: {type(error).__name__}: {reason}; expected {expected}") from None
 
 
@@ -165,6 +237,17 @@ def _check_count(path: Path, shape: tuple[int, ...], frames: slice | int) -> Non
         raise DataError(f"{path}: {count} voxels to be read at once; expected at most {MAX_VOXELS}, resample it")
 
 
+@dataclass(frozen=True)
+class _Geometry:
+    """What a header says about its voxels' places and sizes; fields as in `Voxels`."""
+
+    affine: np.ndarray | None = None
+    zooms: np.ndarray | None = None
+    unoriented: str = ""
+    unsized: str = ""
+    remarks: tuple[str, ...] = ()
+
+
 class _Nibabel:
     """By nibabel's headers and its proxy of voxels, but not by its `load`, which reads more than those: extensions of a
     NIfTI of whatever length they say, a `.mat` beside an Analyze pair, what stands behind the voxels of an `.mgz`."""
@@ -172,39 +255,41 @@ class _Nibabel:
     def __init__(self, path: Path):
         self._path = path
         with readable(path), np.errstate(over="ignore", invalid="ignore"):  # of headers that are nonsense
-            kind = _kind(path)
+            self.files: Sequence[Path] = source_files(path)
+            self.used = set(range(len(self.files)))
+            self.kind = kind = _kind(path, self.files)
             parts = kind.filespec_to_file_map(path)
-            file = Path(parts["image"].filename)
-            with ImageOpener(str(parts.get("header", parts["image"]).filename)) as opened:
+            self._file = file = Path(parts["image"].filename)
+            self._header_file = Path(parts.get("header", parts["image"]).filename)
+            with ImageOpener(str(self._header_file)) as opened:
                 raw = opened.read(kind.header_class.template_dtype.itemsize)
-            header = kind.header_class(raw)  # which is checked
+            self.stored = stored = kind.header_class(raw, check=False)
+            offset = _data_offset(path, kind, stored)
+            header = kind.header_class(raw)  # which nibabel checks, and mends: zeros become ones, unknown codes 0
             self.shape: tuple[int, ...] = tuple(int(n) for n in header.get_data_shape())
             self.dtype: np.dtype = header.get_data_dtype()
             _check_real(path, self.dtype)
-            offset, (slope, inter) = header.get_data_offset(), header.get_slope_inter()
+            slope, inter = header.get_slope_inter()
             _check_promise(path, file, self.shape, self.dtype, offset)
-            # An Analyze header names no axes, nor does a NIfTI header without codes, or an MGH one without its flag;
-            # nibabel would only assume them.
-            nifti, analyze = kind in _NIFTI, kind in _ANALYZE
-            flagless = kind is nib.MGHImage and not any(raw[_RAS_FLAG])
-            assumed = analyze or flagless or (nifti and header["qform_code"] == 0 and header["sform_code"] == 0)
-            affine = np.asarray(header.get_best_affine(), np.float64)
-            oriented = np.isfinite(affine).all() and not np.isnan(nib.io_orientation(affine)).any()
-            self.affine: np.ndarray | None = affine if oriented and not assumed else None
-            if analyze or (nifti and header["sform_code"] == 0):
-                # as it is in the file: nibabel, which checks headers, has replaced zeros by ones
-                stored = kind.header_class(raw, check=False)
-                zooms = np.abs(stored["pixdim"][1:4].astype(np.float64))
+            self._end = offset + math.prod(self.shape) * self.dtype.itemsize
+            if kind in _NIFTI:
+                geometry = _nifti_geometry(header, stored)
+            elif kind in _ANALYZE:
+                pixdim = np.abs(stored["pixdim"][1:4].astype(np.float64))
+                geometry = _Geometry(None, pixdim, "Analyze headers do not hold one")
+            elif any(raw[_RAS_FLAG]):
+                geometry = _mgh_geometry(np.asarray(header.get_affine(), np.float64))
             else:
-                zooms = voxel_sizes(affine) * (0 if flagless else 1)
-            if nifti:
-                zooms = zooms * _MM.get(int(header["xyzt_units"]) & 7, 1.0)  # above those three bits, the unit of time
-            self.zooms: np.ndarray | None = zooms if ((zooms >= MM[0]) & (zooms <= MM[1])).all() else None
+                geometry = _Geometry(None, None, "its goodRASFlag is 0", "its goodRASFlag is 0")
+            self.affine, self.unoriented = geometry.affine, geometry.unoriented
+            self.zooms, self.unsized = _possible(geometry)
+            self.remarks = [*_field_remarks(kind, stored, offset, self.dtype), *geometry.remarks]
             # igzip takes two thirds of the time of nibabel's own. Not memory-mapped: a file that is cut short while it
             # is mapped kills the process with SIGBUS.
-            content = igzip.open(file) if file.name.lower().endswith("gz") else str(file)
+            self._content = _unpacked(file) if _packing(file) else str(file)
             scale = (1.0 if slope is None else slope, 0.0 if inter is None else inter)
-            self._data = ArrayProxy(content, (self.shape, self.dtype, offset, *scale), mmap=False, keep_file_open=True)
+            spec = (self.shape, self.dtype, offset, *scale)
+            self._data = ArrayProxy(self._content, spec, mmap=False, keep_file_open=True)
 
     def read(self, frames: slice | int) -> np.ndarray:
         _check_count(self._path, self.shape, frames)
@@ -213,10 +298,192 @@ class _Nibabel:
             index = (*(slice(None),) * 3, frames, *(0,) * behind)[: len(self.shape)]
             return np.asarray(self._data[index])
 
+    def check_end(self) -> None:
+        with readable(self._path):
+            if self._header_file != self._file and _packing(self._header_file):
+                with _unpacked(self._header_file) as content:
+                    _read_to_end(self._header_file, content)
+            size = _read_to_end(self._file, self._content) if _packing(self._file) else _size(self._file)
+        volume = math.prod(self.shape[:3]) * self.dtype.itemsize
+        more = (size - self._end) // max(volume, 1)
+        if self.kind is not nib.MGHImage and more > 0:  # whose tags follow the voxels
+            remark = (
+                f"room for {more} more volumes follows its voxels: dim in its header may be wrong; it is used as it is"
+            )
+            if remark not in self.remarks:
+                self.remarks.append(remark)
 
-def _kind(path: Path) -> Any:
+    def read_mgh_tr(self) -> float:
+        """Milliseconds from frame to frame, which an MGH file holds behind its voxels; 0 if it does not."""
+        with readable(self._path), ImageOpener(str(self._file)) as content:
+            content.seek(self._end)
+            footer = content.read(4)
+        tr = struct.unpack(">f", footer)[0] if len(footer) == 4 else 0.0
+        return tr if math.isfinite(tr) and tr > 0 else 0.0
+
+
+def _data_offset(path: Path, kind: Any, stored: Any) -> int:
+    """Byte of the first voxel. Raises DataError for a `vox_offset` that is none, or is within the header."""
+    if kind not in _NIFTI:
+        return int(stored.get_data_offset())
+    offset, first = float(stored["vox_offset"]), kind.header_class.sizeof_hdr + 4
+    single = kind in (nib.Nifti1Image, nib.Nifti2Image)
+    if not offset.is_integer():
+        raise DataError(f"{path}: vox_offset: expected a whole number, got {offset:g}; correct the header")
+    if single and 0 != offset < first:
+        raise DataError(
+            f"{path}: vox_offset: {offset:.0f} is within the header, which ends at byte {first}; correct the header"
+        )
+    return int(offset) if offset or not single else first
+
+
+def _field_remarks(kind: Any, stored: Any, offset: int, dtype: np.dtype) -> Iterator[str]:
+    """Fields beside its geometry that contradict others or the standard."""
+    if kind in _NIFTI and offset and not stored["vox_offset"]:
+        yield f"vox_offset is 0; voxels are read from byte {offset}"
+    if kind in (*_NIFTI, *_ANALYZE) and (bits := int(stored["bitpix"])) != dtype.itemsize * 8:
+        yield f"bitpix is {bits}, but datatype is {dtype.name}; datatype is used"
+    if kind in _NIFTI and np.isinf(stored["scl_slope"]):
+        yield "scl_slope is infinite; voxels are read without scaling"
+
+
+def _nifti_geometry(header: Any, stored: Any) -> _Geometry:
+    """Return the geometry of a NIfTI header: by the sform if it is valid, else by the qform.
+
+    Args:
+        header: as nibabel mended it.
+        stored: as it is in the file.
+    """
+    forms, invalid = dict[str, np.ndarray](), dict[str, str]()
+    names = {name: f"{name} (code {int(stored[f'{name}_code'])})" for name in ("sform", "qform")}
+    for name in names:
+        code = int(stored[f"{name}_code"])
+        if code == 0:
+            continue
+        if code not in nib.nifti1.xform_codes.value_set():
+            invalid[name] = f"{name}_code is {code}, which NIfTI does not define"
+            continue
+        try:
+            form = np.asarray(header.get_sform() if name == "sform" else header.get_qform(), np.float64)
+        except ValueError:  # of a quaternion longer than 1
+            invalid[name] = f"the quaternion of its {names[name]} is no rotation"
+            continue
+        if not np.isfinite(form).all():
+            invalid[name] = f"its {names[name]} holds NaN or infinity"
+        elif np.isnan(nib.io_orientation(form)).any():
+            invalid[name] = f"its {names[name]} is singular"
+        elif name == "qform" and stored["pixdim"][0] not in (-1, 0, 1):
+            # nibabel takes 1 for it, NIfTI's own library the sign: left may be right
+            invalid[name] = f"pixdim[0], which its {names[name]} needs, is {stored['pixdim'][0]:g}, neither 1 nor -1"
+        else:
+            forms[name] = form
+    remarks = []
+    pixdim = np.abs(stored["pixdim"][1:4].astype(np.float64))
+    zooms = voxel_sizes(forms["sform"]) if "sform" in forms else pixdim
+    used = next(iter(forms), None)
+    if used is None:
+        unoriented = "; ".join(invalid.values()) or "its qform_code and sform_code are 0"
+        remarks += [f"{fault}; voxel sizes are those of pixdim" for fault in invalid.values()]
+    else:
+        codes = {name: "".join(nib.aff2axcodes(form)) for name, form in forms.items()}
+        remarks += [f"{fault}; its {names[used]}, {codes[used]}, is used" for fault in invalid.values()]
+        if len(set(codes.values())) > 1:
+            remarks.append(
+                f"its {names['qform']} says {codes['qform']}, its {names['sform']} says {codes['sform']}: they "
+                f"disagree about {_disagreement(*codes.values())}; the sform is used"
+            )
+    if "sform" in forms and (pixdim > 0).all() and not np.allclose(pixdim, zooms, rtol=_SIZES_DIFFER, atol=0):
+        remarks.append(f"pixdim says voxels of {_times(pixdim)}, its sform {_times(zooms)}; the sform is used")
+    unit = int(stored["xyzt_units"]) & 7  # above those three bits, the unit of time
+    if unit not in _MM:
+        remarks.append(f"xyzt_units has the unit of length {unit}, which NIfTI does not define; mm is used")
+    mm = zooms * _MM.get(unit, 1.0)
+    if used is None:
+        return _Geometry(None, mm, unoriented, remarks=tuple(remarks))
+    return _Geometry(forms[used], mm, remarks=tuple(remarks))
+
+
+def _disagreement(one: str, other: str) -> str:
+    """What two orientations, such as LAS and RAS, say differently."""
+    if any(_SIDES[a] != _SIDES[b] for a, b in zip(one, other, strict=True)):
+        return "the order of axes"
+    return " and about ".join(_SIDES[a] for a, b in zip(one, other, strict=True) if a != b)
+
+
+def _mgh_geometry(affine: np.ndarray) -> _Geometry:
+    if not np.isfinite(affine).all() or np.isnan(nib.io_orientation(affine)).any():
+        return _Geometry(None, voxel_sizes(affine), "its direction cosines or voxel sizes are singular or not finite")
+    return _Geometry(affine, voxel_sizes(affine))
+
+
+def _possible(geometry: _Geometry) -> tuple[np.ndarray | None, str]:
+    """Voxel sizes if they are possible ones, and if not, why."""
+    zooms = geometry.zooms
+    if zooms is None or ((zooms >= MM[0]) & (zooms <= MM[1])).all():
+        return zooms, geometry.unsized
+    return None, f"its header says {_times(zooms)} mm, which is not from {MM[0]:g} to {MM[1]:g}"
+
+
+def _times(numbers: np.ndarray) -> str:
+    return " × ".join(f"{number:.4g}" for number in numbers)
+
+
+def _packing(file: Path) -> str | None:
+    """How a file is compressed, by its name."""
+    return _PACKINGS.get(file.suffix.lower())
+
+
+def _unpacked(file: Path) -> Any:
+    """The content of a compressed file, as a stream."""
+    return igzip.open(file) if _packing(file) == "gzip" else ImageOpener(str(file))
+
+
+def _read_to_end(file: Path, content: Any) -> int:
+    """Read the rest of a compressed file, whose checksum is behind it. Returns how many bytes it unpacks to."""
+    limit, buffer = max(UNPACKED, RATIO * _size(file)), bytearray(_CHUNK)
+    while content.readinto(buffer):
+        if content.tell() > limit:
+            raise DataError(
+                f"{file}: unpacks to more than {limit} bytes; copy it again, or if it is so empty, unpack it"
+            )
+    return int(content.tell())
+
+
+def _check_name(file: Path) -> None:
+    """Raises DataError for a file that is compressed otherwise than its name says, or is no scan at all."""
+    with file.open("rb") as opened:
+        head = opened.read(600)
+    named = _packing(file)
+    content = next((name for name, magic in _MAGIC.items() if head.startswith(magic)), None)
+    if not head:
+        raise DataError(f"{file}: cannot be read: it is empty; copy it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise DataError(
+            f"{file}: cannot be read: it is a pointer of Git LFS, not the scan; fetch it with `git lfs pull`"
+        )
+    if head.startswith((b"/annex/objects/", b"../.git/annex")):
+        raise DataError(f"{file}: cannot be read: it is a pointer of git-annex, not the scan; fetch it: `datalad get`")
+    if named == content:
+        return
+    known = content or any(kind.header_class.may_contain_header(head) for kind in (nib.Nifti1Image, nib.Nifti2Image))
+    if not known and not head.startswith(b"\0\0\0\1"):  # MGH's version
+        raise DataError(f"{file}: cannot be read: its name says {named}, its content is something else; copy it again")
+    stem = file.name.removesuffix(file.suffix) if named else file.name
+    plain = f"{stem}.mgh" if file.suffix.lower() == ".mgz" else stem
+    suffix = next((suffix for suffix, name in _PACKINGS.items() if name == content), "")
+    right = f"{stem.removesuffix('.mgh')}.mgz" if plain.endswith(".mgh") and content == "gzip" else plain + suffix
+    says = f"{named}-compressed" if named else "not compressed"
+    raise DataError(
+        f"{file}: cannot be read: by its name it is {says}, by its content {content or 'not compressed'}; rename it to "
+        f"{right}"
+    )
+
+
+def _kind(path: Path, files: Sequence[Path]) -> Any:
     """nibabel's class for a file, going by its name and the beginning of its header."""
-    source_files(path)  # which refuses a pipe, in either half of a pair
+    for file in files:
+        if not (file.suffix == ".img" and len(files) > 1):  # voxels alone, which begin with any bytes
+            _check_name(file)
     sniffed = None
     for kind in nib.all_image_classes:
         found, sniffed = kind.path_maybe_image(path, sniffed)
@@ -230,24 +497,45 @@ def _kind(path: Path) -> Any:
 class _Arrays:
     affine: np.ndarray | None = None
     zooms: np.ndarray | None = None
+    unoriented = unsized = ".npy and .pt arrays do not hold one"
 
     def __init__(self, files: list[Path], run: bool = False):
-        self._files = files
+        self.files: Sequence[Path] = files
+        self.used = {0}
+        self.remarks: list[str] = []
         self._first = _array(files[0])  # says the shape, so it is read in any case
         self.shape: tuple[int, ...] = (*self._first.shape, len(files)) if run else self._first.shape
         self.dtype: np.dtype = self._first.dtype
 
     def read(self, frames: slice | int) -> np.ndarray:
-        _check_count(self._files[0], self.shape, frames)
+        _check_count(self.files[0], self.shape, frames)
         if isinstance(frames, int):
-            return self._volume(self._files[frames])
-        return np.stack([self._volume(file) for file in self._files[frames]], axis=-1)
+            return self._volume(frames)
+        return np.stack([self._volume(frame) for frame in range(len(self.files))[frames]], axis=-1)
 
-    def _volume(self, file: Path) -> np.ndarray:
-        volume = self._first if file == self._files[0] else _array(file)
+    def check_end(self) -> None:
+        for frame, file in enumerate(self.files):
+            if frame not in self.used:
+                self._volume(frame)
+            if file.suffix == ".pt":
+                _check_zip(file)
+
+    def _volume(self, frame: int) -> np.ndarray:
+        file = self.files[frame]
+        volume = _array(file) if frame else self._first
+        self.used.add(frame)
         if volume.shape != self.shape[:3]:
-            raise DataError(f"{file}: shape {volume.shape}; expected {self.shape[:3]}, as {self._files[0].name} has it")
+            raise DataError(f"{file}: shape {volume.shape}; expected {self.shape[:3]}, as {self.files[0].name} has it")
         return volume
+
+
+def _check_zip(file: Path) -> None:
+    """Compare the checksums of a PyTorch file, which is a zip, since PyTorch does not."""
+    with readable(file, "one array of numbers; save it again"):
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if damaged := archive.testzip():
+                    raise DataError(f"{file}: damaged: the checksum of {damaged} in it is another one; copy it again")
 
 
 def _frames(directory: Path) -> list[Path]:
