@@ -1,5 +1,6 @@
 """Input that was made to harm: nothing of it runs, and what it promises is refused by name before it costs anything."""
 
+import bz2
 import gzip
 import json
 import os
@@ -23,7 +24,7 @@ from tests.checkpoints import write_stock
 from tests.conftest import write_tokenizer
 from umbrella_jax import reading
 from umbrella_jax.config import ModalityConfig, load_config
-from umbrella_jax.data import conversation
+from umbrella_jax.data import conversation, voxels
 from umbrella_jax.data.bids import from_bids
 from umbrella_jax.data.conversation import read_conversations
 from umbrella_jax.data.tokenize import encode, load_tokenizer
@@ -349,6 +350,145 @@ def test_mat_beside_an_analyze_pair_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "a.mat").write_bytes(b"MATLAB" * 100)
     np.testing.assert_array_equal(open_voxels(tmp_path / "a.hdr").read(0), data)
     assert source_files(tmp_path / "a.hdr") == [tmp_path / "a.hdr", tmp_path / "a.img"]
+
+
+# Damage within compressed files, whose checksum is behind the last voxel
+
+LARGE = (16, 16, 16)  # int16: 8192 bytes, so that readers who stop with the last voxel never see the end
+WHOLE = ModalityConfig(size=LARGE, patch=(4, 4, 4), scaling="none", orientation="as_stored")
+SHORT = ModalityConfig(size=(*LARGE, 4), patch=(4, 4, 4, 2), scaling="none", orientation="as_stored")
+
+
+def scan(path: Path, frames: int = 0) -> tuple[Path, np.ndarray]:
+    """A volume or run of smooth voxels, compressed as its name says, and the frames of its first window."""
+    grid = np.indices((*LARGE, frames) if frames else LARGE)
+    data = (grid.sum(0) * 37 % 900 + 7 * grid[0]).astype(np.int16)
+    kind = {"mgz": nib.MGHImage, "img": nib.Nifti1Pair}.get(path.name.split(".")[1], nib.Nifti1Image)
+    nib.save(kind(data, np.eye(4)), path)
+    return path, data[..., :4] if frames else data
+
+
+def spoilt(content: bytes, start: int, count: int) -> Iterator[tuple[str, bytes]]:
+    """Copies with a flipped bit, evenly from a byte on, and copies that were cut off."""
+    for number, at in enumerate(np.linspace(start, len(content) - 1, count).astype(int)):
+        yield (
+            f"bit {number % 8} of byte {at}",
+            content[:at] + bytes([content[at] ^ 1 << number % 8]) + content[at + 1 :],
+        )
+    for cut in (1, 4, 8, 9, len(content) // 2):
+        yield f"without the last {cut}", content[:-cut]
+
+
+@pytest.mark.parametrize("frames", [0, 7])  # 7: the last 3 are in no window
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.mgz", "a.nii.bz2", "a.img.gz", "a.img.bz2"])
+def test_damage_is_never_read(tmp_path: Path, name: str, frames: int) -> None:
+    """A bit that bzip2 does not need may be another one; all that is read is right."""
+    path, expected = scan(tmp_path / name, frames)
+    config = SHORT if frames else WHOLE
+    content, refusals = path.read_bytes(), 0
+    for what, other in spoilt(content, 10, 30):  # behind gzip's own header, whose time says nothing
+        path.write_bytes(other)
+        try:
+            np.testing.assert_array_equal(load_volume(path, config), expected, what)
+            assert path.suffix == ".bz2", what
+        except DataError as error:
+            (fault,) = error.faults
+            assert fault.startswith(f"{path}: "), what
+            refusals += 1
+    assert refusals >= 33
+    path.write_bytes(content)
+    np.testing.assert_array_equal(load_volume(path, config), expected)
+
+
+def test_damage_of_a_compressed_header_is_not_read(tmp_path: Path) -> None:
+    path, _ = scan(tmp_path / "a.img.gz")
+    header = tmp_path / "a.hdr.gz"
+    content = header.read_bytes()
+    for _, other in spoilt(content, len(content) - 8, 8):
+        header.write_bytes(other)
+        assert str(path) in refused(DataError, load_volume, path, WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("pack", "expected"),
+    [
+        (lambda raw: b"".join(gzip.compress(raw[i : i + 300]) for i in range(0, len(raw), 300)), None),
+        (lambda raw: gzip.compress(raw[:100]) + gzip.compress(b"") + gzip.compress(raw[100:]), None),
+        (lambda raw: gzip.compress(raw) + bytes(512), None),
+        (lambda raw: gzip.compress(raw) + b"garbage, of which there is some", "Not a gzipped file"),
+        (lambda raw: gzip.compress(raw) + gzip.compress(raw)[:50], "EOFError"),
+        (lambda raw: gzip.compress(raw[:5000]), "Expected 8192 bytes"),
+        (lambda raw: raw, "by its name it is gzip-compressed, by its content not compressed; rename it to a.nii"),
+        (lambda raw: bz2.compress(raw), "gzip-compressed, by its content bzip2; rename it to a.nii.bz2"),
+        (lambda raw: b"<!DOCTYPE html>", "its name says gzip, its content is something else; copy it again"),
+        (lambda raw: b"version https://git-lfs.github.com/spec/v1\n", "fetch it with `git lfs pull`"),
+        (lambda raw: b"/annex/objects/SHA256E-s1--0.nii.gz\n", "fetch it: `datalad get`"),
+        (lambda raw: b"", "it is empty"),
+    ],
+    ids=[
+        "members",
+        "empty member",
+        "zeros",
+        "garbage",
+        "half",
+        "short",
+        "plain",
+        "bzip2",
+        "page",
+        "lfs",
+        "annex",
+        "no",
+    ],
+)
+def test_what_gzip_allows_and_what_it_does_not(
+    tmp_path: Path, pack: Callable[[bytes], bytes], expected: str | None
+) -> None:
+    path, data = scan(tmp_path / "a.nii")
+    raw = path.read_bytes()
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(pack(raw))
+    if expected is None:
+        np.testing.assert_array_equal(load_volume(path, WHOLE), data)
+    else:
+        assert expected in refused(DataError, load_volume, path, WHOLE)
+
+
+@pytest.mark.parametrize(("name", "right"), [("a.nii", "a.nii.gz"), ("a.mgh", "a.mgz"), ("a.hdr", "a.hdr.gz")])
+def test_a_name_without_the_compression(tmp_path: Path, name: str, right: str) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(bytes(5000)))
+    (tmp_path / "a.img").write_bytes(bytes(5000))
+    assert f"by its content gzip; rename it to {right}" in refused(DataError, load_volume, tmp_path / name, WHOLE)
+
+
+def test_a_bomb_behind_the_voxels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(voxels, "UNPACKED", 3 * MB)
+    monkeypatch.setattr(voxels, "RATIO", 2)
+    path, _ = scan(tmp_path / "a.nii")
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(path.read_bytes() + bytes(8 * MB), 1))
+    message = refused(DataError, load_volume, tmp_path / "a.nii.gz", WHOLE)
+    assert f"{tmp_path / 'a.nii.gz'}: unpacks to more than {3 * MB} bytes" in message
+
+
+def test_a_damaged_tensor_is_not_read(tmp_path: Path) -> None:
+    """PyTorch does not look at the checksums of its own files."""
+    data = np.arange(np.prod(LARGE), dtype=np.int16).reshape(LARGE)
+    torch.save(torch.from_numpy(data), tmp_path / "a.pt")
+    np.testing.assert_array_equal(load_volume(tmp_path / "a.pt", WHOLE), data)
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    content[content.index(data[3].tobytes()) + 77] ^= 4
+    (tmp_path / "a.pt").write_bytes(content)
+    message = refused(DataError, load_volume, tmp_path / "a.pt", WHOLE)
+    assert message.startswith(f"{tmp_path / 'a.pt'}: damaged: the checksum of ")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt"])
+def test_a_cut_frame_of_no_window_is_noticed(tmp_path: Path, suffix: str) -> None:
+    for number in range(6):
+        data = np.full(LARGE, number + 1, np.int16)
+        file = tmp_path / f"frame_{number}{suffix}"
+        np.save(file, data) if suffix == ".npy" else torch.save(torch.from_numpy(data), file)
+    file.write_bytes(file.read_bytes()[:-2000])
+    assert refused(DataError, load_volume, tmp_path, SHORT).startswith(f"{file}: ")
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.npy", "a.pt", "a.img"])

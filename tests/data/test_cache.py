@@ -1,5 +1,6 @@
 """The cache: the same batches without opening a source, whatever crashes, fills up, changes or decays meanwhile."""
 
+import json
 import logging
 import os
 import resource
@@ -318,6 +319,91 @@ def test_after_the_check_a_run_keeps_what_it_saw(nifti, directory):
     np.testing.assert_array_equal(cache.load(path, T1), expected)
     with pytest.raises(DataError, match="not found"):
         cache.check(path, T1)
+
+
+def test_a_source_is_checked_to_its_end_once(nifti, directory, sealed, monkeypatch):
+    """Also one whose entries were made before: they may be of damaged voxels."""
+    path = nifti("a.nii.gz", (6, 7, 5))
+    checks = []
+    original = voxels_module._Nibabel.check_end
+    monkeypatch.setattr(voxels_module._Nibabel, "check_end", lambda image: checks.append(image) or original(image))
+    for _ in range(3):
+        VolumeCache(directory).check(path, T1)
+    assert len(checks) == 1
+    (record,) = (directory / "sources").rglob("*.json")
+    before = json.loads(record.read_text())
+    assert before.pop("remarks") == []
+    record.write_text(json.dumps(before))  # as versions wrote it that did not check
+    assert made(directory, path, T1) == 0
+    assert len(checks) == 2
+    sealed()
+    assert made(directory, path, T1) == 0
+
+
+def test_a_damaged_source_is_not_remembered(nifti, directory):
+    path = nifti("a.nii.gz", (4, 3, 5, 7))
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 1
+    path.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(DataError, match="CRC check failed"):
+            VolumeCache(directory).check(path, RUN)
+    assert list((directory / "sources").rglob("*.json")) == []
+
+
+def test_contradictions_of_headers_are_remembered(nifti, directory, sealed):
+    """One line for all files with the same one."""
+    paths = [nifti(f"{name}.nii", (6, 7, 5)) for name in "cab"]
+    for path in paths[:2]:
+        scan = nib.load(path)
+        scan.set_qform(np.diag([-1, 1, 1, 1]), 1)
+        nib.save(nib.Nifti1Image(np.asarray(scan.dataobj), None, scan.header), path)
+    line = (
+        f"{paths[1]} and 1 more files: its qform (code 1) says LAS, its sform (code 2) says RAS: they disagree about "
+    )
+    for sources in (Sources(), VolumeCache(directory), VolumeCache(directory)):
+        for path in paths:
+            sources.check(path, T1)
+        (found,) = sources.remarks()
+        assert found == f"{line}left and right; the sform is used"
+        if (directory / "sources").exists():  # the next one asks the records alone
+            sealed()
+
+
+# Without a cache
+
+
+@pytest.mark.parametrize("change", ["content", "deleted", "while read"])
+def test_a_file_that_changes_after_the_check_is_refused(nifti, monkeypatch, change):
+    path, sources = nifti("a.nii.gz", (6, 7, 5)), Sources()
+    assert sources.check(path, T1) == 1
+    expected = load_volume(path, T1)
+    os.utime(path, (1, 1))  # the same content
+    np.testing.assert_array_equal(sources.load(path, T1), expected)
+    other = nifti("b.nii.gz", (6, 7, 5))
+    if change == "content":
+        shutil.copy(other, path)
+    elif change == "deleted":
+        path.unlink()
+    else:
+        original = cache_module.preprocess
+        monkeypatch.setattr(cache_module, "preprocess", lambda *a: (original(*a), shutil.copy(other, path))[0])
+    with pytest.raises(
+        DataError, match=r"a\.nii\.gz: (changed since the run began; leave volumes as they are|not found)"
+    ):
+        sources.load(path, T1)
+
+
+def test_a_frame_that_changes_is_refused_where_it_is_read(tmp_path):
+    config = ModalityConfig(size=RUN.size, patch=RUN.patch, orientation="as_stored")
+    for i in range(8):
+        np.save(tmp_path / f"frame_{i}.npy", np.full((4, 3, 5), i + 1.0))
+    sources = Sources()
+    assert sources.check(tmp_path, config) == 2
+    np.save(tmp_path / "frame_6.npy", np.full((4, 3, 5), 9.0))
+    sources.load(tmp_path, config, 0)
+    with pytest.raises(DataError, match="changed since the run began"):
+        sources.load(tmp_path, config, 1)
 
 
 # Runs

@@ -22,6 +22,7 @@ from umbrella_jax.data.page import write_page
 from umbrella_jax.data.report import KINDS, Finding, Report, histogram
 from umbrella_jax.data.validate import read_contents, validate
 from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.processor import Processor
 
 SHAPE = (6, 7, 5)
 
@@ -316,6 +317,22 @@ def test_volumes_with_next_to_nothing_in_them(config, ask, record, nifti, write_
         "still.nii": "all of its 6 frames are the same",
     }
     assert report.ok
+
+
+def test_headers_that_contradict_themselves(config, ask, nifti, write_json, tmp_path, tokenizer, caplog):
+    path = nifti("a.nii.gz", (6, 7, 5))
+    scan = nib.load(path)
+    scan.set_qform(np.diag([-1, 1, 1, 1]), 1)
+    nib.save(nib.Nifti1Image(np.asarray(scan.dataobj), None, scan.header), path)
+    settings = config(write_json("train.json", [ask("a.nii.gz")]))
+    (finding,) = found(validate(settings), "warning", "header")
+    reason = "its qform (code 1) says LAS, its sform (code 2) says RAS: they disagree about left and right; "
+    reason += "the sform is used"
+    assert (finding.place, finding.reason) == (str(path), reason)
+    processor = Processor(tokenizer, settings.model.modalities)
+    processor.datasets(settings.data)  # what train, predict and the others read
+    processor.asked(processor.question("?", [("T1", path)]))
+    assert [record.getMessage() for record in caplog.records] == [f"{path}: {reason}"] * 2
 
 
 def test_outliers(config, ask, nifti, write_json):

@@ -352,6 +352,127 @@ def test_an_affine_that_is_none(nifti, fault):
     assert axis_codes(open_voxels(path), stored) is None
 
 
+LAS, RAS = np.diag([-2.0, 2, 2, 1]), np.diag([2.0, 2, 2, 1])
+TURNED = np.array([[0, 2.0, 0, 0], [-2, 0, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1]])
+
+
+def contradictory(path, qform=(None, 0), sform=(None, 0), header_class=nib.Nifti1Header, more=0, **fields):
+    """A file whose header has both forms, matrix and code, and fields as given; `more` bytes follow its voxels."""
+    header = header_class()
+    header.set_data_dtype(np.int16)
+    header.set_data_shape((6, 7, 5))
+    header["pixdim"][1:4] = 2
+    header["vox_offset"] = header.sizeof_hdr + 4
+    header.set_qform(*qform)
+    header.set_sform(RAS if sform[0] is None else sform[0], 1)
+    header["sform_code"] = sform[1]
+    for name, value in fields.items():
+        header[name] = value
+    data = np.arange(1, 211, dtype=np.int16).tobytes()
+    content = header.binaryblock + bytes(4) + data + bytes(more)
+    path.write_bytes(gzip.compress(content, 1) if path.suffix == ".gz" else content)
+    return path
+
+
+SINGULAR = np.diag([0.0, 0, 0, 1])
+BOTH = {"qform": (RAS, 1), "sform": (RAS, 1)}
+CONTRADICTIONS = [
+    (BOTH, "RAS", None),
+    ({"qform": (RAS, 1), "sform": (RAS * 1.0005, 4)}, "RAS", None),
+    (
+        {"qform": (LAS, 1), "sform": (RAS, 2)},
+        "RAS",
+        "its qform (code 1) says LAS, its sform (code 2) says RAS: they disagree about left and right; the sform",
+    ),
+    (
+        {"qform": (np.diag([-2, -2, 2, 1]), 1), "sform": (RAS, 1)},
+        "RAS",
+        "its qform (code 1) says LPS, its sform (code 1) says RAS: they disagree about left and right and about front "
+        "and back; the sform is used",
+    ),
+    (
+        {"qform": (TURNED, 1), "sform": (LAS, 1)},
+        "LAS",
+        "its qform (code 1) says PRS, its sform (code 1) says LAS: they disagree about the order of axes; the sform is "
+        "used",
+    ),
+    (
+        {"qform": (LAS, 1), "sform": (SINGULAR, 1)},
+        "LAS",
+        "its sform (code 1) is singular; its qform (code 1), LAS, is used",
+    ),
+    (
+        {"qform": (LAS, 3), "sform": (LAS * np.nan, 1)},
+        "LAS",
+        "its sform (code 1) holds NaN or infinity; its qform (code 3), LAS, is used",
+    ),
+    (
+        {"qform": (LAS, 1), "sform": (RAS, 77)},
+        "LAS",
+        "sform_code is 77, which NIfTI does not define; its qform (code 1), ",
+    ),
+    (
+        BOTH | {"quatern_b": 2},
+        "RAS",
+        "the quaternion of its qform (code 1) is no rotation; its sform (code 1), RAS, is",
+    ),
+    (
+        {"qform": (RAS, 1), "sform": (RAS / 2, 1)},
+        "RAS",
+        "pixdim says voxels of 2 × 2 × 2, its sform 1 × 1 × 1; the sform is used",
+    ),
+    (BOTH | {"bitpix": 32}, "RAS", "bitpix is 32, but datatype is int16; datatype is used"),
+    (BOTH | {"scl_slope": np.inf}, "RAS", "scl_slope is infinite; voxels are read without scaling"),
+    (BOTH | {"xyzt_units": 5}, "RAS", "xyzt_units has the unit of length 5, which NIfTI does not define; mm is used"),
+    (BOTH | {"more": 420 * 3 + 5}, "RAS", "room for 3 more volumes follows its voxels: dim in its header may be wrong"),
+    (BOTH | {"more": 419}, "RAS", None),
+    (BOTH | {"vox_offset": 0}, "RAS", "vox_offset is 0; voxels are read from byte "),
+]
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("header_class", [nib.Nifti1Header, nib.Nifti2Header])
+@pytest.mark.parametrize(("fields", "codes", "remark"), CONTRADICTIONS)
+def test_a_header_that_contradicts_itself(tmp_path, header_class, name, fields, codes, remark):
+    path = contradictory(tmp_path / name, header_class=header_class, **fields)
+    image = open_voxels(path)
+    assert axis_codes(image, t1(orientation="as_stored")) == codes
+    data = np.arange(1, 211).reshape((6, 7, 5), order="F")
+    np.testing.assert_array_equal(image.read(0), data)
+    found = load_volume(path, t1(scaling="none"))
+    np.testing.assert_array_equal(found, data[::-1] if codes == "LAS" else data)
+    image.check_end()
+    image.check_end()
+    assert len(image.remarks) == (remark is not None)
+    assert not remark or image.remarks[0].startswith(remark)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"qform": (LAS, 0)}, "no orientation: its qform_code and sform_code are 0"),
+        ({"qform": (LAS, 0), "sform": (SINGULAR, 1)}, "no orientation: its sform (code 1) is singular"),
+        (
+            {"qform": (LAS, 1), "quatern_c": np.nan, "sform": (RAS, 9)},
+            "no orientation: sform_code is 9, which NIfTI does not define; its qform (code 1) holds NaN or infinity",
+        ),
+        # nibabel reads +1, NIfTI's library -1
+        (
+            {"qform": (LAS, 1), "pixdim": [-2, 2, 2, 2, 1, 1, 1, 1]},
+            "no orientation: pixdim[0], which its qform (code 1) ",
+        ),
+        (BOTH | {"vox_offset": 100}, "vox_offset: 100 is within the header, which ends at byte "),
+        (BOTH | {"vox_offset": 100, "magic": b"ni1"}, "vox_offset: 100 is within the header, which ends at byte "),
+        (
+            BOTH | {"datatype": 3},
+            "cannot be read: HeaderDataError: data code 3 not recognized; expected another header",
+        ),
+    ],
+)
+def test_a_header_that_says_nothing_valid(tmp_path, fields, reason):
+    assert one_fault(contradictory(tmp_path / "a.nii", **fields), t1()).startswith(f"{tmp_path / 'a.nii'}: {reason}")
+
+
 def test_an_mgh_whose_flag_says_that_its_axes_mean_nothing(tmp_path):
     """nibabel takes FreeSurfer's own axes and voxels of 1 mm for it."""
     path = tmp_path / "a.mgh"

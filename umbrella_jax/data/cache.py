@@ -75,13 +75,13 @@ class _Source:
     """A source as it was when it was first read."""
 
     digest: str
-    """Hash of what its files hold."""
+    """SHA-256 of its content."""
     stats: np.ndarray
-    """int64, a hash of what `stat` says of each of its files: a run may have thousands."""
+    """int64, a hash of the `stat` of each file; a run may have thousands."""
     stat: str
-    """The same of all, as a record keeps it."""
+    """One hash of all of these, as a record keeps it."""
     changed: float
-    """When the last of them changed, in seconds."""
+    """Time of the last change, in seconds."""
     remarks: tuple[str, ...] | None = None
     """As of `Voxels`; None as long as it was not checked to its end."""
 
@@ -428,7 +428,7 @@ def _widen(volume: np.ndarray) -> np.ndarray:
 
 
 def _stat(path: Path) -> tuple[np.ndarray, str, float]:
-    """What the file system says of a source's files: `stats`, `stat` and `changed` of `_Source`."""
+    """Return `stats`, `stat` and `changed` of a `_Source`."""
     with readable(path):
         found = [(file, file.stat()) for file in source_files(path)]
     said = [[file.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for file, s in found]

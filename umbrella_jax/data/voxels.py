@@ -93,7 +93,7 @@ class Voxels(Protocol):
     remarks: list[str]
     """Contradictions of its header, each with the reading that was taken; complete after `check_end`."""
     files: Sequence[Path]
-    """All files behind it, as `source_files` lists them."""
+    """Its files, as `source_files` lists them."""
     used: set[int]
     """Indices of the files that were read."""
 
@@ -104,7 +104,7 @@ class Voxels(Protocol):
         """
 
     def check_end(self) -> None:
-        """Read what was not read yet, to the end of each compressed file, where its checksum is.
+        """Read the rest of each compressed file, to the checksum at its end, and frames that were not read.
 
         Raises DataError for a damaged file: voxels that were read before may be wrong.
         """
@@ -239,7 +239,7 @@ def _check_count(path: Path, shape: tuple[int, ...], frames: slice | int) -> Non
 
 @dataclass(frozen=True)
 class _Geometry:
-    """What a header says about its voxels' places and sizes; fields as in `Voxels`."""
+    """Places and sizes of a header's voxels; fields as in `Voxels`."""
 
     affine: np.ndarray | None = None
     zooms: np.ndarray | None = None
@@ -249,11 +249,13 @@ class _Geometry:
 
 
 class _Nibabel:
-    """By nibabel's headers and its proxy of voxels, but not by its `load`, which reads more than those: extensions of a
-    NIfTI of whatever length they say, a `.mat` beside an Analyze pair, what stands behind the voxels of an `.mgz`."""
+    """A file read through nibabel's headers and array proxy.
+
+    `nibabel.load` would read more: extensions of any length, a `.mat` beside an Analyze pair, the tags of an `.mgz`."""
 
     def __init__(self, path: Path):
         self._path = path
+        self._faults: tuple[str, ...] = ()
         with readable(path), np.errstate(over="ignore", invalid="ignore"):  # of headers that are nonsense
             self.files: Sequence[Path] = source_files(path)
             self.used = set(range(len(self.files)))
@@ -294,11 +296,17 @@ class _Nibabel:
     def read(self, frames: slice | int) -> np.ndarray:
         _check_count(self._path, self.shape, frames)
         behind = len(self.shape) - 4
-        with readable(self._path):
-            index = (*(slice(None),) * 3, frames, *(0,) * behind)[: len(self.shape)]
-            return np.asarray(self._data[index])
+        index = (*(slice(None),) * 3, frames, *(0,) * behind)[: len(self.shape)]
+        try:
+            with readable(self._path):
+                return np.asarray(self._data[index])
+        except DataError as error:
+            self._faults = error.faults
+            raise
 
     def check_end(self) -> None:
+        if self._faults:  # of a stream that broke, the rest says nothing true
+            raise DataError(self._faults)
         with readable(self._path):
             if self._header_file != self._file and _packing(self._header_file):
                 with _unpacked(self._header_file) as content:
@@ -314,7 +322,7 @@ class _Nibabel:
                 self.remarks.append(remark)
 
     def read_mgh_tr(self) -> float:
-        """Milliseconds from frame to frame, which an MGH file holds behind its voxels; 0 if it does not."""
+        """Return the milliseconds between frames, stored after the voxels of an MGH file; 0 if it has none."""
         with readable(self._path), ImageOpener(str(self._file)) as content:
             content.seek(self._end)
             footer = content.read(4)
@@ -404,7 +412,7 @@ def _nifti_geometry(header: Any, stored: Any) -> _Geometry:
 
 
 def _disagreement(one: str, other: str) -> str:
-    """What two orientations, such as LAS and RAS, say differently."""
+    """Name the difference between two orientations, such as LAS and RAS."""
     if any(_SIDES[a] != _SIDES[b] for a, b in zip(one, other, strict=True)):
         return "the order of axes"
     return " and about ".join(_SIDES[a] for a, b in zip(one, other, strict=True) if a != b)
