@@ -98,7 +98,7 @@ def section(name: str, **values: Any) -> Callable[[Record], None]:
         (section("train", lr=1), ["train.lr: no such key", "learning_rate"]),
         (section("model.modalities.T1", patches=[3, 3, 3]), ["model.modalities.T1.patches: no such key", "patch"]),
         (section("", modle={}), ["modle: no such key", "model"]),
-        (section("train", batch_size="many"), ["train.batch_size", "integer", "'many'"]),
+        (section("train", batch_size="many"), ["train.batch_size: expected a whole number, got 'many'"]),
         (section("train", batch_size=0), ["batch_size: expected a positive number, got 0"]),
         (section("train", learning_rate=float("nan")), ["learning_rate: expected a positive number, got nan"]),
         (section("train", epochs=float("inf")), ["epochs: expected a positive number, got inf"]),
@@ -172,13 +172,23 @@ def test_faults_of_a_config_come_together(refused: Refused, world: World, tmp_pa
     ("flags", "expected"),
     [
         (["--config", "/no/where.yaml"], ["/no/where.yaml: cannot be read"]),
-        (["--set", "train.clip=1"], ["train.clip: no such key", "clip_norm"]),
+        (["--set", "train.clip=1"], ["--set: train.clip: no such key", "clip_norm"]),
         (["--set", "clip_norm=1"], ["clip_norm: no such key", "the nearest is train.clip_norm"]),
         (["--eval-data", "none.json"], ["data.eval: none.json: not found", "(--eval-data PATH)"]),
         (["--set", "train.clip_norm"], ["train.clip_norm: expected KEY=VALUE"]),
         (["--set", "train.clip_norm=[1"], ["--set train.clip_norm=[1: not valid YAML"]),
-        (["--set", "seed.of=1"], ["seed.of: seed is 0; expected a section of keys"]),
-        (["--batch-size", -2], ["batch_size: expected a positive number, got -2"]),
+        (["--set", "seed.of=1"], ["--set: seed.of: seed is no section of keys"]),
+        (["--batch-size", -2], ["umbrella-jax: --batch-size: train: batch_size: expected a positive number, got -2"]),
+        (
+            ["--learning-rate", "-1e-3"],
+            ["--learning-rate: train: learning_rate: expected a positive number, got -0.001"],
+        ),
+        (["--epochs", 0], ["umbrella-jax: --epochs: train: epochs: expected a positive number, got 0.0"]),
+        (["--set", "train.epochs=ten"], ["umbrella-jax: --set: train.epochs: expected a number, got 'ten'"]),
+        (["--set", "train=ten"], ["umbrella-jax: --set: train: expected a section of keys, got 'ten'"]),
+        (["--set", "data.cache=[a]"], ["umbrella-jax: --set: data.cache: expected text, got a list"]),
+        (["--set", "train.best_metric=eval_loss"], [".yaml, --set: train: keep_best: 0 by best_metric eval_loss"]),
+        (["--set", "train.epochs="], ["umbrella-jax: --set: train.epochs: expected a number, got nothing"]),
         (["--modality", "PET"], ["modality PET", "one of T1, rsfMRI"]),
         (["--task-filter", "T9"], ["task_filter T9", "their tasks T0, T1, T3"]),
     ],
@@ -187,6 +197,7 @@ def test_flags(refused: Refused, flags: list[Any], expected: list[str]) -> None:
     message = refused(*flags)
     for part in expected:
         assert part in message
+    assert "Input should" not in message
 
 
 def test_what_a_run_needs_is_asked_for_together(world: World, events: list[str]) -> None:

@@ -146,3 +146,14 @@ def test_json_is_written_at_one_place() -> None:
     for path in SOURCES:
         if not path.as_posix().endswith(tuple(exempt)):
             assert "json.dump" not in path.read_text(), path
+
+
+def test_grouped_faults_keep_their_brackets() -> None:
+    """A colon inside brackets does not end the place of a fault."""
+    faults = [f"a.json[{i}] (task: T{i}): no such image; give --image-root" for i in range(5)]
+    assert str(DataError(faults)).splitlines() == [
+        "5 faults:",
+        "  - 5 × no such image; give --image-root",
+        *(f"      a.json[{i}] (task: T{i})" for i in range(5)),
+    ]
+    assert str(DataError(["a (b", "(c: d) e: f"])) == "2 faults:\n  - a (b\n  - (c: d) e: f"

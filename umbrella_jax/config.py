@@ -9,10 +9,12 @@ import difflib
 import itertools
 import math
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, get_args
 
 from umbrella_jax.errors import ConfigError
@@ -635,8 +637,18 @@ def _adapter() -> Any:
     return TypeAdapter(RunConfig)
 
 
-def parse_config(data: Mapping[str, Any], source: str = "config") -> RunConfig:
-    """Checks a nested mapping and returns the run. Raises ConfigError with every fault and its key."""
+def parse_config(
+    data: Mapping[str, Any], source: str = "config", flags: Mapping[str, str] = MappingProxyType({})
+) -> RunConfig:
+    """Check a nested mapping and return the run.
+
+    Args:
+        source: the file that `data` came from.
+        flags: {dotted key: flag} of the values that came from the command line instead.
+
+    Raises:
+        ConfigError: every fault, with the source of the value and its key.
+    """
     from pydantic import ValidationError  # here, so that models import without it
 
     try:
@@ -645,13 +657,62 @@ def parse_config(data: Mapping[str, Any], source: str = "config") -> RunConfig:
         faults = []
         for fault in error.errors():
             key = ".".join(str(part) for part in fault["loc"])
-            if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                faults.append(f"{source}: {key}: no such key; expected {_expected_keys(fault['loc'])}")
-                continue
             cause = fault.get("ctx", {}).get("error")
-            messages = cause.faults if isinstance(cause, ConfigError) else (f"{fault['msg']}, got {fault['input']!r}",)
-            faults.extend(f"{source}: {key + ': ' if key else ''}{message}" for message in messages)
+            if isinstance(cause, ConfigError):
+                messages = cause.faults
+            elif fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+                messages = (f"no such key; expected {_expected_keys(fault['loc'])}",)
+            else:
+                messages = (_expected_value(fault),)
+            for message in messages:
+                faults.append(f"{_origin(source, flags, key, message)}: {key + ': ' if key else ''}{message}")
         raise ConfigError(faults) from None
+
+
+def _origin(source: str, flags: Mapping[str, str], key: str, message: str) -> str:
+    """Return where the value at fault came from: a flag, the file, or the file and every flag that the message names.
+
+    A message of a section begins with the field it is about, and may name others of the section.
+    """
+    field = re.match(r"[\w.]*", message)
+    path = ".".join(part for part in (key, field[0] if field else "") if part)
+    if exact := [flag for name, flag in flags.items() if f"{path}.".startswith(f"{name}.")]:
+        return exact[-1]
+    words = set(re.findall(r"\w+", message))
+    inside = [flag for name, flag in flags.items() if name.startswith(f"{key}.") or not key]
+    named = [flag for name, flag in flags.items() if flag in inside and name.rpartition(".")[2] in words]
+    return ", ".join(dict.fromkeys([source, *named]))
+
+
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a number that is not infinite",
+    "bool": "true or false",
+    "string": "text",
+    "dataclass": "a section of keys",
+    "dict": "a section of keys",
+    "mapping": "a section of keys",
+    "tuple": "a list",
+    "list": "a list",
+}
+"""{beginning of a pydantic error type: the value that was expected}."""
+
+
+def _expected_value(fault: Mapping[str, Any]) -> str:
+    """Return what a pydantic error means, in the words of YAML."""
+    kind, value = fault["type"], fault["input"]
+    if kind.startswith("missing"):
+        return "missing; expected a value"
+    if kind == "literal_error":
+        expected = f"one of {fault['ctx']['expected']}"
+    else:
+        expected = _EXPECTED.get(kind.partition("_")[0], f"another value ({fault['msg']})")
+    if isinstance(value, Mapping | Sequence) and not isinstance(value, str):
+        got = "a section of keys" if isinstance(value, Mapping) else "a list"
+    else:
+        got = "nothing" if value is None else repr(value)
+    return f"expected {expected}, got {got}"
 
 
 def _expected_keys(path: Sequence[str | int]) -> str:
@@ -683,11 +744,19 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """Reads a YAML file, or the shipped config of that name; `overrides` maps dotted keys to values that replace it.
+def load_config(
+    path: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    flags: Mapping[str, str] = MappingProxyType({}),
+) -> RunConfig:
+    """Read a YAML file, or the shipped config of that name (`t1_0.5b`) if there is no such file.
 
-    A name is that of a shipped config (`t1_0.5b`) where no file is called so. Raises ConfigError for a file that is
-    missing or no YAML, a key given twice, and all that `parse_config` refuses.
+    Args:
+        overrides: {dotted key: value that replaces the file's}.
+        flags: {dotted key: flag} of the overrides that the command line gave, for messages.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, gives a key twice, or `parse_config` rejects it.
     """
     shipped = shipped_configs()
     if os.path.isdir(path) or not os.path.lexists(path):
@@ -701,9 +770,9 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         for parent in parents:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
-                raise ConfigError(f"{path}: {key}: {parent} is {section!r}; expected a section of keys")
+                raise ConfigError(f"{flags.get(key, path)}: {key}: {parent} is no section of keys")
         section[last] = value
-    return parse_config(data, str(path))
+    return parse_config(data, str(path), flags)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

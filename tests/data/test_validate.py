@@ -390,12 +390,30 @@ def test_findings_fit_a_terminal():
     lines = Report({}, (), tuple(findings)).lines()
     assert [len(line) > 80 for line in lines] == ["/ddd" in line for line in lines]
     text = "\n".join(lines)
-    assert "2 × in train … and in eval …; expected other subjects to evaluate on than to" in text
+    assert "2 × in train (…) and in eval (…); expected other subjects to evaluate on" in text
     assert (
         "        subject 3: conversations/train.json[3] (sub-03_T1w), again/eval.json[6]\n          (sub-03_T1w)\n"
         in text
     )
     assert "    2 × size 3, …: wrong\n        t.json[0]: 4\n        t.json[1]: 5" in text
+
+
+@pytest.mark.parametrize(
+    ("reasons", "shared", "details"),
+    [
+        (["differs (3 of 12) here", "differs (4 of 13) here"], "differs (… of …) here", ["3, 12", "4, 13"]),
+        (["shape (2, 3) is odd", "shape (2, 4) is odd"], "shape (2, …) is odd", ["3", "4"]),
+        (["size a/f(3); mend", "size a/g(3); mend"], "size …; mend", ["a/f(3)", "a/g(3)"]),
+        (["in (a/x (1)), b", "in (a/y (2)), b"], "in (…), b", ["a/x (1)", "a/y (2)"]),
+        (["(1 of '2')", "(3 of '4')"], "(… of …)", ["1, '2'", "3, '4'"]),
+    ],
+)
+def test_grouped_findings_keep_their_brackets(reasons: list[str], shared: str, details: list[str]) -> None:
+    findings = tuple(Finding("fault", "volume", ("train",), f"{i}.nii", reason) for i, reason in enumerate(reasons))
+    lines = "\n".join(Report({}, (), findings).lines())
+    assert f"2 × {shared}\n" in lines
+    for i, detail in enumerate(details):
+        assert f"{i}.nii: {detail}\n" in lines
 
 
 def test_a_terminal_is_not_steered_by_a_name():

@@ -495,7 +495,7 @@ def test_faults_of_flags_are_refused(world: World, tmp_path: Path, found: str, m
     assert "not a run" in umbrella(*world.command(tmp_path, "--run", world.root / "base"), code=2)
     monkeypatch.setattr("umbrella_jax.distributed.alone", lambda: False)
     monkeypatch.setattr("umbrella_jax.distributed.together", nullcontext)
-    assert "several processes were started" in umbrella(*world.command(tmp_path / "several"), code=2)
+    assert "runs in one process; start only one" in umbrella(*world.command(tmp_path / "several"), code=2)
 
 
 def test_what_only_one_set_has_is_told(world: World, tmp_path: Path) -> None:

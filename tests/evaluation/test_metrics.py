@@ -638,7 +638,7 @@ def test_the_command_reads_a_config(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (found["resamples"], found["tasks"]["sex"]["answers"]) == (0, ["a", "b", "c"])
     assert found["tasks"]["sex"]["figures"].keys() == {"accuracy", "unparsable"}
     for old, new, message in [
-        ("accuracy", "acuracy", "evaluation.tasks.sex.metrics.0: Input should be 'accuracy', 'balanced_accuracy'"),
+        ("accuracy", "acuracy", "evaluation.tasks.sex.metrics.0: expected one of 'accuracy', 'balanced_accuracy'"),
         ("answers", "anwers", "evaluation.tasks.sex.anwers: no such key; expected one of kind, answers, unit, metrics"),
         ("[a, b, c]", "[a]", "evaluation.tasks.sex: answers: expected at least two, got 1"),
         ("resamples: 0", "resamples: -1", "evaluation: resamples: expected 0 or more, got -1"),

@@ -77,6 +77,7 @@ def make_command(
     )
     for action in (None, "store"):
         parser.register("action", action, _StoreOnce)
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse takes -1e-3 for a flag
     parser.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="print the traceback of an error"
     )
@@ -149,20 +150,21 @@ def add_flags(parser: Any, flags: Sequence[str]) -> None:
 
 def config_of(arguments: argparse.Namespace) -> RunConfig:
     """Return the run of --config with the values of flags and --set put in."""
-    overrides = {key: getattr(arguments, key, None) for _, key, *_ in _FLAGS.values()}
-    overrides = {key: value for key, value in overrides.items() if value is not None}
+    values = {key: (getattr(arguments, key, None), flag) for flag, (_, key, *_) in _FLAGS.items()}
+    overrides = {key: value for key, (value, _) in values.items() if value is not None}
+    flags = {key: values[key][1] for key in overrides}
     if mesh := overrides.get("mesh"):
         overrides["mesh"] = parse_mesh(mesh)
     if getattr(arguments, "no_wandb", False):
-        overrides["train.wandb"] = False
+        overrides["train.wandb"], flags["train.wandb"] = False, "--no-wandb"
     for text in arguments.set:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set {text}: expected KEY=VALUE, such as --set train.clip_norm=0.5")
         if key in overrides:
-            raise ConfigError(f"--set {text}: {key} is given twice; give one value, by a flag or by --set")
-        overrides[key] = parse_yaml(value, f"--set {text}")
-    return load_config(arguments.config, overrides)
+            raise ConfigError(f"--set {text}: {key} is already given by {flags[key]}; give one value")
+        overrides[key], flags[key] = parse_yaml(value, f"--set {text}"), "--set"
+    return load_config(arguments.config, overrides, flags)
 
 
 def add_cluster(parser: argparse.ArgumentParser) -> None:

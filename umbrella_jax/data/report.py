@@ -335,9 +335,10 @@ def _grouped_lines(findings: Sequence[Finding], shown_by: Mapping[str, str]) -> 
 
 
 def _differences(texts: Sequence[str]) -> tuple[str, list[list[str]]]:
-    """What texts of the same number of words have in common, `…` where they differ; and of each what stands there.
+    """Return the words that all texts share, with `…` for those that differ, and the differing words of each text.
 
-    Of texts of other lengths: the first, and the others whole.
+    Texts of different lengths share nothing: return the first, and the others whole. Brackets around a difference stay
+    with the shared words.
     """
     words = [text.split(" ") for text in texts]
     if len({len(of_one) for of_one in words}) > 1:
@@ -350,12 +351,24 @@ def _differences(texts: Sequence[str]) -> tuple[str, list[list[str]]]:
             continue
         phrases = [" ".join(phrase) for phrase in zip(*columns, strict=True)]
         ends = {phrase[-1:] for phrase in phrases}
-        end = ends.pop() if len(ends) == 1 and ends <= {",", ";", ":"} else ""  # the sentence's, not the phrase's
-        said.append(f"…{end}")
+        end = ends.pop() if len(ends) == 1 and ends <= {",", ";", ":"} else ""  # punctuation of the sentence
+        phrases = [phrase.removesuffix(end) for phrase in phrases]
+        opening, closing = _brackets(phrases)
+        said.append(f"{opening}…{closing}{end}")
         for of_one, phrase in zip(details, phrases, strict=True):
-            phrase = phrase.removesuffix(end)
-            of_one.append(phrase[1:-1] if phrase.startswith("(") and phrase.endswith(")") else phrase)
+            of_one.append(phrase.removeprefix(opening).removesuffix(closing))
     return " ".join(said), details
+
+
+def _brackets(phrases: Sequence[str]) -> tuple[str, str]:
+    """Return the brackets that belong to the sentence: those around all phrases, or that all leave open."""
+    opened, closed = [], []
+    for phrase in phrases:
+        depths = list(itertools.accumulate({"(": 1, ")": -1}.get(c, 0) for c in phrase)) or [0]
+        around = depths[0] == 1 and depths[-1] == 0 and min(depths[:-1]) > 0
+        opened.append(around or (depths[0] == 1 and min(depths) > 0))
+        closed.append(around or (phrase.endswith(")") and depths[-1] < 0 and min(depths[:-1], default=0) >= 0))
+    return "(" if all(opened) else "", ")" if all(closed) else ""
 
 
 def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:

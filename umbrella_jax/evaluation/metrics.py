@@ -450,7 +450,7 @@ def _notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Row]], resam
 
 def _figure_lines(figures: Mapping[str, Figure]) -> Iterator[str]:
     for name, f in figures.items():
-        cells = f"{short(f.value):>9}{span(f, 20) or '–':>20}{f.n:>7}{f.subjects:>9}{short(f.chance):>7}"
+        cells = f"{short(f.value):>9} {span(f, 20) or '–':>19}{f.n:>7}{f.subjects:>9} {short(f.chance):>6}"
         label = textwrap.wrap(f"  {name}", _WIDTH, subsequent_indent="    ")
         yield from label[:-1]
         if len(label[-1]) > 28:

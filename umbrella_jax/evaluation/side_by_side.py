@@ -1,42 +1,56 @@
-"""What several predictors reach on the same questions, in one table."""
+"""The metrics of several predictors on the same questions, in one table."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
+from umbrella_jax.columns import WIDTH
 from umbrella_jax.evaluation.metrics import Figure, Scores, short, span
 
 _NAME, _COLUMN, _CHANCE = 21, 17, 8
-"""Widths; with three columns a line has 80."""
+"""Least widths; with three columns a line has 80."""
 
 
 def side_by_side(scores: Mapping[str, Scores]) -> list[str]:
-    """Lines for a terminal: a column for each of the `scores`, its 95 % intervals below its values, and chance.
+    """Return lines for a terminal: a column per predictor, 95 % intervals below the values, and chance.
 
-    Chance is left out where it is not the same of all, since it depends on their answers; `unparsable` where it is 0 of
-    all. All are of the same tasks.
+    Chance is left out if it differs between predictors, since it depends on their answers; `unparsable` if it is 0 for
+    all. All `scores` have the same tasks.
     """
     first = next(iter(scores.values()))
-    lines = [f"{'':<{_NAME}}" + "".join(f"{name:>{_COLUMN}}" for name in scores) + f"{'chance':>{_CHANCE}}"]
+    rows: list[str | tuple[str, ...]] = [("", *scores, "chance")]
     for name, task in first.tasks.items():
-        lines += [f"{name} ({task.kind}, {task.unit})" if task.unit else f"{name} ({task.kind})"]
-        lines += [*_lines([found.of(name) for found in scores.values()]), ""]
+        rows += [f"{name} ({task.kind}, {task.unit})" if task.unit else f"{name} ({task.kind})"]
+        rows += [*_rows([of.of(name) for of in scores.values()]), ""]
     if first.overall():
-        lines += ["over all tasks", *_lines([found.overall() for found in scores.values()]), ""]
-    return lines
+        rows += ["over all tasks", *_rows([of.overall() for of in scores.values()]), ""]
+    return list(_lines(rows))
 
 
-def _lines(columns: list[dict[str, Figure]]) -> Iterator[str]:
+def _rows(columns: Sequence[Mapping[str, Figure]]) -> Iterator[tuple[str, ...]]:
     for name in dict.fromkeys(name for column in columns for name in column):
         figures = [column.get(name) for column in columns]
         if name == "unparsable" and not any(figure and figure.value for figure in figures):
             continue
         chances = {figure.chance for figure in figures if figure}
         chance = short(chances.pop()) if len(chances) == 1 else "–"
-        label = f"  {name}"
-        if len(label) > _NAME:
+        yield (f"  {name}", *(short(figure.value if figure else None) for figure in figures), chance)
+        if any(figure and figure.low is not None for figure in figures):
+            yield ("", *(span(figure, _COLUMN) if figure else "" for figure in figures), "")
+
+
+def _lines(rows: Sequence[str | tuple[str, ...]]) -> Iterator[str]:
+    """Align rows of cells; a string is a line of its own. Columns as wide as their longest cell never touch."""
+    least = (*[_COLUMN] * (len(rows[0]) - 2), _CHANCE)
+    cells = [row[1:] for row in rows if isinstance(row, tuple)]
+    widths = [
+        max(n, *(len(cell) + 1 for cell in column)) for n, column in zip(least, zip(*cells, strict=True), strict=True)
+    ]
+    label_width = max(min(_NAME, WIDTH - sum(widths)), 0)
+    for row in rows:
+        if isinstance(row, str):
+            yield row
+            continue
+        label, *values = row
+        if len(label) > label_width:
             yield label
             label = ""
-        values = "".join(f"{short(figure.value if figure else None):>{_COLUMN}}" for figure in figures)
-        yield f"{label:<{_NAME}}{values}{chance:>{_CHANCE}}"
-        if any(figure and figure.low is not None for figure in figures):
-            intervals = (span(figure, _COLUMN) if figure else "" for figure in figures)
-            yield (" " * _NAME + "".join(f"{interval:>{_COLUMN}}" for interval in intervals)).rstrip()
+        yield (f"{label:<{label_width}}" + "".join(f"{v:>{n}}" for v, n in zip(values, widths, strict=True))).rstrip()
