@@ -42,6 +42,8 @@ class Report:
     """Modalities of `started` whose weights are random."""
     replaced: tuple[str, ...] = ()
     """Tensors whose place the volume patch embedding takes."""
+    wrapped: str | None = None
+    """The first tensor's name in the file, if wrappers put something into the names, and its name without."""
     grown: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """{parameter: (rows in the file, rows now)}; new rows are the mean of the old."""
 
@@ -49,6 +51,7 @@ class Report:
         """For people, a fact each."""
         replaced = "\n  ".join(["left out, since the patch embedding of volumes takes their place:", *self.replaced])
         return [
+            *([f"names of tensors: what wrappers put into them is left out: {self.wrapped}"] if self.wrapped else []),
             *(f"{name}: patch embedding {how}" for name, how in self.started.items()),
             *([replaced] if self.replaced else []),
             *(f"{path}: {a} rows → {b}, new ones the mean" for path, (a, b) in self.grown.items()),
@@ -131,7 +134,10 @@ def plan_loading(
     directory = Path(directory)
     faults: list[str] = []
     found: dict[str, tuple[str, Tensor]] = {}  # hub's name → name in the file, tensor
+    wrapped = None
     for name, tensor in open_checkpoint(directory).items():
+        if name != tensor.name and wrapped is None:
+            wrapped = f"{tensor.name} → {name}"
         hub = hub_name(name)
         if hub in found:
             faults.append(f"{tensor.file}: {name}: the same tensor as {found[hub][0]}; expected it once, remove one")
@@ -229,6 +235,7 @@ def plan_loading(
         started={name: start.how for name, start in starts.items()},
         random=tuple(name for name, start in starts.items() if start.random),
         replaced=tuple(name for hub, (name, _) in found.items() if hub in REPLACED),
+        wrapped=wrapped,
         grown=grown,
     )
     return Plan(leaves, starts, tied_copy, report)

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args
 
+from convert.foreign import check_placeholders, folder_contents
 from convert.trainable import open_trainable
 from umbrella_jax import reading
 from umbrella_jax.config import (
@@ -160,6 +161,9 @@ def read_config(
     `modalities` and `umbrella_config.json` do not agree or neither is there.
     """
     directory = Path(directory)
+    check_placeholders(directory)
+    if not (directory / CONFIG).exists() and (found := folder_contents(directory)):
+        raise CheckpointError(f"{directory}: no {CONFIG}; found {found}")
     raw = read_json(directory / CONFIG)
     check_code(directory)
     faults: list[str] = []

@@ -5,7 +5,7 @@ The only other difference is a shape, so each row's operation is a reshape, and 
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from umbrella_jax.config import ModalityConfig
@@ -110,6 +110,33 @@ def hub_name(name: str) -> str:
     for pattern, replacement in _LAYOUTS:
         name = pattern.sub(replacement, name)
     return name
+
+
+# What wrappers around a module put into the names of its parameters: torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_LAYER = re.compile(r"(?<=\.layers\.)\d+\.")
+_PATHS = frozenset(row.path for row in ROWS) | REPLACED
+
+
+def unwrapped_names(names: Collection[str]) -> dict[str, str]:
+    """Return {name: the same without what wrappers put into it}.
+
+    That is `_orig_mod.` and the like anywhere, and a prefix of all names, such as `module.` (DDP) or
+    `base_model.model.` (PEFT), if more of them are those of a LLaVA without it.
+    """
+    short = {name: _WRAPPERS.sub("", name) for name in names}
+
+    def known(prefix: str) -> int:
+        hubs = (hub_name(name.removeprefix(prefix)) for name in short.values())
+        return sum(_LAYER.sub("", hub) in _PATHS or modality_of(hub) is not None for hub in hubs)
+
+    prefixes = [""]
+    for parts in zip(*(name.split(".")[:-1] for name in short.values()), strict=False):
+        if len({*parts}) > 1:
+            break
+        prefixes.append(f"{prefixes[-1]}{parts[0]}.")
+    best = max(prefixes, key=known) if len(prefixes) > 1 else ""  # the first of several, which is the shortest
+    return {name: without.removeprefix(best) for name, without in short.items()}
 
 
 def modality_of(name: str) -> str | None:

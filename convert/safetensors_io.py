@@ -16,9 +16,11 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
+from convert.foreign import adapter_faults, folder_contents, tensor_faults
+from convert.rules import unwrapped_names
 from convert.tensor import BLOCK, Index, Tensor, copy
 from umbrella_jax.errors import CheckpointError, ConfigError
-from umbrella_jax.reading import parse_json, read_json
+from umbrella_jax.reading import parse_json, placeholder, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -37,6 +39,8 @@ def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises CheckpointError for a file that is cut short, damaged or unreadable.
     """
+    if pointer := placeholder(path):
+        raise CheckpointError(f"{path}: {pointer}")
     if not path.is_file():  # a pipe would be waited for
         raise CheckpointError(f"{path}: no such file")
     try:
@@ -119,26 +123,25 @@ def open_checkpoint(directory: str | Path) -> dict[str, Tensor]:
     """{name in the file: tensor} of a checkpoint's one file, or of the shards that its index names.
 
     That is `model.safetensors`, or `pytorch_model.bin` where there is none, which needs PyTorch; as in a folder of the
-    hub or of a Trainer, whose other files do not matter. Only headers of safetensors are read. Raises CheckpointError
-    with every file that is missing or damaged and every tensor that is doubled, or that index and shards do not agree
-    on.
+    hub or of a Trainer, whose other files do not matter. Only headers of safetensors are read. Names come without what
+    wrappers put into them (`rules.unwrapped_names`).
+
+    Raises CheckpointError with every file that is missing or damaged and every tensor that is doubled or that index and
+    shards do not agree on, and for adapters that are not merged and quantised weights.
     """
     directory = Path(directory)
     single, index = directory / SINGLE, directory / INDEX
     open_file: Callable[[Path], dict[str, Tensor]] = lambda path: open_safetensors(path)[0]  # noqa: E731
     if not single.exists() and not index.exists():
-        others = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pth", ".gguf"))
         single, index, open_file = directory / _BIN, directory / _BIN_INDEX, _open_bin
         if not single.exists() and not index.exists():
-            remedy = (
-                f"found {', '.join(others)}; save the model as safetensors" if others else "give the weights' folder"
-            )
-            raise CheckpointError(f"{directory}: neither {SINGLE} nor {INDEX}; {remedy}")
+            found = folder_contents(directory) or "nothing that is known; name the folder of a model"
+            raise CheckpointError(f"{directory}: neither {SINGLE} nor {INDEX}; found {found}")
     if single.exists() and index.exists():
         raise CheckpointError(f"{directory}: holds both {single.name} and {index.name}; remove the outdated one")
     weight_map = _weight_map(index) if index.exists() else None
 
-    faults: list[str] = []
+    faults = adapter_faults(directory)
     tensors: dict[str, Tensor] = {}
     whole = True
     for file in [single.name] if weight_map is None else sorted(set(weight_map.values())):
@@ -164,9 +167,17 @@ def open_checkpoint(directory: str | Path) -> dict[str, Tensor]:
             where = tensors[name].file if name in tensors else None
             if where != str(directory / file):
                 faults.append(f"{index}: {name}: expected in {file}, found in {where or 'none'}; copy all files again")
+    faults += tensor_faults(tensors, directory)
     if faults:
         raise CheckpointError(faults)
-    return tensors
+    unwrapped: dict[str, Tensor] = {}
+    for name, short in unwrapped_names(tensors).items():
+        if short in unwrapped:
+            faults.append(f"{tensors[name].file}: {name}: the same tensor as {unwrapped[short].name}; remove one")
+        unwrapped[short] = tensors[name]
+    if faults:
+        raise CheckpointError(faults)
+    return unwrapped
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -23,6 +23,7 @@ from convert.to_hf import hub_tensors
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.models.llava import LlavaConfig
+from umbrella_jax.reading import placeholder
 
 
 class PatchEmbed(nn.Module):
@@ -149,6 +150,8 @@ def greedy_logits(
 
 def open_bin(path: Path) -> dict[str, Tensor]:
     """Tensors of a `pytorch_model*.bin`; nothing in it is executed. Raises CheckpointError for one that is damaged."""
+    if pointer := placeholder(path):
+        raise CheckpointError(f"{path}: {pointer}")
     try:
         _check_packing(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -158,7 +161,9 @@ def open_bin(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
     ):
-        raise CheckpointError(f"{path}: expected a state_dict, names and tensors")
+        keys = f": it holds {', '.join(sorted(map(str, state))[:5])}" if isinstance(state, dict) else ""
+        remedy = "save the model in PyTorch with save_pretrained"
+        raise CheckpointError(f"{path}: expected a state_dict, names and tensors{keys}; {remedy}")
     try:
         return {name: Tensor.of(_from_torch(_checked(tensor)), str(path), name) for name, tensor in state.items()}
     except (TypeError, RuntimeError) as error:  # a type or layout that numpy does not have

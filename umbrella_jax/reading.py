@@ -35,6 +35,31 @@ YAML_VALUES = 10_000
 _WHERE = re.compile(r"(.*) at line (\d+) column (\d+)", re.DOTALL)
 
 
+_LFS = b"version https://git-lfs.github.com/spec/"
+_ANNEX = b"/annex/objects/"
+_LFS_REMEDY = "a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+_ANNEX_REMEDY = "a git-annex pointer, not the file itself; run `datalad get` (or `git annex get`) on it"
+
+
+def placeholder(path: str | Path) -> str | None:
+    """Return what a file is and what to do if its content is elsewhere: a pointer of Git LFS or git-annex."""
+    try:
+        if os.path.islink(path) and not os.path.exists(path):
+            return _ANNEX_REMEDY if _ANNEX.decode() in os.readlink(path) else None
+        if not os.path.isfile(path) or os.path.getsize(path) > 1024:
+            return None
+        with open(path, "rb") as file:
+            return _pointer(file.read(len(_LFS)))
+    except (OSError, ValueError):  # whoever reads it says why it cannot be read
+        return None
+
+
+def _pointer(content: bytes) -> str | None:
+    if content.startswith(_LFS):
+        return _LFS_REMEDY
+    return _ANNEX_REMEDY if content.startswith(_ANNEX) else None
+
+
 def read_text(path: str | Path, error: type[UmbrellaError], limit: int, remedy: str) -> str:
     """Return a whole file of UTF-8, without its byte order mark. Raises `error` with the `remedy` if the file cannot be
     read, is longer than `limit` bytes or is not UTF-8."""
@@ -44,6 +69,8 @@ def read_text(path: str | Path, error: type[UmbrellaError], limit: int, remedy: 
             # the size of a pipe says nothing
             while max(size, len(content)) <= limit and (piece := file.read(1 << 20)):
                 content += piece
+        if pointer := _pointer(bytes(content[: len(_LFS)])):
+            raise error(f"{path}: {pointer}")
         if max(size, len(content)) <= limit:
             return content.decode("utf-8-sig")
     except (OSError, ValueError) as fault:  # no text, or a name that no file can have

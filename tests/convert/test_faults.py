@@ -366,6 +366,161 @@ def test_files(copy: Callable[..., Path], good: Path, change: Change, expected: 
     only(refused(directory, read_config(good / "one")), *(part.format(dir=directory) for part in expected))
 
 
+# What is no LLaVA's weights.
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 1735000000\n"
+
+
+def instead(*names: str, config: bool = True) -> Change:
+    """Files of these names (folders, if they end in /) in place of the weights."""
+
+    def make(directory: Path) -> None:
+        (directory / SINGLE).unlink()
+        if not config:
+            (directory / "config.json").unlink()
+        for name in names:
+            path = directory / name
+            (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+            if not name.endswith("/"):
+                path.write_text('{"base_model_name_or_path": "lab/llava"}' if name == "adapter_config.json" else "")
+
+    return make
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (
+            ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt"],
+            ["PEFT adapter alone, of the base lab/llava", "merge_and_unload"],
+        ),
+        (["adapter_model.bin"], ["PEFT adapter alone; ", "save_pretrained"]),
+        (
+            ["global_step500/", "latest", "zero_to_fp32.py", "rng_state_0.pth"],
+            ["DeepSpeed", "(global_step500)", "zero_to_fp32.py . OUT"],
+        ),
+        (["pytorch_model_fsdp.bin", "optimizer.bin"], ["FSDP", "accelerate merge-weights"]),
+        (["pytorch_model_fsdp_0/"], ["FSDP", "accelerate merge-weights"]),
+        (
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+            ["without the index", ".index.json"],
+        ),
+        (["pytorch_model-00001-of-00002.bin"], ["without the index", ".index.json"]),
+        (["model.fp16.safetensors"], ["variant", "rename"]),
+        (["trainable.safetensors"], ["what a run trained", "--patch-embed"]),
+        (["llava-Q4_K_M.gguf"], ["llama.cpp", "original"]),
+        (["tf_model.h5"], ["TensorFlow", "from_tf=True"]),
+        (["flax_model.msgpack"], ["Flax", "from_flax=True"]),
+        (["consolidated.00.pth"], ["PyTorch files of another kind", "save_pretrained"]),
+        (
+            ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"],
+            ["Trainer's state", "model.safetensors"],
+        ),
+        (
+            ["checkpoint-20/model.safetensors", "training_args.bin"],
+            ["one folder further down", "name {dir}/checkpoint-20"],
+        ),
+        (["merges.txt", "special_tokens_map.json"], ["without"]),
+    ],
+)
+def test_folder_of_something_else(
+    copy: Callable[..., Path], names: list[str], expected: list[str], with_config: bool
+) -> None:
+    """Named for what it is, whether config.json is there too or not."""
+    directory = copy("one", instead(*names, config=with_config))
+    with pytest.raises(CheckpointError) as error:
+        Checkpoint.open(directory).check()
+    only(error.value.faults, f"{directory}: ", *(part.format(dir=directory) for part in expected))
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_adapter_beside_the_weights(copy: Callable[..., Path], weights: str) -> None:
+    """Which of the two models is meant, nothing says."""
+    directory = copy("one")
+    (directory / weights).touch()
+    (directory / "adapter_config.json").write_text("{}")
+    for call in (open_checkpoint, fingerprint, Checkpoint.open(directory).check):
+        with pytest.raises(CheckpointError) as error:
+            call(*([] if call not in (open_checkpoint, fingerprint) else [directory]))
+        only(
+            error.value.faults,
+            f"{directory}/adapter_config.json: a PEFT adapter beside",
+            "merge_and_unload",
+            "or remove",
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            lambda t: (
+                {f"base_model.model.{n}": a for n, a in t.items()}
+                | {f"base_model.model.{SQUARE[:-6]}lora_A.default.weight": t[SQUARE]}
+            ),
+            "PEFT adapter that is not merged",
+        ),
+        (
+            lambda t: {n.replace("q_proj.", "q_proj.base_layer."): a for n, a in t.items()},
+            "PEFT adapter that is not merged",
+        ),
+        (
+            lambda t: {n.replace("embed_tokens.", "embed_tokens.modules_to_save.default."): a for n, a in t.items()},
+            "merge_and_unload",
+        ),
+        (lambda t: {n.replace("up_proj.weight", "up_proj.qweight"): a for n, a in t.items()}, "quantised weights"),
+        (lambda t: t | {f"{LAYER}.absmax": t[NORM]}, "quantised weights"),
+    ],
+    ids=["lora", "base_layer", "modules_to_save", "gptq", "bitsandbytes"],
+)
+def test_tensors_of_another_kind(copy: Callable[..., Path], good: Path, change: Any, expected: str) -> None:
+    """One fault, not one for each tensor."""
+    directory = copy("one")
+    save_file(change(load_file(directory / SINGLE)), directory / SINGLE)
+    only(refused(directory, read_config(good / "one")), f"{directory}: ", expected)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        SINGLE,
+        "config.json",
+        "umbrella_config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "vocab.json",
+        "chat_template.jinja",
+        "pytorch_model.bin",
+    ],
+)
+def test_git_lfs_pointer(copy: Callable[..., Path], file: str) -> None:
+    directory = copy("one", lambda directory: [(directory / file).write_text(POINTER)])
+    with pytest.raises(CheckpointError) as error:
+        Checkpoint.open(directory)
+    only(error.value.faults, f"{directory / file}: a Git LFS pointer", "git lfs pull")
+
+
+@pytest.mark.parametrize("file", [SINGLE, "pytorch_model.bin"])
+def test_git_lfs_pointer_where_the_file_alone_is_read(copy: Callable[..., Path], good: Path, file: str) -> None:
+    directory = copy("one", lambda directory: (directory / SINGLE).rename(directory / file))
+    (directory / file).write_text(POINTER)
+    only(refused(directory, read_config(good / "one")), f"{directory / file}: a Git LFS pointer", "git lfs pull")
+
+
+def test_git_lfs_pointers_are_named_together(copy: Callable[..., Path], good: Path) -> None:
+    directory = copy("shards", lambda directory: [(directory / name).write_text(POINTER) for name in (FIRST, LAST)])
+    with pytest.raises(CheckpointError) as error:
+        read_config(directory)
+    assert [fault.partition(":")[0] for fault in error.value.faults] == [
+        f"{directory / name}" for name in (FIRST, LAST)
+    ]
+    part = directory / "part"
+    part.write_text(POINTER)
+    with pytest.raises(CheckpointError, match="a Git LFS pointer"):
+        read_config(good / "one", patch_embed=part)
+
+
 # config.json.
 
 

@@ -145,6 +145,56 @@ def test_names_and_files(hubs, tmp_path, names, files, dtype, tied):
     assert fingerprint(directory) == fingerprint(source)
 
 
+def compiled_inside(name):
+    """Of a model whose language model and layers were compiled or wrapped one by one."""
+    name = name.replace("language_model.model.", "language_model._orig_mod.model.")
+    return name.replace(".layers.1.", ".layers.1._checkpoint_wrapped_module.").replace(
+        "layers.0.", "layers.0._orig_mod."
+    )
+
+
+WRAPPERS = {
+    "torch.compile": lambda name: f"_orig_mod.{name}",
+    "DDP": lambda name: f"module.{name}",
+    "PEFT": lambda name: f"base_model.model.{name}",
+    "Lightning": lambda name: f"model.{name}",
+    "FSDP": lambda name: f"_fsdp_wrapped_module.{name}",
+    "compiled DDP": lambda name: f"module._orig_mod.{name}",
+    "DDP of compiled PEFT": lambda name: f"_orig_mod.module.base_model.model.{name}",
+    "a class of one's own": lambda name: f"student.net.{name}",
+    "parts compiled": compiled_inside,
+}
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "names", "files", "tied"),
+    [
+        (wrapper, NAMES[i % 4], FILES[i % 6], i % 2 == 0)
+        for i, wrapper in enumerate([*WRAPPERS, *reversed(WRAPPERS), "Lightning"])
+    ],
+)
+def test_what_wrappers_put_into_names(hubs, tmp_path, wrapper, names, files, tied):
+    """It is left out, and said, with the first name as an example."""
+    source = hubs["float32", tied]
+    wrapped = {WRAPPERS[wrapper](names(n)): t for n, t in read(source).items()}
+    directory = write(tmp_path / "in", source, wrapped, files)
+    (line,) = assert_round_trip(directory, source, tmp_path / "out")
+    assert line.startswith("names of tensors: what wrappers put into them is left out: ")
+    long, short = line.rpartition(": ")[2].split(" → ")
+    assert long in wrapped
+    assert short in {names(n) for n in read(source)}
+    assert fingerprint(directory) == fingerprint(source)
+
+
+def test_the_same_tensor_with_and_without_a_wrapper(hubs, tmp_path):
+    tensors = read(hubs["float32", True])
+    name = EMBEDDINGS + "T1_proj.bias"
+    tensors[name.replace("T1", "_orig_mod.T1")] = tensors[name].clone()
+    assert f"_orig_mod.T1_proj.bias: the same tensor as {name}; remove one" in refused(
+        write(tmp_path / "in", hubs["float32", True], tensors)
+    )
+
+
 def test_names_are_those_of_the_installed_transformers(tmp_path):
     model = write_umbrella(tmp_path, tied=False)
     assert model.state_dict().keys() == {in_memory_5(name) for name in read(tmp_path)}

@@ -69,7 +69,7 @@ def test_folder_without_weights(tmp_path):
     (tmp_path / "pytorch_model.bin").touch()
     assert "pytorch_model.bin: cut short, damaged" in refused(tmp_path)
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "consolidated.pth")
-    assert "consolidated.pth; save the model as safetensors" in refused(tmp_path)
+    assert "PyTorch files of another kind (consolidated.pth); save the model in PyTorch" in refused(tmp_path)
 
 
 def test_single_file_beside_an_index(tmp_path):

@@ -71,6 +71,22 @@ def test_nifti(tmp_path, header_class, dtype, slope, inter, name):
     np.testing.assert_array_equal(load_volume(tmp_path / name, t1()), expected[::-1, ::-1])
 
 
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.mgz", "a.npy"])
+def test_file_whose_content_is_elsewhere(tmp_path, name):
+    """As a clone without git-lfs, or a DataLad data set without `datalad get`, leaves it."""
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert faults(path, t1()) == (
+        f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository",
+    )
+    said = f"{path}: a git-annex pointer, not the file itself; run `datalad get` (or `git annex get`) on it"
+    path.write_text("/annex/objects/SHA256E-s9--0.nii.gz\n")
+    assert faults(path, t1()) == (said,)
+    path.unlink()
+    path.symlink_to(f"../.git/annex/objects/x/y/{name}")
+    assert faults(path, t1()) == (said,)
+
+
 @pytest.mark.parametrize("named", ["a.hdr", "a.img"])
 def test_nifti_pairs(tmp_path, named):
     nib.save(nib.Nifti1Pair(numbers(SIZE), LPS), tmp_path / "a.img")

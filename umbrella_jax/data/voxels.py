@@ -38,6 +38,7 @@ from numpy.lib.format import MAGIC_PREFIX, read_array_header_1_0, read_array_hea
 
 from umbrella_jax.config import MAX_VOXELS, MM
 from umbrella_jax.errors import DataError
+from umbrella_jax.reading import placeholder
 
 UNPACKED = 256 << 20
 """Bytes that any compressed file may hold: a volume of 320³ in float64, whatever is in it."""
@@ -183,6 +184,8 @@ def readable(path: Path, expected: str = "a whole volume, copy it again") -> Ite
     except DataError:
         raise
     except FileNotFoundError as error:
+        if pointer := placeholder(path):
+            raise DataError(f"{path}: {pointer}") from None
         missing = path if error.filename is None else error.filename  # of a pair, the half that is missing
         if os.path.islink(missing):
             raise DataError(
@@ -194,6 +197,8 @@ def readable(path: Path, expected: str = "a whole volume, copy it again") -> Ite
             "of frames (relative paths start at the conversation file, or at data.image_root: --image-root DIR)"
         ) from None
     except Exception as error:
+        if pointer := placeholder(path):
+            raise DataError(f"{path}: {pointer}") from None
         reason = (str(error).splitlines() or [""])[0]
         if isinstance(error, HeaderDataError):
             expected = "another header: correct it, or copy the file again"

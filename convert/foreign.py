@@ -1,0 +1,109 @@
+"""Folders and tensors that are not a LLaVA's weights: what they are, and what to do with them."""
+
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from umbrella_jax.errors import CheckpointError
+from umbrella_jax.reading import placeholder, read_json
+
+WEIGHTS = frozenset(
+    f"{stem}{index}" for stem in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
+)
+ADAPTER = "adapter_config.json"
+"""PEFT's description of an adapter."""
+_MERGE = (
+    "merge it in PyTorch (peft: PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(OUT)) and "
+    "name OUT"
+)
+_DEEPSPEED = "merge them (python zero_to_fp32.py . OUT --safe_serialization, run in that folder) and name OUT"
+_FSDP = "merge them (accelerate merge-weights FOLDER OUT) and name OUT"
+_PYTORCH = "save the model in PyTorch with save_pretrained, and name that folder"
+_TRANSFORMERS_4 = "load them with transformers 4 ({}=True), call save_pretrained, and name that folder"
+
+_TRAINER = ("optimizer*", "scheduler*", "rng_state*", "random_states*", "training_args.bin", "trainer_state.json")
+# What a name in a folder without weights means, the first that fits: patterns, what it is, what to do.
+_FILES: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("global_step*", "zero_pp_rank_*", "mp_rank_*", "zero_to_fp32.py"), "DeepSpeed's shards of a model", _DEEPSPEED),
+    (("pytorch_model_fsdp*", "*.distcp"), "FSDP's shards of a model", _FSDP),
+    (("trainable*.safetensors",), "what a run trained, without its base", "put it onto its base with --patch-embed"),
+    (
+        ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"),
+        "shards without the index that names them",
+        "copy the file that ends in .index.json too",
+    ),
+    (("model.*.safetensors", "pytorch_model.*.bin"), "a variant's weights", "rename them to model.safetensors"),
+    (("*.gguf", "ggml-*"), "llama.cpp's quantised weights", "use the original ones"),
+    (("*.h5",), "TensorFlow's weights", _TRANSFORMERS_4.format("from_tf")),
+    (("*.msgpack",), "Flax's weights", _TRANSFORMERS_4.format("from_flax")),
+    (("*.safetensors",), "tensors under another name than model.safetensors", "name the folder of the model"),
+    (("*.bin", "*.pth", "*.pt", "*.ckpt"), "PyTorch files of another kind", _PYTORCH),
+)
+_REST: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (_TRAINER, "a Trainer's state without weights", "name the folder that holds model.safetensors"),
+    (("config.json",), "a description without weights", "copy the weights too"),
+    (("tokenizer*", "vocab.*", "merges.txt"), "a tokenizer without a model", "name the folder of the model"),
+)
+_PEFT = re.compile(r"(?:^|\.)(?:lora_\w+|base_layer|modules_to_save|original_module|ia3_l|hada_\w+|oft_\w+)(?:\.|$)")
+_QUANTISED = re.compile(r"\.(?:qweight|qzeros|g_idx|SCB|weight\.(?:absmax|quant_map|nested_absmax|quant_state\..*))$")
+
+
+def folder_contents(directory: Path) -> str | None:
+    """Return what a folder without a LLaVA's weights holds and what to do; None if it has them, or nothing known."""
+    names = sorted(path.name for path in directory.iterdir())
+    if not WEIGHTS.isdisjoint(names):
+        return None
+    if (base := _adapter_base(directory)) is not None:
+        return f"a PEFT adapter alone{base}; {_MERGE}"
+    own = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in _TRAINER)]
+    if found := _recognise(own, _FILES):
+        return found
+    if below := sorted(directory.glob("*/model*.safetensors*"), key=lambda path: path.stat().st_mtime):
+        return f"weights one folder further down; name {below[-1].parent}"
+    return _recognise(names, _REST)
+
+
+def _recognise(names: Iterable[str], kinds: tuple[tuple[tuple[str, ...], str, str], ...]) -> str | None:
+    names = list(names)
+    for patterns, what, remedy in kinds:
+        for name in names:
+            if any(fnmatchcase(name, pattern) for pattern in patterns):
+                return f"{what} ({name}); {remedy}"
+    return None
+
+
+def _adapter_base(directory: Path) -> str | None:
+    """Return `, of the base NAME` if the folder holds a PEFT adapter, empty if that names none, else None."""
+    config = directory / ADAPTER
+    if not config.exists():
+        return "" if any(directory.glob("adapter_model*")) else None
+    stated = read_json(config, CheckpointError, "copy it again")
+    base = stated.get("base_model_name_or_path") if isinstance(stated, dict) else None
+    return f", of the base {base}" if base else ""
+
+
+def adapter_faults(directory: Path) -> list[str]:
+    """Return a fault if a PEFT adapter is beside weights: nothing says whether these contain it."""
+    if _adapter_base(directory) is None:
+        return []
+    remedy = f"{_MERGE}; or remove {ADAPTER} and adapter_model.* if the weights contain it"
+    return [f"{directory / ADAPTER}: a PEFT adapter beside the weights, which would not be used; {remedy}"]
+
+
+def tensor_faults(names: Iterable[str], place: Path) -> list[str]:
+    """Return a fault for each kind of tensor that no plain model has, with the first of its names."""
+    names = list(names)
+    kinds = (
+        (_PEFT, f"a PEFT adapter that is not merged; {_MERGE}"),
+        (_QUANTISED, "quantised weights (GPTQ, AWQ or bitsandbytes); use the original ones"),
+    )
+    found = [(next(filter(pattern.search, names), None), what) for pattern, what in kinds]
+    return [f"{place}: {name}: {what}" for name, what in found if name is not None]
+
+
+def check_placeholders(directory: Path) -> None:
+    """Raise CheckpointError for files of a folder whose content is elsewhere, as Git LFS leaves them."""
+    faults = [f"{path}: {reason}" for path in sorted(directory.iterdir()) if (reason := placeholder(path))]
+    if faults:
+        raise CheckpointError(faults)
