@@ -96,7 +96,7 @@ def place(tmp_path: Path) -> Callable[[str], Path]:
         (tmp_path / "participants.tsv").write_text("participant_id\tsex\nsub-1\tF\nsub-2\tM\n")
         for subject in "12":
             (folder := tmp_path / f"sub-{subject}/anat").mkdir(parents=True)
-            (folder / f"sub-{subject}_T1w.nii.gz").touch()
+            (folder / f"sub-{subject}_T1w.nii.gz").write_bytes(b"scan")
         return tmp_path / name
 
     return make

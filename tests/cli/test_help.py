@@ -200,6 +200,7 @@ def test_every_path_is_completed() -> None:
     others = {
         *(
             "NAME",
+            "VALUE",
             "TEXT",
             "PROMPT",
             "ID",

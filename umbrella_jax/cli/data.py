@@ -57,11 +57,15 @@ def add(commands: Any) -> None:
         dest="entities",
         action="append",
         metavar="KEY=VALUE",
-        help="use only files with this entity; repeatable",
+        help="use only files with this entity, such as echo=1, or without it (space=none); repeatable",
+    )
+    bids.add_argument(
+        "--missing", action="append", metavar="VALUE", help="value that means missing, such as -999; repeatable"
     )
     bids.add_argument("--derivatives", metavar="NAME", help="use the scans in DIR/derivatives/NAME")
     bids.add_argument("--template", metavar="FILE", help="YAML or JSON of questions and answers (docs/bids.md)")
     bids.add_argument("--split", metavar="SHARES", help="shares of subjects; default train=0.8,eval=0.2")
+    bids.add_argument("--split-from", metavar="DIR", help="use the split of DIR, an earlier OUT")
     bids.add_argument("--seed", type=int, metavar="N", help="random seed for splits and pairs; default 1234")
     bids.add_argument("--pairs-per-subject", type=int, metavar="N", help="references per compared scan; default 4")
 

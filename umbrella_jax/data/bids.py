@@ -1,15 +1,13 @@
-"""A BIDS data set to conversations: participants.tsv says what is asked, file names about which scans."""
+"""A BIDS data set to conversations: tables say what is asked, file names about which scans."""
 
-import csv
 import math
 import random
 import re
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from io import StringIO
 from pathlib import Path
 from string import Formatter
 from typing import Any, TypeVar
@@ -17,9 +15,22 @@ from typing import Any, TypeVar
 from umbrella_jax.columns import plural, wrapped
 from umbrella_jax.config import MAX_CLASSES
 from umbrella_jax.data.conversation import IMAGE_MARKER, TURN_END, TURN_START
+from umbrella_jax.data.ignore_file import IgnoreFile
+from umbrella_jax.data.subject_split import SPLITS, read_splits, split_names, split_subjects, write_splits
+from umbrella_jax.data.tables import (
+    alike,
+    check_columns,
+    doubtful,
+    is_missing,
+    lost_zeros,
+    number_in,
+    read_table,
+    subject_rows,
+    with_prefix,
+)
 from umbrella_jax.errors import ConfigError, DataError, UmbrellaError
-from umbrella_jax.files import PRIVATE, strict_json, write_whole
-from umbrella_jax.reading import LISTING, read_json, read_text, read_yaml
+from umbrella_jax.files import check_new_folder, naming, new_folder, private, strict_json
+from umbrella_jax.reading import read_json, read_text, read_yaml
 
 T = TypeVar("T")
 TEMPLATES: dict[str, dict[str, str]] = {
@@ -35,9 +46,12 @@ TEMPLATES: dict[str, dict[str, str]] = {
 """What is said where a template file says nothing else; its kinds are the kinds of conversation."""
 MODALITIES = {"sMRI": ("anat", "T1w", "t1_0.5b"), "fMRI": ("func", "bold", "rsfmri_0.5b")}
 """Folder and suffix of a modality's files, and a config to train it with."""
-_MISSING = ("", "n/a")
-_ELSEWHERE_MISSING = ("na", "nan", "null")
-"""What R, Python and databases write for it, which BIDS does not."""
+PARTICIPANTS = "participants.tsv"
+_REPEATS = ("sub", "ses", "run", "task", "dir")
+"""Entities of scans that repeat a measurement, all of which are taken. Any other entity makes variants of one."""
+_NONE = "none"
+"""How `--entity` names the scans without an entity."""
+_NAMES_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -49,12 +63,25 @@ class _Scan:
     def name(self) -> str:
         return self.path.name.split(".")[0]
 
+    @property
+    def subject(self) -> str:
+        return f"sub-{self.entities['sub']}"
+
+    @property
+    def visit(self) -> str:
+        """The subject and, if the name has one, the session: `sub-01 ses-2`."""
+        return " ".join(f"{key}-{self.entities[key]}" for key in ("sub", "ses") if key in self.entities)
+
 
 @dataclass(frozen=True)
 class _Subject:
+    """Scans of one subject that share a label; a subject whose label changes between sessions is several of these."""
+
     name: str
-    value: str  # as in participants.tsv
-    label: str  # as it is said
+    value: str
+    """As in the table."""
+    label: str
+    """As in the conversation."""
     scans: tuple[_Scan, ...]
 
 
@@ -66,29 +93,39 @@ def from_bids(
     kind: str | None = None,
     modality: str = "sMRI",
     template: str | Path | None = None,
-    split: str = "train=0.8,eval=0.2",
-    seed: int = 1234,
+    split: str | None = None,
+    split_from: str | Path | None = None,
+    seed: int | None = None,
     entities: Sequence[str] = (),
     derivatives: str | None = None,
+    missing: Sequence[str] = (),
     pairs_per_subject: int | None = None,
 ) -> list[str]:
-    """Writes `out`/SPLIT.json for each split: conversations about `target`, image paths relative to `root`.
+    """Write `out`/SPLIT.json for each split: conversations about `target`, image paths relative to `root`.
 
-    A subject's scans are all taken, and are all in one split. Splits are stratified by label, of numbers by quantile;
-    they and the pairs are a function of the data set and `seed`.
+    A list has a conversation per line. `out`/splits.tsv says which subject is in which split. That is a function of
+    participants.tsv, of who has a scan and of `seed`, never of the target (see `split_subjects`). All scans of a
+    subject are in one split.
 
     Args:
         root: the data set, with participants.tsv.
-        target: column of participants.tsv; `Levels` of participants.json spell its values where they are given.
+        out: an empty or new directory.
+        target: column of participants.tsv, or of sub-*_sessions.tsv or a table in phenotype/ with `session_id`: a
+            value per session is that of the session's scans. `Levels` of participants.json and sessions.json spell
+            values.
         kind: classification, regression, or comparison: a reference subject of the same split, then the query.
-            Default: regression where all values are numbers, more than MAX_CLASSES distinct ones; else classification.
+            Default: regression if all values are numbers, more than MAX_CLASSES distinct ones; else classification.
         modality: sMRI (anat/*_T1w) or fMRI (func/*_task-rest*_bold).
         template: YAML or JSON with sections like those of TEMPLATES, and `labels`, which spells values.
-        split: NAME=SHARE,...; the shares sum to 1.
-        entities: KEY=VALUE of the file names to take, such as ses=1; a key that comes twice may have either value.
+        split: NAME=SHARE,...; the shares sum to 1. Default train=0.8,eval=0.2.
+        split_from: directory that an earlier call wrote; its splits.tsv is used in place of `split` and `seed`.
+        seed: of the split (default 1234) and of the pairs.
+        entities: KEY=VALUE of the file names to take, such as ses=1, or KEY=none for those without the key; a key
+            that is given twice may have either value.
         derivatives: take the scans of `root`/derivatives/THIS instead.
-        pairs_per_subject: references for each scan of a query subject, half of them of its label where there are
-            enough; default 4. For comparison only.
+        missing: values that mean a missing one, besides `is_missing`. With any, no other value is doubtful.
+        pairs_per_subject: references for each scan of a query subject, half of them of its label if there are
+            enough; default 4. Only for kind comparison.
 
     Returns:
         Lines that say what was written, what was left out and why, and how to train on it.
@@ -110,52 +147,83 @@ def from_bids(
             return None
 
     collect(lambda: _check_arguments(out, kind, modality, pairs_per_subject))
-    shares = collect(lambda: _shares(split))
+    if split_from is not None and not (split is None and seed is None):
+        faults.append("split_from: the split is that of another directory; leave out split and seed")
+    shares = collect(lambda: _shares(split or "train=0.8,eval=0.2"))
+    given = collect(lambda: read_splits(Path(split_from) / SPLITS)) if split_from is not None else None
     texts = collect(lambda: _template(template))
-    levels = collect(lambda: _levels(root / "participants.json", target))
-    values = collect(lambda: _participants(root / "participants.tsv", target))
-    scans = collect(lambda: _scans(root, modality, derivatives, entities, notes)) if modality in MODALITIES else None
-    if values is None or scans is None or texts is None or levels is None:
+    levels = collect(lambda: _levels(root, target))
+    table = collect(lambda: _Participants.read(root, target))
+    files = collect(lambda: _files(root, derivatives, notes))
+    scans = None
+    if files is not None and modality in MODALITIES:
+        scans = collect(lambda: _scans(root, files, modality, derivatives, entities, notes))
+    if table is None or files is None or scans is None or texts is None or levels is None:
         raise DataError(faults)
-    used = _with_both(values, scans, target, notes)
-    kind = collect(lambda: _kind(root / "participants.tsv", target, {s: values[s] for s in used}, kind))
-    if kind is None or shares is None:
+    spelled = {**levels, **texts.pop("labels", {})}
+    kept = collect(lambda: _with_values(table, files, scans, target, missing, spelled, notes))
+    if kept is None:
         raise DataError(faults)
-    spelled = {} if kind == "regression" else {**levels, **texts.pop("labels", {})}
-    if spelled and (unspelled := sorted({values[s] for s in used} - spelled.keys())):
-        notes.append(f"said as in participants.tsv, since neither Levels nor labels spell them: {', '.join(unspelled)}")
-    subjects = [_Subject(s, values[s], spelled.get(values[s], values[s]), tuple(scans[s])) for s in used]
-    splits = _deal(subjects, shares, kind, seed)
-    collect(lambda: _check_subjects(root, target, kind, subjects, splits))
+    kind = collect(lambda: _kind(table.path, target, kept, kind, spelled, notes))
+    if kind is None or shares is None or faults:
+        raise DataError(faults)
+    if kind == "regression":
+        spelled = {}
+    elif spelled and (unspelled := sorted({value for _, value in kept} - spelled.keys())):
+        notes.append(f"said as in {PARTICIPANTS}, since neither Levels nor labels spell them: {', '.join(unspelled)}")
+    subjects = _subjects(kept, spelled)
+    split_of = given if given is not None else split_subjects(_balanced(table, files), shares, seed_of(seed))
+    splits, kept_out = _divide(subjects, split_of, list(shares) if given is None else split_names(split_of))
+    if kept_out:
+        notes.append(_left_out(f"subjects that {split_from}/{SPLITS} does not have", kept_out))
+    collect(lambda: _check_subjects(root, target, kind, subjects, splits, notes))
     if pairs_per_subject is not None and kind != "comparison":
         faults.append(f"pairs_per_subject: of kind comparison only; this is a {kind}, leave it out")
     if faults:
         raise DataError(faults)
 
     writer = _Writer(root, target, kind, modality, texts[kind])
-    lines = [f"{root}: {target}, {kind}, {modality}, {len(used)} of {len(values)} subjects"]
-    out.mkdir(parents=True, exist_ok=True)
-    for name, members in splits.items():
-        if kind == "comparison":
-            number = pairs_per_subject or 4
-            records = [writer.two(*pair) for pair in _pairs(members, number, random.Random(f"{seed} {name}"))]
-            if short := number * sum(len(subject.scans) for subject in members) - len(records):
-                notes.append(f"{name}: {short} pairs fewer than {number} a scan, for want of other subjects")
-        else:
-            records = [writer.one(subject, scan) for subject in members for scan in subject.scans]
-        file = out / f"{name}.json"
-        body = ",\n".join(strict_json(record, ensure_ascii=False) for record in records)  # a line each, for grep
-        write_whole(file, f"[\n{body}\n]\n", PRIVATE)
-        counts = f"{plural(len(members), 'subject')}, {plural(len(records), 'conversation')}"
-        lines.append(f"{file}: {counts}: {_counted(kind, subjects, members)}")
-        if kind == "comparison":
-            pairs = Counter(record["metadata"]["comparison_type"] for record in records)
-            lines.append(f"  pairs: same {pairs['same']}, different {pairs['different']}")
-    told = [line for note in notes for line in wrapped(note)]
-    return [*lines, *told, *_next_command(root, out, target, modality, splits)]
+    pairs = pairs_per_subject or 4
+    people = len({subject.name for subject in subjects})
+    lines = [f"{root}: {target}, {kind}, {modality}, {people} of {len(table.rows)} subjects"]
+    with new_folder(out, 0o700) as folder:
+        for name, members in splits.items():
+            if kind == "comparison":
+                rng = random.Random(f"{seed_of(seed)} {name}")
+                records = (writer.two(*pair) for pair in _pairs(members, pairs, rng))
+            else:
+                records = (writer.one(subject, scan) for subject in members for scan in subject.scans)
+            counts = _write_list(folder / f"{name}.json", records)
+            told = f"{plural(len({m.name for m in members}), 'subject')}, {plural(counts.total(), 'conversation')}"
+            lines.append(f"{out / f'{name}.json'}: {told}: {_counted(kind, subjects, members)}")
+            if kind == "comparison":
+                lines.append(f"  pairs: same {counts['same']}, different {counts['different']}")
+                if short := pairs * sum(len(subject.scans) for subject in members) - counts.total():
+                    notes.append(f"{name}: {short} pairs fewer than {pairs} a scan, for want of other subjects")
+        write_splits(folder / SPLITS, split_of)
+    told_notes = [line for note in notes for line in wrapped(note)]
+    return [*lines, *told_notes, *_next_command(root, out, target, modality, splits)]
+
+
+def seed_of(seed: int | None) -> int:
+    """Return the seed, by default 1234."""
+    return 1234 if seed is None else seed
+
+
+def _write_list(path: Path, records: Iterable[Mapping[str, Any]]) -> Counter[str]:
+    """Write a JSON list, a record per line and one in memory at a time, and count them by `comparison_type`."""
+    counts: Counter[str] = Counter()
+    with naming(path), open(path, "w", encoding="utf-8", opener=private) as file:
+        file.write("[\n")
+        for record in records:
+            file.write((",\n" if counts else "") + strict_json(record, ensure_ascii=False))
+            counts[record["metadata"].get("comparison_type", "")] += 1
+        file.write("\n]\n")
+    return counts
 
 
 def _next_command(root: Path, out: Path, target: str, modality: str, splits: Collection[str]) -> list[str]:
+    """Return the command that trains on what was written."""
     if "train" not in splits:
         return []
     flags = {"config": MODALITIES[modality][2], "base": "LLAVA_DIR"}
@@ -179,9 +247,10 @@ def _check_arguments(out: Path, kind: str | None, modality: str, pairs: int | No
         faults.append(f"modality: expected one of {', '.join(MODALITIES)}, got {modality!r}")
     if pairs is not None and pairs < 1:
         faults.append(f"pairs_per_subject: expected at least 1, got {pairs}")
-    # A split of another call has other subjects; side by side, and read as one directory, they would leak.
-    if found := sorted(file.name for file in (*out.glob("*.json"), *out.glob("*.jsonl"))):
-        faults.append(f"{out}: holds {', '.join(found)} already; name an empty directory")
+    try:
+        check_new_folder(out)
+    except ConfigError as error:
+        faults += error.faults
     if faults:
         raise DataError(faults)
 
@@ -248,94 +317,198 @@ def _forged(text: str) -> list[str]:
     return [f"holds {' and '.join(held)}, which the tokenizer puts in; take it out"] if held else []
 
 
-def _levels(file: Path, target: str) -> dict[str, str]:
-    """`Levels` of the column: a description each, or an object that holds one; none where there is no such file."""
-    if not file.exists() and not file.is_symlink():  # a link to nothing is one that datalad has yet to get
-        return {}
-    found = read_json(file, DataError, "expected an object of columns")
-    column = found.get(target, {}) if isinstance(found, dict) else None
-    levels = column.get("Levels", {}) if isinstance(column, dict) else None
-    if not isinstance(levels, dict):
-        raise DataError(f"{file}: {target}: expected an object, and an object under its Levels")
-    texts = {value: text.get("Description") if isinstance(text, dict) else text for value, text in levels.items()}
-    spelled = {value: text.strip() for value, text in texts.items() if isinstance(text, str) and text.strip()}
-    if faulty := texts.keys() - spelled.keys():
-        raise DataError([f"{file}: {target}.Levels.{value}: expected a description" for value in sorted(faulty)])
+def _levels(root: Path, target: str) -> dict[str, str]:
+    """Return {value: text} of the column's `Levels` in participants.json and sessions.json: a description each, or an
+    object that holds one."""
+    spelled: dict[str, str] = {}
+    for file in (root / "participants.json", root / "sessions.json"):
+        if not file.exists() and not file.is_symlink():  # a link to nothing is one that datalad has yet to get
+            continue
+        columns = read_json(file, DataError, "expected an object of columns")
+        column = columns.get(target, {}) if isinstance(columns, dict) else None
+        levels = column.get("Levels", {}) if isinstance(column, dict) else None
+        if not isinstance(levels, dict):
+            raise DataError(f"{file}: {target}: expected an object, and an object under its Levels")
+        texts = {value: text.get("Description") if isinstance(text, dict) else text for value, text in levels.items()}
+        described = {value: text.strip() for value, text in texts.items() if isinstance(text, str) and text.strip()}
+        if faulty := texts.keys() - described.keys():
+            raise DataError([f"{file}: {target}.Levels.{value}: expected a description" for value in sorted(faulty)])
+        spelled |= described
     return spelled
 
 
-def _participants(file: Path, target: str) -> dict[str, str]:
-    """{sub-LABEL: value}, in sorted order."""
-    text = read_text(file, DataError, LISTING, "expected a table of tab-separated rows")
-    reader = csv.reader(StringIO(text, newline=""), delimiter="\t", strict=True)
-    rows: list[tuple[int, list[str]]] = []
-    try:
-        rows += ((reader.line_num, [cell.strip() for cell in row]) for row in reader if row)
-    except csv.Error as error:
-        raise DataError(f"{file}:{reader.line_num}: not a tab-separated row: {error}") from None
-    header = rows[0][1] if rows else []
-    columns = ", ".join(header) or "none"
-    if len(header) == 1 and re.search(r"[,;]", columns):
-        columns += "; its columns have to be parted by tabs"
-    faults = [
-        f"{file}: {name}: expected one such column, got {columns}"
-        for name in dict.fromkeys(("participant_id", target))
-        if header.count(name) != 1
-    ]
-    if faults:
-        raise DataError(faults)
-    found: dict[str, str] = {}
-    for line, row in rows[1:]:
-        if len(row) != len(header):
-            faults.append(f"{file}:{line}: expected {len(header)} tab-separated cells, got {len(row)}")
+@dataclass(frozen=True)
+class _Participants:
+    """Rows of participants.tsv, and the target's values per session if other tables have them."""
+
+    path: Path
+    rows: Mapping[str, Mapping[str, str]]
+    """{sub-LABEL: {column: cell}}, sorted."""
+    sessions: Mapping[tuple[str, str], str]
+    """{(sub-LABEL, ses-LABEL): value}; empty if no table has the target per session."""
+    sources: str
+    """Which tables `sessions` come from."""
+
+    @classmethod
+    def read(cls, root: Path, target: str) -> "_Participants":
+        """Read all tables of a data set. Raise DataError with every fault."""
+        table = read_table(root / PARTICIPANTS)
+        tables = _session_tables(root, target)
+        needed = ["participant_id", *([] if tables and target not in table.columns else [target])]
+        try:
+            check_columns(table, needed)
+        except DataError as error:
+            hints = [
+                f"; {file.relative_to(root)} has it: copy it to {PARTICIPANTS}"
+                for file in sorted(root.glob("phenotype/*.tsv"))
+                if target not in table.columns and target in _header(file)
+            ]
+            raise DataError([f + (hints[0] if hints and f": {target}: " in f else "") for f in error.faults]) from None
+        found: dict[tuple[str, str], tuple[str, str]] = {}
+        faults = []
+        for name, subject, session, value in tables:
+            place, before = f"{subject} {session}", found.setdefault((subject, session), (value, name))
+            if before[0] != value:
+                faults.append(f"{root / name}: {target}: {value} for {place}, but {before[0]} in {before[1]}")
+        if faults:
+            raise DataError(faults)
+        kinds = dict.fromkeys("sub-*_sessions.tsv" if name.startswith("sub-") else name for name, *_ in tables)
+        values = {key: value for key, (value, _) in found.items()}
+        return cls(table.path, subject_rows(table), values, ", ".join(kinds))
+
+
+def _session_tables(root: Path, target: str) -> list[tuple[str, str, str, str]]:
+    """Return (file, sub-LABEL, ses-LABEL, value) of every row of tables that have the target per session."""
+    faults: list[str] = []
+    found: list[tuple[str, str, str, str]] = []
+    for file in (*sorted(root.glob("sub-*/sub-*_sessions.tsv")), *sorted(root.glob("phenotype/*.tsv"))):
+        of_one = file.parent.name != "phenotype"
+        needed = ["session_id", *([] if of_one else ["participant_id"])]
+        try:
+            header = _header(file)
+            if target not in header or (not of_one and "session_id" not in header):
+                continue
+            table = read_table(file)
+            check_columns(table, [*needed, target])
+            faults += table.faults
+        except DataError as error:
+            faults.extend(error.faults)
             continue
-        cells = dict(zip(header, row, strict=True))
-        name = f"sub-{cells['participant_id'].removeprefix('sub-')}"
-        if name == "sub-":
-            faults.append(f"{file}:{line}: participant_id: expected sub-LABEL, got {cells['participant_id']!r}")
-        elif name in found:
-            faults.append(f"{file}:{line}: participant_id: {name} stands there twice; expected one row a subject")
-        found[name] = cells[target]
-    if not faults and not found:
-        faults.append(f"{file}: holds no subject; expected a row each below the header")
+        for _, cells in table.rows:
+            subject = file.parent.name if of_one else with_prefix("sub", cells["participant_id"])
+            session = with_prefix("ses", cells["session_id"])
+            found.append((file.relative_to(root).as_posix(), subject, session, cells[target]))
     if faults:
         raise DataError(faults)
-    return dict(sorted(found.items()))
+    return found
+
+
+def _header(file: Path) -> list[str]:
+    """Return the columns of a table, of which only the first line is read."""
+    try:
+        with file.open("rb") as lines:
+            return [cell.strip(' "') for cell in lines.readline(1 << 20).decode("utf-8-sig").strip().split("\t")]
+    except UnicodeDecodeError:
+        return list(read_table(file).columns)  # which names the encoding
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Files of a data set that have the name of a scan, without those that .bidsignore excludes."""
+
+    base: Path
+    """The data set, or the derivatives in it."""
+    paths: Mapping[str, Sequence[Path]]
+    """{modality: files below `base`, sorted}."""
+    modalities: Mapping[str, frozenset[str]]
+    """{sub-LABEL: modalities that it has files of, in the data set or the derivatives}."""
 
 
 # Not pybids: it indexes the whole tree into an SQL database, and brings a dozen packages. Of BIDS, this needs the
 # entities in a file's name.
-def _scans(
-    root: Path, modality: str, derivatives: str | None, narrowed: Sequence[str], notes: list[str]
-) -> dict[str, list[_Scan]]:
-    """{sub-LABEL: its scans}, in sorted order; what is not taken goes to `notes`."""
-    folder, suffix, _ = MODALITIES[modality]
+def _files(root: Path, derivatives: str | None, notes: list[str]) -> _Files:
+    """Find the files of every modality, also of those that nobody asked for: the split must not depend on that."""
     base = root / "derivatives" / derivatives if derivatives else root
     if not base.is_relative_to(root):
         raise DataError(f"derivatives {derivatives}: expected the name of a directory in {root / 'derivatives'}")
     if not base.is_dir():
         there = sorted(path.name for path in base.parent.glob("*") if path.is_dir()) if derivatives else []
         raise DataError(f"{base}: not found; expected a directory{', such as ' + ', '.join(there) if there else ''}")
+    paths: dict[str, list[Path]] = {}
+    modalities: dict[str, set[str]] = defaultdict(set)
+    excluded: list[str] = []
+    for folder in dict.fromkeys((base, root)):
+        ignore = [_ignore_file(place / ".bidsignore") for place in dict.fromkeys((root, folder))]
+        for modality, (kind, suffix, _) in MODALITIES.items():
+            for path in sorted(p for ses in ("", "ses-*/") for p in folder.glob(f"sub-*/{ses}{kind}/*_{suffix}.nii*")):
+                name = path.relative_to(folder).as_posix()
+                if any(file.excludes(name) for file in ignore):
+                    excluded += [name] if folder == base else []
+                    continue
+                modalities[name.partition("/")[0]].add(modality)
+                if folder == base:
+                    paths.setdefault(modality, []).append(path)
+    if excluded:
+        notes.append(_left_out("files that .bidsignore excludes", excluded))
+    return _Files(base, paths, {subject: frozenset(of) for subject, of in modalities.items()})
+
+
+def _ignore_file(file: Path) -> IgnoreFile:
+    if not file.is_file():
+        return IgnoreFile(())
+    text = read_text(file, DataError, 1 << 20, "expected patterns, one in each line")
+    try:
+        return IgnoreFile(text.splitlines())
+    except ValueError as error:
+        raise DataError(f"{file}: {error}; expected patterns as in .gitignore") from None
+
+
+def _scans(
+    root: Path, files: _Files, modality: str, derivatives: str | None, narrowed: Sequence[str], notes: list[str]
+) -> dict[str, list[_Scan]]:
+    """Return {sub-LABEL: its scans}, both sorted; what is not taken goes to `notes`."""
+    base = files.base
+    folder, suffix, _ = MODALITIES[modality]
     scans: list[_Scan] = []
-    misnamed, absent = [], []
-    for path in sorted(p for ses in ("", "ses-*/") for p in base.glob(f"sub-*/{ses}{folder}/*_{suffix}.nii*")):
+    left: dict[str, list[str]] = {
+        "files with another name than BIDS gives them there": [],
+        "files that are links to nothing; `datalad get` them": [],
+        "pointers to files that were not downloaded; `datalad get` or `git lfs pull` them": [],
+        "empty files": [],
+        "hidden files": [],
+        "X.nii beside X.nii.gz": [],
+    }
+    misnamed, absent, pointers, empty, hidden, twins = left.values()
+    paths = files.paths.get(modality, ())
+    compressed = {str(path) for path in paths if path.suffix == ".gz"}
+    for path in paths:
+        name = path.relative_to(base).as_posix()
         entities = _entities(path.name, suffix)
         folders = zip(("sub", "ses"), path.relative_to(base).parts[:-2], strict=False)
+        if path.name.startswith("."):  # such as macOS' ._sub-01_T1w.nii.gz
+            hidden.append(name)
         # A scan in another subject's folder could end up in two splits.
-        if entities is None or any(folder != f"{key}-{entities.get(key)}" for key, folder in folders):
-            misnamed.append(str(path.relative_to(base)))
+        elif entities is None or any(folder != f"{key}-{entities.get(key)}" for key, folder in folders):
+            misnamed.append(name)
         elif not path.exists():
-            absent.append(str(path.relative_to(base)))
+            absent.append(name)
+        elif f"{path}.gz" in compressed:
+            twins.append(name)
+        elif not (size := path.stat().st_size):
+            empty.append(name)
+        elif size < 1024 and _is_pointer(path):
+            pointers.append(name)
         else:
             scans.append(_Scan(path, entities))
-    _note(notes, misnamed, "files with another name than BIDS gives them there")
-    _note(notes, absent, "files that are links to nothing; `datalad get` them")
-    scans = _narrowed(scans, modality, narrowed, notes) if scans else scans
+    notes += [_left_out(what, names) for what, names in left.items() if names]
+    scans = _narrowed(scans, base, modality, narrowed, notes) if scans else scans
     if not scans:
         raise DataError("; ".join([f"{base}: no scan; expected sub-*/[ses-*/]{folder}/*_{suffix}.nii[.gz]", *notes]))
     found = defaultdict(list)
     for scan in scans:
-        found[f"sub-{scan.entities['sub']}"].append(scan)
+        found[scan.subject].append(scan)
     several = [of_one for of_one in found.values() if len(of_one) > 1]
     if several:
         differ = {k for s in several for k in _keys(s) if len({scan.entities.get(k) for scan in s}) > 1}
@@ -346,8 +519,14 @@ def _scans(
     return dict(sorted(found.items()))
 
 
+def _is_pointer(path: Path) -> bool:
+    """Return whether git-annex or git-lfs left a note in place of the file."""
+    with path.open("rb") as file:
+        return file.read(64).startswith((b"/annex/objects/", b"version https://git-lfs"))
+
+
 def _entities(name: str, suffix: str) -> dict[str, str] | None:
-    """{"sub": "01", "run": "2"} of sub-01_run-2_T1w.nii.gz, None for a name that BIDS does not know."""
+    """Return {"sub": "01", "run": "2"} of sub-01_run-2_T1w.nii.gz, None for a name that BIDS does not know."""
     label = "([a-zA-Z0-9]+)-([a-zA-Z0-9+]+)_"
     return dict(re.findall(label, name)) if re.fullmatch(rf"({label})+{suffix}\.nii(\.gz)?", name) else None
 
@@ -357,61 +536,197 @@ def _keys(scans: Iterable[_Scan]) -> set[str]:
 
 
 def _values(scans: Iterable[_Scan], key: str) -> list[str]:
-    return sorted({scan.entities.get(key, "(none)") for scan in scans})
+    return sorted({scan.entities.get(key, _NONE) for scan in scans})
 
 
-def _narrowed(scans: list[_Scan], modality: str, narrowed: Sequence[str], notes: list[str]) -> list[_Scan]:
-    """The scans that have one of the asked values of every key; a run of rest where no task is asked for."""
+def _narrowed(scans: list[_Scan], base: Path, modality: str, narrowed: Sequence[str], notes: list[str]) -> list[_Scan]:
+    """Return the scans that have one of the asked values of every key: magnitudes, and runs of rest, unless others are
+    asked for.
+
+    Raises:
+        ConfigError: a key or value that no scan has; variants of one acquisition between which nothing decides.
+    """
     asked = defaultdict(set)
     faults = []
     for text in narrowed:
         key, equals, value = text.partition("=")
         if not (key and equals and value):
             faults.append(f"entity {text}: expected KEY=VALUE, such as ses=1 or acq=mprage")
-        elif all(scan.entities.get(key) != value for scan in scans):
+        elif value not in _values(scans, key):
             there = f"{key} is {' or '.join(_values(scans, key))}" if key in _keys(scans) else f"names have no {key}"
             faults.append(f"entity {text}: no scan has it; {there}")
         asked[key].add(value)
     if faults:
         raise ConfigError(faults)
-    kept = [scan for scan in scans if all(scan.entities.get(key) in values for key, values in asked.items())]
+    kept = [scan for scan in scans if all(scan.entities.get(key, _NONE) in values for key, values in asked.items())]
     if len(kept) < len(scans):
         notes.append(f"left out: scans that are not {' '.join(narrowed)} ({len(scans) - len(kept)})")
+    if "part" not in asked:
+        others = [scan for scan in kept if scan.entities.get("part", "mag") != "mag"]
+        kept = [scan for scan in kept if scan.entities.get("part", "mag") == "mag"]
+        if others:
+            parts = ", ".join(_values(others, "part"))
+            notes.append(f"left out: parts of complex images other than the magnitude ({len(others)}): {parts}")
     if modality == "fMRI" and "task" not in asked:
         others = [scan for scan in kept if not scan.entities.get("task", "").startswith("rest")]
         kept = [scan for scan in kept if scan.entities.get("task", "").startswith("rest")]
         if others:
             tasks = ", ".join(_values(others, "task"))
             notes.append(f"left out: runs of other tasks ({len(others)}), which --entity task=VALUE takes: {tasks}")
+    if faults := _undecided(kept, base, asked.keys()):
+        raise ConfigError(faults)
     return kept
 
 
-def _note(notes: list[str], names: Sequence[str], what: str) -> None:
-    if names:
-        notes.append(f"left out: {what} ({len(names)}): {', '.join(names)}")
+def _undecided(scans: Iterable[_Scan], base: Path, decided: Collection[str]) -> list[str]:
+    """Return a fault for every entity that makes variants of one acquisition (echoes, reconstructions, spaces), unless
+    the user has decided: as scans of their own they would count a measurement several times."""
+    acquisitions = defaultdict(list)
+    for scan in scans:
+        acquisitions[tuple(scan.entities.get(key) for key in _REPEATS)].append(scan)
+    variants: dict[str, list[_Scan]] = defaultdict(list)
+    for group in (group for group in acquisitions.values() if len(group) > 1):
+        for key in _keys(group) - {*_REPEATS, *decided}:
+            if len({scan.entities.get(key) for scan in group}) > 1:
+                variants[key] += group
+    faults = []
+    for key, of in sorted(variants.items()):
+        values = _values(of, key)
+        people = plural(len({scan.subject for scan in of}), "subject")
+        faults.append(
+            f"{base}: {people} with several variants of one scan, which differ in {key} ({', '.join(values)}); choose "
+            f"with --entity {key}={values[0]} (again for more of them)"
+        )
+    return faults
 
 
-def _with_both(
-    values: Mapping[str, str], scans: Mapping[str, Sequence[_Scan]], target: str, notes: list[str]
-) -> list[str]:
-    """The subjects with a value and a scan."""
-    valued = {s: value for s, value in values.items() if value.lower() not in _MISSING}
-    _note(notes, [s for s in values if s not in scans], "subjects without a scan")
-    _note(notes, [s for s in scans if s in values and s not in valued], f"subjects whose {target} is n/a or empty")
-    _note(notes, [s for s in scans if s not in values], "subjects without a row in participants.tsv")
-    used = [s for s in valued if s in scans]
-    if odd := Counter(valued[s] for s in used if valued[s].lower() in _ELSEWHERE_MISSING):
-        told = ", ".join(f"{value} ({n})" for value, n in odd.items())
-        notes.append(f"taken as values of {target}, though elsewhere they mean a missing one, in BIDS n/a: {told}")
-    return used
+def _left_out(what: str, names: Sequence[str]) -> str:
+    more = f", and {len(names) - _NAMES_SHOWN:,} more" if len(names) > _NAMES_SHOWN else ""
+    return f"left out: {what} ({len(names)}): {', '.join(names[:_NAMES_SHOWN])}{more}"
 
 
-def _kind(file: Path, target: str, used: Mapping[str, str], kind: str | None) -> str:
-    """The kind asked for, or the one that the values of {subject: value} suggest."""
-    words = [f"{value} ({subject})" for subject, value in used.items() if _number(value) is None]
-    many = len(set(used.values())) > MAX_CLASSES
-    if not used:
-        raise DataError(f"{file}: {target}: no subject has both a value and a scan")
+def _with_values(
+    table: _Participants,
+    files: _Files,
+    scans: Mapping[str, Sequence[_Scan]],
+    target: str,
+    missing: Sequence[str],
+    labels: Collection[str],
+    notes: list[str],
+) -> list[tuple[_Scan, str]]:
+    """Return the scans that have a value, and the value; the others go to `notes`.
+
+    Raises DataError for ids that differ only in spelling, values of which it is doubtful whether they mean a missing
+    one, and if nothing is left.
+    """
+    faults = _misspelled(table, files, scans)
+    rows, visits = table.rows, {scan.visit: None for of in scans.values() for scan in of}
+    valued: list[tuple[_Scan, str]] = []
+    without: list[str] = []
+    for scan in (scan for subject, of in scans.items() if subject in rows for scan in of):
+        session = scan.entities.get("ses")
+        if table.sessions and session is not None:
+            value = table.sessions.get((scan.subject, f"ses-{session}"))
+        else:
+            value = rows[scan.subject].get(target)
+        if value is None:
+            without.append(scan.visit)
+        else:
+            valued.append((scan, value))
+    name: Callable[[_Scan], str] = (lambda scan: scan.visit) if table.sessions else (lambda scan: scan.subject)
+    whom = "sessions" if table.sessions and any(" " in visit for visit in visits) else "subjects"
+    empty = dict.fromkeys(name(scan) for scan, value in valued if value.lower() in ("", "n/a"))
+    written = {
+        name(scan): value
+        for scan, value in valued
+        if name(scan) not in empty and is_missing(value, declared=missing, labels=labels)
+    }
+    kept = [(scan, value) for scan, value in valued if name(scan) not in empty and name(scan) not in written]
+    if absent := [subject for subject in rows if subject not in scans]:
+        notes.append(_left_out("subjects without a scan", absent))
+    if without:
+        notes.append(_left_out(f"sessions without a value in {table.sources}", list(dict.fromkeys(without))))
+    if empty:
+        notes.append(_left_out(f"{whom} whose {target} is n/a or empty", list(empty)))
+    if written:
+        counts = ", ".join(f"{value} {n}" for value, n in Counter(written.values()).items())
+        notes.append(_left_out(f"{whom} whose {target} is missing, by other words ({counts})", list(written)))
+    if nameless := [subject for subject in scans if subject not in rows]:
+        notes.append(_left_out(f"subjects without a row in {PARTICIPANTS}", nameless))
+    for value in missing:
+        if (
+            value.lower() != "n/a"
+            and value not in written.values()
+            and not any(is_missing(cell, declared=[value]) for cell in written.values())
+        ):
+            notes.append(f"--missing {value}: no {target} is that")
+    if table.sessions:
+        own = sum(scan.entities.get("ses") is not None for scan, _ in kept)
+        other = sum(rows[scan.subject].get(target, value) != value for scan, value in kept)
+        notes.append(f"values per session, of {table.sources}: {plural(own, 'scan')}, {other} unlike {PARTICIPANTS}")
+    counts_of = Counter(value for _, value in dict.fromkeys((name(scan), value) for scan, value in kept))
+    if not missing and (odd := doubtful(counts_of.keys(), labels)):
+        told = ", ".join(f"{value!r} ({counts_of[value]})" for value in odd)
+        flags = " ".join(f"--missing {shlex.quote(value)}" for value in odd)
+        faults.append(
+            f"{table.path}: {target}: missing values or not? {told}; {flags} leaves them out, --missing n/a takes "
+            "every value as it is"
+        )
+    if not kept and not faults:
+        faults.append("; ".join([f"{table.path}: {target}: no subject has both a value and a scan", *notes]))
+    if faults:
+        raise DataError(faults)
+    return kept
+
+
+def _misspelled(table: _Participants, files: _Files, scans: Mapping[str, Sequence[_Scan]]) -> list[str]:
+    """Return faults for ids that tables and folders spell differently."""
+    faults = []
+    pairs = alike(table.rows, [*files.modalities, *scans])
+    if pairs:
+        faults.append(_spelling_fault(f"{table.path}: participant_id", pairs, ""))
+    on_disk = defaultdict(set)
+    for scan in (scan for of in scans.values() for scan in of if "ses" in scan.entities):
+        on_disk[scan.subject].add(f"ses-{scan.entities['ses']}")
+    in_tables = defaultdict(set)
+    for subject, session in table.sessions:
+        in_tables[subject].add(session)
+    sessions = {subject: alike(in_tables[subject], of) for subject, of in on_disk.items()}
+    if first := next((subject for subject, of in sessions.items() if of), None):
+        faults.append(_spelling_fault(f"{table.sources}: session_id", sessions[first], f" of {first}"))
+    return faults
+
+
+def _spelling_fault(place: str, pairs: Mapping[str, str], whose: str) -> str:
+    (name, other), *more = pairs.items()
+    others = f" and {plural(len(more), 'other')}" if more else ""
+    if all(lost_zeros(name, other) for name, other in pairs.items()):
+        why = "the table has lost leading zeros, as in a spreadsheet; write the ids as the folders have them, as text"
+    else:
+        why = "they differ only in spelling; write the ids as the folders have them"
+    return f"{place}: {name} in the table, {other} on disk{whose}{others}; {why}"
+
+
+def _kind(
+    file: Path,
+    target: str,
+    kept: Sequence[tuple[_Scan, str]],
+    kind: str | None,
+    spelled: Mapping[str, str],
+    notes: list[str],
+) -> str:
+    """Return the kind asked for, or the one that the values suggest. Raise DataError if the values do not fit it."""
+    used = {scan.subject: value for scan, value in kept}
+    values = Counter(value for _, value in kept)
+    words = [f"{value} ({subject})" for subject, value in used.items() if number_in(value) is None]
+    words = words or [value for value in values if number_in(value) is None]
+    many = len(values) > MAX_CLASSES
+    commas = [word for word in words if re.match(r"[+-]?\d+(,\d+)+(\.\d+)?( |$)", word)]
+    if commas and kind in (None, "regression") and not spelled.keys() & values.keys():
+        raise DataError(
+            f"{file}: {target}: numbers with a comma: {', '.join(commas[:5])} ({len(commas)}); write a decimal point, "
+            "no separator of thousands"
+        )
     if kind is None and many and 0 < len(words) < len(used):
         raise DataError(
             f"{file}: {target}: numbers and words mixed; write numbers or n/a instead of {', '.join(words)}, "
@@ -421,52 +736,95 @@ def _kind(file: Path, target: str, used: Mapping[str, str], kind: str | None) ->
         raise DataError([f"{file}: {target}: expected a number or n/a, got {word}" for word in words])
     if kind == "comparison" and many and not words:
         raise DataError(
-            f"{file}: {target}: {len(set(used.values()))} distinct numbers, of which hardly two are the same; "
+            f"{file}: {target}: {len(values)} distinct numbers, of which hardly two are the same; "
             "compare a column of labels, such as groups of them"
         )
-    return kind or ("regression" if many and not words else "classification")
+    kind = kind or ("regression" if many and not words else "classification")
+    if kind != "regression":
+        _check_labels(file, target, values, spelled, notes)
+    return kind
 
 
-def _number(value: str) -> float | None:
-    """As people write numbers: not Python's 1_000, inf and nan."""
-    return float(value) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value, re.ASCII) else None
+def _check_labels(file: Path, target: str, values: Counter[str], spelled: Mapping[str, str], notes: list[str]) -> None:
+    """Raise DataError for labels that differ only in case, spaces or the spelling of a number."""
+    alike_labels: dict[str, Counter[str]] = defaultdict(Counter)
+    for value, count in values.items():
+        label = spelled.get(value, value)
+        number = number_in(label)
+        alike_labels[" ".join(label.casefold().split()) if number is None else f"{number:g}"][label] += count
+    faults = [
+        f"{file}: {target}: one label or several? {', '.join(f'{label!r} ({n})' for label, n in labels.items())}; "
+        "write them alike, or spell them with `labels` of --template"
+        for labels in alike_labels.values()
+        if len(labels) > 1
+    ]
+    if faults:
+        raise DataError(faults)
+    initials = [label for label in alike_labels if len(label) == 1 and label.isalpha()]
+    for label, other in ((i, o) for i in initials for o in alike_labels if o.startswith(i) and o != i):
+        notes.append(f"taken as two labels of {target}: {', '.join([*alike_labels[label], *alike_labels[other]])}")
+    if unused := sorted(spelled.keys() - values.keys()):
+        notes.append(f"values that Levels or labels spell and no scan has: {', '.join(unused)}")
 
 
-def _deal(
-    subjects: Sequence[_Subject], shares: Mapping[str, Fraction], kind: str, seed: int
-) -> dict[str, list[_Subject]]:
-    """Subjects to splits. Shuffled, then sorted by stratum, each goes to the split that lags its share most: so every
-    stratum, and the whole, is divided by the shares up to a subject."""
-    order = sorted(subjects, key=lambda subject: subject.name)
-    if kind == "regression":  # at most ten bins of at least five: finer ones would leave nothing to chance
-        order.sort(key=lambda subject: float(subject.value))
-        bins = max(min(10, len(order) // 5), 1)
-        strata = {subject.name: str(rank * bins // len(order)) for rank, subject in enumerate(order)}
-    else:
-        strata = {subject.name: subject.label for subject in order}
-    random.Random(seed).shuffle(order)
-    order.sort(key=lambda subject: strata[subject.name])
-    splits: dict[str, list[_Subject]] = {name: [] for name in shares}
-    for dealt, subject in enumerate(order, start=1):
-        lags = {name: shares[name] * dealt - len(splits[name]) for name in shares}
-        splits[max(lags, key=lambda name: lags[name])].append(subject)
-    return {name: sorted(members, key=lambda subject: subject.name) for name, members in splits.items()}
+def _subjects(kept: Iterable[tuple[_Scan, str]], spelled: Mapping[str, str]) -> list[_Subject]:
+    """Group scans by subject and label, in order."""
+    groups: dict[tuple[str, str], list[tuple[_Scan, str]]] = defaultdict(list)
+    for scan, value in kept:
+        groups[scan.subject, spelled.get(value, value)].append((scan, value))
+    return [_Subject(name, of[0][1], label, tuple(scan for scan, _ in of)) for (name, label), of in groups.items()]
+
+
+def _balanced(table: _Participants, files: _Files) -> dict[str, dict[str, str]]:
+    """Return {subject: {column: cell}} that the split balances: all columns, and of which modalities there are scans.
+
+    These are the subjects with a row and a scan of any modality, so the split depends on nothing that was asked for.
+    """
+    return {
+        subject: {column: cell for column, cell in cells.items() if column != "participant_id"}
+        | {f"scan {modality}": str(modality in files.modalities[subject]) for modality in MODALITIES}
+        for subject, cells in table.rows.items()
+        if subject in files.modalities
+    }
+
+
+def _divide(
+    subjects: Iterable[_Subject], split_of: Mapping[str, str], names: Iterable[str]
+) -> tuple[dict[str, list[_Subject]], list[str]]:
+    """Return {split: its subjects}, and the names of subjects that are in no split."""
+    splits: dict[str, list[_Subject]] = {name: [] for name in names}
+    others: dict[str, None] = {}
+    for subject in subjects:
+        if subject.name in split_of:
+            splits[split_of[subject.name]].append(subject)
+        else:
+            others[subject.name] = None
+    return splits, list(others)
 
 
 def _check_subjects(
-    root: Path, target: str, kind: str, subjects: Sequence[_Subject], splits: Mapping[str, Sequence[_Subject]]
+    root: Path,
+    target: str,
+    kind: str,
+    subjects: Sequence[_Subject],
+    splits: Mapping[str, Sequence[_Subject]],
+    notes: Sequence[str],
 ) -> None:
+    """Raise DataError for labels that cannot be taught, and splits without enough subjects."""
     labels = sorted({subject.label for subject in subjects})
     faults = [f"{root}: {target}: label {label!r}: {fault}" for label in labels for fault in _forged(label)]
     if len(labels) == 1:
         faults.append(f"{root}: {target}: every subject is {labels[0]}; expected at least two values")
     needed = 2 if kind == "comparison" else 1
-    faults += [
-        f"split {name}: gets {len(members)} of {len(subjects)} subjects, a {kind} needs at least {needed}; "
-        "give it a larger share or leave it out"
-        for name, members in splits.items()
-        if len(members) < needed
+    people = len({subject.name for subject in subjects})
+    sizes = {name: len({subject.name for subject in members}) for name, members in splits.items()}
+    small = [
+        f"split {name}: gets {size} of {people} subjects, a {kind} needs at least {needed}; "
+        "give it a larger share, another --seed, or leave it out"
+        for name, size in sizes.items()
+        if size < needed
     ]
+    faults += ["; ".join([fault, *notes]) for fault in small[:1]] + small[1:]
     if faults:
         raise DataError(faults)
 
@@ -474,27 +832,31 @@ def _check_subjects(
 Side = tuple[_Subject, _Scan]
 
 
-def _pairs(members: Sequence[_Subject], number: int, rng: random.Random) -> list[tuple[Side, Side]]:
-    """For each scan of each member, as query, `number` references among the others: half of its label where there are
-    enough, the odd one in turn; fewer where there are no more."""
+def _pairs(members: Sequence[_Subject], number: int, rng: random.Random) -> Iterator[tuple[Side, Side]]:
+    """Yield, for each scan of each member as query, `number` references among the other subjects: half of its label if
+    there are enough, the odd one in turn; fewer if there are no more."""
     labels = dict.fromkeys(subject.label for subject in members)
     same = {label: [s for s in members if s.label == label] for label in labels}
     different = {label: [s for s in members if s.label != label] for label in labels}
-    place = {subject.name: i for of_label in same.values() for i, subject in enumerate(of_label)}
-    pairs: list[tuple[Side, Side]] = []
+    place = {(s.name, label): i for label, of_label in same.items() for i, s in enumerate(of_label)}
+    entries = Counter(subject.name for subject in members)
     queries = [(subject, scan) for subject in members for scan in subject.scans]
     for turn, (query, scan) in enumerate(queries):
-        alike, others = range(len(same[query.label]) - 1), different[query.label]  # places of those but the query's own
-        num_alike = min(len(alike), max((number + turn % 2) // 2, number - len(others)))
+        alike_ones, others = same[query.label], different[query.label]
+        if entries[query.name] > 1:  # another label in another session
+            others = [subject for subject in others if subject.name != query.name]
+        num_alike = min(len(alike_ones) - 1, max((number + turn % 2) // 2, number - len(others)))
         num_others = min(len(others), number - num_alike)
-        references = [same[query.label][i + (i >= place[query.name])] for i in rng.sample(alike, num_alike)]
+        own = place[query.name, query.label]
+        drawn = rng.sample(range(len(alike_ones) - 1), num_alike)  # places of those but the query's own
+        references = [alike_ones[i + (i >= own)] for i in drawn]
         references += rng.sample(others, num_others)
-        pairs += [((reference, rng.choice(reference.scans)), (query, scan)) for reference in references]
-    return pairs
+        for reference in references:
+            yield (reference, rng.choice(reference.scans)), (query, scan)
 
 
 def _counted(kind: str, subjects: Sequence[_Subject], members: Sequence[_Subject]) -> str:
-    """What a split holds: subjects per label, or the range of the numbers."""
+    """Return what a split holds: subjects per label, or the range of the numbers."""
     if kind == "regression":
         numbers = [float(subject.value) for subject in members]
         return f"{min(numbers):g} to {max(numbers):g}, mean {math.fsum(numbers) / len(numbers):.4g}"

@@ -1,0 +1,186 @@
+"""Tables of a study: tab-separated text to rows, with the ids and the missing values that people really write."""
+
+import csv
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+from umbrella_jax.config import MAX_CLASSES
+from umbrella_jax.errors import DataError
+from umbrella_jax.reading import LISTING, read_text
+
+_MISSING = {
+    *("", "n/a", "na", "<na>", "n.a.", "nan", "null", "-", "--", "---", "–", "—", "?", "??", "???", ".", "..", "..."),
+    *("#n/a", "#na", "#value!", "#ref!", "#div/0!", "#null!", "#name?", "#num!"),
+}
+"""Cells that mean a missing value: BIDS' n/a, and what R, Python, SPSS, databases and spreadsheets write."""
+_DOUBTFUL = {
+    *("none", "nil", "missing", "unknown", "unk", "undefined", "not available", "not known", "not applicable"),
+    *("nd", "n.d.", "nk", "tbd", "refused", "declined", "prefer not to say", "prefer not to answer"),
+}
+"""Cells that may mean a missing value or be a label."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a tab-separated file, white space around cells removed."""
+
+    path: Path
+    columns: tuple[str, ...]
+    """As in the header; a name may be there twice."""
+    rows: tuple[tuple[int, Mapping[str, str]], ...]
+    """(line of the file, {column: cell})."""
+    faults: tuple[str, ...]
+    """Rows with more or fewer cells than the header, which `rows` does not have."""
+
+
+def read_table(path: Path) -> Table:
+    """Read a tab-separated table of UTF-8, with or without a byte order mark, quoted cells and CRLF.
+
+    Empty rows and empty cells beyond the header are dropped.
+
+    Raises:
+        DataError: the file cannot be read, is not UTF-8 or has a cell whose quotes do not end.
+    """
+    text = read_text(path, DataError, LISTING, "expected a table of tab-separated rows")
+    if "\0" in text:  # UTF-16 of ASCII without its mark is UTF-8, with a NUL beside each letter
+        raise DataError(f"{path}: cannot be read: NUL bytes in it, as in UTF-16; save it as UTF-8")
+    reader = csv.reader(StringIO(text, newline=""), delimiter="\t", strict=True)
+    rows: list[tuple[int, list[str]]] = []
+    try:
+        rows += ((reader.line_num, [cell.strip() for cell in row]) for row in reader)
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: not a tab-separated row: {error}") from None
+    rows = [(line, row) for line, row in rows if any(row)]
+    header = rows[0][1] if rows else []
+    while header and not header[-1]:
+        header.pop()
+    uneven = [(line, row) for line, row in rows[1:] if len(row) < len(header) or any(row[len(header) :])]
+    faults = [f"{path}:{line}: expected {len(header)} tab-separated cells, got {len(row)}" for line, row in uneven]
+    skipped = {line for line, _ in uneven}
+    cells = [(line, dict(zip(header, row, strict=False))) for line, row in rows[1:] if line not in skipped]
+    return Table(path, tuple(header), tuple(cells), tuple(faults))
+
+
+def check_columns(table: Table, names: Iterable[str]) -> None:
+    """Raise DataError unless the table has each named column exactly once."""
+    columns = ", ".join(table.columns) or "none"
+    if len(table.columns) == 1 and re.search(r"[,;]", columns):
+        columns += "; its columns have to be parted by tabs"
+    faults = [
+        f"{table.path}: {name}: expected one such column, got {columns}"
+        for name in dict.fromkeys(names)
+        if table.columns.count(name) != 1
+    ]
+    if faults:
+        raise DataError(faults)
+
+
+def subject_rows(table: Table) -> dict[str, Mapping[str, str]]:
+    """Return {sub-LABEL: cells} in sorted order. Raise DataError for every row that is faulty, names no subject or one
+    that has a row already."""
+    found: dict[str, Mapping[str, str]] = {}
+    faults = list(table.faults)
+    for line, cells in table.rows:
+        name = with_prefix("sub", cells["participant_id"])
+        if name == "sub-":
+            faults.append(f"{table.path}:{line}: participant_id: expected sub-LABEL, got {cells['participant_id']!r}")
+        elif name in found:
+            faults.append(
+                f"{table.path}:{line}: participant_id: {name} has a row already; expected one row per subject "
+                "(values per visit go to sub-LABEL/sub-LABEL_sessions.tsv)"
+            )
+        found[name] = cells
+    if not faults and not found:
+        faults.append(f"{table.path}: holds no subject; expected a row each below the header")
+    if faults:
+        raise DataError(faults)
+    return dict(sorted(found.items()))
+
+
+def with_prefix(entity: str, label: str) -> str:
+    """Return `sub-01` for `sub-01` and for `01`."""
+    return f"{entity}-{label.removeprefix(f'{entity}-')}"
+
+
+def alike(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
+    """Return {name: other} for names and others that differ only in leading zeros, a decimal `.0`, case or signs.
+
+    Names that occur on both sides are left out, and so are those with more than one counterpart.
+    """
+    names, others = set(names), set(others)
+    by_key: dict[str, list[str]] = {}
+    for other in others - names:
+        by_key.setdefault(_id_key(other), []).append(other)
+    pairs = {name: by_key.get(_id_key(name), []) for name in sorted(names - others)}
+    return {name: found[0] for name, found in pairs.items() if len(found) == 1}
+
+
+def _id_key(name: str) -> str:
+    entity, _, label = name.partition("-")
+    label = re.sub(r"[^a-z0-9]", "", re.sub(r"\.0$", "", label.lower()))
+    return f"{entity}-{label.lstrip('0')}"
+
+
+def lost_zeros(name: str, other: str) -> bool:
+    """Return whether a name is the other without its leading zeros (and perhaps with a decimal `.0`)."""
+    stripped = re.sub(r"-0+(?=.)", "-", other)
+    return name != other and re.sub(r"\.0$", "", name) == stripped
+
+
+def number_in(cell: str) -> float | None:
+    """Return the number that a cell holds as people write it: not Python's 1_000, inf and nan."""
+    return float(cell) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", cell, re.ASCII) else None
+
+
+def is_missing(cell: str, declared: Sequence[str] = (), labels: Collection[str] = ()) -> bool:
+    """Return whether a cell means a missing value.
+
+    Args:
+        cell: as in the table.
+        declared: values that the user says are missing; numbers are compared as numbers.
+        labels: values that have a description, such as `Levels` in participants.json, and so are no missing ones.
+    """
+    if _is_declared(cell, declared) or cell.lower() in ("", "n/a"):
+        return True
+    return cell.lower() in _MISSING and cell not in labels
+
+
+def _is_declared(cell: str, declared: Iterable[str]) -> bool:
+    number = number_in(cell)
+    return any(cell == value or (number is not None and number == number_in(value)) for value in declared)
+
+
+def doubtful(cells: Collection[str], labels: Collection[str] = ()) -> list[str]:
+    """Return the distinct values that may stand for a missing one: words such as `unknown`, numbers such as -999.
+
+    A number is doubtful if it is a usual code (-9, 77, 999, ...) and far from the others: negative where they are not,
+    or beyond them by more than half their range. -1 is a usual code of quantities only.
+    """
+    distinct = sorted({cell for cell in cells if cell not in labels})
+    words = [cell for cell in distinct if cell.lower() in _DOUBTFUL]
+    numbers = {cell: number for cell in distinct if (number := number_in(cell)) is not None}
+    quantity = len(numbers) > MAX_CLASSES
+    codes = {cell: number for cell, number in numbers.items() if _is_code(number, quantity)}
+    others = [number for cell, number in numbers.items() if cell not in codes]
+    if not others:
+        return words
+    low, high = min(others), max(others)
+    reach = (high - low) / 2
+    far = [
+        cell
+        for cell, number in codes.items()
+        if (number < 0 <= low) or number < low - reach or (number > high + reach and number > 9)
+    ]
+    return words + far
+
+
+def _is_code(number: float, quantity: bool) -> bool:
+    if not number.is_integer() or abs(number) >= 1e9:
+        return False
+    digits = str(abs(int(number)))
+    return (len(set(digits)) == 1 and digits[0] in "789" and (len(digits) > 1 or number < 0)) or (
+        quantity and number == -1
+    )
