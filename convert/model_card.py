@@ -73,14 +73,15 @@ def model_card(
 ) -> str:
     """Markdown for `folder`; `modalities` under their names in the export, `base` the base's name, `template` how
     text was written in training."""
-    rows = ["| name | voxels | patch | tokens | orientation | mode | scaling | windows |", "|---" * 8 + "|"]
+    columns = ("name", "voxels", "patch", "tokens", "orientation", "mode", "scaling", "background", "windows")
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, m in modalities.items():
         windows = "–"
         if len(m.size) == 4:
             windows = f"{m.size[3]} frames, {m.stride_within_seq} apart, every {m.stride_between_seq:g} of a window"
         size, patch = ("×".join(map(str, numbers)) for numbers in (m.size, m.patch))
         mode = m.mode if m.spacing is None else f"{m.mode}, {m.spacing:g} mm"
-        cells = (name, size, patch, m.num_patches, m.orientation, mode, m.scaling, windows)
+        cells = (name, size, patch, m.num_patches, m.orientation, mode, m.scaling, m.background, windows)
         rows.append(f"| {' | '.join(map(str, cells))} |")
     lines = [f"Trained on top of `{base}`." if base else "Not stated."]
     if base_fingerprint:

@@ -24,6 +24,7 @@ RematPolicy = Literal["none", "mlp", "full"]
 AttentionBackend = Literal["xla", "cudnn", "splash"]
 PatchEmbedInit = Literal["random", "inflate", "resample"]
 Template = Literal["umbrella", "original", "chat"]
+BackgroundRule = Literal["auto", "nonpositive", "lowest"]
 TaskKind = Literal["classification", "comparison", "regression", "text"]
 Metric = Literal[
     "accuracy",
@@ -96,6 +97,11 @@ class ModalityConfig:
     192 mm and hold an adult's brain."""
     scaling: Literal["znorm", "none", "minmax", "znorm_zeroback", "znorm_minback"] | None = None
     """Intensities; default `znorm` (whole volume) in 3D, `znorm_minback` in 4D."""
+    background: BackgroundRule | float = "auto"
+    """Which voxels are background, in 4D and in 3D with `pad`: `nonpositive`, those at 0 or below, as in the original
+    system; `lowest`, those at the volume's lowest value; or those with a given number. `auto` takes `nonpositive`
+    unless voxels below 0 hold more than 5 % of the intensity. Then it takes the value 0 or the lowest one, whichever
+    more voxels share, reports it, and refuses the volume if neither is shared by 5 %."""
     stride_within_seq: int = 1
     """4D: frames between two frames of a window."""
     stride_between_seq: float = 1.0
@@ -111,6 +117,8 @@ class ModalityConfig:
                 f"orientation {self.orientation}: expected as_stored, or three codes such as RAS or LAS: one of R and "
                 "L, one of A and P, one of S and I, in any order"
             )
+        if not isinstance(self.background, str) and not math.isfinite(self.background):
+            faults.append(f"background {self.background}: expected auto, nonpositive, lowest or a number")
         if len(self.size) not in (3, 4):
             faults.append(f"size {self.size}: expected (D, H, W) or (D, H, W, T)")
         if len(self.patch) != len(self.size):

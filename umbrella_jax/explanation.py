@@ -1,6 +1,7 @@
 """Why an answer was given, as maps over the scans that it is about, in their own space."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,6 @@ import jax
 import nibabel as nib
 import numpy as np
 
-from umbrella_jax.config import ModalityConfig
 from umbrella_jax.data.conversation import Conversation, Image
 from umbrella_jax.data.loader import whole_batch
 from umbrella_jax.data.tokenize import encode_answers
@@ -72,8 +72,8 @@ def explain(
 ) -> Explanation:
     """Shares an answer's log-probability out over the voxels of the conversation's volumes.
 
-    Heights are above the background: the volume's lowest value, or 0 where its modality is scaled with a background of
-    0 (`znorm_zeroback`).
+    Heights are above the background: the volume's lowest value, unless the volume or its scaling (`znorm_zeroback`) has
+    another (`Dataset.background`).
 
     Args:
         conversation: its last turn is the assistant's; what stands there is not read.
@@ -110,7 +110,9 @@ def explain(
     )
     batch = whole_batch(replace(dataset, encoded=(whole,)), prompts=False)
     graphdef, params = split(model)
-    background = {name: _background(np.asarray(x), processor.modalities[name]) for name, x in batch.volumes.items()}
+    shown = {name: [i for i in dict.fromkeys(conversation.images) if i.modality == name] for name in batch.volumes}
+    levels = {name: [dataset.background(image) for image in images] for name, images in shown.items()}
+    background = {name: _background(np.asarray(x), levels[name]) for name, x in batch.volumes.items()}
     put = partial(jax.tree.map, jax.numpy.asarray)
     volumes, background, batch = put(batch.volumes), put(background), put(batch)
     common: dict[str, Any] = {"graphdef": graphdef}
@@ -123,8 +125,7 @@ def explain(
         found = occlusion(volumes, background, params, batch, windows=boxes, **common)
     maps: dict[Image, np.ndarray] = {}
     for name, values in found.items():
-        images = [image for image in dict.fromkeys(conversation.images) if image.modality == name]
-        maps |= dict(zip(images, np.asarray(values), strict=False))
+        maps |= dict(zip(shown[name], np.asarray(values), strict=False))
     return Explanation(
         answer,
         float(log_probability(volumes, params, batch, **common)),
@@ -133,9 +134,12 @@ def explain(
     )
 
 
-def _background(volumes: np.ndarray, modality: ModalityConfig) -> np.ndarray:
-    """Of [M, ...], each volume's, in the same shape."""
-    if modality.scaling == "znorm_zeroback":
-        return np.zeros_like(volumes)
-    lowest = volumes.min(axis=tuple(range(1, volumes.ndim)), keepdims=True)
-    return np.broadcast_to(lowest, volumes.shape)
+def _background(volumes: np.ndarray, levels: Sequence[float | None]) -> np.ndarray:
+    """Return, in the shape of `volumes` [M, ...], the background of each: its level, its lowest value if that is None.
+
+    Volumes beyond the levels are padding of the batch.
+    """
+    background = np.empty_like(volumes)
+    for row, (volume, level) in enumerate(itertools.zip_longest(volumes, levels)):
+        background[row] = volume.min() if level is None else level
+    return background

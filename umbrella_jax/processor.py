@@ -119,7 +119,7 @@ class Processor:
                 faults += error.faults
         if faults:
             raise DataError(faults)
-        _warn(sources)
+        _warn(sources, self.modalities)
         return found
 
     def question(self, text: str, images: Sequence[tuple[str, str | Path]] = ()) -> Conversation:
@@ -162,7 +162,7 @@ class Processor:
         prompt = encode_prompt(conversation, self.tokenizer, self.modalities, **common)
         sources = Sources()
         windows = check_volumes(conversation.images, self.modalities, 4, sources.check)
-        _warn(sources)
+        _warn(sources, self.modalities)
         return Dataset((conversation,), (), (prompt,), windows, self.modalities, sources)
 
     def batch(
@@ -211,9 +211,13 @@ class Processor:
         return [decode(self.tokenizer, row[row >= 0]).strip() for row in rows]
 
 
-def _warn(sources: Sources) -> None:
-    """Log contradictions in the headers of scans, once for all processes."""
-    remarks = sources.remarks() if jax.process_index() == 0 else []
+def _warn(sources: Sources, modalities: Mapping[str, ModalityConfig]) -> None:
+    """Log contradictions in the headers of scans, and unusual backgrounds, once for all processes."""
+    if jax.process_index() > 0:
+        return
+    for line in sources.background_remarks(modalities):
+        _log.warning("%s", line)
+    remarks = sources.remarks()
     for remark in remarks[:_REMARKS]:
         _log.warning("%s", remark)
     if len(remarks) > _REMARKS:

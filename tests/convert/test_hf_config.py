@@ -252,7 +252,7 @@ def test_every_parameter_of_the_preprocessing_is_in_an_export(tmp_path):
     fmri = dataclasses.replace(
         MODALITIES["rsfMRI"], scaling="none", stride_within_seq=2, stride_between_seq=0.5, orientation="as_stored"
     )
-    fmri = dataclasses.replace(fmri, aliases=("bold",))
+    fmri = dataclasses.replace(fmri, aliases=("bold",), background=-1.5)
     default = ModalityConfig(size=(9, 9, 9), patch=(3, 3, 3))
     changed = {f.name for f in dataclasses.fields(t1) for m in (t1, fmri) if getattr(m, f.name) != f.default}
     assert changed == {f.name for f in dataclasses.fields(ModalityConfig)}

@@ -288,9 +288,9 @@ def test_a_source_that_changes_while_it_is_read_is_not_kept(nifti, directory, mo
     path = nifti("a.nii", (6, 7, 5))
     original = cache_module.preprocess
 
-    def slow(*arguments):
+    def slow(*arguments, **options):
         nifti("a.nii", np.ones(T1.size, np.float32))
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(cache_module, "preprocess", slow)
     with pytest.raises(DataError, match=r"a\.nii: changed since the run began"):

@@ -32,8 +32,9 @@ import threading
 import time
 import uuid
 import zlib
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from umbrella_jax.config import DataConfig, ModalityConfig, RunConfig
+from umbrella_jax.data.background import Background, by_modality, level_of, summary
 from umbrella_jax.data.conversation import Image, read_conversations
 from umbrella_jax.data.volume import (
     PREPROCESSING_VERSION,
@@ -94,12 +96,15 @@ class Sources:
 
     def __init__(self) -> None:
         self._sources: dict[Path, _Source] = {}
+        self._backgrounds: dict[tuple[Path, ModalityConfig, int], Background] = {}
+        self._checked: set[tuple[Path, ModalityConfig]] = set()
 
     def check(self, path: str | Path, config: ModalityConfig) -> int:
         """`check_volume`; raises DataError also if the file changes meanwhile."""
         path = Path(path)
         source, image = self._look(path), open_volume(path, config)
-        count = check_opened(path, image, config)
+        self._checked.add((path, config))
+        count = check_opened(path, image, config, note=self._note)
         self._check_unchanged(path, image, source)
         self._remember(path, image, source)
         return count
@@ -119,6 +124,24 @@ class Sources:
     def digest(self, path: str | Path) -> str:
         """`source_digest` of a file as it was when it was first read."""
         return self._source(Path(path)).digest
+
+    def background(self, path: Path, config: ModalityConfig, window: int) -> float | None:
+        """Return the value of the background in a checked and preprocessed volume; None if that is its lowest value."""
+        return level_of(self._backgrounds.get((path, config, window)), config)
+
+    def background_remarks(self, modalities: Mapping[str, ModalityConfig]) -> list[str]:
+        """Return which backgrounds were taken of volumes with voxels below 0, and if those of a modality differ."""
+        found = by_modality(((*place, background) for place, background in self._backgrounds.items()), modalities)
+        return [
+            line
+            for modality, backgrounds in found.items()
+            for line in summary(
+                modality, backgrounds, sum(config == modalities[modality] for _, config in self._checked)
+            )
+        ]
+
+    def _note(self, path: Path, config: ModalityConfig, window: int, background: Background) -> None:
+        self._backgrounds[path, config, window] = background
 
     def remarks(self) -> list[str]:
         """Contradictions in the headers of the files that were checked, one line for all files with the same one."""
@@ -194,7 +217,9 @@ class VolumeCache(Sources):
         return Sources() if data.cache is None else cls(data.cache, data.cache_dtype)
 
     def check(self, path: str | Path, config: ModalityConfig) -> int:
-        """`check_volume`, and keeps what it makes. Opens no source that was checked before and has every entry.
+        """Do what `check_volume` does, and keep the result.
+
+        A source that was checked before and has every entry is not opened.
 
         Raises:
             DataError: as `load_volume`; the source changes meanwhile; it holds more than float16 can.
@@ -202,6 +227,7 @@ class VolumeCache(Sources):
         """
         path = Path(path)
         self._sources[path] = source = self._look(path)
+        self._checked.add((path, config))
         first = self._read(self._key(source, config, 0), config, header_only=not self._verify)
         image: Voxels | None = None
         if first and source.remarks is not None:
@@ -215,6 +241,8 @@ class VolumeCache(Sources):
                 entry = first if window == 0 else self._read(key, config, header_only=not self._verify)
                 if entry:
                     self._count("found", self._file(key).stat().st_size)
+                    if background := entry[0]["background"]:
+                        self._note(path, config, window, Background(**json.loads(background)))
                 else:
                     image = image or open_volume(path, config)
                     self._make(path, image, config, window, source)
@@ -311,8 +339,11 @@ class VolumeCache(Sources):
         return metadata, volume
 
     def _make(self, path: Path, image: Voxels, config: ModalityConfig, window: int, source: _Source) -> np.ndarray:
-        """Preprocesses a volume and writes its entry; returns it as it is kept."""
-        volume = preprocess(path, image, config, window)
+        """Preprocess a volume, write its entry and return it as it is kept."""
+        backgrounds: list[Background] = []
+        volume = preprocess(path, image, config, window, note=lambda *found: backgrounds.append(found[-1]))
+        for background in backgrounds:
+            self._note(path, config, window, background)
         self._check_unchanged(path, image, source)  # it would be kept under the digest of what it was
         if self.dtype == np.float16:
             check_float16(path, volume)
@@ -322,6 +353,7 @@ class VolumeCache(Sources):
             "key": key,
             "path": os.path.abspath(path),
             "axes": axis_codes(image, config) or "",
+            "background": "".join(json.dumps(asdict(background)) for background in backgrounds),
             "windows": str(count_windows(image, config)),
             "crc32": str(zlib.crc32(volume.data)),
             "versions": f"numpy {np.__version__}, nibabel {nib.__version__}",

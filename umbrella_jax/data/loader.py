@@ -90,8 +90,12 @@ class Dataset:
         seed, epoch, conversation, place = image.changed
         # a stream of its own: four numbers, where the plan and the windows have two and three
         augmentation = draw(self.augment, np.random.default_rng([seed, epoch, conversation, 1]))
-        background = 0.0 if config.scaling == "znorm_zeroback" else None
-        return augmentation.apply(volume, self.axes[image.path, image.modality], place, background=background)
+        axes = self.axes[image.path, image.modality]
+        return augmentation.apply(volume, axes, place, background=self.background(image))
+
+    def background(self, image: Image) -> float | None:
+        """Return the value of the background in a preprocessed image; None if that is its lowest value."""
+        return self.sources.background(image.path, self.modalities[image.modality], image.window)
 
     @classmethod
     def load(

@@ -11,6 +11,7 @@ import numpy as np
 from umbrella_jax import pages
 from umbrella_jax.config import AugmentConfig, ModalityConfig
 from umbrella_jax.data.augment import examples
+from umbrella_jax.data.background import Background, level_of
 from umbrella_jax.data.report import KINDS, SEVERITIES, Finding, Report, Severity, Volume, grouped, histogram
 from umbrella_jax.data.slices import draw, geometry, grey, images, slices
 from umbrella_jax.data.volume import open_volume, preprocess
@@ -46,11 +47,13 @@ def write_page(
 
     def card(volume: Volume) -> dict[str, Any]:
         config = modalities[volume.modality]
-        array = preprocess(volume.path, open_volume(volume.path, config), config)
+        found: list[Background] = []
+        opened = open_volume(volume.path, config)
+        array = preprocess(volume.path, opened, config, note=lambda *remark: found.append(remark[-1]))
         contents = volume.contents
         assert contents is not None  # of what cannot be read there is no window to draw
         codes, spacing = geometry(contents.orientation, contents.voxel_size, contents.shape, config)
-        background = 0.0 if config.scaling == "znorm_zeroback" else None
+        background = level_of(found[0] if found else None, config)
         changes = [
             (title, augmentation.apply(array, codes, background=background))
             for title, augmentation in examples(augment)

@@ -30,6 +30,7 @@ KINDS = {
     "answers": "answers",
     "header": "headers that contradict themselves",
     "empty": "volumes with next to nothing in them",
+    "background": "background of volumes with voxels below 0",
     "outlier": "volumes unlike the others of their modality",
     "task_id": "task ids that come twice",
 }

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from umbrella_jax.config import MAX_CLASSES, RunConfig
 from umbrella_jax.data.augment import check_axes
+from umbrella_jax.data.background import Remark, by_modality, contradiction, decision, mixture
 from umbrella_jax.data.cache import check_float16
 from umbrella_jax.data.conversation import Conversation, Image, scan_conversations
 from umbrella_jax.data.loader import Dataset
@@ -80,7 +81,7 @@ def validate(
         sets[name] = Set(str(path), tuple(conversations), lengths)
     if "eval" in sets and not any(f.severity == "fault" and "eval" in f.sets for f in findings):
         collect(partial(scored, sets["eval"].conversations), "answers", "eval")
-    volumes, faults_of = _volumes(config, sets)
+    volumes, faults_of, remarks = _volumes(config, sets)
     for volume in volumes:
         findings += _faults("volume", volume.sets, faults_of.get(volume, ()), str(volume.path))
 
@@ -96,6 +97,7 @@ def validate(
     findings += _repeated_ids(sets)
     findings += _headers(volumes)
     findings += _empty(volumes)
+    findings += _backgrounds(config, volumes, remarks)
     for modality in config.model.modalities:
         findings += _outliers([v for v in volumes if v.modality == modality])
     return Report(sets, tuple(volumes), tuple(findings))
@@ -159,8 +161,11 @@ def _texts(
     return {} if tokenizer is None else dict(zip(names, columns, strict=True)), list(dict.fromkeys(faults))
 
 
-def _volumes(config: RunConfig, sets: Mapping[str, Set]) -> tuple[list[Volume], dict[Volume, tuple[str, ...]]]:
-    """Every distinct volume that is shown, and the faults of those that have any."""
+def _volumes(
+    config: RunConfig, sets: Mapping[str, Set]
+) -> tuple[list[Volume], dict[Volume, tuple[str, ...]], list[Remark]]:
+    """Return every distinct volume that is shown, the faults of those that have any, and remarkable backgrounds."""
+    remarks: list[Remark] = []
     shown: dict[Image, dict[str, None]] = defaultdict(dict)
     for name, s in sets.items():
         for image in (image for c in s.conversations for image in c.images):
@@ -173,7 +178,12 @@ def _volumes(config: RunConfig, sets: Mapping[str, Set]) -> tuple[list[Volume], 
         windows, contents = 0, None
         faults: tuple[str, ...] = ()
         try:
-            windows = check_volume(image.path, config.model.modalities[image.modality], look_at(image.path))
+            windows = check_volume(
+                image.path,
+                config.model.modalities[image.modality],
+                look_at(image.path),
+                note=lambda *remark: remarks.append(remark),
+            )
         except DataError as error:
             faults = error.faults
         try:
@@ -189,7 +199,7 @@ def _volumes(config: RunConfig, sets: Mapping[str, Set]) -> tuple[list[Volume], 
 
     with ThreadPoolExecutor(config.data.threads) as pool:
         found = list(tqdm(pool.map(look, shown), total=len(shown), desc="volumes", disable=None))
-    return [volume for volume, _ in found], {volume: faults for volume, faults in found if faults}
+    return [volume for volume, _ in found], {volume: faults for volume, faults in found if faults}, remarks
 
 
 def read_contents(path: Path) -> Contents:
@@ -346,6 +356,21 @@ def _empty(volumes: Iterable[Volume]) -> Iterator[Finding]:
         else:
             continue
         yield Finding("warning", "empty", volume.sets, str(volume.path), reason)
+
+
+def _backgrounds(config: RunConfig, volumes: Sequence[Volume], remarks: Iterable[Remark]) -> Iterator[Finding]:
+    """What was taken as background where that is not the usual case, and where it does not fit."""
+    for modality, found in by_modality(remarks, config.model.modalities).items():
+        read = [volume for volume in volumes if volume.modality == modality and volume.windows]
+        for volume in read:
+            if (background := found.get(volume.path)) is not None:
+                wrong = contradiction(background)
+                reason = wrong or decision(background)
+                severity: Severity = "warning" if wrong else "note"
+                yield Finding(severity, "background", volume.sets, str(volume.path), reason)
+        if mixed := mixture(modality, found, len(read)):
+            sets = tuple(name for name in SETS if any(name in volume.sets for volume in read))
+            yield Finding("warning", "background", sets, modality, mixed)
 
 
 def _outliers(volumes: Sequence[Volume]) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -11,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from umbrella_jax.config import AS_STORED, ModalityConfig
+from umbrella_jax.data.background import Background, Note, find_background, ignore, undecided
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.voxels import Voxels, open_voxels
 from umbrella_jax.errors import DataError
@@ -21,20 +23,22 @@ PREPROCESSING_VERSION = 1
 """Raise it whenever the same file and the same config become other numbers: cached volumes of before are then stale."""
 
 
-def load_volume(path: str | Path, config: ModalityConfig, window: int = 0) -> np.ndarray:
-    """Reads one volume, or one window of a run, as the model takes it, and checks the file to its end.
+def load_volume(path: str | Path, config: ModalityConfig, window: int = 0, *, note: Note = ignore) -> np.ndarray:
+    """Read one volume, or one window of a run, as the model takes it, and check the file to its end.
 
-    3D: orientation; to `config.size` by `config.mode`; scaling over the whole of the result. Mode `resize` is
-    `area_weights` on each axis. Mode `pad` is `linear_weights`: cubic voxels of `config.spacing` mm, then centred pad
-    and crop. It pads with 0, the background of a brain, before the scaling: so it becomes what the file's own
-    background does, and a scan means the same, but for a shift below a voxel, however much air was stored around it.
-    It crops background alone: a file that would lose voxels above 0 is refused.
+    3D: orientation; to `config.size` by `config.mode`; scaling over the whole result. Mode `resize` is `area_weights`
+    on each axis. Mode `pad` is `linear_weights`: cubic voxels of `config.spacing` mm, then centred pad and crop. It
+    pads with the file's background before the scaling, so a scan means the same however much air was stored around
+    it, except for a shift below a voxel. It crops background only: a file that would lose other voxels is refused.
 
-    4D: the window's frames alone are read; orientation; scaling over the window's brain (voxels above 0); centred pad
-    with the scaled background, or crop, to `config.size[:3]`, as the original does, so whatever is there is cut off.
+    4D: only the window's frames are read; orientation; scaling over the window's brain (what is not background);
+    centred pad with the scaled background, or crop, to `config.size[:3]`. As in the original, the crop cuts off brain.
 
-    An oblique scan is not rotated: its axes are the nearest ones. Which formats are read, and what a directory of
-    frames is, `umbrella_jax.data.voxels` says.
+    What is background, `config.background` says (`umbrella_jax.data.background`). An oblique scan is not rotated: its
+    axes are the nearest ones. `umbrella_jax.data.voxels` lists the formats.
+
+    Args:
+        note: is given the background if it is not the usual one.
 
     Returns:
         float32 array of shape `config.size`, C-contiguous.
@@ -42,11 +46,11 @@ def load_volume(path: str | Path, config: ModalityConfig, window: int = 0) -> np
     Raises:
         DataError: naming the file: missing, unreadable, damaged, of another rank, not finite, empty, shorter than a
             window, without an orientation where `config.orientation` asks for one, without voxel sizes or too large
-            where `config.mode` is `pad` in 3D.
+            where `config.mode` is `pad` in 3D, or with an unknown background.
     """
     image = open_volume(path, config)
     with checked_to_end(image):
-        return preprocess(path, image, config, window)
+        return preprocess(path, image, config, window, note=note)
 
 
 @contextmanager
@@ -61,13 +65,20 @@ def checked_to_end(image: Voxels) -> Iterator[None]:
         image.check_end()
 
 
-def preprocess(path: str | Path, image: Voxels, config: ModalityConfig, window: int = 0) -> np.ndarray:
-    """`load_volume` of a file that `open_volume` opened: of a .nii.gz, windows then decompress no frame twice."""
+def preprocess(
+    path: str | Path, image: Voxels, config: ModalityConfig, window: int = 0, *, note: Note = ignore
+) -> np.ndarray:
+    """Do what `load_volume` does with a file that `open_volume` opened.
+
+    The windows of a .nii.gz then decompress no frame twice.
+    """
     with np.errstate(over="ignore", invalid="ignore"):  # it shows in the result
         if len(config.size) == 3:
-            volume = _preprocess_3d(path, image, config)
+            volume, background = _preprocess_3d(path, image, config)
         else:
-            volume = _preprocess_4d(path, image, config, window)
+            volume, background = _preprocess_4d(path, image, config, window)
+    if background is not None and background.remarkable:
+        note(Path(path), config, window, background)
     if not np.isfinite(volume).all():
         raise DataError(f"{path}: scaling {config.scaling} takes it beyond float32; expected smaller numbers")
     return volume
@@ -111,14 +122,19 @@ def _span(config: ModalityConfig) -> int:
 
 
 def check_volume(
-    path: str | Path, config: ModalityConfig, look: Callable[[np.ndarray], object] = lambda volume: None
+    path: str | Path,
+    config: ModalityConfig,
+    look: Callable[[np.ndarray], object] = lambda volume: None,
+    *,
+    note: Note = ignore,
 ) -> int:
-    """Reads and preprocesses a file, all windows of a run included, to its end, and keeps none of it. Returns the
-    number of windows.
+    """Read and preprocess a file, all windows of a run included, to its end, and keep nothing.
 
-    `look` is shown each; what it raises is raised.
+    Returns the number of windows.
+
+    `look` is shown each; what it raises is raised. `note` is as in `load_volume`.
     """
-    return check_opened(path, open_volume(path, config), config, look)
+    return check_opened(path, open_volume(path, config), config, look, note=note)
 
 
 def check_opened(
@@ -126,12 +142,14 @@ def check_opened(
     image: Voxels,
     config: ModalityConfig,
     look: Callable[[np.ndarray], object] = lambda volume: None,
+    *,
+    note: Note = ignore,
 ) -> int:
-    """`check_volume` of a file that `open_volume` opened."""
+    """Do what `check_volume` does with a file that `open_volume` opened."""
     count = count_windows(image, config)
     with checked_to_end(image):
         for window in reading_order(count, config):
-            look(preprocess(path, image, config, window))
+            look(preprocess(path, image, config, window, note=note))
     return count
 
 
@@ -241,41 +259,77 @@ def restore(path: str | Path, values: np.ndarray, config: ModalityConfig, window
     return out.reshape(image.shape)
 
 
-def _preprocess_3d(path: str | Path, image: Voxels, config: ModalityConfig) -> np.ndarray:
+def _preprocess_3d(path: str | Path, image: Voxels, config: ModalityConfig) -> tuple[np.ndarray, Background | None]:
     data = _read(path, image, config, 0)
     weights = _weights(data.shape, image, config)
+    background = find_background(data, config) if config.mode == "pad" else None
     if config.mode == "pad":
-        _check_covered(path, data, weights, config)
+        _check_covered(path, data, weights, background, config)
     volume = resample(data, weights)
+    if background is not None and background.value != 0:
+        inside = tuple(slice(near[0], near[-1] + 1) for near in (np.flatnonzero(w.any(axis=1)) for w in weights))
+        padded = np.full_like(volume, background.value)
+        padded[inside] = volume[inside]
+        volume = padded
+    if config.mode == "resize" and (config.background not in ("auto", "nonpositive") or volume.min() < 0):
+        background = find_background(data, config)  # for who fills with it later; here it changes nothing
+    mean, std = 0.0, 1.0
     if config.scaling == "znorm":
         mean, std = _moments(volume)
         volume -= mean
         volume /= std
     elif config.scaling == "minmax":
-        volume /= _positive_max(path, volume)
-    return volume
+        std = _largest(path, volume, config)
+        volume /= std
+    return volume, _with_level(background, mean, std)
 
 
-def _preprocess_4d(path: str | Path, image: Voxels, config: ModalityConfig, window: int) -> np.ndarray:
+def _with_level(background: Background | None, mean: float, std: float) -> Background | None:
+    """Return the background with its value in a volume from which `mean` was subtracted, and divided by `std`."""
+    if background is None or background.rule in ("nonpositive", "lowest"):
+        return background
+    return replace(background, level=float((np.float32(background.value) - np.float32(mean)) / np.float32(std)))
+
+
+def _preprocess_4d(
+    path: str | Path, image: Voxels, config: ModalityConfig, window: int
+) -> tuple[np.ndarray, Background | None]:
     if window >= (count := num_windows(image.shape[3], config)):
         raise DataError(f"{path}: window {window} asked for; it has {count}, did the file change during the run?")
     start, step = window * window_stride(config), config.stride_within_seq
     data = _read(path, image, config, slice(start, start + _span(config), step)).astype(np.float32, copy=False)
-    maximum = _positive_max(path, data)
+    background = find_background(data, config)
+    scaled = config.scaling in ("znorm_zeroback", "znorm_minback")
+    if background is None and (scaled or any(n < s for n, s in zip(data.shape[:3], config.size[:3], strict=True))):
+        raise undecided(path, data)
+    if background is None or background.rule == "nonpositive":
+        maximum = _largest(path, data, config) if background is not None or config.scaling == "minmax" else 0.0
+        volume = np.zeros(config.size, np.float32)
+    else:
+        maximum = _largest(path, data, config) if config.scaling == "minmax" else 0.0
+        volume = np.full(config.size, background.value, np.float32)
     inside, outside = zip(*(_centred(n, s) for n, s in zip(data.shape[:3], config.size[:3], strict=True)), strict=True)
-    volume = np.zeros(config.size, np.float32)
     volume[outside] = data[inside]
     if config.scaling == "minmax":
         volume /= maximum
-    elif config.scaling in ("znorm_zeroback", "znorm_minback"):
+        return volume, _with_level(background, 0.0, maximum)
+    if not scaled:
+        return volume, _with_level(background, 0.0, 1.0)
+    assert background is not None  # else it was refused
+    if background.rule == "nonpositive":
         voxels = data.ravel("K")  # in the order of memory, which a mask of (D, H, W, T) is slow to leave
         voxels = voxels[voxels > 0]
-        mean, std = _moments(voxels)
-        background = volume <= 0
-        volume -= mean
-        volume /= std
-        volume[background] = (voxels.min() - mean) / std if config.scaling == "znorm_minback" else 0
-    return volume
+    else:
+        voxels = data[~background.mask(data)]
+        if not voxels.size:
+            raise DataError(f"{path}: every voxel has the background's value, {background.value:.6g}; expected a brain")
+    mean, std = _moments(voxels)
+    mask = background.mask(volume)
+    volume -= mean
+    volume /= std
+    level = (voxels.min() - mean) / std if config.scaling == "znorm_minback" else 0
+    volume[mask] = level
+    return volume, replace(background, level=float(level))
 
 
 def area_weights(length: int, size: int) -> np.ndarray:
@@ -335,15 +389,29 @@ def _weights(shape: tuple[int, ...], image: Voxels, config: ModalityConfig) -> l
     return [linear_weights(*axis, spacing) for axis in zip(shape, zooms[stored], config.size, strict=True)]
 
 
-def _check_covered(path: str | Path, data: np.ndarray, weights: Sequence[np.ndarray], config: ModalityConfig) -> None:
-    """Raises DataError where the weights leave voxels above 0 out."""
+def _check_covered(
+    path: str | Path,
+    data: np.ndarray,
+    weights: Sequence[np.ndarray],
+    background: Background | None,
+    config: ModalityConfig,
+) -> None:
+    """Raise DataError if the weights leave out voxels that are not background, or need an unknown background."""
     used = [np.flatnonzero(w.any(axis=0)) for w in weights]
     kept = tuple(slice(near[0], near[-1] + 1) for near in used)
-    if lost := 0 if data[kept].shape == data.shape else np.count_nonzero(data > 0) - np.count_nonzero(data[kept] > 0):
+    cropped = data[kept].shape != data.shape
+    if background is None:
+        if cropped or not all(w.any(axis=1).all() for w in weights):
+            raise undecided(path, data)
+        return
+    if lost := 0 if not cropped else np.sum(~background.mask(data)) - np.sum(~background.mask(data[kept])):
         field = "×".join(f"{size * config.spacing:g}" for size in config.size if config.spacing)
+        usual = background.rule == "nonpositive"
+        which = "above 0" if usual else f"other than {background.name}"
+        remedy = "or a volume without the rest of the body" + " and with a background of 0" * usual
         raise DataError(
-            f"{path}: {lost} voxels above 0 lie outside the central {field} mm; expected a larger size or spacing of "
-            "the modality, or a volume without the rest of the body and with a background of 0"
+            f"{path}: {lost} voxels {which} lie outside the central {field} mm; expected a larger size or spacing of "
+            f"the modality, {remedy}"
         )
 
 
@@ -363,8 +431,16 @@ def _moments(values: np.ndarray) -> tuple[float, float]:
     return mean, std if std > 1e-6 * abs(mean) else 1.0
 
 
-def _positive_max(path: str | Path, data: np.ndarray) -> float:
+def _largest(path: str | Path, data: np.ndarray, config: ModalityConfig) -> float:
+    """Return the largest voxel. Raise DataError if it is not above 0."""
     maximum = float(data.max())
-    if maximum <= 0:
-        raise DataError(f"{path}: no voxel is above 0; expected a brain, preprocess the file again")
-    return maximum
+    if maximum > 0:
+        return maximum
+    reason = "no voxel is above 0"
+    if data.min() == 0:
+        remedy = "expected a brain, preprocess the file again"
+    elif config.scaling == "minmax":
+        remedy = f"scaling minmax divides by the largest one, which is {maximum:.4g}; choose another scaling"
+    else:
+        remedy = "background: nonpositive leaves no brain; set it to auto, lowest or a number"
+    raise DataError(f"{path}: {reason}; {remedy}")
