@@ -195,8 +195,21 @@ def test_a_jsonl_has_any_length_but_not_its_lines(
     assert f"{path}:2: a line of more than" in refused(DataError, conversations, path)
 
 
-def test_a_pipe_is_read_to_the_limit_alone() -> None:
-    assert "/dev/zero: larger than 0.25 MB" in refused(ConfigError, load_config, "/dev/zero")
+@pytest.mark.parametrize(("name", "read", "error"), [*JSON, ("run.yaml", load_config, ConfigError)])
+def test_what_is_no_file_is_not_waited_for(place: Callable[[str], Path], name: str, read: Any, error: Any) -> None:
+    """A pipe without a writer would never be opened, a device never end."""
+    path = place(name)
+    for make in (os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")):
+        make(path)
+        assert f"{path}: " in refused(error, read, path)
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/stdin"])
+def test_devices_are_not_read(path: str) -> None:
+    for read in (load_config, reading.sha256, open_voxels):
+        with pytest.raises((ConfigError, DataError, OSError), match="directory, pipe or device"):
+            read(path)
 
 
 def test_no_more_faults_are_collected_than_anybody_mends(

@@ -5,11 +5,13 @@ interpreter's stack is at the mercy of whoever wrote it. What comes out is text,
 """
 
 import codecs
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -60,13 +62,25 @@ def _pointer(content: bytes) -> str | None:
     return _ANNEX_REMEDY if content.startswith(_ANNEX) else None
 
 
+def regular_file(path: str, flags: int) -> int:
+    """Open a file, as an `opener` of `open`, without waiting for it.
+
+    Raises OSError for a directory, pipe or device: a pipe without a writer is never opened, and a device has no end.
+    """
+    file = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "a directory, pipe or device; expected a file", path)
+    return file
+
+
 def read_text(path: str | Path, error: type[UmbrellaError], limit: int, remedy: str) -> str:
     """Return a whole file of UTF-8, without its byte order mark. Raises `error` with the `remedy` if the file cannot be
     read, is longer than `limit` bytes or is not UTF-8."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=regular_file) as file:
             size, content = os.fstat(file.fileno()).st_size, bytearray()
-            # the size of a pipe says nothing
+            # files of /proc have no size
             while max(size, len(content)) <= limit and (piece := file.read(1 << 20)):
                 content += piece
         if pointer := _pointer(bytes(content[: len(_LFS)])):
@@ -82,7 +96,7 @@ def read_lines(path: str | Path, error: type[UmbrellaError], remedy: str) -> Ite
     """Yield (number from 1, line) of a text file of any length, one in memory at a time. Raises as `read_text`, and for
     a line of more than LINE characters."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", opener=regular_file) as file:
             # not by splitlines(), which would also cut at U+2028 inside a string
             for number, line in enumerate(iter(lambda: file.readline(LINE + 1), ""), start=1):
                 if len(line) > LINE:
@@ -94,7 +108,7 @@ def read_lines(path: str | Path, error: type[UmbrellaError], remedy: str) -> Ite
 
 def sha256(path: str | Path) -> str:
     """Of a file's content, which is read a piece at a time."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular_file) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -137,7 +151,7 @@ def read_items(
     """Yield (index, item) of a JSON list of any length, one item in memory at a time; (None, value) if the file holds
     another value. Raises as `read_lines` and `parse_json` do."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", opener=regular_file) as file:
             yield from _Items(file, path, error, remedy, nan_is_null).items()
     except (OSError, UnicodeDecodeError) as fault:
         raise error(f"{path}: cannot be read: {_reason(fault)}; {remedy}") from None
