@@ -132,6 +132,72 @@ def test_a_point_comes_back_to_where_it_was(tmp_path: Path) -> None:
     assert made[2, 7, 5] > 0
 
 
+PIXDIM = [-1, 2000, 1500, 3000, 720, 1, 1, 1]
+SHIFTED = OBLIQUE - np.eye(4, k=3)
+
+
+def written(folder: Path, scan: Path, shape: tuple[int, ...]) -> nib.Nifti1Header:
+    """The header of a map of ones over a scan."""
+    name, window = ("rsfMRI", (4,)) if len(shape) > 3 else ("T1", ())
+    config = ModalityConfig(size=(3, 5, 7, *window), patch=(3, 5, 7, *window), orientation="as_stored")
+    processor = Processor(SimpleNamespace(chat_template=None), {name: config})
+    image = Image(scan, name)
+    (path,) = Explanation("a", 0, 0, {image: np.ones(config.size, np.float32)}).write(processor, folder / "maps")
+    made = nib.load(path)
+    assert made.shape == shape
+    assert made.get_data_dtype() == np.float32
+    return made.header
+
+
+@pytest.mark.parametrize("name", ["x.nii", "x.nii.gz", "x.img"])
+@pytest.mark.parametrize("header_class", [nib.Nifti1Header, nib.Nifti2Header])
+@pytest.mark.parametrize("shape", [(9, 10, 7), (9, 10, 7, 6)])
+@pytest.mark.parametrize(("qform", "sform"), [(1, 4), (3, 0), (0, 0)])
+def test_a_map_has_the_geometry_of_its_scan(
+    tmp_path: Path, name: str, header_class: Any, shape: tuple[int, ...], qform: int, sform: int
+) -> None:
+    """Forms that differ, both codes, microns, and a repetition time in milliseconds; nothing else of its header."""
+    header = header_class()
+    header.set_data_shape(shape)
+    header.set_xyzt_units("micron", "msec")
+    header.set_qform(OBLIQUE * 1000, qform)
+    header.set_sform(SHIFTED * 1000, sform)
+    header["pixdim"] = PIXDIM
+    header["pixdim"][0] = np.sign(np.linalg.det(OBLIQUE[:3, :3]))
+    header["descrip"] = b"sub-01, 1970-01-01"
+    kinds = {nib.Nifti1Header: (nib.Nifti1Image, nib.Nifti1Pair), nib.Nifti2Header: (nib.Nifti2Image, nib.Nifti2Pair)}
+    kind = kinds[header_class][name == "x.img"]
+    nib.save(kind(np.ones(shape, np.int16), None, header), tmp_path / name)
+    seen, made = nib.load(tmp_path / name).header, written(tmp_path, tmp_path / name, shape)
+    assert isinstance(made, header_class)
+    for field in ("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "qoffset_x", "srow_x", "srow_z"):
+        np.testing.assert_array_equal(made[field], seen[field], field)
+    assert made["pixdim"][4] == 720 or len(shape) == 3
+    assert made["descrip"].item() == b""
+
+
+@pytest.mark.parametrize("name", ["x.mgz", "x.mgh"])
+@pytest.mark.parametrize("shape", [(9, 10, 7), (9, 10, 7, 6)])
+def test_a_map_of_an_mgh(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    turned = np.array([[0, 2.0, 0, -9], [-1.5, 0, 0, 4], [0, 0, 3.0, 7], [0, 0, 0, 1]])
+    scan = nib.MGHImage(np.ones(shape, np.float32), turned)
+    if len(shape) == 4:
+        scan.header.set_zooms((1.5, 2, 3, 720))  # ms
+    nib.save(scan, tmp_path / name)
+    made = written(tmp_path, tmp_path / name, shape)
+    for form, code in (made.get_qform(True), made.get_sform(True)):
+        assert code == 1
+        np.testing.assert_allclose(form, turned, atol=1e-5)
+    assert made.get_xyzt_units() == ("mm", "sec")
+    np.testing.assert_allclose(made.get_zooms(), (1.5, 2, 3, 0.72)[: len(shape)], atol=1e-6)
+
+
+def test_a_map_of_an_array(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones((9, 10, 7), np.float32))
+    made = written(tmp_path, tmp_path / "x.npy", (9, 10, 7))
+    assert (made["qform_code"], made["sform_code"]) == (0, 0)
+
+
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
 def test_a_map_lies_where_a_viewer_puts_its_scan(tmp_path: Path, kind: Any) -> None:
     """Also where the scan's header does not say its orientation, so that a viewer has to assume one."""

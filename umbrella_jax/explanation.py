@@ -15,7 +15,7 @@ from umbrella_jax.data.conversation import Conversation, Image
 from umbrella_jax.data.loader import whole_batch
 from umbrella_jax.data.tokenize import encode_answers
 from umbrella_jax.data.volume import restore
-from umbrella_jax.data.voxels import open_voxels
+from umbrella_jax.data.voxels import map_header, open_voxels
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.evaluation.explain import Method, gradient, integrated, log_probability, occlusion
 from umbrella_jax.evaluation.generate import generate
@@ -42,9 +42,10 @@ class Explanation:
         return restore(image.path, self.maps[image], processor.modalities[image.modality], image.window)
 
     def write(self, processor: Processor, folder: str | Path) -> list[Path]:
-        """A NIfTI per image, with the scan's affine, so that viewers lay one over the other; returns their paths.
+        """Write a NIfTI per image, with the scan's geometry, so that viewers lay one over the other. Returns the paths.
 
-        Of a scan that does not say how it is oriented, nor does the map, so that a viewer assumes the same of both.
+        Both forms and their codes, units and the time between frames are the scan's. The map of a scan without an
+        orientation has none either, so that a viewer assumes the same about both.
         """
         folder = Path(folder)
         folder.mkdir(0o700, parents=True, exist_ok=True)
@@ -52,10 +53,10 @@ class Explanation:
         for number, image in enumerate(self.maps):
             stem = image.path.name.split(".")[0]
             paths.append(folder / f"{number}_{stem}_attribution.nii.gz")
-            scan = open_voxels(image.path)
-            made = nib.Nifti1Image(self.in_scan(processor, image), scan.affine)
-            if scan.affine is None and scan.zooms is not None:
-                made.header["pixdim"][1:4] = scan.zooms
+            header = map_header(open_voxels(image.path))
+            kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+            made = kind(self.in_scan(processor, image), None, header)
+            made.set_data_dtype(np.float32)
             nib.save(made, paths[-1])
         return paths
 

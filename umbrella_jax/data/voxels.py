@@ -134,8 +134,8 @@ def map_header(scan: Voxels) -> nib.Nifti1Header:
             header[field] = scan.stored[field]
         return header
     header = nib.Nifti1Header()
+    header.set_xyzt_units("mm", "sec")
     if scan.zooms is not None:
-        header.set_xyzt_units("mm", "sec")
         header["pixdim"][1:4] = scan.zooms
     if scan.affine is not None:
         header.set_qform(scan.affine, "scanner")
