@@ -170,7 +170,8 @@ def test_a_map_has_the_geometry_of_its_scan(
     nib.save(kind(np.ones(shape, np.int16), None, header), tmp_path / name)
     seen, made = nib.load(tmp_path / name).header, written(tmp_path, tmp_path / name, shape)
     assert isinstance(made, header_class)
-    for field in ("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "qoffset_x", "srow_x", "srow_z"):
+    np.testing.assert_array_equal(made["pixdim"][: 1 + len(shape)], seen["pixdim"][: 1 + len(shape)])
+    for field in ("xyzt_units", "qform_code", "sform_code", "quatern_b", "qoffset_x", "srow_x", "srow_z"):
         np.testing.assert_array_equal(made[field], seen[field], field)
     assert made["pixdim"][4] == 720 or len(shape) == 3
     assert made["descrip"].item() == b""

@@ -434,8 +434,8 @@ def test_damage_of_a_compressed_header_is_not_read(tmp_path: Path) -> None:
         (lambda raw: raw, "by its name it is gzip-compressed, by its content not compressed; rename it to a.nii"),
         (lambda raw: bz2.compress(raw), "gzip-compressed, by its content bzip2; rename it to a.nii.bz2"),
         (lambda raw: b"<!DOCTYPE html>", "its name says gzip, its content is something else; copy it again"),
-        (lambda raw: b"version https://git-lfs.github.com/spec/v1\n", "fetch it with `git lfs pull`"),
-        (lambda raw: b"/annex/objects/SHA256E-s1--0.nii.gz\n", "fetch it: `datalad get`"),
+        (lambda raw: b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, not the file itself"),
+        (lambda raw: b"/annex/objects/SHA256E-s1--0.nii.gz\n", "a git-annex pointer, not the file itself"),
         (lambda raw: b"", "it is empty"),
     ],
     ids=[

@@ -728,7 +728,7 @@ def test_damaged(nifti, damage):
     elif damage == "short":
         content = bytearray(gzip.compress(gzip.decompress(content)[:-100]))
     else:
-        content = bytearray(b"version https://git-lfs.github.com/spec/v1\n")
+        content = bytearray(b"<!DOCTYPE html>\n")
     path.write_bytes(content)
     assert "cannot be read" in one_fault(path, t1())
 

@@ -188,10 +188,7 @@ def readable(path: Path, expected: str = "a whole volume, copy it again") -> Ite
             raise DataError(f"{path}: {pointer}") from None
         missing = path if error.filename is None else error.filename  # of a pair, the half that is missing
         if os.path.islink(missing):
-            raise DataError(
-                f"{path}: a link to {os.readlink(missing)}, which does not exist; fetch the file (`datalad get` in a "
-                "DataLad data set), or copy it here"
-            ) from None
+            raise DataError(f"{path}: a link to {os.readlink(missing)}, which does not exist; copy it there") from None
         raise DataError(
             f"{path}: {'' if str(missing) == str(path) else f'{missing} '}not found; expected a volume or a directory "
             "of frames (relative paths start at the conversation file, or at data.image_root: --image-root DIR)"
@@ -470,12 +467,8 @@ def _check_name(file: Path) -> None:
     content = next((name for name, magic in _MAGIC.items() if head.startswith(magic)), None)
     if not head:
         raise DataError(f"{file}: cannot be read: it is empty; copy it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise DataError(
-            f"{file}: cannot be read: it is a pointer of Git LFS, not the scan; fetch it with `git lfs pull`"
-        )
-    if head.startswith((b"/annex/objects/", b"../.git/annex")):
-        raise DataError(f"{file}: cannot be read: it is a pointer of git-annex, not the scan; fetch it: `datalad get`")
+    if pointer := placeholder(file):
+        raise DataError(f"{file}: {pointer}")
     if named == content:
         return
     known = content or any(kind.header_class.may_contain_header(head) for kind in (nib.Nifti1Image, nib.Nifti2Image))
