@@ -49,7 +49,7 @@ class Report:
 
     def lines(self) -> list[str]:
         """For people, a fact each."""
-        replaced = "\n  ".join(["left out, since the patch embedding of volumes takes their place:", *self.replaced])
+        replaced = "\n  ".join(["replaced by the 3D/4D patch embedding:", *self.replaced])
         return [
             *([f"names of tensors: what wrappers put into them is left out: {self.wrapped}"] if self.wrapped else []),
             *(f"{name}: patch embedding {how}" for name, how in self.started.items()),

@@ -133,7 +133,11 @@ RESEARCHER = [
             Step(
                 "All that a run would read is read, and all that is wrong is told.",
                 f"umbrella-jax data validate {FLAGS} {DATA} --html look.html",
-                [r"good: 0 faults, 0 warnings, 0 notes", r"orientation\s+LAS", r"look\.html:\n  tells of people"],
+                [
+                    r"good: 0 faults, 0 warnings, 0 notes",
+                    r"orientation\s+LAS",
+                    r"look\.html:\n  contains participant data",
+                ],
                 show=(26, 9),
             ),
             Step(
@@ -241,7 +245,7 @@ RESEARCHER = [
             Step(
                 "Forgotten: that there is a run.",
                 f"umbrella-jax train {FLAGS} {DATA} --out runs/lesion",
-                [r"runs/lesion: holds a run; go on with --resume"],
+                [r"runs/lesion: holds a run; continue it with --resume"],
                 code=2,
             ),
             Step(
@@ -277,7 +281,7 @@ RESEARCHER = [
             Step(
                 "One page of all that.",
                 "umbrella-jax report runs/lesion --baseline runs/lesion --samples 2 --explain gradient",
-                [r"runs/lesion/report\.html:\n  tells of people"],
+                [r"runs/lesion/report\.html:\n  contains participant data"],
                 long=True,
             ),
         ],

@@ -188,8 +188,15 @@ def test_faults_of_a_config_come_together(refused: Refused, world: World, tmp_pa
         (["--set", "train=ten"], ["umbrella-jax: --set: train: expected a section of keys, got 'ten'"]),
         (["--set", "data.cache=[a]"], ["umbrella-jax: --set: data.cache: expected text, got a list"]),
         (["--set", "train.best_metric=eval_loss"], [".yaml, --set: train: keep_best: 0 by best_metric eval_loss"]),
+        (
+            ["--epochs", "1e9"],
+            ["train.epochs: 1,000,000,000 epochs of ", "days at one per second; expected at most 10,000,000"],
+        ),
         (["--set", "train.epochs="], ["umbrella-jax: --set: train.epochs: expected a number, got nothing"]),
-        (["--modality", "PET"], ["modality PET", "one of T1, rsfMRI"]),
+        (
+            ["--modality", "PET"],
+            ["umbrella-jax: data.modality: 'PET' is not configured; expected T1 (or sMRI), rsfMRI (or fMRI)"],
+        ),
         (["--task-filter", "T9"], ["task_filter T9", "their tasks T0, T1, T3"]),
     ],
 )

@@ -221,7 +221,7 @@ def test_no_more_faults_are_collected_than_anybody_mends(
         with pytest.raises(DataError) as caught:
             conversations(path)
         assert len(caught.value.faults) == 102
-        assert caught.value.faults[-1].startswith(f"{path}: not looked at further, nor any file behind it")
+        assert caught.value.faults[-1].startswith(f"{path}: stopped here: too many errors")
 
 
 # YAML

@@ -223,7 +223,7 @@ def test_an_image_that_cannot_be_shown_is_refused(run: Path, image: str, message
 
 def test_maps_replace_nothing(run: Path, world: World) -> None:
     said = umbrella("explain", run, "Which sex?", "--image", "T1=0.nii.gz", "--out", world.root / "scans", code=2)
-    assert "scans: not an empty folder; nothing is overwritten" in said
+    assert "scans: directory is not empty; choose another" in said
 
 
 def test_images_are_pairs(run: Path) -> None:

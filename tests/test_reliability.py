@@ -269,7 +269,7 @@ def test_a_second_signal_ends_at_once(second: str, code: int) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "in\n"
     process.send_signal(signal.SIGTERM)
-    assert process.stdout.readline().startswith("SIGTERM: saves at the end of this step, and ends; a second")
+    assert process.stdout.readline().startswith("SIGTERM: saving after this step, then exiting; send again")
     process.send_signal(signal.SIGTERM)
     time.sleep(0.1 if second == "SIGINT" else 1.2)
     assert process.poll() is None

@@ -97,6 +97,20 @@ def test_each_evaluation_writes_its_answers(run: Path) -> None:
     )
 
 
+def test_each_evaluation_prints_its_results(printed: str, run: Path) -> None:
+    """To the terminal and into the log: step, loss, and each task's main metrics beside chance."""
+    lines = {line["step"]: line for line in read_lines(run / "metrics.jsonl")}
+    log = [line[26:] for line in (run / "log.txt").read_text().splitlines()]
+    for step in (EVAL, STEPS):
+        beginning = f"evaluation at step {step}: loss {lines[step]['eval_loss']:.4f}; "
+        assert [line.startswith(beginning) for line in log].count(True) == 1
+        words = " ".join(" ".join(log).partition(beginning)[2].split())
+        shown = [f"{task}: accuracy {lines[step][f'eval_accuracy/{task}']:.3f} (chance 1.000)" for task in ("T1", "T3")]
+        for text in shown:
+            assert text in words
+        assert beginning in printed
+
+
 def test_predictions_say_whose_they_are() -> None:
     """As the images' paths do, where metadata does not and they are of one subject."""
     messages = (Message("user", ("Which sex?",)), Message("assistant", ("female.",)))
@@ -141,7 +155,7 @@ def test_the_summary_says_what_trains(printed: str, world: World) -> None:
     assert "WARNING: 3 subjects and scans are both in train and in eval: answers may be remembered" in printed
     # 4 of one scan and the one of text, 3 of runs, 4 of two scans; M is 4, 3 and 4
     assert "plan: 3 shapes to compile, 36.3% of positions padded\n" in printed
-    assert "\n      0.92 volumes encoded per conversation, which shows " in printed
+    assert "\n      1.25 images per conversation, 0.92 encoded after sharing" in printed
 
 
 def test_inspect_prints_the_same_summary(printed: str, world: World, tmp_path: Path) -> None:

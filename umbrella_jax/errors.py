@@ -65,7 +65,7 @@ class UmbrellaError(ValueError):
     exit_code: ClassVar[int] = 2
 
     def __init__(self, faults: str | Sequence[str]):
-        self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
+        self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(dict.fromkeys(faults))
         super().__init__(self.faults)
 
     def __str__(self) -> str:

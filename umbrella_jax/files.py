@@ -92,7 +92,7 @@ def check_new_folder(out: str | Path) -> None:
     out = Path(out)
     check_output(out, "name another folder", folder=True)
     if out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"{out}: not an empty folder; nothing is overwritten, name another one")
+        raise ConfigError(f"{out}: directory is not empty; choose another")
     if os.path.ismount(out):
         raise ConfigError(f"{out}: a mount point cannot be replaced; name a folder inside it")
 

@@ -10,7 +10,7 @@ from typing import Any
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.files import PRIVATE, check_output, write_whole
 
-PRIVACY = "tells of people's scans (pictures, names, answers): treat it as the scans"
+PRIVACY = "contains participant data (pictures, names, answers): handle it like the scans"
 PACKAGES = ("matplotlib", "pillow")
 """Of the extra `report`."""
 _MODULES = {"pillow": "PIL"}  # that are not called as their package

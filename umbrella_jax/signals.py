@@ -56,6 +56,6 @@ class Signals:
             if not self.received:
                 self.received, first = number, now
                 name = signal.Signals(number).name
-                self._say(f"{name}: saves at the end of this step, and ends; a second one ends it at once")
+                self._say(f"{name}: saving after this step, then exiting; send again to exit now")
             elif number == signal.SIGINT or now - first > _ECHO:
                 os._exit(128 + number)

@@ -166,7 +166,9 @@ def test_what_a_run_refuses_it_refuses(
     trained: Path, world: World, flags: list[object], uncompiled: None, tmp_path: Path
 ) -> None:
     before = {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
-    assert "holds a run; go on with --resume" in umbrella(*world.train_flags(trained, *flags, "--dry-run"), code=2)
+    assert "holds a run; continue it with --resume" in umbrella(
+        *world.train_flags(trained, *flags, "--dry-run"), code=2
+    )
     said = umbrella(*world.train_flags(trained, *flags, "--dry-run", "--resume"))
     assert "resume: from step 2" in said
     other = ["--dry-run", "--resume", "--learning-rate", 0.5]

@@ -749,7 +749,7 @@ def test_export_onto_a_folder_that_is_not_empty(good: Path, tmp_path: Path, flag
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     message = umbrella("convert", "to-hf", good / "one", tmp_path / "out", *flags, code=2)
-    assert f"{tmp_path / 'out'}: not an empty folder" in message
+    assert f"{tmp_path / 'out'}: directory is not empty" in message
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 

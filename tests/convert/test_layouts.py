@@ -467,7 +467,7 @@ def test_place_of_the_patch_embedding(tmp_path, names, family, within, dtype, fi
         tensors[TABLE] = stock["model.vision_tower.embeddings.position_embedding.weight"]
     directory = write(tmp_path / "in", source, {names(n): t for n, t in tensors.items()}, files)
     lines = assert_round_trip(directory, source, tmp_path / "out", RENAMED_FAMILY[family])
-    assert lines == [f"left out, since the patch embedding of volumes takes their place:\n  {names(TABLE)}"] * within
+    assert lines == [f"replaced by the 3D/4D patch embedding:\n  {names(TABLE)}"] * within
 
 
 def test_patch_embedding_at_both_places(hubs, tmp_path):

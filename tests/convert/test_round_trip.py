@@ -74,7 +74,7 @@ def test_export_overwrites_nothing(tmp_path):
     write_umbrella(tmp_path / "in")
     config = read_config(tmp_path / "in")
     params, _ = load_params(tmp_path / "in", config)
-    with pytest.raises(ConfigError, match="not an empty folder"):
+    with pytest.raises(ConfigError, match="directory is not empty"):
         export(tmp_path / "in", params, config, tmp_path / "in")
 
 

@@ -194,7 +194,7 @@ def test_comparison_fills_up_where_a_label_is_rare(bids, tmp_path):
     (records,) = written(tmp_path / "out", "all")
     found = Counter((r["metadata"]["subject_label"], r["metadata"]["comparison_type"]) for r in records)
     assert found == {("rare", "different"): 3, ("common", "same"): 6, ("common", "different"): 3}
-    assert "all: 4 pairs fewer than 4 a scan, for want of other subjects" in lines
+    assert "all: 4 pairs fewer than 4 a scan: not enough other subjects" in lines
 
 
 SESSIONS = {

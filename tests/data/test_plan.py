@@ -289,5 +289,5 @@ def test_the_report_in_words():
     plan = Plan(facts((90, 1, "T1:0"), (74, 1, "T1:0 T1:1")), batch_size=4, seed=0)
     # B · T = 4 · 96 positions, 164 of them used; M = 2
     assert str(plan.report) == (
-        "1 shape to compile, 57.3% of positions padded\n      1.00 volumes encoded per conversation, which shows 1.50"
+        "1 shape to compile, 57.3% of positions padded\n      1.50 images per conversation, 1.00 encoded after sharing"
     )

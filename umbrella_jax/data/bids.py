@@ -199,7 +199,7 @@ def from_bids(
             if kind == "comparison":
                 lines.append(f"  pairs: same {counts['same']}, different {counts['different']}")
                 if short := pairs * sum(len(subject.scans) for subject in members) - counts.total():
-                    notes.append(f"{name}: {short} pairs fewer than {pairs} a scan, for want of other subjects")
+                    notes.append(f"{name}: {short} pairs fewer than {pairs} a scan: not enough other subjects")
         write_splits(folder / SPLITS, split_of)
     told_notes = [line for note in notes for line in wrapped(note)]
     return [*lines, *told_notes, *_next_command(root, out, target, modality, splits)]

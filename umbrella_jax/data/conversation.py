@@ -150,7 +150,7 @@ def scan_conversations(
             if len(faults) > MAX_FAULTS:
                 break
         if len(faults) > MAX_FAULTS:
-            faults.append(f"{file}: not looked at further, nor any file behind it; mend these first")
+            faults.append(f"{file}: stopped here: too many errors; fix these first")
             break
     if not conversations and not faults:
         given = {"modality": modality, "task_filter": task_filter}

@@ -110,7 +110,7 @@ class Report:
     def __str__(self) -> str:
         return (
             f"{self.shapes} shape{'s' * (self.shapes != 1)} to compile, {self.padding:.1%} of positions padded\n"
-            f"      {self.volumes:.2f} volumes encoded per conversation, which shows {self.shown:.2f}"
+            f"      {self.shown:.2f} images per conversation, {self.volumes:.2f} encoded after sharing"
         )
 
 

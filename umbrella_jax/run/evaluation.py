@@ -1,4 +1,4 @@
-"""A run's evaluations: loss over the answers, and the answers."""
+"""The evaluations of a run: loss over the answers, and the answers."""
 
 import math
 import time
@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
+from umbrella_jax.columns import wrapped
 from umbrella_jax.data.loader import eval_batches, eval_subset
-from umbrella_jax.evaluation.metrics import score, task_of
+from umbrella_jax.evaluation.metrics import Scores, score, short, task_of
 from umbrella_jax.files import PRIVATE, strict_json, write_whole
 from umbrella_jax.models import Params
 from umbrella_jax.prediction import Row, answers, with_answer
@@ -17,6 +18,9 @@ from umbrella_jax.run.preparation import Evaluated, Prepared
 from umbrella_jax.rundir import PREDICTIONS, Line
 from umbrella_jax.sharding import parts, put_batch
 from umbrella_jax.training.step import jit_eval_step
+
+_MAIN = ("accuracy", "balanced_accuracy", "auroc", "mae", "pearson")
+"""Metrics of a task that are printed after each evaluation."""
 
 
 def evaluate(
@@ -27,12 +31,12 @@ def evaluate(
     step: int,
     trainable: Params,
 ) -> Line | None:
-    """Loss over the answers, and how right greedy ones are; these go to predictions/step_N.jsonl.
+    """Compute the loss over the answers and score greedy ones, which are written to predictions/step_N.jsonl.
 
-    None, and no answers, where a signal comes meanwhile.
+    Prints a line of results. Returns None, and writes no answers, if a signal comes meanwhile.
 
     Args:
-        options: of the `Progress` of both.
+        options: arguments of `Progress`; `say` takes the line too.
     """
     config, mesh, dataset = run.config, run.mesh, evaluated.dataset
     common: dict[str, Any] = {"threads": config.data.threads, "only": None}
@@ -82,4 +86,21 @@ def evaluate(
     metrics: Line = {} if mean is None else {"loss": mean if math.isfinite(mean) else None}
     there = {task_of(row) for row in answered}
     tasks = {name: task for name, task in evaluated.tasks.items() if name in there}
-    return {f"eval_{name}": value for name, value in (metrics | score(answered, tasks, resamples=0).flat()).items()}
+    scores = score(answered, tasks, resamples=0)
+    options["say"](_summary(step, mean, scores))
+    return {f"eval_{name}": value for name, value in (metrics | scores.flat()).items()}
+
+
+def _summary(step: int, loss: float | None, scores: Scores) -> str:
+    """Return a line about an evaluation: its loss, and the main metrics of each task, the first beside chance."""
+    parts = [] if loss is None else [f"loss {loss:.4f}"]
+    for name in scores.tasks:
+        figures = scores.of(name)
+        shown = [metric for metric in _MAIN if metric in figures] or list(figures)[:1]
+        if "unparsable" not in shown and "unparsable" in figures and figures["unparsable"].value:
+            shown.append("unparsable")
+        first = figures[shown[0]]
+        texts = [f"{metric} {short(figures[metric].value)}" for metric in shown]
+        texts[0] += "" if first.chance is None else f" (chance {short(first.chance)})"
+        parts.append(f"{name}: {', '.join(texts)}, n {first.n}")
+    return "\n".join(wrapped(f"evaluation at step {step}: {'; '.join(parts)}"))

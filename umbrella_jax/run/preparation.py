@@ -33,10 +33,17 @@ from umbrella_jax.training import freeze
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule
 from umbrella_jax.training.step import TrainState, init_state
 
+MAX_UPDATES = 10_000_000
+_NOT_FOUND = {
+    "train": "expected a conversation file or a directory of them (--train-data PATH)",
+    "eval": "expected conversations (--eval-data PATH), or no evaluation (--set data.eval=null)",
+}
+"""Remedies for data that do not exist."""
+
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a run evaluates on."""
+    """The evaluation data of a run."""
 
     dataset: Dataset
     rows: list[Row]
@@ -72,7 +79,7 @@ class Prepared:
 
 
 def check(config: RunConfig) -> tuple[Path, Mesh]:
-    """Checks what can be known before any file is read, of the mesh all that does not depend on the model."""
+    """Check everything that can be known before a file is read; of the mesh, all that does not depend on the model."""
     faults = [
         f"{field}: expected a path ({flag})"
         for field, flag, value in [
@@ -83,7 +90,7 @@ def check(config: RunConfig) -> tuple[Path, Mesh]:
         if value is None
     ]
     faults += [
-        f"data.{name}: {path}: not found; expected a conversation file or a directory of them (--{name}-data PATH)"
+        f"data.{name}: {path}: not found; {_NOT_FOUND[name]}"
         for name, path in (("train", config.data.train), ("eval", config.data.eval))
         if path is not None and not Path(path).exists()
     ]
@@ -122,6 +129,7 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
         processor = Processor(base.tokenizer(), base.config.modalities, **options)
         datasets = processor.datasets(config.data, augment=True)
         train_set = datasets["train"]
+        _check_length(config, len(train_set))
         evaluated = _evaluated(config, datasets.get("eval"), processor)
     with together():
         # by the first alone, since they read the whole base, and all volumes; but for a run orbax lets all meet: so
@@ -193,6 +201,16 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
         },
         inputs=inputs,
     )
+
+
+def _check_length(config: RunConfig, conversations: int) -> None:
+    """Raise ConfigError for a run of more updates than anybody waits for: a slip of the keyboard."""
+    updates = conversations * config.train.epochs / (config.train.batch_size * config.train.accumulate_steps)
+    if updates > MAX_UPDATES:
+        raise ConfigError(
+            f"train.epochs: {config.train.epochs:,.0f} epochs of {conversations:,} conversations are {updates:,.0f} "
+            f"updates, {updates / 24 / 3600:,.0f} days at one per second; expected at most {MAX_UPDATES:,}"
+        )
 
 
 def said_of(base: Checkpoint) -> list[str]:

@@ -50,10 +50,12 @@ MAY_CHANGE = (
 
 
 def check_out(config: RunConfig, out: Path, resume: bool) -> None:
-    """Raises ConfigError where `out` holds a run that is not to be resumed, or one of other settings: what `same_run`
-    asks too, of what needs neither weights nor data to be read."""
+    """Raise ConfigError if `out` holds a run and `resume` is not set, or a run with other settings.
+
+    `same_run` checks the same later, with weights and data.
+    """
     if not resume and (out / CHECKPOINTS).exists():
-        raise ConfigError(f"{out}: holds a run; go on with --resume, or name another output_dir (--out DIR)")
+        raise ConfigError(f"{out}: holds a run; continue it with --resume, or choose another directory (--out DIR)")
     if resume and (out / CONFIG).exists():
         faults = _other_settings(to_dict(load_config(out / CONFIG)), to_dict(config))
         if faults:
@@ -62,8 +64,11 @@ def check_out(config: RunConfig, out: Path, resume: bool) -> None:
 
 def _other_settings(stored: dict[str, Any], config: dict[str, Any]) -> list[str]:
     before, now = flat(stored), flat(config)
+    longer = "keep that, or train longer in a new run that starts from this one (--base RUN --out DIR)"
+    remedies = {"train.epochs": longer}  # the learning rate of every step depends on the number of steps
     return [
-        f"{key}: {now.get(key)} now, {before.get(key)} in the run; keep that, or name another --out"
+        f"{key}: {now.get(key)} now, {before.get(key)} in the run; "
+        + remedies.get(key, "keep that, or choose another directory (--out DIR)")
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE)
     ]
