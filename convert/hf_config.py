@@ -12,7 +12,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args
 
+from convert.checksum import KEY
 from convert.foreign import check_placeholders, folder_contents
+from convert.rules import hub_name
 from convert.trainable import open_trainable
 from umbrella_jax import reading
 from umbrella_jax.config import (
@@ -391,13 +393,15 @@ def write_config(
     base_fingerprint: str | None = None,
     template: Template | None = None,
     untrained: Mapping[str, str] | None = None,
+    checksums: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes config.json, umbrella_config.json and those of `source_dir`'s files that are `carried`: tokenizer's,
+    """Write config.json, umbrella_config.json and those of `source_dir`'s files that are `carried`: tokenizer's,
     generation's and processor's.
 
     `names` is the family of modality names to export under (see `export_names`); `dtype` that of the weights, where
     it is no longer what config.json says; `base` and `base_fingerprint` name the checkpoint that training began from,
-    `template` is how its text was written, `untrained` says which modalities' weights are random, and why.
+    `template` is how its text was written, `untrained` says which modalities' weights are random, and why;
+    `checksums` are those of the weights (convert/checksum.py).
     """
     source, out = Path(source_dir), Path(out_dir)
     raw = hf_dict(read_json(source / CONFIG), config)
@@ -407,6 +411,7 @@ def write_config(
     modalities = {name: to_dict(config.modalities[m]) for m, name in renamed.items()}
     random = {renamed[m]: why for m, why in (untrained or {}).items()}
     stated = {"template": template, "base": base, "base_fingerprint": base_fingerprint, "untrained": random}
+    stated |= {KEY: {hub_name(name): crc for name, crc in checksums.items()} if checksums else None}
     umbrella = {"modalities": modalities} | {key: value for key, value in stated.items() if value}
     out.mkdir(parents=True, exist_ok=True)
     for path in carried(source):

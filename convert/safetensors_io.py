@@ -16,8 +16,9 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
+from convert.checksum import KEY, PIECE, TensorCheck, crc32, recorded
 from convert.foreign import adapter_faults, folder_contents, tensor_faults
-from convert.rules import unwrapped_names
+from convert.rules import hub_name, unwrapped_names
 from convert.tensor import BLOCK, Index, Tensor, copy
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.reading import parse_json, placeholder, read_json
@@ -25,6 +26,7 @@ from umbrella_jax.reading import parse_json, placeholder, read_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _AGAIN = "copy it again"
+_RECORD = "umbrella_config.json"
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 # In the order in which the safetensors library puts them into a file.
@@ -34,8 +36,13 @@ _BUFFER = 4 << 20
 _CODES = {np.dtype(dtype).name: code for code, dtype in _DTYPES.items()}
 
 
-def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of one file; reads its header alone, of which the library takes no more than 100 MB.
+def open_safetensors(
+    path: Path, expected: Mapping[str, str] | None = None, source: str = "its header"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return tensors and metadata of one file; reads only its header, of which the library takes no more than 100 MB.
+
+    `expected` are checksums that `source` states, by the hub's names, else those of the metadata; a tensor is compared
+    with its own when it is read.
 
     Raises CheckpointError for a file that is cut short, damaged or unreadable.
     """
@@ -57,14 +64,19 @@ def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if endless:
         raise CheckpointError([f"{path}: {name}: an axis longer than the file; {_AGAIN}" for name in endless])
 
+    if expected is None and KEY in metadata:
+        expected = recorded(parse_json(metadata[KEY], f"{path}: {KEY}", CheckpointError, _AGAIN), path)
+
     def tensor(name: str, entry: Mapping[str, Any]) -> Tensor:
-        code, shape, start = entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+        (first, last), shape, code = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
+        start, crc = 8 + length + first, (expected or {}).get(hub_name(name))
+        check = None if crc is None else TensorCheck(path, name, start, last - first, crc, source)
         if code not in _DTYPES:
             return Tensor(shape, code, lambda out, index: None, str(path), name)  # which refuses to be read
         dtype = np.dtype(_DTYPES[code])
 
         def fill(out: np.ndarray, index: Index) -> None:
-            _fill(out, index, path, name, start, shape, dtype)
+            _fill(out, index, path, name, start, shape, dtype, check)
 
         return Tensor(shape, dtype.name, fill, str(path), name)
 
@@ -72,9 +84,20 @@ def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _fill(
-    out: np.ndarray, index: Index, path: Path, name: str, start: int, shape: tuple[int, ...], dtype: np.dtype
+    out: np.ndarray,
+    index: Index,
+    path: Path,
+    name: str,
+    start: int,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    check: TensorCheck | None,
 ) -> None:
-    """Fills `out` with a region of a tensor that begins at byte `start`."""
+    """Fill `out` with a region of a tensor that begins at byte `start`; the first region takes the `check` of all."""
+    whole = out.flags.c_contiguous and all(i == slice(0, n) for i, n in zip(index, shape, strict=True))
+    if check is not None and not check.done and not whole:
+        check.ensure()
+    summed = check is not None and not check.done
     if not out.flags.c_contiguous or any(i != slice(0, n) for i, n in zip(index[1:], shape[1:], strict=True)):
         # of a mapped file, only the pages that hold these columns are read; mapped anew for each block, so that the
         # process does not keep them
@@ -89,24 +112,30 @@ def _fill(
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         if out.dtype == dtype:
-            _read(file, out, path, name)
-            return
-        flat = out.reshape(-1)
-        buffer = np.empty(min(flat.size, _BUFFER // dtype.itemsize), dtype)
-        for i in range(0, flat.size, max(buffer.size, 1)):
-            piece = flat[i : i + buffer.size]
-            _read(file, buffer[: piece.size], path, name)
-            copy(piece, buffer[: piece.size], str(path), name)
+            crc = _read(file, out, path, name, 0 if summed else None)
+        else:
+            flat = out.reshape(-1)
+            buffer = np.empty(min(flat.size, _BUFFER // dtype.itemsize), dtype)
+            crc = 0 if summed else None
+            for i in range(0, flat.size, max(buffer.size, 1)):
+                piece = flat[i : i + buffer.size]
+                crc = _read(file, buffer[: piece.size], path, name, crc)
+                copy(piece, buffer[: piece.size], str(path), name)
+    if check is not None and crc is not None:
+        check.compare(crc)
 
 
-def _read(file: FileIO, out: np.ndarray, path: Path, name: str) -> None:
-    """The next bytes of a file as the numbers of a C-contiguous array."""
+def _read(file: FileIO, out: np.ndarray, path: Path, name: str, crc: int | None) -> int | None:
+    """Read the next bytes of a file as the numbers of a C-contiguous array. Returns the CRC-32 of what `crc` is of and
+    of them; None for None."""
     left = out.reshape(-1).view(np.uint8).data
     while left:
-        count = file.readinto(left[:BLOCK])
+        count = file.readinto(left[: BLOCK if crc is None else PIECE])
         if not count:
             raise CheckpointError(f"{path}: {name}: the file became shorter while it was read")
+        crc = None if crc is None else crc32(left[:count], crc)
         left = left[count:]
+    return crc
 
 
 def _open_bin(path: Path) -> dict[str, Tensor]:
@@ -131,7 +160,10 @@ def open_checkpoint(directory: str | Path) -> dict[str, Tensor]:
     """
     directory = Path(directory)
     single, index = directory / SINGLE, directory / INDEX
-    open_file: Callable[[Path], dict[str, Tensor]] = lambda path: open_safetensors(path)[0]  # noqa: E731
+    record = directory / _RECORD
+    stated = read_json(record, CheckpointError, _AGAIN) if record.is_file() else {}
+    expected = recorded(stated[KEY], record) if isinstance(stated, dict) and KEY in stated else None
+    open_file: Callable[[Path], dict[str, Tensor]] = lambda path: open_safetensors(path, expected, str(record))[0]  # noqa: E731
     if not single.exists() and not index.exists():
         single, index, open_file = directory / _BIN, directory / _BIN_INDEX, _open_bin
         if not single.exists() and not index.exists():
@@ -196,10 +228,13 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def write_checkpoint(directory: str | Path, tensors: Mapping[str, Tensor], max_shard_size: int | str = "5GB") -> None:
-    """Writes `model.safetensors`, or shards and their index where one file would be larger than `max_shard_size`.
+def write_checkpoint(
+    directory: str | Path, tensors: Mapping[str, Tensor], max_shard_size: int | str = "5GB"
+) -> dict[str, str]:
+    """Write `model.safetensors`, or shards and their index if one file would be larger than `max_shard_size`.
 
     One tensor is in memory at a time. Each file appears under its name only when it is complete; the index comes last.
+    Returns the checksum of each tensor.
     """
     directory = Path(directory)
     plan = split_state_dict_into_shards_factory(
@@ -209,13 +244,15 @@ def write_checkpoint(directory: str | Path, tensors: Mapping[str, Tensor], max_s
         max_shard_size=_bytes(max_shard_size),
     )
     directory.mkdir(parents=True, exist_ok=True)
+    checksums: dict[str, str] = {}
     for file, names in plan.filename_to_tensors.items():
-        write_safetensors(directory / file, {name: tensors[name] for name in names})
+        checksums |= write_safetensors(directory / file, {name: tensors[name] for name in names})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         temporary = directory / f".{INDEX}.tmp"
         temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         os.replace(temporary, directory / INDEX)
+    return checksums
 
 
 def _bytes(size: int | str) -> int:
@@ -226,10 +263,13 @@ def _bytes(size: int | str) -> int:
     return int(number)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes one file, one tensor at a time in the order of `tensors`; it is laid out as the safetensors library does.
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, record: bool = False
+) -> dict[str, str]:
+    """Write one file, one tensor at a time in the order of `tensors`; it is laid out as the safetensors library does.
 
-    The library itself wants all of a file's tensors in memory at once.
+    The library itself wants all of a file's tensors in memory at once. Returns the checksum of each tensor; with
+    `record`, the file's metadata holds them too.
     """
     types = list(_CODES)
     order = sorted(tensors.items(), key=lambda item: (types.index(item[1].dtype), item[0]))
@@ -238,17 +278,31 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     for name, tensor in order:
         start, end = end, end + tensor.nbytes
         header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+
+    def dump(checksums: Mapping[str, str]) -> bytes:
+        if record:
+            header["__metadata__"][KEY] = json.dumps(checksums)
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        return text + b" " * (-len(text) % 8)
+
+    checksums = dict.fromkeys(tensors, "0" * 8)  # as long as they will be
+    text = dump(checksums)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors.items():
             file.seek(8 + len(text) + header[name]["data_offsets"][0])
+            crc = 0
             for block in tensor.blocks():
-                file.write(block.reshape(-1).view(np.uint8).data)
+                data = block.reshape(-1).view(np.uint8).data
+                crc = crc32(data, crc)
+                file.write(data)
+            checksums[name] = f"{crc:08x}"
         file.truncate(8 + len(text) + end)
+        file.seek(8)
+        file.write(dump(checksums))
     os.replace(temporary, path)
+    return checksums
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -60,10 +60,10 @@ def export(
     stated: dict[str, Any] = {"base": base, "base_fingerprint": fingerprint, "template": template}
     stated["untrained"] = untrained
     with new_folder(out) as part:
-        write_checkpoint(part, hub_tensors(params, config, renamed), max_shard_size)
+        checksums = write_checkpoint(part, hub_tensors(params, config, renamed), max_shard_size)
         card = model_card(config, modalities, out.name, base, fingerprint, template)
         (part / "README.md").write_text(card, encoding="utf-8")
-        write_config(source_dir, part, config, names, dtype=dtype, **stated)
+        write_config(source_dir, part, config, names, dtype=dtype, checksums=checksums, **stated)
         finish(part)
 
 

@@ -57,4 +57,4 @@ def write_trainable(path: Path, trainable: Trainable) -> None:
         metadata["template"] = trainable.template
     if trainable.untrained:
         metadata["untrained"] = json.dumps(dict(trainable.untrained))
-    write_safetensors(path, trainable.tensors, metadata)
+    write_safetensors(path, trainable.tensors, metadata, record=True)

@@ -74,7 +74,7 @@ ROOMS: dict[str, set[str]] = {
     "convert": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
         *("umbrella_jax.files", "umbrella_jax.reading"),
-        *("jax", "flax", "numpy", "ml_dtypes", "safetensors", "huggingface_hub"),
+        *("jax", "flax", "numpy", "ml_dtypes", "safetensors", "huggingface_hub", "isal"),
     },
 }
 EXCEPTIONS = {

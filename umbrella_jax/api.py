@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert.checksum import KEY, check_folder, folder_checksums, recorded
 from convert.from_hf import Plan, fingerprint, plan_loading
 from convert.hf_config import (
     UMBRELLA_CONFIG,
@@ -184,6 +185,16 @@ class Checkpoint:
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
     @cached_property
+    def _native_params(self) -> Path:
+        """Of a native checkpoint: where its parameters are. Read and compared with their checksums, the first time."""
+        directory, record = self.path / PARAMS, self.path / UMBRELLA_CONFIG
+        stated = read_json(record)
+        if KEY not in stated:
+            raise CheckpointError(f"{record}: no {KEY} of the parameters; convert it again")
+        check_folder(directory, recorded(stated[KEY], record), record)
+        return directory
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the weights that came from Hugging Face: a run's base, what a native checkpoint was made from."""
         if self.base is not None:
@@ -272,7 +283,7 @@ class Checkpoint:
             trained = {path: Tensor.of(leaf, str(self.path), path) for path, leaf in self.trained().items()}
             return _merge(self.base.tensors(dtype), trained, self.lora, dtype)
         if self.kind == "native":
-            return {path: tensor.astype(dtype) for path, tensor in _native_tensors(self.path / PARAMS).items()}
+            return {path: tensor.astype(dtype) for path, tensor in _native_tensors(self._native_params).items()}
         if self.patch_embed is not None:
             _ = self.fingerprint  # which refuses another base
         return self._plan(dtype).params(dtype, self.seed)
@@ -306,7 +317,7 @@ class Checkpoint:
             trained = {path: cast(path, leaf) for path, leaf in self.trained(where).items()}
             return self.base.params(dtype, where=where, in_float32=in_float32) | trained
         if self.kind == "native":
-            directory = self.path / PARAMS
+            directory = self._native_params
             params = {}
             for path, leaf in param_shapes(directory).items():  # one by one, so that only one is there in two types
                 like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(path, leaf.shape))
@@ -405,10 +416,17 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
 
 
-def describe(checkpoint: Checkpoint, directory: Path, *, untrained: Mapping[str, str] | None = None) -> None:
+def describe(
+    checkpoint: Checkpoint,
+    directory: Path,
+    *,
+    untrained: Mapping[str, str] | None = None,
+    checksums: Mapping[str, str] | None = None,
+) -> None:
     """Write all but the weights to `directory`: config.json, tokenizer, modalities; grown where the vocabulary was.
 
-    `untrained` says which of the weights beside it are random (`Checkpoint.untrained`).
+    `untrained` says which of the weights beside it are random (`Checkpoint.untrained`), `checksums` what they are by
+    file.
     """
     write_config(
         checkpoint.description,
@@ -418,6 +436,7 @@ def describe(checkpoint: Checkpoint, directory: Path, *, untrained: Mapping[str,
         base_fingerprint=checkpoint.identity,
         template=checkpoint.template,
         untrained=untrained,
+        checksums=checksums,
     )
     if checkpoint.notes:
         save_tokenizer(checkpoint.tokenizer(), directory)
@@ -435,8 +454,9 @@ def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto"
         checkpoint.check_finite()
     params = checkpoint.params(dtype, where=host)
     with new_folder(directory) as part:
-        describe(checkpoint, part, untrained=checkpoint.untrained)
         save_params(part / PARAMS, params)
+        checksums = folder_checksums(part / PARAMS)
+        describe(checkpoint, part, untrained=checkpoint.untrained, checksums=checksums)
 
 
 def write_hf(

@@ -1,0 +1,138 @@
+"""A bit that changed in weights on disk is noticed by whatever reads them, and named."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from checkpoints import write_umbrella
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from convert.safetensors_io import open_checkpoint, open_safetensors, write_safetensors
+from convert.tensor import Tensor
+from umbrella_jax.api import Checkpoint, write_hf, write_native
+from umbrella_jax.errors import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> dict[str, Path]:
+    """An export, in shards, and a native checkpoint of the same weights."""
+    root = tmp_path_factory.mktemp("written")
+    write_umbrella(root / "hf")
+    checkpoint = Checkpoint.open(root / "hf")
+    write_hf(checkpoint, root / "export", max_shard_size="20KB")
+    write_native(checkpoint, root / "native")
+    return {"export": root / "export", "native": root / "native"}
+
+
+def flipped(file: Path, position: int) -> bytes:
+    """The file's content; one of its bits is another one now."""
+    content = file.read_bytes()
+    file.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+    return content
+
+
+def place_of(file: Path, name: str) -> int:
+    """The last byte of a tensor."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        return 8 + length + json.loads(opened.read(length))[name]["data_offsets"][1] - 1
+
+
+def sharded(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    axis = next((i for i, n in enumerate(shape) if n % 2 == 0), None)
+    spec = [None] * len(shape) if axis is None else [*[None] * axis, "x"]
+    return NamedSharding(Mesh(np.array(jax.devices()[:2]), ("x",)), PartitionSpec(*spec))
+
+
+def test_a_flipped_bit_of_an_export_is_named(written):
+    """Of every tensor, read whole, in another type, in the shards of a mesh, and in blocks."""
+    export = written["export"]
+    names = {name: Path(tensor.file) for name, tensor in open_checkpoint(export).items()}
+    for name, file in names.items():
+        content = flipped(file, place_of(file, name))
+        try:
+            with pytest.raises(CheckpointError, match=f"{name}: other bytes than .*umbrella_config.json records"):
+                open_checkpoint(export)[name].read()
+            for read in (lambda t: t.astype("float16").read(), lambda t: list(t.blocks()), lambda t: t.layer(0).read()):
+                with pytest.raises(CheckpointError, match="other bytes"):
+                    read(open_checkpoint(export)[name])
+        finally:
+            file.write_bytes(content)
+    name, file = next((n, f) for n, f in names.items() if n.endswith("mlp.up_proj.weight"))
+    content = flipped(file, place_of(file, name))
+    try:
+        for reading in ({}, {"where": sharded}, {"dtype": "bfloat16"}):
+            with pytest.raises(CheckpointError, match=f"{name}: other bytes"):
+                Checkpoint.open(export).params(**reading)
+    finally:
+        file.write_bytes(content)
+    Checkpoint.open(export).params(where=sharded)
+
+
+def test_an_export_saved_again(written, tmp_path):
+    """The remedy that the message names is one: without the checksums, the folder is read as it is."""
+    checkpoint = Checkpoint.open(written["export"])
+    write_hf(checkpoint, tmp_path / "export")
+    file, record = tmp_path / "export" / "model.safetensors", tmp_path / "export" / "umbrella_config.json"
+    tensors = load_file(file)
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"saved again by another program; .* delete checksums there"):
+        Checkpoint.open(tmp_path / "export").params()
+    stated = json.loads(record.read_text())
+    assert len(stated.pop("checksums")) == len(tensors)
+    record.write_text(json.dumps(stated))
+    Checkpoint.open(tmp_path / "export").params()
+    record.write_text(json.dumps({**stated, "checksums": {"a": 1}}))
+    with pytest.raises(CheckpointError, match=r"umbrella_config.json: checksums: expected \{name: checksum\}"):
+        Checkpoint.open(tmp_path / "export").params()
+
+
+def test_a_flipped_bit_of_a_native_checkpoint_is_named(written):
+    """In whichever of its files, of whichever way to read it; so are a file that is gone and one too many."""
+    native = written["native"]
+    files = [file for file in (native / "params").rglob("*") if file.is_file()]
+    assert len(files) > 4
+    for file in files:
+        content = flipped(file, file.stat().st_size // 2)
+        try:
+            for read in (Checkpoint.params, lambda checkpoint: checkpoint.tensors(), Checkpoint.check_finite):
+                with pytest.raises(CheckpointError) as error:
+                    read(Checkpoint.open(native))
+                assert f"{file}: other bytes than umbrella_config.json records" in str(error.value)
+        finally:
+            file.write_bytes(content)
+    content = files[0].read_bytes()
+    files[0].unlink()
+    files[1].with_name("more").touch()
+    with pytest.raises(CheckpointError) as error:
+        Checkpoint.open(native).params()
+    assert error.value.faults[0].startswith(f"{files[0]}: missing")
+    assert f"{files[1].with_name('more')}: other bytes" in error.value.faults[1]
+    files[1].with_name("more").unlink()
+    files[0].write_bytes(content)
+    record = native / "umbrella_config.json"
+    stated = json.loads(record.read_text())
+    record.write_text(json.dumps({key: value for key, value in stated.items() if key != "checksums"}))
+    with pytest.raises(CheckpointError, match="no checksums of the parameters; convert it again"):
+        Checkpoint.open(native).params()
+    record.write_text(json.dumps(stated))
+    Checkpoint.open(native).params()
+
+
+def test_a_file_of_its_own_records_its_checksums(tmp_path):
+    """As `convert to-hf --trainable-only` writes it."""
+    arrays = {"a": np.arange(100_000, dtype=np.float32), "b": np.empty((0, 3), np.float16), "c": np.float32(3)}
+    file = tmp_path / "trainable.safetensors"
+    sums = write_safetensors(file, {name: Tensor.of(array) for name, array in arrays.items()}, record=True)
+    with safe_open(file, framework="np") as opened:
+        assert json.loads(opened.metadata()["checksums"]) == sums
+        assert np.array_equal(opened.get_tensor("a"), arrays["a"])
+    for name, tensor in open_safetensors(file)[0].items():
+        np.testing.assert_array_equal(tensor.read(), arrays[name])
+    flipped(file, place_of(file, "a"))
+    with pytest.raises(CheckpointError, match="a: other bytes than its header records"):
+        open_safetensors(file)[0]["a"].read()
