@@ -114,7 +114,7 @@ def sha256(path: str | Path) -> str:
 
 def _reason(fault: Exception) -> str:
     if isinstance(fault, UnicodeDecodeError):
-        if bytes(fault.object[:2]) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        if bytes(fault.object[:2]) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in fault.object[:1000]:
             return "it is UTF-16; save it as UTF-8"
         return f"byte {fault.object[fault.start]:#04x} is no UTF-8, as in a text of Windows-1252; save it as UTF-8"
     return (fault.strerror if isinstance(fault, OSError) else None) or str(fault)

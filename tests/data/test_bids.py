@@ -3,7 +3,9 @@
 import json
 import re
 import shlex
+import subprocess
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,10 @@ from tests.small_run import umbrella
 from umbrella_jax.config import load_config, resolve_modality
 from umbrella_jax.data.bids import MODALITIES, from_bids
 from umbrella_jax.data.conversation import read_conversations
+from umbrella_jax.data.ignore_file import IgnoreFile
 from umbrella_jax.data.loader import Dataset
+from umbrella_jax.data.subject_split import split_subjects
+from umbrella_jax.data.tables import doubtful
 from umbrella_jax.errors import DataError
 
 
@@ -458,6 +463,429 @@ def test_a_directory_with_other_splits_is_refused(bids, tmp_path, write_json):
     write_json("out/val.jsonl", [])
     (fault,) = faults(bids(sexes(10)), tmp_path / "out", "sex")
     assert "out: not an empty folder; nothing is overwritten" in fault
+
+
+# Which files are scans.
+
+
+def taken(root, out, *args, **options):
+    """The paths that conversations show, and what was said, in one line."""
+    lines = from_bids(root, out, *args, split="all=1", **options)
+    (records,) = written(out, "all")
+    assert all(len(record["images"]) == 1 for record in records)
+    return [record["images"][0]["path"] for record in records], " ".join(" ".join(lines).split())
+
+
+@pytest.mark.parametrize("magnitude", ["_part-mag", ""])
+def test_parts_of_complex_images_are_left_out(bids, tmp_path, magnitude):
+    """BIDS: a file without part-, or with part-mag, is the magnitude."""
+    names = [f"func/sub-{{}}_task-rest{part}_bold.nii.gz" for part in (magnitude, "_part-phase", "_part-real")]
+    root = bids(sexes(2), {n: [name.format(n) for name in names] for n in sexes(2)})
+    paths, said = taken(root, tmp_path / "out", "sex", modality="fMRI")
+    assert paths == [f"sub-{n}/func/sub-{n}_task-rest{magnitude}_bold.nii.gz" for n in sexes(2)]
+    assert "left out: parts of complex images other than the magnitude (4): phase, real" in said
+    paths, _ = taken(root, tmp_path / "phase", "sex", modality="fMRI", entities=["part=phase"])
+    assert [path.partition("part-")[2] for path in paths] == ["phase_bold.nii.gz"] * 2
+
+
+@pytest.mark.parametrize(
+    ("variants", "asked", "choices"),
+    [
+        (["echo-1", "echo-2", "echo-3"], "echo (1, 2, 3); choose with --entity echo=1", ["echo=2"]),
+        (["inv-1", "inv-2"], "inv (1, 2); choose with --entity inv=1", ["inv=1"]),
+        (["mt-on", "mt-off"], "mt (off, on)", ["mt=on"]),
+        (["flip-1", "flip-2"], "flip (1, 2)", ["flip=2"]),
+        (["rec-norm", ""], "rec (none, norm); choose with --entity rec=none", ["rec=none"]),
+        (["acq-mprage", "acq-mp2rage"], "acq (mp2rage, mprage)", ["acq=mprage"]),
+        (["space-MNI152_res-2", "space-MNI152_res-1"], "res (1, 2)", ["res=1"]),
+        (["space-MNI152_desc-preproc", "desc-preproc"], "space (MNI152, none)", ["space=none"]),
+        (["ce-gadolinium", ""], "ce (gadolinium, none)", ["ce=none"]),
+    ],
+)
+def test_variants_of_one_scan_are_asked_about(bids, tmp_path, variants, asked, choices):
+    names = ["_".join(filter(None, ("anat/sub-{}", variant, "T1w.nii.gz"))) for variant in variants]
+    root = bids(sexes(2), {n: [name.format(n) for name in names] for n in sexes(2)})
+    (fault,) = faults(root, tmp_path / "out", "sex")
+    assert f"2 subjects with several variants of one scan, which differ in {asked}" in fault
+    assert len(taken(root, tmp_path / "one", "sex", entities=choices)[0]) == 2
+    every = [text for v in variants for text in [f"{choices[0].partition('=')[0]}={_of(v, choices[0])}"]]
+    assert len(taken(root, tmp_path / "all", "sex", entities=every)[0]) == 2 * len(variants)
+
+
+def _of(variant, choice):
+    found = re.search(rf"{choice.partition('=')[0]}-([a-zA-Z0-9]+)", variant)
+    return found[1] if found else "none"
+
+
+def test_repeats_are_all_taken(bids, tmp_path):
+    """Sessions, runs, directions and kinds of rest are measurements of their own; what is no scan is none."""
+    ends = ["ses-1_task-rest_dir-AP_run-1", "ses-1_task-rest_dir-PA_run-1", "ses-1_task-resteyesopen_dir-AP_run-1"]
+    files = [f"ses-1/func/sub-00_{end}_bold.nii.gz" for end in ends]
+    others = ["func/sub-00_task-rest_sbref.nii.gz", "func/sub-00_task-rest_desc-brain_mask.nii.gz"]
+    root = bids(sexes(2), {"00": [*files, *others], "01": ["func/sub-01_task-rest_bold.nii.gz"]})
+    paths, said = taken(root, tmp_path / "out", "sex", modality="fMRI")
+    assert paths == [*(f"sub-00/{file}" for file in sorted(files)), "sub-01/func/sub-01_task-rest_bold.nii.gz"]
+    assert "all of them taken (1); --entity KEY=VALUE narrows: dir AP, PA, none; task rest, resteyesopen" in said
+
+
+def test_what_is_no_scan_is_left_out_and_counted(bids, tmp_path):
+    people = sexes(6)
+    root = bids(people, {**{n: [f"anat/sub-{n}_T1w.nii.gz"] for n in people}, "05": []})
+    folders = {n: root / f"sub-{n}/anat" for n in people}
+    (folders["00"] / "sub-00_T1w.nii").write_bytes((folders["00"] / "sub-00_T1w.nii.gz").read_bytes())
+    (folders["01"] / "sub-01_run-2_T1w.nii.gz").touch()
+    (folders["02"] / "._sub-02_T1w.nii.gz").write_bytes(b"\0\5\26\7")
+    (folders["03"] / "sub-03_run-2_T1w.nii.gz").write_text("/annex/objects/MD5E-s5--1.nii.gz\n")
+    (folders["04"] / "sub-04_run-2_T1w.nii.gz").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (root / "sourcedata/sub-05/anat").mkdir(parents=True)
+    (root / "sourcedata/sub-05/anat/sub-05_T1w.nii.gz").write_bytes(b"scan")
+    paths, said = taken(root, tmp_path / "out", "sex")
+    assert paths == [f"sub-{n}/anat/sub-{n}_T1w.nii.gz" for n in list(people)[:5]]
+    for part in (
+        "X.nii beside X.nii.gz (1): sub-00/anat/sub-00_T1w.nii",
+        "empty files (1): sub-01/anat/sub-01_run-2_T1w.nii.gz",
+        "hidden files (1): sub-02/anat/._sub-02_T1w.nii.gz",
+        "`git lfs pull` them (2): sub-03/anat/sub-03_run-2_T1w.nii.gz, sub-04/anat/sub-04_run-2_T1w.nii.gz",
+        "subjects without a scan (1): sub-05",
+    ):
+        assert f"left out: {part}" in said.replace("pointers to files that were not downloaded; `datalad get` or ", "")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "excluded"),
+    [
+        ("sub-02/", {"sub-02/anat/a.nii", "sub-02/a.nii", "x/sub-02/a.nii"}),
+        ("/sub-02", {"sub-02/anat/a.nii", "sub-02/a.nii"}),
+        ("**/*_run-2_*", {"sub-01/anat/sub-01_run-2_T1w.nii"}),
+        ("*_run-2_T1w.nii", {"sub-01/anat/sub-01_run-2_T1w.nii"}),
+        ("sub-02/*.nii", {"sub-02/a.nii"}),
+        ("sub-02/**", {"sub-02/anat/a.nii", "sub-02/a.nii"}),
+        ("sub-02/**/a.nii", {"sub-02/anat/a.nii", "sub-02/a.nii"}),
+        ("sub-0[13]\n# sub-02\n\n", {"sub-01/anat/sub-01_run-2_T1w.nii"}),
+        ("sub-0[!1]", {"sub-02/anat/a.nii", "sub-02/a.nii", "x/sub-02/a.nii"}),
+        ("sub-0?/anat/?.nii  ", {"sub-02/anat/a.nii"}),
+        ("a.nii\n!sub-02/a.nii", {"sub-02/anat/a.nii", "x/sub-02/a.nii"}),
+        ("/sub-02\n!sub-02/a.nii", {"sub-02/anat/a.nii", "sub-02/a.nii"}),  # nothing below an excluded folder
+        (r"\#a\n\!b\na.nii/", set()),
+    ],
+)
+def test_bidsignore_is_gitignore(patterns, excluded, tmp_path):
+    paths = ["sub-01/anat/sub-01_run-2_T1w.nii", "sub-02/anat/a.nii", "sub-02/a.nii", "x/sub-02/a.nii"]
+    ignore = IgnoreFile(patterns.splitlines())
+    assert {path for path in paths if ignore.excludes(path)} == excluded
+    (tmp_path / ".gitignore").write_text(patterns)  # and so says git
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    told = subprocess.run(["git", "check-ignore", *paths], cwd=tmp_path, capture_output=True, text=True)
+    assert set(told.stdout.split()) == excluded
+
+
+def test_files_of_bidsignore_are_left_out(bids, tmp_path):
+    people = sexes(4)
+    root = bids(people, {**{n: [f"anat/sub-{n}_T1w.nii"] for n in people}, "01": ["anat/sub-01_run-2_T1w.nii"]})
+    (root / ".bidsignore").write_text("**/*_run-2_*\nsub-02/\n")
+    paths, said = taken(root, tmp_path / "out", "sex")
+    assert paths == [f"sub-{n}/anat/sub-{n}_T1w.nii" for n in ("00", "03")]
+    expected = "files that .bidsignore excludes (2): sub-01/anat/sub-01_run-2_T1w.nii, sub-02/anat/sub-02_T1w.nii"
+    assert f"left out: {expected}" in said
+    (root / ".bidsignore").write_text("[z-a]\n")
+    (fault,) = faults(root, tmp_path / "bad", "sex")
+    assert ".bidsignore: [z-a]: bad character range z-a" in fault
+
+
+# Tables as people have them.
+
+
+def table(root, text, encoding="utf-8"):
+    (root / "participants.tsv").write_bytes(text.encode(encoding))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (
+            ["0", "1", "2"],
+            "participant_id: sub-0 in the table, sub-00 on disk and 2 others; the table has lost leading",
+        ),
+        (["0.0", "sub-1.0", "2.0"], "sub-0.0 in the table, sub-00 on disk and 2 others; the table has lost leading"),
+        (["00", "01", "2"], "participant_id: sub-2 in the table, sub-02 on disk; the table has lost leading zeros"),
+        (["00", "01", "_02"], "sub-_02 in the table, sub-02 on disk; they differ only in spelling"),
+        (["00", "01", "Sub-02"], "sub-Sub-02 in the table, sub-02 on disk; they differ only in spelling"),
+    ],
+)
+def test_ids_that_are_spelled_otherwise_are_named(bids, tmp_path, names, expected):
+    root = bids(sexes(3))
+    table(root, "participant_id\tsex\n" + "".join(f"{name}\t{'FM'[i % 2]}\n" for i, name in enumerate(names)))
+    (fault,) = faults(root, tmp_path / "out", "sex")
+    assert expected in fault
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"), [("utf-16", "it is UTF-16"), ("utf-16-le", "UTF-16"), ("cp1252", "Windows-1252")]
+)
+def test_other_encodings_are_named(bids, tmp_path, encoding, expected):
+    root = bids(sexes(3))
+    table(root, "participant_id\tsex\tnote\nsub-00\tF\tM\u00fcller\nsub-01\tM\t-\n", encoding)
+    (fault,) = faults(root, tmp_path / "out", "sex")
+    assert expected in fault
+    assert "save it as UTF-8" in fault
+
+
+def test_a_table_of_a_spreadsheet_is_read(bids, tmp_path):
+    """Byte order mark, CRLF, quotes, trailing tabs and spaces, empty rows, no `sub-`."""
+    root = bids(sexes(3))
+    text = '\ufeff"participant_id"\tsex \t\r\n00\tF\t\r\n\t\t\r\n"01"\t"M"\r\nsub-02\t F\t\t\r\n'
+    table(root, text)
+    from_bids(root, tmp_path / "out", "sex", split="all=1")
+    (records,) = written(tmp_path / "out", "all")
+    assert [record["metadata"]["subject_label"] for record in records] == ["F", "M", "F"]
+
+
+MISSING = ["n/a", "", "-", "?", ".", "#N/A", "NA", "N/A", "nan", "NULL", "<NA>", "#VALUE!"]
+
+
+def test_missing_values_are_no_labels(bids, tmp_path):
+    people = {**sexes(4), **{f"1{chr(97 + i)}": {"sex": value} for i, value in enumerate(MISSING)}}
+    root = bids(people)
+    paths, said = taken(root, tmp_path / "out", "sex")
+    assert [path[:6] for path in paths] == [f"sub-0{i}" for i in range(4)]
+    assert "left out: subjects whose sex is n/a or empty (3): sub-1a, sub-1b, sub-1h" in said
+    assert (
+        "whose sex is missing, by other words (- 1, ? 1, . 1, #N/A 1, NA 1, nan 1, NULL 1, <NA> 1, #VALUE! 1)" in said
+    )
+
+
+def test_what_levels_describe_is_no_missing_value(bids, tmp_path):
+    people = {"00": {"site": "NA"}, "01": {"site": "EU"}, "02": {"site": "unknown"}, "03": {"site": "n/a"}}
+    levels = {"NA": "Namibia", "EU": "Europe", "unknown": "not recorded"}
+    from_bids(bids(people, sidecar={"site": {"Levels": levels}}), tmp_path / "out", "site", split="all=1")
+    (records,) = written(tmp_path / "out", "all")
+    assert [record["metadata"]["subject_label"] for record in records] == ["Namibia", "Europe", "not recorded"]
+
+
+NUMBERS = [str(i) for i in range(20, 60, 2)]
+
+
+@pytest.mark.parametrize(
+    ("values", "doubted"),
+    [
+        (["F", "M", "unknown", "Unknown", "none"], ["Unknown", "none", "unknown"]),
+        ([*NUMBERS, "-999"], ["-999"]),
+        ([*NUMBERS, "9999", "-9", "-1"], ["-1", "-9", "9999"]),
+        ([*NUMBERS, "999.0"], ["999.0"]),
+        (["0", "1", "2", "-9"], ["-9"]),
+        (["1", "2", "3", "99"], ["99"]),
+        ([*NUMBERS, "77"], []),  # an age, within half of the range of the others
+        ([str(70 + 3 * i) for i in range(15)] + ["99"], []),  # within them
+        ([f"{i / 4}" for i in range(-12, 12)] + ["-1"], []),
+        (["-1", "0", "1"], []),  # labels
+        (["7", "8", "9"], []),
+        (["99", "999"], []),  # nothing else to compare with
+    ],
+)
+def test_doubtful_values(values, doubted):
+    assert sorted(doubtful(values)) == sorted(doubted)
+
+
+def test_doubtful_values_are_asked_about(bids, tmp_path):
+    people = {f"{i:02}": {"age": value} for i, value in enumerate([*NUMBERS, "-999", "-999.0", "999"])}
+    root = bids(people)
+    (fault,) = faults(root, tmp_path / "out", "age")
+    assert "age: missing values or not? '-999' (1), '-999.0' (1), '999' (1)" in fault
+    assert (
+        "--missing -999 --missing -999.0 --missing 999 leaves them out, --missing n/a takes every value as it is"
+        in fault
+    )
+    paths, said = taken(root, tmp_path / "some", "age", missing=["-999", "unknown"])
+    assert len(paths) == 21
+    assert "whose age is missing, by other words (-999 1, -999.0 1) (2): sub-20, sub-21" in said
+    assert "--missing unknown: no age is that" in said
+    assert len(taken(root, tmp_path / "all", "age", missing=["n/a"])[0]) == 23
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "expected"),
+    [
+        (["23,5", *NUMBERS], {}, "numbers with a comma: 23,5 (sub-00) (1); write a decimal point"),
+        ([f"{n},5" for n in NUMBERS], {}, "numbers with a comma: 20,5 (sub-00), 22,5"),
+        (["M", "m", "F"], {}, "one label or several? 'M' (1), 'm' (1)"),
+        (["1", "1.0", "2"], {}, "one label or several? '1' (1), '1.0' (1)"),
+    ],
+)
+def test_values_that_are_spelled_otherwise_are_named(bids, tmp_path, values, options, expected):
+    people = {f"{i:02}": {"x": value} for i, value in enumerate(values)}
+    (fault,) = faults(bids(people), tmp_path / "out", "x", **options)
+    assert expected in fault
+
+
+def test_labels_may_be_spelled_alike(bids, tmp_path):
+    root = bids({"00": {"sex": "M"}, "01": {"sex": "male"}, "02": {"sex": "m"}, "03": {"sex": "F"}})
+    template = tmp_path / "template.yaml"
+    template.write_text("labels: {M: male, m: male, F: female, X: other}\n")
+    lines = from_bids(root, tmp_path / "out", "sex", split="all=1", template=template)
+    (records,) = written(tmp_path / "out", "all")
+    assert [record["metadata"]["subject_label"] for record in records] == ["male", "male", "male", "female"]
+    assert "values that Levels or labels spell and no scan has: X" in lines
+    template.write_text("labels: {m: M}\n")
+    assert "taken as two labels of sex: M, male" in from_bids(root, tmp_path / "two", "sex", template=template)
+
+
+def test_the_error_keeps_the_notes_that_explain_it(bids, tmp_path):
+    root = bids(sexes(2), {"00": [], "01": [], "07": ["anat/sub-07_T1w.nii"]})
+    (fault,) = faults(root, tmp_path / "out", "sex")
+    assert "no subject has both a value and a scan" in fault
+    assert "subjects without a scan (2): sub-00, sub-01" in fault
+    assert "subjects without a row in participants.tsv (1): sub-07" in fault
+
+
+# Values per session.
+
+
+@pytest.fixture
+def visits(bids):
+    """6 subjects with two sessions, their ages 20 years apart."""
+
+    def make(sessions=("ses-1", "ses-2"), **people):
+        people = people or {f"{i:02}": {"age": str(20 + i)} for i in range(6)}
+        root = bids(people, {n: [f"ses-{k}/anat/sub-{n}_ses-{k}_T1w.nii" for k in (1, 2)] for n in people})
+        for i, name in enumerate(people):
+            rows = "".join(f"{ses}\t{20 + i + 20 * k}\n" for k, ses in enumerate(sessions))
+            (root / f"sub-{name}/sub-{name}_sessions.tsv").write_text(f"session_id\tage\n{rows}")
+        return root
+
+    return make
+
+
+def labels_of(folder):
+    (records,) = written(folder, "all")
+    return {record["task_id"].partition("_T1w")[0]: record["metadata"]["subject_label"] for record in records}
+
+
+def test_a_session_has_its_own_value(visits, tmp_path):
+    root = visits()
+    (root / "sub-05/sub-05_sessions.tsv").write_text("session_id\tage\nses-2\tn/a\n")
+    lines = from_bids(root, tmp_path / "out", "age", kind="regression", split="all=1")
+    expected = {f"sub-{i:02}_ses-{k}": 20 * k + i for i in range(5) for k in (1, 2)}
+    assert labels_of(tmp_path / "out") == expected
+    assert "left out: sessions without a value in sub-*_sessions.tsv (1): sub-05 ses-1" in lines
+    assert "left out: sessions whose age is n/a or empty (1): sub-05 ses-2" in lines
+    assert "values per session, of sub-*_sessions.tsv: 10 scans, 5 unlike participants.tsv" in lines
+
+
+def test_sessions_lose_their_prefix_too(visits, tmp_path):
+    from_bids(visits(sessions=("1", "2")), tmp_path / "out", "age", kind="regression", split="all=1")
+    assert labels_of(tmp_path / "out")["sub-03_ses-2"] == 43
+    root = tmp_path / "ds"
+    (root / "sub-00/ses-1").rename(root / "sub-00/ses-01")
+    (root / "sub-00/ses-01/anat/sub-00_ses-1_T1w.nii").rename(root / "sub-00/ses-01/anat/sub-00_ses-01_T1w.nii")
+    (fault,) = faults(root, tmp_path / "none", "age", kind="regression")
+    assert "session_id: ses-1 in the table, ses-01 on disk of sub-00; the table has lost leading zeros" in fault
+
+
+def test_a_table_of_phenotypes_may_have_it(visits, tmp_path):
+    root = visits()
+    for file in root.glob("sub-*/*_sessions.tsv"):
+        file.unlink()
+    (root / "phenotype").mkdir()
+    rows = [f"{i:02}\t{k}\t{i * 10 + k}" for i in range(6) for k in (1, 2)]
+    (root / "phenotype/iq.tsv").write_text("\n".join(["participant_id\tsession_id\tiq", *rows]) + "\n")
+    lines = from_bids(root, tmp_path / "out", "iq", kind="regression", split="all=1")
+    assert labels_of(tmp_path / "out") == {f"sub-{i:02}_ses-{k}": i * 10 + k for i in range(6) for k in (1, 2)}
+    assert "values per session, of phenotype/iq.tsv: 12 scans, 0 unlike participants.tsv" in lines
+    (root / "sub-01/sub-01_sessions.tsv").write_text("session_id\tiq\nses-1\t99\n")
+    (fault,) = faults(root, tmp_path / "none", "iq")
+    assert "phenotype/iq.tsv: iq: 11 for sub-01 ses-1, but 99 in sub-01/sub-01_sessions.tsv" in fault
+    (root / "phenotype/iq.tsv").write_text("participant_id\thand\n00\tleft\n")
+    (fault,) = faults(root, tmp_path / "none", "hand")
+    assert "hand: expected one such column, got participant_id, age; phenotype/iq.tsv has it: copy it to" in fault
+
+
+def test_without_values_per_session_it_is_said(visits, tmp_path):
+    root = visits()
+    for file in root.glob("sub-*/*_sessions.tsv"):
+        file.unlink()
+    said = " ".join(" ".join(from_bids(root, tmp_path / "out", "age", kind="regression")).split())
+    assert "every session of a subject (6 have several) has its age of participants.tsv" in said
+
+
+def test_nobody_is_compared_with_another_visit_of_themselves(visits, tmp_path):
+    root = visits(**{f"{i:02}": {"age": "n/a"} for i in range(6)})
+    for i in range(6):
+        text = f"session_id\tstage\nses-1\t{'ab'[i % 2]}\nses-2\tb\n"
+        (root / f"sub-{i:02}/sub-{i:02}_sessions.tsv").write_text(text)
+    from_bids(root, tmp_path / "out", "stage", kind="comparison", split="all=1")
+    (records,) = written(tmp_path / "out", "all")
+    stages = {f"sub-{i:02}_ses-{k}": "ab"[i % 2] if k == 1 else "b" for i in range(6) for k in (1, 2)}
+    for record in records:
+        reference, query = (image["path"].split("/")[-1].partition("_T1w")[0] for image in record["images"])
+        assert record["metadata"]["reference_id"] == reference[:6] != query[:6]
+        assert (record["metadata"]["reference_label"], record["metadata"]["subject_label"]) == (
+            stages[reference],
+            stages[query],
+        )
+
+
+# One split per data set.
+
+
+def split_of(folder):
+    rows = [line.split("\t") for line in (folder / "splits.tsv").read_text().splitlines()]
+    assert rows[0] == ["participant_id", "split"]
+    return dict(rows[1:])
+
+
+def test_every_target_has_the_same_split(bids, tmp_path):
+    """Whoever has a label for it, and whatever the kind and the modality."""
+    people = {f"{i:02}": {"sex": "FM"[i % 2], "age": str(20 + i), "iq": "n/a" if i % 3 else str(i)} for i in range(40)}
+    names = {n: [f"anat/sub-{n}_T1w.nii"] + [f"func/sub-{n}_task-rest_bold.nii.gz"] * (n > "05") for n in people}
+    root = bids(people, names)
+    calls = [("sex", {}), ("age", {}), ("iq", {}), ("sex", {"modality": "fMRI"}), ("sex", {"kind": "comparison"})]
+    for i, (target, options) in enumerate(calls):
+        from_bids(root, tmp_path / f"{i}", target, **options)
+    splits = [split_of(tmp_path / f"{i}") for i in range(len(calls))]
+    assert splits[0].keys() == {f"sub-{n}" for n in people}
+    assert all(found == splits[0] for found in splits)
+    for i in range(len(calls)):
+        for name, records in zip(("train", "eval"), written(tmp_path / f"{i}"), strict=True):
+            assert {splits[0][subject] for subject in subjects(records)} == {name}
+    for column, of in (("sex", lambda v: v), ("age", lambda v: int(v) // 10)):  # all columns are balanced
+        held = Counter(of(people[s[4:]][column]) for s, name in splits[0].items() if name == "eval")
+        whole = Counter(of(cells[column]) for cells in people.values())
+        assert all(abs(held[value] - n / 5) <= 1.2 for value, n in whole.items()), (column, held)
+
+
+def test_an_earlier_split_is_used(bids, tmp_path):
+    root = bids({f"{i:02}": {"sex": "FM"[i % 2], "age": str(i)} for i in range(20)})
+    from_bids(root, tmp_path / "a", "sex", split="train=0.5,val=0.25,eval=0.25", seed=3)
+    rows = (tmp_path / "a/splits.tsv").read_text().splitlines()
+    (tmp_path / "a/splits.tsv").write_text("\n".join(rows[:-1]) + "\n")  # who came later is in none
+    lines = from_bids(root, tmp_path / "b", "age", split_from=tmp_path / "a")
+    expected = split_of(tmp_path / "a")
+    assert split_of(tmp_path / "b") == expected
+    found = zip(("train", "val", "eval"), written(tmp_path / "b", "train", "val", "eval"), strict=True)
+    assert {s: name for name, records in found for s in subjects(records)} == expected
+    last = rows[-1].partition("\t")[0]
+    assert f"left out: subjects that {tmp_path / 'a'}/splits.tsv does not have (1): {last}" in " ".join(
+        " ".join(lines).split()
+    )
+    (fault,) = faults(root, tmp_path / "c", "age", split_from=tmp_path / "a", seed=3)
+    assert "leave out split and seed" in fault
+    (fault,) = faults(root, tmp_path / "c", "age", split_from=tmp_path / "none")
+    assert "none/splits.tsv: cannot be read" in fault
+
+
+def test_a_split_is_exact_and_fast():
+    """Every split is within one of its share; 4000 subjects take less than seconds."""
+    people = {f"{i}": {"a": "xy"[i % 2], "b": str(i * 7919 % 1000), "c": "n/a", "d": f"word {i}"} for i in range(4000)}
+    shares = {"train": Fraction(7, 10), "val": Fraction(1, 3) - Fraction(1, 30), "eval": Fraction(0)}
+    shares["eval"] = 1 - sum(shares.values())
+    found = split_subjects(people, {name: share for name, share in shares.items() if share}, 0)
+    sizes = Counter(found.values())
+    assert all(abs(sizes[name] - share * 4000) < 1 for name, share in shares.items())
+    held = Counter(int(people[s]["b"]) // 100 for s, name in found.items() if name == "val")
+    assert max(held.values()) - min(held.values()) <= 2
+
+
+# What is written.
 
 
 @pytest.mark.parametrize("kind", ["classification", "comparison"])

@@ -171,6 +171,13 @@ def from_bids(
         spelled = {}
     elif spelled and (unspelled := sorted({value for _, value in kept} - spelled.keys())):
         notes.append(f"said as in {PARTICIPANTS}, since neither Levels nor labels spell them: {', '.join(unspelled)}")
+    visits = {(scan.subject, scan.entities.get("ses")) for scan, _ in kept}
+    several = sum(number > 1 for number in Counter(subject for subject, _ in visits).values())
+    if kind == "regression" and several and not table.sessions:
+        notes.append(
+            f"every session of a subject ({several} have several) has its {target} of {PARTICIPANTS}: "
+            "no sub-*_sessions.tsv has one"
+        )
     subjects = _subjects(kept, spelled)
     split_of = given if given is not None else split_subjects(_balanced(table, files), shares, seed_of(seed))
     splits, kept_out = _divide(subjects, split_of, list(shares) if given is None else split_names(split_of))

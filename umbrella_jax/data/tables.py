@@ -120,7 +120,7 @@ def alike(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
 
 def _id_key(name: str) -> str:
     entity, _, label = name.partition("-")
-    label = re.sub(r"[^a-z0-9]", "", re.sub(r"\.0$", "", label.lower()))
+    label = re.sub(r"[^a-z0-9]", "", re.sub(r"\.0$", "", label.lower())).removeprefix(entity)
     return f"{entity}-{label.lstrip('0')}"
 
 
