@@ -1,6 +1,7 @@
 """Conversation files: what is read, where images go, and everything that is refused."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -116,6 +117,36 @@ def test_diffusion_maps_are_a_modality_of_their_own_unless_the_config_says_other
         assert [i.modality for i in c.images] == ["T1", expected]
         kept = read_conversations(path, configured, modality="sMRI") if expected == "T1" else [c]
         assert kept == [c]
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["train.json", "eval.json"], "eval.json, train.json"),
+        (["sex/train.jsonl", "sex/val.json", "notes.json"], "sex/train.jsonl, sex/val.json"),
+        (["train/a.json", "train/b.json", "test/a.json"], "test/a.json, train/a.json, train/b.json"),
+        (["age_training.json", "age_validation.json"], "age_training.json, age_validation.json"),
+        (["a.json", "b.json", "splits.tsv"], "a.json, b.json"),  # as `data from-bids --split a=0.5,b=0.5` writes
+        (
+            [f"{i}/{name}.json" for i in range(3) for name in ("train", "eval")],
+            "0/eval.json, 0/train.json, 1/eval.json",
+        ),
+        (["a.json", "b/c.jsonl"], None),
+        (["T1/train.json", "T3/train.json"], None),
+        (["memory_test.json", "trainer.json", "evaluate.json", "value.json"], None),
+        (["all.json", "splits.tsv"], None),
+    ],
+)
+def test_a_directory_of_several_splits_is_refused(record, tmp_path, names, splits):
+    """Read as one set, a run would train on what it is evaluated on."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(record([("user", ["hi"]), ("assistant", ["ho"])])))
+    if splits is None:
+        assert len(read_conversations(tmp_path, NAMES)) == sum(not name.endswith("tsv") for name in names)
+    else:
+        with pytest.raises(DataError, match=rf"holds several splits: {re.escape(splits)}.*; name one file"):
+            read_conversations(tmp_path, NAMES)
 
 
 def test_hidden_files_of_a_directory_are_no_conversations(record, tmp_path):

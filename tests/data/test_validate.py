@@ -614,7 +614,7 @@ def command(world, capsys):
 
     def run(*flags):
         words = ["--config", world.config, "--base", world.base, "--train-data", world.train, "--eval-data", world.eval]
-        code = main(["data", "validate", *map(str, [*words, *flags])])
+        code = main(["data", "validate", *small_run.latest(*words, *flags)])
         return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
 
     return run

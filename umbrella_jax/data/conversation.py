@@ -2,13 +2,15 @@
 
 import os.path
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from umbrella_jax.config import modality_names, resolve_modality, unknown_modality
 from umbrella_jax.data.schema import IMAGE_MARKER, KINDS, kind, to_current
+from umbrella_jax.data.subject_split import SPLITS
 from umbrella_jax.errors import DataError
 from umbrella_jax.reading import parse_json, read_items, read_lines
 
@@ -20,6 +22,7 @@ T = TypeVar("T")
 _SUFFIXES = (".json", ".jsonl")
 _EACH = "expected a conversation, an object, in each line"
 _LIST = "expected a conversation, an object, or a list of them"
+_SPLIT = re.compile(r"(?<![a-z])(train|eval|val|dev|test|holdout)(?:ing|uation|id|idation)?(?![a-z])")
 _SUBJECT = re.compile(r"sub-([0-9A-Za-z+]+)(?=[_.]|$)")
 
 
@@ -193,16 +196,36 @@ def _names(values: Collection[str]) -> str:
 
 
 def conversation_files(path: Path) -> list[Path]:
-    """The file itself, or all below a directory, in sorted order: but for hidden ones, such as what editors keep of a
-    file in `.ipynb_checkpoints`, and for what links to directories lead to. Raises DataError where it is neither."""
+    """Return the file itself, or the files below a directory, sorted. Hidden ones are left out, such as what editors
+    keep in `.ipynb_checkpoints`, and so is what links to directories lead to.
+
+    Raises DataError if the path is neither, or a directory that holds several splits: read as one set, a run would
+    train on what it is evaluated on.
+    """
     if path.is_dir():
-        found = (file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
-        return sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts))
+        below = (file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
+        files = sorted(f for f in below if not any(part.startswith(".") for part in f.relative_to(path).parts))
+        if splits := _splits(path, files):
+            names = ", ".join(str(file.relative_to(path)) for file in splits[:4])
+            more = f" and {len(splits) - 4} more" if len(splits) > 4 else ""
+            raise DataError(f"{path}: holds several splits: {names}{more}; name one file, or a directory of one split")
+        return files
     if not path.is_file():
         raise DataError(f"{path}: not found; expected a conversation file or a directory of them")
     if path.suffix not in _SUFFIXES:
         raise DataError(f"{path}: expected a .json or .jsonl file, or a directory of them")
     return [path]
+
+
+def _splits(root: Path, files: Sequence[Path]) -> list[Path]:
+    """Return the files of several splits, if there are several: beside a splits.tsv of `data from-bids`, or with other
+    words for a split in their paths below `root`."""
+    places = Counter(file.parent for file in files if (file.parent / SPLITS).is_file())
+    if listed := [file for file in files if places[file.parent] > 1]:
+        return listed
+    words = {file: _SPLIT.findall(file.relative_to(root).as_posix().lower()) for file in files}
+    named = [file for file in files if words[file]]
+    return named if len({tuple(sorted(set(words[file]))) for file in named}) > 1 else []
 
 
 def _records(file: Path, faults: list[str]) -> Iterator[tuple[str, Any]]:
