@@ -20,7 +20,7 @@ from convert.checksum import KEY, PIECE, TensorCheck, crc32, recorded
 from convert.foreign import adapter_faults, folder_contents, tensor_faults
 from convert.rules import hub_name, unwrapped_names
 from convert.tensor import BLOCK, Index, Tensor, copy
-from umbrella_jax.errors import CheckpointError, ConfigError
+from umbrella_jax.errors import CheckpointError, ConfigError, is_out_of_memory
 from umbrella_jax.reading import parse_json, placeholder, read_json
 
 SINGLE = "model.safetensors"
@@ -57,6 +57,8 @@ def open_safetensors(
             length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
             text = file.read(length).decode()
     except (SafetensorError, OSError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"{path}: cut short or damaged ({error}); download it again") from None
     header = {k: v for k, v in parse_json(text, path, CheckpointError, _AGAIN).items() if k != "__metadata__"}
     # no number of an empty tensor is in the file, so the library lets its other axes be of any length

@@ -21,7 +21,7 @@ from convert.rules import EMBED, LM_HEAD, hub_name
 from convert.tensor import Tensor
 from convert.to_hf import hub_tensors
 from umbrella_jax.config import ModalityConfig
-from umbrella_jax.errors import CheckpointError
+from umbrella_jax.errors import CheckpointError, is_out_of_memory
 from umbrella_jax.models.llava import LlavaConfig
 from umbrella_jax.reading import placeholder
 
@@ -156,6 +156,8 @@ def open_bin(path: Path) -> dict[str, Tensor]:
         _check_packing(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # its unpickler and zipfile raise whatever damaged bytes lead to
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise CheckpointError(f"{path}: cut short, damaged, or more than tensors ({reason}); copy it again") from None
     if not isinstance(state, dict) or not all(

@@ -176,7 +176,7 @@ def test_faults_of_a_config_come_together(refused: Refused, world: World, tmp_pa
         (["--set", "clip_norm=1"], ["clip_norm: no such key", "the nearest is train.clip_norm"]),
         (["--eval-data", "none.json"], ["data.eval: none.json: not found", "(--eval-data PATH)"]),
         (["--set", "train.clip_norm"], ["train.clip_norm: expected KEY=VALUE"]),
-        (["--set", "train.clip_norm=[1"], ["--set train.clip_norm=[1: not valid YAML"]),
+        (["--set", "train.clip_norm=[1"], ["--set train.clip_norm: not valid YAML: line 1: "]),
         (["--set", "seed.of=1"], ["--set: seed.of: seed is no section of keys"]),
         (["--batch-size", -2], ["umbrella-jax: --batch-size: train: batch_size: expected a positive number, got -2"]),
         (

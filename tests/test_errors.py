@@ -1,6 +1,7 @@
 """What the command line says of errors, and what it ends with."""
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -14,7 +15,16 @@ import pytest
 
 from umbrella_jax import cli, distributed
 from umbrella_jax.cli import setup
-from umbrella_jax.errors import LESS, CheckpointError, ConfigError, DataError, Interrupted, RunError, UmbrellaError
+from umbrella_jax.errors import (
+    LESS,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    RunError,
+    UmbrellaError,
+    known_cause,
+)
 from umbrella_jax.files import strict_json
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +51,8 @@ def ended(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: str) ->
         (RunError("a loss"), 1),
         (OSError(28, "No space left on device", "metrics.jsonl"), 1),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nmany lines"), 1),
+        (MemoryError(), 1),
+        (RuntimeError("Unable to initialize backend 'cuda': no driver\nmany lines"), 1),
         (Interrupted(15, "SIGTERM: saved at step 3"), 143),
         (KeyboardInterrupt(), 130),
     ],
@@ -54,7 +66,7 @@ def test_exit_codes(
     assert said.startswith("umbrella-jax: ")
     assert "Traceback" not in said
     assert "many lines" not in said
-    if isinstance(error, RuntimeError):
+    if "RESOURCE" in str(error):
         assert "the device's memory is full: lower train.batch_size" in said
 
 
@@ -157,3 +169,31 @@ def test_grouped_faults_keep_their_brackets() -> None:
         *(f"      a.json[{i}] (task: T{i})" for i in range(5)),
     ]
     assert str(DataError(["a (b", "(c: d) e: f"])) == "2 faults:\n  - a (b\n  - (c: d) e: f"
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.ENOSPC, "No space left on device: the disk is full; free some space, or write elsewhere"),
+        (errno.EDQUOT, "Disk quota exceeded: your quota on this disk is used up; free some space, or write elsewhere"),
+        (errno.EROFS, "Read-only file system: the file system is read-only; write elsewhere"),
+        (errno.EACCES, "Permission denied: ask its owner for access, or use another path"),
+        (errno.ENOENT, "No such file or directory"),
+    ],
+)
+def test_errors_of_the_system_name_file_and_remedy(number: int, expected: str) -> None:
+    assert known_cause(OSError(number, os.strerror(number), "out/a.jsonl")) == f"out/a.jsonl: {expected}"
+
+
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """jax raises an AssertionError without a word where no plugin for the platform is installed."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    code = compile("raise AssertionError", "/jax/_src/xla_bridge.py", "exec")
+    with pytest.raises(AssertionError) as caught:
+        exec(code)
+    assert ended(caught.value, monkeypatch) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "umbrella-jax: JAX_PLATFORMS=cuda: jax finds no such device: no plugin for it is installed; "
+    )
+    assert said.count("\n") == 1

@@ -3,7 +3,9 @@
 import bz2
 import gzip
 import json
+import logging
 import os
+import sys
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
@@ -23,15 +25,20 @@ from convert.safetensors_io import open_checkpoint, open_safetensors
 from tests.checkpoints import write_stock
 from tests.conftest import write_tokenizer
 from umbrella_jax import reading
+from umbrella_jax.cli import main, setup
+from umbrella_jax.columns import columns
 from umbrella_jax.config import ModalityConfig, load_config
-from umbrella_jax.data import conversation, voxels
+from umbrella_jax.data import conversation, tokenize, voxels
 from umbrella_jax.data.bids import from_bids
 from umbrella_jax.data.conversation import read_conversations
 from umbrella_jax.data.tokenize import encode, load_tokenizer
 from umbrella_jax.data.volume import load_volume
 from umbrella_jax.data.voxels import open_voxels, source_files
-from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError
+from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError, known_cause, visible
+from umbrella_jax.evaluation.metrics import read_predictions
 from umbrella_jax.original import from_original
+from umbrella_jax.rundir import RunLog, how_it_ended
+from umbrella_jax.training.checkpoint import param_shapes
 
 MB = 1 << 20
 DEEP = 100_000
@@ -816,3 +823,169 @@ def test_a_key_that_is_a_secret_is_refused_and_not_shown(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"train\.api_key: no such key") as caught:
         load_config(tmp_path / "a.yaml")
     assert "s3cret" not in str(caught.value)
+
+
+SECRETS = """
+dataset: {cohort: UKB, T1: {img_size: [96, 96, 96]}}
+model: {hf_name: llava, T1: {patch_size: [10, 10, 10]}}
+trainer: {max_epochs: {a: s3cret}, learning_rate: [[s3cret]], optim: {x: s3cret}}
+wandb: {API_KEY: s3cret, token: s3cret}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (SECRETS, "a config of the PyTorch system (it has the sections dataset, model, trainer, wandb); convert it: "),
+        ("trainer: s3cret", "umbrella-jax config from-original"),
+        (
+            "services: {db: {password: s3cret}}\nkey: s3cret",
+            "not a config of a run: it has the keys services, key; ",
+        ),
+        ("model: {token: s3cret, hf: {a: s3cret}}", "model.token: no such key"),
+        ("model: {modalities: {T1: {size: {a: s3cret, b: s3cret}, patch: [1]}}}", "got a section of keys"),
+        ("model: {base: [[s3cret]]}", "model.base: expected text, got a list"),
+        ("seed: 1", "model: missing"),
+        ("mesh: [s3cret]", "mesh: expected a section of keys, got a list"),
+        ("seed: 1\na: s3cret\na: s3cret2", 'line 3: found duplicate key "a"'),
+        ("a: s3cret\nb: [s3cret\nc: s3cret", "line 3: expected ',' or ']', but got ':'"),
+        ("a: s3cret\nb: @s3cret", "line 2: found character '@' that cannot start any token"),
+        ("a: 's3cret", "not valid YAML: line 1: "),
+        ("a: !s3cret_tag x", "line 1: a tag, "),
+        ("- s3cret", "expected a mapping with the keys of a run"),
+    ],
+)
+def test_values_of_a_foreign_yaml_are_not_shown(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    for flag in ({}, {"train.seed": 1}):
+        with pytest.raises(ConfigError) as caught:
+            load_config(tmp_path / "a.yaml", flag)
+        assert expected in str(caught.value)
+        assert "s3cret" not in str(caught.value).replace("!s3cret_tag", "")
+
+
+def test_values_of_a_foreign_json_are_not_shown(place: Callable[[str], Path]) -> None:
+    account = {"type": "service_account", "private_key": "s3cret", "scopes": ["s3cret"], "metadata": {"a": "s3cret"}}
+    folder = place("a.json").parent
+    for name in ("a.json", "participants.json", "config.json", "model.safetensors.index.json"):
+        path = folder / name
+        for text in (json.dumps(account), json.dumps(account)[:-1], json.dumps(account)[:-1] + ', "type": "s3cret"}'):
+            path.write_text(text)
+            read = next(read for known, read, _ in JSON if known == name)
+            with pytest.raises(UmbrellaError) as caught:
+                read(path)
+            assert "s3cret" not in str(caught.value)
+    path = folder / "rows.jsonl"
+    path.write_text(json.dumps(account) + "\n" + json.dumps([account]))
+    with pytest.raises(DataError) as caught:
+        read_predictions(path)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_values_of_the_original_are_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(SECRETS)
+    with pytest.raises(ConfigError) as caught:
+        from_original(tmp_path / "a.yaml")
+    assert "train.learning_rate" in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_value_that_is_long_is_cut(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"model: {{modalities: {{T1: {{size: [3], patch: [3]}}}}}}\nseed: {'x' * 5000}")
+    with pytest.raises(ConfigError, match=r"seed: .* got 'xxx") as caught:
+        load_config(tmp_path / "a.yaml")
+    assert len(str(caught.value)) < 600
+
+
+# What is printed and logged
+
+FORGED = "a\nfinished:\nended: \x1b[2J\x9b31m\u202e"
+
+
+def test_a_name_forges_no_line_of_the_log(tmp_path: Path) -> None:
+    for said in (FORGED, FORGED.partition("\n")[2], "started: x", f"step 1\n{FORGED}"):
+        log = RunLog(tmp_path / "log.txt", lambda line: None, FORGED)
+        log.__enter__()
+        log.say(said)
+        log._warned(said, UserWarning, "a.py", 1)
+        logging.getLogger("x").warning(said)
+        assert how_it_ended(tmp_path / "log.txt") is None
+        log.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert how_it_ended(tmp_path / "log.txt") == "SIGINT: stopped before there was anything to save"
+    text = (tmp_path / "log.txt").read_text()
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    with pytest.raises(DataError), RunLog(tmp_path / "log.txt", lambda line: None, "x"):
+        raise DataError(["x\nfinished:", "y"])
+    assert how_it_ended(tmp_path / "log.txt") == "2 faults:"
+
+
+def test_a_name_forges_no_line_of_an_error(place: Callable[[str], Path]) -> None:
+    path = place("a.json")
+    path.write_text(json.dumps({"task_id": FORGED, "conversations": [{"role": FORGED, "content": FORGED}]}))
+    with pytest.raises(DataError) as caught:
+        conversations(path)
+    message = str(DataError([*caught.value.faults, f"task {FORGED}: odd"]))
+    assert not any(line.startswith(("finished:", "ended:")) for line in message.splitlines())
+    assert message == visible(message)
+    assert "a\\nfinished:\\nended: \\x1b[2J" in message
+    path.write_text(json.dumps({"task_id": FORGED, "conversations": [{"role": "user", "content": "?"}]}))
+    assert "\n" not in conversations(path)[0].label
+
+
+def test_what_a_command_prints_moves_no_cursor(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def show(arguments: Any) -> int:
+        print(FORGED, end="")
+        print("answer é", FORGED, file=sys.stderr)
+        assert sys.stdout.isatty() in (True, False)
+        return 3
+
+    monkeypatch.setattr(setup, "_doctor", show)
+    assert main(["doctor"]) == 3
+    out, err = capsys.readouterr()
+    assert out == visible(FORGED)
+    assert err.startswith(f"answer é {visible(FORGED)}\n")
+    assert err == visible(err)
+    print("\x1b[0m", end="")
+    assert capsys.readouterr().out == "\x1b[0m", "the streams are those of before"
+
+
+def test_names_stay_in_their_cell() -> None:
+    assert columns([["task", "n"], [FORGED, "1"]])[1].startswith("a\\nfinished:\\nended: \\x1b")
+
+
+# Errors of others
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] can't allocate memory: 9 bytes")])
+def test_memory_is_told_as_such(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Whatever was being read when it ran out."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    assert str(known_cause(error)).startswith("out of memory")
+    np.save(tmp_path / "a.npy", np.ones(SIZE, np.uint8))
+    torch.save({"a": torch.ones(3)}, tmp_path / "pytorch_model.bin")
+    save_file({"a": np.ones(3)}, tmp_path / "b.safetensors")
+    (tmp_path / "a.yaml").write_text("a: 1")
+    (tmp_path / "a.json").write_text("{}")
+    tokenizer = load_tokenizer(base, None)[0]
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        ("transformers.AutoTokenizer.from_pretrained", lambda: load_tokenizer(base, None)),
+        ("umbrella_jax.data.voxels.np.load", lambda: load_volume(tmp_path / "a.npy", T1)),
+        ("convert.torch_model.torch.load", lambda: open_checkpoint(tmp_path)),
+        ("convert.safetensors_io.safe_open", lambda: open_safetensors(tmp_path / "b.safetensors")),
+        ("umbrella_jax.reading._check_plain", lambda: reading.read_yaml(tmp_path / "a.yaml")),
+        ("umbrella_jax.reading._check_strict", lambda: reading.read_json(tmp_path / "a.json", DataError, "")),
+        ("umbrella_jax.training.checkpoint.ocp.PyTreeCheckpointer", lambda: param_shapes(tmp_path)),
+        ("umbrella_jax.data.tokenize._joined", lambda: tokenize._render(tokenizer, [])),
+    ]
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", fail)
+    for name, call in calls:
+        with monkeypatch.context() as patched:
+            patched.setattr(name, fail)
+            with pytest.raises(type(error)):
+                call()

@@ -16,7 +16,7 @@ ROOMS: dict[str, set[str]] = {
     "umbrella_jax/config.py": {"umbrella_jax.errors", "umbrella_jax.reading", "pydantic", "ruamel"},
     "umbrella_jax/batch.py": {"jax"},
     "umbrella_jax/pages.py": {"umbrella_jax.errors", "umbrella_jax.files", "jinja2"},
-    "umbrella_jax/columns.py": set(),
+    "umbrella_jax/columns.py": {"umbrella_jax.errors"},
     "umbrella_jax/runs.py": {
         *("umbrella_jax.columns", "umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.evaluation"),
         *("umbrella_jax.files", "umbrella_jax.pages", "umbrella_jax.rundir", "matplotlib"),

@@ -156,7 +156,7 @@ def test_the_log_has_all_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     assert said == ["two\nlines", "a name: \x1b[31m\r\udcff é"]
     first, *rest, last = noted(tmp_path / "log.txt")
     assert re.fullmatch(r"started: umbrella-jax 1, process \d+ on \S+", first)
-    assert rest[:5] == ["two", "lines", "a name: \\x1b[31m\\r\\udcff é", "unsaid", "WARNING: orbax: slow disk"]
+    assert rest[:5] == ["two", "  lines", "a name: \\x1b[31m\\r\\udcff é", "unsaid", "WARNING: orbax: slow disk"]
     assert re.fullmatch(r"UserWarning: old file \(.*test_progress\.py:\d+\)", rest[5])
     assert (len(rest), last) == (6, "finished:")
     assert how_it_ended(tmp_path / "log.txt") == ""
@@ -169,7 +169,10 @@ def test_the_log_has_all_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     [
         (Interrupted(15, "SIGTERM: saved at step 3 of 9"), "SIGTERM: saved at step 3 of 9"),
         (DataError(["one", "two"]), "2 faults:"),
-        (OSError(28, "No space left on device", "a.jsonl"), "[Errno 28] No space left on device: 'a.jsonl'"),
+        (
+            OSError(28, "No space left on device", "a.jsonl"),
+            "a.jsonl: No space left on device: the disk is full; free some space, or write elsewhere",
+        ),
         (KeyError("x"), "KeyError: 'x'"),
         (KeyboardInterrupt(), "SIGINT: stopped before there was anything to save"),
     ],
@@ -182,7 +185,7 @@ def test_the_log_has_what_ended_it(tmp_path: Path, error: BaseException, said: s
         raise error
     assert noted(path)[1] == f"ended: {said}"
     assert how_it_ended(path) == said
-    assert ("Traceback (most recent call last):" in noted(path)) == isinstance(error, KeyError)
+    assert ("  Traceback (most recent call last):" in noted(path)) == isinstance(error, KeyError)
     before = path.read_bytes()
     log = RunLog(path, print, "x")
     log.__enter__()

@@ -4,6 +4,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from umbrella_jax.errors import visible
+
 WIDTH = 80
 """Columns of a terminal."""
 _LABEL = 40  # longest first cell that shares its line with the others
@@ -13,8 +15,9 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a table: its first column aligned left, the others right.
 
     Columns that do not fit into `WIDTH` follow in further blocks, each with the first column. A long first cell is a
-    line of its own.
+    line of its own. Cells have no line breaks.
     """
+    rows = [[visible(cell, kept="") for cell in row] for row in rows]
     label, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     label = min(label, _LABEL)
     blocks: list[list[int]] = [[]]

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal, get_args
 
 from umbrella_jax.errors import ConfigError
-from umbrella_jax.reading import read_yaml
+from umbrella_jax.reading import quoted, read_yaml
 
 RematPolicy = Literal["none", "mlp", "full"]
 AttentionBackend = Literal["xla", "cudnn", "splash"]
@@ -66,6 +66,8 @@ ORIENTATIONS: frozenset[str] = frozenset(
 MAX_VOXELS = 1 << 31
 """Of one volume or window, as it is read and as the model takes it; in float32 they are 8 GiB. A head at 0.25 mm has a
 billion, and so have the 1200 frames of a run at 2 mm."""
+SECRET = re.compile(r"api_?key|secret|passw|credential|(^|[_.])(token|key)$", re.IGNORECASE)
+"""Names of keys whose values are never shown."""
 _LONGEST_RUN = 1 << 20  # frames: a week's
 MM = (1e-3, 1e3)
 """Of a voxel's edge, from a hundredth of what MRI resolves to half a body: beyond, a header or a config is wrong."""
@@ -671,7 +673,7 @@ def parse_config(
             elif fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
                 messages = (f"no such key; expected {_expected_keys(fault['loc'])}",)
             else:
-                messages = (_expected_value(fault),)
+                messages = (_expected_value(key, fault),)
             for message in messages:
                 faults.append(f"{_origin(source, flags, key, message)}: {key + ': ' if key else ''}{message}")
         raise ConfigError(faults) from None
@@ -707,8 +709,8 @@ _EXPECTED = {
 """{beginning of a pydantic error type: the value that was expected}."""
 
 
-def _expected_value(fault: Mapping[str, Any]) -> str:
-    """Return what a pydantic error means, in the words of YAML."""
+def _expected_value(key: str, fault: Mapping[str, Any]) -> str:
+    """Return what a pydantic error means, in the words of YAML. The value of a secret is not shown."""
     kind, value = fault["type"], fault["input"]
     if kind.startswith("missing"):
         return "missing; expected a value"
@@ -719,8 +721,23 @@ def _expected_value(fault: Mapping[str, Any]) -> str:
     if isinstance(value, Mapping | Sequence) and not isinstance(value, str):
         got = "a section of keys" if isinstance(value, Mapping) else "a list"
     else:
-        got = "nothing" if value is None else repr(value)
+        got = "nothing" if value is None else "a value" if SECRET.search(key) else quoted(value)
     return f"expected {expected}, got {got}"
+
+
+def _check_own(data: Mapping[Any, Any], source: str) -> None:
+    """Raise ConfigError for a mapping that has no key of a run, or is a config of the PyTorch system."""
+    known = [f.name for f in dataclasses.fields(RunConfig)]
+    if "trainer" in data or ("dataset" in data and "model" in data):
+        raise ConfigError(
+            f"{source}: a config of the PyTorch system (it has the sections {', '.join(map(str, data))}); convert it: "
+            f"umbrella-jax config from-original {source} > run.yaml"
+        )
+    if data and not set(known) & set(data):
+        raise ConfigError(
+            f"{source}: not a config of a run: it has the keys {', '.join(map(str, list(data)[:10]))}; expected "
+            f"{', '.join(known)}"
+        )
 
 
 def _expected_keys(path: Sequence[str | int]) -> str:
@@ -772,6 +789,7 @@ def load_config(
     data = read_yaml(path, f"expected a YAML file, or a shipped config: {', '.join(shipped)}")
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping with the keys of a run")
+    _check_own(data, str(path))
     for key, value in (overrides or {}).items():
         *parents, last = key.split(".")
         section = data

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from umbrella_jax.errors import ConfigError, Interrupted, RunError, UmbrellaError, out_of_memory
+from umbrella_jax.errors import ConfigError, Interrupted, RunError, UmbrellaError, known_cause
 
 _QUIET = 10
 """Seconds of waiting for the others before a process says so."""
@@ -227,8 +227,8 @@ def bound() -> Iterator[None]:
         if alone() or isinstance(error, Interrupted):  # on which all agree
             raise
         print(f"umbrella-jax: process {jax.process_index()} ends, and with it the run:", file=sys.stderr)
-        if (full := out_of_memory(error)) or isinstance(error, UmbrellaError | OSError):
-            print(full or error, file=sys.stderr)
+        if line := str(error) if isinstance(error, UmbrellaError) else known_cause(error):
+            print(line, file=sys.stderr)
         elif isinstance(error, RuntimeError | ValueError) and any(word in str(error) for word in _GONE):
             print(
                 f"a process of the run is gone: {str(error).splitlines()[0]}\nstart all of them again, with --resume",

@@ -8,7 +8,10 @@
 Checks collect every fault first and raise once, so nobody mends a thousand files one error at a time.
 """
 
+import errno
+import os
 import re
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -24,16 +27,56 @@ _PLACE = re.compile(r"((?:\([^()]*\)|[^():]|:(?! ))*): ")
 _LONGEST = 2000  # characters of one fault: what it quotes may be a text of megabytes
 
 
-def out_of_memory(error: BaseException) -> str | None:
-    """Return the message for an error of JAX about a full device; None for any other error."""
-    if not isinstance(error, RuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
-        return None
-    return f"{str(error).splitlines()[0]}; the device's memory is full: {LESS}"
+_ELSEWHERE = "free some space, or write elsewhere"
+_REMEDIES = {
+    errno.ENOSPC: f"the disk is full; {_ELSEWHERE}",
+    errno.EDQUOT: f"your quota on this disk is used up; {_ELSEWHERE}",
+    errno.EROFS: "the file system is read-only; write elsewhere",
+    errno.EACCES: "ask its owner for access, or use another path",
+    errno.EPERM: "ask its owner for access, or use another path",
+    errno.EMFILE: "raise the limit (ulimit -n), or lower data.threads",
+}
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the process got no memory, which says nothing about the file that it was reading."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
+
+
+def known_cause(error: BaseException) -> str | None:
+    """Return the line for an error that no code of ours raised but whose cause is known: memory, devices, the file
+    system. None for any other, which is a bug and keeps its traceback."""
+    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return f"{first}; the device's memory is full: {LESS}"
+    if is_out_of_memory(error):
+        reason = f" ({first})" if first else ""
+        return f"out of memory{reason}; give the process more, or lower data.threads and train.batch_size"
+    frames = traceback.extract_tb(error.__traceback__)
+    jax_failed = isinstance(error, AssertionError) and frames and frames[-1].filename.endswith("xla_bridge.py")
+    if jax_failed or (isinstance(error, RuntimeError) and "Unable to initialize backend" in first):
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        asked = f"JAX_PLATFORMS={platforms}: " if platforms else ""
+        reason = first.partition(" (set JAX_PLATFORMS")[0] or "no plugin for it is installed"
+        return (
+            f"{asked}jax finds no such device: {reason}; unset JAX_PLATFORMS, or install the extra for the device "
+            "(cuda12, cuda13, tpu): `umbrella-jax doctor` checks both"
+        )
+    if isinstance(error, OSError):
+        if error.strerror is None:
+            return str(error)
+        place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        remedy = _REMEDIES.get(error.errno or 0)
+        return f"{place}{error.strerror}" + (f": {remedy}" if remedy else "")
+    return None
 
 
 def visible(text: str, kept: str = "\n\t") -> str:
     """Escape all characters that are neither printable nor `kept`: names and texts from files may contain sequences
-    that move a terminal's cursor, colour its lines or reverse their direction."""
+    that move a terminal's cursor, colour its lines or reverse their direction. `kept=""` is for a value in a line."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -69,9 +112,10 @@ class UmbrellaError(ValueError):
         super().__init__(self.faults)
 
     def __str__(self) -> str:
-        """Return the text for people: at most fifty faults, each cut to a length, control characters escaped."""
+        """Return the text for people: at most fifty faults, each cut to a length, control characters escaped. Further
+        lines of a fault are indented: a name with a line break cannot pass for a line of ours."""
         shown = [f if len(f) <= _LONGEST else f"{f[:_LONGEST]} …" for f in self.faults[:_SHOWN]]
-        shown = [visible(f) for f in shown]
+        shown = [visible(f).replace("\n", "\n    ") for f in shown]
         if len(self.faults) == 1:
             return shown[0]
         lines = [f"{len(self.faults)} faults:", *_grouped(shown)]

@@ -4,16 +4,13 @@ What the original does and this project cannot is refused, so that a run never d
 """
 
 import io
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from umbrella_jax.config import TrainConfig, parse_config, resolve_modality
+from umbrella_jax.config import SECRET, TrainConfig, parse_config, resolve_modality
 from umbrella_jax.errors import ConfigError
-from umbrella_jax.reading import read_yaml
-
-_SECRET = re.compile(r"api_?key|secret|password|(^|_)token$", re.IGNORECASE)
+from umbrella_jax.reading import quoted, read_yaml
 
 # A rule takes a key's value and returns what it sets here (dotted keys) and a note, or raises ConfigError.
 _Rule = Callable[[Any], tuple[dict[str, Any], str | None]]
@@ -32,7 +29,7 @@ def _only(*allowed: Any, reason: str) -> _Rule:
 
     def rule(value: Any) -> tuple[dict[str, Any], str | None]:
         if value not in allowed:
-            raise ConfigError(f"{value!r} has no counterpart: {reason}")
+            raise ConfigError(f"{quoted(value)} has no counterpart: {reason}")
         return {}, None
 
     return rule
@@ -44,7 +41,7 @@ def _mixed_precision(value: Any) -> tuple[dict[str, Any], str | None]:
     if value in ("bf16", "fp16"):
         types = {"model.compute_dtype": "bfloat16", "model.frozen_dtype": "bfloat16"}
         return types, None if value == "bf16" else "fp16 becomes bfloat16, which needs no loss scaling"
-    raise ConfigError(f"expected bf16, fp16 or no, got {value!r}")
+    raise ConfigError(f"expected bf16, fp16 or no, got {quoted(value)}")
 
 
 def _flag(name: str) -> _Rule:
@@ -54,7 +51,7 @@ def _flag(name: str) -> _Rule:
 
 def _output_dir(value: Any) -> tuple[dict[str, Any], str | None]:
     if isinstance(value, str) and ("{" in value or value.endswith((".ckpt", ".pt", ".pth"))):
-        return {}, f"dropped: {value!r} is a template or a file; set output_dir to a directory"
+        return {}, f"dropped: {quoted(value)} is a template or a file; set output_dir to a directory"
     return {"output_dir": value}, None
 
 
@@ -194,7 +191,7 @@ def from_original(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         name = sections[1] if len(sections) == 2 and sections[0] in ("dataset", "model") else ""
         geometry = modalities.get(name)
         rule = _RULES.get(f"{sections[0]}.*.{last}" if name else key)
-        if _SECRET.search(last):
+        if SECRET.search(last):
             notes.append(f"{key}: dropped: keys come from the environment only")  # its value is shown nowhere
         elif value is None:
             notes.append(f"{key}: dropped: null, the default holds")
@@ -271,6 +268,9 @@ def _geometry(source: Mapping[str, Any], name: str) -> dict[str, Any] | None:
     size, frames, patch = (source.get(key.format(name)) for key in (_SIZE, _FRAMES, _PATCH))
     if size is None or patch is None:
         return None
+    for key, value in ((_SIZE, size), (_PATCH, patch)):
+        if not isinstance(value, int | list):
+            raise ConfigError(f"{key.format(name)}: expected a number or a list of them, got {quoted(value)}")
     size = [size] * 3 if isinstance(size, int) else list(size)
     if frames is not None and len(size) == 3:
         size = [*size, frames]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from umbrella_jax.errors import ConfigError, UmbrellaError
+from umbrella_jax.errors import ConfigError, UmbrellaError, is_out_of_memory
 
 DESCRIPTION = 16 << 20
 """Bytes of a JSON file that describes something: config.json has some KB, the index of a thousand shards some MB."""
@@ -26,6 +26,7 @@ would take the machine's memory."""
 LINE = 16 << 20
 """Characters of one line of a .jsonl or one item of a JSON list: thousands of times a conversation that a model could
 read."""
+_QUOTED = 200  # characters of a value
 DEPTH = 200
 """Levels of JSON."""
 YAML = 256 << 10
@@ -72,6 +73,20 @@ def regular_file(path: str, flags: int) -> int:
         os.close(file)
         raise OSError(errno.EINVAL, "a directory, pipe or device; expected a file", path)
     return file
+
+
+KINDS = {str: "a string", list: "a list", dict: "an object", type(None): "nothing"}
+
+
+def kind(value: Any) -> str:
+    """Return what a JSON value is, for messages: a number as it is, everything else by its kind."""
+    return KINDS[type(value)] if type(value) in KINDS else repr(value)
+
+
+def quoted(value: Any) -> str:
+    """Return a value for messages, cut to a length; lists and objects may hold anything and are not shown."""
+    text = kind(value) if isinstance(value, dict | list) else repr(value)
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]} …"
 
 
 def read_text(path: str | Path, error: type[UmbrellaError], limit: int, remedy: str) -> str:
@@ -345,7 +360,20 @@ def parse_yaml(text: str, place: str) -> Any:
         _check_plain(text)
         return YAML(typ="safe", pure=True).load(text)
     except Exception as fault:  # its scanner, and the constructors of dates and numbers, raise nearly anything
-        raise ConfigError(f"{place}: not valid YAML: {fault}") from None
+        if is_out_of_memory(fault):
+            raise
+        raise ConfigError(f"{place}: not valid YAML: {_yaml_reason(fault)}") from None
+
+
+def _yaml_reason(fault: Exception) -> str:
+    """Return the line and the reason, without the text around it or any value: a file of others may hold keys."""
+    reason, mark = getattr(fault, "problem", None), getattr(fault, "problem_mark", None)
+    if isinstance(reason, str) and mark is not None:
+        reason = reason.partition('" with value "')[0]  # of a duplicate key
+        return f"line {mark.line + 1}: {reason}" + '"' * (reason.count('"') % 2)
+    if isinstance(fault, ValueError) and type(fault) is ValueError:
+        return re.sub(r"""'[^']*'|"[^"]*\"""", "…", str(fault))
+    return next(iter(str(fault).splitlines()), type(fault).__name__)
 
 
 def _check_plain(text: str) -> None:

@@ -16,12 +16,12 @@ import os
 import socket
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from umbrella_jax.errors import DataError, Interrupted, UmbrellaError, visible
+from umbrella_jax.errors import DataError, Interrupted, UmbrellaError, known_cause, visible
 from umbrella_jax.files import private
 from umbrella_jax.reading import parse_json
 
@@ -32,7 +32,7 @@ Say = Callable[[str], None]
 """Takes lines for people."""
 Line = dict[str, float | None]
 """A line of `metrics.jsonl`; None stands for what is not finite, which JSON does not know."""
-_STARTED, _FINISHED, _ENDED = "started:", "finished:", "ended:"
+_MARKS = _STARTED, _FINISHED, _ENDED = "started:", "finished:", "ended:"
 _TAIL = 1 << 18
 """Bytes of a log's end in which it is looked for how the run ended."""
 
@@ -69,8 +69,9 @@ def evaluations(run: Path) -> dict[int, Path]:
 class RunLog:
     """`log.txt` while it is entered: what is said, warnings, what other packages log, and the error that ends it.
 
-    Every line has its time; control characters are written out. Where the file can no longer be written, that is said
-    once, and the run goes on without it.
+    Every line begins with its time. Control characters are escaped, and only the lines that say how the run began and
+    ended can begin as they do: names and answers may contain line breaks. If the file can no longer be written, that is
+    said once, and the run goes on without it.
     """
 
     def __init__(self, path: Path, say: Say, about: str):
@@ -85,12 +86,17 @@ class RunLog:
         self.note(text)
 
     def note(self, text: str) -> None:
-        """Into the log alone."""
+        """Add lines to the log only."""
+        first, *more = text.split("\n")
+        self._write([f"  {first}" if first.startswith(_MARKS) else first, *more])
+
+    def _write(self, lines: Sequence[str]) -> None:
+        """Add a line, and those that continue it, indented so that none can pass for one of _MARKS."""
         if self._file is None:
             return
         now = datetime.now().astimezone().isoformat(" ", "seconds")
         try:
-            self._file.write("".join(f"{now} {visible(line)}\n" for line in text.split("\n")))
+            self._file.write("".join(f"{now} {visible(line)}\n" for line in [lines[0], *(f"  {m}" for m in lines[1:])]))
             self._file.flush()
         except OSError as error:
             self._file = None
@@ -99,7 +105,7 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         # a path may be no Unicode
         self._file = open(self.path, "a", encoding="utf-8", errors="backslashreplace", opener=private)
-        self.note(f"{_STARTED} {self._about}, process {os.getpid()} on {socket.gethostname()}")
+        self._write([f"{_STARTED} {self._about}, process {os.getpid()} on {socket.gethostname()}"])
         self._showwarning, warnings.showwarning = warnings.showwarning, self._warned
         root = logging.getLogger()
         self._handlers = [_Handler(self.note)]
@@ -113,7 +119,7 @@ class RunLog:
         for handler in self._handlers:
             logging.getLogger().removeHandler(handler)
         warnings.showwarning = self._showwarning
-        self.note(_FINISHED if error is None else f"{_ENDED} {_said(error)}")
+        self._write([_FINISHED] if error is None else f"{_ENDED} {_said(error)}".split("\n"))
         if self._file:
             self._file.close()
 
@@ -136,8 +142,10 @@ class _Handler(logging.Handler):
 
 
 def _said(error: BaseException) -> str:
-    if isinstance(error, Interrupted | UmbrellaError | OSError):
+    if isinstance(error, Interrupted | UmbrellaError):
         return str(error)
+    if line := known_cause(error):
+        return line
     if isinstance(error, KeyboardInterrupt):
         return "SIGINT: stopped before there was anything to save"
     return f"{type(error).__name__}: {error}\n{''.join(traceback.format_exception(error)).rstrip()}"
@@ -149,7 +157,7 @@ def how_it_ended(path: Path) -> str | None:
     for text in _from_the_end(path):
         if text.startswith(_STARTED):
             return None
-        if text.startswith((_FINISHED, _ENDED)):
+        if text.startswith(_MARKS):
             return text.removeprefix(_FINISHED).removeprefix(_ENDED).strip()
     return None
 
@@ -160,6 +168,6 @@ def _from_the_end(path: Path) -> Iterator[str]:
         return
     with path.open("rb") as file:
         file.seek(max(os.fstat(file.fileno()).st_size - _TAIL, 0))
-        lines = file.read().decode("utf-8", "replace").splitlines()
+        lines = file.read().decode("utf-8", "replace").split("\n")
     for line in reversed(lines):
         yield line.partition(" ")[2].partition(" ")[2]

@@ -121,13 +121,13 @@ class Comparison:
         rows.append(["run", "state", "step", "loss", *(last for *_, last in parts)])
         for run in self.runs:
             steps = f"{run.step:,}" + ("" if run.steps is None else f" of {run.steps:,}")
-            rows.append([visible(run.name), run.state, steps, *map(_short, self._values(run).values())])
+            rows.append([run.name, run.state, steps, *map(_short, self._values(run).values())])
         lines = columns(rows)
-        if why := [f"{visible(run.name)}: {run.state}: {visible(run.why)}" for run in self.runs if run.why]:
+        if why := [f"{visible(run.name, kept='')}: {run.state}: {visible(run.why)}" for run in self.runs if run.why]:
             lines += ["", *why]
         if self.differ:
             lines += ["", "configs differ in"]
-            names = [["", *(visible(run.name) for run in self.runs if run.config)]]
+            names = [["", *(run.name for run in self.runs if run.config)]]
             lines += columns(
                 names + [[key, *(str(run.config.get(key)) for run in self.runs if run.config)] for key in self.differ]
             )

@@ -395,7 +395,10 @@ def test_labels_of_metadata_may_be_numbers_and_task_ids_repeat(write_json):
             "1 images, 2 human turns, no <image> marker, so their turns are not said; expected one human turn, or",
         ),
         (old([("user", "a")]), "conversations[0]: from: expected one of human, gpt, system, got 'user'"),
-        (old([("human", "a"), (["gpt"], "b")]), "conversations[1]: from: expected one of human, gpt, system, got ['gp"),
+        (
+            old([("human", "a"), (["gpt"], "b")]),
+            "conversations[1]: from: expected one of human, gpt, system, got a list",
+        ),
         (old([("human", "a"), ("gpt", 7.5)]), "conversations[1]: value: expected a string, got 7.5"),
         (old([("human", "a"), ("gpt", None)]), "conversations[1]: value: expected a string, got nothing"),
         (

@@ -680,8 +680,8 @@ def test_the_command_names_every_bad_line(tmp_path: Path, capsys: pytest.Capture
     file.write_text('{"task_id": "a", "prediction": null, "reference": "x"}\n\n{"task_id"\n[]\n')
     assert main(["score", str(file)]) == 2
     err = capsys.readouterr().err
-    assert f"{file}:1: prediction: expected a string, got None" in err
+    assert f"{file}:1: prediction: expected a string, got nothing" in err
     assert f"{file}:3: not valid JSON" in err
-    assert f"{file}:4: expected a prediction, an object, got []" in err
+    assert f"{file}:4: expected a prediction, an object, got a list" in err
     assert main(["score", str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl: cannot be read" in capsys.readouterr().err

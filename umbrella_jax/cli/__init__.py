@@ -12,11 +12,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Any, TextIO, cast
 
 from umbrella_jax.cli import ask, convert, data, results, setup, train
 from umbrella_jax.cli.options import commands_of, make_command
-from umbrella_jax.errors import Interrupted, UmbrellaError, out_of_memory
+from umbrella_jax.errors import Interrupted, UmbrellaError, known_cause, visible
 
 
 class _Version(argparse.Action):
@@ -44,6 +45,20 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Escaping:
+    """A stream that escapes control characters, whoever prints them: answers, names and libraries' warnings."""
+
+    def __init__(self, stream: TextIO, kept: str = "\n\t"):
+        self._stream, self._kept = stream, kept
+
+    def write(self, text: str) -> int:
+        """Write the text, escaped."""
+        return self._stream.write(visible(text, self._kept))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def _unraisable(unraisable: Any) -> None:
     """Drop asyncio's tracebacks of a save's other writes; the error of the first one is raised already."""
     if str(unraisable.exc_value) != "Event loop is closed":
@@ -66,6 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisable
+    out, err = _Escaping(sys.stdout), _Escaping(sys.stderr, kept="\n\t\r")  # progress rewrites its line
+    with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
+        return _run(words, arguments, debug=debug)
+
+
+def _run(words: Sequence[str], arguments: argparse.Namespace, *, debug: bool) -> int:
     try:
         return arguments.call(arguments) or 0
     except Interrupted as end:
@@ -78,11 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("umbrella-jax: SIGINT: stopped before there was anything to save", file=sys.stderr)
         return 128 + signal.SIGINT
-    except (UmbrellaError, OSError, RuntimeError) as error:  # OSError: a full disk, a read-only directory
-        full = out_of_memory(error)
-        if isinstance(error, RuntimeError) and full is None:
+    except Exception as error:
+        line = str(error) if isinstance(error, UmbrellaError) else known_cause(error)
+        if line is None:
             raise
         if debug:
             traceback.print_exc()
-        print(f"umbrella-jax: {full or error}", file=sys.stderr)
+        print(f"umbrella-jax: {line}", file=sys.stderr)
         return error.exit_code if isinstance(error, UmbrellaError) else 1

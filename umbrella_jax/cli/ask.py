@@ -17,7 +17,7 @@ from umbrella_jax.cli.options import (
     start_processes,
 )
 from umbrella_jax.config import ModalityConfig, load_config, modality_names, parse_mesh
-from umbrella_jax.errors import ConfigError
+from umbrella_jax.errors import ConfigError, visible
 
 METHODS = ("gradient", "integrated", "occlusion")
 """Methods of explanation."""
@@ -251,8 +251,9 @@ def _explain(arguments: argparse.Namespace) -> None:
             # a task_id may contain "../"
             name = f"{number}_{re.sub(r'[^A-Za-z0-9-]+', '_', conversation.task_id)}"
             folder = part if arguments.data is None else part / name
+            task_id = visible(conversation.task_id, kept="")
             print(
-                f"{conversation.task_id}: {explained.answer!r}: log p {explained.log_probability:.4g}, "
+                f"{task_id}: {explained.answer!r}: log p {explained.log_probability:.4g}, "
                 f"{explained.without:.4g} with background for every volume"
             )
             paths += [out / path.relative_to(part) for path in explained.write(processor, folder)]

@@ -17,7 +17,7 @@ from umbrella_jax.cli.options import (
 )
 from umbrella_jax.config import MAX_CLASSES
 from umbrella_jax.data.bids import MODALITIES, TEMPLATES, from_bids
-from umbrella_jax.errors import ConfigError, visible
+from umbrella_jax.errors import ConfigError
 from umbrella_jax.files import check_output, strict_json
 
 
@@ -96,7 +96,7 @@ def add(commands: Any) -> None:
 def _from_bids(arguments: argparse.Namespace) -> None:
     options = {key: value for key, value in vars(arguments).items() if key != "call" and value is not None}
     check_output(arguments.out, "name another folder", folder=True)
-    print(visible("\n".join(from_bids(**options))))
+    print("\n".join(from_bids(**options)))
 
 
 def _validate(arguments: argparse.Namespace) -> int:

@@ -162,8 +162,8 @@ def config_of(arguments: argparse.Namespace) -> RunConfig:
         if not equals:
             raise ConfigError(f"--set {text}: expected KEY=VALUE, such as --set train.clip_norm=0.5")
         if key in overrides:
-            raise ConfigError(f"--set {text}: {key} is already given by {flags[key]}; give one value")
-        overrides[key], flags[key] = parse_yaml(value, f"--set {text}"), "--set"
+            raise ConfigError(f"--set {key}: already given by {flags[key]}; give one value")
+        overrides[key], flags[key] = parse_yaml(value, f"--set {key}"), "--set"
     return load_config(arguments.config, overrides, flags)
 
 

@@ -16,7 +16,7 @@ from umbrella_jax.cli.options import (
     number,
 )
 from umbrella_jax.config import EvaluationConfig, load_config
-from umbrella_jax.errors import ConfigError, visible
+from umbrella_jax.errors import ConfigError
 from umbrella_jax.files import strict_json
 
 
@@ -120,7 +120,7 @@ def _score(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(strict_json(scores.to_json(), indent=1))
     else:
-        print(visible(f"{title}{scores.table()}"))
+        print(f"{title}{scores.table()}")
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -159,4 +159,4 @@ def _baseline(arguments: argparse.Namespace) -> None:
         width=arguments.cnn_width,
         allow_overlap=arguments.allow_overlap,
     )
-    print(visible(found.table()))
+    print(found.table())

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from umbrella_jax.config import modality_names, resolve_modality, unknown_modality
-from umbrella_jax.data.schema import IMAGE_MARKER, KINDS, kind, to_current
+from umbrella_jax.data.schema import IMAGE_MARKER, to_current
 from umbrella_jax.data.subject_split import SPLITS
-from umbrella_jax.errors import DataError
-from umbrella_jax.reading import parse_json, read_items, read_lines
+from umbrella_jax.errors import DataError, visible
+from umbrella_jax.reading import KINDS, kind, parse_json, quoted, read_items, read_lines
 
 ROLES = ("system", "user", "assistant")
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -71,7 +71,7 @@ class Conversation:
     @property
     def label(self) -> str:
         """How messages name it; `task_id` alone is not unique in real files."""
-        return f"{self.source} ({self.task_id})"
+        return f"{self.source} ({visible(self.task_id, kept='')})"
 
 
 def read_conversations(
@@ -266,7 +266,7 @@ class _Parser:
         if not isinstance(self.record, dict):
             raise DataError(f"{self.source}: expected a conversation, an object, got {kind(self.record)}")
         task_id = self.field(self.record, "task_id", str, self.place)
-        self.place = self.source if task_id is None else f"{self.source} ({task_id})"
+        self.place = self.source if task_id is None else f"{self.source} ({visible(task_id, kept='')})"
         if faults:  # what was meant by the rest is then not known
             raise DataError([*self.faults, *(f"{self.place}: {fault}" for fault in faults)])
         task_type = self.field(self.record, "task_type", str, self.place, required=False)
@@ -316,7 +316,7 @@ class _Parser:
             return Message("", ())
         role = turn.get("role")
         if role not in ROLES:
-            self.fault(place, f"role: expected one of {', '.join(ROLES)}, got {role!r}")
+            self.fault(place, f"role: expected one of {', '.join(ROLES)}, got {quoted(role)}")
         content = turn.get("content")
         if isinstance(content, str):  # its markers are its images; `images` says which
             content = [{"type": "image"}] * content.count(IMAGE_MARKER) + [{"type": "text", "text": content}]
@@ -333,7 +333,7 @@ class _Parser:
         if form == "image":
             return self.image(part, place)
         if form != "text":
-            self.fault(place, f"expected an object of type text or image, got {form!r}")
+            self.fault(place, f"expected an object of type text or image, got {quoted(form)}")
             return ""
         text = self.field(part, "text", str, place) or ""
         if forged := [token for token in (TURN_START, TURN_END) if token in text]:
@@ -378,7 +378,9 @@ class _Parser:
         if None in meanings:
             value = given[meanings.index(None)]
             unknown = key == "modality" and isinstance(value, str) and value
-            reason = unknown_modality(value, self.modalities) if unknown else f"expected {expected}, got {value!r}"
+            reason = (
+                unknown_modality(value, self.modalities) if unknown else f"expected {expected}, got {quoted(value)}"
+            )
             self.fault(place, f"{key}: {reason}")
             return None
         if meanings[0] != meanings[-1]:

@@ -7,6 +7,8 @@ turns `{from, value}`.
 
 from typing import Any
 
+from umbrella_jax.reading import KINDS, kind, quoted
+
 IMAGE_MARKER = "<image>"
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _TURNS, _IMAGES = ("conversations", "conversation"), ("images", "brain_scans", "modality_paths")
@@ -14,12 +16,6 @@ _READ = (
     "expected turns in one of `conversations` and `conversation`, all {role, content} or all {from, value}, and images "
     "in one of `images`, `brain_scans` and `modality_paths`, or in the turns alone"
 )
-KINDS = {str: "a string", list: "a list", dict: "an object", type(None): "nothing"}
-
-
-def kind(value: Any) -> str:
-    """What a JSON value is, for messages."""
-    return KINDS[type(value)] if type(value) in KINDS else repr(value)
 
 
 def to_current(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -73,7 +69,7 @@ def _turns(turns: list[Any], images: Any, faults: list[str]) -> list[Any]:
         turn = turn if isinstance(turn, dict) else {}
         role, text = turn.get("from"), turn.get("value")
         if not isinstance(role, str) or role not in _ROLES:
-            faults.append(f"conversations[{i}]: from: expected one of {', '.join(_ROLES)}, got {role!r}")
+            faults.append(f"conversations[{i}]: from: expected one of {', '.join(_ROLES)}, got {quoted(role)}")
         elif not isinstance(text, str):
             faults.append(f"conversations[{i}]: value: expected a string, got {kind(text)}")
         else:

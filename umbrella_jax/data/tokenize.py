@@ -26,7 +26,7 @@ import numpy as np
 
 from umbrella_jax.config import ModalityConfig, Template
 from umbrella_jax.data.conversation import IMAGE_MARKER, TURN_END, TURN_START, Conversation, Image, Message
-from umbrella_jax.errors import DataError
+from umbrella_jax.errors import DataError, is_out_of_memory
 from umbrella_jax.reading import LISTING, read_json
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of missing PyTorch, which is not needed
@@ -85,6 +85,8 @@ def load_tokenizer(directory: str | Path, image_token_id: int | None) -> tuple[A
         # False, not the default None: that asks on the terminal whether the directory's code may run
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a missing or damaged file makes transformers raise nearly anything
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         remedy = "copy the base's tokenizer.json and tokenizer_config.json into it"
         raise DataError(f"{directory}: holds no tokenizer that can be read: {reason}; {remedy}") from None
@@ -461,6 +463,8 @@ def _render(tokenizer: Any, chat: Sequence[Mapping[str, Any]], **options: Any) -
     try:
         return tokenizer.apply_chat_template(chat, **options)
     except Exception as error:  # a template is a program, which may raise anything
+        if is_out_of_memory(error):
+            raise
         raise DataError(f"the chat template cannot render it: {type(error).__name__}: {error}; {_MEND}") from None
 
 

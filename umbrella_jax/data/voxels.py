@@ -37,7 +37,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.lib.format import MAGIC_PREFIX, read_array_header_1_0, read_array_header_2_0, read_magic
 
 from umbrella_jax.config import MAX_VOXELS, MM
-from umbrella_jax.errors import DataError
+from umbrella_jax.errors import DataError, is_out_of_memory
 from umbrella_jax.reading import placeholder
 
 UNPACKED = 256 << 20
@@ -194,6 +194,8 @@ def readable(path: Path, expected: str = "a whole volume, copy it again") -> Ite
             "of frames (relative paths start at the conversation file, or at data.image_root: --image-root DIR)"
         ) from None
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         if pointer := placeholder(path):
             raise DataError(f"{path}: {pointer}") from None
         reason = (str(error).splitlines() or [""])[0]

@@ -30,7 +30,7 @@ from umbrella_jax.evaluation.tasks import (
     tasks_of,
 )
 from umbrella_jax.evaluation.weighted import Array
-from umbrella_jax.reading import parse_json, read_lines
+from umbrella_jax.reading import kind, parse_json, read_lines
 
 __all__ = [
     "METRICS",
@@ -146,13 +146,13 @@ def read_predictions(path: str | Path) -> list[dict[str, Any]]:
 
 def _schema_faults(row: Any) -> list[str]:
     if not isinstance(row, dict):
-        return [f"expected a prediction, an object, got {row!r}"]
+        return [f"expected a prediction, an object, got {kind(row)}"]
     required = {"task_id": str, "prediction": str, "reference": str}
     optional = {"task_type": str, "metadata": dict, "likelihoods": dict}
     return [
-        f"{key}: expected {'an object' if kind is dict else 'a string'}, got {row.get(key)!r}"
-        for key, kind in (required | optional).items()
-        if not isinstance(row.get(key), kind) and (key in required or row.get(key) is not None)
+        f"{key}: expected {'an object' if type_ is dict else 'a string'}, got {kind(row.get(key))}"
+        for key, type_ in (required | optional).items()
+        if not isinstance(row.get(key), type_) and (key in required or row.get(key) is not None)
     ]
 
 

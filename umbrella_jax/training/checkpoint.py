@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils.epath.gpath import PosixGPath
 
 from umbrella_jax.config import TrainConfig
-from umbrella_jax.errors import CheckpointError, Interrupted, RunError
+from umbrella_jax.errors import CheckpointError, Interrupted, RunError, is_out_of_memory
 from umbrella_jax.files import disk_full
 from umbrella_jax.models import Params
 from umbrella_jax.training.step import TrainState
@@ -95,6 +95,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # of orbax, tensorstore or the file system, from a thread of theirs
+            if is_out_of_memory(error):
+                raise
             self._manager.reload()
             whole = f"step {self.latest_step()} is whole" if self.steps() else "none is there yet"
             raise RunError(
@@ -186,6 +188,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # orbax and tensorstore raise whatever the damage leads them to
+            if is_out_of_memory(error):
+                raise
             raise CheckpointError(f"{self.directory / str(step)}: damaged: {item}: {_first_line(error)}") from error
 
     def _verify(self, step: int, tree: Any) -> None:
@@ -272,6 +276,8 @@ def _whole(directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # orbax and tensorstore raise whatever the damage leads them to
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"{directory}: damaged: {_first_line(error)}; convert it again") from error
 
 
