@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 import umbrella_jax
+from convert.to_hf import export
 from tests import small_run
 from tests.small_run import World, conversation, read_lines, umbrella, write_json
 from umbrella_jax import prediction
+from umbrella_jax.api import Checkpoint
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.processor import Processor
 from umbrella_jax.rundir import evaluations
@@ -224,6 +226,30 @@ def test_an_image_that_cannot_be_shown_is_refused(run: Path, image: str, message
 def test_maps_replace_nothing(run: Path, world: World) -> None:
     said = umbrella("explain", run, "Which sex?", "--image", "T1=0.nii.gz", "--out", world.root / "scans", code=2)
     assert "scans: directory is not empty; choose another" in said
+
+
+def test_weights_that_are_not_finite_answer_nothing(world: World, run: Path, tmp_path: Path) -> None:
+    """Of one tensor, of a modality that training does not touch: every command names it, and the run is kept."""
+    path, base = "vision_tower.vision_model.embeddings.rsfMRI_proj.bias", tmp_path / "base"
+    (tmp_path / "scans").symlink_to(world.root / "scans")
+    checkpoint = Checkpoint.open(run).merged()
+    params = dict(checkpoint.params())
+    params[path] = params[path].at[3].set(float("nan"))
+    export(base, params, checkpoint.config, run / "model")
+    message = f"weights: NaN or infinity in {path}: nothing can be computed from them; name another checkpoint"
+    scan = ("--image", f"rsfMRI={world.root / 'scans/run-3.nii'}")
+    assert message in umbrella("generate", base, "Awake?", *scan, code=2)
+    assert message in umbrella("generate", base, "Awake?", *scan, "--answers", "left.", "right.", code=2)
+    assert message in umbrella("explain", base, "Awake?", *scan, "--answer", "left.", "--out", tmp_path / "m", code=2)
+    assert message in predict(base, world.eval, tmp_path / "out", code=2)
+    assert not (tmp_path / "out").exists()
+
+    anatomical = [record for record in json.loads(world.train.read_text()) if record["task_id"].startswith("one")]
+    data = write_json(tmp_path / "anatomical.json", anatomical)
+    flags = ["--base", base, "--train-data", data, "--eval-data", world.eval]
+    assert message in umbrella(*world.train_flags(tmp_path / "run", *flags), code=2)
+    assert message in umbrella(*world.train_flags(tmp_path / "run", *flags, "--resume"), code=2)
+    predict(tmp_path / "run", data, tmp_path / "out")
 
 
 def test_images_are_pairs(run: Path) -> None:

@@ -21,6 +21,7 @@ from umbrella_jax.evaluation.explain import Method, gradient, integrated, log_pr
 from umbrella_jax.evaluation.generate import generate
 from umbrella_jax.models import Llava, split
 from umbrella_jax.processor import Processor
+from umbrella_jax.training.diagnose import nonfinite_error
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def explain(
 
     Raises:
         ConfigError: the conversation shows no image; or `answer` is empty.
-        CheckpointError: as `umbrella_jax.generate`.
+        CheckpointError, RunError: as `umbrella_jax.generate`; and where a log-probability or a map is not finite.
         DataError: as `Processor.dataset`.
     """
     if not conversation.images:
@@ -124,13 +125,17 @@ def explain(
     else:
         boxes = {name: processor.modalities[name].patch for name in volumes}
         found = occlusion(volumes, background, params, batch, windows=boxes, **common)
+    shown, hidden = (float(log_probability(x, params, batch, **common)) for x in (volumes, background))
+    if not np.isfinite([shown, hidden]).all() or not all(np.isfinite(np.asarray(x)).all() for x in found.values()):
+        name = ", ".join([conversation.label, *(str(image.path) for image in dict.fromkeys(conversation.images))])
+        raise nonfinite_error("log-probabilities or maps", {0: name}, params, batch, graphdef=graphdef)
     maps: dict[Image, np.ndarray] = {}
     for name, values in found.items():
         maps |= dict(zip(shown[name], np.asarray(values), strict=False))
     return Explanation(
         answer,
-        float(log_probability(volumes, params, batch, **common)),
-        float(log_probability(background, params, batch, **common)),
+        shown,
+        hidden,
         {image: maps[image] for image in dict.fromkeys(conversation.images)},
     )
 

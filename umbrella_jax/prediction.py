@@ -37,6 +37,7 @@ from umbrella_jax.progress import Progress, Work
 from umbrella_jax.reading import parse_json
 from umbrella_jax.rundir import Say, nothing
 from umbrella_jax.sharding import MeshShape, abstract_batch, make_mesh, param_sharding, parts, put_batch
+from umbrella_jax.training.diagnose import nonfinite_error
 
 Row = dict[str, Any]
 """`task_id`, `task_type`, `prediction`, `reference`, `metadata`; `likelihoods` too, where they were asked for."""
@@ -140,6 +141,7 @@ def answers(
 
     Raises:
         DataError: a volume cannot be read any more.
+        CheckpointError, RunError: weights, or logits for some conversations, are not finite; on all processes alike.
     """
     stop = np.array(processor.stop_ids, np.int32)
     batches = eval_batches(dataset, batch_size, prompts=True, threads=threads, parts=parts(mesh), only=only)
@@ -151,15 +153,18 @@ def answers(
         shape = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         compiled = shape not in shapes
         shapes.add(shape)
+        require = partial(_require_finite, dataset, indices, params, batch, graphdef)
         state = prefill(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens)
         scores = None
         if choices is not None:
             scores = _fetched(score_answers(params, state, choices.tokens(indices, rows), graphdef=graphdef))
+            require("likelihoods", np.isfinite(scores[: len(indices)]).all(-1))
         seeds = np.zeros(rows, np.uint32)
         seeds[: len(indices)] = [np.random.SeedSequence([seed, i]).generate_state(1)[0] for i in indices]
         options: dict[str, Any] = {"graphdef": graphdef, "sampling": sampling}
         state = decode(params, state, stop, seeds, jnp.int32(max_new_tokens), **options)
-        tokens = _fetched(state.tokens)[: len(indices)]
+        tokens, finite = (rows[: len(indices)] for rows in _fetched((state.tokens, state.finite)))
+        require("logits", finite)
         texts = processor.decode(tokens)
         found = {}
         for row, (index, text) in enumerate(zip(indices, texts, strict=True)):
@@ -207,9 +212,24 @@ def compile_answers(
         yield "answers", shape, decode.lower(params, state, stop, seeds, until, **options).compile()
 
 
-def _fetched(array: jax.Array) -> np.ndarray:
-    """All of an array, on every process."""
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+def _fetched(arrays: Any) -> Any:
+    """Return a tree of arrays in full, as NumPy's, on every process."""
+    return jax.tree.map(np.asarray, multihost_utils.process_allgather(arrays, tiled=True))
+
+
+def _require_finite(
+    dataset: Dataset,
+    indices: Sequence[int],
+    params: Params,
+    batch: Batch,
+    graphdef: nnx.GraphDef,
+    what: str,
+    finite: np.ndarray,
+) -> None:
+    """Raise for the conversations of a batch whose numbers are not `finite`, bool [B]."""
+    if not finite.all():
+        names = {int(row): dataset.conversations[indices[row]].label for row in np.flatnonzero(~finite)}
+        raise nonfinite_error(what, names, params, batch, graphdef=graphdef)
 
 
 def predict(

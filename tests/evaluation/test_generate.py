@@ -12,10 +12,10 @@ from mesh_case import B, T, V, mesh_case, micro_batch
 from training_case import QUICK, generating_with
 
 from umbrella_jax.batch import Batch
-from umbrella_jax.errors import ConfigError
+from umbrella_jax.errors import CheckpointError, ConfigError, RunError
 from umbrella_jax.evaluation import generate as module
 from umbrella_jax.evaluation.generate import GREEDY, NONE, Sampling, choose, generate, probabilities, stream
-from umbrella_jax.models import Llava, merge
+from umbrella_jax.models import Llava, merge, split
 from umbrella_jax.models.attention import extension_attention
 
 NEW = 6
@@ -174,6 +174,27 @@ def test_likelihoods_are_those_of_whole_passes():
     found = np.asarray(module.score_answers(case.params, state, given, graphdef=case.graphdef))
     expected = np.stack([firsts[:, 3], firsts[:, 7], np.zeros(B)], axis=1)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_numbers_that_are_not_finite_are_no_answers():
+    """The rows that show a damaged volume are named, and no others; or the weights, whatever rows there are."""
+    volumes = batch().volumes | {"T1": jnp.asarray(batch().volumes["T1"]).at[0].set(jnp.nan)}
+    damaged = replace(batch(), volumes=volumes)
+    rows = np.flatnonzero(~np.isfinite(without_cache(damaged, np.zeros((B, 0), np.int32))).all((1, 2)))
+    assert 0 < len(rows) < B
+    names = ", ".join(f"row {number} of the batch" for number in rows)
+    for what, ask in {
+        "logits": lambda: generate(model(), damaged, max_new_tokens=NEW),
+        "logits ": lambda: next(stream(model(), damaged, max_new_tokens=NEW)),
+        "likelihoods": lambda: probabilities(model(), damaged, ANSWERS),
+    }.items():
+        with pytest.raises(RunError, match=rf"^{names}: {what.strip()} are not finite, first in patch_embed \(T1\)"):
+            ask()
+    path = "language_model.model.layers.mlp.down_proj.weight"
+    graphdef, params = split(model())
+    broken = merge(graphdef, params | {path: params[path].at[1, 0, 0].set(jnp.inf)})
+    with pytest.raises(CheckpointError, match=rf"^weights: NaN or infinity in {path}: nothing can be computed"):
+        generate(broken, batch(), max_new_tokens=NEW)
 
 
 LOGITS = np.log([0.4, 0.3, 0.2, 0.06, 0.04]).astype(np.float32)

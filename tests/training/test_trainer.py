@@ -17,7 +17,7 @@ import pytest
 from training_case import CONFIG, as_bytes, quick_step, small_batch, small_case, stack
 
 from umbrella_jax.config import MeshConfig, TrainConfig
-from umbrella_jax.errors import DataError, Interrupted, UmbrellaError
+from umbrella_jax.errors import DataError, Interrupted, RunError, UmbrellaError
 from umbrella_jax.sharding import make_mesh, put_batch, shardings
 from umbrella_jax.training import trainer
 from umbrella_jax.training.checkpoint import Checkpoints
@@ -56,8 +56,9 @@ def run(case, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer, "jit_train_step", lambda: quick_step)
 
-    def call(state, batches, *, num_steps=STEPS, signals=(), cut_off=None, pending=None, **settings):
-        """`signals`: what `interrupted` says each time; `cut_off`: the step whose evaluation a signal ends."""
+    def call(state, batches, *, num_steps=STEPS, signals=(), cut_off=None, nan=None, pending=None, **settings):
+        """`signals`: what `interrupted` says each time; `cut_off`: the step whose evaluation a signal ends; `nan`: the
+        one whose evaluation is not finite."""
         evaluated, logged, signals = [], [], list(signals)
 
         def evaluate(step, trainable):
@@ -65,6 +66,8 @@ def run(case, tmp_path, monkeypatch):
             if step == cut_off:
                 signals.append(signal.SIGINT)
                 return None
+            if step == nan:
+                raise RunError("evaluation: not finite")
             return {"eval_loss": step / 10}
 
         config = TrainConfig(**{"save_steps": 2, "eval_steps": 2, **settings})
@@ -293,6 +296,23 @@ def test_a_signal_ends_the_run_behind_a_step(case, start, run, tmp_path, when):
         state, pending = checkpoints.restore(step, whole.state), checkpoints.meta(step).get("pending")
     assert (pending is None) == (when == "between")
     resumed = run(state, map(small_batch, range(step, STEPS)), pending=pending)
+    assert as_bytes(resumed.state) == as_bytes(whole.state)
+    assert [without_time(line) for line in resumed.lines] == [without_time(line) for line in whole.lines]
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run_with_its_step_saved(case, run, tmp_path):
+    """A run that goes on evaluates that step first: it ends as it would have."""
+    whole = run(placed(case.state()), map(small_batch, range(STEPS)))
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(RunError, match="evaluation: not finite"):
+        run(placed(case.state()), map(small_batch, range(STEPS)), nan=4)
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.latest_step() == 4
+        state, pending = checkpoints.restore(4, whole.state), checkpoints.meta(4)["pending"]
+    with pytest.raises(RunError, match="evaluation: not finite"):
+        run(jax.tree.map(np.copy, state), [], pending=pending, nan=4)
+    resumed = run(state, [small_batch(4)], pending=pending)
     assert as_bytes(resumed.state) == as_bytes(whole.state)
     assert [without_time(line) for line in resumed.lines] == [without_time(line) for line in whole.lines]
 

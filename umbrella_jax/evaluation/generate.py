@@ -17,6 +17,7 @@ from flax import nnx
 from umbrella_jax.batch import Batch
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import KVCache, Llava, Params, merge, split
+from umbrella_jax.training.diagnose import nonfinite_error
 
 Array = jax.Array
 NONE = -1
@@ -70,6 +71,8 @@ class Decoding:
     """int32 []: tokens made so far."""
     done: Array
     """bool [B]: whether the answer has ended."""
+    finite: Array
+    """bool [B]: whether all logits that a token was chosen from were finite; a row ends where they were not."""
 
 
 @partial(jax.jit, static_argnames=("graphdef", "max_new_tokens"))
@@ -85,6 +88,7 @@ def prefill(params: Params, batch: Batch, *, graphdef: nnx.GraphDef, max_new_tok
         tokens=jnp.full((rows, max_new_tokens), NONE, jnp.int32),
         made=jnp.zeros((), jnp.int32),
         done=jnp.zeros(rows, bool),
+        finite=jnp.ones(rows, bool),
     )
 
 
@@ -110,13 +114,14 @@ def decode(
     keys = jax.vmap(jax.random.key)(seeds)
 
     def chosen(state: Decoding, hidden: Array) -> dict[str, Array]:
-        token = choose(
-            language_model.logits(hidden), jax.vmap(jax.random.fold_in, (0, None))(keys, state.made), sampling
-        )
+        logits = language_model.logits(hidden)
+        finite = jnp.isfinite(logits).all(-1)
+        token = choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, state.made), sampling)
         kept = jnp.where(state.done, NONE, token)
         # not tokens.at[:, made], for which devices would exchange rows
         tokens = jnp.where(jnp.arange(size) == state.made, kept[:, None], state.tokens)
-        return {"tokens": tokens, "made": state.made + 1, "done": state.done | jnp.isin(token, stop_ids)}
+        done = state.done | jnp.isin(token, stop_ids) | ~finite
+        return {"tokens": tokens, "made": state.made + 1, "done": done, "finite": state.finite & (state.done | finite)}
 
     def unfinished(state: Decoding) -> Array:
         return (state.made < until) & ~state.done.all()
@@ -132,7 +137,7 @@ def decode(
     begun = jax.lax.cond(
         state.made == 0,
         lambda: chosen(state, state.hidden),
-        lambda: {"tokens": state.tokens, "made": state.made, "done": state.done},
+        lambda: {name: getattr(state, name) for name in ("tokens", "made", "done", "finite")},
     )
     return jax.lax.while_loop(unfinished, step, replace(state, **begun))
 
@@ -194,6 +199,7 @@ def stream(
     state, until = _start(model, batch, stop_ids, max_new_tokens, sampling, seeds)
     for count in range(1, max_new_tokens + 1):
         state = until(state, count)
+        _check_finite("logits", np.asarray(state.finite), model, batch)
         yield np.asarray(state.tokens[:, count - 1])
         if state.done.all():
             return
@@ -219,10 +225,14 @@ def generate(
     Raises:
         ConfigError: as many `seeds` as there are rows were not given, or one of them is no uint32; `max_new_tokens` is
             below 1.
-        CheckpointError: the batch shows a modality whose weights are random (`umbrella_jax.load`, `allow_untrained`).
+        CheckpointError: the batch shows a modality whose weights are random (`umbrella_jax.load`, `allow_untrained`);
+            weights hold NaN or infinity.
+        RunError: logits are not finite; names the rows.
     """
     state, until = _start(model, batch, stop_ids, max_new_tokens, sampling, seeds)
-    return until(state, max_new_tokens).tokens
+    state = until(state, max_new_tokens)
+    _check_finite("logits", np.asarray(state.finite), model, batch)
+    return state.tokens
 
 
 def probabilities(model: Llava, batch: Batch, answers: Array | np.ndarray) -> np.ndarray:
@@ -230,14 +240,25 @@ def probabilities(model: Llava, batch: Batch, answers: Array | np.ndarray) -> np
 
     answers int32 [A, N] or [B, A, N], as of `score_answers`, such as `Processor.answers` gives. Not normalised by
     length: an answer of more tokens has a product of more factors, as its text has in the model.
+
+    Raises CheckpointError and RunError as `generate`.
     """
     model.config.check_trained(batch.volumes)
     graphdef, params = split(model)
     state = prefill(params, batch, graphdef=graphdef, max_new_tokens=1)
     given = jnp.broadcast_to(jnp.asarray(answers), (len(batch.lengths), *answers.shape[-2:]))
     scores = np.asarray(score_answers(params, state, given, graphdef=graphdef), np.float64)
+    _check_finite("likelihoods", np.isfinite(scores).all(-1), model, batch)
     shares = np.exp(scores - scores.max(-1, keepdims=True))
     return shares / shares.sum(-1, keepdims=True)
+
+
+def _check_finite(what: str, finite: np.ndarray, model: Llava, batch: Batch) -> None:
+    """Raise for rows that are not `finite`, bool [B]."""
+    if not finite.all():
+        graphdef, params = split(model)
+        names = {int(row): f"row {row} of the batch" for row in np.flatnonzero(~finite)}
+        raise nonfinite_error(what, names, params, jax.tree.map(jnp.asarray, batch), graphdef=graphdef)
 
 
 def _start(

@@ -17,6 +17,7 @@ from umbrella_jax.progress import Progress, Work
 from umbrella_jax.run.preparation import Evaluated, Prepared
 from umbrella_jax.rundir import PREDICTIONS, Line
 from umbrella_jax.sharding import parts, put_batch
+from umbrella_jax.training.diagnose import nonfinite_error
 from umbrella_jax.training.step import jit_eval_step
 
 _MAIN = ("accuracy", "balanced_accuracy", "auroc", "mae", "pearson")
@@ -37,6 +38,10 @@ def evaluate(
 
     Args:
         options: arguments of `Progress`; `say` takes the line too.
+
+    Raises:
+        CheckpointError, RunError: weights, loss or logits are not finite, naming them or the conversations; on all
+            processes alike.
     """
     config, mesh, dataset = run.config, run.mesh, evaluated.dataset
     common: dict[str, Any] = {"threads": config.data.threads, "only": None}
@@ -52,9 +57,13 @@ def evaluate(
             if interrupted():
                 return None
             shape = batch.input_ids.shape, tuple((name, len(x)) for name, x in batch.volumes.items())
-            batch_loss, count = jit_eval_step()(
-                trainable, run.frozen, put_batch(batch, mesh, axis=0), graphdef=run.graphdef
-            )
+            placed = put_batch(batch, mesh, axis=0)
+            batch_loss, count = jit_eval_step()(trainable, run.frozen, placed, graphdef=run.graphdef)
+            if not math.isfinite(batch_loss):
+                names = {row: dataset.conversations[i].label for row, i in enumerate(indices)}
+                raise nonfinite_error(
+                    f"evaluation at step {step}: losses", names, trainable | run.frozen, placed, graphdef=run.graphdef
+                )
             loss, supervised = loss + float(batch_loss), supervised + int(count)
             work = Work(samples=len(indices), tokens=sum(len(dataset.encoded[i]) for i in indices))
             progress.advance(len(indices), work, time.perf_counter() - begun, compiled=shape not in shapes)
@@ -83,7 +92,7 @@ def evaluate(
         folder.mkdir(0o700, exist_ok=True)
         write_whole(folder / f"step_{step}.jsonl", "".join(strict_json(row) + "\n" for row in answered), PRIVATE)
     mean = loss / supervised if supervised else None  # none: the truth is in metadata alone
-    metrics: Line = {} if mean is None else {"loss": mean if math.isfinite(mean) else None}
+    metrics: Line = {} if mean is None else {"loss": mean}
     there = {task_of(row) for row in answered}
     tasks = {name: task for name, task in evaluated.tasks.items() if name in there}
     scores = score(answered, tasks, resamples=0)

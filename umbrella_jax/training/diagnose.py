@@ -1,5 +1,7 @@
-"""Where a number that is not finite came from: a forward pass again, looked at part by part."""
+"""Find where a number that is not finite came from: in the weights, or in a part of the forward pass."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -9,6 +11,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from umbrella_jax.batch import Batch
+from umbrella_jax.errors import CheckpointError, RunError, UmbrellaError
 from umbrella_jax.models import Params, merge
 from umbrella_jax.training.loss import loss_sum
 
@@ -47,3 +50,52 @@ def first_nonfinite(params: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> 
     found = _finite(params, batch, graphdef=graphdef)
     finite, rows = multihost_utils.process_allgather(found, tiled=True)
     return next((part for part, ok in zip(_parts(batch), finite, strict=True) if not ok.all()), "gradient"), ~rows
+
+
+@jax.jit
+def _finite_leaves(params: Params) -> Params:
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
+
+
+def nonfinite_params(params: Params) -> list[str]:
+    """Return the paths of the parameters that hold a NaN or an infinity. All processes call it."""
+    floats = [
+        (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    found = jax.device_get(_finite_leaves([leaf for _, leaf in floats]))
+    return [path for (path, _), finite in zip(floats, found, strict=True) if not finite]
+
+
+def nonfinite_error(
+    what: str, names: Mapping[int, str], params: Params, batch: Batch, *, graphdef: nnx.GraphDef
+) -> UmbrellaError:
+    """Return the error for an evaluation batch (fields [B, ...]) that led to numbers that are not finite.
+
+    CheckpointError naming the parameters if the weights hold such numbers, else RunError naming the rows and the first
+    part of the model. All processes call it.
+
+    Args:
+        what: is not finite, in the plural: `logits`.
+        names: {row: its name for people} of the rows that may be concerned.
+    """
+    if paths := nonfinite_params(params):
+        shown = ", ".join(paths[:_SHOWN]) + (f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "")
+        return CheckpointError(
+            f"weights: NaN or infinity in {shown}: nothing can be computed from them; name another checkpoint, or "
+            "convert the base again (convert from-hf --check-finite)"
+        )
+    if not jax.device_get(batch.target_mask.any()):  # prompts: look at the token that follows each
+        last = (batch.lengths - 1)[:, None]
+        batch = replace(batch, target_pos=last, target_ids=jnp.zeros_like(last), target_mask=jnp.ones_like(last, bool))
+    part, (rows,) = first_nonfinite(params, jax.tree.map(lambda x: x[None], batch), graphdef=graphdef)
+    hit = [name for row, name in names.items() if rows[row]] or list(names.values())
+    return RunError(
+        f"{', '.join(hit)}: {what} are not finite, first in {part}; look at the scans (umbrella-jax data validate), or "
+        "compute in float32"
+    )
+
+
+_SHOWN = 5
+"""Parameters that a message names."""

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import TrainConfig
 from umbrella_jax.distributed import together
-from umbrella_jax.errors import Interrupted, RunError
+from umbrella_jax.errors import CheckpointError, Interrupted, RunError
 from umbrella_jax.files import append, naming, strict_json, write_whole
 from umbrella_jax.models import Params
 from umbrella_jax.rundir import Line, Say, read_metrics
@@ -101,6 +101,7 @@ def fit(
     Raises:
         RunError: loss or gradient are not finite, and `config.on_nonfinite` is `stop` or too many were skipped.
             The last checkpoint stays.
+        CheckpointError, RunError: of `evaluate`; the step is saved, and its evaluation comes first when the run goes on.
         Interrupted: by a signal, after the step was saved.
     """
     first = jax.process_index() == 0
@@ -124,7 +125,12 @@ def fit(
             step = int(state.step)
             last, number, found = step == num_steps, interrupted(), Line()
             if evaluate and (last or (config.eval_steps and step % config.eval_steps == 0)):
-                evaluated = None if number else evaluate(step, state.trainable)
+                try:
+                    evaluated = None if number else evaluate(step, state.trainable)
+                except (CheckpointError, RunError):  # not finite, on every process
+                    checkpoints.save(state, {**meta, "pending": line})
+                    with together():
+                        raise
                 if evaluated is None:
                     checkpoints.save(state, {**meta, "pending": line})
                     raise _interrupted(interrupted(), step, num_steps)
