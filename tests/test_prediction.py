@@ -239,8 +239,8 @@ def test_weights_that_are_not_finite_answer_nothing(world: World, run: Path, tmp
     message = f"weights: NaN or infinity in {path}: nothing can be computed from them; name another checkpoint"
     scan = ("--image", f"rsfMRI={world.root / 'scans/run-3.nii'}")
     assert message in umbrella("generate", base, "Awake?", *scan, code=2)
-    assert message in umbrella("generate", base, "Awake?", *scan, "--answers", "left.", "right.", code=2)
-    assert message in umbrella("explain", base, "Awake?", *scan, "--answer", "left.", "--out", tmp_path / "m", code=2)
+    maps = ("--answer", "left.", "--method", "gradient", "--out", tmp_path / "maps")
+    assert message in umbrella("explain", base, "Awake?", *scan, *maps, code=2)
     assert message in predict(base, world.eval, tmp_path / "out", code=2)
     assert not (tmp_path / "out").exists()
 
@@ -249,7 +249,7 @@ def test_weights_that_are_not_finite_answer_nothing(world: World, run: Path, tmp
     flags = ["--base", base, "--train-data", data, "--eval-data", world.eval]
     assert message in umbrella(*world.train_flags(tmp_path / "run", *flags), code=2)
     assert message in umbrella(*world.train_flags(tmp_path / "run", *flags, "--resume"), code=2)
-    predict(tmp_path / "run", data, tmp_path / "out")
+    predict(tmp_path / "run", data, tmp_path / "kept")
 
 
 def test_images_are_pairs(run: Path) -> None:

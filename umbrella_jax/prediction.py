@@ -228,7 +228,8 @@ def _require_finite(
 ) -> None:
     """Raise for the conversations of a batch whose numbers are not `finite`, bool [B]."""
     if not finite.all():
-        names = {int(row): dataset.conversations[indices[row]].label for row in np.flatnonzero(~finite)}
+        rows = np.flatnonzero(~finite).tolist()
+        names = {row: dataset.conversations[indices[row]].label for row in rows}
         raise nonfinite_error(what, names, params, batch, graphdef=graphdef)
 
 

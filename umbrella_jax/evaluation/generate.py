@@ -248,7 +248,7 @@ def probabilities(model: Llava, batch: Batch, answers: Array | np.ndarray) -> np
     state = prefill(params, batch, graphdef=graphdef, max_new_tokens=1)
     given = jnp.broadcast_to(jnp.asarray(answers), (len(batch.lengths), *answers.shape[-2:]))
     scores = np.asarray(score_answers(params, state, given, graphdef=graphdef), np.float64)
-    _check_finite("likelihoods", np.isfinite(scores).all(-1), model, batch)
+    _check_finite("likelihoods", np.asarray(np.isfinite(scores).all(-1)), model, batch)
     shares = np.exp(scores - scores.max(-1, keepdims=True))
     return shares / shares.sum(-1, keepdims=True)
 

@@ -101,7 +101,7 @@ def fit(
     Raises:
         RunError: loss or gradient are not finite, and `config.on_nonfinite` is `stop` or too many were skipped.
             The last checkpoint stays.
-        CheckpointError, RunError: of `evaluate`; the step is saved, and its evaluation comes first when the run goes on.
+        CheckpointError, RunError: from `evaluate`; the step is saved, and a run that goes on evaluates it first.
         Interrupted: by a signal, after the step was saved.
     """
     first = jax.process_index() == 0
