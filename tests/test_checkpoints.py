@@ -1,6 +1,7 @@
 """One model in all its forms: what `umbrella_jax.load` reads, what `convert` writes, what PyTorch computes from it."""
 
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -96,6 +97,41 @@ def test_run_checkpoint_and_export_are_one_model(run: Path, export: Path, native
     for other in (earlier, before):
         assert np.abs(other - after).max() > 1e-2
     assert np.abs(earlier - before).max() > 1e-2
+
+
+def test_a_run_that_keeps_its_best_answers_with_it(run: Path, world: World, batch: Batch, tmp_path: Path) -> None:
+    """Its first step here, by accuracy, of which more is better; every command says which step it takes."""
+    kept = shutil.copytree(run, tmp_path / "kept")
+    config = (kept / "config.yaml").read_text()
+    settings = {"keep_best: 0": "keep_best: 1", "best_metric:": "best_metric: eval_accuracy"}
+    for before, now in settings.items():
+        config = re.sub(rf"{before}.*", now, config)
+    (kept / "config.yaml").write_text(config)
+    lines = read_lines(kept / "metrics.jsonl")
+    lines = [line | {"eval_accuracy": value} for line, value in zip(lines, (0.75, 0.25), strict=True)]
+    (kept / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    best, latest = (logits(umbrella_jax.load(kept / "checkpoints" / step), batch) for step in ("1", "2"))
+    for step, expected in {None: best, "best": best, "latest": latest, 2: latest}.items():
+        np.testing.assert_array_equal(logits(umbrella_jax.load(kept, step=step), batch), expected)
+
+    said = f"{kept}: step 1 (best eval_accuracy, 0.75; the newest is 2)"
+    assert said in umbrella("convert", "to-hf", kept, tmp_path / "export")
+    np.testing.assert_array_equal(logits(umbrella_jax.load(tmp_path / "export"), batch), best)
+    flags = ("Which sex?", "--image", f"T1={world.root / 'scans/0.nii.gz'}", "--answers", "left.", "right.")
+    assert said in small_run.said("generate", kept, *flags)[1]
+    assert f"{kept}: step 2 (as asked)" in small_run.said("generate", kept, *flags, "--step", 2)[1]
+    shutil.copy(kept / "predictions" / "step_2.jsonl", kept / "predictions" / "step_1.jsonl")
+    assert f"step_1.jsonl {said.removeprefix(f'{kept}: step 1 ')}" in umbrella("score", kept)
+    assert "step_2.jsonl (the newest)" in umbrella("score", kept, "--step", "latest")
+    assert f"--step 7: {kept} has no such step; expected latest or one of 1, 2" in umbrella(
+        "generate", kept, *flags, "--step", 7, code=2
+    )
+    assert f"--step best: {run} keeps no best (train.keep_best is 0)" in umbrella(
+        "score", run, "--step", "best", code=2
+    )
+    for path, what in ((kept / "checkpoints" / "1", "names a step itself"), (tmp_path / "export", "is not a run")):
+        with pytest.raises(ConfigError, match=f"--step latest: {path} {what}"):
+            umbrella_jax.load(path, step="latest")
 
 
 def test_an_export_converts_to_native_and_back(world: World, export: Path, batch: Batch, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import pytest
 from tests.small_run import umbrella
 from umbrella_jax.api import open_base
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import dump_config, load_config
+from umbrella_jax.config import Metric, dump_config, load_config, lower_is_better
 from umbrella_jax.demo import make_base
 from umbrella_jax.models import abstract_params
 from umbrella_jax.training import freeze
@@ -218,3 +218,25 @@ def test_a_config_of_the_original_becomes_ours(tmp_path: Path) -> None:
         assert (other.orientation, modality.orientation) == ("as_stored", "RAS")
     base = write_hub_config(tmp_path / "base", "0.5b")
     assert "patch_embed" in umbrella("inspect", "--config", tmp_path / "ours.yaml", "--base", base)
+
+
+@pytest.mark.parametrize(
+    ("metric", "lower"),
+    [
+        ("eval_loss", True),
+        *((f"eval_{name}/age", True) for name in ("mae", "rmse", "unparsable")),
+        *((f"eval_{name}", True) for name in ("brier/sex", "ece/sex", "macro/brier", "copy_rate/sex/different")),
+        *((f"eval_{name}", False) for name in ("accuracy", "accuracy/sex/reference=loss", "macro/balanced_accuracy")),
+        *((f"eval_{name}/t", False) for name in ("f1", "auroc", "vote_accuracy", "r2", "pearson", "spearman")),
+        ("eval_copy_rate/sex", None),
+        ("eval_accuracy/mae", False),
+    ],
+)
+def test_the_metric_says_which_end_is_best(metric: str, lower: bool | None) -> None:
+    assert lower_is_better(metric) is lower
+
+
+def test_every_metric_has_a_good_end_or_none() -> None:
+    known = {metric: lower_is_better(f"eval_{metric}/task") for metric in get_args(Metric)}
+    assert {metric for metric, lower in known.items() if lower} == {"brier", "ece", "mae", "rmse"}
+    assert [metric for metric, lower in known.items() if lower is None] == ["copy_rate"]

@@ -94,7 +94,7 @@ def test_adapters_are_parameters_of_the_run(second: Path) -> None:
 
 def test_inspect_counts_adapters(world: World, first: Path) -> None:
     said = umbrella("inspect", "--config", world.config, "--base", first, *LORA, *GROUPS)
-    assert f"{first}: a run, as of step 2" in said
+    assert f"{first}: step 2 (the newest)" in said
     # 2 layers of 2·(64 + 64), 2·(128 + 64) and 2·(64 + 128)
     assert f"lora {2 * 2 * (128 + 192 + 192):,} 0" in [" ".join(line.split()) for line in said.splitlines()]
     assert re.search(r"^trains, lora:\n(  .*\n)*  \S+fc1\.lora_A\.weight  2×2×64$", said, re.MULTILINE)

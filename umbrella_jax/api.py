@@ -45,7 +45,7 @@ from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.files import check_new_folder, check_run_name, new_folder
 from umbrella_jax.models import Llava, LlavaConfig, Params, abstract_params, merge, native_backend, quantize
 from umbrella_jax.models.lora import adapted_weight, adapters
-from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL
+from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL, Step, choose_step
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints, load_params, param_shapes, save_params
 
@@ -96,7 +96,9 @@ class Checkpoint:
     seed: int = 0
     """Of a Hugging Face directory: of a patch embedding that starts at random."""
     step: int | None = None
-    """Of a run: which of its checkpoints."""
+    """Of a run: which of its checkpoints, None before the first."""
+    why: str = ""
+    """Of a run: why that step, for people."""
     base: "Checkpoint | None" = None
     """Of a run: the weights that it trained on top of, which may be another run's."""
     lora: LoraConfig | None = None
@@ -118,8 +120,9 @@ class Checkpoint:
         patch_embed: str | Path | None = None,
         seed: int = 0,
         weights: bool = True,
+        step: Step | None = None,
     ) -> "Checkpoint":
-        """Finds out what `path` holds: a directory, a run's `checkpoints/STEP`, or a name on the hub.
+        """Find out what `path` holds: a directory, a run's `checkpoints/STEP`, or a name on the hub.
 
         Args:
             modalities: of the patch embedding; needed for a stock LLaVA, read from the checkpoint otherwise.
@@ -127,6 +130,7 @@ class Checkpoint:
             patch_embed: a file of `convert to-hf --trainable-only`, to be put onto a Hugging Face directory.
             seed: of a patch embedding that starts at random; a run has its own.
             weights: download them too, where `path` is a name on the hub.
+            step: of a run; by default its best checkpoint if it keeps one (`train.keep_best`), else its newest.
 
         Raises:
             CheckpointError, ConfigError, DataError: naming what is missing, unsupported or contradictory.
@@ -135,8 +139,8 @@ class Checkpoint:
         name = found.resolve().name if Path(path).is_dir() else str(path)
         overlay = None if patch_embed is None else Path(patch_embed)
         options: dict[str, Any] = {"compute_dtype": compute_dtype, "remat": remat}
-        step = int(found.name) if found.name.isdigit() and found.parent.name == CHECKPOINTS else None
-        run = found.parent.parent if step is not None else found
+        named = int(found.name) if found.name.isdecimal() and found.parent.name == CHECKPOINTS else None
+        run = found.parent.parent if named is not None else found
         is_run = (run / MODEL).is_dir() and (run / CONFIG).is_file()
         kind: Literal["hf", "native", "run"] = "run" if is_run else "native" if (found / PARAMS).is_dir() else "hf"
         if kind == "hf" and (run / CHECKPOINTS).is_dir():
@@ -144,6 +148,9 @@ class Checkpoint:
             raise CheckpointError(
                 f"{run}: a run without {absent}: cut off while it began; train it again with --resume"
             )
+        if step is not None and (kind != "run" or named is not None):
+            what = "names a step itself" if kind == "run" else "is not a run"
+            raise ConfigError(f"--step {step}: {path} {what}; leave --step out, or name the run")
         if kind != "hf" and overlay is not None:
             raise CheckpointError(f"{path}: {overlay} goes onto the Hugging Face directory that it was trained on")
         if kind == "run":
@@ -156,7 +163,12 @@ class Checkpoint:
             template, lora = stored_template(run / MODEL), settings.model.lora
             own = replace(config, lora=lora)
             trained: dict[str, Any] = {"lora": lora, "groups": tuple(settings.train.groups), "template": template}
-            return cls(name, run, "run", run / MODEL, own, (), step=step, base=base, **trained)
+            at, why = named, ""
+            # not asked of orbax, for which all processes meet, also those that have found a fault before
+            steps = [int(p.name) for p in (run / CHECKPOINTS).glob("*") if p.name.isdecimal()] if named is None else []
+            if steps:
+                at, why = choose_step(run, settings.train, steps, step)
+            return cls(name, run, "run", run / MODEL, own, (), step=at, why=why, base=base, **trained)
         config = read_config(found, modalities, init=init, patch_embed=overlay, **options)
         template = stored_template(found, overlay)
         if not has_tokenizer(found):
@@ -260,7 +272,7 @@ class Checkpoint:
         Returns what will be initialised, left out or grown, for people. Raises CheckpointError with every fault, and
         for a run that has no checkpoint yet.
         """
-        if self.kind == "run" and self.current_step() is None:
+        if self.kind == "run" and self.step is None:
             raise CheckpointError(f"{self.path}: the run has no checkpoint yet; train it first")
         if self.kind == "hf":
             return self._plan(dtype).report.lines()
@@ -326,19 +338,18 @@ class Checkpoint:
         tensors = self.tensors(dtype)
         return place(tensors | {path: tensors[path].astype("float32") for path in in_float32}, where)
 
-    def current_step(self) -> int | None:
-        """Of a run: which of its checkpoints `params` reads, None where it has none yet; None of anything else."""
-        if self.kind != "run" or self.step is not None:
-            return self.step
-        # not asked of orbax, which lets all processes meet for it, also those that have found a fault before
-        found = [path.name for path in (self.path / CHECKPOINTS).glob("*") if path.name.isdecimal()]
-        return max(map(int, found), default=None)
+    @property
+    def taken(self) -> str | None:
+        """Of a run: which step is used and why, for people."""
+        if self.kind != "run" or self.step is None:
+            return None
+        return f"{self.path}: step {self.step}" + (f" ({self.why})" if self.why else "")
 
     def trained(self, where: Where | None = None) -> Params:
         """Of a run: what it trained, if that was on these weights of the base."""
         assert self.base is not None
         with Checkpoints(self.path / CHECKPOINTS, read_only=True) as checkpoints:
-            step = self.step if self.step is not None else checkpoints.latest_step()
+            step = self.step
             if step is None:
                 raise CheckpointError(f"{self.path}: the run has no checkpoint yet; train it first")
             try:
@@ -573,6 +584,7 @@ def load(
     attention: Literal["auto", AttentionBackend] = "auto",
     quantized: Literal["int8", "fp8"] | None = None,
     allow_untrained: bool = False,
+    step: Step | None = None,
 ) -> Llava:
     """The model of a Hugging Face directory, an export, a native checkpoint or a run, on the first device.
 
@@ -584,15 +596,27 @@ def load(
         attention: as `model.attention` of the configuration.
         quantized: as `model.quantize` of the configuration.
         allow_untrained: let the model answer from patch embeddings whose weights are random (`Checkpoint.untrained`).
+        step: of a run, a number, `best` or `latest`; by default the best if it keeps one, else the newest.
 
     Raises:
         CheckpointError, ConfigError: naming every tensor or field that is not as it should be; and, without
             `allow_untrained`, if no modality is trained. A model with one that is trained and one that is not loads,
             and refuses to answer about the latter.
     """
-    checkpoint = Checkpoint.open(path, modalities, compute_dtype=compute_dtype, patch_embed=patch_embed)
+    checkpoint = Checkpoint.open(path, modalities, compute_dtype=compute_dtype, patch_embed=patch_embed, step=step)
     if not allow_untrained:
         checkpoint = checkpoint.answering()
+    return load_opened(checkpoint, dtype=dtype, attention=attention, quantized=quantized)
+
+
+def load_opened(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "auto",
+    attention: Literal["auto", AttentionBackend] = "auto",
+    quantized: Literal["int8", "fp8"] | None = None,
+) -> Llava:
+    """Return the model of an opened checkpoint on the first device; arguments as of `load`."""
     config = checkpoint.config.with_attention(attention, native_backend(jax.devices()[0]))
     params = checkpoint.params(dtype)
     return merge(abstract_params(config)[0], quantize(params, quantized) if quantized else params)
@@ -629,7 +653,7 @@ def local_tokenizer(config: RunConfig) -> Any | None:
 def open_base(config: RunConfig | ModelConfig, *, weights: bool = True) -> Checkpoint:
     """The base of a run, with the run's template; without its `weights` where shapes are enough.
 
-    Where that is a run itself, it is so as its checkpoint of now has it, adapters merged.
+    A base that is a run itself is taken at its best or newest checkpoint of now, with adapters merged.
 
     Raises ConfigError where the config names none, or another template than the base was trained with.
     """
@@ -646,7 +670,7 @@ def open_base(config: RunConfig | ModelConfig, *, weights: bool = True) -> Check
         weights=weights,
     )
     if base.kind == "run":
-        base = replace(base.merged(), step=base.current_step())  # it may go on
+        base = base.merged()
     if isinstance(config, RunConfig):
         return replace(base, template=same_template("data.template", config.data.template, base))
     return base

@@ -35,7 +35,7 @@ from umbrella_jax.files import PRIVATE, check_output, strict_json, write_whole
 from umbrella_jax.models import native_backend
 from umbrella_jax.prediction import Row, blank_rows
 from umbrella_jax.processor import Processor
-from umbrella_jax.rundir import evaluations
+from umbrella_jax.rundir import Step, evaluations
 
 Kind = Literal["cnn", "probe"]
 KINDS: tuple[Kind, ...] = ("cnn", "probe")
@@ -66,6 +66,7 @@ def baseline(
     *,
     run: str | Path | None = None,
     predictions: str | Path | None = None,
+    step: Step | None = None,
     only: Kind | None = None,
     epochs: int = EPOCHS,
     width: float = 1.0,
@@ -77,9 +78,10 @@ def baseline(
     Volumes are not augmented. What is answered depends on no reference of `data.eval`.
 
     Args:
-        run: whose newest predictions stand beside, and whose tower the probe reads; by default that is the base's,
-            with a patch embedding that was not trained.
+        run: whose predictions stand beside, and whose tower the probe reads; by default that is the base's, with a
+            patch embedding that was not trained.
         predictions: answers to the evaluation data, to stand beside.
+        step: of `run`; by default its best if it keeps one, else its newest.
         only: one of the two.
         epochs: of the network.
         width: of the network, as a share of its published channels.
@@ -92,7 +94,7 @@ def baseline(
     kinds = [kind for kind in KINDS if only in (None, kind)]
     files = {kind: Path(out) / "baseline" / f"{kind}.jsonl" for kind in kinds}
     _check(config, files.values(), epochs, width)
-    checkpoint = _open(config, run, weights="probe" in kinds)
+    checkpoint = _open(config, run, step, weights="probe" in kinds)
     data = config.data
     processor = Processor.of(checkpoint, template=data.template, max_length=data.max_length)
     train, evaluation = processor.datasets(data).values()
@@ -105,12 +107,14 @@ def baseline(
     if both:
         notes = [f"{len(both)} subjects and scans are both in train and in eval (--allow-overlap).", *notes]
     columns: dict[str, list[Row]] = {}
-    given = predictions if run is None else next(reversed(evaluations(Path(run)).values()), None)
+    given = predictions if run is None else evaluations(Path(run)).get(checkpoint.step or 0)
     if given is not None:
         columns["language model"] = _given(Path(given), [row for row in rows if task_of(row) in tasks])
         notes.append(f"language model: {given}.")
     elif run is not None:
-        notes.append(f"language model: {run} holds no predictions.")
+        notes.append(f"language model: {run} holds no predictions of step {checkpoint.step}.")
+    if checkpoint.taken:
+        notes.append(f"{checkpoint.taken}.")
 
     work = _Work(config, train, evaluation)
     for kind in kinds:
@@ -150,12 +154,12 @@ def _check(config: RunConfig, files: Collection[Path], epochs: int, width: float
         check_output(file, "name another folder (--out DIR)", folder=False)
 
 
-def _open(config: RunConfig, run: str | Path | None, *, weights: bool) -> Checkpoint:
+def _open(config: RunConfig, run: str | Path | None, step: Step | None, *, weights: bool) -> Checkpoint:
     """The run's model, or the base; its `weights` checked where they are wanted."""
     if run is None:
         found = open_base(config, weights=weights)
     else:
-        found = Checkpoint.open(run, config.model.modalities, compute_dtype=config.model.compute_dtype)
+        found = Checkpoint.open(run, config.model.modalities, compute_dtype=config.model.compute_dtype, step=step)
         if found.kind != "run":
             raise CheckpointError(f"{run}: not a run; expected the --out of umbrella-jax train")
         same_template("data.template", config.data.template, found)

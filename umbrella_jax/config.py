@@ -237,8 +237,8 @@ class ModelConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     base: str | None = None
-    """LLaVA directory in Hugging Face format, native checkpoint, a name on the hub; or a run, as its newest checkpoint
-    has it, or one of its checkpoints/STEP."""
+    """LLaVA directory in Hugging Face format, native checkpoint, a name on the hub; or a run, at its best checkpoint if
+    it keeps one, else at its newest, or one of its checkpoints/STEP."""
     modalities: dict[str, ModalityConfig]
     """By name: a patch embedding each. Data files may also use an alias of the name (`aliases`)."""
     patch_embed_init: PatchEmbedInit = "random"
@@ -421,10 +421,9 @@ class TrainConfig:
     keep_best: int = 0
     """How many of the best stay beside them; 0: none for that reason."""
     best_metric: str | None = None
-    """By which they are the best: `eval_loss`, `eval_accuracy`, `eval_mae/TASK` or any other of docs/metrics.md that
-    the evaluation data allow. Values that are not finite never are."""
-    best_mode: Literal["min", "max"] = "min"
-    """Whether the lowest values are the best, or the highest."""
+    """Metric that ranks checkpoints: `eval_loss`, `eval_accuracy`, `eval_mae/TASK` or any other of docs/metrics.md that
+    the evaluation data allow. The lowest loss or error and the highest score are best; values that are not finite
+    never are."""
     max_new_tokens: int = 32
     """Longest answer at evaluation, in tokens."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -468,8 +467,28 @@ class TrainConfig:
                 f"keep_best: {self.keep_best} by best_metric {self.best_metric}; expected both, such as 1 by "
                 "eval_loss, or neither"
             )
+        if self.best_metric is not None and lower_is_better(self.best_metric) is None:
+            faults.append(
+                f"best_metric: {self.best_metric}: neither high nor low values are good; expected another, such as "
+                "eval_loss, or a copy_rate/TASK/different"
+            )
         if faults:
             raise ConfigError(faults)
+
+
+_ERRORS = ("loss", "mae", "rmse", "brier", "ece", "unparsable")
+
+
+def lower_is_better(metric: str) -> bool | None:
+    """Return whether low values of an evaluation's metric, `eval_METRIC/TASK`, are good; None if neither end is.
+
+    A `copy_rate` should be near chance, except where copying is an error (`copy_rate/TASK/different`).
+    """
+    name = metric.removeprefix("eval_").removeprefix("macro/")
+    kind = name.partition("/")[0]
+    if kind == "copy_rate":
+        return True if name.endswith("/different") else None
+    return kind in _ERRORS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ from umbrella_jax.models import Params, abstract_params, native_backend
 from umbrella_jax.processor import Processor
 from umbrella_jax.progress import Progress, Work
 from umbrella_jax.reading import parse_json
-from umbrella_jax.rundir import Say, nothing
+from umbrella_jax.rundir import Say, Step, nothing
 from umbrella_jax.sharding import MeshShape, abstract_batch, make_mesh, param_sharding, parts, put_batch
 from umbrella_jax.training.diagnose import nonfinite_error
 
@@ -248,6 +248,7 @@ def predict(
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  # frozen
     compute_dtype: str = "float32",
     allow_untrained: bool = False,
+    step: Step | None = None,
     resume: bool = False,
     say: Say = tqdm.write,
 ) -> list[Row]:
@@ -262,7 +263,7 @@ def predict(
         likelihoods: of the answers of tasks that know theirs, too.
         tasks: as `evaluation.tasks` of a configuration.
         modalities: of a stock LLaVA.
-        allow_untrained: as `umbrella_jax.load`.
+        allow_untrained, step: as `umbrella_jax.load`.
         resume: go on with what an earlier call left in the `.part` file.
         say: takes a line now and then of how far it is, where there is no terminal.
 
@@ -288,7 +289,7 @@ def predict(
         if first:
             check_output(out, "name another file", folder=False)
         devices = make_mesh(mesh, batch_size=batch_size)
-        checkpoint = Checkpoint.open(source, modalities, compute_dtype=compute_dtype)
+        checkpoint = Checkpoint.open(source, modalities, compute_dtype=compute_dtype, step=step)
         if faults := MeshShape(**devices.shape).undivided(checkpoint.config):
             raise ConfigError(faults)
         checkpoint.check()
@@ -310,7 +311,7 @@ def predict(
         part = None
         if first:
             settings = {
-                "model": [checkpoint.fingerprint, checkpoint.current_step()],
+                "model": [checkpoint.fingerprint, checkpoint.step],
                 "inputs": digest_of(read_inputs(data, {"eval": dataset})),
                 "modalities": {name: to_dict(modality) for name, modality in processor.modalities.items()},
                 "conversations": len(rows),
@@ -326,6 +327,8 @@ def predict(
     done = {int(index): row for index, row in broadcast(part.done if part else None).items()}
     left = [index for index in range(len(rows)) if index not in done]
     say = say if first else nothing
+    if checkpoint.taken:
+        say(checkpoint.taken)
     options: dict[str, Any] = {"say": say, "note": nothing, "quiet": not first}
     options["memory"] = jax.local_devices()[0].memory_stats
     with (

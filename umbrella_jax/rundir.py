@@ -12,16 +12,18 @@ report.html      where `umbrella-jax report` puts its page
 """
 
 import logging
+import math
 import os
 import socket
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
-from umbrella_jax.errors import DataError, Interrupted, UmbrellaError, known_cause, visible
+from umbrella_jax.config import TrainConfig, lower_is_better
+from umbrella_jax.errors import ConfigError, DataError, Interrupted, UmbrellaError, known_cause, visible
 from umbrella_jax.files import private
 from umbrella_jax.reading import parse_json
 
@@ -30,6 +32,8 @@ CONFIG, INPUTS, MODEL, METRICS, PREDICTIONS, CHECKPOINTS, LOG, REPORT = (
 )
 Say = Callable[[str], None]
 """Takes lines for people."""
+Step = int | Literal["best", "latest"]
+"""Which of a run's checkpoints or evaluations."""
 Line = dict[str, float | None]
 """A line of `metrics.jsonl`; None stands for what is not finite, which JSON does not know."""
 _MARKS = _STARTED, _FINISHED, _ENDED = "started:", "finished:", "ended:"
@@ -58,6 +62,39 @@ def read_metrics(path: Path) -> list[Line]:
                 raise DataError(f"{path}:{number}: no line of metrics; take it out, or bring the file back") from None
             del lines[number - 1 :]
     return lines
+
+
+def rank(values: Mapping[int, float], metric: str) -> list[tuple[int, float]]:
+    """Sort (step, value of `metric`) from best to worst, equal ones by step."""
+    sign = 1 if lower_is_better(metric) else -1
+    return sorted(values.items(), key=lambda item: (sign * item[1], item[0]))
+
+
+def choose_step(run: Path, train: TrainConfig, steps: Collection[int], asked: Step | None) -> tuple[int, str]:
+    """Return which of a run's `steps`, at least one, to use, and why: the best if the run keeps its best, else the
+    newest, unless another is asked for.
+
+    Raises ConfigError if `asked` is none of them, or the best of a run that keeps none or was not evaluated.
+    """
+    there = f"expected latest or one of {', '.join(map(str, sorted(steps)))}"
+    if isinstance(asked, int):
+        if asked not in steps:
+            raise ConfigError(f"--step {asked}: {run} has no such step; {there}")
+        return asked, "as asked"
+    newest = max(steps)
+    if asked == "latest" or (asked is None and not train.keep_best):
+        return newest, "the newest"
+    if not train.keep_best:
+        raise ConfigError(f"--step best: {run} keeps no best (train.keep_best is 0); {there}")
+    metric = str(train.best_metric)
+    found = {int(line["step"] or 0): line.get(metric) for line in read_metrics(run / METRICS)}
+    values = {step: value for step in steps if (value := found.get(step)) is not None and math.isfinite(value)}
+    if not values:
+        if asked == "best":
+            raise ConfigError(f"--step best: no step of {run} has a finite {metric} yet; {there}")
+        return newest, f"the newest; none has a finite {metric} yet"
+    (step, value), *_ = rank(values, metric)
+    return step, f"best {metric}, {value:.4g}" + ("" if step == newest else f"; the newest is {newest}")
 
 
 def evaluations(run: Path) -> dict[int, Path]:

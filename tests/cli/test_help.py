@@ -210,6 +210,7 @@ def test_every_path_is_completed() -> None:
             "FRACTION",
             "FACTOR",
             "VALUE",
+            "STEP",
             "TIME",
             "AXES",
             "ADDRESS",

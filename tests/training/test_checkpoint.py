@@ -79,7 +79,7 @@ def test_newest_three_stay(tmp_path, empty, filled):
 
 def test_newest_and_best_stay_together(tmp_path, empty, filled):
     """A value that is not finite is never the best; whoever goes on knows the best of before by `metrics.jsonl`."""
-    keep = TrainConfig(keep_latest=2, keep_best=2, best_metric="eval_accuracy/sex", best_mode="max")
+    keep = TrainConfig(keep_latest=2, keep_best=2, best_metric="eval_accuracy/sex")
     values = {1: 0.5, 2: 0.9, 3: np.nan, 4: 0.7, 5: np.inf, 6: None, 7: 0.1}
     lines = [{"step": step, "eval_accuracy/sex": value, "eval_loss": 1.0 * step} for step, value in values.items()]
     for steps in ((1, 2, 3, 4), (5, 6, 7)):
@@ -88,7 +88,7 @@ def test_newest_and_best_stay_together(tmp_path, empty, filled):
                 checkpoints.save(filled(step), META, lines[step - 1])
     assert checkpoints.best() == [(2, 0.9), (4, 0.7)]
     assert {path.name for path in tmp_path.iterdir()} == {"2", "4", "6", "7"}
-    lowest = dataclasses.replace(keep, keep_best=1, best_metric="eval_loss", best_mode="min")
+    lowest = dataclasses.replace(keep, keep_best=1, best_metric="eval_loss")
     with Checkpoints(tmp_path, lowest, lines) as checkpoints:
         assert checkpoints.best() == [(2, 2.0)]
         checkpoints.save(filled(8), META, {"eval_loss": 3.0})

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -136,27 +137,31 @@ def _images(arguments: argparse.Namespace, modalities: Mapping[str, ModalityConf
     return found
 
 
-def _model(arguments: argparse.Namespace, modalities: Any) -> Any:
-    import umbrella_jax
+def _opened(arguments: argparse.Namespace) -> Any:
+    """Return the opened checkpoint of MODEL, and print which step of a run it is."""
+    from umbrella_jax.api import Checkpoint
 
-    return umbrella_jax.load(
-        arguments.model,
-        modalities=modalities,
-        compute_dtype=arguments.compute_dtype,
-        allow_untrained=arguments.allow_untrained,
-    )
+    options: dict[str, Any] = {"compute_dtype": arguments.compute_dtype, "step": arguments.step}
+    checkpoint = Checkpoint.open(arguments.model, modalities_of(arguments), **options)
+    if checkpoint.taken:
+        print(visible(checkpoint.taken), file=sys.stderr)
+    return checkpoint if arguments.allow_untrained else checkpoint.answering()
 
 
 def _generate(arguments: argparse.Namespace) -> None:
     import umbrella_jax
+    from umbrella_jax.api import load_opened
     from umbrella_jax.evaluation.generate import probabilities
 
-    sampling, modalities = _sampling(arguments), modalities_of(arguments)
-    processor = umbrella_jax.Processor.load(arguments.model, modalities=modalities)
+    sampling, checkpoint = _sampling(arguments), _opened(arguments)
+    processor = umbrella_jax.Processor.of(checkpoint)
     images = _images(arguments, processor.modalities)
+    if not images:
+        first = next(iter(processor.modalities))
+        print(f"WARNING: no image: the answer rests on the question alone; add --image {first}=FILE", file=sys.stderr)
     batch = processor.prompt(arguments.prompt, images)
     answers = processor.answers(arguments.answers) if arguments.answers else None
-    model = _model(arguments, modalities)
+    model = load_opened(checkpoint)
     if answers is not None:
         for answer, share in zip(arguments.answers, probabilities(model, batch, answers)[0], strict=True):
             print(f"{share:7.2%}  {answer}")
@@ -210,6 +215,7 @@ def _predict(arguments: argparse.Namespace) -> None:
             mesh=mesh,
             compute_dtype=arguments.compute_dtype,
             allow_untrained=arguments.allow_untrained,
+            step=arguments.step,
             resume=arguments.resume,
         )
     if jax.process_index() == 0:
@@ -218,15 +224,17 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 def _explain(arguments: argparse.Namespace) -> None:
     import umbrella_jax
+    from umbrella_jax.api import load_opened
     from umbrella_jax.config import DataConfig
     from umbrella_jax.data.conversation import read_conversations
     from umbrella_jax.files import check_new_folder, new_folder
 
     if (arguments.prompt is None) == (arguments.data is None):
         raise ConfigError("explain: expected PROMPT with --image, or --data PATH without PROMPT")
-    modalities, out = modalities_of(arguments), Path(arguments.out)
+    out = Path(arguments.out)
     check_new_folder(out)
-    processor = umbrella_jax.Processor.load(arguments.model, modalities=modalities)
+    checkpoint = _opened(arguments)
+    processor = umbrella_jax.Processor.of(checkpoint)
     if arguments.data is None:
         conversations = [processor.question(arguments.prompt, _images(arguments, processor.modalities))]
     else:
@@ -236,7 +244,7 @@ def _explain(arguments: argparse.Namespace) -> None:
         conversations = [c for c in found if not arguments.task_id or c.task_id in arguments.task_id]
         if missing := set(arguments.task_id) - {c.task_id for c in conversations}:
             raise ConfigError(f"--task-id {', '.join(sorted(missing))}: not in {arguments.data}")
-    model = _model(arguments, modalities)
+    model = load_opened(checkpoint)
     paths: list[Path] = []
     with new_folder(out, 0o700) as part:
         for number, conversation in enumerate(conversations):

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from umbrella_jax.cli.options import add_command, add_config, add_group, add_json, config_of, modalities_of
+from umbrella_jax.cli.options import add_command, add_config, add_group, add_json, add_step, config_of, modalities_of
 from umbrella_jax.files import strict_json
 
 
@@ -38,6 +38,7 @@ def add(commands: Any) -> None:
     )
     to_hf.add_argument("source", metavar="RUN", help="run or native checkpoint")
     to_hf.add_argument("out", metavar="OUT", help="directory to write")
+    add_step(to_hf)
     to_hf.add_argument("--names", metavar="NAMES", help="names of the modalities in the export: sMRI,fMRI")
     to_hf.add_argument(
         "--max-shard-size", metavar="SIZE", default="5GB", help="largest file, such as 500MB; default 5GB"
@@ -85,7 +86,9 @@ def _from_hf(arguments: argparse.Namespace) -> None:
 def _to_hf(arguments: argparse.Namespace) -> None:
     from umbrella_jax.api import Checkpoint, write_hf, write_trained
 
-    checkpoint = Checkpoint.open(arguments.source)
+    checkpoint = Checkpoint.open(arguments.source, step=arguments.step)
+    if checkpoint.taken:
+        print(checkpoint.taken)
     names = tuple(arguments.names.split(",")) if arguments.names else None
     out = Path(arguments.out)
     if arguments.trainable_only:

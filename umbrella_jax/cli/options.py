@@ -195,6 +195,19 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="float32 (default) or bfloat16",
     )
     parser.add_argument("--allow-untrained", action="store_true", help="answer even if the patch embedding is random")
+    add_step(parser)
+
+
+def add_step(parser: Any, what: str = "checkpoint of a run") -> None:
+    """Add --step."""
+    text = f"{what}: best, latest or a step; default the best if the run keeps one"
+    parser.add_argument("--step", type=_step, metavar="STEP", help=text)
+
+
+def _step(text: str) -> int | str:
+    if text not in ("best", "latest") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected best, latest or a number, got {text}")
+    return int(text) if text.isdecimal() else text
 
 
 def modalities_of(arguments: argparse.Namespace) -> Any:

@@ -12,6 +12,7 @@ from umbrella_jax.cli.options import (
     add_config,
     add_json,
     add_overlap,
+    add_step,
     config_of,
     number,
 )
@@ -41,7 +42,8 @@ def add(commands: Any) -> None:
         "Score predictions per task, with confidence intervals.",
         "umbrella-jax score runs/sex",
     )
-    score.add_argument("predictions", metavar="FILE", help="predictions (.jsonl), or a run for its newest")
+    score.add_argument("predictions", metavar="FILE", help="predictions (.jsonl), or a run")
+    add_step(score, "evaluation of a run")
     score.add_argument("--config", metavar="FILE", help="YAML with an evaluation section; default the run's")
     add_json(score)
 
@@ -55,7 +57,7 @@ def add(commands: Any) -> None:
     report.add_argument("run", metavar="RUN", help="directory of the run")
     report.add_argument("--out", metavar="FILE", help="page to write; default RUN/report.html")
     which = report.add_mutually_exclusive_group()
-    which.add_argument("--step", type=number, metavar="N", help="show the evaluation at this step; default the last")
+    add_step(which, "evaluation to show")
     which.add_argument("--predictions", metavar="FILE", help="show these `predict` answers to the run's data.eval")
     report.add_argument("--baseline", metavar="DIR", help="compare with the output of `baseline --out DIR`")
     report.add_argument(
@@ -79,6 +81,7 @@ def add(commands: Any) -> None:
     baseline.add_argument(
         "--out", required=True, metavar="DIR", help="folder for baseline/cnn.jsonl and baseline/probe.jsonl"
     )
+    add_step(baseline, "of --run")
     model = baseline.add_mutually_exclusive_group()
     model.add_argument("--run", metavar="RUN", help="compare with this run; probe its vision tower")
     model.add_argument("--predictions", metavar="FILE", help="compare with these answers to the eval data")
@@ -105,15 +108,18 @@ def _runs(arguments: argparse.Namespace) -> None:
 
 def _score(arguments: argparse.Namespace) -> None:
     from umbrella_jax.evaluation.metrics import read_predictions, score, tasks_of
-    from umbrella_jax.rundir import CONFIG, evaluations
+    from umbrella_jax.rundir import CONFIG, choose_step, evaluations
 
     file, settings, title = Path(arguments.predictions), arguments.config, ""
     if file.is_dir():
-        found = evaluations(file)
+        run, found = file, evaluations(file)
         if not found:
             raise ConfigError(f"{file}: no predictions; expected an evaluated run or a predictions file")
-        file, settings = found[max(found)], settings or file / CONFIG
-        title = f"{file}\n\n"
+        step, why = choose_step(run, load_config(run / CONFIG).train, found, arguments.step)
+        file, settings = found[step], settings or run / CONFIG
+        title = f"{file} ({why})\n\n"
+    elif arguments.step is not None:
+        raise ConfigError(f"--step {arguments.step}: {file} is not a run; leave --step out, or name the run")
     config = load_config(settings).evaluation if settings else EvaluationConfig()
     rows = read_predictions(file)
     scores = score(rows, tasks_of(rows, config.tasks), resamples=config.resamples)
@@ -128,7 +134,7 @@ def _report(arguments: argparse.Namespace) -> None:
     from umbrella_jax.report import write_report
 
     out = Path(arguments.out) if arguments.out else Path(arguments.run) / "report.html"
-    write_report(
+    facts = write_report(
         arguments.run,
         out,
         step=arguments.step,
@@ -137,7 +143,7 @@ def _report(arguments: argparse.Namespace) -> None:
         samples=arguments.samples,
         explain=arguments.explain,
     )
-    print(f"{out}:\n  {PRIVACY}")
+    print(f"{out}:" + (f" step {facts.step} ({facts.why})" if facts.step is not None else "") + f"\n  {PRIVACY}")
 
 
 def _baseline(arguments: argparse.Namespace) -> None:
@@ -154,6 +160,7 @@ def _baseline(arguments: argparse.Namespace) -> None:
         arguments.out,
         run=arguments.run,
         predictions=arguments.predictions,
+        step=arguments.step,
         only=arguments.only,
         epochs=arguments.cnn_epochs,
         width=arguments.cnn_width,

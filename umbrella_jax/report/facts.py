@@ -10,7 +10,7 @@ import numpy as np
 
 from convert.hf_config import UMBRELLA_CONFIG, read_config, read_json
 from umbrella_jax import reading
-from umbrella_jax.config import RunConfig, load_config
+from umbrella_jax.config import RunConfig, TrainConfig, load_config
 from umbrella_jax.data.cache import source_digest
 from umbrella_jax.data.conversation import Conversation, conversation_files, read_conversations
 from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError
@@ -38,6 +38,8 @@ from umbrella_jax.rundir import (
     MODEL,
     PREDICTIONS,
     Line,
+    Step,
+    choose_step,
     evaluations,
     read_metrics,
 )
@@ -78,6 +80,10 @@ class Facts:
     config: RunConfig
     step: int | None
     """Of the evaluation; None where the predictions come from elsewhere."""
+    why: str
+    """Why that step, for people."""
+    answering: int
+    """The step whose weights explain the answers: `step`, or the one that `predict` takes by default."""
     saved: tuple[int, ...]
     """Steps whose checkpoints are there, the newest first."""
     versions: Mapping[str, str]
@@ -111,7 +117,7 @@ class Facts:
 def read_facts(
     run: str | Path,
     *,
-    step: int | None = None,
+    step: Step | None = None,
     predictions: str | Path | None = None,
     baseline: str | Path | None = None,
     samples: int = 8,
@@ -120,7 +126,7 @@ def read_facts(
     """Reads a run. Everything that is missing or does not fit is refused together, before anything is worked out.
 
     Args:
-        step: of the evaluation; default the last.
+        step: of the evaluation; by default the best if the run keeps its best, else the last.
         predictions: answers to the run's evaluation data from elsewhere, `umbrella-jax predict` say, instead of one.
         baseline: what `umbrella-jax baseline` wrote to, or another directory with a NAME.jsonl for each of several.
         samples: how many conversations to choose, failures first; 0 needs neither conversations nor volumes.
@@ -140,7 +146,9 @@ def read_facts(
     with faults:
         lines, inputs = read_metrics(run / METRICS), _inputs(run)
     with faults:
-        file, at = (Path(predictions), None) if predictions is not None else _evaluation(run, step)
+        file, at, why = Path(predictions or ""), None, ""
+        if predictions is None:
+            file, at, why = _evaluation(run, config.train, step)
         if weights and at is not None and at not in saved:
             there = ", ".join(map(str, saved))
             raise ConfigError(f"--explain: step {at} answered, of which no checkpoint is left; expected --step {there}")
@@ -178,6 +186,8 @@ def read_facts(
         run=run,
         config=config,
         step=at,
+        why=why,
+        answering=choose_step(run, config.train, saved, None)[0] if at is None else at,
         saved=saved,
         versions=meta["versions"],
         base={
@@ -246,16 +256,13 @@ def _checkpoints(run: Path) -> tuple[tuple[int, ...], dict[str, Any]]:
         return tuple(steps), checkpoints.meta(steps[0])
 
 
-def _evaluation(run: Path, step: int | None) -> tuple[Path, int]:
-    """The predictions of `step`, or of the last evaluation, and which that is."""
+def _evaluation(run: Path, train: TrainConfig, step: Step | None) -> tuple[Path, int, str]:
+    """Return the predictions of an evaluation, its step, and why that one."""
     files = evaluations(run)
     if not files:
         raise ConfigError(f"{run / PREDICTIONS}: no predictions; train with data.eval (--eval-data PATH)")
-    if step is not None and step not in files:
-        known = ", ".join(map(str, files))
-        raise ConfigError(f"--step {step}: {run / PREDICTIONS} has none of it; expected one of {known}")
-    at = max(files) if step is None else step
-    return files[at], at
+    at, why = choose_step(run, train, files, step)
+    return files[at], at, why
 
 
 def _baselines(folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -21,7 +21,7 @@ from umbrella_jax.explanation import Explanation
 from umbrella_jax.files import strict_json
 from umbrella_jax.report.facts import Facts, Sample, read_facts
 from umbrella_jax.report.figures import curves, draw_calibration, draw_curves, draw_numbers, with_unit
-from umbrella_jax.rundir import CHECKPOINTS, CONFIG
+from umbrella_jax.rundir import CHECKPOINTS, CONFIG, Step
 
 _LONGEST = 150
 """Pixels of a plane's longest side: three of them and their letters are legible on a telephone."""
@@ -32,7 +32,7 @@ def write_report(
     run: str | Path,
     file: str | Path,
     *,
-    step: int | None = None,
+    step: Step | None = None,
     predictions: str | Path | None = None,
     baseline: str | Path | None = None,
     samples: int = 8,
@@ -159,8 +159,7 @@ def _explained(facts: Facts, method: Method) -> list[Explanation | None]:
     import umbrella_jax
     from umbrella_jax.explanation import explain
 
-    step = facts.saved[0] if facts.step is None else facts.step
-    source = facts.run / CHECKPOINTS / str(step)
+    source = facts.run / CHECKPOINTS / str(facts.answering)
     model = umbrella_jax.load(source)
     processor = umbrella_jax.Processor.load(source, max_length=facts.config.data.max_length)
     return [

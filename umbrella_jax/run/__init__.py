@@ -164,6 +164,8 @@ def _run(run: Prepared, resume: bool, log: RunLog | None) -> Line:
         )
     for step, value in checkpoints.best():
         say(f"best: {config.train.best_metric} {value:.4g} at step {step}: {checkpoints.directory / str(step)}")
+    if checkpoints.best():
+        say("answers, scores, exports and reports of the run take the best; others with --step latest or a number")
     last: Line = broadcast(read_metrics(metrics)[-1] if log else None)
     numbers = {name: f"{name} {math.nan if value is None else value:.4g}" for name, value in last.items()}
     say("  ".join(numbers[name] for name in ("step", "loss", "grad_norm", "learning_rate") if name in numbers))

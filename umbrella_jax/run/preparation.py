@@ -215,7 +215,7 @@ def _check_length(config: RunConfig, conversations: int) -> None:
 
 def said_of(base: Checkpoint) -> list[str]:
     """What is to be said of a base, for people."""
-    return [f"{base.path}: a run, as of step {base.step}"] if base.kind == "run" else list(base.notes)
+    return [base.taken] if base.taken else list(base.notes)
 
 
 def _evaluated(config: RunConfig, dataset: Dataset | None, processor: Processor) -> Evaluated | None:

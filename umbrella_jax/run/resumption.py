@@ -40,7 +40,6 @@ MAY_CHANGE = (
     "train.keep_latest",
     "train.keep_best",
     "train.best_metric",
-    "train.best_mode",
     "train.on_nonfinite",
     "train.max_skipped",
     "train.tensorboard",

@@ -23,6 +23,7 @@ from umbrella_jax.config import TrainConfig
 from umbrella_jax.errors import CheckpointError, Interrupted, RunError, is_out_of_memory
 from umbrella_jax.files import disk_full
 from umbrella_jax.models import Params
+from umbrella_jax.rundir import rank
 from umbrella_jax.training.step import TrainState
 
 Array = jax.Array
@@ -116,9 +117,8 @@ class Checkpoints:
         return self._best(self.steps())
 
     def _best(self, steps: Iterable[int]) -> list[tuple[int, float]]:
-        sign = 1 if self._keep.best_mode == "min" else -1
-        values = [(step, self._values[step]) for step in steps if step in self._values]
-        return sorted(values, key=lambda item: (sign * item[1], item[0]))[: self._keep.keep_best]
+        values = {step: self._values[step] for step in steps if step in self._values}
+        return rank(values, str(self._keep.best_metric))[: self._keep.keep_best]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         """Orbax asks which of the checkpoints, in order, stay (`ocp.checkpoint_managers.PreservationPolicy`)."""
