@@ -125,17 +125,16 @@ def explain(
     else:
         boxes = {name: processor.modalities[name].patch for name in volumes}
         found = occlusion(volumes, background, params, batch, windows=boxes, **common)
-    shown, hidden = (float(log_probability(x, params, batch, **common)) for x in (volumes, background))
-    if not np.isfinite([shown, hidden]).all() or not all(np.isfinite(np.asarray(x)).all() for x in found.values()):
-        name = ", ".join([conversation.label, *(str(image.path) for image in dict.fromkeys(conversation.images))])
-        raise nonfinite_error("log-probabilities or maps", {0: name}, params, batch, graphdef=graphdef)
+    logs = [float(log_probability(x, params, batch, **common)) for x in (volumes, background)]
+    if not all(np.isfinite(np.asarray(x)).all() for x in (logs, *found.values())):
+        named = ", ".join([conversation.label, *(str(image.path) for image in dict.fromkeys(conversation.images))])
+        raise nonfinite_error("log-probabilities or maps", {0: named}, params, batch, graphdef=graphdef)
     maps: dict[Image, np.ndarray] = {}
     for name, values in found.items():
         maps |= dict(zip(shown[name], np.asarray(values), strict=False))
     return Explanation(
         answer,
-        shown,
-        hidden,
+        *logs,
         {image: maps[image] for image in dict.fromkeys(conversation.images)},
     )
 
