@@ -332,7 +332,7 @@ def test_everything_at_fault_is_told_together(copy: Path, tmp_path: Path) -> Non
 
 def test_steps_that_are_not_there_are_refused(copy: Path) -> None:
     assert "--step 7: " in refused(copy, "--step", 7)
-    assert "expected one of 2, 3" in refused(copy, "--step", 7)
+    assert "expected latest or one of 2, 3" in refused(copy, "--step", 7)
     message = refused(copy, "--step", 2, "--explain", "gradient")
     assert "step 2 answered, of which no checkpoint is left; expected --step 3" in message
 

@@ -134,7 +134,8 @@ def explain(
         maps |= dict(zip(shown[name], np.asarray(values), strict=False))
     return Explanation(
         answer,
-        *logs,
+        logs[0],
+        logs[1],
         {image: maps[image] for image in dict.fromkeys(conversation.images)},
     )
 
