@@ -40,6 +40,8 @@ class Report:
     """{configured modality: how its patch embedding starts}, where the checkpoint does not have it as configured."""
     random: tuple[str, ...] = ()
     """Modalities of `started` whose weights are random."""
+    lost: tuple[str, ...] = ()
+    """Modalities of `started` that the checkpoint's umbrella_config.json describes."""
     replaced: tuple[str, ...] = ()
     """Tensors whose place the volume patch embedding takes."""
     wrapped: str | None = None
@@ -212,6 +214,7 @@ def plan_loading(
             faults.append(f"{tensor.file}: {name}: not a part of the model that {CONFIG} describes; is it of another?")
 
     starts: dict[str, Start] = {}
+    lost: list[str] = []
     image = {hub: found[hub][1] for hub in _IMAGE if hub in found}
     for name, new in config.modalities.items():
         if name in unknown:
@@ -223,8 +226,9 @@ def plan_loading(
                 sizes = f"size {_x(held.modalities[name].size)} to {_x(new.size)}"
                 faults.append(f"{directory}: modality {name}: {sizes}: expected as many axes; resample cannot add one")
         elif name not in names:
-            lost = resolve_modality(name, stored_modalities(directory)) is not None
-            starts[name] = _inflated(image, new) if init == "inflate" else _random(name, config, lost=lost)
+            if resolve_modality(name, stored_modalities(directory)) is not None:
+                lost.append(name)
+            starts[name] = _inflated(image, new) if init == "inflate" else _random(name, config, lost=name in lost)
     if init == "inflate" and len(starts):
         faults += _image_faults(directory, image, config.vision.hidden_size)
     if init == "resample" and not names:
@@ -234,6 +238,7 @@ def plan_loading(
     report = Report(
         started={name: start.how for name, start in starts.items()},
         random=tuple(name for name, start in starts.items() if start.random),
+        lost=tuple(lost),
         replaced=tuple(name for hub, (name, _) in found.items() if hub in REPLACED),
         wrapped=wrapped,
         grown=grown,

@@ -6,6 +6,7 @@ The only file that imports torch. It works with transformers 4.46 and 5, whose m
 import math
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from convert.from_hf import fingerprint, plan_loading
 from convert.hf_config import CONFIG, hf_dict, read_config, read_json
-from convert.rules import EMBED, LM_HEAD, hub_name
+from convert.rules import LM_HEAD, hub_name
 from convert.tensor import Tensor
 from convert.to_hf import hub_tensors
 from umbrella_jax.config import ModalityConfig
@@ -89,30 +90,36 @@ def load_umbrella(
     """The stock `LlavaForConditionalGeneration` of an UMBRELLA checkpoint, in eval mode on the CPU.
 
     `model(input_ids, pixel_values=volumes, ...)` and `generate` take volumes of one modality, as `PatchEmbed.forward`
-    does, and one `<image>` id for each of their patches. `dtype` is that of all parameters, by default the language
-    model's in the file; `modalities` are needed where there is no `umbrella_config.json`; `patch_embed` is a file of
-    `convert to-hf --trainable-only`, and `directory` then the base that it was trained on. Raises CheckpointError for
-    all that `from_hf` refuses, and for a modality without weights.
+    does, and one `<image>` id for each of their patches. Parameters have the types of the file, or all of them `dtype`;
+    activations have the type of the token embeddings. `modalities` are needed without an `umbrella_config.json`;
+    `patch_embed` is a file of `convert to-hf --trainable-only`, and `directory` then the base that it was trained on.
+
+    Raises CheckpointError for all that `from_hf` refuses, and for a modality without weights.
     """
     directory, patch_embed = Path(directory), None if patch_embed is None else Path(patch_embed)
     config = read_config(directory, modalities, patch_embed=patch_embed)
-    # all are cast to one type, so layers may differ
-    plan = plan_loading(directory, config, dtype="float32", patch_embed=patch_embed)
+    name = "auto" if dtype is None else str(dtype).removeprefix("torch.")
+    plan = plan_loading(directory, config, dtype=name, patch_embed=patch_embed)
     if plan.report.started:
         raise CheckpointError(
             [f"{directory}: modality {m}: no patch embedding in the checkpoint" for m in plan.report.started]
         )
     if patch_embed is not None:
         fingerprint(directory, patch_embed)  # refuses another base
-    name = plan.leaves[EMBED][0][1].dtype if dtype is None else str(dtype).removeprefix("torch.")
-    return umbrella_model(directory, config, plan.params(name))
+    model = umbrella_model(hf_dict(read_json(directory / CONFIG), config), config, plan.params(name))
+    if (directory / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    return model
 
 
-def umbrella_model(description: Path, config: LlavaConfig, params: Mapping[str, Tensor]) -> Any:
-    """As `load_umbrella`, of parameters from anywhere; config.json and generation_config.json are in `description`."""
+def umbrella_model(raw: Mapping[str, Any], config: LlavaConfig, params: Mapping[str, Tensor]) -> Any:
+    """Return the model of `load_umbrella`, with parameters from anywhere.
+
+    Of `config`, only the modalities and the width of the tower are used: all else is what transformers reads in `raw`,
+    a config.json. Raises CheckpointError if that needs a head which is not among the parameters.
+    """
     # placeholders are always one per patch: with 0, 4.46 never takes them for one per image
-    raw = hf_dict(read_json(description / CONFIG), config) | {"image_seq_length": 0}
-    hf_config = transformers.LlavaConfig.from_dict(raw)
+    hf_config = transformers.LlavaConfig.from_dict({**raw, "image_seq_length": 0})
     with torch.device("meta"):  # structure only: nothing is allocated, nothing initialised
         model: Any = transformers.LlavaForConditionalGeneration(hf_config)
         embeddings = PatchEmbed(config.modalities, config.vision.hidden_size)
@@ -121,25 +128,51 @@ def umbrella_model(description: Path, config: LlavaConfig, params: Mapping[str, 
     _renew_rope(model, hf_config.text_config)
 
     tensors = {name: _to_torch(tensor.read()) for name, tensor in hub_tensors(params, config).items()}
-    if config.text.tie_word_embeddings:
-        tensors[LM_HEAD] = tensors[EMBED]
     keys = {hub_name(key): key for key in model.state_dict()}
-    model.load_state_dict({keys.get(n, n): t for n, t in tensors.items()}, strict=True, assign=True)
+    missing, unknown = model.load_state_dict({keys.get(n, n): t for n, t in tensors.items()}, strict=False, assign=True)
+    assert not unknown, unknown
+    assert {*missing} <= {keys[LM_HEAD]}, missing
     model.tie_weights()
-    if (description / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(description)
+    if model.get_output_embeddings().weight.is_meta:
+        raise CheckpointError(f"{CONFIG}: transformers reads an untied head in it, which the weights do not have")
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "left without values"
+    _cast_between(model, embeddings)
     return model.eval()
+
+
+def _cast_between(model: Any, embeddings: PatchEmbed) -> None:
+    """Let each module compute in its own type and hand on the token embeddings' type, whatever types the file mixes."""
+    words: Any = model.get_input_embeddings()
+    if len({parameter.dtype for parameter in model.parameters()}) == 1:
+        return
+    inner = {*embeddings.modules()} - {embeddings}
+    for module in {*model.modules()} - inner - {words}:
+        if any(True for _ in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(_to_own_type)
+            module.register_forward_hook(partial(_to_type_of, words))
+
+
+def _to_own_type(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    dtype = next(module.parameters()).dtype
+    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def _to_type_of(words: nn.Module, _: nn.Module, inputs: Any, output: Any) -> Any:
+    return output.to(next(words.parameters()).dtype)
 
 
 def greedy_logits(
     model: Any, modality: str, ids: np.ndarray, volume: np.ndarray, new_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`ids` [B, T] with one volume [B, *size] each → ids with the greedy tokens behind, and all logits."""
+    """`ids` [B, T] with one volume [B, *size] each → ids with the greedy tokens after them, and all logits.
+
+    Tokens are the likeliest ones, as many as asked for, whatever the model's generation config says.
+    """
     next(m for m in model.modules() if isinstance(m, PatchEmbed)).modality = modality
     prompt, pixels = torch.from_numpy(ids), torch.from_numpy(volume[:, None])
-    plain = transformers.GenerationConfig(
-        do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0
+    # what the base's own says, transformers would fill in here: penalties change logits, an eos ends too early
+    plain = model.generation_config = transformers.GenerationConfig(
+        do_sample=False, max_new_tokens=new_tokens, pad_token_id=0
     )
     with torch.no_grad():
         sequence = model.generate(

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from convert.hf_config import CONFIG, read_json
 from convert.rules import modality_of
 from convert.tensor import Tensor, host, place
 from convert.to_hf import hub_tensors
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import resolve_modality
+from umbrella_jax.data.tokenize import stop_ids
 from umbrella_jax.models.llava import LlavaConfig, abstract_params, merge
 
 Kind = Literal["identical", "rounded", "different", "only in A", "only in B"]
@@ -156,14 +158,76 @@ def compare_configs(a: LlavaConfig, b: LlavaConfig) -> list[str]:
     return faults
 
 
+def compare_reading(description: Path, config: LlavaConfig, *, grown: bool) -> list[str]:
+    """Return the fields of `description`/config.json that transformers reads otherwise than they are in `config`.
+
+    `grown`: the vocabulary has changed since, and with it the id of `<image>`.
+    """
+    import transformers
+
+    try:
+        theirs = transformers.LlavaConfig.from_dict(read_json(description / CONFIG))
+        text, vision = theirs.text_config, theirs.vision_config
+        rope = getattr(text, "rope_parameters", None) or {"rope_theta": getattr(text, "rope_theta", None)}
+        tied = theirs.tie_word_embeddings if transformers.__version__ >= "5" else text.tie_word_embeddings
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        known = {"rope_theta": rope["rope_theta"], "tie_word_embeddings": bool(tied), "head_dim": head_dim}
+        fields = [
+            *((f"vision.{key}", value, getattr(vision, key)) for key, value in asdict(config.vision).items()),
+            *((f"text.{k}", v, known[k] if k in known else getattr(text, k)) for k, v in asdict(config.text).items()),
+            ("image_token_id", config.image_token_id, theirs.image_token_index),
+        ]
+    except Exception as error:  # its checks of values raise nearly anything
+        return [f"{description / CONFIG}: transformers cannot read it: {type(error).__name__}: {error}"]
+    changed = ("text.vocab_size", "image_token_id") if grown else ()
+    return [
+        f"{description / CONFIG}: {name}: {found} as transformers reads it, {value} as it is read here"
+        for name, value, found in fields
+        if value != found and name not in changed
+    ]
+
+
+_TEXTS = (
+    "What is the sex of this subject? male. female. 63.5 years, 2,048 mm³",
+    "  two spaces,\ttabs\nand\r\nlines\n\n",
+    "naïve Ångström e\u0301 café ½ № 脳の画像 мозг 🧠",
+    "<|im_start|>user\n<image>What?<|im_end|>\n<|endoftext|>",
+)
+"""Texts that tokenizers of another normalisation, splitting or special tokens write in other ids."""
+
+
+def compare_tokenizers(a: Any, b: Any) -> list[str]:
+    """Return what differs between two tokenizers: vocabulary, ids of texts, special tokens, chat template, ends."""
+    pairs: list[tuple[str, Any, Any]] = [
+        *((f"ids of {t!r}", *(x.encode(t, add_special_tokens=False) for x in (a, b))) for t in _TEXTS),
+        *(
+            (key, a.special_tokens_map.get(key), b.special_tokens_map.get(key))
+            for key in sorted({*a.special_tokens_map, *b.special_tokens_map})
+        ),
+        ("chat_template", a.chat_template, b.chat_template),
+        ("ids that end an answer", stop_ids(a), stop_ids(b)),
+    ]
+    faults = [f"tokenizer: {name}: {x} in A, {y} in B" for name, x, y in pairs if x != y]
+    ours, theirs = a.get_vocab(), b.get_vocab()
+    odd = sorted(word for word in ours.keys() | theirs.keys() if ours.get(word) != theirs.get(word))
+    if odd:
+        first = f"{odd[0]!r} is {ours.get(odd[0])} in A, {theirs.get(odd[0])} in B"
+        faults.append(f"tokenizer: vocabulary: {len(odd)} words have other ids; {first}")
+    return faults
+
+
 def compare_forward(
-    description: Path, a: Mapping[str, Tensor], config_a: LlavaConfig, b: Mapping[str, Tensor], config_b: LlavaConfig
+    raw: Mapping[str, Any],
+    a: Mapping[str, Tensor],
+    config_a: LlavaConfig,
+    b: Mapping[str, Tensor],
+    config_b: LlavaConfig,
 ) -> dict[str, Forward]:
     """A in PyTorch against B in JAX, modality by modality, on fixed random tokens and volumes.
 
-    Where their types differ, both are rounded to the narrower one first. A modality that only one of them has a patch
-    embedding for is that one's in both; one that neither has is left out. `description` holds A's config.json. Raises
-    ImportError without PyTorch.
+    If their types differ, both are rounded to the narrower one first. A modality that only one of them has a patch
+    embedding for is that one's in both; one that neither has is left out. `raw` is A's config.json, which transformers
+    reads itself: a misreading of ours makes the logits differ. Raises ImportError without PyTorch.
     """
     from convert.torch_model import greedy_logits, umbrella_model
 
@@ -176,11 +240,12 @@ def compare_forward(
     a, b = {**b, **a}, {**a, **b}
     narrow = {p: min(a[p].dtype, b[p].dtype, key=_MANTISSA.__getitem__) for p in a}
 
-    model = umbrella_model(description, config_a, {p: t.astype(narrow[p]) for p, t in a.items()}).float()
+    model = umbrella_model(raw, config_a, {p: t.astype(narrow[p]) for p, t in a.items()}).float()
+    image_token = model.config.image_token_index
     cases = {}
     for name, modality in known.items():
-        text = rng.integers(0, config_a.image_token_id, 2 * _TOKENS)
-        image = np.full(modality.num_patches, config_a.image_token_id)
+        text = rng.integers(0, image_token, 2 * _TOKENS)
+        image = np.full(modality.num_patches, image_token)
         ids = np.concatenate([text[:_TOKENS], image, text[_TOKENS:]])[None]
         volume = rng.standard_normal((1, *modality.size), np.float32)
         sequence, logits = greedy_logits(model, name, ids, volume, _GREEDY)
@@ -194,7 +259,7 @@ def compare_forward(
     found = {}
     for name, (sequence, volume, expected) in cases.items():
         with jax.default_matmul_precision("highest"):  # by default GPUs and TPUs round the factors of float32 products
-            logits = np.asarray(run(params, _batch(sequence, name, volume, config_a)))[0]
+            logits = np.asarray(run(params, _batch(sequence, name, volume, config_b)))[0]
         generated = sequence[0, -_GREEDY:]
         agree = logits[-_GREEDY - 1 : -1].argmax(-1) == generated
         found[name] = Forward(

@@ -173,6 +173,9 @@ def test_a_lost_patch_embedding_does_not_answer(world: World, lost: Path, tmp_pa
         assert "--allow-untrained" in message
     with pytest.raises(CheckpointError, match="modality rsfMRI: patch embedding not in the checkpoint"):
         umbrella_jax.load(lost)
+    found = verify(lost.parent / "export", lost, forward=False)
+    assert not found.same
+    assert f"{lost}: modality T1: no weights" in found.configuration
     umbrella(*ask, "--allow-untrained")
     umbrella(*predict, "--max-new-tokens", 1, "--allow-untrained")
     assert len(read_lines(tmp_path / "p.jsonl")) == 3
@@ -424,6 +427,7 @@ def test_missing_special_tokens_are_added_and_the_vocabulary_grows(directory: Pa
         np.testing.assert_array_equal(split(umbrella_jax.load(path))[1][EMBED], grown)
         tokenizer = Processor.load(path).tokenizer
         assert tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>", "<image>"]) == [281, 282, 283]
+    assert verify(directory / "run", directory / "export", forward=False).same
     raw = json.loads((directory / "export" / "config.json").read_text())
     assert raw["text_config"]["vocab_size"] == 284
     assert raw["image_token_index"] == 283

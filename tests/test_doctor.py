@@ -64,7 +64,7 @@ def torch_step(directory: Path) -> tuple[float, float]:
 
     assert read_config(directory, golden.MODALITIES) == golden.CONFIG
     params = {path: Tensor.of(leaf) for path, leaf in golden.make_params().items()}
-    model = umbrella_model(directory, golden.CONFIG, params).double()
+    model = umbrella_model(json.loads((directory / "config.json").read_text()), golden.CONFIG, params).double()
     embeddings = next(module for module in model.modules() if isinstance(module, PatchEmbed))
     batch = golden.make_batch()
     total, count = torch.zeros((), dtype=torch.float64), 0

@@ -13,9 +13,11 @@ import numpy as np
 
 from convert.checksum import KEY, check_folder, folder_checksums, recorded
 from convert.from_hf import Plan, fingerprint, plan_loading
+from convert.hf_config import CONFIG as HF_CONFIG
 from convert.hf_config import (
     UMBRELLA_CONFIG,
     export_names,
+    hf_dict,
     read_config,
     read_json,
     stored_template,
@@ -27,7 +29,15 @@ from convert.safetensors_io import digest
 from convert.tensor import Index, Tensor, Where, add_product, check_finite, copy, host, place
 from convert.to_hf import export, hub_tensors
 from convert.trainable import FILE, Trainable, write_trainable
-from convert.verify import Comparison, Forward, compare_configs, compare_forward, compare_tensors
+from convert.verify import (
+    Comparison,
+    Forward,
+    compare_configs,
+    compare_forward,
+    compare_reading,
+    compare_tensors,
+    compare_tokenizers,
+)
 from umbrella_jax.config import (
     AttentionBackend,
     LoraConfig,
@@ -305,6 +315,15 @@ class Checkpoint:
         started = self._plan("auto").report.started if self.kind == "hf" else {}
         return {path: tensor for path, tensor in self.tensors().items() if modality_of(path) not in started}
 
+    def lost(self) -> tuple[str, ...]:
+        """Return the modalities that umbrella_config.json describes and the weights lack."""
+        return self._plan("float32").report.lost if self.kind == "hf" else ()
+
+    @property
+    def origin(self) -> "Checkpoint":
+        """What a run began from, through all runs before it; anything else itself."""
+        return self if self.base is None else self.base.origin
+
     def check_finite(self) -> None:
         """Reads every number. Raises CheckpointError naming each tensor that holds a NaN or an infinity."""
         check_finite(self._plan("float32").sources() if self.kind == "hf" else self.tensors().values())
@@ -557,6 +576,13 @@ def verify(
     one, other = ((opened[p] if p in opened else Checkpoint.open(p, known)).merged() for p in paths)
 
     configuration = compare_configs(one.config, other.config)
+    sources = [checkpoint.origin for checkpoint in (one, other)]
+    for checkpoint, source in zip((one, other), sources, strict=True):
+        configuration += compare_reading(source.description, checkpoint.config, grown=bool(source.notes))
+        configuration += [f"{checkpoint.path}: modality {name}: no weights" for name in checkpoint.lost()]
+    tokenizers = [c.tokenizer() for c in (one, other) if has_tokenizer(c.description)]
+    if len(tokenizers) == 2:
+        configuration += compare_tokenizers(*tokenizers)
     if one.template and other.template and one.template != other.template:
         configuration.append(f"template: {one.template} in A, {other.template} in B")
     notes = [f"{c.path}: {line}" for c in (one, other) for line in (*c.notes, *c.check())]
@@ -566,7 +592,10 @@ def verify(
     shapes_differ = any("→ [" in t.types for t in tensors)
     if forward and not configuration and not shapes_differ:
         try:
-            found = compare_forward(one.description, ours, one.config, theirs, other.config)
+            raw = read_json(sources[0].description / HF_CONFIG)
+            if sources[0].notes:
+                raw = hf_dict(raw, one.config)
+            found = compare_forward(raw, ours, one.config, theirs, other.config)
         except ImportError as error:
             notes.append(f"logits: not compared, {error.name} is not installed; pip install 'umbrella-jax[torch]'")
     elif forward:

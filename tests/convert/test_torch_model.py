@@ -1,10 +1,13 @@
 """PyTorch users get the same numbers from an UMBRELLA checkpoint, under transformers 5 and 4.46."""
 
+import copy
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from convert.from_hf import load_params
 from convert.hf_config import read_config
@@ -48,14 +51,53 @@ def test_state_is_the_file_bit_for_bit(tmp_path, tied, dtype):
     assert not model.training
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
-def test_export_of_mixed_types(tmp_path, dtype):
-    """After training, the patch embedding is float32 and the rest what it was: PyTorch gets one type."""
+@pytest.mark.parametrize(
+    ("group", "modality"),
+    [
+        ("embeddings.", "T1"),
+        ("embeddings.", "rsfMRI"),
+        *((g, "T1") for g in ("projector.", "q_proj.", "norm", "lm_head.")),
+    ],
+)
+def test_export_of_mixed_types(tmp_path, group, modality):
+    """What trained is float32, the rest bfloat16: so after loading, saving and loading again, bit for bit."""
+    write_umbrella(tmp_path / "base", dtype="bfloat16", tied=False)
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    rng = torch.Generator().manual_seed(1)
+    trained = [name for name in tensors if group in name]
+    for name in trained:
+        tensors[name] = tensors[name].float() + 1e-4 * torch.rand(tensors[name].shape, generator=rng)
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    model = load_umbrella(tmp_path / "base")
+    model.save_pretrained(tmp_path / "saved")
+    shutil.copyfile(tmp_path / "base" / "umbrella_config.json", tmp_path / "saved" / "umbrella_config.json")
+    again = load_umbrella(tmp_path / "saved")
+    saved = {hub_name(n): t for n, t in load_file(tmp_path / "saved" / "model.safetensors").items()}
+    for state in (saved, *({hub_name(n): t for n, t in m.state_dict().items()} for m in (model, again))):
+        assert state.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert state[name].dtype == tensor.dtype == (torch.float32 if name in trained else torch.bfloat16)
+            assert torch.equal(state[name], tensor), name
+
+    patches, shape = {"T1": (18, (11, 9, 7)), "rsfMRI": (8, (8, 6, 5, 7))}[modality]
+    ids = torch.tensor([[5, *[320] * patches, 7, 9]])
+    volume = torch.randn(1, 1, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        mixed, copied = (m(input_ids=ids, pixel_values=volume).logits for m in (model, copy.deepcopy(model)))
+        exact = load_umbrella(tmp_path / "base", torch.float32)(input_ids=ids, pixel_values=volume).logits
+        converted = model.float()(input_ids=ids, pixel_values=volume).logits
+    assert torch.equal(mixed, copied)
+    assert (mixed.float() - exact).abs().max() < 0.1 * exact.abs().max()  # bfloat16 between modules
+    assert torch.equal(converted, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_one_type(tmp_path, dtype):
     write_stock(tmp_path / "base", dtype="bfloat16")
     config = read_config(tmp_path / "base", MODALITIES)
     export(tmp_path / "out", load_params(tmp_path / "base", config)[0], config, tmp_path / "base")
     model = load_umbrella(tmp_path / "out", dtype)
-    assert {p.dtype for p in model.parameters()} == {dtype or torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {dtype}
     ids = torch.tensor([[5, *[320] * 18, 7]])
     volume = torch.randn(1, 1, 11, 9, 7, generator=torch.Generator().manual_seed(0))
     assert model(input_ids=ids, pixel_values=volume).logits.isfinite().all()

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from convert.hf_config import read_config
+from convert.rules import EMBED, LM_HEAD
 from convert.tensor import Tensor
-from convert.verify import _compare, _ulp
+from convert.verify import _compare, _ulp, compare_reading
 from tests.checkpoints import FAMILIES, MODALITIES, write_stock, write_umbrella
+from tests.conftest import write_tokenizer
 from umbrella_jax.api import Checkpoint, verify, write_hf, write_native
 from umbrella_jax.cli import main
 from umbrella_jax.models import Llava
@@ -97,6 +101,134 @@ def test_logits_tell_what_tensors_cannot(base, tmp_path):
     assert {t.kind for t in found.tensors} == {"identical"}
     assert found.configuration == ["text.rope_theta: 1000000.0 in A, 10000.0 in B"]
     assert not found.same
+
+
+GENERATION = {
+    "repetition_penalty": 3.0,
+    "no_repeat_ngram_size": 2,
+    "eos_token_id": list(range(331)),
+    "suppress_tokens": [7],
+}
+
+
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
+def test_what_generation_is_set_to_is_not_the_model(base, tmp_path, where):
+    """Penalties, and an end at every token: greedy tokens are the likeliest ones nevertheless."""
+    other = edited(base, tmp_path / "b", lambda tensors: None)
+    raw = json.loads((other / where).read_text())
+    (other / where).write_text(json.dumps(raw | GENERATION))
+    found = verify(other, base)
+    assert found.same, found.lines()
+    assert all(forward.greedy == 8 and forward.logits < 1e-5 for forward in found.forward.values())
+
+
+def misread(monkeypatch, change):
+    """Lets our own reading of config.json go wrong, wherever it is asked for."""
+
+    def wrong(*args, **options):
+        return change(read_config(*args, **options))
+
+    monkeypatch.setattr("umbrella_jax.api.read_config", wrong)
+
+
+MISREADINGS = {
+    "text.rope_theta": lambda c: replace(c, text=replace(c.text, rope_theta=1e4)),
+    "text.rms_norm_eps": lambda c: replace(c, text=replace(c.text, rms_norm_eps=1e-3)),
+    "text.num_attention_heads": lambda c: replace(
+        c, text=replace(c.text, num_attention_heads=3, num_key_value_heads=1, head_dim=16)
+    ),
+    "vision.layer_norm_eps": lambda c: replace(c, vision=replace(c.vision, layer_norm_eps=1e-2)),
+    "vision.num_attention_heads": lambda c: replace(c, vision=replace(c.vision, num_attention_heads=4)),
+    "image_token_id": lambda c: replace(c, image_token_id=7),
+}
+
+
+@pytest.mark.parametrize("field", MISREADINGS)
+def test_a_misreading_of_ours_is_named(base, monkeypatch, field):
+    """Whichever of the two it is of: both are read by us alone otherwise."""
+    misread(monkeypatch, MISREADINGS[field])
+    found = verify(base, base, forward=False)
+    assert not found.same
+    said = [fault for fault in found.configuration if fault.startswith(f"{base / 'config.json'}: {field}: ")]
+    assert len(said) == 2, found.configuration
+
+
+@pytest.mark.parametrize("field", ["text.rope_theta", "image_token_id"])
+def test_a_misreading_of_ours_shows_in_the_logits(base, monkeypatch, field):
+    """PyTorch computes what transformers reads in the original config.json."""
+    misread(monkeypatch, MISREADINGS[field])
+    monkeypatch.setattr("umbrella_jax.api.compare_reading", lambda *args, **options: [])
+    found = verify(base, base)
+    assert not found.same
+    assert all(forward.logits > 1e-3 for forward in found.forward.values())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_misread_tie_shows(tmp_path, monkeypatch, tied):
+    write_umbrella(tmp_path / "base", tied=tied)
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors[LM_HEAD] = tensors[EMBED].copy()  # what either reading can load
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    assert verify(tmp_path / "base", tmp_path / "base").same
+    monkeypatch.setattr("convert.hf_config._tied", lambda raw: not tied)
+    found = verify(tmp_path / "base", tmp_path / "base")
+    said = f"text.tie_word_embeddings: {tied} as transformers reads it, {not tied} as it is read here"
+    assert [fault for fault in found.configuration if said in fault]
+    assert not found.same
+
+
+def test_a_misread_base_of_a_run_shows(base, tmp_path, monkeypatch):
+    """Whose own config.json was written by us."""
+    misread(monkeypatch, lambda c: replace(c, text=replace(c.text, rope_theta=1e4)))
+    opened = Checkpoint.open(base)
+    run = replace(opened, kind="run", base=opened, path=tmp_path)
+    assert run.origin is opened
+    assert compare_reading(run.origin.description, run.config, grown=False) == [
+        f"{base / 'config.json'}: text.rope_theta: 1000000.0 as transformers reads it, 10000.0 as it is read here"
+    ]
+
+
+def test_a_patch_embedding_that_both_have_lost(base, tmp_path):
+    """Described, and not there: no stock LLaVA, whose lack of one is no difference."""
+
+    def lose(tensors):
+        for name in [name for name in tensors if ".embeddings." in name]:
+            del tensors[name]
+
+    lost = edited(base, tmp_path / "lost", lose)
+    for a, b in ((base, lost), (lost, base), (lost, lost)):
+        found = verify(a, b, forward=False)
+        assert not found.same
+        assert f"{lost}: modality T1: no weights" in found.configuration
+
+
+def test_tokenizers_are_part_of_the_model(base, tmp_path):
+    one, other = (edited(base, tmp_path / name, lambda tensors: None) for name in "ab")
+    again = edited(base, tmp_path / "c", lambda tensors: None)
+    write_tokenizer(again, ("<|endoftext|>", "<|im_end|>", "<|im_start|>", "<image>"))
+    for directory in (one, other, again):
+        if directory is not again:
+            write_tokenizer(directory)
+        raw = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(raw | {"image_token_index": 283}))
+    assert verify(one, other, forward=False).same
+    file = other / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    merges = raw["model"]["merges"]
+    merges[0], merges[-1] = merges[-1], merges[0]
+    raw["normalizer"] = {"type": "NFC"}
+    file.write_text(json.dumps(raw))
+    stated = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(stated | {"eos_token": "<|im_end|>"}))
+    (other / "chat_template.jinja").write_text("{{ messages }}")
+    found = verify(one, other, forward=False)
+    assert not found.same
+    said = "\n".join(found.configuration)
+    assert "tokenizer: ids of 'naïve" in said
+    assert "tokenizer: eos_token: <|endoftext|> in A, <|im_end|> in B" in said
+    assert "tokenizer: chat_template: None in A" in said
+    found = verify(one, again, forward=False)
+    assert any("2 words have other ids; '<|im_end|>' is 282 in A, 281 in B" in fault for fault in found.configuration)
 
 
 def test_preprocessing_is_part_of_the_model(base, tmp_path):
