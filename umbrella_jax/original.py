@@ -227,7 +227,10 @@ def from_original(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     if "dMRI" not in complete and (structural := resolve_modality("T1", complete)):
         complete[structural]["aliases"] = ["dMRI"]
         notes.append(_DIFFUSION.format(structural))
-    notes.append("data.template: original: as there, images stand before the text and an answer's header is learnt too")
+    notes.append(
+        "data.template: original: as there, images stand before the text, or at the markers of a turn that is one "
+        "string; headers of answers and system turns are learnt too"
+    )
     flat = {"data.template": "original", **{target: value for target, (_, value) in targets.items()}}
     mapping = _nest(flat, complete)
     parse_config(mapping, str(path))

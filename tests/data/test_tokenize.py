@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 
 from tests.checkpoints import under_transformers_4_46
-from umbrella_jax.data.conversation import Conversation, Image, Message
+from umbrella_jax.data.conversation import Conversation, Image, Message, read_conversations
 from umbrella_jax.data.tokenize import (
     check_template,
     encode,
@@ -85,7 +85,7 @@ CASES = {
 }  # fmt: skip
 
 # The same conversations as the original writes them: images first, the text between two special tokens as a whole, and
-# the whole of an assistant turn supervised.
+# the whole of assistant and system turns supervised (the first token of all has nothing before it).
 ORIGINAL_CASES = {
     "two turns": (
         ["<s>", "user\n", *"IIIIII", "Sex?", "</s>", "\n", "<s>", "assistant\nmale.", "</s>", "\n",
@@ -99,7 +99,7 @@ ORIGINAL_CASES = {
     "text only, parts joined": (
         ["<s>", "system\nBe brief.", "</s>", "\n", "<s>", "user\nmale?", "</s>", "\n",
          "<s>", "assistant\nfemale", "</s>", "\n"],
-        [8, 9, 10, 11],
+        [1, 2, 3, 8, 9, 10, 11],
     ),
     "empty last answer": (
         ["<s>", "user\na", "</s>", "\n", "<s>", "assistant\nb", "</s>", "\n",
@@ -140,6 +140,31 @@ def test_image_starts_of_the_original(tokenizer, modalities, ids):
     found = encode(CASES["two images in one turn"][0], tokenizer, modalities, LIMIT, template="original")
     first = len(ids("<s>", "user\n"))
     assert found.image_starts.tolist() == [first, first + 6]
+
+
+def test_the_original_keeps_markers_and_learns_system_turns(tokenizer, modalities, ids, tmp_path):
+    """Of a turn that is one string, as LLaVA's own files have it; the images of a list come first."""
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "This <image>\nor <image>?"},
+        {"role": "assistant", "content": "male"},
+        {"role": "user", "content": [{"type": "text", "text": "And"}, {"type": "image"}]},
+        {"role": "system", "content": "So."},
+        {"role": "assistant", "content": ""},
+    ]
+    images = [{"path": name, "modality": modality} for name, modality in (("a", "fMRI"), ("b", "T1"), ("c", "fMRI"))]
+    (tmp_path / "a.json").write_text(json.dumps({"task_id": "a", "images": images, "conversations": turns}))
+    (conversation,) = read_conversations(tmp_path / "a.json", modalities)
+    found = encode(conversation, tokenizer, modalities, LIMIT, template="original")
+    pieces = ["<s>", "system\nBe brief.", "</s>", "\n", "<s>", "user\nThis ", *"IIII", "\nor ", *"IIIIII", "?", "</s>"]
+    pieces += ["\n", "<s>", "assistant\nmale", "</s>", "\n", "<s>", "user\n", *"IIII", "And", "</s>", "\n"]
+    pieces += ["<s>", "system\nSo.", "</s>", "\n", "<s>", "assistant\n", "</s>", "\n"]
+    learnt = [1, 2, 3, 20, 21, 22, 23, *range(33, 41)]
+    assert found.input_ids.tolist() == ids(*pieces)
+    assert found.supervised.tolist() == [i in learnt for i, piece in enumerate(pieces) for _ in ids(piece)]
+    assert [image.path.name for image in found.images] == ["a", "b", "c"]
+    with_markers = encode(conversation, tokenizer, modalities, LIMIT)
+    assert len(with_markers) == len(ids(*pieces)), "the other template has its images there too"
 
 
 def test_supervised_text_is_the_answers(tokenizer, modalities):

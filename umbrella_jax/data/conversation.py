@@ -43,6 +43,8 @@ class Message:
 
     role: str
     parts: tuple[str | Image, ...]
+    inline: bool = False
+    """Whether the file has the turn as one string, its images at `<image>` markers."""
 
     @property
     def text(self) -> str:
@@ -318,6 +320,7 @@ class _Parser:
         if role not in ROLES:
             self.fault(place, f"role: expected one of {', '.join(ROLES)}, got {quoted(role)}")
         content = turn.get("content")
+        inline = isinstance(content, str)
         if isinstance(content, str):  # its markers are its images; `images` says which
             content = [{"type": "image"}] * content.count(IMAGE_MARKER) + [{"type": "text", "text": content}]
         if not isinstance(content, list):
@@ -326,7 +329,7 @@ class _Parser:
         parts = [self.part(part, f"{place}.content[{i}]") for i, part in enumerate(content)]
         if role == "assistant" and any(isinstance(part, Image) for part in parts):
             self.fault(place, "an image in an assistant turn; expected text, images belong to the user's turns")
-        return Message(str(role), self.placed(parts, place))
+        return Message(str(role), self.placed(parts, place), inline)
 
     def part(self, part: Any, place: str) -> str | Image:
         form = part.get("type") if isinstance(part, dict) else None

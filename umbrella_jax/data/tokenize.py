@@ -2,9 +2,10 @@
 
 `umbrella`: ChatML, piece by piece, each image where the content shows it. Supervised is every answer that is not
     blank, with its `<|im_end|>`; not its header, nor the newline behind it.
-`original`: as the PyTorch system writes it (ids and labels are equal). ChatML, a turn's images before its text, the
-    text tokenized as a whole, so that an answer's leading newline may join the header's. Supervised is every token of
-    an assistant turn, from its `<|im_start|>` to the newline behind its `<|im_end|>`, blank ones too. Not as there:
+`original`: as the PyTorch system writes it (ids and labels are equal). ChatML, a turn's images before its text, or at
+    the `<image>` markers of a turn that the file has as one string. The text is tokenized as a whole, so an answer's
+    leading newline may join the header's. Supervised is every token of assistant and system turns, from `<|im_start|>`
+    to the newline after `<|im_end|>`, blank ones too, but for images. Not as there:
     nothing is padded, there to 2048 on the left, or cut; so positions count from the first token, not from the first
     pad, which rope, seeing distances alone, turns into the same logits up to rounding; and a first token is never
     supervised, since nothing stands before it to predict it from (there a pad did, where an assistant begins).
@@ -380,12 +381,14 @@ def _original(messages: Sequence[Message], tokenizer: Any, prompt: bool) -> _Tex
     text = ""
     for message in messages:
         images = IMAGE_MARKER * sum(isinstance(part, Image) for part in message.parts)
-        text += f"{TURN_START}{message.role}\n{images}{message.text}{TURN_END}\n"
+        inline = "".join(part if isinstance(part, str) else IMAGE_MARKER for part in message.parts)
+        text += f"{TURN_START}{message.role}\n{inline if message.inline else images + message.text}{TURN_END}\n"
     ids = _words(tokenizer, text + (f"{TURN_START}assistant\n" if prompt else ""))
-    # a turn starts wherever its control token stands, and no token reaches over one
-    turn = np.cumsum(np.array(ids) == tokenizer.convert_tokens_to_ids(TURN_START)) - 1
-    learnt = [*(message.role == "assistant" for message in messages), False]
-    return ids, [i > 0 and learnt[t] for i, t in enumerate(turn)]
+    # a turn starts at its control token, and no token reaches over one
+    start, image = tokenizer.convert_tokens_to_ids([TURN_START, IMAGE_MARKER])
+    turn = np.cumsum(np.array(ids) == start) - 1
+    learnt = [*(message.role != "user" for message in messages), False]
+    return ids, [i > 0 and learnt[t] and ids[i] != image for i, t in enumerate(turn)]
 
 
 _MEND = "mend the tokenizer's chat template, or set data.template: umbrella"
