@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from convert.safetensors_io import digest, open_checkpoint
 from convert.starts import inflate, resample
 from convert.tensor import Tensor, Where, add_product, grow, place, stack
 from convert.trainable import open_trainable
-from umbrella_jax.config import ModalityConfig, PatchEmbedInit, resolve_modality
+from umbrella_jax.config import AS_STORED, ModalityConfig, PatchEmbedInit, resolve_modality
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.models.llava import LlavaConfig, Params
 from umbrella_jax.models.lora import adapted_weight, adapters
@@ -42,6 +42,8 @@ class Report:
     """Modalities of `started` whose weights are random."""
     lost: tuple[str, ...] = ()
     """Modalities of `started` that the checkpoint's umbrella_config.json describes."""
+    undescribed: tuple[str, ...] = ()
+    """A line for each modality whose weights are there and whose preprocessing is not recorded."""
     replaced: tuple[str, ...] = ()
     """Tensors whose place the volume patch embedding takes."""
     wrapped: str | None = None
@@ -55,6 +57,7 @@ class Report:
         return [
             *([f"names of tensors: what wrappers put into them is left out: {self.wrapped}"] if self.wrapped else []),
             *(f"{name}: patch embedding {how}" for name, how in self.started.items()),
+            *self.undescribed,
             *([replaced] if self.replaced else []),
             *(f"{path}: {a} rows → {b}, new ones the mean" for path, (a, b) in self.grown.items()),
         ]
@@ -239,6 +242,7 @@ def plan_loading(
         started={name: start.how for name, start in starts.items()},
         random=tuple(name for name, start in starts.items() if start.random),
         lost=tuple(lost),
+        undescribed=_undescribed(directory, config, patch_embed, [name for name in names if name not in starts]),
         replaced=tuple(name for hub, (name, _) in found.items() if hub in REPLACED),
         wrapped=wrapped,
         grown=grown,
@@ -303,6 +307,29 @@ def _add_adapters(found: dict[str, tuple[str, Tensor]], trained: Mapping[str, Te
         else:
             found[weight] = (found[weight][0], add_product(found[weight][1], a, b, 1.0))
     return faults
+
+
+def _undescribed(
+    directory: Path, config: LlavaConfig, patch_embed: Path | None, names: Sequence[str]
+) -> tuple[str, ...]:
+    """Return a line for each of the modalities `names`, whose weights are there, that no record describes."""
+    stored = stored_modalities(directory, patch_embed)
+    lines = []
+    for name in names:
+        if resolve_modality(name, stored) is not None:
+            continue
+        modality = config.modalities[name]
+        fields = ("orientation", "mode", "spacing", "scaling", "background", "stride_within_seq", "stride_between_seq")
+        values = {field: getattr(modality, field) for field in fields[: 7 if len(modality.size) == 4 else 5]}
+        taken = ", ".join(f"{field} {value}" for field, value in values.items() if value is not None)
+        line = f"{name}: the checkpoint does not say how its volumes were prepared; taken as configured: {taken}"
+        if modality.orientation != AS_STORED:
+            line += (
+                ". The original system and SwiFT-style pipelines read the axes as stored: for weights of theirs set "
+                f"model.modalities.{name}.orientation: as_stored, or left and right may be swapped"
+            )
+        lines.append(line)
+    return tuple(lines)
 
 
 def _held(

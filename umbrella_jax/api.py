@@ -1,6 +1,7 @@
 """Weights on disk, of every kind."""
 
 import hashlib
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -59,6 +60,7 @@ from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL, Step, choose_step
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints, load_params, param_shapes, save_params
 
+_log = logging.getLogger(__name__)
 PARAMS = "params"
 """Of a native checkpoint: the orbax directory beside config.json."""
 
@@ -248,6 +250,11 @@ class Checkpoint:
             report = self._plan("float32").report
             untrained |= {name: report.started[name] for name in report.random}
         return untrained
+
+    def warn_undescribed(self) -> None:
+        """Log the modalities of a Hugging Face directory whose weights come without a record of their preprocessing."""
+        for line in self._plan("float32").report.undescribed if self.kind == "hf" else ():
+            _log.warning("%s: %s", self.path, line)
 
     def untrained_after(self, trained: Collection[str]) -> dict[str, str]:
         """Return those of `untrained` of which nothing is among the parameters `trained`."""
@@ -646,6 +653,7 @@ def load_opened(
     quantized: Literal["int8", "fp8"] | None = None,
 ) -> Llava:
     """Return the model of an opened checkpoint on the first device; arguments as of `load`."""
+    checkpoint.warn_undescribed()
     config = checkpoint.config.with_attention(attention, native_backend(jax.devices()[0]))
     params = checkpoint.params(dtype)
     return merge(abstract_params(config)[0], quantize(params, quantized) if quantized else params)

@@ -293,6 +293,8 @@ def predict(
         if faults := MeshShape(**devices.shape).undivided(checkpoint.config):
             raise ConfigError(faults)
         checkpoint.check()
+        if first:
+            checkpoint.warn_undescribed()
         if not allow_untrained:
             checkpoint = checkpoint.answering()
         processor = Processor.of(checkpoint, max_length=data.max_length)

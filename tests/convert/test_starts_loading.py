@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from convert.torch_model import load_umbrella
 from tests import small_run
 from tests.checkpoints import MODALITIES, write_stock, write_umbrella
 from tests.small_run import World, umbrella
-from umbrella_jax.api import Checkpoint
+from umbrella_jax.api import Checkpoint, write_native
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models import split
@@ -334,3 +335,59 @@ def test_train_moves_what_was_inflated(world: World, tmp_path: Path) -> None:
     umbrella("convert", "to-hf", tmp_path / "run", tmp_path / "part", "--trainable-only")
     (part,) = (tmp_path / "part").iterdir()
     same(split(umbrella_jax.load(world.base, patch_embed=part))[1], after)
+
+
+def test_weights_without_a_record_of_their_preprocessing_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The original system's own checkpoints: their arrays were read as stored, the default here is RAS."""
+    write_umbrella(tmp_path / "base", umbrella_config=False)
+    checkpoint = Checkpoint.open(tmp_path / "base", MODALITIES)
+    lines = [line for line in checkpoint.check() if "does not say" in line]
+    assert [line.partition(":")[0] for line in lines] == ["T1", "rsfMRI"]
+    assert lines[0] == (
+        "T1: the checkpoint does not say how its volumes were prepared; taken as configured: orientation RAS, mode "
+        "resize, scaling znorm, background auto. The original system and SwiFT-style pipelines read the axes as "
+        "stored: for weights of theirs set model.modalities.T1.orientation: as_stored, or left and right may be swapped"
+    )
+    assert lines[1].count("stride_between_seq 1.0. The original system") == 1
+    with caplog.at_level(logging.WARNING):
+        umbrella_jax.load(tmp_path / "base", modalities=MODALITIES)
+    assert [f"{tmp_path / 'base'}: {line}" for line in lines] == caplog.messages
+
+    stored = {name: replace(modality, orientation="as_stored") for name, modality in MODALITIES.items()}
+    original = Checkpoint.open(tmp_path / "base", stored)
+    assert not any("left and right may be swapped" in line for line in original.check())
+    write_native(original, tmp_path / "native")
+    native = Checkpoint.open(tmp_path / "native")
+    assert dict(native.config.modalities) == stored
+    assert native.check() == []
+    with pytest.raises(ConfigError) as error:
+        Checkpoint.open(tmp_path / "native", MODALITIES)
+    assert error.value.faults == tuple(
+        f"{tmp_path / 'native' / 'umbrella_config.json'}: {name}.orientation: as_stored in the checkpoint, RAS as "
+        f"configured; set model.modalities.{name}.orientation: as_stored, which these weights were trained on"
+        for name in MODALITIES
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("T1", "orientation", "LAS"),
+        ("T1", "scaling", "minmax"),
+        ("T1", "mode", "pad"),
+        ("rsfMRI", "background", "lowest"),
+        ("rsfMRI", "stride_within_seq", 2),
+        ("rsfMRI", "stride_between_seq", 0.5),
+    ],
+)
+def test_weights_are_not_used_with_other_preprocessing(tmp_path: Path, name: str, field: str, value: Any) -> None:
+    """Each field that a patch embedding's meaning depends on; names of data files (`aliases`) are none."""
+    write_umbrella(tmp_path)
+    changed = MODALITIES | {name: replace(MODALITIES[name], **{field: value})}
+    with pytest.raises(
+        ConfigError, match=f"{name}.{field}: .* in the checkpoint, {value} as configured; set model.mod"
+    ):
+        Checkpoint.open(tmp_path, changed)
+    Checkpoint.open(tmp_path, MODALITIES | {"T1": replace(MODALITIES["T1"], aliases=("dMRI",))})
