@@ -1,5 +1,6 @@
 """Two real processes on this machine are one run: its numbers, its files, its voice."""
 
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,9 +23,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests import small_run
 from tests.small_run import World, assert_close, latest, numbers, read_lines, trained, umbrella
+from umbrella_jax import distributed
 from umbrella_jax.api import Checkpoint
 from umbrella_jax.data.inputs import changed
 from umbrella_jax.distributed import _local_devices, _peers, broadcast, gather, start, together
@@ -269,10 +274,11 @@ def test_each_process_reads_its_own_part(records: list[dict[str, Any]], world: W
         }
         for record in records
     ]
-    # every process checks every file; the first reads each once more, for what a resumed run compares
-    assert opened[0]["check"] == opened[1]["check"] + Counter(scans)
+    # every process checks every file, and reads each once more, for what processes and a resumed run compare
+    assert opened[0]["check"] == opened[1]["check"]
     assert opened[1]["check"].keys() == scans
-    once = min(opened[1]["check"].values())  # some are shown by the evaluation data too
+    # some are shown by the evaluation data too; less the check to its end and the hash
+    once = min(opened[1]["check"].values()) - 2
     for own in (o["train"] for o in opened):
         assert own.total() == STEPS * 3 * once
         assert max(own.values()) <= STEPS * once
@@ -371,6 +377,102 @@ def test_two_processes_predict_as_one(pair: Two, run: Path, world: World) -> Non
         ours.pop("likelihoods")
         assert ours == theirs
     assert [code for code, *_ in pair(out, *words)] == [2, 2]
+
+
+class Recorded(Exception):
+    """Ends a run as soon as it is known what its processes would compare."""
+
+
+def compared(monkeypatch: pytest.MonkeyPatch, world: World, *flags: object) -> dict[str, list[tuple[str, Any]]]:
+    """What a process of this run hands to `check_same`: first its settings, then what it has read."""
+    found: list[list[tuple[str, Any]]] = []
+
+    def record(facts: Sequence[tuple[str, Any]], remedy: str) -> None:
+        found.append(list(facts))
+        if len(found) == 2:
+            raise Recorded
+
+    monkeypatch.setattr("umbrella_jax.run.preparation.check_same", record)
+    with pytest.raises(Recorded):
+        umbrella(*world.train_flags(world.root / "never", *FLAGS, "--eval-data", world.eval, *flags))
+    return dict(zip(("settings", "contents"), found, strict=True))
+
+
+def differences(monkeypatch: pytest.MonkeyPatch, first: list[Any], second: list[Any]) -> tuple[str, ...]:
+    """What `check_same` refuses on the second of two processes, as if they were there."""
+    digest = hashlib.sha256(json.dumps([value for _, value in first]).encode()).hexdigest()
+    monkeypatch.setattr(distributed, "alone", lambda: False)
+    monkeypatch.setattr(distributed, "gather", lambda value: [digest, value])
+    monkeypatch.setattr(distributed, "broadcast", lambda value: json.loads(json.dumps([first, "node1"])))
+    monkeypatch.setattr(distributed, "together", nullcontext)
+    monkeypatch.setattr(socket, "gethostname", lambda: "node2")
+    try:
+        distributed.check_same(second, "mend it")
+    except ConfigError as error:
+        return error.faults
+    return ()
+
+
+@pytest.fixture(scope="module")
+def facts(world: World) -> dict[str, list[tuple[str, Any]]]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return compared(monkeypatch, world)
+
+
+@pytest.mark.parametrize("what", ["answers", "order", "volume", "weights", "run.yaml", "nothing"])
+def test_what_one_host_sees_otherwise_is_named(
+    world: World, facts: dict[str, list[tuple[str, Any]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str
+) -> None:
+    """Each of these was trained on; now the host and the file or setting are named. Paths may differ."""
+    shutil.copytree(world.base, tmp_path / "base")
+    shutil.copytree(world.root / "scans", tmp_path / "scans")
+    flags: list[object] = ["--image-root", tmp_path / "scans"]
+    expected = "{}: other contents on node2 than on node1 (process 0); mend it"
+    other = replace(world, base=tmp_path / "base")
+    content = world.train.read_bytes()
+    if what in ("answers", "order"):
+        records = json.loads(content)
+        text = json.dumps(records[::-1] if what == "order" else records)
+        world.train.write_text(text.replace("left.", "Left.") if what == "answers" else text)
+        expected = expected.format(world.train)
+    elif what == "volume":
+        file = small_run.write_volume(tmp_path / "scans" / "2.nii.gz", small_run.VOLUME_SHAPES["T1"], seed=98)
+        expected = expected.format(file)
+    elif what == "weights":
+        file = other.base / "model.safetensors"
+        tensors = load_file(file)
+        save_file({name: tensor * np.float32(1.5) for name, tensor in tensors.items()}, file, {"format": "pt"})
+        expected = expected.format(f"{other.base}: weights")
+    elif what == "run.yaml":
+        settings = small_run.read_config(world.config)
+        settings["train"]["clip_norm"] = 0.5
+        other = replace(other, config=small_run.write_config(tmp_path / "run.yaml", settings))
+        expected = "train.clip_norm: 0.5 on node2, 1.0 on node1 (process 0); mend it"
+    try:
+        found = compared(monkeypatch, other, *flags)
+    finally:
+        world.train.write_bytes(content)
+    kind = "settings" if what == "run.yaml" else "contents"
+    faults = differences(monkeypatch, facts[kind], found[kind])
+    if what == "nothing":
+        assert faults == differences(monkeypatch, facts["settings"], found["settings"]) == ()
+    else:
+        assert expected in faults
+        assert len(faults) <= 6  # tokens' ids, and the order of volumes, follow from conversations
+
+
+def test_two_processes_that_read_other_scans_are_refused(pair: Two, world: World, tmp_path: Path) -> None:
+    """Before a step, and by the host's name: both are this one."""
+    shutil.copytree(world.root / "scans", tmp_path / "scans")
+    file = small_run.write_volume(tmp_path / "scans" / "2.nii.gz", small_run.VOLUME_SHAPES["T1"], seed=98)
+    words = world.train_flags(tmp_path / "run", *FLAGS)
+    (code, out, error), (second, _, silent) = pair(
+        tmp_path / "record", *words, second=["--image-root", tmp_path / "scans"]
+    )
+    host = socket.gethostname()
+    assert (code, second, silent) == (2, 2, "")
+    assert f"process 1: {file}: other contents on {host} than on {host} (process 0); copy it again" in error
+    assert "step 1" not in out
 
 
 def test_what_one_does_not_see_is_told_where_the_base_is_a_run(pair: Two, run: Path, world: World) -> None:

@@ -1,10 +1,12 @@
 """Several processes as one run: how they find each other, and how they agree."""
 
+import hashlib
 import json
 import os
+import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event, Thread
 from typing import Any
@@ -17,6 +19,8 @@ from umbrella_jax.errors import ConfigError, Interrupted, RunError, UmbrellaErro
 
 _QUIET = 10
 """Seconds of waiting for the others before a process says so."""
+SHA256 = "sha256:"
+"""Prefix of the values of `check_same` that stand for contents."""
 _GONE = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
 """Of these words one is in what jax raises where another process no longer answers. Where process 0 is gone it may be
 first, and end this one with "another task died"."""
@@ -175,6 +179,43 @@ def broadcast(value: Any) -> Any:
 def agree(value: int) -> int:
     """The largest `value`, an int32, of all processes. One exchange, made for every step."""
     return value if alone() else int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
+def check_same(facts: Sequence[tuple[str, Any]], remedy: str) -> None:
+    """Check that all processes of a run were given the same. All must call it, at the same point of the program.
+
+    Args:
+        facts: (name, value) of what this process was told or has read, values being whatever JSON holds. Names may
+            differ between hosts, as paths do. A value that begins with `SHA256` is not shown.
+        remedy: what to do about a difference.
+
+    Raises:
+        ConfigError: with each difference from process 0, by process, host and name; as `together`.
+    """
+    if alone():
+        return
+    values = json.dumps([value for _, value in facts])
+    if len(set(gather(hashlib.sha256(values.encode()).hexdigest()))) == 1:
+        return
+    host = socket.gethostname()
+    theirs, first = broadcast([facts, host])
+    with together():
+        faults = []
+        if len(theirs) == len(facts):
+            for (name, value), (_, expected) in zip(json.loads(json.dumps(facts)), theirs, strict=True):
+                if str(value).startswith(SHA256) and value != expected:
+                    faults.append(f"{name}: other contents on {host} than on {first} (process 0); {remedy}")
+                elif value != expected:
+                    faults.append(f"{name}: {value} on {host}, {expected} on {first} (process 0); {remedy}")
+        else:
+            ours, others = ({name for name, _ in each} for each in (facts, theirs))
+            faults += [
+                f"{name}: on {host} only, not on {first} (process 0); {remedy}" for name in sorted(ours - others)
+            ]
+            faults += [f"{name}: on {first} (process 0), not on {host}; {remedy}" for name in sorted(others - ours)]
+            faults = faults or [f"{len(facts)} inputs on {host}, {len(theirs)} on {first} (process 0); {remedy}"]
+        if faults:
+            raise ConfigError(faults)
 
 
 @contextmanager

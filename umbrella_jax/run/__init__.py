@@ -89,7 +89,7 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) -> 
     """
     first = jax.process_index() == 0
     with ExitStack() as held:
-        meet()
+        meet(config, resume=resume)
         with together():
             out, mesh = check(config)
             out.mkdir(parents=True, exist_ok=True)

@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 
 from convert.tensor import Tensor, place
 from umbrella_jax.api import Checkpoint, open_base
-from umbrella_jax.config import RunConfig, to_dict
+from umbrella_jax.config import RunConfig, flat, to_dict
 from umbrella_jax.data.inputs import Inputs, digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, make_plan
 from umbrella_jax.data.plan import Plan
 from umbrella_jax.data.validate import shared
-from umbrella_jax.distributed import broadcast, together
+from umbrella_jax.distributed import SHA256, check_same, together
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.evaluation.metrics import Task, metric_names, tasks_of
 from umbrella_jax.files import check_output, check_run_name
@@ -114,7 +114,6 @@ def check(config: RunConfig) -> tuple[Path, Mesh]:
 
 def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
     """Reads and checks all that a run takes, puts the weights on their devices, and says what will be done."""
-    first = jax.process_index() == 0
     with together():
         lines = read_metrics(out / METRICS)
         base = open_base(config)
@@ -132,10 +131,14 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
         _check_length(config, len(train_set))
         evaluated = _evaluated(config, datasets.get("eval"), processor)
     with together():
-        # by the first alone, since they read the whole base, and all volumes; but for a run orbax lets all meet: so
-        # none may have found a fault before
-        identity = base.identity if first or base.kind == "run" else None
-        mine = (identity, read_inputs(config.data, datasets)) if first else None
+        # in a block of its own, since orbax lets all processes meet for the identity of a run: none may have found a
+        # fault before
+        fingerprint, inputs = base.identity, read_inputs(config.data, datasets)
+    architecture = {"vision": asdict(base.config.vision), "text": asdict(base.config.text)}
+    facts = [(f"{base.path}: config.json: {key}", value) for key, value in flat(architecture).items()]
+    facts.append((f"{base.path}: weights", SHA256 + fingerprint))
+    facts += [(name, SHA256 + digest) for files in inputs.values() for name, digest in files]
+    check_same(facts, "copy it again: every host must read the same")
     for line in [*said_of(base), *found, freeze.summary(shapes, labels)]:
         say(line)
     if both := shared(datasets):
@@ -165,7 +168,6 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
     optimizer = make_optimizer(config.train, schedule, labels)
     state = init_state(freeze.as_trainable(trainable), optimizer)
     state = jax.device_put(state, shardings(state, mesh))
-    fingerprint, inputs = broadcast(mine)
     sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     say(f"{len(train_set)} conversations, {steps} steps, into {out}")
     if config.train.warmup_steps >= steps:
@@ -194,7 +196,7 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
         meta={
             "config": to_dict(config),
             "base_fingerprint": fingerprint,
-            "architecture": {"vision": asdict(base.config.vision), "text": asdict(base.config.text)},
+            "architecture": architecture,
             "inputs": digest_of(inputs),
             "frozen_types": sorted({leaf.dtype.name for leaf in frozen.values()}),
             "versions": versions(),
@@ -234,10 +236,15 @@ def _evaluated(config: RunConfig, dataset: Dataset | None, processor: Processor)
     return found
 
 
-def meet() -> None:
-    """The first meeting, for which jax waits half a minute at most: before some read longer than others."""
-    with together():
-        pass
+LOCAL = ("model.base", "data.image_root", "data.cache", "data.threads")
+"""Settings that may differ between hosts: where each reads from, not what."""
+
+
+def meet(config: RunConfig, *, resume: bool) -> None:
+    """Meet for the first time, and compare settings and versions; jax waits for the others half a minute at most, so
+    this comes before some read longer than others. Raises ConfigError as `check_same`."""
+    facts: list[tuple[str, Any]] = [*flat(to_dict(config)).items(), ("--resume", resume), *versions().items()]
+    check_same([fact for fact in facts if fact[0] not in LOCAL], "start every process with the same")
 
 
 def versions() -> dict[str, str]:

@@ -31,7 +31,7 @@ def rehearse(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) 
         ConfigError, DataError, CheckpointError: as `train`; and where the devices have too little memory.
     """
     say = say if jax.process_index() == 0 else nothing
-    meet()
+    meet(config, resume=resume)
     with together():
         out, mesh = check(config)
         check_out(config, out, resume)
