@@ -49,6 +49,11 @@ _ONLY: tuple[tuple[str, str, Any, Any, str], ...] = (
     ("text_config", "model_type", "llama", "qwen2", "the language model is Qwen2"),
     ("text_config", "hidden_act", "silu", "silu", "the MLP's activation is SiLU"),
     ("text_config", "use_sliding_window", False, False, "attention sees the whole text"),
+    ("text_config", "partial_rotary_factor", 1.0, 1.0, "rope turns all of a head"),
+    *(
+        (section, "quantization_config", None, None, "quantised weights cannot be read; use the original ones")
+        for section in ("vision_config", "text_config")
+    ),
 )
 LARGEST = 1 << 24
 """Of the whole numbers of config.json: sixty times the words, three hundred times the widths and above the positions of
@@ -126,18 +131,20 @@ def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _rope_theta(text: Mapping[str, Any], faults: list[str]) -> float:
     """Transformers 4 writes `rope_theta` and `rope_scaling`, 5 one `rope_parameters`; 10000 where neither is there."""
-    name = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
-    rope = text.get(name) or {}
-    if not isinstance(rope, dict):
-        faults.append(f"text_config.{name}: {rope!r} is not supported, expected an object")
-        rope = {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    others = sorted(set(rope) - {"rope_type", "type", "rope_theta"})
-    if kind != "default" or others:
-        faults.append(f"text_config.{name}: {rope!r} is not supported, expected none or rope_type 'default' alone")
-    stated = [t for t in (rope.get("rope_theta"), text.get("rope_theta")) if t is not None]
-    if len(stated) == 2 and stated[0] != stated[1]:
-        faults.append(f"text_config.rope_theta: {stated[1]}, but rope_parameters say {stated[0]}; make them agree")
+    stated = [t for t in [text.get("rope_theta")] if t is not None]
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = text.get(name) or {}
+        if not isinstance(rope, dict):
+            faults.append(f"text_config.{name}: {rope!r} is not supported, expected an object")
+            continue
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        others = sorted(set(rope) - {"rope_type", "type", "rope_theta"})
+        if kind != "default" or others:
+            faults.append(f"text_config.{name}: {rope!r} is not supported, expected none or rope_type 'default' alone")
+        theta = rope.get("rope_theta")
+        if theta is not None and stated and stated[0] != theta:
+            faults.append(f"text_config.rope_theta: {stated[0]}, but {name} says {theta}; make them agree")
+        stated += [theta] if theta is not None else []
     section = _Section("text_config.", {"rope_theta": stated[0] if stated else None}, faults)
     return section.get("rope_theta", 10000.0, float)
 
@@ -145,6 +152,18 @@ def _rope_theta(text: Mapping[str, Any], faults: list[str]) -> float:
 def _tied(raw: Mapping[str, Any]) -> bool:
     """As transformers 5 decides. 4.x asks text_config alone; what `hf_dict` writes is the same to both."""
     return bool(raw.get("tie_word_embeddings")) or bool(_section(raw, "text_config").get("tie_word_embeddings"))
+
+
+def unused_dropout(directory: str | Path) -> list[str]:
+    """Return a line for each dropout of config.json, which PyTorch applies in training and nothing does here."""
+    raw = read_json(Path(directory) / CONFIG)
+    sections = {"": raw, **{f"{name}.": _section(raw, name) for name in ("vision_config", "text_config")}}
+    return [
+        f"{Path(directory) / CONFIG}: {prefix}{key}: {value} is not applied: there is no dropout in training here"
+        for prefix, section in sections.items()
+        for key, value in section.items()
+        if "drop" in key and isinstance(value, int | float) and value > 0
+    ]
 
 
 def read_config(
@@ -213,8 +232,16 @@ def read_config(
             faults.append(f"{name}: {parts} does not divide {of} {whole}")
     if text.head_dim % 2:
         faults.append(f"text_config.head_dim: {text.head_dim} is odd, and rope turns pairs")
-    tokens = {raw[k] for k in ("image_token_index", "image_token_id") if isinstance(raw.get(k), int)} or {32000}
-    if len(tokens) > 1 or not 0 <= min(tokens) < (text.vocab_size or 2**31):
+    for place in ("", "text_config"):
+        tied = sections[place].get("tie_word_embeddings")
+        if tied is not None and not isinstance(tied, bool):
+            place = f"{place}." if place else ""
+            faults.append(f"{place}tie_word_embeddings: expected true or false, got {tied!r}")
+    stated = {k: raw[k] for k in ("image_token_index", "image_token_id") if raw.get(k) is not None}
+    odd = {k: v for k, v in stated.items() if isinstance(v, bool) or not isinstance(v, int)}
+    faults += [f"{key}: expected a whole number, got {value!r}" for key, value in odd.items()]
+    tokens = {*({} if odd else stated).values()} or {32000}
+    if not odd and (len(tokens) > 1 or not 0 <= min(tokens) < (text.vocab_size or 2**31)):
         faults.append(f"image_token_index: {sorted(tokens)}, expected one id below vocab_size {text.vocab_size}")
     if faults:
         raise CheckpointError([f"{directory / CONFIG}: {fault}" for fault in faults])

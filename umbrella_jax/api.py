@@ -23,6 +23,7 @@ from convert.hf_config import (
     read_json,
     stored_template,
     stored_untrained,
+    unused_dropout,
     write_config,
 )
 from convert.rules import modality_of
@@ -292,7 +293,7 @@ class Checkpoint:
         if self.kind == "run" and self.step is None:
             raise CheckpointError(f"{self.path}: the run has no checkpoint yet; train it first")
         if self.kind == "hf":
-            return self._plan(dtype).report.lines()
+            return [*unused_dropout(self.path), *self._plan(dtype).report.lines()]
         if self.kind == "native":
             expected = {path: leaf.shape for path, leaf in abstract_params(self.config)[1].items()}
             found = {path: leaf.shape for path, leaf in param_shapes(self.path / PARAMS).items()}
@@ -304,6 +305,7 @@ class Checkpoint:
             ]
             if faults:
                 raise CheckpointError(faults)
+            return unused_dropout(self.path)
         return []
 
     def tensors(self, dtype: str = "auto") -> dict[str, Tensor]:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from convert.hf_config import hf_dict, read_config, write_config
+from convert.hf_config import hf_dict, read_config, unused_dropout, write_config
 from convert.model_card import model_card
+from convert.verify import compare_reading
 from tests.checkpoints import MODALITIES, make_model
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.errors import CheckpointError, ConfigError
@@ -148,12 +149,58 @@ def test_tied_is_what_transformers_5_takes_it_to_be(tmp_path, top, text, tied):
         ("text__num_hidden_layers", 0),
         ("text__vocab_size", "331"),
         ("image_token_index", 331),
+        ("image_token_index", "320"),
+        ("image_token_index", 320.0),
+        ("image_token_index", True),
+        ("image_token_id", "320"),
+        ("tie_word_embeddings", "false"),
+        ("tie_word_embeddings", 1),
+        ("text__tie_word_embeddings", "true"),
+        ("text__quantization_config", {"quant_method": "gptq"}),
+        ("vision__quantization_config", {"quant_method": "bitsandbytes"}),
+        ("text__partial_rotary_factor", 0.5),
+        ("text__vocab_size", 331.0),
+        ("text__hidden_size", True),
+        ("vision_feature_layer", [-1]),
+        ("vision_feature_layer", "-1"),
+        ("vision_feature_layer", None),
+        ("text__use_sliding_window", "false"),
+        ("text__rope_scaling", {"rope_type": "default", "rope_theta": 5.0}),
     ],
 )
 def test_refused_by_name(tmp_path, field, value):
     message = refused(tmp_path, changed(**{field: value}))
     assert str(tmp_path / "config.json") in message
-    assert field.removeprefix("text__").removeprefix("vision__").removesuffix("_parameters") in message
+    key = field.removeprefix("text__").removeprefix("vision__").removesuffix("_parameters")
+    assert key.replace("rope_scaling", "rope_") in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("quantization_config", None),
+        ("text__quantization_config", None),
+        ("text__rope_scaling", None),
+        ("text__layer_types", None),
+        ("text__sliding_window", 4096),  # which use_sliding_window, absent or false, leaves unused
+        ("text__num_key_value_heads", 6),
+        ("text__rope_scaling", {"rope_type": "default"}),
+    ],
+)
+def test_null_and_unused_values_mean_nothing(tmp_path, field, value):
+    raw = changed(**{field: value})
+    config = read_config(put(tmp_path, raw), MODALITIES)
+    assert config.text.rope_theta == 1e6
+    assert compare_reading(tmp_path, config, grown=False) == []
+
+
+def test_dropout_is_said(tmp_path):
+    raw = changed(text__attention_dropout=0.1, vision__attention_dropout=0.0, text__resid_pdrop=1)
+    read_config(put(tmp_path, raw), MODALITIES)
+    assert unused_dropout(tmp_path) == [
+        f"{tmp_path / 'config.json'}: text_config.{key} is not applied: there is no dropout in training here"
+        for key in ("attention_dropout: 0.1", "resid_pdrop: 1")
+    ]
 
 
 def test_refused_together(tmp_path):
@@ -165,7 +212,7 @@ def test_refused_together(tmp_path):
 def test_two_values_of_one_thing(tmp_path):
     raw = changed(text__rope_parameters={"rope_type": "default", "rope_theta": 5.0}, image_token_id=5)
     message = refused(tmp_path, raw)
-    assert "rope_theta: 1000000.0, but rope_parameters say 5.0" in message
+    assert "rope_theta: 1000000.0, but rope_parameters says 5.0" in message
     assert "image_token_index: [5, 320]" in message
 
 

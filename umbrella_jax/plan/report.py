@@ -266,7 +266,11 @@ def stored_dtype(config: ModelConfig, config_json: Path) -> str:
     if config.frozen_dtype != "auto":
         return config.frozen_dtype
     raw = read_json(config_json, CheckpointError, "give the whole folder of a LLaVA in Hugging Face format")
-    found = (raw.get("torch_dtype") or raw.get("dtype") or "float32") if isinstance(raw, dict) else raw
+    found = raw
+    if isinstance(raw, dict):
+        sections = [raw, *(raw[name] for name in ("text_config",) if isinstance(raw.get(name), dict))]
+        stated = (section.get(key) for section in sections for key in ("torch_dtype", "dtype"))
+        found = next((dtype for dtype in stated if dtype), "float32")
     if found not in _STORED:
         raise CheckpointError(f"{config_json}: dtype: expected one of {', '.join(_STORED)}, got {found!r}")
     return found
