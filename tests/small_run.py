@@ -99,7 +99,7 @@ def make_world(root: Path, **config: Any) -> World:
     write_json(world.eval, [one(1, "eval-one"), two(2, 0, "eval-two"), run(3, "eval-run")])
     settings: dict[str, Any] = {
         "model": {"modalities": MODALITIES, "remat": "none"},
-        "data": {"image_root": str(root / "scans"), "threads": 2},
+        "data": {"image_root": str(root / "scans"), "threads": 2, "allow_overlap": True},
         "train": {"batch_size": BATCH_SIZE, "learning_rate": 1e-2, "warmup_steps": 2, "max_new_tokens": 4},
         "seed": 0,
     }

@@ -255,6 +255,30 @@ def test_what_trains(refused: Refused, world: World, groups: str, expected: str)
         assert expected in message
 
 
+def test_what_is_in_train_and_in_eval_is_refused(
+    refused: Refused, world: World, events: list[str], data: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Subjects by their names, scans by their files; allowed by name only."""
+    settings = read_config(world.config)
+    del settings["data"]["allow_overlap"]
+    config = small_run.write_config(tmp_path / "strict.yaml", settings)
+
+    def change(records: list[Record]) -> None:
+        del records[1:]
+        records[0]["metadata"] = {"subject_id": "sub-01"}
+
+    scans = world.root / "scans"
+    message = refused("--config", config, "--eval-data", world.eval)
+    assert "data.train, data.eval: 0 subjects and 3 scans are in train and in eval: " in message
+    assert all(f"{scans / name}" in message for name in ("1.nii.gz", "0.nii.gz", "2.nii.gz"))
+    assert "evaluate on other subjects, or allow it: data.allow_overlap: true (--allow-overlap)" in message
+    same = data(change)
+    message = refused("--config", config, "--train-data", same, "--eval-data", same)
+    assert f"1 subject and 1 scan are in train and in eval: subject 01, {scans / '0.nii.gz'};" in message
+    with pytest.raises(WorkStarted):
+        umbrella(*world.train_flags(tmp_path / "out", "--config", config, "--eval-data", world.eval, "--allow-overlap"))
+
+
 def test_faults_of_both_sets_come_together(refused: Refused, world: World, tmp_path: Path) -> None:
     files = [tmp_path / "train.json", tmp_path / "eval.json"]
     for file, name in zip(files, ("nan", "page"), strict=True):

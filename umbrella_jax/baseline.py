@@ -23,7 +23,7 @@ from umbrella_jax.api import Checkpoint, open_base, same_template
 from umbrella_jax.config import RunConfig, TaskConfig
 from umbrella_jax.data.conversation import Conversation, Image
 from umbrella_jax.data.loader import Dataset, prefetch
-from umbrella_jax.data.validate import shared
+from umbrella_jax.data.validate import check_overlap
 from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError
 from umbrella_jax.evaluation.answers import normalise, parse_number, same_unit
 from umbrella_jax.evaluation.cnn import BATCH, EPOCHS, WIDTHS, Scans, Stream, channels, fit
@@ -70,7 +70,6 @@ def baseline(
     only: Kind | None = None,
     epochs: int = EPOCHS,
     width: float = 1.0,
-    allow_overlap: bool = False,
 ) -> Baselines:
     """Trains baselines for every task of `data.eval` whose answers are a closed set or a quantity, writes what they
     answer to `out`/baseline/cnn.jsonl and probe.jsonl, rows as a run's predictions, and scores it beside a model's.
@@ -85,7 +84,6 @@ def baseline(
         only: one of the two.
         epochs: of the network.
         width: of the network, as a share of its published channels.
-        allow_overlap: what train and eval share is told, not refused.
 
     Raises:
         ConfigError, DataError, CheckpointError: with every fault found, before anything is computed.
@@ -99,13 +97,11 @@ def baseline(
     processor = Processor.of(checkpoint, template=data.template, max_length=data.max_length)
     train, evaluation = processor.datasets(data).values()
     rows = blank_rows(evaluation.conversations)
-    both = shared({"train": train, "eval": evaluation})
-    if both and not allow_overlap:
-        raise DataError(both)
+    overlap = check_overlap({"train": train, "eval": evaluation}, allowed=data.allow_overlap)
     problems, notes = _problems(train, evaluation, config.evaluation.tasks)
     tasks = {problem.name: problem.task for problem in problems}
-    if both:
-        notes = [f"{len(both)} subjects and scans are both in train and in eval (--allow-overlap).", *notes]
+    if overlap:
+        notes = [f"{overlap}.", *notes]
     columns: dict[str, list[Row]] = {}
     given = predictions if run is None else evaluations(Path(run)).get(checkpoint.step or 0)
     if given is not None:

@@ -337,6 +337,9 @@ class DataConfig:
     """Where relative image paths start; default the folder of the conversation file."""
     allow_outside_root: bool = False
     """Take relative image paths that lead out of it (`../`); absolute ones are always taken."""
+    allow_overlap: bool = False
+    """Take subjects and scans that are in `train` and in `eval`, with a warning; otherwise they are refused, since the
+    model may remember them."""
     modality: str | None = None
     """Keep only conversations whose images are all of this modality."""
     task_filter: str | None = None

@@ -163,7 +163,7 @@ def test_a_subject_in_train_and_eval(config, ask, nifti, write_json, train, eval
     if subject:
         (fault,) = found(report, "fault")
         assert fault.reason.startswith(f"in train ({paths[0]}[0] (train)) and in eval ({paths[1]}[0] (eval)); ")
-        allowed = validate(config(*paths), allow_overlap=True)
+        allowed = validate(config(*paths, allow_overlap=True))
         assert allowed.ok
         assert [f.place for f in found(allowed, "warning", "overlap")] == [f"subject {subject}"]
 
@@ -605,7 +605,7 @@ def test_planes_are_to_scale(nifti, orientation):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return small_run.make_world(tmp_path_factory.mktemp("world"))
+    return small_run.make_world(tmp_path_factory.mktemp("world"), data={"allow_overlap": False})
 
 
 @pytest.fixture

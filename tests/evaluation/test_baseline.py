@@ -468,7 +468,7 @@ def another_kind(train: list[Any], evaluation: list[Any]) -> None:
     ("edit", "message"),
     [
         (blank, "has a reference"),
-        (both_have_a_subject, "subject s0: in train"),
+        (both_have_a_subject, "data.train, data.eval: 1 subject and 1 scan are in train and in eval: subject s0, "),
         (open_answers, "words: no baseline, since its answers are open"),
         (nothing_to_learn_from, "side: no baseline, since train has no conversation of it"),
         (one_answer, "every answer of train is left"),
@@ -524,4 +524,4 @@ def test_a_subject_in_both_is_told_where_that_is_allowed(world: World, tmp_path:
     other = edited(world, tmp_path, both_have_a_subject)
     flags = ["--allow-overlap", "--only", "probe", "--task-filter", "side"]
     said = umbrella(*other.command(tmp_path / "out", *flags))
-    assert "2 subjects and scans are both in train and in eval" in " ".join(said.split())
+    assert "1 subject and 1 scan are in train and in eval: subject s0, " in " ".join(said.split())

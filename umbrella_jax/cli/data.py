@@ -116,7 +116,6 @@ def _validate(arguments: argparse.Namespace) -> int:
         config,
         lambda: local_tokenizer(config),
         lambda conversations: tasks_of(blank_rows(conversations), config.evaluation.tasks),
-        allow_overlap=arguments.allow_overlap,
     )
     if page:
         sample = 24 if arguments.samples is None else arguments.samples

@@ -155,8 +155,10 @@ def config_of(arguments: argparse.Namespace) -> RunConfig:
     flags = {key: values[key][1] for key in overrides}
     if mesh := overrides.get("mesh"):
         overrides["mesh"] = parse_mesh(mesh)
-    if getattr(arguments, "no_wandb", False):
-        overrides["train.wandb"], flags["train.wandb"] = False, "--no-wandb"
+    switches = {"no_wandb": ("train.wandb", False), "allow_overlap": ("data.allow_overlap", True)}
+    for name, (key, value) in switches.items():
+        if getattr(arguments, name, False):
+            overrides[key], flags[key] = value, f"--{name.replace('_', '-')}"
     for text in arguments.set:
         key, equals, value = text.partition("=")
         if not equals:
@@ -220,7 +222,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def add_overlap(parser: argparse.ArgumentParser) -> None:
+def add_overlap(parser: Any) -> None:
     """Add --allow-overlap."""
-    text = "allow subjects that are in train and in eval"
+    text = "allow train data in eval [data.allow_overlap]"
     parser.add_argument("--allow-overlap", action="store_true", help=text)

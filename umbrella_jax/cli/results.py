@@ -164,6 +164,5 @@ def _baseline(arguments: argparse.Namespace) -> None:
         only=arguments.only,
         epochs=arguments.cnn_epochs,
         width=arguments.cnn_width,
-        allow_overlap=arguments.allow_overlap,
     )
     print(found.table())

@@ -9,6 +9,7 @@ from umbrella_jax.cli.options import (
     add_command,
     add_config,
     add_json,
+    add_overlap,
     config_of,
     start_processes,
 )
@@ -26,7 +27,9 @@ def add(commands: Any) -> None:
         "    --eval-data eval.json --out runs/sex",
     )
     of_run = ("--out", "--batch-size", "--mesh", "--learning-rate", "--epochs", "--on-nonfinite")
-    run = add_config(train, ["--base", *DATA_FLAGS, "--cache", *of_run])["run"]
+    groups = add_config(train, ["--base", *DATA_FLAGS, "--cache", *of_run])
+    add_overlap(groups["model and data"])
+    run = groups["run"]
     run.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     run.add_argument("--dry-run", action="store_true", help="check, compile and report memory; do not train")
     run.add_argument("--no-wandb", action="store_true", help="disable Weights & Biases [train.wandb]")

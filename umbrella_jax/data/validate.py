@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
+from umbrella_jax.columns import plural
 from umbrella_jax.config import MAX_CLASSES, RunConfig
 from umbrella_jax.data.augment import check_axes
 from umbrella_jax.data.background import Remark, by_modality, contradiction, decision, mixture
@@ -35,8 +36,6 @@ def validate(
     config: RunConfig,
     tokenizer: Callable[[], Any | None] = lambda: None,
     scored: Callable[[Sequence[Conversation]], object] = lambda conversations: None,
-    *,
-    allow_overlap: bool = False,
 ) -> Report:
     """Reads all conversations and volumes of a run, train and eval, and goes on after every fault.
 
@@ -44,7 +43,6 @@ def validate(
         tokenizer: makes the base's; None where there is none at hand, and an UmbrellaError is a fault like others.
         scored: is shown the evaluation data, if they have no other fault; an UmbrellaError of it says which answers
             cannot be scored.
-        allow_overlap: a subject or a volume in train and in eval is a warning instead of a fault.
 
     Raises:
         ConfigError: neither data.train nor data.eval is named.
@@ -90,7 +88,7 @@ def validate(
     for name, s in sets.items():
         if nameless := sum(not c.subjects for c in s.conversations):
             unchecked(s.path, f"{nameless} of {len(s.conversations)} conversations name no subject", name)
-    findings += overlaps(sets, volumes, "warning" if allow_overlap else "fault")
+    findings += overlaps(sets, volumes, "warning" if config.data.allow_overlap else "fault")
     findings += _duplicates(volumes)
     findings += _contradictions(sets, volumes)
     findings += _answer_findings(sets)
@@ -241,7 +239,7 @@ def read_contents(path: Path) -> Contents:
 
 
 def overlaps(sets: Mapping[str, Set], volumes: Sequence[Volume], severity: Severity) -> Iterator[Finding]:
-    """What train and eval share: answers about it may be remembered instead of seen."""
+    """Find what train and eval share: the model may be memorising it."""
     if len(sets) < 2:
         return
     expected = "expected other subjects to evaluate on than to train on, or --allow-overlap"
@@ -266,15 +264,34 @@ def overlaps(sets: Mapping[str, Set], volumes: Sequence[Volume], severity: Sever
             yield Finding(severity, "overlap", SETS, first, f"in train and in eval{known}; {expected}")
 
 
-def shared(datasets: Mapping[str, Dataset]) -> list[str]:
-    """What train and eval share by name, a line each; what else they share, voxels say, which are not looked at."""
+def check_overlap(datasets: Mapping[str, Dataset], *, allowed: bool) -> str | None:
+    """Look for subjects and scans, by name, that are in train and in eval (`validate` also compares voxels).
+
+    Returns:
+        A warning that counts and names them, None if there are none.
+
+    Raises:
+        DataError: there are some, and they are not `allowed`.
+    """
     sets = {name: Set("", of.conversations, {}) for name, of in datasets.items()}
     within: dict[tuple[Path, str], list[str]] = defaultdict(list)
     for name, of in datasets.items():
         for image in of.windows:
             within[image.path, image.modality].append(name)
     volumes = [Volume(*place, tuple(names), 1, None) for place, names in within.items()]
-    return [f"{finding.place}: {finding.reason}" for finding in overlaps(sets, volumes, "fault")]
+    places = [finding.place for finding in overlaps(sets, volumes, "fault")]
+    if not places:
+        return None
+    subjects = sum(place.startswith("subject ") for place in places)
+    counts = f"{plural(subjects, 'subject')} and {plural(len(places) - subjects, 'scan')}"
+    more = f" and {len(places) - _TOLD} more" if len(places) > _TOLD else ""
+    found = f"{counts} are in train and in eval: {', '.join(places[:_TOLD])}{more}"
+    if allowed:
+        return f"{found}; the model may be memorising them (data.allow_overlap)"
+    raise DataError(
+        f"data.train, data.eval: {found}; evaluate on other subjects, or allow it: data.allow_overlap: true "
+        "(--allow-overlap)"
+    )
 
 
 def _same(volumes: Iterable[Volume]) -> Iterable[list[Volume]]:

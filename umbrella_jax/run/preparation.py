@@ -18,7 +18,7 @@ from umbrella_jax.config import RunConfig, flat, to_dict
 from umbrella_jax.data.inputs import Inputs, digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, make_plan
 from umbrella_jax.data.plan import Plan
-from umbrella_jax.data.validate import shared
+from umbrella_jax.data.validate import check_overlap
 from umbrella_jax.distributed import SHA256, check_same, together
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.evaluation.metrics import Task, metric_names, tasks_of
@@ -128,6 +128,7 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
         processor = Processor(base.tokenizer(), base.config.modalities, **options)
         datasets = processor.datasets(config.data, augment=True)
         train_set = datasets["train"]
+        overlap = check_overlap(datasets, allowed=config.data.allow_overlap)
         _check_length(config, len(train_set))
         evaluated = _evaluated(config, datasets.get("eval"), processor)
     with together():
@@ -141,9 +142,8 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
     check_same(facts, "copy it again: every host must read the same")
     for line in [*said_of(base), *found, freeze.summary(shapes, labels)]:
         say(line)
-    if both := shared(datasets):
-        told = "answers may be remembered, not seen (`umbrella-jax data validate` names them)"
-        say(f"WARNING: {len(both)} subjects and scans are both in train and in eval: {told}")
+    if overlap:
+        say(f"WARNING: {overlap}")
 
     where = partial(param_sharding, mesh)
     adapters = lora.start(shapes, config.seed)

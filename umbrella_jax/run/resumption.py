@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "model.attention",
     "data.image_root",
     "data.allow_outside_root",
+    "data.allow_overlap",
     "data.threads",
     "data.cache",
     "mesh.data",
