@@ -201,7 +201,8 @@ def test_a_part_without_a_path_takes_it_from_the_list(record, write_json, tmp_pa
         ([("user", ["T1:x"])], {"images": []}, "images: 0 listed, 1 shown"),
         ([("user", ["T1:x"])], {"images": [{"path": "y"}]}, "image_path: x here, y in `images`"),
         ([("user", ["T1:x"])], {"images": [{"modality": "fMRI"}]}, "modality: T1 here, fMRI in `images`"),
-        ([("user", ["T1:x"])], {"images": ["x"]}, "images[0]: expected an object, got a string"),
+        ([("user", ["T1:x"])], {"images": [3]}, "images[0]: expected an object, got 3"),
+        ([("user", ["T1:x"])], {"images": ["y"]}, "image_path: x here, y in `images`; expected the same"),
         ([("user", ["x"])], {"images": "x.nii"}, "images: expected a list, got a string"),
         ([("user", ["x"])], {"metadata": [1]}, "metadata: expected an object, got a list"),
         ([("user", ["x"])], {"task_id": 7}, "task_id: expected a string, got 7"),
@@ -379,8 +380,8 @@ def test_labels_of_metadata_may_be_numbers_and_task_ids_repeat(write_json):
         (old(ASKED, conversations=[]), "conversations and conversation: given together; expected turns in one of"),
         (
             old(ASKED, images=SCANS, modality_paths={"sMRI": "x"}),
-            "images and modality_paths: given together; expected turns in one of `conversations` and `conversation`, "
-            "all {role, content} or all {from, value}, and images in one of `images`, `brain_scans` and",
+            "images and modality_paths: given together; expected turns in one of `conversations`, `conversation` and "
+            "`messages`, all {role, content} or all {from, value}, and images in one of `images`, ",
         ),
         (old(ASKED, images=[], brain_scans=SCANS), "images and brain_scans: given together"),
         (old(ASKED, brain_scans={"sMRI": "x"}), "brain_scans: expected a list, got an object"),
@@ -480,3 +481,92 @@ def test_paths_that_stay_inside_absolute_ones_and_links_are_taken(record, write_
     path = write_json("a.json", record([("user", [f"T1:{name}" for name in names])]))
     (c,) = read_conversations(path, NAMES, tmp_path / root)
     assert [i.path for i in c.images] == [tmp_path / root / name for name in names]
+
+
+# Schemas of LLaVA, TRL and OpenAI; paths of Windows
+
+
+def spoken(text):
+    return [{"from": "human", "value": text}, {"from": "gpt", "value": "left."}]
+
+
+def asked(*content):
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "left."}]}
+    return [{"role": "user", "content": list(content)}, answer]
+
+
+SIDE = {"type": "text", "text": "Side?"}
+FOREIGN = {
+    "LLaVA": {"id": "a", "image": "x.nii", "conversations": spoken("<image>\nSide?")},
+    "LLaVA, a number": {"id": 7, "image": ["x.nii"], "conversations": spoken("<image>\nSide?")},
+    "LLaVA, no marker": {"id": "a", "image": "x.nii", "conversations": spoken("Side?")},
+    "TRL": {"images": ["x.nii"], "messages": asked({"type": "image"}, SIDE)},
+    "TRL, an object": {"images": [{"path": "x.nii", "bytes": None}], "messages": asked({"type": "image"}, SIDE)},
+    "TRL, strings": {
+        "images": ["x.nii"],
+        "messages": [{"role": "user", "content": "<image>Side?"}, {"role": "assistant", "content": "left."}],
+    },
+    "Qwen": {"messages": asked({"type": "image", "image": "x.nii"}, SIDE)},
+    "Qwen, a URL of a file": {"messages": asked({"type": "image", "url": "file://TMP/x.nii"}, SIDE)},
+    "OpenAI": {"id": "a", "messages": asked({"type": "image_url", "image_url": {"url": "x.nii"}}, SIDE)},
+    "OpenAI, plain": {"id": "a", "messages": asked({"type": "image_url", "image_url": "x.nii"}, SIDE)},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_schemas_of_others(write_json, tmp_path, name):
+    record = json.loads(json.dumps(FOREIGN[name]).replace("TMP", str(tmp_path)))
+    (c,) = read_conversations(write_json("a.json", [record]), ["T1"])
+    assert c.task_id == str(record.get("id", "a.json[0]"))
+    (user, asked), (assistant, answer) = of_turns(c)
+    assert (user, assistant, answer) == ("user", "assistant", ["left."])
+    assert [text.strip() for text in asked] == ["x.nii", "Side?"]
+    assert c.images == (Image(tmp_path / "x.nii", "T1"),)
+    found = faults(write_json("a.json", [record]))  # two modalities: which one?
+    assert any("modality: missing here and in `images`; expected " in fault for fault in found)
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (
+            {"id": "a", "image": ["x", "y"], "conversations": spoken("<image> Side?")},
+            "images: 2 listed, 1 shown; expected each, in order: an image part, or <image> in the text, for each one",
+        ),
+        ({"id": "a", "image": "x", "conversations": spoken("<image> <image>?")}, "image_path: missing here and in"),
+        ({"id": "a", "image": 3, "conversations": spoken("?")}, "image: expected a list, got 3"),
+        ({"id": "a", "image": "x", "images": ["x"], "conversations": spoken("?")}, "images and image: given together"),
+        ({"id": "a", "messages": asked(SIDE), "conversations": []}, "conversations and messages: given together"),
+        (
+            {"messages": asked({"type": "image_url", "image_url": {"url": "https://example.org/x.nii"}}, SIDE)},
+            "conversations[0].content[0]: an image by its URL; expected the path of a file",
+        ),
+        (
+            {"id": "a", "prompt": asked(SIDE)[:1], "completion": asked(SIDE)[1:]},
+            "conversations: expected a list, got nothing; the keys there are id, prompt, completion, task_id; expected "
+            "turns in `conversations` or `messages`",
+        ),
+        ({"question": "?", "answer": "!"}, "the keys there are question, answer"),
+    ],
+)
+def test_what_is_wrong_in_schemas_of_others(write_json, record, expected):
+    with pytest.raises(DataError) as caught:
+        read_conversations(write_json("a.json", [record]), ["T1"])
+    assert any(expected in fault for fault in caught.value.faults), caught.value.faults
+
+
+def test_paths_of_windows(write_json, tmp_path, record):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/a\\b.nii").touch()
+    parts = ["T1:sub-01\\anat\\x.nii", "T1:odd/a\\b.nii", "T1:sub-01/anat/x.nii"]
+    (c,) = read_conversations(write_json("a.json", record([("user", parts)])), ["T1"])
+    names = [str(image.path.relative_to(tmp_path)) for image in c.images]
+    assert names == ["sub-01/anat/x.nii", "odd/a\\b.nii", "sub-01/anat/x.nii"]
+    assert c.subjects == {"01"}
+    listed = record([("user", ["T1:sub-01\\x.nii"])], images=[{"path": "sub-01/x.nii"}])
+    assert len(read_conversations(write_json("a.json", listed), ["T1"])) == 1
+    for path in ("C:\\data\\x.nii", "d:/data/x.nii", "\\\\server\\share\\x.nii"):
+        (fault,) = faults(write_json("a.json", record([("user", [f"T1:{path}"])])))
+        assert f"image_path: {path} is a path of Windows; expected one of this machine" in fault
+    (fault,) = faults(write_json("a.json", record([("user", ["T1:..\\x.nii"])])))
+    assert f"../x.nii leads out of {tmp_path}" in fault

@@ -23,6 +23,8 @@ _SUFFIXES = (".json", ".jsonl")
 _EACH = "expected a conversation, an object, in each line"
 _LIST = "expected a conversation, an object, or a list of them"
 _SPLIT = re.compile(r"(?<![a-z])(train|eval|val|dev|test|holdout)(?:ing|uation|id|idation)?(?![a-z])")
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+_WINDOWS = re.compile(r"\\|^[A-Za-z]:/")
 _SUBJECT = re.compile(r"sub-([0-9A-Za-z+]+)(?=[_.]|$)")
 
 
@@ -140,7 +142,7 @@ def scan_conversations(
         root = (file.parent if image_root is None else Path(image_root)).absolute()
         for source, record in _records(file, faults):
             found += 1
-            record, wrong = to_current(record) if isinstance(record, dict) else (record, [])
+            record, wrong = to_current(record, Path(source).name) if isinstance(record, dict) else (record, [])
             of_images, of_task = _shown_modalities(record), _tasks(record)
             shown |= of_images
             tasks |= of_task
@@ -275,11 +277,18 @@ class _Parser:
         metadata = self.field(self.record, "metadata", dict, self.place, required=False)
         self.listed = self.field(self.record, "images", list, self.place, required=False)
         turns = self.field(self.record, "conversations", list, self.place)
+        if turns is None and self.record.get("conversations") is None:
+            keys = ", ".join(list(self.record)[:20]) or "none"
+            self.faults[-1] += f"; the keys there are {keys}; expected turns in `conversations` or `messages`"
         if turns == []:
             self.fault(self.place, "conversations: expected at least one message, got none")
         messages = [self.message(turn, f"{self.place}: conversations[{i}]") for i, turn in enumerate(turns or [])]
         if self.listed is not None and len(self.listed) != self.shown:
-            self.fault(self.place, f"images: {len(self.listed)} listed, {self.shown} shown; expected each, in order")
+            shown = f"images: {len(self.listed)} listed, {self.shown} shown"
+            self.fault(
+                self.place,
+                f"{shown}; expected each, in order: an image part, or {IMAGE_MARKER} in the text, for each one",
+            )
         if self.faults:
             raise DataError(self.faults)
         subjects = self.subjects(metadata or {})
@@ -350,7 +359,10 @@ class _Parser:
             listed = {}
         self.shown += 1
         modalities = modality_names(self.modalities)
-        paths, names = [part.get("image_path"), listed.get("path")], [part.get("modality"), listed.get("modality")]
+        names = [part.get("modality"), listed.get("modality")]
+        if names == [None, None] and len(self.modalities) == 1:
+            names = list(self.modalities)  # the only one that can be meant
+        paths = [self.posix(value, place) for value in (part.get("image_path"), listed.get("path"))]
         path = self.agreed("image_path", paths, self.root.joinpath, "a path", place)
         if path and not self.allow_outside_root and (away := [p for p in paths if p and self.leads_out(p)]):
             remedy = "expected a path inside it, an absolute one, or data.allow_outside_root: true"
@@ -358,6 +370,16 @@ class _Parser:
         modality = self.agreed("modality", names, self.resolve, modalities, place)
         self.paths += [path for path in paths if isinstance(path, str)]
         return Image(path or self.root, modality or "")
+
+    def posix(self, path: Any, place: str) -> Any:
+        r"""Return a relative path that was written on Windows (`sub-01\anat`) with slashes; a file whose name really
+        has a backslash stays. Drives and shares of Windows are a fault."""
+        if not isinstance(path, str) or not _WINDOWS.search(path) or os.path.lexists(self.root / path):
+            return path
+        if _DRIVE.match(path):
+            remedy = f"expected one of this machine, relative to {self.root} with / between folders, or absolute"
+            self.fault(place, f"image_path: {path} is a path of Windows; {remedy}")
+        return path.replace("\\", "/")
 
     def leads_out(self, path: str) -> bool:
         """Whether a relative path ends outside the root, going by its words: links are not followed."""

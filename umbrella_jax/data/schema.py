@@ -1,45 +1,79 @@
-"""Older schemas of conversation files, turned into the current one, which alone is parsed.
+"""Other schemas of conversation files, turned into the current one, which is the only one that is parsed.
 
 Current: turns `{role, content}` in `conversations`; `images`, if given, lists `{path, modality}` as they are shown.
-Each function below takes one older way to say a part of that: `conversation`, `brain_scans`, `modality_paths`, and
-turns `{from, value}`.
+Older: `conversation`, `brain_scans`, `modality_paths`, and turns `{from, value}`. LLaVA's: `id`, `image`. TRL's and
+OpenAI's: `messages`, `images` as plain paths, and parts `{type: image, image: PATH}` or `{type: image_url}`.
 """
 
+import re
 from typing import Any
 
 from umbrella_jax.reading import KINDS, kind, quoted
 
 IMAGE_MARKER = "<image>"
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-_TURNS, _IMAGES = ("conversations", "conversation"), ("images", "brain_scans", "modality_paths")
+_TURNS = ("conversations", "conversation", "messages")
+_IMAGES = ("images", "brain_scans", "modality_paths", "image")
 _READ = (
-    "expected turns in one of `conversations` and `conversation`, all {role, content} or all {from, value}, and images "
-    "in one of `images`, `brain_scans` and `modality_paths`, or in the turns alone"
+    "expected turns in one of `conversations`, `conversation` and `messages`, all {role, content} or all {from, "
+    "value}, and images in one of `images`, `brain_scans`, `modality_paths` and `image`, or in the turns only"
 )
+_PATH_KEYS = ("image", "path", "url", "image_url")
+"""Keys under which others have the path of an image part, which is `image_path` here."""
+_URL = re.compile(r"(https?|s3|gs|data):", re.IGNORECASE)
 
 
-def to_current(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A record of any schema as one of the current, and the faults of its schema, to which the caller adds the place.
+def to_current(record: dict[str, Any], name: str) -> tuple[dict[str, Any], list[str]]:
+    """Return a record of any schema as one of the current, and the faults of its schema, without their place.
 
-    A field that is null counts as absent. What is faulty is carried over as far as it goes, for filters to look at.
+    A field that is null counts as absent. Faulty fields are carried over as far as possible, for filters to look at.
+    `name` becomes the task_id of a record in `messages` that has neither `task_id` nor `id`.
     """
     record = dict(record)
     faults: list[str] = []
+    if record.get("task_id") is None:
+        number = record.get("id", name if "messages" in record else None)
+        if type(number) in (int, str):
+            record["task_id"] = str(number)
     for names in (_TURNS, _IMAGES):
         given = [name for name in names if record.get(name) is not None]
         if len(given) > 1:
             faults.append(f"{' and '.join(given)}: given together; {_READ}")
         elif given and given[0] != names[0]:
             value: Any = record.pop(given[0])
+            if given[0] == "image":  # one path, or a list
+                value = [value] if isinstance(value, str | dict) else value
             expected: type = dict if given[0] == "modality_paths" else list
             if not isinstance(value, expected):
                 faults.append(f"{given[0]}: expected {KINDS[expected]}, got {kind(value)}")
             else:
                 record[names[0]] = _listed(value, faults) if expected is dict else value
-    turns = record.get("conversations")
+    turns, images = record.get("conversations"), record.get("images")
+    if isinstance(images, list):
+        record["images"] = [{"path": image} if isinstance(image, str) else image for image in images]
     if isinstance(turns, list) and not faults:
-        record["conversations"] = _turns(turns, record.get("images"), faults)
+        turns = _turns(turns, record.get("images"), faults)
+        record["conversations"] = [_with_paths(turn, f"conversations[{i}]", faults) for i, turn in enumerate(turns)]
     return record, faults
+
+
+def _with_paths(turn: Any, place: str, faults: list[str]) -> Any:
+    """Return a turn whose image parts have their paths in `image_path`."""
+    content = turn.get("content") if isinstance(turn, dict) else None
+    if not isinstance(content, list):
+        return turn
+    parts: list[Any] = []
+    for i, part in enumerate(content):
+        if isinstance(part, dict) and part.get("type") in ("image", "image_url") and part.get("image_path") is None:
+            path = next((part[key] for key in _PATH_KEYS if part.get(key) is not None), None)
+            path = path.get("url", path.get("path")) if isinstance(path, dict) else path
+            if isinstance(path, str) and _URL.match(path):
+                faults.append(f"{place}.content[{i}]: an image by its URL; expected the path of a file")
+            if isinstance(path, str):
+                path = path.removeprefix("file://")
+            part = {**part, "type": "image", "image_path": path}
+        parts.append(part)
+    return {**turn, "content": parts}
 
 
 def _listed(paths: Any, faults: list[str]) -> list[dict[str, Any]]:
