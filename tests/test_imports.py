@@ -63,7 +63,7 @@ ROOMS: dict[str, set[str]] = {
             "umbrella_jax.columns",
             "umbrella_jax.pages",
         ),
-        *("numpy", "scipy", "nibabel", "isal", "grain", "safetensors", "transformers", "tqdm", "PIL"),
+        *("numpy", "scipy", "nibabel", "isal", "threadpoolctl", "grain", "safetensors", "transformers", "tqdm", "PIL"),
     },
     "umbrella_jax/report": {
         *("umbrella_jax.api", "umbrella_jax.config", "umbrella_jax.data", "umbrella_jax.errors", "umbrella_jax.pages"),

@@ -307,12 +307,14 @@ def test_volumes_with_next_to_nothing_in_them(config, ask, record, nifti, write_
     one[0, 0, 0] = 1
     nifti("one.nii", one)
     nifti("still.nii", np.repeat(np.random.default_rng(0).uniform(1, 2, (4, 3, 5, 1)), 6, axis=3))
-    turns = [ask(f"{name}.nii") for name in ("good", "constant", "one")]
+    nifti("nearly.nii", 1e6 + np.random.default_rng(0).uniform(-0.5, 0.5, SHAPE).astype(np.float32))
+    turns = [ask(f"{name}.nii") for name in ("good", "constant", "one", "nearly")]
     turns.append(record([("user", ["fMRI:still.nii"]), ("assistant", ["yes"])]))
     report = validate(config(write_json("train.json", turns)))
     said = {f.place.rpartition("/")[2]: f.reason for f in found(report, "warning", "empty")}
     assert said == {
         "constant.nii": "every voxel is 3",
+        "nearly.nii": "nearly constant: its voxels are from 999999.5 to 1000000.5",
         "one.nii": "0.48% of its voxels are not 0",
         "still.nii": "all of its 6 frames are the same",
     }

@@ -10,12 +10,14 @@ import jax
 import nibabel as nib
 import numpy as np
 import pytest
+from threadpoolctl import ThreadpoolController
 
 import umbrella_jax.data.volume
 import umbrella_jax.data.voxels
 from umbrella_jax.config import ORIENTATIONS as ORIENTATIONS_48
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.data.conversation import Image
+from umbrella_jax.data.loader import prefetch
 from umbrella_jax.data.slices import geometry
 from umbrella_jax.data.volume import (
     area_weights,
@@ -279,6 +281,52 @@ def test_voxel_sizes(tmp_path, header_class, fields, zooms):
     else:
         found = load_volume(path, t1((30, 30, 30), **config))
         assert [len(np.unique(axis)) for axis in np.nonzero(found)] == [12, 21, 20]
+
+
+# Intensities far from 0, or close to it
+
+
+def z_scores(values):
+    values = np.asarray(values, np.float64)
+    return (values - values.mean()) / values.std()
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-24, 1e-19, 1e-3, 1e12])
+def test_the_unit_of_intensities_does_not_matter(nifti, factor):
+    """Squares of 1e-24 are 0 in float32: these volumes were taken as constant."""
+    for shape, config in (((9, 10, 7), t1()), ((4, 3, 5, 4), fmri())):
+        data = np.random.default_rng(0).uniform(1, 9, shape)
+        expected = load_volume(nifti("a.nii", data.astype(np.float32)), config)
+        found = load_volume(nifti("b.nii", (data * factor).astype(np.float32)), config)
+        assert expected.std() > 0.9
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("offset", [-1e6, 1e6, 1e9])
+@pytest.mark.parametrize("half", [0.5, 0.01, 1e-3])
+def test_small_differences_far_from_0(nifti, offset, half):
+    """1e6 ± 0.5 was taken as constant."""
+    data = offset + half * np.sign(np.random.default_rng(0).normal(size=(12, 14, 10)))
+    data[0, 0, 0] += half  # no symmetry
+    path = nifti("a.nii", data)
+    weights = [area_weights(n, out).astype(np.float64) for n, out in zip(data.shape, (6, 7, 5), strict=True)]
+    expected = z_scores(np.einsum("abc,ia,jb,kc->ijk", data - offset, *weights))
+    np.testing.assert_allclose(load_volume(path, t1()), expected, atol=1e-3)
+
+
+def test_small_differences_in_a_run(nifti):
+    data = 1e6 + 0.5 * np.sign(np.random.default_rng(0).normal(size=(4, 3, 5, 4)))
+    np.testing.assert_allclose(
+        load_volume(nifti("a.nii", data), fmri()), z_scores(data), atol=0.05
+    )  # 8 steps of float32
+
+
+@pytest.mark.parametrize("value", [1e-24, 0.1, 7.3, 1e6 + 0.5, 3e9])
+def test_constant_volumes_stay_constant(nifti, value):
+    """What resampling rounds is not a signal."""
+    for shape, size in (((37, 45, 29), (24, 17, 11)), ((12, 10, 9), (16, 13, 20))):
+        assert np.abs(load_volume(nifti("a.nii", np.full(shape, value)), t1(size))).max() <= max(1e-6 * value, 1e-6)
+    assert not load_volume(nifti("b.nii", np.full((4, 3, 5, 4), value)), fmri()).any()
 
 
 # Orientation
@@ -758,6 +806,26 @@ def test_complex_voxels(nifti):
 
 
 # All at once
+
+
+def test_blas_uses_one_thread_while_volumes_are_prepared(nifti, modalities):
+    """In the threads that prepare them; afterwards as many as before."""
+    blas = ThreadpoolController().select(user_api="blas")
+    threads = []
+
+    def work(_):
+        threads.extend(library.get_num_threads() for library in blas.lib_controllers)
+        return 1
+
+    images = [Image(nifti(f"{i}.nii", (6, 7, 5)), "T1") for i in range(3)]
+    with blas.limit(limits=2):
+        check_volumes(images, modalities, 2, lambda path, config: work(path))
+        batches = prefetch(work, 0, 3, 2)
+        assert list(batches) == [1] * 3
+        assert set(threads) == {1}
+        threads.clear()
+        work(None)
+        assert set(threads) == {2}
 
 
 def test_check_volumes_counts_windows(nifti, modalities):

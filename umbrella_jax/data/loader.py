@@ -13,6 +13,7 @@ import numpy as np
 from umbrella_jax.batch import WHOLE, Batch, Parts
 from umbrella_jax.config import AugmentConfig, ModalityConfig, Template
 from umbrella_jax.data.augment import check_axes, draw
+from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.cache import Sources
 from umbrella_jax.data.collate import collate
 from umbrella_jax.data.conversation import Conversation, Image, read_conversations
@@ -308,6 +309,7 @@ def _eval_updates(dataset: Dataset, batch_size: int, prompts: bool, parts: Parts
     return Plan(facts, batch_size=batch_size, parts=parts.of).epoch(0)
 
 
+@one_blas_thread()
 def whole_batch(dataset: Dataset, *, prompts: bool) -> Batch:
     """All conversations in order as one Batch (no axis A), with the first window of their runs.
 
@@ -330,4 +332,5 @@ def _first(batch: Batch) -> Batch:
 def prefetch(make: Callable[[int], T], start: int, stop: int, threads: int) -> Iterator[T]:
     """make(start), ..., make(stop - 1) in order, prepared by threads; an error of a thread reaches who iterates."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-    return iter(grain.MapDataset.range(start, stop).map(make).to_iter_dataset(options))
+    with one_blas_thread():
+        yield from grain.MapDataset.range(start, stop).map(make).to_iter_dataset(options)

@@ -12,6 +12,7 @@ from umbrella_jax import pages
 from umbrella_jax.config import AugmentConfig, ModalityConfig
 from umbrella_jax.data.augment import examples
 from umbrella_jax.data.background import Background, level_of
+from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.report import KINDS, SEVERITIES, Finding, Report, Severity, Volume, grouped, histogram
 from umbrella_jax.data.slices import draw, geometry, grey, images, slices
 from umbrella_jax.data.volume import open_volume, preprocess
@@ -71,7 +72,7 @@ def write_page(
         told[finding.place].append(finding)
     about = {volume: told.get(str(volume.path), []) for volume in report.volumes}
     drawn = _sample(report.volumes, {volume for volume in report.volumes if about[volume]}, sample)
-    with ThreadPoolExecutor(threads) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
         cards = list(pool.map(card, drawn))
     pages.write_page(
         Path(__file__).with_name("page.html"),

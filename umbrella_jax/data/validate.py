@@ -17,6 +17,7 @@ from umbrella_jax.columns import plural
 from umbrella_jax.config import MAX_CLASSES, RunConfig
 from umbrella_jax.data.augment import check_axes
 from umbrella_jax.data.background import Remark, by_modality, contradiction, decision, mixture
+from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.cache import check_float16
 from umbrella_jax.data.conversation import Conversation, Image, scan_conversations
 from umbrella_jax.data.loader import Dataset
@@ -28,6 +29,7 @@ from umbrella_jax.errors import ConfigError, DataError, UmbrellaError
 
 T = TypeVar("T")
 _ALMOST_EMPTY = 0.01  # share of voxels that are not 0
+_NEARLY_CONSTANT = 1e-4  # range of the voxels, as a share of the largest
 _RARE = 20  # an outlier's value is that of one volume in so many, or of one alone
 _TOLD = 5  # answers of a contradiction, usual values beside an outlier's
 
@@ -195,7 +197,7 @@ def _volumes(
                 faults += error.faults
         return Volume(image.path, image.modality, tuple(shown[image]), windows, contents), faults
 
-    with ThreadPoolExecutor(config.data.threads) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(config.data.threads) as pool:
         found = list(tqdm(pool.map(look, shown), total=len(shown), desc="volumes", disable=None))
     return [volume for volume, _ in found], {volume: faults for volume, faults in found if faults}, remarks
 
@@ -364,8 +366,11 @@ def _empty(volumes: Iterable[Volume]) -> Iterator[Finding]:
         found = volume.contents
         if found is None or not volume.windows:
             continue
-        if found.minimum == found.maximum:
-            reason = f"every voxel is {found.minimum:g}"
+        low, high = found.minimum or 0.0, found.maximum or 0.0
+        if low == high:
+            reason = f"every voxel is {low:g}"
+        elif high - low < _NEARLY_CONSTANT * max(abs(low), abs(high)):
+            reason = f"nearly constant: its voxels are from {low:.9g} to {high:.9g}"
         elif found.nonzero < _ALMOST_EMPTY:
             reason = f"{found.nonzero:.2%} of its voxels are not 0"
         elif found.still:

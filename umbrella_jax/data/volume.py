@@ -13,12 +13,17 @@ from tqdm import tqdm
 
 from umbrella_jax.config import AS_STORED, ModalityConfig
 from umbrella_jax.data.background import Background, Note, find_background, ignore, undecided
+from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.voxels import Voxels, open_voxels
 from umbrella_jax.errors import DataError
 
 MAX_AXIS = 8192
 """Voxels along an axis of space, four times those of the finest scans: resizing one makes a matrix of its weights."""
+_NARROW = 1e-4
+"""Spread as a fraction of the mean, below which float32 rounds z-scores noticeably."""
+_SMALL = 1e-16
+"""Standard deviation below which squares in float32 lose digits or become 0."""
 PREPROCESSING_VERSION = 1
 """Raise it whenever the same file and the same config become other numbers: cached volumes of before are then stale."""
 
@@ -175,7 +180,7 @@ def check_volumes(
             return error.faults  # the error itself would hold its frames, and in them the opened file
 
     distinct = list(dict.fromkeys(images))
-    with ThreadPoolExecutor(threads) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
         progress = tqdm(pool.map(windows, distinct), "volumes", len(distinct), disable=None)
         found = dict(zip(distinct, progress, strict=True))
     faults = [fault for each in found.values() if isinstance(each, tuple) for fault in each]
@@ -227,6 +232,7 @@ def _read(path: str | Path, image: Voxels, config: ModalityConfig, frames: slice
     return data
 
 
+@one_blas_thread()
 def restore(path: str | Path, values: np.ndarray, config: ModalityConfig, window: int = 0) -> np.ndarray:
     """A map over the preprocessed volume, brought back to the voxels of the file as it is stored.
 
@@ -276,8 +282,15 @@ def _preprocess_3d(path: str | Path, image: Voxels, config: ModalityConfig) -> t
     mean, std = 0.0, 1.0
     if config.scaling == "znorm":
         mean, std = _moments(volume)
+        offset = 0.0
+        if config.mode == "resize" and np.ptp(volume) < _NARROW * abs(mean):
+            # float32 has few digits left for the differences; subtracting first does not change z-scores
+            offset = mean
+            volume = resample(data - np.float64(offset), weights)
+            mean, std = _moments(volume)
         volume -= mean
         volume /= std
+        mean += offset
     elif config.scaling == "minmax":
         std = _largest(path, volume, config)
         volume /= std
@@ -423,12 +436,16 @@ def _centred(length: int, size: int) -> tuple[slice, slice]:
 
 
 def _moments(values: np.ndarray) -> tuple[float, float]:
-    """Mean and population standard deviation; the latter is 1 where the values are constant but for rounding."""
+    """Return mean and population standard deviation; 1 for the latter if the values are constant but for rounding."""
     mean = float(values.mean(dtype=np.float64))
     std = float(values.std(mean=np.float32(mean)))
     if std == math.inf:  # its squares were too large; nothing that is divided by it would tell
         return mean, math.nan
-    return mean, std if std > 1e-6 * abs(mean) else 1.0
+    if std > max(_NARROW * abs(mean), _SMALL):
+        return mean, std
+    std = float(values.std(dtype=np.float64))
+    step = float(np.spacing(np.abs(np.array([values.min(), values.max()], np.float32)).max()))
+    return mean, std if std > 2 * step else 1.0
 
 
 def _largest(path: str | Path, data: np.ndarray, config: ModalityConfig) -> float:
