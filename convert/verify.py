@@ -18,7 +18,6 @@ from convert.tensor import Tensor, host, place
 from convert.to_hf import hub_tensors
 from umbrella_jax.batch import Batch
 from umbrella_jax.config import resolve_modality
-from umbrella_jax.data.tokenize import stop_ids
 from umbrella_jax.models.llava import LlavaConfig, abstract_params, merge
 
 Kind = Literal["identical", "rounded", "different", "only in A", "only in B"]
@@ -197,7 +196,7 @@ _TEXTS = (
 
 
 def compare_tokenizers(a: Any, b: Any) -> list[str]:
-    """Return what differs between two tokenizers: vocabulary, ids of texts, special tokens, chat template, ends."""
+    """Return what differs between two tokenizers: vocabulary, ids of texts, special tokens, chat template."""
     pairs: list[tuple[str, Any, Any]] = [
         *((f"ids of {t!r}", *(x.encode(t, add_special_tokens=False) for x in (a, b))) for t in _TEXTS),
         *(
@@ -205,7 +204,6 @@ def compare_tokenizers(a: Any, b: Any) -> list[str]:
             for key in sorted({*a.special_tokens_map, *b.special_tokens_map})
         ),
         ("chat_template", a.chat_template, b.chat_template),
-        ("ids that end an answer", stop_ids(a), stop_ids(b)),
     ]
     faults = [f"tokenizer: {name}: {x} in A, {y} in B" for name, x, y in pairs if x != y]
     ours, theirs = a.get_vocab(), b.get_vocab()

@@ -52,7 +52,7 @@ from umbrella_jax.config import (
     load_config,
     resolve_modality,
 )
-from umbrella_jax.data.tokenize import load_tokenizer, save_tokenizer
+from umbrella_jax.data.tokenize import load_tokenizer, save_tokenizer, stop_ids
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.files import check_new_folder, check_run_name, new_folder
 from umbrella_jax.models import Llava, LlavaConfig, Params, abstract_params, merge, native_backend, quantize
@@ -592,6 +592,9 @@ def verify(
     tokenizers = [c.tokenizer() for c in (one, other) if has_tokenizer(c.description)]
     if len(tokenizers) == 2:
         configuration += compare_tokenizers(*tokenizers)
+        ends = [stop_ids(tokenizer) for tokenizer in tokenizers]
+        if ends[0] != ends[1]:
+            configuration.append(f"ids that end an answer: {ends[0]} in A, {ends[1]} in B")
     if one.template and other.template and one.template != other.template:
         configuration.append(f"template: {one.template} in A, {other.template} in B")
     notes = [f"{c.path}: {line}" for c in (one, other) for line in (*c.notes, *c.check())]
