@@ -296,7 +296,8 @@ def test_comparison_by_hand(spelled: str) -> None:
 
 
 def test_regression_by_hand() -> None:
-    """An answer without a number is as far off as the references reach; tied answers share their rank."""
+    """An answer without a number is as far off as the references reach, and correlates with nothing; tied answers share
+    their rank."""
     pairs = [("20 years", 20), ("25", 30), ("forty years", 40), ("60 years.", 60)]
     rows = [row(p, f"{t} years", str(t), task="age") for p, t in pairs]
     found = score(rows, tasks_of(rows, {"age": TaskConfig(kind="regression")}))
@@ -304,14 +305,59 @@ def test_regression_by_hand() -> None:
         "mae": (pytest.approx((5 + 20) / 4), 12.5),
         "rmse": (pytest.approx(np.sqrt(425 / 4)), pytest.approx(np.sqrt(875 / 4))),
         "r2": (pytest.approx(1 - 425 / 875), 0),
-        "pearson": (pytest.approx(np.corrcoef([20, 30, 40, 60], [20, 25, 60, 60])[0, 1]), 0),
-        "spearman": (pytest.approx(4.5 / np.sqrt(5 * 4.5)), 0),  # ranks 1, 2, 3, 4 and 1, 2, 3.5, 3.5
+        "pearson": (pytest.approx(np.corrcoef([20, 30, 60], [20, 25, 60])[0, 1]), 0),
+        "spearman": (pytest.approx(1), 0),
         "unparsable": (0.25, None),
     }
+    assert (found.of("age")["pearson"].n, found.of("age")["mae"].n) == (3, 4)
     assert any("1 of 4 answers are no number (years)" in note for note in found.notes)
+    tied = [{**r, "prediction": p} for r, p in zip(rows, ["20", "25", "60", "60"], strict=True)]
+    ranks = values(tied, "age", kind="regression")["spearman"]
+    assert ranks == pytest.approx(4.5 / np.sqrt(5 * 4.5))  # ranks 1, 2, 3, 4 and 1, 2, 3.5, 3.5
     same = values([{**r, "prediction": "0.1"} for r in rows], "age", kind="regression")
     assert same["pearson"] is same["spearman"] is None
     assert same["mae"] == pytest.approx(37.4)
+
+
+@pytest.mark.parametrize("said", [0, 1, 2])
+def test_silence_correlates_with_nothing(said: int) -> None:
+    """The ends of the range that stand in for it depend on the truth: with them, 40 times nothing had -0.87."""
+    rows = [row("25" if i < said else "I do not know", str(i), f"{i}", task="age") for i in range(40)]
+    found = score(rows, tasks_of(rows, {"age": TaskConfig(kind="regression")})).of("age")
+    for name in ("pearson", "spearman"):
+        assert (found[name].value, found[name].n) == (None, said)
+    assert found["mae"].n == found["unparsable"].n == 40
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_an_interval_is_never_without_width(share: float) -> None:
+    """If all resamples agree, a share has the exact interval of as many draws as there are subjects; what is no share
+    has none."""
+    rows = [row("female" if a < 2 * share else "male", "female", f"{i}") for i in range(40) for a in range(2)]
+    found = score(rows, tasks_of(rows, {"sex": TaskConfig(answers=("female", "male"))})).figures
+    exact = scipy.stats.binomtest(round(40 * share), 40).proportion_ci(method="exact")
+    assert (found["accuracy/sex"].low, found["accuracy/sex"].high) == pytest.approx((exact.low, exact.high), abs=1e-12)
+    assert (exact.low, exact.high) == pytest.approx(
+        {0: (0, 0.088), 0.5: (0.338, 0.662), 1: (0.912, 1)}[share], abs=1e-3
+    )
+    assert found["balanced_accuracy/sex"].value == share
+    assert found["balanced_accuracy/sex"].low is found["balanced_accuracy/sex"].high is None
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_figures_without_a_spread(constant: bool) -> None:
+    """Perfect answers: no interval for an error of 0. Constant references, or one class: undefined, not perfect."""
+    rows = [row(str(t := 30 if constant else 20 + i), str(t), f"{i}", task="age") for i in range(12)]
+    age = score(rows, tasks_of(rows, {"age": TaskConfig(kind="regression")})).of("age")
+    assert {name: figure.value for name, figure in age.items()} == {
+        "mae": 0,
+        "rmse": 0,
+        **dict.fromkeys(("r2", "pearson", "spearman"), None if constant else pytest.approx(1)),
+        "unparsable": 0,
+    }
+    assert all(figure.low is None for name, figure in age.items() if name != "unparsable")
+    one_class = [row("a", "a", f"{i}", likelihoods={"a": -1.0, "b": -2.0}) for i in range(12)]
+    assert score(one_class, tasks_of(one_class)).figures["auroc/sex"].value is None
 
 
 def test_over_tasks() -> None:
@@ -661,7 +707,7 @@ def test_the_command_takes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
         write(tmp_path / "predictions" / f"step_{step}.jsonl", SEX[: step - 7])
     assert main(["score", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{tmp_path}/predictions/step_10.jsonl\n\n")
+    assert out.startswith(f"{tmp_path}/predictions/step_10.jsonl (the newest)\n\n")
     assert "No intervals: no resamples" in out
     assert main(["score", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["overall"]["accuracy"]["n"] == 3

@@ -4,7 +4,7 @@ import math
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,8 @@ class Figure:
 
     value: float | None
     low: float | None
-    """An end of the 95 % interval. None, as `high`, without resamples, of one subject, and where fewer than half of the
-    resamples define it."""
+    """An end of the 95 % interval. None, as `high`, without resamples, for one subject, if fewer than half of the
+    resamples define the figure, and if all of them agree on a figure that is no share of answers."""
     high: float | None
     n: int
     """Answers; of `vote_accuracy` votes."""
@@ -160,7 +160,8 @@ def score(rows: Iterable[Row], tasks: Mapping[str, Task], *, resamples: int = 10
     """All figures of all tasks, each with the 95 % interval of a bootstrap over subjects.
 
     A resample draws as many subjects as there are, over all tasks, with replacement, and takes all answers of each; an
-    interval lies between the 2.5th and the 97.5th percentile. Whose a row is says its `metadata.subject_id`, else its
+    interval lies between the 2.5th and the 97.5th percentile. If all resamples agree, a share of answers has the exact
+    binomial interval of its number of subjects instead, and other figures have none. Whose a row is says its `metadata.subject_id`, else its
     `task_id`; `notes` say which.
 
     Args:
@@ -194,7 +195,7 @@ def score(rows: Iterable[Row], tasks: Mapping[str, Task], *, resamples: int = 10
         right = np.array([normalise(row["prediction"]) == tasks[t].truth(row) for t in pooled for row in groups[t]])
         chances = [statistics[f"accuracy/{t}"].chance or 0 for t in pooled]
         chance = float(np.average(chances, weights=[len(groups[t]) for t in pooled]))
-        statistics["accuracy"] = _mean(right, np.concatenate([whose[t] for t in pooled]), chance)
+        statistics["accuracy"] = _share(right, np.concatenate([whose[t] for t in pooled]), chance)
 
     samples: dict[str, list[Array]] = defaultdict(list)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
@@ -202,7 +203,7 @@ def score(rows: Iterable[Row], tasks: Mapping[str, Task], *, resamples: int = 10
             for name, statistic in statistics.items():
                 samples[name].append(statistic.of(w[statistic.subject]))
     values = {name: np.concatenate(parts) for name, parts in samples.items()}
-    figures = {name: _figure(values[name], s.subject, s.chance) for name, s in statistics.items()}
+    figures = {name: _figure(values[name], s.subject, s.chance, s.is_share) for name, s in statistics.items()}
     for name, averaged in overall.items():
         if name != "accuracy":
             each = [name_of(task, name.removeprefix("macro/")) for task in averaged]
@@ -262,14 +263,20 @@ class _Statistic:
     subject: Array
     """Whose each answer is, [n]."""
     chance: float | None
+    is_share: bool = False
+    """Whether it is a share of the answers, or of votes."""
 
 
 def _mean(values: Array, subject: Array, chance: float | None) -> _Statistic:
     return _Statistic(partial(weighted.mean, values=values), subject, chance)
 
 
+def _share(which: Array, subject: Array, chance: float | None) -> _Statistic:
+    return replace(_mean(which, subject, chance), is_share=True)
+
+
 def _part(values: Array, subject: Array, which: Array, chance: float | None) -> _Statistic:
-    return _mean(values[which], subject[which], chance)
+    return _share(values[which], subject[which], chance)
 
 
 def _weights(subjects: int, answers: int, resamples: int, seed: int) -> Iterator[Array]:
@@ -284,14 +291,30 @@ def _weights(subjects: int, answers: int, resamples: int, seed: int) -> Iterator
         yield np.ascontiguousarray(counts.T, dtype=float)
 
 
-def _figure(values: Array, subject: Array, chance: float | None) -> Figure:
-    """Of the value as it is, and those of the resamples behind it."""
+def _figure(values: Array, subject: Array, chance: float | None, is_share: bool = False) -> Figure:
+    """Return the figure whose value comes first in `values`, followed by those of the resamples."""
     subjects = len(np.unique(subject))
     value, samples = float(values[0]), values[1:][np.isfinite(values[1:])]
     low = high = None
     if math.isfinite(value) and subjects > 1 and 0 < len(values) - 1 <= 2 * len(samples):
         low, high = map(float, np.percentile(samples, [2.5, 97.5]))
+        if high - low <= _SAME * max(abs(high), 1):  # a width of 0 is not certainty
+            low, high = _exact_interval(value, subjects) if is_share else (None, None)
     return Figure(value if math.isfinite(value) else None, low, high, len(subject), subjects, chance)
+
+
+_SAME = 1e-9
+"""Relative width of an interval whose resamples differ by rounding only."""
+
+
+def _exact_interval(share: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of n independent draws (Clopper & Pearson 1934), by quantiles of the beta
+    distribution, which also take a number of successes, share · n, that is not whole."""
+    from scipy.special import betaincinv
+
+    k = share * n
+    low = 0.0 if k <= 0 else float(betaincinv(k, n - k + 1, 0.025))
+    return low, 1.0 if k >= n else float(betaincinv(k + 1, n - k, 0.975))
 
 
 def _codes(task: Task, rows: Sequence[Row]) -> tuple[Array, Array]:
@@ -322,10 +345,10 @@ def _classification(task: Task, rows: Sequence[Row], subject: Array) -> dict[str
     right = truth == answer
     pair = {"truth": one_hot, "answer": answered}
     found = {
-        "accuracy": _mean(right, subject, float(most)),
+        "accuracy": _share(right, subject, float(most)),
         "balanced_accuracy": _Statistic(partial(weighted.balanced_accuracy, **pair), subject, float(1 / occurring)),
         "f1": _Statistic(partial(weighted.macro_f1, **pair), subject, float(2 * most / (1 + most) / occurring)),
-        "unparsable": _mean(answer == classes, subject, None),
+        "unparsable": _share(answer == classes, subject, None),
     }
     if not _with_likelihoods(rows):
         return found
@@ -358,11 +381,11 @@ def _comparison(task: Task, rows: Sequence[Row], subject: Array) -> dict[str, _S
     np.add.at(counts, (reference, truth), 1)
     right, copied, same = truth == answer, answer == reference, reference == truth
     # who knows the reference's label, as the conversation says it, may answer what mostly follows it
-    found["accuracy"] = _mean(right, subject, float(counts.max(1).sum() / len(rows)))
+    found["accuracy"] = _share(right, subject, float(counts.max(1).sum() / len(rows)))
     parts = {"same": same, "different": ~same} | {f"reference={name}": reference == i for name, i in code.items()}
     for part, which in parts.items():
         found[f"accuracy/{part}"] = _part(right, subject, which, _most(truth[which]))
-    found["copy_rate"] = _mean(copied, subject, _agreement(answer, reference))
+    found["copy_rate"] = _share(copied, subject, _agreement(answer, reference))
     found["copy_rate/different"] = _part(copied, subject, ~same, _agreement(answer[~same], reference[~same]))
     return found | {"vote_accuracy": _votes(truth, answer, len(code), subject)}
 
@@ -382,7 +405,7 @@ def _votes(truth: Array, answer: Array, classes: int, subject: Array) -> _Statis
     votes = np.zeros((len(pairs), classes + 1))
     np.add.at(votes, (which.reshape(-1), answer), 1)
     most = votes == votes.max(1, keepdims=True)
-    return _mean(most[np.arange(len(pairs)), pairs[:, 1]] / most.sum(1), pairs[:, 0], _most(pairs[:, 1]))
+    return _share(most[np.arange(len(pairs)), pairs[:, 1]] / most.sum(1), pairs[:, 0], _most(pairs[:, 1]))
 
 
 def _regression(task: Task, rows: Sequence[Row], subject: Array) -> dict[str, _Statistic]:
@@ -392,21 +415,22 @@ def _regression(task: Task, rows: Sequence[Row], subject: Array) -> dict[str, _S
     low, high = truth.min(), truth.max()
     given = np.where(none, np.where(truth - low > high - truth, low, high), given)
     error = given - truth
-    pair = {"x": truth, "y": given}
+    # of what was said only: the ends put in its place depend on the truth, and would correlate with it
+    pair, own = {"x": truth[~none], "y": given[~none]}, subject[~none]
     return {
         "mae": _mean(np.abs(error), subject, float(np.abs(truth - np.median(truth)).mean())),
         "rmse": _Statistic(partial(weighted.rmse, error=error), subject, float(truth.std())),
         "r2": _Statistic(partial(weighted.r2, truth=truth, answer=given), subject, 0.0),
-        "pearson": _Statistic(partial(weighted.pearson, **pair), subject, 0.0),
-        "spearman": _Statistic(partial(weighted.spearman, **pair), subject, 0.0),
-        "unparsable": _mean(none, subject, None),
+        "pearson": _Statistic(partial(weighted.pearson, **pair), own, 0.0),
+        "spearman": _Statistic(partial(weighted.spearman, **pair), own, 0.0),
+        "unparsable": _share(none, subject, None),
     }
 
 
 def _text(task: Task, rows: Sequence[Row], subject: Array) -> dict[str, _Statistic]:
     truths = [task.truth(row) for row in rows]
     right = np.array([normalise(row["prediction"]) == truth for row, truth in zip(rows, truths, strict=True)])
-    return {"accuracy": _mean(right, subject, max(Counter(truths).values()) / len(truths))}
+    return {"accuracy": _share(right, subject, max(Counter(truths).values()) / len(truths))}
 
 
 _STATISTICS: dict[TaskKind, Callable[[Task, Sequence[Row], Array], dict[str, _Statistic]]] = {
@@ -430,7 +454,7 @@ def _notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Row]], resam
         if task.kind == "regression":
             none = sum(parse_number(row["prediction"], task.unit) is None for row in rows)
             what = "are no number" + (f" ({task.unit})" if task.unit else "")
-            so = "the end of the references' range that is farther from the truth"
+            so = "the end of the references' range that is farther from the truth, and not in pearson and spearman"
         else:
             none = sum(normalise(row["prediction"]) not in task.classes for row in rows) if task.answers else 0
             what, so = f"are none of {', '.join(task.classes)}", "wrong"

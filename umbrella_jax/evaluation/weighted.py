@@ -79,7 +79,9 @@ def spearman(w: Array, x: Array, y: Array) -> Array:
 
 
 def _correlation(w: Array, x: Array, y: Array) -> Array:
-    """Of columns, one for all weightings or one for each."""
+    """Of columns, one for all weightings or one for each; of two pairs it would always be 1 or -1."""
+    if len(w) < 3:
+        return np.full(w.shape[1], np.nan)
     varies = _varies(w, x) & _varies(w, y)
     x, y = _centred(w, x), _centred(w, y)
     wx = w * x
