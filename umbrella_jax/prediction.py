@@ -35,7 +35,7 @@ from umbrella_jax.models import Params, abstract_params, native_backend
 from umbrella_jax.processor import Processor
 from umbrella_jax.progress import Progress, Work
 from umbrella_jax.reading import parse_json
-from umbrella_jax.rundir import Say, Step, nothing
+from umbrella_jax.rundir import NEWEST, Say, Step, nothing
 from umbrella_jax.sharding import MeshShape, abstract_batch, make_mesh, param_sharding, parts, put_batch
 from umbrella_jax.training.diagnose import nonfinite_error
 
@@ -329,7 +329,7 @@ def predict(
     done = {int(index): row for index, row in broadcast(part.done if part else None).items()}
     left = [index for index in range(len(rows)) if index not in done]
     say = say if first else nothing
-    if checkpoint.taken:
+    if checkpoint.taken and checkpoint.why != NEWEST:
         say(checkpoint.taken)
     options: dict[str, Any] = {"say": say, "note": nothing, "quiet": not first}
     options["memory"] = jax.local_devices()[0].memory_stats

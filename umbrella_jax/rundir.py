@@ -70,6 +70,9 @@ def rank(values: Mapping[int, float], metric: str) -> list[tuple[int, float]]:
     return sorted(values.items(), key=lambda item: (sign * item[1], item[0]))
 
 
+NEWEST = "the newest"
+
+
 def choose_step(run: Path, train: TrainConfig, steps: Collection[int], asked: Step | None) -> tuple[int, str]:
     """Return which of a run's `steps`, at least one, to use, and why: the best if the run keeps its best, else the
     newest, unless another is asked for.
@@ -83,7 +86,7 @@ def choose_step(run: Path, train: TrainConfig, steps: Collection[int], asked: St
         return asked, "as asked"
     newest = max(steps)
     if asked == "latest" or (asked is None and not train.keep_best):
-        return newest, "the newest"
+        return newest, NEWEST
     if not train.keep_best:
         raise ConfigError(f"--step best: {run} keeps no best (train.keep_best is 0); {there}")
     metric = str(train.best_metric)

@@ -161,8 +161,8 @@ def score(rows: Iterable[Row], tasks: Mapping[str, Task], *, resamples: int = 10
 
     A resample draws as many subjects as there are, over all tasks, with replacement, and takes all answers of each; an
     interval lies between the 2.5th and the 97.5th percentile. If all resamples agree, a share of answers has the exact
-    binomial interval of its number of subjects instead, and other figures have none. Whose a row is says its `metadata.subject_id`, else its
-    `task_id`; `notes` say which.
+    binomial interval of its number of subjects instead, and other figures have none. `metadata.subject_id` says whose a
+    row is, else its `task_id`; `notes` say which.
 
     Args:
         tasks: as `tasks_of` gives them.
