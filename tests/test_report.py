@@ -15,6 +15,8 @@ from tests import browser, small_run
 from tests.page import Page
 from tests.small_run import World, conversation, read_lines, umbrella, write_json
 from umbrella_jax import pages
+from umbrella_jax.data import slices
+from umbrella_jax.report import facts, figures
 
 STEP = 3
 ODD = "<script>alert(1)</script>&'\""
@@ -301,6 +303,41 @@ def test_explanations_are_laid_over(run: Path, rows: Rows, tmp_path: Path) -> No
         assert (red > blue + 60).any()
         assert (blue > red + 60).any()
         assert (np.abs(red - green) < 3).mean() > 0.2
+        bar = picture[-(2 * slices.MARGIN + 6) + 6, slices.MARGIN + 40 : -slices.MARGIN - 40].astype(int)
+        assert (bar[0, 2] - bar[0, 0], bar[-1, 0] - bar[-1, 2]) > (60, 60)  # from against, blue, to for, red
+        assert (np.diff(bar[:, 0] - bar[:, 2]) >= 0).all()
+    beside = [
+        (str(of["src"]), str(of["alt"])) for tag, of in found.elements if tag == "img" and "scans" in str(of["alt"])
+    ]
+    for (scan, caption), (overlaid, _) in zip(beside[::2], beside[1::2], strict=True):
+        assert caption.endswith("slices through the voxel with the largest share")
+        grey, both = (
+            browser.picture(scan).astype(int),
+            browser.picture(overlaid).astype(int)[: browser.picture(scan).shape[0]],
+        )
+        plain = (np.ptp(both, axis=-1) < 3) & (both.max(-1) > 60)  # tissue that the map leaves as it is
+        assert plain.any()
+        assert np.abs(grey[plain] - both[plain]).max() < 8, "the same slices"
+
+
+def test_diagrams_are_legible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One evaluation has the axis of the whole run; chance is dashed; nothing is clipped; no number has its own row."""
+    monkeypatch.setattr(figures, "_svg", lambda figure: figure.axes[0])
+    axes: Any = figures.draw_curves("evaluation: accuracy", {"sex": [(960, 0.75)], "age": []}, 1000, {"sex": 0.5})
+    assert axes.get_xlim() == pytest.approx((0, 1030))
+    (chance,) = [line for line in axes.lines if line.get_linestyle() == "--"]
+    assert list(chance.get_ydata()) == [0.5, 0.5]
+    axes = figures.draw_curves("evaluation: mae", {"age": [(960, 7.5)]}, 1000, {})
+    assert axes.get_ylim()[0] == 0
+    axes = figures.draw_calibration([facts.Bin(40, 1.0, 1.0)])
+    assert not axes.collections[0].get_clip_on()
+    axes = figures.draw_numbers([(20.0, 30.0), (60.0, 55.0), (20.0, None)], "years")
+    ((_, cross),) = axes.collections[1].get_offsets()
+    assert (
+        dict(zip(axes.get_yticks(), (text.get_text() for text in axes.get_yticklabels()), strict=True))[cross]
+        == "no number"
+    )
+    assert cross < axes.lines[-1].get_ydata()[0] < 20, "below a line, below all answers"
 
 
 @pytest.fixture

@@ -462,7 +462,7 @@ def test_faults_are_listed_together_and_nothing_is_written(bids, tmp_path):
 def test_a_directory_with_other_splits_is_refused(bids, tmp_path, write_json):
     write_json("out/val.jsonl", [])
     (fault,) = faults(bids(sexes(10)), tmp_path / "out", "sex")
-    assert "out: not an empty folder; nothing is overwritten" in fault
+    assert "out: directory is not empty; choose another" in fault
 
 
 # Which files are scans.

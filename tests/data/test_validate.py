@@ -561,7 +561,7 @@ def test_letters():
     volume = np.zeros((2, 3, 4))
     letters = [plane.letters for plane in drawing.slices(volume, "LPS", None)]
     assert letters == [("R", "L", "A", "P"), ("R", "L", "S", "I"), ("A", "P", "S", "I")]
-    assert drawing.slices(volume, None, None)[0].letters == ("+i", "−i", "+j", "−j")
+    assert drawing.slices(volume, None, None)[0].letters == ("+i", "-i", "+j", "-j")
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPI", "SAR", None])

@@ -1,4 +1,4 @@
-"""The page of `validate`: all that was found, and slices of the volumes as the model gets them."""
+"""The page of `validate`: findings, statistics, and slices of the volumes as the model gets them."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from umbrella_jax.errors import ConfigError
 
 
 def check_page(file: Path) -> None:
-    """Raises ConfigError where the page could not be written, before any work is done for it."""
+    """Raise ConfigError if the page could not be written, before any work is done for it."""
     if faults := pages.page_faults("--html", file, ["pillow"]):
         raise ConfigError(faults)
 
@@ -34,11 +34,11 @@ def write_page(
     threads: int,
     augment: AugmentConfig,
 ) -> None:
-    """Writes the page.
+    """Write the page.
 
     Args:
-        sample: how many volumes are drawn; those of which something was found first, the rest evenly over all.
-        augment: each augmentation that is on is drawn too, alone and at its largest.
+        sample: number of volumes to draw: flagged ones first, the rest evenly over all.
+        augment: draw each enabled augmentation too, by itself and at its largest.
 
     Raises:
         ConfigError: see `check_page`.
@@ -83,7 +83,7 @@ def write_page(
             for severity in SEVERITIES
         },
         histograms=[
-            (f"{name}: {what} of a conversation", _bars(histogram(numbers)))
+            (f"{name}: {what} per conversation", _bars(histogram(numbers)))
             for name, s in report.sets.items()
             for what, numbers in s.lengths.items()
             if numbers.size
@@ -98,7 +98,7 @@ def _groups(report: Report, severity: Severity, kind: str) -> list[list[Finding]
 
 
 def _sample(volumes: Sequence[Volume], first: set[Volume], number: int) -> list[Volume]:
-    """That many volumes that can be drawn: evenly of `first`, then evenly of the others."""
+    """Choose up to `number` drawable volumes: evenly from `first`, then evenly from the others."""
     chosen: list[Volume] = []
     for among in ([v for v in volumes if v in first], [v for v in volumes if v not in first]):
         usable = [volume for volume in among if volume.windows]
@@ -108,7 +108,7 @@ def _sample(volumes: Sequence[Volume], first: set[Volume], number: int) -> list[
 
 
 def _bars(found: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """A histogram's bars, x, width and height in percent and what each says, and what its axes reach to."""
+    """Return the bars of a histogram (x, width and height in percent, and a text each) and the ends of its axes."""
     edges, counts = found["edges"], found["counts"]
     span, top = edges[-1] - edges[0], max(counts)
     bars = [

@@ -1,4 +1,4 @@
-"""Pictures of preprocessed volumes: three planes to scale, with the patient's sides, and maps laid over them."""
+"""Pictures of preprocessed volumes: three planes to scale, with the patient's sides, and maps over them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +12,10 @@ from umbrella_jax.config import AS_STORED, ModalityConfig
 LONGEST, MARGIN = 260, 18
 """Pixels: of the longest side of a plane, and for a letter beside it."""
 RED, BLUE = (220, 30, 20), (30, 90, 255)
-"""Of a map: above 0, and below."""
+"""Colours of a map above and below 0."""
 _OPAQUE = 200
-"""Of 255, where a map is largest: what it lies on shows through."""
+"""Opacity of a map at its largest, of 255: the scan below shows through."""
+_GREY = 110  # of the tissue that a colour bar assumes below the map
 
 
 def geometry(
@@ -39,35 +40,35 @@ def geometry(
 
 
 def images(array: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """What is drawn of an array: of a window of a run, its first frame and how much each voxel varies."""
+    """Return (caption, volume) to draw: of a 4D window its first frame and the standard deviation over its frames."""
     if array.ndim == 3:
         return [("", array)]
     return [("first frame", array[..., 0]), ("standard deviation over its frames", array.std(axis=-1))]
 
 
 def grey(image: np.ndarray) -> tuple[float, float]:
-    """What is drawn black and white: the 0.5th and the 99.5th percentile of the whole volume."""
+    """Return the intensities to draw black and white: the 0.5th and 99.5th percentile of the volume."""
     low, high = np.percentile(image, (0.5, 99.5))
     return float(low), float(high)
 
 
 @dataclass(frozen=True)
 class Plane:
-    """A slice as it is drawn."""
+    """A slice, ready to draw."""
 
     rows: np.ndarray
     """From top to bottom, each from left to right."""
     letters: tuple[str, ...]
-    """At its left, right, top and bottom."""
+    """Letters at its left, right, top and bottom."""
     mm: tuple[float, float]
-    """Its width and height."""
+    """Width and height."""
 
 
 def slices(
     volume: np.ndarray, codes: str | None, spacing: Sequence[float] | None, at: Sequence[int] | None = None
 ) -> list[Plane]:
-    """An axial, coronal and sagittal plane as a radiologist hangs them: the patient's right, or front, at the left, and
-    front, or top, up.
+    """Return an axial, coronal and sagittal plane in radiological convention: the patient's right or front at
+    the left, front or top up.
 
     Args:
         volume: [D, H, W].
@@ -75,7 +76,7 @@ def slices(
         spacing: mm from voxel to voxel along each axis; None: as if it were 1.
         at: the voxel that they go through; default the middle one.
     """
-    mm, ends = np.array(spacing or (1.0, 1.0, 1.0)), [(f"+{axis}", f"−{axis}") for axis in "ijk"]
+    mm, ends = np.array(spacing or (1.0, 1.0, 1.0)), [(f"+{axis}", f"-{axis}") for axis in "ijk"]
     place = None if at is None else np.array(at)
     if codes is not None:
         order = nib.orientations.axcodes2ornt(codes)
@@ -96,15 +97,22 @@ def slices(
 
 
 def draw(
-    planes: Sequence[Plane], low: float, high: float, over: Sequence[Plane] = (), *, longest: int = LONGEST
+    planes: Sequence[Plane],
+    low: float,
+    high: float,
+    over: Sequence[Plane] = (),
+    *,
+    bar: tuple[str, str] | None = None,
+    longest: int = LONGEST,
 ) -> Any:
-    """Planes side by side, to one scale, as a PIL image in grey from `low`, black, to `high`, white.
+    """Draw planes side by side, to one scale, as a PIL image in grey from `low`, black, to `high`, white.
 
-    The letters stand beside each plane, in the picture itself, so that they go wherever it goes.
+    The letters beside each plane are part of the picture and go wherever it goes.
 
     Args:
         over: the same planes of a map, in -1 .. 1, to be laid over them: red above 0, blue below, the more opaque the
             farther from it.
+        bar: draw a colour bar of the map below the planes: the value of 1 in the map as text, and its unit.
         longest: pixels of the longest side of a plane.
     """
     from PIL import Image, ImageDraw, ImageFont
@@ -115,16 +123,21 @@ def draw(
     scale = longest / max(max(plane.mm) for plane in planes)
     sizes = [(max(round(plane.mm[0] * scale), 1), max(round(plane.mm[1] * scale), 1)) for plane in planes]
     width = sum(w for w, _ in sizes) + len(planes) * 2 * MARGIN
-    canvas = Image.new("RGB" if over else "L", (width, max(h for _, h in sizes) + 2 * MARGIN), 0)
+    height = max(h for _, h in sizes) + 2 * MARGIN
+    canvas = Image.new("RGB" if over else "L", (width, height + (2 * MARGIN + 6 if bar else 0)), 0)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
+
+    def laid_over(rows: np.ndarray, box: tuple[int, int, int, int]) -> None:
+        for colour, part in ((RED, rows), (BLUE, -rows)):
+            size = box[2] - box[0], box[3] - box[1]
+            canvas.paste(colour, box, sized(np.maximum(part, 0) * _OPAQUE, size))
+
     x, half = MARGIN, MARGIN // 2
     for number, (plane, (w, h)) in enumerate(zip(planes, sizes, strict=True)):
-        y = (canvas.height - h) // 2
+        y = (height - h) // 2
         canvas.paste(sized(np.clip((plane.rows - low) / (high - low or 1), 0, 1) * 255, (w, h)), (x, y))
         if over:
-            rows = np.clip(over[number].rows, -1, 1)
-            for colour, part in ((RED, rows), (BLUE, -rows)):
-                canvas.paste(colour, (x, y, x + w, y + h), sized(np.maximum(part, 0) * _OPAQUE, (w, h)))
+            laid_over(np.clip(over[number].rows, -1, 1), (x, y, x + w, y + h))
         places = [
             (x - half, y + h // 2),
             (x + w + half, y + h // 2),
@@ -134,4 +147,12 @@ def draw(
         for letter, place in zip(plane.letters, places, strict=True):
             pen.text(place, letter, fill="white", font=font, anchor="mm")
         x += w + 2 * MARGIN
+    if bar:
+        limit, unit = bar
+        left, right, top = MARGIN + 40, width - MARGIN - 40, height
+        pen.rectangle((left, top, right - 1, top + 11), fill=(_GREY,) * 3)
+        laid_over(np.linspace(-1, 1, right - left)[None], (left, top, right, top + 12))
+        middle = (left + right) // 2
+        for at, text in ((left, f"-{limit}"), (middle, f"0 {unit}"), (right, f"+{limit}")):
+            pen.text((at, top + 22), text, fill="white", font=font, anchor="mm")
     return canvas

@@ -1,4 +1,4 @@
-"""The page's diagrams, as SVG: curves of a run, calibration, predicted against true."""
+"""Diagrams of the page, as SVG: curves of a run, calibration, predicted against true."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
@@ -16,17 +16,17 @@ Points = list[tuple[int, float]]
 
 
 def points(lines: Sequence[Line], name: str) -> Points:
-    """A number of the metrics, where it is there and finite."""
+    """Return the finite values of a metric, by step."""
     return [(int(line["step"] or 0), value) for line in lines if (value := line.get(name)) is not None]
 
 
 def with_unit(task: Task, metric: str) -> str:
-    """The metric's name, with the unit that it is in."""
+    """Return the name of a metric with its unit."""
     return f"{metric} ({task.unit})" if task.unit and metric in ("mae", "rmse") else metric
 
 
 def curves(facts: Facts) -> Iterator[tuple[str, dict[str, Points]]]:
-    """(title, {what: points}) of each diagram over the steps."""
+    """Yield (title, {label: points}) of each diagram over the steps."""
     loss = {"training": points(facts.lines, "loss"), "evaluation": points(facts.lines, "eval_loss")}
     yield "loss", {name: of for name, of in loss.items() if of}
     yield "gradient norm", {"": points(facts.lines, "grad_norm")}
@@ -40,18 +40,30 @@ def curves(facts: Facts) -> Iterator[tuple[str, dict[str, Points]]]:
             yield f"evaluation: {title}", of
 
 
-def draw_curves(title: str, of: Mapping[str, Points]) -> str:
-    """Of each, a line over the steps; evaluations with marks, since there are few."""
+def chances(facts: Facts) -> dict[str, float]:
+    """Return {task: chance of its headline metric}, of those that have one."""
+    found = {name: facts.scores.of(name).get(headline(task.metrics)) for name, task in facts.scores.tasks.items()}
+    return {name: figure.chance for name, figure in found.items() if figure and figure.chance is not None}
+
+
+def draw_curves(title: str, of: Mapping[str, Points], last: int, chance: Mapping[str, float]) -> str:
+    """Draw a line per label over the steps from 0 to `last`; evaluations with marks, and chance dashed."""
     figure, axes = _axes("step", title)
-    for name, values in of.items():
+    evaluation = title.startswith("evaluation")
+    for number, (name, values) in enumerate(of.items()):
         steps, numbers = [step for step, _ in values], [value for _, value in values]
-        marked = title.startswith("evaluation") or name == "evaluation"
-        axes.plot(steps, numbers, marker="o" if marked else None, markersize=4, linewidth=1.2, label=name or None)
+        marker = "o" if evaluation or name == "evaluation" else None
+        axes.plot(steps, numbers, f"C{number}", marker=marker, markersize=4, linewidth=1.2, label=name or None)
+        if evaluation and name in chance:
+            axes.axhline(chance[name], color=f"C{number}", linewidth=1, linestyle="--", zorder=1)
     positive = [value for values in of.values() for _, value in values if value > 0]
     if title == "gradient norm" and positive and max(positive) > 20 * min(positive):
         axes.set_yscale("log")
     if title.endswith("accuracy"):
         axes.set_ylim(-0.03, 1.03)
+    elif evaluation and axes.get_ylim()[0] > 0:
+        axes.set_ylim(bottom=0)  # around one evaluation the axis would show next to nothing
+    axes.set_xlim(0, 1.03 * max(last, 1))
     axes.xaxis.get_major_locator().set_params(integer=True)
     if any(of):
         axes.legend(frameon=False, fontsize=8)
@@ -59,12 +71,12 @@ def draw_curves(title: str, of: Mapping[str, Points]) -> str:
 
 
 def draw_calibration(bins: Sequence[Bin]) -> str:
-    """Accuracy over confidence; on the diagonal a model is calibrated. The area of a mark is how many answers it is."""
-    figure, axes = _axes("probability of the answer", "share that is right")
+    """Draw accuracy over confidence; a calibrated model is on the diagonal. The area of a mark counts its answers."""
+    figure, axes = _axes("probability of the answer", "fraction correct")
     axes.plot([0, 1], [0, 1], color="#999", linewidth=1, linestyle="--")
     total = sum(b.count for b in bins)
     sizes = [20 + 300 * b.count / total for b in bins]
-    axes.scatter([b.confidence for b in bins], [b.accuracy for b in bins], s=sizes, alpha=0.8)
+    axes.scatter([b.confidence for b in bins], [b.accuracy for b in bins], s=sizes, alpha=0.8, clip_on=False)
     for b in bins:
         axes.annotate(str(b.count), (b.confidence, b.accuracy), (0, 9), textcoords="offset points", fontsize=8)
     axes.set_xticks([i / BINS for i in range(0, BINS + 1, 2)])
@@ -73,15 +85,19 @@ def draw_calibration(bins: Sequence[Bin]) -> str:
 
 
 def draw_numbers(pairs: Sequence[tuple[float, float | None]], unit: str | None) -> str:
-    """Answer over truth; on the diagonal it is right. What holds no number stands at the lower edge, as a cross."""
+    """Draw answers over truths, the diagonal, and answers without a number as crosses in a row of their own below."""
     figure, axes = _axes(f"true ({unit})" if unit else "true", f"answered ({unit})" if unit else "answered")
     known = [(truth, answer) for truth, answer in pairs if answer is not None]
     values = [truth for truth, _ in pairs] + [answer for _, answer in known]
     ends = [min(values), max(values)]
+    below = ends[0] - 0.15 * ((ends[1] - ends[0]) or 1)
     axes.plot(ends, ends, color="#999", linewidth=1, linestyle="--")
     axes.scatter([truth for truth, _ in known], [answer for _, answer in known], s=16, alpha=0.7)
     if none := [truth for truth, answer in pairs if answer is None]:
-        axes.scatter(none, [ends[0]] * len(none), s=24, marker="x", color="#b00020")
+        axes.scatter(none, [below] * len(none), s=24, marker="x", color="#b00020")
+        axes.axhline((ends[0] + below) / 2, color="#bbb", linewidth=0.8)
+        ticks = [tick for tick in axes.get_yticks() if ends[0] <= tick <= ends[1]]
+        axes.set_yticks([*ticks, below], [*(f"{tick:g}" for tick in ticks), "no number"])
     return _svg(figure)
 
 
@@ -99,7 +115,7 @@ def _axes(x: str, y: str) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any) -> str:
-    """As a URL, the same for the same numbers."""
+    """Return the figure as a URL, identical for identical numbers."""
     import matplotlib
 
     out = BytesIO()

@@ -20,7 +20,7 @@ from umbrella_jax.evaluation.tasks import headline
 from umbrella_jax.explanation import Explanation
 from umbrella_jax.files import strict_json
 from umbrella_jax.report.facts import Facts, Sample, read_facts
-from umbrella_jax.report.figures import curves, draw_calibration, draw_curves, draw_numbers, with_unit
+from umbrella_jax.report.figures import chances, curves, draw_calibration, draw_curves, draw_numbers, with_unit
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, Step
 
 _LONGEST = 150
@@ -59,6 +59,7 @@ def write_report(
         run, step=step, predictions=predictions, baseline=baseline, samples=samples, weights=explain is not None
     )
     explained = _explained(facts, explain) if explain else [None] * len(facts.samples)
+    last, chance = max((int(line["step"] or 0) for line in facts.lines), default=0), chances(facts)
     cards = [_card(facts, sample, found) for sample, found in zip(facts.samples, explained, strict=True)]
     pages.write_page(
         Path(__file__).with_name("page.html"),
@@ -67,7 +68,11 @@ def write_report(
         short=short,
         evaluated=facts.data.get("eval", {}).get("conversations"),
         settings=list(_settings(facts)),
-        curves=[(title, draw_curves(title, of), _said(of)) for title, of in curves(facts) if any(of.values())],
+        curves=[
+            (title, draw_curves(title, of, last, chance), _in_words(title, of, chance))
+            for title, of in curves(facts)
+            if any(of.values())
+        ],
         results=[
             (name, with_unit(task, headline(task.metrics)), _cells(facts, name)[headline(task.metrics)])
             for name, task in facts.scores.tasks.items()
@@ -123,14 +128,17 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
-def _said(of: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Of a curve, for who cannot see it, or wants the number."""
+def _in_words(title: str, of: Mapping[str, Sequence[tuple[int, float]]], chance: Mapping[str, float]) -> str:
+    """Return the ends of curves as text, for readers who cannot see them or want the numbers."""
 
     def ends(values: Sequence[tuple[int, float]]) -> str:
         both = dict([values[0], values[-1]])
         return ", ".join(f"{short(value)} at step {step}" for step, value in both.items())
 
-    return "; ".join(f"{name} {ends(values)}".strip() for name, values in of.items() if values)
+    texts = [f"{name} {ends(values)}".strip() for name, values in of.items() if values]
+    if title.startswith("evaluation") and (known := [f"{name} {short(chance[name])}" for name in of if name in chance]):
+        texts.append(f"chance (dashed): {', '.join(known)}")
+    return "; ".join(texts)
 
 
 def _cells(facts: Facts, task: str) -> dict[str, list[tuple[str | None, Figure | None]]]:
@@ -151,6 +159,7 @@ def _task(facts: Facts, name: str) -> dict[str, Any]:
         "confusion": scores.confusion.get(name),
         "calibration": draw_calibration(facts.calibration[name]) if name in facts.calibration else None,
         "numbers": draw_numbers(facts.numbers[name], task.unit) if name in facts.numbers else None,
+        "unparsable": any(answer is None for _, answer in facts.numbers.get(name, ())),
     }
 
 
@@ -199,21 +208,24 @@ def _pictures(image: Image, config: ModalityConfig, explained: Explanation | Non
         config,
     )
     sides = "" if codes else "planes of the array's axes, as the file does not say which side is which"
+    at, where = None, "slices through the middle"
+    if explained is not None:  # the scan and its map show the same slices
+        shares = explained.maps[image]
+        values = shares if shares.ndim == 3 else shares.sum(-1)
+        at = tuple(int(i) for i in np.unravel_index(np.abs(values).argmax(), values.shape))
+        where = "slices through the voxel with the largest share"
     for part, picture in images(array):
-        planes = slices(picture, codes, spacing)
-        caption = ", ".join(filter(None, (part or "through the middle", sides)))
-        yield caption, pages.png(draw(planes, *grey(picture), longest=_LONGEST))
+        caption = ", ".join(filter(None, (part, where, sides)))
+        yield caption, pages.png(draw(slices(picture, codes, spacing, at), *grey(picture), longest=_LONGEST))
     if explained is not None:
-        under, found = images(array)[0][1], explained.maps[image]
-        values = found if found.ndim == 3 else found.sum(-1)
-        size = np.abs(values)
+        under, size = images(array)[0][1], np.abs(values)
         limit = float(np.percentile(size[size > 0], 99)) if size.any() else 1.0
-        at = np.unravel_index(size.argmax(), size.shape)
-        planes, over = (slices(x, codes, spacing, tuple(map(int, at))) for x in (under, values / limit))
+        planes, over = (slices(x, codes, spacing, at) for x in (under, values / limit))
+        unit = "nats per voxel" + ("" if shares.ndim == 3 else ", all frames")
         yield (
-            "what speaks for the answer (red) and against it (blue), through the voxel with the largest share; all "
-            f"shares sum to {short(float(values.sum()))}",
-            pages.png(draw(planes, *grey(under), over, longest=_LONGEST)),
+            "what speaks for the answer (red) and against it (blue), the same slices; all shares sum to "
+            f"{short(float(values.sum()))} nats",
+            pages.png(draw(planes, *grey(under), over, bar=(short(limit), unit), longest=_LONGEST)),
         )
 
 
