@@ -312,6 +312,58 @@ def base(world: World, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "adapter_config.json: a PEFT adapter beside"),
+        ({"model.safetensors": POINTER}, "model.safetensors: a Git LFS pointer"),
+        ({"tokenizer.json": POINTER}, "tokenizer.json: a Git LFS pointer"),
+        ({"model.safetensors": None, "adapter_model.safetensors": ""}, "found a PEFT adapter alone"),
+        ({"model.safetensors": None, "optimizer.pt": ""}, "found a Trainer's state without weights"),
+        ({"model.safetensors": None, "llava.gguf": ""}, "found llama.cpp's quantised weights (llava.gguf)"),
+    ],
+)
+def test_base_of_another_kind(
+    refused: Refused,
+    base: Callable[..., Path],
+    world: World,
+    tmp_path: Path,
+    files: dict[str, str | None],
+    expected: str,
+) -> None:
+    """By every command that takes one."""
+    directory = base()
+    for name, text in files.items():
+        path = directory / name
+        path.unlink() if text is None else path.write_text(text)
+    config = ["--config", world.config]
+    ask = ["Which?", "--image", f"T1={world.root / 'scans' / '0.nii.gz'}"]
+    for message in (
+        refused("--base", directory),
+        umbrella("convert", "from-hf", directory, tmp_path / "native", *config, code=2),
+        umbrella("convert", "verify", directory, world.base, *config, "--no-logits", code=2),
+        umbrella("generate", directory, *ask, *config, code=2),
+    ):
+        assert expected in message
+
+
+def test_a_stock_base_does_not_answer(world: World, tmp_path: Path) -> None:
+    """Its patch embedding is random until a run has trained it."""
+    config = ["--config", world.config]
+    scan = f"T1={world.root / 'scans' / '0.nii.gz'}"
+    predict = ["--data", world.eval, "--out", tmp_path / "out.jsonl"]
+    for words in (
+        ["generate", world.base, "Which sex?", "--image", scan],
+        ["explain", world.base, "Which sex?", "--image", scan, "--out", tmp_path / "maps"],
+        ["predict", world.base, *predict],
+    ):
+        message = umbrella(*words, *config, code=2)
+        assert f"{world.base}: modality T1: patch embedding not in the checkpoint, newly initialised; name a" in message
+
+
 def test_tensors_that_do_not_fit(refused: Refused, base: Callable[..., Path], world: World, tmp_path: Path) -> None:
     def change(tensors: Record) -> None:
         del tensors["language_model.model.layers.1.mlp.up_proj.weight"]

@@ -17,7 +17,7 @@ import pytest
 from training_case import CONFIG, as_bytes, quick_step, small_batch, small_case, stack
 
 from umbrella_jax.config import MeshConfig, TrainConfig
-from umbrella_jax.errors import DataError, Interrupted, RunError, UmbrellaError
+from umbrella_jax.errors import CheckpointError, DataError, Interrupted, RunError, UmbrellaError
 from umbrella_jax.sharding import make_mesh, put_batch, shardings
 from umbrella_jax.training import trainer
 from umbrella_jax.training.checkpoint import Checkpoints
@@ -216,6 +216,17 @@ def test_loss_that_is_not_finite_stops_the_run(start, run, tmp_path):
         run(start, [small_batch(0), small_batch(1), bad_batch()], save_steps=1)
     assert saved(tmp_path) == [1, 2]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+def test_weights_that_are_not_finite_are_named(start, run, case, on_nonfinite, monkeypatch):
+    """Whatever becomes of steps: those of a base with such weights are all alike."""
+    path = next(path for path in case.frozen if path.endswith("linear_2.bias"))
+    monkeypatch.setitem(case.frozen, path, case.frozen[path].at[1].set(np.nan))
+    with pytest.raises(
+        CheckpointError, match=f"^weights: NaN or infinity in {path}: nothing can be computed from them"
+    ):
+        run(start, [small_batch(0)], on_nonfinite=on_nonfinite)
 
 
 def test_gradient_that_is_not_finite_stops_the_run(start, run, tmp_path):

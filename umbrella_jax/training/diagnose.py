@@ -68,6 +68,18 @@ def nonfinite_params(params: Params) -> list[str]:
     return [path for (path, _), finite in zip(floats, found, strict=True) if not finite]
 
 
+def weights_error(params: Params) -> CheckpointError | None:
+    """Return the error for weights that hold a NaN or an infinity, which names them. All processes call it."""
+    paths = nonfinite_params(params)
+    if not paths:
+        return None
+    shown = ", ".join(paths[:_SHOWN]) + (f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "")
+    return CheckpointError(
+        f"weights: NaN or infinity in {shown}: nothing can be computed from them; name another checkpoint, or "
+        "convert the base again (convert from-hf --check-finite)"
+    )
+
+
 def nonfinite_error(
     what: str, names: Mapping[int, str], params: Params, batch: Batch, *, graphdef: nnx.GraphDef
 ) -> UmbrellaError:
@@ -80,12 +92,8 @@ def nonfinite_error(
         what: is not finite, in the plural: `logits`.
         names: {row: its name for people} of the rows that may be concerned.
     """
-    if paths := nonfinite_params(params):
-        shown = ", ".join(paths[:_SHOWN]) + (f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "")
-        return CheckpointError(
-            f"weights: NaN or infinity in {shown}: nothing can be computed from them; name another checkpoint, or "
-            "convert the base again (convert from-hf --check-finite)"
-        )
+    if error := weights_error(params):
+        return error
     if not jax.device_get(batch.target_mask.any()):  # prompts: look at the token that follows each
         last = (batch.lengths - 1)[:, None]
         batch = replace(batch, target_pos=last, target_ids=jnp.zeros_like(last), target_mask=jnp.ones_like(last, bool))

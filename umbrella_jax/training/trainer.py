@@ -26,7 +26,7 @@ from umbrella_jax.models import Params
 from umbrella_jax.rundir import Line, Say, read_metrics
 from umbrella_jax.sharding import put_batch
 from umbrella_jax.training.checkpoint import Checkpoints
-from umbrella_jax.training.diagnose import first_nonfinite
+from umbrella_jax.training.diagnose import first_nonfinite, weights_error
 from umbrella_jax.training.step import TrainState, jit_train_step
 
 Evaluate = Callable[[int, Params], Line | None]
@@ -177,6 +177,9 @@ def fit(
             if line["loss"] is None or line["grad_norm"] is None:
                 skipped += 1
                 line["skipped"] = skipped
+                if error := weights_error(state.trainable | frozen):
+                    with together():
+                        raise error
                 part, rows = first_nonfinite(state.trainable | frozen, batch, graphdef=graphdef)
                 message = (
                     f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite; "
