@@ -25,7 +25,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from convert.hf_config import read_config, stored_template
+from convert.foreign import ADAPTER
+from convert.hf_config import read_config, stored_template, stored_untrained, unused_dropout
 from convert.safetensors_io import INDEX, SINGLE, open_checkpoint, write_safetensors
 from convert.tensor import Tensor
 from convert.trainable import Trainable, open_trainable, write_trainable
@@ -401,7 +402,13 @@ def volumes(file: tuple[str, bytes, str], window: int) -> None:
 
 # Checkpoints
 
-ARRAYS = {name: Tensor.of(np.arange(6, dtype=np.float32).reshape(2, 3) + i) for i, name in enumerate("abc")}
+NAMES = (
+    "module.language_model.model.norm.weight",
+    "module._orig_mod.multi_modal_projector.linear_1.bias",
+    "module.vision_tower.vision_model.embeddings.T1_proj.weight",
+)
+"""As wrappers leave them (`rules.unwrapped_names`)."""
+ARRAYS = {name: Tensor.of(np.arange(6, dtype=np.float32).reshape(2, 3) + i) for i, name in enumerate(NAMES)}
 
 
 @cache
@@ -417,8 +424,11 @@ def checkpoint(kind: str) -> bytes:
 
 @st.composite
 def weight_files(draw: st.DrawFn) -> tuple[str, bytes]:
-    if draw(st.sampled_from((False, False, True))):
-        return INDEX, draw(texts([{"metadata": {}, "weight_map": dict.fromkeys("abc", "shard.safetensors")}]))
+    kind = draw(st.sampled_from(("weights", "weights", "index", "adapter")))
+    if kind == "index":
+        return INDEX, draw(texts([{"metadata": {}, "weight_map": dict.fromkeys(NAMES, "shard.safetensors")}]))
+    if kind == "adapter":
+        return ADAPTER, draw(texts([{"base_model_name_or_path": "lab/llava", "peft_type": "LORA"}]))
     content = checkpoint(draw(st.sampled_from(("weights", "trainable"))))
     if draw(st.booleans()):
         end = 8 + int.from_bytes(content[:8], "little")
@@ -431,7 +441,7 @@ def weight_files(draw: st.DrawFn) -> tuple[str, bytes]:
 @SETTINGS
 @given(weight_files())
 def checkpoints(file: tuple[str, bytes]) -> None:
-    for name in (INDEX, SINGLE):
+    for name in (INDEX, SINGLE, ADAPTER):
         (folder() / name).unlink(missing_ok=True)
     put("shard.safetensors", checkpoint("weights"))
     path = put(*file)
@@ -502,6 +512,9 @@ LLAVA = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
         "vocab_size": 40,
         "layer_types": ["full_attention"],
+        "attention_dropout": 0.1,
+        "tie_word_embeddings": True,
+        "quantization_config": None,
     },
 }
 UMBRELLA = {
@@ -509,6 +522,7 @@ UMBRELLA = {
     "template": "umbrella",
     "base": "x",
     "base_fingerprint": "f",
+    "untrained": {"T1": "random"},
 }
 
 
@@ -552,6 +566,10 @@ def configs(file: tuple[str, bytes]) -> None:
         read_config(folder())
     with only(CheckpointError, ConfigError, data=file):
         stored_template(folder())
+    with only(CheckpointError, ConfigError, data=file):
+        stored_untrained(folder())
+    with only(CheckpointError, data=file):
+        unused_dropout(folder())
 
 
 TARGETS: Mapping[str, Callable[..., None]] = {
