@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -138,6 +139,7 @@ def scan_conversations(
     conversations: list[Conversation] = []
     faults: list[str] = []
     found, shown, tasks = 0, set[str](), set[str]()
+    known = _Known(modalities)
     for file in conversation_files(Path(path)):
         root = (file.parent if image_root is None else Path(image_root)).absolute()
         for source, record in _records(file, faults):
@@ -148,10 +150,10 @@ def scan_conversations(
             tasks |= of_task
             if task_filter is not None and task_filter not in of_task:
                 continue
-            if modality is not None and any(not _same(modality, name, modalities) for name in of_images):
+            if modality is not None and any(known.resolve(modality) != known.resolve(name) for name in of_images):
                 continue
             try:
-                conversations.append(_Parser(record, source, root, modalities, allow_outside_root).conversation(wrong))
+                conversations.append(_Parser(record, source, root, known, allow_outside_root).conversation(wrong))
             except DataError as error:
                 faults.extend(error.faults)
             if len(faults) > MAX_FAULTS:
@@ -189,10 +191,6 @@ def _tasks(record: Any) -> set[str]:
     metadata = record.get("metadata")
     values = [record.get("task_type"), metadata.get("task") if isinstance(metadata, dict) else None]
     return {value for value in values if isinstance(value, str)}
-
-
-def _same(one: str, other: str, modalities: Collection[str]) -> bool:
-    return resolve_modality(one, modalities) == resolve_modality(other, modalities)
 
 
 def _names(values: Collection[str]) -> str:
@@ -253,11 +251,22 @@ def _records(file: Path, faults: list[str]) -> Iterator[tuple[str, Any]]:
         faults.extend(error.faults)
 
 
+class _Known:
+    """What was read already: the same paths, texts and modalities are in thousands of conversations, and kept once."""
+
+    def __init__(self, modalities: Collection[str]):
+        self.modalities = modalities
+        self.resolve: Callable[[str], str | None] = cache(lambda name: resolve_modality(name, modalities))
+        self.join: Callable[[Path, str], Path] = cache(Path.joinpath)
+        self.image: Callable[[Path, str], Image] = cache(Image)
+        self.text: Callable[[str], str] = cache(str)
+
+
 class _Parser:
     """Turns one record into a conversation, going on after a fault so that all are found."""
 
-    def __init__(self, record: Any, source: str, root: Path, modalities: Collection[str], allow_outside_root: bool):
-        self.record, self.source, self.root, self.modalities = record, source, root, modalities
+    def __init__(self, record: Any, source: str, root: Path, known: _Known, allow_outside_root: bool):
+        self.record, self.source, self.root, self.known = record, source, root, known
         self.allow_outside_root = allow_outside_root
         self.place = source
         self.faults: list[str] = []
@@ -291,8 +300,10 @@ class _Parser:
             )
         if self.faults:
             raise DataError(self.faults)
-        subjects = self.subjects(metadata or {})
-        return Conversation(task_id, task_type, tuple(messages), metadata or {}, self.source, subjects)
+        text = self.known.text
+        metadata = {text(k): text(v) if isinstance(v, str) else v for k, v in (metadata or {}).items()}
+        task_type = task_type and text(task_type)
+        return Conversation(task_id, task_type, tuple(messages), metadata, self.source, self.subjects(metadata))
 
     def subjects(self, metadata: Mapping[str, Any]) -> frozenset[str]:
         listed = self.record.get("subject_ids")
@@ -305,8 +316,11 @@ class _Parser:
         named = [int(name) if isinstance(name, float) and name.is_integer() else name for name in named]
         of_paths = (next(filter(None, map(_SUBJECT.match, reversed(path.split("/")))), None) for path in self.paths)
         return frozenset(
-            [str(name).removeprefix("sub-") for name in named if isinstance(name, str | int) and str(name)]
-            + [match[1] for match in of_paths if match]
+            map(
+                self.known.text,
+                [str(name).removeprefix("sub-") for name in named if isinstance(name, str | int) and str(name)]
+                + [match[1] for match in of_paths if match],
+            )
         )
 
     def fault(self, place: str, message: str) -> None:
@@ -338,7 +352,7 @@ class _Parser:
         parts = [self.part(part, f"{place}.content[{i}]") for i, part in enumerate(content)]
         if role == "assistant" and any(isinstance(part, Image) for part in parts):
             self.fault(place, "an image in an assistant turn; expected text, images belong to the user's turns")
-        return Message(str(role), self.placed(parts, place), inline)
+        return Message(self.known.text(str(role)), self.placed(parts, place), inline)
 
     def part(self, part: Any, place: str) -> str | Image:
         form = part.get("type") if isinstance(part, dict) else None
@@ -350,7 +364,7 @@ class _Parser:
         text = self.field(part, "text", str, place) or ""
         if forged := [token for token in (TURN_START, TURN_END) if token in text]:
             self.fault(place, f"text: holds {' and '.join(forged)}, which would forge a turn; take it out")
-        return text
+        return self.known.text(text)
 
     def image(self, part: dict[str, Any], place: str) -> Image:
         listed = self.listed[self.shown] if self.listed is not None and self.shown < len(self.listed) else {}
@@ -358,18 +372,17 @@ class _Parser:
             self.fault(f"{self.place}: images[{self.shown}]", f"expected an object, got {kind(listed)}")
             listed = {}
         self.shown += 1
-        modalities = modality_names(self.modalities)
         names = [part.get("modality"), listed.get("modality")]
-        if names == [None, None] and len(self.modalities) == 1:
-            names = list(self.modalities)  # the only one that can be meant
+        if names == [None, None] and len(self.known.modalities) == 1:
+            names = list(self.known.modalities)  # the only one that can be meant
         paths = [self.posix(value, place) for value in (part.get("image_path"), listed.get("path"))]
-        path = self.agreed("image_path", paths, self.root.joinpath, "a path", place)
+        path = self.agreed("image_path", paths, partial(self.known.join, self.root), place)
         if path and not self.allow_outside_root and (away := [p for p in paths if p and self.leads_out(p)]):
             remedy = "expected a path inside it, an absolute one, or data.allow_outside_root: true"
             self.fault(place, f"image_path: {away[0]} leads out of {self.root}; {remedy}")
-        modality = self.agreed("modality", names, self.resolve, modalities, place)
+        modality = self.agreed("modality", names, self.known.resolve, place)
         self.paths += [path for path in paths if isinstance(path, str)]
-        return Image(path or self.root, modality or "")
+        return self.known.image(path or self.root, modality or "")
 
     def posix(self, path: Any, place: str) -> Any:
         r"""Return a relative path that was written on Windows (`sub-01\anat`) with slashes; a file whose name really
@@ -388,29 +401,26 @@ class _Parser:
         root, whole = os.path.normpath(self.root), os.path.normpath(self.root / path)
         return not os.path.isabs(path) and not Path(whole).is_relative_to(root)
 
-    def resolve(self, name: str) -> str | None:
-        return resolve_modality(name, self.modalities)
-
-    def agreed(
-        self, key: str, values: list[Any], meaning: Callable[[str], T | None], expected: str, place: str
-    ) -> T | None:
+    def agreed(self, key: str, values: list[Any], meaning: Callable[[str], T | None], place: str) -> T | None:
         """The meaning of what an image part and its entry in `images` say; either may be silent, both must agree."""
         given = [value for value in values if value is not None]
         meanings = [meaning(value) if isinstance(value, str) and value else None for value in given]
         if not given:
-            self.fault(place, f"{key}: missing here and in `images`; expected {expected}")
+            self.fault(place, f"{key}: missing here and in `images`; expected {self.expected(key)}")
             return None
         if None in meanings:
             value = given[meanings.index(None)]
-            unknown = key == "modality" and isinstance(value, str) and value
-            reason = (
-                unknown_modality(value, self.modalities) if unknown else f"expected {expected}, got {quoted(value)}"
-            )
-            self.fault(place, f"{key}: {reason}")
+            if key == "modality" and isinstance(value, str) and value:
+                self.fault(place, f"{key}: {unknown_modality(value, self.known.modalities)}")
+            else:
+                self.fault(place, f"{key}: expected {self.expected(key)}, got {quoted(value)}")
             return None
         if meanings[0] != meanings[-1]:
             self.fault(place, f"{key}: {given[0]} here, {given[1]} in `images`; expected the same")
         return meanings[0]
+
+    def expected(self, key: str) -> str:
+        return modality_names(self.known.modalities) if key == "modality" else "a path"
 
     def placed(self, parts: list[str | Image], place: str) -> tuple[str | Image, ...]:
         """The parts with images at the `<image>` markers of the text, if it has any; else where they stand."""
