@@ -4,6 +4,7 @@ Four targets, each a hypothesis test: valid files, altered in their bytes or in 
 random bytes for seconds (`fuzz`), scripts/fuzz.py under atheris, which seeks bytes that reach new code.
 """
 
+import bz2
 import copy
 import gzip
 import json
@@ -347,8 +348,8 @@ TELLING += ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "sizeof_hdr", "m
 
 
 @st.composite
-def volume_files(draw: st.DrawFn) -> tuple[str, bytes, str]:
-    """Name, content, and the modality that it is read as."""
+def volume_files(draw: st.DrawFn) -> tuple[str, bytes, str, bytes | None]:
+    """Name, content, and the modality that it is read as; of a compressed file what was compressed."""
     kind, axes = draw(st.sampled_from((*KINDS, "npy"))), draw(st.sampled_from((3, 4)))
     fitting = ("run", "stored run", "stored run") if axes == 4 and kind != "npy" else ("resize", "resize", "RAS", "pad")
     modality = draw(st.sampled_from((*fitting * 3, *MODALITIES)))
@@ -379,17 +380,19 @@ def volume_files(draw: st.DrawFn) -> tuple[str, bytes, str]:
     if draw(st.sampled_from((False, False, True))):
         content = draw(damaged(content))
     name = "a." + kind.removeprefix("2.")
-    if kind not in ("npy", "hdr") and draw(st.booleans()):
-        content = gzip.compress(content, 1, mtime=0)
-        name = "a.mgz" if kind == "mgh" else name + ".gz"
-        content = draw(damaged(content)) if draw(st.sampled_from((False, False, False, True))) else content
-    return name, content, modality
+    if kind in ("npy", "hdr") or draw(st.booleans()):
+        return name, content, modality, None
+    bzip2 = kind != "mgh" and draw(st.booleans())
+    packed = bz2.compress(content, 1) if bzip2 else gzip.compress(content, 1, mtime=0)
+    name = "a.mgz" if kind == "mgh" else name + (".bz2" if bzip2 else ".gz")
+    return name, draw(damaged(packed)) if draw(st.booleans()) else packed, modality, content
 
 
 @SETTINGS
 @given(volume_files(), st.sampled_from((0, 0, 1)))
-def volumes(file: tuple[str, bytes, str], window: int) -> None:
-    name, content, modality = file
+def volumes(file: tuple[str, bytes, str, bytes | None], window: int) -> None:
+    """What is read of a damaged compressed file is what was compressed."""
+    name, content, modality, plain = file
     path, config = put(name, content), MODALITIES[modality]
     if path.suffix == ".hdr":
         put("a.img", voxels())
@@ -398,6 +401,9 @@ def volumes(file: tuple[str, bytes, str], window: int) -> None:
         assert found.shape == config.size
         assert found.dtype == np.float32
         assert np.isfinite(found).all()
+        if plain is not None:
+            plain_path = put("plain.mgh" if name == "a.mgz" else "plain.nii", plain)
+            np.testing.assert_array_equal(found, load_volume(plain_path, config, window))
 
 
 # Checkpoints
