@@ -358,9 +358,7 @@ def test_contradictions_of_headers_are_remembered(nifti, directory, sealed):
         scan = nib.load(path)
         scan.set_qform(np.diag([-1, 1, 1, 1]), 1)
         nib.save(nib.Nifti1Image(np.asarray(scan.dataobj), None, scan.header), path)
-    line = (
-        f"{paths[1]} and 1 more files: its qform (code 1) says LAS, its sform (code 2) says RAS: they disagree about "
-    )
+    line = f"{paths[1]} and 1 more file: its qform (code 1) says LAS, its sform (code 2) says RAS: they disagree about "
     for sources in (Sources(), VolumeCache(directory), VolumeCache(directory)):
         for path in paths:
             sources.check(path, T1)

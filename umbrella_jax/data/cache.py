@@ -43,6 +43,7 @@ import nibabel as nib
 import numpy as np
 from safetensors.numpy import save
 
+from umbrella_jax.columns import plural
 from umbrella_jax.config import DataConfig, ModalityConfig, RunConfig
 from umbrella_jax.data.background import Background, by_modality, level_of, summary
 from umbrella_jax.data.conversation import Image, read_conversations
@@ -150,7 +151,7 @@ class Sources:
             for remark in source.remarks or ():
                 paths.setdefault(remark, []).append(path)
         return [
-            f"{first}{f' and {len(others)} more files' if others else ''}: {remark}"
+            f"{first} and {plural(len(others), 'more file')}: {remark}" if others else f"{first}: {remark}"
             for remark, (first, *others) in paths.items()
         ]
 

@@ -213,7 +213,8 @@ def conversation_files(path: Path) -> list[Path]:
             raise DataError(f"{path}: holds several splits: {names}{more}; name one file, or a directory of one split")
         return files
     if not path.is_file():
-        raise DataError(f"{path}: not found; expected a conversation file or a directory of them")
+        fault = "a pipe or device" if path.exists() else "not found"
+        raise DataError(f"{path}: {fault}; expected a conversation file or a directory of them")
     if path.suffix not in _SUFFIXES:
         raise DataError(f"{path}: expected a .json or .jsonl file, or a directory of them")
     return [path]
