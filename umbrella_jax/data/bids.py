@@ -56,12 +56,13 @@ _NAMES_SHOWN = 20
 
 @dataclass(frozen=True)
 class _Scan:
-    path: Path
+    path: str
+    """As conversations give it: from the data set on."""
     entities: Mapping[str, str]
 
     @property
     def name(self) -> str:
-        return self.path.name.split(".")[0]
+        return self.path.rpartition("/")[2].partition(".")[0]
 
     @property
     def subject(self) -> str:
@@ -157,7 +158,7 @@ def from_bids(
     files = collect(lambda: _files(root, derivatives, notes))
     scans = None
     if files is not None and modality in MODALITIES:
-        scans = collect(lambda: _scans(root, files, modality, derivatives, entities, notes))
+        scans = collect(lambda: _scans(root, files, modality, entities, notes))
     if table is None or files is None or scans is None or texts is None or levels is None:
         raise DataError(faults)
     spelled = {**levels, **texts.pop("labels", {})}
@@ -189,7 +190,7 @@ def from_bids(
     if faults:
         raise DataError(faults)
 
-    writer = _Writer(root, target, kind, modality, texts[kind])
+    writer = _Writer(target, kind, modality, texts[kind])
     pairs = pairs_per_subject or 4
     people = len({subject.name for subject in subjects})
     lines = [f"{root}: {target}, {kind}, {modality}, {people} of {len(table.rows)} subjects"]
@@ -438,7 +439,7 @@ class _Files:
 def _files(root: Path, derivatives: str | None, notes: list[str]) -> _Files:
     """Find the files of every modality, also of those that nobody asked for: the split must not depend on that."""
     base = root / "derivatives" / derivatives if derivatives else root
-    if not base.is_relative_to(root):
+    if not base.is_relative_to(root) or ".." in base.relative_to(root).parts:
         raise DataError(f"derivatives {derivatives}: expected the name of a directory in {root / 'derivatives'}")
     if not base.is_dir():
         there = sorted(path.name for path in base.parent.glob("*") if path.is_dir()) if derivatives else []
@@ -473,7 +474,7 @@ def _ignore_file(file: Path) -> IgnoreFile:
 
 
 def _scans(
-    root: Path, files: _Files, modality: str, derivatives: str | None, narrowed: Sequence[str], notes: list[str]
+    root: Path, files: _Files, modality: str, narrowed: Sequence[str], notes: list[str]
 ) -> dict[str, list[_Scan]]:
     """Return {sub-LABEL: its scans}, both sorted; what is not taken goes to `notes`."""
     base = files.base
@@ -508,7 +509,7 @@ def _scans(
         elif size < 1024 and _is_pointer(path):
             pointers.append(name)
         else:
-            scans.append(_Scan(path, entities))
+            scans.append(_Scan(path.relative_to(root).as_posix(), entities))
     notes += [_left_out(what, names) for what, names in left.items() if names]
     scans = _narrowed(scans, base, modality, narrowed, notes) if scans else scans
     if not scans:
@@ -875,7 +876,6 @@ def _counted(kind: str, subjects: Sequence[_Subject], members: Sequence[_Subject
 class _Writer:
     """Records of the schema that `read_conversations` reads."""
 
-    root: Path
     target: str
     kind: str
     modality: str
@@ -901,15 +901,12 @@ class _Writer:
         return self.record(task_id, "T3", [reference, query], turns, metadata)
 
     def turns(self, question: str, answer: str, subject: _Subject, scan: _Scan) -> list[dict[str, Any]]:
-        image = {"type": "image", "modality": self.modality, "image_path": self.path(scan)}
+        image = {"type": "image", "modality": self.modality, "image_path": scan.path}
         asked, said = ({"type": "text", "text": self.text(key, subject)} for key in (question, answer))
         return [{"role": "user", "content": [image, asked]}, {"role": "assistant", "content": [said]}]
 
     def text(self, key: str, subject: _Subject) -> str:
         return self.texts[key].format(target=self.target.replace("_", " "), label=subject.label)
-
-    def path(self, scan: _Scan) -> str:
-        return scan.path.relative_to(self.root).as_posix()
 
     def record(
         self, task_id: str, task_type: str, sides: Sequence[Side], turns: list[dict[str, Any]], metadata: dict[str, Any]
@@ -921,9 +918,7 @@ class _Writer:
             "task_type": task_type,
             "subject_ids": [side.name for side, _ in sides],
             "modalities": [self.modality] * len(sides),
-            "images": [
-                {"path": self.path(scan), "token": IMAGE_MARKER, "modality": self.modality} for _, scan in sides
-            ],
+            "images": [{"path": scan.path, "token": IMAGE_MARKER, "modality": self.modality} for _, scan in sides],
             "conversations": turns,
             "metadata": {"subject_id": subject.name, "subject_label": label, **metadata, "kind": self.kind},
         }
