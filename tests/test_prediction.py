@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -136,6 +137,7 @@ def test_a_part_is_gone_on_with(
     )
     said = predict(run, data, out, *flags, "--resume", "--config", more, code=2)
     assert "cannot go on: likelihoods: {'side': ['left.', 'neither.', 'right.']} now" in said
+    _refuses_other_weights_and_ends(run, data, out, *flags)
     said = predict(run, data, out, *flags, "--resume", "--seed", 5)  # no seed counts where nothing is drawn
     assert f"{out}: 11 answers" in said
     assert set(asked[1]) == set(range(11)) - set(done)
@@ -143,6 +145,22 @@ def test_a_part_is_gone_on_with(
     assert not part.exists()
     assert "is there already" in predict(run, data, out, *flags, "--resume", code=2)
     assert "in a directory that exists" in predict(run, data, tmp_path / "none" / "a.jsonl", code=2)
+
+
+def _refuses_other_weights_and_ends(run: Path, data: Path, out: Path, *flags: object) -> None:
+    """Of another run with the same base and step; and with another end of an answer."""
+    params = Checkpoint.params
+
+    def others(checkpoint: Checkpoint, *args: Any, **options: Any) -> Any:
+        return {path: leaf + (1e-3 if "T1_proj.bias" in path else 0) for path, leaf in params(checkpoint).items()}
+
+    with mock.patch.object(Checkpoint, "params", others):
+        assert "cannot go on: weights: " in predict(run, data, out, *flags, "--resume", code=2)
+    file = run / "model" / "generation_config.json"
+    before = file.read_text()
+    file.write_text(json.dumps({"eos_token_id": 7}))
+    assert "cannot go on: stop_ids: [7, " in predict(run, data, out, *flags, "--resume", code=2)
+    file.write_text(before)
 
 
 def test_a_part_of_something_else_is_refused(run: Path, data: Path, world: World, tmp_path: Path) -> None:
@@ -250,6 +268,38 @@ def test_weights_that_are_not_finite_answer_nothing(world: World, run: Path, tmp
     assert message in umbrella(*world.train_flags(tmp_path / "run", *flags), code=2)
     assert message in umbrella(*world.train_flags(tmp_path / "run", *flags, "--resume"), code=2)
     predict(tmp_path / "run", data, tmp_path / "kept")
+
+
+def test_an_answer_that_does_not_fit_is_refused_before_anything_runs(
+    run: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A perfect model would score 0: by the reference, a label that stands for one, or a closed set's other answer."""
+    monkeypatch.setattr(Checkpoint, "params", None)
+    long = "the left side of the patient, as the radiologist saw it."
+    (record,) = [r for r in json.loads(world.eval.read_text()) if r["task_id"] == "eval-one"]
+    record["conversations"][-1]["content"][0]["text"] = long
+    data = write_json(tmp_path / "long.json", [record, record])
+    tokens = len(Processor.load(run).tokenizer.encode(long, add_special_tokens=False))
+    needed = rf"eval-one.*the answer '{long}' takes {tokens} tokens, and %s is 4: no model could give it; set %s to "
+    needed += rf"{tokens} or more"
+    said = predict(run, data, tmp_path / "out", "--max-new-tokens", 4, code=2)
+    flag = re.escape("max_new_tokens (--max-new-tokens)")
+    assert re.search(needed % (flag, flag), said)
+    assert not list(tmp_path.glob("out*"))
+    flags = ("--config", world.config, "--base", world.base, "--eval-data", data)
+    assert re.search(
+        needed % (("train.max_new_tokens",) * 2), umbrella(*world.train_flags(tmp_path / "r", *flags[4:]), code=2)
+    )
+
+    def reasons(*flags: object) -> str:
+        found = json.loads(small_run.said("data", "validate", *flags, "--json", code=1)[0])["findings"]
+        return "\n".join(finding["reason"] for finding in found if finding["kind"] == "answers")
+
+    told = f"the answer '{long}' takes {tokens} tokens, and train.max_new_tokens is 4: no model could give it"
+    assert told in reasons(*flags)
+    config = {**small_run.read_config(world.config), "evaluation": {"tasks": {"T1": {"answers": ["left.", long]}}}}
+    more = small_run.write_config(tmp_path / "more.yaml", config)
+    assert told in reasons("--config", more, "--base", world.base, "--eval-data", world.eval)
 
 
 def test_images_are_pairs(run: Path) -> None:

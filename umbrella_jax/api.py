@@ -57,7 +57,7 @@ from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.files import check_new_folder, check_run_name, new_folder
 from umbrella_jax.models import Llava, LlavaConfig, Params, abstract_params, merge, native_backend, quantize
 from umbrella_jax.models.lora import adapted_weight, adapters
-from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL, Step, choose_step
+from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL, NEWEST, Step, choose_step
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints, load_params, param_shapes, save_params
 
@@ -243,7 +243,8 @@ class Checkpoint:
         run starts from random ones and trains none of them.
         """
         if self.base is not None:
-            labels = freeze.label_params(list(abstract_params(self.config)[1]), self.groups)
+            paths = abstract_params(replace(self.config, lora=self.lora))[1]  # adapters too, if they are merged
+            labels = freeze.label_params(list(paths), self.groups)
             return self.base.untrained_after([path for path, label in labels.items() if label != freeze.FROZEN])
         stated = stored_untrained(self.path, self.patch_embed)
         untrained = {resolve_modality(m, self.config.modalities) or m: why for m, why in stated.items()}
@@ -367,11 +368,14 @@ class Checkpoint:
         return place(tensors | {path: tensors[path].astype("float32") for path in in_float32}, where)
 
     @property
-    def taken(self) -> str | None:
+    def step_line(self) -> str:
         """Of a run: which step is used and why, for people."""
-        if self.kind != "run" or self.step is None:
-            return None
         return f"{self.path}: step {self.step}" + (f" ({self.why})" if self.why else "")
+
+    @property
+    def chosen(self) -> str | None:
+        """`step_line` of a run that is not simply taken at its newest step."""
+        return self.step_line if self.why not in ("", NEWEST) else None
 
     def trained(self, where: Where | None = None) -> Params:
         """Of a run: what it trained, if that was on these weights of the base."""

@@ -109,8 +109,8 @@ def baseline(
         notes.append(f"language model: {given}.")
     elif run is not None:
         notes.append(f"language model: {run} holds no predictions of step {checkpoint.step}.")
-    if checkpoint.taken:
-        notes.append(f"{checkpoint.taken}.")
+    if checkpoint.chosen:
+        notes.append(f"{checkpoint.chosen}.")
 
     work = _Work(config, train, evaluation)
     for kind in kinds:

@@ -1,5 +1,6 @@
 """Answers to a data set, on all devices of all processes: a run's evaluations, and `umbrella-jax predict`."""
 
+import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,12 +20,12 @@ from tqdm import tqdm
 
 from umbrella_jax.api import Checkpoint
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import DataConfig, MeshConfig, ModalityConfig, TaskConfig, to_dict
+from umbrella_jax.config import DataConfig, MeshConfig, ModalityConfig, TaskConfig, Template, to_dict
 from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.data.inputs import digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, empty_batch, eval_batches, eval_shapes
 from umbrella_jax.data.plan import BatchShape
-from umbrella_jax.data.tokenize import encode_answers, reference_answer
+from umbrella_jax.data.tokenize import encode_answers, length_faults, reference_answer
 from umbrella_jax.distributed import broadcast, gather, together
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.evaluation.generate import GREEDY, NONE, Sampling, decode, prefill, score_answers
@@ -35,12 +36,14 @@ from umbrella_jax.models import Params, abstract_params, native_backend
 from umbrella_jax.processor import Processor
 from umbrella_jax.progress import Progress, Work
 from umbrella_jax.reading import parse_json
-from umbrella_jax.rundir import NEWEST, Say, Step, nothing
+from umbrella_jax.rundir import Say, Step, nothing
 from umbrella_jax.sharding import MeshShape, abstract_batch, make_mesh, param_sharding, parts, put_batch
+from umbrella_jax.training.checkpoint import checksums
 from umbrella_jax.training.diagnose import nonfinite_error
 
 Row = dict[str, Any]
-"""`task_id`, `task_type`, `prediction`, `reference`, `metadata`; `likelihoods` too, where they were asked for."""
+"""`task_id`, `task_type`, `prediction`, `reference`, `metadata`; `cut`, if `max_new_tokens` ended the answer; and
+`likelihoods`, if they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Answer:
     """To one conversation."""
 
     text: str
+    cut: bool = False
+    """Whether `max_new_tokens` ended it."""
     log_likelihoods: Mapping[str, float] | None = None
     """Of each answer that the task knows: log p(answer | prompt), summed over its tokens, with the one that ends it."""
 
@@ -75,9 +80,39 @@ def _about(conversation: Conversation) -> dict[str, str]:
 
 
 def with_answer(row: Row, answer: Answer) -> Row:
-    """The row with what was predicted."""
+    """Return the row with what was predicted, `cut` if it did not end by itself."""
+    cut = {"cut": True} if answer.cut else {}
     more = {} if answer.log_likelihoods is None else {"likelihoods": dict(answer.log_likelihoods)}
-    return row | {"prediction": answer.text} | more
+    return row | {"prediction": answer.text} | cut | more
+
+
+def check_lengths(
+    conversations: Sequence[Conversation],
+    rows: Sequence[Row],
+    tasks: Mapping[str, Task],
+    tokenizer: Any,
+    template: Template,
+    max_new_tokens: int,
+    setting: str,
+) -> None:
+    """Raise DataError if a right answer, or one of a closed set, takes more than `max_new_tokens` tokens.
+
+    Args:
+        tasks: those that are known; without its task, a row whose reference is blank is not looked at.
+        setting: name of the limit, for people.
+    """
+
+    def answers(row: Row) -> Iterator[str]:
+        task = tasks.get(task_of(row))
+        if row["reference"]:
+            yield row["reference"]
+        elif task:
+            yield task.truth(row)
+        yield from (task and task.answers) or ()
+
+    asked = zip(conversations, map(answers, rows), strict=True)
+    if faults := length_faults(asked, tokenizer, max_new_tokens, setting, template=template):
+        raise DataError(faults)
 
 
 class Choices:
@@ -170,7 +205,8 @@ def answers(
         for row, (index, text) in enumerate(zip(indices, texts, strict=True)):
             known = choices.texts[index] if choices else ()
             likelihoods = dict(zip(known, map(float, scores[row]), strict=False)) if scores is not None else {}
-            found[index] = Answer(text, likelihoods or None)
+            cut = bool((tokens[row] != NONE).all()) and tokens[row, -1] not in stop
+            found[index] = Answer(text, cut, likelihoods or None)
         if progress:
             read = sum(len(dataset.prompts[index]) for index in indices)
             work = Work(samples=len(indices), tokens=read + int((tokens != NONE).sum()))
@@ -282,8 +318,11 @@ def predict(
             raise ConfigError(faults)
         if data.eval is None:
             raise ConfigError("data.eval: expected conversations to answer (--data PATH)")
+        unfinished = out.with_name(f"{out.name}.part")
         if out.exists():
             raise ConfigError(f"{out}: is there already; name another file, or remove it")
+        if unfinished.exists() and not resume:
+            raise ConfigError(f"{unfinished}: what an earlier call left; go on with --resume, or remove it")
         if not out.parent.is_dir():
             raise ConfigError(f"{out}: expected the name of a file in a directory that exists")
         if first:
@@ -302,6 +341,7 @@ def predict(
         checkpoint.config.check_trained(image.modality for c in dataset.conversations for image in c.images)
         rows = blank_rows(dataset.conversations)
         choices, known = None, dict[str, Task]()
+        limit = (processor.tokenizer, processor.template, max_new_tokens, "max_new_tokens (--max-new-tokens)")
         if likelihoods:
             asked = {task_of(row) for row in rows}
             known = tasks_of(rows, {name: task for name, task in (tasks or {}).items() if name in asked})
@@ -310,11 +350,19 @@ def predict(
                 raise ConfigError(
                     "likelihoods: no task of the data has a closed set of answers; name them in evaluation.tasks"
                 )
-        part = None
+        check_lengths(dataset.conversations, rows, known, *limit)
+        inputs = digest_of(read_inputs(data, {"eval": dataset})) if first else None
+    params = checkpoint.params(where=partial(param_sharding, devices))
+    weights = {path: int(value) for path, value in checksums(params).items()}
+    part = None
+    with together():
         if first:
             settings = {
-                "model": [checkpoint.fingerprint, checkpoint.step],
-                "inputs": digest_of(read_inputs(data, {"eval": dataset})),
+                "weights": _digest(weights),
+                "inputs": inputs,
+                "tokenizer": _digest(processor.tokenizer.get_vocab()),
+                "template": processor.template,
+                "stop_ids": processor.stop_ids,
                 "modalities": {name: to_dict(modality) for name, modality in processor.modalities.items()},
                 "conversations": len(rows),
                 "max_new_tokens": max_new_tokens,
@@ -323,14 +371,13 @@ def predict(
                 "cache_dtype": data.cache_dtype,
                 "compute_dtype": compute_dtype,
             }
-            part = _Part(out.with_name(f"{out.name}.part"), settings, resume=resume)
-    params = checkpoint.params(where=partial(param_sharding, devices))
+            part = _Part(unfinished, settings)
     model = checkpoint.config.with_attention("auto", native_backend(devices.devices.flat[0]))
     done = {int(index): row for index, row in broadcast(part.done if part else None).items()}
     left = [index for index in range(len(rows)) if index not in done]
     say = say if first else nothing
-    if checkpoint.taken and checkpoint.why != NEWEST:
-        say(checkpoint.taken)
+    if checkpoint.chosen:
+        say(checkpoint.chosen)
     options: dict[str, Any] = {"say": say, "note": nothing, "quiet": not first}
     options["memory"] = jax.local_devices()[0].memory_stats
     with (
@@ -365,15 +412,16 @@ def predict(
     return answered
 
 
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(strict_json(dict(sorted(content.items()))).encode()).hexdigest()[:16]
+
+
 class _Part:
     """Rows so far, `[number, row]` a line behind one that says what they were made with; one process at a time."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], *, resume: bool):
-        """Raises ConfigError where the file is there and `resume` is not asked for, or was made with other settings, or
-        is another process's."""
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
+        """Raises ConfigError if the file was made with other settings, or is another process's."""
         self.path, self.done = path, dict[int, Row]()
-        if path.exists() and not resume:
-            raise ConfigError(f"{path}: what an earlier call left; go on with --resume, or remove it")
         with naming(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, PRIVATE)
         try:

@@ -695,6 +695,23 @@ def test_the_command_reads_a_config(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert message in capsys.readouterr().err
 
 
+def test_an_answer_that_was_cut_off_on_its_way_is_not_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        row("left", "left side", "1"),
+        row("left si", "left side", "2", task_id="c"),
+        row("right", "left side", "3"),
+    ]
+    for given, code in ([rows, 0], [[{**r, "cut": True} for r in rows[1:]], 2], [[{**rows[0], "cut": 1}], 2]):
+        assert main(["score", str(write(tmp_path / "rows.jsonl", given))]) == code
+    said = capsys.readouterr().err
+    assert (
+        "task sex: c: max_new_tokens cut the answer 'left si' off before it could be 'left side'; predict again" in said
+    )
+    assert "cut: expected true or false" in said
+
+
 def test_the_command_takes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its newest predictions, by its own config."""
     (tmp_path / "config.yaml").write_text(

@@ -138,13 +138,13 @@ def _images(arguments: argparse.Namespace, modalities: Mapping[str, ModalityConf
 
 
 def _opened(arguments: argparse.Namespace) -> Any:
-    """Return the opened checkpoint of MODEL, and print which step of a run it is."""
+    """Return the opened checkpoint of MODEL, and print which step of a run it is unless it is the newest."""
     from umbrella_jax.api import Checkpoint
 
     options: dict[str, Any] = {"compute_dtype": arguments.compute_dtype, "step": arguments.step}
     checkpoint = Checkpoint.open(arguments.model, modalities_of(arguments), **options)
-    if checkpoint.taken:
-        print(visible(checkpoint.taken), file=sys.stderr)
+    if checkpoint.chosen:
+        print(visible(checkpoint.chosen), file=sys.stderr)
     return checkpoint if arguments.allow_untrained else checkpoint.answering()
 
 

@@ -87,8 +87,8 @@ def _to_hf(arguments: argparse.Namespace) -> None:
     from umbrella_jax.api import Checkpoint, write_hf, write_trained
 
     checkpoint = Checkpoint.open(arguments.source, step=arguments.step)
-    if checkpoint.taken:
-        print(checkpoint.taken)
+    if checkpoint.chosen:
+        print(checkpoint.chosen)
     names = tuple(arguments.names.split(",")) if arguments.names else None
     out = Path(arguments.out)
     if arguments.trainable_only:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from umbrella_jax.cli.options import (
 )
 from umbrella_jax.config import MAX_CLASSES
 from umbrella_jax.data.bids import MODALITIES, TEMPLATES, from_bids
+from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.files import check_output, strict_json
 
@@ -105,18 +107,27 @@ def _validate(arguments: argparse.Namespace) -> int:
     from umbrella_jax.data.validate import validate
     from umbrella_jax.evaluation.tasks import tasks_of
     from umbrella_jax.pages import PRIVACY
-    from umbrella_jax.prediction import blank_rows
+    from umbrella_jax.prediction import blank_rows, check_lengths
 
     config, page = config_of(arguments), arguments.html and Path(arguments.html)
     if page:
         check_page(page)
     elif arguments.samples is not None:
         raise ConfigError("--samples: sets the number of volumes on the page; add --html FILE")
-    report = validate(
-        config,
-        lambda: local_tokenizer(config),
-        lambda conversations: tasks_of(blank_rows(conversations), config.evaluation.tasks),
-    )
+    loaded: list[Any] = []
+
+    def tokenizer() -> Any:
+        loaded.append(local_tokenizer(config))
+        return loaded[-1]
+
+    def scored(conversations: Sequence[Conversation]) -> None:
+        rows = blank_rows(conversations)
+        tasks = tasks_of(rows, config.evaluation.tasks)
+        for words in filter(None, loaded):
+            limit = (config.data.template, config.train.max_new_tokens, "train.max_new_tokens")
+            check_lengths(conversations, rows, tasks, words, *limit)
+
+    report = validate(config, tokenizer, scored)
     if page:
         sample = 24 if arguments.samples is None else arguments.samples
         data = config.data

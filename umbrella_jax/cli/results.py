@@ -17,7 +17,7 @@ from umbrella_jax.cli.options import (
     number,
 )
 from umbrella_jax.config import EvaluationConfig, load_config
-from umbrella_jax.errors import ConfigError
+from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.files import strict_json
 
 
@@ -107,7 +107,7 @@ def _runs(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from umbrella_jax.evaluation.metrics import read_predictions, score, tasks_of
+    from umbrella_jax.evaluation.metrics import cut_faults, read_predictions, score, tasks_of
     from umbrella_jax.rundir import CONFIG, choose_step, evaluations
 
     file, settings, title = Path(arguments.predictions), arguments.config, ""
@@ -122,7 +122,10 @@ def _score(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--step {arguments.step}: {file} is not a run; leave --step out, or name the run")
     config = load_config(settings).evaluation if settings else EvaluationConfig()
     rows = read_predictions(file)
-    scores = score(rows, tasks_of(rows, config.tasks), resamples=config.resamples)
+    tasks = tasks_of(rows, config.tasks)
+    if faults := cut_faults(rows, tasks):
+        raise DataError(faults)
+    scores = score(rows, tasks, resamples=config.resamples)
     if arguments.json:
         print(strict_json(scores.to_json(), indent=1))
     else:
@@ -132,6 +135,7 @@ def _score(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from umbrella_jax.pages import PRIVACY
     from umbrella_jax.report import write_report
+    from umbrella_jax.rundir import NEWEST
 
     out = Path(arguments.out) if arguments.out else Path(arguments.run) / "report.html"
     facts = write_report(
@@ -143,7 +147,8 @@ def _report(arguments: argparse.Namespace) -> None:
         samples=arguments.samples,
         explain=arguments.explain,
     )
-    print(f"{out}:" + (f" step {facts.step} ({facts.why})" if facts.step is not None else "") + f"\n  {PRIVACY}")
+    chosen = f" step {facts.step} ({facts.why})" if facts.why not in ("", NEWEST) else ""
+    print(f"{out}:{chosen}\n  {PRIVACY}")
 
 
 def _baseline(arguments: argparse.Namespace) -> None:

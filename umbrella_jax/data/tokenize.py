@@ -262,6 +262,40 @@ def encode_answers(
     return encoded
 
 
+def length_faults(
+    asked: Iterable[tuple[Conversation, Iterable[str]]],
+    tokenizer: Any,
+    limit: int,
+    setting: str,
+    *,
+    template: Template = "umbrella",
+) -> list[str]:
+    """Return a fault for each distinct answer whose text takes more than `limit` tokens: no model could give it.
+
+    Args:
+        asked: conversations, each with the answers that it may have.
+        setting: name of the limit, for people.
+    """
+    seen, faults = set[str](), list[str]()
+    for conversation, answers in asked:
+        for answer in answers:
+            # a token is a byte at least, but for what a chat template may put before an answer
+            if answer in seen or (template != "chat" and len(answer.encode()) < limit):
+                continue
+            seen.add(answer)
+            try:
+                (ids,) = encode_answers(conversation, [answer], tokenizer, template=template)
+            except DataError as error:
+                faults += error.faults
+                continue
+            if (needed := len(ids) - 1) > limit:  # the token that ends it is not of its text
+                faults.append(
+                    f"{conversation.label}: the answer {answer!r} takes {needed} tokens, and {setting} is {limit}: no "
+                    f"model could give it; set {setting} to {needed} or more"
+                )
+    return faults
+
+
 def encode_all(conversations: Iterable[Conversation], encoder: Callable[[Conversation], Encoded]) -> list[Encoded]:
     """`encoder` of each. Raises DataError with the faults of all."""
     encoded: list[Encoded] = []

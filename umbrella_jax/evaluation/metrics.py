@@ -148,12 +148,26 @@ def _schema_faults(row: Any) -> list[str]:
     if not isinstance(row, dict):
         return [f"expected a prediction, an object, got {kind(row)}"]
     required = {"task_id": str, "prediction": str, "reference": str}
-    optional = {"task_type": str, "metadata": dict, "likelihoods": dict}
+    optional = {"task_type": str, "metadata": dict, "likelihoods": dict, "cut": bool}
+    names = {str: "a string", dict: "an object", bool: "true or false"}
     return [
-        f"{key}: expected {'an object' if type_ is dict else 'a string'}, got {kind(row.get(key))}"
+        f"{key}: expected {names[type_]}, got {kind(row.get(key))}"
         for key, type_ in (required | optional).items()
         if not isinstance(row.get(key), type_) and (key in required or row.get(key) is not None)
     ]
+
+
+def cut_faults(rows: Iterable[Row], tasks: Mapping[str, Task]) -> list[str]:
+    """Return a fault for each answer that `max_new_tokens` cut off on its way to the reference."""
+    faults = []
+    for row in rows:
+        truth, said = tasks[task_of(row)].truth(row), normalise(row["prediction"])
+        if row.get("cut") and said and truth != said and truth.startswith(said):
+            faults.append(
+                f"task {task_of(row)}: {row['task_id']}: max_new_tokens cut the answer {row['prediction']!r} off "
+                f"before it could be {truth!r}; predict again with more (--max-new-tokens)"
+            )
+    return faults
 
 
 def score(rows: Iterable[Row], tasks: Mapping[str, Task], *, resamples: int = 1000, seed: int = 0) -> Scores:

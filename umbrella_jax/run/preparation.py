@@ -25,7 +25,7 @@ from umbrella_jax.evaluation.metrics import Task, metric_names, tasks_of
 from umbrella_jax.files import check_output, check_run_name
 from umbrella_jax.loggers import missing
 from umbrella_jax.models import LlavaConfig, Params, abstract_params, lora, native_backend, quantize
-from umbrella_jax.prediction import Choices, Row, blank_rows
+from umbrella_jax.prediction import Choices, Row, blank_rows, check_lengths
 from umbrella_jax.processor import Processor
 from umbrella_jax.rundir import METRICS, Line, Say, read_metrics
 from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, shardings
@@ -217,7 +217,7 @@ def _check_length(config: RunConfig, conversations: int) -> None:
 
 def said_of(base: Checkpoint) -> list[str]:
     """What is to be said of a base, for people."""
-    return [base.taken] if base.taken else list(base.notes)
+    return [base.step_line] if base.kind == "run" else list(base.notes)
 
 
 def _evaluated(config: RunConfig, dataset: Dataset | None, processor: Processor) -> Evaluated | None:
@@ -226,6 +226,8 @@ def _evaluated(config: RunConfig, dataset: Dataset | None, processor: Processor)
     if dataset is not None:
         rows = blank_rows(dataset.conversations)
         tasks = tasks_of(rows, config.evaluation.tasks)
+        limit = (processor.tokenizer, processor.template, config.train.max_new_tokens, "train.max_new_tokens")
+        check_lengths(dataset.conversations, rows, tasks, *limit)
         choices = Choices.of(dataset, processor, rows, tasks) if config.evaluation.likelihoods else None
         found = Evaluated(dataset, rows, tasks, choices)
         known = sorted(f"eval_{name}" for name in ("loss", *metric_names(tasks, likelihoods=bool(choices))))

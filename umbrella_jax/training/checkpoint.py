@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -244,13 +243,13 @@ def checksums(tree: Any) -> dict[str, np.ndarray]:
 
 
 def _checksum(x: Array) -> Array:
-    """Sum mod 2³² of hash(bits + position · odd), uint32 [], of an array of 4-byte numbers.
+    """Sum mod 2³² of hash(bits + position · odd), uint32 [], of an array of numbers of 1, 2 or 4 bytes.
 
     The hash is MurmurHash3's finaliser, one to one: a number that changed always shows. A sum, unlike a CRC, is the
     same in whatever order and on whatever devices it is made, so that no process needs all of an array.
     """
-    chex.assert_equal(x.dtype.itemsize, 4)  # what trains and its moments are float32, counts int32
-    h = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    h = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
     for axis in range(x.ndim):  # the position in C order, piece by piece: a reshape would gather what is sharded
         stride = np.uint32(math.prod(x.shape[axis + 1 :]) * 0x9E3779B9 % 2**32)
         h = h + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
