@@ -67,7 +67,7 @@ def check_output(path: str | Path, remedy: str, *, folder: bool) -> None:
         kind = "a broken link" if there.is_symlink() else "a file, not a folder"
         raise ConfigError(f"{path}: {kind if there == absolute else f'{there} is {kind}'}; {remedy}")
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".umbrella-jax-", dir=there))
+        tempfile.TemporaryFile(dir=there).close()  # without a name, where the file system can: a kill leaves nothing
     except OSError as error:
         # a pseudo file system (/proc, /sys) answers that there is no such file
         cause = "it takes no new files" if error.errno in (errno.ENOENT, errno.EINVAL) else error.strerror
