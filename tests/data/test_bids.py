@@ -9,6 +9,8 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.small_run import umbrella
 from umbrella_jax.config import load_config, resolve_modality
@@ -17,7 +19,7 @@ from umbrella_jax.data.conversation import read_conversations
 from umbrella_jax.data.ignore_file import IgnoreFile
 from umbrella_jax.data.loader import Dataset
 from umbrella_jax.data.subject_split import split_subjects
-from umbrella_jax.data.tables import doubtful
+from umbrella_jax.data.tables import check_columns, doubtful, read_table, subject_rows
 from umbrella_jax.errors import DataError
 
 
@@ -642,6 +644,27 @@ def test_a_table_of_a_spreadsheet_is_read(bids, tmp_path):
     assert [record["metadata"]["subject_label"] for record in records] == ["F", "M", "F"]
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from(["sub-1", "F", "", '"', "\t", "\r", "\0", "\ufeff", "a,b", "n/a"])), max_size=6)
+)
+def test_a_table_of_any_text_is_read_or_refused(tmp_path_factory, rows):
+    file = tmp_path_factory.mktemp("table") / "participants.tsv"
+    file.write_text("\n".join("\t".join(row) for row in [["participant_id", "sex"], *rows]), newline="")
+    faults, found = (), {}
+    try:
+        table = read_table(file)
+        check_columns(table, ["participant_id", "sex"])
+        found = subject_rows(table)
+    except DataError as error:
+        faults = error.faults
+    assert all(fault.startswith(str(file)) for fault in faults)
+    assert all(
+        re.fullmatch(r"sub-.+", name) and set(cells) == {"participant_id", "sex"} for name, cells in found.items()
+    )
+    assert bool(faults) != bool(found)
+
+
 MISSING = ["n/a", "", "-", "?", ".", "#N/A", "NA", "N/A", "nan", "NULL", "<NA>", "#VALUE!"]
 
 
@@ -824,6 +847,25 @@ def test_nobody_is_compared_with_another_visit_of_themselves(visits, tmp_path):
             stages[reference],
             stages[query],
         )
+
+
+@pytest.mark.parametrize("kind", ["classification", "comparison"])
+def test_no_visit_and_no_reference_is_in_two_splits(visits, tmp_path, kind):
+    """Whatever a subject is called in another session, by subjects, by images and as `validate` sees it."""
+    root = visits(**{f"{i:02}": {"age": "n/a"} for i in range(20)})
+    for i in range(20):
+        rows = "".join(f"ses-{k}\t{'ab'[(i + k) % 2]}\n" for k in (1, 2))
+        (root / f"sub-{i:02}/sub-{i:02}_sessions.tsv").write_text(f"session_id\tstage\n{rows}")
+    from_bids(root, tmp_path / "out", "stage", kind=kind)
+    both = {}
+    for name, number in (("train", 32), ("eval", 8)):
+        read = read_conversations(tmp_path / f"out/{name}.json", ("T1",), root)
+        images = {image.path for c in read for image in c.images}
+        assert len(images) == number
+        both[name] = {subject for c in read for subject in c.subjects}, images
+        assert {image.name[4:6] for image in images} == both[name][0]
+    assert not both["train"][0] & both["eval"][0]
+    assert not both["train"][1] & both["eval"][1]
 
 
 # One split per data set.
