@@ -295,6 +295,15 @@ def stored_untrained(directory: str | Path, patch_embed: Path | None = None) -> 
     return untrained
 
 
+def stored_first_steps(directory: str | Path) -> dict[str, int] | None:
+    """Return, for the model folder of a run, {modality: first step that shows one}; None if it does not say."""
+    path = Path(directory) / UMBRELLA_CONFIG
+    stated = read_json(path).get("first_steps") if path.exists() else None
+    if stated is not None and not (isinstance(stated, dict) and all(type(step) is int for step in stated.values())):
+        raise ConfigError(f"{path}: first_steps: expected {{modality: step}}, got {stated!r}")
+    return stated
+
+
 def _string_mapping(path: Path, stated: Any) -> dict[str, str]:
     stated = {} if stated is None else stated
     if not isinstance(stated, dict) or not all(isinstance(text, str) for pair in stated.items() for text in pair):
@@ -421,6 +430,7 @@ def write_config(
     template: Template | None = None,
     untrained: Mapping[str, str] | None = None,
     checksums: Mapping[str, str] | None = None,
+    first_steps: Mapping[str, int] | None = None,
 ) -> None:
     """Write config.json, umbrella_config.json and those of `source_dir`'s files that are `carried`: tokenizer's,
     generation's and processor's.
@@ -428,7 +438,8 @@ def write_config(
     `names` is the family of modality names to export under (see `export_names`); `dtype` that of the weights, where
     it is no longer what config.json says; `base` and `base_fingerprint` name the checkpoint that training began from,
     `template` is how its text was written, `untrained` says which modalities' weights are random, and why;
-    `checksums` are those of the weights (convert/checksum.py).
+    `checksums` are those of the weights (convert/checksum.py); `first_steps` says from which step on a run shows each
+    modality.
     """
     source, out = Path(source_dir), Path(out_dir)
     raw = hf_dict(read_json(source / CONFIG), config)
@@ -439,7 +450,8 @@ def write_config(
     random = {renamed[m]: why for m, why in (untrained or {}).items()}
     stated = {"template": template, "base": base, "base_fingerprint": base_fingerprint, "untrained": random}
     stated |= {KEY: {hub_name(name): crc for name, crc in checksums.items()} if checksums else None}
-    umbrella = {"modalities": modalities} | {key: value for key, value in stated.items() if value}
+    umbrella: dict[str, Any] = {"modalities": modalities} | {key: value for key, value in stated.items() if value}
+    umbrella |= {} if first_steps is None else {"first_steps": dict(first_steps)}
     out.mkdir(parents=True, exist_ok=True)
     for path in carried(source):
         copy = out / path.relative_to(source)

@@ -1,6 +1,6 @@
 """The README.md of an export: what the weights are, what volumes they expect, and how to load them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 
 from umbrella_jax.config import ModalityConfig, Template
@@ -70,9 +70,10 @@ def model_card(
     base: str | None = None,
     base_fingerprint: str | None = None,
     template: Template | None = None,
+    untrained: Collection[str] = (),
 ) -> str:
     """Markdown for `folder`; `modalities` under their names in the export, `base` the base's name, `template` how
-    text was written in training."""
+    text was written in training, `untrained` the modalities whose patch embedding is random."""
     columns = ("name", "voxels", "patch", "tokens", "orientation", "mode", "scaling", "background", "windows")
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, m in modalities.items():
@@ -83,6 +84,7 @@ def model_card(
         mode = m.mode if m.spacing is None else f"{m.mode}, {m.spacing:g} mm"
         cells = (name, size, patch, m.num_patches, m.orientation, mode, m.scaling, m.background, windows)
         rows.append(f"| {' | '.join(map(str, cells))} |")
+    random = [f"\n**{name} was never trained: its patch embedding is random.**" for name in untrained]
     lines = [f"Trained on top of `{base}`." if base else "Not stated."]
     if base_fingerprint:
         lines.append(f"SHA-256 of its weights (names, shapes, types, bytes): `{base_fingerprint}`.")
@@ -98,7 +100,7 @@ def model_card(
         text_width=config.text.hidden_size,
         vocab=config.text.vocab_size,
         version=version("umbrella-jax"),
-        volumes="\n".join(rows),
+        volumes="\n".join([*rows, *random]),
         base="\n".join(lines),
         folder=folder,
     )

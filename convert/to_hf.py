@@ -61,7 +61,8 @@ def export(
     stated["untrained"] = untrained
     with new_folder(out) as part:
         checksums = write_checkpoint(part, hub_tensors(params, config, renamed), max_shard_size)
-        card = model_card(config, modalities, out.name, base, fingerprint, template)
+        random = [renamed[m] for m in untrained or ()]
+        card = model_card(config, modalities, out.name, base, fingerprint, template, random)
         (part / "README.md").write_text(card, encoding="utf-8")
         write_config(source_dir, part, config, names, dtype=dtype, checksums=checksums, **stated)
         finish(part)

@@ -57,7 +57,7 @@ def second(world: World, first: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def export(second: Path) -> Path:
-    umbrella("convert", "to-hf", second, second.parent / "export")
+    umbrella("convert", "to-hf", second, second.parent / "export", "--include-untrained")
     return second.parent / "export"
 
 
@@ -155,7 +155,7 @@ def test_pytorch_says_the_same(second: Path, export: Path) -> None:
 
 @pytest.fixture(scope="module")
 def part(second: Path) -> Path:
-    umbrella("convert", "to-hf", second, second.parent / "part", "--trainable-only")
+    umbrella("convert", "to-hf", second, second.parent / "part", "--trainable-only", "--include-untrained")
     return second.parent / "part" / "trainable.safetensors"
 
 

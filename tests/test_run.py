@@ -18,7 +18,9 @@ import umbrella_jax.run
 from tests import small_run
 from tests.small_run import World, parameters, read_config, read_lines, umbrella
 from umbrella_jax.api import Checkpoint
+from umbrella_jax.config import load_config
 from umbrella_jax.data.conversation import Conversation, Message
+from umbrella_jax.data.validate import validate
 from umbrella_jax.evaluation.generate import decode, prefill, score_answers
 from umbrella_jax.prediction import blank_rows
 from umbrella_jax.training.step import jit_eval_step
@@ -423,3 +425,21 @@ def test_evaluations_of_a_part_compile_nothing_more(
     assert [row["task_id"] for row in first] == [row["task_id"] for row in second]
     assert all(row["likelihoods"].keys() == {"left.", "right."} for row in first)
     assert {"eval_auroc/T3", "eval_accuracy/T3"} <= read_lines(tmp_path / "run/metrics.jsonl")[0].keys()
+
+
+def test_data_without_images_train_nothing_and_are_refused(world: World, tmp_path: Path) -> None:
+    """Before the first step: no gradient would reach the patch embedding. `data validate` finds it, too."""
+    records = json.loads(world.train.read_text())
+    for record in records:
+        for turn in record["conversations"]:
+            turn["content"] = [part for part in turn["content"] if part["type"] == "text"]
+        record.pop("images", None)
+    data = small_run.write_json(tmp_path / "text.json", records)
+    message = umbrella(*world.train_flags(tmp_path / "run", "--train-data", data), code=2)
+    assert (
+        f"{data}: its {len(records)} conversations show no image, so train.groups (patch_embed) would train" in message
+    )
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+    (fault,) = validate(load_config(world.config, {"data.train": str(data)})).of("fault")
+    assert (fault.kind, fault.place) == ("images", str(data))
+    assert fault.reason.startswith(f"none of its {len(records)} conversations shows an image, so no patch embedding")

@@ -21,6 +21,7 @@ from convert.hf_config import (
     hf_dict,
     read_config,
     read_json,
+    stored_first_steps,
     stored_template,
     stored_untrained,
     unused_dropout,
@@ -243,9 +244,19 @@ class Checkpoint:
         run starts from random ones and trains none of them.
         """
         if self.base is not None:
-            paths = abstract_params(replace(self.config, lora=self.lora))[1]  # adapters too, if they are merged
-            labels = freeze.label_params(list(paths), self.groups)
-            return self.base.untrained_after([path for path, label in labels.items() if label != freeze.FROZEN])
+            whole = replace(self.config, lora=self.lora)  # merged or not, the groups may name adapters
+            labels = freeze.label_params(list(abstract_params(whole)[1]), self.groups)
+            found = self.base.untrained_after([path for path, label in labels.items() if label != freeze.FROZEN])
+            first_steps = stored_first_steps(self.description)
+            if first_steps is None:  # a run of before
+                return found
+            for name, start in self.base.untrained.items():
+                why = start.partition(", and ")[0]  # without what an earlier run adds
+                if name not in first_steps:
+                    found[name] = f"{why}, and no conversation of the run shows one"
+                elif (self.step or 0) < first_steps[name]:
+                    found[name] = f"{why}, and the run shows none before step {first_steps[name]}"
+            return found
         stated = stored_untrained(self.path, self.patch_embed)
         untrained = {resolve_modality(m, self.config.modalities) or m: why for m, why in stated.items()}
         if self.kind == "hf":
@@ -465,11 +476,12 @@ def describe(
     *,
     untrained: Mapping[str, str] | None = None,
     checksums: Mapping[str, str] | None = None,
+    first_steps: Mapping[str, int] | None = None,
 ) -> None:
     """Write all but the weights to `directory`: config.json, tokenizer, modalities; grown where the vocabulary was.
 
     `untrained` says which of the weights beside it are random (`Checkpoint.untrained`), `checksums` what they are by
-    file.
+    file, `first_steps` from which step on a run shows each modality (`Plan.first_steps`).
     """
     write_config(
         checkpoint.description,
@@ -480,6 +492,7 @@ def describe(
         template=checkpoint.template,
         untrained=untrained,
         checksums=checksums,
+        first_steps=first_steps,
     )
     if checkpoint.notes:
         save_tokenizer(checkpoint.tokenizer(), directory)
@@ -502,13 +515,30 @@ def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto"
         describe(checkpoint, part, untrained=checkpoint.untrained, checksums=checksums)
 
 
+def untrained_to_leave_out(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return {modality: why} of what an export leaves out: those of random weights, unless no modality is trained."""
+    found = checkpoint.untrained
+    return {} if checkpoint.config.modalities.keys() == found.keys() else found
+
+
 def write_hf(
-    checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | None = None, max_shard_size: int | str = "5GB"
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    names: Sequence[str] | None = None,
+    max_shard_size: int | str = "5GB",
+    include_untrained: bool = False,
 ) -> None:
     """Write a Hugging Face directory, tensor by tensor, with tokenizer and model card; arguments as of `export`.
-    Adapters are merged into the weights, which keep their types."""
+
+    Adapters are merged into the weights, which keep their types. Modalities whose weights are random are left out
+    (`untrained_to_leave_out`) unless `include_untrained`.
+    """
     check_new_folder(out)
     checkpoint = checkpoint.merged()
+    left_out = {} if include_untrained else untrained_to_leave_out(checkpoint)
+    modalities = {name: modality for name, modality in checkpoint.config.modalities.items() if name not in left_out}
+    tensors = {path: tensor for path, tensor in checkpoint.tensors().items() if modality_of(path) not in left_out}
     derived = checkpoint.kind != "hf"
 
     def finish(part: Path) -> None:
@@ -517,21 +547,25 @@ def write_hf(
 
     export(
         out,
-        checkpoint.tensors(),
-        checkpoint.config,
+        tensors,
+        replace(checkpoint.config, modalities=modalities),
         checkpoint.description,
         names=names,
         max_shard_size=max_shard_size,
         base=checkpoint.base_name if derived else None,
         fingerprint=checkpoint.fingerprint if derived else None,
         template=checkpoint.template,
-        untrained=checkpoint.untrained,
+        untrained={name: why for name, why in checkpoint.untrained.items() if name not in left_out},
         finish=finish,
     )
 
 
-def write_trained(checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | None = None) -> Path:
+def write_trained(
+    checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | None = None, include_untrained: bool = False
+) -> Path:
     """Write what a run trained, and on which base, as one file into the new folder `out`; returns its path.
+
+    Patch embeddings whose weights are random are left out as in `write_hf`.
 
     Of a run on top of another run, what all of them trained. Adapters are written so that they are to be added as
     B·A, their scale being in B; those of several runs beside one weight as one, of the sum of their ranks.
@@ -540,7 +574,9 @@ def write_trained(checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | N
     """
     if checkpoint.kind != "run":
         raise CheckpointError(f"{checkpoint.path}: not a run, so it does not say what was trained; name a run")
-    renamed = export_names(checkpoint.config.modalities, names)
+    left_out = {} if include_untrained else untrained_to_leave_out(checkpoint)
+    kept = {name: modality for name, modality in checkpoint.config.modalities.items() if name not in left_out}
+    renamed = export_names(kept, names)
     check_new_folder(out)
     runs: list[Checkpoint] = []
     one: Checkpoint | None = checkpoint
@@ -549,15 +585,19 @@ def write_trained(checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | N
     trained = [(run.trained(), run.lora.scale if run.lora else 1.0) for run in runs]
     paths = {path for leaves, _ in trained for path in leaves}
     # the whole patch embedding, whatever of it was trained: a stock base has none to put a part onto
-    tensors = {p: t for p, t in checkpoint.tensors().items() if p in paths or modality_of(p) is not None}
+    tensors = {
+        path: tensor
+        for path, tensor in checkpoint.tensors().items()
+        if (path in paths or modality_of(path) is not None) and modality_of(path) not in left_out
+    }
     for weight in sorted({w for path in paths if (w := adapted_weight(path))} - paths):
         a, b = adapters(weight)
         own = [(leaves, np.float32(scale)) for leaves, scale in trained if a in leaves]
         tensors[a] = Tensor.of(np.concatenate([np.asarray(leaves[a]) for leaves, _ in own], axis=-2))
         tensors[b] = Tensor.of(np.concatenate([np.asarray(leaves[b]) * scale for leaves, scale in own], axis=-1))
-    named = hub_tensors(tensors, checkpoint.config, renamed)
-    modalities = {renamed[m]: modality for m, modality in checkpoint.config.modalities.items()}
-    untrained = {renamed[m]: why for m, why in checkpoint.untrained.items()}
+    named = hub_tensors(tensors, replace(checkpoint.config, modalities=kept), renamed)
+    modalities = {renamed[m]: modality for m, modality in kept.items()}
+    untrained = {renamed[m]: why for m, why in checkpoint.untrained.items() if m in kept}
     with new_folder(out) as part:
         write_trainable(
             part / FILE, Trainable(named, modalities, checkpoint.fingerprint, checkpoint.template, untrained)
@@ -587,8 +627,25 @@ def verify(
     opened = {p: Checkpoint.open(p, modalities) for p, bare in zip(paths, stock, strict=True) if not bare}
     known = next(iter(opened.values())).config.modalities if opened else None
     one, other = ((opened[p] if p in opened else Checkpoint.open(p, known)).merged() for p in paths)
+    left_out = [
+        {
+            m: why
+            for m, why in untrained_to_leave_out(c).items()
+            if resolve_modality(m, beside.config.modalities) is None
+        }
+        for c, beside in ((one, other), (other, one))
+    ]
+    config_a, config_b = (
+        replace(c.config, modalities={m: modality for m, modality in c.config.modalities.items() if m not in out})
+        for c, out in zip((one, other), left_out, strict=True)
+    )
+    notes = [
+        f"{c.path}: {name}: not compared, the other leaves it out: its patch embedding is {why}"
+        for c, out in zip((one, other), left_out, strict=True)
+        for name, why in out.items()
+    ]
 
-    configuration = compare_configs(one.config, other.config)
+    configuration = compare_configs(config_a, config_b)
     sources = [checkpoint.origin for checkpoint in (one, other)]
     for checkpoint, source in zip((one, other), sources, strict=True):
         configuration += compare_reading(source.description, checkpoint.config, grown=bool(source.notes))
@@ -601,9 +658,12 @@ def verify(
             configuration.append(f"ids that end an answer: {ends[0]} in A, {ends[1]} in B")
     if one.template and other.template and one.template != other.template:
         configuration.append(f"template: {one.template} in A, {other.template} in B")
-    notes = [f"{c.path}: {line}" for c in (one, other) for line in (*c.notes, *c.check())]
-    ours, theirs = one.held(), other.held()
-    tensors = compare_tensors(ours, one.config, theirs, other.config)
+    notes += [f"{c.path}: {line}" for c in (one, other) for line in (*c.notes, *c.check())]
+    ours, theirs = (
+        {path: tensor for path, tensor in c.held().items() if modality_of(path) not in out}
+        for c, out in zip((one, other), left_out, strict=True)
+    )
+    tensors = compare_tensors(ours, config_a, theirs, config_b)
     found: dict[str, Forward] = {}
     shapes_differ = any("→ [" in t.types for t in tensors)
     if forward and not configuration and not shapes_differ:
@@ -611,7 +671,7 @@ def verify(
             raw = read_json(sources[0].description / HF_CONFIG)
             if sources[0].notes:
                 raw = hf_dict(raw, one.config)
-            found = compare_forward(raw, ours, one.config, theirs, other.config)
+            found = compare_forward(raw, ours, config_a, theirs, config_b)
         except ImportError as error:
             notes.append(f"logits: not compared, {error.name} is not installed; pip install 'umbrella-jax[torch]'")
     elif forward:

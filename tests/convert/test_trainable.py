@@ -55,9 +55,9 @@ def files(run: Path) -> dict[tuple[str, str], Path]:
     found = {}
     for names, flags in ((OLD, []), (NEW, ["--names", "sMRI,fMRI"])):
         out = run.parent / f"part-{names[0]}"
-        printed = umbrella("convert", "to-hf", run, out, "--trainable-only", *flags)
+        printed = umbrella("convert", "to-hf", run, out, "--trainable-only", "--include-untrained", *flags)
         (found[names],) = out.iterdir()
-        assert f"{found[names]}: what was trained" in printed
+        assert f"{found[names]}: trained weights" in printed
     return found
 
 
@@ -100,7 +100,7 @@ def config_with(path: Path, world: World, names: tuple[str, str], **t1: object) 
 def test_the_file_holds_exactly_what_trained(
     run: Path, files: dict[tuple[str, str], Path], world: World, tmp_path: Path, names: tuple[str, str]
 ) -> None:
-    umbrella("convert", "to-hf", run, tmp_path / "export", "--names", ",".join(names))
+    umbrella("convert", "to-hf", run, tmp_path / "export", "--include-untrained", "--names", ",".join(names))
     whole = load_file(tmp_path / "export" / "model.safetensors")
     ours = load_file(files[names])
     assert ours.keys() == {f"{EMBEDDINGS}{m}{end}" for m in names for end in ENDS} | PROJECTOR
@@ -158,7 +158,7 @@ def test_from_hf(
     printed = umbrella("convert", "from-hf", world.base, tmp_path / "native", *flags)
     assert "initialised" not in printed
     same(parameters(umbrella_jax.load(tmp_path / "native")), trained, configured)
-    umbrella("convert", "to-hf", tmp_path / "native", tmp_path / "export")
+    umbrella("convert", "to-hf", tmp_path / "native", tmp_path / "export", "--include-untrained")
     same(parameters(umbrella_jax.load(tmp_path / "export")), trained, configured)
 
 
@@ -178,7 +178,7 @@ def test_load(
 def test_pytorch(
     run: Path, world: World, files: dict[tuple[str, str], Path], tmp_path: Path, names: tuple[str, str]
 ) -> None:
-    umbrella("convert", "to-hf", run, tmp_path / "export", "--names", ",".join(names))
+    umbrella("convert", "to-hf", run, tmp_path / "export", "--include-untrained", "--names", ",".join(names))
     expected = load_umbrella(tmp_path / "export").state_dict()
     ours = load_umbrella(world.base, patch_embed=files[names]).state_dict()
     assert ours.keys() == expected.keys()
@@ -193,7 +193,7 @@ def test_pytorch(
 
 def test_onto_an_export(run: Path, part: Path, world: World, trained: dict[str, np.ndarray], tmp_path: Path) -> None:
     """A base that has a patch embedding of its own, under the other names: the file's takes its place."""
-    umbrella("convert", "to-hf", run, tmp_path / "base", "--names", "sMRI,fMRI")
+    umbrella("convert", "to-hf", run, tmp_path / "base", "--include-untrained", "--names", "sMRI,fMRI")
     tensors = load_file(tmp_path / "base" / "model.safetensors")
     for name, array in tensors.items():
         if "MRI_" in name or name in PROJECTOR:
@@ -290,7 +290,7 @@ def test_what_did_not_train_is_exported_as_it_started(
     partly: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
 ) -> None:
     run, expected = partly
-    umbrella("convert", "to-hf", run, tmp_path / "export")
+    umbrella("convert", "to-hf", run, tmp_path / "export", "--include-untrained")
     same(parameters(umbrella_jax.load(tmp_path / "export", allow_untrained=True)), expected)
 
 
@@ -298,15 +298,57 @@ def test_what_did_not_train_comes_back_onto_the_base(
     partly: tuple[Path, dict[str, np.ndarray]], world: World, tmp_path: Path
 ) -> None:
     run, expected = partly
-    umbrella("convert", "to-hf", run, tmp_path / "part", "--trainable-only")
+    umbrella("convert", "to-hf", run, tmp_path / "part", "--trainable-only", "--include-untrained")
     (part,) = (tmp_path / "part").iterdir()
     same(parameters(umbrella_jax.load(world.base, patch_embed=part, allow_untrained=True)), expected)
 
 
 def test_a_part_of_the_patch_embedding_onto_a_base_that_has_it(run: Path, world: World, tmp_path: Path) -> None:
-    umbrella("convert", "to-hf", run, tmp_path / "base")
+    umbrella("convert", "to-hf", run, tmp_path / "base", "--include-untrained")
     other = train(world, "on-export", "train.groups={'*.T1_proj.*': {}}", "--base", tmp_path / "base")
-    umbrella("convert", "to-hf", other, tmp_path / "part", "--trainable-only")
+    umbrella("convert", "to-hf", other, tmp_path / "part", "--trainable-only", "--include-untrained")
     (part,) = (tmp_path / "part").iterdir()
     ours = parameters(umbrella_jax.load(tmp_path / "base", patch_embed=part))
     same(ours, parameters(umbrella_jax.load(other)))
+
+
+# A modality that the run's conversations do not show: `run` is of T1 only, its base a stock LLaVA.
+
+
+def test_a_modality_that_was_never_trained_is_known(run: Path, world: World, tmp_path: Path) -> None:
+    unseen = "patch embedding not in the checkpoint, newly initialised, and no conversation of the run shows one"
+    assert Checkpoint.open(run).untrained == {"rsfMRI": unseen.removeprefix("patch embedding ")}
+    log = (run / "log.txt").read_text()
+    stays = "its patch embedding stays random (not in the checkpoint, newly initialised)"
+    assert f"WARNING: rsfMRI: no conversation of {world.root / 'anatomical.json'} shows one: {stays}" in log
+    scan = world.root / "scans" / "run-0.nii"
+    message = umbrella("generate", run, "Which sex?", "--image", f"rsfMRI={scan}", code=2)
+    assert f"{run}: modality rsfMRI: {unseen}" in message
+    copy = shutil.copytree(run, tmp_path / "run")
+    described = json.loads((copy / "model" / "umbrella_config.json").read_text())
+    assert described["first_steps"] == {"T1": 1}
+    small_run.write_json(copy / "model" / "umbrella_config.json", described | {"first_steps": {"T1": 1, "rsfMRI": 9}})
+    assert Checkpoint.open(copy).untrained["rsfMRI"].endswith("and the run shows none before step 9")
+    small_run.write_json(copy / "model" / "umbrella_config.json", described | {"first_steps": {"T1": 1, "rsfMRI": 2}})
+    assert Checkpoint.open(copy).untrained == {}
+
+
+def test_a_modality_that_was_never_trained_is_left_out_of_exports(run: Path, tmp_path: Path) -> None:
+    printed = umbrella("convert", "to-hf", run, tmp_path / "export")
+    assert "rsfMRI: patch embedding not in the checkpoint" in printed
+    assert "left out; --include-untrained exports it" in printed
+    described = json.loads((tmp_path / "export" / "umbrella_config.json").read_text())
+    assert (list(described["modalities"]), "untrained" in described) == (["T1"], False)
+    assert not any("rsfMRI" in name for name in load_file(tmp_path / "export" / "model.safetensors"))
+    assert "rsfMRI" not in (tmp_path / "export" / "README.md").read_text()
+    for pair in ((run, tmp_path / "export"), (tmp_path / "export", run)):
+        told = umbrella("convert", "verify", *pair, "--no-logits")
+        assert "rsfMRI: not compared, the other leaves it out" in told
+    umbrella("convert", "to-hf", run, tmp_path / "part", "--trainable-only")
+    assert not any("rsfMRI" in name for name in load_file(tmp_path / "part" / "trainable.safetensors"))
+    umbrella("convert", "to-hf", run, tmp_path / "whole", "--include-untrained", "--names", "sMRI,fMRI")
+    described = json.loads((tmp_path / "whole" / "umbrella_config.json").read_text())
+    assert list(described["untrained"]) == ["fMRI"]
+    assert (
+        "**fMRI was never trained: its patch embedding is random.**" in (tmp_path / "whole" / "README.md").read_text()
+    )

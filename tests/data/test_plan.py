@@ -41,6 +41,20 @@ def random_facts(draw):
     return facts(*rows)
 
 
+def test_the_first_step_that_shows_a_modality():
+    known = facts(*[(40, 2, "T1:0")] * 6, (40, 2, "T1:1 rsfMRI:2"), (40, 2, ""))
+    plan = Plan(known, batch_size=1, seed=0)
+    found = plan.first_steps()
+    steps = {
+        modality: min(
+            s + 1 for s in range(8) if volumes_of(known, [r for m in plan.update(s).rows for r in m])[modality]
+        )
+        for modality in ("T1", "rsfMRI")
+    }
+    assert found == steps
+    assert Plan(facts((40, 2, "")), batch_size=1, seed=0).first_steps() == {}
+
+
 def volumes_of(facts, rows):
     """{modality: distinct volumes}, counted another way than the plan does."""
     shown = {(facts.modality[v], v) for row in rows for v in facts.volumes[row]}

@@ -47,6 +47,10 @@ def add(commands: Any) -> None:
         "--trainable-only", action="store_true", help="write only the trained weights and their base's hash"
     )
 
+    to_hf.add_argument(
+        "--include-untrained", action="store_true", help="export modalities whose weights are random, too"
+    )
+
     verify = add_command(
         convert,
         "verify",
@@ -84,19 +88,24 @@ def _from_hf(arguments: argparse.Namespace) -> None:
 
 
 def _to_hf(arguments: argparse.Namespace) -> None:
-    from umbrella_jax.api import Checkpoint, write_hf, write_trained
+    from umbrella_jax.api import Checkpoint, untrained_to_leave_out, write_hf, write_trained
 
     checkpoint = Checkpoint.open(arguments.source, step=arguments.step)
     if checkpoint.chosen:
         print(checkpoint.chosen)
     names = tuple(arguments.names.split(",")) if arguments.names else None
     out = Path(arguments.out)
+    options: dict[str, Any] = {"names": names, "include_untrained": arguments.include_untrained}
+    for name, why in checkpoint.untrained.items():
+        left_out = name in untrained_to_leave_out(checkpoint) and not arguments.include_untrained
+        what = "left out; --include-untrained exports it" if left_out else "exported as it is, recorded as untrained"
+        print(f"{name}: patch embedding {why}: {what}")
     if arguments.trainable_only:
-        file = write_trained(checkpoint, out, names=names)
+        file = write_trained(checkpoint, out, **options)
         print(f"{file}: trained weights; add them to their base with")
         print(f"  umbrella-jax convert from-hf HF_DIR OUT --config FILE \\\n    --patch-embed {file}")
     else:
-        write_hf(checkpoint, out, names=names, max_shard_size=arguments.max_shard_size)
+        write_hf(checkpoint, out, max_shard_size=arguments.max_shard_size, **options)
         print(f"{out}: Hugging Face checkpoint; in PyTorch:\n  convert.torch_model.load_umbrella({str(out)!r})")
 
 

@@ -170,6 +170,18 @@ class Plan:
         # Exact: in floating point 0.07 * 100 lies above 7, which would add a step.
         return math.ceil(Fraction(str(epochs)) * self.updates_per_epoch)
 
+    def first_steps(self) -> dict[str, int]:
+        """Return {modality: the first step, counted from 1, whose batch shows one}, for all that are shown at all."""
+        left, found = set(self.facts.modality), dict[str, int]()
+        for step in range(self.updates_per_epoch if left else 0):
+            rows = (row for micro in self.update(step).rows for row in micro)
+            shown = {self.facts.modality[volume] for row in rows for volume in self.facts.volumes[row]} & left
+            found |= dict.fromkeys(sorted(shown), step + 1)
+            left -= shown
+            if not left:
+                break
+        return found
+
     def place(self, step: int) -> tuple[int, int]:
         """The epoch of a step, and which of its updates it is."""
         return divmod(step, self.updates_per_epoch)

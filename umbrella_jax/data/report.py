@@ -22,6 +22,7 @@ KINDS = {
     "base": "the base and its tokenizer",
     "conversation": "conversation files",
     "text": "conversations as text",
+    "images": "what conversations show",
     "volume": "volumes that a run refuses",
     "overlap": "in train and in eval",
     "unchecked": "not checked",

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from umbrella_jax.columns import plural
-from umbrella_jax.config import MAX_CLASSES, RunConfig
+from umbrella_jax.config import LORA, MAX_CLASSES, RunConfig
 from umbrella_jax.data.augment import check_axes
 from umbrella_jax.data.background import Remark, by_modality, contradiction, decision, mixture
 from umbrella_jax.data.blas import one_blas_thread
@@ -85,6 +85,8 @@ def validate(
     for volume in volumes:
         findings += _faults("volume", volume.sets, faults_of.get(volume, ()), str(volume.path))
 
+    faulty = {name for f in findings if f.kind == "conversation" for name in f.sets}
+    findings += _shown(config, {name: s for name, s in sets.items() if name not in faulty})
     if len(sets) == 1:
         unchecked("train and eval", "only one of them is named, so what both hold was not looked for", *sets)
     for name, s in sets.items():
@@ -378,6 +380,26 @@ def _empty(volumes: Iterable[Volume]) -> Iterator[Finding]:
         else:
             continue
         yield Finding("warning", "empty", volume.sets, str(volume.path), reason)
+
+
+def _shown(config: RunConfig, sets: Mapping[str, Set]) -> Iterator[Finding]:
+    """Sets without any image, and modalities that are configured and not shown; `sets`: those whose files are good."""
+    for name, s in sets.items():
+        shown = {image.modality for c in s.conversations for image in c.images}
+        number = len(s.conversations)
+        if number and not shown:
+            text_trains = any(
+                group == LORA or group.startswith(("language_model", "*")) for group in config.train.groups
+            )
+            severity: Severity = "warning" if name == "eval" or text_trains else "fault"
+            wrong = "answers would not be about scans" if name == "eval" else "no patch embedding would be trained"
+            remedy = "name the scans in the content of the user's turns"
+            reason = f"none of its {number} conversations shows an image, so {wrong}; {remedy}"
+            yield Finding(severity, "images", (name,), s.path, reason)
+        for modality in config.model.modalities if name == "train" and shown else ():
+            if modality not in shown:
+                reason = "configured, but no conversation of train shows one: its patch embedding would not be trained"
+                yield Finding("note", "images", (name,), f"modality {modality}", reason)
 
 
 def _backgrounds(config: RunConfig, volumes: Sequence[Volume], remarks: Iterable[Remark]) -> Iterator[Finding]:

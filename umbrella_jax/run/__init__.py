@@ -115,7 +115,7 @@ def _run(run: Prepared, resume: bool, log: RunLog | None) -> Line:
         state, pending = resume_from(checkpoints, state, run.meta, run.inputs, say) if resume else (state, None)
         if log:
             # also of a run that goes on: what a kill or a full disk left of them would show when it has ended
-            rewrite_folder(out / MODEL, partial(describe, run.base))
+            rewrite_folder(out / MODEL, partial(describe, run.base, first_steps=run.plan.first_steps()))
             write_whole(out / CONFIG, dump_config(_absolute(config, run.base)))
             write_whole(out / INPUTS, dump_inputs(run.inputs), PRIVATE)
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from umbrella_jax.data.loader import Dataset, make_plan
 from umbrella_jax.data.plan import Plan
 from umbrella_jax.data.validate import check_overlap
 from umbrella_jax.distributed import SHA256, check_same, together
-from umbrella_jax.errors import ConfigError
+from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.evaluation.metrics import Task, metric_names, tasks_of
 from umbrella_jax.files import check_output, check_run_name
 from umbrella_jax.loggers import missing
@@ -130,6 +131,8 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
         train_set = datasets["train"]
         overlap = check_overlap(datasets, allowed=config.data.allow_overlap)
         _check_length(config, len(train_set))
+        shown = {image.modality for image in train_set.windows}
+        _check_shown(config, labels, shown, len(train_set))
         evaluated = _evaluated(config, datasets.get("eval"), processor)
     with together():
         # in a block of its own, since orbax lets all processes meet for the identity of a run: none may have found a
@@ -150,6 +153,9 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
     own = [path for path, label in labels.items() if label != freeze.FROZEN and path not in adapters]
     for name, why in base.untrained_after(own).items():
         say(f"WARNING: {name}: patch embedding {why}, and train.groups does not train it: answers would mean nothing")
+    for name in sorted({modality for modality in map(freeze.modality_of, own) if modality} - shown):
+        start = f"random ({base.untrained[name]})" if name in base.untrained else "as it is in the base"
+        say(f"WARNING: {name}: no conversation of {config.data.train} shows one: its patch embedding stays {start}")
     params = base.params(config.model.frozen_dtype, where=where, in_float32=own)
     params |= place({path: Tensor.of(array) for path, array in adapters.items()}, where)
     trainable, frozen = freeze.partition(params, labels)
@@ -212,6 +218,22 @@ def _check_length(config: RunConfig, conversations: int) -> None:
         raise ConfigError(
             f"train.epochs: {config.train.epochs:,.0f} epochs of {conversations:,} conversations are {updates:,.0f} "
             f"updates, {updates / 24 / 3600:,.0f} days at one per second; expected at most {MAX_UPDATES:,}"
+        )
+
+
+def _check_shown(config: RunConfig, labels: Mapping[str, str], shown: Collection[str], conversations: int) -> None:
+    """Raise DataError if nothing that trains would get a gradient from what the conversations show."""
+
+    def reached(path: str) -> bool:
+        modality = freeze.modality_of(path)
+        return modality in shown if modality else bool(shown) or path.startswith("language_model.")
+
+    if not any(label != freeze.FROZEN and reached(path) for path, label in labels.items()):
+        groups = ", ".join(config.train.groups)
+        seen = f"only show {', '.join(sorted(shown))}" if shown else "show no image"
+        raise DataError(
+            f"{config.data.train}: its {conversations} conversations {seen}, so train.groups ({groups}) would train "
+            "nothing; name the scans in the content of the user's turns, or train what they reach"
         )
 
 
