@@ -51,7 +51,7 @@ def _configs(folder: Path) -> None:
         for name, modality in settings["model"]["modalities"].items():
             modality |= {key: MODALITIES[name][key] for key in ("size", "patch")}
         settings["model"] |= {"base": "LLAVA_DIR", "compute_dtype": "float32", "frozen_dtype": "auto"}
-        settings["train"] |= {"epochs": EPOCHS, "max_new_tokens": 4}
+        settings["train"] |= {"epochs": EPOCHS, "max_new_tokens": 8}  # "female." takes five
         write_config(folder / file.name, settings)
 
 
