@@ -70,9 +70,14 @@ class Comparison:
     def same(self) -> bool:
         """Whether A and B are one model."""
         odd = [t for t in self.tensors if t.kind not in ("identical", "rounded")]
-        begun = {t.kind for t in odd if component(t.name) == "patch_embed"} in ({"only in A"}, {"only in B"})
-        odd = [t for t in odd if not (begun and component(t.name) == "patch_embed")]
+        odd = [t for t in odd if not (self.one_sided and component(t.name) == "patch_embed")]
         return not odd and not self.configuration and all(f.same for f in self.forward.values())
+
+    @property
+    def one_sided(self) -> str | None:
+        """`only in A` or `only in B` if only that model has a patch embedding."""
+        kinds = {t.kind for t in self.tensors if component(t.name) == "patch_embed"}
+        return next((kind for kind in ("only in A", "only in B") if kinds == {kind}), None)
 
     def to_json(self) -> dict[str, Any]:
         """For programs."""
@@ -116,7 +121,10 @@ class Comparison:
                 f"{name}: logits of PyTorch (A) and JAX (B) differ by {forward.logits:.1e} of the largest\n"
                 f"  (at most {LOGITS_TOLERANCE:.0e}), greedy tokens agree {forward.greedy} of {forward.of}"
             )
-        return [*lines, *self.notes, "the same model" if self.same else "NOT the same model"]
+        same = "the same model" + (
+            f", but for the patch embedding, which is {self.one_sided}" if self.one_sided else ""
+        )
+        return [*lines, *self.notes, same if self.same else "NOT the same model"]
 
 
 def component(name: str) -> str:

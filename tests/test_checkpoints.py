@@ -31,6 +31,10 @@ EMBED = "language_model.model.embed_tokens.weight"
 PATCH_EMBED = "vision_tower.vision_model.embeddings."
 STOCK = {f"{PATCH_EMBED}{n}" for n in ("patch_embedding.weight", "patch_embedding.bias", "position_embedding.weight")}
 STEPS = 2
+LOST = (
+    "not in the checkpoint, newly initialised, although umbrella_config.json describes it (transformers' own "
+    "save_pretrained drops it)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -168,11 +172,11 @@ def test_a_lost_patch_embedding_does_not_answer(world: World, lost: Path, tmp_pa
     ]
     for command in (ask, [*ask, "--answers", "left.", "right."], predict):
         message = umbrella(*command, code=2)
-        assert f"{lost}: modality T1: patch embedding not in the checkpoint, newly initialised" in message
-        assert "although umbrella_config.json describes it (transformers' own save_pretrained drops it)" in message
+        assert f"{lost}: modality T1: patch embedding {LOST}; " in message
         assert "--allow-untrained" in message
     with pytest.raises(CheckpointError, match="modality rsfMRI: patch embedding not in the checkpoint"):
         umbrella_jax.load(lost)
+    assert f"T1: patch embedding {LOST}\n" in umbrella("inspect", "--config", world.config, "--base", lost)
     found = verify(lost.parent / "export", lost, forward=False)
     assert not found.same
     assert f"{lost}: modality T1: no weights" in found.configuration

@@ -61,11 +61,13 @@ def test_stock_and_its_conversion(tmp_path):
     for pair in ((tmp_path / "stock", tmp_path / "native"), (tmp_path / "native", tmp_path / "stock")):
         found = verify(*pair)
         assert found.same
+        where = "only in A" if pair[0].name == "native" else "only in B"
+        assert found.lines()[-1] == f"the same model, but for the patch embedding, which is {where}"
         odd = [t for t in found.tensors if t.kind != "identical"]
         assert len(odd) == 6
         assert all("embeddings." in t.name and t.kind.startswith("only in ") for t in odd)
         assert set(found.forward) == {"T1", "rsfMRI"}
-        (note,) = (note for note in found.notes if f"{tmp_path / 'stock'}: left out, " in note)
+        (note,) = (note for note in found.notes if f"{tmp_path / 'stock'}: replaced by " in note)
         assert "\n  vision_tower.vision_model.embeddings.position_embedding.weight" in note
 
 
