@@ -1,7 +1,9 @@
 """A checkpoint gives back every bit, on whatever devices, and the newest whole one is found."""
 
 import dataclasses
+import itertools
 import shutil
+import time
 from dataclasses import replace
 
 import jax
@@ -64,6 +66,18 @@ def test_round_trip_is_bit_for_bit(tmp_path, empty, filled):
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         assert checkpoints.latest_step() == 7
         assert_same(checkpoints.restore_trainable(7, lambda path, shape: ONE_DEVICE), expected.trainable)
+
+
+def test_a_clock_that_is_set_forward(tmp_path, empty, filled, monkeypatch):
+    """By two hours whenever somebody asks it: nothing has timed out."""
+    hours = itertools.count(step=7200)
+    monkeypatch.setattr(time, "time", lambda: 1e9 + next(hours))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(filled(1), META)
+        checkpoints.save(filled(2), META)
+        checkpoints.check()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_same(checkpoints.restore(2, empty), filled(2))
 
 
 def test_newest_three_stay(tmp_path, empty, filled):

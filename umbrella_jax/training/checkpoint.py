@@ -6,6 +6,8 @@ import json
 import math
 import os
 import shutil
+import sys
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,9 +28,26 @@ from umbrella_jax.rundir import rank
 from umbrella_jax.training.step import TrainState
 
 Array = jax.Array
-_TIMEOUT = 20 * 365 * 86400
-"""Seconds that orbax may take for a save. It measures them by the clock, which may be set forward meanwhile; a process
-that is gone is noticed by its heartbeat."""
+
+
+class _Monotonic:
+    """The module `time` with a `time()` that nobody can set."""
+
+    time = staticmethod(time.monotonic)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+def _wait_by_a_monotonic_clock() -> None:
+    """Give orbax a clock for its timeouts that does not jump: it waits for its threads by the time of day, so that a
+    save failed as "timed out" if that was set forward meanwhile."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("orbax.checkpoint.") and getattr(module, "time", None) is time:
+            module.time = _Monotonic()  # type: ignore[attr-defined]
+
+
+_wait_by_a_monotonic_clock()
 
 
 class _LiteralPath(PosixGPath):
@@ -68,7 +87,6 @@ class Checkpoints:
             else ocp.CheckpointManagerOptions(
                 preservation_policy=self,
                 cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(timeout_secs=_TIMEOUT),
             )
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
