@@ -60,7 +60,7 @@ def latest(*flags: object) -> list[str]:
     starts = [i for i, word in enumerate(words) if word.startswith("--")]
     groups = [words[start:end] for start, end in zip(starts, [*starts[1:], len(words)], strict=True)]
     kept = {(group[0], group[-1].partition("=")[0] if group[0] == "--set" else ""): group for group in groups}
-    return [word for group in kept.values() for word in group]
+    return [*words[: starts[0] if starts else None], *(word for group in kept.values() for word in group)]
 
 
 def make_world(root: Path, **config: Any) -> World:
