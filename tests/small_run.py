@@ -58,7 +58,7 @@ def latest(*flags: object) -> list[str]:
     """Return flags with their values; of a flag (or a key of --set) that is given twice, only the last."""
     words = list(map(str, flags))
     starts = [i for i, word in enumerate(words) if word.startswith("--")]
-    groups = [words[start:end] for start, end in zip(starts, [*starts[1:], len(words)], strict=True)]
+    groups = [words[start:end] for start, end in zip(starts, [*starts[1:], None], strict=False)]
     kept = {(group[0], group[-1].partition("=")[0] if group[0] == "--set" else ""): group for group in groups}
     return [*words[: starts[0] if starts else None], *(word for group in kept.values() for word in group)]
 
