@@ -207,6 +207,17 @@ def test_flags(refused: Refused, flags: list[Any], expected: list[str]) -> None:
     assert "Input should" not in message
 
 
+def test_a_bids_data_set_is_no_conversation_file(refused: Refused, tmp_path: Path) -> None:
+    folder = tmp_path / "ds 1"
+    folder.mkdir()
+    (folder / "participants.tsv").write_text("participant_id\n")
+    (folder / "sidecar.json").write_text("{}")
+    expected = (
+        f"{folder}: a BIDS data set, not conversations; make them with `umbrella-jax data from-bids '{folder}' OUT"
+    )
+    assert expected in refused("--train-data", folder)
+
+
 def test_what_a_run_needs_is_asked_for_together(world: World, events: list[str]) -> None:
     message = umbrella("train", "--config", world.config, code=2)
     for flag in ("--base", "--train-data", "--out"):
@@ -408,7 +419,7 @@ def test_model_of_another_kind(refused: Refused, base: Callable[..., Path]) -> N
 
 
 def test_missing_base(refused: Refused, tmp_path: Path) -> None:
-    assert f"{tmp_path / 'none'}: no such directory; expected" in refused("--base", tmp_path / "none")
+    assert f"{tmp_path / 'none'}: not found; expected" in refused("--base", tmp_path / "none")
     (tmp_path / "empty").mkdir()
     assert f"{tmp_path / 'empty' / 'config.json'}: cannot be read" in refused("--base", tmp_path / "empty")
 

@@ -854,7 +854,7 @@ wandb: {API_KEY: s3cret, token: s3cret}
         ("a: s3cret\nb: @s3cret", "line 2: found character '@' that cannot start any token"),
         ("a: 's3cret", "not valid YAML: line 1: "),
         ("a: !s3cret_tag x", "line 1: a tag, "),
-        ("- s3cret", "expected a mapping with the keys of a run"),
+        ("- s3cret", "no config; expected the keys of a run"),
     ],
 )
 def test_values_of_a_foreign_yaml_are_not_shown(tmp_path: Path, text: str, expected: str) -> None:

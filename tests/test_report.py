@@ -352,18 +352,21 @@ def refused(*words: object) -> str:
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    assert "no run; expected the output_dir of umbrella-jax train" in refused(tmp_path)
+    assert "no run; expected the --out of umbrella-jax train" in refused(tmp_path)
+    assert refused(tmp_path / "none").startswith(f"umbrella-jax: {tmp_path / 'none'}: not found; expected the --out of")
+    (tmp_path / "file").touch()
+    assert "file: a file, not a directory; expected the --out of" in refused(tmp_path / "file")
 
 
 def test_everything_at_fault_is_told_together(copy: Path, tmp_path: Path) -> None:
     shutil.rmtree(copy / "checkpoints")
     shutil.rmtree(copy / "predictions")
-    (copy / "report.html").unlink()
+    (copy / "report.html").unlink(missing_ok=True)
     (tmp_path / "none").mkdir()
     message = refused(copy, "--baseline", tmp_path / "none")
     assert "the run has no checkpoint yet; train it first" in message
     assert "no predictions; train with data.eval (--eval-data PATH)" in message
-    assert "no .jsonl in it; expected what umbrella-jax baseline has as --out" in message
+    assert "no .jsonl in it; expected the --out of umbrella-jax baseline" in message
     assert not (copy / "report.html").exists()
 
 

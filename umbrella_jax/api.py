@@ -54,7 +54,7 @@ from umbrella_jax.config import (
     resolve_modality,
 )
 from umbrella_jax.data.tokenize import load_tokenizer, save_tokenizer, stop_ids
-from umbrella_jax.errors import CheckpointError, ConfigError
+from umbrella_jax.errors import CheckpointError, ConfigError, no_directory
 from umbrella_jax.files import check_new_folder, check_run_name, new_folder
 from umbrella_jax.models import Llava, LlavaConfig, Params, abstract_params, merge, native_backend, quantize
 from umbrella_jax.models.lora import adapted_weight, adapters
@@ -73,7 +73,7 @@ def fetch(base: str, *, weights: bool = True) -> Path:
         return Path(base)
     if base.count("/") != 1 or base.startswith((".", "/", "~")):
         raise CheckpointError(
-            f"{base}: no such directory; expected one in Hugging Face format, a native checkpoint or a run"
+            f"{base}: {no_directory(base)}; expected a directory in Hugging Face format, a native checkpoint or a run"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -810,7 +810,9 @@ def load_config(
         path = shipped.get(str(path), path)
     data = read_yaml(path, f"expected a YAML file, or a shipped config: {', '.join(shipped)}")
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping with the keys of a run")
+        raise ConfigError(
+            f"{path}: {'empty' if data is None else 'no config'}; expected the keys of a run: model, data, train, …"
+        )
     _check_own(data, str(path))
     for key, value in (overrides or {}).items():
         *parents, last = key.split(".")

@@ -13,6 +13,7 @@ import os
 import re
 import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 LESS = (
@@ -70,6 +71,11 @@ def known_cause(error: BaseException) -> str | None:
         remedy = _REMEDIES.get(error.errno or 0)
         return f"{place}{error.strerror}" + (f": {remedy}" if remedy else "")
     return None
+
+
+def no_directory(path: str | Path) -> str:
+    """Return why a path is no directory."""
+    return "a file, not a directory" if os.path.exists(path) else "not found"
 
 
 def visible(text: str, kept: str = "\n\t") -> str:

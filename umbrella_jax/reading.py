@@ -151,6 +151,8 @@ def parse_json(
     levels, half of a surrogate pair, a number of more than 4300 digits or beyond a float's range, and Infinity. NaN is
     null if `nan_is_null`, as in data that pandas wrote, and otherwise refused.
     """
+    if not text.strip():
+        raise error(f"{path}: empty; {remedy}")
     try:
         value = _DECODERS[nan_is_null].decode(text)
         _check_strict(text)

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from umbrella_jax.columns import columns
 from umbrella_jax.config import Metric, flat, load_config, to_dict
-from umbrella_jax.errors import ConfigError, UmbrellaError, visible
+from umbrella_jax.errors import ConfigError, UmbrellaError, no_directory, visible
 from umbrella_jax.evaluation.tasks import headline
 from umbrella_jax.files import is_locked, write_whole
 from umbrella_jax.pages import page_faults
@@ -64,9 +64,8 @@ def find_runs(directory: str | Path) -> list[Run]:
     directory = Path(directory)
     found = sorted(_directories(directory))
     if not found:
-        raise ConfigError(
-            f"{directory}: no run in it; expected what umbrella-jax train has as --out, or a folder of such"
-        )
+        problem = "no run in it" if directory.is_dir() else no_directory(directory)
+        raise ConfigError(f"{directory}: {problem}; expected the --out of umbrella-jax train, or a folder of them")
     return [_read(path, path.name if path == directory else str(path.relative_to(directory))) for path in found]
 
 

@@ -17,6 +17,7 @@ from typing import Any, TextIO, cast
 
 from umbrella_jax.cli import ask, convert, data, results, setup, train
 from umbrella_jax.cli.options import commands_of, make_command
+from umbrella_jax.columns import wrapped
 from umbrella_jax.errors import Interrupted, UmbrellaError, known_cause, visible
 
 
@@ -105,5 +106,8 @@ def _run(words: Sequence[str], arguments: argparse.Namespace, *, debug: bool) ->
             raise
         if debug:
             traceback.print_exc()
-        print(f"umbrella-jax: {line}", file=sys.stderr)
+        lines = f"umbrella-jax: {line}".split("\n")
+        if sys.stderr.isatty():  # a log keeps each message on its line
+            lines = [part for each in lines for part in wrapped(each) or [""]]
+        print(*lines, sep="\n", file=sys.stderr)
         return error.exit_code if isinstance(error, UmbrellaError) else 1

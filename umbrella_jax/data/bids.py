@@ -28,7 +28,7 @@ from umbrella_jax.data.tables import (
     subject_rows,
     with_prefix,
 )
-from umbrella_jax.errors import ConfigError, DataError, UmbrellaError
+from umbrella_jax.errors import ConfigError, DataError, UmbrellaError, no_directory
 from umbrella_jax.files import check_new_folder, naming, new_folder, private, strict_json
 from umbrella_jax.reading import read_json, read_text, read_yaml
 
@@ -136,7 +136,7 @@ def from_bids(
     """
     root, out = Path(root), Path(out)
     if not root.is_dir():
-        raise DataError(f"{root}: not found; expected a directory with a BIDS data set")
+        raise DataError(f"{root}: {no_directory(root)}; expected a directory with a BIDS data set")
     faults: list[str] = []
     notes: list[str] = []
 

@@ -2,6 +2,7 @@
 
 import os.path
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -205,6 +206,9 @@ def conversation_files(path: Path) -> list[Path]:
     train on what it is evaluated on.
     """
     if path.is_dir():
+        if (path / "dataset_description.json").exists() or (path / "participants.tsv").exists():
+            command = f"umbrella-jax data from-bids {shlex.quote(str(path))} OUT --target COLUMN"
+            raise DataError(f"{path}: a BIDS data set, not conversations; make them with `{command}`")
         below = (file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
         files = sorted(f for f in below if not any(part.startswith(".") for part in f.relative_to(path).parts))
         if splits := _splits(path, files):

@@ -139,6 +139,8 @@ def read_predictions(path: str | Path) -> list[dict[str, Any]]:
             continue
         faults += [f"{path}:{number}: {fault}" for fault in _schema_faults(row)]
         rows.append(row)
+    if not rows and not faults:
+        faults.append(f"{path}: no predictions in the file; {remedy}")
     if faults:
         raise DataError(faults)
     return rows

@@ -13,7 +13,7 @@ from umbrella_jax import reading
 from umbrella_jax.config import RunConfig, TrainConfig, load_config
 from umbrella_jax.data.cache import source_digest
 from umbrella_jax.data.conversation import Conversation, conversation_files, read_conversations
-from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError
+from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError, no_directory
 from umbrella_jax.evaluation.metrics import (
     Row,
     Scores,
@@ -136,8 +136,7 @@ def read_facts(
         ConfigError, CheckpointError, DataError: naming what.
     """
     run = Path(run)
-    if not (run / CONFIG).is_file() or not (run / MODEL).is_dir():
-        raise ConfigError(f"{run}: no run; expected the output_dir of umbrella-jax train, with {CONFIG} and {MODEL}/")
+    check_run(run)
     config = load_config(run / CONFIG, {"model.remat": "full"})  # not asked; older runs may say `dots`
     model = read_config(run / MODEL, None)
     faults = _Faults()
@@ -222,6 +221,14 @@ def read_facts(
     )
 
 
+def check_run(run: str | Path) -> None:
+    """Raise ConfigError if a path is not the directory of a run."""
+    run = Path(run)
+    if not (run / CONFIG).is_file() or not (run / MODEL).is_dir():
+        problem = "no run" if run.is_dir() else no_directory(run)
+        raise ConfigError(f"{run}: {problem}; expected the --out of umbrella-jax train, with {CONFIG} and {MODEL}/")
+
+
 class _Faults:
     """What is at fault in several blocks, raised at once: as the last of them would."""
 
@@ -269,7 +276,8 @@ def _baselines(folder: Path) -> dict[str, list[dict[str, Any]]]:
     inner = folder / "baseline"
     files = sorted((inner if inner.is_dir() else folder).glob("*.jsonl"))
     if not files:
-        raise ConfigError(f"--baseline {folder}: no .jsonl in it; expected what umbrella-jax baseline has as --out")
+        problem = "no .jsonl in it" if folder.is_dir() else no_directory(folder)
+        raise ConfigError(f"--baseline {folder}: {problem}; expected the --out of umbrella-jax baseline")
     return {file.stem: read_predictions(file) for file in files}
 
 

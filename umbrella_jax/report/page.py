@@ -19,7 +19,7 @@ from umbrella_jax.evaluation.metrics import Figure, short
 from umbrella_jax.evaluation.tasks import headline
 from umbrella_jax.explanation import Explanation
 from umbrella_jax.files import strict_json
-from umbrella_jax.report.facts import Facts, Sample, read_facts
+from umbrella_jax.report.facts import Facts, Sample, check_run, read_facts
 from umbrella_jax.report.figures import chances, curves, draw_calibration, draw_curves, draw_numbers, with_unit
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, Step
 
@@ -50,6 +50,7 @@ def write_report(
         CheckpointError, DataError: as `read_facts` and, where something is to be explained, `umbrella_jax.load`.
     """
     file = Path(file)
+    check_run(run)
     faults = pages.page_faults("--out", file, pages.PACKAGES)
     if explain and not samples:
         faults.append("--explain: no conversations whose answers could be (--samples 0); expected some")
