@@ -158,7 +158,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     images = _images(arguments, processor.modalities)
     if not images:
         first = next(iter(processor.modalities))
-        print(f"WARNING: no image: the answer rests on the question alone; add --image {first}=FILE", file=sys.stderr)
+        print(f"WARNING: no image: the answer rests only on the question; add --image {first}=FILE", file=sys.stderr)
     batch = processor.prompt(arguments.prompt, images)
     answers = processor.answers(arguments.answers) if arguments.answers else None
     model = load_opened(checkpoint)
