@@ -68,6 +68,35 @@ def test_round_trip_is_bit_for_bit(tmp_path, empty, filled):
         assert_same(checkpoints.restore_trainable(7, lambda path, shape: ONE_DEVICE), expected.trainable)
 
 
+def test_damage_is_the_same_to_all_who_read(tmp_path, empty, filled):
+    """Each file of a checkpoint is lost, emptied, overwritten: going on and answering both do, or both refuse."""
+    with Checkpoints(tmp_path / "good") as checkpoints:
+        checkpoints.save(filled(1), META)
+    files = [file.relative_to(tmp_path / "good") for file in (tmp_path / "good").rglob("*") if file.is_file()]
+    refusing = set()
+    for file in files:
+        for number, damage in enumerate((lambda _: None, lambda _: b"", lambda content: b"\0" * len(content))):
+            copy = shutil.copytree(
+                tmp_path / "good", tmp_path / f"{len(refusing)}-{number}-{file.name}-{file.parent.name}"
+            )
+            content = damage((copy / file).read_bytes())
+            (copy / file).unlink() if content is None else (copy / file).write_bytes(content)
+            refused = []
+            with Checkpoints(copy, read_only=True) as checkpoints:
+                for read in (
+                    lambda c: c.restore(1, empty),
+                    lambda c: c.restore_trainable(1, lambda path, shape: ONE_DEVICE),
+                ):
+                    try:
+                        read(checkpoints)
+                    except CheckpointError:
+                        refused.append(read)
+            assert len(refused) in (0, 2), (file, number)
+            if refused:
+                refusing.add(file.name)
+    assert {"_sharding", "_METADATA", "metadata", "manifest.ocdbt"} <= refusing
+
+
 def test_a_clock_that_is_set_forward(tmp_path, empty, filled, monkeypatch):
     """By two hours whenever somebody asks it: nothing has timed out."""
     hours = itertools.count(step=7200)

@@ -185,9 +185,15 @@ class Checkpoints:
         """The state of `step`, with the structure and on the devices of `like`."""
         target = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like)))
         with self._reading(step, "state"):
+            self._shapes(step)  # which reads all of orbax's files: damage to one is damage to whoever reads
             tree = self._manager.restore(step, args=ocp.args.Composite(state=target)).state
         self._verify(step, tree)
         return TrainState(**tree)
+
+    def _shapes(self, step: int) -> Mapping[str, Any]:
+        """Shapes and types of the trainable parameters of `step`, as orbax records them."""
+        shapes: Mapping[str, Any] = self._manager.item_metadata(step).state["trainable"]
+        return shapes
 
     def set_aside(self, step: int) -> Path:
         """Renames a damaged step: it is neither found nor in the way. One process does it, then all `reload`."""
@@ -222,7 +228,7 @@ class Checkpoints:
         """The trained parameters of `step`, each on the devices that `where` says of its path and shape; nothing else
         of it is read."""
         with self._reading(step, "state"):
-            saved = self._manager.item_metadata(step).state["trainable"]
+            saved = self._shapes(step)
             like = {
                 path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(path, leaf.shape))
                 for path, leaf in saved.items()
