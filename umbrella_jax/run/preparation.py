@@ -223,12 +223,7 @@ def _check_length(config: RunConfig, conversations: int) -> None:
 
 def _check_shown(config: RunConfig, labels: Mapping[str, str], shown: Collection[str], conversations: int) -> None:
     """Raise DataError if nothing that trains would get a gradient from what the conversations show."""
-
-    def reached(path: str) -> bool:
-        modality = freeze.modality_of(path)
-        return modality in shown if modality else bool(shown) or path.startswith("language_model.")
-
-    if not any(label != freeze.FROZEN and reached(path) for path, label in labels.items()):
+    if not any(label != freeze.FROZEN and freeze.is_reached(path, shown) for path, label in labels.items()):
         groups = ", ".join(config.train.groups)
         seen = f"only show {', '.join(sorted(shown))}" if shown else "show no image"
         raise DataError(

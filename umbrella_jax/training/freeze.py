@@ -38,6 +38,12 @@ def modality_of(path: str) -> str | None:
     return match[1] if match else None
 
 
+def is_reached(path: str, shown: Collection[str]) -> bool:
+    """Return whether a parameter gets a gradient from conversations that show volumes of the modalities `shown`."""
+    modality = modality_of(path)
+    return modality in shown if modality else bool(shown) or fnmatchcase(path, COMPONENTS["language_model"])
+
+
 def component_of(path: str) -> str:
     """The name in `COMPONENTS` of what holds a parameter, `unused` where LLaVA does not use it."""
     return next((name for name, pattern in COMPONENTS.items() if fnmatchcase(path, pattern)), UNUSED)
