@@ -21,7 +21,9 @@ ROOMS: dict[str, set[str]] = {
         *("umbrella_jax.columns", "umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.evaluation"),
         *("umbrella_jax.files", "umbrella_jax.pages", "umbrella_jax.rundir", "matplotlib"),
     },
-    "umbrella_jax/rundir.py": {"umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.files", "umbrella_jax.reading"},
+    "umbrella_jax/rundir.py": {
+        *("umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.files", "umbrella_jax.reading"),
+    },
     "umbrella_jax/progress.py": {"umbrella_jax.rundir", "tqdm"},
     "umbrella_jax/sharding.py": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models", "jax", "numpy"),
@@ -40,6 +42,7 @@ ROOMS: dict[str, set[str]] = {
         *("umbrella_jax.sharding", "umbrella_jax.reading", "umbrella_jax.columns"),
     },
     "umbrella_jax/evaluation": {
+        "umbrella_jax.columns",
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
         *(
             "umbrella_jax.reading",
