@@ -26,7 +26,7 @@ from umbrella_jax.data.inputs import digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, empty_batch, eval_batches, eval_shapes
 from umbrella_jax.data.plan import BatchShape
 from umbrella_jax.data.tokenize import encode_answers, length_faults, reference_answer
-from umbrella_jax.distributed import broadcast, gather, together
+from umbrella_jax.distributed import SHA256, broadcast, check_same, gather, together
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.evaluation.generate import GREEDY, NONE, Sampling, decode, prefill, score_answers
 from umbrella_jax.evaluation.metrics import Task, task_of, tasks_of
@@ -351,26 +351,28 @@ def predict(
                     "likelihoods: no task of the data has a closed set of answers; name them in evaluation.tasks"
                 )
         check_lengths(dataset.conversations, rows, known, *limit)
-        inputs = digest_of(read_inputs(data, {"eval": dataset})) if first else None
+        inputs = read_inputs(data, {"eval": dataset})
     params = checkpoint.params(where=partial(param_sharding, devices))
     weights = {path: int(value) for path, value in checksums(params).items()}
+    settings = {
+        "weights": _digest(weights),
+        "inputs": digest_of(inputs),
+        "tokenizer": _digest(processor.tokenizer.get_vocab()),
+        "template": processor.template,
+        "stop_ids": processor.stop_ids,
+        "modalities": {name: to_dict(modality) for name, modality in processor.modalities.items()},
+        "conversations": len(rows),
+        "max_new_tokens": max_new_tokens,
+        "sampling": asdict(sampling) | ({"seed": seed} if sampling.temperature else {}),
+        "likelihoods": {name: list(task.answers) for name, task in known.items() if task.answers},
+        "cache_dtype": data.cache_dtype,
+        "compute_dtype": compute_dtype,
+    }
+    facts = [(name, SHA256 + digest) for files in inputs.values() for name, digest in files]
+    check_same([*facts, *settings.items()], "every host must read the same")
     part = None
     with together():
         if first:
-            settings = {
-                "weights": _digest(weights),
-                "inputs": inputs,
-                "tokenizer": _digest(processor.tokenizer.get_vocab()),
-                "template": processor.template,
-                "stop_ids": processor.stop_ids,
-                "modalities": {name: to_dict(modality) for name, modality in processor.modalities.items()},
-                "conversations": len(rows),
-                "max_new_tokens": max_new_tokens,
-                "sampling": asdict(sampling) | ({"seed": seed} if sampling.temperature else {}),
-                "likelihoods": {name: list(task.answers) for name, task in known.items() if task.answers},
-                "cache_dtype": data.cache_dtype,
-                "compute_dtype": compute_dtype,
-            }
             part = _Part(unfinished, settings)
     model = checkpoint.config.with_attention("auto", native_backend(devices.devices.flat[0]))
     done = {int(index): row for index, row in broadcast(part.done if part else None).items()}
