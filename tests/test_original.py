@@ -8,8 +8,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from umbrella_jax.config import AugmentConfig, load_config, parse_config
-from umbrella_jax.errors import ConfigError
+from umbrella_jax.errors import ConfigError, visible
 from umbrella_jax.original import from_original, render
+from umbrella_jax.reading import read_yaml
 
 ORIGINAL = """
 wandb: {API_KEY: not-for-your-eyes, project: umbrella}
@@ -162,3 +163,12 @@ def test_short_forms(tmp_path: Any) -> None:
     assert "trainer.report_to: of ['tensorboard', 'comet'], only tensorboard and wandb have a counterpart" in notes
     assert any(note.startswith("trainer.ckpt_dir: dropped") for note in notes)
     assert "trainer.fp16: fp16 becomes bfloat16, which needs no loss scaling" in notes
+
+
+def test_invisible_characters_survive_the_terminal(tmp_path):
+    """A no-break space of a path is escaped as YAML has it, and so read back."""
+    mapping = {"model": {"base": "a\u00a0b/\u202ec"}}
+    text = render(mapping, ["a note\u2028seed: 3"])
+    assert visible(text) == text
+    (tmp_path / "a.yaml").write_text(text)
+    assert read_yaml(tmp_path / "a.yaml") == mapping

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from umbrella_jax.config import SECRET, TrainConfig, parse_config, resolve_modality
-from umbrella_jax.errors import ConfigError
+from umbrella_jax.errors import ConfigError, visible
 from umbrella_jax.reading import quoted, read_yaml
 
 # A rule takes a key's value and returns what it sets here (dotted keys) and a note, or raises ConfigError.
@@ -246,6 +246,9 @@ def render(mapping: Mapping[str, Any], notes: list[str]) -> str:
     yaml.default_flow_style = None
     yaml.sort_base_mapping_type_on_output = False
     yaml.dump(mapping, out)
+    if visible(out.getvalue()) != out.getvalue():  # characters that a terminal does not show: as YAML's escapes
+        yaml.allow_unicode, out = False, io.StringIO()
+        yaml.dump(mapping, out)
     comments = [f"# {line}" for note in notes for line in note.splitlines()]
     return "\n".join([*comments, out.getvalue()])
 

@@ -98,12 +98,12 @@ def read_text(path: str | Path, error: type[UmbrellaError], limit: int, remedy: 
             # files of /proc have no size
             while max(size, len(content)) <= limit and (piece := file.read(1 << 20)):
                 content += piece
-        if pointer := _pointer(bytes(content[: len(_LFS)])):
-            raise error(f"{path}: {pointer}")
-        if max(size, len(content)) <= limit:
+        if max(size, len(content)) <= limit and not _pointer(bytes(content[: len(_LFS)])):
             return content.decode("utf-8-sig")
     except (OSError, ValueError) as fault:  # no text, or a name that no file can have
         raise error(f"{path}: cannot be read: {_reason(fault)}; {remedy}") from None
+    if pointer := _pointer(bytes(content[: len(_LFS)])):
+        raise error(f"{path}: {pointer}")
     raise error(f"{path}: larger than {limit / 2**20:g} MB; {remedy}")
 
 
