@@ -119,7 +119,7 @@ def test_a_run_that_keeps_its_best_answers_with_it(run: Path, world: World, batc
         np.testing.assert_array_equal(logits(umbrella_jax.load(kept, step=step), batch), expected)
 
     said = f"{kept}: step 1 (best eval_accuracy, 0.75; the newest is 2)"
-    assert said in umbrella("convert", "to-hf", kept, tmp_path / "export")
+    assert said in umbrella("convert", "to-hf", "--include-untrained", kept, tmp_path / "export")
     np.testing.assert_array_equal(logits(umbrella_jax.load(tmp_path / "export"), batch), best)
     flags = ("Which sex?", "--image", f"T1={world.root / 'scans/0.nii.gz'}", "--answers", "left.", "right.")
     assert said in small_run.said("generate", kept, *flags)[1]
@@ -141,7 +141,7 @@ def test_a_run_that_keeps_its_best_answers_with_it(run: Path, world: World, batc
 def test_an_export_converts_to_native_and_back(world: World, export: Path, batch: Batch, tmp_path: Path) -> None:
     printed = umbrella("convert", "from-hf", export, tmp_path / "native", "--config", world.config)
     assert "initialised" not in printed
-    umbrella("convert", "to-hf", tmp_path / "native", tmp_path / "again")
+    umbrella("convert", "to-hf", "--include-untrained", tmp_path / "native", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(export)
     for name in ("config.json", "tokenizer.json", "generation_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (export / name).read_bytes()
@@ -188,7 +188,7 @@ def test_a_lost_patch_embedding_does_not_answer(world: World, lost: Path, tmp_pa
 def test_random_weights_stay_known(world: World, native: Path, tmp_path: Path) -> None:
     """Through the native form, an export of it, a file of what a run trained; until a run trains them."""
     assert set(Checkpoint.open(native).untrained) == {"T1", "rsfMRI"}
-    umbrella("convert", "to-hf", native, tmp_path / "export", "--names", "sMRI,fMRI")
+    umbrella("convert", "to-hf", "--include-untrained", native, tmp_path / "export", "--names", "sMRI,fMRI")
     assert set(Checkpoint.open(tmp_path / "export").untrained) == {"sMRI", "fMRI"}
     again = Checkpoint.open(tmp_path / "export", small_run.modalities())
     assert set(again.untrained) == {"T1", "rsfMRI"}
@@ -248,7 +248,7 @@ def test_answers_end_at_a_stop_token(run: Path, world: World) -> None:
     assert processor.decode([[pad, end]]) == [""]
 
     prompts = processor.batch(world.eval, image_root=world.root / "scans", prompts=True)
-    model = umbrella_jax.load(run)
+    model = umbrella_jax.load(run, allow_untrained=True)
     free = np.asarray(umbrella_jax.generate(model, prompts, stop_ids=[10**6], max_new_tokens=4))
     assert (free >= 0).all()
     stopped = np.asarray(umbrella_jax.generate(model, prompts, stop_ids=[int(free[0, 1])], max_new_tokens=4))
@@ -292,7 +292,7 @@ def test_the_template_of_the_text_goes_along(world: World, native: Path, tmp_pat
 
     trained, export, again = shutil.copytree(native, tmp_path / "trained"), tmp_path / "export", tmp_path / "again"
     say(trained, "original")
-    umbrella("convert", "to-hf", trained, export)
+    umbrella("convert", "to-hf", "--include-untrained", trained, export)
     umbrella("convert", "from-hf", export, again, "--config", world.config)
     assert "template `original`" in (export / "README.md").read_text()
     for path in (trained, export, again):
@@ -351,7 +351,14 @@ def test_from_hf_to_hf_is_bit_for_bit(tmp_path: Path, tied: bool, dtype: str, na
     modalities = {m: {"size": list(c.size), "patch": list(c.patch)} for m, c in checkpoints.MODALITIES.items()}
     config = small_run.write_config(tmp_path / "run.yaml", {"model": {"modalities": modalities}})
     umbrella("convert", "from-hf", tmp_path / "in", tmp_path / "native", "--config", config)
-    umbrella("convert", "to-hf", tmp_path / "native", tmp_path / "out", *(["--names", names] if names else []))
+    umbrella(
+        "convert",
+        "to-hf",
+        "--include-untrained",
+        tmp_path / "native",
+        tmp_path / "out",
+        *(["--names", names] if names else []),
+    )
     expected = contents(tmp_path / "in")
     if names == "sMRI,fMRI":
         expected = {n.replace("rsfMRI_", "fMRI_").replace("T1_", "sMRI_"): t for n, t in expected.items()}
@@ -421,7 +428,7 @@ def test_missing_special_tokens_are_added_and_the_vocabulary_grows(directory: Pa
         assert "<image>: added to the tokenizer" in start
         assert "<|im_end|>" not in start
         assert "282 to 284" in start
-    umbrella("convert", "to-hf", directory / "run", directory / "export")
+    umbrella("convert", "to-hf", "--include-untrained", directory / "run", directory / "export")
 
     rows = load_file(base / "model.safetensors")[EMBED]
     mean = rows.mean(0, dtype=np.float64).astype(np.float32)
@@ -451,7 +458,7 @@ def test_size_of_the_vocabulary(directory: Path, world: World, rows: int, after:
     base = base_with(directory, rows, ("<|endoftext|>", "<|im_end|>"))
     printed = umbrella("convert", "from-hf", base, directory / "native", "--config", world.config)
     assert ("grown" in printed) == (after > rows)
-    umbrella("convert", "to-hf", directory / "native", directory / "export")
+    umbrella("convert", "to-hf", "--include-untrained", directory / "native", directory / "export")
     table = load_file(base / "model.safetensors")[EMBED]
     exported = load_file(directory / "export" / "model.safetensors")[EMBED]
     assert exported.shape == (after, 64)
