@@ -34,6 +34,8 @@ from umbrella_jax.models.siglip import SiglipConfig
 
 CONFIG = "config.json"
 UMBRELLA_CONFIG = "umbrella_config.json"
+RANDOM_WEIGHTS = "random_weights"
+"""Key of config.json: true in a toy model of which every weight is random, such as the demo's base."""
 
 # Section, field, what transformers assumes when it is absent, the only value that is supported, why or what to do.
 _ONLY: tuple[tuple[str, str, Any, Any, str], ...] = (

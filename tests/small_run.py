@@ -68,6 +68,8 @@ def make_world(root: Path, **config: Any) -> World:
     YAML section by section."""
     world = World(root, root / "base", root / "run.yaml", root / "train.json", root / "eval.json")
     make_base(world.base)
+    file = world.base / "config.json"  # as a LLaVA of the hub, which does not say that its weights are random
+    write_json(file, {k: v for k, v in json.loads(file.read_text()).items() if k != "random_weights"})
     for i in range(ANATOMICAL):
         write_volume(root / "scans" / f"{i}.nii.gz", VOLUME_SHAPES["T1"], seed=i)
     for i in range(RUNS):

@@ -15,9 +15,12 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from tests.page import Page
 from tests.small_run import read_lines
+from umbrella_jax.api import Checkpoint, write_native
+from umbrella_jax.config import ModalityConfig
 from umbrella_jax.demo import DemoData, make_base, make_data
 from umbrella_jax.demo.data import BLOCK, lesion_mask
 from umbrella_jax.demo.run import run_demo
+from umbrella_jax.errors import CheckpointError
 from umbrella_jax.rundir import evaluations
 
 
@@ -43,6 +46,16 @@ def test_base_loads_in_torch(base: Path) -> None:
     model, info = LlavaForConditionalGeneration.from_pretrained(base, output_loading_info=True)
     assert not any(info.values()), info
     assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_a_toy_answers_and_what_is_made_of_it_does_not(base: Path, tmp_path: Path) -> None:
+    """Only the base itself says that every weight is random; an export of it is refused like any other."""
+    modalities = {"T1": ModalityConfig(size=(8, 8, 8), patch=(4, 4, 4))}
+    checkpoint = Checkpoint.open(base, modalities)
+    assert checkpoint.answering() is checkpoint
+    write_native(checkpoint, tmp_path / "native")
+    with pytest.raises(CheckpointError, match="newly initialised"):
+        Checkpoint.open(tmp_path / "native").answering()
 
 
 def test_base_tokenizer(base: Path) -> None:

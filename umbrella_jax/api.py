@@ -16,6 +16,7 @@ from convert.checksum import KEY, check_folder, folder_checksums, recorded
 from convert.from_hf import Plan, fingerprint, plan_loading
 from convert.hf_config import CONFIG as HF_CONFIG
 from convert.hf_config import (
+    RANDOM_WEIGHTS,
     UMBRELLA_CONFIG,
     export_names,
     hf_dict,
@@ -277,8 +278,13 @@ class Checkpoint:
     def answering(self) -> "Checkpoint":
         """Return the same model, which refuses to answer from random weights (`LlavaConfig.check_trained`).
 
+        A toy whose config.json says that every weight is random (`RANDOM_WEIGHTS`) answers: nothing in it is trained.
+
         Raises CheckpointError if no modality is trained.
         """
+        is_stock = self.kind == "hf" and not (self.path / UMBRELLA_CONFIG).exists() and self.patch_embed is None
+        if is_stock and read_json(self.path / HF_CONFIG).get(RANDOM_WEIGHTS) is True:
+            return self
         remedy = "name a checkpoint that was trained on it, or allow random weights (--allow-untrained)"
         refusals = {
             name: f"{self.path}: modality {name}: patch embedding {why}; {remedy}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.hf_config import RANDOM_WEIGHTS
 from umbrella_jax.data.tokenize import save_tokenizer
 from umbrella_jax.demo.data import SENTENCES
 
@@ -30,10 +31,10 @@ CHAT_TEMPLATE = (
 
 
 def make_base(directory: str | Path, seed: int = 0) -> Path:
-    """Writes a LLaVA-Qwen checkpoint as Hugging Face's hub holds one, about 0.2 M random float32 weights.
+    """Write a LLaVA-Qwen checkpoint as Hugging Face's hub holds one, about 0.2 M random float32 weights.
 
-    Stock in every respect (2D patch embedding, position table and post_layernorm included), tokenizer with
-    them. Returns the directory, which is made where needed.
+    It has all parts of a stock LLaVA (2D patch embedding, position table, post_layernorm, tokenizer). Its config.json
+    says `random_weights: true`, so it answers untrained. Returns the directory, which is made if needed.
     """
     from safetensors.numpy import save_file
 
@@ -85,6 +86,7 @@ def _config(vocabulary: int, image_token: int) -> dict[str, Any]:
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "full",
         "torch_dtype": "float32",
+        RANDOM_WEIGHTS: True,
         "vision_config": {
             "model_type": "siglip_vision_model",
             **size,
