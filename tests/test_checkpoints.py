@@ -417,7 +417,9 @@ def directory(tmp_path: Path, world: World) -> Path:
 
 def test_missing_special_tokens_are_added_and_the_vocabulary_grows(directory: Path, world: World) -> None:
     base = base_with(directory, 282, ("<|endoftext|>", "<|im_end|>"))
-    text = small_run.conversation("text", "T0", [("user", ["Has an ox a brain?"]), ("assistant", ["Yes."])])
+    text = small_run.conversation(
+        "text", "T0", [("user", ["sMRI:0.nii.gz", "Has an ox a brain?"]), ("assistant", ["Yes."])]
+    )
     data = small_run.write_json(directory / "text.json", [text])
     flags = ["--base", base, "--train-data", data, "--batch-size", 1]
     printed = umbrella(*world.train_flags(directory / "run", *flags))
