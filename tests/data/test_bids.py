@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from collections import Counter
 from fractions import Fraction
@@ -705,10 +706,27 @@ NUMBERS = [str(i) for i in range(20, 60, 2)]
         (["-1", "0", "1"], []),  # labels
         (["7", "8", "9"], []),
         (["99", "999"], []),  # nothing else to compare with
+        (["F", "M", "-999", "-1", "0"], ["-999"]),
+        (["F", "M", "-999", "-1", "999"], ["-1", "-999", "999"]),  # words only beside them
+        (["F", "M", "Not reported"], ["Not reported"]),
     ],
 )
 def test_doubtful_values(values, doubted):
     assert sorted(doubtful(values)) == sorted(doubted)
+
+
+@pytest.mark.parametrize(
+    ("values", "levels", "doubted"),
+    [
+        (["1", "2", "-9"], {"1": "male", "2": "female"}, ["-9"]),
+        (["1", "2", "-9"], {"1": "male", "2": "female", "-9": "missing"}, ["-9"]),
+        (["1", "2", "9"], {"1": "male", "2": "female", "9": "Unknown"}, ["9"]),
+        (["0", "1"], {"0": "none", "1": "mild"}, []),
+        (["1", "2", "99"], {"1": "left", "2": "right", "99": "both"}, []),
+    ],
+)
+def test_values_that_levels_describe_as_missing_are_doubtful(values, levels, doubted):
+    assert sorted(doubtful(values, levels)) == sorted(doubted)
 
 
 def test_doubtful_values_are_asked_about(bids, tmp_path):
@@ -895,6 +913,21 @@ def test_every_target_has_the_same_split(bids, tmp_path):
         held = Counter(of(people[s[4:]][column]) for s, name in splits[0].items() if name == "eval")
         whole = Counter(of(cells[column]) for cells in people.values())
         assert all(abs(held[value] - n / 5) <= 1.2 for value, n in whole.items()), (column, held)
+
+
+def test_derivatives_have_the_split_of_their_data_set(bids, tmp_path):
+    """Also where subjects have a scan only in the derivatives: those were in another task's evaluation set before."""
+    people = {f"{i:02}": {"sex": "FM"[i % 2], "age": str(i)} for i in range(30)}
+    root = bids(people)
+    shutil.copytree(root, root / "derivatives/prep")
+    for name in ("00", "07", "18", "29"):
+        shutil.rmtree(root / f"sub-{name}")
+    from_bids(root, tmp_path / "raw", "sex")
+    from_bids(root, tmp_path / "derived", "age", derivatives="prep")
+    assert split_of(tmp_path / "raw") == split_of(tmp_path / "derived")
+    assert len(split_of(tmp_path / "raw")) == 30
+    assert sum(len(records) for records in written(tmp_path / "raw")) == 26
+    assert sum(len(records) for records in written(tmp_path / "derived")) == 30
 
 
 def test_an_earlier_split_is_used(bids, tmp_path):

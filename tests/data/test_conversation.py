@@ -126,6 +126,9 @@ def test_diffusion_maps_are_a_modality_of_their_own_unless_the_config_says_other
         (["sex/train.jsonl", "sex/val.json", "notes.json"], "sex/train.jsonl, sex/val.json"),
         (["train/a.json", "train/b.json", "test/a.json"], "test/a.json, train/a.json, train/b.json"),
         (["age_training.json", "age_validation.json"], "age_training.json, age_validation.json"),
+        (["testset.json", "trainset.json"], "testset.json, trainset.json"),
+        (["sexTest.json", "sexTrain.json"], "sexTest.json, sexTrain.json"),
+        (["held_out.json", "training_data_2.json"], "held_out.json, training_data_2.json"),
         (["a.json", "b.json", "splits.tsv"], "a.json, b.json"),  # as `data from-bids --split a=0.5,b=0.5` writes
         (
             [f"{i}/{name}.json" for i in range(3) for name in ("train", "eval")],

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
@@ -18,9 +19,12 @@ from umbrella_jax import pages
 from umbrella_jax.cli import main
 from umbrella_jax.config import AugmentConfig, DataConfig, ModalityConfig, ModelConfig, RunConfig
 from umbrella_jax.data import slices as drawing
+from umbrella_jax.data.cache import Sources
+from umbrella_jax.data.conversation import Image
+from umbrella_jax.data.loader import Dataset
 from umbrella_jax.data.page import write_page
 from umbrella_jax.data.report import KINDS, Finding, Report, histogram
-from umbrella_jax.data.validate import read_contents, validate
+from umbrella_jax.data.validate import check_overlap, read_contents, validate
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.processor import Processor
 
@@ -186,6 +190,20 @@ def test_voxels_in_train_and_eval_and_under_several_names(config, ask, nifti, wr
     (duplicate,) = found(report, "warning", "duplicate")
     assert (duplicate.place, duplicate.sets) == (str(tmp_path / "twin.nii"), ("train",))
     assert duplicate.reason == f"the same voxels as {tmp_path / 'twin-copy.nii'}"
+
+
+def test_a_copy_of_a_scan_is_found_by_its_bytes(nifti, tmp_path):
+    """Under another name, `train` would evaluate on what it trains on; it does not compare voxels."""
+    shutil.copyfile(nifti("sub-01.nii.gz", (4, 4, 4)), tmp_path / "sub-17.nii.gz")
+    sources = Sources()
+    sets = {
+        name: Dataset((), (), (), {Image(tmp_path / file, "T1"): 1}, {}, sources)
+        for name, file in (("train", "sub-01.nii.gz"), ("eval", "sub-17.nii.gz"))
+    }
+    same = f"{tmp_path / 'sub-01.nii.gz'} = {tmp_path / 'sub-17.nii.gz'}"
+    with pytest.raises(DataError, match=f"0 subjects and 1 scan are in train and in eval: {same}; evaluate"):
+        check_overlap(sets, allowed=False)
+    assert same in str(check_overlap(sets, allowed=True))
 
 
 def test_contradictions(config, ask, record, nifti, write_json):

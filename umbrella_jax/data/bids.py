@@ -367,7 +367,8 @@ class _Participants:
             check_columns(table, needed)
         except DataError as error:
             hints = [
-                f"; {file.relative_to(root)} has it: copy it to {PARTICIPANTS}"
+                f"; {file.relative_to(root)} has it: copy it to {PARTICIPANTS}, and give --split-from if there are "
+                "conversations already, since the split depends on the columns"
                 for file in sorted(root.glob("phenotype/*.tsv"))
                 if target not in table.columns and target in _header(file)
             ]
@@ -431,13 +432,14 @@ class _Files:
     paths: Mapping[str, Sequence[Path]]
     """{modality: files below `base`, sorted}."""
     modalities: Mapping[str, frozenset[str]]
-    """{sub-LABEL: modalities that it has files of, in the data set or the derivatives}."""
+    """{sub-LABEL: modalities that the data set itself has files of}, also of subjects that only derivatives have."""
 
 
 # Not pybids: it indexes the whole tree into an SQL database, and brings a dozen packages. Of BIDS, this needs the
 # entities in a file's name.
 def _files(root: Path, derivatives: str | None, notes: list[str]) -> _Files:
-    """Find the files of every modality, also of those that nobody asked for: the split must not depend on that."""
+    """Find the files of every modality and the subjects of all derivatives, also those that nobody asked for: the split
+    must not depend on that."""
     base = root / "derivatives" / derivatives if derivatives else root
     if not base.is_relative_to(root) or ".." in base.relative_to(root).parts:
         raise DataError(f"derivatives {derivatives}: expected the name of a directory in {root / 'derivatives'}")
@@ -455,9 +457,12 @@ def _files(root: Path, derivatives: str | None, notes: list[str]) -> _Files:
                 if any(file.excludes(name) for file in ignore):
                     excluded += [name] if folder == base else []
                     continue
-                modalities[name.partition("/")[0]].add(modality)
+                if folder == root:
+                    modalities[name.partition("/")[0]].add(modality)
                 if folder == base:
                     paths.setdefault(modality, []).append(path)
+    derived = (*root.glob("derivatives/*/sub-*"), *(base.glob("sub-*") if derivatives else ()))
+    modalities |= {name: set() for name in sorted({path.name for path in derived} - modalities.keys())}
     if excluded:
         notes.append(_left_out("files that .bidsignore excludes", excluded))
     return _Files(base, paths, {subject: frozenset(of) for subject, of in modalities.items()})
@@ -619,7 +624,7 @@ def _with_values(
     scans: Mapping[str, Sequence[_Scan]],
     target: str,
     missing: Sequence[str],
-    labels: Collection[str],
+    labels: Mapping[str, str],
     notes: list[str],
 ) -> list[tuple[_Scan, str]]:
     """Return the scans that have a value, and the value; the others go to `notes`.
@@ -786,7 +791,8 @@ def _subjects(kept: Iterable[tuple[_Scan, str]], spelled: Mapping[str, str]) -> 
 def _balanced(table: _Participants, files: _Files) -> dict[str, dict[str, str]]:
     """Return {subject: {column: cell}} that the split balances: all columns, and of which modalities there are scans.
 
-    These are the subjects with a row and a scan of any modality, so the split depends on nothing that was asked for.
+    These are the subjects with a row and a scan of any modality or a folder in any derivatives, so the split depends
+    on nothing that was asked for.
     """
     return {
         subject: {column: cell for column, cell in cells.items() if column != "participant_id"}

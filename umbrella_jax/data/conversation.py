@@ -24,7 +24,10 @@ T = TypeVar("T")
 _SUFFIXES = (".json", ".jsonl")
 _EACH = "expected a conversation, an object, in each line"
 _LIST = "expected a conversation, an object, or a list of them"
-_SPLIT = re.compile(r"(?<![a-z])(train|eval|val|dev|test|holdout)(?:ing|uation|id|idation)?(?![a-z])")
+_SPLIT = re.compile(
+    r"(?<![a-z])(train|eval|val|dev|test|hold-?_?out|held-?_?out)(?:ing|uation|id|idation)?(?:set|data)?(?![a-z])"
+)
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 _WINDOWS = re.compile(r"\\|^[A-Za-z]:/")
 _SUBJECT = re.compile(r"sub-([0-9A-Za-z+]+)(?=[_.]|$)")
@@ -230,7 +233,8 @@ def _splits(root: Path, files: Sequence[Path]) -> list[Path]:
     places = Counter(file.parent for file in files if (file.parent / SPLITS).is_file())
     if listed := [file for file in files if places[file.parent] > 1]:
         return listed
-    words = {file: _SPLIT.findall(file.relative_to(root).as_posix().lower()) for file in files}
+    names = {file: _CAMEL.sub("_", file.relative_to(root).as_posix()).lower() for file in files}
+    words = {file: _SPLIT.findall(name) for file, name in names.items()}
     named = [file for file in files if words[file]]
     return named if len({tuple(sorted(set(words[file]))) for file in named}) > 1 else []
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from types import MappingProxyType
 
 from umbrella_jax.config import MAX_CLASSES
 from umbrella_jax.errors import DataError
@@ -19,6 +20,7 @@ _MISSING = {
 _DOUBTFUL = {
     *("none", "nil", "missing", "unknown", "unk", "undefined", "not available", "not known", "not applicable"),
     *("nd", "n.d.", "nk", "tbd", "refused", "declined", "prefer not to say", "prefer not to answer"),
+    *("not reported", "unknown or not reported", "not specified", "unspecified", "no data", "missing data"),
 }
 """Cells that may mean a missing value or be a label."""
 
@@ -153,18 +155,27 @@ def _is_declared(cell: str, declared: Iterable[str]) -> bool:
     return any(cell == value or (number is not None and number == number_in(value)) for value in declared)
 
 
-def doubtful(cells: Collection[str], labels: Collection[str] = ()) -> list[str]:
-    """Return the distinct values that may stand for a missing one: words such as `unknown`, numbers such as -999.
+def doubtful(cells: Collection[str], labels: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    """Return the distinct values that may stand for a missing one: words such as `unknown`, numbers such as -999, and
+    values whose description says so.
 
     A number is doubtful if it is a usual code (-9, 77, 999, ...) and far from the others: negative where they are not,
-    or beyond them by more than half their range. -1 is a usual code of quantities only.
+    or beyond them by more than half their range. -1 is a usual code of quantities only. If all other values are words,
+    every usual code and every negative number is doubtful.
+
+    Args:
+        cells: values as in the table.
+        labels: {value: description}, such as `Levels` in participants.json.
     """
-    distinct = sorted({cell for cell in cells if cell not in labels})
-    words = [cell for cell in distinct if cell.lower() in _DOUBTFUL]
-    numbers = {cell: number for cell in distinct if (number := number_in(cell)) is not None}
+    described = {cell for cell in cells if cell in labels and not _says_missing(labels[cell])}
+    distinct = sorted(set(cells) - described)
+    words = [cell for cell in distinct if cell in labels or cell.lower() in _DOUBTFUL]
+    numbers = {cell: number for cell in cells if (number := number_in(cell)) is not None}
     quantity = len(numbers) > MAX_CLASSES
-    codes = {cell: number for cell, number in numbers.items() if _is_code(number, quantity)}
+    codes = {cell: n for cell, n in numbers.items() if cell not in described and _is_code(n, quantity)}
     others = [number for cell, number in numbers.items() if cell not in codes]
+    if all(number < 0 for number in others) and set(cells) - set(words) - numbers.keys():
+        return [*words, *(cell for cell, n in numbers.items() if cell in distinct and (cell in codes or n < 0))]
     if not others:
         return words
     low, high = min(others), max(others)
@@ -174,7 +185,12 @@ def doubtful(cells: Collection[str], labels: Collection[str] = ()) -> list[str]:
         for cell, number in codes.items()
         if (number < 0 <= low) or number < low - reach or (number > high + reach and number > 9)
     ]
-    return words + far
+    return list(dict.fromkeys(words + far))
+
+
+def _says_missing(description: str) -> bool:
+    """Return whether a description is of a missing value; `none` may be one of a finding that was looked for."""
+    return description.lower() in (_MISSING | _DOUBTFUL) - {"none", "nil"}
 
 
 def _is_code(number: float, quantity: bool) -> bool:

@@ -242,34 +242,22 @@ def read_contents(path: Path) -> Contents:
     )
 
 
-def overlaps(sets: Mapping[str, Set], volumes: Sequence[Volume], severity: Severity) -> Iterator[Finding]:
+def overlaps(sets: Mapping[str, Set], volumes: Iterable[Volume], severity: Severity) -> Iterator[Finding]:
     """Find what train and eval share: the model may be memorising it."""
-    if len(sets) < 2:
-        return
     expected = "expected other subjects to evaluate on than to train on, or --allow-overlap"
-    train, evaluation = (sets[name].subjects for name in SETS)
-    for subject in sorted(train.keys() & evaluation.keys()):
-        where = [
-            found[subject][0] + (f" and {more} more" if (more := len(found[subject]) - 1) else "")
-            for found in (train, evaluation)
-        ]
-        yield Finding(
-            severity,
-            "overlap",
-            SETS,
-            f"subject {subject}",
-            f"in train ({where[0]}) and in eval ({where[1]}); {expected}",
-        )
-    for same in _same(volumes):
-        if {name for volume in same for name in volume.sets} == set(SETS):
-            paths = dict.fromkeys(str(volume.path) for volume in same)
-            first, *others = paths
-            known = f", also as {', '.join(others)}" if others else ""
-            yield Finding(severity, "overlap", SETS, first, f"in train and in eval{known}; {expected}")
+    for subject, *labels in _shared_subjects(sets):
+        where = [first + (f" and {len(others)} more" if others else "") for first, *others in labels]
+        reason = f"in train ({where[0]}) and in eval ({where[1]}); {expected}"
+        yield Finding(severity, "overlap", SETS, f"subject {subject}", reason)
+    for first, *others in _shared_scans(_same(volumes)):
+        known = f", also as {', '.join(others)}" if others else ""
+        yield Finding(severity, "overlap", SETS, first, f"in train and in eval{known}; {expected}")
 
 
 def check_overlap(datasets: Mapping[str, Dataset], *, allowed: bool) -> str | None:
-    """Look for subjects and scans, by name, that are in train and in eval (`validate` also compares voxels).
+    """Look for subjects that are in train and in eval by name, and for scans by name or by the bytes of their files.
+
+    `validate` compares the voxels of scans, which may be the same in other bytes.
 
     Returns:
         A warning that counts and names them, None if there are none.
@@ -282,12 +270,15 @@ def check_overlap(datasets: Mapping[str, Dataset], *, allowed: bool) -> str | No
     for name, of in datasets.items():
         for image in of.windows:
             within[image.path, image.modality].append(name)
-    volumes = [Volume(*place, tuple(names), 1, None) for place, names in within.items()]
-    places = [finding.place for finding in overlaps(sets, volumes, "fault")]
-    if not places:
+    scans: dict[str, list[Volume]] = defaultdict(list)
+    for (path, modality), names in within.items():
+        scans[datasets[names[0]].sources.digest(path)].append(Volume(path, modality, tuple(names), 1, None))
+    subjects = [f"subject {subject}" for subject, *_ in _shared_subjects(sets)]
+    shared = [" = ".join(paths) for paths in _shared_scans(scans.values())]
+    if not subjects and not shared:
         return None
-    subjects = sum(place.startswith("subject ") for place in places)
-    counts = f"{plural(subjects, 'subject')} and {plural(len(places) - subjects, 'scan')}"
+    counts = f"{plural(len(subjects), 'subject')} and {plural(len(shared), 'scan')}"
+    places = [*subjects, *shared]
     more = f" and {len(places) - _TOLD} more" if len(places) > _TOLD else ""
     found = f"{counts} are in train and in eval: {', '.join(places[:_TOLD])}{more}"
     if allowed:
@@ -296,6 +287,21 @@ def check_overlap(datasets: Mapping[str, Dataset], *, allowed: bool) -> str | No
         f"data.train, data.eval: {found}; evaluate on other subjects, or allow it: data.allow_overlap: true "
         "(--allow-overlap)"
     )
+
+
+def _shared_subjects(sets: Mapping[str, Set]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield each subject of train that is in eval too, with the labels of its conversations in both."""
+    if set(sets) == set(SETS):
+        train, evaluation = (sets[name].subjects for name in SETS)
+        for subject in sorted(train.keys() & evaluation.keys()):
+            yield subject, train[subject], evaluation[subject]
+
+
+def _shared_scans(scans: Iterable[Iterable[Volume]]) -> Iterator[list[str]]:
+    """Yield the paths of each scan that is in train and in eval; `scans` are groups of the same content."""
+    for same in scans:
+        if {name for volume in same for name in volume.sets} == set(SETS):
+            yield list(dict.fromkeys(str(volume.path) for volume in same))
 
 
 def _same(volumes: Iterable[Volume]) -> Iterable[list[Volume]]:
