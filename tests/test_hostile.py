@@ -422,6 +422,33 @@ def test_damage_is_never_read(tmp_path: Path, name: str, frames: int) -> None:
     np.testing.assert_array_equal(load_volume(path, config), expected)
 
 
+def test_a_damaged_block_is_no_other_format(tmp_path: Path) -> None:
+    """bzip2 unpacks 900 KB at a time, header included: nibabel took damage anywhere in it for another kind of file."""
+    path, _ = scan(tmp_path / "a.nii.bz2", 0)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert "Invalid data stream" in refused(DataError, load_volume, path, WHOLE)
+
+
+def test_what_is_no_scan_is_named(tmp_path: Path) -> None:
+    path, _ = scan(tmp_path / "a.img", 0)
+    (tmp_path / "a.hdr").unlink()
+    assert f"{path}: {tmp_path / 'a.hdr'} not found" in refused(DataError, load_volume, path, WHOLE)
+    (tmp_path / "b.nii").write_bytes(bytes(128) + b"DICM" + bytes(400))
+    assert "b.nii: a DICOM file; convert its series" in refused(DataError, load_volume, tmp_path / "b.nii", WHOLE)
+
+
+def test_nibabel_does_not_write_to_the_terminal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It names no file: `pixdim[1,2,3] should be non-zero; setting 0 dims to 1`, for each of thousands."""
+    path, _ = scan(tmp_path / "a.nii", 0)
+    content = bytearray(path.read_bytes())
+    content[0:4], content[80:92] = bytes(4), bytes(12)  # sizeof_hdr, pixdim[1:4]
+    path.write_bytes(content)
+    load_volume(path, WHOLE)
+    assert not caplog.records
+
+
 def test_damage_of_a_compressed_header_is_not_read(tmp_path: Path) -> None:
     path, _ = scan(tmp_path / "a.img.gz")
     header = tmp_path / "a.hdr.gz"

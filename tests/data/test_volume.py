@@ -228,8 +228,8 @@ def test_voxels_of_a_brain_are_not_cropped(nifti):
     np.testing.assert_array_equal(found, data[2:8, 1:7])
     fault = one_fault(path, t1((5, 6, 6), mode="pad"))  # 10 - 5 leaves out 2 and 3
     assert fault == (
-        f"{path}: 24 voxels above 0 lie outside the central 10×12×12 mm; expected a larger size or spacing of the "
-        "modality, or a volume without the rest of the body and with a background of 0"
+        f"{path}: 24 voxels above 0 (of 2×2×2 mm) lie outside the central 10×12×12 mm; expected a larger size or "
+        "spacing of the modality, or a volume without the rest of the body and with a background of 0"
     )
     assert "outside the central 9×9×9 mm" in one_fault(path, t1((6, 6, 6), mode="pad", spacing=1.5))
     load_volume(path, t1((6, 6, 6), mode="pad", spacing=2.5))
@@ -401,6 +401,7 @@ def test_an_affine_that_is_none(nifti, fault):
 
 
 LAS, RAS = np.diag([-2.0, 2, 2, 1]), np.diag([2.0, 2, 2, 1])
+DIAGONAL = np.array([[2**0.5, -(2**0.5), 0, 0], [2**0.5, 2**0.5, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1]])  # by 45°
 TURNED = np.array([[0, 2.0, 0, 0], [-2, 0, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1]])
 
 
@@ -444,6 +445,7 @@ CONTRADICTIONS = [
         "its qform (code 1) says PRS, its sform (code 1) says LAS: they disagree about the order of axes; the sform is "
         "used",
     ),
+    ({"qform": (DIAGONAL, 1), "sform": (DIAGONAL, 4)}, "RAS", None),  # rounding makes PRS of the qform
     (
         {"qform": (LAS, 1), "sform": (SINGULAR, 1)},
         "LAS",

@@ -270,7 +270,7 @@ def _preprocess_3d(path: str | Path, image: Voxels, config: ModalityConfig) -> t
     weights = _weights(data.shape, image, config)
     background = find_background(data, config) if config.mode == "pad" else None
     if config.mode == "pad":
-        _check_covered(path, data, weights, background, config)
+        _check_covered(path, image, data, weights, background, config)
     volume = resample(data, weights)
     if background is not None and background.value != 0:
         inside = tuple(slice(near[0], near[-1] + 1) for near in (np.flatnonzero(w.any(axis=1)) for w in weights))
@@ -404,6 +404,7 @@ def _weights(shape: tuple[int, ...], image: Voxels, config: ModalityConfig) -> l
 
 def _check_covered(
     path: str | Path,
+    image: Voxels,
     data: np.ndarray,
     weights: Sequence[np.ndarray],
     background: Background | None,
@@ -422,9 +423,11 @@ def _check_covered(
         usual = background.rule == "nonpositive"
         which = "above 0" if usual else f"other than {background.name}"
         remedy = "or a volume without the rest of the body" + " and with a background of 0" * usual
+        assert image.zooms is not None  # by open_volume
+        voxels = "×".join(f"{zoom:.4g}" for zoom in image.zooms)
         raise DataError(
-            f"{path}: {lost} voxels {which} lie outside the central {field} mm; expected a larger size or spacing of "
-            f"the modality, {remedy}"
+            f"{path}: {lost} voxels {which} (of {voxels} mm) lie outside the central {field} mm; expected a larger "
+            f"size or spacing of the modality, {remedy}"
         )
 
 

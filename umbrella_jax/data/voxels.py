@@ -14,6 +14,7 @@ A header may contradict itself. A field that NIfTI does not allow is refused if 
 field holds the same information, that one is used and `Voxels.remarks` says so.
 """
 
+import logging
 import math
 import os
 import re
@@ -70,6 +71,8 @@ _GEOMETRY += ("qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z")
 _PACKINGS = {".gz": "gzip", ".mgz": "gzip", ".bz2": "bzip2", ".zst": "zstd"}
 _MAGIC = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
 _CHUNK = 1 << 20
+_SILENT = logging.Logger("nibabel", logging.CRITICAL + 1)
+"""nibabel's own names no file; `Voxels.remarks` says what matters."""
 _RAS_FLAG = slice(28, 30)
 """Bytes of an MGH header: whether its voxel sizes and axes mean anything (`goodRASFlag`)."""
 _SINGLE = (".nii", ".nii.gz", ".mgz", ".mgh", *_ARRAYS)
@@ -271,7 +274,8 @@ class _Nibabel:
                 raw = opened.read(kind.header_class.template_dtype.itemsize)
             self.stored = stored = kind.header_class(raw, check=False)
             offset = _data_offset(path, kind, stored)
-            header = kind.header_class(raw)  # which nibabel checks, and mends: zeros become ones, unknown codes 0
+            header = kind.header_class(raw, check=False)
+            header.check_fix(logger=_SILENT)  # zeros become ones, unknown codes 0
             self.shape: tuple[int, ...] = tuple(int(n) for n in header.get_data_shape())
             self.dtype: np.dtype = header.get_data_dtype()
             _check_real(path, self.dtype)
@@ -399,7 +403,7 @@ def _nifti_geometry(header: Any, stored: Any) -> _Geometry:
     else:
         codes = {name: "".join(nib.aff2axcodes(form)) for name, form in forms.items()}
         remarks += [f"{fault}; its {names[used]}, {codes[used]}, is used" for fault in invalid.values()]
-        if len(set(codes.values())) > 1:
+        if len(set(codes.values())) > 1 and _point_apart(*forms.values()):
             remarks.append(
                 f"its {names['qform']} says {codes['qform']}, its {names['sform']} says {codes['sform']}: they "
                 f"disagree about {_disagreement(*codes.values())}; the sform is used"
@@ -413,6 +417,13 @@ def _nifti_geometry(header: Any, stored: Any) -> _Geometry:
     if used is None:
         return _Geometry(None, mm, unoriented, remarks=tuple(remarks))
     return _Geometry(forms[used], mm, remarks=tuple(remarks))
+
+
+def _point_apart(one: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether an axis points more than 60° away from the same axis of the other form. If not, their codes only
+    differ since it is oblique: at 45°, rounding decides."""
+    cosines = (one * other)[:3, :3].sum(axis=0) / (voxel_sizes(one) * voxel_sizes(other))
+    return bool(cosines.min() < 0.5)
 
 
 def _disagreement(one: str, other: str) -> str:
@@ -499,7 +510,22 @@ def _kind(path: Path, files: Sequence[Path]) -> Any:
             return kind
         if found:
             raise DataError(f"{path}: {kind.__name__}; expected a NIfTI, Analyze or MGH file")
-    raise ImageFileError("no header of a NIfTI, Analyze or MGH file")
+    raise _no_scan(path, files)
+
+
+def _no_scan(path: Path, files: Sequence[Path]) -> Exception:
+    """Return why files have no header that is known: of another format, damaged, or half of a pair."""
+    for file in files:
+        with file.open("rb") as opened:
+            if opened.read(132).endswith(b"DICM"):
+                return DataError(f"{path}: a DICOM file; convert its series to NIfTI, such as by dcm2niix")
+        if _packing(file):
+            with _unpacked(file) as content:  # raises if it is damaged
+                _read_to_end(file, content)
+    with suppress(ImageFileError):  # not a name of a pair
+        if missing := sorted(_pair(nib.Nifti1Pair, path) - set(files)):
+            return DataError(f"{path}: {missing[0]} not found; expected both files of the pair, copy it there")
+    return ImageFileError("no header of a NIfTI, Analyze or MGH file")
 
 
 class _Arrays:
