@@ -155,6 +155,23 @@ def mixture(modality: str, found: Mapping[Path, Background], total: int) -> str 
     )
 
 
+def uneven(remarks: Iterable[Remark], windows: Mapping[tuple[Path, ModalityConfig], int]) -> dict[Path, str]:
+    """Return {run: message} for runs whose windows `auto` reads by different rules.
+
+    Args:
+        windows: {(file, modality): number of its windows}.
+    """
+    rules: dict[tuple[Path, ModalityConfig], list[str]] = {}
+    for path, config, _, background in remarks:
+        rules.setdefault((path, config), []).append(background.name)
+    return {
+        path: f"background is {' or '.join(sorted({*names}))} in {len(names)} of its {windows[path, config]} windows, and "
+        "voxels at 0 or below in the others; set background of the modality to one rule"
+        for (path, config), names in sorted(rules.items(), key=lambda item: item[0][0])
+        if config.background == "auto" and len(names) < windows.get((path, config), 0)
+    }
+
+
 def summary(modality: str, found: Mapping[Path, Background], total: int) -> list[str]:
     """Return what to say about the backgrounds of a modality's volumes, in a few lines; arguments as of `mixture`."""
     lines = []

@@ -45,7 +45,7 @@ from safetensors.numpy import save
 
 from umbrella_jax.columns import plural
 from umbrella_jax.config import DataConfig, ModalityConfig, RunConfig
-from umbrella_jax.data.background import Background, by_modality, level_of, summary
+from umbrella_jax.data.background import Background, by_modality, level_of, summary, uneven
 from umbrella_jax.data.conversation import Image, read_conversations
 from umbrella_jax.data.volume import (
     PREPROCESSING_VERSION,
@@ -98,14 +98,13 @@ class Sources:
     def __init__(self) -> None:
         self._sources: dict[Path, _Source] = {}
         self._backgrounds: dict[tuple[Path, ModalityConfig, int], Background] = {}
-        self._checked: set[tuple[Path, ModalityConfig]] = set()
+        self._checked: dict[tuple[Path, ModalityConfig], int] = {}  # number of windows
 
     def check(self, path: str | Path, config: ModalityConfig) -> int:
         """`check_volume`; raises DataError also if the file changes meanwhile."""
         path = Path(path)
         source, image = self._look(path), open_volume(path, config)
-        self._checked.add((path, config))
-        count = check_opened(path, image, config, note=self._note)
+        self._checked[path, config] = count = check_opened(path, image, config, note=self._note)
         self._check_unchanged(path, image, source)
         self._remember(path, image, source)
         return count
@@ -131,15 +130,16 @@ class Sources:
         return level_of(self._backgrounds.get((path, config, window)), config)
 
     def background_remarks(self, modalities: Mapping[str, ModalityConfig]) -> list[str]:
-        """Return which backgrounds were taken of volumes with voxels below 0, and if those of a modality differ."""
-        found = by_modality(((*place, background) for place, background in self._backgrounds.items()), modalities)
-        return [
-            line
-            for modality, backgrounds in found.items()
-            for line in summary(
-                modality, backgrounds, sum(config == modalities[modality] for _, config in self._checked)
-            )
-        ]
+        """Return which backgrounds were taken of volumes with voxels below 0, and if those of a modality or of the
+        windows of a run differ."""
+        remarks = [(*place, background) for place, background in self._backgrounds.items()]
+        lines = [f"{path}: {text}" for path, text in uneven(remarks, self._checked).items()]
+        if len(lines) > 1:
+            lines = [f"{lines[0]}; {plural(len(lines) - 1, 'more run')} like it"]
+        for modality, backgrounds in by_modality(remarks, modalities).items():
+            total = sum(config == modalities[modality] for _, config in self._checked)
+            lines += summary(modality, backgrounds, total)
+        return lines
 
     def _note(self, path: Path, config: ModalityConfig, window: int, background: Background) -> None:
         self._backgrounds[path, config, window] = background
@@ -228,7 +228,6 @@ class VolumeCache(Sources):
         """
         path = Path(path)
         self._sources[path] = source = self._look(path)
-        self._checked.add((path, config))
         first = self._read(self._key(source, config, 0), config, header_only=not self._verify)
         image: Voxels | None = None
         if first and source.remarks is not None:
@@ -250,6 +249,7 @@ class VolumeCache(Sources):
         if image is not None and source.remarks is None:
             self._check_unchanged(path, image, source)
             self._remember(path, image, source)
+        self._checked[path, config] = count
         return count
 
     def load(self, path: str | Path, config: ModalityConfig, window: int = 0) -> np.ndarray:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from umbrella_jax.columns import plural
 from umbrella_jax.config import LORA, MAX_CLASSES, RunConfig
 from umbrella_jax.data.augment import check_axes
-from umbrella_jax.data.background import Remark, by_modality, contradiction, decision, mixture
+from umbrella_jax.data.background import Remark, by_modality, contradiction, decision, mixture, uneven
 from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.cache import check_float16
 from umbrella_jax.data.conversation import Conversation, Image, scan_conversations
@@ -408,8 +408,12 @@ def _shown(config: RunConfig, sets: Mapping[str, Set]) -> Iterator[Finding]:
                 yield Finding("note", "images", (name,), f"modality {modality}", reason)
 
 
-def _backgrounds(config: RunConfig, volumes: Sequence[Volume], remarks: Iterable[Remark]) -> Iterator[Finding]:
+def _backgrounds(config: RunConfig, volumes: Sequence[Volume], remarks: Sequence[Remark]) -> Iterator[Finding]:
     """What was taken as background where that is not the usual case, and where it does not fit."""
+    windows = {(volume.path, config.model.modalities[volume.modality]): volume.windows for volume in volumes}
+    shown = {volume.path: volume.sets for volume in volumes}
+    for path, reason in uneven(remarks, windows).items():
+        yield Finding("warning", "background", shown[path], str(path), reason)
     for modality, found in by_modality(remarks, config.model.modalities).items():
         read = [volume for volume in volumes if volume.modality == modality and volume.windows]
         for volume in read:
