@@ -157,7 +157,7 @@ def test_windows_of_a_run_with_different_rules_are_named(nifti, tmp_path):
     even = replace(RUN, background=0.0)
     sources = Sources()
     assert sources.check(paths[0], even) == 2
-    assert not any("windows" in line for line in sources.background_remarks({"fMRI": even}))
+    assert not any("of its 2 windows" in line for line in sources.background_remarks({"fMRI": even}))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

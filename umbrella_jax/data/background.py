@@ -165,8 +165,8 @@ def uneven(remarks: Iterable[Remark], windows: Mapping[tuple[Path, ModalityConfi
     for path, config, _, background in remarks:
         rules.setdefault((path, config), []).append(background.name)
     return {
-        path: f"background is {' or '.join(sorted({*names}))} in {len(names)} of its {windows[path, config]} windows, and "
-        "voxels at 0 or below in the others; set background of the modality to one rule"
+        path: f"background is {' or '.join(sorted({*names}))} in {len(names)} of its {windows[path, config]} windows, "
+        "and voxels at 0 or below in the others; set background of the modality to one rule"
         for (path, config), names in sorted(rules.items(), key=lambda item: item[0][0])
         if config.background == "auto" and len(names) < windows.get((path, config), 0)
     }
