@@ -215,7 +215,7 @@ def test_validate_says_what_was_taken_and_finds_a_mixture(mixed):
         ("note", str(files[1])),
         ("warning", "rsfMRI"),
     ]
-    assert "of its intensity is below 0: background is the value 0 (0, 70% of its voxels)" in found[0].reason
+    assert "of its intensity is below 0: background is the value 0 (70% of its voxels)" in found[0].reason
     assert found[2].reason == (
         f"background differs between the rsfMRI volumes: the value 0 in 2 (such as {files[0]}), voxels at 0 or below "
         "in 1; expected volumes prepared alike, or one rule, model.modalities.rsfMRI.background"
@@ -250,7 +250,7 @@ def test_a_run_says_what_was_taken(mixed, tokenizer, caplog, tmp_path):
             Processor(tokenizer, modalities).datasets(DataConfig(train=str(path), cache=cache))
         taken, different = caplog.messages
         assert taken.startswith(f"rsfMRI: {files[0]}: ")
-        assert taken.endswith("background is the value 0 (0, 70% of its voxels); 1 more volumes like it")
+        assert taken.endswith("background is the value 0 (70% of its voxels); 1 more volume like it")
         assert different.startswith("background differs between the rsfMRI volumes: the value 0 in 2")
     ordinary = check_volumes([Image(files[2], "rsfMRI")], modalities, 1)
     assert ordinary == {Image(files[2], "rsfMRI"): 1}

@@ -803,6 +803,14 @@ def labels_of(folder):
     return {record["task_id"].partition("_T1w")[0]: record["metadata"]["subject_label"] for record in records}
 
 
+def test_values_per_session_need_sessions_in_names(bids, tmp_path):
+    root = bids(sexes(3))
+    for name in sexes(3):
+        (root / f"sub-{name}/sub-{name}_sessions.tsv").write_text(f"session_id\tage\nses-1\t4{name}\n")
+    (fault,) = faults(root, tmp_path / "out", "age")
+    assert "scans without ses- in their names, when only sub-*_sessions.tsv has age (3): sub-00, sub-01" in fault
+
+
 def test_a_session_has_its_own_value(visits, tmp_path):
     root = visits()
     (root / "sub-05/sub-05_sessions.tsv").write_text("session_id\tage\nses-2\tn/a\n")

@@ -587,7 +587,7 @@ def test_data_cache_on_a_full_disk_fails(config_file, directory, capsys, full_di
     code = main(command(config_file, "--cache", directory))
     full_disk()
     assert code == 1
-    assert f"File too large: '{directory}'" in capsys.readouterr().err
+    assert f"{directory}: File too large" in capsys.readouterr().err
     assert entries(directory) == []
     assert main(command(config_file, "--cache", directory)) == 0
     assert "3 made, 0 found" in capsys.readouterr().out

@@ -237,7 +237,7 @@ def test_answers(config, ask, nifti, write_json, record):
     assert report.sets["eval"].answers["sex"] == {"Male": 1, "male.": 1, "": 1}
     warned = {f.place: f.reason for f in found(report, "warning", "answers")}
     assert warned == {
-        "task sex": "'Male' in eval alone; train answers 'female.', 'male.'",
+        "task sex": "'Male' only in eval; train answers 'female.', 'male.'",
         "task side": "every answer is 'left.'",
     }
     tables = {table.title: {row[0]: row[1:] for row in table.rows} for table in report.tables()}

@@ -1,4 +1,4 @@
-"""Which voxels of a volume are background: as the configuration says, or decided from the voxels."""
+"""Decide which voxels of a volume are background, by the configuration or from the voxels themselves."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from umbrella_jax.columns import plural
 from umbrella_jax.config import ModalityConfig
 from umbrella_jax.errors import DataError
 
@@ -34,7 +35,7 @@ class Background:
 
     @property
     def remarkable(self) -> bool:
-        """Whether it differs from the usual case, no or few voxels below 0 and all of those background."""
+        """Whether it differs from the usual case: few voxels or none are below 0, and those are background."""
         return self.rule != "nonpositive" or self.below > BELOW
 
     @property
@@ -128,9 +129,10 @@ def contradiction(background: Background) -> str | None:
 
 def decision(background: Background) -> str:
     """Return what was taken as the background of one volume, and why."""
+    value = f"{background.value:.4g}, " if background.rule == "lowest" else ""
     return (
-        f"{background.below:.0%} of its intensity is below 0: background is {background.name} ({background.value:.4g}, "
-        f"{background.shared:.0%} of its voxels)"
+        f"{background.below:.0%} of its intensity is below 0: background is {background.name} "
+        f"({value}{background.shared:.0%} of its voxels)"
     )
 
 
@@ -178,7 +180,8 @@ def summary(modality: str, found: Mapping[Path, Background], total: int) -> list
     for describe in (contradiction, lambda background: None if contradiction(background) else decision(background)):
         texts = {path: text for path, background in found.items() if (text := describe(background))}
         lines += [
-            f"{modality}: {path}: {text}" + (f"; {len(texts) - 1} more volumes like it" if len(texts) > 1 else "")
+            f"{modality}: {path}: {text}"
+            + (f"; {plural(len(texts) - 1, 'more volume')} like it" if len(texts) > 1 else "")
             for path, text in list(texts.items())[:1]
         ]
     mixed = mixture(modality, found, total)

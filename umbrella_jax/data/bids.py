@@ -657,8 +657,10 @@ def _with_values(
     kept = [(scan, value) for scan, value in valued if name(scan) not in empty and name(scan) not in written]
     if absent := [subject for subject in rows if subject not in scans]:
         notes.append(_left_out("subjects without a scan", absent))
-    if without:
-        notes.append(_left_out(f"sessions without a value in {table.sources}", list(dict.fromkeys(without))))
+    if unknown := [visit for visit in dict.fromkeys(without) if " " not in visit]:
+        notes.append(_left_out(f"scans without ses- in their names, when only {table.sources} has {target}", unknown))
+    if others := [visit for visit in dict.fromkeys(without) if " " in visit]:
+        notes.append(_left_out(f"sessions without a value in {table.sources}", others))
     if empty:
         notes.append(_left_out(f"{whom} whose {target} is n/a or empty", list(empty)))
     if written:

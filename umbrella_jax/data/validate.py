@@ -348,7 +348,7 @@ def _answer_findings(sets: Mapping[str, Set]) -> Iterator[Finding]:
         if len(known) == 1 and answers.total() > 1:
             yield Finding("warning", "answers", ("train",), f"task {task}", f"every answer is {known.pop()!r}")
         elif 0 < len(known) <= MAX_CLASSES and (new := sorted(evaluation.get(task, {}).keys() - known - {""})):
-            told = f"{', '.join(map(repr, new))} in eval alone; train answers {', '.join(map(repr, sorted(known)))}"
+            told = f"{', '.join(map(repr, new))} only in eval; train answers {', '.join(map(repr, sorted(known)))}"
             yield Finding("warning", "answers", SETS, f"task {task}", told)
 
 
