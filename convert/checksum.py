@@ -78,13 +78,19 @@ def folder_checksums(folder: Path) -> dict[str, str]:
 
 
 def check_folder(folder: Path, expected: Mapping[str, str], source: Path) -> None:
-    """Read every file of `folder`. Raises CheckpointError with each that `source` does not record like that."""
+    """Read every file of `folder`. Raises CheckpointError with each that `source` does not record like that; hidden
+    files that it does not record are ignored."""
     found = folder_checksums(folder)
     faults = [f"{folder / name}: missing; copy it again, or convert again" for name in sorted(expected.keys() - found)]
     faults += [
         f"{folder / name}: other bytes than {source.name} records: damaged or changed; copy it again, or convert again"
         for name, crc in found.items()
-        if expected.get(name) != crc
+        if expected.get(name, crc) != crc
+    ]
+    faults += [
+        f"{folder / name}: {source.name} records no such file; remove it"
+        for name in found.keys() - expected
+        if not name.rpartition("/")[2].startswith(".")  # of a file manager or a file system: .DS_Store, ._name, .nfs
     ]
     if faults:
         raise CheckpointError(faults)

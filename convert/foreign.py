@@ -87,8 +87,9 @@ def adapter_faults(directory: Path) -> list[str]:
     """Return a fault if a PEFT adapter is beside weights: nothing says whether these contain it."""
     if _adapter_base(directory) is None:
         return []
+    file = min(path for path in (directory / ADAPTER, *directory.glob("adapter_model*")) if path.exists())
     remedy = f"{_MERGE}; or remove {ADAPTER} and adapter_model.* if the weights contain it"
-    return [f"{directory / ADAPTER}: a PEFT adapter beside the weights, which would not be used; {remedy}"]
+    return [f"{file}: a PEFT adapter beside the weights, which would not be used; {remedy}"]
 
 
 def tensor_faults(names: Iterable[str], place: Path) -> list[str]:

@@ -71,6 +71,7 @@ def test_a_folder_is_rewritten_where_it_differs(tmp_path: Path) -> None:
         ("file", True, "file: a file, not a folder; name another"),
         ("file/run", True, "file/run: {}/file is a file, not a folder; name another"),
         ("folder", False, "folder: a folder, not a file; name another"),
+        ("/dev/null", False, "/dev/null: a device or a pipe, not a regular file; name another"),
         ("link/run", True, "link/run: {}/link is a broken link; name another"),
         ("n" * 250, True, "name too long, expected at most 240 bytes"),
         ("/proc/run", True, "/proc/run: /proc cannot be written to: it takes no new files; name another"),

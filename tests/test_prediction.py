@@ -148,7 +148,7 @@ def test_a_part_is_gone_on_with(
 
 
 def _refuses_other_weights_and_ends(run: Path, data: Path, out: Path, *flags: object) -> None:
-    """Of another run with the same base and step; and with another end of an answer."""
+    """Of another run with the same base and step; with another end of an answer; with another rope in config.json."""
     params = Checkpoint.params
 
     def others(checkpoint: Checkpoint, *args: Any, **options: Any) -> Any:
@@ -160,6 +160,12 @@ def _refuses_other_weights_and_ends(run: Path, data: Path, out: Path, *flags: ob
     before = file.read_text()
     file.write_text(json.dumps({"eos_token_id": 7}))
     assert "cannot go on: stop_ids: [7, " in predict(run, data, out, *flags, "--resume", code=2)
+    file.write_text(before)
+    file = run / "model" / "config.json"
+    before = file.read_text()
+    file.write_text(before.replace('"rope_theta": 1000000.0', '"rope_theta": 10000.0'))
+    said = predict(run, data, out, *flags, "--resume", code=2)
+    assert "cannot go on: config.json: text.rope_theta: 10000.0 now, 1000000.0 when it began" in said
     file.write_text(before)
 
 

@@ -52,8 +52,9 @@ def naming(path: Path) -> Iterator[None]:
 def check_output(path: str | Path, remedy: str, *, folder: bool) -> None:
     """Check that a file, or a `folder`, can be written at `path`; leaves nothing there.
 
-    Raises ConfigError with the cause and the `remedy`: a file in place of a folder or the reverse, a folder that takes
-    no new files (read-only, under /proc, another user's), or a name that is too long.
+    Raises ConfigError with the cause and the `remedy`: a file in place of a folder or the reverse, a device or a pipe
+    (a write would replace it, /dev/null for everybody), a folder that takes no new files (read-only, under /proc,
+    another user's), or a name that is too long.
     """
     absolute = Path(path).absolute()
     if any(len(os.fsencode(part)) > _LONGEST for part in absolute.parts) or len(os.fsencode(absolute)) > _DEEPEST:
@@ -61,6 +62,8 @@ def check_output(path: str | Path, remedy: str, *, folder: bool) -> None:
         raise ConfigError(f"{path}: name too long, expected at most {limits}; {remedy}")
     if not folder and absolute.is_dir():
         raise ConfigError(f"{path}: a folder, not a file; {remedy}")
+    if not folder and absolute.exists() and not absolute.is_file():
+        raise ConfigError(f"{path}: a device or a pipe, not a regular file; {remedy}")
     folders = [absolute, *absolute.parents] if folder else absolute.parents
     there = next(parent for parent in folders if os.path.lexists(parent))
     if not there.is_dir():

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from umbrella_jax.api import Checkpoint
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import DataConfig, MeshConfig, ModalityConfig, TaskConfig, Template, to_dict
+from umbrella_jax.config import DataConfig, MeshConfig, ModalityConfig, TaskConfig, Template, flat, to_dict
 from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.data.inputs import digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, empty_batch, eval_batches, eval_shapes
@@ -318,6 +318,8 @@ def predict(
             raise ConfigError(faults)
         if data.eval is None:
             raise ConfigError("data.eval: expected conversations to answer (--data PATH)")
+        if first:
+            check_output(out, "name another file", folder=False)
         unfinished = out.with_name(f"{out.name}.part")
         if out.exists():
             raise ConfigError(f"{out}: is there already; name another file, or remove it")
@@ -325,8 +327,6 @@ def predict(
             raise ConfigError(f"{unfinished}: what an earlier call left; go on with --resume, or remove it")
         if not out.parent.is_dir():
             raise ConfigError(f"{out}: expected the name of a file in a directory that exists")
-        if first:
-            check_output(out, "name another file", folder=False)
         devices = make_mesh(mesh, batch_size=batch_size)
         checkpoint = Checkpoint.open(source, modalities, compute_dtype=compute_dtype, step=step)
         if faults := MeshShape(**devices.shape).undivided(checkpoint.config):
@@ -354,6 +354,7 @@ def predict(
         inputs = read_inputs(data, {"eval": dataset})
     params = checkpoint.params(where=partial(param_sharding, devices))
     weights = {path: int(value) for path, value in checksums(params).items()}
+    architecture = {"vision": asdict(checkpoint.config.vision), "text": asdict(checkpoint.config.text)}
     settings = {
         "weights": _digest(weights),
         "inputs": digest_of(inputs),
@@ -367,6 +368,7 @@ def predict(
         "likelihoods": {name: list(task.answers) for name, task in known.items() if task.answers},
         "cache_dtype": data.cache_dtype,
         "compute_dtype": compute_dtype,
+        **{f"config.json: {key}": value for key, value in flat(architecture).items()},
     }
     facts = [(name, SHA256 + digest) for files in inputs.values() for name, digest in files]
     check_same([*facts, *settings.items()], "every host must read the same")

@@ -108,10 +108,12 @@ def test_a_flipped_bit_of_a_native_checkpoint_is_named(written):
     content = files[0].read_bytes()
     files[0].unlink()
     files[1].with_name("more").touch()
+    files[1].with_name(".DS_Store").touch()  # as a Mac leaves it: no fault
     with pytest.raises(CheckpointError) as error:
         Checkpoint.open(native).params()
     assert error.value.faults[0].startswith(f"{files[0]}: missing")
-    assert f"{files[1].with_name('more')}: other bytes" in error.value.faults[1]
+    more = files[1].with_name("more")
+    assert error.value.faults[1:] == (f"{more}: umbrella_config.json records no such file; remove it",)
     files[1].with_name("more").unlink()
     files[0].write_bytes(content)
     record = native / "umbrella_config.json"

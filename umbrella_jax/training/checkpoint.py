@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils.epath.gpath import PosixGPath
 
 from umbrella_jax.config import TrainConfig
-from umbrella_jax.errors import CheckpointError, Interrupted, RunError, is_out_of_memory
+from umbrella_jax.errors import CheckpointError, Interrupted, RunError, is_out_of_memory, known_cause
 from umbrella_jax.files import disk_full
 from umbrella_jax.models import Params
 from umbrella_jax.rundir import rank
@@ -99,7 +99,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        also = [] if error is None or isinstance(error, Interrupted) else [str(error)]
+        also = [] if error is None or isinstance(error, Interrupted) else [known_cause(error) or str(error)]
         with self._writing(also):
             self._manager.close()  # waits for a save under way
 
