@@ -131,12 +131,12 @@ def test_a_part_is_gone_on_with(
     with part.open("a") as file:
         file.write('[9, {"task_id"')
     assert "go on with --resume" in predict(run, data, out, *flags, code=2)
-    tasks = {"side": {"answers": ["left.", "right.", "neither."]}}
+    tasks = {"side": {"answers": ["left.", "right.", "up."]}}
     more = small_run.write_config(
         tmp_path / "more.yaml", {**small_run.read_config(world.config), "evaluation": {"tasks": tasks}}
     )
     said = predict(run, data, out, *flags, "--resume", "--config", more, code=2)
-    assert "cannot go on: likelihoods: {'side': ['left.', 'neither.', 'right.']} now" in said
+    assert "cannot go on: likelihoods: {'side': ['left.', 'right.', 'up.']} now" in said
     _refuses_other_weights_and_ends(run, data, out, *flags)
     said = predict(run, data, out, *flags, "--resume", "--seed", 5)  # no seed counts where nothing is drawn
     assert f"{out}: 11 answers" in said
