@@ -419,9 +419,9 @@ ENGINEER = [
             ),
         ],
         "`data from-bids` knows by name where scans lie. What is 4D is taken in windows of frames: of diffusion, "
-        "directions in the file's order; b-values and vectors are not read. In an export the new modality keeps its "
-        "name, whatever `--names` calls T1 and rsfMRI. Where two modalities have one size, `.modality` of PyTorch's "
-        "patch embedding says which is meant.",
+        "directions in the file's order; b-values and vectors are not read. An export leaves out T1 and rsfMRI, because "
+        "this run trained neither. If two modalities have the same size, set `.modality` of PyTorch's patch embedding "
+        "to the one that you mean.",
     ),
 ]
 PARTS: dict[str, Sequence[Part]] = {
