@@ -366,7 +366,9 @@ def export_names(modalities: Mapping[str, Any], names: Sequence[str] | None) -> 
         for name in sorted({*(names or ())} - known)
     ]
     faults += [
-        f"{name}: given {count} times; give each name once" for name, count in Counter(names or ()).items() if count > 1
+        f"--names: {name} is given {count} times; give each name once"
+        for name, count in Counter(names or ()).items()
+        if count > 1
     ]
     faults += [
         f"{m}: would be called {name} in the export, as another modality is; give other names"

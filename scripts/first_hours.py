@@ -62,7 +62,7 @@ def make_world(work: Path, short: bool) -> None:
     from umbrella_jax.demo import make_base, make_data
 
     make_base(work / "llava")
-    subjects, epochs = (12, 8) if short else (40, 60)
+    subjects, epochs = (12, 8) if short else (100, 24)
     data = make_data(work / "made", 0, subjects - 4, 4)
     rows = []
     for file in data.train, data.eval:

@@ -99,7 +99,7 @@ RESEARCHER = [
                 show=(20, 0),
             ),
         ],
-        "40 subjects, each with a T1 scan and a lesion in one hemisphere; and a LLaVA as Hugging Face's hub has it. "
+        "100 subjects, each with a T1 scan and a lesion in one hemisphere; and a LLaVA as Hugging Face's hub has it. "
         "Both are small and made by `umbrella_jax/demo`: heads are real, lesions drawn, weights random.",
     ),
     Part(
@@ -419,9 +419,9 @@ ENGINEER = [
             ),
         ],
         "`data from-bids` knows by name where scans lie. What is 4D is taken in windows of frames: of diffusion, "
-        "directions in the file's order; b-values and vectors are not read. An export leaves out T1 and rsfMRI, because "
-        "this run trained neither. If two modalities have the same size, set `.modality` of PyTorch's patch embedding "
-        "to the one that you mean.",
+        "directions in the file's order; b-values and vectors are not read. An export leaves out T1 and rsfMRI, "
+        "because this run trained neither. If two modalities have the same size, set `.modality` of PyTorch's patch "
+        "embedding to the one that you mean.",
     ),
 ]
 PARTS: dict[str, Sequence[Part]] = {

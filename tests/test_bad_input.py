@@ -171,7 +171,7 @@ def test_faults_of_a_config_come_together(refused: Refused, world: World, tmp_pa
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--config", "/no/where.yaml"], ["/no/where.yaml: cannot be read"]),
+        (["--config", "/no/where.yaml"], ["/no/where.yaml: not found"]),
         (["--set", "train.clip=1"], ["--set: train.clip: no such key", "clip_norm"]),
         (["--set", "clip_norm=1"], ["clip_norm: no such key", "the nearest is train.clip_norm"]),
         (["--eval-data", "none.json"], ["data.eval: none.json: not found", "(--eval-data PATH)"]),
@@ -187,7 +187,7 @@ def test_faults_of_a_config_come_together(refused: Refused, world: World, tmp_pa
         (["--set", "train.epochs=ten"], ["umbrella-jax: --set: train.epochs: expected a number, got 'ten'"]),
         (["--set", "train=ten"], ["umbrella-jax: --set: train: expected a section of keys, got 'ten'"]),
         (["--set", "data.cache=[a]"], ["umbrella-jax: --set: data.cache: expected text, got a list"]),
-        (["--set", "train.best_metric=eval_loss"], [".yaml, --set: train: keep_best: 0 by best_metric eval_loss"]),
+        (["--set", "train.best_metric=eval_loss"], [".yaml, --set: train: keep_best: 0 with best_metric eval_loss"]),
         (
             ["--epochs", "1e9"],
             ["train.epochs: 1,000,000,000 epochs of ", "days at one per second; expected at most 10,000,000"],
@@ -421,7 +421,7 @@ def test_model_of_another_kind(refused: Refused, base: Callable[..., Path]) -> N
 def test_missing_base(refused: Refused, tmp_path: Path) -> None:
     assert f"{tmp_path / 'none'}: not found; expected" in refused("--base", tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    assert f"{tmp_path / 'empty' / 'config.json'}: cannot be read" in refused("--base", tmp_path / "empty")
+    assert f"{tmp_path / 'empty' / 'config.json'}: not found" in refused("--base", tmp_path / "empty")
 
 
 def test_base_without_tokenizer(refused: Refused, base: Callable[..., Path]) -> None:

@@ -135,7 +135,7 @@ def killed_states(case: Case, place: Path, states: Path) -> tuple[int, list[Path
 def recovers(case: Case, place: Path) -> None:
     """What is left in `place` is gone on with, or refused with a reason and begun anew."""
     code, err = run(*case.again(place))
-    if code == 2 and ("is there already" in err or "directory is not empty" in err):  # whole, all but its tidying up
+    if code == 2 and ("already exists" in err or "directory is not empty" in err):  # whole, all but its tidying up
         code = 0
     elif code == 2:  # a reason, such as that there is nothing to go on with
         assert str(place) in err

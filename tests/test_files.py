@@ -68,13 +68,13 @@ def test_a_folder_is_rewritten_where_it_differs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "folder", "cause"),
     [
-        ("file", True, "file: a file, not a folder; name another"),
-        ("file/run", True, "file/run: {}/file is a file, not a folder; name another"),
-        ("folder", False, "folder: a folder, not a file; name another"),
-        ("/dev/null", False, "/dev/null: a device or a pipe, not a regular file; name another"),
-        ("link/run", True, "link/run: {}/link is a broken link; name another"),
+        ("file", True, "file: a file, not a directory; choose another"),
+        ("file/run", True, "file/run: {}/file is a file, not a directory; choose another"),
+        ("folder", False, "folder: a directory, not a file; choose another"),
+        ("/dev/null", False, "/dev/null: a device or a pipe, not a regular file; choose another"),
+        ("link/run", True, "link/run: {}/link is a broken link; choose another"),
         ("n" * 250, True, "name too long, expected at most 240 bytes"),
-        ("/proc/run", True, "/proc/run: /proc cannot be written to: it takes no new files; name another"),
+        ("/proc/run", True, "/proc/run: /proc cannot be written to: it takes no new files; choose another"),
         ("/sys/page.html", False, "/sys cannot be written to: "),
     ],
 )
@@ -84,9 +84,9 @@ def test_a_path_that_cannot_be_written(tmp_path: Path, path: str, folder: bool, 
     (tmp_path / "link").symlink_to("nowhere")
     before = names(tmp_path)
     with pytest.raises(ConfigError) as error:
-        check_output(tmp_path / path, "name another", folder=folder)
+        check_output(tmp_path / path, "choose another", folder=folder)
     assert cause.format(tmp_path) in str(error.value)
-    check_output(tmp_path / "folder" / "new" / "one", "name another", folder=folder)
+    check_output(tmp_path / "folder" / "new" / "one", "choose another", folder=folder)
     assert names(tmp_path) == before
     assert names(tmp_path / "folder") == []
 
@@ -95,7 +95,7 @@ def test_a_path_that_cannot_be_written(tmp_path: Path, path: str, folder: bool, 
 def test_checkpoints_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
     """Orbax looks for its files with glob; a sibling that the name would match is not taken for it."""
     place = tmp_path / name
-    check_run_name(place, "name another")
+    check_run_name(place, "choose another")
     for folder, value in ((tmp_path / "1", 2.0), (place, 1.0)):
         save_params(folder / "params", {"a": jnp.full(3, value)})
     params = load_params(place / "params", param_shapes(place / "params"))
@@ -104,8 +104,8 @@ def test_checkpoints_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["a\\b", "gs:", os.fsdecode(b"\xff")])
 def test_names_that_checkpoints_cannot_have(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="name another"):
-        check_run_name(tmp_path / name / "run", "name another")
+    with pytest.raises(ConfigError, match="choose another"):
+        check_run_name(tmp_path / name / "run", "choose another")
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ def test_a_deleted_directory_ends_the_run(world: World, tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_written(world: World, tmp_path: Path) -> None:
     message = umbrella(*world.train_flags(Path("/proc/run"), *FLAGS), code=2)
-    assert "/proc/run: /proc cannot be written to: it takes no new files; name another output_dir (--out" in message
+    assert "/proc/run: /proc cannot be written to: it takes no new files; choose another output_dir (--out" in message
     with pytest.raises(OSError, match=r"/proc/file"):
         write_whole(Path("/proc/file"), "text")
 

@@ -257,10 +257,10 @@ def test_a_finished_run_resumes_to_its_end(run: Path, world: World) -> None:
             "no evaluation gives eval_acuracy; expected one of eval_accuracy",
         ),
         (["keep_best=1", "best_metric=eval_mae/T1"], "no evaluation gives eval_mae/T1"),
-        (["keep_best=1"], "1 by best_metric None; expected both"),
+        (["keep_best=1"], "1 with best_metric not set; set both"),
         (["keep_best=1", "best_metric=eval_copy_rate/T1"], "neither high nor low values are good"),
         (["keep_best=1", "best_metric=eval_loss", "best_mode=max"], "train.best_mode: no such key"),
-        (["best_metric=eval_loss"], "0 by best_metric eval_loss; expected both"),
+        (["best_metric=eval_loss"], "0 with best_metric eval_loss; set both"),
         (["keep_latest=0"], "keep_latest: expected a positive number"),
     ],
 )

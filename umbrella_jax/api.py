@@ -511,7 +511,7 @@ def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto"
     """
     directory, checkpoint = Path(directory), checkpoint.merged()
     check_new_folder(directory)
-    check_run_name(directory, "name another folder")
+    check_run_name(directory, "choose another directory")
     if finite:
         checkpoint.check_finite()
     params = checkpoint.params(dtype, where=host)

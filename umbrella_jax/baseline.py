@@ -139,7 +139,7 @@ def _check(config: RunConfig, files: Collection[Path], epochs: int, width: float
         for name, flag in (("data.train", "--train-data PATH"), ("data.eval", "--eval-data PATH"))
         if getattr(config.data, name.removeprefix("data.")) is None
     ]
-    faults += [f"{file}: is there already; name another --out, or remove it" for file in files if file.exists()]
+    faults += [f"{file}: already exists; choose another --out, or remove it" for file in files if file.exists()]
     if epochs < 1:
         faults.append(f"--cnn-epochs {epochs}: expected 1 or more")
     if not math.isfinite(width) or min(_widths(width)) < 1:
@@ -147,7 +147,7 @@ def _check(config: RunConfig, files: Collection[Path], epochs: int, width: float
     if faults:
         raise ConfigError(faults)
     for file in files:
-        check_output(file, "name another folder (--out DIR)", folder=False)
+        check_output(file, "choose another directory (--out DIR)", folder=False)
 
 
 def _open(config: RunConfig, run: str | Path | None, step: Step | None, *, weights: bool) -> Checkpoint:

@@ -467,8 +467,8 @@ class TrainConfig:
                 faults.append(f"{name}: expected 0 or more, got {number}")
         if (self.keep_best > 0) != (self.best_metric is not None):
             faults.append(
-                f"keep_best: {self.keep_best} by best_metric {self.best_metric}; expected both, such as 1 by "
-                "eval_loss, or neither"
+                f"keep_best: {self.keep_best} with best_metric {self.best_metric or 'not set'}; set both, such as 1 "
+                "and eval_loss, or neither"
             )
         if self.best_metric is not None and lower_is_better(self.best_metric) is None:
             faults.append(

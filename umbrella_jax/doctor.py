@@ -257,8 +257,8 @@ def _disk(problems: list[Problem]) -> dict[str, Any]:
 
     remedies = {
         "runs": "start where there is room, or name such a place: --out, --cache",
-        "TMPDIR": "name another directory: export TMPDIR=DIR",
-        "HF cache": "name another directory: export HF_HOME=DIR; or HF_HUB_OFFLINE=1, where bases are directories",
+        "TMPDIR": "choose another directory: export TMPDIR=DIR",
+        "HF cache": "choose another directory: export HF_HOME=DIR; or HF_HUB_OFFLINE=1, where bases are directories",
     }
     places = {"runs": Path.cwd(), "TMPDIR": Path(tempfile.gettempdir()), "HF cache": Path(HF_HUB_CACHE)}
     found = {}
@@ -304,7 +304,7 @@ def _compiled(problems: list[Problem]) -> dict[str, Any]:
             problems.append(
                 Problem(
                     f"compilation cache: {directory} cannot be written, so everything is compiled each time",
-                    "name another directory: export JAX_COMPILATION_CACHE_DIR=DIR",
+                    "choose another directory: export JAX_COMPILATION_CACHE_DIR=DIR",
                 )
             )
     return {"directory": directory, "writable": writable}

@@ -61,13 +61,13 @@ def check_output(path: str | Path, remedy: str, *, folder: bool) -> None:
         limits = f"{_LONGEST} bytes, and {_DEEPEST} with its folders"
         raise ConfigError(f"{path}: name too long, expected at most {limits}; {remedy}")
     if not folder and absolute.is_dir():
-        raise ConfigError(f"{path}: a folder, not a file; {remedy}")
+        raise ConfigError(f"{path}: a directory, not a file; {remedy}")
     if not folder and absolute.exists() and not absolute.is_file():
         raise ConfigError(f"{path}: a device or a pipe, not a regular file; {remedy}")
     folders = [absolute, *absolute.parents] if folder else absolute.parents
     there = next(parent for parent in folders if os.path.lexists(parent))
     if not there.is_dir():
-        kind = "a broken link" if there.is_symlink() else "a file, not a folder"
+        kind = "a broken link" if there.is_symlink() else "a file, not a directory"
         raise ConfigError(f"{path}: {kind if there == absolute else f'{there} is {kind}'}; {remedy}")
     try:
         tempfile.TemporaryFile(dir=there).close()  # without a name, where the file system can: a kill leaves nothing
@@ -93,7 +93,7 @@ def check_run_name(path: str | Path, remedy: str) -> None:
 def check_new_folder(out: str | Path) -> None:
     """Check that `new_folder` can make `out`. Raises ConfigError if something is there, and as `check_output`."""
     out = Path(out)
-    check_output(out, "name another folder", folder=True)
+    check_output(out, "choose another directory", folder=True)
     if out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"{out}: directory is not empty; choose another")
     if os.path.ismount(out):
@@ -115,7 +115,7 @@ def new_folder(out: str | Path, mode: int = 0o777) -> Iterator[Path]:
     with naming(Path(out)):
         part.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir(mode, exist_ok=True)
-    with locked(part, "wait until that has ended, or name another folder", named=Path(out)):
+    with locked(part, "wait until that has ended, or choose another directory", named=Path(out)):
         try:
             for path in part.iterdir():
                 if path.name != LOCK:
@@ -218,7 +218,7 @@ def append(file: int, path: Path, line: bytes) -> None:
 @contextmanager
 def locked(
     directory: Path,
-    remedy: str = "wait until that has ended, or name another output_dir (--out DIR)",
+    remedy: str = "wait until that has ended, or choose another output_dir (--out DIR)",
     named: Path | None = None,
 ) -> Iterator[None]:
     """A block that one process at a time is in, of all that name this directory; it holds `.lock` with `flock`.

@@ -25,7 +25,7 @@ def page_faults(flag: str, file: Path, packages: Sequence[str]) -> list[str]:
         faults.append(f"{flag} {file}: expected the name of a file in a directory that exists")
     else:
         try:
-            check_output(file, f"name another file ({flag} FILE)", folder=False)
+            check_output(file, f"choose another file ({flag} FILE)", folder=False)
         except ConfigError as error:
             faults += error.faults
     return faults

@@ -319,10 +319,10 @@ def predict(
         if data.eval is None:
             raise ConfigError("data.eval: expected conversations to answer (--data PATH)")
         if first:
-            check_output(out, "name another file", folder=False)
+            check_output(out, "choose another file", folder=False)
         unfinished = out.with_name(f"{out.name}.part")
         if out.exists():
-            raise ConfigError(f"{out}: is there already; name another file, or remove it")
+            raise ConfigError(f"{out}: already exists; choose another file, or remove it")
         if unfinished.exists() and not resume:
             raise ConfigError(f"{unfinished}: what an earlier call left; go on with --resume, or remove it")
         if not out.parent.is_dir():
@@ -429,7 +429,7 @@ class _Part:
         with naming(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, PRIVATE)
         try:
-            hold(self._file, path, "wait until that has ended, or name another file")
+            hold(self._file, path, "wait until that has ended, or choose another file")
             self._go_on(dict(settings))
         except BaseException:
             os.close(self._file)
@@ -448,7 +448,7 @@ class _Part:
             self.done = {int(index): row for index, row in rows}
             other = [key for key in settings if before[key] != settings[key]]
         except (ValueError, TypeError, KeyError):  # of which ConfigError is one
-            raise ConfigError(f"{self.path}: not what an earlier call left; remove it, or name another file") from None
+            raise ConfigError(f"{self.path}: not from an earlier call; remove it, or choose another file") from None
         if other:
             raise ConfigError(
                 [

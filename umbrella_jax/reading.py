@@ -101,7 +101,7 @@ def read_text(path: str | Path, error: type[UmbrellaError], limit: int, remedy: 
         if max(size, len(content)) <= limit and not _pointer(bytes(content[: len(_LFS)])):
             return content.decode("utf-8-sig")
     except (OSError, ValueError) as fault:  # no text, or a name that no file can have
-        raise error(f"{path}: cannot be read: {_reason(fault)}; {remedy}") from None
+        raise error(f"{path}: {_reason(fault)}; {remedy}") from None
     if pointer := _pointer(bytes(content[: len(_LFS)])):
         raise error(f"{path}: {pointer}")
     raise error(f"{path}: larger than {limit / 2**20:g} MB; {remedy}")
@@ -118,7 +118,7 @@ def read_lines(path: str | Path, error: type[UmbrellaError], remedy: str) -> Ite
                     raise error(f"{path}:{number}: a line of more than {LINE / 2**20:g} M characters; {remedy}")
                 yield number, line.removesuffix("\n")
     except (OSError, UnicodeDecodeError) as fault:
-        raise error(f"{path}: cannot be read: {_reason(fault)}; {remedy}") from None
+        raise error(f"{path}: {_reason(fault)}; {remedy}") from None
 
 
 def sha256(path: str | Path) -> str:
@@ -128,11 +128,15 @@ def sha256(path: str | Path) -> str:
 
 
 def _reason(fault: Exception) -> str:
+    if isinstance(fault, FileNotFoundError):
+        link = os.path.islink(fault.filename)
+        return f"a link to {os.readlink(fault.filename)}, which does not exist" if link else "not found"
+    reason = (fault.strerror if isinstance(fault, OSError) else None) or str(fault)
     if isinstance(fault, UnicodeDecodeError):
+        reason = f"byte {fault.object[fault.start]:#04x} is no UTF-8, as in a text of Windows-1252; save it as UTF-8"
         if bytes(fault.object[:2]) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in fault.object[:1000]:
-            return "it is UTF-16; save it as UTF-8"
-        return f"byte {fault.object[fault.start]:#04x} is no UTF-8, as in a text of Windows-1252; save it as UTF-8"
-    return (fault.strerror if isinstance(fault, OSError) else None) or str(fault)
+            reason = "it is UTF-16; save it as UTF-8"
+    return f"cannot be read: {reason}"
 
 
 def read_json(
@@ -171,7 +175,7 @@ def read_items(
         with open(path, encoding="utf-8-sig", opener=regular_file) as file:
             yield from _Items(file, path, error, remedy, nan_is_null).items()
     except (OSError, UnicodeDecodeError) as fault:
-        raise error(f"{path}: cannot be read: {_reason(fault)}; {remedy}") from None
+        raise error(f"{path}: {_reason(fault)}; {remedy}") from None
 
 
 class _Items:

@@ -177,11 +177,11 @@ def test_what_a_run_refuses_it_refuses(
 
     (tmp_path / "file").touch()
     for place, cause in (
-        (tmp_path / "file", "a file, not a folder"),
-        (tmp_path / "file" / "run", f"{tmp_path / 'file'} is a file, not a folder"),
+        (tmp_path / "file", "a file, not a directory"),
+        (tmp_path / "file" / "run", f"{tmp_path / 'file'} is a file, not a directory"),
     ):
         message = umbrella(*world.train_flags(place, *flags, "--dry-run"), code=2)
-        assert f"{place}: {cause}; name another output_dir (--out DIR)" in message
+        assert f"{place}: {cause}; choose another output_dir (--out DIR)" in message
     message = umbrella(*world.train_flags(tmp_path / "run", "--train-data", tmp_path / "none", "--dry-run"), code=2)
     assert str(tmp_path / "none") in message
 

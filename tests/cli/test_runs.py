@@ -133,7 +133,7 @@ def test_damage_is_named(folder: Path, what: str, capsys: pytest.CaptureFixture[
         expected = f"{folder / 'a' / 'config.yaml'}: sead: no such key"
     else:
         (folder / "a" / "config.yaml").unlink()
-        expected = f"{folder / 'a' / 'config.yaml'}: cannot be read"
+        expected = f"{folder / 'a' / 'config.yaml'}: not found"
     assert main(["runs", str(folder)]) == 0
     out = capsys.readouterr().out
     assert ["a", "damaged"] in [line.split()[:2] for line in out.splitlines()]

@@ -93,6 +93,7 @@ def test_paths_start_at_the_file_or_the_given_root(tmp_path, record, write_json)
     path = write_json("sub/a.json", record([("user", ["T1:x.nii", f"T1:{absolute}"])]))
     (c,) = read_conversations(path, NAMES)
     assert [i.path for i in c.images] == [tmp_path / "sub/x.nii", absolute]
+    (tmp_path / "root").mkdir()
     (c,) = read_conversations(path, NAMES, str(tmp_path / "root"))
     assert [i.path for i in c.images] == [tmp_path / "root/x.nii", absolute]
 
@@ -231,6 +232,13 @@ def test_an_unknown_modality_names_those_configured(record, write_json):
     one["conversations"][0]["content"][0]["modality"] = "PET"
     (fault,) = faults(write_json("a.json", one))
     assert "modality: 'PET' is not configured; expected T1 (or sMRI), rsfMRI (or fMRI). Configure" in fault
+
+
+@pytest.mark.parametrize(("name", "expected"), [("none", "not found"), ("a.json", "not a directory")])
+def test_an_image_root_that_is_no_directory_is_one_fault(write_json, tmp_path, name, expected):
+    path = write_json("a.json", [EXAMPLE, EXAMPLE])
+    (fault,) = faults(path, tmp_path / name)
+    assert fault.startswith(f"data.image_root: {tmp_path / name}: {expected}; ")
 
 
 def test_bad_json_is_named_by_line(tmp_path):

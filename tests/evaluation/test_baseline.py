@@ -487,7 +487,7 @@ def test_what_cannot_be_learnt_is_refused_before_anything_is_computed(
 
 def test_faults_of_flags_are_refused(world: World, tmp_path: Path, found: str, monkeypatch: Any) -> None:
     said = umbrella(*world.command(world.root / "out", "--cnn-epochs", 0, "--cnn-width", 0.01), code=2)
-    for fault in ("cnn.jsonl: is there already", "probe.jsonl: is there", "--cnn-epochs 0", "--cnn-width 0.01"):
+    for fault in ("cnn.jsonl: already exists", "probe.jsonl: already", "--cnn-epochs 0", "--cnn-width 0.01"):
         assert fault in said
     short = write_answers(world, tmp_path / "short.jsonl", lambda row: row["reference"])
     short.write_text("".join(short.read_text().splitlines(keepends=True)[1:]))

@@ -747,4 +747,4 @@ def test_the_command_names_every_bad_line(tmp_path: Path, capsys: pytest.Capture
     assert f"{file}:3: not valid JSON" in err
     assert f"{file}:4: expected a prediction, an object, got a list" in err
     assert main(["score", str(tmp_path / "none.jsonl")]) == 2
-    assert "none.jsonl: cannot be read" in capsys.readouterr().err
+    assert "none.jsonl: not found" in capsys.readouterr().err

@@ -97,7 +97,7 @@ def add(commands: Any) -> None:
 
 def _from_bids(arguments: argparse.Namespace) -> None:
     options = {key: value for key, value in vars(arguments).items() if key != "call" and value is not None}
-    check_output(arguments.out, "name another folder", folder=True)
+    check_output(arguments.out, "choose another directory", folder=True)
     print("\n".join(from_bids(**options)))
 
 

@@ -270,12 +270,12 @@ def _shares(split: str) -> dict[str, Fraction]:
         match = re.fullmatch(r"\s*(\w+)=(\d*\.?\d+|\d+/[1-9]\d*)\s*", part)
         if not match or match[1] in shares or not Fraction(match[2]):
             raise ConfigError(
-                f"split {split}: {part!r}: expected NAME=SHARE, each name once and its share above 0, "
+                f"--split {split}: {part!r}: expected NAME=SHARE, each name once and its share above 0, "
                 "such as train=0.8,eval=0.2"
             )
         shares[match[1]] = Fraction(match[2])
     if sum(shares.values()) != 1:
-        raise ConfigError(f"split {split}: the shares sum to {float(sum(shares.values())):g}; expected 1")
+        raise ConfigError(f"--split {split}: the shares sum to {float(sum(shares.values())):g}; expected 1")
     return shares
 
 
@@ -564,10 +564,10 @@ def _narrowed(scans: list[_Scan], base: Path, modality: str, narrowed: Sequence[
     for text in narrowed:
         key, equals, value = text.partition("=")
         if not (key and equals and value):
-            faults.append(f"entity {text}: expected KEY=VALUE, such as ses=1 or acq=mprage")
+            faults.append(f"--entity {text}: expected KEY=VALUE, such as ses=1 or acq=mprage")
         elif value not in _values(scans, key):
             there = f"{key} is {' or '.join(_values(scans, key))}" if key in _keys(scans) else f"names have no {key}"
-            faults.append(f"entity {text}: no scan has it; {there}")
+            faults.append(f"--entity {text}: no scan has it; {there}")
         asked[key].add(value)
     if faults:
         raise ConfigError(faults)
@@ -835,7 +835,7 @@ def _check_subjects(
     people = len({subject.name for subject in subjects})
     sizes = {name: len({subject.name for subject in members}) for name, members in splits.items()}
     small = [
-        f"split {name}: gets {size} of {people} subjects, a {kind} needs at least {needed}; "
+        f"--split {name}: gets {size} of {people} subjects, a {kind} needs at least {needed}; "
         "give it a larger share, another --seed, or leave it out"
         for name, size in sizes.items()
         if size < needed

@@ -415,7 +415,7 @@ def fill(config: RunConfig, *, verify: bool = False) -> str:
         faults.append("data.train: expected a path (--train-data PATH), or data.eval (--eval-data PATH)")
     if faults:
         raise ConfigError(faults)
-    check_output(Path(str(data.cache)), "name another folder (--cache DIR)", folder=True)
+    check_output(Path(str(data.cache)), "choose another directory (--cache DIR)", folder=True)
     images: dict[Image, None] = {}
     for path in paths:
         try:

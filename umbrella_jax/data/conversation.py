@@ -136,10 +136,16 @@ def scan_conversations(
     Behind MAX_FAULTS it stops, and says so in the last of them.
 
     Raises:
-        DataError: there is no such path, or `modality` is not configured.
+        DataError: there is no such path or `image_root`, or `modality` is not configured.
     """
     if modality is not None and resolve_modality(modality, modalities) is None:
         raise DataError(f"data.modality: {unknown_modality(modality, modalities)}")
+    if image_root is not None and not Path(image_root).is_dir():
+        what = "not a directory" if Path(image_root).exists() else "not found"
+        raise DataError(
+            f"data.image_root: {image_root}: {what}; expected the directory where relative image paths start "
+            "(--image-root DIR)"
+        )
     conversations: list[Conversation] = []
     faults: list[str] = []
     found, shown, tasks = 0, set[str](), set[str]()

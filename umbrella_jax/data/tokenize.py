@@ -291,7 +291,7 @@ def length_faults(
             if (needed := len(ids) - 1) > limit:  # the token that ends it is not of its text
                 faults.append(
                     f"{conversation.label}: the answer {answer!r} takes {needed} tokens, and {setting} is {limit}: no "
-                    f"model could give it; set {setting} to {needed} or more"
+                    f"model could give it; set it to {needed} or more"
                 )
     return faults
 

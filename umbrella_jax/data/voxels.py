@@ -201,10 +201,12 @@ def readable(path: Path, expected: str = "a whole volume, copy it again") -> Ite
             raise
         if pointer := placeholder(path):
             raise DataError(f"{path}: {pointer}") from None
-        reason = (str(error).splitlines() or [""])[0]
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if isinstance(error, OSError) and error.strerror:  # its text would name the file again
+            reason = error.strerror
         if isinstance(error, HeaderDataError):
             expected = "another header: correct it, or copy the file again"
-        raise DataError(f"{path}: cannot be read: {type(error).__name__}: {reason}; expected {expected}") from None
+        raise DataError(f"{path}: cannot be read: {reason}; expected {expected}") from None
 
 
 def _check_real(path: Path, dtype: np.dtype) -> None:

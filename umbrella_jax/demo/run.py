@@ -46,7 +46,7 @@ def run_demo(
             raise RunError(f"demo: umbrella-jax {text[0]} failed")
 
     check_new_folder(directory)
-    check_run_name(directory, "name another folder (--out DIR)")
+    check_run_name(directory, "choose another directory (--out DIR)")
     base, native, run, export = (directory / name for name in ("base", "native", "run", "export"))
     make_base(base, seed)
     data = make_data(directory / "data", seed, *subjects)

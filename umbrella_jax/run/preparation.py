@@ -107,7 +107,7 @@ def check(config: RunConfig) -> tuple[Path, Mesh]:
     if faults:
         raise ConfigError(faults)
     out = Path(str(config.output_dir))
-    remedy = "name another output_dir (--out DIR)"
+    remedy = "choose another output_dir (--out DIR)"
     check_output(out, remedy, folder=True)
     check_run_name(out, remedy)
     return out, mesh

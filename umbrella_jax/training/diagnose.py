@@ -75,7 +75,7 @@ def weights_error(params: Params) -> CheckpointError | None:
         return None
     shown = ", ".join(paths[:_SHOWN]) + (f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "")
     return CheckpointError(
-        f"weights: NaN or infinity in {shown}: nothing can be computed from them; name another checkpoint, or "
+        f"weights: NaN or infinity in {shown}: nothing can be computed from them; choose another checkpoint, or "
         "convert the base again (convert from-hf --check-finite)"
     )
 
