@@ -293,7 +293,7 @@ RESEARCHER = [
             Step(
                 "How probable each answer is.",
                 f"umbrella-jax generate runs/lesion {ASK} --answers left. right.",
-                [r"\d\d\.\d\d%  left\.", r"\d\.\d\d%  right\."],
+                [r"\d\.\d\d%  left\.", r"\d\.\d\d%  right\."],
             ),
             Step(
                 "What the answer rests on, in the scan's own grid.",
