@@ -465,7 +465,7 @@ def test_native_base_with_other_modalities(
 
 def test_output_directory_that_cannot_be_made(world: World) -> None:
     out = world.config / "run"
-    assert str(world.config) in umbrella(*world.train_flags(out), code=1)
+    assert str(world.config) in umbrella(*world.train_flags(out), code=2)
 
 
 @pytest.mark.parametrize("names", ["t1,rsfmri", "T1,T2"])
@@ -566,7 +566,7 @@ def test_an_older_schema_starts_work(
         ),
         (
             lambda r: part(r, 2).update(modality="PET"),
-            "data.json[2] (one-2): conversations[0].content[0]: modality: expected one of T1, rsfMRI",
+            "data.json[2] (one-2): conversations[0].content[0]: modality: 'PET' is not configured; expected T1 ",
         ),
         (
             lambda r: part(r, 11).update(text="word " * 9000),
