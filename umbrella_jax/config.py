@@ -820,7 +820,7 @@ def load_config(
         for parent in parents:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
-                raise ConfigError(f"{flags.get(key, path)}: {key}: {parent} is no section of keys")
+                raise ConfigError(f"{flags.get(key, path)}: {key}: {parent} is no section of keys in {path}")
         section[last] = value
     return parse_config(data, str(path), flags)
 
