@@ -181,7 +181,7 @@ def test_a_lost_patch_embedding_does_not_answer(world: World, lost: Path, tmp_pa
     assert not found.same
     assert f"{lost}: modality T1: no weights" in found.configuration
     umbrella(*ask, "--allow-untrained")
-    umbrella(*predict, "--max-new-tokens", 1, "--allow-untrained")
+    umbrella(*predict, "--max-new-tokens", 8, "--allow-untrained")
     assert len(read_lines(tmp_path / "p.jsonl")) == 3
 
 
