@@ -106,10 +106,14 @@ def _answers(checkpoint: Path, conversations: Path) -> list[str]:
     """What a notebook does: load, make a batch, generate."""
     import umbrella_jax
 
+    from umbrella_jax.config import load_config
+
     model = umbrella_jax.load(checkpoint)
     processor = umbrella_jax.Processor.load(checkpoint)
     batch = processor.batch(conversations, prompts=True)
-    return processor.decode(umbrella_jax.generate(model, batch, stop_ids=processor.stop_ids, max_new_tokens=4))
+    longest = load_config(CONFIG).train.max_new_tokens
+    tokens = umbrella_jax.generate(model, batch, stop_ids=processor.stop_ids, max_new_tokens=longest)
+    return processor.decode(tokens)
 
 
 def _report(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
