@@ -727,11 +727,11 @@ def test_gpus_of_a_task(
     ],
 )
 def test_flags_that_contradict_each_other(world: World, flags: list[object], faults: list[str]) -> None:
-    message = umbrella(*world.train_flags(world.root / "never", *flags), code=2)
+    message = umbrella(*world.train_flags(world.root / "contradicted", *flags), code=2)
     for fault in faults:
         assert fault in message
     assert ("faults" in message) == (len(faults) > 1)
-    assert not (world.root / "never").exists()
+    assert not (world.root / "contradicted").exists()
 
 
 def test_a_cluster_that_jax_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
