@@ -102,7 +102,8 @@ def assert_same(params, expected):
 
 
 def assert_round_trip(directory, source, out, modalities=MODALITIES):
-    """`directory` has the parameters of `source` and its export the tensors of `source`; returns the report's lines."""
+    """`directory` has the parameters of `source` and its export the tensors of `source`; returns the report's lines, but for those on
+    preprocessing that is not recorded."""
     config = read_config(directory, modalities)
     params, report = load_params(directory, config)
     assert_same(params, load_params(source, config)[0])
@@ -111,7 +112,7 @@ def assert_round_trip(directory, source, out, modalities=MODALITIES):
     assert read_config(out) == config
     assert {path.name for path in out.iterdir() if path.suffix in (".bin", ".safetensors")} == {"model.safetensors"}
     assert not list(out.glob("*.index.json"))
-    return report.lines()
+    return [line for line in report.lines() if line not in report.undescribed]
 
 
 def refused(directory, modalities=MODALITIES) -> str:
@@ -468,7 +469,6 @@ def test_place_of_the_patch_embedding(tmp_path, names, family, within, dtype, fi
         tensors[TABLE] = stock["model.vision_tower.embeddings.position_embedding.weight"]
     directory = write(tmp_path / "in", source, {names(n): t for n, t in tensors.items()}, files)
     lines = assert_round_trip(directory, source, tmp_path / "out", RENAMED_FAMILY[family])
-    lines = [line for line in lines if "does not say how its volumes were prepared" not in line]
     assert lines == [f"replaced by the 3D/4D patch embedding:\n  {names(TABLE)}"] * within
 
 
