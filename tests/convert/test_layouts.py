@@ -102,8 +102,8 @@ def assert_same(params, expected):
 
 
 def assert_round_trip(directory, source, out, modalities=MODALITIES):
-    """`directory` has the parameters of `source` and its export the tensors of `source`; returns the report's lines, but for those on
-    preprocessing that is not recorded."""
+    """`directory` has the parameters of `source` and its export the tensors of `source`; returns the report's lines,
+    but for those on preprocessing that is not recorded."""
     config = read_config(directory, modalities)
     params, report = load_params(directory, config)
     assert_same(params, load_params(source, config)[0])

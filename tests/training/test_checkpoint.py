@@ -69,10 +69,15 @@ def test_round_trip_is_bit_for_bit(tmp_path, empty, filled):
 
 
 def test_damage_is_the_same_to_all_who_read(tmp_path, empty, filled):
-    """Each file of a checkpoint is lost, emptied, overwritten: going on and answering both do, or both refuse."""
+    """Each file of a checkpoint is lost, emptied, overwritten: going on and answering both do, or both refuse; but that
+    answering does not read the moments, which may have a data file of their own."""
     with Checkpoints(tmp_path / "good") as checkpoints:
         checkpoints.save(filled(1), META)
     files = [file.relative_to(tmp_path / "good") for file in (tmp_path / "good").rglob("*") if file.is_file()]
+    readers = (
+        lambda c: c.restore(1, empty),
+        lambda c: c.restore_trainable(1, lambda path, shape: ONE_DEVICE),
+    )
     refusing = set()
     for file in files:
         for number, damage in enumerate((lambda _: None, lambda _: b"", lambda content: b"\0" * len(content))):
@@ -83,15 +88,13 @@ def test_damage_is_the_same_to_all_who_read(tmp_path, empty, filled):
             (copy / file).unlink() if content is None else (copy / file).write_bytes(content)
             refused = []
             with Checkpoints(copy, read_only=True) as checkpoints:
-                for read in (
-                    lambda c: c.restore(1, empty),
-                    lambda c: c.restore_trainable(1, lambda path, shape: ONE_DEVICE),
-                ):
+                for read in readers:
                     try:
                         read(checkpoints)
                     except CheckpointError:
                         refused.append(read)
-            assert len(refused) in (0, 2), (file, number)
+            going_on, answering = (read in refused for read in readers)
+            assert going_on == answering or (going_on and file.parent.name == "d"), (file, number)
             if refused:
                 refusing.add(file.name)
     assert {"_sharding", "_METADATA", "metadata", "manifest.ocdbt"} <= refusing

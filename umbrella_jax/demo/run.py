@@ -105,7 +105,6 @@ def _lesions(checkpoint: Path, data: DemoData) -> float:
 def _answers(checkpoint: Path, conversations: Path) -> list[str]:
     """What a notebook does: load, make a batch, generate."""
     import umbrella_jax
-
     from umbrella_jax.config import load_config
 
     model = umbrella_jax.load(checkpoint)
