@@ -304,3 +304,33 @@ def test_what_tells_of_people_is_the_owners(trained: Path) -> None:
     assert {name: modes[name] for name in private} == dict.fromkeys(private, 0o600)
     assert modes["predictions"] == 0o700
     assert modes["config.yaml"] == modes["metrics.jsonl"] == 0o666 & ~UMASK
+
+
+def test_other_commands_take_an_odd_name(world: World, trained: Path, tmp_path: Path) -> None:
+    place = tmp_path / ODD
+    for subject in range(8):
+        scan = place / f"bids/sub-{subject}/anat/sub-{subject}_T1w.nii.gz"
+        small_run.write_volume(scan, small_run.VOLUME_SHAPES["T1"], seed=subject)
+    table = "".join(f"sub-{subject}\t{'MF'[subject % 2]}\n" for subject in range(8))
+    (place / "bids" / "participants.tsv").write_text(f"participant_id\tsex\n{table}")
+    data = ["--config", world.config, "--train-data", world.train, "--eval-data", world.eval]
+    image = f"T1={world.root}/scans/0.nii.gz"
+    export = place / "export"
+    closed = ["--base", world.base, "--set", "evaluation.tasks={T1: {kind: classification, answers: [left., right.]}}"]
+    for words in (
+        ["data", "from-bids", place / "bids", place / "conversations", "--target", "sex"],
+        ["data", "validate", *data, "--base", world.base, "--html", place / "page.html"],
+        ["inspect", "--config", world.config, "--base", world.base],
+        ["plan", "--config", world.config, "--base", world.base, "--devices", "h100x8", "--flops", 1e12],
+        ["convert", "to-hf", trained, export],
+        ["convert", "verify", export, trained, "--no-logits"],
+        ["explain", export, "Which sex?", "--image", image, "--method", "gradient", "--out", place / "maps"],
+        ["runs", world.root, "--plot", place / "runs.svg"],
+        ["baseline", *data, *closed, "--out", place / "baseline", "--cnn-epochs", 1, "--cnn-width", 0.03125],
+    ):
+        code, err = run(*words)
+        assert code == 0, (words, err)
+    assert {"conversations", "page.html", "export", "maps", "runs.svg", "baseline"} <= {p.name for p in place.iterdir()}
+    read = ["data", "validate", "--config", world.config, "--train-data", place / "conversations" / "train.json"]
+    code, err = run(*read, "--image-root", place / "bids")
+    assert code == 0, err
