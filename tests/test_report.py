@@ -280,6 +280,9 @@ def test_another_evaluation_and_other_predictions(run: Path, rows: Rows, tmp_pat
     assert "<article" not in Page(tmp_path / "none.html").text
     all_right = write_rows(tmp_path / "right.jsonl", [row | {"prediction": row["reference"]} for row in rows])
     umbrella("report", run, "--predictions", all_right, "--samples", 1, "--out", tmp_path / "right.html")
+    assert "right.html: already exists; choose another file, or remove it" in refused(
+        run, "--samples", 0, "--out", tmp_path / "right.html"
+    )
     other = Page(tmp_path / "right.html")
     assert other.numbers["step"] is None
     assert other.cells["side", "accuracy", "run"][0] == 1

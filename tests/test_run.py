@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from umbrella_jax.api import Checkpoint
 from umbrella_jax.config import load_config
 from umbrella_jax.data.conversation import Conversation, Message
 from umbrella_jax.data.validate import validate
+from umbrella_jax.errors import DataError
 from umbrella_jax.evaluation.generate import decode, prefill, score_answers
 from umbrella_jax.prediction import blank_rows
 from umbrella_jax.training.step import jit_eval_step
@@ -425,6 +427,38 @@ def test_evaluations_of_a_part_compile_nothing_more(
     assert [row["task_id"] for row in first] == [row["task_id"] for row in second]
     assert all(row["likelihoods"].keys() == {"left.", "right."} for row in first)
     assert {"eval_auroc/T3", "eval_accuracy/T3"} <= read_lines(tmp_path / "run/metrics.jsonl")[0].keys()
+
+
+def test_the_end_evaluates_the_best_step_on_all_data(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first step here; `train.eval_samples` ranks all steps alike. A run that was cut off before goes on there."""
+    evaluate = umbrella_jax.run.evaluate
+    evaluated: dict[bool, list[tuple[int, Any]]] = {False: [], True: []}
+
+    def first_is_best(*args: Any, final: bool = False) -> Any:
+        *_, step, trainable = args
+        evaluated[final].append((step, jax.device_get(trainable)))
+        if final and len(evaluated[True]) == 1:
+            raise DataError("killed")
+        return evaluate(*args, final=final) | ({} if final else {"eval_accuracy": 1 / step})
+
+    monkeypatch.setattr(umbrella_jax.run, "evaluate", first_is_best)
+    rows = [row for row in json.loads(world.train.read_text()) if row["task_type"] == "T3"] * 3
+    data = small_run.write_json(tmp_path / "eval.json", [row | {"task_id": f"{i}"} for i, row in enumerate(rows)])
+    run, settings = tmp_path / "run", ("eval_steps=1", "eval_samples=1", "keep_best=1", "best_metric=eval_accuracy")
+    flags = ["--task-filter", "T3", "--eval-data", data, "--epochs", 2, "--batch-size", 4]
+    flags += [word for setting in settings for word in ("--set", f"train.{setting}")]
+    umbrella(*world.train_flags(run, *flags), code=2)
+    printed = umbrella(*world.train_flags(run, *flags, "--resume"))
+    (first, weights), (last, _) = evaluated[False]
+    assert (first, last, [step for step, _ in evaluated[True]]) == (1, 2, [1, 1])
+    chex.assert_trees_all_equal(weights, *(found for _, found in evaluated[True]))
+    first_line, last_line = read_lines(run / "metrics.jsonl")
+    assert f"evaluation of the best, step 1:\neval_loss {first_line['final_loss']:.4g}\n" in printed
+    assert f"step 2  loss {last_line['loss']:.4g}" in printed
+    assert not any(name.startswith("final_") for name in last_line)
+    assert [len(read_lines(run / f"predictions/step_{step}.jsonl")) for step in (1, 2)] == [len(rows), 4]
 
 
 def test_data_without_images_train_nothing_and_are_refused(world: World, tmp_path: Path) -> None:

@@ -416,7 +416,7 @@ class TrainConfig:
     """Evaluate every so many updates; always at the end."""
     eval_samples: int | None = None
     """Evaluate at least so many conversations, always the same, before the end; default all, as at the end. With
-    `keep_best`, mind that the end's figures are then of more of them."""
+    `keep_best` they rank every step, the last too, and the end evaluates the best step on all."""
     save_steps: int = 100
     """Checkpoint every so many updates; always at the end, and with `keep_best` wherever it evaluates."""
     keep_latest: int = 3

@@ -16,13 +16,16 @@ PACKAGES = ("matplotlib", "pillow")
 _MODULES = {"pillow": "PIL"}  # that are not called as their package
 
 
-def page_faults(flag: str, file: Path, packages: Sequence[str]) -> list[str]:
-    """Why a page could not be written, to be known before any work is done for it; `flag` is what names `file`."""
+def page_faults(flag: str, file: Path, packages: Sequence[str], *, rewrite: bool = False) -> list[str]:
+    """Return why a page cannot be written, before any work is done for it; `flag` is what names `file`, and `rewrite`
+    whether it may be there already."""
     faults = []
     if missing := [name for name in packages if not _installed(_MODULES.get(name, name))]:
         faults.append(f"{flag}: {' and '.join(missing)} not installed; pip install 'umbrella-jax[report]'")
     if file.is_dir() or not file.parent.is_dir():
         faults.append(f"{flag} {file}: expected the name of a file in a directory that exists")
+    elif file.is_file() and not rewrite:
+        faults.append(f"{flag} {file}: already exists; choose another file, or remove it")
     else:
         try:
             check_output(file, f"choose another file ({flag} FILE)", folder=False)

@@ -3,7 +3,8 @@
 config.yaml      the resolved config
 inputs.json      what the run reads, by content
 model/           config.json, tokenizer, modalities: all of the model but its weights
-metrics.jsonl    one line per update, with the figures of its evaluation where there was one
+metrics.jsonl    one line per update, with the figures of its evaluation where there was one, and final_... of the
+                 best step, which train.eval_samples limited at first
 predictions/     answers of each evaluation
 checkpoints/     orbax: what was trained, moments, step
 log.txt          all that was said, and how it ended; a run that goes on writes behind it
@@ -24,7 +25,7 @@ from typing import Any, Literal, TextIO
 
 from umbrella_jax.config import TrainConfig, lower_is_better
 from umbrella_jax.errors import ConfigError, DataError, Interrupted, UmbrellaError, known_cause, visible
-from umbrella_jax.files import private
+from umbrella_jax.files import private, strict_json, write_whole
 from umbrella_jax.reading import parse_json
 
 CONFIG, INPUTS, MODEL, METRICS, PREDICTIONS, CHECKPOINTS, LOG, REPORT = (
@@ -37,6 +38,7 @@ Step = int | Literal["best", "latest"]
 Line = dict[str, float | None]
 """A line of `metrics.jsonl`; None stands for what is not finite, which JSON does not know."""
 _MARKS = _STARTED, _FINISHED, _ENDED = "started:", "finished:", "ended:"
+_EVAL, _FINAL = "eval_", "final_"
 _TAIL = 1 << 18
 """Bytes of a log's end in which it is looked for how the run ended."""
 
@@ -68,6 +70,20 @@ def rank(values: Mapping[int, float], metric: str) -> list[tuple[int, float]]:
     """Sort (step, value of `metric`) from best to worst, equal ones by step."""
     sign = 1 if lower_is_better(metric) else -1
     return sorted(values.items(), key=lambda item: (sign * item[1], item[0]))
+
+
+def add_figures(path: Path, step: int, figures: Line) -> None:
+    """Add the `eval_NAME` of a step's evaluation on all evaluation data to its line, as `final_NAME`: those that the
+    line has rank the steps."""
+    final = {_FINAL + name.removeprefix(_EVAL): value for name, value in figures.items()}
+    lines = [line | final if line["step"] == step else line for line in read_metrics(path)]
+    write_whole(path, "".join(strict_json(line) + "\n" for line in lines))
+
+
+def with_final(line: Line) -> Line:
+    """Return a line with its `final_NAME`, if it has any, in place of its `eval_NAME`."""
+    final = {_EVAL + name.removeprefix(_FINAL): value for name, value in line.items() if name.startswith(_FINAL)}
+    return {name: value for name, value in line.items() if not (final and name.startswith((_FINAL, _EVAL)))} | final
 
 
 NEWEST = "the newest"

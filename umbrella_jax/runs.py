@@ -15,7 +15,17 @@ from umbrella_jax.errors import ConfigError, UmbrellaError, no_directory, visibl
 from umbrella_jax.evaluation.tasks import headline
 from umbrella_jax.files import is_locked, write_whole
 from umbrella_jax.pages import page_faults
-from umbrella_jax.rundir import CHECKPOINTS, CONFIG, LOG, METRICS, Line, how_it_ended, read_metrics
+from umbrella_jax.rundir import (
+    CHECKPOINTS,
+    CONFIG,
+    LOG,
+    METRICS,
+    Line,
+    choose_step,
+    how_it_ended,
+    read_metrics,
+    with_final,
+)
 
 State = Literal["finished", "running", "stopped", "damaged"]
 _OWN = ("output_dir",)
@@ -37,6 +47,8 @@ class Run:
     """Of `metrics.jsonl`."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """{dotted key: value}; empty where it cannot be read."""
+    evaluated_step: int | None = None
+    """The step whose evaluation is shown, as `score` chooses it; None before the first."""
 
     @property
     def step(self) -> int:
@@ -54,9 +66,16 @@ class Run:
         """Names of the figures of its evaluations, in order."""
         return list(dict.fromkeys(name for line in self.lines for name in line if name.startswith("eval_")))
 
-    def last(self, name: str) -> float | None:
-        """The newest value of a figure; None where there is none, or it was not finite."""
-        return next((line[name] for line in reversed(self.lines) if name in line), None)
+    def value(self, name: str) -> float | None:
+        """Return a figure of `evaluated_step`, or the newest of one that every update has; None where there is none, or
+        it was not finite."""
+        if name.startswith("eval_"):
+            return with_final(self._evaluations.get(self.evaluated_step or 0, {})).get(name)
+        return self.lines[-1].get(name) if self.lines else None
+
+    @cached_property
+    def _evaluations(self) -> dict[int, Line]:
+        return _evaluations(self.lines)
 
 
 def find_runs(directory: str | Path) -> list[Run]:
@@ -86,16 +105,25 @@ def _read(path: Path, name: str) -> Run:
     running = is_locked(path)
     try:
         if (path / CONFIG).exists() or lines:  # which a run writes before its first step
-            config = {key: value for key, value in flat(to_dict(load_config(path / CONFIG))).items() if key not in _OWN}
+            settings = load_config(path / CONFIG)
+            config = {key: value for key, value in flat(to_dict(settings)).items() if key not in _OWN}
     except UmbrellaError as error:
         faults += error.faults
+    at = None
+    if (evaluated := _evaluations(lines)) and not faults:
+        at, _ = choose_step(path, settings.train, evaluated, None)
     ended = how_it_ended(path / LOG)
     done = bool(lines) and lines[-1].get("step") == lines[-1].get("steps")
     state: State = "running" if running else "finished" if done or ended == "" else "stopped"
     why = {"stopped": ended or "without a word in log.txt, as a process that was killed"}.get(state, "")
     if faults:
         state, why = "damaged", "; ".join([*(["running"] if running else []), *faults])
-    return Run(name, path, state, why, tuple(lines), config)
+    return Run(name, path, state, why, tuple(lines), config, at)
+
+
+def _evaluations(lines: Iterable[Line]) -> dict[int, Line]:
+    """{step: line} of the evaluated steps."""
+    return {int(line["step"] or 0): line for line in lines if any(name.startswith("eval_") for name in line)}
 
 
 @dataclass(frozen=True)
@@ -116,11 +144,15 @@ class Comparison:
     def table(self) -> str:
         """For a terminal."""
         parts = [name.rpartition("/") for name in self.metrics]  # above each other, for a narrow column
-        rows = [["", "", "", "", *(before + slash for before, slash, _ in parts)]] if any(p[0] for p in parts) else []
-        rows.append(["run", "state", "step", "loss", *(last for *_, last in parts)])
+        evaluated = any(run.evaluated_step is not None for run in self.runs)  # at which step, beside the metrics
+        lead = ["", "", "", "", *["evaluated"] * evaluated]
+        rows = [lead + [before + slash for before, slash, _ in parts]] if evaluated else []
+        rows.append(["run", "state", "step", "loss", *["at step"] * evaluated, *(last for *_, last in parts)])
         for run in self.runs:
             steps = f"{run.step:,}" + ("" if run.steps is None else f" of {run.steps:,}")
-            rows.append([run.name, run.state, steps, *map(_short, self._values(run).values())])
+            loss, *others = map(_short, self._values(run).values())
+            at = "–" if run.evaluated_step is None else f"{run.evaluated_step:,}"
+            rows.append([run.name, run.state, steps, loss, *[at] * evaluated, *others])
         lines = columns(rows)
         if why := [f"{visible(run.name, kept='')}: {run.state}: {visible(run.why)}" for run in self.runs if run.why]:
             lines += ["", *why]
@@ -133,7 +165,7 @@ class Comparison:
         return "\n".join(lines)
 
     def _values(self, run: Run) -> dict[str, float | None]:
-        return {name: run.last(name) for name in ("loss", *self.metrics)}
+        return {name: run.value(name) for name in ("loss", *self.metrics)}
 
     def to_json(self) -> dict[str, Any]:
         """For programs; `config` holds what differs."""
@@ -147,6 +179,7 @@ class Comparison:
                     "why": run.why,
                     "step": run.step,
                     "steps": run.steps,
+                    "evaluated_step": run.evaluated_step,
                     "metrics": self._values(run),
                     "config": {key: run.config.get(key) for key in self.differ} if run.config else None,
                 }

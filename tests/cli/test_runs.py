@@ -82,11 +82,11 @@ def test_the_table(running: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", str(running), "--metric", AGE]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows == [
-        ["eval_mae/"],
-        ["run", "state", "step", "loss", "age"],
-        ["a", "finished", "6", "of", "6", "1.667", "3.6"],
-        ["c", "running", "1", "of", "6", "10", "–"],
-        ["deep/b", "stopped", "4", "of", "8", "2.5", "–"],
+        ["evaluated", "eval_mae/"],
+        ["run", "state", "step", "loss", "at", "step", "age"],
+        ["a", "finished", "6", "of", "6", "1.667", "6", "3.6"],
+        ["c", "running", "1", "of", "6", "10", "–", "–"],
+        ["deep/b", "stopped", "4", "of", "8", "2.5", "4", "–"],
         [],
         ["deep/b:", "stopped:", "SIGTERM:", "saved", "at", "step", "4", "of", "8"],
         [],
@@ -95,6 +95,18 @@ def test_the_table(running: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ["train.epochs", "1.0", "2.0", "1.0"],
         ["seed", "1", "1", "2"],
     ]
+
+
+def test_figures_are_of_the_step_that_score_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The best of a run that keeps its best, on all evaluation data once its end has evaluated it on all."""
+    train = {"keep_best": 1, "best_metric": "eval_loss"}
+    metrics = lines(6, 6, ["eval_loss", SEX])
+    metrics[1] |= {"final_loss": 0.5, "final_accuracy/sex": 0.25}  # worse than step 4 was on some of the data
+    write_run(tmp_path, metrics, "started: x\nfinished:", train=train)
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["runs"]
+    assert found["evaluated_step"] == 2
+    assert found["metrics"] == {"loss": 10 / 6, "eval_loss": 0.5, SEX: 0.25}
 
 
 def test_what_was_refused_is_no_run(folder: Path) -> None:
@@ -169,6 +181,8 @@ def test_curves(folder: Path, suffix: str) -> None:
     for name in ("a", "c", "deep/b", "accuracy/sex"):
         assert f"<!-- {name} -->" in text
     shutil.rmtree(folder / "c")
+    assert main(["runs", str(folder), "--plot", str(file)]) == 2  # never overwritten
+    file.unlink()
     assert main(["runs", str(folder), "--plot", str(file)]) == 0
     assert "<!-- c -->" not in file.read_text()
 

@@ -79,7 +79,7 @@ def add(commands: Any) -> None:
         "umbrella-jax data validate --config run.yaml --train-data train.json",
     )
     add_config(check, ["--base", *DATA_FLAGS])
-    check.add_argument("--html", metavar="FILE", help="write a page with slices of volumes (extra `report`)")
+    check.add_argument("--html", metavar="FILE", help="write a new page with slices of volumes (extra `report`)")
     check.add_argument("--samples", type=number, metavar="N", help="volumes on the page; default 24")
     add_overlap(check)
     add_json(check)

@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
     )
     runs.add_argument("dir", metavar="DIR", help="folder to search recursively for runs")
     runs.add_argument("--metric", action="append", metavar="NAME", help="name in metrics.jsonl; repeatable")
-    runs.add_argument("--plot", metavar="FILE", help="plot the curves, .svg or .png (extra `report`)")
+    runs.add_argument("--plot", metavar="FILE", help="plot the curves into a new .svg or .png (extra `report`)")
     add_json(runs)
 
     score = add_command(
@@ -55,7 +55,7 @@ def add(commands: Any) -> None:
         "umbrella-jax report runs/sex --samples 12 --explain gradient",
     )
     report.add_argument("run", metavar="RUN", help="directory of the run")
-    report.add_argument("--out", metavar="FILE", help="page to write; default RUN/report.html")
+    report.add_argument("--out", metavar="FILE", help="new page; default RUN/report.html, which is rewritten")
     which = report.add_mutually_exclusive_group()
     add_step(which, "evaluation to show")
     which.add_argument("--predictions", metavar="FILE", help="show these `predict` answers to the run's data.eval")
@@ -135,9 +135,9 @@ def _score(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from umbrella_jax.pages import PRIVACY
     from umbrella_jax.report import write_report
-    from umbrella_jax.rundir import NEWEST
+    from umbrella_jax.rundir import NEWEST, REPORT
 
-    out = Path(arguments.out) if arguments.out else Path(arguments.run) / "report.html"
+    out = Path(arguments.out) if arguments.out else Path(arguments.run) / REPORT
     facts = write_report(
         arguments.run,
         out,

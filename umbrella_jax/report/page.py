@@ -21,7 +21,7 @@ from umbrella_jax.explanation import Explanation
 from umbrella_jax.files import strict_json
 from umbrella_jax.report.facts import Facts, Sample, check_run, read_facts
 from umbrella_jax.report.figures import chances, curves, draw_calibration, draw_curves, draw_numbers, with_unit
-from umbrella_jax.rundir import CHECKPOINTS, CONFIG, Step
+from umbrella_jax.rundir import CHECKPOINTS, CONFIG, REPORT, Step
 
 _LONGEST = 150
 """Pixels of a plane's longest side: three of them and their letters are legible on a telephone."""
@@ -38,7 +38,7 @@ def write_report(
     samples: int = 8,
     explain: Method | None = None,
 ) -> Facts:
-    """Writes the page of a run to `file`, and returns what it says.
+    """Write the page of a run to `file`, and return what it says. Only the run's own report.html is written again.
 
     Args:
         step, predictions, baseline, samples: as of `read_facts`.
@@ -51,7 +51,8 @@ def write_report(
     """
     file = Path(file)
     check_run(run)
-    faults = pages.page_faults("--out", file, pages.PACKAGES)
+    own = file.absolute() == (Path(run) / REPORT).absolute()
+    faults = pages.page_faults("--out", file, pages.PACKAGES, rewrite=own)
     if explain and not samples:
         faults.append("--explain: no conversations whose answers could be (--samples 0); expected some")
     if faults:

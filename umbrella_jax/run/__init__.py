@@ -4,6 +4,7 @@
 """
 
 import math
+import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,16 +19,17 @@ from tqdm import tqdm
 from umbrella_jax.api import Checkpoint, describe, open_base
 from umbrella_jax.config import RunConfig, dump_config
 from umbrella_jax.data.inputs import dump_inputs
-from umbrella_jax.data.loader import task_ids, train_batches
+from umbrella_jax.data.loader import eval_subset, task_ids, train_batches
 from umbrella_jax.data.plan import BatchShape, Plan
 from umbrella_jax.distributed import agree, broadcast, together
+from umbrella_jax.errors import Interrupted
 from umbrella_jax.files import PRIVATE, locked, rewrite_folder, write_whole
 from umbrella_jax.loggers import loggers
 from umbrella_jax.models import abstract_params
 from umbrella_jax.plan import batch_flops, sheet_of
 from umbrella_jax.progress import Progress, Work
 from umbrella_jax.run.evaluation import evaluate
-from umbrella_jax.run.preparation import Prepared, check, meet, prepare, said_of, versions
+from umbrella_jax.run.preparation import Evaluated, Prepared, check, meet, prepare, said_of, versions
 from umbrella_jax.run.rehearsal import rehearse
 from umbrella_jax.run.resumption import check_out, resume_from
 from umbrella_jax.rundir import (
@@ -40,10 +42,13 @@ from umbrella_jax.rundir import (
     Line,
     RunLog,
     Say,
+    add_figures,
+    evaluations,
     nothing,
     read_metrics,
+    with_final,
 )
-from umbrella_jax.sharding import parts
+from umbrella_jax.sharding import param_sharding, parts
 from umbrella_jax.signals import Signals
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints
@@ -79,8 +84,9 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) -> 
         say: takes the lines for people, which `log.txt` has too.
 
     Returns:
-        The last line of `metrics.jsonl`: `step`, `loss` (mean over its supervised tokens, in nats), `grad_norm`,
-        `learning_rate`, ..., and `eval_NAME` of the evaluation at the end; None where a figure is not defined.
+        The line of `metrics.jsonl` of the step that answers, the best of a run that keeps its best, else the last:
+        `step`, `loss` (mean over its supervised tokens, in nats), `grad_norm`, `learning_rate`, ..., and `eval_NAME`
+        of its evaluation on all evaluation data; None where a figure is not defined.
 
     Raises:
         ConfigError, DataError, CheckpointError: with every fault found.
@@ -123,7 +129,7 @@ def _run(run: Prepared, resume: bool, log: RunLog | None) -> Line:
             return agree(signals.received)
 
         start = int(state.step)
-        lines = opened.enter_context(loggers(config, out, start - bool(pending))) if log else None
+        logged = opened.enter_context(loggers(config, out, start - bool(pending))) if log else None
         options: dict[str, Any] = {"say": say, "note": note, "quiet": log is None}
         options["memory"] = jax.local_devices()[0].memory_stats
         progress = opened.enter_context(
@@ -156,23 +162,59 @@ def _run(run: Prepared, resume: bool, log: RunLog | None) -> Line:
             metrics_path=metrics,
             task_ids=partial(task_ids, run.train_set, run.plan),
             evaluate=None if run.evaluated is None else partial(evaluate, run, run.evaluated, interrupted, options),
-            log=lines,
+            log=logged,
             interrupted=interrupted,
             pending=pending,
             say=say,
             progress=told,
         )
-    for step, value in checkpoints.best():
+        best = checkpoints.best()
+        answering = best[0][0] if best else run.steps
+        kept = run.evaluated if config.train.keep_best else None
+        if kept and not broadcast(_is_evaluated(run, kept, answering) if log else None):
+            trainable = state.trainable
+            del state  # of a large part that trains, devices may not hold two with moments
+            if answering != run.steps:
+                with together():
+                    trainable = checkpoints.restore_trainable(answering, partial(param_sharding, mesh))
+            with jax.set_mesh(mesh):
+                found = evaluate(run, kept, interrupted, options, answering, trainable, final=True)
+            if found is None:
+                number = interrupted()
+                name = signal.Signals(number).name
+                raise Interrupted(number, f"{name}: all {run.steps} steps are saved; --resume evaluates the end")
+            if log:
+                add_figures(metrics, answering, found)
+    for step, value in best:
         say(f"best: {config.train.best_metric} {value:.4g} at step {step}: {checkpoints.directory / str(step)}")
-    if checkpoints.best():
+    if best:
         say("answers, scores, exports and reports of the run take the best; others with --step latest or a number")
-    last: Line = broadcast(read_metrics(metrics)[-1] if log else None)
-    numbers = {name: f"{name} {math.nan if value is None else value:.4g}" for name, value in last.items()}
-    say("  ".join(numbers[name] for name in ("step", "loss", "grad_norm", "learning_rate") if name in numbers))
-    for name, number in numbers.items():
+    lines_by_step = {line["step"]: line for line in read_metrics(metrics)} if log else {}
+    last, line = broadcast([lines_by_step[run.steps], with_final(lines_by_step[answering])] if log else None)
+    shown = (name for name in ("step", "loss", "grad_norm", "learning_rate") if name in last)
+    say("  ".join(_number(name, last[name]) for name in shown))
+    if best:
+        say(f"evaluation of the best, step {answering}:")
+    for name, value in line.items():
         if name.startswith("eval_"):
-            say(number)  # of each task many: a line each
-    return last
+            say(_number(name, value))  # of each task many: a line each
+    return line
+
+
+def _number(name: str, value: float | None) -> str:
+    return f"{name} {math.nan if value is None else value:.4g}"
+
+
+def _is_evaluated(run: Prepared, evaluated: Evaluated, step: int) -> bool:
+    """Whether the evaluation of a step was on all evaluation data, not on `train.eval_samples` of them."""
+    line = next((line for line in read_metrics(run.out / METRICS) if line["step"] == step), {})
+    if line != with_final(line):
+        return True
+    total, size = len(evaluated.dataset), run.config.train.eval_samples
+    shown = evaluations(run.out).get(step)
+    whole = shown is not None and shown.read_bytes().count(b"\n") == total
+    subset = partial(eval_subset, evaluated.dataset, run.config.train.batch_size)
+    return whole and (size is None or len(subset(size, parts(run.mesh))) == total)
 
 
 def _about(mesh: Mesh) -> str:

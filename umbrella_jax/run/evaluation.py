@@ -31,6 +31,8 @@ def evaluate(
     options: Mapping[str, Any],
     step: int,
     trainable: Params,
+    *,
+    final: bool = False,
 ) -> Line | None:
     """Compute the loss over the answers and score greedy ones, which are written to predictions/step_N.jsonl.
 
@@ -38,6 +40,8 @@ def evaluate(
 
     Args:
         options: arguments of `Progress`; `say` takes the line too.
+        final: evaluate all evaluation data, as at the last step of a run that keeps no best; elsewhere
+            `train.eval_samples` limits them, so that steps are ranked by the same conversations.
 
     Raises:
         CheckpointError, RunError: weights, loss or logits are not finite, naming them or the conversations; on all
@@ -45,7 +49,8 @@ def evaluate(
     """
     config, mesh, dataset = run.config, run.mesh, evaluated.dataset
     common: dict[str, Any] = {"threads": config.data.threads, "only": None}
-    if step < run.steps and config.train.eval_samples is not None:
+    final = final or (step == run.steps and not config.train.keep_best)
+    if not final and config.train.eval_samples is not None:
         common["only"] = eval_subset(dataset, config.train.batch_size, config.train.eval_samples, parts(mesh))
     total = len(dataset if common["only"] is None else common["only"])
     loss, supervised = 0.0, 0
