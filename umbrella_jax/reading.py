@@ -170,7 +170,7 @@ def read_items(
     path: str | Path, error: type[UmbrellaError], remedy: str, *, nan_is_null: bool = False
 ) -> Iterator[tuple[int | None, Any]]:
     """Yield (index, item) of a JSON list of any length, one item in memory at a time; (None, value) if the file holds
-    another value. Raises as `read_lines` and `parse_json` do."""
+    another value. JSON Lines are refused by that name. Raises as `read_lines` and `parse_json` do."""
     try:
         with open(path, encoding="utf-8-sig", opener=regular_file) as file:
             yield from _Items(file, path, error, remedy, nan_is_null).items()
@@ -193,6 +193,12 @@ class _Items:
         """Yield what `read_items` does."""
         if self.next() != "[":
             yield None, self.value()
+            if self.next() == "{":
+                name = f"{Path(self.path).stem}.jsonl"
+                raise self.error(
+                    f"{self.path}:{self.line_at()}: a second object after the first, as in JSON Lines; if each line "
+                    f"holds one, rename the file to {name}, otherwise make them a list"
+                )
         else:
             self.at += 1
             index = 0
@@ -215,6 +221,10 @@ class _Items:
                 self.at += 1
             if self.at < len(self.text) or not self.more():
                 return self.text[self.at : self.at + 1]
+
+    def line_at(self) -> int:
+        """Return the line of `text[at]`."""
+        return self.line + self.text.count("\n", 0, self.at)
 
     def more(self) -> bool:
         """Read as much again as is waiting, and a piece at least. Returns whether there was any."""

@@ -251,6 +251,22 @@ def test_a_key_twice_takes_either(bids, tmp_path):
     assert [r["task_id"][:12] for r in records] == ["sub-00_run-1", "sub-00_run-3", "sub-01_run-1", "sub-01_run-3"]
 
 
+def test_many_conversations_are_written_as_json_lines(bids, tmp_path, monkeypatch):
+    root, sets = bids(sexes(8)), {}
+    for longest in (31, 32):
+        monkeypatch.setattr("umbrella_jax.data.bids.LONG", longest)
+        told = from_bids(root, tmp_path / f"out{longest}", "sex", kind="comparison", split="train=1/2,eval=1/2")
+        suffix = "jsonl" if longest < 32 else "json"  # 8 scans with 4 references each
+        assert f"--train-data {tmp_path}/out{longest}/train.{suffix}" in " ".join(told).replace(" \\", "")
+        names = [f"eval.{suffix}", "splits.tsv", f"train.{suffix}"]
+        assert sorted(file.name for file in (tmp_path / f"out{longest}").iterdir()) == names
+        read = read_conversations(tmp_path / f"out{longest}/train.{suffix}", ("T1",), root)
+        sets[longest] = [(c.task_id, c.messages, c.metadata) for c in read]
+    assert sets[31] == sets[32]
+    with pytest.raises(DataError, match=r"holds several splits: eval\.jsonl, train\.jsonl"):
+        read_conversations(tmp_path / "out31", ("T1",))
+
+
 def test_scans_of_a_subject_stay_together(bids, tmp_path):
     files = {n: [f"ses-{s}/anat/sub-{n}_ses-{s}_T1w.nii" for s in (1, 2)] for n in sexes(10)}
     for kind in ("classification", "comparison"):

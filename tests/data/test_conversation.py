@@ -252,6 +252,24 @@ def test_bad_json_is_named_by_line(tmp_path):
     assert len(found) == 3
 
 
+def test_a_file_in_the_other_format_is_named(tmp_path):
+    (tmp_path / "a.json").write_text('{"task_id": "a"}\n{"task_id": "b"}\n')
+    (tmp_path / "b.jsonl").write_text('[{"task_id": "a"},\n{"task_id": "b"}]')
+    found = faults(tmp_path)
+    assert any(
+        f.startswith(f"{tmp_path}/a.json:2: a second object") and "rename the file to a.jsonl" in f for f in found
+    )
+    assert found[-1] == f"{tmp_path}/b.jsonl:1: a JSON list, not JSON Lines; rename the file to b.json"
+
+
+def test_a_set_in_two_formats_is_refused(tmp_path, record, write_json):
+    for name in ("a/b.json", "a/b.jsonl"):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        write_json(name, [record([("user", ["hi"])])])
+    assert faults(tmp_path)[0].startswith(f"{tmp_path}/a: b.json and b.jsonl: one set in two formats")
+    assert len(read_conversations(tmp_path / "a/b.jsonl", NAMES)) == 1
+
+
 def test_all_faults_of_all_files_at_once(tmp_path, record, write_json):
     write_json("a.json", [record([("gpt", ["x"]), ("user", ["T1:x", "<image><image>"])], task_type=1), "text"])
     write_json("b.jsonl", [record([("user", ["fine"])]), record([("robot", ["x"])])])
@@ -268,7 +286,9 @@ def test_no_conversation_at_all(tmp_path, name, content):
 
 def test_wrong_path(tmp_path):
     (tmp_path / "a.csv").touch()
-    assert "not found" in faults(tmp_path / "none.json")[0]
+    assert "not found; expected" in faults(tmp_path / "none.json")[0]
+    (tmp_path / "long.jsonl").touch()
+    assert "not found; there is long.jsonl; expected" in faults(tmp_path / "long.json")[0]
     assert "expected a .json or .jsonl file" in faults(tmp_path / "a.csv")[0]
 
 

@@ -52,6 +52,9 @@ _REPEATS = ("sub", "ses", "run", "task", "dir")
 _NONE = "none"
 """How `--entity` names the scans without an entity."""
 _NAMES_SHOWN = 20
+LONG = 100_000
+"""Conversations (90 MB) that `from_bids` writes as JSON lists; most programs can only read a list as a whole, so more
+than these are written as JSON Lines."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,10 @@ def from_bids(
 ) -> list[str]:
     """Write `out`/SPLIT.json for each split: conversations about `target`, image paths relative to `root`.
 
-    A list has a conversation per line. `out`/splits.tsv says which subject is in which split. That is a function of
-    participants.tsv, of who has a scan and of `seed`, never of the target (see `split_subjects`). All scans of a
-    subject are in one split.
+    A list has a conversation per line. If the splits have more than LONG conversations together, `out`/SPLIT.jsonl is
+    written instead, JSON Lines. The folder appears when it is complete. `out`/splits.tsv says which subject is in which
+    split. That is a function of participants.tsv, of who has a scan and of `seed`, never of the target (see
+    `split_subjects`). All scans of a subject are in one split.
 
     Args:
         root: the data set, with participants.tsv.
@@ -192,6 +196,8 @@ def from_bids(
 
     writer = _Writer(target, kind, modality, texts[kind])
     pairs = pairs_per_subject or 4
+    scans_used = sum(len(subject.scans) for members in splits.values() for subject in members)
+    suffix = ".jsonl" if scans_used * (pairs if kind == "comparison" else 1) > LONG else ".json"
     people = len({subject.name for subject in subjects})
     lines = [f"{root}: {target}, {kind}, {modality}, {people} of {len(table.rows)} subjects"]
     with new_folder(out, 0o700) as folder:
@@ -201,16 +207,16 @@ def from_bids(
                 records = (writer.two(*pair) for pair in _pairs(members, pairs, rng))
             else:
                 records = (writer.one(subject, scan) for subject in members for scan in subject.scans)
-            counts = _write_list(folder / f"{name}.json", records)
+            counts = _write_set(folder / f"{name}{suffix}", records)
             told = f"{plural(len({m.name for m in members}), 'subject')}, {plural(counts.total(), 'conversation')}"
-            lines.append(f"{out / f'{name}.json'}: {told}: {_counted(kind, subjects, members)}")
+            lines.append(f"{out / f'{name}{suffix}'}: {told}: {_counted(kind, subjects, members)}")
             if kind == "comparison":
                 lines.append(f"  pairs: same {counts['same']}, different {counts['different']}")
                 if short := pairs * sum(len(subject.scans) for subject in members) - counts.total():
                     notes.append(f"{name}: {short} pairs fewer than {pairs} a scan: not enough other subjects")
         write_splits(folder / SPLITS, split_of)
     told_notes = [line for note in notes for line in wrapped(note)]
-    return [*lines, *told_notes, *_next_command(root, out, target, modality, splits)]
+    return [*lines, *told_notes, *_next_command(root, out, target, modality, splits, suffix)]
 
 
 def seed_of(seed: int | None) -> int:
@@ -218,24 +224,28 @@ def seed_of(seed: int | None) -> int:
     return 1234 if seed is None else seed
 
 
-def _write_list(path: Path, records: Iterable[Mapping[str, Any]]) -> Counter[str]:
-    """Write a JSON list, a record per line and one in memory at a time, and count them by `comparison_type`."""
+def _write_set(path: Path, records: Iterable[Mapping[str, Any]]) -> Counter[str]:
+    """Write JSON Lines (.jsonl) or a JSON list, a record per line, and count the records by `comparison_type`.
+
+    One record is in memory at a time.
+    """
+    start, between, end = ("", "\n", "\n") if path.suffix == ".jsonl" else ("[\n", ",\n", "\n]\n")
     counts: Counter[str] = Counter()
     with naming(path), open(path, "w", encoding="utf-8", opener=private) as file:
-        file.write("[\n")
+        file.write(start)
         for record in records:
-            file.write((",\n" if counts else "") + strict_json(record, ensure_ascii=False))
+            file.write((between if counts else "") + strict_json(record, ensure_ascii=False))
             counts[record["metadata"].get("comparison_type", "")] += 1
-        file.write("\n]\n")
+        file.write(end)
     return counts
 
 
-def _next_command(root: Path, out: Path, target: str, modality: str, splits: Collection[str]) -> list[str]:
+def _next_command(root: Path, out: Path, target: str, modality: str, splits: Collection[str], suffix: str) -> list[str]:
     """Return the command that trains on what was written."""
     if "train" not in splits:
         return []
     flags = {"config": MODALITIES[modality][2], "base": "LLAVA_DIR"}
-    flags |= {f"{name}-data": str(out / f"{name}.json") for name in ("train", "eval") if name in splits}
+    flags |= {f"{name}-data": str(out / f"{name}{suffix}") for name in ("train", "eval") if name in splits}
     flags |= {"image-root": str(root), "out": f"runs/{target}"}
     lines = ["umbrella-jax train"]
     for flag in (f"--{name} {shlex.quote(value)}" for name, value in flags.items()):

@@ -211,8 +211,8 @@ def conversation_files(path: Path) -> list[Path]:
     """Return the file itself, or the files below a directory, sorted. Hidden ones are left out, such as what editors
     keep in `.ipynb_checkpoints`, and so is what links to directories lead to.
 
-    Raises DataError if the path is neither, or a directory that holds several splits: read as one set, a run would
-    train on what it is evaluated on.
+    Raises DataError if the path is neither, or a directory that holds several splits (read as one set, a run would
+    train on what it is evaluated on), or `X.json` beside `X.jsonl` (it would train on both).
     """
     if path.is_dir():
         if (path / "dataset_description.json").exists() or (path / "participants.tsv").exists():
@@ -220,17 +220,27 @@ def conversation_files(path: Path) -> list[Path]:
             raise DataError(f"{path}: a BIDS data set, not conversations; make them with `{command}`")
         below = (file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
         files = sorted(f for f in below if not any(part.startswith(".") for part in f.relative_to(path).parts))
+        names_of = Counter(file.with_suffix("") for file in files)
+        if twins := [file for file in files if names_of[file.with_suffix("")] > 1]:
+            pair = " and ".join(file.name for file in twins[:2])
+            raise DataError(f"{twins[0].parent}: {pair}: one set in two formats, or two sets? Name one of the files")
         if splits := _splits(path, files):
             names = ", ".join(str(file.relative_to(path)) for file in splits[:4])
             more = f" and {len(splits) - 4} more" if len(splits) > 4 else ""
             raise DataError(f"{path}: holds several splits: {names}{more}; name one file, or a directory of one split")
         return files
     if not path.is_file():
-        fault = "a pipe or device" if path.exists() else "not found"
+        fault = "a pipe or device" if path.exists() else not_found(path)
         raise DataError(f"{path}: {fault}; expected a conversation file or a directory of them")
     if path.suffix not in _SUFFIXES:
         raise DataError(f"{path}: expected a .json or .jsonl file, or a directory of them")
     return [path]
+
+
+def not_found(path: Path) -> str:
+    """Return "not found", and the name of the set's file in the other format if there is one."""
+    others = [path.with_suffix(suffix) for suffix in _SUFFIXES if path.suffix in _SUFFIXES and suffix != path.suffix]
+    return "; ".join(["not found", *(f"there is {other.name}" for other in others if other.is_file())])
 
 
 def _splits(root: Path, files: Sequence[Path]) -> list[Path]:
@@ -253,6 +263,8 @@ def _records(file: Path, faults: list[str]) -> Iterator[tuple[str, Any]]:
                 yield str(file) if index is None else f"{file}[{index}]", value
             return
         for number, line in read_lines(file, DataError, _EACH):
+            if line.lstrip().startswith("["):
+                raise DataError(f"{file}:{number}: a JSON list, not JSON Lines; rename the file to {file.stem}.json")
             if line.strip():
                 try:
                     value = parse_json(line, file, DataError, _EACH, number, nan_is_null=True)

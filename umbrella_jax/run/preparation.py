@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from convert.tensor import Tensor, place
 from umbrella_jax.api import Checkpoint, open_base
 from umbrella_jax.config import RunConfig, flat, to_dict
+from umbrella_jax.data.conversation import not_found
 from umbrella_jax.data.inputs import Inputs, digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, make_plan
 from umbrella_jax.data.plan import Plan
@@ -91,7 +92,7 @@ def check(config: RunConfig) -> tuple[Path, Mesh]:
         if value is None
     ]
     faults += [
-        f"data.{name}: {path}: not found; {_NOT_FOUND[name]}"
+        f"data.{name}: {path}: {not_found(Path(path))}; {_NOT_FOUND[name]}"
         for name, path in (("train", config.data.train), ("eval", config.data.eval))
         if path is not None and not Path(path).exists()
     ]
