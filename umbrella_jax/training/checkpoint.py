@@ -30,24 +30,50 @@ from umbrella_jax.training.step import TrainState
 Array = jax.Array
 
 
-class _Monotonic:
-    """The module `time` with a `time()` that nobody can set."""
+class _Replaced:
+    """A module or class, some of whose names have other values."""
 
-    time = staticmethod(time.monotonic)
+    def __init__(self, original: Any, **values: Any):
+        vars(self).update(values, _original=original)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(time, name)
+        return getattr(self._original, name)
 
 
-def _wait_by_a_monotonic_clock() -> None:
-    """Give orbax a clock for its timeouts that does not jump: it waits for its threads by the time of day, so that a
-    save failed as "timed out" if that was set forward meanwhile."""
+class _JsonSpec(dict[str, Any]):
+    """The spec of a key-value store as its JSON, which tensorstore opens as well."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as it is, without the defaults that a store of files does not have."""
+        return dict(self)
+
+
+def _mend_orbax() -> None:
+    """Replace two modules where orbax uses them.
+
+    `time`: it waits for its threads by the time of day, so a save failed as "timed out" if the clock was set forward.
+
+    `tensorstore`: every key and value of an object that it converts from JSON is never freed (`JsonToPyObject` in its
+    json_type_caster.cc, up to 0.1.86 at least). On each save, orbax converts metrics, which it only logs, and the spec
+    of each array, which comes back unchanged.
+    """
+    tensorstore: Any = sys.modules["tensorstore"]
+    stores = _Replaced(tensorstore.KvStore, Spec=_JsonSpec)
+    replacements = {
+        "time": (time, _Replaced(time, time=time.monotonic)),
+        "ts": (
+            tensorstore,
+            _Replaced(tensorstore, KvStore=stores, experimental_collect_matching_metrics=lambda prefix: []),
+        ),
+    }
     for name, module in list(sys.modules.items()):
-        if name.startswith("orbax.checkpoint.") and getattr(module, "time", None) is time:
-            module.time = _Monotonic()  # type: ignore[attr-defined]
+        if name.startswith("orbax.checkpoint."):
+            for attribute, (original, replacement) in replacements.items():
+                if getattr(module, attribute, None) is original:
+                    setattr(module, attribute, replacement)
 
 
-_wait_by_a_monotonic_clock()
+_mend_orbax()
 
 
 class _LiteralPath(PosixGPath):
