@@ -38,8 +38,8 @@ class Report:
 
     started: Mapping[str, str] = field(default_factory=dict)
     """{configured modality: how its patch embedding starts}, where the checkpoint does not have it as configured."""
-    random: tuple[str, ...] = ()
-    """Modalities of `started` whose weights are random."""
+    untrained: tuple[str, ...] = ()
+    """Modalities of `started` whose weights were never trained on volumes: random, or inflated from an image's."""
     lost: tuple[str, ...] = ()
     """Modalities of `started` that the checkpoint's umbrella_config.json describes."""
     undescribed: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ class Start:
     """What it is made from."""
     make: Callable[[int], dict[str, np.ndarray]]
     """seed → {end of the parameter's name: array}, float32."""
-    random: bool = False
+    untrained: bool = False
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def plan_loading(
         raise CheckpointError(faults)
     report = Report(
         started={name: start.how for name, start in starts.items()},
-        random=tuple(name for name, start in starts.items() if start.random),
+        untrained=tuple(name for name, start in starts.items() if start.untrained),
         lost=tuple(lost),
         undescribed=_undescribed(directory, config, patch_embed, [name for name in names if name not in starts]),
         replaced=tuple(name for hub, (name, _) in found.items() if hub in REPLACED),
@@ -378,7 +378,7 @@ def _random(name: str, config: LlavaConfig, *, lost: bool) -> Start:
     how = "not in the checkpoint, newly initialised"
     if lost:
         how += f", although {UMBRELLA_CONFIG} describes it (transformers' own save_pretrained drops it)"
-    return Start(how, (), make, random=True)
+    return Start(how, (), make, untrained=True)
 
 
 def _inflated(image: Mapping[str, Tensor], new: ModalityConfig) -> Start:
@@ -386,7 +386,7 @@ def _inflated(image: Mapping[str, Tensor], new: ModalityConfig) -> Start:
         kernel, bias, table = (image[hub].read() for hub in _IMAGE)
         return inflate(kernel, bias, table, new)
 
-    return Start("inflated from SigLIP's own", tuple(image.values()), make)
+    return Start("inflated from SigLIP's own", tuple(image.values()), make, untrained=True)
 
 
 def _resampled(ours: list[tuple[Entry, Tensor]], old: ModalityConfig, new: ModalityConfig) -> Start:

@@ -441,7 +441,7 @@ def write_config(
 
     `names` is the family of modality names to export under (see `export_names`); `dtype` that of the weights, where
     it is no longer what config.json says; `base` and `base_fingerprint` name the checkpoint that training began from,
-    `template` is how its text was written, `untrained` says which modalities' weights are random, and why;
+    `template` is how its text was written, `untrained` says which modalities' weights are untrained, and why;
     `checksums` are those of the weights (convert/checksum.py); `first_steps` says from which step on a run shows each
     modality.
     """

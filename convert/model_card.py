@@ -73,7 +73,7 @@ def model_card(
     untrained: Collection[str] = (),
 ) -> str:
     """Markdown for `folder`; `modalities` under their names in the export, `base` the base's name, `template` how
-    text was written in training, `untrained` the modalities whose patch embedding is random."""
+    text was written in training, `untrained` the modalities whose patch embedding is untrained."""
     columns = ("name", "voxels", "patch", "tokens", "orientation", "mode", "scaling", "background", "windows")
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, m in modalities.items():
@@ -84,7 +84,7 @@ def model_card(
         mode = m.mode if m.spacing is None else f"{m.mode}, {m.spacing:g} mm"
         cells = (name, size, patch, m.num_patches, m.orientation, mode, m.scaling, m.background, windows)
         rows.append(f"| {' | '.join(map(str, cells))} |")
-    random = [f"\n**{name} was never trained: its patch embedding is random.**" for name in untrained]
+    warnings = [f"\n**{name} was never trained: its patch embedding is as it started.**" for name in untrained]
     lines = [f"Trained on top of `{base}`." if base else "Not stated."]
     if base_fingerprint:
         lines.append(f"SHA-256 of its weights (names, shapes, types, bytes): `{base_fingerprint}`.")
@@ -100,7 +100,7 @@ def model_card(
         text_width=config.text.hidden_size,
         vocab=config.text.vocab_size,
         version=version("umbrella-jax"),
-        volumes="\n".join([*rows, *random]),
+        volumes="\n".join([*rows, *warnings]),
         base="\n".join(lines),
         folder=folder,
     )

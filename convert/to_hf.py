@@ -39,7 +39,7 @@ def export(
     Parameters, in memory or still to be read, keep their types and are written one by one. `names` is the family of
     modality names, ("T1", "rsfMRI") or ("sMRI", "fMRI"), default the configured ones; `base` and `fingerprint`
     name the checkpoint that training began from, `template` says how its text was written, `untrained` which
-    modalities' weights are random, and why. Raises ConfigError for a
+    modalities' weights are untrained, and why. Raises ConfigError for a
     folder that is not empty, CheckpointError for parameters that are not those of `config`, and as `carried`.
     """
     out = Path(out)
@@ -61,8 +61,8 @@ def export(
     stated["untrained"] = untrained
     with new_folder(out) as part:
         checksums = write_checkpoint(part, hub_tensors(params, config, renamed), max_shard_size)
-        random = [renamed[m] for m in untrained or ()]
-        card = model_card(config, modalities, out.name, base, fingerprint, template, random)
+        without_training = [renamed[m] for m in untrained or ()]
+        card = model_card(config, modalities, out.name, base, fingerprint, template, without_training)
         (part / "README.md").write_text(card, encoding="utf-8")
         write_config(source_dir, part, config, names, dtype=dtype, checksums=checksums, **stated)
         finish(part)

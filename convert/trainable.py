@@ -30,7 +30,7 @@ class Trainable:
     template: Template | None = None
     """How its text was written."""
     untrained: Mapping[str, str] = field(default_factory=dict)
-    """{modality: why}: patch embeddings whose weights are random."""
+    """{modality: why}: patch embeddings whose weights are untrained."""
 
 
 def open_trainable(path: Path) -> Trainable:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,7 @@ from umbrella_jax.api import Checkpoint, verify
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.evaluation.generate import probabilities
 from umbrella_jax.models import merge, split
+from umbrella_jax.training.checkpoint import Checkpoints
 
 EMBED = "language_model.model.embed_tokens.weight"
 PATCH_EMBED = "vision_tower.vision_model.embeddings."
@@ -101,6 +103,21 @@ def test_run_checkpoint_and_export_are_one_model(run: Path, export: Path, native
     for other in (earlier, before):
         assert np.abs(other - after).max() > 1e-2
     assert np.abs(earlier - before).max() > 1e-2
+
+
+def test_what_was_trained_to_nan_is_not_exported(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "vision_tower.vision_model.embeddings.T1_proj.bias"
+    restore = Checkpoints.restore_trainable
+
+    def with_nan(*args: Any) -> dict[str, jax.Array]:
+        trained = restore(*args)
+        return trained | {path: trained[path].at[0].set(jnp.nan)}
+
+    monkeypatch.setattr(Checkpoints, "restore_trainable", with_nan)
+    message = f"{run / 'checkpoints' / '2'}: {path}: NaN or infinite"
+    for flags in ((), ("--trainable-only",)):
+        assert message in umbrella("convert", "to-hf", run, tmp_path / "export", *flags, code=2)
+    assert not (tmp_path / "export").exists()
 
 
 def test_a_run_that_keeps_its_best_answers_with_it(run: Path, world: World, batch: Batch, tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ from umbrella_jax.models.lora import adapted_weight, adapters
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL, NEWEST, Step, choose_step
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints, load_params, param_shapes, save_params
+from umbrella_jax.training.diagnose import nonfinite_params
 
 _log = logging.getLogger(__name__)
 PARAMS = "params"
@@ -239,10 +240,10 @@ class Checkpoint:
 
     @cached_property
     def untrained(self) -> dict[str, str]:
-        """Return {modality: why} for every patch embedding that is random.
+        """Return {modality: why} for every patch embedding that was never trained on volumes.
 
-        A Hugging Face directory lacks its weights, a native checkpoint or an export records that they are random, or a
-        run starts from random ones and trains none of them.
+        A Hugging Face directory lacks its weights, which are then random or inflated from SigLIP's own; a native
+        checkpoint or an export records that; or a run starts from such ones and trains none of them.
         """
         if self.base is not None:
             whole = replace(self.config, lora=self.lora)  # merged or not, the groups may name adapters
@@ -262,7 +263,7 @@ class Checkpoint:
         untrained = {resolve_modality(m, self.config.modalities) or m: why for m, why in stated.items()}
         if self.kind == "hf":
             report = self._plan("float32").report
-            untrained |= {name: report.started[name] for name in report.random}
+            untrained |= {name: report.started[name] for name in report.untrained}
         return untrained
 
     def warn_undescribed(self) -> None:
@@ -276,7 +277,7 @@ class Checkpoint:
         return {name: why for name, why in self.untrained.items() if name not in own}
 
     def answering(self) -> "Checkpoint":
-        """Return the same model, which refuses to answer from random weights (`LlavaConfig.check_trained`).
+        """Return the same model, which refuses to answer from untrained weights (`LlavaConfig.check_trained`).
 
         A toy whose config.json says that every weight is random (`RANDOM_WEIGHTS`) answers: nothing in it is trained.
 
@@ -285,7 +286,7 @@ class Checkpoint:
         is_stock = self.kind == "hf" and not (self.path / UMBRELLA_CONFIG).exists() and self.patch_embed is None
         if is_stock and read_json(self.path / HF_CONFIG).get(RANDOM_WEIGHTS) is True:
             return self
-        remedy = "name a checkpoint that was trained on it, or allow random weights (--allow-untrained)"
+        remedy = "name a checkpoint that was trained on it, or allow untrained weights (--allow-untrained)"
         refusals = {
             name: f"{self.path}: modality {name}: patch embedding {why}; {remedy}"
             for name, why in self.untrained.items()
@@ -414,6 +415,9 @@ class Checkpoint:
                     f"{self.base.identity[:12]}, expected {expected[:12]}); bring them back, or name where they are as "
                     f"model.base in {self.path / CONFIG}"
                 )
+            if paths := nonfinite_params(trained):
+                folder = checkpoints.directory / str(step)
+                raise CheckpointError([f"{folder}: {path}: NaN or infinite; choose another step" for path in paths])
             return trained
 
 
@@ -486,7 +490,7 @@ def describe(
 ) -> None:
     """Write all but the weights to `directory`: config.json, tokenizer, modalities; grown where the vocabulary was.
 
-    `untrained` says which of the weights beside it are random (`Checkpoint.untrained`), `checksums` what they are by
+    `untrained` says which of the weights beside it are untrained (`Checkpoint.untrained`), `checksums` what they are by
     file, `first_steps` from which step on a run shows each modality (`Plan.first_steps`).
     """
     write_config(
@@ -522,7 +526,7 @@ def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto"
 
 
 def untrained_to_leave_out(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return {modality: why} of what an export leaves out: those of random weights, unless no modality is trained."""
+    """Return {modality: why} of what an export leaves out: untrained ones, unless no modality is trained."""
     found = checkpoint.untrained
     return {} if checkpoint.config.modalities.keys() == found.keys() else found
 
@@ -537,7 +541,7 @@ def write_hf(
 ) -> None:
     """Write a Hugging Face directory, tensor by tensor, with tokenizer and model card; arguments as of `export`.
 
-    Adapters are merged into the weights, which keep their types. Modalities whose weights are random are left out
+    Adapters are merged into the weights, which keep their types. Untrained modalities are left out
     (`untrained_to_leave_out`) unless `include_untrained`.
     """
     check_new_folder(out)
@@ -571,7 +575,7 @@ def write_trained(
 ) -> Path:
     """Write what a run trained, and on which base, as one file into the new folder `out`; returns its path.
 
-    Patch embeddings whose weights are random are left out as in `write_hf`.
+    Untrained patch embeddings are left out as in `write_hf`.
 
     Of a run on top of another run, what all of them trained. Adapters are written so that they are to be added as
     B·A, their scale being in B; those of several runs beside one weight as one, of the sum of their ranks.
@@ -706,7 +710,7 @@ def load(
         compute_dtype: of activations, `float32` or `bfloat16`.
         attention: as `model.attention` of the configuration.
         quantized: as `model.quantize` of the configuration.
-        allow_untrained: let the model answer from patch embeddings whose weights are random (`Checkpoint.untrained`).
+        allow_untrained: let the model answer from untrained patch embeddings (`Checkpoint.untrained`).
         step: of a run, a number, `best` or `latest`; by default the best if it keeps one, else the newest.
 
     Raises:

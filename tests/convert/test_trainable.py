@@ -321,7 +321,7 @@ def test_a_modality_that_was_never_trained_is_known(run: Path, world: World, tmp
     unseen = "patch embedding not in the checkpoint, newly initialised, and no conversation of the run shows one"
     assert Checkpoint.open(run).untrained == {"rsfMRI": unseen.removeprefix("patch embedding ")}
     log = (run / "log.txt").read_text()
-    stays = "its patch embedding stays random (not in the checkpoint, newly initialised)"
+    stays = "its patch embedding stays untrained (not in the checkpoint, newly initialised)"
     assert f"WARNING: rsfMRI: no conversation of {world.root / 'anatomical.json'} shows one: {stays}" in log
     scan = world.root / "scans" / "run-0.nii"
     message = umbrella("generate", run, "Which sex?", "--image", f"rsfMRI={scan}", code=2)
@@ -351,6 +351,5 @@ def test_a_modality_that_was_never_trained_is_left_out_of_exports(run: Path, tmp
     umbrella("convert", "to-hf", run, tmp_path / "whole", "--include-untrained", "--names", "sMRI,fMRI")
     described = json.loads((tmp_path / "whole" / "umbrella_config.json").read_text())
     assert list(described["untrained"]) == ["fMRI"]
-    assert (
-        "**fMRI was never trained: its patch embedding is random.**" in (tmp_path / "whole" / "README.md").read_text()
-    )
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "**fMRI was never trained: its patch embedding is as it started.**" in card

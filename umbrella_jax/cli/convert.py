@@ -47,9 +47,7 @@ def add(commands: Any) -> None:
         "--trainable-only", action="store_true", help="write only the trained weights and their base's hash"
     )
 
-    to_hf.add_argument(
-        "--include-untrained", action="store_true", help="export modalities whose weights are random, too"
-    )
+    to_hf.add_argument("--include-untrained", action="store_true", help="export untrained modalities, too")
 
     verify = add_command(
         convert,

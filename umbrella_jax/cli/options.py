@@ -196,7 +196,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help="float32 (default) or bfloat16",
     )
-    parser.add_argument("--allow-untrained", action="store_true", help="answer even if the patch embedding is random")
+    parser.add_argument("--allow-untrained", action="store_true", help="answer even with an untrained patch embedding")
     add_step(parser)
 
 

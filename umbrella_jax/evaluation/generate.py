@@ -225,7 +225,7 @@ def generate(
     Raises:
         ConfigError: as many `seeds` as there are rows were not given, or one of them is no uint32; `max_new_tokens` is
             below 1.
-        CheckpointError: the batch shows a modality whose weights are random (`umbrella_jax.load`, `allow_untrained`);
+        CheckpointError: the batch shows an untrained modality (`umbrella_jax.load`, `allow_untrained`);
             weights hold NaN or infinity.
         RunError: logits are not finite; names the rows.
     """

@@ -45,14 +45,14 @@ class LlavaConfig:
     lora: LoraConfig | None = None
     """Of the adapters beside its weights."""
     untrained: Mapping[str, str] = FrozenDict()
-    """{modality: why no answer may use it}: the patch embedding's weights are random."""
+    """{modality: why no answer may use it}: the patch embedding's weights are untrained."""
 
     def __post_init__(self) -> None:
         for name in ("modalities", "untrained"):
             object.__setattr__(self, name, FrozenDict(getattr(self, name)))  # hashable: jit keys on it
 
     def check_trained(self, modalities: Iterable[str]) -> None:
-        """Raise CheckpointError if any of these modalities has a random patch embedding."""
+        """Raise CheckpointError if any of these modalities has an untrained patch embedding."""
         if faults := [self.untrained[name] for name in sorted({*modalities}) if name in self.untrained]:
             raise CheckpointError(faults)
 

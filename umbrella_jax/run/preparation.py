@@ -155,7 +155,7 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
     for name, why in base.untrained_after(own).items():
         say(f"WARNING: {name}: patch embedding {why}, and train.groups does not train it: answers would mean nothing")
     for name in sorted({modality for modality in map(freeze.modality_of, own) if modality} - shown):
-        start = f"random ({base.untrained[name]})" if name in base.untrained else "as it is in the base"
+        start = f"untrained ({base.untrained[name]})" if name in base.untrained else "as it is in the base"
         say(f"WARNING: {name}: no conversation of {config.data.train} shows one: its patch embedding stays {start}")
     params = base.params(config.model.frozen_dtype, where=where, in_float32=own)
     params |= place({path: Tensor.of(array) for path, array in adapters.items()}, where)
