@@ -101,6 +101,19 @@ def section(name: str, **values: Any) -> Callable[[Record], None]:
         (section("train", batch_size="many"), ["train.batch_size: expected a whole number, got 'many'"]),
         (section("train", batch_size=0), ["batch_size: expected a positive number, got 0"]),
         (section("train", learning_rate=float("nan")), ["learning_rate: expected a positive number, got nan"]),
+        (
+            section("train", learning_rate=True, betas=[False, 0.9]),
+            [
+                "2 faults",
+                "train.learning_rate: expected a number, got true",
+                "train.betas: expected a number, got false",
+            ],
+        ),
+        (section("train", batch_size=True), ["train.batch_size: expected a whole number, got true"]),
+        (
+            section("model.modalities.T1", background="black"),
+            ["T1.background: expected one of 'auto', 'nonpositive' or 'lowest', or a number, got 'black'"],
+        ),
         (section("train", epochs=float("inf")), ["epochs: expected a positive number, got inf"]),
         (section("model.modalities.T1", patch=[3, 3]), ["model.modalities.T1: patch (3, 3): expected 3 numbers"]),
         (section("model.modalities.T1", patch=[3, 3, 6]), ["T1: patch (3, 3, 6): expected 1 <= patch <= size"]),

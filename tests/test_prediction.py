@@ -183,11 +183,11 @@ def test_a_part_of_something_else_is_refused(run: Path, data: Path, world: World
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--top-k", 3], "do nothing at temperature 0"),
-        (["--temperature", -1], "temperature: expected 0 or more"),
-        (["--batch-size", 0], "batch_size: expected 1 or more, got 0"),
-        (["--max-new-tokens", 0], "max_new_tokens: expected 1 or more, got 0"),
-        (["--seed", -1], "seed: expected 0 or more, got -1"),
+        (["--top-k", 3], "--top-k: does nothing at temperature 0"),
+        (["--temperature", -1], "--temperature: expected 0 or more"),
+        (["--batch-size", 0], "--batch-size: expected 1 or more, got 0"),
+        (["--max-new-tokens", 0], "--max-new-tokens: expected 1 or more, got 0"),
+        (["--seed", -1], "--seed: expected 0 or more, got -1"),
         (["--mesh", "data=3"], "mesh: data=3"),
     ],
 )
@@ -237,7 +237,7 @@ def test_generate_says_what_predict_does(run: Path, world: World, whole: list[di
     [
         ("0.nii.gz", "expected MODALITY=FILE with one of T1 (or sMRI), rsfMRI (or fMRI)"),
         ("dwi=0.nii.gz", "modality dwi: the model has T1 (or sMRI), rsfMRI (or fMRI)"),
-        ("T1=none.nii.gz", "not found"),
+        ("T1=none.nii.gz", "not found; expected a volume or a directory of frames\n"),  # no --image-root here
         ("T1=", "--image T1=: expected MODALITY=FILE"),
         ("T1=a/ses=1.nii.gz", "a/ses=1.nii.gz: not found"),
         ("a/ses=1.nii.gz", "expected MODALITY=FILE with one of T1 (or sMRI), rsfMRI (or fMRI)"),

@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -684,10 +684,14 @@ def parse_config(
     from pydantic import ValidationError  # here, so that models import without it
 
     try:
-        return _adapter().validate_python(dict(data))
+        config: RunConfig = _adapter().validate_python(dict(data))
+        # pydantic takes true for 1
+        if switched := list(_switched(data, to_dict(config))):
+            raise ConfigError([f"{_origin(source, flags, key, '')}: {key}: {message}" for key, message in switched])
+        return config
     except ValidationError as error:
         faults = []
-        for fault in error.errors():
+        for fault in _without_unions(error.errors()):
             key = ".".join(str(part) for part in fault["loc"])
             cause = fault.get("ctx", {}).get("error")
             if isinstance(cause, ConfigError):
@@ -699,6 +703,33 @@ def parse_config(
             for message in messages:
                 faults.append(f"{_origin(source, flags, key, message)}: {key + ': ' if key else ''}{message}")
         raise ConfigError(faults) from None
+
+
+def _switched(given: Any, parsed: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (key, fault) of every true or false that was given for a number."""
+    if isinstance(given, Mapping):
+        for name, value in given.items():
+            yield from _switched(value, parsed[name], f"{key}.{name}" if key else str(name))
+    elif isinstance(given, list | tuple):
+        for value, number in zip(given, parsed, strict=True):
+            yield from _switched(value, number, key)
+    elif isinstance(given, bool) and not isinstance(parsed, bool):
+        yield key, f"expected {_EXPECTED['int' if isinstance(parsed, int) else 'float']}, got {str(given).lower()}"
+
+
+def _without_unions(errors: Sequence[Any]) -> list[Any]:
+    """Return pydantic's errors with one for a value that is neither of some words nor a number, for which it has two,
+    at `KEY.literal[…]` and `KEY.float`."""
+    unions = {e["loc"][:-1]: e for e in errors if e["loc"] and str(e["loc"][-1]).startswith("literal[")}
+    merged = []
+    for error in errors:
+        union = unions.get(error["loc"][:-1])
+        if union is None:
+            merged.append(error)
+        elif error is union:
+            context = {"expected": f"{error['ctx']['expected']}, or a number"}
+            merged.append(error | {"loc": error["loc"][:-1], "ctx": context})
+    return merged
 
 
 def _origin(source: str, flags: Mapping[str, str], key: str, message: str) -> str:

@@ -444,7 +444,7 @@ def ages(*more):
         (ages(), {"pairs_per_subject": 2}, "pairs_per_subject: of kind comparison only; this is a regression"),
         (ages(), {"kind": "comparison", "pairs_per_subject": 0}, "pairs_per_subject: expected at least 1, got 0"),
         (ages(), {"kind": "ranking"}, "kind: expected one of classification, regression, comparison, got 'ranking'"),
-        (ages(), {"modality": "PET"}, "modality: expected one of sMRI, fMRI, got 'PET'"),
+        (ages(), {"modality": "T1w"}, "modality: expected one of sMRI (or T1), fMRI (or rsfMRI), got 'T1w'"),
         (ages(), {"modality": "fMRI"}, "no scan; expected sub-*/[ses-*/]func/*_bold.nii[.gz]"),
         (ages(), {"entities": ["ses=1"]}, "--entity ses=1: no scan has it; names have no ses"),
         (ages(), {"entities": ["sub=99"]}, "--entity sub=99: no scan has it; sub is 00 or 01"),
@@ -924,7 +924,7 @@ def test_every_target_has_the_same_split(bids, tmp_path):
     people = {f"{i:02}": {"sex": "FM"[i % 2], "age": str(20 + i), "iq": "n/a" if i % 3 else str(i)} for i in range(40)}
     names = {n: [f"anat/sub-{n}_T1w.nii"] + [f"func/sub-{n}_task-rest_bold.nii.gz"] * (n > "05") for n in people}
     root = bids(people, names)
-    calls = [("sex", {}), ("age", {}), ("iq", {}), ("sex", {"modality": "fMRI"}), ("sex", {"kind": "comparison"})]
+    calls = [("sex", {}), ("age", {}), ("iq", {}), ("sex", {"modality": "rsfMRI"}), ("sex", {"kind": "comparison"})]
     for i, (target, options) in enumerate(calls):
         from_bids(root, tmp_path / f"{i}", target, **options)
     splits = [split_of(tmp_path / f"{i}") for i in range(len(calls))]

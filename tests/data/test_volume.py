@@ -513,6 +513,7 @@ def test_a_header_that_contradicts_itself(tmp_path, header_class, name, fields, 
         ),
         (BOTH | {"vox_offset": 100}, "vox_offset: 100 is within the header, which ends at byte "),
         (BOTH | {"vox_offset": 100, "magic": b"ni1"}, "vox_offset: 100 is within the header, which ends at byte "),
+        (BOTH | {"dim": [8, 6, 7, 5, 1, 1, 1, 1]}, "dim[0], its number of axes, is 8; NIfTI has 1 to 7"),
         (
             BOTH | {"datatype": 3},
             "cannot be read: HeaderDataError: data code 3 not recognized; expected another header",

@@ -232,7 +232,7 @@ def test_tokens_are_drawn_as_likely_as_they_are(sampling, expected):
         ({"temperature": float("nan")}, "temperature: expected 0 or more"),
         ({"temperature": 1.0, "top_k": 0}, "top_k: expected 1 or more"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p: expected above 0"),
-        ({"top_k": 4}, "do nothing at temperature 0"),
+        ({"top_k": 4}, "top_k: does nothing at temperature 0"),
     ],
 )
 def test_sampling_that_means_nothing_is_refused(options, message):

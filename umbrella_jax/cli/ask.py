@@ -17,7 +17,7 @@ from umbrella_jax.cli.options import (
     modalities_of,
     start_processes,
 )
-from umbrella_jax.config import ModalityConfig, load_config, modality_names, parse_mesh
+from umbrella_jax.config import ModalityConfig, load_config, modality_names, parse_mesh, resolve_modality
 from umbrella_jax.errors import ConfigError, visible
 
 METHODS = ("gradient", "integrated", "occlusion")
@@ -122,7 +122,7 @@ def _sampling(arguments: argparse.Namespace) -> Any:
 def _images(arguments: argparse.Namespace, modalities: Mapping[str, ModalityConfig]) -> list[tuple[str, str]]:
     """Return (modality, file) of each --image.
 
-    Raises ConfigError if one names no modality and the model has several.
+    Raises ConfigError if one names no modality and the model has several, or no file.
     """
     found, faults = [], []
     for text in arguments.image:
@@ -131,6 +131,8 @@ def _images(arguments: argparse.Namespace, modalities: Mapping[str, ModalityConf
             name, path = "", text
         if not path or (not name and len(modalities) > 1):
             faults.append(f"--image {text}: expected MODALITY=FILE with one of {modality_names(modalities)}")
+        elif (not name or resolve_modality(name, modalities)) and not os.path.lexists(path):
+            faults.append(f"--image {text}: not found; expected a volume or a directory of frames")
         found.append((name or next(iter(modalities)), path))
     if faults:
         raise ConfigError(faults)

@@ -17,7 +17,7 @@ from umbrella_jax.cli.options import (
     number,
 )
 from umbrella_jax.config import MAX_CLASSES
-from umbrella_jax.data.bids import MODALITIES, TEMPLATES, from_bids
+from umbrella_jax.data.bids import TEMPLATES, from_bids
 from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.files import check_output, strict_json
@@ -50,9 +50,8 @@ def add(commands: Any) -> None:
     )
     bids.add_argument(
         "--modality",
-        choices=list(MODALITIES),
         metavar="NAME",
-        help="sMRI: anat/*_T1w (default); fMRI: func/*_task-rest*_bold",
+        help="sMRI or T1: anat/*_T1w (default); fMRI or rsfMRI: func/*_task-rest*_bold",
     )
     bids.add_argument(
         "--entity",

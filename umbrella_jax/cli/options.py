@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from umbrella_jax.config import RunConfig, load_config, parse_mesh
-from umbrella_jax.errors import ConfigError
+from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.reading import parse_yaml
 
 # Flags that set a key of the config: group, key, type, metavar, help.
@@ -94,8 +94,26 @@ def add_command(
 ) -> argparse.ArgumentParser:
     """Add a command that calls `call(arguments)`, which may return the exit code; `text` is its help line."""
     parser = make_command(commands.add_parser, name, text, example, help=text)
-    parser.set_defaults(call=call, refuse=partial(_refuse, parser))
+    parser.set_defaults(call=partial(_call, parser, call), refuse=partial(_refuse, parser))
     return parser
+
+
+def _call(
+    parser: argparse.ArgumentParser, call: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace
+) -> int | None:
+    """Call a command. A fault that begins with the name of an argument which was typed names it as typed."""
+    typed = {
+        action.dest: action.option_strings[-1]
+        for action in parser._actions
+        if action.option_strings and getattr(arguments, action.dest, action.default) != action.default
+    }
+    try:
+        return call(arguments)
+    except (ConfigError, DataError) as error:
+        faults = [re.sub(r"^(\w+)(?=: )", lambda found: typed.get(found[0], found[0]), fault) for fault in error.faults]
+        if faults == list(error.faults):
+            raise
+        raise type(error)(faults) from error
 
 
 def _refuse(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from string import Formatter
 from typing import Any, TypeVar
 
 from umbrella_jax.columns import plural, wrapped
-from umbrella_jax.config import MAX_CLASSES
+from umbrella_jax.config import MAX_CLASSES, modality_names, resolve_modality
 from umbrella_jax.data.conversation import IMAGE_MARKER, TURN_END, TURN_START
 from umbrella_jax.data.ignore_file import IgnoreFile
 from umbrella_jax.data.subject_split import SPLITS, read_splits, split_names, split_subjects, write_splits
@@ -120,7 +120,7 @@ def from_bids(
             values.
         kind: classification, regression, or comparison: a reference subject of the same split, then the query.
             Default: regression if all values are numbers, more than MAX_CLASSES distinct ones; else classification.
-        modality: sMRI (anat/*_T1w) or fMRI (func/*_task-rest*_bold).
+        modality: sMRI or T1 (anat/*_T1w), fMRI or rsfMRI (func/*_task-rest*_bold).
         template: YAML or JSON with sections like those of TEMPLATES, and `labels`, which spells values.
         split: NAME=SHARE,...; the shares sum to 1. Default train=0.8,eval=0.2.
         split_from: directory that an earlier call wrote; its splits.tsv is used in place of `split` and `seed`.
@@ -138,7 +138,7 @@ def from_bids(
     Raises:
         DataError: with every fault of the data set and the arguments, before anything is written.
     """
-    root, out = Path(root), Path(out)
+    root, out, modality = Path(root), Path(out), resolve_modality(modality, MODALITIES) or modality
     if not root.is_dir():
         raise DataError(f"{root}: {no_directory(root)}; expected a directory with a BIDS data set")
     faults: list[str] = []
@@ -262,7 +262,7 @@ def _check_arguments(out: Path, kind: str | None, modality: str, pairs: int | No
     if kind is not None and kind not in TEMPLATES:
         faults.append(f"kind: expected one of {', '.join(TEMPLATES)}, got {kind!r}")
     if modality not in MODALITIES:
-        faults.append(f"modality: expected one of {', '.join(MODALITIES)}, got {modality!r}")
+        faults.append(f"modality: expected one of {modality_names(MODALITIES)}, got {modality!r}")
     if pairs is not None and pairs < 1:
         faults.append(f"pairs_per_subject: expected at least 1, got {pairs}")
     try:

@@ -14,6 +14,7 @@ A header may contradict itself. A field that NIfTI does not allow is refused if 
 field holds the same information, that one is used and `Voxels.remarks` says so.
 """
 
+import gzip
 import logging
 import math
 import os
@@ -204,6 +205,8 @@ def readable(path: Path, expected: str = "a whole volume, copy it again") -> Ite
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if isinstance(error, OSError) and error.strerror:  # its text would name the file again
             reason = error.strerror
+        if isinstance(error, gzip.BadGzipFile) and "Not a gzipped file" in reason:  # its beginning is one
+            reason = "other bytes follow the end of its gzip data"
         if isinstance(error, HeaderDataError):
             expected = "another header: correct it, or copy the file again"
         raise DataError(f"{path}: cannot be read: {reason}; expected {expected}") from None
@@ -344,6 +347,7 @@ def _data_offset(path: Path, kind: Any, stored: Any) -> int:
     """Byte of the first voxel. Raises DataError for a `vox_offset` that is none, or is within the header."""
     if kind not in _NIFTI:
         return int(stored.get_data_offset())
+    _check_axes(path, kind, stored)
     offset, first = float(stored["vox_offset"]), kind.header_class.sizeof_hdr + 4
     single = kind in (nib.Nifti1Image, nib.Nifti2Image)
     if not offset.is_integer():
@@ -353,6 +357,16 @@ def _data_offset(path: Path, kind: Any, stored: Any) -> int:
             f"{path}: vox_offset: {offset:.0f} is within the header, which ends at byte {first}; correct the header"
         )
     return int(offset) if offset or not single else first
+
+
+def _check_axes(path: Path, kind: Any, stored: Any) -> None:
+    """Raise DataError for a number of axes that is none. nibabel then takes the bytes for swapped, and every field for
+    another."""
+    axes = stored["dim"][0]
+    if int(stored["sizeof_hdr"].byteswap()) == kind.header_class.sizeof_hdr:
+        axes = axes.byteswap()
+    if not 0 <= int(axes) <= 7:
+        raise DataError(f"{path}: dim[0], its number of axes, is {axes}; NIfTI has 1 to 7: correct the header")
 
 
 def _field_remarks(kind: Any, stored: Any, offset: int, dtype: np.dtype) -> Iterator[str]:

@@ -45,8 +45,9 @@ class Sampling:
             faults.append(f"top_k: expected 1 or more, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             faults.append(f"top_p: expected above 0 and at most 1, got {self.top_p}")
-        if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
-            faults.append("top_k and top_p do nothing at temperature 0; expected a temperature, or neither of them")
+        for name, given in (("top_k", self.top_k is not None), ("top_p", self.top_p < 1)):
+            if given and self.temperature == 0:
+                faults.append(f"{name}: does nothing at temperature 0; expected a temperature above 0, or no {name}")
         if faults:
             raise ConfigError(faults)
 
