@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tests.checkpoints import write_umbrella
 from tests.conftest import write_tokenizer
 from tests.small_run import World, read_lines, umbrella
 from umbrella_jax import Batch, Llava, Processor
-from umbrella_jax.api import Checkpoint, verify
+from umbrella_jax.api import Checkpoint, fetch, verify
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.evaluation.generate import probabilities
 from umbrella_jax.models import merge, split
@@ -487,3 +488,20 @@ def test_size_of_the_vocabulary(directory: Path, world: World, rows: int, after:
     )
     assert Processor.load(directory / "export").tokenizer.convert_tokens_to_ids("<image>") == 283
     assert json.loads((directory / "export" / "config.json").read_text())["image_token_index"] == 283
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_a_model_of_the_hub_comes_in_either_format(
+    tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in PyTorch's own only if it has no other."""
+    repository = ["config.json", weights, "pytorch_model.bin"]
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        for file in repository:
+            if any(fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert {path.name for path in fetch("llava-hf/model").iterdir()} == {"config.json", weights}

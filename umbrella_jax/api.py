@@ -82,7 +82,10 @@ def fetch(base: str, *, weights: bool = True) -> Path:
 
     try:
         wanted = ["*.json", "*.jinja", "*.txt", *["*.safetensors"] * weights]
-        return Path(snapshot_download(base, allow_patterns=wanted))
+        found = Path(snapshot_download(base, allow_patterns=wanted))
+        if weights and not any(found.glob("*.safetensors")):  # an older model, in PyTorch's own format
+            found = Path(snapshot_download(base, allow_patterns=[*wanted, "pytorch_model*.bin"]))
+        return found
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{base}: no such directory, and the hub does not give it: {reason}") from None
