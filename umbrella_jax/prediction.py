@@ -25,7 +25,7 @@ from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.data.inputs import digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, empty_batch, eval_batches, eval_shapes
 from umbrella_jax.data.plan import BatchShape
-from umbrella_jax.data.tokenize import encode_answers, length_faults, reference_answer
+from umbrella_jax.data.tokenize import Remembering, encode_answers, length_faults, reference_answer
 from umbrella_jax.distributed import SHA256, broadcast, check_same, gather, together
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.evaluation.generate import GREEDY, NONE, Sampling, decode, prefill, score_answers
@@ -121,10 +121,10 @@ class Choices:
     def __init__(self, dataset: Dataset, processor: Processor, rows: Sequence[Row], tasks: Mapping[str, Task]):
         """Raises DataError where an answer's tokens do not go on from a prompt."""
         self.texts = [tasks[task_of(row)].answers or () for row in rows]
-        encoded, faults = [], list[str]()
+        encoded, faults, tokenizer = [], list[str](), Remembering(processor.tokenizer)
         for conversation, texts in zip(dataset.conversations, self.texts, strict=True):
             try:
-                encoded.append(encode_answers(conversation, texts, processor.tokenizer, template=processor.template))
+                encoded.append(encode_answers(conversation, texts, tokenizer, template=processor.template))
             except DataError as error:
                 faults.extend(error.faults)
         if faults:

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.measure import figure, measure
+from bench.measure import figure, measure, resident
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -196,8 +198,6 @@ def data_cache(work_dir: Path) -> None:
 
 def demo_facts(work_dir: Path) -> Any:
     """What a plan knows of the demo's training conversations; volumes are not read."""
-    from functools import partial
-
     from umbrella_jax.config import load_config
     from umbrella_jax.data.conversation import read_conversations
     from umbrella_jax.data.loader import facts_of
@@ -208,7 +208,7 @@ def demo_facts(work_dir: Path) -> Any:
     tokenizer, _ = load_tokenizer(make_base(work_dir / "demo_base"), None)
     conversations = read_conversations(make_data(work_dir / "demo_data").train, modalities)
     encoder = partial(encode, tokenizer=tokenizer, modalities=modalities, max_length=8192)
-    return facts_of(encode_all(conversations, encoder), modalities)
+    return facts_of(encode_all(conversations, encoder, modalities), modalities)
 
 
 def synthetic_facts(subjects: int, single: int, pairs: int, text: int) -> Any:
@@ -252,9 +252,58 @@ def data_plan(work_dir: Path) -> None:
     figure("plan_seconds", made - start, "s", **more)
 
 
+def read_texts(work_dir: Path, number: int, distinct: bool) -> list[float]:
+    """Conversations a CPU second that are read, that are tokenized and that are planned, and the bytes that each holds
+    at the end."""
+    import gc
+
+    from umbrella_jax.config import ModalityConfig
+    from umbrella_jax.data.cache import Sources
+    from umbrella_jax.data.conversation import read_conversations
+    from umbrella_jax.data.loader import Dataset, make_plan
+    from umbrella_jax.data.tokenize import Remembering, encode, encode_all, load_tokenizer
+
+    file = work_dir / f"texts_{number}_{distinct}.jsonl"
+    with file.open("w") as lines:
+        for i in range(number):
+            record = _pair(i, i % (number // 30), i * 7 % (number // 30))
+            if distinct:
+                record["conversations"][-1]["content"][0]["text"] = f"Number {i}, that is male."
+            lines.write(json.dumps(record) + "\n")
+    modalities = {"T1": ModalityConfig(size=(90, 90, 90), patch=(10, 10, 10))}
+    tokenizer = Remembering(load_tokenizer(work_dir / "demo_base", None)[0])
+    encoder = partial(encode, tokenizer=tokenizer, modalities=modalities, max_length=8192)
+    gc.collect()
+    before, times = resident(), [time.process_time()]
+    conversations = read_conversations(file, modalities)
+    times.append(time.process_time())
+    rows = encode_all(conversations, encoder, modalities)
+    times.append(time.process_time())
+    windows = dict.fromkeys((image for row in conversations for image in row.images), 1)
+    dataset = Dataset(tuple(conversations), rows, (), windows, modalities, Sources())
+    plan = make_plan(dataset, batch_size=8, accumulate_steps=1, seed=0)
+    times.append(time.process_time())
+    gc.collect()
+    held = (resident() - before) * 1e9 / number
+    assert plan.updates_per_epoch
+    return [*(number / (end - start) for start, end in pairwise(times)), held]
+
+
+def data_texts(work_dir: Path) -> None:
+    """From conversation files to a plan, comparisons of two scans of 729 patches, 30 for each subject."""
+    from umbrella_jax.demo import make_base
+
+    make_base(work_dir / "demo_base")
+    for number, distinct in ((10_000, False), (30_000, False), (100_000, False), (30_000, True)):
+        read, encoded, planned, held = measure(read_texts, work_dir, number, distinct)["value"]
+        rates = {"read": round(read), "tokenized": round(encoded), "planned": round(planned)}
+        figure("conversation_bytes", held, "bytes", limit=2000, conversations=number, distinct=distinct, **rates)
+
+
 def data(work_dir: Path) -> None:
     """Figures of the way from files to batches."""
     data_preprocess(work_dir)
     data_cache(work_dir)
     data_plan(work_dir)
+    data_texts(work_dir)
     data_validate(work_dir)

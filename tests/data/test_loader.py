@@ -55,7 +55,7 @@ def seen(batch):
 def test_load(make_dataset, tmp_path):
     dataset = make_dataset()
     assert len(dataset) == len(dataset.encoded) == NUM
-    assert dataset.prompts == ()
+    assert not len(dataset.prompts)
     counts = {image.path.name: count for image, count in dataset.windows.items()}
     assert counts == {**{f"{i}.nii": 1 for i in range(NUM)}, "shared.nii": 1, "run.nii.gz": 10}
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tracemalloc
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tokenizers import normalizers
 from tests.checkpoints import under_transformers_4_46
 from umbrella_jax.data.conversation import Conversation, Image, Message, read_conversations
 from umbrella_jax.data.tokenize import (
+    Remembering,
     check_template,
     encode,
     encode_all,
@@ -219,12 +221,38 @@ def test_reference_answer():
     assert reference_answer(talk(("user", "a"), ("assistant", ""))) == ""
 
 
+@pytest.mark.parametrize("template", ["umbrella", "original", "chat"])
+def test_remembering_changes_nothing(template, tokenizer, modalities, monkeypatch):
+    """Rows of a tokenizer that remembers are what each conversation is by itself, also the second time."""
+    monkeypatch.setattr(tokenizer, "chat_template", PLAIN)
+    options = {"modalities": modalities, "max_length": LIMIT, "template": template}
+    conversations = [case[0] for case in CASES.values() if template != "chat" or case[0].messages[-1].text] * 2
+    for encoder in (encode, encode_prompt):
+        rows = encode_all(conversations, partial(encoder, tokenizer=Remembering(tokenizer), **options), modalities)
+        for row, conversation in zip(rows, conversations, strict=True):
+            expected = encoder(conversation, tokenizer=tokenizer, **options)
+            for name in ("input_ids", "supervised", "image_starts"):
+                np.testing.assert_array_equal(getattr(row, name), getattr(expected, name), strict=True)
+            assert row.images == expected.images
+
+
+def test_rows_take_little_memory(tokenizer, modalities):
+    conversations = [talk(("user", Image(T1.path, "T1", i), "Sex?"), ("assistant", "male")) for i in range(2000)]
+    encoder = partial(encode, tokenizer=Remembering(tokenizer), modalities=modalities, max_length=LIMIT)
+    encode_all(conversations, encoder, modalities)
+    tracemalloc.start()
+    rows = encode_all(conversations, encoder, modalities)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 100 * len(rows)  # an `Encoded` has some 700 bytes
+
+
 def test_encode_all_lists_every_fault(tokenizer, modalities):
     good, long, mute = talk(("assistant", "b")), talk(("assistant", "b" * 99)), talk(("user", "a"))
     encoder = partial(encode, tokenizer=tokenizer, modalities=modalities, max_length=40)
-    assert len(encode_all([good, good], encoder)) == 2
+    assert len(encode_all([good, good], encoder, modalities)) == 2
     with pytest.raises(DataError) as caught:
-        encode_all([long, good, mute], encoder)
+        encode_all([long, good, mute], encoder, modalities)
     assert ["expected at most 40" in caught.value.faults[0], "no assistant turn" in caught.value.faults[1]] == [
         True
     ] * 2

@@ -33,7 +33,7 @@ _WINDOWS = re.compile(r"\\|^[A-Za-z]:/")
 _SUBJECT = re.compile(r"sub-([0-9A-Za-z+]+)(?=[_.]|$)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Image:
     """One input of the vision tower: a file, the configured modality it is read as and, of a 4D run, the window."""
 
@@ -44,7 +44,7 @@ class Image:
     """Whom augmentation changed it for: seed, epoch, conversation, and which of its images it is; None as it is."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn: its role and, in reading order, its texts and images."""
 
@@ -59,7 +59,7 @@ class Message:
         return "".join(part for part in self.parts if isinstance(part, str))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """One conversation and where it was read: `file.json[3]` or `file.jsonl:12`."""
 
@@ -287,6 +287,7 @@ class _Known:
         self.join: Callable[[Path, str], Path] = cache(Path.joinpath)
         self.image: Callable[[Path, str], Image] = cache(Image)
         self.text: Callable[[str], str] = cache(str)
+        self.message: Callable[[str, tuple[str | Image, ...], bool], Message] = cache(Message)
 
 
 class _Parser:
@@ -379,7 +380,7 @@ class _Parser:
         parts = [self.part(part, f"{place}.content[{i}]") for i, part in enumerate(content)]
         if role == "assistant" and any(isinstance(part, Image) for part in parts):
             self.fault(place, "an image in an assistant turn; expected text, images belong to the user's turns")
-        return Message(self.known.text(str(role)), self.placed(parts, place), inline)
+        return self.known.message(self.known.text(str(role)), self.placed(parts, place), inline)
 
     def part(self, part: Any, place: str) -> str | Image:
         form = part.get("type") if isinstance(part, dict) else None

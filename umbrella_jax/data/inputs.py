@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 from umbrella_jax.config import DataConfig
@@ -30,7 +31,7 @@ def read_inputs(data: DataConfig, datasets: Mapping[str, Dataset]) -> Inputs:
         for file in conversation_files(Path(getattr(data, split))):
             found["conversations"].append((str(file), sha256(file)))
         tokens = hashlib.sha256()
-        for row in (*dataset.encoded, *dataset.prompts):
+        for row in chain(dataset.encoded, dataset.prompts):  # each is made on demand
             tokens.update(row.input_ids.tobytes() + row.supervised.tobytes())
         found["tokens"].append((f"the tokenizer's ids of data.{split}", tokens.hexdigest()))
         volumes |= {image.path: dataset for image in dataset.windows}

@@ -1,6 +1,6 @@
 """Batches of a run as its plan says, a pure function of seed and step; threads read ahead."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -18,7 +18,7 @@ from umbrella_jax.data.cache import Sources
 from umbrella_jax.data.collate import collate
 from umbrella_jax.data.conversation import Conversation, Image, read_conversations
 from umbrella_jax.data.plan import BatchShape, Facts, Plan, Update, exact_shape
-from umbrella_jax.data.tokenize import Encoded, encode, encode_all, encode_prompt
+from umbrella_jax.data.tokenize import Encoded, Remembering, encode, encode_all, encode_prompt
 from umbrella_jax.data.volume import check_volumes
 from umbrella_jax.errors import DataError
 
@@ -31,9 +31,9 @@ class Dataset:
     """Conversations that were read, tokenized and all of whose volumes were found good."""
 
     conversations: tuple[Conversation, ...]
-    encoded: tuple[Encoded, ...]
+    encoded: Sequence[Encoded]
     """Each conversation as a whole."""
-    prompts: tuple[Encoded, ...]
+    prompts: Sequence[Encoded]
     """Each without its last answer; empty for training data."""
     windows: Mapping[Image, int]
     """Number of windows of each distinct image, in the order of first appearance."""
@@ -48,7 +48,7 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.conversations)
 
-    def rows(self, *, prompts: bool = False) -> tuple[Encoded, ...]:
+    def rows(self, *, prompts: bool = False) -> Sequence[Encoded]:
         """The conversations, or their prompts. Raises DataError where there are none."""
         rows = self.prompts if prompts else self.encoded
         if len(rows) != len(self):
@@ -70,7 +70,7 @@ class Dataset:
                 rng = np.random.default_rng([seed, epoch, 1 + self._number[image]])  # 0 would be the plan's stream
                 window = int(rng.integers(self.windows[image]))
             changed = None if self.augment == _UNCHANGED else (seed, epoch, index, places[image])
-            return replace(image, window=window, changed=changed)
+            return replace(image, window=window, changed=changed) if window or changed else image
 
         return replace(encoded, images=tuple(drawn(image) for image in encoded.images))
 
@@ -139,8 +139,8 @@ class Dataset:
             task_filter=task_filter,
             allow_outside_root=allow_outside_root,
         )
-        common: dict[str, Any] = {"tokenizer": tokenizer, "modalities": modalities, "max_length": max_length}
-        common["template"] = template
+        common: dict[str, Any] = {"modalities": modalities, "max_length": max_length, "template": template}
+        common["tokenizer"] = Remembering(tokenizer)
         faults: list[str] = []
 
         def collect(check: Callable[[], T]) -> T | None:
@@ -150,8 +150,10 @@ class Dataset:
                 faults.extend(error.faults)
                 return None
 
-        encoded = collect(lambda: encode_all(kept, partial(encode, needs_answer=not evaluation, **common)))
-        prompts = collect(lambda: encode_all(kept if evaluation else (), partial(encode_prompt, **common)))
+        encoder = partial(encode, needs_answer=not evaluation, **common)
+        encoded = collect(lambda: encode_all(kept, encoder, modalities))
+        asked = kept if evaluation else ()
+        prompts = collect(lambda: encode_all(asked, partial(encode_prompt, **common), modalities))
         images = [image for conversation in kept for image in conversation.images]
         sources = Sources() if sources is None else sources
         windows = collect(lambda: check_volumes(images, modalities, threads, sources.check))
@@ -163,17 +165,21 @@ class Dataset:
                 codes = pool.map(lambda image: sources.axes(image.path, modalities[image.modality]), windows)
                 axes = {(image.path, image.modality): c for image, c in zip(windows, codes, strict=True)}
             check_axes(augment, {path: c for (path, _), c in axes.items()})
-        return cls(tuple(kept), tuple(encoded), tuple(prompts), windows, modalities, sources, augment, axes)
+        return cls(tuple(kept), encoded, prompts, windows, modalities, sources, augment, axes)
 
 
-def facts_of(rows: Sequence[Encoded], modalities: Mapping[str, ModalityConfig]) -> Facts:
+def facts_of(rows: Iterable[Encoded], modalities: Mapping[str, ModalityConfig]) -> Facts:
     """What a plan needs to know of conversations. Equal images are one volume: what tells two volumes apart must be
     part of `Image`."""
     number: dict[Image, int] = {}
-    volumes = [tuple(number.setdefault(i, len(number)) for i in dict.fromkeys(row.images)) for row in rows]
+    lengths, targets, volumes = [], [], []
+    for row in rows:  # each is made on demand
+        lengths.append(len(row))
+        targets.append(np.count_nonzero(row.supervised))
+        volumes.append(tuple(number.setdefault(i, len(number)) for i in dict.fromkeys(row.images)))
     return Facts(
-        lengths=np.array([len(row) for row in rows]),
-        targets=np.array([np.count_nonzero(row.supervised) for row in rows]),
+        lengths=np.array(lengths),
+        targets=np.array(targets),
         volumes=volumes,
         modality=[image.modality for image in number],
         patches={name: config.num_patches for name, config in modalities.items()},
@@ -182,7 +188,7 @@ def facts_of(rows: Sequence[Encoded], modalities: Mapping[str, ModalityConfig]) 
 
 def make_plan(dataset: Dataset, *, batch_size: int, accumulate_steps: int, seed: int, parts: int = 1) -> Plan:
     """The plan of a training run; see `Plan`."""
-    rows = [dataset.training_row(index, seed, 0) for index in range(len(dataset))]
+    rows = (dataset.training_row(index, seed, 0) for index in range(len(dataset)))
     facts = facts_of(rows, dataset.modalities)
     return Plan(facts, batch_size=batch_size, accumulate_steps=accumulate_steps, seed=seed, parts=parts)
 

@@ -17,10 +17,12 @@
 import json
 import os
 import re
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 from unicodedata import normalize
 
 import numpy as np
@@ -54,6 +56,99 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+class Rows(Sequence[Encoded]):
+    """Encoded conversations, made anew whenever one is asked for.
+
+    Kept are an image's placeholders as one, each distinct text once, and the images of each conversation: some 30 bytes
+    for each conversation whose text others have too, where an `Encoded` has 5 bytes for each position.
+    """
+
+    def __init__(self, modalities: Mapping[str, ModalityConfig]):
+        self._patches = {name: config.num_patches for name, config in modalities.items()}
+        self._texts: list[tuple[bytes, bytes, bytes]] = []
+        """Ids (int32) and what is supervised (bool) of each distinct text, and where its images are (int32)."""
+        self._number: dict[tuple[bytes, bytes, bytes], int] = {}
+        self._text = array("l")  # of each conversation, by number
+        self._images: list[Image] = []
+        self._ends = array("l", [0])  # in `_images`, of those of each conversation
+
+    def append(self, row: Encoded) -> None:
+        """Add one behind the others."""
+        kept = np.ones(len(row), bool)
+        for image, start in zip(row.images, row.image_starts, strict=True):
+            kept[start + 1 : start + self._patches[image.modality]] = False
+        places = (np.cumsum(kept, dtype=np.int32) - 1)[row.image_starts]
+        text = row.input_ids[kept].tobytes(), row.supervised[kept].tobytes(), places.tobytes()
+        number = self._number.setdefault(text, len(self._texts))
+        if number == len(self._texts):
+            self._texts.append(text)
+        self._text.append(number)
+        self._images += row.images
+        self._ends.append(len(self._images))
+
+    def __len__(self) -> int:
+        return len(self._text)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]  # raises IndexError
+        ids, supervised, places = self._texts[self._text[index]]
+        images = tuple(self._images[self._ends[index] : self._ends[index + 1]])
+        return _expanded(
+            np.frombuffer(ids, np.int32),
+            np.frombuffer(supervised, bool),
+            images,
+            np.frombuffer(places, np.int32),
+            [self._patches[image.modality] for image in images],
+        )
+
+
+def _expanded(
+    ids: np.ndarray, supervised: np.ndarray, images: tuple[Image, ...], places: np.ndarray, patches: Sequence[int]
+) -> Encoded:
+    """Repeat each image's placeholder, of which there is one at each of `places`, as often as it has patches."""
+    repeats = np.ones(len(ids), np.int32)
+    repeats[places] = patches
+    return Encoded(
+        input_ids=np.repeat(ids, repeats),
+        supervised=np.repeat(supervised, repeats),
+        images=images,
+        image_starts=(np.cumsum(repeats, dtype=np.int32) - repeats)[places],
+    )
+
+
+_REMEMBERED = 10_000
+"""Texts that a `Remembering` keeps of each kind."""
+
+
+class Remembering:
+    """A tokenizer that remembers what it wrote lately: most conversations share their questions and answers, and all
+    of them the headers of their turns. The tokenizer must not change meanwhile."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self.encode = lru_cache(_REMEMBERED)(tokenizer.encode)
+        self.convert_tokens_to_ids = lru_cache(_REMEMBERED)(tokenizer.convert_tokens_to_ids)
+        self.all_special_tokens = tokenizer.all_special_tokens
+        self._render = lru_cache(_REMEMBERED)(self._rendered)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def apply_chat_template(self, chat: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+        """As the tokenizer does."""
+        return self._render(json.dumps([chat, options]))
+
+    def _rendered(self, asked: str) -> Any:
+        chat, options = json.loads(asked)
+        return self._tokenizer.apply_chat_template(chat, **options)
 
 
 def load_tokenizer(directory: str | Path, image_token_id: int | None) -> tuple[Any, list[str]]:
@@ -296,9 +391,13 @@ def length_faults(
     return faults
 
 
-def encode_all(conversations: Iterable[Conversation], encoder: Callable[[Conversation], Encoded]) -> list[Encoded]:
-    """`encoder` of each. Raises DataError with the faults of all."""
-    encoded: list[Encoded] = []
+def encode_all(
+    conversations: Iterable[Conversation],
+    encoder: Callable[[Conversation], Encoded],
+    modalities: Mapping[str, ModalityConfig],
+) -> Rows:
+    """`encoder`, which knows the `modalities`, of each. Raises DataError with the faults of all."""
+    encoded = Rows(modalities)
     faults: list[str] = []
     for conversation in conversations:
         try:
@@ -354,31 +453,27 @@ def _encode(
         raise DataError([*faults, *(f"{label}: {fault}" for fault in error.faults)]) from None
 
     images = tuple(part for message in messages for part in message.parts if isinstance(part, Image))
-    shown = np.array(ids, np.int32) == tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
+    tokens = np.array(ids, np.int32)
+    shown = tokens == tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
     if shown.sum() != len(images):
         raise DataError([*faults, f"{label}: {shown.sum()} {IMAGE_MARKER} in the text, {len(images)} images; {_MEND}"])
     patches = [modalities[image.modality].num_patches for image in images]
-    repeats = np.ones(len(ids), np.int32)
-    repeats[shown] = patches
-    if (length := int(repeats.sum())) > max_length:
+    if (length := len(ids) - len(patches) + sum(patches)) > max_length:
         faults.append(
             f"{label}: {length} positions, {sum(patches)} of them patches; expected at most {max_length}: "
             "raise max_length or the patch size, or shorten the conversation"
         )
     if faults:
         raise DataError(faults)
-    return Encoded(
-        input_ids=np.repeat(np.array(ids, np.int32), repeats),
-        supervised=np.repeat(np.array(supervised, bool) & (not prompt), repeats),
-        images=images,
-        image_starts=(np.cumsum(repeats, dtype=np.int32) - repeats)[shown],
-    )
+    learnt = np.array(supervised, bool) & (not prompt)
+    return _expanded(tokens, learnt, images, np.flatnonzero(shown), patches)
 
 
 def _control_tokens(messages: Sequence[Message], tokenizer: Any) -> list[str]:
     """Those that stand in a turn's text, where they would forge an image, a turn or the end of one."""
     control = {TURN_START, TURN_END, IMAGE_MARKER, *tokenizer.all_special_tokens}
-    return sorted(token for token in control if any(token in message.text for message in messages))
+    texts = [message.text for message in messages]
+    return sorted(token for token in control if any(token in text for text in texts))
 
 
 def _words(tokenizer: Any, text: str) -> list[int]:
@@ -398,7 +493,7 @@ def _joined(message: Message) -> list[str | Image]:
 
 
 def _umbrella(messages: Sequence[Message], tokenizer: Any, prompt: bool) -> _Text:
-    start, end, image = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END, IMAGE_MARKER])
+    start, end, image = tokenizer.convert_tokens_to_ids((TURN_START, TURN_END, IMAGE_MARKER))
     pieces: list[tuple[list[int], bool]] = []  # ids and mask grow together, so they cannot disagree
     for message in messages:
         learnt = _is_answer(message)
@@ -419,7 +514,7 @@ def _original(messages: Sequence[Message], tokenizer: Any, prompt: bool) -> _Tex
         text += f"{TURN_START}{message.role}\n{inline if message.inline else images + message.text}{TURN_END}\n"
     ids = _words(tokenizer, text + (f"{TURN_START}assistant\n" if prompt else ""))
     # a turn starts at its control token, and no token reaches over one
-    start, image = tokenizer.convert_tokens_to_ids([TURN_START, IMAGE_MARKER])
+    start, image = tokenizer.convert_tokens_to_ids((TURN_START, IMAGE_MARKER))
     turn = np.cumsum(np.array(ids) == start) - 1
     learnt = [*(message.role != "user" for message in messages), False]
     return ids, [i > 0 and learnt[t] and ids[i] != image for i, t in enumerate(turn)]

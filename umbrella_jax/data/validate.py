@@ -22,7 +22,7 @@ from umbrella_jax.data.cache import check_float16
 from umbrella_jax.data.conversation import Conversation, Image, scan_conversations
 from umbrella_jax.data.loader import Dataset
 from umbrella_jax.data.report import PROPERTIES, SETS, Contents, Finding, Report, Set, Severity, Volume
-from umbrella_jax.data.tokenize import encode, encode_prompt, reference_answer
+from umbrella_jax.data.tokenize import Remembering, encode, encode_prompt, reference_answer
 from umbrella_jax.data.volume import check_volume
 from umbrella_jax.data.voxels import open_voxels
 from umbrella_jax.errors import ConfigError, DataError, UmbrellaError
@@ -142,7 +142,8 @@ def _texts(
             faults.extend(error.faults)
             return None
 
-    common: dict[str, Any] = {"tokenizer": tokenizer, "modalities": modalities, "template": config.data.template}
+    words = tokenizer and Remembering(tokenizer)
+    common: dict[str, Any] = {"tokenizer": words, "modalities": modalities, "template": config.data.template}
     write, prompt = partial(encode, **common), partial(encode_prompt, **common)
     for c in conversations:
         if tokenizer is None:
