@@ -1,4 +1,4 @@
-"""CRC-32 of weights: of each tensor of an export, of each file of a native checkpoint."""
+"""CRC-32 of each tensor of an export, of each file of a native checkpoint, and of the small files beside them."""
 
 import os
 from collections.abc import Mapping
@@ -13,6 +13,8 @@ from umbrella_jax.errors import CheckpointError
 
 KEY = "checksums"
 """Where they are recorded: a field of `umbrella_config.json`, or of the metadata of one safetensors file."""
+FILES = "files"
+"""The field of `umbrella_config.json` with those of the small files beside it: config.json, the tokenizer."""
 PIECE = 512 << 10
 """Bytes that are read, then summed while they are in the cache: the sum then takes a twentieth of the reading."""
 Buffer = bytes | bytearray | memoryview
@@ -23,10 +25,13 @@ def crc32(data: Buffer, start: int = 0) -> int:
     return int(isal_zlib.crc32(data, start))
 
 
-def recorded(stated: Any, file: Path) -> dict[str, str]:
-    """Return the checksums that `file` states. Raises CheckpointError for anything but an object of strings."""
+def recorded(stated: Any, file: Path, key: str = KEY) -> dict[str, str]:
+    """Return the checksums that `file` states under `key`.
+
+    Raises CheckpointError for anything but an object of strings.
+    """
     if not isinstance(stated, dict) or not all(isinstance(value, str) for value in stated.values()):
-        raise CheckpointError(f"{file}: {KEY}: expected {{name: checksum}}; convert or export it again")
+        raise CheckpointError(f"{file}: {key}: expected {{name: checksum}}; convert or export it again")
     return stated
 
 
@@ -65,16 +70,18 @@ def _crc_of(file: FileIO, nbytes: int) -> int:
     return crc
 
 
+def file_checksum(path: Path) -> str:
+    """CRC-32 of a file, in hex."""
+    with path.open("rb", buffering=0) as file:
+        return f"{_crc_of(file, os.fstat(file.fileno()).st_size):08x}"
+
+
 def folder_checksums(folder: Path) -> dict[str, str]:
     """{path below `folder`: CRC-32 in hex} of its files."""
     files = sorted(Path(root, name) for root, _, names in os.walk(folder) for name in names)
-
-    def one(path: Path) -> str:
-        with path.open("rb", buffering=0) as file:
-            return f"{_crc_of(file, os.fstat(file.fileno()).st_size):08x}"
-
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-        return {file.relative_to(folder).as_posix(): crc for file, crc in zip(files, pool.map(one, files), strict=True)}
+        checksums = pool.map(file_checksum, files)
+        return {file.relative_to(folder).as_posix(): crc for file, crc in zip(files, checksums, strict=True)}
 
 
 def check_folder(folder: Path, expected: Mapping[str, str], source: Path) -> None:

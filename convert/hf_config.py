@@ -7,12 +7,12 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args
 
-from convert.checksum import KEY
+from convert.checksum import FILES, KEY, file_checksum, recorded
 from convert.foreign import check_placeholders, folder_contents
 from convert.rules import hub_name
 from convert.trainable import open_trainable
@@ -401,15 +401,19 @@ def hf_dict(raw: Mapping[str, Any], config: LlavaConfig) -> dict[str, Any]:
     }
 
 
+def _small_files(source: Path) -> list[Path]:
+    templates = source / "additional_chat_templates"
+    files = [path for path in source.iterdir() if any(fnmatchcase(path.name, pattern) for pattern in _CARRIED)]
+    return [path for path in (*files, *templates.glob("*.jinja")) if path.is_file()]
+
+
 def carried(source: Path) -> list[Path]:
     """The files of a folder that go with its weights wherever those go.
 
     Raises CheckpointError for a link to something else: what it shows would be in every export. A link may lead to a
     file of its own name, or to one of the hub's cache.
     """
-    templates = source / "additional_chat_templates"
-    files = [path for path in source.iterdir() if any(fnmatchcase(path.name, pattern) for pattern in _CARRIED)]
-    files = [path for path in (*files, *templates.glob("*.jinja")) if path.is_file()]
+    files = _small_files(source)
     faults = [
         f"{path}: a link that leads out of the folder, to {target}; copy the file there if it belongs to the checkpoint"
         for path in files
@@ -435,9 +439,10 @@ def write_config(
     untrained: Mapping[str, str] | None = None,
     checksums: Mapping[str, str] | None = None,
     first_steps: Mapping[str, int] | None = None,
+    finish: Callable[[Path], None] = lambda directory: None,
 ) -> None:
     """Write config.json, umbrella_config.json and those of `source_dir`'s files that are `carried`: tokenizer's,
-    generation's and processor's.
+    generation's and processor's. `finish` may change them before their checksums are recorded.
 
     `names` is the family of modality names to export under (see `export_names`); `dtype` that of the weights, where
     it is no longer what config.json says; `base` and `base_fingerprint` name the checkpoint that training began from,
@@ -461,5 +466,35 @@ def write_config(
         copy = out / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
-    for name, data in ((UMBRELLA_CONFIG, umbrella), (CONFIG, raw)):
-        (out / name).write_text(json.dumps(data, indent=2) + "\n")
+    (out / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
+    finish(out)
+    umbrella[FILES] = _file_checksums(out)
+    (out / UMBRELLA_CONFIG).write_text(json.dumps(umbrella, indent=2) + "\n")
+
+
+def _file_checksums(directory: Path) -> dict[str, str]:
+    """{path below `directory`: CRC-32} of config.json and the `carried` files, but licences, which decide no answer."""
+    files = sorted(path for path in (directory / CONFIG, *_small_files(directory)) if path.is_file())
+    return {
+        path.relative_to(directory).as_posix(): file_checksum(path)
+        for path in files
+        if not path.name.startswith("LICENSE")
+    }
+
+
+def changed_files(directory: Path) -> list[str]:
+    """Return a line for each small file of a folder that is not as `write_config` recorded it.
+
+    These are config.json and the tokenizer's, generation's and processor's files. A change is no fault, unlike one of
+    the weights: people edit chat templates and generation settings, and transformers writes config.json anew. But it
+    changes answers, and a flipped bit in a digit or a word still reads well, so each change is named.
+    """
+    record = directory / UMBRELLA_CONFIG
+    stated = read_json(record).get(FILES, {}) if record.exists() else {}
+    expected, found = recorded(stated, record, FILES), _file_checksums(directory)
+    remedy = f"recorded it; copy it again or, if the change is on purpose, delete its line from {FILES} there"
+    return [
+        f"{directory / name}: {'changed since' if name in found else 'missing, but'} {UMBRELLA_CONFIG} {remedy}"
+        for name, checksum in expected.items()
+        if found.get(name) != checksum
+    ]

@@ -34,7 +34,7 @@ def export(
     finish: Callable[[Path], None] = lambda part: None,
 ) -> None:
     """Write weights, configuration, tokenizer and a model card to the new folder `out`, atomically; all but weights
-    from `source_dir`. `finish` may change the folder before it gets its name.
+    from `source_dir`. `finish` may change the small files before their checksums are recorded.
 
     Parameters, in memory or still to be read, keep their types and are written one by one. `names` is the family of
     modality names, ("T1", "rsfMRI") or ("sMRI", "fMRI"), default the configured ones; `base` and `fingerprint`
@@ -64,8 +64,7 @@ def export(
         without_training = [renamed[m] for m in untrained or ()]
         card = model_card(config, modalities, out.name, base, fingerprint, template, without_training)
         (part / "README.md").write_text(card, encoding="utf-8")
-        write_config(source_dir, part, config, names, dtype=dtype, checksums=checksums, **stated)
-        finish(part)
+        write_config(source_dir, part, config, names, dtype=dtype, checksums=checksums, finish=finish, **stated)
 
 
 def hub_tensors(

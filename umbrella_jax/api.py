@@ -18,6 +18,7 @@ from convert.hf_config import CONFIG as HF_CONFIG
 from convert.hf_config import (
     RANDOM_WEIGHTS,
     UMBRELLA_CONFIG,
+    changed_files,
     export_names,
     hf_dict,
     read_config,
@@ -269,10 +270,13 @@ class Checkpoint:
             untrained |= {name: report.started[name] for name in report.untrained}
         return untrained
 
-    def warn_undescribed(self) -> None:
-        """Log the modalities of a Hugging Face directory whose weights come without a record of their preprocessing."""
+    def warn_doubtful(self) -> None:
+        """Log what may be wrong with answers: modalities of a Hugging Face directory without a record of their
+        preprocessing, and small files that are not as they were written (`changed_files`)."""
         for line in self._plan("float32").report.undescribed if self.kind == "hf" else ():
             _log.warning("%s: %s", self.path, line)
+        for line in changed_files(self.description):
+            _log.warning(line)
 
     def untrained_after(self, trained: Collection[str]) -> dict[str, str]:
         """Return those of `untrained` of which nothing is among the parameters `trained`."""
@@ -506,9 +510,8 @@ def describe(
         untrained=untrained,
         checksums=checksums,
         first_steps=first_steps,
+        finish=lambda part: save_tokenizer(checkpoint.tokenizer(), part) if checkpoint.notes else None,
     )
-    if checkpoint.notes:
-        save_tokenizer(checkpoint.tokenizer(), directory)
 
 
 def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto", finite: bool = False) -> None:
@@ -735,7 +738,7 @@ def load_opened(
     quantized: Literal["int8", "fp8"] | None = None,
 ) -> Llava:
     """Return the model of an opened checkpoint on the first device; arguments as of `load`."""
-    checkpoint.warn_undescribed()
+    checkpoint.warn_doubtful()
     config = checkpoint.config.with_attention(attention, native_backend(jax.devices()[0]))
     params = checkpoint.params(dtype)
     return merge(abstract_params(config)[0], quantize(params, quantized) if quantized else params)

@@ -333,7 +333,7 @@ def predict(
             raise ConfigError(faults)
         checkpoint.check()
         if first:
-            checkpoint.warn_undescribed()
+            checkpoint.warn_doubtful()
         if not allow_untrained:
             checkpoint = checkpoint.answering()
         processor = Processor.of(checkpoint, max_length=data.max_length)

@@ -125,6 +125,28 @@ def test_a_flipped_bit_of_a_native_checkpoint_is_named(written):
     Checkpoint.open(native).params()
 
 
+@pytest.mark.parametrize("form", ["export", "native"])
+def test_a_small_file_that_changed_is_named(written, form, caplog):
+    """People edit them, so that is a warning; an untouched folder has none, and a file less is one too."""
+    folder = written[form]
+    model = Checkpoint.open(folder)
+    model.warn_doubtful()
+    assert not caplog.records
+    config = folder / "config.json"
+    content = config.read_bytes()
+    config.write_bytes(content.replace(b'rms_norm_eps": 1e-06', b'rms_norm_eps": 1e-05'))
+    assert config.read_bytes() != content
+    record = folder / "umbrella_config.json"
+    stated = json.loads(record.read_text())
+    record.write_text(json.dumps({**stated, "files": stated["files"] | {"merges.txt": "0" * 8}}))
+    model.warn_doubtful()
+    record.write_text(json.dumps(stated))
+    config.write_bytes(content)
+    changed, missing = caplog.messages
+    assert changed.startswith(f"{config}: changed since umbrella_config.json recorded it; copy it again or, if")
+    assert missing.startswith(f"{folder / 'merges.txt'}: missing, but umbrella_config.json recorded it")
+
+
 def test_a_file_of_its_own_records_its_checksums(tmp_path):
     """As `convert to-hf --trainable-only` writes it."""
     arrays = {"a": np.arange(100_000, dtype=np.float32), "b": np.empty((0, 3), np.float16), "c": np.float32(3)}
