@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from umbrella_jax.errors import CheckpointError
-from umbrella_jax.reading import placeholder, read_json
+from umbrella_jax.io.reading import placeholder, read_json
 
 WEIGHTS = frozenset(
     f"{stem}{index}" for stem in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")

@@ -14,17 +14,17 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.sharding import SingleDeviceSharding
 
-from convert.hf_config import CONFIG, UMBRELLA_CONFIG, file_vocab_size, is_tied, stored_modalities
+from convert.config_json import CONFIG, UMBRELLA_CONFIG, file_vocab_size, is_tied, stored_modalities
+from convert.lazy_tensor import Tensor, Where, add_product, grow, place, stack
+from convert.patch_embed_init import inflate, resample
 from convert.rules import EMBED, LM_HEAD, REPLACED, Entry, entries, hub_name, modality_of
-from convert.safetensors_io import digest, open_checkpoint
-from convert.starts import inflate, resample
-from convert.tensor import Tensor, Where, add_product, grow, place, stack
+from convert.safetensors_files import digest, open_checkpoint
 from convert.trainable import open_trainable
-from umbrella_jax.config import AS_STORED, ModalityConfig, PatchEmbedInit, resolve_modality
+from umbrella_jax.config.schema import AS_STORED, ModalityConfig, PatchEmbedInit, resolve_modality
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.models.llava import LlavaConfig, Params
-from umbrella_jax.models.lora import adapted_weight, adapters
 from umbrella_jax.models.patch_embed import PatchEmbed
+from umbrella_jax.models.paths import adapted_weight, adapters
 
 _FLOATS = ("float32", "float16", "bfloat16")
 _EMBEDDINGS = "vision_tower.vision_model.embeddings."

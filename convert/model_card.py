@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
 
-from umbrella_jax.config import ModalityConfig, Template
+from umbrella_jax.config.schema import ModalityConfig, Template
 from umbrella_jax.models.llava import LlavaConfig
 
 _CARD = """---

@@ -7,16 +7,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.hf_config import carried, export_names, write_config
+from convert.export_config import carried, export_names, write_config
+from convert.lazy_tensor import Tensor
 from convert.model_card import model_card
 from convert.rules import EMBED, entries
-from convert.safetensors_io import write_checkpoint
-from convert.tensor import Tensor
-from umbrella_jax.config import Template
+from convert.safetensors_files import write_checkpoint
+from umbrella_jax.config.schema import Template
 from umbrella_jax.errors import CheckpointError
-from umbrella_jax.files import check_new_folder, new_folder
+from umbrella_jax.io.files import check_new_folder, new_folder
 from umbrella_jax.models.llava import LlavaConfig, abstract_params
-from umbrella_jax.models.lora import adapters
+from umbrella_jax.models.paths import adapters
 
 
 def export(

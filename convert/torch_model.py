@@ -4,27 +4,25 @@ The only file that imports torch. It works with transformers 4.46 and 5, whose m
 """
 
 import math
-import zipfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
 import transformers
 from torch import nn
 
+from convert.config_json import CONFIG, read_config, read_json
+from convert.export_config import hf_dict
 from convert.from_hf import fingerprint, plan_loading
-from convert.hf_config import CONFIG, hf_dict, read_config, read_json
+from convert.lazy_tensor import Tensor
 from convert.rules import LM_HEAD, hub_name
-from convert.tensor import Tensor
 from convert.to_hf import hub_tensors
-from umbrella_jax.config import ModalityConfig
-from umbrella_jax.errors import CheckpointError, is_out_of_memory
+from umbrella_jax.config.schema import ModalityConfig
+from umbrella_jax.errors import CheckpointError
 from umbrella_jax.models.llava import LlavaConfig
-from umbrella_jax.reading import placeholder
 
 
 class PatchEmbed(nn.Module):
@@ -179,70 +177,6 @@ def greedy_logits(
             prompt, pixel_values=pixels, attention_mask=torch.ones_like(prompt), generation_config=plain
         )
         return sequence.numpy(), model(sequence, pixel_values=pixels).logits.numpy()
-
-
-def open_bin(path: Path) -> dict[str, Tensor]:
-    """Tensors of a `pytorch_model*.bin`; nothing in it is executed. Raises CheckpointError for one that is damaged."""
-    if pointer := placeholder(path):
-        raise CheckpointError(f"{path}: {pointer}")
-    try:
-        _check_packing(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # its unpickler and zipfile raise whatever damaged bytes lead to
-        if is_out_of_memory(error):
-            raise
-        reason = (str(error).splitlines() or [repr(error)])[0]
-        raise CheckpointError(f"{path}: cut short, damaged, or more than tensors ({reason}); copy it again") from None
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
-    ):
-        keys = f": it holds {', '.join(sorted(map(str, state))[:5])}" if isinstance(state, dict) else ""
-        remedy = "save the model in PyTorch with save_pretrained"
-        raise CheckpointError(f"{path}: expected a state_dict, names and tensors{keys}; {remedy}")
-    try:
-        return {name: Tensor.of(_from_torch(_checked(tensor)), str(path), name) for name, tensor in state.items()}
-    except (TypeError, RuntimeError) as error:  # a type or layout that numpy does not have
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def read_tensor(path: Path) -> np.ndarray:
-    """The one tensor that torch.save wrote, as numpy has it, bfloat16 as float32; nothing in the file is executed.
-
-    Raises TypeError for another content or a type or layout that numpy lacks, ValueError for a file that unpacks to
-    more than it is, and what torch raises for a damaged file.
-    """
-    _check_packing(path)
-    tensor = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"holds {type(tensor).__name__}, not a tensor")
-    tensor = _checked(tensor)
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def _check_packing(path: Path) -> None:
-    """Raises ValueError for a file that unpacks to more than it is: torch.save compresses nothing, a bomb does."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > path.stat().st_size:
-            raise ValueError(f"unpacks to {size} bytes, more than the file has")
-
-
-def _checked(tensor: torch.Tensor) -> torch.Tensor:
-    """Without its gradient. Raises TypeError where its numbers are not all there: repeated by strides of 0, 10¹² of
-    them take four bytes of a file."""
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"a tensor of {tensor.layout}, which numpy has not")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise TypeError(f"shape {tuple(tensor.shape)} of {tensor.untyped_storage().nbytes()} bytes, which it repeats")
-    return tensor.detach()
-
-
-def _from_torch(tensor: torch.Tensor) -> np.ndarray:
-    """The same bytes; numpy does not know torch's bfloat16."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
 
 
 def _renew_rope(model: nn.Module, config: Any) -> None:

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from convert.lazy_tensor import Tensor
 from convert.rules import hub_name
-from convert.safetensors_io import open_safetensors, write_safetensors
-from convert.tensor import Tensor
-from umbrella_jax.config import ModalityConfig, Template, parse_config, to_dict
+from convert.safetensors_files import open_safetensors, write_safetensors
+from umbrella_jax.config.load import parse_config
+from umbrella_jax.config.schema import ModalityConfig, Template, to_dict
 from umbrella_jax.errors import CheckpointError
-from umbrella_jax.reading import parse_json
+from umbrella_jax.io.reading import parse_json
 
 FILE = "trainable.safetensors"
 _STATED = ("modalities", "base_fingerprint")

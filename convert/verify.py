@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from convert.hf_config import CONFIG, read_json
+from convert.config_json import CONFIG, read_json
+from convert.lazy_tensor import Tensor, host, place
 from convert.rules import modality_of
-from convert.tensor import Tensor, host, place
 from convert.to_hf import hub_tensors
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import resolve_modality
+from umbrella_jax.config.schema import resolve_modality
 from umbrella_jax.models.llava import LlavaConfig, abstract_params, merge
 
 Kind = Literal["identical", "rounded", "different", "only in A", "only in B"]

@@ -14,11 +14,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from umbrella_jax.api import Checkpoint
+from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.cli import main as umbrella
 from umbrella_jax.demo import make_base, make_data
 from umbrella_jax.demo.run import CONFIG
-from umbrella_jax.evaluation.metrics import score, tasks_of
+from umbrella_jax.scoring.metrics import score, tasks_of
 
 TASK, HELD_OUT = "lesion_side", 160
 EMBEDDING = "patch_embed: {weight_decay: 10.0}"  # as configs/tiny.yaml

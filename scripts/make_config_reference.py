@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Prints docs/configuration.md, made of the dataclasses in umbrella_jax/config.py and their docstrings.
+"""Prints docs/configuration.md, made of the dataclasses in umbrella_jax/config/schema.py and their docstrings.
 
     python scripts/make_config_reference.py > docs/configuration.md
 
@@ -15,12 +15,12 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from umbrella_jax import config
 from umbrella_jax.cli.options import _FLAGS
+from umbrella_jax.config import schema as config
 
 HEAD = """# Configuration of a run
 
-<!-- Made by scripts/make_config_reference.py from umbrella_jax/config.py; edit the docstrings there. -->
+<!-- Made by scripts/make_config_reference.py from umbrella_jax/config/schema.py; edit the docstrings there. -->
 
 A run is one YAML file: those of [configs/](../configs) are of full size, by way of example. Only `model.modalities` has
 to be there; every other key has the default below. Some keys have a flag of their own; any key is set by

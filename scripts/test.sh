@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 unset PYTHONDONTWRITEBYTECODE # of containers: each of the suite's processes would compile jax's sources again
 bash scripts/install.sh dev
 . .venv/bin/activate
-# tests/test_report.py looks at the page in a browser.
+# tests/report/test_report.py looks at the page in a browser.
 if ! command -v chromium-headless-shell chromium chromium-browser google-chrome >/dev/null; then
   if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
     echo "scripts/test.sh: no Chromium; install it (Debian: apt-get install chromium-headless-shell)" >&2

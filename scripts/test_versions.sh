@@ -19,10 +19,10 @@ install=("$venv/bin/uv" pip install --quiet --python "$venv/bin/python")
   grep -E '^(jax|jaxlib|flax|optax|orbax-checkpoint|grain|numpy|transformers|nibabel|pydantic|qwix) '
 
 # What of the suite needs no PyTorch: it has versions of its own.
-run=tests/test_run.py::test_ mesh=tests/test_sharding.py::test_
+run=tests/run/test_train.py::test_ mesh=tests/test_sharding.py::test_
 "$venv/bin/python" -m pytest -n 2 --dist loadfile "${@:2}" \
-  --deselect tests/convert/test_safetensors_io.py::test_folder_without_weights \
+  --deselect tests/convert/test_safetensors_files.py::test_folder_without_weights \
   tests/models/test_golden.py tests/training/test_step.py tests/training/test_checkpoint.py \
-  tests/evaluation/test_generate.py tests/convert/test_safetensors_io.py tests/data/test_loader.py tests/data/test_tokenize.py \
+  tests/inference/test_generate.py tests/convert/test_safetensors_files.py tests/data/test_loader.py tests/data/test_tokenize.py \
   "$run"{what_a_run_writes,each_evaluation_writes_its_answers,secrets_go_nowhere} \
-  "$mesh"{any_mesh_is_one_device,a_checkpoint_goes_on_on_another_mesh} tests/test_doctor.py::test_all_is_well_here
+  "$mesh"{any_mesh_is_one_device,a_checkpoint_goes_on_on_another_mesh} tests/doctor/test_diagnose.py::test_all_is_well_here

@@ -26,7 +26,8 @@ import numpy as np
 
 from tests.small_run import MODALITIES, VOLUME_SHAPES, read_config, write_config, write_json, write_volume
 from umbrella_jax.cli import main, make_parser
-from umbrella_jax.config import RunConfig, load_config, parse_config, to_dict
+from umbrella_jax.config.load import load_config, parse_config
+from umbrella_jax.config.schema import RunConfig, to_dict
 from umbrella_jax.data.bids import TEMPLATES, from_bids
 from umbrella_jax.data.conversation import read_conversations
 from umbrella_jax.demo import make_base
@@ -193,7 +194,7 @@ NOT_RUN: dict[str, str] = {
     "bash scripts/test.sh": "the suite itself",
     "bash scripts/install.sh": "the environment is the suite's; scripts/test.sh begins with it",
     "bash scripts/lock.sh": "asks the registry for versions, which change",
-    "srun": "no SLURM here; tests/test_doctor.py has its variables",
+    "srun": "no SLURM here; tests/doctor/test_diagnose.py has its variables",
     "uv pip install": "the environment is the suite's; scripts/install.sh installs so",
     "python -m venv": "the environment is the suite's",
     ". .venv/bin/activate": "the environment is the suite's",
@@ -201,9 +202,9 @@ NOT_RUN: dict[str, str] = {
 """Beginnings of commands that are not executed, with why."""
 
 PARSED: dict[str, str] = {
-    "umbrella-jax train --config run.yaml --coordinator": "two machines; tests/test_processes.py has two processes",
-    "umbrella-jax train --config configs/stage1_0.5b.yaml": "tests/test_lora.py trains both stages",
-    "umbrella-jax train --config configs/stage2_0.5b.yaml": "tests/test_lora.py trains both stages",
+    "umbrella-jax train --config run.yaml --coordinator": "two machines; tests/run/test_processes.py has two processes",
+    "umbrella-jax train --config configs/stage1_0.5b.yaml": "tests/models/test_lora.py trains both stages",
+    "umbrella-jax train --config configs/stage2_0.5b.yaml": "tests/models/test_lora.py trains both stages",
 }
 """Beginnings of `umbrella-jax` commands of which the words alone are checked, with why."""
 
@@ -211,7 +212,7 @@ CHEAPER: dict[str, tuple[list[str], str]] = {
     "umbrella-jax plan": (["--set", "model.compute_dtype=bfloat16"], "as configs/ has it; see _configs"),
     "umbrella-jax baseline": (
         ["--only", "probe"],
-        "the network compiles long; tests/evaluation/test_baseline.py has it",
+        "the network compiles long; tests/baselines/test_compare.py has it",
     ),
 }
 """Beginnings of commands → flags that they get besides, with why."""
@@ -266,7 +267,7 @@ def captured(devices: int = 1) -> Iterator[tuple[io.StringIO, io.StringIO]]:
     shipped = {file.stem: file for file in Path("configs").absolute().glob("*.yaml")}
     with ExitStack() as stack:
         if shipped:
-            stack.enter_context(mock.patch("umbrella_jax.config.shipped_configs", return_value=shipped))
+            stack.enter_context(mock.patch("umbrella_jax.config.load.shipped_configs", return_value=shipped))
         for module in ("run.preparation", "prediction"):
             stack.enter_context(mock.patch(f"umbrella_jax.{module}.make_mesh", on_some))
         stack.enter_context(redirect_stdout(out))

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tests.test_configs import CONFIGS, write_hub_config
-from umbrella_jax.api import open_base
+from tests.config.test_configs import CONFIGS, write_hub_config
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import RunConfig, load_config
+from umbrella_jax.checkpoints.load import open_base
+from umbrella_jax.config.load import load_config
+from umbrella_jax.config.schema import RunConfig
 from umbrella_jax.models import LlavaConfig, abstract_params
 from umbrella_jax.training import freeze
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule

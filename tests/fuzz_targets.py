@@ -26,16 +26,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
+from convert.config_json import read_config, stored_template, stored_untrained, unused_dropout
 from convert.foreign import ADAPTER
-from convert.hf_config import read_config, stored_template, stored_untrained, unused_dropout
-from convert.safetensors_io import INDEX, SINGLE, open_checkpoint, write_safetensors
-from convert.tensor import Tensor
+from convert.lazy_tensor import Tensor
+from convert.safetensors_files import INDEX, SINGLE, open_checkpoint, write_safetensors
 from convert.trainable import Trainable, open_trainable, write_trainable
-from umbrella_jax.config import ModalityConfig, load_config, to_dict
+from umbrella_jax.config.from_original import from_original
+from umbrella_jax.config.load import load_config
+from umbrella_jax.config.schema import ModalityConfig, to_dict
 from umbrella_jax.data.conversation import Conversation, read_conversations
 from umbrella_jax.data.volume import load_volume
 from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError
-from umbrella_jax.original import from_original
 
 SECONDS = float(os.environ.get("UMBRELLA_FUZZ_SECONDS", "10"))
 """Of each target in the suite."""

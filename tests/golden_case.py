@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from convert.config_json import read_config
 from convert.from_hf import load_params
-from convert.hf_config import read_config
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import ModalityConfig
+from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.models import LlavaConfig, Params
 
 GOLDEN = Path(__file__).parent / "golden"

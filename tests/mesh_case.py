@@ -9,7 +9,7 @@ import optax
 from training_case import CONFIG, Case, make_case, stack
 
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import ModalityConfig
+from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig, abstract_params
 
 B, T, K = 8, 29, 5

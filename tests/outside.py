@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import umbrella_jax
-from umbrella_jax.config import DataConfig
+from umbrella_jax.config.schema import DataConfig
 from umbrella_jax.demo import make_base, make_data
 
 

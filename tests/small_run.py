@@ -20,9 +20,9 @@ from ruamel.yaml import YAML
 from safetensors.numpy import load_file, save_file
 
 import umbrella_jax
-from umbrella_jax.api import Checkpoint
+from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.cli import main
-from umbrella_jax.config import ModalityConfig
+from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.demo import make_base
 from umbrella_jax.models import split
 from umbrella_jax.sharding import make_mesh

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import umbrella_jax.run
+import umbrella_jax.run.train
 from tests import small_run
 from tests.small_run import World, read_config, umbrella
-from umbrella_jax.api import Checkpoint
+from umbrella_jax.checkpoints.checkpoint import Checkpoint
 
 Refused = Callable[..., str]
 Record = dict[str, Any]

@@ -1,8 +1,8 @@
 """Tables for a terminal of 80 columns."""
 
-from umbrella_jax.columns import columns
-from umbrella_jax.evaluation.metrics import score, tasks_of
-from umbrella_jax.evaluation.side_by_side import side_by_side
+from umbrella_jax.baselines.table import side_by_side
+from umbrella_jax.console import columns
+from umbrella_jax.scoring.metrics import score, tasks_of
 
 
 def test_columns_that_do_not_fit_follow_in_blocks() -> None:

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 from tests import docs_world, tour
-from tests.checkpoints import under_transformers_4_46
+from tests.config.test_configs import write_hub_config
 from tests.docs_world import GIVEN, README, ROOT, blocks, commands, execute, pages, pattern
+from tests.small_checkpoints import under_transformers_4_46
 from tests.small_run import umbrella
-from tests.test_configs import write_hub_config
 from umbrella_jax.cli import make_parser
 from umbrella_jax.cli.options import walk
-from umbrella_jax.config import RunConfig
+from umbrella_jax.config.schema import RunConfig
 
 OTHERS = [page for page in pages() if page != README]
 

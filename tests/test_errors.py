@@ -25,7 +25,7 @@ from umbrella_jax.errors import (
     UmbrellaError,
     known_cause,
 )
-from umbrella_jax.files import strict_json
+from umbrella_jax.io.files import strict_json
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for package in ("umbrella_jax", "convert") for path in (ROOT / package).rglob("*.py"))
@@ -88,7 +88,7 @@ def test_a_locale_without_unicode(tmp_path: Path) -> None:
     rows = [{"task_id": "a", "prediction": "left", "reference": "left"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     program = (
-        "import sys; from pathlib import Path; from umbrella_jax.cli import main; from umbrella_jax.files import "
+        "import sys; from pathlib import Path; from umbrella_jax.cli import main; from umbrella_jax.io.files import "
         "write_whole; write_whole(Path(sys.argv[1], 'x'), chr(233)); main(['score', sys.argv[1] + '/rows.jsonl'])"
     )
     ascii_alone = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -6,8 +6,8 @@ from multiprocessing import get_context
 
 import pytest
 
-from convert.hf_config import read_config
-from convert.safetensors_io import SINGLE, open_checkpoint
+from convert.config_json import read_config
+from convert.safetensors_files import SINGLE, open_checkpoint
 from convert.trainable import open_trainable
 from tests import fuzz_targets
 from tests.fuzz_targets import (

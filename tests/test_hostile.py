@@ -19,15 +19,17 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from convert.config_json import read_config
+from convert.export_config import carried
 from convert.from_hf import fingerprint
-from convert.hf_config import carried, read_config
-from convert.safetensors_io import open_checkpoint, open_safetensors
-from tests.checkpoints import write_stock
+from convert.safetensors_files import open_checkpoint, open_safetensors
 from tests.conftest import write_tokenizer
-from umbrella_jax import reading
+from tests.small_checkpoints import write_stock
 from umbrella_jax.cli import main, setup
-from umbrella_jax.columns import columns
-from umbrella_jax.config import ModalityConfig, load_config
+from umbrella_jax.config.from_original import from_original
+from umbrella_jax.config.load import load_config
+from umbrella_jax.config.schema import ModalityConfig
+from umbrella_jax.console import columns
 from umbrella_jax.data import conversation, tokenize, voxels
 from umbrella_jax.data.bids import from_bids
 from umbrella_jax.data.conversation import read_conversations
@@ -35,9 +37,9 @@ from umbrella_jax.data.tokenize import encode, load_tokenizer
 from umbrella_jax.data.volume import load_volume
 from umbrella_jax.data.voxels import open_voxels, source_files
 from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError, known_cause, visible
-from umbrella_jax.evaluation.metrics import read_predictions
-from umbrella_jax.original import from_original
+from umbrella_jax.io import reading
 from umbrella_jax.rundir import RunLog, how_it_ended
+from umbrella_jax.scoring.metrics import read_predictions
 from umbrella_jax.training.checkpoint import param_shapes
 
 MB = 1 << 20
@@ -850,7 +852,7 @@ def test_messages_move_no_cursor_and_have_an_end() -> None:
 
 
 def test_a_key_that_is_a_secret_is_refused_and_not_shown(tmp_path: Path) -> None:
-    """Keys come from the environment (tests/test_run.py: they go nowhere)."""
+    """Keys come from the environment (tests/run/test_train.py: they go nowhere)."""
     (tmp_path / "a.yaml").write_text("model: {modalities: {T1: {size: [3], patch: [3]}}}\ntrain: {api_key: s3cret}")
     with pytest.raises(ConfigError, match=r"train\.api_key: no such key") as caught:
         load_config(tmp_path / "a.yaml")
@@ -1009,9 +1011,9 @@ def test_memory_is_told_as_such(base: Path, tmp_path: Path, monkeypatch: pytest.
         ("transformers.AutoTokenizer.from_pretrained", lambda: load_tokenizer(base, None)),
         ("umbrella_jax.data.voxels.np.load", lambda: load_volume(tmp_path / "a.npy", T1)),
         ("convert.torch_model.torch.load", lambda: open_checkpoint(tmp_path)),
-        ("convert.safetensors_io.safe_open", lambda: open_safetensors(tmp_path / "b.safetensors")),
-        ("umbrella_jax.reading._check_plain", lambda: reading.read_yaml(tmp_path / "a.yaml")),
-        ("umbrella_jax.reading._check_strict", lambda: reading.read_json(tmp_path / "a.json", DataError, "")),
+        ("convert.safetensors_files.safe_open", lambda: open_safetensors(tmp_path / "b.safetensors")),
+        ("umbrella_jax.io.reading._check_plain", lambda: reading.read_yaml(tmp_path / "a.yaml")),
+        ("umbrella_jax.io.reading._check_strict", lambda: reading.read_json(tmp_path / "a.json", DataError, "")),
         ("umbrella_jax.training.checkpoint.ocp.PyTreeCheckpointer", lambda: param_shapes(tmp_path)),
         ("umbrella_jax.data.tokenize._joined", lambda: tokenize._render(tokenizer, [])),
     ]

@@ -12,19 +12,19 @@ ROOT = Path(__file__).parents[1]
 # What the modules of a room import, besides the standard library and the room itself. Imports within functions count.
 ROOMS: dict[str, set[str]] = {
     "umbrella_jax/errors.py": set(),
-    "umbrella_jax/reading.py": {"umbrella_jax.errors", "pydantic_core", "ruamel"},
-    "umbrella_jax/config.py": {"umbrella_jax.errors", "umbrella_jax.reading", "pydantic", "ruamel"},
+    "umbrella_jax/io/reading.py": {"umbrella_jax.errors", "pydantic_core", "ruamel"},
+    "umbrella_jax/config/schema.py": {"umbrella_jax.errors", "umbrella_jax.io.reading", "pydantic", "ruamel"},
     "umbrella_jax/batch.py": {"jax"},
-    "umbrella_jax/pages.py": {"umbrella_jax.errors", "umbrella_jax.files", "jinja2"},
-    "umbrella_jax/columns.py": {"umbrella_jax.errors"},
-    "umbrella_jax/runs.py": {
-        *("umbrella_jax.columns", "umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.evaluation"),
-        *("umbrella_jax.files", "umbrella_jax.pages", "umbrella_jax.rundir", "matplotlib"),
+    "umbrella_jax/html/page.py": {"umbrella_jax.errors", "umbrella_jax.io.files", "jinja2"},
+    "umbrella_jax/console.py": {"umbrella_jax.errors"},
+    "umbrella_jax/report/compare_runs.py": {
+        *("umbrella_jax.console", "umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.evaluation"),
+        *("umbrella_jax.io.files", "umbrella_jax.html.page", "umbrella_jax.rundir", "matplotlib"),
     },
     "umbrella_jax/rundir.py": {
-        *("umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.files", "umbrella_jax.reading"),
+        *("umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.io.files", "umbrella_jax.io.reading"),
     },
-    "umbrella_jax/progress.py": {"umbrella_jax.rundir", "tqdm"},
+    "umbrella_jax/console.py": {"umbrella_jax.rundir", "tqdm"},
     "umbrella_jax/sharding.py": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models", "jax", "numpy"),
     },
@@ -34,18 +34,18 @@ ROOMS: dict[str, set[str]] = {
     },
     "umbrella_jax/training": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
-        *("umbrella_jax.distributed", "umbrella_jax.files", "umbrella_jax.rundir", "umbrella_jax.sharding"),
+        *("umbrella_jax.distributed", "umbrella_jax.io.files", "umbrella_jax.rundir", "umbrella_jax.sharding"),
         *("jax", "flax", "optax", "orbax", "etils", "chex", "numpy"),
     },
     "umbrella_jax/plan": {
         *("umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.models", "umbrella_jax.training", "jax"),
-        *("umbrella_jax.sharding", "umbrella_jax.reading", "umbrella_jax.columns"),
+        *("umbrella_jax.sharding", "umbrella_jax.io.reading", "umbrella_jax.console"),
     },
     "umbrella_jax/evaluation": {
-        "umbrella_jax.columns",
+        "umbrella_jax.console",
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
         *(
-            "umbrella_jax.reading",
+            "umbrella_jax.io.reading",
             "umbrella_jax.sharding",
             "umbrella_jax.training",
             "jax",
@@ -61,22 +61,33 @@ ROOMS: dict[str, set[str]] = {
             "umbrella_jax.config",
             "umbrella_jax.batch",
             "umbrella_jax.errors",
-            "umbrella_jax.files",
-            "umbrella_jax.reading",
-            "umbrella_jax.columns",
-            "umbrella_jax.pages",
+            "umbrella_jax.io.files",
+            "umbrella_jax.io.reading",
+            "umbrella_jax.console",
+            "umbrella_jax.html.page",
         ),
         *("numpy", "scipy", "nibabel", "isal", "threadpoolctl", "grain", "safetensors", "transformers", "tqdm", "PIL"),
     },
     "umbrella_jax/report": {
-        *("umbrella_jax.api", "umbrella_jax.config", "umbrella_jax.data", "umbrella_jax.errors", "umbrella_jax.pages"),
-        *("umbrella_jax.evaluation", "umbrella_jax.explanation", "umbrella_jax.models", "umbrella_jax.prediction"),
-        *("umbrella_jax.reading", "umbrella_jax.rundir", "umbrella_jax.training", "umbrella_jax"),
-        *("umbrella_jax.files", "convert", "nibabel", "numpy", "matplotlib"),
+        *(
+            "umbrella_jax.checkpoints.checkpoint",
+            "umbrella_jax.config",
+            "umbrella_jax.data",
+            "umbrella_jax.errors",
+            "umbrella_jax.html.page",
+        ),
+        *(
+            "umbrella_jax.evaluation",
+            "umbrella_jax.inference.explain",
+            "umbrella_jax.models",
+            "umbrella_jax.inference.predict",
+        ),
+        *("umbrella_jax.io.reading", "umbrella_jax.rundir", "umbrella_jax.training", "umbrella_jax"),
+        *("umbrella_jax.io.files", "convert", "nibabel", "numpy", "matplotlib"),
     },
     "convert": {
         *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
-        *("umbrella_jax.files", "umbrella_jax.reading"),
+        *("umbrella_jax.io.files", "umbrella_jax.io.reading"),
         *("jax", "flax", "numpy", "ml_dtypes", "safetensors", "huggingface_hub", "isal"),
     },
 }
@@ -185,8 +196,8 @@ try:
     raise SystemExit("the blocker does not block")
 except ModuleNotFoundError:
     pass
-import umbrella_jax.models, umbrella_jax.training.trainer, umbrella_jax.training.step, umbrella_jax.evaluation.generate
-assert umbrella_jax.generate is umbrella_jax.evaluation.generate.generate
+import umbrella_jax.models, umbrella_jax.training.trainer, umbrella_jax.training.step, umbrella_jax.inference.generate
+assert umbrella_jax.generate is umbrella_jax.inference.generate.generate
 """)
 
 

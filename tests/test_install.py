@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from umbrella_jax.config import load_config, shipped_configs
+from umbrella_jax.config.load import load_config, shipped_configs
 from umbrella_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]

@@ -17,9 +17,9 @@ from mesh_case import DH, HEADS, KV_HEADS, MODEL, PATCHES, B, D, E, F, G, K, T, 
 from training_case import QUICK, stack, to_numpy
 
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import MeshConfig
+from umbrella_jax.config.schema import MeshConfig
 from umbrella_jax.errors import ConfigError
-from umbrella_jax.evaluation.generate import decode, prefill, score_answers
+from umbrella_jax.inference.generate import decode, prefill, score_answers
 from umbrella_jax.models import Params, abstract_params
 from umbrella_jax.sharding import (
     RULES,

@@ -18,8 +18,8 @@ from golden_case import MODALITIES, PATCHES, golden_batch, golden_model
 from packaging.version import Version
 
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import LoraConfig, ModalityConfig, RematPolicy, TrainConfig
-from umbrella_jax.evaluation import generate
+from umbrella_jax.config.schema import LoraConfig, ModalityConfig, RematPolicy, TrainConfig
+from umbrella_jax.inference import generate
 from umbrella_jax.models import LlavaConfig, Params, Qwen2Config, SiglipConfig, abstract_params
 from umbrella_jax.training.freeze import as_trainable, label_params, partition
 from umbrella_jax.training.optimizer import make_optimizer
@@ -51,7 +51,7 @@ def step_traced_once() -> Any:
 
 @contextmanager
 def generating_with(options: dict[str, Any]) -> Iterator[None]:
-    """The three programs of `umbrella_jax.evaluation.generate`, compiled so."""
+    """The three programs of `umbrella_jax.inference.generate`, compiled so."""
     static = {
         "prefill": ("graphdef", "max_new_tokens"),
         "decode": ("graphdef", "sampling"),

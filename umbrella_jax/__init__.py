@@ -13,16 +13,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from umbrella_jax.api import load
     from umbrella_jax.batch import Batch
-    from umbrella_jax.config import ModalityConfig, RunConfig, load_config
+    from umbrella_jax.checkpoints.load import load
+    from umbrella_jax.config.load import load_config
+    from umbrella_jax.config.schema import ModalityConfig, RunConfig
     from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError
-    from umbrella_jax.evaluation.generate import Sampling, generate, stream
-    from umbrella_jax.explanation import explain
+    from umbrella_jax.inference.explain import explain
+    from umbrella_jax.inference.generate import Sampling, generate, stream
+    from umbrella_jax.inference.predict import predict
+    from umbrella_jax.inference.processor import Processor
     from umbrella_jax.models import Llava
-    from umbrella_jax.prediction import predict
-    from umbrella_jax.processor import Processor
-    from umbrella_jax.run import train
+    from umbrella_jax.run.train import train
 
 _HOME = {
     "Batch": "umbrella_jax.batch",
@@ -30,18 +31,18 @@ _HOME = {
     "ConfigError": "umbrella_jax.errors",
     "DataError": "umbrella_jax.errors",
     "Llava": "umbrella_jax.models",
-    "ModalityConfig": "umbrella_jax.config",
-    "Processor": "umbrella_jax.processor",
-    "RunConfig": "umbrella_jax.config",
-    "Sampling": "umbrella_jax.evaluation.generate",
+    "ModalityConfig": "umbrella_jax.config.schema",
+    "Processor": "umbrella_jax.inference.processor",
+    "RunConfig": "umbrella_jax.config.schema",
+    "Sampling": "umbrella_jax.inference.generate",
     "UmbrellaError": "umbrella_jax.errors",
-    "explain": "umbrella_jax.explanation",
-    "generate": "umbrella_jax.evaluation.generate",
-    "load": "umbrella_jax.api",
-    "load_config": "umbrella_jax.config",
-    "predict": "umbrella_jax.prediction",
-    "stream": "umbrella_jax.evaluation.generate",
-    "train": "umbrella_jax.run",
+    "explain": "umbrella_jax.inference.explain",
+    "generate": "umbrella_jax.inference.generate",
+    "load": "umbrella_jax.checkpoints.load",
+    "load_config": "umbrella_jax.config.load",
+    "predict": "umbrella_jax.inference.predict",
+    "stream": "umbrella_jax.inference.generate",
+    "train": "umbrella_jax.run.train",
 }
 
 __all__ = [

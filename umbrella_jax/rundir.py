@@ -23,10 +23,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from umbrella_jax.config import TrainConfig, lower_is_better
+from umbrella_jax.config.schema import TrainConfig, lower_is_better
 from umbrella_jax.errors import ConfigError, DataError, Interrupted, UmbrellaError, known_cause, visible
-from umbrella_jax.files import private, strict_json, write_whole
-from umbrella_jax.reading import parse_json
+from umbrella_jax.io.files import private, strict_json, write_whole
+from umbrella_jax.io.reading import parse_json
 
 CONFIG, INPUTS, MODEL, METRICS, PREDICTIONS, CHECKPOINTS, LOG, REPORT = (
     *("config.yaml", "inputs.json", "model", "metrics.jsonl", "predictions", "checkpoints", "log.txt", "report.html"),

@@ -20,11 +20,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from umbrella_jax.batch import Parts
-from umbrella_jax.config import MeshConfig
+from umbrella_jax.config.schema import MeshConfig
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import LlavaConfig
-from umbrella_jax.models.lora import adapted_weight
 from umbrella_jax.models.parallel import ROWS
+from umbrella_jax.models.paths import adapted_weight
 
 T = TypeVar("T")
 

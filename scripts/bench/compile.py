@@ -16,7 +16,7 @@ def compiled(work_dir: str, layers: int) -> list[Any]:
     import numpy as np
 
     from bench.jax_step import make_batch, model_config
-    from umbrella_jax.config import TrainConfig
+    from umbrella_jax.config.schema import TrainConfig
     from umbrella_jax.models import abstract_params
     from umbrella_jax.training import freeze
     from umbrella_jax.training.optimizer import make_optimizer, make_schedule

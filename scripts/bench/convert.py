@@ -14,11 +14,11 @@ from bench.workload import HUB_CONFIGS
 
 def make_base(directory: Path) -> None:
     """A 0.5b UMBRELLA checkpoint, T1 96³ with patch 10, float32 and random."""
-    from convert.hf_config import CONFIG, UMBRELLA_CONFIG, read_config
-    from convert.safetensors_io import write_checkpoint
-    from convert.tensor import Tensor
+    from convert.config_json import CONFIG, UMBRELLA_CONFIG, read_config
+    from convert.lazy_tensor import Tensor
+    from convert.safetensors_files import write_checkpoint
     from convert.to_hf import hub_tensors
-    from umbrella_jax.config import ModalityConfig, to_dict
+    from umbrella_jax.config.schema import ModalityConfig, to_dict
     from umbrella_jax.models import abstract_params
 
     directory.mkdir(parents=True)
@@ -39,7 +39,7 @@ def load_jax(directory: Path, dtype: str) -> Any:
     """All parameters on the first device."""
     import jax
 
-    from umbrella_jax.api import Checkpoint
+    from umbrella_jax.checkpoints.checkpoint import Checkpoint
 
     params = Checkpoint.open(directory).params(dtype)
     jax.block_until_ready(params)
@@ -63,7 +63,7 @@ def load_times(directory: Path, checked: Path, dtype: str) -> list[list[float]]:
     """
     import transformers
 
-    import umbrella_jax.api  # noqa: F401
+    import umbrella_jax.checkpoints.checkpoint  # noqa: F401
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -83,28 +83,30 @@ def load_times(directory: Path, checked: Path, dtype: str) -> list[list[float]]:
 
 def to_native(directory: Path, out: Path) -> None:
     """`convert from-hf`."""
-    from umbrella_jax.api import Checkpoint, write_native
+    from umbrella_jax.checkpoints.checkpoint import Checkpoint
+    from umbrella_jax.checkpoints.export import write_native
 
     write_native(Checkpoint.open(directory), out)
 
 
 def to_hf(native: Path, out: Path) -> None:
     """`convert to-hf`."""
-    from umbrella_jax.api import Checkpoint, write_hf
+    from umbrella_jax.checkpoints.checkpoint import Checkpoint
+    from umbrella_jax.checkpoints.export import write_hf
 
     write_hf(Checkpoint.open(native), out)
 
 
 def fingerprint(directory: Path) -> str:
     """SHA-256 of the base."""
-    from umbrella_jax.api import Checkpoint
+    from umbrella_jax.checkpoints.checkpoint import Checkpoint
 
     return Checkpoint.open(directory).fingerprint
 
 
 def convert(work_dir: Path) -> None:
     """Memory and time of loading and converting the 0.5b size, beside transformers' from_pretrained."""
-    from convert.safetensors_io import open_checkpoint
+    from convert.safetensors_files import open_checkpoint
 
     base = work_dir / "base"
     if not base.exists():

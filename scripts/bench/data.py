@@ -80,7 +80,7 @@ def make_run(path: Path) -> None:
 
 def preprocess(path: Path, mode: str) -> list[tuple[float, float]]:
     """Seconds, and those of the processor, of each of five times that a volume becomes 96³."""
-    from umbrella_jax.config import ModalityConfig
+    from umbrella_jax.config.schema import ModalityConfig
     from umbrella_jax.data.volume import load_volume
 
     spacing = {"spacing": 2.7} if mode == "pad" else {}
@@ -90,7 +90,7 @@ def preprocess(path: Path, mode: str) -> list[tuple[float, float]]:
 
 def read_window(path: Path, window: int) -> list[float]:
     """Seconds that one window of 20 frames takes, those of the processor, and the MB that are read of the file."""
-    from umbrella_jax.config import ModalityConfig
+    from umbrella_jax.config.schema import ModalityConfig
     from umbrella_jax.data.volume import open_volume, preprocess
 
     config = ModalityConfig(size=(64, 64, 36, 20), patch=(16, 16, 12, 5))
@@ -160,7 +160,7 @@ def make_scans(directory: Path) -> None:
 def deliver(scans: Path, base: Path, cache: Path, dtype: str) -> list[tuple[float, float]]:
     """Volumes per second, and per second of CPU time, that one core brings from the cache into batches of 8, in seven
     passes; the files are in the page cache."""
-    from umbrella_jax.config import ModalityConfig
+    from umbrella_jax.config.schema import ModalityConfig
     from umbrella_jax.data.cache import VolumeCache
     from umbrella_jax.data.loader import Dataset, make_plan, train_batches
     from umbrella_jax.data.tokenize import load_tokenizer
@@ -198,7 +198,7 @@ def data_cache(work_dir: Path) -> None:
 
 def demo_facts(work_dir: Path) -> Any:
     """What a plan knows of the demo's training conversations; volumes are not read."""
-    from umbrella_jax.config import load_config
+    from umbrella_jax.config.load import load_config
     from umbrella_jax.data.conversation import read_conversations
     from umbrella_jax.data.loader import facts_of
     from umbrella_jax.data.tokenize import encode, encode_all, load_tokenizer
@@ -214,7 +214,7 @@ def demo_facts(work_dir: Path) -> Any:
 def synthetic_facts(subjects: int, single: int, pairs: int, text: int) -> Any:
     """T1 questions, T3 comparisons of two subjects and questions without an image, in this order: 729 patches for an
     image and 20 to 60 tokens for a turn, of text alone 20 to 800 in all."""
-    from umbrella_jax.data.plan import Facts
+    from umbrella_jax.data.epoch_plan import Facts
 
     rng = np.random.default_rng(0)
     volumes: list[tuple[int, ...]] = [(int(rng.integers(subjects)),) for _ in range(single)]
@@ -229,7 +229,7 @@ def synthetic_facts(subjects: int, single: int, pairs: int, text: int) -> Any:
 
 def data_plan(work_dir: Path) -> None:
     """What the plans of the demo's, a mixed and a comparing data set cost, and how long a large one takes."""
-    from umbrella_jax.data.plan import MAX_SHAPES, Plan
+    from umbrella_jax.data.epoch_plan import MAX_SHAPES, Plan
 
     sets = {
         "demo": (demo_facts(work_dir), (16,)),
@@ -257,7 +257,7 @@ def read_texts(work_dir: Path, number: int, distinct: bool) -> list[float]:
     at the end."""
     import gc
 
-    from umbrella_jax.config import ModalityConfig
+    from umbrella_jax.config.schema import ModalityConfig
     from umbrella_jax.data.cache import Sources
     from umbrella_jax.data.conversation import read_conversations
     from umbrella_jax.data.loader import Dataset, make_plan

@@ -15,7 +15,7 @@ def answered() -> list[float]:
     import numpy as np
 
     from bench.jax_step import make_batch, model_config, random_params
-    from umbrella_jax.evaluation.generate import decode, prefill
+    from umbrella_jax.inference.generate import decode, prefill
     from umbrella_jax.models import abstract_params
 
     config, rng = model_config("0.5b", SCANS["t1"], "float32", "none"), np.random.default_rng(0)

@@ -13,9 +13,9 @@ import numpy as np
 
 from bench.trace import kernels
 from bench.workload import ANSWER, HUB_CONFIGS, IMAGE, SCANS, TEXT, Scan
-from convert.hf_config import CONFIG, UMBRELLA_CONFIG, read_config
+from convert.config_json import CONFIG, UMBRELLA_CONFIG, read_config
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import ModalityConfig, RematPolicy, TrainConfig, to_dict
+from umbrella_jax.config.schema import ModalityConfig, RematPolicy, TrainConfig, to_dict
 from umbrella_jax.models import LlavaConfig, Params, abstract_params, native_backend
 from umbrella_jax.plan.devices import layer_rate
 from umbrella_jax.training import freeze

@@ -14,8 +14,8 @@ def quantize(work_dir: Path) -> None:
     import umbrella_jax
     from umbrella_jax.data.loader import eval_batches
     from umbrella_jax.demo import run_demo
-    from umbrella_jax.evaluation.metrics import normalise
     from umbrella_jax.models import split
+    from umbrella_jax.scoring.metrics import normalise
     from umbrella_jax.training.step import jit_eval_step
 
     folder = work_dir / "demo"

@@ -11,8 +11,9 @@ from bench.data import CONFIGS, synthetic_facts
 from bench.jax_step import model_config
 from bench.measure import figure
 from bench.workload import ANSWER, SCANS, TEXT
-from umbrella_jax.config import RunConfig, load_config
-from umbrella_jax.data.plan import Plan as BatchPlan
+from umbrella_jax.config.load import load_config
+from umbrella_jax.config.schema import RunConfig
+from umbrella_jax.data.epoch_plan import Plan as BatchPlan
 from umbrella_jax.models import LlavaConfig
 from umbrella_jax.plan import Plan, at_shape, make_plan, parse_devices
 from umbrella_jax.plan.devices import Devices

@@ -9,7 +9,8 @@ import pytest
 
 from tests import small_run
 from tests.small_run import World, read_lines, umbrella
-from umbrella_jax import prediction, run
+from umbrella_jax.inference import predict as prediction
+from umbrella_jax.run import train as run
 from umbrella_jax.rundir import how_it_ended
 from umbrella_jax.training import trainer
 

@@ -11,9 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from convert.safetensors_io import open_checkpoint, open_safetensors, write_safetensors
-from convert.tensor import Tensor
-from umbrella_jax.api import Checkpoint, write_hf, write_native
+from convert.lazy_tensor import Tensor
+from convert.safetensors_files import open_checkpoint, open_safetensors, write_safetensors
+from umbrella_jax.checkpoints.checkpoint import Checkpoint
+from umbrella_jax.checkpoints.export import write_hf, write_native
 from umbrella_jax.errors import CheckpointError
 
 

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from convert.config_json import read_config
 from convert.from_hf import fingerprint, load_params, plan_loading
-from convert.hf_config import read_config
 from convert.rules import EMBED, LM_HEAD
-from convert.safetensors_io import INDEX, SINGLE, open_checkpoint
+from convert.safetensors_files import INDEX, SINGLE, open_checkpoint
 from convert.trainable import Trainable, write_trainable
 from tests import small_run
-from tests.checkpoints import MODALITIES, write_stock, write_umbrella
+from tests.small_checkpoints import MODALITIES, write_stock, write_umbrella
 from tests.small_run import umbrella
-from umbrella_jax.api import Checkpoint
+from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.errors import CheckpointError, ConfigError, UmbrellaError
 from umbrella_jax.models import LlavaConfig
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from convert.config_json import read_config
 from convert.from_hf import load_params, plan_loading
-from convert.hf_config import read_config
 from convert.rules import EMBED, LM_HEAD
-from convert.safetensors_io import open_checkpoint
-from tests.checkpoints import MODALITIES, write_stock, write_umbrella
+from convert.safetensors_files import open_checkpoint
+from tests.small_checkpoints import MODALITIES, write_stock, write_umbrella
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.models.llava import abstract_params
 

@@ -15,13 +15,13 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 import umbrella_jax
 from convert.rules import hub_name
-from convert.safetensors_io import digest, open_checkpoint
+from convert.safetensors_files import digest, open_checkpoint
 from convert.torch_model import PatchEmbed
 from tests import small_run
 from tests.golden_case import relative
 from tests.small_run import umbrella
 from umbrella_jax import Batch
-from umbrella_jax.config import ModalityConfig
+from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.models import merge, split
 
 pytestmark = pytest.mark.slow

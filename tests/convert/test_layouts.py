@@ -13,14 +13,23 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from convert.config_json import read_config
 from convert.from_hf import fingerprint, load_params, plan_loading
-from convert.hf_config import read_config
 from convert.rules import EMBED, LM_HEAD
-from convert.safetensors_io import open_checkpoint
+from convert.safetensors_files import open_checkpoint
 from convert.to_hf import export
-from tests.checkpoints import FAMILIES, MODALITIES, make_model, randomise, save, under_transformers_4_46, write_umbrella
 from tests.conftest import write_tokenizer
-from umbrella_jax.api import Checkpoint, write_hf, write_native
+from tests.small_checkpoints import (
+    FAMILIES,
+    MODALITIES,
+    make_model,
+    randomise,
+    save,
+    under_transformers_4_46,
+    write_umbrella,
+)
+from umbrella_jax.checkpoints.checkpoint import Checkpoint
+from umbrella_jax.checkpoints.export import write_hf, write_native
 from umbrella_jax.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]

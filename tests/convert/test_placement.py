@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from convert.config_json import read_config
 from convert.from_hf import Plan, load_params, plan_loading
-from convert.hf_config import read_config
+from convert.lazy_tensor import Index, Tensor, add_product, place, stack
 from convert.rules import modality_of
-from convert.tensor import Index, Tensor, add_product, place, stack
 
 ROOT = Path(__file__).parents[2]
 if __name__ != "__main__":
-    from tests.checkpoints import write_umbrella  # PyTorch, which takes a child some seconds
+    from tests.small_checkpoints import write_umbrella  # PyTorch, which takes a child some seconds
 
 Region = tuple[tuple[int, int], ...]
 

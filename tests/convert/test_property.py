@@ -11,15 +11,16 @@ import numpy as np
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from convert.config_json import read_config
 from convert.from_hf import load_params
-from convert.hf_config import read_config
+from convert.lazy_tensor import Tensor
 from convert.rules import EMBED, LM_HEAD, entries
-from convert.safetensors_io import open_checkpoint, write_checkpoint
-from convert.tensor import Tensor
+from convert.safetensors_files import open_checkpoint, write_checkpoint
 from convert.to_hf import export
 from tests.convert.test_layouts import NAMES
-from umbrella_jax.api import Checkpoint, write_hf, write_native
-from umbrella_jax.config import ALIASES, ModalityConfig, to_dict
+from umbrella_jax.checkpoints.checkpoint import Checkpoint
+from umbrella_jax.checkpoints.export import write_hf, write_native
+from umbrella_jax.config.schema import ALIASES, ModalityConfig, to_dict
 from umbrella_jax.models import abstract_params
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

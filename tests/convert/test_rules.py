@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.hf_config import read_config
+from convert.config_json import read_config
+from convert.lazy_tensor import Tensor
 from convert.rules import REPLACED, entries, hub_name, modality_of
-from convert.tensor import Tensor
-from tests.checkpoints import MODALITIES, make_model, write_umbrella
+from tests.small_checkpoints import MODALITIES, make_model, write_umbrella
 from umbrella_jax.models.llava import abstract_params
 
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from convert.config_json import read_config
 from convert.from_hf import load_params
-from convert.hf_config import read_config
 from convert.rules import hub_name
-from convert.safetensors_io import open_checkpoint
+from convert.safetensors_files import open_checkpoint
 from convert.to_hf import export
 from convert.torch_model import PatchEmbed, load_umbrella
-from tests.checkpoints import MODALITIES, under_transformers_4_46, write_stock, write_umbrella
 from tests.convert import torch_golden
-from umbrella_jax.config import ModalityConfig
+from tests.small_checkpoints import MODALITIES, under_transformers_4_46, write_stock, write_umbrella
+from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]

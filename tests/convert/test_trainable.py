@@ -12,14 +12,14 @@ from safetensors.numpy import load_file, save_file
 
 import umbrella_jax
 from convert.rules import hub_name
-from convert.safetensors_io import open_checkpoint, write_checkpoint
+from convert.safetensors_files import open_checkpoint, write_checkpoint
 from convert.torch_model import load_umbrella
 from tests import small_run
 from tests.small_run import World, umbrella
-from umbrella_jax.api import Checkpoint
+from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.errors import CheckpointError, ConfigError
+from umbrella_jax.inference.processor import Processor
 from umbrella_jax.models import split
-from umbrella_jax.processor import Processor
 
 EMBEDDINGS = "vision_tower.vision_model.embeddings."
 ENDS = ("_proj.weight", "_proj.bias", "_positional_embeddings")

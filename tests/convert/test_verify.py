@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert.hf_config import read_config
+from convert.config_json import read_config
+from convert.lazy_tensor import Tensor
 from convert.rules import EMBED, LM_HEAD
-from convert.tensor import Tensor
 from convert.verify import _compare, _ulp, compare_reading
-from tests.checkpoints import FAMILIES, MODALITIES, write_stock, write_umbrella
 from tests.conftest import write_tokenizer
-from umbrella_jax.api import Checkpoint, verify, write_hf, write_native
+from tests.small_checkpoints import FAMILIES, MODALITIES, write_stock, write_umbrella
+from umbrella_jax.checkpoints.checkpoint import Checkpoint
+from umbrella_jax.checkpoints.export import write_hf, write_native
+from umbrella_jax.checkpoints.verify import verify
 from umbrella_jax.cli import main
 from umbrella_jax.models import Llava
 
@@ -130,7 +132,7 @@ def misread(monkeypatch, change):
     def wrong(*args, **options):
         return change(read_config(*args, **options))
 
-    monkeypatch.setattr("umbrella_jax.api.read_config", wrong)
+    monkeypatch.setattr("umbrella_jax.checkpoints.checkpoint.read_config", wrong)
 
 
 MISREADINGS = {
@@ -159,7 +161,7 @@ def test_a_misreading_of_ours_is_named(base, monkeypatch, field):
 def test_a_misreading_of_ours_shows_in_the_logits(base, monkeypatch, field):
     """PyTorch computes what transformers reads in the original config.json."""
     misread(monkeypatch, MISREADINGS[field])
-    monkeypatch.setattr("umbrella_jax.api.compare_reading", lambda *args, **options: [])
+    monkeypatch.setattr("umbrella_jax.checkpoints.checkpoint.compare_reading", lambda *args, **options: [])
     found = verify(base, base)
     assert not found.same
     assert all(forward.logits > 1e-3 for forward in found.forward.values())
@@ -172,7 +174,7 @@ def test_a_misread_tie_shows(tmp_path, monkeypatch, tied):
     tensors[LM_HEAD] = tensors[EMBED].copy()  # what either reading can load
     save_file(tensors, tmp_path / "base" / "model.safetensors")
     assert verify(tmp_path / "base", tmp_path / "base").same
-    monkeypatch.setattr("convert.hf_config._tied", lambda raw: not tied)
+    monkeypatch.setattr("convert.config_json._tied", lambda raw: not tied)
     found = verify(tmp_path / "base", tmp_path / "base")
     said = f"text.tie_word_embeddings: {tied} as transformers reads it, {not tied} as it is read here"
     assert [fault for fault in found.configuration if said in fault]

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from convert.torch_model import load_umbrella
-from umbrella_jax.config import ModalityConfig
+from umbrella_jax.config.schema import ModalityConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = {"umbrella_T1_rsfMRI": ("T1", "rsfMRI"), "umbrella_sMRI_fMRI": ("sMRI", "fMRI")}

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from umbrella_jax.config import ModalityConfig
+from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.data.tokenize import load_tokenizer
 
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umbrella_jax.config import AugmentConfig, dump_config, load_config, parse_config
+from umbrella_jax.config.load import dump_config, load_config, parse_config
+from umbrella_jax.config.schema import AugmentConfig
 from umbrella_jax.data.augment import Augmentation, check_axes, draw, examples
 from umbrella_jax.errors import ConfigError, DataError
 

@@ -7,17 +7,17 @@ from functools import partial
 import numpy as np
 import pytest
 
-from umbrella_jax.config import AugmentConfig, DataConfig, ModalityConfig, ModelConfig, RunConfig
+from umbrella_jax.config.schema import AugmentConfig, DataConfig, ModalityConfig, ModelConfig, RunConfig
 from umbrella_jax.data.augment import Augmentation
 from umbrella_jax.data.background import find_background
 from umbrella_jax.data.cache import Sources, VolumeCache
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.loader import Dataset
-from umbrella_jax.data.validate import validate
+from umbrella_jax.data.validation.checks import validate
 from umbrella_jax.data.volume import check_volumes, load_volume
 from umbrella_jax.errors import ConfigError, DataError
-from umbrella_jax.explanation import _background
-from umbrella_jax.processor import Processor
+from umbrella_jax.inference.explain import _background
+from umbrella_jax.inference.processor import Processor
 
 RUN = ModalityConfig(size=(6, 6, 6, 4), patch=(3, 3, 3, 4))
 CUBES = ModalityConfig(size=(8, 8, 8), patch=(4, 4, 4), mode="pad", spacing=1)

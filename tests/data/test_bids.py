@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.small_run import umbrella
-from umbrella_jax.config import load_config, resolve_modality
+from umbrella_jax.config.load import load_config
+from umbrella_jax.config.schema import resolve_modality
 from umbrella_jax.data.bids import MODALITIES, from_bids
 from umbrella_jax.data.conversation import read_conversations
 from umbrella_jax.data.ignore_file import IgnoreFile

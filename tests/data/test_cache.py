@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from umbrella_jax.cli import main
-from umbrella_jax.config import DataConfig, ModalityConfig
+from umbrella_jax.config.schema import DataConfig, ModalityConfig
 from umbrella_jax.data import cache as cache_module
 from umbrella_jax.data import volume as volume_module
 from umbrella_jax.data import voxels as voxels_module

@@ -9,7 +9,7 @@ import pytest
 from umbrella_jax.batch import Parts
 from umbrella_jax.data.collate import collate
 from umbrella_jax.data.conversation import Image
-from umbrella_jax.data.plan import BatchShape
+from umbrella_jax.data.epoch_plan import BatchShape
 from umbrella_jax.data.tokenize import Encoded
 
 A, B, C = (Image(Path(f"/{name}.nii"), "T1") for name in "abc")

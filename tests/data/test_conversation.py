@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from umbrella_jax.config import ModalityConfig
+from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.data.conversation import Image, read_conversations
 from umbrella_jax.errors import DataError
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import umbrella_jax.data.voxels
-from umbrella_jax.config import ModalityConfig
+from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.loader import Dataset
 from umbrella_jax.data.volume import check_volumes, load_volume, open_volume, preprocess

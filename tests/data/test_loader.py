@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from umbrella_jax.batch import WHOLE, Parts
-from umbrella_jax.config import AugmentConfig, ModalityConfig
+from umbrella_jax.config.schema import AugmentConfig, ModalityConfig
 from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.loader import Dataset, eval_batches, eval_subset, make_plan, train_batches, whole_batch
 from umbrella_jax.data.volume import load_volume

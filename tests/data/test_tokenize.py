@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from tests.checkpoints import under_transformers_4_46
+from tests.small_checkpoints import under_transformers_4_46
 from umbrella_jax.data.conversation import Conversation, Image, Message, read_conversations
 from umbrella_jax.data.tokenize import (
     Remembering,
@@ -676,7 +676,7 @@ def test_the_processors_chat_template_comes_first(tokenizer_directory, tmp_path)
 
 DECODE_446 = """
 import sys, transformers
-from umbrella_jax.processor import Processor
+from umbrella_jax.inference.processor import Processor
 assert transformers.__version__ == "4.46.3"
 from umbrella_jax.data.tokenize import load_tokenizer
 processor = Processor(load_tokenizer(sys.argv[1], None)[0], {})

@@ -14,11 +14,10 @@ from threadpoolctl import ThreadpoolController
 
 import umbrella_jax.data.volume
 import umbrella_jax.data.voxels
-from umbrella_jax.config import ORIENTATIONS as ORIENTATIONS_48
-from umbrella_jax.config import ModalityConfig
+from umbrella_jax.config.schema import ORIENTATIONS as ORIENTATIONS_48
+from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.loader import prefetch
-from umbrella_jax.data.slices import geometry
 from umbrella_jax.data.volume import (
     area_weights,
     axis_codes,
@@ -32,6 +31,7 @@ from umbrella_jax.data.volume import (
 )
 from umbrella_jax.data.voxels import open_voxels
 from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.html.slices import geometry
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 

@@ -14,7 +14,7 @@ from training_case import QUICK, make_case, to_numpy
 
 from convert.rules import entries, hub_name
 from convert.torch_model import load_umbrella
-from umbrella_jax.config import LORA_TARGETS, GroupConfig, LoraConfig, MeshConfig, TrainConfig
+from umbrella_jax.config.schema import LORA_TARGETS, GroupConfig, LoraConfig, MeshConfig, TrainConfig
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import abstract_params, lora, merge, quantize
 from umbrella_jax.models.quantize import quantizable

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from umbrella_jax.models import xla_attention as module
 from umbrella_jax.models.attention import attention
+from umbrella_jax.models.attention import xla as module
 
 CASES = {  # B, T, S, H, K, Dh
     "one block": (2, 37, 37, 6, 2, 8),

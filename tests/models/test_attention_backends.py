@@ -10,13 +10,13 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from umbrella_jax.config import ModalityConfig
+from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import attention as attention_module
 from umbrella_jax.models.attention import attention, choose_backend, native_backend
+from umbrella_jax.models.attention.splash import splash_block, splash_shape
+from umbrella_jax.models.attention.xla import xla_attention
 from umbrella_jax.models.siglip import SiglipConfig, SiglipVisionModel
-from umbrella_jax.models.splash_attention import splash_block, splash_shape
-from umbrella_jax.models.xla_attention import xla_attention
 
 CASES = {  # B, T, S, H, K, Dh
     "grouped": (2, 37, 37, 6, 2, 72),

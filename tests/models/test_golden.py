@@ -9,8 +9,8 @@ import pytest
 from golden_case import MODALITIES, golden, golden_batch, golden_model, relative
 from training_case import OPTIMISED, generating_with
 
-from umbrella_jax.config import TrainConfig
-from umbrella_jax.evaluation.generate import generate
+from umbrella_jax.config.schema import TrainConfig
+from umbrella_jax.inference.generate import generate
 from umbrella_jax.models import abstract_params, merge
 from umbrella_jax.training.freeze import as_trainable, label_params, partition
 from umbrella_jax.training.loss import loss_sum

@@ -11,12 +11,12 @@ from golden_case import relative
 from training_case import QUICK
 from transformers import GenerationConfig
 
+from convert.config_json import read_config
 from convert.from_hf import load_params
-from convert.hf_config import read_config
 from convert.torch_model import load_umbrella
-from tests.checkpoints import IMAGE_ID, MODALITIES, write_umbrella
+from tests.small_checkpoints import IMAGE_ID, MODALITIES, write_umbrella
 from umbrella_jax.batch import Batch
-from umbrella_jax.evaluation.generate import generate
+from umbrella_jax.inference.generate import generate
 from umbrella_jax.models import abstract_params, merge
 from umbrella_jax.training.freeze import label_params, partition
 from umbrella_jax.training.loss import loss_sum

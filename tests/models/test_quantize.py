@@ -9,7 +9,7 @@ from golden_case import golden_batch, golden_model, relative
 from mesh_case import mesh_case, micro_batch
 from training_case import QUICK
 
-from umbrella_jax.config import MeshConfig
+from umbrella_jax.config.schema import MeshConfig
 from umbrella_jax.models import abstract_params, merge, quantize
 from umbrella_jax.models.quantize import quantizable
 from umbrella_jax.sharding import make_mesh, put_batch, shardings

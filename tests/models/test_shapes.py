@@ -13,7 +13,7 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import ModalityConfig
+from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.models import Llava, LlavaConfig, Qwen2Config, SiglipConfig, abstract_params, merge, split
 from umbrella_jax.models.attention import attention
 from umbrella_jax.models.layers import Embedding, LayerNorm, Linear, RMSNorm

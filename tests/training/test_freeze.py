@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from golden_case import golden_model
 
-from umbrella_jax.config import ModalityConfig, TrainConfig
+from umbrella_jax.config.schema import ModalityConfig, TrainConfig
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig, abstract_params
-from umbrella_jax.training.freeze import FROZEN, as_trainable, label_params, modality_of, partition, summary
+from umbrella_jax.models.paths import FROZEN, modality_of
+from umbrella_jax.training.freeze import as_trainable, label_params, partition, summary
 
 EMBEDDINGS = "vision_tower.vision_model.embeddings."
 POST = "vision_tower.vision_model.post_layernorm."

@@ -8,8 +8,9 @@ import torch
 from training_case import EMBEDDINGS, QUICK, total_bytes
 from transformers import get_linear_schedule_with_warmup
 
-from umbrella_jax.config import GroupConfig, TrainConfig
-from umbrella_jax.training.freeze import FROZEN, label_params
+from umbrella_jax.config.schema import GroupConfig, TrainConfig
+from umbrella_jax.models.paths import FROZEN
+from umbrella_jax.training.freeze import label_params
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule
 
 SHAPES = {

@@ -30,8 +30,8 @@ from training_case import (
     total_bytes,
 )
 
-from umbrella_jax.config import GroupConfig, LoraConfig, TrainConfig
-from umbrella_jax.training.freeze import COMPONENTS
+from umbrella_jax.config.schema import GroupConfig, LoraConfig, TrainConfig
+from umbrella_jax.models.paths import COMPONENTS
 from umbrella_jax.training.step import jit_eval_step, jit_train_step, train_step
 
 

@@ -17,7 +17,7 @@ from typing import Any, TextIO, cast
 
 from umbrella_jax.cli import ask, convert, data, results, setup, train
 from umbrella_jax.cli.options import commands_of, make_command
-from umbrella_jax.columns import wrapped
+from umbrella_jax.console import wrapped
 from umbrella_jax.errors import Interrupted, UmbrellaError, known_cause, visible
 
 

@@ -17,7 +17,8 @@ from umbrella_jax.cli.options import (
     modalities_of,
     start_processes,
 )
-from umbrella_jax.config import ModalityConfig, load_config, modality_names, parse_mesh, resolve_modality
+from umbrella_jax.config.load import load_config, parse_mesh
+from umbrella_jax.config.schema import ModalityConfig, modality_names, resolve_modality
 from umbrella_jax.errors import ConfigError, visible
 
 METHODS = ("gradient", "integrated", "occlusion")
@@ -114,7 +115,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def _sampling(arguments: argparse.Namespace) -> Any:
-    from umbrella_jax.evaluation.generate import Sampling
+    from umbrella_jax.inference.generate import Sampling
 
     return Sampling(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p)
 
@@ -141,7 +142,7 @@ def _images(arguments: argparse.Namespace, modalities: Mapping[str, ModalityConf
 
 def _opened(arguments: argparse.Namespace) -> Any:
     """Return the opened checkpoint of MODEL, and print which step of a run it is unless it is the newest."""
-    from umbrella_jax.api import Checkpoint
+    from umbrella_jax.checkpoints.checkpoint import Checkpoint
 
     options: dict[str, Any] = {"compute_dtype": arguments.compute_dtype, "step": arguments.step}
     checkpoint = Checkpoint.open(arguments.model, modalities_of(arguments), **options)
@@ -152,8 +153,8 @@ def _opened(arguments: argparse.Namespace) -> Any:
 
 def _generate(arguments: argparse.Namespace) -> None:
     import umbrella_jax
-    from umbrella_jax.api import load_opened
-    from umbrella_jax.evaluation.generate import probabilities
+    from umbrella_jax.checkpoints.load import load_opened
+    from umbrella_jax.inference.generate import probabilities
 
     sampling, checkpoint = _sampling(arguments), _opened(arguments)
     processor = umbrella_jax.Processor.of(checkpoint)
@@ -189,11 +190,11 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _predict(arguments: argparse.Namespace) -> None:
     import jax
 
-    from umbrella_jax.config import DataConfig, MeshConfig
+    from umbrella_jax.config.schema import DataConfig, MeshConfig
     from umbrella_jax.distributed import bound, together
 
     start_processes(arguments)
-    from umbrella_jax.prediction import predict
+    from umbrella_jax.inference.predict import predict
 
     with bound():
         with together():
@@ -226,10 +227,10 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 def _explain(arguments: argparse.Namespace) -> None:
     import umbrella_jax
-    from umbrella_jax.api import load_opened
-    from umbrella_jax.config import DataConfig
+    from umbrella_jax.checkpoints.load import load_opened
+    from umbrella_jax.config.schema import DataConfig
     from umbrella_jax.data.conversation import read_conversations
-    from umbrella_jax.files import check_new_folder, new_folder
+    from umbrella_jax.io.files import check_new_folder, new_folder
 
     if (arguments.prompt is None) == (arguments.data is None):
         raise ConfigError("explain: expected PROMPT with --image, or --data PATH without PROMPT")

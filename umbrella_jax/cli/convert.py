@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from umbrella_jax.cli.options import add_command, add_config, add_group, add_json, add_step, config_of, modalities_of
-from umbrella_jax.files import strict_json
+from umbrella_jax.io.files import strict_json
 
 
 def add(commands: Any) -> None:
@@ -64,7 +64,8 @@ def add(commands: Any) -> None:
 
 
 def _from_hf(arguments: argparse.Namespace) -> None:
-    from umbrella_jax.api import Checkpoint, write_native
+    from umbrella_jax.checkpoints.checkpoint import Checkpoint
+    from umbrella_jax.checkpoints.export import write_native
 
     config = config_of(arguments)
     checkpoint = Checkpoint.open(
@@ -86,7 +87,8 @@ def _from_hf(arguments: argparse.Namespace) -> None:
 
 
 def _to_hf(arguments: argparse.Namespace) -> None:
-    from umbrella_jax.api import Checkpoint, untrained_to_leave_out, write_hf, write_trained
+    from umbrella_jax.checkpoints.checkpoint import Checkpoint
+    from umbrella_jax.checkpoints.export import untrained_to_leave_out, write_hf, write_trained
 
     checkpoint = Checkpoint.open(arguments.source, step=arguments.step)
     if checkpoint.chosen:
@@ -108,7 +110,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from umbrella_jax.api import verify
+    from umbrella_jax.checkpoints.verify import verify
 
     found = verify(arguments.a, arguments.b, modalities_of(arguments), forward=not arguments.no_logits)
     print(strict_json(found.to_json(), indent=2) if arguments.json else "\n".join(found.lines()))

@@ -16,11 +16,11 @@ from umbrella_jax.cli.options import (
     config_of,
     number,
 )
-from umbrella_jax.config import MAX_CLASSES
+from umbrella_jax.config.schema import MAX_CLASSES
 from umbrella_jax.data.bids import TEMPLATES, from_bids
 from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.errors import ConfigError
-from umbrella_jax.files import check_output, strict_json
+from umbrella_jax.io.files import check_output, strict_json
 
 
 def add(commands: Any) -> None:
@@ -101,12 +101,13 @@ def _from_bids(arguments: argparse.Namespace) -> None:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    from umbrella_jax.api import local_tokenizer
-    from umbrella_jax.data.page import check_page, write_page
-    from umbrella_jax.data.validate import validate
-    from umbrella_jax.evaluation.tasks import tasks_of
-    from umbrella_jax.pages import PRIVACY
-    from umbrella_jax.prediction import blank_rows, check_lengths
+    from umbrella_jax.checkpoints.load import local_tokenizer
+    from umbrella_jax.data.validation.checks import validate
+    from umbrella_jax.data.validation.page import check_page, write_page
+    from umbrella_jax.html.page import PRIVACY
+    from umbrella_jax.inference.predict import check_lengths
+    from umbrella_jax.scoring.rows import blank_rows
+    from umbrella_jax.scoring.tasks import tasks_of
 
     config, page = config_of(arguments), arguments.html and Path(arguments.html)
     if page:

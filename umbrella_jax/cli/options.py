@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from umbrella_jax.config import RunConfig, load_config, parse_mesh
+from umbrella_jax.config.load import load_config, parse_mesh
+from umbrella_jax.config.schema import RunConfig
 from umbrella_jax.errors import ConfigError, DataError
-from umbrella_jax.reading import parse_yaml
+from umbrella_jax.io.reading import parse_yaml
 
 # Flags that set a key of the config: group, key, type, metavar, help.
 _DATA, _RUN = "model and data", "run"

@@ -16,9 +16,10 @@ from umbrella_jax.cli.options import (
     config_of,
     number,
 )
-from umbrella_jax.config import EvaluationConfig, load_config
+from umbrella_jax.config.load import load_config
+from umbrella_jax.config.schema import EvaluationConfig
 from umbrella_jax.errors import ConfigError, DataError
-from umbrella_jax.files import strict_json
+from umbrella_jax.io.files import strict_json
 
 
 def add(commands: Any) -> None:
@@ -94,7 +95,7 @@ def add(commands: Any) -> None:
 
 
 def _runs(arguments: argparse.Namespace) -> None:
-    from umbrella_jax.runs import compare, find_runs, plot_faults
+    from umbrella_jax.report.compare_runs import compare, find_runs, plot_faults
 
     file = Path(arguments.plot) if arguments.plot else None
     if file and (faults := plot_faults(file)):
@@ -107,8 +108,8 @@ def _runs(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from umbrella_jax.evaluation.metrics import cut_faults, read_predictions, score, tasks_of
     from umbrella_jax.rundir import CONFIG, choose_step, evaluations
+    from umbrella_jax.scoring.metrics import cut_faults, read_predictions, score, tasks_of
 
     file, settings, title = Path(arguments.predictions), arguments.config, ""
     if file.is_dir():
@@ -133,7 +134,7 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from umbrella_jax.pages import PRIVACY
+    from umbrella_jax.html.page import PRIVACY
     from umbrella_jax.report import write_report
     from umbrella_jax.rundir import NEWEST, REPORT
 
@@ -158,7 +159,7 @@ def _baseline(arguments: argparse.Namespace) -> None:
     with together():
         if not alone():
             raise ConfigError("baseline: runs in one process; start only one")
-    from umbrella_jax.baseline import baseline
+    from umbrella_jax.baselines.compare import baseline
 
     found = baseline(
         config_of(arguments),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from umbrella_jax.cli.options import DIRECTORIES, FILES, add_command, add_group, add_json, walk
-from umbrella_jax.files import strict_json
+from umbrella_jax.io.files import strict_json
 
 
 def add(commands: Any) -> None:
@@ -50,7 +50,7 @@ def add(commands: Any) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from umbrella_jax.doctor import diagnose
+    from umbrella_jax.doctor.diagnose import diagnose
 
     found = diagnose()
     print(strict_json(found.to_json(), indent=2) if arguments.json else "\n".join(found.lines()))
@@ -64,7 +64,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _from_original(arguments: argparse.Namespace) -> None:
-    from umbrella_jax.original import from_original, render
+    from umbrella_jax.config.from_original import from_original, render
 
     print(render(*from_original(arguments.file)), end="")
 

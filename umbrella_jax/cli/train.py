@@ -13,7 +13,7 @@ from umbrella_jax.cli.options import (
     config_of,
     start_processes,
 )
-from umbrella_jax.files import strict_json
+from umbrella_jax.io.files import strict_json
 
 
 def add(commands: Any) -> None:
@@ -64,7 +64,7 @@ def add(commands: Any) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from umbrella_jax.distributed import bound, together
-    from umbrella_jax.run import rehearse, train
+    from umbrella_jax.run.train import rehearse, train
 
     start_processes(arguments)
     with bound():
@@ -74,13 +74,13 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from umbrella_jax.run import inspect
+    from umbrella_jax.run.train import inspect
 
     print(inspect(config_of(arguments)))
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from umbrella_jax.api import open_base
+    from umbrella_jax.checkpoints.load import open_base
     from umbrella_jax.plan import make_plan, parse_devices, stored_dtype
 
     config = config_of(arguments)

@@ -20,7 +20,7 @@ import numpy as np
 from scipy.ndimage import affine_transform
 from scipy.spatial.transform import Rotation
 
-from umbrella_jax.config import AugmentConfig
+from umbrella_jax.config.schema import AugmentConfig
 from umbrella_jax.errors import DataError
 
 _REMEDY = "expected a format that holds it (NIfTI, .mgz), or data.augment.left_right_flip: 0"

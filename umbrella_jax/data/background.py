@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from umbrella_jax.columns import plural
-from umbrella_jax.config import ModalityConfig
+from umbrella_jax.config.schema import ModalityConfig
+from umbrella_jax.console import plural
 from umbrella_jax.errors import DataError
 
 BELOW = 0.05

@@ -12,8 +12,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, TypeVar
 
-from umbrella_jax.columns import plural, wrapped
-from umbrella_jax.config import MAX_CLASSES, modality_names, resolve_modality
+from umbrella_jax.config.schema import MAX_CLASSES, modality_names, resolve_modality
+from umbrella_jax.console import plural, wrapped
 from umbrella_jax.data.conversation import IMAGE_MARKER, TURN_END, TURN_START
 from umbrella_jax.data.ignore_file import IgnoreFile
 from umbrella_jax.data.subject_split import SPLITS, read_splits, split_names, split_subjects, write_splits
@@ -29,8 +29,8 @@ from umbrella_jax.data.tables import (
     with_prefix,
 )
 from umbrella_jax.errors import ConfigError, DataError, UmbrellaError, no_directory
-from umbrella_jax.files import check_new_folder, naming, new_folder, private, strict_json
-from umbrella_jax.reading import read_json, read_text, read_yaml
+from umbrella_jax.io.files import check_new_folder, naming, new_folder, private, strict_json
+from umbrella_jax.io.reading import read_json, read_text, read_yaml
 
 T = TypeVar("T")
 TEMPLATES: dict[str, dict[str, str]] = {

@@ -43,8 +43,8 @@ import nibabel as nib
 import numpy as np
 from safetensors.numpy import save
 
-from umbrella_jax.columns import plural
-from umbrella_jax.config import DataConfig, ModalityConfig, RunConfig
+from umbrella_jax.config.schema import DataConfig, ModalityConfig, RunConfig
+from umbrella_jax.console import plural
 from umbrella_jax.data.background import Background, by_modality, level_of, summary, uneven
 from umbrella_jax.data.conversation import Image, read_conversations
 from umbrella_jax.data.volume import (
@@ -60,8 +60,8 @@ from umbrella_jax.data.volume import (
 )
 from umbrella_jax.data.voxels import Voxels, readable, source_files
 from umbrella_jax.errors import ConfigError, DataError
-from umbrella_jax.files import check_output
-from umbrella_jax.reading import parse_json, read_json, sha256
+from umbrella_jax.io.files import check_output
+from umbrella_jax.io.reading import parse_json, read_json, sha256
 
 _log = logging.getLogger(__name__)
 _SETTLED = 2.0

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from umbrella_jax.batch import WHOLE, Batch, Parts
-from umbrella_jax.config import ModalityConfig
+from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.data.conversation import Image
-from umbrella_jax.data.plan import BatchShape, cut
+from umbrella_jax.data.epoch_plan import BatchShape, cut
 from umbrella_jax.data.tokenize import Encoded
 
 

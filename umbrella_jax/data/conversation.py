@@ -10,11 +10,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from umbrella_jax.config import modality_names, resolve_modality, unknown_modality
+from umbrella_jax.config.schema import modality_names, resolve_modality, unknown_modality
 from umbrella_jax.data.schema import IMAGE_MARKER, to_current
 from umbrella_jax.data.subject_split import SPLITS
 from umbrella_jax.errors import DataError, visible
-from umbrella_jax.reading import KINDS, kind, parse_json, quoted, read_items, read_lines
+from umbrella_jax.io.reading import KINDS, kind, parse_json, quoted, read_items, read_lines
 
 ROLES = ("system", "user", "assistant")
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"

@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
-from umbrella_jax.config import DataConfig
+from umbrella_jax.config.schema import DataConfig
 from umbrella_jax.data.conversation import conversation_files
 from umbrella_jax.data.loader import Dataset
-from umbrella_jax.files import strict_json
-from umbrella_jax.reading import sha256
+from umbrella_jax.io.files import strict_json
+from umbrella_jax.io.reading import sha256
 
 Inputs = dict[str, list[tuple[str, str]]]
 """(name, SHA-256) of each file, by kind: `conversations`, `tokens` (the tokenizer's work), `volumes`; each kind in the

@@ -11,13 +11,13 @@ import grain
 import numpy as np
 
 from umbrella_jax.batch import WHOLE, Batch, Parts
-from umbrella_jax.config import AugmentConfig, ModalityConfig, Template
+from umbrella_jax.config.schema import AugmentConfig, ModalityConfig, Template
 from umbrella_jax.data.augment import check_axes, draw
 from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.cache import Sources
 from umbrella_jax.data.collate import collate
 from umbrella_jax.data.conversation import Conversation, Image, read_conversations
-from umbrella_jax.data.plan import BatchShape, Facts, Plan, Update, exact_shape
+from umbrella_jax.data.epoch_plan import BatchShape, Facts, Plan, Update, exact_shape
 from umbrella_jax.data.tokenize import Encoded, Remembering, encode, encode_all, encode_prompt
 from umbrella_jax.data.volume import check_volumes
 from umbrella_jax.errors import DataError
@@ -204,7 +204,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Batches of the steps start_step .. num_steps - 1, each of A micro-batches of B conversations.
 
-    Epochs follow one another, each in an order of its own: see `umbrella_jax.data.plan`. In 4D, an epoch draws one
+    Epochs follow one another, each in an order of its own: see `umbrella_jax.data.epoch_plan`. In 4D, an epoch draws one
     window per run, the same for every conversation that shows it. Both depend on the plan's seed and the epoch alone:
     step s is the same whether or not the run was resumed, and whatever the number of threads or processes.
 

@@ -8,7 +8,7 @@ OpenAI's: `messages`, `images` as plain paths, and parts `{type: image, image: P
 import re
 from typing import Any
 
-from umbrella_jax.reading import KINDS, kind, quoted
+from umbrella_jax.io.reading import KINDS, kind, quoted
 
 IMAGE_MARKER = "<image>"
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from umbrella_jax.config import MAX_CLASSES
+from umbrella_jax.config.schema import MAX_CLASSES
 from umbrella_jax.data.tables import check_columns, is_missing, number_in, read_table, subject_rows
 from umbrella_jax.errors import DataError
-from umbrella_jax.files import PRIVATE, write_whole
+from umbrella_jax.io.files import PRIVATE, write_whole
 
 SPLITS = "splits.tsv"
 """The file beside conversations that says which subject is in which of them."""

@@ -8,9 +8,9 @@ from io import StringIO
 from pathlib import Path
 from types import MappingProxyType
 
-from umbrella_jax.config import MAX_CLASSES
+from umbrella_jax.config.schema import MAX_CLASSES
 from umbrella_jax.errors import DataError
-from umbrella_jax.reading import LISTING, read_text
+from umbrella_jax.io.reading import LISTING, read_text
 
 _MISSING = {
     *("", "n/a", "na", "<na>", "n.a.", "nan", "null", "-", "--", "---", "–", "—", "?", "??", "???", ".", "..", "..."),

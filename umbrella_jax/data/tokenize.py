@@ -27,10 +27,10 @@ from unicodedata import normalize
 
 import numpy as np
 
-from umbrella_jax.config import ModalityConfig, Template
+from umbrella_jax.config.schema import ModalityConfig, Template
 from umbrella_jax.data.conversation import IMAGE_MARKER, TURN_END, TURN_START, Conversation, Image, Message
 from umbrella_jax.errors import DataError, is_out_of_memory
-from umbrella_jax.reading import LISTING, read_json
+from umbrella_jax.io.reading import LISTING, read_json
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of missing PyTorch, which is not needed
 

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from umbrella_jax.config import AS_STORED, ModalityConfig
+from umbrella_jax.config.schema import AS_STORED, ModalityConfig
 from umbrella_jax.data.background import Background, Note, find_background, ignore, undecided
 from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.conversation import Image

@@ -38,9 +38,9 @@ from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
 from numpy.lib.format import MAGIC_PREFIX, read_array_header_1_0, read_array_header_2_0, read_magic
 
-from umbrella_jax.config import MAX_VOXELS, MM
+from umbrella_jax.config.schema import MAX_VOXELS, MM
 from umbrella_jax.errors import DataError, is_out_of_memory
-from umbrella_jax.reading import placeholder
+from umbrella_jax.io.reading import placeholder
 
 UNPACKED = 256 << 20
 """Bytes that any compressed file may hold: a volume of 320³ in float64, whatever is in it."""
@@ -647,7 +647,7 @@ def _load(file: Path) -> Any:
 
 def _tensor(file: Path) -> np.ndarray:
     try:
-        from convert.torch_model import read_tensor
+        from umbrella_jax.io.torch_files import read_tensor
     except ImportError:
         remedy = "pip install 'umbrella-jax[torch]', or save it as .npy"
         raise DataError(f"{file}: needs PyTorch to be read; {remedy}") from None

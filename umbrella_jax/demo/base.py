@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.hf_config import RANDOM_WEIGHTS
+from convert.config_json import RANDOM_WEIGHTS
 from umbrella_jax.data.tokenize import save_tokenizer
 from umbrella_jax.demo.data import SENTENCES
 

@@ -8,7 +8,7 @@ from typing import Any
 from umbrella_jax.demo.base import make_base
 from umbrella_jax.demo.data import DemoData, lesion_mask, make_data
 from umbrella_jax.errors import RunError
-from umbrella_jax.pages import PACKAGES, page_faults
+from umbrella_jax.html.page import PACKAGES, page_faults
 
 CONFIG = "tiny"
 """A shipped one."""
@@ -35,9 +35,9 @@ def run_demo(
         RunError: the export does not answer as the run did.
     """
     from umbrella_jax.cli import main
-    from umbrella_jax.evaluation.metrics import read_predictions
-    from umbrella_jax.files import check_new_folder, check_run_name
+    from umbrella_jax.io.files import check_new_folder, check_run_name
     from umbrella_jax.rundir import evaluations
+    from umbrella_jax.scoring.metrics import read_predictions
 
     def command(*words: object) -> None:
         text = [str(word) for word in words]
@@ -105,7 +105,7 @@ def _lesions(checkpoint: Path, data: DemoData) -> float:
 def _answers(checkpoint: Path, conversations: Path) -> list[str]:
     """What a notebook does: load, make a batch, generate."""
     import umbrella_jax
-    from umbrella_jax.config import load_config
+    from umbrella_jax.config.load import load_config
 
     model = umbrella_jax.load(checkpoint)
     processor = umbrella_jax.Processor.load(checkpoint)
@@ -117,7 +117,7 @@ def _answers(checkpoint: Path, conversations: Path) -> list[str]:
 
 def _report(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Prints accuracy per task on subjects that training did not see, beside what is reached without the images."""
-    from umbrella_jax.evaluation.metrics import score, tasks_of
+    from umbrella_jax.scoring.metrics import score, tasks_of
 
     scores = score(rows, tasks_of(rows), resamples=0)
     print(f"\n{'held-out task':<28}{'n':>5}{'accuracy':>10}{'chance':>8}")

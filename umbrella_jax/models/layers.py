@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from umbrella_jax.config import RematPolicy
-from umbrella_jax.models.cudnn_attention import is_cudnn_forward
+from umbrella_jax.config.schema import RematPolicy
+from umbrella_jax.models.attention.cudnn import is_cudnn_forward
 from umbrella_jax.models.parallel import look_up, split_rows
 
 Array = jax.Array

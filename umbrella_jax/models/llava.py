@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
 
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import AttentionBackend, LoraConfig, ModalityConfig, RematPolicy
+from umbrella_jax.config.schema import AttentionBackend, LoraConfig, ModalityConfig, RematPolicy
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.models.attention import choose_backend
 from umbrella_jax.models.lora import attach

@@ -5,7 +5,6 @@ Own code: of the libraries, PEFT is torch's, and qwix's provider makes adapters 
 scan is that of one layer for all.
 """
 
-import re
 import zlib
 from collections.abc import Mapping
 
@@ -13,27 +12,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from umbrella_jax.config import LoraConfig
+from umbrella_jax.config.schema import LoraConfig
 from umbrella_jax.models.layers import Factor, Linear
+from umbrella_jax.models.paths import adapted_weight
 
-_ADAPTER = re.compile(r"(.+)\.lora_([AB])\.weight")
 _COMPONENTS = {  # parameters' path → component, of those in LORA_TARGETS
     "vision_tower.vision_model.encoder.layers.": "vision_tower",
     "multi_modal_projector.": "projector",
     "language_model.model.layers.": "language_model",
 }
-
-
-def adapted_weight(path: str) -> str | None:
-    """The path of the weight beside which this part of an adapter lies; None for all other parameters."""
-    match = _ADAPTER.fullmatch(path)
-    return f"{match[1]}.weight" if match else None
-
-
-def adapters(weight: str) -> tuple[str, str]:
-    """Paths of A and B beside a weight."""
-    module = weight.removesuffix(".weight")
-    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
 def attach(model: nnx.Module, lora: LoraConfig) -> None:

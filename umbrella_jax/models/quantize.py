@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from umbrella_jax.models.llava import Params
-from umbrella_jax.models.lora import adapted_weight
+from umbrella_jax.models.paths import adapted_weight
 
 Quantized = Literal["int8", "fp8"]
 _TYPES: dict[Quantized, Any] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}

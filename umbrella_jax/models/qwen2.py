@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from umbrella_jax.config import AttentionBackend, RematPolicy
+from umbrella_jax.config.schema import AttentionBackend, RematPolicy
 from umbrella_jax.models.attention import attention, extension_attention
 from umbrella_jax.models.layers import Embedding, Linear, RMSNorm, float32_product, scan_layers, stack
 from umbrella_jax.models.parallel import split_heads, split_rows

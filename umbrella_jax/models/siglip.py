@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from umbrella_jax.config import AttentionBackend, ModalityConfig, RematPolicy
+from umbrella_jax.config.schema import AttentionBackend, ModalityConfig, RematPolicy
 from umbrella_jax.models.attention import attention, length_multiple
 from umbrella_jax.models.layers import LayerNorm, Linear, scan_layers, stack
 from umbrella_jax.models.patch_embed import PatchEmbed

@@ -5,8 +5,8 @@ micro-batch of B conversations, each with one volume, without padding. Axes of a
 umbrella_jax/sharding.py.
 """
 
-from umbrella_jax.plan.count import at_shape, batch_flops
 from umbrella_jax.plan.devices import parse_devices, sheet_of
-from umbrella_jax.plan.report import Plan, make_plan, stored_dtype
+from umbrella_jax.plan.estimate import Plan, make_plan, stored_dtype
+from umbrella_jax.plan.flops import at_shape, batch_flops
 
 __all__ = ["Plan", "at_shape", "batch_flops", "make_plan", "parse_devices", "sheet_of", "stored_dtype"]

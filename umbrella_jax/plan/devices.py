@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from umbrella_jax.config import AttentionBackend
+from umbrella_jax.config.schema import AttentionBackend
 from umbrella_jax.errors import ConfigError
 
 OF_PEAK = 0.75

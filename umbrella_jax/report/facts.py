@@ -8,28 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from convert.hf_config import UMBRELLA_CONFIG, read_config, read_json
-from umbrella_jax import reading
-from umbrella_jax.config import RunConfig, TrainConfig, load_config
+from convert.config_json import UMBRELLA_CONFIG, read_config, read_json
+from umbrella_jax.config.load import load_config
+from umbrella_jax.config.schema import RunConfig, TrainConfig
 from umbrella_jax.data.cache import source_digest
 from umbrella_jax.data.conversation import Conversation, conversation_files, read_conversations
 from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError, no_directory
-from umbrella_jax.evaluation.metrics import (
-    Row,
-    Scores,
-    Task,
-    normalise,
-    parse_number,
-    probabilities,
-    read_predictions,
-    score,
-    short,
-    task_of,
-    tasks_of,
-)
-from umbrella_jax.evaluation.tasks import by_task
+from umbrella_jax.io import reading
 from umbrella_jax.models import LlavaConfig, abstract_params
-from umbrella_jax.prediction import blank_rows
 from umbrella_jax.rundir import (
     CHECKPOINTS,
     CONFIG,
@@ -43,6 +29,21 @@ from umbrella_jax.rundir import (
     evaluations,
     read_metrics,
 )
+from umbrella_jax.scoring.metrics import (
+    Row,
+    Scores,
+    Task,
+    normalise,
+    parse_number,
+    probabilities,
+    read_predictions,
+    score,
+    short,
+    task_of,
+    tasks_of,
+)
+from umbrella_jax.scoring.rows import blank_rows
+from umbrella_jax.scoring.tasks import by_task
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints
 

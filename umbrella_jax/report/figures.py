@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
-from umbrella_jax.evaluation.metrics import Task
-from umbrella_jax.evaluation.tasks import headline
-from umbrella_jax.pages import data_url
+from umbrella_jax.html.page import data_url
 from umbrella_jax.report.facts import BINS, Bin, Facts
 from umbrella_jax.rundir import Line
+from umbrella_jax.scoring.metrics import Task
+from umbrella_jax.scoring.tasks import headline
 
 _SIZE = (4.3, 2.9)  # inches; as wide as a telephone, so that it is nowhere scaled down by much
 Points = list[tuple[int, float]]

@@ -8,20 +8,20 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from umbrella_jax import pages
-from umbrella_jax.config import ModalityConfig
+from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.data.conversation import Image
-from umbrella_jax.data.slices import draw, geometry, grey, images, slices
 from umbrella_jax.data.volume import open_volume, preprocess
 from umbrella_jax.errors import ConfigError
-from umbrella_jax.evaluation.explain import Method
-from umbrella_jax.evaluation.metrics import Figure, short
-from umbrella_jax.evaluation.tasks import headline
-from umbrella_jax.explanation import Explanation
-from umbrella_jax.files import strict_json
+from umbrella_jax.html import page as pages
+from umbrella_jax.html.slices import draw, geometry, grey, images, slices
+from umbrella_jax.inference.attribution import Method
+from umbrella_jax.inference.explain import Explanation
+from umbrella_jax.io.files import strict_json
 from umbrella_jax.report.facts import Facts, Sample, check_run, read_facts
 from umbrella_jax.report.figures import chances, curves, draw_calibration, draw_curves, draw_numbers, with_unit
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, REPORT, Step
+from umbrella_jax.scoring.metrics import Figure, short
+from umbrella_jax.scoring.tasks import headline
 
 _LONGEST = 150
 """Pixels of a plane's longest side: three of them and their letters are legible on a telephone."""
@@ -168,7 +168,7 @@ def _task(facts: Facts, name: str) -> dict[str, Any]:
 def _explained(facts: Facts, method: Method) -> list[Explanation | None]:
     """Of each sample that shows a volume and has an answer."""
     import umbrella_jax
-    from umbrella_jax.explanation import explain
+    from umbrella_jax.inference.explain import explain
 
     source = facts.run / CHECKPOINTS / str(facts.answering)
     model = umbrella_jax.load(source)

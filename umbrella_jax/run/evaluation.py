@@ -7,15 +7,15 @@ from typing import Any
 
 import jax
 
-from umbrella_jax.columns import wrapped
+from umbrella_jax.console import Progress, Work, wrapped
 from umbrella_jax.data.loader import eval_batches, eval_subset
-from umbrella_jax.evaluation.metrics import Scores, score, short, task_of
-from umbrella_jax.files import PRIVATE, strict_json, write_whole
+from umbrella_jax.inference.predict import answers
+from umbrella_jax.io.files import PRIVATE, strict_json, write_whole
 from umbrella_jax.models import Params
-from umbrella_jax.prediction import Row, answers, with_answer
-from umbrella_jax.progress import Progress, Work
 from umbrella_jax.run.preparation import Evaluated, Prepared
 from umbrella_jax.rundir import PREDICTIONS, Line
+from umbrella_jax.scoring.metrics import Scores, score, short, task_of
+from umbrella_jax.scoring.rows import Row, with_answer
 from umbrella_jax.sharding import parts, put_batch
 from umbrella_jax.training.diagnose import nonfinite_error
 from umbrella_jax.training.step import jit_eval_step

@@ -13,23 +13,26 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from convert.tensor import Tensor, place
-from umbrella_jax.api import Checkpoint, open_base
-from umbrella_jax.config import RunConfig, flat, to_dict
+from convert.lazy_tensor import Tensor, place
+from umbrella_jax.checkpoints.checkpoint import Checkpoint
+from umbrella_jax.checkpoints.load import open_base
+from umbrella_jax.config.load import flat
+from umbrella_jax.config.schema import RunConfig, to_dict
 from umbrella_jax.data.conversation import not_found
+from umbrella_jax.data.epoch_plan import Plan
 from umbrella_jax.data.inputs import Inputs, digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, make_plan
-from umbrella_jax.data.plan import Plan
-from umbrella_jax.data.validate import check_overlap
+from umbrella_jax.data.validation.checks import check_overlap
 from umbrella_jax.distributed import SHA256, check_same, together
 from umbrella_jax.errors import ConfigError, DataError
-from umbrella_jax.evaluation.metrics import Task, metric_names, tasks_of
-from umbrella_jax.files import check_output, check_run_name
-from umbrella_jax.loggers import missing
+from umbrella_jax.inference.predict import Choices, check_lengths
+from umbrella_jax.inference.processor import Processor
+from umbrella_jax.io.files import check_output, check_run_name
 from umbrella_jax.models import LlavaConfig, Params, abstract_params, lora, native_backend, quantize
-from umbrella_jax.prediction import Choices, Row, blank_rows, check_lengths
-from umbrella_jax.processor import Processor
+from umbrella_jax.run.loggers import missing
 from umbrella_jax.rundir import METRICS, Line, Say, read_metrics
+from umbrella_jax.scoring.metrics import Task, metric_names, tasks_of
+from umbrella_jax.scoring.rows import Row, blank_rows
 from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, shardings
 from umbrella_jax.training import freeze
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule

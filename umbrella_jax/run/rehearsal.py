@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import jax
 from tqdm import tqdm
 
-from umbrella_jax.config import RunConfig
+from umbrella_jax.config.schema import RunConfig
+from umbrella_jax.data.epoch_plan import BatchShape
 from umbrella_jax.data.loader import empty_batch, eval_shapes
-from umbrella_jax.data.plan import BatchShape
 from umbrella_jax.distributed import together
 from umbrella_jax.errors import LESS, ConfigError
+from umbrella_jax.inference.predict import compile_answers
 from umbrella_jax.plan import at_shape
-from umbrella_jax.prediction import compile_answers
 from umbrella_jax.run.preparation import Prepared, check, meet, prepare
 from umbrella_jax.run.resumption import check_out, newest
 from umbrella_jax.rundir import CHECKPOINTS, Say, nothing

@@ -7,11 +7,12 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from umbrella_jax.config import RunConfig, flat, load_config, parse_config, to_dict
+from umbrella_jax.config.load import flat, load_config, parse_config
+from umbrella_jax.config.schema import RunConfig, to_dict
 from umbrella_jax.data.inputs import Inputs, changed
 from umbrella_jax.distributed import gather, together
 from umbrella_jax.errors import CheckpointError, ConfigError
-from umbrella_jax.reading import LISTING, read_json
+from umbrella_jax.io.reading import LISTING, read_json
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, INPUTS, Line, Say
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.step import TrainState

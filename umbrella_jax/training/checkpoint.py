@@ -20,9 +20,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils.epath.gpath import PosixGPath
 
-from umbrella_jax.config import TrainConfig
+from umbrella_jax.config.schema import TrainConfig
 from umbrella_jax.errors import CheckpointError, Interrupted, RunError, is_out_of_memory, known_cause
-from umbrella_jax.files import disk_full
+from umbrella_jax.io.files import disk_full
 from umbrella_jax.models import Params
 from umbrella_jax.rundir import rank
 from umbrella_jax.training.step import TrainState

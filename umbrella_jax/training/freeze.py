@@ -5,7 +5,6 @@ patch embedding are labelled `group/modality`, since a modality that is absent f
 """
 
 import math
-import re
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -13,40 +12,17 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from umbrella_jax.config import LORA
+from umbrella_jax.config.schema import LORA
 from umbrella_jax.errors import ConfigError
-from umbrella_jax.models.lora import adapted_weight
+from umbrella_jax.models.paths import COMPONENTS, FROZEN, UNUSED, adapted_weight, component_of, modality_of
 
 T = TypeVar("T")
-FROZEN, UNUSED = "frozen", "unused"
-
-COMPONENTS: dict[str, str] = {
-    "patch_embed": "vision_tower.vision_model.embeddings.*",
-    "vision_tower": "vision_tower.vision_model.encoder.*",
-    "projector": "multi_modal_projector.*",
-    "language_model": "language_model.*",
-}
-"""The groups that have a name, as path patterns. What none of them covers (SigLIP's `post_layernorm`, whose output
-LLaVA does not take) cannot train: nothing that it does reaches the loss."""
-
-_MODALITY = re.compile(r"vision_tower\.vision_model\.embeddings\.(\w+?)_(?:proj\.\w+|positional_embeddings)")
-
-
-def modality_of(path: str) -> str | None:
-    """The modality whose patch embedding holds this parameter; None for all others."""
-    match = _MODALITY.fullmatch(path)
-    return match[1] if match else None
 
 
 def is_reached(path: str, shown: Collection[str]) -> bool:
     """Return whether a parameter gets a gradient from conversations that show volumes of the modalities `shown`."""
     modality = modality_of(path)
     return modality in shown if modality else bool(shown) or fnmatchcase(path, COMPONENTS["language_model"])
-
-
-def component_of(path: str) -> str:
-    """The name in `COMPONENTS` of what holds a parameter, `unused` where LLaVA does not use it."""
-    return next((name for name, pattern in COMPONENTS.items() if fnmatchcase(path, pattern)), UNUSED)
 
 
 def _covers(group: str, path: str) -> bool:

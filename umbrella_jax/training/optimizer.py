@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from umbrella_jax.config import TrainConfig
-from umbrella_jax.training.freeze import FROZEN, modality_of
+from umbrella_jax.config.schema import TrainConfig
+from umbrella_jax.models.paths import FROZEN, modality_of
 
 Array = jax.Array
 

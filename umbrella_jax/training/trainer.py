@@ -18,10 +18,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from umbrella_jax.batch import Batch
-from umbrella_jax.config import TrainConfig
+from umbrella_jax.config.schema import TrainConfig
 from umbrella_jax.distributed import together
 from umbrella_jax.errors import CheckpointError, Interrupted, RunError
-from umbrella_jax.files import append, naming, strict_json, write_whole
+from umbrella_jax.io.files import append, naming, strict_json, write_whole
 from umbrella_jax.models import Params
 from umbrella_jax.rundir import Line, Say, read_metrics
 from umbrella_jax.sharding import put_batch

@@ -1,0 +1,379 @@
+"""config.json of a LLaVA, and `umbrella_config.json` beside it, which says what the volumes are.
+
+An absent field is what transformers takes it to be; a value that this model does not compute is refused by name.
+"""
+
+import sys
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, get_args
+
+from convert.checksum import FILES, file_checksum, recorded
+from convert.foreign import check_placeholders, folder_contents
+from convert.trainable import open_trainable
+from umbrella_jax.config.load import parse_config
+from umbrella_jax.config.schema import ModalityConfig, PatchEmbedInit, RematPolicy, Template, resolve_modality
+from umbrella_jax.errors import CheckpointError, ConfigError
+from umbrella_jax.io import reading
+from umbrella_jax.models.llava import LlavaConfig
+from umbrella_jax.models.qwen2 import Qwen2Config
+from umbrella_jax.models.siglip import SiglipConfig
+
+CONFIG = "config.json"
+UMBRELLA_CONFIG = "umbrella_config.json"
+RANDOM_WEIGHTS = "random_weights"
+"""Key of config.json: true in a toy model of which every weight is random, such as the demo's base."""
+
+# Section, field, what transformers assumes when it is absent, the only value that is supported, why or what to do.
+_ONLY: tuple[tuple[str, str, Any, Any, str], ...] = (
+    ("", "model_type", None, "llava", "other LLaVAs (llava_onevision, llava_next) merge their images in another way"),
+    ("", "projector_hidden_act", "gelu", "gelu", "the projector's activation is the exact GELU"),
+    ("", "multimodal_projector_bias", True, True, "the projector has biases"),
+    ("", "vision_feature_select_strategy", "default", "full", "SigLIP has no CLS token that `default` could drop"),
+    ("", "vision_feature_layer", -2, -1, "features are the last layer's output"),
+    ("", "quantization_config", None, None, "quantised weights cannot be read; use the original ones"),
+    ("vision_config", "model_type", "clip_vision_model", "siglip_vision_model", "the tower is SigLIP's"),
+    ("vision_config", "hidden_act", "gelu_pytorch_tanh", "gelu_pytorch_tanh", "the tower's activation is tanh GELU"),
+    ("vision_config", "vision_use_head", True, False, "the pooling head is not carried, and LLaVA does not use it"),
+    ("text_config", "model_type", "llama", "qwen2", "the language model is Qwen2"),
+    ("text_config", "hidden_act", "silu", "silu", "the MLP's activation is SiLU"),
+    ("text_config", "use_sliding_window", False, False, "attention sees the whole text"),
+    ("text_config", "partial_rotary_factor", 1.0, 1.0, "rope turns all of a head"),
+    *(
+        (section, "quantization_config", None, None, "quantised weights cannot be read; use the original ones")
+        for section in ("vision_config", "text_config")
+    ),
+)
+LARGEST = 1 << 24
+"""Of the whole numbers of config.json: sixty times the words, three hundred times the widths and above the positions of
+the largest published models. What they multiply to then fits into 64 bits."""
+MOST_LAYERS = 1000
+"""Eight times the layers of the deepest published models; each is a dozen tensors to look for."""
+# Files of a folder that transformers reads, each of which may name code of the folder's, or of any other on the hub.
+_CODE = (CONFIG, *(f"{kind}_config.json" for kind in ("tokenizer", "processor", "preprocessor", "generation")))
+# What of a folder goes with the weights; the rest may be a Trainer's state, another model's card, or anybody's notes.
+_CARRIED = (
+    *(
+        "tokenizer*.json",  # not all of its name: one that ends in .py is code
+        "tokenizer*.model",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "vocab.*",
+        "merges.txt",
+        "*.tiktoken",
+        "spiece.model",
+    ),
+    *("chat_template*", "generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*"),
+)
+
+
+class _Section:
+    """Numbers of one object of config.json; faults are collected, not raised."""
+
+    def __init__(self, name: str, data: Any, faults: list[str]):
+        self.name, self.data, self.faults = name, data if isinstance(data, dict) else {}, faults
+
+    def get(self, key: str, default: Any, kind: type[int] | type[float] = int) -> Any:
+        value = self.data[key] if self.data.get(key) is not None else default
+        accepted = (int, float) if kind is float else int
+        if isinstance(value, bool) or not isinstance(value, accepted) or not 0 < value <= sys.float_info.max:
+            self.faults.append(f"{self.name}{key}: expected a positive {kind.__name__}, got {value!r}")
+            return kind(0)  # which divides into anything, so that nothing else is said about it
+        most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST
+        if kind is int and value > most:
+            self.faults.append(f"{self.name}{key}: {value}; expected at most {most}, more than any published model has")
+            return 0
+        return kind(value)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object. Raises CheckpointError naming the path where it cannot be read or is none."""
+    data = reading.read_json(path, CheckpointError, "give the whole folder of a LLaVA in Hugging Face format, or a run")
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected an object, found {type(data).__name__}; copy it again")
+    return data
+
+
+def check_code(directory: Path) -> None:
+    """Raises CheckpointError where a file of a checkpoint asks for code to be run (`auto_map`).
+
+    We would not run it. But a copy of the file in an export would ask whoever loads that.
+    """
+    faults = []
+    for file in (directory / name for name in _CODE):
+        if file.exists():
+            raw = read_json(file)
+            sections = {"": raw, **{f"{key}.": value for key, value in raw.items() if isinstance(value, dict)}}
+            faults += [
+                f"{file}: {name}auto_map: names code to be run; code of a checkpoint is not, take it out of the file"
+                for name, section in sections.items()
+                if "auto_map" in section
+            ]
+    if faults:
+        raise CheckpointError(faults)
+
+
+def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object within config.json; empty where it is absent, so that its fields are reported as absent."""
+    return raw[name] if isinstance(raw.get(name), dict) else {}
+
+
+def _rope_theta(text: Mapping[str, Any], faults: list[str]) -> float:
+    """Transformers 4 writes `rope_theta` and `rope_scaling`, 5 one `rope_parameters`; 10000 where neither is there."""
+    stated = [t for t in [text.get("rope_theta")] if t is not None]
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = text.get(name) or {}
+        if not isinstance(rope, dict):
+            faults.append(f"text_config.{name}: {rope!r} is not supported, expected an object")
+            continue
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        others = sorted(set(rope) - {"rope_type", "type", "rope_theta"})
+        if kind != "default" or others:
+            faults.append(f"text_config.{name}: {rope!r} is not supported, expected none or rope_type 'default' alone")
+        theta = rope.get("rope_theta")
+        if theta is not None and stated and stated[0] != theta:
+            faults.append(f"text_config.rope_theta: {stated[0]}, but {name} says {theta}; make them agree")
+        stated += [theta] if theta is not None else []
+    section = _Section("text_config.", {"rope_theta": stated[0] if stated else None}, faults)
+    return section.get("rope_theta", 10000.0, float)
+
+
+def _tied(raw: Mapping[str, Any]) -> bool:
+    """As transformers 5 decides. 4.x asks text_config alone; what `hf_dict` writes is the same to both."""
+    return bool(raw.get("tie_word_embeddings")) or bool(_section(raw, "text_config").get("tie_word_embeddings"))
+
+
+def unused_dropout(directory: str | Path) -> list[str]:
+    """Return a line for each dropout of config.json, which PyTorch applies in training and nothing does here."""
+    raw = read_json(Path(directory) / CONFIG)
+    sections = {"": raw, **{f"{name}.": _section(raw, name) for name in ("vision_config", "text_config")}}
+    return [
+        f"{Path(directory) / CONFIG}: {prefix}{key}: {value} is not applied: there is no dropout in training here"
+        for prefix, section in sections.items()
+        for key, value in section.items()
+        if "drop" in key and isinstance(value, int | float) and value > 0
+    ]
+
+
+def read_config(
+    directory: str | Path,
+    modalities: Mapping[str, ModalityConfig] | None = None,
+    *,
+    compute_dtype: str = "float32",
+    remat: RematPolicy = "none",
+    init: PatchEmbedInit = "random",
+    patch_embed: Path | None = None,
+) -> LlavaConfig:
+    """The model that `config.json` describes, with `modalities` or, without them, those of `umbrella_config.json`.
+
+    `init` and `patch_embed` are as in `plan_loading`; where sizes and patches are resampled, they need not agree.
+    Raises CheckpointError as `check_code`, and with every value that is not supported, and ConfigError where
+    `modalities` and `umbrella_config.json` do not agree or neither is there.
+    """
+    directory = Path(directory)
+    check_placeholders(directory)
+    if not (directory / CONFIG).exists() and (found := folder_contents(directory)):
+        raise CheckpointError(f"{directory}: no {CONFIG}; found {found}")
+    raw = read_json(directory / CONFIG)
+    check_code(directory)
+    faults: list[str] = []
+    sections = {"": raw, **{k: _section(raw, k) for k in ("vision_config", "text_config")}}
+    for section, key, default, only, why in _ONLY:
+        value = sections[section].get(key, default)
+        if value != only or isinstance(value, bool) != isinstance(only, bool):
+            absent = "" if key in sections[section] else ", which absence means,"
+            name = f"{section}.{key}" if section else key
+            faults.append(f"{name}: {value!r}{absent} is not supported, expected {only!r}: {why}")
+    kinds = sections["text_config"].get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        faults.append("text_config.layer_types: only 'full_attention' is supported: attention sees the whole text")
+
+    v, t = (_Section(f"{k}.", sections[k], faults) for k in ("vision_config", "text_config"))
+    vision = SiglipConfig(
+        hidden_size=v.get("hidden_size", 768),
+        intermediate_size=v.get("intermediate_size", 3072),
+        num_hidden_layers=v.get("num_hidden_layers", 12),
+        num_attention_heads=v.get("num_attention_heads", 12),
+        layer_norm_eps=v.get("layer_norm_eps", 1e-6, float),
+    )
+    width, heads = t.get("hidden_size", 4096), t.get("num_attention_heads", 32)
+    # null means as many as there are heads, absence the default of transformers' Qwen2Config
+    kv_heads = t.get("num_key_value_heads", max(heads, 1) if "num_key_value_heads" in t.data else 32)
+    text = Qwen2Config(
+        vocab_size=t.get("vocab_size", 151936),
+        hidden_size=width,
+        intermediate_size=t.get("intermediate_size", 22016),
+        num_hidden_layers=t.get("num_hidden_layers", 32),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=t.get("head_dim", max(width // max(heads, 1), 1)),
+        rms_norm_eps=t.get("rms_norm_eps", 1e-6, float),
+        rope_theta=_rope_theta(t.data, faults),
+        max_position_embeddings=t.get("max_position_embeddings", 32768),
+        tie_word_embeddings=_tied(raw),
+    )
+    for name, parts, of, whole in [
+        ("vision_config.num_attention_heads", vision.num_attention_heads, "hidden_size", vision.hidden_size),
+        ("text_config.num_key_value_heads", kv_heads, "num_attention_heads", heads),
+        *([] if t.data.get("head_dim") else [("text_config.num_attention_heads", heads, "hidden_size", width)]),
+    ]:
+        if parts and whole % parts:
+            faults.append(f"{name}: {parts} does not divide {of} {whole}")
+    if text.head_dim % 2:
+        faults.append(f"text_config.head_dim: {text.head_dim} is odd, and rope turns pairs")
+    for place in ("", "text_config"):
+        tied = sections[place].get("tie_word_embeddings")
+        if tied is not None and not isinstance(tied, bool):
+            place = f"{place}." if place else ""
+            faults.append(f"{place}tie_word_embeddings: expected true or false, got {tied!r}")
+    stated = {k: raw[k] for k in ("image_token_index", "image_token_id") if raw.get(k) is not None}
+    odd = {k: v for k, v in stated.items() if isinstance(v, bool) or not isinstance(v, int)}
+    faults += [f"{key}: expected a whole number, got {value!r}" for key, value in odd.items()]
+    tokens = {*({} if odd else stated).values()} or {32000}
+    if not odd and (len(tokens) > 1 or not 0 <= min(tokens) < (text.vocab_size or 2**31)):
+        faults.append(f"image_token_index: {sorted(tokens)}, expected one id below vocab_size {text.vocab_size}")
+    if faults:
+        raise CheckpointError([f"{directory / CONFIG}: {fault}" for fault in faults])
+    return LlavaConfig(
+        vision=vision,
+        text=text,
+        modalities=_modalities(directory, modalities, init, patch_embed),
+        image_token_id=min(tokens),
+        compute_dtype=compute_dtype,
+        remat=remat,
+    )
+
+
+def stored_modalities(directory: str | Path, patch_embed: Path | None = None) -> dict[str, ModalityConfig]:
+    """Modalities of `umbrella_config.json`, none without it, in which those of the file `patch_embed` are replaced."""
+    path = Path(directory) / UMBRELLA_CONFIG
+    stored: dict[str, ModalityConfig] = {}
+    if path.exists():
+        section = {"modalities": read_json(path).get("modalities")}
+        stored = parse_config({"model": section}, str(path)).model.modalities
+    if patch_embed is not None:
+        theirs = open_trainable(patch_embed).modalities
+        stored = {m: c for m, c in stored.items() if resolve_modality(m, theirs) is None} | theirs
+    return stored
+
+
+def stored_template(directory: str | Path, patch_embed: Path | None = None) -> Template | None:
+    """How the text was written that the weights were trained on: by the file `patch_embed`, else by
+    `umbrella_config.json`; None where it does not say, as of a stock LLaVA."""
+    path = patch_embed or Path(directory) / UMBRELLA_CONFIG
+    if patch_embed is not None:
+        template = open_trainable(patch_embed).template
+    else:
+        template = read_json(path).get("template") if path.exists() else None
+    if template not in (None, *get_args(Template)):
+        raise ConfigError(f"{path}: template: expected one of {', '.join(get_args(Template))}, got {template!r}")
+    return template
+
+
+def stored_untrained(directory: str | Path, patch_embed: Path | None = None) -> dict[str, str]:
+    """Return {modality: why} for the patch embeddings that are recorded as random.
+
+    The record of the file `patch_embed` replaces that of `umbrella_config.json` for the modalities which it holds.
+    """
+    path = Path(directory) / UMBRELLA_CONFIG
+    untrained = _string_mapping(path, read_json(path).get("untrained")) if path.exists() else {}
+    if patch_embed is not None:
+        trained = open_trainable(patch_embed)
+        untrained = {m: why for m, why in untrained.items() if resolve_modality(m, trained.modalities) is None}
+        untrained |= _string_mapping(patch_embed, trained.untrained)
+    return untrained
+
+
+def stored_first_steps(directory: str | Path) -> dict[str, int] | None:
+    """Return, for the model folder of a run, {modality: first step that shows one}; None if it does not say."""
+    path = Path(directory) / UMBRELLA_CONFIG
+    stated = read_json(path).get("first_steps") if path.exists() else None
+    if stated is not None and not (isinstance(stated, dict) and all(type(step) is int for step in stated.values())):
+        raise ConfigError(f"{path}: first_steps: expected {{modality: step}}, got {stated!r}")
+    return stated
+
+
+def _string_mapping(path: Path, stated: Any) -> dict[str, str]:
+    stated = {} if stated is None else stated
+    if not isinstance(stated, dict) or not all(isinstance(text, str) for pair in stated.items() for text in pair):
+        raise ConfigError(f"{path}: untrained: expected {{modality: reason}}, got {stated!r}")
+    return stated
+
+
+_GEOMETRY = ("size", "patch", "mode", "spacing")  # where patches lie, which a resampled patch embedding may change
+
+
+def _modalities(
+    directory: Path, given: Mapping[str, ModalityConfig] | None, init: PatchEmbedInit, patch_embed: Path | None
+) -> Mapping[str, ModalityConfig]:
+    """`given` if it agrees with the stored ones, those if there is none given."""
+    path = patch_embed or directory / UMBRELLA_CONFIG
+    stored = stored_modalities(directory, patch_embed)
+    if given is None:
+        if not stored:
+            remedy = "name the modalities, with size and patch, in a config (--config FILE)"
+            raise ConfigError(f"{path}: not there; {remedy}")
+        return stored
+    faults = []
+    for name, theirs in stored.items():
+        configured = resolve_modality(name, given)
+        if configured is None:
+            faults.append(f"{path}: {name}: is in the checkpoint but not configured; add it to the modalities")
+            continue
+        ours = given[configured].meaning
+        for field, value in theirs.meaning.items():
+            if ours[field] != value and not (init == "resample" and field in _GEOMETRY):
+                remedy = f"set model.modalities.{configured}.{field}: {value}, which these weights were trained on"
+                if field in _GEOMETRY:
+                    remedy += ", or model.patch_embed_init: resample"
+                both = f"{value} in the checkpoint, {ours[field]} as configured"
+                faults.append(f"{path}: {name}.{field}: {both}; {remedy}")
+    if faults:
+        raise ConfigError(faults)
+    return given
+
+
+def file_vocab_size(directory: str | Path) -> int:
+    """Words for which the checkpoint's own config.json says that it has embeddings."""
+    raw = read_json(Path(directory) / CONFIG)
+    return int(_section(raw, "text_config").get("vocab_size") or 151936)
+
+
+def is_tied(directory: str | Path) -> bool:
+    """Whether the checkpoint's own config.json says that the head is the embeddings."""
+    return _tied(read_json(Path(directory) / CONFIG))
+
+
+def _small_files(source: Path) -> list[Path]:
+    templates = source / "additional_chat_templates"
+    files = [path for path in source.iterdir() if any(fnmatchcase(path.name, pattern) for pattern in _CARRIED)]
+    return [path for path in (*files, *templates.glob("*.jinja")) if path.is_file()]
+
+
+def _file_checksums(directory: Path) -> dict[str, str]:
+    """{path below `directory`: CRC-32} of config.json and the `carried` files, but licences, which decide no answer."""
+    files = sorted(path for path in (directory / CONFIG, *_small_files(directory)) if path.is_file())
+    return {
+        path.relative_to(directory).as_posix(): file_checksum(path)
+        for path in files
+        if not path.name.startswith("LICENSE")
+    }
+
+
+def changed_files(directory: Path) -> list[str]:
+    """Return a line for each small file of a folder that is not as `write_config` recorded it.
+
+    These are config.json and the tokenizer's, generation's and processor's files. A change is no fault, unlike one of
+    the weights: people edit chat templates and generation settings, and transformers writes config.json anew. But it
+    changes answers, and a flipped bit in a digit or a word still reads well, so each change is named.
+    """
+    record = directory / UMBRELLA_CONFIG
+    stated = read_json(record).get(FILES, {}) if record.exists() else {}
+    expected, found = recorded(stated, record, FILES), _file_checksums(directory)
+    remedy = f"recorded it; copy it again or, if the change is on purpose, delete its line from {FILES} there"
+    return [
+        f"{directory / name}: {'changed since' if name in found else 'missing, but'} {UMBRELLA_CONFIG} {remedy}"
+        for name, checksum in expected.items()
+        if found.get(name) != checksum
+    ]

@@ -1,0 +1,129 @@
+"""config.json and umbrella_config.json of an export."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from convert.checksum import FILES, KEY
+from convert.config_json import CONFIG, UMBRELLA_CONFIG, _file_checksums, _section, _small_files, read_json
+from convert.rules import hub_name
+from umbrella_jax.config.schema import (
+    ALIASES,
+    Template,
+    resolve_modality,
+    to_dict,
+)
+from umbrella_jax.errors import CheckpointError, ConfigError
+from umbrella_jax.models.llava import LlavaConfig
+
+
+def export_names(modalities: Mapping[str, Any], names: Sequence[str] | None) -> dict[str, str]:
+    """Return {configured name: name in the export}: the one of `names` that means the same, or its own."""
+    renamed = {m: (resolve_modality(m, names) or m) if names else m for m in modalities}
+    known = frozenset(modalities).union(*ALIASES)
+    faults = [
+        f"{name}: no modality has this name; expected T1,rsfMRI or sMRI,fMRI"
+        for name in sorted({*(names or ())} - known)
+    ]
+    faults += [
+        f"--names: {name} is given {count} times; give each name once"
+        for name, count in Counter(names or ()).items()
+        if count > 1
+    ]
+    faults += [
+        f"{m}: would be called {name} in the export, as another modality is; give other names"
+        for m, name in renamed.items()
+        if list(renamed.values()).count(name) > 1
+    ]
+    if faults:
+        raise ConfigError(faults)
+    return renamed
+
+
+def hf_dict(raw: Mapping[str, Any], config: LlavaConfig) -> dict[str, Any]:
+    """`raw`, a config.json, in which transformers 4.46 and 5 both read what `config` says; all else is kept."""
+    rope = dict(_section(raw, "text_config").get("rope_parameters") or {})
+    text = {
+        **_section(raw, "text_config"),
+        "vocab_size": config.text.vocab_size,
+        "rope_theta": config.text.rope_theta,  # 4.46 does not know rope_parameters
+        "tie_word_embeddings": config.text.tie_word_embeddings,
+    }
+    if rope:
+        text["rope_parameters"] = {**rope, "rope_theta": config.text.rope_theta}
+    token = {key: config.image_token_id for key in ("image_token_index", "image_token_id") if key in raw}
+    return {
+        **raw,
+        **(token or {"image_token_index": config.image_token_id}),
+        "text_config": text,
+        "tie_word_embeddings": config.text.tie_word_embeddings,
+        "vision_feature_select_strategy": "full",
+    }
+
+
+def carried(source: Path) -> list[Path]:
+    """The files of a folder that go with its weights wherever those go.
+
+    Raises CheckpointError for a link to something else: what it shows would be in every export. A link may lead to a
+    file of its own name, or to one of the hub's cache.
+    """
+    files = _small_files(source)
+    faults = [
+        f"{path}: a link that leads out of the folder, to {target}; copy the file there if it belongs to the checkpoint"
+        for path in files
+        if not (target := path.resolve()).is_relative_to(source.resolve())
+        and target.name != path.name
+        and target.parent.name != "blobs"
+    ]
+    if faults:
+        raise CheckpointError(faults)
+    return files
+
+
+def write_config(
+    source_dir: str | Path,
+    out_dir: str | Path,
+    config: LlavaConfig,
+    names: Sequence[str] | None = None,
+    *,
+    dtype: str | None = None,
+    base: str | None = None,
+    base_fingerprint: str | None = None,
+    template: Template | None = None,
+    untrained: Mapping[str, str] | None = None,
+    checksums: Mapping[str, str] | None = None,
+    first_steps: Mapping[str, int] | None = None,
+    finish: Callable[[Path], None] = lambda directory: None,
+) -> None:
+    """Write config.json, umbrella_config.json and those of `source_dir`'s files that are `carried`: tokenizer's,
+    generation's and processor's. `finish` may change them before their checksums are recorded.
+
+    `names` is the family of modality names to export under (see `export_names`); `dtype` that of the weights, where
+    it is no longer what config.json says; `base` and `base_fingerprint` name the checkpoint that training began from,
+    `template` is how its text was written, `untrained` says which modalities' weights are untrained, and why;
+    `checksums` are those of the weights (convert/checksum.py); `first_steps` says from which step on a run shows each
+    modality.
+    """
+    source, out = Path(source_dir), Path(out_dir)
+    raw = hf_dict(read_json(source / CONFIG), config)
+    if dtype is not None:
+        raw = {k: v for k, v in raw.items() if k != "dtype"} | {"torch_dtype": dtype}  # transformers 5 reads both
+    renamed = export_names(config.modalities, names)
+    modalities = {name: to_dict(config.modalities[m]) for m, name in renamed.items()}
+    random = {renamed[m]: why for m, why in (untrained or {}).items()}
+    stated = {"template": template, "base": base, "base_fingerprint": base_fingerprint, "untrained": random}
+    stated |= {KEY: {hub_name(name): crc for name, crc in checksums.items()} if checksums else None}
+    umbrella: dict[str, Any] = {"modalities": modalities} | {key: value for key, value in stated.items() if value}
+    umbrella |= {} if first_steps is None else {"first_steps": dict(first_steps)}
+    out.mkdir(parents=True, exist_ok=True)
+    for path in carried(source):
+        copy = out / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+    (out / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
+    finish(out)
+    umbrella[FILES] = _file_checksums(out)
+    (out / UMBRELLA_CONFIG).write_text(json.dumps(umbrella, indent=2) + "\n")

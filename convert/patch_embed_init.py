@@ -1,0 +1,76 @@
+"""Starts of a volume patch embedding: from SigLIP's own 2D patch kernel, or from one trained at other sizes.
+
+A start is `proj.weight` [E, P], `proj.bias` [E] and `positional_embeddings` [1, N, E], the names of a modality's
+parameters after `{modality}_`. Input of any float type is computed on in float64; output is float32.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from umbrella_jax.config.schema import ModalityConfig
+from umbrella_jax.errors import CheckpointError
+
+
+def inflate(kernel: np.ndarray, bias: np.ndarray, table: np.ndarray, modality: ModalityConfig) -> dict[str, np.ndarray]:
+    """SigLIP's `kernel` [E, C, p, p], `bias` [E] and positions `table` [G·G, E] → a start for volumes of `modality`.
+
+    Rows of the kernel and of the table's grid lie along H, columns along W. Channels are summed: a grey image is one
+    replicated over RGB. Depth and time (size 1 in an image) and the plane are resized as `resample` does, which comes
+    to w / (pd·pt), so that a volume constant along both gives what its slice gave (filter inflation of I3D, Carreira &
+    Zisserman 2017), and to positions repeated along both (ViViT, Arnab et al. 2021). Raises CheckpointError where the
+    table is no square grid.
+    """
+    side = math.isqrt(len(table))
+    if side * side != len(table):
+        raise CheckpointError(f"positions of {len(table)} patches: expected a square grid of them, as 27 x 27 = 729")
+    grey = kernel.astype(np.float64).sum(1)
+    time = (1,) * (len(modality.size) - 3)
+    embed_dim, rows, columns = grey.shape
+    return _start(
+        grey.reshape(embed_dim, 1, rows, columns, *time), bias, table.reshape(1, side, side, *time, -1), modality
+    )
+
+
+def resample(
+    weight: np.ndarray, bias: np.ndarray, table: np.ndarray, old: ModalityConfig, new: ModalityConfig
+) -> dict[str, np.ndarray]:
+    """`weight` [E, P], `bias` [E] and `table` [1, N, E] of a patch embedding for `old` → a start for `new`.
+
+    Kernels become w' = (Bᵀ)⁺·w with B the linear resize of a patch: the w' that minimises E[(⟨x, w⟩ − ⟨B·x, w'⟩)²]
+    over white noise x, which is 0 where no axis of the patch shrinks (FlexiViT, Beyer et al. 2023). Positions are
+    interpolated linearly along every axis of the grid. An axis that keeps its length is left as it is, bit for bit.
+    Raises CheckpointError between 3D and 4D.
+    """
+    if len(old.size) != len(new.size):
+        ranks = f"expected {len(new.size)}D as size {new.size} is, found {len(old.size)}D of size {old.size}"
+        raise CheckpointError(f"patch embedding: {ranks}; start from a modality of the same rank")
+    return _start(weight.reshape(-1, *old.patch), bias, table.reshape(*old.grid, -1), new)
+
+
+def _start(kernel: np.ndarray, bias: np.ndarray, table: np.ndarray, modality: ModalityConfig) -> dict[str, np.ndarray]:
+    """`kernel` [E, *patch] and `table` [*grid, E] of any patch and grid → those of `modality`."""
+    embed_dim = len(bias)
+    weight = _resize(kernel, (embed_dim, *modality.patch), lambda old, new: np.linalg.pinv(_linear(old, new).T))
+    table = _resize(table, (*modality.grid, embed_dim), _linear)
+    return {
+        "proj.weight": weight.reshape(embed_dim, modality.patch_dim).astype(np.float32, order="C"),
+        "proj.bias": bias.astype(np.float32),
+        "positional_embeddings": table.reshape(1, modality.num_patches, embed_dim).astype(np.float32, order="C"),
+    }
+
+
+def _resize(x: np.ndarray, shape: tuple[int, ...], matrix: Callable[[int, int], np.ndarray]) -> np.ndarray:
+    """x → float64 of `shape`, by `matrix(old, new)` [new, old] along each axis that changes."""
+    x = x.astype(np.float64)
+    for axis, (old, new) in enumerate(zip(x.shape, shape, strict=True)):
+        if old != new:
+            x = np.moveaxis(np.tensordot(matrix(old, new), x, (1, axis)), 0, axis)
+    return x
+
+
+def _linear(old: int, new: int) -> np.ndarray:
+    """Linear interpolation [new, old]: half-pixel centres, clamped at the edges, no antialiasing (as FlexiViT's)."""
+    at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(old)))

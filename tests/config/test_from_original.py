@@ -1,0 +1,175 @@
+"""Configurations of the original system: nothing is lost in silence, what is rendered loads."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from umbrella_jax.config.from_original import from_original, render
+from umbrella_jax.config.load import load_config, parse_config
+from umbrella_jax.config.schema import AugmentConfig
+from umbrella_jax.errors import ConfigError, visible
+from umbrella_jax.io.reading import read_yaml
+
+ORIGINAL = """
+wandb: {API_KEY: not-for-your-eyes, project: umbrella}
+seed: 1234
+dataset:
+  train_size: 0.8
+  val_size: 0.1
+  test_size: 0.1
+  add_context: False
+  T1: {target: [sex], img_size: [96, 96, 96], study_sample: [ABCD], meta_dir: [/m.csv], img_dir: [/sMRI]}
+  rsfMRI: {img_size: [96, 96, 96, 24], sequence_length: 24, stride_between_seq: 1, stride_within_seq: 1,
+           input_scaling_method: znorm_minback, shuffle_time_sequence: False, dtype: float16,
+           limit_training_samples: Null, balanced_training_samples: False}
+  FA: {img_size: [96, 96, 96]}
+model: {hf_name: llava-hf/llava-interleave-qwen-0.5b-hf, T1: {patch_size: [10, 10, 10]},
+        rsfMRI: {patch_size: [16, 16, 16, 3]}}
+trainer: {max_epochs: 50, learning_rate: 0.00005, warmup_steps: 500, weight_decay: 0.01, per_device_batch_size: 2,
+          gradient_accumulation_steps: 4, gradient_checkpointing: True, mixed_precision: bf16, logging_steps: 1,
+          ckpt_dir: results/t1, resume_training: False, lr_scheduler_type: linear, optim: adamw_torch,
+          max_grad_norm: 1.0, adam_beta2: 0.95, eval_steps: 100, save_steps: 50, save_total_limit: 3,
+          dataloader_num_workers: 8, report_to: wandb, warmup_ratio: 0.1, something_new: {deep: 3}}
+"""
+
+
+def write(tmp_path: Any, text: str) -> Any:
+    path = tmp_path / "original.yaml"
+    path.write_text(text)
+    return path
+
+
+def leaves(data: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+LEAVES = list(leaves(YAML(typ="safe").load(ORIGINAL)))
+
+
+def another(value: Any) -> Any:
+    """A value that differs, of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, list):
+        return [another(value[0]), *value[1:]]
+    return f"{value}-other" if isinstance(value, str) else 7 if value is None else value * 2
+
+
+def test_values(tmp_path: Any) -> None:
+    mapping, notes = from_original(write(tmp_path, ORIGINAL))
+    run = parse_config(mapping)
+    assert run.seed == 1234
+    assert run.output_dir == "results/t1"
+    assert run.model.base == "llava-hf/llava-interleave-qwen-0.5b-hf"
+    assert list(run.model.modalities) == ["T1", "rsfMRI"]
+    t1, fmri = run.model.modalities.values()
+    assert (t1.size, t1.patch, t1.orientation, t1.scaling) == ((96, 96, 96), (10, 10, 10), "as_stored", "znorm")
+    assert (t1.aliases, fmri.aliases) == (("dMRI",), ())  # diffusion maps pass through T1 there
+    assert any(note.startswith("model.modalities.T1.aliases: [dMRI]: the original feeds") for note in notes)
+    assert (fmri.size, fmri.patch, fmri.scaling) == ((96, 96, 96, 24), (16, 16, 16, 3), "znorm_minback")
+    assert (t1.mode, t1.spacing, fmri.mode, fmri.spacing) == ("resize", None, "pad", None)
+    assert (run.model.compute_dtype, run.model.frozen_dtype, run.model.remat) == ("bfloat16", "bfloat16", "full")
+    assert (run.data.threads, run.data.template) == (8, "original")
+    assert run.data.augment == AugmentConfig(flip_any_axis=0.5)
+    assert any(note.startswith("data.augment.flip_any_axis: the original flips") for note in notes)
+    assert (run.train.epochs, run.train.learning_rate, run.train.warmup_steps) == (50, 5e-5, 500)
+    assert (run.train.batch_size, run.train.accumulate_steps, run.train.betas) == (2, 4, (0.9, 0.95))
+    assert (run.train.eval_steps, run.train.save_steps, run.train.wandb) == (100, 50, True)
+    assert run.train.groups["patch_embed"].weight_decay == 0.01
+    assert "trainer.something_new.deep: dropped: unknown to umbrella-jax" in notes
+
+
+@pytest.mark.parametrize(("path", "value"), LEAVES, ids=[".".join(path) for path, _ in LEAVES])
+def test_no_key_is_lost(tmp_path: Any, path: tuple[str, ...], value: Any) -> None:
+    """A key is named in the notes, or another value of it changes the run or is refused."""
+    mapping, notes = from_original(write(tmp_path, ORIGINAL))
+    if any(note.startswith(".".join(path) + ":") for note in notes):
+        return
+    changed = YAML(typ="safe").load(ORIGINAL)
+    section = changed
+    for part in path[:-1]:
+        section = section[part]
+    section[path[-1]] = another(value)
+    file = tmp_path / "changed.yaml"
+    YAML(typ="safe").dump(changed, file)
+    try:
+        changed_mapping = from_original(file)[0]
+    except ConfigError:
+        return
+    assert changed_mapping != mapping
+
+
+def test_only_3d_volumes_are_flipped(tmp_path: Any) -> None:
+    text = "{dataset: {fMRI: {img_size: 64, sequence_length: 20}}, model: {fMRI: {patch_size: [16, 16, 16, 4]}}}"
+    mapping, notes = from_original(write(tmp_path, text))
+    assert parse_config(mapping).data.augment == AugmentConfig()
+    assert not any("flip" in note for note in notes)
+
+
+def test_rendered_loads(tmp_path: Any) -> None:
+    mapping, notes = from_original(write(tmp_path, ORIGINAL))
+    path = tmp_path / "run.yaml"
+    path.write_text(render(mapping, notes))
+    assert load_config(path) == parse_config(copy.deepcopy(mapping))
+    assert all(f"# {note}" in path.read_text() for note in notes)
+
+
+def test_secrets_are_shown_nowhere(tmp_path: Any) -> None:
+    mapping, notes = from_original(write(tmp_path, ORIGINAL))
+    assert "wandb.API_KEY: dropped: keys come from the environment only" in notes
+    assert "not-for-your-eyes" not in render(mapping, notes)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("shuffle_time_sequence: False", "shuffle_time_sequence: True", "shuffle_time_sequence: True has no counter"),
+        ("lr_scheduler_type: linear", "lr_scheduler_type: cosine", "linear decay"),
+        ("mixed_precision: bf16", "mixed_precision: fp8", "expected bf16, fp16 or no"),
+        ("sequence_length: 24", "sequence_length: 20", "20 frames, but dataset.rsfMRI.img_size says 24"),
+        ("patch_size: [10, 10, 10]", "patch_size: [10, 10]", "expected 3 numbers"),
+        ("znorm_minback", "zscore", "scaling"),
+    ],
+)
+def test_refused(tmp_path: Any, old: str, new: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_original(write(tmp_path, ORIGINAL.replace(old, new)))
+
+
+@pytest.mark.parametrize("text", ["seed: 1", "[1, 2]", "a: {", "dataset: {T1: {img_size: [8, 8, 8]}}"])
+def test_not_a_configuration(tmp_path: Any, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"original\.yaml"):
+        from_original(write(tmp_path, text))
+
+
+def test_short_forms(tmp_path: Any) -> None:
+    text = """
+    dataset: {T1: {img_size: 96}, fMRI: {img_size: 64, sequence_length: 20}}
+    model: {T1: {patch_size: 16}, fMRI: {patch_size: [16, 16, 16, 4]}}
+    trainer: {fp16: True, report_to: [tensorboard, comet], ckpt_dir: "./hf_results/{}/last.ckpt"}
+    """
+    mapping, notes = from_original(write(tmp_path, text))
+    run = parse_config(mapping)
+    assert run.model.modalities["T1"].grid == (6, 6, 6)
+    assert run.model.modalities["fMRI"].size == (64, 64, 64, 20)
+    assert run.output_dir is None
+    assert (run.train.tensorboard, run.train.wandb) == (True, False)
+    assert "trainer.report_to: of ['tensorboard', 'comet'], only tensorboard and wandb have a counterpart" in notes
+    assert any(note.startswith("trainer.ckpt_dir: dropped") for note in notes)
+    assert "trainer.fp16: fp16 becomes bfloat16, which needs no loss scaling" in notes
+
+
+def test_invisible_characters_survive_the_terminal(tmp_path):
+    """A no-break space of a path is escaped as YAML has it, and so read back."""
+    mapping = {"model": {"base": "a\u00a0b/\u202ec"}}
+    text = render(mapping, ["a note\u2028seed: 3"])
+    assert visible(text) == text
+    (tmp_path / "a.yaml").write_text(text)
+    assert read_yaml(tmp_path / "a.yaml") == mapping

@@ -1,0 +1,307 @@
+"""The plan: every conversation once an epoch, in few shapes with little padding, as random as it says."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from umbrella_jax.data.epoch_plan import BatchShape, Facts, Plan, exact_shape, gather, round_positions
+
+PATCHES = {"T1": 27, "dMRI": 30, "rsfMRI": 64}
+
+
+def facts(*rows):
+    """Of (length, supervised, "T1:0 rsfMRI:3") each."""
+    names = [text.split() for _, _, text in rows]
+    number = {name: i for i, name in enumerate(dict.fromkeys(n for row in names for n in row))}
+    return Facts(
+        lengths=np.array([length for length, _, _ in rows]),
+        targets=np.array([targets for _, targets, _ in rows]),
+        volumes=[tuple(number[n] for n in dict.fromkeys(row)) for row in names],
+        modality=[name.partition(":")[0] for name in number],
+        patches=PATCHES,
+    )
+
+
+@st.composite
+def random_facts(draw):
+    """Up to 60 conversations of any set of three modalities, of few lengths or many, sharing volumes or not."""
+    lengths = draw(st.sampled_from([(40, 50), (1, 3000), (900, 1100)]))
+    pool = draw(st.sampled_from([1, 4, 100]))
+    kinds = draw(st.lists(st.lists(st.sampled_from(sorted(PATCHES)), max_size=3), min_size=1, max_size=9))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    rows = []
+    for _ in range(draw(st.integers(1, 60))):
+        kind = kinds[rng.integers(len(kinds))]
+        volumes = " ".join(f"{m}:{rng.integers(pool)}" for m in kind)
+        rows.append((int(rng.integers(*lengths)), int(rng.integers(1, 20)), volumes))
+    return facts(*rows)
+
+
+def test_the_first_step_that_shows_a_modality():
+    known = facts(*[(40, 2, "T1:0")] * 6, (40, 2, "T1:1 rsfMRI:2"), (40, 2, ""))
+    plan = Plan(known, batch_size=1, seed=0)
+    found = plan.first_steps()
+    steps = {
+        modality: min(
+            s + 1 for s in range(8) if volumes_of(known, [r for m in plan.update(s).rows for r in m])[modality]
+        )
+        for modality in ("T1", "rsfMRI")
+    }
+    assert found == steps
+    assert Plan(facts((40, 2, "")), batch_size=1, seed=0).first_steps() == {}
+
+
+def volumes_of(facts, rows):
+    """{modality: distinct volumes}, counted another way than the plan does."""
+    shown = {(facts.modality[v], v) for row in rows for v in facts.volumes[row]}
+    return Counter(modality for modality, _ in shown)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    known=random_facts(),
+    rows=st.integers(1, 9),
+    accumulate_steps=st.integers(1, 4),
+    seed=st.none() | st.integers(0, 5),
+    parts=st.sampled_from([1, 2, 8]),
+)
+def test_what_holds_of_every_plan(known, rows, accumulate_steps, seed, parts):
+    batch_size = parts * rows if rows <= 3 else parts * -(-rows // parts)  # few and many rows of a part
+    sizes = {"batch_size": batch_size, "accumulate_steps": accumulate_steps}
+    plan = Plan(known, **sizes, seed=seed, parts=parts)
+    epochs = [plan.epoch(e) for e in (0, 1, 7)]
+    shapes = {update.shape for updates in epochs for update in updates}
+    assert len(shapes) <= 6
+    assert shapes <= {shape for of_bucket in plan.shapes for shape in of_bucket}
+    assert sum(map(len, plan.shapes)) <= 6
+    assert len({len(updates) for updates in epochs}) == 1, "equally many updates in each epoch"
+    for updates in epochs:
+        rows = [row for update in updates for micro in update.rows for row in micro]
+        assert sorted(rows) == list(range(len(known))), "each conversation once"
+        for update in updates:
+            assert len(update.rows) == accumulate_steps
+            assert any(update.rows), "no update is empty"
+            assert max(map(len, update.rows)) - min(map(len, update.rows)) <= 1
+            room = dict(update.shape.volumes)
+            assert list(room) == sorted(room)
+            assert all(count % parts == 0 for count in room.values())
+            for micro in update.rows:
+                assert len(micro) <= batch_size == update.shape.conversations
+                assert all(known.lengths[row] <= update.shape.positions for row in micro)
+                assert all(known.targets[row] <= update.shape.targets for row in micro)
+                for part in np.array_split([*micro, *[None] * (batch_size - len(micro))], parts):
+                    shown = volumes_of(known, [row for row in part if row is not None])
+                    assert all(count <= room.get(m, 0) // parts for m, count in shown.items())
+    assert plan.epoch(7) == epochs[2], "whatever came before"
+    again = Plan(known, **sizes, seed=seed, parts=parts)
+    assert (again.epoch(7), again.shapes) == (epochs[2], plan.shapes)
+    alone = Plan(known, **sizes, seed=seed)
+    assert [u.rows for u in alone.epoch(1)] == [u.rows for u in epochs[1]], "on any number of devices"
+    positions = sum(accumulate_steps * batch_size * update.shape.positions for update in epochs[1])
+    assert plan.report.padding == pytest.approx(1 - known.lengths.sum() / positions), "of every epoch"
+
+
+def test_few_shapes_of_lengths_cost_the_least():
+    """Of three lengths in 64 full batches each; one bound less would be 64 · 4 · (208 - 104) positions more."""
+    known = facts(*[(length, 1, "") for length in (104, 208, 400) for _ in range(256)])
+    plan = Plan(known, batch_size=4, seed=0)
+    assert [[s.positions for s in of] for of in plan.shapes] == [[104], [208], [400]]
+    assert plan.report.padding == 0
+    assert plan.report.shapes == 3
+
+
+def test_of_many_lengths_the_bounds_are_the_best():
+    """Against every choice of six bounds."""
+    from itertools import combinations
+
+    rng = np.random.default_rng(0)
+    lengths = np.unique(rng.integers(1, 20, 12)) * 8
+    counts = rng.integers(1, 9, len(lengths))
+    known = facts(*[(int(n), 1, "") for n, count in zip(lengths, counts, strict=True) for _ in range(count)])
+    plan = Plan(known, batch_size=1, seed=0)
+
+    def padded(bounds):
+        return sum(int(c) * min(b for b in bounds if b >= n) for n, c in zip(lengths, counts, strict=True))
+
+    best = min(padded((*c, lengths[-1])) for c in combinations(lengths[:-1].tolist(), 5))
+    chosen = [s.positions for of in plan.shapes for s in of]
+    assert padded(chosen) <= 1.01 * best
+
+
+def test_modalities_are_apart():
+    """As they are in the data: no batch mixes what no conversation mixes."""
+    rows = [(100, 1, kind.format(i)) for kind in ("T1:{}", "rsfMRI:{}") for i in range(8)]
+    plan = Plan(facts(*rows), batch_size=4, seed=0)
+    for update in plan.epoch(0):
+        (micro,) = update.rows
+        assert len({row < 8 for row in micro}) == 1
+        assert update.shape.volumes in [(("T1", 4),), (("rsfMRI", 4),)]
+
+
+def test_what_is_over_moves_to_a_longer_bucket_that_shows_as_much():
+    """13 of T1 and 15 longer ones, 3 of text: 4 full updates of 8 by 31; T1 never comes among rsfMRI."""
+    known = facts(
+        *[(100, 1, f"T1:{i}") for i in range(13)],
+        *[(104, 1, "") for _ in range(3)],
+        *[(200, 1, f"T1:{20 + i} T1:{40 + i}") for i in range(8)],
+        *[(208, 1, f"rsfMRI:{i}") for i in range(8)],
+    )
+    plan = Plan(known, batch_size=8, seed=0)
+    moved = Counter()
+    for epoch in range(60):
+        updates = plan.epoch(epoch)
+        assert len(updates) == 4
+        for update in updates:
+            (micro,) = update.rows
+            if any(row >= 24 for row in micro):
+                assert len(micro) == 8
+                assert update.shape.volumes == (("rsfMRI", 8),)
+            assert not (any(row < 13 for row in micro) and any(row >= 24 for row in micro))
+            if any(16 <= row < 24 for row in micro):
+                moved.update(row for row in micro if row < 13)
+    assert sum(moved.values()) % 60 == 0, "the number is the same in every epoch"
+    if moved:
+        assert set(moved) == set(range(13)), "and who it is is drawn"
+
+
+def test_a_few_join_those_that_show_more_where_that_is_cheaper():
+    """3 of text, longer than 5 runs: one update of 8 by 208, not two; but 8 of either are two."""
+    text, run = [(200, 1, "")], [(104, 1, f"rsfMRI:{i}") for i in range(8)]
+    ((update,), apart) = (Plan(facts(*text * n, *run[: 8 - n]), batch_size=8, seed=0).epoch(0) for n in (3, 0))
+    assert update.shape == BatchShape(8, 200, 8, (("rsfMRI", 5),))
+    assert [u.shape.positions for u in apart] == [104]
+    apart = Plan(facts(*text * 8, *run), batch_size=8, seed=0).epoch(0)
+    assert sorted((u.shape.positions, u.shape.volumes) for u in apart) == [(104, (("rsfMRI", 8),)), (200, ())]
+
+
+def test_an_update_is_never_nearly_empty():
+    """17 conversations by 8: of 6, 6 and 5, not of 8, 8 and 1, whose step would be as long as the others'."""
+    known = facts(*[(100, 1, "")] * 17)
+    assert sorted(len(u.rows[0]) for u in Plan(known, batch_size=8, seed=0).epoch(0)) == [5, 6, 6]
+    accumulated = Plan(known, batch_size=2, accumulate_steps=4, seed=0).epoch(0)
+    assert sorted(sum(map(len, u.rows)) for u in accumulated) == [5, 6, 6]
+
+
+def test_without_sharing_the_order_is_a_uniform_shuffle():
+    """Every conversation is as likely to come anywhere, and any two to meet: χ² over 4,000 epochs."""
+    known = facts(*[(100, 1, f"T1:{i}") for i in range(6)])
+    plan = Plan(known, batch_size=2, seed=0)
+    places, pairs = np.zeros((6, 6)), Counter()
+    for epoch in range(4000):
+        rows = [row for update in plan.epoch(epoch) for row in update.rows[0]]
+        places[np.arange(6), rows] += 1
+        pairs.update(frozenset(rows[i : i + 2]) for i in (0, 2, 4))
+    expected = 4000 / 6
+    assert ((places - expected) ** 2 / expected).sum() < 52.6  # 25 degrees of freedom, p = 0.001
+    expected = 4000 * 3 / 15
+    assert len(pairs) == 15
+    assert sum((n - expected) ** 2 / expected for n in pairs.values()) < 36.1  # 14 degrees
+
+
+def test_seeds_and_epochs_differ():
+    known = facts(*[(100, 1, f"T1:{i % 30}") for i in range(60)])
+    orders = {str(Plan(known, batch_size=4, seed=seed).epoch(epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+def test_without_a_seed_the_order_is_that_of_the_conversations():
+    known = facts(*[(100, 1, f"T1:{i}") for i in range(10)])
+    plan = Plan(known, batch_size=4)
+    assert [u.rows for u in plan.epoch(0)] == [((0, 1, 2, 3),), ((4, 5, 6),), ((7, 8, 9),)]
+    assert plan.epoch(1) == plan.epoch(0)
+
+
+def test_a_single_pass_has_fewer_shapes():
+    """Two lengths: of 100 updates, two buckets are worth it; of three in one pass they are not."""
+    few, many = (facts(*[(length, 1, "") for length in (104, 208) for _ in range(n)]) for n in (6, 200))
+    for known, seed, buckets in [(many, 0, 2), (many, None, 2), (few, 0, 2), (few, None, 1)]:
+        plan = Plan(known, batch_size=4, seed=seed)
+        assert len({update.shape for update in plan.epoch(0)}) == buckets
+
+
+def test_gather():
+    volumes = [(0, 1), (2, 3), (4, 5), (1, 0), (3, 6), (6, 2), (7,)]
+    # 3 needs nothing more than 0; behind 1, 4 and 5 each need the same volume, which lets the other in
+    assert list(gather([0, 1, 2, 3, 4, 5, 6], volumes, [2, 3, 2])) == [[0, 3], [1, 4, 5], [2, 6]]
+    assert list(gather([6, 5, 4, 3, 2, 1, 0], volumes, [1, 3, 3])) == [[6], [5, 4, 1], [3, 0, 2]]
+    assert list(gather([2, 0, 1], [(0,), (1,), (2,)], [2, 1])) == [[2, 0], [1]]
+
+
+def test_the_volume_that_lets_most_in_comes_first():
+    """Behind 0 (a b), 1 (a c) opens one more; any of 2, 3, 4 opens e and with it two others."""
+    names = ["ab", "ac", "ae", "be", "e", "cd"]
+    volumes = [tuple(map(ord, name)) for name in names]
+    (batch,) = gather([0, 1, 2, 3, 4, 5], volumes, [4])
+    assert batch[0] == 0
+    assert sorted(batch[1:]) == [2, 3, 4]
+
+
+def test_a_volume_of_all_does_not_slow_the_plan_down():
+    """20,000 conversations with one reference: to look at all that wait, for each batch, would take minutes."""
+    n = 20_000
+    known = Facts(np.full(n, 100), np.ones(n, int), [(0, i) for i in range(1, n + 1)], ["T1"] * (n + 1), PATCHES)
+    plan = Plan(known, batch_size=8, seed=0)
+    assert plan.report.volumes == pytest.approx(9 / 8)
+    assert plan.report.shown == 2
+
+
+def test_shared_volumes_come_together():
+    """Comparisons of 20 subjects, all with all; by chance 8 of them show 11 volumes or more."""
+    pairs = [(i, j) for i in range(20) for j in range(i)]
+    known = facts(*[(100, 1, f"T1:{i} T1:{j}") for i, j in pairs])
+    plan = Plan(known, batch_size=8, seed=0)
+    assert sum(map(len, plan.shapes)) > 1, "batches that share more pay for less"
+    for epoch in (0, 50):
+        volumes = [dict(u.shape.volumes)["T1"] for u in plan.epoch(epoch)]
+        assert sum(volumes) / len(pairs) < 0.9
+    assert plan.report.volumes == pytest.approx(sum(dict(u.shape.volumes)["T1"] for u in plan.epoch(0)) / len(pairs))
+    apart = replace(known, volumes=[(2 * i, 2 * i + 1) for i in range(len(pairs))], modality=["T1"] * 2 * len(pairs))
+    plan = Plan(apart, batch_size=8, seed=0)
+    assert plan.shapes == ((BatchShape(8, 104, 8, (("T1", 16),)),),)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batch_size", "accumulate_steps", "steps"),
+    [(1, 2, 1, 50), (0.07, 1, 1, 7), (2.5, 6, 1, 43), (3, 6, 4, 15), (0.001, 8, 1, 1)],
+)
+def test_num_steps(epochs, batch_size, accumulate_steps, steps):
+    """100 conversations; 0.07 · 100 is above 7 in floating point."""
+    plan = Plan(facts(*[(9, 1, "")] * 100), batch_size=batch_size, accumulate_steps=accumulate_steps, seed=0)
+    assert plan.num_steps(epochs) == steps
+
+
+@pytest.mark.parametrize(
+    ("length", "positions"),
+    [
+        (1, 8),
+        (8, 8),
+        (9, 16),
+        (505, 512),
+        (512, 512),
+        (513, 528),
+        (1025, 1056),
+        (3000, 3008),
+        (4097, 4224),
+        (9999, 10112),
+    ],
+)
+def test_positions(length, positions):
+    assert round_positions(length) == positions
+
+
+def test_exact_shape():
+    known = facts((65, 9, "T1:0 rsfMRI:0 T1:1"), (10, 1, "T1:1"), (3, 0, ""))
+    assert exact_shape(known) == BatchShape(3, 72, 16, (("T1", 2), ("rsfMRI", 1)))
+    assert exact_shape(facts((8, 0, ""))) == BatchShape(1, 8, 8, ())
+
+
+def test_the_report_in_words():
+    plan = Plan(facts((90, 1, "T1:0"), (74, 1, "T1:0 T1:1")), batch_size=4, seed=0)
+    # B · T = 4 · 96 positions, 164 of them used; M = 2
+    assert str(plan.report) == (
+        "1 shape to compile, 57.3% of positions padded\n      1.50 images per conversation, 1.00 encoded after sharing"
+    )

@@ -1,0 +1,691 @@
+"""What validate finds, tells and draws. Expectations come from how the files were made."""
+
+import base64
+import json
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from io import BytesIO
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image as Picture
+
+from tests import small_run
+from umbrella_jax.cli import main
+from umbrella_jax.config.schema import AugmentConfig, DataConfig, ModalityConfig, ModelConfig, RunConfig
+from umbrella_jax.data.cache import Sources
+from umbrella_jax.data.conversation import Image
+from umbrella_jax.data.loader import Dataset
+from umbrella_jax.data.validation.checks import check_overlap, read_contents, validate
+from umbrella_jax.data.validation.findings import KINDS, Finding, Report, histogram
+from umbrella_jax.data.validation.page import write_page
+from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.html import page as pages
+from umbrella_jax.html import slices as drawing
+from umbrella_jax.inference.processor import Processor
+
+SHAPE = (6, 7, 5)
+
+
+@pytest.fixture
+def config(modalities):
+    """`config(train, eval)`; of None, the set is not named."""
+
+    def make(train, evaluation=None, **data):
+        paths = {name: str(path) for name, path in (("train", train), ("eval", evaluation)) if path}
+        return RunConfig(model=ModelConfig(modalities=modalities), data=DataConfig(**paths, threads=2, **data))
+
+    return make
+
+
+@pytest.fixture
+def ask(record):
+    """`ask("a.nii")`: one question about a T1 volume."""
+
+    def make(path, answer="male.", question="Which sex?", **fields):
+        return record([("user", [f"T1:{path}", question]), ("assistant", [answer])], **fields)
+
+    return make
+
+
+def found(report, severity, kind=None):
+    return [f for f in report.findings if f.severity == severity and kind in (None, f.kind)]
+
+
+def test_all_faults_of_both_sets_come_together(config, ask, record, nifti, write_json, tokenizer, tmp_path):
+    for name in ("good.nii", "other.nii", "answerless.nii"):
+        nifti(name, SHAPE)
+    nifti("rank.nii", (6, 7, 5, 2))
+    nifti("nan.nii", np.where(np.arange(210).reshape(SHAPE) == 7, np.nan, 1.0))
+    cut = nifti("cut.nii.gz", (40, 40, 40))
+    cut.write_bytes(cut.read_bytes()[:3000])
+    listed = [{"path": "good.nii", "modality": "T1"}, {"path": "good.nii", "modality": "T1"}]
+    train = write_json(
+        "train.jsonl",
+        [
+            ask("good.nii", task_id="fine"),
+            ask("good.nii", task_id="listed", images=listed),
+            ask("missing.nii", task_id="missing"),
+            ask("good.nii", task_id="long", question="x" * 150),
+            ask("good.nii", task_id="silent", answer=" "),
+            ask("rank.nii", task_id="rank"),
+            record([], task_id="empty"),
+        ],
+    )
+    evaluation = write_json(
+        "eval.json",
+        [
+            ask("nan.nii", task_id="nan"),
+            ask("cut.nii.gz", task_id="cut"),
+            record([("user", ["T1:answerless.nii", "?"])], task_id="answerless"),
+            {"task_id": 5, "conversations": []},
+            ask("other.nii", task_id="blank", answer=""),
+        ],
+    )
+    report = validate(config(train, evaluation, max_length=100), lambda: tokenizer)
+    assert not report.ok
+    faults = {(f.kind, f.sets, f.place.replace(f"{tmp_path}/", ""), f.reason) for f in found(report, "fault")}
+    expected = [
+        ("conversation", "train", "train.jsonl:2 (listed)", "images: 2 listed, 1 shown"),
+        ("conversation", "train", "train.jsonl:7 (empty)", "expected at least one message"),
+        ("volume", "train", "missing.nii", "not found"),
+        ("text", "train", "train.jsonl:4 (long)", "expected at most 100"),
+        ("text", "train", "train.jsonl:5 (silent)", "no assistant turn has text"),
+        ("volume", "train", "rank.nii", "expected 3 axes"),
+        ("volume", "eval", "nan.nii", "1 voxel is NaN"),
+        ("volume", "eval", "cut.nii.gz", "cannot be read"),
+        ("text", "eval", "eval.json[2] (answerless)", "the last turn is not the assistant's"),
+        ("conversation", "eval", "eval.json[3]", "task_id: expected a string"),
+        ("conversation", "eval", "eval.json[3]", "expected at least one message"),
+    ]
+    for kind, name, place, reason in expected:
+        assert any(reason in f[3] for f in faults if f[:3] == (kind, (name,), place)), (place, reason)
+    assert len(faults) == len(expected)
+    text = re.sub(r"\s+", " ", "\n".join(report.lines()))
+    for _, _, place, reason in expected:
+        assert place in text
+        assert reason in text
+    assert report.lines()[-1].startswith("not good: 11 faults, ")
+
+
+def test_faults_of_the_base_do_not_hide_the_others(config, ask, write_json):
+    def broken():
+        raise ConfigError("base/config.json: no such file")
+
+    report = validate(config(write_json("train.json", [ask("missing.nii")])), broken)
+    assert {f.kind for f in found(report, "fault")} == {"base", "volume"}
+    assert next(f.place for f in found(report, "warning", "unchecked")) == "text"
+
+
+def test_a_set_that_is_not_there(config, ask, nifti, write_json, tmp_path):
+    nifti("a.nii", SHAPE)
+    report = validate(config(write_json("train.json", [ask("a.nii")]), tmp_path / "none.json"))
+    (fault,) = found(report, "fault")
+    assert (fault.kind, fault.sets, fault.place) == ("conversation", ("eval",), str(tmp_path / "none.json"))
+    with pytest.raises(ConfigError, match=r"data\.train, data\.eval: expected a path"):
+        validate(config(None))
+
+
+def test_what_was_not_checked_is_said(config, ask, record, nifti, write_json):
+    nifti("a.nii", SHAPE)
+    turns = [ask("a.nii", answer=""), record([("user", ["hi"])])]
+    report = validate(config(None, write_json("eval.json", turns)))
+    reasons = [f"{f.place}: {f.reason}" for f in found(report, "warning", "unchecked")]
+    assert len(reasons) == 3
+    assert "neither lengths nor what is supervised" in reasons[0]
+    assert "only one of them is named" in reasons[1]
+    assert "2 of 2 conversations name no subject" in reasons[2]
+    assert report.sets["eval"].lengths == {}
+    assert [f.kind for f in found(report, "fault")] == ["text"]  # the last turn is looked at without a tokenizer
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "subject"),
+    [
+        ({"subject_ids": ["S1", "S2"]}, {"metadata": {"subject_id": "S2"}}, "S2"),
+        ({"metadata": {"subject_id": "S3", "reference_id": "S1"}}, {"subject_ids": ["S1"]}, "S1"),
+        ({"metadata": {"subject_id": 17}}, {"metadata": {"subject_id": "17"}}, "17"),
+        ({"metadata": {"subject_id": 17.0}}, {"subject_ids": [17]}, "17"),
+        ({"metadata": {"subject_id": float("nan")}}, {"metadata": {"subject_id": float("nan")}}, None),
+        ({"metadata": {"subject_id": "sub-07"}}, {"path": "sub-07/anat/sub-07_T1w.nii"}, "07"),
+        ({"path": "sub-08_T1w.nii"}, {"path": "mri/sub-08/brain.nii"}, "08"),
+        ({"path": "sub-a/sub-09_T1w.nii"}, {"path": "sub-a/sub-10_T1w.nii"}, None),
+        ({"metadata": {"subject_id": ""}}, {"metadata": {"subject_id": ""}}, None),
+    ],
+)
+def test_a_subject_in_train_and_eval(config, ask, nifti, write_json, train, evaluation, subject):
+    paths = []
+    for name, fields in (("train", train), ("eval", evaluation)):
+        nifti(path := fields.pop("path", f"{name}.nii"), SHAPE)
+        paths.append(write_json(f"{name}.json", [ask(path, task_id=name, **fields)]))
+    report = validate(config(*paths))
+    assert [f.place for f in found(report, "fault")] == ([f"subject {subject}"] if subject else [])
+    if subject:
+        (fault,) = found(report, "fault")
+        assert fault.reason.startswith(f"in train ({paths[0]}[0] (train)) and in eval ({paths[1]}[0] (eval)); ")
+        allowed = validate(config(*paths, allow_overlap=True))
+        assert allowed.ok
+        assert [f.place for f in found(allowed, "warning", "overlap")] == [f"subject {subject}"]
+
+
+def test_voxels_in_train_and_eval_and_under_several_names(config, ask, nifti, write_json, tmp_path):
+    voxels = np.random.default_rng(0).integers(1, 99, SHAPE).astype(np.float32)
+    nifti("a.nii.gz", voxels)
+    nifti("copy.nii", voxels.astype(np.int16))  # another type and compression, the same numbers
+    nifti("twin.nii", voxels * 2)
+    nifti("twin-copy.nii", voxels * 2)
+    nifti("shared.nii", voxels * 3)
+    nifti("other.nii", voxels + np.eye(7)[:6, :, None] * 1e-3)
+    train = write_json("train.json", [ask(f"{n}.nii") for n in ("copy", "twin", "twin-copy", "shared")])
+    evaluation = write_json("eval.json", [ask("a.nii.gz"), ask("shared.nii"), ask("other.nii")])
+    report = validate(config(train, evaluation))
+    overlaps = {f.place: f.reason for f in found(report, "fault")}
+    assert {f.kind for f in found(report, "fault")} == {"overlap"}
+    assert overlaps.keys() == {str(tmp_path / "copy.nii"), str(tmp_path / "shared.nii")}
+    assert str(tmp_path / "a.nii.gz") in overlaps[str(tmp_path / "copy.nii")]
+    (duplicate,) = found(report, "warning", "duplicate")
+    assert (duplicate.place, duplicate.sets) == (str(tmp_path / "twin.nii"), ("train",))
+    assert duplicate.reason == f"the same voxels as {tmp_path / 'twin-copy.nii'}"
+
+
+def test_a_copy_of_a_scan_is_found_by_its_bytes(nifti, tmp_path):
+    """Under another name, `train` would evaluate on what it trains on; it does not compare voxels."""
+    shutil.copyfile(nifti("sub-01.nii.gz", (4, 4, 4)), tmp_path / "sub-17.nii.gz")
+    sources = Sources()
+    sets = {
+        name: Dataset((), (), (), {Image(tmp_path / file, "T1"): 1}, {}, sources)
+        for name, file in (("train", "sub-01.nii.gz"), ("eval", "sub-17.nii.gz"))
+    }
+    same = f"{tmp_path / 'sub-01.nii.gz'} = {tmp_path / 'sub-17.nii.gz'}"
+    with pytest.raises(DataError, match=f"0 subjects and 1 scan are in train and in eval: {same}; evaluate"):
+        check_overlap(sets, allowed=False)
+    assert same in str(check_overlap(sets, allowed=True))
+
+
+def test_contradictions(config, ask, record, nifti, write_json):
+    nifti("a.nii", np.ones(SHAPE) + np.eye(7)[:6, :, None])
+    nifti("a-copy.nii", np.ones(SHAPE) + np.eye(7)[:6, :, None])
+    nifti("b.nii", SHAPE)
+    turns = [
+        ask("a.nii", "male.", task_id="one"),
+        ask("a-copy.nii", "female.", task_id="two"),
+        ask("b.nii", "female.", task_id="another"),
+        ask("a.nii", "30", question="Which age?", task_id="asked otherwise"),
+        ask("b.nii", " female. ", task_id="the same"),
+        ask("b.nii", "", task_id="blank"),
+    ]
+    path = write_json("train.json", turns)
+    (warning,) = found(validate(config(path)), "warning", "contradiction")
+    assert warning.place == f"{path}[0] (one)"
+    assert warning.reason == f"answers 'male.' here, 'female.' in {path}[1] (two)"
+
+
+def test_answers(config, ask, nifti, write_json, record):
+    nifti("a.nii", SHAPE)
+    nifti("b.nii", (7, 7, 7))
+    sex, side = {"metadata": {"task": "sex"}}, {"task_type": "side"}
+    train = [ask("a.nii", a, question=str(i), **sex) for i, a in enumerate(["male.", "male.", "female.", "male."])]
+    train += [ask("a.nii", "left.", question=f"side {i}", **side) for i in range(2)]
+    train += [ask("a.nii", str(i), question=f"age {i}", task_type="age") for i in range(20, 33)]
+    evaluation = [ask("b.nii", a, **sex) for a in ("Male", "male.", "")]
+    report = validate(config(write_json("train.json", train), write_json("eval.json", evaluation)))
+    assert report.sets["train"].answers["sex"] == {"male.": 3, "female.": 1}
+    assert report.sets["eval"].answers["sex"] == {"Male": 1, "male.": 1, "": 1}
+    warned = {f.place: f.reason for f in found(report, "warning", "answers")}
+    assert warned == {
+        "task sex": "'Male' only in eval; train answers 'female.', 'male.'",
+        "task side": "every answer is 'left.'",
+    }
+    tables = {table.title: {row[0]: row[1:] for row in table.rows} for table in report.tables()}
+    assert tables["Answers, task sex"]["'male.'"] == ("3 (75%)", "1 (33%)")
+    assert tables["Answers, task sex"]["blank"] == ("0 (0%)", "1 (33%)")
+    assert tables["Answers, task age"] == {
+        "min": ("20", ""), "median": ("26", ""), "max": ("32", ""), "numbers": ("13", "0"),
+    }  # fmt: skip
+    (note,) = found(report, "note", "task_id")[:1]
+    assert "'S01' 19 times" in note.reason
+
+
+def test_lengths(config, ask, record, nifti, write_json, tokenizer):
+    nifti("a.nii", SHAPE)
+
+    def tokens(text):
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    frame = 2 * (2 + tokens("\n")) + tokens("user\n") + tokens("assistant\n")
+    path = write_json("train.json", [ask("a.nii", "male.", "hi"), record([("user", ["hello"]), ("assistant", ["no"])])])
+    limit = frame + 6 + tokens("hi") + tokens("male.") - 1  # the first is too long by one, and counted still
+    report = validate(config(path, max_length=limit), lambda: tokenizer)
+    lengths = {name: numbers.tolist() for name, numbers in report.sets["train"].lengths.items()}
+    text = [frame + tokens("hi") + tokens("male."), frame + tokens("hello") + tokens("no")]
+    assert lengths == {
+        "positions": [text[0] + 6, text[1]],
+        "patches": [6, 0],
+        "text": text,
+        "supervised": [tokens("male.") + 1, tokens("no") + 1],
+    }
+    assert [f.place for f in found(report, "fault")] == [f"{path}[0] (S01)"]
+    said = report.to_json()["sets"]["train"]["lengths"]["patches"]
+    assert (said["min"], said["median"], said["max"]) == (0, 3, 6)
+
+
+def test_histogram():
+    values = np.array([3, 3, 4, 9])
+    assert histogram(values) == {"edges": [3, 4, 5, 6, 7, 8, 9, 10], "counts": [2, 1, 0, 0, 0, 0, 1]}
+    assert histogram(np.array([7, 7])) == {"edges": [7, 8], "counts": [2]}
+    wide = histogram(np.arange(1000))
+    assert len(wide["counts"]) == 20
+    assert sum(wide["counts"]) == 1000
+
+
+def test_contents(nifti, tmp_path):
+    data = np.zeros((4, 5, 6, 3), np.int16)
+    data[1, 2, 3] = [-4, 8, 2]
+    affine = nib.affines.from_matvec(np.array([[0, -2, 0], [0, 0, 3], [-1.5, 0, 0]]), [0, 0, 0])
+    contents = read_contents(nifti("run.nii.gz", data, affine))
+    # the first axis goes to inferior, 1.5 mm; the second to left, 2 mm; the third to anterior, 3 mm
+    assert (contents.shape, contents.dtype, contents.orientation) == ((4, 5, 6, 3), "int16", "ILA")
+    assert contents.voxel_size == (1.5, 2, 3)
+    assert (contents.minimum, contents.maximum) == (-4, 8)
+    assert contents.mean == pytest.approx(6 / 360)
+    assert contents.nonzero == pytest.approx(3 / 360)
+    assert not contents.still
+    np.save(tmp_path / "a.npy", np.array([[[np.nan, 2.0, np.inf]]]))
+    contents = read_contents(tmp_path / "a.npy")
+    assert (contents.dtype, contents.orientation, contents.voxel_size) == ("float64", None, None)
+    assert (contents.minimum, contents.maximum, contents.mean) == (2, 2, 2)
+    np.save(tmp_path / "a.npy", np.full((1, 1, 2), np.nan))
+    assert read_contents(tmp_path / "a.npy").maximum is None
+    with pytest.raises(DataError, match=r"gone\.nii: not found"):
+        read_contents(tmp_path / "gone.nii")
+
+
+def test_digest_is_of_shape_and_voxels(nifti, tmp_path):
+    data = np.arange(24.0).reshape(2, 3, 4)
+    same = [nifti("a.nii", data.astype(np.float32)), nifti("b.nii.gz", data.astype(">i2")), tmp_path / "c.npy"]
+    same.append(nifti("g.nii", data.astype(np.float32)[..., None, None]))
+    np.save(same[2], data)
+    other = [
+        nifti("d.nii", data.reshape((3, 2, 4), order="F")),
+        nifti("e.nii", data[::-1].copy()),
+        nifti("f.nii", data + 1),
+    ]
+    assert len({read_contents(path).digest for path in same}) == 1
+    assert len({read_contents(path).digest for path in [*same, *other]}) == 4
+
+
+def test_volumes_with_next_to_nothing_in_them(config, ask, record, nifti, write_json):
+    nifti("good.nii", SHAPE)
+    nifti("constant.nii", np.full(SHAPE, 3.0))
+    one = np.zeros(SHAPE)
+    one[0, 0, 0] = 1
+    nifti("one.nii", one)
+    nifti("still.nii", np.repeat(np.random.default_rng(0).uniform(1, 2, (4, 3, 5, 1)), 6, axis=3))
+    nifti("nearly.nii", 1e6 + np.random.default_rng(0).uniform(-0.5, 0.5, SHAPE).astype(np.float32))
+    turns = [ask(f"{name}.nii") for name in ("good", "constant", "one", "nearly")]
+    turns.append(record([("user", ["fMRI:still.nii"]), ("assistant", ["yes"])]))
+    report = validate(config(write_json("train.json", turns)))
+    said = {f.place.rpartition("/")[2]: f.reason for f in found(report, "warning", "empty")}
+    assert said == {
+        "constant.nii": "every voxel is 3",
+        "nearly.nii": "nearly constant: its voxels are from 999999.5 to 1000000.5",
+        "one.nii": "0.48% of its voxels are not 0",
+        "still.nii": "all of its 6 frames are the same",
+    }
+    assert report.ok
+
+
+def test_headers_that_contradict_themselves(config, ask, nifti, write_json, tmp_path, tokenizer, caplog):
+    path = nifti("a.nii.gz", (6, 7, 5))
+    scan = nib.load(path)
+    scan.set_qform(np.diag([-1, 1, 1, 1]), 1)
+    nib.save(nib.Nifti1Image(np.asarray(scan.dataobj), None, scan.header), path)
+    settings = config(write_json("train.json", [ask("a.nii.gz")]))
+    (finding,) = found(validate(settings), "warning", "header")
+    reason = "its qform (code 1) says LAS, its sform (code 2) says RAS: they disagree about left and right; "
+    reason += "the sform is used"
+    assert (finding.place, finding.reason) == (str(path), reason)
+    processor = Processor(tokenizer, settings.model.modalities)
+    processor.datasets(settings.data)  # what train, predict and the others read
+    processor.asked(processor.question("?", [("T1", path)]))
+    assert [record.getMessage() for record in caplog.records] == [f"{path}: {reason}"] * 2
+
+
+def test_outliers(config, ask, nifti, write_json):
+    usual = np.diag([1, 1, 1.2, 1])
+    for i in range(6):
+        nifti(f"{i}.nii", SHAPE, usual)
+    nifti("left.nii", SHAPE, usual * [-1, 1, 1, 1])
+    nifti("large.nii", SHAPE, usual * [2, 1, 1, 1])
+    nifti("bright.nii", np.random.default_rng(0).uniform(9e4, 1e5, SHAPE).astype(np.float32), usual)
+    names = [*map(str, range(6)), "left", "large", "bright"]
+    path = write_json("train.json", [ask(f"{name}.nii") for name in names])
+    said = {f.place.rpartition("/")[2]: f.reason for f in found(validate(config(path)), "warning", "outlier")}
+    assert said.keys() == {"left.nii", "large.nii", "bright.nii"}
+    assert said["left.nii"] == "orientation LAS, 1 of 9 T1 volumes; usual is RAS (8)"
+    assert said["large.nii"] == "voxel size (mm) 2 × 1 × 1.2, 1 of 9 T1 volumes; usual is 1 × 1 × 1.2 (8)"
+    assert said["bright.nii"].startswith("its largest voxel is 9.997e+04; of the T1 volumes it is 8.9")
+    nifti("up.nii", SHAPE, np.eye(4)[[2, 1, 0, 3]] * [1, 1, 1.2, 1])
+    two = [ask(f"{name}.nii") for name in ("0", "1", "left", "copy", "up")]
+    nifti("copy.nii", SHAPE, usual * [-1, 1, 1, 1])
+    (warning,) = found(validate(config(write_json("two.json", two))), "warning", "outlier")
+    assert warning.reason == "orientation SAR, 1 of 5 T1 volumes; usual is RAS (2), LAS (2)"
+    halves = write_json("halves.json", [ask(f"{name}.nii") for name in ("0", "left")])
+    assert found(validate(config(halves)), "warning", "outlier") == []  # neither is the usual one
+
+
+def test_thousands_of_faults_are_legible():
+    findings = [
+        Finding("fault", "conversation", ("train",), f"t.json[{i}] (S{i})", f"images: {i} listed, 1 shown")
+        for i in range(3000)
+    ]
+    findings += [Finding("fault", "volume", ("eval",), f"/d/{i}.nii", "not found") for i in range(2000)]
+    report = Report({}, (), tuple(findings))
+    lines = report.lines()
+    assert len(lines) < 25
+    assert sum("3000 × images: … listed, 1 shown" in line for line in lines) == 1
+    assert "        t.json[1] (S1): 1" in lines, "what is different"
+    assert sum("2000 × not found" in line for line in lines) == 1
+    assert sum("and 2995 more" in line for line in lines) == 1
+    assert lines[-1] == "not good: 5,000 faults, 0 warnings, 0 notes"
+    assert len(report.to_json()["findings"]) == 5000
+
+
+def test_findings_fit_a_terminal():
+    """Alike ones are told by what they have in common, then what each has instead; nothing is wider than it must be."""
+    where = (
+        "in train (conversations/train.json[{0}] (sub-0{0}_T1w)) and in eval (again/eval.json[{1}] (sub-0{0}_T1w)); "
+    )
+    where += "expected other subjects to evaluate on than to train on, or --allow-overlap"
+    findings = [Finding("fault", "overlap", ("train", "eval"), f"subject {i}", where.format(i, 9 - i)) for i in (3, 4)]
+    findings.append(
+        Finding("fault", "volume", ("train",), "/" + "d" * 90 + "/a.nii", "not found; expected " + "w " * 40)
+    )
+    findings.append(Finding("fault", "conversation", ("train",), "t.json[0]", "size 3, 4: wrong"))
+    findings.append(Finding("fault", "conversation", ("train",), "t.json[1]", "size 3, 5: wrong"))
+    lines = Report({}, (), tuple(findings)).lines()
+    assert [len(line) > 80 for line in lines] == ["/ddd" in line for line in lines]
+    text = "\n".join(lines)
+    assert "2 × in train (…) and in eval (…); expected other subjects to evaluate on" in text
+    assert (
+        "        subject 3: conversations/train.json[3] (sub-03_T1w), again/eval.json[6]\n          (sub-03_T1w)\n"
+        in text
+    )
+    assert "    2 × size 3, …: wrong\n        t.json[0]: 4\n        t.json[1]: 5" in text
+
+
+@pytest.mark.parametrize(
+    ("reasons", "shared", "details"),
+    [
+        (["differs (3 of 12) here", "differs (4 of 13) here"], "differs (… of …) here", ["3, 12", "4, 13"]),
+        (["shape (2, 3) is odd", "shape (2, 4) is odd"], "shape (2, …) is odd", ["3", "4"]),
+        (["size a/f(3); mend", "size a/g(3); mend"], "size …; mend", ["a/f(3)", "a/g(3)"]),
+        (["in (a/x (1)), b", "in (a/y (2)), b"], "in (…), b", ["a/x (1)", "a/y (2)"]),
+        (["(1 of '2')", "(3 of '4')"], "(… of …)", ["1, '2'", "3, '4'"]),
+    ],
+)
+def test_grouped_findings_keep_their_brackets(reasons: list[str], shared: str, details: list[str]) -> None:
+    findings = tuple(Finding("fault", "volume", ("train",), f"{i}.nii", reason) for i, reason in enumerate(reasons))
+    lines = "\n".join(Report({}, (), findings).lines())
+    assert f"2 × {shared}\n" in lines
+    for i, detail in enumerate(details):
+        assert f"{i}.nii: {detail}\n" in lines
+
+
+def test_a_terminal_is_not_steered_by_a_name():
+    report = Report({}, (), (Finding("fault", "volume", ("train",), "a\x1b[2J\n\ud800.nii", "not found"),))
+    text = "\n".join(report.lines())
+    assert "\x1b" not in text
+    assert r"a\x1b[2J\n\ud800.nii: not found" in text
+    text.encode()
+
+
+# The page.
+
+
+class Elements(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def pictures(text):
+    urls = re.findall(r'<img src="data:image/png;base64,([^"]+)"', text)
+    return [np.asarray(Picture.open(BytesIO(base64.b64decode(url)))) for url in urls]
+
+
+def test_page(config, ask, record, nifti, write_json, tokenizer, tmp_path):
+    name = "<img src=x onerror=alert(1)>&'\".nii"
+    nifti(name, SHAPE)
+    nifti("run.nii", np.random.default_rng(0).uniform(1, 2, (4, 3, 5, 6)))
+    turns = [
+        ask("<b>gone.nii", task_id="</script><script>alert(2)</script>"),
+        ask(name, "<i>male</i>", metadata={"task": "<u>sex</u>"}),
+        record([("user", ["fMRI:run.nii"]), ("assistant", ["yes"])]),
+        ask("run.nii", task_id="<script>"),
+    ]
+    settings = config(write_json("<s>train\udcff.json", turns))  # a name that is no UTF-8
+    report = validate(settings, lambda: tokenizer)
+    file = tmp_path / "page.html"
+    write_page(report, settings.model.modalities, file, sample=24, threads=2, augment=settings.data.augment)
+    text = file.read_text(encoding="utf-8")
+    elements = Elements(text).found
+    assert not {tag for tag, _ in elements} & {"script", "link", "iframe", "object", "b", "i", "u", "s"}
+    assert all(not key.startswith("on") for _, attrs in elements for key in attrs)
+    links = [attrs[key] for _, attrs in elements for key in ("src", "href", "srcset", "data") if key in attrs]
+    assert links
+    assert all(link.startswith("data:image/png;base64,") for link in links)
+    assert "url(" not in text
+    assert "@import" not in text
+    assert len(pictures(text)) == 3  # a volume, and of a run its first frame and its deviation
+    assert "&lt;i&gt;male&lt;/i&gt;" in text
+    assert pages.PRIVACY in text.replace("&#39;", "'")
+    assert "not found" in text
+    assert text.index("not found") < text.index("<svg") < text.index("<article")
+
+
+def test_the_page_shows_what_augmentation_does(config, ask, nifti, write_json, tmp_path):
+    nifti("a.nii", SHAPE)
+    settings = config(write_json("train.json", ask("a.nii")), augment=AugmentConfig(left_right_flip=0.5, noise=0.2))
+    file = tmp_path / "page.html"
+    write_page(validate(settings), settings.model.modalities, file, sample=1, threads=1, augment=settings.data.augment)
+    plain, flipped, noisy = pictures(file.read_text())
+    assert "left_right_flip" in file.read_text()
+    assert not np.array_equal(plain, flipped)
+    assert not np.array_equal(plain, noisy)
+
+
+def test_what_float16_cannot_hold_is_a_fault(config, ask, nifti, write_json, tmp_path):
+    nifti("a.nii", np.full(SHAPE, 1e5, np.float32) + np.arange(210).reshape(SHAPE))
+    train = write_json("train.json", ask("a.nii"))
+    for dtype, ok in (("float32", True), ("float16", False)):
+        settings = config(train, cache=str(tmp_path / "cache"), cache_dtype=dtype)
+        modality = replace(settings.model.modalities["T1"], scaling="none")
+        report = validate(replace(settings, model=replace(settings.model, modalities={"T1": modality})))
+        assert any("float16 ends at 65504" in line for line in report.lines()) != ok
+        assert report.ok == ok, report.lines()
+
+
+def test_a_flip_of_what_has_no_orientation_is_a_fault(config, ask, write_json, tmp_path):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).random(SHAPE, np.float32))
+    for augment, ok in ((AugmentConfig(), True), (AugmentConfig(left_right_flip=0.5), False)):
+        settings = config(write_json("train.json", ask("a.npy")), augment=augment)
+        modality = replace(settings.model.modalities["T1"], orientation="as_stored")
+        report = validate(replace(settings, model=replace(settings.model, modalities={"T1": modality})))
+        assert report.ok == ok, report.lines()
+        assert any("left_right_flip" in line for line in report.lines()) != ok
+
+
+def test_the_sample_is_even_and_begins_with_what_was_found(config, ask, nifti, write_json, tmp_path):
+    for i in range(9):
+        nifti(f"{i}.nii", SHAPE)
+    nifti("seven.nii", np.full(SHAPE, 7.0))
+    settings = config(write_json("train.json", [ask(f"{i}.nii") for i in [*range(9), "seven"]] + [ask("gone.nii")]))
+    report = validate(settings)
+
+    def drawn(sample):
+        file = tmp_path / "page.html"
+        write_page(report, settings.model.modalities, file, sample=sample, threads=2, augment=settings.data.augment)
+        return re.findall(r'<h3 class="path">[^<]*/([^<]*)\.nii</h3>', file.read_text())
+
+    assert drawn(0) == []
+    assert drawn(4) == ["seven", "0", "4", "8"]
+    assert drawn(4) == drawn(4)
+    assert sorted(drawn(99)) == sorted([*map(str, range(9)), "seven"])
+
+
+@pytest.mark.parametrize("stored", ["RAS", "LPI", "SAR", "PIL"])
+@pytest.mark.parametrize("orientation", ["RAS", "as_stored"])
+def test_right_front_and_top_are_drawn_where_the_letters_are(nifti, write_json, ask, tmp_path, stored, orientation):
+    voxels = np.zeros((20, 20, 20), np.float32)
+    voxels[9:, 9:, 9:] = 1  # x to the right, y to the front, z up
+    turn = nib.orientations.axcodes2ornt(stored)
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)).as_reoriented(turn_from_ras(turn)), tmp_path / "a.nii")
+    assert "".join(nib.aff2axcodes(nib.load(tmp_path / "a.nii").affine)) == stored
+    modality = ModalityConfig(size=(20, 20, 20), patch=(5, 5, 5), orientation=orientation)
+    settings = RunConfig(
+        model=ModelConfig(modalities={"T1": modality}), data=DataConfig(train=str(write_json("t.json", ask("a.nii"))))
+    )
+    write_page(
+        validate(settings),
+        settings.model.modalities,
+        tmp_path / "page.html",
+        sample=1,
+        threads=1,
+        augment=settings.data.augment,
+    )
+    ((picture,), side, margin) = pictures((tmp_path / "page.html").read_text()), drawing.LONGEST, drawing.MARGIN
+    assert picture.shape == (side + 2 * margin, 3 * (side + 2 * margin))
+    for panel in np.split(picture, 3, axis=1):
+        inner = panel[margin:-margin, margin:-margin].astype(float)
+        quadrants = [q.mean() for half in np.array_split(inner, 2) for q in np.array_split(half, 2, axis=1)]
+        assert quadrants[0] > 240  # top left: right and front, right and top, front and top
+        assert max(quadrants[1:]) < 50
+
+
+def turn_from_ras(to):
+    return nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), to)
+
+
+def test_letters():
+    volume = np.zeros((2, 3, 4))
+    letters = [plane.letters for plane in drawing.slices(volume, "LPS", None)]
+    assert letters == [("R", "L", "A", "P"), ("R", "L", "S", "I"), ("A", "P", "S", "I")]
+    assert drawing.slices(volume, None, None)[0].letters == ("+i", "-i", "+j", "-j")
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPI", "SAR", None])
+def test_planes_go_through_the_voxel_that_is_named(codes):
+    volume = np.zeros((3, 4, 5))
+    volume[2, 0, 3] = 1
+    for plane in drawing.slices(volume, codes, None, at=(2, 0, 3)):
+        assert plane.rows.sum() == 1
+    assert not any(plane.rows.any() for plane in drawing.slices(volume, codes, None))
+
+
+def test_a_map_is_laid_over_in_colour():
+    volume, values = np.full((4, 4, 4), 0.5), np.zeros((4, 4, 4))
+    values[0], values[3] = -1, 1
+    planes = [drawing.slices(v, "RAS", None)[:1] for v in (volume, values)]
+    picture = np.asarray(drawing.draw(planes[0], 0, 1, planes[1]), float)
+    row = picture[picture.shape[0] // 2, drawing.MARGIN : -drawing.MARGIN]
+    right, middle, left = row[5], row[len(row) // 2], row[-5]  # the patient's right is at the left
+    assert right[0] > 150 > 100 > right[2]
+    assert left[2] > 150 > 100 > left[0]
+    assert len(set(middle)) == 1
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "as_stored"])
+def test_planes_are_to_scale(nifti, orientation):
+    # 20 x 30 x 10 voxels: 40 mm up, 30 mm to the left, 40 mm to the front
+    affine = nib.affines.from_matvec(np.array([[0, -1, 0], [0, 0, 4], [2, 0, 0]]), [0, 0, 0])
+    contents = read_contents(nifti("a.nii", (20, 30, 10), affine))
+    stored = contents.orientation, contents.voxel_size, contents.shape
+    config = ModalityConfig(size=(8, 8, 16), patch=(2, 2, 2), orientation=orientation)
+    codes, spacing = drawing.geometry(*stored, config)
+    assert (codes, spacing) == (("RAS", (3.75, 5, 2.5)) if orientation == "RAS" else ("SLA", (5, 3.75, 2.5)))
+    planes = drawing.slices(np.zeros(config.size), codes, spacing)
+    assert [plane.mm for plane in planes] == [(30, 40), (30, 40), (40, 40)]
+    padded = replace(config, mode="pad", spacing=2.5)
+    assert drawing.geometry(*stored, padded) == (codes, (2.5, 2.5, 2.5))
+    run = replace(config, size=(8, 8, 16, 4), patch=(2, 2, 2, 2), scaling=None, mode=None)
+    assert drawing.geometry(*stored, run)[1] == ((1, 4, 2) if orientation == "RAS" else (2, 1, 4))  # never resized
+
+
+# The command.
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return small_run.make_world(tmp_path_factory.mktemp("world"), data={"allow_overlap": False})
+
+
+@pytest.fixture
+def command(world, capsys):
+    """`command(*flags)`: exit code, stdout and stderr of `umbrella-jax data validate` on a good world."""
+
+    def run(*flags):
+        words = ["--config", world.config, "--base", world.base, "--train-data", world.train, "--eval-data", world.eval]
+        code = main(["data", "validate", *small_run.latest(*words, *flags)])
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+
+    return run
+
+
+def test_command(command, world, tmp_path):
+    told = command()
+    assert told.code == 1  # the world's sets share scans
+    assert "in train and in eval" in told.out
+    told = command("--allow-overlap", "--json", "--html", tmp_path / "page.html", "--samples", 3)
+    assert told.code == 0
+    found = json.loads(told.out)
+    assert found.keys() == {"version", "ok", "counts", "findings", "sets", "volumes"}
+    assert found["ok"]
+    assert found["counts"]["fault"] == 0
+    assert found["counts"].keys() == {"fault", "warning", "note"}
+    assert all(f.keys() == {"severity", "kind", "sets", "place", "reason"} for f in found["findings"])
+    assert {f["kind"] for f in found["findings"]} <= KINDS.keys()
+    assert found["sets"]["train"]["conversations"] == 12
+    assert len(found["volumes"]) == 8
+    assert found["sets"]["train"]["lengths"]["patches"]["max"] == 12
+    assert pages.PRIVACY in told.err
+    assert (tmp_path / "page.html").read_text().count("<article>") == 3
+
+
+def test_answers_that_a_run_could_not_score_are_a_fault(command, world):
+    """As `train` refuses them, before it compiles."""
+    assert command("--allow-overlap").code == 0
+    assert "evaluation.tasks.age: no such task here" in command("--set", "evaluation.tasks.age.kind=regression").out
+    records = json.loads(world.eval.read_text())
+    records[0]["conversations"][-1]["content"] = ""
+    blank = world.eval.with_name("blank.json")
+    blank.write_text(json.dumps(records))
+    told = command("--allow-overlap", "--eval-data", blank)
+    assert told.code == 1
+    assert "no reference; expected the last answer of the conversation" in " ".join(told.out.split())
+
+
+def test_no_page_without_its_packages(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "_installed", lambda module: module != "PIL")
+    monkeypatch.setattr("umbrella_jax.data.validation.checks.validate", lambda *_, **__: pytest.fail("work was begun"))
+    told = command("--html", tmp_path / "page.html")
+    assert told.code == 2
+    assert "pillow not installed; pip install 'umbrella-jax[report]'" in told.err
+    monkeypatch.undo()
+    monkeypatch.setattr("umbrella_jax.data.validation.checks.validate", lambda *_, **__: pytest.fail("work was begun"))
+    assert "expected the name of a file" in command("--html", tmp_path / "none" / "page.html").err
+    assert "--html FILE" in command("--samples", 3).err
+
+
+def test_without_the_base(world, capsys):
+    words = ["--config", world.config, "--train-data", world.train, "--set", "model.base=some/where-not-downloaded"]
+    assert main(["data", "validate", *map(str, words)]) == 0
+    assert "no tokenizer at hand" in capsys.readouterr().out

@@ -1,0 +1,192 @@
+"""The demo's inputs: a checkpoint that PyTorch users can load, and data whose labels are true."""
+
+import filecmp
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from nibabel.affines import apply_affine
+from scipy.special import softmax
+from sklearn.metrics import brier_score_loss, roc_auc_score
+
+from tests.page import Page
+from tests.small_run import read_lines
+from umbrella_jax.checkpoints.checkpoint import Checkpoint
+from umbrella_jax.checkpoints.export import write_native
+from umbrella_jax.config.schema import ModalityConfig
+from umbrella_jax.demo import DemoData, make_base, make_data
+from umbrella_jax.demo.data import BLOCK, lesion_mask
+from umbrella_jax.demo.run import run_demo
+from umbrella_jax.errors import CheckpointError
+from umbrella_jax.rundir import evaluations
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DemoData:
+    return make_data(tmp_path_factory.mktemp("data"), train_subjects=12, eval_subjects=8)
+
+
+def conversations(path: Path) -> list[dict[str, Any]]:
+    result: list[dict[str, Any]] = json.loads(path.read_text())
+    return result
+
+
+def test_base_loads_in_torch(base: Path) -> None:
+    pytest.importorskip("torch")
+    from transformers import LlavaForConditionalGeneration
+
+    model, info = LlavaForConditionalGeneration.from_pretrained(base, output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_a_toy_answers_and_what_is_made_of_it_does_not(base: Path, tmp_path: Path) -> None:
+    """Only the base itself says that every weight is random; an export of it is refused like any other."""
+    modalities = {"T1": ModalityConfig(size=(8, 8, 8), patch=(4, 4, 4))}
+    checkpoint = Checkpoint.open(base, modalities)
+    assert checkpoint.answering() is checkpoint
+    write_native(checkpoint, tmp_path / "native")
+    with pytest.raises(CheckpointError, match="newly initialised"):
+        Checkpoint.open(tmp_path / "native").answering()
+
+
+def test_base_tokenizer(base: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    assert tokenizer.convert_tokens_to_ids("<image>") == config["image_token_index"]
+    assert len(tokenizer) <= config["text_config"]["vocab_size"] < len(tokenizer) + 64
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Où?\t\N{BRAIN}"}]}
+    text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    assert text == "<|im_start|>user\n<image>Où?\t\N{BRAIN}<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.tokenize("<image>left.<|im_end|>") == ["<image>", "left", ".", "<|im_end|>"]
+
+
+def test_same_seed_same_bytes(base: Path, data: DemoData, tmp_path: Path) -> None:
+    again = make_base(tmp_path / "base")
+    names = [p.name for p in base.iterdir()]
+    assert filecmp.cmpfiles(base, again, names, shallow=False) == (names, [], [])
+    other = make_data(tmp_path / "data", train_subjects=12, eval_subjects=8)
+    files = [str(p.relative_to(data.root)) for p in data.root.rglob("*") if p.is_file()]
+    assert filecmp.cmpfiles(data.root, other.root, files, shallow=False) == (files, [], [])
+
+
+def test_splits(data: DemoData) -> None:
+    subjects = []
+    for path, count in (data.train, 12), (data.eval, 8):
+        items = conversations(path)
+        assert len({c["task_id"] for c in items}) == len(items) == 4 * count
+        subjects.append({s for c in items for s in c["subject_ids"]})
+        assert len(subjects[-1]) == count
+        assert all((data.root / image["path"]).is_file() for c in items for image in c["images"])
+        labels = Counter((c["metadata"]["task"], c["metadata"]["subject_label"]) for c in items)
+        for task in ("lesion_side", "lesion_side_via_comparison", "active_side"):
+            assert labels[task, "left"] == labels[task, "right"]
+    assert not subjects[0] & subjects[1]
+
+
+def test_masks_say_where_lesions_are(data: DemoData) -> None:
+    """On the scan's grid, where it is brightest, on the labelled side."""
+    found = [c for c in conversations(data.eval) if c["metadata"]["task"] == "lesion_side"]
+    assert len(found) == 8
+    for conversation in found:
+        subject, label = (conversation["metadata"][key] for key in ("subject_id", "subject_label"))
+        scan, mask = (nib.load(data.root / path) for path in (conversation["images"][0]["path"], lesion_mask(subject)))
+        inside = np.asarray(mask.dataobj) > 0
+        voxels = np.asarray(scan.dataobj)
+        np.testing.assert_array_equal(scan.affine, mask.affine)
+        assert 50 < inside.sum() < 1500
+        assert np.median(voxels[inside]) > 1.5 * np.percentile(voxels[(voxels > 0) & ~inside], 95)
+        middle = apply_affine(scan.affine, np.argwhere(inside).mean(0))
+        assert (middle[0] < 0) == (label == "left")
+
+
+def test_labels_are_true_in_the_patients_terms(data: DemoData) -> None:
+    orders: Counter[tuple[str, ...]] = Counter()
+    for item in conversations(data.train) + conversations(data.eval):
+        meta = item["metadata"]
+        labels = [meta[k] for k in ("reference_label", "subject_label") if k in meta]
+        answers = [m["content"][0]["text"] for m in item["conversations"] if m["role"] == "assistant"]
+        assert answers == [f"{label}." for label in labels]
+        if "comparison_type" in meta:
+            assert (labels[0] == labels[1]) == (meta["comparison_type"] == "same")
+        for entry, label in zip(item["images"], labels, strict=True):
+            image = nib.load(data.root / entry["path"])
+            found = image.get_fdata()
+            if found.ndim == 4:
+                task = (np.arange(found.shape[3]) // BLOCK) % 2 == 1
+                found = found[..., task].mean(-1) - found[..., ~task].mean(-1)
+            voxels = np.argwhere(found > 0.7 * found.max())
+            x = apply_affine(image.affine, voxels)[:, 0]
+            assert ("left" if x.mean() < 0 else "right") == label
+            orders[item["task_id"].split("_")[1], label, "".join(nib.aff2axcodes(image.affine))] += 1
+    for task in ("lesion", "active"):
+        assert [orders[task, side, order] for side in ("left", "right") for order in ("RAS", "LAS")] == [5] * 4
+
+
+def test_uneven_counts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="multiples of 4"):
+        make_data(tmp_path, train_subjects=10)
+
+
+@pytest.fixture(scope="module")
+def went(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    """The whole demo, of few subjects and steps, and what it returned."""
+    root = tmp_path_factory.mktemp("demo")
+    return root, run_demo(root, subjects=(8, 8), arguments=["--epochs", "0.5"])
+
+
+def test_the_demo_says_what_its_files_say(went: tuple[Path, dict[str, float]]) -> None:
+    root, found = went
+    *_, last = evaluations(root / "run").values()
+    rows = read_lines(last)
+    assert len(rows) == 4 * 8
+    right = {task: [row["prediction"] == row["reference"] for row in of] for task, of in grouped(rows).items()}
+    assert found.pop("attribution") > 0
+    assert found == {task: np.mean(of) for task, of in right.items()}
+
+
+def test_the_numbers_of_the_demos_page_are_those_of_its_files(went: tuple[Path, dict[str, float]]) -> None:
+    root, _ = went
+    run = root / "run"
+    page, lines = Page(run / "report.html"), read_lines(run / "metrics.jsonl")
+    assert page.numbers["curves"]["loss"]["training"] == [[line["step"], line["loss"]] for line in lines]
+    files = {"run": max(evaluations(run).items())[1]}
+    files |= {name: run / "baseline" / f"{name}.jsonl" for name in ("cnn", "probe")}
+    cells = set()
+    for whose, file in files.items():
+        for task, rows in grouped(read_lines(file)).items():
+            truth = np.array([row["reference"] == "right." for row in rows])
+            said = np.array([row["prediction"] == "right." for row in rows])
+            both = np.array([[row["likelihoods"][side] for side in ("left.", "right.")] for row in rows])
+            share = softmax(both, axis=1)[:, 1]
+            parsed = np.array([row["prediction"] in ("left.", "right.") for row in rows])
+            expected = {
+                "accuracy": np.mean((truth == said) & parsed),
+                "auroc": roc_auc_score(truth, share),
+                "brier": brier_score_loss(truth, share),
+            }
+            for name, value in expected.items():
+                assert page.cells[task, name, whose][0] == pytest.approx(value), (whose, task, name)
+                cells.add(whose)
+    assert cells == {"run", "cnn", "probe"}
+    assert len(page.numbers["samples"]) == 3
+    assert sum("speaks for" in str(of.get("alt")) for tag, of in page.elements if tag == "img") >= 3
+
+
+def grouped(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """{task: its rows}."""
+    tasks = sorted({row["metadata"]["task"] for row in rows})
+    assert len(tasks) == 3
+    return {task: [row for row in rows if row["metadata"]["task"] == task] for task in tasks}

@@ -1,0 +1,246 @@
+"""`umbrella-jax doctor`: what it finds, and that its golden step is PyTorch's."""
+
+import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+from convert.config_json import read_config
+from convert.lazy_tensor import Tensor
+from tests.small_run import umbrella_command
+from umbrella_jax.doctor import diagnose as doctor
+from umbrella_jax.doctor import reference_step as golden
+from umbrella_jax.doctor.diagnose import Diagnosis, Problem
+from umbrella_jax.models import abstract_params
+
+
+def write_description(directory: Path) -> Path:
+    """config.json of the golden step's model, as Hugging Face's hub holds one."""
+    vision, text = golden.VISION, golden.TEXT
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": golden.CONFIG.image_token_id,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.intermediate_size,
+            "num_hidden_layers": vision.num_hidden_layers,
+            "num_attention_heads": vision.num_attention_heads,
+            "vision_use_head": False,
+        },
+        "text_config": {
+            "model_type": "qwen2",
+            "hidden_size": text.hidden_size,
+            "intermediate_size": text.intermediate_size,
+            "num_hidden_layers": text.num_hidden_layers,
+            "num_attention_heads": text.num_attention_heads,
+            "num_key_value_heads": text.num_key_value_heads,
+            "vocab_size": text.vocab_size,
+            "max_position_embeddings": text.max_position_embeddings,
+            "rope_theta": text.rope_theta,
+            "rms_norm_eps": text.rms_norm_eps,
+            "tie_word_embeddings": text.tie_word_embeddings,
+        },
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def torch_step(directory: Path) -> tuple[float, float]:
+    """Loss and gradient norm of the golden step, in PyTorch, float64, a conversation at a time."""
+    import torch
+
+    from convert.torch_model import PatchEmbed, umbrella_model
+
+    assert read_config(directory, golden.MODALITIES) == golden.CONFIG
+    params = {path: Tensor.of(leaf) for path, leaf in golden.make_params().items()}
+    model = umbrella_model(json.loads((directory / "config.json").read_text()), golden.CONFIG, params).double()
+    embeddings = next(module for module in model.modules() if isinstance(module, PatchEmbed))
+    batch = golden.make_batch()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for row, (name, length, targets) in enumerate(zip(golden.SHOWN, golden.LENGTHS, golden.TARGETS, strict=True)):
+        ids = torch.from_numpy(batch.input_ids[row : row + 1, :length]).long()
+        volumes = {}
+        if name is not None:
+            embeddings.modality = name
+            volumes = {"pixel_values": torch.from_numpy(batch.volumes[name][:, None]).double()}
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **volumes).logits[0]
+        supervised = slice(length - targets - 1, length - 1)
+        total = total + torch.nn.functional.cross_entropy(
+            logits[supervised], ids[0, length - targets :], reduction="sum"
+        )
+        count += targets
+    loss = total / count
+    gradients = torch.autograd.grad(loss, list(embeddings.parameters()))
+    assert len(gradients) == 6
+    return float(loss.detach()), float(torch.stack([g.square().sum() for g in gradients]).sum().sqrt())
+
+
+def test_the_golden_step_is_pytorchs(tmp_path: Path) -> None:
+    loss, norm = torch_step(write_description(tmp_path))
+    assert (loss, norm) == (pytest.approx(golden.LOSS, rel=1e-9), pytest.approx(golden.GRAD_NORM, rel=1e-9))
+
+
+def test_draws_are_bits_of_philox() -> None:
+    """As of numpy 2.4; with other numbers here, the golden values would be another model's."""
+    assert golden._Draws(0).integers(1000, 4).tolist() == [259, 458, 49, 556]
+    values = golden._Draws(0).uniform((1000,), 0.5)
+    assert values.dtype == np.float32
+    assert abs(values.mean()) < 0.05
+    assert abs(values.std() - 0.5) < 0.02
+    assert set(golden.make_params()) == set(abstract_params(golden.CONFIG)[1])
+
+
+@pytest.fixture(scope="module")
+def healthy() -> Diagnosis:
+    return doctor.diagnose()
+
+
+def test_all_is_well_here(healthy: Diagnosis) -> None:
+    assert healthy.problems == ()
+    assert healthy.lines()[-1] == "Nothing is wrong."
+    step = healthy.facts["step"]
+    assert step["within"]
+    assert abs(step["loss"] / golden.LOSS - 1) <= 1e-6
+    assert abs(step["grad_norm"] / golden.GRAD_NORM - 1) <= 1e-6
+    assert healthy.facts["versions"]["jax"] == jax.__version__
+    assert len(healthy.facts["devices"]["devices"]) == jax.local_device_count()
+
+
+def test_it_is_one_screen_and_json(healthy: Diagnosis) -> None:
+    lines = healthy.lines()
+    assert len(lines) <= 25
+    assert max(map(len, lines)) <= 80
+    assert not jax.distributed.is_initialized()
+    again = json.loads(json.dumps(healthy.to_json()))
+    assert again["ok"] is True
+    assert list(again) == ["ok", "problems", *doctor._SECTIONS]
+
+
+def test_another_number_is_told(healthy: Diagnosis, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = healthy.facts["step"]
+    step = golden.Step(found["loss"], found["grad_norm"] * (1 + 2e-4), 1.0)
+    monkeypatch.setattr(golden, "take_step", lambda device: step)
+    problems: list[Problem] = []
+    assert not doctor._step(problems)["within"]
+    (problem,) = problems
+    assert "a training step gives loss" in problem.what
+
+
+def test_what_raises_is_a_problem_among_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(problems: list[Problem]) -> Any:
+        raise ImportError("libcudart.so.12: cannot open shared object file")
+
+    sections = dict.fromkeys(doctor._SECTIONS, (broken, str))
+    monkeypatch.setattr(doctor, "_SECTIONS", sections)
+    found = doctor.diagnose()
+    assert len(found.problems) == len(sections)
+    text = "\n".join(found.lines())
+    assert text.count("ImportError: libcudart.so.12: cannot open shared object file") == len(sections)
+
+
+REQUIRES = {
+    "umbrella-jax": ["jax>=0.10", "old>=2", "gone>=1", 'jax[cuda12]; extra == "cuda12"', 'fine; extra == "report"'],
+    "jax": ["fine", 'jax-cuda12-plugin; extra == "cuda12"'],
+    "jax-cuda12-plugin": [],
+}
+INSTALLED = {"umbrella-jax": "0.1.0", "jax": "0.11.0", "jaxlib": "0.11.0", "old": "1.9", "fine": "3"}
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
+    monkeypatch.setattr(doctor, "_version", (INSTALLED | {k.replace("_", "-"): v for k, v in more.items()}).get)
+    monkeypatch.setattr(doctor.metadata, "requires", REQUIRES.get)
+
+
+def test_versions_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, jax_cuda12_plugin="0.10.2")
+    problems: list[Problem] = []
+    doctor._versions(problems)
+    assert problems == [
+        Problem("old is 1.9; expected >=2", "pip install 'old>=2'"),
+        Problem("gone is not installed", "pip install 'gone>=1'"),
+        Problem(
+            "jax-cuda12-plugin 0.10.2 beside jaxlib 0.11.0: jax does not use it", "pip install 'jax[cuda12]==0.11.0'"
+        ),
+    ]
+
+
+def test_extras_are_there_with_all_that_they_bring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cuda12` asks for jax, which is there, with an extra of its own, whose plugin is not."""
+    extras = mock.Mock(get_all=lambda name, default: ["cuda12", "report", "dev"])
+    monkeypatch.setattr(doctor.metadata, "metadata", lambda name: extras)
+    installed(monkeypatch)
+    assert doctor._extras([]) == {"cuda12": ["jax-cuda12-plugin is not installed"], "report": []}
+    installed(monkeypatch, jax_cuda12_plugin="0.11.0")
+    assert doctor._extras([]) == {"cuda12": [], "report": []}
+
+
+def test_a_broken_machine(tmp_path: Path) -> None:
+    """All at once, in a process of its own, as one of several tasks under SLURM: each is told, and nothing waits."""
+    (tmp_path / "file").touch()
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cuda",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "file" / "cache"),
+        "HF_HUB_CACHE": str(tmp_path / "file" / "hub"),
+        "SLURM_JOB_ID": "17",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "node[1-2]",
+        "SLURM_LOCALID": "0",
+    }
+    command = f"ulimit -S -n 200 && exec {shlex.join(umbrella_command('doctor', '--json'))}"
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)
+    assert [problem["what"].partition(":")[0] for problem in found["problems"]] == [
+        "jax finds no devices",
+        "HF cache",
+        "200 files may be open at once; expected 1024",
+        "compilation cache",
+    ]
+    assert all(problem["remedy"] for problem in found["problems"])
+    assert found["step"] is None
+    assert found["host"]["job"] == {"SLURM_JOB_ID": "17", "SLURM_STEP_NUM_TASKS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "seen", "said"),
+    [
+        ({}, ["libtpu"], "libtpu is installed, but jax finds no such device"),
+        ({"JAX_PLATFORMS": "cpu"}, ["libtpu"], None),
+        ({}, [], None),
+    ],
+)
+def test_an_accelerator_that_is_not_used(
+    environment: dict[str, str], seen: list[str], said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(doctor, "_version", lambda name: "1" if name in seen else None)
+    problems = [problem.what for problem in doctor._unused("cpu")]
+    assert len(problems) == (said is not None)
+    assert all(problem.startswith(str(said)) for problem in problems)
+
+
+def test_memory_and_disk_that_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_cgroups", lambda: [(3 * doctor.GIB, 2 * doctor.GIB)])
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: mock.Mock(free=1 << 20))
+    problems: list[Problem] = []
+    assert doctor._host(problems)["memory"] == 3 * doctor.GIB
+    doctor._disk(problems)
+    assert [problem.what.partition(":")[0] for problem in problems] == ["host memory", "runs", "TMPDIR", "HF cache"]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    problems.clear()
+    doctor._disk(problems)
+    assert [problem.what.partition(":")[0] for problem in problems] == ["runs", "TMPDIR"]

@@ -1,0 +1,320 @@
+"""`generate` and `predict`: a model's answers to one question and to a data set, and what is refused."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+import umbrella_jax
+from convert.to_hf import export
+from tests import small_run
+from tests.small_run import World, conversation, read_lines, umbrella, write_json
+from umbrella_jax.checkpoints.checkpoint import Checkpoint
+from umbrella_jax.errors import ConfigError, visible
+from umbrella_jax.inference import predict as prediction
+from umbrella_jax.inference.processor import Processor
+from umbrella_jax.rundir import evaluations
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return small_run.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def run(world: World) -> Path:
+    """Trained well enough to answer, with predictions on eval at its end."""
+    out = world.root / "run"
+    flags = ["--epochs", 40, "--learning-rate", 3e-2, "--set", "train.save_steps=1000"]
+    umbrella(*world.train_flags(out, *flags, "--eval-data", world.eval))
+    return out
+
+
+@pytest.fixture(scope="module")
+def data(world: World) -> Path:
+    """Every training conversation that shows something, with a closed set of answers."""
+    rows = [row for row in json.loads(world.train.read_text()) if row["task_id"] != "text"]
+    return write_json(world.root / "all.json", [row | {"metadata": {"task": "side"}} for row in rows])
+
+
+def predict(run: Path, data: Path, out: Path, *more: object, **options: Any) -> str:
+    return umbrella(
+        "predict", run, "--data", data, "--out", out, "--image-root", run.parent / "scans", *more, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(run: Path, data: Path) -> list[dict[str, Any]]:
+    predict(run, data, run.parent / "whole.jsonl", "--likelihoods", "--max-new-tokens", 4)
+    return read_lines(run.parent / "whole.jsonl")
+
+
+def test_a_runs_own_answers_come_back(run: Path, world: World, tmp_path: Path) -> None:
+    predict(run, world.eval, tmp_path / "out.jsonl", "--max-new-tokens", 4)
+    (own,) = (run / "predictions").iterdir()
+    assert read_lines(tmp_path / "out.jsonl") == read_lines(own)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_rows_say_what_was_asked_and_answered(whole: list[dict[str, Any]], data: Path) -> None:
+    records = json.loads(data.read_text())
+    assert [row["task_id"] for row in whole] == [record["task_id"] for record in records]
+    for row, record in zip(whole, records, strict=True):
+        assert row["reference"] == record["conversations"][-1]["content"][0]["text"]
+        assert row["metadata"] == {"task": "side"}
+        assert set(row["likelihoods"]) == {"left.", "right."}
+        assert all(value < 0 for value in row["likelihoods"].values())
+        assert sum(map(math.exp, row["likelihoods"].values())) < 1
+    known = [row for row in whole if row["prediction"] in row["likelihoods"]]
+    assert len(known) >= 3
+    for row in known:  # the answers differ in their first token
+        assert row["prediction"] == max(row["likelihoods"], key=row["likelihoods"].__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("flags", "devices"), [(["--batch-size", 1], 1), (["--batch-size", 3], 1), (["--batch-size", 8], 4)]
+)
+def test_answers_depend_on_neither_batch_nor_devices(
+    run: Path, data: Path, whole: list[dict[str, Any]], flags: list[object], devices: int, tmp_path: Path
+) -> None:
+    predict(run, data, tmp_path / "out", "--likelihoods", "--max-new-tokens", 4, *flags, devices=devices)
+    _same(read_lines(tmp_path / "out"), whole)
+
+
+def _same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    for row, other in zip(rows, expected, strict=True):
+        assert {k: v for k, v in row.items() if k != "likelihoods"} == {
+            k: v for k, v in other.items() if k != "likelihoods"
+        }
+        for answer, value in row["likelihoods"].items():
+            assert value == pytest.approx(other["likelihoods"][answer], abs=1e-4)
+
+
+def test_drawn_answers_depend_on_the_seed_alone(run: Path, data: Path, tmp_path: Path) -> None:
+    flags = ["--max-new-tokens", 4, "--temperature", 5]
+    for name, more in {"a": ["--batch-size", 2], "b": ["--batch-size", 8], "c": ["--seed", 1]}.items():
+        predict(run, data, tmp_path / name, *flags, *more)
+    one, other, third = ([row["prediction"] for row in read_lines(tmp_path / name)] for name in "abc")
+    assert one == other
+    assert one != third
+
+
+def test_a_part_is_gone_on_with(
+    run: Path,
+    world: World,
+    data: Path,
+    whole: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Cut off in its second batch, with a last line that was torn apart: each conversation is answered once."""
+    out, asked = tmp_path / "out.jsonl", list[list[int]]()
+    answers = prediction.answers
+
+    def counted(*args: Any, **options: Any) -> Any:
+        asked.append(list(options["only"]))
+        for number, found in enumerate(answers(*args, **options)):
+            if len(asked) == 1 and number == 1:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(prediction, "answers", counted)
+    flags = ["--likelihoods", "--max-new-tokens", 4, "--batch-size", 4]
+    predict(run, data, out, *flags, code=130)
+    part = tmp_path / "out.jsonl.part"
+    done = [json.loads(line)[0] for line in part.read_text().splitlines()[1:]]
+    assert 0 < len(done) <= 4
+    with part.open("a") as file:
+        file.write('[9, {"task_id"')
+    assert "go on with --resume" in predict(run, data, out, *flags, code=2)
+    tasks = {"side": {"answers": ["left.", "right.", "up."]}}
+    more = small_run.write_config(
+        tmp_path / "more.yaml", {**small_run.read_config(world.config), "evaluation": {"tasks": tasks}}
+    )
+    said = predict(run, data, out, *flags, "--resume", "--config", more, code=2)
+    assert "cannot go on: likelihoods: {'side': ['left.', 'right.', 'up.']} now" in said
+    _refuses_other_weights_and_ends(run, data, out, *flags)
+    said = predict(run, data, out, *flags, "--resume", "--seed", 5)  # no seed counts where nothing is drawn
+    assert f"{out}: 11 answers" in said
+    assert set(asked[1]) == set(range(11)) - set(done)
+    _same(read_lines(out), whole)
+    assert not part.exists()
+    assert "already exists" in predict(run, data, out, *flags, "--resume", code=2)
+    assert "in a directory that exists" in predict(run, data, tmp_path / "none" / "a.jsonl", code=2)
+
+
+def _refuses_other_weights_and_ends(run: Path, data: Path, out: Path, *flags: object) -> None:
+    """Of another run with the same base and step; with another end of an answer; with another rope in config.json."""
+    params = Checkpoint.params
+
+    def others(checkpoint: Checkpoint, *args: Any, **options: Any) -> Any:
+        return {path: leaf + (1e-3 if "T1_proj.bias" in path else 0) for path, leaf in params(checkpoint).items()}
+
+    with mock.patch.object(Checkpoint, "params", others):
+        assert "cannot go on: weights: " in predict(run, data, out, *flags, "--resume", code=2)
+    file = run / "model" / "generation_config.json"
+    before = file.read_text()
+    file.write_text(json.dumps({"eos_token_id": 7}))
+    assert "cannot go on: stop_ids: [7, " in predict(run, data, out, *flags, "--resume", code=2)
+    file.write_text(before)
+    file = run / "model" / "config.json"
+    before = file.read_text()
+    file.write_text(before.replace('"rope_theta": 1000000.0', '"rope_theta": 10000.0'))
+    said = predict(run, data, out, *flags, "--resume", code=2)
+    assert "cannot go on: config.json: text.rope_theta: 10000.0 now, 1000000.0 when it began" in said
+    file.write_text(before)
+
+
+def test_a_part_of_something_else_is_refused(run: Path, data: Path, world: World, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    part = tmp_path / "out.part"
+    predict(run, data, out, "--max-new-tokens", 2)
+    umbrella_jax_settings = {"model": ["other", 1], "max_new_tokens": 3}
+    part.write_text(json.dumps(umbrella_jax_settings) + "\n")
+    out.unlink()
+    assert "not from an earlier call" in predict(run, data, out, "--resume", code=2)
+    part.unlink()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--top-k", 3], "--top-k: does nothing at temperature 0"),
+        (["--temperature", -1], "--temperature: expected 0 or more"),
+        (["--batch-size", 0], "--batch-size: expected 1 or more, got 0"),
+        (["--max-new-tokens", 0], "--max-new-tokens: expected 1 or more, got 0"),
+        (["--seed", -1], "--seed: expected 0 or more, got -1"),
+        (["--mesh", "data=3"], "mesh: data=3"),
+    ],
+)
+def test_flags_that_mean_nothing_are_refused(
+    run: Path, data: Path, tmp_path: Path, flags: list[object], message: str
+) -> None:
+    assert message in predict(run, data, tmp_path / "out", *flags, code=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_answered_is_refused_before_weights_are_read(
+    run: Path, world: World, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(umbrella_jax.checkpoints.checkpoint.Checkpoint, "params", None)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/config.yaml").write_text((run / "config.yaml").read_text())
+    (tmp_path / "begun/model").symlink_to(run / "model")
+    assert "has no checkpoint yet" in predict(tmp_path / "begun", data, tmp_path / "out", code=2)
+    unknown = conversation("x", "T1", [("user", ["dwi:0.nii.gz", "?"]), ("assistant", ["left."])])
+    wrong = write_json(tmp_path / "dwi.json", [unknown])
+    assert "dwi" in predict(run, wrong, tmp_path / "out", code=2)
+    short = tmp_path / "short.yaml"
+    short.write_text(re.sub(r"max_length: \d+", "max_length: 8", (run / "config.yaml").read_text()))
+    assert "at most 8" in predict(run, data, tmp_path / "out", "--config", short, code=2)
+    open_ended = [conversation(f"{i}", "T1", [("user", ["?"]), ("assistant", [f"word{i}."])]) for i in range(40)]
+    said = predict(run, write_json(tmp_path / "open.json", open_ended), tmp_path / "out", "--likelihoods", code=2)
+    assert "no task of the data has a closed set of answers" in said
+
+
+def test_generate_says_what_predict_does(run: Path, world: World, whole: list[dict[str, Any]]) -> None:
+    scans = world.root / "scans"
+    for number in range(2):
+        image = f"T1={scans / f'{number}.nii.gz'}"
+        said = umbrella("generate", run, "Which sex?", "--image", image, "--max-new-tokens", 4)
+        assert said.strip() == visible(whole[number]["prediction"].strip())
+    shares = umbrella(
+        "generate", run, "Which sex?", "--image", f"sMRI={scans / '0.nii.gz'}", "--answers", "left.", "right."
+    )
+    found = {text: float(share) for share, text in re.findall(r"([\d.]+)%  (\S+)", shares)}
+    weights = {answer: math.exp(value) for answer, value in whole[0]["likelihoods"].items()}
+    for answer, weight in weights.items():
+        assert found[answer] == pytest.approx(100 * weight / sum(weights.values()), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("0.nii.gz", "expected MODALITY=FILE with one of T1 (or sMRI), rsfMRI (or fMRI)"),
+        ("dwi=0.nii.gz", "modality dwi: the model has T1 (or sMRI), rsfMRI (or fMRI)"),
+        ("T1=none.nii.gz", "not found; expected a volume or a directory of frames\n"),  # no --image-root here
+        ("T1=", "--image T1=: expected MODALITY=FILE"),
+        ("T1=a/ses=1.nii.gz", "a/ses=1.nii.gz: not found"),
+        ("a/ses=1.nii.gz", "expected MODALITY=FILE with one of T1 (or sMRI), rsfMRI (or fMRI)"),
+    ],
+)
+def test_an_image_that_cannot_be_shown_is_refused(run: Path, image: str, message: str) -> None:
+    assert message in umbrella("generate", run, "Which sex?", "--image", image, code=2)
+
+
+def test_maps_replace_nothing(run: Path, world: World) -> None:
+    said = umbrella("explain", run, "Which sex?", "--image", "T1=0.nii.gz", "--out", world.root / "scans", code=2)
+    assert "scans: directory is not empty; choose another" in said
+
+
+def test_weights_that_are_not_finite_answer_nothing(world: World, run: Path, tmp_path: Path) -> None:
+    """Of one tensor, of a modality that training does not touch: every command names it, and the run is kept."""
+    path, base = "vision_tower.vision_model.embeddings.rsfMRI_proj.bias", tmp_path / "base"
+    (tmp_path / "scans").symlink_to(world.root / "scans")
+    checkpoint = Checkpoint.open(run).merged()
+    params = dict(checkpoint.params())
+    params[path] = params[path].at[3].set(float("nan"))
+    export(base, params, checkpoint.config, run / "model")
+    message = f"weights: NaN or infinity in {path}: nothing can be computed from them; choose another checkpoint"
+    scan = ("--image", f"rsfMRI={world.root / 'scans/run-3.nii'}")
+    assert message in umbrella("generate", base, "Awake?", *scan, code=2)
+    maps = ("--answer", "left.", "--method", "gradient", "--out", tmp_path / "maps")
+    assert message in umbrella("explain", base, "Awake?", *scan, *maps, code=2)
+    assert message in predict(base, world.eval, tmp_path / "out", code=2)
+    assert not (tmp_path / "out").exists()
+
+    anatomical = [record for record in json.loads(world.train.read_text()) if record["task_id"].startswith("one")]
+    data = write_json(tmp_path / "anatomical.json", anatomical)
+    flags = ["--base", base, "--train-data", data, "--eval-data", world.eval]
+    assert message in umbrella(*world.train_flags(tmp_path / "run", *flags), code=2)
+    assert message in umbrella(*world.train_flags(tmp_path / "run", *flags, "--resume"), code=2)
+    predict(tmp_path / "run", data, tmp_path / "kept")
+
+
+def test_an_answer_that_does_not_fit_is_refused_before_anything_runs(
+    run: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A perfect model would score 0: by the reference, a label that stands for one, or a closed set's other answer."""
+    monkeypatch.setattr(Checkpoint, "params", None)
+    long = "the left side of the patient, as the radiologist saw it."
+    (record,) = [r for r in json.loads(world.eval.read_text()) if r["task_id"] == "eval-one"]
+    record["conversations"][-1]["content"][0]["text"] = long
+    data = write_json(tmp_path / "long.json", [record, record])
+    tokens = len(Processor.load(run).tokenizer.encode(long, add_special_tokens=False))
+    needed = rf"eval-one.*the answer '{long}' takes {tokens} tokens, and %s is 4: no model could give it; set it to "
+    needed += rf"{tokens} or more"
+    said = predict(run, data, tmp_path / "out", "--max-new-tokens", 4, code=2)
+    flag = re.escape("max_new_tokens (--max-new-tokens)")
+    assert re.search(needed % flag, said)
+    assert not list(tmp_path.glob("out*"))
+    flags = ("--config", world.config, "--base", world.base, "--eval-data", data)
+    assert re.search(needed % "train.max_new_tokens", umbrella(*world.train_flags(tmp_path / "r", *flags[4:]), code=2))
+
+    def reasons(*flags: object) -> str:
+        found = json.loads(small_run.said("data", "validate", *flags, "--json", code=1)[0])["findings"]
+        return "\n".join(finding["reason"] for finding in found if finding["kind"] == "answers")
+
+    told = f"the answer '{long}' takes {tokens} tokens, and train.max_new_tokens is 4: no model could give it"
+    assert told in reasons(*flags)
+    config = {**small_run.read_config(world.config), "evaluation": {"tasks": {"T1": {"answers": ["left.", long]}}}}
+    more = small_run.write_config(tmp_path / "more.yaml", config)
+    assert told in reasons("--config", more, "--base", world.base, "--eval-data", world.eval)
+
+
+def test_images_are_pairs(run: Path) -> None:
+    with pytest.raises(ConfigError, match=r"expected pairs, such as \[\('T1', FILE\)\], got '0.nii.gz'"):
+        Processor.load(run).prompt("Which sex?", "0.nii.gz")
+
+
+def test_a_runs_evaluations_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    assert evaluations(tmp_path) == {}
+    folder = tmp_path / "predictions"
+    folder.mkdir()
+    for name in ("step_9.jsonl", "step_10.jsonl", "step_x.jsonl", ".step_11.jsonl.part"):
+        (folder / name).touch()
+    assert list(evaluations(tmp_path).items()) == [(9, folder / "step_9.jsonl"), (10, folder / "step_10.jsonl")]

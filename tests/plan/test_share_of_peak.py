@@ -1,0 +1,100 @@
+"""The share of the peak in the line of a run: the FLOPs of a batch's shape, the peak by the device's name."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import pytest
+
+from tests.training_case import SMALL_MODALITIES, TEXT, VISION
+from umbrella_jax.config.schema import GroupConfig, ModalityConfig, ModelConfig, RunConfig, TrainConfig
+from umbrella_jax.data.epoch_plan import BatchShape
+from umbrella_jax.models import LlavaConfig
+from umbrella_jax.plan import at_shape, batch_flops, sheet_of
+from umbrella_jax.plan.devices import KINDS
+from umbrella_jax.run.train import _flops, _peak
+
+OTHER = ModalityConfig(size=(4, 4, 4, 2), patch=(2, 2, 2, 1))  # 16 patches of 8 voxels
+CONFIG = LlavaConfig(
+    vision=VISION, text=TEXT, modalities=SMALL_MODALITIES | {"fMRI": OTHER}, image_token_id=50, compute_dtype="bfloat16"
+)
+
+
+def run_of(*groups: str, accumulate_steps: int = 1) -> RunConfig:
+    train = TrainConfig(groups={name: GroupConfig() for name in groups}, accumulate_steps=accumulate_steps)
+    return RunConfig(model=ModelConfig(modalities=dict(CONFIG.modalities)), train=train)
+
+
+RUN = run_of("patch_embed")
+
+
+def flops(conversations: int, run: RunConfig = RUN, **volumes: int) -> float:
+    shape: dict[str, Any] = {"positions": 40, "targets": 8, "volumes": volumes}
+    return batch_flops(run, CONFIG, conversations=conversations, **shape)
+
+
+@pytest.mark.parametrize("name", ["T1", "fMRI"])
+def test_one_conversation_with_one_volume_is_what_plan_counts(name: str) -> None:
+    model = at_shape(RUN, CONFIG, name, positions=40, targets=8, frozen_dtype="float32")
+    assert model.workload.positions == 40
+    assert flops(1, **{name: 1}) == sum(model.flops(None).values())
+
+
+def test_volumes_cost_the_tower_and_conversations_the_language_model() -> None:
+    """However many conversations show a volume, it is encoded once; those without any have none."""
+    text, one, other = flops(1), flops(1, T1=1) - flops(1), flops(1, fMRI=1) - flops(1)
+    assert min(text, one, other) > 0
+    assert one != other
+    assert flops(6, T1=2, fMRI=3) == pytest.approx(6 * text + 2 * one + 3 * other)
+
+
+def test_text_costs_its_products_and_attention() -> None:
+    """2 FLOPs for each weight and position, forward and for the gradient of the input, and once more for that of a
+    weight that trains; scores and values, six times; the head over the supervised positions alone."""
+    weights = 3 * (28 * 48 + 2 * 28 * 16 + 48 * 28 + 3 * 28 * 47) * 40 + 53 * 28 * 8
+    attention = 6 * 2 * 3 * 40**2 * 6 * 8
+    assert flops(1) == 4 * weights + attention
+    assert flops(1, run_of("patch_embed", "language_model")) == 6 * weights + attention
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5e", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU v6e", "v6e"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA A10", None),
+        ("TPU v4", None),
+        ("cpu", None),
+    ],
+)
+def test_names_of_devices(name: str, kind: str | None) -> None:
+    """As jax gives them; a card with less of a peak is not taken for its faster namesake."""
+    assert sheet_of(name) is (KINDS[kind] if kind else None)
+
+
+def prepared(name: str, dtype: str, run: RunConfig = RUN) -> Any:
+    devices = SimpleNamespace(flat=[SimpleNamespace(device_kind=name)])
+    model = SimpleNamespace(**{**vars(CONFIG), "compute_dtype": dtype}) if dtype == "float32" else CONFIG
+    return SimpleNamespace(mesh=SimpleNamespace(devices=devices, size=4), model=model, config=run)
+
+
+def test_the_peak_of_a_run() -> None:
+    """Of all its devices, in bfloat16 alone, of which data sheets speak; an update is all its micro-batches."""
+    assert _peak(prepared("NVIDIA H200", "bfloat16")) == 4 * 989e12
+    assert _peak(prepared("NVIDIA H200", "float32")) is None
+    assert _peak(prepared(jax.devices()[0].device_kind, "bfloat16")) is None
+    shape = BatchShape(conversations=6, positions=40, targets=8, volumes=(("T1", 2),))
+    of_three = prepared("NVIDIA H200", "bfloat16", run_of("patch_embed", accumulate_steps=3))
+    assert _flops(of_three, shape) == 3 * flops(6, T1=2)
+    assert _flops(prepared("cpu", "bfloat16"), shape) == 0

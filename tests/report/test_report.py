@@ -1,0 +1,416 @@
+"""A run's page: every number in it is that of the run's files, it holds all it shows, and it is legible."""
+
+import json
+import math
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import browser, small_run
+from tests.page import Page
+from tests.small_run import World, conversation, read_lines, umbrella, write_json
+from umbrella_jax.html import page as pages
+from umbrella_jax.html import slices
+from umbrella_jax.report import facts, figures
+
+STEP = 3
+ODD = "<script>alert(1)</script>&'\""
+Rows = list[dict[str, Any]]
+
+
+def evaluation() -> list[dict[str, Any]]:
+    """A classification, a comparison and a regression, of 12 subjects, about the world's scans."""
+    found = []
+    for i in range(12):
+        subject, label, other = f"S{i:02}", "left" if i % 3 else "right", "left" if i % 2 else "right"
+        meta = {"subject_id": subject, "subject_label": label}
+
+        def ask(task: str, turns: list[Any], meta: dict[str, Any], name: str = subject) -> dict[str, Any]:
+            return conversation(f"{name}_{task}", "T1", turns, metadata=meta | {"task": task})
+
+        scan, last = f"sMRI:{i % 4}.nii.gz", ("assistant", [f"{label}."])
+        found.append(ask("side", [("user", [scan, "Which side?"]), last], meta, ODD if i == 4 else subject))
+        reference = [("user", [f"sMRI:{(i + 1) % 4}.nii.gz", "A reference."]), ("assistant", [f"{other}."])]
+        pair = meta | {"reference_label": other, "comparison_type": "same" if other == label else "different"}
+        found.append(ask("pair", [*reference, ("user", [scan, "And this one?"]), last], pair))
+        turns = [("user", [f"fMRI:run-{i % 4}.nii", "How old?"]), ("assistant", [f"{20 + i * i / 4:g} years"])]
+        found.append(ask("age", turns, {"subject_id": subject, "subject_label": 20 + i * i / 4}))
+    return found
+
+
+def answered(rows: Rows) -> Rows:
+    """As if a model had: some right, some wrong, some beside the question, each side with its likelihoods."""
+    for i, row in enumerate(rows):
+        if row["metadata"]["task"] == "age":
+            truth = float(row["metadata"]["subject_label"])
+            row["prediction"] = "no idea" if i == 5 else f"{truth + (-1) ** i * i / 3:.1f} years"
+            continue
+        flip = {"left.": "right.", "right.": "left."}
+        row["prediction"] = "both" if i == 9 else flip[row["reference"]] if i % 7 in (3, 4) else row["reference"]
+        share = 0.5 + 0.49 * math.sin(i) ** 2
+        likeliest = row["prediction"] if row["prediction"] in flip else "left."
+        row["likelihoods"] = {answer: math.log(share if answer == likeliest else 1 - share) for answer in flip}
+    return rows
+
+
+def make_run(root: Path) -> tuple[World, Path]:
+    """A world and a run in it, evaluated twice, first in part; the answers of the last evaluation are `answered`."""
+    world = small_run.make_world(root, train={"max_new_tokens": 16})  # "20.25 years" takes ten
+    write_json(world.eval, evaluation())
+    training = json.loads(world.train.read_text())
+    write_json(world.train, [record for record in training if record["task_id"].startswith("one-")])  # one shape
+    out = root / "run"
+    flags = ["--eval-data", world.eval, "--epochs", STEP, "--set", "train.eval_steps=2"]
+    flags += ["--set", "train.eval_samples=20"]
+    umbrella(*world.train_flags(out, *flags))
+    last = out / "predictions" / f"step_{STEP}.jsonl"
+    write_rows(last, answered(read_lines(last)))
+    return world, out
+
+
+def write_rows(path: Path, rows: Rows) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Path]:
+    return make_run(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def run(made: tuple[World, Path]) -> Path:
+    return made[1]
+
+
+@pytest.fixture(scope="module")
+def rows(run: Path) -> Rows:
+    return read_lines(run / "predictions" / f"step_{STEP}.jsonl")
+
+
+@pytest.fixture(scope="module")
+def baselines(run: Path, rows: Rows) -> Path:
+    """One that always says left and 30, and one that leaves the pairs out."""
+    folder = run.parent / "baselines"
+    plain = [{k: v for k, v in row.items() if k != "likelihoods"} for row in rows]
+    said = [row | {"prediction": "30" if row["metadata"]["task"] == "age" else "left."} for row in plain]
+    write_rows(folder / "baseline" / "cnn.jsonl", said)
+    write_rows(folder / "baseline" / "probe.jsonl", [row for row in said if row["metadata"]["task"] != "pair"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run: Path, baselines: Path) -> Page:
+    said = umbrella("report", run, "--baseline", baselines, "--samples", 30)
+    assert said == f"{run / 'report.html'}:\n  {pages.PRIVACY}\n"
+    return Page(run / "report.html")
+
+
+def by_task(rows: Rows, task: str) -> Rows:
+    return [row for row in rows if row["metadata"]["task"] == task]
+
+
+def test_accuracies_are_those_of_the_predictions(page: Page, rows: Rows) -> None:
+    for task in ("side", "pair"):
+        of = by_task(rows, task)
+        right = np.mean([row["prediction"] == row["reference"] for row in of])
+        most = Counter(row["reference"] for row in of).most_common(1)[0][1] / len(of)
+        value, text = page.cells[task, "accuracy", "run"]
+        assert value == pytest.approx(right)
+        assert text.startswith(f"{right:.3f}")
+        assert page.cells[task, "accuracy", "cnn"][0] == pytest.approx(np.mean([r["reference"] == "left." for r in of]))
+        if task == "side":
+            assert page.numbers["scores"]["tasks"][task]["figures"]["accuracy"]["chance"] == pytest.approx(most)
+            low, high = (page.numbers["scores"]["tasks"][task]["figures"]["accuracy"][end] for end in ("low", "high"))
+            assert low < right < high
+            assert f"{low:.3f} to {high:.3f}" in text
+    assert ("pair", "accuracy", "probe") not in page.cells
+    assert ("side", "accuracy", "probe") in page.cells
+
+
+def test_errors_of_numbers_are_those_of_the_predictions(page: Page, rows: Rows) -> None:
+    of = by_task(rows, "age")
+    pairs = [(r["metadata"]["subject_label"], r["prediction"].removesuffix(" years")) for r in of]
+    assert page.numbers["numbers"]["age"] == [[t, None if p == "no idea" else float(p)] for t, p in pairs]
+    truths = [truth for truth, _ in pairs]
+    farther = {t: max(max(truths) - t, t - min(truths)) for t in truths}  # what no number counts as
+    errors = [farther[t] if p == "no idea" else abs(float(p) - t) for t, p in pairs]
+    assert page.cells["age", "mae", "run"][0] == pytest.approx(np.mean(errors))
+    assert page.cells["age", "mae", "cnn"][0] == pytest.approx(np.mean([abs(30 - t) for t in truths]))
+
+
+def test_confusion_is_that_of_the_predictions(page: Page, rows: Rows) -> None:
+    for task in ("side", "pair"):
+        counts = Counter((row["reference"], row["prediction"]) for row in by_task(rows, task))
+        columns = ("left.", "right.", "both")
+        assert page.counts[task] == [counts[right, said] for right in ("left.", "right.") for said in columns]
+    assert sum(page.counts["side"]) == 12
+
+
+def test_calibration_is_that_of_the_likelihoods(page: Page, rows: Rows) -> None:
+    for task in ("side", "pair"):
+        bins = page.numbers["calibration"][task]
+        assert sum(b["count"] for b in bins) == 12
+        likeliest = [max(row["likelihoods"].items(), key=lambda item: item[1]) for row in by_task(rows, task)]
+        mean = sum(b["count"] * b["confidence"] for b in bins) / 12
+        assert mean == pytest.approx(np.mean([math.exp(value) for _, value in likeliest]))
+        hits = [answer == row["reference"] for (answer, _), row in zip(likeliest, by_task(rows, task), strict=True)]
+        assert sum(b["count"] * b["accuracy"] for b in bins) == pytest.approx(sum(hits))
+        error = sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / 12
+        assert page.cells[task, "ece", "run"][0] == pytest.approx(error)
+
+
+def test_curves_are_those_of_the_metrics(page: Page, run: Path) -> None:
+    lines = read_lines(run / "metrics.jsonl")
+    curves = page.numbers["curves"]
+
+    def found(name: str) -> list[list[float]]:
+        return [[line["step"], line[name]] for line in lines if name in line]
+
+    assert len(found("loss")) == STEP
+    assert curves["loss"] == {"training": found("loss"), "evaluation": found("eval_loss")}
+    assert [step for step, _ in curves["loss"]["evaluation"]] == [2, STEP]
+    assert curves["gradient norm"] == {"": found("grad_norm")}
+    assert curves["learning rate"] == {"": found("learning_rate")}
+    assert curves["evaluation: accuracy"] == {task: found(f"eval_accuracy/{task}") for task in ("pair", "side")}
+    assert curves["evaluation: mae (years)"] == {"age": found("eval_mae/age")}
+    drawn = [of["alt"] for tag, of in page.elements if tag == "img" and " over the steps: " in str(of["alt"])]
+    assert [str(alt).split(" over")[0] for alt in drawn] == list(curves)
+
+
+def test_what_was_run(page: Page, made: tuple[World, Path]) -> None:
+    world, run = made
+    summary = umbrella("inspect", "--config", world.config, "--base", world.base)
+    for name, (trains, frozen) in page.numbers["trains"].items():
+        assert re.search(rf"^{name} +{trains:,} +{frozen:,}$", summary, re.MULTILINE)
+        assert f'data-trains="{trains}">{trains:,}<' in page.text
+    assert page.numbers["trains"]["patch_embed"][0] > 0
+    train, evaluated = page.numbers["data"]["train"], page.numbers["data"]["eval"]
+    assert (train["conversations"], train["volumes"]) == (4, 4)
+    assert (evaluated["conversations"], evaluated["subjects"], evaluated["volumes"]) == (36, 12, 8)
+    versions = small_run_meta(run)["versions"]
+    assert {"umbrella-jax", "jax", "numpy"} <= versions.keys()
+    for text in (str(world.base), *(f"{name} {version}" for name, version in versions.items()), "max_new_tokens: 16"):
+        assert text in page.text
+
+
+def small_run_meta(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    small_run.edit_meta(run, found.update)
+    return found
+
+
+def test_failures_come_first_of_every_task_in_turn(page: Page, rows: Rows) -> None:
+    samples = page.numbers["samples"]
+    failed = [sample["failed"] for sample in samples]
+    assert failed == sorted(failed, reverse=True)
+    assert len(samples) == 30
+    assert [sample["task"] for sample in samples[:3]] == ["age", "pair", "side"]
+    wrong = {
+        row["task_id"] for row in rows if row["prediction"] != row["reference"] and row["metadata"]["task"] != "age"
+    }
+    assert {sample["task_id"] for sample in samples if sample["failed"] and sample["task"] != "age"} == wrong
+    truth = {row["task_id"]: row["metadata"]["subject_label"] for row in by_task(rows, "age")}
+    said = {row["task_id"]: row["prediction"] for row in by_task(rows, "age")}
+    ages = [sample for sample in samples if sample["task"] == "age"]
+    assert said[ages[0]["task_id"]] == "no idea"
+    limit = np.mean(np.abs(np.array(list(truth.values())) - np.median(list(truth.values()))))
+    off = [abs(float(said[s["task_id"]].split()[0]) - truth[s["task_id"]]) for s in ages[1:]]
+    assert [s["failed"] for s in ages[1:]] == [error > limit for error in off]
+    assert page.numbers["failures"] == len(wrong) + sum(sample["failed"] for sample in ages)  # 30 samples hold them all
+    shown = [title for title in page.titles if " · " in title]
+    assert len(shown) == 30
+    assert shown[0] == f"no number age · {ages[0]['task_id']}"
+
+
+def test_it_holds_all_it_shows_and_runs_nothing(page: Page) -> None:
+    assert any(ODD in title for title in page.titles)
+    tags = Counter(tag for tag, _ in page.elements)
+    assert tags["script"] == 1
+    assert next(of for tag, of in page.elements if tag == "script")["type"] == "application/json"
+    assert not tags.keys() & {"link", "iframe", "object", "video"}
+    links = [str(of[key]) for _, of in page.elements for key in ("src", "href", "srcset") if key in of]
+    assert links
+    assert all(link.startswith(("data:image/", "#")) for link in links)
+    assert not any(key.startswith("on") for _, of in page.elements for key in of)
+    assert "@import" not in page.text
+    assert all(of.get("alt") for tag, of in page.elements if tag == "img")
+    assert pages.PRIVACY in page.text.replace("&#39;", "'")
+
+
+def test_it_is_legible_in_a_browser_and_on_paper(page: Page, run: Path, tmp_path: Path) -> None:
+    file = shutil.copy(run / "report.html", tmp_path / "report.html")
+    for width, on_paper in ((1280, False), (400, False), (718, True)):  # the last: A4 within its margins
+        found = browser.measure(Path(file), width, paper=on_paper)
+        assert found["whole"] == width, found["out"]
+        assert found["out"] == []
+        assert found["cut"] == 0
+        assert found["smallest"] >= 12
+        assert found["tallest"] < 70  # no word is broken into letters
+        assert all(natural > 0 and shown > 150 for natural, shown in found["pictures"])
+    for width in (1280, 400):
+        picture = browser.screenshot(Path(file), tmp_path / f"{width}.png", width, 9000)
+        assert picture.shape == (9000, width, 3)
+        assert (picture == (176, 0, 32)).all(-1).sum() > 500  # the badge of a failure
+        assert (picture.max(-1) < 8).mean() > 0.02  # around slices
+        assert (picture == 255).all(-1).mean() > 0.5
+    assert 3 < browser.paper(Path(file), tmp_path / "report.pdf") < 60
+
+
+def test_another_evaluation_and_other_predictions(run: Path, rows: Rows, tmp_path: Path) -> None:
+    umbrella("report", run, "--step", 2, "--samples", 3, "--out", tmp_path / "two.html")
+    two, part = Page(tmp_path / "two.html"), read_lines(run / "predictions" / "step_2.jsonl")
+    assert two.numbers["step"] == 2
+    assert two.numbers["calibration"] == {}
+    assert 20 <= len(part) < 36
+    assert f"Answers to {len(part)} of 36 conversations" in two.text
+    right = [row["prediction"] == row["reference"] for row in by_task(part, "side")]
+    assert two.cells["side", "accuracy", "run"][0] == np.mean(right)
+    shown = [sample["task_id"] for sample in two.numbers["samples"]]
+    assert set(shown) <= {row["task_id"] for row in part}
+    (age,) = (name for name in shown if name.endswith("age"))
+    assert f"run-{int(age[1:3]) % 4}.nii" in two.text  # its own scan
+    umbrella("report", run, "--samples", 0, "--out", tmp_path / "none.html")
+    assert "<article" not in Page(tmp_path / "none.html").text
+    all_right = write_rows(tmp_path / "right.jsonl", [row | {"prediction": row["reference"]} for row in rows])
+    umbrella("report", run, "--predictions", all_right, "--samples", 1, "--out", tmp_path / "right.html")
+    assert "right.html: already exists; choose another file, or remove it" in refused(
+        run, "--samples", 0, "--out", tmp_path / "right.html"
+    )
+    other = Page(tmp_path / "right.html")
+    assert other.numbers["step"] is None
+    assert other.cells["side", "accuracy", "run"][0] == 1
+    assert [sample["failed"] for sample in other.numbers["samples"]] == [False]
+    assert 'class="failed"' not in other.text
+
+
+def test_explanations_are_laid_over(run: Path, rows: Rows, tmp_path: Path) -> None:
+    answers = [row | {"prediction": row["reference"]} for row in rows]
+    pair = next(row for row in answers if row["metadata"]["task"] == "pair")
+    pair["prediction"] = "both"  # the one that failed comes first
+    words = ["--predictions", write_rows(tmp_path / "answers.jsonl", answers), "--samples", 1, "--explain", "gradient"]
+    umbrella("report", run, *words, "--out", tmp_path / "out.html")
+    found = Page(tmp_path / "out.html")
+    assert found.titles[-1] == f"wrong pair · {pair['task_id']}"
+    assert "log-probability of “both”:" in found.text
+    coloured = [browser.picture(str(of["src"])) for tag, of in found.elements if "speaks for" in str(of.get("alt"))]
+    assert len(coloured) == 2  # both of its scans
+    for picture in coloured:
+        red, green, blue = (picture[..., i].astype(int) for i in range(3))
+        assert (red > blue + 60).any()
+        assert (blue > red + 60).any()
+        assert (np.abs(red - green) < 3).mean() > 0.2
+        bar = picture[-(2 * slices.MARGIN + 6) + 6, slices.MARGIN + 40 : -slices.MARGIN - 40].astype(int)
+        assert (bar[0, 2] - bar[0, 0], bar[-1, 0] - bar[-1, 2]) > (60, 60)  # from against, blue, to for, red
+        assert (np.diff(bar[:, 0] - bar[:, 2]) >= 0).all()
+    beside = [
+        (str(of["src"]), str(of["alt"])) for tag, of in found.elements if tag == "img" and "scans" in str(of["alt"])
+    ]
+    for (scan, caption), (overlaid, _) in zip(beside[::2], beside[1::2], strict=True):
+        assert caption.endswith("slices through the voxel with the largest share")
+        grey, both = (
+            browser.picture(scan).astype(int),
+            browser.picture(overlaid).astype(int)[: browser.picture(scan).shape[0]],
+        )
+        plain = (np.ptp(both, axis=-1) < 3) & (both.max(-1) > 60)  # tissue that the map leaves as it is
+        assert plain.any()
+        assert np.abs(grey[plain] - both[plain]).max() < 8, "the same slices"
+
+
+def test_diagrams_are_legible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One evaluation has the axis of the whole run; chance is dashed; nothing is clipped; no number has its own row."""
+    monkeypatch.setattr(figures, "_svg", lambda figure: figure.axes[0])
+    axes: Any = figures.draw_curves("evaluation: accuracy", {"sex": [(960, 0.75)], "age": []}, 1000, {"sex": 0.5})
+    assert axes.get_xlim() == pytest.approx((0, 1030))
+    (chance,) = [line for line in axes.lines if line.get_linestyle() == "--"]
+    assert list(chance.get_ydata()) == [0.5, 0.5]
+    axes = figures.draw_curves("evaluation: mae", {"age": [(960, 7.5)]}, 1000, {})
+    assert axes.get_ylim()[0] == 0
+    axes = figures.draw_calibration([facts.Bin(40, 1.0, 1.0)])
+    assert not axes.collections[0].get_clip_on()
+    axes = figures.draw_numbers([(20.0, 30.0), (60.0, 55.0), (20.0, None)], "years")
+    ((_, cross),) = axes.collections[1].get_offsets()
+    assert (
+        dict(zip(axes.get_yticks(), (text.get_text() for text in axes.get_yticklabels()), strict=True))[cross]
+        == "no number"
+    )
+    assert cross < axes.lines[-1].get_ydata()[0] < 20, "below a line, below all answers"
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def refused(*words: object) -> str:
+    message = umbrella("report", *words, code=2)
+    assert not list(Path(str(words[0])).glob("*.html")) or (Path(str(words[0])) / "report.html").exists()
+    return message
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    assert "no run; expected the --out of umbrella-jax train" in refused(tmp_path)
+    assert refused(tmp_path / "none").startswith(f"umbrella-jax: {tmp_path / 'none'}: not found; expected the --out of")
+    (tmp_path / "file").touch()
+    assert "file: a file, not a directory; expected the --out of" in refused(tmp_path / "file")
+
+
+def test_everything_at_fault_is_told_together(copy: Path, tmp_path: Path) -> None:
+    shutil.rmtree(copy / "checkpoints")
+    shutil.rmtree(copy / "predictions")
+    (copy / "report.html").unlink(missing_ok=True)
+    (tmp_path / "none").mkdir()
+    message = refused(copy, "--baseline", tmp_path / "none")
+    assert "the run has no checkpoint yet; train it first" in message
+    assert "no predictions; train with data.eval (--eval-data PATH)" in message
+    assert "no .jsonl in it; expected the --out of umbrella-jax baseline" in message
+    assert not (copy / "report.html").exists()
+
+
+def test_steps_that_are_not_there_are_refused(copy: Path) -> None:
+    assert "--step 7: " in refused(copy, "--step", 7)
+    assert "expected latest or one of 2, 3" in refused(copy, "--step", 7)
+    message = refused(copy, "--step", 2, "--explain", "gradient")
+    assert "step 2 answered, of which no checkpoint is left; expected --step 3" in message
+
+
+def test_answers_to_other_conversations_are_refused(copy: Path, rows: Rows, baselines: Path, tmp_path: Path) -> None:
+    other = write_rows(tmp_path / "other.jsonl", [*rows[:-1], rows[-1] | {"task_id": "S99_age"}])
+    assert "answers to other conversations than those of data.eval" in refused(copy, "--predictions", other)
+    write_rows(tmp_path / "other" / "cnn.jsonl", rows[1:])
+    message = refused(copy, "--baseline", tmp_path / "other")
+    assert "--baseline: cnn: task side: other conversations than the run's: S00_side" in message
+    odd = [row | {"metadata": row["metadata"] | {"task": "handedness"}} for row in rows]
+    write_rows(tmp_path / "other" / "cnn.jsonl", odd)
+    assert "task handedness: not one of the run's, age, pair, side" in refused(copy, "--baseline", tmp_path / "other")
+
+
+def test_data_that_changed_are_refused(copy: Path, made: tuple[World, Path], tmp_path: Path) -> None:
+    world, _ = made
+    evaluated, scan = world.eval.read_bytes(), (world.root / "scans" / "1.nii.gz").read_bytes()
+    try:
+        small_run.write_volume(world.root / "scans" / "1.nii.gz", small_run.VOLUME_SHAPES["T1"], seed=77)
+        message = refused(copy)
+        assert "scans/1.nii.gz: other content than the run read; bring it back, or --samples 0" in message
+        world.eval.write_bytes(evaluated + b" ")
+        message = refused(copy)
+        assert f"data.eval: {world.eval}: other content than the run read" in message
+        umbrella("report", copy, "--samples", 0)
+        assert "not counted: data.eval" in (copy / "report.html").read_text()
+    finally:
+        world.eval.write_bytes(evaluated)
+        (world.root / "scans" / "1.nii.gz").write_bytes(scan)
+
+
+def test_no_page_without_its_packages(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("umbrella_jax.report.page.read_facts", lambda *_, **__: pytest.fail("work was begun"))
+    assert "expected the name of a file" in refused(copy, "--out", copy / "none" / "page.html")
+    assert "--explain: no conversations" in refused(copy, "--samples", 0, "--explain", "gradient")
+    monkeypatch.setattr(pages, "_installed", lambda module: module != "matplotlib")
+    assert "matplotlib not installed; pip install 'umbrella-jax[report]'" in refused(copy)

@@ -1,0 +1,768 @@
+"""Two real processes on this machine are one run: its numbers, its files, its voice."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread, Timer
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests import small_run
+from tests.small_run import World, assert_close, latest, numbers, read_lines, trained, umbrella
+from umbrella_jax import distributed
+from umbrella_jax.checkpoints.checkpoint import Checkpoint
+from umbrella_jax.data.inputs import changed
+from umbrella_jax.distributed import _local_devices, _peers, broadcast, gather, start, together
+from umbrella_jax.errors import ConfigError, DataError
+
+ROOT = Path(__file__).parents[2]
+STEPS = 3
+# Four comparisons of four scans, all in every batch: each process has two rows, which show three of the scans.
+FLAGS = ["--task-filter", "T3", "--batch-size", 4, "--epochs", STEPS, "--learning-rate", 1e-3]
+FLAGS += ["--set", "train.warmup_steps=0", "--set", "train.save_steps=1"]
+
+
+def child() -> None:
+    """`umbrella-jax WORDS` for each line [record, *words] on stdin; its exit code is a line on stdout. Into
+    `record.out` and `record.err` what it said, into `record.json` the files that Python opened: to read, phase by
+    phase, and to write."""
+    from umbrella_jax import cli
+    from umbrella_jax.run import train as run
+
+    if "HEARTBEAT" in os.environ:  # jax looks every so many seconds whether the others live, 100 by default
+        beat = int(os.environ["HEARTBEAT"])
+        jax.distributed.initialize = partial(jax.distributed.initialize, heartbeat_timeout_seconds=beat)
+    record, phase = "", "check"
+    read, written = list[tuple[str, str]](), list[str]()
+
+    def hook(event: str, arguments: Any) -> None:
+        if event == "open" and isinstance(arguments[0], str):
+            path, mode, flags = arguments
+            if (flags or 0) & (os.O_WRONLY | os.O_RDWR) or set(mode or "") & set("wax+"):
+                written.append(path)
+            else:
+                read.append((phase, path))
+
+    def entering(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def enter(*args: Any, **kwargs: Any) -> Any:
+            nonlocal phase
+            phase = name
+            return call(*args, **kwargs)
+
+        return enter
+
+    batches = train_batches = run.train_batches
+    if "SIGNAL_AT" in os.environ:  # a signal to this process as it reads that batch
+        name, place = os.environ["SIGNAL_AT"].split()
+
+        def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            for i, batch in enumerate(train_batches(*args, **kwargs)):
+                if i == int(place):
+                    Path(f"{record}.json").write_text(str(time.time()))
+                    os.kill(os.getpid(), getattr(signal, name))
+                    time.sleep(1)  # so that the step which follows comes behind it
+                yield batch
+
+    run.train_batches = entering("train", batches)
+    run.evaluation.eval_batches = entering("eval", run.evaluation.eval_batches)
+    sys.addaudithook(hook)
+    codes = os.dup(1)
+    for line in sys.stdin:
+        record, *words = json.loads(line)
+        phase = "check"
+        read.clear()
+        written.clear()
+        for end, descriptor in ("out", 1), ("err", 2):
+            with open(f"{record}.{end}", "w") as file:
+                os.dup2(file.fileno(), descriptor)
+        code = cli.main(words)
+        sys.stdout.flush()
+        Path(f"{record}.json").write_text(json.dumps({"read": read, "written": written}))
+        os.write(codes, f"{code}\n".encode())
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def finish(processes: list[subprocess.Popen[str]], timeout: int = 900) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each."""
+    try:
+        found = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *said) for process, said in zip(processes, found, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    return small_run.process_environment() | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    found = small_run.make_world(tmp_path_factory.mktemp("world"))
+    small_run.soften(found.base)
+    return found
+
+
+class Pair:
+    """Two processes of a run, which take one command after another: they start and compile once."""
+
+    def __init__(self, environment: dict[str, str], signals: Sequence[str] = ("", "")):
+        """`signals`: what each sends itself, and at which batch."""
+        self.where = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id"]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-m", "tests.test_processes"]
+        beat = {"HEARTBEAT": "10"} if any(signals) else {}
+        own = [beat | ({"SIGNAL_AT": signal} if signal else {}) for signal in signals]
+        self.processes = [subprocess.Popen(command, env=environment | more, cwd=ROOT, **pipes) for more in own]
+
+    def __call__(self, record: Path, *words: object, second: Sequence[object] = ()) -> list[tuple[int, str, str]]:
+        """Exit code, stdout and stderr of either at `umbrella-jax WORDS`, of the second with more of them; their
+        records are `record.0` and `record.1`."""
+        for i, process in enumerate(self.processes):
+            own = [words[0], *latest(*words[1:], *(second if i else ())), *self.where, i]
+            process.stdin.write(json.dumps([f"{record}.{i}", *map(str, own)]) + "\n")
+            process.stdin.flush()
+        limit = Timer(600, self.end)
+        limit.start()
+        try:
+            codes = [process.stdout.readline() for process in self.processes]
+        finally:
+            limit.cancel()
+        return [
+            (
+                int(code or process.wait()),  # no line: it has ended
+                *(Path(f"{record}.{i}.{kind}").read_text() for kind in ("out", "err")),
+            )
+            for i, (process, code) in enumerate(zip(self.processes, codes, strict=True))
+        ]
+
+    @property
+    def ended(self) -> bool:
+        """Of either, as where both refused a command."""
+        return any(process.poll() is not None for process in self.processes)
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+Two = Callable[..., list[tuple[int, str, str]]]
+
+
+@pytest.fixture(scope="module")
+def pair(environment: dict[str, str]) -> Iterator[Two]:
+    """`pair(record, *words)`: `umbrella-jax WORDS` in the same two processes as before, unless these have ended."""
+    running = Pair(environment)
+
+    def command(record: Path, *words: object, **more: Any) -> list[tuple[int, str, str]]:
+        nonlocal running
+        if running.ended:
+            running.end()
+            running = Pair(environment)
+        return running(record, *words, **more)
+
+    yield command
+    running.end()
+
+
+@pytest.fixture(scope="module")
+def two(world: World, environment: dict[str, str], pair: Two) -> Two:
+    """`two(out, *flags)`: a run of two processes. With `signals`, of a pair of its own, which ends with it."""
+
+    def train(out: Path, *flags: object, signals: Sequence[str] = ()) -> list[tuple[int, str, str]]:
+        words = world.train_flags(out, *FLAGS, "--eval-data", world.eval, *flags)
+        if not signals:
+            return pair(out, *words)
+        own = Pair(environment, signals)
+        try:
+            return own(out, *words)
+        finally:
+            own.end()
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def said(two: Two, world: World) -> list[tuple[int, str, str]]:
+    found = two(world.root / "two")
+    assert [code for code, *_ in found] == [0, 0], found
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(said: Any, world: World) -> Path:
+    return world.root / "two"
+
+
+@pytest.fixture(scope="module")
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(Path(f"{run}.{i}.json").read_text()) for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def whole(world: World) -> Callable[[int], Path]:
+    """The same run in one process, on so many devices."""
+
+    def of(devices: int) -> Path:
+        out = world.root / f"devices{devices}"
+        umbrella(*world.train_flags(out, *FLAGS, "--eval-data", world.eval), devices=devices)
+        return out
+
+    return of
+
+
+def assert_same(run: Path, expected: Path) -> None:
+    assert numbers(run) == numbers(expected)
+    ours, theirs = trained(run), trained(expected)
+    assert ours.keys() == theirs.keys()
+    for path, leaf in theirs.items():
+        np.testing.assert_array_equal(ours[path], leaf)
+
+
+def test_two_processes_are_one_with_two_devices(run: Path, whole: Callable[[int], Path]) -> None:
+    """Bit for bit: the same program, the same rows on each device."""
+    expected = whole(2)
+    assert len(numbers(expected)) == STEPS
+    assert_same(run, expected)
+
+
+def test_two_processes_are_one_device(run: Path, whole: Callable[[int], Path], world: World) -> None:
+    """The sums are made in another order."""
+    expected = whole(1)
+    assert_close(run, expected)
+    start = {path: np.asarray(leaf) for path, leaf in Checkpoint.open(expected / "checkpoints" / "1").trained().items()}
+    for path, leaf in trained(expected).items():
+        if "T1" in path:
+            assert np.abs(leaf - start[path]).max() > 1e-3 * np.abs(leaf).max(), f"{path} moved by more than that"
+    answers = f"predictions/step_{STEPS}.jsonl"
+    assert read_lines(run / answers) == read_lines(expected / answers)
+
+
+def test_each_process_reads_its_own_part(records: list[dict[str, Any]], world: World) -> None:
+    scans = {str(path) for path in (world.root / "scans").iterdir() if "run" not in path.name}
+    opened = [
+        {
+            phase: Counter(p for name, p in record["read"] if name == phase and p in scans)
+            for phase in ("check", "train")
+        }
+        for record in records
+    ]
+    # every process checks every file, and reads each once more, for what processes and a resumed run compare
+    assert opened[0]["check"] == opened[1]["check"]
+    assert opened[1]["check"].keys() == scans
+    # some are shown by the evaluation data too; less the check to its end and the hash
+    once = min(opened[1]["check"].values()) - 2
+    for own in (o["train"] for o in opened):
+        assert own.total() == STEPS * 3 * once
+        assert max(own.values()) <= STEPS * once
+
+
+def test_only_process_0_prints_and_writes(
+    said: list[tuple[int, str, str]], records: list[dict[str, Any]], run: Path
+) -> None:
+    (_, first, _), (_, *second) = said
+    assert f"4 conversations, {STEPS} steps, into " in first
+    assert "devices: 2 (" in first
+    assert first.count("step 1: compiling") == 1
+    assert f"step {STEPS}  loss" in first
+    said_by_us = [line for text in second for line in text.splitlines() if not line.startswith("[Gloo]")]  # of XLA
+    assert said_by_us == []
+    # `run` itself: an unnamed file in it, by which each process tries whether it can write there
+    written = [[Path(path) for path in record["written"] if Path(path) != run] for record in records]
+    ours, theirs = ({p.relative_to(run).parts[0] for p in paths if p.is_relative_to(run)} for paths in written)
+    assert {".config.yaml.part", ".inputs.json.part", "metrics.jsonl", "predictions"} <= ours
+    assert theirs <= {"checkpoints"}
+
+
+def test_two_processes_resume(two: Two, run: Path, world: World) -> None:
+    """From the step before the last, as if they had been cut off there."""
+    again = world.root / "again"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "checkpoints" / str(STEPS))
+    (first, out, _), (second, *_) = two(again, "--resume")
+    assert (first, second) == (0, 0)
+    assert f"resume: from step {STEPS - 1}" in out
+    assert_same(again, run)
+
+
+def test_one_killed_the_other_ends_and_both_go_on(two: Two, run: Path, world: World) -> None:
+    """Within a minute, of heartbeats every 10 s: first without process 0, then without process 1."""
+    out = world.root / "killed"
+    for killed, (more, signals) in enumerate([([], ["SIGKILL 2", ""]), (["--resume"], ["", "SIGKILL 1"])]):
+        found = two(out, *more, signals=signals)
+        assert time.time() - float(Path(f"{out}.{killed}.json").read_text()) < 60
+        assert found[killed][0] == -signal.SIGKILL
+        code, _, error = found[1 - killed]
+        assert code != 0
+        # found in a collective, or by jax, which then ends the process itself
+        assert "a process of the run is gone" in error or "another task died" in error
+    assert len(numbers(out)) < STEPS
+    assert [code for code, *_ in two(out, "--resume")] == [0, 0]
+    assert_same(out, run)
+
+
+def test_a_signal_to_one_ends_both_behind_the_same_step(two: Two, run: Path, world: World) -> None:
+    """And one process goes on: with two devices bit for bit, with one but for the order of its sums."""
+    out = world.root / "signalled"
+    (first, _, error), (second, _, silent) = two(out, signals=["", "SIGTERM 1"])
+    assert (first, second) == (143, 143), error + silent
+    step = len(numbers(out))
+    assert 0 < step < STEPS
+    assert f"SIGTERM: saved at step {step} of {STEPS}; continue with" in error
+    assert (out / "checkpoints" / str(step)).exists()
+    one = shutil.copytree(out, world.root / "signalled-one")
+    flags = [*FLAGS, "--eval-data", world.eval, "--resume"]
+    umbrella(*world.train_flags(out, *flags), devices=2)
+    assert_same(out, run)
+    umbrella(*world.train_flags(one, *flags), devices=1)
+    assert_close(one, run)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=2", "tensor=2"])
+def test_weights_lie_over_processes(two: Two, run: Path, world: World, mesh: str) -> None:
+    """The last step on another mesh, of which no process has all weights; with `tensor`, both have all rows."""
+    again = world.root / mesh
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "checkpoints" / str(STEPS))
+    (first, out, _), (second, *_) = two(again, "--resume", "--mesh", mesh)
+    assert (first, second) == (0, 0)
+    assert mesh in out
+    assert_close(again, run)
+    answers = f"predictions/step_{STEPS}.jsonl"
+    assert read_lines(again / answers) == read_lines(run / answers)
+
+
+def test_two_processes_predict_as_one(pair: Two, run: Path, world: World) -> None:
+    """Every conversation once, in order, with the likelihoods of its answers; and what one refuses both refuse."""
+    out, alone = world.root / "two.jsonl", world.root / "one.jsonl"
+    words = ["predict", run, "--data", world.train, "--out", out, "--image-root", world.root / "scans"]
+    words += ["--task-filter", "T3", "--likelihoods", "--max-new-tokens", 3, "--batch-size", 2]
+    (first, said, _), (second, other, _) = found = pair(out, *words)
+    assert (first, second) == (0, 0), "\n".join(err for *_, err in found)
+    assert f"{out}: 4 answers" in said
+    assert str(out) not in other, "one of them says it"
+    flags = ["--data", world.train, "--out", alone, "--image-root", world.root / "scans", "--task-filter", "T3"]
+    umbrella("predict", run, *flags, "--likelihoods", "--max-new-tokens", 3)
+    for ours, theirs in zip(read_lines(out), read_lines(alone), strict=True):
+        for answer, value in theirs.pop("likelihoods").items():
+            assert ours["likelihoods"][answer] == pytest.approx(value, abs=1e-4)
+        ours.pop("likelihoods")
+        assert ours == theirs
+    assert [code for code, *_ in pair(out, *words)] == [2, 2]
+
+
+class Recorded(Exception):
+    """Ends a run as soon as it is known what its processes would compare."""
+
+
+def compared(monkeypatch: pytest.MonkeyPatch, world: World, *flags: object) -> dict[str, list[tuple[str, Any]]]:
+    """What a process of this run hands to `check_same`: first its settings, then what it has read."""
+    found: list[list[tuple[str, Any]]] = []
+
+    def record(facts: Sequence[tuple[str, Any]], remedy: str) -> None:
+        found.append(list(facts))
+        if len(found) == 2:
+            raise Recorded
+
+    monkeypatch.setattr("umbrella_jax.run.preparation.check_same", record)
+    with pytest.raises(Recorded):
+        umbrella(*world.train_flags(world.root / "never", *FLAGS, "--eval-data", world.eval, *flags))
+    return dict(zip(("settings", "contents"), found, strict=True))
+
+
+def differences(monkeypatch: pytest.MonkeyPatch, first: list[Any], second: list[Any]) -> tuple[str, ...]:
+    """What `check_same` refuses on the second of two processes, as if they were there."""
+    digest = hashlib.sha256(json.dumps([value for _, value in first]).encode()).hexdigest()
+    monkeypatch.setattr(distributed, "alone", lambda: False)
+    monkeypatch.setattr(distributed, "gather", lambda value: [digest, value])
+    monkeypatch.setattr(distributed, "broadcast", lambda value: json.loads(json.dumps([first, "node1"])))
+    monkeypatch.setattr(distributed, "together", nullcontext)
+    monkeypatch.setattr(socket, "gethostname", lambda: "node2")
+    try:
+        distributed.check_same(second, "mend it")
+    except ConfigError as error:
+        return error.faults
+    return ()
+
+
+@pytest.fixture(scope="module")
+def facts(world: World) -> dict[str, list[tuple[str, Any]]]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return compared(monkeypatch, world)
+
+
+@pytest.mark.parametrize("what", ["answers", "order", "volume", "weights", "run.yaml", "nothing"])
+def test_what_one_host_sees_otherwise_is_named(
+    world: World, facts: dict[str, list[tuple[str, Any]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str
+) -> None:
+    """Each of these was trained on; now the host and the file or setting are named. Paths may differ."""
+    shutil.copytree(world.base, tmp_path / "base")
+    shutil.copytree(world.root / "scans", tmp_path / "scans")
+    flags: list[object] = ["--image-root", tmp_path / "scans"]
+    expected = "{}: other contents on node2 than on node1 (process 0); mend it"
+    other = replace(world, base=tmp_path / "base")
+    content = world.train.read_bytes()
+    if what in ("answers", "order"):
+        records = json.loads(content)
+        text = json.dumps(records[::-1] if what == "order" else records)
+        world.train.write_text(text.replace("left.", "Left.") if what == "answers" else text)
+        expected = expected.format(world.train)
+    elif what == "volume":
+        file = small_run.write_volume(tmp_path / "scans" / "2.nii.gz", small_run.VOLUME_SHAPES["T1"], seed=98)
+        expected = expected.format(file)
+    elif what == "weights":
+        file = other.base / "model.safetensors"
+        tensors = load_file(file)
+        save_file({name: tensor * np.float32(1.5) for name, tensor in tensors.items()}, file, {"format": "pt"})
+        expected = expected.format(f"{other.base}: weights")
+    elif what == "run.yaml":
+        settings = small_run.read_config(world.config)
+        settings["train"]["clip_norm"] = 0.5
+        other = replace(other, config=small_run.write_config(tmp_path / "run.yaml", settings))
+        expected = "train.clip_norm: 0.5 on node2, 1.0 on node1 (process 0); mend it"
+    try:
+        found = compared(monkeypatch, other, *flags)
+    finally:
+        world.train.write_bytes(content)
+    kind = "settings" if what == "run.yaml" else "contents"
+    faults = differences(monkeypatch, facts[kind], found[kind])
+    if what == "nothing":
+        assert faults == differences(monkeypatch, facts["settings"], found["settings"]) == ()
+    else:
+        assert expected in faults
+        assert len(faults) <= 6  # tokens' ids, and the order of volumes, follow from conversations
+
+
+def test_two_processes_that_read_other_scans_are_refused(pair: Two, world: World, tmp_path: Path) -> None:
+    """Before a step, and by the host's name: both are this one."""
+    shutil.copytree(world.root / "scans", tmp_path / "scans")
+    file = small_run.write_volume(tmp_path / "scans" / "2.nii.gz", small_run.VOLUME_SHAPES["T1"], seed=98)
+    words = world.train_flags(tmp_path / "run", *FLAGS)
+    (code, out, error), (second, _, silent) = pair(
+        tmp_path / "record", *words, second=["--image-root", tmp_path / "scans"]
+    )
+    host = socket.gethostname()
+    assert (code, second, silent) == (2, 2, "")
+    assert f"process 1: {file}: other contents on {host} than on {host} (process 0); copy it again" in error
+    assert "step 1" not in out
+
+
+def test_what_one_does_not_see_is_told_where_the_base_is_a_run(pair: Two, run: Path, world: World) -> None:
+    """Whose checkpoint orbax lets all of them read together: whoever came there would wait for the other."""
+    out, empty = world.root / "unseen", world.root / "empty"
+    empty.mkdir()
+    words = world.train_flags(out, *FLAGS, "--base", run)
+    for second, fault in (["--base", empty / "gone"], "not found"), (["--image-root", empty], "not found"):
+        (first, _, error), (other, *_) = pair(out, *words, second=second)
+        assert (first, other) == (2, 2), error
+        assert f"process 1: {empty}" in error
+        assert fault in error
+
+
+# Who belongs to a run.
+
+STARTED = """
+import json, sys, jax
+from umbrella_jax.distributed import broadcast, gather, start
+start(timeout=60)
+assert jax.distributed.is_initialized()
+start()
+own = {"from": jax.process_index()}
+print(json.dumps([jax.process_index(), gather(own), broadcast(own | {"µ": [None] * 100 * (own["from"] == 0)})]))
+"""
+
+
+REFUSED = """
+import sys
+from umbrella_jax.distributed import start, together
+from umbrella_jax.errors import DataError
+start(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
+with together():
+    print("both")
+with together():
+    if {fails}:
+        raise DataError(["one", "two"])
+print("not reached")
+"""
+
+
+# As on a TPU VM, but that the devices are CPUs: jax is told that there are TPUs, and has to find out all the rest.
+ON_TPU = """
+import os, jax
+if "GCE_METADATA_IP" in os.environ:
+    del os.environ["TPU_SKIP_MDS_QUERY"]  # jax sets it where it sees no chips, GKE by itself
+from umbrella_jax.distributed import start
+start(timeout=60)
+jax.config.update("jax_platforms", "cpu")
+"""
+
+
+def launched(
+    environment: dict[str, str], *own: dict[str, object], program: str = STARTED
+) -> list[tuple[int, str, str]]:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return finish(
+        [
+            subprocess.Popen(
+                [sys.executable, "-c", program], env=environment | {k: str(v) for k, v in e.items()}, cwd=ROOT, **pipes
+            )
+            for e in own
+        ]
+    )
+
+
+def test_slurm_starts_its_tasks(environment: dict[str, str]) -> None:
+    """Through jax's own reading of what srun sets."""
+    job = {
+        "SLURM_JOB_ID": 7,
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": 2,
+        "SLURM_STEP_NUM_TASKS": 2,
+        "SLURM_STEP_NUM_NODES": 1,
+        "JAX_COORDINATOR_PORT": free_port(),
+    }
+    found = launched(environment, *({**job, "SLURM_PROCID": i, "SLURM_LOCALID": i} for i in range(2)))
+    for i, (code, out, err) in enumerate(found):
+        assert code == 0, err
+        assert json.loads(out.splitlines()[-1]) == [i, [{"from": 0}, {"from": 1}], {"from": 0, "µ": [None] * 100}]
+
+
+@pytest.fixture
+def metadata() -> Iterator[str]:
+    """Google's server of metadata as each worker of a slice of two hosts meets it: HOST:PORT, its number before."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            worker, _, key = self.path.removeprefix("/").partition("/computeMetadata/v1/instance/attributes/")
+            known = {
+                "agent-worker-number": worker[-1],
+                "worker-network-endpoints": "unknown:1:127.0.0.1,unknown:2:127.0.0.1",
+                "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-8'\n",
+            }
+            self.send_response(200 if key in known else 404)
+            self.end_headers()
+            self.wfile.write(known.get(key, "").encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}/worker-"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["TPU VM", "GKE"])
+def test_tpus_start_their_hosts(environment: dict[str, str], kind: str, metadata: str) -> None:
+    """Through jax's own reading of metadata, and of what GKE sets."""
+    chips = {"JAX_FORCE_TPU_INIT": 1, "TPU_LIBRARY_PATH": sys.executable, "JAX_COORDINATOR_PORT": free_port()}
+    hosts: list[dict[str, object]] = [
+        chips
+        | (
+            {"GCE_METADATA_IP": f"{metadata}{i}"}
+            if kind == "TPU VM"
+            else {
+                "TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.1",
+                "TPU_WORKER_ID": i,
+                "MEGASCALE_COORDINATOR_ADDRESS": "",  # else jax asks the server of metadata
+                "MEGASCALE_NUM_SLICES": "",
+                "MEGASCALE_SLICE_ID": "",
+            }
+        )
+        for i in range(2)
+    ]
+    without = {name: value for name, value in environment.items() if name != "JAX_PLATFORMS"}
+    for i, (code, out, err) in enumerate(launched(without, *hosts, program=ON_TPU + STARTED)):
+        assert code == 0, err
+        assert json.loads(out.splitlines()[-1]) == [i, [{"from": 0}, {"from": 1}], {"from": 0, "µ": [None] * 100}]
+
+
+@pytest.mark.parametrize(
+    ("fails", "faults"),
+    [("sys.argv[2] == '1'", ["process 1: one", "process 1: two"]), ("True", ["one", "two"])],
+)
+def test_what_one_process_refuses_all_refuse(environment: dict[str, str], fails: str, faults: list[str]) -> None:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    words = [sys.executable, "-c", REFUSED.format(fails=fails), f"127.0.0.1:{free_port()}"]
+    found = finish([subprocess.Popen([*words, str(i)], env=environment, cwd=ROOT, **pipes) for i in range(2)])
+    (first, out, error), (second, other, silent) = found
+    assert (first, second) == (1, 2)  # an error that nobody caught, and the other that knows of it
+    for said in (out, other):
+        assert [line for line in said.splitlines() if not line.startswith("[Gloo]")] == ["both"]
+    assert [line.strip(" -") for line in error.splitlines()[-2:]] == faults
+    assert silent == ""
+
+
+LOST = """
+import sys
+from umbrella_jax.distributed import bound, gather, start
+from umbrella_jax.errors import DataError
+start(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
+with bound():
+    gather(0)
+    if sys.argv[2] == "1":
+        raise DataError("a volume is gone")
+    gather(1)  # waits for the other
+"""
+
+
+def test_whoever_fails_alone_ends_the_run(environment: dict[str, str]) -> None:
+    """Within seconds: jax by itself would have the one wait for the other for minutes."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    words = [sys.executable, "-c", LOST, f"127.0.0.1:{free_port()}"]
+    found = finish([subprocess.Popen([*words, str(i)], env=environment, cwd=ROOT, **pipes) for i in range(2)], 90)
+    assert found[0][0] != 0
+    assert found[1][0] == 2
+    assert found[1][2] == "umbrella-jax: process 1 ends, and with it the run:\na volume is gone\n"
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_whoever_waits_in_vain_says_for_whom(environment: dict[str, str], process: int, tmp_path: Path) -> None:
+    words = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, "--process-id", process]
+    command = small_run.umbrella_command("train", "--config", tmp_path, *words, "--start-timeout", 1)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert f"not all came within 1 s: 2 processes with --coordinator {words[1]}" in done.stderr
+    assert "stack trace" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "peers"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_TASKS": "16"}, "16 tasks .* on n"),
+        # a shell of `salloc --ntasks 16`, an `srun --pty bash` and an ssh into its node, and a script of sbatch
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_PROCID": "0"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "4 processes of mpirun"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"tpu": "1"}, "hosts of this TPU .* --worker=all"),
+        ({"tpu": "1", "TPU_WORKER_HOSTNAMES": "a,b"}, "pods on a,b$"),
+        ({"tpu": "1", "TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"tpu": "1", "TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, "pods on a and of 2 slices"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a notebook
+    ],
+)
+def test_who_the_others_are(variables: dict[str, str], peers: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("SLURM", "OMPI", "TPU", "MEGASCALE"))]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    # where jax finds TPUs, and JAX_PLATFORMS says nothing else, it sets this
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", "tpu,cpu" if "tpu" in variables else None)
+    try:
+        found = _peers()
+    finally:
+        jax.config.update("jax_platforms", before)
+    if peers is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert re.search(peers, found), found
+
+
+@pytest.mark.parametrize(
+    ("tasks", "nodes", "gpus", "expected"),
+    [
+        (2, 2, "0,1,2,3", []),  # one task per node: all GPUs
+        (8, 2, "0,1,2,3", None),  # one task per GPU: jax takes the task's own
+        (8, 2, None, None),
+        (8, 2, "3", []),  # --gpus-per-task=1: it sees no other
+    ],
+)
+def test_gpus_of_a_task(
+    tasks: int, nodes: int, gpus: str | None, expected: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMPI_COMM_WORLD_LOCAL_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", str(tasks))
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", str(nodes))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if gpus:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    assert _local_devices() == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "faults"),
+    [
+        (["--coordinator", "a:1"], ["--coordinator: expected --num-processes and --process-id too, or none of them"]),
+        (["--process-id", 0], ["--process-id: expected --coordinator and --num-processes too, or none of them"]),
+        (
+            ["--coordinator", "node1", "--num-processes", 2, "--process-id", 2],
+            ["--coordinator node1: expected HOST:PORT", "--process-id 2: expected 0 to 1"],
+        ),
+        (
+            ["--coordinator", "a:99999", "--num-processes", 0, "--process-id", 0, "--start-timeout", 0],
+            ["--start-timeout 0: expected", "--coordinator a:99999: expected", "--num-processes 0: expected 1 or more"],
+        ),
+        (["--coordinator", "a:1", "--num-processes", 2, "--process-id", -1], ["--process-id -1: expected 0 to 1"]),
+    ],
+)
+def test_flags_that_contradict_each_other(world: World, flags: list[object], faults: list[str]) -> None:
+    message = umbrella(*world.train_flags(world.root / "contradicted", *flags), code=2)
+    for fault in faults:
+        assert fault in message
+    assert ("faults" in message) == (len(faults) > 1)
+    assert not (world.root / "contradicted").exists()
+
+
+def test_a_cluster_that_jax_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")  # but nothing of which of them this is
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+    with pytest.raises(ConfigError, match=r"2 tasks of srun .*: jax cannot join them: .*; name them by --coordinator"):
+        start()
+
+
+def test_alone_a_process_agrees_with_itself() -> None:
+    assert gather({"a": [1]}) == [{"a": [1]}]
+    assert broadcast({"a": [1]}) == {"a": [1]}
+    with together():
+        pass
+
+    def fail() -> None:
+        raise DataError("a fault")
+
+    with pytest.raises(DataError, match="a fault"), together():
+        fail()
+
+
+def test_files_that_are_gone_are_named_on_every_process() -> None:
+    """Those of now come to all but the first as JSON, as those of before do."""
+    before = {"conversations": [("c", "1")], "volumes": [("a", "1"), ("b", "2")]}
+    now = before | {"volumes": [("a", "1")]}
+    for found in (now, json.loads(json.dumps(now))):
+        assert changed(json.loads(json.dumps(before)), found) == ["b"]
+
+
+if __name__ == "__main__":
+    child()

@@ -1,0 +1,479 @@
+"""Runs from end to end through the command line: what is written, what trains, which run goes on."""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import umbrella_jax.run.train
+from tests import small_run
+from tests.small_run import World, parameters, read_config, read_lines, umbrella
+from umbrella_jax.checkpoints.checkpoint import Checkpoint
+from umbrella_jax.config.load import load_config
+from umbrella_jax.data.conversation import Conversation, Message
+from umbrella_jax.data.validation.checks import validate
+from umbrella_jax.errors import DataError
+from umbrella_jax.inference.generate import decode, prefill, score_answers
+from umbrella_jax.scoring.rows import blank_rows
+from umbrella_jax.training.step import jit_eval_step
+
+STEPS, SAVE, EVAL = 36, 3, 24
+FLAGS = ["--epochs", STEPS // 3, "--set", f"train.save_steps={SAVE}"]  # a step of one scan, of two, and of runs
+PATCH_EMBED = "vision_tower.vision_model.embeddings."
+TRAINED = {
+    f"{PATCH_EMBED}{modality}{end}"
+    for modality in small_run.MODALITIES
+    for end in ("_proj.weight", "_proj.bias", "_positional_embeddings")
+}
+SECRETS = {"WANDB_API_KEY": "5ec2e7-of-wandb", "HF_TOKEN": "hf_5ec2e7"}  # of the environment of what runs here
+METRICS = ("step", "loss", "grad_norm", "learning_rate", "supervised_tokens")  # all but seconds
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return small_run.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def printed(world: World) -> str:
+    """What a run of 36 steps, evaluated after 24 and at the end, says on stdout; it lies in `run`."""
+    flags = [*FLAGS, "--eval-data", world.eval, "--set", f"train.eval_steps={EVAL}"]
+    with mock.patch.dict(os.environ, SECRETS):
+        out, err = small_run.said(*world.train_flags(world.root / "run", *flags))
+    assert not any(secret in out + err for secret in SECRETS.values())
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(printed: str, world: World) -> Path:
+    return world.root / "run"
+
+
+def test_what_a_run_writes(run: Path, world: World) -> None:
+    written = {"config.yaml", "model", "checkpoints", "metrics.jsonl", "predictions", "inputs.json", "log.txt", ".lock"}
+    assert {p.name for p in run.iterdir()} == written
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all({*METRICS, "step_seconds", "wait_seconds"} <= line.keys() for line in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"] / 2
+    assert [line["learning_rate"] for line in lines[:3]] == pytest.approx([0, 5e-3, 1e-2])  # two steps of warm-up
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"30", "33", "36"}
+    assert {"config.json", "umbrella_config.json", "tokenizer.json"} <= {p.name for p in (run / "model").iterdir()}
+    assert not list((run / "model").glob("*.safetensors"))
+    settings = read_config(run / "config.yaml")
+    assert settings["model"]["base"] == str(world.base)
+    assert settings["train"]["epochs"] == STEPS / 3
+    assert settings["data"]["max_length"] == 8192  # defaults too: nothing of a run depends on later ones
+
+
+def test_secrets_go_nowhere(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not into the config, checkpoints and what they say, metrics, predictions, or exports."""
+    for key, secret in SECRETS.items():
+        monkeypatch.setenv(key, secret)
+    umbrella("convert", "to-hf", run, tmp_path / "export")
+    umbrella("convert", "to-hf", run, tmp_path / "part", "--trainable-only")
+    files = [file for root in (run, tmp_path) for file in root.rglob("*") if file.is_file()]
+    assert {"config.yaml", "metrics.jsonl", "metadata", "README.md", "trainable.safetensors"} <= {f.name for f in files}
+    for file in files:
+        assert not any(secret.encode() in file.read_bytes() for secret in SECRETS.values()), file
+
+
+def test_each_evaluation_writes_its_answers(run: Path) -> None:
+    lines = {line["step"]: line for line in read_lines(run / "metrics.jsonl")}
+    evaluated = {step for step, line in lines.items() if "eval_loss" in line}
+    assert evaluated == {EVAL, STEPS}
+    assert {p.name for p in (run / "predictions").iterdir()} == {f"step_{step}.jsonl" for step in evaluated}
+    rows = read_lines(run / "predictions" / f"step_{STEPS}.jsonl")
+    assert [row["task_id"] for row in rows] == ["eval-one", "eval-two", "eval-run"]
+    assert [row["reference"] for row in rows] == ["left.", "right.", "left."]
+    assert lines[STEPS]["eval_accuracy"] == pytest.approx(
+        np.mean([row["prediction"].strip(" .") == row["reference"].strip(".") for row in rows])
+    )
+
+
+def test_each_evaluation_prints_its_results(printed: str, run: Path) -> None:
+    """To the terminal and into the log: step, loss, and each task's main metrics beside chance."""
+    lines = {line["step"]: line for line in read_lines(run / "metrics.jsonl")}
+    log = [line[26:] for line in (run / "log.txt").read_text().splitlines()]
+    for step in (EVAL, STEPS):
+        beginning = f"evaluation at step {step}: loss {lines[step]['eval_loss']:.4f}; "
+        assert [line.startswith(beginning) for line in log].count(True) == 1
+        words = " ".join(" ".join(log).partition(beginning)[2].split())
+        shown = [f"{task}: accuracy {lines[step][f'eval_accuracy/{task}']:.3f} (chance 1.000)" for task in ("T1", "T3")]
+        for text in shown:
+            assert text in words
+        assert beginning in printed
+
+
+def test_predictions_say_whose_they_are() -> None:
+    """As the images' paths do, where metadata does not and they are of one subject."""
+    messages = (Message("user", ("Which sex?",)), Message("assistant", ("female.",)))
+    whose: list[tuple[dict[str, Any], set[str]]] = [
+        ({}, {"01"}),
+        ({}, {"01", "02"}),
+        ({"subject_id": "02"}, {"01", "02"}),
+        ({}, set()),
+        ({"subject_id": None}, {"01"}),
+        ({"subject_id": math.nan}, {"01"}),
+    ]
+    conversations = [Conversation("a", "T1", messages, metadata, "a.json", frozenset(s)) for metadata, s in whose]
+    rows = blank_rows(conversations)
+    assert [row["metadata"].get("subject_id") for row in rows] == ["01", None, "02", None, "01", "01"]
+    assert rows[0]["reference"] == "female."
+
+
+def test_frozen_is_frozen_and_the_patch_embedding_trains(run: Path, world: World) -> None:
+    after = parameters(run)
+    before = parameters(world.base, modalities=small_run.modalities(), allow_untrained=True)
+    assert after.keys() == before.keys()
+    changed = {path for path, leaf in after.items() if leaf.tobytes() != before[path].tobytes()}
+    assert changed == TRAINED
+
+
+def test_the_summary_says_what_trains(printed: str, world: World) -> None:
+    for line in [
+        # T1: 64 · (3·2·4 + 1 + 6 patches), rsfMRI: 64 · (2·3·4·2 + 1 + 4 patches)
+        f"patch_embed {64 * 31 + 64 * 53:,} 0",
+        "vision_tower 0 66,944",
+        "projector 0 8,320",
+        "language_model 0 98,880",
+    ]:
+        assert line in [" ".join(line.split()) for line in printed.splitlines()]
+    _, *groups = printed.partition("\n12 conversations")[0].split("trains, ")
+    names = [line.split()[0] for group in groups for line in group.splitlines() if line.startswith("  ")]
+    assert set(names) == TRAINED
+    assert f"12 conversations, {STEPS} steps, into {world.root / 'run'}\n" in printed
+    assert "devices: 1 (data=1,fsdp=1,tensor=1)" in printed.splitlines()
+    assert "attention: xla" in printed.splitlines()
+    # three of its scans are in eval too, which the world allows; no conversation names a subject
+    assert "WARNING: 0 subjects and 3 scans are in train and in eval: " in printed
+    # 4 of one scan and the one of text, 3 of runs, 4 of two scans; M is 4, 3 and 4
+    assert "plan: 3 shapes to compile, 36.3% of positions padded\n" in printed
+    assert "\n      1.25 images per conversation, 0.92 encoded after sharing" in printed
+
+
+def test_inspect_prints_the_same_summary(printed: str, world: World, tmp_path: Path) -> None:
+    summary = umbrella("inspect", "--config", world.config, "--base", world.base)
+    assert printed.startswith(summary)
+    shutil.copy(world.base / "config.json", tmp_path)
+    bare = umbrella("inspect", "--config", world.config, "--base", tmp_path)
+    assert "no weights there" in bare
+    assert bare[bare.index("component") :] == summary[summary.index("component") :]
+    other = umbrella("inspect", "--config", world.config, "--base", tmp_path, "--set", "train.groups={projector: {}}")
+    assert "projector                  8,320               0" in other
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path: Path) -> None:
+    """Four comparisons three times, on 1×2×2 devices; and cut off before the last time, on 2×1×1."""
+    world = small_run.make_world(tmp_path)
+    small_run.soften(world.base)
+    flags = ["--task-filter", "T3", "--batch-size", 4, "--epochs", 3, "--set", "train.save_steps=1"]
+    flags += ["--learning-rate", 1e-3, "--set", "train.warmup_steps=0"]
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    said = umbrella(*world.train_flags(whole, *flags, "--mesh", "fsdp=2,tensor=2"), devices=4)
+    assert "3 steps, into " in said
+    assert "devices: 4 (data=1,fsdp=2,tensor=2)" in said
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "3")
+    said = umbrella(*world.train_flags(again, *flags, "--resume"), devices=2)
+    assert "resume: from step 2" in said
+    assert "devices: 2 (data=2,fsdp=1,tensor=1)" in said
+    small_run.assert_close(again, whole)
+
+
+def test_a_run_is_not_overwritten(run: Path, world: World) -> None:
+    before = (run / "metrics.jsonl").read_bytes()
+    message = umbrella(*world.train_flags(run, *FLAGS), code=2)
+    assert str(run) in message
+    assert "--resume" in message
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "key"),
+    [
+        (["--learning-rate", 5e-3], "train.learning_rate: 0.005 now, 0.01 in the run"),
+        (["--set", "train.groups.patch_embed.weight_decay=0"], "train.groups.patch_embed.weight_decay: 0"),
+        (["--set", "model.compute_dtype=bfloat16"], "model.compute_dtype: bfloat16"),
+        (["--set", "data.template=original"], "data.template: original now, umbrella in the run"),
+        (["--set", "seed=7"], "seed: 7 now"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(run: Path, world: World, flags: list[Any], key: str) -> None:
+    """Before volumes are looked for."""
+    flags = [*FLAGS, "--eval-data", world.eval, "--resume", "--image-root", run / "nowhere", *flags]
+    message = umbrella(*world.train_flags(run, *flags), code=2)
+    assert f"cannot resume: {key}" in message
+    assert "faults" not in message  # that one alone
+
+
+def test_resuming_on_another_base_is_refused(run: Path, world: World, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    other = shutil.copytree(world.base, tmp_path / "base")
+    tensors = load_file(other / "model.safetensors")
+    tensors["language_model.model.norm.weight"][3] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    flags = [*FLAGS, "--eval-data", world.eval, "--resume", "--base", other]
+    assert "other weights than those that the run started from" in umbrella(*world.train_flags(run, *flags), code=2)
+
+
+def test_a_run_from_before_a_field_was_known_resumes(run: Path, world: World, tmp_path: Path) -> None:
+    """It ran as the field's default says."""
+    old = shutil.copytree(run, tmp_path / "old")
+
+    def forget(meta: dict[str, Any]) -> None:
+        for modality in meta["config"]["model"]["modalities"].values():
+            del modality["mode"], modality["spacing"]
+
+    small_run.edit_meta(old, forget)
+    flags = [*FLAGS, "--eval-data", world.eval, "--resume"]
+    assert f"from step {STEPS}" in umbrella(*world.train_flags(old, *flags))
+    message = umbrella(*world.train_flags(old, *flags, "--set", "model.modalities.T1.mode=pad"), code=2)
+    assert "cannot resume: model.modalities.T1.mode: pad now, resize in the run" in message
+
+
+def test_a_finished_run_resumes_to_its_end(run: Path, world: World) -> None:
+    before = (run / "metrics.jsonl").read_bytes()
+    other = ["--set", "evaluation={tasks: {T1: {answers: [left, right]}}, resamples: 7}"]  # changes no step
+    flags = [*FLAGS, "--eval-data", world.eval, *other, "--resume"]
+    assert f"from step {STEPS}" in umbrella(*world.train_flags(run, *flags))
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["keep_best=1", "best_metric=eval_acuracy"],
+            "no evaluation gives eval_acuracy; expected one of eval_accuracy",
+        ),
+        (["keep_best=1", "best_metric=eval_mae/T1"], "no evaluation gives eval_mae/T1"),
+        (["keep_best=1"], "1 with best_metric not set; set both"),
+        (["keep_best=1", "best_metric=eval_copy_rate/T1"], "neither high nor low values are good"),
+        (["keep_best=1", "best_metric=eval_loss", "best_mode=max"], "train.best_mode: no such key"),
+        (["best_metric=eval_loss"], "0 with best_metric eval_loss; set both"),
+        (["keep_latest=0"], "keep_latest: expected a positive number"),
+    ],
+)
+def test_best_of_what_is_refused(world: World, tmp_path: Path, settings: list[str], message: str) -> None:
+    flags = [word for key in settings for word in ("--set", f"train.{key}")]
+    assert message in umbrella(*world.train_flags(tmp_path, "--eval-data", world.eval, *flags), code=2)
+    if "acuracy" in message:
+        assert "data.eval too" in umbrella(*world.train_flags(tmp_path, *flags), code=2)
+
+
+@pytest.fixture
+def planned(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """`planned(*flags)`: what `umbrella-jax train` hands to the loop, its batches as a list; no step is made."""
+    seen: dict[str, Any] = {}
+
+    def fit(state: Any, frozen: Any, batches: Any, **arguments: Any) -> Any:
+        seen.update(arguments, state=state, batches=list(batches))
+        arguments["metrics_path"].write_text('{"step": 0}\n')
+        return state
+
+    def plan(*flags: object) -> dict[str, Any]:
+        monkeypatch.setattr(umbrella_jax.run, "fit", fit)
+        printed = umbrella(*world.train_flags(tmp_path / "planned", *flags))
+        return {**seen, "stdout": printed, "settings": read_config(tmp_path / "planned" / "config.yaml")}
+
+    return plan
+
+
+def test_modality(planned: Callable[..., dict[str, Any]]) -> None:
+    plan = planned("--modality", "fMRI")
+    assert "4 conversations, 1 steps" in plan["stdout"]  # three runs, and the one without images
+    assert plan["settings"]["data"]["modality"] == "fMRI"
+    assert [set(batch.volumes) for batch in plan["batches"]] == [{"rsfMRI"}]
+
+
+def test_task_filter(planned: Callable[..., dict[str, Any]]) -> None:
+    plan = planned("--task-filter", "T3")
+    assert "4 conversations, 1 steps" in plan["stdout"]
+    assert plan["settings"]["data"]["task_filter"] == "T3"
+    (batch,) = plan["batches"]
+    patches = (batch.feature_idx[0] >= 0).sum(-1)
+    assert patches.tolist() == [12] * 4 + [0] * 2  # each shows two scans of 6 patches; two rows are empty
+
+
+def test_batch_size(planned: Callable[..., dict[str, Any]]) -> None:
+    plan = planned("--batch-size", 5, "--epochs", 2)
+    assert plan["settings"]["train"]["batch_size"] == 5
+    assert [batch.input_ids.shape[:2] for batch in plan["batches"]] == [(1, 5)] * 6  # 3 an epoch
+
+
+def test_accumulate_steps(planned: Callable[..., dict[str, Any]]) -> None:
+    plan = planned("--set", "train.accumulate_steps=2")
+    assert [batch.input_ids.shape[:2] for batch in plan["batches"]] == [(2, 6)] * 2
+
+
+def test_learning_rate(planned: Callable[..., dict[str, Any]]) -> None:
+    plan = planned("--learning-rate", "3e-4", "--set", "train.warmup_steps=0")
+    assert float(plan["schedule"](0)) == pytest.approx(3e-4)
+    assert plan["settings"]["train"]["learning_rate"] == 3e-4
+
+
+def test_epochs(planned: Callable[..., dict[str, Any]]) -> None:
+    plan = planned("--epochs", 2.5)
+    assert plan["num_steps"] == len(plan["batches"]) == 8  # of 3 an epoch
+    assert plan["settings"]["train"]["epochs"] == 2.5
+
+
+def test_set(planned: Callable[..., dict[str, Any]]) -> None:
+    plan = planned("--set", "train.groups={projector: {weight_decay: 0}}", "--set", "seed=5")
+    assert plan["settings"]["train"]["groups"] == {"projector": {"learning_rate_factor": 1.0, "weight_decay": 0.0}}
+    assert {path.partition(".")[0] for path in plan["state"].trainable} == {"multi_modal_projector"}
+    assert plan["settings"]["seed"] == 5
+
+
+def test_template(planned: Callable[..., dict[str, Any]], world: World, tmp_path: Path) -> None:
+    plan = planned("--task-filter", "T3", "--set", "data.template=original", "--eval-data", world.eval)
+    assert json.loads((tmp_path / "planned" / "model" / "umbrella_config.json").read_text())["template"] == "original"
+    tokenizer = Checkpoint.open(world.base, small_run.modalities()).tokenizer()
+    (batch,) = plan["batches"]
+    learnt = tokenizer.decode(batch.target_ids[0, 0][batch.target_mask[0, 0]])
+    assert re.fullmatch(r"(<\|im_start\|>assistant\n(left|right)\.<\|im_end\|>\n){2}", learnt)
+    assert plan["evaluate"].args[0].processor.template == "original"
+
+
+def test_image_root(planned: Callable[..., dict[str, Any]], world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.root / "scans", tmp_path / "moved")
+    small_run.write_volume(tmp_path / "moved" / "0.nii.gz", small_run.VOLUME_SHAPES["T1"], seed=99)
+    volumes = []
+    for root in (world.root / "scans", tmp_path / "moved"):
+        plan = planned("--image-root", root, "--task-filter", "T3")
+        assert plan["settings"]["data"]["image_root"] == str(root)
+        shutil.rmtree(tmp_path / "planned")
+        volumes.append({volume.tobytes() for volume in plan["batches"][0].volumes["T1"][0]})
+    assert len(volumes[0] - volumes[1]) == 1  # one file differs
+
+
+def test_cache(planned: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    plain = planned("--epochs", 1)
+    shutil.rmtree(tmp_path / "planned")
+    cached = planned("--epochs", 1, "--cache", tmp_path / "cache")
+    assert cached["settings"]["data"]["cache"] == str(tmp_path / "cache")
+    assert list((tmp_path / "cache").glob("volumes/*/*.safetensors"))
+    for left, right in zip(plain["batches"], cached["batches"], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def test_a_native_base_starts_the_same_run(
+    planned: Callable[..., dict[str, Any]], world: World, tmp_path: Path
+) -> None:
+    umbrella("convert", "from-hf", world.base, tmp_path / "native", "--config", world.config)
+    native = planned("--base", tmp_path / "native")
+    shutil.rmtree(tmp_path / "planned")
+    stock = planned()
+    jax.tree.map(np.testing.assert_array_equal, native["state"], stock["state"])
+    assert native["meta"]["base_fingerprint"] == stock["meta"]["base_fingerprint"]
+
+
+def test_loggers(
+    world: World, planned: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = read_config(world.config)
+    settings["train"] |= {"wandb": True, "tensorboard": True}
+    config = ["--config", small_run.write_config(tmp_path / "logged.yaml", settings)]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = umbrella(*world.train_flags(tmp_path / "none", *config), code=2)
+    assert "pip install 'umbrella-jax[wandb]', or --no-wandb" in message
+    assert "pip install 'umbrella-jax[tensorboard]'" in message
+    assert not (tmp_path / "none").exists()
+
+    monkeypatch.undo()
+    plan = planned(*config, "--no-wandb")
+    assert plan["settings"]["train"]["wandb"] is False
+    assert plan["log"] is not None
+    assert list((tmp_path / "planned" / "tensorboard").iterdir())
+    shutil.rmtree(tmp_path / "planned")
+    assert planned()["log"] is None
+
+
+def test_evaluations_of_a_part_compile_nothing_more(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one conversation at least before the end, of all at the end, likelihoods of the answers too."""
+    programs = list[tuple[int, ...]]()
+    evaluate = umbrella_jax.run.train.evaluate
+
+    def counted(*args: Any) -> Any:
+        found = evaluate(*args)
+        programs.append(tuple(f._cache_size() for f in (prefill, decode, score_answers, jit_eval_step())))
+        return found
+
+    monkeypatch.setattr(umbrella_jax.run, "evaluate", counted)
+    rows = [row for row in json.loads(world.train.read_text()) if row["task_type"] == "T3"] * 3
+    data = small_run.write_json(tmp_path / "eval.json", [row | {"task_id": f"{i}"} for i, row in enumerate(rows)])
+    flags = ["--task-filter", "T3", "--eval-data", data, "--epochs", 3, "--batch-size", 4]
+    flags += ["--set", "train.eval_steps=1", "--set", "train.eval_samples=1", "--set", "evaluation.likelihoods=true"]
+    umbrella(*world.train_flags(tmp_path / "run", *flags))
+    assert len(programs) == 3
+    assert programs[0] == programs[1] == programs[2]
+    sizes = [len(read_lines(tmp_path / f"run/predictions/step_{step}.jsonl")) for step in (1, 2, 3)]
+    assert sizes == [4, 4, 12]
+    first, second, _ = (read_lines(tmp_path / f"run/predictions/step_{step}.jsonl") for step in (1, 2, 3))
+    assert [row["task_id"] for row in first] == [row["task_id"] for row in second]
+    assert all(row["likelihoods"].keys() == {"left.", "right."} for row in first)
+    assert {"eval_auroc/T3", "eval_accuracy/T3"} <= read_lines(tmp_path / "run/metrics.jsonl")[0].keys()
+
+
+def test_the_end_evaluates_the_best_step_on_all_data(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first step here; `train.eval_samples` ranks all steps alike. A run that was cut off before goes on there."""
+    evaluate = umbrella_jax.run.train.evaluate
+    evaluated: dict[bool, list[tuple[int, Any]]] = {False: [], True: []}
+
+    def first_is_best(*args: Any, final: bool = False) -> Any:
+        *_, step, trainable = args
+        evaluated[final].append((step, jax.device_get(trainable)))
+        if final and len(evaluated[True]) == 1:
+            raise DataError("killed")
+        return evaluate(*args, final=final) | ({} if final else {"eval_accuracy": 1 / step})
+
+    monkeypatch.setattr(umbrella_jax.run, "evaluate", first_is_best)
+    rows = [row for row in json.loads(world.train.read_text()) if row["task_type"] == "T3"] * 3
+    data = small_run.write_json(tmp_path / "eval.json", [row | {"task_id": f"{i}"} for i, row in enumerate(rows)])
+    run, settings = tmp_path / "run", ("eval_steps=1", "eval_samples=1", "keep_best=1", "best_metric=eval_accuracy")
+    flags = ["--task-filter", "T3", "--eval-data", data, "--epochs", 2, "--batch-size", 4]
+    flags += [word for setting in settings for word in ("--set", f"train.{setting}")]
+    umbrella(*world.train_flags(run, *flags), code=2)
+    printed = umbrella(*world.train_flags(run, *flags, "--resume"))
+    (first, weights), (last, _) = evaluated[False]
+    assert (first, last, [step for step, _ in evaluated[True]]) == (1, 2, [1, 1])
+    chex.assert_trees_all_equal(weights, *(found for _, found in evaluated[True]))
+    first_line, last_line = read_lines(run / "metrics.jsonl")
+    assert f"evaluation of the best, step 1:\neval_loss {first_line['final_loss']:.4g}\n" in printed
+    assert f"step 2  loss {last_line['loss']:.4g}" in printed
+    assert not any(name.startswith("final_") for name in last_line)
+    assert [len(read_lines(run / f"predictions/step_{step}.jsonl")) for step in (1, 2)] == [len(rows), 4]
+
+
+def test_data_without_images_train_nothing_and_are_refused(world: World, tmp_path: Path) -> None:
+    """Before the first step: no gradient would reach the patch embedding. `data validate` finds it, too."""
+    records = json.loads(world.train.read_text())
+    for record in records:
+        for turn in record["conversations"]:
+            turn["content"] = [part for part in turn["content"] if part["type"] == "text"]
+        record.pop("images", None)
+    data = small_run.write_json(tmp_path / "text.json", records)
+    message = umbrella(*world.train_flags(tmp_path / "run", "--train-data", data), code=2)
+    assert (
+        f"{data}: its {len(records)} conversations show no image, so train.groups (patch_embed) would train" in message
+    )
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+    (fault,) = validate(load_config(world.config, {"data.train": str(data)})).of("fault")
+    assert (fault.kind, fault.place) == ("images", str(data))
+    assert fault.reason.startswith(f"none of its {len(records)} conversations shows an image, so no patch embedding")

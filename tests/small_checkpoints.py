@@ -1,0 +1,167 @@
+"""Small random checkpoints made by the installed transformers, for tests to read.
+
+Every leaf is random, biases and norms included, and all dimensions differ: a swapped or transposed one cannot pass.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+
+from convert.torch_model import PatchEmbed
+from umbrella_jax.config.schema import ModalityConfig
+
+ROOT = Path(__file__).parents[1]
+IMAGE_ID = 320
+MODALITIES: dict[str, ModalityConfig] = {
+    "T1": ModalityConfig(size=(11, 9, 7), patch=(5, 3, 2)),  # 2·3·3 = 18 patches; 1, 0 and 1 voxels cropped
+    "rsfMRI": ModalityConfig(size=(8, 6, 5, 7), patch=(4, 3, 5, 3)),  # 2·2·1·2 = 8 patches; 1 frame cropped
+}
+FAMILIES = (("T1", "rsfMRI"), ("sMRI", "fMRI"))
+
+
+def under_transformers_4_46(*words: object) -> None:
+    """Runs `python WORDS` from the root with transformers 4.46.3 in place of the installed one; asserts that it ends
+    well. Skips where that version is not there: only scripts/test.sh installs it, into a folder of its own, since two
+    versions do not fit into one environment. Under CI its absence is a failure.
+    """
+    target = os.environ.get("UMBRELLA_TRANSFORMERS_446")
+    if not target and os.environ.get("CI") != "true":
+        pytest.skip("UMBRELLA_TRANSFORMERS_446 is not set: scripts/test.sh installs transformers 4.46.3 and sets it")
+    assert target, "CI must run this: UMBRELLA_TRANSFORMERS_446 is to name a folder with transformers 4.46.3"
+    run = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([target, str(ROOT)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def make_model(*, tied: bool = True, kv_heads: int = 2, dtype: str = "float32", seed: int = 0) -> Any:
+    """A stock LLaVA: vision 36 wide (3 heads, 2 layers), text 48 wide (6 heads, 3 layers), 331 words."""
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=36,
+            intermediate_size=52,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            image_size=28,
+            patch_size=7,
+            vision_use_head=False,
+        ),
+        text_config=Qwen2Config(
+            vocab_size=331,
+            hidden_size=48,
+            intermediate_size=104,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_key_value_heads=kv_heads,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            max_position_embeddings=4096,
+            tie_word_embeddings=tied,
+        ),
+        image_token_index=IMAGE_ID,
+        tie_word_embeddings=tied,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    model = LlavaForConditionalGeneration(config)
+    randomise(model, seed)
+    return model.to(getattr(torch, dtype)).eval()
+
+
+def randomise(module: torch.nn.Module, seed: int) -> None:
+    """Every parameter normal with std 0.1, norms' weights around 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.normal_(std=0.1, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                p += 1
+
+
+def save(model: Any, directory: Path, shards: int = 1) -> None:
+    """Writes `model` in the hub's layout, which is transformers 4.46's; tensors are dealt to shards one by one.
+
+    Not by `save_pretrained`: transformers 5 writes `vision_tower.encoder` for a model that it made itself, and
+    `vision_tower.vision_model.encoder` for one that it loaded.
+    """
+    model.config.save_pretrained(directory)
+    model.generation_config.save_pretrained(directory)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            if not model.config.tie_word_embeddings:
+                tensors["language_model.lm_head.weight"] = tensor
+        elif name.startswith("model.language_model."):
+            tensors["language_model.model." + name.removeprefix("model.language_model.")] = tensor
+        elif name.startswith("model.vision_tower."):
+            tensors["vision_tower.vision_model." + name.removeprefix("model.vision_tower.")] = tensor
+        else:
+            tensors[name.removeprefix("model.")] = tensor
+    names = sorted(tensors)
+    files = ["model.safetensors"]
+    if shards > 1:
+        files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+        index = {"metadata": {}, "weight_map": {name: files[i % shards] for i, name in enumerate(names)}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    for i, file in enumerate(files):
+        save_file({n: tensors[n].contiguous() for n in names[i::shards]}, directory / file, metadata={"format": "pt"})
+
+
+def write_stock(
+    directory: str | Path,
+    *,
+    tied: bool = True,
+    kv_heads: int = 2,
+    dtype: str = "float32",
+    shards: int = 1,
+    seed: int = 0,
+) -> Any:
+    """A stock checkpoint, with SigLIP's 2D embedding; returns the torch model."""
+    model = make_model(tied=tied, kv_heads=kv_heads, dtype=dtype, seed=seed)
+    save(model, Path(directory), shards)
+    return model
+
+
+def write_umbrella(
+    directory: str | Path,
+    *,
+    tied: bool = True,
+    kv_heads: int = 2,
+    dtype: str = "float32",
+    modalities: Mapping[str, ModalityConfig] = MODALITIES,
+    names: Sequence[str] | None = None,
+    umbrella_config: bool = True,
+    shards: int = 1,
+    seed: int = 0,
+) -> Any:
+    """A checkpoint with the volume patch embedding; returns the torch model.
+
+    `names` renames the modalities one by one; without `umbrella_config` there is no umbrella_config.json, as in the
+    original system's own checkpoints.
+    """
+    directory = Path(directory)
+    if names is not None:
+        modalities = dict(zip(names, modalities.values(), strict=True))
+    model = make_model(tied=tied, kv_heads=kv_heads, dtype=dtype, seed=seed)
+    embeddings = PatchEmbed(modalities, model.config.vision_config.hidden_size)
+    randomise(embeddings, seed + 1)
+    model.model.vision_tower.embeddings = embeddings.to(model.dtype)
+    save(model, directory, shards)
+    if umbrella_config:
+        data = {"modalities": {name: asdict(m) for name, m in modalities.items()}}
+        (directory / "umbrella_config.json").write_text(json.dumps(data))
+    return model

@@ -1,0 +1,217 @@
+"""The line of a loop, and the log of a run."""
+
+import fcntl
+import logging
+import os
+import pty
+import re
+import struct
+import termios
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from umbrella_jax import console as module
+from umbrella_jax.console import INTERVAL, Progress, Work
+from umbrella_jax.errors import DataError, Interrupted
+from umbrella_jax.rundir import RunLog, how_it_ended
+
+
+class Clock:
+    """In place of the module `time`."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(module, "time", made)
+    return made
+
+
+@contextmanager
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
+    """stderr is a terminal of 50 columns; what was written to it."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 50, 0, 0))
+    with os.fdopen(theirs, "w") as file:
+        monkeypatch.setattr("sys.stderr", file)
+
+        def written() -> str:
+            file.write("$")  # so that there is something
+            file.flush()
+            return os.read(ours, 100_000).decode().removesuffix("$")
+
+        yield written
+    os.close(ours)
+
+
+def test_rates_leave_out_what_compiled(clock: Clock) -> None:
+    said: list[str] = []
+    with Progress("step", 1000, done=10, say=said.append, note=said.append, always=True, peak=1e6) as progress:
+        clock.now += 500
+        progress.advance(1, Work(2, 10, 1e6), 500, compiled=True, loss=3.25)
+        assert said == ["step 11 of 1,000  loss 3.2500"], "the first, of which no rate is known"
+        for _ in range(4):
+            clock.now += 2.5  # half a second of which it is evaluated or saved
+            progress.advance(1, Work(2, 1000, 1e6), 2, compiled=False, loss=1.5)
+    assert len(said) == 1
+    assert progress.text(1.5) == "step 15 of 1,000  loss 1.5000  0:41:02 left  1 samples/s  500 tokens/s  50% of peak"
+
+
+def test_rates_are_no_powers_of_ten(clock: Clock) -> None:
+    with Progress("step", 9, say=print, note=print) as progress:
+        progress.advance(1, Work(1, 123_456), 0.05, compiled=False)
+        assert "  20 samples/s  2,469,120 tokens/s" in progress.text()
+        progress.advance(1, Work(2470, 0), 0.95, compiled=False)
+        assert "  2,471 samples/s  123,456 tokens/s" in progress.text()
+        progress.advance(1, Work(0, 0), 7999, compiled=False)
+        assert "  0.309 samples/s  15.4 tokens/s" in progress.text()
+
+
+def test_lines_come_now_and_then(clock: Clock) -> None:
+    """Where nothing rewrites them; of what is short, none at all."""
+    said: list[str] = []
+    with Progress("answer", 100, say=said.append, note=pytest.fail) as progress:
+        for _ in range(100):
+            clock.now += INTERVAL / 10
+            progress.advance(1, Work(1, 1), INTERVAL / 10, compiled=False)
+    assert [line.split(" of ")[0] for line in said] == [f"answer {n}" for n in range(10, 101, 10)]
+    said.clear()
+    with Progress("answer", 2, say=said.append, note=pytest.fail) as progress:
+        clock.now += INTERVAL - 1
+        progress.advance(2, Work(1, 1), 1, compiled=False)
+    assert said == []
+    with Progress("step", 5, say=said.append, note=pytest.fail, always=True) as progress:
+        for _ in range(5):
+            progress.advance(1, Work(1, 1), 1, compiled=False)
+    assert [line.split("  ")[0] for line in said] == ["step 1 of 5", "step 5 of 5"]
+    assert not any(re.search(r"[\x00-\x1f]", line) for line in said)
+
+
+def test_a_terminal_has_one_line(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is no longer than the terminal is wide; the log has plain ones."""
+    noted: list[str] = []
+    with terminal(monkeypatch) as read:
+        with Progress("step", 3, say=pytest.fail, note=noted.append, always=True) as progress:
+            for _ in range(3):
+                clock.now += 10
+                time.sleep(0.11)  # tqdm draws no more often
+                progress.advance(1, Work(4, 4000), 10, compiled=False, loss=2.0)
+        written = read()
+    assert "\n" not in written.rstrip(), "it is rewritten"
+    shown = re.sub(r"\x1b\[\w+", "", written).split("\r")
+    assert any("step 2 of 3  loss 2.0000  0:00:10 left" in part for part in shown)
+    assert max(map(len, shown)) <= 50
+    assert [line.split("  ")[0] for line in noted] == ["step 1 of 3", "step 3 of 3"]
+    assert not any(re.search(r"[\x00-\x1f]", line) for line in noted)
+
+
+def test_a_process_that_is_not_the_first_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as read:
+        with Progress("step", 1, say=lambda _: None, note=lambda _: None, quiet=True) as progress:
+            progress.advance(1, Work(1, 1), 1, compiled=False)
+        assert read() == ""
+
+
+def test_memory_where_the_device_says_it(clock: Clock) -> None:
+    stats = {"bytes_in_use": 12.34e9, "peak_bytes_in_use": 31.2e9, "bytes_limit": 79.6e9}
+    for known, text in ((stats, "memory 12.3, at most 31.2 of 79.6 GB"), ({"bytes_in_use": 1e9}, "memory 1.0 GB")):
+        with Progress("step", 2, say=print, note=print, memory=lambda known=known: known) as progress:
+            assert progress.text() == f"step 0 of 2  {text}"
+
+
+TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d ")
+
+
+def noted(path: Path) -> list[str]:
+    """Lines of a log, without their time."""
+    lines = path.read_bytes().decode().split("\n")
+    assert lines.pop() == ""
+    assert all(TIME.match(line) for line in lines), lines
+    return [TIME.sub("", line, count=1) for line in lines]
+
+
+def test_the_log_has_all_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    with RunLog(tmp_path / "log.txt", said.append, "umbrella-jax 1") as log:
+        log.say("two\nlines")
+        log.say("a name: \x1b[31m\r\udcff é")
+        log.note("unsaid")
+        logging.getLogger("orbax").warning("slow %s", "disk")
+        logging.getLogger("orbax").info("chatter")
+        with warnings.catch_warnings(record=False):
+            warnings.simplefilter("always")
+            warnings.warn("old file", UserWarning, stacklevel=1)
+    assert said == ["two\nlines", "a name: \x1b[31m\r\udcff é"]
+    first, *rest, last = noted(tmp_path / "log.txt")
+    assert re.fullmatch(r"started: umbrella-jax 1, process \d+ on \S+", first)
+    assert rest[:5] == ["two", "  lines", "a name: \\x1b[31m\\r\\udcff é", "unsaid", "WARNING: orbax: slow disk"]
+    assert re.fullmatch(r"UserWarning: old file \(.*test_progress\.py:\d+\)", rest[5])
+    assert (len(rest), last) == (6, "finished:")
+    assert how_it_ended(tmp_path / "log.txt") == ""
+    logging.getLogger("orbax").warning("behind it")
+    assert len(noted(tmp_path / "log.txt")) == 8
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (Interrupted(15, "SIGTERM: saved at step 3 of 9"), "SIGTERM: saved at step 3 of 9"),
+        (DataError(["one", "two"]), "2 faults:"),
+        (
+            OSError(28, "No space left on device", "a.jsonl"),
+            "a.jsonl: No space left on device: the disk is full; free some space, or write elsewhere",
+        ),
+        (KeyError("x"), "KeyError: 'x'"),
+        (KeyboardInterrupt(), "SIGINT: stopped before there was anything to save"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_the_log_has_what_ended_it(tmp_path: Path, error: BaseException, said: str) -> None:
+    """With a traceback, where it is a fault of ours; a run that goes on writes behind it."""
+    path = tmp_path / "log.txt"
+    with pytest.raises(type(error)), RunLog(path, print, "x"):
+        raise error
+    assert noted(path)[1] == f"ended: {said}"
+    assert how_it_ended(path) == said
+    assert ("  Traceback (most recent call last):" in noted(path)) == isinstance(error, KeyError)
+    before = path.read_bytes()
+    log = RunLog(path, print, "x")
+    log.__enter__()
+    assert how_it_ended(path) is None, "it is running, or was killed"
+    log.__exit__(None, None, None)
+    assert path.read_bytes().startswith(before)
+    assert how_it_ended(path) == ""
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is said, once."""
+    said: list[str] = []
+    with RunLog(tmp_path / "log.txt", said.append, "x") as log:
+        flush: Callable[[], Any] = log._file.flush  # type: ignore[union-attr]
+
+        def full() -> None:
+            flush()
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(log, "_file", type("File", (), {"write": log._file.write, "flush": full}))  # type: ignore[union-attr]
+        log.say("one")
+        log.say("two")
+    assert said == ["one", f"WARNING: {tmp_path / 'log.txt'}: no longer written: No space left on device", "two"]
+
+
+def test_no_log_says_nothing_of_an_end(tmp_path: Path) -> None:
+    assert how_it_ended(tmp_path / "log.txt") is None
+    (tmp_path / "log.txt").write_bytes(b"\xff\n\n" + b"x" * 300_000)
+    assert how_it_ended(tmp_path / "log.txt") is None

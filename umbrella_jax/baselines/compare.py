@@ -1,0 +1,515 @@
+"""Baselines beside a language model: what a small network, and a linear map of frozen features, make of its scans.
+
+Both are trained on the training data of a run and asked what its evaluation asks, on the volumes that the model sees.
+A question is answered from the scans that it shows itself: of a comparison from the scan in question alone, whatever
+the reference's label. Neither sees a word of the text.
+"""
+
+import math
+import textwrap
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from convert.lazy_tensor import place
+from umbrella_jax.baselines.cnn import BATCH, EPOCHS, WIDTHS, Scans, Stream, channels, fit
+from umbrella_jax.baselines.probe import NEVER, TOWER, Tower, fit_probe, folds
+from umbrella_jax.baselines.table import side_by_side
+from umbrella_jax.checkpoints.checkpoint import Checkpoint
+from umbrella_jax.checkpoints.load import open_base, same_template
+from umbrella_jax.config.schema import RunConfig, TaskConfig
+from umbrella_jax.data.conversation import Conversation, Image
+from umbrella_jax.data.loader import Dataset, prefetch
+from umbrella_jax.data.validation.checks import check_overlap
+from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError
+from umbrella_jax.inference.processor import Processor
+from umbrella_jax.io.files import PRIVATE, check_output, strict_json, write_whole
+from umbrella_jax.models import native_backend
+from umbrella_jax.rundir import Step, evaluations
+from umbrella_jax.scoring.metrics import Scores, Task, read_predictions, score, task_of, tasks_of
+from umbrella_jax.scoring.parse_answer import normalise, parse_number, same_unit
+from umbrella_jax.scoring.rows import Row, blank_rows
+from umbrella_jax.scoring.tasks import label_of
+
+Kind = Literal["cnn", "probe"]
+KINDS: tuple[Kind, ...] = ("cnn", "probe")
+Shown = tuple[Image, ...]
+"""The scans of one question."""
+_COLUMNS = {"cnn": "CNN", "probe": "probe"}
+_KEPT = 4 << 30
+"""Bytes of scans that stay in memory from epoch to epoch; those beyond are read again."""
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What `baseline` found."""
+
+    scores: Mapping[str, Scores]
+    """By column: `language model` where there is one, `CNN`, `probe`; all of the same questions."""
+    notes: tuple[str, ...]
+
+    def table(self) -> str:
+        """For a terminal of 80 columns."""
+        notes = [line for note in self.notes for line in textwrap.wrap(note, 80)]
+        return "\n".join([*side_by_side(self.scores), *notes])
+
+
+def baseline(
+    config: RunConfig,
+    out: str | Path,
+    *,
+    run: str | Path | None = None,
+    predictions: str | Path | None = None,
+    step: Step | None = None,
+    only: Kind | None = None,
+    epochs: int = EPOCHS,
+    width: float = 1.0,
+) -> Baselines:
+    """Trains baselines for every task of `data.eval` whose answers are a closed set or a quantity, writes what they
+    answer to `out`/baseline/cnn.jsonl and probe.jsonl, rows as a run's predictions, and scores it beside a model's.
+
+    Volumes are not augmented. What is answered depends on no reference of `data.eval`.
+
+    Args:
+        run: whose predictions stand beside, and whose tower the probe reads; by default that is the base's, with a
+            patch embedding that was not trained.
+        predictions: answers to the evaluation data, to stand beside.
+        step: of `run`; by default its best if it keeps one, else its newest.
+        only: one of the two.
+        epochs: of the network.
+        width: of the network, as a share of its published channels.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: with every fault found, before anything is computed.
+        RunError: the network's loss was never finite.
+    """
+    kinds = [kind for kind in KINDS if only in (None, kind)]
+    files = {kind: Path(out) / "baseline" / f"{kind}.jsonl" for kind in kinds}
+    _check(config, files.values(), epochs, width)
+    checkpoint = _open(config, run, step, weights="probe" in kinds)
+    data = config.data
+    processor = Processor.of(checkpoint, template=data.template, max_length=data.max_length)
+    train, evaluation = processor.datasets(data).values()
+    rows = blank_rows(evaluation.conversations)
+    overlap = check_overlap({"train": train, "eval": evaluation}, allowed=data.allow_overlap)
+    problems, notes = _problems(train, evaluation, config.evaluation.tasks)
+    tasks = {problem.name: problem.task for problem in problems}
+    if overlap:
+        notes = [f"{overlap}.", *notes]
+    columns: dict[str, list[Row]] = {}
+    given = predictions if run is None else evaluations(Path(run)).get(checkpoint.step or 0)
+    if given is not None:
+        columns["language model"] = _given(Path(given), [row for row in rows if task_of(row) in tasks])
+        notes.append(f"language model: {given}.")
+    elif run is not None:
+        notes.append(f"language model: {run} holds no predictions of step {checkpoint.step}.")
+    if checkpoint.chosen:
+        notes.append(f"{checkpoint.chosen}.")
+
+    work = _Work(config, train, evaluation)
+    for kind in kinds:
+        if kind == "cnn":
+            found, said = _cnn(problems, work, epochs, _widths(width))
+        else:
+            found, said = _probe(problems, work, checkpoint)
+        answered = dict(pair for problem, of in zip(problems, found, strict=True) for pair in _rows(problem, rows, of))
+        columns[_COLUMNS[kind]] = [answered[i] for i in sorted(answered)]
+        files[kind].parent.mkdir(0o700, parents=True, exist_ok=True)
+        write_whole(files[kind], "".join(strict_json(row) + "\n" for row in columns[_COLUMNS[kind]]), PRIVATE)
+        notes += said
+    scores = {name: score(of, tasks, resamples=config.evaluation.resamples) for name, of in columns.items()}
+    how = next(iter(scores.values())).notes[0]
+    return Baselines(scores, (how, *(f"{name}: {n}" for name, of in scores.items() for n in of.notes[1:]), *notes))
+
+
+def _widths(width: float) -> tuple[int, ...]:
+    return tuple(round(width * published) for published in WIDTHS)
+
+
+def _check(config: RunConfig, files: Collection[Path], epochs: int, width: float) -> None:
+    """What can be known before any file is read."""
+    faults = [
+        f"{name}: expected a path ({flag})"
+        for name, flag in (("data.train", "--train-data PATH"), ("data.eval", "--eval-data PATH"))
+        if getattr(config.data, name.removeprefix("data.")) is None
+    ]
+    faults += [f"{file}: already exists; choose another --out, or remove it" for file in files if file.exists()]
+    if epochs < 1:
+        faults.append(f"--cnn-epochs {epochs}: expected 1 or more")
+    if not math.isfinite(width) or min(_widths(width)) < 1:
+        faults.append(f"--cnn-width {width}: expected a share of {', '.join(map(str, WIDTHS))} channels, such as 0.25")
+    if faults:
+        raise ConfigError(faults)
+    for file in files:
+        check_output(file, "choose another directory (--out DIR)", folder=False)
+
+
+def _open(config: RunConfig, run: str | Path | None, step: Step | None, *, weights: bool) -> Checkpoint:
+    """The run's model, or the base; its `weights` checked where they are wanted."""
+    if run is None:
+        found = open_base(config, weights=weights)
+    else:
+        found = Checkpoint.open(run, config.model.modalities, compute_dtype=config.model.compute_dtype, step=step)
+        if found.kind != "run":
+            raise CheckpointError(f"{run}: not a run; expected the --out of umbrella-jax train")
+        same_template("data.template", config.data.template, found)
+    if weights:
+        found.check(config.model.frozen_dtype)
+    return found
+
+
+def _given(file: Path, rows: Sequence[Row]) -> list[Row]:
+    """`rows` with the answers of a file. Raises DataError for each that the file does not answer."""
+    answers: dict[tuple[str, ...], deque[Row]] = defaultdict(deque)
+    for row in read_predictions(file):
+        answers[_key(row)].append(row)
+    found, faults = list[Row](), list[str]()
+    for row in rows:
+        if waiting := answers[_key(row)]:
+            given = waiting.popleft()
+            more = {"likelihoods": given["likelihoods"]} if given.get("likelihoods") else {}
+            found.append(row | {"prediction": given["prediction"]} | more)
+        else:
+            faults.append(
+                f"{file}: no answer to {row['task_id']} of task {task_of(row)}, reference {row['reference']!r}"
+            )
+    if faults:
+        raise DataError([*faults, f"{file}: expected answers to all that data.eval asks"])
+    return found
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return row["task_id"], task_of(row), normalise(row["reference"])
+
+
+# What is asked.
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A question that is trained on. Conversations that ask the same of the same scans are one."""
+
+    shown: Shown
+    target: str | float
+    subject: str
+    conversation: int = field(compare=False)
+    """Number of one that asks it."""
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """The questions of one task that show scans of the same modalities."""
+
+    name: str
+    task: Task
+    """As eval has it."""
+    spelled: Mapping[str, str]
+    """{answer, normalised: as it is said}."""
+    samples: tuple[_Sample, ...]
+    asked: Mapping[int, Shown]
+    """Scans by the number of the conversation of eval."""
+    classes: tuple[str, ...]
+    """The answers of train, normalised; none of a quantity."""
+    targets: np.ndarray
+    """Of the samples: numbers of classes, int; or quantities, float."""
+    parts: Sequence[np.ndarray]
+    """Of the samples, for cross-validation; the first is what the network is not trained on."""
+
+
+def _problems(
+    train: Dataset, evaluation: Dataset, configured: Mapping[str, TaskConfig]
+) -> tuple[list[_Problem], list[str]]:
+    """All that eval asks and train teaches, and what is to be said of the rest.
+
+    Raises DataError and ConfigError with every fault, and where there is nothing to learn.
+    """
+    tasks = tasks_of(blank_rows(evaluation.conversations), configured)
+    if blank := [c.label for c in train.conversations if c.messages[-1].role != "assistant"]:
+        raise DataError(
+            [f"{label}: the last turn is not the assistant's; expected an answer to learn" for label in blank]
+        )
+    rows = {"train": blank_rows(train.conversations), "eval": blank_rows(evaluation.conversations)}
+    found, notes, faults = list[_Problem](), list[str](), list[str]()
+    for name, task in tasks.items():
+        learnt, asked = (
+            {
+                i: _question(data.conversations[i], task.kind == "comparison")
+                for i, row in enumerate(rows[split])
+                if task_of(row) == name
+            }
+            for split, data in (("train", train), ("eval", evaluation))
+        )
+        if task.kind == "text":
+            notes.append(f"{name}: no baseline, since its answers are open.")
+        elif not any(asked.values()):
+            notes.append(f"{name}: no baseline, since it shows no scan.")
+        elif not learnt:
+            notes.append(f"{name}: no baseline, since train has no conversation of it.")
+        else:
+            try:
+                own = tasks_of([rows["train"][i] for i in learnt], {k: v for k, v in configured.items() if k == name})
+                _check_task(name, task, own[name], (train, learnt), (evaluation, asked))
+                of_task, said = _of_task(name, task, own[name], rows, learnt, asked)
+            except UmbrellaError as error:
+                faults += [f"baseline of {name}: {fault}" for fault in error.faults]
+                continue
+            found += of_task
+            notes += said
+    if faults:
+        raise DataError(faults)
+    if not found:
+        raise DataError(notes)
+    return found, notes
+
+
+def _question(conversation: Conversation, comparison: bool) -> Shown:
+    """The scans of the last turn that shows any; of a comparison the last of them, which the question is about."""
+    turns = [tuple(part for part in message.parts if isinstance(part, Image)) for message in conversation.messages]
+    last = next(filter(None, reversed(turns)), ())
+    return last[-1:] if comparison else last
+
+
+def _check_task(name: str, task: Task, own: Task, *sets: tuple[Dataset, Mapping[int, Shown]]) -> None:
+    """Raises DataError where train does not teach what eval asks: `own` is the task as train has it."""
+    faults = [
+        f"{data.conversations[i].label}: shows no scan, as other conversations of the task do"
+        for data, of in sets
+        for i, shown in of.items()
+        if not shown
+    ]
+    kinds = {own.kind, task.kind}
+    if len(kinds) > 1 and kinds != {"classification", "comparison"}:
+        what = f"a {task.kind} by the answers of eval, a {own.kind} by those of train"
+        faults.append(f"{what}; expected evaluation.tasks.{name}.kind")
+    if own.unit and task.unit and not same_unit(own.unit, task.unit):
+        faults.append(f"in {own.unit} in train, in {task.unit} in eval; expected one unit")
+    (_, learnt), (evaluation, asked) = sets
+    known = {_modalities(shown) for shown in learnt.values()}
+    faults += [
+        f"{evaluation.conversations[i].label}: shows {' and '.join(_modalities(shown))}, as nothing in train does"
+        for i, shown in asked.items()
+        if shown and _modalities(shown) not in known
+    ]
+    if faults:
+        raise DataError(faults)
+
+
+def _modalities(shown: Shown) -> tuple[str, ...]:
+    return tuple(image.modality for image in shown)
+
+
+def _of_task(
+    name: str,
+    task: Task,
+    own: Task,
+    rows: Mapping[str, Sequence[Row]],
+    learnt: Mapping[int, Shown],
+    asked: Mapping[int, Shown],
+) -> tuple[list[_Problem], list[str]]:
+    """A problem for each kind of scans that eval shows, and what is to be said. Raises DataError for too few subjects
+    or answers."""
+    spelled = {normalise(answer): answer for answer in (*(own.answers or ()), *(task.answers or ()))}
+    problems, notes, faults = list[_Problem](), list[str](), list[str]()
+    for modalities in dict.fromkeys(map(_modalities, asked.values())):
+        distinct: dict[tuple[Shown, str | float], _Sample] = {}
+        for i, shown in learnt.items():
+            if _modalities(shown) == modalities:
+                sample = _sample(i, rows["train"][i], own, shown)
+                distinct.setdefault((shown, sample.target), sample)
+        # in an order that does not depend on the task, so that two that ask the same share a network
+        samples = tuple(sorted(distinct.values(), key=lambda s: ([str(i.path) for i in s.shown], s.target)))
+        answers = sorted({s.target for s in samples})
+        if len(answers) < 2:
+            faults.append(f"every answer of train is {answers[0]}; expected something to tell apart")
+            continue
+        classes = () if task.kind == "regression" else tuple(map(str, answers))
+        targets = np.array([classes.index(str(s.target)) if classes else s.target for s in samples])
+        try:
+            parts = folds(targets, [s.subject for s in samples], classes=bool(classes))
+        except DataError as error:
+            faults += [f"train: {fault}" for fault in error.faults]
+            continue
+        here = {i: shown for i, shown in asked.items() if _modalities(shown) == modalities}
+        problems.append(_Problem(name, task, spelled, samples, here, classes, targets, parts))
+        if classes and (new := {task.truth(rows["eval"][i]) for i in here}.difference(classes)):
+            notes.append(f"{name}: train has no answer {', '.join(sorted(new))}, so no baseline gives it.")
+        if classes and (more := set(classes).difference(task.classes)):
+            notes.append(
+                f"{name}: train has the answer {', '.join(sorted(more))} and eval has not; a baseline that gives it "
+                f"counts as unparsable. evaluation.tasks.{name}.answers names all."
+            )
+    if faults:
+        raise DataError(faults)
+    return problems, notes
+
+
+def _sample(conversation: int, row: Row, task: Task, shown: Shown) -> _Sample:
+    truth = task.truth(row)
+    target: str | float = truth
+    if task.kind == "regression":
+        number = parse_number(truth, task.unit)
+        assert number is not None  # tasks_of refuses what is none
+        target = number
+    subject = label_of(row, "subject_id")
+    where = "\n".join(str(image.path) for image in shown)
+    return _Sample(shown, target, where if subject is None else str(subject).removeprefix("sub-"), conversation)
+
+
+def _rows(problem: _Problem, rows: Sequence[Row], found: Mapping[Shown, np.ndarray]) -> Iterator[tuple[int, Row]]:
+    """The answers to the conversations of eval, by their numbers."""
+    for i, shown in problem.asked.items():
+        value = found[shown]
+        if not problem.classes:
+            yield i, rows[i] | {"prediction": f"{float(value):.6g}"}
+            continue
+        said = problem.spelled[problem.classes[int(value.argmax())]]
+        of = dict(zip(problem.classes, map(float, value), strict=True))
+        likelihoods = {answer: of.get(normalise(answer), NEVER) for answer in problem.task.answers or ()}
+        yield i, rows[i] | {"prediction": said, "likelihoods": likelihoods}
+
+
+# What answers it.
+
+
+class _Work:
+    """Scans of both sets as the baselines want them."""
+
+    def __init__(self, config: RunConfig, train: Dataset, evaluation: Dataset):
+        self.config, self.train, self.evaluation = config, train, evaluation
+        self._kept: dict[Image, np.ndarray] = {}
+        self._bytes = 0
+
+    def channels(self, image: Image) -> np.ndarray:
+        """A scan as the network takes it, kept where there is room."""
+        if image in self._kept:
+            return self._kept[image]
+        found = channels(self.evaluation.volume(image))
+        if self._bytes + found.nbytes <= _KEPT:
+            self._kept[image] = found
+            self._bytes += found.nbytes
+        return found
+
+    def stream(self, shown: Callable[[int, int | None], Shown]) -> Stream:
+        """Of questions, by what each shows in an epoch."""
+
+        def batches(indices: Sequence[np.ndarray], epoch: int | None) -> Iterator[Scans]:
+            def make(batch: int) -> Scans:
+                questions = [shown(int(i), epoch) for i in indices[batch]]
+                return tuple(np.stack([self.channels(i) for i in images]) for images in zip(*questions, strict=True))
+
+            return prefetch(make, 0, len(indices), self.config.data.threads)
+
+        return batches
+
+    def drawn(self, samples: Sequence[_Sample]) -> Callable[[int, int | None], Shown]:
+        """What a sample shows: its scans with the windows that the epoch draws, without an epoch their first."""
+
+        def shown(index: int, epoch: int | None) -> Shown:
+            sample = samples[index]
+            if epoch is None:
+                return sample.shown
+            images = self.train.encoded[sample.conversation].images
+            row = self.train.training_row(sample.conversation, self.config.seed, epoch)
+            windows = dict(zip(images, row.images, strict=True))
+            return tuple(windows[image] for image in sample.shown)
+
+        return shown
+
+    def features(self, tower: Tower, images: Iterable[Image]) -> dict[Image, np.ndarray]:
+        """Of each distinct image, its first window: float32 [E]."""
+        found: dict[Image, np.ndarray] = {}
+        by_modality: dict[str, list[Image]] = defaultdict(list)
+        for image in dict.fromkeys(images):
+            by_modality[image.modality].append(image)
+        for modality, of in by_modality.items():
+
+            def make(batch: int, of: list[Image] = of) -> np.ndarray:
+                part = of[batch * BATCH : (batch + 1) * BATCH]
+                volumes = np.stack([self.evaluation.volume(image) for image in part])
+                return np.resize(volumes, (BATCH, *volumes.shape[1:]))  # all of one shape, filled with the first
+
+            batches = prefetch(make, 0, -(-len(of) // BATCH), self.config.data.threads)
+            rows = np.concatenate([tower(modality, volumes) for volumes in batches])
+            found |= dict(zip(of, rows, strict=False))
+        return found
+
+
+def _first_windows(questions: Sequence[Shown], index: int, epoch: int | None) -> Shown:
+    return questions[index]
+
+
+def _cnn(
+    problems: Sequence[_Problem], work: _Work, epochs: int, widths: Sequence[int]
+) -> tuple[list[dict[Shown, np.ndarray]], list[str]]:
+    """For each problem what the network says of each question; and what is to be said."""
+    fitted: dict[tuple[_Sample, ...], Any] = {}
+    found, notes = [], list[str]()
+    for problem in problems:
+        began = time.monotonic()
+        again = problem.samples in fitted
+        if not again:
+            fitted[problem.samples] = fit(
+                problem.targets,
+                problem.parts[0],
+                work.stream(work.drawn(problem.samples)),
+                classes=len(problem.classes) or None,
+                seed=work.config.seed,
+                epochs=epochs,
+                widths=widths,
+                name=problem.name,
+            )
+        network = fitted[problem.samples]
+        asked = list(dict.fromkeys(problem.asked.values()))
+        outputs = network(len(asked), work.stream(partial(_first_windows, asked)))
+        found.append(dict(zip(asked, outputs, strict=True)))
+        held, all_ = len(problem.parts[0]), len(problem.samples)
+        modalities = ", ".join(_modalities(asked[0]))
+        notes.append(
+            f"CNN: {problem.name}: " + "the network of a task before, which asks the same of the same scans."
+            if again
+            else f"CNN: {problem.name}: SFCN (Peng et al. 2021) of {network.parameters:,} parameters on {modalities}; "
+            f"trained on {all_ - held} questions, epoch {network.best} of {epochs} chosen by {held} of other "
+            f"subjects of train; {time.monotonic() - began:.0f} s."
+        )
+    return found, notes
+
+
+def _probe(
+    problems: Sequence[_Problem], work: _Work, checkpoint: Checkpoint
+) -> tuple[list[dict[Shown, np.ndarray]], list[str]]:
+    """For each problem what the probe says of each question; and what is to be said."""
+    began = time.monotonic()
+    config = checkpoint.config.with_attention(work.config.model.attention, native_backend(jax.devices()[0]))
+    tensors = {path: tensor for path, tensor in checkpoint.tensors().items() if path.startswith(TOWER)}
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    tower = Tower(config, place(tensors, lambda path, shape: first))
+    shown = [s for p in problems for s in (*(sample.shown for sample in p.samples), *p.asked.values())]
+    features = work.features(tower, (image for images in shown for image in images))
+
+    def rows(questions: Iterable[Shown]) -> np.ndarray:
+        return np.stack([np.concatenate([features[image] for image in images]) for images in questions])
+
+    patch_embed = "as the run trained it" if checkpoint.kind == "run" else "as a run would start it, not trained"
+    notes = [
+        f"probe: on the mean over patches of the tower's last hidden state of {checkpoint.path}, patch embedding "
+        f"{patch_embed}; {len(features)} scans in {time.monotonic() - began:.0f} s."
+    ]
+    found = []
+    for problem in problems:
+        probe = fit_probe(
+            rows(sample.shown for sample in problem.samples),
+            problem.targets,
+            problem.parts,
+            classes=len(problem.classes) or None,
+        )
+        asked = list(dict.fromkeys(problem.asked.values()))
+        found.append(dict(zip(asked, probe(rows(asked)), strict=True)))
+        notes.append(f"probe: {problem.name}: {probe.chosen} by cross-validation over subjects of train.")
+    return found, notes

@@ -1,0 +1,56 @@
+"""The metrics of several predictors on the same questions, in one table."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from umbrella_jax.console import WIDTH
+from umbrella_jax.scoring.metrics import Figure, Scores, short, span
+
+_NAME, _COLUMN, _CHANCE = 21, 17, 8
+"""Least widths; with three columns a line has 80."""
+
+
+def side_by_side(scores: Mapping[str, Scores]) -> list[str]:
+    """Return lines for a terminal: a column per predictor, 95 % intervals below the values, and chance.
+
+    Chance is left out if it differs between predictors, since it depends on their answers; `unparsable` if it is 0 for
+    all. All `scores` have the same tasks.
+    """
+    first = next(iter(scores.values()))
+    rows: list[str | tuple[str, ...]] = [("", *scores, "chance")]
+    for name, task in first.tasks.items():
+        rows += [f"{name} ({task.kind}, {task.unit})" if task.unit else f"{name} ({task.kind})"]
+        rows += [*_rows([of.of(name) for of in scores.values()]), ""]
+    if first.overall():
+        rows += ["over all tasks", *_rows([of.overall() for of in scores.values()]), ""]
+    return list(_lines(rows))
+
+
+def _rows(columns: Sequence[Mapping[str, Figure]]) -> Iterator[tuple[str, ...]]:
+    for name in dict.fromkeys(name for column in columns for name in column):
+        figures = [column.get(name) for column in columns]
+        if name == "unparsable" and not any(figure and figure.value for figure in figures):
+            continue
+        chances = {figure.chance for figure in figures if figure}
+        chance = short(chances.pop()) if len(chances) == 1 else "–"
+        yield (f"  {name}", *(short(figure.value if figure else None) for figure in figures), chance)
+        if any(figure and figure.low is not None for figure in figures):
+            yield ("", *(span(figure, _COLUMN) if figure else "" for figure in figures), "")
+
+
+def _lines(rows: Sequence[str | tuple[str, ...]]) -> Iterator[str]:
+    """Align rows of cells; a string is a line of its own. Columns as wide as their longest cell never touch."""
+    least = (*[_COLUMN] * (len(rows[0]) - 2), _CHANCE)
+    cells = [row[1:] for row in rows if isinstance(row, tuple)]
+    widths = [
+        max(n, *(len(cell) + 1 for cell in column)) for n, column in zip(least, zip(*cells, strict=True), strict=True)
+    ]
+    label_width = max(min(_NAME, WIDTH - sum(widths)), 0)
+    for row in rows:
+        if isinstance(row, str):
+            yield row
+            continue
+        label, *values = row
+        if len(label) > label_width:
+            yield label
+            label = ""
+        yield (f"{label:<{label_width}}" + "".join(f"{v:>{n}}" for v, n in zip(values, widths, strict=True))).rstrip()

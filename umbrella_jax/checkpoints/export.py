@@ -1,0 +1,154 @@
+"""Write checkpoints: native, Hugging Face, or the trained parameters only."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from convert.checksum import folder_checksums
+from convert.export_config import export_names, write_config
+from convert.lazy_tensor import Tensor, host
+from convert.rules import modality_of
+from convert.to_hf import export, hub_tensors
+from convert.trainable import FILE, Trainable, write_trainable
+from umbrella_jax.checkpoints.checkpoint import PARAMS, Checkpoint, has_tokenizer
+from umbrella_jax.data.tokenize import save_tokenizer
+from umbrella_jax.errors import CheckpointError
+from umbrella_jax.io.files import check_new_folder, check_run_name, new_folder
+from umbrella_jax.models.paths import adapted_weight, adapters
+from umbrella_jax.training.checkpoint import save_params
+
+
+def describe(
+    checkpoint: Checkpoint,
+    directory: Path,
+    *,
+    untrained: Mapping[str, str] | None = None,
+    checksums: Mapping[str, str] | None = None,
+    first_steps: Mapping[str, int] | None = None,
+) -> None:
+    """Write all but the weights to `directory`: config.json, tokenizer, modalities; grown where the vocabulary was.
+
+    `untrained` says which of the weights beside it are untrained (`Checkpoint.untrained`), `checksums` what they are by
+    file, `first_steps` from which step on a run shows each modality (`Plan.first_steps`).
+    """
+    write_config(
+        checkpoint.description,
+        directory,
+        checkpoint.config,
+        base=checkpoint.base_name,
+        base_fingerprint=checkpoint.identity,
+        template=checkpoint.template,
+        untrained=untrained,
+        checksums=checksums,
+        first_steps=first_steps,
+        finish=lambda part: save_tokenizer(checkpoint.tokenizer(), part) if checkpoint.notes else None,
+    )
+
+
+def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto", finite: bool = False) -> None:
+    """Write a native checkpoint atomically: orbax parameters, config.json, tokenizer, modalities.
+
+    Raises ConfigError as `check_new_folder` and, if `finite`, CheckpointError for weights that are not finite.
+    """
+    directory, checkpoint = Path(directory), checkpoint.merged()
+    check_new_folder(directory)
+    check_run_name(directory, "choose another directory")
+    if finite:
+        checkpoint.check_finite()
+    params = checkpoint.params(dtype, where=host)
+    with new_folder(directory) as part:
+        save_params(part / PARAMS, params)
+        checksums = folder_checksums(part / PARAMS)
+        describe(checkpoint, part, untrained=checkpoint.untrained, checksums=checksums)
+
+
+def untrained_to_leave_out(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return {modality: why} of what an export leaves out: untrained ones, unless no modality is trained."""
+    found = checkpoint.untrained
+    return {} if checkpoint.config.modalities.keys() == found.keys() else found
+
+
+def write_hf(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    names: Sequence[str] | None = None,
+    max_shard_size: int | str = "5GB",
+    include_untrained: bool = False,
+) -> None:
+    """Write a Hugging Face directory, tensor by tensor, with tokenizer and model card; arguments as of `export`.
+
+    Adapters are merged into the weights, which keep their types. Untrained modalities are left out
+    (`untrained_to_leave_out`) unless `include_untrained`.
+    """
+    check_new_folder(out)
+    checkpoint = checkpoint.merged()
+    left_out = {} if include_untrained else untrained_to_leave_out(checkpoint)
+    modalities = {name: modality for name, modality in checkpoint.config.modalities.items() if name not in left_out}
+    tensors = {path: tensor for path, tensor in checkpoint.tensors().items() if modality_of(path) not in left_out}
+    derived = checkpoint.kind != "hf"
+
+    def finish(part: Path) -> None:
+        if checkpoint.notes and has_tokenizer(checkpoint.description):
+            save_tokenizer(checkpoint.tokenizer(), part)
+
+    export(
+        out,
+        tensors,
+        replace(checkpoint.config, modalities=modalities),
+        checkpoint.description,
+        names=names,
+        max_shard_size=max_shard_size,
+        base=checkpoint.base_name if derived else None,
+        fingerprint=checkpoint.fingerprint if derived else None,
+        template=checkpoint.template,
+        untrained={name: why for name, why in checkpoint.untrained.items() if name not in left_out},
+        finish=finish,
+    )
+
+
+def write_trained(
+    checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | None = None, include_untrained: bool = False
+) -> Path:
+    """Write what a run trained, and on which base, as one file into the new folder `out`; returns its path.
+
+    Untrained patch embeddings are left out as in `write_hf`.
+
+    Of a run on top of another run, what all of them trained. Adapters are written so that they are to be added as
+    B·A, their scale being in B; those of several runs beside one weight as one, of the sum of their ranks.
+
+    Raises CheckpointError where `checkpoint` is no run.
+    """
+    if checkpoint.kind != "run":
+        raise CheckpointError(f"{checkpoint.path}: not a run, so it does not say what was trained; name a run")
+    left_out = {} if include_untrained else untrained_to_leave_out(checkpoint)
+    kept = {name: modality for name, modality in checkpoint.config.modalities.items() if name not in left_out}
+    renamed = export_names(kept, names)
+    check_new_folder(out)
+    runs: list[Checkpoint] = []
+    one: Checkpoint | None = checkpoint
+    while one is not None and one.kind == "run":
+        runs, one = [one, *runs], one.base
+    trained = [(run.trained(), run.lora.scale if run.lora else 1.0) for run in runs]
+    paths = {path for leaves, _ in trained for path in leaves}
+    # the whole patch embedding, whatever of it was trained: a stock base has none to put a part onto
+    tensors = {
+        path: tensor
+        for path, tensor in checkpoint.tensors().items()
+        if (path in paths or modality_of(path) is not None) and modality_of(path) not in left_out
+    }
+    for weight in sorted({w for path in paths if (w := adapted_weight(path))} - paths):
+        a, b = adapters(weight)
+        own = [(leaves, np.float32(scale)) for leaves, scale in trained if a in leaves]
+        tensors[a] = Tensor.of(np.concatenate([np.asarray(leaves[a]) for leaves, _ in own], axis=-2))
+        tensors[b] = Tensor.of(np.concatenate([np.asarray(leaves[b]) * scale for leaves, scale in own], axis=-1))
+    named = hub_tensors(tensors, replace(checkpoint.config, modalities=kept), renamed)
+    modalities = {renamed[m]: modality for m, modality in kept.items()}
+    untrained = {renamed[m]: why for m, why in checkpoint.untrained.items() if m in kept}
+    with new_folder(out) as part:
+        write_trainable(
+            part / FILE, Trainable(named, modalities, checkpoint.fingerprint, checkpoint.template, untrained)
+        )
+    return out / FILE

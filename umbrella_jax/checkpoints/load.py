@@ -1,0 +1,123 @@
+"""Load a model for inference, or open the base of a run."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from umbrella_jax.checkpoints.checkpoint import Checkpoint
+from umbrella_jax.config.schema import (
+    AttentionBackend,
+    ModalityConfig,
+    ModelConfig,
+    RunConfig,
+    Template,
+)
+from umbrella_jax.errors import ConfigError
+from umbrella_jax.models import Llava, abstract_params, merge, native_backend, quantize
+from umbrella_jax.rundir import Step
+
+
+def load(
+    path: str | Path,
+    *,
+    modalities: Mapping[str, ModalityConfig] | None = None,
+    patch_embed: str | Path | None = None,
+    dtype: str = "auto",
+    compute_dtype: str = "float32",
+    attention: Literal["auto", AttentionBackend] = "auto",
+    quantized: Literal["int8", "fp8"] | None = None,
+    allow_untrained: bool = False,
+    step: Step | None = None,
+) -> Llava:
+    """The model of a Hugging Face directory, an export, a native checkpoint or a run, on the first device.
+
+    Args:
+        modalities: of the patch embedding, for a stock LLaVA, which has none yet (`allow_untrained`).
+        patch_embed: a file of `convert to-hf --trainable-only`; `path` is then the base that it was trained on.
+        dtype: of every parameter; `auto` keeps what the files hold.
+        compute_dtype: of activations, `float32` or `bfloat16`.
+        attention: as `model.attention` of the configuration.
+        quantized: as `model.quantize` of the configuration.
+        allow_untrained: let the model answer from untrained patch embeddings (`Checkpoint.untrained`).
+        step: of a run, a number, `best` or `latest`; by default the best if it keeps one, else the newest.
+
+    Raises:
+        CheckpointError, ConfigError: naming every tensor or field that is not as it should be; and, without
+            `allow_untrained`, if no modality is trained. A model with one that is trained and one that is not loads,
+            and refuses to answer about the latter.
+    """
+    checkpoint = Checkpoint.open(path, modalities, compute_dtype=compute_dtype, patch_embed=patch_embed, step=step)
+    if not allow_untrained:
+        checkpoint = checkpoint.answering()
+    return load_opened(checkpoint, dtype=dtype, attention=attention, quantized=quantized)
+
+
+def load_opened(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "auto",
+    attention: Literal["auto", AttentionBackend] = "auto",
+    quantized: Literal["int8", "fp8"] | None = None,
+) -> Llava:
+    """Return the model of an opened checkpoint on the first device; arguments as of `load`."""
+    checkpoint.warn_doubtful()
+    config = checkpoint.config.with_attention(attention, native_backend(jax.devices()[0]))
+    params = checkpoint.params(dtype)
+    return merge(abstract_params(config)[0], quantize(params, quantized) if quantized else params)
+
+
+def same_template(field: str, template: Template, checkpoint: Checkpoint) -> Template:
+    """`template`, if `checkpoint` was not trained with another."""
+    if checkpoint.template not in (None, template):
+        raise ConfigError(
+            f"{field}: {template}, but {checkpoint.path} was trained with {checkpoint.template}; expected the same"
+        )
+    return template
+
+
+def local_tokenizer(config: RunConfig) -> Any | None:
+    """The tokenizer of a run's base, None where none is named or the hub's was not downloaded yet.
+
+    Raises what `open_base` does.
+    """
+    base = config.model.base
+    if base is None:
+        return None
+    if not Path(base).is_dir() and base.count("/") == 1:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            base = snapshot_download(base, local_files_only=True)
+        except (LocalEntryNotFoundError, HFValidationError):
+            return None
+    return open_base(replace(config, model=replace(config.model, base=base))).tokenizer()
+
+
+def open_base(config: RunConfig | ModelConfig, *, weights: bool = True) -> Checkpoint:
+    """The base of a run, with the run's template; without its `weights` where shapes are enough.
+
+    A base that is a run itself is taken at its best or newest checkpoint of now, with adapters merged.
+
+    Raises ConfigError where the config names none, or another template than the base was trained with.
+    """
+    model, seed = (config.model, config.seed) if isinstance(config, RunConfig) else (config, 0)
+    if model.base is None:
+        raise ConfigError("model.base: expected a LLaVA directory in Hugging Face format (--base HF_DIR)")
+    base = Checkpoint.open(
+        model.base,
+        model.modalities,
+        compute_dtype=model.compute_dtype,
+        remat=model.remat,
+        init=model.patch_embed_init,
+        seed=seed,
+        weights=weights,
+    )
+    if base.kind == "run":
+        base = base.merged()
+    if isinstance(config, RunConfig):
+        return replace(base, template=same_template("data.template", config.data.template, base))
+    return base

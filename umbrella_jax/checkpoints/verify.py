@@ -1,0 +1,98 @@
+"""Compare two checkpoints: tensors, configuration, tokenizer and logits."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from convert.config_json import CONFIG as HF_CONFIG
+from convert.config_json import UMBRELLA_CONFIG, read_json
+from convert.export_config import hf_dict
+from convert.rules import modality_of
+from convert.verify import (
+    Comparison,
+    Forward,
+    compare_configs,
+    compare_forward,
+    compare_reading,
+    compare_tensors,
+    compare_tokenizers,
+)
+from umbrella_jax.checkpoints.checkpoint import Checkpoint, fetch, has_tokenizer
+from umbrella_jax.checkpoints.export import untrained_to_leave_out
+from umbrella_jax.config.schema import ModalityConfig, resolve_modality
+from umbrella_jax.data.tokenize import stop_ids
+from umbrella_jax.rundir import MODEL
+
+
+def verify(
+    a: str | Path,
+    b: str | Path,
+    modalities: Mapping[str, ModalityConfig] | None = None,
+    *,
+    forward: bool = True,
+) -> Comparison:
+    """Compares two of Hugging Face directory, native checkpoint and run: tensors, configuration, and A's logits in
+    PyTorch with B's in JAX.
+
+    Args:
+        modalities: of a stock LLaVA; by default those of the other.
+        forward: whether to compute logits, which needs PyTorch and memory for all weights in float32.
+
+    Raises:
+        CheckpointError, ConfigError: for what cannot be read as a model.
+    """
+    paths = [fetch(str(path)) for path in (a, b)]
+    stock = [not (p / UMBRELLA_CONFIG).exists() and not (p / MODEL).exists() and modalities is None for p in paths]
+    opened = {p: Checkpoint.open(p, modalities) for p, bare in zip(paths, stock, strict=True) if not bare}
+    known = next(iter(opened.values())).config.modalities if opened else None
+    one, other = ((opened[p] if p in opened else Checkpoint.open(p, known)).merged() for p in paths)
+    left_out = [
+        {
+            m: why
+            for m, why in untrained_to_leave_out(c).items()
+            if resolve_modality(m, beside.config.modalities) is None
+        }
+        for c, beside in ((one, other), (other, one))
+    ]
+    config_a, config_b = (
+        replace(c.config, modalities={m: modality for m, modality in c.config.modalities.items() if m not in out})
+        for c, out in zip((one, other), left_out, strict=True)
+    )
+    notes = [
+        f"{c.path}: {name}: not compared, the other leaves it out: its patch embedding is {why}"
+        for c, out in zip((one, other), left_out, strict=True)
+        for name, why in out.items()
+    ]
+
+    configuration = compare_configs(config_a, config_b)
+    sources = [checkpoint.origin for checkpoint in (one, other)]
+    for checkpoint, source in zip((one, other), sources, strict=True):
+        configuration += compare_reading(source.description, checkpoint.config, grown=bool(source.notes))
+        configuration += [f"{checkpoint.path}: modality {name}: no weights" for name in checkpoint.lost()]
+    tokenizers = [c.tokenizer() for c in (one, other) if has_tokenizer(c.description)]
+    if len(tokenizers) == 2:
+        configuration += compare_tokenizers(*tokenizers)
+        ends = [stop_ids(tokenizer) for tokenizer in tokenizers]
+        if ends[0] != ends[1]:
+            configuration.append(f"ids that end an answer: {ends[0]} in A, {ends[1]} in B")
+    if one.template and other.template and one.template != other.template:
+        configuration.append(f"template: {one.template} in A, {other.template} in B")
+    notes += [f"{c.path}: {line}" for c in (one, other) for line in (*c.notes, *c.check())]
+    ours, theirs = (
+        {path: tensor for path, tensor in c.held().items() if modality_of(path) not in out}
+        for c, out in zip((one, other), left_out, strict=True)
+    )
+    tensors = compare_tensors(ours, config_a, theirs, config_b)
+    found: dict[str, Forward] = {}
+    shapes_differ = any("→ [" in t.types for t in tensors)
+    if forward and not configuration and not shapes_differ:
+        try:
+            raw = read_json(sources[0].description / HF_CONFIG)
+            if sources[0].notes:
+                raw = hf_dict(raw, one.config)
+            found = compare_forward(raw, ours, config_a, theirs, config_b)
+        except ImportError as error:
+            notes.append(f"logits: not compared, {error.name} is not installed; pip install 'umbrella-jax[torch]'")
+    elif forward:
+        notes.append("logits: not compared, since the models are of other shapes or configurations")
+    return Comparison(tensors, configuration, found, tuple(notes))

@@ -1,0 +1,1 @@
+"""Configuration: its fields, files, and the conversion from the original's."""

@@ -1,0 +1,251 @@
+"""Read, check and write configurations."""
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_args
+
+from umbrella_jax.config.schema import SECRET, MeshConfig, RunConfig, to_dict
+from umbrella_jax.errors import ConfigError
+from umbrella_jax.io.reading import quoted, read_yaml
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`data=4,fsdp=2,tensor=2` → what the section `mesh` holds. Raises ConfigError for what is no axis, or no size."""
+    axes = [f.name for f in dataclasses.fields(MeshConfig)]
+    sizes: dict[str, int] = {}
+    faults = []
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in axes:
+            near = difflib.get_close_matches(axis, axes, n=1, cutoff=0.5)
+            expected = f"expected {', '.join(axes)}" + (f"; the nearest is {near[0]}" if near else "")
+            faults.append(f"--mesh {part}: no such axis; {expected}")
+        elif not size.isdecimal() or int(size) < 1 or axis in sizes:
+            faults.append(f"--mesh {part}: expected {axis}=N once, N at least 1")
+        else:
+            sizes[axis] = int(size)
+    if faults:
+        raise ConfigError(faults)
+    return sizes
+
+
+@cache
+def _adapter() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(RunConfig)
+
+
+def parse_config(
+    data: Mapping[str, Any], source: str = "config", flags: Mapping[str, str] = MappingProxyType({})
+) -> RunConfig:
+    """Check a nested mapping and return the run.
+
+    Args:
+        source: the file that `data` came from.
+        flags: {dotted key: flag} of the values that came from the command line instead.
+
+    Raises:
+        ConfigError: every fault, with the source of the value and its key.
+    """
+    from pydantic import ValidationError  # here, so that models import without it
+
+    try:
+        config: RunConfig = _adapter().validate_python(dict(data))
+        # pydantic takes true for 1
+        if switched := list(_switched(data, to_dict(config))):
+            raise ConfigError([f"{_origin(source, flags, key, '')}: {key}: {message}" for key, message in switched])
+        return config
+    except ValidationError as error:
+        faults = []
+        for fault in _without_unions(error.errors()):
+            key = ".".join(str(part) for part in fault["loc"])
+            cause = fault.get("ctx", {}).get("error")
+            if isinstance(cause, ConfigError):
+                messages = cause.faults
+            elif fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+                messages = (f"no such key; expected {_expected_keys(fault['loc'])}",)
+            else:
+                messages = (_expected_value(key, fault),)
+            for message in messages:
+                faults.append(f"{_origin(source, flags, key, message)}: {key + ': ' if key else ''}{message}")
+        raise ConfigError(faults) from None
+
+
+def _switched(given: Any, parsed: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (key, fault) of every true or false that was given for a number."""
+    if isinstance(given, Mapping):
+        for name, value in given.items():
+            yield from _switched(value, parsed[name], f"{key}.{name}" if key else str(name))
+    elif isinstance(given, list | tuple):
+        for value, number in zip(given, parsed, strict=True):
+            yield from _switched(value, number, key)
+    elif isinstance(given, bool) and not isinstance(parsed, bool):
+        yield key, f"expected {_EXPECTED['int' if isinstance(parsed, int) else 'float']}, got {str(given).lower()}"
+
+
+def _without_unions(errors: Sequence[Any]) -> list[Any]:
+    """Return pydantic's errors with one for a value that is neither of some words nor a number, for which it has two,
+    at `KEY.literal[…]` and `KEY.float`."""
+    unions = {e["loc"][:-1]: e for e in errors if e["loc"] and str(e["loc"][-1]).startswith("literal[")}
+    merged = []
+    for error in errors:
+        union = unions.get(error["loc"][:-1])
+        if union is None:
+            merged.append(error)
+        elif error is union:
+            context = {"expected": f"{error['ctx']['expected']}, or a number"}
+            merged.append(error | {"loc": error["loc"][:-1], "ctx": context})
+    return merged
+
+
+def _origin(source: str, flags: Mapping[str, str], key: str, message: str) -> str:
+    """Return where the value at fault came from: a flag, the file, or the file and every flag that the message names.
+
+    A message of a section begins with the field it is about, and may name others of the section.
+    """
+    field = re.match(r"[\w.]*", message)
+    path = ".".join(part for part in (key, field[0] if field else "") if part)
+    if exact := [flag for name, flag in flags.items() if f"{path}.".startswith(f"{name}.")]:
+        return exact[-1]
+    words = set(re.findall(r"\w+", message))
+    inside = [flag for name, flag in flags.items() if name.startswith(f"{key}.") or not key]
+    named = [flag for name, flag in flags.items() if flag in inside and name.rpartition(".")[2] in words]
+    return ", ".join(dict.fromkeys([source, *named]))
+
+
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a number that is not infinite",
+    "bool": "true or false",
+    "string": "text",
+    "dataclass": "a section of keys",
+    "dict": "a section of keys",
+    "mapping": "a section of keys",
+    "tuple": "a list",
+    "list": "a list",
+}
+"""{beginning of a pydantic error type: the value that was expected}."""
+
+
+def _expected_value(key: str, fault: Mapping[str, Any]) -> str:
+    """Return what a pydantic error means, in the words of YAML. The value of a secret is not shown."""
+    kind, value = fault["type"], fault["input"]
+    if kind.startswith("missing"):
+        return "missing; expected a value"
+    if kind == "literal_error":
+        expected = f"one of {fault['ctx']['expected']}"
+    else:
+        expected = _EXPECTED.get(kind.partition("_")[0], f"another value ({fault['msg']})")
+    if isinstance(value, Mapping | Sequence) and not isinstance(value, str):
+        got = "a section of keys" if isinstance(value, Mapping) else "a list"
+    else:
+        got = "nothing" if value is None else "a value" if SECRET.search(key) else quoted(value)
+    return f"expected {expected}, got {got}"
+
+
+def _check_own(data: Mapping[Any, Any], source: str) -> None:
+    """Raise ConfigError for a mapping that has no key of a run, or is a config of the PyTorch system."""
+    known = [f.name for f in dataclasses.fields(RunConfig)]
+    if "trainer" in data or ("dataset" in data and "model" in data):
+        raise ConfigError(
+            f"{source}: a config of the PyTorch system (it has the sections {', '.join(map(str, data))}); convert it: "
+            f"umbrella-jax config from-original {source} > run.yaml"
+        )
+    if data and not set(known) & set(data):
+        raise ConfigError(
+            f"{source}: not a config of a run: it has the keys {', '.join(map(str, list(data)[:10]))}; expected "
+            f"{', '.join(known)}"
+        )
+
+
+def _expected_keys(path: Sequence[str | int]) -> str:
+    """The keys that the section around `path` knows, for the message about one that it does not."""
+    cls: Any = RunConfig
+    for part in path[:-1]:
+        if dataclasses.is_dataclass(cls):
+            found = next((f.type for f in dataclasses.fields(cls) if f.name == part), None)
+            cls = get_args(found)[0] if type(None) in get_args(found) else found  # SomeConfig | None
+        elif cls is not None:  # dict[str, SomeConfig]
+            cls = cls.__args__[1]
+    if not dataclasses.is_dataclass(cls):
+        return "another"
+    known = [f.name for f in dataclasses.fields(cls)]
+    name = str(path[-1])
+    near = difflib.get_close_matches(name, known, n=1) or [
+        f"{section.name}.{name}"
+        for section in dataclasses.fields(RunConfig)
+        if dataclasses.is_dataclass(section.type) and name in {f.name for f in dataclasses.fields(section.type)}
+    ]
+    return f"one of {', '.join(known)}" + (f"; the nearest is {near[0]}" if near else "")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with the package, by name."""
+    package = Path(__file__).parent
+    # in a wheel they lie in the package, in a checkout beside it
+    folder = next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_config(
+    path: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    flags: Mapping[str, str] = MappingProxyType({}),
+) -> RunConfig:
+    """Read a YAML file, or the shipped config of that name (`t1_0.5b`) if there is no such file.
+
+    Args:
+        overrides: {dotted key: value that replaces the file's}.
+        flags: {dotted key: flag} of the overrides that the command line gave, for messages.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, gives a key twice, or `parse_config` rejects it.
+    """
+    shipped = shipped_configs()
+    if os.path.isdir(path) or not os.path.lexists(path):
+        path = shipped.get(str(path), path)
+    data = read_yaml(path, f"expected a YAML file, or a shipped config: {', '.join(shipped)}")
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{path}: {'empty' if data is None else 'no config'}; expected the keys of a run: model, data, train, …"
+        )
+    _check_own(data, str(path))
+    for key, value in (overrides or {}).items():
+        *parents, last = key.split(".")
+        section = data
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{flags.get(key, path)}: {key}: {parent} is no section of keys in {path}")
+        section[last] = value
+    return parse_config(data, str(path), flags)
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of nested mappings."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved run as YAML."""
+    import io
+
+    from ruamel.yaml import YAML
+
+    out = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = None
+    yaml.sort_base_mapping_type_on_output = False  # the dataclasses' order, not the alphabet's
+    yaml.dump(to_dict(config), out)
+    return out.getvalue()

@@ -1,0 +1,165 @@
+"""Tables, sentences and progress lines for a terminal."""
+
+import textwrap
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from tqdm import tqdm
+
+from umbrella_jax.errors import visible
+from umbrella_jax.rundir import Say
+
+WIDTH = 80
+"""Columns of a terminal."""
+_LABEL = 40  # longest first cell that shares its line with the others
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table: its first column aligned left, the others right.
+
+    Columns that do not fit into `WIDTH` follow in further blocks, each with the first column. A long first cell is a
+    line of its own. Cells have no line breaks.
+    """
+    rows = [[visible(cell, kept="") for cell in row] for row in rows]
+    label, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    label = min(label, _LABEL)
+    blocks: list[list[int]] = [[]]
+    for i, width in enumerate(widths):
+        if blocks[-1] and label + sum(2 + widths[j] for j in blocks[-1]) + 2 + width > WIDTH:
+            blocks.append([])
+        blocks[-1].append(i)
+    lines = list[str]()
+    for number, block in enumerate(blocks):
+        lines += [""] if number else []
+        for name, *cells in rows:
+            if len(name) > label:
+                lines.append(name)
+                name = ""
+            lines.append("  ".join([name.ljust(label), *(cells[i].rjust(widths[i]) for i in block)]))
+    return lines
+
+
+def wrapped(line: str) -> list[str]:
+    """Wrap a line at `WIDTH` and indent its continuation; a word without spaces, such as a path, stays whole."""
+    indent = " " * (len(line) - len(line.lstrip()))
+    options: dict[str, Any] = {"initial_indent": indent, "subsequent_indent": f"{indent}  "}
+    return textwrap.wrap(line.lstrip(), WIDTH, break_long_words=False, break_on_hyphens=False, **options)
+
+
+def plural(number: int, what: str) -> str:
+    """Return `1 subject` or `2 subjects`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+INTERVAL = 30.0
+"""Seconds from one line to the next, where there is no terminal; of a log too."""
+_RECENT = 50
+"""Steps or batches that rates are of."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one step or batch."""
+
+    samples: int
+    """Conversations, without empty rows."""
+    tokens: int
+    """Positions of these, without padding, and tokens that were made."""
+    flops: float = 0.0
+    """Of its shape, with what is padding; 0 where nobody counts them."""
+
+
+class Progress:
+    """Counts up to a total. Rates are of what did not wait for the compiler; the time that is left is by the clock.
+
+    Args:
+        what: is counted, the line's beginning: `step`.
+        done: of the total, as it begins.
+        say: takes a line where stderr is no terminal; `note` one where it is, for a log. A line comes when the last
+            one is `INTERVAL` seconds old and, of what `always` says, at the first and the last count.
+        peak: FLOP/s of all devices together.
+        memory: a device's `memory_stats`, which has none where the backend does not say.
+        quiet: of a process that says nothing.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        *,
+        done: int = 0,
+        say: Say,
+        note: Say,
+        always: bool = False,
+        peak: float | None = None,
+        memory: Callable[[], Mapping[str, Any] | None] = lambda: None,
+        quiet: bool = False,
+    ):
+        self._what, self._total, self._done, self._always = what, total, done, always
+        self._peak, self._memory = peak, memory
+        self._recent: deque[tuple[Work, float]] = deque(maxlen=_RECENT)
+        self._began, self._counted, self._elapsed = done, 0, 0.0
+        self._last = self._told = time.perf_counter()
+        # a bar of a fixed width, and all else in its description, which is cut to the terminal
+        options: dict[str, Any] = {"bar_format": "{bar:10} {desc}", "dynamic_ncols": True, "leave": always}
+        self._bar = tqdm(total=total, initial=done, disable=True if quiet else None, **options)
+        self._line = say if self._bar.disable else note
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def advance(self, count: int, work: Work, seconds: float, *, compiled: bool, loss: float | None = None) -> None:
+        """Counts on, by what took so many seconds; where it `compiled` meanwhile, no rate has it."""
+        now = time.perf_counter()
+        first = self._done == self._began
+        self._done += count
+        if not compiled:
+            self._recent.append((work, seconds))
+            self._counted += count
+            self._elapsed += now - self._last
+        self._last = now
+        ends = self._always and (first or self._done >= self._total)
+        due = ends or now - self._told >= INTERVAL
+        if due or not self._bar.disable:
+            text = self.text(loss)
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.update(count)
+            if due:
+                self._line(text)
+                self._told = now
+
+    def text(self, loss: float | None = None) -> str:
+        """The line: what is not known is left out."""
+        parts = [f"{self._what} {self._done:,} of {self._total:,}"]
+        if loss is not None:
+            parts.append(f"loss {loss:.4f}")
+        if self._counted and self._done < self._total:  # before the rates: a narrow terminal cuts the line
+            left = self._elapsed / self._counted * (self._total - self._done)
+            parts.append(f"{timedelta(seconds=round(left))} left")
+        seconds = sum(seconds for _, seconds in self._recent)
+        if seconds > 0:
+            work = [work for work, _ in self._recent]
+            for name in ("samples", "tokens"):
+                rate = sum(getattr(w, name) for w in work) / seconds
+                parts.append(f"{rate:,.0f} {name}/s" if rate >= 100 else f"{rate:.3g} {name}/s")
+            flops = sum(w.flops for w in work)
+            if self._peak and flops:
+                parts.append(f"{flops / seconds / self._peak:.0%} of peak")
+        if stats := self._memory():
+            parts.append(_memory_text(stats))
+        return "  ".join(parts)
+
+
+def _memory_text(stats: Mapping[str, Any]) -> str:
+    """Of a device: in use between two steps, at most so far, and all that it has."""
+    used, most, limit = (stats.get(name) for name in ("bytes_in_use", "peak_bytes_in_use", "bytes_limit"))
+    text = f"memory {(used or 0) / 1e9:.1f}"
+    text += "" if most is None else f", at most {most / 1e9:.1f}"
+    return text + ("" if limit is None else f" of {limit / 1e9:.1f}") + " GB"

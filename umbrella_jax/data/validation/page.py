@@ -1,0 +1,127 @@
+"""The page of `validate`: findings, statistics, and slices of the volumes as the model gets them."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from umbrella_jax.config.schema import AugmentConfig, ModalityConfig
+from umbrella_jax.data.augment import examples
+from umbrella_jax.data.background import Background, level_of
+from umbrella_jax.data.blas import one_blas_thread
+from umbrella_jax.data.validation.findings import (
+    KINDS,
+    SEVERITIES,
+    Finding,
+    Report,
+    Severity,
+    Volume,
+    grouped,
+    histogram,
+)
+from umbrella_jax.data.volume import open_volume, preprocess
+from umbrella_jax.errors import ConfigError
+from umbrella_jax.html import page as pages
+from umbrella_jax.html.slices import draw, geometry, grey, images, slices
+
+
+def check_page(file: Path) -> None:
+    """Raise ConfigError if the page could not be written, before any work is done for it."""
+    if faults := pages.page_faults("--html", file, ["pillow"]):
+        raise ConfigError(faults)
+
+
+def write_page(
+    report: Report,
+    modalities: Mapping[str, ModalityConfig],
+    file: Path,
+    *,
+    sample: int,
+    threads: int,
+    augment: AugmentConfig,
+) -> None:
+    """Write the page.
+
+    Args:
+        sample: number of volumes to draw: flagged ones first, the rest evenly over all.
+        augment: draw each enabled augmentation too, by itself and at its largest.
+
+    Raises:
+        ConfigError: see `check_page`.
+        DataError: a volume cannot be read any more.
+    """
+    check_page(file)
+
+    def card(volume: Volume) -> dict[str, Any]:
+        config = modalities[volume.modality]
+        found: list[Background] = []
+        opened = open_volume(volume.path, config)
+        array = preprocess(volume.path, opened, config, note=lambda *remark: found.append(remark[-1]))
+        contents = volume.contents
+        assert contents is not None  # of what cannot be read there is no window to draw
+        codes, spacing = geometry(contents.orientation, contents.voxel_size, contents.shape, config)
+        background = level_of(found[0] if found else None, config)
+        changes = [
+            (title, augmentation.apply(array, codes, background=background))
+            for title, augmentation in examples(augment)
+            if codes or not augmentation.left_right
+        ]
+        pictures = [
+            (", ".join(filter(None, (title, part))), pages.png(draw(slices(image, codes, spacing), *grey(image))))
+            for title, changed in [("as the model gets it", array), *changes]
+            for part, image in images(changed)
+        ]
+        return {"volume": volume, "codes": codes, "spacing": spacing, "pictures": pictures, "of": about[volume]}
+
+    told: dict[str, list[Finding]] = defaultdict(list)
+    for finding in report.findings:
+        told[finding.place].append(finding)
+    about = {volume: told.get(str(volume.path), []) for volume in report.volumes}
+    drawn = _sample(report.volumes, {volume for volume in report.volumes if about[volume]}, sample)
+    with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
+        cards = list(pool.map(card, drawn))
+    pages.write_page(
+        Path(__file__).with_name("page.html"),
+        file,
+        report=report,
+        found={
+            severity: [(title, groups) for kind, title in KINDS.items() if (groups := _groups(report, severity, kind))]
+            for severity in SEVERITIES
+        },
+        histograms=[
+            (f"{name}: {what} per conversation", _bars(histogram(numbers)))
+            for name, s in report.sets.items()
+            for what, numbers in s.lengths.items()
+            if numbers.size
+        ],
+        cards=cards,
+        usable=sum(volume.windows > 0 for volume in report.volumes),
+    )
+
+
+def _groups(report: Report, severity: Severity, kind: str) -> list[list[Finding]]:
+    return grouped(finding for finding in report.of(severity) if finding.kind == kind)
+
+
+def _sample(volumes: Sequence[Volume], first: set[Volume], number: int) -> list[Volume]:
+    """Choose up to `number` drawable volumes: evenly from `first`, then evenly from the others."""
+    chosen: list[Volume] = []
+    for among in ([v for v in volumes if v in first], [v for v in volumes if v not in first]):
+        usable = [volume for volume in among if volume.windows]
+        left = min(number - len(chosen), len(usable))
+        chosen += [usable[i] for i in np.linspace(0, len(usable) - 1, left).round().astype(int)]
+    return chosen
+
+
+def _bars(found: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Return the bars of a histogram (x, width and height in percent, and a text each) and the ends of its axes."""
+    edges, counts = found["edges"], found["counts"]
+    span, top = edges[-1] - edges[0], max(counts)
+    bars = [
+        (100 * (low - edges[0]) / span, 100 * (high - low) / span, 100 * n / top, f"{low} to {high - 1}: {n}")
+        for low, high, n in zip(edges, edges[1:], counts, strict=False)
+    ]
+    return {"bars": bars, "low": edges[0], "high": edges[-1] - 1, "top": top}

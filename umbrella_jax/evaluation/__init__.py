@@ -1,1 +1,0 @@
-"""What a model answers, and how right that is."""

@@ -1,0 +1,158 @@
+"""Pictures of preprocessed volumes: three planes to scale, with the patient's sides, and maps over them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from umbrella_jax.config.schema import AS_STORED, ModalityConfig
+
+LONGEST, MARGIN = 260, 18
+"""Pixels: of the longest side of a plane, and for a letter beside it."""
+RED, BLUE = (220, 30, 20), (30, 90, 255)
+"""Colours of a map above and below 0."""
+_OPAQUE = 200
+"""Opacity of a map at its largest, of 255: the scan below shows through."""
+_GREY = 110  # of the tissue that a colour bar assumes below the map
+
+
+def geometry(
+    codes: str | None, size: Sequence[float] | None, shape: Sequence[int], config: ModalityConfig
+) -> tuple[str | None, tuple[float, ...] | None]:
+    """Return where the axes of a preprocessed array point, such as "RAS", and the mm between its voxels along each.
+
+    Args:
+        codes, size, shape: the same of the file as stored, and its shape. None, here and there, means not known.
+    """
+    lengths, mm = tuple(shape[:3]), None if size is None else tuple(size)
+    if config.orientation != AS_STORED and codes is not None:
+        before, after = (nib.orientations.axcodes2ornt(axes) for axes in (codes, config.orientation))
+        stored = np.argsort(nib.orientations.ornt_transform(before, after)[:, 0])  # the stored axis of each axis
+        codes, lengths = config.orientation, tuple(lengths[axis] for axis in stored)
+        mm = mm and tuple(mm[axis] for axis in stored)
+    if config.spacing is not None:
+        mm = (config.spacing,) * 3
+    elif config.mode == "resize" and mm is not None:  # the field of view stays
+        mm = tuple(edge * n / out for edge, n, out in zip(mm, lengths, config.size, strict=True))
+    return codes, mm
+
+
+def images(array: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Return (caption, volume) to draw: of a 4D window its first frame and the standard deviation over its frames."""
+    if array.ndim == 3:
+        return [("", array)]
+    return [("first frame", array[..., 0]), ("standard deviation over its frames", array.std(axis=-1))]
+
+
+def grey(image: np.ndarray) -> tuple[float, float]:
+    """Return the intensities to draw black and white: the 0.5th and 99.5th percentile of the volume."""
+    low, high = np.percentile(image, (0.5, 99.5))
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A slice, ready to draw."""
+
+    rows: np.ndarray
+    """From top to bottom, each from left to right."""
+    letters: tuple[str, ...]
+    """Letters at its left, right, top and bottom."""
+    mm: tuple[float, float]
+    """Width and height."""
+
+
+def slices(
+    volume: np.ndarray, codes: str | None, spacing: Sequence[float] | None, at: Sequence[int] | None = None
+) -> list[Plane]:
+    """Return an axial, coronal and sagittal plane in radiological convention: the patient's right or front at
+    the left, front or top up.
+
+    Args:
+        volume: [D, H, W].
+        codes: where its axes point to; None: planes of the axes i, j, k, and no claim about sides.
+        spacing: mm from voxel to voxel along each axis; None: as if it were 1.
+        at: the voxel that they go through; default the middle one.
+    """
+    mm, ends = np.array(spacing or (1.0, 1.0, 1.0)), [(f"+{axis}", f"-{axis}") for axis in "ijk"]
+    place = None if at is None else np.array(at)
+    if codes is not None:
+        order = nib.orientations.axcodes2ornt(codes)
+        stored = np.argsort(order[:, 0])
+        if place is not None:
+            place = np.where(order[:, 1] < 0, np.array(volume.shape) - 1 - place, place)[stored]
+        volume, mm = nib.apply_orientation(volume, order), mm[stored]
+        ends = [("R", "L"), ("A", "P"), ("S", "I")]
+    if place is None:
+        place = np.array(volume.shape) // 2
+    found = []
+    for axis in (2, 1, 0):
+        across, up = (a for a in range(3) if a != axis)
+        rows = np.take(volume, place[axis], axis).T[::-1, ::-1]
+        size = (rows.shape[1] * mm[across], rows.shape[0] * mm[up])
+        found.append(Plane(rows, (*ends[across], *ends[up]), size))
+    return found
+
+
+def draw(
+    planes: Sequence[Plane],
+    low: float,
+    high: float,
+    over: Sequence[Plane] = (),
+    *,
+    bar: tuple[str, str] | None = None,
+    longest: int = LONGEST,
+) -> Any:
+    """Draw planes side by side, to one scale, as a PIL image in grey from `low`, black, to `high`, white.
+
+    The letters beside each plane are part of the picture and go wherever it goes.
+
+    Args:
+        over: the same planes of a map, in -1 .. 1, to be laid over them: red above 0, blue below, the more opaque the
+            farther from it.
+        bar: draw a colour bar of the map below the planes: the value of 1 in the map as text, and its unit.
+        longest: pixels of the longest side of a plane.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    def sized(pixels: np.ndarray, size: tuple[int, int]) -> Any:
+        return Image.fromarray(pixels.astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+
+    scale = longest / max(max(plane.mm) for plane in planes)
+    sizes = [(max(round(plane.mm[0] * scale), 1), max(round(plane.mm[1] * scale), 1)) for plane in planes]
+    width = sum(w for w, _ in sizes) + len(planes) * 2 * MARGIN
+    height = max(h for _, h in sizes) + 2 * MARGIN
+    canvas = Image.new("RGB" if over else "L", (width, height + (2 * MARGIN + 6 if bar else 0)), 0)
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
+
+    def laid_over(rows: np.ndarray, box: tuple[int, int, int, int]) -> None:
+        for colour, part in ((RED, rows), (BLUE, -rows)):
+            size = box[2] - box[0], box[3] - box[1]
+            canvas.paste(colour, box, sized(np.maximum(part, 0) * _OPAQUE, size))
+
+    x, half = MARGIN, MARGIN // 2
+    for number, (plane, (w, h)) in enumerate(zip(planes, sizes, strict=True)):
+        y = (height - h) // 2
+        canvas.paste(sized(np.clip((plane.rows - low) / (high - low or 1), 0, 1) * 255, (w, h)), (x, y))
+        if over:
+            laid_over(np.clip(over[number].rows, -1, 1), (x, y, x + w, y + h))
+        places = [
+            (x - half, y + h // 2),
+            (x + w + half, y + h // 2),
+            (x + w // 2, y - half),
+            (x + w // 2, y + h + half),
+        ]
+        for letter, place in zip(plane.letters, places, strict=True):
+            pen.text(place, letter, fill="white", font=font, anchor="mm")
+        x += w + 2 * MARGIN
+    if bar:
+        limit, unit = bar
+        left, right, top = MARGIN + 40, width - MARGIN - 40, height
+        pen.rectangle((left, top, right - 1, top + 11), fill=(_GREY,) * 3)
+        laid_over(np.linspace(-1, 1, right - left)[None], (left, top, right, top + 12))
+        middle = (left + right) // 2
+        for at, text in ((left, f"-{limit}"), (middle, f"0 {unit}"), (right, f"+{limit}")):
+            pen.text((at, top + 22), text, fill="white", font=font, anchor="mm")
+    return canvas

@@ -1,0 +1,151 @@
+"""Why an answer was given, as maps over the scans that it is about, in their own space."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import nibabel as nib
+import numpy as np
+
+from umbrella_jax.data.conversation import Conversation, Image
+from umbrella_jax.data.loader import whole_batch
+from umbrella_jax.data.tokenize import encode_answers
+from umbrella_jax.data.volume import restore
+from umbrella_jax.data.voxels import map_header, open_voxels
+from umbrella_jax.errors import ConfigError
+from umbrella_jax.inference.attribution import Method, gradient, integrated, log_probability, occlusion
+from umbrella_jax.inference.generate import generate
+from umbrella_jax.inference.processor import Processor
+from umbrella_jax.models import Llava, split
+from umbrella_jax.training.diagnose import nonfinite_error
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What each voxel contributes to the log-probability of an answer."""
+
+    answer: str
+    log_probability: float
+    """log p(answer | conversation), with the token that ends it; natural logarithm."""
+    without: float
+    """The same where all volumes are background."""
+    maps: Mapping[Image, np.ndarray]
+    """Of each distinct image: float32 over the preprocessed volume, `size` of its modality, in the unit of
+    `log_probability`; of `integrated`, all of them sum to `log_probability` less `without`."""
+
+    def in_scan(self, processor: Processor, image: Image) -> np.ndarray:
+        """A map brought back to the voxels of the file as it is stored, float32 of its shape and, but for what fell on
+        padding, with the same sum; see `umbrella_jax.data.volume.restore`."""
+        return restore(image.path, self.maps[image], processor.modalities[image.modality], image.window)
+
+    def write(self, processor: Processor, folder: str | Path) -> list[Path]:
+        """Write a NIfTI per image, with the scan's geometry, so that viewers lay one over the other. Returns the paths.
+
+        Both forms and their codes, units and the time between frames are the scan's. The map of a scan without an
+        orientation has none either, so that a viewer assumes the same about both.
+        """
+        folder = Path(folder)
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        paths = []
+        for number, image in enumerate(self.maps):
+            stem = image.path.name.split(".")[0]
+            paths.append(folder / f"{number}_{stem}_attribution.nii.gz")
+            header = map_header(open_voxels(image.path))
+            kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+            made = kind(self.in_scan(processor, image), None, header)
+            made.set_data_dtype(np.float32)
+            nib.save(made, paths[-1])
+        return paths
+
+
+def explain(
+    model: Llava,
+    processor: Processor,
+    conversation: Conversation,
+    *,
+    answer: str | None = None,
+    method: Method = "integrated",
+    steps: int = 16,
+    max_new_tokens: int = 32,
+) -> Explanation:
+    """Shares an answer's log-probability out over the voxels of the conversation's volumes.
+
+    Heights are above the background: the volume's lowest value, unless the volume or its scaling (`znorm_zeroback`) has
+    another (`Dataset.background`).
+
+    Args:
+        conversation: its last turn is the assistant's; what stands there is not read.
+        answer: the text to explain; by default what the model answers.
+        method: `gradient` × input; `integrated` gradients, in so many `steps`; `occlusion` by boxes of a patch.
+
+    Raises:
+        ConfigError: the conversation shows no image; or `answer` is empty.
+        CheckpointError, RunError: as `umbrella_jax.generate`; and where a log-probability or a map is not finite.
+        DataError: as `Processor.dataset`.
+    """
+    if not conversation.images:
+        raise ConfigError(f"{conversation.label}: shows no image; there is nothing to explain the answer by")
+    if answer is not None and not answer.strip():
+        raise ConfigError("answer: expected a text")
+    if steps < 1:
+        raise ConfigError(f"steps: expected 1 or more, got {steps}")
+    model.config.check_trained(image.modality for image in conversation.images)
+    dataset = processor.asked(conversation)
+    (prompt,) = dataset.prompts
+    if answer is None:
+        tokens = generate(
+            model,
+            whole_batch(dataset, prompts=True),
+            stop_ids=processor.stop_ids,
+            max_new_tokens=max_new_tokens,
+        )
+        (answer,) = processor.decode(tokens)
+    (ids,) = encode_answers(conversation, [answer], processor.tokenizer, template=processor.template)
+    whole = replace(
+        prompt,
+        input_ids=np.concatenate([prompt.input_ids, np.array(ids, np.int32)]),
+        supervised=np.repeat([False, True], [len(prompt), len(ids)]),
+    )
+    batch = whole_batch(replace(dataset, encoded=(whole,)), prompts=False)
+    graphdef, params = split(model)
+    shown = {name: [i for i in dict.fromkeys(conversation.images) if i.modality == name] for name in batch.volumes}
+    levels = {name: [dataset.background(image) for image in images] for name, images in shown.items()}
+    background = {name: _background(np.asarray(x), levels[name]) for name, x in batch.volumes.items()}
+    put = partial(jax.tree.map, jax.numpy.asarray)
+    volumes, background, batch = put(batch.volumes), put(background), put(batch)
+    common: dict[str, Any] = {"graphdef": graphdef}
+    if method == "gradient":
+        found = gradient(volumes, background, params, batch, **common)
+    elif method == "integrated":
+        found = integrated(volumes, background, params, batch, steps=steps, **common)
+    else:
+        boxes = {name: processor.modalities[name].patch for name in volumes}
+        found = occlusion(volumes, background, params, batch, windows=boxes, **common)
+    logs = [float(log_probability(x, params, batch, **common)) for x in (volumes, background)]
+    if not all(np.isfinite(np.asarray(x)).all() for x in (logs, *found.values())):
+        named = ", ".join([conversation.label, *(str(image.path) for image in dict.fromkeys(conversation.images))])
+        raise nonfinite_error("log-probabilities or maps", {0: named}, params, batch, graphdef=graphdef)
+    maps: dict[Image, np.ndarray] = {}
+    for name, values in found.items():
+        maps |= dict(zip(shown[name], np.asarray(values), strict=False))
+    return Explanation(
+        answer,
+        logs[0],
+        logs[1],
+        {image: maps[image] for image in dict.fromkeys(conversation.images)},
+    )
+
+
+def _background(volumes: np.ndarray, levels: Sequence[float | None]) -> np.ndarray:
+    """Return, in the shape of `volumes` [M, ...], the background of each: its level, its lowest value if that is None.
+
+    Volumes beyond the levels are padding of the batch.
+    """
+    background = np.empty_like(volumes)
+    for row, (volume, level) in enumerate(itertools.zip_longest(volumes, levels)):
+        background[row] = volume.min() if level is None else level
+    return background

@@ -1,0 +1,427 @@
+"""Answers to a data set, on all devices of all processes: a run's evaluations, and `umbrella-jax predict`."""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from umbrella_jax.batch import Batch
+from umbrella_jax.checkpoints.checkpoint import Checkpoint
+from umbrella_jax.config.load import flat
+from umbrella_jax.config.schema import DataConfig, MeshConfig, ModalityConfig, TaskConfig, Template, to_dict
+from umbrella_jax.console import Progress, Work
+from umbrella_jax.data.conversation import Conversation
+from umbrella_jax.data.epoch_plan import BatchShape
+from umbrella_jax.data.inputs import digest_of, read_inputs
+from umbrella_jax.data.loader import Dataset, empty_batch, eval_batches, eval_shapes
+from umbrella_jax.data.tokenize import Remembering, encode_answers, length_faults
+from umbrella_jax.distributed import SHA256, broadcast, check_same, gather, together
+from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.inference.generate import GREEDY, NONE, Sampling, decode, prefill, score_answers
+from umbrella_jax.inference.processor import Processor
+from umbrella_jax.io.files import PRIVATE, append, check_output, hold, naming, strict_json, write_whole
+from umbrella_jax.io.reading import parse_json
+from umbrella_jax.models import Params, abstract_params, native_backend
+from umbrella_jax.rundir import Say, Step, nothing
+from umbrella_jax.scoring.metrics import Task, task_of, tasks_of
+from umbrella_jax.scoring.rows import Answer, Row, blank_rows, with_answer
+from umbrella_jax.sharding import MeshShape, abstract_batch, make_mesh, param_sharding, parts, put_batch
+from umbrella_jax.training.checkpoint import checksums
+from umbrella_jax.training.diagnose import nonfinite_error
+
+
+def check_lengths(
+    conversations: Sequence[Conversation],
+    rows: Sequence[Row],
+    tasks: Mapping[str, Task],
+    tokenizer: Any,
+    template: Template,
+    max_new_tokens: int,
+    setting: str,
+) -> None:
+    """Raise DataError if a right answer, or one of a closed set, takes more than `max_new_tokens` tokens.
+
+    Args:
+        tasks: those that are known; without its task, a row whose reference is blank is not looked at.
+        setting: name of the limit, for people.
+    """
+
+    def answers(row: Row) -> Iterator[str]:
+        task = tasks.get(task_of(row))
+        if row["reference"]:
+            yield row["reference"]
+        elif task:
+            yield task.truth(row)
+        yield from (task and task.answers) or ()
+
+    asked = zip(conversations, map(answers, rows), strict=True)
+    if faults := length_faults(asked, tokenizer, max_new_tokens, setting, template=template):
+        raise DataError(faults)
+
+
+class Choices:
+    """The answers that each conversation's task knows, as tokens: the same shape [A, N] for all of a data set."""
+
+    def __init__(self, dataset: Dataset, processor: Processor, rows: Sequence[Row], tasks: Mapping[str, Task]):
+        """Raises DataError where an answer's tokens do not go on from a prompt."""
+        self.texts = [tasks[task_of(row)].answers or () for row in rows]
+        encoded, faults, tokenizer = [], list[str](), Remembering(processor.tokenizer)
+        for conversation, texts in zip(dataset.conversations, self.texts, strict=True):
+            try:
+                encoded.append(encode_answers(conversation, texts, tokenizer, template=processor.template))
+            except DataError as error:
+                faults.extend(error.faults)
+        if faults:
+            raise DataError(faults)
+        self._shape = (max(map(len, encoded)), max(len(ids) for each in encoded for ids in each))
+        self._encoded = encoded
+
+    @classmethod
+    def of(
+        cls, dataset: Dataset, processor: Processor, rows: Sequence[Row], tasks: Mapping[str, Task]
+    ) -> "Choices | None":
+        """None where no task has a closed set of answers."""
+        return cls(dataset, processor, rows, tasks) if any(task.answers for task in tasks.values()) else None
+
+    def tokens(self, indices: Sequence[int], rows: int) -> np.ndarray:
+        """int32 [rows, A, N], `NONE` behind each answer, behind each conversation's answers and behind them all."""
+        out = np.full((rows, *self._shape), NONE, np.int32)
+        for row, index in enumerate(indices):
+            for a, ids in enumerate(self._encoded[index]):
+                out[row, a, : len(ids)] = ids
+        return out
+
+
+def answers(
+    params: Params,
+    graphdef: nnx.GraphDef,
+    dataset: Dataset,
+    processor: Processor,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    threads: int,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    choices: Choices | None = None,
+    only: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Iterator[dict[int, Answer]]:
+    """Batch by batch, the answer to each conversation by its number in the data set; all processes get all of them.
+
+    What is drawn for a conversation depends on `seed` and its number alone.
+
+    Args:
+        dataset: loaded with `evaluation=True`.
+        choices: answers whose likelihoods are wanted too.
+        only: numbers of the conversations to answer; default all.
+        progress: counts conversations.
+
+    Raises:
+        DataError: a volume cannot be read any more.
+        CheckpointError, RunError: weights, or logits for some conversations, are not finite; on all processes alike.
+    """
+    stop = np.array(processor.stop_ids, np.int32)
+    batches = eval_batches(dataset, batch_size, prompts=True, threads=threads, parts=parts(mesh), only=only)
+    shapes: set[Any] = set()
+    begun = time.perf_counter()
+    for indices, own in batches:
+        batch: Batch = put_batch(own, mesh, axis=0)
+        rows = len(batch.lengths)
+        shape = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        compiled = shape not in shapes
+        shapes.add(shape)
+        require = partial(_require_finite, dataset, indices, params, batch, graphdef)
+        state = prefill(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens)
+        scores = None
+        if choices is not None:
+            scores = _fetched(score_answers(params, state, choices.tokens(indices, rows), graphdef=graphdef))
+            require("likelihoods", np.isfinite(scores[: len(indices)]).all(-1))
+        seeds = np.zeros(rows, np.uint32)
+        seeds[: len(indices)] = [np.random.SeedSequence([seed, i]).generate_state(1)[0] for i in indices]
+        options: dict[str, Any] = {"graphdef": graphdef, "sampling": sampling}
+        state = decode(params, state, stop, seeds, jnp.int32(max_new_tokens), **options)
+        tokens, finite = (rows[: len(indices)] for rows in _fetched((state.tokens, state.finite)))
+        require("logits", finite)
+        texts = processor.decode(tokens)
+        found = {}
+        for row, (index, text) in enumerate(zip(indices, texts, strict=True)):
+            known = choices.texts[index] if choices else ()
+            likelihoods = dict(zip(known, map(float, scores[row]), strict=False)) if scores is not None else {}
+            cut = bool((tokens[row] != NONE).all()) and tokens[row, -1] not in stop
+            found[index] = Answer(text, cut, likelihoods or None)
+        if progress:
+            read = sum(len(dataset.prompts[index]) for index in indices)
+            work = Work(samples=len(indices), tokens=read + int((tokens != NONE).sum()))
+            progress.advance(len(indices), work, time.perf_counter() - begun, compiled=compiled)
+        yield found
+        begun = time.perf_counter()
+
+
+def compile_answers(
+    params: Params,
+    graphdef: nnx.GraphDef,
+    dataset: Dataset,
+    processor: Processor,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    choices: Choices | None = None,
+) -> Iterator[tuple[str, BatchShape, jax.stages.Compiled]]:
+    """(what, of which shape, the program) of all that `answers` would compile, one by one; nothing is computed."""
+    stop = np.array(processor.stop_ids, np.int32)
+    for shape in eval_shapes(dataset, batch_size, prompts=True, parts=parts(mesh)):
+        batch = abstract_batch(empty_batch(dataset, shape), mesh, axis=0)
+        rows = len(batch.lengths)
+        reading = prefill.lower(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens)
+        read = reading.compile()
+        yield "prompts", shape, read
+        state = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            reading.out_info,
+            read.output_shardings,
+        )
+        if choices is not None:
+            given = choices.tokens((), rows)
+            yield "likelihoods", shape, score_answers.lower(params, state, given, graphdef=graphdef).compile()
+        seeds, until = np.zeros(rows, np.uint32), jnp.int32(max_new_tokens)
+        options: dict[str, Any] = {"graphdef": graphdef, "sampling": sampling}
+        yield "answers", shape, decode.lower(params, state, stop, seeds, until, **options).compile()
+
+
+def _fetched(arrays: Any) -> Any:
+    """Return a tree of arrays in full, as NumPy's, on every process."""
+    return jax.tree.map(np.asarray, multihost_utils.process_allgather(arrays, tiled=True))
+
+
+def _require_finite(
+    dataset: Dataset,
+    indices: Sequence[int],
+    params: Params,
+    batch: Batch,
+    graphdef: nnx.GraphDef,
+    what: str,
+    finite: np.ndarray,
+) -> None:
+    """Raise for the conversations of a batch whose numbers are not `finite`, bool [B]."""
+    if not finite.all():
+        rows = np.flatnonzero(~finite).tolist()
+        names = {row: dataset.conversations[indices[row]].label for row in rows}
+        raise nonfinite_error(what, names, params, batch, graphdef=graphdef)
+
+
+def predict(
+    source: str | Path,
+    data: DataConfig,
+    out: str | Path,
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 32,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    likelihoods: bool = False,
+    tasks: Mapping[str, TaskConfig] | None = None,
+    modalities: Mapping[str, ModalityConfig] | None = None,
+    mesh: MeshConfig = MeshConfig(),  # noqa: B008  # frozen
+    compute_dtype: str = "float32",
+    allow_untrained: bool = False,
+    step: Step | None = None,
+    resume: bool = False,
+    say: Say = tqdm.write,
+) -> list[Row]:
+    """Answers every conversation of `data.eval` and writes the rows to `out`, a .jsonl file, in the data's order.
+
+    All processes of a cluster call this alike and see one `out`. What is done so far stands in `out` with `.part`
+    behind it, which becomes `out` at the end.
+
+    Args:
+        source: a run, an export, a native checkpoint: whatever `umbrella_jax.load` takes.
+        data: `eval` and what belongs to it.
+        likelihoods: of the answers of tasks that know theirs, too.
+        tasks: as `evaluation.tasks` of a configuration.
+        modalities: of a stock LLaVA.
+        allow_untrained, step: as `umbrella_jax.load`.
+        resume: go on with what an earlier call left in the `.part` file.
+        say: takes a line now and then of how far it is, where there is no terminal.
+
+    Returns:
+        The rows (`Row`), as they stand in `out`; `likelihoods` are natural logarithms.
+
+    Raises:
+        ConfigError: `out` is there, or its directory is not; an earlier call's part is and `resume` is not asked for,
+            or other settings are; the model has not the modalities of the data.
+        DataError, CheckpointError: as training does.
+    """
+    out, first = Path(out), jax.process_index() == 0
+    with together():
+        numbers = [("batch_size", batch_size, 1), ("max_new_tokens", max_new_tokens, 1), ("seed", seed, 0)]
+        if faults := [f"{name}: expected {least} or more, got {n}" for name, n, least in numbers if n < least]:
+            raise ConfigError(faults)
+        if data.eval is None:
+            raise ConfigError("data.eval: expected conversations to answer (--data PATH)")
+        if first:
+            check_output(out, "choose another file", folder=False)
+        unfinished = out.with_name(f"{out.name}.part")
+        if out.exists():
+            raise ConfigError(f"{out}: already exists; choose another file, or remove it")
+        if unfinished.exists() and not resume:
+            raise ConfigError(f"{unfinished}: what an earlier call left; go on with --resume, or remove it")
+        if not out.parent.is_dir():
+            raise ConfigError(f"{out}: expected the name of a file in a directory that exists")
+        devices = make_mesh(mesh, batch_size=batch_size)
+        checkpoint = Checkpoint.open(source, modalities, compute_dtype=compute_dtype, step=step)
+        if faults := MeshShape(**devices.shape).undivided(checkpoint.config):
+            raise ConfigError(faults)
+        checkpoint.check()
+        if first:
+            checkpoint.warn_doubtful()
+        if not allow_untrained:
+            checkpoint = checkpoint.answering()
+        processor = Processor.of(checkpoint, max_length=data.max_length)
+        dataset = processor.datasets(data, ("eval",))["eval"]
+        checkpoint.config.check_trained(image.modality for c in dataset.conversations for image in c.images)
+        rows = blank_rows(dataset.conversations)
+        choices, known = None, dict[str, Task]()
+        limit = (processor.tokenizer, processor.template, max_new_tokens, "max_new_tokens (--max-new-tokens)")
+        if likelihoods:
+            asked = {task_of(row) for row in rows}
+            known = tasks_of(rows, {name: task for name, task in (tasks or {}).items() if name in asked})
+            choices = Choices.of(dataset, processor, rows, known)
+            if choices is None:
+                raise ConfigError(
+                    "likelihoods: no task of the data has a closed set of answers; name them in evaluation.tasks"
+                )
+        check_lengths(dataset.conversations, rows, known, *limit)
+        inputs = read_inputs(data, {"eval": dataset})
+    params = checkpoint.params(where=partial(param_sharding, devices))
+    weights = {path: int(value) for path, value in checksums(params).items()}
+    architecture = {"vision": asdict(checkpoint.config.vision), "text": asdict(checkpoint.config.text)}
+    settings = {
+        "weights": _digest(weights),
+        "inputs": digest_of(inputs),
+        "tokenizer": _digest(processor.tokenizer.get_vocab()),
+        "template": processor.template,
+        "stop_ids": processor.stop_ids,
+        "modalities": {name: to_dict(modality) for name, modality in processor.modalities.items()},
+        "conversations": len(rows),
+        "max_new_tokens": max_new_tokens,
+        "sampling": asdict(sampling) | ({"seed": seed} if sampling.temperature else {}),
+        "likelihoods": {name: list(task.answers) for name, task in known.items() if task.answers},
+        "cache_dtype": data.cache_dtype,
+        "compute_dtype": compute_dtype,
+        **{f"config.json: {key}": value for key, value in flat(architecture).items()},
+    }
+    facts = [(name, SHA256 + digest) for files in inputs.values() for name, digest in files]
+    check_same([*facts, *settings.items()], "every host must read the same")
+    part = None
+    with together():
+        if first:
+            part = _Part(unfinished, settings)
+    model = checkpoint.config.with_attention("auto", native_backend(devices.devices.flat[0]))
+    done = {int(index): row for index, row in broadcast(part.done if part else None).items()}
+    left = [index for index in range(len(rows)) if index not in done]
+    say = say if first else nothing
+    if checkpoint.chosen:
+        say(checkpoint.chosen)
+    options: dict[str, Any] = {"say": say, "note": nothing, "quiet": not first}
+    options["memory"] = jax.local_devices()[0].memory_stats
+    with (
+        jax.set_mesh(devices),
+        part or nullcontext(),
+        Progress("answer", len(rows), done=len(done), **options) as progress,
+    ):
+        for found in answers(
+            params,
+            abstract_params(model)[0],
+            dataset,
+            processor,
+            devices,
+            batch_size=batch_size,
+            threads=data.threads,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            choices=choices,
+            only=left,
+            progress=progress,
+        ):
+            fresh = {index: with_answer(rows[index], answer) for index, answer in found.items()}
+            done |= fresh
+            if part:
+                part.write(fresh)
+    answered = [done[index] for index in range(len(rows))]
+    if part:
+        write_whole(out, "".join(strict_json(row) + "\n" for row in answered), PRIVATE)
+        part.path.unlink()
+    gather(None)  # written
+    return answered
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(strict_json(dict(sorted(content.items()))).encode()).hexdigest()[:16]
+
+
+class _Part:
+    """Rows so far, `[number, row]` a line behind one that says what they were made with; one process at a time."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
+        """Raises ConfigError if the file was made with other settings, or is another process's."""
+        self.path, self.done = path, dict[int, Row]()
+        with naming(path):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, PRIVATE)
+        try:
+            hold(self._file, path, "wait until that has ended, or choose another file")
+            self._go_on(dict(settings))
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def _go_on(self, settings: dict[str, Any]) -> None:
+        text = self.path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]  # a last line that was torn apart is made again
+        os.ftruncate(self._file, len(whole))
+        if not whole:
+            append(self._file, self.path, (strict_json(settings) + "\n").encode())
+            return
+        try:
+            lines = whole.decode().splitlines()
+            before, *rows = (parse_json(line, self.path, ConfigError, "", n) for n, line in enumerate(lines, 1))
+            self.done = {int(index): row for index, row in rows}
+            other = [key for key in settings if before[key] != settings[key]]
+        except (ValueError, TypeError, KeyError):  # of which ConfigError is one
+            raise ConfigError(f"{self.path}: not from an earlier call; remove it, or choose another file") from None
+        if other:
+            raise ConfigError(
+                [
+                    f"{self.path}: cannot go on: {key}: {settings[key]} now, {before[key]} when it began; remove it to "
+                    "start anew"
+                    for key in other
+                ]
+            )
+
+    def write(self, rows: Mapping[int, Row]) -> None:
+        """Adds rows by their numbers."""
+        lines = "".join(strict_json([index, row]) + "\n" for index, row in rows.items())
+        append(self._file, self.path, lines.encode())
+
+    def __enter__(self) -> "_Part":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)

@@ -1,0 +1,234 @@
+"""Conversations to batches, and tokens to text, as a model expects them."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from umbrella_jax.batch import Batch
+from umbrella_jax.checkpoints.checkpoint import Checkpoint
+from umbrella_jax.checkpoints.load import same_template
+from umbrella_jax.config.schema import (
+    AugmentConfig,
+    DataConfig,
+    ModalityConfig,
+    Template,
+    modality_names,
+    resolve_modality,
+)
+from umbrella_jax.data.cache import Sources, VolumeCache
+from umbrella_jax.data.conversation import Conversation, Image, Message
+from umbrella_jax.data.loader import Dataset, whole_batch
+from umbrella_jax.data.tokenize import check_template, decode, encode_answers, encode_prompt, stop_ids
+from umbrella_jax.data.volume import check_volumes
+from umbrella_jax.errors import ConfigError, DataError
+
+_log = logging.getLogger(__name__)
+_REMARKS = 10
+"""Contradictions in headers that are printed."""
+
+
+class Processor:
+    """What stands between a data set and a model: tokenizer, modalities and template."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        modalities: Mapping[str, ModalityConfig],
+        *,
+        template: Template = "umbrella",
+        max_length: int = 8192,
+    ):
+        """A processor of parts; `load` makes one of a checkpoint.
+
+        Args:
+            tokenizer: of Hugging Face's, with the special tokens of the model.
+            modalities: as the model has them.
+            template: how conversations are written.
+            max_length: positions of a conversation, patches included; a longer one is refused.
+
+        Raises:
+            DataError: `template` is `chat` and the tokenizer has none.
+        """
+        check_template(tokenizer, template)
+        self.tokenizer, self.modalities, self.template, self.max_length = tokenizer, modalities, template, max_length
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        modalities: Mapping[str, ModalityConfig] | None = None,
+        patch_embed: str | Path | None = None,
+        template: Template | None = None,
+        max_length: int = 8192,
+    ) -> "Processor":
+        """The processor of whatever `umbrella_jax.load` takes.
+
+        Args:
+            modalities, patch_embed: as of `umbrella_jax.load`.
+            template: how conversations are written; default as the checkpoint was trained, `umbrella` where it does
+                not say. Raises ConfigError for another than it was trained with.
+        """
+        checkpoint = Checkpoint.open(path, modalities, patch_embed=patch_embed)
+        return cls.of(checkpoint, template=template, max_length=max_length)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, *, template: Template | None = None, max_length: int = 8192) -> "Processor":
+        """The processor of an opened checkpoint; arguments as of `load`."""
+        template = same_template("template", template or checkpoint.template or "umbrella", checkpoint)
+        tokenizer = checkpoint.tokenizer()
+        return cls(tokenizer, checkpoint.config.modalities, template=template, max_length=max_length)
+
+    def dataset(
+        self,
+        conversations: str | Path,
+        *,
+        threads: int = 4,
+        **options: Any,
+    ) -> Dataset:
+        """Reads and checks a conversation file or a directory of them, and every volume; see `Dataset.load`."""
+        return Dataset.load(
+            conversations,
+            self.tokenizer,
+            self.modalities,
+            template=self.template,
+            max_length=self.max_length,
+            threads=threads,
+            **options,
+        )
+
+    def datasets(
+        self, data: DataConfig, splits: Sequence[str] = ("train", "eval"), *, augment: bool = False
+    ) -> dict[str, Dataset]:
+        """Those of the `splits` that a configuration names, as it says; with `augment`, what trains is augmented.
+
+        Raises DataError with the faults of all.
+        """
+        found, faults, sources = dict[str, Dataset](), list[str](), VolumeCache.of(data)
+        for split in splits:
+            try:
+                if (path := getattr(data, split)) is not None:
+                    found[split] = self.dataset(
+                        path,
+                        image_root=data.image_root,
+                        modality=data.modality,
+                        task_filter=data.task_filter,
+                        allow_outside_root=data.allow_outside_root,
+                        threads=data.threads,
+                        evaluation=split == "eval",
+                        sources=sources,
+                        augment=data.augment if augment and split == "train" else AugmentConfig(),
+                    )
+            except DataError as error:
+                faults += error.faults
+        if faults:
+            raise DataError(faults)
+        _warn(sources, self.modalities)
+        return found
+
+    def question(self, text: str, images: Sequence[tuple[str, str | Path]] = ()) -> Conversation:
+        """One question, behind the images that it is about.
+
+        Args:
+            images: (modality, file) of each, in order; a modality as configured, or an alias of one.
+
+        Raises:
+            ConfigError: for a modality that the model does not have, and where `images` are no such pairs.
+        """
+        if isinstance(images, str | Path) or not all(isinstance(i, tuple | list) and len(i) == 2 for i in images):
+            raise ConfigError(
+                f"images: expected pairs, such as [('{next(iter(self.modalities))}', FILE)], got {images!r}"
+            )
+        faults, parts = [], list[str | Image]()
+        for name, path in images:
+            modality = resolve_modality(name, self.modalities)
+            if modality is None:
+                faults.append(f"{path}: modality {name}: the model has {modality_names(self.modalities)}")
+            else:
+                parts.append(Image(Path(path), modality))
+        if faults:
+            raise ConfigError(faults)
+        messages = (Message("user", (*parts, text)), Message("assistant", ("",)))
+        return Conversation("question", None, messages, {}, "the prompt")
+
+    def prompt(self, text: str, images: Sequence[tuple[str, str | Path]] = ()) -> Batch:
+        """`question` as a Batch of one row, NumPy arrays on the host, to generate from.
+
+        Raises:
+            ConfigError: as `question`.
+            DataError: a file that cannot be read as its modality; a text longer than `max_length`.
+        """
+        return whole_batch(self.asked(self.question(text, images)), prompts=True)
+
+    def asked(self, conversation: Conversation) -> Dataset:
+        """A data set of one conversation, as the prompt for its last answer; its volumes are checked."""
+        common: dict[str, Any] = {"template": self.template, "max_length": self.max_length}
+        prompt = encode_prompt(conversation, self.tokenizer, self.modalities, **common)
+        sources = Sources()
+        windows = check_volumes(conversation.images, self.modalities, 4, sources.check)
+        _warn(sources, self.modalities)
+        return Dataset((conversation,), (), (prompt,), windows, self.modalities, sources)
+
+    def batch(
+        self,
+        conversations: str | Path,
+        *,
+        image_root: str | Path | None = None,
+        allow_outside_root: bool = False,
+        prompts: bool = False,
+    ) -> Batch:
+        """All conversations of a file as one Batch of NumPy arrays, in its order.
+
+        Args:
+            image_root, allow_outside_root: as `data.image_root` and `data.allow_outside_root` of a configuration.
+            prompts: each without its last answer, to generate from; otherwise whole.
+
+        Raises:
+            DataError: with every fault of the file and of its volumes.
+        """
+        dataset = self.dataset(
+            conversations, image_root=image_root, allow_outside_root=allow_outside_root, evaluation=prompts
+        )
+        return whole_batch(dataset, prompts=prompts)
+
+    def answers(self, texts: Sequence[str]) -> np.ndarray:
+        """Several answers to one question as tokens, int32 [A, N], each with the one that ends it; -1 behind.
+
+        Raises DataError for an answer whose tokens do not go on from a prompt."""
+        conversation = Conversation(
+            "prompt", None, (Message("user", ("",)), Message("assistant", ("",))), {}, "answers"
+        )
+        encoded = encode_answers(conversation, texts, self.tokenizer, template=self.template)
+        out = np.full((len(encoded), max(map(len, encoded))), -1, np.int32)
+        for row, ids in zip(out, encoded, strict=True):
+            row[: len(ids)] = ids
+        return out
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer."""
+        return stop_ids(self.tokenizer)
+
+    def decode(self, tokens: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of generated tokens, int [B, L], without special tokens and what follows the end."""
+        rows = np.asarray(tokens)
+        return [decode(self.tokenizer, row[row >= 0]).strip() for row in rows]
+
+
+def _warn(sources: Sources, modalities: Mapping[str, ModalityConfig]) -> None:
+    """Log contradictions in the headers of scans, and unusual backgrounds, once for all processes."""
+    if jax.process_index() > 0:
+        return
+    for line in sources.background_remarks(modalities):
+        _log.warning("%s", line)
+    remarks = sources.remarks()
+    for remark in remarks[:_REMARKS]:
+        _log.warning("%s", remark)
+    if len(remarks) > _REMARKS:
+        _log.warning(
+            "%d more contradictions in headers; `umbrella-jax data validate` lists them", len(remarks) - _REMARKS
+        )

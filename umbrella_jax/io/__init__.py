@@ -1,0 +1,1 @@
+"""Files: reading them safely and writing them atomically."""

@@ -1,0 +1,337 @@
+"""Time from counts and data sheets, the largest batch, the best mesh; and the table of them."""
+
+import dataclasses
+import math
+import textwrap
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from umbrella_jax.config.schema import AttentionBackend, MeshConfig, ModelConfig, RunConfig
+from umbrella_jax.console import columns
+from umbrella_jax.errors import CheckpointError, ConfigError
+from umbrella_jax.io.reading import read_json
+from umbrella_jax.models import LlavaConfig
+from umbrella_jax.plan.devices import Devices
+from umbrella_jax.plan.flops import KEPT, Model, describe, workload
+from umbrella_jax.sharding import MeshShape, mesh_shape, mesh_shapes
+from umbrella_jax.training import freeze
+
+OF_PRODUCTS: dict[AttentionBackend, float] = {"xla": 1.0, "cudnn": 0.4, "splash": 0.4}
+"""Of the rate of other products, what attention's reach: XLA's on a CPU; cuDNN's, 0.36 to 0.74 on an H200, 0.2 at 216
+patches. Of splash it is a guess."""
+OF_BANDWIDTH = 0.7
+"""Share of a data sheet's memory bandwidth that what lies between products reaches: 0.63 to 0.85 on an H200."""
+OF_LINKS = 0.8
+"""Share of links' bandwidth that large transfers reach."""
+RESERVED = 0.1
+"""Share of a device's memory that is left to the runtime and to fragmentation."""
+_ATTENTION = {
+    "xla": "attention is XLA's: no scores are kept; those at work at a time, and their traffic, are not counted",
+    "cudnn": "attention is cuDNN's flash kernel, which writes no scores",
+    "splash": "attention is splash, a flash kernel, which writes no scores; memory of what it pads (heads to 128, "
+    "lengths to blocks) is counted, products are not",
+}
+_STORED = ("float32", "bfloat16", "float16")  # what weights are read in
+_SHOWN = 4  # meshes in a table, which is not wider than 80 characters
+_COUNTS: dict[str, str | None] = {"floor": None} | {policy: policy for policy in KEPT}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A micro-batch on a mesh. Bytes are of each device; seconds are bounds from each of the machine's limits."""
+
+    mesh: MeshShape
+    remat: str
+    batch_size: int
+    bytes: dict[str, float]
+    fits: bool
+    seconds: dict[str, float]
+    step_seconds: float
+    samples_per_second: float
+
+    @property
+    def total_bytes(self) -> float:
+        """Of each device."""
+        return sum(self.bytes.values())
+
+    @property
+    def bound(self) -> str:
+        """The limit that takes the longest."""
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+
+def estimate(model: Model, devices: Devices, mesh: MeshShape, batch_size: int, remat: str) -> Estimate:
+    """Bytes and time of B conversations.
+
+    Products, and what is read and written between them, come one after the other. Beside both run collectives of
+    weights and gradients: the longest counts. Those of activations do not, since the next product waits for them: they
+    are added. Latencies are not counted.
+    """
+    kind, attention = devices.kind, model.attention_flops(remat)
+    flops = sum(model.flops(remat).values()) - attention + attention / OF_PRODUCTS[model.config.attention]
+    seconds = {
+        "compute": flops * batch_size / devices.count / (kind.flops * devices.efficiency),
+        "memory": model.traffic(mesh, batch_size, remat) / (kind.bandwidth * OF_BANDWIDTH),
+    }
+    for name, (count, stride, size) in model.collectives(mesh, batch_size, remat).items():
+        rate = kind.link if count * stride <= kind.island else kind.network
+        seconds[name] = size / (rate * OF_LINKS) if count > 1 else 0.0
+    overlapping = max(seconds["compute"] + seconds["memory"], seconds["gradients"], seconds["weights"])
+    used = model.device_bytes(mesh, batch_size, remat)
+    step = overlapping + seconds["activations"]
+    return Estimate(
+        mesh=mesh,
+        remat=remat,
+        batch_size=batch_size,
+        bytes=used,
+        fits=sum(used.values()) <= kind.memory * (1 - RESERVED),
+        seconds=seconds,
+        step_seconds=step,
+        samples_per_second=batch_size / step,
+    )
+
+
+def largest_batch(model: Model, devices: Devices, mesh: MeshShape, remat: str) -> int:
+    """The most conversations of a micro-batch that fit, a multiple of what the mesh splits it into; 0 where none."""
+    room = devices.kind.memory * (1 - RESERVED)
+
+    def total(local: int) -> float:
+        return sum(model.device_bytes(mesh, local * mesh.parts, remat).values())
+
+    return (bisect_right(range(1 << 20), room, lo=1, key=total) - 1) * mesh.parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that was worked out; lists come best first."""
+
+    devices: Devices
+    model: Model
+    frozen_dtype: str
+    remat: str
+    batch_size: int
+    configured: tuple[Estimate, ...]
+    """With the config's batch, on every mesh that divides it and the model."""
+    largest: tuple[Estimate, ...]
+    """With the largest batch that fits, on every mesh that divides the model and on which one does."""
+    policies: tuple[Estimate, ...]
+    """The best of `largest` per remat policy."""
+    subjects: int | None
+
+    def hours(self, found: Estimate) -> float | None:
+        """Of an epoch of one conversation per subject: whole steps, nothing but steps."""
+        if self.subjects is None:
+            return None
+        return math.ceil(self.subjects / found.batch_size) * found.step_seconds / 3600
+
+    def assumptions(self) -> list[str]:
+        """What the figures rest on, in words."""
+        kind, work = self.devices.kind, self.model.workload
+        return [
+            f"a conversation: one {work.modality} volume of {work.patches} patches, {work.text_tokens} text tokens, "
+            f"{work.supervised} of them supervised; no padding, no volume shared",
+            f"products, those done again too, reach {self.devices.efficiency:.0%} of {kind.flops / 1e12:.4g} TFLOP/s "
+            f"({kind.source}), attention's {OF_PRODUCTS[self.model.config.attention]:.0%} of that",
+            f"memory reaches {OF_BANDWIDTH:.0%} of its bandwidth, links {OF_LINKS:.0%}; {RESERVED:.0%} of memory is "
+            "left free",
+            "a step takes max(compute + memory, collectives of gradients, of weights) + collectives of activations",
+            "latencies, data loading and evaluation are not counted",
+            "a causal mask's half is counted as done",
+            _ATTENTION[self.model.config.attention],
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; bytes, FLOPs and seconds."""
+
+        def of(found: Estimate) -> dict[str, Any]:
+            values = dataclasses.asdict(found)
+            return values | {
+                "total_bytes": found.total_bytes,
+                "bound": found.bound,
+                "hours_per_epoch": self.hours(found),
+            }
+
+        return {
+            "devices": dataclasses.asdict(self.devices),
+            "workload": dataclasses.asdict(self.model.workload),
+            "trained_numbers": self.model.trained,
+            "frozen_bytes": self.model.frozen,
+            "frozen_dtype": self.frozen_dtype,
+            "compute_dtype": self.model.config.compute_dtype,
+            "attention": self.model.config.attention,
+            "remat": self.remat,
+            "batch_size": self.batch_size,
+            "subjects": self.subjects,
+            "flops_per_sample": {name: self.model.flops(remat) for name, remat in _COUNTS.items()},
+            "configured": [of(found) for found in self.configured],
+            "largest": [of(found) for found in self.largest],
+            "policies": [of(found) for found in self.policies],
+            "assumptions": self.assumptions(),
+        }
+
+    def table(self) -> str:
+        """For a terminal."""
+        devices, model = self.devices, self.model
+        kind = devices.kind
+        chips = f"{devices.count} devices" if devices.count > 1 else "1 device"
+        if kind.counted > 1:
+            chips += f" (the name counts {kind.counted} cores on each)"
+        speeds = f"{kind.flops / 1e12:.4g} TFLOP/s, {kind.memory / 1e9:.4g} GB at {kind.bandwidth / 1e9:.4g} GB/s"
+        if kind.link:
+            speeds += f", links of {kind.link / 1e9:.4g} GB/s"
+        trains = (
+            f"trains {model.trained:,} numbers; {sum(model.frozen.values()) / 1e9:.3f} GB frozen in "
+            f"{self.frozen_dtype}; computes in {model.config.compute_dtype}"
+        )
+        lines = [*_wrapped(f"{devices.name}: {chips}, each {speeds}"), *_wrapped(trains), ""]
+        counts = [model.flops(remat) for remat in _COUNTS.values()]
+        unit, of = _unit(max(sum(count.values()) for count in counts))
+        lines += columns(
+            [
+                [f"{unit}FLOP per conversation, by remat policy", *_COUNTS],
+                *([part, *(of(count[part]) for count in counts)] for part in freeze.COMPONENTS),
+                ["total", *(of(sum(count.values())) for count in counts)],
+            ]
+        )
+        best = [(f"batch {self.batch_size}", self.configured), ("largest batch", self.largest)]
+        shown = [(name, found[0]) for name, found in best if found]
+        if shown:
+            unit, of = _unit(min(found.total_bytes for _, found in shown), "G")
+            rows = [[f"{unit}B per device, remat {self.remat}", *(f"{name}, {found.mesh}" for name, found in shown)]]
+            rows += [[key, *(of(found.bytes[key]) for _, found in shown)] for key in shown[0][1].bytes]
+            rows.append(["total", *(of(found.total_bytes) for _, found in shown)])
+            lines += ["", *columns(rows)]
+        for title, estimates in (
+            (f"batch {self.batch_size}, remat {self.remat}", self.configured),
+            (f"largest batch that fits, remat {self.remat}", self.largest),
+        ):
+            if estimates:
+                beside = self._beside("data×fsdp×tensor", estimates[:_SHOWN], lambda found: str(found.mesh))
+                lines += ["", f"{title}; milliseconds by limit:", *beside]
+                if len(estimates) > _SHOWN:
+                    lines.append(f"and {len(estimates) - _SHOWN} slower ones (--json has them)")
+        if not self.configured:
+            ways = devices.count
+            fits = -(-self.batch_size // ways) * ways
+            lines += ["", f"batch {self.batch_size}: no mesh of these devices divides it; the next for all is {fits}"]
+        if self.policies:
+            title = "largest batch that fits, each remat policy on its best mesh; milliseconds:"
+            beside = self._beside("remat", self.policies, lambda found: f"{found.remat}, {found.mesh}")
+            lines += ["", title, *beside]
+        else:
+            lines += ["", "no conversation fits on any mesh under any remat policy: take more devices"]
+        for title, found in (("as configured", self.configured), ("the largest", self.largest)):
+            if found:
+                sizes = ",".join(f"{axis}={size}" for axis, size in dataclasses.asdict(found[0].mesh).items())
+                lines += ["", f"to train, {title}: --batch-size {found[0].batch_size} --mesh {sizes}"]
+        return "\n".join(
+            [*lines, "", "assumed:", *(line for text in self.assumptions() for line in _wrapped(f"- {text}"))]
+        )
+
+    def _beside(self, what: str, found: Sequence[Estimate], name: Callable[[Estimate], str]) -> list[str]:
+        """A column for each."""
+        rows = [[what, *map(name, found)], ["batch", *(str(e.batch_size) for e in found)]]
+        rows.append(["GB", *(f"{e.total_bytes / 1e9:.2f}" for e in found)])
+        if not all(e.fits for e in found):
+            rows.append(["", *("" if e.fits else "(too much)" for e in found)])
+        rows += [[limit, *(f"{e.seconds[limit] * 1e3:.2f}" for e in found)] for limit in found[0].seconds]
+        rows.append(["step", *(f"{e.step_seconds * 1e3:.2f}" for e in found)])
+        rows.append(["samples/s", *(f"{e.samples_per_second:.4g}" for e in found)])
+        rows.append(["bound by", *(e.bound for e in found)])
+        if self.subjects is not None:
+            rows.append([f"hours for {self.subjects:,}", *(f"{self.hours(e):.3g}" for e in found)])
+        return columns(rows)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 80, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _unit(size: float, largest: str = "T") -> tuple[str, Callable[[float], str]]:
+    """In which a size has figures before the point: its prefix, and how such sizes are written."""
+    scales = {"T": 1e12, "G": 1e9, "M": 1e6}
+    prefixes = list(scales)[list(scales).index(largest) :]
+    unit = next((prefix for prefix in prefixes if size >= scales[prefix] / 10), "M")
+    return unit, lambda value: f"{value / scales[unit]:.3f}"
+
+
+def stored_dtype(config: ModelConfig, config_json: Path) -> str:
+    """The type of frozen weights: the run's, or where that is `auto`, what the checkpoint's config.json says.
+
+    Raises CheckpointError where that says none of those that weights are read in.
+    """
+    if config.frozen_dtype != "auto":
+        return config.frozen_dtype
+    raw = read_json(config_json, CheckpointError, "give the whole folder of a LLaVA in Hugging Face format")
+    found = raw
+    if isinstance(raw, dict):
+        sections = [raw, *(raw[name] for name in ("text_config",) if isinstance(raw.get(name), dict))]
+        stated = (section.get(key) for section in sections for key in ("torch_dtype", "dtype"))
+        found = next((dtype for dtype in stated if dtype), "float32")
+    if found not in _STORED:
+        raise CheckpointError(f"{config_json}: dtype: expected one of {', '.join(_STORED)}, got {found!r}")
+    return found
+
+
+def make_plan(
+    config: RunConfig,
+    model: LlavaConfig,
+    devices: Devices,
+    *,
+    frozen_dtype: str,
+    text_tokens: int = 64,
+    subjects: int | None = None,
+) -> Plan:
+    """Works out a run on `devices`, with the attention that it has there, on the config's mesh or, where it names none,
+    on all that divide the model.
+
+    Args:
+        model: of the run's base; its shapes alone are looked at.
+        frozen_dtype: see `stored_dtype`.
+        text_tokens: of one conversation, beside its patches.
+        subjects: conversations of an epoch.
+
+    Raises:
+        ConfigError: as `workload`, `freeze.label_params`, `LlavaConfig.with_attention` and `mesh_shape`; for a mesh
+            that does not divide the model, and for fewer than one subject.
+    """
+    if subjects is not None and subjects < 1:
+        raise ConfigError(f"--subjects {subjects}: expected 1 or more")
+    model = dataclasses.replace(
+        model.with_attention(config.model.attention, devices.kind.attention), lora=config.model.lora
+    )
+    counted = describe(config, model, workload(config, model, text_tokens), frozen_dtype)
+    remat, batch_size = config.model.remat, config.train.batch_size
+    if config.mesh == MeshConfig():
+        candidates = mesh_shapes(devices.count, model, together=devices.together)
+    else:
+        candidates = [mesh_shape(config.mesh, devices.count, together=devices.together)]
+        if faults := candidates[0].undivided(model):
+            raise ConfigError(faults)
+
+    def best_first(found: Iterable[Estimate]) -> tuple[Estimate, ...]:
+        def rank(e: Estimate) -> tuple[bool, float, int, int]:  # where two are about as fast, the one that splits less
+            return not e.fits, -float(f"{e.samples_per_second:.3g}"), e.mesh.tensor, e.mesh.fsdp
+
+        return tuple(sorted(found, key=rank))
+
+    def largest(remat: str) -> tuple[Estimate, ...]:
+        batches = [(mesh, largest_batch(counted, devices, mesh, remat)) for mesh in candidates]
+        return best_first(estimate(counted, devices, mesh, batch, remat) for mesh, batch in batches if batch)
+
+    return Plan(
+        devices=devices,
+        model=counted,
+        frozen_dtype=frozen_dtype + (f", products in {config.model.quantize}" if config.model.quantize else ""),
+        remat=remat,
+        batch_size=batch_size,
+        configured=best_first(
+            estimate(counted, devices, mesh, batch_size, remat) for mesh in candidates if batch_size % mesh.parts == 0
+        ),
+        largest=largest(remat),
+        policies=tuple(found[0] for policy in KEPT if (found := largest(policy))),
+        subjects=subjects,
+    )

@@ -1,0 +1,1 @@
+"""Tasks, metrics and the rows they are computed from."""

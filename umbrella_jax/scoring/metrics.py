@@ -1,0 +1,528 @@
+"""How right answers are, task by task. docs/metrics.md says what each figure means."""
+
+import math
+import textwrap
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from umbrella_jax.config.schema import MAX_CLASSES, TaskKind
+from umbrella_jax.errors import DataError
+from umbrella_jax.io.reading import kind, parse_json, read_lines
+from umbrella_jax.scoring import weighted_statistics as weighted
+from umbrella_jax.scoring.parse_answer import normalise, parse_number
+from umbrella_jax.scoring.tasks import (
+    METRICS,
+    OF_LIKELIHOODS,
+    Row,
+    Task,
+    by_task,
+    label_of,
+    metric_names,
+    name_of,
+    over_tasks,
+    reference_faults,
+    task_of,
+    tasks_of,
+)
+from umbrella_jax.scoring.weighted_statistics import Array
+
+__all__ = [
+    "METRICS",
+    "Figure",
+    "Row",
+    "Scores",
+    "Task",
+    "metric_names",
+    "normalise",
+    "parse_number",
+    "read_predictions",
+    "score",
+    "short",
+    "task_of",
+    "tasks_of",
+]
+
+_CHUNK = 2**21
+"""Weights that are worked on at a time; a resample has one for each answer."""
+_WIDTH = 80
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number; None where it is not defined, or not finite."""
+
+    value: float | None
+    low: float | None
+    """An end of the 95 % interval. None, as `high`, without resamples, for one subject, if fewer than half of the
+    resamples define the figure, and if all of them agree on a figure that is no share of answers."""
+    high: float | None
+    n: int
+    """Answers; of `vote_accuracy` votes."""
+    subjects: int
+    chance: float | None
+    """What is reached without looking at the images; None where that says nothing."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `score` found."""
+
+    tasks: Mapping[str, Task]
+    figures: Mapping[str, Figure]
+    """By the names of `metric_names`."""
+    confusion: Mapping[str, Sequence[Sequence[int]]]
+    """{task with a closed set: counts [reference, answer]}; the last column counts what is none of the answers."""
+    notes: tuple[str, ...]
+    resamples: int
+
+    def flat(self) -> dict[str, float | None]:
+        """{name: value}."""
+        return {name: figure.value for name, figure in self.figures.items()}
+
+    def overall(self) -> dict[str, Figure]:
+        """Those over several tasks."""
+        return {name: f for name, f in self.figures.items() if name == "accuracy" or name.startswith("macro/")}
+
+    def of(self, task: str) -> dict[str, Figure]:
+        """Those of a task: {METRIC or METRIC/PART: figure}."""
+        names = {figure: name_of(task, figure) for figure in self.tasks[task].figures(likelihoods=True)}
+        return {figure: self.figures[name] for figure, name in names.items() if name in self.figures}
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs; docs/metrics.md says what the keys are."""
+        return {
+            "version": 1,
+            "resamples": self.resamples,
+            "notes": list(self.notes),
+            "overall": {name: asdict(figure) for name, figure in self.overall().items()},
+            "tasks": {
+                name: {
+                    "kind": task.kind,
+                    "answers": None if task.answers is None else list(task.classes),
+                    "unit": task.unit,
+                    "figures": {figure: asdict(value) for figure, value in self.of(name).items()},
+                    "confusion": self.confusion.get(name),
+                }
+                for name, task in self.tasks.items()
+            },
+        }
+
+    def table(self) -> str:
+        """For a terminal of 80 columns."""
+        lines = [f"{'':<37}{'95 % interval':>20}{'n':>7}{'subjects':>9}{'chance':>7}"]
+        for name, task in self.tasks.items():
+            kind = f"{task.kind}, {task.unit}" if task.unit else task.kind
+            lines += [*textwrap.wrap(f"{name} ({kind})", _WIDTH), *_figure_lines(self.of(name))]
+            lines += [*_confusion_lines(task.classes, self.confusion[name]), ""] if task.answers is not None else [""]
+        if overall := self.overall():
+            lines += ["over all tasks", *_figure_lines(overall), ""]
+        return "\n".join([*lines, *(line for note in self.notes for line in textwrap.wrap(note, _WIDTH))])
+
+
+def read_predictions(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file. Raises DataError with every line that is none."""
+    remedy = "expected predictions, as `umbrella-jax predict` writes them"
+    rows, faults = [], list[str]()
+    for number, line in read_lines(path, DataError, remedy):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line, path, DataError, remedy, number, nan_is_null=True)
+        except DataError as error:
+            faults += error.faults
+            continue
+        faults += [f"{path}:{number}: {fault}" for fault in _schema_faults(row)]
+        rows.append(row)
+    if not rows and not faults:
+        faults.append(f"{path}: no predictions in the file; {remedy}")
+    if faults:
+        raise DataError(faults)
+    return rows
+
+
+def _schema_faults(row: Any) -> list[str]:
+    if not isinstance(row, dict):
+        return [f"expected a prediction, an object, got {kind(row)}"]
+    required = {"task_id": str, "prediction": str, "reference": str}
+    optional = {"task_type": str, "metadata": dict, "likelihoods": dict, "cut": bool}
+    names = {str: "a string", dict: "an object", bool: "true or false"}
+    return [
+        f"{key}: expected {names[type_]}, got {kind(row.get(key))}"
+        for key, type_ in (required | optional).items()
+        if not isinstance(row.get(key), type_) and (key in required or row.get(key) is not None)
+    ]
+
+
+def cut_faults(rows: Iterable[Row], tasks: Mapping[str, Task]) -> list[str]:
+    """Return a fault for each answer that `max_new_tokens` cut off on its way to the reference."""
+    faults = []
+    for row in rows:
+        truth, said = tasks[task_of(row)].truth(row), normalise(row["prediction"])
+        if row.get("cut") and said and truth != said and truth.startswith(said):
+            faults.append(
+                f"task {task_of(row)}: {row['task_id']}: max_new_tokens cut the answer {row['prediction']!r} off "
+                f"before it could be {truth!r}; predict again with more (--max-new-tokens)"
+            )
+    return faults
+
+
+def score(rows: Iterable[Row], tasks: Mapping[str, Task], *, resamples: int = 1000, seed: int = 0) -> Scores:
+    """All figures of all tasks, each with the 95 % interval of a bootstrap over subjects.
+
+    A resample draws as many subjects as there are, over all tasks, with replacement, and takes all answers of each; an
+    interval lies between the 2.5th and the 97.5th percentile. If all resamples agree, a share of answers has the exact
+    binomial interval of its number of subjects instead, and other figures have none. `metadata.subject_id` says whose a
+    row is, else its `task_id`; `notes` say which.
+
+    Args:
+        tasks: as `tasks_of` gives them.
+        resamples: 0 for no intervals, as cheap as evaluations during training want it.
+
+    Raises:
+        DataError: rows of a task that is not in `tasks`, or none of one that is; references that do not fit theirs;
+            predictions that are no text; likelihoods of other answers than the task's, or of some of its rows alone.
+    """
+    groups = by_task(rows)
+    faults = [f"task {name}: no answers; expected at least one" for name in tasks if name not in groups]
+    for name, members in groups.items():
+        if name in tasks:
+            faults += [*reference_faults(name, members, tasks[name]), *_answer_faults(name, members, tasks[name])]
+        else:
+            faults.append(f"task {name}: {len(members)} answers to none of the tasks {', '.join(tasks)}")
+    if faults:
+        raise DataError(faults)
+    keys = {name: [_subject(row) for row in members] for name, members in groups.items()}
+    numbers = {key: i for i, key in enumerate(sorted({key for of_task in keys.values() for key in of_task}))}
+    whose = {name: np.array([numbers[key] for key in of_task]) for name, of_task in keys.items()}
+
+    of = {name: task.figures(likelihoods=_with_likelihoods(groups[name])) for name, task in tasks.items()}
+    statistics: dict[str, _Statistic] = {}
+    for name, task in tasks.items():
+        found = _STATISTICS[task.kind](task, groups[name], whose[name])
+        statistics |= {name_of(name, figure): found[figure] for figure in of[name]}
+    overall = over_tasks(of)
+    if pooled := overall.get("accuracy"):
+        right = np.array([normalise(row["prediction"]) == tasks[t].truth(row) for t in pooled for row in groups[t]])
+        chances = [statistics[f"accuracy/{t}"].chance or 0 for t in pooled]
+        chance = float(np.average(chances, weights=[len(groups[t]) for t in pooled]))
+        statistics["accuracy"] = _share(right, np.concatenate([whose[t] for t in pooled]), chance)
+
+    samples: dict[str, list[Array]] = defaultdict(list)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        for w in _weights(len(numbers), sum(map(len, groups.values())), resamples, seed):
+            for name, statistic in statistics.items():
+                samples[name].append(statistic.of(w[statistic.subject]))
+    values = {name: np.concatenate(parts) for name, parts in samples.items()}
+    figures = {name: _figure(values[name], s.subject, s.chance, s.is_share) for name, s in statistics.items()}
+    for name, averaged in overall.items():
+        if name != "accuracy":
+            each = [name_of(task, name.removeprefix("macro/")) for task in averaged]
+            given = [c for one in each if (c := statistics[one].chance) is not None]
+            figures[name] = _figure(
+                np.mean([values[one] for one in each], axis=0),
+                np.concatenate([statistics[one].subject for one in each]),
+                float(np.mean(given)) if len(given) == len(each) else None,
+            )
+    return Scores(
+        tasks=dict(tasks),
+        figures={name: figures[name] for name in [*overall, *(n for n in statistics if n not in overall)]},
+        confusion={name: _confusion(task, groups[name]) for name, task in tasks.items() if task.answers is not None},
+        notes=tuple(_notes(tasks, groups, resamples)),
+        resamples=resamples,
+    )
+
+
+def _subject(row: Row) -> tuple[str, str]:
+    """By which key it is known, and who, without BIDS' `sub-`."""
+    name = label_of(row, "subject_id")
+    return ("task_id", str(row["task_id"])) if name is None else ("subject_id", str(name).removeprefix("sub-"))
+
+
+def _with_likelihoods(rows: Sequence[Row]) -> bool:
+    return all(row.get("likelihoods") for row in rows)
+
+
+def _answer_faults(name: str, rows: Sequence[Row], task: Task) -> list[str]:
+    """Of predictions and likelihoods that cannot be scored."""
+    faults = [
+        f"task {name}: {row['task_id']}: prediction: expected a string, got {row.get('prediction')!r}"
+        for row in rows
+        if not isinstance(row.get("prediction"), str)
+    ]
+    having = [row for row in rows if row.get("likelihoods")]
+    if task.answers is None or not having:
+        return faults
+    if len(having) < len(rows):
+        faults.append(f"task {name}: {len(having)} of {len(rows)} answers have likelihoods; expected all or none")
+    for row in having:
+        place, of = f"task {name}: {row['task_id']}: likelihoods", row["likelihoods"]
+        if sorted(map(normalise, of)) != sorted(task.classes):
+            faults.append(f"{place} of {', '.join(of)}; expected of {', '.join(task.classes)}")
+        elif not all(isinstance(value, int | float) and math.isfinite(value) for value in of.values()):
+            faults.append(f"{place}: expected finite numbers, got {', '.join(map(repr, of.values()))}")
+    return faults
+
+
+# What is worked out of weights.
+
+
+@dataclass(frozen=True)
+class _Statistic:
+    of: Callable[[Array], Array]
+    """Weights of its n answers, [n, R], to values [R]."""
+    subject: Array
+    """Whose each answer is, [n]."""
+    chance: float | None
+    is_share: bool = False
+    """Whether it is a share of the answers, or of votes."""
+
+
+def _mean(values: Array, subject: Array, chance: float | None) -> _Statistic:
+    return _Statistic(partial(weighted.mean, values=values), subject, chance)
+
+
+def _share(which: Array, subject: Array, chance: float | None) -> _Statistic:
+    return replace(_mean(which, subject, chance), is_share=True)
+
+
+def _part(values: Array, subject: Array, which: Array, chance: float | None) -> _Statistic:
+    return _share(values[which], subject[which], chance)
+
+
+def _weights(subjects: int, answers: int, resamples: int, seed: int) -> Iterator[Array]:
+    """How often each subject counts, float64 [subjects, R]: once, then as resamples draw it, some at a time."""
+    yield np.ones((subjects, 1))
+    rng = np.random.default_rng(seed)
+    step = max(_CHUNK // answers, 1)
+    for start in range(0, resamples, step):
+        count = min(step, resamples - start)
+        draws = rng.integers(subjects, size=(count, subjects)) + np.arange(count)[:, None] * subjects
+        counts = np.bincount(draws.ravel(), minlength=count * subjects).reshape(count, subjects)
+        yield np.ascontiguousarray(counts.T, dtype=float)
+
+
+def _figure(values: Array, subject: Array, chance: float | None, is_share: bool = False) -> Figure:
+    """Return the figure whose value comes first in `values`, followed by those of the resamples."""
+    subjects = len(np.unique(subject))
+    value, samples = float(values[0]), values[1:][np.isfinite(values[1:])]
+    low = high = None
+    if math.isfinite(value) and subjects > 1 and 0 < len(values) - 1 <= 2 * len(samples):
+        low, high = map(float, np.percentile(samples, [2.5, 97.5]))
+        if high - low <= _SAME * max(abs(high), 1):  # a width of 0 is not certainty
+            low, high = _exact_interval(value, subjects) if is_share else (None, None)
+    return Figure(value if math.isfinite(value) else None, low, high, len(subject), subjects, chance)
+
+
+_SAME = 1e-9
+"""Relative width of an interval whose resamples differ by rounding only."""
+
+
+def _exact_interval(share: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of n independent draws (Clopper & Pearson 1934), by quantiles of the beta
+    distribution, which also take a number of successes, share · n, that is not whole."""
+    from scipy.special import betaincinv
+
+    k = share * n
+    low = 0.0 if k <= 0 else float(betaincinv(k, n - k + 1, 0.025))
+    return low, 1.0 if k >= n else float(betaincinv(k + 1, n - k, 0.975))
+
+
+def _codes(task: Task, rows: Sequence[Row]) -> tuple[Array, Array]:
+    """Which class is right, and which was answered, `len(task.classes)` being none of them: int [n] each."""
+    code = {name: i for i, name in enumerate(task.classes)}
+    answers = [code.get(normalise(row["prediction"]), len(code)) for row in rows]
+    return np.array([code[task.truth(row)] for row in rows]), np.array(answers)
+
+
+def _confusion(task: Task, rows: Sequence[Row]) -> list[list[int]]:
+    truth, answer = _codes(task, rows)
+    counts = np.zeros((len(task.classes), len(task.classes) + 1), int)
+    np.add.at(counts, (truth, answer), 1)
+    return counts.tolist()
+
+
+def _most(truth: Array) -> float | None:
+    """Share of the most frequent class: the accuracy of always answering it."""
+    return float(np.bincount(truth).max() / len(truth)) if len(truth) else None
+
+
+def _classification(task: Task, rows: Sequence[Row], subject: Array) -> dict[str, _Statistic]:
+    truth, answer = _codes(task, rows)
+    classes = len(task.classes)
+    one_hot, answered = np.eye(classes)[truth], np.eye(classes + 1)[answer][:, :classes]
+    share = one_hot.mean(0)
+    most, occurring = share.max(), (share > 0).sum()
+    right = truth == answer
+    pair = {"truth": one_hot, "answer": answered}
+    found = {
+        "accuracy": _share(right, subject, float(most)),
+        "balanced_accuracy": _Statistic(partial(weighted.balanced_accuracy, **pair), subject, float(1 / occurring)),
+        "f1": _Statistic(partial(weighted.macro_f1, **pair), subject, float(2 * most / (1 + most) / occurring)),
+        "unparsable": _share(answer == classes, subject, None),
+    }
+    if not _with_likelihoods(rows):
+        return found
+    probability = probabilities(task, rows)
+    brier = ((probability - one_hot) ** 2).sum(1) / 2
+    calibration = {"right": probability.argmax(1) == truth, "confidence": probability.max(1)}
+    auroc = partial(weighted.macro_auroc, truth=one_hot, probability=probability)
+    return found | {
+        "auroc": _Statistic(auroc, subject, 0.5),
+        "brier": _mean(brier, subject, float((1 - (share**2).sum()) / 2)),
+        "ece": _Statistic(partial(weighted.calibration_error, **calibration), subject, None),
+    }
+
+
+def probabilities(task: Task, rows: Sequence[Row]) -> Array:
+    """Of each answer of a closed set, float [n, K] in the order of `task.classes`: the softmax of the likelihoods,
+    which all rows have."""
+    from scipy.special import softmax
+
+    by_class = [{normalise(a): value for a, value in row["likelihoods"].items()} for row in rows]
+    return softmax(np.array([[of[name] for name in task.classes] for of in by_class]), axis=1)
+
+
+def _comparison(task: Task, rows: Sequence[Row], subject: Array) -> dict[str, _Statistic]:
+    found = _classification(task, rows, subject)
+    truth, answer = _codes(task, rows)
+    code = {name: i for i, name in enumerate(task.classes)}
+    reference = np.array([code[task.compared_with(row)] for row in rows])
+    counts = np.zeros((len(code), len(code)), int)
+    np.add.at(counts, (reference, truth), 1)
+    right, copied, same = truth == answer, answer == reference, reference == truth
+    # who knows the reference's label, as the conversation says it, may answer what mostly follows it
+    found["accuracy"] = _share(right, subject, float(counts.max(1).sum() / len(rows)))
+    parts = {"same": same, "different": ~same} | {f"reference={name}": reference == i for name, i in code.items()}
+    for part, which in parts.items():
+        found[f"accuracy/{part}"] = _part(right, subject, which, _most(truth[which]))
+    found["copy_rate"] = _share(copied, subject, _agreement(answer, reference))
+    found["copy_rate/different"] = _part(copied, subject, ~same, _agreement(answer[~same], reference[~same]))
+    return found | {"vote_accuracy": _votes(truth, answer, len(code), subject)}
+
+
+def _agreement(one: Array, other: Array) -> float | None:
+    """Share of equal ones where neither had to do with the other: Cohen's expected agreement."""
+    if not len(one):
+        return None
+    length = max(one.max(), other.max()) + 1
+    return float(np.bincount(one, minlength=length) @ np.bincount(other, minlength=length) / len(one) ** 2)
+
+
+def _votes(truth: Array, answer: Array, classes: int, subject: Array) -> _Statistic:
+    """Of each subject, and of each right answer if it has several: whether most of its answers are right. Of m answers
+    that are the most frequent, one right one counts 1/m; all that are none of the classes stand together as one."""
+    pairs, which = np.unique(np.stack([subject, truth], 1), axis=0, return_inverse=True)
+    votes = np.zeros((len(pairs), classes + 1))
+    np.add.at(votes, (which.reshape(-1), answer), 1)
+    most = votes == votes.max(1, keepdims=True)
+    return _share(most[np.arange(len(pairs)), pairs[:, 1]] / most.sum(1), pairs[:, 0], _most(pairs[:, 1]))
+
+
+def _regression(task: Task, rows: Sequence[Row], subject: Array) -> dict[str, _Statistic]:
+    truth = np.array([parse_number(task.truth(row), task.unit) for row in rows], float)
+    given = np.array([parse_number(row["prediction"], task.unit) for row in rows], float)  # None: NaN
+    none = np.isnan(given)
+    low, high = truth.min(), truth.max()
+    given = np.where(none, np.where(truth - low > high - truth, low, high), given)
+    error = given - truth
+    # of what was said only: the ends put in its place depend on the truth, and would correlate with it
+    pair, own = {"x": truth[~none], "y": given[~none]}, subject[~none]
+    return {
+        "mae": _mean(np.abs(error), subject, float(np.abs(truth - np.median(truth)).mean())),
+        "rmse": _Statistic(partial(weighted.rmse, error=error), subject, float(truth.std())),
+        "r2": _Statistic(partial(weighted.r2, truth=truth, answer=given), subject, 0.0),
+        "pearson": _Statistic(partial(weighted.pearson, **pair), own, 0.0),
+        "spearman": _Statistic(partial(weighted.spearman, **pair), own, 0.0),
+        "unparsable": _share(none, subject, None),
+    }
+
+
+def _text(task: Task, rows: Sequence[Row], subject: Array) -> dict[str, _Statistic]:
+    truths = [task.truth(row) for row in rows]
+    right = np.array([normalise(row["prediction"]) == truth for row, truth in zip(rows, truths, strict=True)])
+    return {"accuracy": _share(right, subject, max(Counter(truths).values()) / len(truths))}
+
+
+_STATISTICS: dict[TaskKind, Callable[[Task, Sequence[Row], Array], dict[str, _Statistic]]] = {
+    "classification": _classification,
+    "comparison": _comparison,
+    "regression": _regression,
+    "text": _text,
+}
+
+
+# What is said of it.
+
+
+def _notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Row]], resamples: int) -> Iterator[str]:
+    known = Counter(_subject(row)[0] for members in groups.values() for row in members)
+    whose = " and ".join(f"{key} ({n} answers)" for key, n in sorted(known.items()))
+    how = f"95 % intervals: {resamples} resamples of subjects" if resamples else "No intervals: no resamples"
+    yield f"{how}; subjects by {whose}."
+    for name, task in tasks.items():
+        rows = groups[name]
+        if task.kind == "regression":
+            none = sum(parse_number(row["prediction"], task.unit) is None for row in rows)
+            what = "are no number" + (f" ({task.unit})" if task.unit else "")
+            so = "the end of the references' range that is farther from the truth, and not in pearson and spearman"
+        else:
+            none = sum(normalise(row["prediction"]) not in task.classes for row in rows) if task.answers else 0
+            what, so = f"are none of {', '.join(task.classes)}", "wrong"
+        if none:
+            yield f"{name}: {none} of {len(rows)} answers {what}; each counts as {so}."
+        if len(task.classes) == 1:
+            yield f"{name}: every reference is {task.classes[0]}; evaluation.tasks.{name}.answers names all answers."
+    lacking = {
+        name: [metric for metric in task.metrics if metric in OF_LIKELIHOODS]
+        for name, task in tasks.items()
+        if not _with_likelihoods(groups[name])
+    }
+    if metrics := dict.fromkeys(metric for of_task in lacking.values() for metric in of_task):
+        whose = ", ".join(name for name, of_task in lacking.items() if of_task)
+        yield f"No {', '.join(metrics)} of {whose}: their predictions hold no likelihoods."
+
+
+def _figure_lines(figures: Mapping[str, Figure]) -> Iterator[str]:
+    for name, f in figures.items():
+        cells = f"{short(f.value):>9} {span(f, 20) or '–':>19}{f.n:>7}{f.subjects:>9} {short(f.chance):>6}"
+        label = textwrap.wrap(f"  {name}", _WIDTH, subsequent_indent="    ")
+        yield from label[:-1]
+        if len(label[-1]) > 28:
+            yield label[-1]
+            label[-1] = ""
+        yield f"{label[-1]:<28}{cells}"
+
+
+def span(figure: Figure, width: int) -> str:
+    """Its interval in a column, with a space before it; nothing where there is none."""
+    if figure.low is None or figure.high is None:
+        return ""
+    whole = f"{short(figure.low)} to {short(figure.high)}"
+    return whole if len(whole) < width else f"{short(figure.low)}–{short(figure.high)}"
+
+
+def short(value: float | None) -> str:
+    """For people: three places, or three digits of what is very small or large."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if value == 0 or 0.01 <= abs(value) < 1000 else f"{value:.3g}"
+
+
+def _confusion_lines(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Iterator[str]:
+    """A row for each reference, a column for each answer, by letters."""
+    if len(classes) > MAX_CLASSES:
+        yield f"  confusion of {len(classes)} answers: with --json"
+        return
+    letters = "abcdefghijklmnopqrstuvwxyz"[: len(classes)]
+    width = _WIDTH - 6 * (len(classes) + 1)
+    yield f"{'  reference / answer':<{width}}" + "".join(f"{letter:>6}" for letter in letters) + f"{'none':>6}"
+    for letter, name, row in zip(letters, classes, counts, strict=True):
+        label = f"  {letter} {name}"
+        label = label if len(label) <= width else f"{label[: width - 1]}…"
+        yield f"{label:<{width}}" + "".join(f"{count:>6}" for count in row)
