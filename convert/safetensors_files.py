@@ -143,11 +143,11 @@ def _read(file: FileIO, out: np.ndarray, path: Path, name: str, crc: int | None)
 def _open_bin(path: Path) -> dict[str, Tensor]:
     """Tensors of a file that torch.save wrote."""
     try:
-        from umbrella_jax.io.torch_files import open_bin
+        from umbrella_jax.io.torch_files import read_bin
     except ImportError:
         remedy = "pip install 'umbrella-jax[torch]', or save the model as safetensors"
         raise CheckpointError(f"{path}: needs PyTorch to be read; {remedy}") from None
-    return open_bin(path)
+    return {name: Tensor.of(array, str(path), name) for name, array in read_bin(path).items()}
 
 
 def open_checkpoint(directory: str | Path) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from umbrella_jax.cli.options import _FLAGS
-from umbrella_jax.config import schema as config
+from umbrella_jax.config import schema
 
 HEAD = """# Configuration of a run
 
@@ -102,7 +102,7 @@ def default(field: "dataclasses.Field[Any]") -> str:
 def reference() -> str:
     """The page. Raises ValueError for a field without a docstring."""
     lines, flag = [HEAD], {key: name for name, (_, key, *_) in _FLAGS.items()}
-    for key, cls in sections(config.RunConfig):
+    for key, cls in sections(schema.RunConfig):
         documented, hints = docstrings(cls), typing.get_type_hints(cls)
         rows = []
         for field in dataclasses.fields(cls):

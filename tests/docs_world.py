@@ -268,7 +268,7 @@ def captured(devices: int = 1) -> Iterator[tuple[io.StringIO, io.StringIO]]:
     with ExitStack() as stack:
         if shipped:
             stack.enter_context(mock.patch("umbrella_jax.config.load.shipped_configs", return_value=shipped))
-        for module in ("run.preparation", "prediction"):
+        for module in ("run.preparation", "inference.predict"):
             stack.enter_context(mock.patch(f"umbrella_jax.{module}.make_mesh", on_some))
         stack.enter_context(redirect_stdout(out))
         stack.enter_context(redirect_stderr(err))

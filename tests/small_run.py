@@ -190,7 +190,7 @@ def on(devices: int) -> Iterator[None]:
     """Runs in this block are on so many of the devices that the suite simulates."""
     some = partial(make_mesh, devices=jax.devices()[:devices])
     with ExitStack() as patched:
-        for module in ("run.preparation", "prediction"):
+        for module in ("run.preparation", "inference.predict"):
             patched.enter_context(mock.patch(f"umbrella_jax.{module}.make_mesh", some))
         yield
 

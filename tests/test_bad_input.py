@@ -46,7 +46,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def started(*args: Any, **kwargs: Any) -> Any:
         raise WorkStarted
 
-    monkeypatch.setattr(umbrella_jax.run, "fit", started)
+    monkeypatch.setattr(umbrella_jax.run.train, "fit", started)
     monkeypatch.setattr(Checkpoint, "params", started)
     seen: list[str] = []
 

@@ -1010,7 +1010,7 @@ def test_memory_is_told_as_such(base: Path, tmp_path: Path, monkeypatch: pytest.
     calls: list[tuple[str, Callable[[], Any]]] = [
         ("transformers.AutoTokenizer.from_pretrained", lambda: load_tokenizer(base, None)),
         ("umbrella_jax.data.voxels.np.load", lambda: load_volume(tmp_path / "a.npy", T1)),
-        ("convert.torch_model.torch.load", lambda: open_checkpoint(tmp_path)),
+        ("umbrella_jax.io.torch_files.torch.load", lambda: open_checkpoint(tmp_path)),
         ("convert.safetensors_files.safe_open", lambda: open_safetensors(tmp_path / "b.safetensors")),
         ("umbrella_jax.io.reading._check_plain", lambda: reading.read_yaml(tmp_path / "a.yaml")),
         ("umbrella_jax.io.reading._check_strict", lambda: reading.read_json(tmp_path / "a.json", DataError, "")),

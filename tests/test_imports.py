@@ -1,4 +1,4 @@
-"""The arrows of the architecture: who may import whom."""
+"""The floors of the architecture: which module may import which."""
 
 import ast
 import subprocess
@@ -9,93 +9,63 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# What the modules of a room import, besides the standard library and the room itself. Imports within functions count.
-ROOMS: dict[str, set[str]] = {
-    "umbrella_jax/errors.py": set(),
-    "umbrella_jax/io/reading.py": {"umbrella_jax.errors", "pydantic_core", "ruamel"},
-    "umbrella_jax/config/schema.py": {"umbrella_jax.errors", "umbrella_jax.io.reading", "pydantic", "ruamel"},
-    "umbrella_jax/batch.py": {"jax"},
-    "umbrella_jax/html/page.py": {"umbrella_jax.errors", "umbrella_jax.io.files", "jinja2"},
-    "umbrella_jax/console.py": {"umbrella_jax.errors"},
-    "umbrella_jax/report/compare_runs.py": {
-        *("umbrella_jax.console", "umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.evaluation"),
-        *("umbrella_jax.io.files", "umbrella_jax.html.page", "umbrella_jax.rundir", "matplotlib"),
+FLOORS: tuple[dict[str, set[str]], ...] = (
+    {"errors": set(), "batch": {"jax"}},
+    {"io": {"ml_dtypes", "numpy", "pydantic_core", "ruamel", "torch"}, "distributed": {"jax", "numpy"}},
+    {"config": {"pydantic", "ruamel"}},
+    {
+        "models": {"chex", "flax", "jax", "numpy", "qwix"},
+        "rundir": set(),
+        "html": {"PIL", "jinja2", "nibabel", "numpy"},
     },
-    "umbrella_jax/rundir.py": {
-        *("umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.io.files", "umbrella_jax.io.reading"),
-    },
-    "umbrella_jax/console.py": {"umbrella_jax.rundir", "tqdm"},
-    "umbrella_jax/sharding.py": {
-        *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models", "jax", "numpy"),
-    },
-    "umbrella_jax/distributed.py": {"umbrella_jax.errors", "jax", "numpy"},
-    "umbrella_jax/models": {
-        *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "jax", "flax", "chex", "numpy", "qwix"),
-    },
-    "umbrella_jax/training": {
-        *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
-        *("umbrella_jax.distributed", "umbrella_jax.io.files", "umbrella_jax.rundir", "umbrella_jax.sharding"),
-        *("jax", "flax", "optax", "orbax", "etils", "chex", "numpy"),
-    },
-    "umbrella_jax/plan": {
-        *("umbrella_jax.config", "umbrella_jax.errors", "umbrella_jax.models", "umbrella_jax.training", "jax"),
-        *("umbrella_jax.sharding", "umbrella_jax.io.reading", "umbrella_jax.console"),
-    },
-    "umbrella_jax/evaluation": {
-        "umbrella_jax.console",
-        *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
-        *(
-            "umbrella_jax.io.reading",
-            "umbrella_jax.sharding",
-            "umbrella_jax.training",
-            "jax",
+    {
+        "convert": {
             "flax",
-            "chex",
+            "huggingface_hub",
+            "isal",
+            "jax",
+            "ml_dtypes",
             "numpy",
-            "scipy",
-        ),
-        *("optax", "sklearn", "tqdm"),  # the baselines
+            "safetensors",
+            "torch",
+            "transformers",
+        },
+        "console": {"tqdm"},
+        "sharding": {"jax", "numpy"},
     },
-    "umbrella_jax/data": {
-        *(
-            "umbrella_jax.config",
-            "umbrella_jax.batch",
-            "umbrella_jax.errors",
-            "umbrella_jax.io.files",
-            "umbrella_jax.io.reading",
-            "umbrella_jax.console",
-            "umbrella_jax.html.page",
-        ),
-        *("numpy", "scipy", "nibabel", "isal", "threadpoolctl", "grain", "safetensors", "transformers", "tqdm", "PIL"),
+    {
+        "data": {"grain", "isal", "nibabel", "numpy", "safetensors", "scipy", "threadpoolctl", "tqdm", "transformers"},
+        "training": {"etils", "flax", "jax", "numpy", "optax", "orbax"},
     },
-    "umbrella_jax/report": {
-        *(
-            "umbrella_jax.checkpoints.checkpoint",
-            "umbrella_jax.config",
-            "umbrella_jax.data",
-            "umbrella_jax.errors",
-            "umbrella_jax.html.page",
-        ),
-        *(
-            "umbrella_jax.evaluation",
-            "umbrella_jax.inference.explain",
-            "umbrella_jax.models",
-            "umbrella_jax.inference.predict",
-        ),
-        *("umbrella_jax.io.reading", "umbrella_jax.rundir", "umbrella_jax.training", "umbrella_jax"),
-        *("umbrella_jax.io.files", "convert", "nibabel", "numpy", "matplotlib"),
+    {
+        "checkpoints": {"huggingface_hub", "jax", "numpy"},
+        "scoring": {"numpy", "scipy"},
+        "plan": {"jax"},
+        "doctor": {"huggingface_hub", "jax", "numpy", "optax", "packaging"},
     },
-    "convert": {
-        *("umbrella_jax.config", "umbrella_jax.batch", "umbrella_jax.errors", "umbrella_jax.models"),
-        *("umbrella_jax.io.files", "umbrella_jax.io.reading"),
-        *("jax", "flax", "numpy", "ml_dtypes", "safetensors", "huggingface_hub", "isal"),
+    {"inference": {"flax", "jax", "nibabel", "numpy", "tqdm"}},
+    {
+        "run": {"flax", "jax", "optax", "orbax", "tensorboardX", "tqdm", "wandb"},
+        "baselines": {"flax", "jax", "numpy", "optax", "sklearn", "tqdm"},
+        "report": {"matplotlib", "nibabel", "numpy"},
+        "demo": {"nibabel", "numpy", "safetensors", "tokenizers", "transformers"},
     },
+    {"cli": {"jax", "shtab"}, "__init__": set()},
+)
+"""Rooms of the package from the ground up, each with the libraries that it may import.
+
+A room is a folder or module of `umbrella_jax`, or `convert`. It imports only from itself and from lower floors.
+Imports inside functions count.
+"""
+ALLOWED = {room: libraries for floor in FLOORS for room, libraries in floor.items()}
+FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+TORCH = {"umbrella_jax/io/torch_files.py", "convert/torch_model.py"}
+"""The modules that import torch."""
+TRANSFORMERS = {
+    *("umbrella_jax/data/tokenize.py", "umbrella_jax/demo/base.py"),
+    *("convert/torch_model.py", "convert/verify.py"),
 }
-EXCEPTIONS = {
-    "convert/torch_model.py": {"torch", "transformers"},
-    "convert/verify.py": {"transformers"},  # whose reading of config.json is compared with ours
-    "umbrella_jax/data/voxels.py": {"convert"},  # torch_model alone, when a .pt is read: no second file imports torch
-}
+"""The modules that import transformers: for tokenizers, and for the PyTorch side of comparisons."""
 NOT_ON_AN_ACCELERATOR = (
     "qwix",
     "grain",
@@ -111,23 +81,34 @@ NOT_ON_AN_ACCELERATOR = (
 )
 
 
+def modules() -> dict[str, Path]:
+    """Return {dotted name: path} of all modules of the package."""
+    paths = sorted(path for top in ("umbrella_jax", "convert") for path in (ROOT / top).rglob("*.py"))
+    assert len(paths) > 100
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
+    return dict(zip(names, paths, strict=True))
+
+
 def imports(source: str) -> set[str]:
-    """Modules that a source imports: of our own packages `umbrella_jax.room`, of all others the top level."""
-    found = set()
+    """Return the dotted names that a source imports, imports inside functions included."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
-        names: list[str] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        found |= {".".join(name.split(".")[: 2 if name.startswith("umbrella_jax.") else 1]) for name in names}
-    return found - sys.stdlib_module_names
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-def files(room: str) -> list[Path]:
-    path = ROOT / room
-    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+def room_of(name: str) -> str | None:
+    """Return the room of a module or of a name in one, None for a library's."""
+    top, *rest = name.split(".")
+    if top == "convert":
+        return top
+    if top != "umbrella_jax":
+        return None
+    return rest[0] if rest and rest[0] in ALLOWED else "__init__"
 
 
 def test_imports_are_found() -> None:
@@ -139,40 +120,47 @@ def test_imports_are_found() -> None:
         if True: import torch.nn
     """
     source = "\n".join(line[4:] for line in source.splitlines())
-    assert imports(source) == {"jax", "umbrella_jax.models", "umbrella_jax.sharding", "torch"}
+    found = {"os.path", "jax.numpy", "umbrella_jax.models.llava.Llava", "umbrella_jax.sharding", "torch.nn"}
+    assert imports(source) == found
+    assert {name: room_of(name) for name in found if room_of(name)} == {
+        "umbrella_jax.models.llava.Llava": "models",
+        "umbrella_jax.sharding": "sharding",
+    }
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_arrows(room: str) -> None:
-    itself = room.removesuffix(".py").replace("/", ".")
-    assert files(room)
-    for path in files(room):
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_only_from_lower_floors(room: str) -> None:
+    paths = [path for name, path in modules().items() if room_of(name) == room]
+    assert paths
+    for path in paths:
         name = path.relative_to(ROOT).as_posix()
-        assert imports(path.read_text()) <= ROOMS[room] | {itself} | EXCEPTIONS.get(name, set()), name
+        for imported in imports(path.read_text()):
+            other, library = room_of(imported), imported.partition(".")[0]
+            if other is not None:
+                assert other == room or FLOOR_OF[other] < FLOOR_OF[room], f"{name} imports {imported}"
+            elif library not in sys.stdlib_module_names:
+                assert library in ALLOWED[room], f"{name} imports {library}"
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    """As they load; imports within functions come later."""
-    paths = {p.with_suffix("").relative_to(ROOT): p for top in ("umbrella_jax", "convert") for p in files(top)}
-    sources = {".".join(n.parts).removesuffix(".__init__"): p.read_text() for n, p in paths.items()}
+    found = modules()
     graph: dict[str, set[str]] = {}
-    for name, source in sources.items():
-        found = set()
-        for node in ast.parse(source).body:
-            if isinstance(node, ast.ImportFrom):
-                found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
-            elif isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names}
-        graph[name] = (found & sources.keys()) - {name}
-        # `from package import module` is an edge to the module, not to the package that is being loaded
-        graph[name] -= {one for one in graph[name] if name.startswith(f"{one}.")}
+    for name, path in found.items():
+        names = imports(path.read_text())
+        # `from package import module` imports the module, `from module import name` the module before the name
+        graph[name] = {n if n in found else n.rpartition(".")[0] for n in names} & found.keys() - {name}
     order = list(TopologicalSorter(graph).static_order())  # raises CycleError, which names them
-    assert len(order) == len(sources) > 80
+    assert set(order) == found.keys()
 
 
-def test_nobody_in_the_package_imports_torch() -> None:
-    for path in files("umbrella_jax"):
-        assert "torch" not in imports(path.read_text()), path
+@pytest.mark.parametrize(("library", "allowed"), [("torch", TORCH), ("transformers", TRANSFORMERS)])
+def test_few_modules_import_what_is_slow(library: str, allowed: set[str]) -> None:
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for path in modules().values()
+        if any(name.partition(".")[0] == library for name in imports(path.read_text()))
+    }
+    assert users == allowed
 
 
 def python(source: str) -> str:

@@ -12,6 +12,7 @@ def quantize(work_dir: Path) -> None:
     import numpy as np
 
     import umbrella_jax
+    from umbrella_jax.cli import main
     from umbrella_jax.data.loader import eval_batches
     from umbrella_jax.demo import run_demo
     from umbrella_jax.models import split
@@ -20,7 +21,7 @@ def quantize(work_dir: Path) -> None:
 
     folder = work_dir / "demo"
     if not (folder / "export").exists():
-        run_demo(folder)
+        run_demo(main, folder)
     processor = umbrella_jax.Processor.load(folder / "export")
     data = processor.dataset(folder / "data" / "eval.json", evaluation=True)
     references = [normalise(conversation.messages[-1].text) for conversation in data.conversations]

@@ -9,17 +9,17 @@ import pytest
 
 from tests import small_run
 from tests.small_run import World, read_lines, umbrella
-from umbrella_jax.inference import predict as prediction
-from umbrella_jax.run import train as run
+from umbrella_jax.inference import predict
+from umbrella_jax.run import evaluation, rehearsal, train
 from umbrella_jax.rundir import how_it_ended
 from umbrella_jax.training import trainer
 
 PROGRAMS = {
-    "step": ((run.rehearsal, "jit_train_step"), (trainer, "jit_train_step")),
-    "evaluation": ((run.rehearsal, "jit_eval_step"), (run.evaluation, "jit_eval_step")),
-    "prompts": ((prediction, "prefill"),),
-    "likelihoods": ((prediction, "score_answers"),),
-    "answers": ((prediction, "decode"),),
+    "step": ((rehearsal, "jit_train_step"), (trainer, "jit_train_step")),
+    "evaluation": ((rehearsal, "jit_eval_step"), (evaluation, "jit_eval_step")),
+    "prompts": ((predict, "prefill"),),
+    "likelihoods": ((predict, "score_answers"),),
+    "answers": ((predict, "decode"),),
 }
 
 
@@ -87,7 +87,7 @@ def counted() -> list[tuple[int, int, int, bool]]:
 @pytest.fixture(scope="module")
 def trained(rehearsed: str, world: World, flags: list[object], counted: list[tuple[int, int, int, bool]]) -> Path:
     """The run that was rehearsed."""
-    advance = run.Progress.advance
+    advance = train.Progress.advance
 
     def noted(self: Any, count: int, work: Any, seconds: float, *, compiled: bool, **more: Any) -> None:
         assert seconds > 0
@@ -95,7 +95,7 @@ def trained(rehearsed: str, world: World, flags: list[object], counted: list[tup
         advance(self, count, work, seconds, compiled=compiled, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Progress, "advance", noted)
+        patch.setattr(train.Progress, "advance", noted)
         umbrella(*world.train_flags(world.root / "run", *flags))
     return world.root / "run"
 
@@ -137,8 +137,8 @@ def test_memory_is_that_of_arguments_and_results(rehearsed: str) -> None:
 def test_too_little_memory_is_refused(
     world: World, flags: list[object], recorded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run.rehearsal, "_programs", lambda _: iter([("step", "2 volumes", Program(10**18))]))
-    monkeypatch.setattr(run.rehearsal, "_planned", lambda *_: 0.0)
+    monkeypatch.setattr(rehearsal, "_programs", lambda _: iter([("step", "2 volumes", Program(10**18))]))
+    monkeypatch.setattr(rehearsal, "_planned", lambda *_: 0.0)
     message = umbrella(*world.train_flags(world.root / "other", *flags, "--dry-run"), code=2)
     assert "step of 2 volumes: takes 1000000000.0 GB of a device that has " in message
     assert "lower train.batch_size" in message
@@ -159,8 +159,8 @@ class Program:
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dry run up to where it compiles."""
-    monkeypatch.setattr(run.rehearsal, "_programs", lambda _: iter([("step", "2 volumes", Program(1))]))
-    monkeypatch.setattr(run.rehearsal, "_planned", lambda *_: 0.0)
+    monkeypatch.setattr(rehearsal, "_programs", lambda _: iter([("step", "2 volumes", Program(1))]))
+    monkeypatch.setattr(rehearsal, "_planned", lambda *_: 0.0)
 
 
 def test_what_a_run_refuses_it_refuses(

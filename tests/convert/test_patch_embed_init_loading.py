@@ -1,4 +1,4 @@
-"""`model.patch_embed_init` from the file to the parameters: what `convert.patch_embed_init` computes; all else stays."""
+"""Loading a checkpoint with `model.patch_embed_init`; all other parameters stay."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import umbrella_jax
-from convert import patch_embed_init as starts
+from convert import patch_embed_init
 from convert.config_json import read_config
 from convert.from_hf import load_params, plan_loading
 from convert.torch_model import load_umbrella
@@ -38,7 +38,9 @@ Arrays = dict[str, np.ndarray]
 def inflated(tensors: Arrays, modalities: dict[str, ModalityConfig]) -> Arrays:
     """{path: array}, from SigLIP's own tensors in a file."""
     image = [tensors[EMBEDDINGS + name] for name in IMAGE]
-    return {f"{EMBEDDINGS}{m}_{k}": a for m, c in modalities.items() for k, a in starts.inflate(*image, c).items()}
+    return {
+        f"{EMBEDDINGS}{m}_{k}": a for m, c in modalities.items() for k, a in patch_embed_init.inflate(*image, c).items()
+    }
 
 
 def resampled(
@@ -50,7 +52,7 @@ def resampled(
         stored = (names or {}).get(m, m)
         weight, bias, table = (tensors[f"{EMBEDDINGS}{stored}_{key}"] for key in KEYS)
         weight = weight.reshape(len(weight), -1)  # a Conv3d's kernel; a Linear's is that already
-        start = starts.resample(weight, bias, table, old[stored], config)
+        start = patch_embed_init.resample(weight, bias, table, old[stored], config)
         found |= {f"{EMBEDDINGS}{m}_{key}": array for key, array in start.items()}
     return found
 

@@ -161,7 +161,7 @@ def test_a_misreading_of_ours_is_named(base, monkeypatch, field):
 def test_a_misreading_of_ours_shows_in_the_logits(base, monkeypatch, field):
     """PyTorch computes what transformers reads in the original config.json."""
     misread(monkeypatch, MISREADINGS[field])
-    monkeypatch.setattr("umbrella_jax.checkpoints.checkpoint.compare_reading", lambda *args, **options: [])
+    monkeypatch.setattr("umbrella_jax.checkpoints.verify.compare_reading", lambda *args, **options: [])
     found = verify(base, base)
     assert not found.same
     assert all(forward.logits > 1e-3 for forward in found.forward.values())

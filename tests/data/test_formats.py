@@ -373,7 +373,7 @@ def test_files_of_other_things(tmp_path):
 
 def test_without_torch(tmp_path, monkeypatch):
     (tmp_path / "a.pt").touch()
-    monkeypatch.delitem(sys.modules, "convert.torch_model", raising=False)
+    monkeypatch.delitem(sys.modules, "umbrella_jax.io.torch_files", raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
     assert faults(tmp_path / "a.pt", t1(orientation="as_stored")) == (
         f"{tmp_path / 'a.pt'}: needs PyTorch to be read; pip install 'umbrella-jax[torch]', or save it as .npy",

@@ -24,8 +24,8 @@ from umbrella_jax.data.validation.checks import check_overlap, read_contents, va
 from umbrella_jax.data.validation.findings import KINDS, Finding, Report, histogram
 from umbrella_jax.data.validation.page import write_page
 from umbrella_jax.errors import ConfigError, DataError
-from umbrella_jax.html import page as pages
-from umbrella_jax.html import slices as drawing
+from umbrella_jax.html import page as html_page
+from umbrella_jax.html import slices
 from umbrella_jax.inference.processor import Processor
 
 SHAPE = (6, 7, 5)
@@ -487,7 +487,7 @@ def test_page(config, ask, record, nifti, write_json, tokenizer, tmp_path):
     assert "@import" not in text
     assert len(pictures(text)) == 3  # a volume, and of a run its first frame and its deviation
     assert "&lt;i&gt;male&lt;/i&gt;" in text
-    assert pages.PRIVACY in text.replace("&#39;", "'")
+    assert html_page.PRIVACY in text.replace("&#39;", "'")
     assert "not found" in text
     assert text.index("not found") < text.index("<svg") < text.index("<article")
 
@@ -562,7 +562,7 @@ def test_right_front_and_top_are_drawn_where_the_letters_are(nifti, write_json, 
         threads=1,
         augment=settings.data.augment,
     )
-    ((picture,), side, margin) = pictures((tmp_path / "page.html").read_text()), drawing.LONGEST, drawing.MARGIN
+    ((picture,), side, margin) = pictures((tmp_path / "page.html").read_text()), slices.LONGEST, slices.MARGIN
     assert picture.shape == (side + 2 * margin, 3 * (side + 2 * margin))
     for panel in np.split(picture, 3, axis=1):
         inner = panel[margin:-margin, margin:-margin].astype(float)
@@ -577,26 +577,26 @@ def turn_from_ras(to):
 
 def test_letters():
     volume = np.zeros((2, 3, 4))
-    letters = [plane.letters for plane in drawing.slices(volume, "LPS", None)]
+    letters = [plane.letters for plane in slices.slices(volume, "LPS", None)]
     assert letters == [("R", "L", "A", "P"), ("R", "L", "S", "I"), ("A", "P", "S", "I")]
-    assert drawing.slices(volume, None, None)[0].letters == ("+i", "-i", "+j", "-j")
+    assert slices.slices(volume, None, None)[0].letters == ("+i", "-i", "+j", "-j")
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPI", "SAR", None])
 def test_planes_go_through_the_voxel_that_is_named(codes):
     volume = np.zeros((3, 4, 5))
     volume[2, 0, 3] = 1
-    for plane in drawing.slices(volume, codes, None, at=(2, 0, 3)):
+    for plane in slices.slices(volume, codes, None, at=(2, 0, 3)):
         assert plane.rows.sum() == 1
-    assert not any(plane.rows.any() for plane in drawing.slices(volume, codes, None))
+    assert not any(plane.rows.any() for plane in slices.slices(volume, codes, None))
 
 
 def test_a_map_is_laid_over_in_colour():
     volume, values = np.full((4, 4, 4), 0.5), np.zeros((4, 4, 4))
     values[0], values[3] = -1, 1
-    planes = [drawing.slices(v, "RAS", None)[:1] for v in (volume, values)]
-    picture = np.asarray(drawing.draw(planes[0], 0, 1, planes[1]), float)
-    row = picture[picture.shape[0] // 2, drawing.MARGIN : -drawing.MARGIN]
+    planes = [slices.slices(v, "RAS", None)[:1] for v in (volume, values)]
+    picture = np.asarray(slices.draw(planes[0], 0, 1, planes[1]), float)
+    row = picture[picture.shape[0] // 2, slices.MARGIN : -slices.MARGIN]
     right, middle, left = row[5], row[len(row) // 2], row[-5]  # the patient's right is at the left
     assert right[0] > 150 > 100 > right[2]
     assert left[2] > 150 > 100 > left[0]
@@ -610,14 +610,14 @@ def test_planes_are_to_scale(nifti, orientation):
     contents = read_contents(nifti("a.nii", (20, 30, 10), affine))
     stored = contents.orientation, contents.voxel_size, contents.shape
     config = ModalityConfig(size=(8, 8, 16), patch=(2, 2, 2), orientation=orientation)
-    codes, spacing = drawing.geometry(*stored, config)
+    codes, spacing = slices.geometry(*stored, config)
     assert (codes, spacing) == (("RAS", (3.75, 5, 2.5)) if orientation == "RAS" else ("SLA", (5, 3.75, 2.5)))
-    planes = drawing.slices(np.zeros(config.size), codes, spacing)
+    planes = slices.slices(np.zeros(config.size), codes, spacing)
     assert [plane.mm for plane in planes] == [(30, 40), (30, 40), (40, 40)]
     padded = replace(config, mode="pad", spacing=2.5)
-    assert drawing.geometry(*stored, padded) == (codes, (2.5, 2.5, 2.5))
+    assert slices.geometry(*stored, padded) == (codes, (2.5, 2.5, 2.5))
     run = replace(config, size=(8, 8, 16, 4), patch=(2, 2, 2, 2), scaling=None, mode=None)
-    assert drawing.geometry(*stored, run)[1] == ((1, 4, 2) if orientation == "RAS" else (2, 1, 4))  # never resized
+    assert slices.geometry(*stored, run)[1] == ((1, 4, 2) if orientation == "RAS" else (2, 1, 4))  # never resized
 
 
 # The command.
@@ -656,7 +656,7 @@ def test_command(command, world, tmp_path):
     assert found["sets"]["train"]["conversations"] == 12
     assert len(found["volumes"]) == 8
     assert found["sets"]["train"]["lengths"]["patches"]["max"] == 12
-    assert pages.PRIVACY in told.err
+    assert html_page.PRIVACY in told.err
     assert (tmp_path / "page.html").read_text().count("<article>") == 3
 
 
@@ -674,7 +674,7 @@ def test_answers_that_a_run_could_not_score_are_a_fault(command, world):
 
 
 def test_no_page_without_its_packages(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(pages, "_installed", lambda module: module != "PIL")
+    monkeypatch.setattr(html_page, "_installed", lambda module: module != "PIL")
     monkeypatch.setattr("umbrella_jax.data.validation.checks.validate", lambda *_, **__: pytest.fail("work was begun"))
     told = command("--html", tmp_path / "page.html")
     assert told.code == 2

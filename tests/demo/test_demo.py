@@ -17,6 +17,7 @@ from tests.page import Page
 from tests.small_run import read_lines
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.checkpoints.export import write_native
+from umbrella_jax.cli import main
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.demo import DemoData, make_base, make_data
 from umbrella_jax.demo.data import BLOCK, lesion_mask
@@ -144,7 +145,7 @@ def test_uneven_counts_are_refused(tmp_path: Path) -> None:
 def went(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     """The whole demo, of few subjects and steps, and what it returned."""
     root = tmp_path_factory.mktemp("demo")
-    return root, run_demo(root, subjects=(8, 8), arguments=["--epochs", "0.5"])
+    return root, run_demo(main, root, subjects=(8, 8), arguments=["--epochs", "0.5"])
 
 
 def test_the_demo_says_what_its_files_say(went: tuple[Path, dict[str, float]]) -> None:

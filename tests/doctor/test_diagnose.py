@@ -15,19 +15,18 @@ import pytest
 from convert.config_json import read_config
 from convert.lazy_tensor import Tensor
 from tests.small_run import umbrella_command
-from umbrella_jax.doctor import diagnose as doctor
-from umbrella_jax.doctor import reference_step as golden
+from umbrella_jax.doctor import diagnose, reference_step
 from umbrella_jax.doctor.diagnose import Diagnosis, Problem
 from umbrella_jax.models import abstract_params
 
 
 def write_description(directory: Path) -> Path:
     """config.json of the golden step's model, as Hugging Face's hub holds one."""
-    vision, text = golden.VISION, golden.TEXT
+    vision, text = reference_step.VISION, reference_step.TEXT
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
-        "image_token_index": golden.CONFIG.image_token_id,
+        "image_token_index": reference_step.CONFIG.image_token_id,
         "projector_hidden_act": "gelu",
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "full",
@@ -63,13 +62,15 @@ def torch_step(directory: Path) -> tuple[float, float]:
 
     from convert.torch_model import PatchEmbed, umbrella_model
 
-    assert read_config(directory, golden.MODALITIES) == golden.CONFIG
-    params = {path: Tensor.of(leaf) for path, leaf in golden.make_params().items()}
-    model = umbrella_model(json.loads((directory / "config.json").read_text()), golden.CONFIG, params).double()
+    assert read_config(directory, reference_step.MODALITIES) == reference_step.CONFIG
+    params = {path: Tensor.of(leaf) for path, leaf in reference_step.make_params().items()}
+    model = umbrella_model(json.loads((directory / "config.json").read_text()), reference_step.CONFIG, params).double()
     embeddings = next(module for module in model.modules() if isinstance(module, PatchEmbed))
-    batch = golden.make_batch()
+    batch = reference_step.make_batch()
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for row, (name, length, targets) in enumerate(zip(golden.SHOWN, golden.LENGTHS, golden.TARGETS, strict=True)):
+    for row, (name, length, targets) in enumerate(
+        zip(reference_step.SHOWN, reference_step.LENGTHS, reference_step.TARGETS, strict=True)
+    ):
         ids = torch.from_numpy(batch.input_ids[row : row + 1, :length]).long()
         volumes = {}
         if name is not None:
@@ -89,22 +90,25 @@ def torch_step(directory: Path) -> tuple[float, float]:
 
 def test_the_golden_step_is_pytorchs(tmp_path: Path) -> None:
     loss, norm = torch_step(write_description(tmp_path))
-    assert (loss, norm) == (pytest.approx(golden.LOSS, rel=1e-9), pytest.approx(golden.GRAD_NORM, rel=1e-9))
+    assert (loss, norm) == (
+        pytest.approx(reference_step.LOSS, rel=1e-9),
+        pytest.approx(reference_step.GRAD_NORM, rel=1e-9),
+    )
 
 
 def test_draws_are_bits_of_philox() -> None:
     """As of numpy 2.4; with other numbers here, the golden values would be another model's."""
-    assert golden._Draws(0).integers(1000, 4).tolist() == [259, 458, 49, 556]
-    values = golden._Draws(0).uniform((1000,), 0.5)
+    assert reference_step._Draws(0).integers(1000, 4).tolist() == [259, 458, 49, 556]
+    values = reference_step._Draws(0).uniform((1000,), 0.5)
     assert values.dtype == np.float32
     assert abs(values.mean()) < 0.05
     assert abs(values.std() - 0.5) < 0.02
-    assert set(golden.make_params()) == set(abstract_params(golden.CONFIG)[1])
+    assert set(reference_step.make_params()) == set(abstract_params(reference_step.CONFIG)[1])
 
 
 @pytest.fixture(scope="module")
 def healthy() -> Diagnosis:
-    return doctor.diagnose()
+    return diagnose.diagnose()
 
 
 def test_all_is_well_here(healthy: Diagnosis) -> None:
@@ -112,8 +116,8 @@ def test_all_is_well_here(healthy: Diagnosis) -> None:
     assert healthy.lines()[-1] == "Nothing is wrong."
     step = healthy.facts["step"]
     assert step["within"]
-    assert abs(step["loss"] / golden.LOSS - 1) <= 1e-6
-    assert abs(step["grad_norm"] / golden.GRAD_NORM - 1) <= 1e-6
+    assert abs(step["loss"] / reference_step.LOSS - 1) <= 1e-6
+    assert abs(step["grad_norm"] / reference_step.GRAD_NORM - 1) <= 1e-6
     assert healthy.facts["versions"]["jax"] == jax.__version__
     assert len(healthy.facts["devices"]["devices"]) == jax.local_device_count()
 
@@ -125,15 +129,15 @@ def test_it_is_one_screen_and_json(healthy: Diagnosis) -> None:
     assert not jax.distributed.is_initialized()
     again = json.loads(json.dumps(healthy.to_json()))
     assert again["ok"] is True
-    assert list(again) == ["ok", "problems", *doctor._SECTIONS]
+    assert list(again) == ["ok", "problems", *diagnose._SECTIONS]
 
 
 def test_another_number_is_told(healthy: Diagnosis, monkeypatch: pytest.MonkeyPatch) -> None:
     found = healthy.facts["step"]
-    step = golden.Step(found["loss"], found["grad_norm"] * (1 + 2e-4), 1.0)
-    monkeypatch.setattr(golden, "take_step", lambda device: step)
+    step = reference_step.Step(found["loss"], found["grad_norm"] * (1 + 2e-4), 1.0)
+    monkeypatch.setattr(reference_step, "take_step", lambda device: step)
     problems: list[Problem] = []
-    assert not doctor._step(problems)["within"]
+    assert not diagnose._step(problems)["within"]
     (problem,) = problems
     assert "a training step gives loss" in problem.what
 
@@ -142,9 +146,9 @@ def test_what_raises_is_a_problem_among_others(monkeypatch: pytest.MonkeyPatch) 
     def broken(problems: list[Problem]) -> Any:
         raise ImportError("libcudart.so.12: cannot open shared object file")
 
-    sections = dict.fromkeys(doctor._SECTIONS, (broken, str))
-    monkeypatch.setattr(doctor, "_SECTIONS", sections)
-    found = doctor.diagnose()
+    sections = dict.fromkeys(diagnose._SECTIONS, (broken, str))
+    monkeypatch.setattr(diagnose, "_SECTIONS", sections)
+    found = diagnose.diagnose()
     assert len(found.problems) == len(sections)
     text = "\n".join(found.lines())
     assert text.count("ImportError: libcudart.so.12: cannot open shared object file") == len(sections)
@@ -159,14 +163,14 @@ INSTALLED = {"umbrella-jax": "0.1.0", "jax": "0.11.0", "jaxlib": "0.11.0", "old"
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
-    monkeypatch.setattr(doctor, "_version", (INSTALLED | {k.replace("_", "-"): v for k, v in more.items()}).get)
-    monkeypatch.setattr(doctor.metadata, "requires", REQUIRES.get)
+    monkeypatch.setattr(diagnose, "_version", (INSTALLED | {k.replace("_", "-"): v for k, v in more.items()}).get)
+    monkeypatch.setattr(diagnose.metadata, "requires", REQUIRES.get)
 
 
 def test_versions_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, jax_cuda12_plugin="0.10.2")
     problems: list[Problem] = []
-    doctor._versions(problems)
+    diagnose._versions(problems)
     assert problems == [
         Problem("old is 1.9; expected >=2", "pip install 'old>=2'"),
         Problem("gone is not installed", "pip install 'gone>=1'"),
@@ -179,11 +183,11 @@ def test_versions_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch) -> No
 def test_extras_are_there_with_all_that_they_bring(monkeypatch: pytest.MonkeyPatch) -> None:
     """`cuda12` asks for jax, which is there, with an extra of its own, whose plugin is not."""
     extras = mock.Mock(get_all=lambda name, default: ["cuda12", "report", "dev"])
-    monkeypatch.setattr(doctor.metadata, "metadata", lambda name: extras)
+    monkeypatch.setattr(diagnose.metadata, "metadata", lambda name: extras)
     installed(monkeypatch)
-    assert doctor._extras([]) == {"cuda12": ["jax-cuda12-plugin is not installed"], "report": []}
+    assert diagnose._extras([]) == {"cuda12": ["jax-cuda12-plugin is not installed"], "report": []}
     installed(monkeypatch, jax_cuda12_plugin="0.11.0")
-    assert doctor._extras([]) == {"cuda12": [], "report": []}
+    assert diagnose._extras([]) == {"cuda12": [], "report": []}
 
 
 def test_a_broken_machine(tmp_path: Path) -> None:
@@ -227,20 +231,20 @@ def test_an_accelerator_that_is_not_used(
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(doctor, "_version", lambda name: "1" if name in seen else None)
-    problems = [problem.what for problem in doctor._unused("cpu")]
+    monkeypatch.setattr(diagnose, "_version", lambda name: "1" if name in seen else None)
+    problems = [problem.what for problem in diagnose._unused("cpu")]
     assert len(problems) == (said is not None)
     assert all(problem.startswith(str(said)) for problem in problems)
 
 
 def test_memory_and_disk_that_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_cgroups", lambda: [(3 * doctor.GIB, 2 * doctor.GIB)])
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: mock.Mock(free=1 << 20))
+    monkeypatch.setattr(diagnose, "_cgroups", lambda: [(3 * diagnose.GIB, 2 * diagnose.GIB)])
+    monkeypatch.setattr(diagnose.shutil, "disk_usage", lambda path: mock.Mock(free=1 << 20))
     problems: list[Problem] = []
-    assert doctor._host(problems)["memory"] == 3 * doctor.GIB
-    doctor._disk(problems)
+    assert diagnose._host(problems)["memory"] == 3 * diagnose.GIB
+    diagnose._disk(problems)
     assert [problem.what.partition(":")[0] for problem in problems] == ["host memory", "runs", "TMPDIR", "HF cache"]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     problems.clear()
-    doctor._disk(problems)
+    diagnose._disk(problems)
     assert [problem.what.partition(":")[0] for problem in problems] == ["runs", "TMPDIR"]

@@ -15,7 +15,7 @@ from tests import small_run
 from tests.small_run import World, conversation, read_lines, umbrella, write_json
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.errors import ConfigError, visible
-from umbrella_jax.inference import predict as prediction
+from umbrella_jax.inference import predict as predict_module
 from umbrella_jax.inference.processor import Processor
 from umbrella_jax.rundir import evaluations
 
@@ -113,7 +113,7 @@ def test_a_part_is_gone_on_with(
 ) -> None:
     """Cut off in its second batch, with a last line that was torn apart: each conversation is answered once."""
     out, asked = tmp_path / "out.jsonl", list[list[int]]()
-    answers = prediction.answers
+    answers = predict_module.answers
 
     def counted(*args: Any, **options: Any) -> Any:
         asked.append(list(options["only"]))
@@ -122,7 +122,7 @@ def test_a_part_is_gone_on_with(
                 raise KeyboardInterrupt
             yield found
 
-    monkeypatch.setattr(prediction, "answers", counted)
+    monkeypatch.setattr(predict_module, "answers", counted)
     flags = ["--likelihoods", "--max-new-tokens", 4, "--batch-size", 4]
     predict(run, data, out, *flags, code=130)
     part = tmp_path / "out.jsonl.part"

@@ -14,7 +14,7 @@ import pytest
 from tests import browser, small_run
 from tests.page import Page
 from tests.small_run import World, conversation, read_lines, umbrella, write_json
-from umbrella_jax.html import page as pages
+from umbrella_jax.html import page as html_page
 from umbrella_jax.html import slices
 from umbrella_jax.report import facts, figures
 
@@ -108,7 +108,7 @@ def baselines(run: Path, rows: Rows) -> Path:
 @pytest.fixture(scope="module")
 def page(run: Path, baselines: Path) -> Page:
     said = umbrella("report", run, "--baseline", baselines, "--samples", 30)
-    assert said == f"{run / 'report.html'}:\n  {pages.PRIVACY}\n"
+    assert said == f"{run / 'report.html'}:\n  {html_page.PRIVACY}\n"
     return Page(run / "report.html")
 
 
@@ -241,7 +241,7 @@ def test_it_holds_all_it_shows_and_runs_nothing(page: Page) -> None:
     assert not any(key.startswith("on") for _, of in page.elements for key in of)
     assert "@import" not in page.text
     assert all(of.get("alt") for tag, of in page.elements if tag == "img")
-    assert pages.PRIVACY in page.text.replace("&#39;", "'")
+    assert html_page.PRIVACY in page.text.replace("&#39;", "'")
 
 
 def test_it_is_legible_in_a_browser_and_on_paper(page: Page, run: Path, tmp_path: Path) -> None:
@@ -412,5 +412,5 @@ def test_no_page_without_its_packages(copy: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("umbrella_jax.report.page.read_facts", lambda *_, **__: pytest.fail("work was begun"))
     assert "expected the name of a file" in refused(copy, "--out", copy / "none" / "page.html")
     assert "--explain: no conversations" in refused(copy, "--samples", 0, "--explain", "gradient")
-    monkeypatch.setattr(pages, "_installed", lambda module: module != "matplotlib")
+    monkeypatch.setattr(html_page, "_installed", lambda module: module != "matplotlib")
     assert "matplotlib not installed; pip install 'umbrella-jax[report]'" in refused(copy)

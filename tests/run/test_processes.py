@@ -45,7 +45,7 @@ def child() -> None:
     `record.out` and `record.err` what it said, into `record.json` the files that Python opened: to read, phase by
     phase, and to write."""
     from umbrella_jax import cli
-    from umbrella_jax.run import train as run
+    from umbrella_jax.run import evaluation, train
 
     if "HEARTBEAT" in os.environ:  # jax looks every so many seconds whether the others live, 100 by default
         beat = int(os.environ["HEARTBEAT"])
@@ -69,7 +69,7 @@ def child() -> None:
 
         return enter
 
-    batches = train_batches = run.train_batches
+    batches = train_batches = train.train_batches
     if "SIGNAL_AT" in os.environ:  # a signal to this process as it reads that batch
         name, place = os.environ["SIGNAL_AT"].split()
 
@@ -81,8 +81,8 @@ def child() -> None:
                     time.sleep(1)  # so that the step which follows comes behind it
                 yield batch
 
-    run.train_batches = entering("train", batches)
-    run.evaluation.eval_batches = entering("eval", run.evaluation.eval_batches)
+    train.train_batches = entering("train", batches)
+    evaluation.eval_batches = entering("eval", evaluation.eval_batches)
     sys.addaudithook(hook)
     codes = os.dup(1)
     for line in sys.stdin:

@@ -295,7 +295,7 @@ def test_exit_codes_of_signals(
     def train(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("umbrella_jax.run.train", train)
+    monkeypatch.setattr("umbrella_jax.run.train.train", train)
     assert said in umbrella(*world.train_flags(tmp_path, "--resume"), code=code)
 
 

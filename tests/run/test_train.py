@@ -284,7 +284,7 @@ def planned(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
         return state
 
     def plan(*flags: object) -> dict[str, Any]:
-        monkeypatch.setattr(umbrella_jax.run, "fit", fit)
+        monkeypatch.setattr(umbrella_jax.run.train, "fit", fit)
         printed = umbrella(*world.train_flags(tmp_path / "planned", *flags))
         return {**seen, "stdout": printed, "settings": read_config(tmp_path / "planned" / "config.yaml")}
 
@@ -413,7 +413,7 @@ def test_evaluations_of_a_part_compile_nothing_more(
         programs.append(tuple(f._cache_size() for f in (prefill, decode, score_answers, jit_eval_step())))
         return found
 
-    monkeypatch.setattr(umbrella_jax.run, "evaluate", counted)
+    monkeypatch.setattr(umbrella_jax.run.train, "evaluate", counted)
     rows = [row for row in json.loads(world.train.read_text()) if row["task_type"] == "T3"] * 3
     data = small_run.write_json(tmp_path / "eval.json", [row | {"task_id": f"{i}"} for i, row in enumerate(rows)])
     flags = ["--task-filter", "T3", "--eval-data", data, "--epochs", 3, "--batch-size", 4]

@@ -16,8 +16,7 @@ from scipy.special import softmax
 from umbrella_jax.cli import main
 from umbrella_jax.config.schema import TaskConfig
 from umbrella_jax.errors import ConfigError, DataError
-from umbrella_jax.scoring import metrics
-from umbrella_jax.scoring import weighted_statistics as weighted
+from umbrella_jax.scoring import metrics, weighted_statistics
 from umbrella_jax.scoring.metrics import metric_names, score, tasks_of
 from umbrella_jax.scoring.parse_answer import parse_number
 
@@ -118,18 +117,24 @@ def one_hot(codes: np.ndarray, classes: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("statistic", "values"),
     [
-        (weighted.mean, lambda rng, n: [rng.normal(size=n)]),
+        (weighted_statistics.mean, lambda rng, n: [rng.normal(size=n)]),
         (
-            weighted.balanced_accuracy,
+            weighted_statistics.balanced_accuracy,
             lambda rng, n: [one_hot(rng.integers(3, size=n), 3), one_hot(rng.integers(4, size=n), 3)],
         ),
-        (weighted.macro_f1, lambda rng, n: [one_hot(rng.integers(3, size=n), 3), one_hot(rng.integers(4, size=n), 3)]),
-        (weighted.macro_auroc, lambda rng, n: [one_hot(rng.integers(3, size=n), 3), rng.integers(9, size=(n, 3))]),
-        (weighted.calibration_error, lambda rng, n: [rng.integers(2, size=n), rng.random(n)]),
-        (weighted.rmse, lambda rng, n: [rng.normal(size=n)]),
-        (weighted.r2, lambda rng, n: [rng.integers(5, size=n), rng.normal(size=n)]),
-        (weighted.pearson, lambda rng, n: [rng.integers(5, size=n), rng.normal(size=n)]),
-        (weighted.spearman, lambda rng, n: [rng.integers(5, size=n), rng.integers(9, size=n)]),
+        (
+            weighted_statistics.macro_f1,
+            lambda rng, n: [one_hot(rng.integers(3, size=n), 3), one_hot(rng.integers(4, size=n), 3)],
+        ),
+        (
+            weighted_statistics.macro_auroc,
+            lambda rng, n: [one_hot(rng.integers(3, size=n), 3), rng.integers(9, size=(n, 3))],
+        ),
+        (weighted_statistics.calibration_error, lambda rng, n: [rng.integers(2, size=n), rng.random(n)]),
+        (weighted_statistics.rmse, lambda rng, n: [rng.normal(size=n)]),
+        (weighted_statistics.r2, lambda rng, n: [rng.integers(5, size=n), rng.normal(size=n)]),
+        (weighted_statistics.pearson, lambda rng, n: [rng.integers(5, size=n), rng.normal(size=n)]),
+        (weighted_statistics.spearman, lambda rng, n: [rng.integers(5, size=n), rng.integers(9, size=n)]),
     ],
 )
 def test_a_weight_is_a_repetition(statistic: Callable[..., Any], values: Callable[..., Any]) -> None:

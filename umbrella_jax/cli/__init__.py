@@ -41,7 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = commands_of(parser)
-    for module in (setup, data, train, ask, results, convert):
+    setup.add(commands, parser, main)
+    for module in (data, train, ask, results, convert):
         module.add(commands)
     return parser
 

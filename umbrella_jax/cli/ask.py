@@ -152,12 +152,12 @@ def _opened(arguments: argparse.Namespace) -> Any:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    import umbrella_jax
     from umbrella_jax.checkpoints.load import load_opened
-    from umbrella_jax.inference.generate import probabilities
+    from umbrella_jax.inference.generate import probabilities, stream
+    from umbrella_jax.inference.processor import Processor
 
     sampling, checkpoint = _sampling(arguments), _opened(arguments)
-    processor = umbrella_jax.Processor.of(checkpoint)
+    processor = Processor.of(checkpoint)
     images = _images(arguments, processor.modalities)
     if not images:
         first = next(iter(processor.modalities))
@@ -171,7 +171,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         return
     said: list[int] = []
     shown = ""
-    for token in umbrella_jax.stream(
+    for token in stream(
         model,
         batch,
         stop_ids=processor.stop_ids,
@@ -226,10 +226,11 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _explain(arguments: argparse.Namespace) -> None:
-    import umbrella_jax
     from umbrella_jax.checkpoints.load import load_opened
     from umbrella_jax.config.schema import DataConfig
     from umbrella_jax.data.conversation import read_conversations
+    from umbrella_jax.inference.explain import explain
+    from umbrella_jax.inference.processor import Processor
     from umbrella_jax.io.files import check_new_folder, new_folder
 
     if (arguments.prompt is None) == (arguments.data is None):
@@ -237,7 +238,7 @@ def _explain(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     check_new_folder(out)
     checkpoint = _opened(arguments)
-    processor = umbrella_jax.Processor.of(checkpoint)
+    processor = Processor.of(checkpoint)
     if arguments.data is None:
         conversations = [processor.question(arguments.prompt, _images(arguments, processor.modalities))]
     else:
@@ -251,7 +252,7 @@ def _explain(arguments: argparse.Namespace) -> None:
     paths: list[Path] = []
     with new_folder(out, 0o700) as part:
         for number, conversation in enumerate(conversations):
-            explained = umbrella_jax.explain(
+            explained = explain(
                 model,
                 processor,
                 conversation,

@@ -1,6 +1,8 @@
 """Commands to begin with: `doctor`, `demo`, `config from-original`, `completion`."""
 
 import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,13 @@ from umbrella_jax.cli.options import DIRECTORIES, FILES, add_command, add_group,
 from umbrella_jax.io.files import strict_json
 
 
-def add(commands: Any) -> None:
-    """Add the commands."""
+def add(commands: Any, parser: argparse.ArgumentParser, main: Callable[[Sequence[str]], int]) -> None:
+    """Add the commands.
+
+    Args:
+        parser: the whole command line, whose words `completion` completes.
+        main: runs one command line, for those that `demo` types.
+    """
     doctor = add_command(
         commands,
         "doctor",
@@ -22,7 +29,7 @@ def add(commands: Any) -> None:
     demo = add_command(
         commands,
         "demo",
-        _demo,
+        partial(_demo, main),
         "Run the whole workflow on small real scans, base to export.",
         "umbrella-jax demo --out runs/demo",
     )
@@ -41,7 +48,7 @@ def add(commands: Any) -> None:
     completion = add_command(
         commands,
         "completion",
-        _completion,
+        partial(_completion, parser),
         "Print a script that completes commands, flags and paths.",
         "umbrella-jax completion bash > ~/.umbrella-jax.bash",
     )
@@ -57,10 +64,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 1 if found.problems else 0
 
 
-def _demo(arguments: argparse.Namespace) -> None:
+def _demo(main: Callable[[Sequence[str]], int], arguments: argparse.Namespace) -> None:
     from umbrella_jax.demo import run_demo
 
-    run_demo(Path(arguments.out))
+    run_demo(main, Path(arguments.out))
 
 
 def _from_original(arguments: argparse.Namespace) -> None:
@@ -69,12 +76,9 @@ def _from_original(arguments: argparse.Namespace) -> None:
     print(render(*from_original(arguments.file)), end="")
 
 
-def _completion(arguments: argparse.Namespace) -> None:
+def _completion(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     import shtab  # static scripts; argcomplete would start Python at every press of Tab
 
-    from umbrella_jax.cli import make_parser
-
-    parser = make_parser()
     for command in walk(parser):
         for action in command._actions:
             if action.metavar in FILES:

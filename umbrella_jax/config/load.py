@@ -189,7 +189,7 @@ def _expected_keys(path: Sequence[str | int]) -> str:
 
 def shipped_configs() -> dict[str, Path]:
     """The configs that come with the package, by name."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     # in a wheel they lie in the package, in a checkout beside it
     folder = next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}

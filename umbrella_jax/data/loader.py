@@ -204,7 +204,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Batches of the steps start_step .. num_steps - 1, each of A micro-batches of B conversations.
 
-    Epochs follow one another, each in an order of its own: see `umbrella_jax.data.epoch_plan`. In 4D, an epoch draws one
+    Epochs follow one another, each in an order of its own (`umbrella_jax.data.epoch_plan`). In 4D, an epoch draws one
     window per run, the same for every conversation that shows it. Both depend on the plan's seed and the epoch alone:
     step s is the same whether or not the run was resumed, and whatever the number of threads or processes.
 

@@ -1,7 +1,7 @@
 """The demo: the main job on an embedded default, each step a command that a user types."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,17 @@ median over held-out subjects. To see it on a scan: umbrella-jax explain"""
 
 
 def run_demo(
-    directory: Path, *, seed: int = 0, subjects: tuple[int, int] = (320, 40), arguments: Sequence[str] = ()
+    main: Callable[[Sequence[str]], int],
+    directory: Path,
+    *,
+    seed: int = 0,
+    subjects: tuple[int, int] = (320, 40),
+    arguments: Sequence[str] = (),
 ) -> dict[str, float]:
     """Makes a small LLaVA-Qwen and a data set, converts, trains, answers, exports and loads the export back.
 
     Args:
+        main: runs one `umbrella-jax` command line and returns its exit code.
         directory: for all that is made; must not exist or be empty.
         subjects: to train on, and held out; multiples of 4.
         arguments: for `umbrella-jax train`, behind the demo's own.
@@ -34,7 +40,6 @@ def run_demo(
         ConfigError: the directory is not empty.
         RunError: the export does not answer as the run did.
     """
-    from umbrella_jax.cli import main
     from umbrella_jax.io.files import check_new_folder, check_run_name
     from umbrella_jax.rundir import evaluations
     from umbrella_jax.scoring.metrics import read_predictions
@@ -85,13 +90,15 @@ def _lesions(checkpoint: Path, data: DemoData) -> float:
     import nibabel as nib
     import numpy as np
 
-    import umbrella_jax
+    from umbrella_jax.checkpoints.load import load
     from umbrella_jax.data.conversation import read_conversations
+    from umbrella_jax.inference.explain import explain
+    from umbrella_jax.inference.processor import Processor
 
-    model, processor = umbrella_jax.load(checkpoint), umbrella_jax.Processor.load(checkpoint)
+    model, processor = load(checkpoint), Processor.load(checkpoint)
     rng, ratios = np.random.default_rng(0), []
     for conversation in read_conversations(data.eval, processor.modalities, task_filter="lesion_side"):
-        explained = umbrella_jax.explain(model, processor, conversation, steps=8)
+        explained = explain(model, processor, conversation, steps=8)
         (image,) = explained.maps
         share = np.abs(explained.in_scan(processor, image))
         (subject,) = conversation.subjects
@@ -104,14 +111,16 @@ def _lesions(checkpoint: Path, data: DemoData) -> float:
 
 def _answers(checkpoint: Path, conversations: Path) -> list[str]:
     """What a notebook does: load, make a batch, generate."""
-    import umbrella_jax
+    from umbrella_jax.checkpoints.load import load
     from umbrella_jax.config.load import load_config
+    from umbrella_jax.inference.generate import generate
+    from umbrella_jax.inference.processor import Processor
 
-    model = umbrella_jax.load(checkpoint)
-    processor = umbrella_jax.Processor.load(checkpoint)
+    model = load(checkpoint)
+    processor = Processor.load(checkpoint)
     batch = processor.batch(conversations, prompts=True)
     longest = load_config(CONFIG).train.max_new_tokens
-    tokens = umbrella_jax.generate(model, batch, stop_ids=processor.stop_ids, max_new_tokens=longest)
+    tokens = generate(model, batch, stop_ids=processor.stop_ids, max_new_tokens=longest)
     return processor.decode(tokens)
 
 

@@ -103,7 +103,9 @@ def _said(error: Exception) -> str:
 def _versions(problems: list[Problem]) -> dict[str, str]:
     installed = {name: version for name in VERSIONS if (version := _version(name))}
     if NAME not in installed:
-        problems.append(Problem(f"{NAME} is not installed, it only lies in {Path(__file__).parent}", "pip install it"))
+        problems.append(
+            Problem(f"{NAME} is not installed, it only lies in {Path(__file__).parents[1]}", "pip install it")
+        )
     for requirement in _requirements(NAME, ""):
         if fault := _unmet(requirement):
             problems.append(Problem(fault, f"pip install '{requirement.name}{requirement.specifier}'"))
@@ -313,18 +315,18 @@ def _compiled(problems: list[Problem]) -> dict[str, Any]:
 def _step(problems: list[Problem]) -> dict[str, Any] | None:
     import jax
 
-    from umbrella_jax.doctor import reference_step as golden
+    from umbrella_jax.doctor import reference_step
 
     try:
         device = jax.local_devices()[0]
     except (RuntimeError, AssertionError):  # which `_devices` says
         return None
-    step = golden.take_step(device)
-    tolerance = golden.TOLERANCE.get(device.platform, golden.TOLERANCE["gpu"])
+    step = reference_step.take_step(device)
+    tolerance = reference_step.TOLERANCE.get(device.platform, reference_step.TOLERANCE["gpu"])
     within = all(d <= t for d, t in zip(step.differences(), tolerance, strict=True))
     found = {
         **asdict(step),
-        "expected": {"loss": golden.LOSS, "grad_norm": golden.GRAD_NORM},
+        "expected": {"loss": reference_step.LOSS, "grad_norm": reference_step.GRAD_NORM},
         "tolerance": dict(zip(("loss", "grad_norm"), tolerance, strict=True)),
         "within": within,
     }
@@ -332,7 +334,8 @@ def _step(problems: list[Problem]) -> dict[str, Any] | None:
         problems.append(
             Problem(
                 f"a training step gives loss {step.loss:.7g} and gradient {step.grad_norm:.7g}; expected "
-                f"{golden.LOSS:.7g} and {golden.GRAD_NORM:.7g}, up to {tolerance[0]:g} and {tolerance[1]:g} of them",
+                f"{reference_step.LOSS:.7g} and {reference_step.GRAD_NORM:.7g}, "
+                f"up to {tolerance[0]:g} and {tolerance[1]:g} of them",
                 "this device computes wrongly with these versions: take others (docs/install.md lists those that "
                 "were tried), unset XLA_FLAGS and JAX_* variables, update the driver, try another device",
             )

@@ -38,7 +38,7 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def write_page(template: Path, file: Path, **values: Any) -> None:
+def render_page(template: Path, file: Path, **values: Any) -> None:
     """Renders a template, which extends `pages.html`. Whatever `values` hold is text, never markup."""
     import jinja2
 

@@ -1,4 +1,4 @@
-"""Tensors from PyTorch's files; the only module that reads them with torch."""
+"""Read tensors from PyTorch's files. No other module of this package imports torch."""
 
 import zipfile
 from pathlib import Path
@@ -7,13 +7,15 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from convert.lazy_tensor import Tensor
 from umbrella_jax.errors import CheckpointError, is_out_of_memory
 from umbrella_jax.io.reading import placeholder
 
 
-def open_bin(path: Path) -> dict[str, Tensor]:
-    """Tensors of a `pytorch_model*.bin`; nothing in it is executed. Raises CheckpointError for one that is damaged."""
+def read_bin(path: Path) -> dict[str, np.ndarray]:
+    """Return {name: array} of a `pytorch_model*.bin`; nothing in it is executed.
+
+    Raises CheckpointError for a damaged file, and for one that holds anything but named tensors.
+    """
     if pointer := placeholder(path):
         raise CheckpointError(f"{path}: {pointer}")
     try:
@@ -31,7 +33,7 @@ def open_bin(path: Path) -> dict[str, Tensor]:
         remedy = "save the model in PyTorch with save_pretrained"
         raise CheckpointError(f"{path}: expected a state_dict, names and tensors{keys}; {remedy}")
     try:
-        return {name: Tensor.of(_from_torch(_checked(tensor)), str(path), name) for name, tensor in state.items()}
+        return {name: _from_torch(_checked(tensor)) for name, tensor in state.items()}
     except (TypeError, RuntimeError) as error:  # a type or layout that numpy does not have
         raise CheckpointError(f"{path}: {error}") from None
 

@@ -12,7 +12,7 @@ from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.volume import open_volume, preprocess
 from umbrella_jax.errors import ConfigError
-from umbrella_jax.html import page as pages
+from umbrella_jax.html.page import PACKAGES, page_faults, png, render_page
 from umbrella_jax.html.slices import draw, geometry, grey, images, slices
 from umbrella_jax.inference.attribution import Method
 from umbrella_jax.inference.explain import Explanation
@@ -52,7 +52,7 @@ def write_report(
     file = Path(file)
     check_run(run)
     own = file.absolute() == (Path(run) / REPORT).absolute()
-    faults = pages.page_faults("--out", file, pages.PACKAGES, rewrite=own)
+    faults = page_faults("--out", file, PACKAGES, rewrite=own)
     if explain and not samples:
         faults.append("--explain: no conversations whose answers could be (--samples 0); expected some")
     if faults:
@@ -63,7 +63,7 @@ def write_report(
     explained = _explained(facts, explain) if explain else [None] * len(facts.samples)
     last, chance = max((int(line["step"] or 0) for line in facts.lines), default=0), chances(facts)
     cards = [_card(facts, sample, found) for sample, found in zip(facts.samples, explained, strict=True)]
-    pages.write_page(
+    render_page(
         Path(__file__).with_name("page.html"),
         file,
         facts=facts,
@@ -167,12 +167,13 @@ def _task(facts: Facts, name: str) -> dict[str, Any]:
 
 def _explained(facts: Facts, method: Method) -> list[Explanation | None]:
     """Of each sample that shows a volume and has an answer."""
-    import umbrella_jax
+    from umbrella_jax.checkpoints.load import load
     from umbrella_jax.inference.explain import explain
+    from umbrella_jax.inference.processor import Processor
 
     source = facts.run / CHECKPOINTS / str(facts.answering)
-    model = umbrella_jax.load(source)
-    processor = umbrella_jax.Processor.load(source, max_length=facts.config.data.max_length)
+    model = load(source)
+    processor = Processor.load(source, max_length=facts.config.data.max_length)
     return [
         explain(model, processor, sample.conversation, answer=answer, method=method)
         if (answer := sample.row["prediction"]).strip() and sample.conversation.images
@@ -218,7 +219,7 @@ def _pictures(image: Image, config: ModalityConfig, explained: Explanation | Non
         where = "slices through the voxel with the largest share"
     for part, picture in images(array):
         caption = ", ".join(filter(None, (part, where, sides)))
-        yield caption, pages.png(draw(slices(picture, codes, spacing, at), *grey(picture), longest=_LONGEST))
+        yield caption, png(draw(slices(picture, codes, spacing, at), *grey(picture), longest=_LONGEST))
     if explained is not None:
         under, size = images(array)[0][1], np.abs(values)
         limit = float(np.percentile(size[size > 0], 99)) if size.any() else 1.0
@@ -227,7 +228,7 @@ def _pictures(image: Image, config: ModalityConfig, explained: Explanation | Non
         yield (
             "what speaks for the answer (red) and against it (blue), the same slices; all shares sum to "
             f"{short(float(values.sum()))} nats",
-            pages.png(draw(planes, *grey(under), over, bar=(short(limit), unit), longest=_LONGEST)),
+            png(draw(planes, *grey(under), over, bar=(short(limit), unit), longest=_LONGEST)),
         )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from umbrella_jax.config.schema import MAX_CLASSES, TaskKind
 from umbrella_jax.errors import DataError
 from umbrella_jax.io.reading import kind, parse_json, read_lines
-from umbrella_jax.scoring import weighted_statistics as weighted
+from umbrella_jax.scoring import weighted_statistics
 from umbrella_jax.scoring.parse_answer import normalise, parse_number
 from umbrella_jax.scoring.tasks import (
     METRICS,
@@ -284,7 +284,7 @@ class _Statistic:
 
 
 def _mean(values: Array, subject: Array, chance: float | None) -> _Statistic:
-    return _Statistic(partial(weighted.mean, values=values), subject, chance)
+    return _Statistic(partial(weighted_statistics.mean, values=values), subject, chance)
 
 
 def _share(which: Array, subject: Array, chance: float | None) -> _Statistic:
@@ -362,8 +362,12 @@ def _classification(task: Task, rows: Sequence[Row], subject: Array) -> dict[str
     pair = {"truth": one_hot, "answer": answered}
     found = {
         "accuracy": _share(right, subject, float(most)),
-        "balanced_accuracy": _Statistic(partial(weighted.balanced_accuracy, **pair), subject, float(1 / occurring)),
-        "f1": _Statistic(partial(weighted.macro_f1, **pair), subject, float(2 * most / (1 + most) / occurring)),
+        "balanced_accuracy": _Statistic(
+            partial(weighted_statistics.balanced_accuracy, **pair), subject, float(1 / occurring)
+        ),
+        "f1": _Statistic(
+            partial(weighted_statistics.macro_f1, **pair), subject, float(2 * most / (1 + most) / occurring)
+        ),
         "unparsable": _share(answer == classes, subject, None),
     }
     if not _with_likelihoods(rows):
@@ -371,11 +375,11 @@ def _classification(task: Task, rows: Sequence[Row], subject: Array) -> dict[str
     probability = probabilities(task, rows)
     brier = ((probability - one_hot) ** 2).sum(1) / 2
     calibration = {"right": probability.argmax(1) == truth, "confidence": probability.max(1)}
-    auroc = partial(weighted.macro_auroc, truth=one_hot, probability=probability)
+    auroc = partial(weighted_statistics.macro_auroc, truth=one_hot, probability=probability)
     return found | {
         "auroc": _Statistic(auroc, subject, 0.5),
         "brier": _mean(brier, subject, float((1 - (share**2).sum()) / 2)),
-        "ece": _Statistic(partial(weighted.calibration_error, **calibration), subject, None),
+        "ece": _Statistic(partial(weighted_statistics.calibration_error, **calibration), subject, None),
     }
 
 
@@ -435,10 +439,10 @@ def _regression(task: Task, rows: Sequence[Row], subject: Array) -> dict[str, _S
     pair, own = {"x": truth[~none], "y": given[~none]}, subject[~none]
     return {
         "mae": _mean(np.abs(error), subject, float(np.abs(truth - np.median(truth)).mean())),
-        "rmse": _Statistic(partial(weighted.rmse, error=error), subject, float(truth.std())),
-        "r2": _Statistic(partial(weighted.r2, truth=truth, answer=given), subject, 0.0),
-        "pearson": _Statistic(partial(weighted.pearson, **pair), own, 0.0),
-        "spearman": _Statistic(partial(weighted.spearman, **pair), own, 0.0),
+        "rmse": _Statistic(partial(weighted_statistics.rmse, error=error), subject, float(truth.std())),
+        "r2": _Statistic(partial(weighted_statistics.r2, truth=truth, answer=given), subject, 0.0),
+        "pearson": _Statistic(partial(weighted_statistics.pearson, **pair), own, 0.0),
+        "spearman": _Statistic(partial(weighted_statistics.spearman, **pair), own, 0.0),
         "unparsable": _share(none, subject, None),
     }
 

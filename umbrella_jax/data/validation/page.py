@@ -24,13 +24,13 @@ from umbrella_jax.data.validation.findings import (
 )
 from umbrella_jax.data.volume import open_volume, preprocess
 from umbrella_jax.errors import ConfigError
-from umbrella_jax.html import page as pages
+from umbrella_jax.html.page import page_faults, png, render_page
 from umbrella_jax.html.slices import draw, geometry, grey, images, slices
 
 
 def check_page(file: Path) -> None:
     """Raise ConfigError if the page could not be written, before any work is done for it."""
-    if faults := pages.page_faults("--html", file, ["pillow"]):
+    if faults := page_faults("--html", file, ["pillow"]):
         raise ConfigError(faults)
 
 
@@ -70,7 +70,7 @@ def write_page(
             if codes or not augmentation.left_right
         ]
         pictures = [
-            (", ".join(filter(None, (title, part))), pages.png(draw(slices(image, codes, spacing), *grey(image))))
+            (", ".join(filter(None, (title, part))), png(draw(slices(image, codes, spacing), *grey(image))))
             for title, changed in [("as the model gets it", array), *changes]
             for part, image in images(changed)
         ]
@@ -83,7 +83,7 @@ def write_page(
     drawn = _sample(report.volumes, {volume for volume in report.volumes if about[volume]}, sample)
     with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
         cards = list(pool.map(card, drawn))
-    pages.write_page(
+    render_page(
         Path(__file__).with_name("page.html"),
         file,
         report=report,
