@@ -15,7 +15,7 @@ uv=$work/venv/bin/uv
 "$uv" pip install --quiet --python "$work/venv/bin/python" ${LOCKED:+--constraint requirements/lock.txt} \
   "$work"/dist/*.whl mypy
 mkdir "$work/empty"
-cp tests/outside.py "$work/outside.py"
+cp tests/helpers/outside.py "$work/outside.py"
 cd "$work/empty"
 unset PYTHONPATH
 export PATH="$work/venv/bin:$PATH" PYTHONSAFEPATH=1

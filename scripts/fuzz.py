@@ -1,7 +1,7 @@
 """Fuzzes one of the readers under atheris, which seeks input that reaches new code: python scripts/fuzz.py TARGET.
 
-Targets and what must hold are in tests/fuzz_targets.py. Ends with the number of inputs, or at the first finding, whose
-input it prints. An input that takes a minute or 4 GB is one too.
+Targets, and what must be true of each, are in tests/helpers/fuzz_targets.py. It ends with the number of inputs tried, or
+at the first finding, whose input it prints. An input that takes a minute or 4 GB is a finding too.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     with atheris.instrument_imports(include=["umbrella_jax", "convert", "nibabel"], enable_loader_override=False):
-        from tests import fuzz_targets
+        from tests.helpers import fuzz_targets
     with tempfile.TemporaryDirectory() as corpus:
         for i in range(64):  # else it begins with inputs too short to make a file from
             Path(corpus, str(i)).write_bytes(os.urandom(fuzz_targets.LENGTH))

@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import umbrella_jax.run.train
-from tests import small_run
-from tests.small_run import World, read_config, umbrella
+from tests.helpers import small_run
+from tests.helpers.small_run import World, read_config, umbrella
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 
 Refused = Callable[..., str]

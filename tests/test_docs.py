@@ -1,6 +1,6 @@
 """README and docs stay true: every block is executed or looked at, every name that they name is there.
 
-What their commands read stands in `tests/docs_world.py`, with the few that are not run, and why.
+What their commands read stands in `tests/helpers/docs_world.py`, with the few that are not run, and why.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from tests import docs_world, tour
 from tests.config.test_configs import write_hub_config
-from tests.docs_world import GIVEN, README, ROOT, blocks, commands, execute, pages, pattern
-from tests.small_checkpoints import under_transformers_4_46
-from tests.small_run import umbrella
+from tests.helpers import docs_world, tour
+from tests.helpers.checkpoints import under_transformers_4_46
+from tests.helpers.docs_world import GIVEN, README, ROOT, blocks, commands, execute, pages, pattern
+from tests.helpers.small_run import umbrella
 from umbrella_jax.cli import make_parser
 from umbrella_jax.cli.options import walk
 from umbrella_jax.config.schema import RunConfig
@@ -164,7 +164,7 @@ def test_plan_for_uk_biobank(tmp_path: Path) -> None:
 
 
 def test_citation() -> None:
-    from tests.small_run import read_config
+    from tests.helpers.small_run import read_config
 
     cited, project = read_config(ROOT / "CITATION.cff"), docs_world.project()
     assert (cited["title"], cited["version"], cited["license"]) == (

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from tests import small_run
-from tests.small_run import World, read_lines
+from tests.helpers import small_run
+from tests.helpers.small_run import World, read_lines
 from umbrella_jax.cli import main
 
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")

@@ -11,7 +11,7 @@ import pytest
 from first_hours import FOLD, PAGE, ROOT, Result, folded, neutral, shortened, transcript, typed_lines
 from walks import PARTS, Step
 
-from tests.small_run import process_environment
+from tests.helpers.small_run import process_environment
 
 STEPS = [step for parts in PARTS.values() for part in parts for step in part.steps]
 

@@ -9,8 +9,8 @@ import pytest
 from convert.config_json import read_config
 from convert.safetensors_files import SINGLE, open_checkpoint
 from convert.trainable import open_trainable
-from tests import fuzz_targets
-from tests.fuzz_targets import (
+from tests.helpers import fuzz_targets
+from tests.helpers.fuzz_targets import (
     ARRAYS,
     CONVERSATIONS,
     JSONS,

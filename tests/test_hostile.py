@@ -24,7 +24,7 @@ from convert.export_config import carried
 from convert.from_hf import fingerprint
 from convert.safetensors_files import open_checkpoint, open_safetensors
 from tests.conftest import write_tokenizer
-from tests.small_checkpoints import write_stock
+from tests.helpers.checkpoints import write_stock
 from umbrella_jax.cli import main, setup
 from umbrella_jax.config.from_original import from_original
 from umbrella_jax.config.load import load_config

@@ -11,11 +11,28 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from golden_case import relative
 from jax.sharding import Mesh, PartitionSpec
-from mesh_case import DH, HEADS, KV_HEADS, MODEL, PATCHES, B, D, E, F, G, K, T, V, mesh_batch, mesh_case, micro_batch
-from training_case import QUICK, stack, to_numpy
 
+from tests.helpers.golden_case import relative
+from tests.helpers.mesh_case import (
+    DH,
+    HEADS,
+    KV_HEADS,
+    MODEL,
+    PATCHES,
+    B,
+    D,
+    E,
+    F,
+    G,
+    K,
+    T,
+    V,
+    mesh_batch,
+    mesh_case,
+    micro_batch,
+)
+from tests.helpers.training_case import QUICK, stack, to_numpy
 from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import MeshConfig
 from umbrella_jax.errors import ConfigError

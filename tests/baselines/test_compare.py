@@ -19,7 +19,15 @@ from sklearn.metrics import log_loss, mean_squared_error
 from sklearn.preprocessing import StandardScaler
 
 import umbrella_jax
-from tests.small_run import conversation, modalities, read_lines, umbrella, write_config, write_json, write_volume
+from tests.helpers.small_run import (
+    conversation,
+    modalities,
+    read_lines,
+    umbrella,
+    write_config,
+    write_json,
+    write_volume,
+)
 from umbrella_jax.baselines import probe as probe_module
 from umbrella_jax.baselines.cnn import SFCN, WIDTHS, by_slices, channels, fit
 from umbrella_jax.baselines.probe import FOLDS, TOWER, Tower, fit_probe, folds

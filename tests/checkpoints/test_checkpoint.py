@@ -19,11 +19,10 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 import umbrella_jax
 from convert.safetensors_files import open_checkpoint
 from convert.torch_model import load_umbrella
-from tests import small_checkpoints as checkpoints
-from tests import small_run
 from tests.conftest import write_tokenizer
-from tests.small_checkpoints import write_umbrella
-from tests.small_run import World, read_lines, umbrella
+from tests.helpers import checkpoints, small_run
+from tests.helpers.checkpoints import write_umbrella
+from tests.helpers.small_run import World, read_lines, umbrella
 from umbrella_jax import Batch, Llava, Processor
 from umbrella_jax.checkpoints.checkpoint import Checkpoint, fetch
 from umbrella_jax.checkpoints.verify import verify

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests import small_run
-from tests.small_run import World, read_lines, umbrella
+from tests.helpers import small_run
+from tests.helpers.small_run import World, read_lines, umbrella
 from umbrella_jax.inference import predict
 from umbrella_jax.run import evaluation, rehearsal, train
 from umbrella_jax.rundir import how_it_ended

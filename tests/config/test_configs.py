@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.small_run import umbrella
+from tests.helpers.small_run import umbrella
 from umbrella_jax.batch import Batch
 from umbrella_jax.checkpoints.load import open_base
 from umbrella_jax.config.load import dump_config, load_config

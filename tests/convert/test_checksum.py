@@ -6,13 +6,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from checkpoints import write_umbrella
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from convert.lazy_tensor import Tensor
 from convert.safetensors_files import open_checkpoint, open_safetensors, write_safetensors
+from tests.helpers.checkpoints import write_umbrella
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.checkpoints.export import write_hf, write_native
 from umbrella_jax.errors import CheckpointError

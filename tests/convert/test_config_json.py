@@ -10,7 +10,7 @@ from convert.config_json import read_config, unused_dropout
 from convert.export_config import hf_dict, write_config
 from convert.model_card import model_card
 from convert.verify import compare_reading
-from tests.small_checkpoints import MODALITIES, make_model
+from tests.helpers.checkpoints import MODALITIES, make_model
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.errors import CheckpointError, ConfigError
 

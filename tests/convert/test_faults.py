@@ -17,9 +17,9 @@ from convert.from_hf import fingerprint, load_params, plan_loading
 from convert.rules import EMBED, LM_HEAD
 from convert.safetensors_files import INDEX, SINGLE, open_checkpoint
 from convert.trainable import Trainable, write_trainable
-from tests import small_run
-from tests.small_checkpoints import MODALITIES, write_stock, write_umbrella
-from tests.small_run import umbrella
+from tests.helpers import small_run
+from tests.helpers.checkpoints import MODALITIES, write_stock, write_umbrella
+from tests.helpers.small_run import umbrella
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.errors import CheckpointError, ConfigError, UmbrellaError
 from umbrella_jax.models import LlavaConfig

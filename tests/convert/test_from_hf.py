@@ -13,7 +13,7 @@ from convert.config_json import read_config
 from convert.from_hf import load_params, plan_loading
 from convert.rules import EMBED, LM_HEAD
 from convert.safetensors_files import open_checkpoint
-from tests.small_checkpoints import MODALITIES, write_stock, write_umbrella
+from tests.helpers.checkpoints import MODALITIES, write_stock, write_umbrella
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.models.llava import abstract_params
 

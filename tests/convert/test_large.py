@@ -17,9 +17,9 @@ import umbrella_jax
 from convert.rules import hub_name
 from convert.safetensors_files import digest, open_checkpoint
 from convert.torch_model import PatchEmbed
-from tests import small_run
-from tests.golden_case import relative
-from tests.small_run import umbrella
+from tests.helpers import small_run
+from tests.helpers.golden_case import relative
+from tests.helpers.small_run import umbrella
 from umbrella_jax import Batch
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.models import merge, split

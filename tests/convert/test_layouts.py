@@ -19,7 +19,7 @@ from convert.rules import EMBED, LM_HEAD
 from convert.safetensors_files import open_checkpoint
 from convert.to_hf import export
 from tests.conftest import write_tokenizer
-from tests.small_checkpoints import (
+from tests.helpers.checkpoints import (
     FAMILIES,
     MODALITIES,
     make_model,

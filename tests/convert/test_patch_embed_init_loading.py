@@ -16,9 +16,9 @@ from convert import patch_embed_init
 from convert.config_json import read_config
 from convert.from_hf import load_params, plan_loading
 from convert.torch_model import load_umbrella
-from tests import small_run
-from tests.small_checkpoints import MODALITIES, write_stock, write_umbrella
-from tests.small_run import World, umbrella
+from tests.helpers import small_run
+from tests.helpers.checkpoints import MODALITIES, write_stock, write_umbrella
+from tests.helpers.small_run import World, umbrella
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.checkpoints.export import write_native
 from umbrella_jax.config.schema import ModalityConfig

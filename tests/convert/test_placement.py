@@ -23,7 +23,7 @@ from convert.rules import modality_of
 
 ROOT = Path(__file__).parents[2]
 if __name__ != "__main__":
-    from tests.small_checkpoints import write_umbrella  # PyTorch, which takes a child some seconds
+    from tests.helpers.checkpoints import write_umbrella  # PyTorch, which takes a child some seconds
 
 Region = tuple[tuple[int, int], ...]
 

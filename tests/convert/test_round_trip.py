@@ -11,7 +11,7 @@ from convert.config_json import read_config
 from convert.from_hf import load_params
 from convert.safetensors_files import open_checkpoint
 from convert.to_hf import export
-from tests.small_checkpoints import FAMILIES, MODALITIES, write_stock, write_umbrella
+from tests.helpers.checkpoints import FAMILIES, MODALITIES, write_stock, write_umbrella
 from umbrella_jax.errors import CheckpointError, ConfigError
 
 

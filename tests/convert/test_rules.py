@@ -8,7 +8,7 @@ import pytest
 from convert.config_json import read_config
 from convert.lazy_tensor import Tensor
 from convert.rules import REPLACED, entries, hub_name, modality_of
-from tests.small_checkpoints import MODALITIES, make_model, write_umbrella
+from tests.helpers.checkpoints import MODALITIES, make_model, write_umbrella
 from umbrella_jax.models.llava import abstract_params
 
 

@@ -15,8 +15,8 @@ from convert.rules import hub_name
 from convert.safetensors_files import open_checkpoint
 from convert.to_hf import export
 from convert.torch_model import PatchEmbed, load_umbrella
-from tests.convert import torch_golden
-from tests.small_checkpoints import MODALITIES, under_transformers_4_46, write_stock, write_umbrella
+from tests.helpers import torch_golden
+from tests.helpers.checkpoints import MODALITIES, under_transformers_4_46, write_stock, write_umbrella
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.errors import CheckpointError
 
@@ -29,7 +29,7 @@ def test_golden(folder):
 
 
 def test_golden_under_transformers_4():
-    under_transformers_4_46("-m", "tests.convert.torch_golden", "4.46.3")
+    under_transformers_4_46("-m", "tests.helpers.torch_golden", "4.46.3")
 
 
 @pytest.mark.parametrize("tied", [True, False])

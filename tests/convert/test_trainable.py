@@ -14,8 +14,8 @@ import umbrella_jax
 from convert.rules import hub_name
 from convert.safetensors_files import open_checkpoint, write_checkpoint
 from convert.torch_model import load_umbrella
-from tests import small_run
-from tests.small_run import World, umbrella
+from tests.helpers import small_run
+from tests.helpers.small_run import World, umbrella
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.inference.processor import Processor

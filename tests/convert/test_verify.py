@@ -17,7 +17,7 @@ from convert.lazy_tensor import Tensor
 from convert.rules import EMBED, LM_HEAD
 from convert.verify import _compare, _ulp, compare_reading
 from tests.conftest import write_tokenizer
-from tests.small_checkpoints import FAMILIES, MODALITIES, write_stock, write_umbrella
+from tests.helpers.checkpoints import FAMILIES, MODALITIES, write_stock, write_umbrella
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.checkpoints.export import write_hf, write_native
 from umbrella_jax.checkpoints.verify import verify

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.small_run import umbrella
+from tests.helpers.small_run import umbrella
 from umbrella_jax.config.load import load_config
 from umbrella_jax.config.schema import resolve_modality
 from umbrella_jax.data.bids import MODALITIES, from_bids

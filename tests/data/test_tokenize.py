@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from tests.small_checkpoints import under_transformers_4_46
+from tests.helpers.checkpoints import under_transformers_4_46
 from umbrella_jax.data.conversation import Conversation, Image, Message, read_conversations
 from umbrella_jax.data.tokenize import (
     Remembering,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image as Picture
 
-from tests import small_run
+from tests.helpers import small_run
 from umbrella_jax.cli import main
 from umbrella_jax.config.schema import AugmentConfig, DataConfig, ModalityConfig, ModelConfig, RunConfig
 from umbrella_jax.data.cache import Sources

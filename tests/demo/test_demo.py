@@ -13,8 +13,8 @@ from nibabel.affines import apply_affine
 from scipy.special import softmax
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
-from tests.page import Page
-from tests.small_run import read_lines
+from tests.helpers.page import Page
+from tests.helpers.small_run import read_lines
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.checkpoints.export import write_native
 from umbrella_jax.cli import main

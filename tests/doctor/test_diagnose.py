@@ -14,7 +14,7 @@ import pytest
 
 from convert.config_json import read_config
 from convert.lazy_tensor import Tensor
-from tests.small_run import umbrella_command
+from tests.helpers.small_run import umbrella_command
 from umbrella_jax.doctor import diagnose, reference_step
 from umbrella_jax.doctor.diagnose import Diagnosis, Problem
 from umbrella_jax.models import abstract_params

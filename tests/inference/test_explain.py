@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
-from golden_case import golden_batch, golden_model
-from training_case import QUICK
 
-from tests.small_run import write_volume
+from tests.helpers.golden_case import golden_batch, golden_model
+from tests.helpers.small_run import write_volume
+from tests.helpers.training_case import QUICK
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.volume import load_volume, open_volume, restore, window_stride

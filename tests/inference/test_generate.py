@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_case import relative
-from mesh_case import B, T, V, mesh_case, micro_batch
-from training_case import QUICK, generating_with
 
+from tests.helpers.golden_case import relative
+from tests.helpers.mesh_case import B, T, V, mesh_case, micro_batch
+from tests.helpers.training_case import QUICK, generating_with
 from umbrella_jax.batch import Batch
 from umbrella_jax.errors import CheckpointError, ConfigError, RunError
 from umbrella_jax.inference import generate as module

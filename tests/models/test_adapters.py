@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import qwix
 import torch
-from golden_case import GOLDEN, MODALITIES, golden_batch, golden_model, relative
-from mesh_case import MODEL, mesh_batch
-from training_case import QUICK, make_case, to_numpy
 
 from convert.rules import entries, hub_name
 from convert.torch_model import load_umbrella
+from tests.helpers.golden_case import GOLDEN, MODALITIES, golden_batch, golden_model, relative
+from tests.helpers.mesh_case import MODEL, mesh_batch
+from tests.helpers.training_case import QUICK, make_case, to_numpy
 from umbrella_jax.config.schema import LORA_TARGETS, GroupConfig, LoraConfig, MeshConfig, TrainConfig
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import abstract_params, lora, merge, quantize

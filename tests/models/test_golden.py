@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import optax
 import pytest
-from golden_case import MODALITIES, golden, golden_batch, golden_model, relative
-from training_case import OPTIMISED, generating_with
 
+from tests.helpers.golden_case import MODALITIES, golden, golden_batch, golden_model, relative
+from tests.helpers.training_case import OPTIMISED, generating_with
 from umbrella_jax.config.schema import TrainConfig
 from umbrella_jax.inference.generate import generate
 from umbrella_jax.models import abstract_params, merge

@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 import torch
-from golden_case import relative
-from training_case import QUICK
 from transformers import GenerationConfig
 
 from convert.config_json import read_config
 from convert.from_hf import load_params
 from convert.torch_model import load_umbrella
-from tests.small_checkpoints import IMAGE_ID, MODALITIES, write_umbrella
+from tests.helpers.checkpoints import IMAGE_ID, MODALITIES, write_umbrella
+from tests.helpers.golden_case import relative
+from tests.helpers.training_case import QUICK
 from umbrella_jax.batch import Batch
 from umbrella_jax.inference.generate import generate
 from umbrella_jax.models import abstract_params, merge

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import umbrella_jax
-from tests import small_run
-from tests.small_run import World, parameters, umbrella
+from tests.helpers import small_run
+from tests.helpers.small_run import World, parameters, umbrella
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.config.load import load_config
 from umbrella_jax.errors import CheckpointError

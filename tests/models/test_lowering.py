@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from tests.full_size import abstract_step, full_size
+from tests.helpers.full_size import abstract_step, full_size
 from umbrella_jax.models import SiglipConfig
 from umbrella_jax.models.attention import attention
 from umbrella_jax.models.layers import scan_layers

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
-from golden_case import golden_batch, golden_model, relative
-from mesh_case import mesh_case, micro_batch
-from training_case import QUICK
 
+from tests.helpers.golden_case import golden_batch, golden_model, relative
+from tests.helpers.mesh_case import mesh_case, micro_batch
+from tests.helpers.training_case import QUICK
 from umbrella_jax.config.schema import MeshConfig
 from umbrella_jax.models import abstract_params, merge, quantize
 from umbrella_jax.models.quantize import quantizable

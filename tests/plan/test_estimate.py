@@ -12,8 +12,8 @@ import pytest
 from bench.workload import SCANS
 
 from tests.config.test_configs import CONFIGS, write_hub_config
-from tests.full_size import TEXT_TOKENS, abstract_step, full_size
-from tests.small_run import umbrella
+from tests.helpers.full_size import TEXT_TOKENS, abstract_step, full_size
+from tests.helpers.small_run import umbrella
 from umbrella_jax import cli
 from umbrella_jax.config.load import parse_mesh
 from umbrella_jax.config.schema import (

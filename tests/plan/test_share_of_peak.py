@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import pytest
 
-from tests.training_case import SMALL_MODALITIES, TEXT, VISION
+from tests.helpers.training_case import SMALL_MODALITIES, TEXT, VISION
 from umbrella_jax.config.schema import GroupConfig, ModalityConfig, ModelConfig, RunConfig, TrainConfig
 from umbrella_jax.data.epoch_plan import BatchShape
 from umbrella_jax.models import LlavaConfig

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.small_run import MODALITIES, read_config, write_config
+from tests.helpers.small_run import MODALITIES, read_config, write_config
 from umbrella_jax.cli import main
 from umbrella_jax.config.load import dump_config, parse_config
 from umbrella_jax.io.files import locked

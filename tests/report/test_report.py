@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import browser, small_run
-from tests.page import Page
-from tests.small_run import World, conversation, read_lines, umbrella, write_json
+from tests.helpers import browser, small_run
+from tests.helpers.page import Page
+from tests.helpers.small_run import World, conversation, read_lines, umbrella, write_json
 from umbrella_jax.html import page as html_page
 from umbrella_jax.html import slices
 from umbrella_jax.report import facts, figures

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from tests.small_run import modalities
+from tests.helpers.small_run import modalities
 from umbrella_jax.config.schema import ModelConfig, RunConfig, TrainConfig
 from umbrella_jax.errors import Interrupted, RunError
 from umbrella_jax.run.loggers import loggers, missing

@@ -25,8 +25,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests import small_run
-from tests.small_run import World, assert_close, latest, numbers, read_lines, trained, umbrella
+from tests.helpers import small_run
+from tests.helpers.small_run import World, assert_close, latest, numbers, read_lines, trained, umbrella
 from umbrella_jax import distributed
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.data.inputs import changed
@@ -137,7 +137,7 @@ class Pair:
         """`signals`: what each sends itself, and at which batch."""
         self.where = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id"]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        command = [sys.executable, "-m", "tests.test_processes"]
+        command = [sys.executable, "-m", "tests.run.test_processes"]
         beat = {"HEARTBEAT": "10"} if any(signals) else {}
         own = [beat | ({"SIGNAL_AT": signal} if signal else {}) for signal in signals]
         self.processes = [subprocess.Popen(command, env=environment | more, cwd=ROOT, **pipes) for more in own]

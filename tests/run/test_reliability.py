@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 
-from tests import small_run
-from tests.small_run import World, numbers, parameters, umbrella, umbrella_command
+from tests.helpers import small_run
+from tests.helpers.small_run import World, numbers, parameters, umbrella, umbrella_command
 from umbrella_jax import cli
 from umbrella_jax.errors import ConfigError, Interrupted
 from umbrella_jax.io.files import locked, write_whole
@@ -71,7 +71,7 @@ def begin(world: World, environment: dict[str, str]) -> Begin:
     def start(out: Path, *flags: object, inside: str = "nothing") -> "subprocess.Popen[str]":
         words = train_words(world, out, *flags)
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        command = [sys.executable, "-m", "tests.test_reliability", inside, *words]
+        command = [sys.executable, "-m", "tests.run.test_reliability", inside, *words]
         # with the suite's devices: its programs are those that are compiled already
         simulated = {"XLA_FLAGS": os.environ["XLA_FLAGS"]}
         return subprocess.Popen(command, env=environment | simulated, cwd=ROOT, **pipes)

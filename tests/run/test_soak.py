@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests import small_run
-from tests.small_run import read_lines
+from tests.helpers import small_run
+from tests.helpers.small_run import read_lines
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVAL, CUT_OFF, SETTLED = 2001, 100, 1000, 200
@@ -59,7 +59,7 @@ def test_two_thousand_steps(tmp_path: Path) -> None:
     words = world.train_flags(tmp_path / "run", *FLAGS, "--eval-data", world.eval)
     for number, (more, code) in enumerate([([], 143), (["--resume"], 0)]):
         record = tmp_path / f"{number}.json"
-        command = [sys.executable, "-m", "tests.test_soak", str(record), *words, *more]
+        command = [sys.executable, "-m", "tests.run.test_soak", str(record), *words, *more]
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr
         samples = json.loads(record.read_text())

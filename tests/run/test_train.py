@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import umbrella_jax.run.train
-from tests import small_run
-from tests.small_run import World, parameters, read_config, read_lines, umbrella
+from tests.helpers import small_run
+from tests.helpers.small_run import World, parameters, read_config, read_lines, umbrella
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.config.load import load_config
 from umbrella_jax.data.conversation import Conversation, Message

@@ -14,11 +14,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from training_case import as_bytes, small_case, to_numpy, total_bytes
 
+from tests.helpers.training_case import as_bytes, small_case, to_numpy, total_bytes
 from umbrella_jax.config.schema import TrainConfig
 from umbrella_jax.errors import CheckpointError
-from umbrella_jax.run.train import resumption
+from umbrella_jax.run import resumption
 from umbrella_jax.training.checkpoint import Checkpoints, checksums, load_params, param_shapes, save_params
 from umbrella_jax.training.step import TrainState
 

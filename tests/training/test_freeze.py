@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_case import golden_model
 
+from tests.helpers.golden_case import golden_model
 from umbrella_jax.config.schema import ModalityConfig, TrainConfig
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig, abstract_params

@@ -5,9 +5,9 @@ import numpy as np
 import optax
 import pytest
 import torch
-from training_case import EMBEDDINGS, QUICK, total_bytes
 from transformers import get_linear_schedule_with_warmup
 
+from tests.helpers.training_case import EMBEDDINGS, QUICK, total_bytes
 from umbrella_jax.config.schema import GroupConfig, TrainConfig
 from umbrella_jax.models.paths import FROZEN
 from umbrella_jax.training.freeze import label_params

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden_case import golden_batch, golden_model, relative
-from training_case import (
+
+from tests.helpers.golden_case import golden_batch, golden_model, relative
+from tests.helpers.training_case import (
     CONFIG,
     EMBEDDINGS,
     QUICK,
@@ -29,7 +30,6 @@ from training_case import (
     to_numpy,
     total_bytes,
 )
-
 from umbrella_jax.config.schema import GroupConfig, LoraConfig, TrainConfig
 from umbrella_jax.models.paths import COMPONENTS
 from umbrella_jax.training.step import jit_eval_step, jit_train_step, train_step

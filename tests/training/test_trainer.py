@@ -14,8 +14,8 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from training_case import CONFIG, as_bytes, quick_step, small_batch, small_case, stack
 
+from tests.helpers.training_case import CONFIG, as_bytes, quick_step, small_batch, small_case, stack
 from umbrella_jax.config.schema import MeshConfig, TrainConfig
 from umbrella_jax.errors import CheckpointError, DataError, Interrupted, RunError, UmbrellaError
 from umbrella_jax.sharding import make_mesh, put_batch, shardings

@@ -11,7 +11,7 @@ from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.models import LlavaConfig, Params
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 MODALITIES = {
     "T1": ModalityConfig(size=(20, 24, 16), patch=(6, 5, 4)),
     "rsfMRI": ModalityConfig(size=(12, 8, 8, 6), patch=(4, 4, 2, 3)),

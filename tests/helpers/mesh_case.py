@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from training_case import CONFIG, Case, make_case, stack
 
+from tests.helpers.training_case import CONFIG, Case, make_case, stack
 from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig, abstract_params

@@ -1,4 +1,4 @@
-"""Executes docs/tour.ipynb. `python -m tests.tour` puts what it prints and shows back into the file."""
+"""Executes docs/tour.ipynb. `python -m tests.helpers.tour` puts what it prints and shows back into the file."""
 
 import base64
 import io
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-NOTEBOOK = Path(__file__).parents[1] / "docs" / "tour.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "docs" / "tour.ipynb"
 
 
 def read() -> dict[str, Any]:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from golden_case import MODALITIES, PATCHES, golden_batch, golden_model
 from packaging.version import Version
 
+from tests.helpers.golden_case import MODALITIES, PATCHES, golden_batch, golden_model
 from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import LoraConfig, ModalityConfig, RematPolicy, TrainConfig
 from umbrella_jax.inference import generate

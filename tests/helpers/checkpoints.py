@@ -20,7 +20,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 from convert.torch_model import PatchEmbed
 from umbrella_jax.config.schema import ModalityConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 IMAGE_ID = 320
 MODALITIES: dict[str, ModalityConfig] = {
     "T1": ModalityConfig(size=(11, 9, 7), patch=(5, 3, 2)),  # 2·3·3 = 18 patches; 1, 0 and 1 voxels cropped

@@ -24,7 +24,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from tests.small_run import MODALITIES, VOLUME_SHAPES, read_config, write_config, write_json, write_volume
+from tests.helpers.small_run import MODALITIES, VOLUME_SHAPES, read_config, write_config, write_json, write_volume
 from umbrella_jax.cli import main, make_parser
 from umbrella_jax.config.load import load_config, parse_config
 from umbrella_jax.config.schema import RunConfig, to_dict
@@ -35,7 +35,7 @@ from umbrella_jax.demo.run import LESIONS
 from umbrella_jax.demo.run import _report as report_demo
 from umbrella_jax.sharding import make_mesh
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = "README.md"
 
 # The names that pages use -------------------------------------------------------------------------------------------
