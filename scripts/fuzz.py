@@ -1,7 +1,7 @@
 """Fuzzes one of the readers under atheris, which seeks input that reaches new code: python scripts/fuzz.py TARGET.
 
-Targets, and what must be true of each, are in tests/helpers/fuzz_targets.py. It ends with the number of inputs tried, or
-at the first finding, whose input it prints. An input that takes a minute or 4 GB is a finding too.
+Targets, and what must be true of each, are in tests/helpers/fuzz_targets.py. It ends with the number of inputs that
+it tried, or at the first finding, whose input it prints. An input that takes a minute or 4 GB is a finding too.
 """
 
 import argparse

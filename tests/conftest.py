@@ -30,24 +30,26 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 # Files that take longest, in that order: the last ones are short, so that no worker waits for the other.
 LONG = (
-    "test_processes.py",
-    "test_demo.py",
-    "test_reliability.py",
+    "run/test_processes.py",
+    "demo/test_demo.py",
+    "run/test_reliability.py",
     "test_docs.py",
     "test_sharding.py",
-    "test_golden.py",
-    "test_baseline.py",
-    "test_run.py",
-    "test_step.py",
-    "test_adapters.py",
-    "test_shapes.py",
-    "test_report.py",
+    "models/test_golden.py",
+    "baselines/test_compare.py",
+    "run/test_train.py",
+    "training/test_step.py",
+    "models/test_adapters.py",
+    "models/test_shapes.py",
+    "report/test_report.py",
     "test_fuzz.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    """Sort the long files first."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
 
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
