@@ -159,7 +159,7 @@ def test_the_log_has_all_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     first, *rest, last = noted(tmp_path / "log.txt")
     assert re.fullmatch(r"started: umbrella-jax 1, process \d+ on \S+", first)
     assert rest[:5] == ["two", "  lines", "a name: \\x1b[31m\\r\\udcff é", "unsaid", "WARNING: orbax: slow disk"]
-    assert re.fullmatch(r"UserWarning: old file \(.*test_progress\.py:\d+\)", rest[5])
+    assert re.fullmatch(r"UserWarning: old file \(.*test_console\.py:\d+\)", rest[5])
     assert (len(rest), last) == (6, "finished:")
     assert how_it_ended(tmp_path / "log.txt") == ""
     logging.getLogger("orbax").warning("behind it")
