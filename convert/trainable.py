@@ -43,7 +43,7 @@ def open_trainable(path: Path) -> Trainable:
     stated, fingerprint = (metadata[key] for key in _STATED)
     modalities = parse_json(stated, f"{path}: modalities", CheckpointError, remedy)
     config = parse_config({"model": {"modalities": modalities}}, str(path)).model.modalities
-    template: Any = metadata.get("template")  # checked by `hf_config.stored_template`
+    template: Any = metadata.get("template")  # checked by `config_json.stored_template`
     random: Any = parse_json(metadata.get("untrained", "{}"), f"{path}: untrained", CheckpointError, remedy)
     # `untrained` is checked by `hf_config.stored_untrained`
     named = {hub_name(name): tensor for name, tensor in tensors.items()}
