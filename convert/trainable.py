@@ -45,7 +45,7 @@ def open_trainable(path: Path) -> Trainable:
     config = parse_config({"model": {"modalities": modalities}}, str(path)).model.modalities
     template: Any = metadata.get("template")  # checked by `config_json.stored_template`
     random: Any = parse_json(metadata.get("untrained", "{}"), f"{path}: untrained", CheckpointError, remedy)
-    # `untrained` is checked by `hf_config.stored_untrained`
+    # `untrained` is checked by `config_json.stored_untrained`
     named = {hub_name(name): tensor for name, tensor in tensors.items()}
     return Trainable(named, config, fingerprint, template, random)
 
