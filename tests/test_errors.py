@@ -73,9 +73,9 @@ def test_exit_codes(
 def test_one_of_several_processes_says_the_same_of_a_full_device(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(distributed, "alone", lambda: False)
+    monkeypatch.setattr(distributed, "is_single_process", lambda: False)
     monkeypatch.setattr(os, "_exit", sys.exit)
-    with pytest.raises(SystemExit) as end, distributed.bound():
+    with pytest.raises(SystemExit) as end, distributed.exit_on_error():
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nmany lines")
     assert end.value.code == 1
     said = capsys.readouterr().err.splitlines()

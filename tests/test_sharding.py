@@ -296,7 +296,7 @@ def test_one_rule_covers_each_parameter(tied: bool) -> None:
 
 def test_an_accepted_mesh_divides_every_parameter() -> None:
     shapes = abstract_params(MODEL)[1]
-    found = mesh_shapes(16, MODEL, together=16)
+    found = mesh_shapes(16, MODEL, island_size=16)
     assert len(found) > 5
     for mesh in found:
         for path, leaf in shapes.items():
@@ -354,7 +354,7 @@ def test_what_cannot_be_split_is_refused() -> None:
 
 def test_data_takes_the_devices_that_are_left() -> None:
     assert make_mesh(MeshConfig()).shape == {"data": 8, "fsdp": 1, "tensor": 1}
-    assert mesh_shape(MeshConfig(fsdp=4), 64, together=16) == MeshShape(data=16, fsdp=4)
+    assert mesh_shape(MeshConfig(fsdp=4), 64, island_size=16) == MeshShape(data=16, fsdp=4)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def test_data_takes_the_devices_that_are_left() -> None:
 )
 def test_a_mesh_that_cannot_be_is_refused(mesh: dict[str, int], batch_size: int, faults: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
-        mesh_shape(MeshConfig(**mesh), 16, together=8, batch_size=batch_size)
+        mesh_shape(MeshConfig(**mesh), 16, island_size=8, batch_size=batch_size)
     assert len(error.value.faults) == len(faults)
     for found, expected in zip(error.value.faults, faults, strict=True):
         assert expected in found

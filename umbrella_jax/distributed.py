@@ -150,14 +150,14 @@ def _local_devices() -> list[int] | None:
     return None if shared and "," in environment.get("CUDA_VISIBLE_DEVICES", ",") else []
 
 
-def alone() -> bool:
+def is_single_process() -> bool:
     """Whether this is the run's only process. Does not ask jax for devices where nothing was started."""
     return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
 def gather(value: Any) -> list[Any]:
     """The `value`, anything that JSON holds, of each process. All must call it, at the same point of the program."""
-    if alone():
+    if is_single_process():
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(data)))
@@ -169,16 +169,16 @@ def broadcast(value: Any) -> Any:
     """The `value` of process 0, anything that JSON holds, on each; what the others hand in is not looked at. All must
     call it, at the same point of the program. For what is large: `gather` puts that of all processes on every device.
     """
-    if alone():
+    if is_single_process():
         return value
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     return json.loads(multihost_utils.broadcast_one_to_all(np.resize(data, size)).tobytes())
 
 
-def agree(value: int) -> int:
+def max_over_processes(value: int) -> int:
     """The largest `value`, an int32, of all processes. One exchange, made for every step."""
-    return value if alone() else int(multihost_utils.process_allgather(np.int32(value)).max())
+    return value if is_single_process() else int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
 def check_same(facts: Sequence[tuple[str, Any]], remedy: str) -> None:
@@ -190,16 +190,16 @@ def check_same(facts: Sequence[tuple[str, Any]], remedy: str) -> None:
         remedy: what to do about a difference.
 
     Raises:
-        ConfigError: with each difference from process 0, by process, host and name; as `together`.
+        ConfigError: with each difference from process 0, by process, host and name; as `raise_together`.
     """
-    if alone():
+    if is_single_process():
         return
     values = json.dumps([value for _, value in facts])
     if len(set(gather(hashlib.sha256(values.encode()).hexdigest()))) == 1:
         return
     host = socket.gethostname()
     theirs, first = broadcast([facts, host])
-    with together():
+    with raise_together():
         faults = []
         if len(theirs) == len(facts):
             for (name, value), (_, expected) in zip(json.loads(json.dumps(facts)), theirs, strict=True):
@@ -219,14 +219,14 @@ def check_same(facts: Sequence[tuple[str, Any]], remedy: str) -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def raise_together() -> Iterator[None]:
     """A block of which no process leaves before all did it: it goes well on each, or is an error on each.
 
     Raises:
         UmbrellaError: on process 0, with the faults of all; the others end with its exit code and say nothing. Any
             other error is raised where it happened, too.
     """
-    if alone():
+    if is_single_process():
         yield
         return
     error: Exception | None = None
@@ -246,7 +246,7 @@ def together() -> Iterator[None]:
         return
     code = min(code for code, _ in told)
     first = jax.process_index() == 0
-    jax.distributed.shutdown()  # which all do: what ends now is no loss to the others (`bound`)
+    jax.distributed.shutdown()  # which all do: what ends now is no loss to the others (`exit_on_error`)
     if not first:
         sys.exit(code)
     same = all(other == found[0] for other in found)
@@ -255,7 +255,7 @@ def together() -> Iterator[None]:
 
 
 @contextmanager
-def bound() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """A block that a process of several does not leave by an error alone: it says so and ends at once, with exit code 1
     or the error's own.
 
@@ -265,7 +265,7 @@ def bound() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if alone() or isinstance(error, Interrupted):  # on which all agree
+        if is_single_process() or isinstance(error, Interrupted):  # on which all agree
             raise
         print(f"umbrella-jax: process {jax.process_index()} ends, and with it the run:", file=sys.stderr)
         if line := str(error) if isinstance(error, UmbrellaError) else known_cause(error):

@@ -103,18 +103,18 @@ def _split(model: LlavaConfig) -> dict[str, dict[str, int]]:
     }
 
 
-def mesh_shapes(count: int, model: LlavaConfig, *, together: int) -> list[MeshShape]:
-    """All that use `count` devices and divide the model. `together`: see `mesh_shape`."""
+def mesh_shapes(count: int, model: LlavaConfig, *, island_size: int) -> list[MeshShape]:
+    """All that use `count` devices and divide the model. `island_size`: see `mesh_shape`."""
     sizes = _divisors(count)
     shapes = [MeshShape(data=count // (f * t), fsdp=f, tensor=t) for f in sizes for t in sizes if count % (f * t) == 0]
-    return [shape for shape in shapes if together % (shape.fsdp * shape.tensor) == 0 and not shape.undivided(model)]
+    return [shape for shape in shapes if island_size % (shape.fsdp * shape.tensor) == 0 and not shape.undivided(model)]
 
 
-def mesh_shape(config: MeshConfig, count: int, *, together: int, batch_size: int | None = None) -> MeshShape:
+def mesh_shape(config: MeshConfig, count: int, *, island_size: int, batch_size: int | None = None) -> MeshShape:
     """The shape of a run's mesh on `count` devices.
 
     Args:
-        together: devices that fast links connect, as of a slice or a node: `fsdp` and `tensor` stay within them.
+        island_size: devices that fast links connect, as of a slice or a node: `fsdp` and `tensor` stay within them.
         batch_size: rows that it has to split evenly.
 
     Raises:
@@ -130,11 +130,11 @@ def mesh_shape(config: MeshConfig, count: int, *, together: int, batch_size: int
             f"mesh: data={data}, fsdp={config.fsdp}, tensor={config.tensor} are {data * inner} devices; expected sizes "
             f"whose product is {count}, the nearest: data={count // fits} with fsdp × tensor = {fits}"
         )
-    elif together % inner:
-        fits = min(_divisors(together), key=lambda n: abs(n - inner))
+    elif island_size % inner:
+        fits = min(_divisors(island_size), key=lambda n: abs(n - inner))
         faults.append(
             f"mesh: fsdp={config.fsdp}, tensor={config.tensor} are {inner} devices, which have to be together; "
-            f"expected a divisor of the {together} of a slice or node, the nearest: {fits}"
+            f"expected a divisor of the {island_size} of a slice or node, the nearest: {fits}"
         )
     shape = MeshShape(data=data, fsdp=config.fsdp, tensor=config.tensor)
     if batch_size is not None and batch_size % shape.parts:
@@ -155,7 +155,7 @@ def make_mesh(config: MeshConfig, *, batch_size: int | None = None, devices: Seq
     """
     devices = jax.devices() if devices is None else devices
     slices = _slices(devices)
-    shape = mesh_shape(config, len(devices), together=len(devices) // slices, batch_size=batch_size)
+    shape = mesh_shape(config, len(devices), island_size=len(devices) // slices, batch_size=batch_size)
     return Mesh(device_grid(shape, devices), tuple(dataclasses.asdict(shape)))
 
 

@@ -15,7 +15,7 @@ from umbrella_jax.config.load import load_config
 from umbrella_jax.config.schema import RunConfig
 from umbrella_jax.data.epoch_plan import Plan as BatchPlan
 from umbrella_jax.models import LlavaConfig
-from umbrella_jax.plan import Plan, at_shape, make_plan, parse_devices
+from umbrella_jax.plan import HardwarePlan, at_shape, parse_devices, plan_hardware
 from umbrella_jax.plan.devices import Devices
 
 ROUNDS, STEPS = 2, 3
@@ -92,10 +92,10 @@ def floor(size: str, scan: str) -> float:
     return sum(counted.flops(None).values())
 
 
-def plan_of(size: str, scan: str, batch: int, dtype: str, devices: Devices) -> Plan:
+def plan_of(size: str, scan: str, batch: int, dtype: str, devices: Devices) -> HardwarePlan:
     """What `umbrella-jax plan` says of a case without remat."""
     config, model = _workload(size, scan, batch, dtype)
-    return make_plan(config, model, devices, frozen_dtype=dtype, text_tokens=TEXT)
+    return plan_hardware(config, model, devices, frozen_dtype=dtype, text_tokens=TEXT)
 
 
 def _workload(size: str, scan: str, batch: int, dtype: str) -> tuple[RunConfig, LlavaConfig]:

@@ -500,8 +500,8 @@ def test_faults_of_flags_are_refused(world: World, tmp_path: Path, found: str, m
     short.write_text("".join(short.read_text().splitlines(keepends=True)[1:]))
     assert "no answer to side-24" in umbrella(*world.command(tmp_path, "--predictions", short), code=2)
     assert "not a run" in umbrella(*world.command(tmp_path, "--run", world.root / "base"), code=2)
-    monkeypatch.setattr("umbrella_jax.distributed.alone", lambda: False)
-    monkeypatch.setattr("umbrella_jax.distributed.together", nullcontext)
+    monkeypatch.setattr("umbrella_jax.distributed.is_single_process", lambda: False)
+    monkeypatch.setattr("umbrella_jax.distributed.raise_together", nullcontext)
     assert "runs in one process; start only one" in umbrella(*world.command(tmp_path / "several"), code=2)
 
 

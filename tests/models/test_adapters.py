@@ -189,7 +189,7 @@ def test_on_a_mesh_it_is_one_devices():
 def test_an_accepted_mesh_divides_adapters():
     shapes = abstract_params(replace(MODEL, lora=ALL))[1]
     adapters = {path: leaf for path, leaf in shapes.items() if lora.adapted_weight(path)}
-    for mesh in mesh_shapes(16, MODEL, together=16):
+    for mesh in mesh_shapes(16, MODEL, island_size=16):
         for path, leaf in adapters.items():
             assert path not in RULES
             for size, axis in zip(leaf.shape, spec_of(path), strict=True):

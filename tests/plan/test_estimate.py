@@ -29,11 +29,11 @@ from umbrella_jax.config.schema import (
 )
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig
-from umbrella_jax.plan import Plan, make_plan, parse_devices
+from umbrella_jax.plan import HardwarePlan, parse_devices, plan_hardware
 from umbrella_jax.plan import devices as devices_module
 from umbrella_jax.plan.devices import KINDS, OF_PEAK
 from umbrella_jax.plan.estimate import OF_BANDWIDTH, OF_LINKS, OF_PRODUCTS, RESERVED, estimate, largest_batch
-from umbrella_jax.plan.flops import AGAIN, KEPT, Model, describe, workload
+from umbrella_jax.plan.flops import AGAIN, KEPT, ModelCounts, count_model, workload
 from umbrella_jax.sharding import MeshShape, mesh_shapes
 
 # A model whose every size can be told from the others: 12 patches of 30 numbers, 8 text tokens, so 20 positions.
@@ -44,7 +44,7 @@ MODALITY = ModalityConfig(size=(4, 9, 10), patch=(2, 3, 5))
 OTHER = ModalityConfig(size=(4, 4, 4), patch=(2, 2, 2))
 
 
-def tiny(*groups: str, tied: bool = True, dtype: str = "float32", lora: LoraConfig | None = None) -> Model:
+def tiny(*groups: str, tied: bool = True, dtype: str = "float32", lora: LoraConfig | None = None) -> ModelCounts:
     """Counts of the tiny model that trains `groups`."""
     model = LlavaConfig(
         vision=SiglipConfig(hidden_size=E, intermediate_size=F, num_hidden_layers=LV, num_attention_heads=HV),
@@ -70,7 +70,7 @@ def tiny(*groups: str, tied: bool = True, dtype: str = "float32", lora: LoraConf
         model=ModelConfig(modalities=dict(model.modalities), lora=lora),
         train=TrainConfig(groups={group: GroupConfig() for group in groups or ("patch_embed",)}),
     )
-    return describe(config, model, workload(config, model, T - N), "bfloat16")
+    return count_model(config, model, workload(config, model, T - N), "bfloat16")
 
 
 def lowered(run: RunConfig, model: LlavaConfig, batch_size: int) -> jax.stages.Lowered:
@@ -86,7 +86,7 @@ def test_every_remat_policy_is_counted() -> None:
 def test_the_floor_of_the_issues_workload(tmp_path: Path) -> None:
     """2.5 TFLOP: forward, and gradients of activations back to the patch embedding."""
     run, model = full_size(tmp_path, "0.5b", "float32")
-    counted = describe(run, model, workload(run, model, TEXT_TOKENS), "float32")
+    counted = count_model(run, model, workload(run, model, TEXT_TOKENS), "float32")
     n, t = 729, 793
     vision = 26 * (2 * n * (4 * 1152**2 + 2 * 1152 * 4304) * 2 + 6 * 2 * n * n * 1152)
     text = 24 * (2 * t * (4 * 1024**2 + 3 * 1024 * 2816) * 2 + 6 * 2 * t * t * 1024) + 2 * 8 * 152_000 * 1024 * 2
@@ -268,7 +268,7 @@ def test_what_was_measured_on_a_gpu(size: str, scan: str, tmp_path: Path) -> Non
     modalities = {SCANS[scan].modality: ModalityConfig(size=SCANS[scan].size, patch=SCANS[scan].patch)}
     model = replace(model, modalities=modalities, attention="cudnn")
     run = replace(run, model=replace(run.model, modalities=modalities), data=replace(run.data, max_length=4096))
-    counted = describe(run, model, workload(run, model, 64), "bfloat16")
+    counted = count_model(run, model, workload(run, model, 64), "bfloat16")
     for batch_size, seconds, gib in H200[size, scan]:
         found = estimate(counted, parse_devices("h200"), MeshShape(), batch_size, "none")
         assert found.step_seconds == pytest.approx(seconds, rel=0.25)
@@ -283,7 +283,7 @@ def test_flops_are_xlas(size: str, remat: RematPolicy, tmp_path: Path, monkeypat
     monkeypatch.setattr(jax.lax, "map", lambda function, xs: jax.vmap(function)(xs))
     cost = lowered(run, model, 1).cost_analysis()
     assert cost is not None
-    ours = sum(describe(run, model, workload(run, model, TEXT_TOKENS), "float32").flops(remat).values())
+    ours = sum(count_model(run, model, workload(run, model, TEXT_TOKENS), "float32").flops(remat).values())
     assert ours == pytest.approx(cost["flops"], rel=0.05)
 
 
@@ -300,7 +300,7 @@ def test_flops_of_adapters_are_xlas(remat: RematPolicy, tmp_path: Path, monkeypa
         run = replace(run, model=replace(run.model, lora=lora), train=replace(run.train, groups=groups))
         cost = lowered(run, model, 1).cost_analysis()
         assert cost is not None
-        ours = sum(describe(run, model, workload(run, model, TEXT_TOKENS), "float32").flops(remat).values())
+        ours = sum(count_model(run, model, workload(run, model, TEXT_TOKENS), "float32").flops(remat).values())
         found.append((ours, cost["flops"]))
     (without, theirs_without), (with_, theirs_with) = found
     assert with_ > 1.3 * without
@@ -313,7 +313,7 @@ def test_bytes_are_xlas(size: str, remat: RematPolicy, batch_size: int, tmp_path
     run, model = full_size(tmp_path, size, "float32", remat=remat)
     xla = lowered(run, model, batch_size).compile().memory_analysis()
     assert xla is not None
-    ours = describe(run, model, workload(run, model, TEXT_TOKENS), "float32").device_bytes(
+    ours = count_model(run, model, workload(run, model, TEXT_TOKENS), "float32").device_bytes(
         MeshShape(), batch_size, remat
     )
     lasting = ours["frozen weights"] + ours["trained weights and moments"]
@@ -339,7 +339,7 @@ def test_time_is_the_longest_of_what_overlaps_and_the_rest() -> None:
     slower = estimate(counted, replace(devices, kind=replace(slow, link=1.0)), MeshShape(data=8), 8, "none")
     assert slower.step_seconds == slower.seconds["gradients"] > slower.seconds["compute"]
     assert found.samples_per_second == pytest.approx(4 / found.step_seconds)
-    assert found.bound == "compute"
+    assert found.bottleneck == "compute"
 
 
 def test_collectives_beyond_the_links_take_the_network() -> None:
@@ -359,7 +359,7 @@ def test_collectives_beyond_the_links_take_the_network() -> None:
 @pytest.mark.parametrize("kind", ["v5e", "h100"])
 def test_more_devices_are_never_slower_per_conversation(kind: str, tmp_path: Path) -> None:
     run, model = full_size(tmp_path, "0.5b", "bfloat16")
-    counted = describe(run, model, workload(run, model), "bfloat16")
+    counted = count_model(run, model, workload(run, model), "bfloat16")
     rates = []
     for count in (1, 2, 4, 8, 16, 64, 256, 512):
         found = estimate(counted, parse_devices(f"{kind}-{count}"), MeshShape(data=count), 8 * count, "mlp")
@@ -371,9 +371,9 @@ def test_more_devices_are_never_slower_per_conversation(kind: str, tmp_path: Pat
 @pytest.mark.parametrize("remat", ["none", "mlp", "full"])
 def test_the_largest_batch_is_the_largest(remat: str, tmp_path: Path) -> None:
     run, model = full_size(tmp_path, "7b", "bfloat16")
-    counted, devices = describe(run, model, workload(run, model), "bfloat16"), parse_devices("v5e-16")
+    counted, devices = count_model(run, model, workload(run, model), "bfloat16"), parse_devices("v5e-16")
     room = devices.kind.memory * (1 - RESERVED)
-    found = {mesh: largest_batch(counted, devices, mesh, remat) for mesh in mesh_shapes(16, model, together=16)}
+    found = {mesh: largest_batch(counted, devices, mesh, remat) for mesh in mesh_shapes(16, model, island_size=16)}
     assert found[MeshShape(data=16)] == 0  # 16 GB of weights on each
     assert any(found.values())
     for mesh, batch in found.items():
@@ -384,10 +384,10 @@ def test_the_largest_batch_is_the_largest(remat: str, tmp_path: Path) -> None:
 
 def test_the_best_comes_first(tmp_path: Path) -> None:
     run, model = full_size(tmp_path, "7b", "bfloat16")
-    plan = make_plan(run, model, parse_devices("v5e-16"), frozen_dtype="bfloat16", subjects=1000)
+    plan = plan_hardware(run, model, parse_devices("v5e-16"), frozen_dtype="bfloat16", subjects=1000)
     assert {found.mesh.parts for found in plan.configured} == {1, 2}  # the config's batch is 2
     larger = replace(run, train=replace(run.train, batch_size=256))
-    mixed = make_plan(larger, model, plan.devices, frozen_dtype="bfloat16").configured
+    mixed = plan_hardware(larger, model, plan.devices, frozen_dtype="bfloat16").configured
     assert {found.fits for found in mixed} == {True, False}
     assert all(found.fits == (found.total_bytes <= 16e9 * (1 - RESERVED)) for found in mixed)
     for found in (plan.configured, plan.largest, mixed):
@@ -407,10 +407,10 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     run = replace(run, model=model_config, train=replace(run.train, batch_size=3))
     devices = parse_devices("v5e-2")
 
-    def plan(memory: float, batch_size: int) -> Plan:
+    def plan(memory: float, batch_size: int) -> HardwarePlan:
         small = replace(devices, kind=replace(devices.kind, memory=memory))
         sized = replace(run, train=replace(run.train, batch_size=batch_size), mesh=MeshConfig(data=2))
-        return make_plan(sized, model, small, frozen_dtype="bfloat16")
+        return plan_hardware(sized, model, small, frozen_dtype="bfloat16")
 
     small = plan(2.6e9, 3)  # 1.7 GB of weights, 0.9 GB of activations where all are kept
     assert (small.configured, small.largest) == ((), ())
@@ -426,9 +426,9 @@ def test_attention_is_that_of_the_devices(tmp_path: Path) -> None:
     run, model = full_size(tmp_path, "0.5b", "bfloat16")
     run = replace(run, model=replace(run.model, remat="mlp"))
 
-    def plan(devices: str, attention: Any = "auto") -> Plan:
+    def plan(devices: str, attention: Any = "auto") -> HardwarePlan:
         asked = replace(run, model=replace(run.model, attention=attention))
-        return make_plan(asked, model, parse_devices(devices), frozen_dtype="bfloat16")
+        return plan_hardware(asked, model, parse_devices(devices), frozen_dtype="bfloat16")
 
     plans = {"splash": plan("v5e-1"), "cudnn": plan("h100"), "xla": plan("v5e-1", "xla")}
     for name, found in plans.items():
@@ -447,12 +447,12 @@ def test_attention_is_that_of_the_devices(tmp_path: Path) -> None:
 
 def test_meshes_are_those_that_divide(tmp_path: Path) -> None:
     _, model = full_size(tmp_path, "0.5b", "bfloat16")
-    found = mesh_shapes(64, model, together=64)
+    found = mesh_shapes(64, model, island_size=64)
     assert MeshShape(data=2, fsdp=2, tensor=16) in found
     assert all(m.data * m.fsdp * m.tensor == 64 and m.tensor <= 16 for m in found)  # 16 heads
     grouped = replace(model, text=replace(model.text, num_key_value_heads=2))
-    assert {m.tensor for m in mesh_shapes(64, grouped, together=64)} == {1, 2, 4, 8, 16}  # kv heads are repeated
-    assert max(m.fsdp * m.tensor for m in mesh_shapes(64, model, together=8)) == 8
+    assert {m.tensor for m in mesh_shapes(64, grouped, island_size=64)} == {1, 2, 4, 8, 16}  # kv heads are repeated
+    assert max(m.fsdp * m.tensor for m in mesh_shapes(64, model, island_size=8)) == 8
 
 
 @pytest.mark.parametrize(
@@ -499,7 +499,7 @@ def test_a_mesh_that_cannot_be_is_refused(tmp_path: Path) -> None:
 
     def plan(text: str, devices: str) -> None:
         mesh = MeshConfig(**parse_mesh(text))
-        make_plan(replace(run, mesh=mesh), model, parse_devices(devices), frozen_dtype="bfloat16")
+        plan_hardware(replace(run, mesh=mesh), model, parse_devices(devices), frozen_dtype="bfloat16")
 
     for text, words in {
         "data=8,tensr=1": ["tensr=1: no such axis", "the nearest is tensor"],

@@ -30,7 +30,7 @@ from tests.helpers.small_run import World, assert_close, latest, numbers, read_l
 from umbrella_jax import distributed
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.data.inputs import changed
-from umbrella_jax.distributed import _local_devices, _peers, broadcast, gather, start, together
+from umbrella_jax.distributed import _local_devices, _peers, broadcast, gather, raise_together, start
 from umbrella_jax.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
@@ -401,10 +401,10 @@ def compared(monkeypatch: pytest.MonkeyPatch, world: World, *flags: object) -> d
 def differences(monkeypatch: pytest.MonkeyPatch, first: list[Any], second: list[Any]) -> tuple[str, ...]:
     """What `check_same` refuses on the second of two processes, as if they were there."""
     digest = hashlib.sha256(json.dumps([value for _, value in first]).encode()).hexdigest()
-    monkeypatch.setattr(distributed, "alone", lambda: False)
+    monkeypatch.setattr(distributed, "is_single_process", lambda: False)
     monkeypatch.setattr(distributed, "gather", lambda value: [digest, value])
     monkeypatch.setattr(distributed, "broadcast", lambda value: json.loads(json.dumps([first, "node1"])))
-    monkeypatch.setattr(distributed, "together", nullcontext)
+    monkeypatch.setattr(distributed, "raise_together", nullcontext)
     monkeypatch.setattr(socket, "gethostname", lambda: "node2")
     try:
         distributed.check_same(second, "mend it")
@@ -502,12 +502,12 @@ print(json.dumps([jax.process_index(), gather(own), broadcast(own | {"µ": [None
 
 REFUSED = """
 import sys
-from umbrella_jax.distributed import start, together
+from umbrella_jax.distributed import start, raise_together
 from umbrella_jax.errors import DataError
 start(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
-with together():
+with raise_together():
     print("both")
-with together():
+with raise_together():
     if {fails}:
         raise DataError(["one", "two"])
 print("not reached")
@@ -623,10 +623,10 @@ def test_what_one_process_refuses_all_refuse(environment: dict[str, str], fails:
 
 LOST = """
 import sys
-from umbrella_jax.distributed import bound, gather, start
+from umbrella_jax.distributed import exit_on_error, gather, start
 from umbrella_jax.errors import DataError
 start(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
-with bound():
+with exit_on_error():
     gather(0)
     if sys.argv[2] == "1":
         raise DataError("a volume is gone")
@@ -746,13 +746,13 @@ def test_a_cluster_that_jax_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None
 def test_alone_a_process_agrees_with_itself() -> None:
     assert gather({"a": [1]}) == [{"a": [1]}]
     assert broadcast({"a": [1]}) == {"a": [1]}
-    with together():
+    with raise_together():
         pass
 
     def fail() -> None:
         raise DataError("a fault")
 
-    with pytest.raises(DataError, match="a fault"), together():
+    with pytest.raises(DataError, match="a fault"), raise_together():
         fail()
 
 

@@ -191,13 +191,13 @@ def _predict(arguments: argparse.Namespace) -> None:
     import jax
 
     from umbrella_jax.config.schema import DataConfig, MeshConfig
-    from umbrella_jax.distributed import bound, together
+    from umbrella_jax.distributed import exit_on_error, raise_together
 
     start_processes(arguments)
     from umbrella_jax.inference.predict import predict
 
-    with bound():
-        with together():
+    with exit_on_error():
+        with raise_together():
             config = load_config(arguments.config) if arguments.config else None
             flags = {name: getattr(arguments, name) for name in ("image_root", "modality", "task_filter", "cache")}
             given = {name: value for name, value in flags.items() if value is not None}

@@ -153,11 +153,11 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _baseline(arguments: argparse.Namespace) -> None:
-    from umbrella_jax.distributed import alone, start, together
+    from umbrella_jax.distributed import is_single_process, raise_together, start
 
     start()
-    with together():
-        if not alone():
+    with raise_together():
+        if not is_single_process():
             raise ConfigError("baseline: runs in one process; start only one")
     from umbrella_jax.baselines.compare import baseline
 

@@ -63,12 +63,12 @@ def add(commands: Any) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from umbrella_jax.distributed import bound, together
+    from umbrella_jax.distributed import exit_on_error, raise_together
     from umbrella_jax.run.train import rehearse, train
 
     start_processes(arguments)
-    with bound():
-        with together():
+    with exit_on_error():
+        with raise_together():
             config = config_of(arguments)
         (rehearse if arguments.dry_run else train)(config, resume=arguments.resume)
 
@@ -81,14 +81,14 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from umbrella_jax.checkpoints.load import open_base
-    from umbrella_jax.plan import make_plan, parse_devices, stored_dtype
+    from umbrella_jax.plan import parse_devices, plan_hardware, stored_dtype
 
     config = config_of(arguments)
     devices = parse_devices(
         arguments.devices, flops=arguments.flops, efficiency=arguments.efficiency, dtype=config.model.compute_dtype
     )
     base = open_base(config, weights=False)
-    found = make_plan(
+    found = plan_hardware(
         config,
         base.config,
         devices,

@@ -28,7 +28,7 @@ from umbrella_jax.data.epoch_plan import BatchShape
 from umbrella_jax.data.inputs import digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, empty_batch, eval_batches, eval_shapes
 from umbrella_jax.data.tokenize import Remembering, encode_answers, length_faults
-from umbrella_jax.distributed import SHA256, broadcast, check_same, gather, together
+from umbrella_jax.distributed import SHA256, broadcast, check_same, gather, raise_together
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.inference.generate import GREEDY, NONE, Sampling, decode, prefill, score_answers
 from umbrella_jax.inference.processor import Processor
@@ -269,7 +269,7 @@ def predict(
         DataError, CheckpointError: as training does.
     """
     out, first = Path(out), jax.process_index() == 0
-    with together():
+    with raise_together():
         numbers = [("batch_size", batch_size, 1), ("max_new_tokens", max_new_tokens, 1), ("seed", seed, 0)]
         if faults := [f"{name}: expected {least} or more, got {n}" for name, n, least in numbers if n < least]:
             raise ConfigError(faults)
@@ -330,7 +330,7 @@ def predict(
     facts = [(name, SHA256 + digest) for files in inputs.values() for name, digest in files]
     check_same([*facts, *settings.items()], "every host must read the same")
     part = None
-    with together():
+    with raise_together():
         if first:
             part = _Part(unfinished, settings)
     model = checkpoint.config.with_attention("auto", native_backend(devices.devices.flat[0]))

@@ -6,7 +6,7 @@ umbrella_jax/sharding.py.
 """
 
 from umbrella_jax.plan.devices import parse_devices, sheet_of
-from umbrella_jax.plan.estimate import Plan, make_plan, stored_dtype
+from umbrella_jax.plan.estimate import HardwarePlan, plan_hardware, stored_dtype
 from umbrella_jax.plan.flops import at_shape, batch_flops
 
-__all__ = ["Plan", "at_shape", "batch_flops", "make_plan", "parse_devices", "sheet_of", "stored_dtype"]
+__all__ = ["HardwarePlan", "at_shape", "batch_flops", "parse_devices", "plan_hardware", "sheet_of", "stored_dtype"]

@@ -85,7 +85,7 @@ class Devices:
     efficiency: float
 
     @property
-    def together(self) -> int:
+    def island_size(self) -> int:
         """So many of them links connect, of a slice or a node."""
         return min(self.count, self.kind.island)
 

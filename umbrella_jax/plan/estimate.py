@@ -15,7 +15,7 @@ from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.io.reading import read_json
 from umbrella_jax.models import LlavaConfig
 from umbrella_jax.plan.devices import Devices
-from umbrella_jax.plan.flops import KEPT, Model, describe, workload
+from umbrella_jax.plan.flops import KEPT, ModelCounts, count_model, workload
 from umbrella_jax.sharding import MeshShape, mesh_shape, mesh_shapes
 from umbrella_jax.training import freeze
 
@@ -40,7 +40,7 @@ _COUNTS: dict[str, str | None] = {"floor": None} | {policy: policy for policy in
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class StepEstimate:
     """A micro-batch on a mesh. Bytes are of each device; seconds are bounds from each of the machine's limits."""
 
     mesh: MeshShape
@@ -58,12 +58,12 @@ class Estimate:
         return sum(self.bytes.values())
 
     @property
-    def bound(self) -> str:
+    def bottleneck(self) -> str:
         """The limit that takes the longest."""
         return max(self.seconds, key=lambda name: self.seconds[name])
 
 
-def estimate(model: Model, devices: Devices, mesh: MeshShape, batch_size: int, remat: str) -> Estimate:
+def estimate(model: ModelCounts, devices: Devices, mesh: MeshShape, batch_size: int, remat: str) -> StepEstimate:
     """Bytes and time of B conversations.
 
     Products, and what is read and written between them, come one after the other. Beside both run collectives of
@@ -82,7 +82,7 @@ def estimate(model: Model, devices: Devices, mesh: MeshShape, batch_size: int, r
     overlapping = max(seconds["compute"] + seconds["memory"], seconds["gradients"], seconds["weights"])
     used = model.device_bytes(mesh, batch_size, remat)
     step = overlapping + seconds["activations"]
-    return Estimate(
+    return StepEstimate(
         mesh=mesh,
         remat=remat,
         batch_size=batch_size,
@@ -94,7 +94,7 @@ def estimate(model: Model, devices: Devices, mesh: MeshShape, batch_size: int, r
     )
 
 
-def largest_batch(model: Model, devices: Devices, mesh: MeshShape, remat: str) -> int:
+def largest_batch(model: ModelCounts, devices: Devices, mesh: MeshShape, remat: str) -> int:
     """The most conversations of a micro-batch that fit, a multiple of what the mesh splits it into; 0 where none."""
     room = devices.kind.memory * (1 - RESERVED)
 
@@ -105,23 +105,23 @@ def largest_batch(model: Model, devices: Devices, mesh: MeshShape, remat: str) -
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class HardwarePlan:
     """All that was worked out; lists come best first."""
 
     devices: Devices
-    model: Model
+    model: ModelCounts
     frozen_dtype: str
     remat: str
     batch_size: int
-    configured: tuple[Estimate, ...]
+    configured: tuple[StepEstimate, ...]
     """With the config's batch, on every mesh that divides it and the model."""
-    largest: tuple[Estimate, ...]
+    largest: tuple[StepEstimate, ...]
     """With the largest batch that fits, on every mesh that divides the model and on which one does."""
-    policies: tuple[Estimate, ...]
+    policies: tuple[StepEstimate, ...]
     """The best of `largest` per remat policy."""
     subjects: int | None
 
-    def hours(self, found: Estimate) -> float | None:
+    def hours(self, found: StepEstimate) -> float | None:
         """Of an epoch of one conversation per subject: whole steps, nothing but steps."""
         if self.subjects is None:
             return None
@@ -146,11 +146,11 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain values; bytes, FLOPs and seconds."""
 
-        def of(found: Estimate) -> dict[str, Any]:
+        def of(found: StepEstimate) -> dict[str, Any]:
             values = dataclasses.asdict(found)
             return values | {
                 "total_bytes": found.total_bytes,
-                "bound": found.bound,
+                "bound": found.bottleneck,
                 "hours_per_epoch": self.hours(found),
             }
 
@@ -231,7 +231,7 @@ class Plan:
             [*lines, "", "assumed:", *(line for text in self.assumptions() for line in _wrapped(f"- {text}"))]
         )
 
-    def _beside(self, what: str, found: Sequence[Estimate], name: Callable[[Estimate], str]) -> list[str]:
+    def _beside(self, what: str, found: Sequence[StepEstimate], name: Callable[[StepEstimate], str]) -> list[str]:
         """A column for each."""
         rows = [[what, *map(name, found)], ["batch", *(str(e.batch_size) for e in found)]]
         rows.append(["GB", *(f"{e.total_bytes / 1e9:.2f}" for e in found)])
@@ -240,7 +240,7 @@ class Plan:
         rows += [[limit, *(f"{e.seconds[limit] * 1e3:.2f}" for e in found)] for limit in found[0].seconds]
         rows.append(["step", *(f"{e.step_seconds * 1e3:.2f}" for e in found)])
         rows.append(["samples/s", *(f"{e.samples_per_second:.4g}" for e in found)])
-        rows.append(["bound by", *(e.bound for e in found)])
+        rows.append(["bound by", *(e.bottleneck for e in found)])
         if self.subjects is not None:
             rows.append([f"hours for {self.subjects:,}", *(f"{self.hours(e):.3g}" for e in found)])
         return columns(rows)
@@ -276,7 +276,7 @@ def stored_dtype(config: ModelConfig, config_json: Path) -> str:
     return found
 
 
-def make_plan(
+def plan_hardware(
     config: RunConfig,
     model: LlavaConfig,
     devices: Devices,
@@ -284,7 +284,7 @@ def make_plan(
     frozen_dtype: str,
     text_tokens: int = 64,
     subjects: int | None = None,
-) -> Plan:
+) -> HardwarePlan:
     """Works out a run on `devices`, with the attention that it has there, on the config's mesh or, where it names none,
     on all that divide the model.
 
@@ -303,26 +303,27 @@ def make_plan(
     model = dataclasses.replace(
         model.with_attention(config.model.attention, devices.kind.attention), lora=config.model.lora
     )
-    counted = describe(config, model, workload(config, model, text_tokens), frozen_dtype)
+    counted = count_model(config, model, workload(config, model, text_tokens), frozen_dtype)
     remat, batch_size = config.model.remat, config.train.batch_size
     if config.mesh == MeshConfig():
-        candidates = mesh_shapes(devices.count, model, together=devices.together)
+        candidates = mesh_shapes(devices.count, model, island_size=devices.island_size)
     else:
-        candidates = [mesh_shape(config.mesh, devices.count, together=devices.together)]
+        candidates = [mesh_shape(config.mesh, devices.count, island_size=devices.island_size)]
         if faults := candidates[0].undivided(model):
             raise ConfigError(faults)
 
-    def best_first(found: Iterable[Estimate]) -> tuple[Estimate, ...]:
-        def rank(e: Estimate) -> tuple[bool, float, int, int]:  # where two are about as fast, the one that splits less
+    def best_first(found: Iterable[StepEstimate]) -> tuple[StepEstimate, ...]:
+        def rank(e: StepEstimate) -> tuple[bool, float, int, int]:
+            # Of two that are about equally fast, the one that splits less comes first.
             return not e.fits, -float(f"{e.samples_per_second:.3g}"), e.mesh.tensor, e.mesh.fsdp
 
         return tuple(sorted(found, key=rank))
 
-    def largest(remat: str) -> tuple[Estimate, ...]:
+    def largest(remat: str) -> tuple[StepEstimate, ...]:
         batches = [(mesh, largest_batch(counted, devices, mesh, remat)) for mesh in candidates]
         return best_first(estimate(counted, devices, mesh, batch, remat) for mesh, batch in batches if batch)
 
-    return Plan(
+    return HardwarePlan(
         devices=devices,
         model=counted,
         frozen_dtype=frozen_dtype + (f", products in {config.model.quantize}" if config.model.quantize else ""),

@@ -190,7 +190,7 @@ class Weight:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class ModelCounts:
     """Shapes, and what follows from them for one conversation."""
 
     config: LlavaConfig
@@ -307,7 +307,7 @@ class Model:
         }
 
 
-def describe(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype: str) -> Model:
+def count_model(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype: str) -> ModelCounts:
     """The counts of a model that trains `config.train.groups`. Raises ConfigError as `freeze.label_params` does."""
     _, shapes = abstract_params(model)
     labels = freeze.label_params(list(shapes), list(config.train.groups))
@@ -398,7 +398,7 @@ def describe(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype
             padded=padded(work.positions, text.head_dim),
         ),
     )
-    return Model(
+    return ModelCounts(
         config=model,
         workload=work,
         products=tuple(products),
@@ -413,7 +413,7 @@ def describe(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype
 
 def at_shape(
     config: RunConfig, model: LlavaConfig, modality: str, *, positions: int, targets: int, frozen_dtype: str
-) -> Model:
+) -> ModelCounts:
     """The counts of a conversation of a batch's shape, padding included, with one volume."""
     found = model.modalities[modality]
     work = Workload(
@@ -424,7 +424,7 @@ def at_shape(
         text_tokens=positions - found.num_patches,
         supervised=targets,
     )
-    return describe(config, model, work, frozen_dtype)
+    return count_model(config, model, work, frozen_dtype)
 
 
 def batch_flops(

@@ -23,7 +23,7 @@ from umbrella_jax.data.epoch_plan import Plan
 from umbrella_jax.data.inputs import Inputs, digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, make_plan
 from umbrella_jax.data.validation.checks import check_overlap
-from umbrella_jax.distributed import SHA256, check_same, together
+from umbrella_jax.distributed import SHA256, check_same, raise_together
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.inference.predict import Choices, check_lengths
 from umbrella_jax.inference.processor import Processor
@@ -119,7 +119,7 @@ def check(config: RunConfig) -> tuple[Path, Mesh]:
 
 def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
     """Reads and checks all that a run takes, puts the weights on their devices, and says what will be done."""
-    with together():
+    with raise_together():
         lines = read_metrics(out / METRICS)
         base = open_base(config)
         if faults := MeshShape(**mesh.shape).undivided(base.config):
@@ -138,7 +138,7 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
         shown = {image.modality for image in train_set.windows}
         _check_shown(config, labels, shown, len(train_set))
         evaluated = _evaluated(config, datasets.get("eval"), processor)
-    with together():
+    with raise_together():
         # in a block of its own, since orbax lets all processes meet for the identity of a run: none may have found a
         # fault before
         fingerprint, inputs = base.identity, read_inputs(config.data, datasets)

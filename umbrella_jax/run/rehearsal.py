@@ -10,7 +10,7 @@ from tqdm import tqdm
 from umbrella_jax.config.schema import RunConfig
 from umbrella_jax.data.epoch_plan import BatchShape
 from umbrella_jax.data.loader import empty_batch, eval_shapes
-from umbrella_jax.distributed import together
+from umbrella_jax.distributed import raise_together
 from umbrella_jax.errors import LESS, ConfigError
 from umbrella_jax.inference.predict import compile_answers
 from umbrella_jax.plan import at_shape
@@ -32,7 +32,7 @@ def rehearse(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) 
     """
     say = say if jax.process_index() == 0 else nothing
     meet(config, resume=resume)
-    with together():
+    with raise_together():
         out, mesh = check(config)
         check_out(config, out, resume)
     prepared = prepare(config, out, mesh, say)
@@ -40,7 +40,7 @@ def rehearse(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) 
         assert prepared.state is not None
         with Checkpoints(out / CHECKPOINTS, read_only=True) as checkpoints:
             newest(checkpoints, prepared.state, prepared.meta, prepared.inputs, say)
-    with together():
+    with raise_together():
         _compile(prepared, say)
     say(f"nothing was written to {out}")
 

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from umbrella_jax.config.load import flat, load_config, parse_config
 from umbrella_jax.config.schema import RunConfig, to_dict
 from umbrella_jax.data.inputs import Inputs, changed
-from umbrella_jax.distributed import gather, together
+from umbrella_jax.distributed import gather, raise_together
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.io.reading import LISTING, read_json
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, INPUTS, Line, Say
@@ -107,14 +107,14 @@ def newest(
     for step in checkpoints.steps():
         saved, faults = _attempt(checkpoints.meta, step)
         if saved is not None:
-            with together():
+            with raise_together():
                 same_run(checkpoints.directory, saved, meta, inputs)
             found, faults = _attempt(checkpoints.restore, step, state)
         if found is not None:
             break
         damaged[step] = faults
     if damaged and found is None:
-        with together():
+        with raise_together():
             faults = [fault for each in damaged.values() for fault in each]
             raise CheckpointError([*faults, f"{checkpoints.directory}: none is good: cannot resume"])
     for faults in damaged.values():

@@ -25,7 +25,7 @@ from umbrella_jax.console import Progress, Work
 from umbrella_jax.data.epoch_plan import BatchShape, Plan
 from umbrella_jax.data.inputs import dump_inputs
 from umbrella_jax.data.loader import eval_subset, task_ids, train_batches
-from umbrella_jax.distributed import agree, broadcast, together
+from umbrella_jax.distributed import broadcast, max_over_processes, raise_together
 from umbrella_jax.errors import Interrupted
 from umbrella_jax.io.files import PRIVATE, locked, rewrite_folder, write_whole
 from umbrella_jax.models import abstract_params
@@ -99,7 +99,7 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) -> 
     first = jax.process_index() == 0
     with ExitStack() as held:
         meet(config, resume=resume)
-        with together():
+        with raise_together():
             out, mesh = check(config)
             out.mkdir(parents=True, exist_ok=True)
             if first:
@@ -129,7 +129,7 @@ def _run(run: Prepared, resume: bool, log: RunLog | None) -> Line:
             write_whole(out / INPUTS, dump_inputs(run.inputs), PRIVATE)
 
         def interrupted() -> int:
-            return agree(signals.received)
+            return max_over_processes(signals.received)
 
         start = int(state.step)
         logged = opened.enter_context(loggers(config, out, start - bool(pending))) if log else None
@@ -178,7 +178,7 @@ def _run(run: Prepared, resume: bool, log: RunLog | None) -> Line:
             trainable = state.trainable
             del state  # of a large part that trains, devices may not hold two with moments
             if answering != run.steps:
-                with together():
+                with raise_together():
                     trainable = checkpoints.restore_trainable(answering, partial(param_sharding, mesh))
             with jax.set_mesh(mesh):
                 found = evaluate(run, kept, interrupted, options, answering, trainable, final=True)

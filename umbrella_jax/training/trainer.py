@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import TrainConfig
-from umbrella_jax.distributed import together
+from umbrella_jax.distributed import raise_together
 from umbrella_jax.errors import CheckpointError, Interrupted, RunError
 from umbrella_jax.io.files import append, naming, strict_json, write_whole
 from umbrella_jax.models import Params
@@ -129,7 +129,7 @@ def fit(
                     evaluated = None if number else evaluate(step, state.trainable)
                 except (CheckpointError, RunError):  # not finite, on every process
                     checkpoints.save(state, {**meta, "pending": line})
-                    with together():
+                    with raise_together():
                         raise
                 if evaluated is None:
                     checkpoints.save(state, {**meta, "pending": line})
@@ -178,7 +178,7 @@ def fit(
                 skipped += 1
                 line["skipped"] = skipped
                 if error := weights_error(state.trainable | frozen):
-                    with together():
+                    with raise_together():
                         raise error
                 part, rows = first_nonfinite(state.trainable | frozen, batch, graphdef=graphdef)
                 message = (
@@ -186,7 +186,7 @@ def fit(
                     f"{_where(part, rows, task_ids(step))}"
                 )
                 if config.on_nonfinite == "stop" or skipped > config.max_skipped:
-                    with together():  # every process comes here: all have the same values
+                    with raise_together():  # every process comes here: all have the same values
                         raise RunError(f"{message}; {_remedy(config, checkpoints.latest_step())}")
                 if first:
                     say(f"{message}; skipped, {skipped} of {config.max_skipped} that may be")
