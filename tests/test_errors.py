@@ -20,6 +20,7 @@ from umbrella_jax.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    Faults,
     Interrupted,
     RunError,
     UmbrellaError,
@@ -125,6 +126,20 @@ def test_alike_faults_are_told_as_one() -> None:
     ]
     assert str(DataError(missing[1:])).splitlines()[1:] == [f"  - {fault}" for fault in missing[1:]]
     assert error.faults[2] == missing[1]
+
+
+def test_faults_of_several_checks_are_raised_together() -> None:
+    faults = Faults()
+    faults.raise_as(DataError)
+    with faults:
+        raise ConfigError(["one", "two"])
+    faults.append("three")
+    assert faults.check(lambda: 4) == 4
+    with pytest.raises(KeyError), faults:
+        raise KeyError("a bug is no fault")
+    with pytest.raises(DataError) as caught:
+        faults.raise_as(DataError)
+    assert caught.value.faults == ("one", "two", "three")
 
 
 def test_what_argparse_refuses_ends_alike(capsys: pytest.CaptureFixture[str]) -> None:

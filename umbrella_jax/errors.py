@@ -12,9 +12,11 @@ import errno
 import os
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
+
+T = TypeVar("T")
 
 LESS = (
     "lower train.batch_size, set model.remat: full or model.frozen_dtype: bfloat16, or split the weights "
@@ -146,6 +148,34 @@ class RunError(UmbrellaError):
     """A failure during work: a loss that is not finite, a directory that was deleted."""
 
     exit_code = 1
+
+
+class Faults(list[str]):
+    """Faults of several checks, collected to be raised as one error.
+
+    `with faults:` runs a check. An UmbrellaError ends only that block, and its faults are collected. Other faults can
+    be appended as to any list.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, UmbrellaError):
+            return False
+        self.extend(error.faults)
+        return True
+
+    def check(self, function: Callable[[], T]) -> T | None:
+        """Return `function()`. If it raises an UmbrellaError, collect its faults and return None."""
+        with self:
+            return function()
+        return None
+
+    def raise_as(self, error_class: type[UmbrellaError]) -> None:
+        """Raise one `error_class` with all collected faults. Do nothing if there are none."""
+        if self:
+            raise error_class(self)
 
 
 class Interrupted(Exception):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from string import Formatter
-from typing import Any, TypeVar
+from typing import Any
 
 from umbrella_jax.config.schema import MAX_CLASSES, modality_names, resolve_modality
 from umbrella_jax.console import plural, wrapped
@@ -28,11 +28,10 @@ from umbrella_jax.data.tables import (
     subject_rows,
     with_prefix,
 )
-from umbrella_jax.errors import ConfigError, DataError, UmbrellaError, no_directory
+from umbrella_jax.errors import ConfigError, DataError, Faults, no_directory
 from umbrella_jax.io.files import check_new_folder, naming, new_folder, private, strict_json
 from umbrella_jax.io.reading import read_json, read_text, read_yaml
 
-T = TypeVar("T")
 TEMPLATES: dict[str, dict[str, str]] = {
     "classification": {"question": "What is the {target} of this subject?", "answer": "{label}."},
     "regression": {"question": "What is the {target} of this subject?", "answer": "{label}"},
@@ -141,35 +140,26 @@ def from_bids(
     root, out, modality = Path(root), Path(out), resolve_modality(modality, MODALITIES) or modality
     if not root.is_dir():
         raise DataError(f"{root}: {no_directory(root)}; expected a directory with a BIDS data set")
-    faults: list[str] = []
-    notes: list[str] = []
-
-    def collect(check: Callable[[], T]) -> T | None:
-        try:
-            return check()
-        except UmbrellaError as error:
-            faults.extend(error.faults)
-            return None
-
-    collect(lambda: _check_arguments(out, kind, modality, pairs_per_subject))
+    faults, notes = Faults(), list[str]()
+    faults.check(lambda: _check_arguments(out, kind, modality, pairs_per_subject))
     if split_from is not None and not (split is None and seed is None):
         faults.append("split_from: the split is that of another directory; leave out split and seed")
-    shares = collect(lambda: _shares(split or "train=0.8,eval=0.2"))
-    given = collect(lambda: read_splits(Path(split_from) / SPLITS)) if split_from is not None else None
-    texts = collect(lambda: _template(template))
-    levels = collect(lambda: _levels(root, target))
-    table = collect(lambda: _Participants.read(root, target))
-    files = collect(lambda: _files(root, derivatives, notes))
+    shares = faults.check(lambda: _shares(split or "train=0.8,eval=0.2"))
+    given = faults.check(lambda: read_splits(Path(split_from) / SPLITS)) if split_from is not None else None
+    texts = faults.check(lambda: _template(template))
+    levels = faults.check(lambda: _levels(root, target))
+    table = faults.check(lambda: _Participants.read(root, target))
+    files = faults.check(lambda: _files(root, derivatives, notes))
     scans = None
     if files is not None and modality in MODALITIES:
-        scans = collect(lambda: _scans(root, files, modality, entities, notes))
+        scans = faults.check(lambda: _scans(root, files, modality, entities, notes))
     if table is None or files is None or scans is None or texts is None or levels is None:
         raise DataError(faults)
     spelled = {**levels, **texts.pop("labels", {})}
-    kept = collect(lambda: _with_values(table, files, scans, target, missing, spelled, notes))
+    kept = faults.check(lambda: _with_values(table, files, scans, target, missing, spelled, notes))
     if kept is None:
         raise DataError(faults)
-    kind = collect(lambda: _kind(table.path, target, kept, kind, spelled, notes))
+    kind = faults.check(lambda: _kind(table.path, target, kept, kind, spelled, notes))
     if kind is None or shares is None or faults:
         raise DataError(faults)
     if kind == "regression":
@@ -188,7 +178,7 @@ def from_bids(
     splits, kept_out = _divide(subjects, split_of, list(shares) if given is None else split_names(split_of))
     if kept_out:
         notes.append(_left_out(f"subjects that {split_from}/{SPLITS} does not have", kept_out))
-    collect(lambda: _check_subjects(root, target, kind, subjects, splits, notes))
+    faults.check(lambda: _check_subjects(root, target, kind, subjects, splits, notes))
     if pairs_per_subject is not None and kind != "comparison":
         faults.append(f"pairs_per_subject: of kind comparison only; this is a {kind}, leave it out")
     if faults:
@@ -258,19 +248,16 @@ def _next_command(root: Path, out: Path, target: str, modality: str, splits: Col
 
 
 def _check_arguments(out: Path, kind: str | None, modality: str, pairs: int | None) -> None:
-    faults = []
+    faults = Faults()
     if kind is not None and kind not in TEMPLATES:
         faults.append(f"kind: expected one of {', '.join(TEMPLATES)}, got {kind!r}")
     if modality not in MODALITIES:
         faults.append(f"modality: expected one of {modality_names(MODALITIES)}, got {modality!r}")
     if pairs is not None and pairs < 1:
         faults.append(f"pairs_per_subject: expected at least 1, got {pairs}")
-    try:
+    with faults:
         check_new_folder(out)
-    except ConfigError as error:
-        faults += error.faults
-    if faults:
-        raise DataError(faults)
+    faults.raise_as(DataError)
 
 
 def _shares(split: str) -> dict[str, Fraction]:

@@ -59,7 +59,7 @@ from umbrella_jax.data.volume import (
     reading_order,
 )
 from umbrella_jax.data.voxels import Voxels, readable, source_files
-from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.errors import ConfigError, DataError, Faults
 from umbrella_jax.io.files import check_output
 from umbrella_jax.io.reading import parse_json, read_json, sha256
 
@@ -410,15 +410,16 @@ def fill(config: RunConfig, *, verify: bool = False) -> str:
     """
     data, modalities = config.data, config.model.modalities
     paths = [path for path in (data.train, data.eval) if path is not None]
-    faults = [] if data.cache else ["data.cache: expected a directory (--cache D)"]
+    faults = Faults()
+    if not data.cache:
+        faults.append("data.cache: expected a directory (--cache D)")
     if not paths:
         faults.append("data.train: expected a path (--train-data PATH), or data.eval (--eval-data PATH)")
-    if faults:
-        raise ConfigError(faults)
+    faults.raise_as(ConfigError)
     check_output(Path(str(data.cache)), "choose another directory (--cache DIR)", folder=True)
     images: dict[Image, None] = {}
     for path in paths:
-        try:
+        with faults:
             kept = read_conversations(
                 path,
                 modalities,
@@ -428,10 +429,7 @@ def fill(config: RunConfig, *, verify: bool = False) -> str:
                 allow_outside_root=data.allow_outside_root,
             )
             images |= dict.fromkeys(image for conversation in kept for image in conversation.images)
-        except DataError as error:
-            faults += error.faults
-    if faults:
-        raise DataError(faults)
+    faults.raise_as(DataError)
     cache = VolumeCache(str(data.cache), data.cache_dtype, strict=True, verify=verify)
     check_volumes(random.Random().sample(list(images), len(images)), modalities, data.threads, cache.check)
     return (

@@ -20,7 +20,7 @@ from umbrella_jax.data.conversation import Conversation, Image, read_conversatio
 from umbrella_jax.data.epoch_plan import BatchShape, Facts, Plan, Update, exact_shape
 from umbrella_jax.data.tokenize import Encoded, Remembering, encode, encode_all, encode_prompt
 from umbrella_jax.data.volume import check_volumes
-from umbrella_jax.errors import DataError
+from umbrella_jax.errors import DataError, Faults
 
 T = TypeVar("T")
 _UNCHANGED = AugmentConfig()
@@ -141,24 +141,16 @@ class Dataset:
         )
         common: dict[str, Any] = {"modalities": modalities, "max_length": max_length, "template": template}
         common["tokenizer"] = Remembering(tokenizer)
-        faults: list[str] = []
-
-        def collect(check: Callable[[], T]) -> T | None:
-            try:
-                return check()
-            except DataError as error:
-                faults.extend(error.faults)
-                return None
-
-        encoder = partial(encode, needs_answer=not evaluation, **common)
-        encoded = collect(lambda: encode_all(kept, encoder, modalities))
-        asked = kept if evaluation else ()
-        prompts = collect(lambda: encode_all(asked, partial(encode_prompt, **common), modalities))
         images = [image for conversation in kept for image in conversation.images]
         sources = Sources() if sources is None else sources
-        windows = collect(lambda: check_volumes(images, modalities, threads, sources.check))
-        if encoded is None or prompts is None or windows is None:
-            raise DataError(faults)
+        faults = Faults()
+        with faults:
+            encoded = encode_all(kept, partial(encode, needs_answer=not evaluation, **common), modalities)
+        with faults:
+            prompts = encode_all(kept if evaluation else (), partial(encode_prompt, **common), modalities)
+        with faults:
+            windows = check_volumes(images, modalities, threads, sources.check)
+        faults.raise_as(DataError)
         axes: dict[tuple[Path, str], str | None] = {}  # a file is opened for each: only where needed
         if augment != _UNCHANGED:
             with ThreadPoolExecutor(threads) as pool:

@@ -29,7 +29,7 @@ import numpy as np
 
 from umbrella_jax.config.schema import ModalityConfig, Template
 from umbrella_jax.data.conversation import IMAGE_MARKER, TURN_END, TURN_START, Conversation, Image, Message
-from umbrella_jax.errors import DataError, is_out_of_memory
+from umbrella_jax.errors import DataError, Faults, is_out_of_memory
 from umbrella_jax.io.reading import LISTING, read_json
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of missing PyTorch, which is not needed
@@ -398,14 +398,11 @@ def encode_all(
 ) -> Rows:
     """`encoder`, which knows the `modalities`, of each. Raises DataError with the faults of all."""
     encoded = Rows(modalities)
-    faults: list[str] = []
+    faults = Faults()
     for conversation in conversations:
-        try:
+        with faults:
             encoded.append(encoder(conversation))
-        except DataError as error:
-            faults.extend(error.faults)
-    if faults:
-        raise DataError(faults)
+    faults.raise_as(DataError)
     return encoded
 
 

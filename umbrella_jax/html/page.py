@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from umbrella_jax.errors import ConfigError
+from umbrella_jax.errors import Faults
 from umbrella_jax.io.files import PRIVATE, check_output, write_whole
 
 PRIVACY = "contains participant data (pictures, names, answers): handle it like the scans"
@@ -19,7 +19,7 @@ _MODULES = {"pillow": "PIL"}  # that are not called as their package
 def page_faults(flag: str, file: Path, packages: Sequence[str], *, rewrite: bool = False) -> list[str]:
     """Return why a page cannot be written, before any work is done for it; `flag` is what names `file`, and `rewrite`
     whether it may be there already."""
-    faults = []
+    faults = Faults()
     if missing := [name for name in packages if not _installed(_MODULES.get(name, name))]:
         faults.append(f"{flag}: {' and '.join(missing)} not installed; pip install 'umbrella-jax[report]'")
     if file.is_dir() or not file.parent.is_dir():
@@ -27,10 +27,8 @@ def page_faults(flag: str, file: Path, packages: Sequence[str], *, rewrite: bool
     elif file.is_file() and not rewrite:
         faults.append(f"{flag} {file}: already exists; choose another file, or remove it")
     else:
-        try:
+        with faults:
             check_output(file, f"choose another file ({flag} FILE)", folder=False)
-        except ConfigError as error:
-            faults += error.faults
     return faults
 
 

@@ -29,7 +29,7 @@ from umbrella_jax.data.inputs import digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, empty_batch, eval_batches, eval_shapes
 from umbrella_jax.data.tokenize import Remembering, encode_answers, length_faults
 from umbrella_jax.distributed import SHA256, broadcast, check_same, gather, raise_together
-from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.errors import ConfigError, DataError, Faults
 from umbrella_jax.inference.generate import GREEDY, NONE, Sampling, decode, prefill, score_answers
 from umbrella_jax.inference.processor import Processor
 from umbrella_jax.io.files import PRIVATE, append, check_output, hold, naming, strict_json, write_whole
@@ -78,14 +78,11 @@ class Choices:
     def __init__(self, dataset: Dataset, processor: Processor, rows: Sequence[Row], tasks: Mapping[str, Task]):
         """Raises DataError where an answer's tokens do not go on from a prompt."""
         self.texts = [tasks[task_of(row)].answers or () for row in rows]
-        encoded, faults, tokenizer = [], list[str](), Remembering(processor.tokenizer)
+        encoded, faults, tokenizer = [], Faults(), Remembering(processor.tokenizer)
         for conversation, texts in zip(dataset.conversations, self.texts, strict=True):
-            try:
+            with faults:
                 encoded.append(encode_answers(conversation, texts, tokenizer, template=processor.template))
-            except DataError as error:
-                faults.extend(error.faults)
-        if faults:
-            raise DataError(faults)
+        faults.raise_as(DataError)
         self._shape = (max(map(len, encoded)), max(len(ids) for each in encoded for ids in each))
         self._encoded = encoded
 

@@ -24,7 +24,7 @@ from umbrella_jax.data.conversation import Conversation, Image, Message
 from umbrella_jax.data.loader import Dataset, whole_batch
 from umbrella_jax.data.tokenize import check_template, decode, encode_answers, encode_prompt, stop_ids
 from umbrella_jax.data.volume import check_volumes
-from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.errors import ConfigError, DataError, Faults
 
 _log = logging.getLogger(__name__)
 _REMARKS = 10
@@ -108,9 +108,9 @@ class Processor:
 
         Raises DataError with the faults of all.
         """
-        found, faults, sources = dict[str, Dataset](), list[str](), VolumeCache.of(data)
+        found, faults, sources = dict[str, Dataset](), Faults(), VolumeCache.of(data)
         for split in splits:
-            try:
+            with faults:
                 if (path := getattr(data, split)) is not None:
                     found[split] = self.dataset(
                         path,
@@ -123,10 +123,7 @@ class Processor:
                         sources=sources,
                         augment=data.augment if augment and split == "train" else AugmentConfig(),
                     )
-            except DataError as error:
-                faults += error.faults
-        if faults:
-            raise DataError(faults)
+        faults.raise_as(DataError)
         _warn(sources, self.modalities)
         return found
 

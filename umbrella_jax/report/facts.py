@@ -13,7 +13,7 @@ from umbrella_jax.config.load import load_config
 from umbrella_jax.config.schema import RunConfig, TrainConfig
 from umbrella_jax.data.cache import source_digest
 from umbrella_jax.data.conversation import Conversation, conversation_files, read_conversations
-from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError, no_directory
+from umbrella_jax.errors import CheckpointError, ConfigError, DataError, Faults, UmbrellaError, no_directory
 from umbrella_jax.io import reading
 from umbrella_jax.models import LlavaConfig, abstract_params
 from umbrella_jax.rundir import (
@@ -140,7 +140,7 @@ def read_facts(
     check_run(run)
     config = load_config(run / CONFIG, {"model.remat": "full"})  # not asked; older runs may say `dots`
     model = read_config(run / MODEL, None)
-    faults = _Faults()
+    faults = Faults()
     with faults:
         saved, meta = _checkpoints(run)
     with faults:
@@ -156,7 +156,7 @@ def read_facts(
     others: dict[str, list[dict[str, Any]]] = {}
     with faults:
         others = {} if baseline is None else _baselines(Path(baseline))
-    faults.stop()
+    faults.raise_as(DataError)
     read: dict[str, list[Conversation] | str] = {}
     for split in ("train", "eval"):
         if getattr(config.data, split) is not None:
@@ -173,8 +173,8 @@ def read_facts(
     with faults:
         conversations = _answered(found, rows, file) if samples else []
     for name, of in others.items():
-        faults.found += _baseline_faults(name, of, rows)
-    faults.stop()
+        faults += _baseline_faults(name, of, rows)
+    faults.raise_as(DataError)
 
     order = _order(rows, tasks)
     chosen = [_sample(conversations[i], rows[i], tasks[task_of(rows[i])], failed) for i, failed in order[:samples]]
@@ -228,29 +228,6 @@ def check_run(run: str | Path) -> None:
     if not (run / CONFIG).is_file() or not (run / MODEL).is_dir():
         problem = "no run" if run.is_dir() else no_directory(run)
         raise ConfigError(f"{run}: {problem}; expected the --out of umbrella-jax train, with {CONFIG} and {MODEL}/")
-
-
-class _Faults:
-    """What is at fault in several blocks, raised at once: as the last of them would."""
-
-    def __init__(self) -> None:
-        self.found: list[str] = []
-        self.kind: type[UmbrellaError] = DataError
-
-    def __enter__(self) -> None:
-        """A block that goes on behind an UmbrellaError."""
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: object) -> bool:
-        if not isinstance(error, UmbrellaError):
-            return False
-        self.found += error.faults
-        self.kind = type(error)
-        return True
-
-    def stop(self) -> None:
-        """Raises what was found, if anything was."""
-        if self.found:
-            raise self.kind(self.found)
 
 
 def _checkpoints(run: Path) -> tuple[tuple[int, ...], dict[str, Any]]:

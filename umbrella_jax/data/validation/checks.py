@@ -25,7 +25,7 @@ from umbrella_jax.data.tokenize import Remembering, encode, encode_prompt, refer
 from umbrella_jax.data.validation.findings import PROPERTIES, SETS, Contents, Finding, Report, Set, Severity, Volume
 from umbrella_jax.data.volume import check_volume
 from umbrella_jax.data.voxels import open_voxels
-from umbrella_jax.errors import ConfigError, DataError, UmbrellaError
+from umbrella_jax.errors import ConfigError, DataError, Faults
 
 T = TypeVar("T")
 _ALMOST_EMPTY = 0.01  # share of voxels that are not 0
@@ -55,11 +55,10 @@ def validate(
     findings: list[Finding] = []
 
     def collect(check: Callable[[], T], kind: str, *sets: str) -> T | None:
-        try:
-            return check()
-        except UmbrellaError as error:
-            findings.extend(_faults(kind, sets, error.faults))
-            return None
+        faults = Faults()
+        value = faults.check(check)
+        findings.extend(_faults(kind, sets, faults))
+        return value
 
     def unchecked(place: str, reason: str, *sets: str) -> None:
         findings.append(Finding("warning", "unchecked", sets, place, reason))
@@ -131,16 +130,9 @@ def _texts(
     config: RunConfig, conversations: Sequence[Conversation], tokenizer: Any | None, evaluation: bool
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Lengths of each conversation, those that are too long included, and what a run refuses of the text."""
-    faults: list[str] = []
+    faults = Faults()
     rows: list[tuple[int, int, int, int]] = []
     modalities = config.model.modalities
-
-    def collect(check: Callable[[], T]) -> T | None:
-        try:
-            return check()
-        except DataError as error:
-            faults.extend(error.faults)
-            return None
 
     words = tokenizer and Remembering(tokenizer)
     common: dict[str, Any] = {"tokenizer": words, "modalities": modalities, "template": config.data.template}
@@ -148,13 +140,13 @@ def _texts(
     for c in conversations:
         if tokenizer is None:
             if evaluation:
-                collect(partial(reference_answer, c))  # whether there is one to compare with
+                faults.check(partial(reference_answer, c))  # whether there is one to compare with
             continue
         if evaluation:
-            collect(partial(prompt, c, max_length=config.data.max_length))
-        whole = collect(partial(write, c, max_length=config.data.max_length, needs_answer=not evaluation))
+            faults.check(partial(prompt, c, max_length=config.data.max_length))
+        whole = faults.check(partial(write, c, max_length=config.data.max_length, needs_answer=not evaluation))
         if whole is None:
-            whole = collect(partial(write, c, max_length=sys.maxsize, needs_answer=False))  # how long is too long?
+            whole = faults.check(partial(write, c, max_length=sys.maxsize, needs_answer=False))  # how long is too long?
         if whole is None:  # no template writes it
             continue
         patches = sum(modalities[image.modality].num_patches for image in whole.images)
