@@ -281,3 +281,12 @@ def test_what_a_pod_of_gke_runs(cluster: Cluster) -> None:
     assert install == ["pip", "install", "--quiet", "umbrella_jax-0.1.0-py3-none-any.whl[tpu]"]
     assert train == ["umbrella-jax", "train", *variable["value"].split(), "--resume"]
     assert is_train_command(train[1:])
+
+
+def test_git_hooks_are_checks_of_the_suite() -> None:
+    """A hook that scripts/test.sh lacks would reject commits that pass the suite."""
+    lines = (ROOT / "scripts" / "test.sh").read_text().splitlines()
+    (local,) = YAML(typ="safe").load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    entries = [hook["entry"] for hook in local["hooks"]]
+    assert entries
+    assert [entry for entry in entries if entry.removeprefix(".venv/bin/") not in lines] == []

@@ -151,7 +151,7 @@ class Block:
 def pages() -> list[str]:
     """README first: what it makes, the others read. tests/test_first_hours.py executes the one that is a transcript."""
     names = sorted(file.name for file in (ROOT / "docs").glob("*.md") if file.name != "first_hours.md")
-    return [README, *(f"docs/{name}" for name in names)]
+    return [README, "CONTRIBUTING.md", *(f"docs/{name}" for name in names)]
 
 
 def blocks(page: str) -> list[Block]:
@@ -192,6 +192,11 @@ def commands(text: str) -> list[list[str]]:
 NOT_RUN: dict[str, str] = {
     "bash scripts/demo.sh": "five minutes; what it prints, compare_demo looks at",
     "bash scripts/test.sh": "the suite itself",
+    "pytest": "the suite itself",
+    "python scripts/voice.py": "a check of scripts/test.sh",
+    "uv tool install": "the environment is the suite's",
+    "pre-commit": "not in the suite's environment; its hooks are checks of scripts/test.sh",
+    "docker": "no daemon here",
     "bash scripts/install.sh": "the environment is the suite's; scripts/test.sh begins with it",
     "bash scripts/lock.sh": "asks the registry for versions, which change",
     "srun": "no SLURM here; tests/doctor/test_diagnose.py has its variables",
