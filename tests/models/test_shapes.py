@@ -105,10 +105,11 @@ class TestModules(chex.TestCase):
         x = np.random.default_rng(0).normal(size=(2, 7, 30)).astype(np.float32)
         cos, sin = rope_tables(jnp.tile(jnp.arange(7), (2, 1)), 10, 1e6)
         chex.assert_shape([cos, sin], (2, 7, 1, 10))
-        for make in (Qwen2Attention, Qwen2DecoderLayer):
+        kv = (2, 7, 2, 10)
+        for make, shapes in ((Qwen2Attention, ((2, 7, 30), kv, kv)), (Qwen2DecoderLayer, (2, 7, 30))):
             graphdef, state = nnx.split(make(text_config(), rngs=nnx.Rngs(0)))
             out = self.variant(lambda s, g=graphdef: nnx.merge(g, s)(x, cos, sin, ATTEND))(state)
-            chex.assert_shape(out, (2, 7, 30))
+            chex.assert_shape(out, shapes)
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_tower_and_patch_embed(self):

@@ -3,14 +3,14 @@
 Axes: B conversations, T positions, D width, F width of the MLP, H heads, K kv heads, Dh head width, V words.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import FrozenDict
 from jax.ad_checkpoint import checkpoint_name
 
 from umbrella_jax.config.schema import AttentionBackend, RematPolicy
@@ -78,7 +78,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 class Qwen2Attention(nnx.Module):
-    """Grouped-query attention with rope, biases on q, k, v only; `attend` takes q [B, T, H, Dh], k, v [B, T, K, Dh]."""
+    """Grouped-query attention with rotary positions; only q, k and v have biases."""
 
     def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
@@ -88,11 +88,15 @@ class Qwen2Attention(nnx.Module):
         self.v_proj = Linear(config.hidden_size, kv, rngs=rngs)
         self.o_proj = Linear(q, config.hidden_size, bias=False, rngs=rngs)
 
-    def __call__(self, x: Array, cos: Array, sin: Array, attend: Callable[..., Array]) -> Array:
+    def __call__(self, x: Array, cos: Array, sin: Array, attend: Callable[..., Array]) -> tuple[Array, Array, Array]:
+        """Attend from x [B, T, D] by `attend(q, k, v)` with q [B, T, H, Dh] and k, v [B, T, K, Dh].
+
+        Returns the output [B, T, D], the rotated keys and the values [B, T, K, Dh].
+        """
         projected = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (split_heads(y.reshape(*x.shape[:2], -1, self.head_dim)) for y in projected)
-        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o_proj(out.reshape(*x.shape[:2], -1))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return self.o_proj(attend(q, k, v).reshape(*x.shape[:2], -1)), k, v
 
 
 class Qwen2MLP(nnx.Module):
@@ -118,8 +122,15 @@ class Qwen2DecoderLayer(nnx.Module):
         self.mlp = Qwen2MLP(config, rngs=rngs)
 
     def __call__(self, x: Array, cos: Array, sin: Array, attend: Callable[..., Array]) -> Array:
-        x = checkpoint_name(x + self.self_attn(self.input_layernorm(x), cos, sin, attend), "middle")
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return self.with_keys_and_values(x, cos, sin, attend)[0]
+
+    def with_keys_and_values(
+        self, x: Array, cos: Array, sin: Array, attend: Callable[..., Array]
+    ) -> tuple[Array, Array, Array]:
+        """Return the block's output and its rotated keys and its values [B, T, K, Dh], for a cache."""
+        attended, k, v = self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        x = checkpoint_name(x + attended, "middle")
+        return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
 
 class Qwen2Model(nnx.Module):
@@ -137,45 +148,39 @@ class Qwen2Model(nnx.Module):
         return self.norm(scan_layers(self.layers, x, cos, sin, attend, remat=self.remat))
 
     def prefill(self, x: Array, positions: Array, lengths: Array) -> tuple[Array, KVCache]:
-        """As a call, and what `extend` needs of these positions."""
-
-        def attend(q: Array, k: Array, v: Array) -> Array:
-            return attention(q, k, v, causal=True, lengths=lengths, backend=self.backend)
-
-        hidden, k, v = self._keeping(x, positions, attend)
+        """Compute what a call does, and the cache from which `extend` continues."""
+        attend = partial(attention, causal=True, lengths=lengths, backend=self.backend)
+        hidden, k, v = self._with_keys_and_values(x, positions, attend)
         used = jnp.arange(x.shape[1]) < lengths[:, None]
         return hidden, KVCache(k=k, v=v, used=used)
 
     def extend(self, x: Array, positions: Array, cache: KVCache, ways: int = 1) -> tuple[Array, Array, Array]:
-        """Each row goes on in W = `ways` ways that do not see one another, N positions each.
+        """Continue each row in W = `ways` ways that do not see one another, N positions each.
 
         x [B, W·N, D], positions [B, W·N] → last hidden states [B, W·N, D], normed, and the new keys and values
         [L, B, K, W·N, Dh], which are not in the cache yet.
         """
+        attend = partial(extension_attention, used=cache.used, ways=ways)
+        return self._with_keys_and_values(x, positions, attend, {"past_k": cache.k, "past_v": cache.v})
 
-        def attend(q: Array, k: Array, v: Array, past: tuple[Array, Array]) -> Array:
-            return extension_attention(q, k, v, *past, cache.used, ways)
-
-        return self._keeping(x, positions, attend, (cache.k, cache.v))
-
-    def _keeping(
-        self, x: Array, positions: Array, attend: Callable[..., Array], *of_layers: Any
+    def _with_keys_and_values(
+        self, x: Array, positions: Array, attend: Callable[..., Array], past: Mapping[str, Array] = FrozenDict()
     ) -> tuple[Array, Array, Array]:
-        """The layers with `attend(q, k, v, *of_layer)`; last hidden states, and k and v [L, B, K, T, Dh] of each."""
+        """Run the layers; return the last hidden states, and each layer's keys and values [L, B, K, T, Dh].
+
+        Args:
+            past: keyword arguments of `attend`, stacked over the layers on axis 0; each layer gets its own slice.
+        """
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
         graphdef, params = nnx.split(self.layers)
 
-        def body(x: Array, sliced: tuple[nnx.State, tuple[Any, ...]]) -> tuple[Array, list[Array]]:
-            params, of_layer = sliced
-            kept: list[Array] = []
+        def body(x: Array, per_layer: tuple[nnx.State, dict[str, Array]]) -> tuple[Array, tuple[Array, Array]]:
+            params, past = per_layer
+            layer = nnx.merge(graphdef, params)
+            x, k, v = layer.with_keys_and_values(split_rows(x), cos, sin, partial(attend, **past))
+            return x, (k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
 
-            def keeping(q: Array, k: Array, v: Array) -> Array:
-                kept.extend(y.transpose(0, 2, 1, 3) for y in (k, v))
-                return attend(q, k, v, *of_layer)
-
-            return nnx.merge(graphdef, params)(split_rows(x), cos, sin, keeping), kept
-
-        x, (k, v) = jax.lax.scan(body, x, (params, of_layers))
+        x, (k, v) = jax.lax.scan(body, x, (params, dict(past)))
         return self.norm(x), k, v
 
 

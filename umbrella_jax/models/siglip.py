@@ -36,8 +36,10 @@ class SiglipAttention(nnx.Module):
 
     def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
         self.num_heads = config.num_attention_heads
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            setattr(self, name, Linear(config.hidden_size, config.hidden_size, rngs=rngs))
+        self.q_proj = Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.k_proj = Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.v_proj = Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size, rngs=rngs)
 
     def __call__(self, x: Array, attend: Callable[..., Array]) -> Array:
         q, k, v = (
