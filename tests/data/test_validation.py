@@ -524,7 +524,7 @@ def test_a_flip_of_what_has_no_orientation_is_a_fault(config, ask, write_json, t
         assert any("left_right_flip" in line for line in report.lines()) != ok
 
 
-def test_the_sample_is_even_and_begins_with_what_was_found(config, ask, nifti, write_json, tmp_path):
+def test_the_sample_is_even_and_starts_with_flagged_volumes(config, ask, nifti, write_json, tmp_path):
     for i in range(9):
         nifti(f"{i}.nii", SHAPE)
     nifti("seven.nii", np.full(SHAPE, 7.0))
@@ -533,6 +533,7 @@ def test_the_sample_is_even_and_begins_with_what_was_found(config, ask, nifti, w
 
     def drawn(sample):
         file = tmp_path / "page.html"
+        file.unlink(missing_ok=True)  # an existing page is refused
         write_page(report, settings.model.modalities, file, sample=sample, threads=2, augment=settings.data.augment)
         return re.findall(r'<h3 class="path">[^<]*/([^<]*)\.nii</h3>', file.read_text())
 
