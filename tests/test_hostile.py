@@ -31,7 +31,7 @@ from umbrella_jax.config.load import load_config
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.console import columns
 from umbrella_jax.data import conversation, tokenize, voxels
-from umbrella_jax.data.bids import from_bids
+from umbrella_jax.data.bids.from_bids import from_bids
 from umbrella_jax.data.conversation import read_conversations
 from umbrella_jax.data.tokenize import encode, load_tokenizer
 from umbrella_jax.data.volume import load_volume

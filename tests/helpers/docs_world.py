@@ -28,7 +28,8 @@ from tests.helpers.small_run import MODALITIES, VOLUME_SHAPES, read_config, writ
 from umbrella_jax.cli import main, make_parser
 from umbrella_jax.config.load import load_config, parse_config
 from umbrella_jax.config.schema import RunConfig, to_dict
-from umbrella_jax.data.bids import TEMPLATES, from_bids
+from umbrella_jax.data.bids.from_bids import from_bids
+from umbrella_jax.data.bids.templates import TEMPLATES
 from umbrella_jax.data.conversation import read_conversations
 from umbrella_jax.demo import make_base
 from umbrella_jax.demo.run import LESIONS

@@ -17,7 +17,8 @@ from umbrella_jax.cli.options import (
     number,
 )
 from umbrella_jax.config.schema import MAX_CLASSES
-from umbrella_jax.data.bids import TEMPLATES, from_bids
+from umbrella_jax.data.bids.from_bids import from_bids
+from umbrella_jax.data.bids.templates import TEMPLATES
 from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.io.files import check_output, strict_json

@@ -1,0 +1,260 @@
+"""Turn a BIDS data set into conversation files, one for each split of its subjects."""
+
+import math
+import random
+import re
+import shlex
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from umbrella_jax.config.schema import modality_names, resolve_modality
+from umbrella_jax.console import plural, wrapped
+from umbrella_jax.data.bids.labels import (
+    LabelledSubject,
+    ValuedScan,
+    choose_kind,
+    count_people,
+    group_by_label,
+    labels_of,
+    scans_with_values,
+)
+from umbrella_jax.data.bids.participants import PARTICIPANTS, Participants, read_levels
+from umbrella_jax.data.bids.records import RecordWriter, write_records
+from umbrella_jax.data.bids.scans import MODALITIES, BidsFiles, find_files, find_scans, left_out
+from umbrella_jax.data.bids.templates import TEMPLATES, control_token_faults, read_template
+from umbrella_jax.data.subject_split import SPLITS, read_splits, split_names, split_subjects, write_splits
+from umbrella_jax.errors import ConfigError, DataError, Faults, no_directory
+from umbrella_jax.io.files import check_new_folder, new_folder
+
+LONG = 100_000
+"""Conversations (90 MB) that are written as JSON lists. Most programs can only read a list as a whole, so more are
+written as JSON Lines."""
+_DEFAULT_SEED = 1234
+_DEFAULT_REFERENCES = 4
+
+
+def from_bids(
+    root: str | Path,
+    out: str | Path,
+    target: str,
+    *,
+    kind: str | None = None,
+    modality: str = "sMRI",
+    template: str | Path | None = None,
+    split: str | None = None,
+    split_from: str | Path | None = None,
+    seed: int | None = None,
+    entities: Sequence[str] = (),
+    derivatives: str | None = None,
+    missing: Sequence[str] = (),
+    pairs_per_subject: int | None = None,
+) -> list[str]:
+    """Write conversations about `target` to `out`/SPLIT.json, one file per split.
+
+    Image paths are relative to `root`. A file is a list with one conversation per line; if all splits together have
+    more than LONG conversations, it is `out`/SPLIT.jsonl instead, in JSON Lines. The folder appears when it is
+    complete.
+
+    `out`/splits.tsv lists every subject's split. The split depends on participants.tsv, on which subjects have a scan
+    and on `seed`, never on the target (see `split_subjects`). All scans of a subject are in one split.
+
+    Args:
+        root: the data set, with participants.tsv.
+        out: an empty or new directory.
+        target: column of participants.tsv, of sub-*_sessions.tsv, or of a table in phenotype/ with `session_id`. A
+            value per session applies to the scans of that session. `Levels` in participants.json and sessions.json
+            replace values by texts.
+        kind: classification, regression, or comparison (a reference subject of the same split, then the query).
+            Default: regression if all values are numbers and more than MAX_CLASSES are distinct; else classification.
+        modality: sMRI or T1 (anat/*_T1w), fMRI or rsfMRI (func/*_task-rest*_bold).
+        template: YAML or JSON with the sections of TEMPLATES, and `labels` that replace values by texts.
+        split: NAME=SHARE,...; the shares sum to 1. Default train=0.8,eval=0.2.
+        split_from: directory of an earlier call whose splits.tsv is used instead of `split` and `seed`.
+        seed: for the split and the pairs; default 1234.
+        entities: KEY=VALUE that file names must have, such as ses=1, or KEY=none for names without the key; a key
+            that is given twice may have either value.
+        derivatives: use the scans in `root`/derivatives/THIS instead.
+        missing: values that mean a missing one, besides those of `is_missing`. If given, no other value is doubted.
+        pairs_per_subject: references for each scan of a query subject, half of them with its label if there are
+            enough; default 4. Only for kind comparison.
+
+    Returns:
+        Lines about what was written, what was left out and why, and the command that trains on it.
+
+    Raises:
+        DataError: with every fault of the data set and the arguments, before anything is written.
+    """
+    root, out, modality = Path(root), Path(out), resolve_modality(modality, MODALITIES) or modality
+    if not root.is_dir():
+        raise DataError(f"{root}: {no_directory(root)}; expected a directory with a BIDS data set")
+    faults, notes = Faults(), list[str]()
+    faults.check(lambda: _check_arguments(out, kind, modality, pairs_per_subject))
+    if split_from is not None and not (split is None and seed is None):
+        faults.append("split_from: the split comes from another directory; leave out split and seed")
+    seed = _DEFAULT_SEED if seed is None else seed
+    shares = faults.check(lambda: _parse_shares(split or "train=0.8,eval=0.2"))
+    earlier_split = faults.check(lambda: read_splits(Path(split_from) / SPLITS)) if split_from is not None else None
+    sections = faults.check(lambda: read_template(template))
+    levels = faults.check(lambda: read_levels(root, target))
+    table = faults.check(lambda: Participants.read(root, target))
+    files = faults.check(lambda: find_files(root, derivatives, notes))
+    scans = None
+    if files is not None and modality in MODALITIES:
+        scans = faults.check(lambda: find_scans(root, files, modality, entities, notes))
+    if table is None or files is None or scans is None or sections is None or levels is None:
+        raise DataError(faults)
+
+    texts = {**levels, **sections.pop("labels", {})}
+    kept = faults.check(lambda: scans_with_values(table, files, scans, target, missing, texts, notes))
+    if kept is None:
+        raise DataError(faults)
+    kind = faults.check(lambda: choose_kind(table, target, kept, kind, texts, notes))
+    if kind is None or shares is None or faults:
+        raise DataError(faults)
+    if kind == "regression":
+        texts = {}
+    notes += _value_notes(table, target, kind, kept, texts)
+    subjects = group_by_label(kept, texts)
+    split_of = split_subjects(_balanced_columns(table, files), shares, seed) if earlier_split is None else earlier_split
+    names = list(shares) if earlier_split is None else split_names(split_of)
+    splits = {name: [s for s in subjects if split_of.get(s.name) == name] for name in names}
+    if unassigned := list(dict.fromkeys(s.name for s in subjects if s.name not in split_of)):
+        notes.append(left_out(f"subjects that are not in {split_from}/{SPLITS}", unassigned))
+    faults += _split_faults(root, target, kind, subjects, splits, notes)
+    if pairs_per_subject is not None and kind != "comparison":
+        faults.append(f"pairs_per_subject: only for kind comparison, and this is a {kind}; leave it out")
+    if faults:
+        raise DataError(faults)
+
+    writer = RecordWriter(target, kind, modality, sections[kind])
+    references = pairs_per_subject or _DEFAULT_REFERENCES
+    num_scans = {name: sum(len(subject.scans) for subject in members) for name, members in splits.items()}
+    num_records = sum(num_scans.values()) * (references if kind == "comparison" else 1)
+    suffix = ".jsonl" if num_records > LONG else ".json"
+    lines = [f"{root}: {target}, {kind}, {modality}, {count_people(subjects)} of {len(table.rows)} subjects"]
+    with new_folder(out, 0o700) as folder:
+        for name, members in splits.items():
+            rng = random.Random(f"{seed} {name}")
+            counts = write_records(folder / f"{name}{suffix}", writer.records(members, references, rng))
+            size = f"{plural(count_people(members), 'subject')}, {plural(counts.total(), 'conversation')}"
+            lines.append(f"{out / f'{name}{suffix}'}: {size}: {_label_summary(kind, subjects, members)}")
+            if kind == "comparison":
+                lines.append(f"  pairs: same {counts['same']}, different {counts['different']}")
+                if short := references * num_scans[name] - counts.total():
+                    notes.append(f"{name}: {short} pairs short of {references} per scan: too few other subjects")
+        write_splits(folder / SPLITS, split_of)
+    lines += [line for note in notes for line in wrapped(note)]
+    return [*lines, *_next_command(root, out, target, modality, splits, suffix)]
+
+
+def _check_arguments(out: Path, kind: str | None, modality: str, pairs: int | None) -> None:
+    faults = Faults()
+    if kind is not None and kind not in TEMPLATES:
+        faults.append(f"kind: expected one of {', '.join(TEMPLATES)}, got {kind!r}")
+    if modality not in MODALITIES:
+        faults.append(f"modality: expected one of {modality_names(MODALITIES)}, got {modality!r}")
+    if pairs is not None and pairs < 1:
+        faults.append(f"pairs_per_subject: expected at least 1, got {pairs}")
+    with faults:
+        check_new_folder(out)
+    faults.raise_as(DataError)
+
+
+def _parse_shares(split: str) -> dict[str, Fraction]:
+    """Parse NAME=SHARE,... to exact fractions, so that 0.8 and 0.2 sum to 1."""
+    shares: dict[str, Fraction] = {}
+    for part in split.split(","):
+        match = re.fullmatch(r"\s*(\w+)=(\d*\.?\d+|\d+/[1-9]\d*)\s*", part)
+        if not match or match[1] in shares or not Fraction(match[2]):
+            raise ConfigError(
+                f"--split {split}: {part!r}: expected NAME=SHARE, each name once and its share above 0, "
+                "such as train=0.8,eval=0.2"
+            )
+        shares[match[1]] = Fraction(match[2])
+    if sum(shares.values()) != 1:
+        raise ConfigError(f"--split {split}: the shares sum to {float(sum(shares.values())):g}; expected 1")
+    return shares
+
+
+def _value_notes(
+    table: Participants, target: str, kind: str, kept: Sequence[ValuedScan], texts: Mapping[str, str]
+) -> list[str]:
+    """Return lines about values that no text replaces, and about sessions that share one number."""
+    notes = []
+    if texts and (unspelled := sorted({value for _, value in kept} - texts.keys())):
+        notes.append(
+            f"used as in {PARTICIPANTS}, since neither Levels nor labels describe them: {', '.join(unspelled)}"
+        )
+    visits = {(scan.subject, scan.entities.get("ses")) for scan, _ in kept}
+    several = sum(number > 1 for number in Counter(subject for subject, _ in visits).values())
+    if kind == "regression" and several and not table.sessions:
+        notes.append(
+            f"{plural(several, 'subject')} with several sessions: all of them have the {target} in {PARTICIPANTS}, "
+            "because no sub-*_sessions.tsv has one"
+        )
+    return notes
+
+
+def _balanced_columns(table: Participants, files: BidsFiles) -> dict[str, dict[str, str]]:
+    """Return {subject: {column: cell}} for the split to balance: all columns, and which modalities have scans.
+
+    The subjects are those with a row and with a scan of any modality or a folder in any derivatives, so the split does
+    not depend on the request.
+    """
+    return {
+        subject: {column: cell for column, cell in cells.items() if column != "participant_id"}
+        | {f"scan {modality}": str(modality in files.modalities[subject]) for modality in MODALITIES}
+        for subject, cells in table.rows.items()
+        if subject in files.modalities
+    }
+
+
+def _split_faults(
+    root: Path,
+    target: str,
+    kind: str,
+    subjects: Sequence[LabelledSubject],
+    splits: Mapping[str, Sequence[LabelledSubject]],
+    notes: Sequence[str],
+) -> list[str]:
+    """Return faults for labels that cannot be taught, and for splits with too few subjects."""
+    labels = labels_of(subjects)
+    faults = [f"{root}: {target}: label {label!r}: {f}" for label in labels for f in control_token_faults(label)]
+    if len(labels) == 1:
+        faults.append(f"{root}: {target}: every subject is {labels[0]}; expected at least two values")
+    needed = 2 if kind == "comparison" else 1
+    small = [
+        f"--split {name}: gets {count_people(members)} of {count_people(subjects)} subjects, a {kind} needs at least "
+        f"{needed}; give it a larger share, another --seed, or leave it out"
+        for name, members in splits.items()
+        if count_people(members) < needed
+    ]
+    return faults + ["; ".join([fault, *notes]) for fault in small[:1]] + small[1:]
+
+
+def _label_summary(kind: str, subjects: Collection[LabelledSubject], members: Iterable[LabelledSubject]) -> str:
+    """Return the subjects per label in a split, labels of no member included, or the range of its numbers."""
+    if kind == "regression":
+        numbers = [float(subject.value) for subject in members]
+        return f"{min(numbers):g} to {max(numbers):g}, mean {math.fsum(numbers) / len(numbers):.4g}"
+    counts = Counter(subject.label for subject in members)
+    return ", ".join(f"{label} {counts[label]}" for label in labels_of(subjects))
+
+
+def _next_command(root: Path, out: Path, target: str, modality: str, splits: Collection[str], suffix: str) -> list[str]:
+    """Return the lines of the command that trains on the conversations."""
+    if "train" not in splits:
+        return []
+    flags = {"config": MODALITIES[modality][2], "base": "LLAVA_DIR"}
+    flags |= {f"{name}-data": str(out / f"{name}{suffix}") for name in ("train", "eval") if name in splits}
+    flags |= {"image-root": str(root), "out": f"runs/{target}"}
+    lines = ["umbrella-jax train"]
+    for flag in (f"--{name} {shlex.quote(value)}" for name, value in flags.items()):
+        if len(lines[-1]) + len(flag) < 76:
+            lines[-1] += f" {flag}"
+        else:  # a shell continuation, so that the command can be pasted
+            lines[-1] += " \\"
+            lines.append(f"  {flag}")
+    return ["next:", *(f"  {line}" for line in lines)]

@@ -1,0 +1,275 @@
+"""Find the scans of a BIDS data set by their file names."""
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from umbrella_jax.console import plural
+from umbrella_jax.data.ignore_file import IgnoreFile
+from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.io.reading import read_text
+
+MODALITIES = {"sMRI": ("anat", "T1w", "t1_0.5b"), "fMRI": ("func", "bold", "rsfmri_0.5b")}
+"""{modality: (folder, suffix of its files, config to train it with)}."""
+_REPEATS = ("sub", "ses", "run", "task", "dir")
+"""Entities that tell repeated measurements apart; all repeats are used. Other entities tell variants of one apart."""
+_NONE = "none"
+"""The value by which `--entity` selects scans without the entity."""
+_NAMES_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One image file of a subject."""
+
+    path: str
+    """Relative to the data set, as conversations give it."""
+    entities: Mapping[str, str]
+    """{key: label} from the file name, such as {"sub": "01", "run": "2"}."""
+
+    @property
+    def name(self) -> str:
+        """The file name without its extensions."""
+        return self.path.rpartition("/")[2].partition(".")[0]
+
+    @property
+    def subject(self) -> str:
+        """The subject's id, such as `sub-01`."""
+        return f"sub-{self.entities['sub']}"
+
+    @property
+    def visit(self) -> str:
+        """The subject and, if the name has one, the session: `sub-01 ses-2`."""
+        return " ".join(f"{key}-{self.entities[key]}" for key in ("sub", "ses") if key in self.entities)
+
+
+@dataclass(frozen=True)
+class BidsFiles:
+    """Files with the name of a scan, except those that .bidsignore excludes."""
+
+    base: Path
+    """The data set, or the derivatives in it."""
+    paths: Mapping[str, Sequence[Path]]
+    """{modality: files below `base`, sorted}."""
+    modalities: Mapping[str, frozenset[str]]
+    """{sub-LABEL: modalities for which the data set itself has files}; empty sets for subjects in derivatives only."""
+
+
+# Why not pybids: it indexes the whole tree into an SQL database and brings a dozen packages. Only the entities in file
+# names are needed here.
+def find_files(root: Path, derivatives: str | None, notes: list[str]) -> BidsFiles:
+    """Find the files of every modality and the subjects of all derivatives.
+
+    Files and subjects that the user did not ask for are included, because the split must not depend on the request.
+
+    Args:
+        root: the data set.
+        derivatives: folder in `root`/derivatives whose files to list instead.
+        notes: receives a line about excluded files.
+
+    Raises:
+        DataError: there is no such folder, or a .bidsignore has a faulty pattern.
+    """
+    base = root / "derivatives" / derivatives if derivatives else root
+    if not base.is_relative_to(root) or ".." in base.relative_to(root).parts:
+        raise DataError(f"derivatives {derivatives}: expected the name of a directory in {root / 'derivatives'}")
+    if not base.is_dir():
+        there = sorted(path.name for path in base.parent.glob("*") if path.is_dir()) if derivatives else []
+        raise DataError(f"{base}: not found; expected a directory{', such as ' + ', '.join(there) if there else ''}")
+    paths: dict[str, list[Path]] = {}
+    modalities: dict[str, set[str]] = defaultdict(set)
+    excluded: list[str] = []
+    for folder in dict.fromkeys((base, root)):
+        ignore_files = [_read_ignore_file(place / ".bidsignore") for place in dict.fromkeys((root, folder))]
+        for modality, (kind, suffix, _) in MODALITIES.items():
+            for path in sorted(p for ses in ("", "ses-*/") for p in folder.glob(f"sub-*/{ses}{kind}/*_{suffix}.nii*")):
+                name = path.relative_to(folder).as_posix()
+                if any(file.excludes(name) for file in ignore_files):
+                    excluded += [name] if folder == base else []
+                    continue
+                if folder == root:
+                    modalities[name.partition("/")[0]].add(modality)
+                if folder == base:
+                    paths.setdefault(modality, []).append(path)
+    derived = (*root.glob("derivatives/*/sub-*"), *(base.glob("sub-*") if derivatives else ()))
+    modalities |= {name: set() for name in sorted({path.name for path in derived} - modalities.keys())}
+    if excluded:
+        notes.append(left_out("files that .bidsignore excludes", excluded))
+    return BidsFiles(base, paths, {subject: frozenset(names) for subject, names in modalities.items()})
+
+
+def _read_ignore_file(file: Path) -> IgnoreFile:
+    if not file.is_file():
+        return IgnoreFile(())
+    text = read_text(file, DataError, 1 << 20, "expected patterns, one in each line")
+    try:
+        return IgnoreFile(text.splitlines())
+    except ValueError as error:
+        raise DataError(f"{file}: {error}; expected patterns as in .gitignore") from None
+
+
+def find_scans(
+    root: Path, files: BidsFiles, modality: str, selection: Sequence[str], notes: list[str]
+) -> dict[str, list[Scan]]:
+    """Select the scans of one modality.
+
+    Args:
+        root: the data set.
+        files: from `find_files`.
+        modality: a key of MODALITIES.
+        selection: `KEY=VALUE` of the `--entity` flags.
+        notes: receives a line about every reason to leave files out, and about subjects with several scans.
+
+    Returns:
+        {sub-LABEL: its scans}, both sorted.
+
+    Raises:
+        DataError: no scan is left.
+        ConfigError: see `_select`.
+    """
+    base = files.base
+    folder, suffix, _ = MODALITIES[modality]
+    scans: list[Scan] = []
+    rejected: dict[str, list[str]] = {
+        "files without a BIDS name for their folder": [],
+        "broken links; `datalad get` them": [],
+        "pointers to files that were not downloaded; `datalad get` or `git lfs pull` them": [],
+        "empty files": [],
+        "hidden files": [],
+        "X.nii beside X.nii.gz": [],
+    }
+    misnamed, broken, pointers, empty, hidden, twins = rejected.values()
+    paths = files.paths.get(modality, ())
+    compressed = {str(path) for path in paths if path.suffix == ".gz"}
+    for path in paths:
+        name = path.relative_to(base).as_posix()
+        entities = _entities(path.name, suffix)
+        folders = zip(("sub", "ses"), path.relative_to(base).parts[:-2], strict=False)
+        if path.name.startswith("."):  # such as macOS' ._sub-01_T1w.nii.gz
+            hidden.append(name)
+        # A scan in another subject's folder could end up in two splits.
+        elif entities is None or any(folder != f"{key}-{entities.get(key)}" for key, folder in folders):
+            misnamed.append(name)
+        elif not path.exists():
+            broken.append(name)
+        elif f"{path}.gz" in compressed:
+            twins.append(name)
+        elif not (size := path.stat().st_size):
+            empty.append(name)
+        elif size < 1024 and _is_pointer(path):
+            pointers.append(name)
+        else:
+            scans.append(Scan(path.relative_to(root).as_posix(), entities))
+    notes += [left_out(reason, names) for reason, names in rejected.items() if names]
+    scans = _select(scans, base, modality, selection, notes) if scans else scans
+    if not scans:
+        raise DataError("; ".join([f"{base}: no scan; expected sub-*/[ses-*/]{folder}/*_{suffix}.nii[.gz]", *notes]))
+    by_subject = defaultdict(list)
+    for scan in scans:
+        by_subject[scan.subject].append(scan)
+    several = [group for group in by_subject.values() if len(group) > 1]
+    if several:
+        differing = {key for group in several for key in _keys(group) if len(_labels(group, key)) > 1}
+        choices = "; ".join(f"{key} {', '.join(_values(scans, key))}" for key in sorted(differing))
+        notes.append(
+            f"{plural(len(several), 'subject')} with several scans, all of them used; narrow with --entity KEY=VALUE: "
+            f"{choices}"
+        )
+    return dict(sorted(by_subject.items()))
+
+
+def _is_pointer(path: Path) -> bool:
+    """Return whether git-annex or git-lfs left a note in place of the file."""
+    with path.open("rb") as file:
+        return file.read(64).startswith((b"/annex/objects/", b"version https://git-lfs"))
+
+
+def _entities(name: str, suffix: str) -> dict[str, str] | None:
+    """Return {"sub": "01", "run": "2"} for sub-01_run-2_T1w.nii.gz, None for a name that is not BIDS."""
+    label = "([a-zA-Z0-9]+)-([a-zA-Z0-9+]+)_"
+    return dict(re.findall(label, name)) if re.fullmatch(rf"({label})+{suffix}\.nii(\.gz)?", name) else None
+
+
+def _keys(scans: Iterable[Scan]) -> set[str]:
+    return {key for scan in scans for key in scan.entities}
+
+
+def _labels(scans: Iterable[Scan], key: str) -> set[str | None]:
+    return {scan.entities.get(key) for scan in scans}
+
+
+def _values(scans: Iterable[Scan], key: str) -> list[str]:
+    """Return the values that `--entity` may select a key by, sorted."""
+    return sorted({scan.entities.get(key, _NONE) for scan in scans})
+
+
+def _select(scans: list[Scan], base: Path, modality: str, selection: Sequence[str], notes: list[str]) -> list[Scan]:
+    """Keep the scans that have a selected value of every selected key.
+
+    Without a selection of `part` only magnitudes are kept; without one of `task`, only resting-state runs.
+
+    Raises:
+        ConfigError: a key or value that no scan has, or several variants of one scan and no choice between them.
+    """
+    selected = defaultdict(set)
+    faults = []
+    for text in selection:
+        key, equals, value = text.partition("=")
+        if not (key and equals and value):
+            faults.append(f"--entity {text}: expected KEY=VALUE, such as ses=1 or acq=mprage")
+        elif value not in _values(scans, key):
+            there = f"{key} is {' or '.join(_values(scans, key))}" if key in _keys(scans) else f"names have no {key}"
+            faults.append(f"--entity {text}: no scan has it; {there}")
+        selected[key].add(value)
+    if faults:
+        raise ConfigError(faults)
+    kept = [scan for scan in scans if all(scan.entities.get(key, _NONE) in values for key, values in selected.items())]
+    if len(kept) < len(scans):
+        notes.append(f"left out: scans that are not {' '.join(selection)} ({len(scans) - len(kept)})")
+    if "part" not in selected:
+        others = [scan for scan in kept if scan.entities.get("part", "mag") != "mag"]
+        kept = [scan for scan in kept if scan.entities.get("part", "mag") == "mag"]
+        if others:
+            parts = ", ".join(_values(others, "part"))
+            notes.append(f"left out: parts of complex images other than the magnitude ({len(others)}): {parts}")
+    if modality == "fMRI" and "task" not in selected:
+        others = [scan for scan in kept if not scan.entities.get("task", "").startswith("rest")]
+        kept = [scan for scan in kept if scan.entities.get("task", "").startswith("rest")]
+        if others:
+            tasks = ", ".join(_values(others, "task"))
+            notes.append(f"left out: runs of other tasks ({len(others)}); --entity task=VALUE selects one: {tasks}")
+    if faults := _variant_faults(kept, base, selected.keys()):
+        raise ConfigError(faults)
+    return kept
+
+
+def _variant_faults(scans: Iterable[Scan], base: Path, decided: Collection[str]) -> list[str]:
+    """Return a fault for every undecided entity in which variants of one scan differ: echo, reconstruction, space, ...
+
+    If all variants were used, one measurement would count several times.
+    """
+    acquisitions = defaultdict(list)
+    for scan in scans:
+        acquisitions[tuple(scan.entities.get(key) for key in _REPEATS)].append(scan)
+    variants: dict[str, list[Scan]] = defaultdict(list)
+    for group in (group for group in acquisitions.values() if len(group) > 1):
+        for key in _keys(group) - {*_REPEATS, *decided}:
+            if len(_labels(group, key)) > 1:
+                variants[key] += group
+    faults = []
+    for key, group in sorted(variants.items()):
+        values = _values(group, key)
+        subjects = plural(len({scan.subject for scan in group}), "subject")
+        faults.append(
+            f"{base}: {subjects} with several variants of one scan, which differ in {key} ({', '.join(values)}); "
+            f"choose with --entity {key}={values[0]} (repeat the flag to keep several)"
+        )
+    return faults
+
+
+def left_out(reason: str, names: Sequence[str]) -> str:
+    """Return the note `left out: REASON (COUNT): NAMES`, with the first names only."""
+    more = f", and {len(names) - _NAMES_SHOWN:,} more" if len(names) > _NAMES_SHOWN else ""
+    return f"left out: {reason} ({len(names)}): {', '.join(names[:_NAMES_SHOWN])}{more}"
