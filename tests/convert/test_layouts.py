@@ -28,7 +28,7 @@ from tests.helpers.checkpoints import (
     under_transformers_4_46,
     write_umbrella,
 )
-from umbrella_jax.checkpoints.checkpoint import Checkpoint
+from umbrella_jax.checkpoints.checkpoint import Checkpoint, NativeCheckpoint
 from umbrella_jax.checkpoints.export import write_hf, write_native
 from umbrella_jax.errors import CheckpointError
 
@@ -556,7 +556,7 @@ def through_native(source, root, modalities=None, max_shard_size="5GB"):
     """HF → native → HF; returns the last."""
     write_native(Checkpoint.open(source, modalities), root / "native")
     native = Checkpoint.open(root / "native")
-    assert native.kind == "native"
+    assert isinstance(native, NativeCheckpoint)
     write_hf(native, root / "out", max_shard_size=max_shard_size)
     return root / "out"
 

@@ -18,7 +18,7 @@ from convert.rules import EMBED, LM_HEAD
 from convert.verify import _compare, _ulp, compare_reading
 from tests.conftest import write_tokenizer
 from tests.helpers.checkpoints import FAMILIES, MODALITIES, write_stock, write_umbrella
-from umbrella_jax.checkpoints.checkpoint import Checkpoint
+from umbrella_jax.checkpoints.checkpoint import Checkpoint, RunCheckpoint
 from umbrella_jax.checkpoints.export import write_hf, write_native
 from umbrella_jax.checkpoints.verify import verify
 from umbrella_jax.cli import main
@@ -182,10 +182,10 @@ def test_a_misread_tie_shows(tmp_path, monkeypatch, tied):
 
 
 def test_a_misread_base_of_a_run_shows(base, tmp_path, monkeypatch):
-    """Whose own config.json was written by us."""
+    """The run's own config.json, which this package writes, cannot show it."""
     misread(monkeypatch, lambda c: replace(c, text=replace(c.text, rope_theta=1e4)))
     opened = Checkpoint.open(base)
-    run = replace(opened, kind="run", base=opened, path=tmp_path)
+    run = RunCheckpoint(name="run", path=tmp_path, config=opened.config, base=opened, why_step="", lora=None, groups=())
     assert run.origin is opened
     assert compare_reading(run.origin.description, run.config, grown=False) == [
         f"{base / 'config.json'}: text.rope_theta: 1000000.0 as transformers reads it, 10000.0 as it is read here"

@@ -157,7 +157,7 @@ def _open(config: RunConfig, run: str | Path | None, step: Step | None, *, weigh
         found = open_base(config, weights=weights)
     else:
         found = Checkpoint.open(run, config.model.modalities, compute_dtype=config.model.compute_dtype, step=step)
-        if found.kind != "run":
+        if not found.runs:
             raise CheckpointError(f"{run}: not a run; expected the --out of umbrella-jax train")
         same_template("data.template", config.data.template, found)
     if weights:
@@ -496,7 +496,7 @@ def _probe(
     def rows(questions: Iterable[Shown]) -> np.ndarray:
         return np.stack([np.concatenate([features[image] for image in images]) for images in questions])
 
-    patch_embed = "as the run trained it" if checkpoint.kind == "run" else "as a run would start it, not trained"
+    patch_embed = "as the run trained it" if checkpoint.runs else "as a run would start it, not trained"
     notes = [
         f"probe: on the mean over patches of the tower's last hidden state of {checkpoint.path}, patch embedding "
         f"{patch_embed}; {len(features)} scans in {time.monotonic() - began:.0f} s."

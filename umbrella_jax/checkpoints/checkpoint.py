@@ -1,12 +1,13 @@
-"""Weights on disk, of every kind."""
+"""Checkpoints of every kind: a Hugging Face directory, a native checkpoint, or a run."""
 
 import hashlib
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -49,11 +50,16 @@ from umbrella_jax.training.diagnose import nonfinite_params
 
 _log = logging.getLogger(__name__)
 PARAMS = "params"
-"""Of a native checkpoint: the orbax directory beside config.json."""
+"""Name of the orbax directory beside config.json in a native checkpoint."""
 
 
 def fetch(base: str, *, weights: bool = True) -> Path:
-    """A local directory: `base` itself, or what the hub holds under that name, downloaded once and kept."""
+    """Return `base` if it is a local directory, else download the model of that name from the Hugging Face hub.
+
+    Downloads are cached by huggingface_hub. Without `weights`, only the small files are downloaded.
+
+    Raises CheckpointError if there is no such directory and the hub has no such model.
+    """
     if Path(base).is_dir():
         return Path(base)
     if base.count("/") != 1 or base.startswith((".", "/", "~")):
@@ -64,51 +70,35 @@ def fetch(base: str, *, weights: bool = True) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        wanted = ["*.json", "*.jinja", "*.txt", *["*.safetensors"] * weights]
-        found = Path(snapshot_download(base, allow_patterns=wanted))
-        if weights and not any(found.glob("*.safetensors")):  # an older model, in PyTorch's own format
-            found = Path(snapshot_download(base, allow_patterns=[*wanted, "pytorch_model*.bin"]))
-        return found
+        patterns = ["*.json", "*.jinja", "*.txt", *["*.safetensors"] * weights]
+        directory = Path(snapshot_download(base, allow_patterns=patterns))
+        if weights and not any(directory.glob("*.safetensors")):  # an older model, in PyTorch's own format
+            directory = Path(snapshot_download(base, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+        return directory
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{base}: no such directory, and the hub does not give it: {reason}") from None
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """Weights on disk and what belongs to them; opening one reads configuration and tokenizer alone.
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(ABC):
+    """A model on disk: configuration, tokenizer and weights. `Checkpoint.open` returns one of the three kinds.
 
-    A *run* names its base and holds what was trained on top of it; a *native* checkpoint is what `convert from-hf`
-    wrote; everything else is a Hugging Face directory, stock LLaVA or with the patch embedding.
+    Opening a checkpoint reads its configuration and tokenizer, and no weights.
     """
 
+    is_derived: ClassVar[bool] = True
+    """Whether the weights were made from another checkpoint, which `base_name` and `fingerprint` describe."""
     name: str
-    """What people call it: its name on the hub, or its folder's."""
+    """Name to print: the model's name on the hub, or the name of the directory."""
     path: Path
-    kind: Literal["hf", "native", "run"]
-    description: Path
-    """Where config.json and the tokenizer are."""
     config: LlavaConfig
-    notes: tuple[str, ...]
-    """What was added to the vocabulary, for people."""
-    init: PatchEmbedInit = "random"
-    """Of a Hugging Face directory: where a patch embedding comes from that it does not have as configured."""
-    patch_embed: Path | None = None
-    """Of a Hugging Face directory: a file of `convert to-hf --trainable-only`, put onto it."""
-    seed: int = 0
-    """Of a Hugging Face directory: of a patch embedding that starts at random."""
-    step: int | None = None
-    """Of a run: which of its checkpoints, None before the first."""
-    why: str = ""
-    """Of a run: why that step, for people."""
-    base: "Checkpoint | None" = None
-    """Of a run: the weights that it trained on top of, which may be another run's."""
-    lora: LoraConfig | None = None
-    """Of a run: its adapters, which lie beside the weights where `config` has them too, else are merged into them."""
-    groups: tuple[str, ...] = ()
-    """The groups that a run trains (`train.groups`)."""
     template: Template | None = None
-    """How the text was written that it was trained on; None where nobody says, as of a stock LLaVA."""
+    """Conversation template of the training data; None if unknown, as for a stock LLaVA."""
+    step: int | None = None
+    """Step of a run; None before its first checkpoint, and for anything but a run."""
+    notes: tuple[str, ...] = ()
+    """Messages about what was added to the vocabulary."""
 
     @classmethod
     def open(
@@ -124,157 +114,118 @@ class Checkpoint:
         weights: bool = True,
         step: Step | None = None,
     ) -> "Checkpoint":
-        """Find out what `path` holds: a directory, a run's `checkpoints/STEP`, or a name on the hub.
+        """Open the checkpoint at `path`: a directory, a run's `checkpoints/STEP`, or a name on the hub.
 
         Args:
-            modalities: of the patch embedding; needed for a stock LLaVA, read from the checkpoint otherwise.
+            modalities: configuration of the patch embedding; required for a stock LLaVA, otherwise read from the
+                checkpoint.
             init: as `model.patch_embed_init` of the configuration.
-            patch_embed: a file of `convert to-hf --trainable-only`, to be put onto a Hugging Face directory.
-            seed: of a patch embedding that starts at random; a run has its own.
-            weights: download them too, where `path` is a name on the hub.
-            step: of a run; by default its best checkpoint if it keeps one (`train.keep_best`), else its newest.
+            patch_embed: a file of `convert to-hf --trainable-only` to apply to a Hugging Face directory.
+            seed: seed of a patch embedding that is initialised at random; ignored for a run, which has its own.
+            weights: whether to download the weights, too, if `path` is a name on the hub.
+            step: step of a run; by default its best checkpoint if it keeps one (`train.keep_best`), else its newest.
 
         Raises:
             CheckpointError, ConfigError, DataError: naming what is missing, unsupported or contradictory.
         """
-        found = fetch(str(path), weights=weights)
-        name = found.resolve().name if Path(path).is_dir() else str(path)
+        directory = fetch(str(path), weights=weights)
+        name = directory.resolve().name if Path(path).is_dir() else str(path)
         overlay = None if patch_embed is None else Path(patch_embed)
         options: dict[str, Any] = {"compute_dtype": compute_dtype, "remat": remat}
-        named = int(found.name) if found.name.isdecimal() and found.parent.name == CHECKPOINTS else None
-        run = found.parent.parent if named is not None else found
+        is_step = directory.name.isdecimal() and directory.parent.name == CHECKPOINTS
+        run = directory.parent.parent if is_step else directory
         is_run = (run / MODEL).is_dir() and (run / CONFIG).is_file()
-        kind: Literal["hf", "native", "run"] = "run" if is_run else "native" if (found / PARAMS).is_dir() else "hf"
-        if kind == "hf" and (run / CHECKPOINTS).is_dir():
+        is_native = not is_run and (directory / PARAMS).is_dir()
+        if not is_run and not is_native and (run / CHECKPOINTS).is_dir():
             absent = " and ".join(name for name in (MODEL, CONFIG) if not (run / name).exists())
             raise CheckpointError(
                 f"{run}: a run without {absent}: cut off while it began; train it again with --resume"
             )
-        if step is not None and (kind != "run" or named is not None):
-            what = "names a step itself" if kind == "run" else "is not a run"
+        if step is not None and (not is_run or is_step):
+            what = "names a step itself" if is_run else "is not a run"
             raise ConfigError(f"--step {step}: {path} {what}; leave --step out, or name the run")
-        if kind != "hf" and overlay is not None:
+        if (is_run or is_native) and overlay is not None:
             raise CheckpointError(f"{path}: {overlay} goes onto the Hugging Face directory that it was trained on")
-        if kind == "run":
-            config = read_config(run / MODEL, modalities, **options)
-            settings = load_config(run / CONFIG, {"model.remat": "full"})  # not asked; older runs may say `dots`
-            assert settings.model.base is not None  # a run does not start without
-            # what it did not train is as it was when it began
-            options |= {"init": settings.model.patch_embed_init, "seed": settings.seed, "weights": weights}
-            base = replace(cls.open(settings.model.base, config.modalities, **options), config=config)
-            template, lora = stored_template(run / MODEL), settings.model.lora
-            own = replace(config, lora=lora)
-            trained: dict[str, Any] = {"lora": lora, "groups": tuple(settings.train.groups), "template": template}
-            at, why = named, ""
-            # not asked of orbax, for which all processes meet, also those that have found a fault before
-            steps = [int(p.name) for p in (run / CHECKPOINTS).glob("*") if p.name.isdecimal()] if named is None else []
-            if steps:
-                at, why = choose_step(run, settings.train, steps, step)
-            return cls(name, run, "run", run / MODEL, own, (), step=at, why=why, base=base, **trained)
-        config = read_config(found, modalities, init=init, patch_embed=overlay, **options)
-        template = stored_template(found, overlay)
-        if not has_tokenizer(found):
-            return cls(name, found, kind, found, config, (), init, overlay, seed, template=template)
-        tokenizer, added = load_tokenizer(found, config.image_token_id)
-        notes = [f"{token}: added to the tokenizer" for token in added]
-        size = max(tokenizer.get_vocab().values()) + 1
-        rows = config.text.vocab_size
-        if size > rows:
-            notes.append(f"vocabulary: grown from {rows} to {size} rows, the new ones the mean of the others")
-            config = replace(config, text=replace(config.text, vocab_size=size))
-        config = replace(config, image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
-        return cls(name, found, kind, found, config, tuple(notes), init, overlay, seed, template=template)
+        if is_run:
+            own_step = int(directory.name) if is_step else None
+            return RunCheckpoint._open(name, run, modalities, own_step, step, weights=weights, **options)
+        config = read_config(directory, modalities, init=init, patch_embed=overlay, **options)
+        config, notes = _with_tokenizer(directory, config)
+        fields: dict[str, Any] = {"name": name, "path": directory, "config": config, "notes": notes}
+        fields["template"] = stored_template(directory, overlay)
+        if is_native:
+            return NativeCheckpoint(**fields)
+        return HfCheckpoint(**fields, init=init, patch_embed=overlay, seed=seed)
 
-    def merged(self) -> "Checkpoint":
-        """The same model without adapters: a run's are added to the weights beside which they lie."""
-        return replace(self, config=replace(self.config, lora=None))
+    @property
+    def description(self) -> Path:
+        """Directory of config.json and the tokenizer."""
+        return self.path
 
-    @cached_property
-    def identity(self) -> str:
-        """SHA-256 of all weights, for who trains on top of them: of a run, of its base's and of what it trained."""
-        if self.base is None:
-            return self.fingerprint
-        trained = {path: Tensor.of(leaf) for path, leaf in self.trained().items()}
-        parts = (self.base.identity, digest(trained), self.lora.scale if self.lora else "")
-        return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+    @property
+    def summary_lines(self) -> list[str]:
+        """Lines to print about the checkpoint when training starts from it."""
+        return list(self.notes)
 
-    @cached_property
-    def _native_params(self) -> Path:
-        """Of a native checkpoint: where its parameters are. Read and compared with their checksums, the first time."""
-        directory, record = self.path / PARAMS, self.path / UMBRELLA_CONFIG
-        stated = read_json(record)
-        if KEY not in stated:
-            raise CheckpointError(f"{record}: no {KEY} of the parameters; convert it again")
-        check_folder(directory, recorded(stated[KEY], record), record)
-        return directory
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of the weights that came from Hugging Face: a run's base, what a native checkpoint was made from."""
-        if self.base is not None:
-            return self.base.fingerprint
-        if self.kind == "native":
-            return _stated(self.path, "base_fingerprint")
-        return fingerprint(self.path, self.patch_embed)
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weights beside the configuration."""
+        return True
 
     @property
     def base_name(self) -> str:
-        """What the weights are called that `fingerprint` is of."""
-        if self.kind == "hf":
-            return self.name
-        return _stated(self.description, "base", "unknown")
+        """Name of the Hugging Face model that `fingerprint` identifies."""
+        return _recorded(self.description, "base", "unknown")
 
-    @cached_property
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 of the Hugging Face weights that this checkpoint, or the base of the run, was made from."""
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of all weights, which a run trained on top of them records."""
+        return self.fingerprint
+
+    @property
+    @abstractmethod
     def untrained(self) -> dict[str, str]:
-        """Return {modality: why} for every patch embedding that was never trained on volumes.
+        """Return {modality: reason} for every patch embedding that was never trained on volumes."""
 
-        A Hugging Face directory lacks its weights, which are then random or inflated from SigLIP's own; a native
-        checkpoint or an export records that; or a run starts from such ones and trains none of them.
-        """
-        if self.base is not None:
-            whole = replace(self.config, lora=self.lora)  # merged or not, the groups may name adapters
-            labels = freeze.label_params(list(abstract_params(whole)[1]), self.groups)
-            found = self.base.untrained_after([path for path, label in labels.items() if label != freeze.FROZEN])
-            first_steps = stored_first_steps(self.description)
-            if first_steps is None:  # a run of before
-                return found
-            for name, start in self.base.untrained.items():
-                why = start.partition(", and ")[0]  # without what an earlier run adds
-                if name not in first_steps:
-                    found[name] = f"{why}, and no conversation of the run shows one"
-                elif (self.step or 0) < first_steps[name]:
-                    found[name] = f"{why}, and the run shows none before step {first_steps[name]}"
-            return found
-        stated = stored_untrained(self.path, self.patch_embed)
-        untrained = {resolve_modality(m, self.config.modalities) or m: why for m, why in stated.items()}
-        if self.kind == "hf":
-            report = self._plan("float32").report
-            untrained |= {name: report.started[name] for name in report.untrained}
-        return untrained
+    @property
+    def runs(self) -> "tuple[RunCheckpoint, ...]":
+        """The runs that made these weights, first to last: each trained on top of the one before."""
+        return ()
 
-    def warn_doubtful(self) -> None:
-        """Log what may be wrong with answers: modalities of a Hugging Face directory without a record of their
-        preprocessing, and small files that are not as they were written (`changed_files`)."""
-        for line in self._plan("float32").report.undescribed if self.kind == "hf" else ():
-            _log.warning("%s: %s", self.path, line)
-        for line in changed_files(self.description):
-            _log.warning(line)
+    @property
+    def origin(self) -> "Checkpoint":
+        """The checkpoint that the first of `runs` trained on top of; without runs, this one."""
+        return self
 
-    def untrained_after(self, trained: Collection[str]) -> dict[str, str]:
-        """Return those of `untrained` of which nothing is among the parameters `trained`."""
-        own = {modality_of(path) for path in trained}
-        return {name: why for name, why in self.untrained.items() if name not in own}
+    @property
+    def step_directory(self) -> Path | None:
+        """Path that always opens this step of a run, also after later steps; None for anything else."""
+        return None
 
-    def answering(self) -> "Checkpoint":
+    @property
+    def chosen(self) -> str | None:
+        """Message about the step of a run, unless it is the newest; None for anything else."""
+        return None
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Modalities that umbrella_config.json describes and whose weights are missing."""
+        return ()
+
+    def merged(self) -> Self:
+        """Return the same model without adapters: those of a run are added to the weights that they adapt."""
+        return replace(self, config=replace(self.config, lora=None))
+
+    def answering(self) -> Self:
         """Return the same model, which refuses to answer from untrained weights (`LlavaConfig.check_trained`).
-
-        A toy whose config.json says that every weight is random (`RANDOM_WEIGHTS`) answers: nothing in it is trained.
 
         Raises CheckpointError if no modality is trained.
         """
-        is_stock = self.kind == "hf" and not (self.path / UMBRELLA_CONFIG).exists() and self.patch_embed is None
-        if is_stock and read_json(self.path / HF_CONFIG).get(RANDOM_WEIGHTS) is True:
-            return self
         remedy = "name a checkpoint that was trained on it, or allow untrained weights (--allow-untrained)"
         refusals = {
             name: f"{self.path}: modality {name}: patch embedding {why}; {remedy}"
@@ -285,112 +236,323 @@ class Checkpoint:
             config.check_trained(config.untrained)
         return replace(self, config=config)
 
+    def untrained_after(self, trained: Collection[str]) -> dict[str, str]:
+        """Return the part of `untrained` that stays untrained when the parameters `trained` are trained."""
+        trained_modalities = {modality_of(path) for path in trained}
+        return {name: why for name, why in self.untrained.items() if name not in trained_modalities}
+
+    def warn_doubtful(self) -> None:
+        """Log a warning for each thing that may make answers wrong, such as a small file that changed
+        (`changed_files`)."""
+        for line in changed_files(self.description):
+            _log.warning(line)
+
     def tokenizer(self) -> Any:
-        """The tokenizer, with `<|im_start|>`, `<|im_end|>` and `<image>`. Raises DataError where there is none."""
+        """Load the tokenizer, with `<|im_start|>`, `<|im_end|>` and `<image>`. Raises DataError if there is none."""
         return load_tokenizer(self.description, None)[0]
+
+    @abstractmethod
+    def check(self, dtype: str = "auto") -> list[str]:
+        """Compare the names, shapes and types in the files with the model's, without reading weights.
+
+        Returns messages about what will be initialised, left out or grown. Raises CheckpointError with every problem,
+        and for a run without a checkpoint.
+        """
+
+    def check_finite(self) -> None:
+        """Read every number. Raises CheckpointError naming each tensor that contains a NaN or an infinity."""
+        check_finite(self.tensors().values())
+
+    @abstractmethod
+    def tensors(self, dtype: str = "auto") -> dict[str, Tensor]:
+        """Return all parameters unread, by path, with adapters merged and `dtype` as in `params`."""
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """Return `tensors` without patch embeddings that the files lack and that would be initialised."""
+        return self.tensors()
+
+    def params(self, dtype: str = "auto", *, where: Where | None = None, in_float32: Collection[str] = ()) -> Params:
+        """Read all parameters, each straight onto its devices; adapters stay separate if `config` has them.
+
+        Args:
+            dtype: type of every parameter; `auto` keeps the types of the files.
+            where: maps a parameter's path and shape to its sharding; by default the first device.
+            in_float32: paths of parameters that are read as float32, whatever `dtype` is.
+
+        Raises:
+            CheckpointError: also if a number is too large for `dtype`.
+        """
+        return self._params(dtype, where or _first_device, in_float32)
+
+    def _params(self, dtype: str, where: Where, in_float32: Collection[str]) -> Params:
+        tensors = self.tensors(dtype)
+        return place(tensors | {path: tensors[path].astype("float32") for path in in_float32}, where)
+
+    def trained(self, where: Where | None = None) -> Params:
+        """Read the parameters that the run trained, placed as in `params`; anything but a run has none."""
+        return {}
+
+    def _cast(self, path: str, leaf: jax.Array, dtype: str, in_float32: Collection[str]) -> jax.Array:
+        """Convert a parameter on its devices, as `lazy_tensor.copy` does in host memory."""
+        dtype = "float32" if path in in_float32 else dtype
+        cast = leaf if dtype == "auto" else leaf.astype(dtype)
+        if cast.dtype != leaf.dtype and cast.dtype.itemsize == 2 and jnp.isinf(cast).sum() > jnp.isinf(leaf).sum():
+            raise CheckpointError(f"{self.path}: {path}: a number is too large for {dtype}; choose a wider type")
+        return cast
+
+    def _recorded_untrained(self, patch_embed: Path | None = None) -> dict[str, str]:
+        """Return {configured modality: reason} for the patch embeddings that are recorded as untrained."""
+        recorded = stored_untrained(self.path, patch_embed)
+        return {resolve_modality(m, self.config.modalities) or m: why for m, why in recorded.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfCheckpoint(Checkpoint):
+    """A directory in Hugging Face format: a stock LLaVA, or one with the 3D/4D patch embedding."""
+
+    is_derived: ClassVar[bool] = False
+    init: PatchEmbedInit = "random"
+    """How to initialise a patch embedding that the files lack or have in another size."""
+    patch_embed: Path | None = None
+    """File of `convert to-hf --trainable-only` whose weights replace those of the directory."""
+    seed: int = 0
+    """Seed of a patch embedding that is initialised at random."""
+
+    @property
+    def has_weights(self) -> bool:
+        return any(self.path.glob("*.safetensors*"))
+
+    @property
+    def base_name(self) -> str:
+        return self.name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.path, self.patch_embed)
+
+    @cached_property
+    def untrained(self) -> dict[str, str]:
+        """Return {modality: reason} for patch embeddings that are recorded as untrained, or that the files lack.
+
+        The latter are initialised at random or inflated from SigLIP's own.
+        """
+        report = self._plan("float32").report
+        return self._recorded_untrained(self.patch_embed) | {name: report.started[name] for name in report.untrained}
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        return self._plan("float32").report.lost
+
+    def answering(self) -> Self:
+        """Return the same model, which refuses to answer from untrained weights, unless it is a toy.
+
+        A toy, whose config.json says that every weight is random (`RANDOM_WEIGHTS`), has no trained weights at all.
+        """
+        is_stock = self.patch_embed is None and not (self.path / UMBRELLA_CONFIG).exists()
+        is_toy = is_stock and read_json(self.path / HF_CONFIG).get(RANDOM_WEIGHTS) is True
+        return self if is_toy else super().answering()
+
+    def warn_doubtful(self) -> None:
+        """Also log a warning for each modality whose preprocessing is not recorded."""
+        for line in self._plan("float32").report.undescribed:
+            _log.warning("%s: %s", self.path, line)
+        super().warn_doubtful()
+
+    def check(self, dtype: str = "auto") -> list[str]:
+        return [*unused_dropout(self.path), *self._plan(dtype).report.lines()]
+
+    def check_finite(self) -> None:
+        check_finite(self._plan("float32").sources())
+
+    def tensors(self, dtype: str = "auto") -> dict[str, Tensor]:
+        if self.patch_embed is not None:
+            _ = self.fingerprint  # raises if `patch_embed` was trained on another base
+        return self._plan(dtype).params(dtype, self.seed)
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        started = self._plan("auto").report.started
+        return {path: tensor for path, tensor in self.tensors().items() if modality_of(path) not in started}
 
     def _plan(self, dtype: str) -> Plan:
         return plan_loading(self.path, self.config, dtype=dtype, init=self.init, patch_embed=self.patch_embed)
 
-    def check(self, dtype: str = "auto") -> list[str]:
-        """Compares names, shapes and types in the files with the model's; reads no weights.
 
-        Returns what will be initialised, left out or grown, for people. Raises CheckpointError with every fault, and
-        for a run that has no checkpoint yet.
-        """
-        if self.kind == "run" and self.step is None:
-            raise CheckpointError(f"{self.path}: the run has no checkpoint yet; train it first")
-        if self.kind == "hf":
-            return [*unused_dropout(self.path), *self._plan(dtype).report.lines()]
-        if self.kind == "native":
-            expected = {path: leaf.shape for path, leaf in abstract_params(self.config)[1].items()}
-            found = {path: leaf.shape for path, leaf in param_shapes(self.path / PARAMS).items()}
-            faults = [
-                f"{self.path}: {path}: expected {expected.get(path, 'no such parameter')}, found "
-                f"{found.get(path, 'none')}; name the modalities as when it was converted, or convert again"
-                for path in sorted(expected.keys() | found.keys())
-                if expected.get(path) != found.get(path)
-            ]
-            if faults:
-                raise CheckpointError(faults)
-            return unused_dropout(self.path)
-        return []
+@dataclass(frozen=True, kw_only=True)
+class NativeCheckpoint(Checkpoint):
+    """A checkpoint of `convert from-hf`: config.json and tokenizer beside the parameters in orbax's format."""
+
+    @property
+    def fingerprint(self) -> str:
+        return _recorded(self.path, "base_fingerprint")
+
+    @cached_property
+    def untrained(self) -> dict[str, str]:
+        return self._recorded_untrained()
+
+    def check(self, dtype: str = "auto") -> list[str]:
+        expected = {path: leaf.shape for path, leaf in abstract_params(self.config)[1].items()}
+        found = {path: leaf.shape for path, leaf in param_shapes(self.path / PARAMS).items()}
+        faults = [
+            f"{self.path}: {path}: expected {expected.get(path, 'no such parameter')}, found "
+            f"{found.get(path, 'none')}; name the modalities as when it was converted, or convert again"
+            for path in sorted(expected.keys() | found.keys())
+            if expected.get(path) != found.get(path)
+        ]
+        if faults:
+            raise CheckpointError(faults)
+        return unused_dropout(self.path)
 
     def tensors(self, dtype: str = "auto") -> dict[str, Tensor]:
-        """All parameters, to be read one by one, adapters merged; arguments as of `params`."""
-        if self.base is not None:
-            trained = {path: Tensor.of(leaf, str(self.path), path) for path, leaf in self.trained().items()}
-            return _merge(self.base.tensors(dtype), trained, self.lora, dtype)
-        if self.kind == "native":
-            return {path: tensor.astype(dtype) for path, tensor in _native_tensors(self._native_params).items()}
-        if self.patch_embed is not None:
-            _ = self.fingerprint  # which refuses another base
-        return self._plan(dtype).params(dtype, self.seed)
+        return {path: tensor.astype(dtype) for path, tensor in _orbax_tensors(self._verified_params).items()}
 
-    def held(self) -> dict[str, Tensor]:
-        """`tensors` without a patch embedding that the checkpoint does not have."""
-        started = self._plan("auto").report.started if self.kind == "hf" else {}
-        return {path: tensor for path, tensor in self.tensors().items() if modality_of(path) not in started}
+    def _params(self, dtype: str, where: Where, in_float32: Collection[str]) -> Params:
+        directory = self._verified_params
+        params = {}
+        # one parameter at a time, so that only one is in memory in two types
+        for path, leaf in param_shapes(directory).items():
+            like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(path, leaf.shape))
+            params[path] = self._cast(path, load_params(directory, {path: like})[path], dtype, in_float32)
+        return params
 
-    def lost(self) -> tuple[str, ...]:
-        """Return the modalities that umbrella_config.json describes and the weights lack."""
-        return self._plan("float32").report.lost if self.kind == "hf" else ()
+    @cached_property
+    def _verified_params(self) -> Path:
+        """Directory of the parameters, whose files are compared with their checksums on first use."""
+        directory, record = self.path / PARAMS, self.path / UMBRELLA_CONFIG
+        stated = read_json(record)
+        if KEY not in stated:
+            raise CheckpointError(f"{record}: no {KEY} of the parameters; convert it again")
+        check_folder(directory, recorded(stated[KEY], record), record)
+        return directory
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCheckpoint(Checkpoint):
+    """A step of a run: the parameters that it trained, on top of its base."""
+
+    base: Checkpoint
+    """The checkpoint that the run trained on top of, which may be another run."""
+    why_step: str
+    """Why that step was chosen, as a message."""
+    lora: LoraConfig | None
+    """The adapters that the run trained. They are merged into the weights unless `config` has them, too."""
+    groups: tuple[str, ...]
+    """The parameter groups that the run trains (`train.groups`)."""
+
+    @classmethod
+    def _open(
+        cls,
+        name: str,
+        run: Path,
+        modalities: Mapping[str, ModalityConfig] | None,
+        own_step: int | None,
+        requested_step: Step | None,
+        *,
+        weights: bool,
+        **options: Any,
+    ) -> "RunCheckpoint":
+        """Open the directory `run`, at `own_step` if the path named one; other arguments as in `Checkpoint.open`."""
+        config = read_config(run / MODEL, modalities, **options)
+        # `remat` is not used; older runs may have the value `dots`, which no longer exists
+        settings = load_config(run / CONFIG, {"model.remat": "full"})
+        assert settings.model.base is not None  # `train` requires one
+        # parameters that the run did not train must start as they did in the run
+        options |= {"init": settings.model.patch_embed_init, "seed": settings.seed, "weights": weights}
+        base = Checkpoint.open(settings.model.base, config.modalities, **options)
+        step, why = own_step, ""
+        if own_step is None:
+            # listed without orbax, which would wait for all processes, also those that have already failed
+            steps = [int(path.name) for path in (run / CHECKPOINTS).glob("*") if path.name.isdecimal()]
+            if steps:
+                step, why = choose_step(run, settings.train, steps, requested_step)
+        return cls(
+            name=name,
+            path=run,
+            config=replace(config, lora=settings.model.lora),
+            template=stored_template(run / MODEL),
+            base=replace(base, config=config),
+            step=step,
+            why_step=why,
+            lora=settings.model.lora,
+            groups=tuple(settings.train.groups),
+        )
 
     @property
-    def origin(self) -> "Checkpoint":
-        """What a run began from, through all runs before it; anything else itself."""
-        return self if self.base is None else self.base.origin
+    def description(self) -> Path:
+        return self.path / MODEL
 
-    def check_finite(self) -> None:
-        """Reads every number. Raises CheckpointError naming each tensor that holds a NaN or an infinity."""
-        check_finite(self._plan("float32").sources() if self.kind == "hf" else self.tensors().values())
+    @property
+    def summary_lines(self) -> list[str]:
+        return [f"{self.path}: step {self.step}" + (f" ({self.why_step})" if self.why_step else "")]
 
-    def params(self, dtype: str = "auto", *, where: Where | None = None, in_float32: Collection[str] = ()) -> Params:
-        """Reads all parameters, adapters among them where `config` has some, each straight onto its devices.
+    @property
+    def fingerprint(self) -> str:
+        return self.base.fingerprint
 
-        Args:
-            dtype: of every parameter; `auto` keeps the files' types.
-            where: a parameter's path and shape → its sharding; default the first device.
-            in_float32: paths of those that are float32, whatever `dtype` says.
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of the weights of the base and of those that the run trained."""
+        trained = {path: Tensor.of(leaf) for path, leaf in self.trained().items()}
+        parts = (self.base.identity, digest(trained), self.lora.scale if self.lora else "")
+        return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
-        Raises:
-            CheckpointError: where a number is too large for `dtype`, too.
+    @cached_property
+    def untrained(self) -> dict[str, str]:
+        """Return {modality: reason} for patch embeddings untrained in the base that the run did not train either.
+
+        A run trains a patch embedding if its groups contain it and a conversation up to this step shows its modality.
         """
-        where = where or _first_device
-
-        def cast(path: str, leaf: jax.Array) -> jax.Array:
-            return _cast(path, leaf, "float32" if path in in_float32 else dtype, self.path)
-
-        if self.base is not None and self.lora == self.config.lora:
-            trained = {path: cast(path, leaf) for path, leaf in self.trained(where).items()}
-            return self.base.params(dtype, where=where, in_float32=in_float32) | trained
-        if self.kind == "native":
-            directory = self._native_params
-            params = {}
-            for path, leaf in param_shapes(directory).items():  # one by one, so that only one is there in two types
-                like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(path, leaf.shape))
-                params[path] = cast(path, load_params(directory, {path: like})[path])
-            return params
-        tensors = self.tensors(dtype)
-        return place(tensors | {path: tensors[path].astype("float32") for path in in_float32}, where)
+        whole = replace(self.config, lora=self.lora)  # `groups` may name adapters, also of a merged model
+        labels = freeze.label_params(list(abstract_params(whole)[1]), self.groups)
+        untrained = self.base.untrained_after([path for path, label in labels.items() if label != freeze.FROZEN])
+        first_steps = stored_first_steps(self.description)
+        if first_steps is None:  # runs of older versions do not record them
+            return untrained
+        for name, start in self.base.untrained.items():
+            why = start.partition(", and ")[0]  # without the part that an earlier run adds
+            if name not in first_steps:
+                untrained[name] = f"{why}, and no conversation of the run shows one"
+            elif (self.step or 0) < first_steps[name]:
+                untrained[name] = f"{why}, and the run shows none before step {first_steps[name]}"
+        return untrained
 
     @property
-    def step_line(self) -> str:
-        """Of a run: which step is used and why, for people."""
-        return f"{self.path}: step {self.step}" + (f" ({self.why})" if self.why else "")
+    def runs(self) -> "tuple[RunCheckpoint, ...]":
+        return (*self.base.runs, self)
+
+    @property
+    def origin(self) -> Checkpoint:
+        return self.base.origin
+
+    @property
+    def step_directory(self) -> Path:
+        return self.path / CHECKPOINTS / str(self.step)
 
     @property
     def chosen(self) -> str | None:
-        """`step_line` of a run that is not simply taken at its newest step."""
-        return self.step_line if self.why not in ("", NEWEST) else None
+        return self.summary_lines[0] if self.why_step not in ("", NEWEST) else None
+
+    def check(self, dtype: str = "auto") -> list[str]:
+        self._existing_step()
+        return []
+
+    def tensors(self, dtype: str = "auto") -> dict[str, Tensor]:
+        trained = {path: Tensor.of(leaf, str(self.path), path) for path, leaf in self.trained().items()}
+        return _merge(self.base.tensors(dtype), trained, self.lora, dtype)
+
+    def _params(self, dtype: str, where: Where, in_float32: Collection[str]) -> Params:
+        if self.lora != self.config.lora:  # adapters are merged, which `tensors` does
+            return super()._params(dtype, where, in_float32)
+        trained = self.trained(where).items()
+        base = self.base.params(dtype, where=where, in_float32=in_float32)
+        return base | {path: self._cast(path, leaf, dtype, in_float32) for path, leaf in trained}
 
     def trained(self, where: Where | None = None) -> Params:
-        """Of a run: what it trained, if that was on these weights of the base."""
-        assert self.base is not None
+        """Read the parameters that the run trained, placed as in `params`.
+
+        Raises CheckpointError if they are damaged, not finite, or were trained on other weights than those of `base`.
+        """
+        step = self._existing_step()
         with Checkpoints(self.path / CHECKPOINTS, read_only=True) as checkpoints:
-            step = self.step
-            if step is None:
-                raise CheckpointError(f"{self.path}: the run has no checkpoint yet; train it first")
             try:
                 expected = checkpoints.meta(step)["base_fingerprint"]
                 trained = checkpoints.restore_trainable(step, where or _first_device)
@@ -409,37 +571,64 @@ class Checkpoint:
                 raise CheckpointError([f"{folder}: {path}: NaN or infinite; choose another step" for path in paths])
             return trained
 
+    def _existing_step(self) -> int:
+        if self.step is None:
+            raise CheckpointError(f"{self.path}: the run has no checkpoint yet; train it first")
+        return self.step
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Return whether a directory contains a tokenizer.
+
+    A checkpoint without one can be converted, and trained on token ids that the caller makes.
+    """
+    return any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
+
+
+def _with_tokenizer(directory: Path, config: LlavaConfig) -> tuple[LlavaConfig, tuple[str, ...]]:
+    """Return `config` with the vocabulary size and `<image>` id of the directory's tokenizer, and messages about it."""
+    if not has_tokenizer(directory):
+        return config, ()
+    tokenizer, added = load_tokenizer(directory, config.image_token_id)
+    notes = [f"{token}: added to the tokenizer" for token in added]
+    size = max(tokenizer.get_vocab().values()) + 1
+    rows = config.text.vocab_size
+    if size > rows:
+        notes.append(f"vocabulary: grown from {rows} to {size} rows, the new ones the mean of the others")
+        config = replace(config, text=replace(config.text, vocab_size=size))
+    return replace(config, image_token_id=tokenizer.convert_tokens_to_ids("<image>")), tuple(notes)
+
 
 def _merge(
     base: Mapping[str, Tensor], trained: Mapping[str, Tensor], lora: LoraConfig | None, dtype: str
 ) -> dict[str, Tensor]:
-    """What was trained in the place of the base's, in `dtype`; its adapters added to the weights beside them."""
-    found = dict(base)
+    """Replace parameters of `base` by trained ones, as `dtype`, and add trained adapters to the weights they adapt."""
+    merged = dict(base)
     for path, tensor in trained.items():
         weight = adapted_weight(path)
         if weight is None:
-            found[path] = tensor.astype(dtype)
+            merged[path] = tensor.astype(dtype)
         elif path.endswith("lora_A.weight"):
             assert lora is not None
             a, b = adapters(weight)
-            found[weight] = add_product(base[weight], trained[a], trained[b], lora.scale)
-    return found
+            merged[weight] = add_product(base[weight], trained[a], trained[b], lora.scale)
+    return merged
 
 
-def _stated(directory: Path, key: str, default: str | None = None) -> str:
-    """What `umbrella_config.json` says."""
-    found = read_json(directory / UMBRELLA_CONFIG).get(key, default)
-    if not isinstance(found, str):
-        raise CheckpointError(f"{directory / UMBRELLA_CONFIG}: {key}: expected a string, got {found!r}; convert again")
-    return found
+def _recorded(directory: Path, key: str, default: str | None = None) -> str:
+    """Return a string of the directory's `umbrella_config.json`."""
+    value = read_json(directory / UMBRELLA_CONFIG).get(key, default)
+    if not isinstance(value, str):
+        raise CheckpointError(f"{directory / UMBRELLA_CONFIG}: {key}: expected a string, got {value!r}; convert again")
+    return value
 
 
 def _first_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _native_tensors(directory: Path) -> dict[str, Tensor]:
-    """Parameters that orbax wrote, each read as a whole and kept until another is asked for."""
+def _orbax_tensors(directory: Path) -> dict[str, Tensor]:
+    """Return the parameters of an orbax directory unread; one is read as a whole, and kept until the next is read."""
 
     @lru_cache(maxsize=1)
     def leaf(path: str) -> np.ndarray:
@@ -454,16 +643,3 @@ def _native_tensors(directory: Path) -> dict[str, Tensor]:
 
     shapes = param_shapes(directory)
     return {path: tensor(path, shape) for path, shape in shapes.items()}
-
-
-def _cast(path: str, leaf: jax.Array, dtype: str, file: Path) -> jax.Array:
-    """As `tensor.copy` does, on the devices where it lies."""
-    cast = leaf if dtype == "auto" else leaf.astype(dtype)
-    if cast.dtype != leaf.dtype and cast.dtype.itemsize == 2 and jnp.isinf(cast).sum() > jnp.isinf(leaf).sum():
-        raise CheckpointError(f"{file}: {path}: a number is too large for {dtype}; choose a wider type")
-    return cast
-
-
-def has_tokenizer(directory: Path) -> bool:
-    """Whether a tokenizer lies there; a bare checkpoint can be converted and trained on ids of one's own."""
-    return any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))

@@ -88,7 +88,6 @@ def write_hf(
     left_out = {} if include_untrained else untrained_to_leave_out(checkpoint)
     modalities = {name: modality for name, modality in checkpoint.config.modalities.items() if name not in left_out}
     tensors = {path: tensor for path, tensor in checkpoint.tensors().items() if modality_of(path) not in left_out}
-    derived = checkpoint.kind != "hf"
 
     def finish(part: Path) -> None:
         if checkpoint.notes and has_tokenizer(checkpoint.description):
@@ -101,8 +100,8 @@ def write_hf(
         checkpoint.description,
         names=names,
         max_shard_size=max_shard_size,
-        base=checkpoint.base_name if derived else None,
-        fingerprint=checkpoint.fingerprint if derived else None,
+        base=checkpoint.base_name if checkpoint.is_derived else None,
+        fingerprint=checkpoint.fingerprint if checkpoint.is_derived else None,
         template=checkpoint.template,
         untrained={name: why for name, why in checkpoint.untrained.items() if name not in left_out},
         finish=finish,
@@ -121,17 +120,13 @@ def write_trained(
 
     Raises CheckpointError where `checkpoint` is no run.
     """
-    if checkpoint.kind != "run":
+    if not checkpoint.runs:
         raise CheckpointError(f"{checkpoint.path}: not a run, so it does not say what was trained; name a run")
     left_out = {} if include_untrained else untrained_to_leave_out(checkpoint)
     kept = {name: modality for name, modality in checkpoint.config.modalities.items() if name not in left_out}
     renamed = export_names(kept, names)
     check_new_folder(out)
-    runs: list[Checkpoint] = []
-    one: Checkpoint | None = checkpoint
-    while one is not None and one.kind == "run":
-        runs, one = [one, *runs], one.base
-    trained = [(run.trained(), run.lora.scale if run.lora else 1.0) for run in runs]
+    trained = [(run.trained(), run.lora.scale if run.lora else 1.0) for run in checkpoint.runs]
     paths = {path for leaves, _ in trained for path in leaves}
     # the whole patch embedding, whatever of it was trained: a stock base has none to put a part onto
     tensors = {

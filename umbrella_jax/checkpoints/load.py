@@ -115,9 +115,7 @@ def open_base(config: RunConfig | ModelConfig, *, weights: bool = True) -> Check
         init=model.patch_embed_init,
         seed=seed,
         weights=weights,
-    )
-    if base.kind == "run":
-        base = base.merged()
+    ).merged()
     if isinstance(config, RunConfig):
         return replace(base, template=same_template("data.template", config.data.template, base))
     return base

@@ -68,7 +68,7 @@ def verify(
     sources = [checkpoint.origin for checkpoint in (one, other)]
     for checkpoint, source in zip((one, other), sources, strict=True):
         configuration += compare_reading(source.description, checkpoint.config, grown=bool(source.notes))
-        configuration += [f"{checkpoint.path}: modality {name}: no weights" for name in checkpoint.lost()]
+        configuration += [f"{checkpoint.path}: modality {name}: no weights" for name in checkpoint.lost]
     tokenizers = [c.tokenizer() for c in (one, other) if has_tokenizer(c.description)]
     if len(tokenizers) == 2:
         configuration += compare_tokenizers(*tokenizers)
@@ -79,7 +79,7 @@ def verify(
         configuration.append(f"template: {one.template} in A, {other.template} in B")
     notes += [f"{c.path}: {line}" for c in (one, other) for line in (*c.notes, *c.check())]
     ours, theirs = (
-        {path: tensor for path, tensor in c.held().items() if modality_of(path) not in out}
+        {path: tensor for path, tensor in c.stored_tensors().items() if modality_of(path) not in out}
         for c, out in zip((one, other), left_out, strict=True)
     )
     tensors = compare_tensors(ours, config_a, theirs, config_b)

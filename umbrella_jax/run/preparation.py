@@ -147,7 +147,7 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
     facts.append((f"{base.path}: weights", SHA256 + fingerprint))
     facts += [(name, SHA256 + digest) for files in inputs.values() for name, digest in files]
     check_same(facts, "copy it again: every host must read the same")
-    for line in [*said_of(base), *found, freeze.summary(shapes, labels)]:
+    for line in [*base.summary_lines, *found, freeze.summary(shapes, labels)]:
         say(line)
     if overlap:
         say(f"WARNING: {overlap}")
@@ -234,11 +234,6 @@ def _check_shown(config: RunConfig, labels: Mapping[str, str], shown: Collection
             f"{config.data.train}: its {conversations} conversations {seen}, so train.groups ({groups}) would train "
             "nothing; name the scans in the content of the user's turns, or train what they reach"
         )
-
-
-def said_of(base: Checkpoint) -> list[str]:
-    """What is to be said of a base, for people."""
-    return [base.step_line] if base.kind == "run" else list(base.notes)
 
 
 def _evaluated(config: RunConfig, dataset: Dataset | None, processor: Processor) -> Evaluated | None:

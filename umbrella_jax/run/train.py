@@ -32,7 +32,7 @@ from umbrella_jax.models import abstract_params
 from umbrella_jax.plan import batch_flops, sheet_of
 from umbrella_jax.run.evaluation import evaluate
 from umbrella_jax.run.loggers import loggers
-from umbrella_jax.run.preparation import Evaluated, Prepared, check, meet, prepare, said_of, versions
+from umbrella_jax.run.preparation import Evaluated, Prepared, check, meet, prepare, versions
 from umbrella_jax.run.rehearsal import rehearse
 from umbrella_jax.run.resumption import check_out, resume_from
 from umbrella_jax.run.signals import Signals
@@ -66,13 +66,14 @@ def inspect(config: RunConfig) -> str:
     Needs config.json of the base alone; a checkpoint that lies there too is checked.
     """
     base = open_base(config, weights=False)
-    bare = base.kind == "hf" and not any(base.path.glob("*.safetensors*"))
     found = (
-        [f"{base.path}: no weights there; from config.json alone"] if bare else base.check(config.model.frozen_dtype)
+        base.check(config.model.frozen_dtype)
+        if base.has_weights
+        else [f"{base.path}: no weights there; from config.json alone"]
     )
     _, shapes = abstract_params(replace(base.config, lora=config.model.lora))
     labels = freeze.label_params(list(shapes), list(config.train.groups))
-    return "\n".join([*said_of(base), *found, freeze.summary(shapes, labels)])
+    return "\n".join([*base.summary_lines, *found, freeze.summary(shapes, labels)])
 
 
 def train(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) -> Line:
@@ -254,7 +255,5 @@ def _work(plan: Plan, step: int, flops: Callable[[BatchShape], float]) -> Work:
 
 def _absolute(config: RunConfig, base: Checkpoint) -> RunConfig:
     """With the base as an absolute path, a run with its step: what is trained is loaded from anywhere, later."""
-    path = Path(str(config.model.base))
-    if base.kind == "run":
-        path = base.path / CHECKPOINTS / str(base.step)
+    path = base.step_directory or Path(str(config.model.base))
     return replace(config, model=replace(config.model, base=str(path.absolute()))) if path.is_dir() else config
