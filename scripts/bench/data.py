@@ -162,7 +162,7 @@ def deliver(scans: Path, base: Path, cache: Path, dtype: str) -> list[tuple[floa
     passes; the files are in the page cache."""
     from umbrella_jax.config.schema import ModalityConfig
     from umbrella_jax.data.cache import VolumeCache
-    from umbrella_jax.data.loader import Dataset, make_plan, train_batches
+    from umbrella_jax.data.loader import Dataset, make_epoch_plan, train_batches
     from umbrella_jax.data.tokenize import load_tokenizer
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -170,7 +170,7 @@ def deliver(scans: Path, base: Path, cache: Path, dtype: str) -> list[tuple[floa
     modalities = {"T1": ModalityConfig(size=(96, 96, 96), patch=(10, 10, 10))}
     options: dict[str, Any] = {"max_length": 2048, "threads": 1, "sources": VolumeCache(cache, dtype)}
     dataset = Dataset.load(scans / "train.json", tokenizer, modalities, **options)
-    plan = make_plan(dataset, batch_size=8, accumulate_steps=1, seed=0)
+    plan = make_epoch_plan(dataset, batch_size=8, accumulate_steps=1, seed=0)
     steps, rates = 4 * VOLUMES // 8, []
     for _ in range(8):
         start = time.perf_counter(), time.process_time()
@@ -196,11 +196,11 @@ def data_cache(work_dir: Path) -> None:
         figure(f"cache_{dtype}_volumes", wall, "1/s of one core", at_least=150, **more)
 
 
-def demo_facts(work_dir: Path) -> Any:
+def demo_sizes(work_dir: Path) -> Any:
     """What a plan knows of the demo's training conversations; volumes are not read."""
     from umbrella_jax.config.load import load_config
     from umbrella_jax.data.conversation import read_conversations
-    from umbrella_jax.data.loader import facts_of
+    from umbrella_jax.data.loader import measure_conversations
     from umbrella_jax.data.tokenize import encode, encode_all, load_tokenizer
     from umbrella_jax.demo import make_base, make_data
 
@@ -208,13 +208,13 @@ def demo_facts(work_dir: Path) -> Any:
     tokenizer, _ = load_tokenizer(make_base(work_dir / "demo_base"), None)
     conversations = read_conversations(make_data(work_dir / "demo_data").train, modalities)
     encoder = partial(encode, tokenizer=tokenizer, modalities=modalities, max_length=8192)
-    return facts_of(encode_all(conversations, encoder, modalities), modalities)
+    return measure_conversations(encode_all(conversations, encoder, modalities), modalities)
 
 
-def synthetic_facts(subjects: int, single: int, pairs: int, text: int) -> Any:
+def synthetic_sizes(subjects: int, single: int, pairs: int, text: int) -> Any:
     """T1 questions, T3 comparisons of two subjects and questions without an image, in this order: 729 patches for an
     image and 20 to 60 tokens for a turn, of text alone 20 to 800 in all."""
-    from umbrella_jax.data.epoch_plan import Facts
+    from umbrella_jax.data.epoch_plan import ConversationSizes
 
     rng = np.random.default_rng(0)
     volumes: list[tuple[int, ...]] = [(int(rng.integers(subjects)),) for _ in range(single)]
@@ -224,28 +224,28 @@ def synthetic_facts(subjects: int, single: int, pairs: int, text: int) -> Any:
     volumes += [()] * text
     turns = np.array([len(shown) * 729 + rng.integers(20, 60, 2 * len(shown)).sum() for shown in volumes])
     lengths = np.where(turns > 0, turns, rng.integers(20, 800, len(volumes)))
-    return Facts(lengths, rng.integers(3, 30, len(volumes)), volumes, ["T1"] * subjects, {"T1": 729})
+    return ConversationSizes(lengths, rng.integers(3, 30, len(volumes)), volumes, ["T1"] * subjects, {"T1": 729})
 
 
 def data_plan(work_dir: Path) -> None:
     """What the plans of the demo's, a mixed and a comparing data set cost, and how long a large one takes."""
-    from umbrella_jax.data.epoch_plan import MAX_SHAPES, Plan
+    from umbrella_jax.data.epoch_plan import MAX_SHAPES, EpochPlan
 
     sets = {
-        "demo": (demo_facts(work_dir), (16,)),
-        "mixed": (synthetic_facts(400, 1000, 1500, 500), (8, 16, 32)),
-        "comparisons": (synthetic_facts(100, 0, 600, 0), (8, 16, 32)),
+        "demo": (demo_sizes(work_dir), (16,)),
+        "mixed": (synthetic_sizes(400, 1000, 1500, 500), (8, 16, 32)),
+        "comparisons": (synthetic_sizes(100, 0, 600, 0), (8, 16, 32)),
     }
-    for name, (facts, batch_sizes) in sets.items():
+    for name, (sizes, batch_sizes) in sets.items():
         for batch_size in batch_sizes:
-            report = Plan(facts, batch_size=batch_size, seed=0).report
+            cost = EpochPlan(sizes, batch_size=batch_size, seed=0).cost
             more = {"set": name, "batch_size": batch_size}
-            figure("plan_padding", report.padding, "of positions", **more, limit=0.1)
-            figure("plan_shapes", report.shapes, "shapes", **more, limit=MAX_SHAPES)
-            figure("plan_volumes", report.volumes, "per conversation", **more, shown=round(report.shown, 3))
-    large = synthetic_facts(40_000, 0, 240_000, 0)
+            figure("plan_padding", cost.padding, "of positions", **more, limit=0.1)
+            figure("plan_shapes", cost.shapes, "shapes", **more, limit=MAX_SHAPES)
+            figure("plan_volumes", cost.volumes, "per conversation", **more, shown=round(cost.shown, 3))
+    large = synthetic_sizes(40_000, 0, 240_000, 0)
     start = time.perf_counter()
-    plan = Plan(large, batch_size=8, seed=0)
+    plan = EpochPlan(large, batch_size=8, seed=0)
     made = time.perf_counter()
     plan.epoch(1)
     more = {"conversations": len(large), "of_each_epoch": round(time.perf_counter() - made, 2)}
@@ -260,7 +260,7 @@ def read_texts(work_dir: Path, number: int, distinct: bool) -> list[float]:
     from umbrella_jax.config.schema import ModalityConfig
     from umbrella_jax.data.cache import Sources
     from umbrella_jax.data.conversation import read_conversations
-    from umbrella_jax.data.loader import Dataset, make_plan
+    from umbrella_jax.data.loader import Dataset, make_epoch_plan
     from umbrella_jax.data.tokenize import Remembering, encode, encode_all, load_tokenizer
 
     file = work_dir / f"texts_{number}_{distinct}.jsonl"
@@ -281,7 +281,7 @@ def read_texts(work_dir: Path, number: int, distinct: bool) -> list[float]:
     times.append(time.process_time())
     windows = dict.fromkeys((image for row in conversations for image in row.images), 1)
     dataset = Dataset(tuple(conversations), rows, (), windows, modalities, Sources())
-    plan = make_plan(dataset, batch_size=8, accumulate_steps=1, seed=0)
+    plan = make_epoch_plan(dataset, batch_size=8, accumulate_steps=1, seed=0)
     times.append(time.process_time())
     gc.collect()
     held = (resident() - before) * 1e9 / number

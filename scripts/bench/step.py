@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.data import CONFIGS, synthetic_facts
+from bench.data import CONFIGS, synthetic_sizes
 from bench.jax_step import model_config
 from bench.measure import figure
 from bench.workload import ANSWER, SCANS, TEXT
 from umbrella_jax.config.load import load_config
 from umbrella_jax.config.schema import RunConfig
-from umbrella_jax.data.epoch_plan import Plan as BatchPlan
+from umbrella_jax.data.epoch_plan import EpochPlan
 from umbrella_jax.models import LlavaConfig
 from umbrella_jax.plan import HardwarePlan, at_shape, parse_devices, plan_hardware
 from umbrella_jax.plan.devices import Devices
@@ -111,15 +111,15 @@ def sharing(work_dir: Path) -> None:
     layers each.
     """
     size = 8
-    plan = BatchPlan(synthetic_facts(100, 0, 600, 0), batch_size=size, seed=0)
-    held = round(plan.report.volumes * size)
+    plan = EpochPlan(synthetic_sizes(100, 0, 600, 0), batch_size=size, seed=0)
+    held = round(plan.cost.volumes * size)
     lines: dict[int, list[dict[str, Any]]] = {held: [], 2 * size: []}
     for _ in range(ROUNDS):
         for volumes, found in lines.items():
             options = ["--remat", "full", "--layers", "2", "--case", f"t1:{size}", "--images", "2"]
             found += run(JAX, *options, "--volumes", str(volumes), "--steps", "3")[3:]
     shared, apart = (_median(found) for found in lines.values())
-    more = {"volumes_per_conversation": round(held / size, 2), "padding": round(plan.report.padding, 3)}
+    more = {"volumes_per_conversation": round(held / size, 2), "padding": round(plan.cost.padding, 3)}
     figure("sharing_conversations_per_second", apart / shared, "times those without", at_least=2, **more)
 
 

@@ -24,7 +24,7 @@ from umbrella_jax.data import volume as volume_module
 from umbrella_jax.data import voxels as voxels_module
 from umbrella_jax.data.cache import Sources, VolumeCache
 from umbrella_jax.data.conversation import Image
-from umbrella_jax.data.loader import Dataset, eval_batches, make_plan, train_batches
+from umbrella_jax.data.loader import Dataset, eval_batches, make_epoch_plan, train_batches
 from umbrella_jax.data.volume import PREPROCESSING_VERSION, check_volumes, load_volume
 from umbrella_jax.errors import ConfigError, DataError
 
@@ -86,7 +86,7 @@ def load_dataset(nifti, record, write_json, tokenizer, modalities):
 
 def volumes_of(dataset):
     """All volumes that training and evaluation batches show, in their order."""
-    plan = make_plan(dataset, batch_size=2, accumulate_steps=2, seed=5)
+    plan = make_epoch_plan(dataset, batch_size=2, accumulate_steps=2, seed=5)
     training = train_batches(dataset, plan, start_step=0, num_steps=6, threads=2)
     batches = [*training, *(b for _, b in eval_batches(dataset, 3, prompts=True))]
     return [(name, volume) for batch in batches for name, volume in sorted(batch.volumes.items())]

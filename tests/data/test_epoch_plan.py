@@ -1,4 +1,4 @@
-"""The plan: every conversation once an epoch, in few shapes with little padding, as random as it says."""
+"""The epoch plan: every conversation once per epoch, few shapes, little padding, and the documented randomness."""
 
 from collections import Counter
 from dataclasses import replace
@@ -8,16 +8,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umbrella_jax.data.epoch_plan import BatchShape, Facts, Plan, exact_shape, gather, round_positions
+from umbrella_jax.data.epoch_plan import (
+    BatchShape,
+    ConversationSizes,
+    EpochPlan,
+    exact_shape,
+    group_by_shared_volumes,
+    round_positions,
+)
 
 PATCHES = {"T1": 27, "dMRI": 30, "rsfMRI": 64}
 
 
-def facts(*rows):
-    """Of (length, supervised, "T1:0 rsfMRI:3") each."""
+def sizes(*rows):
+    """Make sizes from rows of (length, supervised positions, "T1:0 rsfMRI:3")."""
     names = [text.split() for _, _, text in rows]
     number = {name: i for i, name in enumerate(dict.fromkeys(n for row in names for n in row))}
-    return Facts(
+    return ConversationSizes(
         lengths=np.array([length for length, _, _ in rows]),
         targets=np.array([targets for _, targets, _ in rows]),
         volumes=[tuple(number[n] for n in dict.fromkeys(row)) for row in names],
@@ -27,8 +34,8 @@ def facts(*rows):
 
 
 @st.composite
-def random_facts(draw):
-    """Up to 60 conversations of any set of three modalities, of few lengths or many, sharing volumes or not."""
+def random_sizes(draw):
+    """Draw up to 60 conversations: any set of three modalities, few or many lengths, with or without shared volumes."""
     lengths = draw(st.sampled_from([(40, 50), (1, 3000), (900, 1100)]))
     pool = draw(st.sampled_from([1, 4, 100]))
     kinds = draw(st.lists(st.lists(st.sampled_from(sorted(PATCHES)), max_size=3), min_size=1, max_size=9))
@@ -38,12 +45,12 @@ def random_facts(draw):
         kind = kinds[rng.integers(len(kinds))]
         volumes = " ".join(f"{m}:{rng.integers(pool)}" for m in kind)
         rows.append((int(rng.integers(*lengths)), int(rng.integers(1, 20)), volumes))
-    return facts(*rows)
+    return sizes(*rows)
 
 
 def test_the_first_step_that_shows_a_modality():
-    known = facts(*[(40, 2, "T1:0")] * 6, (40, 2, "T1:1 rsfMRI:2"), (40, 2, ""))
-    plan = Plan(known, batch_size=1, seed=0)
+    known = sizes(*[(40, 2, "T1:0")] * 6, (40, 2, "T1:1 rsfMRI:2"), (40, 2, ""))
+    plan = EpochPlan(known, batch_size=1, seed=0)
     found = plan.first_steps()
     steps = {
         modality: min(
@@ -52,27 +59,27 @@ def test_the_first_step_that_shows_a_modality():
         for modality in ("T1", "rsfMRI")
     }
     assert found == steps
-    assert Plan(facts((40, 2, "")), batch_size=1, seed=0).first_steps() == {}
+    assert EpochPlan(sizes((40, 2, "")), batch_size=1, seed=0).first_steps() == {}
 
 
-def volumes_of(facts, rows):
-    """{modality: distinct volumes}, counted another way than the plan does."""
-    shown = {(facts.modality[v], v) for row in rows for v in facts.volumes[row]}
+def volumes_of(sizes, rows):
+    """Return {modality: number of distinct volumes}, counted differently from the plan."""
+    shown = {(sizes.modality[v], v) for row in rows for v in sizes.volumes[row]}
     return Counter(modality for modality, _ in shown)
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    known=random_facts(),
+    known=random_sizes(),
     rows=st.integers(1, 9),
     accumulate_steps=st.integers(1, 4),
     seed=st.none() | st.integers(0, 5),
     parts=st.sampled_from([1, 2, 8]),
 )
-def test_what_holds_of_every_plan(known, rows, accumulate_steps, seed, parts):
+def test_invariants_of_every_plan(known, rows, accumulate_steps, seed, parts):
     batch_size = parts * rows if rows <= 3 else parts * -(-rows // parts)  # few and many rows of a part
     sizes = {"batch_size": batch_size, "accumulate_steps": accumulate_steps}
-    plan = Plan(known, **sizes, seed=seed, parts=parts)
+    plan = EpochPlan(known, **sizes, seed=seed, parts=parts)
     epochs = [plan.epoch(e) for e in (0, 1, 7)]
     shapes = {update.shape for updates in epochs for update in updates}
     assert len(shapes) <= 6
@@ -97,32 +104,32 @@ def test_what_holds_of_every_plan(known, rows, accumulate_steps, seed, parts):
                     shown = volumes_of(known, [row for row in part if row is not None])
                     assert all(count <= room.get(m, 0) // parts for m, count in shown.items())
     assert plan.epoch(7) == epochs[2], "whatever came before"
-    again = Plan(known, **sizes, seed=seed, parts=parts)
+    again = EpochPlan(known, **sizes, seed=seed, parts=parts)
     assert (again.epoch(7), again.shapes) == (epochs[2], plan.shapes)
-    alone = Plan(known, **sizes, seed=seed)
+    alone = EpochPlan(known, **sizes, seed=seed)
     assert [u.rows for u in alone.epoch(1)] == [u.rows for u in epochs[1]], "on any number of devices"
     positions = sum(accumulate_steps * batch_size * update.shape.positions for update in epochs[1])
-    assert plan.report.padding == pytest.approx(1 - known.lengths.sum() / positions), "of every epoch"
+    assert plan.cost.padding == pytest.approx(1 - known.lengths.sum() / positions), "of every epoch"
 
 
 def test_few_shapes_of_lengths_cost_the_least():
-    """Of three lengths in 64 full batches each; one bound less would be 64 · 4 · (208 - 104) positions more."""
-    known = facts(*[(length, 1, "") for length in (104, 208, 400) for _ in range(256)])
-    plan = Plan(known, batch_size=4, seed=0)
+    """Three lengths fill 64 batches each. One bound fewer would add 64 · 4 · (208 - 104) positions."""
+    known = sizes(*[(length, 1, "") for length in (104, 208, 400) for _ in range(256)])
+    plan = EpochPlan(known, batch_size=4, seed=0)
     assert [[s.positions for s in of] for of in plan.shapes] == [[104], [208], [400]]
-    assert plan.report.padding == 0
-    assert plan.report.shapes == 3
+    assert plan.cost.padding == 0
+    assert plan.cost.shapes == 3
 
 
-def test_of_many_lengths_the_bounds_are_the_best():
-    """Against every choice of six bounds."""
+def test_bounds_are_the_best_for_many_lengths():
+    """No choice of six bounds is cheaper."""
     from itertools import combinations
 
     rng = np.random.default_rng(0)
     lengths = np.unique(rng.integers(1, 20, 12)) * 8
     counts = rng.integers(1, 9, len(lengths))
-    known = facts(*[(int(n), 1, "") for n, count in zip(lengths, counts, strict=True) for _ in range(count)])
-    plan = Plan(known, batch_size=1, seed=0)
+    known = sizes(*[(int(n), 1, "") for n, count in zip(lengths, counts, strict=True) for _ in range(count)])
+    plan = EpochPlan(known, batch_size=1, seed=0)
 
     def padded(bounds):
         return sum(int(c) * min(b for b in bounds if b >= n) for n, c in zip(lengths, counts, strict=True))
@@ -132,25 +139,25 @@ def test_of_many_lengths_the_bounds_are_the_best():
     assert padded(chosen) <= 1.01 * best
 
 
-def test_modalities_are_apart():
-    """As they are in the data: no batch mixes what no conversation mixes."""
+def test_modalities_are_not_mixed():
+    """No batch mixes modalities that no conversation mixes."""
     rows = [(100, 1, kind.format(i)) for kind in ("T1:{}", "rsfMRI:{}") for i in range(8)]
-    plan = Plan(facts(*rows), batch_size=4, seed=0)
+    plan = EpochPlan(sizes(*rows), batch_size=4, seed=0)
     for update in plan.epoch(0):
         (micro,) = update.rows
         assert len({row < 8 for row in micro}) == 1
         assert update.shape.volumes in [(("T1", 4),), (("rsfMRI", 4),)]
 
 
-def test_what_is_over_moves_to_a_longer_bucket_that_shows_as_much():
-    """13 of T1 and 15 longer ones, 3 of text: 4 full updates of 8 by 31; T1 never comes among rsfMRI."""
-    known = facts(
+def test_the_remainder_moves_to_a_longer_bucket_with_its_modalities():
+    """The 32 conversations make 4 full updates of 8. T1 moves into the longer T1 bucket, never into rsfMRI."""
+    known = sizes(
         *[(100, 1, f"T1:{i}") for i in range(13)],
         *[(104, 1, "") for _ in range(3)],
         *[(200, 1, f"T1:{20 + i} T1:{40 + i}") for i in range(8)],
         *[(208, 1, f"rsfMRI:{i}") for i in range(8)],
     )
-    plan = Plan(known, batch_size=8, seed=0)
+    plan = EpochPlan(known, batch_size=8, seed=0)
     moved = Counter()
     for epoch in range(60):
         updates = plan.epoch(epoch)
@@ -165,31 +172,31 @@ def test_what_is_over_moves_to_a_longer_bucket_that_shows_as_much():
                 moved.update(row for row in micro if row < 13)
     assert sum(moved.values()) % 60 == 0, "the number is the same in every epoch"
     if moved:
-        assert set(moved) == set(range(13)), "and who it is is drawn"
+        assert set(moved) == set(range(13)), "each conversation moves in some epoch"
 
 
-def test_a_few_join_those_that_show_more_where_that_is_cheaper():
-    """3 of text, longer than 5 runs: one update of 8 by 208, not two; but 8 of either are two."""
+def test_few_conversations_join_a_bucket_with_more_modalities_if_cheaper():
+    """3 long texts and 5 runs make one update of 8, not two. 8 of each make two updates."""
     text, run = [(200, 1, "")], [(104, 1, f"rsfMRI:{i}") for i in range(8)]
-    ((update,), apart) = (Plan(facts(*text * n, *run[: 8 - n]), batch_size=8, seed=0).epoch(0) for n in (3, 0))
+    ((update,), apart) = (EpochPlan(sizes(*text * n, *run[: 8 - n]), batch_size=8, seed=0).epoch(0) for n in (3, 0))
     assert update.shape == BatchShape(8, 200, 8, (("rsfMRI", 5),))
     assert [u.shape.positions for u in apart] == [104]
-    apart = Plan(facts(*text * 8, *run), batch_size=8, seed=0).epoch(0)
+    apart = EpochPlan(sizes(*text * 8, *run), batch_size=8, seed=0).epoch(0)
     assert sorted((u.shape.positions, u.shape.volumes) for u in apart) == [(104, (("rsfMRI", 8),)), (200, ())]
 
 
 def test_an_update_is_never_nearly_empty():
-    """17 conversations by 8: of 6, 6 and 5, not of 8, 8 and 1, whose step would be as long as the others'."""
-    known = facts(*[(100, 1, "")] * 17)
-    assert sorted(len(u.rows[0]) for u in Plan(known, batch_size=8, seed=0).epoch(0)) == [5, 6, 6]
-    accumulated = Plan(known, batch_size=2, accumulate_steps=4, seed=0).epoch(0)
+    """17 conversations in batches of 8 make updates of 6, 6 and 5, not of 8, 8 and 1."""
+    known = sizes(*[(100, 1, "")] * 17)
+    assert sorted(len(u.rows[0]) for u in EpochPlan(known, batch_size=8, seed=0).epoch(0)) == [5, 6, 6]
+    accumulated = EpochPlan(known, batch_size=2, accumulate_steps=4, seed=0).epoch(0)
     assert sorted(sum(map(len, u.rows)) for u in accumulated) == [5, 6, 6]
 
 
 def test_without_sharing_the_order_is_a_uniform_shuffle():
-    """Every conversation is as likely to come anywhere, and any two to meet: χ² over 4,000 epochs."""
-    known = facts(*[(100, 1, f"T1:{i}") for i in range(6)])
-    plan = Plan(known, batch_size=2, seed=0)
+    """χ² over 4,000 epochs: every conversation is equally likely at every place, and so is every pair in one batch."""
+    known = sizes(*[(100, 1, f"T1:{i}") for i in range(6)])
+    plan = EpochPlan(known, batch_size=2, seed=0)
     places, pairs = np.zeros((6, 6)), Counter()
     for epoch in range(4000):
         rows = [row for update in plan.epoch(epoch) for row in update.rows[0]]
@@ -203,64 +210,66 @@ def test_without_sharing_the_order_is_a_uniform_shuffle():
 
 
 def test_seeds_and_epochs_differ():
-    known = facts(*[(100, 1, f"T1:{i % 30}") for i in range(60)])
-    orders = {str(Plan(known, batch_size=4, seed=seed).epoch(epoch)) for seed in range(3) for epoch in range(3)}
+    known = sizes(*[(100, 1, f"T1:{i % 30}") for i in range(60)])
+    orders = {str(EpochPlan(known, batch_size=4, seed=seed).epoch(epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
 
 
-def test_without_a_seed_the_order_is_that_of_the_conversations():
-    known = facts(*[(100, 1, f"T1:{i}") for i in range(10)])
-    plan = Plan(known, batch_size=4)
+def test_without_a_seed_the_order_of_the_conversations_stays():
+    known = sizes(*[(100, 1, f"T1:{i}") for i in range(10)])
+    plan = EpochPlan(known, batch_size=4)
     assert [u.rows for u in plan.epoch(0)] == [((0, 1, 2, 3),), ((4, 5, 6),), ((7, 8, 9),)]
     assert plan.epoch(1) == plan.epoch(0)
 
 
 def test_a_single_pass_has_fewer_shapes():
-    """Two lengths: of 100 updates, two buckets are worth it; of three in one pass they are not."""
-    few, many = (facts(*[(length, 1, "") for length in (104, 208) for _ in range(n)]) for n in (6, 200))
+    """Two buckets are worth it for 100 updates, but not for three updates in a single pass."""
+    few, many = (sizes(*[(length, 1, "") for length in (104, 208) for _ in range(n)]) for n in (6, 200))
     for known, seed, buckets in [(many, 0, 2), (many, None, 2), (few, 0, 2), (few, None, 1)]:
-        plan = Plan(known, batch_size=4, seed=seed)
+        plan = EpochPlan(known, batch_size=4, seed=seed)
         assert len({update.shape for update in plan.epoch(0)}) == buckets
 
 
-def test_gather():
+def test_group_by_shared_volumes():
     volumes = [(0, 1), (2, 3), (4, 5), (1, 0), (3, 6), (6, 2), (7,)]
-    # 3 needs nothing more than 0; behind 1, 4 and 5 each need the same volume, which lets the other in
-    assert list(gather([0, 1, 2, 3, 4, 5, 6], volumes, [2, 3, 2])) == [[0, 3], [1, 4, 5], [2, 6]]
-    assert list(gather([6, 5, 4, 3, 2, 1, 0], volumes, [1, 3, 3])) == [[6], [5, 4, 1], [3, 0, 2]]
-    assert list(gather([2, 0, 1], [(0,), (1,), (2,)], [2, 1])) == [[2, 0], [1]]
+    # 3 needs no more than 0. After 1, both 4 and 5 need the same new volume, so one follows the other.
+    assert list(group_by_shared_volumes([0, 1, 2, 3, 4, 5, 6], volumes, [2, 3, 2])) == [[0, 3], [1, 4, 5], [2, 6]]
+    assert list(group_by_shared_volumes([6, 5, 4, 3, 2, 1, 0], volumes, [1, 3, 3])) == [[6], [5, 4, 1], [3, 0, 2]]
+    assert list(group_by_shared_volumes([2, 0, 1], [(0,), (1,), (2,)], [2, 1])) == [[2, 0], [1]]
 
 
-def test_the_volume_that_lets_most_in_comes_first():
-    """Behind 0 (a b), 1 (a c) opens one more; any of 2, 3, 4 opens e and with it two others."""
+def test_the_volume_that_most_others_need_comes_first():
+    """After 0 (volumes a b), 1 (a c) would let one more in. Each of 2, 3, 4 adds volume e, which lets two others in."""
     names = ["ab", "ac", "ae", "be", "e", "cd"]
     volumes = [tuple(map(ord, name)) for name in names]
-    (batch,) = gather([0, 1, 2, 3, 4, 5], volumes, [4])
+    (batch,) = group_by_shared_volumes([0, 1, 2, 3, 4, 5], volumes, [4])
     assert batch[0] == 0
     assert sorted(batch[1:]) == [2, 3, 4]
 
 
-def test_a_volume_of_all_does_not_slow_the_plan_down():
-    """20,000 conversations with one reference: to look at all that wait, for each batch, would take minutes."""
+def test_a_volume_that_all_show_does_not_slow_the_plan_down():
+    """20,000 conversations share a reference. To consider all of them for each batch would take minutes."""
     n = 20_000
-    known = Facts(np.full(n, 100), np.ones(n, int), [(0, i) for i in range(1, n + 1)], ["T1"] * (n + 1), PATCHES)
-    plan = Plan(known, batch_size=8, seed=0)
-    assert plan.report.volumes == pytest.approx(9 / 8)
-    assert plan.report.shown == 2
+    known = ConversationSizes(
+        np.full(n, 100), np.ones(n, int), [(0, i) for i in range(1, n + 1)], ["T1"] * (n + 1), PATCHES
+    )
+    plan = EpochPlan(known, batch_size=8, seed=0)
+    assert plan.cost.volumes == pytest.approx(9 / 8)
+    assert plan.cost.shown == 2
 
 
 def test_shared_volumes_come_together():
-    """Comparisons of 20 subjects, all with all; by chance 8 of them show 11 volumes or more."""
+    """Every pair of 20 subjects is compared. Eight random pairs would show 11 volumes or more."""
     pairs = [(i, j) for i in range(20) for j in range(i)]
-    known = facts(*[(100, 1, f"T1:{i} T1:{j}") for i, j in pairs])
-    plan = Plan(known, batch_size=8, seed=0)
-    assert sum(map(len, plan.shapes)) > 1, "batches that share more pay for less"
+    known = sizes(*[(100, 1, f"T1:{i} T1:{j}") for i, j in pairs])
+    plan = EpochPlan(known, batch_size=8, seed=0)
+    assert sum(map(len, plan.shapes)) > 1, "batches that share more have a smaller shape"
     for epoch in (0, 50):
         volumes = [dict(u.shape.volumes)["T1"] for u in plan.epoch(epoch)]
         assert sum(volumes) / len(pairs) < 0.9
-    assert plan.report.volumes == pytest.approx(sum(dict(u.shape.volumes)["T1"] for u in plan.epoch(0)) / len(pairs))
+    assert plan.cost.volumes == pytest.approx(sum(dict(u.shape.volumes)["T1"] for u in plan.epoch(0)) / len(pairs))
     apart = replace(known, volumes=[(2 * i, 2 * i + 1) for i in range(len(pairs))], modality=["T1"] * 2 * len(pairs))
-    plan = Plan(apart, batch_size=8, seed=0)
+    plan = EpochPlan(apart, batch_size=8, seed=0)
     assert plan.shapes == ((BatchShape(8, 104, 8, (("T1", 16),)),),)
 
 
@@ -269,8 +278,8 @@ def test_shared_volumes_come_together():
     [(1, 2, 1, 50), (0.07, 1, 1, 7), (2.5, 6, 1, 43), (3, 6, 4, 15), (0.001, 8, 1, 1)],
 )
 def test_num_steps(epochs, batch_size, accumulate_steps, steps):
-    """100 conversations; 0.07 · 100 is above 7 in floating point."""
-    plan = Plan(facts(*[(9, 1, "")] * 100), batch_size=batch_size, accumulate_steps=accumulate_steps, seed=0)
+    """0.07 · 100 conversations is above 7 in floating point."""
+    plan = EpochPlan(sizes(*[(9, 1, "")] * 100), batch_size=batch_size, accumulate_steps=accumulate_steps, seed=0)
     assert plan.num_steps(epochs) == steps
 
 
@@ -294,14 +303,14 @@ def test_positions(length, positions):
 
 
 def test_exact_shape():
-    known = facts((65, 9, "T1:0 rsfMRI:0 T1:1"), (10, 1, "T1:1"), (3, 0, ""))
+    known = sizes((65, 9, "T1:0 rsfMRI:0 T1:1"), (10, 1, "T1:1"), (3, 0, ""))
     assert exact_shape(known) == BatchShape(3, 72, 16, (("T1", 2), ("rsfMRI", 1)))
-    assert exact_shape(facts((8, 0, ""))) == BatchShape(1, 8, 8, ())
+    assert exact_shape(sizes((8, 0, ""))) == BatchShape(1, 8, 8, ())
 
 
-def test_the_report_in_words():
-    plan = Plan(facts((90, 1, "T1:0"), (74, 1, "T1:0 T1:1")), batch_size=4, seed=0)
+def test_cost_as_text():
+    plan = EpochPlan(sizes((90, 1, "T1:0"), (74, 1, "T1:0 T1:1")), batch_size=4, seed=0)
     # B · T = 4 · 96 positions, 164 of them used; M = 2
-    assert str(plan.report) == (
+    assert str(plan.cost) == (
         "1 shape to compile, 57.3% of positions padded\n      1.50 images per conversation, 1.00 encoded after sharing"
     )

@@ -12,7 +12,7 @@ import pytest
 from umbrella_jax.batch import WHOLE, Parts
 from umbrella_jax.config.schema import AugmentConfig, ModalityConfig
 from umbrella_jax.data.cache import VolumeCache
-from umbrella_jax.data.loader import Dataset, eval_batches, eval_subset, make_plan, train_batches, whole_batch
+from umbrella_jax.data.loader import Dataset, eval_batches, eval_subset, make_epoch_plan, train_batches, whole_batch
 from umbrella_jax.data.volume import load_volume
 from umbrella_jax.errors import DataError
 
@@ -41,7 +41,7 @@ def make_dataset(nifti, record, write_json, tokenizer, modalities):
 
 def batches_of(dataset, *, batch_size, accumulate_steps=1, seed=5, parts=WHOLE, start_step=0, **options):
     """Training batches as a run makes them; by default of one epoch."""
-    plan = make_plan(dataset, batch_size=batch_size, accumulate_steps=accumulate_steps, seed=seed, parts=parts.of)
+    plan = make_epoch_plan(dataset, batch_size=batch_size, accumulate_steps=accumulate_steps, seed=seed, parts=parts.of)
     options = {"num_steps": plan.updates_per_epoch, "threads": 2} | options
     return train_batches(dataset, plan, start_step=start_step, parts=parts, **options)
 

@@ -31,7 +31,7 @@ def describe(
     """Write all but the weights to `directory`: config.json, tokenizer, modalities; grown where the vocabulary was.
 
     `untrained` says which of the weights beside it are untrained (`Checkpoint.untrained`), `checksums` what they are by
-    file, `first_steps` from which step on a run shows each modality (`Plan.first_steps`).
+    file, `first_steps` from which step on a run shows each modality (`EpochPlan.first_steps`).
     """
     write_config(
         checkpoint.description,

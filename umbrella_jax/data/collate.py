@@ -7,7 +7,7 @@ import numpy as np
 from umbrella_jax.batch import WHOLE, Batch, Parts
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.data.conversation import Image
-from umbrella_jax.data.epoch_plan import BatchShape, cut
+from umbrella_jax.data.epoch_plan import BatchShape, split_rows
 from umbrella_jax.data.tokenize import Encoded
 
 
@@ -44,7 +44,7 @@ def collate(
     }
     made: dict[Image, np.ndarray] = {}  # micro-batches and parts may share images
     for a, encoded in enumerate(batches):
-        of_part = cut(encoded, shape.conversations, parts.of)
+        of_part = split_rows(encoded, shape.conversations, parts.of)
         for place, part in enumerate(parts.own):
             distinct = _distinct(of_part[part])
             first_feature: dict[Image, int] = {}

@@ -1,23 +1,24 @@
-"""The plan of an epoch: which conversations make an update, and of what shape. Numbers in, numbers out; no I/O.
+"""Plan an epoch: decide which conversations make each update, and the shape of its batch. Pure arithmetic, no I/O.
 
-An update is A micro-batches of B rows; all of them have one of at most six shapes, since each compiles anew. So that
-little of a shape is padding,
+An update is A micro-batches of B rows. There are at most six batch shapes, because each is compiled separately. Three
+rules keep padding low:
 
-- conversations that show the same modalities are grouped by length into *buckets*;
-- what a bucket has over, short of a whole update, moves up into a longer bucket where that costs less;
-- conversations that share volumes come together, and a volume is encoded once for all rows of a micro-batch that lie
-  on one device.
+- Conversations that show the same modalities are grouped by length into *buckets*.
+- If a bucket's conversations do not fill its last update, the remainder moves up to a longer bucket when that is
+  cheaper.
+- Conversations that share volumes are put into one micro-batch. A volume is encoded once for all rows of a micro-batch
+  on the same device.
 
-How many updates a bucket makes depends on the data alone, so every epoch has equally many, and the position of a run
-is the step alone: step s is update s mod U of epoch s div U.
+The number of updates U in an epoch depends only on the data. The step number is therefore the whole position of a run:
+step s is update s mod U of epoch s div U.
 
-**What is random.** One uniform permutation per (seed, epoch) is all the randomness but for the order of updates, which
-is uniform. It says who moves up: each conversation of a bucket is as likely to. Without shared volumes a bucket's
-order is that permutation: a uniform shuffle, cut into updates. With shared volumes it says where a micro-batch begins
-and which of equally good conversations comes next; then conversations that share volumes are in one micro-batch far
-more often than by chance, those that share none more rarely, and an update shows fewer subjects. Conversations of
-different modalities or of very different lengths are never in one update, but for those that moved up and for kinds
-of which there are too few for a bucket of their own.
+**Randomness.** Each (seed, epoch) draws one uniform permutation of the conversations and one uniform order of the
+updates. The permutation decides which conversations move up; all conversations of a bucket are equally likely to.
+Without shared volumes, a bucket is shuffled by the permutation and cut into updates. With shared volumes, the
+permutation decides which conversation begins a micro-batch and which of several equally good ones comes next.
+Conversations that share volumes then meet in a micro-batch far more often than by chance, others more rarely, and an
+update shows fewer subjects. Two conversations with different modalities, or of very different lengths, are in one
+update only if one of them moved up, or if its kind is too rare for a bucket of its own.
 """
 
 import heapq
@@ -36,27 +37,31 @@ import numpy as np
 T = TypeVar("T")
 
 MAX_SHAPES = 6
-# Where volumes are shared, fewer buckets: they part those who share, and the other shapes tell apart how many distinct
-# volumes an update holds.
+"""Shapes that a plan may compile."""
+# Fewer buckets if conversations share volumes: a bucket separates conversations that share, and the remaining shapes
+# are needed for different numbers of volumes.
 _BUCKETS_WITH_SHARING = 4
-_WORTH, _WORTH_WITH_SHARING = 0.01, 0.03  # a bucket more, or choice of M, saves that share of the cost at least
-_REHEARSED = 10_000  # conversations, in whole epochs, from which it is learnt how many volumes updates hold
+_WORTH, _WORTH_WITH_SHARING = 0.01, 0.03
+"""Fraction of the total cost that another bucket, or another choice of M, has to save."""
+_REHEARSED = 10_000
+"""Conversations to plan, in whole epochs, to learn how many volumes an update holds."""
 _TARGETS_MULTIPLE = 8
-_LOOK = 4  # how many waiting conversations of a volume are looked at, in micro-batches: a reference of all has many
+_LOOK = 4
+"""Conversations of one volume to consider, in micro-batches: a reference that all conversations show has very many."""
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """Sizes of a batch; each new one compiles anew."""
+    """Sizes of a batch. Each distinct shape is compiled once."""
 
     conversations: int
-    """B; rows behind the last conversation are empty."""
+    """B; rows after the last conversation are empty."""
     positions: int
     """T, see `round_positions`."""
     targets: int
     """K, a multiple of 8."""
     volumes: tuple[tuple[str, int], ...]
-    """(modality, M) in sorted order; M is a multiple of the plan's parts. Absent modalities have no entry."""
+    """(modality, M), sorted; M is a multiple of the plan's `parts`. Absent modalities have no entry."""
 
     def __str__(self) -> str:
         volumes = ", ".join(f"{count} {modality}" for modality, count in self.volumes) or "no volumes"
@@ -64,25 +69,25 @@ class BatchShape:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a plan knows of n conversations."""
+class ConversationSizes:
+    """Everything a plan needs to know about n conversations."""
 
     lengths: np.ndarray
     """int [n]; positions."""
     targets: np.ndarray
     """int [n]; supervised positions."""
     volumes: Sequence[tuple[int, ...]]
-    """[n]; the distinct volumes of each, by number. Two conversations share a volume by naming the same number."""
+    """[n]; numbers of the distinct volumes that each conversation shows. Equal numbers are one shared volume."""
     modality: Sequence[str]
-    """Of each volume, by number."""
+    """Modality of each volume, by number."""
     patches: Mapping[str, int]
-    """Of a volume, by modality: what encoding it costs, in positions."""
+    """{modality: patches of a volume}, the cost of encoding one, in positions."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def distinct(self, rows: Iterable[int]) -> Counter[str]:
-        """{modality: how many distinct volumes the rows show}."""
+        """Return {modality: number of distinct volumes that the rows show}."""
         return Counter(self.modality[v] for v in {v for row in rows for v in self.volumes[row]})
 
 
@@ -91,21 +96,22 @@ class Update:
     """One update of an epoch."""
 
     rows: tuple[tuple[int, ...], ...]
-    """Conversations of each of the A micro-batches, at most B; their numbers differ by one at most."""
+    """[A]; the conversations of each micro-batch, at most B. Micro-batches differ by at most one conversation."""
     shape: BatchShape
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a plan costs; `str` says it, below `plan: `."""
+class PlanCost:
+    """What a plan costs. `str()` is the text that a run prints after `plan: `."""
 
     shapes: int
+    """Shapes to compile."""
     padding: float
-    """Share of positions in which nothing stands, those of empty rows included: 1 − Σ length / Σ B·T. In each epoch."""
+    """Fraction of positions that are padding, empty rows included: 1 − Σ length / Σ B·T. The same in every epoch."""
     volumes: float
-    """Volumes encoded per conversation, padding up to M included, in the first epoch."""
+    """Volumes encoded per conversation in the first epoch, padding up to M included."""
     shown: float
-    """Volumes that a conversation shows: what would be encoded if none were shared and none padded."""
+    """Volumes shown per conversation: the number to encode if none were shared or padded."""
 
     def __str__(self) -> str:
         return (
@@ -123,95 +129,104 @@ class _Bucket:
     members: np.ndarray
     """int [n]; its own conversations."""
     patches: int
-    """Of the volumes of a conversation, at most."""
+    """Largest number of patches that one conversation shows."""
     worth: int
-    """Positions that one bucket more has to save."""
+    """Positions that another bucket has to save."""
     conversations: int = 0
-    """How many an epoch has here, those that moved here counted, those that moved on not."""
+    """Conversations it holds in an epoch: with those that moved here, without those that moved on."""
     updates: int = 0
     moves_to: int | None = None
-    """The bucket that takes what is over; None: updates are not all full then."""
+    """Index of the bucket that takes the remainder; None to keep it in updates that are not all full."""
 
 
-class Plan:
-    """All epochs over some conversations.
+class EpochPlan:
+    """The updates of every epoch over a set of conversations.
 
     Args:
-        batch_size: B, conversations of a micro-batch over all devices.
+        sizes: lengths and volumes of the conversations.
+        batch_size: B, conversations of a micro-batch over all devices; a multiple of `parts`.
         accumulate_steps: A, micro-batches of an update.
-        seed: with the number of the epoch, decides the order; None: always that of the conversations, as far as
-            buckets and shared volumes leave it.
-        parts: into so many, one after the other, `cut` takes the B rows of a micro-batch, and as many equal parts the
-            M volumes; each part has the volumes of its own rows, so one that rows of several show is encoded in each.
-            B is a multiple of it. Which conversations come together does not depend on it.
+        seed: decides the order, together with the number of the epoch. Without one, every epoch keeps the order of the
+            conversations, as far as buckets and shared volumes allow.
+        parts: equal parts to split the B rows (see `split_rows`) and the M volumes of a micro-batch into. Each part
+            holds the volumes of its own rows, so a volume that rows of two parts show is encoded twice. The grouping
+            of conversations does not depend on `parts`.
     """
 
     def __init__(
-        self, facts: Facts, *, batch_size: int, accumulate_steps: int = 1, seed: int | None = None, parts: int = 1
+        self,
+        sizes: ConversationSizes,
+        *,
+        batch_size: int,
+        accumulate_steps: int = 1,
+        seed: int | None = None,
+        parts: int = 1,
     ):
-        self.facts, self.batch_size, self.accumulate_steps = facts, batch_size, accumulate_steps
+        self.sizes, self.batch_size, self.accumulate_steps = sizes, batch_size, accumulate_steps
         self.seed, self.parts = seed, parts
-        assert batch_size % parts == 0, "a mesh that does not divide the batch is refused before"
-        # A shape of a single pass has to be worth an update at least: compiling takes longer than one.
-        self._buckets = _make_buckets(facts, batch_size * accumulate_steps, updates_worth=int(seed is None))
+        assert batch_size % parts == 0, "the configuration check rejects a mesh that does not divide the batch"
+        # In a single pass, a shape has to save at least one update, because compiling it takes longer than that.
+        self._buckets = _make_buckets(sizes, batch_size * accumulate_steps, updates_worth=int(seed is None))
         self.updates_per_epoch = sum(bucket.updates for bucket in self._buckets)
         self._first = self._compose(0)
         self.shapes = self._make_shapes()
-        """Of each bucket, from the smallest to the one that holds whatever an epoch brings."""
-        self._lock, self._epoch = Lock(), lru_cache(maxsize=2)(self._made)
+        """Shapes of each bucket in ascending order; the last one holds any update of any epoch."""
+        self._lock, self._epoch = Lock(), lru_cache(maxsize=2)(self._make_epoch)
 
     def update(self, step: int) -> Update:
-        """Of a step."""
-        epoch, place = self.place(step)
-        return self.epoch(epoch)[place]
+        """Return the update of a training step."""
+        epoch, index = self.locate(step)
+        return self.epoch(epoch)[index]
 
     def num_steps(self, epochs: float) -> int:
-        """ceil(epochs · updates per epoch)."""
-        # Exact: in floating point 0.07 * 100 lies above 7, which would add a step.
+        """Return ceil(epochs · updates per epoch)."""
+        # Exact arithmetic: in floating point 0.07 * 100 is above 7, which would add a step.
         return math.ceil(Fraction(str(epochs)) * self.updates_per_epoch)
 
     def first_steps(self) -> dict[str, int]:
-        """Return {modality: the first step, counted from 1, whose batch shows one}, for all that are shown at all."""
-        left, found = set(self.facts.modality), dict[str, int]()
+        """Return {modality: first step, counted from 1, whose batch shows it} for every modality that is shown."""
+        left, found = set(self.sizes.modality), dict[str, int]()
         for step in range(self.updates_per_epoch if left else 0):
             rows = (row for micro in self.update(step).rows for row in micro)
-            shown = {self.facts.modality[volume] for row in rows for volume in self.facts.volumes[row]} & left
+            shown = {self.sizes.modality[volume] for row in rows for volume in self.sizes.volumes[row]} & left
             found |= dict.fromkeys(sorted(shown), step + 1)
             left -= shown
             if not left:
                 break
         return found
 
-    def place(self, step: int) -> tuple[int, int]:
-        """The epoch of a step, and which of its updates it is."""
+    def locate(self, step: int) -> tuple[int, int]:
+        """Return the epoch of a step, and the index of its update in that epoch."""
         return divmod(step, self.updates_per_epoch)
 
     def epoch(self, epoch: int) -> list[Update]:
-        """The updates of one epoch in order: each conversation in exactly one row of one of them. The last two are
-        kept."""
-        with self._lock:  # one thread plans an epoch, the others wait for it
+        """Return the updates of an epoch in order. Each conversation is in exactly one row of one update.
+
+        The last two epochs are cached.
+        """
+        with self._lock:  # one thread plans an epoch while the others wait
             return self._epoch(epoch)
 
-    def _made(self, epoch: int) -> list[Update]:
+    def _make_epoch(self, epoch: int) -> list[Update]:
         composed = self._first if epoch == 0 else self._compose(epoch)
         return [Update(rows, self._shape(bucket, rows)) for bucket, rows in composed]
 
     @cached_property
-    def report(self) -> Report:
-        """What it costs."""
-        updates, n = self.epoch(0), len(self.facts)
+    def cost(self) -> PlanCost:
+        """Return what the plan costs."""
+        updates, n = self.epoch(0), len(self.sizes)
         positions = sum(self.accumulate_steps * u.shape.conversations * u.shape.positions for u in updates)
         volumes = sum(self.accumulate_steps * sum(count for _, count in u.shape.volumes) for u in updates)
-        return Report(
+        return PlanCost(
             shapes=len({shape for shapes in self.shapes for shape in shapes}),
-            padding=1 - int(self.facts.lengths.sum()) / positions,
+            padding=1 - int(self.sizes.lengths.sum()) / positions,
             volumes=volumes / n,
-            shown=sum(map(len, self.facts.volumes)) / n,
+            shown=sum(map(len, self.sizes.volumes)) / n,
         )
 
     def _compose(self, epoch: int) -> list[tuple[int, tuple[tuple[int, ...], ...]]]:
-        """(bucket, rows of each micro-batch) of every update in order."""
-        n = len(self.facts)
+        """Return (index of the bucket, rows of each micro-batch) for every update of an epoch, in order."""
+        n = len(self.sizes)
         rng = None if self.seed is None else np.random.default_rng([self.seed, epoch])
         rank = np.arange(n) if rng is None else rng.permutation(n)
         arrived: list[list[np.ndarray]] = [[bucket.members] for bucket in self._buckets]
@@ -222,29 +237,29 @@ class Plan:
             if bucket.moves_to is not None:
                 arrived[bucket.moves_to].append(members[bucket.conversations :])
                 members = members[: bucket.conversations]
-            # Evenly: an update of few conversations would move the parameters as far as a full one.
+            # Evenly, because an update of few conversations would move the parameters as far as a full one.
             totals = _even(len(members), bucket.updates)
             sizes = [size for total in totals for size in _even(total, self.accumulate_steps)]
-            micro = gather(members.tolist(), self.facts.volumes, sizes)
+            micro = group_by_shared_volumes(members.tolist(), self.sizes.volumes, sizes)
             for batch in zip(*[micro] * self.accumulate_steps, strict=True):
                 updates.append((index, tuple(map(tuple, batch))))
         return updates if rng is None else [updates[i] for i in rng.permutation(len(updates))]
 
     def _make_shapes(self) -> tuple[tuple[BatchShape, ...], ...]:
-        """The shapes of each bucket. How many volumes its updates will hold is learnt from the first epochs."""
-        epochs = 1 if self.seed is None else max(1, min(8, _REHEARSED // len(self.facts)))
+        """Return the shapes of each bucket. The first epochs show how many volumes its updates need."""
+        epochs = 1 if self.seed is None else max(1, min(8, _REHEARSED // len(self.sizes)))
         needs: dict[int, list[Counter[str]]] = {}
         for epoch in range(epochs):
             for index, rows in self._compose(epoch) if epoch else self._first:
                 needs.setdefault(index, []).append(self._needs(rows))
-        ladders = {i: _VolumeLadder(self._most_volumes(i), needs[i], self.facts.patches) for i in sorted(needs)}
+        ladders = {i: _VolumeLadder(self._most_volumes(i), needs[i], self.sizes.patches) for i in sorted(needs)}
         rungs = dict.fromkeys(ladders, 1)
         price = sum(len(needs[i]) * self.batch_size * self._buckets[i].positions + ladders[i].cost(1) for i in needs)
         least = _WORTH * price
-        if self.seed is None:  # a single pass: compiling takes longer than an update
+        if self.seed is None:  # in a single pass, compiling a shape takes longer than one update
             least = max(least, price / sum(map(len, needs.values())))
         while spare := MAX_SHAPES - sum(rungs.values()):
-            # The next rung may save little and the one behind it much, so steps of several are looked at.
+            # The next rung may save little and the one after it much, so steps of several rungs are compared.
             saving, index, more = max(
                 ((ladders[i].cost(rungs[i]) - ladders[i].cost(rungs[i] + more)) / more, i, more)
                 for i in ladders
@@ -259,7 +274,7 @@ class Plan:
         )
 
     def _bucket_shapes(self, index: int, rungs: list[Counter[str]]) -> Iterator[BatchShape]:
-        targets = max(int(self.facts.targets[b.members].max()) for b in self._feeding(index))
+        targets = max(int(self.sizes.targets[b.members].max()) for b in self._feeding(index))
         for volumes in dict.fromkeys(_counts(rung) for rung in rungs):
             yield BatchShape(
                 conversations=self.batch_size,
@@ -269,20 +284,20 @@ class Plan:
             )
 
     def _shape(self, bucket: int, rows: Sequence[Sequence[int]]) -> BatchShape:
-        """The bucket's smallest that holds the rows."""
+        """Return the smallest shape of the bucket that holds the rows."""
         needs = self._needs(rows)
         return next(shape for shape in self.shapes[bucket] if needs <= Counter(dict(shape.volumes)))
 
     def _needs(self, rows: Sequence[Sequence[int]]) -> Counter[str]:
-        """{modality: M that holds the part of a micro-batch that shows most, in each part}."""
+        """Return {modality: M}, large enough for the part of any micro-batch that shows most volumes."""
         needs: Counter[str] = Counter()
         for micro in rows:
-            for part in cut(micro, self.batch_size, self.parts):
-                needs |= self.facts.distinct(part)
+            for part in split_rows(micro, self.batch_size, self.parts):
+                needs |= self.sizes.distinct(part)
         return Counter({m: self.parts * count for m, count in needs.items()})
 
     def _feeding(self, index: int) -> list[_Bucket]:
-        """The buckets whose conversations may come into this one, itself included."""
+        """Return the buckets whose conversations may end up in this one, itself included."""
         feeding = {index}
         for i in reversed(range(index)):
             if self._buckets[i].moves_to in feeding:
@@ -290,54 +305,67 @@ class Plan:
         return [self._buckets[i] for i in sorted(feeding)]
 
     def _most_volumes(self, index: int) -> Counter[str]:
-        """{modality: M that holds whatever an epoch brings}: the rows that show most, or all volumes there are."""
+        """Return {modality: M}, large enough for any epoch: the rows that show most, or every volume that exists."""
         bucket = self._buckets[index]
         members = np.concatenate([b.members for b in self._feeding(index)]).tolist()
-        rows = -(-bucket.conversations // (bucket.updates * self.accumulate_steps))  # of a micro-batch, at most
-        rows = min(rows, self.batch_size // self.parts)  # of a part
-        volumes, modality, exist = self.facts.volumes, self.facts.modality, self.facts.distinct(members)
+        rows = -(-bucket.conversations // (bucket.updates * self.accumulate_steps))  # of the largest micro-batch
+        rows = min(rows, self.batch_size // self.parts)  # of one part
+        volumes, modality, existing = self.sizes.volumes, self.sizes.modality, self.sizes.distinct(members)
 
         def largest(name: str) -> int:
             return sum(heapq.nlargest(rows, (sum(modality[v] == name for v in volumes[i]) for i in members)))
 
-        return Counter({m: self.parts * min(exist[m], largest(m)) for m in bucket.modalities})
+        return Counter({m: self.parts * min(existing[m], largest(m)) for m in bucket.modalities})
 
 
-def cut(rows: Sequence[T], batch_size: int, parts: int) -> list[Sequence[T]]:
-    """The rows of a micro-batch, at most `batch_size`, part by part as devices hold them; the last may be empty."""
+def split_rows(rows: Sequence[T], batch_size: int, parts: int) -> list[Sequence[T]]:
+    """Split the rows of a micro-batch, at most `batch_size`, into the parts that devices hold; trailing ones may be
+    empty."""
     size = batch_size // parts
     return [rows[start : start + size] for start in range(0, batch_size, size)]
 
 
-def exact_shape(facts: Facts) -> BatchShape:
-    """The shape that holds all conversations in one batch."""
+def exact_shape(sizes: ConversationSizes) -> BatchShape:
+    """Return the shape of one batch with all conversations."""
     return BatchShape(
-        conversations=len(facts),
-        positions=round_positions(int(facts.lengths.max())),
-        targets=_multiple(max(int(facts.targets.max()), 1), _TARGETS_MULTIPLE),
-        volumes=_counts(facts.distinct(range(len(facts)))),
+        conversations=len(sizes),
+        positions=round_positions(int(sizes.lengths.max())),
+        targets=_multiple(max(int(sizes.targets.max()), 1), _TARGETS_MULTIPLE),
+        volumes=_counts(sizes.distinct(range(len(sizes)))),
     )
 
 
 def round_positions(length: int) -> int:
-    """T of rows of that length: up to a multiple of 8, of 16 from 512 on, 32 from 1024, 64 from 2048, 128 from 4096.
+    """Return T for a length: round up to a multiple of 8, of 16 from 512, 32 from 1024, 64 from 2048, 128 from 4096.
 
-    At most a 32nd is padding (an 8th below 64), and long rows are a multiple of the tiles of matrix units.
+    Less than a 32nd of a row of 256 or more positions is padding, and long rows are a multiple of the tiles of matrix
+    units.
     """
     return _multiple(length, min(max(1 << (length.bit_length() - 6), 8), 128) if length >= 256 else 8)
 
 
-def gather(order: Sequence[int], volumes: Sequence[tuple[int, ...]], sizes: Iterable[int]) -> Iterator[list[int]]:
-    """Cuts `order` into micro-batches of `sizes`, so that conversations that share volumes come together.
+def group_by_shared_volumes(
+    order: Sequence[int], volumes: Sequence[tuple[int, ...]], sizes: Iterable[int]
+) -> Iterator[list[int]]:
+    """Cut `order` into micro-batches of the given sizes, with conversations that share volumes together.
 
-    A micro-batch begins with the first conversation that is left. Whoever needs the fewest volumes that are not there
-    yet comes next; of those that need one, whose volume lets most others in; of those, as a rule the first in `order`.
-    Where nothing is shared, that is `order` itself. Time is near linear in the number of names of volumes.
+    A micro-batch begins with the first conversation that is left. The next one is a conversation that needs the fewest
+    new volumes. Among those that need one new volume, the volume that most others also need is preferred; ties usually
+    go to the first in `order`. If no volumes are shared, the result follows `order`. The time is nearly linear in the
+    total number of volumes named.
 
-    The problem (edges of a graph into groups of B that touch few nodes) is NP-hard; this is a heuristic.
+    Grouping the edges of a graph into sets of B that touch few nodes is NP-hard; this is a heuristic.
+
+    Args:
+        order: conversations.
+        volumes: the volumes of each conversation.
+        sizes: number of conversations of each micro-batch.
+
+    Yields:
+        The conversations of each micro-batch.
     """
     rank = {c: i for i, c in enumerate(order)}
-    waiting: dict[int, list[int]] = {}  # by volume, the first in `order` at the end
+    waiting: dict[int, list[int]] = {}  # {volume: its conversations, the first in `order` last}
     for c in reversed(order):
         for v in volumes[c]:
             waiting.setdefault(v, []).append(c)
@@ -345,7 +373,7 @@ def gather(order: Sequence[int], volumes: Sequence[tuple[int, ...]], sizes: Iter
     for size in sizes:
         batch: list[int] = []
         seen: set[int] = set()
-        opens: Counter[int] = Counter()  # by volume that is not there yet, how many need it alone
+        opens: Counter[int] = Counter()  # {new volume: conversations that need only this one}
         heap: list[tuple[int, int, int, int]] = []
         while len(batch) < size:
             while heap and (heap[0][3] not in left or heap[0][0] != len(_missing(volumes[heap[0][3]], seen))):
@@ -367,7 +395,7 @@ def _missing(volumes: tuple[int, ...], seen: set[int]) -> list[int]:
 
 
 def _first_waiting(waiting: list[int], left: set[int], most: int) -> list[int]:
-    """The first few that are left; those that are not are forgotten."""
+    """Return the first conversations of `waiting` that are left, at most `most`. Drop those that are not left."""
     if len(waiting) <= most:
         waiting[:] = [c for c in waiting if c in left]
         return waiting[::-1]
@@ -379,27 +407,32 @@ def _first_waiting(waiting: list[int], left: set[int], most: int) -> list[int]:
     return found
 
 
-def _make_buckets(facts: Facts, update_size: int, updates_worth: int) -> list[_Bucket]:
-    """The cheapest buckets, in the order in which what is over may move up. One more saves so many updates at least."""
+def _make_buckets(sizes: ConversationSizes, update_size: int, updates_worth: int) -> list[_Bucket]:
+    """Return the cheapest buckets, ordered so that a remainder moves to a later one.
+
+    Args:
+        update_size: conversations of a full update.
+        updates_worth: updates that another bucket has to save.
+    """
     members: dict[frozenset[str], list[int]] = {}
-    for i, volumes in enumerate(facts.volumes):
-        members.setdefault(frozenset(facts.modality[v] for v in volumes), []).append(i)
-    while len(members) > MAX_SHAPES:  # the rarest joins those whose modalities it adds least to
+    for i, volumes in enumerate(sizes.volumes):
+        members.setdefault(frozenset(sizes.modality[v] for v in volumes), []).append(i)
+    while len(members) > MAX_SHAPES:  # merge the rarest set of modalities into the most similar one
         rarest = min(members, key=lambda s: (len(members[s]), sorted(s)))
         others = members.keys() - {rarest}
         members = _join(members, rarest, min(others, key=lambda s: (len(s ^ rarest), len(members[s]), sorted(s))))
-    rounded = np.array([round_positions(int(length)) for length in facts.lengths])
-    patches = np.array([sum(facts.patches[facts.modality[v]] for v in volumes) for volumes in facts.volumes])
+    rounded = np.array([round_positions(int(length)) for length in sizes.lengths])
+    patches = np.array([sum(sizes.patches[sizes.modality[v]] for v in volumes) for volumes in sizes.volumes])
     price = partial(
         _cheapest,
-        facts=facts,
+        sizes=sizes,
         rounded=rounded,
         patches=patches,
         update_size=update_size,
-        least_worth=updates_worth * update_size * (int(rounded.sum() + patches.sum()) // len(facts)),
+        least_worth=updates_worth * update_size * (int(rounded.sum() + patches.sum()) // len(sizes)),
     )
     best = price(members)
-    while True:  # a few may be cheaper among those that show more
+    while True:  # a few conversations may be cheaper among those that show more modalities
         joined = [_join(members, a, b) for a in members for b in members if a < b]
         found = [(price(candidate), candidate) for candidate in joined]
         if not found or (nearest := min(found, key=lambda f: f[0][:2]))[0][:2] >= best[:2]:
@@ -410,32 +443,40 @@ def _make_buckets(facts: Facts, update_size: int, updates_worth: int) -> list[_B
 def _join(
     members: Mapping[frozenset[str], list[int]], one: frozenset[str], other: frozenset[str]
 ) -> dict[frozenset[str], list[int]]:
-    """With both as conversations of the union of their modalities."""
+    """Merge two sets of modalities: their conversations become members of the union."""
     joined = {modalities: indices for modalities, indices in members.items() if modalities not in (one, other)}
     joined[one | other] = sorted([*joined.get(one | other, []), *members[one], *members[other]])
     return joined
 
 
 Priced = tuple[int, int, list[_Bucket]]
-"""(Σ over rows of an epoch of T and the patches that are encoded for it, as if nothing were shared, and what the
-buckets have to be worth; number of shapes; the buckets)"""
+"""(cost, number of shapes, buckets). The cost is Σ over the rows of an epoch of T and of the patches to encode, as if
+no volumes were shared, plus the positions that the buckets have to save."""
 
 
 def _cheapest(
     members: Mapping[frozenset[str], list[int]],
     *,
-    facts: Facts,
+    sizes: ConversationSizes,
     rounded: np.ndarray,
     patches: np.ndarray,
     update_size: int,
     least_worth: int,
 ) -> Priced:
-    """Cuts each set of modalities by length. Of each conversation, `rounded` is T, int [n], `patches` its volumes'."""
-    counted = {m: Counter(v for i in own for v in facts.volumes[i]) for m, own in members.items()}
+    """Split each set of modalities by length into the cheapest buckets.
+
+    Args:
+        members: {modalities: conversations that show them}.
+        rounded: int [n], T of each conversation.
+        patches: int [n], patches of each conversation's volumes.
+        update_size: conversations of a full update.
+        least_worth: positions that another bucket has to save at least.
+    """
+    counted = {m: Counter(v for i in own for v in sizes.volumes[i]) for m, own in members.items()}
     shared = {m for m, counts in counted.items() if max(counts.values(), default=0) > 1}
     most = max(_BUCKETS_WITH_SHARING, len(members)) if shared else MAX_SHAPES
     least = int(rounded.sum() + patches.sum())
-    # Of each set the best bounds for every number of buckets ...
+    # For each set of modalities, the best bounds for every number of buckets ...
     choices: list[list[list[_Bucket]]] = []
     for modalities, indices in sorted(members.items(), key=lambda item: sorted(item[0])):
         own, share = np.array(indices), _WORTH_WITH_SHARING if modalities in shared else _WORTH
@@ -451,7 +492,7 @@ def _cheapest(
                     for bound, part in zip(bounds, parts, strict=True)
                 ]
             )
-    # ... and of all combinations, what is over counted in, the cheapest.
+    # ... then the cheapest combination, with the cost of remainders.
     priced: list[Priced] = []
     for combination in product(*choices):
         if sum(map(len, combination)) <= most:
@@ -462,7 +503,7 @@ def _cheapest(
 
 
 def _settle(buckets: list[_Bucket], update_size: int) -> Priced:
-    """Decides of each bucket whether what is over moves up."""
+    """Decide for each bucket whether its remainder moves up."""
     targets = [
         next((j for j in range(i + 1, len(buckets)) if buckets[i].modalities <= buckets[j].modalities), None)
         for i in range(len(buckets))
@@ -489,13 +530,19 @@ def _settle(buckets: list[_Bucket], update_size: int) -> Priced:
 
 
 class _VolumeLadder:
-    """A bucket's choices of M. The top one holds whatever comes; those below it, what the first epochs need."""
+    """Possible values of M for one bucket, in ascending order.
+
+    Args:
+        most: the top rung, which holds any update.
+        needs: what the updates of the first epochs need; the lower rungs are taken from these.
+        patches: {modality: patches of a volume}.
+    """
 
     def __init__(self, most: Counter[str], needs: Sequence[Counter[str]], patches: Mapping[str, int]):
         def cost(volumes: Counter[str]) -> int:
             return sum(count * patches[m] for m, count in volumes.items())
 
-        # Ascending and nested: a rung that holds an update holds all before it.
+        # Ascending and nested: a rung that holds an update also holds every cheaper one.
         steps: dict[tuple[tuple[str, int], ...], int] = {}
         held: Counter[str] = Counter()
         for need in sorted(needs, key=cost):
@@ -508,19 +555,26 @@ class _VolumeLadder:
         self._choices = _bounds(values, np.array(list(steps.values())), MAX_SHAPES)
 
     def cost(self, rungs: int) -> int:
-        """Patches encoded in those epochs, of one micro-batch per update."""
+        """Return the patches encoded in the first epochs with this number of rungs, for one micro-batch per update."""
         return self._choices[min(rungs, len(self._choices)) - 1][0]
 
     def rungs(self, number: int) -> list[Counter[str]]:
-        """That many, ascending."""
+        """Return the best `number` rungs, ascending."""
         return [self._rungs[i] for i in self._choices[min(number, len(self._choices)) - 1][1]]
 
 
 def _bounds(values: np.ndarray, counts: np.ndarray, most: int) -> list[tuple[int, list[int]]]:
-    """Upper bounds for ascending `values`, of which there are `counts`: for each number of bounds from 1 to `most`
-    the least Σ count · (bound above it), and which values are the bounds. The last value always is.
+    """Choose the best upper bounds for ascending `values`, for each number of bounds from 1 to `most`.
 
-    Exact: dynamic programming over the number of bounds and the last of them.
+    Exact, by dynamic programming over the number of bounds and the last of them.
+
+    Args:
+        values: int [n], ascending.
+        counts: int [n], how often each value occurs.
+
+    Returns:
+        For each number of bounds, the least Σ count · (bound at or above the value), and the indices of the values
+        that are bounds. The last value always is one.
     """
     n = len(values)
     total = np.concatenate([[0], np.cumsum(counts)])
@@ -528,7 +582,7 @@ def _bounds(values: np.ndarray, counts: np.ndarray, most: int) -> list[tuple[int
     pieces = np.where(np.arange(n) <= np.arange(n)[:, None], (total[1:, None] - total[None, :-1]) * values[:, None], 0)
     impossible = np.arange(n) > np.arange(n)[:, None]
     big = np.iinfo(np.int64).max // 4
-    before = np.full(n, big)  # best cost of values[:i] with one bound fewer
+    before = np.full(n, big)  # the least cost of values[:i] with one bound fewer
     before[0] = 0
     starts: list[np.ndarray] = []
     found = []
@@ -547,7 +601,7 @@ def _bounds(values: np.ndarray, counts: np.ndarray, most: int) -> list[tuple[int
 
 
 def _even(number: int, parts: int) -> list[int]:
-    """Sizes of parts that differ by one at most, the larger ones first."""
+    """Split a number into parts that differ by at most one, the larger ones first."""
     return [number // parts + (i < number % parts) for i in range(parts)]
 
 
@@ -555,5 +609,6 @@ def _counts(volumes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple((m, count) for m, count in sorted(volumes.items()) if count)
 
 
-def _multiple(number: int, of: int) -> int:
-    return -(-number // of) * of
+def _multiple(number: int, factor: int) -> int:
+    """Round up to a multiple of `factor`."""
+    return -(-number // factor) * factor

@@ -17,7 +17,7 @@ from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.cache import Sources
 from umbrella_jax.data.collate import collate
 from umbrella_jax.data.conversation import Conversation, Image, read_conversations
-from umbrella_jax.data.epoch_plan import BatchShape, Facts, Plan, Update, exact_shape
+from umbrella_jax.data.epoch_plan import BatchShape, ConversationSizes, EpochPlan, Update, exact_shape
 from umbrella_jax.data.tokenize import Encoded, Remembering, encode, encode_all, encode_prompt
 from umbrella_jax.data.volume import check_volumes
 from umbrella_jax.errors import DataError, Faults
@@ -160,7 +160,7 @@ class Dataset:
         return cls(tuple(kept), encoded, prompts, windows, modalities, sources, augment, axes)
 
 
-def facts_of(rows: Iterable[Encoded], modalities: Mapping[str, ModalityConfig]) -> Facts:
+def measure_conversations(rows: Iterable[Encoded], modalities: Mapping[str, ModalityConfig]) -> ConversationSizes:
     """What a plan needs to know of conversations. Equal images are one volume: what tells two volumes apart must be
     part of `Image`."""
     number: dict[Image, int] = {}
@@ -169,7 +169,7 @@ def facts_of(rows: Iterable[Encoded], modalities: Mapping[str, ModalityConfig]) 
         lengths.append(len(row))
         targets.append(np.count_nonzero(row.supervised))
         volumes.append(tuple(number.setdefault(i, len(number)) for i in dict.fromkeys(row.images)))
-    return Facts(
+    return ConversationSizes(
         lengths=np.array(lengths),
         targets=np.array(targets),
         volumes=volumes,
@@ -178,16 +178,18 @@ def facts_of(rows: Iterable[Encoded], modalities: Mapping[str, ModalityConfig]) 
     )
 
 
-def make_plan(dataset: Dataset, *, batch_size: int, accumulate_steps: int, seed: int, parts: int = 1) -> Plan:
-    """The plan of a training run; see `Plan`."""
+def make_epoch_plan(
+    dataset: Dataset, *, batch_size: int, accumulate_steps: int, seed: int, parts: int = 1
+) -> EpochPlan:
+    """The plan of a training run; see `EpochPlan`."""
     rows = (dataset.training_row(index, seed, 0) for index in range(len(dataset)))
-    facts = facts_of(rows, dataset.modalities)
-    return Plan(facts, batch_size=batch_size, accumulate_steps=accumulate_steps, seed=seed, parts=parts)
+    sizes = measure_conversations(rows, dataset.modalities)
+    return EpochPlan(sizes, batch_size=batch_size, accumulate_steps=accumulate_steps, seed=seed, parts=parts)
 
 
 def train_batches(
     dataset: Dataset,
-    plan: Plan,
+    plan: EpochPlan,
     *,
     start_step: int,
     num_steps: int,
@@ -201,7 +203,7 @@ def train_batches(
     step s is the same whether or not the run was resumed, and whatever the number of threads or processes.
 
     Args:
-        plan: from `make_plan` of the dataset, for as many parts.
+        plan: from `make_epoch_plan` of the dataset, for as many parts.
         num_steps: steps of the whole run, not of what is left of it.
         threads: how many steps are prepared at a time.
         parts: of each batch its own are made; no other volumes are read.
@@ -217,7 +219,7 @@ def train_batches(
     assert seed is not None, "a plan without a seed is of one epoch"
 
     def make(step: int) -> Batch:
-        epoch, _ = plan.place(step)
+        epoch, _ = plan.locate(step)
         update = plan.update(step)
         return collate(
             [[dataset.training_row(index, seed, epoch) for index in micro] for micro in update.rows],
@@ -230,7 +232,7 @@ def train_batches(
     return prefetch(make, start_step, num_steps, threads)
 
 
-def task_ids(dataset: Dataset, plan: Plan, step: int) -> list[list[str]]:
+def task_ids(dataset: Dataset, plan: EpochPlan, step: int) -> list[list[str]]:
     """Of the conversations in each micro-batch of a training step, row by row; empty rows have none."""
     return [[dataset.conversations[index].task_id for index in micro] for micro in plan.update(step).rows]
 
@@ -303,8 +305,8 @@ def empty_batch(dataset: Dataset, shape: BatchShape, *, accumulate_steps: int | 
 
 
 def _eval_updates(dataset: Dataset, batch_size: int, prompts: bool, parts: Parts) -> list[Update]:
-    facts = facts_of(dataset.rows(prompts=prompts), dataset.modalities)
-    return Plan(facts, batch_size=batch_size, parts=parts.of).epoch(0)
+    sizes = measure_conversations(dataset.rows(prompts=prompts), dataset.modalities)
+    return EpochPlan(sizes, batch_size=batch_size, parts=parts.of).epoch(0)
 
 
 @one_blas_thread()
@@ -315,7 +317,7 @@ def whole_batch(dataset: Dataset, *, prompts: bool) -> Batch:
         DataError: as `eval_batches`.
     """
     rows = dataset.rows(prompts=prompts)
-    shape = exact_shape(facts_of(rows, dataset.modalities))
+    shape = exact_shape(measure_conversations(rows, dataset.modalities))
     return _first(collate([rows], dataset.volume, dataset.modalities, shape))
 
 

@@ -19,9 +19,9 @@ from umbrella_jax.checkpoints.load import open_base
 from umbrella_jax.config.load import flat
 from umbrella_jax.config.schema import RunConfig, to_dict
 from umbrella_jax.data.conversation import not_found
-from umbrella_jax.data.epoch_plan import Plan
+from umbrella_jax.data.epoch_plan import EpochPlan
 from umbrella_jax.data.inputs import Inputs, digest_of, read_inputs
-from umbrella_jax.data.loader import Dataset, make_plan
+from umbrella_jax.data.loader import Dataset, make_epoch_plan
 from umbrella_jax.data.validation.checks import check_overlap
 from umbrella_jax.distributed import SHA256, check_same, raise_together
 from umbrella_jax.errors import ConfigError, DataError
@@ -75,7 +75,7 @@ class Prepared:
     frozen: Params
     state: TrainState | None
     """Before the first step; None as soon as a loop has it, so that it is not kept beside what the loop makes of it."""
-    plan: Plan
+    plan: EpochPlan
     steps: int
     schedule: optax.Schedule
     optimizer: optax.GradientTransformationExtraArgs
@@ -166,7 +166,7 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
     del params
     if config.model.quantize:
         frozen = quantize(frozen, config.model.quantize)
-    plan = make_plan(
+    plan = make_epoch_plan(
         train_set,
         batch_size=config.train.batch_size,
         accumulate_steps=config.train.accumulate_steps,
@@ -184,7 +184,7 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
         warmup, peak = config.train.warmup_steps, config.train.learning_rate
         say(f"WARNING: train.warmup_steps: {warmup} of {steps} steps: the rate never reaches {peak:g}")
     say(f"devices: {mesh.size} ({sizes})")
-    say(f"plan: {plan.report}")
+    say(f"plan: {plan.cost}")
     say(f"attention: {model.attention}")
     return Prepared(
         config=config,

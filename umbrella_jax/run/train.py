@@ -22,7 +22,7 @@ from umbrella_jax.checkpoints.load import open_base
 from umbrella_jax.config.load import dump_config
 from umbrella_jax.config.schema import RunConfig
 from umbrella_jax.console import Progress, Work
-from umbrella_jax.data.epoch_plan import BatchShape, Plan
+from umbrella_jax.data.epoch_plan import BatchShape, EpochPlan
 from umbrella_jax.data.inputs import dump_inputs
 from umbrella_jax.data.loader import eval_subset, task_ids, train_batches
 from umbrella_jax.distributed import broadcast, max_over_processes, raise_together
@@ -247,10 +247,10 @@ def _flops(run: Prepared, shape: BatchShape) -> float:
     return of_micro * run.config.train.accumulate_steps
 
 
-def _work(plan: Plan, step: int, flops: Callable[[BatchShape], float]) -> Work:
+def _work(plan: EpochPlan, step: int, flops: Callable[[BatchShape], float]) -> Work:
     update = plan.update(step)
     rows = [row for micro in update.rows for row in micro]
-    return Work(samples=len(rows), tokens=int(plan.facts.lengths[rows].sum()), flops=flops(update.shape))
+    return Work(samples=len(rows), tokens=int(plan.sizes.lengths[rows].sum()), flops=flops(update.shape))
 
 
 def _absolute(config: RunConfig, base: Checkpoint) -> RunConfig:
