@@ -137,7 +137,7 @@ def test_memory_is_that_of_arguments_and_results(rehearsed: str) -> None:
 def test_too_little_memory_is_refused(
     world: World, flags: list[object], recorded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rehearsal, "_programs", lambda _: iter([("step", "2 volumes", Program(10**18))]))
+    monkeypatch.setattr(rehearsal, "_programs", lambda *_: iter([("step", "2 volumes", Program(10**18))]))
     monkeypatch.setattr(rehearsal, "_planned", lambda *_: 0.0)
     message = umbrella(*world.train_flags(world.root / "other", *flags, "--dry-run"), code=2)
     assert "step of 2 volumes: takes 1000000000.0 GB of a device that has " in message
@@ -159,7 +159,7 @@ class Program:
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dry run up to where it compiles."""
-    monkeypatch.setattr(rehearsal, "_programs", lambda _: iter([("step", "2 volumes", Program(1))]))
+    monkeypatch.setattr(rehearsal, "_programs", lambda *_: iter([("step", "2 volumes", Program(1))]))
     monkeypatch.setattr(rehearsal, "_planned", lambda *_: 0.0)
 
 

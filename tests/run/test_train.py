@@ -5,7 +5,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +19,7 @@ import pytest
 import umbrella_jax.run.train
 from tests.helpers import small_run
 from tests.helpers.small_run import World, parameters, read_config, read_lines, umbrella
+from umbrella_jax.batch import Batch
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.config.load import load_config
 from umbrella_jax.data.conversation import Conversation, Message
@@ -25,7 +27,8 @@ from umbrella_jax.data.validation.checks import validate
 from umbrella_jax.errors import DataError
 from umbrella_jax.inference.generate import decode, prefill, score_answers
 from umbrella_jax.scoring.rows import blank_rows
-from umbrella_jax.training.step import jit_eval_step
+from umbrella_jax.training.step import TrainState, jit_eval_step
+from umbrella_jax.training.trainer import EvaluateRegularly, SaveCheckpoint, TrainingRun, WriteMetrics
 
 STEPS, SAVE, EVAL = 36, 3, 24
 FLAGS = ["--epochs", STEPS // 3, "--set", f"train.save_steps={SAVE}"]  # a step of one scan, of two, and of runs
@@ -273,115 +276,125 @@ def test_best_of_what_is_refused(world: World, tmp_path: Path, settings: list[st
         assert "data.eval too" in umbrella(*world.train_flags(tmp_path, *flags), code=2)
 
 
-@pytest.fixture
-def planned(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """`planned(*flags)`: what `umbrella-jax train` hands to the loop, its batches as a list; no step is made."""
-    seen: dict[str, Any] = {}
+@dataclass
+class Planned:
+    """What `umbrella-jax train` hands to the loop."""
 
-    def fit(state: Any, frozen: Any, batches: Any, **arguments: Any) -> Any:
-        seen.update(arguments, state=state, batches=list(batches))
-        arguments["metrics_path"].write_text('{"step": 0}\n')
+    run: TrainingRun
+    state: TrainState
+    batches: list[Batch]
+    hooks: dict[type, Any]
+    stdout: str
+    settings: dict[str, Any]
+
+
+@pytest.fixture
+def planned(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Planned]:
+    """`planned(*flags)` prepares a run and returns what the loop would get; no step is made."""
+    seen: list[Any] = []
+
+    def fit(run: TrainingRun, state: TrainState, batches: Iterator[Batch], hooks: list[Any], **_: Any) -> TrainState:
+        seen[:] = run, state, list(batches), {type(hook): hook for hook in hooks}
+        (tmp_path / "planned" / "metrics.jsonl").write_text(f'{{"step": {run.num_steps}}}\n')
         return state
 
-    def plan(*flags: object) -> dict[str, Any]:
+    def plan(*flags: object) -> Planned:
         monkeypatch.setattr(umbrella_jax.run.train, "fit", fit)
         printed = umbrella(*world.train_flags(tmp_path / "planned", *flags))
-        return {**seen, "stdout": printed, "settings": read_config(tmp_path / "planned" / "config.yaml")}
+        return Planned(*seen, printed, read_config(tmp_path / "planned" / "config.yaml"))
 
     return plan
 
 
-def test_modality(planned: Callable[..., dict[str, Any]]) -> None:
+def test_modality(planned: Callable[..., Planned]) -> None:
     plan = planned("--modality", "fMRI")
-    assert "4 conversations, 1 steps" in plan["stdout"]  # three runs, and the one without images
-    assert plan["settings"]["data"]["modality"] == "fMRI"
-    assert [set(batch.volumes) for batch in plan["batches"]] == [{"rsfMRI"}]
+    assert "4 conversations, 1 steps" in plan.stdout  # three runs, and the one without images
+    assert plan.settings["data"]["modality"] == "fMRI"
+    assert [set(batch.volumes) for batch in plan.batches] == [{"rsfMRI"}]
 
 
-def test_task_filter(planned: Callable[..., dict[str, Any]]) -> None:
+def test_task_filter(planned: Callable[..., Planned]) -> None:
     plan = planned("--task-filter", "T3")
-    assert "4 conversations, 1 steps" in plan["stdout"]
-    assert plan["settings"]["data"]["task_filter"] == "T3"
-    (batch,) = plan["batches"]
+    assert "4 conversations, 1 steps" in plan.stdout
+    assert plan.settings["data"]["task_filter"] == "T3"
+    (batch,) = plan.batches
     patches = (batch.feature_idx[0] >= 0).sum(-1)
     assert patches.tolist() == [12] * 4 + [0] * 2  # each shows two scans of 6 patches; two rows are empty
 
 
-def test_batch_size(planned: Callable[..., dict[str, Any]]) -> None:
+def test_batch_size(planned: Callable[..., Planned]) -> None:
     plan = planned("--batch-size", 5, "--epochs", 2)
-    assert plan["settings"]["train"]["batch_size"] == 5
-    assert [batch.input_ids.shape[:2] for batch in plan["batches"]] == [(1, 5)] * 6  # 3 an epoch
+    assert plan.settings["train"]["batch_size"] == 5
+    assert [batch.input_ids.shape[:2] for batch in plan.batches] == [(1, 5)] * 6  # 3 an epoch
 
 
-def test_accumulate_steps(planned: Callable[..., dict[str, Any]]) -> None:
+def test_accumulate_steps(planned: Callable[..., Planned]) -> None:
     plan = planned("--set", "train.accumulate_steps=2")
-    assert [batch.input_ids.shape[:2] for batch in plan["batches"]] == [(2, 6)] * 2
+    assert [batch.input_ids.shape[:2] for batch in plan.batches] == [(2, 6)] * 2
 
 
-def test_learning_rate(planned: Callable[..., dict[str, Any]]) -> None:
+def test_learning_rate(planned: Callable[..., Planned]) -> None:
     plan = planned("--learning-rate", "3e-4", "--set", "train.warmup_steps=0")
-    assert float(plan["schedule"](0)) == pytest.approx(3e-4)
-    assert plan["settings"]["train"]["learning_rate"] == 3e-4
+    assert float(plan.run.schedule(0)) == pytest.approx(3e-4)
+    assert plan.settings["train"]["learning_rate"] == 3e-4
 
 
-def test_epochs(planned: Callable[..., dict[str, Any]]) -> None:
+def test_epochs(planned: Callable[..., Planned]) -> None:
     plan = planned("--epochs", 2.5)
-    assert plan["num_steps"] == len(plan["batches"]) == 8  # of 3 an epoch
-    assert plan["settings"]["train"]["epochs"] == 2.5
+    assert plan.run.num_steps == len(plan.batches) == 8  # of 3 an epoch
+    assert plan.settings["train"]["epochs"] == 2.5
 
 
-def test_set(planned: Callable[..., dict[str, Any]]) -> None:
+def test_set(planned: Callable[..., Planned]) -> None:
     plan = planned("--set", "train.groups={projector: {weight_decay: 0}}", "--set", "seed=5")
-    assert plan["settings"]["train"]["groups"] == {"projector": {"learning_rate_factor": 1.0, "weight_decay": 0.0}}
-    assert {path.partition(".")[0] for path in plan["state"].trainable} == {"multi_modal_projector"}
-    assert plan["settings"]["seed"] == 5
+    assert plan.settings["train"]["groups"] == {"projector": {"learning_rate_factor": 1.0, "weight_decay": 0.0}}
+    assert {path.partition(".")[0] for path in plan.state.trainable} == {"multi_modal_projector"}
+    assert plan.settings["seed"] == 5
 
 
-def test_template(planned: Callable[..., dict[str, Any]], world: World, tmp_path: Path) -> None:
+def test_template(planned: Callable[..., Planned], world: World, tmp_path: Path) -> None:
     plan = planned("--task-filter", "T3", "--set", "data.template=original", "--eval-data", world.eval)
     assert json.loads((tmp_path / "planned" / "model" / "umbrella_config.json").read_text())["template"] == "original"
     tokenizer = Checkpoint.open(world.base, small_run.modalities()).tokenizer()
-    (batch,) = plan["batches"]
+    (batch,) = plan.batches
     learnt = tokenizer.decode(batch.target_ids[0, 0][batch.target_mask[0, 0]])
     assert re.fullmatch(r"(<\|im_start\|>assistant\n(left|right)\.<\|im_end\|>\n){2}", learnt)
-    assert plan["evaluate"].args[0].processor.template == "original"
+    assert plan.hooks[EvaluateRegularly].evaluate.args[0].model.processor.template == "original"
 
 
-def test_image_root(planned: Callable[..., dict[str, Any]], world: World, tmp_path: Path) -> None:
+def test_image_root(planned: Callable[..., Planned], world: World, tmp_path: Path) -> None:
     shutil.copytree(world.root / "scans", tmp_path / "moved")
     small_run.write_volume(tmp_path / "moved" / "0.nii.gz", small_run.VOLUME_SHAPES["T1"], seed=99)
     volumes = []
     for root in (world.root / "scans", tmp_path / "moved"):
         plan = planned("--image-root", root, "--task-filter", "T3")
-        assert plan["settings"]["data"]["image_root"] == str(root)
+        assert plan.settings["data"]["image_root"] == str(root)
         shutil.rmtree(tmp_path / "planned")
-        volumes.append({volume.tobytes() for volume in plan["batches"][0].volumes["T1"][0]})
+        volumes.append({volume.tobytes() for volume in plan.batches[0].volumes["T1"][0]})
     assert len(volumes[0] - volumes[1]) == 1  # one file differs
 
 
-def test_cache(planned: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_cache(planned: Callable[..., Planned], tmp_path: Path) -> None:
     plain = planned("--epochs", 1)
     shutil.rmtree(tmp_path / "planned")
     cached = planned("--epochs", 1, "--cache", tmp_path / "cache")
-    assert cached["settings"]["data"]["cache"] == str(tmp_path / "cache")
+    assert cached.settings["data"]["cache"] == str(tmp_path / "cache")
     assert list((tmp_path / "cache").glob("volumes/*/*.safetensors"))
-    for left, right in zip(plain["batches"], cached["batches"], strict=True):
+    for left, right in zip(plain.batches, cached.batches, strict=True):
         jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-def test_a_native_base_starts_the_same_run(
-    planned: Callable[..., dict[str, Any]], world: World, tmp_path: Path
-) -> None:
+def test_a_native_base_starts_the_same_run(planned: Callable[..., Planned], world: World, tmp_path: Path) -> None:
     umbrella("convert", "from-hf", world.base, tmp_path / "native", "--config", world.config)
     native = planned("--base", tmp_path / "native")
     shutil.rmtree(tmp_path / "planned")
     stock = planned()
-    jax.tree.map(np.testing.assert_array_equal, native["state"], stock["state"])
-    assert native["meta"]["base_fingerprint"] == stock["meta"]["base_fingerprint"]
+    jax.tree.map(np.testing.assert_array_equal, native.state, stock.state)
+    assert native.hooks[SaveCheckpoint].meta["base_fingerprint"] == stock.hooks[SaveCheckpoint].meta["base_fingerprint"]
 
 
 def test_loggers(
-    world: World, planned: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, planned: Callable[..., Planned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = read_config(world.config)
     settings["train"] |= {"wandb": True, "tensorboard": True}
@@ -394,11 +407,11 @@ def test_loggers(
 
     monkeypatch.undo()
     plan = planned(*config, "--no-wandb")
-    assert plan["settings"]["train"]["wandb"] is False
-    assert plan["log"] is not None
+    assert plan.settings["train"]["wandb"] is False
+    assert plan.hooks[WriteMetrics].log is not None
     assert list((tmp_path / "planned" / "tensorboard").iterdir())
     shutil.rmtree(tmp_path / "planned")
-    assert planned()["log"] is None
+    assert planned().hooks[WriteMetrics].log is None
 
 
 def test_evaluations_of_a_part_compile_nothing_more(
@@ -443,7 +456,7 @@ def test_the_end_evaluates_the_best_step_on_all_data(
             raise DataError("killed")
         return evaluate(*args, final=final) | ({} if final else {"eval_accuracy": 1 / step})
 
-    monkeypatch.setattr(umbrella_jax.run, "evaluate", first_is_best)
+    monkeypatch.setattr(umbrella_jax.run.train, "evaluate", first_is_best)
     rows = [row for row in json.loads(world.train.read_text()) if row["task_type"] == "T3"] * 3
     data = small_run.write_json(tmp_path / "eval.json", [row | {"task_id": f"{i}"} for i, row in enumerate(rows)])
     run, settings = tmp_path / "run", ("eval_steps=1", "eval_samples=1", "keep_best=1", "best_metric=eval_accuracy")

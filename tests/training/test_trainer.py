@@ -1,4 +1,4 @@
-"""The loop: what it writes, when it evaluates and saves, what stops it, and that a resumed one goes on the same."""
+"""The training loop: metrics, evaluations, checkpoints, what stops it, and that a resumed run changes nothing."""
 
 import errno
 import json
@@ -23,7 +23,19 @@ from umbrella_jax.training import trainer
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.diagnose import first_nonfinite
 from umbrella_jax.training.optimizer import make_schedule
-from umbrella_jax.training.trainer import Metrics, describe, fit
+from umbrella_jax.training.trainer import (
+    EvaluateRegularly,
+    Metrics,
+    ReadSignal,
+    SaveCheckpoint,
+    StopOnNonfinite,
+    TrainingRun,
+    WriteMetrics,
+    describe_batch,
+    fit,
+    report_failed_save,
+    stop_on_signal,
+)
 
 STEPS = 5
 VALUES = {"loss", "grad_norm", "learning_rate", "supervised_tokens", "step_seconds", "wait_seconds"}
@@ -35,31 +47,36 @@ MESH = make_mesh(MeshConfig(), devices=jax.devices()[:1])
 
 @pytest.fixture(scope="module")
 def case():
-    """One for all tests: the step compiles once."""
+    """Return one case for all tests, so that the step compiles once."""
     return small_case()
 
 
 def placed(state):
-    """As a run places it."""
+    """Put a state on the devices as a run does."""
     return jax.device_put(state, shardings(state, MESH))
 
 
 @pytest.fixture
 def start(case):
-    """The state before the first step."""
+    """Return the state before the first step."""
     return placed(case.state())
 
 
 @pytest.fixture
 def run(case, tmp_path, monkeypatch):
-    """`run(state, batches, ...)` is `fit` into tmp_path; returns the state, the lines and what it called."""
+    """`run(state, batches, ...)` calls `fit` with the hooks of a run, which write into tmp_path.
 
+    It returns the state, the lines of metrics.jsonl, the evaluations and the logged lines.
+    """
     monkeypatch.setattr(trainer, "jit_train_step", lambda: quick_step)
 
-    def call(state, batches, *, num_steps=STEPS, signals=(), cut_off=None, nan=None, pending=None, **settings):
-        """`signals`: what `interrupted` says each time; `cut_off`: the step whose evaluation a signal ends; `nan`: the
-        one whose evaluation is not finite."""
+    def call(state, batches, *, num_steps=STEPS, signals=(), cut_off=None, nan=None, pending=None, more=(), **settings):
+        """`signals`: the answers of `interrupted`, in order; `cut_off`: the step whose evaluation a signal ends; `nan`:
+        the step whose evaluation is not finite; `more`: further hooks."""
         evaluated, logged, signals = [], [], list(signals)
+
+        def interrupted():
+            return signals.pop(0) if signals else 0
 
         def evaluate(step, trainable):
             evaluated.append((step, as_bytes(trainable)))
@@ -71,28 +88,32 @@ def run(case, tmp_path, monkeypatch):
             return {"eval_loss": step / 10}
 
         config = TrainConfig(**{"save_steps": 2, "eval_steps": 2, **settings})
-
+        setup = TrainingRun(
+            config=config,
+            num_steps=num_steps,
+            graphdef=case.graphdef,
+            frozen=case.frozen,
+            optimizer=case.optimizer,
+            schedule=SCHEDULE,
+            mesh=MESH,
+        )
         try:
-            with Checkpoints(tmp_path / "checkpoints", config) as checkpoints:
-                state = fit(
-                    state,
-                    case.frozen,
-                    iter(batches),
-                    graphdef=case.graphdef,
-                    optimizer=case.optimizer,
-                    schedule=SCHEDULE,
-                    config=config,
-                    num_steps=num_steps,
-                    mesh=MESH,
-                    checkpoints=checkpoints,
-                    meta={"name": "run"},
-                    metrics_path=tmp_path / "metrics.jsonl",
-                    evaluate=evaluate,
-                    log=logged.append,
-                    task_ids=lambda step: [[f"{step + 1}{row}" for row in "abcd"]],
-                    interrupted=lambda: signals.pop(0) if signals else 0,
-                    pending=pending,
-                )
+            with (
+                Checkpoints(tmp_path / "checkpoints", config) as checkpoints,
+                Metrics(tmp_path / "metrics.jsonl", int(state.step) - bool(pending)) as metrics,
+            ):
+                save = SaveCheckpoint(config, checkpoints, {"name": "run"}, metrics)
+                hooks = [
+                    StopOnNonfinite(setup, checkpoints, lambda step: [[f"{step + 1}{row}" for row in "abcd"]], print),
+                    report_failed_save(checkpoints),
+                    ReadSignal(interrupted),
+                    EvaluateRegularly(evaluate, config, save, interrupted),
+                    WriteMetrics(metrics, logged.append),
+                    save,
+                    stop_on_signal,
+                    *more,
+                ]
+                state = fit(setup, state, iter(batches), hooks, pending=pending)
         finally:
             lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         return SimpleNamespace(state=state, lines=lines, evaluated=evaluated, logged=logged)
@@ -163,6 +184,13 @@ def test_the_next_batch_is_fetched_while_a_step_runs(start, run, tmp_path, monke
     assert waited == [True] * 3
     assert saved(tmp_path) == [1, 2, 3]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_further_hook_sees_each_update_with_its_evaluation(start, run):
+    """Without a change to the loop."""
+    seen = []
+    run(start, map(small_batch, range(2)), num_steps=2, more=[lambda u: seen.append((u.step, u.is_last, u.evaluation))])
+    assert seen == [(1, False, {}), (2, True, {"eval_loss": 0.2})]
 
 
 def test_without_eval_steps_the_end_is_evaluated_once(start, run):
@@ -368,5 +396,5 @@ def test_a_line_that_does_not_fit_is_not_there(tmp_path):
 def test_description_of_a_batch():
     batch = jax.tree.map(lambda leaf: leaf[0], small_batch())
     text = "3 × 4 conversations of 29 positions; "
-    assert describe(stack(batch, batch, batch)) == text + "2 T1"
-    assert describe(stack(*[replace(batch, volumes={})] * 3)) == text + "no volumes"
+    assert describe_batch(stack(batch, batch, batch)) == text + "2 T1"
+    assert describe_batch(stack(*[replace(batch, volumes={})] * 3)) == text + "no volumes"

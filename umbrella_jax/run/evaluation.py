@@ -12,7 +12,7 @@ from umbrella_jax.data.loader import eval_batches, eval_subset
 from umbrella_jax.inference.predict import answers
 from umbrella_jax.io.files import PRIVATE, strict_json, write_whole
 from umbrella_jax.models import Params
-from umbrella_jax.run.preparation import Evaluated, Prepared
+from umbrella_jax.run.preparation import EvaluationData, Prepared
 from umbrella_jax.rundir import PREDICTIONS, Line
 from umbrella_jax.scoring.metrics import Scores, score, short, task_of
 from umbrella_jax.scoring.rows import Row, with_answer
@@ -26,7 +26,7 @@ _MAIN = ("accuracy", "balanced_accuracy", "auroc", "mae", "pearson")
 
 def evaluate(
     run: Prepared,
-    evaluated: Evaluated,
+    data: EvaluationData,
     interrupted: Callable[[], int],
     options: Mapping[str, Any],
     step: int,
@@ -47,9 +47,10 @@ def evaluate(
         CheckpointError, RunError: weights, loss or logits are not finite, naming them or the conversations; on all
             processes alike.
     """
-    config, mesh, dataset = run.config, run.mesh, evaluated.dataset
+    config, dataset = run.config, data.dataset
+    mesh, frozen, graphdef = run.training.mesh, run.training.frozen, run.training.graphdef
     common: dict[str, Any] = {"threads": config.data.threads, "only": None}
-    final = final or (step == run.steps and not config.train.keep_best)
+    final = final or (step == run.training.num_steps and not config.train.keep_best)
     if not final and config.train.eval_samples is not None:
         common["only"] = eval_subset(dataset, config.train.batch_size, config.train.eval_samples, parts(mesh))
     total = len(dataset if common["only"] is None else common["only"])
@@ -63,11 +64,11 @@ def evaluate(
                 return None
             shape = batch.input_ids.shape, tuple((name, len(x)) for name, x in batch.volumes.items())
             placed = put_batch(batch, mesh, axis=0)
-            batch_loss, count = jit_eval_step()(trainable, run.frozen, placed, graphdef=run.graphdef)
+            batch_loss, count = jit_eval_step()(trainable, frozen, placed, graphdef=graphdef)
             if not math.isfinite(batch_loss):
                 names = {row: dataset.conversations[i].label for row, i in enumerate(indices)}
                 raise nonfinite_error(
-                    f"evaluation at step {step}: losses", names, trainable | run.frozen, placed, graphdef=run.graphdef
+                    f"evaluation at step {step}: losses", names, trainable | frozen, placed, graphdef=graphdef
                 )
             loss, supervised = loss + float(batch_loss), supervised + int(count)
             work = Work(samples=len(indices), tokens=sum(len(dataset.encoded[i]) for i in indices))
@@ -77,20 +78,20 @@ def evaluate(
     rows: dict[int, Row] = {}
     with Progress(f"evaluation at step {step}: answer", total, **options) as progress:
         for found in answers(
-            trainable | run.frozen,
-            run.graphdef,
+            trainable | frozen,
+            graphdef,
             dataset,
-            run.processor,
+            run.model.processor,
             mesh,
             batch_size=config.train.batch_size,
             max_new_tokens=config.train.max_new_tokens,
-            choices=evaluated.choices,
+            choices=data.choices,
             progress=progress,
             **common,
         ):
             if interrupted():
                 return None
-            rows |= {index: with_answer(evaluated.rows[index], answer) for index, answer in found.items()}
+            rows |= {index: with_answer(data.rows[index], answer) for index, answer in found.items()}
     answered = [rows[index] for index in sorted(rows)]
     if jax.process_index() == 0:
         folder = run.out / PREDICTIONS
@@ -99,7 +100,7 @@ def evaluate(
     mean = loss / supervised if supervised else None  # none: the truth is in metadata alone
     metrics: Line = {} if mean is None else {"loss": mean}
     there = {task_of(row) for row in answered}
-    tasks = {name: task for name, task in evaluated.tasks.items() if name in there}
+    tasks = {name: task for name, task in data.tasks.items() if name in there}
     scores = score(answered, tasks, resamples=0)
     options["say"](_summary(step, mean, scores))
     return {f"eval_{name}": value for name, value in (metrics | scores.flat()).items()}

@@ -1,4 +1,4 @@
-"""All of a run up to its first step, which `train` and `rehearse` share."""
+"""Everything before the first step of a run, shared by `train` and `rehearse`."""
 
 import importlib.metadata
 import importlib.util
@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
-from flax import nnx
 from jax.sharding import Mesh
 
 from convert.lazy_tensor import Tensor, place
@@ -28,7 +26,7 @@ from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.inference.predict import Choices, check_lengths
 from umbrella_jax.inference.processor import Processor
 from umbrella_jax.io.files import check_output, check_run_name
-from umbrella_jax.models import LlavaConfig, Params, abstract_params, lora, native_backend, quantize
+from umbrella_jax.models import LlavaConfig, abstract_params, lora, native_backend, quantize
 from umbrella_jax.run.loggers import missing
 from umbrella_jax.rundir import METRICS, Line, Say, read_metrics
 from umbrella_jax.scoring.metrics import Task, metric_names, tasks_of
@@ -37,54 +35,71 @@ from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, s
 from umbrella_jax.training import freeze
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule
 from umbrella_jax.training.step import TrainState, init_state
+from umbrella_jax.training.trainer import TrainingRun
 
 MAX_UPDATES = 10_000_000
 _NOT_FOUND = {
     "train": "expected a conversation file or a directory of them (--train-data PATH)",
     "eval": "expected conversations (--eval-data PATH), or no evaluation (--set data.eval=null)",
 }
-"""Remedies for data that do not exist."""
+"""Remedies if the data do not exist."""
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvaluationData:
     """The evaluation data of a run."""
 
     dataset: Dataset
     rows: list[Row]
+    """A row without answer for each conversation."""
     tasks: dict[str, Task]
     choices: Choices | None
-    """Answers whose likelihoods are wanted."""
+    """The answers whose likelihoods are computed; None if the run asks for none."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads."""
+
+    train_set: Dataset
+    evaluation: EvaluationData | None
+    plan: EpochPlan
+    """Which conversations make which update."""
+    inputs: Inputs
+    """Every file, by content."""
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """The model that a run trains; `Prepared.training` holds its weights."""
+
+    base: Checkpoint
+    """The checkpoint that it starts from."""
+    processor: Processor
+    config: LlavaConfig
+    """With the run's attention and adapters."""
+
+
+@dataclass(frozen=True)
 class Prepared:
-    """A run before its first step."""
+    """A run before its first step, all but the state that training changes."""
 
     config: RunConfig
     out: Path
-    mesh: Mesh
-    base: Checkpoint
-    processor: Processor
-    lines: list[Line]
-    """Of metrics, that are there."""
-    train_set: Dataset
-    evaluated: Evaluated | None
-    model: LlavaConfig
-    graphdef: nnx.GraphDef
-    frozen: Params
-    state: TrainState | None
-    """Before the first step; None as soon as a loop has it, so that it is not kept beside what the loop makes of it."""
-    plan: EpochPlan
-    steps: int
-    schedule: optax.Schedule
-    optimizer: optax.GradientTransformationExtraArgs
+    model: RunModel
+    data: RunData
+    training: TrainingRun
     meta: dict[str, Any]
-    inputs: Inputs
+    """Saved in every checkpoint: what a resumed run must agree with."""
+    earlier_lines: list[Line]
+    """Lines of `metrics.jsonl` that are there already."""
 
 
 def check(config: RunConfig) -> tuple[Path, Mesh]:
-    """Check everything that can be known before a file is read; of the mesh, all that does not depend on the model."""
+    """Check everything that can be checked before a file is read, and return the output directory and the mesh.
+
+    Raises ConfigError with every fault. `prepare` checks the mesh against the model.
+    """
     faults = [
         f"{field}: expected a path ({flag})"
         for field, flag, value in [
@@ -117,14 +132,19 @@ def check(config: RunConfig) -> tuple[Path, Mesh]:
     return out, mesh
 
 
-def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
-    """Reads and checks all that a run takes, puts the weights on their devices, and says what will be done."""
+def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> tuple[Prepared, TrainState]:
+    """Read and check everything that a run needs, put the weights on their devices, and print what will be trained.
+
+    Returns:
+        The run, and the state before its first step. Only the caller holds that state: `fit` and `resume_from` use it
+        up, since the devices may not have room for two.
+    """
     with raise_together():
-        lines = read_metrics(out / METRICS)
+        earlier_lines = read_metrics(out / METRICS)
         base = open_base(config)
         if faults := MeshShape(**mesh.shape).undivided(base.config):
             raise ConfigError(faults)
-        found = base.check(config.model.frozen_dtype)
+        findings = base.check(config.model.frozen_dtype)
         model = base.config.with_attention(config.model.attention, native_backend(mesh.devices.flat[0]))
         model = replace(model, lora=config.model.lora)
         graphdef, shapes = abstract_params(model)
@@ -137,9 +157,9 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
         _check_length(config, len(train_set))
         shown = {image.modality for image in train_set.windows}
         _check_shown(config, labels, shown, len(train_set))
-        evaluated = _evaluated(config, datasets.get("eval"), processor)
+        evaluation = _evaluation_data(config, datasets.get("eval"), processor)
     with raise_together():
-        # in a block of its own, since orbax lets all processes meet for the identity of a run: none may have found a
+        # a block of its own: orbax synchronises all processes to read a run's identity, so no process may have found a
         # fault before
         fingerprint, inputs = base.identity, read_inputs(config.data, datasets)
     architecture = {"vision": asdict(base.config.vision), "text": asdict(base.config.text)}
@@ -147,12 +167,12 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
     facts.append((f"{base.path}: weights", SHA256 + fingerprint))
     facts += [(name, SHA256 + digest) for files in inputs.values() for name, digest in files]
     check_same(facts, "copy it again: every host must read the same")
-    for line in [*base.summary_lines, *found, freeze.summary(shapes, labels)]:
+    for line in [*base.summary_lines, *findings, freeze.summary(shapes, labels)]:
         say(line)
     if overlap:
         say(f"WARNING: {overlap}")
 
-    where = partial(param_sharding, mesh)
+    place_of = partial(param_sharding, mesh)
     adapters = lora.start(shapes, config.seed)
     own = [path for path, label in labels.items() if label != freeze.FROZEN and path not in adapters]
     for name, why in base.untrained_after(own).items():
@@ -160,8 +180,8 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
     for name in sorted({modality for modality in map(freeze.modality_of, own) if modality} - shown):
         start = f"untrained ({base.untrained[name]})" if name in base.untrained else "as it is in the base"
         say(f"WARNING: {name}: no conversation of {config.data.train} shows one: its patch embedding stays {start}")
-    params = base.params(config.model.frozen_dtype, where=where, in_float32=own)
-    params |= place({path: Tensor.of(array) for path, array in adapters.items()}, where)
+    params = base.params(config.model.frozen_dtype, where=place_of, in_float32=own)
+    params |= place({path: Tensor.of(array) for path, array in adapters.items()}, place_of)
     trainable, frozen = freeze.partition(params, labels)
     del params
     if config.model.quantize:
@@ -173,36 +193,33 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
         seed=config.seed,
         parts=parts(mesh).of,
     )
-    steps = plan.num_steps(config.train.epochs)
-    schedule = make_schedule(config.train, steps)
+    num_steps = plan.num_steps(config.train.epochs)
+    schedule = make_schedule(config.train, num_steps)
     optimizer = make_optimizer(config.train, schedule, labels)
     state = init_state(freeze.as_trainable(trainable), optimizer)
     state = jax.device_put(state, shardings(state, mesh))
     sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    say(f"{len(train_set)} conversations, {steps} steps, into {out}")
-    if config.train.warmup_steps >= steps:
+    say(f"{len(train_set)} conversations, {num_steps} steps, into {out}")
+    if config.train.warmup_steps >= num_steps:
         warmup, peak = config.train.warmup_steps, config.train.learning_rate
-        say(f"WARNING: train.warmup_steps: {warmup} of {steps} steps: the rate never reaches {peak:g}")
+        say(f"WARNING: train.warmup_steps: {warmup} of {num_steps} steps: the rate never reaches {peak:g}")
     say(f"devices: {mesh.size} ({sizes})")
     say(f"plan: {plan.cost}")
     say(f"attention: {model.attention}")
-    return Prepared(
+    prepared = Prepared(
         config=config,
         out=out,
-        mesh=mesh,
-        base=base,
-        processor=processor,
-        lines=lines,
-        train_set=train_set,
-        evaluated=evaluated,
-        model=model,
-        graphdef=graphdef,
-        frozen=frozen,
-        state=state,
-        plan=plan,
-        steps=steps,
-        schedule=schedule,
-        optimizer=optimizer,
+        model=RunModel(base, processor, model),
+        data=RunData(train_set, evaluation, plan, inputs),
+        training=TrainingRun(
+            config=config.train,
+            num_steps=num_steps,
+            graphdef=graphdef,
+            frozen=frozen,
+            optimizer=optimizer,
+            schedule=schedule,
+            mesh=mesh,
+        ),
         meta={
             "config": to_dict(config),
             "base_fingerprint": fingerprint,
@@ -211,12 +228,13 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> Prepared:
             "frozen_types": sorted({leaf.dtype.name for leaf in frozen.values()}),
             "versions": versions(),
         },
-        inputs=inputs,
+        earlier_lines=earlier_lines,
     )
+    return prepared, state
 
 
 def _check_length(config: RunConfig, conversations: int) -> None:
-    """Raise ConfigError for a run of more updates than anybody waits for: a slip of the keyboard."""
+    """Raise ConfigError for more than MAX_UPDATES updates, which must be a typing mistake."""
     updates = conversations * config.train.epochs / (config.train.batch_size * config.train.accumulate_steps)
     if updates > MAX_UPDATES:
         raise ConfigError(
@@ -226,7 +244,7 @@ def _check_length(config: RunConfig, conversations: int) -> None:
 
 
 def _check_shown(config: RunConfig, labels: Mapping[str, str], shown: Collection[str], conversations: int) -> None:
-    """Raise DataError if nothing that trains would get a gradient from what the conversations show."""
+    """Raise DataError if no trainable parameter would get a gradient from these conversations."""
     if not any(label != freeze.FROZEN and freeze.is_reached(path, shown) for path, label in labels.items()):
         groups = ", ".join(config.train.groups)
         seen = f"only show {', '.join(sorted(shown))}" if shown else "show no image"
@@ -236,36 +254,44 @@ def _check_shown(config: RunConfig, labels: Mapping[str, str], shown: Collection
         )
 
 
-def _evaluated(config: RunConfig, dataset: Dataset | None, processor: Processor) -> Evaluated | None:
-    """Raises DataError and ConfigError, also for a `train.best_metric` that no evaluation gives."""
-    found, known = None, list[str]()
+def _evaluation_data(config: RunConfig, dataset: Dataset | None, processor: Processor) -> EvaluationData | None:
+    """Return the evaluation data, or None if the run has none.
+
+    Raises:
+        DataError: an expected answer is longer than `train.max_new_tokens`.
+        ConfigError: no evaluation gives `train.best_metric`, or `evaluation.tasks` does not fit the data.
+    """
+    data, known = None, list[str]()
     if dataset is not None:
         rows = blank_rows(dataset.conversations)
         tasks = tasks_of(rows, config.evaluation.tasks)
         limit = (processor.tokenizer, processor.template, config.train.max_new_tokens, "train.max_new_tokens")
         check_lengths(dataset.conversations, rows, tasks, *limit)
         choices = Choices.of(dataset, processor, rows, tasks) if config.evaluation.likelihoods else None
-        found = Evaluated(dataset, rows, tasks, choices)
+        data = EvaluationData(dataset, rows, tasks, choices)
         known = sorted(f"eval_{name}" for name in ("loss", *metric_names(tasks, likelihoods=bool(choices))))
-    wanted = config.train.best_metric
-    if wanted is not None and wanted not in known:
-        given = f"one of {', '.join(known)}" if known else "data.eval too (--eval-data PATH)"
-        raise ConfigError(f"train.best_metric: no evaluation gives {wanted}; expected {given}")
-    return found
+    metric = config.train.best_metric
+    if metric is not None and metric not in known:
+        expected = f"one of {', '.join(known)}" if known else "data.eval too (--eval-data PATH)"
+        raise ConfigError(f"train.best_metric: no evaluation gives {metric}; expected {expected}")
+    return data
 
 
-LOCAL = ("model.base", "data.image_root", "data.cache", "data.threads")
-"""Settings that may differ between hosts: where each reads from, not what."""
+MAY_DIFFER = ("model.base", "data.image_root", "data.cache", "data.threads")
+"""Settings that may differ between hosts: where each reads from, not what it reads."""
 
 
-def meet(config: RunConfig, *, resume: bool) -> None:
-    """Meet for the first time, and compare settings and versions; jax waits for the others half a minute at most, so
-    this comes before some read longer than others. Raises ConfigError as `check_same`."""
+def check_processes(config: RunConfig, *, resume: bool) -> None:
+    """Check that all processes were started with the same settings and versions.
+
+    This comes before anything that takes some processes longer than others: at their first exchange, JAX waits only
+    half a minute for all of them. Raises ConfigError as `check_same` does.
+    """
     facts: list[tuple[str, Any]] = [*flat(to_dict(config)).items(), ("--resume", resume), *versions().items()]
-    check_same([fact for fact in facts if fact[0] not in LOCAL], "start every process with the same")
+    check_same([fact for fact in facts if fact[0] not in MAY_DIFFER], "start every process with the same")
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that a run's numbers depend on."""
+    """Return the versions of the packages that a run's numbers depend on."""
     names = ("umbrella-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
     return {name: importlib.metadata.version(name) for name in names}

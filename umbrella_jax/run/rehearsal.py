@@ -1,4 +1,4 @@
-"""A run without its steps: `umbrella-jax train --dry-run`."""
+"""A dry run, which does everything but the steps: `umbrella-jax train --dry-run`."""
 
 import os
 import time
@@ -14,42 +14,45 @@ from umbrella_jax.distributed import raise_together
 from umbrella_jax.errors import LESS, ConfigError
 from umbrella_jax.inference.predict import compile_answers
 from umbrella_jax.plan import at_shape
-from umbrella_jax.run.preparation import Prepared, check, meet, prepare
+from umbrella_jax.run.preparation import Prepared, check, check_processes, prepare
 from umbrella_jax.run.resumption import check_out, newest
 from umbrella_jax.rundir import CHECKPOINTS, Say, nothing
 from umbrella_jax.sharding import MeshShape, abstract_batch, parts
 from umbrella_jax.training.checkpoint import Checkpoints
-from umbrella_jax.training.step import jit_eval_step, jit_train_step
+from umbrella_jax.training.step import TrainState, jit_eval_step, jit_train_step
 
 
 def rehearse(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) -> None:
-    """All that `train` does but the steps: checks config, data and weights, says what would train and in which batches,
-    and compiles every program, for its memory and its time. Nothing is written to `output_dir`, and it is not locked;
-    what `data.cache` lacks is put there.
+    """Do everything that `train` does except the steps.
+
+    Checks config, data and weights, prints which parameters would train and in which batches, and compiles every
+    program to report its memory and compile time. `output_dir` is neither written to nor locked; missing entries of
+    `data.cache` are written.
 
     Raises:
-        ConfigError, DataError, CheckpointError: as `train`; and where the devices have too little memory.
+        ConfigError, DataError, CheckpointError: as `train` does.
+        ConfigError: the devices have too little memory.
     """
     say = say if jax.process_index() == 0 else nothing
-    meet(config, resume=resume)
+    check_processes(config, resume=resume)
     with raise_together():
         out, mesh = check(config)
         check_out(config, out, resume)
-    prepared = prepare(config, out, mesh, say)
+    run, state = prepare(config, out, mesh, say)
     if resume and (out / CHECKPOINTS).exists():
-        assert prepared.state is not None
         with Checkpoints(out / CHECKPOINTS, read_only=True) as checkpoints:
-            newest(checkpoints, prepared.state, prepared.meta, prepared.inputs, say)
+            newest(checkpoints, state, run.meta, run.data.inputs, say)
     with raise_together():
-        _compile(prepared, say)
+        _compile(run, state, say)
     say(f"nothing was written to {out}")
 
 
-def _compile(run: Prepared, say: Say) -> None:
-    """Compiles all that a run calls, and says of each program how long that took and what it takes of a device, beside
-    what `umbrella-jax plan` counts and what the device has.
+def _compile(run: Prepared, state: TrainState, say: Say) -> None:
+    """Compile every program of a run, and print compile time and memory of each.
 
-    Raises ConfigError naming each program that the device has too little memory for.
+    The last line compares the largest with what `umbrella-jax plan` estimates and with the device's memory.
+
+    Raises ConfigError naming each program that needs more memory than the device has.
     """
     device = jax.local_devices()[0]
     has = (device.memory_stats() or {}).get("bytes_limit")
@@ -58,7 +61,7 @@ def _compile(run: Prepared, say: Say) -> None:
     sizes, planned, faults = list[int](), list[float](), list[str]()
     say("compiling; each program with its time, and what it takes of a device:")
     began = last = time.perf_counter()
-    for what, shape, program in _programs(run):
+    for what, shape, program in _programs(run, state):
         took, last = time.perf_counter() - last, time.perf_counter()
         size = _memory(program)
         say(f"  {took:.1f} s, " + ("" if size is None else f"{_bytes(size)}, ") + f"{what} of {shape}")
@@ -77,41 +80,40 @@ def _compile(run: Prepared, say: Say) -> None:
         raise ConfigError(faults)
 
 
-def _programs(run: Prepared) -> Iterator[tuple[str, BatchShape, jax.stages.Compiled]]:
-    """As `fit` and `evaluate` call them; nothing is computed."""
-    config, mesh, state = run.config, run.mesh, run.state
-    assert state is not None
+def _programs(run: Prepared, state: TrainState) -> Iterator[tuple[str, BatchShape, jax.stages.Compiled]]:
+    """Yield each program that `fit` and `evaluate` call, compiled but not run, with its name and batch shape."""
+    config, mesh, frozen, graphdef = run.config, run.training.mesh, run.training.frozen, run.training.graphdef
     with jax.set_mesh(mesh):
-        for shape in dict.fromkeys(shape for shapes in run.plan.shapes for shape in shapes):
-            batch = empty_batch(run.train_set, shape, accumulate_steps=config.train.accumulate_steps)
-            given = state, run.frozen, abstract_batch(batch, mesh, axis=1)
-            lowered = jit_train_step().lower(*given, graphdef=run.graphdef, optimizer=run.optimizer)
+        for shape in dict.fromkeys(shape for shapes in run.data.plan.shapes for shape in shapes):
+            batch = empty_batch(run.data.train_set, shape, accumulate_steps=config.train.accumulate_steps)
+            arguments = state, frozen, abstract_batch(batch, mesh, axis=1)
+            lowered = jit_train_step().lower(*arguments, graphdef=graphdef, optimizer=run.training.optimizer)
             yield "step", shape, lowered.compile()
-        if run.evaluated is None:
+        if run.data.evaluation is None:
             return
-        dataset, batch_size = run.evaluated.dataset, config.train.batch_size
+        dataset, batch_size = run.data.evaluation.dataset, config.train.batch_size
         for shape in eval_shapes(dataset, batch_size, prompts=False, parts=parts(mesh)):
-            evaluating = abstract_batch(empty_batch(dataset, shape), mesh, axis=0)
-            lowered = jit_eval_step().lower(state.trainable, run.frozen, evaluating, graphdef=run.graphdef)
+            eval_batch = abstract_batch(empty_batch(dataset, shape), mesh, axis=0)
+            lowered = jit_eval_step().lower(state.trainable, frozen, eval_batch, graphdef=graphdef)
             yield "evaluation", shape, lowered.compile()
         yield from compile_answers(
-            state.trainable | run.frozen,
-            run.graphdef,
+            state.trainable | frozen,
+            graphdef,
             dataset,
-            run.processor,
+            run.model.processor,
             mesh,
             batch_size=batch_size,
             max_new_tokens=config.train.max_new_tokens,
-            choices=run.evaluated.choices,
+            choices=run.data.evaluation.choices,
         )
 
 
 def _memory(program: jax.stages.Compiled) -> int | None:
-    """Bytes of a device that it takes, its arguments among them; None where the backend does not say."""
-    if (found := program.memory_analysis()) is None:
+    """Return the bytes that a program needs on a device, arguments included; None if the backend does not say."""
+    if (analysis := program.memory_analysis()) is None:
         return None
-    size = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return int(size + found.temp_size_in_bytes + found.generated_code_size_in_bytes)
+    size = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return int(size + analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes)
 
 
 def _bytes(size: float) -> str:
@@ -119,9 +121,11 @@ def _bytes(size: float) -> str:
 
 
 def _planned(run: Prepared, shape: BatchShape) -> float:
-    """Bytes of a device in a step."""
-    name = max(dict(shape.volumes) or run.model.modalities, key=lambda m: run.model.modalities[m].num_patches)
-    held = next((leaf.dtype.name for leaf in run.frozen.values()), "float32")
-    held = held if held in ("float32", "bfloat16", "float16") else "bfloat16"
-    model = at_shape(run.config, run.model, name, positions=shape.positions, targets=shape.targets, frozen_dtype=held)
-    return sum(model.device_bytes(MeshShape(**run.mesh.shape), shape.conversations, run.config.model.remat).values())
+    """Return the bytes that `umbrella-jax plan` estimates for a step on a device."""
+    model = run.model.config
+    name = max(dict(shape.volumes) or model.modalities, key=lambda m: model.modalities[m].num_patches)
+    stored = next((leaf.dtype.name for leaf in run.training.frozen.values()), "float32")
+    stored = stored if stored in ("float32", "bfloat16", "float16") else "bfloat16"
+    sizes = at_shape(run.config, model, name, positions=shape.positions, targets=shape.targets, frozen_dtype=stored)
+    mesh = MeshShape(**run.training.mesh.shape)
+    return sum(sizes.device_bytes(mesh, shape.conversations, run.config.model.remat).values())

@@ -1,12 +1,12 @@
-"""A training run, from a config to a run directory; what lies there, umbrella_jax/rundir.py says.
+"""A training run, from a config to a run directory, whose files umbrella_jax/rundir.py lists.
 
-`train` and `rehearse` (`umbrella-jax train --dry-run`) share all up to the first step: preparation.py.
+`train` and `rehearse` (`umbrella-jax train --dry-run`) share everything before the first step: preparation.py.
 """
 
 import math
 import signal
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -32,7 +32,14 @@ from umbrella_jax.models import abstract_params
 from umbrella_jax.plan import batch_flops, sheet_of
 from umbrella_jax.run.evaluation import evaluate
 from umbrella_jax.run.loggers import loggers
-from umbrella_jax.run.preparation import Evaluated, Prepared, check, meet, prepare, versions
+from umbrella_jax.run.preparation import (
+    EvaluationData,
+    Prepared,
+    check,
+    check_processes,
+    prepare,
+    versions,
+)
 from umbrella_jax.run.rehearsal import rehearse
 from umbrella_jax.run.resumption import check_out, resume_from
 from umbrella_jax.run.signals import Signals
@@ -55,170 +62,187 @@ from umbrella_jax.rundir import (
 from umbrella_jax.sharding import param_sharding, parts
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints
-from umbrella_jax.training.trainer import fit
+from umbrella_jax.training.step import TrainState
+from umbrella_jax.training.trainer import (
+    EvaluateRegularly,
+    Hook,
+    Metrics,
+    ReadSignal,
+    SaveCheckpoint,
+    StopOnNonfinite,
+    Update,
+    WriteMetrics,
+    fit,
+    report_failed_save,
+    stop_on_signal,
+)
 
 __all__ = ["inspect", "rehearse", "train"]
 
 
 def inspect(config: RunConfig) -> str:
-    """What `train` says before it starts: per component how many parameters train and are frozen, and their names.
+    """Return what would train: the number of trainable and frozen parameters per component, and their names.
 
-    Needs config.json of the base alone; a checkpoint that lies there too is checked.
+    Needs only the base's config.json. If its weights are there too, they are checked.
     """
     base = open_base(config, weights=False)
-    found = (
+    findings = (
         base.check(config.model.frozen_dtype)
         if base.has_weights
         else [f"{base.path}: no weights there; from config.json alone"]
     )
     _, shapes = abstract_params(replace(base.config, lora=config.model.lora))
     labels = freeze.label_params(list(shapes), list(config.train.groups))
-    return "\n".join([*base.summary_lines, *found, freeze.summary(shapes, labels)])
+    return "\n".join([*base.summary_lines, *findings, freeze.summary(shapes, labels)])
 
 
 def train(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) -> Line:
-    """Trains what `config.train.groups` names.
+    """Train the parameters that `config.train.groups` names.
 
-    Everything that can be wrong with config, data and weights is refused before anything is compiled. All processes
-    of a run (`umbrella_jax.distributed.start`) call this alike and see one `output_dir`; the first alone says and
-    writes something, checkpoints apart, which each writes its part of.
+    Config, data and weights are checked completely before anything is compiled. All processes of a run
+    (`umbrella_jax.distributed.start`) call this with the same config and see the same `output_dir`. Only the first
+    prints and writes; checkpoints are the exception, of which each process writes its part.
 
     Args:
-        resume: go on from the newest checkpoint in `output_dir` that is not damaged.
-        say: takes the lines for people, which `log.txt` has too.
+        resume: continue from the newest checkpoint in `output_dir` that is not damaged.
+        say: takes lines to print. They are written to `log.txt` too.
 
     Returns:
-        The line of `metrics.jsonl` of the step that answers, the best of a run that keeps its best, else the last:
-        `step`, `loss` (mean over its supervised tokens, in nats), `grad_norm`, `learning_rate`, ..., and `eval_NAME`
-        of its evaluation on all evaluation data; None where a figure is not defined.
+        The line of `metrics.jsonl` of the step that later commands use: the best, if the run keeps its best, else the
+        last. It has `step`, `loss` (mean over the step's supervised tokens, in nats), `grad_norm`, `learning_rate`,
+        ..., and `eval_NAME` of its evaluation on all evaluation data. A metric that is not defined is None.
 
     Raises:
         ConfigError, DataError, CheckpointError: with every fault found.
         RunError: loss or gradient are not finite.
-        Interrupted: by SIGTERM or SIGINT, at the end of a step, which was saved; `resume` goes on.
+        Interrupted: SIGTERM or SIGINT came. The step under way was finished and saved; `resume` continues from there.
     """
     first = jax.process_index() == 0
-    with ExitStack() as held:
-        meet(config, resume=resume)
+    with ExitStack() as stack:
+        check_processes(config, resume=resume)
         with raise_together():
             out, mesh = check(config)
             out.mkdir(parents=True, exist_ok=True)
             if first:
-                held.enter_context(locked(out))
+                stack.enter_context(locked(out))
             check_out(config, out, resume)
-            log = held.enter_context(RunLog(out / LOG, say, _about(mesh))) if first else None
-        prepared = prepare(config, out, mesh, log.say if log else nothing)
-        return _run(prepared, resume, log)
+            log = stack.enter_context(RunLog(out / LOG, say, _about(mesh))) if first else None
+        run, state = prepare(config, out, mesh, log.say if log else nothing)
+        return _train(run, state, resume, log)
 
 
-def _run(run: Prepared, resume: bool, log: RunLog | None) -> Line:
-    """The steps. `log`: of the first process."""
-    config, out, mesh, metrics = run.config, run.out, run.mesh, run.out / METRICS
+def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -> Line:
+    """Make the updates, evaluate the best step, and print how the run ended.
+
+    Args:
+        state: before the first step; is used up.
+        log: None on all processes but the first.
+    """
+    config, out, mesh, num_steps = run.config, run.out, run.training.mesh, run.training.num_steps
     say, note = (log.say, log.note) if log else (nothing, nothing)
-    state, run.state = run.state, None
-    assert state is not None
     with (
-        Checkpoints(out / CHECKPOINTS, config.train, run.lines) as checkpoints,
+        Checkpoints(out / CHECKPOINTS, config.train, run.earlier_lines) as checkpoints,
         Signals(say) as signals,
-        ExitStack() as opened,
+        ExitStack() as stack,
     ):
-        state, pending = resume_from(checkpoints, state, run.meta, run.inputs, say) if resume else (state, None)
+        state, pending = resume_from(checkpoints, state, run.meta, run.data.inputs, say) if resume else (state, None)
         if log:
-            # also of a run that goes on: what a kill or a full disk left of them would show when it has ended
-            rewrite_folder(out / MODEL, partial(describe, run.base, first_steps=run.plan.first_steps()))
-            write_whole(out / CONFIG, dump_config(_absolute(config, run.base)))
-            write_whole(out / INPUTS, dump_inputs(run.inputs), PRIVATE)
+            # in a resumed run too: a kill or a full disk may have left half of them
+            rewrite_folder(out / MODEL, partial(describe, run.model.base, first_steps=run.data.plan.first_steps()))
+            write_whole(out / CONFIG, dump_config(_with_absolute_base(config, run.model.base)))
+            write_whole(out / INPUTS, dump_inputs(run.data.inputs), PRIVATE)
 
         def interrupted() -> int:
             return max_over_processes(signals.received)
 
         start = int(state.step)
-        logged = opened.enter_context(loggers(config, out, start - bool(pending))) if log else None
+        written = start - bool(pending)  # the number of lines in metrics.jsonl
+        send = stack.enter_context(loggers(config, out, written)) if log else None
         options: dict[str, Any] = {"say": say, "note": note, "quiet": log is None}
         options["memory"] = jax.local_devices()[0].memory_stats
-        progress = opened.enter_context(
-            Progress("step", run.steps, done=start, always=True, peak=_peak(run), **options)
-        )
-        flops = cache(partial(_flops, run))
-
-        def told(step: int, seconds: float, compiled: bool, loss: float | None) -> None:
-            progress.advance(1, _work(run.plan, step - 1, flops), seconds, compiled=compiled, loss=loss)
-
-        state = fit(
-            state,
-            run.frozen,
-            train_batches(
-                run.train_set,
-                run.plan,
+        progress = stack.enter_context(Progress("step", num_steps, done=start, always=True, peak=_peak(run), **options))
+        with Metrics(out / METRICS, written) if log else nullcontext() as metrics:
+            save = SaveCheckpoint(config.train, checkpoints, run.meta, metrics)
+            hooks: list[Hook] = [
+                StopOnNonfinite(run.training, checkpoints, partial(task_ids, run.data.train_set, run.data.plan), say),
+                _show(progress, run),
+                report_failed_save(checkpoints),
+                ReadSignal(interrupted),
+            ]
+            if run.data.evaluation:
+                evaluate_run = partial(evaluate, run, run.data.evaluation, interrupted, options)
+                hooks.append(EvaluateRegularly(evaluate_run, config.train, save, interrupted))
+            if metrics:
+                hooks.append(WriteMetrics(metrics, send))
+            hooks += [save, stop_on_signal]
+            batches = train_batches(
+                run.data.train_set,
+                run.data.plan,
                 start_step=start,
-                num_steps=run.steps,
+                num_steps=num_steps,
                 threads=config.data.threads,
                 parts=parts(mesh),
-            ),
-            graphdef=run.graphdef,
-            optimizer=run.optimizer,
-            schedule=run.schedule,
-            config=config.train,
-            num_steps=run.steps,
-            mesh=mesh,
-            checkpoints=checkpoints,
-            meta=run.meta,
-            metrics_path=metrics,
-            task_ids=partial(task_ids, run.train_set, run.plan),
-            evaluate=None if run.evaluated is None else partial(evaluate, run, run.evaluated, interrupted, options),
-            log=logged,
-            interrupted=interrupted,
-            pending=pending,
-            say=say,
-            progress=told,
-        )
+            )
+            state = fit(run.training, state, batches, hooks, pending=pending, say=say)
         best = checkpoints.best()
-        answering = best[0][0] if best else run.steps
-        kept = run.evaluated if config.train.keep_best else None
-        if kept and not broadcast(_is_evaluated(run, kept, answering) if log else None):
+        chosen = best[0][0] if best else num_steps
+        data = run.data.evaluation if config.train.keep_best else None
+        if data and not broadcast(_is_evaluated(run, data, chosen) if log else None):
             trainable = state.trainable
-            del state  # of a large part that trains, devices may not hold two with moments
-            if answering != run.steps:
+            del state  # if many parameters train, the devices have no room for two sets of them with moments
+            if chosen != num_steps:
                 with raise_together():
-                    trainable = checkpoints.restore_trainable(answering, partial(param_sharding, mesh))
+                    trainable = checkpoints.restore_trainable(chosen, partial(param_sharding, mesh))
             with jax.set_mesh(mesh):
-                found = evaluate(run, kept, interrupted, options, answering, trainable, final=True)
-            if found is None:
+                evaluation = evaluate(run, data, interrupted, options, chosen, trainable, final=True)
+            if evaluation is None:
                 number = interrupted()
                 name = signal.Signals(number).name
-                raise Interrupted(number, f"{name}: all {run.steps} steps are saved; --resume evaluates the end")
+                raise Interrupted(number, f"{name}: all {num_steps} steps are saved; --resume evaluates the end")
             if log:
-                add_figures(metrics, answering, found)
+                add_figures(out / METRICS, chosen, evaluation)
     for step, value in best:
         say(f"best: {config.train.best_metric} {value:.4g} at step {step}: {checkpoints.directory / str(step)}")
     if best:
         say("answers, scores, exports and reports of the run take the best; others with --step latest or a number")
-    lines_by_step = {line["step"]: line for line in read_metrics(metrics)} if log else {}
-    last, line = broadcast([lines_by_step[run.steps], with_final(lines_by_step[answering])] if log else None)
+    lines = {line["step"]: line for line in read_metrics(out / METRICS)} if log else {}
+    last, line = broadcast([lines[num_steps], with_final(lines[chosen])] if log else None)
     shown = (name for name in ("step", "loss", "grad_norm", "learning_rate") if name in last)
     say("  ".join(_number(name, last[name]) for name in shown))
     if best:
-        say(f"evaluation of the best, step {answering}:")
+        say(f"evaluation of the best, step {chosen}:")
     for name, value in line.items():
         if name.startswith("eval_"):
-            say(_number(name, value))  # of each task many: a line each
+            say(_number(name, value))  # one line each: a task has many
     return line
+
+
+def _show(progress: Progress, run: Prepared) -> Hook:
+    """Return the hook that advances the progress line."""
+    flops = cache(partial(_flops, run))
+
+    def show(update: Update) -> None:
+        if update.batch is not None:
+            work = _work(run.data.plan, update.step - 1, flops)
+            progress.advance(1, work, update.seconds, compiled=update.compiled, loss=update.line["loss"])
+
+    return show
 
 
 def _number(name: str, value: float | None) -> str:
     return f"{name} {math.nan if value is None else value:.4g}"
 
 
-def _is_evaluated(run: Prepared, evaluated: Evaluated, step: int) -> bool:
-    """Whether the evaluation of a step was on all evaluation data, not on `train.eval_samples` of them."""
+def _is_evaluated(run: Prepared, data: EvaluationData, step: int) -> bool:
+    """Return whether a step was evaluated on all evaluation data, not only on `train.eval_samples` of them."""
     line = next((line for line in read_metrics(run.out / METRICS) if line["step"] == step), {})
     if line != with_final(line):
         return True
-    total, size = len(evaluated.dataset), run.config.train.eval_samples
-    shown = evaluations(run.out).get(step)
-    whole = shown is not None and shown.read_bytes().count(b"\n") == total
-    subset = partial(eval_subset, evaluated.dataset, run.config.train.batch_size)
-    return whole and (size is None or len(subset(size, parts(run.mesh))) == total)
+    total, size = len(data.dataset), run.config.train.eval_samples
+    predictions = evaluations(run.out).get(step)
+    is_whole = predictions is not None and predictions.read_bytes().count(b"\n") == total
+    subset = partial(eval_subset, data.dataset, run.config.train.batch_size)
+    return is_whole and (size is None or len(subset(size, parts(run.training.mesh))) == total)
 
 
 def _about(mesh: Mesh) -> str:
@@ -227,24 +251,25 @@ def _about(mesh: Mesh) -> str:
 
 
 def _peak(run: Prepared) -> float | None:
-    """FLOP/s of all devices, where their data sheet says it of what is computed in."""
-    sheet = sheet_of(run.mesh.devices.flat[0].device_kind)
-    return sheet.flops * run.mesh.size if sheet and run.model.compute_dtype == "bfloat16" else None
+    """Return the peak FLOP/s of all devices together, or None if it is not known for the run's compute dtype."""
+    mesh = run.training.mesh
+    sheet = sheet_of(mesh.devices.flat[0].device_kind)
+    return sheet.flops * mesh.size if sheet and run.model.config.compute_dtype == "bfloat16" else None
 
 
 def _flops(run: Prepared, shape: BatchShape) -> float:
-    """Of an update, where their share of a peak is known."""
+    """Return the FLOPs of an update, or 0 if the devices' peak is not known."""
     if _peak(run) is None:
         return 0.0
-    of_micro = batch_flops(
+    per_micro_batch = batch_flops(
         run.config,
-        run.model,
+        run.model.config,
         conversations=shape.conversations,
         positions=shape.positions,
         targets=shape.targets,
         volumes=dict(shape.volumes),
     )
-    return of_micro * run.config.train.accumulate_steps
+    return per_micro_batch * run.config.train.accumulate_steps
 
 
 def _work(plan: EpochPlan, step: int, flops: Callable[[BatchShape], float]) -> Work:
@@ -253,7 +278,7 @@ def _work(plan: EpochPlan, step: int, flops: Callable[[BatchShape], float]) -> W
     return Work(samples=len(rows), tokens=int(plan.sizes.lengths[rows].sum()), flops=flops(update.shape))
 
 
-def _absolute(config: RunConfig, base: Checkpoint) -> RunConfig:
-    """With the base as an absolute path, a run with its step: what is trained is loaded from anywhere, later."""
+def _with_absolute_base(config: RunConfig, base: Checkpoint) -> RunConfig:
+    """Make the base an absolute path, so that the run can be loaded from any directory; add the step of a run."""
     path = base.step_directory or Path(str(config.model.base))
     return replace(config, model=replace(config.model, base=str(path.absolute()))) if path.is_dir() else config

@@ -1,12 +1,25 @@
-"""The loop, read from top to bottom. It takes any iterator of `Batch`."""
+"""The training loop, and the hooks that it calls after each update.
+
+`fit` updates parameters and measures time. Everything else is a hook: a function of an `Update`, called after each one
+in the order of the list that `fit` is given. A run (umbrella_jax/run/train.py) has these:
+
+1. `StopOnNonfinite` names the cause of a loss that is not finite; it stops the run or lets it skip the update.
+2. The progress line.
+3. `report_failed_save` raises the error of a checkpoint that could not be written.
+4. `ReadSignal` asks whether a signal came.
+5. `EvaluateRegularly` adds evaluation metrics to the line.
+6. `WriteMetrics` appends the line to metrics.jsonl.
+7. `SaveCheckpoint` saves regularly, at the end, and if a signal came.
+8. `stop_on_signal` ends the run if a signal came.
+"""
 
 import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,180 +42,195 @@ from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.diagnose import first_nonfinite, weights_error
 from umbrella_jax.training.step import TrainState, jit_train_step
 
-Evaluate = Callable[[int, Params], Line | None]
-"""(step, trainable parameters) → metrics under names of their own, None where a signal cut it off."""
-Progress = Callable[[int, float, bool, float | None], None]
-"""(step, seconds that it took with the wait for its batch, whether it was compiled meanwhile, loss), after each."""
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """Everything that stays the same from update to update."""
+
+    config: TrainConfig
+    num_steps: int
+    graphdef: nnx.GraphDef
+    frozen: Params
+    optimizer: optax.GradientTransformationExtraArgs
+    schedule: optax.Schedule
+    mesh: Mesh
 
 
-class Metrics:
-    """`metrics.jsonl`: one line per update, there as a whole as soon as it is written. Lines behind `step`, from a run
-    that was cut off after its last checkpoint, are taken out: they are made again."""
+@dataclass(kw_only=True)
+class Update:
+    """One update, as the hooks see it. A hook may add to it for the hooks after it."""
 
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        lines = read_metrics(path)
-        write_whole(path, "".join(strict_json(line) + "\n" for line in lines if int(line["step"] or 0) <= step))
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+    step: int
+    """Number of updates so far, this one included."""
+    num_steps: int
+    state: TrainState
+    """Parameters and moments after the update. The next update overwrites them, so a hook must not keep them."""
+    line: Line
+    """The update's line of `metrics.jsonl`, without its evaluation."""
+    batch: Batch | None = None
+    """None if an earlier process made the update and a signal came before its evaluation."""
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """The scalars that the step returned; empty without a batch."""
+    seconds: float = 0.0
+    """Duration, including the wait for the batch."""
+    compiled: bool = False
+    """Whether the step was compiled meanwhile."""
+    signal: int = 0
+    """The signal that asks the run to end; 0 without one."""
+    evaluation: Line = field(default_factory=dict)
+    """`eval_NAME` of the evaluation after this update; empty without one."""
 
-    def write(self, line: Line) -> None:
-        """Appends one line."""
-        append(self._file, self.path, (strict_json(line) + "\n").encode())
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the run's last update."""
+        return self.step == self.num_steps
 
-    def sync(self) -> None:
-        """Down to the disk, as a checkpoint does that counts on the lines."""
-        with naming(self.path):
-            os.fsync(self._file)
 
-    def __enter__(self) -> "Metrics":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._file)
+Hook = Callable[[Update], None]
+"""Called after each update. An error that it raises ends the run."""
 
 
 def fit(
+    run: TrainingRun,
     state: TrainState,
-    frozen: Params,
     batches: Iterator[Batch],
+    hooks: Sequence[Hook],
     *,
-    graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformationExtraArgs,
-    schedule: optax.Schedule,
-    config: TrainConfig,
-    num_steps: int,
-    mesh: Mesh,
-    checkpoints: Checkpoints,
-    meta: dict[str, Any],
-    metrics_path: Path,
-    task_ids: Callable[[int], Sequence[Sequence[str]]],
-    evaluate: Evaluate | None = None,
-    log: Callable[[Line], None] | None = None,
-    interrupted: Callable[[], int] = lambda: 0,
     pending: Line | None = None,
     say: Say = print,
-    progress: Progress | None = None,
 ) -> TrainState:
-    """Trains from `state.step` to `num_steps` on `batches`, which starts at that step, and returns the last state.
+    """Train until `run.num_steps` and call every hook after each update.
 
-    Saves every `config.save_steps` updates and at the end, `meta` beside it; evaluates every `config.eval_steps` and
-    at the end; hands each line of metrics to `log` too. While a step runs, the next batch is read and put on the
-    devices; its errors wait until then.
-
-    Of several processes each brings its own part of every batch (see `put_batch`); all of them save and evaluate, the
-    first alone says something, writes metrics and logs.
+    While a step runs, a thread reads the next batch and puts it on the devices. An error of that thread is raised when
+    the batch's turn comes. With several processes, each brings its own part of every batch (see `put_batch`).
 
     Args:
-        task_ids: of the conversations in each micro-batch of a step, for the message about one that goes wrong.
-        interrupted: the signal that asks the run to end, 0 for none; all processes get the same answer.
-        progress: is told after each update, before its evaluation and checkpoint.
-        pending: the line of `state.step`, where a signal came before its evaluation, as `meta["pending"]` holds it.
+        state: is used up: the first update reuses its memory.
+        batches: the batches from `state.step` on.
+        hooks: called in this order.
+        pending: the line of the update that led to `state`, if it still has to be evaluated: the hooks are called for
+            it before the first update.
+        say: takes a line whenever the step is compiled.
 
-    Raises:
-        RunError: loss or gradient are not finite, and `config.on_nonfinite` is `stop` or too many were skipped.
-            The last checkpoint stays.
-        CheckpointError, RunError: from `evaluate`; the step is saved, and a run that goes on evaluates it first.
-        Interrupted: by a signal, after the step was saved.
+    Returns:
+        The state after the last update.
     """
-    first = jax.process_index() == 0
     start, skipped = int(state.step), int(state.skipped)
-    step_fn = partial(jit_train_step(), graphdef=graphdef, optimizer=optimizer)
-    rates = np.broadcast_to(schedule(np.arange(num_steps)), num_steps)  # once: it takes a millisecond
-    shapes: set[Any] = set()
+    train_step = partial(jit_train_step(), graphdef=run.graphdef, optimizer=run.optimizer)
+    rates = np.broadcast_to(run.schedule(np.arange(run.num_steps)), run.num_steps)  # at once: one takes a millisecond
+    compiled_shapes: set[Any] = set()
 
     def next_batch() -> Batch:
-        return put_batch(next(batches), mesh, axis=1)
+        return put_batch(next(batches), run.mesh, axis=1)
 
-    with (
-        jax.set_mesh(mesh),
-        ThreadPoolExecutor(1) as ahead,
-        Metrics(metrics_path, start - bool(pending)) if first else nullcontext() as metrics,
-    ):
-
-        def finish(line: Line) -> None:
-            """What follows an update: evaluation, the line, a checkpoint, and the end where a signal asks for it."""
-            checkpoints.check()
-            step = int(state.step)
-            last, number, found = step == num_steps, interrupted(), Line()
-            if evaluate and (last or (config.eval_steps and step % config.eval_steps == 0)):
-                try:
-                    evaluated = None if number else evaluate(step, state.trainable)
-                except (CheckpointError, RunError):  # not finite, on every process
-                    checkpoints.save(state, {**meta, "pending": line})
-                    with raise_together():
-                        raise
-                if evaluated is None:
-                    checkpoints.save(state, {**meta, "pending": line})
-                    raise _interrupted(interrupted(), step, num_steps)
-                found = evaluated
-            if metrics:
-                metrics.write(line | found)
-                if log:
-                    log(line | found)
-            if last or number or step % config.save_steps == 0 or (found and config.keep_best):
-                if metrics:
-                    metrics.sync()
-                checkpoints.save(state, meta, found)
-            if number and not last:
-                raise _interrupted(number, step, num_steps)
-
+    with jax.set_mesh(run.mesh), ThreadPoolExecutor(1) as thread:
         if pending:
-            finish(pending)
-        coming = ahead.submit(next_batch) if start < num_steps else None
+            _call(hooks, Update(step=start, num_steps=run.num_steps, state=state, line=pending))
+        prefetched = thread.submit(next_batch) if start < run.num_steps else None
         ended = time.perf_counter()
-        for step in range(start, num_steps):
-            assert coming is not None
-            begun = time.perf_counter()
-            batch = coming.result()
+        for step in range(start + 1, run.num_steps + 1):
+            assert prefetched is not None
+            began = time.perf_counter()
+            batch = prefetched.result()
             shape = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
-            fresh = shape not in shapes
-            shapes.add(shape)
-            if first and fresh:
-                say(f"step {step + 1}: compiling for {describe(batch)}")
+            compiles = shape not in compiled_shapes
+            compiled_shapes.add(shape)
+            if compiles:
+                say(f"step {step}: compiling for {describe_batch(batch)}")
             started = time.perf_counter()
-            state, values = step_fn(state, frozen, batch)
-            coming = ahead.submit(next_batch) if step + 1 < num_steps else None
+            state, values = train_step(state, run.frozen, batch)
+            prefetched = thread.submit(next_batch) if step < run.num_steps else None
             values = jax.device_get(values)  # waits for the step
             waited, ended = started - ended, time.perf_counter()
             line: Line = {
-                "step": step + 1,
-                "steps": num_steps,
+                "step": step,
+                "steps": run.num_steps,
                 "loss": _finite(values["loss"]),
                 "grad_norm": _finite(values["grad_norm"]),
-                "learning_rate": float(rates[step - skipped]),
+                "learning_rate": float(rates[step - 1 - skipped]),
                 "supervised_tokens": int(values["supervised_tokens"]),
                 "step_seconds": ended - started,
-                "wait_seconds": waited,  # of the device, since the last step: for data, evaluation and checkpoints
+                "wait_seconds": waited,  # of the devices since the last step: for data, evaluation and checkpoints
             }
             if line["loss"] is None or line["grad_norm"] is None:
                 skipped += 1
                 line["skipped"] = skipped
-                if error := weights_error(state.trainable | frozen):
-                    with raise_together():
-                        raise error
-                part, rows = first_nonfinite(state.trainable | frozen, batch, graphdef=graphdef)
-                message = (
-                    f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite; "
-                    f"{_where(part, rows, task_ids(step))}"
-                )
-                if config.on_nonfinite == "stop" or skipped > config.max_skipped:
-                    with raise_together():  # every process comes here: all have the same values
-                        raise RunError(f"{message}; {_remedy(config, checkpoints.latest_step())}")
-                if first:
-                    say(f"{message}; skipped, {skipped} of {config.max_skipped} that may be")
-            if progress:
-                progress(step + 1, ended - begun, fresh, line["loss"])
-            finish(line)
+            _call(
+                hooks,
+                Update(
+                    step=step,
+                    num_steps=run.num_steps,
+                    state=state,
+                    line=line,
+                    batch=batch,
+                    values=values,
+                    seconds=ended - began,
+                    compiled=compiles,
+                ),
+            )
     return state
+
+
+def _call(hooks: Sequence[Hook], update: Update) -> None:
+    # a function of its own, so that no variable of the loop keeps an update's batch in memory during the next step
+    for hook in hooks:
+        hook(update)
 
 
 def _finite(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def describe_batch(batch: Batch) -> str:
+    """Return the shape of a training batch in words."""
+    micro, rows, length = batch.input_ids.shape
+    volumes = ", ".join(f"{x.shape[1]} {name}" for name, x in batch.volumes.items()) or "no volumes"
+    return f"{micro} × {rows} conversations of {length} positions; {volumes}"
+
+
+class StopOnNonfinite:
+    """Hook: find the cause of a loss or gradient that is not finite, and stop the run or report a skipped update.
+
+    The step itself left parameters and moments as they were.
+
+    Args:
+        checkpoints: for the message, which says what was saved.
+        task_ids: returns the task_ids of the conversations in each micro-batch of the update after N others.
+        say: takes the line about a skipped update.
+
+    Raises:
+        CheckpointError: the weights are not finite.
+        RunError: `train.on_nonfinite` is `stop`, or more than `train.max_skipped` updates were skipped.
+    """
+
+    def __init__(
+        self, run: TrainingRun, checkpoints: Checkpoints, task_ids: Callable[[int], Sequence[Sequence[str]]], say: Say
+    ):
+        self.run, self.checkpoints, self.task_ids, self.say = run, checkpoints, task_ids, say
+
+    def __call__(self, update: Update) -> None:
+        """Return at once if loss and gradient are finite."""
+        skipped = update.line.get("skipped")
+        if update.batch is None or skipped is None:
+            return
+        params, config = update.state.trainable | self.run.frozen, self.run.config
+        if error := weights_error(params):
+            with raise_together():
+                raise error
+        part, rows = first_nonfinite(params, update.batch, graphdef=self.run.graphdef)
+        message = (
+            f"step {update.step}: loss {update.values['loss']}, gradient norm {update.values['grad_norm']}: "
+            f"not finite; {_where(part, rows, self.task_ids(update.step - 1))}"
+        )
+        if config.on_nonfinite == "stop" or skipped > config.max_skipped:
+            with raise_together():  # every process comes here: all have the same values
+                raise RunError(f"{message}; {_remedy(config, self.checkpoints.latest_step())}")
+        self.say(f"{message}; skipped, {skipped} of {config.max_skipped} that may be")
+
+
 def _where(part: str, rows: np.ndarray, ids: Sequence[Sequence[str]]) -> str:
-    """In words, what `first_nonfinite` found of conversations with these ids."""
-    hit = [name for micro, found in zip(ids, rows, strict=True) for name, bad in zip(micro, found, strict=False) if bad]
+    """Return in words what `first_nonfinite` found; `ids` are the task_ids of each micro-batch."""
+    hit = [name for names, bad in zip(ids, rows, strict=True) for name, b in zip(names, bad, strict=False) if b]
     among = f", of {', '.join(hit)}" if hit else ""
     return f"first in {part}{among}; the step's task_ids: {', '.join(name for micro in ids for name in micro)}"
 
@@ -214,12 +242,132 @@ def _remedy(config: TrainConfig, saved: int | None) -> str:
     return f"{last}; look at these conversations, lower train.learning_rate, or skip such steps (--on-nonfinite skip)"
 
 
-def _interrupted(number: int, step: int, num_steps: int) -> Interrupted:
-    return Interrupted(number, f"{signal.Signals(number).name}: saved at step {step} of {num_steps}")
+def report_failed_save(checkpoints: Checkpoints) -> Hook:
+    """Return the hook that raises RunError if a checkpoint could not be written, such as onto a full disk."""
+    return lambda _: checkpoints.check()
 
 
-def describe(batch: Batch) -> str:
-    """The shape of a training batch in words."""
-    micro, rows, length = batch.input_ids.shape
-    volumes = ", ".join(f"{x.shape[1]} {name}" for name, x in batch.volumes.items()) or "no volumes"
-    return f"{micro} × {rows} conversations of {length} positions; {volumes}"
+class ReadSignal:
+    """Hook: note in `Update.signal` the signal that asks the run to end.
+
+    Args:
+        interrupted: returns that signal, 0 without one, and the same on every process.
+    """
+
+    def __init__(self, interrupted: Callable[[], int]):
+        self.interrupted = interrupted
+
+    def __call__(self, update: Update) -> None:
+        """Ask again after each update."""
+        update.signal = self.interrupted()
+
+
+class Metrics:
+    """The file `metrics.jsonl`, to which each update appends its line.
+
+    A line is in the file completely as soon as it is written. Opening the file removes lines after `step`, which a run
+    wrote after its last checkpoint before it was cut off: they will be written again.
+    """
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        lines = read_metrics(path)
+        write_whole(path, "".join(strict_json(line) + "\n" for line in lines if int(line["step"] or 0) <= step))
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def write(self, line: Line) -> None:
+        """Append one line."""
+        append(self._file, self.path, (strict_json(line) + "\n").encode())
+
+    def sync(self) -> None:
+        """Wait until the lines are on the disk, before a checkpoint is saved that relies on them."""
+        with naming(self.path):
+            os.fsync(self._file)
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+
+class WriteMetrics:
+    """Hook: append the update's line, with its evaluation, to `metrics.jsonl`, and hand it to `log` too."""
+
+    def __init__(self, metrics: Metrics, log: Callable[[Line], None] | None):
+        self.metrics, self.log = metrics, log
+
+    def __call__(self, update: Update) -> None:
+        """Write one line."""
+        line = update.line | update.evaluation
+        self.metrics.write(line)
+        if self.log:
+            self.log(line)
+
+
+class SaveCheckpoint:
+    """Hook: save every `train.save_steps` updates, at the end, if a signal came, and if the evaluation may be the best.
+
+    Args:
+        meta: what is saved beside the state.
+        metrics: is on the disk before the checkpoint is saved; None on all processes but the first.
+    """
+
+    def __init__(self, config: TrainConfig, checkpoints: Checkpoints, meta: dict[str, Any], metrics: Metrics | None):
+        self.config, self.checkpoints, self.meta, self.metrics = config, checkpoints, meta, metrics
+
+    def __call__(self, update: Update) -> None:
+        """Start to save, if it is time."""
+        is_time = update.is_last or update.step % self.config.save_steps == 0
+        if is_time or update.signal or (update.evaluation and self.config.keep_best):
+            if self.metrics:
+                self.metrics.sync()
+            self.checkpoints.save(update.state, self.meta, update.evaluation)
+
+    def save_pending(self, update: Update) -> None:
+        """Save an update that could not be evaluated, with its line, so that a resumed run evaluates it first."""
+        self.checkpoints.save(update.state, {**self.meta, "pending": update.line})
+
+
+Evaluate = Callable[[int, Params], Line | None]
+"""Takes step and trainable parameters; returns `eval_NAME` of each metric, or None if a signal came meanwhile."""
+
+
+class EvaluateRegularly:
+    """Hook: evaluate every `train.eval_steps` updates and at the end.
+
+    If the evaluation fails or a signal comes, the update is saved with its line first, and a resumed run evaluates it
+    before it goes on.
+
+    Raises:
+        CheckpointError, RunError: raised by `evaluate` on every process, for numbers that are not finite.
+        Interrupted: a signal came before the evaluation was done.
+    """
+
+    def __init__(self, evaluate: Evaluate, config: TrainConfig, save: SaveCheckpoint, interrupted: Callable[[], int]):
+        self.evaluate, self.every, self.save, self.interrupted = evaluate, config.eval_steps, save, interrupted
+
+    def __call__(self, update: Update) -> None:
+        """Evaluate, if it is time."""
+        if not update.is_last and not (self.every and update.step % self.every == 0):
+            return
+        try:
+            evaluation = None if update.signal else self.evaluate(update.step, update.state.trainable)
+        except (CheckpointError, RunError):
+            self.save.save_pending(update)
+            with raise_together():
+                raise
+        if evaluation is None:
+            self.save.save_pending(update)
+            raise _interrupted(update, self.interrupted())
+        update.evaluation = evaluation
+
+
+def stop_on_signal(update: Update) -> None:
+    """End the run if a signal came. Raises Interrupted; the update was saved before."""
+    if update.signal and not update.is_last:
+        raise _interrupted(update, update.signal)
+
+
+def _interrupted(update: Update, number: int) -> Interrupted:
+    return Interrupted(number, f"{signal.Signals(number).name}: saved at step {update.step} of {update.num_steps}")
