@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from umbrella_jax.cli.options import _FLAGS
 from umbrella_jax.config import schema
+from umbrella_jax.config.ranges import Range, range_of
 
 HEAD = """# Configuration of a run
 
@@ -72,6 +73,12 @@ def said(kind: Any) -> str:
     origin, of = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return "section"
+    if origin is typing.Annotated:
+        text, allowed = said(of[0]), range_of(kind)
+        if allowed in (None, Range()):
+            return text
+        # "a positive number" needs no "number" before it
+        return str(allowed).removeprefix("a ") if "number" in str(allowed) else f"{text}, {allowed}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(said(one) for one in of if one is not type(None))
     if origin is Literal:
@@ -103,19 +110,19 @@ def reference() -> str:
     """The page. Raises ValueError for a field without a docstring."""
     lines, flag = [HEAD], {key: name for name, (_, key, *_) in _FLAGS.items()}
     for key, cls in sections(schema.RunConfig):
-        documented, hints = docstrings(cls), typing.get_type_hints(cls)
+        documented, hints = docstrings(cls), typing.get_type_hints(cls, include_extras=True)
         rows = []
         for field in dataclasses.fields(cls):
             path = f"{key}.{field.name}" if key else field.name
             kind = hints[field.name]
-            of = typing.get_args(kind)
+            is_mapping = typing.get_origin(kind) is dict
             if dataclasses.is_dataclass(kind):
                 continue
             if field.name not in documented:
                 raise ValueError(f"{cls.__name__}.{field.name}: no docstring below it")
             meaning = re.sub(r"\bdocs/(\w+\.md)", r"[\1](\1)", documented[field.name])
             meaning += f" Flag: `{flag[path]}`." if path in flag else ""
-            what = f"sections `{path}.NAME`" if of and dataclasses.is_dataclass(of[-1]) else said(kind)
+            what = f"sections `{path}.NAME`" if is_mapping else said(kind)
             rows.append(f"| `{field.name}` | {what} | {default(field)} | {meaning.replace('|', chr(92) + '|')} |")
         paragraphs = re.sub(r"\bdocs/(\w+\.md)", r"[\1](\1)", inspect.cleandoc(cls.__doc__ or ""))
         paragraphs += f" Flag: `{flag[key]}`." if key in flag else ""

@@ -734,7 +734,7 @@ def test_modes():
         (fmri, {"spacing": 2.0}, "spacing 2.0: only 3D volumes with mode pad are brought to one voxel size"),
         (t1, {"spacing": 2.0}, "spacing 2.0: only 3D volumes with mode pad are brought to one voxel size"),
         *[
-            (t1, {"mode": "pad", "spacing": s}, f"spacing {s}: expected a positive number of mm, from 0.001 to 1000")
+            (t1, {"mode": "pad", "spacing": s}, f"spacing: expected 0.001 to 1000 mm, got {s}")
             for s in (0, -1.0, np.inf, np.nan, 1e-9)
         ],
     ],

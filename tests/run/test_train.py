@@ -266,7 +266,7 @@ def test_a_finished_run_resumes_to_its_end(run: Path, world: World) -> None:
         (["keep_best=1", "best_metric=eval_copy_rate/T1"], "neither high nor low values are good"),
         (["keep_best=1", "best_metric=eval_loss", "best_mode=max"], "train.best_mode: no such key"),
         (["best_metric=eval_loss"], "0 with best_metric eval_loss; set both"),
-        (["keep_latest=0"], "keep_latest: expected a positive number"),
+        (["keep_latest=0"], "keep_latest: expected 1 or more"),
     ],
 )
 def test_best_of_what_is_refused(world: World, tmp_path: Path, settings: list[str], message: str) -> None:

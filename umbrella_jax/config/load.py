@@ -171,8 +171,8 @@ def _expected_keys(path: Sequence[str | int]) -> str:
     cls: Any = RunConfig
     for part in path[:-1]:
         if dataclasses.is_dataclass(cls):
-            found = next((f.type for f in dataclasses.fields(cls) if f.name == part), None)
-            cls = get_args(found)[0] if type(None) in get_args(found) else found  # SomeConfig | None
+            kind = next((f.type for f in dataclasses.fields(cls) if f.name == part), None)
+            cls = get_args(kind)[0] if type(None) in get_args(kind) else kind  # SomeConfig | None
         elif cls is not None:  # dict[str, SomeConfig]
             cls = cls.__args__[1]
     if not dataclasses.is_dataclass(cls):
