@@ -389,7 +389,7 @@ ENGINEER = [
                 "need the same said in the config. Without `aliases`, `dMRI` is a modality of its own.",
                 f"umbrella-jax data validate {FLAGS} --train-data wrong/alias.json --image-root ds "
                 "--set 'model.modalities.T1.aliases=[dMRI]'",
-                [r"T1: \d+ volumes, \d+ of them readable", r"good: 0 faults"],
+                [r"T1: \d+ volumes, \d+ readable", r"good: 0 faults"],
                 show=(3, 2),
             ),
         ],

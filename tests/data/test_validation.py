@@ -1,4 +1,4 @@
-"""What validate finds, tells and draws. Expectations come from how the files were made."""
+"""`validate`: its findings, report and page. Expectations come from how the files were made."""
 
 import base64
 import json
@@ -21,7 +21,7 @@ from umbrella_jax.data.cache import Sources
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.loader import Dataset
 from umbrella_jax.data.validation.checks import check_overlap, read_contents, validate
-from umbrella_jax.data.validation.findings import KINDS, Finding, Report, histogram
+from umbrella_jax.data.validation.findings import KINDS, Finding, ValidationReport, histogram
 from umbrella_jax.data.validation.page import write_page
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.html import page as html_page
@@ -33,7 +33,7 @@ SHAPE = (6, 7, 5)
 
 @pytest.fixture
 def config(modalities):
-    """`config(train, eval)`; of None, the set is not named."""
+    """`config(train, eval)` makes the config of a run; with None, that set is not given."""
 
     def make(train, evaluation=None, **data):
         paths = {name: str(path) for name, path in (("train", train), ("eval", evaluation)) if path}
@@ -44,7 +44,7 @@ def config(modalities):
 
 @pytest.fixture
 def ask(record):
-    """`ask("a.nii")`: one question about a T1 volume."""
+    """`ask("a.nii")` makes a record with one question about a T1 volume."""
 
     def make(path, answer="male.", question="Which sex?", **fields):
         return record([("user", [f"T1:{path}", question]), ("assistant", [answer])], **fields)
@@ -52,7 +52,7 @@ def ask(record):
     return make
 
 
-def found(report, severity, kind=None):
+def reported(report, severity, kind=None):
     return [f for f in report.findings if f.severity == severity and kind in (None, f.kind)]
 
 
@@ -88,7 +88,7 @@ def test_all_faults_of_both_sets_come_together(config, ask, record, nifti, write
     )
     report = validate(config(train, evaluation, max_length=100), lambda: tokenizer)
     assert not report.ok
-    faults = {(f.kind, f.sets, f.place.replace(f"{tmp_path}/", ""), f.reason) for f in found(report, "fault")}
+    faults = {(f.kind, f.sets, f.place.replace(f"{tmp_path}/", ""), f.reason) for f in reported(report, "fault")}
     expected = [
         ("conversation", "train", "train.jsonl:2 (listed)", "images: 2 listed, 1 shown"),
         ("conversation", "train", "train.jsonl:7 (empty)", "expected at least one message"),
@@ -117,30 +117,30 @@ def test_faults_of_the_base_do_not_hide_the_others(config, ask, write_json):
         raise ConfigError("base/config.json: no such file")
 
     report = validate(config(write_json("train.json", [ask("missing.nii")])), broken)
-    assert {f.kind for f in found(report, "fault")} == {"base", "volume"}
-    assert next(f.place for f in found(report, "warning", "unchecked")) == "text"
+    assert {f.kind for f in reported(report, "fault")} == {"base", "volume"}
+    assert next(f.place for f in reported(report, "warning", "unchecked")) == "text"
 
 
-def test_a_set_that_is_not_there(config, ask, nifti, write_json, tmp_path):
+def test_a_missing_set(config, ask, nifti, write_json, tmp_path):
     nifti("a.nii", SHAPE)
     report = validate(config(write_json("train.json", [ask("a.nii")]), tmp_path / "none.json"))
-    (fault,) = found(report, "fault")
+    (fault,) = reported(report, "fault")
     assert (fault.kind, fault.sets, fault.place) == ("conversation", ("eval",), str(tmp_path / "none.json"))
     with pytest.raises(ConfigError, match=r"data\.train, data\.eval: expected a path"):
         validate(config(None))
 
 
-def test_what_was_not_checked_is_said(config, ask, record, nifti, write_json):
+def test_unchecked_parts_are_reported(config, ask, record, nifti, write_json):
     nifti("a.nii", SHAPE)
     turns = [ask("a.nii", answer=""), record([("user", ["hi"])])]
     report = validate(config(None, write_json("eval.json", turns)))
-    reasons = [f"{f.place}: {f.reason}" for f in found(report, "warning", "unchecked")]
+    reasons = [f"{f.place}: {f.reason}" for f in reported(report, "warning", "unchecked")]
     assert len(reasons) == 3
-    assert "neither lengths nor what is supervised" in reasons[0]
-    assert "only one of them is named" in reasons[1]
+    assert "lengths and supervised tokens were not checked" in reasons[0]
+    assert "only one of them is given" in reasons[1]
     assert "2 of 2 conversations name no subject" in reasons[2]
     assert report.sets["eval"].lengths == {}
-    assert [f.kind for f in found(report, "fault")] == ["text"]  # the last turn is looked at without a tokenizer
+    assert [f.kind for f in reported(report, "fault")] == ["text"]  # the last turn is looked at without a tokenizer
 
 
 @pytest.mark.parametrize(
@@ -163,13 +163,13 @@ def test_a_subject_in_train_and_eval(config, ask, nifti, write_json, train, eval
         nifti(path := fields.pop("path", f"{name}.nii"), SHAPE)
         paths.append(write_json(f"{name}.json", [ask(path, task_id=name, **fields)]))
     report = validate(config(*paths))
-    assert [f.place for f in found(report, "fault")] == ([f"subject {subject}"] if subject else [])
+    assert [f.place for f in reported(report, "fault")] == ([f"subject {subject}"] if subject else [])
     if subject:
-        (fault,) = found(report, "fault")
+        (fault,) = reported(report, "fault")
         assert fault.reason.startswith(f"in train ({paths[0]}[0] (train)) and in eval ({paths[1]}[0] (eval)); ")
         allowed = validate(config(*paths, allow_overlap=True))
         assert allowed.ok
-        assert [f.place for f in found(allowed, "warning", "overlap")] == [f"subject {subject}"]
+        assert [f.place for f in reported(allowed, "warning", "overlap")] == [f"subject {subject}"]
 
 
 def test_voxels_in_train_and_eval_and_under_several_names(config, ask, nifti, write_json, tmp_path):
@@ -183,17 +183,17 @@ def test_voxels_in_train_and_eval_and_under_several_names(config, ask, nifti, wr
     train = write_json("train.json", [ask(f"{n}.nii") for n in ("copy", "twin", "twin-copy", "shared")])
     evaluation = write_json("eval.json", [ask("a.nii.gz"), ask("shared.nii"), ask("other.nii")])
     report = validate(config(train, evaluation))
-    overlaps = {f.place: f.reason for f in found(report, "fault")}
-    assert {f.kind for f in found(report, "fault")} == {"overlap"}
+    overlaps = {f.place: f.reason for f in reported(report, "fault")}
+    assert {f.kind for f in reported(report, "fault")} == {"overlap"}
     assert overlaps.keys() == {str(tmp_path / "copy.nii"), str(tmp_path / "shared.nii")}
     assert str(tmp_path / "a.nii.gz") in overlaps[str(tmp_path / "copy.nii")]
-    (duplicate,) = found(report, "warning", "duplicate")
+    (duplicate,) = reported(report, "warning", "duplicate")
     assert (duplicate.place, duplicate.sets) == (str(tmp_path / "twin.nii"), ("train",))
     assert duplicate.reason == f"the same voxels as {tmp_path / 'twin-copy.nii'}"
 
 
-def test_a_copy_of_a_scan_is_found_by_its_bytes(nifti, tmp_path):
-    """Under another name, `train` would evaluate on what it trains on; it does not compare voxels."""
+def test_a_renamed_copy_is_found_by_its_bytes(nifti, tmp_path):
+    """`train` compares files by their bytes, `validate` by voxels."""
     shutil.copyfile(nifti("sub-01.nii.gz", (4, 4, 4)), tmp_path / "sub-17.nii.gz")
     sources = Sources()
     sets = {
@@ -219,7 +219,7 @@ def test_contradictions(config, ask, record, nifti, write_json):
         ask("b.nii", "", task_id="blank"),
     ]
     path = write_json("train.json", turns)
-    (warning,) = found(validate(config(path)), "warning", "contradiction")
+    (warning,) = reported(validate(config(path)), "warning", "contradiction")
     assert warning.place == f"{path}[0] (one)"
     assert warning.reason == f"answers 'male.' here, 'female.' in {path}[1] (two)"
 
@@ -235,7 +235,7 @@ def test_answers(config, ask, nifti, write_json, record):
     report = validate(config(write_json("train.json", train), write_json("eval.json", evaluation)))
     assert report.sets["train"].answers["sex"] == {"male.": 3, "female.": 1}
     assert report.sets["eval"].answers["sex"] == {"Male": 1, "male.": 1, "": 1}
-    warned = {f.place: f.reason for f in found(report, "warning", "answers")}
+    warned = {f.place: f.reason for f in reported(report, "warning", "answers")}
     assert warned == {
         "task sex": "'Male' only in eval; train answers 'female.', 'male.'",
         "task side": "every answer is 'left.'",
@@ -246,7 +246,7 @@ def test_answers(config, ask, nifti, write_json, record):
     assert tables["Answers, task age"] == {
         "min": ("20", ""), "median": ("26", ""), "max": ("32", ""), "numbers": ("13", "0"),
     }  # fmt: skip
-    (note,) = found(report, "note", "task_id")[:1]
+    (note,) = reported(report, "note", "task_id")[:1]
     assert "'S01' 19 times" in note.reason
 
 
@@ -268,9 +268,9 @@ def test_lengths(config, ask, record, nifti, write_json, tokenizer):
         "text": text,
         "supervised": [tokens("male.") + 1, tokens("no") + 1],
     }
-    assert [f.place for f in found(report, "fault")] == [f"{path}[0] (S01)"]
-    said = report.to_json()["sets"]["train"]["lengths"]["patches"]
-    assert (said["min"], said["median"], said["max"]) == (0, 3, 6)
+    assert [f.place for f in reported(report, "fault")] == [f"{path}[0] (S01)"]
+    patches = report.to_json()["sets"]["train"]["lengths"]["patches"]
+    assert (patches["min"], patches["median"], patches["max"]) == (0, 3, 6)
 
 
 def test_histogram():
@@ -318,7 +318,7 @@ def test_digest_is_of_shape_and_voxels(nifti, tmp_path):
     assert len({read_contents(path).digest for path in [*same, *other]}) == 4
 
 
-def test_volumes_with_next_to_nothing_in_them(config, ask, record, nifti, write_json):
+def test_nearly_empty_volumes(config, ask, record, nifti, write_json):
     nifti("good.nii", SHAPE)
     nifti("constant.nii", np.full(SHAPE, 3.0))
     one = np.zeros(SHAPE)
@@ -329,8 +329,8 @@ def test_volumes_with_next_to_nothing_in_them(config, ask, record, nifti, write_
     turns = [ask(f"{name}.nii") for name in ("good", "constant", "one", "nearly")]
     turns.append(record([("user", ["fMRI:still.nii"]), ("assistant", ["yes"])]))
     report = validate(config(write_json("train.json", turns)))
-    said = {f.place.rpartition("/")[2]: f.reason for f in found(report, "warning", "empty")}
-    assert said == {
+    reasons = {f.place.rpartition("/")[2]: f.reason for f in reported(report, "warning", "empty")}
+    assert reasons == {
         "constant.nii": "every voxel is 3",
         "nearly.nii": "nearly constant: its voxels are from 999999.5 to 1000000.5",
         "one.nii": "0.48% of its voxels are not 0",
@@ -345,7 +345,7 @@ def test_headers_that_contradict_themselves(config, ask, nifti, write_json, tmp_
     scan.set_qform(np.diag([-1, 1, 1, 1]), 1)
     nib.save(nib.Nifti1Image(np.asarray(scan.dataobj), None, scan.header), path)
     settings = config(write_json("train.json", [ask("a.nii.gz")]))
-    (finding,) = found(validate(settings), "warning", "header")
+    (finding,) = reported(validate(settings), "warning", "header")
     reason = "its qform (code 1) says LAS, its sform (code 2) says RAS: they disagree about left and right; "
     reason += "the sform is used"
     assert (finding.place, finding.reason) == (str(path), reason)
@@ -364,18 +364,18 @@ def test_outliers(config, ask, nifti, write_json):
     nifti("bright.nii", np.random.default_rng(0).uniform(9e4, 1e5, SHAPE).astype(np.float32), usual)
     names = [*map(str, range(6)), "left", "large", "bright"]
     path = write_json("train.json", [ask(f"{name}.nii") for name in names])
-    said = {f.place.rpartition("/")[2]: f.reason for f in found(validate(config(path)), "warning", "outlier")}
-    assert said.keys() == {"left.nii", "large.nii", "bright.nii"}
-    assert said["left.nii"] == "orientation LAS, 1 of 9 T1 volumes; usual is RAS (8)"
-    assert said["large.nii"] == "voxel size (mm) 2 × 1 × 1.2, 1 of 9 T1 volumes; usual is 1 × 1 × 1.2 (8)"
-    assert said["bright.nii"].startswith("its largest voxel is 9.997e+04; of the T1 volumes it is 8.9")
+    reasons = {f.place.rpartition("/")[2]: f.reason for f in reported(validate(config(path)), "warning", "outlier")}
+    assert reasons.keys() == {"left.nii", "large.nii", "bright.nii"}
+    assert reasons["left.nii"] == "orientation LAS, 1 of 9 T1 volumes; usual is RAS (8)"
+    assert reasons["large.nii"] == "voxel size (mm) 2 × 1 × 1.2, 1 of 9 T1 volumes; usual is 1 × 1 × 1.2 (8)"
+    assert reasons["bright.nii"].startswith("its largest voxel is 9.997e+04; the median of T1 volumes is 8.9")
     nifti("up.nii", SHAPE, np.eye(4)[[2, 1, 0, 3]] * [1, 1, 1.2, 1])
     two = [ask(f"{name}.nii") for name in ("0", "1", "left", "copy", "up")]
     nifti("copy.nii", SHAPE, usual * [-1, 1, 1, 1])
-    (warning,) = found(validate(config(write_json("two.json", two))), "warning", "outlier")
+    (warning,) = reported(validate(config(write_json("two.json", two))), "warning", "outlier")
     assert warning.reason == "orientation SAR, 1 of 5 T1 volumes; usual is RAS (2), LAS (2)"
     halves = write_json("halves.json", [ask(f"{name}.nii") for name in ("0", "left")])
-    assert found(validate(config(halves)), "warning", "outlier") == []  # neither is the usual one
+    assert reported(validate(config(halves)), "warning", "outlier") == []  # neither is the usual one
 
 
 def test_thousands_of_faults_are_legible():
@@ -384,7 +384,7 @@ def test_thousands_of_faults_are_legible():
         for i in range(3000)
     ]
     findings += [Finding("fault", "volume", ("eval",), f"/d/{i}.nii", "not found") for i in range(2000)]
-    report = Report({}, (), tuple(findings))
+    report = ValidationReport({}, (), tuple(findings))
     lines = report.lines()
     assert len(lines) < 25
     assert sum("3000 × images: … listed, 1 shown" in line for line in lines) == 1
@@ -396,7 +396,7 @@ def test_thousands_of_faults_are_legible():
 
 
 def test_findings_fit_a_terminal():
-    """Alike ones are told by what they have in common, then what each has instead; nothing is wider than it must be."""
+    """A group shows the words that all share, then what differs in each; only long paths exceed 80 columns."""
     where = (
         "in train (conversations/train.json[{0}] (sub-0{0}_T1w)) and in eval (again/eval.json[{1}] (sub-0{0}_T1w)); "
     )
@@ -407,7 +407,7 @@ def test_findings_fit_a_terminal():
     )
     findings.append(Finding("fault", "conversation", ("train",), "t.json[0]", "size 3, 4: wrong"))
     findings.append(Finding("fault", "conversation", ("train",), "t.json[1]", "size 3, 5: wrong"))
-    lines = Report({}, (), tuple(findings)).lines()
+    lines = ValidationReport({}, (), tuple(findings)).lines()
     assert [len(line) > 80 for line in lines] == ["/ddd" in line for line in lines]
     text = "\n".join(lines)
     assert "2 × in train (…) and in eval (…); expected other subjects to evaluate on" in text
@@ -430,14 +430,14 @@ def test_findings_fit_a_terminal():
 )
 def test_grouped_findings_keep_their_brackets(reasons: list[str], shared: str, details: list[str]) -> None:
     findings = tuple(Finding("fault", "volume", ("train",), f"{i}.nii", reason) for i, reason in enumerate(reasons))
-    lines = "\n".join(Report({}, (), findings).lines())
+    lines = "\n".join(ValidationReport({}, (), findings).lines())
     assert f"2 × {shared}\n" in lines
     for i, detail in enumerate(details):
         assert f"{i}.nii: {detail}\n" in lines
 
 
-def test_a_terminal_is_not_steered_by_a_name():
-    report = Report({}, (), (Finding("fault", "volume", ("train",), "a\x1b[2J\n\ud800.nii", "not found"),))
+def test_control_characters_of_a_name_are_escaped():
+    report = ValidationReport({}, (), (Finding("fault", "volume", ("train",), "a\x1b[2J\n\ud800.nii", "not found"),))
     text = "\n".join(report.lines())
     assert "\x1b" not in text
     assert r"a\x1b[2J\n\ud800.nii: not found" in text
@@ -503,7 +503,7 @@ def test_the_page_shows_what_augmentation_does(config, ask, nifti, write_json, t
     assert not np.array_equal(plain, noisy)
 
 
-def test_what_float16_cannot_hold_is_a_fault(config, ask, nifti, write_json, tmp_path):
+def test_a_value_beyond_float16_is_a_fault(config, ask, nifti, write_json, tmp_path):
     nifti("a.nii", np.full(SHAPE, 1e5, np.float32) + np.arange(210).reshape(SHAPE))
     train = write_json("train.json", ask("a.nii"))
     for dtype, ok in (("float32", True), ("float16", False)):
@@ -514,7 +514,7 @@ def test_what_float16_cannot_hold_is_a_fault(config, ask, nifti, write_json, tmp
         assert report.ok == ok, report.lines()
 
 
-def test_a_flip_of_what_has_no_orientation_is_a_fault(config, ask, write_json, tmp_path):
+def test_a_flip_without_an_orientation_is_a_fault(config, ask, write_json, tmp_path):
     np.save(tmp_path / "a.npy", np.random.default_rng(0).random(SHAPE, np.float32))
     for augment, ok in ((AugmentConfig(), True), (AugmentConfig(left_right_flip=0.5), False)):
         settings = config(write_json("train.json", ask("a.npy")), augment=augment)
@@ -584,7 +584,7 @@ def test_letters():
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPI", "SAR", None])
-def test_planes_go_through_the_voxel_that_is_named(codes):
+def test_planes_go_through_the_given_voxel(codes):
     volume = np.zeros((3, 4, 5))
     volume[2, 0, 3] = 1
     for plane in slices.slices(volume, codes, None, at=(2, 0, 3)):
@@ -592,7 +592,7 @@ def test_planes_go_through_the_voxel_that_is_named(codes):
     assert not any(plane.rows.any() for plane in slices.slices(volume, codes, None))
 
 
-def test_a_map_is_laid_over_in_colour():
+def test_a_map_is_overlaid_in_colour():
     volume, values = np.full((4, 4, 4), 0.5), np.zeros((4, 4, 4))
     values[0], values[3] = -1, 1
     planes = [slices.slices(v, "RAS", None)[:1] for v in (volume, values)]
@@ -631,7 +631,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def command(world, capsys):
-    """`command(*flags)`: exit code, stdout and stderr of `umbrella-jax data validate` on a good world."""
+    """`command(*flags)` runs `data validate` on a good world; returns exit code, stdout and stderr."""
 
     def run(*flags):
         words = ["--config", world.config, "--base", world.base, "--train-data", world.train, "--eval-data", world.eval]
@@ -642,12 +642,12 @@ def command(world, capsys):
 
 
 def test_command(command, world, tmp_path):
-    told = command()
-    assert told.code == 1  # the world's sets share scans
-    assert "in train and in eval" in told.out
-    told = command("--allow-overlap", "--json", "--html", tmp_path / "page.html", "--samples", 3)
-    assert told.code == 0
-    found = json.loads(told.out)
+    result = command()
+    assert result.code == 1  # the world's sets share scans
+    assert "in train and in eval" in result.out
+    result = command("--allow-overlap", "--json", "--html", tmp_path / "page.html", "--samples", 3)
+    assert result.code == 0
+    found = json.loads(result.out)
     assert found.keys() == {"version", "ok", "counts", "findings", "sets", "volumes"}
     assert found["ok"]
     assert found["counts"]["fault"] == 0
@@ -657,31 +657,31 @@ def test_command(command, world, tmp_path):
     assert found["sets"]["train"]["conversations"] == 12
     assert len(found["volumes"]) == 8
     assert found["sets"]["train"]["lengths"]["patches"]["max"] == 12
-    assert html_page.PRIVACY in told.err
+    assert html_page.PRIVACY in result.err
     assert (tmp_path / "page.html").read_text().count("<article>") == 3
 
 
-def test_answers_that_a_run_could_not_score_are_a_fault(command, world):
-    """As `train` refuses them, before it compiles."""
+def test_answers_that_cannot_be_scored_are_a_fault(command, world):
+    """`train` refuses the same, before it compiles."""
     assert command("--allow-overlap").code == 0
     assert "evaluation.tasks.age: no such task here" in command("--set", "evaluation.tasks.age.kind=regression").out
     records = json.loads(world.eval.read_text())
     records[0]["conversations"][-1]["content"] = ""
     blank = world.eval.with_name("blank.json")
     blank.write_text(json.dumps(records))
-    told = command("--allow-overlap", "--eval-data", blank)
-    assert told.code == 1
-    assert "no reference; expected the last answer of the conversation" in " ".join(told.out.split())
+    result = command("--allow-overlap", "--eval-data", blank)
+    assert result.code == 1
+    assert "no reference; expected the last answer of the conversation" in " ".join(result.out.split())
 
 
 def test_no_page_without_its_packages(command, tmp_path, monkeypatch):
     monkeypatch.setattr(html_page, "_installed", lambda module: module != "PIL")
-    monkeypatch.setattr("umbrella_jax.data.validation.checks.validate", lambda *_, **__: pytest.fail("work was begun"))
-    told = command("--html", tmp_path / "page.html")
-    assert told.code == 2
-    assert "pillow not installed; pip install 'umbrella-jax[report]'" in told.err
+    monkeypatch.setattr("umbrella_jax.data.validation.checks.validate", lambda *_, **__: pytest.fail("work started"))
+    result = command("--html", tmp_path / "page.html")
+    assert result.code == 2
+    assert "pillow not installed; pip install 'umbrella-jax[report]'" in result.err
     monkeypatch.undo()
-    monkeypatch.setattr("umbrella_jax.data.validation.checks.validate", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr("umbrella_jax.data.validation.checks.validate", lambda *_, **__: pytest.fail("work started"))
     assert "expected the name of a file" in command("--html", tmp_path / "none" / "page.html").err
     assert "--html FILE" in command("--samples", 3).err
 
@@ -689,4 +689,4 @@ def test_no_page_without_its_packages(command, tmp_path, monkeypatch):
 def test_without_the_base(world, capsys):
     words = ["--config", world.config, "--train-data", world.train, "--set", "model.base=some/where-not-downloaded"]
     assert main(["data", "validate", *map(str, words)]) == 0
-    assert "no tokenizer at hand" in capsys.readouterr().out
+    assert "no tokenizer on this machine" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What `validate` found, as text for people and as JSON for programs."""
+"""The report of `validate`: text for people, JSON for programs."""
 
 import itertools
 import re
@@ -22,7 +22,7 @@ KINDS = {
     "base": "the base and its tokenizer",
     "conversation": "conversation files",
     "text": "conversations as text",
-    "images": "what conversations show",
+    "images": "images in conversations",
     "volume": "volumes that a run refuses",
     "overlap": "in train and in eval",
     "unchecked": "not checked",
@@ -30,158 +30,165 @@ KINDS = {
     "contradiction": "the same question about the same images, answered differently",
     "answers": "answers",
     "header": "headers that contradict themselves",
-    "empty": "volumes with next to nothing in them",
+    "empty": "nearly empty volumes",
     "background": "background of volumes with voxels below 0",
     "outlier": "volumes unlike the others of their modality",
-    "task_id": "task ids that come twice",
+    "task_id": "repeated task ids",
 }
-"""Of findings, in the order in which they are told."""
-_PLACES = 5  # of a finding, on the terminal
-_ANSWERS = 6  # of a task, on the terminal
+"""{kind of finding: its heading}, in the order of the report."""
+_PLACES_SHOWN = 5  # per group of findings, on the terminal
+_ROWS_SHOWN = 6  # answers of a task, and values of a property
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing found. Faults are what a run refuses, and what train and eval share; the rest is to be looked at."""
+    """One entry of the report.
+
+    A fault is something that a run refuses, or data that train and eval share. Warnings and notes are for a person to
+    check.
+    """
 
     severity: Severity
     kind: str
     """One of KINDS."""
     sets: tuple[str, ...]
-    """Which of train and eval it concerns."""
+    """The sets it concerns: train, eval or both."""
     place: str
-    """The file, and what in it."""
+    """The file, and the position in it."""
     reason: str
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What a file holds, before any preprocessing. Numbers are of its finite voxels, None where there are none."""
+class VolumeContents:
+    """Header and voxel statistics of a file, before preprocessing.
+
+    Statistics count finite voxels only; they are None if there are none.
+    """
 
     shape: tuple[int, ...]
     dtype: str
-    """As stored, before a NIfTI file's scaling."""
+    """Type of the stored numbers, before a NIfTI file's scaling."""
     orientation: str | None
-    """As `nibabel.aff2axcodes`, such as LPS; None where the format says nothing of it."""
+    """Axis codes as in `nibabel.aff2axcodes`, such as LPS; None if the format has none."""
     voxel_size: tuple[float, ...] | None
-    """mm along each stored axis."""
+    """mm along each stored axis; None if the format has none."""
     minimum: float | None
     maximum: float | None
     mean: float | None
     nonzero: float
-    """Share of the voxels that are not 0."""
+    """Fraction of the voxels that are not 0."""
     still: bool
-    """Whether it has several frames, all of them the same."""
+    """Whether the file has several frames, all of them equal."""
     digest: str
-    """BLAKE2b of shape, last axes of length 1 left out, and float32 voxels in stored order, whatever the file's format,
-    type and compression."""
+    """BLAKE2b of the shape (without last axes of length 1) and the float32 voxels in stored order. It does not depend
+    on the file's format, type and compression."""
     remarks: tuple[str, ...] = ()
-    """Contradictions of its header, each with the reading that was taken."""
+    """Contradictions in the header, each with the reading that is used."""
 
     @property
     def frames(self) -> int:
-        """Length of the fourth axis, 1 where there is none."""
+        """Length of the fourth axis, 1 if there is none."""
         return self.shape[3] if len(self.shape) > 3 else 1
 
 
 @dataclass(frozen=True)
-class Volume:
-    """One image that conversations show."""
+class ShownVolume:
+    """A volume that conversations show."""
 
     path: Path
     modality: str
     sets: tuple[str, ...]
     windows: int
-    """That a run can draw; 0 where it would refuse the volume."""
-    contents: Contents | None
-    """None where it cannot be read."""
+    """Number of windows that a run can draw; 0 if a run would refuse the volume."""
+    contents: VolumeContents | None
+    """None if the file cannot be read."""
 
     @property
     def key(self) -> str:
-        """The same for the same voxels under any name; the path where they cannot be read."""
+        """A key for the voxels, whatever the file is called; the path if the file cannot be read."""
         return self.contents.digest if self.contents else str(self.path)
 
 
 @dataclass(frozen=True)
-class Set:
-    """What is good of train or of eval."""
+class ConversationSet:
+    """The conversations of train or eval that have no fault."""
 
     path: str
     conversations: tuple[Conversation, ...]
     lengths: Mapping[str, np.ndarray]
-    """{positions, patches, text, supervised: int [conversations]}; positions are patches and text. Empty where there
-    was no tokenizer."""
+    """{positions, patches, text, supervised: int array [conversations]}; positions = patches + text. Empty without a
+    tokenizer."""
 
     @property
     def answers(self) -> dict[str, Counter[str]]:
-        """{task: {last answer: how often}}; the task is `metadata.task`, else `task_type`."""
-        found: dict[str, Counter[str]] = defaultdict(Counter)
+        """{task: {last answer: count}}; the task is `metadata.task`, else `task_type`."""
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
         for c in self.conversations:
             if c.messages[-1].role == "assistant":
-                found[str(c.metadata.get("task") or c.task_type or "")][c.messages[-1].text.strip()] += 1
-        return found
+                counts[str(c.metadata.get("task") or c.task_type or "")][c.messages[-1].text.strip()] += 1
+        return counts
 
     @property
     def subjects(self) -> dict[str, list[str]]:
         """{subject: labels of the conversations about it}."""
-        found: dict[str, list[str]] = defaultdict(list)
+        labels: dict[str, list[str]] = defaultdict(list)
         for conversation in self.conversations:
             for subject in sorted(conversation.subjects):
-                found[subject].append(conversation.label)
-        return found
+                labels[subject].append(conversation.label)
+        return labels
 
 
 @dataclass(frozen=True)
-class Report:
-    """All that was found."""
+class ValidationReport:
+    """Everything that `validate` returns."""
 
-    sets: Mapping[str, Set]
-    volumes: tuple[Volume, ...]
-    """Each distinct one, in the order of first appearance."""
+    sets: Mapping[str, ConversationSet]
+    volumes: tuple[ShownVolume, ...]
+    """Distinct volumes in the order of first appearance."""
     findings: tuple[Finding, ...]
 
-    def of(self, severity: Severity) -> list[Finding]:
-        """In the order of KINDS."""
-        found = [finding for finding in self.findings if finding.severity == severity]
-        return sorted(found, key=lambda finding: list(KINDS).index(finding.kind))
+    def with_severity(self, severity: Severity) -> list[Finding]:
+        """Return the findings of one severity in the order of KINDS."""
+        findings = [finding for finding in self.findings if finding.severity == severity]
+        return sorted(findings, key=lambda finding: list(KINDS).index(finding.kind))
 
     @property
     def ok(self) -> bool:
         """Whether there is no fault."""
-        return not self.of("fault")
+        return not self.with_severity("fault")
 
-    def tables(self) -> list["Table"]:
-        """The statistics."""
+    def tables(self) -> list["StatisticsTable"]:
+        """Return the statistics as tables, without empty ones."""
         modalities = dict.fromkeys(volume.modality for volume in self.volumes)
-        of_volumes = (table for modality in modalities for table in _volume_tables(self, modality))
-        found = [_set_table(self), _length_table(self), *_task_tables(self), *of_volumes]
-        return [table for table in found if table.rows]
+        volume_tables = (table for modality in modalities for table in _volume_tables(self, modality))
+        tables = [_set_table(self), _length_table(self), *_task_tables(self), *volume_tables]
+        return [table for table in tables if table.rows]
 
     def lines(self) -> list[str]:
-        """For people: tables, then notes, warnings and faults, alike ones together with the first few places."""
-        out = [line for table in self.tables() for line in (*table.lines(), "")]
+        """Return the text for people: tables, then notes, warnings and faults in groups with their first places."""
+        lines = [line for table in self.tables() for line in (*table.lines(), "")]
         for severity in reversed(SEVERITIES):
-            found = self.of(severity)
-            if found:
-                out += [f"{plural(len(found), severity)}:", *_grouped_lines(found, self._shown_by()), ""]
-        counts = ", ".join(plural(len(self.of(s)), s) for s in SEVERITIES)
-        return [visible(line, kept="") for line in [*out, f"{'good' if self.ok else 'not good'}: {counts}"]]
+            findings = self.with_severity(severity)
+            if findings:
+                lines += [f"{plural(len(findings), severity)}:", *_grouped_lines(findings, self._shown_by()), ""]
+        counts = ", ".join(plural(len(self.with_severity(s)), s) for s in SEVERITIES)
+        return [visible(line, kept="") for line in [*lines, f"{'good' if self.ok else 'not good'}: {counts}"]]
 
     def _shown_by(self) -> dict[str, str]:
-        """{path of a volume: the first conversation that shows it}."""
-        found = [(str(i.path), c.label) for s in self.sets.values() for c in s.conversations for i in c.images]
-        return dict(reversed(found))
+        """Return {path of a volume: label of the first conversation that shows it}."""
+        pairs = [(str(i.path), c.label) for s in self.sets.values() for c in s.conversations for i in c.images]
+        return dict(reversed(pairs))
 
     def to_json(self) -> dict[str, Any]:
-        """For programs; docs/validate.md says what the keys are."""
+        """Return the report for programs; docs/validate.md explains the keys."""
         return {
             "version": 1,
             "ok": self.ok,
-            "counts": {severity: len(self.of(severity)) for severity in SEVERITIES},
+            "counts": {severity: len(self.with_severity(severity)) for severity in SEVERITIES},
             "findings": [
                 {"severity": f.severity, "kind": f.kind, "sets": f.sets, "place": f.place, "reason": f.reason}
                 for severity in SEVERITIES
-                for f in self.of(severity)
+                for f in self.with_severity(severity)
             ],
             "sets": {
                 name: {
@@ -189,8 +196,8 @@ class Report:
                     "conversations": len(s.conversations),
                     "subjects": len(s.subjects),
                     "lengths": {
-                        what: {"min": int(n.min()), "median": float(np.median(n)), "max": int(n.max()), **histogram(n)}
-                        for what, n in s.lengths.items()
+                        unit: {"min": int(n.min()), "median": float(np.median(n)), "max": int(n.max()), **histogram(n)}
+                        for unit, n in s.lengths.items()
                         if n.size
                     },
                     "answers": s.answers,
@@ -210,27 +217,27 @@ class Report:
         }
 
 
-PROPERTIES: dict[str, Callable[[Contents], str]] = {
+PROPERTIES: dict[str, Callable[[VolumeContents], str]] = {
     "shape": lambda c: _times(c.shape[:3]),
     "frames": lambda c: str(c.frames),
-    "orientation": lambda c: c.orientation or "not said",
-    "voxel size (mm)": lambda c: "not said" if c.voxel_size is None else _times(c.voxel_size),
+    "orientation": lambda c: c.orientation or "unknown",
+    "voxel size (mm)": lambda c: "unknown" if c.voxel_size is None else _times(c.voxel_size),
     "type": lambda c: c.dtype,
     "below 0": lambda c: "some voxels" if (c.minimum or 0) < 0 else "none",
 }
-"""Of which the volumes of a modality mostly have one value."""
+"""{property: its value as text}, for properties in which most volumes of a modality agree."""
 
 
 @dataclass(frozen=True)
-class Table:
-    """A few numbers for people."""
+class StatisticsTable:
+    """A small table of the report."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
     def lines(self) -> list[str]:
-        """Numbers to the right, the first column to the left."""
+        """Return the title and the rows, the first column aligned left, the others right."""
         columns = []
         for i, column in enumerate(zip(self.columns, *self.rows, strict=True)):
             width = max(map(len, column))
@@ -239,84 +246,91 @@ class Table:
 
 
 def histogram(values: np.ndarray, bins: int = 20) -> dict[str, list[int]]:
-    """Counts between whole-numbered edges; the last bin holds its upper edge too."""
+    """Return {edges, counts} of a histogram with whole-numbered edges; the last bin includes its upper edge."""
     low, high = int(values.min()), int(values.max())
     edges = np.unique(np.linspace(low, high + 1, min(bins, high + 1 - low) + 1).round().astype(int))
     return {"edges": edges.tolist(), "counts": np.histogram(values, edges)[0].tolist()}
 
 
-def _set_table(report: Report) -> Table:
+def _set_table(report: ValidationReport) -> StatisticsTable:
     rows = []
     for name, s in report.sets.items():
         faulty = {f.place for f in report.findings if f.kind == "conversation" and name in f.sets}
         volumes = sum(name in volume.sets for volume in report.volumes)
         rows.append((name, str(len(s.conversations)), str(len(faulty)), str(volumes), str(len(s.subjects)), s.path))
-    return Table("Sets", ("", "conversations", "faulty", "volumes", "subjects", "from"), tuple(rows))
+    return StatisticsTable("Sets", ("", "conversations", "faulty", "volumes", "subjects", "from"), tuple(rows))
 
 
-def _length_table(report: Report) -> Table:
+def _length_table(report: ValidationReport) -> StatisticsTable:
     rows = [
-        (f"{name} {what}", str(n.min()), f"{np.median(n):g}", str(n.max()), f"{n.sum():,}")
+        (f"{name} {unit}", str(n.min()), f"{np.median(n):g}", str(n.max()), f"{n.sum():,}")
         for name, s in report.sets.items()
-        for what, n in s.lengths.items()
+        for unit, n in s.lengths.items()
         if n.size
     ]
-    return Table("Lengths of a conversation, in tokens", ("", "min", "median", "max", "sum"), tuple(rows))
+    return StatisticsTable("Lengths of a conversation, in tokens", ("", "min", "median", "max", "sum"), tuple(rows))
 
 
-def _task_tables(report: Report) -> Iterator[Table]:
+def _task_tables(report: ValidationReport) -> Iterator[StatisticsTable]:
     answers = {name: s.answers for name, s in report.sets.items()}
-    for task in sorted({task for of_set in answers.values() for task in of_set}):
-        counts = {name: of_set.get(task, Counter()) for name, of_set in answers.items()}
+    for task in sorted({task for by_task in answers.values() for task in by_task}):
+        counts = {name: by_task.get(task, Counter()) for name, by_task in answers.items()}
         both = sum(counts.values(), Counter())
         title = f"Answers, task {task or 'not named'}"
         if len(both) > MAX_CLASSES and (values := _numbers(counts)) is not None:
             summaries: dict[str, Callable[[list[float]], Any]] = {"min": min, "median": np.median, "max": max}
-            found = [(what, *(f"{of(n):g}" if n else "" for n in values)) for what, of in summaries.items()]
-            yield Table(title, ("", *counts), (*found, ("numbers", *(str(len(n)) for n in values))))
+            rows = [
+                (name, *(f"{summarise(n):g}" if n else "" for n in values)) for name, summarise in summaries.items()
+            ]
+            rows.append(("numbers", *(str(len(n)) for n in values)))
+            yield StatisticsTable(title, ("", *counts), tuple(rows))
             continue
-        shown = [answer for answer, _ in both.most_common(MAX_CLASSES if len(both) <= MAX_CLASSES else _ANSWERS)]
+        shown = [answer for answer, _ in both.most_common(MAX_CLASSES if len(both) <= MAX_CLASSES else _ROWS_SHOWN)]
         rows = [
             (repr(answer) if answer else "blank", *(_share(c[answer], c.total()) for c in counts.values()))
             for answer in shown
         ]
-        if rest := len(both) - len(shown):
-            left = [(c.total() - sum(c[answer] for answer in shown), c.total()) for c in counts.values()]
-            rows.append((f"{rest} others", *(_share(*pair) for pair in left)))
-        yield Table(title, ("", *counts), tuple(rows))
+        if num_others := len(both) - len(shown):
+            others = [(c.total() - sum(c[answer] for answer in shown), c.total()) for c in counts.values()]
+            rows.append((f"{num_others} others", *(_share(*pair) for pair in others)))
+        yield StatisticsTable(title, ("", *counts), tuple(rows))
 
 
 def _numbers(counts: Mapping[str, Counter[str]]) -> list[list[float]] | None:
-    """The answers of each set, if all but the blank ones are numbers."""
+    """Return the answers of each set as numbers, None if any that is not blank is no number."""
     try:
         return [[float(answer) for answer in c.elements() if answer] for c in counts.values()]
     except ValueError:
         return None
 
 
-def _volume_tables(report: Report, modality: str) -> Iterator[Table]:
+def _volume_tables(report: ValidationReport, modality: str) -> Iterator[StatisticsTable]:
     volumes = [volume for volume in report.volumes if volume.modality == modality]
-    known = [volume.contents for volume in volumes if volume.contents is not None]
+    readable = [volume.contents for volume in volumes if volume.contents is not None]
     rows = []
-    for name, of in PROPERTIES.items():
-        counts = Counter(map(of, known)).most_common()
-        rows += [(name if i == 0 else "", value, str(count)) for i, (value, count) in enumerate(counts[:_ANSWERS])]
-        if rest := counts[_ANSWERS:]:
-            rows.append(("", f"{len(rest)} others", str(sum(count for _, count in rest))))
-    yield Table(f"{modality}: {len(volumes)} volumes, {len(known)} of them readable", ("", "", "volumes"), tuple(rows))
+    for name, property_of in PROPERTIES.items():
+        counts = Counter(map(property_of, readable)).most_common()
+        rows += [(name if i == 0 else "", value, str(count)) for i, (value, count) in enumerate(counts[:_ROWS_SHOWN])]
+        if others := counts[_ROWS_SHOWN:]:
+            rows.append(("", f"{len(others)} others", str(sum(count for _, count in others))))
+    title = f"{modality}: {len(volumes)} volumes, {len(readable)} readable"
+    yield StatisticsTable(title, ("", "", "volumes"), tuple(rows))
     ranges = []
     for name in ("minimum", "mean", "maximum", "nonzero"):
-        if values := [value for c in known if (value := getattr(c, name)) is not None]:
+        if values := [value for c in readable if (value := getattr(c, name)) is not None]:
             low, middle, high = min(values), float(np.median(values)), max(values)
             label = "share of voxels not 0" if name == "nonzero" else f"{name} of the voxels"
             ranges.append((label, f"{low:.4g}", f"{middle:.4g}", f"{high:.4g}"))
     if ranges:
-        yield Table(f"{modality}: intensities as stored", ("", "min", "median", "max"), tuple(ranges))
+        yield StatisticsTable(f"{modality}: intensities as stored", ("", "min", "median", "max"), tuple(ranges))
 
 
 def _grouped_lines(findings: Sequence[Finding], shown_by: Mapping[str, str]) -> Iterator[str]:
-    """Findings that differ in numbers and names alone are one, with its first places; of a volume that a run refuses
-    with the conversation to mend, which may name it wrongly."""
+    """Yield the lines of findings of one severity, by kind and in groups.
+
+    A group is one sentence with its first places. A volume that a run refuses comes with the conversation that shows
+    it, since the conversation may have a wrong path.
+    """
     for kind in KINDS:
         of_kind = [finding for finding in findings if finding.kind == kind]
         if of_kind:
@@ -327,43 +341,45 @@ def _grouped_lines(findings: Sequence[Finding], shown_by: Mapping[str, str]) -> 
             if len(group) == 1:
                 yield from wrapped(visible(f"    {first.place}{where[0]}: {first.reason}", kept=""))
                 continue
-            said, details = _differences([finding.reason for finding in group])
-            yield from wrapped(visible(f"    {len(group)} × {said}", kept=""))
-            for finding, of_one, of_volume in zip(group[:_PLACES], details, where, strict=False):
-                text = f": {', '.join(of_one)}" if of_one else ""
-                yield from wrapped(visible(f"        {finding.place}{of_volume}{text}", kept=""))
-            if len(group) > _PLACES:
-                yield f"        … and {len(group) - _PLACES} more (--json and --html name all)"
+            shared, details = _differences([finding.reason for finding in group])
+            yield from wrapped(visible(f"    {len(group)} × {shared}", kept=""))
+            for finding, differing, shown_in in zip(group[:_PLACES_SHOWN], details, where, strict=False):
+                text = f": {', '.join(differing)}" if differing else ""
+                yield from wrapped(visible(f"        {finding.place}{shown_in}{text}", kept=""))
+            if len(group) > _PLACES_SHOWN:
+                yield f"        … and {len(group) - _PLACES_SHOWN} more (--json and --html list all)"
 
 
 def _differences(texts: Sequence[str]) -> tuple[str, list[list[str]]]:
     """Return the words that all texts share, with `…` for those that differ, and the differing words of each text.
 
-    Texts of different lengths share nothing: return the first, and the others whole. Brackets around a difference stay
-    with the shared words.
+    Texts with different numbers of words share nothing: return the first text, and each of the others whole. Brackets
+    around a difference stay with the shared words.
     """
     words = [text.split(" ") for text in texts]
-    if len({len(of_one) for of_one in words}) > 1:
+    if len({len(text) for text in words}) > 1:
         return texts[0], [[] if text == texts[0] else [text] for text in texts]
-    said, details = list[str](), [list[str]() for _ in texts]
+    shared, details = list[str](), [list[str]() for _ in texts]
     for same, run in itertools.groupby(zip(*words, strict=True), key=lambda column: len(set(column)) == 1):
         columns = list(run)
         if same:
-            said += [column[0] for column in columns]
+            shared += [column[0] for column in columns]
             continue
         phrases = [" ".join(phrase) for phrase in zip(*columns, strict=True)]
         ends = {phrase[-1:] for phrase in phrases}
-        end = ends.pop() if len(ends) == 1 and ends <= {",", ";", ":"} else ""  # punctuation of the sentence
+        end = (
+            ends.pop() if len(ends) == 1 and ends <= {",", ";", ":"} else ""
+        )  # punctuation that belongs to the sentence
         phrases = [phrase.removesuffix(end) for phrase in phrases]
         opening, closing = _brackets(phrases)
-        said.append(f"{opening}…{closing}{end}")
-        for of_one, phrase in zip(details, phrases, strict=True):
-            of_one.append(phrase.removeprefix(opening).removesuffix(closing))
-    return " ".join(said), details
+        shared.append(f"{opening}…{closing}{end}")
+        for differing, phrase in zip(details, phrases, strict=True):
+            differing.append(phrase.removeprefix(opening).removesuffix(closing))
+    return " ".join(shared), details
 
 
 def _brackets(phrases: Sequence[str]) -> tuple[str, str]:
-    """Return the brackets that belong to the sentence: those around all phrases, or that all leave open."""
+    """Return the brackets that belong to the sentence: those around every phrase, or open in every phrase."""
     opened, closed = [], []
     for phrase in phrases:
         depths = list(itertools.accumulate({"(": 1, ")": -1}.get(c, 0) for c in phrase)) or [0]
@@ -374,7 +390,7 @@ def _brackets(phrases: Sequence[str]) -> tuple[str, str]:
 
 
 def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:
-    """By kind and reason but for numbers, paths and what stands in quotes; the largest group first."""
+    """Group findings by kind and by reason, ignoring numbers, paths and quoted words; the largest group first."""
     groups: dict[tuple[str, str], list[Finding]] = defaultdict(list)
     for finding in findings:
         pattern = re.sub(r"'[^']*'|\S*/\S*|\d+(\.\d+)?(e[+-]?\d+)?", "…", finding.reason)

@@ -1,4 +1,4 @@
-"""The page of `validate`: findings, statistics, and slices of the volumes as the model gets them."""
+"""The HTML page of `validate`: findings, statistics, and slices of volumes as the model gets them."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ from umbrella_jax.data.validation.findings import (
     KINDS,
     SEVERITIES,
     Finding,
-    Report,
     Severity,
-    Volume,
+    ShownVolume,
+    ValidationReport,
     grouped,
     histogram,
 )
@@ -29,13 +29,13 @@ from umbrella_jax.html.slices import draw, geometry, grey, images, slices
 
 
 def check_page(file: Path) -> None:
-    """Raise ConfigError if the page could not be written, before any work is done for it."""
+    """Raise ConfigError if the page cannot be written; call this before any work is done for it."""
     if faults := page_faults("--html", file, ["pillow"]):
         raise ConfigError(faults)
 
 
 def write_page(
-    report: Report,
+    report: ValidationReport,
     modalities: Mapping[str, ModalityConfig],
     file: Path,
     *,
@@ -46,24 +46,28 @@ def write_page(
     """Write the page.
 
     Args:
-        sample: number of volumes to draw: flagged ones first, the rest evenly over all.
-        augment: draw each enabled augmentation too, by itself and at its largest.
+        report: of `validate`.
+        modalities: the configured modalities, by name.
+        file: where to write; must not exist.
+        sample: number of volumes to draw: flagged ones first, then others at even distances.
+        threads: number of volumes drawn at a time.
+        augment: each enabled augmentation is drawn too, alone and at its largest.
 
     Raises:
         ConfigError: see `check_page`.
-        DataError: a volume cannot be read any more.
+        DataError: a volume can no longer be read.
     """
     check_page(file)
 
-    def card(volume: Volume) -> dict[str, Any]:
+    def card(volume: ShownVolume) -> dict[str, Any]:
         config = modalities[volume.modality]
-        found: list[Background] = []
+        backgrounds: list[Background] = []
         opened = open_volume(volume.path, config)
-        array = preprocess(volume.path, opened, config, note=lambda *remark: found.append(remark[-1]))
+        array = preprocess(volume.path, opened, config, note=lambda *remark: backgrounds.append(remark[-1]))
         contents = volume.contents
-        assert contents is not None  # of what cannot be read there is no window to draw
+        assert contents is not None  # a file that cannot be read has no windows, so it is not drawn
         codes, spacing = geometry(contents.orientation, contents.voxel_size, contents.shape, config)
-        background = level_of(found[0] if found else None, config)
+        background = level_of(backgrounds[0] if backgrounds else None, config)
         changes = [
             (title, augmentation.apply(array, codes, background=background))
             for title, augmentation in examples(augment)
@@ -74,27 +78,27 @@ def write_page(
             for title, changed in [("as the model gets it", array), *changes]
             for part, image in images(changed)
         ]
-        return {"volume": volume, "codes": codes, "spacing": spacing, "pictures": pictures, "of": about[volume]}
+        return {"volume": volume, "codes": codes, "spacing": spacing, "pictures": pictures, "findings": flags[volume]}
 
-    told: dict[str, list[Finding]] = defaultdict(list)
+    by_place: dict[str, list[Finding]] = defaultdict(list)
     for finding in report.findings:
-        told[finding.place].append(finding)
-    about = {volume: told.get(str(volume.path), []) for volume in report.volumes}
-    drawn = _sample(report.volumes, {volume for volume in report.volumes if about[volume]}, sample)
+        by_place[finding.place].append(finding)
+    flags = {volume: by_place.get(str(volume.path), []) for volume in report.volumes}
+    drawn = _sample(report.volumes, {volume for volume in report.volumes if flags[volume]}, sample)
     with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
         cards = list(pool.map(card, drawn))
     render_page(
         Path(__file__).with_name("page.html"),
         file,
         report=report,
-        found={
+        findings={
             severity: [(title, groups) for kind, title in KINDS.items() if (groups := _groups(report, severity, kind))]
             for severity in SEVERITIES
         },
         histograms=[
-            (f"{name}: {what} per conversation", _bars(histogram(numbers)))
+            (f"{name}: {unit} per conversation", _bars(histogram(numbers)))
             for name, s in report.sets.items()
-            for what, numbers in s.lengths.items()
+            for unit, numbers in s.lengths.items()
             if numbers.size
         ],
         cards=cards,
@@ -102,23 +106,23 @@ def write_page(
     )
 
 
-def _groups(report: Report, severity: Severity, kind: str) -> list[list[Finding]]:
-    return grouped(finding for finding in report.of(severity) if finding.kind == kind)
+def _groups(report: ValidationReport, severity: Severity, kind: str) -> list[list[Finding]]:
+    return grouped(finding for finding in report.with_severity(severity) if finding.kind == kind)
 
 
-def _sample(volumes: Sequence[Volume], first: set[Volume], number: int) -> list[Volume]:
-    """Choose up to `number` drawable volumes: evenly from `first`, then evenly from the others."""
-    chosen: list[Volume] = []
-    for among in ([v for v in volumes if v in first], [v for v in volumes if v not in first]):
-        usable = [volume for volume in among if volume.windows]
+def _sample(volumes: Sequence[ShownVolume], flagged: set[ShownVolume], number: int) -> list[ShownVolume]:
+    """Choose up to `number` drawable volumes at even distances: from `flagged`, then from the others."""
+    chosen: list[ShownVolume] = []
+    for candidates in ([v for v in volumes if v in flagged], [v for v in volumes if v not in flagged]):
+        usable = [volume for volume in candidates if volume.windows]
         left = min(number - len(chosen), len(usable))
         chosen += [usable[i] for i in np.linspace(0, len(usable) - 1, left).round().astype(int)]
     return chosen
 
 
-def _bars(found: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Return the bars of a histogram (x, width and height in percent, and a text each) and the ends of its axes."""
-    edges, counts = found["edges"], found["counts"]
+def _bars(bins: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Return a histogram's bars (x, width and height in percent, and a text) and the ends of its axes."""
+    edges, counts = bins["edges"], bins["counts"]
     span, top = edges[-1] - edges[0], max(counts)
     bars = [
         (100 * (low - edges[0]) / span, 100 * (high - low) / span, 100 * n / top, f"{low} to {high - 1}: {n}")
