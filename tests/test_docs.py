@@ -94,6 +94,8 @@ def test_what_executes_blocks_can_fail(tmp_path: Path) -> None:
         ("bash", "umbrella-jax config from-original nowhere.yaml"),
         ("bash", "pip install '.[cuda99]'"),
         ("python", "assert False"),
+        ("pycon", ">>> 1 + 1\n3"),
+        ("pycon", "1 + 1"),
         ("json", '{"what": 1}'),
         ("output", "said"),
         ("tree", "umbrella_jax/\n  nothing.py  gone"),

@@ -4,6 +4,7 @@ A page's commands run in a folder of its own, in which the names that pages use 
 what stands in for them. What one page makes and another one reads (`runs/sex`, ...) is README's own, copied (`GIVEN`).
 """
 
+import doctest
 import io
 import itertools
 import json
@@ -112,6 +113,7 @@ WORLD: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 GIVEN: dict[str, tuple[str, ...]] = {
     "docs/answers.md": ("runs/sex",),
+    "docs/architecture.md": ("conversations", "runs/sex"),
     "docs/conversion.md": ("runs/sex",),
     "docs/data.md": ("conversations",),
     "docs/metrics.md": ("runs/sex",),
@@ -361,6 +363,18 @@ def run_python(page: Page, block: Block) -> None:
     page.printed = out.getvalue()
 
 
+def run_session(page: Page, block: Block) -> None:
+    """Run an interactive session; each statement must print exactly what the block shows, numbers included."""
+    text = re.sub(r"^$", "<BLANKLINE>", block.text.rstrip(), flags=re.MULTILINE)  # which doctest wants in outputs
+    session = doctest.DocTestParser().get_doctest(text, page.namespace, block.page, block.page, block.line)
+    assert session.examples, f"{block.label}: no line begins with >>>"
+    differences = io.StringIO()
+    with captured():
+        failed, _ = doctest.DocTestRunner(verbose=False).run(session, out=differences.write, clear_globs=False)
+    assert not failed, f"{block.label}:\n{differences.getvalue()}"
+    page.namespace |= session.globs
+
+
 def run_json(page: Page, block: Block) -> None:
     """A conversation, or a participants.json."""
     data = json.loads(block.text)
@@ -473,6 +487,7 @@ def look_at_picture(page: Page, block: Block) -> None:
 RUNNERS: dict[str, Callable[[Page, Block], None]] = {
     "bash": run_bash,
     "python": run_python,
+    "pycon": run_session,
     "json": run_json,
     "yaml": run_yaml,
     "output": compare_output,
@@ -485,7 +500,7 @@ RUNNERS: dict[str, Callable[[Page, Block], None]] = {
 
 def prepare(name: str, folder: Path, made: Path | None) -> None:
     """Puts into `folder` what a page reads; `made` is where README ran."""
-    if any(block.kind in ("bash", "python", "json", "yaml") for block in blocks(name)):
+    if any(block.kind in ("bash", "python", "pycon", "json", "yaml") for block in blocks(name)):
         make_world(folder)
     given = GIVEN.get(name, ())
     for product in dict.fromkeys([*given, *(more for one in given for more in NEEDS.get(one, ()))]):
