@@ -232,14 +232,20 @@ def test_resuming_on_another_base_is_refused(run: Path, world: World, tmp_path: 
 
 
 def test_a_run_from_before_a_field_was_known_resumes(run: Path, world: World, tmp_path: Path) -> None:
-    """It ran as the field's default says."""
+    """It ran as the field's default says. `model.remat: dots`, which is gone, damages neither config nor checkpoint."""
     old = shutil.copytree(run, tmp_path / "old")
 
     def forget(meta: dict[str, Any]) -> None:
         for modality in meta["config"]["model"]["modalities"].values():
             del modality["mode"], modality["spacing"]
+        meta["config"]["model"]["remat"] = "dots"
 
     small_run.edit_meta(old, forget)
+    settings = read_config(old / "config.yaml")
+    settings["model"]["remat"] = "dots"
+    small_run.write_config(old / "config.yaml", settings)
+    assert "damaged" not in umbrella("runs", old)
+    umbrella("score", old)
     flags = [*FLAGS, "--eval-data", world.eval, "--resume"]
     assert f"from step {STEPS}" in umbrella(*world.train_flags(old, *flags))
     message = umbrella(*world.train_flags(old, *flags, "--set", "model.modalities.T1.mode=pad"), code=2)

@@ -30,7 +30,7 @@ from convert.from_hf import Plan, fingerprint, plan_loading
 from convert.lazy_tensor import Index, Tensor, Where, add_product, check_finite, copy, place
 from convert.rules import modality_of
 from convert.safetensors_files import digest
-from umbrella_jax.config.load import load_config
+from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import (
     LoraConfig,
     ModalityConfig,
@@ -452,8 +452,7 @@ class RunCheckpoint(Checkpoint):
     ) -> "RunCheckpoint":
         """Open the directory `run`, at `own_step` if the path named one; other arguments as in `Checkpoint.open`."""
         config = read_config(run / MODEL, modalities, **options)
-        # `remat` is not used; older runs may have the value `dots`, which no longer exists
-        settings = load_config(run / CONFIG, {"model.remat": "full"})
+        settings = load_stored_config(run / CONFIG)
         assert settings.model.base is not None  # `train` requires one
         # parameters that the run did not train must start as they did in the run
         options |= {"init": settings.model.patch_embed_init, "seed": settings.seed, "weights": weights}

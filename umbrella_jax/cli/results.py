@@ -16,7 +16,7 @@ from umbrella_jax.cli.options import (
     config_of,
     number,
 )
-from umbrella_jax.config.load import load_config
+from umbrella_jax.config.load import load_config, load_stored_config
 from umbrella_jax.config.schema import EvaluationConfig
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.io.files import strict_json
@@ -111,17 +111,19 @@ def _score(arguments: argparse.Namespace) -> None:
     from umbrella_jax.rundir import CONFIG, choose_step, evaluations
     from umbrella_jax.scoring.metrics import cut_faults, read_predictions, score, tasks_of
 
-    file, settings, title = Path(arguments.predictions), arguments.config, ""
+    file, stored, title = Path(arguments.predictions), None, ""
     if file.is_dir():
         run, found = file, evaluations(file)
         if not found:
             raise ConfigError(f"{file}: no predictions; expected an evaluated run or a predictions file")
-        step, why = choose_step(run, load_config(run / CONFIG).train, found, arguments.step)
-        file, settings = found[step], settings or run / CONFIG
+        stored = load_stored_config(run / CONFIG)
+        step, why = choose_step(run, stored.train, found, arguments.step)
+        file = found[step]
         title = f"{file} ({why})\n\n"
     elif arguments.step is not None:
         raise ConfigError(f"--step {arguments.step}: {file} is not a run; leave --step out, or name the run")
-    config = load_config(settings).evaluation if settings else EvaluationConfig()
+    settings = load_config(arguments.config) if arguments.config else stored
+    config = settings.evaluation if settings else EvaluationConfig()
     rows = read_predictions(file)
     tasks = tasks_of(rows, config.tasks)
     if faults := cut_faults(rows, tasks):

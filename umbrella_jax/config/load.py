@@ -209,15 +209,7 @@ def load_config(
     Raises:
         ConfigError: the file is missing or no YAML, gives a key twice, or `parse_config` rejects it.
     """
-    shipped = shipped_configs()
-    if os.path.isdir(path) or not os.path.lexists(path):
-        path = shipped.get(str(path), path)
-    data = read_yaml(path, f"expected a YAML file, or a shipped config: {', '.join(shipped)}")
-    if not isinstance(data, dict):
-        raise ConfigError(
-            f"{path}: {'empty' if data is None else 'no config'}; expected the keys of a run: model, data, train, …"
-        )
-    _check_own(data, str(path))
+    path, data = _read_mapping(path)
     for key, value in (overrides or {}).items():
         *parents, last = key.split(".")
         section = data
@@ -227,6 +219,37 @@ def load_config(
                 raise ConfigError(f"{flags.get(key, path)}: {key}: {parent} is no section of keys in {path}")
         section[last] = value
     return parse_config(data, str(path), flags)
+
+
+def _read_mapping(path: str | Path) -> tuple[str | Path, dict[Any, Any]]:
+    """Return the path of a config, which may be a shipped one's, and its keys."""
+    shipped = shipped_configs()
+    if os.path.isdir(path) or not os.path.lexists(path):
+        path = shipped.get(str(path), path)
+    data = read_yaml(path, f"expected a YAML file, or a shipped config: {', '.join(shipped)}")
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{path}: {'empty' if data is None else 'no config'}; expected the keys of a run: model, data, train, …"
+        )
+    _check_own(data, str(path))
+    return path, data
+
+
+def load_stored_config(path: Path) -> RunConfig:
+    """Read the config.yaml that a run wrote, maybe of an older version. Raises ConfigError as `load_config` does."""
+    _, data = _read_mapping(path)
+    return parse_stored_config(data, str(path))
+
+
+def parse_stored_config(data: Mapping[str, Any], source: str) -> RunConfig:
+    """Check the config that a run stored, maybe of an older version. Raises ConfigError as `parse_config` does.
+
+    `model.remat: dots`, which no longer exists, is read as `full`; it changes memory and speed, not results.
+    """
+    model = data.get("model")
+    if isinstance(model, Mapping) and model.get("remat") == "dots":
+        data = {**data, "model": {**model, "remat": "full"}}
+    return parse_config(data, source)
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from umbrella_jax.config.load import flat, load_config
+from umbrella_jax.config.load import flat, load_stored_config
 from umbrella_jax.config.schema import Metric, to_dict
 from umbrella_jax.console import columns
 from umbrella_jax.errors import ConfigError, UmbrellaError, no_directory, visible
@@ -106,7 +106,7 @@ def _read(path: Path, name: str) -> Run:
     running = is_locked(path)
     try:
         if (path / CONFIG).exists() or lines:  # which a run writes before its first step
-            settings = load_config(path / CONFIG)
+            settings = load_stored_config(path / CONFIG)
             config = {key: value for key, value in flat(to_dict(settings)).items() if key not in _OWN}
     except UmbrellaError as error:
         faults += error.faults

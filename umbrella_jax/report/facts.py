@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from convert.config_json import UMBRELLA_CONFIG, read_config, read_json
-from umbrella_jax.config.load import load_config
+from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import RunConfig, TrainConfig
 from umbrella_jax.data.cache import source_digest
 from umbrella_jax.data.conversation import Conversation, conversation_files, read_conversations
@@ -138,7 +138,7 @@ def read_facts(
     """
     run = Path(run)
     check_run(run)
-    config = load_config(run / CONFIG, {"model.remat": "full"})  # not asked; older runs may say `dots`
+    config = load_stored_config(run / CONFIG)
     model = read_config(run / MODEL, None)
     faults = Faults()
     with faults:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from umbrella_jax.config.load import flat, load_config, parse_config
+from umbrella_jax.config.load import flat, load_stored_config, parse_stored_config
 from umbrella_jax.config.schema import RunConfig, to_dict
 from umbrella_jax.data.inputs import Inputs, changed
 from umbrella_jax.distributed import gather, raise_together
@@ -58,7 +58,7 @@ def check_out(config: RunConfig, out: Path, resume: bool) -> None:
     if not resume and (out / CHECKPOINTS).exists():
         raise ConfigError(f"{out}: holds a run; continue it with --resume, or choose another directory (--out DIR)")
     if resume and (out / CONFIG).exists():
-        faults = _other_settings(to_dict(load_config(out / CONFIG)), to_dict(config))
+        faults = _other_settings(to_dict(load_stored_config(out / CONFIG)), to_dict(config))
         if faults:
             raise ConfigError([f"{out}: cannot resume: {fault}" for fault in faults])
 
@@ -142,7 +142,7 @@ def _attempt(read: Callable[..., T], *args: Any) -> tuple[T | None, list[str]]:
 
 def same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any], inputs: Inputs) -> None:
     """Raises ConfigError with everything in which the run of a checkpoint is another one."""
-    stored = to_dict(parse_config(saved["config"], str(directory)))  # with fields that it did not know yet
+    stored = to_dict(parse_stored_config(saved["config"], str(directory)))  # with fields that it did not know yet
     faults = _other_settings(stored, meta["config"])
     if saved["base_fingerprint"] != meta["base_fingerprint"]:
         faults.append("model.base: other weights than those that the run started from")
