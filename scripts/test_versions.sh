@@ -25,4 +25,4 @@ run=tests/run/test_train.py::test_ mesh=tests/test_sharding.py::test_
   tests/models/test_golden.py tests/training/test_step.py tests/training/test_checkpoint.py \
   tests/inference/test_generate.py tests/convert/test_safetensors_files.py tests/data/test_loader.py tests/data/test_tokenize.py \
   "$run"{what_a_run_writes,each_evaluation_writes_its_answers,secrets_go_nowhere} \
-  "$mesh"{any_mesh_is_one_device,a_checkpoint_goes_on_on_another_mesh} tests/doctor/test_diagnose.py::test_all_is_well_here
+  "$mesh"{any_mesh_is_one_device,a_checkpoint_goes_on_on_another_mesh} tests/doctor/test_diagnose.py::test_this_machine_has_no_problems

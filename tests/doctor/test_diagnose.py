@@ -1,4 +1,4 @@
-"""`umbrella-jax doctor`: what it finds, and that its golden step is PyTorch's."""
+"""`umbrella-jax doctor`: it reports problems, and its reference step matches PyTorch."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from umbrella_jax.models import abstract_params
 
 
 def write_description(directory: Path) -> Path:
-    """config.json of the golden step's model, as Hugging Face's hub holds one."""
+    """Write config.json of the reference step's model in the format of Hugging Face's hub."""
     vision, text = reference_step.VISION, reference_step.TEXT
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -57,7 +57,7 @@ def write_description(directory: Path) -> Path:
 
 
 def torch_step(directory: Path) -> tuple[float, float]:
-    """Loss and gradient norm of the golden step, in PyTorch, float64, a conversation at a time."""
+    """Return loss and gradient norm of the reference step in PyTorch, float64, one conversation at a time."""
     import torch
 
     from convert.torch_model import PatchEmbed, umbrella_model
@@ -88,7 +88,7 @@ def torch_step(directory: Path) -> tuple[float, float]:
     return float(loss.detach()), float(torch.stack([g.square().sum() for g in gradients]).sum().sqrt())
 
 
-def test_the_golden_step_is_pytorchs(tmp_path: Path) -> None:
+def test_reference_step_matches_pytorch(tmp_path: Path) -> None:
     loss, norm = torch_step(write_description(tmp_path))
     assert (loss, norm) == (
         pytest.approx(reference_step.LOSS, rel=1e-9),
@@ -96,8 +96,8 @@ def test_the_golden_step_is_pytorchs(tmp_path: Path) -> None:
     )
 
 
-def test_draws_are_bits_of_philox() -> None:
-    """As of numpy 2.4; with other numbers here, the golden values would be another model's."""
+def test_draws_do_not_change() -> None:
+    """The expected numbers are numpy 2.4's. With others, LOSS and GRAD_NORM would belong to another model."""
     assert reference_step._Draws(0).integers(1000, 4).tolist() == [259, 458, 49, 556]
     values = reference_step._Draws(0).uniform((1000,), 0.5)
     assert values.dtype == np.float32
@@ -111,9 +111,9 @@ def healthy() -> Diagnosis:
     return diagnose.diagnose()
 
 
-def test_all_is_well_here(healthy: Diagnosis) -> None:
+def test_this_machine_has_no_problems(healthy: Diagnosis) -> None:
     assert healthy.problems == ()
-    assert healthy.lines()[-1] == "Nothing is wrong."
+    assert healthy.lines()[-1] == "No problems found."
     step = healthy.facts["step"]
     assert step["within"]
     assert abs(step["loss"] / reference_step.LOSS - 1) <= 1e-6
@@ -122,7 +122,7 @@ def test_all_is_well_here(healthy: Diagnosis) -> None:
     assert len(healthy.facts["devices"]["devices"]) == jax.local_device_count()
 
 
-def test_it_is_one_screen_and_json(healthy: Diagnosis) -> None:
+def test_report_fits_a_screen_and_json(healthy: Diagnosis) -> None:
     lines = healthy.lines()
     assert len(lines) <= 25
     assert max(map(len, lines)) <= 80
@@ -132,9 +132,9 @@ def test_it_is_one_screen_and_json(healthy: Diagnosis) -> None:
     assert list(again) == ["ok", "problems", *diagnose._SECTIONS]
 
 
-def test_another_number_is_told(healthy: Diagnosis, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = healthy.facts["step"]
-    step = reference_step.Step(found["loss"], found["grad_norm"] * (1 + 2e-4), 1.0)
+def test_wrong_gradient_is_a_problem(healthy: Diagnosis, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = healthy.facts["step"]
+    step = reference_step.StepResult(facts["loss"], facts["grad_norm"] * (1 + 2e-4), 1.0)
     monkeypatch.setattr(reference_step, "take_step", lambda device: step)
     problems: list[Problem] = []
     assert not diagnose._step(problems)["within"]
@@ -142,7 +142,7 @@ def test_another_number_is_told(healthy: Diagnosis, monkeypatch: pytest.MonkeyPa
     assert "a training step gives loss" in problem.what
 
 
-def test_what_raises_is_a_problem_among_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_that_raises_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(problems: list[Problem]) -> Any:
         raise ImportError("libcudart.so.12: cannot open shared object file")
 
@@ -167,7 +167,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
     monkeypatch.setattr(diagnose.metadata, "requires", REQUIRES.get)
 
 
-def test_versions_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incompatible_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, jax_cuda12_plugin="0.10.2")
     problems: list[Problem] = []
     diagnose._versions(problems)
@@ -175,13 +175,14 @@ def test_versions_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch) -> No
         Problem("old is 1.9; expected >=2", "pip install 'old>=2'"),
         Problem("gone is not installed", "pip install 'gone>=1'"),
         Problem(
-            "jax-cuda12-plugin 0.10.2 beside jaxlib 0.11.0: jax does not use it", "pip install 'jax[cuda12]==0.11.0'"
+            "jax-cuda12-plugin 0.10.2 does not match jaxlib 0.11.0: jax does not use it",
+            "pip install 'jax[cuda12]==0.11.0'",
         ),
     ]
 
 
-def test_extras_are_there_with_all_that_they_bring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`cuda12` asks for jax, which is there, with an extra of its own, whose plugin is not."""
+def test_extra_of_an_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cuda12` requires jax with jax's own extra; jax is installed, the plugin of that extra is not."""
     extras = mock.Mock(get_all=lambda name, default: ["cuda12", "report", "dev"])
     monkeypatch.setattr(diagnose.metadata, "metadata", lambda name: extras)
     installed(monkeypatch)
@@ -191,7 +192,7 @@ def test_extras_are_there_with_all_that_they_bring(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_broken_machine(tmp_path: Path) -> None:
-    """All at once, in a process of its own, as one of several tasks under SLURM: each is told, and nothing waits."""
+    """Every problem is reported at once, and a SLURM task with several processes waits for none of them."""
     (tmp_path / "file").touch()
     environment = os.environ | {
         "JAX_PLATFORMS": "cuda",
@@ -218,26 +219,26 @@ def test_a_broken_machine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "seen", "said"),
+    ("environment", "packages", "problem"),
     [
         ({}, ["libtpu"], "libtpu is installed, but jax finds no such device"),
         ({"JAX_PLATFORMS": "cpu"}, ["libtpu"], None),
         ({}, [], None),
     ],
 )
-def test_an_accelerator_that_is_not_used(
-    environment: dict[str, str], seen: list[str], said: str | None, monkeypatch: pytest.MonkeyPatch
+def test_unused_accelerator(
+    environment: dict[str, str], packages: list[str], problem: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(diagnose, "_version", lambda name: "1" if name in seen else None)
-    problems = [problem.what for problem in diagnose._unused("cpu")]
-    assert len(problems) == (said is not None)
-    assert all(problem.startswith(str(said)) for problem in problems)
+    monkeypatch.setattr(diagnose, "_version", lambda name: "1" if name in packages else None)
+    problems = [each.what for each in diagnose._unused_accelerators("cpu")]
+    assert len(problems) == (problem is not None)
+    assert all(text.startswith(str(problem)) for text in problems)
 
 
-def test_memory_and_disk_that_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_low_memory_and_full_disks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnose, "_cgroups", lambda: [(3 * diagnose.GIB, 2 * diagnose.GIB)])
     monkeypatch.setattr(diagnose.shutil, "disk_usage", lambda path: mock.Mock(free=1 << 20))
     problems: list[Problem] = []

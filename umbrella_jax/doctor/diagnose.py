@@ -1,7 +1,7 @@
-"""What is installed and what the machine has, and what of it would stop a run or make it wrong, with a remedy each.
+"""Check the installation and the machine for problems that would stop a run or make it wrong, and name a remedy each.
 
-Looks at this process alone: it joins no others, under SLURM neither. Nothing here raises; whatever cannot be found out
-is a problem among the others, so that a broken installation is told as well.
+The checks cover only this process. It does not join others, not even under SLURM. A check that raises becomes one of
+the reported problems, so a broken installation can be diagnosed too.
 """
 
 import os
@@ -22,17 +22,17 @@ VERSIONS = (
     *(NAME, "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "nibabel"),
     *("torch", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu"),
 )
-"""Packages whose versions are told, the last ones where they are installed."""
+"""Packages whose versions are printed, if they are installed."""
 ACCELERATORS = {"jax-cuda12-plugin": "gpu", "jax-cuda13-plugin": "gpu", "libtpu": "tpu"}
-"""Packages that jax computes on accelerators with, and what it then calls those."""
+"""Packages that let jax use an accelerator, and jax's name of its platform."""
 GIB = 2**30
-MEMORY = 2 * GIB
-"""Of the host: jax, transformers and a compiler at work take one."""
-DISK = {"runs": GIB, "TMPDIR": GIB // 10, "HF cache": 2 * GIB}
-"""Bytes to be free: a run's checkpoints and cache of volumes; files of a compilation; the smaller base of the shipped
-configs, in bfloat16."""
-FILES = 1024
-"""Open at once: what Linux gives by default, and everything here was tried with."""
+MIN_MEMORY = 2 * GIB
+"""Host memory that must be available. jax, transformers and a running compiler take 1 GiB."""
+MIN_FREE = {"runs": GIB, "TMPDIR": GIB // 10, "HF cache": 2 * GIB}
+"""Free bytes needed for a run's checkpoints and volume cache; for files of a compilation; for the smaller base of the
+shipped configs in bfloat16."""
+MIN_OPEN_FILES = 1024
+"""Linux's default limit, with which everything here was tested."""
 _WIDTH, _INDENT = 80, 10
 _WRAP: dict[str, Any] = {"break_on_hyphens": False, "break_long_words": False}  # a path or command stays whole
 
@@ -47,40 +47,41 @@ class Problem:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found."""
+    """Facts about the installation and the machine, and the problems among them."""
 
     facts: dict[str, Any]
-    """By section, plain values in bytes and seconds."""
+    """Plain values by section, in bytes and seconds. None for a section whose check raised."""
     problems: tuple[Problem, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the diagnosis for programs."""
         return {"ok": not self.problems, "problems": [asdict(problem) for problem in self.problems], **self.facts}
 
     def lines(self) -> list[str]:
-        """For people: a screen of 80 columns."""
-        shown = []
-        for section, (_, say) in _SECTIONS.items():
-            found = self.facts[section]
-            shown += _wrapped(section, ["not known, see below"] if found is None else say(found))
+        """Return the diagnosis for people, in lines of at most 80 columns."""
+        lines = []
+        for section, (_, format_facts) in _SECTIONS.items():
+            facts = self.facts[section]
+            lines += _wrapped(section, ["unknown, see below"] if facts is None else format_facts(facts))
         if not self.problems:
-            return [*shown, "", "Nothing is wrong."]
-        shown += ["", f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}:"]
+            return [*lines, "", "No problems found."]
+        lines += ["", f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}:"]
         for problem in self.problems:
-            shown += textwrap.wrap(problem.what, _WIDTH, initial_indent="- ", subsequent_indent="  ", **_WRAP)
-            shown += textwrap.wrap(problem.remedy, _WIDTH, initial_indent="  → ", subsequent_indent="    ", **_WRAP)
-        return shown
+            lines += textwrap.wrap(problem.what, _WIDTH, initial_indent="- ", subsequent_indent="  ", **_WRAP)
+            lines += textwrap.wrap(problem.remedy, _WIDTH, initial_indent="  → ", subsequent_indent="    ", **_WRAP)
+        return lines
 
 
 def diagnose() -> Diagnosis:
-    """Looks at everything and takes one training step of a tiny model on the first device."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # not 75% of a GPU that a run may be using
+    """Run every check. The last one takes a training step of a tiny model on the first device."""
+    # by default jax would take 75% of a GPU that a run may be using
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     facts: dict[str, Any] = {}
     problems: list[Problem] = []
-    for section, (look, _) in _SECTIONS.items():
+    for section, (check, _) in _SECTIONS.items():
         try:
-            facts[section] = look(problems)
-        except Exception as error:  # of whatever is broken
+            facts[section] = check(problems)
+        except Exception as error:  # a broken installation can raise anything
             facts[section] = None
             problems.append(_failed(section, error))
     return Diagnosis(facts, tuple(problems))
@@ -88,34 +89,37 @@ def diagnose() -> Diagnosis:
 
 def _failed(section: str, error: Exception) -> Problem:
     return Problem(
-        f"{section}: {_said(error)}",
-        "install anew into an empty environment (docs/install.md); if that does not help, report it with this page",
+        f"{section}: {_first_line(error)}",
+        "install again into an empty environment (docs/install.md); if that does not help, report this output",
     )
 
 
-def _said(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
-# What is looked at. Each takes the list to which it adds problems, and returns facts.
+# The checks: each returns the facts of its section and appends problems to the list.
 
 
 def _versions(problems: list[Problem]) -> dict[str, str]:
     installed = {name: version for name in VERSIONS if (version := _version(name))}
     if NAME not in installed:
         problems.append(
-            Problem(f"{NAME} is not installed, it only lies in {Path(__file__).parents[1]}", "pip install it")
+            Problem(
+                f"{NAME} is not installed; it was imported from {Path(__file__).parents[1]}",
+                "install it with pip (docs/install.md)",
+            )
         )
     for requirement in _requirements(NAME, ""):
-        if fault := _unmet(requirement):
+        if fault := _fault(requirement):
             problems.append(Problem(fault, f"pip install '{requirement.name}{requirement.specifier}'"))
     for name in ACCELERATORS.keys() & installed.keys():
-        # jax leaves a plugin of another version alone, and says so only once in a warning
+        # jax ignores a plugin of another version; its only sign is one warning
         if name.startswith("jax-") and installed[name] != installed.get("jaxlib"):
             extra = name.split("-")[1]
             problems.append(
                 Problem(
-                    f"{name} {installed[name]} beside jaxlib {installed.get('jaxlib')}: jax does not use it",
+                    f"{name} {installed[name]} does not match jaxlib {installed.get('jaxlib')}: jax does not use it",
                     f"pip install 'jax[{extra}]=={installed.get('jax')}'",
                 )
             )
@@ -123,10 +127,10 @@ def _versions(problems: list[Problem]) -> dict[str, str]:
 
 
 def _extras(problems: list[Problem]) -> dict[str, list[str]]:
-    """Of each extra, what is missing of it; none where it is there."""
+    """Return the faults of each extra's packages; an empty list if the extra is installed."""
     extras = metadata.metadata(NAME).get_all("Provides-Extra", []) if _version(NAME) else []
     return {
-        extra: [fault for requirement in _requirements(NAME, extra) if (fault := _unmet(requirement))]
+        extra: [fault for requirement in _requirements(NAME, extra) if (fault := _fault(requirement))]
         for extra in extras
         if extra != "dev"
     }
@@ -140,74 +144,75 @@ def _version(name: str) -> str | None:
 
 
 def _requirements(name: str, extra: str) -> Iterator[Any]:
-    """`packaging` requirements of an installed package here: its own, or those that `extra` adds."""
+    """Yield the `packaging` requirements of an installed package on this machine: its own, or those `extra` adds."""
     from packaging.requirements import Requirement
 
     for requirement in map(Requirement, metadata.requires(name) or [] if _version(name) else []):
-        here = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
         always = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if here and (not extra or not always):
+        if applies and (not extra or not always):
             yield requirement
 
 
-def _unmet(requirement: Any) -> str | None:
-    """What is wrong with the installed package that is required, and with those that extras of it bring."""
-    found = _version(requirement.name)
-    if found is None:
+def _fault(requirement: Any) -> str | None:
+    """Return why a requirement, or one that its extras add, is not met; None if all are met."""
+    version = _version(requirement.name)
+    if version is None:
         return f"{requirement.name} is not installed"
-    if not requirement.specifier.contains(found, prereleases=True):
-        return f"{requirement.name} is {found}; expected {requirement.specifier}"
+    if not requirement.specifier.contains(version, prereleases=True):
+        return f"{requirement.name} is {version}; expected {requirement.specifier}"
     parts = (part for extra in requirement.extras for part in _requirements(requirement.name, extra))
-    return next((fault for part in parts if (fault := _unmet(part))), None)
+    return next((fault for part in parts if (fault := _fault(part))), None)
 
 
 def _devices(problems: list[Problem]) -> dict[str, Any]:
     import jax
 
     try:
-        found = jax.local_devices()
-    except Exception as error:  # RuntimeError, and of a platform that jax has no plugin for AssertionError
+        devices = jax.local_devices()
+    except Exception as error:  # RuntimeError; AssertionError for a platform without a plugin
         problems.append(
             Problem(
-                f"jax finds no devices: {_said(error)}",
+                f"jax finds no devices: {_first_line(error)}",
                 f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', 'not set')}; unset it, or install the extra for "
                 "these devices: cuda12, cuda13 or tpu",
             )
         )
         return {"platform": None, "devices": []}
-    here = found[0].platform
-    problems.extend(_unused(here))
+    used = devices[0].platform
+    problems.extend(_unused_accelerators(used))
     return {
-        "platform": here,
-        "devices": [{"kind": device.device_kind, **_device_memory(device)} for device in found],
+        "platform": used,
+        "devices": [{"kind": device.device_kind, **_device_memory(device)} for device in devices],
     }
 
 
-def _unused(here: str) -> Iterator[Problem]:
-    """Accelerators, or what is installed for them, that jax does not compute on."""
-    if here != "cpu" or "cpu" in os.environ.get("JAX_PLATFORMS", "") or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+def _unused_accelerators(used_platform: str) -> Iterator[Problem]:
+    """Yield a problem if an accelerator is installed, but jax computes on the CPU without being asked to."""
+    wants_cpu = "cpu" in os.environ.get("JAX_PLATFORMS", "") or os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if used_platform != "cpu" or wants_cpu:
         return
-    allot = "; in SLURM ask for one, as by srun --gpus=1" if "SLURM_JOB_ID" in os.environ else ""
+    in_slurm = " (SLURM: srun --gpus=1)" if "SLURM_JOB_ID" in os.environ else ""
     installed = [name for name in ACCELERATORS if _version(name)]
     driver = Path("/proc/driver/nvidia/version").exists()
     if driver and not any(ACCELERATORS[name] == "gpu" for name in installed):
         yield Problem(
-            "an NVIDIA driver is here, but jax computes on the CPU",
+            "an NVIDIA driver is installed, but jax computes on the CPU",
             f"pip install '{NAME}[cuda12]', or cuda13 for a driver of version 580 or newer",
         )
     elif installed:
         yield Problem(
             f"{', '.join(installed)} is installed, but jax finds no such device and computes on the CPU",
-            f"run this where the devices are, not on a login node{allot}; on a TPU, end the other process that holds "
-            "it; JAX_PLATFORMS=cpu, where the CPU is meant",
+            f"run this on a node with such devices, not on a login node{in_slurm}; on a TPU, end the process that "
+            "holds it; to use the CPU, set JAX_PLATFORMS=cpu",
         )
 
 
 def _device_memory(device: Any) -> dict[str, int | None]:
-    """Bytes that jax may take, and has taken; None where the device does not say, as a CPU."""
+    """Return the bytes that jax may use and those it uses; None if the device reports none, as CPUs do."""
     try:
         stats = device.memory_stats() or {}
-    except RuntimeError:  # of a backend that does not implement it
+    except RuntimeError:  # the backend does not implement it
         stats = {}
     return {"memory": stats.get("bytes_limit"), "in_use": stats.get("bytes_in_use")}
 
@@ -222,11 +227,11 @@ def _host(problems: list[Problem]) -> dict[str, Any]:
         available = int(rows["MemAvailable"].split()[0]) * 1024
     for limit, used in _cgroups():
         memory, available = min(memory, limit), min(available, limit - used)
-    if available < MEMORY:
+    if available < MIN_MEMORY:
         problems.append(
             Problem(
-                f"host memory: {_gib(available)} are available; expected {_gib(MEMORY)}",
-                "end what else runs here, or ask for more (SLURM: --mem)",
+                f"host memory: {_gib(available)} available; expected {_gib(MIN_MEMORY)}",
+                "end other programs, or ask for more memory (SLURM: --mem)",
             )
         )
     job = {key: os.environ[key] for key in ("SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS") if key in os.environ}
@@ -234,62 +239,72 @@ def _host(problems: list[Problem]) -> dict[str, Any]:
 
 
 def _cgroups() -> Iterator[tuple[int, int]]:
-    """(limit, used), bytes, of each group with a limit that this process is in: a container's, a SLURM job's."""
+    """Yield (limit, used) in bytes for each control group of this process with a limit: a container, a SLURM job."""
     file = Path("/proc/self/cgroup")
     for line in file.read_text().splitlines() if file.exists() else []:
         _, controllers, name = line.split(":", 2)
         if not controllers:
-            root, most, used = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
+            root, limit_file, used_file = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
         elif "memory" in controllers.split(","):
-            root, most, used = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"
+            root = Path("/sys/fs/cgroup/memory")
+            limit_file, used_file = "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue
         group = root / name.lstrip("/")
         for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):
             try:
-                limit, now = ((folder / each).read_text().strip() for each in (most, used))
-            except OSError:  # the root has no files, and of a container the outer groups are not seen
+                limit, used = ((folder / name).read_text().strip() for name in (limit_file, used_file))
+            except OSError:  # the root group has no files; a container does not see the groups outside it
                 continue
             if limit.isdigit():  # else `max`
-                yield int(limit), int(now)
+                yield int(limit), int(used)
 
 
 def _disk(problems: list[Problem]) -> dict[str, Any]:
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
     remedies = {
-        "runs": "start where there is room, or name such a place: --out, --cache",
+        "runs": "work in a directory with more space, or choose others: --out DIR --cache DIR",
         "TMPDIR": "choose another directory: export TMPDIR=DIR",
-        "HF cache": "choose another directory: export HF_HOME=DIR; or HF_HUB_OFFLINE=1, where bases are directories",
+        "HF cache": "choose another directory: export HF_HOME=DIR; if your bases are local, set HF_HUB_OFFLINE=1",
     }
     places = {"runs": Path.cwd(), "TMPDIR": Path(tempfile.gettempdir()), "HF cache": Path(HF_HUB_CACHE)}
-    found = {}
+    facts = {}
     for name, path in places.items():
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
-        free, writable = shutil.disk_usage(there).free, there.is_dir() and os.access(there, os.W_OK)
-        found[name] = {"path": str(path), "free": free, "writable": writable}
+        existing = _nearest_existing(path)
+        free, writable = shutil.disk_usage(existing).free, _is_writable(existing)
+        facts[name] = {"path": str(path), "free": free, "writable": writable}
         if name == "HF cache" and HF_HUB_OFFLINE:
             continue
         if not writable:
-            problems.append(Problem(f"{name}: {there} cannot be written", remedies[name]))
-        elif free < DISK[name]:
-            problems.append(
-                Problem(f"{name}: {_gib(free)} free in {there}; expected {_gib(DISK[name])}", remedies[name])
-            )
-    return found
+            problems.append(Problem(f"{name}: {existing} cannot be written", remedies[name]))
+        elif free < MIN_FREE[name]:
+            text = f"{name}: {_gib(free)} free in {existing}; expected {_gib(MIN_FREE[name])}"
+            problems.append(Problem(text, remedies[name]))
+    return facts
+
+
+def _nearest_existing(path: Path) -> Path:
+    """Return the path, or its nearest parent that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _is_writable(path: Path) -> bool:
+    return path.is_dir() and os.access(path, os.W_OK)
 
 
 def _files(problems: list[Problem]) -> dict[str, int | None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    none = resource.RLIM_INFINITY
-    if soft != none and soft < FILES:
+    unlimited = resource.RLIM_INFINITY
+    if soft != unlimited and soft < MIN_OPEN_FILES:
+        may_raise = hard == unlimited or hard >= MIN_OPEN_FILES
         problems.append(
             Problem(
-                f"{soft} files may be open at once; expected {FILES}",
-                f"ulimit -n {FILES}" if hard == none or hard >= FILES else f"ask the administrator for {FILES}",
+                f"{soft} files may be open at once; expected {MIN_OPEN_FILES}",
+                f"ulimit -n {MIN_OPEN_FILES}" if may_raise else f"ask the administrator for {MIN_OPEN_FILES}",
             )
         )
-    return {"open": None if soft == none else soft, "at_most": None if hard == none else hard}
+    return {"open": None if soft == unlimited else soft, "at_most": None if hard == unlimited else hard}
 
 
 def _compiled(problems: list[Problem]) -> dict[str, Any]:
@@ -300,12 +315,11 @@ def _compiled(problems: list[Problem]) -> dict[str, Any]:
         return {"directory": None, "writable": None}
     writable = None
     if "://" not in directory:
-        there = next(folder for folder in (Path(directory), *Path(directory).absolute().parents) if folder.exists())
-        writable = there.is_dir() and os.access(there, os.W_OK)
+        writable = _is_writable(_nearest_existing(Path(directory).absolute()))
         if not writable:
             problems.append(
                 Problem(
-                    f"compilation cache: {directory} cannot be written, so everything is compiled each time",
+                    f"compilation cache: {directory} cannot be written, so every run compiles everything again",
                     "choose another directory: export JAX_COMPILATION_CACHE_DIR=DIR",
                 )
             )
@@ -319,12 +333,12 @@ def _step(problems: list[Problem]) -> dict[str, Any] | None:
 
     try:
         device = jax.local_devices()[0]
-    except (RuntimeError, AssertionError):  # which `_devices` says
+    except (RuntimeError, AssertionError):  # reported by `_devices`
         return None
     step = reference_step.take_step(device)
     tolerance = reference_step.TOLERANCE.get(device.platform, reference_step.TOLERANCE["gpu"])
     within = all(d <= t for d, t in zip(step.differences(), tolerance, strict=True))
-    found = {
+    facts = {
         **asdict(step),
         "expected": {"loss": reference_step.LOSS, "grad_norm": reference_step.GRAD_NORM},
         "tolerance": dict(zip(("loss", "grad_norm"), tolerance, strict=True)),
@@ -335,15 +349,15 @@ def _step(problems: list[Problem]) -> dict[str, Any] | None:
             Problem(
                 f"a training step gives loss {step.loss:.7g} and gradient {step.grad_norm:.7g}; expected "
                 f"{reference_step.LOSS:.7g} and {reference_step.GRAD_NORM:.7g}, "
-                f"up to {tolerance[0]:g} and {tolerance[1]:g} of them",
-                "this device computes wrongly with these versions: take others (docs/install.md lists those that "
-                "were tried), unset XLA_FLAGS and JAX_* variables, update the driver, try another device",
+                f"with relative tolerances {tolerance[0]:g} and {tolerance[1]:g}",
+                "this device computes wrong numbers with these versions: unset XLA_FLAGS and JAX_* variables, install "
+                "versions that docs/install.md lists, update the driver, or try another device",
             )
         )
-    return found
+    return facts
 
 
-# How it is told.
+# The printed report: each function formats the facts of one section.
 
 
 def _wrapped(section: str, lines: list[str]) -> list[str]:
@@ -356,63 +370,63 @@ def _gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
 
 
-def _say_versions(found: dict[str, str]) -> list[str]:
-    return [", ".join(f"{name}\N{NO-BREAK SPACE}{version}" for name, version in found.items())]
+def _format_versions(facts: dict[str, str]) -> list[str]:
+    return [", ".join(f"{name}\N{NO-BREAK SPACE}{version}" for name, version in facts.items())]
 
 
-def _say_extras(found: dict[str, list[str]]) -> list[str]:
-    there = [extra for extra, missing in found.items() if not missing]
-    absent = [extra for extra, missing in found.items() if missing]
-    return [f"{', '.join(there) or 'none'}; not there: {', '.join(absent) or 'none'}"]
+def _format_extras(facts: dict[str, list[str]]) -> list[str]:
+    installed = [extra for extra, faults in facts.items() if not faults]
+    missing = [extra for extra, faults in facts.items() if faults]
+    return [f"{', '.join(installed) or 'none'}; not installed: {', '.join(missing) or 'none'}"]
 
 
-def _say_devices(found: dict[str, Any]) -> list[str]:
+def _format_devices(facts: dict[str, Any]) -> list[str]:
     kinds: dict[str, list[dict[str, Any]]] = {}
-    for device in found["devices"]:
+    for device in facts["devices"]:
         kinds.setdefault(device["kind"], []).append(device)
     lines = []
     for kind, devices in kinds.items():
         memory = [device["memory"] - (device["in_use"] or 0) for device in devices if device["memory"]]
-        least = f", {_gib(min(memory))} each for jax" if memory else ""
-        lines.append(f"{len(devices)} × {kind} ({found['platform']}){least}")
+        available = f", {_gib(min(memory))} each for jax" if memory else ""
+        lines.append(f"{len(devices)} × {kind} ({facts['platform']}){available}")
     return lines or ["none"]
 
 
-def _say_host(found: dict[str, Any]) -> list[str]:
-    job = ", ".join(f"{key} {value}" for key, value in found["job"].items())
-    memory = f"{_gib(found['available'])} of {_gib(found['memory'])} available"
-    return [f"{found['name']}: {found['cores']} cores, {memory}", *([f"{job}; this process alone"] if job else [])]
+def _format_host(facts: dict[str, Any]) -> list[str]:
+    job = ", ".join(f"{key} {value}" for key, value in facts["job"].items())
+    memory = f"{_gib(facts['available'])} of {_gib(facts['memory'])} available"
+    return [f"{facts['name']}: {facts['cores']} cores, {memory}", *([f"{job}; only this process"] if job else [])]
 
 
-def _say_disk(found: dict[str, Any]) -> list[str]:
+def _format_disk(facts: dict[str, Any]) -> list[str]:
     return [
         f"{name:<9}{_gib(place['free'])} free, {place['path']}{'' if place['writable'] else ', not writable'}"
-        for name, place in found.items()
+        for name, place in facts.items()
     ]
 
 
-def _say_files(found: dict[str, int | None]) -> list[str]:
-    soft, hard = (found[key] or "any number" for key in ("open", "at_most"))
-    return [f"{soft} open at once (ulimit -n), {hard} at most"]
+def _format_files(facts: dict[str, int | None]) -> list[str]:
+    soft, hard = (facts[key] or "any number" for key in ("open", "at_most"))
+    return [f"{soft} open at once (ulimit -n), can be raised to {hard}"]
 
 
-def _say_compiled(found: dict[str, Any]) -> list[str]:
-    return [found["directory"] or "not kept; JAX_COMPILATION_CACHE_DIR=DIR keeps it for the next run"]
+def _format_compiled(facts: dict[str, Any]) -> list[str]:
+    return [facts["directory"] or "not kept; JAX_COMPILATION_CACHE_DIR=DIR keeps it for the next run"]
 
 
-def _say_step(found: dict[str, Any]) -> list[str]:
-    wrong = "as PyTorch's" if found["within"] else "NOT as PyTorch's"
-    return [f"loss {found['loss']:.6f}, gradient {found['grad_norm']:.6f}: {wrong}; {found['seconds']:.1f} s, compiled"]
+def _format_step(facts: dict[str, Any]) -> list[str]:
+    match = "matches PyTorch" if facts["within"] else "does NOT match PyTorch"
+    return [f"loss {facts['loss']:.6f}, gradient {facts['grad_norm']:.6f}: {match}; {facts['seconds']:.1f} s"]
 
 
 _SECTIONS: dict[str, tuple[Callable[[list[Problem]], Any], Callable[[Any], list[str]]]] = {
-    "versions": (_versions, _say_versions),
-    "extras": (_extras, _say_extras),
-    "devices": (_devices, _say_devices),
-    "host": (_host, _say_host),
-    "disk": (_disk, _say_disk),
-    "files": (_files, _say_files),
-    "compiled": (_compiled, _say_compiled),
-    "step": (_step, _say_step),
+    "versions": (_versions, _format_versions),
+    "extras": (_extras, _format_extras),
+    "devices": (_devices, _format_devices),
+    "host": (_host, _format_host),
+    "disk": (_disk, _format_disk),
+    "files": (_files, _format_files),
+    "compiled": (_compiled, _format_compiled),
+    "step": (_step, _format_step),
 }
-"""How each is looked at, and told where that went well."""
+"""Check and formatter of each section, in the order of the report."""

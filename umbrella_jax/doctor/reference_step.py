@@ -1,8 +1,8 @@
-"""One training step of a tiny model on made-up data, whose loss and gradient PyTorch worked out.
+"""One training step of a tiny model on random data, with the loss and gradient that PyTorch computes.
 
-Whether a device, its driver and the versions that are installed compute what they should, in the seconds that a
-compilation takes. Both modalities, grouped-query attention and tied embeddings are in it; every number is drawn from
-bits of Philox, which no version of numpy or jax changes.
+It shows, in the seconds of one compilation, whether a device, its driver and the installed versions compute correctly.
+It covers both modalities, grouped-query attention and tied embeddings. Every number comes from bits of Philox, which
+no version of numpy or jax changes.
 """
 
 import math
@@ -22,15 +22,16 @@ from umbrella_jax.training.optimizer import make_optimizer
 from umbrella_jax.training.step import init_state, jit_train_step
 
 LOSS, GRAD_NORM = 3.8166556129819407, 2.217119256535518
-"""Mean over supervised tokens, and norm of the patch embedding's gradient before clipping: PyTorch's in float64
-(tests/doctor/test_diagnose.py, which works them out again)."""
+"""PyTorch's results in float64, recomputed by tests/doctor/test_diagnose.py: mean loss over the supervised tokens, and
+norm of the patch embedding's gradient before clipping."""
 TOLERANCE = {"cpu": (1e-5, 1e-4), "gpu": (1e-3, 5e-3), "tpu": (1e-2, 5e-2)}
-"""Of loss and gradient norm, relative, by platform, whose default precision of float32 products differs.
+"""Largest relative difference of loss and gradient norm per platform. Platforms differ in the default precision of
+float32 matrix products.
 
-CPUs compute them in float32: 6e-8 and 9e-8 were seen. TPUs round their factors to bfloat16: with all of the model in
-bfloat16, which rounds more, twelve models and batches like this one were off by 1.4e-3 and 9e-3 (root mean square), of
-which this is the five- to sevenfold. NVIDIA GPUs round them to TF32, which has three bits more: an eighth. Nothing of
-that was seen on a GPU or TPU yet."""
+CPUs multiply in float32; the measured differences are 6e-8 and 9e-8. TPUs round the factors to bfloat16. Twelve models
+and batches like this one, computed entirely in bfloat16, which rounds more, differed by 1.4e-3 and 9e-3 (root mean
+square); the tolerance is five to seven times that. NVIDIA GPUs round to TF32, which has three more bits: the tolerance
+is about an eighth. Neither was measured on a GPU or TPU yet."""
 
 VISION = SiglipConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3)
 TEXT = Qwen2Config(
@@ -52,43 +53,43 @@ MODALITIES = {
 }
 CONFIG = LlavaConfig(vision=VISION, text=TEXT, modalities=MODALITIES, image_token_id=55)
 SHOWN = ("T1", "rsfMRI", None)
-"""The modality of the one volume that each conversation shows."""
+"""Modality of each conversation's volume; None for a conversation without one."""
 LENGTHS, TARGETS, BEFORE = (20, 15, 9), (4, 3, 2), 3
-"""Positions of each conversation, how many of its last tokens are supervised, and tokens before its volume."""
+"""Positions of each conversation, supervised tokens at its end, and tokens before its volume."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a device made of it."""
+class StepResult:
+    """Loss and gradient norm that a device computed."""
 
     loss: float
     grad_norm: float
     seconds: float
-    """With its compilation."""
+    """Time of the step, including compilation."""
 
     def differences(self) -> tuple[float, float]:
-        """Of loss and gradient norm, relative."""
+        """Return the relative differences of loss and gradient norm from PyTorch's."""
         return abs(self.loss / LOSS - 1), abs(self.grad_norm / GRAD_NORM - 1)
 
 
 class _Draws:
-    """Numbers that are the same everywhere: of numpy's generators only the bits are promised to stay."""
+    """Random numbers that every version of numpy draws alike: numpy promises stable bits, not stable distributions."""
 
     def __init__(self, key: int):
         self._bits = np.random.Philox(key=key)
 
     def integers(self, below: int, size: int) -> np.ndarray:
-        """int32 [size], from 0."""
+        """Draw int32 [size] from 0 to below - 1."""
         return (self._bits.random_raw(size) % np.uint64(below)).astype(np.int32)
 
     def uniform(self, shape: tuple[int, ...], std: float) -> np.ndarray:
-        """float32, with mean 0: multiples of 2⁻²³ in [-1, 1), scaled."""
+        """Draw float32 with mean 0 and this standard deviation: multiples of 2⁻²³ in [-1, 1), scaled."""
         steps = (self._bits.random_raw(math.prod(shape)) >> np.uint64(40)).astype(np.float64)
         return ((steps * 2**-23 - 1) * (math.sqrt(3) * std)).astype(np.float32).reshape(shape)
 
 
 def make_params() -> dict[str, np.ndarray]:
-    """Every parameter, float32, by path."""
+    """Return every parameter by path, float32."""
     draws, params = _Draws(0), {}
     for path, leaf in sorted(abstract_params(CONFIG)[1].items()):
         norm = "norm" in path and path.endswith("weight")
@@ -98,7 +99,7 @@ def make_params() -> dict[str, np.ndarray]:
 
 
 def make_batch() -> Batch:
-    """Three conversations: about a T1 volume, about a run, about none."""
+    """Return a batch of three conversations: one about a T1 volume, one about an fMRI run, one without a volume."""
     draws, rows = _Draws(1), range(len(LENGTHS))
     ids = draws.integers(CONFIG.image_token_id, len(LENGTHS) * max(LENGTHS)).reshape(len(LENGTHS), -1)
     feature_idx = np.full(ids.shape, -1, np.int32)
@@ -125,8 +126,8 @@ def make_batch() -> Batch:
     )
 
 
-def take_step(device: jax.Device) -> Step:
-    """One step on `device`, as a run takes it there: its attention, its precision of products."""
+def take_step(device: jax.Device) -> StepResult:
+    """Take one step on `device` with the attention backend and matrix-product precision that a run uses there."""
     start = time.monotonic()
     config = CONFIG.with_attention("auto", native_backend(device))
     params = {path: jax.device_put(leaf, device) for path, leaf in make_params().items()}
@@ -137,4 +138,4 @@ def take_step(device: jax.Device) -> Step:
     batch = jax.device_put(jax.tree.map(lambda leaf: leaf[None], make_batch()), device)
     _, metrics = jit_train_step()(state, frozen, batch, graphdef=abstract_params(config)[0], optimizer=optimizer)
     loss, norm = (float(jnp.asarray(metrics[name])) for name in ("loss", "grad_norm"))
-    return Step(loss, norm, time.monotonic() - start)
+    return StepResult(loss, norm, time.monotonic() - start)
