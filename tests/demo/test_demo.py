@@ -1,4 +1,4 @@
-"""The demo's inputs: a checkpoint that PyTorch users can load, and data whose labels are true."""
+"""The demo: its checkpoint loads in PyTorch, its labels are true, and its printed numbers match its files."""
 
 import filecmp
 import json
@@ -50,8 +50,8 @@ def test_base_loads_in_torch(base: Path) -> None:
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
-def test_a_toy_answers_and_what_is_made_of_it_does_not(base: Path, tmp_path: Path) -> None:
-    """Only the base itself says that every weight is random; an export of it is refused like any other."""
+def test_random_base_answers_but_not_its_conversion(base: Path, tmp_path: Path) -> None:
+    """Only the base declares its random weights. A checkpoint converted from it is rejected like any untrained one."""
     modalities = {"T1": ModalityConfig(size=(8, 8, 8), patch=(4, 4, 4))}
     checkpoint = Checkpoint.open(base, modalities)
     assert checkpoint.answering() is checkpoint
@@ -97,11 +97,11 @@ def test_splits(data: DemoData) -> None:
     assert not subjects[0] & subjects[1]
 
 
-def test_masks_say_where_lesions_are(data: DemoData) -> None:
-    """On the scan's grid, where it is brightest, on the labelled side."""
-    found = [c for c in conversations(data.eval) if c["metadata"]["task"] == "lesion_side"]
-    assert len(found) == 8
-    for conversation in found:
+def test_masks_cover_the_lesions(data: DemoData) -> None:
+    """A mask has the scan's grid, covers its brightest voxels and is on the labelled side."""
+    about_lesions = [c for c in conversations(data.eval) if c["metadata"]["task"] == "lesion_side"]
+    assert len(about_lesions) == 8
+    for conversation in about_lesions:
         subject, label = (conversation["metadata"][key] for key in ("subject_id", "subject_label"))
         scan, mask = (nib.load(data.root / path) for path in (conversation["images"][0]["path"], lesion_mask(subject)))
         inside = np.asarray(mask.dataobj) > 0
@@ -113,7 +113,7 @@ def test_masks_say_where_lesions_are(data: DemoData) -> None:
         assert (middle[0] < 0) == (label == "left")
 
 
-def test_labels_are_true_in_the_patients_terms(data: DemoData) -> None:
+def test_labels_are_the_patients_sides(data: DemoData) -> None:
     orders: Counter[tuple[str, ...]] = Counter()
     for item in conversations(data.train) + conversations(data.eval):
         meta = item["metadata"]
@@ -124,11 +124,11 @@ def test_labels_are_true_in_the_patients_terms(data: DemoData) -> None:
             assert (labels[0] == labels[1]) == (meta["comparison_type"] == "same")
         for entry, label in zip(item["images"], labels, strict=True):
             image = nib.load(data.root / entry["path"])
-            found = image.get_fdata()
-            if found.ndim == 4:
-                task = (np.arange(found.shape[3]) // BLOCK) % 2 == 1
-                found = found[..., task].mean(-1) - found[..., ~task].mean(-1)
-            voxels = np.argwhere(found > 0.7 * found.max())
+            signal = image.get_fdata()
+            if signal.ndim == 4:
+                task = (np.arange(signal.shape[3]) // BLOCK) % 2 == 1
+                signal = signal[..., task].mean(-1) - signal[..., ~task].mean(-1)
+            voxels = np.argwhere(signal > 0.7 * signal.max())
             x = apply_affine(image.affine, voxels)[:, 0]
             assert ("left" if x.mean() < 0 else "right") == label
             orders[item["task_id"].split("_")[1], label, "".join(nib.aff2axcodes(image.affine))] += 1
@@ -136,30 +136,30 @@ def test_labels_are_true_in_the_patients_terms(data: DemoData) -> None:
         assert [orders[task, side, order] for side in ("left", "right") for order in ("RAS", "LAS")] == [5] * 4
 
 
-def test_uneven_counts_are_refused(tmp_path: Path) -> None:
+def test_uneven_counts_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="multiples of 4"):
         make_data(tmp_path, train_subjects=10)
 
 
 @pytest.fixture(scope="module")
-def went(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
-    """The whole demo, of few subjects and steps, and what it returned."""
+def short_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    """Run the whole demo with few subjects and steps; return its folder and its result."""
     root = tmp_path_factory.mktemp("demo")
     return root, run_demo(main, root, subjects=(8, 8), arguments=["--epochs", "0.5"])
 
 
-def test_the_demo_says_what_its_files_say(went: tuple[Path, dict[str, float]]) -> None:
-    root, found = went
+def test_demo_returns_the_accuracies_of_its_files(short_demo: tuple[Path, dict[str, float]]) -> None:
+    root, result = short_demo
     *_, last = evaluations(root / "run").values()
     rows = read_lines(last)
     assert len(rows) == 4 * 8
-    right = {task: [row["prediction"] == row["reference"] for row in of] for task, of in grouped(rows).items()}
-    assert found.pop("attribution") > 0
-    assert found == {task: np.mean(of) for task, of in right.items()}
+    correct = {task: [row["prediction"] == row["reference"] for row in group] for task, group in grouped(rows).items()}
+    assert result.pop("attribution") > 0
+    assert result == {task: np.mean(group) for task, group in correct.items()}
 
 
-def test_the_numbers_of_the_demos_page_are_those_of_its_files(went: tuple[Path, dict[str, float]]) -> None:
-    root, _ = went
+def test_demo_report_shows_the_numbers_of_its_files(short_demo: tuple[Path, dict[str, float]]) -> None:
+    root, _ = short_demo
     run = root / "run"
     page, lines = Page(run / "report.html"), read_lines(run / "metrics.jsonl")
     assert page.numbers["curves"]["loss"]["training"] == [[line["step"], line["loss"]] for line in lines]
@@ -169,25 +169,25 @@ def test_the_numbers_of_the_demos_page_are_those_of_its_files(went: tuple[Path, 
     for whose, file in files.items():
         for task, rows in grouped(read_lines(file)).items():
             truth = np.array([row["reference"] == "right." for row in rows])
-            said = np.array([row["prediction"] == "right." for row in rows])
-            both = np.array([[row["likelihoods"][side] for side in ("left.", "right.")] for row in rows])
-            share = softmax(both, axis=1)[:, 1]
+            answers = np.array([row["prediction"] == "right." for row in rows])
+            likelihoods = np.array([[row["likelihoods"][side] for side in ("left.", "right.")] for row in rows])
+            probability = softmax(likelihoods, axis=1)[:, 1]
             parsed = np.array([row["prediction"] in ("left.", "right.") for row in rows])
             expected = {
-                "accuracy": np.mean((truth == said) & parsed),
-                "auroc": roc_auc_score(truth, share),
-                "brier": brier_score_loss(truth, share),
+                "accuracy": np.mean((truth == answers) & parsed),
+                "auroc": roc_auc_score(truth, probability),
+                "brier": brier_score_loss(truth, probability),
             }
             for name, value in expected.items():
                 assert page.cells[task, name, whose][0] == pytest.approx(value), (whose, task, name)
                 cells.add(whose)
     assert cells == {"run", "cnn", "probe"}
     assert len(page.numbers["samples"]) == 3
-    assert sum("speaks for" in str(of.get("alt")) for tag, of in page.elements if tag == "img") >= 3
+    assert sum("speaks for" in str(attributes.get("alt")) for tag, attributes in page.elements if tag == "img") >= 3
 
 
 def grouped(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """{task: its rows}."""
+    """Return {task: its rows}."""
     tasks = sorted({row["metadata"]["task"] for row in rows})
     assert len(tasks) == 3
     return {task: [row for row in rows if row["metadata"]["task"] == task] for task in tasks}

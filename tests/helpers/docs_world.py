@@ -33,8 +33,7 @@ from umbrella_jax.data.bids.from_bids import from_bids
 from umbrella_jax.data.bids.templates import TEMPLATES
 from umbrella_jax.data.conversation import read_conversations
 from umbrella_jax.demo import make_base
-from umbrella_jax.demo.run import LESIONS
-from umbrella_jax.demo.run import _report as report_demo
+from umbrella_jax.demo.run import ATTRIBUTION_TEXT, print_accuracies
 from umbrella_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parents[2]
@@ -450,8 +449,8 @@ def compare_demo(page: Page, block: Block) -> None:
         for side in ("left.", "right.", "left.")
     ]
     with captured() as (out, _):
-        report_demo(rows)
-    page.printed = out.getvalue() + LESIONS.format(1.0)
+        print_accuracies(rows)
+    page.printed = out.getvalue() + ATTRIBUTION_TEXT.format(1.0)
     compare_output(page, block)
 
 

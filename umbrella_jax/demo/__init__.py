@@ -1,4 +1,4 @@
-"""The whole path on inputs made on the spot, through the commands that a user types."""
+"""The whole workflow on small generated inputs, through the commands that a user types."""
 
 from umbrella_jax.demo.base import make_base
 from umbrella_jax.demo.data import DemoData, make_data

@@ -1,4 +1,4 @@
-"""The demo's base model: a small random LLaVA-Qwen, written as Hugging Face's hub holds one."""
+"""The demo's base model: a small random LLaVA-Qwen in the format of Hugging Face's hub."""
 
 import json
 import math
@@ -13,10 +13,10 @@ from umbrella_jax.data.tokenize import save_tokenizer
 from umbrella_jax.demo.data import SENTENCES
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, MLP = 64, 2, 4, 2, 128
-IMAGE, PATCH = 28, 14  # of the stock 2D embedding, which the MRI patch embedding replaces
+IMAGE, PATCH = 28, 14  # the stock 2D embedding, which the MRI patch embedding replaces
 VOCABULARY_MULTIPLE = 64
-# std of a matrix is its gain over sqrt(fan in): at 1 a frozen random layer passes on what it gets,
-# above 1 attention can choose where to look, and logits can be sure of a word
+# A matrix has the standard deviation gain / sqrt(fan in). With gain 1, a frozen random layer keeps the scale of its
+# input. With larger gains, attention can focus on some positions and logits can favour one word.
 WEIGHT_GAIN, ATTENTION_GAIN, EMBEDDING_GAIN = 1.0, 2.0, 3.0
 BIAS_STD = 0.02
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
@@ -31,10 +31,11 @@ CHAT_TEMPLATE = (
 
 
 def make_base(directory: str | Path, seed: int = 0) -> Path:
-    """Write a LLaVA-Qwen checkpoint as Hugging Face's hub holds one, about 0.2 M random float32 weights.
+    """Write a LLaVA-Qwen checkpoint in the hub's format, with about 0.2 M random float32 weights.
 
     It has all parts of a stock LLaVA (2D patch embedding, position table, post_layernorm, tokenizer). Its config.json
-    says `random_weights: true`, so it answers untrained. Returns the directory, which is made if needed.
+    contains `random_weights: true`, so that commands let it answer untrained. Creates the directory if needed and
+    returns it.
     """
     from safetensors.numpy import save_file
 
@@ -55,7 +56,7 @@ def make_base(directory: str | Path, seed: int = 0) -> Path:
 
 
 def _make_tokenizer() -> Any:
-    """Byte-level BPE as Qwen's, merged on the demo's sentences; special tokens follow the words, as Qwen's do."""
+    """Train a byte-level BPE tokenizer like Qwen's on the demo's sentences; special tokens come last, as in Qwen."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -106,7 +107,7 @@ def _config(vocabulary: int, image_token: int) -> dict[str, Any]:
 
 
 def _shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of every tensor, in the layout of the hub's files; tied, so without `lm_head`."""
+    """Yield name and shape of every tensor as in the hub's files. Embeddings are tied, so there is no `lm_head`."""
     kv = HIDDEN // HEADS * KV_HEADS
 
     def linear(name: str, out: int, into: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -150,8 +151,8 @@ def _shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _init(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if len(shape) > 1:
-        attends = name.endswith(("q_proj.weight", "k_proj.weight"))
-        gain = ATTENTION_GAIN if attends else EMBEDDING_GAIN if "embed_tokens" in name else WEIGHT_GAIN
+        is_attention = name.endswith(("q_proj.weight", "k_proj.weight"))
+        gain = ATTENTION_GAIN if is_attention else EMBEDDING_GAIN if "embed_tokens" in name else WEIGHT_GAIN
         return rng.normal(0, gain / math.sqrt(math.prod(shape[1:])), shape).astype(np.float32)
     bias = rng.normal(0, BIAS_STD, shape).astype(np.float32)
     return bias if name.endswith(".bias") else np.ones(shape, np.float32)

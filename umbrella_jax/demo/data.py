@@ -1,7 +1,7 @@
-"""The demo's data: real heads, moved, mirrored and lit at random, with something drawn in to be found.
+"""The demo's data: real scans with random pose and brightness, and a drawn target in one hemisphere.
 
-The heads are two small scans that nibabel's wheel carries. Drawn are a bright lesion in the anatomical one and a
-region that follows a block design in the functional one, each in one hemisphere.
+Both source scans are part of nibabel's wheel. The target in the anatomical scan is a bright lesion; in the functional
+scan it is a region whose signal follows a block design.
 """
 
 import itertools
@@ -16,11 +16,11 @@ import numpy as np
 GRID, ZOOMS = (48, 64, 24), (3.0, 3.0, 2.2)  # voxels of an anatomical scan, and their size in mm
 MAX_ROTATION, MAX_SHIFT = 5.0, 4.0  # degrees about, and mm along, each axis
 LESION_RADIUS = (9.0, 15.0)  # mm: 3 to 5 voxels
-LESION_CENTRE = ((20.0, 40.0), (-40.0, 40.0), (-12.0, 12.0))  # mm from the middle of the head; x is the distance
+LESION_CENTRE = ((20.0, 40.0), (-40.0, 40.0), (-12.0, 12.0))  # mm from the middle of the head; x without its sign
 LESION_GAIN = 2.5  # times the brain's 98th percentile
 ACTIVE_RADIUS = (12.0, 18.0)  # mm
 ACTIVE_GAIN = (0.10, 0.20)  # of the resting signal
-BLOCK = 5  # frames at rest, then as many of task, and so on
+BLOCK = 5  # frames of rest, then as many frames of task, and so on
 
 LESION_QUESTION = "On which side is the lesion?"
 REFERENCE_QUESTION = "A reference scan. On which side is the lesion?"
@@ -32,7 +32,7 @@ SENTENCES = (LESION_QUESTION, REFERENCE_QUESTION, QUERY_QUESTION, ACTIVE_QUESTIO
 
 @dataclass(frozen=True)
 class DemoData:
-    """Where `make_data` wrote: the folder, and the conversation files of the disjoint halves in it."""
+    """The folder that `make_data` wrote, and its two conversation files, whose subjects are disjoint."""
 
     root: Path
     train: Path
@@ -40,14 +40,17 @@ class DemoData:
 
 
 def make_data(directory: str | Path, seed: int = 0, train_subjects: int = 320, eval_subjects: int = 40) -> DemoData:
-    """Writes NIfTI files (one folder per subject) and the conversations about them, train.json and eval.json.
+    """Write NIfTI files, one folder per subject, and the conversations about them, train.json and eval.json.
 
-    Each subject has an anatomical scan (48, 64, 24) at 3 x 3 x 2.2 mm with one bright lesion, and a functional
-    run (17, 21, 3, 20) at 4 x 4 x 8 mm, TR 2 s, with one active region; int16, half of them stored as RAS, half
-    as LAS. Three tasks: `lesion_side` (T1), `lesion_side_via_comparison` (T3: another subject of the same split
-    as the reference, once with the same side, once with the other), `active_side` (T1, fMRI). A side is the
-    patient's, from the affine. The subject counts have to be multiples of 4, so that sides and storage orders
-    balance; ValueError if not. The same seed gives the same bytes.
+    Each subject has an anatomical scan (48, 64, 24) at 3 x 3 x 2.2 mm with one bright lesion, and a functional run
+    (17, 21, 3, 20) at 4 x 4 x 8 mm, TR 2 s, with one active region. Voxels are int16; half of the scans are stored as
+    RAS, half as LAS. There are three tasks: `lesion_side` (T1), `active_side` (T1, fMRI), and
+    `lesion_side_via_comparison` (T3), in which the reference is another subject of the same split, once with a lesion
+    on the same side and once on the other. Sides are the patient's, according to the affine. The same seed gives the
+    same bytes.
+
+    Raises:
+        ValueError: a number of subjects is not a multiple of 4, so sides and storage orders cannot be balanced.
     """
     if train_subjects % 4 or eval_subjects % 4:
         raise ValueError(f"subjects: expected multiples of 4, got {train_subjects} and {eval_subjects}")
@@ -57,7 +60,7 @@ def make_data(directory: str | Path, seed: int = 0, train_subjects: int = 320, e
     first = 1
     for split, count in ("train", train_subjects), ("eval", eval_subjects):
         rng = np.random.default_rng([seed, first])
-        # every side as often in either storage order, and the two sides of one subject unrelated
+        # balances sides and storage orders; a subject's lesion side says nothing about its active side
         lesion = rng.permutation([(side, order) for side in SIDES for order in ("RAS", "LAS")] * (count // 4))
         active = rng.permutation(lesion)
         names = [f"sub-{first + i:03d}" for i in range(count)]
@@ -78,7 +81,7 @@ def _anat(subject: str) -> str:
 
 
 def lesion_mask(subject: str) -> str:
-    """Where, below the data's root, a held-out subject's lesion is drawn: 1 inside it, on the scan's grid."""
+    """Return the path, relative to the data's root, of a held-out subject's lesion mask: 1 in the lesion, else 0."""
     return f"{subject}/anat/{subject}_label-lesion_mask.nii.gz"
 
 
@@ -87,7 +90,7 @@ def _func(subject: str) -> str:
 
 
 def _load_sources() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """The two real scans in RAS order, float32, each with its voxel size in mm (and TR in s)."""
+    """Return both real scans in RAS order, float32, each with its voxel size in mm (and TR in s)."""
     import nibabel as nib
 
     folder = Path(nib.__file__).parent / "tests" / "data"
@@ -103,20 +106,20 @@ def _load_sources() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np
 
 
 def _coordinates(shape: tuple[int, ...], zooms: np.ndarray) -> np.ndarray:
-    """mm of every voxel from the middle of the grid, float32 [D, H, W, 3]."""
+    """Return each voxel's position in mm from the middle of the grid, float32 [D, H, W, 3]."""
     axes = [(np.arange(n, dtype=np.float32) - (n - 1) / 2) * z for n, z in zip(shape, zooms, strict=True)]
     return np.stack(np.meshgrid(*axes, indexing="ij"), -1)
 
 
 def _affine(shape: tuple[int, ...], zooms: np.ndarray) -> np.ndarray:
-    """RAS+ affine whose origin is the middle of the grid."""
+    """Return the RAS+ affine with its origin in the middle of the grid."""
     affine = np.diag([*zooms, 1.0])
     affine[:3, 3] = -(np.array(shape) - 1) / 2 * zooms
     return affine
 
 
 def _sample(volume: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Trilinear values of [D, H, W] at voxel coordinates [..., 3]; 0 outside."""
+    """Interpolate a volume [D, H, W] trilinearly at voxel coordinates [..., 3]; 0 outside."""
     padded = np.ascontiguousarray(np.pad(volume, 1))
     points = np.clip(points + 1, 0, np.array(padded.shape, np.float32) - 1.001)
     low = points.astype(np.int32)
@@ -144,11 +147,15 @@ def _rotation(rng: np.random.Generator) -> np.ndarray:
 def _draw_lesion(
     rng: np.random.Generator, head: np.ndarray, zooms: np.ndarray, side: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A head, moved and lit at random, with a lesion on the patient's `side`; its affine; and where the lesion is."""
+    """Draw a lesion on the patient's `side` into the head, with random pose and brightness.
+
+    Returns:
+        The scan [D, H, W], its affine, and the lesion's mask, bool [D, H, W].
+    """
     grid_zooms = np.array(ZOOMS)
     affine = _affine(GRID, grid_zooms)
     rotation, shift = _rotation(rng), rng.uniform(-MAX_SHIFT, MAX_SHIFT, 3).astype(np.float32)
-    if rng.random() < 0.5:  # a head is not symmetric: mirrored as often as not, it tells nothing about the side
+    if rng.random() < 0.5:  # mirroring half of the heads keeps their asymmetry from revealing the side
         head = head[::-1]
     in_head = (_coordinates(GRID, grid_zooms) - shift) @ rotation  # mm in the head's own frame
     image = _sample(head, in_head / zooms + (np.array(head.shape) - 1) / 2)
@@ -169,14 +176,18 @@ def _draw_lesion(
 def _draw_activity(
     rng: np.random.Generator, run: np.ndarray, zooms: np.ndarray, side: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A functional run with a region on the patient's `side` that follows the block design; and its affine."""
+    """Draw a region on the patient's `side` whose signal follows the block design.
+
+    Returns:
+        The run [D, H, W, T] and its affine.
+    """
     shape, frames = run.shape[:3], run.shape[3]
     if rng.random() < 0.5:
         run = run[::-1]
-    run = np.roll(run, rng.integers(frames), axis=-1)  # drifts and spikes of the one real run, elsewhere each time
-    place = _coordinates(shape, zooms[:3])
+    run = np.roll(run, rng.integers(frames), axis=-1)  # moves the real run's drifts and spikes in time
+    positions = _coordinates(shape, zooms[:3])
     centre = np.array([rng.uniform(14, 20) * (-1 if side == "left" else 1), rng.uniform(-25, 25), 0.0])
-    inside = 1 / (1 + np.exp(np.linalg.norm(place - centre, axis=-1) - rng.uniform(*ACTIVE_RADIUS)))
+    inside = 1 / (1 + np.exp(np.linalg.norm(positions - centre, axis=-1) - rng.uniform(*ACTIVE_RADIUS)))
     task = (np.arange(frames) // BLOCK) % 2
     image = run * (1 + rng.uniform(*ACTIVE_GAIN) * inside[..., None] * task)
     image += rng.normal(0, 0.01 * run.mean(), run.shape)
@@ -198,7 +209,7 @@ def _save(path: Path, image: np.ndarray, affine: np.ndarray, order: str) -> None
 def _conversations(
     rng: np.random.Generator, subjects: list[str], lesion: list[str], active: list[str]
 ) -> list[dict[str, Any]]:
-    """Four conversations about each subject; references are drawn from the same subjects."""
+    """Return four conversations about each subject; reference scans are drawn from the same subjects."""
     result = []
     for i, subject in enumerate(subjects):
         anat, func = (_anat(subject), "sMRI"), (_func(subject), "fMRI")
@@ -225,7 +236,7 @@ def _conversations(
 
 
 def _conversation(task_id: str, task: str, subject: str, turns: list[tuple[str, str, str, str]]) -> dict[str, Any]:
-    """One conversation of (image, modality, question, side) turns; the last one's side is the subject's label."""
+    """Return a conversation with (image, modality, question, side) turns; the last side is the subject's label."""
     messages: list[dict[str, Any]] = []
     for path, modality, question, side in turns:
         image = {"type": "image", "modality": modality, "image_path": path}

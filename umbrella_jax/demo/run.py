@@ -1,4 +1,4 @@
-"""The demo: the main job on an embedded default, each step a command that a user types."""
+"""The demo: convert, train, answer, export and compare, each step a command that a user types."""
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +11,11 @@ from umbrella_jax.errors import RunError
 from umbrella_jax.html.page import PACKAGES, page_faults
 
 CONFIG = "tiny"
-"""A shipped one."""
-LESIONS = """
-The lesion holds {:.1f} times the attribution (integrated gradients of the answer) of as many random brain voxels,
-median over held-out subjects. To see it on a scan: umbrella-jax explain"""
+"""A shipped config."""
+ATTRIBUTION_TEXT = """
+The lesion gets {:.1f} times the attribution (integrated gradients of the answer)
+of as many random brain voxels, median over held-out subjects.
+To see it on a scan: umbrella-jax explain"""
 
 
 def run_demo(
@@ -25,20 +26,21 @@ def run_demo(
     subjects: tuple[int, int] = (320, 40),
     arguments: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Makes a small LLaVA-Qwen and a data set, converts, trains, answers, exports and loads the export back.
+    """Make a small LLaVA-Qwen and a data set, convert, train, answer, export, and load the export again.
 
     Args:
         main: runs one `umbrella-jax` command line and returns its exit code.
-        directory: for all that is made; must not exist or be empty.
-        subjects: to train on, and held out; multiples of 4.
-        arguments: for `umbrella-jax train`, behind the demo's own.
+        directory: folder for all files; must be empty or not exist.
+        seed: seed of the base's weights and of the data.
+        subjects: numbers of training and held-out subjects, multiples of 4.
+        arguments: more arguments for `umbrella-jax train`.
 
     Returns:
-        {task: held-out accuracy}, and `attribution`: see `_lesions`.
+        {task: held-out accuracy}, and under `attribution` the ratio of `_attribution_ratio`.
 
     Raises:
         ConfigError: the directory is not empty.
-        RunError: the export does not answer as the run did.
+        RunError: a command failed, or the export's answers differ from the run's.
     """
     from umbrella_jax.io.files import check_new_folder, check_run_name
     from umbrella_jax.rundir import evaluations
@@ -64,29 +66,32 @@ def run_demo(
     data_options += ["--cache", directory / "cache"]
     command("train", "--config", CONFIG, *data_options, "--out", run, *arguments)
     command("convert", "to-hf", run, export)
-    # a quarter of the network's published channels, and few epochs: enough for what is drawn here
+    # A quarter of the network's published channels and few epochs are enough for these drawings.
     small = ["--cnn-width", 0.25, "--cnn-epochs", 5]
     command("baseline", "--config", CONFIG, *data_options, "--run", run, "--out", run, *small)
 
-    *_, last = evaluations(run).values()
-    rows = read_predictions(last)
-    again = _answers(export, data.eval)
-    if again != [row["prediction"] for row in rows]:
-        raise RunError(f"{export}: answers other than the run's; the export does not hold what was trained")
-    print(f"\n{export}: loaded back, its {len(again)} held-out answers are the run's, one by one")
+    *_, last_evaluation = evaluations(run).values()
+    rows = read_predictions(last_evaluation)
+    answers = _answers(export, data.eval)
+    if answers != [row["prediction"] for row in rows]:
+        raise RunError(f"{export}: answers differ from the run's; the export lacks trained weights")
+    print(f"\n{export}: loaded again; its {len(answers)} held-out answers equal the run's")
     if faults := page_faults("report", run / "report.html", PACKAGES):
-        print("\n".join(["", "no page of the run:", *faults]))
+        print("\n".join(["", "no report of the run:", *faults]))
     else:
         command("report", run, "--samples", 3, "--explain", "gradient", "--baseline", run)
-    found = _report(rows)
-    ratio = _lesions(export, data)
-    print(LESIONS.format(ratio))
-    return found | {"attribution": ratio}
+    accuracies = print_accuracies(rows)
+    ratio = _attribution_ratio(export, data)
+    print(ATTRIBUTION_TEXT.format(ratio))
+    return accuracies | {"attribution": ratio}
 
 
-def _lesions(checkpoint: Path, data: DemoData) -> float:
-    """How much of the answers' attribution lies in the lesions, in the scans' own space: |attribution| summed over a
-    lesion's voxels, over that of as many other voxels of the head; the median over held-out subjects."""
+def _attribution_ratio(checkpoint: Path, data: DemoData) -> float:
+    """Return how many times more attribution the lesions get than other voxels; the median over held-out subjects.
+
+    A subject's ratio is the sum of |attribution| over the lesion's voxels, divided by the sum over as many random
+    voxels of the rest of the head, on the scan's own grid.
+    """
     import nibabel as nib
     import numpy as np
 
@@ -100,17 +105,17 @@ def _lesions(checkpoint: Path, data: DemoData) -> float:
     for conversation in read_conversations(data.eval, processor.modalities, task_filter="lesion_side"):
         explained = explain(model, processor, conversation, steps=8)
         (image,) = explained.maps
-        share = np.abs(explained.in_scan(processor, image))
+        attribution = np.abs(explained.in_scan(processor, image))
         (subject,) = conversation.subjects
         inside = np.asarray(nib.load(data.root / lesion_mask(f"sub-{subject}")).dataobj) > 0
         outside = np.flatnonzero((np.asarray(nib.load(image.path).dataobj) > 0) & ~inside)
         others = rng.choice(outside, np.count_nonzero(inside), replace=False)
-        ratios.append(share[inside].sum() / share.reshape(-1)[others].sum())
+        ratios.append(attribution[inside].sum() / attribution.reshape(-1)[others].sum())
     return float(np.median(ratios))
 
 
 def _answers(checkpoint: Path, conversations: Path) -> list[str]:
-    """What a notebook does: load, make a batch, generate."""
+    """Return the checkpoint's answers, made as in a notebook: load, make a batch, generate."""
     from umbrella_jax.checkpoints.load import load
     from umbrella_jax.config.load import load_config
     from umbrella_jax.inference.generate import generate
@@ -124,8 +129,8 @@ def _answers(checkpoint: Path, conversations: Path) -> list[str]:
     return processor.decode(tokens)
 
 
-def _report(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Prints accuracy per task on subjects that training did not see, beside what is reached without the images."""
+def print_accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Print accuracy and chance level per task on the held-out subjects; return {task: accuracy}."""
     from umbrella_jax.scoring.metrics import score, tasks_of
 
     scores = score(rows, tasks_of(rows), resamples=0)
