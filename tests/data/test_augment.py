@@ -1,4 +1,4 @@
-"""Augmentation: what each one does to voxels whose place is known, the same for all images of a conversation."""
+"""Augmentation: the effect of each change on known voxels, and the same draw for all images of a conversation."""
 
 import itertools
 from dataclasses import replace
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from umbrella_jax.config.load import dump_config, load_config, parse_config
 from umbrella_jax.config.schema import AugmentConfig
-from umbrella_jax.data.augment import Augmentation, check_axes, draw, examples
+from umbrella_jax.data.augment import Augmentation, check_axes, draw_augmentation, examples
 from umbrella_jax.errors import ConfigError, DataError
 
 EVERYTHING = AugmentConfig(
@@ -28,14 +28,14 @@ DIRECTIONS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1),
 
 
 def random(shape, seed=0):
-    """A volume that cannot be written to, as cached ones must not be."""
+    """Return a random read-only volume: augmentation must not write to cached volumes."""
     volume = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
     volume.flags.writeable = False
     return volume
 
 
 def head(shape=(12, 14, 10), background=-0.75, seed=0):
-    """Voxels above a constant background that surrounds them."""
+    """Return a random brain in a constant background below it."""
     volume = np.full(shape, background, np.float32)
     inside = (slice(3, -3),) * 3
     volume[inside] = np.random.default_rng(seed).uniform(background + 0.1, 2, volume[inside].shape)
@@ -53,7 +53,7 @@ def centre_of_mass(volume):
 
 
 def as_pir(volume):
-    """A volume with axes R, A, S, stored as P, I, R."""
+    """Return a volume with axes R, A, S, stored as P, I, R."""
     return np.ascontiguousarray(np.moveaxis(volume, 0, 2)[::-1, ::-1])
 
 
@@ -105,7 +105,7 @@ def test_a_left_right_flip_needs_an_orientation():
         ((0, 0, 30), (8, 0, 0), (8 * np.sqrt(3) / 2, 4, 0)),  # from axis 0 towards axis 1
         ((30, 0, 0), (0, 8, 0), (0, 8 * np.sqrt(3) / 2, 4)),
         ((0, 30, 0), (0, 0, 8), (4, 0, 8 * np.sqrt(3) / 2)),
-        ((90, 90, 0), (0, 8, 0), (8, 0, 0)),  # about axis 0 first; the other way round it would end at (0, 0, 8)
+        ((90, 90, 0), (0, 8, 0), (8, 0, 0)),  # about axis 0 first; in the reverse order it would end at (0, 0, 8)
     ],
 )
 def test_rotation_and_translation(rotation, start, end):
@@ -135,13 +135,13 @@ def test_background_moves_in(background):
 # Intensities
 
 
-def test_bias_field_is_monais():
+def test_bias_field_matches_monai():
     transforms = pytest.importorskip("monai.transforms")
-    drawn = draw(AugmentConfig(bias_field=0.5), np.random.default_rng(3))
+    drawn = draw_augmentation(AugmentConfig(bias_field=0.5), np.random.default_rng(3))
     heights = np.abs(random((9, 6, 7)))
     heights[2, 3, 4] = 0
     monai = transforms.RandBiasField(degree=3, prob=1)
-    monai._coeff = [0.0, *drawn.bias]  # its first is the constant
+    monai._coeff = [0.0, *drawn.bias]  # the first coefficient is the constant
     expected = monai(heights[None], randomize=False)[0].numpy()
     np.testing.assert_allclose(drawn.apply(heights, "RAS"), expected, rtol=1e-5)
     np.testing.assert_allclose(drawn.apply(heights - 3, None), expected - 3, atol=1e-5)
@@ -153,33 +153,33 @@ def test_intensity_scales_heights_above_the_minimum():
     np.testing.assert_allclose(scaled + 0.75, 1.2 * (volume + 0.75), atol=1e-6)
 
 
-LIGHT = draw(AugmentConfig(bias_field=0.5, intensity_scale=(0.5, 0.9)), np.random.default_rng(1))
+INTENSITY = draw_augmentation(AugmentConfig(bias_field=0.5, intensity_scale=(0.5, 0.9)), np.random.default_rng(1))
 
 
-def test_light_leaves_the_background_and_changes_the_rest():
+def test_intensity_changes_everything_but_the_background():
     volume = head()
-    lit = LIGHT.apply(volume, "LPS")
+    lit = INTENSITY.apply(volume, "LPS")
     np.testing.assert_array_equal(lit != volume, volume != np.float32(-0.75))
 
 
-def test_light_leaves_a_background_within_the_brains_values():
+def test_intensity_keeps_a_background_inside_the_range_of_the_brain():
     brain = np.zeros((12, 12, 12, 3), bool)
     brain[2:-2, 2:-2, 2:-2] = True
     volume = np.where(brain, random(brain.shape), 0)  # znorm_zeroback
-    lit = LIGHT.apply(volume, None, background=0.0)
-    brain[volume == volume.min()] = False  # stands for no signal
+    lit = INTENSITY.apply(volume, None, background=0.0)
+    brain[volume == volume.min()] = False  # the factors leave the minimum unchanged
     np.testing.assert_array_equal(lit != volume, brain)
 
 
 def test_noise():
     volume = 5 * random((40, 40, 40)) + 100
-    augmentation = draw(AugmentConfig(noise=0.2), np.random.default_rng(0))
+    augmentation = draw_augmentation(AugmentConfig(noise=0.2), np.random.default_rng(0))
     first, again, second = (augmentation.apply(volume, None, image) - volume for image in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert first.std() == pytest.approx(0.2 * volume.std(), rel=0.02)
     assert abs(first.mean()) < 0.02
     assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.02
-    other = draw(AugmentConfig(noise=0.2), np.random.default_rng(1)).apply(volume, None) - volume
+    other = draw_augmentation(AugmentConfig(noise=0.2), np.random.default_rng(1)).apply(volume, None) - volume
     assert abs(np.corrcoef(first.ravel(), other.ravel())[0, 1]) < 0.02
 
 
@@ -188,7 +188,9 @@ def test_noise():
 
 def test_images_stored_differently_change_alike():
     volume = head((12, 14, 11))
-    augmentation = replace(draw(replace(EVERYTHING, noise=0), np.random.default_rng(7)), left_right=True, flip_axis=2)
+    augmentation = replace(
+        draw_augmentation(replace(EVERYTHING, noise=0), np.random.default_rng(7)), left_right=True, flip_axis=2
+    )
     expected = as_pir(augmentation.apply(volume, "RAS"))
     np.testing.assert_allclose(augmentation.apply(as_pir(volume), "PIR"), expected, atol=1e-5)
     assert np.abs(expected - as_pir(volume)).max() > 0.5
@@ -196,29 +198,31 @@ def test_images_stored_differently_change_alike():
 
 def test_every_frame_changes_alike():
     frames = [head(seed=seed) for seed in range(3)]
-    augmentation = replace(draw(replace(EVERYTHING, noise=0), np.random.default_rng(2)), left_right=True)
+    augmentation = replace(draw_augmentation(replace(EVERYTHING, noise=0), np.random.default_rng(2)), left_right=True)
     run = augmentation.apply(np.stack(frames, axis=-1), "LAS")
     for index, frame in enumerate(frames):
         np.testing.assert_allclose(run[..., index], augmentation.apply(frame, "LAS"), atol=1e-6)
 
 
-def test_off_is_the_very_same_array():
+def test_without_changes_the_array_is_returned():
     volume = random((4, 5, 6))
-    assert draw(AugmentConfig(), np.random.default_rng(0)).apply(volume, None) is volume
+    assert draw_augmentation(AugmentConfig(), np.random.default_rng(0)).apply(volume, None) is volume
 
 
-def test_draws_depend_on_the_stream_alone():
-    first, again, next_epoch = (draw(EVERYTHING, np.random.default_rng([1, epoch, 5, 1])) for epoch in (0, 0, 1))
+def test_draws_depend_only_on_the_random_stream():
+    first, again, next_epoch = (
+        draw_augmentation(EVERYTHING, np.random.default_rng([1, epoch, 5, 1])) for epoch in (0, 0, 1)
+    )
     assert first == again
     assert hash(first) == hash(again)
     assert first != next_epoch
-    alone = draw(AugmentConfig(rotation=10), np.random.default_rng([1, 0, 5, 1]))
-    assert alone == Augmentation(rotation=first.rotation)  # turning others on leaves it
+    only_rotation = draw_augmentation(AugmentConfig(rotation=10), np.random.default_rng([1, 0, 5, 1]))
+    assert only_rotation == Augmentation(rotation=first.rotation)  # whatever else is on
 
 
 def test_draws_are_uniform_in_their_ranges():
     config = replace(EVERYTHING, left_right_flip=0.3, flip_any_axis=0.6, intensity_scale=(0.8, 1.4))
-    drawn = [draw(config, np.random.default_rng([0, 0, index, 1])) for index in range(4000)]
+    drawn = [draw_augmentation(config, np.random.default_rng([0, 0, index, 1])) for index in range(4000)]
     assert np.mean([a.left_right for a in drawn]) == pytest.approx(0.3, abs=0.04)
     assert np.mean([a.left_right and a.flip_axis is not None for a in drawn]) == pytest.approx(0.18, abs=0.03)
     for axis in range(3):
@@ -252,18 +256,18 @@ def test_any_volume(shape, axes, seed, spread, flips):
     volume = random(shape, seed) * np.float32(spread)
     volume.flags.writeable = False
     config = replace(EVERYTHING, left_right_flip=float(flips and axes is not None), flip_any_axis=float(flips))
-    found = draw(config, np.random.default_rng(seed)).apply(volume, axes)
+    found = draw_augmentation(config, np.random.default_rng(seed)).apply(volume, axes)
     assert found.shape == shape
     assert found.dtype == np.float32
     assert found.flags.c_contiguous
     assert np.isfinite(found).all()
-    np.testing.assert_array_equal(found, draw(config, np.random.default_rng(seed)).apply(volume, axes))
+    np.testing.assert_array_equal(found, draw_augmentation(config, np.random.default_rng(seed)).apply(volume, axes))
 
 
 # For people to look at
 
 
-def test_examples_show_each_one_alone():
+def test_examples_show_one_change_each():
     volume = head((16, 18, 14))
     shown = examples(EVERYTHING)
     names = [name.split(":")[0] for name, _ in shown]

@@ -1,4 +1,4 @@
-"""Batches: every placeholder takes the row of its own image; padding is inert."""
+"""Batches: every placeholder points to its own image's features, and padding has no effect."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ PATCHES = {"T1": 6, "rsfMRI": 4}
 
 
 def row(*parts):
-    """Text as a number of positions, images, and `("answer", n)`; ids count up from 100."""
+    """Make a conversation from numbers of text positions, images and `("answer", n)`. Its ids count up from 100."""
     supervised, images, starts = [], [], []
     for part in parts:
         if isinstance(part, Image):
@@ -34,7 +34,7 @@ def row(*parts):
 
 @pytest.fixture
 def volumes(modalities):
-    """Each image's volume is constant: 1, 2, 3, ..."""
+    """Return a constant volume per image: 1, 2, 3, ..."""
     return {
         image: np.full(modalities[image.modality].size, value, np.float32)
         for value, image in enumerate([A, B, C, F, G], start=1)
@@ -42,14 +42,14 @@ def volumes(modalities):
 
 
 def one(rows, volumes, modalities, conversations, positions, targets, **counts):
-    """The only micro-batch, without its axis."""
+    """Collate a single micro-batch and drop its axis."""
     shape = BatchShape(conversations, positions, targets, tuple(counts.items()))
     batch = collate([rows], volumes.__getitem__, modalities, shape)
     return jax.tree.map(lambda leaf: leaf[0], batch)
 
 
 def source_of_each_position(batch, modalities):
-    """What value (volume) and patch each position takes, by concatenating features as the model does; None for text."""
+    """Return (value of the volume, patch) for each position, concatenating features as the model does; None for text."""
     features = []
     for modality in sorted(batch.volumes):
         for volume in batch.volumes[modality]:
@@ -58,7 +58,7 @@ def source_of_each_position(batch, modalities):
 
 
 def test_every_placeholder_takes_its_own_patch(modalities, volumes):
-    """Ragged counts, both modalities, a volume shared between and within rows, an image at position 0."""
+    """Rows have different numbers of images of both modalities, share a volume, repeat one, and begin with one."""
     rows = [row(2, A, 1, F, 3, B), row(5), row(G, A, ("answer", 2)), row(1, B, B)]
     batch = one(rows, volumes, modalities, 4, 24, 8, T1=3, rsfMRI=2)
     found = source_of_each_position(batch, modalities)
@@ -69,7 +69,7 @@ def test_every_placeholder_takes_its_own_patch(modalities, volumes):
             for patch in range(PATCHES[image.modality]):
                 expected[start + patch] = (value[image], patch)
         assert sources == expected
-    # each distinct volume once; two windows of one run are two volumes
+    # each distinct volume occurs once; two windows of one run are two volumes
     assert batch.volumes["T1"][:, 0, 0, 0].tolist() == [1, 2, 0]
     assert batch.volumes["rsfMRI"][:, 0, 0, 0, 0].tolist() == [4, 5]
 
@@ -110,8 +110,8 @@ def test_types(modalities, volumes):
     assert batch.positions.tolist() == [list(range(64))]
 
 
-def test_a_modality_of_the_shape_only_gets_zero_volumes(modalities, volumes):
-    """Micro-batches of one step share a shape; features of the absent modality still take their rows."""
+def test_an_absent_modality_of_the_shape_gets_zero_volumes(modalities, volumes):
+    """Micro-batches of a step share a shape, so features of the absent modality still take up their rows."""
     shape = BatchShape(1, 16, 8, (("T1", 1), ("rsfMRI", 1)))
     batch = collate([[row(A)], [row(F)], []], volumes.__getitem__, modalities, shape)
     assert not batch.volumes["rsfMRI"][0].any()
@@ -122,23 +122,22 @@ def test_a_modality_of_the_shape_only_gets_zero_volumes(modalities, volumes):
     assert not any(leaf[2].any() for leaf in (batch.input_ids, batch.target_mask, *batch.volumes.values()))
 
 
-def test_an_image_is_asked_for_once(modalities, volumes):
-    """Though both micro-batches show it; each has a copy."""
-    asked = []
+def test_an_image_of_two_micro_batches_is_loaded_once(modalities, volumes):
+    loaded = []
 
     def volume(image):
-        asked.append(image)
+        loaded.append(image)
         return volumes[image]
 
     shape = BatchShape(2, 16, 8, (("T1", 2), ("rsfMRI", 1)))
     batch = collate([[row(A), row(B)], [row(F), row(B)]], volume, modalities, shape)
-    assert asked == [A, B, F]
+    assert loaded == [A, B, F]
     assert batch.volumes["T1"][:, :, 0, 0, 0].tolist() == [[1, 2], [2, 0]]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_each_part_has_its_own_rows_volumes(modalities, volumes, count):
-    """Whoever makes a part asks for them alone; put together, parts are the batch of whoever makes all of them."""
+    """Making a part loads only its own volumes. The joined parts equal the whole batch."""
     batches = [[row(2, A, B), row(3, ("answer", 2)), row(C, F), row(G, B)], [row(F), row(C, ("answer", 1)), row(A)]]
     shape = BatchShape(4, 24, 8, (("T1", 8), ("rsfMRI", 8)))
     whole = collate(batches, volumes.__getitem__, modalities, shape, Parts(count, tuple(range(count))))

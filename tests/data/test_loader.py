@@ -1,4 +1,4 @@
-"""The order of a run: every conversation once an epoch, the same after a resume; faults reach the caller."""
+"""Batches of a run: every conversation once per epoch, the same after a resume; errors reach the caller."""
 
 from collections import Counter
 from functools import partial
@@ -21,7 +21,7 @@ NUM = 7
 
 @pytest.fixture
 def make_dataset(nifti, record, write_json, tokenizer, modalities):
-    """`make_dataset(evaluation=...)`: 7 conversations, told apart by the length of their answers."""
+    """Return `make_dataset(evaluation=...)`: 7 conversations with answers of different lengths."""
 
     def make(answers=None, **options):
         run = np.ones((4, 3, 5, 1)) + np.random.default_rng(0).uniform(0, 1, (4, 3, 5, 40))
@@ -40,15 +40,14 @@ def make_dataset(nifti, record, write_json, tokenizer, modalities):
 
 
 def batches_of(dataset, *, batch_size, accumulate_steps=1, seed=5, parts=WHOLE, start_step=0, **options):
-    """Training batches as a run makes them; by default of one epoch."""
+    """Return training batches as a run makes them; by default those of one epoch."""
     plan = make_epoch_plan(dataset, batch_size=batch_size, accumulate_steps=accumulate_steps, seed=seed, parts=parts.of)
     options = {"num_steps": plan.updates_per_epoch, "threads": 2} | options
     return train_batches(dataset, plan, start_step=start_step, parts=parts, **options)
 
 
-def seen(batch):
-    """Indices of the conversations of a batch with leading axis A, row by row: answers have i + 2 tokens, and empty
-    rows none."""
+def conversations_of(batch):
+    """Return the indices of the conversations in each micro-batch: the answer of conversation i has i + 2 tokens."""
     return [[int(mask.sum()) - 2 for mask in micro if mask.any()] for micro in batch.target_mask]
 
 
@@ -61,21 +60,23 @@ def test_load(make_dataset, tmp_path):
 
 
 def test_each_conversation_once_an_epoch(make_dataset):
-    """Of 7 by 2: three show the run, four do not; in two updates each."""
+    """Three conversations show the run, four do not. In batches of 2, each kind takes two updates."""
     dataset = make_dataset()
     batches = list(batches_of(dataset, batch_size=2, num_steps=8))
     assert len(batches) == 8
-    orders = [[i for batch in batches[k : k + 4] for row in seen(batch) for i in row] for k in (0, 4)]
+    orders = [[i for batch in batches[k : k + 4] for row in conversations_of(batch) for i in row] for k in (0, 4)]
     assert all(sorted(order) == list(range(NUM)) for order in orders)
-    assert orders[0] != orders[1]  # each in its own order
-    assert [seen(b) for b in batches_of(dataset, batch_size=2, num_steps=8, seed=6)] != [seen(b) for b in batches]
+    assert orders[0] != orders[1]  # each epoch has its own order
+    assert [conversations_of(b) for b in batches_of(dataset, batch_size=2, num_steps=8, seed=6)] != [
+        conversations_of(b) for b in batches
+    ]
 
 
 def test_a_batch_holds_what_the_conversations_show(make_dataset, modalities, tmp_path):
     dataset = make_dataset()
     t1 = modalities["T1"]
     for batch in batches_of(dataset, batch_size=2, accumulate_steps=2):
-        for a, micro in enumerate(seen(batch)):
+        for a, micro in enumerate(conversations_of(batch)):
             used = {volume.tobytes() for volume in batch.volumes["T1"][a] if volume.any()}
             files = [*(f"{i}.nii" for i in micro), *(["shared.nii"] if micro else [])]
             assert used == {load_volume(tmp_path / name, t1).tobytes() for name in files}
@@ -95,7 +96,7 @@ def assert_equal(left, right):
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("start", [0, 1, 4, 8])
-def test_resumed_is_continued(make_dataset, start, threads):
+def test_a_resumed_run_continues_with_the_same_batches(make_dataset, start, threads):
     dataset = make_dataset()
     options = {"batch_size": 1, "accumulate_steps": 2, "num_steps": 9}
     whole = list(batches_of(dataset, **options))
@@ -106,14 +107,14 @@ def test_resumed_is_continued(make_dataset, start, threads):
 
 
 def interleave(*leaves, own):
-    """Leaves [A, own · rows, ...] of processes that have every so-manieth part → [A, all rows, ...]."""
+    """Join the leaves [A, own · rows, ...] of processes that take parts in turn to [A, all rows, ...]."""
     cut = [leaf.reshape(leaf.shape[0], own, -1, *leaf.shape[2:]) for leaf in leaves]
     return np.stack(cut, axis=2).reshape(leaves[0].shape[0], -1, *leaves[0].shape[2:])
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_share_a_batch(make_dataset, count, monkeypatch):
-    """Their parts put together are the batch of one process; each opens what lies in its part and nothing else."""
+    """The joined parts equal the batch of one process. Each process opens only the volumes of its own parts."""
     dataset = make_dataset()
     options = {"batch_size": 4, "accumulate_steps": 2, "threads": 1}
     whole = list(batches_of(dataset, **options, parts=Parts(4, (0, 1, 2, 3))))
@@ -121,7 +122,7 @@ def test_processes_share_a_batch(make_dataset, count, monkeypatch):
     monkeypatch.setattr(dataset.sources, "load", lambda *a: opened.append(a) or load_volume(*a))
     parts = []
     for p in range(count):
-        own = tuple(range(p, 4, count))  # as on a torus, where a process's devices are not side by side
+        own = tuple(range(p, 4, count))  # as on a torus, whose neighbouring devices may belong to different processes
         parts.append(list(batches_of(dataset, **options, parts=Parts(4, own))))
         held = {v.tobytes() for b in parts[-1] for vs in b.volumes.values() for m in vs for v in m if v.any()}
         assert {load_volume(*arguments).tobytes() for arguments in opened} == held
@@ -132,7 +133,7 @@ def test_processes_share_a_batch(make_dataset, count, monkeypatch):
 
 def test_a_step_without_a_modality_has_no_entry_for_it(make_dataset):
     for batch in batches_of(make_dataset(), batch_size=1):
-        assert set(batch.volumes) == ({"T1", "rsfMRI"} if seen(batch)[0][0] in (1, 2, 5) else {"T1"})
+        assert set(batch.volumes) == ({"T1", "rsfMRI"} if conversations_of(batch)[0][0] in (1, 2, 5) else {"T1"})
 
 
 def test_an_epoch_draws_one_window_of_a_run(make_dataset):
@@ -147,11 +148,11 @@ def test_an_epoch_draws_one_window_of_a_run(make_dataset):
             assert count == 3
             windows.append(window)
             epoch.clear()
-    assert len(set(windows)) > 2  # and another one in another epoch
+    assert len(set(windows)) > 2  # other epochs draw other windows
 
 
 def test_evaluation_takes_every_conversation_once(make_dataset):
-    """In one shape, since 7 conversations are not worth compiling a second."""
+    """One shape is enough, because 7 conversations do not repay compiling a second."""
     dataset = make_dataset(evaluation=True)
     for prompts in (False, True):
         parts = Parts(2, (0, 1))
@@ -189,21 +190,21 @@ def test_eval_takes_the_first_window(make_dataset, modalities):
         np.testing.assert_array_equal(volume, expected)
 
 
-def test_answers_may_be_empty_at_evaluation_only(make_dataset):
+def test_answers_may_be_empty_only_in_evaluation(make_dataset):
     answers = ["x"] * (NUM - 1) + [""]
     assert len(make_dataset(answers, evaluation=True).prompts) == NUM
     with pytest.raises(DataError, match=r"data\.jsonl:7"):
         make_dataset(answers)
 
 
-def test_prompts_of_training_data_are_refused(make_dataset):
+def test_prompts_of_training_data_are_rejected(make_dataset):
     with pytest.raises(DataError, match="evaluation=True"):
         eval_batches(make_dataset(), 2, prompts=True)
     with pytest.raises(DataError, match="evaluation=True"):
         whole_batch(make_dataset(), prompts=True)
 
 
-def test_texts_and_volumes_are_refused_together(nifti, record, write_json, tokenizer, modalities, tmp_path):
+def test_faults_of_texts_and_volumes_are_raised_together(nifti, record, write_json, tokenizer, modalities, tmp_path):
     truncated = nifti("cut.nii.gz", (20, 20, 20))
     truncated.write_bytes(truncated.read_bytes()[:500])
     answer = ("assistant", ["x"])
@@ -223,7 +224,7 @@ def test_texts_and_volumes_are_refused_together(nifti, record, write_json, token
     assert all(e in f for e, f in zip(expected, caught.value.faults, strict=True))
 
 
-def test_options_of_load_reach_their_place(nifti, record, write_json, tokenizer, modalities, tmp_path):
+def test_options_of_load_take_effect(nifti, record, write_json, tokenizer, modalities, tmp_path):
     nifti("images/a.nii", (6, 7, 5))
     nifti("images/r.nii", (4, 3, 5, 4))
     answer = ("assistant", ["x"])
@@ -237,7 +238,7 @@ def test_options_of_load_reach_their_place(nifti, record, write_json, tokenizer,
     )
     common = {"max_length": 200, "threads": 1, "image_root": tmp_path / "images"}
     assert len(Dataset.load(path, tokenizer, modalities, **common)) == 3
-    (tmp_path / "images/r.nii").unlink()  # no conversation that is kept shows it
+    (tmp_path / "images/r.nii").unlink()  # shown only by a conversation that the filter drops
     (kept,) = Dataset.load(path, tokenizer, modalities, **common, modality="sMRI", task_filter="T1").conversations
     assert kept.source.endswith("data.json[0]")
 
@@ -253,7 +254,7 @@ def test_a_volume_that_breaks_during_the_run_reaches_the_caller(make_dataset, tm
     with pytest.raises(DataError, match=r"3\.nii: shape \(6, 7\)"):
         found.extend(indices for indices, _ in batches)
     assert [3] not in found
-    assert found[:1] == [[0]]  # those before it are fine
+    assert found[:1] == [[0]]  # earlier batches are good
 
 
 def test_a_run_may_be_left_early(make_dataset):
@@ -263,9 +264,9 @@ def test_a_run_may_be_left_early(make_dataset):
 AUGMENT = AugmentConfig(flip_any_axis=0.5, noise=0.1)
 
 
-def test_augmentation_is_of_the_conversation_and_the_epoch(make_dataset, modalities, tmp_path):
-    """Each conversation has a change of its own, so that none share a volume; the same after a resume, another in the
-    next epoch; evaluation has none."""
+def test_augmentation_depends_on_conversation_and_epoch(make_dataset, modalities, tmp_path):
+    """Each conversation has its own change, so none share a volume. It is the same after a resume and another in the
+    next epoch. Evaluation has none."""
     dataset = make_dataset(augment=AUGMENT)
     plain = {
         name: load_volume(tmp_path / f"{name}.nii", modalities["T1"]) for name in [*map(str, range(NUM)), "shared"]
@@ -275,7 +276,7 @@ def test_augmentation_is_of_the_conversation_and_the_epoch(make_dataset, modalit
         assert_equal(left, right)
     epochs = [{}, {}]
     for step, batch in enumerate(batches):
-        for b, i in enumerate(seen(batch)[0]):
+        for b, i in enumerate(conversations_of(batch)[0]):
             row = dataset.encoded[i]
             for start, image in zip(row.image_starts, row.images, strict=True):
                 if image.modality == "T1":  # sorts before rsfMRI, so its features come first
@@ -292,13 +293,13 @@ def test_augmentation_is_of_the_conversation_and_the_epoch(make_dataset, modalit
 
 def test_augmentation_on_cached_volumes(make_dataset, tmp_path):
     plain = list(batches_of(make_dataset(augment=AUGMENT), batch_size=2))
-    for _ in range(2):  # filled, then read
+    for _ in range(2):  # fill the cache, then read it
         cached = make_dataset(augment=AUGMENT, sources=VolumeCache(tmp_path / "cache"))
         for left, right in zip(plain, batches_of(cached, batch_size=2), strict=True):
             assert_equal(left, right)
 
 
-def test_a_flip_of_what_has_no_orientation_is_refused(record, write_json, tokenizer, tmp_path):
+def test_a_flip_of_a_volume_without_orientation_is_rejected(record, write_json, tokenizer, tmp_path):
     np.save(tmp_path / "a.npy", np.random.default_rng(0).random((6, 7, 5), np.float32))
     path = write_json("data.json", [record([("user", ["T1:a.npy"]), ("assistant", ["yes"])])])
     modalities = {"T1": ModalityConfig(size=(6, 7, 5), patch=(3, 2, 4), orientation="as_stored")}
@@ -308,7 +309,7 @@ def test_a_flip_of_what_has_no_orientation_is_refused(record, write_json, tokeni
         Dataset.load(path, tokenizer, modalities, augment=AugmentConfig(left_right_flip=0.5), **options)
 
 
-def test_a_file_shown_as_two_modalities_has_the_axes_of_each(record, write_json, tokenizer, tmp_path):
+def test_a_file_of_two_modalities_has_the_axes_of_each(record, write_json, tokenizer, tmp_path):
     nib.save(nib.Nifti1Image(np.ones((6, 7, 5), np.float32), np.diag([-1, 1, 1, 1])), tmp_path / "a.nii")
     path = write_json("data.json", [record([("user", ["T1:a.nii", "fMRI:a.nii"]), ("assistant", ["yes"])])])
     geometry = {"size": (6, 7, 5), "patch": (3, 2, 4)}
@@ -322,8 +323,8 @@ def test_a_file_shown_as_two_modalities_has_the_axes_of_each(record, write_json,
 
 
 @pytest.mark.parametrize("prompts", [False, True])
-def test_a_part_of_an_evaluation_has_the_shapes_of_the_whole(make_dataset, prompts):
-    """Whose other rows are left out: no shape is new, and what is asked for comes once."""
+def test_a_partial_evaluation_has_the_shapes_of_the_whole(make_dataset, prompts):
+    """Every requested conversation comes once, and no shape is new."""
     dataset = make_dataset(evaluation=True)
     whole = {batch.input_ids.shape for _, batch in eval_batches(dataset, 2, prompts=prompts)}
     for only in ([3], [0, 5, 6], range(NUM), []):
@@ -335,7 +336,7 @@ def test_a_part_of_an_evaluation_has_the_shapes_of_the_whole(make_dataset, promp
             assert batch.lengths.tolist()[: len(indices)] == [len(rows[i]) for i in indices]
 
 
-def test_a_subset_is_whole_batches_of_each_shape(make_dataset):
+def test_a_subset_has_whole_batches_of_each_shape(make_dataset):
     dataset = make_dataset(evaluation=True)
     batches = list(eval_batches(dataset, 2, prompts=True))
     shapes = {str(jax.tree.map(np.shape, batch)) for _, batch in batches}

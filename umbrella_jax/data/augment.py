@@ -1,13 +1,13 @@
-"""Random changes of preprocessed training volumes, drawn once per conversation and applied to each of its images.
+"""Change preprocessed training volumes at random: one draw per conversation, applied to each of its images.
 
-    augmentation = draw(config.data.augment, np.random.default_rng([seed, epoch, conversation, 1]))
+    augmentation = draw_augmentation(config.data.augment, np.random.default_rng([seed, epoch, conversation, 1]))
     volume = augmentation.apply(volume, axes, image)
 
-A FLIP TURNS LEFT INTO RIGHT. A lesion on the left is then shown on the right, while the conversation still says
-"left". Leave `left_right_flip` and `flip_any_axis` off where any text speaks of sides.
+A FLIP TURNS LEFT INTO RIGHT. It shows a lesion of the left side on the right, while the conversation still says
+"left". Leave `left_right_flip` and `flip_any_axis` off if any text mentions sides.
 
-Geometry and bias field act in the order R, A, S of the axes where the orientation is known, so that two images stored
-differently move alike; elsewhere in the order of the array.
+If the orientation is known, flips, motion and bias field act on the axes in the order R, A, S, so that two images with
+different storage orders change alike. Otherwise they act on the axes of the array.
 """
 
 from collections.abc import Mapping
@@ -24,55 +24,57 @@ from umbrella_jax.config.schema import AugmentConfig
 from umbrella_jax.errors import DataError
 
 _REMEDY = "expected a format that holds it (NIfTI, .mgz), or data.augment.left_right_flip: 0"
-_DEGREE = 3  # of the bias field's polynomial
-# Degrees along the three axes; the constant is left out, it is `intensity_scale`.
+_DEGREE = 3
+"""Degree of the bias field's polynomial."""
+# The degrees of each term along the three axes. The constant term is `intensity_scale`.
 _TERMS = [degrees for degrees in product(range(_DEGREE + 1), repeat=3) if 0 < sum(degrees) <= _DEGREE]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Drawn parameters, the same for all images of a conversation; the defaults change nothing. Hashable."""
+    """Drawn parameters, shared by all images of a conversation. The defaults change nothing. Hashable."""
 
     left_right: bool = False
     flip_axis: int | None = None
-    """Axis 0, 1 or 2; along axis 0, a left–right flip is undone."""
+    """Axis 0, 1 or 2; a flip along axis 0 undoes a left–right flip."""
     rotation: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Degrees about axes 0, 1, 2, one after another, right-handed, about the centre of the array."""
+    """Degrees about axes 0, 1, 2, in this order, right-handed, about the centre of the array."""
     translation: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Voxels along axes 0, 1, 2, after the rotation."""
     bias: tuple[float, ...] = (0.0,) * len(_TERMS)
     """Coefficients of the log bias field."""
     intensity: float = 1.0
-    """Factor."""
+    """Factor of the intensity."""
     noise: float = 0.0
-    """Standard deviation, as a share of the volume's."""
+    """Standard deviation of the noise, as a fraction of the volume's."""
     noise_seed: int = 0
 
     def apply(
         self, volume: np.ndarray, axes: str | None, image: int = 0, *, background: float | None = None
     ) -> np.ndarray:
-        """Flips, rigid motion, bias field and intensity, noise, in this order.
+        """Apply flips, rigid motion, bias field and intensity, then noise.
 
         Args:
-            volume: preprocessed, float32 (D, H, W) or (D, H, W, T); every frame is changed alike but for its noise.
-                It is not written to.
-            axes: orientation of its first three axes, as `"".join(nibabel.aff2axcodes(affine))`; None where unknown.
-            image: number of the image in its conversation; each has noise of its own.
-            background: its value outside of the brain, the minimum by default; 0 after `znorm_zeroback`. It is what
-                moves in from outside, and neither bias field nor intensity change it.
+            volume: preprocessed, float32 (D, H, W) or (D, H, W, T); not written to. All frames change alike, except
+                for noise.
+            axes: orientation of the three spatial axes, as `"".join(nibabel.aff2axcodes(affine))`; None if unknown.
+            image: index of the image in its conversation; each image has its own noise.
+            background: value outside the brain; default the minimum, 0 after `znorm_zeroback`. Motion fills with it,
+                and bias field and intensity leave it unchanged.
 
         Returns:
-            float32 C-contiguous array of the same shape; `volume` itself where nothing changes.
+            float32 C-contiguous array of the same shape; `volume` itself if nothing changes.
 
         Raises:
-            DataError: a left–right flip, and `axes` are not known (`check_axes` says so in time, with the file's name).
+            DataError: a left–right flip of a volume with unknown `axes`. `check_axes` reports this before a run starts,
+                with the file's name.
         """
         if self == Augmentation():
             return volume
         if self.left_right and axes is None:
             raise DataError(f"left_right_flip: the volume's orientation is unknown; {_REMEDY}")
         std = volume.std() if self.noise else 0
-        outside = volume.min() if background is None else np.float32(background)
+        fill = volume.min() if background is None else np.float32(background)
         stored, canonical = (nib.orientations.axcodes2ornt(a) for a in (axes or "RAS", "RAS"))
         volume = nib.apply_orientation(volume, stored)
         if self.left_right:
@@ -80,9 +82,9 @@ class Augmentation:
         if self.flip_axis is not None:
             volume = np.flip(volume, self.flip_axis)
         if any(self.rotation) or any(self.translation):
-            volume = self._move(volume, outside)
+            volume = self._apply_motion(volume, fill)
         if any(self.bias) or self.intensity != 1:
-            volume = self._light(volume, outside)
+            volume = self._apply_intensity(volume, fill)
         if self.noise:
             noise = np.random.default_rng([self.noise_seed, image]).standard_normal(volume.shape, np.float32)
             noise *= self.noise * std
@@ -91,25 +93,25 @@ class Augmentation:
         back = nib.orientations.ornt_transform(canonical, stored)
         return np.ascontiguousarray(nib.apply_orientation(volume, back))
 
-    def _move(self, volume: np.ndarray, outside: np.float32) -> np.ndarray:
-        """Rigid motion in voxels, with linear interpolation; the same for each frame."""
+    def _apply_motion(self, volume: np.ndarray, fill: np.float32) -> np.ndarray:
+        """Move every frame alike, with linear interpolation; fill what comes from outside with `fill`."""
         inverse = Rotation.from_euler("xyz", self.rotation, degrees=True).as_matrix().T
         centre = (np.array(volume.shape[:3]) - 1) / 2
         offset = centre - inverse @ (centre + self.translation)  # output = R (input - centre) + centre + translation
         moved = np.empty(volume.shape, np.float32)
         for frame in np.ndindex(volume.shape[3:]):
             part = (..., *frame)
-            voxels = np.ascontiguousarray(volume[part])  # twice as fast as the frame where it lies
-            moved[part] = affine_transform(voxels, inverse, offset, order=1, mode="constant", cval=outside)
+            voxels = np.ascontiguousarray(volume[part])  # a contiguous copy makes this twice as fast
+            moved[part] = affine_transform(voxels, inverse, offset, order=1, mode="constant", cval=fill)
         return moved
 
-    def _light(self, volume: np.ndarray, outside: np.float32) -> np.ndarray:
-        """Bias field and intensity, as factors of the height above the volume's minimum.
+    def _apply_intensity(self, volume: np.ndarray, fill: np.float32) -> np.ndarray:
+        """Multiply the height above the volume's minimum by bias field and intensity. Keep voxels equal to `fill`.
 
-        Scaled volumes have lost their zero, and z-scores lie on both sides of theirs; the minimum is air or nearly so.
-        The field is exp of a polynomial of third degree (Van Leemput et al. 1999, IEEE TMI 18:885; TorchIO's
-        RandomBiasField), made of Legendre polynomials over [-1, 1] along each axis, as MONAI's RandBiasField. Without
-        the constant one, the mean of its logarithm is about 0.
+        The factors apply above the minimum, because scaling has moved the zero of the scan; the minimum is air or
+        nearly so. The field is exp of a third-degree polynomial (Van Leemput et al. 1999, IEEE TMI 18:885; TorchIO's
+        RandomBiasField), made of Legendre polynomials over [-1, 1] along each axis, as in MONAI's RandBiasField.
+        Without the constant term, the mean of its logarithm is about 0.
         """
         minimum = volume.min()
         lit = volume - minimum
@@ -122,15 +124,16 @@ class Augmentation:
             field = np.exp(np.einsum("ijk,di,hj,wk->dhw", coefficients, *basis, optimize=True))
             lit *= field.reshape(field.shape + (1,) * (volume.ndim - 3))
         lit += minimum
-        if outside != minimum:
-            lit[volume == outside] = outside
+        if fill != minimum:
+            lit[volume == fill] = fill
         return lit
 
 
-def draw(config: AugmentConfig, rng: np.random.Generator) -> Augmentation:
-    """Parameters of one conversation, a function of `config` and the state of `rng` alone.
+def draw_augmentation(config: AugmentConfig, rng: np.random.Generator) -> Augmentation:
+    """Draw the parameters of one conversation, uniform within the configured ranges.
 
-    Uniform within the configured ranges. All are drawn whatever is on, so that turning one on leaves the others.
+    They depend only on `config` and the state of `rng`. All of them are always drawn, so switching one on does not
+    change the others.
     """
     left_right, any_axis = rng.random(2)
     axis = int(rng.integers(3))
@@ -152,7 +155,7 @@ def draw(config: AugmentConfig, rng: np.random.Generator) -> Augmentation:
 
 
 def examples(config: AugmentConfig) -> list[tuple[str, Augmentation]]:
-    """Name and augmentation for each one that is on, alone and at its largest, for people to look at."""
+    """Return (name, augmentation) for each change that is on: only this change, at its largest, for people to see."""
     found: list[tuple[str, Augmentation]] = []
     if config.left_right_flip:
         found.append(("left_right_flip", Augmentation(left_right=True)))
@@ -172,6 +175,10 @@ def examples(config: AugmentConfig) -> list[tuple[str, Augmentation]]:
 
 
 def check_axes(config: AugmentConfig, axes: Mapping[Path, str | None]) -> None:
-    """Raises DataError naming each file whose orientation (`axes`, by path) a left–right flip needs and lacks."""
+    """Raise DataError for every file whose orientation is unknown, if a left–right flip needs it.
+
+    Args:
+        axes: {file: orientation, or None if unknown}.
+    """
     if config.left_right_flip and (unknown := [path for path, codes in axes.items() if codes is None]):
         raise DataError([f"{path}: left_right_flip: its orientation is unknown; {_REMEDY}" for path in unknown])

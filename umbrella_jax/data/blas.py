@@ -1,4 +1,4 @@
-"""BLAS beside threads that each prepare a volume."""
+"""Limit BLAS while many threads each prepare a volume."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +9,11 @@ from threadpoolctl import ThreadpoolController
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Limit BLAS to one thread in the whole process, for work that runs in many threads already.
+    """Limit BLAS to one thread in the whole process while a block runs its work in many threads.
 
-    BLAS threads within each of them would spin while they wait for one another: on two cores with a busy neighbour, a
-    volume took 40 times the processor time. Enter it in the thread that starts the others, which may not set the limit.
+    Otherwise every thread starts BLAS threads that spin while they wait for one another. On two cores with a busy
+    neighbour, a volume then took 40 times the processor time. Enter the block in the thread that starts the others:
+    those may not set the limit.
     """
     with _controller().limit(limits=1, user_api="blas"):
         yield

@@ -1,4 +1,4 @@
-"""Encoded conversations and their volumes to one Batch of static shape."""
+"""Pad encoded conversations and their volumes to one `Batch` of a static shape."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -18,17 +18,16 @@ def collate(
     shape: BatchShape,
     parts: Parts = WHOLE,
 ) -> Batch:
-    """Pads micro-batches to `shape`; in each part of one, a distinct image is one volume, whoever names it.
+    """Pad A micro-batches to `shape`. Each part of a micro-batch holds every distinct image of its rows once.
 
     Args:
-        batches: A of them, at most B conversations each. Rows behind those have length 1, no image and nothing
-            supervised.
-        volume: gives the float32 array, of its modality's size, of an image. Called once per image at most.
-        shape: what holds them; numpy raises where it is too small. `parts.of` divides its B and its M.
-        parts: those of its own are made, and no other volumes asked for.
+        batches: [A], at most B conversations each. The remaining rows have length 1, no image and no targets.
+        volume: returns the float32 array of an image, of its modality's size; called at most once per image.
+        shape: must hold every micro-batch; otherwise NumPy raises. `parts.of` divides its B and each M.
+        parts: the parts to make; only their volumes are requested.
 
     Returns:
-        Batch of numpy arrays with a leading axis A; see there for fields and types.
+        `Batch` of NumPy arrays with a leading axis A.
     """
     size = shape.conversations // parts.of
     rows = (len(batches), size * len(parts.own), shape.positions)
@@ -42,11 +41,11 @@ def collate(
     volumes = {
         m: np.empty((len(batches), n * len(parts.own), *modalities[m].size), np.float32) for m, n in room.items()
     }
-    made: dict[Image, np.ndarray] = {}  # micro-batches and parts may share images
+    loaded: dict[Image, np.ndarray] = {}  # micro-batches and parts may share images
     for a, encoded in enumerate(batches):
-        of_part = split_rows(encoded, shape.conversations, parts.of)
+        rows_of_part = split_rows(encoded, shape.conversations, parts.of)
         for place, part in enumerate(parts.own):
-            distinct = _distinct(of_part[part])
+            distinct = _distinct_images(rows_of_part[part])
             first_feature: dict[Image, int] = {}
             features = 0
             for modality, count in shape.volumes:
@@ -54,12 +53,12 @@ def collate(
                 out, images = volumes[modality][a, place * n : (place + 1) * n], distinct.get(modality, ())
                 for slot, image in enumerate(images):
                     first_feature[image] = features + (part * n + slot) * patches
-                    out[slot] = made[image] if image in made else volume(image)
-                    made[image] = out[slot]
-                out[len(images) :] = 0  # alone: zeros everywhere first would be written twice
+                    out[slot] = loaded[image] if image in loaded else volume(image)
+                    loaded[image] = out[slot]
+                out[len(images) :] = 0  # only the padding, so that no memory is written twice
                 features += count * patches
 
-            for b, row in enumerate(of_part[part], start=place * size):
+            for b, row in enumerate(rows_of_part[part], start=place * size):
                 lengths[a, b] = len(row)
                 input_ids[a, b, : len(row)] = row.input_ids
                 for image, start in zip(row.images, row.image_starts, strict=True):
@@ -81,9 +80,9 @@ def collate(
     )
 
 
-def _distinct(encoded: Sequence[Encoded]) -> dict[str, list[Image]]:
-    """{modality: its distinct images, in the order of first appearance}."""
-    found: dict[str, list[Image]] = {}
+def _distinct_images(encoded: Sequence[Encoded]) -> dict[str, list[Image]]:
+    """Return {modality: its distinct images, in the order of first appearance}."""
+    images: dict[str, list[Image]] = {}
     for image in dict.fromkeys(image for row in encoded for image in row.images):
-        found.setdefault(image.modality, []).append(image)
-    return found
+        images.setdefault(image.modality, []).append(image)
+    return images

@@ -1,4 +1,7 @@
-"""Batches of a run as its plan says, a pure function of seed and step; threads read ahead."""
+"""Load a data set, and make the batches of its epoch plan while threads read ahead.
+
+A batch of a step is a pure function of the plan's seed and the step.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +15,7 @@ import numpy as np
 
 from umbrella_jax.batch import WHOLE, Batch, Parts
 from umbrella_jax.config.schema import AugmentConfig, ModalityConfig, Template
-from umbrella_jax.data.augment import check_axes, draw
+from umbrella_jax.data.augment import check_axes, draw_augmentation
 from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.cache import Sources
 from umbrella_jax.data.collate import collate
@@ -28,38 +31,38 @@ _UNCHANGED = AugmentConfig()
 
 @dataclass(frozen=True)
 class Dataset:
-    """Conversations that were read, tokenized and all of whose volumes were found good."""
+    """Conversations with their tokens; every volume that they show has been checked."""
 
     conversations: tuple[Conversation, ...]
     encoded: Sequence[Encoded]
-    """Each conversation as a whole."""
+    """Tokens of each whole conversation."""
     prompts: Sequence[Encoded]
-    """Each without its last answer; empty for training data."""
+    """Tokens of each conversation without its last answer; empty for training data."""
     windows: Mapping[Image, int]
     """Number of windows of each distinct image, in the order of first appearance."""
     modalities: Mapping[str, ModalityConfig]
     sources: Sources
-    """Where volumes are read from: files as they were checked, or a cache of them."""
+    """Where volumes are read from: the checked files, or a cache of them."""
     augment: AugmentConfig = _UNCHANGED
-    """How training changes volumes at random."""
+    """Random changes of the volumes in training."""
     axes: Mapping[tuple[Path, str], str | None] = field(default_factory=dict)
-    """Orientation of the preprocessed array by file and modality, see `axis_codes`; filled where `augment` is on."""
+    """{(file, modality): orientation of the preprocessed array}, see `axis_codes`; empty without augmentation."""
 
     def __len__(self) -> int:
         return len(self.conversations)
 
     def rows(self, *, prompts: bool = False) -> Sequence[Encoded]:
-        """The conversations, or their prompts. Raises DataError where there are none."""
+        """Return the tokens of the conversations, or of their prompts. Raise DataError if there are no prompts."""
         rows = self.prompts if prompts else self.encoded
         if len(rows) != len(self):
             raise DataError("prompts: the dataset has none; expected one that was loaded with evaluation=True")
         return rows
 
     def training_row(self, index: int, seed: int, epoch: int) -> Encoded:
-        """A conversation with the windows of its runs, and the change of its volumes, that the epoch draws for it.
+        """Return a conversation for an epoch: draw the windows of its runs and the augmentation of its volumes.
 
-        A window is drawn for each run, so that conversations share it; a change for each conversation, so that with
-        augmentation on they share no volume.
+        A window is drawn per run, so that conversations share it. Augmentation is drawn per conversation, so that with
+        augmentation no two conversations share a volume.
         """
         encoded = self.encoded[index]
         places = {image: place for place, image in enumerate(dict.fromkeys(encoded.images))}
@@ -67,7 +70,8 @@ class Dataset:
         def drawn(image: Image) -> Image:
             window = 0
             if self.windows[image] > 1:
-                rng = np.random.default_rng([seed, epoch, 1 + self._number[image]])  # 0 would be the plan's stream
+                # with 0 in place of a number from 1, the stream would be the plan's
+                rng = np.random.default_rng([seed, epoch, 1 + self._number[image]])
                 window = int(rng.integers(self.windows[image]))
             changed = None if self.augment == _UNCHANGED else (seed, epoch, index, places[image])
             return replace(image, window=window, changed=changed) if window or changed else image
@@ -79,23 +83,23 @@ class Dataset:
         return {image: number for number, image in enumerate(self.windows)}
 
     def volume(self, image: Image) -> np.ndarray:
-        """An image as the model takes it: float32 of its modality's size. Every volume of a batch is made here.
+        """Return an image for the model: float32, of its modality's size. Every volume of a batch is made here.
 
         Raises:
-            DataError: it cannot be read any more, or has changed.
+            DataError: the file can no longer be read, or it has changed.
         """
         config = self.modalities[image.modality]
         volume = self.sources.load(image.path, config, image.window)
         if image.changed is None:
             return volume
         seed, epoch, conversation, place = image.changed
-        # a stream of its own: four numbers, where the plan and the windows have two and three
-        augmentation = draw(self.augment, np.random.default_rng([seed, epoch, conversation, 1]))
+        # four numbers make a stream of its own: the plan's has two, that of the windows three
+        augmentation = draw_augmentation(self.augment, np.random.default_rng([seed, epoch, conversation, 1]))
         axes = self.axes[image.path, image.modality]
         return augmentation.apply(volume, axes, place, background=self.background(image))
 
     def background(self, image: Image) -> float | None:
-        """Return the value of the background in a preprocessed image; None if that is its lowest value."""
+        """Return the background's value in a preprocessed image; None means the lowest value."""
         return self.sources.background(image.path, self.modalities[image.modality], image.window)
 
     @classmethod
@@ -116,20 +120,21 @@ class Dataset:
         sources: Sources | None = None,
         augment: AugmentConfig = _UNCHANGED,
     ) -> "Dataset":
-        """Reads and checks everything that a run will need, before it starts.
+        """Read and check everything a run needs, before it starts.
 
         Args:
             path, image_root, modality, task_filter, allow_outside_root: see `read_conversations`.
-            template: how conversations are written, see `umbrella_jax.data.tokenize`.
-            max_length: positions of a conversation, patches included.
-            threads: how many volumes are checked at a time.
-            evaluation: make prompts too, so each conversation must end with an assistant turn, which may be empty;
-                otherwise each conversation must supervise something.
-            sources: where volumes are read from; a `VolumeCache` keeps them preprocessed. Default: the files.
-            augment: how `train_batches` changes volumes.
+            template: how to write conversations as text, see `umbrella_jax.data.tokenize`.
+            max_length: largest number of positions of a conversation, patches included.
+            threads: number of volumes to check at a time.
+            evaluation: also encode the prompts. Each conversation must then end with an assistant turn, which may be
+                empty; otherwise each conversation needs at least one supervised token.
+            sources: where to read volumes from; a `VolumeCache` keeps them preprocessed. Default: the files.
+            augment: random changes that `train_batches` makes to the volumes.
 
         Raises:
-            DataError: with every fault of the conversation files, or, when they are good, of texts and volumes.
+            DataError: with every fault of the conversation files; if these are good, with every fault of texts and
+                volumes.
         """
         kept = read_conversations(
             path,
@@ -151,8 +156,8 @@ class Dataset:
         with faults:
             windows = check_volumes(images, modalities, threads, sources.check)
         faults.raise_as(DataError)
-        axes: dict[tuple[Path, str], str | None] = {}  # a file is opened for each: only where needed
-        if augment != _UNCHANGED:
+        axes: dict[tuple[Path, str], str | None] = {}
+        if augment != _UNCHANGED:  # only then, since this opens every file again
             with ThreadPoolExecutor(threads) as pool:
                 codes = pool.map(lambda image: sources.axes(image.path, modalities[image.modality]), windows)
                 axes = {(image.path, image.modality): c for image, c in zip(windows, codes, strict=True)}
@@ -161,11 +166,13 @@ class Dataset:
 
 
 def measure_conversations(rows: Iterable[Encoded], modalities: Mapping[str, ModalityConfig]) -> ConversationSizes:
-    """What a plan needs to know of conversations. Equal images are one volume: what tells two volumes apart must be
-    part of `Image`."""
+    """Return the sizes of conversations for a plan.
+
+    Equal images are one volume, so every difference between two volumes must be part of `Image`.
+    """
     number: dict[Image, int] = {}
     lengths, targets, volumes = [], [], []
-    for row in rows:  # each is made on demand
+    for row in rows:
         lengths.append(len(row))
         targets.append(np.count_nonzero(row.supervised))
         volumes.append(tuple(number.setdefault(i, len(number)) for i in dict.fromkeys(row.images)))
@@ -181,7 +188,7 @@ def measure_conversations(rows: Iterable[Encoded], modalities: Mapping[str, Moda
 def make_epoch_plan(
     dataset: Dataset, *, batch_size: int, accumulate_steps: int, seed: int, parts: int = 1
 ) -> EpochPlan:
-    """The plan of a training run; see `EpochPlan`."""
+    """Return the plan of a training run; see `EpochPlan`."""
     rows = (dataset.training_row(index, seed, 0) for index in range(len(dataset)))
     sizes = measure_conversations(rows, dataset.modalities)
     return EpochPlan(sizes, batch_size=batch_size, accumulate_steps=accumulate_steps, seed=seed, parts=parts)
@@ -196,27 +203,27 @@ def train_batches(
     threads: int,
     parts: Parts = WHOLE,
 ) -> Iterator[Batch]:
-    """Batches of the steps start_step .. num_steps - 1, each of A micro-batches of B conversations.
+    """Yield the batches of steps start_step .. num_steps - 1, each A micro-batches of B conversations.
 
-    Epochs follow one another, each in an order of its own (`umbrella_jax.data.epoch_plan`). In 4D, an epoch draws one
-    window per run, the same for every conversation that shows it. Both depend on the plan's seed and the epoch alone:
-    step s is the same whether or not the run was resumed, and whatever the number of threads or processes.
+    Each epoch has its own order (`umbrella_jax.data.epoch_plan`). In 4D, an epoch draws one window per run, the same
+    for all conversations that show the run. Order and windows depend only on the plan's seed and the epoch, so step s
+    is the same after a resume and with any number of threads or processes.
 
     Args:
-        plan: from `make_epoch_plan` of the dataset, for as many parts.
-        num_steps: steps of the whole run, not of what is left of it.
-        threads: how many steps are prepared at a time.
-        parts: of each batch its own are made; no other volumes are read.
+        plan: made by `make_epoch_plan` for this data set and the same number of parts.
+        num_steps: steps of the whole run, not only the remaining ones.
+        threads: number of steps to prepare at a time.
+        parts: the parts of each batch to make; other volumes are not read.
 
     Yields:
-        Batch of numpy arrays with a leading axis A; its micro-batches have one shape.
+        `Batch` of NumPy arrays with a leading axis A; its micro-batches have one shape.
 
     Raises:
-        DataError: a volume cannot be read any more.
+        DataError: a volume can no longer be read.
     """
     assert plan.parts == parts.of
     seed = plan.seed
-    assert seed is not None, "a plan without a seed is of one epoch"
+    assert seed is not None, "a plan without a seed is for a single epoch"
 
     def make(step: int) -> Batch:
         epoch, _ = plan.locate(step)
@@ -233,7 +240,7 @@ def train_batches(
 
 
 def task_ids(dataset: Dataset, plan: EpochPlan, step: int) -> list[list[str]]:
-    """Of the conversations in each micro-batch of a training step, row by row; empty rows have none."""
+    """Return the task ids of the conversations in each micro-batch of a training step, in the order of the rows."""
     return [[dataset.conversations[index].task_id for index in micro] for micro in plan.update(step).rows]
 
 
@@ -246,26 +253,26 @@ def eval_batches(
     parts: Parts = WHOLE,
     only: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[int], Batch]]:
-    """Every conversation once, with the first window of its runs; planned as training is, always the same.
+    """Yield every conversation once, with the first window of its runs, in batches that are always the same.
 
     Args:
-        prompts: what to generate from, instead of the whole conversations.
-        parts: of each batch its own are made; no other volumes are read.
-        only: indices of the conversations that are wanted; default all. Batches and shapes are those of all, without
-            the other rows, so that no shape is new.
+        prompts: take the prompts, to generate from, in place of the whole conversations.
+        parts: the parts of each batch to make; other volumes are not read.
+        only: indices of the requested conversations; default all. Batches and shapes are those of the whole data set
+            without the other rows, so no new shape is compiled.
 
     Yields:
-        Indices into `dataset.conversations`, in no particular order, and the Batch (no axis A) whose first rows, those
-        of all processes, they are; empty rows may follow.
+        (indices, batch): indices into `dataset.conversations`, in no particular order, and a `Batch` without axis A.
+        The indices are those of its first rows, over all processes; the remaining rows are empty.
 
     Raises:
-        DataError: a volume cannot be read any more, or `prompts` of a dataset that was not loaded for evaluation.
+        DataError: a volume can no longer be read, or `prompts` of a data set that was not loaded for evaluation.
     """
     rows = dataset.rows(prompts=prompts)
     updates = _eval_updates(dataset, batch_size, prompts, parts)
     if only is not None:
-        wanted = set(only)
-        kept = ((tuple(i for i in update.rows[0] if i in wanted), update.shape) for update in updates)
+        requested = set(only)
+        kept = ((tuple(i for i in update.rows[0] if i in requested), update.shape) for update in updates)
         updates = [Update((indices,), shape) for indices, shape in kept if indices]
 
     def make(index: int) -> tuple[list[int], Batch]:
@@ -277,13 +284,18 @@ def eval_batches(
 
 
 def eval_subset(dataset: Dataset, batch_size: int, count: int, parts: Parts = WHOLE) -> list[int]:
-    """Indices of at least `count` conversations, or of all: whole batches of `eval_batches(prompts=True)`, of each
-    shape one at least, the rest evenly over all. Always the same."""
+    """Choose whole batches of `eval_batches(prompts=True)` with at least `count` conversations, or all of them.
+
+    The choice holds a batch of each shape and is otherwise spread evenly. It is always the same.
+
+    Returns:
+        Sorted indices of the conversations.
+    """
     updates = _eval_updates(dataset, batch_size, True, parts)
     first = {update.shape: place for place, update in reversed(list(enumerate(updates)))}
     others = [place for place in range(len(updates)) if place not in first.values()]
     bits = len(others).bit_length()
-    # by their reversed binary digits, any beginning of which is even
+    # In the order of their reversed binary digits, the first few are spread evenly, however many they are.
     order = sorted(range(len(others)), key=lambda n: f"{n:0{bits}b}"[::-1])
     chosen: list[int] = []
     for place in [*sorted(first.values()), *(others[n] for n in order)]:
@@ -294,12 +306,15 @@ def eval_subset(dataset: Dataset, batch_size: int, count: int, parts: Parts = WH
 
 
 def eval_shapes(dataset: Dataset, batch_size: int, *, prompts: bool, parts: Parts = WHOLE) -> list[BatchShape]:
-    """Those of `eval_batches`, each once."""
+    """Return the distinct shapes of `eval_batches`."""
     return list(dict.fromkeys(update.shape for update in _eval_updates(dataset, batch_size, prompts, parts)))
 
 
 def empty_batch(dataset: Dataset, shape: BatchShape, *, accumulate_steps: int | None = None) -> Batch:
-    """A Batch of a shape, of all processes together, with nothing in it; None: without the axis of micro-batches."""
+    """Return an empty batch of a shape, for all processes together.
+
+    Without `accumulate_steps`, it has no axis A of micro-batches.
+    """
     batch = collate([()] * (accumulate_steps or 1), dataset.volume, dataset.modalities, shape)
     return batch if accumulate_steps else _first(batch)
 
@@ -311,7 +326,7 @@ def _eval_updates(dataset: Dataset, batch_size: int, prompts: bool, parts: Parts
 
 @one_blas_thread()
 def whole_batch(dataset: Dataset, *, prompts: bool) -> Batch:
-    """All conversations in order as one Batch (no axis A), with the first window of their runs.
+    """Return all conversations in order as one `Batch` without axis A, with the first window of their runs.
 
     Raises:
         DataError: as `eval_batches`.
@@ -322,7 +337,7 @@ def whole_batch(dataset: Dataset, *, prompts: bool) -> Batch:
 
 
 def _first(batch: Batch) -> Batch:
-    """The first micro-batch, without its axis."""
+    """Return the first micro-batch, without axis A."""
     leaves: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(Batch)}
     volumes = leaves.pop("volumes")
     first: dict[str, Any] = {name: leaf[0] for name, leaf in leaves.items()}
@@ -330,7 +345,7 @@ def _first(batch: Batch) -> Batch:
 
 
 def prefetch(make: Callable[[int], T], start: int, stop: int, threads: int) -> Iterator[T]:
-    """make(start), ..., make(stop - 1) in order, prepared by threads; an error of a thread reaches who iterates."""
+    """Yield make(start), ..., make(stop - 1) in order, prepared by threads. An error in a thread is raised here."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     with one_blas_thread():
         yield from grain.MapDataset.range(start, stop).map(make).to_iter_dataset(options)
