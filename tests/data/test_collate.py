@@ -49,7 +49,7 @@ def one(rows, volumes, modalities, conversations, positions, targets, **counts):
 
 
 def source_of_each_position(batch, modalities):
-    """Return (value of the volume, patch) for each position, concatenating features as the model does; None for text."""
+    """Return (value of the volume, patch) per position, concatenating features as the model does; None for text."""
     features = []
     for modality in sorted(batch.volumes):
         for volume in batch.volumes[modality]:
