@@ -17,23 +17,22 @@ from jax.sharding import SingleDeviceSharding
 from convert.config_json import CONFIG, UMBRELLA_CONFIG, file_vocab_size, is_tied, stored_modalities
 from convert.lazy_tensor import Tensor, Where, add_product, grow, place, stack
 from convert.patch_embed_init import inflate, resample
-from convert.rules import EMBED, LM_HEAD, REPLACED, Entry, entries, hub_name, modality_of
+from convert.rules import EMBED, LM_HEAD, REPLACED, TensorMapping, hub_name, map_tensors
 from convert.safetensors_files import digest, open_checkpoint
 from convert.trainable import open_trainable
 from umbrella_jax.config.schema import AS_STORED, ModalityConfig, PatchEmbedInit, resolve_modality
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.models.llava import LlavaConfig, Params
 from umbrella_jax.models.patch_embed import PatchEmbed
-from umbrella_jax.models.paths import adapted_weight, adapters
+from umbrella_jax.models.paths import EMBEDDINGS, adapted_weight, adapter_paths, modality_of
 
 _FLOATS = ("float32", "float16", "bfloat16")
-_EMBEDDINGS = "vision_tower.vision_model.embeddings."
-_IMAGE = tuple(_EMBEDDINGS + n for n in ("patch_embedding.weight", "patch_embedding.bias", "position_embedding.weight"))
+_IMAGE = tuple(EMBEDDINGS + n for n in ("patch_embedding.weight", "patch_embedding.bias", "position_embedding.weight"))
 _KEYS = ("proj.weight", "proj.bias", "positional_embeddings")
 
 
 @dataclass(frozen=True)
-class Report:
+class LoadSummary:
     """What of a checkpoint was not taken over one to one."""
 
     started: Mapping[str, str] = field(default_factory=dict)
@@ -77,15 +76,15 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoadPlan:
     """Which tensor fills which parameter."""
 
-    leaves: Mapping[str, list[tuple[Entry, Tensor]]]
+    leaves: Mapping[str, list[tuple[TensorMapping, Tensor]]]
     starts: Mapping[str, Start]
-    """{modality: where its patch embedding comes from}, of those that `report.started` names."""
+    """{modality: where its patch embedding comes from}, of those that `summary.started` names."""
     tied_copy: tuple[Tensor, Tensor] | None
     """Embeddings, and a head that the file holds although it is tied to them."""
-    report: Report
+    summary: LoadSummary
 
     def sources(self) -> list[Tensor]:
         """All tensors of files that anything is taken from."""
@@ -102,15 +101,15 @@ class Plan:
         self._check_tied_copy()
         params = {}
         for path, sources in self.leaves.items():
-            if path in self.report.grown:
-                tensor = grow(sources[0][1], self.report.grown[path][1])
+            if path in self.summary.grown:
+                tensor = grow(sources[0][1], self.summary.grown[path][1])
             elif sources[0][0].layer is None:
                 tensor = sources[0][1].reshape(sources[0][0].shape)
             else:
                 tensor = stack([tensor.reshape(entry.shape) for entry, tensor in sources])
             params[path] = tensor.astype(dtype)
         for name, start in self.starts.items():
-            params |= {f"{_EMBEDDINGS}{name}_{key}": Tensor.of(array) for key, array in start.make(seed).items()}
+            params |= {f"{EMBEDDINGS}{name}_{key}": Tensor.of(array) for key, array in start.make(seed).items()}
         return params
 
     def _check_tied_copy(self) -> None:
@@ -130,7 +129,7 @@ def plan_loading(
     dtype: str = "auto",
     init: PatchEmbedInit = "random",
     patch_embed: Path | None = None,
-) -> Plan:
+) -> LoadPlan:
     """Matches the headers of a checkpoint with `config`. Raises CheckpointError with every fault; reads no numbers.
 
     `init` says where a patch embedding comes from that the checkpoint does not have as configured; `patch_embed` is a
@@ -173,10 +172,10 @@ def plan_loading(
         for m in sorted(unknown)
     ]
     claimed |= {hub for hub in found if modality_of(hub) in {names[m] for m in unknown}}
-    leaves: dict[str, list[tuple[Entry, Tensor]]] = {}
+    leaves: dict[str, list[tuple[TensorMapping, Tensor]]] = {}
     grown: dict[str, tuple[int, int]] = {}
     rows = file_vocab_size(directory)
-    for entry in entries(held, names):
+    for entry in map_tensors(held, names):
         modality = modality_of(entry.path)
         if modality is not None and modality not in names:
             continue
@@ -223,7 +222,7 @@ def plan_loading(
         if name in unknown:
             continue
         if name in names and held.modalities[name] != new:
-            ours = [leaves.pop(f"{_EMBEDDINGS}{name}_{key}", [])[:1] for key in _KEYS]
+            ours = [leaves.pop(f"{EMBEDDINGS}{name}_{key}", [])[:1] for key in _KEYS]
             starts[name] = _resampled([source for one in ours for source in one], held.modalities[name], new)
             if len(held.modalities[name].size) != len(new.size):
                 sizes = f"size {_x(held.modalities[name].size)} to {_x(new.size)}"
@@ -238,7 +237,7 @@ def plan_loading(
         faults.append(f"{directory}: model.patch_embed_init resample: the checkpoint has no patch embedding of volumes")
     if faults:
         raise CheckpointError(faults)
-    report = Report(
+    summary = LoadSummary(
         started={name: start.how for name, start in starts.items()},
         untrained=tuple(name for name, start in starts.items() if start.untrained),
         lost=tuple(lost),
@@ -247,7 +246,7 @@ def plan_loading(
         wrapped=wrapped,
         grown=grown,
     )
-    return Plan(leaves, starts, tied_copy, report)
+    return LoadPlan(leaves, starts, tied_copy, summary)
 
 
 def load_params(
@@ -258,7 +257,7 @@ def load_params(
     seed: int = 0,
     init: PatchEmbedInit = "random",
     where: Where = lambda path, shape: SingleDeviceSharding(jax.devices()[0]),
-) -> tuple[Params, Report]:
+) -> tuple[Params, LoadSummary]:
     """Every parameter of the model that `config` describes, and what was not taken over one to one.
 
     `dtype` is the type of all that is read, `auto` the file's own; what starts anew, at random from `seed` and the
@@ -266,7 +265,7 @@ def load_params(
     devices hold is read. Raises CheckpointError with every fault before any parameter is made.
     """
     plan = plan_loading(directory, config, dtype=dtype, init=init)
-    return place(plan.params(dtype, seed), where), plan.report
+    return place(plan.params(dtype, seed), where), plan.summary
 
 
 def fingerprint(directory: str | Path, patch_embed: Path | None = None) -> str:
@@ -294,7 +293,7 @@ def _add_adapters(found: dict[str, tuple[str, Tensor]], trained: Mapping[str, Te
     """Puts W + B·A in the place of each weight beside which `trained` has an adapter; returns what is wrong with it."""
     faults = []
     for weight in dict.fromkeys(w for name in trained if (w := adapted_weight(name))):
-        a, b = (trained.get(name) for name in adapters(weight))
+        a, b = (trained.get(name) for name in adapter_paths(weight))
         shape = found[weight][1].shape if weight in found else ()
         file = next(iter(trained.values())).file
         if a is None or b is None:
@@ -389,7 +388,7 @@ def _inflated(image: Mapping[str, Tensor], new: ModalityConfig) -> Start:
     return Start("inflated from SigLIP's own", tuple(image.values()), make, untrained=True)
 
 
-def _resampled(ours: list[tuple[Entry, Tensor]], old: ModalityConfig, new: ModalityConfig) -> Start:
+def _resampled(ours: list[tuple[TensorMapping, Tensor]], old: ModalityConfig, new: ModalityConfig) -> Start:
     def make(_: int) -> dict[str, np.ndarray]:
         weight, bias, table = (tensor.reshape(entry.shape).read() for entry, tensor in ours)
         return resample(weight, bias, table, old, new)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.models.llava import LlavaConfig, abstract_params
+from umbrella_jax.models.paths import EMBEDDINGS, LANGUAGE_MODEL, PROJECTOR, VISION_MODEL, modality_of
 
 Shape = tuple[int, ...]
 Op = Callable[[Shape, ModalityConfig | None], Shape]
@@ -27,7 +28,7 @@ def _patch_kernel(shape: Shape, modality: ModalityConfig | None) -> Shape:
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorRule:
     """A tensor's name on the hub, with {i} for a layer's number and {m} for a modality, and its operation."""
 
     torch: str
@@ -39,67 +40,64 @@ class Row:
         return self.torch.replace(".{i}", "")
 
 
-_QWEN = "language_model.model."
-_SIGLIP = "vision_tower.vision_model."
+_QWEN = LANGUAGE_MODEL + "model."
 EMBED = _QWEN + "embed_tokens.weight"
-LM_HEAD = "language_model.lm_head.weight"
+LM_HEAD = LANGUAGE_MODEL + "lm_head.weight"
 
-ROWS: tuple[Row, ...] = (
-    Row(EMBED),
-    Row(_QWEN + "layers.{i}.input_layernorm.weight"),
-    Row(_QWEN + "layers.{i}.self_attn.q_proj.weight"),
-    Row(_QWEN + "layers.{i}.self_attn.q_proj.bias"),
-    Row(_QWEN + "layers.{i}.self_attn.k_proj.weight"),
-    Row(_QWEN + "layers.{i}.self_attn.k_proj.bias"),
-    Row(_QWEN + "layers.{i}.self_attn.v_proj.weight"),
-    Row(_QWEN + "layers.{i}.self_attn.v_proj.bias"),
-    Row(_QWEN + "layers.{i}.self_attn.o_proj.weight"),
-    Row(_QWEN + "layers.{i}.post_attention_layernorm.weight"),
-    Row(_QWEN + "layers.{i}.mlp.gate_proj.weight"),
-    Row(_QWEN + "layers.{i}.mlp.up_proj.weight"),
-    Row(_QWEN + "layers.{i}.mlp.down_proj.weight"),
-    Row(_QWEN + "norm.weight"),
-    Row(LM_HEAD),  # untied only
-    Row("multi_modal_projector.linear_1.weight"),
-    Row("multi_modal_projector.linear_1.bias"),
-    Row("multi_modal_projector.linear_2.weight"),
-    Row("multi_modal_projector.linear_2.bias"),
-    Row(_SIGLIP + "embeddings.{m}_proj.weight", _patch_kernel),
-    Row(_SIGLIP + "embeddings.{m}_proj.bias"),
-    Row(_SIGLIP + "embeddings.{m}_positional_embeddings"),
-    Row(_SIGLIP + "encoder.layers.{i}.layer_norm1.weight"),
-    Row(_SIGLIP + "encoder.layers.{i}.layer_norm1.bias"),
-    Row(_SIGLIP + "encoder.layers.{i}.self_attn.q_proj.weight"),
-    Row(_SIGLIP + "encoder.layers.{i}.self_attn.q_proj.bias"),
-    Row(_SIGLIP + "encoder.layers.{i}.self_attn.k_proj.weight"),
-    Row(_SIGLIP + "encoder.layers.{i}.self_attn.k_proj.bias"),
-    Row(_SIGLIP + "encoder.layers.{i}.self_attn.v_proj.weight"),
-    Row(_SIGLIP + "encoder.layers.{i}.self_attn.v_proj.bias"),
-    Row(_SIGLIP + "encoder.layers.{i}.self_attn.out_proj.weight"),
-    Row(_SIGLIP + "encoder.layers.{i}.self_attn.out_proj.bias"),
-    Row(_SIGLIP + "encoder.layers.{i}.layer_norm2.weight"),
-    Row(_SIGLIP + "encoder.layers.{i}.layer_norm2.bias"),
-    Row(_SIGLIP + "encoder.layers.{i}.mlp.fc1.weight"),
-    Row(_SIGLIP + "encoder.layers.{i}.mlp.fc1.bias"),
-    Row(_SIGLIP + "encoder.layers.{i}.mlp.fc2.weight"),
-    Row(_SIGLIP + "encoder.layers.{i}.mlp.fc2.bias"),
-    Row(_SIGLIP + "post_layernorm.weight"),
-    Row(_SIGLIP + "post_layernorm.bias"),
+TENSOR_RULES: tuple[TensorRule, ...] = (
+    TensorRule(EMBED),
+    TensorRule(_QWEN + "layers.{i}.input_layernorm.weight"),
+    TensorRule(_QWEN + "layers.{i}.self_attn.q_proj.weight"),
+    TensorRule(_QWEN + "layers.{i}.self_attn.q_proj.bias"),
+    TensorRule(_QWEN + "layers.{i}.self_attn.k_proj.weight"),
+    TensorRule(_QWEN + "layers.{i}.self_attn.k_proj.bias"),
+    TensorRule(_QWEN + "layers.{i}.self_attn.v_proj.weight"),
+    TensorRule(_QWEN + "layers.{i}.self_attn.v_proj.bias"),
+    TensorRule(_QWEN + "layers.{i}.self_attn.o_proj.weight"),
+    TensorRule(_QWEN + "layers.{i}.post_attention_layernorm.weight"),
+    TensorRule(_QWEN + "layers.{i}.mlp.gate_proj.weight"),
+    TensorRule(_QWEN + "layers.{i}.mlp.up_proj.weight"),
+    TensorRule(_QWEN + "layers.{i}.mlp.down_proj.weight"),
+    TensorRule(_QWEN + "norm.weight"),
+    TensorRule(LM_HEAD),  # untied only
+    TensorRule(PROJECTOR + "linear_1.weight"),
+    TensorRule(PROJECTOR + "linear_1.bias"),
+    TensorRule(PROJECTOR + "linear_2.weight"),
+    TensorRule(PROJECTOR + "linear_2.bias"),
+    TensorRule(EMBEDDINGS + "{m}_proj.weight", _patch_kernel),
+    TensorRule(EMBEDDINGS + "{m}_proj.bias"),
+    TensorRule(EMBEDDINGS + "{m}_positional_embeddings"),
+    TensorRule(VISION_MODEL + "encoder.layers.{i}.layer_norm1.weight"),
+    TensorRule(VISION_MODEL + "encoder.layers.{i}.layer_norm1.bias"),
+    TensorRule(VISION_MODEL + "encoder.layers.{i}.self_attn.q_proj.weight"),
+    TensorRule(VISION_MODEL + "encoder.layers.{i}.self_attn.q_proj.bias"),
+    TensorRule(VISION_MODEL + "encoder.layers.{i}.self_attn.k_proj.weight"),
+    TensorRule(VISION_MODEL + "encoder.layers.{i}.self_attn.k_proj.bias"),
+    TensorRule(VISION_MODEL + "encoder.layers.{i}.self_attn.v_proj.weight"),
+    TensorRule(VISION_MODEL + "encoder.layers.{i}.self_attn.v_proj.bias"),
+    TensorRule(VISION_MODEL + "encoder.layers.{i}.self_attn.out_proj.weight"),
+    TensorRule(VISION_MODEL + "encoder.layers.{i}.self_attn.out_proj.bias"),
+    TensorRule(VISION_MODEL + "encoder.layers.{i}.layer_norm2.weight"),
+    TensorRule(VISION_MODEL + "encoder.layers.{i}.layer_norm2.bias"),
+    TensorRule(VISION_MODEL + "encoder.layers.{i}.mlp.fc1.weight"),
+    TensorRule(VISION_MODEL + "encoder.layers.{i}.mlp.fc1.bias"),
+    TensorRule(VISION_MODEL + "encoder.layers.{i}.mlp.fc2.weight"),
+    TensorRule(VISION_MODEL + "encoder.layers.{i}.mlp.fc2.bias"),
+    TensorRule(VISION_MODEL + "post_layernorm.weight"),
+    TensorRule(VISION_MODEL + "post_layernorm.bias"),
 )
 
 # SigLIP's embedding of 2D images: a stock checkpoint has it, and the volume patch embedding takes its place.
 REPLACED: frozenset[str] = frozenset(
-    _SIGLIP + "embeddings." + name
+    EMBEDDINGS + name
     for name in ("patch_embedding.weight", "patch_embedding.bias", "position_embedding.weight", "position_ids")
 )
-
-_MODALITY = [re.compile(re.escape(r.torch).replace(r"\{m\}", "(.+)")) for r in ROWS if "{m}" in r.torch]
 
 _LAYOUTS = [  # other layouts' names → the hub's
     (re.compile(r"^model\.language_model\."), _QWEN),  # transformers 4.5x and 5 in memory
     (re.compile(r"^model\.(?=vision_tower\.|multi_modal_projector\.)"), ""),
-    (re.compile(r"^lm_head\."), "language_model.lm_head."),
-    (re.compile(r"^vision_tower\.(?!vision_model\.)"), _SIGLIP),  # transformers 5 has no `vision_model`
+    (re.compile(r"^lm_head\."), LANGUAGE_MODEL + "lm_head."),
+    (re.compile(r"^vision_tower\.(?!vision_model\.)"), VISION_MODEL),  # transformers 5 has no `vision_model`
     # older UMBRELLA code put the volume patch embedding in place of the convolution only
     (re.compile(r"(?<=\.embeddings\.)patch_embedding\.(?=\w+_(?:proj\.|positional_embeddings$))"), ""),
 ]
@@ -115,7 +113,7 @@ def hub_name(name: str) -> str:
 # What wrappers around a module put into the names of its parameters: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _LAYER = re.compile(r"(?<=\.layers\.)\d+\.")
-_PATHS = frozenset(row.path for row in ROWS) | REPLACED
+_PATHS = frozenset(row.path for row in TENSOR_RULES) | REPLACED
 
 
 def unwrapped_names(names: Collection[str]) -> dict[str, str]:
@@ -139,13 +137,8 @@ def unwrapped_names(names: Collection[str]) -> dict[str, str]:
     return {name: without.removeprefix(best) for name, without in short.items()}
 
 
-def modality_of(name: str) -> str | None:
-    """The modality in the hub's name of a patch embedding's tensor; None for any other tensor."""
-    return next((m[1] for pattern in _MODALITY if (m := pattern.fullmatch(name))), None)
-
-
 @dataclass(frozen=True)
-class Entry:
+class TensorMapping:
     """One tensor of a checkpoint and its place among the parameters."""
 
     name: str
@@ -158,11 +151,11 @@ class Entry:
     """Shape of that slice, or of the whole."""
 
 
-def entries(config: LlavaConfig, names: Mapping[str, str] | None = None) -> list[Entry]:
+def map_tensors(config: LlavaConfig, names: Mapping[str, str] | None = None) -> list[TensorMapping]:
     """Every tensor of the checkpoint that `config` describes, modalities under `names` (configured → in the file)."""
     abstract = abstract_params(config)[1]
     found = []
-    for row in ROWS:
+    for row in TENSOR_RULES:
         for modality in config.modalities if "{m}" in row.torch else (None,):
             path, name = row.path, row.torch
             if modality is not None:
@@ -175,5 +168,5 @@ def entries(config: LlavaConfig, names: Mapping[str, str] | None = None) -> list
             if "{i}" in name:
                 layers, shape = list(range(shape[0])), shape[1:]
             file_shape = row.op(shape, config.modalities[modality] if modality is not None else None)
-            found += [Entry(name.replace("{i}", str(i)), file_shape, path, i, shape) for i in layers]
+            found += [TensorMapping(name.replace("{i}", str(i)), file_shape, path, i, shape) for i in layers]
     return found

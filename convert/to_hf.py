@@ -10,13 +10,13 @@ import numpy as np
 from convert.export_config import carried, export_names, write_config
 from convert.lazy_tensor import Tensor
 from convert.model_card import model_card
-from convert.rules import EMBED, entries
+from convert.rules import EMBED, map_tensors
 from convert.safetensors_files import write_checkpoint
 from umbrella_jax.config.schema import Template
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.io.files import check_new_folder, new_folder
 from umbrella_jax.models.llava import LlavaConfig, abstract_params
-from umbrella_jax.models.paths import adapters
+from umbrella_jax.models.paths import adapter_paths
 
 
 def export(
@@ -74,8 +74,8 @@ def hub_tensors(
     (configured → exported)."""
     lazy = {path: leaf if isinstance(leaf, Tensor) else Tensor.of(leaf) for path, leaf in params.items()}
     found = {}
-    for entry in entries(config, names):
-        beside = zip(adapters(entry.path), adapters(entry.name), strict=True)
+    for entry in map_tensors(config, names):
+        beside = zip(adapter_paths(entry.path), adapter_paths(entry.name), strict=True)
         for path, name in ((entry.path, entry.name), *beside):
             if path in lazy:
                 tensor = lazy[path] if entry.layer is None else lazy[path].layer(entry.layer)

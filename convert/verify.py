@@ -14,11 +14,11 @@ import numpy as np
 
 from convert.config_json import CONFIG, read_json
 from convert.lazy_tensor import Tensor, host, place
-from convert.rules import modality_of
 from convert.to_hf import hub_tensors
 from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import resolve_modality
 from umbrella_jax.models.llava import LlavaConfig, abstract_params, merge
+from umbrella_jax.models.paths import modality_of
 
 Kind = Literal["identical", "rounded", "different", "only in A", "only in B"]
 
@@ -29,7 +29,7 @@ _MANTISSA = {"bfloat16": 8, "float16": 11, "float32": 24}
 
 
 @dataclass(frozen=True)
-class Compared:
+class TensorComparison:
     """One tensor under its hub's name. `rounded`: within one unit in the last place of a change of type."""
 
     name: str
@@ -40,7 +40,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Forward:
+class LogitComparison:
     """A volume of one modality between random tokens: logits of A in PyTorch and of B in JAX, both in float32."""
 
     logits: float
@@ -56,13 +56,13 @@ class Forward:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ModelComparison:
     """What `verify` found. A patch embedding that a stock LLaVA does not have yet is no difference."""
 
-    tensors: list[Compared]
+    tensors: list[TensorComparison]
     configuration: list[str]
     """Fields that differ."""
-    forward: dict[str, Forward] = field(default_factory=dict)
+    forward: dict[str, LogitComparison] = field(default_factory=dict)
     """By modality."""
     notes: tuple[str, ...] = ()
 
@@ -90,7 +90,7 @@ class Comparison:
             "notes": list(self.notes),
         }
 
-    def largest(self, count: int) -> list[Compared]:
+    def largest(self, count: int) -> list[TensorComparison]:
         """The tensors that are not identical, the most different first."""
         odd = [t for t in self.tensors if t.kind != "identical"]
         return sorted(odd, key=lambda t: (t.kind == "rounded", -t.largest, t.name))[:count]
@@ -134,13 +134,13 @@ def component(name: str) -> str:
 
 def compare_tensors(
     a: Mapping[str, Tensor], config_a: LlavaConfig, b: Mapping[str, Tensor], config_b: LlavaConfig
-) -> list[Compared]:
+) -> list[TensorComparison]:
     """Parameters of two models under the hub's names, modalities under A's; read one by one."""
     renamed = {m: resolve_modality(m, config_a.modalities) or m for m in config_b.modalities}
     ours, theirs = hub_tensors(a, config_a), hub_tensors(b, config_b, renamed)
     compared = [_compare(name, ours[name], theirs[name]) for name in ours if name in theirs]
-    compared += [Compared(n, "only in A", ours[n].dtype) for n in ours if n not in theirs]
-    return compared + [Compared(n, "only in B", theirs[n].dtype) for n in theirs if n not in ours]
+    compared += [TensorComparison(n, "only in A", ours[n].dtype) for n in ours if n not in theirs]
+    return compared + [TensorComparison(n, "only in B", theirs[n].dtype) for n in theirs if n not in ours]
 
 
 def compare_configs(a: LlavaConfig, b: LlavaConfig) -> list[str]:
@@ -228,7 +228,7 @@ def compare_forward(
     config_a: LlavaConfig,
     b: Mapping[str, Tensor],
     config_b: LlavaConfig,
-) -> dict[str, Forward]:
+) -> dict[str, LogitComparison]:
     """A in PyTorch against B in JAX, modality by modality, on fixed random tokens and volumes.
 
     If their types differ, both are rounded to the narrower one first. A modality that only one of them has a patch
@@ -268,7 +268,7 @@ def compare_forward(
             logits = np.asarray(run(params, _batch(sequence, name, volume, config_b)))[0]
         generated = sequence[0, -_GREEDY:]
         agree = logits[-_GREEDY - 1 : -1].argmax(-1) == generated
-        found[name] = Forward(
+        found[name] = LogitComparison(
             float(np.abs(logits - expected).max() / np.abs(expected).max()),
             int(agree.cumprod().sum()),
             _GREEDY,
@@ -299,10 +299,10 @@ def _batch(ids: np.ndarray, modality: str, volume: np.ndarray, config: LlavaConf
     )
 
 
-def _compare(name: str, a: Tensor, b: Tensor) -> Compared:
+def _compare(name: str, a: Tensor, b: Tensor) -> TensorComparison:
     types = a.dtype if a.dtype == b.dtype else f"{a.dtype} → {b.dtype}"
     if a.shape != b.shape:
-        return Compared(name, "different", f"{types} {list(a.shape)} → {list(b.shape)}", math.inf)
+        return TensorComparison(name, "different", f"{types} {list(a.shape)} → {list(b.shape)}", math.inf)
     bits = rounded = True
     largest = 0.0
     for index in max(a, b, key=lambda t: t.nbytes).regions():
@@ -316,7 +316,7 @@ def _compare(name: str, a: Tensor, b: Tensor) -> Compared:
         difference[np.isnan(difference)] = np.inf
         largest = max(largest, float(difference.max(initial=0.0)))
         rounded &= a.dtype != b.dtype and bool((difference <= np.maximum(_ulp(ours), _ulp(theirs))).all())
-    return Compared(name, "identical" if bits else "rounded" if rounded else "different", types, largest)
+    return TensorComparison(name, "identical" if bits else "rounded" if rounded else "different", types, largest)
 
 
 def _ulp(x: np.ndarray) -> np.ndarray:

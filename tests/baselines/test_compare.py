@@ -30,10 +30,11 @@ from tests.helpers.small_run import (
 )
 from umbrella_jax.baselines import probe as probe_module
 from umbrella_jax.baselines.cnn import SFCN, WIDTHS, by_slices, channels, fit
-from umbrella_jax.baselines.probe import FOLDS, TOWER, Tower, fit_probe, folds
+from umbrella_jax.baselines.probe import FOLDS, Tower, fit_probe, folds
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.demo import make_base
 from umbrella_jax.errors import DataError
+from umbrella_jax.models.paths import VISION_TOWER
 from umbrella_jax.scoring.metrics import read_predictions, score, tasks_of
 
 NARROW = (8, 8, 16, 16, 16, 32)
@@ -407,7 +408,7 @@ def test_no_answer_depends_on_a_reference_of_eval(world: World, found: str) -> N
 def test_features_are_the_mean_over_the_towers_patches(world: World) -> None:
     checkpoint = Checkpoint.open(world.root / "base", modalities())
     model = umbrella_jax.load(world.root / "base", modalities=modalities(), allow_untrained=True)
-    own = {path: tensor for path, tensor in checkpoint.params().items() if path.startswith(TOWER)}
+    own = {path: tensor for path, tensor in checkpoint.params().items() if path.startswith(VISION_TOWER)}
     tower = Tower(checkpoint.config, own)
     for name, config in modalities().items():
         volumes = np.random.default_rng(0).normal(size=(3, *config.size)).astype(np.float32)

@@ -204,7 +204,7 @@ def test_new_modalities_of_a_stock_checkpoint(written):
     assert set(report.replaced) == {
         EMBEDDINGS + name for name in ("patch_embedding.weight", "patch_embedding.bias", "position_embedding.weight")
     }
-    assert report == plan_loading(directory, config).report
+    assert report == plan_loading(directory, config).summary
     *new, replaced = report.lines()
     assert [line.partition(":")[0] for line in new] == ["T1", "rsfMRI"]
     assert replaced.split("\n  ")[1:] == list(report.replaced)

@@ -17,9 +17,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from convert.config_json import read_config
-from convert.from_hf import Plan, load_params, plan_loading
+from convert.from_hf import LoadPlan, load_params, plan_loading
 from convert.lazy_tensor import Index, Tensor, add_product, place, stack
-from convert.rules import modality_of
+from umbrella_jax.models.paths import modality_of
 
 ROOT = Path(__file__).parents[2]
 if __name__ != "__main__":
@@ -224,7 +224,7 @@ def child(directory: str, port: str, process: str, out: str) -> None:
 
     plan = plan_loading(directory, read_config(directory))
     leaves = {path: [(e, watched(path, t)) for e, t in sources] for path, sources in plan.leaves.items()}
-    params = place(Plan(leaves, plan.starts, plan.tied_copy, plan.report).params(), where)
+    params = place(LoadPlan(leaves, plan.starts, plan.tied_copy, plan.summary).params(), where)
     for path, leaf in params.items():
         own = leaf.addressable_shards[0].data
         assert own.size * (1 if axis_of(leaf.shape) is None else 2) == leaf.size, path

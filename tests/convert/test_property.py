@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from convert.config_json import read_config
 from convert.from_hf import load_params
 from convert.lazy_tensor import Tensor
-from convert.rules import EMBED, LM_HEAD, entries
+from convert.rules import EMBED, LM_HEAD, map_tensors
 from convert.safetensors_files import open_checkpoint, write_checkpoint
 from convert.to_hf import export
 from tests.convert.test_layouts import NAMES
@@ -192,7 +192,7 @@ def test_parameters_and_export_are_the_file(case):
         source, out = Path(root) / "in", Path(root) / "out"
         arrays = write(source, case)
         config = read_config(source, None if case.described else case.modalities)
-        assert {entry.name: entry.file_shape for entry in entries(config)} == file_shapes(case)
+        assert {entry.name: entry.file_shape for entry in map_tensors(config)} == file_shapes(case)
         params, report = load_params(source, config)
         assert report.lines() == list(report.undescribed)
         abstract = abstract_params(config)[1]

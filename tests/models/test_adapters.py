@@ -9,7 +9,7 @@ import pytest
 import qwix
 import torch
 
-from convert.rules import entries, hub_name
+from convert.rules import hub_name, map_tensors
 from convert.torch_model import load_umbrella
 from tests.helpers.golden_case import GOLDEN, MODALITIES, golden_batch, golden_model, relative
 from tests.helpers.mesh_case import MODEL, mesh_batch
@@ -17,6 +17,7 @@ from tests.helpers.training_case import QUICK, make_case, to_numpy
 from umbrella_jax.config.schema import LORA_TARGETS, GroupConfig, LoraConfig, MeshConfig, TrainConfig
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import abstract_params, lora, merge, quantize
+from umbrella_jax.models.paths import adapter_paths
 from umbrella_jax.models.quantize import quantizable
 from umbrella_jax.sharding import RULES, make_mesh, mesh_shapes, put_batch, shardings, spec_of
 from umbrella_jax.training.freeze import counts, label_params, partition
@@ -79,8 +80,8 @@ def test_logits_and_gradients_are_pytorchs(case):
     model = load_umbrella(GOLDEN / "umbrella_T1_rsfMRI", modalities=MODALITIES)
     keys = {hub_name(key): key for key in model.state_dict()}
     modules = {}
-    for entry in entries(case.config):
-        a, b = (case.adapters.get(path) for path in lora.adapters(entry.path))
+    for entry in map_tensors(case.config):
+        a, b = (case.adapters.get(path) for path in adapter_paths(entry.path))
         if a is not None and entry.path.endswith("weight"):
             a, b = (x if entry.layer is None else x[entry.layer] for x in (a, b))
             parent, _, name = keys[entry.name].removesuffix(".weight").rpartition(".")

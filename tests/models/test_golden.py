@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.helpers.golden_case import MODALITIES, golden, golden_batch, golden_model, relative
+from tests.helpers.golden_case import golden, golden_batch, golden_model, relative
 from tests.helpers.training_case import OPTIMISED, generating_with
 from umbrella_jax.config.schema import TrainConfig
 from umbrella_jax.inference.generate import generate
@@ -149,7 +149,3 @@ def test_bfloat16_compute_is_close():
         assert grad.dtype == np.float32
         ours, theirs = np.ravel(grad), np.ravel(golden("forward")["grad." + path.removeprefix(EMBEDDINGS)])
         assert ours @ theirs >= 0.999 * np.linalg.norm(ours) * np.linalg.norm(theirs), path
-
-
-def test_modalities_are_the_golden_ones():
-    assert dict(golden_model()[0].modalities) == MODALITIES

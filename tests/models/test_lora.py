@@ -16,7 +16,7 @@ from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.config.load import load_config
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.inference.processor import Processor
-from umbrella_jax.models.paths import adapted_weight, adapters
+from umbrella_jax.models.paths import adapted_weight, adapter_paths
 
 TARGETS = "[language_model.q_proj, language_model.down_proj, vision_tower.fc1]"
 LORA = ["--set", f"model.lora={{rank: 2, alpha: 4, targets: {TARGETS}}}"]
@@ -26,7 +26,7 @@ WEIGHTS = [
     "language_model.model.layers.self_attn.q_proj.weight",
     "vision_tower.vision_model.encoder.layers.mlp.fc1.weight",
 ]
-ADAPTERS = {path for weight in WEIGHTS for path in adapters(weight)}
+ADAPTERS = {path for weight in WEIGHTS for path in adapter_paths(weight)}
 PROJECTOR = {f"multi_modal_projector.linear_2.{end}" for end in ("weight", "bias")}
 
 
@@ -137,7 +137,7 @@ def test_merged_it_says_the_same(second: Path, export: Path, world: World) -> No
     merged, held = parameters(export), parameters(second)
     assert merged.keys() == held.keys() - ADAPTERS
     for weight in WEIGHTS:
-        a, b = (held[path] for path in adapters(weight))
+        a, b = (held[path] for path in adapter_paths(weight))
         np.testing.assert_allclose(merged[weight], held[weight] + 2 * np.matmul(b, a), rtol=1e-6, atol=1e-7)
         assert (merged[weight] != held[weight]).mean() > 0.9
     batch = Processor.load(export).batch(world.eval, image_root=world.root / "scans")
@@ -189,7 +189,7 @@ def test_adapters_that_do_not_fit_are_refused(world: World, part: Path, tmp_path
     with safe_open(part, "np") as file:
         metadata = file.metadata()
     held = load_file(part)
-    change(held, *adapters("language_model.model.layers.1.self_attn.q_proj.weight"))
+    change(held, *adapter_paths("language_model.model.layers.1.self_attn.q_proj.weight"))
     save_file(held, tmp_path / "other", metadata)
     with pytest.raises(CheckpointError, match=fault):
         umbrella_jax.load(world.base, patch_embed=tmp_path / "other")

@@ -20,7 +20,7 @@ import numpy as np
 
 from convert.lazy_tensor import place
 from umbrella_jax.baselines.cnn import BATCH, EPOCHS, WIDTHS, Scans, Stream, channels, fit
-from umbrella_jax.baselines.probe import NEVER, TOWER, Tower, fit_probe, folds
+from umbrella_jax.baselines.probe import NEVER, Tower, fit_probe, folds
 from umbrella_jax.baselines.table import side_by_side
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.checkpoints.load import open_base, same_template
@@ -32,6 +32,7 @@ from umbrella_jax.errors import CheckpointError, ConfigError, DataError, Umbrell
 from umbrella_jax.inference.processor import Processor
 from umbrella_jax.io.files import PRIVATE, check_output, strict_json, write_whole
 from umbrella_jax.models import native_backend
+from umbrella_jax.models.paths import VISION_TOWER
 from umbrella_jax.rundir import Step, evaluations
 from umbrella_jax.scoring.metrics import Scores, Task, read_predictions, score, task_of, tasks_of
 from umbrella_jax.scoring.parse_answer import normalise, parse_number, same_unit
@@ -487,7 +488,7 @@ def _probe(
     """For each problem what the probe says of each question; and what is to be said."""
     began = time.monotonic()
     config = checkpoint.config.with_attention(work.config.model.attention, native_backend(jax.devices()[0]))
-    tensors = {path: tensor for path, tensor in checkpoint.tensors().items() if path.startswith(TOWER)}
+    tensors = {path: tensor for path, tensor in checkpoint.tensors().items() if path.startswith(VISION_TOWER)}
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     tower = Tower(config, place(tensors, lambda path, shape: first))
     shown = [s for p in problems for s in (*(sample.shown for sample in p.samples), *p.asked.values())]

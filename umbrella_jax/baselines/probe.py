@@ -20,10 +20,9 @@ from flax.traverse_util import unflatten_dict
 
 from umbrella_jax.errors import DataError
 from umbrella_jax.models import LlavaConfig, Params
+from umbrella_jax.models.paths import VISION_TOWER
 from umbrella_jax.models.siglip import SiglipVisionModel
 
-TOWER = "vision_tower."
-"""With which the paths of the tower's parameters begin."""
 FOLDS = 5
 """Of cross-validation, where there are as many subjects of the classes."""
 NEVER = float(np.log(np.finfo(np.float64).tiny))
@@ -36,7 +35,7 @@ class Tower:
     """The vision tower alone, frozen: volumes → features."""
 
     def __init__(self, config: LlavaConfig, params: Params):
-        """`params`: of the model, those whose path begins with TOWER."""
+        """`params`: of the model, those whose path begins with VISION_TOWER."""
         graphdef, _ = nnx.split(
             nnx.eval_shape(
                 lambda: SiglipVisionModel(
@@ -44,7 +43,7 @@ class Tower:
                 )
             )
         )
-        self._params = unflatten_dict({path.removeprefix(TOWER): leaf for path, leaf in params.items()}, sep=".")
+        self._params = unflatten_dict({path.removeprefix(VISION_TOWER): leaf for path, leaf in params.items()}, sep=".")
         self._features = jax.jit(partial(_features, graphdef, config.compute_dtype), static_argnames="name")
 
     def __call__(self, name: str, volumes: np.ndarray) -> np.ndarray:

@@ -26,9 +26,8 @@ from convert.config_json import (
     stored_untrained,
     unused_dropout,
 )
-from convert.from_hf import Plan, fingerprint, plan_loading
+from convert.from_hf import LoadPlan, fingerprint, plan_loading
 from convert.lazy_tensor import Index, Tensor, Where, add_product, check_finite, copy, place
-from convert.rules import modality_of
 from convert.safetensors_files import digest
 from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import (
@@ -42,7 +41,7 @@ from umbrella_jax.config.schema import (
 from umbrella_jax.data.tokenize import load_tokenizer
 from umbrella_jax.errors import CheckpointError, ConfigError, no_directory
 from umbrella_jax.models import LlavaConfig, Params, abstract_params
-from umbrella_jax.models.paths import adapted_weight, adapters
+from umbrella_jax.models.paths import adapted_weight, adapter_paths, modality_of
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL, NEWEST, Step, choose_step
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints, load_params, param_shapes
@@ -336,12 +335,12 @@ class HfCheckpoint(Checkpoint):
 
         The latter are initialised at random or inflated from SigLIP's own.
         """
-        report = self._plan("float32").report
-        return self._recorded_untrained(self.patch_embed) | {name: report.started[name] for name in report.untrained}
+        summary = self._plan("float32").summary
+        return self._recorded_untrained(self.patch_embed) | {name: summary.started[name] for name in summary.untrained}
 
     @property
     def lost(self) -> tuple[str, ...]:
-        return self._plan("float32").report.lost
+        return self._plan("float32").summary.lost
 
     def answering(self) -> Self:
         """Return the same model, which refuses to answer from untrained weights, unless it is a toy.
@@ -354,12 +353,12 @@ class HfCheckpoint(Checkpoint):
 
     def warn_doubtful(self) -> None:
         """Also log a warning for each modality whose preprocessing is not recorded."""
-        for line in self._plan("float32").report.undescribed:
+        for line in self._plan("float32").summary.undescribed:
             _log.warning("%s: %s", self.path, line)
         super().warn_doubtful()
 
     def check(self, dtype: str = "auto") -> list[str]:
-        return [*unused_dropout(self.path), *self._plan(dtype).report.lines()]
+        return [*unused_dropout(self.path), *self._plan(dtype).summary.lines()]
 
     def check_finite(self) -> None:
         check_finite(self._plan("float32").sources())
@@ -370,10 +369,10 @@ class HfCheckpoint(Checkpoint):
         return self._plan(dtype).params(dtype, self.seed)
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        started = self._plan("auto").report.started
+        started = self._plan("auto").summary.started
         return {path: tensor for path, tensor in self.tensors().items() if modality_of(path) not in started}
 
-    def _plan(self, dtype: str) -> Plan:
+    def _plan(self, dtype: str) -> LoadPlan:
         return plan_loading(self.path, self.config, dtype=dtype, init=self.init, patch_embed=self.patch_embed)
 
 
@@ -609,7 +608,7 @@ def _merge(
             merged[path] = tensor.astype(dtype)
         elif path.endswith("lora_A.weight"):
             assert lora is not None
-            a, b = adapters(weight)
+            a, b = adapter_paths(weight)
             merged[weight] = add_product(base[weight], trained[a], trained[b], lora.scale)
     return merged
 

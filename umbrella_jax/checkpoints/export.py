@@ -9,18 +9,17 @@ import numpy as np
 from convert.checksum import folder_checksums
 from convert.export_config import export_names, write_config
 from convert.lazy_tensor import Tensor, host
-from convert.rules import modality_of
 from convert.to_hf import export, hub_tensors
 from convert.trainable import FILE, Trainable, write_trainable
 from umbrella_jax.checkpoints.checkpoint import PARAMS, Checkpoint, has_tokenizer
 from umbrella_jax.data.tokenize import save_tokenizer
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.io.files import check_new_folder, check_run_name, new_folder
-from umbrella_jax.models.paths import adapted_weight, adapters
+from umbrella_jax.models.paths import adapted_weight, adapter_paths, modality_of
 from umbrella_jax.training.checkpoint import save_params
 
 
-def describe(
+def write_description(
     checkpoint: Checkpoint,
     directory: Path,
     *,
@@ -61,7 +60,7 @@ def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto"
     with new_folder(directory) as part:
         save_params(part / PARAMS, params)
         checksums = folder_checksums(part / PARAMS)
-        describe(checkpoint, part, untrained=checkpoint.untrained, checksums=checksums)
+        write_description(checkpoint, part, untrained=checkpoint.untrained, checksums=checksums)
 
 
 def untrained_to_leave_out(checkpoint: Checkpoint) -> dict[str, str]:
@@ -135,7 +134,7 @@ def write_trained(
         if (path in paths or modality_of(path) is not None) and modality_of(path) not in left_out
     }
     for weight in sorted({w for path in paths if (w := adapted_weight(path))} - paths):
-        a, b = adapters(weight)
+        a, b = adapter_paths(weight)
         own = [(leaves, np.float32(scale)) for leaves, scale in trained if a in leaves]
         tensors[a] = Tensor.of(np.concatenate([np.asarray(leaves[a]) for leaves, _ in own], axis=-2))
         tensors[b] = Tensor.of(np.concatenate([np.asarray(leaves[b]) * scale for leaves, scale in own], axis=-1))

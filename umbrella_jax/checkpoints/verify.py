@@ -7,10 +7,9 @@ from pathlib import Path
 from convert.config_json import CONFIG as HF_CONFIG
 from convert.config_json import UMBRELLA_CONFIG, read_json
 from convert.export_config import hf_dict
-from convert.rules import modality_of
 from convert.verify import (
-    Comparison,
-    Forward,
+    LogitComparison,
+    ModelComparison,
     compare_configs,
     compare_forward,
     compare_reading,
@@ -21,6 +20,7 @@ from umbrella_jax.checkpoints.checkpoint import Checkpoint, fetch, has_tokenizer
 from umbrella_jax.checkpoints.export import untrained_to_leave_out
 from umbrella_jax.config.schema import ModalityConfig, resolve_modality
 from umbrella_jax.data.tokenize import stop_ids
+from umbrella_jax.models.paths import modality_of
 from umbrella_jax.rundir import MODEL
 
 
@@ -30,7 +30,7 @@ def verify(
     modalities: Mapping[str, ModalityConfig] | None = None,
     *,
     forward: bool = True,
-) -> Comparison:
+) -> ModelComparison:
     """Compares two of Hugging Face directory, native checkpoint and run: tensors, configuration, and A's logits in
     PyTorch with B's in JAX.
 
@@ -83,7 +83,7 @@ def verify(
         for c, out in zip((one, other), left_out, strict=True)
     )
     tensors = compare_tensors(ours, config_a, theirs, config_b)
-    found: dict[str, Forward] = {}
+    found: dict[str, LogitComparison] = {}
     shapes_differ = any("→ [" in t.types for t in tensors)
     if forward and not configuration and not shapes_differ:
         try:
@@ -95,4 +95,4 @@ def verify(
             notes.append(f"logits: not compared, {error.name} is not installed; pip install 'umbrella-jax[torch]'")
     elif forward:
         notes.append("logits: not compared, since the models are of other shapes or configurations")
-    return Comparison(tensors, configuration, found, tuple(notes))
+    return ModelComparison(tensors, configuration, found, tuple(notes))

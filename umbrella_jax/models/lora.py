@@ -14,21 +14,14 @@ from flax import nnx
 
 from umbrella_jax.config.schema import LoraConfig
 from umbrella_jax.models.layers import Factor, Linear
-from umbrella_jax.models.paths import adapted_weight
-
-_COMPONENTS = {  # parameters' path → component, of those in LORA_TARGETS
-    "vision_tower.vision_model.encoder.layers.": "vision_tower",
-    "multi_modal_projector.": "projector",
-    "language_model.model.layers.": "language_model",
-}
+from umbrella_jax.models.paths import adapted_weight, component_of
 
 
 def attach(model: nnx.Module, lora: LoraConfig) -> None:
     """Puts adapters, all zero, beside the products of `model` that `lora` names."""
     for keys, module in list(nnx.iter_modules(model)):
         path = ".".join(map(str, keys))
-        component = next((name for start, name in _COMPONENTS.items() if path.startswith(start)), None)
-        if isinstance(module, Linear) and f"{component}.{keys[-1]}" in lora.products:
+        if isinstance(module, Linear) and f"{component_of(path)}.{keys[-1]}" in lora.products:
             *layers, outputs, inputs = module.weight[...].shape
             module.lora_A = Factor((*layers, lora.rank, inputs))
             module.lora_B = Factor((*layers, outputs, lora.rank))

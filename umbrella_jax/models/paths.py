@@ -1,45 +1,52 @@
-"""Parameter paths: the component, modality and adapter that each belongs to."""
+"""Names of parameters: the component, modality and adapter that a parameter belongs to.
+
+A parameter's path joins the attributes that lead to it by dots, as in `language_model.model.embed_tokens.weight`. The
+name of the tensor on the hub is the same, with the number of its layer after `layers.` (convert/rules.py). The
+functions here take both.
+"""
 
 import re
 from fnmatch import fnmatchcase
 
+VISION_TOWER = "vision_tower."
+VISION_MODEL = VISION_TOWER + "vision_model."
+EMBEDDINGS = VISION_MODEL + "embeddings."
+PROJECTOR = "multi_modal_projector."
+LANGUAGE_MODEL = "language_model."
+
 FROZEN, UNUSED = "frozen", "unused"
 
-
 COMPONENTS: dict[str, str] = {
-    "patch_embed": "vision_tower.vision_model.embeddings.*",
-    "vision_tower": "vision_tower.vision_model.encoder.*",
-    "projector": "multi_modal_projector.*",
-    "language_model": "language_model.*",
+    "patch_embed": EMBEDDINGS + "*",
+    "vision_tower": VISION_MODEL + "encoder.*",
+    "projector": PROJECTOR + "*",
+    "language_model": LANGUAGE_MODEL + "*",
 }
-"""The groups that have a name, as path patterns. What none of them covers (SigLIP's `post_layernorm`, whose output
-LLaVA does not take) cannot train: nothing that it does reaches the loss."""
+"""{component: pattern of its parameters' paths}. A parameter outside all of them cannot train, since it does not affect
+the loss: SigLIP's `post_layernorm`, whose output LLaVA does not use."""
 
-
-_MODALITY = re.compile(r"vision_tower\.vision_model\.embeddings\.(\w+?)_(?:proj\.\w+|positional_embeddings)")
+_MODALITY = re.compile(re.escape(EMBEDDINGS) + r"(.+)_(?:proj\.(?:weight|bias)|positional_embeddings)")
+_ADAPTER = re.compile(r"(.+)\.lora_([AB])\.weight")
 
 
 def modality_of(path: str) -> str | None:
-    """The modality whose patch embedding holds this parameter; None for all others."""
+    """Return the modality whose patch embedding contains a parameter; None for other parameters."""
     match = _MODALITY.fullmatch(path)
     return match[1] if match else None
 
 
 def component_of(path: str) -> str:
-    """The name in `COMPONENTS` of what holds a parameter, `unused` where LLaVA does not use it."""
+    """Return the component of `COMPONENTS` that contains a parameter, or `unused` if LLaVA does not use it."""
     return next((name for name, pattern in COMPONENTS.items() if fnmatchcase(path, pattern)), UNUSED)
 
 
-_ADAPTER = re.compile(r"(.+)\.lora_([AB])\.weight")
-
-
 def adapted_weight(path: str) -> str | None:
-    """The path of the weight beside which this part of an adapter lies; None for all other parameters."""
+    """Return the path of the weight that a LoRA factor adapts; None for all other parameters."""
     match = _ADAPTER.fullmatch(path)
     return f"{match[1]}.weight" if match else None
 
 
-def adapters(weight: str) -> tuple[str, str]:
-    """Paths of A and B beside a weight."""
+def adapter_paths(weight: str) -> tuple[str, str]:
+    """Return the paths of the LoRA factors A and B that adapt a weight."""
     module = weight.removesuffix(".weight")
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"

@@ -1,6 +1,5 @@
 """Frozen weights of products in 8 bits, one scale for each output; qwix makes them and reads them."""
 
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal
 
@@ -9,22 +8,18 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from umbrella_jax.models.llava import Params
-from umbrella_jax.models.paths import adapted_weight
+from umbrella_jax.models.paths import adapted_weight, component_of
 
 Quantized = Literal["int8", "fp8"]
 _TYPES: dict[Quantized, Any] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
-_PRODUCTS = (
-    "vision_tower.vision_model.encoder.layers.*.weight",
-    "multi_modal_projector.*.weight",
-    "language_model.model.layers.*.weight",
-)
 
 
 def quantizable(path: str) -> bool:
     """Whether a parameter is the weight of a product of a layer or of the projector. Word embeddings and the head stay
     as they are: they are looked up, and decide between words; adapters too: they are small."""
-    other = "norm" in path or adapted_weight(path) is not None
-    return not other and any(fnmatchcase(path, pattern) for pattern in _PRODUCTS)
+    if "norm" in path or adapted_weight(path) is not None or not path.endswith(".weight"):
+        return False
+    return ".layers." in path or component_of(path) == "projector"
 
 
 def quantize(params: Params, dtype: Quantized) -> Params:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
-from umbrella_jax.checkpoints.export import describe
+from umbrella_jax.checkpoints.export import write_description
 from umbrella_jax.checkpoints.load import open_base
 from umbrella_jax.config.load import dump_config
 from umbrella_jax.config.schema import RunConfig
@@ -148,7 +148,9 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
         state, pending = resume_from(checkpoints, state, run.meta, run.data.inputs, say) if resume else (state, None)
         if log:
             # in a resumed run too: a kill or a full disk may have left half of them
-            rewrite_folder(out / MODEL, partial(describe, run.model.base, first_steps=run.data.plan.first_steps()))
+            rewrite_folder(
+                out / MODEL, partial(write_description, run.model.base, first_steps=run.data.plan.first_steps())
+            )
             write_whole(out / CONFIG, dump_config(_with_absolute_base(config, run.model.base)))
             write_whole(out / INPUTS, dump_inputs(run.data.inputs), PRIVATE)
 

@@ -22,7 +22,7 @@ T = TypeVar("T")
 def is_reached(path: str, shown: Collection[str]) -> bool:
     """Return whether a parameter gets a gradient from conversations that show volumes of the modalities `shown`."""
     modality = modality_of(path)
-    return modality in shown if modality else bool(shown) or fnmatchcase(path, COMPONENTS["language_model"])
+    return modality in shown if modality else bool(shown) or component_of(path) == "language_model"
 
 
 def _covers(group: str, path: str) -> bool:
