@@ -269,7 +269,7 @@ def test_one_device_to_eight_and_back(tmp_path, empty, filled):
 
 def test_who_goes_on_holds_one_state(tmp_path, empty, filled, monkeypatch):
     """That before the first step is gone before the other is read; it stays where there is no other."""
-    monkeypatch.setattr(resumption, "same_run", lambda *_: None)
+    monkeypatch.setattr(resumption, "check_same_run", lambda *_: None)
     meta, state = {"versions": {}}, jax.tree.map(jnp.copy, empty)
     restore = Checkpoints.restore
 

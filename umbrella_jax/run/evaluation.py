@@ -1,4 +1,4 @@
-"""The evaluations of a run: loss over the answers, and the answers."""
+"""Evaluate a run: compute the loss over the answers, then generate and score answers."""
 
 import math
 import time
@@ -34,18 +34,21 @@ def evaluate(
     *,
     final: bool = False,
 ) -> Line | None:
-    """Compute the loss over the answers and score greedy ones, which are written to predictions/step_N.jsonl.
-
-    Prints a line of results. Returns None, and writes no answers, if a signal comes meanwhile.
+    """Compute the loss over the answers, and score greedy answers, which are written to predictions/step_N.jsonl.
 
     Args:
-        options: arguments of `Progress`; `say` takes the line too.
-        final: evaluate all evaluation data, as at the last step of a run that keeps no best; elsewhere
-            `train.eval_samples` limits them, so that steps are ranked by the same conversations.
+        interrupted: returns the signal that asks the run to end, 0 without one.
+        options: arguments of `Progress`; its `say` takes the line of results too.
+        trainable: the parameters after `step`.
+        final: evaluate all evaluation data. Otherwise, `train.eval_samples` limits them: steps that are compared are
+            evaluated on the same conversations. The last step of a run that keeps no best is always final.
+
+    Returns:
+        `eval_NAME` of each metric; None if a signal came meanwhile, in which case no answers are written.
 
     Raises:
-        CheckpointError, RunError: weights, loss or logits are not finite, naming them or the conversations; on all
-            processes alike.
+        CheckpointError: weights are not finite; raised on all processes.
+        RunError: loss or logits are not finite, naming the conversations; raised on all processes.
     """
     config, dataset = run.config, data.dataset
     mesh, frozen, graphdef = run.training.mesh, run.training.frozen, run.training.graphdef
@@ -77,7 +80,7 @@ def evaluate(
             begun = time.perf_counter()
     rows: dict[int, Row] = {}
     with Progress(f"evaluation at step {step}: answer", total, **options) as progress:
-        for found in answers(
+        for new in answers(
             trainable | frozen,
             graphdef,
             dataset,
@@ -91,23 +94,23 @@ def evaluate(
         ):
             if interrupted():
                 return None
-            rows |= {index: with_answer(data.rows[index], answer) for index, answer in found.items()}
+            rows |= {index: with_answer(data.rows[index], answer) for index, answer in new.items()}
     answered = [rows[index] for index in sorted(rows)]
     if jax.process_index() == 0:
         folder = run.out / PREDICTIONS
         folder.mkdir(0o700, exist_ok=True)
         write_whole(folder / f"step_{step}.jsonl", "".join(strict_json(row) + "\n" for row in answered), PRIVATE)
-    mean = loss / supervised if supervised else None  # none: the truth is in metadata alone
+    mean = loss / supervised if supervised else None  # if the right answers are only in metadata
     metrics: Line = {} if mean is None else {"loss": mean}
-    there = {task_of(row) for row in answered}
-    tasks = {name: task for name, task in data.tasks.items() if name in there}
+    answered_tasks = {task_of(row) for row in answered}
+    tasks = {name: task for name, task in data.tasks.items() if name in answered_tasks}
     scores = score(answered, tasks, resamples=0)
     options["say"](_summary(step, mean, scores))
     return {f"eval_{name}": value for name, value in (metrics | scores.flat()).items()}
 
 
 def _summary(step: int, loss: float | None, scores: Scores) -> str:
-    """Return a line about an evaluation: its loss, and the main metrics of each task, the first beside chance."""
+    """Return the line about an evaluation: loss, and the main metrics of each task, the first with its chance level."""
     parts = [] if loss is None else [f"loss {loss:.4f}"]
     for name in scores.tasks:
         figures = scores.of(name)

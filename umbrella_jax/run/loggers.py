@@ -1,4 +1,4 @@
-"""Where lines of metrics go beside `metrics.jsonl`: TensorBoard and Weights & Biases, where the config says so."""
+"""Send metrics to TensorBoard and Weights & Biases, if the config asks for it."""
 
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -12,22 +12,23 @@ from umbrella_jax.rundir import Line
 Log = Callable[[Line], None]
 """Takes a line of `metrics.jsonl`."""
 TENSORBOARD = "tensorboard"
-"""Of a run: its directory of event files."""
+"""Directory of event files within a run's."""
 
 
 @contextmanager
 def loggers(config: RunConfig, out: Path, step: int) -> Iterator[Log | None]:
-    """One function for all loggers of the config, None where it has none. They are closed behind the block, with all
-    that they were given, however it ends.
+    """Open the loggers that the config asks for, and yield one function that calls them all; None without any.
+
+    At the end of the block, they are flushed and closed, even after an error.
 
     Args:
         out: the run's directory.
-        step: at which the run goes on. Lines behind it, of a run that was cut off, come again: TensorBoard passes over
-            the earlier ones, Weights & Biases gets a new run.
+        step: the run starts after this step. If an earlier process logged later steps before it was cut off, they are
+            logged again: TensorBoard ignores the earlier ones, and Weights & Biases gets a new run.
     """
     with ExitStack() as stack:
         opened = [
-            stack.enter_context(make(config, out, step)) for name, make in _LOGGERS.items() if _wanted(config, name)
+            stack.enter_context(make(config, out, step)) for name, make in _LOGGERS.items() if _is_enabled(config, name)
         ]
 
         def log(line: Line) -> None:
@@ -38,16 +39,16 @@ def loggers(config: RunConfig, out: Path, step: int) -> Iterator[Log | None]:
 
 
 def missing(config: RunConfig) -> list[str]:
-    """A fault for each logger that the config wants and that is not installed."""
+    """Return a fault for each logger that the config asks for and that is not installed."""
     modules = {"tensorboard": ("tensorboardX", "leave it out"), "wandb": ("wandb", "--no-wandb")}
     return [
         f"train.{name}: {module} is not installed; pip install 'umbrella-jax[{name}]', or {otherwise}"
         for name, (module, otherwise) in modules.items()
-        if _wanted(config, name) and importlib.util.find_spec(module) is None
+        if _is_enabled(config, name) and importlib.util.find_spec(module) is None
     ]
 
 
-def _wanted(config: RunConfig, name: str) -> bool:
+def _is_enabled(config: RunConfig, name: str) -> bool:
     return bool(getattr(config.train, name))
 
 
@@ -55,7 +56,7 @@ def _wanted(config: RunConfig, name: str) -> bool:
 def _tensorboard(config: RunConfig, out: Path, step: int) -> Iterator[Log]:
     from tensorboardX import SummaryWriter
 
-    # the suffix: two files of one second would have one name
+    # the suffix keeps two files apart that are created in the same second
     with SummaryWriter(str(out / TENSORBOARD), purge_step=step + 1, filename_suffix=f".{step}") as writer:
 
         def log(line: Line) -> None:
@@ -74,7 +75,7 @@ def _wandb(config: RunConfig, out: Path, step: int) -> Iterator[Log]:
     try:
         yield lambda line: run.log(_numbers(line), step=int(line["step"] or 0))
         failed = False
-    except Interrupted:  # the run goes on later
+    except Interrupted:  # the run will be resumed
         failed = False
         raise
     finally:
@@ -82,7 +83,7 @@ def _wandb(config: RunConfig, out: Path, step: int) -> Iterator[Log]:
 
 
 def _numbers(line: Line) -> dict[str, float]:
-    """All but the steps, by name. What was not finite has no point in a chart; the line's `skipped` counts it."""
+    """Return every number of a line but the steps. Values that were not finite cannot be plotted and are left out."""
     return {name: value for name, value in line.items() if name not in ("step", "steps") and value is not None}
 
 

@@ -59,14 +59,14 @@ class EvaluationData:
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run reads."""
+    """The data that a run reads."""
 
     train_set: Dataset
     evaluation: EvaluationData | None
     plan: EpochPlan
     """Which conversations make which update."""
     inputs: Inputs
-    """Every file, by content."""
+    """A digest of every file."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Prepared:
     data: RunData
     training: TrainingRun
     meta: dict[str, Any]
-    """Saved in every checkpoint: what a resumed run must agree with."""
+    """Saved in every checkpoint, to compare with a run that resumes from it."""
     earlier_lines: list[Line]
     """Lines of `metrics.jsonl` that are there already."""
 

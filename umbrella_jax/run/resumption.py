@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it is the same run."""
+"""Find the checkpoint that a run resumes from, and check that it belongs to the same run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +20,6 @@ from umbrella_jax.training.step import TrainState
 T = TypeVar("T")
 
 
-# What may differ when a run goes on: where it reads from, how often it looks and how its devices share the work, not
-# what it computes.
-# (Whether the base is the same one, its fingerprint says.)
 MAY_CHANGE = (
     "output_dir",
     "model.base",
@@ -48,22 +45,27 @@ MAY_CHANGE = (
     "train.wandb",
     "evaluation",
 )
+"""Settings that may differ when a run resumes, sections or fields. They change where it reads from, how often it
+evaluates and saves, and how the devices share the work, but not the results. The base's fingerprint is compared
+instead of its path."""
 
 
 def check_out(config: RunConfig, out: Path, resume: bool) -> None:
     """Raise ConfigError if `out` holds a run and `resume` is not set, or a run with other settings.
 
-    `same_run` checks the same later, with weights and data.
+    This comes before anything large is read. `check_same_run` compares the settings again, with those in the
+    checkpoint, and compares weights and data too.
     """
     if not resume and (out / CHECKPOINTS).exists():
         raise ConfigError(f"{out}: holds a run; continue it with --resume, or choose another directory (--out DIR)")
     if resume and (out / CONFIG).exists():
-        faults = _other_settings(to_dict(load_stored_config(out / CONFIG)), to_dict(config))
+        faults = _changed_settings(to_dict(load_stored_config(out / CONFIG)), to_dict(config))
         if faults:
             raise ConfigError([f"{out}: cannot resume: {fault}" for fault in faults])
 
 
-def _other_settings(stored: dict[str, Any], config: dict[str, Any]) -> list[str]:
+def _changed_settings(stored: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """Return a fault for each setting that differs from the stored run's and may not."""
     before, now = flat(stored), flat(config)
     longer = "keep that, or train longer in a new run that starts from this one (--base RUN --out DIR)"
     remedies = {"train.epochs": longer}  # the learning rate of every step depends on the number of steps
@@ -78,72 +80,101 @@ def _other_settings(stored: dict[str, Any], config: dict[str, Any]) -> list[str]
 def resume_from(
     checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any], inputs: Inputs, say: Say
 ) -> tuple[TrainState, Line | None]:
-    """The state of the newest checkpoint that is not damaged, if it belongs to the same run, and its pending line.
+    """Return the state of the newest undamaged checkpoint and its pending line; the given state if there is none yet.
 
-    Where there is a checkpoint, `state` is used up: of a large part that trains, devices may not hold two."""
+    Damaged checkpoints are renamed.
+
+    Args:
+        state: before the first step. If there is a checkpoint, its memory is freed, since the devices may not have
+            room for two.
+        meta: of this run, compared with the checkpoint's.
+
+    Raises:
+        CheckpointError: every checkpoint is damaged.
+        ConfigError: the checkpoint belongs to another run.
+    """
     like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     if checkpoints.steps():
         for leaf in jax.tree.leaves(state):
             leaf.delete()
-    found, saved, damaged = newest(checkpoints, like, meta, inputs, say)
-    for bad in damaged:
+    restored, saved_meta, damaged_steps = newest(checkpoints, like, meta, inputs, say)
+    for step in damaged_steps:
         if jax.process_index() == 0:
-            checkpoints.set_aside(bad)
-        say(f"renamed to {bad}.damaged, no longer looked at")
-    if damaged:
-        gather(None)  # renamed
+            checkpoints.set_aside(step)
+        say(f"renamed to {step}.damaged, no longer looked at")
+    if damaged_steps:
+        gather(None)  # wait until process 0 has renamed them
         checkpoints.reload()
-    return (state, None) if found is None else (found, saved.get("pending"))
+    return (state, None) if restored is None else (restored, saved_meta.get("pending"))
 
 
 def newest(
-    checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any], inputs: Inputs, say: Say
+    checkpoints: Checkpoints, like: TrainState, meta: dict[str, Any], inputs: Inputs, say: Say
 ) -> tuple[TrainState | None, dict[str, Any], list[int]]:
-    """The state of the newest checkpoint that is not damaged, None where there is none yet; what stands beside it; and
-    the steps that are damaged. Of `state` only shapes and devices are looked at. Says which it is. Raises ConfigError
-    where it is another run's."""
+    """Find the newest undamaged checkpoint, and report it.
+
+    Args:
+        like: has the shapes, types and devices of the state to restore.
+
+    Returns:
+        Its state and its meta (None and {} if there is no checkpoint yet), and the newer steps, which are damaged.
+
+    Raises:
+        CheckpointError: every checkpoint is damaged.
+        ConfigError: the checkpoint belongs to another run.
+    """
     damaged: dict[int, list[str]] = {}
-    found = saved = None
+    state = saved = None
     for step in checkpoints.steps():
         saved, faults = _attempt(checkpoints.meta, step)
         if saved is not None:
             with raise_together():
-                same_run(checkpoints.directory, saved, meta, inputs)
-            found, faults = _attempt(checkpoints.restore, step, state)
-        if found is not None:
+                check_same_run(checkpoints.directory, saved, meta, inputs)
+            state, faults = _attempt(checkpoints.restore, step, like)
+        if state is not None:
             break
         damaged[step] = faults
-    if damaged and found is None:
+    if damaged and state is None:
         with raise_together():
             faults = [fault for each in damaged.values() for fault in each]
             raise CheckpointError([*faults, f"{checkpoints.directory}: none is good: cannot resume"])
     for faults in damaged.values():
         say("\n".join(["WARNING: a damaged checkpoint:", *faults]))
-    if saved is None or found is None:
+    if saved is None or state is None:
         say("resume: no checkpoint yet, starting at step 0")
         return None, {}, []
     say(f"resume: from step {step}")
     for name, version in meta["versions"].items():
         if (before := saved["versions"].get(name)) != version:
             say(f"resume: {name} is {version} now, {before} before: numbers may differ in their last digits")
-    return found, saved, list(damaged)
+    return state, saved, list(damaged)
 
 
 def _attempt(read: Callable[..., T], *args: Any) -> tuple[T | None, list[str]]:
-    """What `read` returns; or None, on every process, and what is damaged as one or more of them found it."""
-    found, own = None, []
+    """Call `read` on every process. Return its result, or None if it raised CheckpointError on any of them.
+
+    The faults of all processes are returned too.
+    """
+    result, own = None, []
     try:
-        found = read(*args)
+        result = read(*args)
     except CheckpointError as error:
         own = list(error.faults)
     faults = list(dict.fromkeys(fault for each in gather(own) for fault in each))
-    return (None if faults else found), faults
+    return (None if faults else result), faults
 
 
-def same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any], inputs: Inputs) -> None:
-    """Raises ConfigError with everything in which the run of a checkpoint is another one."""
-    stored = to_dict(parse_stored_config(saved["config"], str(directory)))  # with fields that it did not know yet
-    faults = _other_settings(stored, meta["config"])
+def check_same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any], inputs: Inputs) -> None:
+    """Raise ConfigError if a checkpoint belongs to another run, naming every difference.
+
+    Args:
+        directory: of the checkpoints, for the message.
+        saved: the checkpoint's meta.
+        meta: this run's.
+        inputs: the files that this run reads.
+    """
+    stored = to_dict(parse_stored_config(saved["config"], str(directory)))  # adds fields that are newer than the run
+    faults = _changed_settings(stored, meta["config"])
     if saved["base_fingerprint"] != meta["base_fingerprint"]:
         faults.append("model.base: other weights than those that the run started from")
     if saved["frozen_types"] != meta["frozen_types"]:  # a native checkpoint may be the same base in another type
@@ -155,7 +186,7 @@ def same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any], input
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
-    if saved["inputs"] != meta["inputs"] and not faults:  # other settings may well read other files
+    if saved["inputs"] != meta["inputs"] and not faults:  # with other settings, other files are expected
         record = directory.parent / INPUTS
         names = []
         if record.exists():

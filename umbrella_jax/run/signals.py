@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish that a loop looks at between two steps."""
+"""Note SIGTERM and SIGINT, so that a loop can end after its current step."""
 
 import os
 import signal
@@ -9,15 +9,16 @@ from typing import Any
 
 _HANDLED = (signal.SIGTERM, signal.SIGINT)
 _ECHO = 1.0
-"""Seconds within which another SIGTERM is the same one: SLURM and its scripts both hand it on."""
+"""Seconds within which a second SIGTERM is ignored: SLURM and its scripts may both forward the same one."""
 
 
 class Signals:
-    """While it is entered, the first SIGTERM or SIGINT is noted in `received`; a second ends the process at once.
+    """Context manager that notes the first SIGTERM or SIGINT in `received`; a second one ends the process at once.
 
-    At once means with exit code 128 + its number, whatever the process is doing: a thread of its own listens, since
-    Python's handlers wait until a compilation or a device is done. A signal that was ignored before (SIGINT of a
-    background job) stays so. Off the main thread, where Python takes no signals, nothing is ever received.
+    The process then ends with exit code 128 + the signal's number, whatever it is doing. A thread listens for signals,
+    because Python runs its handlers only after a compilation or a device call has finished. A signal that was ignored
+    before, such as SIGINT in a background job, is still ignored. Python delivers signals only to the main thread: if
+    this is used in another thread, `received` stays 0.
     """
 
     def __init__(self, say: Callable[[str], None]):
@@ -49,7 +50,7 @@ class Signals:
 
     def _listen(self) -> None:
         first = 0.0
-        while data := os.read(self._ends[0], 1):  # the number of each signal, until the other end is closed
+        while data := os.read(self._ends[0], 1):  # one byte per signal, its number, until the other end is closed
             number, now = data[0], time.monotonic()
             if number not in _HANDLED:
                 continue
