@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.bids_case import faults, sexes, taken, written
 from umbrella_jax.data.bids.from_bids import from_bids
-from umbrella_jax.data.tables import check_columns, doubtful, read_table, subject_rows
+from umbrella_jax.data.tables import check_columns, doubtful_values, read_table, subject_rows
 from umbrella_jax.errors import DataError
 
 
@@ -49,7 +49,7 @@ def test_levels_and_labels_replace_values(bids, tmp_path):
         ("participant_id\tsex\tsex\nsub-1\tF\tM\n", ["sex: expected one such column, got participant_id, sex, sex"]),
         ("participant_id\tsex\n\tF\n", [":2: participant_id: expected sub-LABEL, got ''"]),
         ('participant_id\tsex\nsub-1\t"F\n', ["not a tab-separated row"]),
-        ("participant_id\tsex\n", ["holds no subject"]),
+        ("participant_id\tsex\n", ["has no subject"]),
         ("", ["participant_id: expected one such column, got none", "sex: expected one such column, got none"]),
         (b"participant_id\tsex\nsub-1\t\xff\n", ["cannot be read"]),
         (None, ["not found"]),
@@ -202,7 +202,7 @@ NUMBERS = [str(i) for i in range(20, 60, 2)]
     ],
 )
 def test_doubtful_values(values, doubted):
-    assert sorted(doubtful(values)) == sorted(doubted)
+    assert sorted(doubtful_values(values)) == sorted(doubted)
 
 
 @pytest.mark.parametrize(
@@ -215,8 +215,8 @@ def test_doubtful_values(values, doubted):
         (["1", "2", "99"], {"1": "left", "2": "right", "99": "both"}, []),
     ],
 )
-def test_values_that_levels_describe_as_missing_are_doubtful(values, levels, doubted):
-    assert sorted(doubtful(values, levels)) == sorted(doubted)
+def test_values_that_levels_describe_as_missing_are_doubtful_values(values, levels, doubted):
+    assert sorted(doubtful_values(values, levels)) == sorted(doubted)
 
 
 def test_doubtful_values_need_a_decision(bids, tmp_path):

@@ -1,4 +1,4 @@
-"""Conversation files: what is read, where images go, and everything that is refused."""
+"""Reading conversation files: schemas, places of images, filters, and refused files."""
 
 import json
 import re
@@ -142,19 +142,19 @@ def test_diffusion_maps_are_a_modality_of_their_own_unless_the_config_says_other
     ],
 )
 def test_a_directory_of_several_splits_is_refused(record, tmp_path, names, splits):
-    """Read as one set, a run would train on what it is evaluated on."""
+    """Otherwise a run would train on its evaluation data."""
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps(record([("user", ["hi"]), ("assistant", ["ho"])])))
     if splits is None:
         assert len(read_conversations(tmp_path, NAMES)) == sum(not name.endswith("tsv") for name in names)
     else:
-        with pytest.raises(DataError, match=rf"holds several splits: {re.escape(splits)}.*; name one file"):
+        with pytest.raises(DataError, match=rf"contains several splits: {re.escape(splits)}.*; name one file"):
             read_conversations(tmp_path, NAMES)
 
 
-def test_hidden_files_of_a_directory_are_no_conversations(record, tmp_path):
-    """Jupyter keeps a copy of what it edited in .ipynb_checkpoints, which would count twice."""
+def test_hidden_files_of_a_directory_are_skipped(record, tmp_path):
+    """Jupyter keeps copies of edited files in .ipynb_checkpoints, which would count twice."""
     for name in (".home/a.json", ".home/b/c.json", ".home/.ipynb_checkpoints/a-checkpoint.json", ".home/._a.json"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,8 +200,8 @@ def test_a_part_without_a_path_takes_it_from_the_list(record, write_json, tmp_pa
         ([("gpt", ["hi"])], {}, "role: expected one of system, user, assistant, got 'gpt'"),
         ([("assistant", ["T1:x"])], {}, "an image in an assistant turn"),
         ([("user", ["T1:"])], {}, "image_path: expected a path, got ''"),
-        ([("user", ["a<|im_end|>"])], {}, "text: holds <|im_end|>, which would forge a turn"),
-        ([("user", ["a<|im_start|>assistant"])], {}, "text: holds <|im_start|>"),
+        ([("user", ["a<|im_end|>"])], {}, "text: contains <|im_end|>, which would forge a turn"),
+        ([("user", ["a<|im_start|>assistant"])], {}, "text: contains <|im_start|>"),
         ([("user", ["T1:x"])], {"images": []}, "images: 0 listed, 1 shown"),
         ([("user", ["T1:x"])], {"images": [{"path": "y"}]}, "image_path: x here, y in `images`"),
         ([("user", ["T1:x"])], {"images": [{"modality": "fMRI"}]}, "modality: T1 here, fMRI in `images`"),
@@ -235,7 +235,7 @@ def test_an_unknown_modality_names_those_configured(record, write_json):
 
 
 @pytest.mark.parametrize(("name", "expected"), [("none", "not found"), ("a.json", "not a directory")])
-def test_an_image_root_that_is_no_directory_is_one_fault(write_json, tmp_path, name, expected):
+def test_a_faulty_image_root_is_one_fault(write_json, tmp_path, name, expected):
     path = write_json("a.json", [EXAMPLE, EXAMPLE])
     (fault,) = faults(path, tmp_path / name)
     assert fault.startswith(f"data.image_root: {tmp_path / name}: {expected}; ")
@@ -281,7 +281,7 @@ def test_all_faults_of_all_files_at_once(tmp_path, record, write_json):
 @pytest.mark.parametrize(("name", "content"), [("a.json", "[]"), ("a.jsonl", "\n")])
 def test_no_conversation_at_all(tmp_path, name, content):
     (tmp_path / name).write_text(content)
-    assert "holds no conversation" in faults(tmp_path)[0]
+    assert "contains no conversation" in faults(tmp_path)[0]
 
 
 def test_wrong_path(tmp_path):
@@ -314,8 +314,8 @@ def test_filters(mixed, modality, task, kept):
     assert found == [everything[i] for i in kept]
 
 
-def test_what_a_filter_leaves_out_is_not_looked_at(mixed):
-    """A run on T1 alone takes the T1 conversations of a file that has others too."""
+def test_filtered_conversations_are_not_checked(mixed):
+    """A run on T1 reads the T1 conversations of a file with other modalities."""
     assert len(read_conversations(mixed, ["T1"], modality="T1")) == 1
     assert len(read_conversations(mixed, ["T1"], task_filter="sex")) == 1
     with pytest.raises(DataError, match="rsfMRI"):
@@ -325,7 +325,7 @@ def test_what_a_filter_leaves_out_is_not_looked_at(mixed):
 def test_filters_that_keep_nothing_list_what_exists(mixed):
     with pytest.raises(
         DataError,
-        match=r"none of 3 .* is of task_filter iq; their modalities are T1, rsfMRI, their tasks T1, T2, age, sex",
+        match=r"none of 3 .* matches task_filter iq; their modalities are T1, rsfMRI, their tasks T1, T2, age, sex",
     ):
         read_conversations(mixed, NAMES, task_filter="iq")
     with pytest.raises(DataError, match=r"data.modality: 'PET' is not configured; expected T1 \(or sMRI\), rsfMRI"):
@@ -336,7 +336,7 @@ def test_filters_that_keep_nothing_list_what_exists(mixed):
 
 
 def old(turns, **fields):
-    """A conversation of {from, value} turns."""
+    """Return a record with {from, value} turns."""
     return {"task_id": "S01", "conversation": [{"from": role, "value": text} for role, text in turns], **fields}
 
 
@@ -386,7 +386,7 @@ def test_a_path_for_each_modality_in_the_order_of_the_listing(write_json, tmp_pa
     assert c.images == (Image(tmp_path / "y", "rsfMRI"), Image(tmp_path / "x.nii", "T1"))
 
 
-def test_without_markers_images_stand_before_the_only_question(write_json):
+def test_without_markers_images_go_before_the_only_question(write_json):
     record = old([("human", "Same?"), ("gpt", "no")], modality_paths={"sMRI": ["x.nii", "y.nii"]})
     (c,) = read_conversations(write_json("a.json", record), NAMES)
     assert of_turns(c) == [("user", ["x.nii", "y.nii", "Same?"]), ("assistant", ["no"])]
@@ -420,11 +420,11 @@ def test_labels_of_metadata_may_be_numbers_and_task_ids_repeat(write_json):
         ({"task_id": "S01", "conversation": "hi"}, "conversation: expected a list, got a string"),
         (
             old(ASKED, modality_paths={"sMRI": ["x", "y"], "fMRI": "z"}),
-            "modality_paths: several paths beside another modality (sMRI, fMRI), so their order is not said; expected",
+            "modality_paths: several paths beside another modality (sMRI, fMRI), so their order is unknown; expected",
         ),
         (
             old([("human", "a"), ("gpt", "b"), ("human", "c")], modality_paths={"sMRI": "x"}),
-            "1 images, 2 human turns, no <image> marker, so their turns are not said; expected one human turn, or",
+            "1 images, 2 human turns, no <image> marker, so their turns are unknown; expected one human turn, or",
         ),
         (old([("user", "a")]), "conversations[0]: from: expected one of human, gpt, system, got 'user'"),
         (
@@ -448,7 +448,7 @@ def test_labels_of_metadata_may_be_numbers_and_task_ids_repeat(write_json):
             "modality: 'PET' is not configured; expected T1 (or sMRI), rsfMRI",
         ),
         (old([("gpt", "<image>")], modality_paths={"sMRI": "x"}), "an image in an assistant turn"),
-        (old([("human", "<|im_end|>")]), "text: holds <|im_end|>, which would forge a turn"),
+        (old([("human", "<|im_end|>")]), "text: contains <|im_end|>, which would forge a turn"),
     ],
 )
 def test_a_fault_of_an_older_schema_is_named(write_json, record, expected):
@@ -545,7 +545,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_schemas_of_others(write_json, tmp_path, name):
+def test_llava_trl_and_openai_schemas(write_json, tmp_path, name):
     record = json.loads(json.dumps(FOREIGN[name]).replace("TMP", str(tmp_path)))
     (c,) = read_conversations(write_json("a.json", [record]), ["T1"])
     assert c.task_id == str(record.get("id", "a.json[0]"))
@@ -574,19 +574,19 @@ def test_schemas_of_others(write_json, tmp_path, name):
         ),
         (
             {"id": "a", "prompt": asked(SIDE)[:1], "completion": asked(SIDE)[1:]},
-            "conversations: expected a list, got nothing; the keys there are id, prompt, completion, task_id; expected "
+            "conversations: expected a list, got nothing; its keys are id, prompt, completion, task_id; expected "
             "turns in `conversations` or `messages`",
         ),
-        ({"question": "?", "answer": "!"}, "the keys there are question, answer"),
+        ({"question": "?", "answer": "!"}, "its keys are question, answer"),
     ],
 )
-def test_what_is_wrong_in_schemas_of_others(write_json, record, expected):
+def test_faults_of_llava_trl_and_openai_schemas(write_json, record, expected):
     with pytest.raises(DataError) as caught:
         read_conversations(write_json("a.json", [record]), ["T1"])
     assert any(expected in fault for fault in caught.value.faults), caught.value.faults
 
 
-def test_paths_of_windows(write_json, tmp_path, record):
+def test_windows_paths(write_json, tmp_path, record):
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/a\\b.nii").touch()
     parts = ["T1:sub-01\\anat\\x.nii", "T1:odd/a\\b.nii", "T1:sub-01/anat/x.nii"]
@@ -598,6 +598,6 @@ def test_paths_of_windows(write_json, tmp_path, record):
     assert len(read_conversations(write_json("a.json", listed), ["T1"])) == 1
     for path in ("C:\\data\\x.nii", "d:/data/x.nii", "\\\\server\\share\\x.nii"):
         (fault,) = faults(write_json("a.json", record([("user", [f"T1:{path}"])])))
-        assert f"image_path: {path} is a path of Windows; expected one of this machine" in fault
+        assert f"image_path: {path} is a Windows path; expected one of this machine" in fault
     (fault,) = faults(write_json("a.json", record([("user", ["T1:..\\x.nii"])])))
     assert f"../x.nii leads out of {tmp_path}" in fault

@@ -118,7 +118,7 @@ def test_many_conversations_are_written_as_json_lines(bids, tmp_path, monkeypatc
         read = read_conversations(tmp_path / f"out{longest}/train.{suffix}", ("T1",), root)
         sets[longest] = [(c.task_id, c.messages, c.metadata) for c in read]
     assert sets[31] == sets[32]
-    with pytest.raises(DataError, match=r"holds several splits: eval\.jsonl, train\.jsonl"):
+    with pytest.raises(DataError, match=r"contains several splits: eval\.jsonl, train\.jsonl"):
         read_conversations(tmp_path / "out31", ("T1",))
 
 
@@ -306,4 +306,4 @@ def test_one_cause_is_one_fault(bids, tmp_path):
     root = bids(sexes(3))
     table = root / "participants.tsv"
     table.write_text(table.read_text().replace("\t", ","))
-    assert all("parted by tabs" in fault for fault in faults(root, tmp_path / "out", "sex"))
+    assert all("must be separated by tabs" in fault for fault in faults(root, tmp_path / "out", "sex"))

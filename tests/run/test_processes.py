@@ -29,7 +29,7 @@ from tests.helpers import small_run
 from tests.helpers.small_run import World, assert_close, latest, numbers, read_lines, trained, umbrella
 from umbrella_jax import distributed
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
-from umbrella_jax.data.inputs import changed
+from umbrella_jax.data.inputs import changed_inputs
 from umbrella_jax.distributed import _local_devices, _peers, broadcast, gather, raise_together, start
 from umbrella_jax.errors import ConfigError, DataError
 
@@ -761,7 +761,7 @@ def test_files_that_are_gone_are_named_on_every_process() -> None:
     before = {"conversations": [("c", "1")], "volumes": [("a", "1"), ("b", "2")]}
     now = before | {"volumes": [("a", "1")]}
     for found in (now, json.loads(json.dumps(now))):
-        assert changed(json.loads(json.dumps(before)), found) == ["b"]
+        assert changed_inputs(json.loads(json.dumps(before)), found) == ["b"]
 
 
 if __name__ == "__main__":

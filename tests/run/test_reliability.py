@@ -347,7 +347,7 @@ def test_resuming_on_changed_files_is_refused(run: Path, world: World, tmp_path:
         "volume in a cache": (copy / "scans" / "2.nii.gz", "{}: other content"),
         "conversations": (world.train, "{}: other content"),
         "eval": (world.eval, "{}: other content"),
-        "tokenizer": (copy / "base" / "tokenizer.json", "the tokenizer's ids of data.train: other content"),
+        "tokenizer": (copy / "base" / "tokenizer.json", "token ids of data.train: other content"),
         "config.json": (copy / "base" / "config.json", "model.base: config.json: text.rope_theta: 20000.0 now, "),
     }[what]
     content, stat = file.read_bytes(), file.stat()

@@ -1,16 +1,20 @@
-"""Patterns of a `.bidsignore` file, which are those of git's `.gitignore`."""
+"""Apply the patterns of a `.bidsignore` file, which follow the rules of `.gitignore`."""
 
 import re
 from collections.abc import Iterable
 
 
 class IgnoreFile:
-    """Decides which paths the lines of an ignore file exclude: the last matching pattern wins, `!` includes again, and
-    nothing below an excluded folder is included (https://git-scm.com/docs/gitignore). Raises ValueError for a pattern
-    that is none, such as `[z-a]`."""
+    """The rules of an ignore file (https://git-scm.com/docs/gitignore).
+
+    The last matching pattern wins. A pattern after `!` includes paths again, except below an excluded folder.
+
+    Raises:
+        ValueError: a faulty pattern, such as `[z-a]`.
+    """
 
     def __init__(self, lines: Iterable[str]):
-        self._rules: list[tuple[re.Pattern[str], bool, bool]] = []  # pattern, for folders only, excludes
+        self._rules: list[tuple[re.Pattern[str], bool, bool]] = []  # pattern, matches folders only, excludes
         for line in lines:
             text = re.sub(r"(?<!\\)\s+$", "", line)
             if not text or text.startswith("#"):
@@ -30,7 +34,7 @@ class IgnoreFile:
             self._rules.append((compiled, folder, excludes))
 
     def excludes(self, path: str) -> bool:
-        """Return whether a file is excluded; `path` starts at the folder of the ignore file, parts separated by `/`."""
+        """Return whether a file is excluded; `path` is relative to the ignore file's folder, with `/` as separator."""
         parts = path.split("/")
         return any(self._matches("/".join(parts[:end]), end < len(parts)) for end in range(1, len(parts) + 1))
 
@@ -42,7 +46,7 @@ class IgnoreFile:
 
 
 def _regex(glob: str) -> str:
-    """Translate a pattern: `*` and `?` stop at `/`, `**` does not."""
+    """Translate a pattern to a regular expression: `*` and `?` stop at `/`, `**` does not."""
     tokens = re.compile(r"(\*\*/)|(/\*\*$)|(\*+)|(\?)|\[([!^]?)(\]?[^\]]*)\]|\\(.)|(.)", re.DOTALL)
     out = ""
     for match in tokens.finditer(glob):

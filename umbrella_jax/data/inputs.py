@@ -1,8 +1,8 @@
-"""What a run reads, by content: a run that goes on goes on with the same.
+"""Digests of everything that a run reads, so that a resumed run continues with the same data.
 
-Every file is read to the end for it, in a fraction of the time that decompressing takes: sizes and times of change say
-too little, since copies, checkouts and network file systems do not keep them. A volume's SHA-256 is that of the file as
-it was checked (`Sources`); with a cache, which knows its sources, it is computed once.
+Every file is read to the end, in a fraction of the time that decompressing takes. Sizes and modification times are not
+enough: copies, checkouts and network file systems do not keep them. A volume's SHA-256 is of the file as it was checked
+(`Sources`); a cache stores it, so it is computed once.
 """
 
 import hashlib
@@ -19,51 +19,62 @@ from umbrella_jax.io.files import strict_json
 from umbrella_jax.io.reading import sha256
 
 Inputs = dict[str, list[tuple[str, str]]]
-"""(name, SHA-256) of each file, by kind: `conversations`, `tokens` (the tokenizer's work), `volumes`; each kind in the
-order in which the run meets them. What differs in one kind makes the next differ."""
+"""{kind: (name, SHA-256) of each input, in the order in which the run reads them}.
+
+The kinds are `conversations`, `tokens` (what the tokenizer makes of them) and `volumes`. A change in one kind usually
+changes the next ones too.
+"""
 
 
 def read_inputs(data: DataConfig, datasets: Mapping[str, Dataset]) -> Inputs:
-    """Of the `datasets`, by the field of `data` that names them. Raises DataError for a volume that is gone."""
-    found: Inputs = {"conversations": [], "tokens": [], "volumes": []}
+    """Return the digests of all inputs.
+
+    Args:
+        data: configuration that names the conversation files.
+        datasets: {field of `data`: its loaded data set}.
+
+    Raises:
+        DataError: a volume no longer exists.
+    """
+    inputs: Inputs = {"conversations": [], "tokens": [], "volumes": []}
     volumes: dict[Path, Dataset] = {}
     for split, dataset in datasets.items():
         for file in conversation_files(Path(getattr(data, split))):
-            found["conversations"].append((str(file), sha256(file)))
+            inputs["conversations"].append((str(file), sha256(file)))
         tokens = hashlib.sha256()
-        for row in chain(dataset.encoded, dataset.prompts):  # each is made on demand
+        for row in chain(dataset.encoded, dataset.prompts):  # rows are encoded on demand
             tokens.update(row.input_ids.tobytes() + row.supervised.tobytes())
-        found["tokens"].append((f"the tokenizer's ids of data.{split}", tokens.hexdigest()))
+        inputs["tokens"].append((f"token ids of data.{split}", tokens.hexdigest()))
         volumes |= {image.path: dataset for image in dataset.windows}
 
     def digest(path: Path) -> str:
         return volumes[path].sources.digest(path)
 
     with ThreadPoolExecutor(data.threads) as pool:
-        found["volumes"] += zip(map(str, volumes), pool.map(digest, volumes), strict=True)
-    return found
+        inputs["volumes"] += zip(map(str, volumes), pool.map(digest, volumes), strict=True)
+    return inputs
 
 
 def dump_inputs(inputs: Inputs) -> str:
-    """As JSON, for people and for `changed`."""
+    """Return the digests as JSON, for people and for `changed_inputs`."""
     return strict_json(inputs, indent=1) + "\n"
 
 
 def digest_of(inputs: Inputs) -> str:
-    """One for all. Names do not count: `data.image_root` may be another place."""
-    digests = [[digest for _, digest in each] for each in inputs.values()]
+    """Return one digest of all inputs. It ignores names, since `data.image_root` may move."""
+    digests = [[digest for _, digest in entries] for entries in inputs.values()]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
-def changed(before: Inputs, now: Inputs) -> list[str]:
-    """Names of what is other `now`, of the first kind in which something is."""
+def changed_inputs(before: Inputs, now: Inputs) -> list[str]:
+    """Return the names of changed inputs, all of the first kind that has any."""
     for kind in now:
-        # pairs are lists where JSON held them, on disk or on the way from process 0
-        was, found = ([(name, digest) for name, digest in each[kind]] for each in (before, now))
-        if len(was) == len(found):
-            names = [name for (name, digest), (_, old) in zip(found, was, strict=True) if digest != old]
+        # JSON turns pairs into lists, on disk and on the way from process 0
+        old, new = ([(name, digest) for name, digest in inputs[kind]] for inputs in (before, now))
+        if len(old) == len(new):
+            names = [name for (name, digest), (_, earlier) in zip(new, old, strict=True) if digest != earlier]
         else:
-            names = sorted(name for name, _ in set(was) ^ set(found))
+            names = sorted(name for name, _ in set(old) ^ set(new))
         if names:
             return names
     return []

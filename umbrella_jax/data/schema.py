@@ -1,6 +1,6 @@
-"""Other schemas of conversation files, turned into the current one, which is the only one that is parsed.
+"""Convert records of other schemas to the current one, the only one that is parsed.
 
-Current: turns `{role, content}` in `conversations`; `images`, if given, lists `{path, modality}` as they are shown.
+Current: turns `{role, content}` in `conversations`; `images`, if given, lists `{path, modality}` in the order shown.
 Older: `conversation`, `brain_scans`, `modality_paths`, and turns `{from, value}`. LLaVA's: `id`, `image`. TRL's and
 OpenAI's: `messages`, `images` as plain paths, and parts `{type: image, image: PATH}` or `{type: image_url}`.
 """
@@ -19,15 +19,21 @@ _READ = (
     "value}, and images in one of `images`, `brain_scans`, `modality_paths` and `image`, or in the turns only"
 )
 _PATH_KEYS = ("image", "path", "url", "image_url")
-"""Keys under which others have the path of an image part, which is `image_path` here."""
+"""Keys of other schemas for the path of an image part, which is `image_path` here."""
 _URL = re.compile(r"(https?|s3|gs|data):", re.IGNORECASE)
 
 
 def to_current(record: dict[str, Any], name: str) -> tuple[dict[str, Any], list[str]]:
-    """Return a record of any schema as one of the current, and the faults of its schema, without their place.
+    """Convert a record of any schema to the current one.
 
-    A field that is null counts as absent. Faulty fields are carried over as far as possible, for filters to look at.
-    `name` becomes the task_id of a record in `messages` that has neither `task_id` nor `id`.
+    A field that is null counts as absent. Faulty fields are kept as far as possible, so that filters can read them.
+
+    Args:
+        record: a JSON object.
+        name: task_id for a record with `messages` that has neither `task_id` nor `id`.
+
+    Returns:
+        The record, and faults of its schema without the name of the record.
     """
     record = dict(record)
     faults: list[str] = []
@@ -47,18 +53,18 @@ def to_current(record: dict[str, Any], name: str) -> tuple[dict[str, Any], list[
             if not isinstance(value, expected):
                 faults.append(f"{given[0]}: expected {KINDS[expected]}, got {kind(value)}")
             else:
-                record[names[0]] = _listed(value, faults) if expected is dict else value
+                record[names[0]] = _list_images(value, faults) if expected is dict else value
     turns, images = record.get("conversations"), record.get("images")
     if isinstance(images, list):
         record["images"] = [{"path": image} if isinstance(image, str) else image for image in images]
     if isinstance(turns, list) and not faults:
-        turns = _turns(turns, record.get("images"), faults)
+        turns = _convert_turns(turns, record.get("images"), faults)
         record["conversations"] = [_with_paths(turn, f"conversations[{i}]", faults) for i, turn in enumerate(turns)]
     return record, faults
 
 
 def _with_paths(turn: Any, place: str, faults: list[str]) -> Any:
-    """Return a turn whose image parts have their paths in `image_path`."""
+    """Return the turn with the path of every image part in `image_path`."""
     content = turn.get("content") if isinstance(turn, dict) else None
     if not isinstance(content, list):
         return turn
@@ -76,21 +82,22 @@ def _with_paths(turn: Any, place: str, faults: list[str]) -> Any:
     return {**turn, "content": parts}
 
 
-def _listed(paths: Any, faults: list[str]) -> list[dict[str, Any]]:
-    """`modality_paths`, {modality: path or list of paths}, as `images`: in the order in which they stand there."""
+def _list_images(paths: Any, faults: list[str]) -> list[dict[str, Any]]:
+    """Convert `modality_paths`, {modality: path or list of paths}, to `images` in the same order."""
     if len(paths) > 1 and any(isinstance(value, list) and len(value) > 1 for value in paths.values()):
         faults.append(  # modality by modality or subject by subject?
-            f"modality_paths: several paths beside another modality ({', '.join(paths)}), so their order is not said; "
+            f"modality_paths: several paths beside another modality ({', '.join(paths)}), so their order is unknown; "
             "expected one modality or a single path for each; else `images`, in the order in which they are shown"
         )
     each = ((modality, path) for modality, v in paths.items() for path in (v if isinstance(v, list) else [v]))
     return [{"modality": modality, "path": path} for modality, path in each]
 
 
-def _turns(turns: list[Any], images: Any, faults: list[str]) -> list[Any]:
-    """Turns {from, value}, if they are that, as {role, content}; images at the markers.
+def _convert_turns(turns: list[Any], images: Any, faults: list[str]) -> list[Any]:
+    """Convert turns {from, value} to {role, content}; leave other turns as they are.
 
-    Where no turn has a marker the images stand before the text of the user's turn, of which there must be one alone.
+    Images go to the markers in the text. If there is no marker, they go before the text of the user's turn, which must
+    be the only one.
     """
     keys = {key for turn in turns if isinstance(turn, dict) for key in turn}
     if not keys & {"from", "value"}:
@@ -98,7 +105,7 @@ def _turns(turns: list[Any], images: Any, faults: list[str]) -> list[Any]:
     if mixed := sorted(keys & {"role", "content"}):
         faults.append(f"conversations: {', '.join(mixed)} beside from, value; {_READ}")
         return turns
-    out: list[dict[str, Any]] = []
+    converted: list[dict[str, Any]] = []
     for i, turn in enumerate(turns):
         turn = turn if isinstance(turn, dict) else {}
         role, text = turn.get("from"), turn.get("value")
@@ -107,15 +114,20 @@ def _turns(turns: list[Any], images: Any, faults: list[str]) -> list[Any]:
         elif not isinstance(text, str):
             faults.append(f"conversations[{i}]: value: expected a string, got {kind(text)}")
         else:
-            out.append({"role": _ROLES[role], "content": text})
-    asked = [turn for turn in out if turn["role"] == "user"]
-    if faults or not isinstance(images, list) or not images or any(IMAGE_MARKER in turn["content"] for turn in out):
-        return out
+            converted.append({"role": _ROLES[role], "content": text})
+    asked = [turn for turn in converted if turn["role"] == "user"]
+    if (
+        faults
+        or not isinstance(images, list)
+        or not images
+        or any(IMAGE_MARKER in turn["content"] for turn in converted)
+    ):
+        return converted
     if len(asked) == 1:
         asked[0]["content"] = [{"type": "image"}] * len(images) + [{"type": "text", "text": asked[0]["content"]}]
     else:
         faults.append(
-            f"{len(images)} images, {len(asked)} human turns, no {IMAGE_MARKER} marker, so their turns are not said; "
+            f"{len(images)} images, {len(asked)} human turns, no {IMAGE_MARKER} marker, so their turns are unknown; "
             f"expected one human turn, or a marker in its `value` for each image"
         )
-    return out
+    return converted

@@ -1,4 +1,4 @@
-"""Which subjects train and which are held out: one split per data set and seed, whatever is asked about them."""
+"""Split subjects into train, eval and others: one split per data set and seed, whatever the target."""
 
 import math
 import random
@@ -9,12 +9,12 @@ from fractions import Fraction
 from pathlib import Path
 
 from umbrella_jax.config.schema import MAX_CLASSES
-from umbrella_jax.data.tables import check_columns, is_missing, number_in, read_table, subject_rows
+from umbrella_jax.data.tables import check_columns, is_missing, parse_number, read_table, subject_rows
 from umbrella_jax.errors import DataError
 from umbrella_jax.io.files import PRIVATE, write_whole
 
 SPLITS = "splits.tsv"
-"""The file beside conversations that says which subject is in which of them."""
+"""Name of the file, beside the conversations, that lists every subject's split."""
 
 
 def split_subjects(
@@ -22,13 +22,14 @@ def split_subjects(
 ) -> dict[str, str]:
     """Assign every subject to a split, balanced over all columns at once.
 
-    Subjects are taken in an order drawn by `seed`. Each goes to one of the splits that are below their share of the
-    subjects so far: the one that also lacks the subject's values most, summed over columns (minimisation, Pocock and
-    Simon 1975, https://doi.org/10.2307/2529712). So no split is off its share of the subjects by one or more.
+    Subjects are assigned in an order drawn by `seed`. The candidates for a subject are the splits below their share of
+    the subjects so far. The subject goes to the candidate that most lacks its values, summed over columns
+    (minimisation, Pocock and Simon 1975, https://doi.org/10.2307/2529712). No split ends one subject or more off its
+    share.
 
     Args:
-        subjects: {subject: {column: value}}. Columns of words with more than MAX_CLASSES distinct values are not
-            balanced; numbers with more are, in at most ten quantiles. Missing values are balanced too.
+        subjects: {subject: {column: value}}. Columns with more than MAX_CLASSES distinct values are balanced in at most
+            ten quantiles if all are numbers, and not at all otherwise. Missing values are balanced too.
         shares: {split: share}, which sum to 1.
         seed: of the order.
 
@@ -38,35 +39,37 @@ def split_subjects(
     strata = _strata(subjects)
     order = sorted(subjects)
     random.Random(seed).shuffle(order)
-    unit = math.lcm(*(share.denominator for share in shares.values()))  # whole numbers are exact, and much faster
+    unit = math.lcm(
+        *(share.denominator for share in shares.values())
+    )  # whole numbers are exact and much faster than fractions
     parts = {name: int(share * unit) for name, share in shares.items()}
     sizes: Counter[str] = Counter()
-    seen: Counter[tuple[str, str]] = Counter()
-    held: Counter[tuple[str, tuple[str, str]]] = Counter()
-    found: dict[str, str] = {}
-    left = _quotas(shares, len(order))
-    for dealt, subject in enumerate(order, start=1):
-        of = strata[subject]
-        seen.update(of)
-        lags = {name: part * dealt - unit * sizes[name] for name, part in parts.items() if left[name]}
-        wants = {
-            name: lag + sum(parts[name] * seen[stratum] - unit * held[name, stratum] for stratum in of)
-            for name, lag in lags.items()
-            if lag > 0 or max(lags.values()) <= 0
+    totals: Counter[tuple[str, str]] = Counter()
+    in_split: Counter[tuple[str, tuple[str, str]]] = Counter()
+    split_of: dict[str, str] = {}
+    places = _quotas(shares, len(order))
+    for assigned, subject in enumerate(order, start=1):
+        values = strata[subject]
+        totals.update(values)
+        deficits = {name: part * assigned - unit * sizes[name] for name, part in parts.items() if places[name]}
+        scores = {
+            name: deficit + sum(parts[name] * totals[value] - unit * in_split[name, value] for value in values)
+            for name, deficit in deficits.items()
+            if deficit > 0 or max(deficits.values()) <= 0
         }
-        split = max(wants, key=lambda name: wants[name])
-        found[subject] = split
+        split = max(scores, key=lambda name: scores[name])
+        split_of[subject] = split
         sizes[split] += 1
-        left[split] -= 1
-        held.update((split, stratum) for stratum in of)
-    return dict(sorted(found.items()))
+        places[split] -= 1
+        in_split.update((split, value) for value in values)
+    return dict(sorted(split_of.items()))
 
 
 def _quotas(shares: Mapping[str, Fraction], number: int) -> dict[str, int]:
-    """Return how many of `number` subjects each split gets: its share, rounded so that the sum is right."""
+    """Return how many of `number` subjects each split gets: its share, rounded so that the sum is `number`."""
     quotas = {name: int(share * number) for name, share in shares.items()}
-    rest = sorted(shares, key=lambda name: quotas[name] - shares[name] * number)
-    for name in rest[: number - sum(quotas.values())]:
+    by_remainder = sorted(shares, key=lambda name: quotas[name] - shares[name] * number)
+    for name in by_remainder[: number - sum(quotas.values())]:
         quotas[name] += 1
     return quotas
 
@@ -74,15 +77,17 @@ def _quotas(shares: Mapping[str, Fraction], number: int) -> dict[str, int]:
 def _strata(subjects: Mapping[str, Mapping[str, str]]) -> dict[str, list[tuple[str, str]]]:
     """Return the (column, value or quantile) pairs of each subject."""
     strata: dict[str, list[tuple[str, str]]] = {subject: [] for subject in subjects}
-    for column in dict.fromkeys(column for cells in subjects.values() for column in cells):
-        cells = {subject: of.get(column, "") for subject, of in subjects.items()}
+    for column in dict.fromkeys(column for row in subjects.values() for column in row):
+        cells = {subject: row.get(column, "") for subject, row in subjects.items()}
         known = {subject: cell for subject, cell in cells.items() if not is_missing(cell)}
         levels = dict.fromkeys(subjects, "") | known
         if len(set(known.values())) > MAX_CLASSES:
-            numbers = {subject: number for subject, cell in known.items() if (number := number_in(cell)) is not None}
+            numbers = {subject: number for subject, cell in known.items() if (number := parse_number(cell)) is not None}
             if len(numbers) < len(known):
                 continue
-            bins = max(min(10, len(numbers) // 5), 1)  # of five subjects at least: finer ones leave nothing to chance
+            bins = max(
+                min(10, len(numbers) // 5), 1
+            )  # at least five subjects each: finer bins would leave nothing to chance
             ranked = sorted(sorted(numbers), key=lambda subject: numbers[subject])
             levels |= {subject: str(rank * bins // len(ranked)) for rank, subject in enumerate(ranked)}
         for subject, level in levels.items():
@@ -91,22 +96,22 @@ def _strata(subjects: Mapping[str, Mapping[str, str]]) -> dict[str, list[tuple[s
 
 
 def write_splits(path: Path, split_of: Mapping[str, str]) -> None:
-    """Write {subject: split} as a table."""
+    """Write {subject: split} as a tab-separated table."""
     rows = "".join(f"{subject}\t{split}\n" for subject, split in split_of.items())
     write_whole(path, f"participant_id\tsplit\n{rows}", PRIVATE)
 
 
 def read_splits(path: Path) -> dict[str, str]:
-    """Read {subject: split} as `write_splits` writes it. Raise DataError if it is no such table."""
+    """Read {subject: split} as `write_splits` writes it. Raise DataError for any other file."""
     table = read_table(path)
     check_columns(table, ("participant_id", "split"))
-    found = {subject: cells["split"] for subject, cells in subject_rows(table).items()}
-    nameless = [(subject, split) for subject, split in found.items() if not re.fullmatch(r"\w+", split)]
-    if nameless:
-        raise DataError([f"{path}: {subject}: split: expected a name, got {split!r}" for subject, split in nameless])
-    return found
+    split_of = {subject: cells["split"] for subject, cells in subject_rows(table).items()}
+    faulty = [(subject, split) for subject, split in split_of.items() if not re.fullmatch(r"\w+", split)]
+    if faulty:
+        raise DataError([f"{path}: {subject}: split: expected a name, got {split!r}" for subject, split in faulty])
+    return split_of
 
 
 def split_names(split_of: Mapping[str, str]) -> Sequence[str]:
-    """Return the splits' names, train first."""
+    """Return the names of the splits, train first, the others sorted."""
     return sorted(set(split_of.values()), key=lambda name: (name != "train", name))

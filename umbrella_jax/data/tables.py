@@ -1,4 +1,4 @@
-"""Tables of a study: tab-separated text to rows, with the ids and the missing values that people really write."""
+"""Read tab-separated tables, and recognise ids and missing values in the spellings that people really use."""
 
 import csv
 import re
@@ -22,33 +22,33 @@ _DOUBTFUL = {
     *("nd", "n.d.", "nk", "tbd", "refused", "declined", "prefer not to say", "prefer not to answer"),
     *("not reported", "unknown or not reported", "not specified", "unspecified", "no data", "missing data"),
 }
-"""Cells that may mean a missing value or be a label."""
+"""Cells that may mean a missing value, or may be a label."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a tab-separated file, white space around cells removed."""
+    """Rows of a tab-separated file, with white space around cells removed."""
 
     path: Path
     columns: tuple[str, ...]
-    """As in the header; a name may be there twice."""
+    """Names in the header; a name may occur twice."""
     rows: tuple[tuple[int, Mapping[str, str]], ...]
     """(line of the file, {column: cell})."""
     faults: tuple[str, ...]
-    """Rows with more or fewer cells than the header, which `rows` does not have."""
+    """Messages about rows with more or fewer cells than the header, which `rows` leaves out."""
 
 
 def read_table(path: Path) -> Table:
-    """Read a tab-separated table of UTF-8, with or without a byte order mark, quoted cells and CRLF.
+    """Read a tab-separated table in UTF-8, with or without a byte order mark, quoted cells and CRLF.
 
-    Empty rows and empty cells beyond the header are dropped.
+    Empty rows, and empty cells beyond the header, are dropped.
 
     Raises:
-        DataError: the file cannot be read, is not UTF-8 or has a cell whose quotes do not end.
+        DataError: the file cannot be read, is not UTF-8 or has an unclosed quote.
     """
     text = read_text(path, DataError, LISTING, "expected a table of tab-separated rows")
-    if "\0" in text:  # UTF-16 of ASCII without its mark is UTF-8, with a NUL beside each letter
-        raise DataError(f"{path}: cannot be read: NUL bytes in it, as in UTF-16; save it as UTF-8")
+    if "\0" in text:  # ASCII text in UTF-16 without a mark is valid UTF-8, with a NUL beside each letter
+        raise DataError(f"{path}: cannot be read: contains NUL bytes, as UTF-16 does; save it as UTF-8")
     reader = csv.reader(StringIO(text, newline=""), delimiter="\t", strict=True)
     rows: list[tuple[int, list[str]]] = []
     try:
@@ -70,7 +70,7 @@ def check_columns(table: Table, names: Iterable[str]) -> None:
     """Raise DataError unless the table has each named column exactly once."""
     columns = ", ".join(table.columns) or "none"
     if len(table.columns) == 1 and re.search(r"[,;]", columns):
-        columns += "; its columns have to be parted by tabs"
+        columns += "; columns must be separated by tabs"
     faults = [
         f"{table.path}: {name}: expected one such column, got {columns}"
         for name in dict.fromkeys(names)
@@ -81,8 +81,11 @@ def check_columns(table: Table, names: Iterable[str]) -> None:
 
 
 def subject_rows(table: Table) -> dict[str, Mapping[str, str]]:
-    """Return {sub-LABEL: cells} in sorted order. Raise DataError for every row that is faulty, names no subject or one
-    that has a row already."""
+    """Return {sub-LABEL: cells}, sorted.
+
+    Raises:
+        DataError: for every faulty row, row without a subject, and second row of a subject.
+    """
     found: dict[str, Mapping[str, str]] = {}
     faults = list(table.faults)
     for line, cells in table.rows:
@@ -96,7 +99,7 @@ def subject_rows(table: Table) -> dict[str, Mapping[str, str]]:
             )
         found[name] = cells
     if not faults and not found:
-        faults.append(f"{table.path}: holds no subject; expected a row each below the header")
+        faults.append(f"{table.path}: has no subject; expected one row per subject below the header")
     if faults:
         raise DataError(faults)
     return dict(sorted(found.items()))
@@ -107,10 +110,10 @@ def with_prefix(entity: str, label: str) -> str:
     return f"{entity}-{label.removeprefix(f'{entity}-')}"
 
 
-def alike(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
-    """Return {name: other} for names and others that differ only in leading zeros, a decimal `.0`, case or signs.
+def match_misspelled(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
+    """Return {name: other} for ids that differ only in leading zeros, a decimal `.0`, case or punctuation.
 
-    Names that occur on both sides are left out, and so are those with more than one counterpart.
+    Ids that occur on both sides, and ids with several counterparts, are left out.
     """
     names, others = set(names), set(others)
     by_key: dict[str, list[str]] = {}
@@ -126,14 +129,14 @@ def _id_key(name: str) -> str:
     return f"{entity}-{label.lstrip('0')}"
 
 
-def lost_zeros(name: str, other: str) -> bool:
-    """Return whether a name is the other without its leading zeros (and perhaps with a decimal `.0`)."""
+def has_lost_zeros(name: str, other: str) -> bool:
+    """Return whether `name` is `other` without its leading zeros (and perhaps with a decimal `.0`)."""
     stripped = re.sub(r"-0+(?=.)", "-", other)
     return name != other and re.sub(r"\.0$", "", name) == stripped
 
 
-def number_in(cell: str) -> float | None:
-    """Return the number that a cell holds as people write it: not Python's 1_000, inf and nan."""
+def parse_number(cell: str) -> float | None:
+    """Return the number in a cell, None for anything else, including Python's 1_000, inf and nan."""
     return float(cell) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", cell, re.ASCII) else None
 
 
@@ -142,8 +145,8 @@ def is_missing(cell: str, declared: Sequence[str] = (), labels: Collection[str] 
 
     Args:
         cell: as in the table.
-        declared: values that the user says are missing; numbers are compared as numbers.
-        labels: values that have a description, such as `Levels` in participants.json, and so are no missing ones.
+        declared: values that the user declares missing; numbers are compared as numbers.
+        labels: values with a description, such as `Levels` in participants.json; they are not missing.
     """
     if _is_declared(cell, declared) or cell.lower() in ("", "n/a"):
         return True
@@ -151,26 +154,26 @@ def is_missing(cell: str, declared: Sequence[str] = (), labels: Collection[str] 
 
 
 def _is_declared(cell: str, declared: Iterable[str]) -> bool:
-    number = number_in(cell)
-    return any(cell == value or (number is not None and number == number_in(value)) for value in declared)
+    number = parse_number(cell)
+    return any(cell == value or (number is not None and number == parse_number(value)) for value in declared)
 
 
-def doubtful(cells: Collection[str], labels: Mapping[str, str] = MappingProxyType({})) -> list[str]:
-    """Return the distinct values that may stand for a missing one: words such as `unknown`, numbers such as -999, and
-    values whose description says so.
+def doubtful_values(cells: Collection[str], labels: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    """Return the distinct values that may mean a missing one.
 
-    A number is doubtful if it is a usual code (-9, 77, 999, ...) and far from the others: negative where they are not,
-    or beyond them by more than half their range. -1 is a usual code of quantities only. If all other values are words,
-    every usual code and every negative number is doubtful.
+    These are words such as `unknown`, values whose description is such a word, and numbers that are a common code
+    (-9, 77, 999, ...) and far from the others: negative when the others are not, or beyond them by more than half
+    their range. -1 is a code only among more than MAX_CLASSES distinct numbers. If all other values are words, every
+    code and every negative number is doubtful.
 
     Args:
         cells: values as in the table.
         labels: {value: description}, such as `Levels` in participants.json.
     """
-    described = {cell for cell in cells if cell in labels and not _says_missing(labels[cell])}
+    described = {cell for cell in cells if cell in labels and not _describes_missing(labels[cell])}
     distinct = sorted(set(cells) - described)
     words = [cell for cell in distinct if cell in labels or cell.lower() in _DOUBTFUL]
-    numbers = {cell: number for cell in cells if (number := number_in(cell)) is not None}
+    numbers = {cell: number for cell in cells if (number := parse_number(cell)) is not None}
     quantity = len(numbers) > MAX_CLASSES
     codes = {cell: n for cell, n in numbers.items() if cell not in described and _is_code(n, quantity)}
     others = [number for cell, number in numbers.items() if cell not in codes]
@@ -179,17 +182,17 @@ def doubtful(cells: Collection[str], labels: Mapping[str, str] = MappingProxyTyp
     if not others:
         return words
     low, high = min(others), max(others)
-    reach = (high - low) / 2
+    margin = (high - low) / 2
     far = [
         cell
         for cell, number in codes.items()
-        if (number < 0 <= low) or number < low - reach or (number > high + reach and number > 9)
+        if (number < 0 <= low) or number < low - margin or (number > high + margin and number > 9)
     ]
     return list(dict.fromkeys(words + far))
 
 
-def _says_missing(description: str) -> bool:
-    """Return whether a description is of a missing value; `none` may be one of a finding that was looked for."""
+def _describes_missing(description: str) -> bool:
+    """Return whether a description means a missing value; `none` may mean that nothing was found."""
     return description.lower() in (_MISSING | _DOUBTFUL) - {"none", "nil"}
 
 

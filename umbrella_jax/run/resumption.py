@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 
 from umbrella_jax.config.load import flat, load_stored_config, parse_stored_config
 from umbrella_jax.config.schema import RunConfig, to_dict
-from umbrella_jax.data.inputs import Inputs, changed
+from umbrella_jax.data.inputs import Inputs, changed_inputs
 from umbrella_jax.distributed import gather, raise_together
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.io.reading import LISTING, read_json
@@ -190,7 +190,7 @@ def check_same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any],
         record = directory.parent / INPUTS
         names = []
         if record.exists():
-            names = changed(read_json(record, ConfigError, f"remove {record}", LISTING), inputs)
+            names = changed_inputs(read_json(record, ConfigError, f"remove {record}", LISTING), inputs)
         faults = [f"{name}: other content than when the run began" for name in names] or [
             f"conversations, tokenizer or volumes are other ones than when the run began; {record} does not say which"
         ]

@@ -10,7 +10,7 @@ from umbrella_jax.config.schema import MAX_CLASSES
 from umbrella_jax.console import plural
 from umbrella_jax.data.bids.participants import PARTICIPANTS, Participants
 from umbrella_jax.data.bids.scans import BidsFiles, Scan, left_out
-from umbrella_jax.data.tables import alike, doubtful, is_missing, lost_zeros, number_in
+from umbrella_jax.data.tables import doubtful_values, has_lost_zeros, is_missing, match_misspelled, parse_number
 from umbrella_jax.errors import DataError
 
 ValuedScan = tuple[Scan, str]
@@ -98,7 +98,7 @@ def scans_with_values(
             f"values from {table.session_tables}: {plural(own, 'scan')}, {differing} differ from {PARTICIPANTS}"
         )
     counts_of = Counter(value for _, value in dict.fromkeys((owner(scan), value) for scan, value in kept))
-    if not missing and (odd := doubtful(counts_of.keys(), labels)):
+    if not missing and (odd := doubtful_values(counts_of.keys(), labels)):
         listed = ", ".join(f"{value!r} ({counts_of[value]})" for value in odd)
         flags = " ".join(f"--missing {shlex.quote(value)}" for value in odd)
         faults.append(
@@ -115,7 +115,7 @@ def scans_with_values(
 def _misspelled_ids(table: Participants, files: BidsFiles, scans: Mapping[str, Sequence[Scan]]) -> list[str]:
     """Return faults for ids that tables and folders spell differently."""
     faults = []
-    pairs = alike(table.rows, [*files.modalities, *scans])
+    pairs = match_misspelled(table.rows, [*files.modalities, *scans])
     if pairs:
         faults.append(_spelling_fault(f"{table.path}: participant_id", pairs, ""))
     on_disk = defaultdict(set)
@@ -124,7 +124,7 @@ def _misspelled_ids(table: Participants, files: BidsFiles, scans: Mapping[str, S
     in_tables = defaultdict(set)
     for subject, session in table.sessions:
         in_tables[subject].add(session)
-    sessions = {subject: alike(in_tables[subject], names) for subject, names in on_disk.items()}
+    sessions = {subject: match_misspelled(in_tables[subject], names) for subject, names in on_disk.items()}
     if first := next((subject for subject, differing in sessions.items() if differing), None):
         faults.append(_spelling_fault(f"{table.session_tables}: session_id", sessions[first], f" for {first}"))
     return faults
@@ -133,7 +133,7 @@ def _misspelled_ids(table: Participants, files: BidsFiles, scans: Mapping[str, S
 def _spelling_fault(place: str, pairs: Mapping[str, str], owner: str) -> str:
     (name, other), *more = pairs.items()
     others = f" and {plural(len(more), 'other')}" if more else ""
-    if all(lost_zeros(name, other) for name, other in pairs.items()):
+    if all(has_lost_zeros(name, other) for name, other in pairs.items()):
         why = "the table has lost leading zeros, as in a spreadsheet; write the ids as the folders have them, as text"
     else:
         why = "they differ only in spelling; write the ids as the folders have them"
@@ -164,8 +164,8 @@ def choose_kind(
     place = f"{table.path}: {target}"
     value_of = {scan.subject: value for scan, value in kept}
     counts = Counter(value for _, value in kept)
-    words = [f"{value} ({subject})" for subject, value in value_of.items() if number_in(value) is None]
-    words = words or [value for value in counts if number_in(value) is None]
+    words = [f"{value} ({subject})" for subject, value in value_of.items() if parse_number(value) is None]
+    words = words or [value for value in counts if parse_number(value) is None]
     many = len(counts) > MAX_CLASSES
     commas = [word for word in words if re.match(r"[+-]?\d+(,\d+)+(\.\d+)?( |$)", word)]
     if commas and kind in (None, "regression") and not texts.keys() & counts.keys():
@@ -196,7 +196,7 @@ def _check_labels(place: str, target: str, counts: Counter[str], texts: Mapping[
     variants: dict[str, Counter[str]] = defaultdict(Counter)
     for value, count in counts.items():
         label = texts.get(value, value)
-        number = number_in(label)
+        number = parse_number(label)
         variants[" ".join(label.casefold().split()) if number is None else f"{number:g}"][label] += count
     faults = [
         f"{place}: one label or several? {', '.join(f'{label!r} ({n})' for label, n in labels.items())}; "
