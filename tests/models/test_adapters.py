@@ -218,7 +218,7 @@ def test_the_group_is_all_adapters_and_no_other_covers_them(case):
     [
         (["patch_embed", "language_model.*.lora_*", "*projector.*.lora_*"], "fc1.lora_A.weight does not train; let a"),
         (["lora", "language_model.*.lora_*"], "lora_A.weight is covered by lora and language_model.*.lora_*"),
-        (["lora", "projector"], "multi_modal_projector.linear_1.weight trains as a whole (projector); let it, or an"),
+        (["lora", "projector"], "multi_modal_projector.linear_1.weight trains as a whole (projector); train either it"),
         (["projector"], "multi_modal_projector.linear_1.lora_B.weight does not train"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Orbax: the part that changes in a run, and whole models in native form."""
+"""Checkpoints in Orbax format: the training state of a run, and all parameters of a native checkpoint."""
 
 import dataclasses
 import glob
@@ -31,7 +31,7 @@ Array = jax.Array
 
 
 class _Replaced:
-    """A module or class, some of whose names have other values."""
+    """A module or class with some attributes replaced."""
 
     def __init__(self, original: Any, **values: Any):
         vars(self).update(values, _original=original)
@@ -41,19 +41,19 @@ class _Replaced:
 
 
 class _JsonSpec(dict[str, Any]):
-    """The spec of a key-value store as its JSON, which tensorstore opens as well."""
+    """The spec of a key-value store in JSON form, which tensorstore accepts too."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as it is, without the defaults that a store of files does not have."""
+        """Return the JSON unchanged. Tensorstore would add its defaults, but file stores have none."""
         return dict(self)
 
 
-def _mend_orbax() -> None:
-    """Replace two modules where orbax uses them.
+def _patch_orbax() -> None:
+    """Work around two bugs by replacing modules that orbax uses.
 
-    `time`: it waits for its threads by the time of day, so a save failed as "timed out" if the clock was set forward.
+    `time`: orbax uses the time of day to wait for its threads, so a save "timed out" if the clock was set forward.
 
-    `tensorstore`: every key and value of an object that it converts from JSON is never freed (`JsonToPyObject` in its
+    `tensorstore`: it never frees the keys and values of objects that it converts from JSON (`JsonToPyObject` in its
     json_type_caster.cc, up to 0.1.86 at least). On each save, orbax converts metrics, which it only logs, and the spec
     of each array, which comes back unchanged.
     """
@@ -73,11 +73,11 @@ def _mend_orbax() -> None:
                     setattr(module, attribute, replacement)
 
 
-_mend_orbax()
+_patch_orbax()
 
 
 class _LiteralPath(PosixGPath):
-    """A path whose own characters are not wildcards in `glob`, by which orbax finds the files that it has written."""
+    """A path that `glob`, by which orbax finds the files that it has written, does not read as a pattern itself."""
 
     def glob(self, pattern: str) -> Iterator["_LiteralPath"]:
         """Yield the matches of `pattern` below this path."""
@@ -90,11 +90,16 @@ def _orbax_path(directory: Path) -> _LiteralPath:
 
 
 class Checkpoints:
-    """The checkpoints of a run, `directory/<step>/`: trained parameters, moments and step, with what they belong to.
+    """The checkpoints of a run, `directory/<step>/`: trained parameters, moments and step, and the run's meta.
 
-    Saving is asynchronous and atomic; a step that was cut off while it was written is not seen. Of those written, the
-    newest `keep.keep_latest` stay, and the `keep.keep_best` best. Every array has a checksum, and so has the rest:
-    whatever reads a checkpoint raises CheckpointError, naming what is damaged, instead of handing it out.
+    Saving is asynchronous and atomic: a step whose writing was cut off does not exist. The newest `keep.keep_latest`
+    and the best `keep.keep_best` are kept. Every array and the meta have a checksum; methods that read a damaged
+    checkpoint raise CheckpointError, which names the damaged parts.
+
+    Args:
+        keep: how many to keep, and the metric that ranks them.
+        lines: the run's `metrics.jsonl` so far, to rank earlier checkpoints.
+        read_only: neither save nor delete.
     """
 
     def __init__(
@@ -105,7 +110,6 @@ class Checkpoints:
         *,
         read_only: bool = False,
     ):
-        # lines: of `metrics.jsonl`, from which the best of before are known
         self.directory, self._keep = directory, keep or TrainConfig()
         options = (
             ocp.CheckpointManagerOptions(read_only=True, max_to_keep=None, save_interval_steps=0, create=False)
@@ -130,7 +134,7 @@ class Checkpoints:
             self._manager.close()  # waits for a save under way
 
     def check(self) -> None:
-        """Raises RunError where the save under way has failed, as of a full disk."""
+        """Raise RunError if the save in progress has failed, such as on a full disk."""
         with self._writing():
             self._manager.check_for_errors()
 
@@ -138,7 +142,7 @@ class Checkpoints:
     def _writing(self, also: Sequence[str] = ()) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of orbax, tensorstore or the file system, from a thread of theirs
+        except Exception as error:  # from orbax, tensorstore or the file system, maybe in another thread
             if is_out_of_memory(error):
                 raise
             self._manager.reload()
@@ -148,15 +152,15 @@ class Checkpoints:
             ) from error
 
     def steps(self) -> list[int]:
-        """All that are there, the newest first."""
+        """Return the saved steps, the newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
     def latest_step(self) -> int | None:
-        """The newest step, None if there is none."""
+        """Return the newest step, None if there is none."""
         return self._manager.latest_step()
 
     def best(self) -> list[tuple[int, float]]:
-        """(step, value of `best_metric`) of the `keep_best` best, the best first; none of them is not finite."""
+        """Return (step, value of `best_metric`) of the best `keep_best` steps, the best first. All values are finite."""
         return self._best(self.steps())
 
     def _best(self, steps: Iterable[int]) -> list[tuple[int, float]]:
@@ -164,17 +168,17 @@ class Checkpoints:
         return rank(values, str(self._keep.best_metric))[: self._keep.keep_best]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """Orbax asks which of the checkpoints, in order, stay (`ocp.checkpoint_managers.PreservationPolicy`)."""
-        # Not orbax's own BestN: it keeps a NaN as the best, and a damaged file of metrics ends it.
+        """Return whether to keep each checkpoint; orbax calls it (`ocp.checkpoint_managers.PreservationPolicy`)."""
+        # not orbax's own BestN, which takes NaN for the best and fails on a damaged file of metrics
         steps = [checkpoint.step for checkpoint in checkpoints]
-        stay = {*steps[-self._keep.keep_latest :], *(step for step, _ in self._best(steps))}
-        return [step in stay for step in steps]
+        kept = {*steps[-self._keep.keep_latest :], *(step for step, _ in self._best(steps))}
+        return [step in kept for step in steps]
 
     def save(self, state: TrainState, meta: dict[str, Any], metrics: Mapping[str, Any] | None = None) -> None:
-        """Starts to write `state` and the JSON `meta`; a step that is there already stays as it is.
+        """Start to write `state` and the JSON `meta`, unless the step is saved already.
 
         Args:
-            metrics: of an evaluation of this state, by which it may be one of the best.
+            metrics: the evaluation of this state, which ranks it.
         """
         step = int(state.step)
         self._rank(step, metrics or {})
@@ -197,7 +201,7 @@ class Checkpoints:
             self._values[step] = value
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The `meta` that was saved beside the state of `step`."""
+        """Return the `meta` that was saved with the state of `step`."""
         return self._content(step)["run"]
 
     def _content(self, step: int) -> dict[str, Any]:
@@ -208,41 +212,41 @@ class Checkpoints:
         return content
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of `step`, with the structure and on the devices of `like`."""
+        """Return the state of `step`, with the structure and on the devices of `like`."""
         target = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like)))
         with self._reading(step, "state"):
-            self._shapes(step)  # which reads all of orbax's files: damage to one is damage to whoever reads
+            self._shapes(step)  # reads all of orbax's files, so that damage to any of them is found
             tree = self._manager.restore(step, args=ocp.args.Composite(state=target)).state
         self._verify(step, tree)
         return TrainState(**tree)
 
     def _shapes(self, step: int) -> Mapping[str, Any]:
-        """Shapes and types of the trainable parameters of `step`, as orbax records them."""
+        """Return the shapes and types of the trainable parameters of `step`, as orbax records them."""
         shapes: Mapping[str, Any] = self._manager.item_metadata(step).state["trainable"]
         return shapes
 
     def set_aside(self, step: int) -> Path:
-        """Renames a damaged step: it is neither found nor in the way. One process does it, then all `reload`."""
-        place = self.directory / f"{step}.damaged"
-        if place.exists():
-            shutil.rmtree(place)
-        return (self.directory / str(step)).rename(place)
+        """Rename a damaged step, so that it is no longer found. One process calls this, then all call `reload`."""
+        target = self.directory / f"{step}.damaged"
+        if target.exists():
+            shutil.rmtree(target)
+        return (self.directory / str(step)).rename(target)
 
     def reload(self) -> None:
-        """Looks again which steps there are."""
+        """Update the list of steps from the disk."""
         self._manager.reload()
 
     @contextmanager
     def _reading(self, step: int, item: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # orbax and tensorstore raise whatever the damage leads them to
+        except Exception as error:  # damage can make orbax and tensorstore raise anything
             if is_out_of_memory(error):
                 raise
             raise CheckpointError(f"{self.directory / str(step)}: damaged: {item}: {_first_line(error)}") from error
 
     def _verify(self, step: int, tree: Any) -> None:
-        """Raises CheckpointError naming each array of `tree`, a part of what was saved, that is another than it was."""
+        """Raise CheckpointError that names each array of `tree` whose checksum differs from the saved one."""
         saved, found = self._content(step)["checksums"], checksums(tree)
         faults = [name for name, value in found.items() if saved.get(name) != int(value)]
         if faults:
@@ -251,15 +255,18 @@ class Checkpoints:
             )
 
     def restore_trainable(self, step: int, where: Callable[[str, tuple[int, ...]], jax.sharding.Sharding]) -> Params:
-        """The trained parameters of `step`, each on the devices that `where` says of its path and shape; nothing else
-        of it is read."""
+        """Return the trained parameters of `step`. Nothing else is read.
+
+        Args:
+            where: returns the sharding of a parameter, from its path and shape.
+        """
         with self._reading(step, "state"):
             saved = self._shapes(step)
             like = {
                 path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(path, leaf.shape))
                 for path, leaf in saved.items()
             }
-            # not by the manager, which restores an item as a whole: moments are twice as large as what they are of
+            # not through the manager, which would read the moments too, twice the size of the parameters
             trainable: Params = _read(self.directory / str(step) / "state", {"trainable": like})["trainable"]
         self._verify(step, {"trainable": trainable})
         return trainable
@@ -270,14 +277,14 @@ def _tree(state: TrainState) -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
-    """Of what orbax or tensorstore say, which goes on for pages."""
+    """Return a one-line cause. The messages of orbax and tensorstore are pages long."""
     if full := disk_full(error):
         return f"the disk is full ({os.strerror(full)})"
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
 
 
 def crc32(content: Mapping[str, Any]) -> int:
-    """The checksum of what JSON holds."""
+    """Return the CRC-32 of a mapping's JSON with sorted keys."""
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
@@ -287,20 +294,20 @@ def _checksums(tree: Any) -> Any:
 
 
 def checksums(tree: Any) -> dict[str, np.ndarray]:
-    """The `_checksum` of every array, by its path in the tree. Made where the arrays lie; the same on any mesh."""
+    """Return the `_checksum` of every array, by its path in the tree. It is computed on the arrays' devices."""
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_checksums(tree)))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _checksum(x: Array) -> Array:
-    """Sum mod 2³² of hash(bits + position · odd), uint32 [], of an array of numbers of 1, 2 or 4 bytes.
+    """Return the sum mod 2³² of hash(bits + position · odd), uint32 [], over an array of 1-, 2- or 4-byte numbers.
 
-    The hash is MurmurHash3's finaliser, one to one: a number that changed always shows. A sum, unlike a CRC, is the
-    same in whatever order and on whatever devices it is made, so that no process needs all of an array.
+    The hash is MurmurHash3's finaliser. It is one-to-one, so a single changed number always changes the sum. Unlike a
+    CRC, a sum does not depend on order or sharding, so no process needs the whole array.
     """
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     h = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
-    for axis in range(x.ndim):  # the position in C order, piece by piece: a reshape would gather what is sharded
+    for axis in range(x.ndim):  # add the position in C order axis by axis: a reshape would gather a sharded array
         stride = np.uint32(math.prod(x.shape[axis + 1 :]) * 0x9E3779B9 % 2**32)
         h = h + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
     h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
@@ -310,43 +317,47 @@ def _checksum(x: Array) -> Array:
 
 def save_params(directory: Path, params: Params) -> None:
     """Write all parameters of a model; `directory` must not exist. Raises OSError if the disk is full."""
-    # weights are noise to a compressor, which would take five times as long; written in place, not copied for later
+    # weights hardly compress, and compression takes five times as long; `save` writes before it returns, without a copy
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
             checkpointer.save(_orbax_path(directory), args=ocp.args.PyTreeSave(params))
-    except Exception as error:  # of orbax, tensorstore or the file system
+    except Exception as error:  # from orbax, tensorstore or the file system
         if full := disk_full(error):
             raise OSError(full, os.strerror(full), str(directory)) from error
         raise
 
 
 @contextmanager
-def _whole(directory: Path) -> Iterator[None]:
+def _check_damage(directory: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # orbax and tensorstore raise whatever the damage leads them to
+    except Exception as error:  # damage can make orbax and tensorstore raise anything
         if is_out_of_memory(error):
             raise
         raise CheckpointError(f"{directory}: damaged: {_first_line(error)}; convert it again") from error
 
 
 def param_shapes(directory: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of what `save_params` wrote, by path; reads no parameters. Raises CheckpointError where it is
-    damaged."""
-    with _whole(directory), ocp.PyTreeCheckpointer() as checkpointer:
+    """Return the shape and type of each parameter that `save_params` wrote, by path, without reading the parameters.
+
+    Raises CheckpointError if the record of them is damaged.
+    """
+    with _check_damage(directory), ocp.PyTreeCheckpointer() as checkpointer:
         saved = dict(checkpointer.metadata(_orbax_path(directory)).item_metadata)
         return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in saved.items()}
 
 
 def load_params(directory: Path, like: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
-    """Reads those of the parameters that `like` names, as the types and on the devices that it says. Raises
-    CheckpointError where they are damaged."""
-    with _whole(directory):
+    """Read the parameters that `like` names, with its types and on its devices.
+
+    Raises CheckpointError if they are damaged.
+    """
+    with _check_damage(directory):
         return _read(directory, dict(like))
 
 
 def _read(directory: Path, like: dict[str, Any]) -> Any:
-    """Those leaves of a tree that orbax wrote which `like` has, as it says."""
+    """Read the leaves that `like` has from a tree that orbax wrote, with its types and shardings."""
     args = ocp.args.PyTreeRestore(
         item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
     )

@@ -1,4 +1,4 @@
-"""What XLA is told about the step's program on NVIDIA GPUs. What each option gains: docs/performance.md."""
+"""XLA options for the training step on NVIDIA GPUs. docs/performance.md has the gain of each."""
 
 from functools import cache
 from typing import Any
@@ -8,27 +8,30 @@ import jax
 from umbrella_jax.models import native_backend
 
 _CUDA: dict[str, Any] = {
-    # cuBLAS adds biases and residuals within a product; what XLA hands to Triton first comes back without them
+    # cuBLAS adds biases and residuals within a product, but not if XLA has tried Triton for it first
     "xla_gpu_enable_triton_gemm": False,
-    # only products whose operands are arrays of their own are timed, and the fastest kernel taken
+    # XLA times kernels and takes the fastest only for products whose operands are whole arrays, not slices
     "xla_gpu_enable_dynamic_slice_fusion": False,
-    # q and k, multiplied as one product, would be copied apart for attention
+    # if XLA computed q and k in one product, attention would have to copy them apart
     "xla_gpu_dot_merger_threshold_mb": 0,
-    # a scan writes all of what it stacks: zeros need not lie there before
+    # a scan writes every element of its stacked output, so the output need not be filled with zeros first
     "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
 }
 
 
 @cache
 def compiler_options() -> dict[str, Any]:
-    """As of `jax.jit`: for the first device's kind, those that this jaxlib knows; finds the devices out."""
+    """Return the `compiler_options` of `jax.jit` for the kind of the first device, as far as this jaxlib knows them.
+
+    Initialises the devices.
+    """
     if native_backend(jax.devices()[0]) != "cudnn":
         return {}
     return {name: value for name, value in _CUDA.items() if _known(name, value)}
 
 
 def _known(name: str, value: Any) -> bool:
-    """jaxlib does not say; it refuses."""
+    """Return whether jaxlib knows an option. It has no list of them, so this tries to compile with it."""
     try:
         jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
     except jax.errors.JaxRuntimeError as error:

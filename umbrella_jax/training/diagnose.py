@@ -1,4 +1,4 @@
-"""Find where a number that is not finite came from: in the weights, or in a part of the forward pass."""
+"""Find the origin of a number that is not finite: the weights, or a part of the forward pass."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,7 +20,10 @@ Array = jax.Array
 
 @partial(jax.jit, static_argnames=("graphdef",))
 def _finite(params: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> tuple[list[Array], Array]:
-    """Of each of `_parts` bool [A], and bool [A, B] of each conversation's logits: whether all of it is finite."""
+    """Return whether each part of the model is finite.
+
+    Returns bool [A] for each of `_parts`, and bool [A, B] for the logits of each conversation.
+    """
 
     def micro_batch(micro: Batch) -> tuple[list[Array], Array]:
         model = merge(graphdef, params)
@@ -28,7 +31,7 @@ def _finite(params: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> tuple[li
         embedded = [model.vision_tower.vision_model.embeddings(name, x) for name, x in volumes.items()]
         encoded = [model.vision_tower(name, x) for name, x in volumes.items()]
         projected = [model.image_features(name, x) for name, x in volumes.items()]
-        logits = jnp.where(micro.target_mask[..., None], model.target_logits(micro), 0)  # no others reach the loss
+        logits = jnp.where(micro.target_mask[..., None], model.target_logits(micro), 0)  # only these reach the loss
         outputs = [*embedded, *encoded, *projected, logits, loss_sum(model, micro)[0]]
         return [jnp.isfinite(x).all() for x in outputs], jnp.isfinite(logits).all((1, 2))
 
@@ -42,13 +45,15 @@ def _parts(batch: Batch) -> list[str]:
 
 
 def first_nonfinite(params: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> tuple[str, np.ndarray]:
-    """The first part of the model whose output is not finite, on a training step's batch (fields [A, B, ...]).
+    """Find the first part of the model whose output is not finite, for a training batch (fields [A, B, ...]).
 
-    Returns its name, `gradient` where all outputs are finite; and bool [A, B], the conversations whose logits are not.
-    All processes call it.
+    All processes must call this.
+
+    Returns:
+        Its name, or `gradient` if all outputs are finite; and bool [A, B], True for conversations whose logits are not
+        finite.
     """
-    found = _finite(params, batch, graphdef=graphdef)
-    finite, rows = multihost_utils.process_allgather(found, tiled=True)
+    finite, rows = multihost_utils.process_allgather(_finite(params, batch, graphdef=graphdef), tiled=True)
     return next((part for part, ok in zip(_parts(batch), finite, strict=True) if not ok.all()), "gradient"), ~rows
 
 
@@ -58,18 +63,18 @@ def _finite_leaves(params: Params) -> Params:
 
 
 def nonfinite_params(params: Params) -> list[str]:
-    """Return the paths of the parameters that hold a NaN or an infinity. All processes call it."""
+    """Return the paths of the parameters that contain a NaN or an infinity. All processes must call this."""
     floats = [
         (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         if jnp.issubdtype(leaf.dtype, jnp.floating)
     ]
-    found = jax.device_get(_finite_leaves([leaf for _, leaf in floats]))
-    return [path for (path, _), finite in zip(floats, found, strict=True) if not finite]
+    is_finite = jax.device_get(_finite_leaves([leaf for _, leaf in floats]))
+    return [path for (path, _), finite in zip(floats, is_finite, strict=True) if not finite]
 
 
 def weights_error(params: Params) -> CheckpointError | None:
-    """Return the error for weights that hold a NaN or an infinity, which names them. All processes call it."""
+    """Return the error that names weights with a NaN or an infinity, if there are any. All processes must call this."""
     paths = nonfinite_params(params)
     if not paths:
         return None
@@ -85,16 +90,19 @@ def nonfinite_error(
 ) -> UmbrellaError:
     """Return the error for an evaluation batch (fields [B, ...]) that led to numbers that are not finite.
 
-    CheckpointError naming the parameters if the weights hold such numbers, else RunError naming the rows and the first
-    part of the model. All processes call it.
+    All processes must call this.
 
     Args:
-        what: is not finite, in the plural: `logits`.
-        names: {row: its name for people} of the rows that may be concerned.
+        what: name of these numbers, in the plural, such as `logits`.
+        names: {row: name of its conversation}.
+
+    Returns:
+        CheckpointError naming the weights, if they contain such numbers. Otherwise RunError, naming the conversations
+        and the first part of the model that is not finite.
     """
     if error := weights_error(params):
         return error
-    if not jax.device_get(batch.target_mask.any()):  # prompts: look at the token that follows each
+    if not jax.device_get(batch.target_mask.any()):  # prompts: check the logits of the next token
         last = (batch.lengths - 1)[:, None]
         batch = replace(batch, target_pos=last, target_ids=jnp.zeros_like(last), target_mask=jnp.ones_like(last, bool))
     part, (rows,) = first_nonfinite(params, jax.tree.map(lambda x: x[None], batch), graphdef=graphdef)

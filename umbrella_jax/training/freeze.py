@@ -1,7 +1,7 @@
-"""The one rule of what trains: it feeds gradients, optimiser labels, dtypes, checkpoints and the log.
+"""Decide which parameters train. Gradients, optimiser labels, dtypes, checkpoints and the log all follow this.
 
-Every parameter gets a label: `FROZEN`, or the name of the group in the config that trains it. Parameters of a
-patch embedding are labelled `group/modality`, since a modality that is absent from a step is left untouched.
+Every parameter gets a label: `FROZEN`, or the name of the group in the config that trains it. Parameters of a patch
+embedding get the label `group/modality`, because a step leaves the modalities that it does not show untouched.
 """
 
 import math
@@ -26,17 +26,24 @@ def is_reached(path: str, shown: Collection[str]) -> bool:
 
 
 def _covers(group: str, path: str) -> bool:
-    """Whether a group of the config means a parameter; adapters are meant by `lora`, and by patterns that say so."""
+    """Return whether a group of the config covers a parameter.
+
+    Adapters are covered only by `lora` and by patterns that contain `lora_`.
+    """
     if adapted_weight(path) is not None:
         return group == LORA or ("lora_" in group and fnmatchcase(path, group))
     return fnmatchcase(path, COMPONENTS.get(group, group))
 
 
 def label_params(paths: Collection[str], groups: Collection[str]) -> dict[str, str]:
-    """The label of every parameter, for the groups that the config names: of `COMPONENTS`, `lora`, or path patterns.
+    """Return the label of every parameter.
 
-    Raises ConfigError when nothing trains, when a group covers no parameter, when two cover the same one, when one
-    covers a parameter that cannot reach the loss, and for an adapter that is frozen or beside a weight that is not.
+    Args:
+        groups: names from `COMPONENTS`, `lora`, or patterns of parameter paths.
+
+    Raises:
+        ConfigError: there is no group; a group covers no parameter; two groups cover the same one; a group covers a
+            parameter that cannot reach the loss; an adapter is frozen; or an adapter and its weight both train.
     """
     labels, faults = {}, []
     for path in paths:
@@ -54,7 +61,7 @@ def label_params(paths: Collection[str], groups: Collection[str]) -> dict[str, s
         if label == FROZEN:
             faults.append(f"model.lora: {path} does not train; let a group cover it (lora all), or name fewer targets")
         if labels[weight] != FROZEN and path.endswith("lora_A.weight"):
-            faults.append(f"model.lora: {weight} trains as a whole ({labels[weight]}); let it, or an adapter beside it")
+            faults.append(f"model.lora: {weight} trains as a whole ({labels[weight]}); train either it or its adapter")
     for group in groups:
         if not any(_covers(group, path) for path in paths):
             names = ", ".join([*COMPONENTS, LORA])
@@ -69,32 +76,37 @@ def label_params(paths: Collection[str], groups: Collection[str]) -> dict[str, s
 
 
 def partition(params: Mapping[str, T], labels: Mapping[str, str]) -> tuple[dict[str, T], dict[str, T]]:
-    """Splits parameters into those that train and those that are frozen."""
+    """Split parameters into trainable and frozen ones."""
     trainable = {path: leaf for path, leaf in params.items() if labels[path] != FROZEN}
     frozen = {path: leaf for path, leaf in params.items() if labels[path] == FROZEN}
     return trainable, frozen
 
 
 def as_trainable(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Float32 copies: updates of 1e-5 round away in bfloat16. Copies, since the step gives their buffers away."""
+    """Return float32 copies of parameters.
+
+    Updates of 1e-5 would round to nothing in bfloat16. They are always copies, because the step reuses their memory.
+    """
     return {path: jnp.array(leaf, jnp.float32, copy=True) for path, leaf in params.items()}
 
 
 def counts(
     params: Mapping[str, jax.ShapeDtypeStruct | jax.Array], labels: Mapping[str, str]
 ) -> dict[str, tuple[int, int]]:
-    """{component, `lora` where there are adapters, and at last `total`: how many numbers of it train, and how many are
-    frozen}."""
-    found = {name: [0, 0] for name in [*COMPONENTS, *([LORA] if any(map(adapted_weight, params)) else []), UNUSED]}
+    """Return {component: (number of trainable values, number of frozen values)}.
+
+    `lora` is a component of its own if there are adapters; the last entry is `total`.
+    """
+    sizes = {name: [0, 0] for name in [*COMPONENTS, *([LORA] if any(map(adapted_weight, params)) else []), UNUSED]}
     for path, leaf in params.items():
         part = LORA if adapted_weight(path) else component_of(path)
-        found[part][labels[path] == FROZEN] += math.prod(leaf.shape)
-    found["total"] = [sum(column) for column in zip(*found.values(), strict=True)]
-    return {name: (trains, frozen) for name, (trains, frozen) in found.items()}
+        sizes[part][labels[path] == FROZEN] += math.prod(leaf.shape)
+    sizes["total"] = [sum(column) for column in zip(*sizes.values(), strict=True)]
+    return {name: (trains, frozen) for name, (trains, frozen) in sizes.items()}
 
 
 def summary(params: Mapping[str, jax.ShapeDtypeStruct | jax.Array], labels: Mapping[str, str]) -> str:
-    """The freezing summary: per component how many numbers train and are frozen, and the names of those that train."""
+    """Return a table of trainable and frozen values per component, and the names of the trainable parameters."""
     lines = [f"{'component':<16}{'trainable':>16}{'frozen':>16}"]
     lines += [f"{name:<16}{trains:>16,}{frozen:>16,}" for name, (trains, frozen) in counts(params, labels).items()]
     for group in dict.fromkeys(label for label in labels.values() if label != FROZEN):

@@ -1,4 +1,4 @@
-"""Cross entropy as a sum and a count, so that micro-batches and devices add up to the whole batch."""
+"""Cross entropy as a sum and a count, which add up over micro-batches and devices."""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ Array = jax.Array
 
 
 def loss_sum(model: Llava, batch: Batch) -> tuple[Array, Array]:
-    """−Σ log p(target) over the supervised tokens of a batch, float32, and their number, int32.
+    """Return −Σ log p(target) over the supervised tokens of a batch, float32 [], and their number, int32 [].
 
-    The mean that a run reports is Σ sum / Σ count: every supervised token weighs the same, wherever it stands.
+    The mean that a run reports is Σ sum / Σ count, so every supervised token has the same weight.
     """
     losses = optax.softmax_cross_entropy_with_integer_labels(model.target_logits(batch), batch.target_ids)
     return jnp.sum(losses, where=batch.target_mask), jnp.sum(batch.target_mask, dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""Schedule and optimiser: AdamW per label through `optax.multi_transform`, the frozen set to zero."""
+"""Learning-rate schedule and optimiser: AdamW for each label, combined by `optax.multi_transform`."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -15,9 +15,9 @@ Array = jax.Array
 
 
 def make_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
-    """Linear to the learning rate over `warmup_steps`, then linear to 0 at `num_steps` (Hugging Face's `linear`).
+    """Return a schedule that rises linearly over `warmup_steps`, then falls linearly to 0 at `num_steps`.
 
-    The first update has count 0, so a run that warms up starts with a rate of 0, as it does there.
+    This is Hugging Face's `linear`. The first update has count 0, so a warm-up starts with a rate of 0, as theirs does.
     """
     warmup, peak = config.warmup_steps, config.learning_rate
     rise = optax.linear_schedule(0.0, peak, warmup)
@@ -26,16 +26,16 @@ def make_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
 
 
 def only_when_present(inner: optax.GradientTransformation, modality: str) -> optax.GradientTransformationExtraArgs:
-    """`inner` where a conversation of the step shows `modality`; elsewhere no update and an untouched state.
+    """Apply `inner` only in steps whose conversations show `modality`; leave parameters and state alone in others.
 
-    Without it Adam's momentum and weight decay move the patch embedding of a modality that no volume showed.
+    Otherwise, Adam's momentum and weight decay would move the patch embedding of a modality that no volume showed.
     """
 
     def update(
         updates: Any, state: Any, params: Any = None, *, present: Mapping[str, Array], **_: Any
     ) -> tuple[Any, Any]:
         none = jax.tree.map(jnp.zeros_like, updates)
-        if modality not in present:  # the batch has no entry for it: known when tracing
+        if modality not in present:  # the batch has no volumes of it, which is known when tracing
             return none, state
         shown = inner.update(updates, state, params)
         result: tuple[Any, Any] = jax.tree.map(partial(jnp.where, present[modality]), shown, (none, state))
@@ -45,18 +45,22 @@ def only_when_present(inner: optax.GradientTransformation, modality: str) -> opt
 
 
 def _decays(path: str) -> bool:
-    """Whether decoupled weight decay acts on it: on all but biases and norms, as in Hugging Face's Trainer."""
-    return not path.endswith("bias") and ("norm" not in path or modality_of(path) is not None)  # of norm.mgz, say
+    """Return whether weight decay applies: to all parameters but biases and norms, as in Hugging Face's Trainer."""
+    is_norm = "norm" in path and modality_of(path) is None  # a modality, too, may be called norm
+    return not path.endswith("bias") and not is_norm
 
 
 def make_optimizer(
     config: TrainConfig, schedule: optax.Schedule, labels: Mapping[str, str]
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW (Loshchilov & Hutter 2019) whose groups have their own rate factors and decays.
+    """Return AdamW (Loshchilov & Hutter 2019) with a rate factor and weight decay for each group.
 
-    `labels` covers every parameter; gradients may be of the trainable part alone (what the step makes) or of all of
-    them, the frozen ones' updates then being zero. `update` takes `present`, bool [] by modality: whether a
-    conversation of the step shows it; a modality without an entry is not shown.
+    Its `update` takes `present`, {modality: bool []}: whether a conversation of the step shows the modality. A modality
+    without an entry is not shown. Gradients may be those of the trainable parameters, as in the step, or of all
+    parameters; updates of frozen ones are then zero.
+
+    Args:
+        labels: the label of every parameter (`freeze.label_params`).
     """
 
     def adamw(label: str) -> optax.GradientTransformation:
@@ -70,13 +74,13 @@ def make_optimizer(
         )
         return only_when_present(transform, modality) if modality else transform
 
-    trained = sorted(set(labels.values()) - {FROZEN})
+    groups = sorted(set(labels.values()) - {FROZEN})
     return optax.chain(
         optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
         optax.multi_transform(
-            {FROZEN: optax.set_to_zero(), **{label: adamw(label) for label in trained}},
+            {FROZEN: optax.set_to_zero(), **{label: adamw(label) for label in groups}},
             lambda params: {path: labels[path] for path in params},
         ),
-        # After the groups: the schedule counts updates of the run, not of a modality.
+        # outside the groups, so that the schedule counts the run's updates, not those that show a modality
         optax.scale_by_learning_rate(schedule),
     )

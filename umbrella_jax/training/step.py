@@ -1,6 +1,6 @@
-"""One update and one evaluation: pure functions of parameters and a batch.
+"""One update and one evaluation step, as pure functions of parameters and a batch.
 
-Gradients are taken of the trainable partition alone, so no weight gradient of a frozen layer is ever computed.
+Only trainable parameters are differentiated, so no weight gradient of a frozen layer is ever computed.
 """
 
 from dataclasses import dataclass
@@ -24,19 +24,19 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """What changes from step to step, and all that a checkpoint holds."""
+    """The arrays that training changes. A checkpoint holds all of them."""
 
     step: Array
-    """int32 []: updates made, those that were skipped counted."""
+    """int32 []: number of updates, including skipped ones."""
     skipped: Array
-    """int32 []: updates skipped, since loss or gradient were not finite."""
+    """int32 []: number of updates that were skipped because loss or gradient were not finite."""
     trainable: Params
-    """float32 parameters that train, by path."""
+    """float32 trainable parameters, by path."""
     opt_state: Any
 
 
 def init_state(trainable: Params, optimizer: optax.GradientTransformationExtraArgs) -> TrainState:
-    """The state before the first update."""
+    """Return the state before the first update."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
@@ -53,11 +53,14 @@ def train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformationExtraArgs,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update from A micro-batches (fields [A, B, ...]).
+    """Make one update from A micro-batches (fields [A, B, ...]).
 
-    The gradient is Σ over micro-batches of the gradient of their summed loss, divided by their number of supervised
-    tokens. Returns the new state and {loss, grad_norm (before clipping), supervised_tokens}. Where loss or norm are not
-    finite, parameters and optimiser's state stay, all of it, and the step counts as skipped.
+    The gradient is the sum of the micro-batches' gradients of their summed loss, divided by the number of supervised
+    tokens in all of them. If loss or gradient norm are not finite, parameters and optimiser state stay as they are, and
+    the update counts as skipped.
+
+    Returns:
+        The new state, and {loss, grad_norm (before clipping), supervised_tokens}.
     """
 
     def micro_loss(trainable: Params, micro: Batch) -> tuple[Array, Array]:
@@ -71,7 +74,7 @@ def train_step(
     zero = (optax.tree.zeros_like(state.trainable), jnp.zeros(()), jnp.zeros((), jnp.int32))
     (grads, loss, count), _ = jax.lax.scan(accumulate, zero, batch)
     grads = optax.tree.scale(1 / count, grads)
-    # A batch may have volumes of a modality, all padding, that none of its conversations shows.
+    # A batch may have volumes of a modality that none of its conversations shows: they are padding.
     present = merge(graphdef, state.trainable | frozen).shown(batch)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, present=present)
     norm = optax.tree.norm(grads)
@@ -86,15 +89,15 @@ def train_step(
 
 
 def eval_step(trainable: Params, frozen: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> tuple[Array, Array]:
-    """(loss sum, supervised tokens) of one batch [B, ...]."""
+    """Return loss sum and number of supervised tokens of one batch (fields [B, ...])."""
     return loss_sum(merge(graphdef, trainable | frozen), batch)
 
 
 @cache
 def jit_train_step() -> Any:
-    """`train_step`, jitted for the devices that are there.
+    """Return `train_step`, jitted for the devices of this process.
 
-    Donated: the old state's buffers are the new one's. Frozen weights are read, never written, never returned.
+    The old state is donated: the new one reuses its memory. Frozen weights are only read.
     """
     static = ("graphdef", "optimizer")
     options = compiler_options()
@@ -103,5 +106,5 @@ def jit_train_step() -> Any:
 
 @cache
 def jit_eval_step() -> Any:
-    """`eval_step`, jitted for the devices that are there."""
+    """Return `eval_step`, jitted for the devices of this process."""
     return jax.jit(eval_step, static_argnames="graphdef", compiler_options=compiler_options())

@@ -194,8 +194,8 @@ class StopOnNonfinite:
     The step itself left parameters and moments as they were.
 
     Args:
-        checkpoints: for the message, which says what was saved.
-        task_ids: returns the task_ids of the conversations in each micro-batch of the update after N others.
+        checkpoints: the message names the newest.
+        task_ids: takes the number of updates before this one; returns the task_ids of each micro-batch.
         say: takes the line about a skipped update.
 
     Raises:
