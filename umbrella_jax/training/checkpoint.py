@@ -160,7 +160,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def best(self) -> list[tuple[int, float]]:
-        """Return (step, value of `best_metric`) of the best `keep_best` steps, the best first. All values are finite."""
+        """Return (step, value of `best_metric`) of the `keep_best` best steps, the best first; all are finite."""
         return self._best(self.steps())
 
     def _best(self, steps: Iterable[int]) -> list[tuple[int, float]]:
