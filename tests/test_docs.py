@@ -5,6 +5,7 @@ What their commands read stands in `tests/helpers/docs_world.py`, with the few t
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -213,6 +214,18 @@ def test_tour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int, shar
     right, asked = map(int, re.findall(r"\d+", "".join(outputs[-2][0]["text"])))
     assert right >= share * asked  # it learnt
     assert float(re.findall(r"\d+\.\d+", outputs[-1][-1]["text"][0])[0]) > ratio  # and looks at the lesion
+
+
+def test_site(tmp_path: Path) -> None:
+    """The site builds without a warning, so no link or anchor is dead, and it has a page per module."""
+    pytest.importorskip("mkdocs", reason="needs the extra `docs`")
+    program = ["bash", ROOT / "scripts" / "docs.sh", "build", "--site-dir", tmp_path]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    built = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    assert 'href="architecture.html#the-demo"' in (tmp_path / "index.html").read_text()  # a link within README
+    reference = (tmp_path / "reference" / "umbrella_jax.data.epoch_plan.html").read_text()
+    assert 'id="umbrella_jax.data.epoch_plan.EpochPlan"' in reference
 
 
 # Names.
