@@ -17,6 +17,7 @@ from convert.lazy_tensor import Tensor, host, place
 from convert.to_hf import hub_tensors
 from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import resolve_modality
+from umbrella_jax.console import table_lines
 from umbrella_jax.models.llava import LlavaConfig, abstract_params, merge
 from umbrella_jax.models.paths import modality_of
 
@@ -107,11 +108,9 @@ class ModelComparison:
         """For people."""
         table = self._table()
         kinds = [k for k in table[0][1] if k in ("identical", "rounded", "different") or any(c[k] for _, c, _ in table)]
-        lines = [f"{'component':<24}" + "".join(f"{kind:>11}" for kind in kinds) + "   largest |A − B|"]
-        lines += [
-            f"{name:<24}" + "".join(f"{counts[kind]:>11}" for kind in kinds) + f"   {largest:.3g}"
-            for name, counts, largest in table
-        ]
+        rows = [["component", *kinds, "largest |A − B|"]]
+        rows += [[name, *(str(counts[kind]) for kind in kinds), f"{largest:.3g}"] for name, counts, largest in table]
+        lines = table_lines(rows, (24, *[11] * len(kinds), 18))
         if odd := self.largest(10):
             lines.append("largest differences:")
             lines += [f"  {t.name}  {t.kind}  {t.types}  {t.largest:.3g}" for t in odd]

@@ -18,7 +18,7 @@ import pytest
 
 from umbrella_jax import console as module
 from umbrella_jax.baselines.table import side_by_side
-from umbrella_jax.console import INTERVAL, Progress, Work, columns
+from umbrella_jax.console import INTERVAL, Progress, Work, table_lines
 from umbrella_jax.errors import DataError, Interrupted
 from umbrella_jax.rundir import RunLog, how_it_ended
 from umbrella_jax.scoring.metrics import score, tasks_of
@@ -221,7 +221,7 @@ def test_no_log_says_nothing_of_an_end(tmp_path: Path) -> None:
 
 def test_columns_that_do_not_fit_follow_in_blocks() -> None:
     rows = [["", *(f"run_{i:02}" for i in range(20))], ["x" * 50, *"abcdefghijklmnopqrst"]]
-    lines = columns(rows)
+    lines = table_lines(rows)
     assert max(map(len, lines)) <= 80
     assert " ".join(lines).split() == [
         *(f"run_{i:02}" for i in range(5)),
@@ -233,7 +233,8 @@ def test_columns_that_do_not_fit_follow_in_blocks() -> None:
         *(f"run_{i:02}" for i in range(15, 20)),
         *("x" * 50, *"pqrst"),
     ]
-    assert columns([["a", "b"], ["cc", "1"]]) == ["a   b", "cc  1"]
+    assert table_lines([["a", "b"], "", ["cc", "1"]]) == ["a   b", "", "cc  1"]
+    assert table_lines([["a", "b"], ["ccccc", "10"]], (4, 3)) == ["a     b", "ccccc", "     10"]
 
 
 def test_columns_of_predictors_do_not_touch() -> None:

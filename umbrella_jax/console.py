@@ -3,7 +3,7 @@
 import textwrap
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,31 +15,45 @@ from umbrella_jax.rundir import Say
 
 WIDTH = 80
 """Columns of a terminal."""
-_LABEL = 40  # longest first cell that shares its line with the others
+_LABEL = 40
+"""Widest first column, unless the caller says otherwise."""
 
 
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def table_lines(rows: Iterable[str | Sequence[str]], least: Sequence[int] = (), *, width: int = WIDTH) -> list[str]:
     """Return the lines of a table: its first column aligned left, the others right.
 
-    Columns that do not fit into `WIDTH` follow in further blocks, each with the first column. A long first cell is a
-    line of its own. Cells have no line breaks.
+    A row that is a string is a line of its own, as is a first cell that is longer than its column. Columns that do not
+    fit into `width` follow in further blocks, each with the first column. Control characters are escaped.
+
+    Args:
+        least: the least width of each column, the space before it included; the first column gets no wider and yields
+            to the others. Default: as wide as the cells, with two spaces between columns.
     """
-    rows = [[visible(cell, kept="") for cell in row] for row in rows]
-    label, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    label = min(label, _LABEL)
+    shown = [visible(row, kept="") if isinstance(row, str) else [visible(c, kept="") for c in row] for row in rows]
+    cells = [row for row in shown if not isinstance(row, str)]
+    label, *widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    if least:
+        widths = [max(wanted, longest + 1) for wanted, longest in zip(least[1:], widths, strict=True)]
+        label = max(min(least[0], width - sum(widths)), 0)
+    else:
+        widths, label = [longest + 2 for longest in widths], min(label, _LABEL)
     blocks: list[list[int]] = [[]]
-    for i, width in enumerate(widths):
-        if blocks[-1] and label + sum(2 + widths[j] for j in blocks[-1]) + 2 + width > WIDTH:
+    for i, own in enumerate(widths):
+        if blocks[-1] and label + sum(widths[j] for j in blocks[-1]) + own > width:
             blocks.append([])
         blocks[-1].append(i)
     lines = list[str]()
     for number, block in enumerate(blocks):
         lines += [""] if number else []
-        for name, *cells in rows:
-            if len(name) > label:
-                lines.append(name)
-                name = ""
-            lines.append("  ".join([name.ljust(label), *(cells[i].rjust(widths[i]) for i in block)]))
+        for row in shown:
+            if isinstance(row, str):
+                lines += wrapped(row) or [""]
+                continue
+            *above, first = wrapped(row[0]) or [""]
+            if len(first) > label:
+                above, first = [*above, first], ""
+            numbers = "".join(row[1 + i].rjust(widths[i]) for i in block)
+            lines += [*above, f"{first:<{label}}{numbers}".rstrip()]
     return lines
 
 

@@ -15,6 +15,7 @@ from scipy.special import softmax
 
 from umbrella_jax.cli import main
 from umbrella_jax.config.schema import TaskConfig
+from umbrella_jax.console import table_lines
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.scoring import metrics, weighted_statistics
 from umbrella_jax.scoring.metrics import metric_names, score, tasks_of
@@ -739,7 +740,7 @@ def test_the_command_takes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_columns_stay_apart() -> None:
     """Of the widest interval too."""
     found = metrics.Figure(5.49e-07, 2.78e-11, 2.05e-06, 5, 4, 0.24)
-    (line,) = metrics._figure_lines({"brier": found})
+    (line,) = table_lines(metrics._figure_rows({"brier": found}), metrics._COLUMNS)
     assert line.split() == ["brier", "5.49e-07", "2.78e-11–2.05e-06", "5", "4", "0.240"]
     assert len(line) == 80
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from umbrella_jax.console import WIDTH
+from umbrella_jax.console import table_lines
 from umbrella_jax.scoring.metrics import Figure, Scores, short, span
 
 _NAME, _COLUMN, _CHANCE = 21, 17, 8
-"""Least widths; with three columns a line has 80."""
+"""Least widths; with three predictors a line has 80 columns."""
 
 
 def side_by_side(scores: Mapping[str, Scores]) -> list[str]:
@@ -22,7 +22,7 @@ def side_by_side(scores: Mapping[str, Scores]) -> list[str]:
         rows += [*_rows([of.of(name) for of in scores.values()]), ""]
     if first.overall():
         rows += ["over all tasks", *_rows([of.overall() for of in scores.values()]), ""]
-    return list(_lines(rows))
+    return table_lines(rows, (_NAME, *[_COLUMN] * len(scores), _CHANCE))
 
 
 def _rows(columns: Sequence[Mapping[str, Figure]]) -> Iterator[tuple[str, ...]]:
@@ -35,22 +35,3 @@ def _rows(columns: Sequence[Mapping[str, Figure]]) -> Iterator[tuple[str, ...]]:
         yield (f"  {name}", *(short(figure.value if figure else None) for figure in figures), chance)
         if any(figure and figure.low is not None for figure in figures):
             yield ("", *(span(figure, _COLUMN) if figure else "" for figure in figures), "")
-
-
-def _lines(rows: Sequence[str | tuple[str, ...]]) -> Iterator[str]:
-    """Align rows of cells; a string is a line of its own. Columns as wide as their longest cell never touch."""
-    least = (*[_COLUMN] * (len(rows[0]) - 2), _CHANCE)
-    cells = [row[1:] for row in rows if isinstance(row, tuple)]
-    widths = [
-        max(n, *(len(cell) + 1 for cell in column)) for n, column in zip(least, zip(*cells, strict=True), strict=True)
-    ]
-    label_width = max(min(_NAME, WIDTH - sum(widths)), 0)
-    for row in rows:
-        if isinstance(row, str):
-            yield row
-            continue
-        label, *values = row
-        if len(label) > label_width:
-            yield label
-            label = ""
-        yield (f"{label:<{label_width}}" + "".join(f"{v:>{n}}" for v, n in zip(values, widths, strict=True))).rstrip()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from umbrella_jax.config.schema import AttentionBackend, MeshConfig, ModelConfig, RunConfig
-from umbrella_jax.console import columns
+from umbrella_jax.console import table_lines
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.io.reading import read_json
 from umbrella_jax.models import LlavaConfig
@@ -189,7 +189,7 @@ class HardwarePlan:
         lines = [*_wrapped(f"{devices.name}: {chips}, each {speeds}"), *_wrapped(trains), ""]
         counts = [model.flops(remat) for remat in _COUNTS.values()]
         unit, of = _unit(max(sum(count.values()) for count in counts))
-        lines += columns(
+        lines += table_lines(
             [
                 [f"{unit}FLOP per conversation, by remat policy", *_COUNTS],
                 *([part, *(of(count[part]) for count in counts)] for part in freeze.COMPONENTS),
@@ -203,7 +203,7 @@ class HardwarePlan:
             rows = [[f"{unit}B per device, remat {self.remat}", *(f"{name}, {found.mesh}" for name, found in shown)]]
             rows += [[key, *(of(found.bytes[key]) for _, found in shown)] for key in shown[0][1].bytes]
             rows.append(["total", *(of(found.total_bytes) for _, found in shown)])
-            lines += ["", *columns(rows)]
+            lines += ["", *table_lines(rows)]
         for title, estimates in (
             (f"batch {self.batch_size}, remat {self.remat}", self.configured),
             (f"largest batch that fits, remat {self.remat}", self.largest),
@@ -243,7 +243,7 @@ class HardwarePlan:
         rows.append(["bound by", *(e.bottleneck for e in found)])
         if self.subjects is not None:
             rows.append([f"hours for {self.subjects:,}", *(f"{self.hours(e):.3g}" for e in found)])
-        return columns(rows)
+        return table_lines(rows)
 
 
 def _wrapped(text: str) -> list[str]:

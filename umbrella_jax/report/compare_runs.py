@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from umbrella_jax.config.load import flat, load_stored_config
 from umbrella_jax.config.schema import Metric, to_dict
-from umbrella_jax.console import columns
+from umbrella_jax.console import table_lines
 from umbrella_jax.errors import ConfigError, UmbrellaError, no_directory, visible
 from umbrella_jax.html.page import page_faults
 from umbrella_jax.io.files import is_locked, write_whole
@@ -154,13 +154,13 @@ class Comparison:
             loss, *others = map(_short, self._values(run).values())
             at = "–" if run.evaluated_step is None else f"{run.evaluated_step:,}"
             rows.append([run.name, run.state, steps, loss, *[at] * evaluated, *others])
-        lines = columns(rows)
+        lines = table_lines(rows)
         if why := [f"{visible(run.name, kept='')}: {run.state}: {visible(run.why)}" for run in self.runs if run.why]:
             lines += ["", *why]
         if self.differ:
             lines += ["", "configs differ in"]
             names = [["", *(run.name for run in self.runs if run.config)]]
-            lines += columns(
+            lines += table_lines(
                 names + [[key, *(str(run.config.get(key)) for run in self.runs if run.config)] for key in self.differ]
             )
         return "\n".join(lines)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from umbrella_jax.config.schema import MAX_CLASSES, TaskKind
+from umbrella_jax.console import WIDTH, table_lines
 from umbrella_jax.errors import DataError
 from umbrella_jax.io.reading import kind, parse_json, read_lines
 from umbrella_jax.scoring import weighted_statistics
@@ -50,7 +51,8 @@ __all__ = [
 
 _CHUNK = 2**21
 """Weights that are worked on at a time; a resample has one for each answer."""
-_WIDTH = 80
+_COLUMNS = (28, 9, 20, 7, 9, 7)
+"""Widths of a table's columns: name, value, interval, n, subjects and chance."""
 
 
 @dataclass(frozen=True)
@@ -114,15 +116,17 @@ class Scores:
         }
 
     def table(self) -> str:
-        """For a terminal of 80 columns."""
-        lines = [f"{'':<37}{'95 % interval':>20}{'n':>7}{'subjects':>9}{'chance':>7}"]
+        """Return the text for a terminal of 80 columns."""
+        rows: list[str | tuple[str, ...]] = [("", "", "95 % interval", "n", "subjects", "chance")]
         for name, task in self.tasks.items():
             kind = f"{task.kind}, {task.unit}" if task.unit else task.kind
-            lines += [*textwrap.wrap(f"{name} ({kind})", _WIDTH), *_figure_lines(self.of(name))]
-            lines += [*_confusion_lines(task.classes, self.confusion[name]), ""] if task.answers is not None else [""]
+            rows += [f"{name} ({kind})", *_figure_rows(self.of(name))]
+            rows += _confusion_lines(task.classes, self.confusion[name]) if task.answers is not None else []
+            rows.append("")
         if overall := self.overall():
-            lines += ["over all tasks", *_figure_lines(overall), ""]
-        return "\n".join([*lines, *(line for note in self.notes for line in textwrap.wrap(note, _WIDTH))])
+            rows += ["over all tasks", *_figure_rows(overall), ""]
+        lines = table_lines(rows, _COLUMNS)
+        return "\n".join([*lines, *(line for note in self.notes for line in textwrap.wrap(note, WIDTH))])
 
 
 def read_predictions(path: str | Path) -> list[dict[str, Any]]:
@@ -492,15 +496,9 @@ def _notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Row]], resam
         yield f"No {', '.join(metrics)} of {whose}: their predictions hold no likelihoods."
 
 
-def _figure_lines(figures: Mapping[str, Figure]) -> Iterator[str]:
+def _figure_rows(figures: Mapping[str, Figure]) -> Iterator[tuple[str, ...]]:
     for name, f in figures.items():
-        cells = f"{short(f.value):>9} {span(f, 20) or '–':>19}{f.n:>7}{f.subjects:>9} {short(f.chance):>6}"
-        label = textwrap.wrap(f"  {name}", _WIDTH, subsequent_indent="    ")
-        yield from label[:-1]
-        if len(label[-1]) > 28:
-            yield label[-1]
-            label[-1] = ""
-        yield f"{label[-1]:<28}{cells}"
+        yield f"  {name}", short(f.value), span(f, 20) or "–", str(f.n), str(f.subjects), short(f.chance)
 
 
 def span(figure: Figure, width: int) -> str:
@@ -518,15 +516,15 @@ def short(value: float | None) -> str:
     return f"{value:.3f}" if value == 0 or 0.01 <= abs(value) < 1000 else f"{value:.3g}"
 
 
-def _confusion_lines(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Iterator[str]:
-    """A row for each reference, a column for each answer, by letters."""
+def _confusion_lines(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> list[str]:
+    """Return a table with a row per reference and a column per answer, named by letters."""
     if len(classes) > MAX_CLASSES:
-        yield f"  confusion of {len(classes)} answers: with --json"
-        return
+        return [f"  confusion of {len(classes)} answers: with --json"]
     letters = "abcdefghijklmnopqrstuvwxyz"[: len(classes)]
-    width = _WIDTH - 6 * (len(classes) + 1)
-    yield f"{'  reference / answer':<{width}}" + "".join(f"{letter:>6}" for letter in letters) + f"{'none':>6}"
+    columns = [6] * (len(classes) + 1)
+    width = WIDTH - sum(columns)
+    rows = [("  reference / answer", *letters, "none")]
     for letter, name, row in zip(letters, classes, counts, strict=True):
         label = f"  {letter} {name}"
-        label = label if len(label) <= width else f"{label[: width - 1]}…"
-        yield f"{label:<{width}}" + "".join(f"{count:>6}" for count in row)
+        rows.append((label if len(label) <= width else f"{label[: width - 1]}…", *map(str, row)))
+    return table_lines(rows, (width, *columns))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from umbrella_jax.config.schema import LORA
+from umbrella_jax.console import table_lines
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models.paths import COMPONENTS, FROZEN, UNUSED, adapted_weight, component_of, modality_of
 
@@ -107,8 +108,9 @@ def counts(
 
 def summary(params: Mapping[str, jax.ShapeDtypeStruct | jax.Array], labels: Mapping[str, str]) -> str:
     """Return a table of trainable and frozen values per component, and the names of the trainable parameters."""
-    lines = [f"{'component':<16}{'trainable':>16}{'frozen':>16}"]
-    lines += [f"{name:<16}{trains:>16,}{frozen:>16,}" for name, (trains, frozen) in counts(params, labels).items()]
+    rows = [("component", "trainable", "frozen")]
+    rows += [(name, f"{trains:,}", f"{frozen:,}") for name, (trains, frozen) in counts(params, labels).items()]
+    lines = table_lines(rows, (16, 16, 16))
     for group in dict.fromkeys(label for label in labels.values() if label != FROZEN):
         lines.append(f"trains, {group}:")
         lines += [f"  {path}  {_times(leaf.shape)}" for path, leaf in params.items() if labels[path] == group]

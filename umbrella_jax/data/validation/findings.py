@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from umbrella_jax.config.schema import MAX_CLASSES
-from umbrella_jax.console import plural, wrapped
+from umbrella_jax.console import plural, table_lines, wrapped
 from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.errors import visible
 
@@ -237,12 +238,9 @@ class StatisticsTable:
     rows: tuple[tuple[str, ...], ...]
 
     def lines(self) -> list[str]:
-        """Return the title and the rows, the first column aligned left, the others right."""
-        columns = []
-        for i, column in enumerate(zip(self.columns, *self.rows, strict=True)):
-            width = max(map(len, column))
-            columns.append([f"{cell:>{width}}" if i else f"{cell:<{width}}" for cell in column])
-        return [self.title, *(f"  {'  '.join(row)}".rstrip() for row in zip(*columns, strict=True))]
+        """Return the title and the rows below it, indented."""
+        rows = table_lines([self.columns, *self.rows], width=sys.maxsize)
+        return [self.title, *(f"  {row}".rstrip() for row in rows)]
 
 
 def histogram(values: np.ndarray, bins: int = 20) -> dict[str, list[int]]:
