@@ -64,40 +64,43 @@ def wrapped(line: str) -> list[str]:
     return textwrap.wrap(line.lstrip(), WIDTH, break_long_words=False, break_on_hyphens=False, **options)
 
 
-def plural(number: int, what: str) -> str:
+def plural(number: int, noun: str) -> str:
     """Return `1 subject` or `2 subjects`."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 INTERVAL = 30.0
-"""Seconds from one line to the next, where there is no terminal; of a log too."""
+"""Seconds between two progress lines in a log, and on stderr if it is no terminal."""
 _RECENT = 50
-"""Steps or batches that rates are of."""
+"""Number of newest steps or batches over which rates are averaged."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one step or batch."""
+    """The work of one step or batch."""
 
     samples: int
-    """Conversations, without empty rows."""
+    """Number of conversations, without empty rows."""
     tokens: int
-    """Positions of these, without padding, and tokens that were made."""
+    """Number of positions without padding, plus generated tokens."""
     flops: float = 0.0
-    """Of its shape, with what is padding; 0 where nobody counts them."""
+    """FLOP of the whole shape, padding included; 0 if they are not counted."""
 
 
 class Progress:
-    """Counts up to a total. Rates are of what did not wait for the compiler; the time that is left is by the clock.
+    """A progress bar on a terminal, and progress lines elsewhere.
+
+    Rates leave out steps that compiled; the remaining time is measured by the clock.
 
     Args:
-        what: is counted, the line's beginning: `step`.
-        done: of the total, as it begins.
-        say: takes a line where stderr is no terminal; `note` one where it is, for a log. A line comes when the last
-            one is `INTERVAL` seconds old and, of what `always` says, at the first and the last count.
+        what: name of the unit that is counted, such as `step`; it starts the line.
+        done: how much of the total is done already.
+        say: called with a line every `INTERVAL` seconds if stderr is no terminal.
+        note: called with the same lines if stderr is a terminal, for a log.
+        always: also give a line for the first and the last count.
         peak: FLOP/s of all devices together.
-        memory: a device's `memory_stats`, which has none where the backend does not say.
-        quiet: of a process that says nothing.
+        memory: returns a device's `memory_stats`, or None if its backend has none.
+        quiet: show no bar, as in all processes but the first.
     """
 
     def __init__(
@@ -117,8 +120,8 @@ class Progress:
         self._peak, self._memory = peak, memory
         self._recent: deque[tuple[Work, float]] = deque(maxlen=_RECENT)
         self._began, self._counted, self._elapsed = done, 0, 0.0
-        self._last = self._told = time.perf_counter()
-        # a bar of a fixed width, and all else in its description, which is cut to the terminal
+        self._last = self._printed = time.perf_counter()
+        # the bar has a fixed width; the rest is its description, which tqdm cuts to the terminal's width
         options: dict[str, Any] = {"bar_format": "{bar:10} {desc}", "dynamic_ncols": True, "leave": always}
         self._bar = tqdm(total=total, initial=done, disable=True if quiet else None, **options)
         self._line = say if self._bar.disable else note
@@ -130,7 +133,7 @@ class Progress:
         self._bar.close()
 
     def advance(self, count: int, work: Work, seconds: float, *, compiled: bool, loss: float | None = None) -> None:
-        """Counts on, by what took so many seconds; where it `compiled` meanwhile, no rate has it."""
+        """Add `count`, whose `work` took so many `seconds`. If it `compiled` meanwhile, rates leave it out."""
         now = time.perf_counter()
         first = self._done == self._began
         self._done += count
@@ -140,17 +143,17 @@ class Progress:
             self._elapsed += now - self._last
         self._last = now
         ends = self._always and (first or self._done >= self._total)
-        due = ends or now - self._told >= INTERVAL
+        due = ends or now - self._printed >= INTERVAL
         if due or not self._bar.disable:
             text = self.text(loss)
             self._bar.set_description_str(text, refresh=False)
             self._bar.update(count)
             if due:
                 self._line(text)
-                self._told = now
+                self._printed = now
 
     def text(self, loss: float | None = None) -> str:
-        """The line: what is not known is left out."""
+        """Return the progress line, without the parts that are not known."""
         parts = [f"{self._what} {self._done:,} of {self._total:,}"]
         if loss is not None:
             parts.append(f"loss {loss:.4f}")
@@ -172,7 +175,7 @@ class Progress:
 
 
 def _memory_text(stats: Mapping[str, Any]) -> str:
-    """Of a device: in use between two steps, at most so far, and all that it has."""
+    """Return a device's memory: in use between two steps, the peak so far, and the total."""
     used, most, limit = (stats.get(name) for name in ("bytes_in_use", "peak_bytes_in_use", "bytes_limit"))
     text = f"memory {(used or 0) / 1e9:.1f}"
     text += "" if most is None else f", at most {most / 1e9:.1f}"

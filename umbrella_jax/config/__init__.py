@@ -1,1 +1,1 @@
-"""Configuration: its fields, files, and the conversion from the original's."""
+"""A run's configuration: its fields, its YAML, and the conversion from the original system's YAML."""

@@ -1,6 +1,6 @@
-"""Brings a configuration of the original PyTorch system over: every key of it is carried or named as dropped.
+"""Convert a configuration of the original PyTorch system: every key is carried over or reported as dropped.
 
-What the original does and this project cannot is refused, so that a run never differs in silence.
+A setting without counterpart here is an error, so a run never differs silently.
 """
 
 import io
@@ -13,7 +13,7 @@ from umbrella_jax.config.schema import SECRET, TrainConfig, resolve_modality
 from umbrella_jax.errors import ConfigError, visible
 from umbrella_jax.io.reading import quoted, read_yaml
 
-# A rule takes a key's value and returns what it sets here (dotted keys) and a note, or raises ConfigError.
+# A rule takes a key's value. It returns {dotted key here: value} and a note, or raises ConfigError.
 _Rule = Callable[[Any], tuple[dict[str, Any], str | None]]
 
 
@@ -26,7 +26,7 @@ def _drop(reason: str) -> _Rule:
 
 
 def _only(*allowed: Any, reason: str) -> _Rule:
-    """For a key whose other values have no counterpart here."""
+    """Return the rule for a key of which only the `allowed` values have a counterpart here."""
 
     def rule(value: Any) -> tuple[dict[str, Any], str | None]:
         if value not in allowed:
@@ -46,7 +46,7 @@ def _mixed_precision(value: Any) -> tuple[dict[str, Any], str | None]:
 
 
 def _flag(name: str) -> _Rule:
-    """`bf16: True` and `fp16: True`, as Hugging Face's TrainingArguments have them."""
+    """Return the rule for `bf16: True` or `fp16: True` of Hugging Face's TrainingArguments."""
     return lambda value: _mixed_precision(name) if value else ({}, None)
 
 
@@ -57,11 +57,11 @@ def _output_dir(value: Any) -> tuple[dict[str, Any], str | None]:
 
 
 def _report_to(value: Any) -> tuple[dict[str, Any], str | None]:
-    wanted = {str(v) for v in (value if isinstance(value, list) else [value])}
+    loggers = {str(v) for v in (value if isinstance(value, list) else [value])}
     known = ("tensorboard", "wandb")
-    others = wanted - {*known, "none", "False"}
+    others = loggers - {*known, "none", "False"}
     note = f"of {value}, only {' and '.join(known)} have a counterpart" if others else None
-    return {f"train.{name}": name in wanted for name in known}, note
+    return {f"train.{name}": name in loggers for name in known}, note
 
 
 _SPLIT = _drop("the split is made by the files that data.train and data.eval name")
@@ -145,8 +145,8 @@ _RULES: dict[str, _Rule] = {
 }
 
 _SIZE, _FRAMES, _PATCH = "dataset.{}.img_size", "dataset.{}.sequence_length", "model.{}.patch_size"
-# carried only with a modality that has both size and patch
-_OF_MODALITY = {
+# carried over only for a modality that has both size and patch
+_MODALITY_KEYS = {
     "input_scaling_method": "scaling",
     "stride_within_seq": "stride_within_seq",
     "stride_between_seq": "stride_between_seq",
@@ -154,7 +154,7 @@ _OF_MODALITY = {
 _FLIP = (
     "data.augment.flip_any_axis: the original flips half of the 3D training volumes along a random axis, each image "
     "for itself; here all images of a conversation flip alike, 4D too. A flip turns left into right: "
-    "set it to 0 where answers speak of sides"
+    "set it to 0 if any answer mentions a side"
 )
 _DIFFUSION = (
     "model.modalities.{}.aliases: [dMRI]: the original feeds diffusion maps through this patch embedding too; "
@@ -163,10 +163,14 @@ _DIFFUSION = (
 
 
 def from_original(path: str | Path) -> tuple[dict[str, Any], list[str]]:
-    """Reads a YAML file of the original system: a mapping that `config.parse_config` takes, and notes.
+    """Read a YAML file of the original system.
 
-    A note names a key that is dropped, and why, or whose meaning changes. Raises ConfigError with every fault:
-    a file that is no YAML, a value without counterpart, no modality with both size and patch.
+    Returns:
+        The mapping for `parse_config`, and a note on each key that is dropped or changes its meaning.
+
+    Raises:
+        ConfigError: every fault: a file that is no YAML, a value without counterpart, no modality with both size and
+            patch.
     """
     source = dict(_leaves(_read(path)))
     faults: list[str] = []
@@ -199,13 +203,13 @@ def from_original(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         elif name and key in [k.format(name) for k in (_SIZE, _FRAMES, _PATCH)]:
             if geometry is None:
                 notes.append(f"{key}: dropped: the modality needs {_SIZE.format(name)} and {_PATCH.format(name)}")
-        elif name and key in [f"dataset.{name}.{k}" for k in _OF_MODALITY]:
+        elif name and key in [f"dataset.{name}.{k}" for k in _MODALITY_KEYS]:
             if geometry is None:
                 notes.append(f"{key}: dropped: the modality needs {_SIZE.format(name)} and {_PATCH.format(name)}")
             elif len(geometry["size"]) == 3 and last.startswith("stride"):
                 notes.append(f"{key}: dropped: only 4D volumes have windows")
             else:
-                geometry[_OF_MODALITY[last]] = value
+                geometry[_MODALITY_KEYS[last]] = value
         elif rule is None:
             notes.append(f"{key}: dropped: unknown to umbrella-jax")
         else:
@@ -229,7 +233,7 @@ def from_original(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         complete[structural]["aliases"] = ["dMRI"]
         notes.append(_DIFFUSION.format(structural))
     notes.append(
-        "data.template: original: as there, images stand before the text, or at the markers of a turn that is one "
+        "data.template: original: as there, images come before the text, or at the markers of a turn that is one "
         "string; headers of answers and system turns are learnt too"
     )
     flat = {"data.template": "original", **{target: value for target, (_, value) in targets.items()}}
@@ -239,7 +243,7 @@ def from_original(path: str | Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def render(mapping: Mapping[str, Any], notes: list[str]) -> str:
-    """YAML text of a run for `config.load_config`, the notes as comments above it."""
+    """Return the YAML of a run for `load_config`, below the notes as comments."""
     from ruamel.yaml import YAML
 
     out = io.StringIO()
@@ -247,7 +251,7 @@ def render(mapping: Mapping[str, Any], notes: list[str]) -> str:
     yaml.default_flow_style = None
     yaml.sort_base_mapping_type_on_output = False
     yaml.dump(mapping, out)
-    if visible(out.getvalue()) != out.getvalue():  # characters that a terminal does not show: as YAML's escapes
+    if visible(out.getvalue()) != out.getvalue():  # write characters that a terminal hides as YAML's escapes
         yaml.allow_unicode, out = False, io.StringIO()
         yaml.dump(mapping, out)
     comments = [f"# {line}" for note in notes for line in note.splitlines()]
@@ -262,7 +266,7 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 
 def _leaves(data: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values; lists are values, and so is an empty section."""
+    """Yield dotted keys and their values; a list is a value, and so is an empty section."""
     for key, value in data.items():
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{key}.")
@@ -271,13 +275,13 @@ def _leaves(data: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _geometry(source: Mapping[str, Any], name: str) -> dict[str, Any] | None:
-    """Size and patch of a modality as the original looks at it; None where the file lacks one of them."""
+    """Return the fields of a modality as the original reads them, or None if size or patch is missing."""
     size, frames, patch = (source.get(key.format(name)) for key in (_SIZE, _FRAMES, _PATCH))
     if size is None or patch is None:
         return None
     for key, value in ((_SIZE, size), (_PATCH, patch)):
         if not isinstance(value, int | list):
-            raise ConfigError(f"{key.format(name)}: expected a number or a list of them, got {quoted(value)}")
+            raise ConfigError(f"{key.format(name)}: expected a number or a list of numbers, got {quoted(value)}")
     size = [size] * 3 if isinstance(size, int) else list(size)
     if frames is not None and len(size) == 3:
         size = [*size, frames]
@@ -288,14 +292,14 @@ def _geometry(source: Mapping[str, Any], name: str) -> dict[str, Any] | None:
 
 
 def _nest(flat: Mapping[str, Any], modalities: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections of dotted keys, in the order of RunConfig's fields."""
+    """Nest dotted keys into sections, in the order of RunConfig's fields."""
     betas = [flat.get(f"train.betas.{i}", default) for i, default in enumerate(TrainConfig().betas)]
     if betas != list(TrainConfig().betas):
         flat = {**flat, "train.betas": betas}
     result: dict[str, Any] = {"model": {}, "data": {}, "train": {}}
     for key, value in {**flat, "model.modalities": dict(modalities)}.items():
         *parents, last = key.split(".")
-        if last.isdigit():  # a half of betas, above
+        if last.isdigit():  # one of the two betas, merged above
             continue
         section = result
         for parent in parents:

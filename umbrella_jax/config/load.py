@@ -16,7 +16,7 @@ from umbrella_jax.io.reading import quoted, read_yaml
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """`data=4,fsdp=2,tensor=2` → what the section `mesh` holds. Raises ConfigError for what is no axis, or no size."""
+    """Parse `data=4,fsdp=2,tensor=2` into the section `mesh`. Raises ConfigError for an unknown axis or a bad size."""
     axes = [f.name for f in dataclasses.fields(MeshConfig)]
     sizes: dict[str, int] = {}
     faults = []
@@ -58,9 +58,9 @@ def parse_config(
 
     try:
         config: RunConfig = _adapter().validate_python(dict(data))
-        # pydantic takes true for 1
-        if switched := list(_switched(data, to_dict(config))):
-            raise ConfigError([f"{_origin(source, flags, key, '')}: {key}: {message}" for key, message in switched])
+        # pydantic accepts true as 1
+        if booleans := list(_booleans_for_numbers(data, to_dict(config))):
+            raise ConfigError([f"{_origin(source, flags, key, '')}: {key}: {message}" for key, message in booleans])
         return config
     except ValidationError as error:
         faults = []
@@ -78,21 +78,20 @@ def parse_config(
         raise ConfigError(faults) from None
 
 
-def _switched(given: Any, parsed: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (key, fault) of every true or false that was given for a number."""
+def _booleans_for_numbers(given: Any, parsed: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (key, fault) for every true or false given instead of a number."""
     if isinstance(given, Mapping):
         for name, value in given.items():
-            yield from _switched(value, parsed[name], f"{key}.{name}" if key else str(name))
+            yield from _booleans_for_numbers(value, parsed[name], f"{key}.{name}" if key else str(name))
     elif isinstance(given, list | tuple):
         for value, number in zip(given, parsed, strict=True):
-            yield from _switched(value, number, key)
+            yield from _booleans_for_numbers(value, number, key)
     elif isinstance(given, bool) and not isinstance(parsed, bool):
         yield key, f"expected {_EXPECTED['int' if isinstance(parsed, int) else 'float']}, got {str(given).lower()}"
 
 
 def _without_unions(errors: Sequence[Any]) -> list[Any]:
-    """Return pydantic's errors with one for a value that is neither of some words nor a number, for which it has two,
-    at `KEY.literal[…]` and `KEY.float`."""
+    """Merge pydantic's two errors, `KEY.literal[…]` and `KEY.float`, about a value that must be a word or a number."""
     unions = {e["loc"][:-1]: e for e in errors if e["loc"] and str(e["loc"][-1]).startswith("literal[")}
     merged = []
     for error in errors:
@@ -106,9 +105,9 @@ def _without_unions(errors: Sequence[Any]) -> list[Any]:
 
 
 def _origin(source: str, flags: Mapping[str, str], key: str, message: str) -> str:
-    """Return where the value at fault came from: a flag, the file, or the file and every flag that the message names.
+    """Return where a faulty value came from: a flag, the file, or the file and every flag that the message mentions.
 
-    A message of a section begins with the field it is about, and may name others of the section.
+    The message about a section starts with one of its fields and may mention others.
     """
     field = re.match(r"[\w.]*", message)
     path = ".".join(part for part in (key, field[0] if field else "") if part)
@@ -132,11 +131,11 @@ _EXPECTED = {
     "tuple": "a list",
     "list": "a list",
 }
-"""{beginning of a pydantic error type: the value that was expected}."""
+"""{first word of a pydantic error type: the value that was expected}."""
 
 
 def _expected_value(key: str, fault: Mapping[str, Any]) -> str:
-    """Return what a pydantic error means, in the words of YAML. The value of a secret is not shown."""
+    """Return the message for a pydantic error, in YAML's terms. The value of a secret is not shown."""
     kind, value = fault["type"], fault["input"]
     if kind.startswith("missing"):
         return "missing; expected a value"
@@ -152,7 +151,7 @@ def _expected_value(key: str, fault: Mapping[str, Any]) -> str:
 
 
 def _check_own(data: Mapping[Any, Any], source: str) -> None:
-    """Raise ConfigError for a mapping that has no key of a run, or is a config of the PyTorch system."""
+    """Raise ConfigError if no key is a run's, or if the config is one of the PyTorch system."""
     known = [f.name for f in dataclasses.fields(RunConfig)]
     if "trainer" in data or ("dataset" in data and "model" in data):
         raise ConfigError(
@@ -167,7 +166,7 @@ def _check_own(data: Mapping[Any, Any], source: str) -> None:
 
 
 def _expected_keys(path: Sequence[str | int]) -> str:
-    """The keys that the section around `path` knows, for the message about one that it does not."""
+    """Return the known keys of the section around `path`, for the message about an unknown one."""
     cls: Any = RunConfig
     for part in path[:-1]:
         if dataclasses.is_dataclass(cls):
@@ -188,9 +187,9 @@ def _expected_keys(path: Sequence[str | int]) -> str:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The configs that come with the package, by name."""
+    """Return {name: path} of the configs shipped with the package."""
     package = Path(__file__).parents[1]
-    # in a wheel they lie in the package, in a checkout beside it
+    # a wheel has them inside the package, a checkout next to it
     folder = next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
@@ -253,7 +252,7 @@ def parse_stored_config(data: Mapping[str, Any], source: str) -> RunConfig:
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{dotted key: value} of nested mappings."""
+    """Return {dotted key: value} of nested mappings."""
     out: dict[str, Any] = {}
     for key, value in config.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -261,7 +260,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved run as YAML."""
+    """Return the resolved run as YAML."""
     import io
 
     from ruamel.yaml import YAML
