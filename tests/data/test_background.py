@@ -162,7 +162,7 @@ def test_windows_of_a_run_with_different_rules_are_named(nifti, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_background_that_is_no_number(value):
-    with pytest.raises(ConfigError, match="expected auto, nonpositive, lowest or a number"):
+    with pytest.raises(ConfigError, match="background: expected"):
         replace(RUN, background=value)
 
 

@@ -65,7 +65,7 @@ def made(directory, path, config, **options) -> int:
     """How many volumes a new cache over the directory has to make."""
     cache = VolumeCache(directory, **options)
     cache.check(path, config)
-    return cache.made
+    return cache.num_made
 
 
 # The same numbers, without the sources
@@ -121,7 +121,7 @@ def test_what_comes_back(nifti, directory, dtype):
         assert found.flags.c_contiguous
         assert found.flags.writeable
         np.testing.assert_array_equal(found, expected)
-    assert cache.made == 1
+    assert cache.num_made == 1
     (entry,) = entries(directory)
     assert load_file(entry)["volume"].dtype == dtype
     np.testing.assert_array_equal(load_file(entry)["volume"], expected)
@@ -214,7 +214,7 @@ def test_a_changed_source_is_noticed(nifti, directory):
     assert len(content) == path.stat().st_size
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as `cp -p` and rsync do
     cache = VolumeCache(directory)
-    assert cache.check(path, T1) == cache.made == 1
+    assert cache.check(path, T1) == cache.num_made == 1
     np.testing.assert_array_equal(cache.load(path, T1), load_volume(path, T1))
     path.write_bytes(content)
     assert made(directory, path, T1) == 0  # back again: its entry is still there
@@ -242,7 +242,7 @@ def test_a_change_of_either_half_of_a_pair_is_noticed(directory, tmp_path, chang
     suffix = (".hdr", ".img")[change]
     shutil.copy(tmp_path / f"-1{suffix}", tmp_path / f"a{suffix}")
     cache = VolumeCache(directory)
-    assert cache.check(path, T1) == cache.made == 1
+    assert cache.check(path, T1) == cache.num_made == 1
     np.testing.assert_array_equal(cache.load(path, T1), load_volume(path, T1))
     assert made(directory, tmp_path / "a.img", T1) == 0  # the same pair
 
@@ -262,7 +262,7 @@ def test_a_changed_frame_is_noticed(directory, tmp_path):
     shutil.move(tmp_path / "one.npy", two)  # the same frames in another order
     cache = VolumeCache(directory)
     cache.check(folder, config)
-    assert cache.made == 2
+    assert cache.num_made == 2
     np.testing.assert_array_equal(cache.load(folder, config, 0), load_volume(folder, config, 0))
 
 
@@ -417,7 +417,7 @@ def test_only_missing_windows_are_made(nifti, directory, sealed):
     assert len(entries(directory)) == 4
     cache = VolumeCache(directory)
     assert cache.check(path, RUN) == 5
-    assert (cache.made, cache.found) == (1, 4)
+    assert (cache.num_made, cache.num_found) == (1, 4)
     sealed()
     assert VolumeCache(directory).check(path, RUN) == 5
     with pytest.raises(AssertionError, match="opened"):
@@ -543,10 +543,10 @@ def test_a_run_goes_on_when_the_disk_is_full(nifti, directory, caplog, full_disk
     found = [cache.load(path, T1) for path in paths]
     full_disk()
     np.testing.assert_array_equal(found, expected)  # rounded as if they had been kept
-    assert cache.made == 0
+    assert cache.num_made == 0
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "not kept from here on" in record.getMessage()
+    assert "no more volumes are kept" in record.getMessage()
     assert [path for path in directory.rglob("*") if path.is_file() and path.suffix != ".json"] == []
     assert made(directory, paths[0], T1, dtype="float16") == 1
 
@@ -610,8 +610,8 @@ def test_data_cache_names_what_is_wrong(config_file, directory, capsys):
 def test_float16_of_no_cache_is_refused():
     with pytest.raises(ConfigError, match="cache_dtype: float16 of no cache"):
         DataConfig(cache_dtype="float16")
-    assert type(VolumeCache.of(DataConfig())) is Sources
-    cache = VolumeCache.of(DataConfig(cache="somewhere", cache_dtype="float16"))
+    assert type(VolumeCache.from_config(DataConfig())) is Sources
+    cache = VolumeCache.from_config(DataConfig(cache="somewhere", cache_dtype="float16"))
     assert (cache.directory, cache.dtype) == (Path("somewhere"), np.float16)
 
 

@@ -139,6 +139,6 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _cache(arguments: argparse.Namespace) -> None:
-    from umbrella_jax.data.cache import fill
+    from umbrella_jax.data.cache import fill_cache
 
-    print(fill(config_of(arguments), verify=arguments.verify))
+    print(fill_cache(config_of(arguments), verify=arguments.verify))

@@ -1,4 +1,8 @@
-"""Decide which voxels of a volume are background, by the configuration or from the voxels themselves."""
+"""Decide which voxels of a volume are background, by the configuration or from the voxels themselves.
+
+`preprocess` in `umbrella_jax.data.volume` asks for the background of each volume. Unusual backgrounds are collected as
+`Remark`s, and the functions at the end of this file describe them to the user.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,10 +16,10 @@ from umbrella_jax.console import plural
 from umbrella_jax.errors import DataError
 
 BELOW = 0.05
-"""Fraction of the intensity below 0 up to which `auto` takes voxels at 0 or below as background. Resampling leaves far
-less (ringing at the edge of the head), a volume without its mean half."""
+"""Largest fraction of the intensity below 0 for which `auto` takes voxels at 0 or below as background. Ringing from
+resampling, at the edge of the head, makes far less; a volume without its mean has half."""
 SHARED = 0.05
-"""Fraction of the voxels that must share a value for `auto` to take it as the background."""
+"""Smallest fraction of the voxels with one value for which `auto` takes this value as the background."""
 
 
 @dataclass(frozen=True)
@@ -23,33 +27,33 @@ class Background:
     """The background of one volume, or of one window of a run."""
 
     rule: Literal["nonpositive", "lowest"] | float
-    """As `background` of the modality, but decided."""
+    """`background` of the modality, with `auto` decided."""
     value: float
-    """In the file."""
+    """Its value in the file."""
     below: float
-    """Fraction of the intensity that is below 0: Σ|x < 0| / Σ|x|."""
+    """Fraction of the intensity below 0: Σ|x < 0| / Σ|x|."""
     shared: float
-    """Fraction of the voxels that have `value`; in a run, in every frame."""
+    """Fraction of the voxels that have `value`; in a run, those that have it in every frame."""
     level: float | None = None
-    """In the preprocessed array; None: its lowest value."""
+    """Its value in the preprocessed array; None means the lowest one."""
 
     @property
-    def remarkable(self) -> bool:
-        """Whether it differs from the usual case: few voxels or none are below 0, and those are background."""
+    def is_unusual(self) -> bool:
+        """Whether it differs from the usual case, in which background is 0 or below and little of it is below 0."""
         return self.rule != "nonpositive" or self.below > BELOW
 
     @property
     def name(self) -> str:
-        """The rule, for messages."""
+        """The rule in words, for messages."""
         if self.rule == "nonpositive":
             return "voxels at 0 or below"
         return "the lowest value" if self.rule == "lowest" else f"the value {self.rule:g}"
 
     def mask(self, data: np.ndarray) -> np.ndarray:
-        """Return which voxels of (D, H, W) or (D, H, W, T) are background.
+        """Return the mask of the background: bool, of the shape of `data`, or (D, H, W) of a run with one value.
 
-        With `nonpositive` each voxel of a frame counts for itself, as in the original. A value must be there in every
-        frame, since a signal without its mean passes through any value.
+        With `nonpositive`, the frames of a run are independent, as in the original. Otherwise a voxel is background
+        only if it has the value in every frame, since a signal without its mean passes through any value.
         """
         if self.rule == "nonpositive":
             return data <= 0
@@ -57,17 +61,17 @@ class Background:
 
 
 Remark = tuple[Path, ModalityConfig, int, Background]
-"""File, modality, window, and a background that is `remarkable`."""
+"""(file, modality, window, background): a background that `is_unusual`."""
 Note = Callable[[Path, ModalityConfig, int, Background], object]
-"""Is given each `Remark` about what is preprocessed."""
+"""A callback that receives each `Remark` about a preprocessed volume."""
 
 
 def ignore(path: Path, config: ModalityConfig, window: int, background: Background) -> None:
-    """A `Note` that drops everything."""
+    """Drop a remark: the default `Note`."""
 
 
 def find_background(data: np.ndarray, config: ModalityConfig) -> Background | None:
-    """Return the background of `data`, (D, H, W) or (D, H, W, T) as stored; None if `auto` cannot decide."""
+    """Find the background of stored voxels, (D, H, W) or (D, H, W, T). Return None if `auto` cannot decide."""
     lowest = float(data.min())
     below = _below(data) if lowest < 0 else 0.0
     rule = config.background
@@ -77,23 +81,27 @@ def find_background(data: np.ndarray, config: ModalityConfig) -> Background | No
         return Background("lowest", lowest, below, _share(data, lowest))
     if rule != "auto":
         return Background(rule, rule, below, _share(data, rule))
-    zero, last = (
+    candidates = (
         Background(0.0, 0.0, below, _share(data, 0.0)),
         Background("lowest", lowest, below, _share(data, lowest)),
     )
-    found = max(zero, last, key=lambda background: background.shared)
-    return found if found.shared >= SHARED else None
+    best = max(candidates, key=lambda background: background.shared)
+    return best if best.shared >= SHARED else None
 
 
-def level_of(background: Background | None, config: ModalityConfig) -> float | None:
-    """Return the background's value in a preprocessed volume, None for its lowest; `background` None: the usual one."""
+def background_level(background: Background | None, config: ModalityConfig) -> float | None:
+    """Return the background's value in a preprocessed volume; None means the lowest value.
+
+    Args:
+        background: None for the usual one.
+    """
     if background is not None and background.rule != "nonpositive":
         return background.level
     return 0.0 if config.scaling == "znorm_zeroback" else None
 
 
-def undecided(path: str | Path, data: np.ndarray) -> DataError:
-    """Return the error about a volume whose background `auto` cannot find."""
+def unknown_background(path: str | Path, data: np.ndarray) -> DataError:
+    """Return the error for a volume whose background `auto` cannot find."""
     return DataError(
         f"{path}: {_below(data):.0%} of its intensity is below 0, and few voxels share the value 0 or the lowest one, "
         f"{data.min():.4g}, so its background is unknown; set background of the modality to nonpositive, lowest or a "
@@ -102,11 +110,13 @@ def undecided(path: str | Path, data: np.ndarray) -> DataError:
 
 
 def _below(data: np.ndarray) -> float:
+    """Return the fraction of the intensity below 0."""
     negative, positive = (-data.sum(where=data < 0, dtype=np.float64), data.sum(where=data > 0, dtype=np.float64))
     return float(negative / (negative + positive))
 
 
 def _has(data: np.ndarray, value: float) -> np.ndarray:
+    """Return the mask of voxels that have a value; in a run, in every frame."""
     equal = data == value
     return equal.all(axis=-1) if data.ndim == 4 else equal
 
@@ -115,8 +125,8 @@ def _share(data: np.ndarray, value: float) -> float:
     return float(_has(data, value).mean())
 
 
-def contradiction(background: Background) -> str | None:
-    """Return why the rule in force does not fit the volume; None if it does."""
+def describe_conflict(background: Background) -> str | None:
+    """Return why the configured rule does not fit the volume; None if it fits."""
     if background.rule == "nonpositive" and background.below > BELOW:
         return (
             f"{background.below:.0%} of its intensity is below 0 and becomes background, as background: nonpositive "
@@ -127,8 +137,8 @@ def contradiction(background: Background) -> str | None:
     return None
 
 
-def decision(background: Background) -> str:
-    """Return what was taken as the background of one volume, and why."""
+def describe_choice(background: Background) -> str:
+    """Return which background of a volume was chosen, and why."""
     value = f"{background.value:.4g}, " if background.rule == "lowest" else ""
     return (
         f"{background.below:.0%} of its intensity is below 0: background is {background.name} "
@@ -136,17 +146,18 @@ def decision(background: Background) -> str:
     )
 
 
-def mixture(modality: str, found: Mapping[Path, Background], total: int) -> str | None:
-    """Return that the volumes of a modality are read by different rules; None if they are not.
+def describe_mixture(modality: str, unusual: Mapping[Path, Background], total: int) -> str | None:
+    """Return the message for a modality whose volumes are read by different rules; None if all have the same rule.
 
     Args:
-        found: the remarkable ones of `total` volumes.
+        unusual: {file: its background}, for those that are unusual.
+        total: number of all volumes.
     """
     rules: dict[str, list[Path]] = {}
-    for path, background in found.items():
+    for path, background in unusual.items():
         rules.setdefault(background.name, []).append(path)
     counts = {name: f"{name} in {len(paths)} (such as {paths[0]})" for name, paths in rules.items()}
-    usual = total - len(found)
+    usual = total - len(unusual)
     if usual and "voxels at 0 or below" not in counts:
         counts["voxels at 0 or below"] = f"voxels at 0 or below in {usual}"
     if len(counts) < 2:
@@ -157,8 +168,10 @@ def mixture(modality: str, found: Mapping[Path, Background], total: int) -> str 
     )
 
 
-def uneven(remarks: Iterable[Remark], windows: Mapping[tuple[Path, ModalityConfig], int]) -> dict[Path, str]:
-    """Return {run: message} for runs whose windows `auto` reads by different rules.
+def describe_mixed_windows(
+    remarks: Iterable[Remark], windows: Mapping[tuple[Path, ModalityConfig], int]
+) -> dict[Path, str]:
+    """Return {run: message} for the runs in which `auto` chose different rules for different windows.
 
     Args:
         windows: {(file, modality): number of its windows}.
@@ -174,30 +187,31 @@ def uneven(remarks: Iterable[Remark], windows: Mapping[tuple[Path, ModalityConfi
     }
 
 
-def summary(modality: str, found: Mapping[Path, Background], total: int) -> list[str]:
-    """Return what to say about the backgrounds of a modality's volumes, in a few lines; arguments as of `mixture`."""
+def summarize_backgrounds(modality: str, unusual: Mapping[Path, Background], total: int) -> list[str]:
+    """Return a few lines about the unusual backgrounds of a modality. Arguments as for `describe_mixture`."""
     lines = []
-    for describe in (contradiction, lambda background: None if contradiction(background) else decision(background)):
-        texts = {path: text for path, background in found.items() if (text := describe(background))}
+    conflicts = {path: text for path, background in unusual.items() if (text := describe_conflict(background))}
+    choices = {path: describe_choice(background) for path, background in unusual.items() if path not in conflicts}
+    for texts in (conflicts, choices):
         lines += [
             f"{modality}: {path}: {text}"
             + (f"; {plural(len(texts) - 1, 'more volume')} like it" if len(texts) > 1 else "")
             for path, text in list(texts.items())[:1]
         ]
-    mixed = mixture(modality, found, total)
-    return lines + ([mixed] if mixed else [])
+    mixture = describe_mixture(modality, unusual, total)
+    return lines + ([mixture] if mixture else [])
 
 
-def by_modality(
+def group_by_modality(
     remarks: Iterable[Remark], modalities: Mapping[str, ModalityConfig]
 ) -> dict[str, dict[Path, Background]]:
-    """Return {modality: {file: background of its first remarkable window}} of what a `Note` was given.
+    """Group remarks: {modality: {file: background of its first unusual window}}.
 
-    Without those that are resized: their background only matters to augmentation and to maps.
+    Modalities with mode `resize` are left out: there the background only matters for augmentation and maps.
     """
-    found: dict[str, dict[Path, Background]] = {}
-    for path, config, _, background in sorted(remarks, key=lambda remark: (remark[0], remark[2])):  # threads made them
+    groups: dict[str, dict[Path, Background]] = {}
+    for path, config, _, background in sorted(remarks, key=lambda remark: (remark[0], remark[2])):  # from many threads
         for name, other in modalities.items():
             if config == other and config.mode != "resize":
-                found.setdefault(name, {}).setdefault(path, background)
-    return found
+                groups.setdefault(name, {}).setdefault(path, background)
+    return groups

@@ -1,25 +1,27 @@
-"""Volumes of a run, from files that stay as they were when it began; and preprocessed ones on disk, so that a file is
-decompressed, resized and scaled once for all runs.
+"""The volumes of a run: `Sources` reads files and notices if they change; `VolumeCache` keeps preprocessed volumes on
+disk, so that a file is decompressed, resampled and scaled once for all runs.
+
+The methods `check` and `load` do the steps of `check_volume` and `load_volume` (`umbrella_jax.data.volume`).
 
     DIR/volumes/ab/ab….safetensors   one volume, or one window of a run
     DIR/sources/cd/cd….json          one source file: its digest, the contradictions of its header, and its `stat`
     DIR/tmp/                         files that are being written
 
-An entry is a safetensors file with one tensor, `volume`. It is named by the SHA-256 of its key, which stands in its
-metadata: digest of the source's content, every parameter of the modality but the patch, window, type, and
-PREPROCESSING_VERSION. So a changed source or parameter is another entry, and equal content under several names is one.
-Of the libraries behind it, the metadata name the versions; they are not in the key. Nothing is ever deleted: what no
-run uses any more is yours to remove, at any time, whole or in part.
+An entry is a safetensors file with one tensor, `volume`. Its name is the SHA-256 of its key, which is stored in its
+metadata. The key holds the digest of the source's content, all parameters of the modality except the patch, the window,
+the type and PREPROCESSING_VERSION. A changed source or parameter therefore makes another entry, and files with equal
+content share one. The metadata also names the versions of NumPy and nibabel, which are not part of the key. Nothing is
+ever deleted: you may remove entries that no run uses at any time.
 
-Why one file each and not ArrayRecord or Zarr: it is written aside and renamed, so that any number of processes fill
-one directory without locks (which network file systems do not keep), and neither a crash nor a full disk can leave
-half an entry; and any program reads it. Whatever happens to it later is noticed: a length that does not fit when a run
-begins, a flipped bit (CRC-32) when it is read. Such an entry is made anew, with a warning.
+Why one file per volume and not ArrayRecord or Zarr: a file is written aside and renamed, so any number of processes can
+fill one directory without locks (which network file systems do not keep), neither a crash nor a full disk leaves half
+an entry, and any program can read it. Later damage is noticed: a wrong length when a run begins, a flipped bit (CRC-32)
+when the entry is read. A damaged entry is made again, with a warning.
 
-A source is hashed, and checked to its end for damage, once: as long as its path, size, times of change (`mtime`,
-`ctime`) and inode stay, so does its digest. What is not noticed, then: content that changed while all of these stayed,
-as after the clock was set back, or on a file system that does not keep them. A source that changes during a run is
-noticed when it is read.
+A source is hashed, and checked to its end for damage, once. Its digest is valid as long as its path, size, times of
+change (`mtime`, `ctime`) and inode stay the same. A change of the content that leaves all of these is therefore not
+noticed, for example after the clock was set back, or on a file system that does not keep them. A source that changes
+during a run is noticed when it is read.
 """
 
 import hashlib
@@ -45,7 +47,13 @@ from safetensors.numpy import save
 
 from umbrella_jax.config.schema import DataConfig, ModalityConfig, RunConfig
 from umbrella_jax.console import plural
-from umbrella_jax.data.background import Background, by_modality, level_of, summary, uneven
+from umbrella_jax.data.background import (
+    Background,
+    background_level,
+    describe_mixed_windows,
+    group_by_modality,
+    summarize_backgrounds,
+)
 from umbrella_jax.data.conversation import Image, read_conversations
 from umbrella_jax.data.volume import (
     PREPROCESSING_VERSION,
@@ -65,12 +73,13 @@ from umbrella_jax.io.reading import parse_json, read_json, sha256
 
 _log = logging.getLogger(__name__)
 _SETTLED = 2.0
-"""Seconds without a change after which a digest is remembered: within one tick of its file system's clock, a file can
-change a second time and look the same."""
+"""Seconds without a change before a digest is recorded. Within one tick of the file system's clock, a file could change
+again without a visible difference."""
 _ABANDONED = 3600.0
-"""Seconds after which a file in tmp/ is what a crash has left."""
+"""Seconds after which a file in tmp/ is assumed to be left over from a crash."""
 _CODES = {"float32": "F32", "float16": "F16"}
-_LARGEST = float(np.finfo(np.float16).max)
+"""Names of the types in a safetensors header."""
+_LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -80,19 +89,19 @@ class _Source:
     digest: str
     """SHA-256 of its content."""
     stats: np.ndarray
-    """int64, a hash of the `stat` of each file; a run may have thousands."""
+    """int64 [files], a hash of the `stat` of each file; a directory of frames may have thousands."""
     stat: str
-    """One hash of all of these, as a record keeps it."""
+    """One hash of all `stat`s, as written to the record in sources/."""
     changed: float
     """Time of the last change, in seconds."""
     remarks: tuple[str, ...] | None = None
-    """As of `Voxels`; None as long as it was not checked to its end."""
+    """`Voxels.remarks`; None until the source was checked to its end."""
 
 
 class Sources:
-    """`check_volume` and `load_volume` of files that stay as they are. Safe for threads.
+    """Checks and loads volumes from files that must not change during a run. Safe for threads.
 
-    `load` refuses a file that is not the one that `check` saw.
+    `load` rejects a file that has changed since `check` read it.
     """
 
     def __init__(self) -> None:
@@ -101,16 +110,16 @@ class Sources:
         self._checked: dict[tuple[Path, ModalityConfig], int] = {}  # number of windows
 
     def check(self, path: str | Path, config: ModalityConfig) -> int:
-        """`check_volume`; raises DataError also if the file changes meanwhile."""
+        """Do what `check_volume` does. Raise DataError also if the file changes meanwhile."""
         path = Path(path)
-        source, image = self._look(path), open_volume(path, config)
+        source, image = self._current(path), open_volume(path, config)
         self._checked[path, config] = count = check_opened(path, image, config, note=self._note)
         self._check_unchanged(path, image, source)
         self._remember(path, image, source)
         return count
 
     def load(self, path: str | Path, config: ModalityConfig, window: int = 0) -> np.ndarray:
-        """`load_volume` of a file that `check` has read to its end; raises DataError also if it changed since."""
+        """Do what `load_volume` does, for a file that `check` has read to its end. Raise DataError if it changed."""
         path = Path(path)
         source, image = self._source(path), open_volume(path, config)
         volume = preprocess(path, image, config, window)
@@ -118,34 +127,34 @@ class Sources:
         return volume
 
     def axes(self, path: str | Path, config: ModalityConfig) -> str | None:
-        """`axis_codes` of a file."""
+        """Return the `axis_codes` of a file."""
         return axis_codes(open_volume(path, config), config)
 
     def digest(self, path: str | Path) -> str:
-        """`source_digest` of a file as it was when it was first read."""
+        """Return the `source_digest` of a file as it was when it was first read."""
         return self._source(Path(path)).digest
 
     def background(self, path: Path, config: ModalityConfig, window: int) -> float | None:
-        """Return the value of the background in a checked and preprocessed volume; None if that is its lowest value."""
-        return level_of(self._backgrounds.get((path, config, window)), config)
+        """Return the background's value in a checked, preprocessed volume; None means the lowest value."""
+        return background_level(self._backgrounds.get((path, config, window)), config)
 
     def background_remarks(self, modalities: Mapping[str, ModalityConfig]) -> list[str]:
-        """Return which backgrounds were taken of volumes with voxels below 0, and if those of a modality or of the
-        windows of a run differ."""
+        """Return messages about the backgrounds of the checked volumes: unusual ones, and different ones within a
+        modality or a run."""
         remarks = [(*place, background) for place, background in self._backgrounds.items()]
-        lines = [f"{path}: {text}" for path, text in uneven(remarks, self._checked).items()]
+        lines = [f"{path}: {text}" for path, text in describe_mixed_windows(remarks, self._checked).items()]
         if len(lines) > 1:
             lines = [f"{lines[0]}; {plural(len(lines) - 1, 'more run')} like it"]
-        for modality, backgrounds in by_modality(remarks, modalities).items():
+        for modality, backgrounds in group_by_modality(remarks, modalities).items():
             total = sum(config == modalities[modality] for _, config in self._checked)
-            lines += summary(modality, backgrounds, total)
+            lines += summarize_backgrounds(modality, backgrounds, total)
         return lines
 
     def _note(self, path: Path, config: ModalityConfig, window: int, background: Background) -> None:
         self._backgrounds[path, config, window] = background
 
     def remarks(self) -> list[str]:
-        """Contradictions in the headers of the files that were checked, one line for all files with the same one."""
+        """Return the contradictions in the headers of the checked files, one line for all files with the same one."""
         paths: dict[str, list[Path]] = {}
         for path, source in sorted(self._sources.items()):
             for remark in source.remarks or ():
@@ -156,24 +165,24 @@ class Sources:
         ]
 
     def _source(self, path: Path) -> _Source:
-        """The source as it was when it was first read, or last checked."""
+        """Return the source as it was when it was first read, or last checked."""
         if path not in self._sources:
-            self._sources[path] = self._look(path)
+            self._sources[path] = self._current(path)
         return self._sources[path]
 
-    def _look(self, path: Path) -> _Source:
-        """The source as it is now."""
-        found = _stat(path)  # before it is hashed: a change in between shows when it is read
-        return _Source(source_digest(path), *found)
+    def _current(self, path: Path) -> _Source:
+        """Return the source as it is now."""
+        stat = _stat(path)  # before hashing, so that a change in between is noticed when the file is read
+        return _Source(source_digest(path), *stat)
 
     def _remember(self, path: Path, image: Voxels, source: _Source) -> None:
-        """Keep what was found of a source that was checked to its end."""
+        """Keep the remarks about a source that was checked to its end."""
         self._sources[path] = replace(source, remarks=tuple(image.remarks))
 
     def _check_unchanged(self, path: Path, image: Voxels, source: _Source) -> None:
-        """Raise DataError if what was read is not the source as it was; times and inodes alone may change."""
+        """Raise DataError if the content of the source has changed. Only times and inodes may change."""
         with readable(path):
-            same = all(source.stats[i : i + 1].tolist() == [_stamp(image.files[i].stat())] for i in image.used)
+            same = all(source.stats[i : i + 1].tolist() == [_stamp(image.files[i].stat())] for i in image.files_read)
         if not same:
             stats, stat, changed = _stat(path)
             if source_digest(path) != source.digest:
@@ -182,52 +191,53 @@ class Sources:
 
 
 def check_float16(path: Path, volume: np.ndarray) -> None:
-    """Raises DataError, naming the file, where float16 does not reach to a preprocessed volume's values."""
-    if (largest := max(volume.max(), -volume.min())) > _LARGEST:
+    """Raise DataError if a preprocessed volume has values beyond float16."""
+    if (largest := max(volume.max(), -volume.min())) > _LARGEST_FLOAT16:
         raise DataError(
-            f"{path}: values up to {largest:.6g}, float16 ends at {_LARGEST:.0f}; "
+            f"{path}: values up to {largest:.6g}, float16 ends at {_LARGEST_FLOAT16:.0f}; "
             "expected data.cache_dtype: float32, or a scaling of the modality"
         )
 
 
 class VolumeCache(Sources):
-    """`load_volume` with a memory. Safe for threads, and for processes that share the directory.
+    """`Sources` that keeps preprocessed volumes on disk. Safe for threads, and for processes that share the directory.
 
-    `dtype` float32 gives the very numbers of `load_volume`. float16 rounds them, the same whether an entry was there
-    or not: by at most 2⁻¹¹ of their size (4.9e-4), below 6.1e-5 by at most 3e-8; beyond ±65504 they are refused.
-
-    An entry that cannot be written (a full disk, a directory that is only readable) is a warning, once, and nothing
-    more is kept; with `strict` it is an OSError.
+    Args:
+        dtype: float32 keeps exactly the numbers of `load_volume`. float16 rounds them, whether or not the entry existed
+            before: by at most 2⁻¹¹ of their size (4.9e-4), and below 6.1e-5 by at most 3e-8. Values beyond ±65504 are
+            an error.
+        strict: raise OSError if an entry cannot be written (a full disk, a read-only directory). Otherwise this is one
+            warning, and no further entries are written.
+        verify: let `check` read each entry completely, not only its header.
     """
 
     def __init__(self, directory: str | Path, dtype: str = "float32", *, strict: bool = False, verify: bool = False):
-        # verify: `check` reads every entry, not its header alone
         super().__init__()
         self.directory, self.dtype = Path(directory), np.dtype(dtype)
-        self.made, self.found, self.nbytes = 0, 0, 0
+        self.num_made, self.num_found, self.nbytes = 0, 0, 0
         self._strict, self._verify, self._writes = strict, verify, True
         self._lock = threading.Lock()
-        with suppress(OSError):  # not there yet, or gone meanwhile
+        with suppress(OSError):  # the directory or the file may not exist
             for file in (self.directory / "tmp").iterdir():
                 if time.time() - file.stat().st_mtime > _ABANDONED:
                     file.unlink()
 
     @classmethod
-    def of(cls, data: DataConfig) -> Sources:
-        """The cache that a run's config names; files without one if it names none."""
+    def from_config(cls, data: DataConfig) -> Sources:
+        """Return the cache that a configuration names, or plain `Sources` if it names none."""
         return Sources() if data.cache is None else cls(data.cache, data.cache_dtype)
 
     def check(self, path: str | Path, config: ModalityConfig) -> int:
-        """Do what `check_volume` does, and keep the result.
+        """Do what `check_volume` does, and keep the volumes.
 
-        A source that was checked before and has every entry is not opened.
+        A source that was checked before and has all its entries is not opened.
 
         Raises:
-            DataError: as `load_volume`; the source changes meanwhile; it holds more than float16 can.
-            OSError: an entry cannot be written, where `strict`.
+            DataError: as `load_volume`; also if the source changes meanwhile, or has values beyond float16.
+            OSError: an entry cannot be written, if `strict`.
         """
         path = Path(path)
-        self._sources[path] = source = self._look(path)
+        self._sources[path] = source = self._current(path)
         first = self._read(self._key(source, config, 0), config, header_only=not self._verify)
         image: Voxels | None = None
         if first and source.remarks is not None:
@@ -240,7 +250,7 @@ class VolumeCache(Sources):
                 key = self._key(source, config, window)
                 entry = first if window == 0 else self._read(key, config, header_only=not self._verify)
                 if entry:
-                    self._count("found", self._file(key).stat().st_size)
+                    self._count("num_found", self._file(key).stat().st_size)
                     if background := entry[0]["background"]:
                         self._note(path, config, window, Background(**json.loads(background)))
                 else:
@@ -253,9 +263,9 @@ class VolumeCache(Sources):
         return count
 
     def load(self, path: str | Path, config: ModalityConfig, window: int = 0) -> np.ndarray:
-        """`load_volume`, from the cache where it can be: float32, C-contiguous; and what it raises.
+        """Do what `load_volume` does, from the cache if possible. Return float32, C-contiguous.
 
-        After `check`, of the content that the source had then: the source is not looked at.
+        After `check`, this is the content that the source had then; the source itself is not looked at.
         """
         path = Path(path)
         source = self._source(path)
@@ -264,7 +274,7 @@ class VolumeCache(Sources):
         return _widen(volume) if volume.dtype == np.float16 else volume
 
     def axes(self, path: str | Path, config: ModalityConfig) -> str | None:
-        """`axis_codes` of a file, from its first entry where it can be."""
+        """Return the `axis_codes` of a file, from its first entry if possible."""
         path = Path(path)
         entry = self._read(self._key(self._source(path), config, 0), config, header_only=True)
         return (entry[0]["axes"] or None) if entry else super().axes(path, config)
@@ -274,28 +284,28 @@ class VolumeCache(Sources):
     def _record(self, path: Path) -> Path:
         return self.directory / "sources" / _spread(_sha256(os.path.abspath(path)), ".json")
 
-    def _look(self, path: Path) -> _Source:
-        """The source as it is now. Hashes it only if it has changed since it was last seen."""
-        now, found = time.time(), _stat(path)
+    def _current(self, path: Path) -> _Source:
+        """Return the source as it is now. Hash it only if it differs from its record."""
+        now, current = time.time(), _stat(path)
         with suppress(OSError, ValueError, KeyError, TypeError):  # no record, or a damaged one
             known = read_json(self._record(path), DataError, "remove it")
-            if known["stat"] == found[1]:
-                remarks = known.get("remarks")  # records of before have none: checked again
-                return _Source(known["digest"], *found, remarks=None if remarks is None else tuple(remarks))
-        # a change within a tick of the file system's clock would not show: as if it had changed now
-        stats, stat, changed = found
+            if known["stat"] == current[1]:
+                remarks = known.get("remarks")  # older records have none: the source is checked again
+                return _Source(known["digest"], *current, remarks=None if remarks is None else tuple(remarks))
+        # A further change within the same tick of the clock would be invisible, so a recent change counts as unsettled.
+        stats, stat, changed = current
         return _Source(source_digest(path), stats, stat, changed if now - changed > _SETTLED else math.inf)
 
     def _remember(self, path: Path, image: Voxels, source: _Source) -> None:
         super()._remember(path, image, source)
         if source.changed < math.inf:
-            kept = {"path": os.path.abspath(path), "stat": source.stat, "digest": source.digest}
-            self._write(self._record(path), json.dumps(kept | {"remarks": image.remarks}).encode())
+            record = {"path": os.path.abspath(path), "stat": source.stat, "digest": source.digest}
+            self._write(self._record(path), json.dumps(record | {"remarks": image.remarks}).encode())
 
     # entries
 
     def _key(self, source: _Source, config: ModalityConfig, window: int) -> str:
-        """All that the numbers of an entry follow from."""
+        """Return the key of an entry: everything its numbers depend on."""
         key = {
             "source": source.digest,
             "modality": _parameters(config),
@@ -311,44 +321,46 @@ class VolumeCache(Sources):
     def _read(
         self, key: str, config: ModalityConfig, *, header_only: bool = False
     ) -> tuple[dict[str, str], np.ndarray] | None:
-        """Metadata and volume of an entry, the latter empty with `header_only`. None where there is none, and, with a
-        warning, where it is damaged."""
+        """Read metadata and volume of an entry; with `header_only` the volume is empty.
+
+        Return None if there is no entry, or, with a warning, if it is damaged.
+        """
         file, volume = self._file(key), np.empty(0, self.dtype)
         nbytes = math.prod(config.size) * self.dtype.itemsize
         tensor = {"dtype": _CODES[self.dtype.name], "shape": list(config.size), "data_offsets": [0, nbytes]}
         try:
-            # Not by safe_open: it maps the file, and where a network file system replaces or loses one that is mapped,
-            # the process is killed (SIGBUS).
+            # Not with safe_open, which maps the file: if a network file system replaces or loses a mapped file, SIGBUS
+            # kills the process.
             with file.open("rb") as entry:
                 length = int.from_bytes(entry.read(8), "little")
                 if 8 + length + nbytes != os.fstat(entry.fileno()).st_size:
-                    raise ValueError("its length is another one")
+                    raise ValueError("wrong length")
                 header = parse_json(entry.read(length).decode(), file, DataError, "remove it")
                 metadata: dict[str, str] = header["__metadata__"]
                 if (header["volume"], metadata["key"]) != (tensor, key):
-                    raise ValueError("it is another one")
+                    raise ValueError("wrong key, type or shape")
                 if not header_only:
                     volume = np.empty(config.size, self.dtype)
                     entry.readinto(volume.data.cast("B"))
                     if zlib.crc32(volume.data) != int(metadata["crc32"]):
-                        raise ValueError("its checksum is another one")
+                        raise ValueError("wrong checksum")
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            _log.warning("%s: a damaged volume (%s); made anew", file, error)
+            _log.warning("%s: a damaged volume (%s); made again", file, error)
             return None
         return metadata, volume
 
     def _make(self, path: Path, image: Voxels, config: ModalityConfig, window: int, source: _Source) -> np.ndarray:
-        """Preprocess a volume, write its entry and return it as it is kept."""
+        """Preprocess a volume, write its entry, and return the volume in the type of the cache."""
         backgrounds: list[Background] = []
         volume = preprocess(path, image, config, window, note=lambda *found: backgrounds.append(found[-1]))
         for background in backgrounds:
             self._note(path, config, window, background)
-        self._check_unchanged(path, image, source)  # it would be kept under the digest of what it was
+        self._check_unchanged(path, image, source)  # a changed volume would be kept under the old digest
         if self.dtype == np.float16:
             check_float16(path, volume)
-        volume = np.ascontiguousarray(volume, self.dtype)  # safetensors writes others wrong
+        volume = np.ascontiguousarray(volume, self.dtype)  # safetensors writes other memory orders wrongly
         key = self._key(source, config, window)
         metadata = {
             "key": key,
@@ -361,11 +373,11 @@ class VolumeCache(Sources):
         }
         content = save({"volume": volume}, metadata)
         if self._write(self._file(key), content):
-            self._count("made", len(content))
+            self._count("num_made", len(content))
         return volume
 
     def _write(self, file: Path, content: bytes) -> bool:
-        """Puts a file there whole, or not at all; whether it did."""
+        """Write a file atomically. Return whether it was written."""
         if not self._writes:
             return False
         temporary = self.directory / "tmp" / uuid.uuid4().hex
@@ -384,28 +396,31 @@ class VolumeCache(Sources):
                 raise OSError(error.errno, error.strerror, str(self.directory)) from None
             with self._lock:
                 if self._writes:
-                    _log.warning("%s: volumes are not kept from here on: %s", self.directory, error)
+                    _log.warning("%s: no more volumes are kept: %s", self.directory, error)
                 self._writes = False
             return False
         return True
 
-    def _count(self, what: str, nbytes: int) -> None:
+    def _count(self, counter: str, nbytes: int) -> None:
+        """Count an entry and its size."""
         with self._lock:
-            setattr(self, what, getattr(self, what) + 1)
+            setattr(self, counter, getattr(self, counter) + 1)
             self.nbytes += nbytes
 
 
-def fill(config: RunConfig, *, verify: bool = False) -> str:
-    """Puts every volume of a run's training and evaluation data into its cache; says how many, in one line.
+def fill_cache(config: RunConfig, *, verify: bool = False) -> str:
+    """Put every volume of a run's training and evaluation data into its cache. Return a line with the counts.
 
-    Several at once on one directory, on one machine or many, share the work: each takes the files in another order.
+    Several processes that fill one directory, on one machine or many, share the work: each takes the files in a random
+    order.
 
     Args:
-        verify: read every entry that is there, and make the damaged ones anew.
+        verify: read every existing entry, and make damaged ones again.
 
     Raises:
-        ConfigError: no cache or no data named.
-        DataError: with every fault of conversation files, or, when they are good, of volumes. Good ones are kept.
+        ConfigError: the configuration names no cache or no data.
+        DataError: with every fault of the conversation files; if these are good, with every fault of the volumes. Good
+            volumes are kept.
         OSError: an entry cannot be written.
     """
     data, modalities = config.data, config.model.modalities
@@ -433,24 +448,24 @@ def fill(config: RunConfig, *, verify: bool = False) -> str:
     cache = VolumeCache(str(data.cache), data.cache_dtype, strict=True, verify=verify)
     check_volumes(random.Random().sample(list(images), len(images)), modalities, data.threads, cache.check)
     return (
-        f"{cache.directory}: {len(images)} files, {cache.made + cache.found} volumes in {data.cache_dtype}: "
-        f"{cache.made} made, {cache.found} found; {cache.nbytes / 1e6:.1f} MB"
+        f"{cache.directory}: {len(images)} files, {cache.num_made + cache.num_found} volumes in {data.cache_dtype}: "
+        f"{cache.num_made} made, {cache.num_found} found; {cache.nbytes / 1e6:.1f} MB"
     )
 
 
 @lru_cache
 def _parameters(config: ModalityConfig) -> dict[str, Any]:
-    """Return what preprocessing depends on: not the patch, which comes after it."""
+    """Return the parameters that preprocessing depends on: all except the patch."""
     return {name: value for name, value in config.meaning.items() if name != "patch"}
 
 
 def _widen(volume: np.ndarray) -> np.ndarray:
-    """Finite float16 as float32, exactly, in a third of `astype`'s time.
+    """Convert finite float16 to float32 exactly, in a third of the time of `astype`.
 
-    Sign, exponent and fraction are moved to where float32 has them; 2¹¹² makes up for the other bias of the exponent,
-    127 - 15, also of numbers that have none (subnormal ones).
+    Sign, exponent and fraction are shifted to their place in float32. The factor 2¹¹² corrects the bias of the
+    exponent, 127 - 15, and is also right for subnormal numbers.
     """
-    bits = volume.view(np.int16).astype(np.int32)  # sign in the highest bit, and in those that the exponent leaves
+    bits = volume.view(np.int16).astype(np.int32)  # sign extension fills the bits above the exponent, cleared below
     bits <<= 13
     bits &= ~0x70000000
     wide = bits.view(np.float32)
@@ -461,10 +476,10 @@ def _widen(volume: np.ndarray) -> np.ndarray:
 def _stat(path: Path) -> tuple[np.ndarray, str, float]:
     """Return `stats`, `stat` and `changed` of a `_Source`."""
     with readable(path):
-        found = [(file, file.stat()) for file in source_files(path)]
-    said = [[file.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for file, s in found]
-    stats = np.array([_stamp(s) for _, s in found], np.int64)
-    return stats, _sha256(json.dumps(said)), max(max(s.st_mtime, s.st_ctime) for _, s in found)
+        files = [(file, file.stat()) for file in source_files(path)]
+    identity = [[file.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for file, s in files]
+    stats = np.array([_stamp(s) for _, s in files], np.int64)
+    return stats, _sha256(json.dumps(identity)), max(max(s.st_mtime, s.st_ctime) for _, s in files)
 
 
 def _stamp(s: os.stat_result) -> int:
@@ -472,7 +487,7 @@ def _stamp(s: os.stat_result) -> int:
 
 
 def source_digest(path: Path) -> str:
-    """SHA-256 of a source's content: of each file, in order, its suffix or, of a frame, its name, and its SHA-256."""
+    """Return the SHA-256 of a source: of the suffix of each file, or the name of a frame, and its content's SHA-256."""
     parts = []
     with readable(path):
         for file in source_files(path):
@@ -485,5 +500,5 @@ def _sha256(text: str) -> str:
 
 
 def _spread(name: str, suffix: str) -> Path:
-    """Over 256 directories: some file systems are slow with many files in one."""
+    """Spread files over 256 directories, because some file systems are slow with many files in one."""
     return Path(name[:2], name + suffix)

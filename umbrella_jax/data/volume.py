@@ -1,4 +1,12 @@
-"""Volumes to arrays, float32: orientation; resize, or one voxel size and pad; windows; scaling."""
+"""Make the float32 array that the model takes from a scan: orientation, size, windows of a run, scaling.
+
+    load_volume      all steps for one volume or window, and a check of the file to its end
+      open_volume    open the file (`umbrella_jax.data.voxels.open_voxels`) and check that it fits the modality
+      preprocess     read and orient its voxels, find the background, resample or pad and crop, scale
+
+`check_volume` and `check_volumes` do the same for all windows and files before a run. `restore` goes the other way: it
+brings a map over the preprocessed volume back to the voxels of the file.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,46 +20,50 @@ import numpy as np
 from tqdm import tqdm
 
 from umbrella_jax.config.schema import AS_STORED, ModalityConfig
-from umbrella_jax.data.background import Background, Note, find_background, ignore, undecided
+from umbrella_jax.data.background import Background, Note, find_background, ignore, unknown_background
 from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.voxels import Voxels, open_voxels
 from umbrella_jax.errors import DataError
 
 MAX_AXIS = 8192
-"""Voxels along an axis of space, four times those of the finest scans: resizing one makes a matrix of its weights."""
+"""Voxels along a spatial axis, four times those of the finest scans. Resampling needs a matrix of weights per axis."""
 _NARROW = 1e-4
-"""Spread as a fraction of the mean, below which float32 rounds z-scores noticeably."""
+"""Spread, as a fraction of the mean, below which float32 rounds z-scores noticeably."""
 _SMALL = 1e-16
 """Standard deviation below which squares in float32 lose digits or become 0."""
 PREPROCESSING_VERSION = 1
-"""Raise it whenever the same file and the same config become other numbers: cached volumes of before are then stale."""
+"""Increase it when the same file and configuration give other numbers: existing cache entries are then stale."""
 
 
 def load_volume(path: str | Path, config: ModalityConfig, window: int = 0, *, note: Note = ignore) -> np.ndarray:
     """Read one volume, or one window of a run, as the model takes it, and check the file to its end.
 
-    3D: orientation; to `config.size` by `config.mode`; scaling over the whole result. Mode `resize` is `area_weights`
-    on each axis. Mode `pad` is `linear_weights`: cubic voxels of `config.spacing` mm, then centred pad and crop. It
-    pads with the file's background before the scaling, so a scan means the same however much air was stored around
-    it, except for a shift below a voxel. It crops background only: a file that would lose other voxels is refused.
+    3D: orient, bring to `config.size` by `config.mode`, and scale over the whole result. Mode `resize` applies
+    `area_weights` to each axis. Mode `pad` applies `linear_weights`: it resamples to cubic voxels of `config.spacing`
+    mm, then pads and crops around the centre. It pads with the file's background before scaling, so the amount of air
+    stored around a scan makes no difference, except for a shift of less than a voxel. It crops background only: a file
+    that would lose other voxels is rejected.
 
-    4D: only the window's frames are read; orientation; scaling over the window's brain (what is not background);
-    centred pad with the scaled background, or crop, to `config.size[:3]`. As in the original, the crop cuts off brain.
+    4D: read only the window's frames, orient, scale over the window's brain (the voxels that are not background), then
+    pad around the centre with the scaled background, or crop, to `config.size[:3]`. As in the original, the crop may
+    cut off brain.
 
-    What is background, `config.background` says (`umbrella_jax.data.background`). An oblique scan is not rotated: its
-    axes are the nearest ones. `umbrella_jax.data.voxels` lists the formats.
+    `config.background` decides which voxels are background (`umbrella_jax.data.background`). An oblique scan is not
+    rotated; its axes are assigned to the nearest anatomical ones.
 
     Args:
-        note: is given the background if it is not the usual one.
+        path: file or directory of frames; `umbrella_jax.data.voxels` lists the formats.
+        window: index of the window of a run; 0 in 3D.
+        note: receives the background if it is unusual.
 
     Returns:
         float32 array of shape `config.size`, C-contiguous.
 
     Raises:
-        DataError: naming the file: missing, unreadable, damaged, of another rank, not finite, empty, shorter than a
-            window, without an orientation where `config.orientation` asks for one, without voxel sizes or too large
-            where `config.mode` is `pad` in 3D, or with an unknown background.
+        DataError: the file is missing, unreadable, damaged, of another rank, empty or shorter than a window; a voxel is
+            not finite; the background is unknown. Also if `config.orientation` needs an orientation, or mode `pad`
+            voxel sizes, that the file lacks, and if mode `pad` would crop brain.
     """
     image = open_volume(path, config)
     with checked_to_end(image):
@@ -60,9 +72,9 @@ def load_volume(path: str | Path, config: ModalityConfig, window: int = 0, *, no
 
 @contextmanager
 def checked_to_end(image: Voxels) -> Iterator[None]:
-    """Check a file to its end after what is read of it in the block.
+    """Check a file to its end after the block has read from it.
 
-    The DataError of a damaged file replaces any other: voxels that are wrong may look like any fault.
+    The DataError of a damaged file replaces an error of the block, because wrong voxels can cause any error.
     """
     try:
         yield
@@ -73,16 +85,16 @@ def checked_to_end(image: Voxels) -> Iterator[None]:
 def preprocess(
     path: str | Path, image: Voxels, config: ModalityConfig, window: int = 0, *, note: Note = ignore
 ) -> np.ndarray:
-    """Do what `load_volume` does with a file that `open_volume` opened.
+    """Do what `load_volume` does, without the check to the end, for a file that `open_volume` opened.
 
-    The windows of a .nii.gz then decompress no frame twice.
+    Several windows of a .nii.gz then decompress no frame twice.
     """
-    with np.errstate(over="ignore", invalid="ignore"):  # it shows in the result
+    with np.errstate(over="ignore", invalid="ignore"):  # the result is checked instead
         if len(config.size) == 3:
             volume, background = _preprocess_3d(path, image, config)
         else:
             volume, background = _preprocess_4d(path, image, config, window)
-    if background is not None and background.remarkable:
+    if background is not None and background.is_unusual:
         note(Path(path), config, window, background)
     if not np.isfinite(volume).all():
         raise DataError(f"{path}: scaling {config.scaling} takes it beyond float32; expected smaller numbers")
@@ -90,26 +102,29 @@ def preprocess(
 
 
 def axis_codes(image: Voxels, config: ModalityConfig) -> str | None:
-    """Return where the axes of the preprocessed array point, such as "RAS"; None if the file does not say."""
+    """Return the orientation of the preprocessed array, such as "RAS"; None if it is unknown."""
     if image.affine is None:
         return None
     return "".join(nib.aff2axcodes(image.affine)) if config.orientation == AS_STORED else config.orientation
 
 
 def count_windows(image: Voxels, config: ModalityConfig) -> int:
-    """Windows of an opened volume, 1 in 3D."""
+    """Return the number of windows of an opened volume, 1 in 3D."""
     return 1 if len(config.size) == 3 else num_windows(image.shape[3], config)
 
 
 def reading_order(count: int, config: ModalityConfig) -> Iterator[int]:
-    """Windows 0 .. count - 1 as they are read fastest. Going back in a .nii.gz starts it anew, so first come every
-    lap-th, none of which overlap, then those that begin one window later, and so on."""
+    """Return windows 0 .. count - 1 in the order that reads fastest.
+
+    Going back in a .nii.gz means decompressing it from the start. So the order makes few passes: the first one takes
+    windows that do not overlap, each later pass begins one window later.
+    """
     lap = -(-_span(config) // window_stride(config)) if count > 1 else 1
     return (window for first in range(lap) for window in range(first, count, lap))
 
 
 def num_windows(num_frames: int, config: ModalityConfig) -> int:
-    """Windows of a run, 0 where it is shorter than one.
+    """Return the number of windows of a run, 0 if it is shorter than one window.
 
     A window is `size[3]` frames, `stride_within_seq` apart; window i starts at frame i · `window_stride(config)`.
     """
@@ -117,12 +132,12 @@ def num_windows(num_frames: int, config: ModalityConfig) -> int:
 
 
 def window_stride(config: ModalityConfig) -> int:
-    """Frames between the starts of two windows: max(round(stride_between_seq · frames · stride_within_seq), 1)."""
+    """Return the frames between two window starts: max(round(stride_between_seq · frames · stride_within_seq), 1)."""
     return max(round(config.stride_between_seq * config.size[3] * config.stride_within_seq), 1)
 
 
 def _span(config: ModalityConfig) -> int:
-    """Frames from the first to the last of a window."""
+    """Return the number of frames from the first to the last of a window."""
     return (config.size[3] - 1) * config.stride_within_seq + 1
 
 
@@ -133,11 +148,11 @@ def check_volume(
     *,
     note: Note = ignore,
 ) -> int:
-    """Read and preprocess a file, all windows of a run included, to its end, and keep nothing.
+    """Read a file to its end and preprocess it, with all windows of a run. Return the number of windows.
 
-    Returns the number of windows.
-
-    `look` is shown each; what it raises is raised. `note` is as in `load_volume`.
+    Args:
+        look: is called with each preprocessed volume, and may raise.
+        note: as in `load_volume`.
     """
     return check_opened(path, open_volume(path, config), config, look, note=note)
 
@@ -150,7 +165,7 @@ def check_opened(
     *,
     note: Note = ignore,
 ) -> int:
-    """Do what `check_volume` does with a file that `open_volume` opened."""
+    """Do what `check_volume` does for a file that `open_volume` opened."""
     count = count_windows(image, config)
     with checked_to_end(image):
         for window in reading_order(count, config):
@@ -164,7 +179,10 @@ def check_volumes(
     threads: int,
     check: Callable[[Path, ModalityConfig], int] = check_volume,
 ) -> dict[Image, int]:
-    """Reads and preprocesses each distinct image once, by `check`, and shows on a terminal how far it is.
+    """Check each distinct image once, in threads, and show the progress on a terminal.
+
+    Args:
+        check: checks a file and returns the number of its windows.
 
     Returns:
         {image: number of its windows}, 1 in 3D, in the order of first appearance.
@@ -177,7 +195,7 @@ def check_volumes(
         try:
             return check(image.path, modalities[image.modality])
         except DataError as error:
-            return error.faults  # the error itself would hold its frames, and in them the opened file
+            return error.faults  # the error itself would keep its frames alive, and in them the opened file
 
     distinct = list(dict.fromkeys(images))
     with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
@@ -190,7 +208,10 @@ def check_volumes(
 
 
 def open_volume(path: str | Path, config: ModalityConfig) -> Voxels:
-    """The file, its voxels not yet read; rank, length, orientation and voxel sizes are as the modality wants them."""
+    """Open a file without reading its voxels, and check that the modality can use it.
+
+    Raises DataError unless rank, length, orientation and voxel sizes are as the modality needs them.
+    """
     image = open_voxels(path)
     rank, shape = len(config.size), image.shape
     if 0 in shape or len(shape) < rank or any(n != 1 for n in shape[rank:]):
@@ -200,10 +221,10 @@ def open_volume(path: str | Path, config: ModalityConfig) -> Voxels:
         faults.append(f"{path}: shape {shape}; expected at most {MAX_AXIS} voxels along an axis")
     if config.orientation != AS_STORED and image.affine is None:
         remedy = "use NIfTI with a valid qform or sform, or set orientation: as_stored for the modality"
-        faults.append(f"{path}: no orientation: {image.unoriented}; {remedy}")
+        faults.append(f"{path}: no orientation: {image.why_no_affine}; {remedy}")
     if config.spacing is not None and image.zooms is None:
         remedy = "use a file with voxel sizes, or set mode: resize for the modality"
-        faults.append(f"{path}: no voxel sizes: {image.unsized}; {remedy}")
+        faults.append(f"{path}: no voxel sizes: {image.why_no_zooms}; {remedy}")
     if rank == 4 and not num_windows(shape[3], config):
         window = f"a window of {config.size[3]}, {config.stride_within_seq} apart"
         faults.append(f"{path}: {shape[3]} frames; expected at least {window}")
@@ -213,7 +234,7 @@ def open_volume(path: str | Path, config: ModalityConfig) -> Voxels:
 
 
 def _orientation(image: Voxels, config: ModalityConfig) -> np.ndarray:
-    """Return, as `nibabel.io_orientation`, (3, 2): for each stored axis its place and whether it is reversed."""
+    """Return the (3, 2) orientation, as nibabel writes one: for each stored axis, its new index and direction."""
     if config.orientation == AS_STORED:
         return nib.io_orientation(np.eye(4))
     return nib.orientations.ornt_transform(
@@ -222,7 +243,7 @@ def _orientation(image: Voxels, config: ModalityConfig) -> np.ndarray:
 
 
 def _read(path: str | Path, image: Voxels, config: ModalityConfig, frames: slice | int) -> np.ndarray:
-    """Voxels of some frames, or of one, in the configured orientation, a view of what was read; finite in float32."""
+    """Read frames, or one frame, in the configured orientation. Raise DataError unless they are finite in float32."""
     data = nib.apply_orientation(image.read(frames), _orientation(image, config))
     limit = np.finfo(np.float32).max
     if data.dtype.kind == "f" and not (data.min() >= -limit and data.max() <= limit):
@@ -234,10 +255,11 @@ def _read(path: str | Path, image: Voxels, config: ModalityConfig, frames: slice
 
 @one_blas_thread()
 def restore(path: str | Path, values: np.ndarray, config: ModalityConfig, window: int = 0) -> np.ndarray:
-    """A map over the preprocessed volume, brought back to the voxels of the file as it is stored.
+    """Bring a map over the preprocessed volume back to the voxels of the file as it is stored.
 
-    Every voxel of the file gets its shares of the voxels that were made of it, as they were weighted (the transpose of
-    the resampling), so that sums are kept, but for what fell on padding. Frames outside the window get 0.
+    This is the transpose of the resampling: a voxel of the preprocessed volume gives each voxel of the file a share,
+    by the weight with which it was made from it. Sums are kept, except for values on padding. Frames outside the
+    window get 0.
 
     Args:
         values: float32 of shape `config.size`.
@@ -278,13 +300,13 @@ def _preprocess_3d(path: str | Path, image: Voxels, config: ModalityConfig) -> t
         padded[inside] = volume[inside]
         volume = padded
     if config.mode == "resize" and (config.background not in ("auto", "nonpositive") or volume.min() < 0):
-        background = find_background(data, config)  # for who fills with it later; here it changes nothing
+        background = find_background(data, config)  # only for augmentation and maps; the volume does not depend on it
     mean, std = 0.0, 1.0
     if config.scaling == "znorm":
         mean, std = _moments(volume)
         offset = 0.0
         if config.mode == "resize" and np.ptp(volume) < _NARROW * abs(mean):
-            # float32 has few digits left for the differences; subtracting first does not change z-scores
+            # float32 has few digits left for the differences. Subtracting first does not change z-scores.
             offset = mean
             volume = resample(data - np.float64(offset), weights)
             mean, std = _moments(volume)
@@ -298,7 +320,7 @@ def _preprocess_3d(path: str | Path, image: Voxels, config: ModalityConfig) -> t
 
 
 def _with_level(background: Background | None, mean: float, std: float) -> Background | None:
-    """Return the background with its value in a volume from which `mean` was subtracted, and divided by `std`."""
+    """Return the background with its level in a volume that was scaled as (volume - mean) / std."""
     if background is None or background.rule in ("nonpositive", "lowest"):
         return background
     return replace(background, level=float((np.float32(background.value) - np.float32(mean)) / np.float32(std)))
@@ -314,7 +336,7 @@ def _preprocess_4d(
     background = find_background(data, config)
     scaled = config.scaling in ("znorm_zeroback", "znorm_minback")
     if background is None and (scaled or any(n < s for n, s in zip(data.shape[:3], config.size[:3], strict=True))):
-        raise undecided(path, data)
+        raise unknown_background(path, data)
     if background is None or background.rule == "nonpositive":
         maximum = _largest(path, data, config) if background is not None or config.scaling == "minmax" else 0.0
         volume = np.zeros(config.size, np.float32)
@@ -328,9 +350,9 @@ def _preprocess_4d(
         return volume, _with_level(background, 0.0, maximum)
     if not scaled:
         return volume, _with_level(background, 0.0, 1.0)
-    assert background is not None  # else it was refused
+    assert background is not None  # checked above
     if background.rule == "nonpositive":
-        voxels = data.ravel("K")  # in the order of memory, which a mask of (D, H, W, T) is slow to leave
+        voxels = data.ravel("K")  # in the order of memory, since a mask of (D, H, W, T) is slow on a strided array
         voxels = voxels[voxels > 0]
     else:
         voxels = data[~background.mask(data)]
@@ -346,9 +368,10 @@ def _preprocess_4d(
 
 
 def area_weights(length: int, size: int) -> np.ndarray:
-    """(size, length), float32: output i of an axis is the mean of the inputs floor(i·n/o) .. ceil((i+1)·n/o).
+    """Return weights (size, length), float32, for area resampling of an axis.
 
-    On all axes this is adaptive average pooling, PyTorch's `adaptive_avg_pool3d` and MONAI's "area".
+    With n = length and o = size, output i is the mean of the inputs floor(i·n/o) .. ceil((i+1)·n/o). Applied to every
+    axis, this is adaptive average pooling: PyTorch's `adaptive_avg_pool3d` and MONAI's "area".
     """
     i, j = np.arange(size)[:, None], np.arange(length)
     window = (i * length // size <= j) & (j < -(-(i + 1) * length // size))  # -(-a // b) is the ceiling of a / b
@@ -356,12 +379,12 @@ def area_weights(length: int, size: int) -> np.ndarray:
 
 
 def linear_weights(length: int, zoom: float, size: int, spacing: float) -> np.ndarray:
-    """(size, length), float32: an axis of voxels `zoom` mm apart to ones `spacing` mm apart, padded and cropped.
+    """Return weights (size, length), float32, from voxels `zoom` mm apart to voxels `spacing` mm apart, in `size`.
 
-    round(length · zoom / spacing) voxels share the middle of the field of view, and stand centred in `size` as
-    `_centred` says. Each is the mean of the inputs around it, weighted by a triangle of half-width
-    max(zoom, spacing): linear interpolation to smaller voxels, and to larger ones no aliasing, as PyTorch's
-    `interpolate(mode="linear", antialias=True)`. What pads has no weights.
+    The field of view becomes round(length · zoom / spacing) voxels with the same centre, and `_centred` pads or crops
+    these to `size`. Each is the mean of the inputs around it, weighted by a triangle of half-width max(zoom, spacing):
+    linear interpolation to smaller voxels, and no aliasing to larger ones, as in PyTorch's
+    `interpolate(mode="linear", antialias=True)`. Rows of padding are 0.
     """
     resampled = max(round(length * zoom / spacing), 1)
     inside, outside = _centred(resampled, size)
@@ -374,10 +397,10 @@ def linear_weights(length: int, zoom: float, size: int, spacing: float) -> np.nd
 
 
 def resample(volume: np.ndarray, weights: Sequence[np.ndarray]) -> np.ndarray:
-    """(X, Y, Z) of any real type to float32 (U, V, W), by weights (U, X), (V, Y) and (W, Z) of its axes.
+    """Resample a volume (X, Y, Z) of any real type to float32 (U, V, W), by weights (U, X), (V, Y) and (W, Z).
 
-    The axes are independent of one another, so these are three matrix products. The first is over the axis that is
-    slowest in memory, a few slices at a time, so that nothing of the volume's own size is made.
+    The axes are independent, so these are three matrix products. The first is over the slowest axis in memory, a few
+    slices at a time, so no float32 copy of the whole volume is made.
     """
     order = sorted(range(3), key=lambda axis: -abs(volume.strides[axis]))
     slow, middle, fast = (weights[axis] for axis in order)
@@ -392,7 +415,7 @@ def resample(volume: np.ndarray, weights: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _weights(shape: tuple[int, ...], image: Voxels, config: ModalityConfig) -> list[np.ndarray]:
-    """By which each axis of the oriented array, of this shape, becomes one of `config.size`."""
+    """Return the weights that bring each axis of the oriented array, of this shape, to `config.size`."""
     if config.mode == "resize":
         return [area_weights(n, out) for n, out in zip(shape, config.size, strict=True)]
     spacing, zooms = config.spacing, image.zooms
@@ -416,7 +439,7 @@ def _check_covered(
     cropped = data[kept].shape != data.shape
     if background is None:
         if cropped or not all(w.any(axis=1).all() for w in weights):
-            raise undecided(path, data)
+            raise unknown_background(path, data)
         return
     if lost := 0 if not cropped else np.sum(~background.mask(data)) - np.sum(~background.mask(data[kept])):
         field = "×".join(f"{size * config.spacing:g}" for size in config.size if config.spacing)
@@ -432,17 +455,17 @@ def _check_covered(
 
 
 def _centred(length: int, size: int) -> tuple[slice, slice]:
-    """Where `length` voxels of an axis are taken from and put to, so that they stand centred in `size`."""
+    """Return two slices that pad or crop an axis around its centre: those to read from and to write to."""
     cut, pad = max(length - size, 0) // 2, max(size - length, 0) // 2
     common = min(length, size)
     return slice(cut, cut + common), slice(pad, pad + common)
 
 
 def _moments(values: np.ndarray) -> tuple[float, float]:
-    """Return mean and population standard deviation; 1 for the latter if the values are constant but for rounding."""
+    """Return mean and population standard deviation; the latter is 1 if only rounding makes the values differ."""
     mean = float(values.mean(dtype=np.float64))
     std = float(values.std(mean=np.float32(mean)))
-    if std == math.inf:  # its squares were too large; nothing that is divided by it would tell
+    if std == math.inf:  # the squares overflowed; NaN makes the result fail its check, division by infinity would not
         return mean, math.nan
     if std > max(_NARROW * abs(mean), _SMALL):
         return mean, std

@@ -1,17 +1,22 @@
-"""Voxels on disk, whatever holds them, behind one small interface: shape, affine, voxel sizes, and the frames that are
-asked for.
+"""Open volumes of every format through one small interface: shape, affine, voxel sizes and selected frames.
 
-- What nibabel knows: NIfTI-1 and 2 (`.nii`, `.nii.gz`, `.hdr`/`.img`), Analyze pairs, `.mgz`, `.mgh`; scaled values.
-- A `.npy` array or `.pt` tensor: one volume (D, H, W), (1, D, H, W) or (D, H, W, 1).
-- A directory of such volumes, `frame_0`, `frame_1`, … `.npy` or `.pt`: a run. Files of other names are not looked at,
-  the `global_stats.pt` of the original system among them.
+This is the first step from a file to an array. `open_voxels` knows formats and headers and nothing of the model;
+`umbrella_jax.data.volume` calls it and makes the array that the model takes.
 
-Nothing in a file is ever executed: arrays are read without pickles, tensors with `weights_only`. What a header
-promises is compared with the file before anything is allocated for it. Extensions of a NIfTI are not read, nor is the
-`.mat` beside an Analyze pair.
+Formats:
 
-A header may contradict itself. A field that NIfTI does not allow is refused if the voxels depend on it. If another
-field holds the same information, that one is used and `Voxels.remarks` says so.
+- NIfTI-1 and 2 (`.nii`, `.nii.gz`, `.hdr`/`.img`), Analyze pairs, `.mgz` and `.mgh`, read by nibabel, with scaled
+  values.
+- A `.npy` array or `.pt` tensor with one volume: (D, H, W), (1, D, H, W) or (D, H, W, 1).
+- A directory of such volumes named `frame_0`, `frame_1`, … `.npy` or `.pt`: a run. Other files in it are ignored, such
+  as the `global_stats.pt` of the original system.
+
+Nothing in a file is ever executed: arrays are read without pickles, tensors with `weights_only`. A header is checked
+against the size of its file before memory is allocated. NIfTI extensions and the `.mat` file of an Analyze pair are not
+read.
+
+A header may contradict itself. A field that NIfTI does not allow is an error if the voxels depend on it. If another
+field holds the same information, that field is used, and `Voxels.remarks` reports it.
 """
 
 import gzip
@@ -43,10 +48,10 @@ from umbrella_jax.errors import DataError, is_out_of_memory
 from umbrella_jax.io.reading import placeholder
 
 UNPACKED = 256 << 20
-"""Bytes that any compressed file may hold: a volume of 320³ in float64, whatever is in it."""
+"""Bytes that any compressed file may unpack to, whatever its own size: a volume of 320³ in float64."""
 RATIO = 100
-"""Beyond those, bytes for each of a compressed file's. Scans come to half or a tenth of their size, for they are noisy;
-masks to a hundredth; a bomb, of zeros alone, to a thousandth, which is the least that gzip can."""
+"""Largest compression ratio of a file that unpacks to more. Noisy scans compress by 2 to 10, masks by 100, and a bomb
+of zeros by 1000, the most that gzip reaches."""
 _NIFTI = (nib.Nifti1Pair, nib.Nifti1Image, nib.Nifti2Pair, nib.Nifti2Image)
 _ANALYZE = (nib.Spm2AnalyzeImage, nib.Spm99AnalyzeImage, nib.AnalyzeImage)
 _KINDS = (*_NIFTI, *_ANALYZE, nib.MGHImage)
@@ -68,58 +73,61 @@ _GEOMETRY: tuple[str, ...] = (
     "qoffset_y",
 )
 _GEOMETRY += ("qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z")
-"""Fields of a NIfTI header that say where its voxels are, how large, and how far apart in time."""
+"""Fields of a NIfTI header with the position and size of its voxels and the time between frames."""
 _PACKINGS = {".gz": "gzip", ".mgz": "gzip", ".bz2": "bzip2", ".zst": "zstd"}
 _MAGIC = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
 _CHUNK = 1 << 20
 _SILENT = logging.Logger("nibabel", logging.CRITICAL + 1)
-"""nibabel's own names no file; `Voxels.remarks` says what matters."""
+"""Replaces nibabel's logger, whose messages name no file. `Voxels.remarks` reports what matters."""
 _RAS_FLAG = slice(28, 30)
-"""Bytes of an MGH header: whether its voxel sizes and axes mean anything (`goodRASFlag`)."""
+"""Bytes of the `goodRASFlag` in an MGH header: 0 if its voxel sizes and axes are meaningless."""
 _SINGLE = (".nii", ".nii.gz", ".mgz", ".mgh", *_ARRAYS)
 _FRAME = re.compile(r"frame_([0-9]+)\.(npy|pt)")
 
 
 class Voxels(Protocol):
-    """One opened file or directory; no more of it is read than `read` is asked for."""
+    """An opened file or directory. Only the requested frames are read."""
 
     shape: tuple[int, ...]
     """As stored: (D, H, W), (D, H, W, T), or with more axes."""
     dtype: np.dtype
-    """As stored; of a run of arrays, that of its first frame."""
+    """As stored; for a directory of frames, the type of the first one."""
     affine: np.ndarray | None
-    """(4, 4), voxel indices to RAS+ coordinates; None where the file does not say how it is oriented."""
+    """(4, 4), voxel indices to RAS+ coordinates; None if the orientation is unknown."""
     zooms: np.ndarray | None
-    """(3,), mm from voxel to voxel along each axis as stored; None where the file does not say."""
-    unoriented: str
-    """Why `affine` is None."""
-    unsized: str
-    """Why `zooms` is None."""
+    """(3,), mm from voxel to voxel along each stored axis; None if unknown."""
+    why_no_affine: str
+    """Reason for `affine` being None."""
+    why_no_zooms: str
+    """Reason for `zooms` being None."""
     remarks: list[str]
-    """Contradictions of its header, each with the reading that was taken; complete after `check_end`."""
+    """Contradictions in the header, each with the value that was used; complete after `check_end`."""
     files: Sequence[Path]
     """Its files, as `source_files` lists them."""
-    used: set[int]
-    """Indices of the files that were read."""
+    files_read: set[int]
+    """Indices of the files that were read so far."""
 
     def read(self, frames: slice | int) -> np.ndarray:
-        """(D, H, W, n) of n frames, (D, H, W) of one; of axes behind them the first entry, of 3 axes all.
+        """Read frames: (D, H, W, n) for a slice, (D, H, W) for one index.
 
-        Real numbers in the type of the file, or a float where it scales them.
+        A volume without a frame axis is read whole. Of axes after the frames, the first entry is taken.
+
+        Returns:
+            Real numbers in the type of the file, or floats if the file scales its values.
         """
 
     def check_end(self) -> None:
-        """Read the rest of each compressed file, to the checksum at its end, and frames that were not read.
+        """Read the rest: each compressed file up to the checksum at its end, and frames that were not read.
 
-        Raises DataError for a damaged file: voxels that were read before may be wrong.
+        Raises DataError for a damaged file. Voxels that were read before may then be wrong.
         """
 
 
 def open_voxels(path: str | Path) -> Voxels:
-    """Opens what lies there, a file by its suffix.
+    """Open a directory of frames, or a file by its suffix.
 
-    Raises DataError naming it: missing, unreadable, no real numbers, a header that promises more than the file can
-    hold, frames that do not follow one another.
+    Raises DataError if the path is missing or unreadable, the voxels are not real numbers, the header promises more
+    than the file can hold, or frames are missing.
     """
     path = Path(path)
     if _is_directory(path):
@@ -128,9 +136,9 @@ def open_voxels(path: str | Path) -> Voxels:
 
 
 def map_header(scan: Voxels) -> nib.Nifti1Header:
-    """Return a NIfTI header (of version 2 for a NIfTI-2 scan) with a scan's geometry, for a map over its voxels.
+    """Return a NIfTI header with a scan's geometry, for a map over its voxels; version 2 for a NIfTI-2 scan.
 
-    A NIfTI scan's fields are copied as they are, even where they contradict each other: viewers then place both alike.
+    The fields of a NIfTI scan are copied even if they contradict each other, so that viewers place map and scan alike.
     """
     if isinstance(scan, _Nibabel) and scan.kind in _NIFTI:
         header = (nib.Nifti2Header if scan.kind in (nib.Nifti2Image, nib.Nifti2Pair) else nib.Nifti1Header)()
@@ -150,15 +158,14 @@ def map_header(scan: Voxels) -> nib.Nifti1Header:
 
 
 def _is_directory(path: Path) -> bool:
-    with readable(path):  # a name may be longer than any can be
+    with readable(path):  # the name may be too long for a file system
         return path.is_dir()
 
 
 def source_files(path: Path) -> list[Path]:
-    """All files that `open_voxels` may read there, in a fixed order: itself, both of a pair, a directory's frames.
+    """Return all files that `open_voxels` may read, in a fixed order: one file, both of a pair, or the frames of a run.
 
-    Opens none. Raises DataError as `open_voxels` does for what is no file, and where the frames of a directory do not
-    follow one another.
+    Opens none of them. Raises DataError, as `open_voxels` does, for a path that is not a file, and for missing frames.
     """
     if _is_directory(path):
         return _frames(path)
@@ -175,14 +182,14 @@ def source_files(path: Path) -> list[Path]:
 
 
 def _pair(kind: Any, path: Path) -> set[Path]:
-    """The files of a kind that are read: header and voxels, which may be one."""
+    """Return the files of an image class that are read: header and voxels, which may be one file."""
     parts = kind.filespec_to_file_map(path)
     return {Path(parts[part].filename) for part in ("header", "image") if part in parts}
 
 
 @contextmanager
 def readable(path: Path, expected: str = "a whole volume, copy it again") -> Iterator[None]:
-    """Whatever goes wrong inside becomes a DataError: a damaged file makes its readers raise nearly anything."""
+    """Turn any error of the block into a DataError, because readers of damaged files raise nearly anything."""
     try:
         yield
     except DataError:
@@ -203,9 +210,9 @@ def readable(path: Path, expected: str = "a whole volume, copy it again") -> Ite
         if pointer := placeholder(path):
             raise DataError(f"{path}: {pointer}") from None
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        if isinstance(error, OSError) and error.strerror:  # its text would name the file again
+        if isinstance(error, OSError) and error.strerror:  # str(error) would name the file again
             reason = error.strerror
-        if isinstance(error, gzip.BadGzipFile) and "Not a gzipped file" in reason:  # its beginning is one
+        if isinstance(error, gzip.BadGzipFile) and "Not a gzipped file" in reason:  # the beginning of the file is gzip
             reason = "other bytes follow the end of its gzip data"
         if isinstance(error, HeaderDataError):
             expected = "another header: correct it, or copy the file again"
@@ -213,12 +220,13 @@ def readable(path: Path, expected: str = "a whole volume, copy it again") -> Ite
 
 
 def _check_real(path: Path, dtype: np.dtype) -> None:
+    """Raise DataError unless a type holds real numbers."""
     if dtype.kind not in "iuf":
         raise DataError(f"{path}: voxels of type {dtype}; expected real numbers")
 
 
 def _size(file: Path) -> int:
-    """Bytes of a file. Raises FileNotFoundError, and DataError for what is none: a pipe would be waited for."""
+    """Return the bytes of a file. Raise FileNotFoundError, or DataError for a pipe, which would block, and the like."""
     status = os.stat(file)
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{file}: a directory, pipe or device; expected a file")
@@ -226,23 +234,23 @@ def _size(file: Path) -> int:
 
 
 def _check_promise(path: Path, file: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int = 0) -> None:
-    """Raises DataError where `file` cannot hold the voxels that a header speaks of."""
+    """Raise DataError if `file` cannot hold the voxels that its header promises."""
     size, promised = _size(file), offset + math.prod(shape) * dtype.itemsize
-    what = f"{path}: its header promises {' × '.join(map(str, shape))} voxels of {dtype}"
+    promise = f"{path}: its header promises {' × '.join(map(str, shape))} voxels of {dtype}"
     if min(shape, default=0) < 0 or offset < 0:
-        raise DataError(f"{what} from byte {offset}; expected a whole volume, copy it again")
+        raise DataError(f"{promise} from byte {offset}; expected a whole volume, copy it again")
     packed = file.suffix.lower() in ImageOpener.compress_ext_map
     if not packed and promised > size:
-        raise DataError(f"{what}, {promised} bytes, but {file} has {size}; expected a whole volume, copy it again")
+        raise DataError(f"{promise}, {promised} bytes, but {file} has {size}; expected a whole volume, copy it again")
     if packed and promised > max(UNPACKED, RATIO * size):
         raise DataError(
-            f"{what}, {promised} bytes, from {size} compressed ones; expected no more than {RATIO} times as many, as "
-            "of any scan: copy it again, or if it is so empty, unpack it"
+            f"{promise}, {promised} bytes, from {size} compressed ones; expected no more than {RATIO} times as many, "
+            "as for any scan: copy it again, or if it is almost empty, decompress it"
         )
 
 
 def _check_count(path: Path, shape: tuple[int, ...], frames: slice | int) -> None:
-    """Raises DataError where a reading is of more voxels than memory may hold."""
+    """Raise DataError if `frames` hold more than MAX_VOXELS voxels."""
     length = shape[3] if len(shape) > 3 else 1
     count = math.prod(shape[:3]) * (1 if isinstance(frames, int) else len(range(length)[frames]))
     if count > MAX_VOXELS:
@@ -251,26 +259,27 @@ def _check_count(path: Path, shape: tuple[int, ...], frames: slice | int) -> Non
 
 @dataclass(frozen=True)
 class _Geometry:
-    """Places and sizes of a header's voxels; fields as in `Voxels`."""
+    """Position and size of a header's voxels; fields as in `Voxels`."""
 
     affine: np.ndarray | None = None
     zooms: np.ndarray | None = None
-    unoriented: str = ""
-    unsized: str = ""
+    why_no_affine: str = ""
+    why_no_zooms: str = ""
     remarks: tuple[str, ...] = ()
 
 
 class _Nibabel:
-    """A file read through nibabel's headers and array proxy.
+    """A file that is read through nibabel's headers and array proxy.
 
-    `nibabel.load` would read more: extensions of any length, a `.mat` beside an Analyze pair, the tags of an `.mgz`."""
+    `nibabel.load` would also read extensions of any length, the `.mat` of an Analyze pair and the tags of an `.mgz`.
+    """
 
     def __init__(self, path: Path):
         self._path = path
         self._faults: tuple[str, ...] = ()
-        with readable(path), np.errstate(over="ignore", invalid="ignore"):  # of headers that are nonsense
+        with readable(path), np.errstate(over="ignore", invalid="ignore"):  # from headers with nonsense
             self.files: Sequence[Path] = source_files(path)
-            self.used = set(range(len(self.files)))
+            self.files_read = set(range(len(self.files)))
             self.kind = kind = _kind(path, self.files)
             parts = kind.filespec_to_file_map(path)
             self._file = file = Path(parts["image"].filename)
@@ -296,11 +305,11 @@ class _Nibabel:
                 geometry = _mgh_geometry(np.asarray(header.get_affine(), np.float64))
             else:
                 geometry = _Geometry(None, None, "its goodRASFlag is 0", "its goodRASFlag is 0")
-            self.affine, self.unoriented = geometry.affine, geometry.unoriented
-            self.zooms, self.unsized = _possible(geometry)
+            self.affine, self.why_no_affine = geometry.affine, geometry.why_no_affine
+            self.zooms, self.why_no_zooms = _plausible_zooms(geometry)
             self.remarks = [*_field_remarks(kind, stored, offset, self.dtype), *geometry.remarks]
-            # igzip takes two thirds of the time of nibabel's own. Not memory-mapped: a file that is cut short while it
-            # is mapped kills the process with SIGBUS.
+            # igzip takes two thirds of the time of nibabel's own reader. The file is not memory-mapped, because a
+            # mapped file that is cut short kills the process with SIGBUS.
             self._content = _unpacked(file) if _packing(file) else str(file)
             scale = (1.0 if slope is None else slope, 0.0 if inter is None else inter)
             spec = (self.shape, self.dtype, offset, *scale)
@@ -308,8 +317,8 @@ class _Nibabel:
 
     def read(self, frames: slice | int) -> np.ndarray:
         _check_count(self._path, self.shape, frames)
-        behind = len(self.shape) - 4
-        index = (*(slice(None),) * 3, frames, *(0,) * behind)[: len(self.shape)]
+        further_axes = len(self.shape) - 4
+        index = (*(slice(None),) * 3, frames, *(0,) * further_axes)[: len(self.shape)]
         try:
             with readable(self._path):
                 return np.asarray(self._data[index])
@@ -318,7 +327,7 @@ class _Nibabel:
             raise
 
     def check_end(self) -> None:
-        if self._faults:  # of a stream that broke, the rest says nothing true
+        if self._faults:  # the rest of a broken stream is meaningless
             raise DataError(self._faults)
         with readable(self._path):
             if self._header_file != self._file and _packing(self._header_file):
@@ -327,7 +336,7 @@ class _Nibabel:
             size = _read_to_end(self._file, self._content) if _packing(self._file) else _size(self._file)
         volume = math.prod(self.shape[:3]) * self.dtype.itemsize
         more = (size - self._end) // max(volume, 1)
-        if self.kind is not nib.MGHImage and more > 0:  # whose tags follow the voxels
+        if self.kind is not nib.MGHImage and more > 0:  # in an MGH file, tags follow the voxels
             remark = (
                 f"room for {more} more volumes follows its voxels: dim in its header may be wrong; it is used as it is"
             )
@@ -335,7 +344,7 @@ class _Nibabel:
                 self.remarks.append(remark)
 
     def read_mgh_tr(self) -> float:
-        """Return the milliseconds between frames, stored after the voxels of an MGH file; 0 if it has none."""
+        """Return the milliseconds between frames, which an MGH file stores after its voxels; 0 if it does not."""
         with readable(self._path), ImageOpener(str(self._file)) as content:
             content.seek(self._end)
             footer = content.read(4)
@@ -344,7 +353,7 @@ class _Nibabel:
 
 
 def _data_offset(path: Path, kind: Any, stored: Any) -> int:
-    """Byte of the first voxel. Raises DataError for a `vox_offset` that is none, or is within the header."""
+    """Return the byte of the first voxel. Raise DataError if `vox_offset` is no integer or is inside the header."""
     if kind not in _NIFTI:
         return int(stored.get_data_offset())
     _check_axes(path, kind, stored)
@@ -360,8 +369,7 @@ def _data_offset(path: Path, kind: Any, stored: Any) -> int:
 
 
 def _check_axes(path: Path, kind: Any, stored: Any) -> None:
-    """Raise DataError for a number of axes that is none. nibabel then takes the bytes for swapped, and every field for
-    another."""
+    """Raise DataError for an impossible number of axes: nibabel then swaps the bytes and misreads every field."""
     axes = stored["dim"][0]
     if int(stored["sizeof_hdr"].byteswap()) == kind.header_class.sizeof_hdr:
         axes = axes.byteswap()
@@ -370,7 +378,7 @@ def _check_axes(path: Path, kind: Any, stored: Any) -> None:
 
 
 def _field_remarks(kind: Any, stored: Any, offset: int, dtype: np.dtype) -> Iterator[str]:
-    """Fields beside its geometry that contradict others or the standard."""
+    """Yield a remark for each field, geometry aside, that contradicts another one or the standard."""
     if kind in _NIFTI and offset and not stored["vox_offset"]:
         yield f"vox_offset is 0; voxels are read from byte {offset}"
     if kind in (*_NIFTI, *_ANALYZE) and (bits := int(stored["bitpix"])) != dtype.itemsize * 8:
@@ -380,10 +388,10 @@ def _field_remarks(kind: Any, stored: Any, offset: int, dtype: np.dtype) -> Iter
 
 
 def _nifti_geometry(header: Any, stored: Any) -> _Geometry:
-    """Return the geometry of a NIfTI header: by the sform if it is valid, else by the qform.
+    """Return the geometry of a NIfTI header, from the sform if it is valid, else from the qform.
 
     Args:
-        header: as nibabel mended it.
+        header: as nibabel repaired it.
         stored: as it is in the file.
     """
     forms, invalid = dict[str, np.ndarray](), dict[str, str]()
@@ -397,7 +405,7 @@ def _nifti_geometry(header: Any, stored: Any) -> _Geometry:
             continue
         try:
             form = np.asarray(header.get_sform() if name == "sform" else header.get_qform(), np.float64)
-        except ValueError:  # of a quaternion longer than 1
+        except ValueError:  # the quaternion is longer than 1
             invalid[name] = f"the quaternion of its {names[name]} is no rotation"
             continue
         if not np.isfinite(form).all():
@@ -405,7 +413,7 @@ def _nifti_geometry(header: Any, stored: Any) -> _Geometry:
         elif np.isnan(nib.io_orientation(form)).any():
             invalid[name] = f"its {names[name]} is singular"
         elif name == "qform" and stored["pixdim"][0] not in (-1, 0, 1):
-            # nibabel takes 1 for it, NIfTI's own library the sign: left may be right
+            # nibabel replaces it by 1, NIfTI's own library by its sign, so left and right may be swapped
             invalid[name] = f"pixdim[0], which its {names[name]} needs, is {stored['pixdim'][0]:g}, neither 1 nor -1"
         else:
             forms[name] = form
@@ -436,14 +444,16 @@ def _nifti_geometry(header: Any, stored: Any) -> _Geometry:
 
 
 def _point_apart(one: np.ndarray, other: np.ndarray) -> bool:
-    """Return whether an axis points more than 60° away from the same axis of the other form. If not, their codes only
-    differ since it is oblique: at 45°, rounding decides."""
+    """Return whether some axis of two forms differs by more than 60°.
+
+    Smaller angles can also change the axis codes: near 45°, rounding decides the code of an oblique axis.
+    """
     cosines = (one * other)[:3, :3].sum(axis=0) / (voxel_sizes(one) * voxel_sizes(other))
     return bool(cosines.min() < 0.5)
 
 
 def _disagreement(one: str, other: str) -> str:
-    """Name the difference between two orientations, such as LAS and RAS."""
+    """Describe the difference between two orientations, such as LAS and RAS."""
     if any(_SIDES[a] != _SIDES[b] for a, b in zip(one, other, strict=True)):
         return "the order of axes"
     return " and about ".join(_SIDES[a] for a, b in zip(one, other, strict=True) if a != b)
@@ -455,11 +465,11 @@ def _mgh_geometry(affine: np.ndarray) -> _Geometry:
     return _Geometry(affine, voxel_sizes(affine))
 
 
-def _possible(geometry: _Geometry) -> tuple[np.ndarray | None, str]:
-    """Voxel sizes if they are possible ones, and if not, why."""
+def _plausible_zooms(geometry: _Geometry) -> tuple[np.ndarray | None, str]:
+    """Return (voxel sizes, ""), or (None, reason) if they are unknown or implausible."""
     zooms = geometry.zooms
     if zooms is None or ((zooms >= MM[0]) & (zooms <= MM[1])).all():
-        return zooms, geometry.unsized
+        return zooms, geometry.why_no_zooms
     return None, f"its header says {_times(zooms)} mm, which is not from {MM[0]:g} to {MM[1]:g}"
 
 
@@ -468,28 +478,28 @@ def _times(numbers: np.ndarray) -> str:
 
 
 def _packing(file: Path) -> str | None:
-    """How a file is compressed, by its name."""
+    """Return the compression that a file's name implies; None for none."""
     return _PACKINGS.get(file.suffix.lower())
 
 
 def _unpacked(file: Path) -> Any:
-    """The content of a compressed file, as a stream."""
+    """Open a compressed file as a stream of its decompressed content."""
     return igzip.open(file) if _packing(file) == "gzip" else ImageOpener(str(file))
 
 
 def _read_to_end(file: Path, content: Any) -> int:
-    """Read the rest of a compressed file, whose checksum is behind it. Returns how many bytes it unpacks to."""
+    """Read the rest of a compressed file, whose checksum is at its end. Return its decompressed size in bytes."""
     limit, buffer = max(UNPACKED, RATIO * _size(file)), bytearray(_CHUNK)
     while content.readinto(buffer):
         if content.tell() > limit:
             raise DataError(
-                f"{file}: unpacks to more than {limit} bytes; copy it again, or if it is so empty, unpack it"
+                f"{file}: unpacks to more than {limit} bytes; copy it again, or if it is almost empty, decompress it"
             )
     return int(content.tell())
 
 
 def _check_name(file: Path) -> None:
-    """Raises DataError for a file that is compressed otherwise than its name says, or is no scan at all."""
+    """Raise DataError if a file's compression does not match its name, or if the file is not a scan at all."""
     with file.open("rb") as opened:
         head = opened.read(600)
     named = _packing(file)
@@ -515,9 +525,9 @@ def _check_name(file: Path) -> None:
 
 
 def _kind(path: Path, files: Sequence[Path]) -> Any:
-    """nibabel's class for a file, going by its name and the beginning of its header."""
+    """Return nibabel's class for a file, by its name and the beginning of its header."""
     for file in files:
-        if not (file.suffix == ".img" and len(files) > 1):  # voxels alone, which begin with any bytes
+        if not (file.suffix == ".img" and len(files) > 1):  # a file of voxels may begin with any bytes
             _check_name(file)
     sniffed = None
     for kind in nib.all_image_classes:
@@ -530,7 +540,7 @@ def _kind(path: Path, files: Sequence[Path]) -> Any:
 
 
 def _no_scan(path: Path, files: Sequence[Path]) -> Exception:
-    """Return why files have no header that is known: of another format, damaged, or half of a pair."""
+    """Return the error for files without a known header: another format, damage, or half of a pair."""
     for file in files:
         with file.open("rb") as opened:
             if opened.read(132).endswith(b"DICM"):
@@ -538,22 +548,24 @@ def _no_scan(path: Path, files: Sequence[Path]) -> Exception:
         if _packing(file):
             with _unpacked(file) as content:  # raises if it is damaged
                 _read_to_end(file, content)
-    with suppress(ImageFileError):  # not a name of a pair
+    with suppress(ImageFileError):  # the name cannot belong to a pair
         if missing := sorted(_pair(nib.Nifti1Pair, path) - set(files)):
             return DataError(f"{path}: {missing[0]} not found; expected both files of the pair, copy it there")
     return ImageFileError("no header of a NIfTI, Analyze or MGH file")
 
 
 class _Arrays:
+    """One array file, or a directory of them as the frames of a run."""
+
     affine: np.ndarray | None = None
     zooms: np.ndarray | None = None
-    unoriented = unsized = ".npy and .pt arrays do not hold one"
+    why_no_affine = why_no_zooms = ".npy and .pt arrays do not hold one"
 
     def __init__(self, files: list[Path], run: bool = False):
         self.files: Sequence[Path] = files
-        self.used = {0}
+        self.files_read = {0}
         self.remarks: list[str] = []
-        self._first = _array(files[0])  # says the shape, so it is read in any case
+        self._first = _array(files[0])  # needed for the shape
         self.shape: tuple[int, ...] = (*self._first.shape, len(files)) if run else self._first.shape
         self.dtype: np.dtype = self._first.dtype
 
@@ -565,7 +577,7 @@ class _Arrays:
 
     def check_end(self) -> None:
         for frame, file in enumerate(self.files):
-            if frame not in self.used:
+            if frame not in self.files_read:
                 self._volume(frame)
             if file.suffix == ".pt":
                 _check_zip(file)
@@ -573,23 +585,23 @@ class _Arrays:
     def _volume(self, frame: int) -> np.ndarray:
         file = self.files[frame]
         volume = _array(file) if frame else self._first
-        self.used.add(frame)
+        self.files_read.add(frame)
         if volume.shape != self.shape[:3]:
             raise DataError(f"{file}: shape {volume.shape}; expected {self.shape[:3]}, as {self.files[0].name} has it")
         return volume
 
 
 def _check_zip(file: Path) -> None:
-    """Compare the checksums of a PyTorch file, which is a zip, since PyTorch does not."""
+    """Check the checksums of a PyTorch file, a zip archive, which PyTorch does not check itself."""
     with readable(file, "one array of numbers; save it again"):
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 if damaged := archive.testzip():
-                    raise DataError(f"{file}: damaged: the checksum of {damaged} in it is another one; copy it again")
+                    raise DataError(f"{file}: damaged: the checksum of {damaged} in it is wrong; copy it again")
 
 
 def _frames(directory: Path) -> list[Path]:
-    """Its frames, in the order of their numbers, which start at 0 and leave none out."""
+    """Return the frames of a directory in order. Raise DataError unless their numbers are 0, 1, 2, …, each once."""
     numbers: dict[int, list[Path]] = {}
     faults = []
     with readable(directory):
@@ -617,7 +629,7 @@ def _frames(directory: Path) -> list[Path]:
 
 
 def _array(file: Path) -> np.ndarray:
-    """One volume (D, H, W), as stored."""
+    """Read one volume (D, H, W) from an array file, in its stored type."""
     with readable(file, "one array of numbers, nothing pickled with it; save it again"):
         _size(file)
         array = _tensor(file) if file.suffix == ".pt" else _load(file)
@@ -634,7 +646,7 @@ def _array(file: Path) -> np.ndarray:
 
 
 def _load(file: Path) -> Any:
-    """As np.load, but for a header that promises more than the file holds."""
+    """Do what np.load does, but first check that the file can hold what its header promises."""
     with file.open("rb") as content:
         if content.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX:
             content.seek(0)

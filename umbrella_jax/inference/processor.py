@@ -108,7 +108,7 @@ class Processor:
 
         Raises DataError with the faults of all.
         """
-        found, faults, sources = dict[str, Dataset](), Faults(), VolumeCache.of(data)
+        found, faults, sources = dict[str, Dataset](), Faults(), VolumeCache.from_config(data)
         for split in splits:
             with faults:
                 if (path := getattr(data, split)) is not None:

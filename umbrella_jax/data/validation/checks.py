@@ -16,7 +16,14 @@ from tqdm import tqdm
 from umbrella_jax.config.schema import LORA, MAX_CLASSES, RunConfig
 from umbrella_jax.console import plural
 from umbrella_jax.data.augment import check_axes
-from umbrella_jax.data.background import Remark, by_modality, contradiction, decision, mixture, uneven
+from umbrella_jax.data.background import (
+    Remark,
+    describe_choice,
+    describe_conflict,
+    describe_mixed_windows,
+    describe_mixture,
+    group_by_modality,
+)
 from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.cache import check_float16
 from umbrella_jax.data.conversation import Conversation, Image, scan_conversations
@@ -443,17 +450,17 @@ def _backgrounds(config: RunConfig, volumes: Sequence[ShownVolume], remarks: Seq
     """Yield a note for each volume with an unusual background, and a warning if the background rule does not fit."""
     windows = {(volume.path, config.model.modalities[volume.modality]): volume.windows for volume in volumes}
     shown = {volume.path: volume.sets for volume in volumes}
-    for path, reason in uneven(remarks, windows).items():
+    for path, reason in describe_mixed_windows(remarks, windows).items():
         yield Finding("warning", "background", shown[path], str(path), reason)
-    for modality, backgrounds in by_modality(remarks, config.model.modalities).items():
+    for modality, backgrounds in group_by_modality(remarks, config.model.modalities).items():
         read = [volume for volume in volumes if volume.modality == modality and volume.windows]
         for volume in read:
             if (background := backgrounds.get(volume.path)) is not None:
-                conflict = contradiction(background)
-                reason = conflict or decision(background)
+                conflict = describe_conflict(background)
+                reason = conflict or describe_choice(background)
                 severity: Severity = "warning" if conflict else "note"
                 yield Finding(severity, "background", volume.sets, str(volume.path), reason)
-        if mixed := mixture(modality, backgrounds, len(read)):
+        if mixed := describe_mixture(modality, backgrounds, len(read)):
             sets = tuple(name for name in SETS if any(name in volume.sets for volume in read))
             yield Finding("warning", "background", sets, modality, mixed)
 

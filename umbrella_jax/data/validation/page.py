@@ -10,7 +10,7 @@ import numpy as np
 
 from umbrella_jax.config.schema import AugmentConfig, ModalityConfig
 from umbrella_jax.data.augment import examples
-from umbrella_jax.data.background import Background, level_of
+from umbrella_jax.data.background import Background, background_level
 from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.validation.findings import (
     KINDS,
@@ -67,7 +67,7 @@ def write_page(
         contents = volume.contents
         assert contents is not None  # a file that cannot be read has no windows, so it is not drawn
         codes, spacing = geometry(contents.orientation, contents.voxel_size, contents.shape, config)
-        background = level_of(backgrounds[0] if backgrounds else None, config)
+        background = background_level(backgrounds[0] if backgrounds else None, config)
         changes = [
             (title, augmentation.apply(array, codes, background=background))
             for title, augmentation in examples(augment)
