@@ -493,6 +493,6 @@ def test_data_without_images_train_nothing_and_are_refused(world: World, tmp_pat
         f"{data}: its {len(records)} conversations show no image, so train.groups (patch_embed) would train" in message
     )
     assert not list(tmp_path.glob("run/checkpoints/*"))
-    (fault,) = validate(load_config(world.config, {"data.train": str(data)})).of("fault")
+    (fault,) = validate(load_config(world.config, {"data.train": str(data)})).with_severity("fault")
     assert (fault.kind, fault.place) == ("images", str(data))
     assert fault.reason.startswith(f"none of its {len(records)} conversations shows an image, so no patch embedding")
