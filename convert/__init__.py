@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints ⇄ JAX parameters, without loss."""
+"""Convert Hugging Face checkpoints to JAX parameters and back, without loss."""

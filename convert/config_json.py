@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args
 
-from convert.checksum import FILES, file_checksum, recorded
+from convert.checksum import FILES, file_checksum, read_checksums
 from convert.foreign import check_placeholders, folder_contents
 from convert.trainable import open_trainable
 from umbrella_jax.config.load import parse_config
@@ -352,7 +352,7 @@ def _small_files(source: Path) -> list[Path]:
 
 
 def _file_checksums(directory: Path) -> dict[str, str]:
-    """{path below `directory`: CRC-32} of config.json and the `carried` files, but licences, which decide no answer."""
+    """{path below `directory`: CRC-32} of config.json and the `carried_files`, but licences, which decide no answer."""
     files = sorted(path for path in (directory / CONFIG, *_small_files(directory)) if path.is_file())
     return {
         path.relative_to(directory).as_posix(): file_checksum(path)
@@ -370,7 +370,7 @@ def changed_files(directory: Path) -> list[str]:
     """
     record = directory / UMBRELLA_CONFIG
     stated = read_json(record).get(FILES, {}) if record.exists() else {}
-    expected, found = recorded(stated, record, FILES), _file_checksums(directory)
+    expected, found = read_checksums(stated, record, FILES), _file_checksums(directory)
     remedy = f"recorded it; copy it again or, if the change is on purpose, delete its line from {FILES} there"
     return [
         f"{directory / name}: {'changed since' if name in found else 'missing, but'} {UMBRELLA_CONFIG} {remedy}"

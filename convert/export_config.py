@@ -1,4 +1,4 @@
-"""config.json and umbrella_config.json of an export."""
+"""Write config.json and umbrella_config.json of an export."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from umbrella_jax.models.llava import LlavaConfig
 
 
 def export_names(modalities: Mapping[str, Any], names: Sequence[str] | None) -> dict[str, str]:
-    """Return {configured name: name in the export}: the one of `names` that means the same, or its own."""
+    """Return {configured name: name in the export}: the one of `names` with the same meaning, or unchanged."""
     renamed = {m: (resolve_modality(m, names) or m) if names else m for m in modalities}
     known = frozenset(modalities).union(*ALIASES)
     faults = [
@@ -44,7 +44,7 @@ def export_names(modalities: Mapping[str, Any], names: Sequence[str] | None) -> 
 
 
 def hf_dict(raw: Mapping[str, Any], config: LlavaConfig) -> dict[str, Any]:
-    """`raw`, a config.json, in which transformers 4.46 and 5 both read what `config` says; all else is kept."""
+    """Return config.json `raw` with fields that transformers 4.46 and 5 both read as `config`; others are kept."""
     rope = dict(_section(raw, "text_config").get("rope_parameters") or {})
     text = {
         **_section(raw, "text_config"),
@@ -64,11 +64,11 @@ def hf_dict(raw: Mapping[str, Any], config: LlavaConfig) -> dict[str, Any]:
     }
 
 
-def carried(source: Path) -> list[Path]:
-    """The files of a folder that go with its weights wherever those go.
+def carried_files(source: Path) -> list[Path]:
+    """Return the files of a folder that are copied with its weights: tokenizer, generation, processor, licence.
 
-    Raises CheckpointError for a link to something else: what it shows would be in every export. A link may lead to a
-    file of its own name, or to one of the hub's cache.
+    Raises CheckpointError for a link out of the folder, whose target every export would contain. A link may point to a
+    file of the same name, or into the cache of the hub.
     """
     files = _small_files(source)
     faults = [
@@ -98,19 +98,23 @@ def write_config(
     first_steps: Mapping[str, int] | None = None,
     finish: Callable[[Path], None] = lambda directory: None,
 ) -> None:
-    """Write config.json, umbrella_config.json and those of `source_dir`'s files that are `carried`: tokenizer's,
-    generation's and processor's. `finish` may change them before their checksums are recorded.
+    """Write config.json and umbrella_config.json, and copy the `carried_files` of `source_dir`.
 
-    `names` is the family of modality names to export under (see `export_names`); `dtype` that of the weights, where
-    it is no longer what config.json says; `base` and `base_fingerprint` name the checkpoint that training began from,
-    `template` is how its text was written, `untrained` says which modalities' weights are untrained, and why;
-    `checksums` are those of the weights (convert/checksum.py); `first_steps` says from which step on a run shows each
-    modality.
+    Args:
+        names: modality names to export under, as in `export_names`.
+        dtype: type of the weights; None keeps the type in config.json.
+        base: name of the model that training began from.
+        base_fingerprint: SHA-256 of the weights that training began from.
+        template: conversation template of the training data.
+        untrained: {modality: reason} for modalities whose weights are untrained.
+        checksums: {tensor or file: checksum} of the weights (convert/checksum.py).
+        first_steps: {modality: first step of the run that shows it}.
+        finish: called with `out_dir` to change small files before their checksums are recorded.
     """
     source, out = Path(source_dir), Path(out_dir)
     raw = hf_dict(read_json(source / CONFIG), config)
     if dtype is not None:
-        raw = {k: v for k, v in raw.items() if k != "dtype"} | {"torch_dtype": dtype}  # transformers 5 reads both
+        raw = {k: v for k, v in raw.items() if k != "dtype"} | {"torch_dtype": dtype}  # transformers 5 reads either
     renamed = export_names(config.modalities, names)
     modalities = {name: to_dict(config.modalities[m]) for m, name in renamed.items()}
     random = {renamed[m]: why for m, why in (untrained or {}).items()}
@@ -119,7 +123,7 @@ def write_config(
     umbrella: dict[str, Any] = {"modalities": modalities} | {key: value for key, value in stated.items() if value}
     umbrella |= {} if first_steps is None else {"first_steps": dict(first_steps)}
     out.mkdir(parents=True, exist_ok=True)
-    for path in carried(source):
+    for path in carried_files(source):
         copy = out / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)

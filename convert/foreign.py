@@ -1,4 +1,4 @@
-"""Folders and tensors that are not a LLaVA's weights: what they are, and what to do with them."""
+"""Recognise folders and tensors that are not a LLaVA's weights, and say what to do with them."""
 
 import re
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ _PYTORCH = "save the model in PyTorch with save_pretrained, and name that folder
 _TRANSFORMERS_4 = "load them with transformers 4 ({}=True), call save_pretrained, and name that folder"
 
 _TRAINER = ("optimizer*", "scheduler*", "rng_state*", "random_states*", "training_args.bin", "trainer_state.json")
-# What a name in a folder without weights means, the first that fits: patterns, what it is, what to do.
+# How to recognise a folder without weights by its names; the first match counts: patterns, contents, what to do.
 _FILES: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("global_step*", "zero_pp_rank_*", "mp_rank_*", "zero_to_fp32.py"), "DeepSpeed's shards of a model", _DEEPSPEED),
     (("pytorch_model_fsdp*", "*.distcp"), "FSDP's shards of a model", _FSDP),
@@ -50,7 +50,10 @@ _QUANTISED = re.compile(r"\.(?:qweight|qzeros|g_idx|SCB|weight\.(?:absmax|quant_
 
 
 def folder_contents(directory: Path) -> str | None:
-    """Return what a folder without a LLaVA's weights holds and what to do; None if it has them, or nothing known."""
+    """Describe a folder that lacks a LLaVA's weights, and say what to do.
+
+    Returns None if the folder has the weights, or contains nothing that is recognised.
+    """
     names = sorted(path.name for path in directory.iterdir())
     if not WEIGHTS.isdisjoint(names):
         return None
@@ -74,7 +77,7 @@ def _recognise(names: Iterable[str], kinds: tuple[tuple[tuple[str, ...], str, st
 
 
 def _adapter_base(directory: Path) -> str | None:
-    """Return `, of the base NAME` if the folder holds a PEFT adapter, empty if that names none, else None."""
+    """Return `, of the base NAME` for a folder with a PEFT adapter, "" if the adapter names no base, else None."""
     config = directory / ADAPTER
     if not config.exists():
         return "" if any(directory.glob("adapter_model*")) else None
@@ -84,7 +87,7 @@ def _adapter_base(directory: Path) -> str | None:
 
 
 def adapter_faults(directory: Path) -> list[str]:
-    """Return a fault if a PEFT adapter is beside weights: nothing says whether these contain it."""
+    """Return a fault if a PEFT adapter is beside the weights, as the weights may or may not contain it."""
     if _adapter_base(directory) is None:
         return []
     file = min(path for path in (directory / ADAPTER, *directory.glob("adapter_model*")) if path.exists())
@@ -93,7 +96,7 @@ def adapter_faults(directory: Path) -> list[str]:
 
 
 def tensor_faults(names: Iterable[str], place: Path) -> list[str]:
-    """Return a fault for each kind of tensor that no plain model has, with the first of its names."""
+    """Return a fault for each kind of tensor that a plain model does not have, naming the first such tensor."""
     names = list(names)
     kinds = (
         (_PEFT, f"a PEFT adapter that is not merged; {_MERGE}"),
@@ -104,7 +107,7 @@ def tensor_faults(names: Iterable[str], place: Path) -> list[str]:
 
 
 def check_placeholders(directory: Path) -> None:
-    """Raise CheckpointError for files of a folder whose content is elsewhere, as Git LFS leaves them."""
+    """Raise CheckpointError for placeholder files in a folder, which Git LFS leaves in place of the content."""
     faults = [f"{path}: {reason}" for path in sorted(directory.iterdir()) if (reason := placeholder(path))]
     if faults:
         raise CheckpointError(faults)

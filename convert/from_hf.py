@@ -18,7 +18,7 @@ from convert.config_json import CONFIG, UMBRELLA_CONFIG, file_vocab_size, is_tie
 from convert.lazy_tensor import Tensor, Where, add_product, grow, place, stack
 from convert.patch_embed_init import inflate, resample
 from convert.rules import EMBED, LM_HEAD, REPLACED, TensorMapping, hub_name, map_tensors
-from convert.safetensors_files import digest, open_checkpoint
+from convert.safetensors_files import open_checkpoint, weights_digest
 from convert.trainable import open_trainable
 from umbrella_jax.config.schema import AS_STORED, ModalityConfig, PatchEmbedInit, resolve_modality
 from umbrella_jax.errors import CheckpointError
@@ -277,7 +277,7 @@ def fingerprint(directory: str | Path, patch_embed: Path | None = None) -> str:
     tensors = {hub_name(name): tensor for name, tensor in open_checkpoint(directory).items()}
     if is_tied(directory):
         tensors.pop(LM_HEAD, None)
-    own = digest(tensors)
+    own = weights_digest(tensors)
     if patch_embed is None:
         return own
     trained = open_trainable(patch_embed)
@@ -286,7 +286,7 @@ def fingerprint(directory: str | Path, patch_embed: Path | None = None) -> str:
             f"{patch_embed}: trained on another base (fingerprint {trained.base_fingerprint[:12]}) than {directory} "
             f"({own[:12]}); name the one that it was trained on"
         )
-    return hashlib.sha256((own + digest(trained.tensors)).encode()).hexdigest()
+    return hashlib.sha256((own + weights_digest(trained.tensors)).encode()).hexdigest()
 
 
 def _add_adapters(found: dict[str, tuple[str, Tensor]], trained: Mapping[str, Tensor]) -> list[str]:

@@ -1,7 +1,7 @@
-"""A tensor that is not in memory yet: what every reader gives, and every writer and device takes.
+"""Tensors that are read on demand: every reader returns them, and writers and devices take them.
 
-It knows its shape and type and reads its numbers only when asked, region by region, straight to where they are wanted.
-Stacked, cast or sharded, no tensor is ever in memory as a whole beside the result.
+A tensor knows its shape and type. Its numbers are read region by region, straight into the destination. Even when it is
+stacked, cast or sharded, the whole tensor is never in memory beside the result.
 """
 
 import dataclasses
@@ -18,64 +18,69 @@ import numpy as np
 from umbrella_jax.errors import CheckpointError
 
 Index = tuple[slice, ...]
-"""A region: for each axis a slice with a start and a stop."""
+"""Region of a tensor: one slice per axis, with start and stop."""
 Where = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-"""A parameter's path and shape → the devices that it lies on, and how."""
+"""Function from a parameter's path and shape to its sharding."""
 
 _INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80}
 BLOCK = 32 << 20
-"""Bytes that are read at once; the kernel counts pages of a mapped file as the process's own until they are let go."""
-_THREADS = min(os.cpu_count() or 1, 8)  # reading, copying and casting let go of the interpreter
+"""Bytes to read at once. The kernel counts pages of a mapped file as the process's memory until released."""
+_THREADS = min(os.cpu_count() or 1, 8)  # reading, copying and casting release the GIL
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor somewhere; `dtype` is numpy's name of a type, or safetensors' own for one that numpy has not."""
+    """A tensor that is not read yet.
+
+    `dtype` is NumPy's name of the type, or safetensors' name of a type that NumPy lacks.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     fill: Callable[[np.ndarray, Index], None]
-    """Writes a region into an array of the region's shape and any type of number."""
+    """Write a region into an array of the region's shape and of any number type."""
     file: str = ""
     name: str = ""
-    """In the file."""
+    """Name in the file."""
 
     @classmethod
     def of(cls, array: Any, file: str = "", name: str = "") -> "Tensor":
-        """A tensor that is in memory already, numpy's or jax's."""
+        """Return the tensor of a NumPy or JAX array, which is in memory already."""
 
         def fill(out: np.ndarray, index: Index) -> None:
-            copy(out, np.asarray(array)[index], file, name)
+            copy_numbers(out, np.asarray(array)[index], file, name)
 
         return cls(array.shape, array.dtype.name, fill, file, name)
 
     @property
     def whole(self) -> Index:
-        """The region that is all of it."""
+        """Region that covers the whole tensor."""
         return tuple(slice(0, n) for n in self.shape)
 
     @property
     def _numpy(self) -> np.dtype:
-        """Raises CheckpointError for a type that is none of numpy's: safetensors' names of those are large."""
+        """NumPy's type. Raises CheckpointError if NumPy lacks it, which its name in capitals shows."""
         if self.dtype.isupper():
             raise CheckpointError(f"{self.file}: {self.name}: type {self.dtype} cannot be read; expected floats")
         return np.dtype(self.dtype)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of it. Raises as `read`."""
+        """Size of the whole tensor in bytes. Raises CheckpointError if NumPy lacks its type."""
         return math.prod(self.shape) * self._numpy.itemsize
 
     def read(self, index: Index | None = None) -> np.ndarray:
-        """A region, by default all; a new C-contiguous array. Raises CheckpointError for a type that is none of
-        numpy's, and where a number overflows."""
+        """Read a region, by default the whole tensor, into a new C-contiguous array.
+
+        Raises CheckpointError if NumPy lacks the type, or if a number overflows.
+        """
         index = self.whole if index is None else index
         out = _empty(tuple(i.stop - i.start for i in index), self._numpy)
         self.fill(out, index)
         return out
 
     def regions(self) -> Iterator[Index]:
-        """All of it in C order, in regions along axis 0 of no more than some MB."""
+        """Yield regions along axis 0 that cover the tensor in C order, of about `BLOCK` bytes each."""
         if not self.shape:
             yield ()
             return
@@ -84,15 +89,15 @@ class Tensor:
             yield (slice(start, min(start + rows, self.shape[0])), *self.whole[1:])
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """The numbers of `regions`, read one after the other."""
+        """Read the tensor region by region."""
         return map(self.read, self.regions())
 
     def astype(self, dtype: str) -> "Tensor":
-        """The same as another type; `auto` is its own."""
+        """Return the tensor as another type; `auto` keeps its own."""
         return self if dtype == "auto" else dataclasses.replace(self, dtype=dtype)
 
     def reshape(self, shape: tuple[int, ...]) -> "Tensor":
-        """The same numbers in another shape. Any region reads all of it."""
+        """Return the tensor in another shape. Reading any region of the result reads the whole tensor."""
         if shape == self.shape:
             return self
 
@@ -104,7 +109,7 @@ class Tensor:
         return dataclasses.replace(self, shape=shape, fill=fill)
 
     def layer(self, i: int) -> "Tensor":
-        """What lies at i on axis 0."""
+        """Return the slice at index i of axis 0."""
 
         def fill(out: np.ndarray, index: Index) -> None:
             self.fill(out[None], (slice(i, i + 1), *index))
@@ -113,7 +118,7 @@ class Tensor:
 
 
 def stack(layers: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape and type on a new axis 0."""
+    """Stack tensors of the same shape and type on a new axis 0."""
 
     def fill(out: np.ndarray, index: Index) -> None:
         for part, layer in zip(out, layers[index[0]], strict=True):
@@ -123,7 +128,7 @@ def stack(layers: Sequence[Tensor]) -> Tensor:
 
 
 def grow(tensor: Tensor, rows: int) -> Tensor:
-    """A table [R, D] with new rows behind its own, each the mean of those."""
+    """Append rows to a table [R, D]; each new row is the mean of the old ones."""
 
     def fill(out: np.ndarray, index: Index) -> None:
         own = slice(index[0].start, min(index[0].stop, tensor.shape[0]))
@@ -131,31 +136,31 @@ def grow(tensor: Tensor, rows: int) -> Tensor:
         if count:
             tensor.fill(out[:count], (own, index[1]))
         if count < len(out):
-            # summed in float64: 150,000 rows one after the other lose digits in float32
+            # in float64, since a float32 sum over 150,000 rows loses digits
             total = sum(block.sum(0, dtype=np.float64) for block in tensor.blocks())
-            copy(out[count:], (total / tensor.shape[0]).astype(np.float32)[index[1]], tensor.file, tensor.name)
+            copy_numbers(out[count:], (total / tensor.shape[0]).astype(np.float32)[index[1]], tensor.file, tensor.name)
 
     return dataclasses.replace(tensor, shape=(rows, *tensor.shape[1:]), fill=fill)
 
 
 def add_product(tensor: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """W + scale · B·A of W [..., O, I], A [..., r, I] and B [..., O, r]: computed in float32, in W's type."""
+    """Return W + scale · B·A for W [..., O, I], A [..., r, I] and B [..., O, r], computed in float32, in W's type."""
 
     def fill(out: np.ndarray, index: Index) -> None:
         *layers, outputs, inputs = index
-        if layers and len(out) > 1:  # one by one: in float32 all of them are several times the result
+        if layers and len(out) > 1:  # layer by layer, since all layers in float32 are several times the result
             for i, layer in enumerate(range(layers[0].start, layers[0].stop)):
                 fill(out[i : i + 1], (slice(layer, layer + 1), *index[1:]))
             return
         parts = ((tensor, index), (b, (*layers, outputs, b.whole[-1])), (a, (*layers, a.whole[-2], inputs)))
         w, left, right = (part.astype("float32").read(region) for part, region in parts)
-        copy(out, w + np.float32(scale) * (left @ right), tensor.file, tensor.name)
+        copy_numbers(out, w + np.float32(scale) * (left @ right), tensor.file, tensor.name)
 
     return dataclasses.replace(tensor, fill=fill)
 
 
 def place(tensors: Mapping[str, Tensor], where: Where) -> dict[str, jax.Array]:
-    """Each tensor on its devices; only what this process's devices hold is read, and every region once."""
+    """Read each tensor onto its devices: only the regions that this process's devices hold, and each region once."""
 
     def put(item: tuple[str, Tensor]) -> jax.Array:
         path, tensor = item
@@ -169,15 +174,18 @@ def place(tensors: Mapping[str, Tensor], where: Where) -> dict[str, jax.Array]:
             shards.append(jax.device_put(regions[region], device))
         return jax.make_array_from_single_device_arrays(tensor.shape, sharding, shards)
 
-    largest_first = sorted(tensors.items(), key=lambda item: -item[1].nbytes)  # else one thread ends long after others
+    # largest first, or one thread would finish long after the others
+    largest_first = sorted(tensors.items(), key=lambda item: -item[1].nbytes)
     with ThreadPoolExecutor(_THREADS) as pool:
         placed = dict(zip((path for path, _ in largest_first), pool.map(put, largest_first), strict=True))
     return {path: placed[path] for path in tensors}
 
 
-def host(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-    """As `where` of `place`: the host's memory, for what no accelerator has to do or has room for; the first device,
-    where jax was told to leave its CPU backend out."""
+def host_memory(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """Return the sharding that puts a parameter into host memory, for use as `where` of `place`.
+
+    If JAX runs without its CPU backend, it is the first device instead.
+    """
     try:
         device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -186,7 +194,7 @@ def host(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
 
 
 def check_finite(tensors: Iterable[Tensor]) -> None:
-    """Reads every number. Raises CheckpointError naming each tensor that holds a NaN or an infinity."""
+    """Read every number. Raises CheckpointError naming each tensor that contains a NaN or an infinity."""
 
     def fault(tensor: Tensor) -> str | None:
         bad = sum(int(block.size - np.isfinite(block).sum()) for block in tensor.blocks())
@@ -200,26 +208,29 @@ def check_finite(tensors: Iterable[Tensor]) -> None:
         raise CheckpointError(faults)
 
 
-def copy(out: np.ndarray, array: np.ndarray, file: str, name: str) -> None:
-    """Fills `out`, whatever its type. Raises CheckpointError, naming the tensor, where a number becomes infinite."""
+def copy_numbers(out: np.ndarray, array: np.ndarray, file: str, name: str) -> None:
+    """Copy an array into `out`, casting to its type.
+
+    Raises CheckpointError naming the tensor if a number becomes infinite.
+    """
     infinity = _INFINITY.get(out.dtype.name) if out.dtype != array.dtype else None
-    if infinity is None:  # only a 16-bit type overflows
+    if infinity is None:  # only 16-bit types overflow
         np.copyto(out, array, casting="unsafe")
         return
     out, array = np.atleast_1d(out), np.atleast_1d(array)
-    rows = max(1, (1 << 20) * len(out) // max(out.nbytes, 1))  # a piece stays in the cache until it is looked at
+    rows = max(1, (1 << 20) * len(out) // max(out.nbytes, 1))  # a piece is still in the cache when it is checked
     for start in range(0, len(out), rows):
         piece, source = out[start : start + rows], array[start : start + rows]
         with np.errstate(over="ignore"):
             np.copyto(piece, source, casting="unsafe")
-        # as integers, infinities of either sign are the largest but for NaNs; several times as fast as np.isinf
+        # as integers, infinities of either sign are the largest but for NaNs: several times faster than np.isinf
         found = piece.view(np.int16).max() >= infinity or piece.view(np.uint16).max() >= infinity + 0x8000
         if found and np.isinf(piece).sum() > np.isinf(source).sum():
             raise CheckpointError(f"{file}: {name}: a number is too large for {out.dtype}; choose a wider type")
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """np.empty at an address divisible by 64, where XLA's CPU backend uses an array in place; it copies all others."""
+    """Return np.empty at an address divisible by 64: XLA's CPU backend uses it in place and copies others."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64

@@ -19,11 +19,10 @@ wide, {vocab} words), whose 2D patch embedding is replaced by one for volumes. W
 ## Volumes
 {volumes}
 
-These are also in `umbrella_config.json`, from which umbrella-jax takes them: the weights mean nothing to volumes that
-were prepared otherwise. Orientation gives the ends of the body that the axes point to, as NIfTI's canonical `RAS`;
-`as_stored` takes the axes of the file. Mode
-`resize` brings the whole field of view to that many voxels, whatever their shape; `pad` pads and crops around the
-middle, where mm are given after the voxels were made cubes of them.
+umbrella-jax reads these values from `umbrella_config.json`: the weights only work for volumes that were prepared like
+this. Orientation names the directions of the axes, such as NIfTI's canonical `RAS`; `as_stored` keeps the axes of the
+file. Mode `resize` resizes the whole field of view to that many voxels, whatever their shape. Mode `pad` pads and crops
+around the middle; if it names mm, voxels are first resampled to cubes of that size.
 
 ## Text
 {text}
@@ -40,8 +39,8 @@ from convert.torch_model import load_umbrella
 model = load_umbrella("{folder}")  # the stock LlavaForConditionalGeneration with the volume patch embedding
 ```
 
-`LlavaForConditionalGeneration.from_pretrained` alone does **not** load it: it leaves the patch embedding of volumes out
-and starts one of images at random.
+`LlavaForConditionalGeneration.from_pretrained` does **not** load it: it leaves out the volume patch embedding and
+initialises one for images at random.
 
 In JAX:
 
@@ -57,8 +56,8 @@ _CHATML = (
     "ChatML: `<|im_start|>user`, a newline, the turn, `<|im_end|>`, a newline; then `<|im_start|>assistant`, a newline"
 )
 _TEXTS: dict[Template, str] = {
-    "umbrella": f"{_CHATML}. Images stand where the turn shows them.",
-    "original": f"{_CHATML}. A turn's images stand before its text.",
+    "umbrella": f"{_CHATML}. An image is where the turn shows it.",
+    "original": f"{_CHATML}. The images of a turn come before its text.",
     "chat": "The tokenizer's own chat template.",
 }
 
@@ -72,8 +71,16 @@ def model_card(
     template: Template | None = None,
     untrained: Collection[str] = (),
 ) -> str:
-    """Markdown for `folder`; `modalities` under their names in the export, `base` the base's name, `template` how
-    text was written in training, `untrained` the modalities whose patch embedding is untrained."""
+    """Return the model card of an export, in Markdown.
+
+    Args:
+        modalities: the modalities under their names in the export.
+        folder: name of the export's folder.
+        base: name of the model that training began from.
+        base_fingerprint: SHA-256 of that model's weights.
+        template: conversation template of the training data.
+        untrained: modalities whose patch embedding is untrained.
+    """
     columns = ("name", "voxels", "patch", "tokens", "orientation", "mode", "scaling", "background", "windows")
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, m in modalities.items():
@@ -84,16 +91,16 @@ def model_card(
         mode = m.mode if m.spacing is None else f"{m.mode}, {m.spacing:g} mm"
         cells = (name, size, patch, m.num_patches, m.orientation, mode, m.scaling, m.background, windows)
         rows.append(f"| {' | '.join(map(str, cells))} |")
-    warnings = [f"\n**{name} was never trained: its patch embedding is as it started.**" for name in untrained]
+    warnings = [f"\n**{name} was never trained: its patch embedding has its initial values.**" for name in untrained]
     lines = [f"Trained on top of `{base}`." if base else "Not stated."]
     if base_fingerprint:
         lines.append(f"SHA-256 of its weights (names, shapes, types, bytes): `{base_fingerprint}`.")
     text = "Not stated."
     if template is not None:
-        text = f"Trained with the template `{template}`, which `umbrella_config.json` says too. {_TEXTS[template]}"
+        text = f"Trained with the template `{template}`, also recorded in `umbrella_config.json`. {_TEXTS[template]}"
     return _CARD.format(
         text=text,
-        base_model=f"\nbase_model: {base}" if base and base.count("/") == 1 else "",  # else the hub does not know it
+        base_model=f"\nbase_model: {base}" if base and base.count("/") == 1 else "",  # the hub rejects other names
         vision_layers=config.vision.num_hidden_layers,
         vision_width=config.vision.hidden_size,
         text_layers=config.text.num_hidden_layers,

@@ -1,7 +1,7 @@
-"""Starts of a volume patch embedding: from SigLIP's own 2D patch kernel, or from one trained at other sizes.
+"""Initial weights of a volume patch embedding, made from SigLIP's 2D patch kernel or from one trained at other sizes.
 
-A start is `proj.weight` [E, P], `proj.bias` [E] and `positional_embeddings` [1, N, E], the names of a modality's
-parameters after `{modality}_`. Input of any float type is computed on in float64; output is float32.
+The result is {`proj.weight`: [E, P], `proj.bias`: [E], `positional_embeddings`: [1, N, E]}; the keys are the names of a
+modality's parameters after `{modality}_`. Input has any float type and is computed on in float64; output is float32.
 """
 
 import math
@@ -14,13 +14,20 @@ from umbrella_jax.errors import CheckpointError
 
 
 def inflate(kernel: np.ndarray, bias: np.ndarray, table: np.ndarray, modality: ModalityConfig) -> dict[str, np.ndarray]:
-    """SigLIP's `kernel` [E, C, p, p], `bias` [E] and positions `table` [G·G, E] → a start for volumes of `modality`.
+    """Inflate SigLIP's 2D patch embedding to initial weights for volumes of `modality`.
 
-    Rows of the kernel and of the table's grid lie along H, columns along W. Channels are summed: a grey image is one
-    replicated over RGB. Depth and time (size 1 in an image) and the plane are resized as `resample` does, which comes
-    to w / (pd·pt), so that a volume constant along both gives what its slice gave (filter inflation of I3D, Carreira &
-    Zisserman 2017), and to positions repeated along both (ViViT, Arnab et al. 2021). Raises CheckpointError where the
-    table is no square grid.
+    Rows of the kernel and of the table's grid run along H, columns along W. Channels are summed, since a grey image is
+    replicated over RGB. Depth and time, which have size 1 in an image, and the plane are resized as in `resample`. The
+    result along depth and time is w / (pd·pt): a volume that is constant along both gives what its slice gave (filter
+    inflation of I3D, Carreira & Zisserman 2017). Positions are repeated along both (ViViT, Arnab et al. 2021).
+
+    Args:
+        kernel: [E, C, p, p].
+        bias: [E].
+        table: position embeddings [G·G, E].
+
+    Raises:
+        CheckpointError: if the positions do not form a square grid.
     """
     side = math.isqrt(len(table))
     if side * side != len(table):
@@ -36,12 +43,19 @@ def inflate(kernel: np.ndarray, bias: np.ndarray, table: np.ndarray, modality: M
 def resample(
     weight: np.ndarray, bias: np.ndarray, table: np.ndarray, old: ModalityConfig, new: ModalityConfig
 ) -> dict[str, np.ndarray]:
-    """`weight` [E, P], `bias` [E] and `table` [1, N, E] of a patch embedding for `old` → a start for `new`.
+    """Resample the patch embedding of `old` to initial weights for the size and patch of `new`.
 
-    Kernels become w' = (Bᵀ)⁺·w with B the linear resize of a patch: the w' that minimises E[(⟨x, w⟩ − ⟨B·x, w'⟩)²]
-    over white noise x, which is 0 where no axis of the patch shrinks (FlexiViT, Beyer et al. 2023). Positions are
-    interpolated linearly along every axis of the grid. An axis that keeps its length is left as it is, bit for bit.
-    Raises CheckpointError between 3D and 4D.
+    Kernels become w' = (Bᵀ)⁺·w, where B resizes a patch linearly: the w' that minimises E[(⟨x, w⟩ − ⟨B·x, w'⟩)²] over
+    white noise x. The minimum is 0 if no axis of the patch shrinks (FlexiViT, Beyer et al. 2023). Positions are
+    interpolated linearly along every axis of the grid. An axis that keeps its length is copied bit for bit.
+
+    Args:
+        weight: [E, P].
+        bias: [E].
+        table: position embeddings [1, N, E].
+
+    Raises:
+        CheckpointError: if one modality is 3D and the other 4D.
     """
     if len(old.size) != len(new.size):
         ranks = f"expected {len(new.size)}D as size {new.size} is, found {len(old.size)}D of size {old.size}"
@@ -50,7 +64,7 @@ def resample(
 
 
 def _start(kernel: np.ndarray, bias: np.ndarray, table: np.ndarray, modality: ModalityConfig) -> dict[str, np.ndarray]:
-    """`kernel` [E, *patch] and `table` [*grid, E] of any patch and grid → those of `modality`."""
+    """Resize `kernel` [E, *patch] and `table` [*grid, E] from any patch and grid to those of `modality`."""
     embed_dim = len(bias)
     weight = _resize(kernel, (embed_dim, *modality.patch), lambda old, new: np.linalg.pinv(_linear(old, new).T))
     table = _resize(table, (*modality.grid, embed_dim), _linear)
@@ -62,7 +76,7 @@ def _start(kernel: np.ndarray, bias: np.ndarray, table: np.ndarray, modality: Mo
 
 
 def _resize(x: np.ndarray, shape: tuple[int, ...], matrix: Callable[[int, int], np.ndarray]) -> np.ndarray:
-    """x → float64 of `shape`, by `matrix(old, new)` [new, old] along each axis that changes."""
+    """Resize x to `shape` in float64, applying `matrix(old, new)` [new, old] along each axis that changes."""
     x = x.astype(np.float64)
     for axis, (old, new) in enumerate(zip(x.shape, shape, strict=True)):
         if old != new:
@@ -71,6 +85,7 @@ def _resize(x: np.ndarray, shape: tuple[int, ...], matrix: Callable[[int, int], 
 
 
 def _linear(old: int, new: int) -> np.ndarray:
-    """Linear interpolation [new, old]: half-pixel centres, clamped at the edges, no antialiasing (as FlexiViT's)."""
+    """Return the matrix [new, old] of linear interpolation: half-pixel centres, clamped at the edges, not antialiased
+    (as in FlexiViT)."""
     at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
     return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(old)))

@@ -1,4 +1,4 @@
-"""Checkpoint files: safetensors both ways, PyTorch's `.bin` for reading."""
+"""Read and write checkpoint files: safetensors, and PyTorch's `.bin` for reading only."""
 
 import hashlib
 import json
@@ -16,9 +16,9 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
-from convert.checksum import KEY, PIECE, TensorCheck, crc32, recorded
+from convert.checksum import KEY, PIECE, TensorCheck, crc32, read_checksums
 from convert.foreign import adapter_faults, folder_contents, tensor_faults
-from convert.lazy_tensor import BLOCK, Index, Tensor, copy
+from convert.lazy_tensor import BLOCK, Index, Tensor, copy_numbers
 from convert.rules import hub_name, unwrapped_names
 from umbrella_jax.errors import CheckpointError, ConfigError, is_out_of_memory
 from umbrella_jax.io.reading import parse_json, placeholder, read_json
@@ -29,29 +29,31 @@ _AGAIN = "copy it again"
 _RECORD = "umbrella_config.json"
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
-# In the order in which the safetensors library puts them into a file.
+# in the order in which the safetensors library writes them
 _DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 _BUFFER = 4 << 20
-"""Bytes of a piece that is cast: small enough to stay in the cache."""
+"""Bytes to cast at once: few enough to stay in the CPU cache."""
 _CODES = {np.dtype(dtype).name: code for code, dtype in _DTYPES.items()}
 
 
 def open_safetensors(
     path: Path, expected: Mapping[str, str] | None = None, source: str = "its header"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return tensors and metadata of one file; reads only its header, of which the library takes no more than 100 MB.
+    """Return the tensors and the metadata of one file; only its header is read, which the library limits to 100 MB.
 
-    `expected` are checksums that `source` states, by the hub's names, else those of the metadata; a tensor is compared
-    with its own when it is read.
+    Args:
+        expected: {name on the hub: checksum}, which each tensor is compared with when it is read; by default the
+            checksums in the file's metadata.
+        source: name of the file that records `expected`, for messages.
 
     Raises CheckpointError for a file that is cut short, damaged or unreadable.
     """
     if pointer := placeholder(path):
         raise CheckpointError(f"{path}: {pointer}")
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # opening a pipe would block
         raise CheckpointError(f"{path}: no such file")
     try:
-        with safe_open(path, framework="np") as shard:  # it checks the header and the file's length
+        with safe_open(path, framework="np") as shard:  # checks the header and the file's length
             metadata = shard.metadata() or {}
         with path.open("rb") as file:
             length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
@@ -61,20 +63,20 @@ def open_safetensors(
             raise
         raise CheckpointError(f"{path}: cut short or damaged ({error}); download it again") from None
     header = {k: v for k, v in parse_json(text, path, CheckpointError, _AGAIN).items() if k != "__metadata__"}
-    # no number of an empty tensor is in the file, so the library lets its other axes be of any length
+    # an empty tensor has no numbers in the file, so the library accepts any length of its other axes
     endless = [name for name, entry in header.items() if max([0, *entry["shape"]]) > size]
     if endless:
         raise CheckpointError([f"{path}: {name}: an axis longer than the file; {_AGAIN}" for name in endless])
 
     if expected is None and KEY in metadata:
-        expected = recorded(parse_json(metadata[KEY], f"{path}: {KEY}", CheckpointError, _AGAIN), path)
+        expected = read_checksums(parse_json(metadata[KEY], f"{path}: {KEY}", CheckpointError, _AGAIN), path)
 
     def tensor(name: str, entry: Mapping[str, Any]) -> Tensor:
         (first, last), shape, code = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
         start, crc = 8 + length + first, (expected or {}).get(hub_name(name))
         check = None if crc is None else TensorCheck(path, name, start, last - first, crc, source)
         if code not in _DTYPES:
-            return Tensor(shape, code, lambda out, index: None, str(path), name)  # which refuses to be read
+            return Tensor(shape, code, lambda out, index: None, str(path), name)  # raises when it is read
         dtype = np.dtype(_DTYPES[code])
 
         def fill(out: np.ndarray, index: Index) -> None:
@@ -95,21 +97,21 @@ def _fill(
     dtype: np.dtype,
     check: TensorCheck | None,
 ) -> None:
-    """Fill `out` with a region of a tensor that begins at byte `start`; the first region takes the `check` of all."""
+    """Read a region of the tensor that starts at byte `start` into `out`; the first read checks the whole tensor."""
     whole = out.flags.c_contiguous and all(i == slice(0, n) for i, n in zip(index, shape, strict=True))
     if check is not None and not check.done and not whole:
         check.ensure()
     summed = check is not None and not check.done
     if not out.flags.c_contiguous or any(i != slice(0, n) for i, n in zip(index[1:], shape[1:], strict=True)):
-        # of a mapped file, only the pages that hold these columns are read; mapped anew for each block, so that the
-        # process does not keep them
+        # only the pages of the mapped file with these columns are read; it is mapped again for each block, since the
+        # process keeps the pages of a mapping
         rows = max(1, BLOCK // max(1, math.prod(shape[1:]) * dtype.itemsize))
         for row in range(index[0].start, index[0].stop, rows):
             part = slice(row, min(row + rows, index[0].stop))
             mapped = np.memmap(path, dtype, "r", start, shape)
-            copy(out[row - index[0].start :][:rows], mapped[(part, *index[1:])], str(path), name)
+            copy_numbers(out[row - index[0].start :][:rows], mapped[(part, *index[1:])], str(path), name)
         return
-    # whole rows lie together: read to where they belong, which spares the page faults of a mapped file
+    # whole rows are contiguous in the file: read them straight into `out`, without the page faults of a mapped file
     start += index[0].start * math.prod(shape[1:]) * dtype.itemsize if index else 0
     with path.open("rb", buffering=0) as file:
         file.seek(start)
@@ -122,14 +124,16 @@ def _fill(
             for i in range(0, flat.size, max(buffer.size, 1)):
                 piece = flat[i : i + buffer.size]
                 crc = _read(file, buffer[: piece.size], path, name, crc)
-                copy(piece, buffer[: piece.size], str(path), name)
+                copy_numbers(piece, buffer[: piece.size], str(path), name)
     if check is not None and crc is not None:
         check.compare(crc)
 
 
 def _read(file: FileIO, out: np.ndarray, path: Path, name: str, crc: int | None) -> int | None:
-    """Read the next bytes of a file as the numbers of a C-contiguous array. Returns the CRC-32 of what `crc` is of and
-    of them; None for None."""
+    """Read the next bytes of a file into a C-contiguous array.
+
+    Returns the CRC-32 of the bytes, continued from `crc`, or None if `crc` is None.
+    """
     left = out.reshape(-1).view(np.uint8).data
     while left:
         count = file.readinto(left[: BLOCK if crc is None else PIECE])
@@ -141,7 +145,7 @@ def _read(file: FileIO, out: np.ndarray, path: Path, name: str, crc: int | None)
 
 
 def _open_bin(path: Path) -> dict[str, Tensor]:
-    """Tensors of a file that torch.save wrote."""
+    """Read a file that torch.save wrote."""
     try:
         from umbrella_jax.io.torch_files import read_bin
     except ImportError:
@@ -151,20 +155,20 @@ def _open_bin(path: Path) -> dict[str, Tensor]:
 
 
 def open_checkpoint(directory: str | Path) -> dict[str, Tensor]:
-    """{name in the file: tensor} of a checkpoint's one file, or of the shards that its index names.
+    """Return {name: tensor} for a checkpoint: its single file, or the shards that its index names.
 
-    That is `model.safetensors`, or `pytorch_model.bin` where there is none, which needs PyTorch; as in a folder of the
-    hub or of a Trainer, whose other files do not matter. Only headers of safetensors are read. Names come without what
-    wrappers put into them (`rules.unwrapped_names`).
+    The file is `model.safetensors` or, without one, `pytorch_model.bin`, which needs PyTorch. The folder may be one of
+    the hub or of a Trainer; its other files are ignored. Only the headers of safetensors files are read. Names are
+    those in the file, without the parts that wrappers add (`rules.unwrapped_names`).
 
-    Raises CheckpointError with every file that is missing or damaged and every tensor that is doubled or that index and
-    shards do not agree on, and for adapters that are not merged and quantised weights.
+    Raises CheckpointError with every file that is missing or damaged, every tensor that is duplicated or missing from
+    index or shards, and for adapters that are not merged and quantised weights.
     """
     directory = Path(directory)
     single, index = directory / SINGLE, directory / INDEX
     record = directory / _RECORD
     stated = read_json(record, CheckpointError, _AGAIN) if record.is_file() else {}
-    expected = recorded(stated[KEY], record) if isinstance(stated, dict) and KEY in stated else None
+    expected = read_checksums(stated[KEY], record) if isinstance(stated, dict) and KEY in stated else None
     open_file: Callable[[Path], dict[str, Tensor]] = lambda path: open_safetensors(path, expected, str(record))[0]  # noqa: E731
     if not single.exists() and not index.exists():
         single, index, open_file = directory / _BIN, directory / _BIN_INDEX, _open_bin
@@ -196,7 +200,7 @@ def open_checkpoint(directory: str | Path) -> dict[str, Tensor]:
             elif weight_map is not None and name not in weight_map:
                 faults.append(f"{path}: {name}: not in {index.name}; the index belongs to other shards, copy it again")
             tensors.setdefault(name, tensor)
-    if whole:  # else every tensor of a missing shard would be named once more
+    if whole:  # or every tensor of a missing shard would be reported again
         for name, file in sorted((weight_map or {}).items()):
             where = tensors[name].file if name in tensors else None
             if where != str(directory / file):
@@ -215,7 +219,7 @@ def open_checkpoint(directory: str | Path) -> dict[str, Tensor]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """{tensor: name of the shard that holds it}, all beside the index."""
+    """Return {tensor: file name of its shard} from the index; shards are in the same folder."""
     found = read_json(index, CheckpointError, _AGAIN)
     weight_map = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(weight_map, dict):
@@ -235,7 +239,7 @@ def write_checkpoint(
 ) -> dict[str, str]:
     """Write `model.safetensors`, or shards and their index if one file would be larger than `max_shard_size`.
 
-    One tensor is in memory at a time. Each file appears under its name only when it is complete; the index comes last.
+    Only one tensor is in memory at a time. A file gets its name only when it is complete; the index is written last.
     Returns the checksum of each tensor.
     """
     directory = Path(directory)
@@ -268,10 +272,10 @@ def _bytes(size: int | str) -> int:
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, record: bool = False
 ) -> dict[str, str]:
-    """Write one file, one tensor at a time in the order of `tensors`; it is laid out as the safetensors library does.
+    """Write one file, one tensor at a time in the order of `tensors`, with the layout of the safetensors library.
 
-    The library itself wants all of a file's tensors in memory at once. Returns the checksum of each tensor; with
-    `record`, the file's metadata holds them too.
+    The library itself needs all tensors in memory at once. Returns the checksum of each tensor; with `record`, the
+    file's metadata contains them, too.
     """
     types = list(_CODES)
     order = sorted(tensors.items(), key=lambda item: (types.index(item[1].dtype), item[0]))
@@ -287,7 +291,7 @@ def write_safetensors(
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         return text + b" " * (-len(text) % 8)
 
-    checksums = dict.fromkeys(tensors, "0" * 8)  # as long as they will be
+    checksums = dict.fromkeys(tensors, "0" * 8)  # placeholders of the final length
     text = dump(checksums)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
@@ -307,8 +311,8 @@ def write_safetensors(
     return checksums
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256, in hex, of names, shapes, types and bytes (as a digest of each tensor's), in the order of the names."""
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256, in hex, of all names, shapes, types and SHA-256s of the tensors' bytes, sorted by name."""
 
     def one(tensor: Tensor) -> str:
         sha = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Parameters → a Hugging Face checkpoint in the hub's layout; the inverse of `from_hf`, from the same rules."""
+"""Write parameters as a Hugging Face checkpoint in the hub's layout: the inverse of `from_hf`, by the same rules."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.export_config import carried, export_names, write_config
+from convert.export_config import carried_files, export_names, write_config
 from convert.lazy_tensor import Tensor
 from convert.model_card import model_card
 from convert.rules import EMBED, map_tensors
@@ -33,18 +33,26 @@ def export(
     untrained: Mapping[str, str] | None = None,
     finish: Callable[[Path], None] = lambda part: None,
 ) -> None:
-    """Write weights, configuration, tokenizer and a model card to the new folder `out`, atomically; all but weights
-    from `source_dir`. `finish` may change the small files before their checksums are recorded.
+    """Write weights, configuration, tokenizer and a model card to the new folder `out`, atomically.
 
-    Parameters, in memory or still to be read, keep their types and are written one by one. `names` is the family of
-    modality names, ("T1", "rsfMRI") or ("sMRI", "fMRI"), default the configured ones; `base` and `fingerprint`
-    name the checkpoint that training began from, `template` says how its text was written, `untrained` which
-    modalities' weights are untrained, and why. Raises ConfigError for a
-    folder that is not empty, CheckpointError for parameters that are not those of `config`, and as `carried`.
+    Args:
+        params: {path: parameter}, in memory or not read yet; they keep their types and are written one by one.
+        source_dir: folder from which config.json, tokenizer and the other small files are copied.
+        names: modality names to export under: ("T1", "rsfMRI"), ("sMRI", "fMRI"), or by default the configured ones.
+        max_shard_size: size of one file in bytes, or such as `5GB`.
+        base: name of the model that training began from.
+        fingerprint: SHA-256 of that model's weights.
+        template: conversation template of the training data.
+        untrained: {modality: reason} for modalities whose weights are untrained.
+        finish: called with the folder to change small files before their checksums are recorded.
+
+    Raises:
+        ConfigError: if `out` is not empty.
+        CheckpointError: if the parameters are not those of `config`, and as `carried_files`.
     """
     out = Path(out)
     check_new_folder(out)
-    carried(Path(source_dir))  # which raises, before anything is written
+    carried_files(Path(source_dir))  # raises before anything is written
     abstract = abstract_params(config)[1]
     faults = [f"{out}: {path}: not a parameter of this model" for path in sorted(params.keys() - abstract.keys())]
     for path, leaf in abstract.items():
@@ -70,14 +78,16 @@ def export(
 def hub_tensors(
     params: Mapping[str, Tensor | jax.Array], config: LlavaConfig, names: Mapping[str, str] | None = None
 ) -> dict[str, Tensor]:
-    """Parameters, or a part of them, and adapters beside them as tensors of a checkpoint, modalities under `names`
-    (configured → exported)."""
+    """Return {name on the hub: tensor} for all or some parameters and their adapters.
+
+    `names` maps configured modality names to exported ones.
+    """
     lazy = {path: leaf if isinstance(leaf, Tensor) else Tensor.of(leaf) for path, leaf in params.items()}
-    found = {}
+    tensors = {}
     for entry in map_tensors(config, names):
-        beside = zip(adapter_paths(entry.path), adapter_paths(entry.name), strict=True)
-        for path, name in ((entry.path, entry.name), *beside):
+        factors = zip(adapter_paths(entry.path), adapter_paths(entry.name), strict=True)
+        for path, name in ((entry.path, entry.name), *factors):
             if path in lazy:
                 tensor = lazy[path] if entry.layer is None else lazy[path].layer(entry.layer)
-                found[name] = tensor.reshape(entry.file_shape) if path == entry.path else tensor
-    return found
+                tensors[name] = tensor.reshape(entry.file_shape) if path == entry.path else tensor
+    return tensors

@@ -1,6 +1,6 @@
 """The model for PyTorch users: transformers' own LLaVA with the volume patch embedding in its tower.
 
-The only file that imports torch. It works with transformers 4.46 and 5, whose modules have different names.
+It works with transformers 4.46 and 5, whose modules have different names.
 """
 
 import math
@@ -25,10 +25,11 @@ from umbrella_jax.errors import CheckpointError
 from umbrella_jax.models.llava import LlavaConfig
 
 
-class PatchEmbed(nn.Module):
-    """Takes the place of SigLIP's `embeddings`: {m}_proj and {m}_positional_embeddings for each modality m.
+class TorchPatchEmbed(nn.Module):
+    """Volume patch embedding, which replaces SigLIP's `embeddings`.
 
-    A volume's shape says its modality; where two modalities share a shape, set `.modality` to the name meant.
+    It has {m}_proj and {m}_positional_embeddings for each modality m. The shape of a volume determines its modality; if
+    two modalities share a shape, set `.modality` to the name of one.
     """
 
     def __init__(self, modalities: Mapping[str, ModalityConfig], hidden_size: int):
@@ -47,9 +48,9 @@ class PatchEmbed(nn.Module):
             self.register_parameter(f"{name}_positional_embeddings", nn.init.trunc_normal_(table, std=0.02))
 
     def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
-        """Volumes (B, 1, D, H, W) or (B, 1, D, H, W, T) of one modality → (B, N, E) in the parameters' dtype.
+        """Embed volumes (B, 1, D, H, W) or (B, 1, D, H, W, T) of one modality: (B, N, E) in the parameters' dtype.
 
-        Raises ValueError for a shape that no modality, or more than one, has.
+        Raises ValueError if no modality, or more than one, has this shape.
         """
         name = self._modality_of(pixel_values)
         proj, m = getattr(self, f"{name}_proj"), self.modalities[name]
@@ -58,7 +59,7 @@ class PatchEmbed(nn.Module):
         return x + getattr(self, f"{name}_positional_embeddings")
 
     def _modality_of(self, pixel_values: torch.Tensor) -> str:
-        """The modality whose volumes have this shape."""
+        """Return the modality whose volumes have this shape."""
         shape = tuple(pixel_values.shape)
         found = [n for n, m in self.modalities.items() if shape[1:] == (1, *m.size) and self.modality in (None, n)]
         if len(found) == 1:
@@ -71,7 +72,7 @@ class PatchEmbed(nn.Module):
 
 
 def _patchify(x: torch.Tensor, patch: tuple[int, ...]) -> torch.Tensor:
-    """(B, *size) → (B, N, P), patches and the voxels within one in C order; a remainder at the high end is cropped."""
+    """Cut (B, *size) into patches (B, N, P), patches and their voxels in C order; a remainder at the end is cropped."""
     grid = [s // p for s, p in zip(x.shape[1:], patch, strict=True)]
     x = x[(slice(None), *(slice(g * p) for g, p in zip(grid, patch, strict=True)))]
     x = x.reshape(x.shape[0], *(n for gp in zip(grid, patch, strict=True) for n in gp))
@@ -85,14 +86,19 @@ def load_umbrella(
     modalities: Mapping[str, ModalityConfig] | None = None,
     patch_embed: str | Path | None = None,
 ) -> Any:
-    """The stock `LlavaForConditionalGeneration` of an UMBRELLA checkpoint, in eval mode on the CPU.
+    """Load an UMBRELLA checkpoint as the stock `LlavaForConditionalGeneration`, in eval mode on the CPU.
 
-    `model(input_ids, pixel_values=volumes, ...)` and `generate` take volumes of one modality, as `PatchEmbed.forward`
-    does, and one `<image>` id for each of their patches. Parameters have the types of the file, or all of them `dtype`;
-    activations have the type of the token embeddings. `modalities` are needed without an `umbrella_config.json`;
-    `patch_embed` is a file of `convert to-hf --trainable-only`, and `directory` then the base that it was trained on.
+    `model(input_ids, pixel_values=volumes, ...)` and `generate` take volumes of one modality, as
+    `TorchPatchEmbed.forward` does, and one `<image>` id per patch. Activations have the type of the token embeddings.
 
-    Raises CheckpointError for all that `from_hf` refuses, and for a modality without weights.
+    Args:
+        directory: the checkpoint in Hugging Face format; with `patch_embed`, the base of that file.
+        dtype: type of all parameters; by default the types in the file.
+        modalities: required without an `umbrella_config.json`.
+        patch_embed: a file of `convert to-hf --trainable-only` to apply to `directory`.
+
+    Raises:
+        CheckpointError: for everything that `from_hf` rejects, and for a modality without weights.
     """
     directory, patch_embed = Path(directory), None if patch_embed is None else Path(patch_embed)
     config = read_config(directory, modalities, patch_embed=patch_embed)
@@ -103,7 +109,7 @@ def load_umbrella(
             [f"{directory}: modality {m}: no patch embedding in the checkpoint" for m in plan.summary.started]
         )
     if patch_embed is not None:
-        fingerprint(directory, patch_embed)  # refuses another base
+        fingerprint(directory, patch_embed)  # raises for another base
     model = umbrella_model(hf_dict(read_json(directory / CONFIG), config), config, plan.params(name))
     if (directory / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
@@ -111,17 +117,17 @@ def load_umbrella(
 
 
 def umbrella_model(raw: Mapping[str, Any], config: LlavaConfig, params: Mapping[str, Tensor]) -> Any:
-    """Return the model of `load_umbrella`, with parameters from anywhere.
+    """Return the model of `load_umbrella` with the parameters `params`.
 
-    Of `config`, only the modalities and the width of the tower are used: all else is what transformers reads in `raw`,
-    a config.json. Raises CheckpointError if that needs a head which is not among the parameters.
+    Only the modalities and the width of the tower come from `config`; transformers reads everything else from `raw`, a
+    config.json. Raises CheckpointError if that needs a head which is not among the parameters.
     """
-    # placeholders are always one per patch: with 0, 4.46 never takes them for one per image
+    # there is one placeholder per patch; with 0, transformers 4.46 never assumes one per image
     hf_config = transformers.LlavaConfig.from_dict({**raw, "image_seq_length": 0})
-    with torch.device("meta"):  # structure only: nothing is allocated, nothing initialised
+    with torch.device("meta"):  # only the structure: nothing is allocated or initialised
         model: Any = transformers.LlavaForConditionalGeneration(hf_config)
-        embeddings = PatchEmbed(config.modalities, config.vision.hidden_size)
-    base = getattr(model, "model", model)  # transformers 5 has one more level there, and none in the tower
+        embeddings = TorchPatchEmbed(config.modalities, config.vision.hidden_size)
+    base = getattr(model, "model", model)  # transformers 5 has one level more here and one less in the tower
     getattr(base.vision_tower, "vision_model", base.vision_tower).embeddings = embeddings
     _renew_rope(model, hf_config.text_config)
 
@@ -138,8 +144,8 @@ def umbrella_model(raw: Mapping[str, Any], config: LlavaConfig, params: Mapping[
     return model.eval()
 
 
-def _cast_between(model: Any, embeddings: PatchEmbed) -> None:
-    """Let each module compute in its own type and hand on the token embeddings' type, whatever types the file mixes."""
+def _cast_between(model: Any, embeddings: TorchPatchEmbed) -> None:
+    """Make each module compute in its own type and return the token embeddings' type, if the file mixes types."""
     words: Any = model.get_input_embeddings()
     if len({parameter.dtype for parameter in model.parameters()}) == 1:
         return
@@ -162,13 +168,18 @@ def _to_type_of(words: nn.Module, _: nn.Module, inputs: Any, output: Any) -> Any
 def greedy_logits(
     model: Any, modality: str, ids: np.ndarray, volume: np.ndarray, new_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`ids` [B, T] with one volume [B, *size] each → ids with the greedy tokens after them, and all logits.
+    """Generate `new_tokens` tokens greedily, whatever the model's generation config is.
 
-    Tokens are the likeliest ones, as many as asked for, whatever the model's generation config says.
+    Args:
+        ids: prompts [B, T], each with one volume.
+        volume: [B, *size], of `modality`.
+
+    Returns:
+        The ids with the generated tokens appended, and the logits of all positions.
     """
-    next(m for m in model.modules() if isinstance(m, PatchEmbed)).modality = modality
+    next(m for m in model.modules() if isinstance(m, TorchPatchEmbed)).modality = modality
     prompt, pixels = torch.from_numpy(ids), torch.from_numpy(volume[:, None])
-    # what the base's own says, transformers would fill in here: penalties change logits, an eos ends too early
+    # transformers would use the model's own generation config here: penalties change logits, an eos ends too early
     plain = model.generation_config = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=new_tokens, pad_token_id=0
     )
@@ -180,7 +191,7 @@ def greedy_logits(
 
 
 def _renew_rope(model: nn.Module, config: Any) -> None:
-    """Computes the rope tables, which no checkpoint holds and the meta device left without values."""
+    """Compute the rope tables, which no checkpoint contains and the meta device leaves without values."""
     for name, module in list(model.named_modules()):
         if hasattr(module, "inv_freq"):
             parent, _, child = name.rpartition(".")
@@ -188,7 +199,7 @@ def _renew_rope(model: nn.Module, config: Any) -> None:
 
 
 def _to_torch(array: np.ndarray) -> torch.Tensor:
-    """The same bytes; torch does not know numpy's bfloat16."""
+    """Return the array as a torch tensor without copying; torch does not know NumPy's bfloat16."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

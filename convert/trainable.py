@@ -1,4 +1,4 @@
-"""What a run trained, alone: one small safetensors file that goes back onto the base that it was trained on."""
+"""Read and write the trained parameters of a run: one small safetensors file to apply to the base of the run."""
 
 import json
 from collections.abc import Mapping
@@ -20,22 +20,22 @@ _STATED = ("modalities", "base_fingerprint")
 
 @dataclass(frozen=True)
 class Trainable:
-    """Contents of such a file."""
+    """Contents of the file."""
 
     tensors: Mapping[str, Tensor]
-    """By their hub's names."""
+    """{name on the hub: tensor}."""
     modalities: dict[str, ModalityConfig]
-    """Of the patch embedding, with preprocessing."""
+    """{modality: its patch embedding and preprocessing}."""
     base_fingerprint: str
-    """Of the checkpoint that it was trained on."""
+    """SHA-256 of the weights that the run was trained on."""
     template: Template | None = None
-    """How its text was written."""
+    """Conversation template of the training data."""
     untrained: Mapping[str, str] = field(default_factory=dict)
-    """{modality: why}: patch embeddings whose weights are untrained."""
+    """{modality: reason} for patch embeddings whose weights are untrained."""
 
 
 def open_trainable(path: Path) -> Trainable:
-    """Reads the header. Raises CheckpointError for a file that is damaged or another kind of safetensors."""
+    """Read the header of a file. Raises CheckpointError if it is damaged or another kind of safetensors file."""
     tensors, metadata = open_safetensors(path)
     remedy = "expected a file of `umbrella-jax convert to-hf --trainable-only`"
     if missing := [key for key in _STATED if key not in metadata]:
@@ -51,7 +51,7 @@ def open_trainable(path: Path) -> Trainable:
 
 
 def write_trainable(path: Path, trainable: Trainable) -> None:
-    """Writes the file; what `open_trainable` reads."""
+    """Write a file for `open_trainable`."""
     modalities = {name: to_dict(modality) for name, modality in trainable.modalities.items()}
     metadata = {"modalities": json.dumps(modalities), "base_fingerprint": trainable.base_fingerprint}
     if trainable.template is not None:

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.config_json import CONFIG, read_json
-from convert.lazy_tensor import Tensor, host, place
+from convert.lazy_tensor import Tensor, host_memory, place
 from convert.to_hf import hub_tensors
 from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import resolve_modality
@@ -257,7 +257,7 @@ def compare_forward(
         cases[name] = sequence, volume, logits[0, -_TOKENS - _GREEDY - 1 :]
     del model
 
-    params = place({p: t.astype(narrow[p]) for p, t in b.items()}, host)
+    params = place({p: t.astype(narrow[p]) for p, t in b.items()}, host_memory)
     params = {path: leaf.astype("float32") for path, leaf in params.items()}
     graphdef, _ = abstract_params(config_b)
     run = jax.jit(lambda params, batch: merge(graphdef, params).target_logits(batch))

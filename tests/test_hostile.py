@@ -20,7 +20,7 @@ import torch
 from safetensors.numpy import save_file
 
 from convert.config_json import read_config
-from convert.export_config import carried
+from convert.export_config import carried_files
 from convert.from_hf import fingerprint
 from convert.safetensors_files import open_checkpoint, open_safetensors
 from tests.conftest import write_tokenizer
@@ -827,13 +827,13 @@ def test_links_and_code_are_not_carried(base: Path, tmp_path: Path) -> None:
     (base / "vocab.json").symlink_to(tmp_path / "vocab.json")
     (base / "merges.txt").symlink_to(base / "notes.txt")
     names = {"tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json", "merges.txt"}
-    assert {file.name for file in carried(base)} == names
+    assert {file.name for file in carried_files(base)} == names
     (tmp_path / "id_rsa").write_text("secret")
     (base / "additional_chat_templates").mkdir()
     for name in ("tokenizer_x.json", "additional_chat_templates/x.jinja"):
         (base / name).symlink_to(tmp_path / "id_rsa")
     with pytest.raises(CheckpointError) as caught:
-        carried(base)
+        carried_files(base)
     assert caught.value.faults == tuple(
         f"{base / name}: a link that leads out of the folder, to {tmp_path / 'id_rsa'}; copy the file there if it "
         "belongs to the checkpoint"

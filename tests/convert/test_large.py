@@ -15,8 +15,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 import umbrella_jax
 from convert.rules import hub_name
-from convert.safetensors_files import digest, open_checkpoint
-from convert.torch_model import PatchEmbed
+from convert.safetensors_files import open_checkpoint, weights_digest
+from convert.torch_model import TorchPatchEmbed
 from tests.helpers import small_run
 from tests.helpers.golden_case import relative
 from tests.helpers.small_run import umbrella
@@ -65,7 +65,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(config)
-        model.model.vision_tower.embeddings = PatchEmbed({"T1": T1}, 1152)
+        model.model.vision_tower.embeddings = TorchPatchEmbed({"T1": T1}, 1152)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_bit_for_bit(base: Path, tmp_path: Path) -> None:
     ours = open_checkpoint(tmp_path / "out")
     assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
     assert {t.dtype for t in ours.values()} == {"bfloat16"}
-    assert digest(ours) == digest(theirs)
+    assert weights_digest(ours) == weights_digest(theirs)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > len(list(base.glob("*.safetensors"))) > 1
 
 
@@ -128,7 +128,7 @@ def torch_logits(base: Path, ids: np.ndarray, volume: np.ndarray) -> np.ndarray:
     """Of transformers' own model, whose embeddings are replaced before its weights are read."""
     with torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(base))
-        model.model.vision_tower.embeddings = PatchEmbed({"T1": T1}, 1152)
+        model.model.vision_tower.embeddings = TorchPatchEmbed({"T1": T1}, 1152)
     names = {hub_name(name): name for name in model.state_dict()}
     state = {
         names[hub_name(name)]: tensor.float()

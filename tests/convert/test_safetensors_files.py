@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from convert.lazy_tensor import Tensor
-from convert.safetensors_files import INDEX, digest, open_checkpoint, write_checkpoint
+from convert.safetensors_files import INDEX, open_checkpoint, weights_digest, write_checkpoint
 from umbrella_jax.errors import CheckpointError
 
 ARRAYS = {
@@ -122,7 +122,7 @@ def test_fingerprint(tmp_path):
         write(tmp_path / folder, max_shard_size=size)
 
     def fingerprint(folder):
-        return digest(open_checkpoint(folder))
+        return weights_digest(open_checkpoint(folder))
 
     stamp = fingerprint(tmp_path / "one")
     assert len(stamp) == 64

@@ -14,7 +14,7 @@ from convert.from_hf import load_params
 from convert.rules import hub_name
 from convert.safetensors_files import open_checkpoint
 from convert.to_hf import export
-from convert.torch_model import PatchEmbed, load_umbrella
+from convert.torch_model import TorchPatchEmbed, load_umbrella
 from tests.helpers import torch_golden
 from tests.helpers.checkpoints import MODALITIES, under_transformers_4_46, write_stock, write_umbrella
 from umbrella_jax.config.schema import ModalityConfig
@@ -124,7 +124,7 @@ def test_modality_without_weights_is_refused(tmp_path):
 
 def test_modality_by_shape():
     m = ModalityConfig(size=(6, 6, 6), patch=(2, 3, 3))
-    embed = PatchEmbed({"sMRI": m, "dMRI": ModalityConfig(size=(6, 6, 6), patch=(3, 3, 3))}, 8)
+    embed = TorchPatchEmbed({"sMRI": m, "dMRI": ModalityConfig(size=(6, 6, 6), patch=(3, 3, 3))}, 8)
     volume = torch.zeros(2, 1, 6, 6, 6)
     with pytest.raises(ValueError, match=r"sMRI or dMRI: set \.modality"):
         embed(volume)
@@ -138,7 +138,7 @@ def test_patches_are_those_of_the_definition():
     """4D by four loops: patches over (d, h, w, t), voxels within one the same; 3D is torch's own convolution."""
     rng = np.random.default_rng(0)
     m = MODALITIES["rsfMRI"]
-    embed = PatchEmbed({"rsfMRI": m}, 9)
+    embed = TorchPatchEmbed({"rsfMRI": m}, 9)
     x = rng.normal(size=(2, 1, *m.size)).astype(np.float32)
     weight, bias = (p.detach().numpy() for p in embed.rsfMRI_proj.parameters())
     table = embed.rsfMRI_positional_embeddings.detach().numpy()

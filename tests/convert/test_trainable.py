@@ -352,4 +352,4 @@ def test_a_modality_that_was_never_trained_is_left_out_of_exports(run: Path, tmp
     described = json.loads((tmp_path / "whole" / "umbrella_config.json").read_text())
     assert list(described["untrained"]) == ["fMRI"]
     card = (tmp_path / "whole" / "README.md").read_text()
-    assert "**fMRI was never trained: its patch embedding is as it started.**" in card
+    assert "**fMRI was never trained: its patch embedding has its initial values.**" in card

@@ -60,12 +60,12 @@ def torch_step(directory: Path) -> tuple[float, float]:
     """Return loss and gradient norm of the reference step in PyTorch, float64, one conversation at a time."""
     import torch
 
-    from convert.torch_model import PatchEmbed, umbrella_model
+    from convert.torch_model import TorchPatchEmbed, umbrella_model
 
     assert read_config(directory, reference_step.MODALITIES) == reference_step.CONFIG
     params = {path: Tensor.of(leaf) for path, leaf in reference_step.make_params().items()}
     model = umbrella_model(json.loads((directory / "config.json").read_text()), reference_step.CONFIG, params).double()
-    embeddings = next(module for module in model.modules() if isinstance(module, PatchEmbed))
+    embeddings = next(module for module in model.modules() if isinstance(module, TorchPatchEmbed))
     batch = reference_step.make_batch()
     total, count = torch.zeros((), dtype=torch.float64), 0
     for row, (name, length, targets) in enumerate(

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
-from convert.torch_model import PatchEmbed
+from convert.torch_model import TorchPatchEmbed
 from umbrella_jax.config.schema import ModalityConfig
 
 ROOT = Path(__file__).parents[2]
@@ -157,7 +157,7 @@ def write_umbrella(
     if names is not None:
         modalities = dict(zip(names, modalities.values(), strict=True))
     model = make_model(tied=tied, kv_heads=kv_heads, dtype=dtype, seed=seed)
-    embeddings = PatchEmbed(modalities, model.config.vision_config.hidden_size)
+    embeddings = TorchPatchEmbed(modalities, model.config.vision_config.hidden_size)
     randomise(embeddings, seed + 1)
     model.model.vision_tower.embeddings = embeddings.to(model.dtype)
     save(model, directory, shards)

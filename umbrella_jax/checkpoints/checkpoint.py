@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.checksum import KEY, check_folder, recorded
+from convert.checksum import KEY, check_folder, read_checksums
 from convert.config_json import CONFIG as HF_CONFIG
 from convert.config_json import (
     RANDOM_WEIGHTS,
@@ -27,8 +27,8 @@ from convert.config_json import (
     unused_dropout,
 )
 from convert.from_hf import LoadPlan, fingerprint, plan_loading
-from convert.lazy_tensor import Index, Tensor, Where, add_product, check_finite, copy, place
-from convert.safetensors_files import digest
+from convert.lazy_tensor import Index, Tensor, Where, add_product, check_finite, copy_numbers, place
+from convert.safetensors_files import weights_digest
 from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import (
     LoraConfig,
@@ -292,7 +292,7 @@ class Checkpoint(ABC):
         return {}
 
     def _cast(self, path: str, leaf: jax.Array, dtype: str, in_float32: Collection[str]) -> jax.Array:
-        """Convert a parameter on its devices, as `lazy_tensor.copy` does in host memory."""
+        """Convert a parameter on its devices, as `lazy_tensor.copy_numbers` does in host memory."""
         dtype = "float32" if path in in_float32 else dtype
         cast = leaf if dtype == "auto" else leaf.astype(dtype)
         if cast.dtype != leaf.dtype and cast.dtype.itemsize == 2 and jnp.isinf(cast).sum() > jnp.isinf(leaf).sum():
@@ -420,7 +420,7 @@ class NativeCheckpoint(Checkpoint):
         stated = read_json(record)
         if KEY not in stated:
             raise CheckpointError(f"{record}: no {KEY} of the parameters; convert it again")
-        check_folder(directory, recorded(stated[KEY], record), record)
+        check_folder(directory, read_checksums(stated[KEY], record), record)
         return directory
 
 
@@ -490,7 +490,7 @@ class RunCheckpoint(Checkpoint):
     def identity(self) -> str:
         """SHA-256 of the weights of the base and of those that the run trained."""
         trained = {path: Tensor.of(leaf) for path, leaf in self.trained().items()}
-        parts = (self.base.identity, digest(trained), self.lora.scale if self.lora else "")
+        parts = (self.base.identity, weights_digest(trained), self.lora.scale if self.lora else "")
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
     @cached_property
@@ -635,7 +635,7 @@ def _orbax_tensors(directory: Path) -> dict[str, Tensor]:
 
     def tensor(path: str, shape: jax.ShapeDtypeStruct) -> Tensor:
         def fill(out: np.ndarray, index: Index) -> None:
-            copy(out, leaf(path)[index], str(directory), path)
+            copy_numbers(out, leaf(path)[index], str(directory), path)
 
         return Tensor(shape.shape, np.dtype(shape.dtype).name, fill, str(directory), path)
 

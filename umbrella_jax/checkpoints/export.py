@@ -8,7 +8,7 @@ import numpy as np
 
 from convert.checksum import folder_checksums
 from convert.export_config import export_names, write_config
-from convert.lazy_tensor import Tensor, host
+from convert.lazy_tensor import Tensor, host_memory
 from convert.to_hf import export, hub_tensors
 from convert.trainable import FILE, Trainable, write_trainable
 from umbrella_jax.checkpoints.checkpoint import PARAMS, Checkpoint, has_tokenizer
@@ -56,7 +56,7 @@ def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto"
     check_run_name(directory, "choose another directory")
     if finite:
         checkpoint.check_finite()
-    params = checkpoint.params(dtype, where=host)
+    params = checkpoint.params(dtype, where=host_memory)
     with new_folder(directory) as part:
         save_params(part / PARAMS, params)
         checksums = folder_checksums(part / PARAMS)
