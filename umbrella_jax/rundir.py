@@ -1,14 +1,14 @@
-"""What lies in a run's directory, and what of it is read without jax. docs/runs.md tells it to people.
+"""The files of a run directory, and functions that read them without JAX. docs/runs.md describes them for users.
 
-config.yaml      the resolved config
-inputs.json      what the run reads, by content
-model/           config.json, tokenizer, modalities: all of the model but its weights
-metrics.jsonl    one line per update, with the figures of its evaluation where there was one, and final_... of the
-                 best step, which train.eval_samples limited at first
+config.yaml      the config with all defaults
+inputs.json      a digest of every file that the run reads
+model/           config.json, tokenizer, modalities: the model without its weights
+metrics.jsonl    one line per update, with eval_NAME of its evaluation if there was one; the best step also has
+                 final_NAME if train.eval_samples limited its first evaluation
 predictions/     answers of each evaluation
-checkpoints/     orbax: what was trained, moments, step
-log.txt          all that was said, and how it ended; a run that goes on writes behind it
-report.html      where `umbrella-jax report` puts its page
+checkpoints/     trained parameters, moments and step, in orbax format
+log.txt          everything printed, and how the run ended; a resumed run appends to it
+report.html      the page of `umbrella-jax report`
 .lock            held by the process that is training
 """
 
@@ -32,50 +32,55 @@ CONFIG, INPUTS, MODEL, METRICS, PREDICTIONS, CHECKPOINTS, LOG, REPORT = (
     *("config.yaml", "inputs.json", "model", "metrics.jsonl", "predictions", "checkpoints", "log.txt", "report.html"),
 )
 Say = Callable[[str], None]
-"""Takes lines for people."""
+"""Prints or logs a text for people, of one or more lines."""
 Step = int | Literal["best", "latest"]
-"""Which of a run's checkpoints or evaluations."""
+"""Selects one of a run's checkpoints or evaluations: by number, or the best or latest."""
 Line = dict[str, float | None]
-"""A line of `metrics.jsonl`; None stands for what is not finite, which JSON does not know."""
+"""{name: value} of an update, a line of `metrics.jsonl`. None replaces a value that is not finite, which JSON lacks."""
 _MARKS = _STARTED, _FINISHED, _ENDED = "started:", "finished:", "ended:"
 _EVAL, _FINAL = "eval_", "final_"
 _TAIL = 1 << 18
-"""Bytes of a log's end in which it is looked for how the run ended."""
+"""Number of bytes at the end of a log that are searched for how the run ended."""
 
 
-def nothing(line: str) -> None:
-    """Says nothing: of all processes but the first."""
+def say_nothing(text: str) -> None:
+    """Print nothing: the `Say` of all processes but the first."""
 
 
 def read_metrics(path: Path) -> list[Line]:
-    """The lines of a `metrics.jsonl`, none where there is no file. A last one that a kill tore apart is left out.
+    """Return the lines of a `metrics.jsonl`, none if there is no file.
 
-    Raises DataError for any other line that is none.
+    An incomplete last line, as a kill leaves it, is ignored. Raises DataError for any other line that is invalid.
     """
     if not path.exists():
         return []
     rows, lines = path.read_text(encoding="utf-8").splitlines(), []
     for number, row in enumerate(rows, 1):
         try:
-            lines.append(parse_json(row, path, DataError, "take it out", number))
+            lines.append(parse_json(row, path, DataError, "remove it", number))
             int(lines[-1]["step"])
         except (ValueError, TypeError, KeyError):
             if number < len(rows):
-                raise DataError(f"{path}:{number}: no line of metrics; take it out, or bring the file back") from None
+                raise DataError(f"{path}:{number}: not a line of metrics; remove it, or restore the file") from None
             del lines[number - 1 :]
     return lines
 
 
 def rank(values: Mapping[int, float], metric: str) -> list[tuple[int, float]]:
-    """Sort (step, value of `metric`) from best to worst, equal ones by step."""
+    """Return (step, value of `metric`) from best to worst, and by step if equal."""
     sign = 1 if lower_is_better(metric) else -1
     return sorted(values.items(), key=lambda item: (sign * item[1], item[0]))
 
 
-def add_figures(path: Path, step: int, figures: Line) -> None:
-    """Add the `eval_NAME` of a step's evaluation on all evaluation data to its line, as `final_NAME`: those that the
-    line has rank the steps."""
-    final = {_FINAL + name.removeprefix(_EVAL): value for name, value in figures.items()}
+def add_final_metrics(path: Path, step: int, metrics: Line) -> None:
+    """Add a step's evaluation on all evaluation data to its line.
+
+    Args:
+        path: the `metrics.jsonl`.
+        metrics: {`eval_NAME`: value}. They are written as `final_NAME`, because the line's own `eval_NAME` rank the
+            steps.
+    """
+    final = {_FINAL + name.removeprefix(_EVAL): value for name, value in metrics.items()}
     lines = [line | final if line["step"] == step else line for line in read_metrics(path)]
     write_whole(path, "".join(strict_json(line) + "\n" for line in lines))
 
@@ -90,64 +95,72 @@ NEWEST = "the newest"
 
 
 def choose_step(run: Path, train: TrainConfig, steps: Collection[int], asked: Step | None) -> tuple[int, str]:
-    """Return which of a run's `steps`, at least one, to use, and why: the best if the run keeps its best, else the
-    newest, unless another is asked for.
+    """Return which of a run's steps to use, and why.
 
-    Raises ConfigError if `asked` is none of them, or the best of a run that keeps none or was not evaluated.
+    Args:
+        train: the run's settings.
+        steps: to choose from; at least one.
+        asked: the user's choice. Without one, it is the best step if the run keeps its best, else the newest.
+
+    Raises:
+        ConfigError: `asked` is not one of the steps, or is the best of a run that keeps no best or has no finite value.
     """
-    there = f"expected latest or one of {', '.join(map(str, sorted(steps)))}"
+    expected = f"expected latest or one of {', '.join(map(str, sorted(steps)))}"
     if isinstance(asked, int):
         if asked not in steps:
-            raise ConfigError(f"--step {asked}: {run} has no such step; {there}")
+            raise ConfigError(f"--step {asked}: {run} has no such step; {expected}")
         return asked, "as asked"
     newest = max(steps)
     if asked == "latest" or (asked is None and not train.keep_best):
         return newest, NEWEST
     if not train.keep_best:
-        raise ConfigError(f"--step best: {run} keeps no best (train.keep_best is 0); {there}")
+        raise ConfigError(f"--step best: {run} keeps no best (train.keep_best is 0); {expected}")
     metric = str(train.best_metric)
-    found = {int(line["step"] or 0): line.get(metric) for line in read_metrics(run / METRICS)}
-    values = {step: value for step in steps if (value := found.get(step)) is not None and math.isfinite(value)}
+    all_values = {int(line["step"] or 0): line.get(metric) for line in read_metrics(run / METRICS)}
+    values = {step: value for step in steps if (value := all_values.get(step)) is not None and math.isfinite(value)}
     if not values:
         if asked == "best":
-            raise ConfigError(f"--step best: no step of {run} has a finite {metric} yet; {there}")
+            raise ConfigError(f"--step best: no step of {run} has a finite {metric} yet; {expected}")
         return newest, f"the newest; none has a finite {metric} yet"
     (step, value), *_ = rank(values, metric)
     return step, f"best {metric}, {value:.4g}" + ("" if step == newest else f"; the newest is {newest}")
 
 
-def evaluations(run: Path) -> dict[int, Path]:
-    """{step: the predictions of a run's evaluation behind it}, the first step first."""
-    found = {file.stem.removeprefix("step_"): file for file in (run / PREDICTIONS).glob("step_*.jsonl")}
-    return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int)}
+def predictions_by_step(run: Path) -> dict[int, Path]:
+    """Return {step: predictions file of the evaluation after it} of a run, by increasing step."""
+    files = {file.stem.removeprefix("step_"): file for file in (run / PREDICTIONS).glob("step_*.jsonl")}
+    return {int(step): files[step] for step in sorted(filter(str.isdecimal, files), key=int)}
 
 
 class RunLog:
-    """`log.txt` while it is entered: what is said, warnings, what other packages log, and the error that ends it.
+    """Context manager that writes `log.txt`: printed lines, warnings, other packages' logs, and the error at the end.
 
-    Every line begins with its time. Control characters are escaped, and only the lines that say how the run began and
-    ended can begin as they do: names and answers may contain line breaks. If the file can no longer be written, that is
-    said once, and the run goes on without it.
+    Every line begins with its time. Control characters are escaped. Names and answers may contain line breaks, so lines
+    are indented if they could be mistaken for those that record how the run began or ended. If the file can no longer
+    be written, one warning is printed, and the run continues without it.
+
+    Args:
+        say: prints the lines too.
+        about: text of the first line, which also has process and host.
     """
 
     def __init__(self, path: Path, say: Say, about: str):
-        """`say`: where lines go too; `about`: of the first line, beside process and host."""
         self.path, self._say, self._about = path, say, about
         self._handlers: list[logging.Handler] = []
         self._file: TextIO | None = None
 
     def say(self, text: str) -> None:
-        """Into the log and to people."""
+        """Print a text and write it to the log."""
         self._say(text)
         self.note(text)
 
     def note(self, text: str) -> None:
-        """Add lines to the log only."""
+        """Write a text to the log only."""
         first, *more = text.split("\n")
         self._write([f"  {first}" if first.startswith(_MARKS) else first, *more])
 
     def _write(self, lines: Sequence[str]) -> None:
-        """Add a line, and those that continue it, indented so that none can pass for one of _MARKS."""
+        """Write a line, and its continuation lines indented, so that none of them begins like one of _MARKS."""
         if self._file is None:
             return
         now = datetime.now().astimezone().isoformat(" ", "seconds")
@@ -159,13 +172,13 @@ class RunLog:
             self._say(f"WARNING: {self.path}: no longer written: {error.strerror}")
 
     def __enter__(self) -> "RunLog":
-        # a path may be no Unicode
+        # a text may contain a path that is not valid Unicode
         self._file = open(self.path, "a", encoding="utf-8", errors="backslashreplace", opener=private)
         self._write([f"{_STARTED} {self._about}, process {os.getpid()} on {socket.gethostname()}"])
         self._showwarning, warnings.showwarning = warnings.showwarning, self._warned
         root = logging.getLogger()
         self._handlers = [_Handler(self.note)]
-        if not root.handlers and logging.lastResort:  # which is asked no more where there is a handler
+        if not root.handlers and logging.lastResort:  # logging uses it only while there is no other handler
             self._handlers.append(logging.lastResort)
         for handler in self._handlers:
             root.addHandler(handler)
@@ -187,7 +200,7 @@ class RunLog:
 
 
 class _Handler(logging.Handler):
-    """Of warnings and worse."""
+    """Writes warnings and errors of other packages to the log."""
 
     def __init__(self, note: Say):
         super().__init__(logging.WARNING)
@@ -208,8 +221,10 @@ def _said(error: BaseException) -> str:
 
 
 def how_it_ended(path: Path) -> str | None:
-    """What a log says last of an end: the error's first line, "" of a run that finished, None where it says none, as
-    of a process that was killed, or that is running."""
+    """Return how the last run in a log ended: the first line of its error, or "" if it finished.
+
+    None if the log does not say, because the process was killed or is still running.
+    """
     for text in _from_the_end(path):
         if text.startswith(_STARTED):
             return None
@@ -219,7 +234,7 @@ def how_it_ended(path: Path) -> str | None:
 
 
 def _from_the_end(path: Path) -> Iterator[str]:
-    """Lines without their time, the last first."""
+    """Yield the lines of a log without their time, the last first."""
     if not path.exists():
         return
     with path.open("rb") as file:

@@ -23,7 +23,7 @@ from umbrella_jax.demo import DemoData, make_base, make_data
 from umbrella_jax.demo.data import BLOCK, lesion_mask
 from umbrella_jax.demo.run import run_demo
 from umbrella_jax.errors import CheckpointError
-from umbrella_jax.rundir import evaluations
+from umbrella_jax.rundir import predictions_by_step
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def short_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
 
 def test_demo_returns_the_accuracies_of_its_files(short_demo: tuple[Path, dict[str, float]]) -> None:
     root, result = short_demo
-    *_, last = evaluations(root / "run").values()
+    *_, last = predictions_by_step(root / "run").values()
     rows = read_lines(last)
     assert len(rows) == 4 * 8
     correct = {task: [row["prediction"] == row["reference"] for row in group] for task, group in grouped(rows).items()}
@@ -163,7 +163,7 @@ def test_demo_report_shows_the_numbers_of_its_files(short_demo: tuple[Path, dict
     run = root / "run"
     page, lines = Page(run / "report.html"), read_lines(run / "metrics.jsonl")
     assert page.numbers["curves"]["loss"]["training"] == [[line["step"], line["loss"]] for line in lines]
-    files = {"run": max(evaluations(run).items())[1]}
+    files = {"run": max(predictions_by_step(run).items())[1]}
     files |= {name: run / "baseline" / f"{name}.jsonl" for name in ("cnn", "probe")}
     cells = set()
     for whose, file in files.items():

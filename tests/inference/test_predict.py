@@ -17,7 +17,7 @@ from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.errors import ConfigError, visible
 from umbrella_jax.inference import predict as predict_module
 from umbrella_jax.inference.processor import Processor
-from umbrella_jax.rundir import evaluations
+from umbrella_jax.rundir import predictions_by_step
 
 
 @pytest.fixture(scope="module")
@@ -312,9 +312,9 @@ def test_images_are_pairs(run: Path) -> None:
 
 
 def test_a_runs_evaluations_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
-    assert evaluations(tmp_path) == {}
+    assert predictions_by_step(tmp_path) == {}
     folder = tmp_path / "predictions"
     folder.mkdir()
     for name in ("step_9.jsonl", "step_10.jsonl", "step_x.jsonl", ".step_11.jsonl.part"):
         (folder / name).touch()
-    assert list(evaluations(tmp_path).items()) == [(9, folder / "step_9.jsonl"), (10, folder / "step_10.jsonl")]
+    assert list(predictions_by_step(tmp_path).items()) == [(9, folder / "step_9.jsonl"), (10, folder / "step_10.jsonl")]

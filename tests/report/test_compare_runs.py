@@ -135,7 +135,7 @@ def test_damage_is_named(folder: Path, what: str, capsys: pytest.CaptureFixture[
     """And the other runs are compared all the same."""
     if what == "metrics":
         (folder / "a" / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-        expected = f"{folder / 'a' / 'metrics.jsonl'}:2: no line of metrics"
+        expected = f"{folder / 'a' / 'metrics.jsonl'}:2: not a line of metrics"
     elif what == "no text":
         (folder / "a" / "metrics.jsonl").write_bytes(b"\xff\xfe")
         expected = "can't decode"

@@ -366,7 +366,7 @@ def test_metrics_of_lost_steps_are_taken_out(tmp_path):
     with Metrics(path, 0):
         assert path.read_text() == ""
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(DataError, match=r"metrics\.jsonl:2: no line of metrics"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a line of metrics"):
         Metrics(path, 3)
 
 

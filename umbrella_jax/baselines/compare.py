@@ -33,7 +33,7 @@ from umbrella_jax.inference.processor import Processor
 from umbrella_jax.io.files import PRIVATE, check_output, strict_json, write_whole
 from umbrella_jax.models import native_backend
 from umbrella_jax.models.paths import VISION_TOWER
-from umbrella_jax.rundir import Step, evaluations
+from umbrella_jax.rundir import Step, predictions_by_step
 from umbrella_jax.scoring.metrics import Scores, Task, read_predictions, score, task_of, tasks_of
 from umbrella_jax.scoring.parse_answer import normalise, parse_number, same_unit
 from umbrella_jax.scoring.rows import Row, blank_rows
@@ -105,7 +105,7 @@ def baseline(
     if overlap:
         notes = [f"{overlap}.", *notes]
     columns: dict[str, list[Row]] = {}
-    given = predictions if run is None else evaluations(Path(run)).get(checkpoint.step or 0)
+    given = predictions if run is None else predictions_by_step(Path(run)).get(checkpoint.step or 0)
     if given is not None:
         columns["language model"] = _given(Path(given), [row for row in rows if task_of(row) in tasks])
         notes.append(f"language model: {given}.")

@@ -108,12 +108,12 @@ def _runs(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from umbrella_jax.rundir import CONFIG, choose_step, evaluations
+    from umbrella_jax.rundir import CONFIG, choose_step, predictions_by_step
     from umbrella_jax.scoring.metrics import cut_faults, read_predictions, score, tasks_of
 
     file, stored, title = Path(arguments.predictions), None, ""
     if file.is_dir():
-        run, found = file, evaluations(file)
+        run, found = file, predictions_by_step(file)
         if not found:
             raise ConfigError(f"{file}: no predictions; expected an evaluated run or a predictions file")
         stored = load_stored_config(run / CONFIG)

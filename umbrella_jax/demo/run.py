@@ -43,7 +43,7 @@ def run_demo(
         RunError: a command failed, or the export's answers differ from the run's.
     """
     from umbrella_jax.io.files import check_new_folder, check_run_name
-    from umbrella_jax.rundir import evaluations
+    from umbrella_jax.rundir import predictions_by_step
     from umbrella_jax.scoring.metrics import read_predictions
 
     def command(*words: object) -> None:
@@ -70,7 +70,7 @@ def run_demo(
     small = ["--cnn-width", 0.25, "--cnn-epochs", 5]
     command("baseline", "--config", CONFIG, *data_options, "--run", run, "--out", run, *small)
 
-    *_, last_evaluation = evaluations(run).values()
+    *_, last_evaluation = predictions_by_step(run).values()
     rows = read_predictions(last_evaluation)
     answers = _answers(export, data.eval)
     if answers != [row["prediction"] for row in rows]:

@@ -35,7 +35,7 @@ from umbrella_jax.inference.processor import Processor
 from umbrella_jax.io.files import PRIVATE, append, check_output, hold, naming, strict_json, write_whole
 from umbrella_jax.io.reading import parse_json
 from umbrella_jax.models import Params, abstract_params, native_backend
-from umbrella_jax.rundir import Say, Step, nothing
+from umbrella_jax.rundir import Say, Step, say_nothing
 from umbrella_jax.scoring.metrics import Task, task_of, tasks_of
 from umbrella_jax.scoring.rows import Answer, Row, blank_rows, with_answer
 from umbrella_jax.sharding import MeshShape, abstract_batch, make_mesh, param_sharding, parts, put_batch
@@ -333,10 +333,10 @@ def predict(
     model = checkpoint.config.with_attention("auto", native_backend(devices.devices.flat[0]))
     done = {int(index): row for index, row in broadcast(part.done if part else None).items()}
     left = [index for index in range(len(rows)) if index not in done]
-    say = say if first else nothing
+    say = say if first else say_nothing
     if checkpoint.chosen:
         say(checkpoint.chosen)
-    options: dict[str, Any] = {"say": say, "note": nothing, "quiet": not first}
+    options: dict[str, Any] = {"say": say, "note": say_nothing, "quiet": not first}
     options["memory"] = jax.local_devices()[0].memory_stats
     with (
         jax.set_mesh(devices),

@@ -26,7 +26,7 @@ from umbrella_jax.rundir import (
     Line,
     Step,
     choose_step,
-    evaluations,
+    predictions_by_step,
     read_metrics,
 )
 from umbrella_jax.scoring.metrics import (
@@ -243,7 +243,7 @@ def _checkpoints(run: Path) -> tuple[tuple[int, ...], dict[str, Any]]:
 
 def _evaluation(run: Path, train: TrainConfig, step: Step | None) -> tuple[Path, int, str]:
     """Return the predictions of an evaluation, its step, and why that one."""
-    files = evaluations(run)
+    files = predictions_by_step(run)
     if not files:
         raise ConfigError(f"{run / PREDICTIONS}: no predictions; train with data.eval (--eval-data PATH)")
     at, why = choose_step(run, train, files, step)

@@ -16,7 +16,7 @@ from umbrella_jax.inference.predict import compile_answers
 from umbrella_jax.plan import at_shape
 from umbrella_jax.run.preparation import Prepared, check, check_processes, prepare
 from umbrella_jax.run.resumption import check_out, newest
-from umbrella_jax.rundir import CHECKPOINTS, Say, nothing
+from umbrella_jax.rundir import CHECKPOINTS, Say, say_nothing
 from umbrella_jax.sharding import MeshShape, abstract_batch, parts
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.step import TrainState, jit_eval_step, jit_train_step
@@ -33,7 +33,7 @@ def rehearse(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) 
         ConfigError, DataError, CheckpointError: as `train` does.
         ConfigError: the devices have too little memory.
     """
-    say = say if jax.process_index() == 0 else nothing
+    say = say if jax.process_index() == 0 else say_nothing
     check_processes(config, resume=resume)
     with raise_together():
         out, mesh = check(config)

@@ -53,10 +53,10 @@ from umbrella_jax.rundir import (
     Line,
     RunLog,
     Say,
-    add_figures,
-    evaluations,
-    nothing,
+    add_final_metrics,
+    predictions_by_step,
     read_metrics,
+    say_nothing,
     with_final,
 )
 from umbrella_jax.sharding import param_sharding, parts
@@ -127,7 +127,7 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) -> 
                 stack.enter_context(locked(out))
             check_out(config, out, resume)
             log = stack.enter_context(RunLog(out / LOG, say, _about(mesh))) if first else None
-        run, state = prepare(config, out, mesh, log.say if log else nothing)
+        run, state = prepare(config, out, mesh, log.say if log else say_nothing)
         return _train(run, state, resume, log)
 
 
@@ -139,7 +139,7 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
         log: None on all processes but the first.
     """
     config, out, mesh, num_steps = run.config, run.out, run.training.mesh, run.training.num_steps
-    say, note = (log.say, log.note) if log else (nothing, nothing)
+    say, note = (log.say, log.note) if log else (say_nothing, say_nothing)
     with (
         Checkpoints(out / CHECKPOINTS, config.train, run.earlier_lines) as checkpoints,
         Signals(say) as signals,
@@ -202,7 +202,7 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
                 name = signal.Signals(number).name
                 raise Interrupted(number, f"{name}: all {num_steps} steps are saved; --resume evaluates the end")
             if log:
-                add_figures(out / METRICS, chosen, evaluation)
+                add_final_metrics(out / METRICS, chosen, evaluation)
     for step, value in best:
         say(f"best: {config.train.best_metric} {value:.4g} at step {step}: {checkpoints.directory / str(step)}")
     if best:
@@ -241,7 +241,7 @@ def _is_evaluated(run: Prepared, data: EvaluationData, step: int) -> bool:
     if line != with_final(line):
         return True
     total, size = len(data.dataset), run.config.train.eval_samples
-    predictions = evaluations(run.out).get(step)
+    predictions = predictions_by_step(run.out).get(step)
     is_whole = predictions is not None and predictions.read_bytes().count(b"\n") == total
     subset = partial(eval_subset, data.dataset, run.config.train.batch_size)
     return is_whole and (size is None or len(subset(size, parts(run.training.mesh))) == total)
