@@ -441,7 +441,7 @@ def test_base_without_tokenizer(refused: Refused, base: Callable[..., Path]) -> 
     directory = base()
     for path in directory.glob("*token*"):
         path.unlink()
-    assert f"{directory}: holds no tokenizer" in refused("--base", directory)
+    assert f"{directory}: no readable tokenizer" in refused("--base", directory)
 
 
 def test_stock_base_without_modalities(refused: Refused, world: World, events: list[str], tmp_path: Path) -> None:

@@ -770,7 +770,7 @@ def test_code_beside_a_tokenizer_is_not_run(base: Path, monkeypatch: pytest.Monk
     if known:  # transformers' own is taken
         load_tokenizer(base, None)
     else:
-        assert f"{base}: holds no tokenizer that can be read: " in refused(DataError, load_tokenizer, base, None)
+        assert f"{base}: no readable tokenizer: " in refused(DataError, load_tokenizer, base, None)
     assert not touched.exists()
 
 
@@ -811,7 +811,7 @@ def test_a_tokenizer_larger_than_any_is_not_read(base: Path) -> None:
 def test_tokenizer_of_another_folder_is_not_read(base: Path, tmp_path: Path) -> None:
     elsewhere = (base / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     edit(base / "tokenizer_config.json", tokenizer_file=str(elsewhere), vocab_file=str(elsewhere))
-    assert f"{base}: holds no tokenizer" in refused(DataError, load_tokenizer, base, None)
+    assert f"{base}: no readable tokenizer" in refused(DataError, load_tokenizer, base, None)
 
 
 # What goes with an export

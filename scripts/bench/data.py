@@ -261,7 +261,7 @@ def read_texts(work_dir: Path, number: int, distinct: bool) -> list[float]:
     from umbrella_jax.data.cache import Sources
     from umbrella_jax.data.conversation import read_conversations
     from umbrella_jax.data.loader import Dataset, make_epoch_plan
-    from umbrella_jax.data.tokenize import Remembering, encode, encode_all, load_tokenizer
+    from umbrella_jax.data.tokenize import CachingTokenizer, encode, encode_all, load_tokenizer
 
     file = work_dir / f"texts_{number}_{distinct}.jsonl"
     with file.open("w") as lines:
@@ -271,7 +271,7 @@ def read_texts(work_dir: Path, number: int, distinct: bool) -> list[float]:
                 record["conversations"][-1]["content"][0]["text"] = f"Number {i}, that is male."
             lines.write(json.dumps(record) + "\n")
     modalities = {"T1": ModalityConfig(size=(90, 90, 90), patch=(10, 10, 10))}
-    tokenizer = Remembering(load_tokenizer(work_dir / "demo_base", None)[0])
+    tokenizer = CachingTokenizer(load_tokenizer(work_dir / "demo_base", None)[0])
     encoder = partial(encode, tokenizer=tokenizer, modalities=modalities, max_length=8192)
     gc.collect()
     before, times = resident(), [time.process_time()]

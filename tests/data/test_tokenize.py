@@ -1,4 +1,4 @@
-"""Ids and loss mask, written out by hand: which tokens there are, which of them are learnt."""
+"""Token ids and loss masks, compared with ones written out by hand."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from tokenizers import normalizers
 from tests.helpers.checkpoints import under_transformers_4_46
 from umbrella_jax.data.conversation import Conversation, Image, Message, read_conversations
 from umbrella_jax.data.tokenize import (
-    Remembering,
+    CachingTokenizer,
     check_template,
     encode,
     encode_all,
@@ -33,13 +33,13 @@ LIMIT = 1000
 
 
 def talk(*turns):
-    """("user", part, ...), ... as a conversation."""
+    """Return a conversation of the turns ("user", part, ...), ..."""
     return Conversation("S01", None, tuple(Message(role, tuple(parts)) for role, *parts in turns), {}, "a.json[0]")
 
 
 @pytest.fixture
 def ids(tokenizer):
-    """`ids("text", 7, ...)`: texts tokenized, special tokens by name, all joined."""
+    """`ids("text", 7, ...)` tokenizes texts, looks up special tokens by name, and joins all ids."""
     special = {"<s>": "<|im_start|>", "</s>": "<|im_end|>", "I": "<image>"}
 
     def join(*pieces):
@@ -54,7 +54,7 @@ def ids(tokenizer):
     return join
 
 
-# Each case: conversation, its pieces, and of them those that are supervised.
+# Each case: a conversation, its pieces, and the indices of supervised pieces.
 CASES = {
     "two turns": (
         talk(("user", "Sex?", T1), ("assistant", "male."), ("user", "Age?"), ("assistant", "old")),
@@ -86,8 +86,8 @@ CASES = {
     ),
 }  # fmt: skip
 
-# The same conversations as the original writes them: images first, the text between two special tokens as a whole, and
-# the whole of assistant and system turns supervised (the first token of all has nothing before it).
+# The same conversations as the original writes them: images first, the text between two special tokens as one piece.
+# Assistant and system turns are supervised as a whole, except the first token, which nothing precedes.
 ORIGINAL_CASES = {
     "two turns": (
         ["<s>", "user\n", *"IIIIII", "Sex?", "</s>", "\n", "<s>", "assistant\nmale.", "</s>", "\n",
@@ -145,7 +145,7 @@ def test_image_starts_of_the_original(tokenizer, modalities, ids):
 
 
 def test_the_original_keeps_markers_and_learns_system_turns(tokenizer, modalities, ids, tmp_path):
-    """Of a turn that is one string, as LLaVA's own files have it; the images of a list come first."""
+    """Markers stay in a turn that is one string, as in LLaVA's files; images of a list of parts come first."""
     turns = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "This <image>\nor <image>?"},
@@ -222,13 +222,13 @@ def test_reference_answer():
 
 
 @pytest.mark.parametrize("template", ["umbrella", "original", "chat"])
-def test_remembering_changes_nothing(template, tokenizer, modalities, monkeypatch):
-    """Rows of a tokenizer that remembers are what each conversation is by itself, also the second time."""
+def test_caching_changes_nothing(template, tokenizer, modalities, monkeypatch):
+    """A caching tokenizer encodes every conversation like the plain one, also the second time."""
     monkeypatch.setattr(tokenizer, "chat_template", PLAIN)
     options = {"modalities": modalities, "max_length": LIMIT, "template": template}
     conversations = [case[0] for case in CASES.values() if template != "chat" or case[0].messages[-1].text] * 2
     for encoder in (encode, encode_prompt):
-        rows = encode_all(conversations, partial(encoder, tokenizer=Remembering(tokenizer), **options), modalities)
+        rows = encode_all(conversations, partial(encoder, tokenizer=CachingTokenizer(tokenizer), **options), modalities)
         for row, conversation in zip(rows, conversations, strict=True):
             expected = encoder(conversation, tokenizer=tokenizer, **options)
             for name in ("input_ids", "supervised", "image_starts"):
@@ -236,9 +236,9 @@ def test_remembering_changes_nothing(template, tokenizer, modalities, monkeypatc
             assert row.images == expected.images
 
 
-def test_rows_take_little_memory(tokenizer, modalities):
+def test_encoded_conversations_take_little_memory(tokenizer, modalities):
     conversations = [talk(("user", Image(T1.path, "T1", i), "Sex?"), ("assistant", "male")) for i in range(2000)]
-    encoder = partial(encode, tokenizer=Remembering(tokenizer), modalities=modalities, max_length=LIMIT)
+    encoder = partial(encode, tokenizer=CachingTokenizer(tokenizer), modalities=modalities, max_length=LIMIT)
     encode_all(conversations, encoder, modalities)
     tracemalloc.start()
     rows = encode_all(conversations, encoder, modalities)
@@ -276,13 +276,13 @@ def test_forged_control_tokens_are_refused(template, turn, token, modalities, ch
     conversation = talk(("user", T1), turn, ("assistant", "b"))
     token = token.replace("<|im", r"<\|im").replace("|> and", r"\|> and").replace("start|>", r"start\|>")
     for encoder in (encode, encode_prompt):
-        with pytest.raises(DataError, match=rf"a.json\[0\] \(S01\): text holds {token}, which .* take it out"):
+        with pytest.raises(DataError, match=rf"a.json\[0\] \(S01\): text contains {token}, a control .* take it out"):
             encoder(conversation, chat_tokenizer(PLAIN), modalities, LIMIT, template=template)
 
 
 @pytest.fixture(scope="session")
 def joining(tokenizer_directory):
-    """A tokenizer that joins a newline and what follows it, as Qwen's joins two newlines."""
+    """A tokenizer that merges a newline with the text after it, as Qwen's merges two newlines."""
     tokenizer = load_tokenizer(tokenizer_directory, None)[0]
     tokenizer.add_tokens(["\nm", "\n\n"])
     return tokenizer
@@ -298,7 +298,7 @@ def test_only_the_original_joins_header_and_answer(joining, modalities):
 
 
 def test_nothing_predicts_the_first_token(tokenizer, modalities):
-    """`collate` would ask position -1 for it."""
+    """`collate` would predict it from position -1."""
     found = encode(talk(("assistant", "b"), ("user", "a")), tokenizer, modalities, LIMIT, template="original")
     turn = len(tokenizer.encode("<|im_start|>assistant\nb<|im_end|>\n"))
     assert np.flatnonzero(found.supervised).tolist() == list(range(1, turn))
@@ -308,7 +308,7 @@ def test_nothing_predicts_the_first_token(tokenizer, modalities):
 
 
 def turns(before, answer, content="message['content']"):
-    """A template of Qwen's kind; `answer` renders an assistant's content and the end of the turn."""
+    """Return a template like Qwen's; `answer` renders an assistant's content and the end of the turn."""
     return (
         f"{before}{{% for message in messages %}}{{{{ '<|im_start|>' + message['role'] + '\n' }}}}"
         f"{{% if message['role'] == 'assistant' %}}{answer}"
@@ -334,7 +334,7 @@ UNMARKED_PARTS = turns(SYSTEM, PARTS + END, PARTS)
 
 @pytest.fixture(scope="session")
 def chat_tokenizer(tokenizer_directory):
-    """`chat_tokenizer(template)`: the tokenizer, with that chat template."""
+    """`chat_tokenizer(template)` returns the tokenizer with that chat template."""
 
     def make(template):
         tokenizer = load_tokenizer(tokenizer_directory, None)[0]
@@ -392,7 +392,7 @@ def test_the_tokenizers_own_template(template, name, chat_tokenizer, modalities,
 
 
 def test_what_the_template_marks_is_learnt(chat_tokenizer, modalities, ids):
-    """The newline behind the end too, if the template says so."""
+    """Even the newline after the end, if the template marks it."""
     tokenizer = chat_tokenizer(turns("", "{% generation %}" + TEXT + END + "{% endgeneration %}", TEXT))
     found = encode(talk(("user", "a"), ("assistant", "male")), tokenizer, modalities, LIMIT, template="chat")
     expected = ids("male", "</s>", "\n")
@@ -401,8 +401,11 @@ def test_what_the_template_marks_is_learnt(chat_tokenizer, modalities, ids):
 
 
 REFUSED = {
-    "header": (turns("", TEXT + END, TEXT).replace("role'] + '\n'", "role'] + ' \n'"), "not begin it as it prompts"),
-    "other when it goes on": (
+    "header": (
+        turns("", TEXT + END, TEXT).replace("role'] + '\n'", "role'] + ' \n'"),
+        "starts the answer differently after its prompt",
+    ),
+    "changes later": (
         turns("", "{{ 'so ' if loop.last else '' }}" + TEXT + END, TEXT),
         "when the conversation",
     ),
@@ -420,7 +423,7 @@ REFUSED = {
         turns("", TEXT + END, "{% generation %}" + TEXT + "{% endgeneration %}"),
         "within {% generation",
     ),
-    "puts words in": (turns("", "{{ 'Hm. ' }}" + TEXT + END, TEXT), "makes 'Hm. male' of the answer 'male'"),
+    "puts words in": (turns("", "{{ 'Hm. ' }}" + TEXT + END, TEXT), "turns the answer 'male' into 'Hm. male'"),
     "leaves text out": (turns("", TEXT + END, "{{ message['content'][1:] }}"), r"conversations\[0\]: .* leaves out"),
     "leaves images out": (
         turns("", TEXT + END, "{{ message['content'].replace('<image>', '') }}"),
@@ -444,15 +447,15 @@ def test_a_template_whose_answers_are_not_found_is_refused(name, chat_tokenizer,
 
 
 def test_an_answer_that_joins_the_header_is_refused(joining, modalities):
-    """Its first token is none that follows the prompt."""
+    """Its first token does not follow the prompt."""
     joining.chat_template = PLAIN
     assert encode(talk(("user", "a"), ("assistant", "n")), joining, modalities, LIMIT, template="chat")
-    with pytest.raises(DataError, match="not begin it as it prompts"):
+    with pytest.raises(DataError, match="starts the answer differently after its prompt"):
         encode(talk(("user", "a"), ("assistant", "m")), joining, modalities, LIMIT, template="chat")
 
 
 def test_an_answer_may_be_normalised_by_the_tokenizer(chat_tokenizer, modalities):
-    """Qwen's tokenizers write an accent and its letter as one."""
+    """Qwen's tokenizers merge an accent and its letter."""
     tokenizer = chat_tokenizer(PLAIN)
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     conversation = talk(("user", "a"), ("assistant", "e\u0301"))
@@ -494,7 +497,7 @@ TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=5).map("".join)
 
 @st.composite
 def conversations(draw):
-    """User turns of texts and images, answers of texts; the first is not an answer, the last is, some are blank."""
+    """Draw user turns of texts and images, and answers of texts, some blank. The last turn is an answer, the first is not."""
     message = st.one_of(
         st.tuples(st.just("user"), st.lists(st.one_of(TEXTS, st.sampled_from([T1, FMRI])), max_size=4)),
         st.tuples(st.just("assistant"), st.lists(TEXTS, max_size=2)),
@@ -505,7 +508,7 @@ def conversations(draw):
 
 
 def written(conversation, template):
-    """The whole text, each image one marker, and what of it is to be learnt; said as REFERENCE.md does."""
+    """Return the whole text with one marker per image, and the spans to learn, by the rules of the original."""
     whole, learnt = DEFAULT_SYSTEM if template == "chat" else "", ""
     for message in conversation.messages:
         marked = "".join(part if isinstance(part, str) else "<image>" for part in message.parts)
@@ -562,8 +565,7 @@ def decode(tokenizer, ids):
 @settings(max_examples=150, deadline=None)
 @given(conversation=conversations())
 def test_the_original_another_way(conversation, joining, modalities):
-    """As REFERENCE.md says it: the images' patches in the text, all of it tokenized at once, answers found in it by a
-    pattern and in its tokens by their offsets."""
+    """An independent implementation: tokenize the whole text with all patches, find answers by a pattern and offsets."""
     if any(token in message.text for message in conversation.messages for token in CONTROL):
         return
     text = ""
@@ -606,17 +608,17 @@ def test_another_image_id_than_the_models_is_refused(tokenizer_directory):
 
 
 def test_no_tokenizer(tmp_path):
-    with pytest.raises(DataError, match="holds no tokenizer that can be read"):
+    with pytest.raises(DataError, match="no readable tokenizer"):
         load_tokenizer(tmp_path, None)
     with pytest.raises(DataError, match="not found"):
         load_tokenizer(tmp_path / "none", None)
 
 
-# What lies beside the tokenizer
+# Other files in a tokenizer's folder
 
 
 def beside(tmp_path, source, **files):
-    """A copy of a tokenizer's folder with these JSON files, by stem, laid into it."""
+    """Return a copy of a tokenizer's folder with the given JSON files, by stem, added."""
     directory = shutil.copytree(source, tmp_path / "folder", dirs_exist_ok=True)
     for name, content in files.items():
         (directory / f"{name}.json").write_text(json.dumps(content))
@@ -653,7 +655,7 @@ PROCESSORS = {"chat_template": {"chat_template": "P {{ messages[0].content }}"}}
 
 
 def test_the_processors_chat_template_comes_first(tokenizer_directory, tmp_path):
-    """transformers' order for a model that sees: processor_config.json, chat_template.json, then the tokenizer's."""
+    """transformers' order is processor_config.json, chat_template.json, then the tokenizer's template."""
     directory = beside(tmp_path, tokenizer_directory, **PROCESSORS)
     said = [{"role": "user", "content": "a"}]
     assert load_tokenizer(directory, None)[0].apply_chat_template(said, tokenize=False) == "P a"
@@ -688,7 +690,7 @@ assert found == texts, found
 
 
 def test_spaces_of_an_answer_stay(tokenizer_directory, tmp_path):
-    """`clean_up_tokenization_spaces` would take some out under transformers 4.46 to 5.6."""
+    """Under transformers 4.46 to 5.6 `clean_up_tokenization_spaces` would remove some."""
     stated = json.loads((tokenizer_directory / "tokenizer_config.json").read_text())
     stated |= {"clean_up_tokenization_spaces": True, "tokenizer_class": "PreTrainedTokenizerFast"}
     under_transformers_4_46("-c", DECODE_446, beside(tmp_path, tokenizer_directory, tokenizer_config=stated))

@@ -21,7 +21,7 @@ from umbrella_jax.data.cache import Sources
 from umbrella_jax.data.collate import collate
 from umbrella_jax.data.conversation import Conversation, Image, read_conversations
 from umbrella_jax.data.epoch_plan import BatchShape, ConversationSizes, EpochPlan, Update, exact_shape
-from umbrella_jax.data.tokenize import Encoded, Remembering, encode, encode_all, encode_prompt
+from umbrella_jax.data.tokenize import CachingTokenizer, Encoded, encode, encode_all, encode_prompt
 from umbrella_jax.data.volume import check_volumes
 from umbrella_jax.errors import DataError, Faults
 
@@ -145,7 +145,7 @@ class Dataset:
             allow_outside_root=allow_outside_root,
         )
         common: dict[str, Any] = {"modalities": modalities, "max_length": max_length, "template": template}
-        common["tokenizer"] = Remembering(tokenizer)
+        common["tokenizer"] = CachingTokenizer(tokenizer)
         images = [image for conversation in kept for image in conversation.images]
         sources = Sources() if sources is None else sources
         faults = Faults()

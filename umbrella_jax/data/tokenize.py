@@ -1,17 +1,17 @@
-"""Conversations to token ids and loss mask, both made in the same breath, in one of three templates.
+"""Encode conversations as token ids and a loss mask, in one of three templates.
 
-`umbrella`: ChatML, piece by piece, each image where the content shows it. Supervised is every answer that is not
-    blank, with its `<|im_end|>`; not its header, nor the newline behind it.
-`original`: as the PyTorch system writes it (ids and labels are equal). ChatML, a turn's images before its text, or at
-    the `<image>` markers of a turn that the file has as one string. The text is tokenized as a whole, so an answer's
-    leading newline may join the header's. Supervised is every token of assistant and system turns, from `<|im_start|>`
-    to the newline after `<|im_end|>`, blank ones too, but for images. Not as there:
-    nothing is padded, there to 2048 on the left, or cut; so positions count from the first token, not from the first
-    pad, which rope, seeing distances alone, turns into the same logits up to rounding; and a first token is never
-    supervised, since nothing stands before it to predict it from (there a pad did, where an assistant begins).
-`chat`: the tokenizer's own (`apply_chat_template`), default system prompt and all. Supervised is what stands between
-    the prompt for an answer that is not blank and the token that ends it, that included; or, where the template marks
-    answers by `{% generation %}`, what it marks.
+`umbrella`: ChatML, encoded piece by piece, with each image where the content shows it. Every answer that is not blank
+    is supervised, with its `<|im_end|>` but without its header and the newline after it.
+`original`: as the PyTorch system writes it; ids and labels are equal. ChatML, with a turn's images before its text, or
+    at the `<image>` markers if the file has the turn as one string. The text is tokenized as a whole, so an answer's
+    leading newline may merge with the header's. Every token of assistant and system turns is supervised, from
+    `<|im_start|>` to the newline after `<|im_end|>`, blank turns included, except images. Three things differ from
+    the PyTorch system. Nothing is cut. Nothing is padded (there on the left, to 2048), so positions count from the
+    first token instead of the first pad; rope sees only distances, so logits are equal up to rounding. The first token
+    is never supervised, because no token precedes it (there a pad does, if the assistant begins).
+`chat`: the tokenizer's own template (`apply_chat_template`), with its default system prompt. Every answer that is not
+    blank is supervised, from the end of its prompt to the token that ends it, inclusive. If the template marks answers
+    with `{% generation %}`, the marked tokens are supervised instead.
 """
 
 import json
@@ -32,64 +32,64 @@ from umbrella_jax.data.conversation import IMAGE_MARKER, TURN_END, TURN_START, C
 from umbrella_jax.errors import DataError, Faults, is_out_of_memory
 from umbrella_jax.io.reading import LISTING, read_json
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of missing PyTorch, which is not needed
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is not needed
 
-_TOKENIZER = (".json", ".txt", ".model", ".tiktoken", ".jinja")
-_LARGE = f"larger than {LISTING >> 20} MB, eight times the largest tokenizer known; expected the file of one"
+_TOKENIZER_FILES = (".json", ".txt", ".model", ".tiktoken", ".jinja")
+_TOO_LARGE = f"larger than {LISTING >> 20} MB, eight times the largest known tokenizer; expected a tokenizer's file"
 
-# Ids, an image being one placeholder, and which of them are supervised.
-_Text = tuple[list[int], list[bool]]
+# Token ids, with one placeholder per image, and which of them are supervised.
+_Tokens = tuple[list[int], list[bool]]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation of T positions as the model reads it."""
+    """A conversation as T positions of the model's input."""
 
     input_ids: np.ndarray
-    """int32 [T]; an image is as many placeholders as it has patches."""
+    """int32 [T]; an image has one placeholder per patch."""
     supervised: np.ndarray
-    """bool [T]; whether the token at this position is to be predicted."""
+    """bool [T]; whether the model learns to predict the token at this position."""
     images: tuple[Image, ...]
     """Images in the order of their placeholders."""
     image_starts: np.ndarray
-    """int32 [len(images)]; position of the first placeholder of each."""
+    """int32 [len(images)]; position of the first placeholder of each image."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
 
-class Rows(Sequence[Encoded]):
-    """Encoded conversations, made anew whenever one is asked for.
+class EncodedConversations(Sequence[Encoded]):
+    """Encoded conversations in little memory; each `Encoded` is built on access.
 
-    Kept are an image's placeholders as one, each distinct text once, and the images of each conversation: some 30 bytes
-    for each conversation whose text others have too, where an `Encoded` has 5 bytes for each position.
+    Stored are each distinct text once, with one placeholder per image, and the images of each conversation. That is
+    some 30 bytes for a conversation whose text occurs elsewhere, while an `Encoded` has 5 bytes per position.
     """
 
     def __init__(self, modalities: Mapping[str, ModalityConfig]):
         self._patches = {name: config.num_patches for name, config in modalities.items()}
         self._texts: list[tuple[bytes, bytes, bytes]] = []
-        """Ids (int32) and what is supervised (bool) of each distinct text, and where its images are (int32)."""
-        self._number: dict[tuple[bytes, bytes, bytes], int] = {}
-        self._text = array("l")  # of each conversation, by number
+        """Ids (int32), supervised (bool) and indices of image placeholders (int32) of each distinct text."""
+        self._index_of: dict[tuple[bytes, bytes, bytes], int] = {}
+        self._text_index = array("l")  # index in `_texts` of each conversation
         self._images: list[Image] = []
-        self._ends = array("l", [0])  # in `_images`, of those of each conversation
+        self._image_ends = array("l", [0])  # end in `_images` of each conversation's images, after a leading 0
 
     def append(self, row: Encoded) -> None:
-        """Add one behind the others."""
+        """Append a conversation."""
         kept = np.ones(len(row), bool)
         for image, start in zip(row.images, row.image_starts, strict=True):
             kept[start + 1 : start + self._patches[image.modality]] = False
         places = (np.cumsum(kept, dtype=np.int32) - 1)[row.image_starts]
         text = row.input_ids[kept].tobytes(), row.supervised[kept].tobytes(), places.tobytes()
-        number = self._number.setdefault(text, len(self._texts))
-        if number == len(self._texts):
+        index = self._index_of.setdefault(text, len(self._texts))
+        if index == len(self._texts):
             self._texts.append(text)
-        self._text.append(number)
+        self._text_index.append(index)
         self._images += row.images
-        self._ends.append(len(self._images))
+        self._image_ends.append(len(self._images))
 
     def __len__(self) -> int:
-        return len(self._text)
+        return len(self._text_index)
 
     @overload
     def __getitem__(self, index: int) -> Encoded: ...
@@ -99,9 +99,9 @@ class Rows(Sequence[Encoded]):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         index = range(len(self))[index]  # raises IndexError
-        ids, supervised, places = self._texts[self._text[index]]
-        images = tuple(self._images[self._ends[index] : self._ends[index + 1]])
-        return _expanded(
+        ids, supervised, places = self._texts[self._text_index[index]]
+        images = tuple(self._images[self._image_ends[index] : self._image_ends[index + 1]])
+        return _expand(
             np.frombuffer(ids, np.int32),
             np.frombuffer(supervised, bool),
             images,
@@ -110,10 +110,10 @@ class Rows(Sequence[Encoded]):
         )
 
 
-def _expanded(
+def _expand(
     ids: np.ndarray, supervised: np.ndarray, images: tuple[Image, ...], places: np.ndarray, patches: Sequence[int]
 ) -> Encoded:
-    """Repeat each image's placeholder, of which there is one at each of `places`, as often as it has patches."""
+    """Repeat the placeholder at each of `places` (int32 [images]) as often as its image has `patches`."""
     repeats = np.ones(len(ids), np.int32)
     repeats[places] = patches
     return Encoded(
@@ -124,74 +124,77 @@ def _expanded(
     )
 
 
-_REMEMBERED = 10_000
-"""Texts that a `Remembering` keeps of each kind."""
+_CACHE_SIZE = 10_000
+"""Texts that each cache of a `CachingTokenizer` keeps."""
 
 
-class Remembering:
-    """A tokenizer that remembers what it wrote lately: most conversations share their questions and answers, and all
-    of them the headers of their turns. The tokenizer must not change meanwhile."""
+class CachingTokenizer:
+    """A tokenizer that caches its recent results.
+
+    Most conversations share questions and answers, and all share the headers of turns. The tokenizer must not change
+    while this is used.
+    """
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self.encode = lru_cache(_REMEMBERED)(tokenizer.encode)
-        self.convert_tokens_to_ids = lru_cache(_REMEMBERED)(tokenizer.convert_tokens_to_ids)
+        self.encode = lru_cache(_CACHE_SIZE)(tokenizer.encode)
+        self.convert_tokens_to_ids = lru_cache(_CACHE_SIZE)(tokenizer.convert_tokens_to_ids)
         self.all_special_tokens = tokenizer.all_special_tokens
-        self._render = lru_cache(_REMEMBERED)(self._rendered)
+        self._cached_template = lru_cache(_CACHE_SIZE)(self._apply_template)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
     def apply_chat_template(self, chat: Sequence[Mapping[str, Any]], **options: Any) -> Any:
-        """As the tokenizer does."""
-        return self._render(json.dumps([chat, options]))
+        """Apply the tokenizer's chat template, through a cache."""
+        return self._cached_template(json.dumps([chat, options]))
 
-    def _rendered(self, asked: str) -> Any:
-        chat, options = json.loads(asked)
+    def _apply_template(self, arguments: str) -> Any:
+        chat, options = json.loads(arguments)
         return self._tokenizer.apply_chat_template(chat, **options)
 
 
 def load_tokenizer(directory: str | Path, image_token_id: int | None) -> tuple[Any, list[str]]:
-    """The tokenizer of a local Hugging Face directory, with `<|im_start|>`, `<|im_end|>` and `<image>`.
+    """Load the tokenizer of a local Hugging Face directory, with `<|im_start|>`, `<|im_end|>` and `<image>`.
 
-    Those that it lacks are added as special tokens, at the end of the vocabulary; the caller then takes the id of an
-    added `<image>` for the model's and makes sure that the embeddings have a row for each.
+    Missing ones of these are added as special tokens at the end of the vocabulary. The caller then uses the id of an
+    added `<image>` as the model's, and ensures that the embeddings have a row for each token.
 
     Args:
-        directory: holds tokenizer.json and its companions; nothing is downloaded, and no code that it holds or names is
-            run.
-        image_token_id: the model's, from its config.json; None where it has none yet.
+        directory: contains tokenizer.json and its companions. Nothing is downloaded, and no code in or named by the
+            directory is run.
+        image_token_id: from the model's config.json; None if the model has none yet.
 
     Returns:
-        The tokenizer and the tokens that were added. Its `chat_template` is the processor's if the directory has one,
-        as in transformers; `stop_ids` knows the ends of an answer that the directory names.
+        The tokenizer and the added tokens. Its `chat_template` is the processor's if the directory has one, as in
+        transformers. `stop_ids` includes the ends of an answer that the directory names.
 
     Raises:
-        DataError: no tokenizer there, one that is larger than any, or that is code; its `<image>` has another id than
-            the model's; a chat template or `eos_token_id` that is none.
+        DataError: there is no tokenizer, or it is too large or needs code; its `<image>` has another id than the
+            model's; the chat template or an `eos_token_id` is faulty.
     """
-    from transformers import AutoTokenizer  # here: reading conversations and volumes needs no transformers
+    from transformers import AutoTokenizer  # imported here: reading conversations and volumes needs no transformers
 
     if not Path(directory).is_dir():
         raise DataError(f"{directory}: not found; expected a directory with a tokenizer")
-    files = [file for file in sorted(Path(directory).iterdir()) if file.suffix in _TOKENIZER and file.is_file()]
-    if faults := [f"{file}: {_LARGE}" for file in files if file.stat().st_size > LISTING]:
+    files = [file for file in sorted(Path(directory).iterdir()) if file.suffix in _TOKENIZER_FILES and file.is_file()]
+    if faults := [f"{file}: {_TOO_LARGE}" for file in files if file.stat().st_size > LISTING]:
         raise DataError(faults)
     try:
-        # False, not the default None: that asks on the terminal whether the directory's code may run
+        # False, since the default None asks on the terminal whether the directory's code may run
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a missing or damaged file makes transformers raise nearly anything
         if is_out_of_memory(error):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         remedy = "copy the base's tokenizer.json and tokenizer_config.json into it"
-        raise DataError(f"{directory}: holds no tokenizer that can be read: {reason}; {remedy}") from None
+        raise DataError(f"{directory}: no readable tokenizer: {reason}; {remedy}") from None
     vocabulary = tokenizer.get_vocab()
     added = [token for token in (TURN_START, TURN_END, IMAGE_MARKER) if token not in vocabulary]
     if IMAGE_MARKER not in added and image_token_id not in (None, vocabulary[IMAGE_MARKER]):
         raise DataError(
             f"{directory}: {IMAGE_MARKER} is token {vocabulary[IMAGE_MARKER]} of the tokenizer, but image_token_id is "
-            f"{image_token_id} in config.json; use the tokenizer that belongs to the model, or mend config.json"
+            f"{image_token_id} in config.json; use the model's own tokenizer, or correct config.json"
         )
     tokenizer.add_tokens(added, special_tokens=True)
     setattr(tokenizer, _STATED_ENDS, _stated_ends(Path(directory)))
@@ -200,13 +203,14 @@ def load_tokenizer(directory: str | Path, image_token_id: int | None) -> tuple[A
 
 
 _STATED_ENDS = "stated_ends"
-"""Attribute of a loaded tokenizer: what `_stated_ends` found beside it."""
+"""Attribute of a loaded tokenizer that keeps the result of `_stated_ends`."""
 
 
 def _stated_ends(directory: Path) -> list[int]:
-    """Return the ids that end an answer according to `generation_config.json`, or without one to config.json.
+    """Return the ids that end an answer according to `generation_config.json`, or to config.json if that is missing.
 
-    As transformers' `generate` reads them: a number or a list; the language model's only if the whole model has none.
+    The value is a number or a list. As in transformers' `generate`, the language model's value in config.json counts
+    only if the whole model has none.
     """
     file = directory / "generation_config.json"
     field, stated = "eos_token_id", None
@@ -224,48 +228,54 @@ def _stated_ends(directory: Path) -> list[int]:
 
 
 def _processor_template(directory: Path) -> str | dict[str, str] | None:
-    """Return the chat template of the processor if it has one of its own, by transformers' precedence:
-    `processor_config.json`, then `chat_template.json`. (`chat_template.jinja` is the tokenizer's too.)"""
+    """Return the processor's own chat template, None if it has none.
+
+    As in transformers, `processor_config.json` comes before `chat_template.json`. (`chat_template.jinja` is read with
+    the tokenizer.)
+    """
     for name in ("processor_config.json", "chat_template.json"):
         if not (file := directory / name).exists():
             continue
-        found = _read_object(file).get("chat_template")
-        if isinstance(found, list) and all(isinstance(t, dict) and {"name", "template"} <= t.keys() for t in found):
-            found = {template["name"]: template["template"] for template in found}
-        texts = list(found.values()) if isinstance(found, dict) else [found]
-        if found is not None and not all(isinstance(text, str) for text in texts):
+        value = _read_object(file).get("chat_template")
+        if isinstance(value, list) and all(isinstance(t, dict) and {"name", "template"} <= t.keys() for t in value):
+            value = {template["name"]: template["template"] for template in value}
+        texts = list(value.values()) if isinstance(value, dict) else [value]
+        if value is not None and not all(isinstance(text, str) for text in texts):
             raise DataError(f"{file}: chat_template: expected a template or several by name; correct the file")
-        if found:
-            template: str | dict[str, str] = found
+        if value:
+            template: str | dict[str, str] = value
             return template
     return None
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    """Read a JSON object that belongs to a tokenizer. Raises DataError if it is none."""
+    """Read a JSON object that belongs to a tokenizer. Raise DataError if the file has anything else."""
     remedy = "copy the base's file again"
-    found = read_json(file, DataError, remedy)
-    if not isinstance(found, dict):
-        raise DataError(f"{file}: expected an object, got {type(found).__name__}; {remedy}")
-    return found
+    value = read_json(file, DataError, remedy)
+    if not isinstance(value, dict):
+        raise DataError(f"{file}: expected an object, got {type(value).__name__}; {remedy}")
+    return value
 
 
 def save_tokenizer(tokenizer: Any, directory: str | Path) -> None:
-    """Writes a tokenizer as transformers 4 and 5 both read it: 5 by itself names a class that 4 does not know, and
-    holds further special tokens under a key that 4 takes for something else."""
+    """Write a tokenizer that transformers 4 and 5 both read.
+
+    Transformers 5 names a class that 4 does not know, and stores further special tokens under a key that has another
+    meaning in 4.
+    """
     tokenizer.save_pretrained(directory)
     file = Path(directory) / "tokenizer_config.json"
-    stated = json.loads(file.read_text(encoding="utf-8"))
-    if stated.get("tokenizer_class") == "TokenizersBackend":
-        stated["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(further := stated.get("extra_special_tokens"), list):
-        del stated["extra_special_tokens"]
-        stated["additional_special_tokens"] = further
-    file.write_text(json.dumps(stated, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(further := settings.get("extra_special_tokens"), list):
+        del settings["extra_special_tokens"]
+        settings["additional_special_tokens"] = further
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_template(tokenizer: Any, template: Template) -> None:
-    """Raises DataError where the template is the tokenizer's own and it has none."""
+    """Raise DataError if the template is `chat` and the tokenizer has no chat template."""
     if template == "chat" and not tokenizer.chat_template:
         raise DataError(
             f"data.template: chat, but {tokenizer.name_or_path or 'the tokenizer'} has no chat template; add "
@@ -274,8 +284,11 @@ def check_template(tokenizer: Any, template: Template) -> None:
 
 
 def stop_ids(tokenizer: Any) -> list[int]:
-    """Return the tokens that end an answer: `<|im_end|>`, the tokenizer's end of text, and every `eos_token_id` of the
-    model's `generation_config.json`."""
+    """Return the ids of tokens that end an answer, sorted.
+
+    They are `<|im_end|>`, the tokenizer's end of text, and every `eos_token_id` of the model's
+    `generation_config.json`.
+    """
     ids = [tokenizer.convert_tokens_to_ids(TURN_END), tokenizer.eos_token_id, *getattr(tokenizer, _STATED_ENDS, ())]
     return sorted({i for i in ids if i is not None})
 
@@ -283,7 +296,7 @@ def stop_ids(tokenizer: Any) -> list[int]:
 def decode(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> str:
     """Return the text of token ids without special tokens.
 
-    Spaces stay as they are whatever `clean_up_tokenization_spaces` says: transformers 4.46 to 5.6 would obey it.
+    Spaces are never cleaned up; transformers 4.46 to 5.6 would do so if `clean_up_tokenization_spaces` is set.
     """
     text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
@@ -298,16 +311,19 @@ def encode(
     template: Template = "umbrella",
     needs_answer: bool = True,
 ) -> Encoded:
-    """A whole conversation.
+    """Encode a whole conversation.
 
     Args:
-        max_length: positions, patches included.
-        template: see above, also for what is supervised.
+        conversation: to encode.
+        tokenizer: from `load_tokenizer`.
+        modalities: configured modalities by name.
+        max_length: maximum number of positions, patches included.
+        template: see the module's docstring, also for what is supervised.
         needs_answer: refuse a conversation in which no assistant turn has text.
 
     Raises:
-        DataError: longer than `max_length` (never cut), no answer, a control token within a text, or a conversation
-            that the tokenizer's chat template cannot render so that its answers are found.
+        DataError: the conversation is longer than `max_length` (it is never cut), has no answer or a control token in
+            a text, or the tokenizer's chat template renders it so that its answers cannot be found.
     """
     faults = []
     if needs_answer and not any(map(_is_answer, conversation.messages)):
@@ -323,10 +339,12 @@ def encode_prompt(
     *,
     template: Template = "umbrella",
 ) -> Encoded:
-    """What an answer is generated from: the last assistant turn is dropped but for its header. Nothing is supervised.
+    """Encode what an answer is generated from: all turns but the last, and the header of the answer.
+
+    Nothing is supervised. Arguments are those of `encode`.
 
     Raises:
-        DataError: the last turn is not the assistant's, and as `encode`.
+        DataError: the last turn is not the assistant's, or as in `encode`.
     """
     faults = [] if _ends_with_answer(conversation) else [_no_answer(conversation)]
     return _encode(conversation, conversation.messages[:-1], True, tokenizer, modalities, max_length, template, faults)
@@ -335,21 +353,21 @@ def encode_prompt(
 def encode_answers(
     conversation: Conversation, answers: Sequence[str], tokenizer: Any, *, template: Template = "umbrella"
 ) -> list[list[int]]:
-    """What each of `answers` would be behind `encode_prompt`: its tokens up to the one that ends it, that included.
+    """Return the tokens of each answer after `encode_prompt`, up to the token that ends it, inclusive.
 
     Raises:
-        DataError: one holds a control token, or the template does not go on from the prompt with it.
+        DataError: an answer contains a control token, or the template does not continue the prompt with it.
     """
     write, messages = _TEMPLATES[template], conversation.messages[:-1]
     prompt, _ = write(messages, tokenizer, True)
     ends, encoded, faults = stop_ids(tokenizer), [], []
     for answer in answers:
-        said = Message("assistant", (answer,))
-        ids, _ = write([*messages, said], tokenizer, False)
+        message = Message("assistant", (answer,))
+        ids, _ = write([*messages, message], tokenizer, False)
         rest = ids[len(prompt) :]
         end = next((place for place, token in enumerate(rest) if token in ends), None)
-        if _control_tokens([said], tokenizer) or ids[: len(prompt)] != prompt or not end:
-            faults.append(f"{conversation.label}: the answer {answer!r} cannot be written behind its prompt; {_MEND}")
+        if _control_tokens([message], tokenizer) or ids[: len(prompt)] != prompt or not end:
+            faults.append(f"{conversation.label}: the answer {answer!r} cannot follow its prompt; {_REMEDY}")
         else:
             encoded.append(rest[: end + 1])
     if faults:
@@ -358,23 +376,26 @@ def encode_answers(
 
 
 def length_faults(
-    asked: Iterable[tuple[Conversation, Iterable[str]]],
+    questions: Iterable[tuple[Conversation, Iterable[str]]],
     tokenizer: Any,
     limit: int,
     setting: str,
     *,
     template: Template = "umbrella",
 ) -> list[str]:
-    """Return a fault for each distinct answer whose text takes more than `limit` tokens: no model could give it.
+    """Return a fault for each distinct answer that takes more than `limit` tokens, so no model could give it.
 
     Args:
-        asked: conversations, each with the answers that it may have.
-        setting: name of the limit, for people.
+        questions: conversations, each with its possible answers.
+        tokenizer: from `load_tokenizer`.
+        limit: maximum number of tokens, without the one that ends the answer.
+        setting: name of the limit in messages.
+        template: see `encode`.
     """
     seen, faults = set[str](), list[str]()
-    for conversation, answers in asked:
+    for conversation, answers in questions:
         for answer in answers:
-            # a token is a byte at least, but for what a chat template may put before an answer
+            # a token has at least one byte, except what a chat template may put before an answer
             if answer in seen or (template != "chat" and len(answer.encode()) < limit):
                 continue
             seen.add(answer)
@@ -383,7 +404,7 @@ def length_faults(
             except DataError as error:
                 faults += error.faults
                 continue
-            if (needed := len(ids) - 1) > limit:  # the token that ends it is not of its text
+            if (needed := len(ids) - 1) > limit:  # without the token that ends it
                 faults.append(
                     f"{conversation.label}: the answer {answer!r} takes {needed} tokens, and {setting} is {limit}: no "
                     f"model could give it; set it to {needed} or more"
@@ -395,9 +416,9 @@ def encode_all(
     conversations: Iterable[Conversation],
     encoder: Callable[[Conversation], Encoded],
     modalities: Mapping[str, ModalityConfig],
-) -> Rows:
-    """`encoder`, which knows the `modalities`, of each. Raises DataError with the faults of all."""
-    encoded = Rows(modalities)
+) -> EncodedConversations:
+    """Encode every conversation by `encoder`, which must use the same `modalities`. Raise DataError with all faults."""
+    encoded = EncodedConversations(modalities)
     faults = Faults()
     for conversation in conversations:
         with faults:
@@ -407,7 +428,7 @@ def encode_all(
 
 
 def reference_answer(conversation: Conversation) -> str:
-    """Text of the last assistant turn, stripped; "" where the file keeps the truth in `metadata` only.
+    """Return the stripped text of the last assistant turn; "" if the file has the true answer in `metadata` only.
 
     Raises:
         DataError: the last turn is not the assistant's.
@@ -426,7 +447,7 @@ def _no_answer(conversation: Conversation) -> str:
 
 
 def _is_answer(message: Message) -> bool:
-    return message.role == "assistant" and bool(message.text.strip())  # a blank one would teach silence
+    return message.role == "assistant" and bool(message.text.strip())  # learning a blank answer would teach silence
 
 
 def _encode(
@@ -439,21 +460,23 @@ def _encode(
     template: Template,
     faults: list[str],
 ) -> Encoded:
-    """`messages` and, where it is a `prompt`, the header of an answer. Raises DataError with `faults` and its own."""
+    """Encode `messages` and, if `prompt`, the header of an answer. Raise DataError with `faults` and new ones."""
     label = conversation.label
     if forged := _control_tokens(messages, tokenizer):
-        found = " and ".join(forged)
-        raise DataError([*faults, f"{label}: text holds {found}, which the tokenizer takes for control; take it out"])
+        tokens = " and ".join(forged)
+        raise DataError([*faults, f"{label}: text contains {tokens}, a control token of the tokenizer; take it out"])
     try:
         ids, supervised = _TEMPLATES[template](messages, tokenizer, prompt)
     except DataError as error:
         raise DataError([*faults, *(f"{label}: {fault}" for fault in error.faults)]) from None
 
     images = tuple(part for message in messages for part in message.parts if isinstance(part, Image))
-    tokens = np.array(ids, np.int32)
-    shown = tokens == tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
+    input_ids = np.array(ids, np.int32)
+    shown = input_ids == tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
     if shown.sum() != len(images):
-        raise DataError([*faults, f"{label}: {shown.sum()} {IMAGE_MARKER} in the text, {len(images)} images; {_MEND}"])
+        raise DataError(
+            [*faults, f"{label}: {shown.sum()} {IMAGE_MARKER} in the text, {len(images)} images; {_REMEDY}"]
+        )
     patches = [modalities[image.modality].num_patches for image in images]
     if (length := len(ids) - len(patches) + sum(patches)) > max_length:
         faults.append(
@@ -462,68 +485,67 @@ def _encode(
         )
     if faults:
         raise DataError(faults)
-    learnt = np.array(supervised, bool) & (not prompt)
-    return _expanded(tokens, learnt, images, np.flatnonzero(shown), patches)
+    return _expand(input_ids, np.array(supervised, bool) & (not prompt), images, np.flatnonzero(shown), patches)
 
 
 def _control_tokens(messages: Sequence[Message], tokenizer: Any) -> list[str]:
-    """Those that stand in a turn's text, where they would forge an image, a turn or the end of one."""
+    """Return the control tokens in the texts, which would forge an image, a turn or the end of one."""
     control = {TURN_START, TURN_END, IMAGE_MARKER, *tokenizer.all_special_tokens}
     texts = [message.text for message in messages]
     return sorted(token for token in control if any(token in text for text in texts))
 
 
-def _words(tokenizer: Any, text: str) -> list[int]:
+def _text_ids(tokenizer: Any, text: str) -> list[int]:
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids
 
 
 def _joined(message: Message) -> list[str | Image]:
-    """The turn's parts, adjacent texts as one."""
-    out: list[str | Image] = []
+    """Return the turn's parts with adjacent texts joined."""
+    joined: list[str | Image] = []
     for part in message.parts:
-        if out and isinstance(part, str) and isinstance(last := out[-1], str):
-            out[-1] = last + part
+        if joined and isinstance(part, str) and isinstance(last := joined[-1], str):
+            joined[-1] = last + part
         else:
-            out.append(part)
-    return out
+            joined.append(part)
+    return joined
 
 
-def _umbrella(messages: Sequence[Message], tokenizer: Any, prompt: bool) -> _Text:
+def _umbrella(messages: Sequence[Message], tokenizer: Any, prompt: bool) -> _Tokens:
     start, end, image = tokenizer.convert_tokens_to_ids((TURN_START, TURN_END, IMAGE_MARKER))
-    pieces: list[tuple[list[int], bool]] = []  # ids and mask grow together, so they cannot disagree
+    pieces: list[tuple[list[int], bool]] = []  # one list for ids and mask, so that they cannot disagree
     for message in messages:
-        learnt = _is_answer(message)
-        pieces.append(([start, *_words(tokenizer, f"{message.role}\n")], False))
+        supervised = _is_answer(message)
+        pieces.append(([start, *_text_ids(tokenizer, f"{message.role}\n")], False))
         for part in _joined(message):
-            pieces.append((_words(tokenizer, part), learnt) if isinstance(part, str) else ([image], False))
-        pieces += [([end], learnt), (_words(tokenizer, "\n"), False)]
+            pieces.append((_text_ids(tokenizer, part), supervised) if isinstance(part, str) else ([image], False))
+        pieces += [([end], supervised), (_text_ids(tokenizer, "\n"), False)]
     if prompt:
-        pieces.append(([start, *_words(tokenizer, "assistant\n")], False))
-    return [i for ids, _ in pieces for i in ids], [learnt for ids, learnt in pieces for _ in ids]
+        pieces.append(([start, *_text_ids(tokenizer, "assistant\n")], False))
+    return [i for ids, _ in pieces for i in ids], [supervised for ids, supervised in pieces for _ in ids]
 
 
-def _original(messages: Sequence[Message], tokenizer: Any, prompt: bool) -> _Text:
+def _original(messages: Sequence[Message], tokenizer: Any, prompt: bool) -> _Tokens:
     text = ""
     for message in messages:
         images = IMAGE_MARKER * sum(isinstance(part, Image) for part in message.parts)
         inline = "".join(part if isinstance(part, str) else IMAGE_MARKER for part in message.parts)
         text += f"{TURN_START}{message.role}\n{inline if message.inline else images + message.text}{TURN_END}\n"
-    ids = _words(tokenizer, text + (f"{TURN_START}assistant\n" if prompt else ""))
-    # a turn starts at its control token, and no token reaches over one
+    ids = _text_ids(tokenizer, text + (f"{TURN_START}assistant\n" if prompt else ""))
+    # a turn starts at its control token, and no other token spans that
     start, image = tokenizer.convert_tokens_to_ids((TURN_START, IMAGE_MARKER))
     turn = np.cumsum(np.array(ids) == start) - 1
-    learnt = [*(message.role != "user" for message in messages), False]
-    return ids, [i > 0 and learnt[t] and ids[i] != image for i, t in enumerate(turn)]
+    supervised = [*(message.role != "user" for message in messages), False]
+    return ids, [i > 0 and supervised[t] and ids[i] != image for i, t in enumerate(turn)]
 
 
-_MEND = "mend the tokenizer's chat template, or set data.template: umbrella"
+_REMEDY = "correct the tokenizer's chat template, or set data.template: umbrella"
 
 
-def _chat(messages: Sequence[Message], tokenizer: Any, prompt: bool) -> _Text:
+def _chat(messages: Sequence[Message], tokenizer: Any, prompt: bool) -> _Tokens:
     chat = _chat_messages(messages, tokenizer)
 
-    def words(count: int, **options: bool) -> list[int]:
+    def encode_first(count: int, **options: bool) -> list[int]:
         ids: list[int] = _render(tokenizer, chat[:count], tokenize=True, return_dict=True, **options)["input_ids"]
         return ids
 
@@ -531,9 +553,9 @@ def _chat(messages: Sequence[Message], tokenizer: Any, prompt: bool) -> _Text:
     for i, message in enumerate(messages):
         for text in (part.strip() for part in _joined(message) if isinstance(part, str)):
             if text not in rest:
-                raise DataError(f"conversations[{i}]: the chat template leaves out or rewrites its text; {_MEND}")
+                raise DataError(f"conversations[{i}]: the chat template leaves out or rewrites its text; {_REMEDY}")
             rest = rest[rest.index(text) + len(text) :]
-    ids = words(len(chat), add_generation_prompt=prompt)
+    ids = encode_first(len(chat), add_generation_prompt=prompt)
     if prompt:
         return ids, [False] * len(ids)
 
@@ -546,34 +568,38 @@ def _chat(messages: Sequence[Message], tokenizer: Any, prompt: bool) -> _Text:
     for i, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        before, until = words(i, add_generation_prompt=True), words(i + 1)
+        before, until = encode_first(i, add_generation_prompt=True), encode_first(i + 1)
         if ids[: len(before)] != before or ids[: len(until)] != until:
             raise DataError(
-                f"conversations[{i}]: the chat template does not begin it as it prompts for it, or writes it otherwise "
-                f"when the conversation goes on, so what is learnt would not be what is asked; {_MEND}"
+                f"conversations[{i}]: the chat template starts the answer differently after its prompt, or changes it "
+                f"when the conversation continues, so training would not match generation; {_REMEDY}"
             )
         answer = slice(len(before), len(until))
         outside[answer] = False
-        # up to the first token that ends it: a newline behind it is the next turn's
-        learnt = np.cumsum(ends[answer]) - ends[answer] == 0 if marked is None else marked[answer]
-        if not (learnt & ends[answer]).any():
+        # up to the first token that ends it; a newline after that belongs to the next turn
+        learned = np.cumsum(ends[answer]) - ends[answer] == 0 if marked is None else marked[answer]
+        if not (learned & ends[answer]).any():
+            within = "" if marked is None else " within {% generation %}"
             raise DataError(
-                f"conversations[{i}]: the chat template ends the answer without {TURN_END} or the end of text"
-                f"{'' if marked is None else ' within {% generation %}'}, so its end would not be learnt; {_MEND}"
+                f"conversations[{i}]: the chat template ends the answer without {TURN_END} or the end of text{within}, "
+                f"so the model would not learn to end it; {_REMEDY}"
             )
-        said = decode(tokenizer, np.array(ids)[answer][learnt])
-        if normalize("NFC", said.strip()) != normalize("NFC", message.text.strip()):  # as Qwen's tokenizers do
+        text = decode(tokenizer, np.array(ids)[answer][learned])
+        if normalize("NFC", text.strip()) != normalize("NFC", message.text.strip()):  # Qwen's tokenizers normalise
             raise DataError(
-                f"conversations[{i}]: the chat template makes {said!r} of the answer {message.text!r}; {_MEND}"
+                f"conversations[{i}]: the chat template turns the answer {message.text!r} into {text!r}; {_REMEDY}"
             )
-        supervised[answer] = learnt & _is_answer(message)
+        supervised[answer] = learned & _is_answer(message)
     if marked is not None and (marked & outside).any():
-        raise DataError(f"the chat template marks more than the answers by {{% generation %}}; {_MEND}")
+        raise DataError(f"the chat template marks more than the answers with {{% generation %}}; {_REMEDY}")
     return ids, supervised.tolist()
 
 
 def _chat_messages(messages: Sequence[Message], tokenizer: Any) -> list[dict[str, Any]]:
-    """As the chat template takes them: in parts where it shows an image part as a marker; else with markers in text."""
+    """Return messages as the chat template reads them.
+
+    The content is a list of parts if the template writes a marker for an image part, else a text with markers.
+    """
     try:
         probe = _render(tokenizer, [{"role": "user", "content": [{"type": "image"}]}], tokenize=False)
     except DataError:
@@ -594,10 +620,10 @@ def _render(tokenizer: Any, chat: Sequence[Mapping[str, Any]], **options: Any) -
     except Exception as error:  # a template is a program, which may raise anything
         if is_out_of_memory(error):
             raise
-        raise DataError(f"the chat template cannot render it: {type(error).__name__}: {error}; {_MEND}") from None
+        raise DataError(f"the chat template cannot render it: {type(error).__name__}: {error}; {_REMEDY}") from None
 
 
-_TEMPLATES: Mapping[Template, Callable[[Sequence[Message], Any, bool], _Text]] = {
+_TEMPLATES: Mapping[Template, Callable[[Sequence[Message], Any, bool], _Tokens]] = {
     "umbrella": _umbrella,
     "original": _original,
     "chat": _chat,

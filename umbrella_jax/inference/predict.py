@@ -27,7 +27,7 @@ from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.data.epoch_plan import BatchShape
 from umbrella_jax.data.inputs import digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, empty_batch, eval_batches, eval_shapes
-from umbrella_jax.data.tokenize import Remembering, encode_answers, length_faults
+from umbrella_jax.data.tokenize import CachingTokenizer, encode_answers, length_faults
 from umbrella_jax.distributed import SHA256, broadcast, check_same, gather, raise_together
 from umbrella_jax.errors import ConfigError, DataError, Faults
 from umbrella_jax.inference.generate import GREEDY, NONE, Sampling, decode, prefill, score_answers
@@ -78,7 +78,7 @@ class Choices:
     def __init__(self, dataset: Dataset, processor: Processor, rows: Sequence[Row], tasks: Mapping[str, Task]):
         """Raises DataError where an answer's tokens do not go on from a prompt."""
         self.texts = [tasks[task_of(row)].answers or () for row in rows]
-        encoded, faults, tokenizer = [], Faults(), Remembering(processor.tokenizer)
+        encoded, faults, tokenizer = [], Faults(), CachingTokenizer(processor.tokenizer)
         for conversation, texts in zip(dataset.conversations, self.texts, strict=True):
             with faults:
                 encoded.append(encode_answers(conversation, texts, tokenizer, template=processor.template))

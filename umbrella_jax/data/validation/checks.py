@@ -28,7 +28,7 @@ from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.cache import check_float16
 from umbrella_jax.data.conversation import Conversation, Image, scan_conversations
 from umbrella_jax.data.loader import Dataset
-from umbrella_jax.data.tokenize import Remembering, encode, encode_prompt, reference_answer
+from umbrella_jax.data.tokenize import CachingTokenizer, encode, encode_prompt, reference_answer
 from umbrella_jax.data.validation.findings import (
     PROPERTIES,
     SETS,
@@ -166,7 +166,7 @@ def _encode_texts(
     rows: list[tuple[int, int, int, int]] = []
     modalities = config.model.modalities
 
-    caching = tokenizer and Remembering(tokenizer)
+    caching = tokenizer and CachingTokenizer(tokenizer)
     common: dict[str, Any] = {"tokenizer": caching, "modalities": modalities, "template": config.data.template}
     write, prompt = partial(encode, **common), partial(encode_prompt, **common)
     for c in conversations:
