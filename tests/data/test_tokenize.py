@@ -497,7 +497,7 @@ TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=5).map("".join)
 
 @st.composite
 def conversations(draw):
-    """Draw user turns of texts and images, and answers of texts, some blank. The last turn is an answer, the first is not."""
+    """Draw user turns of texts and images, and answers, some blank. The last turn is an answer, the first is not."""
     message = st.one_of(
         st.tuples(st.just("user"), st.lists(st.one_of(TEXTS, st.sampled_from([T1, FMRI])), max_size=4)),
         st.tuples(st.just("assistant"), st.lists(TEXTS, max_size=2)),
@@ -508,7 +508,7 @@ def conversations(draw):
 
 
 def written(conversation, template):
-    """Return the whole text with one marker per image, and the spans to learn, by the rules of the original."""
+    """Return the whole text with one marker per image, and the text to learn, by the rules of the template."""
     whole, learnt = DEFAULT_SYSTEM if template == "chat" else "", ""
     for message in conversation.messages:
         marked = "".join(part if isinstance(part, str) else "<image>" for part in message.parts)
@@ -565,7 +565,7 @@ def decode(tokenizer, ids):
 @settings(max_examples=150, deadline=None)
 @given(conversation=conversations())
 def test_the_original_another_way(conversation, joining, modalities):
-    """An independent implementation: tokenize the whole text with all patches, find answers by a pattern and offsets."""
+    """Compare with an independent encoding: the whole text at once, answers found by a pattern and offsets."""
     if any(token in message.text for message in conversation.messages for token in CONTROL):
         return
     text = ""
