@@ -1,19 +1,18 @@
 #!/usr/bin/env python
-"""Measures, and prints one JSON line per figure: {"figure": …, "value": …, "unit": …, …}.
+"""Measure speed and memory; print one JSON line per figure.
 
-    python scripts/benchmark.py convert [--work-dir D]     needs the extra `torch`, 12 GB of disk
-    python scripts/benchmark.py data [--work-dir D]        needs the extra `report`, 1 GB of disk
-    python scripts/benchmark.py step [--work-dir D]        needs the extra `torch`, 13 GB of memory, half an hour
-    python scripts/benchmark.py gpu [--work-dir D]         an NVIDIA GPU of 80 GB or more, PyTorch for it, five minutes
-    python scripts/benchmark.py sharing [--work-dir D]     ten minutes
-    python scripts/benchmark.py compile [--work-dir D]
-    python scripts/benchmark.py loop [--work-dir D]
-    python scripts/benchmark.py generate [--work-dir D]
-    python scripts/benchmark.py quantize [--work-dir D]    needs the extra `quantize`, five minutes
-    python scripts/benchmark.py startup
+    python scripts/benchmark.py NAME [--work-dir DIR]
 
-Every measurement has a process of its own, begun with the files in the page cache; peaks are over what the
-interpreter holds with jax imported and its devices found.
+A line is {"figure": …, "value": …, "unit": …, …}. Every measurement runs in its
+own process, with its files in the page cache. Peaks are above the memory of an
+interpreter that has imported jax and found its devices.
+
+Needs: convert  the extra `torch`, 12 GB of disk
+       data     the extra `report`, 1 GB of disk
+       step     the extra `torch`, 13 GB of memory, half an hour
+       gpu      an NVIDIA GPU of 80 GB or more, PyTorch for it, five minutes
+       sharing  ten minutes
+       quantize the extra `quantize`, five minutes
 """
 
 import argparse
@@ -33,10 +32,10 @@ from bench.step import sharing, step
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, dest="command")
+    commands = parser.add_subparsers(required=True, metavar="NAME")
     for work in (convert, data, step, gpu, sharing, compile, loop, generate, quantize, startup):
-        command = commands.add_parser(work.__name__, help=work.__doc__)
-        command.add_argument("--work-dir", type=Path, help="where files are made and left; default a temporary folder")
+        command = commands.add_parser(work.__name__, help=(work.__doc__ or "").splitlines()[0])
+        command.add_argument("--work-dir", type=Path, help="folder for files; default a temporary one")
         command.set_defaults(work=work)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

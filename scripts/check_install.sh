@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs the wheel into an empty environment, and uses it from an empty directory, far from the checkout: command line,
-# a config that is shipped, a short training, answers, and mypy --strict on the program that asks for them.
-# PYTHON=python3.13 bash scripts/check_install.sh takes another Python; LOCKED=1 the versions of requirements/lock.txt.
+# Install the wheel into an empty environment and use it from an empty directory: command line, a shipped config, a
+# short training, answers, and mypy --strict on the program that asks for them.
+# PYTHON=python3.13 chooses another Python; LOCKED=1 installs the versions of requirements/lock.txt.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tree=$PWD
@@ -20,17 +20,17 @@ cd "$work/empty"
 unset PYTHONPATH
 export PATH="$work/venv/bin:$PATH" PYTHONSAFEPATH=1
 python -c 'import umbrella_jax, convert; print(umbrella_jax.__file__, convert.__file__)' >"$work/where"
-if grep -F "$tree" "$work/where"; then exit 1; fi # not what is installed
+if grep -F "$tree" "$work/where"; then exit 1; fi # imported from the checkout, not the wheel
 
 umbrella-jax --help >"$work/help"
 umbrella-jax doctor
 umbrella-jax inspect --config tiny 2>"$work/err" && exit 1
-grep -q model.base "$work/err" # found, and has none
+grep -q model.base "$work/err" # the config is found, and names no base
 umbrella-jax inspect --config t1 2>"$work/err" && exit 1
 grep -q 'a shipped config: joint_0.5b, .*t1_0.5b' "$work/err"
 python "$work/outside.py" "$work/demo" | tail -n 1
 mypy --strict --cache-dir "$work/mypy" "$work/outside.py"
 mypy --strict --cache-dir "$work/mypy" -c 'import umbrella_jax; model: int = umbrella_jax.load("run")' >"$work/err" && exit 1
-grep -q '"Llava"' "$work/err" # types, and not Any
+grep -q '"Llava"' "$work/err" # the package has types, not Any
 [ -z "$(ls -A)" ]
 echo "$(python --version): the wheel works"

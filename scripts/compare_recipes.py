@@ -1,11 +1,14 @@
 #!/usr/bin/env python
-"""What each recipe buys on the demo's data, made hard: fewer subjects, one question about each, as many steps for all.
+"""Compare the recipes of docs/recipes.md on a harder version of the demo.
 
-    python scripts/compare_recipes.py [--work-dir D] [--subjects N] [--epochs N] [--seed N]
+    python scripts/compare_recipes.py [--work-dir DIR] [--subjects N]
 
-Trains the patch embedding; embedding and projector; the embedding in two stages; and in the second of two stages
-embedding, projector and adapters (docs/recipes.md), all on the demo's base, whose weights are random. Prints the
-held-out accuracy of each with its 95 % interval over subjects. A quarter of an hour on two cores.
+There are fewer subjects and one question about each. The recipes train the
+patch embedding; embedding and projector; the embedding in two stages; and the
+embedding, then embedding, projector and adapters. All start from the demo's
+random base and take the same number of steps. Prints each recipe's held-out
+accuracy with its 95 % interval over subjects. Takes a quarter of an hour on two
+cores.
 """
 
 import argparse
@@ -37,16 +40,16 @@ RECIPES: dict[str, list[str]] = {
     "embedding → embedding": ["embedding", "embedding"],
     "embedding → embedding, projector, LoRA": ["embedding", "embedding, projector, LoRA"],
 }
-"""{what it is called: what trains in each of its stages, which share the steps alike}."""
+"""{recipe: groups that train in each stage}. All stages of a recipe have the same number of steps."""
 
 
 def compare(folder: Path, subjects: int, epochs: int, seed: int) -> None:
-    """Trains all recipes below `folder`, stages that two have in common once, and prints the table."""
+    """Train all recipes in `folder`, each shared stage once, and print the table."""
     make_base(folder / "base", seed)
     data = make_data(folder / "data", seed, train_subjects=subjects, eval_subjects=HELD_OUT)
     table = []
     for recipe, stages in RECIPES.items():
-        base, numbers = folder / "base", list[str]()
+        base, trainable_counts = folder / "base", list[str]()
         for i, groups in enumerate(stages, 1):
             out = folder / " then ".join([f"{len(stages)} stages", *stages[:i]]).replace(", ", "+").replace(" ", "-")
             if not out.exists():
@@ -57,7 +60,7 @@ def compare(folder: Path, subjects: int, epochs: int, seed: int) -> None:
                 flags += [word for setting in settings for word in ("--set", setting)]
                 if code := umbrella(["train", *map(str, flags)]):
                     raise SystemExit(code)
-            numbers.append(f"{sum(leaf.size for leaf in Checkpoint.open(out).trained().values()):,}")
+            trainable_counts.append(f"{sum(leaf.size for leaf in Checkpoint.open(out).trained().values()):,}")
             base = out
         (file,) = (base / "predictions").glob("step_*.jsonl")
         rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -67,18 +70,18 @@ def compare(folder: Path, subjects: int, epochs: int, seed: int) -> None:
         assert figure.high is not None
         interval = f"{figure.low:.1%} to {figure.high:.1%}"
         loss = json.loads((base / "metrics.jsonl").read_text().splitlines()[-1])["eval_loss"]
-        table.append((recipe, " → ".join(numbers), f"{figure.value:.1%}", interval, f"{loss:.3f}"))
+        table.append((recipe, " → ".join(trainable_counts), f"{figure.value:.1%}", interval, f"{loss:.3f}"))
     print(f"\n{subjects} subjects, {epochs} epochs, seed {seed}; {HELD_OUT} held out, chance 50 %\n")
-    print("| recipe | numbers that train | accuracy | 95 % interval | loss |\n|---|---|---|---|---|")
+    print("| recipe | trainable parameters | accuracy | 95 % interval | loss |\n|---|---|---|---|---|")
     for row in table:
         print(f"| {' | '.join(row)} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work-dir", type=Path, help="where files are made and left; default a temporary folder")
-    parser.add_argument("--subjects", type=int, default=64, help="to train on, a multiple of 4; default 64")
-    parser.add_argument("--epochs", type=int, default=40, help="of all stages together, batches of 16; default 40")
+    parser.add_argument("--work-dir", type=Path, help="folder for files; default a temporary one")
+    parser.add_argument("--subjects", type=int, default=64, help="training subjects, a multiple of 4; default 64")
+    parser.add_argument("--epochs", type=int, default=40, help="epochs of all stages together; default 40")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

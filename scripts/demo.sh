@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv if it is missing, installs the project, and goes the whole path on real scans.
+# Make .venv if it is missing, install the project, and run the whole workflow on real scans.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/install.sh report

@@ -1,11 +1,12 @@
-"""Two first hours with umbrella-jax, typed and recorded: docs/first_hours.md.
+"""Type the commands of two first hours with umbrella-jax, and record them.
 
     python scripts/first_hours.py [--short] [--write] [--work DIR]
 
-Walks both ways (a researcher who trains; an engineer who adds a modality), asserts of each command its exit code and
-what its output must hold, and with `--write` writes the page. Commands of umbrella-jax are called in this process, all
-others in bash. `--short`, for CI, is the same on fewer subjects and steps, without the few commands that take long
-(`Step.long`).
+Runs both walks of walks.py (a researcher trains; an engineer adds a modality)
+and checks the exit code and the output of each command. `--write` writes
+docs/first_hours.md. Commands of umbrella-jax run in this process, all others in
+bash. `--short`, for CI, uses fewer subjects and steps, and skips the few long
+commands.
 """
 
 import argparse
@@ -29,14 +30,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from walks import DWI, LESION, NANS, PARTS, TORCH, Part, Step
+from walks import DWI, LESION, NANS, PARTS, TORCH, Command, Part
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "first_hours.md"
 DIFF = ROOT / "scripts" / "first_hours.diff"
 WIDTH = 80
 INTERRUPT_AFTER = 5  # lines of metrics.jsonl
-NOT_THE_SAME = [  # of another machine or another day, and what stands in the page instead
+# Output that changes with the machine or the day, and its replacement on the page.
+REPLACEMENTS = [
     (r"\d[\d.,]*(e\+\d+)? (?=(samples|tokens)/s)", "… "),
     (r"\b\d:\d\d:\d\d left", "… left"),
     (r"\b\d[\d.]* (m?s)\b(?!/)", r"… \1"),
@@ -48,17 +50,17 @@ NOT_THE_SAME = [  # of another machine or another day, and what stands in the pa
 
 @dataclass(frozen=True)
 class Result:
-    """What came."""
+    """A command's output."""
 
-    step: Step
+    command: Command
     output: str
     seconds: float
     fault: str
-    """What it did else than it must; empty where nothing."""
+    """How the command differs from its expectation; empty if it does not."""
 
 
 def make_world(work: Path, short: bool) -> None:
-    """What the newcomers have before they begin: a base, a BIDS data set, and the files that the page shows."""
+    """Write the files that the walks start with: a base, a BIDS data set, configs, programs, and a copy of the code."""
     from umbrella_jax.demo import make_base, make_data
 
     make_base(work / "llava")
@@ -92,54 +94,55 @@ def make_world(work: Path, short: bool) -> None:
         nib.save(nib.Nifti1Image(rng.normal(500, 100, (20, 22, 5, 7)).astype(np.int16), np.eye(4)), file)
     (work / "dwi.yaml").write_text(DWI)
     shutil.copy(DIFF, work / "dwi.diff")
-    copied = work / "umbrella-jax"
+    copy = work / "umbrella-jax"
     for folder in ("umbrella_jax", "convert", "configs", "tests", "docs"):
-        shutil.copytree(ROOT / folder, copied / folder, ignore=shutil.ignore_patterns("__pycache__", "golden"))
-    shutil.copy(ROOT / "pyproject.toml", copied)
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "golden"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
 
 
-def walk(work: Path, steps: Iterable[Step]) -> Iterator[Result]:
-    """Types each command in `work`, which is the working directory."""
-    for step in steps:
-        begun = time.perf_counter()
-        with signalled(step.interrupted):
-            code, output = (in_process if re.match(r"(umbrella-jax|python) ", step.typed) else in_shell)(step.typed)
-        seconds, output = time.perf_counter() - begun, neutral(output, work)
-        missing = [pattern for pattern in step.holds if not re.search(pattern, output, re.MULTILINE)]
-        wrong = code != step.code or missing
-        fault = f"$ {step.typed}\n{output}\nexit code {code}, expected {step.code}; not there: {missing}"
-        yield Result(step, output, seconds, fault if wrong else "")
+def walk(work: Path, commands: Iterable[Command]) -> Iterator[Result]:
+    """Run each command in `work`, which must be the working directory."""
+    for command in commands:
+        start = time.perf_counter()
+        run = run_in_process if re.match(r"(umbrella-jax|python) ", command.typed) else run_in_shell
+        with terminated(command.interrupted):
+            code, output = run(command.typed)
+        seconds, output = time.perf_counter() - start, neutral(output, work)
+        missing = [pattern for pattern in command.patterns if not re.search(pattern, output, re.MULTILINE)]
+        fault = f"$ {command.typed}\n{output}\nexit code {code}, expected {command.code}; missing: {missing}"
+        yield Result(command, output, seconds, fault if code != command.code or missing else "")
 
 
-def in_process(typed: str) -> tuple[int, str]:
-    """`umbrella-jax ...` or `python FILE` without a new interpreter: exit code, and stdout and stderr in one."""
+def run_in_process(typed: str) -> tuple[int, str]:
+    """Run `umbrella-jax ...` or `python FILE` in this process; return the exit code, and stdout and stderr together."""
     from umbrella_jax.cli import main
 
     words = [
         w for word in shlex.split(typed) for w in (sorted(map(str, Path().glob(word))) if "*" in word else []) or [word]
     ]
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         if words[0] == "python":
             runpy.run_path(words[1], run_name="__main__")
-            return 0, said.getvalue()
+            return 0, output.getvalue()
         try:
-            return main(words[1:]), said.getvalue()
-        except SystemExit as end:  # argparse's
-            return int(end.code or 0), said.getvalue()
+            return main(words[1:]), output.getvalue()
+        except SystemExit as end:  # from argparse
+            return int(end.code or 0), output.getvalue()
 
 
-def in_shell(typed: str) -> tuple[int, str]:
-    """In bash, where umbrella-jax and python are those of this process: exit code, and stdout and stderr in one."""
+def run_in_shell(typed: str) -> tuple[int, str]:
+    """Run a command in bash with this process's umbrella-jax and python; return as `run_in_process` does."""
     python = shlex.quote(sys.executable)
-    begin = f'umbrella-jax() {{ {python} -m umbrella_jax.cli "$@"; }}; python() {{ {python} "$@"; }}; '
-    done = subprocess.run(["bash", "-c", begin + typed], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    functions = f'umbrella-jax() {{ {python} -m umbrella_jax.cli "$@"; }}; python() {{ {python} "$@"; }}; '
+    words = ["bash", "-c", functions + typed]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return done.returncode, done.stdout
 
 
 @contextlib.contextmanager
-def signalled(run: str) -> Iterator[None]:
-    """Sends this process SIGTERM behind a few steps of a run; of none where there is no name."""
+def terminated(run: str) -> Iterator[None]:
+    """Send this process SIGTERM when the run has made a few steps; without a run, do nothing."""
     done = threading.Event()
 
     def watch() -> None:
@@ -161,49 +164,49 @@ def signalled(run: str) -> Iterator[None]:
 
 
 def neutral(output: str, work: Path) -> str:
-    """Without what another machine or another day would change, colours and lines that were rewritten."""
+    """Replace output that depends on the machine or the day; remove colours and overwritten lines."""
     output = output.replace(f"{work.resolve()}/", "").replace(str(work.resolve()), ".")
     output = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", output)
     output = "\n".join(line.rpartition("\r")[2].rstrip() for line in output.strip("\n").split("\n"))
-    for pattern, instead in NOT_THE_SAME:
-        output = re.sub(pattern, instead, output)
+    for pattern, replacement in REPLACEMENTS:
+        output = re.sub(pattern, replacement, output)
     return output
 
 
 def shortened(result: Result) -> list[str]:
-    """The first lines, the last, and those that the walk looks for; how many are left out in between."""
+    """Return the first and last lines and those that match the patterns, with the number of lines left out between."""
     lines = result.output.split("\n") if result.output else []
-    first, last = result.step.show
-    wanted = {n for n in range(len(lines)) if n < first or n >= len(lines) - last}
-    for pattern in result.step.holds:
+    first, last = result.command.show
+    kept = {n for n in range(len(lines)) if n < first or n >= len(lines) - last}
+    for pattern in result.command.patterns:
         match = re.search(pattern, result.output, re.MULTILINE)
         assert match, result.fault
-        begins, ends = (result.output.count("\n", 0, at) for at in match.span())
-        wanted |= set(range(begins, ends + 1))
-    found, left_out = [], 0
+        begin, end = (result.output.count("\n", 0, position) for position in match.span())
+        kept |= set(range(begin, end + 1))
+    shown, left_out = [], 0
     for n, line in enumerate(lines):
-        if n in wanted or (n - 1 in wanted and n + 1 in wanted):  # three dots would take as much room
-            found += [*([f"[... {left_out} lines]"] if left_out else []), *folded(line)]
+        if n in kept or (n - 1 in kept and n + 1 in kept):  # a line saying that one is left out would be as long
+            shown += [*([f"[... {left_out} lines]"] if left_out else []), *folded(line)]
             left_out = 0
         else:
             left_out += 1
-    return [*found, *([f"[... {left_out} lines]"] if left_out else [])]
+    return [*shown, *([f"[... {left_out} lines]"] if left_out else [])]
 
 
 FOLD = "  ↪ "
 
 
 def folded(line: str) -> list[str]:
-    """As it stands in a terminal of 80 columns, but that words stay whole."""
+    """Wrap a line at 80 columns as a terminal does, but between words."""
     options = {"drop_whitespace": True, "break_long_words": False, "break_on_hyphens": False}
     return textwrap.wrap(line, WIDTH, subsequent_indent=FOLD, replace_whitespace=False, **options) or [""]
 
 
 def typed_lines(typed: str) -> list[str]:
-    """A command as one types it on 80 columns, `\\` where it goes on."""
+    """Wrap a command at 80 columns, with `\\` at the end of continued lines."""
     lines, line = [], "$"
-    one = r"""(?:"[^"]*"|'[^']*'|[^\s"'])+"""
-    for word in re.findall(rf"--\S+ (?!-){one}|{one}", typed):  # a flag stands beside its value
+    shell_word = r"""(?:"[^"]*"|'[^']*'|[^\s"'])+"""
+    for word in re.findall(rf"--\S+ (?!-){shell_word}|{shell_word}", typed):  # keeps a flag and its value together
         if len(line) + 1 + len(word) > WIDTH - 2:
             lines.append(f"{line} \\")
             line = "   "
@@ -211,53 +214,53 @@ def typed_lines(typed: str) -> list[str]:
     return [*lines, line]
 
 
-def page(found: Sequence[tuple[str, Sequence[tuple[Part, Sequence[Result]]]]], seconds: float) -> str:
-    """docs/first_hours.md."""
+def page(walks: Sequence[tuple[str, Sequence[tuple[Part, Sequence[Result]]]]], seconds: float) -> str:
+    """Return the text of docs/first_hours.md."""
     lines = [HEAD.format(minutes=max(1, round(seconds / 60)))]
-    for number, (title, parts) in enumerate(found, start=1):
+    for number, (title, parts) in enumerate(walks, start=1):
         lines += [f"## {number}. {title}", ""]
         for part, results in parts:
             lines += [f"### {part.title}", "", *([textwrap.fill(part.text, 120), ""] if part.text else [])]
             for result in results:
-                block = ["```console", *typed_lines(result.step.typed), *shortened(result), "```", ""]
-                lines += [*([textwrap.fill(result.step.why, 120), ""] if result.step.why else []), *block]
+                block = ["```console", *typed_lines(result.command.typed), *shortened(result), "```", ""]
+                lines += [*([textwrap.fill(result.command.why, 120), ""] if result.command.why else []), *block]
     return "\n".join(lines).rstrip() + "\n"
 
 
 HEAD = """\
 # Two first hours
 
-What two newcomers type, what comes, and why: one who trains on own data, with the mistakes one makes on the way, and
-one who changes the model. `python scripts/first_hours.py --write` types all of it and writes this page, in {minutes}
-minutes of processor time; commands are called in one process there, and each takes some seconds more by itself. CI
-types nearly all of it on fewer subjects (`--short`, `tests/test_first_hours.py`).
+Follow two newcomers through their first hour: a researcher who trains on their own data and makes the usual mistakes,
+and an engineer who changes the model. `python scripts/first_hours.py --write` runs every command and writes this page
+in {minutes} minutes of processor time. It runs them in one process; typed one by one, each takes some seconds more. CI
+runs nearly all of them on fewer subjects (`--short`, `tests/test_first_hours.py`).
 
-What differs from a screen: long output is cut, `[... N lines]`; lines of more than 80 characters are folded, `↪`; paths
-lack the folder in which all was typed; times, rates, and what this machine has are `…`. `JAX_COMPILATION_CACHE_DIR` was
-set, as a job's should be: what one command compiled, the next does not. The exit code is 2 where what was typed or
-handed in is at fault, 1 for any other failure and for what `validate` finds.
+The page differs from a terminal in a few ways. Long output is cut, `[... N lines]`. Lines of more than 80 characters
+are folded, `↪`. Paths lack the working directory. Times, rates and sizes that depend on the machine are `…`.
+`JAX_COMPILATION_CACHE_DIR` is set, as it should be for every job, so no program is compiled twice. The exit code is 2
+if the command or its input is wrong, and 1 for any other failure and for problems that `validate` finds.
 """
 
 
 def transcript(text: str) -> list[tuple[str, str]]:
-    """(command, output) of a page, folded lines put together again."""
-    found = []
+    """Return (command, output) of each block of a page, with folded lines joined again."""
+    pairs = []
     for block in re.findall(r"^```console\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         lines = block.split("\n")
         typed = list(itertools.takewhile(lambda line: line.endswith(" \\"), lines))
         typed = lines[: len(typed) + 1]
         command = " ".join(line.removesuffix(" \\").strip() for line in typed).removeprefix("$ ")
-        found.append((command, "\n".join(lines[len(typed) :]).replace(f"\n{FOLD}", " ")))
-    return found
+        pairs.append((command, "\n".join(lines[len(typed) :]).replace(f"\n{FOLD}", " ")))
+    return pairs
 
 
 def main() -> int:
-    """Returns 1 where a command does not do what it must."""
+    """Run both walks. Return 1 if a command's exit code or output is not as expected, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="fewer subjects and steps")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
-    parser.add_argument("--work", type=Path, help="an empty folder for all that is made; default one that is removed")
-    parser.add_argument("--json", type=Path, help="where to write commands and outputs to")
+    parser.add_argument("--work", type=Path, help="empty folder to work in; default a temporary one")
+    parser.add_argument("--json", type=Path, help="file for commands and outputs")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = (arguments.work or Path(temporary)).resolve()
@@ -269,30 +272,30 @@ def main() -> int:
             "COLUMNS": str(WIDTH),
             "PYTHONPATH": str(ROOT),
         }
-        if arguments.short:  # programs that run once: not worth XLA's optimising them
+        if arguments.short:  # most programs run once: XLA's optimisation takes longer than it saves
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
         sys.path.insert(0, str(ROOT))
         make_world(work, arguments.short)
-        begun, found, all_results = time.perf_counter(), [], list[Result]()
+        start, walks = time.perf_counter(), []
         for title, parts in PARTS.items():
-            of_title = []
+            sections = []
             for part in parts:
                 results = []
-                for result in walk(work, (s for s in part.steps if not (arguments.short and s.long))):
-                    print(f"{result.seconds:6.1f} s  $ {result.step.typed}", flush=True)
+                for result in walk(work, (c for c in part.commands if not (arguments.short and c.is_long))):
+                    print(f"{result.seconds:6.1f} s  $ {result.command.typed}", flush=True)
                     results.append(result)
-                of_title.append((part, results))
-                all_results += results
-            found.append((title, of_title))
-        print(f"{time.perf_counter() - begun:.0f} s, {sum(os.times()[:4]):.0f} s of processors")
+                sections.append((part, results))
+            walks.append((title, sections))
+        print(f"{time.perf_counter() - start:.0f} s, {sum(os.times()[:4]):.0f} s of processor time")
+        all_results = [result for _, sections in walks for _, results in sections for result in results]
         if arguments.json:
-            told = [(result.step.typed, result.output) for result in all_results]
-            arguments.json.write_text(json.dumps(told, indent=1, ensure_ascii=False))
+            outputs = [(result.command.typed, result.output) for result in all_results]
+            arguments.json.write_text(json.dumps(outputs, indent=1, ensure_ascii=False))
         if faults := [result.fault for result in all_results if result.fault]:
             print("\n\n".join(faults), file=sys.stderr)
             return 1
         if arguments.write:
-            PAGE.write_text(page(found, sum(os.times()[:4])), encoding="utf-8")
+            PAGE.write_text(page(walks, sum(os.times()[:4])), encoding="utf-8")
     return 0
 
 

@@ -1,7 +1,10 @@
-"""Fuzzes one of the readers under atheris, which seeks input that reaches new code: python scripts/fuzz.py TARGET.
+"""Fuzz one of the readers with atheris, which searches for new code paths.
 
-Targets, and what must be true of each, are in tests/helpers/fuzz_targets.py. It ends with the number of inputs that
-it tried, or at the first finding, whose input it prints. An input that takes a minute or 4 GB is a finding too.
+    python scripts/fuzz.py TARGET
+
+The targets and their assertions are in tests/helpers/fuzz_targets.py. The
+script ends with the number of inputs that it tried, or at the first failing
+input, which it prints. An input that takes a minute or 4 GB fails too.
 """
 
 import argparse
@@ -17,7 +20,7 @@ TARGETS = ("conversations", "volumes", "checkpoints", "configs")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--seed", type=int, default=1)
@@ -25,16 +28,16 @@ def main() -> None:
     with atheris.instrument_imports(include=["umbrella_jax", "convert", "nibabel"], enable_loader_override=False):
         from tests.helpers import fuzz_targets
     with tempfile.TemporaryDirectory() as corpus:
-        for i in range(64):  # else it begins with inputs too short to make a file from
+        for i in range(64):  # without these, the first inputs are too short to make a file from
             Path(corpus, str(i)).write_bytes(os.urandom(fuzz_targets.LENGTH))
         flags = [
-            *(f"-max_total_time={arguments.seconds}", f"-seed={arguments.seed}", f"-max_len={fuzz_targets.LENGTH}"),
-            *(
-                "-timeout=60",
-                "-rss_limit_mb=4096",
-                "-print_final_stats=1",
-                f"-artifact_prefix={tempfile.gettempdir()}/",
-            ),
+            f"-max_total_time={arguments.seconds}",
+            f"-seed={arguments.seed}",
+            f"-max_len={fuzz_targets.LENGTH}",
+            "-timeout=60",
+            "-rss_limit_mb=4096",
+            "-print_final_stats=1",
+            f"-artifact_prefix={tempfile.gettempdir()}/",
         ]
         atheris.Setup([sys.argv[0], *flags, corpus], fuzz_targets.TARGETS[arguments.target].hypothesis.fuzz_one_input)
         atheris.Fuzz()

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Prints docs/configuration.md, made of the dataclasses in umbrella_jax/config/schema.py and their docstrings.
+"""Print docs/configuration.md from the dataclasses in umbrella_jax/config/schema.py and their docstrings.
 
     python scripts/make_config_reference.py > docs/configuration.md
 
-`tests/test_docs.py` asserts that the file is what this prints.
+tests/test_docs.py checks that the file is up to date.
 """
 
 import ast
@@ -23,19 +23,18 @@ HEAD = """# Configuration of a run
 
 <!-- Made by scripts/make_config_reference.py from umbrella_jax/config/schema.py; edit the docstrings there. -->
 
-A run is one YAML file: those of [configs/](../configs) are of full size, by way of example. Only `model.modalities` has
-to be there; every other key has the default below. Some keys have a flag of their own; any key is set by
-`--set KEY=VALUE`, with the value in YAML (`--set train.clip_norm=0.5`, `--set model.modalities.T1.mode=pad`), and
-flags win over the file. A key that does not exist, a value of another type and a combination that makes no sense are
-refused together, by name, before anything is read. `config.yaml` in a run's directory is the run resolved: every key
-with its value.
+A run is configured by one YAML file; [configs/](../configs) has full-size examples. Only `model.modalities` is
+required; every other key has the default below. Set any key on the command line with `--set KEY=VALUE` and a value in
+YAML, such as `--set train.clip_norm=0.5` or `--set model.modalities.T1.mode=pad`. Common keys also have a flag. Both
+override the file. Unknown keys, values of the wrong type and impossible combinations are reported together before
+anything is read. The `config.yaml` in a run's directory has every key with its value.
 """
 PLURALS = {str: "texts", int: "whole numbers", float: "numbers"}
 TYPES = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
 
 
 def sections(cls: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, dataclass) of a config and of all that it is made of, in the order of the fields."""
+    """Yield (key, dataclass) of a config and of its sections, in the order of the fields."""
     yield key, cls
     for name, kind in fields(cls).items():
         path = f"{key}.{name}" if key else name
@@ -46,10 +45,10 @@ def sections(cls: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def fields(cls: Any) -> dict[str, Any]:
-    """{name: type}; a section that may be left out as the section."""
+    """Return {name: type}; the type of an optional section is the section."""
     hints = typing.get_type_hints(cls)
     return {
-        name: next((of for of in typing.get_args(kind) if dataclasses.is_dataclass(of)), kind)
+        name: next((part for part in typing.get_args(kind) if dataclasses.is_dataclass(part)), kind)
         if isinstance(kind, types.UnionType)
         else kind
         for name, kind in hints.items()
@@ -57,7 +56,7 @@ def fields(cls: Any) -> dict[str, Any]:
 
 
 def docstrings(cls: Any) -> dict[str, str]:
-    """The string below each field of a class."""
+    """Return {field: the string below it}."""
     (node,) = ast.parse(inspect.cleandoc("\n" + inspect.getsource(cls))).body
     assert isinstance(node, ast.ClassDef)
     return {
@@ -68,35 +67,35 @@ def docstrings(cls: Any) -> dict[str, str]:
     }
 
 
-def said(kind: Any) -> str:
-    """A type as people write it in YAML."""
-    origin, of = typing.get_origin(kind), typing.get_args(kind)
+def type_name(kind: Any) -> str:
+    """Return a type in words, as its values are written in YAML."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return "section"
     if origin is typing.Annotated:
-        text, allowed = said(of[0]), range_of(kind)
+        text, allowed = type_name(parts[0]), range_of(kind)
         if allowed in (None, Range()):
             return text
         # "a positive number" needs no "number" before it
         return str(allowed).removeprefix("a ") if "number" in str(allowed) else f"{text}, {allowed}"
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(said(one) for one in of if one is not type(None))
+        return " or ".join(type_name(part) for part in parts if part is not type(None))
     if origin is Literal:
-        return ", ".join(f"`{value}`" for value in of)
+        return ", ".join(f"`{value}`" for value in parts)
     if origin is tuple:
-        count = "" if of[-1] is ... else f"{len(of)} "
-        return f"list of {count}{PLURALS.get(of[0]) or said(of[0])}"
+        count = "" if parts[-1] is ... else f"{len(parts)} "
+        return f"list of {count}{PLURALS.get(parts[0]) or type_name(parts[0])}"
     return TYPES[kind]
 
 
 def default(field: "dataclasses.Field[Any]") -> str:
-    """As YAML."""
+    """Return the default of a field in YAML."""
     if field.default is not dataclasses.MISSING:
         value = field.default
     elif field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
     else:
-        return "must be given"
+        return "required"
     if isinstance(value, dict):
         return f"`{{{', '.join(f'{name}: {{}}' for name in value)}}}`"
     if value is None:
@@ -107,7 +106,7 @@ def default(field: "dataclasses.Field[Any]") -> str:
 
 
 def reference() -> str:
-    """The page. Raises ValueError for a field without a docstring."""
+    """Return the page. Raises ValueError for a field without a docstring."""
     lines, flag = [HEAD], {key: name for name, (_, key, *_) in _FLAGS.items()}
     for key, cls in sections(schema.RunConfig):
         documented, hints = docstrings(cls), typing.get_type_hints(cls, include_extras=True)
@@ -122,8 +121,8 @@ def reference() -> str:
                 raise ValueError(f"{cls.__name__}.{field.name}: no docstring below it")
             meaning = re.sub(r"\bdocs/(\w+\.md)", r"[\1](\1)", documented[field.name])
             meaning += f" Flag: `{flag[path]}`." if path in flag else ""
-            what = f"sections `{path}.NAME`" if is_mapping else said(kind)
-            rows.append(f"| `{field.name}` | {what} | {default(field)} | {meaning.replace('|', chr(92) + '|')} |")
+            kind_name = f"sections `{path}.NAME`" if is_mapping else type_name(kind)
+            rows.append(f"| `{field.name}` | {kind_name} | {default(field)} | {meaning.replace('|', chr(92) + '|')} |")
         paragraphs = re.sub(r"\bdocs/(\w+\.md)", r"[\1](\1)", inspect.cleandoc(cls.__doc__ or ""))
         paragraphs += f" Flag: `{flag[key]}`." if key in flag else ""
         lines += [f"## {f'`{key}`' if key else 'Top level'}", "", paragraphs, ""]

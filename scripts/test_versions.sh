@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# bash scripts/test_versions.sh lowest|newest: a part of the suite with the lowest or the newest versions that
-# pyproject.toml allows, in .venv-lowest or .venv-newest. PYTHON=python3.13 takes another Python.
+# bash scripts/test_versions.sh lowest|newest: run a part of the suite with the lowest or the newest versions that
+# pyproject.toml allows, in .venv-lowest or .venv-newest. PYTHON=python3.13 chooses another Python.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case ${1:-} in
@@ -14,11 +14,11 @@ venv=.venv-$1
 export UV_SYSTEM_CERTS=1
 install=("$venv/bin/uv" pip install --quiet --python "$venv/bin/python")
 "${install[@]}" --resolution "$resolution" --editable ".[quantize,report,tensorboard]"
-"${install[@]}" hypothesis pytest pytest-xdist # of any version: these are no dependencies of what is tested
+"${install[@]}" hypothesis pytest pytest-xdist # any version: the project does not depend on these
 "$venv/bin/uv" pip list --python "$venv/bin/python" 2>/dev/null |
   grep -E '^(jax|jaxlib|flax|optax|orbax-checkpoint|grain|numpy|transformers|nibabel|pydantic|qwix) '
 
-# What of the suite needs no PyTorch: it has versions of its own.
+# Only tests that need no PyTorch, whose versions differ.
 run=tests/run/test_train.py::test_ mesh=tests/test_sharding.py::test_
 "$venv/bin/python" -m pytest -n 2 --dist loadfile "${@:2}" \
   --deselect tests/convert/test_safetensors_files.py::test_folder_without_weights \

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Trains on a TPU slice of one or many hosts; when that is taken away, goes on with another one.
+# Train on a TPU slice of one or many hosts. If the slice is preempted, create another one and resume.
 #
 #   scripts/train_tpu_vm.sh [--dry-run] NAME ZONE TYPE WHEEL SHARE FLAGS
 #
-# NAME   of the slice, which is made if there is none
+# NAME   name of the slice, which is created if it does not exist
 # TYPE   v5litepod-16, v5p-64, ...
-# WHEEL  this project's: pip wheel --no-deps .
-# SHARE  HOST:/PATH of an NFS (Filestore) that holds base, data and runs: /mnt/umbrella on every host
-# FLAGS  of `umbrella-jax train`
+# WHEEL  this project's wheel: pip wheel --no-deps .
+# SHARE  HOST:/PATH of an NFS (Filestore) with base, data and runs, mounted as /mnt/umbrella on every host
+# FLAGS  flags of `umbrella-jax train`
 #
-# RUNTIME (image of the hosts) and SPOT=1 (may be taken away, costs less) come from the environment. --dry-run prints
-# the commands. Start it where it can stay: it waits for capacity, and as long as the training takes.
+# Environment: RUNTIME is the image of the hosts; SPOT=1 asks for a cheaper slice that can be preempted. --dry-run
+# prints the commands. The script runs until training ends, so start it on a machine that stays on.
 set -euo pipefail
 
 dry=
@@ -24,10 +24,10 @@ if [ $# -lt 6 ]; then
 fi
 name=$1 zone=$2 type=$3 wheel=$4 share=$5
 shift 5
-quoted=$(printf ' %q' "$@") # for the hosts' shell
+quoted=$(printf ' %q' "$@") # quoted for the hosts' shell
 mount=$(printf '%q' "$share")
 file=$(printf '%q' "$(basename "$wheel")")
-compiled=JAX_COMPILATION_CACHE_DIR=/mnt/umbrella/compiled # so that a run that goes on does not compile again
+compiled=JAX_COMPILATION_CACHE_DIR=/mnt/umbrella/compiled # a resumed run does not compile again
 
 run() {
   if [ -n "$dry" ]; then
@@ -46,7 +46,7 @@ on_all_hosts() { # COMMAND
   run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --batch-size=all --command="$1"
 }
 
-state() { # nothing where there is no slice
+state() { # prints nothing if there is no slice
   if [ -n "$dry" ]; then
     echo "$made"
   else
@@ -83,10 +83,10 @@ python3 -m pip install --quiet --user uv; ~/.local/bin/uv venv --quiet --allow-e
     queue delete --force --quiet
     exit
   fi
-  sleep "${POLL_SECONDS:-30}" # until it shows whether the slice was taken away
-  # 143: a host was told to stop, for maintenance say; the run saved, and goes on when the slice is back
+  sleep "${POLL_SECONDS:-30}" # a preemption takes a while to show
+  # 143: a host got SIGTERM, for maintenance perhaps. The run has saved, and resumes when the slice is back.
   if [ $code -ne 143 ] && [ "$(state)" = ACTIVE ]; then
-    echo "The command failed, not the TPU. $name is kept, and costs; to delete it:" >&2
+    echo "The command failed, not the TPU. $name still exists and costs money; to delete it:" >&2
     echo "  gcloud compute tpus queued-resources delete $name --zone=$zone --force" >&2
     exit $code
   fi

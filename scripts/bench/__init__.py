@@ -1,1 +1,1 @@
-"""What `scripts/benchmark.py` measures, a module for each of its commands."""
+"""The measurements of `scripts/benchmark.py`, one module per command."""

@@ -1,4 +1,4 @@
-"""Tracing and compiling the training step, and what of products the compiled program holds."""
+"""Time of tracing and compiling the training step, and the matrix products in the compiled program."""
 
 import re
 import time
@@ -11,7 +11,7 @@ from bench.workload import SCANS
 
 
 def compiled(work_dir: str, layers: int) -> list[Any]:
-    """[seconds of tracing, seconds of compiling, products by type, calls of loops' products] of the 0.5b step."""
+    """Return [seconds of tracing, seconds of compiling, {type: number of matrix products}] of the 0.5b step."""
     import jax
     import numpy as np
 
@@ -43,7 +43,7 @@ def compiled(work_dir: str, layers: int) -> list[Any]:
 
 
 def compile(work_dir: Path) -> None:
-    """Seconds of tracing and compiling, by depth, without the compilation cache and with it."""
+    """Time tracing and compiling per depth, without and with the compilation cache."""
     for layers in (2, 24):
         folder = work_dir / f"compilation-{layers}"
         for cached in (False, True):

@@ -1,4 +1,4 @@
-"""Loading and converting the 0.5b size."""
+"""Time and memory of loading and converting the 0.5b size."""
 
 import json
 import statistics
@@ -13,7 +13,7 @@ from bench.workload import HUB_CONFIGS
 
 
 def make_base(directory: Path) -> None:
-    """A 0.5b UMBRELLA checkpoint, T1 96³ with patch 10, float32 and random."""
+    """Write a 0.5b UMBRELLA checkpoint, T1 96³ with patch 10, with random float32 weights."""
     from convert.config_json import CONFIG, UMBRELLA_CONFIG, read_config
     from convert.lazy_tensor import Tensor
     from convert.safetensors_files import write_checkpoint
@@ -36,7 +36,7 @@ def make_base(directory: Path) -> None:
 
 
 def load_jax(directory: Path, dtype: str) -> Any:
-    """All parameters on the first device."""
+    """Load all parameters onto the first device."""
     import jax
 
     from umbrella_jax.checkpoints.checkpoint import Checkpoint
@@ -47,7 +47,7 @@ def load_jax(directory: Path, dtype: str) -> Any:
 
 
 def load_torch(directory: Path, dtype: str) -> Any:
-    """The same directory by transformers."""
+    """Load the same directory with transformers."""
     import torch
     from transformers import LlavaForConditionalGeneration
 
@@ -55,11 +55,10 @@ def load_torch(directory: Path, dtype: str) -> Any:
 
 
 def load_times(directory: Path, checked: Path, dtype: str) -> list[list[float]]:
-    """Seconds of three loads each: by us, by us with the checksums that `checked` records, and by transformers.
+    """Return the seconds of three loads each: ours, ours with the checksums in `checked`, and transformers'.
 
-    All was imported before, and a load that is not counted begins each three. Not in turn: a virtual machine's host
-    takes back what memory was freed a second ago, and the next load then waits for the host (4 s instead of 0.6 s), not
-    for the loader.
+    Imports and one warm-up load per loader are not timed. The loaders do not take turns: the host of a virtual machine
+    reclaims memory a second after it is freed, and the next load would wait for the host (4 s instead of 0.6 s).
     """
     import transformers
 
@@ -67,8 +66,8 @@ def load_times(directory: Path, checked: Path, dtype: str) -> list[list[float]]:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    _ = transformers.LlavaForConditionalGeneration  # imports it
-    found = []
+    _ = transformers.LlavaForConditionalGeneration  # transformers imports it lazily
+    times = []
     for load, source in ((load_jax, directory), (load_jax, checked), (load_torch, directory)):
         load(source, dtype)
         seconds = []
@@ -77,12 +76,12 @@ def load_times(directory: Path, checked: Path, dtype: str) -> list[list[float]]:
             model = load(source, dtype)
             seconds.append(time.perf_counter() - start)
             del model
-        found.append(seconds)
-    return found
+        times.append(seconds)
+    return times
 
 
 def to_native(directory: Path, out: Path) -> None:
-    """`convert from-hf`."""
+    """Convert as `convert from-hf` does."""
     from umbrella_jax.checkpoints.checkpoint import Checkpoint
     from umbrella_jax.checkpoints.export import write_native
 
@@ -90,7 +89,7 @@ def to_native(directory: Path, out: Path) -> None:
 
 
 def to_hf(native: Path, out: Path) -> None:
-    """`convert to-hf`."""
+    """Export as `convert to-hf` does."""
     from umbrella_jax.checkpoints.checkpoint import Checkpoint
     from umbrella_jax.checkpoints.export import write_hf
 
@@ -98,14 +97,14 @@ def to_hf(native: Path, out: Path) -> None:
 
 
 def fingerprint(directory: Path) -> str:
-    """SHA-256 of the base."""
+    """Return the SHA-256 of the base."""
     from umbrella_jax.checkpoints.checkpoint import Checkpoint
 
     return Checkpoint.open(directory).fingerprint
 
 
 def convert(work_dir: Path) -> None:
-    """Memory and time of loading and converting the 0.5b size, beside transformers' from_pretrained."""
+    """Measure memory and time of loading and converting, against transformers' from_pretrained."""
     from convert.safetensors_files import open_checkpoint
 
     base = work_dir / "base"
@@ -125,9 +124,9 @@ def convert(work_dir: Path) -> None:
         )
     same = (base / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     figure("hf_native_hf_identical", float(same), "bool")
-    for dtype, held in (("float32", size), ("bfloat16", size / 2)):
-        peak = measure(load_jax, base, dtype)["peak"]
-        figure(f"load_{dtype}_peak_over_parameters", peak - held, "GB", parameters=round(held, 3), limit=0.7)
+    for dtype, parameters in (("float32", size), ("bfloat16", size / 2)):
+        excess = measure(load_jax, base, dtype)["peak"] - parameters
+        figure(f"load_{dtype}_peak_over_parameters", excess, "GB", parameters=round(parameters, 3), limit=0.7)
         ours, checked, theirs = map(statistics.median, measure(load_times, base, out, dtype)["value"])
         figure(f"load_{dtype}_seconds", ours, "s", torch=round(theirs, 3), ratio=round(ours / theirs, 3), limit_ratio=1)
         figure(f"load_{dtype}_with_checksums_seconds", checked, "s", ratio_to_without=round(checked / ours, 3))

@@ -1,4 +1,4 @@
-"""From files to batches."""
+"""Time, memory and padding on the way from files to batches."""
 
 import json
 import os
@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def data_validate(work_dir: Path) -> None:
-    """`data validate --html`, as typed: 1,000 conversations over 200 volumes of 64³ as .nii.gz, int16."""
+    """Time the command `data validate --html` on 1,000 conversations about 200 int16 volumes of 64³, .nii.gz."""
     import nibabel as nib
 
     from umbrella_jax.demo import make_base
@@ -47,7 +47,7 @@ def data_validate(work_dir: Path) -> None:
 
 
 def _pair(number: int, *subjects: int) -> dict[str, Any]:
-    """A conversation about each of the subjects in turn."""
+    """Return a conversation with one turn about each subject."""
     turns = []
     for subject in subjects:
         image = {"type": "image", "modality": "sMRI", "image_path": f"sub-{subject:03d}.nii.gz"}
@@ -58,7 +58,7 @@ def _pair(number: int, *subjects: int) -> dict[str, Any]:
 
 
 def make_head(path: Path) -> None:
-    """256³ int16 at 1 mm, stored LIA as FreeSurfer does: a smooth head in the noise of a magnitude image, air too."""
+    """Write a smooth head of 256³ int16 at 1 mm with a magnitude image's noise, stored as LIA like FreeSurfer's."""
     import nibabel as nib
 
     x, y, z = np.ogrid[-1:1:256j, -1:1:256j, -1:1:256j]
@@ -71,7 +71,7 @@ def make_head(path: Path) -> None:
 
 
 def make_run(path: Path) -> None:
-    """64 x 64 x 36 voxels, 1200 frames, int16: 354 MB, of noise."""
+    """Write an fMRI run of noise: 64 x 64 x 36 voxels, 1200 frames, int16, 354 MB."""
     import nibabel as nib
 
     data = np.random.default_rng(0).integers(1, 1000, (1200, 36, 64, 64), np.int16).T
@@ -79,7 +79,7 @@ def make_run(path: Path) -> None:
 
 
 def preprocess(path: Path, mode: str) -> list[tuple[float, float]]:
-    """Seconds, and those of the processor, of each of five times that a volume becomes 96³."""
+    """Resize or pad a volume to 96³ five times; return (seconds, processor seconds) of each."""
     from umbrella_jax.config.schema import ModalityConfig
     from umbrella_jax.data.volume import load_volume
 
@@ -89,14 +89,14 @@ def preprocess(path: Path, mode: str) -> list[tuple[float, float]]:
 
 
 def read_window(path: Path, window: int) -> list[float]:
-    """Seconds that one window of 20 frames takes, those of the processor, and the MB that are read of the file."""
+    """Read one window of 20 frames; return seconds, processor seconds, and MB read from the file."""
     from umbrella_jax.config.schema import ModalityConfig
     from umbrella_jax.data.volume import open_volume, preprocess
 
     config = ModalityConfig(size=(64, 64, 36, 20), patch=(16, 16, 12, 5))
-    read = _read_so_far()
+    bytes_before = _bytes_read()
     seconds, busy = _seconds(lambda: preprocess(path, open_volume(path, config), config, window))
-    return [seconds, busy, (_read_so_far() - read) / 1e6]
+    return [seconds, busy, (_bytes_read() - bytes_before) / 1e6]
 
 
 def _seconds(work: Callable[[], Any]) -> tuple[float, float]:
@@ -105,18 +105,18 @@ def _seconds(work: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - busy
 
 
-def _read_so_far() -> int:
+def _bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def data_preprocess(work_dir: Path) -> None:
-    """Volumes and windows of runs from files to arrays, on one core."""
+    """Time reading and preprocessing volumes, and windows of fMRI runs, on one core."""
     head, run, zipped = (work_dir / name for name in ("head.nii.gz", "run.nii", "run.nii.gz"))
     for path, make in ((head, make_head), (run, make_run), (zipped, make_run)):
         if not path.exists():
             make(path)
     cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})  # inherited by what `measure` starts
+    os.sched_setaffinity(0, {min(cores)})  # inherited by the processes of `measure`
     try:
         for mode in ("resize", "pad"):
             result = measure(preprocess, head, mode)
@@ -143,7 +143,7 @@ VOLUMES = 64
 
 
 def make_scans(directory: Path) -> None:
-    """int16 volumes of 128³ and a conversation about each."""
+    """Write int16 volumes of 128³ and one conversation about each."""
     import nibabel as nib
 
     directory.mkdir(parents=True)
@@ -158,8 +158,10 @@ def make_scans(directory: Path) -> None:
 
 
 def deliver(scans: Path, base: Path, cache: Path, dtype: str) -> list[tuple[float, float]]:
-    """Volumes per second, and per second of CPU time, that one core brings from the cache into batches of 8, in seven
-    passes; the files are in the page cache."""
+    """Bring volumes from the cache into batches of 8 on one core, seven times, with the files in the page cache.
+
+    Returns (volumes per second, volumes per second of processor time) of each pass.
+    """
     from umbrella_jax.config.schema import ModalityConfig
     from umbrella_jax.data.cache import VolumeCache
     from umbrella_jax.data.loader import Dataset, make_epoch_plan, train_batches
@@ -181,7 +183,7 @@ def deliver(scans: Path, base: Path, cache: Path, dtype: str) -> list[tuple[floa
 
 
 def data_cache(work_dir: Path) -> None:
-    """From the cache to batches."""
+    """Measure volumes per second from the cache to batches."""
     from umbrella_jax.demo import make_base
 
     scans, base = work_dir / "scans", work_dir / "demo_base"
@@ -192,12 +194,12 @@ def data_cache(work_dir: Path) -> None:
     for dtype in ("float32", "float16"):
         rates = measure(deliver, scans, base, work_dir / "cache", dtype)["value"]
         wall, cpu = (statistics.median(column) for column in zip(*rates, strict=True))
-        more = {"best": round(max(rates)[0], 1), "per_cpu_second": round(cpu, 1)}  # the core may have other work too
+        more = {"best": round(max(rates)[0], 1), "per_cpu_second": round(cpu, 1)}  # the core may be shared
         figure(f"cache_{dtype}_volumes", wall, "1/s of one core", at_least=150, **more)
 
 
 def demo_sizes(work_dir: Path) -> Any:
-    """What a plan knows of the demo's training conversations; volumes are not read."""
+    """Return the sizes of the demo's training conversations, from which a plan is made; volumes are not read."""
     from umbrella_jax.config.load import load_config
     from umbrella_jax.data.conversation import read_conversations
     from umbrella_jax.data.loader import measure_conversations
@@ -212,8 +214,10 @@ def demo_sizes(work_dir: Path) -> Any:
 
 
 def synthetic_sizes(subjects: int, single: int, pairs: int, text: int) -> Any:
-    """T1 questions, T3 comparisons of two subjects and questions without an image, in this order: 729 patches for an
-    image and 20 to 60 tokens for a turn, of text alone 20 to 800 in all."""
+    """Return sizes of T1 questions, T3 comparisons of two subjects and questions without an image, in this order.
+
+    An image has 729 patches and each turn 20 to 60 tokens; a conversation without an image has 20 to 800 tokens.
+    """
     from umbrella_jax.data.epoch_plan import ConversationSizes
 
     rng = np.random.default_rng(0)
@@ -228,7 +232,7 @@ def synthetic_sizes(subjects: int, single: int, pairs: int, text: int) -> Any:
 
 
 def data_plan(work_dir: Path) -> None:
-    """What the plans of the demo's, a mixed and a comparing data set cost, and how long a large one takes."""
+    """Measure padding, shapes and volumes of the plans of three data sets, and the time to plan a large one."""
     from umbrella_jax.data.epoch_plan import MAX_SHAPES, EpochPlan
 
     sets = {
@@ -253,8 +257,10 @@ def data_plan(work_dir: Path) -> None:
 
 
 def read_texts(work_dir: Path, number: int, distinct: bool) -> list[float]:
-    """Conversations a CPU second that are read, that are tokenized and that are planned, and the bytes that each holds
-    at the end."""
+    """Read, tokenize and plan `number` conversations, with distinct or repeated answers.
+
+    Returns the conversations per processor second of each of these steps, and the bytes of memory per conversation.
+    """
     import gc
 
     from umbrella_jax.config.schema import ModalityConfig
@@ -284,24 +290,24 @@ def read_texts(work_dir: Path, number: int, distinct: bool) -> list[float]:
     plan = make_epoch_plan(dataset, batch_size=8, accumulate_steps=1, seed=0)
     times.append(time.process_time())
     gc.collect()
-    held = (resident() - before) * 1e9 / number
+    bytes_each = (resident() - before) * 1e9 / number
     assert plan.updates_per_epoch
-    return [*(number / (end - start) for start, end in pairwise(times)), held]
+    return [*(number / (end - start) for start, end in pairwise(times)), bytes_each]
 
 
 def data_texts(work_dir: Path) -> None:
-    """From conversation files to a plan, comparisons of two scans of 729 patches, 30 for each subject."""
+    """Measure the way from conversation files to a plan: comparisons of two scans of 729 patches, 30 per subject."""
     from umbrella_jax.demo import make_base
 
     make_base(work_dir / "demo_base")
     for number, distinct in ((10_000, False), (30_000, False), (100_000, False), (30_000, True)):
-        read, encoded, planned, held = measure(read_texts, work_dir, number, distinct)["value"]
+        read, encoded, planned, bytes_each = measure(read_texts, work_dir, number, distinct)["value"]
         rates = {"read": round(read), "tokenized": round(encoded), "planned": round(planned)}
-        figure("conversation_bytes", held, "bytes", limit=2000, conversations=number, distinct=distinct, **rates)
+        figure("conversation_bytes", bytes_each, "bytes", limit=2000, conversations=number, distinct=distinct, **rates)
 
 
 def data(work_dir: Path) -> None:
-    """Figures of the way from files to batches."""
+    """Measure preprocessing, cache, plan, conversations and `data validate`."""
     data_preprocess(work_dir)
     data_cache(work_dir)
     data_plan(work_dir)

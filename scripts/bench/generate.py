@@ -1,4 +1,4 @@
-"""Answering: what a token costs beside reading the language model's weights once."""
+"""Time of a generated token, compared with reading the language model's weights once."""
 
 import time
 from pathlib import Path
@@ -9,8 +9,8 @@ from bench.workload import SCANS
 NEW, ROUNDS = 64, 3
 
 
-def answered() -> list[float]:
-    """[bytes of the language model's weights, seconds of prefill, of NEW tokens, of a copy of as many bytes]."""
+def generation_times() -> list[float]:
+    """Return [bytes of the language model's weights, seconds of prefill, of NEW tokens, of copying as many bytes]."""
     import jax
     import numpy as np
 
@@ -41,8 +41,8 @@ def answered() -> list[float]:
 
 
 def generate(work_dir: Path) -> None:
-    """Seconds of an answer of 64 tokens at the 0.5b size, batch 1, beside reading the weights."""
-    size, prefilled, decoded, copied = measure(answered)["value"]
+    """Time an answer of 64 tokens, batch 1, against copying the language model's weights."""
+    size, prefilled, decoded, copied = measure(generation_times)["value"]
     figure("generate_prefill_seconds", prefilled, "s")
     figure("generate_token_seconds", decoded / NEW, "s", weights_gb=round(size / 1e9, 2), copy=round(copied, 3))
     figure("generate_tokens_to_copies", decoded / NEW / copied, "", limit=1.5)

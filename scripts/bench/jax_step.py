@@ -1,4 +1,4 @@
-"""Our training step on the workload of `torch_step.py`, as JSON lines."""
+"""Time our training step on the workload of `torch_step.py`; print JSON lines."""
 
 import argparse
 import ctypes
@@ -24,11 +24,14 @@ from umbrella_jax.training.step import init_state, jit_train_step, train_step
 
 
 def matmul_rate(dtype: str) -> float:
-    """FLOP/s of products, the best of 20: on a CPU of one as large as the tower's, elsewhere of ten of 8192³ in a row,
-    which fill the card and leave no time between them."""
+    """Return the best FLOP/s of 20 measurements of matrix products.
+
+    On a CPU it measures one product of the vision tower's size. Elsewhere it measures ten products of 8192³ in a row,
+    which fill the card without pauses.
+    """
     times, m, n, k = (1, 729, 4304, 1152) if jax.default_backend() == "cpu" else (10, *[8192] * 3)
     x, w = (jax.random.normal(jax.random.key(i), (rows, k), dtype) for i, rows in enumerate((m, n)))
-    w = w * k**-0.5  # products of the same size as x
+    w = w * k**-0.5  # keeps the scale of x
     product = jax.jit(lambda x, w: jax.lax.fori_loop(0, times, lambda _, x: x @ w.T, x) if times > 1 else x @ w.T)
     product(x, w).block_until_ready()
     best = np.inf
@@ -40,9 +43,9 @@ def matmul_rate(dtype: str) -> float:
 
 
 def make_batch(scan: Scan, size: int, images: int, volumes: int, rng: np.random.Generator) -> Batch:
-    """[1, B, ...]: `images` scans and 64 tokens each, their placeholders among them; the last 8 supervised.
+    """Return a batch [1, B, ...] of `size` conversations with `images` scans and 64 tokens, the last 8 supervised.
 
-    `volumes` distinct scans go round over the images.
+    The images show `volumes` distinct scans in turn.
     """
     patches = scan.patches
     length = TEXT + images * (patches - 1)
@@ -51,10 +54,10 @@ def make_batch(scan: Scan, size: int, images: int, volumes: int, rng: np.random.
     feature_idx = np.full(rows, -1, np.int32)
     for b in range(size):
         for i in range(images):
-            place = slice(first + i * (patches + 4), first + i * (patches + 4) + patches)
-            ids[0, b, place] = IMAGE
-            feature_idx[0, b, place] = (b * images + i) % volumes * patches + np.arange(patches)
-    few = rng.standard_normal((min(volumes, 8), *scan.size), np.float32)  # a 4D scan takes a second
+            positions = slice(first + i * (patches + 4), first + i * (patches + 4) + patches)
+            ids[0, b, positions] = IMAGE
+            feature_idx[0, b, positions] = (b * images + i) % volumes * patches + np.arange(patches)
+    drawn = rng.standard_normal((min(volumes, 8), *scan.size), np.float32)  # drawing a 4D scan takes a second
     return Batch(
         input_ids=ids,
         positions=np.broadcast_to(np.arange(length, dtype=np.int32), rows),
@@ -63,12 +66,12 @@ def make_batch(scan: Scan, size: int, images: int, volumes: int, rng: np.random.
         target_pos=np.broadcast_to(np.arange(length - ANSWER - 1, length - 1, dtype=np.int32), (1, size, ANSWER)),
         target_ids=ids[..., -ANSWER:],
         target_mask=np.ones((1, size, ANSWER), bool),
-        volumes={scan.modality: np.resize(few, (1, volumes, *scan.size))},
+        volumes={scan.modality: np.resize(drawn, (1, volumes, *scan.size))},
     )
 
 
 def model_config(size: str, scan: Scan, dtype: str, remat: RematPolicy, layers: int | None = None) -> LlavaConfig:
-    """The hub's model of this size, tower and language model cut to so many layers."""
+    """Return the config of the hub's model of this size, with `layers` layers in tower and language model, if given."""
     content = json.loads(json.dumps(HUB_CONFIGS[size]))
     for part in ("vision_config", "text_config"):
         content[part]["num_hidden_layers"] = layers or content[part]["num_hidden_layers"]
@@ -80,7 +83,10 @@ def model_config(size: str, scan: Scan, dtype: str, remat: RematPolicy, layers: 
 
 
 def random_params(config: LlavaConfig, rng: np.random.Generator, frozen: Params | None = None) -> tuple[Params, Params]:
-    """Parameters of the patch embedding in float32, and frozen ones in the compute dtype, if they are not given."""
+    """Return (trainable, frozen): a float32 patch embedding, and the rest in the compute dtype.
+
+    Parameters in `frozen` are used again; the others are drawn.
+    """
     shapes = abstract_params(config)[1]
     labels = freeze.label_params(list(shapes), ["patch_embed"])
     params = dict(frozen or {})
@@ -91,7 +97,7 @@ def random_params(config: LlavaConfig, rng: np.random.Generator, frozen: Params 
         if jax.default_backend() == "cpu":
             values = np.empty(leaf.shape, np.float32)
             rng.standard_normal(out=values.reshape(-1), dtype=np.float32)
-            values *= np.float32(0.02)  # in place: the peak of memory is to be the step's
+            values *= np.float32(0.02)  # in place, so that the peak of memory is the step's
             values += np.float32("norm" in path)
             params[path] = jax.device_put(values).astype(dtype)
         else:
@@ -99,8 +105,8 @@ def random_params(config: LlavaConfig, rng: np.random.Generator, frozen: Params 
     return freeze.partition(params, labels)
 
 
-class Step:
-    """A compiled step, and what it takes."""
+class JaxStep:
+    """A compiled training step with its state, frozen parameters and batch."""
 
     def __init__(self, config: LlavaConfig, trainable: Params, frozen: Params, batch: Batch, *, defaults: bool):
         labels = freeze.label_params([*trainable, *frozen], ["patch_embed"])
@@ -116,20 +122,22 @@ class Step:
         self.compile_seconds = time.perf_counter() - start
 
     def __call__(self) -> float:
-        """The loss, when the device is done."""
+        """Take one step; return the loss when the device is done."""
         self.state, values = self.compiled(self.state, self.frozen, self.batch)
         return float(values["loss"])
 
 
 def peak_gib() -> float:
-    """Most memory used so far: of the device, or where it is a CPU of the process."""
+    """Return the peak memory so far in GiB: the device's, or on a CPU the process's."""
     stats = jax.devices()[0].memory_stats()
     return stats["peak_bytes_in_use"] / 2**30 if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main() -> None:
-    """Prints a line on rates; of each case one on the compilation, and one per step: seconds, loss, and the peak of
-    memory so far. Of a case that does not fit it says so."""
+    """Print a line with the rates; then, for each case, a line on compilation and a line per step.
+
+    A step's line has its time, its loss and the peak memory so far. A case that does not fit prints an error line.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", choices=HUB_CONFIGS, default="0.5b")
     parser.add_argument(
@@ -137,16 +145,16 @@ def main() -> None:
         nargs="+",
         default=["t1:1"],
         metavar="SCAN:BATCH[:defaults]",
-        help="one after the other; `defaults` compiles as XLA does by default",
+        help="cases to measure in turn; `defaults` compiles with XLA's default options",
     )
     parser.add_argument("--remat", choices=["none", "mlp", "full"], required=True)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--layers", type=int, help="of tower and language model each; default as configured")
-    parser.add_argument("--images", type=int, default=1, help="of a conversation")
-    parser.add_argument("--volumes", type=int, help="distinct ones of the batch; default one for each image")
+    parser.add_argument("--layers", type=int, help="layers of tower and language model; default the model's")
+    parser.add_argument("--images", type=int, default=1, help="images per conversation")
+    parser.add_argument("--volumes", type=int, help="distinct volumes per batch; default one per image")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compilation-cache", metavar="DIR")
-    parser.add_argument("--trace", action="store_true", help="of each case a line on what one more step spends")
+    parser.add_argument("--trace", action="store_true", help="print the kernels of one more step per case")
     args = parser.parse_args()
     if args.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", args.compilation_cache)
@@ -161,9 +169,9 @@ def main() -> None:
         trainable, frozen = random_params(config, rng, frozen)
         batch = make_batch(scan, size, args.images, args.volumes or size * args.images, rng)
         try:
-            step = Step(config, trainable, frozen, batch, defaults=bool(defaults))
+            step = JaxStep(config, trainable, frozen, batch, defaults=bool(defaults))
             print(json.dumps({"case": case, "compile_seconds": step.compile_seconds}), flush=True)
-            ctypes.CDLL(None).malloc_trim(0)  # what the compiler has freed is no memory of the step
+            ctypes.CDLL(None).malloc_trim(0)  # returns the compiler's memory, which is not the step's
             for _ in range(args.steps):
                 start, busy = time.perf_counter(), time.process_time()
                 loss = step()

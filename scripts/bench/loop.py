@@ -1,4 +1,4 @@
-"""What the training loop does while no step runs."""
+"""Time that the training loop spends between steps."""
 
 import json
 import shutil
@@ -10,11 +10,11 @@ from bench.convert import make_base
 from bench.data import CONFIGS
 from bench.measure import figure
 
-BESIDE_WEIGHTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def loop(work_dir: Path) -> None:
-    """Share of time between steps, volumes cached: the demo's tiny model; 0.5b with a save every other step."""
+    """Measure the share of time between steps: the demo's tiny model; 0.5b with a save every other step."""
     from umbrella_jax.demo import make_base as make_tiny
     from umbrella_jax.demo import make_data
 
@@ -24,10 +24,10 @@ def loop(work_dir: Path) -> None:
     epochs = 6
     options = {"model.base": str(tiny), "train.epochs": epochs, "train.save_steps": 10**6}
     lines = run("tiny", folder / "run_tiny", common | options)
-    between("loop_between_steps", lines[len(lines) // epochs :])  # all shapes are compiled in the first
+    print_share("loop_between_steps", lines[len(lines) // epochs :])  # the first epoch compiles all shapes
 
     make_base(folder / "0.5b")
-    for name in BESIDE_WEIGHTS:
+    for name in TOKENIZER_FILES:
         if (tiny / name).exists():
             shutil.copy(tiny / name, folder / "0.5b")
     config = json.loads((folder / "0.5b" / "config.json").read_text())
@@ -46,18 +46,19 @@ def loop(work_dir: Path) -> None:
         "train.save_steps": 2,
         "train.eval_steps": None,
     }
-    between("loop_between_steps_05b", run("t1_0.5b", folder / "run_05b", common | options)[1:])
+    print_share("loop_between_steps_05b", run("t1_0.5b", folder / "run_05b", common | options)[1:])
 
 
 def run(config: str, out: Path, overrides: dict[str, Any]) -> list[dict[str, Any]]:
-    """A run's lines of metrics."""
+    """Train and return the run's lines of metrics."""
     import umbrella_jax
 
     umbrella_jax.train(umbrella_jax.load_config(CONFIGS / f"{config}.yaml", overrides | {"output_dir": str(out)}))
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def between(name: str, lines: list[dict[str, Any]]) -> None:
+def print_share(name: str, lines: list[dict[str, Any]]) -> None:
+    """Print the share of time between steps."""
     waits, steps = ([line[key] for line in lines] for key in ("wait_seconds", "step_seconds"))
     more = {"step_ms": round(statistics.median(steps) * 1e3, 1), "wait_ms": round(statistics.median(waits) * 1e3, 2)}
     figure(name, sum(waits) / sum(waits + steps), "of the time", limit=0.03, **more)

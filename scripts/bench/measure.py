@@ -1,4 +1,4 @@
-"""A figure as a JSON line; seconds and memory of work in a process of its own."""
+"""Print a figure as a JSON line; measure time and memory of a function in its own process."""
 
 import json
 import multiprocessing
@@ -10,19 +10,23 @@ from typing import Any
 
 
 def figure(name: str, value: float | None, unit: str, **more: Any) -> None:
-    """Prints one line; None where there was nothing to measure."""
+    """Print one line; `value` is None if nothing could be measured."""
     rounded = None if value is None else round(value, 3)
     print(json.dumps({"figure": name, "value": rounded, "unit": unit, **more}), flush=True)
 
 
 def resident(pid: int | str = "self") -> float:
-    """Resident memory in GB: what is touched of it, mapped files included."""
+    """Return the resident memory of a process in GB, with the touched pages of mapped files."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) * 1024 / 1e9
 
 
 def measure(work: Callable[..., Any], *args: Any) -> dict[str, Any]:
-    """Runs `work(*args)` in a new process; its seconds, the GB that it adds at its peak, and a list that it returns."""
+    """Run `work(*args)` in a new process that has imported jax and found its devices.
+
+    Returns:
+        {"seconds": duration, "peak": GB of memory that it adds at its peak, "value": the list that it returns, or None}
+    """
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     process = context.Process(target=_measured, args=(results, work, args))

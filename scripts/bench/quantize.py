@@ -1,4 +1,4 @@
-"""What frozen weights in 8 bits do to a trained model: its loss, its answers, its bytes."""
+"""Effect of 8-bit frozen weights on a trained model's loss, answers and size."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from bench.measure import figure
 
 
 def quantize(work_dir: Path) -> None:
-    """Loss and answers of the demo's model on held-out data: frozen weights as they are, in int8, in fp8."""
+    """Compare loss and answers of the demo's model on held-out data with frozen weights in float32, int8 and fp8."""
     import jax
     import numpy as np
 
@@ -25,7 +25,7 @@ def quantize(work_dir: Path) -> None:
     processor = umbrella_jax.Processor.load(folder / "export")
     data = processor.dataset(folder / "data" / "eval.json", evaluation=True)
     references = [normalise(conversation.messages[-1].text) for conversation in data.conversations]
-    before: list[str] = []
+    unquantized: list[str] = []
     for dtype in (None, "int8", "fp8"):
         model = umbrella_jax.load(folder / "export", quantized=dtype)
         graphdef, params = split(model)
@@ -33,16 +33,16 @@ def quantize(work_dir: Path) -> None:
         for _, batch in eval_batches(data, 16, prompts=False):
             loss, supervised = jit_eval_step()(params, {}, batch, graphdef=graphdef)
             total, count = total + float(loss), count + int(supervised)
-        found: dict[int, str] = {}
+        decoded: dict[int, str] = {}
         for indices, batch in eval_batches(data, 16, prompts=True):
             tokens = umbrella_jax.generate(model, batch, stop_ids=processor.stop_ids, max_new_tokens=4)
-            found |= dict(zip(indices, processor.decode(tokens), strict=False))
-        answers = [normalise(found[index]) for index in range(len(data))]
-        before = before or answers
+            decoded |= dict(zip(indices, processor.decode(tokens), strict=False))
+        answers = [normalise(decoded[index]) for index in range(len(data))]
+        unquantized = unquantized or answers
         more: dict[str, Any] = {
             "loss": round(total / count, 5),
-            "same_answers": float(np.mean([a == b for a, b in zip(answers, before, strict=True)])),
+            "same_answers": float(np.mean([a == b for a, b in zip(answers, unquantized, strict=True)])),
             "megabytes": round(sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e6, 2),
         }
-        right = float(np.mean([a == b for a, b in zip(answers, references, strict=True)]))
-        figure(f"quantize_{dtype or 'none'}_accuracy", right, "", **more)
+        accuracy = float(np.mean([a == b for a, b in zip(answers, references, strict=True)]))
+        figure(f"quantize_{dtype or 'none'}_accuracy", accuracy, "", **more)

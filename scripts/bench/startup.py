@@ -1,4 +1,4 @@
-"""How long people wait before anything is done."""
+"""Start-up time of the command line and of the package."""
 
 import statistics
 import subprocess
@@ -10,7 +10,7 @@ from bench.measure import figure
 
 
 def startup(work_dir: Path) -> None:
-    """`umbrella-jax --help` and `import umbrella_jax`, the fastest of five."""
+    """Time `umbrella-jax --help` and `import umbrella_jax`, the fastest of five."""
     for name, code, limit in (
         ("help_seconds", "from umbrella_jax.cli import main; main(['--help'])", 0.7),
         ("import_seconds", "import umbrella_jax", 1.5),

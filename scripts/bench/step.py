@@ -1,4 +1,4 @@
-"""The training step beside PyTorch's: 0.5b size, a T1 volume of 729 patches, 64 tokens, 8 of them supervised."""
+"""The training step against PyTorch's: 0.5b size, a T1 volume of 729 patches, 64 tokens, the last 8 supervised."""
 
 import json
 import statistics
@@ -23,7 +23,7 @@ JAX, TORCH = "bench.jax_step", "bench.torch_step"
 
 
 def run(module: str, *options: str) -> list[dict[str, Any]]:
-    """The lines that a module prints."""
+    """Run a module in its own process; return the JSON lines that it prints."""
     words = [sys.executable, "-m", module, *options]
     done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     if done.returncode:
@@ -32,9 +32,9 @@ def run(module: str, *options: str) -> list[dict[str, Any]]:
 
 
 def step(work_dir: Path) -> None:
-    """Seconds and memory of a training step, ours and PyTorch's in turn."""
+    """Measure seconds and memory of a training step, ours and PyTorch's in turn."""
     steps = ["--steps", str(STEPS)]
-    pairs = {  # ours, and what of PyTorch's it is held against
+    pairs = {  # name: (our options, PyTorch's options, limit of the ratio)
         "none": (["--remat", "none", *steps], ["--mode", "tuned:1", *steps], 0.95),
         "mlp": (["--remat", "mlp", *steps], ["--mode", "tuned:1", "--remat", *steps], 0.85),
     }
@@ -63,12 +63,12 @@ def step(work_dir: Path) -> None:
             memory=round(peaks["peak_gib"] / peaks["torch_peak_gib"], 2),
         )
     matmul, layer = (statistics.median(rate[name] for rate in rates) for name in ("matmul_flops", "layer_flops"))
-    share = floor("0.5b", "t1") / seconds["none"] / matmul
+    share = minimum_flops("0.5b", "t1") / seconds["none"] / matmul
     figure("step_none_of_matmul_rate", share, "", at_least=0.8, matmul_gflops=round(matmul / 1e9))
-    expected, gflops = planned(layer), round(layer / 1e9)
+    expected, gflops = planned_seconds(layer), round(layer / 1e9)
     figure("step_none_to_plan", seconds["none"] / expected, "", limit=1.25, planned=round(expected, 1), gflops=gflops)
     figure("first_step_more_seconds", statistics.median(compiled) - seconds["none"], "s", limit=10)
-    for _ in range(2):  # filled, then used
+    for _ in range(2):  # the first run fills the cache, the second uses it
         _, compilation, *lines = run(JAX, "--remat", "none", "--steps", "2", "--compilation-cache", cache)
     more = compilation["compile_seconds"] + lines[0]["seconds"] - lines[1]["seconds"]
     figure("first_step_more_seconds_cached", more, "s", limit=4)
@@ -77,23 +77,22 @@ def step(work_dir: Path) -> None:
     figure("step_none_to_reference", ratio, "", limit=0.2, torch_seconds=round(_median(reference), 1))
 
 
-def planned(rate: float) -> float:
-    """Seconds that `umbrella-jax plan --devices cpu --flops RATE` says of the step."""
+def planned_seconds(rate: float) -> float:
+    """Return the step's seconds according to `umbrella-jax plan --devices cpu --flops RATE`."""
     devices = parse_devices("cpu", flops=rate, dtype="float32")
-    return plan_of("0.5b", "t1", 1, "float32", devices).configured[0].step_seconds
+    return make_hardware_plan("0.5b", "t1", 1, "float32", devices).configured[0].step_seconds
 
 
-def floor(size: str, scan: str) -> float:
-    """FLOPs of a conversation that no step can do without: forward, and the activations' gradients down to the patch
-    embedding."""
+def minimum_flops(size: str, scan: str) -> float:
+    """Return the FLOPs that any step needs per conversation: forward, and gradients back to the patch embedding."""
     config, model = _workload(size, scan, 1, "float32")
     positions = SCANS[scan].patches + TEXT
     counted = at_shape(config, model, SCANS[scan].modality, positions=positions, targets=ANSWER, frozen_dtype="float32")
     return sum(counted.flops(None).values())
 
 
-def plan_of(size: str, scan: str, batch: int, dtype: str, devices: Devices) -> HardwarePlan:
-    """What `umbrella-jax plan` says of a case without remat."""
+def make_hardware_plan(size: str, scan: str, batch: int, dtype: str, devices: Devices) -> HardwarePlan:
+    """Return the plan of `umbrella-jax plan` for a case without remat."""
     config, model = _workload(size, scan, batch, dtype)
     return plan_hardware(config, model, devices, frozen_dtype=dtype, text_tokens=TEXT)
 
@@ -105,22 +104,22 @@ def _workload(size: str, scan: str, batch: int, dtype: str) -> tuple[RunConfig, 
 
 
 def sharing(work_dir: Path) -> None:
-    """Steps of comparisons whose scans several conversations of a batch show: each encoded once, or for each of them.
+    """Compare steps that encode a scan once per batch with steps that encode it once per conversation.
 
-    The plan of 600 comparisons over 100 subjects says how many a batch holds; the model is the 0.5b size's, of two
-    layers each.
+    The conversations are comparisons of two scans. The plan of 600 comparisons over 100 subjects gives the number of
+    distinct scans per batch. The model is the 0.5b size's with two layers in tower and language model.
     """
     size = 8
     plan = EpochPlan(synthetic_sizes(100, 0, 600, 0), batch_size=size, seed=0)
-    held = round(plan.cost.volumes * size)
-    lines: dict[int, list[dict[str, Any]]] = {held: [], 2 * size: []}
+    distinct = round(plan.cost.volumes * size)
+    lines_by_volumes: dict[int, list[dict[str, Any]]] = {distinct: [], 2 * size: []}
     for _ in range(ROUNDS):
-        for volumes, found in lines.items():
+        for volumes, lines in lines_by_volumes.items():
             options = ["--remat", "full", "--layers", "2", "--case", f"t1:{size}", "--images", "2"]
-            found += run(JAX, *options, "--volumes", str(volumes), "--steps", "3")[3:]
-    shared, apart = (_median(found) for found in lines.values())
-    more = {"volumes_per_conversation": round(held / size, 2), "padding": round(plan.cost.padding, 3)}
-    figure("sharing_conversations_per_second", apart / shared, "times those without", at_least=2, **more)
+            lines += run(JAX, *options, "--volumes", str(volumes), "--steps", "3")[3:]
+    shared, separate = map(_median, lines_by_volumes.values())
+    more = {"volumes_per_conversation": round(distinct / size, 2), "padding": round(plan.cost.padding, 3)}
+    figure("sharing_conversations_per_second", separate / shared, "times those without", at_least=2, **more)
 
 
 def _median(lines: list[dict[str, Any]]) -> float:

@@ -1,8 +1,8 @@
-"""The training step of the PyTorch system, as JSON lines: transformers' LLaVA, whose patch embedding alone trains.
+"""Time the training step of the PyTorch system; print JSON lines.
 
-`reference` is the original's way: text padded to 2048, conversations merged row by row, logits at every position,
-gradient checkpointing. `tuned` is what its user could make of it: no padding, SDPA, logits where a label stands.
-`compiled` is that with `torch.compile` of the layers.
+Only the patch embedding of transformers' LLaVA trains. Mode `reference` is the original's step: text padded to 2048,
+conversations merged row by row, logits at every position, gradient checkpointing. Mode `tuned` is what a user could
+improve: no padding, SDPA, logits only at labels. Mode `compiled` adds `torch.compile` of the layers.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from bench.workload import ANSWER, HUB_CONFIGS, IMAGE, SCANS, TEXT, Scan
 
 
 class PatchEmbed(nn.Module):
-    """The original's names; 3D by a convolution, 4D by patches and a linear map."""
+    """The original's patch embedding, with its names: a convolution in 3D, patches and a linear map in 4D."""
 
     def __init__(self, scan: Scan, width: int):
         super().__init__()
@@ -30,18 +30,18 @@ class PatchEmbed(nn.Module):
         self.positional_embeddings = nn.Parameter(torch.randn(1, scan.patches, width) * 0.02)
 
     def forward(self, volumes: torch.Tensor, **_: Any) -> torch.Tensor:
-        """[B, 1, *size] → [B, N, E]."""
+        """Map volumes [B, 1, *size] to features [B, N, E]."""
         if len(self.scan.patch) == 3:
             return self.proj(volumes).flatten(2).transpose(1, 2) + self.positional_embeddings
         x = volumes[:, 0]
-        for axis, patch in enumerate(self.scan.patch):  # the sizes divide
+        for axis, patch in enumerate(self.scan.patch):  # sizes are multiples of the patch
             x = x.unflatten(1 + 2 * axis, (-1, patch))
         x = x.permute(0, *range(1, x.ndim, 2), *range(2, x.ndim, 2)).reshape(len(x), self.scan.patches, -1)
         return self.proj(x) + self.positional_embeddings
 
 
-class Step:
-    """Model and optimiser; a call is an update on conversations about a scan each."""
+class TorchStep:
+    """Model and optimiser; a call makes one update on conversations about one scan each."""
 
     def __init__(self, size: str, scan: Scan, device: str, dtype: torch.dtype):
         self.scan, self.mode, self.device, self.dtype = scan, "tuned", torch.device(device), dtype
@@ -62,7 +62,7 @@ class Step:
         self.optimizer = torch.optim.AdamW(self.tower.embeddings.parameters(), lr=5e-5, weight_decay=0.01)
 
     def set_mode(self, mode: str, *, remat: bool) -> None:
-        """`compiled` stays so."""
+        """Set the mode. The layers stay compiled after `compiled`."""
         self.mode = mode
         if remat or mode == "reference":
             self.model.gradient_checkpointing_enable()
@@ -70,10 +70,10 @@ class Step:
             self.model.gradient_checkpointing_disable()
         if mode == "compiled":
             for layer in (*self.tower.encoder.layers, *self.core.language_model.layers):
-                layer.compile()  # the first of each is compiled, the others find it
+                layer.compile()  # compiles the first layer of each kind; the others reuse its code
 
     def batch(self, size: int) -> tuple[torch.Tensor, ...]:
-        """Volumes, ids, labels, and which positions are in use."""
+        """Return volumes, ids, labels, and the mask of positions that are not padding."""
         volumes = torch.randn(size, 1, *self.scan.size, dtype=self.dtype, device=self.device)
         ids = torch.randint(0, 150000, (size, TEXT), device=self.device)
         ids[:, 4] = IMAGE
@@ -87,7 +87,7 @@ class Step:
         return volumes, ids, labels, used
 
     def __call__(self, volumes: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor, used: torch.Tensor) -> float:
-        """The loss, when the device is done."""
+        """Make one update; return the loss when the device is done."""
         hidden = self.tower.encoder(inputs_embeds=self.tower.embeddings(volumes)).last_hidden_state
         features = self.core.multi_modal_projector(hidden)
         embeds = self.core.get_input_embeddings()(ids)
@@ -114,20 +114,22 @@ class Step:
 
 
 def main() -> None:
-    """Prints a line per step: seconds, loss, and the peak of memory of its case and mode so far. Of a case that does
-    not fit it says so."""
+    """Print a line per step with its time, its loss, and the peak memory of its case and mode.
+
+    A case that does not fit prints an error line.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", choices=HUB_CONFIGS, default="0.5b")
     parser.add_argument("--scan", choices=SCANS, default="t1")
-    parser.add_argument("--mode", nargs="+", required=True, metavar="MODE:BATCH", help="one after the other")
-    parser.add_argument("--remat", action="store_true", help="in the modes tuned and compiled too")
+    parser.add_argument("--mode", nargs="+", required=True, metavar="MODE:BATCH", help="modes to measure in turn")
+    parser.add_argument("--remat", action="store_true", help="gradient checkpointing in all modes")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
     torch.manual_seed(0)
     on_gpu = args.device != "cpu"
-    step = Step(args.size, SCANS[args.scan], args.device, getattr(torch, args.dtype))
+    step = TorchStep(args.size, SCANS[args.scan], args.device, getattr(torch, args.dtype))
     for name in args.mode:
         mode, _, size = name.partition(":")
         step.set_mode(mode, remat=args.remat)

@@ -1,4 +1,4 @@
-"""What a GPU spends its time on."""
+"""Time that a GPU spends in each kernel."""
 
 import tempfile
 from collections import defaultdict
@@ -10,7 +10,7 @@ import jax
 
 
 def kernels(work: Callable[[], Any]) -> list[tuple[str, float, int]]:
-    """(kernel, milliseconds, calls) of `work()`, the longest first, as jax's profiler saw the first GPU run them."""
+    """Profile `work()` on the first GPU; return (kernel, milliseconds, calls), the longest first."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             work()

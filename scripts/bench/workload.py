@@ -1,4 +1,4 @@
-"""What is measured on: the hub's two models, and conversations about scans of 96 voxels a side."""
+"""The benchmarks' workload: the hub's two models, and conversations about scans of 96 voxels per axis."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 IMAGE = 151646
 TEXT, ANSWER = 64, 8
-"""Tokens of a conversation, the last of them supervised."""
+"""Tokens of a conversation, and supervised tokens at its end."""
 
 
 def _hub_config(hidden: int, mlp: int, layers: int, heads: int, tied: bool) -> dict[str, Any]:
@@ -52,13 +52,13 @@ HUB_CONFIGS = {  # llava-hf/llava-interleave-qwen-SIZE-hf
 
 @dataclass(frozen=True)
 class Scan:
-    """A modality's volumes, and their patches."""
+    """Size of a modality's volumes and of their patches."""
 
     modality: str
     size: tuple[int, ...]
     patch: tuple[int, ...]
     config: str
-    """Of configs/, one that such conversations fit."""
+    """Name of a shipped config with this modality."""
 
     @property
     def patches(self) -> int:
