@@ -42,10 +42,7 @@ def test_sessions_and_entities(bids, tmp_path, entities, paths):
     if entities:
         assert f"scans that are not {' '.join(entities)}" in text
     else:
-        assert (
-            "1 subject with several scans, all of them used; narrow with --entity KEY=VALUE: run 1, none; ses 1, 2"
-            in text
-        )
+        assert "1 subject with several scans, all used; narrow with --entity KEY=VALUE: run 1, none; ses 1, 2" in text
 
 
 def test_an_entity_given_twice_takes_either_value(bids, tmp_path):
@@ -153,7 +150,7 @@ def test_all_repeats_are_used(bids, tmp_path):
     root = bids(sexes(2), {"00": [*files, *others], "01": ["func/sub-01_task-rest_bold.nii.gz"]})
     paths, said = taken(root, tmp_path / "out", "sex", modality="fMRI")
     assert paths == [*(f"sub-00/{file}" for file in sorted(files)), "sub-01/func/sub-01_task-rest_bold.nii.gz"]
-    note = "1 subject with several scans, all of them used; narrow with --entity KEY=VALUE: "
+    note = "1 subject with several scans, all used; narrow with --entity KEY=VALUE: "
     assert f"{note}dir AP, PA, none; task rest, resteyesopen" in said
 
 

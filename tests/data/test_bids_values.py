@@ -256,7 +256,7 @@ def test_labels_merge_spellings(bids, tmp_path):
     assert [record["metadata"]["subject_label"] for record in records] == ["male", "male", "male", "female"]
     assert "values that Levels or labels describe but no scan has: X" in lines
     template.write_text("labels: {m: M}\n")
-    assert "kept as two labels of sex: M, male" in from_bids(root, tmp_path / "two", "sex", template=template)
+    assert "treated as two labels of sex: M, male" in from_bids(root, tmp_path / "two", "sex", template=template)
 
 
 def labels_of(folder):
@@ -316,4 +316,4 @@ def test_a_note_says_that_sessions_share_a_value(visits, tmp_path):
     for file in root.glob("sub-*/*_sessions.tsv"):
         file.unlink()
     said = " ".join(" ".join(from_bids(root, tmp_path / "out", "age", kind="regression")).split())
-    assert "6 subjects with several sessions: all of them have the age in participants.tsv" in said
+    assert "6 subjects with several sessions: every session has the age in participants.tsv" in said

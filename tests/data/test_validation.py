@@ -137,7 +137,7 @@ def test_unchecked_parts_are_reported(config, ask, record, nifti, write_json):
     reasons = [f"{f.place}: {f.reason}" for f in reported(report, "warning", "unchecked")]
     assert len(reasons) == 3
     assert "lengths and supervised tokens were not checked" in reasons[0]
-    assert "only one of them is given" in reasons[1]
+    assert "only one is given" in reasons[1]
     assert "2 of 2 conversations name no subject" in reasons[2]
     assert report.sets["eval"].lengths == {}
     assert [f.kind for f in reported(report, "fault")] == ["text"]  # the last turn is looked at without a tokenizer

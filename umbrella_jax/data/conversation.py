@@ -100,7 +100,7 @@ def read_conversations(
 
     Args:
         path: file or directory; the files of a directory are read in sorted order.
-        modalities: configured modality names; an image may use any alias of one of them.
+        modalities: configured modality names; an image may use any alias.
         image_root: where relative image paths start; default: the folder of the file that contains them.
         modality: keep conversations whose images all have it; one without images has every modality.
         task_filter: keep conversations whose `task_type` or `metadata.task` is this.
@@ -301,7 +301,7 @@ class _Interned:
 
 
 class _Parser:
-    """Turns one record into a conversation, and continues after a fault to find all of them."""
+    """Turns one record into a conversation, and continues after a fault to find all others."""
 
     def __init__(self, record: Any, source: str, root: Path, interned: _Interned, allow_outside_root: bool):
         self.record, self.source, self.root, self.interned = record, source, root, interned

@@ -21,7 +21,7 @@ from umbrella_jax.io.reading import sha256
 Inputs = dict[str, list[tuple[str, str]]]
 """{kind: (name, SHA-256) of each input, in the order in which the run reads them}.
 
-The kinds are `conversations`, `tokens` (what the tokenizer makes of them) and `volumes`. A change in one kind usually
+The kinds are `conversations`, `tokens` (the encoded conversations) and `volumes`. A change in one kind usually
 changes the next ones too.
 """
 

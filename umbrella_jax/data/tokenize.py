@@ -37,7 +37,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is no
 _TOKENIZER_FILES = (".json", ".txt", ".model", ".tiktoken", ".jinja")
 _TOO_LARGE = f"larger than {LISTING >> 20} MB, eight times the largest known tokenizer; expected a tokenizer's file"
 
-# Token ids, with one placeholder per image, and which of them are supervised.
+# Token ids, with one placeholder per image, and whether each is supervised.
 _Tokens = tuple[list[int], list[bool]]
 
 

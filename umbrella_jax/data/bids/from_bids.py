@@ -77,8 +77,8 @@ def from_bids(
             that is given twice may have either value.
         derivatives: use the scans in `root`/derivatives/THIS instead.
         missing: values that mean a missing one, besides those of `is_missing`. If given, no other value is doubted.
-        pairs_per_subject: references for each scan of a query subject, half of them with its label if there are
-            enough; default 4. Only for kind comparison.
+        pairs_per_subject: references for each scan of a query subject; default 4. Half have its label if there are
+            enough. Only for kind comparison.
 
     Returns:
         Lines about what was written, what was left out and why, and the command that trains on it.
@@ -107,16 +107,16 @@ def from_bids(
         raise DataError(faults)
 
     texts = {**levels, **sections.pop("labels", {})}
-    kept = faults.check(lambda: scans_with_values(table, files, scans, target, missing, texts, notes))
-    if kept is None:
+    valued_scans = faults.check(lambda: scans_with_values(table, files, scans, target, missing, texts, notes))
+    if valued_scans is None:
         raise DataError(faults)
-    kind = faults.check(lambda: choose_kind(table, target, kept, kind, texts, notes))
+    kind = faults.check(lambda: choose_kind(table, target, valued_scans, kind, texts, notes))
     if kind is None or shares is None or faults:
         raise DataError(faults)
     if kind == "regression":
         texts = {}
-    notes += _value_notes(table, target, kind, kept, texts)
-    subjects = group_by_label(kept, texts)
+    notes += _value_notes(table, target, kind, valued_scans, texts)
+    subjects = group_by_label(valued_scans, texts)
     split_of = split_subjects(_balanced_columns(table, files), shares, seed) if earlier_split is None else earlier_split
     names = list(shares) if earlier_split is None else split_names(split_of)
     splits = {name: [s for s in subjects if split_of.get(s.name) == name] for name in names}
@@ -179,19 +179,19 @@ def _parse_shares(split: str) -> dict[str, Fraction]:
 
 
 def _value_notes(
-    table: Participants, target: str, kind: str, kept: Sequence[ValuedScan], texts: Mapping[str, str]
+    table: Participants, target: str, kind: str, valued_scans: Sequence[ValuedScan], texts: Mapping[str, str]
 ) -> list[str]:
     """Return lines about values that no text replaces, and about sessions that share one number."""
     notes = []
-    if texts and (unspelled := sorted({value for _, value in kept} - texts.keys())):
+    if texts and (unspelled := sorted({value for _, value in valued_scans} - texts.keys())):
         notes.append(
             f"used as in {PARTICIPANTS}, since neither Levels nor labels describe them: {', '.join(unspelled)}"
         )
-    visits = {(scan.subject, scan.entities.get("ses")) for scan, _ in kept}
+    visits = {(scan.subject, scan.entities.get("ses")) for scan, _ in valued_scans}
     several = sum(number > 1 for number in Counter(subject for subject, _ in visits).values())
     if kind == "regression" and several and not table.sessions:
         notes.append(
-            f"{plural(several, 'subject')} with several sessions: all of them have the {target} in {PARTICIPANTS}, "
+            f"{plural(several, 'subject')} with several sessions: every session has the {target} in {PARTICIPANTS}, "
             "because no sub-*_sessions.tsv has one"
         )
     return notes

@@ -143,7 +143,7 @@ def _spelling_fault(place: str, pairs: Mapping[str, str], owner: str) -> str:
 def choose_kind(
     table: Participants,
     target: str,
-    kept: Sequence[ValuedScan],
+    valued_scans: Sequence[ValuedScan],
     kind: str | None,
     texts: Mapping[str, str],
     notes: list[str],
@@ -153,7 +153,7 @@ def choose_kind(
     Args:
         table: names the file in messages.
         target: the column.
-        kept: scans and their values.
+        valued_scans: scans and their values.
         kind: requested kind.
         texts: {value: text} that replaces values.
         notes: receives lines about labels that look alike or are not used.
@@ -162,8 +162,8 @@ def choose_kind(
         DataError: the values do not fit the kind.
     """
     place = f"{table.path}: {target}"
-    value_of = {scan.subject: value for scan, value in kept}
-    counts = Counter(value for _, value in kept)
+    value_of = {scan.subject: value for scan, value in valued_scans}
+    counts = Counter(value for _, value in valued_scans)
     words = [f"{value} ({subject})" for subject, value in value_of.items() if parse_number(value) is None]
     words = words or [value for value in counts if parse_number(value) is None]
     many = len(counts) > MAX_CLASSES
@@ -208,15 +208,15 @@ def _check_labels(place: str, target: str, counts: Counter[str], texts: Mapping[
         raise DataError(faults)
     initials = [label for label in variants if len(label) == 1 and label.isalpha()]
     for label, other in ((i, o) for i in initials for o in variants if o.startswith(i) and o != i):
-        notes.append(f"kept as two labels of {target}: {', '.join([*variants[label], *variants[other]])}")
+        notes.append(f"treated as two labels of {target}: {', '.join([*variants[label], *variants[other]])}")
     if unused := sorted(texts.keys() - counts.keys()):
         notes.append(f"values that Levels or labels describe but no scan has: {', '.join(unused)}")
 
 
-def group_by_label(kept: Iterable[ValuedScan], texts: Mapping[str, str]) -> list[LabelledSubject]:
+def group_by_label(valued_scans: Iterable[ValuedScan], texts: Mapping[str, str]) -> list[LabelledSubject]:
     """Group scans by subject and label, in order; `texts` is {value: label} for values that have another label."""
     groups: dict[tuple[str, str], list[ValuedScan]] = defaultdict(list)
-    for scan, value in kept:
+    for scan, value in valued_scans:
         groups[scan.subject, texts.get(value, value)].append((scan, value))
     return [
         LabelledSubject(name, group[0][1], label, tuple(scan for scan, _ in group))

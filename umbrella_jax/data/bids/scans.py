@@ -174,8 +174,7 @@ def find_scans(
         differing = {key for group in several for key in _keys(group) if len(_labels(group, key)) > 1}
         choices = "; ".join(f"{key} {', '.join(_values(scans, key))}" for key in sorted(differing))
         notes.append(
-            f"{plural(len(several), 'subject')} with several scans, all of them used; narrow with --entity KEY=VALUE: "
-            f"{choices}"
+            f"{plural(len(several), 'subject')} with several scans, all used; narrow with --entity KEY=VALUE: {choices}"
         )
     return dict(sorted(by_subject.items()))
 

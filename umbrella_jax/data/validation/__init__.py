@@ -1,1 +1,1 @@
-"""Check a data set before training: findings and a page of them."""
+"""Check a data set before training: the checks, their findings, and a page."""

@@ -52,17 +52,17 @@ _NAMES_SHOWN = 5  # answers of a contradiction, usual values of a property, shar
 
 def validate(
     config: RunConfig,
-    tokenizer: Callable[[], Any | None] = lambda: None,
-    scored: Callable[[Sequence[Conversation]], object] = lambda conversations: None,
+    load_tokenizer: Callable[[], Any | None] = lambda: None,
+    check_answers: Callable[[Sequence[Conversation]], object] = lambda conversations: None,
 ) -> ValidationReport:
     """Read all conversations and volumes of a run, train and eval, and continue after every fault.
 
     Args:
         config: of the run.
-        tokenizer: makes the base's tokenizer, or returns None if it is not on this machine. An UmbrellaError becomes a
+        load_tokenizer: returns the base's tokenizer, or None if it is not on this machine. An UmbrellaError becomes a
             fault.
-        scored: checks the evaluation conversations if they have no other fault. An UmbrellaError lists the answers that
-            cannot be scored.
+        check_answers: checks the evaluation conversations if they have no other fault. An UmbrellaError lists the
+            answers that cannot be scored.
 
     Raises:
         ConfigError: neither data.train nor data.eval is given.
@@ -81,7 +81,7 @@ def validate(
     def unchecked(place: str, reason: str, *sets: str) -> None:
         findings.append(Finding("warning", "unchecked", sets, place, reason))
 
-    base_tokenizer = collect(tokenizer, "base")
+    base_tokenizer = collect(load_tokenizer, "base")
     if base_tokenizer is None:
         unchecked(
             "text",
@@ -97,7 +97,7 @@ def validate(
         findings += _faults("text", (name,), faults)
         sets[name] = ConversationSet(str(path), tuple(conversations), lengths)
     if "eval" in sets and not any(f.severity == "fault" and "eval" in f.sets for f in findings):
-        collect(partial(scored, sets["eval"].conversations), "answers", "eval")
+        collect(partial(check_answers, sets["eval"].conversations), "answers", "eval")
     volumes, faults_of, remarks = _read_volumes(config, sets)
     for volume in volumes:
         findings += _faults("volume", volume.sets, faults_of.get(volume, ()), str(volume.path))
@@ -105,9 +105,7 @@ def validate(
     faulty = {name for f in findings if f.kind == "conversation" for name in f.sets}
     findings += _missing_images(config, {name: s for name, s in sets.items() if name not in faulty})
     if len(sets) == 1:
-        unchecked(
-            "train and eval", "only one of them is given, so shared subjects and scans were not looked for", *sets
-        )
+        unchecked("train and eval", "only one is given, so shared subjects and scans were not looked for", *sets)
     for name, s in sets.items():
         if unnamed := sum(not c.subjects for c in s.conversations):
             unchecked(s.path, f"{unnamed} of {len(s.conversations)} conversations name no subject", name)
@@ -196,7 +194,7 @@ def _read_volumes(
     """Read every distinct volume that conversations show.
 
     Returns:
-        The volumes, {volume: faults} of those with faults, and remarks about backgrounds.
+        The volumes, {volume: its faults} for faulty ones, and remarks about backgrounds.
     """
     remarks: list[Remark] = []
     shown: dict[Image, dict[str, None]] = defaultdict(dict)

@@ -79,7 +79,7 @@ class VolumeContents:
     nonzero: float
     """Fraction of the voxels that are not 0."""
     still: bool
-    """Whether the file has several frames, all of them equal."""
+    """Whether the file has several frames, all equal."""
     digest: str
     """BLAKE2b of the shape (without last axes of length 1) and the float32 voxels in stored order. It does not depend
     on the file's format, type and compression."""
