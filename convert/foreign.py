@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from umbrella_jax.errors import CheckpointError
-from umbrella_jax.io.reading import placeholder, read_json
+from umbrella_jax.io.reading import describe_pointer, read_json
 
 WEIGHTS = frozenset(
     f"{stem}{index}" for stem in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
@@ -108,6 +108,6 @@ def tensor_faults(names: Iterable[str], place: Path) -> list[str]:
 
 def check_placeholders(directory: Path) -> None:
     """Raise CheckpointError for placeholder files in a folder, which Git LFS leaves in place of the content."""
-    faults = [f"{path}: {reason}" for path in sorted(directory.iterdir()) if (reason := placeholder(path))]
+    faults = [f"{path}: {reason}" for path in sorted(directory.iterdir()) if (reason := describe_pointer(path))]
     if faults:
         raise CheckpointError(faults)

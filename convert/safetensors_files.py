@@ -21,7 +21,7 @@ from convert.foreign import adapter_faults, folder_contents, tensor_faults
 from convert.lazy_tensor import BLOCK, Index, Tensor, copy_numbers
 from convert.rules import hub_name, unwrapped_names
 from umbrella_jax.errors import CheckpointError, ConfigError, is_out_of_memory
-from umbrella_jax.io.reading import parse_json, placeholder, read_json
+from umbrella_jax.io.reading import describe_pointer, parse_json, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -48,7 +48,7 @@ def open_safetensors(
 
     Raises CheckpointError for a file that is cut short, damaged or unreadable.
     """
-    if pointer := placeholder(path):
+    if pointer := describe_pointer(path):
         raise CheckpointError(f"{path}: {pointer}")
     if not path.is_file():  # opening a pipe would block
         raise CheckpointError(f"{path}: no such file")

@@ -16,7 +16,7 @@ import pytest
 from umbrella_jax import cli, distributed
 from umbrella_jax.cli import setup
 from umbrella_jax.errors import (
-    LESS,
+    MEMORY_REMEDY,
     CheckpointError,
     ConfigError,
     DataError,
@@ -81,7 +81,9 @@ def test_one_of_several_processes_says_the_same_of_a_full_device(
     assert end.value.code == 1
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "umbrella-jax: process 0 ends, and with it the run:"
-    assert said[1:] == [f"RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes; the device's memory is full: {LESS}"]
+    assert said[1:] == [
+        f"RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes; the device's memory is full: {MEMORY_REMEDY}"
+    ]
 
 
 def test_a_locale_without_unicode(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
-"""The errors that a user can meet. Each names the file, the field and the remedy.
+"""The errors that users can see. Each names the file, the field and the remedy.
 
     UmbrellaError
       ConfigError, DataError, CheckpointError    the input cannot be used
       RunError                                   the input is good, but the work failed
-    Interrupted                                  a signal ended a run that --resume continues
+    Interrupted                                  a signal ended a run; --resume continues it
 
-Checks collect every fault first and raise once, so nobody mends a thousand files one error at a time.
+Checks collect all faults in a `Faults` and raise them together, so that nobody has to fix a thousand files one error at
+a time.
 """
 
 import errno
@@ -18,16 +19,18 @@ from typing import ClassVar, TypeVar
 
 T = TypeVar("T")
 
-LESS = (
+MEMORY_REMEDY = (
     "lower train.batch_size, set model.remat: full or model.frozen_dtype: bfloat16, or split the weights "
     "(--mesh fsdp=N); `umbrella-jax plan` says what fits"
 )
 """The remedy for a full device."""
 _SHOWN = 50
+"""Faults of one error to print."""
 _ALIKE = 4
-"""So many faults with the same reason are printed as one."""
+"""Number of faults with the same reason from which they are printed as one."""
 _PLACE = re.compile(r"((?:\([^()]*\)|[^():]|:(?! ))*): ")
-_LONGEST = 2000  # characters of one fault: what it quotes may be a text of megabytes
+_LONGEST = 2000
+"""Characters of one fault to print, because a fault may quote a text of megabytes."""
 
 
 _ELSEWHERE = "free some space, or write elsewhere"
@@ -43,16 +46,18 @@ _NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the process got no memory, which says nothing about the file that it was reading."""
+    """Return whether an error means that the process ran out of memory, not that its input is bad."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
 
 
 def known_cause(error: BaseException) -> str | None:
-    """Return the line for an error that no code of ours raised but whose cause is known: memory, devices, the file
-    system. None for any other, which is a bug and keeps its traceback."""
+    """Return a message for an error of memory, devices or the file system; None for any other error.
+
+    Any other error is a bug and keeps its traceback.
+    """
     first = (str(error).splitlines() or [""])[0]
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-        return f"{first}; the device's memory is full: {LESS}"
+        return f"{first}; the device's memory is full: {MEMORY_REMEDY}"
     if is_out_of_memory(error):
         reason = f" ({first})" if first else ""
         return f"out of memory{reason}; give the process more, or lower data.threads and train.batch_size"
@@ -75,27 +80,30 @@ def known_cause(error: BaseException) -> str | None:
     return None
 
 
-def no_directory(path: str | Path) -> str:
-    """Return why a path is no directory."""
+def why_not_a_directory(path: str | Path) -> str:
+    """Return the reason that a path is not a directory."""
     return "a file, not a directory" if os.path.exists(path) else "not found"
 
 
 def visible(text: str, kept: str = "\n\t") -> str:
-    """Escape all characters that are neither printable nor `kept`: names and texts from files may contain sequences
-    that move a terminal's cursor, colour its lines or reverse their direction. `kept=""` is for a value in a line."""
+    """Escape all characters that are neither printable nor in `kept`.
+
+    Names and texts from files may contain sequences that move a terminal's cursor, colour its lines or reverse their
+    direction. Use `kept=""` for a value inside a line.
+    """
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 def _split(fault: str) -> tuple[str, str]:
-    """Split `PLACE: REASON` at the first colon outside brackets; without one there is no reason."""
-    found = _PLACE.match(fault)
-    return (found[1], fault[found.end() :]) if found else (fault, "")
+    """Split `PLACE: REASON` at the first colon outside brackets; without such a colon, the reason is empty."""
+    match = _PLACE.match(fault)
+    return (match[1], fault[match.end() :]) if match else (fault, "")
 
 
 def _grouped(faults: Sequence[str]) -> Iterator[str]:
-    """Yield lines in order; a reason that many faults share (paths without --image-root) once, above its places."""
+    """Yield the lines of faults in order. Print a reason that many faults share only once, above their places."""
     places: dict[str, list[str]] = {}
     for fault in faults:
         place, reason = _split(fault)
@@ -111,17 +119,20 @@ def _grouped(faults: Sequence[str]) -> Iterator[str]:
 
 
 class UmbrellaError(ValueError):
-    """One or more faults, all of them in `faults`; `exit_code` is that of the command line."""
+    """An error with one or more faults, all of them in `faults`."""
 
     exit_code: ClassVar[int] = 2
+    """Exit code of the command line."""
 
     def __init__(self, faults: str | Sequence[str]):
         self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(dict.fromkeys(faults))
         super().__init__(self.faults)
 
     def __str__(self) -> str:
-        """Return the text for people: at most fifty faults, each cut to a length, control characters escaped. Further
-        lines of a fault are indented: a name with a line break cannot pass for a line of ours."""
+        """Return the text to print: at most 50 faults, each cut to a length, with control characters escaped.
+
+        Further lines of a fault are indented, so that a name with a line break cannot look like a line of ours.
+        """
         shown = [f if len(f) <= _LONGEST else f"{f[:_LONGEST]} …" for f in self.faults[:_SHOWN]]
         shown = [visible(f).replace("\n", "\n    ") for f in shown]
         if len(self.faults) == 1:
@@ -145,7 +156,7 @@ class CheckpointError(UmbrellaError):
 
 
 class RunError(UmbrellaError):
-    """A failure during work: a loss that is not finite, a directory that was deleted."""
+    """A failure during the work, such as a loss that is not finite or a directory that was deleted."""
 
     exit_code = 1
 
@@ -179,7 +190,7 @@ class Faults(list[str]):
 
 
 class Interrupted(Exception):
-    """A signal ended a run between two steps, after it had saved; no error, and `--resume` continues the run."""
+    """A signal ended a run between two steps, after it had saved. Not an error: `--resume` continues the run."""
 
     def __init__(self, signum: int, message: str):
         self.signum = signum

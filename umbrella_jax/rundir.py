@@ -25,7 +25,7 @@ from typing import Any, Literal, TextIO
 
 from umbrella_jax.config.schema import TrainConfig, lower_is_better
 from umbrella_jax.errors import ConfigError, DataError, Interrupted, UmbrellaError, known_cause, visible
-from umbrella_jax.io.files import private, strict_json, write_whole
+from umbrella_jax.io.files import open_private, strict_json, write_whole
 from umbrella_jax.io.reading import parse_json
 
 CONFIG, INPUTS, MODEL, METRICS, PREDICTIONS, CHECKPOINTS, LOG, REPORT = (
@@ -173,7 +173,7 @@ class RunLog:
 
     def __enter__(self) -> "RunLog":
         # a text may contain a path that is not valid Unicode
-        self._file = open(self.path, "a", encoding="utf-8", errors="backslashreplace", opener=private)
+        self._file = open(self.path, "a", encoding="utf-8", errors="backslashreplace", opener=open_private)
         self._write([f"{_STARTED} {self._about}, process {os.getpid()} on {socket.gethostname()}"])
         self._showwarning, warnings.showwarning = warnings.showwarning, self._warned
         root = logging.getLogger()

@@ -578,25 +578,25 @@ def turn_from_ras(to):
 
 def test_letters():
     volume = np.zeros((2, 3, 4))
-    letters = [plane.letters for plane in slices.slices(volume, "LPS", None)]
+    letters = [plane.letters for plane in slices.cut_planes(volume, "LPS", None)]
     assert letters == [("R", "L", "A", "P"), ("R", "L", "S", "I"), ("A", "P", "S", "I")]
-    assert slices.slices(volume, None, None)[0].letters == ("+i", "-i", "+j", "-j")
+    assert slices.cut_planes(volume, None, None)[0].letters == ("+i", "-i", "+j", "-j")
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPI", "SAR", None])
 def test_planes_go_through_the_given_voxel(codes):
     volume = np.zeros((3, 4, 5))
     volume[2, 0, 3] = 1
-    for plane in slices.slices(volume, codes, None, at=(2, 0, 3)):
+    for plane in slices.cut_planes(volume, codes, None, at=(2, 0, 3)):
         assert plane.rows.sum() == 1
-    assert not any(plane.rows.any() for plane in slices.slices(volume, codes, None))
+    assert not any(plane.rows.any() for plane in slices.cut_planes(volume, codes, None))
 
 
 def test_a_map_is_overlaid_in_colour():
     volume, values = np.full((4, 4, 4), 0.5), np.zeros((4, 4, 4))
     values[0], values[3] = -1, 1
-    planes = [slices.slices(v, "RAS", None)[:1] for v in (volume, values)]
-    picture = np.asarray(slices.draw(planes[0], 0, 1, planes[1]), float)
+    planes = [slices.cut_planes(v, "RAS", None)[:1] for v in (volume, values)]
+    picture = np.asarray(slices.draw_planes(planes[0], 0, 1, planes[1]), float)
     row = picture[picture.shape[0] // 2, slices.MARGIN : -slices.MARGIN]
     right, middle, left = row[5], row[len(row) // 2], row[-5]  # the patient's right is at the left
     assert right[0] > 150 > 100 > right[2]
@@ -611,14 +611,16 @@ def test_planes_are_to_scale(nifti, orientation):
     contents = read_contents(nifti("a.nii", (20, 30, 10), affine))
     stored = contents.orientation, contents.voxel_size, contents.shape
     config = ModalityConfig(size=(8, 8, 16), patch=(2, 2, 2), orientation=orientation)
-    codes, spacing = slices.geometry(*stored, config)
+    codes, spacing = slices.preprocessed_geometry(*stored, config)
     assert (codes, spacing) == (("RAS", (3.75, 5, 2.5)) if orientation == "RAS" else ("SLA", (5, 3.75, 2.5)))
-    planes = slices.slices(np.zeros(config.size), codes, spacing)
+    planes = slices.cut_planes(np.zeros(config.size), codes, spacing)
     assert [plane.mm for plane in planes] == [(30, 40), (30, 40), (40, 40)]
     padded = replace(config, mode="pad", spacing=2.5)
-    assert slices.geometry(*stored, padded) == (codes, (2.5, 2.5, 2.5))
+    assert slices.preprocessed_geometry(*stored, padded) == (codes, (2.5, 2.5, 2.5))
     run = replace(config, size=(8, 8, 16, 4), patch=(2, 2, 2, 2), scaling=None, mode=None)
-    assert slices.geometry(*stored, run)[1] == ((1, 4, 2) if orientation == "RAS" else (2, 1, 4))  # never resized
+    assert slices.preprocessed_geometry(*stored, run)[1] == (
+        (1, 4, 2) if orientation == "RAS" else (2, 1, 4)
+    )  # never resized
 
 
 # The command.

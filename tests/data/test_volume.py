@@ -31,7 +31,7 @@ from umbrella_jax.data.volume import (
 )
 from umbrella_jax.data.voxels import open_voxels
 from umbrella_jax.errors import ConfigError, DataError
-from umbrella_jax.html.slices import geometry
+from umbrella_jax.html.slices import preprocessed_geometry
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -563,7 +563,7 @@ def test_all_48_orientations_that_a_modality_may_ask_for(nifti):
         assert axis_codes(image, config) == "".join(nib.aff2axcodes(turned)) == orientation
         np.testing.assert_array_equal(restore(path, found, config), data)
         stored = ("PIR", (4.0, 4.0, 2.0), data.shape)
-        assert geometry(*stored, config) == (orientation, tuple(nib.affines.voxel_sizes(turned)))
+        assert preprocessed_geometry(*stored, config) == (orientation, tuple(nib.affines.voxel_sizes(turned)))
         turn = nib.orientations.axcodes2ornt(orientation)
         there = nib.apply_orientation(load_volume(path, t1((28,) * 3, orientation=orientation, **cubes)), turn)
         np.testing.assert_allclose(there, canonical, atol=1e-3)

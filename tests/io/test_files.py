@@ -11,7 +11,7 @@ from umbrella_jax.errors import ConfigError
 from umbrella_jax.io.files import (
     check_output,
     check_run_name,
-    disk_full,
+    disk_full_errno,
     locked,
     new_folder,
     rewrite_folder,
@@ -126,4 +126,4 @@ def test_names_that_checkpoints_cannot_have(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_a_full_disk_is_told_from_a_full_device(error: Exception, number: int | None) -> None:
-    assert disk_full(error) == number
+    assert disk_full_errno(error) == number

@@ -39,7 +39,7 @@ from umbrella_jax.config.schema import (
     resolve_modality,
 )
 from umbrella_jax.data.tokenize import load_tokenizer
-from umbrella_jax.errors import CheckpointError, ConfigError, no_directory
+from umbrella_jax.errors import CheckpointError, ConfigError, why_not_a_directory
 from umbrella_jax.models import LlavaConfig, Params, abstract_params
 from umbrella_jax.models.paths import adapted_weight, adapter_paths, modality_of
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL, NEWEST, Step, choose_step
@@ -63,7 +63,8 @@ def fetch(base: str, *, weights: bool = True) -> Path:
         return Path(base)
     if base.count("/") != 1 or base.startswith((".", "/", "~")):
         raise CheckpointError(
-            f"{base}: {no_directory(base)}; expected a directory in Hugging Face format, a native checkpoint or a run"
+            f"{base}: {why_not_a_directory(base)}; expected a directory in Hugging Face format, a native checkpoint or "
+            "a run"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

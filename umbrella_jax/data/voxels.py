@@ -45,7 +45,7 @@ from numpy.lib.format import MAGIC_PREFIX, read_array_header_1_0, read_array_hea
 
 from umbrella_jax.config.schema import MAX_VOXELS, MM
 from umbrella_jax.errors import DataError, is_out_of_memory
-from umbrella_jax.io.reading import placeholder
+from umbrella_jax.io.reading import describe_pointer
 
 UNPACKED = 256 << 20
 """Bytes that any compressed file may unpack to, whatever its own size: a volume of 320³ in float64."""
@@ -195,7 +195,7 @@ def readable(path: Path, expected: str = "a whole volume, copy it again") -> Ite
     except DataError:
         raise
     except FileNotFoundError as error:
-        if pointer := placeholder(path):
+        if pointer := describe_pointer(path):
             raise DataError(f"{path}: {pointer}") from None
         missing = path if error.filename is None else error.filename  # of a pair, the half that is missing
         if os.path.islink(missing):
@@ -207,7 +207,7 @@ def readable(path: Path, expected: str = "a whole volume, copy it again") -> Ite
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        if pointer := placeholder(path):
+        if pointer := describe_pointer(path):
             raise DataError(f"{path}: {pointer}") from None
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if isinstance(error, OSError) and error.strerror:  # str(error) would name the file again
@@ -506,7 +506,7 @@ def _check_name(file: Path) -> None:
     content = next((name for name, magic in _MAGIC.items() if head.startswith(magic)), None)
     if not head:
         raise DataError(f"{file}: cannot be read: it is empty; copy it again")
-    if pointer := placeholder(file):
+    if pointer := describe_pointer(file):
         raise DataError(f"{file}: {pointer}")
     if named == content:
         return

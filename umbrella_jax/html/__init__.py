@@ -1,1 +1,1 @@
-"""HTML pages and slices of volumes."""
+"""Write HTML pages (`page.py`), and draw slices of volumes for them (`slices.py`)."""

@@ -1,4 +1,4 @@
-"""Pages for people: one HTML file each that holds all it shows, without scripts. It opens anywhere, offline too."""
+"""Write HTML pages: single files without scripts that contain everything they show, and open anywhere, also offline."""
 
 import base64
 import importlib.util
@@ -12,13 +12,19 @@ from umbrella_jax.io.files import PRIVATE, check_output, write_whole
 
 PRIVACY = "contains participant data (pictures, names, answers): handle it like the scans"
 PACKAGES = ("matplotlib", "pillow")
-"""Of the extra `report`."""
-_MODULES = {"pillow": "PIL"}  # that are not called as their package
+"""Packages of the extra `report`."""
+_MODULES = {"pillow": "PIL"}
+"""{package: its module}, if they have different names."""
 
 
 def page_faults(flag: str, file: Path, packages: Sequence[str], *, rewrite: bool = False) -> list[str]:
-    """Return why a page cannot be written, before any work is done for it; `flag` is what names `file`, and `rewrite`
-    whether it may be there already."""
+    """Return why a page cannot be written, so that a command can check before it does any work.
+
+    Args:
+        flag: the command-line option that names `file`.
+        packages: packages that the page needs.
+        rewrite: whether `file` may exist already.
+    """
     faults = Faults()
     if missing := [name for name in packages if not _installed(_MODULES.get(name, name))]:
         faults.append(f"{flag}: {' and '.join(missing)} not installed; pip install 'umbrella-jax[report]'")
@@ -37,23 +43,23 @@ def _installed(module: str) -> bool:
 
 
 def render_page(template: Path, file: Path, **values: Any) -> None:
-    """Renders a template, which extends `pages.html`. Whatever `values` hold is text, never markup."""
+    """Render a template that extends `pages.html` and write the page. All `values` are text, never markup."""
     import jinja2
 
     loader = jinja2.FileSystemLoader([template.parent, Path(__file__).parent])
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     text = environment.get_template(template.name).render(privacy=PRIVACY, **values)
-    # JSON may hold half a surrogate pair
+    # a text from JSON may hold half a surrogate pair, which UTF-8 cannot encode
     write_whole(file, text.encode("utf-8", errors="xmlcharrefreplace"), PRIVATE)
 
 
 def png(image: Any) -> str:
-    """A PIL image as a URL that holds it."""
+    """Return a data URL with a PIL image."""
     out = BytesIO()
     image.save(out, "PNG", optimize=True)
     return data_url("image/png", out.getvalue())
 
 
 def data_url(kind: str, content: bytes) -> str:
-    """A URL that holds `content`, of a MIME type."""
+    """Return a data URL with `content` of a MIME type."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,4 +1,4 @@
-"""Pictures of preprocessed volumes: three planes to scale, with the patient's sides, and maps over them."""
+"""Draw preprocessed volumes: three planes to scale with letters for the patient's sides, and maps over them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,44 +10,49 @@ import numpy as np
 from umbrella_jax.config.schema import AS_STORED, ModalityConfig
 
 LONGEST, MARGIN = 260, 18
-"""Pixels: of the longest side of a plane, and for a letter beside it."""
+"""Pixels of the longest side of a plane, and of the margin for a letter beside it."""
 RED, BLUE = (220, 30, 20), (30, 90, 255)
-"""Colours of a map above and below 0."""
+"""Colours of a map above 0 and below 0."""
 _OPAQUE = 200
-"""Opacity of a map at its largest, of 255: the scan below shows through."""
-_GREY = 110  # of the tissue that a colour bar assumes below the map
+"""Opacity of a map at its maximum, of 255, so that the scan below shows through."""
+_GREY = 110
+"""Grey of the tissue that a colour bar shows below the map."""
 
 
-def geometry(
+def preprocessed_geometry(
     codes: str | None, size: Sequence[float] | None, shape: Sequence[int], config: ModalityConfig
 ) -> tuple[str | None, tuple[float, ...] | None]:
-    """Return where the axes of a preprocessed array point, such as "RAS", and the mm between its voxels along each.
+    """Return the orientation of a preprocessed array, such as "RAS", and the mm between its voxels along each axis.
+
+    None means unknown, in the arguments and in the result.
 
     Args:
-        codes, size, shape: the same of the file as stored, and its shape. None, here and there, means not known.
+        codes: orientation of the file as stored.
+        size: mm between its voxels along each stored axis.
+        shape: shape of the file as stored.
     """
     lengths, mm = tuple(shape[:3]), None if size is None else tuple(size)
     if config.orientation != AS_STORED and codes is not None:
         before, after = (nib.orientations.axcodes2ornt(axes) for axes in (codes, config.orientation))
-        stored = np.argsort(nib.orientations.ornt_transform(before, after)[:, 0])  # the stored axis of each axis
+        stored = np.argsort(nib.orientations.ornt_transform(before, after)[:, 0])  # index of the stored axis
         codes, lengths = config.orientation, tuple(lengths[axis] for axis in stored)
         mm = mm and tuple(mm[axis] for axis in stored)
     if config.spacing is not None:
         mm = (config.spacing,) * 3
-    elif config.mode == "resize" and mm is not None:  # the field of view stays
+    elif config.mode == "resize" and mm is not None:  # the field of view stays the same
         mm = tuple(edge * n / out for edge, n, out in zip(mm, lengths, config.size, strict=True))
     return codes, mm
 
 
-def images(array: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Return (caption, volume) to draw: of a 4D window its first frame and the standard deviation over its frames."""
+def images_to_draw(array: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Return (caption, volume) to draw: for a 4D window, its first frame and the standard deviation over its frames."""
     if array.ndim == 3:
         return [("", array)]
     return [("first frame", array[..., 0]), ("standard deviation over its frames", array.std(axis=-1))]
 
 
-def grey(image: np.ndarray) -> tuple[float, float]:
-    """Return the intensities to draw black and white: the 0.5th and 99.5th percentile of the volume."""
+def grey_range(image: np.ndarray) -> tuple[float, float]:
+    """Return the intensities to draw black and white: the 0.5th and 99.5th percentiles of the volume."""
     low, high = np.percentile(image, (0.5, 99.5))
     return float(low), float(high)
 
@@ -57,24 +62,25 @@ class Plane:
     """A slice, ready to draw."""
 
     rows: np.ndarray
-    """From top to bottom, each from left to right."""
+    """Rows from top to bottom, each from left to right."""
     letters: tuple[str, ...]
     """Letters at its left, right, top and bottom."""
     mm: tuple[float, float]
-    """Width and height."""
+    """Width and height in mm."""
 
 
-def slices(
+def cut_planes(
     volume: np.ndarray, codes: str | None, spacing: Sequence[float] | None, at: Sequence[int] | None = None
 ) -> list[Plane]:
-    """Return an axial, coronal and sagittal plane in radiological convention: the patient's right or front at
-    the left, front or top up.
+    """Return an axial, coronal and sagittal plane in radiological convention.
+
+    The left of a plane is the patient's right, or front in the sagittal plane. The top is the patient's front, or top.
 
     Args:
         volume: [D, H, W].
-        codes: where its axes point to; None: planes of the axes i, j, k, and no claim about sides.
-        spacing: mm from voxel to voxel along each axis; None: as if it were 1.
-        at: the voxel that they go through; default the middle one.
+        codes: orientation of its axes; None for planes of the axes i, j, k without the patient's sides.
+        spacing: mm from voxel to voxel along each axis; None to draw voxels as cubes.
+        at: the voxel that the planes go through; default the middle one.
     """
     mm, ends = np.array(spacing or (1.0, 1.0, 1.0)), [(f"+{axis}", f"-{axis}") for axis in "ijk"]
     place = None if at is None else np.array(at)
@@ -87,16 +93,16 @@ def slices(
         ends = [("R", "L"), ("A", "P"), ("S", "I")]
     if place is None:
         place = np.array(volume.shape) // 2
-    found = []
+    planes = []
     for axis in (2, 1, 0):
         across, up = (a for a in range(3) if a != axis)
         rows = np.take(volume, place[axis], axis).T[::-1, ::-1]
         size = (rows.shape[1] * mm[across], rows.shape[0] * mm[up])
-        found.append(Plane(rows, (*ends[across], *ends[up]), size))
-    return found
+        planes.append(Plane(rows, (*ends[across], *ends[up]), size))
+    return planes
 
 
-def draw(
+def draw_planes(
     planes: Sequence[Plane],
     low: float,
     high: float,
@@ -105,14 +111,14 @@ def draw(
     bar: tuple[str, str] | None = None,
     longest: int = LONGEST,
 ) -> Any:
-    """Draw planes side by side, to one scale, as a PIL image in grey from `low`, black, to `high`, white.
+    """Draw planes side by side, to one scale, as a PIL image from black at `low` to white at `high`.
 
-    The letters beside each plane are part of the picture and go wherever it goes.
+    The letters beside each plane are part of the picture, so they stay with it when it is copied.
 
     Args:
-        over: the same planes of a map, in -1 .. 1, to be laid over them: red above 0, blue below, the more opaque the
-            farther from it.
-        bar: draw a colour bar of the map below the planes: the value of 1 in the map as text, and its unit.
+        planes: the planes of a volume.
+        over: the same planes of a map in -1 .. 1, drawn on top: red above 0, blue below 0, more opaque farther from 0.
+        bar: (value of 1 in the map, unit) as text; draws a colour bar of the map below the planes.
         longest: pixels of the longest side of a plane.
     """
     from PIL import Image, ImageDraw, ImageFont
@@ -127,7 +133,7 @@ def draw(
     canvas = Image.new("RGB" if over else "L", (width, height + (2 * MARGIN + 6 if bar else 0)), 0)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
 
-    def laid_over(rows: np.ndarray, box: tuple[int, int, int, int]) -> None:
+    def overlay(rows: np.ndarray, box: tuple[int, int, int, int]) -> None:
         for colour, part in ((RED, rows), (BLUE, -rows)):
             size = box[2] - box[0], box[3] - box[1]
             canvas.paste(colour, box, sized(np.maximum(part, 0) * _OPAQUE, size))
@@ -137,7 +143,7 @@ def draw(
         y = (height - h) // 2
         canvas.paste(sized(np.clip((plane.rows - low) / (high - low or 1), 0, 1) * 255, (w, h)), (x, y))
         if over:
-            laid_over(np.clip(over[number].rows, -1, 1), (x, y, x + w, y + h))
+            overlay(np.clip(over[number].rows, -1, 1), (x, y, x + w, y + h))
         places = [
             (x - half, y + h // 2),
             (x + w + half, y + h // 2),
@@ -151,7 +157,7 @@ def draw(
         limit, unit = bar
         left, right, top = MARGIN + 40, width - MARGIN - 40, height
         pen.rectangle((left, top, right - 1, top + 11), fill=(_GREY,) * 3)
-        laid_over(np.linspace(-1, 1, right - left)[None], (left, top, right, top + 12))
+        overlay(np.linspace(-1, 1, right - left)[None], (left, top, right, top + 12))
         middle = (left + right) // 2
         for at, text in ((left, f"-{limit}"), (middle, f"0 {unit}"), (right, f"+{limit}")):
             pen.text((at, top + 22), text, fill="white", font=font, anchor="mm")

@@ -32,7 +32,7 @@ from umbrella_jax.distributed import SHA256, broadcast, check_same, gather, rais
 from umbrella_jax.errors import ConfigError, DataError, Faults
 from umbrella_jax.inference.generate import GREEDY, NONE, Sampling, decode, prefill, score_answers
 from umbrella_jax.inference.processor import Processor
-from umbrella_jax.io.files import PRIVATE, append, check_output, hold, naming, strict_json, write_whole
+from umbrella_jax.io.files import PRIVATE, append_line, check_output, naming, strict_json, take_lock, write_whole
 from umbrella_jax.io.reading import parse_json
 from umbrella_jax.models import Params, abstract_params, native_backend
 from umbrella_jax.rundir import Say, Step, say_nothing
@@ -383,7 +383,7 @@ class _Part:
         with naming(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, PRIVATE)
         try:
-            hold(self._file, path, "wait until that has ended, or choose another file")
+            take_lock(self._file, path, "wait until that has ended, or choose another file")
             self._go_on(dict(settings))
         except BaseException:
             os.close(self._file)
@@ -394,7 +394,7 @@ class _Part:
         whole = text[: text.rfind(b"\n") + 1]  # a last line that was torn apart is made again
         os.ftruncate(self._file, len(whole))
         if not whole:
-            append(self._file, self.path, (strict_json(settings) + "\n").encode())
+            append_line(self._file, self.path, (strict_json(settings) + "\n").encode())
             return
         try:
             lines = whole.decode().splitlines()
@@ -415,7 +415,7 @@ class _Part:
     def write(self, rows: Mapping[int, Row]) -> None:
         """Adds rows by their numbers."""
         lines = "".join(strict_json([index, row]) + "\n" for index, row in rows.items())
-        append(self._file, self.path, lines.encode())
+        append_line(self._file, self.path, lines.encode())
 
     def __enter__(self) -> "_Part":
         return self

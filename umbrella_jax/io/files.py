@@ -27,7 +27,7 @@ _DEEPEST = 3800
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def disk_full(error: BaseException) -> int | None:
+def disk_full_errno(error: BaseException) -> int | None:
     """Return the errno if an error of the system or of tensorstore means that the disk is full, else None."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return error.errno
@@ -35,7 +35,7 @@ def disk_full(error: BaseException) -> int | None:
     return next((n for n in _FULL if errno.errorcode[n] in str(error) or os.strerror(n) in str(error)), None)
 
 
-def private(path: str, flags: int) -> int:
+def open_private(path: str, flags: int) -> int:
     """Open a file as the `opener` of `open` does; a new one is readable by its owner only."""
     return os.open(path, flags, PRIVATE)
 
@@ -198,7 +198,7 @@ def write_whole(path: Path, content: str | bytes, mode: int = SHARED) -> None:
             aside.unlink(missing_ok=True)
 
 
-def append(file: int, path: Path, line: bytes) -> None:
+def append_line(file: int, path: Path, line: bytes) -> None:
     """Writes a line behind the others of an open file, or takes away what of it was written.
 
     Raises OSError, and RunError where the file at `path` is no longer this one: deleted, moved or replaced.
@@ -232,7 +232,7 @@ def locked(
     with naming(path):
         file = os.open(path, os.O_RDWR | os.O_CREAT, SHARED)
     try:
-        hold(file, named or directory, remedy)
+        take_lock(file, named or directory, remedy)
         os.ftruncate(file, 0)
         os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
@@ -257,7 +257,7 @@ def is_locked(directory: Path) -> bool:
     return False
 
 
-def hold(file: int, path: Path, remedy: str) -> None:
+def take_lock(file: int, path: Path, remedy: str) -> None:
     """Takes the lock of an open file, until it is closed. Raises ConfigError where another process has it."""
     try:
         try:

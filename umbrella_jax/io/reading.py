@@ -44,7 +44,7 @@ _LFS_REMEDY = "a Git LFS pointer, not the file itself; run `git lfs pull` in its
 _ANNEX_REMEDY = "a git-annex pointer, not the file itself; run `datalad get` (or `git annex get`) on it"
 
 
-def placeholder(path: str | Path) -> str | None:
+def describe_pointer(path: str | Path) -> str | None:
     """Return what a file is and what to do if its content is elsewhere: a pointer of Git LFS or git-annex."""
     try:
         if os.path.islink(path) and not os.path.exists(path):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from umbrella_jax.errors import CheckpointError, is_out_of_memory
-from umbrella_jax.io.reading import placeholder
+from umbrella_jax.io.reading import describe_pointer
 
 
 def read_bin(path: Path) -> dict[str, np.ndarray]:
@@ -16,7 +16,7 @@ def read_bin(path: Path) -> dict[str, np.ndarray]:
 
     Raises CheckpointError for a damaged file, and for one that holds anything but named tensors.
     """
-    if pointer := placeholder(path):
+    if pointer := describe_pointer(path):
         raise CheckpointError(f"{path}: {pointer}")
     try:
         _check_packing(path)

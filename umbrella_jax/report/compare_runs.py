@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from umbrella_jax.config.load import flat, load_stored_config
 from umbrella_jax.config.schema import Metric, to_dict
 from umbrella_jax.console import table_lines
-from umbrella_jax.errors import ConfigError, UmbrellaError, no_directory, visible
+from umbrella_jax.errors import ConfigError, UmbrellaError, visible, why_not_a_directory
 from umbrella_jax.html.page import page_faults
 from umbrella_jax.io.files import is_locked, write_whole
 from umbrella_jax.rundir import (
@@ -84,7 +84,7 @@ def find_runs(directory: str | Path) -> list[Run]:
     directory = Path(directory)
     found = sorted(_directories(directory))
     if not found:
-        problem = "no run in it" if directory.is_dir() else no_directory(directory)
+        problem = "no run in it" if directory.is_dir() else why_not_a_directory(directory)
         raise ConfigError(f"{directory}: {problem}; expected the --out of umbrella-jax train, or a folder of them")
     return [_read(path, path.name if path == directory else str(path.relative_to(directory))) for path in found]
 

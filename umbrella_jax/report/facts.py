@@ -13,7 +13,7 @@ from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import RunConfig, TrainConfig
 from umbrella_jax.data.cache import source_digest
 from umbrella_jax.data.conversation import Conversation, conversation_files, read_conversations
-from umbrella_jax.errors import CheckpointError, ConfigError, DataError, Faults, UmbrellaError, no_directory
+from umbrella_jax.errors import CheckpointError, ConfigError, DataError, Faults, UmbrellaError, why_not_a_directory
 from umbrella_jax.io import reading
 from umbrella_jax.models import LlavaConfig, abstract_params
 from umbrella_jax.rundir import (
@@ -226,7 +226,7 @@ def check_run(run: str | Path) -> None:
     """Raise ConfigError if a path is not the directory of a run."""
     run = Path(run)
     if not (run / CONFIG).is_file() or not (run / MODEL).is_dir():
-        problem = "no run" if run.is_dir() else no_directory(run)
+        problem = "no run" if run.is_dir() else why_not_a_directory(run)
         raise ConfigError(f"{run}: {problem}; expected the --out of umbrella-jax train, with {CONFIG} and {MODEL}/")
 
 
@@ -254,7 +254,7 @@ def _baselines(folder: Path) -> dict[str, list[dict[str, Any]]]:
     inner = folder / "baseline"
     files = sorted((inner if inner.is_dir() else folder).glob("*.jsonl"))
     if not files:
-        problem = "no .jsonl in it" if folder.is_dir() else no_directory(folder)
+        problem = "no .jsonl in it" if folder.is_dir() else why_not_a_directory(folder)
         raise ConfigError(f"--baseline {folder}: {problem}; expected the --out of umbrella-jax baseline")
     return {file.stem: read_predictions(file) for file in files}
 

@@ -13,7 +13,7 @@ from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.volume import open_volume, preprocess
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.html.page import PACKAGES, page_faults, png, render_page
-from umbrella_jax.html.slices import draw, geometry, grey, images, slices
+from umbrella_jax.html.slices import cut_planes, draw_planes, grey_range, images_to_draw, preprocessed_geometry
 from umbrella_jax.inference.attribution import Method
 from umbrella_jax.inference.explain import Explanation
 from umbrella_jax.io.files import strict_json
@@ -204,7 +204,7 @@ def _pictures(image: Image, config: ModalityConfig, explained: Explanation | Non
     """(caption, URL) of each picture of a volume, preprocessed as the model gets it."""
     voxels = open_volume(image.path, config)
     array = preprocess(image.path, voxels, config, image.window)
-    codes, spacing = geometry(
+    codes, spacing = preprocessed_geometry(
         None if voxels.affine is None else "".join(nib.aff2axcodes(voxels.affine)),
         None if voxels.zooms is None else voxels.zooms.tolist(),
         voxels.shape,
@@ -217,18 +217,18 @@ def _pictures(image: Image, config: ModalityConfig, explained: Explanation | Non
         values = shares if shares.ndim == 3 else shares.sum(-1)
         at = tuple(int(i) for i in np.unravel_index(np.abs(values).argmax(), values.shape))
         where = "slices through the voxel with the largest share"
-    for part, picture in images(array):
+    for part, picture in images_to_draw(array):
         caption = ", ".join(filter(None, (part, where, sides)))
-        yield caption, png(draw(slices(picture, codes, spacing, at), *grey(picture), longest=_LONGEST))
+        yield caption, png(draw_planes(cut_planes(picture, codes, spacing, at), *grey_range(picture), longest=_LONGEST))
     if explained is not None:
-        under, size = images(array)[0][1], np.abs(values)
+        under, size = images_to_draw(array)[0][1], np.abs(values)
         limit = float(np.percentile(size[size > 0], 99)) if size.any() else 1.0
-        planes, over = (slices(x, codes, spacing, at) for x in (under, values / limit))
+        planes, over = (cut_planes(x, codes, spacing, at) for x in (under, values / limit))
         unit = "nats per voxel" + ("" if shares.ndim == 3 else ", all frames")
         yield (
             "what speaks for the answer (red) and against it (blue), the same slices; all shares sum to "
             f"{short(float(values.sum()))} nats",
-            png(draw(planes, *grey(under), over, bar=(short(limit), unit), longest=_LONGEST)),
+            png(draw_planes(planes, *grey_range(under), over, bar=(short(limit), unit), longest=_LONGEST)),
         )
 
 

@@ -11,7 +11,7 @@ from umbrella_jax.config.schema import RunConfig
 from umbrella_jax.data.epoch_plan import BatchShape
 from umbrella_jax.data.loader import empty_batch, eval_shapes
 from umbrella_jax.distributed import raise_together
-from umbrella_jax.errors import LESS, ConfigError
+from umbrella_jax.errors import MEMORY_REMEDY, ConfigError
 from umbrella_jax.inference.predict import compile_answers
 from umbrella_jax.plan import at_shape
 from umbrella_jax.run.preparation import Prepared, check, check_processes, prepare
@@ -69,7 +69,9 @@ def _compile(run: Prepared, state: TrainState, say: Say) -> None:
         if what == "step":
             planned.append(_planned(run, shape))
         if has is not None and (size or 0) > has:
-            faults.append(f"{what} of {shape}: takes {_bytes(size or 0)} of a device that has {_bytes(has)}; {LESS}")
+            faults.append(
+                f"{what} of {shape}: takes {_bytes(size or 0)} of a device that has {_bytes(has)}; {MEMORY_REMEDY}"
+            )
     say(f"{len(sizes)} programs compiled in {time.perf_counter() - began:.1f} s")
     compiled = _bytes(max(sizes)) if any(sizes) else "not known"
     say(

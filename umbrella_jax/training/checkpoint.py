@@ -22,7 +22,7 @@ from etils.epath.gpath import PosixGPath
 
 from umbrella_jax.config.schema import TrainConfig
 from umbrella_jax.errors import CheckpointError, Interrupted, RunError, is_out_of_memory, known_cause
-from umbrella_jax.io.files import disk_full
+from umbrella_jax.io.files import disk_full_errno
 from umbrella_jax.models import Params
 from umbrella_jax.rundir import rank
 from umbrella_jax.training.step import TrainState
@@ -278,7 +278,7 @@ def _tree(state: TrainState) -> dict[str, Any]:
 
 def _first_line(error: Exception) -> str:
     """Return a one-line cause. The messages of orbax and tensorstore are pages long."""
-    if full := disk_full(error):
+    if full := disk_full_errno(error):
         return f"the disk is full ({os.strerror(full)})"
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
 
@@ -322,7 +322,7 @@ def save_params(directory: Path, params: Params) -> None:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
             checkpointer.save(_orbax_path(directory), args=ocp.args.PyTreeSave(params))
     except Exception as error:  # from orbax, tensorstore or the file system
-        if full := disk_full(error):
+        if full := disk_full_errno(error):
             raise OSError(full, os.strerror(full), str(directory)) from error
         raise
 

@@ -34,7 +34,7 @@ from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import TrainConfig
 from umbrella_jax.distributed import raise_together
 from umbrella_jax.errors import CheckpointError, Interrupted, RunError
-from umbrella_jax.io.files import append, naming, strict_json, write_whole
+from umbrella_jax.io.files import append_line, naming, strict_json, write_whole
 from umbrella_jax.models import Params
 from umbrella_jax.rundir import Line, Say, read_metrics
 from umbrella_jax.sharding import put_batch
@@ -277,7 +277,7 @@ class Metrics:
 
     def write(self, line: Line) -> None:
         """Append one line."""
-        append(self._file, self.path, (strict_json(line) + "\n").encode())
+        append_line(self._file, self.path, (strict_json(line) + "\n").encode())
 
     def sync(self) -> None:
         """Wait until the lines are on the disk, before a checkpoint is saved that relies on them."""

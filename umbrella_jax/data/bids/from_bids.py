@@ -25,7 +25,7 @@ from umbrella_jax.data.bids.records import RecordWriter, write_records
 from umbrella_jax.data.bids.scans import MODALITIES, BidsFiles, find_files, find_scans, left_out
 from umbrella_jax.data.bids.templates import TEMPLATES, control_token_faults, read_template
 from umbrella_jax.data.subject_split import SPLITS, read_splits, split_names, split_subjects, write_splits
-from umbrella_jax.errors import ConfigError, DataError, Faults, no_directory
+from umbrella_jax.errors import ConfigError, DataError, Faults, why_not_a_directory
 from umbrella_jax.io.files import check_new_folder, new_folder
 
 LONG = 100_000
@@ -88,7 +88,7 @@ def from_bids(
     """
     root, out, modality = Path(root), Path(out), resolve_modality(modality, MODALITIES) or modality
     if not root.is_dir():
-        raise DataError(f"{root}: {no_directory(root)}; expected a directory with a BIDS data set")
+        raise DataError(f"{root}: {why_not_a_directory(root)}; expected a directory with a BIDS data set")
     faults, notes = Faults(), list[str]()
     faults.check(lambda: _check_arguments(out, kind, modality, pairs_per_subject))
     if split_from is not None and not (split is None and seed is None):

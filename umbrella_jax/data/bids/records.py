@@ -10,7 +10,7 @@ from typing import Any
 from umbrella_jax.data.bids.labels import LabelledSubject
 from umbrella_jax.data.bids.scans import Scan
 from umbrella_jax.data.conversation import IMAGE_MARKER
-from umbrella_jax.io.files import naming, private, strict_json
+from umbrella_jax.io.files import naming, open_private, strict_json
 
 LabelledScan = tuple[LabelledSubject, Scan]
 
@@ -124,7 +124,7 @@ def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> Counter[s
     """
     start, between, end = ("", "\n", "\n") if path.suffix == ".jsonl" else ("[\n", ",\n", "\n]\n")
     counts: Counter[str] = Counter()
-    with naming(path), open(path, "w", encoding="utf-8", opener=private) as file:
+    with naming(path), open(path, "w", encoding="utf-8", opener=open_private) as file:
         file.write(start)
         for record in records:
             file.write((between if counts else "") + strict_json(record, ensure_ascii=False))

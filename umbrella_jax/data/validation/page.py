@@ -25,7 +25,7 @@ from umbrella_jax.data.validation.findings import (
 from umbrella_jax.data.volume import open_volume, preprocess
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.html.page import page_faults, png, render_page
-from umbrella_jax.html.slices import draw, geometry, grey, images, slices
+from umbrella_jax.html.slices import cut_planes, draw_planes, grey_range, images_to_draw, preprocessed_geometry
 
 
 def check_page(file: Path) -> None:
@@ -66,7 +66,7 @@ def write_page(
         array = preprocess(volume.path, opened, config, note=lambda *remark: backgrounds.append(remark[-1]))
         contents = volume.contents
         assert contents is not None  # a file that cannot be read has no windows, so it is not drawn
-        codes, spacing = geometry(contents.orientation, contents.voxel_size, contents.shape, config)
+        codes, spacing = preprocessed_geometry(contents.orientation, contents.voxel_size, contents.shape, config)
         background = background_level(backgrounds[0] if backgrounds else None, config)
         changes = [
             (title, augmentation.apply(array, codes, background=background))
@@ -74,9 +74,12 @@ def write_page(
             if codes or not augmentation.left_right
         ]
         pictures = [
-            (", ".join(filter(None, (title, part))), png(draw(slices(image, codes, spacing), *grey(image))))
+            (
+                ", ".join(filter(None, (title, part))),
+                png(draw_planes(cut_planes(image, codes, spacing), *grey_range(image))),
+            )
             for title, changed in [("as the model gets it", array), *changes]
-            for part, image in images(changed)
+            for part, image in images_to_draw(changed)
         ]
         return {"volume": volume, "codes": codes, "spacing": spacing, "pictures": pictures, "findings": flags[volume]}
 
