@@ -126,8 +126,8 @@ def place(tmp_path: Path) -> Callable[[str], Path]:
         ('{"task_id": "\0"}', "control character"),
         ('{"a": [{"b": 1}, {"b": 1, "c": {}, "b": 1}]}', 'the key "b" is given twice in one object (column 36)'),
         ('[{"\\u0061": "\\"a\\": }", "a": 1}]', 'the key "a" is given twice in one object (column 25)'),
-        ('{"a": -Infinity}', "-Infinity is no number of JSON; write null, or a finite number (column 7)"),
-        ('{"a": "1e999", "b": 1e999}', "1e999 is no number of JSON; write null, or a finite number (column 21)"),
+        ('{"a": -Infinity}', "-Infinity is not a JSON number; write null, or a finite number (column 7)"),
+        ('{"a": "1e999", "b": 1e999}', "1e999 is not a JSON number; write null, or a finite number (column 21)"),
     ],
     ids=["lists", "objects", "deep", "surrogate", "number", "zero byte", "twice", "escaped", "infinity", "beyond"],
 )
@@ -178,7 +178,7 @@ def test_nan_elsewhere_is_named(place: Callable[[str], Path], name: str) -> None
     path = place(name)
     path.write_text('{\n"sex": NaN}')
     read, error = next((read, error) for known, read, error in JSON if known == name)
-    assert f"{path}:2: not valid JSON: NaN is no number of JSON; write null" in refused(error, read, path)
+    assert f"{path}:2: not valid JSON: NaN is not a JSON number; write null" in refused(error, read, path)
 
 
 @pytest.mark.parametrize(("name", "read", "error"), JSON)
@@ -187,7 +187,7 @@ def test_other_encodings_are_named(place: Callable[[str], Path], name: str, read
     path.write_text('{"task_id": "é"}', encoding="utf-16")
     assert f"{path}: cannot be read: it is UTF-16; save it as UTF-8" in refused(error, read, path)
     path.write_text('{"task_id": "é"}', encoding="cp1252")
-    expected = f"{path}: cannot be read: byte 0xe9 is no UTF-8, as in a text of Windows-1252; save it as UTF-8"
+    expected = f"{path}: cannot be read: byte 0xe9 is not UTF-8, as in a Windows-1252 text; save it as UTF-8"
     assert expected in refused(error, read, path)
 
 
@@ -719,7 +719,7 @@ MODALITIES = {"T1": T1}
             {"vision_config__intermediate_size": 10**12},
             "vision_config.intermediate_size: 1000000000000; expected at most",
         ),
-        ({"text_config__rms_norm_eps": float("nan")}, "config.json:1: not valid JSON: NaN is no number of JSON"),
+        ({"text_config__rms_norm_eps": float("nan")}, "config.json:1: not valid JSON: NaN is not a JSON number"),
         ({"text_config__rms_norm_eps": 10**400}, "text_config.rms_norm_eps: expected a positive float"),
         ({"text_config__rope_parameters": "linear"}, "text_config.rope_parameters: 'linear' is not supported"),
         (

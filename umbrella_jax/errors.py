@@ -119,7 +119,7 @@ def _grouped(faults: Sequence[str]) -> Iterator[str]:
 
 
 class UmbrellaError(ValueError):
-    """An error with one or more faults, all of them in `faults`."""
+    """An error with one or more faults, listed in `faults`."""
 
     exit_code: ClassVar[int] = 2
     """Exit code of the command line."""

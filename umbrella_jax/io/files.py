@@ -1,4 +1,4 @@
-"""Atomic writes that name the file where they fail, checks of output paths, and the lock of a directory."""
+"""Write files atomically, with the file's name in every error; check output paths; lock directories."""
 
 import errno
 import fcntl
@@ -17,32 +17,32 @@ from typing import Any
 from umbrella_jax.errors import ConfigError, RunError
 
 SHARED, PRIVATE = 0o666, 0o600
-"""Modes of new files, before the umask: what anybody may read, and what contains participant data."""
+"""Modes of new files, before the umask. Files with participant data are PRIVATE."""
 LOCK = ".lock"
-"""The file in a directory that `locked` locks."""
+"""Name of the file in a directory that `locked` locks."""
 _LONGEST = 240
-"""Bytes of an output's name: file systems take 255, and a file that is being written has a longer name."""
+"""Bytes of an output's name. File systems allow 255, and a file has a longer name while it is written."""
 _DEEPEST = 3800
-"""Bytes of an output's path: Linux takes 4096, and a checkpoint's files have paths some 150 bytes longer."""
+"""Bytes of an output's path. Linux allows 4096, and the files of a checkpoint have paths about 150 bytes longer."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def disk_full_errno(error: BaseException) -> int | None:
-    """Return the errno if an error of the system or of tensorstore means that the disk is full, else None."""
+    """Return the errno if an error from the system or tensorstore means that the disk is full, else None."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return error.errno
-    # tensorstore's errors are no OSErrors, and quote the system's
+    # tensorstore's errors are not OSErrors, but quote the system's
     return next((n for n in _FULL if errno.errorcode[n] in str(error) or os.strerror(n) in str(error)), None)
 
 
 def open_private(path: str, flags: int) -> int:
-    """Open a file as the `opener` of `open` does; a new one is readable by its owner only."""
+    """Open a file, as an `opener` of `open`. A new file is readable only by its owner."""
     return os.open(path, flags, PRIVATE)
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name `path` in an OSError of the block: a failed write, on a full disk say, does not name its file."""
+    """Add `path` to an OSError of the block, because a failed write, say on a full disk, does not name its file."""
     try:
         yield
     except OSError as error:
@@ -50,11 +50,11 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def check_output(path: str | Path, remedy: str, *, folder: bool) -> None:
-    """Check that a file, or a `folder`, can be written at `path`; leaves nothing there.
+    """Check that a file, or with `folder` a directory, can be written at `path`. Leaves nothing there.
 
-    Raises ConfigError with the cause and the `remedy`: a file in place of a folder or the reverse, a device or a pipe
-    (a write would replace it, /dev/null for everybody), a folder that takes no new files (read-only, under /proc,
-    another user's), or a name that is too long.
+    Raises ConfigError, with the cause and the `remedy`, for a file in place of a directory or the reverse; a device or
+    a pipe, which a write would replace (/dev/null, for all users); a directory that takes no new files (read-only,
+    under /proc, another user's); or a name that is too long.
     """
     absolute = Path(path).absolute()
     if any(len(os.fsencode(part)) > _LONGEST for part in absolute.parts) or len(os.fsencode(absolute)) > _DEEPEST:
@@ -70,15 +70,15 @@ def check_output(path: str | Path, remedy: str, *, folder: bool) -> None:
         kind = "a broken link" if there.is_symlink() else "a file, not a directory"
         raise ConfigError(f"{path}: {kind if there == absolute else f'{there} is {kind}'}; {remedy}")
     try:
-        tempfile.TemporaryFile(dir=there).close()  # without a name, where the file system can: a kill leaves nothing
+        tempfile.TemporaryFile(dir=there).close()  # has no name on most file systems, so a kill leaves nothing
     except OSError as error:
-        # a pseudo file system (/proc, /sys) answers that there is no such file
+        # a pseudo file system (/proc, /sys) reports that there is no such file
         cause = "it takes no new files" if error.errno in (errno.ENOENT, errno.EINVAL) else error.strerror
         raise ConfigError(f"{path}: {there} cannot be written to: {cause}; {remedy}") from None
 
 
 def check_run_name(path: str | Path, remedy: str) -> None:
-    """Raise ConfigError if orbax or tensorstore could not read again what they write at `path`."""
+    """Raise ConfigError if orbax or tensorstore could not read back what they write at `path`."""
     absolute = os.path.abspath(path)
     if "\\" in absolute:
         raise ConfigError(f"{path}: checkpoints cannot be read from a path with a backslash ({absolute}); {remedy}")
@@ -91,7 +91,7 @@ def check_run_name(path: str | Path, remedy: str) -> None:
 
 
 def check_new_folder(out: str | Path) -> None:
-    """Check that `new_folder` can make `out`. Raises ConfigError if something is there, and as `check_output`."""
+    """Check that `new_folder` can make `out`. Raise ConfigError if it is not empty, and as `check_output` does."""
     out = Path(out)
     check_output(out, "choose another directory", folder=True)
     if out.is_dir() and any(out.iterdir()):
@@ -102,12 +102,12 @@ def check_new_folder(out: str | Path) -> None:
 
 @contextmanager
 def new_folder(out: str | Path, mode: int = 0o777) -> Iterator[Path]:
-    """Write a folder atomically: the block fills the folder that it is given, which becomes `out` at the end.
+    """Write a directory atomically: the block fills a temporary one, which becomes `out` at the end.
 
-    That is `.NAME.part` beside `out`, locked by this process. What a killed process left there is removed; so is all
-    that a block wrote which fails.
+    The temporary directory is `.NAME.part` next to `out`, locked by this process. If a killed process left one there,
+    its content is removed first. If the block fails, the temporary directory is removed.
 
-    Raises ConfigError as `check_new_folder`, or if another process is writing `out`; OSError naming `out`.
+    Raises ConfigError as `check_new_folder` does, or if another process is writing `out`; OSError naming `out`.
     """
     check_new_folder(out)
     final = Path(os.path.realpath(out))
@@ -134,8 +134,10 @@ def new_folder(out: str | Path, mode: int = 0o777) -> Iterator[Path]:
 
 
 def rewrite_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Make `path` the folder that `write` fills; one that holds the same already stays. A kill in between leaves the
-    old folder or none, never half of one."""
+    """Replace the directory at `path` by one that `write` fills. Keep it if its content is the same.
+
+    A kill in between leaves the old directory or none, never half of one.
+    """
     part, old = (path.with_name(f".{path.name}.{end}") for end in ("part", "old"))
     with naming(path):
         _remove(old)
@@ -154,6 +156,7 @@ def rewrite_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
+    """Return {relative path: content} of all files in a directory."""
     files = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
@@ -166,11 +169,11 @@ def _remove(path: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Flush a folder and all in it to the disk, so that a rename never shows an empty file after a power cut."""
+    """Flush a directory and all its files to the disk, so that no file is empty if the power fails after a rename."""
     for root, _, files in os.walk(folder):
         for name in files:
             _fsync(os.path.join(root, name))
-        with suppress(OSError):  # file systems that do not flush folders do not need it
+        with suppress(OSError):  # a file system that cannot flush directories does not need it
             _fsync(root)
 
 
@@ -183,12 +186,12 @@ def _fsync(path: str) -> None:
 
 
 def write_whole(path: Path, content: str | bytes, mode: int = SHARED) -> None:
-    """Write a file atomically, in place of one that is there."""
+    """Write a file atomically. Replace an existing one."""
     aside = path.with_name(f".{path.name}.part")
     data = content.encode("utf-8") if isinstance(content, str) else content
     with naming(path):
         try:
-            aside.unlink(missing_ok=True)  # what a killed process left, under whatever mode
+            aside.unlink(missing_ok=True)  # a killed process may have left one, with another mode
             with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
                 file.write(data)
                 file.flush()
@@ -199,9 +202,9 @@ def write_whole(path: Path, content: str | bytes, mode: int = SHARED) -> None:
 
 
 def append_line(file: int, path: Path, line: bytes) -> None:
-    """Writes a line behind the others of an open file, or takes away what of it was written.
+    """Append a line to an open file. If that fails, remove the incomplete line.
 
-    Raises OSError, and RunError where the file at `path` is no longer this one: deleted, moved or replaced.
+    Raises OSError; RunError if the file was deleted, moved or replaced, so that `path` is another file now.
     """
     with naming(path):
         if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file)):
@@ -221,12 +224,14 @@ def locked(
     remedy: str = "wait until that has ended, or choose another output_dir (--out DIR)",
     named: Path | None = None,
 ) -> Iterator[None]:
-    """A block that one process at a time is in, of all that name this directory; it holds `.lock` with `flock`.
+    """Lock a directory for the block: only one process at a time holds the `flock` of its file `.lock`.
 
-    The kernel lets go when the process ends, however it ends. On NFS the lock holds between hosts and ends with the
-    host's lease, some 90 s, where that is lost; on a file system without locks (Lustre with `noflock`) there is none.
+    The kernel releases the lock when the process ends, however it ends. On NFS, the lock works between hosts; if a host
+    is lost, it ends with the host's lease, after about 90 s. On a file system without locks (Lustre with `noflock`)
+    nothing is locked.
 
-    Raises ConfigError if another process is in it, with that process and `named` (by default the directory).
+    Raises ConfigError if another process holds the lock. The message names that process and `named`, by default the
+    directory.
     """
     path = directory / LOCK
     with naming(path):
@@ -241,10 +246,10 @@ def locked(
 
 
 def is_locked(directory: Path) -> bool:
-    """Whether a process is in a block that is `locked`. Takes the lock for an instant, to see whether it can."""
+    """Return whether a process holds the lock of a directory (`locked`). Takes the lock for an instant to find out."""
     try:
         file = os.open(directory / LOCK, os.O_RDONLY)
-    except OSError:  # none, or not to be read: nobody of ours
+    except OSError:  # no lock file, or an unreadable one: not one of our processes
         return False
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -258,12 +263,12 @@ def is_locked(directory: Path) -> bool:
 
 
 def take_lock(file: int, path: Path, remedy: str) -> None:
-    """Takes the lock of an open file, until it is closed. Raises ConfigError where another process has it."""
+    """Lock an open file until it is closed. Raise ConfigError if another process holds the lock."""
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            time.sleep(0.1)  # it may have been a look (`is_locked`)
+            time.sleep(0.1)  # `is_locked` may have held it for an instant
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         first = os.pread(file, 1000, 0).decode(errors="replace")
@@ -275,8 +280,11 @@ def take_lock(file: int, path: Path, remedy: str) -> None:
 
 
 def strict_json(value: Any, **options: Any) -> str:
-    """Return `value` as JSON text that every reader takes: a number that is not finite is null. `options` are those of
-    `json.dumps`."""
+    """Return `value` as JSON that every reader accepts: NaN and infinity become null.
+
+    Args:
+        options: those of `json.dumps`.
+    """
     try:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError:
@@ -284,6 +292,7 @@ def strict_json(value: Any, **options: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
+    """Return a copy of a JSON value with None for every number that is not finite."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

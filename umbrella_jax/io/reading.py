@@ -1,7 +1,7 @@
-"""Text, JSON and YAML from outside: within limits, and refused by name beyond them.
+"""Read text, JSON and YAML that others wrote, within limits of size and depth.
 
-A file is never read further than its limit, nor text parsed deeper than a few levels, so that neither memory nor the
-interpreter's stack is at the mercy of whoever wrote it. What comes out is text, finite numbers, lists and mappings.
+No file is read beyond its limit, and nothing is parsed deeper than its limit of levels, so that a hostile file cannot
+exhaust memory or the interpreter's stack. Parsed values are text, finite numbers, booleans, null, lists and mappings.
 """
 
 import codecs
@@ -19,22 +19,22 @@ from typing import Any, NoReturn, TextIO
 from umbrella_jax.errors import ConfigError, UmbrellaError, is_out_of_memory
 
 DESCRIPTION = 16 << 20
-"""Bytes of a JSON file that describes something: config.json has some KB, the index of a thousand shards some MB."""
+"""Bytes of a descriptive JSON file. A config.json has a few KB, the index of a thousand shards a few MB."""
 LISTING = 256 << 20
-"""Bytes of a table or of a run's record of its inputs. Parsed, JSON takes up to twenty times its bytes, so one of 1 GB
-would take the machine's memory."""
+"""Bytes of a table or of a run's record of its inputs. Parsed JSON takes up to twenty times its bytes, so 1 GB of it
+would exhaust the machine's memory."""
 LINE = 16 << 20
-"""Characters of one line of a .jsonl or one item of a JSON list: thousands of times a conversation that a model could
-read."""
-_QUOTED = 200  # characters of a value
+"""Characters of one line of a .jsonl or one item of a JSON list, thousands of times as many as a model could read."""
+_QUOTED = 200
+"""Characters of a value that a message quotes."""
 DEPTH = 200
-"""Levels of JSON."""
+"""Levels of nesting in JSON."""
 YAML = 256 << 10
-"""Bytes of a YAML file, a hundred times the longest in configs/; its parser takes seconds for each MB."""
+"""Bytes of a YAML file, a hundred times the longest one in configs/. The parser takes seconds per MB."""
 YAML_DEPTH = 20
-"""Levels of a YAML file: configs have six."""
+"""Levels of nesting in a YAML file; configurations have six."""
 YAML_VALUES = 10_000
-"""Values of a YAML file with its aliases written out: nine aliases of nine aliases, and so on, are soon 10⁹."""
+"""Values in a YAML file with aliases expanded. Nine aliases of nine aliases, and so on, soon make 10⁹."""
 _WHERE = re.compile(r"(.*) at line (\d+) column (\d+)", re.DOTALL)
 
 
@@ -45,7 +45,7 @@ _ANNEX_REMEDY = "a git-annex pointer, not the file itself; run `datalad get` (or
 
 
 def describe_pointer(path: str | Path) -> str | None:
-    """Return what a file is and what to do if its content is elsewhere: a pointer of Git LFS or git-annex."""
+    """Return a message with a remedy if a file is a pointer of Git LFS or git-annex; None for any other file."""
     try:
         if os.path.islink(path) and not os.path.exists(path):
             return _ANNEX_REMEDY if _ANNEX.decode() in os.readlink(path) else None
@@ -53,7 +53,7 @@ def describe_pointer(path: str | Path) -> str | None:
             return None
         with open(path, "rb") as file:
             return _pointer(file.read(len(_LFS)))
-    except (OSError, ValueError):  # whoever reads it says why it cannot be read
+    except (OSError, ValueError):  # the caller reports why the file cannot be read
         return None
 
 
@@ -64,9 +64,10 @@ def _pointer(content: bytes) -> str | None:
 
 
 def regular_file(path: str, flags: int) -> int:
-    """Open a file, as an `opener` of `open`, without waiting for it.
+    """Open a regular file, as an `opener` of `open`.
 
-    Raises OSError for a directory, pipe or device: a pipe without a writer is never opened, and a device has no end.
+    Raises OSError for a directory, pipe or device: opening a pipe without a writer would block, and a device has no
+    end.
     """
     file = os.open(path, flags | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(file).st_mode):
@@ -79,28 +80,30 @@ KINDS = {str: "a string", list: "a list", dict: "an object", type(None): "nothin
 
 
 def kind(value: Any) -> str:
-    """Return what a JSON value is, for messages: a number as it is, everything else by its kind."""
+    """Return the name of a JSON value's kind, for messages; a number is returned as text."""
     return KINDS[type(value)] if type(value) in KINDS else repr(value)
 
 
 def quoted(value: Any) -> str:
-    """Return a value for messages, cut to a length; lists and objects may hold anything and are not shown."""
+    """Return a value for messages, cut to a length. Lists and objects are only named, since they may hold anything."""
     text = kind(value) if isinstance(value, dict | list) else repr(value)
     return text if len(text) <= _QUOTED else f"{text[:_QUOTED]} …"
 
 
 def read_text(path: str | Path, error: type[UmbrellaError], limit: int, remedy: str) -> str:
-    """Return a whole file of UTF-8, without its byte order mark. Raises `error` with the `remedy` if the file cannot be
-    read, is longer than `limit` bytes or is not UTF-8."""
+    """Read a whole UTF-8 file, without its byte order mark.
+
+    Raises `error`, with the `remedy`, if the file cannot be read, has more than `limit` bytes or is not UTF-8.
+    """
     try:
         with open(path, "rb", opener=regular_file) as file:
             size, content = os.fstat(file.fileno()).st_size, bytearray()
-            # files of /proc have no size
+            # by the bytes read, too, since files of /proc report no size
             while max(size, len(content)) <= limit and (piece := file.read(1 << 20)):
                 content += piece
         if max(size, len(content)) <= limit and not _pointer(bytes(content[: len(_LFS)])):
             return content.decode("utf-8-sig")
-    except (OSError, ValueError) as fault:  # no text, or a name that no file can have
+    except (OSError, ValueError) as fault:  # not UTF-8, or an impossible file name
         raise error(f"{path}: {_reason(fault)}; {remedy}") from None
     if pointer := _pointer(bytes(content[: len(_LFS)])):
         raise error(f"{path}: {pointer}")
@@ -108,11 +111,13 @@ def read_text(path: str | Path, error: type[UmbrellaError], limit: int, remedy: 
 
 
 def read_lines(path: str | Path, error: type[UmbrellaError], remedy: str) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line) of a text file of any length, one in memory at a time. Raises as `read_text`, and for
-    a line of more than LINE characters."""
+    """Yield (number from 1, line) of a text file of any length, with one line in memory at a time.
+
+    Raises as `read_text` does, and for a line of more than LINE characters.
+    """
     try:
         with open(path, encoding="utf-8-sig", opener=regular_file) as file:
-            # not by splitlines(), which would also cut at U+2028 inside a string
+            # not with splitlines(), which would also split at U+2028 inside a string
             for number, line in enumerate(iter(lambda: file.readline(LINE + 1), ""), start=1):
                 if len(line) > LINE:
                     raise error(f"{path}:{number}: a line of more than {LINE / 2**20:g} M characters; {remedy}")
@@ -122,18 +127,19 @@ def read_lines(path: str | Path, error: type[UmbrellaError], remedy: str) -> Ite
 
 
 def sha256(path: str | Path) -> str:
-    """Of a file's content, which is read a piece at a time."""
+    """Return the SHA-256 of a file's content, read a piece at a time."""
     with open(path, "rb", opener=regular_file) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reason(fault: Exception) -> str:
+    """Return why a file cannot be read."""
     if isinstance(fault, FileNotFoundError):
         link = os.path.islink(fault.filename)
         return f"a link to {os.readlink(fault.filename)}, which does not exist" if link else "not found"
     reason = (fault.strerror if isinstance(fault, OSError) else None) or str(fault)
     if isinstance(fault, UnicodeDecodeError):
-        reason = f"byte {fault.object[fault.start]:#04x} is no UTF-8, as in a text of Windows-1252; save it as UTF-8"
+        reason = f"byte {fault.object[fault.start]:#04x} is not UTF-8, as in a Windows-1252 text; save it as UTF-8"
         if bytes(fault.object[:2]) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in fault.object[:1000]:
             reason = "it is UTF-16; save it as UTF-8"
     return f"cannot be read: {reason}"
@@ -142,18 +148,26 @@ def _reason(fault: Exception) -> str:
 def read_json(
     path: str | Path, error: type[UmbrellaError], remedy: str, limit: int = DESCRIPTION, *, nan_is_null: bool = False
 ) -> Any:
-    """Return the value of a JSON file. Raises `error` with the `remedy` as `read_text` and `parse_json` do."""
+    """Read the value of a JSON file. Raise `error`, with the `remedy`, as `read_text` and `parse_json` do."""
     return parse_json(read_text(path, error, limit, remedy), path, error, remedy, nan_is_null=nan_is_null)
 
 
 def parse_json(
     text: str, path: str | Path, error: type[UmbrellaError], remedy: str, line: int = 1, *, nan_is_null: bool = False
 ) -> Any:
-    """Return the value of JSON `text`, which begins at a `line` of `path`.
+    """Parse JSON strictly.
 
-    Raises `error`, naming the line, for text that is not JSON, a key that is given twice in one object, more than DEPTH
-    levels, half of a surrogate pair, a number of more than 4300 digits or beyond a float's range, and Infinity. NaN is
-    null if `nan_is_null`, as in data that pandas wrote, and otherwise refused.
+    Args:
+        text: JSON.
+        path: the file it comes from, for messages.
+        error: class of the error to raise.
+        remedy: ends each message.
+        line: line of the file at which `text` begins.
+        nan_is_null: read NaN, which pandas writes, as null; otherwise NaN is an error.
+
+    Raises:
+        error: names the line of text that is not JSON, of a key given twice in an object, of more than DEPTH levels, of
+            half a surrogate pair, of a number with more than 4300 digits or beyond a float's range, or of Infinity.
     """
     if not text.strip():
         raise error(f"{path}: empty; {remedy}")
@@ -169,8 +183,11 @@ def parse_json(
 def read_items(
     path: str | Path, error: type[UmbrellaError], remedy: str, *, nan_is_null: bool = False
 ) -> Iterator[tuple[int | None, Any]]:
-    """Yield (index, item) of a JSON list of any length, one item in memory at a time; (None, value) if the file holds
-    another value. JSON Lines are refused by that name. Raises as `read_lines` and `parse_json` do."""
+    """Yield (index, item) of a JSON list of any length, with one item in memory at a time.
+
+    If the file holds another value, yield (None, value). JSON Lines are an error that names the format. Raises as
+    `read_lines` and `parse_json` do.
+    """
     try:
         with open(path, encoding="utf-8-sig", opener=regular_file) as file:
             yield from _Items(file, path, error, remedy, nan_is_null).items()
@@ -179,7 +196,7 @@ def read_items(
 
 
 class _Items:
-    """Values of JSON text that is read a piece at a time; `text[at:]` is what was read and not yet taken."""
+    """Reads values from JSON text, a piece at a time. `text[at:]` is the part that was read but not yet consumed."""
 
     def __init__(
         self, file: TextIO, path: str | Path, error: type[UmbrellaError], remedy: str, nan_is_null: bool
@@ -187,10 +204,10 @@ class _Items:
         self.file, self.path, self.error, self.remedy = file, path, error, remedy
         self.decoder = _DECODERS[nan_is_null]
         self.text, self.at = "", 0
-        self.line, self.before = 1, 0  # where `text` begins: its line, and the characters before it in that line
+        self.line, self.before = 1, 0  # the line in which `text` begins, and the characters before it in that line
 
     def items(self) -> Iterator[tuple[int | None, Any]]:
-        """Yield what `read_items` does."""
+        """Yield the items of `read_items`."""
         if self.next() != "[":
             yield None, self.value()
             if self.next() == "{":
@@ -202,7 +219,7 @@ class _Items:
         else:
             self.at += 1
             index = 0
-            while index or self.next() != "]":  # a comma has an item after it
+            while index or self.next() != "]":  # after a comma, an item must follow
                 yield index, self.value()
                 index += 1
                 if self.next() == "]":
@@ -215,7 +232,7 @@ class _Items:
             self.refuse(json.JSONDecodeError("Extra data", self.text, self.at))
 
     def next(self) -> str:
-        """Return the next character that is not white space; "" at the end of the file."""
+        """Skip white space. Return the next character without consuming it; "" at the end of the file."""
         while True:
             while self.text[self.at : self.at + 1] in tuple(" \t\n\r"):
                 self.at += 1
@@ -227,7 +244,7 @@ class _Items:
         return self.line + self.text.count("\n", 0, self.at)
 
     def more(self) -> bool:
-        """Read as much again as is waiting, and a piece at least. Returns whether there was any."""
+        """Read as much as is waiting to be consumed, and at least a piece. Return whether there was more."""
         piece = self.file.read(max(_PIECE, len(self.text) - self.at))
         if piece:
             newline = self.text.rfind("\n", 0, self.at)
@@ -237,7 +254,7 @@ class _Items:
         return bool(piece)
 
     def value(self) -> Any:
-        """Take the next value."""
+        """Consume and return the next value."""
         self.next()
         while True:
             fault: Exception | None = None
@@ -249,7 +266,7 @@ class _Items:
                 if isinstance(error, json.JSONDecodeError) and _is_final(error):
                     self.refuse(error)
                 fault, end = error, len(self.text)
-            if end == len(self.text):  # cut off, or a number that goes on
+            if end == len(self.text):  # the value may continue beyond the text that was read
                 if end - self.at > LINE:
                     message = f"Longer than {LINE / 2**20:g} M characters, which is no conversation"
                     self.refuse(json.JSONDecodeError(message, self.text, self.at))
@@ -265,19 +282,20 @@ class _Items:
             return value
 
     def refuse(self, fault: Exception) -> NoReturn:
+        """Raise the error for a fault of the next value."""
         (line, column), message = _json_fault(fault, self.text, self.at, self.line, self.before)
         raise self.error(f"{self.path}:{line}: not valid JSON: {message} (column {column}); {self.remedy}") from None
 
 
 class _RefusedError(ValueError):
-    """A value that Python's JSON reader takes and we do not: a number as it is written, or "" for a key given twice."""
+    """A value that Python's JSON reader accepts and we do not: the number as written, or "" for a key given twice."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         raise _RefusedError("")
-    return found
+    return mapping
 
 
 def _refuse_constant(text: str) -> NoReturn:
@@ -299,30 +317,34 @@ _DECODERS = {
     False: _decoder(_refuse_constant),
     True: _decoder(lambda text: None if text == "NaN" else _refuse_constant(text)),
 }
-"""{whether NaN is null: the decoder}."""
+"""{whether NaN is null: decoder}."""
 _PIECE = 1 << 20
 _STRING = r'"(?P<string>[^"\\]*(?:\\.[^"\\]*)*)"\s*(?P<colon>:)?'
 _TOKEN = re.compile(_STRING + r"|[{}]|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|NaN|-?Infinity", re.DOTALL)
 
 
 def _check_strict(text: str) -> None:
-    """Raise ValueError for what Python's JSON reader takes as deep as its stack allows: deep nesting, and half of a
-    surrogate pair, with which no UTF-8 can be written."""
+    """Raise ValueError for deep nesting, and for half of a surrogate pair, which cannot be written as UTF-8.
+
+    Python's JSON reader accepts both.
+    """
     if "\\u" in text or text.count("[") + text.count("{") > DEPTH:
-        from pydantic_core import from_json  # here, so that models import without it
+        from pydantic_core import from_json  # imported here, so that models import without it
 
         from_json(text)
 
 
 def _is_final(fault: json.JSONDecodeError) -> bool:
-    """Whether no more text could mend it."""
+    """Return whether the fault would remain if more text followed."""
     return not fault.msg.startswith("Unterminated string") and fault.pos + len("-Infinity") < len(fault.doc)
 
 
 def _json_fault(fault: Exception, text: str, at: int, line: int, before: int) -> tuple[tuple[int, int], str]:
-    """Return (line, column) and message for a fault of the value that begins at `text[at]`.
+    """Return ((line, column), message) for a fault of the value that begins at `text[at]`.
 
-    `line` is that of `text[0]`, which has `before` characters before it.
+    Args:
+        line: line of `text[0]` in the file.
+        before: number of characters before `text[0]` in that line.
     """
     message, position, rows, columns = str(fault), at, 0, 0
     if isinstance(fault, json.JSONDecodeError):
@@ -344,7 +366,7 @@ def _json_fault(fault: Exception, text: str, at: int, line: int, before: int) ->
 
 
 def _find_refused(number: str, text: str, at: int) -> tuple[str, int]:
-    """Return why and where `_RefusedError` was raised, with this `number`, for the value that begins at `text[at]`."""
+    """Return (message, position) of a `_RefusedError` with this `number`, for the value that begins at `text[at]`."""
     keys: list[set[str]] = []
     for token in _TOKEN.finditer(text, at):
         if token[0] == "{":
@@ -352,40 +374,45 @@ def _find_refused(number: str, text: str, at: int) -> tuple[str, int]:
         elif token[0] == "}":
             keys.pop()
         elif number and token[0] == number:
-            return f"{number} is no number of JSON; write null, or a finite number", token.start()
+            return f"{number} is not a JSON number; write null, or a finite number", token.start()
         elif not number and token["colon"]:
             key = json.loads(f'"{token["string"]}"')
             if key in keys[-1]:
                 return f'the key "{token["string"]}" is given twice in one object', token.start()
             keys[-1].add(key)
-    raise AssertionError("nothing was refused")
+    raise AssertionError("no value to refuse")
 
 
 def read_yaml(path: str | Path, remedy: str = "expected a YAML file") -> Any:
-    """What a YAML (or JSON) file holds, plain values alone. Raises ConfigError as `parse_yaml`, and with the `remedy`
-    where it is missing or too long."""
+    """Read the plain values of a YAML (or JSON) file.
+
+    Raises ConfigError as `parse_yaml` does, and with the `remedy` if the file is missing or too long.
+    """
     return parse_yaml(read_text(path, ConfigError, YAML, remedy), str(path))
 
 
 def parse_yaml(text: str, place: str) -> Any:
-    """What YAML 1.2 holds: `5e-5` is a number, `no` a word. Raises ConfigError naming `place` for what is none, a key
-    that is given twice, tags (`!`, which ask for types of their own), and nesting or aliases without measure."""
+    """Parse YAML 1.2, in which `5e-5` is a number and `no` is a word.
+
+    Raises ConfigError naming `place` for text that is not YAML, a key given twice, a tag (`!`, which asks for a type of
+    its own), and nesting or aliases beyond the limits.
+    """
     from ruamel.yaml import YAML
 
     try:
         _check_plain(text)
         return YAML(typ="safe", pure=True).load(text)
-    except Exception as fault:  # its scanner, and the constructors of dates and numbers, raise nearly anything
+    except Exception as fault:  # the scanner, and the constructors of dates and numbers, raise nearly anything
         if is_out_of_memory(fault):
             raise
         raise ConfigError(f"{place}: not valid YAML: {_yaml_reason(fault)}") from None
 
 
 def _yaml_reason(fault: Exception) -> str:
-    """Return the line and the reason, without the text around it or any value: a file of others may hold keys."""
+    """Return the line and the reason of a fault, without any text of the file, which may hold secret keys."""
     reason, mark = getattr(fault, "problem", None), getattr(fault, "problem_mark", None)
     if isinstance(reason, str) and mark is not None:
-        reason = reason.partition('" with value "')[0]  # of a duplicate key
+        reason = reason.partition('" with value "')[0]  # drops the value of a duplicate key
         return f"line {mark.line + 1}: {reason}" + '"' * (reason.count('"') % 2)
     if isinstance(fault, ValueError) and type(fault) is ValueError:
         return re.sub(r"""'[^']*'|"[^"]*\"""", "…", str(fault))
@@ -393,12 +420,12 @@ def _yaml_reason(fault: Exception) -> str:
 
 
 def _check_plain(text: str) -> None:
-    """Raises ValueError for YAML that holds more than plain values, going by its events, which make none."""
+    """Raise ValueError for YAML with more than plain values. Its events are enough for that, and make no objects."""
     from ruamel.yaml import YAML
     from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent
 
     count, opened = 0, list[tuple[str | None, int]]()
-    sizes: dict[str, int] = {}  # of an anchor, values with its own
+    sizes: dict[str, int] = {}  # {anchor: number of its values, nested ones included}
     for event in YAML(typ="safe", pure=True).parse(text):
         line = f"line {event.start_mark.line + 1}"
         if isinstance(event, CollectionEndEvent):
@@ -408,7 +435,8 @@ def _check_plain(text: str) -> None:
         if not isinstance(event, NodeEvent):
             continue
         alias = isinstance(event, AliasEvent)
-        count += sizes.get(event.anchor, YAML_VALUES) if alias else 1  # within itself an anchor has no end, and no size
+        # an alias inside its own anchor would be endless, so it counts as too many
+        count += sizes.get(event.anchor, YAML_VALUES) if alias else 1
         if getattr(event, "tag", None) is not None:
             raise ValueError(f"{line}: a tag, {event.tag}; expected plain values")
         if isinstance(event, CollectionStartEvent):
@@ -418,4 +446,4 @@ def _check_plain(text: str) -> None:
         if len(opened) > YAML_DEPTH:
             raise ValueError(f"{line}: nests deeper than {YAML_DEPTH} levels")
         if count > YAML_VALUES:
-            raise ValueError(f"{line}: more than {YAML_VALUES} values, those behind aliases counted each time")
+            raise ValueError(f"{line}: more than {YAML_VALUES} values, with aliases expanded")

@@ -1,4 +1,4 @@
-"""Read tensors from PyTorch's files. No other module of this package imports torch."""
+"""Read tensors from PyTorch files. No other module of this package imports torch."""
 
 import zipfile
 from pathlib import Path
@@ -12,16 +12,16 @@ from umbrella_jax.io.reading import describe_pointer
 
 
 def read_bin(path: Path) -> dict[str, np.ndarray]:
-    """Return {name: array} of a `pytorch_model*.bin`; nothing in it is executed.
+    """Read {name: array} from a `pytorch_model*.bin`. Nothing in the file is executed.
 
-    Raises CheckpointError for a damaged file, and for one that holds anything but named tensors.
+    Raises CheckpointError for a damaged file, and for a file with anything but named tensors.
     """
     if pointer := describe_pointer(path):
         raise CheckpointError(f"{path}: {pointer}")
     try:
         _check_packing(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # its unpickler and zipfile raise whatever damaged bytes lead to
+    except Exception as error:  # damaged bytes make the unpickler and zipfile raise nearly anything
         if is_out_of_memory(error):
             raise
         reason = (str(error).splitlines() or [repr(error)])[0]
@@ -34,15 +34,15 @@ def read_bin(path: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path}: expected a state_dict, names and tensors{keys}; {remedy}")
     try:
         return {name: _from_torch(_checked(tensor)) for name, tensor in state.items()}
-    except (TypeError, RuntimeError) as error:  # a type or layout that numpy does not have
+    except (TypeError, RuntimeError) as error:  # a type or layout that NumPy lacks
         raise CheckpointError(f"{path}: {error}") from None
 
 
 def read_tensor(path: Path) -> np.ndarray:
-    """The one tensor that torch.save wrote, as numpy has it, bfloat16 as float32; nothing in the file is executed.
+    """Read the one tensor that torch.save wrote, bfloat16 as float32. Nothing in the file is executed.
 
-    Raises TypeError for another content or a type or layout that numpy lacks, ValueError for a file that unpacks to
-    more than it is, and what torch raises for a damaged file.
+    Raises TypeError for other content, or a type or layout that NumPy lacks; ValueError for a file that unpacks to more
+    than its size; whatever torch raises for a damaged file.
     """
     _check_packing(path)
     tensor = torch.load(path, map_location="cpu", weights_only=True)
@@ -53,7 +53,7 @@ def read_tensor(path: Path) -> np.ndarray:
 
 
 def _check_packing(path: Path) -> None:
-    """Raises ValueError for a file that unpacks to more than it is: torch.save compresses nothing, a bomb does."""
+    """Raise ValueError if a file unpacks to more than its size: torch.save does not compress, but a zip bomb does."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
@@ -62,8 +62,10 @@ def _check_packing(path: Path) -> None:
 
 
 def _checked(tensor: torch.Tensor) -> torch.Tensor:
-    """Without its gradient. Raises TypeError where its numbers are not all there: repeated by strides of 0, 10¹² of
-    them take four bytes of a file."""
+    """Return a tensor without its gradient. Raise TypeError if the file does not hold all its numbers.
+
+    With strides of 0, four bytes of a file could claim to be 10¹² numbers.
+    """
     if tensor.layout is not torch.strided:
         raise TypeError(f"a tensor of {tensor.layout}, which numpy has not")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -72,7 +74,7 @@ def _checked(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _from_torch(tensor: torch.Tensor) -> np.ndarray:
-    """The same bytes; numpy does not know torch's bfloat16."""
+    """Return a tensor as an array with the same bytes. bfloat16 goes through int16, since torch cannot convert it."""
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
