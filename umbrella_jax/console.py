@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from tqdm import tqdm
 
 from umbrella_jax.errors import visible
 from umbrella_jax.rundir import Say
@@ -116,6 +115,8 @@ class Progress:
         memory: Callable[[], Mapping[str, Any] | None] = lambda: None,
         quiet: bool = False,
     ):
+        from tqdm import tqdm  # slow to import; commands that only print need no progress bar
+
         self._what, self._total, self._done, self._always = what, total, done, always
         self._peak, self._memory = peak, memory
         self._recent: deque[tuple[Work, float]] = deque(maxlen=_RECENT)

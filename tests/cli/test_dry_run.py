@@ -1,4 +1,4 @@
-"""`train --dry-run`: all but the steps, of the very programs that the steps are."""
+"""`train --dry-run` prepares a run, compiles its programs and makes no step."""
 
 import re
 from collections.abc import Iterator
@@ -24,15 +24,15 @@ PROGRAMS = {
 
 
 class Recorded:
-    """A jitted function that notes the program of each `lower` and of each call."""
+    """A jitted function that records the program of each `lower` and of each call."""
 
     def __init__(self, function: Any, name: str, lowered: set[Any], called: set[Any]):
         self._function, self._name, self._lowered, self._called = function, name, lowered, called
 
     def lower(self, *args: Any, **options: Any) -> Any:
-        found = self._function.lower(*args, **options)
-        self._lowered.add((self._name, found.as_text()))
-        return found
+        program = self._function.lower(*args, **options)
+        self._lowered.add((self._name, program.as_text()))
+        return program
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         self._called.add((self._name, self._function.lower(*args, **options).as_text()))
@@ -48,7 +48,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def flags(world: World) -> list[object]:
-    """Four comparisons of two scans, to train and to evaluate on: one shape of each program."""
+    """Train and evaluate on the same four comparisons of two scans, which need one shape of each program."""
     answers = "evaluation.tasks={T3: {kind: classification, answers: [left, right]}}"
     settings = ["--set", answers, "--set", "evaluation.likelihoods=true"]
     return ["--task-filter", "T3", "--eval-data", world.train, "--epochs", 2, *settings]
@@ -56,51 +56,51 @@ def flags(world: World) -> list[object]:
 
 @pytest.fixture(scope="module")
 def recorded() -> Iterator[tuple[set[Any], set[Any]]]:
-    """(name, text) of the programs that were lowered, and of those that were called."""
+    """Collect (name, text) of the programs that are lowered, and of those that are called."""
     lowered, called = set[Any](), set[Any]()
     with pytest.MonkeyPatch.context() as patch:
-        for what, places in PROGRAMS.items():
-            for module, name in places:
-                found = getattr(module, name)
-                if name.startswith("jit_"):  # which jit when they are asked
-                    made = Recorded(found(), what, lowered, called)
-                    patch.setattr(module, name, lambda made=made: made)
+        for program, attributes in PROGRAMS.items():
+            for module, name in attributes:
+                function = getattr(module, name)
+                if name.startswith("jit_"):  # returns the jitted function
+                    jitted = Recorded(function(), program, lowered, called)
+                    patch.setattr(module, name, lambda jitted=jitted: jitted)
                 else:
-                    patch.setattr(module, name, Recorded(found, what, lowered, called))
+                    patch.setattr(module, name, Recorded(function, program, lowered, called))
         yield lowered, called
 
 
 @pytest.fixture(scope="module")
 def rehearsed(world: World, flags: list[object], recorded: tuple[set[Any], set[Any]]) -> str:
-    """What a dry run into `run` says."""
-    said = umbrella(*world.train_flags(world.root / "run", *flags, "--dry-run"))
-    assert not recorded[1], "a step"
-    return said
+    """Return the output of a dry run into `run`."""
+    output = umbrella(*world.train_flags(world.root / "run", *flags, "--dry-run"))
+    assert not recorded[1], "the dry run made a step"
+    return output
 
 
 @pytest.fixture(scope="module")
 def counted() -> list[tuple[int, int, int, bool]]:
-    """(count, conversations, positions, whether it compiled) of each step and batch of `trained`."""
+    """Collect (count, conversations, positions, whether it compiled) of each step and batch of `trained`."""
     return []
 
 
 @pytest.fixture(scope="module")
 def trained(rehearsed: str, world: World, flags: list[object], counted: list[tuple[int, int, int, bool]]) -> Path:
-    """The run that was rehearsed."""
+    """Train the run of the dry run."""
     advance = train.Progress.advance
 
-    def noted(self: Any, count: int, work: Any, seconds: float, *, compiled: bool, **more: Any) -> None:
+    def recording_advance(self: Any, count: int, work: Any, seconds: float, *, compiled: bool, **more: Any) -> None:
         assert seconds > 0
         counted.append((count, work.samples, work.tokens, compiled))
         advance(self, count, work, seconds, compiled=compiled, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Progress, "advance", noted)
+        patch.setattr(train.Progress, "advance", recording_advance)
         umbrella(*world.train_flags(world.root / "run", *flags))
     return world.root / "run"
 
 
-def test_what_it_says(rehearsed: str) -> None:
+def test_output(rehearsed: str) -> None:
     for text in (
         r"trains, patch_embed/T1:\n  vision_tower\.\S+T1_positional_embeddings ",
         r"4 conversations, 2 steps, into ",
@@ -119,22 +119,22 @@ def test_it_leaves_nothing(rehearsed: str, world: World) -> None:
     assert not (world.root / "run").exists()
 
 
-def test_its_programs_are_the_run_s(trained: Path, recorded: tuple[set[Any], set[Any]]) -> None:
-    """To the letter, shardings and donated arguments too: with a compilation cache, the run compiles nothing more."""
+def test_its_programs_are_the_runs(trained: Path, recorded: tuple[set[Any], set[Any]]) -> None:
+    """The programs are identical with shardings and donated arguments, so a compilation cache serves the run."""
     lowered, called = recorded
     assert {name for name, _ in called} == PROGRAMS.keys()
     assert called <= lowered
 
 
-def test_memory_is_that_of_arguments_and_results(rehearsed: str) -> None:
-    """A step takes its weights at least, 180 thousand numbers of float32; programs that need a part of them, less."""
-    found = {what: size for size, what in re.findall(r" s, (\d+\.\d) MB, (\w+) of ", rehearsed)}
-    assert found.keys() == PROGRAMS.keys()
-    assert 0.7 < float(found["step"]) < 20
-    assert float(found["likelihoods"]) < float(found["step"])
+def test_memory_covers_arguments_and_results(rehearsed: str) -> None:
+    """A step takes at least its 180 thousand float32 weights; a program that needs only some of them takes less."""
+    sizes = {program: size for size, program in re.findall(r" s, (\d+\.\d) MB, (\w+) of ", rehearsed)}
+    assert sizes.keys() == PROGRAMS.keys()
+    assert 0.7 < float(sizes["step"]) < 20
+    assert float(sizes["likelihoods"]) < float(sizes["step"])
 
 
-def test_too_little_memory_is_refused(
+def test_too_little_memory_is_rejected(
     world: World, flags: list[object], recorded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rehearsal, "_programs", lambda *_: iter([("step", "2 volumes", Program(10**18))]))
@@ -146,7 +146,7 @@ def test_too_little_memory_is_refused(
 
 
 class Program:
-    """As XLA says its size."""
+    """A compiled program that reports its size as XLA does."""
 
     def __init__(self, size: int):
         self.argument_size_in_bytes, self.temp_size_in_bytes = size, 0
@@ -158,51 +158,50 @@ class Program:
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dry run up to where it compiles."""
+    """Make dry runs stop before they compile."""
     monkeypatch.setattr(rehearsal, "_programs", lambda *_: iter([("step", "2 volumes", Program(1))]))
     monkeypatch.setattr(rehearsal, "_planned", lambda *_: 0.0)
 
 
-def test_what_a_run_refuses_it_refuses(
+def test_rejects_the_same_input_as_a_run(
     trained: Path, world: World, flags: list[object], uncompiled: None, tmp_path: Path
 ) -> None:
     before = {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
     assert "holds a run; continue it with --resume" in umbrella(
         *world.train_flags(trained, *flags, "--dry-run"), code=2
     )
-    said = umbrella(*world.train_flags(trained, *flags, "--dry-run", "--resume"))
-    assert "resume: from step 2" in said
+    assert "resume: from step 2" in umbrella(*world.train_flags(trained, *flags, "--dry-run", "--resume"))
     other = ["--dry-run", "--resume", "--learning-rate", 0.5]
     assert "train.learning_rate: 0.5 now, 0.01 in the" in umbrella(*world.train_flags(trained, *flags, *other), code=2)
     assert {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()} == before
 
     (tmp_path / "file").touch()
-    for place, cause in (
+    for out, cause in (
         (tmp_path / "file", "a file, not a directory"),
         (tmp_path / "file" / "run", f"{tmp_path / 'file'} is a file, not a directory"),
     ):
-        message = umbrella(*world.train_flags(place, *flags, "--dry-run"), code=2)
-        assert f"{place}: {cause}; choose another output_dir (--out DIR)" in message
+        message = umbrella(*world.train_flags(out, *flags, "--dry-run"), code=2)
+        assert f"{out}: {cause}; choose another output_dir (--out DIR)" in message
     message = umbrella(*world.train_flags(tmp_path / "run", "--train-data", tmp_path / "none", "--dry-run"), code=2)
     assert str(tmp_path / "none") in message
 
 
-def test_a_warmup_as_long_as_the_run_is_warned_of(world: World, flags: list[object], uncompiled: None) -> None:
-    for steps, warned in ((1, False), (2, True)):
-        said = umbrella(
+def test_warmup_as_long_as_the_run_gets_a_warning(world: World, flags: list[object], uncompiled: None) -> None:
+    for steps, expected in ((1, False), (2, True)):
+        output = umbrella(
             *world.train_flags(world.root / "w", *flags, "--dry-run", "--set", f"train.warmup_steps={steps}")
         )
-        assert ("WARNING: train.warmup_steps: 2 of 2 steps: the rate never reaches" in said) == warned
+        assert ("WARNING: train.warmup_steps: 2 of 2 steps: the rate never reaches" in output) == expected
 
 
 def test_progress_and_log_of_the_run(trained: Path) -> None:
-    """Every line has its time, none moves a cursor; the steps' line is there without a terminal."""
+    """Every line starts with a time, and none has control characters. Steps are logged without a terminal too."""
     text = (trained / "log.txt").read_text()
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", text)
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d ", line) for line in text.splitlines())
     assert re.search(r" started: umbrella-jax \S+, jax \S+, 1 × cpu, process ", text)
     assert re.search(r" step 1: compiling for 1 × 4 conversations of ", text)
-    assert re.search(r" step 1 of 2  loss \d+\.\d{4}$", text, re.MULTILINE), "no rate of what compiled"
+    assert re.search(r" step 1 of 2  loss \d+\.\d{4}$", text, re.MULTILINE), "a step that compiled has no rate"
     assert re.search(r" step 2 of 2  loss \d+\.\d{4}  [\d.,e+]+ samples/s  [\d,]+ tokens/s$", text, re.MULTILINE)
     assert re.search(r" eval_loss \d", text)
     assert how_it_ended(trained / "log.txt") == ""
@@ -210,7 +209,7 @@ def test_progress_and_log_of_the_run(trained: Path) -> None:
 
 
 def test_the_log_has_the_error(trained: Path, world: World, flags: list[object]) -> None:
-    """Of a run that goes on without its volumes; what was there stays."""
+    """Resuming a run whose volumes are gone appends the error to the log."""
     before = (trained / "log.txt").read_bytes()
     message = umbrella(*world.train_flags(trained, *flags, "--resume", "--image-root", world.root / "gone"), code=2)
     after = (trained / "log.txt").read_bytes()
@@ -219,10 +218,10 @@ def test_the_log_has_the_error(trained: Path, world: World, flags: list[object])
     assert how_it_ended(trained / "log.txt").splitlines()[0] in message
 
 
-def test_work_is_conversations_and_their_positions(
+def test_progress_counts_conversations_and_positions(
     trained: Path, counted: list[tuple[int, int, int, bool]], rehearsed: str
 ) -> None:
-    """Without padding, and with what is answered; of two steps and one evaluation of four conversations."""
+    """Positions include answers and exclude padding. The run has two steps and one evaluation of four conversations."""
     first, second, loss, answers = counted
     assert (first[:2], second[:2], loss[:2], answers[:2]) == ((1, 4), (1, 4), (4, 4), (4, 4))
     assert [compiled for *_, compiled in counted] == [True, False, True, True]

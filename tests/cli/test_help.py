@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def example_of(command: argparse.ArgumentParser) -> str:
-    """Its line for a shell, with which the help ends."""
+    """Return the example command at the end of a help text."""
     assert command.epilog
     title, _, text = command.epilog.partition("\n")
     assert title == "example:"
@@ -27,7 +27,7 @@ def example_of(command: argparse.ArgumentParser) -> str:
     return text.replace("\\\n", "")
 
 
-def test_all_commands_are_looked_at() -> None:
+def test_commands_are_found() -> None:
     assert {"umbrella-jax", "umbrella-jax train", "umbrella-jax convert to-hf"} <= COMMANDS.keys()
     assert len(COMMANDS) > 20
 
@@ -41,8 +41,7 @@ def test_help_fits_a_screen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[0].startswith(f"usage: {name} ")
 
 
-def test_commands_are_lines_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None is longer than its column, no text than its line."""
+def test_each_command_is_listed_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     for name, command in COMMANDS.items():
         if groups := [action for action in command._actions if isinstance(action, argparse._SubParsersAction)]:
@@ -60,7 +59,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_example_is_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of this command, or of one of its own; what stands behind `>` is the shell's."""
+    """It calls this command or one of its commands; the part after `>` is for the shell."""
     words = shlex.split(example_of(COMMANDS[name]).partition(">")[0])
     assert words[: len(name.split())] == name.split()
     if words[-1] == "--help":
@@ -70,22 +69,22 @@ def test_the_example_is_a_command(name: str, capsys: pytest.CaptureFixture[str])
         assert callable(PARSER.parse_args(words[1:]).call)
 
 
-def test_an_example_that_is_none_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_example_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^2$"):
         PARSER.parse_args(["train", "--config", "run.yaml", "--outdir", "runs/sex"])
     assert "--outdir" in capsys.readouterr().err
 
 
-def test_a_flag_that_is_none_is_told_by_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_flag_prints_the_usage_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^2$"):
         main(["data", "validate", "--config", "run.yaml", "--imageroot=scans"])
-    said = capsys.readouterr().err
-    assert said.startswith("usage: umbrella-jax data validate")
-    assert said.rstrip().endswith("unrecognized arguments: --imageroot=scans; did you mean --image-root?")
+    printed = capsys.readouterr().err
+    assert printed.startswith("usage: umbrella-jax data validate")
+    assert printed.rstrip().endswith("unrecognized arguments: --imageroot=scans; did you mean --image-root?")
 
 
 def test_no_flag_is_abbreviated() -> None:
-    """A script's `--eval` would mean another flag, or two, once there is one more."""
+    """If flags could be abbreviated, a new flag would change the meaning of `--eval` in a script."""
     for command in COMMANDS.values():
         assert not command.allow_abbrev, command.prog
 
@@ -104,7 +103,7 @@ def test_no_flag_is_abbreviated() -> None:
     ],
 )
 def test_a_flag_given_twice_is_an_error(words: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Argparse would keep the last value. Flags that may be repeated collect: `--entity`, `--metric`."""
+    """Argparse would keep the last value. Repeatable flags, such as `--entity` and `--metric`, collect their values."""
     if "--set" in words:
         assert main(words.split()) == 2
     else:
@@ -112,12 +111,12 @@ def test_a_flag_given_twice_is_an_error(words: str, expected: str, capsys: pytes
             main(words.split())
     assert expected in capsys.readouterr().err
     words = "data from-bids ds out --target sex --entity run=1 --entity run=2"
-    for _ in range(2):  # a parser may be used again
+    for _ in range(2):  # a parser can be used again
         assert PARSER.parse_args(words.split()).entities == ["run=1", "run=2"]
 
 
-def test_one_name_for_one_thing() -> None:
-    """A flag has one kind of value, wherever it is; nothing else is spelt like it but for an ending."""
+def test_flags_have_one_meaning() -> None:
+    """A flag has the same kind of value in every command, and no flag is the plural of another."""
     kinds: dict[str, set[str | None]] = {}
     for command in COMMANDS.values():
         for action in command._actions:
@@ -125,12 +124,11 @@ def test_one_name_for_one_thing() -> None:
                 metavar = action.metavar if isinstance(action.metavar, str) else None
                 path = "path" if metavar in (*FILES, *DIRECTORIES) else metavar
                 kinds.setdefault(flag, set()).add(path)
-    assert {flag: found for flag, found in kinds.items() if len(found) > 1} == {}
+    assert {flag: values for flag, values in kinds.items() if len(values) > 1} == {}
     assert not [flag for flag in kinds if f"{flag}s" in kinds and flag not in ("--answer",)]
 
 
-def test_help_waits_for_nothing() -> None:
-    """Nor does the package: what is slow to import is imported by what needs it."""
+def test_help_and_package_import_nothing_slow() -> None:
     heavy = "jax flax optax orbax numpy scipy pydantic pydantic_core ruamel nibabel grain transformers shtab tqdm torch"
     code = f"""
 import sys
@@ -142,14 +140,14 @@ except SystemExit as end:
     assert end.code == 0
 print(*sorted({{name.partition(".")[0] for name in sys.modules}} & set({heavy.split()!r})), file=sys.stderr)
 """
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "usage: umbrella-jax train" in found.stdout
-    assert found.stderr.split() == []
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "usage: umbrella-jax train" in done.stdout
+    assert done.stderr.split() == []
 
 
 @pytest.fixture(scope="module")
 def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `umbrella-jax completion bash` prints."""
+    """Write the output of `umbrella-jax completion bash` to a file."""
     import contextlib
     import io
 
@@ -163,7 +161,7 @@ def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def completed(script: Path, folder: Path, *words: str) -> set[str]:
-    """What bash offers in a folder for the last of the words."""
+    """Return bash's completions of the last word in a folder."""
     code = f"""
 . {shlex.quote(str(script))}
 COMP_WORDS=({" ".join(map(shlex.quote, words))})
@@ -172,9 +170,9 @@ read -r function <<< "$(complete -p umbrella-jax | sed -E 's/.*-F ([^ ]+).*/\\1/
 "$function" umbrella-jax "${{COMP_WORDS[COMP_CWORD]}}" "${{COMP_WORDS[COMP_CWORD-1]}}"
 printf '%s\\n' "${{COMPREPLY[@]}}"
 """
-    found = subprocess.run(["bash", "-c", code], cwd=folder, capture_output=True, text=True, check=True)
-    assert not found.stderr
-    return {re.sub(r"/$", "", line) for line in found.stdout.split()}
+    done = subprocess.run(["bash", "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert not done.stderr
+    return {re.sub(r"/$", "", line) for line in done.stdout.split()}
 
 
 def test_bash_completes(bash_script: Path, tmp_path: Path) -> None:
@@ -188,7 +186,7 @@ def test_bash_completes(bash_script: Path, tmp_path: Path) -> None:
     assert completed(bash_script, tmp_path, "umbrella-jax", "explain", "m", "--method", "o") == {"occlusion"}
 
 
-def test_zsh_has_a_script_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_zsh_script(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", "zsh"]) == 0
     script = capsys.readouterr().out
     assert script.startswith("#compdef umbrella-jax")
@@ -196,26 +194,9 @@ def test_zsh_has_a_script_too(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_path_is_completed() -> None:
-    """Every metavar is the name of a file, of a directory, or known to be neither."""
-    others = {
-        *(
-            "NAME",
-            "VALUE",
-            "TEXT",
-            "PROMPT",
-            "ID",
-            "N",
-            "RATE",
-            "SHARE",
-            "FRACTION",
-            "FACTOR",
-            "VALUE",
-            "STEP",
-            "TIME",
-            "AXES",
-            "ADDRESS",
-        ),
-        *("KEY=VALUE", "ACTION", "TYPE", "METHOD", "COLUMN", "KIND", "SHARES", "NAMES", "SIZE", "SHELL", "COMMAND"),
-    }
+    """Every metavar is listed as a file, as a directory, or as neither."""
+    others = {"NAME", "VALUE", "TEXT", "PROMPT", "ID", "N", "RATE", "SHARE", "FRACTION", "FACTOR", "STEP", "TIME"}
+    others |= {"AXES", "ADDRESS", "KEY=VALUE", "ACTION", "TYPE", "METHOD", "COLUMN", "KIND", "SHARES", "NAMES"}
+    others |= {"SIZE", "SHELL", "COMMAND"}
     named = {action.metavar for command in COMMANDS.values() for action in command._actions if action.metavar}
     assert named - {*FILES, *DIRECTORIES} <= others

@@ -125,23 +125,23 @@ def _images(arguments: argparse.Namespace, modalities: Mapping[str, ModalityConf
 
     Raises ConfigError if one names no modality and the model has several, or no file.
     """
-    found, faults = [], []
+    images, faults = [], []
     for text in arguments.image:
         name, equals, path = text.partition("=")
-        if not equals or os.sep in name:  # only a path, which may contain "="
+        if not equals or os.sep in name:  # a path without modality; it may contain "="
             name, path = "", text
         if not path or (not name and len(modalities) > 1):
             faults.append(f"--image {text}: expected MODALITY=FILE with one of {modality_names(modalities)}")
         elif (not name or resolve_modality(name, modalities)) and not os.path.lexists(path):
             faults.append(f"--image {text}: not found; expected a volume or a directory of frames")
-        found.append((name or next(iter(modalities)), path))
+        images.append((name or next(iter(modalities)), path))
     if faults:
         raise ConfigError(faults)
-    return found
+    return images
 
 
-def _opened(arguments: argparse.Namespace) -> Any:
-    """Return the opened checkpoint of MODEL, and print which step of a run it is unless it is the newest."""
+def _open_checkpoint(arguments: argparse.Namespace) -> Any:
+    """Open the checkpoint of MODEL. If it is not the newest of its run, print which one it is."""
     from umbrella_jax.checkpoints.checkpoint import Checkpoint
 
     options: dict[str, Any] = {"compute_dtype": arguments.compute_dtype, "step": arguments.step}
@@ -156,7 +156,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from umbrella_jax.inference.generate import probabilities, stream
     from umbrella_jax.inference.processor import Processor
 
-    sampling, checkpoint = _sampling(arguments), _opened(arguments)
+    sampling, checkpoint = _sampling(arguments), _open_checkpoint(arguments)
     processor = Processor.of(checkpoint)
     images = _images(arguments, processor.modalities)
     if not images:
@@ -169,7 +169,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         for answer, share in zip(arguments.answers, probabilities(model, batch, answers)[0], strict=True):
             print(f"{share:7.2%}  {answer}")
         return
-    said: list[int] = []
+    tokens: list[int] = []
     shown = ""
     for token in stream(
         model,
@@ -179,9 +179,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         sampling=sampling,
         seeds=[arguments.seed],
     ):
-        said.append(int(token[0]))
-        (text,) = processor.decode([said])
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens, not yet complete
+        tokens.append(int(token[0]))
+        (text,) = processor.decode([tokens])
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose other tokens are still to come
             print(text.removeprefix(shown), end="", flush=True)
             shown = text
     print()
@@ -237,15 +237,15 @@ def _explain(arguments: argparse.Namespace) -> None:
         raise ConfigError("explain: expected PROMPT with --image, or --data PATH without PROMPT")
     out = Path(arguments.out)
     check_new_folder(out)
-    checkpoint = _opened(arguments)
+    checkpoint = _open_checkpoint(arguments)
     processor = Processor.of(checkpoint)
     if arguments.data is None:
         conversations = [processor.question(arguments.prompt, _images(arguments, processor.modalities))]
     else:
         data = load_config(arguments.config).data if arguments.config else DataConfig()
         root, outside = arguments.image_root or data.image_root, data.allow_outside_root
-        found = read_conversations(arguments.data, processor.modalities, root, allow_outside_root=outside)
-        conversations = [c for c in found if not arguments.task_id or c.task_id in arguments.task_id]
+        all_conversations = read_conversations(arguments.data, processor.modalities, root, allow_outside_root=outside)
+        conversations = [c for c in all_conversations if not arguments.task_id or c.task_id in arguments.task_id]
         if missing := set(arguments.task_id) - {c.task_id for c in conversations}:
             raise ConfigError(f"--task-id {', '.join(sorted(missing))}: not in {arguments.data}")
     model = load_opened(checkpoint)

@@ -112,6 +112,6 @@ def _to_hf(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> int:
     from umbrella_jax.checkpoints.verify import verify
 
-    found = verify(arguments.a, arguments.b, modalities_of(arguments), forward=not arguments.no_logits)
-    print(strict_json(found.to_json(), indent=2) if arguments.json else "\n".join(found.lines()))
-    return 0 if found.same else 1
+    comparison = verify(arguments.a, arguments.b, modalities_of(arguments), forward=not arguments.no_logits)
+    print(strict_json(comparison.to_json(), indent=2) if arguments.json else "\n".join(comparison.lines()))
+    return 0 if comparison.same else 1

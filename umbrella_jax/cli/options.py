@@ -12,10 +12,10 @@ from umbrella_jax.config.schema import RunConfig
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.io.reading import parse_yaml
 
-# Flags that set a key of the config: group, key, type, metavar, help.
+# Flags that set a key of the config: {flag: (group in the help, key, type, metavar, help)}.
 _DATA, _RUN = "model and data", "run"
 _FLAGS: dict[str, tuple[str, str, type, str, str]] = {
-    "--base": (_DATA, "model.base", str, "HF_DIR", "LLaVA (HF), hub name, native or run"),
+    "--base": (_DATA, "model.base", str, "HF_DIR", "LLaVA folder or hub name, checkpoint, run"),
     "--train-data": (_DATA, "data.train", str, "PATH", "conversations (.json, .jsonl or folder)"),
     "--eval-data": (_DATA, "data.eval", str, "PATH", "conversations to evaluate on"),
     "--image-root": (_DATA, "data.image_root", str, "DIR", "folder of relative image paths"),
@@ -34,7 +34,7 @@ DATA_FLAGS = ("--train-data", "--eval-data", "--image-root", "--modality", "--ta
 
 FILES = ("FILE", "PATH", "IMAGE")
 DIRECTORIES = ("DIR", "HF_DIR", "MODEL", "OTHER", "OUT", "RUN")
-"""Metavars that the shell completes as files (and their folders), and as directories."""
+"""Metavars whose values the shell completes as files or as directories."""
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -57,7 +57,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 class _StoreOnce(argparse.Action):
-    """Store a flag's value. A second value is an error: argparse would keep the last without a word."""
+    """Store a flag's value. A second value is an error; argparse would silently keep the last one."""
 
     _namespace: argparse.Namespace | None = None
 
@@ -78,7 +78,7 @@ def make_command(
     )
     for action in (None, "store"):
         parser.register("action", action, _StoreOnce)
-    parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse takes -1e-3 for a flag
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # by default argparse reads -1e-3 as a flag
     parser.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="print the traceback of an error"
     )
@@ -102,7 +102,7 @@ def add_command(
 def _call(
     parser: argparse.ArgumentParser, call: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace
 ) -> int | None:
-    """Call a command. A fault that begins with the name of an argument which was typed names it as typed."""
+    """Call a command. If a fault starts with the name of an argument, replace the name with the flag the user typed."""
     typed = {
         action.dest: action.option_strings[-1]
         for action in parser._actions
@@ -139,7 +139,7 @@ def walk(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
 
 
 def number(text: str) -> int:
-    """Parse the value of a flag that counts."""
+    """Parse a count: a whole number from 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
     return int(text)
@@ -161,14 +161,14 @@ def add_config(parser: argparse.ArgumentParser, flags: Sequence[str]) -> dict[st
 
 
 def add_flags(parser: Any, flags: Sequence[str]) -> None:
-    """Add the same flags to a command without a run's config."""
+    """Add flags of `_FLAGS` to a command that has no required config."""
     for flag in flags:
         _, _, kind, metavar, text = _FLAGS[flag]
         parser.add_argument(flag, type=kind, metavar=metavar, help=text)
 
 
 def config_of(arguments: argparse.Namespace) -> RunConfig:
-    """Return the run of --config with the values of flags and --set put in."""
+    """Return the config of --config, overridden by flags and --set."""
     values = {key: (getattr(arguments, key, None), flag) for flag, (_, key, *_) in _FLAGS.items()}
     overrides = {key: value for key, (value, _) in values.items() if value is not None}
     flags = {key: values[key][1] for key in overrides}
@@ -189,7 +189,7 @@ def config_of(arguments: argparse.Namespace) -> RunConfig:
 
 
 def add_cluster(parser: argparse.ArgumentParser) -> None:
-    """Add the flags by which several processes find each other."""
+    """Add the flags that let several processes find each other."""
     group = parser.add_argument_group("multi-process setup without a cluster manager")
     group.add_argument("--coordinator", metavar="ADDRESS", help="HOST:PORT of process 0")
     group.add_argument("--num-processes", type=int, metavar="N", help="number of processes")
@@ -198,7 +198,7 @@ def add_cluster(parser: argparse.ArgumentParser) -> None:
 
 
 def start_processes(arguments: argparse.Namespace) -> None:
-    """Join the other processes, as the flags of `add_cluster` say."""
+    """Join the other processes, according to the flags of `add_cluster`."""
     from umbrella_jax.distributed import start
 
     start(arguments.coordinator, arguments.num_processes, arguments.process_id, timeout=arguments.start_timeout)

@@ -82,7 +82,7 @@ def add(commands: Any) -> None:
     baseline.add_argument(
         "--out", required=True, metavar="DIR", help="folder for baseline/cnn.jsonl and baseline/probe.jsonl"
     )
-    add_step(baseline, "of --run")
+    add_step(baseline, "checkpoint of --run")
     model = baseline.add_mutually_exclusive_group()
     model.add_argument("--run", metavar="RUN", help="compare with this run; probe its vision tower")
     model.add_argument("--predictions", metavar="FILE", help="compare with these answers to the eval data")
@@ -100,11 +100,11 @@ def _runs(arguments: argparse.Namespace) -> None:
     file = Path(arguments.plot) if arguments.plot else None
     if file and (faults := plot_faults(file)):
         raise ConfigError(faults)
-    found = compare(find_runs(arguments.dir), arguments.metric or ())
-    print(strict_json(found.to_json(), indent=1) if arguments.json else found.table())
+    comparison = compare(find_runs(arguments.dir), arguments.metric or ())
+    print(strict_json(comparison.to_json(), indent=1) if arguments.json else comparison.table())
     if file:
-        found.plot(file)
-        print(f"{file}: curves of {len(found.runs)} runs", file=sys.stderr)
+        comparison.plot(file)
+        print(f"{file}: curves of {len(comparison.runs)} runs", file=sys.stderr)
 
 
 def _score(arguments: argparse.Namespace) -> None:
@@ -113,12 +113,12 @@ def _score(arguments: argparse.Namespace) -> None:
 
     file, stored, title = Path(arguments.predictions), None, ""
     if file.is_dir():
-        run, found = file, predictions_by_step(file)
-        if not found:
+        run, by_step = file, predictions_by_step(file)
+        if not by_step:
             raise ConfigError(f"{file}: no predictions; expected an evaluated run or a predictions file")
         stored = load_stored_config(run / CONFIG)
-        step, why = choose_step(run, stored.train, found, arguments.step)
-        file = found[step]
+        step, why = choose_step(run, stored.train, by_step, arguments.step)
+        file = by_step[step]
         title = f"{file} ({why})\n\n"
     elif arguments.step is not None:
         raise ConfigError(f"--step {arguments.step}: {file} is not a run; leave --step out, or name the run")
@@ -163,7 +163,7 @@ def _baseline(arguments: argparse.Namespace) -> None:
             raise ConfigError("baseline: runs in one process; start only one")
     from umbrella_jax.baselines.compare import baseline
 
-    found = baseline(
+    comparison = baseline(
         config_of(arguments),
         arguments.out,
         run=arguments.run,
@@ -173,4 +173,4 @@ def _baseline(arguments: argparse.Namespace) -> None:
         epochs=arguments.cnn_epochs,
         width=arguments.cnn_width,
     )
-    print(found.table())
+    print(comparison.table())

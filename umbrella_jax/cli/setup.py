@@ -15,7 +15,7 @@ def add(commands: Any, parser: argparse.ArgumentParser, main: Callable[[Sequence
 
     Args:
         parser: the whole command line, whose words `completion` completes.
-        main: runs one command line, for those that `demo` types.
+        main: runs one command line; `demo` calls it.
     """
     doctor = add_command(
         commands,
@@ -59,9 +59,9 @@ def add(commands: Any, parser: argparse.ArgumentParser, main: Callable[[Sequence
 def _doctor(arguments: argparse.Namespace) -> int:
     from umbrella_jax.doctor.diagnose import diagnose
 
-    found = diagnose()
-    print(strict_json(found.to_json(), indent=2) if arguments.json else "\n".join(found.lines()))
-    return 1 if found.problems else 0
+    diagnosis = diagnose()
+    print(strict_json(diagnosis.to_json(), indent=2) if arguments.json else "\n".join(diagnosis.lines()))
+    return 1 if diagnosis.problems else 0
 
 
 def _demo(main: Callable[[Sequence[str]], int], arguments: argparse.Namespace) -> None:

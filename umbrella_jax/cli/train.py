@@ -26,8 +26,8 @@ def add(commands: Any) -> None:
         "umbrella-jax train --config run.yaml --base llava --train-data train.json \\\n"
         "    --eval-data eval.json --out runs/sex",
     )
-    of_run = ("--out", "--batch-size", "--mesh", "--learning-rate", "--epochs", "--on-nonfinite")
-    groups = add_config(train, ["--base", *DATA_FLAGS, "--cache", *of_run])
+    run_flags = ("--out", "--batch-size", "--mesh", "--learning-rate", "--epochs", "--on-nonfinite")
+    groups = add_config(train, ["--base", *DATA_FLAGS, "--cache", *run_flags])
     add_overlap(groups["model and data"])
     run = groups["run"]
     run.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
@@ -58,7 +58,9 @@ def add(commands: Any) -> None:
         "--text-tokens", type=int, default=64, metavar="N", help="text tokens per conversation; default 64"
     )
     plan.add_argument("--flops", type=float, metavar="N", help="matrix-product FLOP/s measured on a device")
-    plan.add_argument("--efficiency", type=float, metavar="FRACTION", help="of peak; default 0.75 (cpu 0.8, --flops 1)")
+    plan.add_argument(
+        "--efficiency", type=float, metavar="FRACTION", help="share of peak; default 0.75 (cpu 0.8; with --flops 1)"
+    )
     add_json(plan)
 
 
@@ -88,7 +90,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         arguments.devices, flops=arguments.flops, efficiency=arguments.efficiency, dtype=config.model.compute_dtype
     )
     base = open_base(config, weights=False)
-    found = plan_hardware(
+    plan = plan_hardware(
         config,
         base.config,
         devices,
@@ -96,4 +98,4 @@ def _plan(arguments: argparse.Namespace) -> None:
         text_tokens=arguments.text_tokens,
         subjects=arguments.subjects,
     )
-    print(strict_json(found.to_json(), indent=2) if arguments.json else found.table())
+    print(strict_json(plan.to_json(), indent=2) if arguments.json else plan.table())
