@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-
 from umbrella_jax.errors import visible
 from umbrella_jax.rundir import Say
 
