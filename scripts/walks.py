@@ -207,7 +207,7 @@ RESEARCHER = [
                 "Do everything but the training steps on this machine. On a cluster, do this in a short job before the "
                 "long one.",
                 f"umbrella-jax train {FLAGS} {DATA} --out runs/lesion --dry-run",
-                [r" s, .* MB, step of 8 × ", r"memory of a device", r"nothing was written"],
+                [r" s, .* MB, step of 8 × ", r"memory per device", r"nothing was written"],
                 show=(2, 14),
             ),
         ],

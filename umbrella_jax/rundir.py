@@ -160,7 +160,7 @@ class RunLog:
         self._write([f"  {first}" if first.startswith(_MARKS) else first, *more])
 
     def _write(self, lines: Sequence[str]) -> None:
-        """Write a line, and its continuation lines indented, so that none of them begins like one of _MARKS."""
+        """Write a line, and its continuation lines indented, so that none begins like one of _MARKS."""
         if self._file is None:
             return
         now = datetime.now().astimezone().isoformat(" ", "seconds")

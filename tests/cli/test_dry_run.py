@@ -108,7 +108,7 @@ def test_output(rehearsed: str) -> None:
         r"plan: 1 shape to compile",
         *(rf"  \d+\.\d s, \d+\.\d MB, {what} of 4 × \d+ positions, " for what in PROGRAMS),
         r"5 programs compiled in \d+\.\d s",
-        r"memory of a device: \d+\.\d MB as compiled, \d+\.\d MB as plan counts; it has \d+\.\d GB",
+        r"memory per device: \d+\.\d MB as compiled, \d+\.\d MB as plan estimates; it has \d+\.\d GB",
         r"nothing was written to ",
     ):
         assert re.search(text, rehearsed), text
@@ -140,7 +140,7 @@ def test_too_little_memory_is_rejected(
     monkeypatch.setattr(rehearsal, "_programs", lambda *_: iter([("step", "2 volumes", Program(10**18))]))
     monkeypatch.setattr(rehearsal, "_planned", lambda *_: 0.0)
     message = umbrella(*world.train_flags(world.root / "other", *flags, "--dry-run"), code=2)
-    assert "step of 2 volumes: takes 1000000000.0 GB of a device that has " in message
+    assert "step of 2 volumes: needs 1000000000.0 GB on a device that has " in message
     assert "lower train.batch_size" in message
     assert not (world.root / "other").exists()
 

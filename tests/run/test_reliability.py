@@ -168,7 +168,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_saved(
     out = shutil.copytree(run, tmp_path / "full")
     shutil.rmtree(out / "checkpoints" / "36")
     err = end(begin(out, "--resume", inside="disk:10000"), 1)
-    assert "could not be written, step 33 is whole: " in err
+    assert "could not be written, step 33 is intact: " in err
     assert "Traceback" not in err
     umbrella(*train_words(world, out, "--resume"))
     assert_same_run(out, run)
@@ -326,7 +326,7 @@ def test_a_damaged_checkpoint_is_passed_over(world: World, run: Path, tmp_path: 
         shutil.rmtree(file)
     message = umbrella(*train_words(world, out, "--resume"), code=2)
     assert message.count("damaged: meta: ") == len(left)
-    assert "none is good: cannot resume" in message
+    assert "no intact checkpoint: cannot resume" in message
 
 
 @pytest.mark.parametrize("what", ["volume", "conversations", "eval", "tokenizer", "config.json", "volume in a cache"])

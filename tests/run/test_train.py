@@ -228,7 +228,7 @@ def test_resuming_on_another_base_is_refused(run: Path, world: World, tmp_path: 
     tensors["language_model.model.norm.weight"][3] += 1
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     flags = [*FLAGS, "--eval-data", world.eval, "--resume", "--base", other]
-    assert "other weights than those that the run started from" in umbrella(*world.train_flags(run, *flags), code=2)
+    assert "not the weights that the run started from" in umbrella(*world.train_flags(run, *flags), code=2)
 
 
 def test_a_run_from_before_a_field_was_known_resumes(run: Path, world: World, tmp_path: Path) -> None:

@@ -297,7 +297,7 @@ def test_skipped_updates_change_nothing_and_are_counted(start, run, case, tmp_pa
     assert whole.lines[2]["loss"] is whole.lines[2]["grad_norm"] is None
     assert [line.get("skipped") for line in whole.lines] == [None, None, 1, None]
     assert "first in patch_embed (T1), of 3a, 3c, 3d" in (out := capsys.readouterr().out)
-    assert "skipped, 1 of 1 that may be" in out
+    assert "skipped (1 of at most 1)" in out
     assert (int(whole.state.step), int(whole.state.skipped)) == (4, 1)
     assert whole.lines[3]["learning_rate"] == whole.lines[2]["learning_rate"]  # the schedule waits too
     with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:

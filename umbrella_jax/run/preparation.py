@@ -179,7 +179,7 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> tuple[Prepare
         say(f"WARNING: {name}: patch embedding {why}, and train.groups does not train it: answers would mean nothing")
     for name in sorted({modality for modality in map(freeze.modality_of, own) if modality} - shown):
         start = f"untrained ({base.untrained[name]})" if name in base.untrained else "as it is in the base"
-        say(f"WARNING: {name}: no conversation of {config.data.train} shows one: its patch embedding stays {start}")
+        say(f"WARNING: {name}: no conversation in {config.data.train} shows it: its patch embedding stays {start}")
     params = base.params(config.model.frozen_dtype, where=place_of, in_float32=own)
     params |= place({path: Tensor.of(array) for path, array in adapters.items()}, place_of)
     trainable, frozen = freeze.partition(params, labels)
@@ -285,7 +285,7 @@ def check_processes(config: RunConfig, *, resume: bool) -> None:
     """Check that all processes were started with the same settings and versions.
 
     This comes before anything that takes some processes longer than others: at their first exchange, JAX waits only
-    half a minute for all of them. Raises ConfigError as `check_same` does.
+    half a minute for the last. Raises ConfigError as `check_same` does.
     """
     facts: list[tuple[str, Any]] = [*flat(to_dict(config)).items(), ("--resume", resume), *versions().items()]
     check_same([fact for fact in facts if fact[0] not in MAY_DIFFER], "start every process with the same")

@@ -59,7 +59,7 @@ def _compile(run: Prepared, state: TrainState, say: Say) -> None:
     if device.platform == "cpu":
         has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     sizes, planned, faults = list[int](), list[float](), list[str]()
-    say("compiling; each program with its time, and what it takes of a device:")
+    say("compiling; compile time and device memory of each program:")
     began = last = time.perf_counter()
     for what, shape, program in _programs(run, state):
         took, last = time.perf_counter() - last, time.perf_counter()
@@ -70,12 +70,12 @@ def _compile(run: Prepared, state: TrainState, say: Say) -> None:
             planned.append(_planned(run, shape))
         if has is not None and (size or 0) > has:
             faults.append(
-                f"{what} of {shape}: takes {_bytes(size or 0)} of a device that has {_bytes(has)}; {MEMORY_REMEDY}"
+                f"{what} of {shape}: needs {_bytes(size or 0)} on a device that has {_bytes(has)}; {MEMORY_REMEDY}"
             )
     say(f"{len(sizes)} programs compiled in {time.perf_counter() - began:.1f} s")
     compiled = _bytes(max(sizes)) if any(sizes) else "not known"
     say(
-        f"memory of a device: {compiled} as compiled, {_bytes(max(planned))} as plan counts; it has "
+        f"memory per device: {compiled} as compiled, {_bytes(max(planned))} as plan estimates; it has "
         + ("an unknown size" if has is None else _bytes(has))
     )
     if faults:

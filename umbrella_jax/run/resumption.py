@@ -101,7 +101,7 @@ def resume_from(
     for step in damaged_steps:
         if jax.process_index() == 0:
             checkpoints.set_aside(step)
-        say(f"renamed to {step}.damaged, no longer looked at")
+        say(f"renamed to {step}.damaged; ignored from now on")
     if damaged_steps:
         gather(None)  # wait until process 0 has renamed them
         checkpoints.reload()
@@ -137,7 +137,7 @@ def newest(
     if damaged and state is None:
         with raise_together():
             faults = [fault for each in damaged.values() for fault in each]
-            raise CheckpointError([*faults, f"{checkpoints.directory}: none is good: cannot resume"])
+            raise CheckpointError([*faults, f"{checkpoints.directory}: no intact checkpoint: cannot resume"])
     for faults in damaged.values():
         say("\n".join(["WARNING: a damaged checkpoint:", *faults]))
     if saved is None or state is None:
@@ -151,7 +151,7 @@ def newest(
 
 
 def _attempt(read: Callable[..., T], *args: Any) -> tuple[T | None, list[str]]:
-    """Call `read` on every process. Return its result, or None if it raised CheckpointError on any of them.
+    """Call `read` on every process. Return its result, or None if any raised CheckpointError.
 
     The faults of all processes are returned too.
     """
@@ -176,7 +176,7 @@ def check_same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any],
     stored = to_dict(parse_stored_config(saved["config"], str(directory)))  # adds fields that are newer than the run
     faults = _changed_settings(stored, meta["config"])
     if saved["base_fingerprint"] != meta["base_fingerprint"]:
-        faults.append("model.base: other weights than those that the run started from")
+        faults.append("model.base: not the weights that the run started from")
     if saved["frozen_types"] != meta["frozen_types"]:  # a native checkpoint may be the same base in another type
         before_, now_ = (", ".join(m["frozen_types"]) for m in (saved, meta))
         faults.append(f"model.base: frozen weights are {now_} now, {before_} in the checkpoint; set model.frozen_dtype")
@@ -191,8 +191,8 @@ def check_same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any],
         names = []
         if record.exists():
             names = changed_inputs(read_json(record, ConfigError, f"remove {record}", LISTING), inputs)
-        faults = [f"{name}: other content than when the run began" for name in names] or [
-            f"conversations, tokenizer or volumes are other ones than when the run began; {record} does not say which"
+        faults = [f"{name}: changed since the run began" for name in names] or [
+            f"conversations, tokenizer or volumes have changed since the run began; {record} does not say which"
         ]
     if faults:
         raise ConfigError([f"{directory}: cannot resume: {fault}" for fault in faults])

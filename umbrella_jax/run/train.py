@@ -89,7 +89,7 @@ def inspect(config: RunConfig) -> str:
     findings = (
         base.check(config.model.frozen_dtype)
         if base.has_weights
-        else [f"{base.path}: no weights there; from config.json alone"]
+        else [f"{base.path}: no weights there; based on config.json only"]
     )
     _, shapes = abstract_params(replace(base.config, lora=config.model.lora))
     labels = freeze.label_params(list(shapes), list(config.train.groups))
@@ -147,7 +147,7 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
     ):
         state, pending = resume_from(checkpoints, state, run.meta, run.data.inputs, say) if resume else (state, None)
         if log:
-            # in a resumed run too: a kill or a full disk may have left half of them
+            # in a resumed run too: a kill or a full disk may have left incomplete files
             rewrite_folder(
                 out / MODEL, partial(write_description, run.model.base, first_steps=run.data.plan.first_steps())
             )
@@ -191,7 +191,7 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
         data = run.data.evaluation if config.train.keep_best else None
         if data and not broadcast(_is_evaluated(run, data, chosen) if log else None):
             trainable = state.trainable
-            del state  # if many parameters train, the devices have no room for two sets of them with moments
+            del state  # large moments leave no room for another step's parameters
             if chosen != num_steps:
                 with raise_together():
                     trainable = checkpoints.restore_trainable(chosen, partial(param_sharding, mesh))
@@ -200,13 +200,13 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
             if evaluation is None:
                 number = interrupted()
                 name = signal.Signals(number).name
-                raise Interrupted(number, f"{name}: all {num_steps} steps are saved; --resume evaluates the end")
+                raise Interrupted(number, f"{name}: all {num_steps} steps are saved; --resume evaluates the result")
             if log:
                 add_final_metrics(out / METRICS, chosen, evaluation)
     for step, value in best:
         say(f"best: {config.train.best_metric} {value:.4g} at step {step}: {checkpoints.directory / str(step)}")
     if best:
-        say("answers, scores, exports and reports of the run take the best; others with --step latest or a number")
+        say("answers, scores, exports and reports use the best step; choose another with --step latest or --step N")
     lines = {line["step"]: line for line in read_metrics(out / METRICS)} if log else {}
     last, line = broadcast([lines[num_steps], with_final(lines[chosen])] if log else None)
     shown = (name for name in ("step", "loss", "grad_norm", "learning_rate") if name in last)
@@ -236,7 +236,7 @@ def _number(name: str, value: float | None) -> str:
 
 
 def _is_evaluated(run: Prepared, data: EvaluationData, step: int) -> bool:
-    """Return whether a step was evaluated on all evaluation data, not only on `train.eval_samples` of them."""
+    """Return whether a step was evaluated on all evaluation data, not only on `train.eval_samples` conversations."""
     line = next((line for line in read_metrics(run.out / METRICS) if line["step"] == step), {})
     if line != with_final(line):
         return True

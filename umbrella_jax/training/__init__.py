@@ -1,1 +1,1 @@
-"""The step, what trains in it, and the loop around it; takes any iterator of `Batch`."""
+"""Trainable parameters, optimiser, training step, checkpoints and the training loop, for any iterator of `Batch`."""

@@ -146,9 +146,9 @@ class Checkpoints:
             if is_out_of_memory(error):
                 raise
             self._manager.reload()
-            whole = f"step {self.latest_step()} is whole" if self.steps() else "none is there yet"
+            intact = f"step {self.latest_step()} is intact" if self.steps() else "there is none yet"
             raise RunError(
-                [*also, f"{self.directory}: a checkpoint could not be written, {whole}: {_first_line(error)}"]
+                [*also, f"{self.directory}: a checkpoint could not be written, {intact}: {_first_line(error)}"]
             ) from error
 
     def steps(self) -> list[int]:
@@ -208,14 +208,14 @@ class Checkpoints:
         with self._reading(step, "meta"):
             content = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         if not isinstance(content, dict) or content.pop("crc32", None) != crc32(content):
-            raise CheckpointError(f"{self.directory / str(step)}: damaged: meta: its checksum is another one")
+            raise CheckpointError(f"{self.directory / str(step)}: damaged: meta: its checksum does not match")
         return content
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Return the state of `step`, with the structure and on the devices of `like`."""
         target = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like)))
         with self._reading(step, "state"):
-            self._shapes(step)  # reads all of orbax's files, so that damage to any of them is found
+            self._shapes(step)  # reads every file that orbax wrote, and so finds damage to any
             tree = self._manager.restore(step, args=ocp.args.Composite(state=target)).state
         self._verify(step, tree)
         return TrainState(**tree)
@@ -251,7 +251,7 @@ class Checkpoints:
         faults = [name for name, value in found.items() if saved.get(name) != int(value)]
         if faults:
             raise CheckpointError(
-                [f"{self.directory / str(step)}: damaged: {name}: its checksum is another one" for name in faults]
+                [f"{self.directory / str(step)}: damaged: {name}: its checksum does not match" for name in faults]
             )
 
     def restore_trainable(self, step: int, where: Callable[[str, tuple[int, ...]], jax.sharding.Sharding]) -> Params:

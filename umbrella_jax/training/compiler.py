@@ -31,7 +31,7 @@ def compiler_options() -> dict[str, Any]:
 
 
 def _known(name: str, value: Any) -> bool:
-    """Return whether jaxlib knows an option. It has no list of them, so this tries to compile with it."""
+    """Return whether jaxlib knows an option. jaxlib lists none, so this tries to compile with it."""
     try:
         jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
     except jax.errors.JaxRuntimeError as error:

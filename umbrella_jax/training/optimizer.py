@@ -35,7 +35,7 @@ def only_when_present(inner: optax.GradientTransformation, modality: str) -> opt
         updates: Any, state: Any, params: Any = None, *, present: Mapping[str, Array], **_: Any
     ) -> tuple[Any, Any]:
         none = jax.tree.map(jnp.zeros_like, updates)
-        if modality not in present:  # the batch has no volumes of it, which is known when tracing
+        if modality not in present:  # known when tracing: the batch has no such volumes
             return none, state
         shown = inner.update(updates, state, params)
         result: tuple[Any, Any] = jax.tree.map(partial(jnp.where, present[modality]), shown, (none, state))

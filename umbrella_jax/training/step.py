@@ -24,7 +24,7 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """The arrays that training changes. A checkpoint holds all of them."""
+    """The arrays that training changes, and that a checkpoint holds."""
 
     step: Array
     """int32 []: number of updates, including skipped ones."""

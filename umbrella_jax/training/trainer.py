@@ -82,7 +82,7 @@ class Update:
 
     @property
     def is_last(self) -> bool:
-        """Whether this is the run's last update."""
+        """True for the run's last update."""
         return self.step == self.num_steps
 
 
@@ -225,7 +225,7 @@ class StopOnNonfinite:
         if config.on_nonfinite == "stop" or skipped > config.max_skipped:
             with raise_together():  # every process comes here: all have the same values
                 raise RunError(f"{message}; {_remedy(config, self.checkpoints.latest_step())}")
-        self.say(f"{message}; skipped, {skipped} of {config.max_skipped} that may be")
+        self.say(f"{message}; skipped ({skipped} of at most {config.max_skipped})")
 
 
 def _where(part: str, rows: np.ndarray, ids: Sequence[Sequence[str]]) -> str:
