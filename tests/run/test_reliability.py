@@ -343,11 +343,11 @@ def test_resuming_on_changed_files_is_refused(run: Path, world: World, tmp_path:
     if what.startswith("volume"):
         assert f"resume: from step {STEPS}" in umbrella(*command)
     file, expected = {
-        "volume": (copy / "scans" / "run-3.nii", "{}: other content"),  # that evaluation alone shows
-        "volume in a cache": (copy / "scans" / "2.nii.gz", "{}: other content"),
-        "conversations": (world.train, "{}: other content"),
-        "eval": (world.eval, "{}: other content"),
-        "tokenizer": (copy / "base" / "tokenizer.json", "token ids of data.train: other content"),
+        "volume": (copy / "scans" / "run-3.nii", "{}: changed since the run began"),  # that evaluation alone shows
+        "volume in a cache": (copy / "scans" / "2.nii.gz", "{}: changed since the run began"),
+        "conversations": (world.train, "{}: changed since the run began"),
+        "eval": (world.eval, "{}: changed since the run began"),
+        "tokenizer": (copy / "base" / "tokenizer.json", "token ids of data.train: changed since the run began"),
         "config.json": (copy / "base" / "config.json", "model.base: config.json: text.rope_theta: 20000.0 now, "),
     }[what]
     content, stat = file.read_bytes(), file.stat()
