@@ -1,6 +1,6 @@
-"""config.json of a LLaVA, and `umbrella_config.json` beside it, which says what the volumes are.
+"""Read config.json of a LLaVA, and `umbrella_config.json` beside it, which describes the volumes.
 
-An absent field is what transformers takes it to be; a value that this model does not compute is refused by name.
+An absent field has transformers' default value. A value that this model does not support is rejected by name.
 """
 
 import sys
@@ -23,9 +23,9 @@ from umbrella_jax.models.siglip import SiglipConfig
 CONFIG = "config.json"
 UMBRELLA_CONFIG = "umbrella_config.json"
 RANDOM_WEIGHTS = "random_weights"
-"""Key of config.json: true in a toy model of which every weight is random, such as the demo's base."""
+"""Key of config.json that is true in a toy model, whose weights are all random, such as the demo's base."""
 
-# Section, field, what transformers assumes when it is absent, the only value that is supported, why or what to do.
+# section, field, transformers' default, the only supported value, why or what to do
 _ONLY: tuple[tuple[str, str, Any, Any, str], ...] = (
     ("", "model_type", None, "llava", "other LLaVAs (llava_onevision, llava_next) merge their images in another way"),
     ("", "projector_hidden_act", "gelu", "gelu", "the projector's activation is the exact GELU"),
@@ -35,7 +35,7 @@ _ONLY: tuple[tuple[str, str, Any, Any, str], ...] = (
     ("", "quantization_config", None, None, "quantised weights cannot be read; use the original ones"),
     ("vision_config", "model_type", "clip_vision_model", "siglip_vision_model", "the tower is SigLIP's"),
     ("vision_config", "hidden_act", "gelu_pytorch_tanh", "gelu_pytorch_tanh", "the tower's activation is tanh GELU"),
-    ("vision_config", "vision_use_head", True, False, "the pooling head is not carried, and LLaVA does not use it"),
+    ("vision_config", "vision_use_head", True, False, "the pooling head is not supported, and LLaVA does not use it"),
     ("text_config", "model_type", "llama", "qwen2", "the language model is Qwen2"),
     ("text_config", "hidden_act", "silu", "silu", "the MLP's activation is SiLU"),
     ("text_config", "use_sliding_window", False, False, "attention sees the whole text"),
@@ -46,16 +46,16 @@ _ONLY: tuple[tuple[str, str, Any, Any, str], ...] = (
     ),
 )
 LARGEST = 1 << 24
-"""Of the whole numbers of config.json: sixty times the words, three hundred times the widths and above the positions of
-the largest published models. What they multiply to then fits into 64 bits."""
+"""Limit of whole numbers in config.json: sixty times the vocabulary, three hundred times the width and more than the
+positions of the largest published models. Products of them fit into 64 bits."""
 MOST_LAYERS = 1000
-"""Eight times the layers of the deepest published models; each is a dozen tensors to look for."""
-# Files of a folder that transformers reads, each of which may name code of the folder's, or of any other on the hub.
+"""Limit of layers: eight times those of the deepest published models. Each layer is a dozen tensors to look for."""
+# Files that transformers reads; each may name code in the folder or elsewhere on the hub.
 _CODE = (CONFIG, *(f"{kind}_config.json" for kind in ("tokenizer", "processor", "preprocessor", "generation")))
-# What of a folder goes with the weights; the rest may be a Trainer's state, another model's card, or anybody's notes.
+# Files that are copied with the weights; others may be a Trainer's state, another model's card, or anybody's notes.
 _CARRIED = (
     *(
-        "tokenizer*.json",  # not all of its name: one that ends in .py is code
+        "tokenizer*.json",  # not tokenizer*, since a file that ends in .py is code
         "tokenizer*.model",
         "added_tokens.json",
         "special_tokens_map.json",
@@ -69,7 +69,7 @@ _CARRIED = (
 
 
 class _Section:
-    """Numbers of one object of config.json; faults are collected, not raised."""
+    """Reads numbers of one object in config.json; collects faults instead of raising them."""
 
     def __init__(self, name: str, data: Any, faults: list[str]):
         self.name, self.data, self.faults = name, data if isinstance(data, dict) else {}, faults
@@ -79,7 +79,7 @@ class _Section:
         accepted = (int, float) if kind is float else int
         if isinstance(value, bool) or not isinstance(value, accepted) or not 0 < value <= sys.float_info.max:
             self.faults.append(f"{self.name}{key}: expected a positive {kind.__name__}, got {value!r}")
-            return kind(0)  # which divides into anything, so that nothing else is said about it
+            return kind(0)  # later checks accept 0, so that one fault is reported only once
         most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST
         if kind is int and value > most:
             self.faults.append(f"{self.name}{key}: {value}; expected at most {most}, more than any published model has")
@@ -88,7 +88,7 @@ class _Section:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object. Raises CheckpointError naming the path where it cannot be read or is none."""
+    """Read a JSON object from a file. Raises CheckpointError if the file cannot be read or contains anything else."""
     data = reading.read_json(path, CheckpointError, "give the whole folder of a LLaVA in Hugging Face format, or a run")
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected an object, found {type(data).__name__}; copy it again")
@@ -96,9 +96,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_code(directory: Path) -> None:
-    """Raises CheckpointError where a file of a checkpoint asks for code to be run (`auto_map`).
+    """Raise CheckpointError if a file of a checkpoint asks to run code (`auto_map`).
 
-    We would not run it. But a copy of the file in an export would ask whoever loads that.
+    This package would not run it, but an export would contain a copy of the file, and other programs may run it.
     """
     faults = []
     for file in (directory / name for name in _CODE):
@@ -115,12 +115,15 @@ def check_code(directory: Path) -> None:
 
 
 def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """An object within config.json; empty where it is absent, so that its fields are reported as absent."""
+    """Return an object within config.json, empty if it is absent, so that its fields are reported as absent."""
     return raw[name] if isinstance(raw.get(name), dict) else {}
 
 
 def _rope_theta(text: Mapping[str, Any], faults: list[str]) -> float:
-    """Transformers 4 writes `rope_theta` and `rope_scaling`, 5 one `rope_parameters`; 10000 where neither is there."""
+    """Return rope_theta, by default 10000.
+
+    transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 only `rope_parameters`.
+    """
     stated = [t for t in [text.get("rope_theta")] if t is not None]
     for name in ("rope_scaling", "rope_parameters"):
         rope = text.get(name) or {}
@@ -140,12 +143,15 @@ def _rope_theta(text: Mapping[str, Any], faults: list[str]) -> float:
 
 
 def _tied(raw: Mapping[str, Any]) -> bool:
-    """As transformers 5 decides. 4.x asks text_config alone; what `hf_dict` writes is the same to both."""
+    """Return whether the head is tied to the embeddings, as transformers 5 decides.
+
+    transformers 4 only reads text_config; both read the same from what `hf_dict` writes.
+    """
     return bool(raw.get("tie_word_embeddings")) or bool(_section(raw, "text_config").get("tie_word_embeddings"))
 
 
 def unused_dropout(directory: str | Path) -> list[str]:
-    """Return a line for each dropout of config.json, which PyTorch applies in training and nothing does here."""
+    """Return a message for each dropout in config.json, which PyTorch applies in training and this package does not."""
     raw = read_json(Path(directory) / CONFIG)
     sections = {"": raw, **{f"{name}.": _section(raw, name) for name in ("vision_config", "text_config")}}
     return [
@@ -165,11 +171,16 @@ def read_config(
     init: PatchEmbedInit = "random",
     patch_embed: Path | None = None,
 ) -> LlavaConfig:
-    """The model that `config.json` describes, with `modalities` or, without them, those of `umbrella_config.json`.
+    """Read the model that `config.json` describes.
 
-    `init` and `patch_embed` are as in `plan_loading`; where sizes and patches are resampled, they need not agree.
-    Raises CheckpointError as `check_code`, and with every value that is not supported, and ConfigError where
-    `modalities` and `umbrella_config.json` do not agree or neither is there.
+    Args:
+        modalities: modalities of the model; by default those of `umbrella_config.json`.
+        init: as in `plan_loading`; `resample` allows sizes and patches that differ from `umbrella_config.json`.
+        patch_embed: as in `plan_loading`.
+
+    Raises:
+        CheckpointError: with every unsupported value, and as `check_code`.
+        ConfigError: if `modalities` and `umbrella_config.json` do not agree, or neither is given.
     """
     directory = Path(directory)
     check_placeholders(directory)
@@ -198,7 +209,7 @@ def read_config(
         layer_norm_eps=v.get("layer_norm_eps", 1e-6, float),
     )
     width, heads = t.get("hidden_size", 4096), t.get("num_attention_heads", 32)
-    # null means as many as there are heads, absence the default of transformers' Qwen2Config
+    # null means one per head; an absent field means the default of transformers' Qwen2Config
     kv_heads = t.get("num_key_value_heads", max(heads, 1) if "num_key_value_heads" in t.data else 32)
     text = Qwen2Config(
         vocab_size=t.get("vocab_size", 151936),
@@ -246,7 +257,7 @@ def read_config(
 
 
 def stored_modalities(directory: str | Path, patch_embed: Path | None = None) -> dict[str, ModalityConfig]:
-    """Modalities of `umbrella_config.json`, none without it, in which those of the file `patch_embed` are replaced."""
+    """Return the modalities of `umbrella_config.json`, if it exists, updated with those of the file `patch_embed`."""
     path = Path(directory) / UMBRELLA_CONFIG
     stored: dict[str, ModalityConfig] = {}
     if path.exists():
@@ -259,8 +270,10 @@ def stored_modalities(directory: str | Path, patch_embed: Path | None = None) ->
 
 
 def stored_template(directory: str | Path, patch_embed: Path | None = None) -> Template | None:
-    """How the text was written that the weights were trained on: by the file `patch_embed`, else by
-    `umbrella_config.json`; None where it does not say, as of a stock LLaVA."""
+    """Return the conversation template of the training data; None if it is not recorded, as for a stock LLaVA.
+
+    The file `patch_embed` records it or, without one, `umbrella_config.json`.
+    """
     path = patch_embed or Path(directory) / UMBRELLA_CONFIG
     if patch_embed is not None:
         template = open_trainable(patch_embed).template
@@ -272,9 +285,9 @@ def stored_template(directory: str | Path, patch_embed: Path | None = None) -> T
 
 
 def stored_untrained(directory: str | Path, patch_embed: Path | None = None) -> dict[str, str]:
-    """Return {modality: why} for the patch embeddings that are recorded as random.
+    """Return {modality: reason} for the patch embeddings that are recorded as untrained.
 
-    The record of the file `patch_embed` replaces that of `umbrella_config.json` for the modalities which it holds.
+    For modalities in the file `patch_embed`, its record replaces that of `umbrella_config.json`.
     """
     path = Path(directory) / UMBRELLA_CONFIG
     untrained = _string_mapping(path, read_json(path).get("untrained")) if path.exists() else {}
@@ -286,7 +299,7 @@ def stored_untrained(directory: str | Path, patch_embed: Path | None = None) -> 
 
 
 def stored_first_steps(directory: str | Path) -> dict[str, int] | None:
-    """Return, for the model folder of a run, {modality: first step that shows one}; None if it does not say."""
+    """Return {modality: first step that shows one} from the model folder of a run; None if it is not recorded."""
     path = Path(directory) / UMBRELLA_CONFIG
     stated = read_json(path).get("first_steps") if path.exists() else None
     if stated is not None and not (isinstance(stated, dict) and all(type(step) is int for step in stated.values())):
@@ -301,13 +314,13 @@ def _string_mapping(path: Path, stated: Any) -> dict[str, str]:
     return stated
 
 
-_GEOMETRY = ("size", "patch", "mode", "spacing")  # where patches lie, which a resampled patch embedding may change
+_GEOMETRY = ("size", "patch", "mode", "spacing")  # fields that a resampled patch embedding may change
 
 
 def _modalities(
     directory: Path, given: Mapping[str, ModalityConfig] | None, init: PatchEmbedInit, patch_embed: Path | None
 ) -> Mapping[str, ModalityConfig]:
-    """`given` if it agrees with the stored ones, those if there is none given."""
+    """Return the modalities `given`, if they agree with the stored ones; if None is given, the stored ones."""
     path = patch_embed or directory / UMBRELLA_CONFIG
     stored = stored_modalities(directory, patch_embed)
     if given is None:
@@ -335,13 +348,13 @@ def _modalities(
 
 
 def file_vocab_size(directory: str | Path) -> int:
-    """Words for which the checkpoint's own config.json says that it has embeddings."""
+    """Return the number of embeddings according to the checkpoint's config.json."""
     raw = read_json(Path(directory) / CONFIG)
     return int(_section(raw, "text_config").get("vocab_size") or 151936)
 
 
 def is_tied(directory: str | Path) -> bool:
-    """Whether the checkpoint's own config.json says that the head is the embeddings."""
+    """Return whether the head is tied to the embeddings according to the checkpoint's config.json."""
     return _tied(read_json(Path(directory) / CONFIG))
 
 
@@ -352,7 +365,7 @@ def _small_files(source: Path) -> list[Path]:
 
 
 def _file_checksums(directory: Path) -> dict[str, str]:
-    """{path below `directory`: CRC-32} of config.json and the `carried_files`, but licences, which decide no answer."""
+    """Return {path below `directory`: CRC-32} of config.json and the `carried_files`, except licences."""
     files = sorted(path for path in (directory / CONFIG, *_small_files(directory)) if path.is_file())
     return {
         path.relative_to(directory).as_posix(): file_checksum(path)
@@ -362,11 +375,11 @@ def _file_checksums(directory: Path) -> dict[str, str]:
 
 
 def changed_files(directory: Path) -> list[str]:
-    """Return a line for each small file of a folder that is not as `write_config` recorded it.
+    """Return a message for each small file that changed since `write_config` recorded its checksum.
 
-    These are config.json and the tokenizer's, generation's and processor's files. A change is no fault, unlike one of
-    the weights: people edit chat templates and generation settings, and transformers writes config.json anew. But it
-    changes answers, and a flipped bit in a digit or a word still reads well, so each change is named.
+    These are config.json and the files of tokenizer, generation and processor. Unlike changed weights, they are not
+    rejected: people edit chat templates and generation settings, and transformers rewrites config.json. But a change
+    affects answers, and a flipped bit in a digit or a word is still valid, so each change is reported.
     """
     record = directory / UMBRELLA_CONFIG
     stated = read_json(record).get(FILES, {}) if record.exists() else {}

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint → parameters; names, shapes and types are checked before any number is read."""
+"""Read a Hugging Face checkpoint as parameters; names, shapes and types are checked before any number is read."""
 
 import dataclasses
 import hashlib
@@ -33,29 +33,29 @@ _KEYS = ("proj.weight", "proj.bias", "positional_embeddings")
 
 @dataclass(frozen=True)
 class LoadSummary:
-    """What of a checkpoint was not taken over one to one."""
+    """Differences between the parameters and the tensors in the files."""
 
-    started: Mapping[str, str] = field(default_factory=dict)
-    """{configured modality: how its patch embedding starts}, where the checkpoint does not have it as configured."""
+    initialised: Mapping[str, str] = field(default_factory=dict)
+    """{configured modality: how its patch embedding is initialised} for those not in the checkpoint."""
     untrained: tuple[str, ...] = ()
-    """Modalities of `started` whose weights were never trained on volumes: random, or inflated from an image's."""
+    """Modalities of `initialised` whose weights were never trained on volumes: random, or inflated from images."""
     lost: tuple[str, ...] = ()
-    """Modalities of `started` that the checkpoint's umbrella_config.json describes."""
+    """Modalities of `initialised` that umbrella_config.json describes."""
     undescribed: tuple[str, ...] = ()
-    """A line for each modality whose weights are there and whose preprocessing is not recorded."""
+    """Messages about modalities that have weights and no record of their preprocessing."""
     replaced: tuple[str, ...] = ()
-    """Tensors whose place the volume patch embedding takes."""
+    """Tensors that the volume patch embedding replaces."""
     wrapped: str | None = None
-    """The first tensor's name in the file, if wrappers put something into the names, and its name without."""
+    """If wrappers added parts to the names: `NAME IN THE FILE → NAME WITHOUT THEM` of the first tensor."""
     grown: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """{parameter: (rows in the file, rows now)}; new rows are the mean of the old."""
+    """{parameter: (rows in the file, rows now)}; each new row is the mean of the old ones."""
 
     def lines(self) -> list[str]:
-        """For people, a fact each."""
+        """Return one message per difference."""
         replaced = "\n  ".join(["replaced by the 3D/4D patch embedding:", *self.replaced])
         return [
-            *([f"names of tensors: what wrappers put into them is left out: {self.wrapped}"] if self.wrapped else []),
-            *(f"{name}: patch embedding {how}" for name, how in self.started.items()),
+            *([f"tensor names: parts that wrappers added are removed: {self.wrapped}"] if self.wrapped else []),
+            *(f"{name}: patch embedding {how}" for name, how in self.initialised.items()),
             *self.undescribed,
             *([replaced] if self.replaced else []),
             *(f"{path}: {a} rows → {b}, new ones the mean" for path, (a, b) in self.grown.items()),
@@ -63,40 +63,40 @@ class LoadSummary:
 
 
 @dataclass(frozen=True)
-class Start:
-    """A patch embedding that the checkpoint does not have as configured."""
+class InitialWeights:
+    """Initial weights of a patch embedding that the checkpoint lacks as configured."""
 
     how: str
-    """For people."""
+    """Description for messages."""
     sources: tuple[Tensor, ...]
-    """What it is made from."""
+    """Tensors that it is made from."""
     make: Callable[[int], dict[str, np.ndarray]]
-    """seed → {end of the parameter's name: array}, float32."""
+    """Function from a seed to {end of the parameter's name: float32 array}."""
     untrained: bool = False
 
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """Which tensor fills which parameter."""
+    """Plan that names the tensors to read for each parameter."""
 
     leaves: Mapping[str, list[tuple[TensorMapping, Tensor]]]
-    starts: Mapping[str, Start]
-    """{modality: where its patch embedding comes from}, of those that `summary.started` names."""
+    initial_weights: Mapping[str, InitialWeights]
+    """{modality: how its patch embedding is initialised} for the modalities in `summary.initialised`."""
     tied_copy: tuple[Tensor, Tensor] | None
-    """Embeddings, and a head that the file holds although it is tied to them."""
+    """Embeddings and head, if the file contains a head although it is tied to the embeddings."""
     summary: LoadSummary
 
     def sources(self) -> list[Tensor]:
-        """All tensors of files that anything is taken from."""
+        """Return all tensors in files that parameters are made from."""
         return [
             *(tensor for sources in self.leaves.values() for _, tensor in sources),
-            *(tensor for start in self.starts.values() for tensor in start.sources),
+            *(tensor for weights in self.initial_weights.values() for tensor in weights.sources),
         ]
 
     def params(self, dtype: str = "auto", seed: int = 0) -> dict[str, Tensor]:
-        """Every parameter: what the checkpoint has as `dtype`, what starts anew as float32.
+        """Return every parameter unread: those in the checkpoint as `dtype`, newly initialised ones as float32.
 
-        Raises CheckpointError where the checkpoint has a head that differs from the embeddings to which it is tied.
+        Raises CheckpointError if the checkpoint has a head that differs from the embeddings that it is tied to.
         """
         self._check_tied_copy()
         params = {}
@@ -108,8 +108,8 @@ class LoadPlan:
             else:
                 tensor = stack([tensor.reshape(entry.shape) for entry, tensor in sources])
             params[path] = tensor.astype(dtype)
-        for name, start in self.starts.items():
-            params |= {f"{EMBEDDINGS}{name}_{key}": Tensor.of(array) for key, array in start.make(seed).items()}
+        for name, weights in self.initial_weights.items():
+            params |= {f"{EMBEDDINGS}{name}_{key}": Tensor.of(array) for key, array in weights.make(seed).items()}
         return params
 
     def _check_tied_copy(self) -> None:
@@ -118,7 +118,7 @@ class LoadPlan:
         embed, head = self.tied_copy
         same = (embed.dtype, embed.shape) == (head.dtype, head.shape)
         if not same or any(a.tobytes() != b.tobytes() for a, b in zip(embed.blocks(), head.blocks(), strict=True)):
-            remedy = f"say tie_word_embeddings false in {CONFIG} (text_config and top level) if the head is its own"
+            remedy = f"set tie_word_embeddings to false in {CONFIG} (text_config and top level) if the head is its own"
             raise CheckpointError(f"{head.file}: {LM_HEAD}: differs from the tied embeddings; {remedy}")
 
 
@@ -130,64 +130,69 @@ def plan_loading(
     init: PatchEmbedInit = "random",
     patch_embed: Path | None = None,
 ) -> LoadPlan:
-    """Matches the headers of a checkpoint with `config`. Raises CheckpointError with every fault; reads no numbers.
+    """Match the headers of a checkpoint with `config`, without reading numbers.
 
-    `init` says where a patch embedding comes from that the checkpoint does not have as configured; `patch_embed` is a
-    file of `write_trainable`, whose tensors take the place of the checkpoint's.
+    Args:
+        dtype: type to load the parameters in; `auto` keeps the types of the files.
+        init: how to initialise a patch embedding that the checkpoint lacks as configured.
+        patch_embed: a file of `write_trainable`, whose tensors replace those of the checkpoint.
+
+    Raises:
+        CheckpointError: with every fault.
     """
     directory = Path(directory)
     faults: list[str] = []
-    found: dict[str, tuple[str, Tensor]] = {}  # hub's name → name in the file, tensor
+    tensors: dict[str, tuple[str, Tensor]] = {}  # name on the hub → name in the file, tensor
     wrapped = None
     for name, tensor in open_checkpoint(directory).items():
         if name != tensor.name and wrapped is None:
             wrapped = f"{tensor.name} → {name}"
         hub = hub_name(name)
-        if hub in found:
-            faults.append(f"{tensor.file}: {name}: the same tensor as {found[hub][0]}; expected it once, remove one")
-        found.setdefault(hub, (name, tensor))
+        if hub in tensors:
+            faults.append(f"{tensor.file}: {name}: the same tensor as {tensors[hub][0]}; expected it once, remove one")
+        tensors.setdefault(hub, (name, tensor))
     if patch_embed is not None:
         trained = open_trainable(patch_embed)
-        # a modality's tensors are replaced together, under whichever of its names
+        # all tensors of a modality are replaced, whichever of its names they have
         theirs = {m for name in trained.tensors if (m := modality_of(name))}
-        found = {h: f for h, f in found.items() if not ((m := modality_of(h)) and resolve_modality(m, [*theirs]))}
-        found |= {name: (name, tensor) for name, tensor in trained.tensors.items() if not adapted_weight(name)}
-        faults += _add_adapters(found, trained.tensors)
+        tensors = {h: f for h, f in tensors.items() if not ((m := modality_of(h)) and resolve_modality(m, [*theirs]))}
+        tensors |= {name: (name, tensor) for name, tensor in trained.tensors.items() if not adapted_weight(name)}
+        faults += _add_adapters(tensors, trained.tensors)
 
     names: dict[str, str] = {}  # configured modality → its name in the file
     claimed: set[str] = set(REPLACED)
-    for stored in sorted({m for hub in found if (m := modality_of(hub))}):
+    for stored in sorted({m for hub in tensors if (m := modality_of(hub))}):
         configured = resolve_modality(stored, config.modalities)
         if configured is None or configured in names:
-            why = f"{names[configured]} is {configured} already" if configured else "no configured modality means it"
+            why = f"{names[configured]} is {configured} already" if configured else "not a configured modality"
             faults.append(f"{directory}: modality {stored}: {why}; name it among the configuration's modalities")
-            claimed |= {hub for hub in found if modality_of(hub) == stored}
+            claimed |= {hub for hub in tensors if modality_of(hub) == stored}
         else:
             names[configured] = stored
 
-    held = _held(directory, config, init, patch_embed, names)
-    unknown = names.keys() - held.modalities.keys()
+    stored_config = _with_stored_modalities(directory, config, init, patch_embed, names)
+    unknown = names.keys() - stored_config.modalities.keys()
     faults += [
-        f"{directory / UMBRELLA_CONFIG}: modality {names[m]}: not there, so its size and patch before are not known"
+        f"{directory / UMBRELLA_CONFIG}: modality {names[m]}: missing, so its original size and patch are unknown"
         for m in sorted(unknown)
     ]
-    claimed |= {hub for hub in found if modality_of(hub) in {names[m] for m in unknown}}
+    claimed |= {hub for hub in tensors if modality_of(hub) in {names[m] for m in unknown}}
     leaves: dict[str, list[tuple[TensorMapping, Tensor]]] = {}
     grown: dict[str, tuple[int, int]] = {}
     rows = file_vocab_size(directory)
-    for entry in map_tensors(held, names):
+    for entry in map_tensors(stored_config, names):
         modality = modality_of(entry.path)
         if modality is not None and modality not in names:
             continue
         claimed.add(entry.name)
-        if entry.name not in found:
+        if entry.name not in tensors:
             shape = list(entry.file_shape)
             remedy = "copy all of the checkpoint"
             if entry.path == LM_HEAD:
-                remedy = f"say tie_word_embeddings true in {CONFIG} if the head is the embeddings"
+                remedy = f"set tie_word_embeddings to true in {CONFIG} if the head is the embeddings"
             faults.append(f"{directory}: {entry.name}: missing, expected shape {shape}; {remedy}")
             continue
-        name, tensor = found[entry.name]
+        name, tensor = tensors[entry.name]
         expected = entry.file_shape
         if entry.path in (EMBED, LM_HEAD) and rows != expected[0]:
             if rows > expected[0]:
@@ -203,50 +208,50 @@ def plan_loading(
     if dtype == "auto":
         for path, sources in leaves.items():
             if len(types := {t.dtype for _, t in sources}) > 1:
-                which = ", ".join(f"{found[e.name][0]} {t.dtype}" for e, t in sources)
-                remedy = "layers are stacked, so give one type to load them in"
+                which = ", ".join(f"{tensors[e.name][0]} {t.dtype}" for e, t in sources)
+                remedy = "layers are stacked, so name one type to load them in"
                 faults.append(f"{directory}: {path}: {len(types)} types ({which}); {remedy}")
 
     tied_copy = None
-    if config.text.tie_word_embeddings and LM_HEAD in found and EMBED in found:
-        tied_copy = found[EMBED][1], found[LM_HEAD][1]
+    if config.text.tie_word_embeddings and LM_HEAD in tensors and EMBED in tensors:
+        tied_copy = tensors[EMBED][1], tensors[LM_HEAD][1]
         claimed.add(LM_HEAD)
-    for hub, (name, tensor) in found.items():
+    for hub, (name, tensor) in tensors.items():
         if hub not in claimed:
             faults.append(f"{tensor.file}: {name}: not a part of the model that {CONFIG} describes; is it of another?")
 
-    starts: dict[str, Start] = {}
+    initial: dict[str, InitialWeights] = {}
     lost: list[str] = []
-    image = {hub: found[hub][1] for hub in _IMAGE if hub in found}
+    image = {hub: tensors[hub][1] for hub in _IMAGE if hub in tensors}
     for name, new in config.modalities.items():
         if name in unknown:
             continue
-        if name in names and held.modalities[name] != new:
+        if name in names and stored_config.modalities[name] != new:
             ours = [leaves.pop(f"{EMBEDDINGS}{name}_{key}", [])[:1] for key in _KEYS]
-            starts[name] = _resampled([source for one in ours for source in one], held.modalities[name], new)
-            if len(held.modalities[name].size) != len(new.size):
-                sizes = f"size {_x(held.modalities[name].size)} to {_x(new.size)}"
+            initial[name] = _resampled([source for one in ours for source in one], stored_config.modalities[name], new)
+            if len(stored_config.modalities[name].size) != len(new.size):
+                sizes = f"size {_x(stored_config.modalities[name].size)} to {_x(new.size)}"
                 faults.append(f"{directory}: modality {name}: {sizes}: expected as many axes; resample cannot add one")
         elif name not in names:
             if resolve_modality(name, stored_modalities(directory)) is not None:
                 lost.append(name)
-            starts[name] = _inflated(image, new) if init == "inflate" else _random(name, config, lost=name in lost)
-    if init == "inflate" and len(starts):
+            initial[name] = _inflated(image, new) if init == "inflate" else _random(name, config, lost=name in lost)
+    if init == "inflate" and len(initial):
         faults += _image_faults(directory, image, config.vision.hidden_size)
     if init == "resample" and not names:
         faults.append(f"{directory}: model.patch_embed_init resample: the checkpoint has no patch embedding of volumes")
     if faults:
         raise CheckpointError(faults)
     summary = LoadSummary(
-        started={name: start.how for name, start in starts.items()},
-        untrained=tuple(name for name, start in starts.items() if start.untrained),
+        initialised={name: weights.how for name, weights in initial.items()},
+        untrained=tuple(name for name, weights in initial.items() if weights.untrained),
         lost=tuple(lost),
-        undescribed=_undescribed(directory, config, patch_embed, [name for name in names if name not in starts]),
-        replaced=tuple(name for hub, (name, _) in found.items() if hub in REPLACED),
+        undescribed=_undescribed(directory, config, patch_embed, [name for name in names if name not in initial]),
+        replaced=tuple(name for hub, (name, _) in tensors.items() if hub in REPLACED),
         wrapped=wrapped,
         grown=grown,
     )
-    return LoadPlan(leaves, starts, tied_copy, summary)
+    return LoadPlan(leaves, initial, tied_copy, summary)
 
 
 def load_params(
@@ -258,21 +263,27 @@ def load_params(
     init: PatchEmbedInit = "random",
     where: Where = lambda path, shape: SingleDeviceSharding(jax.devices()[0]),
 ) -> tuple[Params, LoadSummary]:
-    """Every parameter of the model that `config` describes, and what was not taken over one to one.
+    """Read every parameter of the model that `config` describes.
 
-    `dtype` is the type of all that is read, `auto` the file's own; what starts anew, at random from `seed` and the
-    modality's name, is float32. `where` says on which devices a parameter lies; of the files, only what this process's
-    devices hold is read. Raises CheckpointError with every fault before any parameter is made.
+    Args:
+        dtype: type of all parameters that are read; `auto` keeps the types of the files.
+        seed: seed of newly initialised patch embeddings, with the modality's name; they are float32.
+        init: how to initialise a patch embedding that the checkpoint lacks as configured.
+        where: maps a parameter's path and shape to its sharding. Only the parts of the files that this process's
+            devices hold are read.
+
+    Raises:
+        CheckpointError: with every fault, before any number is read.
     """
     plan = plan_loading(directory, config, dtype=dtype, init=init)
     return place(plan.params(dtype, seed), where), plan.summary
 
 
 def fingerprint(directory: str | Path, patch_embed: Path | None = None) -> str:
-    """SHA-256, in hex, of a checkpoint's weights and of those put onto it; the same in any layout of names and shards.
+    """Return the SHA-256, in hex, of a checkpoint's weights, with those of `patch_embed` applied to it.
 
-    A head that is tied to the embeddings counts once, whether the file holds it or not. Raises CheckpointError where
-    `patch_embed` was trained on another.
+    It does not depend on the layout of names and shards, nor on whether the file contains a head that is tied to the
+    embeddings. Raises CheckpointError if `patch_embed` was trained on another checkpoint.
     """
     tensors = {hub_name(name): tensor for name, tensor in open_checkpoint(directory).items()}
     if is_tied(directory):
@@ -289,12 +300,12 @@ def fingerprint(directory: str | Path, patch_embed: Path | None = None) -> str:
     return hashlib.sha256((own + weights_digest(trained.tensors)).encode()).hexdigest()
 
 
-def _add_adapters(found: dict[str, tuple[str, Tensor]], trained: Mapping[str, Tensor]) -> list[str]:
-    """Puts W + B·A in the place of each weight beside which `trained` has an adapter; returns what is wrong with it."""
+def _add_adapters(tensors: dict[str, tuple[str, Tensor]], trained: Mapping[str, Tensor]) -> list[str]:
+    """Replace each weight W that has an adapter in `trained` by W + B·A. Returns faults of the adapters."""
     faults = []
     for weight in dict.fromkeys(w for name in trained if (w := adapted_weight(name))):
         a, b = (trained.get(name) for name in adapter_paths(weight))
-        shape = found[weight][1].shape if weight in found else ()
+        shape = tensors[weight][1].shape if weight in tensors else ()
         file = next(iter(trained.values())).file
         if a is None or b is None:
             faults.append(f"{file}: {weight}: half of its adapter is missing; write the file again")
@@ -304,14 +315,14 @@ def _add_adapters(found: dict[str, tuple[str, Tensor]], trained: Mapping[str, Te
         elif {a.dtype, b.dtype} - set(_FLOATS):
             faults.append(f"{file}: {weight}: its adapter has types {a.dtype} and {b.dtype}, expected floats")
         else:
-            found[weight] = (found[weight][0], add_product(found[weight][1], a, b, 1.0))
+            tensors[weight] = (tensors[weight][0], add_product(tensors[weight][1], a, b, 1.0))
     return faults
 
 
 def _undescribed(
     directory: Path, config: LlavaConfig, patch_embed: Path | None, names: Sequence[str]
 ) -> tuple[str, ...]:
-    """Return a line for each of the modalities `names`, whose weights are there, that no record describes."""
+    """Return a message for each modality of `names` whose preprocessing is not recorded; all have weights."""
     stored = stored_modalities(directory, patch_embed)
     lines = []
     for name in names:
@@ -331,20 +342,23 @@ def _undescribed(
     return tuple(lines)
 
 
-def _held(
+def _with_stored_modalities(
     directory: Path, config: LlavaConfig, init: PatchEmbedInit, patch_embed: Path | None, names: Mapping[str, str]
 ) -> LlavaConfig:
-    """`config` with the modalities as the checkpoint has them; without those to resample that it does not describe."""
+    """Return `config` with the checkpoint's own sizes and patches, before they are resampled.
+
+    Modalities that the checkpoint does not describe are left out.
+    """
     if init != "resample":
         return config
     stored = stored_modalities(directory, patch_embed)
-    held = {m: (stored.get(names[m]) if m in names else new) for m, new in config.modalities.items()}
-    modalities = {m: modality for m, modality in held.items() if modality is not None}
+    own = {m: (stored.get(names[m]) if m in names else new) for m, new in config.modalities.items()}
+    modalities = {m: modality for m, modality in own.items() if modality is not None}
     return dataclasses.replace(config, modalities=modalities)
 
 
 def _image_faults(directory: Path, image: Mapping[str, Tensor], width: int) -> list[str]:
-    """What of SigLIP's own patch embedding is missing, or cannot be inflated."""
+    """Return faults of SigLIP's 2D patch embedding: missing tensors, and shapes that cannot be inflated."""
     faults = []
     if missing := ", ".join(hub for hub in _IMAGE if hub not in image):
         faults.append(f"{directory}: model.patch_embed_init inflate: {missing}: missing; start from a stock LLaVA")
@@ -362,10 +376,10 @@ def _image_faults(directory: Path, image: Mapping[str, Tensor], width: int) -> l
     return faults
 
 
-def _random(name: str, config: LlavaConfig, *, lost: bool) -> Start:
-    """As PatchEmbed starts; the key is the modality's own, so that other modalities change nothing.
+def _random(name: str, config: LlavaConfig, *, lost: bool) -> InitialWeights:
+    """Initialise as PatchEmbed does, with a key per modality, so that other modalities do not change the result.
 
-    `lost`: the checkpoint's own description says that it has this patch embedding.
+    `lost`: whether the checkpoint's umbrella_config.json describes this patch embedding.
     """
 
     def make(seed: int) -> dict[str, np.ndarray]:
@@ -377,24 +391,24 @@ def _random(name: str, config: LlavaConfig, *, lost: bool) -> Start:
     how = "not in the checkpoint, newly initialised"
     if lost:
         how += f", although {UMBRELLA_CONFIG} describes it (transformers' own save_pretrained drops it)"
-    return Start(how, (), make, untrained=True)
+    return InitialWeights(how, (), make, untrained=True)
 
 
-def _inflated(image: Mapping[str, Tensor], new: ModalityConfig) -> Start:
+def _inflated(image: Mapping[str, Tensor], new: ModalityConfig) -> InitialWeights:
     def make(_: int) -> dict[str, np.ndarray]:
         kernel, bias, table = (image[hub].read() for hub in _IMAGE)
         return inflate(kernel, bias, table, new)
 
-    return Start("inflated from SigLIP's own", tuple(image.values()), make, untrained=True)
+    return InitialWeights("inflated from SigLIP's own", tuple(image.values()), make, untrained=True)
 
 
-def _resampled(ours: list[tuple[TensorMapping, Tensor]], old: ModalityConfig, new: ModalityConfig) -> Start:
+def _resampled(ours: list[tuple[TensorMapping, Tensor]], old: ModalityConfig, new: ModalityConfig) -> InitialWeights:
     def make(_: int) -> dict[str, np.ndarray]:
         weight, bias, table = (tensor.reshape(entry.shape).read() for entry, tensor in ours)
         return resample(weight, bias, table, old, new)
 
     how = f"resampled from size {_x(old.size)}, patch {_x(old.patch)}"
-    return Start(how, tuple(tensor for _, tensor in ours), make)
+    return InitialWeights(how, tuple(tensor for _, tensor in ours), make)
 
 
 def _x(numbers: tuple[int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""The README.md of an export: what the weights are, what volumes they expect, and how to load them."""
+"""Write the README.md of an export: model, expected volumes, and how to load it."""
 
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
@@ -56,7 +56,7 @@ _CHATML = (
     "ChatML: `<|im_start|>user`, a newline, the turn, `<|im_end|>`, a newline; then `<|im_start|>assistant`, a newline"
 )
 _TEXTS: dict[Template, str] = {
-    "umbrella": f"{_CHATML}. An image is where the turn shows it.",
+    "umbrella": f"{_CHATML}. An image is placed where the turn shows it.",
     "original": f"{_CHATML}. The images of a turn come before its text.",
     "chat": "The tokenizer's own chat template.",
 }

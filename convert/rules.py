@@ -1,7 +1,7 @@
-"""Which tensor of a Hugging Face checkpoint is which JAX parameter: one table, read in both directions.
+"""Map the tensors of a Hugging Face checkpoint to JAX parameters: one table, used in both directions.
 
-A parameter's path is the hub's name of the tensor without the layer's number, since layers are stacked on axis 0.
-The only other difference is a shape, so each row's operation is a reshape, and its inverse the reshape back.
+A parameter's path is the hub's name of the tensor without the layer's number, since layers are stacked on axis 0. The
+only other difference is the shape, so each rule has a reshape, and its inverse reshapes back.
 """
 
 import re
@@ -13,8 +13,8 @@ from umbrella_jax.models.llava import LlavaConfig, abstract_params
 from umbrella_jax.models.paths import EMBEDDINGS, LANGUAGE_MODEL, PROJECTOR, VISION_MODEL, modality_of
 
 Shape = tuple[int, ...]
-Op = Callable[[Shape, ModalityConfig | None], Shape]
-"""Shape of one layer's parameter → shape of its tensor in the file."""
+FileShape = Callable[[Shape, ModalityConfig | None], Shape]
+"""Function from the shape of one layer's parameter to the shape of its tensor in the file."""
 
 
 def _identity(shape: Shape, modality: ModalityConfig | None) -> Shape:
@@ -22,22 +22,23 @@ def _identity(shape: Shape, modality: ModalityConfig | None) -> Shape:
 
 
 def _patch_kernel(shape: Shape, modality: ModalityConfig | None) -> Shape:
-    """[E, P], which PyTorch holds as a Conv3d kernel (E, 1, pd, ph, pw) in 3D and as it is in 4D."""
+    """Return PyTorch's shape of a patch kernel [E, P]: a Conv3d kernel (E, 1, pd, ph, pw) in 3D, unchanged in 4D."""
     assert modality is not None
     return (shape[0], 1, *modality.patch) if len(modality.patch) == 3 else shape
 
 
 @dataclass(frozen=True)
 class TensorRule:
-    """A tensor's name on the hub, with {i} for a layer's number and {m} for a modality, and its operation."""
+    """Name and shape of one kind of tensor."""
 
-    torch: str
-    op: Op = _identity
+    name: str
+    """Name on the hub, with {i} for the layer's number and {m} for the modality."""
+    file_shape: FileShape = _identity
 
     @property
     def path(self) -> str:
-        """The JAX parameter's path, {m} still in it."""
-        return self.torch.replace(".{i}", "")
+        """Path of the JAX parameter, with {m} for the modality."""
+        return self.name.replace(".{i}", "")
 
 
 _QWEN = LANGUAGE_MODEL + "model."
@@ -87,40 +88,40 @@ TENSOR_RULES: tuple[TensorRule, ...] = (
     TensorRule(VISION_MODEL + "post_layernorm.bias"),
 )
 
-# SigLIP's embedding of 2D images: a stock checkpoint has it, and the volume patch embedding takes its place.
+# SigLIP's embedding of 2D images, in a stock checkpoint; the volume patch embedding replaces it.
 REPLACED: frozenset[str] = frozenset(
     EMBEDDINGS + name
     for name in ("patch_embedding.weight", "patch_embedding.bias", "position_embedding.weight", "position_ids")
 )
 
-_LAYOUTS = [  # other layouts' names → the hub's
+_LAYOUTS = [  # rewrites names of other layouts to those on the hub
     (re.compile(r"^model\.language_model\."), _QWEN),  # transformers 4.5x and 5 in memory
     (re.compile(r"^model\.(?=vision_tower\.|multi_modal_projector\.)"), ""),
     (re.compile(r"^lm_head\."), LANGUAGE_MODEL + "lm_head."),
     (re.compile(r"^vision_tower\.(?!vision_model\.)"), VISION_MODEL),  # transformers 5 has no `vision_model`
-    # older UMBRELLA code put the volume patch embedding in place of the convolution only
+    # older UMBRELLA code replaced only the convolution by the volume patch embedding
     (re.compile(r"(?<=\.embeddings\.)patch_embedding\.(?=\w+_(?:proj\.|positional_embeddings$))"), ""),
 ]
 
 
 def hub_name(name: str) -> str:
-    """The hub's name of a tensor that any version of transformers names; other names come back unchanged."""
+    """Return the name on the hub of a tensor with a name of any version of transformers; other names are unchanged."""
     for pattern, replacement in _LAYOUTS:
         name = pattern.sub(replacement, name)
     return name
 
 
-# What wrappers around a module put into the names of its parameters: torch.compile, FSDP, activation checkpointing.
+# parts that torch.compile, FSDP and activation checkpointing add to parameter names
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _LAYER = re.compile(r"(?<=\.layers\.)\d+\.")
-_PATHS = frozenset(row.path for row in TENSOR_RULES) | REPLACED
+_PATHS = frozenset(rule.path for rule in TENSOR_RULES) | REPLACED
 
 
 def unwrapped_names(names: Collection[str]) -> dict[str, str]:
-    """Return {name: the same without what wrappers put into it}.
+    """Return {name: the name without the parts that wrappers add}.
 
-    That is `_orig_mod.` and the like anywhere, and a prefix of all names, such as `module.` (DDP) or
-    `base_model.model.` (PEFT), if more of them are those of a LLaVA without it.
+    These are `_orig_mod.` and the like anywhere in the name, and a prefix of all names, such as `module.` (DDP) or
+    `base_model.model.` (PEFT), if more names are a LLaVA's without the prefix.
     """
     short = {name: _WRAPPERS.sub("", name) for name in names}
 
@@ -133,31 +134,34 @@ def unwrapped_names(names: Collection[str]) -> dict[str, str]:
         if len({*parts}) > 1:
             break
         prefixes.append(f"{prefixes[-1]}{parts[0]}.")
-    best = max(prefixes, key=known) if len(prefixes) > 1 else ""  # the first of several, which is the shortest
+    best = max(prefixes, key=known) if len(prefixes) > 1 else ""  # max returns the first, which is the shortest
     return {name: without.removeprefix(best) for name, without in short.items()}
 
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """One tensor of a checkpoint and its place among the parameters."""
+    """One tensor of a Hugging Face checkpoint, and the parameter or slice of a parameter that it is."""
 
     name: str
-    """Name in the hub's layout."""
+    """Name on the hub."""
     file_shape: Shape
     path: str
     layer: int | None
-    """Index on the parameter's axis 0; None where the tensor is the whole parameter."""
+    """Index on the parameter's axis 0; None if the tensor is the whole parameter."""
     shape: Shape
-    """Shape of that slice, or of the whole."""
+    """Shape of the slice, or of the whole parameter."""
 
 
 def map_tensors(config: LlavaConfig, names: Mapping[str, str] | None = None) -> list[TensorMapping]:
-    """Every tensor of the checkpoint that `config` describes, modalities under `names` (configured → in the file)."""
+    """Return every tensor of the checkpoint that `config` describes.
+
+    `names` maps configured modality names to those in the file.
+    """
     abstract = abstract_params(config)[1]
-    found = []
-    for row in TENSOR_RULES:
-        for modality in config.modalities if "{m}" in row.torch else (None,):
-            path, name = row.path, row.torch
+    mappings = []
+    for rule in TENSOR_RULES:
+        for modality in config.modalities if "{m}" in rule.name else (None,):
+            path, name = rule.path, rule.name
             if modality is not None:
                 path = path.replace("{m}", modality)
                 name = name.replace("{m}", (names or {}).get(modality, modality))
@@ -167,6 +171,6 @@ def map_tensors(config: LlavaConfig, names: Mapping[str, str] | None = None) -> 
             layers: list[int | None] = [None]
             if "{i}" in name:
                 layers, shape = list(range(shape[0])), shape[1:]
-            file_shape = row.op(shape, config.modalities[modality] if modality is not None else None)
-            found += [TensorMapping(name.replace("{i}", str(i)), file_shape, path, i, shape) for i in layers]
-    return found
+            file_shape = rule.file_shape(shape, config.modalities[modality] if modality is not None else None)
+            mappings += [TensorMapping(name.replace("{i}", str(i)), file_shape, path, i, shape) for i in layers]
+    return mappings

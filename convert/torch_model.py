@@ -104,9 +104,9 @@ def load_umbrella(
     config = read_config(directory, modalities, patch_embed=patch_embed)
     name = "auto" if dtype is None else str(dtype).removeprefix("torch.")
     plan = plan_loading(directory, config, dtype=name, patch_embed=patch_embed)
-    if plan.summary.started:
+    if plan.summary.initialised:
         raise CheckpointError(
-            [f"{directory}: modality {m}: no patch embedding in the checkpoint" for m in plan.summary.started]
+            [f"{directory}: modality {m}: no patch embedding in the checkpoint" for m in plan.summary.initialised]
         )
     if patch_embed is not None:
         fingerprint(directory, patch_embed)  # raises for another base

@@ -1,4 +1,4 @@
-"""Two sets of weights, tensor by tensor, and PyTorch against JAX on them."""
+"""Compare two sets of weights tensor by tensor, and their logits in PyTorch and JAX."""
 
 import dataclasses
 import math
@@ -24,75 +24,82 @@ from umbrella_jax.models.paths import modality_of
 Kind = Literal["identical", "rounded", "different", "only in A", "only in B"]
 
 LOGITS_TOLERANCE = 1e-4
-"""Largest |difference| of logits ÷ largest |logit|, in float32; the order of summation makes 1e-6 to 1e-5."""
-_TOKENS, _GREEDY = 24, 8  # of text before and behind the volume, and that are generated
+"""Limit of largest |difference of logits| ÷ largest |logit|, in float32; the order of summation makes 1e-6 to 1e-5."""
+_TOKENS, _GREEDY = 24, 8  # tokens of text before and after the volume, and tokens to generate
 _MANTISSA = {"bfloat16": 8, "float16": 11, "float32": 24}
 
 
 @dataclass(frozen=True)
 class TensorComparison:
-    """One tensor under its hub's name. `rounded`: within one unit in the last place of a change of type."""
+    """Comparison of one tensor, by its name on the hub.
+
+    `rounded` means that the types differ and no number does by more than one unit in the last place.
+    """
 
     name: str
     kind: Kind
     types: str
     largest: float = 0.0
-    """Largest |A − B|; infinite where one is a NaN and the other is not, and between different shapes."""
+    """Largest |A − B|; infinite if only one number of a pair is NaN, and if shapes differ."""
 
 
 @dataclass(frozen=True)
 class LogitComparison:
-    """A volume of one modality between random tokens: logits of A in PyTorch and of B in JAX, both in float32."""
+    """Comparison of A's logits in PyTorch with B's in JAX, in float32, on a volume between random tokens."""
 
     logits: float
     """Largest |difference| ÷ largest |logit|."""
     greedy: int
-    """Tokens that PyTorch generates and that JAX would have, until the first that it would not."""
-    of: int
+    """Greedy tokens of PyTorch that JAX predicts too, up to the first one that differs."""
+    greedy_total: int
+    """Greedy tokens compared."""
 
     @property
     def same(self) -> bool:
-        """Whether both compute the same."""
-        return self.logits <= LOGITS_TOLERANCE and self.greedy == self.of
+        """Whether logits and tokens agree."""
+        return self.logits <= LOGITS_TOLERANCE and self.greedy == self.greedy_total
 
 
 @dataclass(frozen=True)
 class ModelComparison:
-    """What `verify` found. A patch embedding that a stock LLaVA does not have yet is no difference."""
+    """Result of `verify`. A patch embedding that only one model has is no difference: the other is a stock LLaVA."""
 
     tensors: list[TensorComparison]
     configuration: list[str]
-    """Fields that differ."""
+    """Messages about fields that differ."""
     forward: dict[str, LogitComparison] = field(default_factory=dict)
-    """By modality."""
+    """{modality: comparison of logits}."""
     notes: tuple[str, ...] = ()
 
     @property
     def same(self) -> bool:
-        """Whether A and B are one model."""
+        """Whether A and B are the same model."""
         odd = [t for t in self.tensors if t.kind not in ("identical", "rounded")]
         odd = [t for t in odd if not (self.one_sided and component(t.name) == "patch_embed")]
         return not odd and not self.configuration and all(f.same for f in self.forward.values())
 
     @property
     def one_sided(self) -> str | None:
-        """`only in A` or `only in B` if only that model has a patch embedding."""
+        """`only in A` or `only in B` if only one model has a patch embedding, else None."""
         kinds = {t.kind for t in self.tensors if component(t.name) == "patch_embed"}
         return next((kind for kind in ("only in A", "only in B") if kinds == {kind}), None)
 
     def to_json(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the comparison as JSON."""
         return {
             "same": self.same,
             "components": {name: counts for name, counts, _ in self._table()},
             "differences": [asdict(t) | {"largest": str(t.largest)} for t in self.largest(len(self.tensors))],
             "configuration": self.configuration,
-            "forward": {m: asdict(f) | {"same": f.same} for m, f in self.forward.items()},
+            "forward": {
+                m: {"logits": f.logits, "greedy": f.greedy, "of": f.greedy_total, "same": f.same}
+                for m, f in self.forward.items()
+            },
             "notes": list(self.notes),
         }
 
     def largest(self, count: int) -> list[TensorComparison]:
-        """The tensors that are not identical, the most different first."""
+        """Return the `count` most different tensors, largest difference first."""
         odd = [t for t in self.tensors if t.kind != "identical"]
         return sorted(odd, key=lambda t: (t.kind == "rounded", -t.largest, t.name))[:count]
 
@@ -105,7 +112,7 @@ class ModelComparison:
         return rows
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return the comparison as lines of text."""
         table = self._table()
         kinds = [k for k in table[0][1] if k in ("identical", "rounded", "different") or any(c[k] for _, c, _ in table)]
         rows = [["component", *kinds, "largest |A − B|"]]
@@ -118,7 +125,7 @@ class ModelComparison:
         for name, forward in self.forward.items():
             lines.append(
                 f"{name}: logits of PyTorch (A) and JAX (B) differ by {forward.logits:.1e} of the largest\n"
-                f"  (at most {LOGITS_TOLERANCE:.0e}), greedy tokens agree {forward.greedy} of {forward.of}"
+                f"  (at most {LOGITS_TOLERANCE:.0e}), greedy tokens agree {forward.greedy} of {forward.greedy_total}"
             )
         same = "the same model" + (
             f", but for the patch embedding, which is {self.one_sided}" if self.one_sided else ""
@@ -127,14 +134,14 @@ class ModelComparison:
 
 
 def component(name: str) -> str:
-    """The part of the model that a tensor of the hub's name belongs to."""
+    """Return the component that a tensor belongs to, by its name on the hub."""
     return "patch_embed" if modality_of(name) else name.partition(".")[0]
 
 
 def compare_tensors(
     a: Mapping[str, Tensor], config_a: LlavaConfig, b: Mapping[str, Tensor], config_b: LlavaConfig
 ) -> list[TensorComparison]:
-    """Parameters of two models under the hub's names, modalities under A's; read one by one."""
+    """Compare the parameters of two models one by one, under their names on the hub and A's names of modalities."""
     renamed = {m: resolve_modality(m, config_a.modalities) or m for m in config_b.modalities}
     ours, theirs = hub_tensors(a, config_a), hub_tensors(b, config_b, renamed)
     compared = [_compare(name, ours[name], theirs[name]) for name in ours if name in theirs]
@@ -143,7 +150,7 @@ def compare_tensors(
 
 
 def compare_configs(a: LlavaConfig, b: LlavaConfig) -> list[str]:
-    """Fields of the architecture and of the preprocessing that differ."""
+    """Return messages about fields of architecture and preprocessing that differ."""
     faults = [
         f"{section}.{key}: {value} in A, {theirs[key]} in B"
         for section in ("vision", "text")
@@ -165,9 +172,9 @@ def compare_configs(a: LlavaConfig, b: LlavaConfig) -> list[str]:
 
 
 def compare_reading(description: Path, config: LlavaConfig, *, grown: bool) -> list[str]:
-    """Return the fields of `description`/config.json that transformers reads otherwise than they are in `config`.
+    """Return messages about fields of `description`/config.json that transformers reads differently from `config`.
 
-    `grown`: the vocabulary has changed since, and with it the id of `<image>`.
+    `grown`: whether the vocabulary, and with it the id of `<image>`, has changed since.
     """
     import transformers
 
@@ -183,7 +190,7 @@ def compare_reading(description: Path, config: LlavaConfig, *, grown: bool) -> l
             *((f"text.{k}", v, known[k] if k in known else getattr(text, k)) for k, v in asdict(config.text).items()),
             ("image_token_id", config.image_token_id, theirs.image_token_index),
         ]
-    except Exception as error:  # its checks of values raise nearly anything
+    except Exception as error:  # its checks may raise any exception
         return [f"{description / CONFIG}: transformers cannot read it: {type(error).__name__}: {error}"]
     changed = ("text.vocab_size", "image_token_id") if grown else ()
     return [
@@ -199,11 +206,11 @@ _TEXTS = (
     "naïve Ångström e\u0301 café ½ № 脳の画像 мозг 🧠",
     "<|im_start|>user\n<image>What?<|im_end|>\n<|endoftext|>",
 )
-"""Texts that tokenizers of another normalisation, splitting or special tokens write in other ids."""
+"""Texts whose ids depend on a tokenizer's normalisation, splitting and special tokens."""
 
 
 def compare_tokenizers(a: Any, b: Any) -> list[str]:
-    """Return what differs between two tokenizers: vocabulary, ids of texts, special tokens, chat template."""
+    """Return messages about differences of two tokenizers: vocabulary, ids of texts, special tokens, chat template."""
     pairs: list[tuple[str, Any, Any]] = [
         *((f"ids of {t!r}", *(x.encode(t, add_special_tokens=False) for x in (a, b))) for t in _TEXTS),
         *(
@@ -228,11 +235,16 @@ def compare_forward(
     b: Mapping[str, Tensor],
     config_b: LlavaConfig,
 ) -> dict[str, LogitComparison]:
-    """A in PyTorch against B in JAX, modality by modality, on fixed random tokens and volumes.
+    """Compare the logits of A in PyTorch with those of B in JAX for each modality, on fixed random tokens and volumes.
 
-    If their types differ, both are rounded to the narrower one first. A modality that only one of them has a patch
-    embedding for is that one's in both; one that neither has is left out. `raw` is A's config.json, which transformers
-    reads itself: a misreading of ours makes the logits differ. Raises ImportError without PyTorch.
+    If the types of a tensor differ, both are rounded to the narrower one first. If only one model has the patch
+    embedding of a modality, both use it; if neither has, the modality is left out.
+
+    Args:
+        raw: A's config.json. transformers reads it itself, so that our misreading it would change the logits.
+
+    Raises:
+        ImportError: without PyTorch.
     """
     from convert.torch_model import greedy_logits, umbrella_model
 
@@ -263,7 +275,7 @@ def compare_forward(
     run = jax.jit(lambda params, batch: merge(graphdef, params).target_logits(batch))
     found = {}
     for name, (sequence, volume, expected) in cases.items():
-        with jax.default_matmul_precision("highest"):  # by default GPUs and TPUs round the factors of float32 products
+        with jax.default_matmul_precision("highest"):  # GPUs and TPUs round float32 factors by default
             logits = np.asarray(run(params, _batch(sequence, name, volume, config_b)))[0]
         generated = sequence[0, -_GREEDY:]
         agree = logits[-_GREEDY - 1 : -1].argmax(-1) == generated
@@ -276,13 +288,13 @@ def compare_forward(
 
 
 def _renamed(path: str, names: Mapping[str, str]) -> str:
-    """A parameter's path with its modality, if it has one, called otherwise."""
+    """Return a parameter's path with its modality, if any, renamed."""
     old = modality_of(path)
     return path.replace(f".{old}_", f".{names.get(old, old)}_") if old else path
 
 
 def _batch(ids: np.ndarray, modality: str, volume: np.ndarray, config: LlavaConfig) -> Batch:
-    """One conversation [1, T] with one volume, its last positions supervised."""
+    """Return a batch of one conversation [1, T] with one volume, its last positions supervised."""
     length = ids.shape[1]
     image = ids == config.image_token_id
     last = np.arange(length - _TOKENS - _GREEDY - 1, length, dtype=np.int32)[None]
@@ -319,7 +331,7 @@ def _compare(name: str, a: Tensor, b: Tensor) -> TensorComparison:
 
 
 def _ulp(x: np.ndarray) -> np.ndarray:
-    """Distance of a number to the next of its type, float64; np.spacing, which bfloat16 does not have."""
+    """Return the distance of each number to the next one of its type, in float64: np.spacing, also for bfloat16."""
     info = ml_dtypes.finfo(x.dtype)
     exponent = np.frexp(x.astype(np.float64))[1] - 1  # |x| = 1.f · 2^exponent
     exponent = np.where(x == 0, int(info.minexp), np.maximum(exponent, int(info.minexp)))

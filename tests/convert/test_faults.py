@@ -174,7 +174,7 @@ def cast(name: str, dtype: Any) -> Change:
         ),
         pytest.param(
             tensors(lambda t: t.update({n.replace("T1_", "PET_"): t[n] for n in list(t) if "T1_" in n})),
-            ["{dir}: modality PET", "no configured modality"],
+            ["{dir}: modality PET", "not a configured modality"],
             id="modality that is not configured",
         ),
     ],

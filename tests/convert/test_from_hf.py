@@ -200,7 +200,7 @@ def test_new_modalities_of_a_stock_checkpoint(written):
     directory = written / "stock_True"
     config = read_config(directory, MODALITIES)
     params, report = load_params(directory, config, dtype="bfloat16", seed=3)
-    assert list(report.started) == ["T1", "rsfMRI"]
+    assert list(report.initialised) == ["T1", "rsfMRI"]
     assert set(report.replaced) == {
         EMBEDDINGS + name for name in ("patch_embedding.weight", "patch_embedding.bias", "position_embedding.weight")
     }

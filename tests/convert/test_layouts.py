@@ -189,7 +189,7 @@ def test_what_wrappers_put_into_names(hubs, tmp_path, wrapper, names, files, tie
     wrapped = {WRAPPERS[wrapper](names(n)): t for n, t in read(source).items()}
     directory = write(tmp_path / "in", source, wrapped, files)
     (line,) = assert_round_trip(directory, source, tmp_path / "out")
-    assert line.startswith("names of tensors: what wrappers put into them is left out: ")
+    assert line.startswith("tensor names: parts that wrappers added are removed: ")
     long, short = line.rpartition(": ")[2].split(" → ")
     assert long in wrapped
     assert short in {names(n) for n in read(source)}
@@ -439,7 +439,7 @@ def test_trainer_checkpoint(tmp_path, files, words, dtype, tied):
 def test_trainer_checkpoint_names_no_modalities(tmp_path):
     write_trainer(tmp_path, "safetensors shards")
     message = refused(tmp_path, {"T1": MODALITIES["T1"]})
-    assert "modality rsfMRI: no configured modality means it" in message
+    assert "modality rsfMRI: not a configured modality" in message
 
 
 @pytest.mark.parametrize("name", [*TRAINER, "global_step500", "model.safetensors.index.json"])
@@ -525,7 +525,7 @@ def test_tied_head_that_differs(hubs, tmp_path, names, change, files):
     directory = write(tmp_path / "in", source, {names(n): t for n, t in tensors.items()}, files)
     message = refused(directory)
     assert f"{directory}/" in message
-    assert "lm_head.weight: differs from the tied embeddings; say tie_word_embeddings false in config.json" in message
+    assert "lm_head.weight: differs from the tied embeddings; set tie_word_embeddings to false" in message
     assert not any(directory.glob("out*"))
 
 
@@ -537,7 +537,7 @@ def test_untied_head_that_is_missing(hubs, tmp_path, names, files):
     directory = write(tmp_path / "in", source, tensors, files)
     assert refused(directory) == (
         f"{directory}: {LM_HEAD}: missing, expected shape [331, 48]; "
-        "say tie_word_embeddings true in config.json if the head is the embeddings"
+        "set tie_word_embeddings to true in config.json if the head is the embeddings"
     )
     raw = json.loads((directory / "config.json").read_text())  # which helps
     raw["tie_word_embeddings"] = raw["text_config"]["tie_word_embeddings"] = True

@@ -119,7 +119,7 @@ def test_inflate_leaves_a_patch_embedding_that_is_there(tmp_path: Path) -> None:
     params, report = load_params(tmp_path / "own", config, init="inflate")
     before, _ = load_params(tmp_path / "own", config)
     check(params, before, inflated(stock, {"rsfMRI": MODALITIES["rsfMRI"]}))
-    assert report.started == {"rsfMRI": "inflated from SigLIP's own"}
+    assert report.initialised == {"rsfMRI": "inflated from SigLIP's own"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -158,7 +158,7 @@ def test_resample_of_one_modality_leaves_the_other_bit_for_bit(tmp_path: Path) -
     before, _ = load_params(tmp_path, read_config(tmp_path))
     expected = resampled(load_file(tmp_path / "model.safetensors"), dict(MODALITIES), {"T1": OTHER["T1"]})
     check(params, before, expected)
-    assert [*report.started] == ["T1"]
+    assert [*report.initialised] == ["T1"]
 
 
 def test_resample_to_the_same_sizes_is_loading(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_resample_and_a_modality_that_is_new(tmp_path: Path) -> None:
     random, _ = load_params(tmp_path, alone, seed=4)
     tensors = load_file(tmp_path / "model.safetensors")
     check(params, random, resampled(tensors, dict(MODALITIES), {"T1": OTHER["T1"]}))
-    assert report.started["rsfMRI"] == "not in the checkpoint, newly initialised"
+    assert report.initialised["rsfMRI"] == "not in the checkpoint, newly initialised"
 
 
 def test_other_sizes_are_refused_but_for_resample(tmp_path: Path) -> None:
@@ -202,13 +202,13 @@ def test_resample_needs_the_sizes_before(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         checkpoint.check()
     file = tmp_path / "base" / "umbrella_config.json"
-    assert {fault.partition(": not there")[0] for fault in error.value.faults} == {
+    assert {fault.partition(": missing")[0] for fault in error.value.faults} == {
         f"{file}: modality T1",
         f"{file}: modality rsfMRI",
     }
     config = yaml(tmp_path / "run.yaml", OTHER, "resample")
     message = umbrella("convert", "from-hf", tmp_path / "base", tmp_path / "native", "--config", config, code=2)
-    assert f"{tmp_path / 'base' / 'umbrella_config.json'}: modality T1: not there" in message
+    assert f"{tmp_path / 'base' / 'umbrella_config.json'}: modality T1: missing" in message
     assert not (tmp_path / "native").exists()
 
 

@@ -224,7 +224,7 @@ def child(directory: str, port: str, process: str, out: str) -> None:
 
     plan = plan_loading(directory, read_config(directory))
     leaves = {path: [(e, watched(path, t)) for e, t in sources] for path, sources in plan.leaves.items()}
-    params = place(LoadPlan(leaves, plan.starts, plan.tied_copy, plan.summary).params(), where)
+    params = place(LoadPlan(leaves, plan.initial_weights, plan.tied_copy, plan.summary).params(), where)
     for path, leaf in params.items():
         own = leaf.addressable_shards[0].data
         assert own.size * (1 if axis_of(leaf.shape) is None else 2) == leaf.size, path

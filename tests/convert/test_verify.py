@@ -53,7 +53,7 @@ def test_a_conversion_is_the_same_model(base, tmp_path):
         assert len(found.tensors) == len(load_file(base / "model.safetensors"))
         for forward in found.forward.values():
             assert 0 < forward.logits < 1e-5  # 0 would be one framework compared with itself
-            assert forward.greedy == forward.of == 8
+            assert forward.greedy == forward.greedy_total == 8
         assert len(found.forward) == 2
 
 

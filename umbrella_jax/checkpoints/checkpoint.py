@@ -169,7 +169,7 @@ class Checkpoint(ABC):
 
     @property
     def has_weights(self) -> bool:
-        """Whether there are weights beside the configuration."""
+        """Whether the directory contains weights, and not only the configuration."""
         return True
 
     @property
@@ -184,7 +184,7 @@ class Checkpoint(ABC):
 
     @property
     def identity(self) -> str:
-        """SHA-256 of all weights, which a run trained on top of them records."""
+        """SHA-256 of all weights; a run records the identity of its base."""
         return self.fingerprint
 
     @property
@@ -337,7 +337,8 @@ class HfCheckpoint(Checkpoint):
         The latter are initialised at random or inflated from SigLIP's own.
         """
         summary = self._plan("float32").summary
-        return self._recorded_untrained(self.patch_embed) | {name: summary.started[name] for name in summary.untrained}
+        missing = {name: summary.initialised[name] for name in summary.untrained}
+        return self._recorded_untrained(self.patch_embed) | missing
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -370,8 +371,8 @@ class HfCheckpoint(Checkpoint):
         return self._plan(dtype).params(dtype, self.seed)
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        started = self._plan("auto").summary.started
-        return {path: tensor for path, tensor in self.tensors().items() if modality_of(path) not in started}
+        initialised = self._plan("auto").summary.initialised
+        return {path: tensor for path, tensor in self.tensors().items() if modality_of(path) not in initialised}
 
     def _plan(self, dtype: str) -> LoadPlan:
         return plan_loading(self.path, self.config, dtype=dtype, init=self.init, patch_embed=self.patch_embed)
@@ -489,7 +490,7 @@ class RunCheckpoint(Checkpoint):
 
     @cached_property
     def identity(self) -> str:
-        """SHA-256 of the weights of the base and of those that the run trained."""
+        """SHA-256 of the weights, made from the base's identity and the trained parameters."""
         trained = {path: Tensor.of(leaf) for path, leaf in self.trained().items()}
         parts = (self.base.identity, weights_digest(trained), self.lora.scale if self.lora else "")
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()

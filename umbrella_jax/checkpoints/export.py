@@ -27,10 +27,12 @@ def write_description(
     checksums: Mapping[str, str] | None = None,
     first_steps: Mapping[str, int] | None = None,
 ) -> None:
-    """Write all but the weights to `directory`: config.json, tokenizer, modalities; grown where the vocabulary was.
+    """Write everything but the weights to `directory`: config.json, umbrella_config.json, and the tokenizer.
 
-    `untrained` says which of the weights beside it are untrained (`Checkpoint.untrained`), `checksums` what they are by
-    file, `first_steps` from which step on a run shows each modality (`EpochPlan.first_steps`).
+    Args:
+        untrained: {modality: reason} for untrained patch embeddings (`Checkpoint.untrained`).
+        checksums: {file: checksum} of the weights.
+        first_steps: {modality: first step of the run that shows it} (`EpochPlan.first_steps`).
     """
     write_config(
         checkpoint.description,
@@ -47,9 +49,9 @@ def write_description(
 
 
 def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto", finite: bool = False) -> None:
-    """Write a native checkpoint atomically: orbax parameters, config.json, tokenizer, modalities.
+    """Write a native checkpoint atomically: orbax parameters, config.json, umbrella_config.json and tokenizer.
 
-    Raises ConfigError as `check_new_folder` and, if `finite`, CheckpointError for weights that are not finite.
+    Raises ConfigError as `check_new_folder` and, with `finite`, CheckpointError for weights that are not finite.
     """
     directory, checkpoint = Path(directory), checkpoint.merged()
     check_new_folder(directory)
@@ -64,9 +66,9 @@ def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto"
 
 
 def untrained_to_leave_out(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return {modality: why} of what an export leaves out: untrained ones, unless no modality is trained."""
-    found = checkpoint.untrained
-    return {} if checkpoint.config.modalities.keys() == found.keys() else found
+    """Return {modality: reason} for the modalities that an export leaves out: untrained ones, unless all are."""
+    untrained = checkpoint.untrained
+    return {} if checkpoint.config.modalities.keys() == untrained.keys() else untrained
 
 
 def write_hf(
@@ -77,10 +79,14 @@ def write_hf(
     max_shard_size: int | str = "5GB",
     include_untrained: bool = False,
 ) -> None:
-    """Write a Hugging Face directory, tensor by tensor, with tokenizer and model card; arguments as of `export`.
+    """Write a Hugging Face directory, tensor by tensor, with tokenizer and model card.
 
-    Adapters are merged into the weights, which keep their types. Untrained modalities are left out
-    (`untrained_to_leave_out`) unless `include_untrained`.
+    Adapters are merged into the weights, which keep their types.
+
+    Args:
+        names, max_shard_size: as in `export`.
+        include_untrained: whether to write untrained modalities, which are otherwise left out
+            (`untrained_to_leave_out`).
     """
     check_new_folder(out)
     checkpoint = checkpoint.merged()
@@ -110,14 +116,13 @@ def write_hf(
 def write_trained(
     checkpoint: Checkpoint, out: Path, *, names: Sequence[str] | None = None, include_untrained: bool = False
 ) -> Path:
-    """Write what a run trained, and on which base, as one file into the new folder `out`; returns its path.
+    """Write the trained parameters of a run, and the fingerprint of its base, as one file into the new folder `out`.
 
+    For a run on top of another run, the file has the trained parameters of all of them. B of an adapter includes its
+    scale, so that a reader adds B·A. Adapters of several runs for one weight become one, whose rank is their sum.
     Untrained patch embeddings are left out as in `write_hf`.
 
-    Of a run on top of another run, what all of them trained. Adapters are written so that they are to be added as
-    B·A, their scale being in B; those of several runs beside one weight as one, of the sum of their ranks.
-
-    Raises CheckpointError where `checkpoint` is no run.
+    Returns the path of the file. Raises CheckpointError if `checkpoint` is not a run.
     """
     if not checkpoint.runs:
         raise CheckpointError(f"{checkpoint.path}: not a run, so it does not say what was trained; name a run")
@@ -127,7 +132,7 @@ def write_trained(
     check_new_folder(out)
     trained = [(run.trained(), run.lora.scale if run.lora else 1.0) for run in checkpoint.runs]
     paths = {path for leaves, _ in trained for path in leaves}
-    # the whole patch embedding, whatever of it was trained: a stock base has none to put a part onto
+    # patch embeddings are written whole, even if partly trained: a stock base lacks the other part
     tensors = {
         path: tensor
         for path, tensor in checkpoint.tensors().items()

@@ -32,22 +32,22 @@ def load(
     allow_untrained: bool = False,
     step: Step | None = None,
 ) -> Llava:
-    """The model of a Hugging Face directory, an export, a native checkpoint or a run, on the first device.
+    """Load a Hugging Face directory, an export, a native checkpoint or a run as a model on the first device.
 
     Args:
-        modalities: of the patch embedding, for a stock LLaVA, which has none yet (`allow_untrained`).
+        modalities: configuration of the patch embedding, for a stock LLaVA, which lacks one (`allow_untrained`).
         patch_embed: a file of `convert to-hf --trainable-only`; `path` is then the base that it was trained on.
-        dtype: of every parameter; `auto` keeps what the files hold.
-        compute_dtype: of activations, `float32` or `bfloat16`.
+        dtype: type of every parameter; `auto` keeps the types of the files.
+        compute_dtype: type of activations, `float32` or `bfloat16`.
         attention: as `model.attention` of the configuration.
         quantized: as `model.quantize` of the configuration.
         allow_untrained: let the model answer from untrained patch embeddings (`Checkpoint.untrained`).
-        step: of a run, a number, `best` or `latest`; by default the best if it keeps one, else the newest.
+        step: step of a run: a number, `best` or `latest`; by default the best if it keeps one, else the newest.
 
     Raises:
-        CheckpointError, ConfigError: naming every tensor or field that is not as it should be; and, without
-            `allow_untrained`, if no modality is trained. A model with one that is trained and one that is not loads,
-            and refuses to answer about the latter.
+        CheckpointError, ConfigError: naming every faulty tensor or field; and, without `allow_untrained`, if no
+            modality is trained. A model with trained and untrained modalities loads, and refuses to answer about the
+            untrained ones.
     """
     checkpoint = Checkpoint.open(path, modalities, compute_dtype=compute_dtype, patch_embed=patch_embed, step=step)
     if not allow_untrained:
@@ -62,7 +62,7 @@ def load_opened(
     attention: Literal["auto", AttentionBackend] = "auto",
     quantized: Literal["int8", "fp8"] | None = None,
 ) -> Llava:
-    """Return the model of an opened checkpoint on the first device; arguments as of `load`."""
+    """Load an opened checkpoint as a model on the first device; arguments as in `load`."""
     checkpoint.warn_doubtful()
     config = checkpoint.config.with_attention(attention, native_backend(jax.devices()[0]))
     params = checkpoint.params(dtype)
@@ -70,7 +70,7 @@ def load_opened(
 
 
 def same_template(field: str, template: Template, checkpoint: Checkpoint) -> Template:
-    """`template`, if `checkpoint` was not trained with another."""
+    """Return `template`. Raises ConfigError if `checkpoint` was trained with another one."""
     if checkpoint.template not in (None, template):
         raise ConfigError(
             f"{field}: {template}, but {checkpoint.path} was trained with {checkpoint.template}; expected the same"
@@ -79,9 +79,9 @@ def same_template(field: str, template: Template, checkpoint: Checkpoint) -> Tem
 
 
 def local_tokenizer(config: RunConfig) -> Any | None:
-    """The tokenizer of a run's base, None where none is named or the hub's was not downloaded yet.
+    """Return the tokenizer of a run's base; None without a base, or if the hub's was not downloaded yet.
 
-    Raises what `open_base` does.
+    Raises the errors of `open_base`.
     """
     base = config.model.base
     if base is None:
@@ -98,11 +98,15 @@ def local_tokenizer(config: RunConfig) -> Any | None:
 
 
 def open_base(config: RunConfig | ModelConfig, *, weights: bool = True) -> Checkpoint:
-    """The base of a run, with the run's template; without its `weights` where shapes are enough.
+    """Open the base of a run, with the run's template.
 
-    A base that is a run itself is taken at its best or newest checkpoint of now, with adapters merged.
+    If the base is a run itself, its current best or newest checkpoint is opened, with adapters merged.
 
-    Raises ConfigError where the config names none, or another template than the base was trained with.
+    Args:
+        weights: whether to download the weights of a base on the hub; shapes need only the small files.
+
+    Raises:
+        ConfigError: if the config names no base, or another template than the base was trained with.
     """
     model, seed = (config.model, config.seed) if isinstance(config, RunConfig) else (config, 0)
     if model.base is None:

@@ -31,15 +31,14 @@ def verify(
     *,
     forward: bool = True,
 ) -> ModelComparison:
-    """Compares two of Hugging Face directory, native checkpoint and run: tensors, configuration, and A's logits in
-    PyTorch with B's in JAX.
+    """Compare two checkpoints of any kind: tensors, configuration, tokenizer, A's logits in PyTorch and B's in JAX.
 
     Args:
-        modalities: of a stock LLaVA; by default those of the other.
+        modalities: modalities of a stock LLaVA; by default those of the other model.
         forward: whether to compute logits, which needs PyTorch and memory for all weights in float32.
 
     Raises:
-        CheckpointError, ConfigError: for what cannot be read as a model.
+        CheckpointError, ConfigError: if one cannot be read as a model.
     """
     paths = [fetch(str(path)) for path in (a, b)]
     stock = [not (p / UMBRELLA_CONFIG).exists() and not (p / MODEL).exists() and modalities is None for p in paths]
