@@ -254,6 +254,48 @@ def transcript(text: str) -> list[tuple[str, str]]:
     return pairs
 
 
+def record(work: Path, *, short: bool, write: bool, outputs: Path | None) -> list[str]:
+    """Run both walks in `work`, and return the faults.
+
+    Args:
+        work: empty folder; becomes the working directory.
+        short: fewer subjects and steps, without the long commands.
+        write: write the page, if there are no faults.
+        outputs: JSON file for all commands and their outputs.
+    """
+    os.chdir(work)
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "COLUMNS": str(WIDTH),
+        "PYTHONPATH": str(ROOT),
+    }
+    if short:  # most programs run once: XLA's optimisation takes longer than it saves
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+    sys.path.insert(0, str(ROOT))
+    make_world(work, short)
+    start, walks = time.perf_counter(), []
+    for title, parts in PARTS.items():
+        sections = []
+        for part in parts:
+            results = []
+            for result in walk(work, (c for c in part.commands if not (short and c.is_long))):
+                print(f"{result.seconds:6.1f} s  $ {result.command.typed}", flush=True)
+                results.append(result)
+            sections.append((part, results))
+        walks.append((title, sections))
+    processor_seconds = sum(os.times()[:4])
+    print(f"{time.perf_counter() - start:.0f} s, {processor_seconds:.0f} s of processor time")
+    all_results = [result for _, sections in walks for _, results in sections for result in results]
+    if outputs:
+        pairs = [(result.command.typed, result.output) for result in all_results]
+        outputs.write_text(json.dumps(pairs, indent=1, ensure_ascii=False))
+    faults = [result.fault for result in all_results if result.fault]
+    if write and not faults:
+        PAGE.write_text(page(walks, processor_seconds), encoding="utf-8")
+    return faults
+
+
 def main() -> int:
     """Run both walks. Return 1 if a command's exit code or output is not as expected, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -265,38 +307,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         work = (arguments.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
-        os.chdir(work)
-        os.environ |= {
-            "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "COLUMNS": str(WIDTH),
-            "PYTHONPATH": str(ROOT),
-        }
-        if arguments.short:  # most programs run once: XLA's optimisation takes longer than it saves
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
-        sys.path.insert(0, str(ROOT))
-        make_world(work, arguments.short)
-        start, walks = time.perf_counter(), []
-        for title, parts in PARTS.items():
-            sections = []
-            for part in parts:
-                results = []
-                for result in walk(work, (c for c in part.commands if not (arguments.short and c.is_long))):
-                    print(f"{result.seconds:6.1f} s  $ {result.command.typed}", flush=True)
-                    results.append(result)
-                sections.append((part, results))
-            walks.append((title, sections))
-        print(f"{time.perf_counter() - start:.0f} s, {sum(os.times()[:4]):.0f} s of processor time")
-        all_results = [result for _, sections in walks for _, results in sections for result in results]
-        if arguments.json:
-            outputs = [(result.command.typed, result.output) for result in all_results]
-            arguments.json.write_text(json.dumps(outputs, indent=1, ensure_ascii=False))
-        if faults := [result.fault for result in all_results if result.fault]:
-            print("\n\n".join(faults), file=sys.stderr)
-            return 1
-        if arguments.write:
-            PAGE.write_text(page(walks, sum(os.times()[:4])), encoding="utf-8")
-    return 0
+        outputs = arguments.json.resolve() if arguments.json else None
+        faults = record(work, short=arguments.short, write=arguments.write, outputs=outputs)
+    if faults:
+        print("\n\n".join(faults), file=sys.stderr)
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

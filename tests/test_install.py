@@ -1,4 +1,4 @@
-"""Wheel and sdist hold what they should, and the wheel works where there is no checkout."""
+"""Wheel and sdist have the right files, and the wheel works without a checkout."""
 
 import json
 import os
@@ -24,7 +24,7 @@ NAME = f"umbrella_jax-{VERSION}"
 
 
 def project_files() -> set[str]:
-    """Files of the checkout, or of the sdist that this is in."""
+    """Return the files of the checkout, or of the unpacked sdist that contains this test."""
     if (ROOT / "PKG-INFO").exists():
         listed = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if path.is_file()]
         caches = ("__pycache__", ".venv", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis")
@@ -35,7 +35,7 @@ def project_files() -> set[str]:
 
 
 def build(source: Path, target: str, out: Path) -> Path:
-    """With hatchling alone, as pip does without build isolation: nothing is fetched."""
+    """Build with the installed hatchling, as pip does without build isolation; nothing is downloaded."""
     command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(out)]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -55,7 +55,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return Built(build(ROOT, "wheel", root / "wheel"), build(ROOT, "sdist", root / "sdist"))
 
 
-def test_the_wheel_holds_the_packages_and_the_configs(built: Built) -> None:
+def test_wheel_has_the_packages_and_the_configs(built: Built) -> None:
     expected = {name for name in project_files() if name.startswith(("umbrella_jax/", "convert/"))}
     expected |= {f"umbrella_jax/{name}" for name in project_files() if name.startswith("configs/")}
     assert {"convert/py.typed", "umbrella_jax/py.typed", "umbrella_jax/report/page.html"} < expected
@@ -64,7 +64,7 @@ def test_the_wheel_holds_the_packages_and_the_configs(built: Built) -> None:
     assert set(zipfile.ZipFile(built.wheel).namelist()) == expected
 
 
-def test_the_sdist_holds_the_project_and_makes_the_same_wheel(built: Built, tmp_path: Path) -> None:
+def test_sdist_has_the_project_and_builds_the_same_wheel(built: Built, tmp_path: Path) -> None:
     with tarfile.open(built.sdist) as sdist:
         names = {member.name for member in sdist.getmembers()}
         sdist.extractall(tmp_path, filter="data")
@@ -73,8 +73,8 @@ def test_the_sdist_holds_the_project_and_makes_the_same_wheel(built: Built, tmp_
     assert again.read_bytes() == built.wheel.read_bytes()
 
 
-def test_the_wheel_alone_works(built: Built, tmp_path: Path) -> None:
-    """Beside this environment's dependencies, from an empty directory: its files are used, not the checkout's."""
+def test_wheel_works_without_a_checkout(built: Built, tmp_path: Path) -> None:
+    """The wheel's files are used, not the checkout's, with this environment's dependencies, in an empty directory."""
     site, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
@@ -97,14 +97,14 @@ def test_the_wheel_alone_works(built: Built, tmp_path: Path) -> None:
     assert all(Path(file).is_relative_to(site) for file in files)
     assert output == "runs/t1_0.5b"
     assert "doctor" in run(str(site / "bin/umbrella-jax"), "--help")
-    found = json.loads(run(str(site / "bin/umbrella-jax"), "doctor", "--json"))
-    assert found["ok"]
-    assert found["versions"]["umbrella-jax"] == VERSION
+    diagnosis = json.loads(run(str(site / "bin/umbrella-jax"), "doctor", "--json"))
+    assert diagnosis["ok"]
+    assert diagnosis["versions"]["umbrella-jax"] == VERSION
     assert list(empty.iterdir()) == []
 
 
-def test_the_lock_covers_all_that_is_required() -> None:
-    """Where pyproject.toml has moved on: bash scripts/lock.sh."""
+def test_lock_covers_all_requirements() -> None:
+    """If this fails, pyproject.toml has changed: run bash scripts/lock.sh."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = (ROOT / "requirements/lock.txt").read_text().splitlines()
     pins = [Requirement(line.removesuffix("\\")) for line in lines if line and line[0] not in " #"]
@@ -118,18 +118,18 @@ def test_the_lock_covers_all_that_is_required() -> None:
     assert all("--hash=sha256:" in after for line, after in pairwise(lines) if line and line[0] not in " #")
 
 
-def test_a_shipped_config_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_config_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_config("t1_7b") == load_config(ROOT / "configs/t1_7b.yaml")
     assert set(shipped_configs()) == {path.stem for path in (ROOT / "configs").iterdir()}
-    (tmp_path / "tiny").mkdir()  # a directory is no config
+    (tmp_path / "tiny").mkdir()  # a directory is not a config
     assert load_config("tiny") == load_config(ROOT / "configs/tiny.yaml")
     (tmp_path / "t1_7b").write_text("model: {modalities: {T1: {size: [4, 4, 4], patch: [2, 2, 2]}}}")
-    assert load_config("t1_7b").model.modalities["T1"].size == (4, 4, 4), "a file of that name goes first"
+    assert load_config("t1_7b").model.modalities["T1"].size == (4, 4, 4), "a file of that name has priority"
 
 
 @pytest.mark.parametrize("name", ["t1", "configs/t1_7b.yaml", "./tiny", "t1_7b.yaml"])
-def test_a_config_that_is_nowhere(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_config(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         ConfigError, match=r"expected a YAML file, or a shipped config: joint_0\.5b, .*, t1_0\.5b, t1_7b"

@@ -1,4 +1,4 @@
-"""The scripts that start a run on many machines, with stand-ins for the cluster's programs that record their calls."""
+"""The scripts that start a run on many machines, with fake cluster programs that record their calls."""
 
 import os
 import re
@@ -46,7 +46,7 @@ bash "$@"
 
 
 class Cluster:
-    """A working directory, with stand-ins for `srun`, `gcloud` and others first on the PATH."""
+    """A working directory, with fake `srun`, `gcloud` and others first on the PATH."""
 
     def __init__(self, root: Path):
         self.root, self.behaviour, self.record = root / "work", root / "behaviour", root / "record"

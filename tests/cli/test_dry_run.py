@@ -56,7 +56,7 @@ def flags(world: World) -> list[object]:
 
 @pytest.fixture(scope="module")
 def recorded() -> Iterator[tuple[set[Any], set[Any]]]:
-    """Collect (name, text) of the programs that are lowered, and of those that are called."""
+    """Collect (name, text) of lowered programs, and of called programs."""
     lowered, called = set[Any](), set[Any]()
     with pytest.MonkeyPatch.context() as patch:
         for program, attributes in PROGRAMS.items():
@@ -127,7 +127,7 @@ def test_its_programs_are_the_runs(trained: Path, recorded: tuple[set[Any], set[
 
 
 def test_memory_covers_arguments_and_results(rehearsed: str) -> None:
-    """A step takes at least its 180 thousand float32 weights; a program that needs only some of them takes less."""
+    """A step takes at least its 180 thousand float32 weights; a program that needs fewer takes less."""
     sizes = {program: size for size, program in re.findall(r" s, (\d+\.\d) MB, (\w+) of ", rehearsed)}
     assert sizes.keys() == PROGRAMS.keys()
     assert 0.7 < float(sizes["step"]) < 20

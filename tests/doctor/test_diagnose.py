@@ -192,7 +192,7 @@ def test_extra_of_an_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_broken_machine(tmp_path: Path) -> None:
-    """Every problem is reported at once, and a SLURM task with several processes waits for none of them."""
+    """Every problem is reported at once, and one SLURM task does not wait for the others."""
     (tmp_path / "file").touch()
     environment = os.environ | {
         "JAX_PLATFORMS": "cuda",
