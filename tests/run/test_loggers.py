@@ -1,4 +1,4 @@
-"""What TensorBoard and Weights & Biases get of a run's lines, and that they are closed however it ends."""
+"""Metrics reach TensorBoard and Weights & Biases, which are closed however the run ends."""
 
 import signal
 import struct
@@ -36,7 +36,7 @@ def write(settings: RunConfig, out: Path, lines: list[Line], step: int = 0, end:
 
 
 def events(out: Path) -> list[Event]:
-    """Of all files, in the order in which they were written. A record: length, its checksum, event, its checksum."""
+    """Read the events of all files in the order of writing. A record is length, its checksum, event, its checksum."""
     found = []
     for file in sorted((out / "tensorboard").iterdir()):
         data = file.read_bytes()
@@ -53,7 +53,7 @@ def scalars(out: Path) -> list[tuple[int, str, float]]:
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A stand-in for the package, and what it was told."""
+    """Replace the package by one that records its calls."""
     told: list[Any] = []
 
     class Run:
@@ -102,7 +102,7 @@ def test_a_run_that_goes_on_replaces_what_was_behind_its_checkpoint(tmp_path: Pa
     write(config(tensorboard=True), tmp_path, LINES)
     write(config(tensorboard=True), tmp_path, LINES[1:], step=1)
     starts = [e.step for e in events(tmp_path) if e.session_log.status == SessionLog.START]
-    assert starts == [1, 2]  # of the earlier file, TensorBoard passes over these steps and those behind them
+    assert starts == [1, 2]  # TensorBoard ignores these and later steps of the earlier file
 
 
 def test_wandb(tmp_path: Path, wandb: list[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Two real processes on this machine are one run: its numbers, its files, its voice."""
+"""Two real processes on this machine act as one run, with one set of numbers, files and messages."""
 
 import hashlib
 import json
@@ -41,13 +41,15 @@ FLAGS += ["--set", "train.warmup_steps=0", "--set", "train.save_steps=1"]
 
 
 def child() -> None:
-    """`umbrella-jax WORDS` for each line [record, *words] on stdin; its exit code is a line on stdout. Into
-    `record.out` and `record.err` what it said, into `record.json` the files that Python opened: to read, phase by
-    phase, and to write."""
+    """Run `umbrella-jax WORDS` for each line [record, *words] on stdin, and print its exit code.
+
+    Its output goes to `record.out` and `record.err`. `record.json` lists the files opened for reading, phase by
+    phase, and for writing.
+    """
     from umbrella_jax import cli
     from umbrella_jax.run import evaluation, train
 
-    if "HEARTBEAT" in os.environ:  # jax looks every so many seconds whether the others live, 100 by default
+    if "HEARTBEAT" in os.environ:  # seconds between JAX's checks that the others are alive; its default is 100
         beat = int(os.environ["HEARTBEAT"])
         jax.distributed.initialize = partial(jax.distributed.initialize, heartbeat_timeout_seconds=beat)
     record, phase = "", "check"
@@ -70,7 +72,7 @@ def child() -> None:
         return enter
 
     batches = train_batches = train.train_batches
-    if "SIGNAL_AT" in os.environ:  # a signal to this process as it reads that batch
+    if "SIGNAL_AT" in os.environ:  # send a signal to this process when it reads that batch
         name, place = os.environ["SIGNAL_AT"].split()
 
         def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -78,7 +80,7 @@ def child() -> None:
                 if i == int(place):
                     Path(f"{record}.json").write_text(str(time.time()))
                     os.kill(os.getpid(), getattr(signal, name))
-                    time.sleep(1)  # so that the step which follows comes behind it
+                    time.sleep(1)  # so that the signal comes before the next step
                 yield batch
 
     train.train_batches = entering("train", batches)
@@ -106,7 +108,7 @@ def free_port() -> int:
 
 
 def finish(processes: list[subprocess.Popen[str]], timeout: int = 900) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of each."""
+    """Return exit code, stdout and stderr of each process."""
     try:
         found = [process.communicate(timeout=timeout) for process in processes]
     finally:
@@ -131,10 +133,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 class Pair:
-    """Two processes of a run, which take one command after another: they start and compile once."""
+    """Two processes that run one command after another, so that they start and compile once."""
 
     def __init__(self, environment: dict[str, str], signals: Sequence[str] = ("", "")):
-        """`signals`: what each sends itself, and at which batch."""
+        """`signals`: the signal that each process sends to itself, and the batch at which it does."""
         self.where = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id"]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         command = [sys.executable, "-m", "tests.run.test_processes"]
@@ -143,8 +145,9 @@ class Pair:
         self.processes = [subprocess.Popen(command, env=environment | more, cwd=ROOT, **pipes) for more in own]
 
     def __call__(self, record: Path, *words: object, second: Sequence[object] = ()) -> list[tuple[int, str, str]]:
-        """Exit code, stdout and stderr of either at `umbrella-jax WORDS`, of the second with more of them; their
-        records are `record.0` and `record.1`."""
+        """Run `umbrella-jax WORDS` in both, with more words in the second; return each exit code, stdout and stderr.
+
+        Their records are `record.0` and `record.1`."""
         for i, process in enumerate(self.processes):
             own = [words[0], *latest(*words[1:], *(second if i else ())), *self.where, i]
             process.stdin.write(json.dumps([f"{record}.{i}", *map(str, own)]) + "\n")
@@ -157,7 +160,7 @@ class Pair:
             limit.cancel()
         return [
             (
-                int(code or process.wait()),  # no line: it has ended
+                int(code or process.wait()),  # without a line, the process has ended
                 *(Path(f"{record}.{i}.{kind}").read_text() for kind in ("out", "err")),
             )
             for i, (process, code) in enumerate(zip(self.processes, codes, strict=True))
@@ -165,7 +168,7 @@ class Pair:
 
     @property
     def ended(self) -> bool:
-        """Of either, as where both refused a command."""
+        """Return whether either has ended, as both do when they refuse a command."""
         return any(process.poll() is not None for process in self.processes)
 
     def end(self) -> None:
@@ -179,7 +182,7 @@ Two = Callable[..., list[tuple[int, str, str]]]
 
 @pytest.fixture(scope="module")
 def pair(environment: dict[str, str]) -> Iterator[Two]:
-    """`pair(record, *words)`: `umbrella-jax WORDS` in the same two processes as before, unless these have ended."""
+    """`pair(record, *words)` runs `umbrella-jax WORDS` in the same two processes as before, unless they have ended."""
     running = Pair(environment)
 
     def command(record: Path, *words: object, **more: Any) -> list[tuple[int, str, str]]:
@@ -195,7 +198,7 @@ def pair(environment: dict[str, str]) -> Iterator[Two]:
 
 @pytest.fixture(scope="module")
 def two(world: World, environment: dict[str, str], pair: Two) -> Two:
-    """`two(out, *flags)`: a run of two processes. With `signals`, of a pair of its own, which ends with it."""
+    """`two(out, *flags)` trains in two processes; with `signals`, in a pair of its own, which ends with the run."""
 
     def train(out: Path, *flags: object, signals: Sequence[str] = ()) -> list[tuple[int, str, str]]:
         words = world.train_flags(out, *FLAGS, "--eval-data", world.eval, *flags)
@@ -229,7 +232,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def whole(world: World) -> Callable[[int], Path]:
-    """The same run in one process, on so many devices."""
+    """Return the same run, made by one process with that many devices."""
 
     def of(devices: int) -> Path:
         out = world.root / f"devices{devices}"
@@ -248,14 +251,14 @@ def assert_same(run: Path, expected: Path) -> None:
 
 
 def test_two_processes_are_one_with_two_devices(run: Path, whole: Callable[[int], Path]) -> None:
-    """Bit for bit: the same program, the same rows on each device."""
+    """Bit for bit, because program and rows of each device are the same."""
     expected = whole(2)
     assert len(numbers(expected)) == STEPS
     assert_same(run, expected)
 
 
 def test_two_processes_are_one_device(run: Path, whole: Callable[[int], Path], world: World) -> None:
-    """The sums are made in another order."""
+    """But for rounding, because sums are computed in another order."""
     expected = whole(1)
     assert_close(run, expected)
     start = {path: np.asarray(leaf) for path, leaf in Checkpoint.open(expected / "checkpoints" / "1").trained().items()}
@@ -275,10 +278,10 @@ def test_each_process_reads_its_own_part(records: list[dict[str, Any]], world: W
         }
         for record in records
     ]
-    # every process checks every file, and reads each once more, for what processes and a resumed run compare
+    # every process checks every file, and reads it once more for the digest that processes and resumed runs compare
     assert opened[0]["check"] == opened[1]["check"]
     assert opened[1]["check"].keys() == scans
-    # some are shown by the evaluation data too; less the check to its end and the hash
+    # some scans are in the evaluation data too; subtract the check and the digest
     once = min(opened[1]["check"].values()) - 2
     for own in (o["train"] for o in opened):
         assert own.total() == STEPS * 3 * once
@@ -303,7 +306,7 @@ def test_only_process_0_prints_and_writes(
 
 
 def test_two_processes_resume(two: Two, run: Path, world: World) -> None:
-    """From the step before the last, as if they had been cut off there."""
+    """They continue from the step before the last, as if they had been cut off there."""
     again = world.root / "again"
     shutil.copytree(run, again)
     shutil.rmtree(again / "checkpoints" / str(STEPS))
@@ -314,7 +317,7 @@ def test_two_processes_resume(two: Two, run: Path, world: World) -> None:
 
 
 def test_one_killed_the_other_ends_and_both_go_on(two: Two, run: Path, world: World) -> None:
-    """Within a minute, of heartbeats every 10 s: first without process 0, then without process 1."""
+    """It ends within a minute with heartbeats every 10 s, without process 0 and without process 1."""
     out = world.root / "killed"
     for killed, (more, signals) in enumerate([([], ["SIGKILL 2", ""]), (["--resume"], ["", "SIGKILL 1"])]):
         found = two(out, *more, signals=signals)
@@ -322,15 +325,15 @@ def test_one_killed_the_other_ends_and_both_go_on(two: Two, run: Path, world: Wo
         assert found[killed][0] == -signal.SIGKILL
         code, _, error = found[1 - killed]
         assert code != 0
-        # found in a collective, or by jax, which then ends the process itself
+        # found in a collective, or by JAX, which then ends the process itself
         assert "a process of the run is gone" in error or "another task died" in error
     assert len(numbers(out)) < STEPS
     assert [code for code, *_ in two(out, "--resume")] == [0, 0]
     assert_same(out, run)
 
 
-def test_a_signal_to_one_ends_both_behind_the_same_step(two: Two, run: Path, world: World) -> None:
-    """And one process goes on: with two devices bit for bit, with one but for the order of its sums."""
+def test_a_signal_to_one_ends_both_after_the_same_step(two: Two, run: Path, world: World) -> None:
+    """One process resumes it: with two devices bit for bit, with one device but for rounding."""
     out = world.root / "signalled"
     (first, _, error), (second, _, silent) = two(out, signals=["", "SIGTERM 1"])
     assert (first, second) == (143, 143), error + silent
@@ -347,8 +350,8 @@ def test_a_signal_to_one_ends_both_behind_the_same_step(two: Two, run: Path, wor
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=2", "tensor=2"])
-def test_weights_lie_over_processes(two: Two, run: Path, world: World, mesh: str) -> None:
-    """The last step on another mesh, of which no process has all weights; with `tensor`, both have all rows."""
+def test_weights_are_split_over_processes(two: Two, run: Path, world: World, mesh: str) -> None:
+    """Repeat the last step on a mesh where no process has all weights; with `tensor`, both have all rows."""
     again = world.root / mesh
     shutil.copytree(run, again)
     shutil.rmtree(again / "checkpoints" / str(STEPS))
@@ -361,14 +364,14 @@ def test_weights_lie_over_processes(two: Two, run: Path, world: World, mesh: str
 
 
 def test_two_processes_predict_as_one(pair: Two, run: Path, world: World) -> None:
-    """Every conversation once, in order, with the likelihoods of its answers; and what one refuses both refuse."""
+    """They answer every conversation once, in order, with likelihoods, and both refuse what one refuses."""
     out, alone = world.root / "two.jsonl", world.root / "one.jsonl"
     words = ["predict", run, "--data", world.train, "--out", out, "--image-root", world.root / "scans"]
     words += ["--task-filter", "T3", "--likelihoods", "--max-new-tokens", 3, "--batch-size", 2]
     (first, said, _), (second, other, _) = found = pair(out, *words)
     assert (first, second) == (0, 0), "\n".join(err for *_, err in found)
     assert f"{out}: 4 answers" in said
-    assert str(out) not in other, "one of them says it"
+    assert str(out) not in other, "only one process prints it"
     flags = ["--data", world.train, "--out", alone, "--image-root", world.root / "scans", "--task-filter", "T3"]
     umbrella("predict", run, *flags, "--likelihoods", "--max-new-tokens", 3)
     for ours, theirs in zip(read_lines(out), read_lines(alone), strict=True):
@@ -380,11 +383,11 @@ def test_two_processes_predict_as_one(pair: Two, run: Path, world: World) -> Non
 
 
 class Recorded(Exception):
-    """Ends a run as soon as it is known what its processes would compare."""
+    """Ends a run as soon as the facts that its processes would compare are known."""
 
 
 def compared(monkeypatch: pytest.MonkeyPatch, world: World, *flags: object) -> dict[str, list[tuple[str, Any]]]:
-    """What a process of this run hands to `check_same`: first its settings, then what it has read."""
+    """Return the facts that a process of this run hands to `check_same`: settings, then contents."""
     found: list[list[tuple[str, Any]]] = []
 
     def record(facts: Sequence[tuple[str, Any]], remedy: str) -> None:
@@ -399,7 +402,7 @@ def compared(monkeypatch: pytest.MonkeyPatch, world: World, *flags: object) -> d
 
 
 def differences(monkeypatch: pytest.MonkeyPatch, first: list[Any], second: list[Any]) -> tuple[str, ...]:
-    """What `check_same` refuses on the second of two processes, as if they were there."""
+    """Return the faults that `check_same` would raise on the second of two processes."""
     digest = hashlib.sha256(json.dumps([value for _, value in first]).encode()).hexdigest()
     monkeypatch.setattr(distributed, "is_single_process", lambda: False)
     monkeypatch.setattr(distributed, "gather", lambda value: [digest, value])
@@ -420,10 +423,10 @@ def facts(world: World) -> dict[str, list[tuple[str, Any]]]:
 
 
 @pytest.mark.parametrize("what", ["answers", "order", "volume", "weights", "run.yaml", "nothing"])
-def test_what_one_host_sees_otherwise_is_named(
+def test_differences_between_hosts_are_named(
     world: World, facts: dict[str, list[tuple[str, Any]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str
 ) -> None:
-    """Each of these was trained on; now the host and the file or setting are named. Paths may differ."""
+    """The host and the file or setting are named; before, the run trained on it. Paths may differ."""
     shutil.copytree(world.base, tmp_path / "base")
     shutil.copytree(world.root / "scans", tmp_path / "scans")
     flags: list[object] = ["--image-root", tmp_path / "scans"]
@@ -458,11 +461,11 @@ def test_what_one_host_sees_otherwise_is_named(
         assert faults == differences(monkeypatch, facts["settings"], found["settings"]) == ()
     else:
         assert expected in faults
-        assert len(faults) <= 6  # tokens' ids, and the order of volumes, follow from conversations
+        assert len(faults) <= 6  # token ids and the order of volumes depend on the conversations
 
 
 def test_two_processes_that_read_other_scans_are_refused(pair: Two, world: World, tmp_path: Path) -> None:
-    """Before a step, and by the host's name: both are this one."""
+    """Before the first step, with the host's name, which is this machine for both."""
     shutil.copytree(world.root / "scans", tmp_path / "scans")
     file = small_run.write_volume(tmp_path / "scans" / "2.nii.gz", small_run.VOLUME_SHAPES["T1"], seed=98)
     words = world.train_flags(tmp_path / "run", *FLAGS)
@@ -475,8 +478,8 @@ def test_two_processes_that_read_other_scans_are_refused(pair: Two, world: World
     assert "step 1" not in out
 
 
-def test_what_one_does_not_see_is_told_where_the_base_is_a_run(pair: Two, run: Path, world: World) -> None:
-    """Whose checkpoint orbax lets all of them read together: whoever came there would wait for the other."""
+def test_a_scan_that_one_process_lacks_is_reported_if_the_base_is_a_run(pair: Two, run: Path, world: World) -> None:
+    """Orbax makes all processes read the base's checkpoint together, so the other process must not wait there."""
     out, empty = world.root / "unseen", world.root / "empty"
     empty.mkdir()
     words = world.train_flags(out, *FLAGS, "--base", run)
@@ -518,7 +521,7 @@ print("not reached")
 ON_TPU = """
 import os, jax
 if "GCE_METADATA_IP" in os.environ:
-    del os.environ["TPU_SKIP_MDS_QUERY"]  # jax sets it where it sees no chips, GKE by itself
+    del os.environ["TPU_SKIP_MDS_QUERY"]  # JAX sets it if it sees no chips; GKE sets it itself
 from umbrella_jax.distributed import start
 start(timeout=60)
 jax.config.update("jax_platforms", "cpu")
@@ -540,7 +543,7 @@ def launched(
 
 
 def test_slurm_starts_its_tasks(environment: dict[str, str]) -> None:
-    """Through jax's own reading of what srun sets."""
+    """JAX reads the variables that srun sets."""
     job = {
         "SLURM_JOB_ID": 7,
         "SLURM_STEP_NODELIST": "127.0.0.1",
@@ -557,7 +560,7 @@ def test_slurm_starts_its_tasks(environment: dict[str, str]) -> None:
 
 @pytest.fixture
 def metadata() -> Iterator[str]:
-    """Google's server of metadata as each worker of a slice of two hosts meets it: HOST:PORT, its number before."""
+    """Serve Google's metadata for each worker of a slice of two hosts; yield HOST:PORT, to use with its number."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -582,7 +585,7 @@ def metadata() -> Iterator[str]:
 
 @pytest.mark.parametrize("kind", ["TPU VM", "GKE"])
 def test_tpus_start_their_hosts(environment: dict[str, str], kind: str, metadata: str) -> None:
-    """Through jax's own reading of metadata, and of what GKE sets."""
+    """JAX reads the metadata, and the variables that GKE sets."""
     chips = {"JAX_FORCE_TPU_INIT": 1, "TPU_LIBRARY_PATH": sys.executable, "JAX_COORDINATOR_PORT": free_port()}
     hosts: list[dict[str, object]] = [
         chips
@@ -592,7 +595,7 @@ def test_tpus_start_their_hosts(environment: dict[str, str], kind: str, metadata
             else {
                 "TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.1",
                 "TPU_WORKER_ID": i,
-                "MEGASCALE_COORDINATOR_ADDRESS": "",  # else jax asks the server of metadata
+                "MEGASCALE_COORDINATOR_ADDRESS": "",  # otherwise JAX asks the metadata server
                 "MEGASCALE_NUM_SLICES": "",
                 "MEGASCALE_SLICE_ID": "",
             }
@@ -609,12 +612,12 @@ def test_tpus_start_their_hosts(environment: dict[str, str], kind: str, metadata
     ("fails", "faults"),
     [("sys.argv[2] == '1'", ["process 1: one", "process 1: two"]), ("True", ["one", "two"])],
 )
-def test_what_one_process_refuses_all_refuse(environment: dict[str, str], fails: str, faults: list[str]) -> None:
+def test_an_error_on_one_process_ends_all(environment: dict[str, str], fails: str, faults: list[str]) -> None:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     words = [sys.executable, "-c", REFUSED.format(fails=fails), f"127.0.0.1:{free_port()}"]
     found = finish([subprocess.Popen([*words, str(i)], env=environment, cwd=ROOT, **pipes) for i in range(2)])
     (first, out, error), (second, other, silent) = found
-    assert (first, second) == (1, 2)  # an error that nobody caught, and the other that knows of it
+    assert (first, second) == (1, 2)  # an uncaught error, and the other process, which learns of it
     for said in (out, other):
         assert [line for line in said.splitlines() if not line.startswith("[Gloo]")] == ["both"]
     assert [line.strip(" -") for line in error.splitlines()[-2:]] == faults
@@ -634,8 +637,8 @@ with exit_on_error():
 """
 
 
-def test_whoever_fails_alone_ends_the_run(environment: dict[str, str]) -> None:
-    """Within seconds: jax by itself would have the one wait for the other for minutes."""
+def test_a_process_that_fails_ends_the_run(environment: dict[str, str]) -> None:
+    """It ends within seconds. JAX would make the other process wait for minutes."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     words = [sys.executable, "-c", LOST, f"127.0.0.1:{free_port()}"]
     found = finish([subprocess.Popen([*words, str(i)], env=environment, cwd=ROOT, **pipes) for i in range(2)], 90)
@@ -645,7 +648,7 @@ def test_whoever_fails_alone_ends_the_run(environment: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("process", [0, 1])
-def test_whoever_waits_in_vain_says_for_whom(environment: dict[str, str], process: int, tmp_path: Path) -> None:
+def test_a_missing_process_is_named(environment: dict[str, str], process: int, tmp_path: Path) -> None:
     words = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, "--process-id", process]
     command = small_run.umbrella_command("train", "--config", tmp_path, *words, "--start-timeout", 1)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
@@ -671,12 +674,14 @@ def test_whoever_waits_in_vain_says_for_whom(environment: dict[str, str], proces
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a notebook
     ],
 )
-def test_who_the_others_are(variables: dict[str, str], peers: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_descriptions_of_the_other_processes(
+    variables: dict[str, str], peers: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in [name for name in os.environ if name.startswith(("SLURM", "OMPI", "TPU", "MEGASCALE"))]:
         monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    # where jax finds TPUs, and JAX_PLATFORMS says nothing else, it sets this
+    # JAX sets this if it finds TPUs and JAX_PLATFORMS is not set
     before = jax.config.jax_platforms
     jax.config.update("jax_platforms", "tpu,cpu" if "tpu" in variables else None)
     try:
@@ -737,13 +742,13 @@ def test_flags_that_contradict_each_other(world: World, flags: list[object], fau
 
 def test_a_cluster_that_jax_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")  # but nothing of which of them this is
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")  # but not which task this is
     monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
     with pytest.raises(ConfigError, match=r"2 tasks of srun .*: jax cannot join them: .*; name them by --coordinator"):
         start()
 
 
-def test_alone_a_process_agrees_with_itself() -> None:
+def test_a_single_process_agrees_with_itself() -> None:
     assert gather({"a": [1]}) == [{"a": [1]}]
     assert broadcast({"a": [1]}) == {"a": [1]}
     with raise_together():
@@ -757,7 +762,7 @@ def test_alone_a_process_agrees_with_itself() -> None:
 
 
 def test_files_that_are_gone_are_named_on_every_process() -> None:
-    """Those of now come to all but the first as JSON, as those of before do."""
+    """Files of this run reach all processes but the first as JSON, like those of the earlier run."""
     before = {"conversations": [("c", "1")], "volumes": [("a", "1"), ("b", "2")]}
     now = before | {"volumes": [("a", "1")]}
     for found in (now, json.loads(json.dumps(now))):

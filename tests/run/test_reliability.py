@@ -1,6 +1,6 @@
-"""A run that is killed, told to stop, or loses its disk goes on as the run that nothing happened to.
+"""A run that is killed, stopped or out of disk space resumes to the same result as an undisturbed run.
 
-docs/reliability.md states what is promised, test by test.
+docs/reliability.md lists the promises, test by test.
 """
 
 import json
@@ -30,7 +30,7 @@ from umbrella_jax.run.resumption import MAY_CHANGE
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVE, EVAL = 36, 3, 24
-FLAGS = ["--epochs", STEPS // 2, "--set", f"train.save_steps={SAVE}"]  # a step of one scan, and of runs
+FLAGS = ["--epochs", STEPS // 2, "--set", f"train.save_steps={SAVE}"]  # steps with one scan, and with runs
 TO_EVALUATE = [
     "--set",
     f"train.eval_steps={EVAL}",
@@ -49,7 +49,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Without what needs further shapes: every process compiles for each."""
+    """A world with few batch shapes, because every process compiles each of them."""
     world = small_run.make_world(tmp_path_factory.mktemp("world"), train={"max_new_tokens": 8})
     small_run.keep(world.train, "one", "run", "text")
     small_run.keep(world.eval, "eval-run")
@@ -57,7 +57,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def train_words(world: World, out: Path, *flags: object) -> list[str]:
-    """`umbrella-jax train` into `out`."""
+    """Return the words of `umbrella-jax train` into `out`."""
     return world.train_flags(out, *FLAGS, "--eval-data", world.eval, *TO_EVALUATE, *flags)
 
 
@@ -66,13 +66,13 @@ Begin = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture(scope="module")
 def begin(world: World, environment: dict[str, str]) -> Begin:
-    """`begin(out, *flags)`: `umbrella-jax train` in a process of its own; `inside`: see `child`."""
+    """`begin(out, *flags)` starts `umbrella-jax train` in a process; `inside` is as in `child`."""
 
     def start(out: Path, *flags: object, inside: str = "nothing") -> "subprocess.Popen[str]":
         words = train_words(world, out, *flags)
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         command = [sys.executable, "-m", "tests.run.test_reliability", inside, *words]
-        # with the suite's devices: its programs are those that are compiled already
+        # with the suite's devices, so that its programs are compiled already
         simulated = {"XLA_FLAGS": os.environ["XLA_FLAGS"]}
         return subprocess.Popen(command, env=environment | simulated, cwd=ROOT, **pipes)
 
@@ -81,21 +81,24 @@ def begin(world: World, environment: dict[str, str]) -> Begin:
 
 @pytest.fixture(scope="module")
 def run(world: World) -> Path:
-    """The run that nothing happened to."""
+    """Return the undisturbed run."""
     umbrella(*train_words(world, world.root / "run"))
     return world.root / "run"
 
 
 def end(process: "subprocess.Popen[str]", code: int) -> str:
-    """What it said on stderr; asserts its exit code."""
+    """Wait for a process, check its exit code and return its stderr."""
     out, err = process.communicate(timeout=900)
     assert process.returncode == code, f"{process.returncode}\n{out}\n{err}"
     return err
 
 
 def child(inside: str, words: Sequence[str]) -> int:
-    """`umbrella-jax WORDS`; `save:N` kills it at the N-th time that a save touches a file, `disk:N` ends files at N
-    bytes from the first such time on, as a full disk does."""
+    """Run `umbrella-jax WORDS`, and disturb it.
+
+    `save:N` kills it the N-th time that a save touches a file. `disk:N` limits files to N bytes from the first time on,
+    like a full disk.
+    """
     what, _, number = inside.partition(":")
     left = int(number) if what == "save" else 1
 
@@ -122,22 +125,24 @@ def assert_same_run(out: Path, run: Path) -> None:
 
 
 def wait_for(ended: Callable[[], object], out: Path, step: int, before: int | None = None) -> None:
-    """Until a run that has not `ended` has written so many lines; `before` is the `inode` of what an earlier one left,
-    which it puts a new file in the place of."""
+    """Wait until a run has written `step` lines or has `ended`.
+
+    `before` is the `inode` of an earlier run's lines, which this run replaces with a new file.
+    """
     metrics = out / "metrics.jsonl"
     while not ended() and (inode(out) in (None, before) or metrics.read_bytes().count(b"\n") < step):
         time.sleep(0.001)
 
 
 def inode(out: Path) -> int | None:
-    """Of the lines of metrics, if there are any yet."""
+    """Return the inode of `metrics.jsonl`, None if there is no such file yet."""
     metrics = out / "metrics.jsonl"
     return metrics.stat().st_ino if metrics.exists() else None
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_again_and_again_it_is_the_same_run(world: World, begin: Begin, run: Path, kills: int) -> None:
-    """By SIGTERM, by `kill -9` between and within steps, and by `kill -9` in the midst of a save."""
+    """It is killed by SIGTERM, and by `kill -9` between steps, within steps and during saves."""
     rng, out = random.Random(kills), world.root / f"killed{kills}"
     ends = ["SIGTERM", "SIGKILL", "save"] * (kills // 3) + ["SIGKILL"] * (kills % 3)
     for number, kind in enumerate(ends):
@@ -164,7 +169,7 @@ def test_killed_again_and_again_it_is_the_same_run(world: World, begin: Begin, r
 def test_a_full_disk_ends_the_run_and_keeps_what_is_saved(
     world: World, begin: Begin, run: Path, tmp_path: Path
 ) -> None:
-    """A limit on the length of files: the largest array is longer, however a save parts arrays, and metrics are not."""
+    """Files are limited in length: the largest array is longer, however a save splits arrays; metrics are shorter."""
     out = shutil.copytree(run, tmp_path / "full")
     shutil.rmtree(out / "checkpoints" / "36")
     err = end(begin(out, "--resume", inside="disk:10000"), 1)
@@ -176,7 +181,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_saved(
 
 @pytest.mark.slow
 def test_a_disk_that_is_really_full(world: World, environment: dict[str, str], run: Path, tmp_path: Path) -> None:
-    """3 MB of it, on which every checkpoint stays, until there is room again. Mounting takes a user namespace."""
+    """Fill a disk of 3 MB with checkpoints, then make room. Mounting needs a user namespace."""
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
     flags = ["--set", "train.save_steps=1", "--set", "train.keep_latest=1000"]
@@ -204,7 +209,7 @@ def test_a_deleted_directory_ends_the_run(world: World, tmp_path: Path) -> None:
 
     def delete() -> None:
         wait_for(ended.is_set, out, 3)
-        out.rename(tmp_path / "gone")  # at once, while a file may be being written
+        out.rename(tmp_path / "gone")  # at once, while a file may be open
         shutil.rmtree(tmp_path / "gone")
 
     Thread(target=delete, daemon=True).start()
@@ -236,7 +241,7 @@ with locked(Path(sys.argv[1])):
 
 
 def test_a_second_run_in_the_directory_is_refused(world: World, run: Path, tmp_path: Path) -> None:
-    """Until the first has ended, if by `kill -9`."""
+    """It is refused until the first has ended, even by `kill -9`."""
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, run], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None
@@ -255,7 +260,7 @@ def test_a_second_run_in_the_directory_is_refused(world: World, run: Path, tmp_p
 SIGNALLED = """
 import os, signal, sys, time
 from umbrella_jax.run.signals import Signals
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and what they start
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell, and their children, ignore it
 with Signals(lambda line: print(line, flush=True)) as signals:
     print("in", flush=True)
     time.sleep(60)
@@ -264,7 +269,7 @@ with Signals(lambda line: print(line, flush=True)) as signals:
 
 @pytest.mark.parametrize(("second", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_second_signal_ends_at_once(second: str, code: int) -> None:
-    """A second SIGTERM within a second is the first once more: SLURM and its script both send it."""
+    """A second SIGTERM within a second is ignored, because SLURM and its script may both send it."""
     process = subprocess.Popen([sys.executable, "-c", SIGNALLED], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "in\n"
@@ -300,7 +305,7 @@ def test_exit_codes_of_signals(
 
 
 def test_a_damaged_checkpoint_is_passed_over(world: World, run: Path, tmp_path: Path) -> None:
-    """The newest has lost numbers, and a step is there that is none: the run goes on from the one before."""
+    """The newest checkpoint lacks numbers, and one directory is no checkpoint: the run resumes from the one before."""
     out = shutil.copytree(run, tmp_path / "damaged")
     for file in (out / "checkpoints" / "36" / "state").glob("ocdbt.process_*/d/*"):
         file.write_bytes(b"\0" * file.stat().st_size)
@@ -331,7 +336,7 @@ def test_a_damaged_checkpoint_is_passed_over(world: World, run: Path, tmp_path: 
 
 @pytest.mark.parametrize("what", ["volume", "conversations", "eval", "tokenizer", "config.json", "volume in a cache"])
 def test_resuming_on_changed_files_is_refused(run: Path, world: World, tmp_path: Path, what: str) -> None:
-    """By what they hold: a copy is the same, and a change shows though size and time of change stay."""
+    """Content counts: a copy is accepted, and a change is found even with the same size and modification time."""
     copy = tmp_path / "world"
     ignore = shutil.ignore_patterns("run")
     shutil.copytree(world.root, copy, ignore=ignore)
@@ -343,7 +348,7 @@ def test_resuming_on_changed_files_is_refused(run: Path, world: World, tmp_path:
     if what.startswith("volume"):
         assert f"resume: from step {STEPS}" in umbrella(*command)
     file, expected = {
-        "volume": (copy / "scans" / "run-3.nii", "{}: changed since the run began"),  # that evaluation alone shows
+        "volume": (copy / "scans" / "run-3.nii", "{}: changed since the run began"),  # only evaluation uses it
         "volume in a cache": (copy / "scans" / "2.nii.gz", "{}: changed since the run began"),
         "conversations": (world.train, "{}: changed since the run began"),
         "eval": (world.eval, "{}: changed since the run began"),
@@ -360,24 +365,24 @@ def test_resuming_on_changed_files_is_refused(run: Path, world: World, tmp_path:
             file.write_bytes(content.replace(b"left.", b"Left."))
         elif what == "tokenizer":
             settings = json.loads(content)
-            ids = settings["model"]["vocab"]  # answers must not grow: a longer one may not fit
+            ids = settings["model"]["vocab"]  # answers must not become longer, or they may not fit
             ids["."], ids["!"] = ids["!"], ids["."]
             file.write_text(json.dumps(settings))
         else:
             settings = json.loads(content)
             settings["text_config"]["rope_theta"] = 20000.0
             file.write_text(json.dumps(settings))
-        if what != "volume in a cache":  # which goes by them
+        if what != "volume in a cache":  # the cache compares size and time
             os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         message = umbrella(*command, code=2)
         assert f"cannot resume: {expected.format(file)}" in message
-        assert ("faults" in message) == (what == "tokenizer")  # of both data sets
+        assert ("faults" in message) == (what == "tokenizer")  # one fault for each data set
     finally:
         file.write_bytes(content)
 
 
 def test_what_the_document_promises() -> None:
-    """Its tests are there, and what may change is what `run/resumption.py` lets change."""
+    """Its tests exist, and its list of settings that may change is that of `run/resumption.py`."""
     text = (ROOT / "docs" / "reliability.md").read_text()
     tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
     named = re.findall(r"::(test_\w+)", text)

@@ -1,4 +1,4 @@
-"""A long run takes no more of the machine than a short one: memory, files, threads, compilations."""
+"""A long run needs no more memory, files, threads or compilations than a short one."""
 
 import json
 import os
@@ -20,7 +20,7 @@ FLAGS = ["--epochs", STEPS // 3, "--set", "train.save_steps=25", "--set", f"trai
 
 
 def child(record: str, words: Sequence[str]) -> int:
-    """`umbrella-jax WORDS`, with SIGTERM at CUT_OFF; into `record`, what the process has behind every tenth step."""
+    """Run `umbrella-jax WORDS`, send SIGTERM at CUT_OFF, and record the resources in use every ten steps."""
     from jax import monitoring
 
     from umbrella_jax import cli
@@ -35,7 +35,7 @@ def child(record: str, words: Sequence[str]) -> int:
     def sample(self: trainer.Metrics, line: trainer.Line) -> None:
         write(self, line)
         step = int(line["step"] or 0)
-        if step % 10 == 5:  # no save under way, which has files open
+        if step % 10 == 5:  # no save is in progress, which would have files open
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             files, threads = (len(os.listdir(f"/proc/self/{kind}")) for kind in ("fd", "task"))
             samples.append(
@@ -53,7 +53,7 @@ def child(record: str, words: Sequence[str]) -> int:
 
 @pytest.mark.slow
 def test_two_thousand_steps(tmp_path: Path) -> None:
-    """Saved every 25, evaluated every 100, and cut off and resumed once."""
+    """They are saved every 25 and evaluated every 100 steps, and interrupted and resumed once."""
     world = small_run.make_world(tmp_path)
     environment = small_run.process_environment() | {"PYTHONPATH": str(ROOT)}
     words = world.train_flags(tmp_path / "run", *FLAGS, "--eval-data", world.eval)
@@ -67,8 +67,8 @@ def test_two_thousand_steps(tmp_path: Path) -> None:
         first, last = settled[0], settled[-1]
         growth = max(s["bytes"] for s in settled) / first["bytes"] - 1
         halves = (settled[: len(settled) // 2], settled[len(settled) // 2 :])
-        # A save or a read under way has files and threads of its own, so files are told by the fewest. Pools start
-        # threads as they need them: a few more may come late, but not one for each of some 30 saves.
+        # A save or a read in progress has files and threads of its own, so the smallest number of files counts. Pools
+        # start threads when they need them: a few may start late, but not one for each of some 30 saves.
         found = {"files": [min(s["files"] for s in half) for half in halves]}
         found |= {kind: [max(s[kind] for s in half) for half in halves] for kind in ("threads", "compiled")}
         print(f"steps {samples[0]['step']}..{last['step']}: {first['bytes'] / 1e6:.0f} MB, {growth:+.2%}; {found}")

@@ -1,4 +1,4 @@
-"""Runs from end to end through the command line: what is written, what trains, which run goes on."""
+"""Runs from end to end through the command line: their files, trained parameters, and resuming."""
 
 import json
 import math
@@ -31,14 +31,14 @@ from umbrella_jax.training.step import TrainState, jit_eval_step
 from umbrella_jax.training.trainer import EvaluateRegularly, SaveCheckpoint, TrainingRun, WriteMetrics
 
 STEPS, SAVE, EVAL = 36, 3, 24
-FLAGS = ["--epochs", STEPS // 3, "--set", f"train.save_steps={SAVE}"]  # a step of one scan, of two, and of runs
+FLAGS = ["--epochs", STEPS // 3, "--set", f"train.save_steps={SAVE}"]  # steps with one scan, with two, and with runs
 PATCH_EMBED = "vision_tower.vision_model.embeddings."
 TRAINED = {
     f"{PATCH_EMBED}{modality}{end}"
     for modality in small_run.MODALITIES
     for end in ("_proj.weight", "_proj.bias", "_positional_embeddings")
 }
-SECRETS = {"WANDB_API_KEY": "5ec2e7-of-wandb", "HF_TOKEN": "hf_5ec2e7"}  # of the environment of what runs here
+SECRETS = {"WANDB_API_KEY": "5ec2e7-of-wandb", "HF_TOKEN": "hf_5ec2e7"}  # environment variables of the runs below
 METRICS = ("step", "loss", "grad_norm", "learning_rate", "supervised_tokens")  # all but seconds
 
 
@@ -49,7 +49,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def printed(world: World) -> str:
-    """What a run of 36 steps, evaluated after 24 and at the end, says on stdout; it lies in `run`."""
+    """Train 36 steps into `run`, evaluate after 24 and at the end, and return stdout."""
     flags = [*FLAGS, "--eval-data", world.eval, "--set", f"train.eval_steps={EVAL}"]
     with mock.patch.dict(os.environ, SECRETS):
         out, err = small_run.said(*world.train_flags(world.root / "run", *flags))
@@ -76,11 +76,11 @@ def test_what_a_run_writes(run: Path, world: World) -> None:
     settings = read_config(run / "config.yaml")
     assert settings["model"]["base"] == str(world.base)
     assert settings["train"]["epochs"] == STEPS / 3
-    assert settings["data"]["max_length"] == 8192  # defaults too: nothing of a run depends on later ones
+    assert settings["data"]["max_length"] == 8192  # defaults too, so that a run does not depend on later defaults
 
 
 def test_secrets_go_nowhere(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not into the config, checkpoints and what they say, metrics, predictions, or exports."""
+    """Not into config, checkpoints, metrics, predictions or exports."""
     for key, secret in SECRETS.items():
         monkeypatch.setenv(key, secret)
     umbrella("convert", "to-hf", run, tmp_path / "export")
@@ -105,7 +105,7 @@ def test_each_evaluation_writes_its_answers(run: Path) -> None:
 
 
 def test_each_evaluation_prints_its_results(printed: str, run: Path) -> None:
-    """To the terminal and into the log: step, loss, and each task's main metrics beside chance."""
+    """Terminal and log get step, loss, and each task's main metrics with chance level."""
     lines = {line["step"]: line for line in read_lines(run / "metrics.jsonl")}
     log = [line[26:] for line in (run / "log.txt").read_text().splitlines()]
     for step in (EVAL, STEPS):
@@ -119,7 +119,7 @@ def test_each_evaluation_prints_its_results(printed: str, run: Path) -> None:
 
 
 def test_predictions_say_whose_they_are() -> None:
-    """As the images' paths do, where metadata does not and they are of one subject."""
+    """The subject follows from the images' paths if metadata lacks it and all are of one subject."""
     messages = (Message("user", ("Which sex?",)), Message("assistant", ("female.",)))
     whose: list[tuple[dict[str, Any], set[str]]] = [
         ({}, {"01"}),
@@ -177,7 +177,7 @@ def test_inspect_prints_the_same_summary(printed: str, world: World, tmp_path: P
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path: Path) -> None:
-    """Four comparisons three times, on 1×2×2 devices; and cut off before the last time, on 2×1×1."""
+    """Four comparisons, three times on 1×2×2 devices; resumed on 2×1×1 before the last time."""
     world = small_run.make_world(tmp_path)
     small_run.soften(world.base)
     flags = ["--task-filter", "T3", "--batch-size", 4, "--epochs", 3, "--set", "train.save_steps=1"]
@@ -213,11 +213,11 @@ def test_a_run_is_not_overwritten(run: Path, world: World) -> None:
     ],
 )
 def test_resuming_with_other_settings_is_refused(run: Path, world: World, flags: list[Any], key: str) -> None:
-    """Before volumes are looked for."""
+    """Before volumes are opened."""
     flags = [*FLAGS, "--eval-data", world.eval, "--resume", "--image-root", run / "nowhere", *flags]
     message = umbrella(*world.train_flags(run, *flags), code=2)
     assert f"cannot resume: {key}" in message
-    assert "faults" not in message  # that one alone
+    assert "faults" not in message  # only that one
 
 
 def test_resuming_on_another_base_is_refused(run: Path, world: World, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_resuming_on_another_base_is_refused(run: Path, world: World, tmp_path: 
 
 
 def test_a_run_from_before_a_field_was_known_resumes(run: Path, world: World, tmp_path: Path) -> None:
-    """It ran as the field's default says. `model.remat: dots`, which is gone, damages neither config nor checkpoint."""
+    """The field counts as its default, and `model.remat: dots`, which no longer exists, can be read."""
     old = shutil.copytree(run, tmp_path / "old")
 
     def forget(meta: dict[str, Any]) -> None:
@@ -284,7 +284,7 @@ def test_best_of_what_is_refused(world: World, tmp_path: Path, settings: list[st
 
 @dataclass
 class Planned:
-    """What `umbrella-jax train` hands to the loop."""
+    """The arguments that `umbrella-jax train` passes to the loop."""
 
     run: TrainingRun
     state: TrainState
@@ -296,7 +296,7 @@ class Planned:
 
 @pytest.fixture
 def planned(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Planned]:
-    """`planned(*flags)` prepares a run and returns what the loop would get; no step is made."""
+    """`planned(*flags)` prepares a run and returns the loop's arguments, without making a step."""
     seen: list[Any] = []
 
     def fit(run: TrainingRun, state: TrainState, batches: Iterator[Batch], hooks: list[Any], **_: Any) -> TrainState:
@@ -423,7 +423,7 @@ def test_loggers(
 def test_evaluations_of_a_part_compile_nothing_more(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one conversation at least before the end, of all at the end, likelihoods of the answers too."""
+    """Before the end, at least one conversation is evaluated; at the end, all; both with likelihoods."""
     programs = list[tuple[int, ...]]()
     evaluate = umbrella_jax.run.train.evaluate
 
@@ -451,7 +451,7 @@ def test_evaluations_of_a_part_compile_nothing_more(
 def test_the_end_evaluates_the_best_step_on_all_data(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its first step here; `train.eval_samples` ranks all steps alike. A run that was cut off before goes on there."""
+    """Here the first step is best. `train.eval_samples` ranks all steps alike. A resumed run evaluates it too."""
     evaluate = umbrella_jax.run.train.evaluate
     evaluated: dict[bool, list[tuple[int, Any]]] = {False: [], True: []}
 
@@ -481,7 +481,7 @@ def test_the_end_evaluates_the_best_step_on_all_data(
 
 
 def test_data_without_images_train_nothing_and_are_refused(world: World, tmp_path: Path) -> None:
-    """Before the first step: no gradient would reach the patch embedding. `data validate` finds it, too."""
+    """Before the first step, because no gradient would reach the patch embedding. `data validate` reports it too."""
     records = json.loads(world.train.read_text())
     for record in records:
         for turn in record["conversations"]:

@@ -1,4 +1,4 @@
-"""A checkpoint gives back every bit, on whatever devices, and the newest whole one is found."""
+"""A checkpoint restores every bit, on any devices, and the newest intact one is found."""
 
 import dataclasses
 import gc
@@ -29,13 +29,13 @@ EVERYWHERE = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSp
 
 @pytest.fixture(scope="module")
 def empty():
-    """A state before the first step: the structure to restore into."""
+    """Return a state before the first step, as the structure to restore into."""
     return small_case().state()
 
 
 @pytest.fixture
 def filled(empty):
-    """`filled(step)`: a state whose every leaf is random, moments and counts too."""
+    """`filled(step)` returns a state with random leaves, moments and counts included."""
 
     def fill(step):
         rng = np.random.default_rng(step)
@@ -52,7 +52,7 @@ def assert_same(state, expected):
 
 
 def test_round_trip_is_bit_for_bit(tmp_path, empty, filled):
-    """Also where the buffers are given away as soon as `save` returns, as the next step does."""
+    """Even if the buffers are donated as soon as `save` returns, as the next step does."""
     expected = to_numpy(filled(7))
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step() is None
@@ -70,9 +70,11 @@ def test_round_trip_is_bit_for_bit(tmp_path, empty, filled):
         assert_same(checkpoints.restore_trainable(7, lambda path, shape: ONE_DEVICE), expected.trainable)
 
 
-def test_damage_is_the_same_to_all_who_read(tmp_path, empty, filled):
-    """Each file of a checkpoint is lost, emptied, overwritten: going on and answering both do, or both refuse; but that
-    answering does not read the moments, which may have a data file of their own."""
+def test_every_reader_finds_the_same_damage(tmp_path, empty, filled):
+    """Each file of a checkpoint is removed, emptied or overwritten: resuming and answering both work or both refuse.
+
+    The exception is a data file of only moments, which answering does not read.
+    """
     with Checkpoints(tmp_path / "good") as checkpoints:
         checkpoints.save(filled(1), META)
     files = [file.relative_to(tmp_path / "good") for file in (tmp_path / "good").rglob("*") if file.is_file()]
@@ -103,7 +105,7 @@ def test_damage_is_the_same_to_all_who_read(tmp_path, empty, filled):
 
 
 def test_a_clock_that_is_set_forward(tmp_path, empty, filled, monkeypatch):
-    """By two hours whenever somebody asks it: nothing has timed out."""
+    """The clock advances two hours at every call, and nothing times out."""
     hours = itertools.count(step=7200)
     monkeypatch.setattr(time, "time", lambda: 1e9 + next(hours))
     with Checkpoints(tmp_path) as checkpoints:
@@ -115,7 +117,7 @@ def test_a_clock_that_is_set_forward(tmp_path, empty, filled, monkeypatch):
 
 
 def test_saves_keep_no_objects(tmp_path, filled):
-    """Tensorstore never frees what it converts from JSON: more than 300 objects a save, if orbax asks for that."""
+    """Tensorstore never frees objects that it converts from JSON: more than 300 a save, without our patch of orbax."""
 
     def objects_after(steps):
         with Checkpoints(tmp_path) as checkpoints:
@@ -140,7 +142,7 @@ def test_newest_three_stay(tmp_path, empty, filled):
 
 
 def test_newest_and_best_stay_together(tmp_path, empty, filled):
-    """A value that is not finite is never the best; whoever goes on knows the best of before by `metrics.jsonl`."""
+    """A value that is not finite is never the best. A resumed run knows earlier values from `metrics.jsonl`."""
     keep = TrainConfig(keep_latest=2, keep_best=2, best_metric="eval_accuracy/sex")
     values = {1: 0.5, 2: 0.9, 3: np.nan, 4: 0.7, 5: np.inf, 6: None, 7: 0.1}
     lines = [{"step": step, "eval_accuracy/sex": value, "eval_loss": 1.0 * step} for step, value in values.items()]
@@ -172,7 +174,7 @@ def test_damage_is_named(tmp_path, empty, filled, part):
     else:
         for path in [tmp_path / "3"] if part == "all" else [tmp_path / "3" / part]:
             shutil.rmtree(path)
-        (tmp_path / "3").mkdir(exist_ok=True)  # orbax takes any directory with a number for a step
+        (tmp_path / "3").mkdir(exist_ok=True)  # orbax takes any directory named by a number for a step
         expected = "3: damaged: (meta|state)"
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [3, 2]
@@ -195,7 +197,7 @@ def test_damage_is_named(tmp_path, empty, filled, part):
 
 
 def flip_bits(step):
-    """In every file that holds numbers, and in every one of its arrays."""
+    """Flip bits in every data file, in each of its arrays."""
     files = [file for file in step.glob("state/ocdbt.process_*/d/*") if file.stat().st_size > 1000]
     assert files
     for file in files:
@@ -206,7 +208,7 @@ def flip_bits(step):
 
 
 def test_every_number_counts_in_a_checksum():
-    """Each bit, each place, whatever the rank; and the same however an array lies on devices."""
+    """Every bit, at every position, for every rank; and the sum does not depend on sharding."""
     x = np.random.default_rng(0).normal(size=(8, 3, 5)).astype(np.float32)
     (expected,) = checksums([jnp.asarray(x)]).values()
     seen = {int(expected)}
@@ -267,8 +269,8 @@ def test_one_device_to_eight_and_back(tmp_path, empty, filled):
     assert {leaf.sharding for leaf in trainable.values()} == {ONE_DEVICE}
 
 
-def test_who_goes_on_holds_one_state(tmp_path, empty, filled, monkeypatch):
-    """That before the first step is gone before the other is read; it stays where there is no other."""
+def test_resuming_holds_one_state(tmp_path, empty, filled, monkeypatch):
+    """The initial state is freed before the checkpoint is read. Without a checkpoint, it is kept."""
     monkeypatch.setattr(resumption, "check_same_run", lambda *_: None)
     meta, state = {"versions": {}}, jax.tree.map(jnp.copy, empty)
     restore = Checkpoints.restore
@@ -304,8 +306,8 @@ def test_what_a_killed_save_leaves_is_not_seen(tmp_path, empty, filled):
         assert_same(checkpoints.restore(3, empty), filled(3))
 
 
-def test_moments_are_not_read_where_nobody_asks_for_them(tmp_path, filled, monkeypatch):
-    """Of a language model that trained as a whole they would not fit on one device."""
+def test_moments_are_read_only_when_needed(tmp_path, filled, monkeypatch):
+    """The moments of a fully trained language model would not fit on one device."""
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(filled(1), META)
     read, handler = [], ocp.type_handlers.ArrayHandler

@@ -1,4 +1,4 @@
-"""What XLA is told about programs, where it is told anything."""
+"""XLA options are passed on NVIDIA GPUs, as far as jaxlib knows them."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def test_on_nvidia_gpus_what_this_jaxlib_knows(monkeypatch):
 
 
 def test_other_refusals_are_not_hidden(monkeypatch):
-    """A value of the wrong type, say, is a fault of ours."""
+    """An error of ours, such as a value of the wrong type, is raised."""
     monkeypatch.setattr(compiler, "native_backend", lambda device: "cudnn")
     monkeypatch.setitem(compiler._CUDA, "xla_gpu_enable_triton_gemm", "perhaps")
     with pytest.raises(Exception, match="xla_gpu_enable_triton_gemm"):

@@ -1,4 +1,4 @@
-"""What trains: every parameter has a label, and a configuration that makes no sense is refused by name."""
+"""Every parameter gets a label, and groups that make no sense are refused by name."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -144,7 +144,7 @@ def test_partition_and_float32(shapes):
 
 
 def test_trainable_parameters_are_copies(shapes):
-    """The step gives their buffers away: float32 parameters must not be those of the caller."""
+    """The step donates their buffers, so float32 parameters must not be the caller's arrays."""
     params = {path: jnp.ones(leaf.shape) for path, leaf in shapes.items()}
     for path, leaf in as_trainable(params).items():
         assert leaf.unsafe_buffer_pointer() != params[path].unsafe_buffer_pointer(), path

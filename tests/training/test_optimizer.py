@@ -1,4 +1,4 @@
-"""The optimiser is PyTorch's AdamW under Hugging Face's schedule, and holds nothing for what is frozen."""
+"""The optimiser equals PyTorch's AdamW with Hugging Face's schedule, and has no state for frozen parameters."""
 
 import jax
 import numpy as np
@@ -61,7 +61,7 @@ def test_schedule_is_hugging_faces(warmup, steps):
 
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
 def test_equals_pytorchs_adamw(clip_norm):
-    """Three groups of their own rates and decays over six steps of a falling rate; the frozen rest is not there."""
+    """Three groups with their own rates and decays, over six steps with a falling rate, without frozen parameters."""
     config = TrainConfig(
         groups=GROUPS, learning_rate=1e-2, betas=(0.8, 0.95), eps=1e-6, decay_bias=True, clip_norm=clip_norm
     )
@@ -101,7 +101,7 @@ def test_equals_pytorchs_adamw(clip_norm):
 
 
 def test_clipping_scales_all_groups_by_one_norm():
-    """AdamW forgets the scale of its gradients after a first step, so this is seen in its moments."""
+    """AdamW's updates do not depend on the gradients' scale, so this compares its moments."""
     config = TrainConfig(groups=GROUPS, clip_norm=1.0)
     labels = label_params(list(SHAPES), list(GROUPS))
     params, grads = (trained_part(random_tree(seed), labels) for seed in (0, 1))
@@ -119,7 +119,7 @@ def test_clipping_scales_all_groups_by_one_norm():
 
 @pytest.mark.parametrize("decay_bias", [False, True])
 def test_decay_spares_biases_and_norms(decay_bias):
-    """Without gradients the update is the decay alone: −rate · decay · parameter."""
+    """Without gradients, the update is only the decay: −rate · decay · parameter."""
     groups = dict.fromkeys(
         ("patch_embed", "projector", "vision_tower", "language_model"), GroupConfig(weight_decay=0.5)
     )
@@ -135,7 +135,7 @@ def test_decay_spares_biases_and_norms(decay_bias):
 
 
 def test_frozen_parameters_get_no_update_and_no_state():
-    """Even where gradients of every parameter come in: zero updates, and moments for what trains alone."""
+    """Even with gradients of every parameter: frozen ones get zero updates and no moments."""
     labels = label_params(list(SHAPES), ["patch_embed"])
     config = TrainConfig(groups={"patch_embed": GroupConfig(weight_decay=0.5)}, decay_bias=True, clip_norm=None)
     optimizer = make_optimizer(config, optax.constant_schedule(0.1), labels)
@@ -159,12 +159,12 @@ def test_frozen_parameters_get_no_update_and_no_state():
 
 
 def test_state_does_not_depend_on_what_is_frozen():
-    """The step hands over the trained part alone; it is the same optimiser."""
+    """The step passes only trainable parameters, and the result is the same."""
     labels = label_params(list(SHAPES), ["patch_embed"])
     optimizer = make_optimizer(TrainConfig(), optax.constant_schedule(0.1), labels)
     params, grads = random_tree(0), random_tree(1)
     alone = trained_part(params, labels)
-    # Clipping sees the norm of what it is given: equal only if both are far below the limit.
+    # Clipping uses the norm of the gradients that it is given: equal only if both are far below the limit.
     grads = {path: 1e-3 * leaf for path, leaf in grads.items()}
     every, _ = jit_update(optimizer)(grads, optimizer.init(params), params, present=ALL_PRESENT)
     some, _ = jit_update(optimizer)(trained_part(grads, labels), optimizer.init(alone), alone, present=ALL_PRESENT)
@@ -174,7 +174,7 @@ def test_state_does_not_depend_on_what_is_frozen():
 
 @pytest.mark.parametrize("present", [{"T1": True}, {"T1": True, "rsfMRI": False}])
 def test_absent_modality_is_left_alone(present):
-    """No update and the same state, while the other modality moves; the schedule counts on."""
+    """It gets no update and keeps its state, while the other modality moves and the schedule advances."""
     labels = label_params(list(SHAPES), ["patch_embed"])
     until_third = optax.piecewise_constant_schedule(1e-2, {3: 0.0})
     optimizer = make_optimizer(TrainConfig(decay_bias=True), until_third, labels)

@@ -1,4 +1,4 @@
-"""What a step changes and what it leaves alone, and that only the whole of its micro-batches counts."""
+"""A step changes only trainable parameters, and depends only on its micro-batches as a whole."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,7 +36,7 @@ from umbrella_jax.training.step import jit_eval_step, jit_train_step, train_step
 
 
 def test_twenty_steps_move_what_trains_and_nothing_else():
-    """With weight decay on all that trains. One trace for all steps; another shape of batch is one more."""
+    """Weight decay acts on all trainable parameters. All steps share one trace; another batch shape adds one."""
     case = golden_case()
     state = case.state()
     before, frozen_before = to_numpy(state.trainable), as_bytes(case.frozen)
@@ -56,7 +56,7 @@ def test_twenty_steps_move_what_trains_and_nothing_else():
 
 
 def one_step(batch):
-    """Metrics and trained parameters after one step of the golden case."""
+    """Return metrics and trained parameters after one step of the golden case."""
     case = golden_case()
     state, metrics = quick_step(case.state(), case.frozen, batch, **case.static)
     return metrics, state.trainable
@@ -75,7 +75,7 @@ def test_order_of_rows_and_volumes_does_not_matter():
 
 
 def test_micro_batches_add_up_to_the_whole_batch():
-    """Rows of 7, 5, 6 and 2 supervised tokens: a mean of means would be another number."""
+    """The rows have 7, 5, 6 and 2 supervised tokens, so a mean of means would differ."""
     micro = stack(*micro_batches())
     assert micro.target_mask.sum((1, 2)).tolist() == [7, 5, 6, 2]
     (whole_metrics, whole), (micro_metrics, parts) = one_step(stack(golden_batch())), one_step(micro)
@@ -88,8 +88,7 @@ def test_micro_batches_add_up_to_the_whole_batch():
 
 @pytest.mark.parametrize("entry", [False, True])
 def test_absent_modality_stays_as_it_is(entry):
-    """Once trained it has momentum, and decay: neither moves it in a step that shows none of its volumes, be there
-    padding in their place or nothing."""
+    """Neither momentum nor decay moves it in a step that shows none of its volumes, with or without padding volumes."""
     config, params = golden_model(remat="full")
     until_third = optax.piecewise_constant_schedule(1e-2, {3: 0.0})
     case = make_case(config, params, CONFIG, until_third)
@@ -101,7 +100,7 @@ def test_absent_modality_stays_as_it_is(entry):
         anatomical = stack(padded)
 
     def step(state, batch):
-        """The new state, and for either modality its parameters, moments and count before and after."""
+        """Return the new state, and parameters, moments and count of each modality before and after."""
         before = parts(state)
         state, _ = quick_step(state, case.frozen, batch, **case.static)
         return state, before, parts(state)
@@ -170,7 +169,7 @@ def test_other_groups_train(groups):
 
 
 def test_entry_points():
-    """The jitted step gives the old state's buffers away, and only those; evaluation is the loss of training."""
+    """The jitted step donates only the old state's buffers; the evaluation step gives the training loss."""
     case = small_case()
     state = case.state()
     micro = jax.tree.map(lambda leaf: leaf[0], small_batch())
@@ -187,7 +186,7 @@ def test_entry_points():
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """What a program computes, in its loops and calls too."""
+    """Yield the equations of a program, including those of its loops and calls."""
     for equation in jaxpr.eqns:
         yield equation
         for leaf in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
@@ -197,7 +196,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def matrix_shapes(params):
-    """Shapes of matrices, of stacked matrices and stacked vectors, as they lie and transposed."""
+    """Return the shapes of matrices, stacked matrices and stacked vectors, as stored and transposed."""
     shapes = set()
     for path, leaf in params.items():
         for shape in (leaf.shape, leaf.shape[1:] if ".layers." in path else leaf.shape):
@@ -210,14 +209,14 @@ def program(case):
 
 
 def computed(case):
-    """(primitive, shape) of every array."""
+    """Return (primitive, shape) of every array that a program computes."""
     return {(e.primitive.name, v.aval.shape) for e in program(case) for v in e.outvars if hasattr(v.aval, "shape")}
 
 
 @pytest.mark.parametrize("remat", ["none", "mlp", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nothing_of_a_frozen_weights_shape_is_computed(remat, dtype):
-    """No gradient of it, no transposed, converted or float32 copy; and no logits but those of supervised positions."""
+    """No gradient of it, no transposed, converted or float32 copy; and logits only at supervised positions."""
     case = small_case(dtype=dtype, remat=remat)
     found = computed(case)
     frozen = matrix_shapes(case.frozen)
@@ -229,7 +228,7 @@ def test_nothing_of_a_frozen_weights_shape_is_computed(remat, dtype):
 
 
 def test_no_product_of_two_types():
-    """XLA makes them one: of a frozen weight and a float32 gradient, by a float32 copy of the weight."""
+    """For a frozen weight and a float32 gradient, XLA would make a float32 copy of the weight."""
     found = [
         [v.aval.dtype.name for v in e.invars]
         for e in program(small_case(dtype="bfloat16"))
@@ -241,7 +240,7 @@ def test_no_product_of_two_types():
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_with_adapters_too(remat):
-    """Of a weight that has an adapter beside it, nothing more is computed: gradients are of A and B alone."""
+    """A weight with an adapter adds no such array: only A and B get gradients."""
     groups = {"patch_embed": GroupConfig(), "lora": GroupConfig()}
     lora = LoraConfig(rank=4, targets=("vision_tower", "projector", "language_model"))
     case = small_case(TrainConfig(groups=groups), remat=remat, lora=lora)
@@ -256,7 +255,7 @@ def test_with_adapters_too(remat):
 
 
 def test_gradients_of_weights_would_be_seen():
-    """The check above finds the shape of every matrix where all of them train."""
+    """If all matrices train, the check above finds the shape of each."""
     case = small_case(TrainConfig(groups=dict.fromkeys(COMPONENTS, GroupConfig())))
     state = case.state()
     found = {shape for _, shape in computed(case)}

@@ -150,7 +150,7 @@ def test_five_steps(start, run, tmp_path, capsys):
 
 
 def test_the_loop_is_the_steps_one_by_one(case, start, run):
-    """Batches put on devices ahead change no number."""
+    """Prefetching batches changes no number."""
     result = run(start, map(small_batch, range(STEPS)))
     state, losses = placed(case.state()), []
     for i in range(STEPS):
@@ -161,7 +161,7 @@ def test_the_loop_is_the_steps_one_by_one(case, start, run):
 
 
 def test_the_next_batch_is_fetched_while_a_step_runs(start, run, tmp_path, monkeypatch):
-    """Before anybody waits for the step's numbers; its error comes when its turn does, and no step is lost."""
+    """It is fetched before the step's values are read. Its error is raised in its turn, and no step is lost."""
     fetched = [threading.Event() for _ in range(STEPS)]
 
     def batches():
@@ -187,7 +187,7 @@ def test_the_next_batch_is_fetched_while_a_step_runs(start, run, tmp_path, monke
 
 
 def test_a_further_hook_sees_each_update_with_its_evaluation(start, run):
-    """Without a change to the loop."""
+    """Hooks are added without a change to the loop."""
     seen = []
     run(start, map(small_batch, range(2)), num_steps=2, more=[lambda u: seen.append((u.step, u.is_last, u.evaluation))])
     assert seen == [(1, False, {}), (2, True, {"eval_loss": 0.2})]
@@ -200,7 +200,7 @@ def test_without_eval_steps_the_end_is_evaluated_once(start, run):
 
 
 def test_resumed_run_is_the_same_run(start, run, tmp_path):
-    """Killed while it wrote its fourth line, with a checkpoint after the second step."""
+    """It was killed while it wrote its fourth line, and has a checkpoint after the second step."""
     whole = run(start, map(small_batch, range(STEPS)))
     with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
         state = checkpoints.restore(2, whole.state)
@@ -228,7 +228,7 @@ def test_finished_run_does_nothing_more(start, run, tmp_path):
 
 
 def bad_batch():
-    """Its second volume, which the first and the last two of four conversations show, holds a NaN."""
+    """Return a batch with a NaN in its second volume, which conversations 1, 3 and 4 of 4 show."""
     bad = small_batch(2)
     bad.volumes["T1"][0, 1] = np.nan
     bad.feature_idx[0, 1] = np.minimum(bad.feature_idx[0, 1], 9)
@@ -248,7 +248,7 @@ def test_loss_that_is_not_finite_stops_the_run(start, run, tmp_path):
 
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
 def test_weights_that_are_not_finite_are_named(start, run, case, on_nonfinite, monkeypatch):
-    """Whatever becomes of steps: those of a base with such weights are all alike."""
+    """Such weights stop the run even if it skips steps, because every step would fail."""
     path = next(path for path in case.frozen if path.endswith("linear_2.bias"))
     monkeypatch.setitem(case.frozen, path, case.frozen[path].at[1].set(np.nan))
     with pytest.raises(
@@ -258,7 +258,7 @@ def test_weights_that_are_not_finite_are_named(start, run, case, on_nonfinite, m
 
 
 def test_gradient_that_is_not_finite_stops_the_run(start, run, tmp_path):
-    """A finite loss with an infinite gradient: float32 parameters whose product with the volumes is near its end."""
+    """The loss is finite and the gradient overflows, because volumes are huge and parameters tiny."""
     bad = jax.tree.map(np.copy, small_batch(0))
     bad.volumes["T1"][:] = 1e38
     small = {path: leaf * (1e-38 if path.endswith("weight") else 1) for path, leaf in start.trainable.items()}
@@ -291,7 +291,7 @@ def test_the_first_part_that_is_not_finite(case, path, part, value):
 
 
 def test_skipped_updates_change_nothing_and_are_counted(start, run, case, tmp_path, capsys):
-    """The run with a bad batch in its midst is the run without it, but for the steps' numbers."""
+    """A run with a bad batch equals the run without it, except for step numbers."""
     batches = [small_batch(0), small_batch(1), bad_batch(), small_batch(3)]
     whole = run(start, batches, on_nonfinite="skip", max_skipped=1, num_steps=4, save_steps=1)
     assert whole.lines[2]["loss"] is whole.lines[2]["grad_norm"] is None
@@ -299,7 +299,7 @@ def test_skipped_updates_change_nothing_and_are_counted(start, run, case, tmp_pa
     assert "first in patch_embed (T1), of 3a, 3c, 3d" in (out := capsys.readouterr().out)
     assert "skipped (1 of at most 1)" in out
     assert (int(whole.state.step), int(whole.state.skipped)) == (4, 1)
-    assert whole.lines[3]["learning_rate"] == whole.lines[2]["learning_rate"]  # the schedule waits too
+    assert whole.lines[3]["learning_rate"] == whole.lines[2]["learning_rate"]  # the schedule does not advance either
     with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
         before, behind = (checkpoints.restore(step, whole.state) for step in (2, 3))
     assert as_bytes(replace(behind, step=0, skipped=0)) == as_bytes(replace(before, step=0, skipped=0))
@@ -310,14 +310,14 @@ def test_skipped_updates_change_nothing_and_are_counted(start, run, case, tmp_pa
     assert as_bytes(replace(without.state, step=0, skipped=0)) == as_bytes(replace(whole.state, step=0, skipped=0))
     assert [line["loss"] for line in without.lines] == [whole.lines[i]["loss"] for i in (0, 1, 3)]
 
-    # A resumed run goes on counting, and the limit ends it.
+    # a resumed run continues the count, and the limit ends it
     with pytest.raises(UmbrellaError, match=r"^step 5: .*train\.max_skipped is 1; the last checkpoint is step 3$"):
         run(whole.state, [bad_batch()], on_nonfinite="skip", max_skipped=1, num_steps=6)
 
 
 @pytest.mark.parametrize("when", ["between", "before an evaluation", "in an evaluation", "in the last evaluation"])
-def test_a_signal_ends_the_run_behind_a_step(case, start, run, tmp_path, when):
-    """What goes on from there is the run that no signal came to, with the evaluation that it kept from being made."""
+def test_a_signal_ends_the_run_after_a_step(case, start, run, tmp_path, when):
+    """The resumed run equals a run without signal, and makes the evaluation that the signal prevented."""
     whole = run(start, map(small_batch, range(STEPS)))
     shutil.rmtree(tmp_path / "checkpoints")
     step, wishes = {
@@ -340,7 +340,7 @@ def test_a_signal_ends_the_run_behind_a_step(case, start, run, tmp_path, when):
 
 
 def test_an_evaluation_that_is_not_finite_ends_the_run_with_its_step_saved(case, run, tmp_path):
-    """A run that goes on evaluates that step first: it ends as it would have."""
+    """A resumed run evaluates that step first, and ends like an undisturbed run."""
     whole = run(placed(case.state()), map(small_batch, range(STEPS)))
     shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "metrics.jsonl").unlink()
@@ -370,8 +370,8 @@ def test_metrics_of_lost_steps_are_taken_out(tmp_path):
         Metrics(path, 3)
 
 
-def test_a_line_that_does_not_fit_is_not_there(tmp_path):
-    """The disk is full in the midst of it."""
+def test_an_incomplete_line_is_removed(tmp_path):
+    """The disk becomes full while the line is written."""
     path = tmp_path / "metrics.jsonl"
     with Metrics(path, 0) as metrics:
         metrics.write({"step": 1})
