@@ -562,7 +562,7 @@ def test_llava_trl_and_openai_schemas(write_json, tmp_path, name):
     [
         (
             {"id": "a", "image": ["x", "y"], "conversations": spoken("<image> Side?")},
-            "images: 2 listed, 1 shown; expected each, in order: an image part, or <image> in the text, for each one",
+            "images: 2 listed, 1 shown; expected an image part, or <image> in the text, for each image, in order",
         ),
         ({"id": "a", "image": "x", "conversations": spoken("<image> <image>?")}, "image_path: missing here and in"),
         ({"id": "a", "image": 3, "conversations": spoken("?")}, "image: expected a list, got 3"),

@@ -166,7 +166,7 @@ def scan_conversations(
                 continue
             try:
                 parser = _Parser(record, source, root, interned, allow_outside_root)
-                conversations.append(parser.conversation(schema_faults))
+                conversations.append(parser.parse(schema_faults))
             except DataError as error:
                 faults.extend(error.faults)
             if len(faults) > MAX_FAULTS:
@@ -312,38 +312,38 @@ class _Parser:
         self.shown = 0  # number of images so far
         self.paths: list[str] = []  # image paths so far, as in the record
 
-    def conversation(self, schema_faults: Collection[str] = ()) -> Conversation:
+    def parse(self, schema_faults: Collection[str] = ()) -> Conversation:
         """Return the conversation. Raise DataError with `schema_faults` and every fault of the record."""
         if not isinstance(self.record, dict):
             raise DataError(f"{self.source}: expected a conversation, an object, got {kind(self.record)}")
-        task_id = self.field(self.record, "task_id", str, self.place)
+        task_id = self.get_field(self.record, "task_id", str, self.place)
         self.place = self.source if task_id is None else f"{self.source} ({visible(task_id, kept='')})"
         if schema_faults:  # the meaning of the other fields is then unclear
             raise DataError([*self.faults, *(f"{self.place}: {fault}" for fault in schema_faults)])
-        task_type = self.field(self.record, "task_type", str, self.place, required=False)
-        metadata = self.field(self.record, "metadata", dict, self.place, required=False)
-        self.listed = self.field(self.record, "images", list, self.place, required=False)
-        turns = self.field(self.record, "conversations", list, self.place)
+        task_type = self.get_field(self.record, "task_type", str, self.place, required=False)
+        metadata = self.get_field(self.record, "metadata", dict, self.place, required=False)
+        self.listed = self.get_field(self.record, "images", list, self.place, required=False)
+        turns = self.get_field(self.record, "conversations", list, self.place)
         if turns is None and self.record.get("conversations") is None:
             keys = ", ".join(list(self.record)[:20]) or "none"
             self.faults[-1] += f"; its keys are {keys}; expected turns in `conversations` or `messages`"
         if turns == []:
-            self.fault(self.place, "conversations: expected at least one message, got none")
-        messages = [self.message(turn, f"{self.place}: conversations[{i}]") for i, turn in enumerate(turns or [])]
+            self.add_fault(self.place, "conversations: expected at least one message, got none")
+        messages = [self.parse_message(turn, f"{self.place}: conversations[{i}]") for i, turn in enumerate(turns or [])]
         if self.listed is not None and len(self.listed) != self.shown:
             shown = f"images: {len(self.listed)} listed, {self.shown} shown"
-            self.fault(
+            self.add_fault(
                 self.place,
-                f"{shown}; expected each, in order: an image part, or {IMAGE_MARKER} in the text, for each one",
+                f"{shown}; expected an image part, or {IMAGE_MARKER} in the text, for each image, in order",
             )
         if self.faults:
             raise DataError(self.faults)
         text = self.interned.text
         metadata = {text(k): text(v) if isinstance(v, str) else v for k, v in (metadata or {}).items()}
         task_type = task_type and text(task_type)
-        return Conversation(task_id, task_type, tuple(messages), metadata, self.source, self.subjects(metadata))
+        return Conversation(task_id, task_type, tuple(messages), metadata, self.source, self.collect_subjects(metadata))
 
-    def subjects(self, metadata: Mapping[str, Any]) -> frozenset[str]:
+    def collect_subjects(self, metadata: Mapping[str, Any]) -> frozenset[str]:
         """Return the ids of `Conversation.subjects`."""
         listed = self.record.get("subject_ids")
         named = [
@@ -362,69 +362,71 @@ class _Parser:
             )
         )
 
-    def fault(self, place: str, message: str) -> None:
+    def add_fault(self, place: str, message: str) -> None:
         self.faults.append(f"{place}: {message}")
 
-    def field(self, record: dict[str, Any], name: str, type_: type, place: str, required: bool = True) -> Any:
+    def get_field(self, record: dict[str, Any], name: str, type_: type, place: str, required: bool = True) -> Any:
         """Return the field, None if it is absent or has another type; collect a fault unless it may be absent."""
         value = record.get(name)
         if isinstance(value, type_):
             return value
         if value is not None or required:
-            self.fault(place, f"{name}: expected {KINDS[type_]}, got {kind(value)}")
+            self.add_fault(place, f"{name}: expected {KINDS[type_]}, got {kind(value)}")
         return None
 
-    def message(self, turn: Any, place: str) -> Message:
+    def parse_message(self, turn: Any, place: str) -> Message:
         """Return a turn as a message."""
         if not isinstance(turn, dict):
-            self.fault(place, f"expected an object with role and content, got {kind(turn)}")
+            self.add_fault(place, f"expected an object with role and content, got {kind(turn)}")
             return Message("", ())
         role = turn.get("role")
         if role not in ROLES:
-            self.fault(place, f"role: expected one of {', '.join(ROLES)}, got {quoted(role)}")
+            self.add_fault(place, f"role: expected one of {', '.join(ROLES)}, got {quoted(role)}")
         content = turn.get("content")
         inline = isinstance(content, str)
         if isinstance(content, str):  # its markers are its images, listed in `images`
             content = [{"type": "image"}] * content.count(IMAGE_MARKER) + [{"type": "text", "text": content}]
         if not isinstance(content, list):
-            self.fault(place, f"content: expected a string or a list of parts, got {kind(content)}")
+            self.add_fault(place, f"content: expected a string or a list of parts, got {kind(content)}")
             return Message(str(role), ())
-        parts = [self.part(part, f"{place}.content[{i}]") for i, part in enumerate(content)]
+        parts = [self.parse_part(part, f"{place}.content[{i}]") for i, part in enumerate(content)]
         if role == "assistant" and any(isinstance(part, Image) for part in parts):
-            self.fault(place, "an image in an assistant turn; expected text, images belong to the user's turns")
+            self.add_fault(place, "an image in an assistant turn; expected text, images belong to the user's turns")
         return self.interned.message(self.interned.text(str(role)), self.images_at_markers(parts, place), inline)
 
-    def part(self, part: Any, place: str) -> str | Image:
+    def parse_part(self, part: Any, place: str) -> str | Image:
+        """Return a part of a turn: its text or its image."""
         part_type = part.get("type") if isinstance(part, dict) else None
         if part_type == "image":
-            return self.image(part, place)
+            return self.parse_image(part, place)
         if part_type != "text":
-            self.fault(place, f"expected an object of type text or image, got {quoted(part_type)}")
+            self.add_fault(place, f"expected an object of type text or image, got {quoted(part_type)}")
             return ""
-        text = self.field(part, "text", str, place) or ""
+        text = self.get_field(part, "text", str, place) or ""
         if forged := [token for token in (TURN_START, TURN_END) if token in text]:
-            self.fault(place, f"text: contains {' and '.join(forged)}, which would forge a turn; take it out")
+            self.add_fault(place, f"text: contains {' and '.join(forged)}, which would forge a turn; take it out")
         return self.interned.text(text)
 
-    def image(self, part: dict[str, Any], place: str) -> Image:
+    def parse_image(self, part: dict[str, Any], place: str) -> Image:
+        """Return an image part, completed by the next entry of the record's `images`."""
         listed = self.listed[self.shown] if self.listed is not None and self.shown < len(self.listed) else {}
         if not isinstance(listed, dict):
-            self.fault(f"{self.place}: images[{self.shown}]", f"expected an object, got {kind(listed)}")
+            self.add_fault(f"{self.place}: images[{self.shown}]", f"expected an object, got {kind(listed)}")
             listed = {}
         self.shown += 1
         names = [part.get("modality"), listed.get("modality")]
         if names == [None, None] and len(self.interned.modalities) == 1:
             names = list(self.interned.modalities)  # no other is possible
-        paths = [self.posix(value, place) for value in (part.get("image_path"), listed.get("path"))]
-        path = self.agreed("image_path", paths, partial(self.interned.join, self.root), place)
+        paths = [self.with_slashes(value, place) for value in (part.get("image_path"), listed.get("path"))]
+        path = self.resolve_value("image_path", paths, partial(self.interned.join, self.root), place)
         if path and not self.allow_outside_root and (outside := [p for p in paths if p and self.is_outside(p)]):
             remedy = "expected a path inside it, an absolute one, or data.allow_outside_root: true"
-            self.fault(place, f"image_path: {outside[0]} leads out of {self.root}; {remedy}")
-        modality = self.agreed("modality", names, self.interned.resolve, place)
+            self.add_fault(place, f"image_path: {outside[0]} leads out of {self.root}; {remedy}")
+        modality = self.resolve_value("modality", names, self.interned.resolve, place)
         self.paths += [path for path in paths if isinstance(path, str)]
         return self.interned.image(path or self.root, modality or "")
 
-    def posix(self, path: Any, place: str) -> Any:
+    def with_slashes(self, path: Any, place: str) -> Any:
         r"""Return a relative path from Windows (`sub-01\anat`) with slashes, any other value unchanged.
 
         The name of an existing file with a backslash stays. Drives and shares of Windows are a fault.
@@ -433,7 +435,7 @@ class _Parser:
             return path
         if _DRIVE.match(path):
             remedy = f"expected one of this machine, relative to {self.root} with / between folders, or absolute"
-            self.fault(place, f"image_path: {path} is a Windows path; {remedy}")
+            self.add_fault(place, f"image_path: {path} is a Windows path; {remedy}")
         return path.replace("\\", "/")
 
     def is_outside(self, path: str) -> bool:
@@ -443,7 +445,7 @@ class _Parser:
         root, target = os.path.normpath(self.root), os.path.normpath(self.root / path)
         return not os.path.isabs(path) and not Path(target).is_relative_to(root)
 
-    def agreed(self, key: str, values: list[Any], meaning: Callable[[str], T | None], place: str) -> T | None:
+    def resolve_value(self, key: str, values: list[Any], meaning: Callable[[str], T | None], place: str) -> T | None:
         """Return the meaning of the values in an image part and in its entry in `images`.
 
         Either value may be None. If both are given, their meanings must agree.
@@ -451,20 +453,20 @@ class _Parser:
         given = [value for value in values if value is not None]
         meanings = [meaning(value) if isinstance(value, str) and value else None for value in given]
         if not given:
-            self.fault(place, f"{key}: missing here and in `images`; expected {self.expected(key)}")
+            self.add_fault(place, f"{key}: missing here and in `images`; expected {self.expected_value(key)}")
             return None
         if None in meanings:
             value = given[meanings.index(None)]
             if key == "modality" and isinstance(value, str) and value:
-                self.fault(place, f"{key}: {unknown_modality(value, self.interned.modalities)}")
+                self.add_fault(place, f"{key}: {unknown_modality(value, self.interned.modalities)}")
             else:
-                self.fault(place, f"{key}: expected {self.expected(key)}, got {quoted(value)}")
+                self.add_fault(place, f"{key}: expected {self.expected_value(key)}, got {quoted(value)}")
             return None
         if meanings[0] != meanings[-1]:
-            self.fault(place, f"{key}: {given[0]} here, {given[1]} in `images`; expected the same")
+            self.add_fault(place, f"{key}: {given[0]} here, {given[1]} in `images`; expected the same")
         return meanings[0]
 
-    def expected(self, key: str) -> str:
+    def expected_value(self, key: str) -> str:
         return modality_names(self.interned.modalities) if key == "modality" else "a path"
 
     def images_at_markers(self, parts: list[str | Image], place: str) -> tuple[str | Image, ...]:
@@ -474,7 +476,7 @@ class _Parser:
         if not markers:
             return tuple(parts)
         if markers != len(images):
-            self.fault(
+            self.add_fault(
                 place, f"{markers} {IMAGE_MARKER} markers, {len(images)} images; expected a marker for each, or none"
             )
             return ()

@@ -14,7 +14,7 @@ from umbrella_jax.io.reading import read_text
 MODALITIES = {"sMRI": ("anat", "T1w", "t1_0.5b"), "fMRI": ("func", "bold", "rsfmri_0.5b")}
 """{modality: (folder, suffix of its files, config to train it with)}."""
 _REPEATS = ("sub", "ses", "run", "task", "dir")
-"""Entities that tell repeated measurements apart; all repeats are used. Other entities tell variants of one apart."""
+"""Entities that distinguish repeated measurements, all of which are used. Others distinguish variants of one."""
 _NONE = "none"
 """The value by which `--entity` selects scans without the entity."""
 _NAMES_SHOWN = 20

@@ -75,7 +75,7 @@ def validate(
     def collect(check: Callable[[], T], kind: str, *sets: str) -> T | None:
         faults = Faults()
         value = faults.check(check)
-        findings.extend(_faults(kind, sets, faults))
+        findings.extend(_as_findings(kind, sets, faults))
         return value
 
     def unchecked(place: str, reason: str, *sets: str) -> None:
@@ -90,17 +90,17 @@ def validate(
         )
     sets: dict[str, ConversationSet] = {}
     for name, path in paths.items():
-        scanned = collect(partial(_scan, config, path), "conversation", name)
+        scanned = collect(partial(_read_conversations, config, path), "conversation", name)
         conversations, faults = scanned or ([], [])
-        findings += _faults("conversation", (name,), faults)
+        findings += _as_findings("conversation", (name,), faults)
         lengths, faults = _encode_texts(config, conversations, base_tokenizer, evaluation=name == "eval")
-        findings += _faults("text", (name,), faults)
+        findings += _as_findings("text", (name,), faults)
         sets[name] = ConversationSet(str(path), tuple(conversations), lengths)
     if "eval" in sets and not any(f.severity == "fault" and "eval" in f.sets for f in findings):
         collect(partial(check_answers, sets["eval"].conversations), "answers", "eval")
     volumes, faults_of, remarks = _read_volumes(config, sets)
     for volume in volumes:
-        findings += _faults("volume", volume.sets, faults_of.get(volume, ()), str(volume.path))
+        findings += _as_findings("volume", volume.sets, faults_of.get(volume, ()), str(volume.path))
 
     faulty = {name for f in findings if f.kind == "conversation" for name in f.sets}
     findings += _missing_images(config, {name: s for name, s in sets.items() if name not in faulty})
@@ -122,7 +122,7 @@ def validate(
     return ValidationReport(sets, tuple(volumes), tuple(findings))
 
 
-def _faults(kind: str, sets: Iterable[str], faults: Iterable[str], place: str | None = None) -> Iterator[Finding]:
+def _as_findings(kind: str, sets: Iterable[str], faults: Iterable[str], place: str | None = None) -> Iterator[Finding]:
     """Yield findings for messages `place: reason`.
 
     Args:
@@ -139,7 +139,7 @@ def _faults(kind: str, sets: Iterable[str], faults: Iterable[str], place: str | 
             yield Finding("fault", kind, tuple(sets), *((place, fault) if place is not None else (where, reason)))
 
 
-def _scan(config: RunConfig, path: str) -> tuple[list[Conversation], list[str]]:
+def _read_conversations(config: RunConfig, path: str) -> tuple[list[Conversation], list[str]]:
     data = config.data
     return scan_conversations(
         path,
@@ -162,24 +162,21 @@ def _encode_texts(
     """
     faults = Faults()
     rows: list[tuple[int, int, int, int]] = []
-    modalities = config.model.modalities
-
+    modalities, max_length = config.model.modalities, config.data.max_length
     caching = tokenizer and CachingTokenizer(tokenizer)
     common: dict[str, Any] = {"tokenizer": caching, "modalities": modalities, "template": config.data.template}
-    write, prompt = partial(encode, **common), partial(encode_prompt, **common)
+    encode_whole, encode_question = partial(encode, **common), partial(encode_prompt, **common)
     for c in conversations:
         if tokenizer is None:
             if evaluation:
                 faults.check(partial(reference_answer, c))  # checks that there is an answer to compare with
             continue
         if evaluation:
-            faults.check(partial(prompt, c, max_length=config.data.max_length))
-        whole = faults.check(partial(write, c, max_length=config.data.max_length, needs_answer=not evaluation))
-        if whole is None:
-            whole = faults.check(
-                partial(write, c, max_length=sys.maxsize, needs_answer=False)
-            )  # measures by how much it is too long
-        if whole is None:  # it has another fault
+            faults.check(partial(encode_question, c, max_length=max_length))
+        whole = faults.check(partial(encode_whole, c, max_length=max_length, needs_answer=not evaluation))
+        if whole is None:  # encode it without a limit, for the statistics of lengths
+            whole = faults.check(partial(encode_whole, c, max_length=sys.maxsize, needs_answer=False))
+        if whole is None:  # it has another fault than its length
             continue
         patches = sum(modalities[image.modality].num_patches for image in whole.images)
         rows.append((len(whole), patches, len(whole) - patches, int(whole.supervised.sum())))
