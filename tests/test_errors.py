@@ -1,4 +1,4 @@
-"""What the command line says of errors, and what it ends with."""
+"""Messages of errors and exit codes of the command line."""
 
 import argparse
 import errno
@@ -32,8 +32,8 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for package in ("umbrella_jax", "convert") for path in (ROOT / package).rglob("*.py"))
 
 
-def ended(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    """Exit code of a command that raises `error`."""
+def exit_code(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Return the exit code of a command that raises `error`."""
 
     def fail(arguments: argparse.Namespace) -> None:
         raise error
@@ -62,16 +62,16 @@ def ended(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: str) ->
 def test_exit_codes(
     error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert ended(error, monkeypatch) == code
-    said = capsys.readouterr().err
-    assert said.startswith("umbrella-jax: ")
-    assert "Traceback" not in said
-    assert "many lines" not in said
+    assert exit_code(error, monkeypatch) == code
+    message = capsys.readouterr().err
+    assert message.startswith("umbrella-jax: ")
+    assert "Traceback" not in message
+    assert "many lines" not in message
     if "RESOURCE" in str(error):
-        assert "the device's memory is full: lower train.batch_size" in said
+        assert "the device's memory is full: lower train.batch_size" in message
 
 
-def test_one_of_several_processes_says_the_same_of_a_full_device(
+def test_one_of_several_processes_reports_a_full_device_alike(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(distributed, "is_single_process", lambda: False)
@@ -79,44 +79,44 @@ def test_one_of_several_processes_says_the_same_of_a_full_device(
     with pytest.raises(SystemExit) as end, distributed.exit_on_error():
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nmany lines")
     assert end.value.code == 1
-    said = capsys.readouterr().err.splitlines()
-    assert said[0] == "umbrella-jax: process 0 ends, and with it the run:"
-    assert said[1:] == [
+    message = capsys.readouterr().err.splitlines()
+    assert message[0] == "umbrella-jax: process 0 ends, and with it the run:"
+    assert message[1:] == [
         f"RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes; the device's memory is full: {MEMORY_REMEDY}"
     ]
 
 
 def test_a_locale_without_unicode(tmp_path: Path) -> None:
-    """As of clusters whose LANG is en_US: what a terminal cannot show is told by its codes, and files are UTF-8."""
+    """With LANG=en_US, as on some clusters, characters that a terminal cannot show are escaped, and files are UTF-8."""
     rows = [{"task_id": "a", "prediction": "left", "reference": "left"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     program = (
         "import sys; from pathlib import Path; from umbrella_jax.cli import main; from umbrella_jax.io.files import "
         "write_whole; write_whole(Path(sys.argv[1], 'x'), chr(233)); main(['score', sys.argv[1] + '/rows.jsonl'])"
     )
-    ascii_alone = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-c", program, str(tmp_path)]
-    ended = subprocess.run(command, env=ascii_alone, capture_output=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert b"\\u2013" in ended.stdout
+    finished = subprocess.run(command, env=ascii_only, capture_output=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert b"\\u2013" in finished.stdout
     assert (tmp_path / "x").read_bytes() == "\xe9".encode()
 
 
 def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ended(ConfigError("a key"), monkeypatch, "--debug") == 2
-    said = capsys.readouterr().err
-    assert "Traceback (most recent call last)" in said
-    assert said.endswith("umbrella-jax: a key\n")
+    assert exit_code(ConfigError("a key"), monkeypatch, "--debug") == 2
+    message = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in message
+    assert message.endswith("umbrella-jax: a key\n")
 
 
-def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (RuntimeError("INTERNAL"), KeyError("x"), AssertionError()):
         with pytest.raises(type(error)):
-            ended(error, monkeypatch)
+            exit_code(error, monkeypatch)
 
 
-def test_alike_faults_are_told_as_one() -> None:
-    """Of four or more places, each named; all of `faults` are as they were."""
+def test_alike_faults_are_printed_together() -> None:
+    """Four or more places with the same reason are listed below it. `faults` itself is unchanged."""
     missing = [f"scan{i}.nii: not found; expected: a volume" for i in range(4)]
     error = DataError([missing[0], "train.json: no turn", *missing[1:], "odd"])
     assert str(error).splitlines() == [
@@ -144,15 +144,15 @@ def test_faults_of_several_checks_are_raised_together() -> None:
     assert caught.value.faults == ("one", "two", "three")
 
 
-def test_what_argparse_refuses_ends_alike(capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_argparse_have_the_same_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["train"])
     assert end.value.code == 2
     assert "--config" in capsys.readouterr().err
 
 
-def test_nothing_is_swallowed() -> None:
-    """No bare `except`, and none of all errors that does nothing."""
+def test_no_error_is_swallowed() -> None:
+    """There is no bare `except`, and no `except Exception` that does nothing."""
     for path in SOURCES:
         text = path.read_text()
         assert not re.search(r"except\s*:", text), path
@@ -168,8 +168,8 @@ def test_json_that_we_write_is_strict() -> None:
     assert strict_json(value) == '{"a": null, "b": [null, {"c": [null, 1e+308]}], "d": null}'
 
 
-def test_json_is_written_at_one_place() -> None:
-    """Elsewhere what is hashed, processes exchange, or has no number that could be infinite."""
+def test_json_is_written_by_strict_json() -> None:
+    """Exempt are texts to hash, messages between processes, and values without numbers that could be infinite."""
     exempt = {"training/checkpoint.py", "distributed.py", "data/cache.py", "data/tokenize.py", "data/inputs.py"}
     exempt |= {"demo/base.py", "demo/data.py", "safetensors_files.py", "export_config.py", "trainable.py", "files.py"}
     for path in SOURCES:
@@ -203,14 +203,14 @@ def test_errors_of_the_system_name_file_and_remedy(number: int, expected: str) -
 
 
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """jax raises an AssertionError without a word where no plugin for the platform is installed."""
+    """JAX raises an AssertionError without a message if no plugin for the platform is installed."""
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     code = compile("raise AssertionError", "/jax/_src/xla_bridge.py", "exec")
     with pytest.raises(AssertionError) as caught:
         exec(code)
-    assert ended(caught.value, monkeypatch) == 1
-    said = capsys.readouterr().err
-    assert said.startswith(
+    assert exit_code(caught.value, monkeypatch) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(
         "umbrella-jax: JAX_PLATFORMS=cuda: jax finds no such device: no plugin for it is installed; "
     )
-    assert said.count("\n") == 1
+    assert message.count("\n") == 1

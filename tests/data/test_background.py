@@ -1,4 +1,4 @@
-"""Background: decided from the voxels or as configured, said, and the same as ever where no voxel is below 0."""
+"""Background: decided from the voxels or by the configuration, reported, and unchanged if no voxel is below 0."""
 
 import logging
 from dataclasses import replace
@@ -26,7 +26,7 @@ MASK[1:5, 1:5, 1:5] = True
 
 
 def denoised(seed=0, frames=4):
-    """A run after confound regression: each voxel has mean 0, and voxels outside of the brain are 0."""
+    """Return a run after confound regression: voxels have mean 0, and those outside the brain are 0."""
     signal = np.random.default_rng(seed).normal(0, 3, (6, 6, 6, frames)).astype(np.float32)
     signal[2, 2, 2, 0] = 0  # a brain's signal passes through 0
     signal -= np.float32(0)
@@ -35,7 +35,7 @@ def denoised(seed=0, frames=4):
 
 
 def standardised(seed=0):
-    """A volume that was z-scored as a whole, so that air, the lowest value, is below 0."""
+    """Return a volume that was z-scored as a whole, so air, the lowest value, is below 0."""
     volume = np.where(MASK, np.random.default_rng(seed).uniform(100, 900, MASK.shape), 0)
     return ((volume - volume.mean()) / volume.std()).astype(np.float32)
 
@@ -54,7 +54,7 @@ def test_a_denoised_run_keeps_its_brain(nifti, scaling):
     config, found = replace(RUN, scaling=scaling, size=(8, 6, 6, 4)), []
     volume = load_volume(nifti("a.nii", data), config, note=lambda *remark: found.append(remark[-1]))
     np.testing.assert_allclose(volume[1:7], expected, atol=1e-5)
-    assert (volume[[0, 7]] == volume[1, 0, 0, 0]).all()  # what pads is background
+    assert (volume[[0, 7]] == volume[1, 0, 0, 0]).all()  # padding is background
     (background,) = found
     assert (background.rule, background.shared) == (0.0, pytest.approx(1 - MASK.mean()))
     assert background.level == pytest.approx(level, abs=1e-5)
@@ -62,8 +62,8 @@ def test_a_denoised_run_keeps_its_brain(nifti, scaling):
 
 @pytest.mark.parametrize("scaling", ["znorm_minback", "znorm_zeroback", "minmax", "none"])
 @pytest.mark.parametrize("ringing", [0, -2])
-def test_without_voxels_below_0_nothing_changed(nifti, scaling, ringing):
-    """To the bit; with a little ringing below 0, too. `test_volume.py` compares this rule with PyTorch's."""
+def test_auto_is_nonpositive_without_voxels_below_0(nifti, scaling, ringing):
+    """They agree to the bit, also with a little ringing below 0. `test_volume.py` compares this rule with PyTorch."""
     data = np.where(MASK[..., None], np.random.default_rng(0).uniform(100, 300, (6, 6, 6, 4)), 0).astype(np.float32)
     data[0, :, 0] = ringing
     path, found = nifti("a.nii", data), []
@@ -88,8 +88,8 @@ def test_a_standardised_volume_is_padded_with_its_air(nifti, scaling, background
     volume = load_volume(path, config, note=lambda *remark: found.append(remark[-1]))
     np.testing.assert_allclose(volume, expected[scaling], atol=1e-5)
     assert (volume[0] == volume[1, 0, 0]).all()
-    (noted,) = found
-    assert (noted.level is None) or noted.level == pytest.approx(float(volume.min()), abs=1e-5)
+    (background_found,) = found
+    assert background_found.level is None or background_found.level == pytest.approx(float(volume.min()), abs=1e-5)
     wide = nifti("wide.nii", np.pad(data, 3, constant_values=data.min()))  # only air is cropped
     np.testing.assert_allclose(load_volume(wide, config), expected[scaling], atol=1e-5)
     with pytest.raises(DataError, match=r"56 voxels other than .* lie outside the central 2×2×2 mm") as caught:
@@ -102,7 +102,7 @@ def unknown():
 
 
 @pytest.mark.parametrize("make", [lambda: RUN, lambda: replace(RUN, scaling="none", size=(7, 6, 6, 4)), lambda: CUBES])
-def test_an_unknown_background_is_refused_where_it_is_needed(nifti, make):
+def test_an_unknown_background_is_rejected_if_it_is_needed(nifti, make):
     config = make()
     data = unknown() if len(config.size) == 4 else unknown()[..., 0]
     path = nifti("a.nii", data)
@@ -117,7 +117,7 @@ def test_an_unknown_background_is_refused_where_it_is_needed(nifti, make):
         load_volume(path, replace(config, background=background))
 
 
-def test_an_unknown_background_does_not_matter_where_none_is_needed(nifti):
+def test_an_unknown_background_is_accepted_if_it_is_not_needed(nifti):
     data = unknown()
     run = replace(RUN, scaling="none")
     np.testing.assert_array_equal(load_volume(nifti("run.nii", data), run), data)
@@ -142,8 +142,8 @@ def test_a_volume_below_0_names_its_cause(nifti):
         load_volume(nifti("flat.nii", np.full((6, 6, 6, 4), -2, np.float32)), RUN)
 
 
-def test_windows_of_a_run_with_different_rules_are_named(nifti, tmp_path):
-    """A drift that was not regressed out: in the first window nearly all is above 0."""
+def test_windows_of_a_run_with_different_rules_are_reported(nifti, tmp_path):
+    """A remaining drift raises nearly all of the first window above 0."""
     data = denoised(frames=8)
     data[MASK, :4] += 9
     paths = [nifti(f"{i}.nii", data) for i in range(2)]
@@ -161,19 +161,19 @@ def test_windows_of_a_run_with_different_rules_are_named(nifti, tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_background_that_is_no_number(value):
+def test_a_background_must_be_a_finite_number(value):
     with pytest.raises(ConfigError, match="background: expected"):
         replace(RUN, background=value)
 
 
-def test_integers_and_the_smallest_of_them(nifti):
+def test_the_lowest_integer_can_be_background(nifti):
     data = np.where(MASK, np.random.default_rng(0).integers(-900, 900, MASK.shape), -32768).astype(np.int16)
     found = find_background(data, CUBES)
     assert (found.rule, found.value) == ("lowest", -32768)
 
 
-def test_what_fills_later_is_the_background(nifti, tokenizer, record, write_json, tmp_path):
-    """Augmentation and maps; from a cache, and from one that holds the volumes already, too."""
+def test_augmentation_and_maps_fill_with_the_background(nifti, tokenizer, record, write_json, tmp_path):
+    """The same without a cache, with an empty one and with a full one."""
     resized = ModalityConfig(size=(6, 6, 6), patch=(3, 3, 3))
     modalities = {"rsfMRI": replace(RUN, scaling="none"), "T1": resized}
     run, volume = nifti("run.nii", denoised(frames=8)), nifti("t1.nii", denoised()[..., 0])
@@ -200,14 +200,14 @@ def run_config(path, **fields):
 
 @pytest.fixture
 def mixed(nifti, record, write_json):
-    """Two denoised runs and one as the scanner gives it."""
+    """Return a data set with two denoised runs and a raw one."""
     raw = np.where(MASK[..., None], 1000 + denoised(2), 0)
     files = [nifti("0.nii", denoised(0)), nifti("1.nii", denoised(1)), nifti("2.nii", raw.astype(np.float32))]
     asked = [record([("user", [f"rsfMRI:{f}", "?"]), ("assistant", [f"{i}."])]) for i, f in enumerate(files)]
     return write_json("a.json", asked), files
 
 
-def test_validate_says_what_was_taken_and_finds_a_mixture(mixed):
+def test_validate_reports_backgrounds_and_finds_a_mixture(mixed):
     path, files = mixed
     found = [f for f in validate(run_config(path)).findings if f.kind == "background"]
     assert [(f.severity, f.place) for f in found] == [
@@ -240,8 +240,8 @@ def test_a_rule_that_the_voxels_contradict_is_a_warning(mixed, background, reaso
     assert any(reason in message and message.startswith(f"rsfMRI: {files[0]}: ") for message in caplog.messages)
 
 
-def test_a_run_says_what_was_taken(mixed, tokenizer, caplog, tmp_path):
-    """Before the first step, a line for all volumes alike: whatever loads data sets logs it, from a full cache too."""
+def test_loading_data_logs_unusual_backgrounds(mixed, tokenizer, caplog, tmp_path):
+    """One line covers all volumes with the same background, also when they come from a full cache."""
     path, files = mixed
     modalities = run_config(path).model.modalities
     for cache in (None, str(tmp_path / "cache"), str(tmp_path / "cache")):

@@ -1,4 +1,4 @@
-"""The cache: the same batches without opening a source, whatever crashes, fills up, changes or decays meanwhile."""
+"""The cache: the same batches without opening a source, despite crashes, full disks, changed sources and damage."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ RUN = ModalityConfig(size=(4, 3, 5, 4), patch=(2, 3, 4, 2))
 
 @pytest.fixture(autouse=True)
 def settled(monkeypatch):
-    """Files of this very moment count as settled, so that their digests are remembered."""
+    """Treat new files as settled, so that their digests are recorded."""
     monkeypatch.setattr(cache_module, "_SETTLED", -1.0)
 
 
@@ -45,7 +45,7 @@ def directory(tmp_path):
 
 @pytest.fixture
 def sealed(monkeypatch):
-    """`sealed()`: from here on, whoever opens or hashes a source fails."""
+    """Return `sealed()`: after the call, opening or hashing a source fails."""
 
     def seal():
         def refuse(*_):
@@ -62,7 +62,7 @@ def entries(directory: Path) -> list[Path]:
 
 
 def made(directory, path, config, **options) -> int:
-    """How many volumes a new cache over the directory has to make."""
+    """Return how many volumes a new cache over the directory has to make."""
     cache = VolumeCache(directory, **options)
     cache.check(path, config)
     return cache.num_made
@@ -73,7 +73,7 @@ def made(directory, path, config, **options) -> int:
 
 @pytest.fixture
 def load_dataset(nifti, record, write_json, tokenizer, modalities):
-    """`load_dataset(cache)`: four conversations over three volumes and a run of five windows."""
+    """Return `load_dataset(cache)`: four conversations over three volumes and a run of five windows."""
     nifti("run.nii.gz", (5, 3, 4, 20), np.diag([-2, 2, 3, 1]))
     for i in range(3):
         nifti(f"{i}.nii", (9, 8, 7))
@@ -85,7 +85,7 @@ def load_dataset(nifti, record, write_json, tokenizer, modalities):
 
 
 def volumes_of(dataset):
-    """All volumes that training and evaluation batches show, in their order."""
+    """Return all volumes of training and evaluation batches, in their order."""
     plan = make_epoch_plan(dataset, batch_size=2, accumulate_steps=2, seed=5)
     training = train_batches(dataset, plan, start_step=0, num_steps=6, threads=2)
     batches = [*training, *(b for _, b in eval_batches(dataset, 3, prompts=True))]
@@ -109,13 +109,13 @@ def test_batches_are_bit_identical_and_no_source_is_opened(load_dataset, directo
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_what_comes_back(nifti, directory, dtype):
+def test_a_loaded_volume_has_the_numbers_of_its_type(nifti, directory, dtype):
     path = nifti("a.nii", np.geomspace(1e-7, 6e4, 210).reshape(T1.size).astype(np.float32))
     config = ModalityConfig(size=T1.size, patch=(1, 1, 1), scaling="none")
     expected = load_volume(path, config).astype(dtype).astype(np.float32)
     assert (expected < 6e-5).any()  # subnormal in float16
     cache = VolumeCache(directory, dtype)
-    for _ in range(2):  # made, then read
+    for _ in range(2):  # make the entry, then read it
         found = cache.load(path, config)
         assert found.dtype == np.float32
         assert found.flags.c_contiguous
@@ -138,7 +138,7 @@ def test_every_finite_float16_is_widened_exactly():
 
 
 @pytest.mark.parametrize("value", [65505.0, -65505.0])
-def test_what_float16_cannot_hold_is_refused(nifti, directory, value):
+def test_values_beyond_float16_are_rejected(nifti, directory, value):
     data = np.ones(T1.size, np.float32)
     data[1, 2, 3] = value
     path, config = nifti("a.nii", data), ModalityConfig(size=T1.size, patch=(1, 1, 1), scaling="none")
@@ -151,9 +151,9 @@ def test_what_float16_cannot_hold_is_refused(nifti, directory, value):
     VolumeCache(directory, "float32").check(path, config)
 
 
-def test_the_version_is_raised_with_the_numbers(nifti):
-    """Where this fails, preprocessing gives other numbers than before: raise PREPROCESSING_VERSION, so that no run
-    takes cached volumes of before for new ones, and put the new numbers here."""
+def test_new_numbers_need_a_new_version(nifti):
+    """If this fails, preprocessing gives new numbers: increase PREPROCESSING_VERSION, so that no run reads old cache
+    entries, and put the new numbers here."""
     expected = {
         1: (
             [1.1541852, -0.6955972, -1.7535143, -0.376967, -0.9412419, 0.6511261, -0.4067903, 1.4108162, 1.4955751],
@@ -164,11 +164,11 @@ def test_the_version_is_raised_with_the_numbers(nifti):
     affine = np.array([[0, -2, 0, 0], [1.5, 0, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1.0]])
     three = load_volume(nifti("3.nii", data[..., 0], affine), ModalityConfig(size=(4, 3, 5), patch=(1, 1, 1)))
     four = load_volume(nifti("4.nii", data, affine), ModalityConfig(size=(4, 7, 5, 4), patch=(1, 1, 1, 1)), 1)
-    np.testing.assert_allclose(three.ravel()[::7], expected[0], atol=5e-6)  # sums of another order differ by 1e-6
+    np.testing.assert_allclose(three.ravel()[::7], expected[0], atol=5e-6)  # the order of summation changes 1e-6
     np.testing.assert_allclose(four.ravel()[:549:61], expected[1], atol=5e-6)
 
 
-# What makes another entry
+# Reasons for another entry
 
 
 @pytest.mark.parametrize(
@@ -266,14 +266,14 @@ def test_a_changed_frame_is_noticed(directory, tmp_path):
     np.testing.assert_array_equal(cache.load(folder, config, 0), load_volume(folder, config, 0))
 
 
-def test_a_digest_is_remembered_only_of_a_settled_file(nifti, directory, monkeypatch):
+def test_only_the_digest_of_a_settled_file_is_recorded(nifti, directory, monkeypatch):
     hashed = []
     original = cache_module.source_digest
     monkeypatch.setattr(cache_module, "source_digest", lambda path: hashed.append(path) or original(path))
     path = nifti("a.nii", (6, 7, 5))
     monkeypatch.setattr(cache_module, "_SETTLED", 60.0)
     assert [made(directory, path, T1) for _ in range(2)] == [1, 0]
-    assert len(hashed) == 2  # within its clock's tick, it may change once more and look the same
+    assert len(hashed) == 2  # a further change within a tick of the clock would be invisible
     monkeypatch.setattr(cache_module, "_SETTLED", -1.0)
     assert [made(directory, path, T1) for _ in range(3)] == [0, 0, 0]
     assert len(hashed) == 3
@@ -298,8 +298,8 @@ def test_a_source_that_changes_while_it_is_read_is_not_kept(nifti, directory, mo
     assert entries(directory) == []
 
 
-def test_a_source_that_was_only_touched_is_the_same(nifti, directory):
-    """Copied over itself, or its owner changed."""
+def test_a_source_that_was_only_touched_counts_as_unchanged(nifti, directory):
+    """A copy over the file itself, or a change of its owner, has the same effect."""
     path = nifti("a.nii", (6, 7, 5))
     cache = VolumeCache(directory)
     cache.check(path, T1)
@@ -310,7 +310,7 @@ def test_a_source_that_was_only_touched_is_the_same(nifti, directory):
     assert len(entries(directory)) == 1
 
 
-def test_after_the_check_a_run_keeps_what_it_saw(nifti, directory):
+def test_after_the_check_a_source_is_not_needed(nifti, directory):
     path = nifti("a.nii", (6, 7, 5))
     cache = VolumeCache(directory)
     cache.check(path, T1)
@@ -322,7 +322,7 @@ def test_after_the_check_a_run_keeps_what_it_saw(nifti, directory):
 
 
 def test_a_source_is_checked_to_its_end_once(nifti, directory, sealed, monkeypatch):
-    """Also one whose entries were made before: they may be of damaged voxels."""
+    """This includes a source whose entries an older version made, possibly from damaged voxels."""
     path = nifti("a.nii.gz", (6, 7, 5))
     checks = []
     original = voxels_module._Nibabel.check_end
@@ -333,14 +333,14 @@ def test_a_source_is_checked_to_its_end_once(nifti, directory, sealed, monkeypat
     (record,) = (directory / "sources").rglob("*.json")
     before = json.loads(record.read_text())
     assert before.pop("remarks") == []
-    record.write_text(json.dumps(before))  # as versions wrote it that did not check
+    record.write_text(json.dumps(before))  # as older versions, which did not check, wrote it
     assert made(directory, path, T1) == 0
     assert len(checks) == 2
     sealed()
     assert made(directory, path, T1) == 0
 
 
-def test_a_damaged_source_is_not_remembered(nifti, directory):
+def test_a_damaged_source_is_not_recorded(nifti, directory):
     path = nifti("a.nii.gz", (4, 3, 5, 7))
     content = bytearray(path.read_bytes())
     content[-6] ^= 1
@@ -351,8 +351,8 @@ def test_a_damaged_source_is_not_remembered(nifti, directory):
     assert list((directory / "sources").rglob("*.json")) == []
 
 
-def test_contradictions_of_headers_are_remembered(nifti, directory, sealed):
-    """One line for all files with the same one."""
+def test_contradictions_of_headers_are_recorded(nifti, directory, sealed):
+    """All files with the same contradiction share a line."""
     paths = [nifti(f"{name}.nii", (6, 7, 5)) for name in "cab"]
     for path in paths[:2]:
         scan = nib.load(path)
@@ -364,7 +364,7 @@ def test_contradictions_of_headers_are_remembered(nifti, directory, sealed):
             sources.check(path, T1)
         (found,) = sources.remarks()
         assert found == f"{line}left and right; the sform is used"
-        if (directory / "sources").exists():  # the next one asks the records alone
+        if (directory / "sources").exists():  # the next cache must use only the records
             sealed()
 
 
@@ -372,7 +372,7 @@ def test_contradictions_of_headers_are_remembered(nifti, directory, sealed):
 
 
 @pytest.mark.parametrize("change", ["content", "deleted", "while read"])
-def test_a_file_that_changes_after_the_check_is_refused(nifti, monkeypatch, change):
+def test_a_file_that_changes_after_the_check_is_rejected(nifti, monkeypatch, change):
     path, sources = nifti("a.nii.gz", (6, 7, 5)), Sources()
     assert sources.check(path, T1) == 1
     expected = load_volume(path, T1)
@@ -392,7 +392,7 @@ def test_a_file_that_changes_after_the_check_is_refused(nifti, monkeypatch, chan
         sources.load(path, T1)
 
 
-def test_a_frame_that_changes_is_refused_where_it_is_read(tmp_path):
+def test_a_changed_frame_is_rejected_only_by_windows_that_read_it(tmp_path):
     config = ModalityConfig(size=RUN.size, patch=RUN.patch, orientation="as_stored")
     for i in range(8):
         np.save(tmp_path / f"frame_{i}.npy", np.full((4, 3, 5), i + 1.0))
@@ -424,25 +424,25 @@ def test_only_missing_windows_are_made(nifti, directory, sealed):
         VolumeCache(directory).load(path, RUN, 5)
 
 
-def test_orientation_of_what_is_kept(nifti, directory, sealed):
+def test_orientation_from_cache_and_source(nifti, directory, sealed):
     stored = ModalityConfig(size=T1.size, patch=T1.patch, orientation="as_stored")
     turned = np.array([[0, 0, -2.0, 0], [-1, 0, 0, 0], [0, 3, 0, 0], [0, 0, 0, 1]])  # axes to P, S, L
     path = nifti("a.nii", (6, 7, 5), turned)
     np.save(path.with_suffix(".npy"), np.ones(T1.size))
-    wanted = [(path, stored, "PSL"), (path, T1, "RAS"), (path.with_suffix(".npy"), stored, None)]
+    expected = [(path, stored, "PSL"), (path, T1, "RAS"), (path.with_suffix(".npy"), stored, None)]
     for cached in (False, True):
         if cached:
-            for file, config, _ in wanted:
+            for file, config, _ in expected:
                 VolumeCache(directory).check(file, config)
             sealed()
-        for file, config, axes in wanted:
+        for file, config, axes in expected:
             assert VolumeCache(directory).axes(file, config) == axes
 
 
 # Faults
 
 
-def test_faults_are_the_same_and_not_kept(nifti, directory, tmp_path):
+def test_faults_are_those_without_a_cache_and_are_not_kept(nifti, directory, tmp_path):
     late = np.ones((4, 3, 5, 8), np.float32)
     late[0, 0, 0, 7] = np.nan
     cut = nifti("cut.nii.gz", (20, 20, 20))
@@ -500,13 +500,13 @@ def damage(entry: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("kind", ["cut", "empty", "longer", "header", "metadata", "key", "payload"])
-def test_a_damaged_entry_is_noticed_and_mended(nifti, directory, caplog, kind, dtype):
+def test_a_damaged_entry_is_noticed_and_made_again(nifti, directory, caplog, kind, dtype):
     path = nifti("a.nii", (6, 7, 5))
     cache = VolumeCache(directory, dtype)
     expected = cache.load(path, T1)
     (entry,) = entries(directory)
     calls = [lambda: cache.load(path, T1), lambda: VolumeCache(directory, dtype, verify=True).check(path, T1)]
-    if kind != "payload":  # that, a check that does not verify leaves to whoever reads it
+    if kind != "payload":  # without `verify`, a check does not read the payload
         calls.append(lambda: VolumeCache(directory, dtype).check(path, T1))
     for call in calls:
         caplog.clear()
@@ -526,7 +526,8 @@ SMALL = 600
 
 @pytest.fixture
 def full_disk():
-    """No file of this process can grow beyond 600 bytes: a source's record fits, a volume does not."""
+    """Limit the files of this process to 600 bytes: a source's record fits, a volume does not. Yield a function that
+    lifts the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, hard))
     yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -534,7 +535,7 @@ def full_disk():
 
 
 def test_a_run_goes_on_when_the_disk_is_full(nifti, directory, caplog, full_disk):
-    full_disk()  # room again
+    full_disk()  # lift the limit while the files are written
     paths = [nifti(f"{i}.nii", (6, 7, 5)) for i in range(4)]
     expected = [load_volume(path, T1).astype(np.float16) for path in paths]
     resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -542,7 +543,7 @@ def test_a_run_goes_on_when_the_disk_is_full(nifti, directory, caplog, full_disk
     check_volumes([Image(path, "T1") for path in paths], {"T1": T1}, 3, cache.check)
     found = [cache.load(path, T1) for path in paths]
     full_disk()
-    np.testing.assert_array_equal(found, expected)  # rounded as if they had been kept
+    np.testing.assert_array_equal(found, expected)  # rounded as if they had been written
     assert cache.num_made == 0
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
@@ -553,7 +554,7 @@ def test_a_run_goes_on_when_the_disk_is_full(nifti, directory, caplog, full_disk
 
 @pytest.fixture
 def config_file(nifti, record, write_json):
-    """A config over three volumes in training and evaluation data, one of them in both."""
+    """Write a configuration with three volumes: one in training data, one in evaluation data, one in both."""
     for name in ("a", "b", "c"):
         nifti(f"{name}.nii", (6, 7, 5))
     for split, names in (("train", "ab"), ("eval", "bc")):
@@ -593,7 +594,7 @@ def test_data_cache_on_a_full_disk_fails(config_file, directory, capsys, full_di
     assert "3 made, 0 found" in capsys.readouterr().out
 
 
-def test_data_cache_names_what_is_wrong(config_file, directory, capsys):
+def test_data_cache_reports_every_fault(config_file, directory, capsys):
     assert main(command(config_file, data=())) == 2
     message = capsys.readouterr().err
     assert "data.cache: expected a directory (--cache D)" in message
@@ -607,7 +608,7 @@ def test_data_cache_names_what_is_wrong(config_file, directory, capsys):
     assert len(entries(directory)) == 1  # the good one
 
 
-def test_float16_of_no_cache_is_refused():
+def test_float16_without_a_cache_is_rejected():
     with pytest.raises(ConfigError, match="cache_dtype: float16 of no cache"):
         DataConfig(cache_dtype="float16")
     assert type(VolumeCache.from_config(DataConfig())) is Sources
@@ -623,7 +624,7 @@ FILL = "import sys; from umbrella_jax.cli import main; sys.exit(main(sys.argv[1:
 
 @pytest.fixture
 def large_config(nifti, record, write_json):
-    """Forty volumes of 40³, of which the cache keeps 256 kB each."""
+    """Write a configuration with forty volumes of 40³, which take 256 kB each in the cache."""
     rng = np.random.default_rng(0)
     for i in range(40):
         nifti(f"{i}.nii", rng.uniform(1, 9, (40, 40, 40)).astype(np.float32))
@@ -658,7 +659,7 @@ def test_processes_fill_one_directory_together(large_config, directory, capsys):
     assert_valid(large_config, directory, capsys, found=40)
 
 
-def test_a_killed_filling_leaves_a_valid_cache(large_config, directory, capsys, caplog):
+def test_a_kill_leaves_a_valid_cache(large_config, directory, capsys, caplog):
     process = start(large_config, directory)
     while len(entries(directory)) < 5 and process.poll() is None:
         time.sleep(0.001)
@@ -672,7 +673,7 @@ def test_a_killed_filling_leaves_a_valid_cache(large_config, directory, capsys, 
     assert caplog.records == []  # nothing was damaged
 
 
-def test_what_a_crash_left_is_removed_when_it_is_old(directory):
+def test_old_leftovers_of_a_crash_are_removed(directory):
     (directory / "tmp").mkdir(parents=True)
     for name, age in (("old", 7200), ("new", 60)):
         (directory / "tmp" / name).write_bytes(b"half")

@@ -1,4 +1,4 @@
-"""Every format of volumes: exact voxels, orientation, and what is refused. Random data."""
+"""Formats of volumes: exact voxels, orientation, and rejected files. Random data."""
 
 import gzip
 import pickle
@@ -29,7 +29,7 @@ def fmri(**fields):
 
 
 def numbers(shape, dtype=np.int16):
-    """Positive, and exact in every type here."""
+    """Return positive random numbers that every type here holds exactly."""
     return np.random.default_rng(len(shape)).integers(1, 120, shape).astype(dtype)
 
 
@@ -43,7 +43,7 @@ def faults(path, config):
 
 
 def nifti_bytes(data, dtype, slope=1.0, inter=0.0, header_class=nib.Nifti1Header):
-    """A file as the standard has it, so that no writer chooses a type or a scale."""
+    """Return the bytes of a NIfTI file with exactly this type and scale, which nibabel would choose itself."""
     dtype = np.dtype(dtype)
     header = header_class(endianness=">" if dtype.str[0] == ">" else "<")
     header.set_data_dtype(dtype)
@@ -58,7 +58,7 @@ def nifti_bytes(data, dtype, slope=1.0, inter=0.0, header_class=nib.Nifti1Header
 
 @pytest.mark.parametrize("header_class", [nib.Nifti1Header, nib.Nifti2Header])
 @pytest.mark.parametrize("dtype", ["<i2", ">i2", "<u1", "<i4", ">u2", "<i8", "<f4", ">f4", "<f8", ">f8"])
-@pytest.mark.parametrize(("slope", "inter"), [(1, 0), (0.5, 3), (0, 7)])  # a slope of 0 means that there is none
+@pytest.mark.parametrize(("slope", "inter"), [(1, 0), (0.5, 3), (0, 7)])  # a slope of 0 means no scaling
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
 def test_nifti(tmp_path, header_class, dtype, slope, inter, name):
     data = numbers(SIZE)
@@ -72,8 +72,8 @@ def test_nifti(tmp_path, header_class, dtype, slope, inter, name):
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.mgz", "a.npy"])
-def test_file_whose_content_is_elsewhere(tmp_path, name):
-    """As a clone without git-lfs, or a DataLad data set without `datalad get`, leaves it."""
+def test_pointer_files_are_rejected_with_a_remedy(tmp_path, name):
+    """A clone without git-lfs, or a DataLad data set without `datalad get`, holds pointers in place of files."""
     path = tmp_path / name
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     assert faults(path, t1()) == (
@@ -188,7 +188,7 @@ def test_arrays_of_other_layouts_in_memory(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """`run(suffix)`: a directory of 11 frames, more than the alphabet sorts rightly; returns it and their numbers."""
+    """Return `run(suffix)`, which writes 11 frames, too many for alphabetical order, and returns (folder, numbers)."""
 
     def make(suffix=".npy", layout=(...,)):
         data = numbers((*SIZE, FRAMES))
@@ -221,8 +221,8 @@ def test_numbers_may_be_padded(run):
     np.testing.assert_array_equal(load_volume(path, fmri(orientation="as_stored"), 1), data[..., 4:8])
 
 
-def test_a_window_reads_its_own_frames_alone(run, monkeypatch):
-    """And the first, for the shape."""
+def test_a_window_reads_only_its_own_frames(run, monkeypatch):
+    """It also reads the first frame, for the shape."""
     path, _ = run()
     read = []
     original = umbrella_jax.data.voxels._array
@@ -308,7 +308,7 @@ def test_arrays_and_frames_have_no_orientation(run, tmp_path):
         ),
     ],
 )
-def test_frames_that_are_refused(run, change, expected):
+def test_frames_that_are_rejected(run, change, expected):
     path, _ = run()
     change(path)
     assert faults(path, fmri(orientation="as_stored")) == tuple(text.format(d=path) for text in expected)
@@ -321,7 +321,7 @@ def test_a_run_is_no_volume_and_an_array_no_run(run, tmp_path):
     )
     write(tmp_path / "a.npy", data)
     assert "a run is a directory of frames" in faults(tmp_path / "a.npy", fmri(orientation="as_stored"))[0]
-    write(tmp_path / "a.npy", np.ones((1, 7, 5, 1)))  # which of its ones is the channel?
+    write(tmp_path / "a.npy", np.ones((1, 7, 5, 1)))  # either axis of length 1 could be the channel
     assert "shape (1, 7, 5, 1); expected one volume" in faults(tmp_path / "a.npy", t1(orientation="as_stored"))[0]
 
 
@@ -356,7 +356,7 @@ def test_arrays_that_are_cut_short(tmp_path, name, share):
     assert fault.startswith(f"{path}: {known}")
 
 
-def test_files_of_other_things(tmp_path):
+def test_files_with_other_content(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"frame": torch.ones(SIZE)}, tmp_path / "a.pt")
     (fault,) = faults(tmp_path / "a.pt", t1(orientation="as_stored"))

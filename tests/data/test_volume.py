@@ -1,4 +1,4 @@
-"""Volumes: equal to the original's preprocessing, whatever the axis order of the file; bad files are refused."""
+"""Volumes: the same numbers as the original's preprocessing, for any axis order of the file; bad files are rejected."""
 
 import gzip
 import itertools
@@ -73,7 +73,7 @@ def test_live_against_monai(nifti, shape, size):
 @pytest.mark.parametrize("codes", ["RAS", "LAS", "PSR", "ILA", "SPL"])
 @pytest.mark.parametrize("size", [(8, 6, 7), (24, 13, 9), (12, 9, 10)])  # from (12, 9, 10) in RAS
 def test_live_against_monai_in_any_orientation(nifti, codes, size, scaling):
-    """int16, canonical and as stored: MONAI reorients, resizes and scales."""
+    """MONAI reorients, resizes and scales int16 volumes, both to RAS and as stored."""
     transforms = pytest.importorskip("monai.transforms")
     meta_tensor = pytest.importorskip("monai.data").MetaTensor
     ras = np.random.default_rng(0).integers(-50, 900, (12, 9, 10)).astype(np.int16)
@@ -117,13 +117,13 @@ def test_scale_slope_of_the_file_is_applied(tmp_path):
     nib.save(image, tmp_path / "a.nii")
     assert nib.load(tmp_path / "a.nii").get_data_dtype() == np.int16
     found = load_volume(tmp_path / "a.nii", t1(scaling="none")).ravel()
-    np.testing.assert_allclose(found, np.arange(210) / 2 + 3, atol=2e-3)  # nibabel chose its own slope to write with
+    np.testing.assert_allclose(found, np.arange(210) / 2 + 3, atol=2e-3)  # nibabel chooses its own slope when it writes
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e5])
 def test_a_constant_volume_becomes_zero(nifti, value):
     found = load_volume(nifti("a.nii", np.full((37, 45, 29), value, np.float32)), t1((24, 17, 11)))
-    assert np.abs(found).max() < 0.1  # not rounding blown up to a standard deviation of 1
+    assert np.abs(found).max() < 0.1  # rounding must not be scaled to a standard deviation of 1
 
 
 def test_a_last_axis_of_one_is_three_dimensional(nifti):
@@ -139,15 +139,15 @@ def test_a_last_axis_of_one_is_three_dimensional(nifti):
     ("shape", "zooms", "spacing", "size"),
     [
         ((20, 17, 11), (1, 1.5, 4), 2.0, (16, 16, 24)),  # larger, larger, smaller voxels; padded on every axis
-        ((3, 40, 2), (0.2, 1, 1.1), 5, (1, 8, 4)),  # less than half a voxel is one
+        ((3, 40, 2), (0.2, 1, 1.1), 5, (1, 8, 4)),  # less than half a voxel becomes one voxel
     ],
 )
 def test_pad_against_jax(nifti, shape, zooms, spacing, size, codes):
-    """jax.image resamples with antialiasing; numpy pads."""
+    """jax.image resamples with antialiasing, and NumPy pads."""
     data = np.random.default_rng(0).uniform(1, 900, shape).astype(np.float32)
     numbers = [max(round(n * zoom / spacing), 1) for n, zoom in zip(shape, zooms, strict=True)]
     scale = np.array(zooms, np.float32) / spacing
-    # its voxel k is centred at (k + 1/2 - translation) / scale: that the middles of both fields be one
+    # jax.image centres voxel k at (k + 1/2 - translation) / scale; this translation aligns the centres of both fields
     translation = np.array(numbers, np.float32) / 2 - scale * np.array(shape, np.float32) / 2
     resampled = jax.image.scale_and_translate(data, numbers, (0, 1, 2), scale, translation, "linear")
     before = [(s - n) // 2 for s, n in zip(size, numbers, strict=True)]
@@ -160,7 +160,7 @@ def test_pad_against_jax(nifti, shape, zooms, spacing, size, codes):
     if codes == "RAS":
         same = load_volume(path, t1(size, mode="pad", spacing=spacing, scaling="none", orientation="as_stored"))
         np.testing.assert_array_equal(same, found)
-    z = load_volume(path, t1(size, mode="pad", spacing=spacing))  # over all of it, what was padded too
+    z = load_volume(path, t1(size, mode="pad", spacing=spacing))  # over the whole volume, padding included
     np.testing.assert_allclose(z, (expected - expected.mean()) / expected.std(), atol=1e-5)
     share = load_volume(path, t1(size, mode="pad", spacing=spacing, scaling="minmax"))
     np.testing.assert_allclose(share, expected / expected.max(), atol=2e-5)
@@ -171,7 +171,7 @@ def test_pad_against_jax(nifti, shape, zooms, spacing, size, codes):
     ("zooms", "size"), [((2, 2, 2), (9, 8, 12)), ((6, 4, 2), (32, 25, 11)), ((4, 4, 3), (18, 15, 19))]
 )
 def test_pad_against_monai(nifti, zooms, size, codes):
-    """To voxels that are no larger, since MONAI does not antialias; around the middle, which it calls scale_extent."""
+    """Only to smaller or equal voxels, since MONAI does not antialias; its scale_extent keeps the centre."""
     transforms = pytest.importorskip("monai.transforms")
     meta_tensor = pytest.importorskip("monai.data").MetaTensor
     ras = np.random.default_rng(0).uniform(1, 9, (9, 7, 10)).astype(np.float32)
@@ -186,15 +186,15 @@ def test_pad_against_monai(nifti, zooms, size, codes):
     np.testing.assert_allclose(load_volume(path, t1(size, mode="pad")), expected, atol=1e-5)
 
 
-def test_pad_of_voxels_that_have_the_size_already_moves_none(nifti):
-    """Even if they cannot stand quite in the middle."""
+def test_pad_does_not_move_voxels_of_the_right_size(nifti):
+    """This holds even if they cannot be exactly centred."""
     data = np.random.default_rng(0).uniform(1, 9, (5, 7, 6)).astype(np.float32)
     found = load_volume(nifti("a.nii", data, np.diag([2, 2, 2, 1])), t1((6, 8, 9), mode="pad", scaling="none"))
     np.testing.assert_array_equal(found, np.pad(data, [(0, 1), (0, 1), (1, 2)]))
 
 
-def test_pad_keeps_shape_and_place_of_a_ball_that_resize_distorts(nifti):
-    """30 mm wide at (12, -8, 5) mm, sampled with thick slices and with small voxels."""
+def test_pad_keeps_shape_and_position_of_a_ball_that_resize_distorts(nifti):
+    """The ball is 30 mm wide at (12, -8, 5) mm, sampled with thick slices and with small voxels."""
     for zooms, shape in [((1, 1, 5), (120, 100, 20)), ((3, 2, 2), (40, 50, 50))]:
         axes = [(np.arange(n) - (n - 1) / 2) * zoom for n, zoom in zip(shape, zooms, strict=True)]
         x, y, z = np.meshgrid(*axes, indexing="ij")
@@ -210,7 +210,7 @@ def test_pad_keeps_shape_and_place_of_a_ball_that_resize_distorts(nifti):
 
 
 @pytest.mark.parametrize("scaling", ["none", "znorm", "minmax"])
-def test_air_that_was_stored_around_a_brain_does_not_matter(nifti, scaling):
+def test_the_amount_of_air_around_a_brain_does_not_matter(nifti, scaling):
     data = np.zeros((9, 9, 10), np.float32)
     data[2:-2, 1:-1, 3:-3] = np.random.default_rng(0).uniform(1, 9, (5, 7, 4))  # the edge of the field is air
     affine = np.diag([2, 3, 1.5, 1])
@@ -236,7 +236,7 @@ def test_voxels_of_a_brain_are_not_cropped(nifti):
 
 
 def header_with(path, pixdim=(2, 3, 4), units="mm", qform=1, sform=0, header_class=nib.Nifti1Header):
-    """Ones of shape (6, 7, 5), and a header in which nothing was made good."""
+    """Write ones of shape (6, 7, 5) with a header that nibabel has not repaired."""
     header = header_class()
     header.set_data_dtype(np.uint8)
     header.set_data_shape((6, 7, 5))
@@ -256,13 +256,13 @@ def header_with(path, pixdim=(2, 3, 4), units="mm", qform=1, sform=0, header_cla
     [
         ({}, (2, 3, 4)),
         ({"pixdim": (-2, 3, 4)}, (2, 3, 4)),
-        ({"qform": 0}, (2, 3, 4)),  # the orientation alone is unknown
-        ({"pixdim": (0, 0, 0), "sform": 1}, (2, 3, 4)),  # the sform says it
+        ({"qform": 0}, (2, 3, 4)),  # only the orientation is unknown
+        ({"pixdim": (0, 0, 0), "sform": 1}, (2, 3, 4)),  # the sform has the sizes
         ({"pixdim": (9, 9, 9), "sform": 1}, (2, 3, 4)),
         ({"pixdim": (2000, 3000, 4000), "units": "micron"}, (2, 3, 4)),
         ({"pixdim": (0.002, 0.003, 0.004), "units": "meter"}, (2, 3, 4)),
         ({"units": "unknown"}, (2, 3, 4)),
-        ({"units": 4}, (2, 3, 4)),  # no unit of NIfTI's
+        ({"units": 4}, (2, 3, 4)),  # not a unit of NIfTI
         ({"pixdim": (2, 0, 4)}, "2 × 0 × 4"),
         ({"pixdim": (2, np.nan, 4), "qform": 0}, "2 × nan × 4"),
         ({"pixdim": (2, np.inf, 4), "qform": 0}, "2 × inf × 4"),
@@ -293,7 +293,7 @@ def z_scores(values):
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-24, 1e-19, 1e-3, 1e12])
 def test_the_unit_of_intensities_does_not_matter(nifti, factor):
-    """Squares of 1e-24 are 0 in float32: these volumes were taken as constant."""
+    """Squares of 1e-24 are 0 in float32, which must not make these volumes count as constant."""
     for shape, config in (((9, 10, 7), t1()), ((4, 3, 5, 4), fmri())):
         data = np.random.default_rng(0).uniform(1, 9, shape)
         expected = load_volume(nifti("a.nii", data.astype(np.float32)), config)
@@ -305,9 +305,9 @@ def test_the_unit_of_intensities_does_not_matter(nifti, factor):
 @pytest.mark.parametrize("offset", [-1e6, 1e6, 1e9])
 @pytest.mark.parametrize("half", [0.5, 0.01, 1e-3])
 def test_small_differences_far_from_0(nifti, offset, half):
-    """1e6 ± 0.5 was taken as constant."""
+    """A volume of 1e6 ± 0.5 must not count as constant."""
     data = offset + half * np.sign(np.random.default_rng(0).normal(size=(12, 14, 10)))
-    data[0, 0, 0] += half  # no symmetry
+    data[0, 0, 0] += half  # break the symmetry
     path = nifti("a.nii", data)
     weights = [area_weights(n, out).astype(np.float64) for n, out in zip(data.shape, (6, 7, 5), strict=True)]
     expected = z_scores(np.einsum("abc,ia,jb,kc->ijk", data - offset, *weights))
@@ -323,7 +323,7 @@ def test_small_differences_in_a_run(nifti):
 
 @pytest.mark.parametrize("value", [1e-24, 0.1, 7.3, 1e6 + 0.5, 3e9])
 def test_constant_volumes_stay_constant(nifti, value):
-    """What resampling rounds is not a signal."""
+    """Rounding by resampling is not a signal."""
     for shape, size in (((37, 45, 29), (24, 17, 11)), ((12, 10, 9), (16, 13, 20))):
         assert np.abs(load_volume(nifti("a.nii", np.full(shape, value)), t1(size))).max() <= max(1e-6 * value, 1e-6)
     assert not load_volume(nifti("b.nii", np.full((4, 3, 5, 4), value)), fmri()).any()
@@ -333,7 +333,7 @@ def test_constant_volumes_stay_constant(nifti, value):
 
 
 def rotation(x, y):
-    """Degrees about x, then about y."""
+    """Return the rotation by degrees about x, then about y."""
     x, y = np.deg2rad((x, y))
     about_x = [[1, 0, 0], [0, np.cos(x), -np.sin(x)], [0, np.sin(x), np.cos(x)]]
     about_y = [[np.cos(y), 0, np.sin(y)], [0, 1, 0], [-np.sin(y), 0, np.cos(y)]]
@@ -363,7 +363,7 @@ def test_all_48_orders_and_directions_of_axes_against_nibabel(nifti, angles):
 
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image, nib.Nifti1Pair])
 @pytest.mark.parametrize(("shape", "config"), [((6, 7, 5), t1), ((4, 3, 5, 4), fmri)])
-def test_nifti_that_does_not_say_its_orientation(tmp_path, kind, shape, config):
+def test_nifti_without_orientation(tmp_path, kind, shape, config):
     path = tmp_path / ("a.img" if kind is nib.Nifti1Pair else "a.nii")
     data = np.ones(shape, np.float32)
     for qform, sform in [(1, 0), (0, 1), (0, 0)]:
@@ -384,7 +384,7 @@ def test_nifti_that_does_not_say_its_orientation(tmp_path, kind, shape, config):
 
 
 @pytest.mark.parametrize("fault", [0, np.nan, np.inf])
-def test_an_affine_that_is_none(nifti, fault):
+def test_an_invalid_affine(nifti, fault):
     affine = np.eye(4)
     affine[1, 1] = fault
     path = nifti("a.nii", (6, 7, 5), np.eye(4))
@@ -394,7 +394,7 @@ def test_an_affine_that_is_none(nifti, fault):
     path.write_bytes(content)
     which = "is singular" if fault == 0 else "holds NaN or infinity"
     assert f"no orientation: its sform (code 2) {which}; " in one_fault(path, t1())
-    load_volume(path, t1(orientation="as_stored", mode="pad"))  # pixdim says how large its voxels are
+    load_volume(path, t1(orientation="as_stored", mode="pad"))  # pixdim still has the voxel sizes
     stored = t1(orientation="as_stored", scaling="none")
     np.testing.assert_array_equal(load_volume(path, stored), image.get_fdata(dtype=np.float32))
     assert axis_codes(open_voxels(path), stored) is None
@@ -406,7 +406,7 @@ TURNED = np.array([[0, 2.0, 0, 0], [-2, 0, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1]])
 
 
 def contradictory(path, qform=(None, 0), sform=(None, 0), header_class=nib.Nifti1Header, more=0, **fields):
-    """A file whose header has both forms, matrix and code, and fields as given; `more` bytes follow its voxels."""
+    """Write a file with both forms (matrix, code) and other fields as given, and `more` bytes after its voxels."""
     header = header_class()
     header.set_data_dtype(np.int16)
     header.set_data_shape((6, 7, 5))
@@ -445,7 +445,7 @@ CONTRADICTIONS = [
         "its qform (code 1) says PRS, its sform (code 1) says LAS: they disagree about the order of axes; the sform is "
         "used",
     ),
-    ({"qform": (DIAGONAL, 1), "sform": (DIAGONAL, 4)}, "RAS", None),  # rounding makes PRS of the qform
+    ({"qform": (DIAGONAL, 1), "sform": (DIAGONAL, 4)}, "RAS", None),  # rounding turns the qform into PRS
     (
         {"qform": (LAS, 1), "sform": (SINGULAR, 1)},
         "LAS",
@@ -506,7 +506,7 @@ def test_a_header_that_contradicts_itself(tmp_path, header_class, name, fields, 
             {"qform": (LAS, 1), "quatern_c": np.nan, "sform": (RAS, 9)},
             "no orientation: sform_code is 9, which NIfTI does not define; its qform (code 1) holds NaN or infinity",
         ),
-        # nibabel reads +1, NIfTI's library -1
+        # nibabel reads it as +1, NIfTI's library as -1
         (
             {"qform": (LAS, 1), "pixdim": [-2, 2, 2, 2, 1, 1, 1, 1]},
             "no orientation: pixdim[0], which its qform (code 1) ",
@@ -520,12 +520,12 @@ def test_a_header_that_contradicts_itself(tmp_path, header_class, name, fields, 
         ),
     ],
 )
-def test_a_header_that_says_nothing_valid(tmp_path, fields, reason):
+def test_a_header_without_a_valid_orientation(tmp_path, fields, reason):
     assert one_fault(contradictory(tmp_path / "a.nii", **fields), t1()).startswith(f"{tmp_path / 'a.nii'}: {reason}")
 
 
-def test_an_mgh_whose_flag_says_that_its_axes_mean_nothing(tmp_path):
-    """nibabel takes FreeSurfer's own axes and voxels of 1 mm for it."""
+def test_an_mgh_file_without_valid_geometry(tmp_path):
+    """If goodRASFlag is 0, nibabel assumes FreeSurfer's own axes and voxels of 1 mm; we report both as unknown."""
     path = tmp_path / "a.mgh"
     nib.save(nib.MGHImage(np.ones((6, 7, 5), np.float32), np.diag([2.0, 2, 2, 1])), path)
     assert axis_codes(open_voxels(path), t1()) == "RAS"
@@ -548,13 +548,15 @@ def test_arrays_have_neither_orientation_nor_voxel_sizes(tmp_path):
     ]
 
 
-def test_all_48_orientations_that_a_modality_may_ask_for(nifti):
-    """Against nibabel's `as_reoriented`; a map goes back to the voxels it came from; the pages' geometry agrees."""
+def test_all_48_orientations_of_a_modality(nifti):
+    """Volumes agree with nibabel's `as_reoriented`, maps return to their voxels, and pages use the same geometry."""
     ras = np.random.default_rng(0).integers(1, 900, (6, 7, 5)).astype(np.int16)
     data, affine = stored_as(ras, np.diag([2.0, 4, 4, 1]), "PIR")
     path = nifti("a.nii", data, affine)
     image, cubes = open_voxels(path), {"mode": "pad", "spacing": 1, "scaling": "none"}
-    canonical = load_volume(path, t1((28,) * 3, **cubes))  # 12 × 28 × 20 voxels of 1 mm, an even number around them
+    canonical = load_volume(
+        path, t1((28,) * 3, **cubes)
+    )  # 12 × 28 × 20 voxels of 1 mm, with an even number of voxels around them
     for orientation in sorted(ORIENTATIONS_48):
         expected, turned = stored_as(data, affine, orientation)
         config = t1(expected.shape, scaling="none", orientation=orientation)
@@ -571,7 +573,7 @@ def test_all_48_orientations_that_a_modality_may_ask_for(nifti):
 
 
 @pytest.mark.parametrize("orientation", ["ras", "RA", "RAL", "RASL", "", "stored", "XYZ"])
-def test_an_orientation_that_is_none(orientation):
+def test_an_invalid_orientation(orientation):
     with pytest.raises(ConfigError, match=f"orientation {orientation}: expected as_stored, or three codes such as RAS"):
         t1(orientation=orientation)
 
@@ -580,7 +582,7 @@ ORIENTATIONS = ["LAS", "PSR", "ILA", "SPL"]
 
 
 def stored_as(data, affine, codes):
-    """The same brain with its array axes in another order, and the affine that says so."""
+    """Return the same brain with its array axes in another order, and the affine for it."""
     ornt = nib.orientations.axcodes2ornt(codes)
     image = nib.Nifti1Image(data, affine).as_reoriented(
         nib.orientations.ornt_transform(nib.io_orientation(affine), ornt)
@@ -594,7 +596,7 @@ def test_the_order_of_the_axes_in_the_file_does_not_matter(nifti, codes):
     affine = np.array([[2.0, 0.1, 0, -9], [-0.1, 2, 0, 4], [0, 0.05, 3, 1], [0, 0, 0, 1]])  # slightly oblique RAS
     data = np.random.default_rng(0).uniform(1, 9, (9, 8, 10)).astype(np.float32)
     other = nifti("other.nii", *stored_as(data, affine, codes))
-    padded = t1((12, 13, 20), mode="pad")  # an odd number of voxels pads each axis
+    padded = t1((12, 13, 20), mode="pad")  # each axis is padded by an odd number of voxels
     np.testing.assert_allclose(
         load_volume(other, padded), load_volume(nifti("ras.nii", data, affine), padded), atol=1e-5
     )
@@ -621,7 +623,7 @@ def test_orientation_4d(nifti):
         (12, 1, 1.0, [0, 4, 8]),
         (8, 1, 0.5, [0, 2, 4]),
         (6, 1, 0.01, [0, 1, 2]),  # at least one frame apart
-        (15, 2, 1.0, [0, 8]),  # a window reaches over 3·2 + 1 = 7 frames, the next begins 8 later
+        (15, 2, 1.0, [0, 8]),  # a window spans 3·2 + 1 = 7 frames, and the next one begins 8 frames later
         (3, 1, 1.0, []),
         (6, 2, 1.0, []),
     ],
@@ -638,7 +640,7 @@ def test_windows(nifti, frames, within, between, starts):
 
 
 def brain_run():
-    """A brain in the middle, zeros and some negative noise around it."""
+    """Return a run with a brain in the middle, and zeros and some negative noise around it."""
     data = np.zeros((4, 3, 5, 4), np.float32)
     data[1:3, 1:, 1:4] = np.random.default_rng(0).uniform(100, 300, (2, 2, 3, 4))
     data[0, 0, 0] = -2
@@ -695,8 +697,8 @@ def test_live_against_monai_4d(nifti, codes, size, scaling):
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
-def test_of_a_run_a_window_alone_is_read(nifti, name):
-    """Its first window is there although the rest is gone: a stream notices at its end, in a file these are zeros."""
+def test_only_the_window_of_a_run_is_read(nifti, name):
+    """The first window can be read although the rest is lost: the gzip stream ends early, the plain file has zeros."""
     data = np.random.default_rng(0).uniform(1, 9, (4, 3, 5, 4000)).astype(np.float32)
     path = nifti(name, data)
     content = path.read_bytes()
@@ -712,7 +714,7 @@ def test_of_a_run_a_window_alone_is_read(nifti, name):
         load_volume(path, fmri(scaling="none"), 999)
 
 
-def test_integers_stay_what_they_are_until_they_are_averaged(nifti):
+def test_integers_are_not_converted_before_they_are_averaged(nifti):
     path = nifti("a.nii.gz", np.ones((6, 7, 5), np.int16))
     assert open_voxels(path).read(0).dtype == np.int16
     assert load_volume(path, t1()).dtype == np.float32
@@ -739,7 +741,7 @@ def test_modes():
         ],
     ],
 )
-def test_modes_that_are_refused(make, fields, fault):
+def test_invalid_modes(make, fields, fault):
     with pytest.raises(ConfigError) as caught:
         make(**fields)
     assert caught.value.faults == (fault,)
@@ -808,11 +810,11 @@ def test_complex_voxels(nifti):
     assert "expected real numbers" in one_fault(nifti("a.nii", np.ones((6, 7, 5), np.complex64)), t1())
 
 
-# All at once
+# Checking all volumes
 
 
 def test_blas_uses_one_thread_while_volumes_are_prepared(nifti, modalities):
-    """In the threads that prepare them; afterwards as many as before."""
+    """The limit holds in the threads that prepare them, and ends with them."""
     blas = ThreadpoolController().select(user_api="blas")
     threads = []
 
@@ -874,7 +876,7 @@ def test_check_volumes_lists_every_fault(nifti, modalities, tmp_path):
 
 
 def test_a_faulty_file_is_not_kept_open(nifti, modalities, monkeypatch):
-    """A thousand of them would take all that a process may open, and good ones behind them be called unreadable."""
+    """A thousand open files would exhaust the limit of the process, and later good files would seem unreadable."""
     opened, held = [], []
     original = umbrella_jax.data.volume.open_voxels
 

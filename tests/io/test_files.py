@@ -1,4 +1,4 @@
-"""Folders and files that are written whole, and paths that cannot be written."""
+"""Atomic writes of files and directories, and paths that cannot be written."""
 
 import errno
 import os
@@ -24,8 +24,8 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    """Also in place of an empty one, and of what a killed process left; nothing else is touched."""
+def test_a_folder_is_written_completely_or_not_at_all(tmp_path: Path) -> None:
+    """It may replace an empty one and leftovers of a killed process. Nothing else is touched."""
     out, part = tmp_path / "out", tmp_path / ".out.part"
     part.mkdir()
     (part / "left").touch()
@@ -56,7 +56,7 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
         pass
 
 
-def test_a_folder_is_rewritten_where_it_differs(tmp_path: Path) -> None:
+def test_a_folder_is_rewritten_only_if_it_differs(tmp_path: Path) -> None:
     folder = tmp_path / "model"
 
     def write(text: str) -> None:
@@ -66,7 +66,7 @@ def test_a_folder_is_rewritten_where_it_differs(tmp_path: Path) -> None:
     first = folder.stat().st_ino
     write("one")
     assert folder.stat().st_ino == first
-    (tmp_path / ".model.part").mkdir()  # of a kill
+    (tmp_path / ".model.part").mkdir()  # left by a killed process
     (folder / "config.json").write_text("o")
     write("one")
     assert (folder / "config.json").read_text() == "one"
@@ -101,7 +101,7 @@ def test_a_path_that_cannot_be_written(tmp_path: Path, path: str, folder: bool, 
 
 @pytest.mark.parametrize("name", ["[1,2]", "*", "?", "a b", "#%41", "{x}", "~", "ü", "new\nline", "'\"", "n" * 240])
 def test_checkpoints_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
-    """Orbax looks for its files with glob; a sibling that the name would match is not taken for it."""
+    """Orbax finds its files with glob. A sibling that matches the name as a pattern must not be read instead."""
     place = tmp_path / name
     check_run_name(place, "choose another")
     for folder, value in ((tmp_path / "1", 2.0), (place, 1.0)):
@@ -125,5 +125,5 @@ def test_names_that_checkpoints_cannot_have(tmp_path: Path, name: str) -> None:
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), None),
     ],
 )
-def test_a_full_disk_is_told_from_a_full_device(error: Exception, number: int | None) -> None:
+def test_a_full_disk_is_distinguished_from_a_full_device(error: Exception, number: int | None) -> None:
     assert disk_full_errno(error) == number
