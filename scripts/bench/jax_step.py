@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from bench.trace import kernels
-from bench.workload import ANSWER, HUB_CONFIGS, IMAGE, SCANS, TEXT, Scan
+from bench.workload import ANSWER, HUB_CONFIGS, IMAGE, SCANS, TEXT, VolumeSpec
 from convert.config_json import CONFIG, UMBRELLA_CONFIG, read_config
 from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import ModalityConfig, RematPolicy, TrainConfig, to_dict
@@ -42,7 +42,7 @@ def matmul_rate(dtype: str) -> float:
     return times * 2 * m * n * k / best
 
 
-def make_batch(scan: Scan, size: int, images: int, volumes: int, rng: np.random.Generator) -> Batch:
+def make_batch(scan: VolumeSpec, size: int, images: int, volumes: int, rng: np.random.Generator) -> Batch:
     """Return a batch [1, B, ...] of `size` conversations with `images` scans and 64 tokens, the last 8 supervised.
 
     The images show `volumes` distinct scans in turn.
@@ -70,7 +70,7 @@ def make_batch(scan: Scan, size: int, images: int, volumes: int, rng: np.random.
     )
 
 
-def model_config(size: str, scan: Scan, dtype: str, remat: RematPolicy, layers: int | None = None) -> LlavaConfig:
+def model_config(size: str, scan: VolumeSpec, dtype: str, remat: RematPolicy, layers: int | None = None) -> LlavaConfig:
     """Return the config of the hub's model of this size, with `layers` layers in tower and language model, if given."""
     content = json.loads(json.dumps(HUB_CONFIGS[size]))
     for part in ("vision_config", "text_config"):

@@ -16,13 +16,13 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from bench.workload import ANSWER, HUB_CONFIGS, IMAGE, SCANS, TEXT, Scan
+from bench.workload import ANSWER, HUB_CONFIGS, IMAGE, SCANS, TEXT, VolumeSpec
 
 
-class PatchEmbed(nn.Module):
+class OriginalPatchEmbed(nn.Module):
     """The original's patch embedding, with its names: a convolution in 3D, patches and a linear map in 4D."""
 
-    def __init__(self, scan: Scan, width: int):
+    def __init__(self, scan: VolumeSpec, width: int):
         super().__init__()
         self.scan = scan
         voxels = torch.Size(scan.patch).numel()
@@ -43,7 +43,7 @@ class PatchEmbed(nn.Module):
 class TorchStep:
     """Model and optimiser; a call makes one update on conversations about one scan each."""
 
-    def __init__(self, size: str, scan: Scan, device: str, dtype: torch.dtype):
+    def __init__(self, size: str, scan: VolumeSpec, device: str, dtype: torch.dtype):
         self.scan, self.mode, self.device, self.dtype = scan, "tuned", torch.device(device), dtype
         config = LlavaConfig(**json.loads(json.dumps(HUB_CONFIGS[size])))
         torch.set_default_dtype(dtype)
@@ -51,7 +51,7 @@ class TorchStep:
             self.model = LlavaForConditionalGeneration(config)
             self.core = self.model.model
             self.tower = self.core.vision_tower
-            self.tower.embeddings = PatchEmbed(scan, config.vision_config.hidden_size)
+            self.tower.embeddings = OriginalPatchEmbed(scan, config.vision_config.hidden_size)
         torch.set_default_dtype(torch.float32)
         self.model.to(dtype)
         for parameter in self.model.parameters():

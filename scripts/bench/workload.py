@@ -51,7 +51,7 @@ HUB_CONFIGS = {  # llava-hf/llava-interleave-qwen-SIZE-hf
 
 
 @dataclass(frozen=True)
-class Scan:
+class VolumeSpec:
     """Size of a modality's volumes and of their patches."""
 
     modality: str
@@ -66,7 +66,7 @@ class Scan:
 
 
 SCANS = {
-    "t1": Scan("T1", (96, 96, 96), (10, 10, 10), "t1_0.5b"),  # 729 patches
-    "t1-16": Scan("T1", (96, 96, 96), (16, 16, 16), "t1_0.5b"),  # 216
-    "rsfmri": Scan("rsfMRI", (96, 96, 96, 24), (16, 16, 16, 3), "rsfmri_0.5b"),  # 1728
+    "t1": VolumeSpec("T1", (96, 96, 96), (10, 10, 10), "t1_0.5b"),  # 729 patches
+    "t1-16": VolumeSpec("T1", (96, 96, 96), (16, 16, 16), "t1_0.5b"),  # 216
+    "rsfmri": VolumeSpec("rsfMRI", (96, 96, 96, 24), (16, 16, 16, 3), "rsfmri_0.5b"),  # 1728
 }
