@@ -35,8 +35,9 @@ def on_config(config: Any, **_: Any) -> Any:
     for page in modules().values():
         name = page.removeprefix("reference/").removesuffix(".md")
         folder = ".".join(name.split(".")[:2]) if name.startswith("umbrella_jax.") else name.split(".")[0]
-        tree.setdefault(folder, []).append({name: page})
-    config["nav"].append({"Reference": [{folder: pages} for folder, pages in tree.items()]})
+        tree.setdefault(folder, []).append({name.removeprefix(f"{folder}."): page})
+    entries = [pages[0] if len(pages) == 1 else {folder: pages} for folder, pages in tree.items()]
+    config["nav"].append({"Reference": entries})
     return config
 
 
