@@ -1,4 +1,4 @@
-"""Tables for a terminal of 80 columns, progress lines, and the log of a run."""
+"""Tests of tables for a terminal of 80 columns, of progress lines, and of a run's log."""
 
 import fcntl
 import logging
@@ -25,7 +25,7 @@ from umbrella_jax.scoring.metrics import score, tasks_of
 
 
 class Clock:
-    """In place of the module `time`."""
+    """A replacement for the module `time`."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -43,7 +43,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @contextmanager
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
-    """stderr is a terminal of 50 columns; what was written to it."""
+    """Make stderr a terminal of 50 columns; yield a function that returns what was written to it."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 50, 0, 0))
     with os.fdopen(theirs, "w") as file:
@@ -63,9 +63,9 @@ def test_rates_leave_out_what_compiled(clock: Clock) -> None:
     with Progress("step", 1000, done=10, say=said.append, note=said.append, always=True, peak=1e6) as progress:
         clock.now += 500
         progress.advance(1, Work(2, 10, 1e6), 500, compiled=True, loss=3.25)
-        assert said == ["step 11 of 1,000  loss 3.2500"], "the first, of which no rate is known"
+        assert said == ["step 11 of 1,000  loss 3.2500"], "the first line has no rates yet"
         for _ in range(4):
-            clock.now += 2.5  # half a second of which it is evaluated or saved
+            clock.now += 2.5  # includes half a second of evaluating or saving
             progress.advance(1, Work(2, 1000, 1e6), 2, compiled=False, loss=1.5)
     assert len(said) == 1
     assert progress.text(1.5) == "step 15 of 1,000  loss 1.5000  0:41:02 left  1 samples/s  500 tokens/s  50% of peak"
@@ -82,7 +82,7 @@ def test_rates_are_no_powers_of_ten(clock: Clock) -> None:
 
 
 def test_lines_come_now_and_then(clock: Clock) -> None:
-    """Where nothing rewrites them; of what is short, none at all."""
+    """Without a terminal, lines come at intervals; short work prints none."""
     said: list[str] = []
     with Progress("answer", 100, say=said.append, note=pytest.fail) as progress:
         for _ in range(100):
@@ -102,7 +102,7 @@ def test_lines_come_now_and_then(clock: Clock) -> None:
 
 
 def test_a_terminal_has_one_line(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is no longer than the terminal is wide; the log has plain ones."""
+    """A terminal shows one line, cut to its width; the log has plain lines."""
     noted: list[str] = []
     with terminal(monkeypatch) as read:
         with Progress("step", 3, say=pytest.fail, note=noted.append, always=True) as progress:
@@ -111,7 +111,7 @@ def test_a_terminal_has_one_line(clock: Clock, monkeypatch: pytest.MonkeyPatch) 
                 time.sleep(0.11)  # tqdm draws no more often
                 progress.advance(1, Work(4, 4000), 10, compiled=False, loss=2.0)
         written = read()
-    assert "\n" not in written.rstrip(), "it is rewritten"
+    assert "\n" not in written.rstrip(), "the line is rewritten"
     shown = re.sub(r"\x1b\[\w+", "", written).split("\r")
     assert any("step 2 of 3  loss 2.0000  0:00:10 left" in part for part in shown)
     assert max(map(len, shown)) <= 50
@@ -162,7 +162,7 @@ def test_the_log_has_all_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     assert re.fullmatch(r"UserWarning: old file \(.*test_console\.py:\d+\)", rest[5])
     assert (len(rest), last) == (6, "finished:")
     assert how_it_ended(tmp_path / "log.txt") == ""
-    logging.getLogger("orbax").warning("behind it")
+    logging.getLogger("orbax").warning("after it")
     assert len(noted(tmp_path / "log.txt")) == 8
 
 
@@ -181,7 +181,7 @@ def test_the_log_has_all_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
 def test_the_log_has_what_ended_it(tmp_path: Path, error: BaseException, said: str) -> None:
-    """With a traceback, where it is a fault of ours; a run that goes on writes behind it."""
+    """The log ends with the error, with a traceback if it is a bug; a resumed run appends to it."""
     path = tmp_path / "log.txt"
     with pytest.raises(type(error)), RunLog(path, print, "x"):
         raise error
@@ -191,14 +191,14 @@ def test_the_log_has_what_ended_it(tmp_path: Path, error: BaseException, said: s
     before = path.read_bytes()
     log = RunLog(path, print, "x")
     log.__enter__()
-    assert how_it_ended(path) is None, "it is running, or was killed"
+    assert how_it_ended(path) is None, "the run goes on, or was killed"
     log.__exit__(None, None, None)
     assert path.read_bytes().startswith(before)
     assert how_it_ended(path) == ""
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That is said, once."""
+    """A log that cannot be written is reported once."""
     said: list[str] = []
     with RunLog(tmp_path / "log.txt", said.append, "x") as log:
         flush: Callable[[], Any] = log._file.flush  # type: ignore[union-attr]

@@ -29,7 +29,7 @@ from tests.helpers.small_run import (
     write_volume,
 )
 from umbrella_jax.baselines import probe as probe_module
-from umbrella_jax.baselines.cnn import SFCN, WIDTHS, by_slices, channels, fit
+from umbrella_jax.baselines.cnn import SFCN, WIDTHS, by_slices, channels, fit_cnn
 from umbrella_jax.baselines.probe import FOLDS, Tower, fit_probe, folds
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.demo import make_base
@@ -43,7 +43,7 @@ NARROW = (8, 8, 16, 16, 16, 32)
 
 
 def test_the_architecture_is_the_papers() -> None:
-    """Of the paper's input and outputs, the parameters of the authors' code, and their 5×6×5 voxels before the mean."""
+    """On the paper's input it has as many parameters as the authors' code, and 5×6×5 voxels before the mean."""
     network = nnx.eval_shape(lambda: SFCN([1], 40, rngs=nnx.Rngs(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param))) == 2_952_936
     volume = jax.ShapeDtypeStruct((2, 160, 192, 160, 1), jnp.float32)
@@ -119,7 +119,7 @@ HELD = np.arange(20)
 
 def test_the_network_learns_on_which_side_a_blob_is() -> None:
     blobs, others = Blobs(), Blobs(count=40, seed=1)
-    network = fit(blobs.sides, HELD, blobs.stream, classes=2, seed=0, epochs=15, widths=NARROW)
+    network = fit_cnn(blobs.sides, HELD, blobs.stream, classes=2, seed=0, epochs=15, widths=NARROW)
     found = network(40, others.stream)
     np.testing.assert_allclose(np.exp(found).sum(1), 1, rtol=1e-5)
     assert (found.argmax(1) == others.sides).mean() >= 0.95
@@ -128,19 +128,19 @@ def test_the_network_learns_on_which_side_a_blob_is() -> None:
 def test_the_network_learns_how_bright_a_blob_is() -> None:
     """In the quantity's own unit."""
     blobs, others = Blobs(count=160), Blobs(count=40, seed=1)
-    network = fit(50 + 10 * blobs.values, HELD, blobs.stream, classes=None, seed=0, epochs=20, widths=NARROW)
+    network = fit_cnn(50 + 10 * blobs.values, HELD, blobs.stream, classes=None, seed=0, epochs=20, widths=NARROW)
     error = np.abs(network(40, others.stream) - (50 + 10 * others.values)).mean()
     assert error < np.abs(10 * (others.values - np.median(others.values))).mean() / 2
 
 
 def test_the_epoch_is_the_one_that_is_best_on_those_held_out() -> None:
-    """Where their labels are turned round, what is learnt makes their loss rise."""
+    """With flipped labels on the held-out questions, learning raises their loss, so an early epoch is best."""
     blobs = Blobs()
     wrong = np.where(np.arange(blobs.count) < len(HELD), 1 - blobs.sides, blobs.sides)
 
     def loss(targets: np.ndarray, seed: int = 0) -> float:
         """On the wrong labels."""
-        network = fit(targets, HELD, blobs.stream, classes=2, seed=seed, epochs=10, widths=NARROW)
+        network = fit_cnn(targets, HELD, blobs.stream, classes=2, seed=seed, epochs=10, widths=NARROW)
         return -float(network(len(HELD), blobs.stream)[HELD, wrong[HELD]].mean())
 
     found = loss(wrong)
@@ -184,7 +184,7 @@ def scaled(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("classes", [2, 3, None])
 def test_the_probe_is_scikit_learns(classes: int | None) -> None:
-    """By hand: each strength on each part, the best one on everything."""
+    """Cross-validate by hand: each strength on each part, then the best one on all questions."""
     rng = np.random.default_rng(0)
     features, weights = rng.normal(2, 5, (60, 7)), rng.normal(size=(7, classes or 1))
     outputs = features @ weights + rng.normal(0, 8, (60, classes or 1))
@@ -250,7 +250,7 @@ def side(i: int) -> str:
 
 
 def records(first: int, count: int) -> list[dict[str, Any]]:
-    """Of each subject its side, by its run its age and, beside the next subject of the set, its side again."""
+    """Ask each subject's side, its age by its fMRI run, and its side in a comparison with the next subject."""
     found = []
     for i in range(first, first + count):
         scan, other = f"sMRI:{i}.nii.gz", first + (i + 1 - first) % count
@@ -307,7 +307,7 @@ QUICK = ["--cnn-epochs", 2, "--cnn-width", 0.125]
 
 @pytest.fixture(scope="module")
 def found(world: World) -> str:
-    """What the command prints, with a model's answers beside: of a run that answered with the reference's label."""
+    """The command prints the baselines next to a run that always answered the reference's label."""
     write_answers(world, world.root / "model.jsonl", lambda row: row["reference"])
     return umbrella(*world.command(world.root / "out", "--predictions", world.root / "model.jsonl", *QUICK))
 
@@ -370,7 +370,7 @@ def test_rows_are_predictions_of_every_question(world: World, found: str) -> Non
 
 
 def test_a_comparison_is_answered_from_the_scan_in_question_alone(world: World, found: str) -> None:
-    """As the same question without a reference is; the network is that one's."""
+    """A comparison is answered like the same question without a reference, by the same network."""
     for name in ("cnn", "probe"):
         rows = answers(world, name)
         for i in range(TRAIN, TRAIN + EVAL):
@@ -402,7 +402,7 @@ def test_no_answer_depends_on_a_reference_of_eval(world: World, found: str) -> N
     right = [
         row["prediction"] == row["reference"] for t, row in answers(world, "probe", "again").items() if "side" in t
     ]
-    assert np.mean(right) == 0  # where they had all been right: rolled by three, each label is the other one
+    assert np.mean(right) == 0  # they had all been right; rolled by three, each label is the other one
 
 
 def test_features_are_the_mean_over_the_towers_patches(world: World) -> None:
@@ -478,7 +478,7 @@ def another_kind(train: list[Any], evaluation: list[Any]) -> None:
         (blank, "has a reference"),
         (both_have_a_subject, "data.train, data.eval: 1 subject and 1 scan are in train and in eval: subject s0, "),
         (open_answers, "words: no baseline, since its answers are open"),
-        (nothing_to_learn_from, "side: no baseline, since train has no conversation of it"),
+        (nothing_to_learn_from, "side: no baseline, since train has no such conversation"),
         (one_answer, "every answer of train is left"),
         (other_scans, "shows rsfMRI, as nothing in train does"),
         (another_kind, "expected evaluation.tasks.age.kind"),
@@ -507,8 +507,8 @@ def test_faults_of_flags_are_refused(world: World, tmp_path: Path, found: str, m
 
 
 def test_what_only_one_set_has_is_told(world: World, tmp_path: Path) -> None:
-    """An answer that only eval has is never given; one that only train has is an answer like any other. A task without
-    a closed set stands aside."""
+    """An answer that only eval has is never given; one that only train has may be given. A task without a closed set is
+    skipped."""
 
     def edit(train: list[Any], evaluation: list[Any]) -> None:
         train[:], evaluation[:] = of_task(train, "side"), of_task(evaluation, "side", "age")
@@ -520,7 +520,7 @@ def test_what_only_one_set_has_is_told(world: World, tmp_path: Path) -> None:
     said = " ".join(umbrella(*other.command(tmp_path / "out", "--only", "probe")).split())
     assert "side: train has no answer both, so no baseline gives it" in said
     assert "side: train has the answer neither and eval has not" in said
-    assert "age: no baseline, since train has no conversation of it" in said
+    assert "age: no baseline, since train has no such conversation" in said
     rows = read_lines(tmp_path / "out/baseline/probe.jsonl")
     assert {row["metadata"]["task"] for row in rows} == {"side"}
     assert all(set(row["likelihoods"]) == {"left.", "right.", "both."} for row in rows)

@@ -24,7 +24,7 @@ from umbrella_jax.training.step import init_state, train_step
 CONFIGS = Path(__file__).parents[2] / "configs"
 FULL_SIZE = ("t1_0.5b", "rsfmri_0.5b", "joint_0.5b", "t1_7b")
 
-# Of the original system's documentation: hidden, MLP, layers, heads; patches and numbers in one patch.
+# From the original system's documentation: hidden size, MLP size, layers, heads; patches and voxels per patch.
 VISION = (1152, 4304, 26)
 TEXT = {"0.5b": (1024, 2816, 24, 16), "7b": (4096, 11008, 32, 32)}
 WORDS = 152_000
@@ -32,7 +32,7 @@ PATCHES = {"T1": (9 * 9 * 9, 10 * 10 * 10), "rsfMRI": (6 * 6 * 6 * 8, 16 * 16 * 
 
 
 def write_hub_config(directory: Path, size: str) -> Path:
-    """config.json as llava-hf/llava-interleave-qwen-SIZE-hf has it; nothing else."""
+    """Write only the config.json of llava-hf/llava-interleave-qwen-SIZE-hf."""
     hidden, mlp, layers, heads = TEXT[size]
     tied = size == "0.5b"
     config = {
@@ -81,7 +81,7 @@ def write_hub_config(directory: Path, size: str) -> Path:
 
 
 def expected_counts(size: str, modalities: list[str]) -> dict[str, int]:
-    """Parameters per component, by arithmetic."""
+    """Compute the number of parameters per component by hand."""
     e, m, layers = VISION
     d, f, text_layers, _ = TEXT[size]
     return {
@@ -146,7 +146,7 @@ def test_the_second_stage_goes_on_from_the_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_full_size_step_has_shapes(name: str, tmp_path: Path) -> None:
-    """A step of the real sizes is traced: frozen weights in bfloat16, state that of the patch embedding alone."""
+    """Trace a step at full size, with frozen weights in bfloat16 and optimiser state only for the patch embedding."""
     run = load_config(
         CONFIGS / f"{name}.yaml", {"model.base": str(write_hub_config(tmp_path / "base", name.rpartition("_")[2]))}
     )

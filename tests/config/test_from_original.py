@@ -1,4 +1,4 @@
-"""Configurations of the original system: nothing is lost in silence, what is rendered loads."""
+"""Tests of converting configurations of the original system: no key is lost silently, and the result loads."""
 
 import copy
 from collections.abc import Iterator
@@ -88,7 +88,7 @@ def test_values(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(("path", "value"), LEAVES, ids=[".".join(path) for path, _ in LEAVES])
 def test_no_key_is_lost(tmp_path: Any, path: tuple[str, ...], value: Any) -> None:
-    """A key is named in the notes, or another value of it changes the run or is refused."""
+    """Every key is named in the notes, or another value of it changes the run or is refused."""
     mapping, notes = from_original(write(tmp_path, ORIGINAL))
     if any(note.startswith(".".join(path) + ":") for note in notes):
         return

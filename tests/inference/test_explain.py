@@ -1,4 +1,4 @@
-"""Maps over voxels: what each method promises, and that they lie where the scan's voxels are."""
+"""Tests of attribution maps: the properties of each method, and that maps match the scan's voxels."""
 
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ def quick():
 
 @pytest.fixture(scope="module")
 def case():
-    """Row 3 of the golden batch, which shows a volume of each modality; params and graphdef."""
+    """Return row 3 of the golden batch, which shows a volume of each modality, with params and graphdef."""
     config, params = golden_model()
     batch = jax.tree.map(jnp.asarray, golden_batch([3]))
     background = {name: jnp.full_like(x, x.min()) for name, x in batch.volumes.items()}
@@ -119,7 +119,7 @@ def test_restoring_a_window_of_a_run(tmp_path: Path) -> None:
 
 
 def test_a_point_comes_back_to_where_it_was(tmp_path: Path) -> None:
-    """A voxel that alone is bright, in a scan whose axes are permuted and turned round."""
+    """A single bright voxel in a scan with permuted and flipped axes comes back to its place."""
     data = np.ones((9, 10, 7), np.float32)
     data[2, 7, 5] = 50
     path = write_volume(tmp_path / "x.nii", data.shape, values=data)
@@ -201,7 +201,7 @@ def test_a_map_of_an_array(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
 def test_a_map_lies_where_a_viewer_puts_its_scan(tmp_path: Path, kind: Any) -> None:
-    """Also where the scan's header does not say its orientation, so that a viewer has to assume one."""
+    """This holds even if the scan's header lacks an orientation, so that a viewer must assume one."""
     config = ModalityConfig(size=(3, 5, 7), patch=(3, 5, 7), orientation="as_stored")
     processor = Processor(SimpleNamespace(chat_template=None), {"T1": config})
     for affine in (OBLIQUE, None):

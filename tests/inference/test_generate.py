@@ -1,4 +1,4 @@
-"""Answers with a cache are answers without one; what is drawn for a row depends on that row alone."""
+"""Tests of generation: answers with a cache equal answers without one; draws for a row depend only on that row."""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -39,12 +39,12 @@ def model() -> Llava:
 
 @cache
 def batch() -> Batch:
-    """Rows of different lengths, with a volume of each modality, or with what they have of them."""
+    """Make rows of different lengths, with a volume of each modality or of some."""
     return micro_batch(0, "T1", "rsfMRI")
 
 
 def row(number: int) -> Batch:
-    """One row of the batch, alone; its volumes are still there."""
+    """Return a batch of one of the rows, with all volumes."""
     one = {name: getattr(batch(), name)[number : number + 1] for name in ("input_ids", "positions", "feature_idx")}
     more = {name: getattr(batch(), name)[number : number + 1] for name in ("lengths", "target_pos", "target_ids")}
     return replace(batch(), **one, **more, target_mask=batch().target_mask[number : number + 1])
@@ -52,13 +52,13 @@ def row(number: int) -> Batch:
 
 @cache
 def forced(seed: int) -> np.ndarray:
-    """Some tokens behind each row, [B, NEW]."""
+    """Return some tokens to append to each row, [B, NEW]."""
     return np.random.default_rng(seed).integers(0, V, (B, NEW), np.int32)
 
 
 @partial(jax.jit, compiler_options=QUICK)
 def without_cache(batch: Batch, tokens: jax.Array) -> jax.Array:
-    """Logits [B, N + 1, V] at each row's last position and those of the tokens [B, N] behind, by whole passes."""
+    """Compute logits [B, N + 1, V] at each row's last position and at the appended tokens [B, N], by whole passes."""
     language_model = model().language_model
     embeds = jnp.pad(model().inputs_embeds(batch), ((0, 0), (0, tokens.shape[1]), (0, 0)))
     places = batch.lengths[:, None] + jnp.arange(tokens.shape[1])
@@ -85,7 +85,7 @@ def with_cache(batch: Batch, tokens: jax.Array) -> jax.Array:
 
 
 def test_logits_with_the_cache_are_those_without():
-    """At every step, rows of different lengths, grouped queries."""
+    """Logits agree at every step, for rows of different lengths and grouped queries."""
     expected = without_cache(batch(), forced(1))
     assert relative(with_cache(batch(), forced(1)), expected) <= 1e-5
     assert relative(with_cache(batch(), forced(2)), expected) > 0.1, "the tokens must matter"
@@ -137,7 +137,7 @@ def test_a_stream_is_the_answer_token_by_token():
     stop = [int(whole[0, 1])]
     whole = np.asarray(generate(model(), row(0), stop_ids=stop, max_new_tokens=NEW))
     told = np.stack(list(stream(model(), row(0), stop_ids=stop, max_new_tokens=NEW)), axis=1)
-    assert told.shape == (1, 2), "nothing comes behind the end"
+    assert told.shape == (1, 2), "nothing follows the end"
     np.testing.assert_array_equal(told, whole[:, :2])
 
 
@@ -155,7 +155,7 @@ ANSWERS = np.array([[3, 9, 70, 5], [3, 8, 5, NONE], [60, 5, NONE, NONE]], np.int
 
 
 def test_likelihoods_are_those_of_whole_passes():
-    """Each answer's tokens behind each row's prompt, the prompt read once for all."""
+    """Likelihoods equal whole passes over prompt and answer, although the prompt is read only once."""
     case = mesh_case()
     state = module.prefill(case.params, batch(), graphdef=case.graphdef, max_new_tokens=1)
     given = np.broadcast_to(ANSWERS, (B, *ANSWERS.shape))
@@ -242,7 +242,7 @@ def test_sampling_that_means_nothing_is_refused(options, message):
 
 @pytest.mark.parametrize(("ways", "count"), [(1, 1), (3, 2), (1, 4)])
 def test_extension_in_bfloat16(ways, count):
-    """As in float32, to its 8 bits; XLA's CPU backend does not know every product of bfloat16 into float32."""
+    """bfloat16 agrees with float32 to 8 bits; XLA's CPU backend lacks some products of bfloat16 into float32."""
     rng = np.random.default_rng(0)
     shapes = [(2, ways * count, 4, 16), *[(2, ways * count, 2, 16)] * 2, *[(2, 2, 24, 16)] * 2]
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]

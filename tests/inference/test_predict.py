@@ -138,7 +138,7 @@ def test_a_part_is_gone_on_with(
     said = predict(run, data, out, *flags, "--resume", "--config", more, code=2)
     assert "cannot go on: likelihoods: {'side': ['left.', 'right.', 'up.']} now" in said
     _refuses_other_weights_and_ends(run, data, out, *flags)
-    said = predict(run, data, out, *flags, "--resume", "--seed", 5)  # no seed counts where nothing is drawn
+    said = predict(run, data, out, *flags, "--resume", "--seed", 5)  # without random draws the seed has no effect
     assert f"{out}: 11 answers" in said
     assert set(asked[1]) == set(range(11)) - set(done)
     _same(read_lines(out), whole)
@@ -148,7 +148,7 @@ def test_a_part_is_gone_on_with(
 
 
 def _refuses_other_weights_and_ends(run: Path, data: Path, out: Path, *flags: object) -> None:
-    """Of another run with the same base and step; with another end of an answer; with another rope in config.json."""
+    """Check that a part of another run with the same base and step, other ends or another rope is refused."""
     params = Checkpoint.params
 
     def others(checkpoint: Checkpoint, *args: Any, **options: Any) -> Any:
@@ -253,7 +253,7 @@ def test_maps_replace_nothing(run: Path, world: World) -> None:
 
 
 def test_weights_that_are_not_finite_answer_nothing(world: World, run: Path, tmp_path: Path) -> None:
-    """Of one tensor, of a modality that training does not touch: every command names it, and the run is kept."""
+    """One NaN tensor of a modality that training does not touch: every command names it, and the run is kept."""
     path, base = "vision_tower.vision_model.embeddings.rsfMRI_proj.bias", tmp_path / "base"
     (tmp_path / "scans").symlink_to(world.root / "scans")
     checkpoint = Checkpoint.open(run).merged()
@@ -279,7 +279,7 @@ def test_weights_that_are_not_finite_answer_nothing(world: World, run: Path, tmp
 def test_an_answer_that_does_not_fit_is_refused_before_anything_runs(
     run: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A perfect model would score 0: by the reference, a label that stands for one, or a closed set's other answer."""
+    """A perfect model would score 0, because of a reference, a label or another answer of the closed set."""
     monkeypatch.setattr(Checkpoint, "params", None)
     long = "the left side of the patient, as the radiologist saw it."
     (record,) = [r for r in json.loads(world.eval.read_text()) if r["task_id"] == "eval-one"]

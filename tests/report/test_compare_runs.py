@@ -20,7 +20,7 @@ SEX, AGE = "eval_accuracy/sex", "eval_mae/age"
 
 
 def lines(count: int, steps: int, evaluated: Sequence[str] = (), every: int = 2) -> list[dict[str, Any]]:
-    """Of metrics, evaluated every so often: step S has the values S/10, S/10 + 1, ..."""
+    """Make metrics lines; step S has the values S/10, S/10 + 1, …"""
     made: list[dict[str, Any]] = [{"step": i, "steps": steps, "loss": 10 / i} for i in range(1, count + 1)]
     for line in made[every - 1 :: every]:
         line |= {name: line["step"] / 10 + n for n, name in enumerate(evaluated)}
@@ -70,7 +70,7 @@ def test_states_steps_and_figures(running: Path, capsys: pytest.CaptureFixture[s
         "c": ("running", "", 1, 6),
         "deep/b": ("stopped", "SIGTERM: saved at step 4 of 8", 4, 8),
     }
-    # the loss and each task's headline, of those that both evaluated runs have; the last of each
+    # the loss and each headline that both evaluated runs share, at the last step of each
     assert found["a"]["metrics"] == {"loss": 10 / 6, "eval_loss": 0.6, SEX: 1.6}
     assert found["deep/b"]["metrics"] == {"loss": 2.5, "eval_loss": 0.4, SEX: 1.4}
     assert found["c"]["metrics"] == {"loss": 10.0, "eval_loss": None, SEX: None}
@@ -110,7 +110,7 @@ def test_figures_are_of_the_step_that_score_takes(tmp_path: Path, capsys: pytest
 
 
 def test_what_was_refused_is_no_run(folder: Path) -> None:
-    """It left a log alone; while a process is at it, it is one that begins."""
+    """A refused run left only a log; while a process holds the directory, the run is starting."""
     (folder / "d").mkdir()
     (folder / "d" / "log.txt").write_text("2026-01-01 10:00:00+00:00 started: x\n")
     assert [run.name for run in find_runs(folder)] == ["a", "c", "deep/b"]
@@ -170,7 +170,7 @@ def test_what_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_curves(folder: Path, suffix: str) -> None:
-    """All runs' names stand in the picture, and no run is left out of it."""
+    """The picture contains the names of all runs."""
     file = folder / f"curves{suffix}"
     assert main(["runs", str(folder), "--plot", str(file)]) == 0
     content = file.read_bytes()
@@ -188,7 +188,7 @@ def test_curves(folder: Path, suffix: str) -> None:
 
 
 def test_a_metric_of_its_own_is_a_headline(folder: Path) -> None:
-    """Of a task that has neither accuracy nor mae, the first."""
+    """A task with neither accuracy nor mae has its first metric as headline."""
     shutil.rmtree(folder / "deep")
     (folder / "a" / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines(6, 6, ["eval_r2/age"])))
     assert compare(find_runs(folder)).metrics == ("eval_r2/age",)

@@ -44,7 +44,7 @@ def evaluation() -> list[dict[str, Any]]:
 
 
 def answered(rows: Rows) -> Rows:
-    """As if a model had: some right, some wrong, some beside the question, each side with its likelihoods."""
+    """Answer as a model would: some right, some wrong, some unparsable; sides have likelihoods."""
     for i, row in enumerate(rows):
         if row["metadata"]["task"] == "age":
             truth = float(row["metadata"]["subject_label"])
@@ -139,7 +139,7 @@ def test_errors_of_numbers_are_those_of_the_predictions(page: Page, rows: Rows) 
     pairs = [(r["metadata"]["subject_label"], r["prediction"].removesuffix(" years")) for r in of]
     assert page.numbers["numbers"]["age"] == [[t, None if p == "no idea" else float(p)] for t, p in pairs]
     truths = [truth for truth, _ in pairs]
-    farther = {t: max(max(truths) - t, t - min(truths)) for t in truths}  # what no number counts as
+    farther = {t: max(max(truths) - t, t - min(truths)) for t in truths}  # the value that replaces a missing number
     errors = [farther[t] if p == "no idea" else abs(float(p) - t) for t, p in pairs]
     assert page.cells["age", "mae", "run"][0] == pytest.approx(np.mean(errors))
     assert page.cells["age", "mae", "cnn"][0] == pytest.approx(np.mean([abs(30 - t) for t in truths]))
@@ -377,7 +377,7 @@ def test_steps_that_are_not_there_are_refused(copy: Path) -> None:
     assert "--step 7: " in refused(copy, "--step", 7)
     assert "expected latest or one of 2, 3" in refused(copy, "--step", 7)
     message = refused(copy, "--step", 2, "--explain", "gradient")
-    assert "step 2 answered, of which no checkpoint is left; expected --step 3" in message
+    assert "step 2 answered, but its checkpoint is gone; expected --step 3" in message
 
 
 def test_answers_to_other_conversations_are_refused(copy: Path, rows: Rows, baselines: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def row(prediction: str, reference: str, subject: str | None = None, **fields: A
 
 
 def classified(seed: int, classes: int, absent: bool = False) -> Rows:
-    """200 answers of 40 subjects, some of them none of the classes; likelihoods with many ties."""
+    """Make 200 answers of 40 subjects, some outside the classes, and likelihoods with many ties."""
     rng = np.random.default_rng(seed)
     labels = LABELS[:classes]
     truths = rng.choice(labels[absent:], 200)
@@ -228,7 +228,7 @@ def test_classification_by_hand() -> None:
         "f1": (pytest.approx((1 / 2 + 2 / 3) / 2), pytest.approx(6 / 7 / 2), 4, 4),  # of always yes: 6/7 and 0
         "unparsable": (0.25, None, 4, 4),
     }
-    assert found.confusion["sex"] == [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 1]]  # maybe, no, yes; none of them
+    assert found.confusion["sex"] == [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 1]]  # columns: maybe, no, yes, none of them
     assert any("1 of 4 answers are none of maybe, no, yes" in note for note in found.notes)
 
 
@@ -295,7 +295,7 @@ def test_comparison_by_hand(spelled: str) -> None:
         "f1": (pytest.approx((2 / 4 + 4 / 5) / 2), pytest.approx(0.75 / 2), 5),
         "copy_rate": (0.6, pytest.approx((1 * 2 + 3 * 3) / 25), 5),  # of 1, 3 answers and 2, 3 references
         "copy_rate/different": (pytest.approx(1 / 3), pytest.approx(2 * 2 / 9), 3),
-        # of a one right answer in a tie of three, no answer being one of them; of b two of two
+        # subject a: one right answer in a tie of three, none of them blank; subject b: two of two
         "vote_accuracy": (pytest.approx((1 / 3 + 1) / 2), 0.5, 2),
         "unparsable": (0.2, None, 5),
     }
@@ -328,7 +328,7 @@ def test_regression_by_hand() -> None:
 
 @pytest.mark.parametrize("said", [0, 1, 2])
 def test_silence_correlates_with_nothing(said: int) -> None:
-    """The ends of the range that stand in for it depend on the truth: with them, 40 times nothing had -0.87."""
+    """The ends of the range that replace missing answers depend on the truth: with them, 40 blanks had -0.87."""
     rows = [row("25" if i < said else "I do not know", str(i), f"{i}", task="age") for i in range(40)]
     found = score(rows, tasks_of(rows, {"age": TaskConfig(kind="regression")})).of("age")
     for name in ("pearson", "spearman"):
@@ -338,8 +338,8 @@ def test_silence_correlates_with_nothing(said: int) -> None:
 
 @pytest.mark.parametrize("share", [0, 0.5, 1])
 def test_an_interval_is_never_without_width(share: float) -> None:
-    """If all resamples agree, a share has the exact interval of as many draws as there are subjects; what is no share
-    has none."""
+    """If all resamples agree, a share has the exact binomial interval of its number of subjects; other figures have
+    none."""
     rows = [row("female" if a < 2 * share else "male", "female", f"{i}") for i in range(40) for a in range(2)]
     found = score(rows, tasks_of(rows, {"sex": TaskConfig(answers=("female", "male"))})).figures
     exact = scipy.stats.binomtest(round(40 * share), 40).proportion_ci(method="exact")
@@ -368,7 +368,7 @@ def test_figures_without_a_spread(constant: bool) -> None:
 
 
 def test_over_tasks() -> None:
-    """All answers together, and the mean of tasks whatever their size; what has a unit is not averaged."""
+    """Accuracy pools all answers; macro averages weigh tasks equally; metrics with a unit are not averaged."""
     rows = [row("yes", "yes", "a"), row("no", "yes", "b"), row("no", "no", "c"), row("", "no", "d")]
     rows += [row("x", "x", "a", task="side"), row("x", "x", "e", task="side"), row("y", "z", "e", task="side")]
     rows += [row(str(i), str(i), "a", task="age") for i in range(20)]
@@ -639,7 +639,7 @@ def test_the_nan_of_pandas_is_nothing() -> None:
 
 
 def test_letters_of_two_signs_are_one() -> None:
-    """As tokenizers normalise them (NFC), so that a model cannot answer the other spelling."""
+    """Tokenizers normalise to NFC, so a model cannot answer in the other spelling."""
     composed, decomposed = "M\N{LATIN SMALL LETTER U WITH DIAERESIS}ller", "Mu\N{COMBINING DIAERESIS}ller"
     assert composed != decomposed
     rows = [row(composed, decomposed, "1"), row("b", "b", "2"), row("b", composed, "3")]
@@ -738,7 +738,7 @@ def test_the_command_takes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_columns_stay_apart() -> None:
-    """Of the widest interval too."""
+    """Columns stay apart even with the widest interval."""
     found = metrics.Figure(5.49e-07, 2.78e-11, 2.05e-06, 5, 4, 0.24)
     (line,) = table_lines(metrics._figure_rows({"brier": found}), metrics._COLUMNS)
     assert line.split() == ["brier", "5.49e-07", "2.78e-11–2.05e-06", "5", "4", "0.240"]

@@ -1,1 +1,1 @@
-"""Simple models on the same data, to compare a run with."""
+"""Simple models trained on a run's data, for comparison."""

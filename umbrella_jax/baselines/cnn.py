@@ -1,15 +1,15 @@
-"""A convolutional network as a yardstick: SFCN of Peng et al. 2021, from scratch on the volumes that the model sees.
+"""A convolutional baseline: the SFCN of Peng et al. 2021, trained from scratch on the volumes that the model sees.
 
-"Accurate brain age prediction with lightweight deep neural networks", Medical Image Analysis 68:101871. As published
-are the layers: five of 3×3×3 convolution, batch norm, max pooling by 2 and ReLU; one of 1×1×1 without pooling; the mean
-over what is left of the volume; dropout of one half; a linear map. On the paper's 160×192×160 voxels, with its 40
-outputs, that is 2,952,936 parameters. Not as there:
+"Accurate brain age prediction with lightweight deep neural networks", Medical Image Analysis 68:101871. The layers
+are as published: five with 3×3×3 convolution, batch norm, max pooling by 2 and ReLU; one with 1×1×1 convolution and no
+pooling; the mean over the remaining volume; dropout of one half; a linear map. On the paper's 160×192×160 voxels, with
+its 40 outputs, that is 2,952,936 parameters. Differences from the paper:
 
-- An axis that pooling has brought to length 1 is pooled no further, so that small volumes go through too.
-- A question that shows several scans has such layers for each; the linear map sees all their means.
+- An axis of length 1 is pooled no further, so the network also takes small volumes.
+- For a question that shows several scans, each scan has its own layers; the linear map sees all their means.
 - A quantity is one output, trained on its squared error; the paper has soft labels for bins of age.
-- AdamW, whose rate rises to a peak and falls along a cosine; the paper has SGD, whose rate falls in steps. As there,
-  the weights are those of the epoch that is best on subjects held out from training.
+- The optimizer is AdamW with warm-up and cosine decay; the paper has SGD, whose rate falls in steps. As in the paper,
+  the final weights are those of the best epoch on subjects held out from training.
 
 Axes: B questions, D, H, W voxels, C channels, K outputs.
 """
@@ -30,32 +30,33 @@ from umbrella_jax.errors import RunError
 
 Array = jax.Array
 Scans = tuple[Any, ...]
-"""Of each scan that the questions of a batch show, float32 [B, D, H, W, C]."""
+"""A batch: for each scan that a question shows, float32 [B, D, H, W, C]."""
 Stream = Callable[[Sequence[np.ndarray], int | None], Iterable[Scans]]
-"""Batches of questions, by number, and the epoch that draws the windows of runs (None: the first) → their scans."""
+"""Maps batches of question numbers, and the epoch that draws the windows of fMRI runs (None: the first windows), to the
+scans of each batch."""
 
 Variables = tuple[Any, Any]
-"""Arrays by path: what trains; and running statistics, with what dropout draws from."""
+"""Arrays by path: the trainable ones; the running statistics and the random state of dropout."""
 
 WIDTHS = (32, 64, 128, 256, 256, 64)
-"""The published channels of the layers."""
+"""The published numbers of channels."""
 BATCH = 8
 EPOCHS = 50
-"""By default."""
+"""Default number of epochs."""
 _PEAK, _WARM_UP = 3e-3, 0.1
-"""Of the learning rate: its peak, and the share of the steps before it."""
+"""Peak of the learning rate, and the share of the steps before it."""
 _ADAMW = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(1e-2))
-"""But for the rate, which is an argument of the step, so that a second network need not be compiled."""
+"""AdamW without its learning rate, which is an argument of the step, so a second network need not compile again."""
 _DROPOUT = 0.5
 
 
 def channels(volume: np.ndarray) -> np.ndarray:
-    """A preprocessed volume as channels, float32 [D, H, W, C].
+    """Return a preprocessed volume as channels, float32 [D, H, W, C].
 
-    3D: itself. 4D: over the frames of the window, mean and standard deviation, each z-scored over the voxels. A window
-    begins anywhere in a run at rest, so frame n of one has nothing to do with frame n of another, and a channel for
-    each would only make the network larger; the two say what a voxel looks like and how much it fluctuates. What only
-    the course of time says, such as connectivity, is lost.
+    A 3D volume is its own channel. A 4D one has two: mean and standard deviation over the window's frames, each
+    z-scored over the voxels. A window begins anywhere in a resting-state run, so frame n of one window has nothing in
+    common with frame n of another, and a channel per frame would only enlarge the network. Information that is only in
+    the time course, such as connectivity, is lost.
     """
     if volume.ndim == 3:
         return volume[..., None]
@@ -65,9 +66,11 @@ def channels(volume: np.ndarray) -> np.ndarray:
 
 
 def by_slices(x: Array, kernel: Array, strides: Any, padding: str, **options: Any) -> Array:
-    """`jax.lax.conv_general_dilated` of volumes [B, D, H, W, C] with kernels [3, 3, 3, C, O], as nnx.Conv calls it with
-    stride 1 and padding "SAME": as one of slices, each with both its neighbours. On CPUs XLA's own in 3D takes three
-    times as long."""
+    """Compute `jax.lax.conv_general_dilated` in 3D as a 2D convolution of slices, each with its two neighbours.
+
+    It takes the arguments with which nnx.Conv calls it for volumes [B, D, H, W, C], kernels [3, 3, 3, C, O], stride 1
+    and padding "SAME". On CPUs XLA's 3D convolution takes three times as long.
+    """
     assert (set(strides), padding, len(kernel)) == ({1}, "SAME", 3)
     padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
     slices = jnp.concatenate([padded[:, i : i + x.shape[1]] for i in range(3)], -1).reshape(
@@ -97,10 +100,10 @@ class Layer(nnx.Module):
 
 
 class SFCN(nnx.Module):
-    """Scans [B, D, H, W, C] of each question → [B, K]."""
+    """The network: maps scans [B, D, H, W, C] of questions to outputs [B, K]."""
 
     def __init__(self, inputs: Sequence[int], outputs: int, *, widths: Sequence[int] = WIDTHS, rngs: nnx.Rngs):
-        """`inputs`: channels of each scan."""
+        """Initialise the layers; `inputs` are the channels of each scan."""
         last = len(widths) - 1
         self.scans = nnx.List(
             nnx.List(
@@ -122,28 +125,29 @@ class SFCN(nnx.Module):
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedCnn:
     """A network with the weights of its best epoch."""
 
     graphdef: nnx.GraphDef
     variables: Variables
     best: int
-    """The epoch, from 1."""
+    """The best epoch, counted from 1."""
     centre: float
-    """Of a quantity: mean and standard deviation of what it was trained on; 0 and 1 of classes."""
+    """Mean of the training targets of a quantity; 0 for classes."""
     scale: float
+    """Standard deviation of the training targets of a quantity; 1 for classes."""
 
     @property
     def parameters(self) -> int:
-        """How many numbers were trained."""
+        """Number of trained parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.variables[0]))
 
     def __call__(self, count: int, stream: Stream) -> np.ndarray:
-        """Of `count` questions, float64: log-probabilities of the classes [n, K], or quantities [n]."""
+        """Answer the first `count` questions, float64: log-probabilities of classes [n, K], or quantities [n]."""
         return _outputs(self.graphdef, self.variables, np.arange(count), stream) * self.scale + self.centre
 
 
-def fit(
+def fit_cnn(
     targets: np.ndarray,
     held_out: np.ndarray,
     stream: Stream,
@@ -153,29 +157,29 @@ def fit(
     epochs: int = EPOCHS,
     widths: Sequence[int] = WIDTHS,
     name: str = "",
-) -> Trained:
-    """Trains a network. All it draws follows from `seed`.
+) -> TrainedCnn:
+    """Train a network. `seed` determines every random draw.
 
     Args:
-        targets: of n questions: int [n], a class of `classes`; or float [n], a quantity, where that is None.
-        held_out: numbers of the questions that choose the epoch; the others are trained on.
-        stream: scans by the questions' numbers.
-        epochs: passes over them.
-        name: of the progress bar.
+        targets: of n questions: int [n], each below `classes`; or float [n], quantities, if `classes` is None.
+        held_out: numbers of the questions that choose the best epoch; the network trains on the others.
+        stream: gives the scans of batches of questions.
+        epochs: passes over the training questions.
+        name: label of the progress bar.
 
     Raises:
         RunError: no epoch's loss on the held-out questions was finite.
     """
     own = np.setdiff1d(np.arange(len(targets)), held_out)
     centre, scale = (0.0, 1.0) if classes else (float(targets[own].mean()), float(targets[own].std()) or 1.0)
-    wanted = targets.astype(np.int32) if classes else ((targets - centre) / scale).astype(np.float32)
+    scaled = targets.astype(np.int32) if classes else ((targets - centre) / scale).astype(np.float32)
     (first,) = stream([own[:1]], None)
     network = SFCN([x.shape[-1] for x in first], classes or 1, widths=widths, rngs=nnx.Rngs(seed))
     network.train()
-    learns, *states = nnx.split(network, nnx.Param, ...)
+    training, *states = nnx.split(network, nnx.Param, ...)
     params, rest = map(nnx.to_pure_dict, states)
     network.eval()
-    answers = nnx.graphdef(network)
+    inference = nnx.graphdef(network)
     moments = _ADAMW.init(params)
     rng = np.random.default_rng(seed)
     size = min(BATCH, len(own))
@@ -186,31 +190,31 @@ def fit(
         for epoch in range(1, epochs + 1):
             batches = _batches(rng.permutation(own), size)
             for indices, scans in zip(batches, stream(batches, epoch), strict=True):
-                wants, rate = wanted[indices], rates[step]
-                params, rest, moments = _step(params, rest, moments, rate, scans, wants, graphdef=learns)
+                batch_targets, rate = scaled[indices], rates[step]
+                params, rest, moments = _step(params, rest, moments, rate, scans, batch_targets, graphdef=training)
                 step += 1
-            found = _outputs(answers, (params, rest), held_out, stream)
-            loss = float(_losses(jnp.asarray(found, jnp.float32), wanted[held_out]).mean())
+            outputs = _outputs(inference, (params, rest), held_out, stream)
+            loss = float(_losses(jnp.asarray(outputs, jnp.float32), scaled[held_out]).mean())
             bar.set_postfix(loss=loss)
             bar.update()
             if loss < lowest:
                 lowest, best, kept = loss, epoch, (params, rest)
     if kept is None:
         raise RunError(f"CNN {name}: no epoch had a finite loss on the held-out subjects")
-    return Trained(answers, kept, best, centre, scale)
+    return TrainedCnn(inference, kept, best, centre, scale)
 
 
 def _batches(indices: np.ndarray, size: int) -> list[np.ndarray]:
-    """All of one size: the last one is filled with the first indices."""
+    """Split indices into batches of one size; the last is filled with the first indices."""
     count = -(-len(indices) // size)
     return list(np.resize(indices, (count, size)))
 
 
-def _losses(outputs: Array, wanted: Any) -> Array:
-    """[B]: of log-probabilities [B, K] and classes, cross-entropy; of quantities [B], squared error."""
+def _losses(outputs: Array, targets: Any) -> Array:
+    """Return losses [B]: cross-entropy of log-probabilities [B, K], or squared error of quantities [B]."""
     if outputs.ndim == 1:
-        return jnp.square(outputs - wanted)
-    return optax.softmax_cross_entropy_with_integer_labels(outputs, wanted)
+        return jnp.square(outputs - targets)
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
 
 
 def _answers(network: SFCN, scans: Scans) -> Array:
@@ -220,13 +224,13 @@ def _answers(network: SFCN, scans: Scans) -> Array:
 
 @partial(jax.jit, static_argnames="graphdef")
 def _step(
-    params: Any, rest: Any, moments: Any, rate: Array, scans: Scans, wanted: Array, *, graphdef: nnx.GraphDef
+    params: Any, rest: Any, moments: Any, rate: Array, scans: Scans, targets: Array, *, graphdef: nnx.GraphDef
 ) -> tuple[Any, Any, Any]:
-    """One update; `rest` are running statistics and what dropout draws from."""
+    """Make one update; `rest` are the running statistics and the random state of dropout."""
 
     def loss(params: Any) -> tuple[Array, Any]:
         network = nnx.merge(graphdef, params, rest)
-        value = _losses(_answers(network, scans), wanted).mean()
+        value = _losses(_answers(network, scans), targets).mean()
         return value, nnx.to_pure_dict(nnx.state(network, nnx.Not(nnx.Param)))
 
     gradient, rest = jax.grad(loss, has_aux=True)(params)
@@ -240,7 +244,7 @@ def _forward(params: Any, rest: Any, scans: Scans, *, graphdef: nnx.GraphDef) ->
 
 
 def _outputs(graphdef: nnx.GraphDef, variables: Variables, indices: np.ndarray, stream: Stream) -> np.ndarray:
-    """float64 [n, K] or [n], in order."""
+    """Return the outputs for `indices` in order, float64 [n, K] or [n]."""
     batches = _batches(indices, min(BATCH, len(indices)))
-    found = [_forward(*variables, scans, graphdef=graphdef) for scans in stream(batches, None)]
-    return np.concatenate(found).astype(np.float64)[: len(indices)]
+    outputs = [_forward(*variables, scans, graphdef=graphdef) for scans in stream(batches, None)]
+    return np.concatenate(outputs).astype(np.float64)[: len(indices)]

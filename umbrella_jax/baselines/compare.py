@@ -1,8 +1,8 @@
-"""Baselines beside a language model: what a small network, and a linear map of frozen features, make of its scans.
+"""Baselines for a language model: a small convolutional network and a linear probe of frozen features.
 
-Both are trained on the training data of a run and asked what its evaluation asks, on the volumes that the model sees.
-A question is answered from the scans that it shows itself: of a comparison from the scan in question alone, whatever
-the reference's label. Neither sees a word of the text.
+Both train on a run's training data and answer its evaluation questions, on the volumes that the model sees. They see
+only the scans that a question itself shows and no word of the text. For a comparison that is only the scan in question,
+not its reference.
 """
 
 import math
@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from convert.lazy_tensor import place
-from umbrella_jax.baselines.cnn import BATCH, EPOCHS, WIDTHS, Scans, Stream, channels, fit
+from umbrella_jax.baselines.cnn import BATCH, EPOCHS, WIDTHS, Scans, Stream, channels, fit_cnn
 from umbrella_jax.baselines.probe import NEVER, Tower, fit_probe, folds
 from umbrella_jax.baselines.table import side_by_side
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
@@ -45,19 +45,19 @@ Shown = tuple[Image, ...]
 """The scans of one question."""
 _COLUMNS = {"cnn": "CNN", "probe": "probe"}
 _KEPT = 4 << 30
-"""Bytes of scans that stay in memory from epoch to epoch; those beyond are read again."""
+"""Bytes of scans kept in memory between epochs; further scans are read again."""
 
 
 @dataclass(frozen=True)
 class Baselines:
-    """What `baseline` found."""
+    """The metrics of the baselines and the language model, as returned by `baseline`."""
 
     scores: Mapping[str, Scores]
-    """By column: `language model` where there is one, `CNN`, `probe`; all of the same questions."""
+    """{column: scores}: `language model` if there is one, `CNN`, `probe`; all on the same questions."""
     notes: tuple[str, ...]
 
     def table(self) -> str:
-        """For a terminal of 80 columns."""
+        """Return the text for a terminal of 80 columns."""
         notes = [line for note in self.notes for line in textwrap.wrap(note, 80)]
         return "\n".join([*side_by_side(self.scores), *notes])
 
@@ -73,22 +73,22 @@ def baseline(
     epochs: int = EPOCHS,
     width: float = 1.0,
 ) -> Baselines:
-    """Trains baselines for every task of `data.eval` whose answers are a closed set or a quantity, writes what they
-    answer to `out`/baseline/cnn.jsonl and probe.jsonl, rows as a run's predictions, and scores it beside a model's.
+    """Train baselines for every task of `data.eval` whose answers are a closed set or a quantity, and score them.
 
-    Volumes are not augmented. What is answered depends on no reference of `data.eval`.
+    Their answers are written to `out`/baseline/cnn.jsonl and probe.jsonl, in the format of a run's predictions. Volumes
+    are not augmented. No reference of `data.eval` influences the answers.
 
     Args:
-        run: whose predictions stand beside, and whose tower the probe reads; by default that is the base's, with a
-            patch embedding that was not trained.
-        predictions: answers to the evaluation data, to stand beside.
-        step: of `run`; by default its best if it keeps one, else its newest.
-        only: one of the two.
-        epochs: of the network.
-        width: of the network, as a share of its published channels.
+        run: run whose predictions are compared and whose tower the probe reads. Default: no predictions, and the base's
+            tower with an untrained patch embedding.
+        predictions: file of answers to the evaluation data, to compare instead of a run's.
+        step: checkpoint of `run`. Default: its best if it keeps one, else its newest.
+        only: train only this baseline.
+        epochs: epochs of the network.
+        width: factor of the network's published channels.
 
     Raises:
-        ConfigError, DataError, CheckpointError: with every fault found, before anything is computed.
+        ConfigError, DataError, CheckpointError: every fault, before anything is computed.
         RunError: the network's loss was never finite.
     """
     kinds = [kind for kind in KINDS if only in (None, kind)]
@@ -105,10 +105,10 @@ def baseline(
     if overlap:
         notes = [f"{overlap}.", *notes]
     columns: dict[str, list[Row]] = {}
-    given = predictions if run is None else predictions_by_step(Path(run)).get(checkpoint.step or 0)
-    if given is not None:
-        columns["language model"] = _given(Path(given), [row for row in rows if task_of(row) in tasks])
-        notes.append(f"language model: {given}.")
+    answers = predictions if run is None else predictions_by_step(Path(run)).get(checkpoint.step or 0)
+    if answers is not None:
+        columns["language model"] = _with_answers(Path(answers), [row for row in rows if task_of(row) in tasks])
+        notes.append(f"language model: {answers}.")
     elif run is not None:
         notes.append(f"language model: {run} holds no predictions of step {checkpoint.step}.")
     if checkpoint.chosen:
@@ -117,17 +117,18 @@ def baseline(
     work = _Work(config, train, evaluation)
     for kind in kinds:
         if kind == "cnn":
-            found, said = _cnn(problems, work, epochs, _widths(width))
+            outputs, more = _cnn(problems, work, epochs, _widths(width))
         else:
-            found, said = _probe(problems, work, checkpoint)
-        answered = dict(pair for problem, of in zip(problems, found, strict=True) for pair in _rows(problem, rows, of))
+            outputs, more = _probe(problems, work, checkpoint)
+        pairs = zip(problems, outputs, strict=True)
+        answered = dict(row for problem, output in pairs for row in _answer_rows(problem, rows, output))
         columns[_COLUMNS[kind]] = [answered[i] for i in sorted(answered)]
         files[kind].parent.mkdir(0o700, parents=True, exist_ok=True)
         write_whole(files[kind], "".join(strict_json(row) + "\n" for row in columns[_COLUMNS[kind]]), PRIVATE)
-        notes += said
-    scores = {name: score(of, tasks, resamples=config.evaluation.resamples) for name, of in columns.items()}
+        notes += more
+    scores = {name: score(answers, tasks, resamples=config.evaluation.resamples) for name, answers in columns.items()}
     how = next(iter(scores.values())).notes[0]
-    return Baselines(scores, (how, *(f"{name}: {n}" for name, of in scores.items() for n in of.notes[1:]), *notes))
+    return Baselines(scores, (how, *(f"{name}: {n}" for name, s in scores.items() for n in s.notes[1:]), *notes))
 
 
 def _widths(width: float) -> tuple[int, ...]:
@@ -135,7 +136,7 @@ def _widths(width: float) -> tuple[int, ...]:
 
 
 def _check(config: RunConfig, files: Collection[Path], epochs: int, width: float) -> None:
-    """What can be known before any file is read."""
+    """Check everything that can be checked before any file is read. Raises ConfigError."""
     faults = [
         f"{name}: expected a path ({flag})"
         for name, flag in (("data.train", "--train-data PATH"), ("data.eval", "--eval-data PATH"))
@@ -153,55 +154,55 @@ def _check(config: RunConfig, files: Collection[Path], epochs: int, width: float
 
 
 def _open(config: RunConfig, run: str | Path | None, step: Step | None, *, weights: bool) -> Checkpoint:
-    """The run's model, or the base; its `weights` checked where they are wanted."""
+    """Open the run's model, or the base; check its weights if they are needed."""
     if run is None:
-        found = open_base(config, weights=weights)
+        checkpoint = open_base(config, weights=weights)
     else:
-        found = Checkpoint.open(run, config.model.modalities, compute_dtype=config.model.compute_dtype, step=step)
-        if not found.runs:
+        checkpoint = Checkpoint.open(run, config.model.modalities, compute_dtype=config.model.compute_dtype, step=step)
+        if not checkpoint.runs:
             raise CheckpointError(f"{run}: not a run; expected the --out of umbrella-jax train")
-        same_template("data.template", config.data.template, found)
+        same_template("data.template", config.data.template, checkpoint)
     if weights:
-        found.check(config.model.frozen_dtype)
-    return found
+        checkpoint.check(config.model.frozen_dtype)
+    return checkpoint
 
 
-def _given(file: Path, rows: Sequence[Row]) -> list[Row]:
-    """`rows` with the answers of a file. Raises DataError for each that the file does not answer."""
+def _with_answers(file: Path, rows: Sequence[Row]) -> list[Row]:
+    """Return `rows` with the answers of a file. Raises DataError for each row that the file does not answer."""
     answers: dict[tuple[str, ...], deque[Row]] = defaultdict(deque)
     for row in read_predictions(file):
         answers[_key(row)].append(row)
-    found, faults = list[Row](), list[str]()
+    answered, faults = list[Row](), list[str]()
     for row in rows:
-        if waiting := answers[_key(row)]:
-            given = waiting.popleft()
-            more = {"likelihoods": given["likelihoods"]} if given.get("likelihoods") else {}
-            found.append(row | {"prediction": given["prediction"]} | more)
+        if queue := answers[_key(row)]:
+            answer = queue.popleft()
+            likelihoods = {"likelihoods": answer["likelihoods"]} if answer.get("likelihoods") else {}
+            answered.append(row | {"prediction": answer["prediction"]} | likelihoods)
         else:
             faults.append(
                 f"{file}: no answer to {row['task_id']} of task {task_of(row)}, reference {row['reference']!r}"
             )
     if faults:
-        raise DataError([*faults, f"{file}: expected answers to all that data.eval asks"])
-    return found
+        raise DataError([*faults, f"{file}: expected answers to all questions of data.eval"])
+    return answered
 
 
 def _key(row: Row) -> tuple[str, ...]:
     return row["task_id"], task_of(row), normalise(row["reference"])
 
 
-# What is asked.
+# Questions.
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """A question that is trained on. Conversations that ask the same of the same scans are one."""
+    """A training question. Conversations that ask the same about the same scans are one sample."""
 
     shown: Shown
     target: str | float
     subject: str
     conversation: int = field(compare=False)
-    """Number of one that asks it."""
+    """Number of a conversation that asks it."""
 
 
 @dataclass(frozen=True)
@@ -210,26 +211,26 @@ class _Problem:
 
     name: str
     task: Task
-    """As eval has it."""
+    """The task as inferred from eval."""
     spelled: Mapping[str, str]
-    """{answer, normalised: as it is said}."""
+    """{normalised answer: its spelling}."""
     samples: tuple[_Sample, ...]
     asked: Mapping[int, Shown]
-    """Scans by the number of the conversation of eval."""
+    """{number of a conversation of eval: its scans}."""
     classes: tuple[str, ...]
-    """The answers of train, normalised; none of a quantity."""
+    """The answers of train, normalised; empty for a quantity."""
     targets: np.ndarray
-    """Of the samples: numbers of classes, int; or quantities, float."""
+    """Targets of the samples: classes, int [n]; or quantities, float [n]."""
     parts: Sequence[np.ndarray]
-    """Of the samples, for cross-validation; the first is what the network is not trained on."""
+    """Numbers of the samples in each part for cross-validation; the network does not train on the first part."""
 
 
 def _problems(
     train: Dataset, evaluation: Dataset, configured: Mapping[str, TaskConfig]
 ) -> tuple[list[_Problem], list[str]]:
-    """All that eval asks and train teaches, and what is to be said of the rest.
+    """Return the problems that eval poses and train teaches, and notes on the other tasks.
 
-    Raises DataError and ConfigError with every fault, and where there is nothing to learn.
+    Raises DataError and ConfigError with every fault, or if there is nothing to learn.
     """
     tasks = tasks_of(blank_rows(evaluation.conversations), configured)
     if blank := [c.label for c in train.conversations if c.messages[-1].role != "assistant"]:
@@ -237,7 +238,7 @@ def _problems(
             [f"{label}: the last turn is not the assistant's; expected an answer to learn" for label in blank]
         )
     rows = {"train": blank_rows(train.conversations), "eval": blank_rows(evaluation.conversations)}
-    found, notes, faults = list[_Problem](), list[str](), list[str]()
+    problems, notes, faults = list[_Problem](), list[str](), list[str]()
     for name, task in tasks.items():
         learnt, asked = (
             {
@@ -252,43 +253,43 @@ def _problems(
         elif not any(asked.values()):
             notes.append(f"{name}: no baseline, since it shows no scan.")
         elif not learnt:
-            notes.append(f"{name}: no baseline, since train has no conversation of it.")
+            notes.append(f"{name}: no baseline, since train has no such conversation.")
         else:
             try:
                 own = tasks_of([rows["train"][i] for i in learnt], {k: v for k, v in configured.items() if k == name})
                 _check_task(name, task, own[name], (train, learnt), (evaluation, asked))
-                of_task, said = _of_task(name, task, own[name], rows, learnt, asked)
+                task_problems, task_notes = _task_problems(name, task, own[name], rows, learnt, asked)
             except UmbrellaError as error:
                 faults += [f"baseline of {name}: {fault}" for fault in error.faults]
                 continue
-            found += of_task
-            notes += said
+            problems += task_problems
+            notes += task_notes
     if faults:
         raise DataError(faults)
-    if not found:
+    if not problems:
         raise DataError(notes)
-    return found, notes
+    return problems, notes
 
 
 def _question(conversation: Conversation, comparison: bool) -> Shown:
-    """The scans of the last turn that shows any; of a comparison the last of them, which the question is about."""
+    """Return the scans of the last turn that shows any; for a comparison only the last scan, which it is about."""
     turns = [tuple(part for part in message.parts if isinstance(part, Image)) for message in conversation.messages]
     last = next(filter(None, reversed(turns)), ())
     return last[-1:] if comparison else last
 
 
 def _check_task(name: str, task: Task, own: Task, *sets: tuple[Dataset, Mapping[int, Shown]]) -> None:
-    """Raises DataError where train does not teach what eval asks: `own` is the task as train has it."""
+    """Raise DataError if train does not teach what eval asks; `own` is the task as inferred from train."""
     faults = [
         f"{data.conversations[i].label}: shows no scan, as other conversations of the task do"
-        for data, of in sets
-        for i, shown in of.items()
+        for data, scans in sets
+        for i, shown in scans.items()
         if not shown
     ]
     kinds = {own.kind, task.kind}
     if len(kinds) > 1 and kinds != {"classification", "comparison"}:
-        what = f"a {task.kind} by the answers of eval, a {own.kind} by those of train"
-        faults.append(f"{what}; expected evaluation.tasks.{name}.kind")
+        kinds_differ = f"a {task.kind} by the answers of eval, a {own.kind} by those of train"
+        faults.append(f"{kinds_differ}; expected evaluation.tasks.{name}.kind")
     if own.unit and task.unit and not same_unit(own.unit, task.unit):
         faults.append(f"in {own.unit} in train, in {task.unit} in eval; expected one unit")
     (_, learnt), (evaluation, asked) = sets
@@ -306,7 +307,7 @@ def _modalities(shown: Shown) -> tuple[str, ...]:
     return tuple(image.modality for image in shown)
 
 
-def _of_task(
+def _task_problems(
     name: str,
     task: Task,
     own: Task,
@@ -314,8 +315,8 @@ def _of_task(
     learnt: Mapping[int, Shown],
     asked: Mapping[int, Shown],
 ) -> tuple[list[_Problem], list[str]]:
-    """A problem for each kind of scans that eval shows, and what is to be said. Raises DataError for too few subjects
-    or answers."""
+    """Return a problem for each combination of modalities that eval shows, and notes. Raises DataError for too few
+    subjects or answers."""
     spelled = {normalise(answer): answer for answer in (*(own.answers or ()), *(task.answers or ()))}
     problems, notes, faults = list[_Problem](), list[str](), list[str]()
     for modalities in dict.fromkeys(map(_modalities, asked.values())):
@@ -324,7 +325,7 @@ def _of_task(
             if _modalities(shown) == modalities:
                 sample = _sample(i, rows["train"][i], own, shown)
                 distinct.setdefault((shown, sample.target), sample)
-        # in an order that does not depend on the task, so that two that ask the same share a network
+        # sorted without regard to the task, so that two tasks that ask the same share a network
         samples = tuple(sorted(distinct.values(), key=lambda s: ([str(i.path) for i in s.shown], s.target)))
         answers = sorted({s.target for s in samples})
         if len(answers) < 2:
@@ -356,31 +357,33 @@ def _sample(conversation: int, row: Row, task: Task, shown: Shown) -> _Sample:
     target: str | float = truth
     if task.kind == "regression":
         number = parse_number(truth, task.unit)
-        assert number is not None  # tasks_of refuses what is none
+        assert number is not None  # tasks_of refuses other references
         target = number
     subject = label_of(row, "subject_id")
-    where = "\n".join(str(image.path) for image in shown)
-    return _Sample(shown, target, where if subject is None else str(subject).removeprefix("sub-"), conversation)
+    paths = "\n".join(str(image.path) for image in shown)
+    return _Sample(shown, target, paths if subject is None else str(subject).removeprefix("sub-"), conversation)
 
 
-def _rows(problem: _Problem, rows: Sequence[Row], found: Mapping[Shown, np.ndarray]) -> Iterator[tuple[int, Row]]:
-    """The answers to the conversations of eval, by their numbers."""
+def _answer_rows(
+    problem: _Problem, rows: Sequence[Row], outputs: Mapping[Shown, np.ndarray]
+) -> Iterator[tuple[int, Row]]:
+    """Yield the number of each conversation of eval and its answered row."""
     for i, shown in problem.asked.items():
-        value = found[shown]
+        value = outputs[shown]
         if not problem.classes:
             yield i, rows[i] | {"prediction": f"{float(value):.6g}"}
             continue
-        said = problem.spelled[problem.classes[int(value.argmax())]]
-        of = dict(zip(problem.classes, map(float, value), strict=True))
-        likelihoods = {answer: of.get(normalise(answer), NEVER) for answer in problem.task.answers or ()}
-        yield i, rows[i] | {"prediction": said, "likelihoods": likelihoods}
+        answer = problem.spelled[problem.classes[int(value.argmax())]]
+        by_class = dict(zip(problem.classes, map(float, value), strict=True))
+        likelihoods = {a: by_class.get(normalise(a), NEVER) for a in problem.task.answers or ()}
+        yield i, rows[i] | {"prediction": answer, "likelihoods": likelihoods}
 
 
-# What answers it.
+# Answers.
 
 
 class _Work:
-    """Scans of both sets as the baselines want them."""
+    """The scans of both data sets, in the form that each baseline takes."""
 
     def __init__(self, config: RunConfig, train: Dataset, evaluation: Dataset):
         self.config, self.train, self.evaluation = config, train, evaluation
@@ -388,17 +391,17 @@ class _Work:
         self._bytes = 0
 
     def channels(self, image: Image) -> np.ndarray:
-        """A scan as the network takes it, kept where there is room."""
+        """Return a scan as the network takes it; keep it if there is room."""
         if image in self._kept:
             return self._kept[image]
-        found = channels(self.evaluation.volume(image))
-        if self._bytes + found.nbytes <= _KEPT:
-            self._kept[image] = found
-            self._bytes += found.nbytes
-        return found
+        scan = channels(self.evaluation.volume(image))
+        if self._bytes + scan.nbytes <= _KEPT:
+            self._kept[image] = scan
+            self._bytes += scan.nbytes
+        return scan
 
     def stream(self, shown: Callable[[int, int | None], Shown]) -> Stream:
-        """Of questions, by what each shows in an epoch."""
+        """Return the stream of questions, given the scans that each shows in an epoch."""
 
         def batches(indices: Sequence[np.ndarray], epoch: int | None) -> Iterator[Scans]:
             def make(batch: int) -> Scans:
@@ -410,7 +413,10 @@ class _Work:
         return batches
 
     def drawn(self, samples: Sequence[_Sample]) -> Callable[[int, int | None], Shown]:
-        """What a sample shows: its scans with the windows that the epoch draws, without an epoch their first."""
+        """Return a function from a sample's number and an epoch to its scans.
+
+        The epoch draws their windows; without an epoch they have their first windows.
+        """
 
         def shown(index: int, epoch: int | None) -> Shown:
             sample = samples[index]
@@ -424,22 +430,24 @@ class _Work:
         return shown
 
     def features(self, tower: Tower, images: Iterable[Image]) -> dict[Image, np.ndarray]:
-        """Of each distinct image, its first window: float32 [E]."""
-        found: dict[Image, np.ndarray] = {}
+        """Return the features of each distinct image's first window: float32 [E]."""
+        features: dict[Image, np.ndarray] = {}
         by_modality: dict[str, list[Image]] = defaultdict(list)
         for image in dict.fromkeys(images):
             by_modality[image.modality].append(image)
-        for modality, of in by_modality.items():
+        for modality, scans in by_modality.items():
 
-            def make(batch: int, of: list[Image] = of) -> np.ndarray:
-                part = of[batch * BATCH : (batch + 1) * BATCH]
+            def make(batch: int, scans: list[Image] = scans) -> np.ndarray:
+                part = scans[batch * BATCH : (batch + 1) * BATCH]
                 volumes = np.stack([self.evaluation.volume(image) for image in part])
-                return np.resize(volumes, (BATCH, *volumes.shape[1:]))  # all of one shape, filled with the first
+                return np.resize(
+                    volumes, (BATCH, *volumes.shape[1:])
+                )  # one shape for all batches; the first images fill up
 
-            batches = prefetch(make, 0, -(-len(of) // BATCH), self.config.data.threads)
+            batches = prefetch(make, 0, -(-len(scans) // BATCH), self.config.data.threads)
             rows = np.concatenate([tower(modality, volumes) for volumes in batches])
-            found |= dict(zip(of, rows, strict=False))
-        return found
+            features |= dict(zip(scans, rows, strict=False))
+        return features
 
 
 def _first_windows(questions: Sequence[Shown], index: int, epoch: int | None) -> Shown:
@@ -449,14 +457,14 @@ def _first_windows(questions: Sequence[Shown], index: int, epoch: int | None) ->
 def _cnn(
     problems: Sequence[_Problem], work: _Work, epochs: int, widths: Sequence[int]
 ) -> tuple[list[dict[Shown, np.ndarray]], list[str]]:
-    """For each problem what the network says of each question; and what is to be said."""
+    """Return the network's outputs {scans of a question: output} for each problem, and notes."""
     fitted: dict[tuple[_Sample, ...], Any] = {}
-    found, notes = [], list[str]()
+    by_problem, notes = [], list[str]()
     for problem in problems:
         began = time.monotonic()
         again = problem.samples in fitted
         if not again:
-            fitted[problem.samples] = fit(
+            fitted[problem.samples] = fit_cnn(
                 problem.targets,
                 problem.parts[0],
                 work.stream(work.drawn(problem.samples)),
@@ -469,23 +477,23 @@ def _cnn(
         network = fitted[problem.samples]
         asked = list(dict.fromkeys(problem.asked.values()))
         outputs = network(len(asked), work.stream(partial(_first_windows, asked)))
-        found.append(dict(zip(asked, outputs, strict=True)))
-        held, all_ = len(problem.parts[0]), len(problem.samples)
+        by_problem.append(dict(zip(asked, outputs, strict=True)))
+        held_out, total = len(problem.parts[0]), len(problem.samples)
         modalities = ", ".join(_modalities(asked[0]))
         notes.append(
-            f"CNN: {problem.name}: " + "the network of a task before, which asks the same of the same scans."
+            f"CNN: {problem.name}: " + "the network of an earlier task, which asks the same about the same scans."
             if again
             else f"CNN: {problem.name}: SFCN (Peng et al. 2021) of {network.parameters:,} parameters on {modalities}; "
-            f"trained on {all_ - held} questions, epoch {network.best} of {epochs} chosen by {held} of other "
+            f"trained on {total - held_out} questions, epoch {network.best} of {epochs} chosen by {held_out} of other "
             f"subjects of train; {time.monotonic() - began:.0f} s."
         )
-    return found, notes
+    return by_problem, notes
 
 
 def _probe(
     problems: Sequence[_Problem], work: _Work, checkpoint: Checkpoint
 ) -> tuple[list[dict[Shown, np.ndarray]], list[str]]:
-    """For each problem what the probe says of each question; and what is to be said."""
+    """Return the probe's outputs {scans of a question: output} for each problem, and notes."""
     began = time.monotonic()
     config = checkpoint.config.with_attention(work.config.model.attention, native_backend(jax.devices()[0]))
     tensors = {path: tensor for path, tensor in checkpoint.tensors().items() if path.startswith(VISION_TOWER)}
@@ -502,7 +510,7 @@ def _probe(
         f"probe: on the mean over patches of the tower's last hidden state of {checkpoint.path}, patch embedding "
         f"{patch_embed}; {len(features)} scans in {time.monotonic() - began:.0f} s."
     ]
-    found = []
+    by_problem = []
     for problem in problems:
         probe = fit_probe(
             rows(sample.shown for sample in problem.samples),
@@ -511,6 +519,6 @@ def _probe(
             classes=len(problem.classes) or None,
         )
         asked = list(dict.fromkeys(problem.asked.values()))
-        found.append(dict(zip(asked, probe(rows(asked)), strict=True)))
+        by_problem.append(dict(zip(asked, probe(rows(asked)), strict=True)))
         notes.append(f"probe: {problem.name}: {probe.chosen} by cross-validation over subjects of train.")
-    return found, notes
+    return by_problem, notes

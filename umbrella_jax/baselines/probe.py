@@ -1,7 +1,7 @@
-"""A linear probe as a yardstick: what a linear map reads out of the vision tower's features, nothing else trained.
+"""A linear baseline: a probe of the frozen vision tower's features.
 
-scikit-learn's logistic regression or ridge regression on standardised features, its regularisation chosen by
-cross-validation in which all scans of a subject lie in one part.
+The probe is scikit-learn's logistic regression or ridge regression on standardised features. Cross-validation, with all
+scans of a subject in one part, chooses its regularisation.
 
 Axes: n questions, M volumes, E width of the tower.
 """
@@ -24,18 +24,18 @@ from umbrella_jax.models.paths import VISION_TOWER
 from umbrella_jax.models.siglip import SiglipVisionModel
 
 FOLDS = 5
-"""Of cross-validation, where there are as many subjects of the classes."""
+"""Number of parts for cross-validation; fewer if a class has fewer subjects."""
 NEVER = float(np.log(np.finfo(np.float64).tiny))
-"""The log of a probability that is 0, as that of the smallest number above: what is scored is finite."""
+"""Log-probability used instead of log 0, since scores must be finite: the log of the smallest normal float64."""
 _STRENGTHS = {"C": np.logspace(-5, 2, 8).tolist(), "alpha": np.logspace(-2, 5, 8).tolist()}
-"""Of the logistic and of the ridge regression, on standardised features."""
+"""Candidate regularisations of logistic regression (C) and ridge regression (alpha)."""
 
 
 class Tower:
-    """The vision tower alone, frozen: volumes → features."""
+    """The frozen vision tower, which maps volumes to features."""
 
     def __init__(self, config: LlavaConfig, params: Params):
-        """`params`: of the model, those whose path begins with VISION_TOWER."""
+        """Initialise the tower from the model's parameters whose paths begin with VISION_TOWER."""
         graphdef, _ = nnx.split(
             nnx.eval_shape(
                 lambda: SiglipVisionModel(
@@ -47,8 +47,10 @@ class Tower:
         self._features = jax.jit(partial(_features, graphdef, config.compute_dtype), static_argnames="name")
 
     def __call__(self, name: str, volumes: np.ndarray) -> np.ndarray:
-        """Volumes [M, *size] of modality `name` → float32 [M, E], the mean of the last hidden state over the patches:
-        what the projector is given of each, before `post_layernorm`."""
+        """Return the features of volumes [M, *size] of modality `name`, float32 [M, E].
+
+        They are the mean over patches of the last hidden state, which the projector receives, before `post_layernorm`.
+        """
         return np.asarray(self._features(self._params, volumes, name=name))
 
 
@@ -60,14 +62,15 @@ def _features(
 
 
 def folds(targets: np.ndarray, subjects: Sequence[str], *, classes: bool) -> list[np.ndarray]:
-    """Numbers of the questions in each of at most FOLDS parts, which share no subject; of classes, in shares as equal
-    as that allows. The same for the same arguments.
+    """Split questions into at most FOLDS parts that share no subject, and return the question numbers of each part.
+
+    Parts have similar shares of each class. The result depends only on the arguments.
 
     Args:
-        targets: [n], whole numbers of classes or quantities.
+        targets: [n], classes as whole numbers, or quantities.
 
     Raises:
-        DataError: too few subjects for two parts, each of which leaves two classes, or two subjects, to train on.
+        DataError: too few subjects for two parts that each leave two classes, or two subjects, to train on.
     """
     from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
@@ -80,7 +83,7 @@ def folds(targets: np.ndarray, subjects: Sequence[str], *, classes: bool) -> lis
         room, needed, split = len(np.unique(groups)), "three subjects", GroupKFold
     if room < (2 if classes else 3):
         raise DataError(f"too few subjects to hold some of them out; expected at least {needed}")
-    with warnings.catch_warnings():  # of classes with fewer members than there are parts: so be it
+    with warnings.catch_warnings():  # about classes with fewer members than parts, which is fine here
         warnings.simplefilter("ignore", UserWarning)
         pairs = list(split(min(FOLDS, room)).split(np.zeros(len(targets)), targets, groups))
     if classes and any(len(np.unique(targets[rest])) < 2 for rest, _ in pairs):
@@ -95,24 +98,25 @@ class Probe:
     model: Any
     """scikit-learn's pipeline."""
     chosen: str
-    """Of the regularisation: `C = 0.01`."""
+    """The chosen regularisation, such as `C = 0.01`."""
     classes: int | None
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Of features [n, E], float64: log-probabilities of the classes [n, K], or quantities [n]."""
+        """Answer from features [n, E], float64: log-probabilities of classes [n, K], or quantities [n]."""
         if self.classes is None:
             return self.model.predict(features)
-        found = np.zeros((len(features), self.classes))
-        found[:, self.model.classes_] = self.model.predict_proba(features)
-        return _log(found)
+        probability = np.zeros((len(features), self.classes))
+        probability[:, self.model.classes_] = self.model.predict_proba(features)
+        return _log(probability)
 
 
 def fit_probe(features: np.ndarray, targets: np.ndarray, parts: Sequence[np.ndarray], *, classes: int | None) -> Probe:
-    """Fits a probe to all questions, as strongly regularised as does best over the `parts` (`folds`).
+    """Fit a probe to all questions, with the regularisation that scores best in cross-validation over `parts`.
 
     Args:
         features: float [n, E].
-        targets: int [n], a class of `classes`; or float [n], a quantity, where that is None.
+        targets: int [n], each below `classes`; or float [n], quantities, if `classes` is None.
+        parts: the result of `folds`.
     """
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.model_selection import GridSearchCV
@@ -134,7 +138,7 @@ def fit_probe(features: np.ndarray, targets: np.ndarray, parts: Sequence[np.ndar
 
 
 def _log_likelihood(model: Any, features: np.ndarray, targets: np.ndarray) -> float:
-    """Mean log-probability of the right classes, also of those that the model has not seen."""
+    """Return the mean log-probability of the right classes, including classes that the model has not seen."""
     probability = np.zeros((len(features), max(*model.classes_, *targets) + 1))
     probability[:, model.classes_] = model.predict_proba(features)
     return float(_log(probability[np.arange(len(targets)), targets]).mean())

@@ -26,7 +26,7 @@ def _drop(reason: str) -> _Rule:
 
 
 def _only(*allowed: Any, reason: str) -> _Rule:
-    """Return the rule for a key of which only the `allowed` values have a counterpart here."""
+    """Return the rule for a key that must have one of the `allowed` values; others have no counterpart here."""
 
     def rule(value: Any) -> tuple[dict[str, Any], str | None]:
         if value not in allowed:

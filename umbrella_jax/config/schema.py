@@ -165,7 +165,7 @@ class ModalityConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(Section):
-    """Adapters for frozen products (Hu et al. 2021): x·Wᵀ + alpha/rank · x·Aᵀ·Bᵀ, of which A and B train.
+    """Adapters for frozen products (Hu et al. 2021): x·Wᵀ + alpha/rank · x·Aᵀ·Bᵀ, with A and B trainable.
 
     A [rank, inputs] starts uniform in ±1/√inputs and B [outputs, rank] at zero, as in PEFT, so the first step equals
     the base's. docs/recipes.md says when adapters are worth it.
@@ -287,7 +287,7 @@ class DataConfig(Section):
     """The conversations, and how they become batches."""
 
     train: str | None = None
-    """Training conversations: a .json or .jsonl file, or a directory of them."""
+    """Training conversations: a .json or .jsonl file, or a directory of such files."""
     eval: str | None = None
     """Evaluation conversations, of other subjects, in the same formats; the model answers each one's last question."""
     image_root: str | None = None
@@ -427,7 +427,7 @@ class MeshConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig(Section):
-    """How to score the answers to one task, where the data do not say; docs/metrics.md has the rules."""
+    """How to score the answers to one task; the rules of docs/metrics.md infer fields left out from the data."""
 
     kind: TaskKind | None = None
     """Kind of the task. Default: inferred from the data."""

@@ -1,6 +1,6 @@
-"""Which voxels an answer rests on: log p(answer | prompt, volumes) as a function of the volumes.
+"""Attribute an answer to voxels: log p(answer | prompt, volumes) as a function of the volumes.
 
-Everything here is in the preprocessed volumes' own grid; `umbrella_jax.inference.explain` brings maps back to the scan.
+Everything here is on the grid of the preprocessed volumes; `umbrella_jax.inference.explain` maps it back to the scan.
 """
 
 import itertools
@@ -20,13 +20,13 @@ from umbrella_jax.training.loss import loss_sum
 
 Array = jax.Array
 Volumes = dict[str, Array]
-"""{modality: float32 [M, ...]}, as of a batch; and, of the same shapes, what each voxel contributes."""
+"""{modality: float32 [M, ...]}: the volumes of a batch, or each voxel's contribution in the same shapes."""
 Method = Literal["gradient", "integrated", "occlusion"]
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
 def log_probability(volumes: Volumes, params: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> Array:
-    """log p of all supervised tokens of the batch, its volumes replaced by these; float32 []."""
+    """Return log p of all supervised tokens of the batch with `volumes` instead of its own; float32 []."""
     shown = replace(batch, volumes=volumes)
     return -loss_sum(merge(graphdef, params), shown)[0]
 
@@ -35,8 +35,11 @@ _slope = partial(jax.jit, static_argnames=("graphdef",))(jax.grad(log_probabilit
 
 
 def gradient(volumes: Volumes, background: Volumes, params: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> Volumes:
-    """Gradient × input: how the answer's log-probability would change, to first order, from each voxel's height above
-    the background (Shrikumar et al. 2016); `background` has the volumes' shapes."""
+    """Compute gradient × input (Shrikumar et al. 2016); the input is a voxel's height above the background.
+
+    It is the first-order change of the answer's log-probability due to each voxel. `background` has the shapes of
+    `volumes`.
+    """
     slope = _slope(volumes, params, batch, graphdef=graphdef)
     return jax.tree.map(lambda x, x0, g: (x - x0) * g, volumes, background, slope)
 
@@ -44,8 +47,10 @@ def gradient(volumes: Volumes, background: Volumes, params: Params, batch: Batch
 def integrated(
     volumes: Volumes, background: Volumes, params: Params, batch: Batch, *, graphdef: nnx.GraphDef, steps: int
 ) -> Volumes:
-    """Integrated gradients (Sundararajan et al. 2017) from the background, by the midpoint rule in so many steps; their
-    sum is what the volumes add to the log-probability, but for the error of the rule."""
+    """Compute integrated gradients (Sundararajan et al. 2017) from the background, by the midpoint rule.
+
+    Their sum is what the volumes add to the log-probability, up to the error of the rule with `steps` steps.
+    """
     total = jax.tree.map(jnp.zeros_like, volumes)
     for step in range(steps):
         share = (step + 0.5) / steps
@@ -63,8 +68,11 @@ def occlusion(
     graphdef: nnx.GraphDef,
     windows: Mapping[str, tuple[int, ...]],
 ) -> Volumes:
-    """By how much the log-probability falls where a box of voxels is background (Zeiler & Fergus 2014), shared evenly
-    over the box's voxels. Boxes of `windows` voxels, by modality, stand side by side; those at the end are cut."""
+    """Compute how far the log-probability falls if a box of voxels becomes background (Zeiler & Fergus 2014).
+
+    The fall is shared evenly among the box's voxels. Boxes of `windows` voxels, per modality, tile the volume; those at
+    the end are cut.
+    """
     whole = log_probability(volumes, params, batch, graphdef=graphdef)
     maps = {name: np.zeros(x.shape, np.float32) for name, x in volumes.items()}
     for name, x in volumes.items():
@@ -82,7 +90,7 @@ def occlusion(
 
 @jax.jit
 def _hide(x: Array, background: Array, volume: Array, corner: Array, size: Array) -> Array:
-    """x [M, ...] whose box of one volume is background; the box may reach over the end."""
+    """Replace a box of one volume of x [M, ...] by background; the box may reach beyond the end."""
     places = jnp.meshgrid(*(jnp.arange(n) for n in x.shape[1:]), indexing="ij")
     inside = jnp.stack([(i <= p) & (p < i + n) for p, i, n in zip(places, corner, size, strict=True)]).all(0)
     hidden = inside & (jnp.arange(len(x)).reshape(-1, *[1] * inside.ndim) == volume)

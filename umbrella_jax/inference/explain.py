@@ -1,4 +1,4 @@
-"""Why an answer was given, as maps over the scans that it is about, in their own space."""
+"""Explain an answer by maps over its scans, in the scans' own space."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -26,27 +26,29 @@ from umbrella_jax.training.diagnose import nonfinite_error
 
 @dataclass(frozen=True)
 class Explanation:
-    """What each voxel contributes to the log-probability of an answer."""
+    """The contribution of each voxel to the log-probability of an answer."""
 
     answer: str
     log_probability: float
-    """log p(answer | conversation), with the token that ends it; natural logarithm."""
+    """log p(answer | conversation), the ending token included; natural logarithm."""
     without: float
-    """The same where all volumes are background."""
+    """The log-probability if all volumes are background."""
     maps: Mapping[Image, np.ndarray]
-    """Of each distinct image: float32 over the preprocessed volume, `size` of its modality, in the unit of
-    `log_probability`; of `integrated`, all of them sum to `log_probability` less `without`."""
+    """{distinct image: float32 map over the preprocessed volume, of its modality's `size`}, in the unit of
+    `log_probability`. Maps of `integrated` sum to `log_probability` − `without`."""
 
     def in_scan(self, processor: Processor, image: Image) -> np.ndarray:
-        """A map brought back to the voxels of the file as it is stored, float32 of its shape and, but for what fell on
-        padding, with the same sum; see `umbrella_jax.data.volume.restore`."""
+        """Return a map on the voxels of the stored file, float32 of its shape.
+
+        The sum stays the same, except for contributions on padding; see `umbrella_jax.data.volume.restore`.
+        """
         return restore(image.path, self.maps[image], processor.modalities[image.modality], image.window)
 
     def write(self, processor: Processor, folder: str | Path) -> list[Path]:
-        """Write a NIfTI per image, with the scan's geometry, so that viewers lay one over the other. Returns the paths.
+        """Write a NIfTI per image, with the scan's geometry, so viewers can overlay them. Returns the paths.
 
-        Both forms and their codes, units and the time between frames are the scan's. The map of a scan without an
-        orientation has none either, so that a viewer assumes the same about both.
+        The qform, sform, their codes, the units and the time between frames are the scan's. The map of a scan without
+        an orientation has none either, so a viewer assumes the same about both.
         """
         folder = Path(folder)
         folder.mkdir(0o700, parents=True, exist_ok=True)
@@ -72,19 +74,19 @@ def explain(
     steps: int = 16,
     max_new_tokens: int = 32,
 ) -> Explanation:
-    """Shares an answer's log-probability out over the voxels of the conversation's volumes.
+    """Distribute an answer's log-probability over the voxels of the conversation's volumes.
 
-    Heights are above the background: the volume's lowest value, unless the volume or its scaling (`znorm_zeroback`) has
-    another (`Dataset.background`).
+    Voxel values are measured from the background: the volume's lowest value, unless the volume or its scaling
+    (`znorm_zeroback`) has another (`Dataset.background`).
 
     Args:
-        conversation: its last turn is the assistant's; what stands there is not read.
-        answer: the text to explain; by default what the model answers.
-        method: `gradient` × input; `integrated` gradients, in so many `steps`; `occlusion` by boxes of a patch.
+        conversation: its last turn is the assistant's; the text of that turn is not read.
+        answer: the text to explain; by default the model's answer.
+        method: `gradient` × input; `integrated` gradients, in `steps` steps; `occlusion` by boxes of a patch.
 
     Raises:
         ConfigError: the conversation shows no image; or `answer` is empty.
-        CheckpointError, RunError: as `umbrella_jax.generate`; and where a log-probability or a map is not finite.
+        CheckpointError, RunError: as `umbrella_jax.generate`, or a log-probability or map is not finite.
         DataError: as `Processor.dataset`.
     """
     if not conversation.images:
@@ -119,18 +121,18 @@ def explain(
     volumes, background, batch = put(batch.volumes), put(background), put(batch)
     common: dict[str, Any] = {"graphdef": graphdef}
     if method == "gradient":
-        found = gradient(volumes, background, params, batch, **common)
+        contributions = gradient(volumes, background, params, batch, **common)
     elif method == "integrated":
-        found = integrated(volumes, background, params, batch, steps=steps, **common)
+        contributions = integrated(volumes, background, params, batch, steps=steps, **common)
     else:
         boxes = {name: processor.modalities[name].patch for name in volumes}
-        found = occlusion(volumes, background, params, batch, windows=boxes, **common)
+        contributions = occlusion(volumes, background, params, batch, windows=boxes, **common)
     logs = [float(log_probability(x, params, batch, **common)) for x in (volumes, background)]
-    if not all(np.isfinite(np.asarray(x)).all() for x in (logs, *found.values())):
-        named = ", ".join([conversation.label, *(str(image.path) for image in dict.fromkeys(conversation.images))])
-        raise nonfinite_error("log-probabilities or maps", {0: named}, params, batch, graphdef=graphdef)
+    if not all(np.isfinite(np.asarray(x)).all() for x in (logs, *contributions.values())):
+        names = ", ".join([conversation.label, *(str(image.path) for image in dict.fromkeys(conversation.images))])
+        raise nonfinite_error("log-probabilities or maps", {0: names}, params, batch, graphdef=graphdef)
     maps: dict[Image, np.ndarray] = {}
-    for name, values in found.items():
+    for name, values in contributions.items():
         maps |= dict(zip(shown[name], np.asarray(values), strict=False))
     return Explanation(
         answer,
@@ -141,10 +143,8 @@ def explain(
 
 
 def _background(volumes: np.ndarray, levels: Sequence[float | None]) -> np.ndarray:
-    """Return, in the shape of `volumes` [M, ...], the background of each: its level, its lowest value if that is None.
-
-    Volumes beyond the levels are padding of the batch.
-    """
+    """Return the background of each volume in the shape of `volumes` [M, ...]: its level, or its lowest value if the
+    level is None. Volumes beyond the levels are padding of the batch."""
     background = np.empty_like(volumes)
     for row, (volume, level) in enumerate(itertools.zip_longest(volumes, levels)):
         background[row] = volume.min() if level is None else level

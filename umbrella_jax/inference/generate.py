@@ -1,7 +1,7 @@
-"""Answers: what a model says to a prompt, and how probable it finds each of several answers.
+"""Generate answers to prompts, and compute the probability of given answers.
 
-A prompt is read once (`prefill`); its keys and values stay, and each further token costs one pass over that token
-alone. Three programs for each shape of a batch and length of an answer: `prefill`, `decode`, `score_answers`.
+`prefill` reads a prompt once and keeps its keys and values, so each further token costs a pass over that token only.
+Each batch shape and answer length compiles three programs: `prefill`, `decode` and `score_answers`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,21 +21,22 @@ from umbrella_jax.training.diagnose import nonfinite_error
 
 Array = jax.Array
 NONE = -1
-"""Stands where a row had ended already."""
+"""Token id after the end of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen: the most likely one, or drawn from the likelier ones.
+    """How to choose the next token: the most likely one, or a random draw from the likelier ones.
 
-    Raises ConfigError for numbers out of range, and for `top_k` or `top_p` at temperature 0."""
+    Raises ConfigError for numbers out of range, and for `top_k` or `top_p` at temperature 0.
+    """
 
     temperature: float = 0.0
-    """Logits are divided by it; 0: the most likely token, always."""
+    """Divisor of the logits; 0 always chooses the most likely token."""
     top_k: int | None = None
-    """Draw from so many of the likeliest; all that are as likely as the last of them count too."""
+    """Draw from this many likeliest tokens, and from all that tie with the last one."""
     top_p: float = 1.0
-    """Draw from the fewest of the likeliest whose probabilities reach this sum (Holtzman et al. 2020)."""
+    """Draw from the fewest likeliest tokens whose probabilities sum to at least this (Holtzman et al. 2020)."""
 
     def __post_init__(self) -> None:
         faults = []
@@ -58,27 +59,27 @@ GREEDY = Sampling()
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """B rows in the midst of their answers, of N tokens at most."""
+    """State of B rows during generation of at most N tokens."""
 
     cache: KVCache
-    """Slots: those of the prompts, and N - 1 behind them."""
+    """Keys and values; the slots of the prompts are followed by N - 1 slots for tokens."""
     lengths: Array
-    """int32 [B]: positions of each prompt."""
+    """int32 [B]: number of positions of each prompt."""
     hidden: Array
     """[B, D]: last hidden state of each prompt, from which its first token is chosen."""
     tokens: Array
-    """int32 [B, N]: the answers so far; `NONE` behind."""
+    """int32 [B, N]: the answers so far, padded with `NONE`."""
     made: Array
-    """int32 []: tokens made so far."""
+    """int32 []: number of tokens generated so far."""
     done: Array
     """bool [B]: whether the answer has ended."""
     finite: Array
-    """bool [B]: whether all logits that a token was chosen from were finite; a row ends where they were not."""
+    """bool [B]: whether all logits so far were finite; a row ends at the first logits that are not."""
 
 
 @partial(jax.jit, static_argnames=("graphdef", "max_new_tokens"))
 def prefill(params: Params, batch: Batch, *, graphdef: nnx.GraphDef, max_new_tokens: int) -> Decoding:
-    """Reads the prompts of a batch; volumes are encoded here, each once."""
+    """Read the prompts of a batch and encode each of its volumes once."""
     model = merge(graphdef, params)
     hidden, cache = model.language_model.model.prefill(model.inputs_embeds(batch), batch.positions, batch.lengths)
     rows = len(batch.lengths)
@@ -104,22 +105,22 @@ def decode(
     graphdef: nnx.GraphDef,
     sampling: Sampling = GREEDY,
 ) -> Decoding:
-    """Goes on to `until` (int32 []) tokens, or until all rows have ended. `state` is used up.
+    """Generate until the rows have `until` (int32 []) tokens or have all ended. `state` is donated.
 
-    A row ends with the first of `stop_ids` (int32 [S]), which is in the result. What is drawn for a row depends on its
-    own of `seeds` (uint32 [B]) and how many tokens it has, not on the rows beside it.
+    A row ends with the first of `stop_ids` (int32 [S]), which is part of the result. Draws for a row depend on its own
+    seed in `seeds` (uint32 [B]) and its number of tokens, not on the other rows.
     """
     language_model = merge(graphdef, params).language_model
     size = state.tokens.shape[1]
     first_slot = state.cache.used.shape[1] - (size - 1)
     keys = jax.vmap(jax.random.key)(seeds)
 
-    def chosen(state: Decoding, hidden: Array) -> dict[str, Array]:
+    def next_token(state: Decoding, hidden: Array) -> dict[str, Array]:
         logits = language_model.logits(hidden)
         finite = jnp.isfinite(logits).all(-1)
         token = choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, state.made), sampling)
         kept = jnp.where(state.done, NONE, token)
-        # not tokens.at[:, made], for which devices would exchange rows
+        # tokens.at[:, made] would make devices exchange rows
         tokens = jnp.where(jnp.arange(size) == state.made, kept[:, None], state.tokens)
         done = state.done | jnp.isin(token, stop_ids) | ~finite
         return {"tokens": tokens, "made": state.made + 1, "done": done, "finite": state.finite & (state.done | finite)}
@@ -133,18 +134,18 @@ def decode(
         positions = (state.lengths + state.made - 1)[:, None]
         hidden, k, v = language_model.model.extend(x, positions, state.cache)
         cache = state.cache.put(k, v, first_slot + state.made - 1)
-        return replace(state, cache=cache, **chosen(state, hidden[:, 0]))
+        return replace(state, cache=cache, **next_token(state, hidden[:, 0]))
 
-    begun = jax.lax.cond(
+    first = jax.lax.cond(
         state.made == 0,
-        lambda: chosen(state, state.hidden),
+        lambda: next_token(state, state.hidden),
         lambda: {name: getattr(state, name) for name in ("tokens", "made", "done", "finite")},
     )
-    return jax.lax.while_loop(unfinished, step, replace(state, **begun))
+    return jax.lax.while_loop(unfinished, step, replace(state, **first))
 
 
 def choose(logits: Array, keys: Array, sampling: Sampling) -> Array:
-    """Next tokens, int32 [B], of logits float32 [B, V]; one random key a row."""
+    """Choose the next tokens, int32 [B], from logits float32 [B, V], with one random key per row."""
     if sampling.temperature == 0:
         return logits.argmax(-1).astype(jnp.int32)
     logits = logits / sampling.temperature
@@ -162,28 +163,30 @@ def choose(logits: Array, keys: Array, sampling: Sampling) -> Array:
 
 @partial(jax.jit, static_argnames=("graphdef",))
 def score_answers(params: Params, state: Decoding, answers: Array, *, graphdef: nnx.GraphDef) -> Array:
-    """Logarithm of the probability of answers, given each row's prompt; float32 [B, A].
+    """Return log p(answer | prompt), summed over the answer's tokens; float32 [B, A].
 
-    answers int32 [B, A, N]: token ids, the one that ends an answer included, and `NONE` behind. Of a state of which
-    nothing was decoded yet. The sum over an answer's tokens; 0 for one without any.
+    Args:
+        state: the result of `prefill`, before any call of `decode`.
+        answers: int32 [B, A, N]: token ids, the ending one included, padded with `NONE`. An answer without tokens has
+            log-probability 0.
     """
     language_model = merge(graphdef, params).language_model
     b, a, n = answers.shape
     hidden = jnp.broadcast_to(state.hidden[:, None, None], (b, a, 1, state.hidden.shape[-1]))
-    if n > 1:  # the first token of each follows from the prompt
-        given = jnp.maximum(answers[..., :-1], 0).reshape(b, a * (n - 1))
-        x = language_model.model.embed_tokens(given).astype(state.hidden.dtype)
+    if n > 1:  # the prompt's last hidden state predicts the first token
+        inputs = jnp.maximum(answers[..., :-1], 0).reshape(b, a * (n - 1))
+        x = language_model.model.embed_tokens(inputs).astype(state.hidden.dtype)
         positions = jnp.tile(state.lengths[:, None] + jnp.arange(n - 1), (1, a))
-        behind, _, _ = language_model.model.extend(x, positions, state.cache, ways=a)
-        hidden = jnp.concatenate([hidden, behind.reshape(b, a, n - 1, -1)], axis=2)
+        later, _, _ = language_model.model.extend(x, positions, state.cache, ways=a)
+        hidden = jnp.concatenate([hidden, later.reshape(b, a, n - 1, -1)], axis=2)
 
-    def of_one(one: tuple[Array, Array]) -> Array:  # answer by answer: logits are V numbers for each token
-        hidden, tokens = one
+    def score(answer: tuple[Array, Array]) -> Array:  # one answer at a time, since each token has V logits
+        hidden, tokens = answer
         logits = language_model.logits(hidden)
-        found = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[..., None], axis=-1)[..., 0]
-        return jnp.where(tokens == NONE, 0, found - jax.nn.logsumexp(logits, axis=-1)).sum(-1)
+        of_token = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[..., None], axis=-1)[..., 0]
+        return jnp.where(tokens == NONE, 0, of_token - jax.nn.logsumexp(logits, axis=-1)).sum(-1)
 
-    return jax.lax.map(of_one, (hidden.swapaxes(0, 1), answers.swapaxes(0, 1))).T
+    return jax.lax.map(score, (hidden.swapaxes(0, 1), answers.swapaxes(0, 1))).T
 
 
 def stream(
@@ -195,11 +198,13 @@ def stream(
     sampling: Sampling = GREEDY,
     seeds: Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Tokens of `generate` as they are made, int32 [B] each time, `NONE` of a row that has ended; arguments and errors
-    are those of `generate`."""
-    state, until = _start(model, batch, stop_ids, max_new_tokens, sampling, seeds)
+    """Yield the tokens of `generate` one by one, int32 [B]; a row that has ended gives `NONE`.
+
+    Arguments and errors are the same as for `generate`.
+    """
+    state, decode_to = _start(model, batch, stop_ids, max_new_tokens, sampling, seeds)
     for count in range(1, max_new_tokens + 1):
-        state = until(state, count)
+        state = decode_to(state, count)
         _check_finite("logits", np.asarray(state.finite), model, batch)
         yield np.asarray(state.tokens[:, count - 1])
         if state.done.all():
@@ -215,47 +220,49 @@ def generate(
     sampling: Sampling = GREEDY,
     seeds: Sequence[int] | None = None,
 ) -> Array:
-    """What the model answers to the prompts of a batch; int32 [B, max_new_tokens].
+    """Generate the model's answers to the prompts of a batch; int32 [B, max_new_tokens].
 
     Args:
-        stop_ids: tokens that end an answer; the one that did is in the result, and `NONE` behind it.
-        sampling: how tokens are chosen, by default the most likely.
-        seeds: of each row, for tokens that are drawn; by default its number. The same seed and prompt give the same
+        stop_ids: tokens that end an answer; the ending one is part of the result, followed by `NONE`.
+        sampling: how to choose tokens; by default always the most likely.
+        seeds: one seed per row for random draws; by default the row's number. The same seed and prompt give the same
             answer, whatever other rows are in the batch.
 
     Raises:
-        ConfigError: as many `seeds` as there are rows were not given, or one of them is no uint32; `max_new_tokens` is
-            below 1.
-        CheckpointError: the batch shows an untrained modality (`umbrella_jax.load`, `allow_untrained`);
-            weights hold NaN or infinity.
+        ConfigError: the number of `seeds` differs from that of rows, or one is no uint32; `max_new_tokens` is below 1.
+        CheckpointError: the batch shows an untrained modality (`umbrella_jax.load`, `allow_untrained`); weights contain
+            NaN or infinity.
         RunError: logits are not finite; names the rows.
     """
-    state, until = _start(model, batch, stop_ids, max_new_tokens, sampling, seeds)
-    state = until(state, max_new_tokens)
+    state, decode_to = _start(model, batch, stop_ids, max_new_tokens, sampling, seeds)
+    state = decode_to(state, max_new_tokens)
     _check_finite("logits", np.asarray(state.finite), model, batch)
     return state.tokens
 
 
 def probabilities(model: Llava, batch: Batch, answers: Array | np.ndarray) -> np.ndarray:
-    """How probable each of several answers is, of these alone; float64 [B, A], each row sums to 1.
+    """Return the probability of each answer, given that it is one of `answers`; float64 [B, A], rows sum to 1.
 
-    answers int32 [A, N] or [B, A, N], as of `score_answers`, such as `Processor.answers` gives. Not normalised by
-    length: an answer of more tokens has a product of more factors, as its text has in the model.
+    It is not normalised by length: a longer answer is a product of more factors, as in the model.
 
-    Raises CheckpointError and RunError as `generate`.
+    Args:
+        answers: int32 [A, N] or [B, A, N], as for `score_answers`; `Processor.answers` returns them.
+
+    Raises:
+        CheckpointError, RunError: as `generate`.
     """
     model.config.check_trained(batch.volumes)
     graphdef, params = split(model)
     state = prefill(params, batch, graphdef=graphdef, max_new_tokens=1)
-    given = jnp.broadcast_to(jnp.asarray(answers), (len(batch.lengths), *answers.shape[-2:]))
-    scores = np.asarray(score_answers(params, state, given, graphdef=graphdef), np.float64)
+    tokens = jnp.broadcast_to(jnp.asarray(answers), (len(batch.lengths), *answers.shape[-2:]))
+    scores = np.asarray(score_answers(params, state, tokens, graphdef=graphdef), np.float64)
     _check_finite("likelihoods", np.asarray(np.isfinite(scores).all(-1)), model, batch)
     shares = np.exp(scores - scores.max(-1, keepdims=True))
     return shares / shares.sum(-1, keepdims=True)
 
 
 def _check_finite(what: str, finite: np.ndarray, model: Llava, batch: Batch) -> None:
-    """Raise for rows that are not `finite`, bool [B]."""
+    """Raise the error of `nonfinite_error` if any row of `finite`, bool [B], is false."""
     if not finite.all():
         graphdef, params = split(model)
         names = {int(row): f"row {row} of the batch" for row in np.flatnonzero(~finite)}
@@ -270,19 +277,19 @@ def _start(
     sampling: Sampling,
     seeds: Sequence[int] | None,
 ) -> tuple[Decoding, Callable[[Decoding, int], Decoding]]:
-    """The prompts as read, and what makes their answers so many tokens long."""
-    given: Any = range(len(batch.lengths)) if seeds is None else seeds
+    """Read the prompts; return their state and a function that extends their answers to a number of tokens."""
+    row_seeds: Any = range(len(batch.lengths)) if seeds is None else seeds
     faults = [] if max_new_tokens > 0 else [f"max_new_tokens: expected 1 or more, got {max_new_tokens}"]
-    if len(given) != len(batch.lengths):
-        faults.append(f"seeds: {len(given)} given; expected one for each of {len(batch.lengths)} rows")
-    faults += [f"seeds: expected 0 to {2**32 - 1}, got {seed}" for seed in given if not 0 <= seed < 2**32]
+    if len(row_seeds) != len(batch.lengths):
+        faults.append(f"seeds: {len(row_seeds)} given; expected one for each of {len(batch.lengths)} rows")
+    faults += [f"seeds: expected 0 to {2**32 - 1}, got {seed}" for seed in row_seeds if not 0 <= seed < 2**32]
     if faults:
         raise ConfigError(faults)
     model.config.check_trained(batch.volumes)
-    keys, stop = jnp.asarray(given, jnp.uint32), jnp.asarray(stop_ids, jnp.int32)
+    keys, stop = jnp.asarray(row_seeds, jnp.uint32), jnp.asarray(stop_ids, jnp.int32)
     graphdef, params = split(model)
 
-    def until(state: Decoding, count: int) -> Decoding:
+    def decode_to(state: Decoding, count: int) -> Decoding:
         return decode(params, state, stop, keys, jnp.int32(count), graphdef=graphdef, sampling=sampling)
 
-    return prefill(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens), until
+    return prefill(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens), decode_to

@@ -1,4 +1,4 @@
-"""Answers to a data set, on all devices of all processes: a run's evaluations, and `umbrella-jax predict`."""
+"""Answer a data set on all devices of all processes, for a run's evaluations and `umbrella-jax predict`."""
 
 import hashlib
 import os
@@ -55,8 +55,8 @@ def check_lengths(
     """Raise DataError if a right answer, or one of a closed set, takes more than `max_new_tokens` tokens.
 
     Args:
-        tasks: those that are known; without its task, a row whose reference is blank is not looked at.
-        setting: name of the limit, for people.
+        tasks: the known tasks; a row with a blank reference is not checked if its task is unknown.
+        setting: name of the limit for messages.
     """
 
     def answers(row: Row) -> Iterator[str]:
@@ -73,28 +73,28 @@ def check_lengths(
 
 
 class Choices:
-    """The answers that each conversation's task knows, as tokens: the same shape [A, N] for all of a data set."""
+    """The closed set of answers to each conversation, as tokens of one shape [A, N] for the whole data set."""
 
     def __init__(self, dataset: Dataset, processor: Processor, rows: Sequence[Row], tasks: Mapping[str, Task]):
-        """Raises DataError where an answer's tokens do not go on from a prompt."""
+        """Encode the answers. Raises DataError if the tokens of prompt and answer do not start with the prompt's."""
         self.texts = [tasks[task_of(row)].answers or () for row in rows]
         encoded, faults, tokenizer = [], Faults(), CachingTokenizer(processor.tokenizer)
         for conversation, texts in zip(dataset.conversations, self.texts, strict=True):
             with faults:
                 encoded.append(encode_answers(conversation, texts, tokenizer, template=processor.template))
         faults.raise_as(DataError)
-        self._shape = (max(map(len, encoded)), max(len(ids) for each in encoded for ids in each))
+        self._shape = (max(map(len, encoded)), max(len(ids) for answers in encoded for ids in answers))
         self._encoded = encoded
 
     @classmethod
     def of(
         cls, dataset: Dataset, processor: Processor, rows: Sequence[Row], tasks: Mapping[str, Task]
     ) -> "Choices | None":
-        """None where no task has a closed set of answers."""
+        """Return the choices, or None if no task has a closed set of answers."""
         return cls(dataset, processor, rows, tasks) if any(task.answers for task in tasks.values()) else None
 
     def tokens(self, indices: Sequence[int], rows: int) -> np.ndarray:
-        """int32 [rows, A, N], `NONE` behind each answer, behind each conversation's answers and behind them all."""
+        """Return the answers to the conversations `indices`, int32 [rows, A, N], padded with `NONE` on every axis."""
         out = np.full((rows, *self._shape), NONE, np.int32)
         for row, index in enumerate(indices):
             for a, ids in enumerate(self._encoded[index]):
@@ -118,24 +118,24 @@ def answers(
     only: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[dict[int, Answer]]:
-    """Batch by batch, the answer to each conversation by its number in the data set; all processes get all of them.
+    """Yield {number of a conversation: answer} batch by batch; every process gets all answers.
 
-    What is drawn for a conversation depends on `seed` and its number alone.
+    Random draws for a conversation depend only on `seed` and its number.
 
     Args:
         dataset: loaded with `evaluation=True`.
-        choices: answers whose likelihoods are wanted too.
-        only: numbers of the conversations to answer; default all.
+        choices: answers whose likelihoods to compute too.
+        only: numbers of the conversations to answer; by default all.
         progress: counts conversations.
 
     Raises:
-        DataError: a volume cannot be read any more.
+        DataError: a volume can no longer be read.
         CheckpointError, RunError: weights, or logits for some conversations, are not finite; on all processes alike.
     """
     stop = np.array(processor.stop_ids, np.int32)
     batches = eval_batches(dataset, batch_size, prompts=True, threads=threads, parts=parts(mesh), only=only)
     shapes: set[Any] = set()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for indices, own in batches:
         batch: Batch = put_batch(own, mesh, axis=0)
         rows = len(batch.lengths)
@@ -146,27 +146,27 @@ def answers(
         state = prefill(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens)
         scores = None
         if choices is not None:
-            scores = _fetched(score_answers(params, state, choices.tokens(indices, rows), graphdef=graphdef))
+            scores = _gathered(score_answers(params, state, choices.tokens(indices, rows), graphdef=graphdef))
             require("likelihoods", np.isfinite(scores[: len(indices)]).all(-1))
         seeds = np.zeros(rows, np.uint32)
         seeds[: len(indices)] = [np.random.SeedSequence([seed, i]).generate_state(1)[0] for i in indices]
         options: dict[str, Any] = {"graphdef": graphdef, "sampling": sampling}
         state = decode(params, state, stop, seeds, jnp.int32(max_new_tokens), **options)
-        tokens, finite = (rows[: len(indices)] for rows in _fetched((state.tokens, state.finite)))
+        tokens, finite = (rows[: len(indices)] for rows in _gathered((state.tokens, state.finite)))
         require("logits", finite)
         texts = processor.decode(tokens)
-        found = {}
+        answered = {}
         for row, (index, text) in enumerate(zip(indices, texts, strict=True)):
             known = choices.texts[index] if choices else ()
             likelihoods = dict(zip(known, map(float, scores[row]), strict=False)) if scores is not None else {}
             cut = bool((tokens[row] != NONE).all()) and tokens[row, -1] not in stop
-            found[index] = Answer(text, cut, likelihoods or None)
+            answered[index] = Answer(text, cut, likelihoods or None)
         if progress:
-            read = sum(len(dataset.prompts[index]) for index in indices)
-            work = Work(samples=len(indices), tokens=read + int((tokens != NONE).sum()))
-            progress.advance(len(indices), work, time.perf_counter() - begun, compiled=compiled)
-        yield found
-        begun = time.perf_counter()
+            prompt_tokens = sum(len(dataset.prompts[index]) for index in indices)
+            work = Work(samples=len(indices), tokens=prompt_tokens + int((tokens != NONE).sum()))
+            progress.advance(len(indices), work, time.perf_counter() - started, compiled=compiled)
+        yield answered
+        started = time.perf_counter()
 
 
 def compile_answers(
@@ -181,29 +181,29 @@ def compile_answers(
     sampling: Sampling = GREEDY,
     choices: Choices | None = None,
 ) -> Iterator[tuple[str, BatchShape, jax.stages.Compiled]]:
-    """(what, of which shape, the program) of all that `answers` would compile, one by one; nothing is computed."""
+    """Yield (name, batch shape, compiled program) of everything that `answers` would compile; run nothing."""
     stop = np.array(processor.stop_ids, np.int32)
     for shape in eval_shapes(dataset, batch_size, prompts=True, parts=parts(mesh)):
         batch = abstract_batch(empty_batch(dataset, shape), mesh, axis=0)
         rows = len(batch.lengths)
-        reading = prefill.lower(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens)
-        read = reading.compile()
-        yield "prompts", shape, read
+        lowered = prefill.lower(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens)
+        compiled = lowered.compile()
+        yield "prompts", shape, compiled
         state = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            reading.out_info,
-            read.output_shardings,
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            lowered.out_info,
+            compiled.output_shardings,
         )
         if choices is not None:
-            given = choices.tokens((), rows)
-            yield "likelihoods", shape, score_answers.lower(params, state, given, graphdef=graphdef).compile()
+            tokens = choices.tokens((), rows)
+            yield "likelihoods", shape, score_answers.lower(params, state, tokens, graphdef=graphdef).compile()
         seeds, until = np.zeros(rows, np.uint32), jnp.int32(max_new_tokens)
         options: dict[str, Any] = {"graphdef": graphdef, "sampling": sampling}
         yield "answers", shape, decode.lower(params, state, stop, seeds, until, **options).compile()
 
 
-def _fetched(arrays: Any) -> Any:
-    """Return a tree of arrays in full, as NumPy's, on every process."""
+def _gathered(arrays: Any) -> Any:
+    """Gather a tree of arrays onto every process, as NumPy arrays."""
     return jax.tree.map(np.asarray, multihost_utils.process_allgather(arrays, tiled=True))
 
 
@@ -216,7 +216,7 @@ def _require_finite(
     what: str,
     finite: np.ndarray,
 ) -> None:
-    """Raise for the conversations of a batch whose numbers are not `finite`, bool [B]."""
+    """Raise an error that names the conversations of a batch with numbers that are not `finite`, bool [B]."""
     if not finite.all():
         rows = np.flatnonzero(~finite).tolist()
         names = {row: dataset.conversations[indices[row]].label for row in rows}
@@ -242,28 +242,28 @@ def predict(
     resume: bool = False,
     say: Say = tqdm.write,
 ) -> list[Row]:
-    """Answers every conversation of `data.eval` and writes the rows to `out`, a .jsonl file, in the data's order.
+    """Answer every conversation of `data.eval` and write the rows to `out`, a .jsonl file, in the data's order.
 
-    All processes of a cluster call this alike and see one `out`. What is done so far stands in `out` with `.part`
-    behind it, which becomes `out` at the end.
+    All processes of a cluster call this with the same arguments and share `out`. Rows are first collected in a file
+    with `.part` added to the name, which becomes `out` at the end.
 
     Args:
-        source: a run, an export, a native checkpoint: whatever `umbrella_jax.load` takes.
-        data: `eval` and what belongs to it.
-        likelihoods: of the answers of tasks that know theirs, too.
+        source: a run, an export, a native checkpoint, or anything else that `umbrella_jax.load` takes.
+        data: the settings of the data; `eval` names the conversations.
+        likelihoods: also compute the likelihood of every answer of a closed set.
         tasks: as `evaluation.tasks` of a configuration.
-        modalities: of a stock LLaVA.
-        allow_untrained, step: as `umbrella_jax.load`.
-        resume: go on with what an earlier call left in the `.part` file.
-        say: takes a line now and then of how far it is, where there is no terminal.
+        modalities: modalities for a stock LLaVA.
+        allow_untrained, step: as for `umbrella_jax.load`.
+        resume: continue from the `.part` file of an earlier call.
+        say: called with a progress line now and then if stderr is no terminal.
 
     Returns:
-        The rows (`Row`), as they stand in `out`; `likelihoods` are natural logarithms.
+        The rows (`Row`), as in `out`; `likelihoods` are natural logarithms.
 
     Raises:
-        ConfigError: `out` is there, or its directory is not; an earlier call's part is and `resume` is not asked for,
-            or other settings are; the model has not the modalities of the data.
-        DataError, CheckpointError: as training does.
+        ConfigError: `out` exists, or its directory does not; an earlier call left a `.part` file without `resume`, or
+            with other settings; the model lacks a modality of the data.
+        DataError, CheckpointError: as for training.
     """
     out, first = Path(out), jax.process_index() == 0
     with raise_together():
@@ -278,7 +278,7 @@ def predict(
         if out.exists():
             raise ConfigError(f"{out}: already exists; choose another file, or remove it")
         if unfinished.exists() and not resume:
-            raise ConfigError(f"{unfinished}: what an earlier call left; go on with --resume, or remove it")
+            raise ConfigError(f"{unfinished}: left by an earlier call; go on with --resume, or remove it")
         if not out.parent.is_dir():
             raise ConfigError(f"{out}: expected the name of a file in a directory that exists")
         devices = make_mesh(mesh, batch_size=batch_size)
@@ -297,8 +297,8 @@ def predict(
         choices, known = None, dict[str, Task]()
         limit = (processor.tokenizer, processor.template, max_new_tokens, "max_new_tokens (--max-new-tokens)")
         if likelihoods:
-            asked = {task_of(row) for row in rows}
-            known = tasks_of(rows, {name: task for name, task in (tasks or {}).items() if name in asked})
+            names = {task_of(row) for row in rows}
+            known = tasks_of(rows, {name: task for name, task in (tasks or {}).items() if name in names})
             choices = Choices.of(dataset, processor, rows, known)
             if choices is None:
                 raise ConfigError(
@@ -343,7 +343,7 @@ def predict(
         part or nullcontext(),
         Progress("answer", len(rows), done=len(done), **options) as progress,
     ):
-        for found in answers(
+        for batch_answers in answers(
             params,
             abstract_params(model)[0],
             dataset,
@@ -358,7 +358,7 @@ def predict(
             only=left,
             progress=progress,
         ):
-            fresh = {index: with_answer(rows[index], answer) for index, answer in found.items()}
+            fresh = {index: with_answer(rows[index], answer) for index, answer in batch_answers.items()}
             done |= fresh
             if part:
                 part.write(fresh)
@@ -366,7 +366,7 @@ def predict(
     if part:
         write_whole(out, "".join(strict_json(row) + "\n" for row in answered), PRIVATE)
         part.path.unlink()
-    gather(None)  # written
+    gather(None)  # wait until the file is written
     return answered
 
 
@@ -375,23 +375,23 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 class _Part:
-    """Rows so far, `[number, row]` a line behind one that says what they were made with; one process at a time."""
+    """The file of rows so far: a line with the settings, then a line `[number, row]` each. One process writes it."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
-        """Raises ConfigError if the file was made with other settings, or is another process's."""
+        """Open or create the file. Raises ConfigError if it has other settings, or if another process holds it."""
         self.path, self.done = path, dict[int, Row]()
         with naming(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, PRIVATE)
         try:
             take_lock(self._file, path, "wait until that has ended, or choose another file")
-            self._go_on(dict(settings))
+            self._continue(dict(settings))
         except BaseException:
             os.close(self._file)
             raise
 
-    def _go_on(self, settings: dict[str, Any]) -> None:
+    def _continue(self, settings: dict[str, Any]) -> None:
         text = self.path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]  # a last line that was torn apart is made again
+        whole = text[: text.rfind(b"\n") + 1]  # drop a torn last line; its row is computed again
         os.ftruncate(self._file, len(whole))
         if not whole:
             append_line(self._file, self.path, (strict_json(settings) + "\n").encode())
@@ -401,7 +401,7 @@ class _Part:
             before, *rows = (parse_json(line, self.path, ConfigError, "", n) for n, line in enumerate(lines, 1))
             self.done = {int(index): row for index, row in rows}
             other = [key for key in settings if before[key] != settings[key]]
-        except (ValueError, TypeError, KeyError):  # of which ConfigError is one
+        except (ValueError, TypeError, KeyError):  # ConfigError is a ValueError
             raise ConfigError(f"{self.path}: not from an earlier call; remove it, or choose another file") from None
         if other:
             raise ConfigError(
@@ -413,7 +413,7 @@ class _Part:
             )
 
     def write(self, rows: Mapping[int, Row]) -> None:
-        """Adds rows by their numbers."""
+        """Append rows, given by their numbers."""
         lines = "".join(strict_json([index, row]) + "\n" for index, row in rows.items())
         append_line(self._file, self.path, lines.encode())
 

@@ -1,4 +1,4 @@
-"""Conversations to batches, and tokens to text, as a model expects them."""
+"""Turn conversations into a model's batches, and its tokens into text."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -28,11 +28,11 @@ from umbrella_jax.errors import ConfigError, DataError, Faults
 
 _log = logging.getLogger(__name__)
 _REMARKS = 10
-"""Contradictions in headers that are printed."""
+"""Largest number of contradictions in headers that are printed."""
 
 
 class Processor:
-    """What stands between a data set and a model: tokenizer, modalities and template."""
+    """The tokenizer, modalities and template that connect a data set with a model."""
 
     def __init__(
         self,
@@ -42,13 +42,13 @@ class Processor:
         template: Template = "umbrella",
         max_length: int = 8192,
     ):
-        """A processor of parts; `load` makes one of a checkpoint.
+        """Initialise a processor from its parts; `load` takes them from a checkpoint.
 
         Args:
-            tokenizer: of Hugging Face's, with the special tokens of the model.
-            modalities: as the model has them.
+            tokenizer: a Hugging Face tokenizer with the model's special tokens.
+            modalities: the model's modalities by name.
             template: how conversations are written.
-            max_length: positions of a conversation, patches included; a longer one is refused.
+            max_length: longest conversation in positions, patches included; a longer one is refused.
 
         Raises:
             DataError: `template` is `chat` and the tokenizer has none.
@@ -66,19 +66,22 @@ class Processor:
         template: Template | None = None,
         max_length: int = 8192,
     ) -> "Processor":
-        """The processor of whatever `umbrella_jax.load` takes.
+        """Load the processor of anything that `umbrella_jax.load` takes.
 
         Args:
-            modalities, patch_embed: as of `umbrella_jax.load`.
-            template: how conversations are written; default as the checkpoint was trained, `umbrella` where it does
-                not say. Raises ConfigError for another than it was trained with.
+            modalities, patch_embed: as for `umbrella_jax.load`.
+            template: how conversations are written. Default: the one the checkpoint was trained with, or `umbrella` if
+                it does not record one.
+
+        Raises:
+            ConfigError: `template` is not the one the checkpoint was trained with.
         """
         checkpoint = Checkpoint.open(path, modalities, patch_embed=patch_embed)
         return cls.of(checkpoint, template=template, max_length=max_length)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, *, template: Template | None = None, max_length: int = 8192) -> "Processor":
-        """The processor of an opened checkpoint; arguments as of `load`."""
+        """Return the processor of an opened checkpoint; arguments as for `load`."""
         template = same_template("template", template or checkpoint.template or "umbrella", checkpoint)
         tokenizer = checkpoint.tokenizer()
         return cls(tokenizer, checkpoint.config.modalities, template=template, max_length=max_length)
@@ -90,7 +93,7 @@ class Processor:
         threads: int = 4,
         **options: Any,
     ) -> Dataset:
-        """Reads and checks a conversation file or a directory of them, and every volume; see `Dataset.load`."""
+        """Read and check a conversation file or a directory of such files, and every volume; see `Dataset.load`."""
         return Dataset.load(
             conversations,
             self.tokenizer,
@@ -104,15 +107,15 @@ class Processor:
     def datasets(
         self, data: DataConfig, splits: Sequence[str] = ("train", "eval"), *, augment: bool = False
     ) -> dict[str, Dataset]:
-        """Those of the `splits` that a configuration names, as it says; with `augment`, what trains is augmented.
+        """Load the `splits` that a configuration has; with `augment`, the training split is augmented.
 
-        Raises DataError with the faults of all.
+        Raises DataError with the faults of all splits.
         """
-        found, faults, sources = dict[str, Dataset](), Faults(), VolumeCache.from_config(data)
+        datasets, faults, sources = dict[str, Dataset](), Faults(), VolumeCache.from_config(data)
         for split in splits:
             with faults:
                 if (path := getattr(data, split)) is not None:
-                    found[split] = self.dataset(
+                    datasets[split] = self.dataset(
                         path,
                         image_root=data.image_root,
                         modality=data.modality,
@@ -125,16 +128,16 @@ class Processor:
                     )
         faults.raise_as(DataError)
         _warn(sources, self.modalities)
-        return found
+        return datasets
 
     def question(self, text: str, images: Sequence[tuple[str, str | Path]] = ()) -> Conversation:
-        """One question, behind the images that it is about.
+        """Return a conversation with one question, preceded by its images.
 
         Args:
-            images: (modality, file) of each, in order; a modality as configured, or an alias of one.
+            images: (modality, file) of each image, in order; a modality's configured name or an alias.
 
         Raises:
-            ConfigError: for a modality that the model does not have, and where `images` are no such pairs.
+            ConfigError: the model lacks a modality, or `images` are no such pairs.
         """
         if isinstance(images, str | Path) or not all(isinstance(i, tuple | list) and len(i) == 2 for i in images):
             raise ConfigError(
@@ -153,16 +156,16 @@ class Processor:
         return Conversation("question", None, messages, {}, "the prompt")
 
     def prompt(self, text: str, images: Sequence[tuple[str, str | Path]] = ()) -> Batch:
-        """`question` as a Batch of one row, NumPy arrays on the host, to generate from.
+        """Return `question` as a Batch of one row to generate from, in NumPy arrays on the host.
 
         Raises:
             ConfigError: as `question`.
-            DataError: a file that cannot be read as its modality; a text longer than `max_length`.
+            DataError: a file cannot be read as its modality; the text is longer than `max_length`.
         """
         return whole_batch(self.asked(self.question(text, images)), prompts=True)
 
     def asked(self, conversation: Conversation) -> Dataset:
-        """A data set of one conversation, as the prompt for its last answer; its volumes are checked."""
+        """Return a data set with the prompt for the last answer of one conversation; check its volumes."""
         common: dict[str, Any] = {"template": self.template, "max_length": self.max_length}
         prompt = encode_prompt(conversation, self.tokenizer, self.modalities, **common)
         sources = Sources()
@@ -178,14 +181,14 @@ class Processor:
         allow_outside_root: bool = False,
         prompts: bool = False,
     ) -> Batch:
-        """All conversations of a file as one Batch of NumPy arrays, in its order.
+        """Return all conversations of a file as one Batch of NumPy arrays, in the file's order.
 
         Args:
             image_root, allow_outside_root: as `data.image_root` and `data.allow_outside_root` of a configuration.
-            prompts: each without its last answer, to generate from; otherwise whole.
+            prompts: leave out each last answer, to generate it; otherwise conversations are whole.
 
         Raises:
-            DataError: with every fault of the file and of its volumes.
+            DataError: every fault of the file and its volumes.
         """
         dataset = self.dataset(
             conversations, image_root=image_root, allow_outside_root=allow_outside_root, evaluation=prompts
@@ -193,9 +196,10 @@ class Processor:
         return whole_batch(dataset, prompts=prompts)
 
     def answers(self, texts: Sequence[str]) -> np.ndarray:
-        """Several answers to one question as tokens, int32 [A, N], each with the one that ends it; -1 behind.
+        """Return several answers to one question as tokens, int32 [A, N], with the ending token and padded with -1.
 
-        Raises DataError for an answer whose tokens do not go on from a prompt."""
+        Raises DataError if the tokens of prompt and answer do not start with the prompt's tokens.
+        """
         conversation = Conversation(
             "prompt", None, (Message("user", ("",)), Message("assistant", ("",))), {}, "answers"
         )

@@ -1,4 +1,4 @@
-"""A run as one page: what was run, how it went, how right its answers are, and what they are about."""
+"""A run as one HTML page: settings, curves, metrics, and answers with their volumes."""
 
 from umbrella_jax.report.facts import Facts, read_facts
 from umbrella_jax.report.page import write_report

@@ -1,4 +1,4 @@
-"""Runs side by side: how far each is, its figures, and what differs between their configs. Reads without jax."""
+"""Compare runs: their progress, their metrics and the differences between their configs. Needs no jax."""
 
 import os
 from collections import defaultdict
@@ -30,46 +30,48 @@ from umbrella_jax.scoring.tasks import headline
 
 State = Literal["finished", "running", "stopped", "damaged"]
 _OWN = ("output_dir",)
-"""Of a config: what differs between any two runs."""
+"""Keys that differ between any two runs, so they are left out."""
 _SUFFIXES = (".svg", ".png")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's directory says of it."""
+    """A run, as read from its directory."""
 
     name: str
-    """Its path below the directory that was looked through."""
+    """The run's path below the searched directory."""
     path: Path
     state: State
     why: str
-    """Of a run that stopped or is damaged, in words."""
+    """Why the run stopped or is damaged, in words."""
     lines: tuple[Line, ...]
-    """Of `metrics.jsonl`."""
+    """Lines of `metrics.jsonl`."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """{dotted key: value}; empty where it cannot be read."""
+    """{dotted key: value}; empty if the config cannot be read."""
     evaluated_step: int | None = None
-    """The step whose evaluation is shown, as `score` chooses it; None before the first."""
+    """Step whose evaluation is shown, chosen as by `umbrella-jax score`; None before the first evaluation."""
 
     @property
     def step(self) -> int:
-        """The last one."""
+        """The last step."""
         return int(self.lines[-1]["step"] or 0) if self.lines else 0
 
     @property
     def steps(self) -> int | None:
-        """Of the whole run; None where no line says it."""
+        """Number of steps of the whole run; None if no line records it."""
         steps = self.lines[-1].get("steps") if self.lines else None
         return None if steps is None else int(steps)
 
     @property
     def evaluated(self) -> list[str]:
-        """Names of the figures of its evaluations, in order."""
+        """Names of the evaluations' metrics, in order."""
         return list(dict.fromkeys(name for line in self.lines for name in line if name.startswith("eval_")))
 
     def value(self, name: str) -> float | None:
-        """Return a figure of `evaluated_step`, or the newest of one that every update has; None where there is none, or
-        it was not finite."""
+        """Return a metric at `evaluated_step`, or the newest value of one that every update has.
+
+        Returns None if there is no such value or it was not finite.
+        """
         if name.startswith("eval_"):
             return with_final(self._evaluations.get(self.evaluated_step or 0, {})).get(name)
         return self.lines[-1].get(name) if self.lines else None
@@ -80,20 +82,21 @@ class Run:
 
 
 def find_runs(directory: str | Path) -> list[Run]:
-    """The directory, if it is a run, or all runs below it, by name. Raises ConfigError where there is none."""
+    """Return the directory's run, or all runs below it, by name. Raises ConfigError if there is none."""
     directory = Path(directory)
-    found = sorted(_directories(directory))
-    if not found:
+    paths = sorted(_directories(directory))
+    if not paths:
         problem = "no run in it" if directory.is_dir() else why_not_a_directory(directory)
-        raise ConfigError(f"{directory}: {problem}; expected the --out of umbrella-jax train, or a folder of them")
-    return [_read(path, path.name if path == directory else str(path.relative_to(directory))) for path in found]
+        raise ConfigError(f"{directory}: {problem}; expected the --out of umbrella-jax train, or a folder of runs")
+    return [_read(path, path.name if path == directory else str(path.relative_to(directory))) for path in paths]
 
 
 def _directories(directory: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(directory):
-        begun = METRICS in files or (CONFIG in files and CHECKPOINTS in folders)
-        if begun or (LOG in files and is_locked(Path(folder))):  # a log alone: what was refused before it was a run
-            folders.clear()  # what lies within is the run's own
+        started = METRICS in files or (CONFIG in files and CHECKPOINTS in folders)
+        # a directory with only a log is a run if it is locked; otherwise the run was refused at its start
+        if started or (LOG in files and is_locked(Path(folder))):
+            folders.clear()  # a run contains no other runs
             yield Path(folder)
 
 
@@ -105,7 +108,7 @@ def _read(path: Path, name: str) -> Run:
         faults.append(str(error))
     running = is_locked(path)
     try:
-        if (path / CONFIG).exists() or lines:  # which a run writes before its first step
+        if (path / CONFIG).exists() or lines:  # a run writes its config before its first step
             settings = load_stored_config(path / CONFIG)
             config = {key: value for key, value in flat(to_dict(settings)).items() if key not in _OWN}
     except UmbrellaError as error:
@@ -116,36 +119,36 @@ def _read(path: Path, name: str) -> Run:
     ended = how_it_ended(path / LOG)
     done = bool(lines) and lines[-1].get("step") == lines[-1].get("steps")
     state: State = "running" if running else "finished" if done or ended == "" else "stopped"
-    why = {"stopped": ended or "without a word in log.txt, as a process that was killed"}.get(state, "")
+    why = {"stopped": ended or "no end in log.txt, as if the process was killed"}.get(state, "")
     if faults:
         state, why = "damaged", "; ".join([*(["running"] if running else []), *faults])
     return Run(name, path, state, why, tuple(lines), config, at)
 
 
 def _evaluations(lines: Iterable[Line]) -> dict[int, Line]:
-    """{step: line} of the evaluated steps."""
+    """Return {step: line} of the evaluated steps."""
     return {int(line["step"] or 0): line for line in lines if any(name.startswith("eval_") for name in line)}
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Runs beside each other."""
+class RunComparison:
+    """Several runs and the metrics to compare."""
 
     runs: tuple[Run, ...]
     metrics: tuple[str, ...]
-    """Names of figures, as in `metrics.jsonl`."""
+    """Names of metrics, as in `metrics.jsonl`."""
 
     @cached_property
     def differ(self) -> tuple[str, ...]:
-        """Keys of the configs whose values are not the same in all."""
+        """Keys of the configs whose values differ between runs."""
         configs = [run.config for run in self.runs if run.config]
         keys = dict.fromkeys(key for config in configs for key in config)
         return tuple(key for key in keys if any(c.get(key) != configs[0].get(key) for c in configs))
 
     def table(self) -> str:
-        """For a terminal."""
-        parts = [name.rpartition("/") for name in self.metrics]  # above each other, for a narrow column
-        evaluated = any(run.evaluated_step is not None for run in self.runs)  # at which step, beside the metrics
+        """Return the text for a terminal."""
+        parts = [name.rpartition("/") for name in self.metrics]  # stacked in two lines, for a narrow column
+        evaluated = any(run.evaluated_step is not None for run in self.runs)  # then a column shows the step
         lead = ["", "", "", "", *["evaluated"] * evaluated]
         rows = [lead + [before + slash for before, slash, _ in parts]] if evaluated else []
         rows.append(["run", "state", "step", "loss", *["at step"] * evaluated, *(last for *_, last in parts)])
@@ -169,7 +172,7 @@ class Comparison:
         return {name: run.value(name) for name in ("loss", *self.metrics)}
 
     def to_json(self) -> dict[str, Any]:
-        """For programs; `config` holds what differs."""
+        """Return a mapping for JSON; `config` holds the keys that differ."""
         return {
             "version": 1,
             "runs": [
@@ -189,7 +192,7 @@ class Comparison:
         }
 
     def plot(self, file: Path) -> None:
-        """Draws the curves of all into an SVG or PNG; `plot_faults` says beforehand why it could not."""
+        """Draw the curves of all runs into an SVG or PNG; call `plot_faults` first to check the file."""
         import matplotlib
         from matplotlib.figure import Figure  # without pyplot: no window, no state
 
@@ -200,16 +203,16 @@ class Comparison:
             style: dict[str, Any] = {"color": f"C{number}", "linewidth": 1.2}
             axes[0].plot(*_points(run, "loss"), **style, label=run.name)
             axes[0].plot(*_points(run, "eval_loss"), **style, marker="o", markersize=4, linestyle="--")
-            for where, name in zip(axes[1:], others, strict=True):
-                where.plot(*_points(run, name), **style, marker="o", markersize=4, label=run.name)
-        axes[0].set_ylabel("loss; of evaluation with marks")
-        for where, name in zip(axes[1:], others, strict=True):
-            where.set_ylabel(name.removeprefix("eval_"))
-        for where in axes:
-            where.set_xlabel("step")
-            where.legend(frameon=False, fontsize=8)
-            where.grid(alpha=0.25)
-            where.spines[["top", "right"]].set_visible(False)
+            for panel, name in zip(axes[1:], others, strict=True):
+                panel.plot(*_points(run, name), **style, marker="o", markersize=4, label=run.name)
+        axes[0].set_ylabel("loss; evaluations have marks")
+        for panel, name in zip(axes[1:], others, strict=True):
+            panel.set_ylabel(name.removeprefix("eval_"))
+        for panel in axes:
+            panel.set_xlabel("step")
+            panel.legend(frameon=False, fontsize=8)
+            panel.grid(alpha=0.25)
+            panel.spines[["top", "right"]].set_visible(False)
         with matplotlib.rc_context({"svg.hashsalt": "umbrella-jax"}):
             drawn = BytesIO()
             metadata = {"Date": None} if file.suffix == ".svg" else None
@@ -217,34 +220,37 @@ class Comparison:
         write_whole(file, drawn.getvalue())
 
 
-def compare(runs: Sequence[Run], metrics: Sequence[str] = ()) -> Comparison:
-    """Of the named figures, or of those that all evaluated runs share: the loss, and of each task the headline.
+def compare(runs: Sequence[Run], metrics: Sequence[str] = ()) -> RunComparison:
+    """Compare runs by the named metrics, or by those that all evaluated runs share.
 
-    Raises ConfigError for a figure that none of the runs has.
+    The shared ones are the evaluation loss and each task's headline metric. Raises ConfigError for a metric that no run
+    has.
     """
     known = dict.fromkeys(name for run in runs for name in run.evaluated)
     if missing := [name for name in metrics if name not in known]:
-        given = f"expected one of {', '.join(known)}" if known else "none of the runs was evaluated"
-        raise ConfigError([f"--metric {name}: no run has it; {given}" for name in missing])
-    return Comparison(tuple(runs), tuple(metrics or _shared([run.evaluated for run in runs if run.evaluated])))
+        expected = f"expected one of {', '.join(known)}" if known else "none of the runs was evaluated"
+        raise ConfigError([f"--metric {name}: no run has it; {expected}" for name in missing])
+    return RunComparison(tuple(runs), tuple(metrics or _shared([run.evaluated for run in runs if run.evaluated])))
 
 
 def _shared(evaluated: Sequence[Sequence[str]]) -> Iterable[str]:
-    """`eval_loss` and the headline of each task, of those that are in all."""
+    """Yield the names that all runs share: `eval_loss` and each task's headline metric."""
     if not evaluated:
         return
     names = [name for name in evaluated[0] if all(name in others for others in evaluated)]
-    of_task: dict[str, list[str]] = defaultdict(list)
+    by_task: dict[str, list[str]] = defaultdict(list)
     for name in names:
         metric, _, task = name.removeprefix("eval_").partition("/")
-        if metric in get_args(Metric) and task and task.rpartition("/")[0] not in of_task:  # else a part of one
-            of_task[task].append(metric)
+        if (
+            metric in get_args(Metric) and task and task.rpartition("/")[0] not in by_task
+        ):  # skips parts, METRIC/TASK/PART
+            by_task[task].append(metric)
     yield from [name for name in names if name == "eval_loss"]
-    yield from (f"eval_{headline(of)}/{task}" for task, of in of_task.items())
+    yield from (f"eval_{headline(metrics)}/{task}" for task, metrics in by_task.items())
 
 
 def plot_faults(file: Path) -> list[str]:
-    """Why curves could not be drawn into a file."""
+    """Return the reasons why curves cannot be drawn into a file."""
     faults = page_faults("--plot", file, ["matplotlib"])
     if file.suffix not in _SUFFIXES:
         faults.append(f"--plot {file}: expected a name that ends with {' or '.join(_SUFFIXES)}")
@@ -252,9 +258,9 @@ def plot_faults(file: Path) -> list[str]:
 
 
 def _points(run: Run, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a figure, where it is there and finite."""
-    found = [(int(line["step"] or 0), value) for line in run.lines if (value := line.get(name)) is not None]
-    return [step for step, _ in found], [value for _, value in found]
+    """Return the steps and values at which a metric is finite."""
+    points = [(int(line["step"] or 0), value) for line in run.lines if (value := line.get(name)) is not None]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _short(value: float | None) -> str:

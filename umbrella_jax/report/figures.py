@@ -1,4 +1,4 @@
-"""Diagrams of the page, as SVG: curves of a run, calibration, predicted against true."""
+"""Draw the page's diagrams as SVG: curves of a run, calibration, predicted against true."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
@@ -10,7 +10,7 @@ from umbrella_jax.rundir import Line
 from umbrella_jax.scoring.metrics import Task
 from umbrella_jax.scoring.tasks import headline
 
-_SIZE = (4.3, 2.9)  # inches; as wide as a telephone, so that it is nowhere scaled down by much
+_SIZE = (4.3, 2.9)  # inches; as wide as a phone, so a diagram is never scaled down much
 Points = list[tuple[int, float]]
 """(step, value)"""
 
@@ -28,44 +28,44 @@ def with_unit(task: Task, metric: str) -> str:
 def curves(facts: Facts) -> Iterator[tuple[str, dict[str, Points]]]:
     """Yield (title, {label: points}) of each diagram over the steps."""
     loss = {"training": points(facts.lines, "loss"), "evaluation": points(facts.lines, "eval_loss")}
-    yield "loss", {name: of for name, of in loss.items() if of}
+    yield "loss", {name: values for name, values in loss.items() if values}
     yield "gradient norm", {"": points(facts.lines, "grad_norm")}
     yield "learning rate", {"": points(facts.lines, "learning_rate")}
-    of_metric: dict[str, dict[str, Points]] = {}
+    by_metric: dict[str, dict[str, Points]] = {}
     for name, task in facts.scores.tasks.items():
         metric = headline(task.metrics)
-        of_metric.setdefault(with_unit(task, metric), {})[name] = points(facts.lines, f"eval_{metric}/{name}")
-    for title, of in of_metric.items():
-        if any(of.values()):
-            yield f"evaluation: {title}", of
+        by_metric.setdefault(with_unit(task, metric), {})[name] = points(facts.lines, f"eval_{metric}/{name}")
+    for title, by_task in by_metric.items():
+        if any(by_task.values()):
+            yield f"evaluation: {title}", by_task
 
 
 def chances(facts: Facts) -> dict[str, float]:
-    """Return {task: chance of its headline metric}, of those that have one."""
-    found = {name: facts.scores.of(name).get(headline(task.metrics)) for name, task in facts.scores.tasks.items()}
-    return {name: figure.chance for name, figure in found.items() if figure and figure.chance is not None}
+    """Return {task: chance of its headline metric} for the tasks that have one."""
+    figures = {name: facts.scores.of(name).get(headline(task.metrics)) for name, task in facts.scores.tasks.items()}
+    return {name: figure.chance for name, figure in figures.items() if figure and figure.chance is not None}
 
 
-def draw_curves(title: str, of: Mapping[str, Points], last: int, chance: Mapping[str, float]) -> str:
+def draw_curves(title: str, curves: Mapping[str, Points], last: int, chance: Mapping[str, float]) -> str:
     """Draw a line per label over the steps from 0 to `last`; evaluations with marks, and chance dashed."""
     figure, axes = _axes("step", title)
     evaluation = title.startswith("evaluation")
-    for number, (name, values) in enumerate(of.items()):
+    for number, (name, values) in enumerate(curves.items()):
         steps, numbers = [step for step, _ in values], [value for _, value in values]
         marker = "o" if evaluation or name == "evaluation" else None
         axes.plot(steps, numbers, f"C{number}", marker=marker, markersize=4, linewidth=1.2, label=name or None)
         if evaluation and name in chance:
             axes.axhline(chance[name], color=f"C{number}", linewidth=1, linestyle="--", zorder=1)
-    positive = [value for values in of.values() for _, value in values if value > 0]
+    positive = [value for values in curves.values() for _, value in values if value > 0]
     if title == "gradient norm" and positive and max(positive) > 20 * min(positive):
         axes.set_yscale("log")
     if title.endswith("accuracy"):
         axes.set_ylim(-0.03, 1.03)
     elif evaluation and axes.get_ylim()[0] > 0:
-        axes.set_ylim(bottom=0)  # around one evaluation the axis would show next to nothing
+        axes.set_ylim(bottom=0)  # otherwise an axis around a single evaluation shows next to nothing
     axes.set_xlim(0, 1.03 * max(last, 1))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    if any(of):
+    if any(curves):
         axes.legend(frameon=False, fontsize=8)
     return _svg(figure)
 
@@ -115,7 +115,7 @@ def _axes(x: str, y: str) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any) -> str:
-    """Return the figure as a URL, identical for identical numbers."""
+    """Return the figure as a data URL; equal numbers give equal bytes."""
     import matplotlib
 
     out = BytesIO()

@@ -1,4 +1,4 @@
-"""The page itself: what `facts` says, with diagrams, slices of the volumes and maps of what an answer is about."""
+"""Write the page: the facts of a run with diagrams, slices of volumes and attribution maps."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -24,7 +24,7 @@ from umbrella_jax.scoring.metrics import Figure, short
 from umbrella_jax.scoring.tasks import headline
 
 _LONGEST = 150
-"""Pixels of a plane's longest side: three of them and their letters are legible on a telephone."""
+"""Longest side of a plane in pixels; three planes and their letters are legible on a phone."""
 _METHODS = {"gradient": "gradient × input", "integrated": "integrated gradients", "occlusion": "occlusion by patches"}
 
 
@@ -38,23 +38,23 @@ def write_report(
     samples: int = 8,
     explain: Method | None = None,
 ) -> Facts:
-    """Write the page of a run to `file`, and return what it says. Only the run's own report.html is written again.
+    """Write the page of a run to `file` and return its facts. Only the run's own report.html is overwritten.
 
     Args:
-        step, predictions, baseline, samples: as of `read_facts`.
-        explain: lay over the volumes of each sample what its answer is about, by this method. Needs the base too, and
-            a backward pass for each of them, or many.
+        step, predictions, baseline, samples: as for `read_facts`.
+        explain: overlay each sample's volumes with the attribution of its answer by this method. It needs the base,
+            and one or many backward passes per sample.
 
     Raises:
-        ConfigError: the page could not be written; and as `read_facts`.
-        CheckpointError, DataError: as `read_facts` and, where something is to be explained, `umbrella_jax.load`.
+        ConfigError: the page could not be written, or as `read_facts`.
+        CheckpointError, DataError: as `read_facts` and, with `explain`, `umbrella_jax.load`.
     """
     file = Path(file)
     check_run(run)
     own = file.absolute() == (Path(run) / REPORT).absolute()
     faults = page_faults("--out", file, PACKAGES, rewrite=own)
     if explain and not samples:
-        faults.append("--explain: no conversations whose answers could be (--samples 0); expected some")
+        faults.append("--explain: no conversations to explain (--samples 0); expected some")
     if faults:
         raise ConfigError(faults)
     facts = read_facts(
@@ -62,7 +62,7 @@ def write_report(
     )
     explained = _explained(facts, explain) if explain else [None] * len(facts.samples)
     last, chance = max((int(line["step"] or 0) for line in facts.lines), default=0), chances(facts)
-    cards = [_card(facts, sample, found) for sample, found in zip(facts.samples, explained, strict=True)]
+    cards = [_card(facts, sample, shares) for sample, shares in zip(facts.samples, explained, strict=True)]
     render_page(
         Path(__file__).with_name("page.html"),
         file,
@@ -71,9 +71,9 @@ def write_report(
         evaluated=facts.data.get("eval", {}).get("conversations"),
         settings=list(_settings(facts)),
         curves=[
-            (title, draw_curves(title, of, last, chance), _in_words(title, of, chance))
-            for title, of in curves(facts)
-            if any(of.values())
+            (title, draw_curves(title, lines, last, chance), _in_words(title, lines, chance))
+            for title, lines in curves(facts)
+            if any(lines.values())
         ],
         results=[
             (name, with_unit(task, headline(task.metrics)), _cells(facts, name)[headline(task.metrics)])
@@ -90,7 +90,7 @@ def write_report(
 
 
 def _settings(facts: Facts) -> Iterator[tuple[str, str]]:
-    """What was run, a line each."""
+    """Yield (name, text) of the run's settings."""
     config, model, lines = facts.config, facts.model, facts.lines
     base = facts.base
     yield "base", f"{base['name']}, from {base['path']}; fingerprint {base['fingerprint'][:12]}"
@@ -104,8 +104,8 @@ def _settings(facts: Facts) -> Iterator[tuple[str, str]]:
     for name, modality in model.modalities.items():
         sizes = " × ".join(map(str, modality.size)), " × ".join(map(str, modality.patch))
         yield name, f"{sizes[0]} in patches of {sizes[1]}: {modality.num_patches} positions"
-    for split, of in facts.data.items():
-        yield split, f"{of['path']}: {_counted(of)}"
+    for split, counts in facts.data.items():
+        yield split, f"{counts['path']}: {_counted(counts)}"
     train = config.train
     yield (
         "training",
@@ -118,11 +118,11 @@ def _settings(facts: Facts) -> Iterator[tuple[str, str]]:
     yield "versions", ", ".join(f"{name} {version}" for name, version in facts.versions.items())
 
 
-def _counted(of: Mapping[str, Any]) -> str:
-    if "unknown" in of:
-        return f"not counted: {of['unknown']}"
-    whose = f"{of['subjects']:,} subjects" if of["subjects"] else "subjects not said"
-    return f"{of['conversations']:,} conversations, {whose}, {of['volumes']:,} volumes"
+def _counted(counts: Mapping[str, Any]) -> str:
+    if "unknown" in counts:
+        return f"not counted: {counts['unknown']}"
+    subjects = f"{counts['subjects']:,} subjects" if counts["subjects"] else "subjects unknown"
+    return f"{counts['conversations']:,} conversations, {subjects}, {counts['volumes']:,} volumes"
 
 
 def _duration(seconds: float) -> str:
@@ -130,24 +130,26 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
-def _in_words(title: str, of: Mapping[str, Sequence[tuple[int, float]]], chance: Mapping[str, float]) -> str:
+def _in_words(title: str, lines: Mapping[str, Sequence[tuple[int, float]]], chance: Mapping[str, float]) -> str:
     """Return the ends of curves as text, for readers who cannot see them or want the numbers."""
 
     def ends(values: Sequence[tuple[int, float]]) -> str:
         both = dict([values[0], values[-1]])
         return ", ".join(f"{short(value)} at step {step}" for step, value in both.items())
 
-    texts = [f"{name} {ends(values)}".strip() for name, values in of.items() if values]
-    if title.startswith("evaluation") and (known := [f"{name} {short(chance[name])}" for name in of if name in chance]):
+    texts = [f"{name} {ends(values)}".strip() for name, values in lines.items() if values]
+    if title.startswith("evaluation") and (
+        known := [f"{name} {short(chance[name])}" for name in lines if name in chance]
+    ):
         texts.append(f"chance (dashed): {', '.join(known)}")
     return "; ".join(texts)
 
 
 def _cells(facts: Facts, task: str) -> dict[str, list[tuple[str | None, Figure | None]]]:
-    """{figure of a task: the run's, under None, and each baseline's, None where it has none}."""
+    """Return {figure of a task: (None, the run's figure) and (name, its figure or None) per baseline}."""
     others = {name: scores.of(task) if task in scores.tasks else {} for name, scores in facts.baselines.items()}
     return {
-        figure: [(None, value), *((name, of.get(figure)) for name, of in others.items())]
+        figure: [(None, value), *((name, figures.get(figure)) for name, figures in others.items())]
         for figure, value in facts.scores.of(task).items()
     }
 
@@ -166,7 +168,7 @@ def _task(facts: Facts, name: str) -> dict[str, Any]:
 
 
 def _explained(facts: Facts, method: Method) -> list[Explanation | None]:
-    """Of each sample that shows a volume and has an answer."""
+    """Return an explanation per sample; None if it shows no volume or its answer is blank."""
     from umbrella_jax.checkpoints.load import load
     from umbrella_jax.inference.explain import explain
     from umbrella_jax.inference.processor import Processor
@@ -201,7 +203,7 @@ def _card(facts: Facts, sample: Sample, explained: Explanation | None) -> dict[s
 
 
 def _pictures(image: Image, config: ModalityConfig, explained: Explanation | None) -> Iterator[tuple[str, str]]:
-    """(caption, URL) of each picture of a volume, preprocessed as the model gets it."""
+    """Yield (caption, URL) of each picture of a volume, preprocessed as for the model."""
     voxels = open_volume(image.path, config)
     array = preprocess(image.path, voxels, config, image.window)
     codes, spacing = preprocessed_geometry(
@@ -210,9 +212,9 @@ def _pictures(image: Image, config: ModalityConfig, explained: Explanation | Non
         voxels.shape,
         config,
     )
-    sides = "" if codes else "planes of the array's axes, as the file does not say which side is which"
+    sides = "" if codes else "planes of the array's axes, since the file does not say which side is which"
     at, where = None, "slices through the middle"
-    if explained is not None:  # the scan and its map show the same slices
+    if explained is not None:  # show the scan and its map in the same slices
         shares = explained.maps[image]
         values = shares if shares.ndim == 3 else shares.sum(-1)
         at = tuple(int(i) for i in np.unravel_index(np.abs(values).argmax(), values.shape))
@@ -226,15 +228,15 @@ def _pictures(image: Image, config: ModalityConfig, explained: Explanation | Non
         planes, over = (cut_planes(x, codes, spacing, at) for x in (under, values / limit))
         unit = "nats per voxel" + ("" if shares.ndim == 3 else ", all frames")
         yield (
-            "what speaks for the answer (red) and against it (blue), the same slices; all shares sum to "
+            "evidence for the answer (red) and against it (blue), the same slices; all shares sum to "
             f"{short(float(values.sum()))} nats",
             png(draw_planes(planes, *grey_range(under), over, bar=(short(limit), unit), longest=_LONGEST)),
         )
 
 
 def _embedded(facts: Facts) -> str:
-    """All numbers, for programs, as JSON that no HTML ends within."""
-    found = {
+    """Return all numbers as JSON that is safe inside HTML."""
+    numbers = {
         "version": 1,
         "run": str(facts.run),
         "predictions": str(facts.predictions),
@@ -249,4 +251,4 @@ def _embedded(facts: Facts) -> str:
         "failures": facts.failures,
         "samples": [{"task_id": s.row["task_id"], "task": s.task, "failed": s.failed} for s in facts.samples],
     }
-    return strict_json(found).replace("<", "\\u003c")
+    return strict_json(numbers).replace("<", "\\u003c")

@@ -1,4 +1,4 @@
-"""How right answers are, task by task. docs/metrics.md says what each figure means."""
+"""Score predictions task by task. docs/metrics.md says what each figure means."""
 
 import math
 import textwrap
@@ -20,7 +20,7 @@ from umbrella_jax.scoring.parse_answer import normalise, parse_number
 from umbrella_jax.scoring.tasks import (
     METRICS,
     OF_LIKELIHOODS,
-    Row,
+    Prediction,
     Task,
     by_task,
     label_of,
@@ -31,12 +31,11 @@ from umbrella_jax.scoring.tasks import (
     task_of,
     tasks_of,
 )
-from umbrella_jax.scoring.weighted_statistics import Array
 
 __all__ = [
     "METRICS",
     "Figure",
-    "Row",
+    "Prediction",
     "Scores",
     "Task",
     "metric_names",
@@ -50,54 +49,55 @@ __all__ = [
 ]
 
 _CHUNK = 2**21
-"""Weights that are worked on at a time; a resample has one for each answer."""
+"""Number of weights in memory at a time; a resample has one per answer."""
 _COLUMNS = (28, 9, 20, 7, 9, 7)
 """Widths of a table's columns: name, value, interval, n, subjects and chance."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number; None where it is not defined, or not finite."""
+    """A metric's value with its 95 % interval."""
 
     value: float | None
+    """None if it is undefined or not finite."""
     low: float | None
-    """An end of the 95 % interval. None, as `high`, without resamples, for one subject, if fewer than half of the
-    resamples define the figure, and if all of them agree on a figure that is no share of answers."""
+    """Lower end of the 95 % interval. Both ends are None without resamples, for one subject, if fewer than half of the
+    resamples define the figure, and if all resamples agree on a figure that is no share of answers."""
     high: float | None
     n: int
-    """Answers; of `vote_accuracy` votes."""
+    """Number of answers; for `vote_accuracy`, of votes."""
     subjects: int
     chance: float | None
-    """What is reached without looking at the images; None where that says nothing."""
+    """Value that is reached without looking at the images; None if chance has no meaning for the metric."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What `score` found."""
+    """The figures of all tasks, as returned by `score`."""
 
     tasks: Mapping[str, Task]
     figures: Mapping[str, Figure]
-    """By the names of `metric_names`."""
+    """{name as in `metric_names`: figure}."""
     confusion: Mapping[str, Sequence[Sequence[int]]]
-    """{task with a closed set: counts [reference, answer]}; the last column counts what is none of the answers."""
+    """{task with a closed set: counts [reference, answer]}; the last column counts predictions outside the set."""
     notes: tuple[str, ...]
     resamples: int
 
     def flat(self) -> dict[str, float | None]:
-        """{name: value}."""
+        """Return {name: value} of all figures."""
         return {name: figure.value for name, figure in self.figures.items()}
 
     def overall(self) -> dict[str, Figure]:
-        """Those over several tasks."""
+        """Return the figures over several tasks."""
         return {name: f for name, f in self.figures.items() if name == "accuracy" or name.startswith("macro/")}
 
     def of(self, task: str) -> dict[str, Figure]:
-        """Those of a task: {METRIC or METRIC/PART: figure}."""
+        """Return a task's figures: {METRIC or METRIC/PART: figure}."""
         names = {figure: name_of(task, figure) for figure in self.tasks[task].figures(likelihoods=True)}
         return {figure: self.figures[name] for figure, name in names.items() if name in self.figures}
 
     def to_json(self) -> dict[str, Any]:
-        """For programs; docs/metrics.md says what the keys are."""
+        """Return a mapping for JSON; docs/metrics.md documents the keys."""
         return {
             "version": 1,
             "resamples": self.resamples,
@@ -130,7 +130,7 @@ class Scores:
 
 
 def read_predictions(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file. Raises DataError with every line that is none."""
+    """Read predictions from a .jsonl file. Raises DataError with every line that is none."""
     remedy = "expected predictions, as `umbrella-jax predict` writes them"
     rows, faults = [], list[str]()
     for number, line in read_lines(path, DataError, remedy):
@@ -163,12 +163,12 @@ def _schema_faults(row: Any) -> list[str]:
     ]
 
 
-def cut_faults(rows: Iterable[Row], tasks: Mapping[str, Task]) -> list[str]:
+def cut_faults(rows: Iterable[Prediction], tasks: Mapping[str, Task]) -> list[str]:
     """Return a fault for each answer that `max_new_tokens` cut off on its way to the reference."""
     faults = []
     for row in rows:
-        truth, said = tasks[task_of(row)].truth(row), normalise(row["prediction"])
-        if row.get("cut") and said and truth != said and truth.startswith(said):
+        truth, answer = tasks[task_of(row)].truth(row), normalise(row["prediction"])
+        if row.get("cut") and answer and truth != answer and truth.startswith(answer):
             faults.append(
                 f"task {task_of(row)}: {row['task_id']}: max_new_tokens cut the answer {row['prediction']!r} off "
                 f"before it could be {truth!r}; predict again with more (--max-new-tokens)"
@@ -176,21 +176,21 @@ def cut_faults(rows: Iterable[Row], tasks: Mapping[str, Task]) -> list[str]:
     return faults
 
 
-def score(rows: Iterable[Row], tasks: Mapping[str, Task], *, resamples: int = 1000, seed: int = 0) -> Scores:
-    """All figures of all tasks, each with the 95 % interval of a bootstrap over subjects.
+def score(rows: Iterable[Prediction], tasks: Mapping[str, Task], *, resamples: int = 1000, seed: int = 0) -> Scores:
+    """Compute all figures of all tasks, each with the 95 % interval of a bootstrap over subjects.
 
-    A resample draws as many subjects as there are, over all tasks, with replacement, and takes all answers of each; an
-    interval lies between the 2.5th and the 97.5th percentile. If all resamples agree, a share of answers has the exact
-    binomial interval of its number of subjects instead, and other figures have none. `metadata.subject_id` says whose a
-    row is, else its `task_id`; `notes` say which.
+    A resample draws as many subjects as there are, over all tasks, with replacement, and takes all answers of each. An
+    interval reaches from the 2.5th to the 97.5th percentile. If all resamples agree, a share of answers has the exact
+    binomial interval of its number of subjects instead, and other figures have none. A row's subject is its
+    `metadata.subject_id`, else its `task_id`; `notes` name the key.
 
     Args:
-        tasks: as `tasks_of` gives them.
-        resamples: 0 for no intervals, as cheap as evaluations during training want it.
+        tasks: the result of `tasks_of`.
+        resamples: 0 for no intervals, which is cheap enough for evaluations during training.
 
     Raises:
-        DataError: rows of a task that is not in `tasks`, or none of one that is; references that do not fit theirs;
-            predictions that are no text; likelihoods of other answers than the task's, or of some of its rows alone.
+        DataError: rows of a task that is not in `tasks`, or none of one that is; references that do not fit their task;
+            predictions that are no text; likelihoods of other answers than the task's, or in only some of its rows.
     """
     groups = by_task(rows)
     faults = [f"task {name}: no answers; expected at least one" for name in tasks if name not in groups]
@@ -202,36 +202,36 @@ def score(rows: Iterable[Row], tasks: Mapping[str, Task], *, resamples: int = 10
     if faults:
         raise DataError(faults)
     keys = {name: [_subject(row) for row in members] for name, members in groups.items()}
-    numbers = {key: i for i, key in enumerate(sorted({key for of_task in keys.values() for key in of_task}))}
-    whose = {name: np.array([numbers[key] for key in of_task]) for name, of_task in keys.items()}
+    numbers = {key: i for i, key in enumerate(sorted({key for task_keys in keys.values() for key in task_keys}))}
+    subjects = {name: np.array([numbers[key] for key in task_keys]) for name, task_keys in keys.items()}
 
-    of = {name: task.figures(likelihoods=_with_likelihoods(groups[name])) for name, task in tasks.items()}
+    names = {name: task.figures(likelihoods=_with_likelihoods(groups[name])) for name, task in tasks.items()}
     statistics: dict[str, _Statistic] = {}
     for name, task in tasks.items():
-        found = _STATISTICS[task.kind](task, groups[name], whose[name])
-        statistics |= {name_of(name, figure): found[figure] for figure in of[name]}
-    overall = over_tasks(of)
+        by_figure = _STATISTICS[task.kind](task, groups[name], subjects[name])
+        statistics |= {name_of(name, figure): by_figure[figure] for figure in names[name]}
+    overall = over_tasks(names)
     if pooled := overall.get("accuracy"):
         right = np.array([normalise(row["prediction"]) == tasks[t].truth(row) for t in pooled for row in groups[t]])
         chances = [statistics[f"accuracy/{t}"].chance or 0 for t in pooled]
         chance = float(np.average(chances, weights=[len(groups[t]) for t in pooled]))
-        statistics["accuracy"] = _share(right, np.concatenate([whose[t] for t in pooled]), chance)
+        statistics["accuracy"] = _share(right, np.concatenate([subjects[t] for t in pooled]), chance)
 
-    samples: dict[str, list[Array]] = defaultdict(list)
+    samples: dict[str, list[np.ndarray]] = defaultdict(list)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         for w in _weights(len(numbers), sum(map(len, groups.values())), resamples, seed):
             for name, statistic in statistics.items():
-                samples[name].append(statistic.of(w[statistic.subject]))
+                samples[name].append(statistic.compute(w[statistic.subject]))
     values = {name: np.concatenate(parts) for name, parts in samples.items()}
     figures = {name: _figure(values[name], s.subject, s.chance, s.is_share) for name, s in statistics.items()}
     for name, averaged in overall.items():
         if name != "accuracy":
             each = [name_of(task, name.removeprefix("macro/")) for task in averaged]
-            given = [c for one in each if (c := statistics[one].chance) is not None]
+            chances = [c for one in each if (c := statistics[one].chance) is not None]
             figures[name] = _figure(
                 np.mean([values[one] for one in each], axis=0),
                 np.concatenate([statistics[one].subject for one in each]),
-                float(np.mean(given)) if len(given) == len(each) else None,
+                float(np.mean(chances)) if len(chances) == len(each) else None,
             )
     return Scores(
         tasks=dict(tasks),
@@ -242,18 +242,18 @@ def score(rows: Iterable[Row], tasks: Mapping[str, Task], *, resamples: int = 10
     )
 
 
-def _subject(row: Row) -> tuple[str, str]:
-    """By which key it is known, and who, without BIDS' `sub-`."""
+def _subject(row: Prediction) -> tuple[str, str]:
+    """Return the key that names a row's subject, and the subject without BIDS' `sub-`."""
     name = label_of(row, "subject_id")
     return ("task_id", str(row["task_id"])) if name is None else ("subject_id", str(name).removeprefix("sub-"))
 
 
-def _with_likelihoods(rows: Sequence[Row]) -> bool:
+def _with_likelihoods(rows: Sequence[Prediction]) -> bool:
     return all(row.get("likelihoods") for row in rows)
 
 
-def _answer_faults(name: str, rows: Sequence[Row], task: Task) -> list[str]:
-    """Of predictions and likelihoods that cannot be scored."""
+def _answer_faults(name: str, rows: Sequence[Prediction], task: Task) -> list[str]:
+    """Return the faults of predictions and likelihoods that cannot be scored."""
     faults = [
         f"task {name}: {row['task_id']}: prediction: expected a string, got {row.get('prediction')!r}"
         for row in rows
@@ -265,42 +265,42 @@ def _answer_faults(name: str, rows: Sequence[Row], task: Task) -> list[str]:
     if len(having) < len(rows):
         faults.append(f"task {name}: {len(having)} of {len(rows)} answers have likelihoods; expected all or none")
     for row in having:
-        place, of = f"task {name}: {row['task_id']}: likelihoods", row["likelihoods"]
-        if sorted(map(normalise, of)) != sorted(task.classes):
-            faults.append(f"{place} of {', '.join(of)}; expected of {', '.join(task.classes)}")
-        elif not all(isinstance(value, int | float) and math.isfinite(value) for value in of.values()):
-            faults.append(f"{place}: expected finite numbers, got {', '.join(map(repr, of.values()))}")
+        place, likelihoods = f"task {name}: {row['task_id']}: likelihoods", row["likelihoods"]
+        if sorted(map(normalise, likelihoods)) != sorted(task.classes):
+            faults.append(f"{place} of {', '.join(likelihoods)}; expected of {', '.join(task.classes)}")
+        elif not all(isinstance(value, int | float) and math.isfinite(value) for value in likelihoods.values()):
+            faults.append(f"{place}: expected finite numbers, got {', '.join(map(repr, likelihoods.values()))}")
     return faults
 
 
-# What is worked out of weights.
+# Statistics as functions of the answers' weights.
 
 
 @dataclass(frozen=True)
 class _Statistic:
-    of: Callable[[Array], Array]
-    """Weights of its n answers, [n, R], to values [R]."""
-    subject: Array
-    """Whose each answer is, [n]."""
+    compute: Callable[[np.ndarray], np.ndarray]
+    """Maps weights of the n answers [n, R] to values [R]."""
+    subject: np.ndarray
+    """Number of each answer's subject, int [n]."""
     chance: float | None
     is_share: bool = False
-    """Whether it is a share of the answers, or of votes."""
+    """Whether the value is a share of answers or votes."""
 
 
-def _mean(values: Array, subject: Array, chance: float | None) -> _Statistic:
+def _mean(values: np.ndarray, subject: np.ndarray, chance: float | None) -> _Statistic:
     return _Statistic(partial(weighted_statistics.mean, values=values), subject, chance)
 
 
-def _share(which: Array, subject: Array, chance: float | None) -> _Statistic:
+def _share(which: np.ndarray, subject: np.ndarray, chance: float | None) -> _Statistic:
     return replace(_mean(which, subject, chance), is_share=True)
 
 
-def _part(values: Array, subject: Array, which: Array, chance: float | None) -> _Statistic:
+def _part(values: np.ndarray, subject: np.ndarray, which: np.ndarray, chance: float | None) -> _Statistic:
     return _share(values[which], subject[which], chance)
 
 
-def _weights(subjects: int, answers: int, resamples: int, seed: int) -> Iterator[Array]:
-    """How often each subject counts, float64 [subjects, R]: once, then as resamples draw it, some at a time."""
+def _weights(subjects: int, answers: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield how often each subject counts, float64 [subjects, R]: first once each, then chunks of resamples."""
     yield np.ones((subjects, 1))
     rng = np.random.default_rng(seed)
     step = max(_CHUNK // answers, 1)
@@ -311,7 +311,7 @@ def _weights(subjects: int, answers: int, resamples: int, seed: int) -> Iterator
         yield np.ascontiguousarray(counts.T, dtype=float)
 
 
-def _figure(values: Array, subject: Array, chance: float | None, is_share: bool = False) -> Figure:
+def _figure(values: np.ndarray, subject: np.ndarray, chance: float | None, is_share: bool = False) -> Figure:
     """Return the figure whose value comes first in `values`, followed by those of the resamples."""
     subjects = len(np.unique(subject))
     value, samples = float(values[0]), values[1:][np.isfinite(values[1:])]
@@ -337,26 +337,26 @@ def _exact_interval(share: float, n: int) -> tuple[float, float]:
     return low, 1.0 if k >= n else float(betaincinv(k + 1, n - k, 0.975))
 
 
-def _codes(task: Task, rows: Sequence[Row]) -> tuple[Array, Array]:
-    """Which class is right, and which was answered, `len(task.classes)` being none of them: int [n] each."""
+def _codes(task: Task, rows: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the right and the answered class of each row, int [n] each; `len(task.classes)` means no class."""
     code = {name: i for i, name in enumerate(task.classes)}
     answers = [code.get(normalise(row["prediction"]), len(code)) for row in rows]
     return np.array([code[task.truth(row)] for row in rows]), np.array(answers)
 
 
-def _confusion(task: Task, rows: Sequence[Row]) -> list[list[int]]:
+def _confusion(task: Task, rows: Sequence[Prediction]) -> list[list[int]]:
     truth, answer = _codes(task, rows)
     counts = np.zeros((len(task.classes), len(task.classes) + 1), int)
     np.add.at(counts, (truth, answer), 1)
     return counts.tolist()
 
 
-def _most(truth: Array) -> float | None:
-    """Share of the most frequent class: the accuracy of always answering it."""
+def _most(truth: np.ndarray) -> float | None:
+    """Return the share of the most frequent class, which is the accuracy of always answering it."""
     return float(np.bincount(truth).max() / len(truth)) if len(truth) else None
 
 
-def _classification(task: Task, rows: Sequence[Row], subject: Array) -> dict[str, _Statistic]:
+def _classification(task: Task, rows: Sequence[Prediction], subject: np.ndarray) -> dict[str, _Statistic]:
     truth, answer = _codes(task, rows)
     classes = len(task.classes)
     one_hot, answered = np.eye(classes)[truth], np.eye(classes + 1)[answer][:, :classes]
@@ -364,7 +364,7 @@ def _classification(task: Task, rows: Sequence[Row], subject: Array) -> dict[str
     most, occurring = share.max(), (share > 0).sum()
     right = truth == answer
     pair = {"truth": one_hot, "answer": answered}
-    found = {
+    statistics = {
         "accuracy": _share(right, subject, float(most)),
         "balanced_accuracy": _Statistic(
             partial(weighted_statistics.balanced_accuracy, **pair), subject, float(1 / occurring)
@@ -375,56 +375,58 @@ def _classification(task: Task, rows: Sequence[Row], subject: Array) -> dict[str
         "unparsable": _share(answer == classes, subject, None),
     }
     if not _with_likelihoods(rows):
-        return found
-    probability = probabilities(task, rows)
+        return statistics
+    probability = answer_probabilities(task, rows)
     brier = ((probability - one_hot) ** 2).sum(1) / 2
     calibration = {"right": probability.argmax(1) == truth, "confidence": probability.max(1)}
     auroc = partial(weighted_statistics.macro_auroc, truth=one_hot, probability=probability)
-    return found | {
+    return statistics | {
         "auroc": _Statistic(auroc, subject, 0.5),
         "brier": _mean(brier, subject, float((1 - (share**2).sum()) / 2)),
         "ece": _Statistic(partial(weighted_statistics.calibration_error, **calibration), subject, None),
     }
 
 
-def probabilities(task: Task, rows: Sequence[Row]) -> Array:
-    """Of each answer of a closed set, float [n, K] in the order of `task.classes`: the softmax of the likelihoods,
-    which all rows have."""
+def answer_probabilities(task: Task, rows: Sequence[Prediction]) -> np.ndarray:
+    """Return the softmax of the likelihoods, float [n, K] in the order of `task.classes`. All rows have likelihoods."""
     from scipy.special import softmax
 
     by_class = [{normalise(a): value for a, value in row["likelihoods"].items()} for row in rows]
-    return softmax(np.array([[of[name] for name in task.classes] for of in by_class]), axis=1)
+    return softmax(np.array([[likelihoods[name] for name in task.classes] for likelihoods in by_class]), axis=1)
 
 
-def _comparison(task: Task, rows: Sequence[Row], subject: Array) -> dict[str, _Statistic]:
-    found = _classification(task, rows, subject)
+def _comparison(task: Task, rows: Sequence[Prediction], subject: np.ndarray) -> dict[str, _Statistic]:
+    statistics = _classification(task, rows, subject)
     truth, answer = _codes(task, rows)
     code = {name: i for i, name in enumerate(task.classes)}
     reference = np.array([code[task.compared_with(row)] for row in rows])
     counts = np.zeros((len(code), len(code)), int)
     np.add.at(counts, (reference, truth), 1)
     right, copied, same = truth == answer, answer == reference, reference == truth
-    # who knows the reference's label, as the conversation says it, may answer what mostly follows it
-    found["accuracy"] = _share(right, subject, float(counts.max(1).sum() / len(rows)))
+    # the conversation states the reference's label, so chance is to answer the label that most often goes with it
+    statistics["accuracy"] = _share(right, subject, float(counts.max(1).sum() / len(rows)))
     parts = {"same": same, "different": ~same} | {f"reference={name}": reference == i for name, i in code.items()}
     for part, which in parts.items():
-        found[f"accuracy/{part}"] = _part(right, subject, which, _most(truth[which]))
-    found["copy_rate"] = _share(copied, subject, _agreement(answer, reference))
-    found["copy_rate/different"] = _part(copied, subject, ~same, _agreement(answer[~same], reference[~same]))
-    return found | {"vote_accuracy": _votes(truth, answer, len(code), subject)}
+        statistics[f"accuracy/{part}"] = _part(right, subject, which, _most(truth[which]))
+    statistics["copy_rate"] = _share(copied, subject, _agreement(answer, reference))
+    statistics["copy_rate/different"] = _part(copied, subject, ~same, _agreement(answer[~same], reference[~same]))
+    return statistics | {"vote_accuracy": _votes(truth, answer, len(code), subject)}
 
 
-def _agreement(one: Array, other: Array) -> float | None:
-    """Share of equal ones where neither had to do with the other: Cohen's expected agreement."""
+def _agreement(one: np.ndarray, other: np.ndarray) -> float | None:
+    """Return the share of equal elements if the two were independent: Cohen's expected agreement."""
     if not len(one):
         return None
     length = max(one.max(), other.max()) + 1
     return float(np.bincount(one, minlength=length) @ np.bincount(other, minlength=length) / len(one) ** 2)
 
 
-def _votes(truth: Array, answer: Array, classes: int, subject: Array) -> _Statistic:
-    """Of each subject, and of each right answer if it has several: whether most of its answers are right. Of m answers
-    that are the most frequent, one right one counts 1/m; all that are none of the classes stand together as one."""
+def _votes(truth: np.ndarray, answer: np.ndarray, classes: int, subject: np.ndarray) -> _Statistic:
+    """Return whether each subject's majority vote is right; a subject with several right answers has a vote for each.
+
+    If m answers tie as the most frequent and one is right, the vote counts 1/m. All answers outside the classes are
+    pooled into one.
+    """
     pairs, which = np.unique(np.stack([subject, truth], 1), axis=0, return_inverse=True)
     votes = np.zeros((len(pairs), classes + 1))
     np.add.at(votes, (which.reshape(-1), answer), 1)
@@ -432,32 +434,32 @@ def _votes(truth: Array, answer: Array, classes: int, subject: Array) -> _Statis
     return _share(most[np.arange(len(pairs)), pairs[:, 1]] / most.sum(1), pairs[:, 0], _most(pairs[:, 1]))
 
 
-def _regression(task: Task, rows: Sequence[Row], subject: Array) -> dict[str, _Statistic]:
+def _regression(task: Task, rows: Sequence[Prediction], subject: np.ndarray) -> dict[str, _Statistic]:
     truth = np.array([parse_number(task.truth(row), task.unit) for row in rows], float)
-    given = np.array([parse_number(row["prediction"], task.unit) for row in rows], float)  # None: NaN
-    none = np.isnan(given)
+    answer = np.array([parse_number(row["prediction"], task.unit) for row in rows], float)  # None: NaN
+    none = np.isnan(answer)
     low, high = truth.min(), truth.max()
-    given = np.where(none, np.where(truth - low > high - truth, low, high), given)
-    error = given - truth
-    # of what was said only: the ends put in its place depend on the truth, and would correlate with it
-    pair, own = {"x": truth[~none], "y": given[~none]}, subject[~none]
+    answer = np.where(none, np.where(truth - low > high - truth, low, high), answer)
+    error = answer - truth
+    # answer answers only: the ends of the range that replace missing ones depend on the truth and correlate with it
+    pair, own = {"x": truth[~none], "y": answer[~none]}, subject[~none]
     return {
         "mae": _mean(np.abs(error), subject, float(np.abs(truth - np.median(truth)).mean())),
         "rmse": _Statistic(partial(weighted_statistics.rmse, error=error), subject, float(truth.std())),
-        "r2": _Statistic(partial(weighted_statistics.r2, truth=truth, answer=given), subject, 0.0),
+        "r2": _Statistic(partial(weighted_statistics.r2, truth=truth, answer=answer), subject, 0.0),
         "pearson": _Statistic(partial(weighted_statistics.pearson, **pair), own, 0.0),
         "spearman": _Statistic(partial(weighted_statistics.spearman, **pair), own, 0.0),
         "unparsable": _share(none, subject, None),
     }
 
 
-def _text(task: Task, rows: Sequence[Row], subject: Array) -> dict[str, _Statistic]:
+def _text(task: Task, rows: Sequence[Prediction], subject: np.ndarray) -> dict[str, _Statistic]:
     truths = [task.truth(row) for row in rows]
     right = np.array([normalise(row["prediction"]) == truth for row, truth in zip(rows, truths, strict=True)])
     return {"accuracy": _share(right, subject, max(Counter(truths).values()) / len(truths))}
 
 
-_STATISTICS: dict[TaskKind, Callable[[Task, Sequence[Row], Array], dict[str, _Statistic]]] = {
+_STATISTICS: dict[TaskKind, Callable[[Task, Sequence[Prediction], np.ndarray], dict[str, _Statistic]]] = {
     "classification": _classification,
     "comparison": _comparison,
     "regression": _regression,
@@ -465,14 +467,14 @@ _STATISTICS: dict[TaskKind, Callable[[Task, Sequence[Row], Array], dict[str, _St
 }
 
 
-# What is said of it.
+# Notes and tables.
 
 
-def _notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Row]], resamples: int) -> Iterator[str]:
+def _notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Prediction]], resamples: int) -> Iterator[str]:
     known = Counter(_subject(row)[0] for members in groups.values() for row in members)
-    whose = " and ".join(f"{key} ({n} answers)" for key, n in sorted(known.items()))
+    keys = " and ".join(f"{key} ({n} answers)" for key, n in sorted(known.items()))
     how = f"95 % intervals: {resamples} resamples of subjects" if resamples else "No intervals: no resamples"
-    yield f"{how}; subjects by {whose}."
+    yield f"{how}; subjects by {keys}."
     for name, task in tasks.items():
         rows = groups[name]
         if task.kind == "regression":
@@ -491,9 +493,9 @@ def _notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Row]], resam
         for name, task in tasks.items()
         if not _with_likelihoods(groups[name])
     }
-    if metrics := dict.fromkeys(metric for of_task in lacking.values() for metric in of_task):
-        whose = ", ".join(name for name, of_task in lacking.items() if of_task)
-        yield f"No {', '.join(metrics)} of {whose}: their predictions hold no likelihoods."
+    if metrics := dict.fromkeys(metric for missing in lacking.values() for metric in missing):
+        names = ", ".join(name for name, missing in lacking.items() if missing)
+        yield f"No {', '.join(metrics)} of {names}: their predictions hold no likelihoods."
 
 
 def _figure_rows(figures: Mapping[str, Figure]) -> Iterator[tuple[str, ...]]:
@@ -502,7 +504,7 @@ def _figure_rows(figures: Mapping[str, Figure]) -> Iterator[tuple[str, ...]]:
 
 
 def span(figure: Figure, width: int) -> str:
-    """Its interval in a column, with a space before it; nothing where there is none."""
+    """Return a figure's interval, shortened to fit into a column with a space before it; empty without one."""
     if figure.low is None or figure.high is None:
         return ""
     whole = f"{short(figure.low)} to {short(figure.high)}"
@@ -510,7 +512,7 @@ def span(figure: Figure, width: int) -> str:
 
 
 def short(value: float | None) -> str:
-    """For people: three places, or three digits of what is very small or large."""
+    """Format a value with three decimals, or with three digits if it is very small or large."""
     if value is None:
         return "–"
     return f"{value:.3f}" if value == 0 or 0.01 <= abs(value) < 1000 else f"{value:.3g}"

@@ -9,25 +9,25 @@ from umbrella_jax.data.tokenize import reference_answer
 from umbrella_jax.scoring.tasks import label_of
 
 Row = dict[str, Any]
-"""`task_id`, `task_type`, `prediction`, `reference`, `metadata`; `cut`, if `max_new_tokens` ended the answer; and
-`likelihoods`, if they were asked for."""
+"""A row of predictions.jsonl: `task_id`, `task_type`, `prediction`, `reference`, `metadata`; `cut` if `max_new_tokens`
+ended the answer; `likelihoods` if requested."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """To one conversation."""
+    """The model's answer to one conversation."""
 
     text: str
     cut: bool = False
-    """Whether `max_new_tokens` ended it."""
+    """Whether `max_new_tokens` ended the answer."""
     log_likelihoods: Mapping[str, float] | None = None
-    """Of each answer that the task knows: log p(answer | prompt), summed over its tokens, with the one that ends it."""
+    """{answer of the closed set: log p(answer | prompt)}, summed over its tokens, the ending one included."""
 
 
 def blank_rows(conversations: Iterable[Conversation]) -> list[Row]:
-    """A row for each conversation, in order, that says all but its prediction.
+    """Return a row per conversation, in order, with a blank prediction.
 
-    `metadata.subject_id` is there also where only the conversation itself says whom it is about, and that is one.
+    If `metadata` lacks `subject_id` and the conversation is about one subject, the row has that one.
     """
     return [
         {
@@ -35,19 +35,19 @@ def blank_rows(conversations: Iterable[Conversation]) -> list[Row]:
             "task_type": conversation.task_type,
             "prediction": "",
             "reference": reference_answer(conversation),
-            "metadata": dict(conversation.metadata) | _about(conversation),
+            "metadata": dict(conversation.metadata) | _subject(conversation),
         }
         for conversation in conversations
     ]
 
 
-def _about(conversation: Conversation) -> dict[str, str]:
-    said = label_of({"metadata": conversation.metadata}, "subject_id") is not None
-    return {} if said or len(conversation.subjects) != 1 else {"subject_id": next(iter(conversation.subjects))}
+def _subject(conversation: Conversation) -> dict[str, str]:
+    known = label_of({"metadata": conversation.metadata}, "subject_id") is not None
+    return {} if known or len(conversation.subjects) != 1 else {"subject_id": next(iter(conversation.subjects))}
 
 
 def with_answer(row: Row, answer: Answer) -> Row:
-    """Return the row with what was predicted, `cut` if it did not end by itself."""
+    """Return the row with the answer as its prediction."""
     cut = {"cut": True} if answer.cut else {}
-    more = {} if answer.log_likelihoods is None else {"likelihoods": dict(answer.log_likelihoods)}
-    return row | {"prediction": answer.text} | cut | more
+    likelihoods = {} if answer.log_likelihoods is None else {"likelihoods": dict(answer.log_likelihoods)}
+    return row | {"prediction": answer.text} | cut | likelihoods

@@ -1,4 +1,4 @@
-"""What a task is: its kind, its answers, which of them is right. Known from references and metadata alone."""
+"""Tasks: their kind, their answers and the right one of each row, inferred only from references and metadata."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,9 +9,9 @@ from umbrella_jax.config.schema import MAX_CLASSES, Metric, TaskConfig, TaskKind
 from umbrella_jax.errors import ConfigError, DataError, UmbrellaError
 from umbrella_jax.scoring.parse_answer import is_number, normalise, parse_number, same_unit, stated_unit
 
-Row = Mapping[str, Any]
-"""A prediction: `{task_id, task_type, prediction, reference, metadata}` and, where the probability of each answer of a
-closed set was computed, `likelihoods`: `{answer: its natural log}`."""
+Prediction = Mapping[str, Any]
+"""A row of predictions: `{task_id, task_type, prediction, reference, metadata}`, and for a closed set `likelihoods`,
+`{answer: natural log of its probability}`, if they were computed."""
 OF_LIKELIHOODS: tuple[Metric, ...] = ("auroc", "brier", "ece")
 METRICS: dict[TaskKind, tuple[Metric, ...]] = {
     "classification": ("accuracy", "balanced_accuracy", "f1", *OF_LIKELIHOODS),
@@ -19,9 +19,9 @@ METRICS: dict[TaskKind, tuple[Metric, ...]] = {
     "regression": ("mae", "rmse", "r2", "pearson", "spearman"),
     "text": ("accuracy",),
 }
-"""That a task of a kind can have; `unparsable` all have but `text`."""
+"""The metrics that each kind of task can have. All kinds but `text` have `unparsable` too."""
 MACRO = tuple(metric for metric in get_args(Metric) if metric not in ("mae", "rmse", "copy_rate"))
-"""What is averaged over tasks: neither what has a unit, nor what is good neither high nor low."""
+"""Metrics averaged over tasks: those without a unit and with a good end, high or low."""
 
 
 @dataclass(frozen=True)
@@ -31,67 +31,67 @@ class Task:
     kind: TaskKind
     metrics: tuple[Metric, ...]
     answers: tuple[str, ...] | None = None
-    """The closed set, as its answers are said; None where there is none."""
+    """The closed set of answers as they are written; None if answers are open or numbers."""
     unit: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
-    """What labels of `metadata` are said as: {label: answer}, both normalised. Those not in it are said as they are."""
+    """{label of `metadata`: answer that means it}, both normalised. A label that is missing here is its own answer."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The closed set, normalised."""
+        """The closed set of answers, normalised."""
         return tuple(map(normalise, self.answers or ()))
 
-    def truth(self, row: Row) -> str:
-        """The right answer, normalised: the reference or, where that is blank, what `metadata.subject_label` says."""
+    def truth(self, row: Prediction) -> str:
+        """Return the right answer, normalised: the reference or, if it is blank, that of `metadata.subject_label`."""
         return _truth(row, self.labels)
 
-    def compared_with(self, row: Row) -> str:
-        """The answer, normalised, that `metadata.reference_label` stands for."""
-        return _said(label_of(row, "reference_label"), self.labels)
+    def compared_with(self, row: Prediction) -> str:
+        """Return the answer, normalised, that means `metadata.reference_label`."""
+        return _answer_for(label_of(row, "reference_label"), self.labels)
 
     def figures(self, *, likelihoods: bool) -> list[str]:
-        """What `score` gives of the task: METRIC, or METRIC/PART of its answers."""
-        found: list[str] = []
+        """Return the names of the task's figures: METRIC, or METRIC/PART for some of its answers."""
+        names: list[str] = []
         for metric in self.metrics:
             if likelihoods or metric not in OF_LIKELIHOODS:
-                found.append(metric)
+                names.append(metric)
             if self.kind == "comparison" and metric == "accuracy":
-                found += ["accuracy/same", "accuracy/different", *(f"accuracy/reference={c}" for c in self.classes)]
+                names += ["accuracy/same", "accuracy/different", *(f"accuracy/reference={c}" for c in self.classes)]
             if metric == "copy_rate":
-                found.append("copy_rate/different")
-        return found if self.kind == "text" else [*found, "unparsable"]
+                names.append("copy_rate/different")
+        return names if self.kind == "text" else [*names, "unparsable"]
 
 
-def task_of(row: Row) -> str:
-    """The task that a prediction belongs to: `metadata.task`, or where there is none its `task_type`."""
+def task_of(row: Prediction) -> str:
+    """Return the task that a prediction belongs to: `metadata.task`, else its `task_type`."""
     return str(label_of(row, "task") or row.get("task_type") or "unnamed")
 
 
-def label_of(row: Row, key: str) -> Any:
-    """What `metadata` says; None where that is nothing, blank, or the NaN that pandas has for nothing."""
+def label_of(row: Prediction, key: str) -> Any:
+    """Return a value of `metadata`; None if it is missing, blank, or NaN, which pandas writes for a missing value."""
     value = (row.get("metadata") or {}).get(key)
     return value if value is not None and value == value and str(value).strip() else None
 
 
-def by_task(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """{task: its rows}, in the order of the tasks' names."""
-    groups: dict[str, list[Row]] = defaultdict(list)
+def by_task(rows: Iterable[Prediction]) -> dict[str, list[Prediction]]:
+    """Return {task: its rows}, sorted by task."""
+    groups: dict[str, list[Prediction]] = defaultdict(list)
     for row in rows:
         groups[task_of(row)].append(row)
     return dict(sorted(groups.items()))
 
 
-def tasks_of(rows: Iterable[Row], configured: Mapping[str, TaskConfig] | None = None) -> dict[str, Task]:
-    """How each task is scored: as the config says and, where it says nothing, as references and metadata do.
+def tasks_of(rows: Iterable[Prediction], configured: Mapping[str, TaskConfig] | None = None) -> dict[str, Task]:
+    """Return how to score each task: as configured, and otherwise inferred from references and metadata.
 
-    `prediction` is not looked at, so that an evaluation is refused before anything is computed for it.
+    `prediction` is not read, so an evaluation can be refused before anything is computed for it.
 
     Args:
         configured: `evaluation.tasks` of the config.
 
     Raises:
-        DataError, ConfigError: there are no rows; one has no reference, or one that is outside the configured answers
-            or no number; a metric is not of the task's kind; a configured task has no row. With every fault.
+        DataError, ConfigError: every fault: there are no rows; a reference is missing, outside the configured answers
+            or no number; a metric is not of the task's kind; a configured task has no row.
     """
     configured = configured or {}
     groups = by_task(rows)
@@ -102,55 +102,61 @@ def tasks_of(rows: Iterable[Row], configured: Mapping[str, TaskConfig] | None = 
         for name in configured
         if name not in groups
     ]
-    kind: type[UmbrellaError] = ConfigError
+    error_type: type[UmbrellaError] = ConfigError
     tasks: dict[str, Task] = {}
     for name, members in groups.items():
         try:
             tasks[name] = _task(name, members, configured.get(name, TaskConfig()))
         except UmbrellaError as error:
             faults += error.faults
-            kind = DataError if isinstance(error, DataError) else kind
+            error_type = DataError if isinstance(error, DataError) else error_type
     names = Counter(metric_names(tasks, likelihoods=True))
     faults += [f"two figures would be called {name}; name the tasks otherwise" for name, n in names.items() if n > 1]
     if faults:
-        raise kind(faults)
+        raise error_type(faults)
     return tasks
 
 
 def metric_names(tasks: Mapping[str, Task], *, likelihoods: bool = False) -> list[str]:
-    """What `score` gives for these tasks: `accuracy` (of all answers that can be right), `macro/METRIC` (its mean over
-    two tasks or more that have it), `METRIC/TASK` and `METRIC/TASK/PART`.
+    """Return the names of all figures that `score` gives for these tasks.
+
+    These are `accuracy` (over all answers that can be right), `macro/METRIC` (the mean over at least two tasks that
+    have it), `METRIC/TASK` and `METRIC/TASK/PART`.
 
     Args:
-        likelihoods: whether the rows have them.
+        likelihoods: whether the rows have likelihoods.
     """
-    of = {name: task.figures(likelihoods=likelihoods) for name, task in tasks.items()}
-    return [*over_tasks(of), *(name_of(task, figure) for task, figures in of.items() for figure in figures)]
+    by_name = {name: task.figures(likelihoods=likelihoods) for name, task in tasks.items()}
+    names = [name_of(task, figure) for task, figures in by_name.items() for figure in figures]
+    return [*over_tasks(by_name), *names]
 
 
 def headline(metrics: Sequence[str]) -> str:
-    """Of the metrics of a task, the first to look at."""
+    """Return the main one of a task's metrics."""
     return next((name for name in ("accuracy", "mae") if name in metrics), metrics[0])
 
 
 def name_of(task: str, figure: str) -> str:
-    """Of a task's figure, among those of all tasks."""
+    """Return the full name of a task's figure: METRIC/TASK or METRIC/TASK/PART."""
     metric, *part = figure.split("/", 1)
     return "/".join([metric, task, *part])
 
 
-def over_tasks(of: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """{name of a figure over tasks: those tasks}, from the figures of each task."""
-    having = {metric: [task for task, figures in of.items() if metric in figures] for metric in MACRO}
-    found = {"accuracy": having["accuracy"]} if having["accuracy"] else {}
-    return found | {f"macro/{metric}": tasks for metric, tasks in having.items() if len(tasks) > 1}
+def over_tasks(figures_by_task: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Return {name of a figure over several tasks: those tasks}."""
+    having = {metric: [task for task, names in figures_by_task.items() if metric in names] for metric in MACRO}
+    pooled = {"accuracy": having["accuracy"]} if having["accuracy"] else {}
+    return pooled | {f"macro/{metric}": tasks for metric, tasks in having.items() if len(tasks) > 1}
 
 
-def reference_faults(name: str, rows: Sequence[Row], task: Task) -> list[str]:
-    """Of rows whose right answer, or whose reference's in a comparison, is not known or no answer to the task."""
+def reference_faults(name: str, rows: Sequence[Prediction], task: Task) -> list[str]:
+    """Return a fault for each row whose right answer is unknown or no answer to the task.
+
+    In a comparison the answer of its reference scan is checked too.
+    """
     faults: list[str] = []
     classes = frozenset(task.classes)
-    within = f"expected one of {', '.join(task.classes)} (evaluation.tasks.{name}.answers)"
+    expected = f"expected one of {', '.join(task.classes)} (evaluation.tasks.{name}.answers)"
     for row in rows:
         place = f"task {name}: {row['task_id']}"
         if not _has_truth(row):
@@ -158,37 +164,37 @@ def reference_faults(name: str, rows: Sequence[Row], task: Task) -> list[str]:
             continue
         truth = task.truth(row)
         if task.answers is not None and truth not in classes:
-            faults.append(f"{place}: reference {truth!r}: {within}")
+            faults.append(f"{place}: reference {truth!r}: {expected}")
         if task.kind == "regression" and parse_number(truth, task.unit) is None:
             faults.append(f"{place}: reference {truth!r}: expected a number{f' ({task.unit})' if task.unit else ''}")
         if task.kind == "comparison":
-            label, said = label_of(row, "reference_label"), label_of(row, "comparison_type")
+            label, relation = label_of(row, "reference_label"), label_of(row, "comparison_type")
             if label is None:
                 faults.append(f"{place}: metadata.reference_label: missing; a comparison needs it")
             elif (reference := task.compared_with(row)) not in classes:
-                faults.append(f"{place}: metadata.reference_label {label!r}: {within}")
-            elif said in ("same", "different") and (said == "same") != (reference == truth):
-                faults.append(f"{place}: metadata.comparison_type is {said}, of {reference!r} and {truth!r}")
+                faults.append(f"{place}: metadata.reference_label {label!r}: {expected}")
+            elif relation in ("same", "different") and (relation == "same") != (reference == truth):
+                faults.append(f"{place}: metadata.comparison_type is {relation}, of {reference!r} and {truth!r}")
     return faults
 
 
 _EXPECTED = "expected the last answer of the conversation, or metadata.subject_label"
 
 
-def _has_truth(row: Row) -> bool:
+def _has_truth(row: Prediction) -> bool:
     return bool(normalise(row["reference"])) or label_of(row, "subject_label") is not None
 
 
-def _truth(row: Row, labels: Mapping[str, str]) -> str:
-    return normalise(row["reference"]) or _said(label_of(row, "subject_label"), labels)
+def _truth(row: Prediction, labels: Mapping[str, str]) -> str:
+    return normalise(row["reference"]) or _answer_for(label_of(row, "subject_label"), labels)
 
 
-def _said(label: Any, labels: Mapping[str, str]) -> str:
+def _answer_for(label: Any, labels: Mapping[str, str]) -> str:
     text = normalise(str(label))
     return labels.get(text, text)
 
 
-def _task(name: str, rows: Sequence[Row], config: TaskConfig) -> Task:
+def _task(name: str, rows: Sequence[Prediction], config: TaskConfig) -> Task:
     if not any(map(_has_truth, rows)):
         raise DataError(f"task {name}: none of its {len(rows)} conversations has a reference; {_EXPECTED}")
     if faults := [f"task {name}: {row['task_id']}: no reference; {_EXPECTED}" for row in rows if not _has_truth(row)]:
@@ -221,20 +227,22 @@ def _task(name: str, rows: Sequence[Row], config: TaskConfig) -> Task:
     return task
 
 
-def _labels(rows: Sequence[Row]) -> tuple[dict[str, str], list[str]]:
-    """{label: answer}, both normalised, of rows that have both. Or none, and the labels that have several answers:
-    `metadata.subject_label` is then not what is asked."""
-    found: dict[str, set[str]] = defaultdict(set)
+def _labels(rows: Sequence[Prediction]) -> tuple[dict[str, str], list[str]]:
+    """Return {label: answer}, both normalised, from rows that have both, and the labels that have several answers.
+
+    If any label has several, `metadata.subject_label` is not what the task asks for, and the mapping is empty.
+    """
+    answers_of: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         label, answer = label_of(row, "subject_label"), normalise(row["reference"])
         if label is not None and answer:
-            found[normalise(str(label))].add(answer)
-    ambiguous = sorted(label for label, answers in found.items() if len(answers) > 1)
-    return ({} if ambiguous else {label: answers.pop() for label, answers in found.items()}), ambiguous
+            answers_of[normalise(str(label))].add(answer)
+    ambiguous = sorted(label for label, answers in answers_of.items() if len(answers) > 1)
+    return ({} if ambiguous else {label: answers.pop() for label, answers in answers_of.items()}), ambiguous
 
 
-def _kind(rows: Sequence[Row], labels: Mapping[str, str], ambiguous: bool, config: TaskConfig) -> TaskKind:
-    """As docs/metrics.md says."""
+def _kind(rows: Sequence[Prediction], labels: Mapping[str, str], ambiguous: bool, config: TaskConfig) -> TaskKind:
+    """Infer a task's kind by the rules of docs/metrics.md."""
     truths = [_truth(row, labels) for row in rows]
     own = [label_of(row, "subject_label") for row in rows]
     distinct = set(truths)
@@ -251,7 +259,7 @@ def _kind(rows: Sequence[Row], labels: Mapping[str, str], ambiguous: bool, confi
     references = [label_of(row, "reference_label") for row in rows]
     if None not in references and not ambiguous:
         plain = all(label == answer for label, answer in labels.items())
-        if (labels and plain) or distinct.issuperset(_said(label, labels) for label in references):
+        if (labels and plain) or distinct.issuperset(_answer_for(label, labels) for label in references):
             return "comparison"
     labelled = all(normalise(str(label)) == truth for label, truth in zip(own, truths, strict=True))
     if config.answers is not None or labelled or len(distinct) <= min(MAX_CLASSES, len(rows) - 1):
@@ -259,8 +267,13 @@ def _kind(rows: Sequence[Row], labels: Mapping[str, str], ambiguous: bool, confi
     return "text"
 
 
-def _answers(rows: Sequence[Row], labels: Mapping[str, str], kind: TaskKind, config: TaskConfig) -> tuple[str, ...]:
-    """The closed set, each answer as the references mostly spell it; one that none of them is, as they end."""
+def _answers(
+    rows: Sequence[Prediction], labels: Mapping[str, str], kind: TaskKind, config: TaskConfig
+) -> tuple[str, ...]:
+    """Return the closed set, each answer in the references' most frequent spelling.
+
+    An answer that is no reference gets a full stop if all references end with one.
+    """
     texts = [row["reference"].strip() for row in rows if normalise(row["reference"])]
     spelled: dict[str, Counter[str]] = defaultdict(Counter)
     for text in texts:
@@ -270,18 +283,18 @@ def _answers(rows: Sequence[Row], labels: Mapping[str, str], kind: TaskKind, con
         names |= {normalise(answer) for row in rows for answer in row.get("likelihoods") or ()}
         if kind == "comparison":
             references = [label_of(row, "reference_label") for row in rows]
-            names |= {_said(label, labels) for label in references if label is not None}
+            names |= {_answer_for(label, labels) for label in references if label is not None}
         stop = "." if texts and all(text.endswith(".") for text in texts) else ""
-        given = {name: f"{name}{stop}" for name in names}
+        spellings = {name: f"{name}{stop}" for name in names}
     else:
-        given = {normalise(answer): answer for answer in config.answers}
+        spellings = {normalise(answer): answer for answer in config.answers}
     return tuple(
         max(sorted(spelled[name]), key=spelled[name].__getitem__) if name in spelled else text
-        for name, text in sorted(given.items())
+        for name, text in sorted(spellings.items())
     )
 
 
 def _stated_unit(truths: Sequence[str]) -> str | None:
-    """Behind the numbers of those that have one, if it is the same of all."""
+    """Return the unit after the numbers, if all references that have a unit have the same."""
     units = [unit for truth in truths if (unit := stated_unit(truth))]
     return units[0] if units and all(same_unit(units[0], unit) for unit in units) else None
