@@ -345,7 +345,7 @@ def test_the_table_says_what_score_does(world: World, found: str) -> None:
         place = next(i for i, line in enumerate(lines) if line.startswith(f"{task} ("))
         metric = "accuracy" if task == "side" else "mae"
         values, intervals = lines[place + 1].split(), re.findall(r"(\S+) to (\S+)", lines[place + 2])
-        figures = [column.of(task)[metric] for column in columns]
+        figures = [column.task_figures(task)[metric] for column in columns]
         assert values == [metric, *(f"{f.value:.3f}" for f in figures), f"{figures[0].chance:.3f}"]
         assert intervals == [(f"{f.low:.3f}", f"{f.high:.3f}") for f in figures if f.low is not None]
 

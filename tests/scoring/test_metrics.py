@@ -78,7 +78,9 @@ def test_classification_is_scikit_learns(classes: int, absent: bool) -> None:
             "ece": np.abs(shares - means) @ counts[counts > 0] / 200,
             "unparsable": np.mean(np.array(answer) == "no idea"),
         }
-    assert {name: figure.value for name, figure in found.of("sex").items()} == pytest.approx(expected, abs=1e-12)
+    assert {name: figure.value for name, figure in found.task_figures("sex").items()} == pytest.approx(
+        expected, abs=1e-12
+    )
     if not absent:
         multi = {"multi_class": "ovr", "labels": labels} if classes > 2 else {}
         theirs = sklearn.metrics.roc_auc_score(truth, p if classes > 2 else p[:, 1], **multi)
@@ -215,14 +217,14 @@ def test_no_interval_of_one_subject_or_without_resamples() -> None:
 
 def values(rows: Rows, task: str, **configured: Any) -> dict[str, float | None]:
     tasks = tasks_of(rows, {task: TaskConfig(**configured)})
-    return {name: figure.value for name, figure in score(rows, tasks).of(task).items()}
+    return {name: figure.value for name, figure in score(rows, tasks).task_figures(task).items()}
 
 
 def test_classification_by_hand() -> None:
     """A missing answer is wrong, and an answer that never occurs and is never given counts for nothing."""
     rows = [row("Yes.", "yes", "a"), row("no", "yes", "b"), row("", "yes", "c"), row(" no ", "no.", "d")]
     found = score(rows, tasks_of(rows, {"sex": TaskConfig(answers=("yes", "no", "maybe"))}))
-    assert {name: (f.value, f.chance, f.n, f.subjects) for name, f in found.of("sex").items()} == {
+    assert {name: (f.value, f.chance, f.n, f.subjects) for name, f in found.task_figures("sex").items()} == {
         "accuracy": (0.5, 0.75, 4, 4),
         "balanced_accuracy": (pytest.approx((1 / 3 + 1) / 2), 0.5, 4, 4),
         "f1": (pytest.approx((1 / 2 + 2 / 3) / 2), pytest.approx(6 / 7 / 2), 4, 4),  # of always yes: 6/7 and 0
@@ -238,7 +240,7 @@ def test_likelihoods_by_hand() -> None:
         for i, (truth, p) in enumerate([("yes", 0.85), ("yes", 0.55), ("no", 0.55), ("no", 0.15)])
     ]
     found = score(rows, tasks_of(rows))
-    of = found.of("sex")
+    of = found.task_figures("sex")
     assert of["auroc"].value == pytest.approx(3.5 / 4)  # one tie among four pairs
     assert of["brier"].value == pytest.approx((0.15**2 + 0.45**2 + 0.55**2 + 0.15**2) / 4)
     assert of["ece"].value == pytest.approx(
@@ -284,7 +286,7 @@ def test_comparison_by_hand(spelled: str) -> None:
     female, male = ("female", "male") if spelled == "plain" else ("they are female", "they are male")
     found = score(rows, tasks_of(rows))
     assert found.tasks["sex"].kind == "comparison"
-    of = found.of("sex")
+    of = found.task_figures("sex")
     assert {name: (f.value, f.chance, f.n) for name, f in of.items()} == {
         "accuracy": (0.6, 0.6, 5),  # chance: male for a man as reference, or female; male for a woman
         "accuracy/same": (1, 0.5, 2),
@@ -308,7 +310,7 @@ def test_regression_by_hand() -> None:
     pairs = [("20 years", 20), ("25", 30), ("forty years", 40), ("60 years.", 60)]
     rows = [row(p, f"{t} years", str(t), task="age") for p, t in pairs]
     found = score(rows, tasks_of(rows, {"age": TaskConfig(kind="regression")}))
-    assert {name: (f.value, f.chance) for name, f in found.of("age").items()} == {
+    assert {name: (f.value, f.chance) for name, f in found.task_figures("age").items()} == {
         "mae": (pytest.approx((5 + 20) / 4), 12.5),
         "rmse": (pytest.approx(np.sqrt(425 / 4)), pytest.approx(np.sqrt(875 / 4))),
         "r2": (pytest.approx(1 - 425 / 875), 0),
@@ -316,7 +318,7 @@ def test_regression_by_hand() -> None:
         "spearman": (pytest.approx(1), 0),
         "unparsable": (0.25, None),
     }
-    assert (found.of("age")["pearson"].n, found.of("age")["mae"].n) == (3, 4)
+    assert (found.task_figures("age")["pearson"].n, found.task_figures("age")["mae"].n) == (3, 4)
     assert any("1 of 4 answers are no number (years)" in note for note in found.notes)
     tied = [{**r, "prediction": p} for r, p in zip(rows, ["20", "25", "60", "60"], strict=True)]
     ranks = values(tied, "age", kind="regression")["spearman"]
@@ -330,7 +332,7 @@ def test_regression_by_hand() -> None:
 def test_silence_correlates_with_nothing(said: int) -> None:
     """The ends of the range that replace missing answers depend on the truth: with them, 40 blanks had -0.87."""
     rows = [row("25" if i < said else "I do not know", str(i), f"{i}", task="age") for i in range(40)]
-    found = score(rows, tasks_of(rows, {"age": TaskConfig(kind="regression")})).of("age")
+    found = score(rows, tasks_of(rows, {"age": TaskConfig(kind="regression")})).task_figures("age")
     for name in ("pearson", "spearman"):
         assert (found[name].value, found[name].n) == (None, said)
     assert found["mae"].n == found["unparsable"].n == 40
@@ -355,7 +357,7 @@ def test_an_interval_is_never_without_width(share: float) -> None:
 def test_figures_without_a_spread(constant: bool) -> None:
     """Perfect answers: no interval for an error of 0. Constant references, or one class: undefined, not perfect."""
     rows = [row(str(t := 30 if constant else 20 + i), str(t), f"{i}", task="age") for i in range(12)]
-    age = score(rows, tasks_of(rows, {"age": TaskConfig(kind="regression")})).of("age")
+    age = score(rows, tasks_of(rows, {"age": TaskConfig(kind="regression")})).task_figures("age")
     assert {name: figure.value for name, figure in age.items()} == {
         "mae": 0,
         "rmse": 0,

@@ -96,7 +96,7 @@ def baseline(
     _check(config, files.values(), epochs, width)
     checkpoint = _open(config, run, step, weights="probe" in kinds)
     data = config.data
-    processor = Processor.of(checkpoint, template=data.template, max_length=data.max_length)
+    processor = Processor.from_checkpoint(checkpoint, template=data.template, max_length=data.max_length)
     train, evaluation = processor.datasets(data).values()
     rows = blank_rows(evaluation.conversations)
     overlap = check_overlap({"train": train, "eval": evaluation}, allowed=data.allow_overlap)

@@ -19,7 +19,7 @@ def side_by_side(scores: Mapping[str, Scores]) -> list[str]:
     rows: list[str | tuple[str, ...]] = [("", *scores, "chance")]
     for name, task in first.tasks.items():
         rows += [f"{name} ({task.kind}, {task.unit})" if task.unit else f"{name} ({task.kind})"]
-        rows += [*_rows([s.of(name) for s in scores.values()]), ""]
+        rows += [*_rows([s.task_figures(name) for s in scores.values()]), ""]
     if first.overall():
         rows += ["over all tasks", *_rows([s.overall() for s in scores.values()]), ""]
     return table_lines(rows, (_NAME, *[_COLUMN] * len(scores), _CHANCE))

@@ -157,7 +157,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from umbrella_jax.inference.processor import Processor
 
     sampling, checkpoint = _sampling(arguments), _open_checkpoint(arguments)
-    processor = Processor.of(checkpoint)
+    processor = Processor.from_checkpoint(checkpoint)
     images = _images(arguments, processor.modalities)
     if not images:
         first = next(iter(processor.modalities))
@@ -238,7 +238,7 @@ def _explain(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     check_new_folder(out)
     checkpoint = _open_checkpoint(arguments)
-    processor = Processor.of(checkpoint)
+    processor = Processor.from_checkpoint(checkpoint)
     if arguments.data is None:
         conversations = [processor.question(arguments.prompt, _images(arguments, processor.modalities))]
     else:

@@ -137,7 +137,7 @@ def print_accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     print(f"\n{'held-out task':<28}{'n':>5}{'accuracy':>10}{'chance':>8}")
     result = {}
     for task in scores.tasks:
-        figure = scores.of(task)["accuracy"]
+        figure = scores.task_figures(task)["accuracy"]
         assert figure.value is not None
         assert figure.chance is not None
         print(f"{task:<28}{figure.n:>5}{figure.value:>10.1%}{figure.chance:>8.1%}")

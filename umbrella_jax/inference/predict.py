@@ -87,7 +87,7 @@ class Choices:
         self._encoded = encoded
 
     @classmethod
-    def of(
+    def for_tasks(
         cls, dataset: Dataset, processor: Processor, rows: Sequence[Row], tasks: Mapping[str, Task]
     ) -> "Choices | None":
         """Return the choices, or None if no task has a closed set of answers."""
@@ -102,7 +102,7 @@ class Choices:
         return out
 
 
-def answers(
+def generate_answers(
     params: Params,
     graphdef: nnx.GraphDef,
     dataset: Dataset,
@@ -181,7 +181,7 @@ def compile_answers(
     sampling: Sampling = GREEDY,
     choices: Choices | None = None,
 ) -> Iterator[tuple[str, BatchShape, jax.stages.Compiled]]:
-    """Yield (name, batch shape, compiled program) of everything that `answers` would compile; run nothing."""
+    """Yield (name, batch shape, compiled program) of everything that `generate_answers` would compile; run nothing."""
     stop = np.array(processor.stop_ids, np.int32)
     for shape in eval_shapes(dataset, batch_size, prompts=True, parts=parts(mesh)):
         batch = abstract_batch(empty_batch(dataset, shape), mesh, axis=0)
@@ -290,7 +290,7 @@ def predict(
             checkpoint.warn_doubtful()
         if not allow_untrained:
             checkpoint = checkpoint.answering()
-        processor = Processor.of(checkpoint, max_length=data.max_length)
+        processor = Processor.from_checkpoint(checkpoint, max_length=data.max_length)
         dataset = processor.datasets(data, ("eval",))["eval"]
         checkpoint.config.check_trained(image.modality for c in dataset.conversations for image in c.images)
         rows = blank_rows(dataset.conversations)
@@ -299,7 +299,7 @@ def predict(
         if likelihoods:
             names = {task_of(row) for row in rows}
             known = tasks_of(rows, {name: task for name, task in (tasks or {}).items() if name in names})
-            choices = Choices.of(dataset, processor, rows, known)
+            choices = Choices.for_tasks(dataset, processor, rows, known)
             if choices is None:
                 raise ConfigError(
                     "likelihoods: no task of the data has a closed set of answers; name them in evaluation.tasks"
@@ -343,7 +343,7 @@ def predict(
         part or nullcontext(),
         Progress("answer", len(rows), done=len(done), **options) as progress,
     ):
-        for batch_answers in answers(
+        for batch_answers in generate_answers(
             params,
             abstract_params(model)[0],
             dataset,

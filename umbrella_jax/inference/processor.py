@@ -77,10 +77,12 @@ class Processor:
             ConfigError: `template` is not the one the checkpoint was trained with.
         """
         checkpoint = Checkpoint.open(path, modalities, patch_embed=patch_embed)
-        return cls.of(checkpoint, template=template, max_length=max_length)
+        return cls.from_checkpoint(checkpoint, template=template, max_length=max_length)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, *, template: Template | None = None, max_length: int = 8192) -> "Processor":
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, *, template: Template | None = None, max_length: int = 8192
+    ) -> "Processor":
         """Return the processor of an opened checkpoint; arguments as for `load`."""
         template = same_template("template", template or checkpoint.template or "umbrella", checkpoint)
         tokenizer = checkpoint.tokenizer()
@@ -162,9 +164,9 @@ class Processor:
             ConfigError: as `question`.
             DataError: a file cannot be read as its modality; the text is longer than `max_length`.
         """
-        return whole_batch(self.asked(self.question(text, images)), prompts=True)
+        return whole_batch(self.prompt_dataset(self.question(text, images)), prompts=True)
 
-    def asked(self, conversation: Conversation) -> Dataset:
+    def prompt_dataset(self, conversation: Conversation) -> Dataset:
         """Return a data set with the prompt for the last answer of one conversation; check its volumes."""
         common: dict[str, Any] = {"template": self.template, "max_length": self.max_length}
         prompt = encode_prompt(conversation, self.tokenizer, self.modalities, **common)

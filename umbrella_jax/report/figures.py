@@ -42,7 +42,9 @@ def curves(facts: Facts) -> Iterator[tuple[str, dict[str, Points]]]:
 
 def chances(facts: Facts) -> dict[str, float]:
     """Return {task: chance of its headline metric} for the tasks that have one."""
-    figures = {name: facts.scores.of(name).get(headline(task.metrics)) for name, task in facts.scores.tasks.items()}
+    figures = {
+        name: facts.scores.task_figures(name).get(headline(task.metrics)) for name, task in facts.scores.tasks.items()
+    }
     return {name: figure.chance for name, figure in figures.items() if figure and figure.chance is not None}
 
 

@@ -147,10 +147,12 @@ def _in_words(title: str, lines: Mapping[str, Sequence[tuple[int, float]]], chan
 
 def _cells(facts: Facts, task: str) -> dict[str, list[tuple[str | None, Figure | None]]]:
     """Return {figure of a task: (None, the run's figure) and (name, its figure or None) per baseline}."""
-    others = {name: scores.of(task) if task in scores.tasks else {} for name, scores in facts.baselines.items()}
+    others = {
+        name: scores.task_figures(task) if task in scores.tasks else {} for name, scores in facts.baselines.items()
+    }
     return {
         figure: [(None, value), *((name, figures.get(figure)) for name, figures in others.items())]
-        for figure, value in facts.scores.of(task).items()
+        for figure, value in facts.scores.task_figures(task).items()
     }
 
 

@@ -9,7 +9,7 @@ import jax
 
 from umbrella_jax.console import Progress, Work, wrapped
 from umbrella_jax.data.loader import eval_batches, eval_subset
-from umbrella_jax.inference.predict import answers
+from umbrella_jax.inference.predict import generate_answers
 from umbrella_jax.io.files import PRIVATE, strict_json, write_whole
 from umbrella_jax.models import Params
 from umbrella_jax.run.preparation import EvaluationData, Prepared
@@ -80,7 +80,7 @@ def evaluate(
             begun = time.perf_counter()
     rows: dict[int, Row] = {}
     with Progress(f"evaluation at step {step}: answer", total, **options) as progress:
-        for new in answers(
+        for new in generate_answers(
             trainable | frozen,
             graphdef,
             dataset,
@@ -113,7 +113,7 @@ def _summary(step: int, loss: float | None, scores: Scores) -> str:
     """Return the line about an evaluation: loss, and the main metrics of each task, the first with its chance level."""
     parts = [] if loss is None else [f"loss {loss:.4f}"]
     for name in scores.tasks:
-        figures = scores.of(name)
+        figures = scores.task_figures(name)
         shown = [metric for metric in _MAIN if metric in figures] or list(figures)[:1]
         if "unparsable" not in shown and "unparsable" in figures and figures["unparsable"].value:
             shown.append("unparsable")

@@ -267,7 +267,7 @@ def _evaluation_data(config: RunConfig, dataset: Dataset | None, processor: Proc
         tasks = tasks_of(rows, config.evaluation.tasks)
         limit = (processor.tokenizer, processor.template, config.train.max_new_tokens, "train.max_new_tokens")
         check_lengths(dataset.conversations, rows, tasks, *limit)
-        choices = Choices.of(dataset, processor, rows, tasks) if config.evaluation.likelihoods else None
+        choices = Choices.for_tasks(dataset, processor, rows, tasks) if config.evaluation.likelihoods else None
         data = EvaluationData(dataset, rows, tasks, choices)
         known = sorted(f"eval_{name}" for name in ("loss", *metric_names(tasks, likelihoods=bool(choices))))
     metric = config.train.best_metric

@@ -91,7 +91,7 @@ class Scores:
         """Return the figures over several tasks."""
         return {name: f for name, f in self.figures.items() if name == "accuracy" or name.startswith("macro/")}
 
-    def of(self, task: str) -> dict[str, Figure]:
+    def task_figures(self, task: str) -> dict[str, Figure]:
         """Return a task's figures: {METRIC or METRIC/PART: figure}."""
         names = {figure: name_of(task, figure) for figure in self.tasks[task].figures(likelihoods=True)}
         return {figure: self.figures[name] for figure, name in names.items() if name in self.figures}
@@ -108,7 +108,7 @@ class Scores:
                     "kind": task.kind,
                     "answers": None if task.answers is None else list(task.classes),
                     "unit": task.unit,
-                    "figures": {figure: asdict(value) for figure, value in self.of(name).items()},
+                    "figures": {figure: asdict(value) for figure, value in self.task_figures(name).items()},
                     "confusion": self.confusion.get(name),
                 }
                 for name, task in self.tasks.items()
@@ -120,7 +120,7 @@ class Scores:
         rows: list[str | tuple[str, ...]] = [("", "", "95 % interval", "n", "subjects", "chance")]
         for name, task in self.tasks.items():
             kind = f"{task.kind}, {task.unit}" if task.unit else task.kind
-            rows += [f"{name} ({kind})", *_figure_rows(self.of(name))]
+            rows += [f"{name} ({kind})", *_figure_rows(self.task_figures(name))]
             rows += _confusion_lines(task.classes, self.confusion[name]) if task.answers is not None else []
             rows.append("")
         if overall := self.overall():
