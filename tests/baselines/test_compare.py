@@ -376,7 +376,7 @@ def test_a_comparison_is_answered_from_the_scan_in_question_alone(world: World, 
         for i in range(TRAIN, TRAIN + EVAL):
             one, other = rows[f"side-{i}"], rows[f"pair-{i}"]
             assert (one["prediction"], one["likelihoods"]) == (other["prediction"], other["likelihoods"])
-    assert "which asks the same of the same scans" in " ".join(found.split())
+    assert "which asks the same about the same scans" in " ".join(found.split())
 
 
 def test_no_answer_depends_on_a_reference_of_eval(world: World, found: str) -> None:
