@@ -1,18 +1,18 @@
-"""What a step takes: one static-shape batch of conversations and the distinct volumes that they name."""
+"""The input of a step: a batch of conversations of static shape, and the distinct volumes that they show."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-Array = Any  # jax.Array; on the host, until a step puts them on devices, np.ndarray
+Array = Any  # np.ndarray on the host, jax.Array once a step has put the batch on devices
 
 
 @dataclass(frozen=True)
 class Parts:
-    """How a batch is shared out: rows and volumes are cut into `of` parts of one size, and some are one's `own`.
+    """How a batch is divided: rows and volumes are cut into `of` equal parts, and this process makes its `own`.
 
-    A row takes features of volumes in its own part alone, so that devices need not exchange any.
+    A row takes only features of volumes in its own part, so devices need not exchange features.
     """
 
     of: int = 1
@@ -26,20 +26,20 @@ WHOLE = Parts()
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A batch of B conversations of T positions, K of them supervised at most.
+    """B conversations of T positions, at most K of them supervised.
 
-    A training step takes the same fields with one more leading axis A, the micro-batches that it accumulates.
+    For a training step every field has one more leading axis A, the micro-batches whose gradients it accumulates.
     """
 
     input_ids: Array
-    """int32 [B, T]; an image is expanded to as many placeholders as it has patches."""
+    """int32 [B, T]; token ids, with one placeholder per patch of an image."""
     positions: Array
-    """int32 [B, T]; rope positions."""
+    """int32 [B, T]; positions for rotary embeddings."""
     feature_idx: Array
-    """int32 [B, T]; row of the concatenated image features that the position takes, -1 for text.
+    """int32 [B, T]; row of the concatenated image features for this position, -1 for text.
 
-    Features are concatenated over `volumes` in the order of its sorted names: M·N rows each, volume by volume. A
-    position that takes one that is not there, or not in its row's part (`Parts`), is NaN, and the loss with it.
+    Features are concatenated over `volumes` in the order of its sorted names, M·N rows each, volume by volume. A
+    position whose feature is missing, or is not in the part of its row (`Parts`), becomes NaN, and so does the loss.
     """
     lengths: Array
     """int32 [B]; positions in use, counted from the left."""
@@ -50,9 +50,9 @@ class Batch:
     target_mask: Array
     """bool [B, K]; False where padded."""
     volumes: dict[str, Array]
-    """{modality: float32 [M, D, H, W] or [M, D, H, W, T]}: of each part each distinct volume once, and zeros behind
-    them up to a static M.
+    """{modality: float32 [M, D, H, W] or [M, D, H, W, T]}: each distinct volume once per part, then zeros up to a
+    static M.
 
-    A modality may have no entry. Where no position of a training batch takes a feature of it, entry or not, the step
-    leaves its parameters untouched.
+    A modality may have no entry. If no position of a training batch takes one of its features, with or without an
+    entry, the step leaves its parameters untouched.
     """

@@ -1,4 +1,4 @@
-"""Several processes as one run: how they find each other, and how they agree."""
+"""Run several processes as one: start them, exchange values, and fail together."""
 
 import hashlib
 import json
@@ -18,12 +18,12 @@ from jax.experimental import multihost_utils
 from umbrella_jax.errors import ConfigError, Interrupted, RunError, UmbrellaError, known_cause
 
 _QUIET = 10
-"""Seconds of waiting for the others before a process says so."""
+"""Seconds that a process waits for the others before it prints that it waits."""
 SHA256 = "sha256:"
-"""Prefix of the values of `check_same` that stand for contents."""
+"""Prefix of values for `check_same` that are checksums, and are not shown."""
 _GONE = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
-"""Of these words one is in what jax raises where another process no longer answers. Where process 0 is gone it may be
-first, and end this one with "another task died"."""
+"""Substrings of the errors that jax raises when a peer process has died. If process 0 has died, jax may be faster and
+end this process with "another task died"."""
 
 
 def start(
@@ -33,21 +33,21 @@ def start(
     *,
     timeout: int = 300,
 ) -> None:
-    """Joins the processes of this run. Comes before anything asks jax for its devices; a second call does nothing.
+    """Join the processes of this run. Call it before anything asks jax for devices; a second call does nothing.
 
-    Without arguments SLURM, a TPU VM, TPUs in GKE or Open MPI say which processes those are
-    (`jax.distributed.initialize`). A process that none of them started together with others stays alone: it waits for
-    nobody.
+    Without arguments, SLURM, a TPU VM, TPUs in GKE or Open MPI define the processes (`jax.distributed.initialize`). A
+    process that none of these started together with others waits for nobody.
 
     Args:
-        coordinator: HOST:PORT where process 0 listens; with it the other two. Each process then takes all devices
+        coordinator: HOST:PORT at which process 0 listens; requires the other two. Each process then uses all devices
             that it sees.
-        num_processes, process_id: how many there are, and which of them this is, from 0.
-        timeout: seconds within which all must be there. Else the process names whom it waited for, and ends with
-            exit code 1.
+        num_processes: number of processes.
+        process_id: number of this process, from 0.
+        timeout: seconds within which all processes must join. After that, this process prints which ones it waited
+            for and exits with code 1.
 
     Raises:
-        ConfigError: arguments that contradict each other, or a cluster that jax cannot read.
+        ConfigError: the arguments contradict each other, or jax cannot read the cluster's settings.
     """
     if jax.distributed.is_initialized():
         return
@@ -69,7 +69,7 @@ def start(
     up = Event()
 
     def watch() -> None:
-        # Past its own limit, jax aborts the process with a stack trace that does not say who was missing.
+        # At its own limit jax would abort the process with a stack trace that does not name the missing processes.
         if not up.wait(min(_QUIET, timeout)):
             print(f"umbrella-jax: waiting for {peers}, {timeout} s at most", file=sys.stderr, flush=True)
             if not up.wait(max(timeout - _QUIET, 0)):
@@ -81,7 +81,7 @@ def start(
                 )
                 os._exit(1)
 
-    # jax would catch SIGTERM, and leave it to the program to end
+    # With this service jax would catch SIGTERM, and the program would have to end itself.
     jax.config.update("jax_enable_preemption_service", False)
     Thread(target=watch, daemon=True).start()
     try:
@@ -115,18 +115,18 @@ def _faults(coordinator: str | None, num_processes: int | None, process_id: int 
 
 
 def _peers() -> str | None:
-    """The processes that this one was started with, in words; None where it is alone."""
+    """Describe the processes that this one was started with; None if there are no others."""
     environment = os.environ
     if "OMPI_COMM_WORLD_SIZE" in environment:
         count = int(environment["OMPI_COMM_WORLD_SIZE"])
         return f"{count} processes of mpirun" if count > 1 else None
     if "SLURM_JOB_ID" in environment:
-        # Tasks of the step, not of the job (SLURM_NTASKS), which jax goes by: a shell, an editor or a batch script
-        # within a job of many tasks is alone.
+        # Count the tasks of the step. jax counts those of the job (SLURM_NTASKS), but a shell, an editor or a batch
+        # script within a job of many tasks is a single process.
         count = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
         nodes = environment.get("SLURM_STEP_NODELIST")
         return f"{count} tasks of srun on {nodes}" if count > 1 else None
-    platforms: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax sets it where it finds TPUs
+    platforms: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax sets it if it finds TPUs
     if "tpu" not in (platforms or "").split(","):
         return None
     if "TPU_WORKER_HOSTNAMES" in environment:
@@ -138,9 +138,9 @@ def _peers() -> str | None:
 
 
 def _local_devices() -> list[int] | None:
-    """For jax: all that this process sees ([]), or, of several tasks on a node that see the same GPUs, its own (None).
+    """Return `local_device_ids` for jax: [] for all visible devices, None to share a node's GPUs among its tasks.
 
-    jax by itself gives every task one GPU, also one that has the node to itself, or sees no other GPU.
+    By default jax gives every task one GPU, even a task that has the node to itself or sees no other task's GPU.
     """
     environment = os.environ
     one_per_node = environment.get("SLURM_STEP_NUM_TASKS") == environment.get("SLURM_STEP_NUM_NODES")
@@ -151,12 +151,15 @@ def _local_devices() -> list[int] | None:
 
 
 def is_single_process() -> bool:
-    """Whether this is the run's only process. Does not ask jax for devices where nothing was started."""
+    """Return whether this is the run's only process. Does not initialise jax's devices unless `start` has."""
     return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
 def gather(value: Any) -> list[Any]:
-    """The `value`, anything that JSON holds, of each process. All must call it, at the same point of the program."""
+    """Return the `value` of every process, in their order. All processes must call it at the same point.
+
+    Values are anything that JSON can hold.
+    """
     if is_single_process():
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -166,8 +169,10 @@ def gather(value: Any) -> list[Any]:
 
 
 def broadcast(value: Any) -> Any:
-    """The `value` of process 0, anything that JSON holds, on each; what the others hand in is not looked at. All must
-    call it, at the same point of the program. For what is large: `gather` puts that of all processes on every device.
+    """Return the `value` of process 0 on every process. All processes must call it at the same point.
+
+    The value is anything that JSON can hold; those of the other processes are ignored. For large values: `gather` would
+    put the values of all processes on every device.
     """
     if is_single_process():
         return value
@@ -177,20 +182,20 @@ def broadcast(value: Any) -> Any:
 
 
 def max_over_processes(value: int) -> int:
-    """The largest `value`, an int32, of all processes. One exchange, made for every step."""
+    """Return the largest `value`, an int32, of all processes. One exchange, cheap enough for every step."""
     return value if is_single_process() else int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
 def check_same(facts: Sequence[tuple[str, Any]], remedy: str) -> None:
-    """Check that all processes of a run were given the same. All must call it, at the same point of the program.
+    """Check that all processes of a run have the same inputs. All processes must call it at the same point.
 
     Args:
-        facts: (name, value) of what this process was told or has read, values being whatever JSON holds. Names may
-            differ between hosts, as paths do. A value that begins with `SHA256` is not shown.
-        remedy: what to do about a difference.
+        facts: (name, value) of this process's inputs; values are anything that JSON can hold. Names may differ between
+            hosts, as paths do. A value that begins with `SHA256` is not shown.
+        remedy: advice on how to remove a difference.
 
     Raises:
-        ConfigError: with each difference from process 0, by process, host and name; as `raise_together`.
+        ConfigError: each difference from process 0, by process, host and name; raised as `raise_together` does.
     """
     if is_single_process():
         return
@@ -220,11 +225,11 @@ def check_same(facts: Sequence[tuple[str, Any]], remedy: str) -> None:
 
 @contextmanager
 def raise_together() -> Iterator[None]:
-    """A block of which no process leaves before all did it: it goes well on each, or is an error on each.
+    """Run a block on every process and wait for all: it succeeds on all of them or fails on all of them.
 
     Raises:
-        UmbrellaError: on process 0, with the faults of all; the others end with its exit code and say nothing. Any
-            other error is raised where it happened, too.
+        UmbrellaError: on process 0, with the faults of all processes; the others exit silently with the same code. Any
+            other error is also raised on the process where it happened.
     """
     if is_single_process():
         yield
@@ -238,34 +243,35 @@ def raise_together() -> Iterator[None]:
         mine = error.exit_code, list(error.faults)
     else:
         mine = 1, [f"{type(error).__name__}: {error}"] if error else []
-    found = gather(mine)
+    outcomes = gather(mine)
     if error and not isinstance(error, UmbrellaError):
         raise error
-    told = [(code, faults) for code, faults in found if faults]
-    if not told:
+    failures = [(code, faults) for code, faults in outcomes if faults]
+    if not failures:
         return
-    code = min(code for code, _ in told)
-    first = jax.process_index() == 0
-    jax.distributed.shutdown()  # which all do: what ends now is no loss to the others (`exit_on_error`)
-    if not first:
+    code = min(code for code, _ in failures)
+    is_first = jax.process_index() == 0
+    jax.distributed.shutdown()  # all processes come here, so none waits for one that has exited (`exit_on_error`)
+    if not is_first:
         sys.exit(code)
-    same = all(other == found[0] for other in found)
     kind = RunError if code == RunError.exit_code else UmbrellaError
-    raise kind(found[0][1] if same else [f"process {i}: {fault}" for i, (_, own) in enumerate(found) for fault in own])
+    if all(outcome == outcomes[0] for outcome in outcomes):
+        raise kind(outcomes[0][1])
+    raise kind([f"process {i}: {fault}" for i, (_, faults) in enumerate(outcomes) for fault in faults])
 
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """A block that a process of several does not leave by an error alone: it says so and ends at once, with exit code 1
-    or the error's own.
+    """Run a block; if it fails in one of several processes, print the error and exit at once.
 
-    The others wait for it in the middle of a step, and find it gone; at the usual end of a process, jax would let it
-    wait for them for minutes.
+    The exit code is that of an UmbrellaError, else 1. Other processes notice a dead peer at their next collective. On
+    the usual way out, jax would keep this process waiting for them for minutes. In a single process, and for an
+    interruption, which reaches all processes, the error is raised as usual.
     """
     try:
         yield
     except BaseException as error:
-        if is_single_process() or isinstance(error, Interrupted):  # on which all agree
+        if is_single_process() or isinstance(error, Interrupted):
             raise
         print(f"umbrella-jax: process {jax.process_index()} ends, and with it the run:", file=sys.stderr)
         if line := str(error) if isinstance(error, UmbrellaError) else known_cause(error):

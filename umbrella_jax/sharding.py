@@ -1,7 +1,7 @@
-"""Where arrays lie: which mesh the devices of a run form, and how each parameter and batch is split over it.
+"""The mesh that the devices of a run form, and how each parameter and batch is sharded over it.
 
-`data` splits the rows of a batch. `fsdp` splits them too, and the weights, which are gathered layer by layer. `tensor`
-splits heads, the MLP's width and words. What is split so goes on as it is; all else follows from there
+`data` splits the rows of a batch. `fsdp` splits them too, and also the weights, which are gathered layer by layer.
+`tensor` splits heads, the MLP's width and the vocabulary. XLA derives the sharding of everything else from these
 (umbrella_jax/models/parallel.py).
 """
 
@@ -29,11 +29,12 @@ from umbrella_jax.models.paths import adapted_weight
 T = TypeVar("T")
 
 RULES: dict[str, P] = {
-    # What comes out of the patch embedding is the residual stream, which `tensor` does not split.
+    # The patch embedding's output is the residual stream, which `tensor` does not split.
     "*.embeddings.*_proj.weight": P("fsdp"),
     "*.embeddings.*_proj.bias": P("fsdp"),
     "*.embeddings.*_positional_embeddings": P(None, None, "fsdp"),
-    # Layers lie on axis 0, which is never split. Into heads and MLP, and out of them (Shoeybi et al. 2019).
+    # Axis 0 holds the layers and is never split. Heads and MLP follow Shoeybi et al. 2019: `tensor` splits the outputs
+    # of the first product and the inputs of the second.
     "*.layers.self_attn.[qkv]_proj.weight": P(None, "tensor", "fsdp"),
     "*.layers.self_attn.[qkv]_proj.bias": P(None, "tensor"),
     "*.layers.self_attn.o*_proj.weight": P(None, "fsdp", "tensor"),
@@ -48,19 +49,19 @@ RULES: dict[str, P] = {
     "*.linear_2.weight": P("fsdp", "tensor"),
     "*.embed_tokens.weight": P("tensor", "fsdp"),
     "*.lm_head.weight": P("tensor", "fsdp"),
-    # Vectors as wide as the residual stream: to gather one takes longer than it saves.
+    # Vectors of the residual stream's width: gathering one would take longer than splitting it saves.
     "*.layers.self_attn.out_proj.bias": P(),
     "*.layers.mlp.fc2.bias": P(),
     "*.linear_2.bias": P(),
     "*norm*.weight": P(),
     "*norm*.bias": P(),
 }
-"""How a parameter, or whatever has its shape, is split, by path pattern; one rule covers each."""
+"""{path pattern: how the parameter is split}, for moments and gradients too. One rule covers each parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshShape:
-    """Devices along each axis; `data` outermost, `tensor` innermost."""
+    """Number of devices along each axis; `data` is the outermost, `tensor` the innermost."""
 
     data: int = 1
     fsdp: int = 1
@@ -68,25 +69,25 @@ class MeshShape:
 
     @property
     def parts(self) -> int:
-        """Parts of a batch."""
+        """Number of parts into which a batch is split."""
         return self.data * self.fsdp
 
     def __str__(self) -> str:
         return f"{self.data}×{self.fsdp}×{self.tensor}"
 
     def undivided(self, model: LlavaConfig) -> list[str]:
-        """What of a model the axes do not divide, and the size nearest to each that does."""
+        """Return a message per axis that does not divide the model's dimensions, with the nearest size that does."""
         faults = []
-        for axis, split in _split(model).items():
+        for axis, dimensions in _split_dimensions(model).items():
             size = getattr(self, axis)
-            if wrong := [f"{what} {number}" for what, number in split.items() if number % size]:
-                fits = min(_divisors(math.gcd(*split.values())), key=lambda n: abs(n - size))
+            if wrong := [f"{name} {number}" for name, number in dimensions.items() if number % size]:
+                fits = min(_divisors(math.gcd(*dimensions.values())), key=lambda n: abs(n - size))
                 faults.append(f"mesh.{axis}: {size} does not divide {', '.join(wrong)}; the nearest that does: {fits}")
         return faults
 
 
-def _split(model: LlavaConfig) -> dict[str, dict[str, int]]:
-    """What an axis must divide; which of them for a parameter, `RULES` say."""
+def _split_dimensions(model: LlavaConfig) -> dict[str, dict[str, int]]:
+    """Return {axis: {name: size}} of the model's dimensions that a mesh axis must divide (see `RULES`)."""
     vision, text = model.vision, model.text
     return {
         "fsdp": {"vision width": vision.hidden_size, "text width": text.hidden_size},
@@ -95,7 +96,7 @@ def _split(model: LlavaConfig) -> dict[str, dict[str, int]]:
             "vision MLP": vision.intermediate_size,
             "text width": text.hidden_size,
             "text heads": text.num_attention_heads,
-            # kv heads themselves are repeated where `tensor` is more than they are
+            # the number of kv heads is no limit: if `tensor` is larger, they are repeated
             "text keys' width": text.num_key_value_heads * text.head_dim,
             "text MLP": text.intermediate_size,
             "vocabulary": text.vocab_size,
@@ -104,22 +105,25 @@ def _split(model: LlavaConfig) -> dict[str, dict[str, int]]:
 
 
 def mesh_shapes(count: int, model: LlavaConfig, *, island_size: int) -> list[MeshShape]:
-    """All that use `count` devices and divide the model. `island_size`: see `mesh_shape`."""
+    """Return all shapes that use `count` devices and divide the model; `island_size` as in `mesh_shape`."""
     sizes = _divisors(count)
     shapes = [MeshShape(data=count // (f * t), fsdp=f, tensor=t) for f in sizes for t in sizes if count % (f * t) == 0]
     return [shape for shape in shapes if island_size % (shape.fsdp * shape.tensor) == 0 and not shape.undivided(model)]
 
 
 def mesh_shape(config: MeshConfig, count: int, *, island_size: int, batch_size: int | None = None) -> MeshShape:
-    """The shape of a run's mesh on `count` devices.
+    """Return the shape of a run's mesh on `count` devices.
 
     Args:
-        island_size: devices that fast links connect, as of a slice or a node: `fsdp` and `tensor` stay within them.
-        batch_size: rows that it has to split evenly.
+        config: the sizes; `data` may be left open.
+        count: number of devices, all of which are used.
+        island_size: number of devices that fast links connect, those of a slice or a node. `fsdp` and `tensor` stay
+            within them.
+        batch_size: rows of a batch, which the mesh must split evenly.
 
     Raises:
-        ConfigError: for sizes that are not all the devices, reach too far, or do not divide the rows, each with the
-            nearest that would do.
+        ConfigError: the sizes do not use all devices, exceed an island, or do not divide the rows; each message has the
+            nearest size that fits.
     """
     faults = []
     inner = config.fsdp * config.tensor
@@ -149,7 +153,7 @@ def mesh_shape(config: MeshConfig, count: int, *, island_size: int, batch_size: 
 
 
 def make_mesh(config: MeshConfig, *, batch_size: int | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """All devices, or those, as a mesh; what crosses slices of TPUs or nodes of GPUs is `data`.
+    """Arrange `devices` (all by default) as a mesh; only `data` crosses slices of TPUs or nodes of GPUs.
 
     Raises ConfigError as `mesh_shape` does.
     """
@@ -160,10 +164,10 @@ def make_mesh(config: MeshConfig, *, batch_size: int | None = None, devices: Seq
 
 
 def device_grid(shape: MeshShape, devices: Sequence[Any]) -> np.ndarray:
-    """Devices [data, fsdp, tensor], neighbours in the grid as near to each other as the links allow."""
+    """Arrange devices as [data, fsdp, tensor], with neighbours in the grid as close as the links allow."""
     slices = _slices(devices)
     sizes = (shape.data // slices, shape.fsdp, shape.tensor)
-    split = {"allow_split_physical_axes": True}  # else a 4×4 torus has no axis of 8
+    split = {"allow_split_physical_axes": True}  # otherwise a 4×4 torus has no axis of 8
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, **split)
     return mesh_utils.create_hybrid_device_mesh(sizes, (slices, 1, 1), devices, **split)
@@ -179,8 +183,10 @@ def _divisors(number: int) -> list[int]:
 
 @cache
 def spec_of(path: str) -> P:
-    """How the parameter of that path is split: an adapter's inputs and outputs as those of the weight beside it, its
-    rank never. Raises KeyError for one that no rule covers."""
+    """Return how the parameter at `path` is split. Raises KeyError if no rule covers it.
+
+    An adapter's inputs and outputs are split as those of the weight it adapts; its rank is never split.
+    """
     if weight := adapted_weight(path):
         *layers, outputs, inputs = spec_of(weight)
         return P(*layers, None, inputs) if "lora_A" in path else P(*layers, outputs, None)
@@ -191,20 +197,20 @@ def spec_of(path: str) -> P:
 
 
 def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...] = ()) -> NamedSharding:
-    """Of a parameter, by its path; as `where` of whoever reads weights."""
+    """Return a parameter's sharding by its path; `shape` is ignored, since readers of weights pass it too."""
     return NamedSharding(mesh, spec_of(path))
 
 
 def shardings(tree: T, mesh: Mesh) -> T:
-    """The sharding of every leaf of a tree of parameters, moments and numbers, as `TrainState`.
+    """Return the sharding of every leaf of a tree such as `TrainState`: parameters, moments and numbers.
 
-    What has a parameter's shape is found under its path; numbers are on every device.
+    Arrays are sharded by the parameter path that is their key; numbers are on every device.
     """
     return jax.tree_util.tree_map_with_path(lambda keys, leaf: NamedSharding(mesh, _spec(keys, leaf)), tree)
 
 
 def constrain(tree: T) -> T:
-    """Within a program: a tree as `shardings` says, on the mesh in force. Where there is none, the tree as it is."""
+    """Constrain a tree inside jit to its `shardings` on the current mesh; without a mesh, return it unchanged."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.tree_util.tree_map_with_path(
@@ -217,7 +223,7 @@ def _spec(keys: tuple[Any, ...], leaf: Any) -> P:
 
 
 def parts(mesh: Mesh) -> Parts:
-    """Which parts of a batch this process brings: those that its devices hold."""
+    """Return the parts of a batch that this process makes: those that its devices hold."""
     ways = math.prod(mesh.shape[axis] for axis in ROWS)
     own = [
         part
@@ -228,18 +234,20 @@ def parts(mesh: Mesh) -> Parts:
 
 
 def abstract_batch(batch: T, mesh: Mesh, *, axis: int) -> T:
-    """Shapes and shardings of what `put_batch` makes of a whole batch."""
+    """Return the shapes and shardings that `put_batch` gives a whole batch."""
     sharding = NamedSharding(mesh, P(*[None] * axis, ROWS))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), batch)
 
 
 def put_batch(batch: T, mesh: Mesh, *, axis: int) -> T:
-    """Splits every array of a batch over `data` and `fsdp` along `axis`: 1 behind the micro-batch axis of a training
-    step, else 0.
+    """Put a batch on the mesh, every array split over `data` and `fsdp` along `axis`.
 
-    Each process hands in its `parts`; the result is the whole.
+    Args:
+        batch: the `parts` of this process; the result is the whole batch.
+        axis: 1 for a training step's batch, which has an axis of micro-batches, else 0.
 
-    Raises ConfigError for an axis that the devices do not divide.
+    Raises:
+        ConfigError: the devices do not divide the axis.
     """
     own = parts(mesh)
     for leaf in jax.tree.leaves(batch):
@@ -247,5 +255,5 @@ def put_batch(batch: T, mesh: Mesh, *, axis: int) -> T:
             rows = leaf.shape[axis] * own.of // len(own.own)
             raise ConfigError(f"train.batch_size: {rows} rows cannot be split over {own.of} devices")
     sharding = NamedSharding(mesh, P(*[None] * axis, ROWS))
-    # not jax.device_put, which lets the processes compare their arrays first
+    # jax.device_put would first compare the arrays of all processes
     return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), batch)

@@ -17,7 +17,7 @@ from tests.helpers.training_case import QUICK, make_case, to_numpy
 from umbrella_jax.config.schema import LORA_TARGETS, GroupConfig, LoraConfig, MeshConfig, TrainConfig
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import abstract_params, lora, merge, quantize
-from umbrella_jax.models.paths import adapter_paths
+from umbrella_jax.models.paths import adapted_weight, adapter_paths
 from umbrella_jax.models.quantize import quantizable
 from umbrella_jax.sharding import RULES, make_mesh, mesh_shapes, put_batch, shardings, spec_of
 from umbrella_jax.training.freeze import counts, label_params, partition
@@ -50,7 +50,7 @@ def case():
     adapters = {
         path: rng.normal(size=leaf.shape, scale=0.1).astype(np.float32)
         for path, leaf in shapes.items()
-        if lora.adapted_weight(path)
+        if adapted_weight(path)
     }
     assert len(adapters) == 2 * (6 + 2 + 7)
     assert shapes.keys() == params.keys() | adapters.keys()
@@ -103,7 +103,7 @@ def test_logits_and_gradients_are_pytorchs(case):
         at, target = (torch.from_numpy(x[b][mask]).long() for x in (batch.target_pos, batch.target_ids))
         torch.nn.functional.cross_entropy(logits[at], target, reduction="sum").backward()
     for path, grad in case.grads.items():
-        weight, which = lora.adapted_weight(path), "a" if "lora_A" in path else "b"
+        weight, which = adapted_weight(path), "a" if "lora_A" in path else "b"
         layers = [i for p, i in modules if p == weight]
         expected = [getattr(modules[weight, i], which).grad.numpy() for i in layers]
         assert relative(grad, np.stack(expected) if layers != [None] else expected[0]) <= 1e-5, path
@@ -189,7 +189,7 @@ def test_on_a_mesh_it_is_one_devices():
 
 def test_an_accepted_mesh_divides_adapters():
     shapes = abstract_params(replace(MODEL, lora=ALL))[1]
-    adapters = {path: leaf for path, leaf in shapes.items() if lora.adapted_weight(path)}
+    adapters = {path: leaf for path, leaf in shapes.items() if adapted_weight(path)}
     for mesh in mesh_shapes(16, MODEL, island_size=16):
         for path, leaf in adapters.items():
             assert path not in RULES
@@ -203,7 +203,7 @@ def test_an_accepted_mesh_divides_adapters():
 def test_the_group_is_all_adapters_and_no_other_covers_them(case):
     labels = label_params(list(case.shapes), ["patch_embed", "lora"])
     trainable, frozen = partition(case.shapes, labels)
-    assert frozen.keys() >= {lora.adapted_weight(path) for path in case.adapters}
+    assert frozen.keys() >= {adapted_weight(path) for path in case.adapters}
     assert {path for path in trainable if labels[path] == "lora"} == case.adapters.keys()
     numbers = counts(case.shapes, labels)
     assert numbers["lora"] == (sum(leaf.size for leaf in case.adapters.values()), 0)

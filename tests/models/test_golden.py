@@ -68,7 +68,7 @@ def test_loss_and_gradients(remat):
 
     def loss(trainable):
         total, count = loss_sum(merge(graphdef, trainable | frozen), golden_batch())
-        return total / count, count
+        return total / count.astype(np.float32), count
 
     compiled = optimised if remat == "full" else jax.jit  # a policy changes when, not what is computed
     (value, count), grads = compiled(jax.value_and_grad(loss, has_aux=True))(trainable)

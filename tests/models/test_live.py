@@ -125,7 +125,7 @@ def compute(graphdef, params, batch):
     def everything(trainable, frozen, batch):
         def mean_loss(trainable):
             total, count = loss_sum(merge(graphdef, trainable | frozen), batch)
-            return total / count, count
+            return total / count.astype(np.float32), count
 
         model = merge(graphdef, trainable | frozen)
         (loss, count), grads = jax.value_and_grad(mean_loss, has_aux=True)(trainable)

@@ -180,7 +180,7 @@ def test_entry_points():
         assert {leaf.donated for leaf in jax.tree.leaves(part)} == {given_away}
     new, metrics = lowered.compile(QUICK)(state, case.frozen, small_batch())
     assert int(count) == metrics["supervised_tokens"] == 12
-    np.testing.assert_allclose(total / count, metrics["loss"], rtol=1e-6)
+    np.testing.assert_allclose(float(total) / int(count), metrics["loss"], rtol=1e-6)
     assert all(leaf.is_deleted() for leaf in state.trainable.values())
     assert not any(leaf.is_deleted() for leaf in [*case.params.values(), *new.trainable.values()])
 

@@ -176,7 +176,7 @@ def score_answers(params: Params, state: Decoding, answers: Array, *, graphdef: 
     if n > 1:  # the prompt's last hidden state predicts the first token
         inputs = jnp.maximum(answers[..., :-1], 0).reshape(b, a * (n - 1))
         x = language_model.model.embed_tokens(inputs).astype(state.hidden.dtype)
-        positions = jnp.tile(state.lengths[:, None] + jnp.arange(n - 1), (1, a))
+        positions = jnp.tile(state.lengths[:, None] + jnp.arange(n - 1)[None], (1, a))
         later, _, _ = language_model.model.extend(x, positions, state.cache, ways=a)
         hidden = jnp.concatenate([hidden, later.reshape(b, a, n - 1, -1)], axis=2)
 

@@ -1,7 +1,7 @@
-"""Leaf modules, and the scan over stacked ones.
+"""Leaf modules, and the scan over stacked layers.
 
-Weights lie as PyTorch stores them, [out, in]: conversion is then the identity, and the backward pass of a
-frozen layer (dy·W, the only product with W that it needs) reads them without a transposition.
+Weights keep PyTorch's layout, [out, in]. Conversion is then the identity, and the backward pass of a frozen layer,
+which needs only dy·W, reads them without a transposition.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from umbrella_jax.models.parallel import look_up, split_rows
 
 Array = jax.Array
 M = TypeVar("M", bound=nnx.Module)
-_init = nnx.initializers.normal(0.02)  # what HF starts SigLIP and Qwen2 from
+_init = nnx.initializers.normal(0.02)  # as Hugging Face initialises SigLIP and Qwen2
 
 
 def dense(weight: Any, dtype: Any) -> Array:
-    """A weight in `dtype`, be it an array or qwix's QArray (umbrella_jax/models/quantize.py)."""
+    """Return a weight in `dtype`; dequantise it if it is a QArray (umbrella_jax/models/quantize.py)."""
     if isinstance(weight, jax.Array):
         return weight.astype(dtype)
     import qwix
@@ -29,11 +29,22 @@ def dense(weight: Any, dtype: Any) -> Array:
     return qwix.dequantize(weight.astype(dtype))
 
 
+def widest_dtype(*arrays: Array) -> Any:
+    """Return the type that holds the numbers of all `arrays`: for a deliberate mix, under strict promotion too."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*arrays)
+
+
+def _over_channels(vector: Array, x: Array) -> Array:
+    """Give a vector over the last axis of x the rank of x."""
+    return jax.lax.broadcast_to_rank(vector, x.ndim)
+
+
 @jax.custom_vjp
 def float32_product(x: Array, weight: Array) -> Array:
-    """x [..., I] · Wᵀ, float32 [..., O], of x and `weight` [O, I] of one type, in which their gradients are computed.
+    """Return x [..., I] · Wᵀ in float32 [..., O]; x and `weight` [O, I] share one type, and so do their gradients.
 
-    Left to itself, jax multiplies a float32 gradient by the weight, of which XLA then makes a float32 copy.
+    By default jax would multiply the float32 gradient by the weight, and XLA would copy the weight to float32 for it.
     """
     return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
 
@@ -53,16 +64,16 @@ float32_product.defvjp(_float32_product, _float32_product_gradients, symbolic_ze
 
 
 class Factor(nnx.Module):
-    """One of the two of an adapter: `weight`, [..., r, I] or [..., O, r]."""
+    """One LoRA factor, A with `weight` [..., r, I] or B with `weight` [..., O, r]."""
 
     def __init__(self, shape: tuple[int, ...]):
         self.weight = nnx.Param(jnp.zeros(shape, jnp.float32))
 
 
 class Linear(nnx.Module):
-    """x [..., I] → x·Wᵀ + b [..., O] in x's dtype; `weight` [O, I], perhaps quantized, `bias` [O].
+    """x [..., I] → x·Wᵀ + b [..., O] in x's dtype; `weight` [O, I] may be quantised, `bias` is [O].
 
-    With an adapter (umbrella_jax/models/lora.py), x·Wᵀ + s · x·Aᵀ·Bᵀ + b.
+    With a LoRA adapter (umbrella_jax/models/lora.py) it computes x·Wᵀ + s · x·Aᵀ·Bᵀ + b.
     """
 
     lora_A: Factor | None = None
@@ -78,8 +89,12 @@ class Linear(nnx.Module):
         if self.lora_A is not None and self.lora_B is not None:
             low = jnp.einsum("...i,ri->...r", x, self.lora_A.weight[...].astype(x.dtype)) * self.lora_scale
             y = y + jnp.einsum("...r,or->...o", low, self.lora_B.weight[...].astype(x.dtype))
-        # in float32 where it trains: its gradient is summed over all rows, and over devices, as what is added to it
-        return y if self.bias is None else (y + self.bias[...]).astype(x.dtype)
+        if self.bias is None:
+            return y
+        # Add a trained bias in float32, so that its gradient is summed over rows and devices in float32 too.
+        bias = self.bias[...]
+        wide = widest_dtype(y, bias)
+        return (y.astype(wide) + _over_channels(bias.astype(wide), y)).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -93,7 +108,7 @@ class Embedding(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x − mean) / √(var + eps) · weight + bias over the last axis; statistics in float32: bfloat16 has 3 digits."""
+    """(x − mean) / √(var + eps) · weight + bias over the last axis; statistics in float32, as bfloat16 has 3 digits."""
 
     def __init__(self, features: int, *, eps: float):
         self.weight = nnx.Param(jnp.ones((features,), jnp.float32))
@@ -104,7 +119,8 @@ class LayerNorm(nnx.Module):
         h = x.astype(jnp.float32)
         h = h - h.mean(-1, keepdims=True)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
-        return (h * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        weight, bias = (_over_channels(v[...].astype(jnp.float32), h) for v in (self.weight, self.bias))
+        return (h * weight + bias).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -117,15 +133,15 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Array) -> Array:
         h = x.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
-        return (h * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+        return (h * _over_channels(self.weight[...].astype(jnp.float32), h)).astype(x.dtype)
 
 
 def stack(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs) -> M:
-    """One module whose parameters carry a leading axis of `num_layers`, each slice initialised on its own."""
+    """Return one module whose parameters have a leading axis of `num_layers`, each layer initialised independently."""
     return nnx.split_rngs(splits=num_layers)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
 
 
-# What the nonlinearities of a layer need in its backward pass; a frozen product needs none of its inputs.
+# Values that the nonlinearities of a layer need in its backward pass. A frozen product needs none of its inputs.
 _KEPT = ("qkv", "attention", "middle", "mlp")
 _keep, _or = jax.checkpoint_policies.save_only_these_names, jax.checkpoint_policies.save_from_both_policies
 _POLICIES: dict[str, Any] = {
@@ -136,15 +152,18 @@ _POLICIES: dict[str, Any] = {
 
 
 def scan_layers(layers: nnx.Module, x: Array, *args: Any, remat: RematPolicy) -> Array:
-    """Runs x through stacked `layers` one after the other: compile time does not grow with depth.
+    """Run x through stacked `layers` in order, as a scan: compile time does not grow with depth.
 
-    `args` go to every layer unchanged. `remat` says which products with weights the backward pass does again: `none`,
-    those into each layer's `mlp`, or those of the `full` layer. What is cheaper than a product is always made again.
+    Args:
+        layers: a module from `stack`, called as `layer(x, *args)`.
+        args: passed to every layer unchanged.
+        remat: products with weights that the backward pass computes again: `none`, those into each layer's
+            `mlp`, or all of the layer (`full`). Everything cheaper than a product is always computed again.
     """
     graphdef, params = nnx.split(layers)
 
     def body(x: Array, params: nnx.State) -> tuple[Array, None]:
         return nnx.merge(graphdef, params)(split_rows(x), *args), None
 
-    body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)  # scan prevents it already
+    body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)  # scan already prevents it
     return jax.lax.scan(body, x, params)[0]

@@ -1,4 +1,4 @@
-"""LLaVA: tower, projector and language model composed under Hugging Face's names; Batch → hidden states, logits.
+"""LLaVA: vision tower, projector and language model under Hugging Face's names; Batch → hidden states and logits.
 
 Axes: B conversations, T positions, K supervised positions, D width, V words, M volumes, N patches.
 """
@@ -28,12 +28,12 @@ from umbrella_jax.models.siglip import SiglipConfig, SiglipVisionModel
 
 Array = jax.Array
 Params = dict[str, Array]
-"""Parameters by dotted path, which is the hub's name without the layer's number: layers are stacked on axis 0."""
+"""Parameters by dotted path: Hugging Face's name without the layer number, since layers are stacked on axis 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlavaConfig:
-    """What config.json and the patch embedding's JSON say, and how to compute it."""
+    """Sizes from config.json and the patch embedding's JSON, and the options of the computation."""
 
     vision: SiglipConfig
     text: Qwen2Config
@@ -43,9 +43,9 @@ class LlavaConfig:
     remat: RematPolicy = "none"
     attention: AttentionBackend = "xla"
     lora: LoraConfig | None = None
-    """Of the adapters beside its weights."""
+    """LoRA adapters to attach; None for none."""
     untrained: Mapping[str, str] = FrozenDict()
-    """{modality: why no answer may use it}: the patch embedding's weights are untrained."""
+    """{modality: message}: modalities with an untrained patch embedding, which may not answer questions."""
 
     def __post_init__(self) -> None:
         for name in ("modalities", "untrained"):
@@ -56,13 +56,18 @@ class LlavaConfig:
         if faults := [self.untrained[name] for name in sorted({*modalities}) if name in self.untrained]:
             raise CheckpointError(faults)
 
-    def with_attention(self, wanted: Literal["auto", AttentionBackend], native: AttentionBackend) -> "LlavaConfig":
-        """The same model, for devices whose own backend is `native`, at hand (`native_backend`) or not.
+    def with_attention(self, requested: Literal["auto", AttentionBackend], native: AttentionBackend) -> "LlavaConfig":
+        """Return the same model with its attention chosen for the given kind of device.
 
-        `wanted` is as `model.attention` of a run. Raises ConfigError where that cannot serve there.
+        Args:
+            requested: `model.attention` of the run.
+            native: the backend written for the devices (`native_backend`); they need not be present.
+
+        Raises:
+            ConfigError: the requested backend cannot run this model on these devices.
         """
         head_dims = (self.vision.hidden_size // self.vision.num_attention_heads, self.text.head_dim)
-        return replace(self, attention=choose_backend(wanted, native, self.compute_dtype, head_dims))
+        return replace(self, attention=choose_backend(requested, native, self.compute_dtype, head_dims))
 
 
 class Llava(nnx.Module):
@@ -81,29 +86,29 @@ class Llava(nnx.Module):
             attach(self, config.lora)
 
     def image_features(self, name: str, volumes: Array) -> Array:
-        """Volumes [M, *size] of modality `name` → [M, N, D], a row for every patch."""
+        """Encode volumes [M, *size] of modality `name` to features [M, N, D], one row per patch."""
         hidden = self.vision_tower(name, volumes.astype(self.config.compute_dtype))
         return split_rows(self.multi_modal_projector(hidden))
 
     def shown(self, batch: Batch) -> dict[str, Array]:
-        """Of each modality of `batch.volumes`, bool []: whether a position of the batch takes a feature of it.
+        """Return per modality of `batch.volumes`, bool [], whether any position of the batch takes one of its features.
 
-        Takes a training step's batch too, with its axis of micro-batches."""
-        found, first = {}, 0
+        The batch may have a leading axis of micro-batches, as a training step's has.
+        """
+        is_shown, start = {}, 0
         for name in sorted(batch.volumes):
-            behind = (
-                first + batch.volumes[name].shape[batch.lengths.ndim - 1] * self.config.modalities[name].num_patches
-            )
-            found[name] = jnp.any((first <= batch.feature_idx) & (batch.feature_idx < behind))
-            first = behind
-        return found
+            count = batch.volumes[name].shape[batch.lengths.ndim - 1]
+            end = start + count * self.config.modalities[name].num_patches
+            is_shown[name] = jnp.any((start <= batch.feature_idx) & (batch.feature_idx < end))
+            start = end
+        return is_shown
 
     def inputs_embeds(self, batch: Batch) -> Array:
-        """Token embeddings [B, T, D] in which a position with feature_idx ≥ 0 holds that row of the image features."""
+        """Return token embeddings [B, T, D]; positions with feature_idx ≥ 0 hold that row of the image features."""
         chex.assert_equal_shape([batch.input_ids, batch.feature_idx, batch.positions])
         ids, idx = batch.input_ids, batch.feature_idx
         embeds = split_rows(self.language_model.model.embed_tokens(ids).astype(self.config.compute_dtype))
-        # What names no feature that the device has must not pass for text.
+        # A position whose feature is missing stays NaN, so that the loss fails loudly.
         embeds = jnp.where((idx >= 0)[..., None], jnp.nan, embeds)
         parts, first = ways(ROWS), 0
         rows, part = PartitionSpec(ROWS), jnp.arange(parts)
@@ -116,45 +121,45 @@ class Llava(nnx.Module):
         return embeds
 
     def hidden_states(self, batch: Batch) -> Array:
-        """Last hidden states [B, T, D] in the compute dtype."""
+        """Return the last hidden states [B, T, D] in the compute dtype."""
         return self.language_model.model(self.inputs_embeds(batch), batch.positions, batch.lengths)
 
     def target_logits(self, batch: Batch) -> Array:
-        """Logits, float32 [B, K, V], at the supervised positions alone."""
+        """Return logits, float32 [B, K, V], at the supervised positions only."""
         hidden = jnp.take_along_axis(self.hidden_states(batch), batch.target_pos[..., None], axis=1)
         return self.language_model.logits(hidden)
 
     def __call__(self, batch: Batch) -> Array:
-        """Logits, float32 [B, T, V], at every position; those beyond a row's length mean nothing."""
+        """Return logits, float32 [B, T, V], at every position; those beyond a row's length are meaningless."""
         return self.language_model.logits(self.hidden_states(batch))
 
 
 def _show(embeds: Array, idx: Array, features: Array, start: Array) -> Array:
-    """embeds [B, T, D] with rows idx − start of the features [M, N, D] at all positions that mean one of them."""
+    """Write features into embeds [B, T, D]: row idx − start of features [M, N, D], at positions in their range."""
     features = features.reshape(-1, features.shape[-1])
-    idx = idx - start
+    idx = idx - start[:, None]
     here = (idx >= 0) & (idx < len(features))
     return jnp.where(here[..., None], features.at[idx].get(mode="clip"), embeds)
 
 
 def split(model: Llava) -> tuple[nnx.GraphDef, Params]:
-    """The model's structure, which is hashable, and its parameters by dotted path."""
+    """Return the model's structure, which is hashable, and its parameters by dotted path."""
     graphdef, state = nnx.split(model, nnx.Param)
     return graphdef, flatten_dict(nnx.to_pure_dict(state), sep=".")
 
 
 def merge(graphdef: nnx.GraphDef, params: Params) -> Llava:
-    """The inverse of `split`; may be called inside jit and grad, with parameters from several traces."""
+    """Rebuild the model from the results of `split`; works inside jit and grad, with parameters of several traces."""
     return nnx.merge(graphdef, unflatten_dict(params, sep="."))
 
 
 def abstract_params(config: LlavaConfig) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
-    """`split` of a model that holds float32 shapes alone: nothing is computed and nothing allocated."""
+    """Return what `split` returns, with float32 shapes for parameters; computes and allocates nothing."""
     graphdef, shapes = _abstract(config)
     return graphdef, dict(shapes)
 
 
-@lru_cache(maxsize=8)  # tracing takes longer than reading all headers of a checkpoint, and several ask
+@lru_cache(maxsize=8)  # tracing takes longer than reading a checkpoint's headers, and there are several callers
 def _abstract(config: LlavaConfig) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0))), nnx.Param)
     return graphdef, flatten_dict(nnx.to_pure_dict(state), sep=".")

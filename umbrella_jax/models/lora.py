@@ -1,8 +1,8 @@
-"""Adapters of low rank beside the weights of products (LoRA, Hu et al. 2021), under PEFT's names.
+"""LoRA adapters (Hu et al. 2021) under PEFT's names.
 
 The adapter of `….q_proj.weight` [L, O, I] is `….q_proj.lora_A.weight` [L, r, I] and `….q_proj.lora_B.weight` [L, O, r].
-Own code: of the libraries, PEFT is torch's, and qwix's provider makes adapters while a call is traced, which within our
-scan is that of one layer for all.
+No library serves here: PEFT needs torch, and qwix adds adapters while a call is traced, but our scan traces one layer
+for all of them.
 """
 
 import zlib
@@ -18,7 +18,7 @@ from umbrella_jax.models.paths import adapted_weight, component_of
 
 
 def attach(model: nnx.Module, lora: LoraConfig) -> None:
-    """Puts adapters, all zero, beside the products of `model` that `lora` names."""
+    """Attach zero-valued adapters to the products of `model` that `lora` names."""
     for keys, module in list(nnx.iter_modules(model)):
         path = ".".join(map(str, keys))
         if isinstance(module, Linear) and f"{component_of(path)}.{keys[-1]}" in lora.products:
@@ -29,16 +29,16 @@ def attach(model: nnx.Module, lora: LoraConfig) -> None:
 
 
 def start(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int) -> dict[str, np.ndarray]:
-    """The adapters among `shapes` as they start, float32: A uniform in ±1/√inputs, which is PEFT's Kaiming, B zero.
+    """Initialise the adapters among `shapes`, in float32: A uniform in ±1/√inputs (PEFT's Kaiming), B zero.
 
-    The numbers of each follow from `seed` and its path alone, whatever else there is and wherever it lies.
+    The values depend only on `seed` and the path, not on other parameters or on devices.
     """
-    found = {}
+    adapters = {}
     for path, leaf in shapes.items():
         if adapted_weight(path) is None:
             continue
-        found[path] = np.zeros(leaf.shape, np.float32)
+        adapters[path] = np.zeros(leaf.shape, np.float32)
         if path.endswith("lora_A.weight"):
             rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
-            found[path] = rng.uniform(-1, 1, leaf.shape).astype(np.float32) / np.sqrt(np.float32(leaf.shape[-1]))
-    return found
+            adapters[path] = rng.uniform(-1, 1, leaf.shape).astype(np.float32) / np.sqrt(np.float32(leaf.shape[-1]))
+    return adapters

@@ -1,6 +1,6 @@
-"""The patch embedding for volumes: what takes the place of SigLIP's whole `embeddings` module, and what is trained.
+"""The patch embedding for volumes. It replaces SigLIP's whole `embeddings` module, and it is what a run trains.
 
-Names are the original system's: `{modality}_proj` and `{modality}_positional_embeddings`.
+Parameters have the original system's names: `{modality}_proj` and `{modality}_positional_embeddings`.
 """
 
 import math
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from umbrella_jax.config.schema import ModalityConfig
-from umbrella_jax.models.layers import Linear
+from umbrella_jax.models.layers import Linear, widest_dtype
 from umbrella_jax.models.parallel import split_rows
 
 Array = jax.Array
@@ -20,10 +20,10 @@ _init = nnx.initializers.truncated_normal(0.02)
 
 
 def patchify(x: Array, patch: tuple[int, ...]) -> Array:
-    """Volumes [M, D, H, W] or [M, D, H, W, T] → patches [M, N, P], a reshape and no arithmetic.
+    """Cut volumes [M, D, H, W] or [M, D, H, W, T] into patches [M, N, P], without arithmetic.
 
-    Patches come in C order over (d, h, w[, t]), and so do the voxels within one. A remainder at the high end of an
-    axis is cropped, as a convolution with stride = kernel = patch does.
+    Patches are in C order over (d, h, w[, t]), and so are the voxels within a patch. A remainder at the high end of an
+    axis is cropped, as by a convolution with stride = kernel = patch.
     """
     chex.assert_rank(x, 1 + len(patch))
     grid = [s // p for s, p in zip(x.shape[1:], patch, strict=True)]
@@ -34,7 +34,7 @@ def patchify(x: Array, patch: tuple[int, ...]) -> Array:
 
 
 class PatchEmbed(nnx.Module):
-    """A linear map of patches and a table of positions for each modality."""
+    """One linear map of patches and one table of position embeddings per modality."""
 
     def __init__(self, modalities: Mapping[str, ModalityConfig], hidden_size: int, *, rngs: nnx.Rngs):
         self.modalities = modalities
@@ -46,11 +46,11 @@ class PatchEmbed(nnx.Module):
             setattr(self, f"{name}_positional_embeddings", nnx.Param(table))
 
     def __call__(self, name: str, volumes: Array) -> Array:
-        """Volumes [M, *size] of modality `name` → [M, N, E] in the volumes' dtype."""
+        """Embed volumes [M, *size] of modality `name` as [M, N, E] in the volumes' dtype."""
         modality = self.modalities[name]
         chex.assert_shape(volumes, (None, *modality.size))
         table = getattr(self, f"{name}_positional_embeddings")[...]
-        # in float32 where it trains: its gradient is summed over rows and devices in the type of the products
-        x = patchify(volumes, modality.patch).astype(jnp.result_type(volumes, table))
+        # A patch embedding that trains computes in float32: its gradient is summed over rows and devices in that type.
+        x = patchify(volumes, modality.patch).astype(widest_dtype(volumes, table))
         x = getattr(self, f"{name}_proj")(x)
-        return split_rows((x + table).astype(volumes.dtype))
+        return split_rows((x + table.astype(x.dtype)).astype(volumes.dtype))

@@ -1,4 +1,4 @@
-"""LLaVA's projector: two linear maps around an exact (erf) GELU."""
+"""LLaVA's projector: two linear maps with an exact (erf) GELU between them."""
 
 import jax
 from flax import nnx
@@ -9,7 +9,7 @@ Array = jax.Array
 
 
 class LlavaMultiModalProjector(nnx.Module):
-    """Hidden states of the tower [..., E] → features in the language model's width [..., D]."""
+    """Hidden states of the vision tower [..., E] → features of the language model's width [..., D]."""
 
     def __init__(self, vision_size: int, text_size: int, *, rngs: nnx.Rngs):
         self.linear_1 = Linear(vision_size, text_size, rngs=rngs)

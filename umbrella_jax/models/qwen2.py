@@ -23,7 +23,7 @@ Array = jax.Array
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen2Config:
-    """Shape of the language model, under the names of `text_config`."""
+    """Sizes of the language model, named as in `text_config`."""
 
     vocab_size: int
     hidden_size: int
@@ -41,37 +41,40 @@ class Qwen2Config:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """What later positions need of earlier ones: keys, rotated, and values of all L layers, in S slots a row."""
+    """Rotated keys and values of earlier positions, for all L layers, in S slots per row."""
 
     k: Array
     """[L, B, K, S, Dh]"""
     v: Array
     """[L, B, K, S, Dh]"""
     used: Array
-    """bool [B, S]: slots that hold something."""
+    """bool [B, S]: slots that are filled."""
 
     def grown(self, slots: int) -> "KVCache":
-        """With so many empty slots behind the others."""
+        """Return the cache with `slots` empty slots appended."""
         k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, slots), (0, 0))) for x in (self.k, self.v))
         return KVCache(k=k, v=v, used=jnp.pad(self.used, ((0, 0), (0, slots))))
 
     def put(self, k: Array, v: Array, slot: Array) -> "KVCache":
-        """With k, v [L, B, K, N, Dh] in the slots from `slot` on, the same of every row: so no row is looked for."""
+        """Return the cache with k, v [L, B, K, N, Dh] written from `slot` on, the same slot in every row.
+
+        One slot for all rows makes it an update of a slice; a slot per row would be a scatter.
+        """
         put = jax.lax.dynamic_update_slice_in_dim
         used = put(self.used, jnp.ones((k.shape[1], k.shape[3]), bool), slot, axis=1)
         return KVCache(k=put(self.k, k, slot, axis=3), v=put(self.v, v, slot, axis=3), used=used)
 
 
 def rope_tables(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """cos and sin, float32 [B, T, 1, Dh], for positions [B, T] (Su et al. 2021, in GPT-NeoX's half-split order)."""
+    """Return cos and sin, float32 [B, T, 1, Dh], for positions [B, T] (Su et al. 2021; GPT-NeoX's half-split order)."""
     frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions[..., None].astype(jnp.float32) * frequency
+    angle = positions[..., None].astype(jnp.float32) * frequency[None, None]
     angle = jnp.concatenate([angle, angle], -1)[:, :, None, :]
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns x [B, T, H, Dh] by its position; in float32, since late positions turn by large angles."""
+    """Rotate x [B, T, H, Dh] by its position, in float32, since late positions have large angles."""
     h = x.astype(jnp.float32)
     first, second = jnp.split(h, 2, axis=-1)
     return (h * cos + jnp.concatenate([-second, first], -1) * sin).astype(x.dtype)
@@ -134,7 +137,7 @@ class Qwen2DecoderLayer(nnx.Module):
 
 
 class Qwen2Model(nnx.Module):
-    """Embeddings [B, T, D] → last hidden states [B, T, D], normed."""
+    """Embeddings [B, T, D] → last hidden states [B, T, D], after the final norm."""
 
     def __init__(self, config: Qwen2Config, remat: RematPolicy, backend: AttentionBackend, *, rngs: nnx.Rngs):
         self.config, self.remat, self.backend = config, remat, backend
@@ -148,17 +151,17 @@ class Qwen2Model(nnx.Module):
         return self.norm(scan_layers(self.layers, x, cos, sin, attend, remat=self.remat))
 
     def prefill(self, x: Array, positions: Array, lengths: Array) -> tuple[Array, KVCache]:
-        """Compute what a call does, and the cache from which `extend` continues."""
+        """Return what a call returns, and the cache from which `extend` continues."""
         attend = partial(attention, causal=True, lengths=lengths, backend=self.backend)
         hidden, k, v = self._with_keys_and_values(x, positions, attend)
-        used = jnp.arange(x.shape[1]) < lengths[:, None]
+        used = jnp.arange(x.shape[1])[None] < lengths[:, None]
         return hidden, KVCache(k=k, v=v, used=used)
 
     def extend(self, x: Array, positions: Array, cache: KVCache, ways: int = 1) -> tuple[Array, Array, Array]:
-        """Continue each row in W = `ways` ways that do not see one another, N positions each.
+        """Continue each row in W = `ways` independent ways of N positions each.
 
-        x [B, W·N, D], positions [B, W·N] → last hidden states [B, W·N, D], normed, and the new keys and values
-        [L, B, K, W·N, Dh], which are not in the cache yet.
+        x [B, W·N, D], positions [B, W·N] → last hidden states [B, W·N, D] after the final norm, and the new keys and
+        values [L, B, K, W·N, Dh], which are not in the cache yet.
         """
         attend = partial(extension_attention, used=cache.used, ways=ways)
         return self._with_keys_and_values(x, positions, attend, {"past_k": cache.k, "past_v": cache.v})
@@ -185,7 +188,7 @@ class Qwen2Model(nnx.Module):
 
 
 class Qwen2ForCausalLM(nnx.Module):
-    """The decoder and the head that turns hidden states into words; tied to the embeddings or its own."""
+    """The decoder, and the head that maps hidden states to words: tied to the embeddings, or separate."""
 
     def __init__(self, config: Qwen2Config, remat: RematPolicy, backend: AttentionBackend, *, rngs: nnx.Rngs):
         self.model = Qwen2Model(config, remat, backend, rngs=rngs)
@@ -193,6 +196,6 @@ class Qwen2ForCausalLM(nnx.Module):
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
 
     def logits(self, x: Array) -> Array:
-        """Hidden states [..., D] → float32 [..., V]."""
+        """Map hidden states [..., D] to logits, float32 [..., V]."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return float32_product(x, head.weight[...].astype(x.dtype))

@@ -1,4 +1,4 @@
-"""SigLIP's vision tower (Zhai et al. 2023) under Hugging Face's names, fed by the volume patch embedding.
+"""SigLIP's vision tower (Zhai et al. 2023) under Hugging Face's names, with the patch embedding for volumes.
 
 Axes: M volumes, N patches, E width, F width of the MLP, H heads.
 """
@@ -22,7 +22,7 @@ Array = jax.Array
 
 @dataclass(frozen=True, kw_only=True)
 class SiglipConfig:
-    """Shape of the tower, under the names of `vision_config`."""
+    """Sizes of the tower, named as in `vision_config`."""
 
     hidden_size: int
     intermediate_size: int
@@ -32,7 +32,7 @@ class SiglipConfig:
 
 
 class SiglipAttention(nnx.Module):
-    """Attention with biases; `attend` takes q, k and v [M, N, H, Dh]."""
+    """Attention whose projections have biases; `attend` takes q, k and v [M, N, H, Dh]."""
 
     def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
         self.num_heads = config.num_attention_heads
@@ -49,7 +49,7 @@ class SiglipAttention(nnx.Module):
 
 
 class SiglipMLP(nnx.Module):
-    """E → F → E with the tanh approximation of GELU."""
+    """E → F → E, with the tanh approximation of GELU."""
 
     def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
@@ -74,16 +74,16 @@ class SiglipEncoderLayer(nnx.Module):
 
 
 class SiglipEncoder(nnx.Module):
-    """The layers, stacked."""
+    """The layers, stacked on axis 0 of their parameters."""
 
     def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
         self.layers = stack(lambda rngs: SiglipEncoderLayer(config, rngs=rngs), config.num_hidden_layers, rngs)
 
 
 class SiglipVisionTransformer(nnx.Module):
-    """Patch embedding and encoder; `post_layernorm` is carried for lossless conversion only.
+    """Patch embedding and encoder; `post_layernorm` is kept only for lossless conversion.
 
-    LLaVA takes the last layer's output *before* `post_layernorm`, so nothing that it holds reaches the loss.
+    LLaVA takes the last layer's output *before* `post_layernorm`, so its parameters never reach the loss.
     """
 
     def __init__(self, config: SiglipConfig, modalities: Mapping[str, ModalityConfig], *, rngs: nnx.Rngs):

@@ -1,8 +1,7 @@
-"""What a training step will take on machines that are not at hand: bytes, FLOPs, time, from shapes alone.
+"""Predict the memory, FLOPs and time of a training step on other machines, from shapes only.
 
-Counted are the products of matrices; everything else is traffic or noise beside them. All figures are per
-micro-batch of B conversations, each with one volume, without padding. Axes of a mesh are those of
-umbrella_jax/sharding.py.
+FLOPs count the products of matrices; everything else is memory traffic or negligible. All figures are for one
+micro-batch of B conversations, each with one volume, without padding. Mesh axes are those of umbrella_jax/sharding.py.
 """
 
 from umbrella_jax.plan.devices import parse_devices, sheet_of

@@ -1,4 +1,4 @@
-"""Devices by their data sheets, a CPU by measurement."""
+"""Speed and memory of devices: from data sheets, and measured for a CPU."""
 
 import dataclasses
 import difflib
@@ -16,33 +16,33 @@ from umbrella_jax.config.schema import AttentionBackend
 from umbrella_jax.errors import ConfigError
 
 OF_PEAK = 0.75
-"""Share of a data sheet's peak that products reach: 0.71 to 0.76 on an H200, which is the rate measured there with
-products alone, so that of such a rate they reach all (docs/performance.md)."""
+"""Fraction of a data sheet's peak that products reach. On an H200 it is 0.71 to 0.76, the same as for products measured
+in isolation; so a measured rate is reached in full (docs/performance.md)."""
 OF_CPU = 0.8
-"""Share that products reach of a CPU's rate, which is that of the best moment."""
+"""Fraction of a CPU's measured rate that products reach, since the measurement is the best of several."""
 
 
 @dataclass(frozen=True)
 class DeviceKind:
-    """One device's data sheet, in units of 1, bytes and seconds."""
+    """Data sheet of one device, in FLOP, bytes and seconds."""
 
     name: str
     flops: float
     """Peak of dense bfloat16 products, FLOP/s."""
     memory: float
     bandwidth: float
-    """Of its memory, bytes/s."""
+    """Memory bandwidth, bytes/s."""
     link: float
-    """To its neighbours, bytes/s in one direction: half of what data sheets call bidirectional."""
+    """Bandwidth to its neighbours, bytes/s in one direction: half of what data sheets call bidirectional."""
     island: int
-    """Devices that `link` connects; collectives over more go through the network."""
+    """Number of devices that links connect; collectives over more devices use the network."""
     network: float
-    """Of one device, bytes/s."""
+    """Network bandwidth per device, bytes/s."""
     source: str
     attention: AttentionBackend
-    """What `model.attention: auto` takes there, where it can."""
+    """Backend that `model.attention: auto` chooses there if it supports the model."""
     counted: int = 1
-    """What the name counts per device: `v5p-64` are 64 TensorCores, two on each of 32 chips."""
+    """How much one device adds to the number in a name: `v5p-64` is 64 TensorCores, two on each of 32 chips."""
 
 
 _GOOGLE, _NVIDIA = "https://cloud.google.com/tpu/docs", "https://www.nvidia.com/en-us/data-center"
@@ -67,17 +67,17 @@ _NAMED: dict[str, str] = {
     "h100": r"NVIDIA H100 80GB HBM3",
     "h200": r"NVIDIA H200",
 }
-"""What jax calls them (`device_kind`); the slower H100 PCIe, H100 NVL and H200 NVL are none of these."""
+"""{kind: pattern of jax's `device_kind`}; the slower H100 PCIe, H100 NVL and H200 NVL match none."""
 
 
 def sheet_of(device_kind: str) -> DeviceKind | None:
-    """The data sheet of a device that is there, by jax's name; None where it is not known."""
+    """Return the data sheet for jax's name of a device; None if the device is unknown."""
     return next((KINDS[name] for name, pattern in _NAMED.items() if re.fullmatch(pattern, device_kind)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Devices:
-    """So many of one kind, and what a step reaches of their peak."""
+    """Several devices of one kind, and the fraction of their peak that a step reaches."""
 
     name: str
     kind: DeviceKind
@@ -86,23 +86,23 @@ class Devices:
 
     @property
     def island_size(self) -> int:
-        """So many of them links connect, of a slice or a node."""
+        """Number of devices that fast links connect, within a slice or a node."""
         return min(self.count, self.kind.island)
 
 
 def parse_devices(
     name: str, *, flops: float | None = None, efficiency: float | None = None, dtype: str = "bfloat16"
 ) -> Devices:
-    """`v5e-16`, `h100x8`, `h200`, `cpu`.
+    """Parse a name such as `v5e-16`, `h100x8`, `h200` or `cpu`.
 
     Args:
-        flops: a matmul rate measured on one device, FLOP/s, which takes the place of the data sheet's peak.
-        efficiency: the share of the peak, or of that rate, that products reach.
-        dtype: that the products are computed in; the rate of a CPU is measured in it here and now, where not given.
+        name: kind and number of devices.
+        flops: matmul rate measured on one device, FLOP/s; replaces the data sheet's peak.
+        efficiency: fraction of the peak, or of that rate, that products reach.
+        dtype: type of the products. Without `flops`, a CPU's rate in this type is measured now.
 
     Raises:
-        ConfigError: naming the kinds that are known; for counts that a kind cannot have, and for a dtype that its
-            data sheet has no peak of.
+        ConfigError: the kind is unknown, cannot have this count, or its data sheet has no peak for this dtype.
     """
     match = re.fullmatch(r"([a-z]\w*?)(?:[-x]([1-9]\d*))?", name.lower())
     kind = match[1] if match else name
@@ -150,25 +150,25 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def layer_rate(dtype: str, tokens: int = 729, width: int = 1152, inner: int = 4304, layers: int = 8) -> float:
-    """FLOP/s of this machine's CPU in the products of so many MLPs of SigLIP's, one after the other, the best of five.
+    """Measure the FLOP/s of this machine's CPU in the products of SigLIP's MLPs, one after the other; the best of five.
 
-    Their weights, 159 MB in float32, come from memory, as a step's do: a product that finds its matrices in the cache
-    is up to twice as fast.
+    The weights, 159 MB in float32, come from memory, as in a training step. A product whose matrices are already in the
+    cache is up to twice as fast.
     """
 
-    def through(x: jax.Array, weights: jax.Array) -> jax.Array:
+    def run_layers(x: jax.Array, weights: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, w: ((x @ w.T) @ w, None), x, weights)[0]
 
-    return 4 * tokens * width * inner * layers / _seconds(through, dtype, (tokens, width), (layers, inner, width))
+    return 4 * tokens * width * inner * layers / _seconds(run_layers, dtype, (tokens, width), (layers, inner, width))
 
 
 def memory_rate(size: int = 1 << 24) -> float:
-    """Bytes/s that this machine's CPU reads and writes, adding two float32 arrays of `size`, the best of five."""
+    """Measure the bytes/s that this machine's CPU reads and writes, adding two float32 arrays; the best of five."""
     return 3 * 4 * size / _seconds(jnp.add, "float32", (size,), (size,))
 
 
 def _seconds(function: Callable[..., jax.Array], dtype: str, *shapes: tuple[int, ...]) -> float:
-    """Of a call on arrays of numbers so small that nothing overflows, the best of five."""
+    """Measure the seconds of a call, the best of five, on arrays of numbers too small to overflow."""
     with jax.default_device(jax.devices("cpu")[0]):
         arrays, compiled = [jnp.full(shape, 0.01, dtype) for shape in shapes], jax.jit(function)
         compiled(*arrays).block_until_ready()

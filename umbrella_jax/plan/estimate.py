@@ -1,4 +1,4 @@
-"""Time from counts and data sheets, the largest batch, the best mesh; and the table of them."""
+"""Step times from counts and data sheets, the largest batch, the best mesh, and the table that shows them."""
 
 import dataclasses
 import math
@@ -20,28 +20,31 @@ from umbrella_jax.sharding import MeshShape, mesh_shape, mesh_shapes
 from umbrella_jax.training import freeze
 
 OF_PRODUCTS: dict[AttentionBackend, float] = {"xla": 1.0, "cudnn": 0.4, "splash": 0.4}
-"""Of the rate of other products, what attention's reach: XLA's on a CPU; cuDNN's, 0.36 to 0.74 on an H200, 0.2 at 216
-patches. Of splash it is a guess."""
+"""Rate of attention's products relative to other products. XLA: measured on a CPU. cuDNN: 0.36 to 0.74 on an H200, 0.2
+for 216 patches. splash: a guess."""
 OF_BANDWIDTH = 0.7
-"""Share of a data sheet's memory bandwidth that what lies between products reaches: 0.63 to 0.85 on an H200."""
+"""Fraction of the memory bandwidth that operations between products reach: 0.63 to 0.85 on an H200."""
 OF_LINKS = 0.8
-"""Share of links' bandwidth that large transfers reach."""
+"""Fraction of the links' bandwidth that large transfers reach."""
 RESERVED = 0.1
-"""Share of a device's memory that is left to the runtime and to fragmentation."""
+"""Fraction of a device's memory that the runtime and fragmentation need."""
 _ATTENTION = {
     "xla": "attention is XLA's: no scores are kept; those at work at a time, and their traffic, are not counted",
     "cudnn": "attention is cuDNN's flash kernel, which writes no scores",
     "splash": "attention is splash, a flash kernel, which writes no scores; memory of what it pads (heads to 128, "
     "lengths to blocks) is counted, products are not",
 }
-_STORED = ("float32", "bfloat16", "float16")  # what weights are read in
-_SHOWN = 4  # meshes in a table, which is not wider than 80 characters
+_STORED = ("float32", "bfloat16", "float16")  # types in which weights are read
+_SHOWN = 4  # meshes in a table of at most 80 columns
 _COUNTS: dict[str, str | None] = {"floor": None} | {policy: policy for policy in KEPT}
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepEstimate:
-    """A micro-batch on a mesh. Bytes are of each device; seconds are bounds from each of the machine's limits."""
+    """Memory and time of one micro-batch on one mesh.
+
+    `bytes` are per device, by use. `seconds` are lower bounds, one for each limit of the machine.
+    """
 
     mesh: MeshShape
     remat: str
@@ -54,7 +57,7 @@ class StepEstimate:
 
     @property
     def total_bytes(self) -> float:
-        """Of each device."""
+        """Bytes per device."""
         return sum(self.bytes.values())
 
     @property
@@ -64,11 +67,11 @@ class StepEstimate:
 
 
 def estimate(model: ModelCounts, devices: Devices, mesh: MeshShape, batch_size: int, remat: str) -> StepEstimate:
-    """Bytes and time of B conversations.
+    """Estimate bytes and time of `batch_size` conversations.
 
-    Products, and what is read and written between them, come one after the other. Beside both run collectives of
-    weights and gradients: the longest counts. Those of activations do not, since the next product waits for them: they
-    are added. Latencies are not counted.
+    Products and the memory traffic between them run one after the other. Collectives of weights and of gradients run in
+    parallel to both, so the longest of the three counts. Collectives of activations are added, since the next product
+    waits for them. Latencies are not counted.
     """
     kind, attention = devices.kind, model.attention_flops(remat)
     flops = sum(model.flops(remat).values()) - attention + attention / OF_PRODUCTS[model.config.attention]
@@ -80,14 +83,14 @@ def estimate(model: ModelCounts, devices: Devices, mesh: MeshShape, batch_size: 
         rate = kind.link if count * stride <= kind.island else kind.network
         seconds[name] = size / (rate * OF_LINKS) if count > 1 else 0.0
     overlapping = max(seconds["compute"] + seconds["memory"], seconds["gradients"], seconds["weights"])
-    used = model.device_bytes(mesh, batch_size, remat)
+    device_bytes = model.device_bytes(mesh, batch_size, remat)
     step = overlapping + seconds["activations"]
     return StepEstimate(
         mesh=mesh,
         remat=remat,
         batch_size=batch_size,
-        bytes=used,
-        fits=sum(used.values()) <= kind.memory * (1 - RESERVED),
+        bytes=device_bytes,
+        fits=sum(device_bytes.values()) <= kind.memory * (1 - RESERVED),
         seconds=seconds,
         step_seconds=step,
         samples_per_second=batch_size / step,
@@ -95,18 +98,18 @@ def estimate(model: ModelCounts, devices: Devices, mesh: MeshShape, batch_size: 
 
 
 def largest_batch(model: ModelCounts, devices: Devices, mesh: MeshShape, remat: str) -> int:
-    """The most conversations of a micro-batch that fit, a multiple of what the mesh splits it into; 0 where none."""
-    room = devices.kind.memory * (1 - RESERVED)
+    """Return the largest micro-batch that fits, a multiple of the mesh's parts; 0 if none does."""
+    available = devices.kind.memory * (1 - RESERVED)
 
     def total(local: int) -> float:
         return sum(model.device_bytes(mesh, local * mesh.parts, remat).values())
 
-    return (bisect_right(range(1 << 20), room, lo=1, key=total) - 1) * mesh.parts
+    return (bisect_right(range(1 << 20), available, lo=1, key=total) - 1) * mesh.parts
 
 
 @dataclass(frozen=True, kw_only=True)
 class HardwarePlan:
-    """All that was worked out; lists come best first."""
+    """Estimates for a run on some devices; the best come first."""
 
     devices: Devices
     model: ModelCounts
@@ -114,44 +117,43 @@ class HardwarePlan:
     remat: str
     batch_size: int
     configured: tuple[StepEstimate, ...]
-    """With the config's batch, on every mesh that divides it and the model."""
+    """The config's batch, on every mesh that divides it and the model."""
     largest: tuple[StepEstimate, ...]
-    """With the largest batch that fits, on every mesh that divides the model and on which one does."""
+    """The largest batch that fits, on every mesh that divides the model and fits any."""
     policies: tuple[StepEstimate, ...]
-    """The best of `largest` per remat policy."""
+    """The largest batch on its best mesh, per remat policy."""
     subjects: int | None
 
-    def hours(self, found: StepEstimate) -> float | None:
-        """Of an epoch of one conversation per subject: whole steps, nothing but steps."""
+    def hours(self, step: StepEstimate) -> float | None:
+        """Return the hours of an epoch of one conversation per subject, in whole steps; None without `subjects`."""
         if self.subjects is None:
             return None
-        return math.ceil(self.subjects / found.batch_size) * found.step_seconds / 3600
+        return math.ceil(self.subjects / step.batch_size) * step.step_seconds / 3600
 
     def assumptions(self) -> list[str]:
-        """What the figures rest on, in words."""
+        """List the assumptions that the figures rest on, as sentences."""
         kind, work = self.devices.kind, self.model.workload
         return [
             f"a conversation: one {work.modality} volume of {work.patches} patches, {work.text_tokens} text tokens, "
             f"{work.supervised} of them supervised; no padding, no volume shared",
-            f"products, those done again too, reach {self.devices.efficiency:.0%} of {kind.flops / 1e12:.4g} TFLOP/s "
-            f"({kind.source}), attention's {OF_PRODUCTS[self.model.config.attention]:.0%} of that",
+            f"products, recomputed ones included, reach {self.devices.efficiency:.0%} of {kind.flops / 1e12:.4g} "
+            f"TFLOP/s ({kind.source}), attention's {OF_PRODUCTS[self.model.config.attention]:.0%} of that",
             f"memory reaches {OF_BANDWIDTH:.0%} of its bandwidth, links {OF_LINKS:.0%}; {RESERVED:.0%} of memory is "
             "left free",
             "a step takes max(compute + memory, collectives of gradients, of weights) + collectives of activations",
             "latencies, data loading and evaluation are not counted",
-            "a causal mask's half is counted as done",
+            "the masked half of causal attention is counted",
             _ATTENTION[self.model.config.attention],
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; bytes, FLOPs and seconds."""
+        """Return plain values, in bytes, FLOPs and seconds."""
 
-        def of(found: StepEstimate) -> dict[str, Any]:
-            values = dataclasses.asdict(found)
-            return values | {
-                "total_bytes": found.total_bytes,
-                "bound": found.bottleneck,
-                "hours_per_epoch": self.hours(found),
+        def plain(step: StepEstimate) -> dict[str, Any]:
+            return dataclasses.asdict(step) | {
+                "total_bytes": step.total_bytes,
+                "bound": step.bottleneck,
+                "hours_per_epoch": self.hours(step),
             }
 
         return {
@@ -166,14 +168,14 @@ class HardwarePlan:
             "batch_size": self.batch_size,
             "subjects": self.subjects,
             "flops_per_sample": {name: self.model.flops(remat) for name, remat in _COUNTS.items()},
-            "configured": [of(found) for found in self.configured],
-            "largest": [of(found) for found in self.largest],
-            "policies": [of(found) for found in self.policies],
+            "configured": [plain(step) for step in self.configured],
+            "largest": [plain(step) for step in self.largest],
+            "policies": [plain(step) for step in self.policies],
             "assumptions": self.assumptions(),
         }
 
     def table(self) -> str:
-        """For a terminal."""
+        """Format the plan for a terminal."""
         devices, model = self.devices, self.model
         kind = devices.kind
         chips = f"{devices.count} devices" if devices.count > 1 else "1 device"
@@ -188,29 +190,29 @@ class HardwarePlan:
         )
         lines = [*_wrapped(f"{devices.name}: {chips}, each {speeds}"), *_wrapped(trains), ""]
         counts = [model.flops(remat) for remat in _COUNTS.values()]
-        unit, of = _unit(max(sum(count.values()) for count in counts))
+        unit, scaled = _unit(max(sum(count.values()) for count in counts))
         lines += table_lines(
             [
                 [f"{unit}FLOP per conversation, by remat policy", *_COUNTS],
-                *([part, *(of(count[part]) for count in counts)] for part in freeze.COMPONENTS),
-                ["total", *(of(sum(count.values())) for count in counts)],
+                *([part, *(scaled(count[part]) for count in counts)] for part in freeze.COMPONENTS),
+                ["total", *(scaled(sum(count.values())) for count in counts)],
             ]
         )
         best = [(f"batch {self.batch_size}", self.configured), ("largest batch", self.largest)]
-        shown = [(name, found[0]) for name, found in best if found]
+        shown = [(name, estimates[0]) for name, estimates in best if estimates]
         if shown:
-            unit, of = _unit(min(found.total_bytes for _, found in shown), "G")
-            rows = [[f"{unit}B per device, remat {self.remat}", *(f"{name}, {found.mesh}" for name, found in shown)]]
-            rows += [[key, *(of(found.bytes[key]) for _, found in shown)] for key in shown[0][1].bytes]
-            rows.append(["total", *(of(found.total_bytes) for _, found in shown)])
+            unit, scaled = _unit(min(step.total_bytes for _, step in shown), "G")
+            rows = [[f"{unit}B per device, remat {self.remat}", *(f"{name}, {step.mesh}" for name, step in shown)]]
+            rows += [[key, *(scaled(step.bytes[key]) for _, step in shown)] for key in shown[0][1].bytes]
+            rows.append(["total", *(scaled(step.total_bytes) for _, step in shown)])
             lines += ["", *table_lines(rows)]
         for title, estimates in (
             (f"batch {self.batch_size}, remat {self.remat}", self.configured),
             (f"largest batch that fits, remat {self.remat}", self.largest),
         ):
             if estimates:
-                beside = self._beside("data×fsdp×tensor", estimates[:_SHOWN], lambda found: str(found.mesh))
-                lines += ["", f"{title}; milliseconds by limit:", *beside]
+                compared = self._compare("data×fsdp×tensor", estimates[:_SHOWN], lambda step: str(step.mesh))
+                lines += ["", f"{title}; milliseconds by limit:", *compared]
                 if len(estimates) > _SHOWN:
                     lines.append(f"and {len(estimates) - _SHOWN} slower ones (--json has them)")
         if not self.configured:
@@ -219,30 +221,30 @@ class HardwarePlan:
             lines += ["", f"batch {self.batch_size}: no mesh of these devices divides it; the next for all is {fits}"]
         if self.policies:
             title = "largest batch that fits, each remat policy on its best mesh; milliseconds:"
-            beside = self._beside("remat", self.policies, lambda found: f"{found.remat}, {found.mesh}")
-            lines += ["", title, *beside]
+            compared = self._compare("remat", self.policies, lambda step: f"{step.remat}, {step.mesh}")
+            lines += ["", title, *compared]
         else:
             lines += ["", "no conversation fits on any mesh under any remat policy: take more devices"]
-        for title, found in (("as configured", self.configured), ("the largest", self.largest)):
-            if found:
-                sizes = ",".join(f"{axis}={size}" for axis, size in dataclasses.asdict(found[0].mesh).items())
-                lines += ["", f"to train, {title}: --batch-size {found[0].batch_size} --mesh {sizes}"]
+        for title, estimates in (("as configured", self.configured), ("the largest", self.largest)):
+            if estimates:
+                sizes = ",".join(f"{axis}={size}" for axis, size in dataclasses.asdict(estimates[0].mesh).items())
+                lines += ["", f"to train, {title}: --batch-size {estimates[0].batch_size} --mesh {sizes}"]
         return "\n".join(
             [*lines, "", "assumed:", *(line for text in self.assumptions() for line in _wrapped(f"- {text}"))]
         )
 
-    def _beside(self, what: str, found: Sequence[StepEstimate], name: Callable[[StepEstimate], str]) -> list[str]:
-        """A column for each."""
-        rows = [[what, *map(name, found)], ["batch", *(str(e.batch_size) for e in found)]]
-        rows.append(["GB", *(f"{e.total_bytes / 1e9:.2f}" for e in found)])
-        if not all(e.fits for e in found):
-            rows.append(["", *("" if e.fits else "(too much)" for e in found)])
-        rows += [[limit, *(f"{e.seconds[limit] * 1e3:.2f}" for e in found)] for limit in found[0].seconds]
-        rows.append(["step", *(f"{e.step_seconds * 1e3:.2f}" for e in found)])
-        rows.append(["samples/s", *(f"{e.samples_per_second:.4g}" for e in found)])
-        rows.append(["bound by", *(e.bottleneck for e in found)])
+    def _compare(self, title: str, estimates: Sequence[StepEstimate], name: Callable[[StepEstimate], str]) -> list[str]:
+        """Return the lines of a table with one column per estimate."""
+        rows = [[title, *map(name, estimates)], ["batch", *(str(e.batch_size) for e in estimates)]]
+        rows.append(["GB", *(f"{e.total_bytes / 1e9:.2f}" for e in estimates)])
+        if not all(e.fits for e in estimates):
+            rows.append(["", *("" if e.fits else "(too much)" for e in estimates)])
+        rows += [[limit, *(f"{e.seconds[limit] * 1e3:.2f}" for e in estimates)] for limit in estimates[0].seconds]
+        rows.append(["step", *(f"{e.step_seconds * 1e3:.2f}" for e in estimates)])
+        rows.append(["samples/s", *(f"{e.samples_per_second:.4g}" for e in estimates)])
+        rows.append(["bound by", *(e.bottleneck for e in estimates)])
         if self.subjects is not None:
-            rows.append([f"hours for {self.subjects:,}", *(f"{self.hours(e):.3g}" for e in found)])
+            rows.append([f"hours for {self.subjects:,}", *(f"{self.hours(e):.3g}" for e in estimates)])
         return table_lines(rows)
 
 
@@ -251,7 +253,7 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _unit(size: float, largest: str = "T") -> tuple[str, Callable[[float], str]]:
-    """In which a size has figures before the point: its prefix, and how such sizes are written."""
+    """Choose a unit in which `size` is at least 0.1; return its prefix and a function that formats sizes in it."""
     scales = {"T": 1e12, "G": 1e9, "M": 1e6}
     prefixes = list(scales)[list(scales).index(largest) :]
     unit = next((prefix for prefix in prefixes if size >= scales[prefix] / 10), "M")
@@ -259,9 +261,9 @@ def _unit(size: float, largest: str = "T") -> tuple[str, Callable[[float], str]]
 
 
 def stored_dtype(config: ModelConfig, config_json: Path) -> str:
-    """The type of frozen weights: the run's, or where that is `auto`, what the checkpoint's config.json says.
+    """Return the type of frozen weights: the run's, or for `auto` the one in the checkpoint's config.json.
 
-    Raises CheckpointError where that says none of those that weights are read in.
+    Raises CheckpointError if weights of that type cannot be read.
     """
     if config.frozen_dtype != "auto":
         return config.frozen_dtype
@@ -285,18 +287,21 @@ def plan_hardware(
     text_tokens: int = 64,
     subjects: int | None = None,
 ) -> HardwarePlan:
-    """Works out a run on `devices`, with the attention that it has there, on the config's mesh or, where it names none,
-    on all that divide the model.
+    """Estimate a run on `devices`, with the attention it has there.
+
+    The mesh is the config's; without one, all meshes that divide the model are compared.
 
     Args:
-        model: of the run's base; its shapes alone are looked at.
+        config: the run.
+        model: the run's base; only its shapes are used.
+        devices: the devices, which need not be present.
         frozen_dtype: see `stored_dtype`.
-        text_tokens: of one conversation, beside its patches.
-        subjects: conversations of an epoch.
+        text_tokens: tokens of one conversation, besides its patches.
+        subjects: number of conversations in an epoch.
 
     Raises:
-        ConfigError: as `workload`, `freeze.label_params`, `LlavaConfig.with_attention` and `mesh_shape`; for a mesh
-            that does not divide the model, and for fewer than one subject.
+        ConfigError: as `workload`, `freeze.label_params`, `LlavaConfig.with_attention` and `mesh_shape` raise it; also
+            if the mesh does not divide the model, or `subjects` is below 1.
     """
     if subjects is not None and subjects < 1:
         raise ConfigError(f"--subjects {subjects}: expected 1 or more")
@@ -314,7 +319,7 @@ def plan_hardware(
 
     def best_first(found: Iterable[StepEstimate]) -> tuple[StepEstimate, ...]:
         def rank(e: StepEstimate) -> tuple[bool, float, int, int]:
-            # Of two that are about equally fast, the one that splits less comes first.
+            # Of two about equally fast meshes, the one that splits less comes first.
             return not e.fits, -float(f"{e.samples_per_second:.3g}"), e.mesh.tensor, e.mesh.fsdp
 
         return tuple(sorted(found, key=rank))

@@ -1,6 +1,7 @@
 """FLOPs, bytes and collectives of a micro-batch, from shapes.
 
-The policies' tables follow umbrella_jax/models/layers.py, the products its modules; tests compare both with XLA.
+The tables of remat policies follow umbrella_jax/models/layers.py, and the products follow the model's modules; tests
+compare both with XLA.
 """
 
 import math
@@ -18,7 +19,7 @@ from umbrella_jax.models.quantize import quantizable
 from umbrella_jax.sharding import MeshShape, spec_of
 from umbrella_jax.training import freeze
 
-_SUPERVISED = 8  # tokens of a conversation, the smallest that a batch has room for
+_SUPERVISED = 8  # tokens of a conversation: the smallest number for which a batch has room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +35,14 @@ class Workload:
 
     @property
     def positions(self) -> int:
-        """In the language model."""
+        """Positions in the language model."""
         return self.patches + self.text_tokens
 
 
 def workload(config: RunConfig, model: LlavaConfig, text_tokens: int = 64) -> Workload:
-    """A conversation about `data.modality`, or about the modality with the most patches.
+    """Return a conversation about `data.modality` or, without one, about the modality with the most patches.
 
-    Raises ConfigError for a modality that the model does not have, and for more positions than `data.max_length`.
+    Raises ConfigError if the model lacks the modality, or if the positions exceed `data.max_length`.
     """
     name = max(model.modalities, key=lambda m: model.modalities[m].num_patches)
     if config.data.modality is not None:
@@ -52,70 +53,78 @@ def workload(config: RunConfig, model: LlavaConfig, text_tokens: int = 64) -> Wo
     if text_tokens < _SUPERVISED:
         raise ConfigError(f"--text-tokens {text_tokens}: expected {_SUPERVISED} at least, which are supervised")
     modality = model.modalities[name]
-    made = Workload(
+    work = Workload(
         modality=name,
         voxels=math.prod(modality.size),
         patches=modality.num_patches,
         patch_dim=modality.patch_dim,
         text_tokens=text_tokens,
     )
-    if made.positions > config.data.max_length:
+    if work.positions > config.data.max_length:
         raise ConfigError(
-            f"--text-tokens {text_tokens}: with {made.patches} patches more than data.max_length "
+            f"--text-tokens {text_tokens}: with {work.patches} patches more than data.max_length "
             f"{config.data.max_length}"
         )
-    return made
+    return work
 
 
-# What the backward pass does not find kept, and what it multiplies again for it (umbrella_jax/models/layers.py).
+# Values that layers keep for the backward pass, and products that it computes again (umbrella_jax/models/layers.py).
 _MLP = ("fc1", "gate_proj", "up_proj")
-_ALL = ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj", *_MLP)  # fc2, down_proj: nothing needs their output
-_LOW = "lora_A"  # what an adapter's first product makes, rank numbers for each row, is never kept
+_ALL = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "out_proj",
+    "o_proj",
+    *_MLP,
+)  # without fc2 and down_proj, whose outputs are not needed
+_LOW = "lora_A"  # an adapter's first product, `rank` numbers per row, is never kept
 KEPT: dict[str, tuple[str, ...]] = {
     "none": ("input", "qkv", "attention", "lse", "middle", "mlp"),
     "mlp": ("input", "qkv", "attention", "lse", "middle"),
     "full": ("input",),
 }
-"""Per remat policy, what a layer keeps: its input; q, k, v; attention's output and softmax denominators (lse); the
-residual stream between its two blocks (middle); what goes into the MLP's nonlinearity."""
+"""Values that a layer keeps, per remat policy: its input; q, k and v; attention's output and softmax denominators
+(lse); the residual stream between its two blocks (middle); the input of the MLP's nonlinearity."""
 AGAIN: dict[str, tuple[str, ...]] = {"none": (_LOW,), "mlp": (_LOW, *_MLP), "full": (_LOW, "attention", *_ALL)}
-"""Per remat policy, the products that the backward pass does again; scores are made again under each of them."""
+"""Products that the backward pass computes again, per remat policy. Every policy computes scores again."""
 _ATTENTION_PRODUCTS = {"forward": 2, "backward": 4, "scores": 1}
-"""Scores and their product with v; gradients of v, probabilities, q and k; scores again (Dao et al. 2022)."""
+"""Products in attention. Forward: scores, and their product with v. Backward: gradients of v, probabilities, q and k.
+Then the scores again (Dao et al. 2022)."""
 _TENSOR_REDUCTIONS = {"forward": 2, "backward": 2}
-"""All-reduces of a layer's residual stream under `tensor`: behind attention and MLP, and before them on the way
-back (Shoeybi et al. 2019). `full` makes attention's again."""
+"""All-reduces of a layer's residual stream under `tensor`: one each for attention and MLP, in both directions (Shoeybi
+et al. 2019). The policy `full` repeats attention's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """Activations times a weight [outputs, inputs], in each of `layers` layers."""
+    """Activations times a weight [outputs, inputs], once per layer."""
 
     name: str
-    """Of an adapter's second product, that of the product beside which it lies: the same needs both."""
+    """Name of the module. An adapter's second product has the name of the adapted one: both are needed together."""
     component: str
     layers: int
     rows: int
-    """Of one conversation."""
+    """Rows of one conversation."""
     inputs: int
     outputs: int
     trained: bool
     differentiated: bool
-    """Whether the gradient goes on to its input."""
+    """Whether its input needs a gradient."""
 
     @property
     def flops(self) -> float:
-        """Of one run over a conversation."""
+        """FLOPs of computing it once for one conversation."""
         return 2.0 * self.layers * self.rows * self.inputs * self.outputs
 
     def runs(self, again: Collection[str] = ()) -> int:
-        """Forward; gradient of the input; gradient of the weight; forward again."""
+        """Return how often a product of this size runs: forward, for each gradient, and if in `again` forward again."""
         return 1 + self.differentiated + self.trained + (self.differentiated and self.name in again)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """The layers of a tower."""
+    """The stacked layers of the vision tower or of the language model."""
 
     component: str
     layers: int
@@ -128,28 +137,29 @@ class Stack:
     gated: bool
     differentiated: bool
     padded: float = 1.0
-    """How many times larger attention's output is kept than it is: `splash` pads it."""
+    """Kept size of attention's output relative to its own size; `splash` keeps it padded."""
 
     @property
     def attention_flops(self) -> float:
-        """Of one of attention's products over a conversation, all layers; a causal mask's half counted whole."""
+        """FLOPs of one of attention's products for one conversation, over all layers; the masked half counts too."""
         return 2.0 * self.layers * self.rows**2 * self.heads * self.head_dim
 
     def attention_runs(self, again: Collection[str]) -> int:
-        """Such products."""
+        """Return how many products of this size attention computes."""
         if not self.differentiated:
             return _ATTENTION_PRODUCTS["forward"]
         return sum(_ATTENTION_PRODUCTS.values()) + ("attention" in again) * _ATTENTION_PRODUCTS["forward"]
 
     @property
     def floor_runs(self) -> int:
-        """Of those, what cannot be done without."""
+        """Number of products of this size that no policy can avoid."""
         return _ATTENTION_PRODUCTS["forward"] + self.differentiated * _ATTENTION_PRODUCTS["backward"]
 
     def values(self, tensor: int, size: int) -> dict[str, float]:
-        """Bytes per position of what a layer may keep; under `tensor`, the residual stream lies on each device."""
+        """Return the bytes per position of each value a layer may keep; `tensor` does not split the residual stream."""
         heads = self.heads * self.head_dim
-        kv = self.kv_heads if self.kv_heads % tensor else self.kv_heads // tensor  # all on each device, or its own
+        # A device has all kv heads if `tensor` does not divide them, else only its own.
+        kv = self.kv_heads if self.kv_heads % tensor else self.kv_heads // tensor
         return {
             "input": self.width * size,
             "middle": self.width * size,
@@ -162,26 +172,26 @@ class Stack:
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """A parameter."""
+    """Size and sharding of one parameter."""
 
     component: str
     numbers: int
     bytes: float
-    """Of its numbers: of a frozen one as it is held, of one that trains in float32."""
+    """Bytes in the stored type if it is frozen, in float32 if it trains."""
     axes: tuple[str, ...]
-    """That it is split over."""
+    """Mesh axes over which it is split."""
     trained: bool
     first: bool
-    """Of the patch embedding, whose input has no gradient."""
+    """Whether it belongs to the patch embedding, whose input has no gradient."""
     looked_up: bool
-    """A table of words that nothing multiplies: it stays where it is."""
+    """Whether it is a word embedding without a product: it is never gathered."""
 
     def on_device(self, mesh: MeshShape) -> float:
-        """Bytes on each device."""
+        """Return its bytes on each device."""
         return self.bytes / self._parts(mesh, self.axes)
 
     def gathered(self, mesh: MeshShape, size: int) -> float:
-        """Bytes on each device where those over `fsdp` are together, each number of so many."""
+        """Return its bytes on each device once gathered over `fsdp`, with `size` bytes per number."""
         return self.numbers * size / self._parts(mesh, [axis for axis in self.axes if axis != "fsdp"])
 
     @staticmethod
@@ -191,7 +201,7 @@ class Weight:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCounts:
-    """Shapes, and what follows from them for one conversation."""
+    """Counts for one conversation, from the model's shapes."""
 
     config: LlavaConfig
     workload: Workload
@@ -199,24 +209,24 @@ class ModelCounts:
     stacks: tuple[Stack, ...]
     weights: tuple[Weight, ...]
     gathered: float
-    """Bytes, gathered, of the largest frozen piece that is used at once: two layers, or the table of words."""
+    """Bytes of the largest frozen piece that is gathered at once: two layers, or the word embeddings."""
     layer: dict[str, float]
     """{component: bytes of the frozen weights of one layer}."""
     differentiated: dict[str, bool]
 
     @property
     def trained(self) -> int:
-        """Numbers that train."""
+        """Number of trained parameters."""
         return sum(weight.numbers for weight in self.weights if weight.trained)
 
     @property
     def frozen(self) -> dict[str, float]:
         """{component: bytes of its frozen weights}."""
-        found: dict[str, float] = {}
+        total: dict[str, float] = {}
         for weight in self.weights:
             if not weight.trained:
-                found[weight.component] = found.get(weight.component, 0.0) + weight.bytes
-        return found
+                total[weight.component] = total.get(weight.component, 0.0) + weight.bytes
+        return total
 
     @property
     def size(self) -> int:
@@ -224,17 +234,17 @@ class ModelCounts:
         return jnp.dtype(self.config.compute_dtype).itemsize
 
     def flops(self, remat: str | None) -> dict[str, float]:
-        """FLOPs of one conversation by component; `remat` None for the floor, that no policy goes below."""
-        found = dict.fromkeys(freeze.COMPONENTS, 0.0)
+        """Return the FLOPs of one conversation by component; `remat` None gives the floor below every policy."""
+        total = dict.fromkeys(freeze.COMPONENTS, 0.0)
         for product in self.products:
-            found[product.component] += product.flops * product.runs(AGAIN[remat] if remat else ())
+            total[product.component] += product.flops * product.runs(AGAIN[remat] if remat else ())
         for stack in self.stacks:
             runs = stack.attention_runs(AGAIN[remat]) if remat else stack.floor_runs
-            found[stack.component] += stack.attention_flops * runs
-        return found
+            total[stack.component] += stack.attention_flops * runs
+        return total
 
     def device_bytes(self, mesh: MeshShape, batch_size: int, remat: str) -> dict[str, float]:
-        """What lies on each device when most does, by kind."""
+        """Return the bytes on each device at the peak of a step, by use."""
         local = batch_size / mesh.parts
         size, work, text = self.size, self.workload, self.config.text
         kept = working = 0.0
@@ -242,18 +252,18 @@ class ModelCounts:
             values = stack.values(mesh.tensor, size)
             lasting = sum(values[name] for name in KEPT[remat]) if stack.differentiated else values["input"]
             kept += stack.differentiated * stack.layers * stack.rows * lasting
-            # One layer's backward pass: what was not kept, gradients in the MLP and of the residual stream.
+            # One layer's backward pass: values that were not kept, and gradients in the MLP and of the residual stream.
             passing = sum(values.values()) - lasting + values["mlp"] + stack.mlp * size / mesh.tensor
             passing += 3 * stack.width * size
             working = max(working, local * stack.rows * passing + self.layer[stack.component] / mesh.tensor)
         trained = sum(weight.on_device(mesh) for weight in self.weights if weight.trained)
         volumes = work.voxels * (4 + size) + work.patches * work.patch_dim * size
-        ends = work.patches + 2 * work.positions  # the projector's, the language model's first and last
+        ends = work.patches + 2 * work.positions  # outputs of the projector, input and output of the language model
         return {
             "frozen weights": sum(w.on_device(mesh) for w in self.weights if not w.trained),
             "gathered weights": self.gathered / mesh.tensor * (mesh.fsdp > 1),
             "trained weights and moments": 3 * trained,
-            "gradients": 2 * trained,  # of this micro-batch, and their sum
+            "gradients": 2 * trained,  # those of this micro-batch, and the sum
             "volumes": local * volumes,
             "activations": local * (kept + ends * text.hidden_size * size),
             "one layer at work": working,
@@ -261,12 +271,13 @@ class ModelCounts:
         }
 
     def attention_flops(self, remat: str) -> float:
-        """FLOPs of one conversation that are attention's."""
+        """Return the FLOPs of attention in one conversation."""
         return sum(stack.attention_flops * stack.attention_runs(AGAIN[remat]) for stack in self.stacks)
 
     def traffic(self, mesh: MeshShape, batch_size: int, remat: str) -> float:
-        """Bytes that are read and written in each device's memory between products, attention's among them, while
-        none runs: by norms, residual sums, biases and rope, activations, the scan that keeps values; by the optimiser.
+        """Return the bytes that each device reads and writes in memory outside of products and attention.
+
+        They come from norms, residual sums, biases, rope, activations, the scan that keeps values, and the optimiser.
         """
         local = batch_size / mesh.parts
         moved = 28.0 * self.trained  # weights and moments read and written, gradients read
@@ -274,21 +285,21 @@ class ModelCounts:
             values = stack.values(mesh.tensor, self.size)
             stream, qkv, inner = values["input"], values["qkv"], values["mlp"]
             out = inner / (1 + stack.gated)
-            # two norms and two sums; biases or rope of q, k, v; what goes into the activation, and its result
+            # two norms and two sums; biases or rope of q, k and v; input and output of the activation
             forward = 2 * (2 + 3) * stream + 2 * qkv + inner + out
-            # norms and sums again, a gradient more; rope; the activation's inputs, and the gradients of both
+            # norms and sums with one more gradient; rope; the activation's inputs, and the gradients of both
             backward = 2 * 5 * stream + 2 * qkv + 2 * inner + out
-            kept = 4 * sum(values[name] for name in KEPT[remat])  # copied to where it is kept, and from there
+            kept = 4 * sum(values[name] for name in KEPT[remat])  # copied into the scan's buffer and out of it
             again = "attention" in AGAIN[remat]
             passes = forward + stack.differentiated * (backward + kept + again * forward)
             moved += stack.layers * local * stack.rows * passes
         return moved
 
     def collectives(self, mesh: MeshShape, batch_size: int, remat: str) -> dict[str, tuple[int, int, float]]:
-        """{what: (devices, neighbours' distance, bytes that each device sends in rings)}."""
+        """Return {name: (devices in a ring, distance of neighbours, bytes that each device sends)}."""
         local, n, f, t = batch_size / mesh.parts, mesh.parts, mesh.fsdp, mesh.tensor
-        # Forward, and again backward where the gradient passes; what is made again there finds them gathered. Cast, or
-        # made whole from 8 bits, before that: XLA gathers the operand of a product as it is.
+        # Weights are gathered for the forward pass, and again for the backward pass if a gradient passes; products that
+        # are computed again use the latter. XLA gathers the operand of a product, after casting or dequantising it.
         gathered = sum(
             weight.gathered(mesh, self.size) * (1 + (self.differentiated[weight.component] and not weight.first))
             for weight in self.weights
@@ -308,7 +319,7 @@ class ModelCounts:
 
 
 def count_model(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dtype: str) -> ModelCounts:
-    """The counts of a model that trains `config.train.groups`. Raises ConfigError as `freeze.label_params` does."""
+    """Count a model that trains `config.train.groups`. Raises ConfigError as `freeze.label_params` does."""
     _, shapes = abstract_params(model)
     labels = freeze.label_params(list(shapes), list(config.train.groups))
     component = {path: freeze.component_of(path) for path in shapes}
@@ -319,11 +330,11 @@ def count_model(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dt
     head = "embed_tokens" if model.text.tie_word_embeddings else "lm_head"
 
     products, weights = [], []
-    layer, numbers = (dict.fromkeys(freeze.COMPONENTS, 0.0) for _ in range(2))  # frozen, of one layer
+    layer, numbers = (dict.fromkeys(freeze.COMPONENTS, 0.0) for _ in range(2))  # of the frozen weights of one layer
     size = jnp.dtype(frozen_dtype).itemsize
 
-    def held(path: str, leaf: jax.ShapeDtypeStruct) -> float:
-        """Bytes of a number of a parameter."""
+    def bytes_per_number(path: str, leaf: jax.ShapeDtypeStruct) -> float:
+        """Return the bytes per number of a parameter."""
         if path in trained:
             return 4
         return 1 + 4 / leaf.shape[-1] if config.model.quantize and quantizable(path) else size
@@ -336,7 +347,7 @@ def count_model(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dt
             Weight(
                 component=part,
                 numbers=math.prod(leaf.shape),
-                bytes=math.prod(leaf.shape) * held(path, leaf),
+                bytes=math.prod(leaf.shape) * bytes_per_number(path, leaf),
                 axes=tuple(axis for axis in spec_of(path) if axis),
                 trained=path in trained,
                 first=part == "patch_embed",
@@ -344,13 +355,13 @@ def count_model(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dt
             )
         )
         if path not in trained:
-            of_one = stacked * math.prod(leaf.shape[1:])
-            numbers[part] = numbers.get(part, 0.0) + of_one
-            layer[part] = layer.get(part, 0.0) + of_one * held(path, leaf)
+            per_layer = stacked * math.prod(leaf.shape[1:])
+            numbers[part] = numbers.get(part, 0.0) + per_layer
+            layer[part] = layer.get(part, 0.0) + per_layer * bytes_per_number(path, leaf)
         if kind != "weight" or len(leaf.shape) != 2 + stacked:
-            continue  # a bias, a norm, a table of positions
+            continue  # a bias, a norm or position embeddings
         if weights[-1].looked_up or freeze.modality_of(path) not in (None, work.modality):
-            continue  # looked up, or of another modality
+            continue  # a lookup, or another modality's
         products.append(
             Product(
                 name=product if module == "lora_B" else module,
@@ -414,14 +425,14 @@ def count_model(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dt
 def at_shape(
     config: RunConfig, model: LlavaConfig, modality: str, *, positions: int, targets: int, frozen_dtype: str
 ) -> ModelCounts:
-    """The counts of a conversation of a batch's shape, padding included, with one volume."""
-    found = model.modalities[modality]
+    """Count one conversation of a batch's shape, padding included, with one volume."""
+    sizes = model.modalities[modality]
     work = Workload(
         modality=modality,
-        voxels=math.prod(found.size),
-        patches=found.num_patches,
-        patch_dim=found.patch_dim,
-        text_tokens=positions - found.num_patches,
+        voxels=math.prod(sizes.size),
+        patches=sizes.num_patches,
+        patch_dim=sizes.patch_dim,
+        text_tokens=positions - sizes.num_patches,
         supervised=targets,
     )
     return count_model(config, model, work, frozen_dtype)
@@ -436,13 +447,13 @@ def batch_flops(
     targets: int,
     volumes: Mapping[str, int],
 ) -> float:
-    """FLOPs of a micro-batch of that shape, padding included, but for what a remat policy does again."""
-    of_one = {
+    """Return the FLOPs of a micro-batch of this shape, padding included, without those that a remat policy repeats."""
+    per_conversation = {
         name: at_shape(config, model, name, positions=positions, targets=targets, frozen_dtype="float32").flops(None)
         for name in volumes or list(model.modalities)[:1]
     }
-    language = next(iter(of_one.values()))["language_model"]
+    language = next(iter(per_conversation.values()))["language_model"]
     return conversations * language + sum(
-        count * sum(flops for part, flops in of_one[name].items() if part != "language_model")
+        count * sum(flops for part, flops in per_conversation[name].items() if part != "language_model")
         for name, count in volumes.items()
     )

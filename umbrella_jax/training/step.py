@@ -84,8 +84,13 @@ def train_step(
         (optax.apply_updates(state.trainable, updates), opt_state),
         (state.trainable, state.opt_state),
     )
-    new = TrainState(step=state.step + 1, skipped=state.skipped + ~finite, trainable=trainable, opt_state=opt_state)
-    return constrain(new), {"loss": loss / count, "grad_norm": norm, "supervised_tokens": count}
+    new = TrainState(
+        step=state.step + 1,
+        skipped=state.skipped + (~finite).astype(jnp.int32),
+        trainable=trainable,
+        opt_state=opt_state,
+    )
+    return constrain(new), {"loss": loss / count.astype(jnp.float32), "grad_norm": norm, "supervised_tokens": count}
 
 
 def eval_step(trainable: Params, frozen: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> tuple[Array, Array]:

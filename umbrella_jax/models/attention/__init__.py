@@ -1,4 +1,4 @@
-"""Attention. One entry for every caller and every backend.
+"""Attention: one function for every caller and every backend.
 
 Axes: B rows, T queries, S keys, H heads, K kv heads, Dh head width.
 """
@@ -38,14 +38,17 @@ def attention(
     lengths: Array | None = None,
     backend: AttentionBackend = "xla",
 ) -> Array:
-    """Softmax(q·kᵀ/√Dh + mask)·v, softmax in float32, by a backend that serves here (`choose_backend`).
+    """Return softmax(q·kᵀ/√Dh + mask)·v with the softmax in float32, [B, T, H, Dh] in q's dtype.
 
-    q [B, T, H, Dh]; k, v [B, S, K, Dh] with K kv heads, H a multiple of K (head h reads kv head h·K/H);
-    lengths int32 [B]: keys in use, counted from the left; None: all. Padding among the queries sees them too.
-    Returns [B, T, H, Dh] in q's dtype.
+    On a mesh each device computes its own rows and heads. If the mesh splits heads into more parts than there are kv
+    heads, the kv heads are repeated.
 
-    On a mesh every device has its own rows and heads. Where it has more parts of heads than there are kv heads, those
-    are repeated.
+    Args:
+        q: [B, T, H, Dh].
+        k, v: [B, S, K, Dh]; H is a multiple of K, and head h reads kv head h·K/H.
+        causal: whether a query sees only keys up to its own position.
+        lengths: int32 [B], keys in use, counted from the left; None for all. Padding queries see these keys too.
+        backend: one that runs on these devices (`choose_backend`).
     """
     chex.assert_equal_shape([k, v])
     chex.assert_equal_shape_prefix([q, k], 1)
@@ -59,10 +62,16 @@ def attention(
 
 
 def extension_attention(q: Array, k: Array, v: Array, past_k: Array, past_v: Array, used: Array, ways: int) -> Array:
-    """Attention of new positions to those of their row in a cache and, causally, to those before them of their way.
+    """Attend from new positions to their row's cache and, causally, to earlier positions of the same continuation.
 
-    q [B, W·N, H, Dh]; k, v [B, W·N, K, Dh]: W = `ways` continuations of N positions each, one behind the other;
-    past_k, past_v [B, K, S, Dh]; used bool [B, S]. Returns [B, W·N, H, Dh] in q's dtype. Softmax in float32.
+    Args:
+        q: [B, W·N, H, Dh], W = `ways` continuations of N positions each, one after the other.
+        k, v: [B, W·N, K, Dh].
+        past_k, past_v: [B, K, S, Dh], the cache.
+        used: bool [B, S], filled slots of the cache.
+
+    Returns:
+        [B, W·N, H, Dh] in q's dtype; the softmax is in float32.
     """
     b, t, h, d = q.shape
     kv, n, slots = k.shape[2], t // ways, used.shape[1]
@@ -72,21 +81,24 @@ def extension_attention(q: Array, k: Array, v: Array, past_k: Array, past_v: Arr
     before = jnp.einsum("bwnkgd,bksd->bkwgns", q, past_k, **float32)
     before = jnp.where(used[:, None, None, None, None], before, -jnp.inf)
     own = jnp.einsum("bwnkgd,bwmkd->bkwgnm", q, k, **float32)
-    own = jnp.where(jnp.tri(n, dtype=bool), own, -jnp.inf)  # each sees itself at least: no row without a key
+    own = jnp.where(jnp.tri(n, dtype=bool), own, -jnp.inf)  # every position sees itself: no row without a key
     p = jax.nn.softmax(jnp.concatenate([before, own], -1), axis=-1).astype(v.dtype)
-    # in the order of the operands: XLA's CPU backend has no bfloat16 product that comes out transposed in float32
+    # Keep the operands' axis order: XLA's CPU backend has no bfloat16 product with a transposed float32 result.
     out = jnp.einsum("bkwgns,bksd->bkwgnd", p[..., :slots], past_v, **float32)
     out += jnp.einsum("bkwgnm,bwmkd->bkwgnd", p[..., slots:], v, **float32)
     return out.astype(q.dtype).transpose(0, 2, 4, 1, 3, 5).reshape(b, t, h, d)
 
 
 def length_multiple(backend: AttentionBackend) -> int:
-    """Of which a backend wants lengths to be. Others it pads itself: q, k, v, output and gradients of every layer."""
+    """Return the number that sequence lengths should be a multiple of.
+
+    The backend pads other lengths itself, in every layer: q, k, v, output and gradients.
+    """
     return MULTIPLE if backend == "cudnn" else 1
 
 
 def native_backend(device: jax.Device) -> AttentionBackend:
-    """The backend that was written for such devices."""
+    """Return the backend written for this kind of device."""
     if device.platform == "tpu":
         return "splash"
     major, _, _ = getattr(device, "compute_capability", "").partition(".")  # NVIDIA's are `9.0`, AMD's `gfx942`
@@ -94,21 +106,28 @@ def native_backend(device: jax.Device) -> AttentionBackend:
 
 
 def choose_backend(
-    wanted: Literal["auto", AttentionBackend], native: AttentionBackend, dtype: str, head_dims: Collection[int]
+    requested: Literal["auto", AttentionBackend], native: AttentionBackend, dtype: str, head_dims: Collection[int]
 ) -> AttentionBackend:
-    """What `model.attention` means on devices whose own backend is `native`, for a model's type and head widths.
+    """Resolve `model.attention` to a backend for devices whose own backend is `native`.
 
-    Raises ConfigError for a backend that cannot serve there.
+    Args:
+        requested: `model.attention`.
+        native: what `native_backend` returns for the devices.
+        dtype: the model's compute type.
+        head_dims: its head widths.
+
+    Raises:
+        ConfigError: the requested backend cannot run there.
     """
     unfit = [] if native != "cudnn" else [width for width in head_dims if not cudnn_serves(dtype, width)]
-    if wanted == "auto":
+    if requested == "auto":
         return "xla" if unfit else native
-    if wanted not in ("xla", native):
-        where = {"cudnn": "NVIDIA GPUs since Ampere", "splash": "TPUs"}[wanted]
-        raise ConfigError(f"model.attention: {wanted} is for {where}, not for this device; expected auto or xla")
-    if wanted == "cudnn" and unfit:
+    if requested not in ("xla", native):
+        where = {"cudnn": "NVIDIA GPUs since Ampere", "splash": "TPUs"}[requested]
+        raise ConfigError(f"model.attention: {requested} is for {where}, not for this device; expected auto or xla")
+    if requested == "cudnn" and unfit:
         raise ConfigError(
             f"model.attention: cudnn takes bfloat16 and heads of a multiple of 8 up to 128, not {dtype} with heads of "
             f"{', '.join(map(str, unfit))}; expected auto or xla, or another model.compute_dtype"
         )
-    return wanted
+    return requested

@@ -9,23 +9,23 @@ Array = jax.Array
 
 
 MULTIPLE = 2
-"""Of which lengths must be: jax refuses odd ones where gradients are taken."""
+"""Sequence lengths must be multiples of this number: jax refuses gradients at odd lengths."""
 
 
 def cudnn_serves(dtype: str, head_dim: int) -> bool:
-    """Whether the kernel takes this type and head width."""
+    """Return whether the kernel supports this type and head width."""
     return dtype in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= 128
 
 
 def cudnn_attention(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool) -> Array:
-    """Softmax(q·kᵀ/√Dh + mask)·v: q [B, T, H, Dh]; k, v [B, S, K, Dh]; lengths int32 [B] or None → [B, T, H, Dh]."""
+    """Compute `attention`: q [B, T, H, Dh]; k, v [B, S, K, Dh]; lengths int32 [B] or None → [B, T, H, Dh]."""
     if lengths is None and k.shape[1] % MULTIPLE:
-        lengths = jnp.full(k.shape[:1], k.shape[1], jnp.int32)  # the padding below is not to be seen
+        lengths = jnp.full(k.shape[:1], k.shape[1], jnp.int32)  # hides the padding below
     even = [jnp.pad(x, ((0, 0), (0, -x.shape[1] % MULTIPLE), (0, 0), (0, 0))) for x in (q, k, v)]
     out = jax.nn.dot_product_attention(*even, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn")
     return out[:, : q.shape[1]]
 
 
 def is_cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A remat policy that keeps what the forward kernel gives, output and softmax denominators: jax names neither."""
+    """Remat policy that keeps the forward kernel's output and softmax denominators, which jax gives no names."""
     return primitive.name == "dot_product_attention_fwd_wrapper"

@@ -4,23 +4,25 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-_BLOCKS = (512, 384, 256)  # queries and keys at a time, a multiple of 128 lanes; scores of 512² are 1 MiB of VMEM
+_BLOCKS = (512, 384, 256)  # queries or keys per block, multiples of 128 lanes; scores of 512² take 1 MiB of VMEM
 _LANES = 128
 
 
 def splash_block(length: int) -> int:
-    """The block that pads `length` the least: 729 by 384 to 768, 793 by 512 to 1024."""
+    """Return the block size that pads `length` least: 384 pads 729 to 768, 512 pads 793 to 1024."""
     return min(_BLOCKS, key=lambda block: -length % block)
 
 
 def splash_shape(length: int, head_dim: int) -> tuple[int, int]:
-    """What the kernel pads length and head width to: whole blocks, whole lanes (64 and 72 to 128)."""
+    """Return length and head width as the kernel pads them: to whole blocks, and to whole lanes (64 and 72 to 128)."""
     return length + -length % splash_block(length), head_dim + -head_dim % _LANES
 
 
 def splash_attention(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool) -> Array:
-    """Softmax(q·kᵀ/√Dh + mask)·v: q [B, T, H, Dh]; k, v [B, S, K, Dh]; lengths int32 [B] or None → [B, T, H, Dh]."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # here: it takes long, and few need it
+    """Compute `attention`: q [B, T, H, Dh]; k, v [B, S, K, Dh]; lengths int32 [B] or None → [B, T, H, Dh]."""
+    from jax.experimental.pallas.ops.tpu import (
+        splash_attention as splash,
+    )  # imported here, since it is slow and only TPUs need it
 
     def padded(x: Array) -> Array:
         length, width = splash_shape(x.shape[1], x.shape[3])
@@ -41,9 +43,9 @@ def splash_attention(q: Array, k: Array, v: Array, lengths: Array | None, *, cau
         q_seq_shards=1,
         residual_checkpoint_name="attention",
     )
-    # Segment 1 is every query and the keys in use: no query, padding or not, is left without a key.
+    # Segment 1 holds every query, padding included, and the keys in use, so no query is without a key.
     lengths = jnp.full(k.shape[:1], k.shape[1]) if lengths is None else lengths
-    used = (jnp.arange(s) < lengths[:, None]).astype(jnp.int32)
+    used = (jnp.arange(s)[None] < lengths[:, None]).astype(jnp.int32)
     segments = splash.SegmentIds(q=jnp.ones((len(used), t), jnp.int32), kv=used)
     out = jax.vmap(kernel)(queries, keys, values, segments)
     return out.transpose(0, 2, 1, 3)[:, : q.shape[1], :, : q.shape[3]]

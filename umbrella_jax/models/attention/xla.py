@@ -1,4 +1,4 @@
-"""Attention in XLA's own operations, with a backward pass that keeps the softmax's denominator alone.
+"""Attention in plain XLA operations; for the backward pass it keeps the softmax's denominators, not its probabilities.
 
 Axes: B rows, T queries, S keys, H heads, K kv heads, N = B·H heads of all rows, Dh head width.
 """
@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
-_BLOCK_BYTES = 4 << 20  # of scores at a time, about what a core's cache holds
-_MASKED = -1e30  # not -inf: a row without any key would be NaN
+_BLOCK_BYTES = 4 << 20  # of scores at a time, about the size of a core's cache
+_MASKED = -1e30  # not -inf, which would make a row without any key NaN
 
 
 def xla_attention(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool) -> Array:
-    """Softmax(q·kᵀ/√Dh + mask)·v: q [B, T, H, Dh]; k, v [B, S, K, Dh]; lengths int32 [B] or None → [B, T, H, Dh]."""
+    """Compute `attention`: q [B, T, H, Dh]; k, v [B, S, K, Dh]; lengths int32 [B] or None → [B, T, H, Dh]."""
     b, t, h, d = q.shape
     k, v = (jnp.repeat(x, h // k.shape[2], axis=2) for x in (k, v))
-    q = (q.astype(jnp.float32) * d**-0.5).astype(q.dtype)  # here, and not T times more numbers of scores
+    q = (q.astype(jnp.float32) * d**-0.5).astype(q.dtype)  # q has fewer numbers to scale than the scores
     q, k, v = (x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1], d) for x in (q, k, v))
     lengths = None if lengths is None else jnp.repeat(lengths, h)
     return _attention(q, k, v, lengths, causal).reshape(b, h, t, d).transpose(0, 2, 1, 3)
@@ -28,7 +28,7 @@ def xla_attention(q: Array, k: Array, v: Array, lengths: Array | None, *, causal
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attention(q: Array, k: Array, v: Array, lengths: Array | None, causal: bool) -> Array:
-    """q, scaled, [N, T, Dh]; k, v [N, S, Dh]; lengths [N] or None → [N, T, Dh]."""
+    """Attend head by head: q, already scaled, [N, T, Dh]; k, v [N, S, Dh]; lengths [N] or None → [N, T, Dh]."""
     return _forward(q, k, v, lengths, causal)[0]
 
 
@@ -50,33 +50,33 @@ _attention.defvjp(_forward, _backward)
 
 
 def _for_each_head(function: Callable[..., Any], args: tuple[Array | None, ...]) -> Any:
-    """One after the other on a CPU, where the scores of a head then stay in its cache; elsewhere all at once."""
+    """Apply `function` to each head: all at once, but one by one on a CPU, whose cache then holds a head's scores."""
     one_by_one = lambda *args: jax.lax.map(lambda one: function(*one), args)  # noqa: E731
     return jax.lax.platform_dependent(*args, cpu=one_by_one, default=jax.vmap(function))
 
 
 def _blocks(queries: int, keys: int, causal: bool) -> list[tuple[slice, int]]:
-    """Queries block by block, and how many keys a block can see: above the diagonal nothing is computed."""
-    wanted = -(-queries * keys * 4 // _BLOCK_BYTES)
-    count = min(max(wanted, 4 if causal else 1), 8, -(-queries // 128))  # each is compiled on its own
+    """Split queries into blocks, each with the number of keys it sees: nothing above the diagonal is computed."""
+    needed = -(-queries * keys * 4 // _BLOCK_BYTES)
+    count = min(max(needed, 4 if causal else 1), 8, -(-queries // 128))  # each block is compiled separately
     size = -(-queries // count)
     starts = range(0, queries, size)
     return [(slice(i, min(i + size, queries)), min(i + size, keys) if causal else keys) for i in starts]
 
 
 def _scores(q: Array, k: Array, length: Array | None, first: int | None) -> Array:
-    """Masked q·kᵀ, float32 [T, S]. `first` is the first query's place, where causal."""
+    """Return masked q·kᵀ, float32 [T, S]; `first` is the first query's position if causal, else None."""
     scores = jnp.einsum("td,sd->ts", q, k, preferred_element_type=jnp.float32)
     t, s = scores.shape
     if length is not None:
         scores = jnp.where(jnp.arange(s) < length, scores, _MASKED)
     if first is not None:
-        scores = jnp.where(jnp.arange(s) <= first + jnp.arange(t)[:, None], scores, _MASKED)
+        scores = jnp.where(jnp.arange(s)[None] <= first + jnp.arange(t)[:, None], scores, _MASKED)
     return scores
 
 
 def _one_forward(q: Array, k: Array, v: Array, length: Array | None, *, causal: bool) -> tuple[Array, Array]:
-    """One head: out [T, Dh] and the logarithm of the softmax's denominator, float32 [T, 1]."""
+    """Return one head's output [T, Dh] and the logarithm of its softmax's denominators, float32 [T, 1]."""
     outs, lses = [], []
     for block, keys in _blocks(len(q), len(k), causal):
         scores = _scores(q[block], k[:keys], length, block.start if causal else None)
@@ -92,9 +92,11 @@ def _one_forward(q: Array, k: Array, v: Array, length: Array | None, *, causal: 
 def _one_backward(
     q: Array, k: Array, v: Array, length: Array | None, lse: Array, delta: Array, dout: Array, *, causal: bool
 ) -> tuple[Array, Array, Array]:
-    """Dao et al. 2022, algorithm 4: the probabilities are made again from q, k and the softmax's denominator.
+    """Return the gradients of one head's q, k and v, computing the probabilities again (Dao et al. 2022, algorithm 4).
 
-    `delta`, float32 [T, 1], is Σ out·dout over Dh.
+    Args:
+        lse: the logarithm of the softmax's denominators, float32 [T, 1].
+        delta: Σ out·dout over Dh, float32 [T, 1].
     """
     float32 = {"preferred_element_type": jnp.float32}
     dqs, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)

@@ -1,18 +1,14 @@
-"""The share of the peak in the line of a run: the FLOPs of a batch's shape, the peak by the device's name."""
+"""FLOPs of a batch by its shape, and data sheets by the device's name."""
 
-from types import SimpleNamespace
 from typing import Any
 
-import jax
 import pytest
 
 from tests.helpers.training_case import SMALL_MODALITIES, TEXT, VISION
 from umbrella_jax.config.schema import GroupConfig, ModalityConfig, ModelConfig, RunConfig, TrainConfig
-from umbrella_jax.data.epoch_plan import BatchShape
 from umbrella_jax.models import LlavaConfig
 from umbrella_jax.plan import at_shape, batch_flops, sheet_of
 from umbrella_jax.plan.devices import KINDS
-from umbrella_jax.run.train import _flops, _peak
 
 OTHER = ModalityConfig(size=(4, 4, 4, 2), patch=(2, 2, 2, 1))  # 16 patches of 8 voxels
 CONFIG = LlavaConfig(
@@ -81,20 +77,3 @@ def test_text_costs_its_products_and_attention() -> None:
 def test_names_of_devices(name: str, kind: str | None) -> None:
     """As jax gives them; a card with less of a peak is not taken for its faster namesake."""
     assert sheet_of(name) is (KINDS[kind] if kind else None)
-
-
-def prepared(name: str, dtype: str, run: RunConfig = RUN) -> Any:
-    devices = SimpleNamespace(flat=[SimpleNamespace(device_kind=name)])
-    model = SimpleNamespace(**{**vars(CONFIG), "compute_dtype": dtype}) if dtype == "float32" else CONFIG
-    return SimpleNamespace(mesh=SimpleNamespace(devices=devices, size=4), model=model, config=run)
-
-
-def test_the_peak_of_a_run() -> None:
-    """Of all its devices, in bfloat16 alone, of which data sheets speak; an update is all its micro-batches."""
-    assert _peak(prepared("NVIDIA H200", "bfloat16")) == 4 * 989e12
-    assert _peak(prepared("NVIDIA H200", "float32")) is None
-    assert _peak(prepared(jax.devices()[0].device_kind, "bfloat16")) is None
-    shape = BatchShape(conversations=6, positions=40, targets=8, volumes=(("T1", 2),))
-    of_three = prepared("NVIDIA H200", "bfloat16", run_of("patch_embed", accumulate_steps=3))
-    assert _flops(of_three, shape) == 3 * flops(6, T1=2)
-    assert _flops(prepared("cpu", "bfloat16"), shape) == 0
