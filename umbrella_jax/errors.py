@@ -65,10 +65,10 @@ def known_cause(error: BaseException) -> str | None:
     jax_failed = isinstance(error, AssertionError) and frames and frames[-1].filename.endswith("xla_bridge.py")
     if jax_failed or (isinstance(error, RuntimeError) and "Unable to initialize backend" in first):
         platforms = os.environ.get("JAX_PLATFORMS", "")
-        asked = f"JAX_PLATFORMS={platforms}: " if platforms else ""
+        setting = f"JAX_PLATFORMS={platforms}: " if platforms else ""
         reason = first.partition(" (set JAX_PLATFORMS")[0].rstrip(".") or "no plugin for it is installed"
         return (
-            f"{asked}jax finds no such device: {reason}; unset JAX_PLATFORMS, or install the extra for the device "
+            f"{setting}jax finds no such device: {reason}; unset JAX_PLATFORMS, or install the extra for the device "
             "(cuda12, cuda13, tpu): `umbrella-jax doctor` checks both"
         )
     if isinstance(error, OSError):

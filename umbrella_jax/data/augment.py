@@ -132,7 +132,7 @@ class Augmentation:
 def draw_augmentation(config: AugmentConfig, rng: np.random.Generator) -> Augmentation:
     """Draw the parameters of one conversation, uniform within the configured ranges.
 
-    They depend only on `config` and the state of `rng`. All of them are always drawn, so switching one on does not
+    They depend only on `config` and the state of `rng`. All are always drawn, so switching one on does not
     change the others.
     """
     left_right, any_axis = rng.random(2)
@@ -156,22 +156,22 @@ def draw_augmentation(config: AugmentConfig, rng: np.random.Generator) -> Augmen
 
 def examples(config: AugmentConfig) -> list[tuple[str, Augmentation]]:
     """Return (name, augmentation) for each change that is on: only this change, at its largest, for people to see."""
-    found: list[tuple[str, Augmentation]] = []
+    changes: list[tuple[str, Augmentation]] = []
     if config.left_right_flip:
-        found.append(("left_right_flip", Augmentation(left_right=True)))
+        changes.append(("left_right_flip", Augmentation(left_right=True)))
     if config.flip_any_axis:
-        found += [(f"flip_any_axis: axis {axis}", Augmentation(flip_axis=axis)) for axis in range(3)]
+        changes += [(f"flip_any_axis: axis {axis}", Augmentation(flip_axis=axis)) for axis in range(3)]
     if degrees := config.rotation:
-        found.append((f"rotation: {degrees:g}° about each axis", Augmentation(rotation=(degrees,) * 3)))
+        changes.append((f"rotation: {degrees:g}° about each axis", Augmentation(rotation=(degrees,) * 3)))
     if voxels := config.translation:
-        found.append((f"translation: {voxels:g} voxels along each axis", Augmentation(translation=(voxels,) * 3)))
+        changes.append((f"translation: {voxels:g} voxels along each axis", Augmentation(translation=(voxels,) * 3)))
     if config.bias_field:
         corners = config.bias_field * np.random.default_rng(0).choice([-1.0, 1.0], len(_TERMS))
-        found.append((f"bias_field: {config.bias_field:g}", Augmentation(bias=tuple(corners.tolist()))))
-    found += [(f"intensity_scale: {f:g}", Augmentation(intensity=f)) for f in config.intensity_scale if f != 1]
+        changes.append((f"bias_field: {config.bias_field:g}", Augmentation(bias=tuple(corners.tolist()))))
+    changes += [(f"intensity_scale: {f:g}", Augmentation(intensity=f)) for f in config.intensity_scale if f != 1]
     if config.noise:
-        found.append((f"noise: {config.noise:g}", Augmentation(noise=config.noise)))
-    return found
+        changes.append((f"noise: {config.noise:g}", Augmentation(noise=config.noise)))
+    return changes
 
 
 def check_axes(config: AugmentConfig, axes: Mapping[Path, str | None]) -> None:

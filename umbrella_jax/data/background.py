@@ -39,7 +39,7 @@ class Background:
 
     @property
     def is_unusual(self) -> bool:
-        """Whether it differs from the usual case, in which background is 0 or below and little of it is below 0."""
+        """Whether it differs from the usual case: voxels at 0 or below, with at most BELOW of the intensity below 0."""
         return self.rule != "nonpositive" or self.below > BELOW
 
     @property

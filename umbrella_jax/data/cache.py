@@ -354,7 +354,7 @@ class VolumeCache(Sources):
     def _make(self, path: Path, image: Voxels, config: ModalityConfig, window: int, source: _Source) -> np.ndarray:
         """Preprocess a volume, write its entry, and return the volume in the type of the cache."""
         backgrounds: list[Background] = []
-        volume = preprocess(path, image, config, window, note=lambda *found: backgrounds.append(found[-1]))
+        volume = preprocess(path, image, config, window, note=lambda *remark: backgrounds.append(remark[-1]))
         for background in backgrounds:
             self._note(path, config, window, background)
         self._check_unchanged(path, image, source)  # a changed volume would be kept under the old digest
@@ -435,7 +435,7 @@ def fill_cache(config: RunConfig, *, verify: bool = False) -> str:
     images: dict[Image, None] = {}
     for path in paths:
         with faults:
-            kept = read_conversations(
+            conversations = read_conversations(
                 path,
                 modalities,
                 data.image_root,
@@ -443,7 +443,7 @@ def fill_cache(config: RunConfig, *, verify: bool = False) -> str:
                 task_filter=data.task_filter,
                 allow_outside_root=data.allow_outside_root,
             )
-            images |= dict.fromkeys(image for conversation in kept for image in conversation.images)
+            images |= dict.fromkeys(image for conversation in conversations for image in conversation.images)
     faults.raise_as(DataError)
     cache = VolumeCache(str(data.cache), data.cache_dtype, strict=True, verify=verify)
     check_volumes(random.Random().sample(list(images), len(images)), modalities, data.threads, cache.check)

@@ -102,7 +102,7 @@ class Update:
 
 @dataclass(frozen=True)
 class PlanCost:
-    """What a plan costs. `str()` is the text that a run prints after `plan: `."""
+    """The cost of a plan. `str()` is the text that a run prints after `plan: `."""
 
     shapes: int
     """Shapes to compile."""
@@ -136,7 +136,7 @@ class _Bucket:
     """Conversations it holds in an epoch: with those that moved here, without those that moved on."""
     updates: int = 0
     moves_to: int | None = None
-    """Index of the bucket that takes the remainder; None to keep it in updates that are not all full."""
+    """Index of the bucket that takes the remainder; None if it stays here, so that some updates are not full."""
 
 
 class EpochPlan:
@@ -185,15 +185,15 @@ class EpochPlan:
 
     def first_steps(self) -> dict[str, int]:
         """Return {modality: first step, counted from 1, whose batch shows it} for every modality that is shown."""
-        left, found = set(self.sizes.modality), dict[str, int]()
+        left, first = set(self.sizes.modality), dict[str, int]()
         for step in range(self.updates_per_epoch if left else 0):
             rows = (row for micro in self.update(step).rows for row in micro)
             shown = {self.sizes.modality[volume] for row in rows for volume in self.sizes.volumes[row]} & left
-            found |= dict.fromkeys(sorted(shown), step + 1)
+            first |= dict.fromkeys(sorted(shown), step + 1)
             left -= shown
             if not left:
                 break
-        return found
+        return first
 
     def locate(self, step: int) -> tuple[int, int]:
         """Return the epoch of a step, and the index of its update in that epoch."""
@@ -399,12 +399,12 @@ def _first_waiting(waiting: list[int], left: set[int], most: int) -> list[int]:
     if len(waiting) <= most:
         waiting[:] = [c for c in waiting if c in left]
         return waiting[::-1]
-    found: list[int] = []
-    while waiting and len(found) < most:
+    taken: list[int] = []
+    while waiting and len(taken) < most:
         if (c := waiting.pop()) in left:
-            found.append(c)
-    waiting.extend(reversed(found))
-    return found
+            taken.append(c)
+    waiting.extend(reversed(taken))
+    return taken
 
 
 def _make_buckets(sizes: ConversationSizes, update_size: int, updates_worth: int) -> list[_Bucket]:
@@ -434,10 +434,10 @@ def _make_buckets(sizes: ConversationSizes, update_size: int, updates_worth: int
     best = price(members)
     while True:  # a few conversations may be cheaper among those that show more modalities
         joined = [_join(members, a, b) for a in members for b in members if a < b]
-        found = [(price(candidate), candidate) for candidate in joined]
-        if not found or (nearest := min(found, key=lambda f: f[0][:2]))[0][:2] >= best[:2]:
+        priced = [(price(candidate), candidate) for candidate in joined]
+        if not priced or (cheapest := min(priced, key=lambda pair: pair[0][:2]))[0][:2] >= best[:2]:
             return best[2]
-        best, members = nearest
+        best, members = cheapest
 
 
 def _join(
@@ -566,7 +566,7 @@ class _VolumeLadder:
 def _bounds(values: np.ndarray, counts: np.ndarray, most: int) -> list[tuple[int, list[int]]]:
     """Choose the best upper bounds for ascending `values`, for each number of bounds from 1 to `most`.
 
-    Exact, by dynamic programming over the number of bounds and the last of them.
+    Exact, by dynamic programming over the number of bounds and the last bound.
 
     Args:
         values: int [n], ascending.
@@ -585,7 +585,7 @@ def _bounds(values: np.ndarray, counts: np.ndarray, most: int) -> list[tuple[int
     before = np.full(n, big)  # the least cost of values[:i] with one bound fewer
     before[0] = 0
     starts: list[np.ndarray] = []
-    found = []
+    solutions = []
     for _ in range(min(most, n)):
         costs = np.where(impossible, big, pieces + before)
         start = costs.argmin(1)
@@ -595,9 +595,9 @@ def _bounds(values: np.ndarray, counts: np.ndarray, most: int) -> list[tuple[int
         for level in reversed(starts):
             bounds.append(j)
             j = int(level[j]) - 1
-        found.append((int(best[-1]), bounds[::-1]))
+        solutions.append((int(best[-1]), bounds[::-1]))
         before = np.concatenate([[big], np.minimum(best[:-1], big)])
-    return found
+    return solutions
 
 
 def _even(number: int, parts: int) -> list[int]:

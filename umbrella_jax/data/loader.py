@@ -42,7 +42,7 @@ class Dataset:
     """Number of windows of each distinct image, in the order of first appearance."""
     modalities: Mapping[str, ModalityConfig]
     sources: Sources
-    """Where volumes are read from: the checked files, or a cache of them."""
+    """Source of the volumes: the checked files, or a cache."""
     augment: AugmentConfig = _UNCHANGED
     """Random changes of the volumes in training."""
     axes: Mapping[tuple[Path, str], str | None] = field(default_factory=dict)
@@ -136,7 +136,7 @@ class Dataset:
             DataError: with every fault of the conversation files; if these are good, with every fault of texts and
                 volumes.
         """
-        kept = read_conversations(
+        conversations = read_conversations(
             path,
             modalities,
             image_root,
@@ -146,13 +146,14 @@ class Dataset:
         )
         common: dict[str, Any] = {"modalities": modalities, "max_length": max_length, "template": template}
         common["tokenizer"] = CachingTokenizer(tokenizer)
-        images = [image for conversation in kept for image in conversation.images]
+        images = [image for conversation in conversations for image in conversation.images]
         sources = Sources() if sources is None else sources
         faults = Faults()
         with faults:
-            encoded = encode_all(kept, partial(encode, needs_answer=not evaluation, **common), modalities)
+            encoded = encode_all(conversations, partial(encode, needs_answer=not evaluation, **common), modalities)
         with faults:
-            prompts = encode_all(kept if evaluation else (), partial(encode_prompt, **common), modalities)
+            to_prompt = conversations if evaluation else ()
+            prompts = encode_all(to_prompt, partial(encode_prompt, **common), modalities)
         with faults:
             windows = check_volumes(images, modalities, threads, sources.check)
         faults.raise_as(DataError)
@@ -162,7 +163,7 @@ class Dataset:
                 codes = pool.map(lambda image: sources.axes(image.path, modalities[image.modality]), windows)
                 axes = {(image.path, image.modality): c for image, c in zip(windows, codes, strict=True)}
             check_axes(augment, {path: c for (path, _), c in axes.items()})
-        return cls(tuple(kept), encoded, prompts, windows, modalities, sources, augment, axes)
+        return cls(tuple(conversations), encoded, prompts, windows, modalities, sources, augment, axes)
 
 
 def measure_conversations(rows: Iterable[Encoded], modalities: Mapping[str, ModalityConfig]) -> ConversationSizes:
@@ -272,8 +273,8 @@ def eval_batches(
     updates = _eval_updates(dataset, batch_size, prompts, parts)
     if only is not None:
         requested = set(only)
-        kept = ((tuple(i for i in update.rows[0] if i in requested), update.shape) for update in updates)
-        updates = [Update((indices,), shape) for indices, shape in kept if indices]
+        batches = ((tuple(i for i in update.rows[0] if i in requested), update.shape) for update in updates)
+        updates = [Update((indices,), shape) for indices, shape in batches if indices]
 
     def make(index: int) -> tuple[list[int], Batch]:
         (indices,), shape = updates[index].rows, updates[index].shape
@@ -284,7 +285,7 @@ def eval_batches(
 
 
 def eval_subset(dataset: Dataset, batch_size: int, count: int, parts: Parts = WHOLE) -> list[int]:
-    """Choose whole batches of `eval_batches(prompts=True)` with at least `count` conversations, or all of them.
+    """Choose whole batches of `eval_batches(prompts=True)` with at least `count` conversations, or all there are.
 
     The choice holds a batch of each shape and is otherwise spread evenly. It is always the same.
 

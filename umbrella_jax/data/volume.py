@@ -191,7 +191,7 @@ def check_volumes(
         DataError: with every fault of every file.
     """
 
-    def windows(image: Image) -> int | tuple[str, ...]:
+    def count_or_faults(image: Image) -> int | tuple[str, ...]:
         try:
             return check(image.path, modalities[image.modality])
         except DataError as error:
@@ -199,12 +199,12 @@ def check_volumes(
 
     distinct = list(dict.fromkeys(images))
     with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
-        progress = tqdm(pool.map(windows, distinct), "volumes", len(distinct), disable=None)
-        found = dict(zip(distinct, progress, strict=True))
-    faults = [fault for each in found.values() if isinstance(each, tuple) for fault in each]
+        progress = tqdm(pool.map(count_or_faults, distinct), "volumes", len(distinct), disable=None)
+        results = dict(zip(distinct, progress, strict=True))
+    faults = [fault for result in results.values() if isinstance(result, tuple) for fault in result]
     if faults:
         raise DataError(faults)
-    return {image: count for image, count in found.items() if isinstance(count, int)}
+    return {image: count for image, count in results.items() if isinstance(count, int)}
 
 
 def open_volume(path: str | Path, config: ModalityConfig) -> Voxels:
@@ -276,8 +276,8 @@ def restore(path: str | Path, values: np.ndarray, config: ModalityConfig, window
     back = nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)), forward)
     shape = tuple(image.shape[axis] for axis in np.argsort(forward[:, 0]))  # of the oriented array
     if rank == 3:
-        made = nib.apply_orientation(resample(values, [w.T for w in _weights(shape, image, config)]), back)
-        return made.reshape(image.shape)
+        restored = nib.apply_orientation(resample(values, [w.T for w in _weights(shape, image, config)]), back)
+        return restored.reshape(image.shape)
     out = np.zeros((*image.shape[:3], image.shape[3]), np.float32)
     inside, outside = zip(*(_centred(n, s) for n, s in zip(shape, config.size[:3], strict=True)), strict=True)
     frames = np.zeros((*shape, config.size[3]), np.float32)
@@ -330,7 +330,7 @@ def _preprocess_4d(
     path: str | Path, image: Voxels, config: ModalityConfig, window: int
 ) -> tuple[np.ndarray, Background | None]:
     if window >= (count := num_windows(image.shape[3], config)):
-        raise DataError(f"{path}: window {window} asked for; it has {count}, did the file change during the run?")
+        raise DataError(f"{path}: no window {window}; it has {count}, did the file change during the run?")
     start, step = window * window_stride(config), config.stride_within_seq
     data = _read(path, image, config, slice(start, start + _span(config), step)).astype(np.float32, copy=False)
     background = find_background(data, config)

@@ -165,7 +165,7 @@ def _is_directory(path: Path) -> bool:
 def source_files(path: Path) -> list[Path]:
     """Return all files that `open_voxels` may read, in a fixed order: one file, both of a pair, or the frames of a run.
 
-    Opens none of them. Raises DataError, as `open_voxels` does, for a path that is not a file, and for missing frames.
+    Does not open any. Raises DataError, as `open_voxels` does, for a path that is not a file, and for missing frames.
     """
     if _is_directory(path):
         return _frames(path)
@@ -174,11 +174,11 @@ def source_files(path: Path) -> list[Path]:
         for kind in _KINDS:
             with suppress(ImageFileError):  # not a name of this kind
                 files |= _pair(kind, path)
-    found = sorted(file for file in files if file == path or file.exists())
+    existing = sorted(file for file in files if file == path or file.exists())
     with readable(path):
-        for file in found:
+        for file in existing:
             _size(file)
-    return found
+    return existing
 
 
 def _pair(kind: Any, path: Path) -> set[Path]:
@@ -531,10 +531,10 @@ def _kind(path: Path, files: Sequence[Path]) -> Any:
             _check_name(file)
     sniffed = None
     for kind in nib.all_image_classes:
-        found, sniffed = kind.path_maybe_image(path, sniffed)
-        if found and kind in _KINDS:
+        matches, sniffed = kind.path_maybe_image(path, sniffed)
+        if matches and kind in _KINDS:
             return kind
-        if found:
+        if matches:
             raise DataError(f"{path}: {kind.__name__}; expected a NIfTI, Analyze or MGH file")
     raise _no_scan(path, files)
 
@@ -555,7 +555,7 @@ def _no_scan(path: Path, files: Sequence[Path]) -> Exception:
 
 
 class _Arrays:
-    """One array file, or a directory of them as the frames of a run."""
+    """One array file, or a directory of array files that are the frames of a run."""
 
     affine: np.ndarray | None = None
     zooms: np.ndarray | None = None
@@ -605,16 +605,16 @@ def _frames(directory: Path) -> list[Path]:
     numbers: dict[int, list[Path]] = {}
     faults = []
     with readable(directory):
-        found = sorted(directory.iterdir())
-    for file in found:
+        files = sorted(directory.iterdir())
+    for file in files:
         if match := _FRAME.fullmatch(file.name):
             numbers.setdefault(int(match[1]), []).append(file)
         elif file.name.startswith("frame_"):
             faults.append(f"{file}: expected frame_N.pt or frame_N.npy with a number N")
     faults += [
-        f"{directory}: {', '.join(file.name for file in files)} are all frame {n}; expected one file for each frame"
-        for n, files in numbers.items()
-        if len(files) > 1
+        f"{directory}: {', '.join(file.name for file in same)} are all frame {n}; expected one file for each frame"
+        for n, same in numbers.items()
+        if len(same) > 1
     ]
     if not numbers:
         faults.append(f"{directory}: a directory without frames; expected frame_0.pt, frame_1.pt, … or .npy")

@@ -82,8 +82,8 @@ def check_run_name(path: str | Path, remedy: str) -> None:
     absolute = os.path.abspath(path)
     if "\\" in absolute:
         raise ConfigError(f"{path}: checkpoints cannot be read from a path with a backslash ({absolute}); {remedy}")
-    if found := {"gs:", "s3:", "az:", "hf:"}.intersection(absolute.split("/")):
-        raise ConfigError(f"{path}: a folder named {min(found)} is taken for a cloud's address; {remedy}")
+    if schemes := {"gs:", "s3:", "az:", "hf:"}.intersection(absolute.split("/")):
+        raise ConfigError(f"{path}: a folder named {min(schemes)} is taken for a cloud's address; {remedy}")
     try:
         absolute.encode()
     except UnicodeEncodeError:

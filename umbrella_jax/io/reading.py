@@ -21,7 +21,7 @@ from umbrella_jax.errors import ConfigError, UmbrellaError, is_out_of_memory
 DESCRIPTION = 16 << 20
 """Bytes of a descriptive JSON file. A config.json has a few KB, the index of a thousand shards a few MB."""
 LISTING = 256 << 20
-"""Bytes of a table or of a run's record of its inputs. Parsed JSON takes up to twenty times its bytes, so 1 GB of it
+"""Bytes of a table or of a run's record of its inputs. Parsed JSON takes up to twenty times its bytes, so 1 GB
 would exhaust the machine's memory."""
 LINE = 16 << 20
 """Characters of one line of a .jsonl or one item of a JSON list, thousands of times as many as a model could read."""
