@@ -172,16 +172,11 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> tuple[Prepare
     if overlap:
         say(f"WARNING: {overlap}")
 
-    place_of = partial(param_sharding, mesh)
     adapters = lora.start(shapes, config.seed)
-    own = [path for path, label in labels.items() if label != freeze.FROZEN and path not in adapters]
-    for name, why in base.untrained_after(own).items():
-        say(f"WARNING: {name}: patch embedding {why}, and train.groups does not train it: answers would mean nothing")
-    for name in sorted({modality for modality in map(freeze.modality_of, own) if modality} - shown):
-        start = f"untrained ({base.untrained[name]})" if name in base.untrained else "as it is in the base"
-        say(f"WARNING: {name}: no conversation in {config.data.train} shows it: its patch embedding stays {start}")
-    params = base.params(config.model.frozen_dtype, where=place_of, in_float32=own)
-    params |= place({path: Tensor.of(array) for path, array in adapters.items()}, place_of)
+    trained = [path for path, label in labels.items() if label != freeze.FROZEN and path not in adapters]
+    _warn_of_untrained(config, base, trained, shown, say)
+    params = base.params(config.model.frozen_dtype, where=partial(param_sharding, mesh), in_float32=trained)
+    params |= place({path: Tensor.of(array) for path, array in adapters.items()}, partial(param_sharding, mesh))
     trainable, frozen = freeze.partition(params, labels)
     del params
     if config.model.quantize:
@@ -198,14 +193,6 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> tuple[Prepare
     optimizer = make_optimizer(config.train, schedule, labels)
     state = init_state(freeze.as_trainable(trainable), optimizer)
     state = jax.device_put(state, shardings(state, mesh))
-    sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    say(f"{len(train_set)} conversations, {num_steps} steps, into {out}")
-    if config.train.warmup_steps >= num_steps:
-        warmup, peak = config.train.warmup_steps, config.train.learning_rate
-        say(f"WARNING: train.warmup_steps: {warmup} of {num_steps} steps: the rate never reaches {peak:g}")
-    say(f"devices: {mesh.size} ({sizes})")
-    say(f"plan: {plan.cost}")
-    say(f"attention: {model.attention}")
     prepared = Prepared(
         config=config,
         out=out,
@@ -230,7 +217,41 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> tuple[Prepare
         },
         earlier_lines=earlier_lines,
     )
+    for line in _plan_lines(prepared):
+        say(line)
     return prepared, state
+
+
+def _warn_of_untrained(
+    config: RunConfig, base: Checkpoint, trained: Collection[str], shown: Collection[str], say: Say
+) -> None:
+    """Warn about patch embeddings that will be untrained after the run, and about those that no conversation shows.
+
+    Args:
+        trained: the parameters of the base that train.
+        shown: the modalities that conversations show.
+    """
+    for name, why in base.untrained_after(trained).items():
+        say(f"WARNING: {name}: patch embedding {why}, and train.groups does not train it: answers would mean nothing")
+    for name in sorted({modality for modality in map(freeze.modality_of, trained) if modality} - set(shown)):
+        start = f"untrained ({base.untrained[name]})" if name in base.untrained else "as it is in the base"
+        say(f"WARNING: {name}: no conversation in {config.data.train} shows it: its patch embedding stays {start}")
+
+
+def _plan_lines(run: Prepared) -> list[str]:
+    """Return the lines that describe steps, devices and batches of a run."""
+    train, num_steps, mesh = run.config.train, run.training.num_steps, run.training.mesh
+    lines = [f"{len(run.data.train_set)} conversations, {num_steps} steps, into {run.out}"]
+    if train.warmup_steps >= num_steps:
+        warmup, peak = train.warmup_steps, train.learning_rate
+        lines.append(f"WARNING: train.warmup_steps: {warmup} of {num_steps} steps: the rate never reaches {peak:g}")
+    sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    return [
+        *lines,
+        f"devices: {mesh.size} ({sizes})",
+        f"plan: {run.data.plan.cost}",
+        f"attention: {run.model.config.attention}",
+    ]
 
 
 def _check_length(config: RunConfig, conversations: int) -> None:
