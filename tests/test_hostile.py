@@ -29,7 +29,7 @@ from umbrella_jax.cli import main, setup
 from umbrella_jax.config.from_original import from_original
 from umbrella_jax.config.load import load_config
 from umbrella_jax.config.schema import ModalityConfig
-from umbrella_jax.console import columns
+from umbrella_jax.console import table_lines
 from umbrella_jax.data import conversation, tokenize, voxels
 from umbrella_jax.data.bids.from_bids import from_bids
 from umbrella_jax.data.conversation import read_conversations
@@ -987,7 +987,7 @@ def test_what_a_command_prints_moves_no_cursor(
 
 
 def test_names_stay_in_their_cell() -> None:
-    assert columns([["task", "n"], [FORGED, "1"]])[1].startswith("a\\nfinished:\\nended: \\x1b")
+    assert table_lines([["task", "n"], [FORGED, "1"]])[1].startswith("a\\nfinished:\\nended: \\x1b")
 
 
 # Errors of others
