@@ -145,7 +145,7 @@ def section(name: str, **values: Any) -> Callable[[Record], None]:
             ["model.lora: targets: projector.linear_1: named twice"],
         ),
         (section("model", lora={}), ["model.lora: its adapters do not train; name the group lora in train.groups"]),
-        (section("train", groups={"lora": {}}), ["train.groups: lora: there are no adapters; say model.lora too"]),
+        (section("train", groups={"lora": {}}), ["train.groups: lora: there are no adapters; set model.lora too"]),
         (section("train", eval_steps=5), ["train.eval_steps", "--eval-data"]),
         (
             section("train", betas=[-0.1, 1.0], eps=math.nan),

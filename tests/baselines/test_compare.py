@@ -480,7 +480,7 @@ def another_kind(train: list[Any], evaluation: list[Any]) -> None:
         (open_answers, "words: no baseline, since its answers are open"),
         (nothing_to_learn_from, "side: no baseline, since train has no such conversation"),
         (one_answer, "every answer of train is left"),
-        (other_scans, "shows rsfMRI, as nothing in train does"),
+        (other_scans, "shows rsfMRI; train has no such question"),
         (another_kind, "expected evaluation.tasks.age.kind"),
     ],
 )

@@ -609,7 +609,7 @@ def test_data_cache_reports_every_fault(config_file, directory, capsys):
 
 
 def test_float16_without_a_cache_is_rejected():
-    with pytest.raises(ConfigError, match="cache_dtype: float16 of no cache"):
+    with pytest.raises(ConfigError, match=r"cache_dtype: float16 without data\.cache"):
         DataConfig(cache_dtype="float16")
     assert type(VolumeCache.from_config(DataConfig())) is Sources
     cache = VolumeCache.from_config(DataConfig(cache="somewhere", cache_dtype="float16"))

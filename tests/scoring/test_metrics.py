@@ -546,7 +546,7 @@ SEX = [row("a", "a", "s1", task_id="one"), row("b", "b", "s2", task_id="two"), r
             ],
             {},
             DataError,
-            "task sex: no reference: blank; metadata.subject_label does not say it",
+            "task sex: no reference: blank; metadata.subject_label cannot replace it",
         ),
         (
             SEX,
@@ -554,7 +554,7 @@ SEX = [row("a", "a", "s1", task_id="one"), row("b", "b", "s2", task_id="two"), r
             ConfigError,
             "evaluation.tasks.sex.metrics: mae: a classification has none; expected some of acc",
         ),
-        (SEX, {"answers": ("a", "b", "A.")}, ConfigError, "evaluation.tasks.sex.answers: a: several times"),
+        (SEX, {"answers": ("a", "b", "A.")}, ConfigError, "evaluation.tasks.sex.answers: a: listed several times"),
         (
             [*compared(), row("", "a", task="sex/same")],
             {},
@@ -564,7 +564,7 @@ SEX = [row("a", "a", "s1", task_id="one"), row("b", "b", "s2", task_id="two"), r
     ],
 )
 def test_what_cannot_be_scored(rows: Rows, configured: dict[str, Any], error: type[Exception], message: str) -> None:
-    """Without a single prediction."""
+    """Tasks are checked before there is any prediction."""
     asked = [{k: v for k, v in r.items() if k != "prediction"} for r in rows]
     tasks = {"sex": TaskConfig(**configured)} if configured else {}
     with pytest.raises(error) as raised:

@@ -281,7 +281,7 @@ def _question(conversation: Conversation, comparison: bool) -> Shown:
 def _check_task(name: str, task: Task, own: Task, *sets: tuple[Dataset, Mapping[int, Shown]]) -> None:
     """Raise DataError if train does not teach what eval asks; `own` is the task as inferred from train."""
     faults = [
-        f"{data.conversations[i].label}: shows no scan, as other conversations of the task do"
+        f"{data.conversations[i].label}: shows no scan, unlike other conversations of the task"
         for data, scans in sets
         for i, shown in scans.items()
         if not shown
@@ -295,7 +295,7 @@ def _check_task(name: str, task: Task, own: Task, *sets: tuple[Dataset, Mapping[
     (_, learnt), (evaluation, asked) = sets
     known = {_modalities(shown) for shown in learnt.values()}
     faults += [
-        f"{evaluation.conversations[i].label}: shows {' and '.join(_modalities(shown))}, as nothing in train does"
+        f"{evaluation.conversations[i].label}: shows {' and '.join(_modalities(shown))}; train has no such question"
         for i, shown in asked.items()
         if shown and _modalities(shown) not in known
     ]
@@ -329,7 +329,7 @@ def _task_problems(
         samples = tuple(sorted(distinct.values(), key=lambda s: ([str(i.path) for i in s.shown], s.target)))
         answers = sorted({s.target for s in samples})
         if len(answers) < 2:
-            faults.append(f"every answer of train is {answers[0]}; expected something to tell apart")
+            faults.append(f"every answer of train is {answers[0]}; expected at least two different answers")
             continue
         classes = () if task.kind == "regression" else tuple(map(str, answers))
         targets = np.array([classes.index(str(s.target)) if classes else s.target for s in samples])
@@ -345,7 +345,7 @@ def _task_problems(
         if classes and (more := set(classes).difference(task.classes)):
             notes.append(
                 f"{name}: train has the answer {', '.join(sorted(more))} and eval has not; a baseline that gives it "
-                f"counts as unparsable. evaluation.tasks.{name}.answers names all."
+                f"counts as unparsable. List all answers in evaluation.tasks.{name}.answers."
             )
     if faults:
         raise DataError(faults)

@@ -82,7 +82,7 @@ def folds(targets: np.ndarray, subjects: Sequence[str], *, classes: bool) -> lis
     else:
         room, needed, split = len(np.unique(groups)), "three subjects", GroupKFold
     if room < (2 if classes else 3):
-        raise DataError(f"too few subjects to hold some of them out; expected at least {needed}")
+        raise DataError(f"too few subjects to hold some out; expected at least {needed}")
     with warnings.catch_warnings():  # about classes with fewer members than parts, which is fine here
         warnings.simplefilter("ignore", UserWarning)
         pairs = list(split(min(FOLDS, room)).split(np.zeros(len(targets)), targets, groups))

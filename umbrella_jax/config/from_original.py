@@ -233,8 +233,8 @@ def from_original(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         complete[structural]["aliases"] = ["dMRI"]
         notes.append(_DIFFUSION.format(structural))
     notes.append(
-        "data.template: original: as there, images come before the text, or at the markers of a turn that is one "
-        "string; headers of answers and system turns are learnt too"
+        "data.template: original: as in the original, images come before the text, or at the markers of a turn that "
+        "is a single string; headers of answers and system turns are learnt too"
     )
     flat = {"data.template": "original", **{target: value for target, (_, value) in targets.items()}}
     mapping = _nest(flat, complete)

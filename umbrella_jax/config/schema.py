@@ -318,7 +318,7 @@ class DataConfig(Section):
 
     def contradictions(self) -> Iterator[str]:
         if self.cache is None and self.cache_dtype != "float32":
-            yield f"cache_dtype: {self.cache_dtype} of no cache; expected data.cache too, or float32"
+            yield f"cache_dtype: {self.cache_dtype} without data.cache; set data.cache too, or float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -444,7 +444,7 @@ class TaskConfig(Section):
         closed, number = ("classification", "comparison"), ("regression",)
         for name, kinds in [("answers", closed), ("unit", number)]:
             if getattr(self, name) is not None and self.kind not in (None, *kinds):
-                yield f"{name}: a {self.kind} has none; leave it out, or expected kind {' or '.join(kinds)}"
+                yield f"{name}: a {self.kind} has none; leave it out, or set kind to {' or '.join(kinds)}"
         if self.answers is not None and self.unit is not None:
             yield "answers and unit: expected one of them: labels have no unit, numbers no closed set"
         if self.answers is not None and len(self.answers) < 2:
@@ -487,7 +487,7 @@ class RunConfig(Section):
     def contradictions(self) -> Iterator[str]:
         adapted = any(group == LORA or "lora_" in group for group in self.train.groups)
         if adapted and self.model.lora is None:
-            yield "train.groups: lora: there are no adapters; say model.lora too (rank, alpha, targets)"
+            yield "train.groups: lora: there are no adapters; set model.lora too (rank, alpha, targets)"
         if self.model.lora is not None and not adapted:
             yield "model.lora: its adapters do not train; name the group lora in train.groups, or leave it out"
         shortest = min(length for modality in self.model.modalities.values() for length in modality.size[:3])

@@ -90,7 +90,7 @@ def explain(
         DataError: as `Processor.dataset`.
     """
     if not conversation.images:
-        raise ConfigError(f"{conversation.label}: shows no image; there is nothing to explain the answer by")
+        raise ConfigError(f"{conversation.label}: shows no image, so its answer cannot be explained")
     if answer is not None and not answer.strip():
         raise ConfigError("answer: expected a text")
     if steps < 1:

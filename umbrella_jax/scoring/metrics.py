@@ -487,7 +487,7 @@ def _notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Prediction]]
         if none:
             yield f"{name}: {none} of {len(rows)} answers {what}; each counts as {so}."
         if len(task.classes) == 1:
-            yield f"{name}: every reference is {task.classes[0]}; evaluation.tasks.{name}.answers names all answers."
+            yield f"{name}: every reference is {task.classes[0]}; list all answers in evaluation.tasks.{name}.answers."
     lacking = {
         name: [metric for metric in task.metrics if metric in OF_LIKELIHOODS]
         for name, task in tasks.items()

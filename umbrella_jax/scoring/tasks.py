@@ -111,7 +111,7 @@ def tasks_of(rows: Iterable[Prediction], configured: Mapping[str, TaskConfig] | 
             faults += error.faults
             error_type = DataError if isinstance(error, DataError) else error_type
     names = Counter(metric_names(tasks, likelihoods=True))
-    faults += [f"two figures would be called {name}; name the tasks otherwise" for name, n in names.items() if n > 1]
+    faults += [f"two figures would be called {name}; rename the tasks" for name, n in names.items() if n > 1]
     if faults:
         raise error_type(faults)
     return tasks
@@ -202,8 +202,8 @@ def _task(name: str, rows: Sequence[Prediction], config: TaskConfig) -> Task:
     labels, ambiguous = _labels(rows)
     if ambiguous and (blank := [str(row["task_id"]) for row in rows if not normalise(row["reference"])]):
         raise DataError(
-            f"task {name}: no reference: {', '.join(blank)}; metadata.subject_label does not say it, since among other "
-            f"conversations {', '.join(ambiguous)} goes with several"
+            f"task {name}: no reference: {', '.join(blank)}; metadata.subject_label cannot replace it, since in other "
+            f"conversations {', '.join(ambiguous)} has several answers"
         )
     kind = config.kind or _kind(rows, labels, bool(ambiguous), config)
     place = f"evaluation.tasks.{name}"
@@ -213,7 +213,7 @@ def _task(name: str, rows: Sequence[Prediction], config: TaskConfig) -> Task:
         if metric not in METRICS[kind]
     ]
     if twice := [answer for answer, n in Counter(map(normalise, config.answers or ())).items() if n > 1]:
-        faults.append(f"{place}.answers: {', '.join(twice)}: several times, but for case and full stop")
+        faults.append(f"{place}.answers: {', '.join(twice)}: listed several times, ignoring case and full stop")
     if faults:
         raise ConfigError(faults)
     metrics = config.metrics or METRICS[kind]
