@@ -58,7 +58,7 @@ def folder_contents(directory: Path) -> str | None:
     if not WEIGHTS.isdisjoint(names):
         return None
     if (base := _adapter_base(directory)) is not None:
-        return f"a PEFT adapter alone{base}; {_MERGE}"
+        return f"only a PEFT adapter{base}; {_MERGE}"
     own = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in _TRAINER)]
     if found := _recognise(own, _FILES):
         return found

@@ -345,7 +345,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
         ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "adapter_config.json: a PEFT adapter beside"),
         ({"model.safetensors": POINTER}, "model.safetensors: a Git LFS pointer"),
         ({"tokenizer.json": POINTER}, "tokenizer.json: a Git LFS pointer"),
-        ({"model.safetensors": None, "adapter_model.safetensors": ""}, "found a PEFT adapter alone"),
+        ({"model.safetensors": None, "adapter_model.safetensors": ""}, "found only a PEFT adapter"),
         ({"model.safetensors": None, "optimizer.pt": ""}, "found a Trainer's state without weights"),
         ({"model.safetensors": None, "llava.gguf": ""}, "found llama.cpp's quantised weights (llava.gguf)"),
     ],

@@ -1,4 +1,4 @@
-"""One model in all its forms: what `umbrella_jax.load` reads, what `convert` writes, what PyTorch computes from it."""
+"""A model is the same in every form that `umbrella_jax.load` reads and `convert` writes, and in PyTorch."""
 
 import json
 import re
@@ -54,7 +54,7 @@ def native(world: World) -> Path:
 
 @pytest.fixture(scope="module")
 def run(world: World) -> Path:
-    """A run with a checkpoint after each of its two steps; on T1 alone, which compiles in half the time."""
+    """Train a run of two steps with a checkpoint after each, on T1 only, which compiles in half the time."""
     anatomical = [record for record in json.loads(world.train.read_text()) if record["task_id"].startswith("one")]
     data = small_run.write_json(world.root / "anatomical.json", anatomical)
     flags = ["--train-data", data, "--batch-size", 2, "--eval-data", world.eval, "--set", "train.save_steps=1"]
@@ -71,7 +71,7 @@ def export(run: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def batch(world: World) -> Batch:
-    """The three evaluation conversations: one T1, two T1, one run."""
+    """Return the batch of the three evaluation conversations, which show one T1, two T1 and one rsfMRI run."""
     processor = Processor.load(world.base, modalities=small_run.modalities())
     return processor.batch(world.eval, image_root=world.root / "scans")
 
@@ -82,7 +82,7 @@ def _logits(graphdef: Any, params: Any, batch: Batch) -> jax.Array:
 
 
 def logits(model: Llava, batch: Batch) -> np.ndarray:
-    """Logits at the positions in use, [sum of lengths, V]."""
+    """Return the logits at the positions in use, [sum of lengths, V]."""
     values = np.asarray(_logits(*split(model), batch))
     return np.concatenate([row[:length] for row, length in zip(values, batch.lengths, strict=True)])
 
@@ -123,7 +123,7 @@ def test_what_was_trained_to_nan_is_not_exported(run: Path, tmp_path: Path, monk
 
 
 def test_a_run_that_keeps_its_best_answers_with_it(run: Path, world: World, batch: Batch, tmp_path: Path) -> None:
-    """Its first step here, by accuracy, of which more is better; every command says which step it takes."""
+    """The best step here is the first, by accuracy; every command prints the step that it uses."""
     kept = shutil.copytree(run, tmp_path / "kept")
     config = (kept / "config.yaml").read_text()
     settings = {"keep_best: 0": "keep_best: 1", "best_metric:": "best_metric: eval_accuracy"}
@@ -168,7 +168,7 @@ def test_an_export_converts_to_native_and_back(world: World, export: Path, batch
 
 @pytest.fixture(scope="module")
 def lost(export: Path) -> Path:
-    """An export that went through transformers' own class, which drops the volume patch embedding."""
+    """transformers' own class drops the volume patch embedding when it saves an export again."""
     directory = export.parent / "lost"
     LlavaForConditionalGeneration.from_pretrained(export).save_pretrained(directory)
     for name in ("umbrella_config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -205,7 +205,7 @@ def test_a_lost_patch_embedding_does_not_answer(world: World, lost: Path, tmp_pa
 
 
 def test_random_weights_stay_known(world: World, native: Path, tmp_path: Path) -> None:
-    """Through the native form, an export of it, a file of what a run trained; until a run trains them."""
+    """Native checkpoints, exports and files of trained parameters record them, until a run trains them."""
     assert set(Checkpoint.open(native).untrained) == {"T1", "rsfMRI"}
     umbrella("convert", "to-hf", "--include-untrained", native, tmp_path / "export", "--names", "sMRI,fMRI")
     assert set(Checkpoint.open(tmp_path / "export").untrained) == {"sMRI", "fMRI"}
@@ -218,7 +218,7 @@ def test_random_weights_stay_known(world: World, native: Path, tmp_path: Path) -
 
 
 def test_a_model_answers_about_the_modality_that_was_trained(world: World, native: Path, tmp_path: Path) -> None:
-    """One of two: the model loads, and refuses the other."""
+    """The model loads with one of two modalities trained, and refuses the other."""
     directory = shutil.copytree(native, tmp_path / "native")
     described = json.loads((directory / "umbrella_config.json").read_text())
     del described["untrained"]["T1"]
@@ -245,7 +245,7 @@ def test_dtype(run: Path, export: Path, native: Path, dtype: str) -> None:
 
 
 def test_answers_of_the_run_come_back(run: Path, export: Path, world: World) -> None:
-    """What a notebook does with a run or its export gives the answers that the run wrote down."""
+    """A notebook gets from a run, or its export, the answers that the run recorded."""
     written = [row["prediction"] for row in read_lines(run / "predictions" / f"step_{STEPS}.jsonl")]
     for path in (run, export):
         processor = Processor.load(path)
@@ -259,7 +259,7 @@ def test_answers_of_the_run_come_back(run: Path, export: Path, world: World) -> 
 def test_answers_end_at_a_stop_token(run: Path, world: World) -> None:
     processor = Processor.load(run)
     end, pad = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    assert processor.stop_ids == sorted([end, pad])  # both of which the base's generation_config.json names
+    assert processor.stop_ids == sorted([end, pad])  # the base's generation_config.json names both
     left, right = (processor.tokenizer.encode(word) for word in ("left", "right"))
     width = max(len(left), len(right)) + 1
     rows = [[*word, end, *[-1] * width][:width] for word in (left, right)]
@@ -303,7 +303,7 @@ def test_what_lies_beside_the_weights(export: Path, world: World) -> None:
 
 
 def test_the_template_of_the_text_goes_along(world: World, native: Path, tmp_path: Path) -> None:
-    """Into each form that weights take, and no other is taken."""
+    """Every form of the weights records the template, and another template is rejected."""
 
     def say(path: Path, template: str) -> None:
         said = json.loads((path / "umbrella_config.json").read_text())
@@ -360,7 +360,7 @@ def test_an_export_under_the_other_family_of_names(run: Path, tmp_path: Path) ->
     assert f"{PATCH_EMBED}fMRI_positional_embeddings" in names
 
 
-# UMBRELLA checkpoints as the original system writes them: without tokenizer, every leaf random.
+# UMBRELLA checkpoints like those of the original system: without tokenizer, all parameters random.
 
 
 @pytest.mark.parametrize("names", [None, "sMRI,fMRI", "T1,rsfMRI"])
@@ -411,7 +411,7 @@ def test_names_in_the_file_may_be_another_family_than_the_configured(
 
 
 def base_with(directory: Path, rows: int, special_tokens: tuple[str, ...]) -> Path:
-    """The small base with `rows` words and a tokenizer of 280 and `special_tokens`."""
+    """Write the small base with `rows` embeddings and a tokenizer of 280 words and `special_tokens`."""
     small = directory / "base"
     shutil.copytree(directory.parent / "stock", small)
     for path in small.glob("*token*"):
@@ -463,7 +463,7 @@ def test_missing_special_tokens_are_added_and_the_vocabulary_grows(directory: Pa
     raw = json.loads((directory / "export" / "config.json").read_text())
     assert raw["text_config"]["vocab_size"] == 284
     assert raw["image_token_index"] == 283
-    again = AutoTokenizer.from_pretrained(directory / "export")  # without us
+    again = AutoTokenizer.from_pretrained(directory / "export")  # without this package
     assert again.encode("<|im_start|><image>", add_special_tokens=False) == [282, 283]
     assert load_umbrella(directory / "export").get_input_embeddings().weight.shape == (284, 64)
 
@@ -471,8 +471,8 @@ def test_missing_special_tokens_are_added_and_the_vocabulary_grows(directory: Pa
 @pytest.mark.parametrize(
     ("rows", "after"),
     [
-        (300, 300),  # more rows than words, as Qwen has: never shrinks
-        (281, 284),  # the embedding table was smaller than the tokenizer to begin with
+        (300, 300),  # more rows than words, as in Qwen: never shrinks
+        (281, 284),  # the embedding table is smaller than the tokenizer from the start
     ],
 )
 def test_size_of_the_vocabulary(directory: Path, world: World, rows: int, after: int) -> None:
@@ -495,7 +495,7 @@ def test_size_of_the_vocabulary(directory: Path, world: World, rows: int, after:
 def test_a_model_of_the_hub_comes_in_either_format(
     tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And in PyTorch's own only if it has no other."""
+    """PyTorch's own format is downloaded only if there is no other."""
     repository = ["config.json", weights, "pytorch_model.bin"]
 
     def download(name: str, allow_patterns: list[str]) -> str:

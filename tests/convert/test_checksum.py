@@ -1,4 +1,4 @@
-"""A bit that changed in weights on disk is noticed by whatever reads them, and named."""
+"""Every reader notices a changed bit in weights on disk, and names the file."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from umbrella_jax.errors import CheckpointError
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> dict[str, Path]:
-    """An export, in shards, and a native checkpoint of the same weights."""
+    """Write an export in shards and a native checkpoint of the same weights."""
     root = tmp_path_factory.mktemp("written")
     write_umbrella(root / "hf")
     checkpoint = Checkpoint.open(root / "hf")
@@ -30,14 +30,14 @@ def written(tmp_path_factory) -> dict[str, Path]:
 
 
 def flipped(file: Path, position: int) -> bytes:
-    """The file's content; one of its bits is another one now."""
+    """Flip one bit of a file; return its previous content."""
     content = file.read_bytes()
     file.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
     return content
 
 
 def place_of(file: Path, name: str) -> int:
-    """The last byte of a tensor."""
+    """Return the position of a tensor's last byte."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         return 8 + length + json.loads(opened.read(length))[name]["data_offsets"][1] - 1
@@ -50,7 +50,7 @@ def sharded(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
 
 
 def test_a_flipped_bit_of_an_export_is_named(written):
-    """Of every tensor, read whole, in another type, in the shards of a mesh, and in blocks."""
+    """The bit is in any tensor, read whole, as another type, in the shards of a mesh, or in blocks."""
     export = written["export"]
     names = {name: Path(tensor.file) for name, tensor in open_checkpoint(export).items()}
     for name, file in names.items():
@@ -75,7 +75,7 @@ def test_a_flipped_bit_of_an_export_is_named(written):
 
 
 def test_an_export_saved_again(written, tmp_path):
-    """The remedy that the message names is one: without the checksums, the folder is read as it is."""
+    """The remedy in the message works: without the checksums, the folder loads."""
     checkpoint = Checkpoint.open(written["export"])
     write_hf(checkpoint, tmp_path / "export")
     file, record = tmp_path / "export" / "model.safetensors", tmp_path / "export" / "umbrella_config.json"
@@ -93,7 +93,7 @@ def test_an_export_saved_again(written, tmp_path):
 
 
 def test_a_flipped_bit_of_a_native_checkpoint_is_named(written):
-    """In whichever of its files, of whichever way to read it; so are a file that is gone and one too many."""
+    """The bit is in any file, and the reader any one; a missing file and an extra one are named, too."""
     native = written["native"]
     files = [file for file in (native / "params").rglob("*") if file.is_file()]
     assert len(files) > 4
@@ -109,7 +109,7 @@ def test_a_flipped_bit_of_a_native_checkpoint_is_named(written):
     content = files[0].read_bytes()
     files[0].unlink()
     files[1].with_name("more").touch()
-    files[1].with_name(".DS_Store").touch()  # as a Mac leaves it: no fault
+    files[1].with_name(".DS_Store").touch()  # macOS writes it: no fault
     with pytest.raises(CheckpointError) as error:
         Checkpoint.open(native).params()
     assert error.value.faults[0].startswith(f"{files[0]}: missing")
@@ -128,7 +128,7 @@ def test_a_flipped_bit_of_a_native_checkpoint_is_named(written):
 
 @pytest.mark.parametrize("form", ["export", "native"])
 def test_a_small_file_that_changed_is_named(written, form, caplog):
-    """People edit them, so that is a warning; an untouched folder has none, and a file less is one too."""
+    """People edit these files, so a changed or missing one is a warning; an untouched folder has none."""
     folder = written[form]
     model = Checkpoint.open(folder)
     model.warn_doubtful()
@@ -149,7 +149,7 @@ def test_a_small_file_that_changed_is_named(written, form, caplog):
 
 
 def test_a_file_of_its_own_records_its_checksums(tmp_path):
-    """As `convert to-hf --trainable-only` writes it."""
+    """The file is like those of `convert to-hf --trainable-only`."""
     arrays = {"a": np.arange(100_000, dtype=np.float32), "b": np.empty((0, 3), np.float16), "c": np.float32(3)}
     file = tmp_path / "trainable.safetensors"
     sums = write_safetensors(file, {name: Tensor.of(array) for name, array in arrays.items()}, record=True)

@@ -1,4 +1,4 @@
-"""config.json of transformers 4 and 5, what is refused by name, and what is written beside an export."""
+"""Test config.json of transformers 4 and 5, the values that are rejected, and the files of an export."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ def put(directory, raw) -> Path:
 
 
 def changed(**fields):
-    """RAW with fields replaced; `text_` and `vision_` prefixes name the sections, `...` removes a field."""
+    """Return RAW with fields replaced; prefixes `text_` and `vision_` name the sections, `...` removes a field."""
     raw = json.loads(json.dumps(RAW))
     for key, value in fields.items():
         section = raw
@@ -183,7 +183,7 @@ def test_refused_by_name(tmp_path, field, value):
         ("text__quantization_config", None),
         ("text__rope_scaling", None),
         ("text__layer_types", None),
-        ("text__sliding_window", 4096),  # which use_sliding_window, absent or false, leaves unused
+        ("text__sliding_window", 4096),  # unused if use_sliding_window is absent or false
         ("text__num_key_value_heads", 6),
         ("text__rope_scaling", {"rope_type": "default"}),
     ],

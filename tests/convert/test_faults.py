@@ -1,4 +1,4 @@
-"""One change to a good checkpoint, one refusal that names the file and the tensor, before any parameter is made."""
+"""One change to a good checkpoint gives one error that names file and tensor, before any parameter is read."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ from umbrella_jax.models import LlavaConfig
 LAYER = "language_model.model.layers.1.mlp.up_proj.weight"
 STACK = "language_model.model.layers.mlp.up_proj.weight"
 NORM = "language_model.model.norm.weight"
-SQUARE = "language_model.model.layers.0.self_attn.q_proj.weight"  # which transposed has its own shape
+SQUARE = "language_model.model.layers.0.self_attn.q_proj.weight"  # square, so a transposition keeps the shape
 EMBEDDINGS = "vision_tower.vision_model.embeddings."
 KERNEL = EMBEDDINGS + "T1_proj.weight"
 LINEAR = "multi_modal_projector.linear_1.weight"
@@ -38,10 +38,10 @@ Change = Callable[[Path], None]
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints without a fault: `one` file, five `shards`, `stock`, and a file `part` of what `one` trained."""
+    """Write checkpoints without faults: `one` file, five `shards`, `stock`, and `part`, trained parameters of `one`."""
     root = tmp_path_factory.mktemp("good")
     write_umbrella(root / "one")
-    write_umbrella(root / "shards", shards=5)  # a layer is in another one than the next
+    write_umbrella(root / "shards", shards=5)  # consecutive layers are in different shards
     write_stock(root / "stock")
     own = {name: t for name, t in open_checkpoint(root / "one").items() if name.startswith(EMBEDDINGS)}
     write_trainable(root / "part", Trainable(own, dict(MODALITIES), fingerprint(root / "one")))
@@ -52,7 +52,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(good: Path, tmp_path: Path) -> Callable[..., Path]:
-    """`copy(kind, change)`: a copy of a good checkpoint with one change."""
+    """Return `copy(kind, change)`, which copies a good checkpoint and makes one change."""
 
     def make(kind: str, change: Change = lambda directory: None) -> Path:
         directory = shutil.copytree(good / kind, tmp_path / kind)
@@ -69,10 +69,10 @@ def failing(path: str, shape: tuple[int, ...]) -> Any:
 def refused(
     directory: Path, config: LlavaConfig, error: type[UmbrellaError] = CheckpointError, **options: Any
 ) -> tuple[str, ...]:
-    """Faults that the headers alone show; loading shows the same."""
+    """Return the faults found in the headers; loading reports the same."""
     with pytest.raises(error) as headers:
         plan_loading(directory, config, **options)
-    if "patch_embed" not in options:  # which is `Checkpoint`'s to load
+    if "patch_embed" not in options:  # `load_params` does not take it
         with pytest.raises(error) as whole:
             load_params(directory, config, where=failing, **options)
         assert whole.value.faults == headers.value.faults
@@ -80,13 +80,13 @@ def refused(
 
 
 def only(faults: Sequence[str], *expected: str) -> None:
-    """One fault, which says all that is expected."""
+    """There is one fault, which contains every expected text."""
     assert len(faults) == 1, faults
     for part in expected:
         assert part in faults[0], faults[0]
 
 
-# Tensors: what a change makes of {name: array}.
+# Tensors: each change alters {name: array}.
 
 
 def tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Change:
@@ -218,7 +218,7 @@ def test_head_that_differs_from_the_embeddings_to_which_it_is_tied(copy: Callabl
 def test_number_too_large_for_the_type(
     copy: Callable[..., Path], good: Path, tmp_path: Path, own: str, dtype: str, value: float, fits: bool
 ) -> None:
-    """In a layer that is in another shard than the stack's first."""
+    """The layer is in another shard than the first layer."""
     directory = copy("shards")
     weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
     assert weight_map[LAYER] != weight_map[LAYER.replace(".1.", ".0.")]
@@ -235,7 +235,7 @@ def test_number_too_large_for_the_type(
             assert part in message
 
 
-# Files: what a change makes of the bytes.
+# Files: each change alters the bytes.
 
 
 def raw(file: str, change: Callable[[bytes], bytes]) -> Change:
@@ -254,7 +254,7 @@ def header(file: str, change: Callable[[dict[str, Any]], Any]) -> Change:
 
 
 def shift(value: dict[str, Any], by: int) -> None:
-    """Moves the tensor that lies last."""
+    """Move the last tensor in the file."""
     last = max((v for k, v in value.items() if k != "__metadata__"), key=lambda v: v["data_offsets"][1])
     last["data_offsets"] = [offset + by for offset in last["data_offsets"]]
 
@@ -273,7 +273,7 @@ def index(change: Callable[[dict[str, str]], Any]) -> Change:
 
 
 def move(name: str, to: str, keep: bool = False) -> Change:
-    """From its shard to another, of which the index says nothing."""
+    """A tensor moves from its shard to another, and the index is not updated."""
 
     def make(directory: Path) -> None:
         own = directory / json.loads((directory / INDEX).read_text())["weight_map"][name]
@@ -285,7 +285,7 @@ def move(name: str, to: str, keep: bool = False) -> Change:
 
 
 def huge(directory: Path) -> None:
-    """A header of more than 100 MB, in a file that is as long."""
+    """The header has more than 100 MB, and so has the file."""
     with (directory / FIRST).open("r+b") as file:
         file.write((100_000_008).to_bytes(8, "little"))
         file.truncate(200_000_000)
@@ -366,13 +366,13 @@ def test_files(copy: Callable[..., Path], good: Path, change: Change, expected: 
     only(refused(directory, read_config(good / "one")), *(part.format(dir=directory) for part in expected))
 
 
-# What is no LLaVA's weights.
+# Folders without a LLaVA's weights.
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 1735000000\n"
 
 
 def instead(*names: str, config: bool = True) -> Change:
-    """Files of these names (folders, if they end in /) in place of the weights."""
+    """Replace the weights by files of these names, or folders if a name ends in /."""
 
     def make(directory: Path) -> None:
         (directory / SINGLE).unlink()
@@ -393,9 +393,9 @@ def instead(*names: str, config: bool = True) -> Change:
     [
         (
             ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt"],
-            ["PEFT adapter alone, of the base lab/llava", "merge_and_unload"],
+            ["only a PEFT adapter, of the base lab/llava", "merge_and_unload"],
         ),
-        (["adapter_model.bin"], ["PEFT adapter alone; ", "save_pretrained"]),
+        (["adapter_model.bin"], ["only a PEFT adapter; ", "save_pretrained"]),
         (
             ["global_step500/", "latest", "zero_to_fp32.py", "rng_state_0.pth"],
             ["DeepSpeed", "(global_step500)", "zero_to_fp32.py . OUT"],
@@ -427,7 +427,7 @@ def instead(*names: str, config: bool = True) -> Change:
 def test_folder_of_something_else(
     copy: Callable[..., Path], names: list[str], expected: list[str], with_config: bool
 ) -> None:
-    """Named for what it is, whether config.json is there too or not."""
+    """The contents are named, with and without config.json."""
     directory = copy("one", instead(*names, config=with_config))
     with pytest.raises(CheckpointError) as error:
         Checkpoint.open(directory).check()
@@ -436,7 +436,7 @@ def test_folder_of_something_else(
 
 @pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
 def test_adapter_beside_the_weights(copy: Callable[..., Path], weights: str) -> None:
-    """Which of the two models is meant, nothing says."""
+    """Nothing says which of the two models is meant."""
     directory = copy("one")
     (directory / weights).touch()
     (directory / "adapter_config.json").write_text("{}")
@@ -475,7 +475,7 @@ def test_adapter_beside_the_weights(copy: Callable[..., Path], weights: str) -> 
     ids=["lora", "base_layer", "modules_to_save", "gptq", "bitsandbytes"],
 )
 def test_tensors_of_another_kind(copy: Callable[..., Path], good: Path, change: Any, expected: str) -> None:
-    """One fault, not one for each tensor."""
+    """There is one fault, not one per tensor."""
     directory = copy("one")
     save_file(change(load_file(directory / SINGLE)), directory / SINGLE)
     only(refused(directory, read_config(good / "one")), f"{directory}: ", expected)
@@ -573,7 +573,7 @@ def test_config_of_fewer_layers(copy: Callable[..., Path]) -> None:
     assert all(f"{directory / SINGLE}: vision_tower.vision_model.encoder.layers.1." in fault for fault in faults)
 
 
-# NaN and infinity, which only `--check-finite` looks for.
+# NaN and infinity, which only `--check-finite` detects.
 
 
 @pytest.mark.parametrize("name", [LAYER, EMBED, KERNEL], ids=["in a stack", "table", "kernel"])
@@ -603,14 +603,14 @@ def test_not_finite_where_a_patch_embedding_starts_from(copy: Callable[..., Path
     name = EMBEDDINGS + "patch_embedding.bias"
     directory = copy("stock", tensors(lambda t: t[name].put(4, np.nan)))
     flags = [directory, tmp_path / "native", "--config", good / "run.yaml", "--check-finite"]
-    umbrella("convert", "from-hf", *flags)  # it is not read
+    umbrella("convert", "from-hf", *flags)  # the NaN is not read
     shutil.rmtree(tmp_path / "native")
     message = umbrella("convert", "from-hf", *flags, "--set", "model.patch_embed_init=inflate", code=2)
     assert f"{directory / 'model.safetensors'}: {name}: 1 of 36 numbers are NaN or infinite" in message
     assert not (tmp_path / "native").exists()
 
 
-# A file of what was trained.
+# Files of trained parameters.
 
 
 def test_part_is_accepted_on_its_base(good: Path) -> None:
@@ -623,7 +623,7 @@ def test_part_of_another_base(copy: Callable[..., Path], good: Path, tmp_path: P
     directory = copy("one", tensors(lambda t: t[name].put(5, -t[name].flat[5])))
     part = good / "part"
     checkpoint = Checkpoint.open(directory, patch_embed=part)
-    assert checkpoint.check() == []  # which reads no numbers
+    assert checkpoint.check() == []  # reads no numbers
     with pytest.raises(CheckpointError) as error:
         checkpoint.params(where=failing)
     ours, theirs = (fingerprint(d)[:12] for d in (directory, good / "one"))
@@ -709,7 +709,7 @@ def test_part_onto_a_native_checkpoint(good: Path, tmp_path: Path) -> None:
         Checkpoint.open(native, patch_embed=part)
 
 
-# Where the patch embedding starts.
+# Initial weights of the patch embedding.
 
 
 def test_resample_on_a_stock_base(good: Path) -> None:
@@ -719,7 +719,7 @@ def test_resample_on_a_stock_base(good: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["one", "stock"])
 def test_inflate_without_siglips_own(copy: Callable[..., Path], kind: str, tmp_path: Path) -> None:
-    """UMBRELLA bases have none of it; of a stock one, here, the positions are gone."""
+    """UMBRELLA bases lack SigLIP's tensors; the stock base here lacks the positions."""
     gone = [EMBEDDINGS + n for n in ("patch_embedding.weight", "patch_embedding.bias", "position_embedding.weight")]
     if kind == "one":
         directory = tmp_path / "umbrella"
@@ -731,7 +731,7 @@ def test_inflate_without_siglips_own(copy: Callable[..., Path], kind: str, tmp_p
     for fault in (faults := refused(directory, config, init="inflate")):
         for part in (f"{directory}: model.patch_embed_init inflate", *gone, "missing"):
             assert part in fault
-    assert len(faults) == 1  # though the stock one lacks two modalities
+    assert len(faults) == 1  # although the stock checkpoint lacks two modalities
 
 
 # Exports.
@@ -740,7 +740,7 @@ def test_inflate_without_siglips_own(copy: Callable[..., Path], kind: str, tmp_p
 @pytest.mark.parametrize("size", ["many", "", "5XB", "GB", "-1GB", "0GB", "nanGB", "infGB"])
 def test_max_shard_size(good: Path, tmp_path: Path, size: str) -> None:
     message = umbrella("convert", "to-hf", good / "one", tmp_path / "out", f"--max-shard-size={size}", code=2)
-    assert f"max_shard_size: {size!r}: expected a size" in message
+    assert f"--max-shard-size: {size!r}: expected a size" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -764,11 +764,11 @@ def test_trainable_only_of_what_is_no_run(good: Path, tmp_path: Path, kind: str)
     assert not (tmp_path / "out").exists()
 
 
-# Several.
+# Several faults.
 
 
 def test_faults_are_named_together(copy: Callable[..., Path], good: Path) -> None:
-    """Of tensors, modalities, types and the start: each of them, once."""
+    """Faults of tensors, modalities, types and initial weights are each reported once."""
 
     def change(t: dict[str, np.ndarray]) -> None:
         del t[LAYER], t[EMBEDDINGS + "rsfMRI_proj.bias"]
@@ -812,7 +812,7 @@ def test_resample_and_other_faults_are_named_together(copy: Callable[..., Path])
     config = read_config(directory, MODALITIES, init="resample")
     message = str(refused(directory, config, init="resample"))
     assert LAYER in message
-    assert message.count("umbrella_config.json") == 2  # one for each modality
+    assert message.count("umbrella_config.json") == 2  # once per modality
 
 
 def test_modalities_that_do_not_agree_are_named_together(good: Path) -> None:

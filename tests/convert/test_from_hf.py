@@ -1,4 +1,4 @@
-"""Loading refuses everything that does not match, all at once and by name; what it makes up is what it says."""
+"""Loading reports every mismatch at once and by name, and initialises only the parameters that it reports."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ EMBEDDINGS = "vision_tower.vision_model.embeddings."
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """An UMBRELLA and a stock checkpoint, tied and not, made once."""
+    """Write an UMBRELLA and a stock checkpoint, each tied and untied."""
     root = tmp_path_factory.mktemp("written")
     for tied in (True, False):
         write_umbrella(root / f"umbrella_{tied}", tied=tied)
@@ -33,7 +33,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def edit(written, tmp_path):
-    """`edit(change)`: a copy of a checkpoint whose {name: array} `change` has altered in place, and its config."""
+    """Return `edit(change)`, which copies a checkpoint, lets `change` alter its {name: array}, and reads its config."""
 
     def make(change=lambda tensors: None, source="umbrella_True"):
         directory = tmp_path / "edited"
@@ -49,7 +49,7 @@ def edit(written, tmp_path):
 def refused(directory, config, **kwargs) -> str:
     with pytest.raises(CheckpointError) as error:
         load_params(directory, config, where=lambda *_: pytest.fail("a parameter was made"), **kwargs)
-    if "differs" not in str(error.value):  # that one needs the numbers
+    if "differs" not in str(error.value):  # only that fault needs the numbers
         with pytest.raises(CheckpointError) as headers:
             plan_loading(directory, config, **kwargs)
         assert headers.value.faults == error.value.faults
@@ -73,10 +73,10 @@ def test_every_parameter_is_loaded(written, tied):
         placed.append((path, shape))
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-    params, report = load_params(directory, config, where=where)
+    params, summary = load_params(directory, config, where=where)
     assert {k: v.shape for k, v in params.items()} == {k: v.shape for k, v in abstract_params(config)[1].items()}
     assert sorted(placed) == sorted((path, leaf.shape) for path, leaf in params.items())
-    assert report.lines() == []
+    assert summary.lines() == []
     tensors = load_file(directory / "model.safetensors")
     np.testing.assert_array_equal(params["language_model.model.layers.mlp.up_proj.weight"][1], tensors[LAYER])
     kernel = tensors[EMBEDDINGS + "T1_proj.weight"]
@@ -133,7 +133,7 @@ def test_mixed_types_may_be_cast(edit):
 
 
 def test_other_layouts_names(edit, written):
-    def change(tensors):  # as transformers 5 names them in memory
+    def change(tensors):  # transformers 5's names in memory
         for name in list(tensors):
             new = name.replace("language_model.model.", "model.language_model.")
             new = new.replace("language_model.lm_head", "lm_head").replace("vision_model.", "")
@@ -188,8 +188,8 @@ def test_two_names_for_one_modality(edit):
 def test_names_are_resolved_by_alias(written):
     directory = written / "umbrella_True"
     config = read_config(directory, {"sMRI": MODALITIES["T1"], "fMRI": MODALITIES["rsfMRI"]})
-    params, report = load_params(directory, config)
-    assert report.lines() == []
+    params, summary = load_params(directory, config)
+    assert summary.lines() == []
     theirs = load_params(directory, read_config(directory))[0]
     for a, b in (("sMRI", "T1"), ("fMRI", "rsfMRI")):
         for end in ("_proj.weight", "_proj.bias", "_positional_embeddings"):
@@ -199,15 +199,15 @@ def test_names_are_resolved_by_alias(written):
 def test_new_modalities_of_a_stock_checkpoint(written):
     directory = written / "stock_True"
     config = read_config(directory, MODALITIES)
-    params, report = load_params(directory, config, dtype="bfloat16", seed=3)
-    assert list(report.initialised) == ["T1", "rsfMRI"]
-    assert set(report.replaced) == {
+    params, summary = load_params(directory, config, dtype="bfloat16", seed=3)
+    assert list(summary.initialised) == ["T1", "rsfMRI"]
+    assert set(summary.replaced) == {
         EMBEDDINGS + name for name in ("patch_embedding.weight", "patch_embedding.bias", "position_embedding.weight")
     }
-    assert report == plan_loading(directory, config).summary
-    *new, replaced = report.lines()
+    assert summary == plan_loading(directory, config).summary
+    *new, replaced = summary.lines()
     assert [line.partition(":")[0] for line in new] == ["T1", "rsfMRI"]
-    assert replaced.split("\n  ")[1:] == list(report.replaced)
+    assert replaced.split("\n  ")[1:] == list(summary.replaced)
     for name in MODALITIES:
         weight, bias = params[f"{EMBEDDINGS}{name}_proj.weight"], params[f"{EMBEDDINGS}{name}_proj.bias"]
         table = params[f"{EMBEDDINGS}{name}_positional_embeddings"]
@@ -216,7 +216,7 @@ def test_new_modalities_of_a_stock_checkpoint(written):
         for array in (weight, table):
             assert 0.015 < float(array.std()) < 0.022
             assert float(abs(array).max()) < 0.05
-    # neither another modality nor another order changes it; another seed does
+    # other modalities and another order do not change it; another seed does
     alone = dataclasses.replace(config, modalities={"rsfMRI": MODALITIES["rsfMRI"]})
     path = EMBEDDINGS + "rsfMRI_proj.weight"
     np.testing.assert_array_equal(load_params(directory, alone, seed=3)[0][path], params[path])
@@ -228,14 +228,14 @@ def test_vocabulary_grows(written):
     config = read_config(directory)
     before = load_params(directory, config)[0]
     grown = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=334))
-    params, report = load_params(directory, grown)
-    assert report.grown == {EMBED: (331, 334), LM_HEAD: (331, 334)}
+    params, summary = load_params(directory, grown)
+    assert summary.grown == {EMBED: (331, 334), LM_HEAD: (331, 334)}
     for path in (EMBED, LM_HEAD):
         assert params[path].shape == (334, 48)
         np.testing.assert_array_equal(params[path][:331], before[path])
         mean = np.asarray(before[path]).mean(0, dtype=np.float64).astype(np.float32)
         np.testing.assert_array_equal(params[path][331:], np.tile(mean, (3, 1)))
-    assert any("331 rows → 334" in line for line in report.lines())
+    assert any("331 rows → 334" in line for line in summary.lines())
 
 
 def test_vocabulary_never_shrinks(written):

@@ -1,4 +1,4 @@
-"""At the widths of LLaVA-Qwen 7B, of which two layers: the same files come back, and the logits are PyTorch's."""
+"""Two layers at the widths of LLaVA-Qwen 7B: conversion and back gives the same files, logits are PyTorch's."""
 
 import json
 from dataclasses import asdict, replace
@@ -32,7 +32,7 @@ VOCABULARY, IMAGE_ID = 2000, 1999
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 450 M random bfloat16 numbers in shards, as transformers writes them; no leaf is constant."""
+    """Write about 450 M random bfloat16 numbers in shards, as transformers does; no parameter is constant."""
     directory = tmp_path_factory.mktemp("large")
     text = Qwen2Config(
         vocab_size=VOCABULARY,
@@ -125,7 +125,7 @@ def logits(graphdef: Any, params: Any, batch: Batch) -> jax.Array:
 
 
 def torch_logits(base: Path, ids: np.ndarray, volume: np.ndarray) -> np.ndarray:
-    """Of transformers' own model, whose embeddings are replaced before its weights are read."""
+    """The logits are those of transformers' own model, with its embeddings replaced before loading."""
     with torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(base))
         model.model.vision_tower.embeddings = TorchPatchEmbed({"T1": T1}, 1152)
@@ -137,7 +137,7 @@ def torch_logits(base: Path, ids: np.ndarray, volume: np.ndarray) -> np.ndarray:
     }
     model.load_state_dict(state, strict=True, assign=True)
     rotary = model.model.language_model
-    rotary.rotary_emb = type(rotary.rotary_emb)(config=rotary.config)  # in no file, so the meta device left it empty
+    rotary.rotary_emb = type(rotary.rotary_emb)(config=rotary.config)  # empty on the meta device, and not in the file
     with torch.no_grad():
         found = model.eval()(input_ids=torch.from_numpy(ids).long(), pixel_values=torch.from_numpy(volume)[:, None])
     return found.logits[0].numpy()

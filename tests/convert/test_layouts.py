@@ -1,4 +1,4 @@
-"""Every layout of names and files is the same model: loaded, and exported in the hub's layout, bit for bit."""
+"""Every layout of names and files loads as the same model and exports the same bits in the hub's layout."""
 
 import json
 import shutil
@@ -40,12 +40,12 @@ RENAMED_FAMILY = {name: dict(zip(name, MODALITIES.values(), strict=True)) for na
 
 
 def hub(name):
-    """Files of transformers 4.x, and its modules up to 4.51."""
+    """Return the name in files of transformers 4.x, and in its modules up to 4.51."""
     return name
 
 
 def in_memory_4(name):
-    """Modules of transformers 4.52 to 4.57."""
+    """Return the name in modules of transformers 4.52 to 4.57."""
     for old, new in (("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head.")):
         if name.startswith(old):
             return new + name.removeprefix(old)
@@ -53,12 +53,12 @@ def in_memory_4(name):
 
 
 def in_memory_5(name):
-    """Modules of transformers 5."""
+    """Return the name in modules of transformers 5."""
     return in_memory_4(name).replace("vision_tower.vision_model.", "vision_tower.")
 
 
 def saved_by_5(name):
-    """Files of transformers 5, of a model that it made itself."""
+    """Return the name in files that transformers 5 writes for a model which it made itself."""
     return name.replace("vision_tower.vision_model.", "vision_tower.")
 
 
@@ -67,7 +67,7 @@ FILES = ("safetensors", "safetensors shards", "bin", "bin shards", "bin legacy",
 
 
 def write_weights(directory, tensors, files="safetensors"):
-    """Tensors as one file or dealt to three and an index, in one of FILES; returns the paths without the index."""
+    """Write tensors to one file or to three with an index, as one of FILES; return the paths without the index."""
     kind = files.split()[0]
     stem = {"safetensors": "model", "bin": "pytorch_model"}[kind]
     shards = [f"{stem}.{kind}"]
@@ -86,14 +86,14 @@ def write_weights(directory, tensors, files="safetensors"):
 
 
 def write(directory, source, tensors, files="safetensors"):
-    """A checkpoint of other weights with all else that `source` holds; returns its directory."""
+    """Write a checkpoint of other weights with the small files of `source`; return its directory."""
     shutil.copytree(source, directory, ignore=shutil.ignore_patterns("*.safetensors"))
     write_weights(directory, tensors, files)
     return directory
 
 
 def read(directory):
-    """Tensors of all safetensors files there, by the library."""
+    """Read the tensors of all safetensors files in a directory with the library."""
     return {n: t for file in sorted(directory.glob("*.safetensors")) for n, t in load_file(file).items()}
 
 
@@ -111,17 +111,19 @@ def assert_same(params, expected):
 
 
 def assert_round_trip(directory, source, out, modalities=MODALITIES):
-    """`directory` has the parameters of `source` and its export the tensors of `source`; returns the report's lines,
-    but for those on preprocessing that is not recorded."""
+    """`directory` has the parameters of `source`, and its export the tensors of `source`.
+
+    Returns the messages of loading, except those about preprocessing that is not recorded.
+    """
     config = read_config(directory, modalities)
-    params, report = load_params(directory, config)
+    params, summary = load_params(directory, config)
     assert_same(params, load_params(source, config)[0])
     export(out, params, config, directory)
     assert contents(out) == contents(source)
     assert read_config(out) == config
     assert {path.name for path in out.iterdir() if path.suffix in (".bin", ".safetensors")} == {"model.safetensors"}
     assert not list(out.glob("*.index.json"))
-    return [line for line in report.lines() if line not in report.undescribed]
+    return [line for line in summary.lines() if line not in summary.undescribed]
 
 
 def refused(directory, modalities=MODALITIES) -> str:
@@ -132,7 +134,7 @@ def refused(directory, modalities=MODALITIES) -> str:
 
 @pytest.fixture(scope="module")
 def hubs(tmp_path_factory):
-    """Checkpoints in the hub's layout, one file of safetensors each: {(dtype, tied): directory}."""
+    """Write checkpoints in the hub's layout, one safetensors file each: {(dtype, tied): directory}."""
     root = tmp_path_factory.mktemp("hubs")
     for seed, (dtype, tied) in enumerate(product(DTYPES, (True, False))):
         write_umbrella(root / f"{dtype}_{tied}", dtype=dtype, tied=tied, seed=10 * seed)
@@ -156,7 +158,7 @@ def test_names_and_files(hubs, tmp_path, names, files, dtype, tied):
 
 
 def compiled_inside(name):
-    """Of a model whose language model and layers were compiled or wrapped one by one."""
+    """Return the name in a model whose language model and layers were compiled or wrapped one by one."""
     name = name.replace("language_model.model.", "language_model._orig_mod.model.")
     return name.replace(".layers.1.", ".layers.1._checkpoint_wrapped_module.").replace(
         "layers.0.", "layers.0._orig_mod."
@@ -184,7 +186,7 @@ WRAPPERS = {
     ],
 )
 def test_what_wrappers_put_into_names(hubs, tmp_path, wrapper, names, files, tied):
-    """It is left out, and said, with the first name as an example."""
+    """The parts are removed, and the first name is reported as an example."""
     source = hubs["float32", tied]
     wrapped = {WRAPPERS[wrapper](names(n)): t for n, t in read(source).items()}
     directory = write(tmp_path / "in", source, wrapped, files)
@@ -250,7 +252,7 @@ def test_what_transformers_4_46_saves(hubs, tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_views_and_parameters_in_a_bin(hubs, tmp_path, dtype):
-    """What a state_dict may hold: tensors that are not contiguous or lie within another, and parameters."""
+    """A state_dict may contain parameters, views, and tensors that are not contiguous."""
     source = hubs[dtype, False]
     tensors = read(source)
     for i, (name, tensor) in enumerate(tensors.items()):
@@ -266,7 +268,7 @@ def test_views_and_parameters_in_a_bin(hubs, tmp_path, dtype):
 
 
 class Touch:
-    """Unpickled, makes an empty file."""
+    """Creates an empty file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -284,7 +286,7 @@ def test_nothing_in_a_bin_is_executed(hubs, tmp_path, files):
     assert f"{last}: " in message
     assert not (tmp_path / "touched").exists()
     torch.load(last, weights_only=False)
-    assert (tmp_path / "touched").exists()  # so it would have
+    assert (tmp_path / "touched").exists()  # the pickle does create the file
 
 
 @pytest.mark.parametrize("percent", [0, 1, 3, 10, 50, 99])
@@ -300,7 +302,7 @@ def test_bin_that_is_cut_short(hubs, tmp_path, files, percent):
 
 @pytest.mark.parametrize("files", ["bin", "bin legacy"])
 def test_damaged_bin_is_refused_by_name(tmp_path, files):
-    """Cut anywhere in the pickles or with a bit turned, it is a fault of that file and never another exception."""
+    """A file cut anywhere in its pickles, or with a flipped bit, is a CheckpointError and no other exception."""
     (file,) = write_weights(tmp_path, {"a": torch.arange(3.0), "b": torch.ones(2, 2)}, files)
     data = file.read_bytes()
     rng = np.random.default_rng(0)
@@ -311,7 +313,7 @@ def test_damaged_bin_is_refused_by_name(tmp_path, files):
     for contents in damaged:
         file.write_bytes(contents)
         try:
-            open_checkpoint(tmp_path)  # a bit of a number may turn unseen
+            open_checkpoint(tmp_path)  # a flipped bit of a number is not detected
         except CheckpointError as error:
             refusals += str(file) in str(error)
         except Exception as error:
@@ -375,7 +377,7 @@ def test_shard_of_a_bin_that_is_missing(hubs, tmp_path):
     )
 
 
-# Checkpoints of the original system's Trainer.
+# Checkpoints of the Trainer of the original system.
 
 TRAINER = (
     "trainer_state.json",
@@ -392,7 +394,7 @@ TRAINER = (
 
 
 def write_trainer(directory, files, words=331, dtype="float32", tied=True):
-    """What a Trainer leaves behind, of a model with `words` words, without umbrella_config.json."""
+    """Write the files of a Trainer for a model with `words` words, without umbrella_config.json."""
     model = write_umbrella(directory, dtype=dtype, tied=tied, umbrella_config=False)
     if words != 331:
         model.resize_token_embeddings(words, mean_resizing=False)
@@ -403,7 +405,7 @@ def write_trainer(directory, files, words=331, dtype="float32", tied=True):
     tensors = read(directory)
     (directory / "model.safetensors").unlink()
     if tied and files.startswith("bin"):
-        tensors[LM_HEAD] = tensors[EMBED]  # as a state_dict has it
+        tensors[LM_HEAD] = tensors[EMBED]  # as in a state_dict
     write_weights(directory, tensors, files)
     for name in TRAINER:
         torch.save(Namespace(of=name, state=torch.ones(3)), directory / name)
@@ -424,9 +426,9 @@ def test_trainer_checkpoint(tmp_path, files, words, dtype, tied):
     assert (LM_HEAD in tensors) == (not tied)
     config = read_config(directory, MODALITIES)
     assert config.text.vocab_size == words
-    params, report = load_params(directory, config)
-    assert report.lines() == list(report.undescribed)
-    assert len(report.undescribed) == len(MODALITIES)
+    params, summary = load_params(directory, config)
+    assert summary.lines() == list(summary.undescribed)
+    assert len(summary.undescribed) == len(MODALITIES)
     assert params[EMBED].shape == (words, 48)
     export(tmp_path / "out", params, config, directory)
     (tmp_path / "expected").mkdir()
@@ -453,7 +455,7 @@ def test_nothing_else_of_a_trainer_is_exported(tmp_path, name):
     assert not (tmp_path / "out" / name).exists()
 
 
-# Where the patch embedding lies.
+# Location of the patch embedding.
 
 
 @pytest.mark.parametrize(
@@ -465,7 +467,7 @@ def test_nothing_else_of_a_trainer_is_exported(tmp_path, name):
 )
 @pytest.mark.parametrize("files", ["safetensors", "bin shards"])
 def test_place_of_the_patch_embedding(tmp_path, names, family, within, dtype, files):
-    """In place of SigLIP's `embeddings`, or of the convolution in it, whose table of positions is then still there."""
+    """The patch embedding replaces SigLIP's `embeddings`, or only its convolution, so that the positions remain."""
     source = tmp_path / "hub"
     write_umbrella(source, names=family, dtype=dtype, umbrella_config=False)
     tensors = read(source)
@@ -539,7 +541,7 @@ def test_untied_head_that_is_missing(hubs, tmp_path, names, files):
         f"{directory}: {LM_HEAD}: missing, expected shape [331, 48]; "
         "set tie_word_embeddings to true in config.json if the head is the embeddings"
     )
-    raw = json.loads((directory / "config.json").read_text())  # which helps
+    raw = json.loads((directory / "config.json").read_text())  # the remedy in the message
     raw["tie_word_embeddings"] = raw["text_config"]["tie_word_embeddings"] = True
     (directory / "config.json").write_text(json.dumps(raw))
     config = read_config(directory)
@@ -553,7 +555,7 @@ def test_untied_head_that_is_missing(hubs, tmp_path, names, files):
 
 
 def through_native(source, root, modalities=None, max_shard_size="5GB"):
-    """HF → native → HF; returns the last."""
+    """Convert a Hugging Face directory to a native checkpoint and back; return the result."""
     write_native(Checkpoint.open(source, modalities), root / "native")
     native = Checkpoint.open(root / "native")
     assert isinstance(native, NativeCheckpoint)

@@ -1,4 +1,4 @@
-"""Starts of a patch embedding are held to what defines them, by way of the patch embedding itself."""
+"""Initial weights of a patch embedding meet their definitions, checked with the patch embedding itself."""
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +16,7 @@ E, C, P, G = 6, 3, 5, 7  # hidden size, colours, side of the image's patch, side
 
 
 def modality(patch, grid):
-    """With a voxel left over on every axis that a patch is longer than."""
+    """Return a modality with one voxel more than the patches cover along every axis with a patch longer than 1."""
     return ModalityConfig(size=tuple(g * p + (p > 1) for g, p in zip(grid, patch, strict=True)), patch=patch)
 
 
@@ -27,13 +27,13 @@ def rng():
 
 @pytest.fixture
 def image(rng):
-    """Kernel, bias and table of a SigLIP."""
+    """Return kernel, bias and positions of a SigLIP."""
     shapes = (E, C, P, P), (E,), (G * G, E)
     return tuple(rng.normal(size=s).astype(np.float32) for s in shapes)
 
 
 def trained(rng, config):
-    """Weight, bias and table of a patch embedding; a −0 is among them."""
+    """Return weight, bias and positions of a patch embedding; each contains a −0."""
     shapes = (E, config.patch_dim), (E,), (1, config.num_patches, E)
     arrays = tuple(rng.normal(size=s).astype(np.float32) for s in shapes)
     for array in arrays:
@@ -42,7 +42,7 @@ def trained(rng, config):
 
 
 def embed(start, config, volumes):
-    """[M, *size] → [M, *grid, E] by the patch embedding of the model, its parameters replaced."""
+    """Embed volumes [M, *size] as [M, *grid, E], with `start` as parameters of the model's patch embedding."""
     module = PatchEmbed({"T1": config}, E, rngs=nnx.Rngs(0))
     params = nnx.state(module, nnx.Param)
     flat = {".".join(map(str, path)): param for path, param in nnx.to_flat_state(params)}
@@ -57,18 +57,18 @@ def embed(start, config, volumes):
 
 
 def interpolate(x, shape):
-    """Multilinear, half-pixel centres, edges clamped, in any number of dimensions: scipy's."""
+    """Interpolate linearly with scipy in any number of dimensions: half-pixel centres, clamped edges."""
     axes = [(np.arange(new) + 0.5) * old / new - 0.5 for old, new in zip(x.shape, shape, strict=True)]
     return map_coordinates(x.astype(np.float64), np.meshgrid(*axes, indexing="ij"), order=1, mode="nearest")
 
 
 def interpolated(table, old, new):
-    """Each channel of a table [N, E] of grid `old` → [*new, E]."""
+    """Interpolate each channel of a table [N, E] from grid `old` to [*new, E]."""
     return np.stack([interpolate(channel.reshape(old), new) for channel in table.T], -1)
 
 
 def resize_matrix(old, new):
-    """B [∏new, ∏old] of whole patches, one column for each voxel."""
+    """Return B [∏new, ∏old] for whole patches, one column per voxel."""
     voxels = np.eye(int(np.prod(old))).reshape(-1, *old)
     return np.stack([interpolate(v, new).ravel() for v in voxels], -1)
 
@@ -131,7 +131,7 @@ def test_smaller_patch_is_the_nearest_response_to_white_noise(image, plane):
     # E[(⟨x, w⟩ − ⟨B·x, w'⟩)²] over white x is |w − Bᵀ·w'|²
     resize = resize_matrix((P, P), plane)
     close(resize @ (resize.T @ found - wanted), 0)
-    close(found, np.linalg.lstsq(resize.T, wanted)[0])  # where one axis grows, the smallest of many
+    close(found, np.linalg.lstsq(resize.T, wanted)[0])  # the smallest of many solutions if an axis grows
 
 
 @pytest.mark.parametrize("grid", [(2, 4, 9), (3, 15, 2), (2, 3, 11, 4)])
@@ -190,7 +190,7 @@ def test_upsampled_volumes_give_what_the_volumes_gave(rng, patch):
     new = modality(patch, old.grid)
     arrays = trained(rng, old)
     volumes, upsampled = np.zeros((2, *old.size)), np.zeros((2, *new.size))
-    for index in np.ndindex(2, *old.grid):  # patch for patch: resizing the volume would mix neighbours
+    for index in np.ndindex(2, *old.grid):  # patch by patch, since resizing the volume would mix neighbours
 
         def place(sizes, index=index):
             return index[0], *(slice(i * p, i * p + p) for i, p in zip(index[1:], sizes, strict=True))
@@ -238,7 +238,7 @@ def test_half_precision_is_read_exactly(rng, image, dtype):
 
 
 def test_one_layout_for_every_result(rng):
-    """Only the last axis changes and the others are 1 long, where a transposition is left as a view."""
+    """Only the last axis changes and the others have length 1, so a transposition would stay a view."""
     old, new = modality((1, 1, 4), (2, 1, 1)), modality((1, 1, 7), (3, 1, 1))
     start = resample(*trained(rng, old), old, new)
     assert all(array.flags.c_contiguous for array in start.values())

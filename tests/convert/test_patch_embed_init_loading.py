@@ -36,7 +36,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def inflated(tensors: Arrays, modalities: dict[str, ModalityConfig]) -> Arrays:
-    """{path: array}, from SigLIP's own tensors in a file."""
+    """Return {path: array}, inflated from SigLIP's tensors in a file."""
     image = [tensors[EMBEDDINGS + name] for name in IMAGE]
     return {
         f"{EMBEDDINGS}{m}_{k}": a for m, c in modalities.items() for k, a in patch_embed_init.inflate(*image, c).items()
@@ -46,12 +46,12 @@ def inflated(tensors: Arrays, modalities: dict[str, ModalityConfig]) -> Arrays:
 def resampled(
     tensors: Arrays, old: dict[str, ModalityConfig], new: dict[str, ModalityConfig], names: dict[str, str] | None = None
 ) -> Arrays:
-    """{path: array}, from the patch embeddings in a file, there under `names`."""
+    """Return {path: array}, resampled from the patch embeddings that a file has under `names`."""
     found: Arrays = {}
     for m, config in new.items():
         stored = (names or {}).get(m, m)
         weight, bias, table = (tensors[f"{EMBEDDINGS}{stored}_{key}"] for key in KEYS)
-        weight = weight.reshape(len(weight), -1)  # a Conv3d's kernel; a Linear's is that already
+        weight = weight.reshape(len(weight), -1)  # a Conv3d's kernel; a Linear's is 2D already
         start = patch_embed_init.resample(weight, bias, table, old[stored], config)
         found |= {f"{EMBEDDINGS}{m}_{key}": array for key, array in start.items()}
     return found
@@ -64,7 +64,7 @@ def same(ours: Any, expected: Arrays) -> None:
 
 
 def check(ours: Any, before: Any, expected: Arrays) -> None:
-    """What is expected, and all else as before."""
+    """Parameters are as in `expected`, and all others as in `before`."""
     assert ours.keys() == before.keys()
     same(ours, expected)
     same(ours, {path: np.asarray(leaf) for path, leaf in before.items() if path not in expected})
@@ -79,7 +79,7 @@ def yaml(path: Path, modalities: dict[str, ModalityConfig], init: str) -> Path:
     return small_run.write_config(path, {"model": {"modalities": sizes, "patch_embed_init": init}})
 
 
-# Through Python, on checkpoints of which every leaf is random.
+# In Python, on checkpoints with random parameters.
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -89,15 +89,15 @@ def test_inflate(tmp_path: Path, dtype: str) -> None:
     for file in tmp_path.glob("*.safetensors"):
         tensors |= load_file(file)
     config = read_config(tmp_path, MODALITIES, init="inflate")
-    params, report = load_params(tmp_path, config, init="inflate", seed=3)
+    params, summary = load_params(tmp_path, config, init="inflate", seed=3)
     before, _ = load_params(tmp_path, config, seed=3)
     expected = inflated(tensors, MODALITIES)
     assert len(expected) == 6
     check(params, before, expected)
-    assert report.lines()[:2] == [f"{m}: patch embedding inflated from SigLIP's own" for m in MODALITIES]
+    assert summary.lines()[:2] == [f"{m}: patch embedding inflated from SigLIP's own" for m in MODALITIES]
     checkpoint = Checkpoint.open(tmp_path, MODALITIES, init="inflate")
-    check(dataclasses.replace(checkpoint, seed=8).params(), before, expected)  # no seed matters
-    assert checkpoint.check() == report.lines()
+    check(dataclasses.replace(checkpoint, seed=8).params(), before, expected)  # the seed does not matter
+    assert checkpoint.check() == summary.lines()
     plan = plan_loading(tmp_path, config, init="inflate")
     check({path: t.read() for path, t in plan.params().items()}, before, expected)
     same(
@@ -116,10 +116,10 @@ def test_inflate_leaves_a_patch_embedding_that_is_there(tmp_path: Path) -> None:
     said = {"modalities": {"T1": {"size": MODALITIES["T1"].size, "patch": MODALITIES["T1"].patch}}}
     small_run.write_json(tmp_path / "own" / "umbrella_config.json", said)
     config = read_config(tmp_path / "own", MODALITIES, init="inflate")
-    params, report = load_params(tmp_path / "own", config, init="inflate")
+    params, summary = load_params(tmp_path / "own", config, init="inflate")
     before, _ = load_params(tmp_path / "own", config)
     check(params, before, inflated(stock, {"rsfMRI": MODALITIES["rsfMRI"]}))
-    assert report.initialised == {"rsfMRI": "inflated from SigLIP's own"}
+    assert summary.initialised == {"rsfMRI": "inflated from SigLIP's own"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -130,7 +130,7 @@ def test_resample(tmp_path: Path, names: tuple[str, str], dtype: str) -> None:
     stored = dict(zip(names, MODALITIES.values(), strict=True))
     config = read_config(tmp_path, OTHER, init="resample")
     assert config.modalities == OTHER
-    params, report = load_params(tmp_path, config, init="resample")
+    params, summary = load_params(tmp_path, config, init="resample")
     expected = resampled(tensors, stored, OTHER, dict(zip(OTHER, names, strict=True)))
     assert len(expected) == 6
     before = {
@@ -142,41 +142,41 @@ def test_resample(tmp_path: Path, names: tuple[str, str], dtype: str) -> None:
         **expected,
     }
     check(params, before, expected)
-    assert report.lines() == [
+    assert summary.lines() == [
         "T1: patch embedding resampled from size 11×9×7, patch 5×3×2",
         "rsfMRI: patch embedding resampled from size 8×6×5×7, patch 4×3×5×3",
     ]
     checkpoint = Checkpoint.open(tmp_path, OTHER, init="resample")
     check(checkpoint.params(), before, expected)
-    assert checkpoint.check() == report.lines()
+    assert checkpoint.check() == summary.lines()
 
 
 def test_resample_of_one_modality_leaves_the_other_bit_for_bit(tmp_path: Path) -> None:
     write_umbrella(tmp_path, dtype="float16")
     new = MODALITIES | {"T1": OTHER["T1"]}
-    params, report = load_params(tmp_path, read_config(tmp_path, new, init="resample"), init="resample")
+    params, summary = load_params(tmp_path, read_config(tmp_path, new, init="resample"), init="resample")
     before, _ = load_params(tmp_path, read_config(tmp_path))
     expected = resampled(load_file(tmp_path / "model.safetensors"), dict(MODALITIES), {"T1": OTHER["T1"]})
     check(params, before, expected)
-    assert [*report.initialised] == ["T1"]
+    assert [*summary.initialised] == ["T1"]
 
 
 def test_resample_to_the_same_sizes_is_loading(tmp_path: Path) -> None:
     write_umbrella(tmp_path, dtype="bfloat16")
-    params, report = load_params(tmp_path, read_config(tmp_path, MODALITIES, init="resample"), init="resample")
-    assert report.lines() == []
+    params, summary = load_params(tmp_path, read_config(tmp_path, MODALITIES, init="resample"), init="resample")
+    assert summary.lines() == []
     check(params, load_params(tmp_path, read_config(tmp_path))[0], {})
 
 
 def test_resample_and_a_modality_that_is_new(tmp_path: Path) -> None:
     write_umbrella(tmp_path, modalities={"T1": MODALITIES["T1"]})
     config = read_config(tmp_path, OTHER, init="resample")
-    params, report = load_params(tmp_path, config, init="resample", seed=4)
+    params, summary = load_params(tmp_path, config, init="resample", seed=4)
     alone = replace(config, modalities=MODALITIES | {"rsfMRI": OTHER["rsfMRI"]})
     random, _ = load_params(tmp_path, alone, seed=4)
     tensors = load_file(tmp_path / "model.safetensors")
     check(params, random, resampled(tensors, dict(MODALITIES), {"T1": OTHER["T1"]}))
-    assert report.initialised["rsfMRI"] == "not in the checkpoint, newly initialised"
+    assert summary.initialised["rsfMRI"] == "not in the checkpoint, newly initialised"
 
 
 def test_other_sizes_are_refused_but_for_resample(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_resample_needs_the_sizes_before(tmp_path: Path) -> None:
 
 
 def test_resample_between_3d_and_4d(tmp_path: Path) -> None:
-    """Known from the headers: nothing is to be read before it is refused."""
+    """Headers show it, so it is rejected before anything is read."""
     old, new = (replace(config, scaling="minmax") for config in (MODALITIES["T1"], OTHER["rsfMRI"]))
     write_umbrella(tmp_path / "base", modalities={"T1": old})
     checkpoint = Checkpoint.open(tmp_path / "base", {"T1": new}, init="resample")
@@ -224,7 +224,7 @@ def test_resample_between_3d_and_4d(tmp_path: Path) -> None:
 
 
 def test_inflate_of_a_table_that_is_no_square(tmp_path: Path) -> None:
-    """Known from the headers too."""
+    """Headers show it, too."""
     write_stock(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     name = EMBEDDINGS + IMAGE[2]
@@ -254,7 +254,7 @@ def test_inflate_of_tensors_that_do_not_fit(tmp_path: Path, name: str, change: A
     assert f"{tmp_path / 'model.safetensors'}: {EMBEDDINGS}{name}: " in str(error.value)
 
 
-# Through the command line.
+# On the command line.
 
 
 @pytest.mark.parametrize("init", ["inflate", "resample"])
@@ -292,8 +292,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def test_train_from_inflated_and_then_from_resampled(world: World, tmp_path: Path) -> None:
-    """The projector trains alone, so that the start is what the run ends with; the second run is on the first's export,
-    at other sizes."""
+    """Only the projector trains, so that the patch embedding keeps its initial weights.
+
+    The second run starts from the export of the first, at other sizes.
+    """
     flags = ["--set", "train.groups={projector: {}}", "--set"]
     inflate, resample = ([*flags, f"model.patch_embed_init={init}"] for init in ("inflate", "resample"))
     printed = umbrella(*world.train_flags(tmp_path / "first", "--batch-size", 4, *inflate))
@@ -327,7 +329,7 @@ def test_train_from_inflated_and_then_from_resampled(world: World, tmp_path: Pat
 
 
 def test_train_moves_what_was_inflated(world: World, tmp_path: Path) -> None:
-    """And its file puts it back onto the stock base, which has none."""
+    """The run's file of trained parameters also adds the patch embedding to the stock base."""
     flags = ["--batch-size", 4, "--set", "model.patch_embed_init=inflate", "--set", "train.learning_rate=1e-4"]
     umbrella(*world.train_flags(tmp_path / "run", *flags))
     start = inflated(load_file(world.base / "model.safetensors"), small_run.modalities())
@@ -346,7 +348,7 @@ def test_train_moves_what_was_inflated(world: World, tmp_path: Path) -> None:
 def test_weights_without_a_record_of_their_preprocessing_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The original system's own checkpoints: their arrays were read as stored, the default here is RAS."""
+    """The original system read arrays as stored, and the default here is RAS."""
     write_umbrella(tmp_path / "base", umbrella_config=False)
     checkpoint = Checkpoint.open(tmp_path / "base", MODALITIES)
     lines = [line for line in checkpoint.check() if "does not say" in line]
@@ -389,7 +391,7 @@ def test_weights_without_a_record_of_their_preprocessing_are_named(
     ],
 )
 def test_weights_are_not_used_with_other_preprocessing(tmp_path: Path, name: str, field: str, value: Any) -> None:
-    """Each field that a patch embedding's meaning depends on; names of data files (`aliases`) are none."""
+    """Every field counts that a patch embedding's meaning depends on; the names in data files (`aliases`) do not."""
     write_umbrella(tmp_path)
     changed = MODALITIES | {name: replace(MODALITIES[name], **{field: value})}
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""What lies where: each process reads only what its devices hold, once, and no array shares what another may change."""
+"""Each process reads only the regions of its own devices, once, and arrays share no memory that one may change."""
 
 import json
 import os
@@ -23,13 +23,13 @@ from umbrella_jax.models.paths import modality_of
 
 ROOT = Path(__file__).parents[2]
 if __name__ != "__main__":
-    from tests.helpers.checkpoints import write_umbrella  # PyTorch, which takes a child some seconds
+    from tests.helpers.checkpoints import write_umbrella  # imports PyTorch, which takes the child processes seconds
 
 Region = tuple[tuple[int, int], ...]
 
 
 def counted(array: np.ndarray, read: list[Region]) -> Tensor:
-    """The array's numbers, as a file would give them; `read` collects each region that was asked for."""
+    """Return the array as an unread tensor; `read` collects the regions that are read."""
 
     def fill(out: np.ndarray, index: Index) -> None:
         assert out.shape == tuple(i.stop - i.start for i in index)
@@ -40,7 +40,7 @@ def counted(array: np.ndarray, read: list[Region]) -> Tensor:
 
 
 def times(shape: Sequence[int], read: list[Region]) -> np.ndarray:
-    """How often each element was read."""
+    """Return how often each element was read."""
     count = np.zeros(shape, int)
     for region in read:
         count[tuple(slice(*bounds) for bounds in region)] += 1
@@ -69,7 +69,7 @@ SPECS = {
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
 def test_sharded(mesh: Mesh, spec: PartitionSpec, dtype: str) -> None:
-    """Values as `device_put` places them; each number read once, however many devices hold it."""
+    """Values are as `device_put` places them; each number is read once, however many devices hold it."""
     array, read = random((8, 24)), []
     sharding = NamedSharding(mesh, spec)
     found = place({"a": counted(array, read).astype(dtype)}, lambda path, shape: sharding)["a"]
@@ -88,7 +88,7 @@ def test_sharded(mesh: Mesh, spec: PartitionSpec, dtype: str) -> None:
     [PartitionSpec("y"), PartitionSpec(None, "x"), PartitionSpec(None, None, "x"), PartitionSpec("y", None, "x")],
 )
 def test_stacked(mesh: Mesh, spec: PartitionSpec) -> None:
-    """Layers on axis 0: a device reads of its layers, and of each the part that it holds."""
+    """Layers are on axis 0: a device reads only its part of its own layers."""
     layers = [random((4, 12)) + i for i in range(6)]
     read: list[list[Region]] = [[] for _ in layers]
     tensor = stack([counted(layer, r) for layer, r in zip(layers, read, strict=True)]).astype("bfloat16")
@@ -101,7 +101,7 @@ def test_stacked(mesh: Mesh, spec: PartitionSpec) -> None:
 
 
 def test_adapters_are_added_a_layer_at_a_time(mesh: Mesh) -> None:
-    """Of a stack its float32 copies would take several times the host's memory that it does itself."""
+    """Float32 copies of a whole stack would take several times the memory of the stack."""
     read = list[Region]()
     w, a, b = random((4, 8, 6), ml_dtypes.bfloat16), random((4, 3, 6)), random((4, 8, 3))
     tensor = add_product(counted(w, read), Tensor.of(a), Tensor.of(b), 2.0)
@@ -112,7 +112,7 @@ def test_adapters_are_added_a_layer_at_a_time(mesh: Mesh) -> None:
 
 
 def test_some_devices_alone(mesh: Mesh) -> None:
-    """A mesh of half of the devices, and one device alone, beside each other in one call."""
+    """One call places tensors on a mesh of half of the devices and on a single device."""
     arrays = {"half": random((4, 6)), "one": random((3, 5)), "scalar": random(()), "empty": random((0, 3))}
     read: dict[str, list[Region]] = {name: [] for name in arrays}
     half = NamedSharding(Mesh(np.array(jax.devices()[4:]), ("x",)), PartitionSpec("x"))
@@ -147,8 +147,8 @@ def _write(x: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def test_a_replica_may_be_given_away(mesh: Mesh) -> None:
-    """Devices may hold one buffer of numpy between them: a step that takes its argument's place may not write there."""
-    array = random((512, 256))  # aligned and large, which XLA's CPU backend takes without a copy
+    """Devices may share one NumPy buffer, so a step that donates its argument must not write there."""
+    array = random((512, 256))  # aligned and large, which XLA's CPU backend uses without a copy
     replicated = NamedSharding(mesh, PartitionSpec())
     found = place({"a": Tensor.of(array.copy()), "b": Tensor.of(array.copy())}, lambda path, shape: replicated)
     write = jax.jit(_write, donate_argnums=0)
@@ -166,7 +166,7 @@ def test_a_replica_may_be_given_away(mesh: Mesh) -> None:
 
 
 def test_a_tensor_in_memory_is_not_given_away_with_its_copy() -> None:
-    """What was placed from a jax or numpy array leaves it as it was."""
+    """Donating a placed tensor does not change the JAX or NumPy array that it came from."""
     array = random((512, 256))
     kept = jax.device_put(array, jax.devices()[0])
     for source in (array, kept):
@@ -178,7 +178,7 @@ def test_a_tensor_in_memory_is_not_given_away_with_its_copy() -> None:
 
 
 def test_parameters_may_be_given_away_over_and_over(tmp_path: Path, mesh: Mesh) -> None:
-    """As a training step does with all of them: the other parameters, and the files, stay as they are."""
+    """A training step donates all parameters; other parameters and the files stay unchanged."""
     write_umbrella(tmp_path)
     config = read_config(tmp_path)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -196,16 +196,16 @@ def test_parameters_may_be_given_away_over_and_over(tmp_path: Path, mesh: Mesh) 
         np.testing.assert_array_equal(np.asarray(leaf), expected[path])
 
 
-# Two processes: run as a program, this file is one of them.
+# Two processes: each runs this file as a program.
 
 
 def axis_of(shape: Sequence[int]) -> int | None:
-    """The axis that two devices split: the last that they divide, where there are two or more."""
+    """Return the axis that two devices split: the last one that 2 divides, if there are two or more axes."""
     return next((i for i in reversed(range(len(shape))) if shape[i] % 2 == 0), None) if len(shape) > 1 else None
 
 
 def child(directory: str, port: str, process: str, out: str) -> None:
-    """Loads with every matrix split over two processes; writes what it read, and the whole as both hold it."""
+    """Load with every matrix split over two processes; write the regions read, and the parameters that both hold."""
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
     assert (len(jax.local_devices()), len(jax.devices())) == (1, 2)
     read: dict[str, int] = {}
@@ -275,7 +275,7 @@ def test_two_processes_read_half_each(tmp_path: Path) -> None:
         assert read.keys() == expected.keys()
         split = 0
         for path, array in expected.items():
-            # a patch kernel has another shape in the file, and any part of it wants all
+            # a patch kernel has another shape in the file, so any region needs all of it
             whole = axis_of(array.shape) is None or (modality_of(path) is not None and path.endswith("T1_proj.weight"))
             assert read[path] == (array.size if whole else array.size // 2), path
             split += not whole

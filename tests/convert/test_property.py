@@ -1,4 +1,4 @@
-"""Any configuration in any layout: parameters are the file's bits, stacked by the test itself, and so is the export."""
+"""For any configuration and layout, parameters have the file's bits, stacked by the test, and so has the export."""
 
 import json
 import tempfile
@@ -30,18 +30,18 @@ TRICKY = ("x_proj", "x_positional_embeddings", "patch_embedding", "position_embe
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint to be written."""
+    """A checkpoint to write."""
 
     raw: dict[str, Any]
-    """config.json."""
+    """Contents of config.json."""
     modalities: dict[str, ModalityConfig]
     described: bool
-    """Whether umbrella_config.json is there."""
+    """Whether to write umbrella_config.json."""
     dtype: str
     names: Any
-    """Hub's name → this layout's."""
+    """Function from a name on the hub to the name in this layout."""
     head: bool
-    """Whether the file has a head although it is tied."""
+    """Whether to write a head although it is tied."""
     shard_size: int | str
     export_size: int | str
     seed: int
@@ -52,7 +52,7 @@ def cases(draw) -> Case:
     def number(least, most):
         return draw(st.integers(least, most))
 
-    layers = st.sampled_from([1, 2, 3, 12])  # with two digits too, which names sort otherwise
+    layers = st.sampled_from([1, 2, 3, 12])  # also two digits, which names sort differently
     vision_heads, kv_heads = number(1, 3), number(1, 3)
     heads = kv_heads * number(1, 3)
     head_dim = draw(st.none() | st.sampled_from([2, 4, 6]))
@@ -108,7 +108,7 @@ def cases(draw) -> Case:
 
 
 def file_shapes(case):
-    """{hub's name: shape} by the definitions of Qwen2, SigLIP, LLaVA and the volume patch embedding."""
+    """Return {name on the hub: shape}, from the definitions of Qwen2, SigLIP, LLaVA and the volume patch embedding."""
     v, t = case.raw["vision_config"], case.raw["text_config"]
     e, f, d, m, words = (
         v["hidden_size"],
@@ -161,7 +161,7 @@ def file_shapes(case):
 
 
 def write(directory, case):
-    """The checkpoint, every bit of it random, NaNs among them; returns {hub's name: array} without a tied head."""
+    """Write the checkpoint with random bits, NaNs included; return {name on the hub: array} without a tied head."""
     rng = np.random.default_rng(case.seed)
     dtype = np.dtype(DTYPES[case.dtype])
     arrays = {
@@ -193,8 +193,8 @@ def test_parameters_and_export_are_the_file(case):
         arrays = write(source, case)
         config = read_config(source, None if case.described else case.modalities)
         assert {entry.name: entry.file_shape for entry in map_tensors(config)} == file_shapes(case)
-        params, report = load_params(source, config)
-        assert report.lines() == list(report.undescribed)
+        params, summary = load_params(source, config)
+        assert summary.lines() == list(summary.undescribed)
         abstract = abstract_params(config)[1]
         assert params.keys() == abstract.keys()
 

@@ -1,4 +1,4 @@
-"""Hugging Face → JAX → Hugging Face is the same bit for bit."""
+"""Converting Hugging Face → JAX → Hugging Face keeps every bit."""
 
 import dataclasses
 from itertools import product
@@ -30,8 +30,8 @@ def contents(directory):
 def test_bit_for_bit(tmp_path, dtype, tied, names, shards):
     write_umbrella(tmp_path / "in", dtype=dtype, tied=tied, names=names, shards=shards)
     config = read_config(tmp_path / "in")
-    params, report = load_params(tmp_path / "in", config)
-    assert report.lines() == []
+    params, summary = load_params(tmp_path / "in", config)
+    assert summary.lines() == []
     export(tmp_path / "out", params, config, tmp_path / "in", max_shard_size="30KB" if shards == 1 else "5GB")
     assert len(list((tmp_path / "out").glob("model*.safetensors"))) > 1 or shards > 1
     assert contents(tmp_path / "out") == contents(tmp_path / "in")
@@ -62,8 +62,8 @@ def test_stock_with_a_new_patch_embedding_and_more_words(tmp_path, tied):
     export(tmp_path / "out", params, config, tmp_path / "in", fingerprint="f00")
     again = read_config(tmp_path / "out")
     assert again == config
-    loaded, report = load_params(tmp_path / "out", again)
-    assert report.lines() == []
+    loaded, summary = load_params(tmp_path / "out", again)
+    assert summary.lines() == []
     assert loaded.keys() == params.keys()
     for path, array in params.items():
         assert loaded[path].dtype == array.dtype  # float32 patch embedding, bfloat16 backbone

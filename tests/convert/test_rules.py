@@ -1,4 +1,4 @@
-"""The table covers the model exactly, and every layout's names become the hub's."""
+"""The rules cover the model exactly, and names of every layout become the hub's."""
 
 import numpy as np
 import pytest

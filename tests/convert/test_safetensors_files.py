@@ -1,4 +1,4 @@
-"""Reading headers lazily, every fault of a folder of weights, and the one place that writes."""
+"""Test lazy reading of headers, every fault of a folder of weights, and writing."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_round_trip(tmp_path, size):
 
 
 def test_arrays_that_are_not_contiguous(tmp_path):
-    """safetensors itself writes the memory of a strided array as if it were contiguous (0.8.0; 0.5.0 does not)."""
+    """The safetensors library (0.8.0, not 0.5.0) writes the memory of a strided array as if it were contiguous."""
     base = np.arange(12, dtype=np.float32).reshape(3, 4)
     arrays = {
         "transposed": base.T,

@@ -60,7 +60,7 @@ def test_state_is_the_file_bit_for_bit(tmp_path, tied, dtype):
     ],
 )
 def test_export_of_mixed_types(tmp_path, group, modality):
-    """What trained is float32, the rest bfloat16: so after loading, saving and loading again, bit for bit."""
+    """Trained parameters are float32 and others bfloat16; saving and loading again keeps every bit."""
     write_umbrella(tmp_path / "base", dtype="bfloat16", tied=False)
     tensors = load_file(tmp_path / "base" / "model.safetensors")
     rng = torch.Generator().manual_seed(1)
@@ -135,7 +135,7 @@ def test_modality_by_shape():
 
 
 def test_patches_are_those_of_the_definition():
-    """4D by four loops: patches over (d, h, w, t), voxels within one the same; 3D is torch's own convolution."""
+    """Four loops define the 4D embedding: patches and their voxels in order (d, h, w, t). 3D is torch's convolution."""
     rng = np.random.default_rng(0)
     m = MODALITIES["rsfMRI"]
     embed = TorchPatchEmbed({"rsfMRI": m}, 9)

@@ -1,4 +1,4 @@
-"""What a run trained, alone in a file, and back on its base: the run's parameters bit for bit, and on no other base."""
+"""A file of trained parameters gives the run's parameters bit for bit on its base, and fits no other base."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def train(world: World, out: str, groups: str, *flags: object) -> Path:
-    """Two steps on T1 alone, which compiles in half the time."""
+    """Train two steps on T1 only, which compiles in half the time."""
     anatomical = [record for record in json.loads(world.train.read_text()) if record["task_id"].startswith("one")]
     data = small_run.write_json(world.root / "anatomical.json", anatomical)
     own = ["--train-data", data, "--batch-size", 2, "--set", groups, *flags]
@@ -45,13 +45,13 @@ def train(world: World, out: str, groups: str, *flags: object) -> Path:
 
 @pytest.fixture(scope="module")
 def run(world: World) -> Path:
-    """Trained the patch embedding and a part of the projector."""
+    """Train the patch embedding and a part of the projector."""
     return train(world, "run", GROUPS)
 
 
 @pytest.fixture(scope="module")
 def files(run: Path) -> dict[tuple[str, str], Path]:
-    """{names: file of what the run trained, under these names}."""
+    """Return {names: file of the run's trained parameters under these names}."""
     found = {}
     for names, flags in ((OLD, []), (NEW, ["--names", "sMRI,fMRI"])):
         out = run.parent / f"part-{names[0]}"
@@ -76,7 +76,7 @@ def parameters(model: umbrella_jax.Llava) -> dict[str, np.ndarray]:
 
 
 def same(ours: dict[str, np.ndarray], expected: dict[str, np.ndarray], names: tuple[str, str] = OLD) -> None:
-    """Bit for bit, patch embeddings of `expected` (under T1, rsfMRI) under `names`."""
+    """Patch embeddings under `names` have the bits of `expected`, which calls them T1 and rsfMRI."""
     renamed = {
         f"{EMBEDDINGS}{a}{end}": f"{EMBEDDINGS}{b}{end}" for a, b in zip(OLD, names, strict=True) for end in ENDS
     }
@@ -88,7 +88,7 @@ def same(ours: dict[str, np.ndarray], expected: dict[str, np.ndarray], names: tu
 
 
 def config_with(path: Path, world: World, names: tuple[str, str], **t1: object) -> Path:
-    """The world's YAML with its modalities under `names`."""
+    """Write the world's YAML with its modalities under `names`."""
     settings = small_run.read_config(world.config)
     modalities = dict(zip(names, settings["model"]["modalities"].values(), strict=True))
     modalities[names[0]] |= t1
@@ -136,7 +136,7 @@ def test_the_file_says_how_its_text_was_written(world: World, part: Path, tmp_pa
 
 
 def test_what_trained_is_not_what_it_started_from(world: World, part: Path) -> None:
-    """Else all below would hold of the base too."""
+    """Otherwise the base would pass the tests below, too."""
     before = parameters(umbrella_jax.load(world.base, modalities=small_run.modalities(), allow_untrained=True))
     after = load_file(part)
     for name in {f"{EMBEDDINGS}T1{end}" for end in ENDS} | PROJECTOR:
@@ -192,7 +192,7 @@ def test_pytorch(
 
 
 def test_onto_an_export(run: Path, part: Path, world: World, trained: dict[str, np.ndarray], tmp_path: Path) -> None:
-    """A base that has a patch embedding of its own, under the other names: the file's takes its place."""
+    """The file's patch embedding replaces the one that the base has under the other names."""
     umbrella("convert", "to-hf", run, tmp_path / "base", "--include-untrained", "--names", "sMRI,fMRI")
     tensors = load_file(tmp_path / "base" / "model.safetensors")
     for name, array in tensors.items():
@@ -259,7 +259,7 @@ def test_base_in_another_layout(
 
 
 def test_fingerprint_of_the_native_form_is_its_own(world: World, part: Path, run: Path, tmp_path: Path) -> None:
-    """With other weights put on it, it is another base, which `--resume` would not take for the first."""
+    """A base with other weights applied has another fingerprint, so `--resume` rejects it."""
     flags = ["--config", world.config]
     umbrella("convert", "from-hf", world.base, tmp_path / "plain", *flags)
     umbrella("convert", "from-hf", world.base, tmp_path / "with", *flags, "--patch-embed", part)
@@ -268,12 +268,12 @@ def test_fingerprint_of_the_native_form_is_its_own(world: World, part: Path, run
     assert other != plain
 
 
-# Runs of which a part of the patch embedding did not train: what the base does not have came from the run's seed.
+# Runs that train a part of the patch embedding: the other part was initialised with the run's seed.
 
 
 @pytest.fixture(scope="module", params=["{projector: {}}", "{'*.T1_proj.*': {}}"], ids=["projector", "kernel"])
 def partly(request: pytest.FixtureRequest, world: World) -> tuple[Path, dict[str, np.ndarray]]:
-    """Such a run, and the parameters that it ended with."""
+    """Return such a run and its final parameters."""
     run = train(world, f"partly-{'projector' in request.param}", f"train.groups={request.param}")
     start = Checkpoint.open(world.base, small_run.modalities(), seed=SEED).params()
     return run, {path: np.asarray(leaf) for path, leaf in (start | Checkpoint.open(run).trained()).items()}
@@ -314,7 +314,7 @@ def test_a_part_of_the_patch_embedding_onto_a_base_that_has_it(run: Path, world:
     same(ours, parameters(umbrella_jax.load(other)))
 
 
-# A modality that the run's conversations do not show: `run` is of T1 only, its base a stock LLaVA.
+# A modality that the run's conversations do not show: `run` only shows T1, and its base is a stock LLaVA.
 
 
 def test_a_modality_that_was_never_trained_is_known(run: Path, world: World, tmp_path: Path) -> None:

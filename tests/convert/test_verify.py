@@ -1,4 +1,4 @@
-"""`convert verify` tells what is the same, what was rounded and what differs, and runs PyTorch against JAX on it."""
+"""`convert verify` reports identical, rounded and different tensors, and compares logits of PyTorch and JAX."""
 
 import json
 import shutil
@@ -96,7 +96,7 @@ def test_one_number_by_one_bit(base, tmp_path):
 
 
 def test_logits_tell_what_tensors_cannot(base, tmp_path):
-    """The same tensors under another rope: the configuration is what differs."""
+    """The tensors are the same and the rope differs, so only the configuration differs."""
     other = edited(base, tmp_path / "b", lambda tensors: None)
     raw = json.loads((other / "config.json").read_text())
     raw["text_config"]["rope_parameters"]["rope_theta"] = 1e4
@@ -117,7 +117,7 @@ GENERATION = {
 
 @pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
 def test_what_generation_is_set_to_is_not_the_model(base, tmp_path, where):
-    """Penalties, and an end at every token: greedy tokens are the likeliest ones nevertheless."""
+    """Greedy tokens are the likeliest ones in spite of penalties and an eos at every token."""
     other = edited(base, tmp_path / "b", lambda tensors: None)
     raw = json.loads((other / where).read_text())
     (other / where).write_text(json.dumps(raw | GENERATION))
@@ -127,7 +127,7 @@ def test_what_generation_is_set_to_is_not_the_model(base, tmp_path, where):
 
 
 def misread(monkeypatch, change):
-    """Lets our own reading of config.json go wrong, wherever it is asked for."""
+    """Make our own reading of config.json wrong everywhere."""
 
     def wrong(*args, **options):
         return change(read_config(*args, **options))
@@ -149,7 +149,7 @@ MISREADINGS = {
 
 @pytest.mark.parametrize("field", MISREADINGS)
 def test_a_misreading_of_ours_is_named(base, monkeypatch, field):
-    """Whichever of the two it is of: both are read by us alone otherwise."""
+    """It is named for both models; otherwise only our own code reads them."""
     misread(monkeypatch, MISREADINGS[field])
     found = verify(base, base, forward=False)
     assert not found.same
@@ -159,7 +159,7 @@ def test_a_misreading_of_ours_is_named(base, monkeypatch, field):
 
 @pytest.mark.parametrize("field", ["text.rope_theta", "image_token_id"])
 def test_a_misreading_of_ours_shows_in_the_logits(base, monkeypatch, field):
-    """PyTorch computes what transformers reads in the original config.json."""
+    """PyTorch computes with transformers' reading of the original config.json."""
     misread(monkeypatch, MISREADINGS[field])
     monkeypatch.setattr("umbrella_jax.checkpoints.verify.compare_reading", lambda *args, **options: [])
     found = verify(base, base)
@@ -171,7 +171,7 @@ def test_a_misreading_of_ours_shows_in_the_logits(base, monkeypatch, field):
 def test_a_misread_tie_shows(tmp_path, monkeypatch, tied):
     write_umbrella(tmp_path / "base", tied=tied)
     tensors = load_file(tmp_path / "base" / "model.safetensors")
-    tensors[LM_HEAD] = tensors[EMBED].copy()  # what either reading can load
+    tensors[LM_HEAD] = tensors[EMBED].copy()  # either reading can load this
     save_file(tensors, tmp_path / "base" / "model.safetensors")
     assert verify(tmp_path / "base", tmp_path / "base").same
     monkeypatch.setattr("convert.config_json._tied", lambda raw: not tied)
@@ -193,7 +193,7 @@ def test_a_misread_base_of_a_run_shows(base, tmp_path, monkeypatch):
 
 
 def test_a_patch_embedding_that_both_have_lost(base, tmp_path):
-    """Described, and not there: no stock LLaVA, whose lack of one is no difference."""
+    """Both describe a patch embedding that neither has, so they are not stock LLaVAs, which would be the same."""
 
     def lose(tensors):
         for name in [name for name in tensors if ".embeddings." in name]:
@@ -246,7 +246,7 @@ def test_preprocessing_is_part_of_the_model(base, tmp_path):
 
 
 def test_products_are_of_float32_on_any_device(base, monkeypatch):
-    """Whose own precision of float32 products, TF32 or bfloat16, would make any two models differ."""
+    """A device's default precision of float32 products, TF32 or bfloat16, would make any two models differ."""
     seen, target_logits = [], Llava.target_logits
 
     def noted(self, batch):

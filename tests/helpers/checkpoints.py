@@ -1,6 +1,6 @@
-"""Small random checkpoints made by the installed transformers, for tests to read.
+"""Write small random checkpoints with the installed transformers, for tests to read.
 
-Every leaf is random, biases and norms included, and all dimensions differ: a swapped or transposed one cannot pass.
+Every parameter is random, biases and norms included, and all dimensions differ, so swaps and transpositions show.
 """
 
 import json
@@ -30,9 +30,10 @@ FAMILIES = (("T1", "rsfMRI"), ("sMRI", "fMRI"))
 
 
 def under_transformers_4_46(*words: object) -> None:
-    """Runs `python WORDS` from the root with transformers 4.46.3 in place of the installed one; asserts that it ends
-    well. Skips where that version is not there: only scripts/test.sh installs it, into a folder of its own, since two
-    versions do not fit into one environment. Under CI its absence is a failure.
+    """Run `python WORDS` from the root with transformers 4.46.3 instead of the installed one; it must succeed.
+
+    Skip if that version is missing: only scripts/test.sh installs it, into a folder of its own, since one environment
+    cannot have two versions. Under CI its absence is a failure.
     """
     target = os.environ.get("UMBRELLA_TRANSFORMERS_446")
     if not target and os.environ.get("CI") != "true":
@@ -50,7 +51,7 @@ def under_transformers_4_46(*words: object) -> None:
 
 
 def make_model(*, tied: bool = True, kv_heads: int = 2, dtype: str = "float32", seed: int = 0) -> Any:
-    """A stock LLaVA: vision 36 wide (3 heads, 2 layers), text 48 wide (6 heads, 3 layers), 331 words."""
+    """Return a stock LLaVA: vision 36 wide (3 heads, 2 layers), text 48 wide (6 heads, 3 layers), 331 words."""
     config = LlavaConfig(
         vision_config=SiglipVisionConfig(
             hidden_size=36,
@@ -83,7 +84,7 @@ def make_model(*, tied: bool = True, kv_heads: int = 2, dtype: str = "float32", 
 
 
 def randomise(module: torch.nn.Module, seed: int) -> None:
-    """Every parameter normal with std 0.1, norms' weights around 1."""
+    """Draw every parameter from a normal distribution with std 0.1, the weights of norms around 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -93,9 +94,9 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
 
 
 def save(model: Any, directory: Path, shards: int = 1) -> None:
-    """Writes `model` in the hub's layout, which is transformers 4.46's; tensors are dealt to shards one by one.
+    """Write `model` in the hub's layout, which is transformers 4.46's; tensors are dealt to shards in turn.
 
-    Not by `save_pretrained`: transformers 5 writes `vision_tower.encoder` for a model that it made itself, and
+    `save_pretrained` would not do: transformers 5 writes `vision_tower.encoder` for a model that it made itself, and
     `vision_tower.vision_model.encoder` for one that it loaded.
     """
     model.config.save_pretrained(directory)
@@ -130,7 +131,7 @@ def write_stock(
     shards: int = 1,
     seed: int = 0,
 ) -> Any:
-    """A stock checkpoint, with SigLIP's 2D embedding; returns the torch model."""
+    """Write a stock checkpoint, with SigLIP's 2D embedding; return the torch model."""
     model = make_model(tied=tied, kv_heads=kv_heads, dtype=dtype, seed=seed)
     save(model, Path(directory), shards)
     return model
@@ -148,10 +149,10 @@ def write_umbrella(
     shards: int = 1,
     seed: int = 0,
 ) -> Any:
-    """A checkpoint with the volume patch embedding; returns the torch model.
+    """Write a checkpoint with the volume patch embedding; return the torch model.
 
-    `names` renames the modalities one by one; without `umbrella_config` there is no umbrella_config.json, as in the
-    original system's own checkpoints.
+    `names` renames the modalities one by one; without `umbrella_config` there is no umbrella_config.json, as in
+    checkpoints of the original system.
     """
     directory = Path(directory)
     if names is not None:
