@@ -25,4 +25,5 @@ fi
 ruff check .
 ruff format --check .
 mypy
+python scripts/voice.py umbrella_jax convert scripts docs README.md
 pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" # keeps the order of tests/conftest.py
