@@ -5,7 +5,7 @@
 
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import cache, partial
@@ -164,19 +164,7 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
         options["memory"] = jax.local_devices()[0].memory_stats
         progress = stack.enter_context(Progress("step", num_steps, done=start, always=True, peak=_peak(run), **options))
         with Metrics(out / METRICS, written) if log else nullcontext() as metrics:
-            save = SaveCheckpoint(config.train, checkpoints, run.meta, metrics)
-            hooks: list[Hook] = [
-                StopOnNonfinite(run.training, checkpoints, partial(task_ids, run.data.train_set, run.data.plan), say),
-                _show(progress, run),
-                report_failed_save(checkpoints),
-                ReadSignal(interrupted),
-            ]
-            if run.data.evaluation:
-                evaluate_run = partial(evaluate, run, run.data.evaluation, interrupted, options)
-                hooks.append(EvaluateRegularly(evaluate_run, config.train, save, interrupted))
-            if metrics:
-                hooks.append(WriteMetrics(metrics, send))
-            hooks += [save, stop_on_signal]
+            hooks = _hooks(run, checkpoints, metrics, send, progress, interrupted, options)
             batches = train_batches(
                 run.data.train_set,
                 run.data.plan,
@@ -217,6 +205,40 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
         if name.startswith("eval_"):
             say(_number(name, value))  # one line each: a task has many
     return line
+
+
+def _hooks(
+    run: Prepared,
+    checkpoints: Checkpoints,
+    metrics: Metrics | None,
+    send: Callable[[Line], None] | None,
+    progress: Progress,
+    interrupted: Callable[[], int],
+    options: Mapping[str, Any],
+) -> list[Hook]:
+    """Return the hooks of a run in the order that trainer.py states.
+
+    Args:
+        metrics: None on all processes but the first.
+        send: passes lines to the loggers.
+        options: arguments of `Progress` for evaluations.
+    """
+    ids = partial(task_ids, run.data.train_set, run.data.plan)
+    save = SaveCheckpoint(run.config.train, checkpoints, run.meta, metrics)
+    evaluations = list[Hook]()
+    if run.data.evaluation:
+        evaluate_run = partial(evaluate, run, run.data.evaluation, interrupted, options)
+        evaluations.append(EvaluateRegularly(evaluate_run, run.config.train, save, interrupted))
+    return [
+        StopOnNonfinite(run.training, checkpoints, ids, options["say"]),
+        _show(progress, run),
+        report_failed_save(checkpoints),
+        ReadSignal(interrupted),
+        *evaluations,
+        *([WriteMetrics(metrics, send)] if metrics else []),
+        save,
+        stop_on_signal,
+    ]
 
 
 def _show(progress: Progress, run: Prepared) -> Hook:
