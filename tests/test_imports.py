@@ -18,6 +18,7 @@ FLOORS: tuple[dict[str, set[str]], ...] = (
         "rundir": set(),
         "html": {"PIL", "jinja2", "nibabel", "numpy"},
     },
+    {"console": {"tqdm"}},
     {
         "convert": {
             "flax",
@@ -30,7 +31,6 @@ FLOORS: tuple[dict[str, set[str]], ...] = (
             "torch",
             "transformers",
         },
-        "console": {"tqdm"},
         "sharding": {"jax", "numpy"},
     },
     {
