@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the site into build/site, and fails on any warning, such as a dead link. `bash scripts/docs.sh serve` shows it at
-# http://localhost:8000 and follows your edits. Needs the extra `docs`.
+# Build the site into build/site; fail on any warning, such as a dead link. `bash scripts/docs.sh serve` shows the site at
+# http://localhost:8000 and updates it as you edit. Needs the extra `docs`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || set -- build
