@@ -84,7 +84,7 @@ def runs() -> dict[tuple[int, ...], Run]:
         with jax.set_mesh(mesh):
             state, frozen = jax.device_put((state, case.frozen), shardings((state, case.frozen), mesh))
             batch = put_batch(mesh_batch(), mesh, axis=1)
-            # A compiled step takes what it was compiled for alone: the second step's state lies as the first one's did.
+            # A compiled step accepts only one sharding: the second step's state has the same as the first's.
             step = jit_train_step().lower(state, frozen, batch, **case.static).compile(QUICK)
             history, states = [], []
             for _ in range(3):
@@ -117,7 +117,7 @@ def test_any_mesh_is_one_device(runs: dict[tuple[int, ...], Run], sizes: tuple[i
                 assert relative(start, np.asarray(expected)) > 5e-3, f"{name} moved by more than that"
 
 
-# What each device holds and does.
+# Memory and work per device.
 
 
 def sharded_numbers(fsdp: int, tensor: int) -> tuple[int, int]:
@@ -154,14 +154,14 @@ def test_each_device_computes_an_eighth(runs: dict[tuple[int, ...], Run], sizes:
     assert flops[sizes] <= room * flops[ONE] / 8
 
 
-# What devices exchange.
+# Collectives between devices.
 
 
 @dataclass(frozen=True)
 class Collective:
     kind: str
     axes: str
-    """Of the mesh, that it goes along; empty where it stays on a device."""
+    """Mesh axes of the collective; empty if it stays on one device."""
     shape: tuple[int, ...]
     """Of the result on each device, without axes of 1."""
 
@@ -184,7 +184,7 @@ def collectives(compiled: jax.stages.Compiled, sizes: tuple[int, ...]) -> set[Co
 
 
 def groups_along(grid: np.ndarray, axes: list[int]) -> frozenset[frozenset[int]]:
-    """The numbers that differ along `axes` alone, together."""
+    """Group the device numbers that differ only along `axes`."""
     rows = np.moveaxis(grid, axes, range(grid.ndim - len(axes), grid.ndim))
     rows = rows.reshape(-1, math.prod(grid.shape[i] for i in axes))
     return frozenset(map(frozenset, rows.tolist()))
@@ -278,7 +278,7 @@ def test_what_is_exchanged(
     assert found == expected
 
 
-# What lies where.
+# Shardings of parameters, state and batches.
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -422,7 +422,7 @@ def test_neighbours_in_the_mesh_are_near(shape: MeshShape) -> None:
 
 
 def test_a_process_brings_what_its_devices_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which need not be side by side, and is another's too where `tensor` reaches over both."""
+    """A process's devices need not be adjacent; if `tensor` spans two processes, both make the same part."""
     for shape, own in {(16, 1, 1): {(0, 1, 6, 15)}, (1, 4, 4): {(0, 1), (2, 3)}}.items():
         grid = device_grid(MeshShape(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True))), tpus(1))
         mesh: Any = SimpleNamespace(devices=grid, shape=dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))

@@ -1,4 +1,4 @@
-"""The real sizes as shapes alone: configs/t1_SIZE.yaml, its base's model, and a training step to lower."""
+"""Models of real size, as shapes only: configs/t1_SIZE.yaml, its base's model, and a training step to lower."""
 
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,7 @@ TEXT_TOKENS, SUPERVISED = 64, 8
 
 
 def full_size(tmp_path: Path, size: str, dtype: str, **changes: Any) -> tuple[RunConfig, LlavaConfig]:
-    """configs/t1_SIZE.yaml and the model of its base's config.json."""
+    """Return configs/t1_SIZE.yaml and the model of its base's config.json."""
     base = write_hub_config(tmp_path / size, size)
     run = load_config(CONFIGS / f"t1_{size}.yaml", {"model.base": str(base), "model.compute_dtype": dtype})
     model = open_base(run).config
@@ -32,7 +32,7 @@ def full_size(tmp_path: Path, size: str, dtype: str, **changes: Any) -> tuple[Ru
 
 
 def abstract_step(run: RunConfig, model: LlavaConfig, batch_size: int, frozen_dtype: str) -> tuple[Any, Any]:
-    """The training step, jitted, and its arguments: per conversation one T1, 64 text tokens, 8 of them supervised."""
+    """Return the jitted training step and its arguments: per conversation one T1 and 64 text tokens, 8 supervised."""
     graphdef, shapes = abstract_params(model)
     labels = freeze.label_params(list(shapes), list(run.train.groups))
     trainable, frozen = freeze.partition(shapes, labels)

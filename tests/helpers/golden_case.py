@@ -1,4 +1,4 @@
-"""The golden case (tests/golden/README.md) as a Batch and a model: what PyTorch computed, to compare with."""
+"""The golden case (tests/golden/README.md): a Batch, a model, and the values that PyTorch computed."""
 
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ MODALITIES = {
     "rsfMRI": ModalityConfig(size=(12, 8, 8, 6), patch=(4, 4, 2, 3)),
 }
 PATCHES = 48
-# Which volume each run of placeholders means, row by row.
+# Volumes that each row's runs of placeholders show.
 IMAGES = [[("T1", 0), ("T1", 1)], [("rsfMRI", 0)], [], [("T1", 2), ("rsfMRI", 1)]]
 
 
@@ -33,7 +33,7 @@ def golden_model(**options: str) -> tuple[LlavaConfig, Params]:
 
 
 def golden_batch(rows: list[int] | None = None) -> Batch:
-    """The batch of forward.npz, or some of its rows; each keeps only the volumes that those rows name."""
+    """Return the batch of forward.npz or some of its rows, with only the volumes that these rows show."""
     data = golden("forward")
     rows = list(range(4)) if rows is None else rows
     ids = data["input_ids"][rows].astype(np.int32)
@@ -66,5 +66,5 @@ def golden_batch(rows: list[int] | None = None) -> Batch:
 
 
 def relative(value: object, expected: np.ndarray) -> float:
-    """max |difference| / max |expected|."""
+    """Return max |difference| / max |expected|."""
     return float(np.abs(np.asarray(value) - expected).max() / np.abs(expected).max())

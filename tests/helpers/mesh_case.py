@@ -43,7 +43,7 @@ MODEL = LlavaConfig(
 
 @cache
 def mesh_case() -> Case:
-    """The model, every leaf random, its patch embedding trained at a constant rate."""
+    """Return the model with random parameters, its patch embedding trained at a constant rate."""
     rng = np.random.default_rng(0)
     shapes = abstract_params(MODEL)[1]
     params = {path: jnp.asarray(rng.normal(scale=0.2, size=leaf.shape), jnp.float32) for path, leaf in shapes.items()}
@@ -51,7 +51,7 @@ def mesh_case() -> Case:
 
 
 def micro_batch(seed: int, *names: str) -> Batch:
-    """8 conversations, each a part of its own: with a volume of each modality, whose patches stand here and there."""
+    """8 conversations, each a part of its own: with a volume of each modality and its patches at random positions."""
     rng = np.random.default_rng(seed)
     feature_idx = np.full((B, T), -1)
     first = 0
@@ -74,5 +74,5 @@ def micro_batch(seed: int, *names: str) -> Batch:
 
 
 def mesh_batch() -> Batch:
-    """What a step takes: two micro-batches."""
+    """Return a training step's batch, of two micro-batches."""
     return stack(micro_batch(0, "T1"), micro_batch(1, "T1"))

@@ -1,4 +1,4 @@
-"""What the tests of training share: a model made ready to train, and batches put together from golden rows."""
+"""Helpers for tests of training: a model ready to train, and batches made of golden rows."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,11 +30,11 @@ EMBEDDINGS = "vision_tower.vision_model.embeddings."
 # rounding: too sharp a glass to compare two ways of adding up.
 CONFIG = TrainConfig(learning_rate=1e-2, decay_bias=True, eps=1e-3)
 
-# Compile in a third of the time, where a step runs a few times only.
+# Compiles in a third of the time, for steps that run only a few times.
 QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
 if Version(version("jaxlib")) < Version("0.11"):  # see tests/conftest.py
     QUICK["xla_cpu_use_fusion_emitters"] = False
-# What users run, and the suite does not (tests/conftest.py): XLA's own defaults.
+# XLA's defaults, which users run and the suite does not (tests/conftest.py).
 OPTIMISED: dict[str, Any] = {"xla_backend_optimization_level": 3}
 if Version(version("jaxlib")) < Version("0.11"):
     OPTIMISED |= {"xla_cpu_use_fusion_emitters": True, "xla_cpu_parallel_codegen_split_count": 32}
@@ -44,14 +44,14 @@ quick_step = quick_jit(train_step)
 
 
 def step_traced_once() -> Any:
-    """A new jitted step that raises when it is traced a second time."""
+    """Return a newly jitted step that raises if it is traced twice."""
     chex.clear_trace_counter()  # it is one for all that is made from `train_step`
     return quick_jit(chex.assert_max_traces(train_step, n=1))
 
 
 @contextmanager
 def generating_with(options: dict[str, Any]) -> Iterator[None]:
-    """The three programs of `umbrella_jax.inference.generate`, compiled so."""
+    """Compile the three programs of `umbrella_jax.inference.generate` with these options."""
     static = {
         "prefill": ("graphdef", "max_new_tokens"),
         "decode": ("graphdef", "sampling"),
@@ -66,7 +66,7 @@ def generating_with(options: dict[str, Any]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """All that a step takes but the batch."""
+    """The inputs of a step, except the batch."""
 
     graphdef: nnx.GraphDef
     params: Params
@@ -92,7 +92,7 @@ def make_case(config: LlavaConfig, params: Params, train: TrainConfig, schedule:
 
 @cache
 def golden_case() -> Case:
-    """The golden model, its patch embedding trained at a constant rate."""
+    """Return the golden model, its patch embedding trained at a constant rate."""
     return make_case(*golden_model(remat="full"), CONFIG, optax.constant_schedule(1e-2))
 
 
@@ -150,12 +150,12 @@ def small_batch(seed: int = 0) -> Batch:
 
 
 def stack(*batches: Batch) -> Batch:
-    """Micro-batches of one shape → what a step takes."""
+    """Stack micro-batches of one shape into a training step's batch."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
 
 def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
-    """Some rows, or the same in another order, with all of the volumes."""
+    """Select or reorder rows; keep all volumes."""
     taken = jax.tree.map(lambda leaf: leaf[list(rows)], replace(batch, volumes={}))
     return replace(taken, volumes=batch.volumes)
 
@@ -195,12 +195,12 @@ def micro_batches() -> list[Batch]:
 
 
 def to_numpy(tree: Any) -> Any:
-    """A copy that no step can give away."""
+    """Copy a tree to NumPy, so that no step can donate its buffers."""
     return jax.tree.map(lambda leaf: np.array(leaf), tree)
 
 
 def as_bytes(tree: Any) -> list[bytes]:
-    """Every leaf's bits, for comparisons that nothing escapes, NaN and -0 included."""
+    """Return every leaf's bytes, to compare bits, NaN and -0 included."""
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 

@@ -61,7 +61,7 @@ def without_cache(batch: Batch, tokens: jax.Array) -> jax.Array:
     """Compute logits [B, N + 1, V] at each row's last position and at the appended tokens [B, N], by whole passes."""
     language_model = model().language_model
     embeds = jnp.pad(model().inputs_embeds(batch), ((0, 0), (0, tokens.shape[1]), (0, 0)))
-    places = batch.lengths[:, None] + jnp.arange(tokens.shape[1])
+    places = batch.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
     embeds = embeds.at[jnp.arange(len(tokens))[:, None], places].set(language_model.model.embed_tokens(tokens))
     positions = jnp.broadcast_to(jnp.arange(embeds.shape[1]), embeds.shape[:2])
     hidden = language_model.model(embeds, positions, batch.lengths + tokens.shape[1])

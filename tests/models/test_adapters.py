@@ -43,7 +43,7 @@ class Adapted(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def case():
-    """The golden model with an adapter beside every product, all of them random."""
+    """Return the golden model with a random adapter on every product."""
     config, params = golden_model(remat="none")
     graphdef, shapes = abstract_params(replace(config, lora=ALL))
     rng = np.random.default_rng(0)
@@ -141,7 +141,7 @@ def test_a_start_depends_on_seed_and_path_alone(case):
 
 
 def test_beside_quantized_weights(case):
-    """As beside the rounded ones; adapters stay as they are."""
+    """Adapters give the same numbers on quantised weights as on the dequantised ones; they are not quantised."""
     rounded = quantize(dict(case.params | case.adapters), "int8")
     assert {path for path, leaf in rounded.items() if not isinstance(leaf, jax.Array | np.ndarray)} == {
         path for path in case.params if quantizable(path)
@@ -197,7 +197,7 @@ def test_an_accepted_mesh_divides_adapters():
                 assert axis is None or size % getattr(mesh, axis) == 0, (mesh, path)
 
 
-# What trains.
+# Trained groups.
 
 
 def test_the_group_is_all_adapters_and_no_other_covers_them(case):

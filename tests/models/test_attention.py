@@ -54,7 +54,7 @@ def test_blocks_see_every_key_that_they_may():
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_no_scores_are_kept_for_the_backward_pass(causal):
-    """What stays between forward and backward grows with T, not with T²."""
+    """Memory kept between forward and backward pass grows with T, not with T²."""
     t = 300
     q = jnp.ones((1, t, 2, 8))
     _, pull = jax.vjp(lambda q: attention(q, q, q, causal=causal), q)

@@ -101,7 +101,7 @@ def test_ten_adamw_steps():
 
 @pytest.fixture(scope="module")
 def trained_model():
-    """With the patch embedding after the ten golden steps: what greedy.npz was made with (see golden/README.md)."""
+    """The model after the ten golden steps, with which greedy.npz was made (golden/README.md)."""
     config, params = golden_model()
     after = {EMBEDDINGS + k.removeprefix("after."): v for k, v in golden("train").items() if k.startswith("after.")}
     params |= {path: jax.numpy.asarray(leaf).reshape(params[path].shape) for path, leaf in after.items()}

@@ -157,7 +157,7 @@ def test_tower_and_features(both):
 
 
 def test_logits(both):
-    """At every position in use, and at the supervised ones alone."""
+    """Logits agree at every position in use, and at the supervised positions."""
     for b, (row, expected) in enumerate(zip(both.rows, both.logits, strict=True)):
         assert relative(both.jax.logits[b, : len(row.ids)], expected) <= 1e-5
         assert relative(both.jax.target_logits[b, : row.supervised], expected[-row.supervised - 1 : -1]) <= 1e-5

@@ -36,7 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def train(world: World, out: str, *flags: object) -> Path:
-    """Two steps on T1 alone, which compiles in half the time."""
+    """Run two steps on T1 only, which compiles in half the time."""
     anatomical = [record for record in json.loads(world.train.read_text()) if record["task_id"].startswith("one")]
     data = small_run.write_json(world.root / "anatomical.json", anatomical)
     umbrella(*world.train_flags(world.root / out, "--train-data", data, "--batch-size", 2, *flags))
@@ -129,7 +129,7 @@ def test_a_run_without_a_checkpoint_is_no_base(world: World, first: Path, tmp_pa
     assert f"{empty}: the run has no checkpoint yet; train it first" in message
 
 
-# What is exported.
+# Export.
 
 
 def test_merged_it_says_the_same(second: Path, export: Path, world: World) -> None:

@@ -43,20 +43,20 @@ def kernels(module: str) -> Counter[str]:
     [("0.5b", "splash", "none"), ("0.5b", "cudnn", "full"), ("7b", "splash", "full"), ("7b", "cudnn", "mlp")],
 )
 def test_the_whole_step_lowers(size, native, remat, tmp_path):
-    """At full width, two layers each. In each tower one forward kernel, which only `full` runs again."""
+    """At full width with two layers each, every tower has one forward kernel, which only `full` runs twice."""
     run, model = full_size(tmp_path, size, "bfloat16", layers=2, vision_layers=2, remat=remat)
     step, arguments = abstract_step(run, model.with_attention("auto", native), 2, "bfloat16")
     platform, forward, *backward = KERNELS[native]
     module = jax.export.export(step, platforms=[platform], disabled_checks=CHECKS)(*arguments).mlir_module()
     assert kernels(module) == {forward: 4 if remat == "full" else 2, **dict.fromkeys(backward, 2)}
-    if native == "cudnn":  # 729 patches, of which it takes even numbers: the tower's rows are longer, once
+    if native == "cudnn":  # cuDNN needs even lengths: the tower pads its 729 patches once
         assert not re.search(r"stablehlo\.pad .*tensor<2x729x16x72xbf16>", module)
         assert re.search(r"stablehlo\.pad .*tensor<2x729x1152xbf16>", module)
 
 
 @pytest.mark.parametrize("backend", ["xla", "cudnn", "splash"])
 def test_what_a_layer_keeps(backend):
-    """For its backward pass: what the policy says, once; of attention its output and the softmax's denominators."""
+    """A layer keeps the policy's values once, and of attention its output and the softmax's denominators."""
     config = SiglipConfig(hidden_size=144, intermediate_size=300, num_hidden_layers=3, num_attention_heads=2)
     graphdef, params = nnx.split(nnx.eval_shape(lambda: SiglipEncoder(config, rngs=nnx.Rngs(0)).layers))
     attend = partial(attention, causal=False, backend=backend)
@@ -72,5 +72,5 @@ def test_what_a_layer_keeps(backend):
     rows, width = {"xla": (729, 144), "cudnn": (730, 144), "splash": (768, 2 * 128)}[backend]
     stream, flash = ("bfloat16", 729 * 144), [("bfloat16", rows * width), ("float32", rows * 2)]
     assert kept("full") == Counter([stream])  # a layer's input
-    assert kept("mlp") == Counter([*[stream] * 5, *flash])  # q, k, v and what lies between attention and MLP
+    assert kept("mlp") == Counter([*[stream] * 5, *flash])  # q, k, v and the values between attention and MLP
     assert kept("none") == Counter([*[stream] * 5, *flash, ("bfloat16", 729 * 300)])

@@ -1,4 +1,4 @@
-"""Frozen weights in 8 bits: what they are, what they do to the numbers, and that they train the same way."""
+"""Frozen weights in 8 bits: their form, their effect on the numbers, and training with them."""
 
 import jax
 import jax.numpy as jnp

@@ -70,7 +70,7 @@ def random_batch(rows=3, length=29, targets=4, seed=0, modalities=MODALITIES):
 
 
 ONE = {"T1": MODALITIES["T1"]}
-"""Where one modality shows what three do: each compiles a tower of its own."""
+"""For tests to which more modalities add only compile time: each compiles its own tower."""
 
 
 def tower(rngs):
@@ -78,7 +78,7 @@ def tower(rngs):
 
 
 ATTEND = partial(attention, causal=True)
-CASES = {  # how it is made, shapes of what it takes, of what it gives, and what else it takes
+CASES = {  # constructor, input shapes, output shape, further arguments
     "linear": (lambda r: Linear(5, 7, rngs=r), [(2, 3, 5)], (2, 3, 7)),
     "layer_norm": (lambda r: LayerNorm(9, eps=1e-6), [(2, 9)], (2, 9)),
     "rms_norm": (lambda r: RMSNorm(9, eps=1e-6), [(2, 9)], (2, 9)),
@@ -253,7 +253,7 @@ def lowered_gradient(layers: int):
 
 
 def test_a_program_has_as_many_operations_at_any_depth():
-    """Layers are scanned: what is traced and compiled does not grow with them."""
+    """Layers are scanned, so the program does not grow with their number."""
     operations = [len(lowered_gradient(layers).as_text().splitlines()) for layers in (2, 24)]
     assert operations[0] == operations[1]
 

@@ -234,7 +234,7 @@ def test_collectives_by_hand() -> None:
 
 
 def test_traffic_by_hand() -> None:
-    """What lies between products: values read and written, of a position and layer."""
+    """Count the values read and written between products, per position and layer."""
     counted = tiny()
     q, kv = HT * DH, KV * DH
     # forward: two norms (read, written), two sums (two read, one written); q, k, v; the activation's inputs and result
@@ -289,7 +289,7 @@ def test_flops_are_xlas(size: str, remat: RematPolicy, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_flops_of_adapters_are_xlas(remat: RematPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a large rank adds to the step of one layer each."""
+    """A large rank adds its share to a step with one layer per tower."""
     monkeypatch.setattr(jax.lax, "scan", partial(jax.lax.scan, unroll=True))
     monkeypatch.setattr(jax.lax, "map", lambda function, xs: jax.vmap(function)(xs))
     found = []
@@ -544,7 +544,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["configured"][0]["hours_per_epoch"] is None
     assert sum(found["flops_per_sample"]["floor"].values()) == pytest.approx(2.523e12, rel=1e-3)
     auto = json.loads(umbrella(*flags, "--set", "model.frozen_dtype=auto", "--json"))
-    assert auto["frozen_dtype"] == "bfloat16"  # what config.json says
+    assert auto["frozen_dtype"] == "bfloat16"  # config.json's dtype
     one = json.loads(umbrella(*flags, "--mesh", "fsdp=32", "--json"))
     assert [e["mesh"]["fsdp"] for e in one["largest"]] == [32]
     assert one["configured"] == []

@@ -75,5 +75,5 @@ def test_text_costs_its_products_and_attention() -> None:
     ],
 )
 def test_names_of_devices(name: str, kind: str | None) -> None:
-    """As jax gives them; a card with less of a peak is not taken for its faster namesake."""
+    """jax's names map to data sheets; a slower card is not mistaken for its faster namesake."""
     assert sheet_of(name) is (KINDS[kind] if kind else None)

@@ -93,5 +93,5 @@ def _hide(x: Array, background: Array, volume: Array, corner: Array, size: Array
     """Replace a box of one volume of x [M, ...] by background; the box may reach beyond the end."""
     places = jnp.meshgrid(*(jnp.arange(n) for n in x.shape[1:]), indexing="ij")
     inside = jnp.stack([(i <= p) & (p < i + n) for p, i, n in zip(places, corner, size, strict=True)]).all(0)
-    hidden = inside & (jnp.arange(len(x)).reshape(-1, *[1] * inside.ndim) == volume)
+    hidden = inside[None] & (jnp.arange(len(x)).reshape(-1, *[1] * inside.ndim) == volume)
     return jnp.where(hidden, background, x)
