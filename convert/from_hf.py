@@ -141,24 +141,7 @@ def plan_loading(
         CheckpointError: with every fault.
     """
     directory = Path(directory)
-    faults: list[str] = []
-    tensors: dict[str, tuple[str, Tensor]] = {}  # name on the hub → name in the file, tensor
-    wrapped = None
-    for name, tensor in open_checkpoint(directory).items():
-        if name != tensor.name and wrapped is None:
-            wrapped = f"{tensor.name} → {name}"
-        hub = hub_name(name)
-        if hub in tensors:
-            faults.append(f"{tensor.file}: {name}: the same tensor as {tensors[hub][0]}; expected it once, remove one")
-        tensors.setdefault(hub, (name, tensor))
-    if patch_embed is not None:
-        trained = open_trainable(patch_embed)
-        # all tensors of a modality are replaced, whichever of its names they have
-        theirs = {m for name in trained.tensors if (m := modality_of(name))}
-        tensors = {h: f for h, f in tensors.items() if not ((m := modality_of(h)) and resolve_modality(m, [*theirs]))}
-        tensors |= {name: (name, tensor) for name, tensor in trained.tensors.items() if not adapted_weight(name)}
-        faults += _add_adapters(tensors, trained.tensors)
-
+    tensors, wrapped, faults = _open_tensors(directory, patch_embed)
     names: dict[str, str] = {}  # configured modality → its name in the file
     claimed: set[str] = set(REPLACED)
     for stored in sorted({m for hub in tensors if (m := modality_of(hub))}):
@@ -298,6 +281,34 @@ def fingerprint(directory: str | Path, patch_embed: Path | None = None) -> str:
             f"({own[:12]}); name the one that it was trained on"
         )
     return hashlib.sha256((own + weights_digest(trained.tensors)).encode()).hexdigest()
+
+
+def _open_tensors(
+    directory: Path, patch_embed: Path | None
+) -> tuple[dict[str, tuple[str, Tensor]], str | None, list[str]]:
+    """Open a checkpoint and apply the file `patch_embed` to it.
+
+    Returns {name on the hub: (name in the file, tensor)}, an example of a name that wrappers changed, if any
+    (`LoadSummary.wrapped`), and faults.
+    """
+    faults: list[str] = []
+    tensors: dict[str, tuple[str, Tensor]] = {}
+    wrapped = None
+    for name, tensor in open_checkpoint(directory).items():
+        if name != tensor.name and wrapped is None:
+            wrapped = f"{tensor.name} → {name}"
+        hub = hub_name(name)
+        if hub in tensors:
+            faults.append(f"{tensor.file}: {name}: the same tensor as {tensors[hub][0]}; expected it once, remove one")
+        tensors.setdefault(hub, (name, tensor))
+    if patch_embed is not None:
+        trained = open_trainable(patch_embed)
+        # all tensors of a modality are replaced, whichever of its names they have
+        theirs = {m for name in trained.tensors if (m := modality_of(name))}
+        tensors = {h: f for h, f in tensors.items() if not ((m := modality_of(h)) and resolve_modality(m, [*theirs]))}
+        tensors |= {name: (name, tensor) for name, tensor in trained.tensors.items() if not adapted_weight(name)}
+        faults += _add_adapters(tensors, trained.tensors)
+    return tensors, wrapped, faults
 
 
 def _add_adapters(tensors: dict[str, tuple[str, Tensor]], trained: Mapping[str, Tensor]) -> list[str]:

@@ -44,54 +44,53 @@ def verify(
     stock = [not (p / UMBRELLA_CONFIG).exists() and not (p / MODEL).exists() and modalities is None for p in paths]
     opened = {p: Checkpoint.open(p, modalities) for p, bare in zip(paths, stock, strict=True) if not bare}
     known = next(iter(opened.values())).config.modalities if opened else None
-    one, other = ((opened[p] if p in opened else Checkpoint.open(p, known)).merged() for p in paths)
-    left_out = [
-        {
-            m: why
-            for m, why in untrained_to_leave_out(c).items()
-            if resolve_modality(m, beside.config.modalities) is None
-        }
-        for c, beside in ((one, other), (other, one))
-    ]
+    model_a, model_b = models = [(opened[p] if p in opened else Checkpoint.open(p, known)).merged() for p in paths]
+    left_out = [_left_out(model_a, model_b), _left_out(model_b, model_a)]
     config_a, config_b = (
         replace(c.config, modalities={m: modality for m, modality in c.config.modalities.items() if m not in out})
-        for c, out in zip((one, other), left_out, strict=True)
+        for c, out in zip(models, left_out, strict=True)
     )
     notes = [
         f"{c.path}: {name}: not compared, the other leaves it out: its patch embedding is {why}"
-        for c, out in zip((one, other), left_out, strict=True)
+        for c, out in zip(models, left_out, strict=True)
         for name, why in out.items()
     ]
 
     configuration = compare_configs(config_a, config_b)
-    sources = [checkpoint.origin for checkpoint in (one, other)]
-    for checkpoint, source in zip((one, other), sources, strict=True):
+    sources = [checkpoint.origin for checkpoint in models]
+    for checkpoint, source in zip(models, sources, strict=True):
         configuration += compare_reading(source.description, checkpoint.config, grown=bool(source.notes))
         configuration += [f"{checkpoint.path}: modality {name}: no weights" for name in checkpoint.lost]
-    tokenizers = [c.tokenizer() for c in (one, other) if has_tokenizer(c.description)]
+    tokenizers = [c.tokenizer() for c in models if has_tokenizer(c.description)]
     if len(tokenizers) == 2:
         configuration += compare_tokenizers(*tokenizers)
         ends = [stop_ids(tokenizer) for tokenizer in tokenizers]
         if ends[0] != ends[1]:
             configuration.append(f"ids that end an answer: {ends[0]} in A, {ends[1]} in B")
-    if one.template and other.template and one.template != other.template:
-        configuration.append(f"template: {one.template} in A, {other.template} in B")
-    notes += [f"{c.path}: {line}" for c in (one, other) for line in (*c.notes, *c.check())]
-    ours, theirs = (
+    if model_a.template and model_b.template and model_a.template != model_b.template:
+        configuration.append(f"template: {model_a.template} in A, {model_b.template} in B")
+    notes += [f"{c.path}: {line}" for c in models for line in (*c.notes, *c.check())]
+    tensors_a, tensors_b = (
         {path: tensor for path, tensor in c.stored_tensors().items() if modality_of(path) not in out}
-        for c, out in zip((one, other), left_out, strict=True)
+        for c, out in zip(models, left_out, strict=True)
     )
-    tensors = compare_tensors(ours, config_a, theirs, config_b)
-    found: dict[str, LogitComparison] = {}
+    tensors = compare_tensors(tensors_a, config_a, tensors_b, config_b)
+    logits: dict[str, LogitComparison] = {}
     shapes_differ = any("→ [" in t.types for t in tensors)
     if forward and not configuration and not shapes_differ:
         try:
             raw = read_json(sources[0].description / HF_CONFIG)
             if sources[0].notes:
-                raw = hf_dict(raw, one.config)
-            found = compare_forward(raw, ours, config_a, theirs, config_b)
+                raw = hf_dict(raw, model_a.config)
+            logits = compare_forward(raw, tensors_a, config_a, tensors_b, config_b)
         except ImportError as error:
             notes.append(f"logits: not compared, {error.name} is not installed; pip install 'umbrella-jax[torch]'")
     elif forward:
         notes.append("logits: not compared, since the models are of other shapes or configurations")
-    return ModelComparison(tensors, configuration, found, tuple(notes))
+    return ModelComparison(tensors, configuration, logits, tuple(notes))
+
+
+def _left_out(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, str]:
+    """Return {modality: reason} for untrained modalities that `other` lacks, as an export leaves them out."""
+    untrained = untrained_to_leave_out(checkpoint)
+    return {m: why for m, why in untrained.items() if resolve_modality(m, other.config.modalities) is None}
