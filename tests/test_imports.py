@@ -16,6 +16,7 @@ FLOORS: tuple[dict[str, set[str]], ...] = (
     {
         "models": {"chex", "flax", "jax", "numpy", "qwix"},
         "rundir": set(),
+        "console": {"tqdm"},
         "html": {"PIL", "jinja2", "nibabel", "numpy"},
     },
     {"console": {"tqdm"}},

@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import Any
 
 from umbrella_jax.errors import visible
-from umbrella_jax.rundir import Say
 
 WIDTH = 80
 """Columns of a terminal."""
@@ -107,8 +106,8 @@ class Progress:
         total: int,
         *,
         done: int = 0,
-        say: Say,
-        note: Say,
+        say: Callable[[str], None],
+        note: Callable[[str], None],
         always: bool = False,
         peak: float | None = None,
         memory: Callable[[], Mapping[str, Any] | None] = lambda: None,

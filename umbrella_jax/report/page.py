@@ -230,7 +230,7 @@ def _pictures(image: Image, config: ModalityConfig, explained: Explanation | Non
         planes, over = (cut_planes(x, codes, spacing, at) for x in (under, values / limit))
         unit = "nats per voxel" + ("" if shares.ndim == 3 else ", all frames")
         yield (
-            "evidence for the answer (red) and against it (blue), the same slices; all shares sum to "
+            "red speaks for the answer, blue against it; the same slices; all shares sum to "
             f"{short(float(values.sum()))} nats",
             png(draw_planes(planes, *grey_range(under), over, bar=(short(limit), unit), longest=_LONGEST)),
         )
