@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from umbrella_jax.batch import Batch
     from umbrella_jax.checkpoints.load import load
-    from umbrella_jax.config.load import load_config
-    from umbrella_jax.config.schema import ModalityConfig, RunConfig
+    from umbrella_jax.config import ModalityConfig, RunConfig, load_config
     from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError
     from umbrella_jax.inference.explain import explain
     from umbrella_jax.inference.generate import Sampling, generate, stream
@@ -31,15 +30,15 @@ _HOME = {
     "ConfigError": "umbrella_jax.errors",
     "DataError": "umbrella_jax.errors",
     "Llava": "umbrella_jax.models",
-    "ModalityConfig": "umbrella_jax.config.schema",
+    "ModalityConfig": "umbrella_jax.config",
     "Processor": "umbrella_jax.inference.processor",
-    "RunConfig": "umbrella_jax.config.schema",
+    "RunConfig": "umbrella_jax.config",
     "Sampling": "umbrella_jax.inference.generate",
     "UmbrellaError": "umbrella_jax.errors",
     "explain": "umbrella_jax.inference.explain",
     "generate": "umbrella_jax.inference.generate",
     "load": "umbrella_jax.checkpoints.load",
-    "load_config": "umbrella_jax.config.load",
+    "load_config": "umbrella_jax.config",
     "predict": "umbrella_jax.inference.predict",
     "stream": "umbrella_jax.inference.generate",
     "train": "umbrella_jax.run.train",
