@@ -388,7 +388,7 @@ def test_what_the_document_promises() -> None:
     named = re.findall(r"::(test_\w+)", text)
     assert len(named) > 20
     assert [name for name in named if f"def {name}(" not in tests] == []
-    may_change = text[text.index("## What may change") : text.index("## What is behind")]
+    may_change = text[text.index("## What may change") : text.index("## How it works")]
     assert set(re.findall(r"`([a-z_.]+)`", may_change)) == set(MAY_CHANGE)
 
 
