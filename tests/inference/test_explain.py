@@ -13,6 +13,7 @@ import pytest
 
 from tests.helpers.golden_case import golden_batch, golden_model
 from tests.helpers.small_run import write_volume
+from tests.helpers.strict import strict_promotion  # noqa: F401  # for every test here
 from tests.helpers.training_case import QUICK
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.data.conversation import Image

@@ -10,6 +10,7 @@ import pytest
 
 from tests.helpers.golden_case import relative
 from tests.helpers.mesh_case import B, T, V, mesh_case, micro_batch
+from tests.helpers.strict import strict_promotion  # noqa: F401  # for every test here
 from tests.helpers.training_case import QUICK, generating_with
 from umbrella_jax.batch import Batch
 from umbrella_jax.errors import CheckpointError, ConfigError, RunError
