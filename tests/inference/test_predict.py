@@ -113,7 +113,7 @@ def test_a_part_is_gone_on_with(
 ) -> None:
     """Cut off in its second batch, with a last line that was torn apart: each conversation is answered once."""
     out, asked = tmp_path / "out.jsonl", list[list[int]]()
-    answers = predict_module.answers
+    answers = predict_module.generate_answers
 
     def counted(*args: Any, **options: Any) -> Any:
         asked.append(list(options["only"]))
@@ -122,7 +122,7 @@ def test_a_part_is_gone_on_with(
                 raise KeyboardInterrupt
             yield found
 
-    monkeypatch.setattr(predict_module, "answers", counted)
+    monkeypatch.setattr(predict_module, "generate_answers", counted)
     flags = ["--likelihoods", "--max-new-tokens", 4, "--batch-size", 4]
     predict(run, data, out, *flags, code=130)
     part = tmp_path / "out.jsonl.part"
