@@ -25,7 +25,7 @@ UMBRELLA_CONFIG = "umbrella_config.json"
 RANDOM_WEIGHTS = "random_weights"
 """Key of config.json that is true in a toy model, whose weights are all random, such as the demo's base."""
 
-# section, field, transformers' default, the only supported value, why or what to do
+# (section, field, transformers' default, the only supported value, reason or remedy)
 _ONLY: tuple[tuple[str, str, Any, Any, str], ...] = (
     ("", "model_type", None, "llava", "other LLaVAs (llava_onevision, llava_next) merge their images in another way"),
     ("", "projector_hidden_act", "gelu", "gelu", "the projector's activation is the exact GELU"),
@@ -79,7 +79,7 @@ class _Section:
         accepted = (int, float) if kind is float else int
         if isinstance(value, bool) or not isinstance(value, accepted) or not 0 < value <= sys.float_info.max:
             self.faults.append(f"{self.name}{key}: expected a positive {kind.__name__}, got {value!r}")
-            return kind(0)  # later checks accept 0, so that one fault is reported only once
+            return kind(0)  # 0 passes all later checks, so the fault is reported only once
         most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST
         if kind is int and value > most:
             self.faults.append(f"{self.name}{key}: {value}; expected at most {most}, more than any published model has")

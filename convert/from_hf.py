@@ -109,7 +109,9 @@ class LoadPlan:
                 tensor = stack([tensor.reshape(entry.shape) for entry, tensor in sources])
             params[path] = tensor.astype(dtype)
         for name, weights in self.initial_weights.items():
-            params |= {f"{EMBEDDINGS}{name}_{key}": Tensor.of(array) for key, array in weights.make(seed).items()}
+            params |= {
+                f"{EMBEDDINGS}{name}_{key}": Tensor.from_array(array) for key, array in weights.make(seed).items()
+            }
         return params
 
     def _check_tied_copy(self) -> None:

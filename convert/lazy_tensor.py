@@ -44,7 +44,7 @@ class Tensor:
     """Name in the file."""
 
     @classmethod
-    def of(cls, array: Any, file: str = "", name: str = "") -> "Tensor":
+    def from_array(cls, array: Any, file: str = "", name: str = "") -> "Tensor":
         """Return the tensor of a NumPy or JAX array, which is in memory already."""
 
         def fill(out: np.ndarray, index: Index) -> None:

@@ -16,10 +16,10 @@ from umbrella_jax.errors import CheckpointError
 def inflate(kernel: np.ndarray, bias: np.ndarray, table: np.ndarray, modality: ModalityConfig) -> dict[str, np.ndarray]:
     """Inflate SigLIP's 2D patch embedding to initial weights for volumes of `modality`.
 
-    Rows of the kernel and of the table's grid run along H, columns along W. Channels are summed, since a grey image is
-    replicated over RGB. Depth and time, which have size 1 in an image, and the plane are resized as in `resample`. The
-    result along depth and time is w / (pd·pt): a volume that is constant along both gives what its slice gave (filter
-    inflation of I3D, Carreira & Zisserman 2017). Positions are repeated along both (ViViT, Arnab et al. 2021).
+    Rows of the kernel and of the table's grid run along H, columns along W. Channels are summed, since a grey image has
+    the same values in R, G and B. All axes are resized as in `resample`; depth and time have size 1 in an image. Along
+    depth and time this divides w by pd·pt, so a volume that is constant along both gives the same output as its slice
+    (filter inflation of I3D, Carreira & Zisserman 2017). Positions are repeated along both (ViViT, Arnab et al. 2021).
 
     Args:
         kernel: [E, C, p, p].

@@ -151,7 +151,7 @@ def _open_bin(path: Path) -> dict[str, Tensor]:
     except ImportError:
         remedy = "pip install 'umbrella-jax[torch]', or save the model as safetensors"
         raise CheckpointError(f"{path}: needs PyTorch to be read; {remedy}") from None
-    return {name: Tensor.of(array, str(path), name) for name, array in read_bin(path).items()}
+    return {name: Tensor.from_array(array, str(path), name) for name, array in read_bin(path).items()}
 
 
 def open_checkpoint(directory: str | Path) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ def hub_tensors(
 
     `names` maps configured modality names to exported ones.
     """
-    lazy = {path: leaf if isinstance(leaf, Tensor) else Tensor.of(leaf) for path, leaf in params.items()}
+    lazy = {path: leaf if isinstance(leaf, Tensor) else Tensor.from_array(leaf) for path, leaf in params.items()}
     tensors = {}
     for entry in map_tensors(config, names):
         factors = zip(adapter_paths(entry.path), adapter_paths(entry.name), strict=True)

@@ -191,7 +191,7 @@ def greedy_logits(
 
 
 def _renew_rope(model: nn.Module, config: Any) -> None:
-    """Compute the rope tables, which no checkpoint contains and the meta device leaves without values."""
+    """Compute the rope tables: checkpoints do not contain them, and modules made on the meta device have no values."""
     for name, module in list(model.named_modules()):
         if hasattr(module, "inv_freq"):
             parent, _, child = name.rpartition(".")

@@ -21,7 +21,7 @@ from umbrella_jax.console import table_lines
 from umbrella_jax.models.llava import LlavaConfig, abstract_params, merge
 from umbrella_jax.models.paths import modality_of
 
-Kind = Literal["identical", "rounded", "different", "only in A", "only in B"]
+Outcome = Literal["identical", "rounded", "different", "only in A", "only in B"]
 
 LOGITS_TOLERANCE = 1e-4
 """Limit of largest |difference of logits| ÷ largest |logit|, in float32; the order of summation makes 1e-6 to 1e-5."""
@@ -37,7 +37,7 @@ class TensorComparison:
     """
 
     name: str
-    kind: Kind
+    kind: Outcome
     types: str
     largest: float = 0.0
     """Largest |A − B|; infinite if only one number of a pair is NaN, and if shapes differ."""
@@ -107,7 +107,7 @@ class ModelComparison:
         rows = []
         for name in dict.fromkeys(component(t.name) for t in self.tensors):
             own = [t for t in self.tensors if component(t.name) == name]
-            counts = {kind: sum(t.kind == kind for t in own) for kind in get_args(Kind)}
+            counts = {kind: sum(t.kind == kind for t in own) for kind in get_args(Outcome)}
             rows.append((name, counts, max(t.largest for t in own)))
         return rows
 

@@ -64,7 +64,7 @@ def compare(folder: Path, subjects: int, epochs: int, seed: int) -> None:
             base = out
         (file,) = (base / "predictions").glob("step_*.jsonl")
         rows = [json.loads(line) for line in file.read_text().splitlines()]
-        figure = score(rows, tasks_of(rows)).of(TASK)["accuracy"]
+        figure = score(rows, tasks_of(rows)).task_figures(TASK)["accuracy"]
         assert figure.value is not None
         assert figure.low is not None
         assert figure.high is not None

@@ -15,9 +15,9 @@ class Command:
     code: int = 0
     """Expected exit code."""
     show: tuple[int, int] = (14, 4)
-    """Numbers of lines that the page shows of the output's beginning and end."""
+    """How many lines of the output the page shows: at the beginning, and at the end."""
     interrupted: str = ""
-    """For a training that SIGTERM shall end: its run directory."""
+    """Run directory of a training run that the walk ends by SIGTERM; empty for any other command."""
     is_long: bool = False
     """Whether the short walk skips the command."""
 

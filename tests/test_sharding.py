@@ -430,7 +430,7 @@ def test_a_process_brings_what_its_devices_hold(monkeypatch: pytest.MonkeyPatch)
         for process in range(4):
             monkeypatch.setattr(jax, "process_index", lambda process=process: process)
             found.append(parts(mesh))
-        assert {p.of for p in found} == {shape[0] * shape[1]}
+        assert {p.total for p in found} == {shape[0] * shape[1]}
         assert {part for p in found for part in p.own} == set(range(shape[0] * shape[1]))
         assert own <= {p.own for p in found}
 

@@ -5,8 +5,8 @@
     batch = processor.prompt("Which side is the lesion on?", [("T1", "scan.nii.gz")])
     print(processor.decode(umbrella_jax.generate(model, batch, stop_ids=processor.stop_ids)))
 
-Names are imported when they are first used, so that `umbrella_jax.models` and `umbrella_jax.training` run where only
-jax, flax, optax and orbax are installed.
+Names are imported on first use, so `umbrella_jax.models` and `umbrella_jax.training` need only jax, flax, optax and
+orbax.
 """
 
 import importlib

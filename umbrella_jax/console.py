@@ -67,7 +67,7 @@ def plural(number: int, noun: str) -> str:
 
 
 INTERVAL = 30.0
-"""Seconds between two progress lines in a log, and on stderr if it is no terminal."""
+"""Seconds between progress lines, where there is no progress bar: in a log, and on a stderr that is no terminal."""
 _RECENT = 50
 """Number of newest steps or batches over which rates are averaged."""
 
@@ -92,9 +92,9 @@ class Progress:
     Args:
         what: name of the unit that is counted, such as `step`; it starts the line.
         done: how much of the total is done already.
-        say: called with a line every `INTERVAL` seconds if stderr is no terminal.
-        note: called with the same lines if stderr is a terminal, for a log.
-        always: also give a line for the first and the last count.
+        say: receives a line every `INTERVAL` seconds if there is no bar; it should print and log the line.
+        note: receives the same lines if there is a bar; it should only log them.
+        always: also send a line at the first and at the last count, whatever the time.
         peak: FLOP/s of all devices together.
         memory: returns a device's `memory_stats`, or None if its backend has none.
         quiet: show no bar, as in all processes but the first.
@@ -132,7 +132,7 @@ class Progress:
         self._bar.close()
 
     def advance(self, count: int, work: Work, seconds: float, *, compiled: bool, loss: float | None = None) -> None:
-        """Add `count`, whose `work` took so many `seconds`. If it `compiled` meanwhile, rates leave it out."""
+        """Advance by `count`. Their `work` took this many `seconds`; if that includes compiling, rates leave it out."""
         now = time.perf_counter()
         first = self._done == self._began
         self._done += count

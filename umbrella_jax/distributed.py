@@ -17,13 +17,13 @@ from jax.experimental import multihost_utils
 
 from umbrella_jax.errors import ConfigError, Interrupted, RunError, UmbrellaError, known_cause
 
-_QUIET = 10
+_SILENT_SECONDS = 10
 """Seconds that a process waits for the others before it prints that it waits."""
 SHA256 = "sha256:"
 """Prefix of values for `check_same` that are checksums, and are not shown."""
-_GONE = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
-"""Substrings of the errors that jax raises when a peer process has died. If process 0 has died, jax may be faster and
-end this process with "another task died"."""
+_DEAD_PEER_ERRORS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
+"""Substrings of the errors that jax raises when a peer process has died. If process 0 has died, jax may instead end
+this process itself, with "another task died"."""
 
 
 def start(
@@ -35,8 +35,8 @@ def start(
 ) -> None:
     """Join the processes of this run. Call it before anything asks jax for devices; a second call does nothing.
 
-    Without arguments, SLURM, a TPU VM, TPUs in GKE or Open MPI define the processes (`jax.distributed.initialize`). A
-    process that none of these started together with others waits for nobody.
+    Without arguments, the environment of SLURM, a TPU VM, TPUs in GKE or Open MPI says which processes belong together
+    (`jax.distributed.initialize`). A process without such an environment runs by itself and waits for no other.
 
     Args:
         coordinator: HOST:PORT at which process 0 listens; requires the other two. Each process then uses all devices
@@ -70,18 +70,18 @@ def start(
 
     def watch() -> None:
         # At its own limit jax would abort the process with a stack trace that does not name the missing processes.
-        if not up.wait(min(_QUIET, timeout)):
+        if not up.wait(min(_SILENT_SECONDS, timeout)):
             print(f"umbrella-jax: waiting for {peers}, {timeout} s at most", file=sys.stderr, flush=True)
-            if not up.wait(max(timeout - _QUIET, 0)):
+            if not up.wait(max(timeout - _SILENT_SECONDS, 0)):
                 print(
-                    f"umbrella-jax: not all came within {timeout} s: {peers}; start every one of them with the same "
-                    "command, see whether they reach each other, or give them more time (--start-timeout)",
+                    f"umbrella-jax: timed out after {timeout} s waiting for {peers}; start all with the same command, "
+                    "check that their hosts reach each other, or allow more time (--start-timeout)",
                     file=sys.stderr,
                     flush=True,
                 )
                 os._exit(1)
 
-    # With this service jax would catch SIGTERM, and the program would have to end itself.
+    # This service would make jax catch SIGTERM, and the signal would no longer end the program.
     jax.config.update("jax_enable_preemption_service", False)
     Thread(target=watch, daemon=True).start()
     try:
@@ -225,11 +225,11 @@ def check_same(facts: Sequence[tuple[str, Any]], remedy: str) -> None:
 
 @contextmanager
 def raise_together() -> Iterator[None]:
-    """Run a block on every process and wait for all: it succeeds on all of them or fails on all of them.
+    """Run a block on every process and wait for all. If it fails on one process, it fails on all.
 
     Raises:
-        UmbrellaError: on process 0, with the faults of all processes; the others exit silently with the same code. Any
-            other error is also raised on the process where it happened.
+        UmbrellaError: on process 0, with the faults of all processes; the others exit silently with the same code. A
+            process on which the block raised any other error raises that error instead.
     """
     if is_single_process():
         yield
@@ -264,9 +264,9 @@ def raise_together() -> Iterator[None]:
 def exit_on_error() -> Iterator[None]:
     """Run a block; if it fails in one of several processes, print the error and exit at once.
 
-    The exit code is that of an UmbrellaError, else 1. Other processes notice a dead peer at their next collective. On
-    the usual way out, jax would keep this process waiting for them for minutes. In a single process, and for an
-    interruption, which reaches all processes, the error is raised as usual.
+    The exit code is that of an UmbrellaError, else 1. Other processes notice a dead peer at their next collective. A
+    normal exit would make jax wait minutes for them. In a single process, and for an interruption, which reaches all
+    processes, the error is raised as usual.
     """
     try:
         yield
@@ -276,9 +276,9 @@ def exit_on_error() -> Iterator[None]:
         print(f"umbrella-jax: process {jax.process_index()} ends, and with it the run:", file=sys.stderr)
         if line := str(error) if isinstance(error, UmbrellaError) else known_cause(error):
             print(line, file=sys.stderr)
-        elif isinstance(error, RuntimeError | ValueError) and any(word in str(error) for word in _GONE):
+        elif isinstance(error, RuntimeError | ValueError) and any(word in str(error) for word in _DEAD_PEER_ERRORS):
             print(
-                f"a process of the run is gone: {str(error).splitlines()[0]}\nstart all of them again, with --resume",
+                f"a process of the run is gone: {str(error).splitlines()[0]}\nrestart all processes with --resume",
                 file=sys.stderr,
             )
         else:

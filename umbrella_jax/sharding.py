@@ -116,9 +116,8 @@ def mesh_shape(config: MeshConfig, count: int, *, island_size: int, batch_size: 
 
     Args:
         config: the sizes; `data` may be left open.
-        count: number of devices, all of which are used.
-        island_size: number of devices that fast links connect, those of a slice or a node. `fsdp` and `tensor` stay
-            within them.
+        count: number of devices; the mesh uses all.
+        island_size: number of devices in a slice or node, which fast links connect. `fsdp` and `tensor` stay within it.
         batch_size: rows of a batch, which the mesh must split evenly.
 
     Raises:
@@ -230,7 +229,7 @@ def parts(mesh: Mesh) -> Parts:
         for part, group in enumerate(mesh.devices.reshape(ways, -1))
         if any(device.process_index == jax.process_index() for device in group)
     ]
-    return Parts(of=ways, own=tuple(own))
+    return Parts(total=ways, own=tuple(own))
 
 
 def abstract_batch(batch: T, mesh: Mesh, *, axis: int) -> T:
@@ -252,8 +251,8 @@ def put_batch(batch: T, mesh: Mesh, *, axis: int) -> T:
     own = parts(mesh)
     for leaf in jax.tree.leaves(batch):
         if leaf.shape[axis] % len(own.own):
-            rows = leaf.shape[axis] * own.of // len(own.own)
-            raise ConfigError(f"train.batch_size: {rows} rows cannot be split over {own.of} devices")
+            rows = leaf.shape[axis] * own.total // len(own.own)
+            raise ConfigError(f"train.batch_size: {rows} rows cannot be split over {own.total} devices")
     sharding = NamedSharding(mesh, P(*[None] * axis, ROWS))
     # jax.device_put would first compare the arrays of all processes
     return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), batch)

@@ -152,7 +152,7 @@ def test_a_file_of_its_own_records_its_checksums(tmp_path):
     """The file is like those of `convert to-hf --trainable-only`."""
     arrays = {"a": np.arange(100_000, dtype=np.float32), "b": np.empty((0, 3), np.float16), "c": np.float32(3)}
     file = tmp_path / "trainable.safetensors"
-    sums = write_safetensors(file, {name: Tensor.of(array) for name, array in arrays.items()}, record=True)
+    sums = write_safetensors(file, {name: Tensor.from_array(array) for name, array in arrays.items()}, record=True)
     with safe_open(file, framework="np") as opened:
         assert json.loads(opened.metadata()["checksums"]) == sums
         assert np.array_equal(opened.get_tensor("a"), arrays["a"])

@@ -104,7 +104,7 @@ def test_adapters_are_added_a_layer_at_a_time(mesh: Mesh) -> None:
     """Float32 copies of a whole stack would take several times the memory of the stack."""
     read = list[Region]()
     w, a, b = random((4, 8, 6), ml_dtypes.bfloat16), random((4, 3, 6)), random((4, 8, 3))
-    tensor = add_product(counted(w, read), Tensor.of(a), Tensor.of(b), 2.0)
+    tensor = add_product(counted(w, read), Tensor.from_array(a), Tensor.from_array(b), 2.0)
     found = place({"a": tensor}, lambda path, shape: NamedSharding(mesh, PartitionSpec(None, "x", "y")))["a"]
     np.testing.assert_array_equal(found, (w.astype(np.float32) + 2 * (b @ a)).astype(w.dtype))
     assert (times(w.shape, read) == 1).all()
@@ -150,7 +150,9 @@ def test_a_replica_may_be_given_away(mesh: Mesh) -> None:
     """Devices may share one NumPy buffer, so a step that donates its argument must not write there."""
     array = random((512, 256))  # aligned and large, which XLA's CPU backend uses without a copy
     replicated = NamedSharding(mesh, PartitionSpec())
-    found = place({"a": Tensor.of(array.copy()), "b": Tensor.of(array.copy())}, lambda path, shape: replicated)
+    found = place(
+        {"a": Tensor.from_array(array.copy()), "b": Tensor.from_array(array.copy())}, lambda path, shape: replicated
+    )
     write = jax.jit(_write, donate_argnums=0)
     shards = [shard.data for shard in found["a"].addressable_shards]
     assert len({shard.unsafe_buffer_pointer() for shard in shards}) == 1, "else there is nothing to be seen here"
@@ -172,7 +174,7 @@ def test_a_tensor_in_memory_is_not_given_away_with_its_copy() -> None:
     for source in (array, kept):
         before = np.array(source)
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        found = place({"a": Tensor.of(source)}, lambda path, shape, one=one: one)["a"]
+        found = place({"a": Tensor.from_array(source)}, lambda path, shape, one=one: one)["a"]
         jax.block_until_ready(jax.jit(_write, donate_argnums=0)(found, jnp.zeros(())))
         np.testing.assert_array_equal(np.asarray(source), before)
 

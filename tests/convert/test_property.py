@@ -169,7 +169,7 @@ def write(directory, case):
         for name, shape in file_shapes(case).items()
     }
     held = arrays | ({LM_HEAD: arrays[EMBED]} if case.head else {})
-    write_checkpoint(directory, {case.names(n): Tensor.of(a) for n, a in held.items()}, case.shard_size)
+    write_checkpoint(directory, {case.names(n): Tensor.from_array(a) for n, a in held.items()}, case.shard_size)
     (directory / "config.json").write_text(json.dumps(case.raw))
     if case.described:
         data = {"modalities": {name: to_dict(modality) for name, modality in case.modalities.items()}}

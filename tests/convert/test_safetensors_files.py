@@ -19,7 +19,7 @@ ARRAYS = {
 
 
 def write(directory, arrays=ARRAYS, **kwargs):
-    write_checkpoint(directory, {name: Tensor.of(a) for name, a in arrays.items()}, **kwargs)
+    write_checkpoint(directory, {name: Tensor.from_array(a) for name, a in arrays.items()}, **kwargs)
 
 
 def refused(directory) -> str:

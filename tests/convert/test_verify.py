@@ -331,5 +331,5 @@ def test_ulp_of_bfloat16():
     ],
 )
 def test_kinds(a, b, kind, largest):
-    found = _compare("x", Tensor.of(a), Tensor.of(b))
+    found = _compare("x", Tensor.from_array(a), Tensor.from_array(b))
     assert (found.kind, found.largest) == (kind, largest)

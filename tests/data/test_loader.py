@@ -41,7 +41,9 @@ def make_dataset(nifti, record, write_json, tokenizer, modalities):
 
 def batches_of(dataset, *, batch_size, accumulate_steps=1, seed=5, parts=WHOLE, start_step=0, **options):
     """Return training batches as a run makes them; by default those of one epoch."""
-    plan = make_epoch_plan(dataset, batch_size=batch_size, accumulate_steps=accumulate_steps, seed=seed, parts=parts.of)
+    plan = make_epoch_plan(
+        dataset, batch_size=batch_size, accumulate_steps=accumulate_steps, seed=seed, parts=parts.total
+    )
     options = {"num_steps": plan.updates_per_epoch, "threads": 2} | options
     return train_batches(dataset, plan, start_step=start_step, parts=parts, **options)
 

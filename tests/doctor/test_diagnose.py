@@ -63,7 +63,7 @@ def torch_step(directory: Path) -> tuple[float, float]:
     from convert.torch_model import TorchPatchEmbed, umbrella_model
 
     assert read_config(directory, reference_step.MODALITIES) == reference_step.CONFIG
-    params = {path: Tensor.of(leaf) for path, leaf in reference_step.make_params().items()}
+    params = {path: Tensor.from_array(leaf) for path, leaf in reference_step.make_params().items()}
     model = umbrella_model(json.loads((directory / "config.json").read_text()), reference_step.CONFIG, params).double()
     embeddings = next(module for module in model.modules() if isinstance(module, TorchPatchEmbed))
     batch = reference_step.make_batch()

@@ -415,7 +415,7 @@ NAMES = (
     "module.vision_tower.vision_model.embeddings.T1_proj.weight",
 )
 """As wrappers leave them (`rules.unwrapped_names`)."""
-ARRAYS = {name: Tensor.of(np.arange(6, dtype=np.float32).reshape(2, 3) + i) for i, name in enumerate(NAMES)}
+ARRAYS = {name: Tensor.from_array(np.arange(6, dtype=np.float32).reshape(2, 3) + i) for i, name in enumerate(NAMES)}
 
 
 @cache

@@ -31,9 +31,16 @@ from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig
 from umbrella_jax.plan import HardwarePlan, parse_devices, plan_hardware
 from umbrella_jax.plan import devices as devices_module
-from umbrella_jax.plan.devices import KINDS, OF_PEAK
-from umbrella_jax.plan.estimate import OF_BANDWIDTH, OF_LINKS, OF_PRODUCTS, RESERVED, estimate, largest_batch
-from umbrella_jax.plan.flops import AGAIN, KEPT, ModelCounts, count_model, workload
+from umbrella_jax.plan.devices import KINDS, PEAK_EFFICIENCY
+from umbrella_jax.plan.estimate import (
+    ATTENTION_EFFICIENCY,
+    BANDWIDTH_EFFICIENCY,
+    LINK_EFFICIENCY,
+    RESERVED,
+    estimate,
+    largest_batch,
+)
+from umbrella_jax.plan.flops import KEPT, RECOMPUTED, ModelCounts, count_model, workload
 from umbrella_jax.sharding import MeshShape, mesh_shapes
 
 # A model whose every size can be told from the others: 12 patches of 30 numbers, 8 text tokens, so 20 positions.
@@ -80,7 +87,7 @@ def lowered(run: RunConfig, model: LlavaConfig, batch_size: int) -> jax.stages.L
 
 
 def test_every_remat_policy_is_counted() -> None:
-    assert set(KEPT) == set(AGAIN) == set(get_args(RematPolicy))
+    assert set(KEPT) == set(RECOMPUTED) == set(get_args(RematPolicy))
 
 
 def test_the_floor_of_the_issues_workload(tmp_path: Path) -> None:
@@ -330,10 +337,12 @@ def test_time_is_the_longest_of_what_overlaps_and_the_rest() -> None:
         7 * 2 * (LV * N**2 * E + LT * T**2 * HT * DH),  # forward, its scores again, four gradients
         counted.collectives(found.mesh, 4, "none")["activations"],
     )
-    flops = sum(counted.flops("none").values()) - attention + attention / OF_PRODUCTS["xla"]
-    assert found.seconds["compute"] == pytest.approx(flops * 4 / 8 / (1e6 * OF_PEAK))
-    assert found.seconds["memory"] == pytest.approx(counted.traffic(found.mesh, 4, "none") / (1e9 * OF_BANDWIDTH))
-    assert found.seconds["activations"] == pytest.approx(stream / (1e6 * OF_LINKS))
+    flops = sum(counted.flops("none").values()) - attention + attention / ATTENTION_EFFICIENCY["xla"]
+    assert found.seconds["compute"] == pytest.approx(flops * 4 / 8 / (1e6 * PEAK_EFFICIENCY))
+    assert found.seconds["memory"] == pytest.approx(
+        counted.traffic(found.mesh, 4, "none") / (1e9 * BANDWIDTH_EFFICIENCY)
+    )
+    assert found.seconds["activations"] == pytest.approx(stream / (1e6 * LINK_EFFICIENCY))
     between = found.seconds["compute"] + found.seconds["memory"]
     assert found.step_seconds == pytest.approx(between + found.seconds["activations"])
     slower = estimate(counted, replace(devices, kind=replace(slow, link=1.0)), MeshShape(data=8), 8, "none")
@@ -349,7 +358,7 @@ def test_collectives_beyond_the_links_take_the_network() -> None:
         mesh = MeshShape(**sizes)
         return estimate(counted, parse_devices(name), mesh, mesh.parts, "none").seconds["gradients"]
 
-    sent = 4 * counted.trained / OF_LINKS
+    sent = 4 * counted.trained / LINK_EFFICIENCY
     assert gradients("h100x8", data=8) == pytest.approx(2 * 7 / 8 * sent / kind.link)
     assert gradients("h100x16", data=16) == pytest.approx(2 * 15 / 16 * sent / kind.network)
     # Eight ways of data, but the tensor axis lies within each node: neighbours are two devices apart.
@@ -476,7 +485,7 @@ def test_unknown_devices_are_refused(name: str, words: list[str]) -> None:
 def test_names_of_devices() -> None:
     assert (parse_devices("v5e-16").count, parse_devices("h100x8").count, parse_devices("h200").count) == (16, 8, 1)
     assert parse_devices("v5p-64").count == 32  # Google counts TensorCores
-    assert parse_devices("h100x8").efficiency == OF_PEAK
+    assert parse_devices("h100x8").efficiency == PEAK_EFFICIENCY
     own = parse_devices("h100x8", flops=7e14, dtype="float32")
     assert (own.kind.flops, own.efficiency) == (7e14, 1.0)
     with pytest.raises(ConfigError, match="compute_dtype: float32") as error:

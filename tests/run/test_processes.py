@@ -653,7 +653,7 @@ def test_a_missing_process_is_named(environment: dict[str, str], process: int, t
     command = small_run.umbrella_command("train", "--config", tmp_path, *words, "--start-timeout", 1)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 1
-    assert f"not all came within 1 s: 2 processes with --coordinator {words[1]}" in done.stderr
+    assert f"timed out after 1 s waiting for 2 processes with --coordinator {words[1]}" in done.stderr
     assert "stack trace" not in done.stderr
 
 

@@ -32,11 +32,11 @@ Array = jax.Array
 Scans = tuple[Any, ...]
 """A batch: for each scan that a question shows, float32 [B, D, H, W, C]."""
 Stream = Callable[[Sequence[np.ndarray], int | None], Iterable[Scans]]
-"""Maps batches of question numbers, and the epoch that draws the windows of fMRI runs (None: the first windows), to the
-scans of each batch."""
+"""Function from (batches of question numbers, epoch) to the scans of each batch. The epoch decides which windows of
+fMRI runs are drawn; None takes the first windows."""
 
 Variables = tuple[Any, Any]
-"""Arrays by path: the trainable ones; the running statistics and the random state of dropout."""
+"""(trainable arrays, running statistics and dropout's random state), each by path."""
 
 WIDTHS = (32, 64, 128, 256, 256, 64)
 """The published numbers of channels."""
@@ -44,7 +44,7 @@ BATCH = 8
 EPOCHS = 50
 """Default number of epochs."""
 _PEAK, _WARM_UP = 3e-3, 0.1
-"""Peak of the learning rate, and the share of the steps before it."""
+"""Peak learning rate, and the fraction of the steps that warm up to it."""
 _ADAMW = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(1e-2))
 """AdamW without its learning rate, which is an argument of the step, so a second network need not compile again."""
 _DROPOUT = 0.5

@@ -39,8 +39,8 @@ from umbrella_jax.scoring.parse_answer import normalise, parse_number, same_unit
 from umbrella_jax.scoring.rows import Row, blank_rows
 from umbrella_jax.scoring.tasks import label_of
 
-Kind = Literal["cnn", "probe"]
-KINDS: tuple[Kind, ...] = ("cnn", "probe")
+BaselineKind = Literal["cnn", "probe"]
+KINDS: tuple[BaselineKind, ...] = ("cnn", "probe")
 Shown = tuple[Image, ...]
 """The scans of one question."""
 _COLUMNS = {"cnn": "CNN", "probe": "probe"}
@@ -69,7 +69,7 @@ def baseline(
     run: str | Path | None = None,
     predictions: str | Path | None = None,
     step: Step | None = None,
-    only: Kind | None = None,
+    only: BaselineKind | None = None,
     epochs: int = EPOCHS,
     width: float = 1.0,
 ) -> Baselines:

@@ -491,13 +491,13 @@ class RunCheckpoint(Checkpoint):
     @cached_property
     def identity(self) -> str:
         """SHA-256 of the weights, made from the base's identity and the trained parameters."""
-        trained = {path: Tensor.of(leaf) for path, leaf in self.trained().items()}
+        trained = {path: Tensor.from_array(leaf) for path, leaf in self.trained().items()}
         parts = (self.base.identity, weights_digest(trained), self.lora.scale if self.lora else "")
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
     @cached_property
     def untrained(self) -> dict[str, str]:
-        """Return {modality: reason} for patch embeddings untrained in the base that the run did not train either.
+        """Return {modality: reason} for patch embeddings that neither the base's training nor this run has trained.
 
         A run trains a patch embedding if its groups contain it and a conversation up to this step shows its modality.
         """
@@ -536,7 +536,7 @@ class RunCheckpoint(Checkpoint):
         return []
 
     def tensors(self, dtype: str = "auto") -> dict[str, Tensor]:
-        trained = {path: Tensor.of(leaf, str(self.path), path) for path, leaf in self.trained().items()}
+        trained = {path: Tensor.from_array(leaf, str(self.path), path) for path, leaf in self.trained().items()}
         return _merge(self.base.tensors(dtype), trained, self.lora, dtype)
 
     def _params(self, dtype: str, where: Where, in_float32: Collection[str]) -> Params:

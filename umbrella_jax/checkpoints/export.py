@@ -141,8 +141,10 @@ def write_trained(
     for weight in sorted({w for path in paths if (w := adapted_weight(path))} - paths):
         a, b = adapter_paths(weight)
         own = [(leaves, np.float32(scale)) for leaves, scale in trained if a in leaves]
-        tensors[a] = Tensor.of(np.concatenate([np.asarray(leaves[a]) for leaves, _ in own], axis=-2))
-        tensors[b] = Tensor.of(np.concatenate([np.asarray(leaves[b]) * scale for leaves, scale in own], axis=-1))
+        tensors[a] = Tensor.from_array(np.concatenate([np.asarray(leaves[a]) for leaves, _ in own], axis=-2))
+        tensors[b] = Tensor.from_array(
+            np.concatenate([np.asarray(leaves[b]) * scale for leaves, scale in own], axis=-1)
+        )
     named = hub_tensors(tensors, replace(checkpoint.config, modalities=kept), renamed)
     modalities = {renamed[m]: modality for m, modality in kept.items()}
     untrained = {renamed[m]: why for m, why in checkpoint.untrained.items() if m in kept}

@@ -62,7 +62,8 @@ class _Escaping:
 
 
 def _unraisable(unraisable: Any) -> None:
-    """Drop asyncio's tracebacks of a save's other writes; the error of the first one is raised already."""
+    """Hide the tracebacks that asyncio prints after a failed save: the first failed write has raised its error already,
+    and asyncio prints one more traceback for every other write."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
@@ -78,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug, refuse = vars(arguments).pop("debug", False), vars(arguments).pop("refuse")
     if unknown:
         refuse(unknown)
-    # orbax warns about intended use (reading a run read-only) and prints tracebacks of errors it raises later;
-    # asyncio prints those of a save's other writes after the first failed.
+    # orbax warns about uses that are intended here (opening a run read-only), and prints tracebacks of errors that it
+    # also raises; asyncio prints tracebacks as `_unraisable` says.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisable

@@ -117,7 +117,7 @@ _RULES: dict[str, _Rule] = {
     "trainer.adam_beta1": _to("train.betas.0"),
     "trainer.adam_beta2": _to("train.betas.1"),
     "trainer.adam_epsilon": _to("train.eps"),
-    "trainer.max_grad_norm": lambda value: ({"train.clip_norm": value or None}, None),  # 0 means none there
+    "trainer.max_grad_norm": lambda value: ({"train.clip_norm": value or None}, None),  # 0: no clipping
     "trainer.per_device_batch_size": _to("train.batch_size", "train.batch_size is over all devices, not per device"),
     "trainer.per_device_train_batch_size": _to(
         "train.batch_size", "train.batch_size is over all devices, not per device"

@@ -13,10 +13,10 @@ the type and PREPROCESSING_VERSION. A changed source or parameter therefore make
 content share one. The metadata also names the versions of NumPy and nibabel, which are not part of the key. Nothing is
 ever deleted: you may remove entries that no run uses at any time.
 
-Why one file per volume and not ArrayRecord or Zarr: a file is written aside and renamed, so any number of processes can
-fill one directory without locks (which network file systems do not keep), neither a crash nor a full disk leaves half
-an entry, and any program can read it. Later damage is noticed: a wrong length when a run begins, a flipped bit (CRC-32)
-when the entry is read. A damaged entry is made again, with a warning.
+Why one file per volume and not ArrayRecord or Zarr: each file is written under a temporary name and then renamed. So
+any number of processes can fill one directory without locks, which network file systems do not honour; a crash or a
+full disk leaves no half-written entry; and any program can read the files. Damage is noticed later: a wrong length when
+a run begins, a flipped bit (CRC-32) when the entry is read. A damaged entry is made again, with a warning.
 
 A source is hashed, and checked to its end for damage, once. Its digest is valid as long as its path, size, times of
 change (`mtime`, `ctime`) and inode stay the same. A change of the content that leaves all of these is therefore not
@@ -110,7 +110,7 @@ class Sources:
         self._checked: dict[tuple[Path, ModalityConfig], int] = {}  # number of windows
 
     def check(self, path: str | Path, config: ModalityConfig) -> int:
-        """Do what `check_volume` does. Raise DataError also if the file changes meanwhile."""
+        """Do what `check_volume` does. Also raise DataError if the file changes meanwhile."""
         path = Path(path)
         source, image = self._current(path), open_volume(path, config)
         self._checked[path, config] = count = check_opened(path, image, config, note=self._note)

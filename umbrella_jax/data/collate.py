@@ -23,13 +23,13 @@ def collate(
     Args:
         batches: [A], at most B conversations each. The remaining rows have length 1, no image and no targets.
         volume: returns the float32 array of an image, of its modality's size; called at most once per image.
-        shape: must hold every micro-batch; otherwise NumPy raises. `parts.of` divides its B and each M.
+        shape: must hold every micro-batch; otherwise NumPy raises. `parts.total` divides its B and each M.
         parts: the parts to make; only their volumes are requested.
 
     Returns:
         `Batch` of NumPy arrays with a leading axis A.
     """
-    size = shape.conversations // parts.of
+    size = shape.conversations // parts.total
     rows = (len(batches), size * len(parts.own), shape.positions)
     input_ids = np.zeros(rows, np.int32)
     feature_idx = np.full(rows, -1, np.int32)
@@ -37,13 +37,13 @@ def collate(
     target_pos = np.zeros((*rows[:2], shape.targets), np.int32)
     target_ids = np.zeros_like(target_pos)
     target_mask = np.zeros(target_pos.shape, bool)
-    room = {modality: count // parts.of for modality, count in shape.volumes}
+    room = {modality: count // parts.total for modality, count in shape.volumes}
     volumes = {
         m: np.empty((len(batches), n * len(parts.own), *modalities[m].size), np.float32) for m, n in room.items()
     }
     loaded: dict[Image, np.ndarray] = {}  # micro-batches and parts may share images
     for a, encoded in enumerate(batches):
-        rows_of_part = split_rows(encoded, shape.conversations, parts.of)
+        rows_of_part = split_rows(encoded, shape.conversations, parts.total)
         for place, part in enumerate(parts.own):
             distinct = _distinct_images(rows_of_part[part])
             first_feature: dict[Image, int] = {}

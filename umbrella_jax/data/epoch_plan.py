@@ -38,16 +38,17 @@ T = TypeVar("T")
 
 MAX_SHAPES = 6
 """Shapes that a plan may compile."""
-# Fewer buckets if conversations share volumes: a bucket separates conversations that share, and the remaining shapes
-# are needed for different numbers of volumes.
+# Fewer buckets if conversations share volumes: buckets separate conversations that share, and the other shapes are
+# needed for different numbers of volumes.
 _BUCKETS_WITH_SHARING = 4
-_WORTH, _WORTH_WITH_SHARING = 0.01, 0.03
-"""Fraction of the total cost that another bucket, or another choice of M, has to save."""
+_MIN_SAVING, _MIN_SAVING_WITH_SHARING = 0.01, 0.03
+"""Fraction of the total cost that a further bucket, or a further choice of M, must save to be added."""
 _REHEARSED = 10_000
-"""Conversations to plan, in whole epochs, to learn how many volumes an update holds."""
+"""Conversations that a trial run of the plan covers, in whole epochs, to learn how many volumes updates hold."""
 _TARGETS_MULTIPLE = 8
-_LOOK = 4
-"""Conversations of one volume to consider, in micro-batches: a reference that all conversations show has very many."""
+_LOOKAHEAD = 4
+"""How many of a volume's conversations to consider next, in units of the micro-batch. A limit is needed because a
+reference scan may be in every conversation."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class ConversationSizes:
 
 
 @dataclass(frozen=True)
-class Update:
+class PlannedUpdate:
     """One update of an epoch."""
 
     rows: tuple[tuple[int, ...], ...]
@@ -130,13 +131,13 @@ class _Bucket:
     """int [n]; its own conversations."""
     patches: int
     """Largest number of patches that one conversation shows."""
-    worth: int
-    """Positions that another bucket has to save."""
+    min_saving: int
+    """Positions that this bucket must save to be worth a shape of its own."""
     conversations: int = 0
-    """Conversations it holds in an epoch: with those that moved here, without those that moved on."""
+    """Conversations it holds in an epoch, after remainders have moved in from shorter buckets and on to longer ones."""
     updates: int = 0
     moves_to: int | None = None
-    """Index of the bucket that takes the remainder; None if it stays here, so that some updates are not full."""
+    """Index of the bucket that takes the remainder; None to keep it here, in updates that are not full."""
 
 
 class EpochPlan:
@@ -165,15 +166,15 @@ class EpochPlan:
         self.sizes, self.batch_size, self.accumulate_steps = sizes, batch_size, accumulate_steps
         self.seed, self.parts = seed, parts
         assert batch_size % parts == 0, "the configuration check rejects a mesh that does not divide the batch"
-        # In a single pass, a shape has to save at least one update, because compiling it takes longer than that.
-        self._buckets = _make_buckets(sizes, batch_size * accumulate_steps, updates_worth=int(seed is None))
+        # In a single pass, a further shape must save at least one update, to make up for its compilation.
+        self._buckets = _make_buckets(sizes, batch_size * accumulate_steps, min_updates_saved=int(seed is None))
         self.updates_per_epoch = sum(bucket.updates for bucket in self._buckets)
         self._first = self._compose(0)
         self.shapes = self._make_shapes()
         """Shapes of each bucket in ascending order; the last one holds any update of any epoch."""
         self._lock, self._epoch = Lock(), lru_cache(maxsize=2)(self._make_epoch)
 
-    def update(self, step: int) -> Update:
+    def update(self, step: int) -> PlannedUpdate:
         """Return the update of a training step."""
         epoch, index = self.locate(step)
         return self.epoch(epoch)[index]
@@ -199,7 +200,7 @@ class EpochPlan:
         """Return the epoch of a step, and the index of its update in that epoch."""
         return divmod(step, self.updates_per_epoch)
 
-    def epoch(self, epoch: int) -> list[Update]:
+    def epoch(self, epoch: int) -> list[PlannedUpdate]:
         """Return the updates of an epoch in order. Each conversation is in exactly one row of one update.
 
         The last two epochs are cached.
@@ -207,9 +208,9 @@ class EpochPlan:
         with self._lock:  # one thread plans an epoch while the others wait
             return self._epoch(epoch)
 
-    def _make_epoch(self, epoch: int) -> list[Update]:
+    def _make_epoch(self, epoch: int) -> list[PlannedUpdate]:
         composed = self._first if epoch == 0 else self._compose(epoch)
-        return [Update(rows, self._shape(bucket, rows)) for bucket, rows in composed]
+        return [PlannedUpdate(rows, self._shape(bucket, rows)) for bucket, rows in composed]
 
     @cached_property
     def cost(self) -> PlanCost:
@@ -255,11 +256,11 @@ class EpochPlan:
         ladders = {i: _VolumeLadder(self._most_volumes(i), needs[i], self.sizes.patches) for i in sorted(needs)}
         rungs = dict.fromkeys(ladders, 1)
         price = sum(len(needs[i]) * self.batch_size * self._buckets[i].positions + ladders[i].cost(1) for i in needs)
-        least = _WORTH * price
-        if self.seed is None:  # in a single pass, compiling a shape takes longer than one update
+        least = _MIN_SAVING * price
+        if self.seed is None:  # in a single pass, a shape must save at least one update
             least = max(least, price / sum(map(len, needs.values())))
         while spare := MAX_SHAPES - sum(rungs.values()):
-            # The next rung may save little and the one after it much, so steps of several rungs are compared.
+            # One further rung may save little and a second one much: compare the savings per rung of one or more.
             saving, index, more = max(
                 ((ladders[i].cost(rungs[i]) - ladders[i].cost(rungs[i] + more)) / more, i, more)
                 for i in ladders
@@ -289,7 +290,8 @@ class EpochPlan:
         return next(shape for shape in self.shapes[bucket] if needs <= Counter(dict(shape.volumes)))
 
     def _needs(self, rows: Sequence[Sequence[int]]) -> Counter[str]:
-        """Return {modality: M}, large enough for the part of any micro-batch that shows most volumes."""
+        """Return {modality: M} that holds these micro-batches. M is a multiple of `parts`, and set by the fullest
+        part."""
         needs: Counter[str] = Counter()
         for micro in rows:
             for part in split_rows(micro, self.batch_size, self.parts):
@@ -305,11 +307,14 @@ class EpochPlan:
         return [self._buckets[i] for i in sorted(feeding)]
 
     def _most_volumes(self, index: int) -> Counter[str]:
-        """Return {modality: M}, large enough for any epoch: the rows that show most, or every volume that exists."""
+        """Return {modality: M} that holds any update of any epoch.
+
+        It assumes that a part consists of the rows that show most volumes, but never counts more than exist.
+        """
         bucket = self._buckets[index]
         members = np.concatenate([b.members for b in self._feeding(index)]).tolist()
-        rows = -(-bucket.conversations // (bucket.updates * self.accumulate_steps))  # of the largest micro-batch
-        rows = min(rows, self.batch_size // self.parts)  # of one part
+        rows = -(-bucket.conversations // (bucket.updates * self.accumulate_steps))  # rows of the largest micro-batch
+        rows = min(rows, self.batch_size // self.parts)  # rows of one part
         volumes, modality, existing = self.sizes.volumes, self.sizes.modality, self.sizes.distinct(members)
 
         def largest(name: str) -> int:
@@ -383,7 +388,9 @@ def group_by_shared_volumes(
             left.remove(chosen)
             new = _missing(volumes[chosen], seen)
             seen.update(new)
-            near = {c: _missing(volumes[c], seen) for v in new for c in _first_waiting(waiting[v], left, _LOOK * size)}
+            near = {
+                c: _missing(volumes[c], seen) for v in new for c in _first_waiting(waiting[v], left, _LOOKAHEAD * size)
+            }
             opens.update(missing[0] for missing in near.values() if len(missing) == 1)
             for c, missing in near.items():
                 heapq.heappush(heap, (len(missing), -opens[missing[0]] if len(missing) == 1 else 0, rank[c], c))
@@ -395,7 +402,7 @@ def _missing(volumes: tuple[int, ...], seen: set[int]) -> list[int]:
 
 
 def _first_waiting(waiting: list[int], left: set[int], most: int) -> list[int]:
-    """Return the first conversations of `waiting` that are left, at most `most`. Drop those that are not left."""
+    """Return the first conversations of `waiting` that are still `left`, at most `most`; remove the others from it."""
     if len(waiting) <= most:
         waiting[:] = [c for c in waiting if c in left]
         return waiting[::-1]
@@ -407,12 +414,12 @@ def _first_waiting(waiting: list[int], left: set[int], most: int) -> list[int]:
     return taken
 
 
-def _make_buckets(sizes: ConversationSizes, update_size: int, updates_worth: int) -> list[_Bucket]:
+def _make_buckets(sizes: ConversationSizes, update_size: int, min_updates_saved: int) -> list[_Bucket]:
     """Return the cheapest buckets, ordered so that a remainder moves to a later one.
 
     Args:
         update_size: conversations of a full update.
-        updates_worth: updates that another bucket has to save.
+        min_updates_saved: updates that a further bucket must save.
     """
     members: dict[frozenset[str], list[int]] = {}
     for i, volumes in enumerate(sizes.volumes):
@@ -429,7 +436,7 @@ def _make_buckets(sizes: ConversationSizes, update_size: int, updates_worth: int
         rounded=rounded,
         patches=patches,
         update_size=update_size,
-        least_worth=updates_worth * update_size * (int(rounded.sum() + patches.sum()) // len(sizes)),
+        min_positions_saved=min_updates_saved * update_size * (int(rounded.sum() + patches.sum()) // len(sizes)),
     )
     best = price(members)
     while True:  # a few conversations may be cheaper among those that show more modalities
@@ -449,9 +456,11 @@ def _join(
     return joined
 
 
-Priced = tuple[int, int, list[_Bucket]]
-"""(cost, number of shapes, buckets). The cost is Σ over the rows of an epoch of T and of the patches to encode, as if
-no volumes were shared, plus the positions that the buckets have to save."""
+_PricedBuckets = tuple[int, int, list[_Bucket]]
+"""(cost, number of shapes, buckets).
+
+The cost is the number of positions and patches in all rows of an epoch, as if no volumes were shared, plus `min_saving`
+of each bucket."""
 
 
 def _cheapest(
@@ -461,8 +470,8 @@ def _cheapest(
     rounded: np.ndarray,
     patches: np.ndarray,
     update_size: int,
-    least_worth: int,
-) -> Priced:
+    min_positions_saved: int,
+) -> _PricedBuckets:
     """Split each set of modalities by length into the cheapest buckets.
 
     Args:
@@ -470,7 +479,7 @@ def _cheapest(
         rounded: int [n], T of each conversation.
         patches: int [n], patches of each conversation's volumes.
         update_size: conversations of a full update.
-        least_worth: positions that another bucket has to save at least.
+        min_positions_saved: least positions that a further bucket must save.
     """
     counted = {m: Counter(v for i in own for v in sizes.volumes[i]) for m, own in members.items()}
     shared = {m for m, counts in counted.items() if max(counts.values(), default=0) > 1}
@@ -479,8 +488,8 @@ def _cheapest(
     # For each set of modalities, the best bounds for every number of buckets ...
     choices: list[list[list[_Bucket]]] = []
     for modalities, indices in sorted(members.items(), key=lambda item: sorted(item[0])):
-        own, share = np.array(indices), _WORTH_WITH_SHARING if modalities in shared else _WORTH
-        worth = max(int(least * share), least_worth)
+        own, share = np.array(indices), _MIN_SAVING_WITH_SHARING if modalities in shared else _MIN_SAVING
+        min_saving = max(int(least * share), min_positions_saved)
         values, counts = np.unique(rounded[own], return_counts=True)
         choices.append([])
         for _, bounds in _bounds(values, counts, most):
@@ -488,12 +497,12 @@ def _cheapest(
             parts = [own[place == i] for i in range(len(bounds))]
             choices[-1].append(
                 [
-                    _Bucket(modalities, int(values[bound]), part, int(patches[part].max()), worth)
+                    _Bucket(modalities, int(values[bound]), part, int(patches[part].max()), min_saving)
                     for bound, part in zip(bounds, parts, strict=True)
                 ]
             )
     # ... then the cheapest combination, with the cost of remainders.
-    priced: list[Priced] = []
+    priced: list[_PricedBuckets] = []
     for combination in product(*choices):
         if sum(map(len, combination)) <= most:
             buckets = [bucket for part in combination for bucket in part]
@@ -502,13 +511,13 @@ def _cheapest(
     return min(priced, key=lambda p: p[:2])
 
 
-def _settle(buckets: list[_Bucket], update_size: int) -> Priced:
+def _settle(buckets: list[_Bucket], update_size: int) -> _PricedBuckets:
     """Decide for each bucket whether its remainder moves up."""
     targets = [
         next((j for j in range(i + 1, len(buckets)) if buckets[i].modalities <= buckets[j].modalities), None)
         for i in range(len(buckets))
     ]
-    best: Priced | None = None
+    best: _PricedBuckets | None = None
     for moves in product(*[(False, True) if target is not None else (False,) for target in targets]):
         counts = [bucket.members.size for bucket in buckets]
         settled, cost = [], 0
@@ -520,7 +529,7 @@ def _settle(buckets: list[_Bucket], update_size: int) -> Priced:
             else:
                 counts[i] -= over
                 counts[to] += over
-            cost += updates * update_size * (bucket.positions + bucket.patches) + bucket.worth * (updates > 0)
+            cost += updates * update_size * (bucket.positions + bucket.patches) + bucket.min_saving * (updates > 0)
             settled.append(replace(bucket, conversations=counts[i], updates=updates, moves_to=to))
         shapes = sum(bucket.updates > 0 for bucket in settled)
         if best is None or (cost, shapes) < best[:2]:
@@ -534,7 +543,7 @@ class _VolumeLadder:
 
     Args:
         most: the top rung, which holds any update.
-        needs: what the updates of the first epochs need; the lower rungs are taken from these.
+        needs: {modality: M} of each update of the first epochs; the lower rungs are chosen from these.
         patches: {modality: patches of a volume}.
     """
 
@@ -555,7 +564,7 @@ class _VolumeLadder:
         self._choices = _bounds(values, np.array(list(steps.values())), MAX_SHAPES)
 
     def cost(self, rungs: int) -> int:
-        """Return the patches encoded in the first epochs with this number of rungs, for one micro-batch per update."""
+        """Return the number of patches encoded in the first epochs if M has this many choices and A is 1."""
         return self._choices[min(rungs, len(self._choices)) - 1][0]
 
     def rungs(self, number: int) -> list[Counter[str]]:

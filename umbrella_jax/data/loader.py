@@ -20,7 +20,7 @@ from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.cache import Sources
 from umbrella_jax.data.collate import collate
 from umbrella_jax.data.conversation import Conversation, Image, read_conversations
-from umbrella_jax.data.epoch_plan import BatchShape, ConversationSizes, EpochPlan, Update, exact_shape
+from umbrella_jax.data.epoch_plan import BatchShape, ConversationSizes, EpochPlan, PlannedUpdate, exact_shape
 from umbrella_jax.data.tokenize import CachingTokenizer, Encoded, encode, encode_all, encode_prompt
 from umbrella_jax.data.volume import check_volumes
 from umbrella_jax.errors import DataError, Faults
@@ -70,7 +70,7 @@ class Dataset:
         def drawn(image: Image) -> Image:
             window = 0
             if self.windows[image] > 1:
-                # with 0 in place of a number from 1, the stream would be the plan's
+                # Numbers start at 1: NumPy ignores trailing zeros of a seed, so 0 would give the plan's own stream.
                 rng = np.random.default_rng([seed, epoch, 1 + self._number[image]])
                 window = int(rng.integers(self.windows[image]))
             changed = None if self.augment == _UNCHANGED else (seed, epoch, index, places[image])
@@ -93,7 +93,7 @@ class Dataset:
         if image.changed is None:
             return volume
         seed, epoch, conversation, place = image.changed
-        # four numbers make a stream of its own: the plan's has two, that of the windows three
+        # Four numbers keep this stream apart from the plan's [seed, epoch] and the windows' [seed, epoch, number].
         augmentation = draw_augmentation(self.augment, np.random.default_rng([seed, epoch, conversation, 1]))
         axes = self.axes[image.path, image.modality]
         return augmentation.apply(volume, axes, place, background=self.background(image))
@@ -222,7 +222,7 @@ def train_batches(
     Raises:
         DataError: a volume can no longer be read.
     """
-    assert plan.parts == parts.of
+    assert plan.parts == parts.total
     seed = plan.seed
     assert seed is not None, "a plan without a seed is for a single epoch"
 
@@ -274,7 +274,7 @@ def eval_batches(
     if only is not None:
         requested = set(only)
         batches = ((tuple(i for i in update.rows[0] if i in requested), update.shape) for update in updates)
-        updates = [Update((indices,), shape) for indices, shape in batches if indices]
+        updates = [PlannedUpdate((indices,), shape) for indices, shape in batches if indices]
 
     def make(index: int) -> tuple[list[int], Batch]:
         (indices,), shape = updates[index].rows, updates[index].shape
@@ -320,9 +320,9 @@ def empty_batch(dataset: Dataset, shape: BatchShape, *, accumulate_steps: int | 
     return batch if accumulate_steps else _first(batch)
 
 
-def _eval_updates(dataset: Dataset, batch_size: int, prompts: bool, parts: Parts) -> list[Update]:
+def _eval_updates(dataset: Dataset, batch_size: int, prompts: bool, parts: Parts) -> list[PlannedUpdate]:
     sizes = measure_conversations(dataset.rows(prompts=prompts), dataset.modalities)
-    return EpochPlan(sizes, batch_size=batch_size, parts=parts.of).epoch(0)
+    return EpochPlan(sizes, batch_size=batch_size, parts=parts.total).epoch(0)
 
 
 @one_blas_thread()

@@ -203,7 +203,7 @@ def load_tokenizer(directory: str | Path, image_token_id: int | None) -> tuple[A
 
 
 _STATED_ENDS = "stated_ends"
-"""Attribute of a loaded tokenizer that keeps the result of `_stated_ends`."""
+"""Name of the attribute that stores the result of `_stated_ends` on a loaded tokenizer."""
 
 
 def _stated_ends(directory: Path) -> list[int]:

@@ -50,8 +50,8 @@ from umbrella_jax.io.reading import describe_pointer
 UNPACKED = 256 << 20
 """Bytes that any compressed file may unpack to, whatever its own size: a volume of 320³ in float64."""
 RATIO = 100
-"""Largest compression ratio of a file that unpacks to more. Noisy scans compress by 2 to 10, masks by 100, and a bomb
-of zeros by 1000, the most that gzip reaches."""
+"""Largest compression ratio of a file that unpacks to more than `UNPACKED`. Noisy scans compress by 2 to 10, masks by
+100, and a bomb of zeros by 1000, the most that gzip reaches."""
 _NIFTI = (nib.Nifti1Pair, nib.Nifti1Image, nib.Nifti2Pair, nib.Nifti2Image)
 _ANALYZE = (nib.Spm2AnalyzeImage, nib.Spm99AnalyzeImage, nib.AnalyzeImage)
 _KINDS = (*_NIFTI, *_ANALYZE, nib.MGHImage)
@@ -182,7 +182,7 @@ def source_files(path: Path) -> list[Path]:
 
 
 def _pair(kind: Any, path: Path) -> set[Path]:
-    """Return the files of an image class that are read: header and voxels, which may be one file."""
+    """Return the files to read for an image of this class: one with header and voxels, or one for each."""
     parts = kind.filespec_to_file_map(path)
     return {Path(parts[part].filename) for part in ("header", "image") if part in parts}
 

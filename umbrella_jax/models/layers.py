@@ -141,7 +141,8 @@ def stack(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs) -> M:
     return nnx.split_rngs(splits=num_layers)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
 
 
-# Values that the nonlinearities of a layer need in its backward pass. A frozen product needs none of its inputs.
+# The values that a layer's nonlinearities need in the backward pass. Inputs of products are not kept: a frozen product
+# does not need them.
 _KEPT = ("qkv", "attention", "middle", "mlp")
 _keep, _or = jax.checkpoint_policies.save_only_these_names, jax.checkpoint_policies.save_from_both_policies
 _POLICIES: dict[str, Any] = {
@@ -157,13 +158,13 @@ def scan_layers(layers: nnx.Module, x: Array, *args: Any, remat: RematPolicy) ->
     Args:
         layers: a module from `stack`, called as `layer(x, *args)`.
         args: passed to every layer unchanged.
-        remat: products with weights that the backward pass computes again: `none`, those into each layer's
-            `mlp`, or all of the layer (`full`). Everything cheaper than a product is always computed again.
+        remat: which products with weights the backward pass recomputes: `none`, those at the input of each layer's
+            `mlp`, or all (`full`). Anything cheaper than a product is always recomputed.
     """
     graphdef, params = nnx.split(layers)
 
     def body(x: Array, params: nnx.State) -> tuple[Array, None]:
         return nnx.merge(graphdef, params)(split_rows(x), *args), None
 
-    body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)  # scan already prevents it
+    body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)  # a scan prevents CSE anyway
     return jax.lax.scan(body, x, params)[0]

@@ -91,7 +91,7 @@ class Llava(nnx.Module):
         return split_rows(self.multi_modal_projector(hidden))
 
     def shown(self, batch: Batch) -> dict[str, Array]:
-        """Return per modality of `batch.volumes`, bool [], whether any position of the batch takes one of its features.
+        """Return {modality of `batch.volumes`: bool [], whether any position of the batch shows one of its volumes}.
 
         The batch may have a leading axis of micro-batches, as a training step's has.
         """

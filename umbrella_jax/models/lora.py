@@ -1,8 +1,8 @@
 """LoRA adapters (Hu et al. 2021) under PEFT's names.
 
 The adapter of `….q_proj.weight` [L, O, I] is `….q_proj.lora_A.weight` [L, r, I] and `….q_proj.lora_B.weight` [L, O, r].
-No library serves here: PEFT needs torch, and qwix adds adapters while a call is traced, but our scan traces one layer
-for all of them.
+Why not a library: PEFT needs torch. qwix adds an adapter to each layer that it sees while tracing, but our scan traces
+one layer for all.
 """
 
 import zlib

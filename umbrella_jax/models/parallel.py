@@ -61,8 +61,8 @@ def local(function: Callable[..., Any], *, in_specs: Any, out_specs: Any, check_
     """Run `function` on each device's local shard; devices exchange only what `function` itself exchanges.
 
     Args:
-        check_vma: as for `jax.shard_map`. False for kernels, which do not declare the axes over which their results
-            vary; the specs must then name all axes, or gradients would be summed over the missing ones.
+        check_vma: as for `jax.shard_map`. Pass False for kernels, which do not declare over which axes their results
+            vary. The specs must then name every axis: gradients are summed over axes that they leave out.
     """
     if _is_unsplit():
         return function

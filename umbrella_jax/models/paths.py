@@ -22,8 +22,8 @@ COMPONENTS: dict[str, str] = {
     "projector": PROJECTOR + "*",
     "language_model": LANGUAGE_MODEL + "*",
 }
-"""{component: pattern of its parameters' paths}. A parameter outside all of them cannot train, since it does not affect
-the loss: SigLIP's `post_layernorm`, whose output LLaVA does not use."""
+"""{component: pattern of its parameters' paths}. Parameters that match no pattern cannot train, because
+they do not affect the loss: SigLIP's `post_layernorm`, whose output LLaVA ignores."""
 
 _MODALITY = re.compile(re.escape(EMBEDDINGS) + r"(.+)_(?:proj\.(?:weight|bias)|positional_embeddings)")
 _ADAPTER = re.compile(r"(.+)\.lora_([AB])\.weight")

@@ -58,7 +58,7 @@ class KVCache:
     def put(self, k: Array, v: Array, slot: Array) -> "KVCache":
         """Return the cache with k, v [L, B, K, N, Dh] written from `slot` on, the same slot in every row.
 
-        One slot for all rows makes it an update of a slice; a slot per row would be a scatter.
+        With one slot for all rows, this is a cheap slice update; a slot per row would need a scatter.
         """
         put = jax.lax.dynamic_update_slice_in_dim
         used = put(self.used, jnp.ones((k.shape[1], k.shape[3]), bool), slot, axis=1)

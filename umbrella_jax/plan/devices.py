@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from umbrella_jax.config.schema import AttentionBackend
 from umbrella_jax.errors import ConfigError
 
-OF_PEAK = 0.75
+PEAK_EFFICIENCY = 0.75
 """Fraction of a data sheet's peak that products reach. On an H200 it is 0.71 to 0.76, the same as for products measured
 in isolation; so a measured rate is reached in full (docs/performance.md)."""
-OF_CPU = 0.8
+CPU_EFFICIENCY = 0.8
 """Fraction of a CPU's measured rate that products reach, since the measurement is the best of several."""
 
 
@@ -131,7 +131,7 @@ def parse_devices(
         cpu = DeviceKind(
             "cpu", rate, memory, memory_rate(), link=0.0, island=1, network=0.0, source=source, attention="xla"
         )
-        return Devices(name=name, kind=cpu, count=1, efficiency=efficiency or OF_CPU)
+        return Devices(name=name, kind=cpu, count=1, efficiency=efficiency or CPU_EFFICIENCY)
     sheet = KINDS[kind]
     number = int(match[2] or sheet.counted)
     if number % sheet.counted:
@@ -140,7 +140,7 @@ def parse_devices(
         )
     if flops:
         sheet = dataclasses.replace(sheet, flops=flops, source=f"{sheet.source}; --flops")
-    default = 1.0 if flops else OF_PEAK
+    default = 1.0 if flops else PEAK_EFFICIENCY
     return Devices(name=name, kind=sheet, count=number // sheet.counted, efficiency=efficiency or default)
 
 

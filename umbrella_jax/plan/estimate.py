@@ -19,20 +19,20 @@ from umbrella_jax.plan.flops import KEPT, ModelCounts, count_model, workload
 from umbrella_jax.sharding import MeshShape, mesh_shape, mesh_shapes
 from umbrella_jax.training import freeze
 
-OF_PRODUCTS: dict[AttentionBackend, float] = {"xla": 1.0, "cudnn": 0.4, "splash": 0.4}
-"""Rate of attention's products relative to other products. XLA: measured on a CPU. cuDNN: 0.36 to 0.74 on an H200, 0.2
-for 216 patches. splash: a guess."""
-OF_BANDWIDTH = 0.7
+ATTENTION_EFFICIENCY: dict[AttentionBackend, float] = {"xla": 1.0, "cudnn": 0.4, "splash": 0.4}
+"""Speed of attention's products as a fraction of that of other products. XLA: measured on a CPU. cuDNN: 0.36 to 0.74 on
+an H200, 0.2 for 216 patches. splash: a guess."""
+BANDWIDTH_EFFICIENCY = 0.7
 """Fraction of the memory bandwidth that operations between products reach: 0.63 to 0.85 on an H200."""
-OF_LINKS = 0.8
+LINK_EFFICIENCY = 0.8
 """Fraction of the links' bandwidth that large transfers reach."""
 RESERVED = 0.1
 """Fraction of a device's memory that the runtime and fragmentation need."""
 _ATTENTION = {
-    "xla": "attention is XLA's: no scores are kept; those at work at a time, and their traffic, are not counted",
+    "xla": "attention is XLA's, which keeps no scores; temporary scores and their traffic are not counted",
     "cudnn": "attention is cuDNN's flash kernel, which writes no scores",
-    "splash": "attention is splash, a flash kernel, which writes no scores; memory of what it pads (heads to 128, "
-    "lengths to blocks) is counted, products are not",
+    "splash": "attention is splash, a flash kernel, which writes no scores; its padding (heads to 128, lengths to "
+    "blocks) counts as memory, not as FLOPs",
 }
 _STORED = ("float32", "bfloat16", "float16")  # types in which weights are read
 _SHOWN = 4  # meshes in a table of at most 80 columns
@@ -74,14 +74,14 @@ def estimate(model: ModelCounts, devices: Devices, mesh: MeshShape, batch_size: 
     waits for them. Latencies are not counted.
     """
     kind, attention = devices.kind, model.attention_flops(remat)
-    flops = sum(model.flops(remat).values()) - attention + attention / OF_PRODUCTS[model.config.attention]
+    flops = sum(model.flops(remat).values()) - attention + attention / ATTENTION_EFFICIENCY[model.config.attention]
     seconds = {
         "compute": flops * batch_size / devices.count / (kind.flops * devices.efficiency),
-        "memory": model.traffic(mesh, batch_size, remat) / (kind.bandwidth * OF_BANDWIDTH),
+        "memory": model.traffic(mesh, batch_size, remat) / (kind.bandwidth * BANDWIDTH_EFFICIENCY),
     }
     for name, (count, stride, size) in model.collectives(mesh, batch_size, remat).items():
         rate = kind.link if count * stride <= kind.island else kind.network
-        seconds[name] = size / (rate * OF_LINKS) if count > 1 else 0.0
+        seconds[name] = size / (rate * LINK_EFFICIENCY) if count > 1 else 0.0
     overlapping = max(seconds["compute"] + seconds["memory"], seconds["gradients"], seconds["weights"])
     device_bytes = model.device_bytes(mesh, batch_size, remat)
     step = overlapping + seconds["activations"]
@@ -135,11 +135,11 @@ class HardwarePlan:
         kind, work = self.devices.kind, self.model.workload
         return [
             f"a conversation: one {work.modality} volume of {work.patches} patches, {work.text_tokens} text tokens, "
-            f"{work.supervised} of them supervised; no padding, no volume shared",
+            f"{work.supervised} supervised; no padding, no volume shared",
             f"products, recomputed ones included, reach {self.devices.efficiency:.0%} of {kind.flops / 1e12:.4g} "
-            f"TFLOP/s ({kind.source}), attention's {OF_PRODUCTS[self.model.config.attention]:.0%} of that",
-            f"memory reaches {OF_BANDWIDTH:.0%} of its bandwidth, links {OF_LINKS:.0%}; {RESERVED:.0%} of memory is "
-            "left free",
+            f"TFLOP/s ({kind.source}), attention's {ATTENTION_EFFICIENCY[self.model.config.attention]:.0%} of that",
+            f"memory reaches {BANDWIDTH_EFFICIENCY:.0%} of its bandwidth, links {LINK_EFFICIENCY:.0%}; {RESERVED:.0%} "
+            "of memory is left free",
             "a step takes max(compute + memory, collectives of gradients, of weights) + collectives of activations",
             "latencies, data loading and evaluation are not counted",
             "the masked half of causal attention is counted",

@@ -19,7 +19,7 @@ from umbrella_jax.models.quantize import quantizable
 from umbrella_jax.sharding import MeshShape, spec_of
 from umbrella_jax.training import freeze
 
-_SUPERVISED = 8  # tokens of a conversation: the smallest number for which a batch has room
+_SUPERVISED = 8  # supervised tokens per conversation; batch shapes pad this number to a multiple of 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ def workload(config: RunConfig, model: LlavaConfig, text_tokens: int = 64) -> Wo
     return work
 
 
-# Values that layers keep for the backward pass, and products that it computes again (umbrella_jax/models/layers.py).
+# Values that layers keep for the backward pass, and products that it recomputes (umbrella_jax/models/layers.py).
 _MLP = ("fc1", "gate_proj", "up_proj")
 _ALL = (
     "q_proj",
@@ -86,8 +86,8 @@ KEPT: dict[str, tuple[str, ...]] = {
 }
 """Values that a layer keeps, per remat policy: its input; q, k and v; attention's output and softmax denominators
 (lse); the residual stream between its two blocks (middle); the input of the MLP's nonlinearity."""
-AGAIN: dict[str, tuple[str, ...]] = {"none": (_LOW,), "mlp": (_LOW, *_MLP), "full": (_LOW, "attention", *_ALL)}
-"""Products that the backward pass computes again, per remat policy. Every policy computes scores again."""
+RECOMPUTED: dict[str, tuple[str, ...]] = {"none": (_LOW,), "mlp": (_LOW, *_MLP), "full": (_LOW, "attention", *_ALL)}
+"""Products that the backward pass recomputes, per remat policy. Every policy recomputes scores."""
 _ATTENTION_PRODUCTS = {"forward": 2, "backward": 4, "scores": 1}
 """Products in attention. Forward: scores, and their product with v. Backward: gradients of v, probabilities, q and k.
 Then the scores again (Dao et al. 2022)."""
@@ -101,7 +101,8 @@ class Product:
     """Activations times a weight [outputs, inputs], once per layer."""
 
     name: str
-    """Name of the module. An adapter's second product has the name of the adapted one: both are needed together."""
+    """Name of the module. An adapter's second product has the name of the product it adapts: a remat policy recomputes
+    both or neither."""
     component: str
     layers: int
     rows: int
@@ -117,9 +118,10 @@ class Product:
         """FLOPs of computing it once for one conversation."""
         return 2.0 * self.layers * self.rows * self.inputs * self.outputs
 
-    def runs(self, again: Collection[str] = ()) -> int:
-        """Return how often a product of this size runs: forward, for each gradient, and if in `again` forward again."""
-        return 1 + self.differentiated + self.trained + (self.differentiated and self.name in again)
+    def runs(self, recomputed: Collection[str] = ()) -> int:
+        """Return how often a product of this size runs: once forward, once per gradient, and once more if `recomputed`
+        names it."""
+        return 1 + self.differentiated + self.trained + (self.differentiated and self.name in recomputed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,11 +146,11 @@ class Stack:
         """FLOPs of one of attention's products for one conversation, over all layers; the masked half counts too."""
         return 2.0 * self.layers * self.rows**2 * self.heads * self.head_dim
 
-    def attention_runs(self, again: Collection[str]) -> int:
+    def attention_runs(self, recomputed: Collection[str]) -> int:
         """Return how many products of this size attention computes."""
         if not self.differentiated:
             return _ATTENTION_PRODUCTS["forward"]
-        return sum(_ATTENTION_PRODUCTS.values()) + ("attention" in again) * _ATTENTION_PRODUCTS["forward"]
+        return sum(_ATTENTION_PRODUCTS.values()) + ("attention" in recomputed) * _ATTENTION_PRODUCTS["forward"]
 
     @property
     def floor_runs(self) -> int:
@@ -182,9 +184,9 @@ class Weight:
     """Mesh axes over which it is split."""
     trained: bool
     first: bool
-    """Whether it belongs to the patch embedding, whose input has no gradient."""
+    """Whether it belongs to the patch embedding, whose input needs no gradient."""
     looked_up: bool
-    """Whether it is a word embedding without a product: it is never gathered."""
+    """Whether rows of it are only looked up, as in untied word embeddings: it is then never gathered."""
 
     def on_device(self, mesh: MeshShape) -> float:
         """Return its bytes on each device."""
@@ -237,9 +239,9 @@ class ModelCounts:
         """Return the FLOPs of one conversation by component; `remat` None gives the floor below every policy."""
         total = dict.fromkeys(freeze.COMPONENTS, 0.0)
         for product in self.products:
-            total[product.component] += product.flops * product.runs(AGAIN[remat] if remat else ())
+            total[product.component] += product.flops * product.runs(RECOMPUTED[remat] if remat else ())
         for stack in self.stacks:
-            runs = stack.attention_runs(AGAIN[remat]) if remat else stack.floor_runs
+            runs = stack.attention_runs(RECOMPUTED[remat]) if remat else stack.floor_runs
             total[stack.component] += stack.attention_flops * runs
         return total
 
@@ -252,27 +254,27 @@ class ModelCounts:
             values = stack.values(mesh.tensor, size)
             lasting = sum(values[name] for name in KEPT[remat]) if stack.differentiated else values["input"]
             kept += stack.differentiated * stack.layers * stack.rows * lasting
-            # One layer's backward pass: values that were not kept, and gradients in the MLP and of the residual stream.
+            # One layer's backward pass: values that were not kept, gradients in the MLP, and three residual streams.
             passing = sum(values.values()) - lasting + values["mlp"] + stack.mlp * size / mesh.tensor
             passing += 3 * stack.width * size
             working = max(working, local * stack.rows * passing + self.layer[stack.component] / mesh.tensor)
         trained = sum(weight.on_device(mesh) for weight in self.weights if weight.trained)
         volumes = work.voxels * (4 + size) + work.patches * work.patch_dim * size
-        ends = work.patches + 2 * work.positions  # outputs of the projector, input and output of the language model
+        ends = work.patches + 2 * work.positions  # projector output; language model input and output
         return {
             "frozen weights": sum(w.on_device(mesh) for w in self.weights if not w.trained),
             "gathered weights": self.gathered / mesh.tensor * (mesh.fsdp > 1),
             "trained weights and moments": 3 * trained,
-            "gradients": 2 * trained,  # those of this micro-batch, and the sum
+            "gradients": 2 * trained,  # the micro-batch's gradients, and the sum so far
             "volumes": local * volumes,
             "activations": local * (kept + ends * text.hidden_size * size),
             "one layer at work": working,
-            "logits": local * work.supervised * text.vocab_size * 4 * 2 / mesh.tensor,  # and their gradient
+            "logits": local * work.supervised * text.vocab_size * 4 * 2 / mesh.tensor,  # the logits and their gradient
         }
 
     def attention_flops(self, remat: str) -> float:
         """Return the FLOPs of attention in one conversation."""
-        return sum(stack.attention_flops * stack.attention_runs(AGAIN[remat]) for stack in self.stacks)
+        return sum(stack.attention_flops * stack.attention_runs(RECOMPUTED[remat]) for stack in self.stacks)
 
     def traffic(self, mesh: MeshShape, batch_size: int, remat: str) -> float:
         """Return the bytes that each device reads and writes in memory outside of products and attention.
@@ -289,17 +291,17 @@ class ModelCounts:
             forward = 2 * (2 + 3) * stream + 2 * qkv + inner + out
             # norms and sums with one more gradient; rope; the activation's inputs, and the gradients of both
             backward = 2 * 5 * stream + 2 * qkv + 2 * inner + out
-            kept = 4 * sum(values[name] for name in KEPT[remat])  # copied into the scan's buffer and out of it
-            again = "attention" in AGAIN[remat]
-            passes = forward + stack.differentiated * (backward + kept + again * forward)
+            kept = 4 * sum(values[name] for name in KEPT[remat])  # copied into the scan's buffer and back
+            recomputed = "attention" in RECOMPUTED[remat]
+            passes = forward + stack.differentiated * (backward + kept + recomputed * forward)
             moved += stack.layers * local * stack.rows * passes
         return moved
 
     def collectives(self, mesh: MeshShape, batch_size: int, remat: str) -> dict[str, tuple[int, int, float]]:
         """Return {name: (devices in a ring, distance of neighbours, bytes that each device sends)}."""
         local, n, f, t = batch_size / mesh.parts, mesh.parts, mesh.fsdp, mesh.tensor
-        # Weights are gathered for the forward pass, and again for the backward pass if a gradient passes; products that
-        # are computed again use the latter. XLA gathers the operand of a product, after casting or dequantising it.
+        # Each weight is gathered for the forward pass, and a second time for the backward pass if a gradient flows
+        # through it; recomputed products use the second copy. XLA gathers weights after casting or dequantising them.
         gathered = sum(
             weight.gathered(mesh, self.size) * (1 + (self.differentiated[weight.component] and not weight.first))
             for weight in self.weights
@@ -309,7 +311,7 @@ class ModelCounts:
         for stack in self.stacks:
             reductions = _TENSOR_REDUCTIONS["forward"]
             if stack.differentiated:
-                reductions += _TENSOR_REDUCTIONS["backward"] + ("attention" in AGAIN[remat])
+                reductions += _TENSOR_REDUCTIONS["backward"] + ("attention" in RECOMPUTED[remat])
             stream += stack.layers * reductions * local * stack.rows * stack.width * self.size
         return {
             "gradients": (n, t, 2 * (n - 1) / n * sum(w.gathered(mesh, 4) for w in self.weights if w.trained)),

@@ -366,7 +366,7 @@ def _bins(task: Task, rows: Sequence[Prediction]) -> Iterator[Bin]:
 def _order(rows: Sequence[Prediction], tasks: Mapping[str, Task]) -> list[tuple[int, bool]]:
     """Return (number of a row, whether it failed) for all rows in the order in which the page shows them.
 
-    Failures come first. Tasks take turns, each with its worst answer first; the other rows follow in the same way.
+    Failures come first, then the other rows. In each half, tasks take turns, and each gives its worst answers first.
     """
     order: list[tuple[int, bool]] = []
     places: dict[str, list[int]] = defaultdict(list)
@@ -402,7 +402,7 @@ def _error(row: Prediction, task: Task) -> float:
 
 
 def _tolerated(task: Task, rows: Sequence[Prediction]) -> float:
-    """Return the error above which an answer has failed: for numbers, the mean error of always answering the median."""
+    """Return the largest error that is no failure: 0, or for numbers the mean error of always answering the median."""
     if task.kind != "regression":
         return 0.0
     truths = np.array([_number(task.truth(row), task) for row in rows])

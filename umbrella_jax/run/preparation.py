@@ -159,8 +159,8 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> tuple[Prepare
         _check_shown(config, labels, shown, len(train_set))
         evaluation = _evaluation_data(config, datasets.get("eval"), processor)
     with raise_together():
-        # a block of its own: orbax synchronises all processes to read a run's identity, so no process may have found a
-        # fault before
+        # Separate from the block above: orbax synchronises all processes when it reads a run's identity, and would wait
+        # forever for a process that had already failed.
         fingerprint, inputs = base.identity, read_inputs(config.data, datasets)
     architecture = {"vision": asdict(base.config.vision), "text": asdict(base.config.text)}
     facts = [(f"{base.path}: config.json: {key}", value) for key, value in flat(architecture).items()]
@@ -176,7 +176,7 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> tuple[Prepare
     trained = [path for path, label in labels.items() if label != freeze.FROZEN and path not in adapters]
     _warn_of_untrained(config, base, trained, shown, say)
     params = base.params(config.model.frozen_dtype, where=partial(param_sharding, mesh), in_float32=trained)
-    params |= place({path: Tensor.of(array) for path, array in adapters.items()}, partial(param_sharding, mesh))
+    params |= place({path: Tensor.from_array(array) for path, array in adapters.items()}, partial(param_sharding, mesh))
     trainable, frozen = freeze.partition(params, labels)
     del params
     if config.model.quantize:
@@ -186,7 +186,7 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> tuple[Prepare
         batch_size=config.train.batch_size,
         accumulate_steps=config.train.accumulate_steps,
         seed=config.seed,
-        parts=parts(mesh).of,
+        parts=parts(mesh).total,
     )
     num_steps = plan.num_steps(config.train.epochs)
     schedule = make_schedule(config.train, num_steps)

@@ -18,8 +18,8 @@ from umbrella_jax.io.reading import kind, parse_json, read_lines
 from umbrella_jax.scoring import weighted_statistics
 from umbrella_jax.scoring.parse_answer import normalise, parse_number
 from umbrella_jax.scoring.tasks import (
+    LIKELIHOOD_METRICS,
     METRICS,
-    OF_LIKELIHOODS,
     Prediction,
     Task,
     by_task,
@@ -61,8 +61,8 @@ class Figure:
     value: float | None
     """None if it is undefined or not finite."""
     low: float | None
-    """Lower end of the 95 % interval. Both ends are None without resamples, for one subject, if fewer than half of the
-    resamples define the figure, and if all resamples agree on a figure that is no share of answers."""
+    """Lower end of the 95 % interval. Both ends are None if there are no resamples or only one subject, if the figure
+    is undefined in more than half of the resamples, or if all resamples agree and the figure is no share of answers."""
     high: float | None
     n: int
     """Number of answers; for `vote_accuracy`, of votes."""
@@ -318,7 +318,7 @@ def _figure(values: np.ndarray, subject: np.ndarray, chance: float | None, is_sh
     low = high = None
     if math.isfinite(value) and subjects > 1 and 0 < len(values) - 1 <= 2 * len(samples):
         low, high = map(float, np.percentile(samples, [2.5, 97.5]))
-        if high - low <= _SAME * max(abs(high), 1):  # a width of 0 is not certainty
+        if high - low <= _SAME * max(abs(high), 1):  # agreeing resamples do not mean certainty
             low, high = _exact_interval(value, subjects) if is_share else (None, None)
     return Figure(value if math.isfinite(value) else None, low, high, len(subject), subjects, chance)
 
@@ -328,8 +328,10 @@ _SAME = 1e-9
 
 
 def _exact_interval(share: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of n independent draws (Clopper & Pearson 1934), by quantiles of the beta
-    distribution, which also take a number of successes, share · n, that is not whole."""
+    """Return the 95 % interval of a share of n independent draws (Clopper & Pearson 1934).
+
+    It uses quantiles of the beta distribution, so share · n, the number of successes, need not be whole.
+    """
     from scipy.special import betaincinv
 
     k = share * n
@@ -403,7 +405,7 @@ def _comparison(task: Task, rows: Sequence[Prediction], subject: np.ndarray) -> 
     counts = np.zeros((len(code), len(code)), int)
     np.add.at(counts, (reference, truth), 1)
     right, copied, same = truth == answer, answer == reference, reference == truth
-    # the conversation states the reference's label, so chance is to answer the label that most often goes with it
+    # The conversation states the reference's label, so chance is to give the answer most frequent with that label.
     statistics["accuracy"] = _share(right, subject, float(counts.max(1).sum() / len(rows)))
     parts = {"same": same, "different": ~same} | {f"reference={name}": reference == i for name, i in code.items()}
     for part, which in parts.items():
@@ -441,7 +443,7 @@ def _regression(task: Task, rows: Sequence[Prediction], subject: np.ndarray) -> 
     low, high = truth.min(), truth.max()
     answer = np.where(none, np.where(truth - low > high - truth, low, high), answer)
     error = answer - truth
-    # answer answers only: the ends of the range that replace missing ones depend on the truth and correlate with it
+    # Correlations leave out answers without a number: their replacements above depend on the truth.
     pair, own = {"x": truth[~none], "y": answer[~none]}, subject[~none]
     return {
         "mae": _mean(np.abs(error), subject, float(np.abs(truth - np.median(truth)).mean())),
@@ -489,7 +491,7 @@ def _notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Prediction]]
         if len(task.classes) == 1:
             yield f"{name}: every reference is {task.classes[0]}; list all answers in evaluation.tasks.{name}.answers."
     lacking = {
-        name: [metric for metric in task.metrics if metric in OF_LIKELIHOODS]
+        name: [metric for metric in task.metrics if metric in LIKELIHOOD_METRICS]
         for name, task in tasks.items()
         if not _with_likelihoods(groups[name])
     }

@@ -12,10 +12,10 @@ from umbrella_jax.scoring.parse_answer import is_number, normalise, parse_number
 Prediction = Mapping[str, Any]
 """A row of predictions: `{task_id, task_type, prediction, reference, metadata}`, and for a closed set `likelihoods`,
 `{answer: natural log of its probability}`, if they were computed."""
-OF_LIKELIHOODS: tuple[Metric, ...] = ("auroc", "brier", "ece")
+LIKELIHOOD_METRICS: tuple[Metric, ...] = ("auroc", "brier", "ece")
 METRICS: dict[TaskKind, tuple[Metric, ...]] = {
-    "classification": ("accuracy", "balanced_accuracy", "f1", *OF_LIKELIHOODS),
-    "comparison": ("accuracy", "balanced_accuracy", "f1", "copy_rate", "vote_accuracy", *OF_LIKELIHOODS),
+    "classification": ("accuracy", "balanced_accuracy", "f1", *LIKELIHOOD_METRICS),
+    "comparison": ("accuracy", "balanced_accuracy", "f1", "copy_rate", "vote_accuracy", *LIKELIHOOD_METRICS),
     "regression": ("mae", "rmse", "r2", "pearson", "spearman"),
     "text": ("accuracy",),
 }
@@ -46,14 +46,14 @@ class Task:
         return _truth(row, self.labels)
 
     def compared_with(self, row: Prediction) -> str:
-        """Return the answer, normalised, that means `metadata.reference_label`."""
+        """Return the normalised answer that `metadata.reference_label` stands for."""
         return _answer_for(label_of(row, "reference_label"), self.labels)
 
     def figures(self, *, likelihoods: bool) -> list[str]:
         """Return the names of the task's figures: METRIC, or METRIC/PART for some of its answers."""
         names: list[str] = []
         for metric in self.metrics:
-            if likelihoods or metric not in OF_LIKELIHOODS:
+            if likelihoods or metric not in LIKELIHOOD_METRICS:
                 names.append(metric)
             if self.kind == "comparison" and metric == "accuracy":
                 names += ["accuracy/same", "accuracy/different", *(f"accuracy/reference={c}" for c in self.classes)]

@@ -51,7 +51,7 @@ class _JsonSpec(dict[str, Any]):
 def _patch_orbax() -> None:
     """Work around two bugs by replacing modules that orbax uses.
 
-    `time`: orbax uses the time of day to wait for its threads, so a save "timed out" if the clock was set forward.
+    `time`: orbax measures its waits for threads by the time of day, so setting the clock forward made saves time out.
 
     `tensorstore`: it never frees the keys and values of objects that it converts from JSON (`JsonToPyObject` in its
     json_type_caster.cc, up to 0.1.86 at least). On each save, orbax converts metrics, which it only logs, and the spec
@@ -77,7 +77,8 @@ _patch_orbax()
 
 
 class _LiteralPath(PosixGPath):
-    """A path that `glob`, by which orbax finds the files that it has written, does not read as a pattern itself."""
+    """A path in which `*`, `?` and `[` have no special meaning when orbax calls `glob` to find the files it has
+    written."""
 
     def glob(self, pattern: str) -> Iterator["_LiteralPath"]:
         """Yield the matches of `pattern` below this path."""

@@ -46,7 +46,7 @@ from umbrella_jax.errors import ConfigError, DataError, Faults
 T = TypeVar("T")
 _ALMOST_EMPTY = 0.01  # fraction of voxels that are not 0
 _NEARLY_CONSTANT = 1e-4  # range of the voxels, as a fraction of the largest
-_RARE = 20  # an outlier's value occurs in at most one of so many volumes, or in a single one
+_RARE = 20  # a value is an outlier if at most one volume in so many has it, or only one at all
 _NAMES_SHOWN = 5  # answers of a contradiction, usual values of a property, shared subjects and scans
 
 
