@@ -21,6 +21,7 @@ from tests.helpers import docs_world, tour
 from tests.helpers.checkpoints import under_transformers_4_46
 from tests.helpers.docs_world import GIVEN, README, ROOT, blocks, commands, execute, pages, pattern
 from tests.helpers.small_run import umbrella
+from tests.test_imports import FLOOR_OF
 from umbrella_jax.cli import make_parser
 from umbrella_jax.cli.options import walk
 from umbrella_jax.config.schema import RunConfig
@@ -349,6 +350,10 @@ def test_every_room_is_in_the_tree() -> None:
             assert room.name in names
         if (room / "__init__.py").exists():
             assert f"{room.name}/" in names
+    floors = [
+        FLOOR_OF[room] for room in re.findall(r"^  (\w+)(?:/|\.py) ", tree.text, re.MULTILINE) if room in FLOOR_OF
+    ]
+    assert floors == sorted(floors, reverse=True), "the package's rooms, from the top floor down"
 
 
 def test_files_that_an_addition_touches() -> None:
@@ -357,7 +362,7 @@ def test_files_that_an_addition_touches() -> None:
     for heading, there in {
         "### A modality under several names": r"\bALIASES\b|\nMODALITIES = .*anat",
         "### A group that trains": r"\bCOMPONENTS\b",
-        "### A metric": r"\bvote_accuracy\b",
+        "### A metric": r"\b(balanced_accuracy|vote_accuracy|WITH_UNIT)\b",
         "### A language model": r"Qwen2|\"qwen2\"|language_model\.|=\"language_model\"|LANGUAGE_MODEL|\.embed_tokens",
     }.items():
         section = text[text.index(f"\n{heading}\n") + 1 :].split("\n### ")[0].split("\n## ")[0]

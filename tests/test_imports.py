@@ -19,7 +19,6 @@ FLOORS: tuple[dict[str, set[str]], ...] = (
         "console": {"tqdm"},
         "html": {"PIL", "jinja2", "nibabel", "numpy"},
     },
-    {"console": {"tqdm"}},
     {
         "convert": {
             "flax",

@@ -397,7 +397,24 @@ class TrainConfig(Section):
             )
 
 
-_ERRORS = ("loss", "mae", "rmse", "brier", "ece", "unparsable")
+LOWER_IS_BETTER: dict[str, bool | None] = {
+    "loss": True,
+    "unparsable": True,
+    "accuracy": False,
+    "balanced_accuracy": False,
+    "f1": False,
+    "auroc": False,
+    "brier": True,
+    "ece": True,
+    "copy_rate": None,
+    "vote_accuracy": False,
+    "mae": True,
+    "rmse": True,
+    "r2": False,
+    "pearson": False,
+    "spearman": False,
+}
+"""{metric: whether low values are good; None if neither end is}, for every `Metric`, the loss and `unparsable`."""
 
 
 def lower_is_better(metric: str) -> bool | None:
@@ -407,9 +424,9 @@ def lower_is_better(metric: str) -> bool | None:
     """
     name = metric.removeprefix("eval_").removeprefix("macro/")
     kind = name.partition("/")[0]
-    if kind == "copy_rate":
-        return True if name.endswith("/different") else None
-    return kind in _ERRORS
+    if kind == "copy_rate" and name.endswith("/different"):
+        return True
+    return LOWER_IS_BETTER.get(kind, False)  # a name that no evaluation gives is refused when the data are known
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from umbrella_jax.html.page import data_url
 from umbrella_jax.report.facts import BINS, Bin, Facts
 from umbrella_jax.rundir import Line
 from umbrella_jax.scoring.metrics import Task
-from umbrella_jax.scoring.tasks import headline
+from umbrella_jax.scoring.tasks import WITH_UNIT, headline
 
 _SIZE = (4.3, 2.9)  # inches; as wide as a phone, so a diagram is never scaled down much
 Points = list[tuple[int, float]]
@@ -22,7 +22,7 @@ def points(lines: Sequence[Line], name: str) -> Points:
 
 def with_unit(task: Task, metric: str) -> str:
     """Return the name of a metric with its unit."""
-    return f"{metric} ({task.unit})" if task.unit and metric in ("mae", "rmse") else metric
+    return f"{metric} ({task.unit})" if task.unit and metric in WITH_UNIT else metric
 
 
 def curves(facts: Facts) -> Iterator[tuple[str, dict[str, Points]]]:

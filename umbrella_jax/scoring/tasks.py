@@ -20,7 +20,9 @@ METRICS: dict[TaskKind, tuple[Metric, ...]] = {
     "text": ("accuracy",),
 }
 """The metrics that each kind of task can have. All kinds but `text` have `unparsable` too."""
-MACRO = tuple(metric for metric in get_args(Metric) if metric not in ("mae", "rmse", "copy_rate"))
+WITH_UNIT: tuple[Metric, ...] = ("mae", "rmse")
+"""Metrics in the unit of the answers."""
+MACRO = tuple(metric for metric in get_args(Metric) if metric not in (*WITH_UNIT, "copy_rate"))
 """Metrics averaged over tasks: those without a unit and with a good end, high or low."""
 
 
