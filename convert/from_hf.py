@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import SingleDeviceSharding
 
 from convert.config_json import CONFIG, UMBRELLA_CONFIG, file_vocab_size, is_tied, stored_modalities
-from convert.lazy_tensor import Tensor, Where, add_product, grow, place, stack
+from convert.lazy_tensor import ShardingFor, Tensor, add_product, grow, place, stack
 from convert.patch_embed_init import inflate, resample
 from convert.rules import EMBED, LM_HEAD, REPLACED, TensorMapping, hub_name, map_tensors
 from convert.safetensors_files import open_checkpoint, weights_digest
@@ -39,7 +39,7 @@ class LoadSummary:
     """{configured modality: how its patch embedding is initialised} for those not in the checkpoint."""
     untrained: tuple[str, ...] = ()
     """Modalities of `initialised` whose weights were never trained on volumes: random, or inflated from images."""
-    lost: tuple[str, ...] = ()
+    lost_modalities: tuple[str, ...] = ()
     """Modalities of `initialised` that umbrella_config.json describes."""
     undescribed: tuple[str, ...] = ()
     """Messages about modalities that have weights and no record of their preprocessing."""
@@ -66,12 +66,12 @@ class LoadSummary:
 class InitialWeights:
     """Initial weights of a patch embedding that the checkpoint lacks as configured."""
 
-    how: str
+    description: str
     """Description for messages."""
     sources: tuple[Tensor, ...]
     """Tensors that it is made from."""
     make: Callable[[int], dict[str, np.ndarray]]
-    """Function from a seed to {end of the parameter's name: float32 array}."""
+    """Function from a seed to {parameter's name after `{modality}_`: float32 array}."""
     untrained: bool = False
 
 
@@ -228,9 +228,9 @@ def plan_loading(
     if faults:
         raise CheckpointError(faults)
     summary = LoadSummary(
-        initialised={name: weights.how for name, weights in initial.items()},
+        initialised={name: weights.description for name, weights in initial.items()},
         untrained=tuple(name for name, weights in initial.items() if weights.untrained),
-        lost=tuple(lost),
+        lost_modalities=tuple(lost),
         undescribed=_undescribed(directory, config, patch_embed, [name for name in names if name not in initial]),
         replaced=tuple(name for hub, (name, _) in tensors.items() if hub in REPLACED),
         wrapped=wrapped,
@@ -246,7 +246,7 @@ def load_params(
     dtype: str = "auto",
     seed: int = 0,
     init: PatchEmbedInit = "random",
-    where: Where = lambda path, shape: SingleDeviceSharding(jax.devices()[0]),
+    sharding_for: ShardingFor = lambda path, shape: SingleDeviceSharding(jax.devices()[0]),
 ) -> tuple[Params, LoadSummary]:
     """Read every parameter of the model that `config` describes.
 
@@ -254,14 +254,14 @@ def load_params(
         dtype: type of all parameters that are read; `auto` keeps the types of the files.
         seed: seed of newly initialised patch embeddings, with the modality's name; they are float32.
         init: how to initialise a patch embedding that the checkpoint lacks as configured.
-        where: maps a parameter's path and shape to its sharding. Only the parts of the files that this process's
+        sharding_for: maps a parameter's path and shape to its sharding. Only the parts of the files that this process's
             devices hold are read.
 
     Raises:
         CheckpointError: with every fault, before any number is read.
     """
     plan = plan_loading(directory, config, dtype=dtype, init=init)
-    return place(plan.params(dtype, seed), where), plan.summary
+    return place(plan.params(dtype, seed), sharding_for), plan.summary
 
 
 def fingerprint(directory: str | Path, patch_embed: Path | None = None) -> str:

@@ -19,7 +19,7 @@ from umbrella_jax.errors import CheckpointError
 
 Index = tuple[slice, ...]
 """Region of a tensor: one slice per axis, with start and stop."""
-Where = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+ShardingFor = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 """Function from a parameter's path and shape to its sharding."""
 
 _INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80}
@@ -159,12 +159,12 @@ def add_product(tensor: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return dataclasses.replace(tensor, fill=fill)
 
 
-def place(tensors: Mapping[str, Tensor], where: Where) -> dict[str, jax.Array]:
+def place(tensors: Mapping[str, Tensor], sharding_for: ShardingFor) -> dict[str, jax.Array]:
     """Read each tensor onto its devices: only the regions that this process's devices hold, and each region once."""
 
     def put(item: tuple[str, Tensor]) -> jax.Array:
         path, tensor = item
-        sharding = where(path, tensor.shape)
+        sharding = sharding_for(path, tensor.shape)
         regions: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
         shards = []
         for device, index in sharding.addressable_devices_indices_map(tensor.shape).items():
@@ -182,7 +182,7 @@ def place(tensors: Mapping[str, Tensor], where: Where) -> dict[str, jax.Array]:
 
 
 def host_memory(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-    """Return the sharding that puts a parameter into host memory, for use as `where` of `place`.
+    """Return the sharding that puts a parameter into host memory, for use as `sharding_for` of `place`.
 
     If JAX runs without its CPU backend, it is the first device instead.
     """

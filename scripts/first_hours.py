@@ -185,7 +185,7 @@ def shortened(result: Result) -> list[str]:
         kept |= set(range(begin, end + 1))
     shown, left_out = [], 0
     for n, line in enumerate(lines):
-        if n in kept or (n - 1 in kept and n + 1 in kept):  # a line saying that one is left out would be as long
+        if n in kept or (n - 1 in kept and n + 1 in kept):  # "[... 1 lines]" would be no shorter than the line
             shown += [*([f"[... {left_out} lines]"] if left_out else []), *folded(line)]
             left_out = 0
         else:
@@ -223,7 +223,10 @@ def page(walks: Sequence[tuple[str, Sequence[tuple[Part, Sequence[Result]]]]], s
             lines += [f"### {part.title}", "", *([textwrap.fill(part.text, 120), ""] if part.text else [])]
             for result in results:
                 block = ["```console", *typed_lines(result.command.typed), *shortened(result), "```", ""]
-                lines += [*([textwrap.fill(result.command.why, 120), ""] if result.command.why else []), *block]
+                lines += [
+                    *([textwrap.fill(result.command.introduction, 120), ""] if result.command.introduction else []),
+                    *block,
+                ]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 class Command:
     """One command, with the sentences that introduce it on the page."""
 
-    why: str
+    introduction: str
     typed: str
     patterns: Sequence[str] = ()
     """Regular expressions that the output must match, on the page and in the short walk."""

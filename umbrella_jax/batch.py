@@ -55,5 +55,5 @@ class Batch:
     static M.
 
     A modality may be absent. A training step leaves a modality's parameters untouched if no position of the batch shows
-    one of its volumes, even if padding volumes of it are present.
+    one of its volumes, even if there are padding volumes.
     """

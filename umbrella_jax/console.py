@@ -16,22 +16,25 @@ _LABEL = 40
 """Widest first column, unless the caller says otherwise."""
 
 
-def table_lines(rows: Iterable[str | Sequence[str]], least: Sequence[int] = (), *, width: int = WIDTH) -> list[str]:
+def table_lines(
+    rows: Iterable[str | Sequence[str]], min_widths: Sequence[int] = (), *, width: int = WIDTH
+) -> list[str]:
     """Return the lines of a table: its first column aligned left, the others right.
 
     A row that is a string is a line of its own, as is a first cell that is longer than its column. Columns that do not
     fit into `width` follow in further blocks, each with the first column. Control characters are escaped.
 
     Args:
-        least: the least width of each column, the space before it included; the first column gets no wider and yields
-            to the others. Default: as wide as the cells, with two spaces between columns.
+        min_widths: smallest width of each column, including the space before it. The first column is never wider,
+            and narrower if the others need the room. Default: as wide as the cells, with two spaces between
+            columns.
     """
     shown = [visible(row, kept="") if isinstance(row, str) else [visible(c, kept="") for c in row] for row in rows]
     cells = [row for row in shown if not isinstance(row, str)]
     label, *widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    if least:
-        widths = [max(wanted, longest + 1) for wanted, longest in zip(least[1:], widths, strict=True)]
-        label = max(min(least[0], width - sum(widths)), 0)
+    if min_widths:
+        widths = [max(wanted, longest + 1) for wanted, longest in zip(min_widths[1:], widths, strict=True)]
+        label = max(min(min_widths[0], width - sum(widths)), 0)
     else:
         widths, label = [longest + 2 for longest in widths], min(label, _LABEL)
     blocks: list[list[int]] = [[]]

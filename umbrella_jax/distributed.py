@@ -102,7 +102,7 @@ def _faults(coordinator: str | None, num_processes: int | None, process_id: int 
         return faults
     if missing:
         named = " and ".join(flag for flag in given if flag not in missing)
-        faults.append(f"{named}: expected {' and '.join(missing)} too, or none of them")
+        faults.append(f"{named}: expected {' and '.join(missing)} too, or none of the three")
     if coordinator is not None:
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:

@@ -188,7 +188,7 @@ class RunLog:
         for handler in self._handlers:
             logging.getLogger().removeHandler(handler)
         warnings.showwarning = self._showwarning
-        self._write([_FINISHED] if error is None else f"{_ENDED} {_said(error)}".split("\n"))
+        self._write([_FINISHED] if error is None else f"{_ENDED} {_ending(error)}".split("\n"))
         if self._file:
             self._file.close()
 
@@ -210,7 +210,7 @@ class _Handler(logging.Handler):
         self._note(f"{record.levelname}: {record.name}: {self.format(record)}")
 
 
-def _said(error: BaseException) -> str:
+def _ending(error: BaseException) -> str:
     if isinstance(error, Interrupted | UmbrellaError):
         return str(error)
     if line := known_cause(error):

@@ -71,7 +71,7 @@ def test_a_flipped_bit_of_an_export_is_named(written):
                 Checkpoint.open(export).params(**reading)
     finally:
         file.write_bytes(content)
-    Checkpoint.open(export).params(where=sharded)
+    Checkpoint.open(export).params(sharding_for=sharded)
 
 
 def test_an_export_saved_again(written, tmp_path):

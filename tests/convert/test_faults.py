@@ -74,7 +74,7 @@ def refused(
         plan_loading(directory, config, **options)
     if "patch_embed" not in options:  # `load_params` does not take it
         with pytest.raises(error) as whole:
-            load_params(directory, config, where=failing, **options)
+            load_params(directory, config, sharding_for=failing, **options)
         assert whole.value.faults == headers.value.faults
     return headers.value.faults
 
@@ -198,7 +198,7 @@ def test_head_that_differs_from_the_embeddings_to_which_it_is_tied(copy: Callabl
 
     directory = copy("one", tensors(change))
     with pytest.raises(CheckpointError) as error:
-        load_params(directory, read_config(directory), where=failing)
+        load_params(directory, read_config(directory), sharding_for=failing)
     only(error.value.faults, f"{directory / SINGLE}: {LM_HEAD}", "differs from the tied embeddings")
 
 
@@ -625,7 +625,7 @@ def test_part_of_another_base(copy: Callable[..., Path], good: Path, tmp_path: P
     checkpoint = Checkpoint.open(directory, patch_embed=part)
     assert checkpoint.check() == []  # reads no numbers
     with pytest.raises(CheckpointError) as error:
-        checkpoint.params(where=failing)
+        checkpoint.params(sharding_for=failing)
     ours, theirs = (fingerprint(d)[:12] for d in (directory, good / "one"))
     only(error.value.faults, f"{part}: trained on another base", ours, theirs, str(directory))
     flags = [directory, tmp_path / "native", "--config", good / "run.yaml", "--patch-embed", part]
@@ -694,7 +694,7 @@ def test_part_whose_tensors_do_not_fit(
     faults = refused(good / "one", read_config(good / "one"), patch_embed=part)
     only(faults, *(text.format(part=part) for text in expected))
     with pytest.raises(CheckpointError) as error:
-        Checkpoint.open(good / "one", patch_embed=part).params(where=failing)
+        Checkpoint.open(good / "one", patch_embed=part).params(sharding_for=failing)
     assert error.value.faults == faults
 
 

@@ -48,7 +48,7 @@ def edit(written, tmp_path):
 
 def refused(directory, config, **kwargs) -> str:
     with pytest.raises(CheckpointError) as error:
-        load_params(directory, config, where=lambda *_: pytest.fail("a parameter was made"), **kwargs)
+        load_params(directory, config, sharding_for=lambda *_: pytest.fail("a parameter was made"), **kwargs)
     if "differs" not in str(error.value):  # only that fault needs the numbers
         with pytest.raises(CheckpointError) as headers:
             plan_loading(directory, config, **kwargs)
@@ -73,7 +73,7 @@ def test_every_parameter_is_loaded(written, tied):
         placed.append((path, shape))
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-    params, summary = load_params(directory, config, where=where)
+    params, summary = load_params(directory, config, sharding_for=where)
     assert {k: v.shape for k, v in params.items()} == {k: v.shape for k, v in abstract_params(config)[1].items()}
     assert sorted(placed) == sorted((path, leaf.shape) for path, leaf in params.items())
     assert summary.lines() == []

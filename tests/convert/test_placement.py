@@ -185,7 +185,7 @@ def test_parameters_may_be_given_away_over_and_over(tmp_path: Path, mesh: Mesh) 
     config = read_config(tmp_path)
     replicated = NamedSharding(mesh, PartitionSpec())
     expected = {path: np.asarray(leaf) for path, leaf in load_params(tmp_path, config)[0].items()}
-    params, _ = load_params(tmp_path, config, where=lambda path, shape: replicated)
+    params, _ = load_params(tmp_path, config, sharding_for=lambda path, shape: replicated)
     double = jax.jit(lambda part: {path: leaf * 2 for path, leaf in part.items()}, donate_argnums=0)
     part = {path: params.pop(path) for path in list(params)[::2]}
     for _ in range(3):

@@ -122,12 +122,12 @@ def test_a_killed_run_has_no_last_word(folder: Path) -> None:
     """Nobody holds its lock any more; how an earlier process ended is not how this one did."""
     (run,) = find_runs(folder / "c")
     assert (run.name, run.state) == ("c", "stopped")
-    assert "killed" in run.why
+    assert "killed" in run.stop_reason
     log = folder / "deep" / "b" / "log.txt"
     log.write_text(log.read_text() + "2026-01-01 10:00:00+00:00 started: x\n")
     (run,) = find_runs(folder / "deep")
     assert run.state == "stopped"
-    assert "killed" in run.why
+    assert "killed" in run.stop_reason
 
 
 @pytest.mark.parametrize("what", ["metrics", "no text", "config", "no config"])

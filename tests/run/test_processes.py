@@ -719,8 +719,11 @@ def test_gpus_of_a_task(
 @pytest.mark.parametrize(
     ("flags", "faults"),
     [
-        (["--coordinator", "a:1"], ["--coordinator: expected --num-processes and --process-id too, or none of them"]),
-        (["--process-id", 0], ["--process-id: expected --coordinator and --num-processes too, or none of them"]),
+        (
+            ["--coordinator", "a:1"],
+            ["--coordinator: expected --num-processes and --process-id too, or none of the three"],
+        ),
+        (["--process-id", 0], ["--process-id: expected --coordinator and --num-processes too, or none of the three"]),
         (
             ["--coordinator", "node1", "--num-processes", 2, "--process-id", 2],
             ["--coordinator node1: expected HOST:PORT", "--process-id 2: expected 0 to 1"],

@@ -111,8 +111,8 @@ def baseline(
         notes.append(f"language model: {answers}.")
     elif run is not None:
         notes.append(f"language model: {run} holds no predictions of step {checkpoint.step}.")
-    if checkpoint.chosen:
-        notes.append(f"{checkpoint.chosen}.")
+    if checkpoint.step_message:
+        notes.append(f"{checkpoint.step_message}.")
 
     work = _Work(config, train, evaluation)
     for kind in kinds:

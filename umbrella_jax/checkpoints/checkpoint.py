@@ -27,7 +27,7 @@ from convert.config_json import (
     unused_dropout,
 )
 from convert.from_hf import LoadPlan, fingerprint, plan_loading
-from convert.lazy_tensor import Index, Tensor, Where, add_product, check_finite, copy_numbers, place
+from convert.lazy_tensor import Index, ShardingFor, Tensor, add_product, check_finite, copy_numbers, place
 from convert.safetensors_files import weights_digest
 from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import (
@@ -208,12 +208,12 @@ class Checkpoint(ABC):
         return None
 
     @property
-    def chosen(self) -> str | None:
+    def step_message(self) -> str | None:
         """Message about the step of a run, unless it is the newest; None for anything else."""
         return None
 
     @property
-    def lost(self) -> tuple[str, ...]:
+    def lost_modalities(self) -> tuple[str, ...]:
         """Modalities that umbrella_config.json describes and whose weights are missing."""
         return ()
 
@@ -271,24 +271,26 @@ class Checkpoint(ABC):
         """Return `tensors` without patch embeddings that the files lack and that would be initialised."""
         return self.tensors()
 
-    def params(self, dtype: str = "auto", *, where: Where | None = None, in_float32: Collection[str] = ()) -> Params:
+    def params(
+        self, dtype: str = "auto", *, sharding_for: ShardingFor | None = None, in_float32: Collection[str] = ()
+    ) -> Params:
         """Read all parameters, each straight onto its devices; adapters stay separate if `config` has them.
 
         Args:
             dtype: type of every parameter; `auto` keeps the types of the files.
-            where: maps a parameter's path and shape to its sharding; by default the first device.
+            sharding_for: maps a parameter's path and shape to its sharding; by default the first device.
             in_float32: paths of parameters that are read as float32, whatever `dtype` is.
 
         Raises:
             CheckpointError: also if a number is too large for `dtype`.
         """
-        return self._params(dtype, where or _first_device, in_float32)
+        return self._params(dtype, sharding_for or _first_device, in_float32)
 
-    def _params(self, dtype: str, where: Where, in_float32: Collection[str]) -> Params:
+    def _params(self, dtype: str, sharding_for: ShardingFor, in_float32: Collection[str]) -> Params:
         tensors = self.tensors(dtype)
-        return place(tensors | {path: tensors[path].astype("float32") for path in in_float32}, where)
+        return place(tensors | {path: tensors[path].astype("float32") for path in in_float32}, sharding_for)
 
-    def trained(self, where: Where | None = None) -> Params:
+    def trained(self, sharding_for: ShardingFor | None = None) -> Params:
         """Read the parameters that the run trained, placed as in `params`; anything but a run has none."""
         return {}
 
@@ -341,8 +343,8 @@ class HfCheckpoint(Checkpoint):
         return self._recorded_untrained(self.patch_embed) | missing
 
     @property
-    def lost(self) -> tuple[str, ...]:
-        return self._plan("float32").summary.lost
+    def lost_modalities(self) -> tuple[str, ...]:
+        return self._plan("float32").summary.lost_modalities
 
     def answering(self) -> Self:
         """Return the same model, which refuses to answer from untrained weights, unless it is a toy.
@@ -406,12 +408,12 @@ class NativeCheckpoint(Checkpoint):
     def tensors(self, dtype: str = "auto") -> dict[str, Tensor]:
         return {path: tensor.astype(dtype) for path, tensor in _orbax_tensors(self._verified_params).items()}
 
-    def _params(self, dtype: str, where: Where, in_float32: Collection[str]) -> Params:
+    def _params(self, dtype: str, sharding_for: ShardingFor, in_float32: Collection[str]) -> Params:
         directory = self._verified_params
         params = {}
         # one parameter at a time, so that only one is in memory in two types
         for path, leaf in param_shapes(directory).items():
-            like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(path, leaf.shape))
+            like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_for(path, leaf.shape))
             params[path] = self._cast(path, load_params(directory, {path: like})[path], dtype, in_float32)
         return params
 
@@ -528,7 +530,7 @@ class RunCheckpoint(Checkpoint):
         return self.path / CHECKPOINTS / str(self.step)
 
     @property
-    def chosen(self) -> str | None:
+    def step_message(self) -> str | None:
         return self.summary_lines[0] if self.why_step not in ("", NEWEST) else None
 
     def check(self, dtype: str = "auto") -> list[str]:
@@ -539,14 +541,14 @@ class RunCheckpoint(Checkpoint):
         trained = {path: Tensor.from_array(leaf, str(self.path), path) for path, leaf in self.trained().items()}
         return _merge(self.base.tensors(dtype), trained, self.lora, dtype)
 
-    def _params(self, dtype: str, where: Where, in_float32: Collection[str]) -> Params:
+    def _params(self, dtype: str, sharding_for: ShardingFor, in_float32: Collection[str]) -> Params:
         if self.lora != self.config.lora:  # adapters are merged, which `tensors` does
-            return super()._params(dtype, where, in_float32)
-        trained = self.trained(where).items()
-        base = self.base.params(dtype, where=where, in_float32=in_float32)
+            return super()._params(dtype, sharding_for, in_float32)
+        trained = self.trained(sharding_for).items()
+        base = self.base.params(dtype, sharding_for=sharding_for, in_float32=in_float32)
         return base | {path: self._cast(path, leaf, dtype, in_float32) for path, leaf in trained}
 
-    def trained(self, where: Where | None = None) -> Params:
+    def trained(self, sharding_for: ShardingFor | None = None) -> Params:
         """Read the parameters that the run trained, placed as in `params`.
 
         Raises CheckpointError if they are damaged, not finite, or were trained on other weights than those of `base`.
@@ -555,7 +557,7 @@ class RunCheckpoint(Checkpoint):
         with Checkpoints(self.path / CHECKPOINTS, read_only=True) as checkpoints:
             try:
                 expected = checkpoints.meta(step)["base_fingerprint"]
-                trained = checkpoints.restore_trainable(step, where or _first_device)
+                trained = checkpoints.restore_trainable(step, sharding_for or _first_device)
             except CheckpointError as error:
                 older = [str(checkpoints.directory / str(other)) for other in checkpoints.steps() if other < step]
                 remedy = f"name an older checkpoint: {', '.join(older)}" if older else "there is no older checkpoint"

@@ -58,7 +58,7 @@ def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto"
     check_run_name(directory, "choose another directory")
     if finite:
         checkpoint.check_finite()
-    params = checkpoint.params(dtype, where=host_memory)
+    params = checkpoint.params(dtype, sharding_for=host_memory)
     with new_folder(directory) as part:
         save_params(part / PARAMS, params)
         checksums = folder_checksums(part / PARAMS)

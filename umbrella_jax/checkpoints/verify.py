@@ -60,7 +60,7 @@ def verify(
     sources = [checkpoint.origin for checkpoint in models]
     for checkpoint, source in zip(models, sources, strict=True):
         configuration += compare_reading(source.description, checkpoint.config, grown=bool(source.notes))
-        configuration += [f"{checkpoint.path}: modality {name}: no weights" for name in checkpoint.lost]
+        configuration += [f"{checkpoint.path}: modality {name}: no weights" for name in checkpoint.lost_modalities]
     tokenizers = [c.tokenizer() for c in models if has_tokenizer(c.description)]
     if len(tokenizers) == 2:
         configuration += compare_tokenizers(*tokenizers)

@@ -146,8 +146,8 @@ def _open_checkpoint(arguments: argparse.Namespace) -> Any:
 
     options: dict[str, Any] = {"compute_dtype": arguments.compute_dtype, "step": arguments.step}
     checkpoint = Checkpoint.open(arguments.model, modalities_of(arguments), **options)
-    if checkpoint.chosen:
-        print(visible(checkpoint.chosen), file=sys.stderr)
+    if checkpoint.step_message:
+        print(visible(checkpoint.step_message), file=sys.stderr)
     return checkpoint if arguments.allow_untrained else checkpoint.answering()
 
 

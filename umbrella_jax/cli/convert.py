@@ -91,8 +91,8 @@ def _to_hf(arguments: argparse.Namespace) -> None:
     from umbrella_jax.checkpoints.export import untrained_to_leave_out, write_hf, write_trained
 
     checkpoint = Checkpoint.open(arguments.source, step=arguments.step)
-    if checkpoint.chosen:
-        print(checkpoint.chosen)
+    if checkpoint.step_message:
+        print(checkpoint.step_message)
     names = tuple(arguments.names.split(",")) if arguments.names else None
     out = Path(arguments.out)
     options: dict[str, Any] = {"names": names, "include_untrained": arguments.include_untrained}

@@ -150,7 +150,7 @@ def _report(arguments: argparse.Namespace) -> None:
         samples=arguments.samples,
         explain=arguments.explain,
     )
-    chosen = f" step {facts.step} ({facts.why})" if facts.why not in ("", NEWEST) else ""
+    chosen = f" step {facts.step} ({facts.step_reason})" if facts.step_reason not in ("", NEWEST) else ""
     print(f"{out}:{chosen}\n  {PRIVACY}")
 
 

@@ -262,7 +262,7 @@ class AugmentConfig(Section):
     """Probability of a flip of the left–right axis, found by the affine; files without one are refused."""
     flip_any_axis: Probability = 0.0
     """Probability of a flip along one random axis. The original system flips only 3D volumes, with probability 0.5 and
-    each image for itself, even in a conversation that compares two. Here all images of a conversation flip alike, 4D
+    each image independently, even in a conversation that compares two. Here all images of a conversation flip alike, 4D
     too."""
     rotation: Annotated[float, Range(ge=0, le=90, unit="degrees")] = 0.0
     """Largest rotation about each axis of the array of `size`. If the resize made its voxels anisotropic, angles are
@@ -358,12 +358,13 @@ class TrainConfig(Section):
     clip_norm: Positive | None = 1.0
     """Largest global norm of the gradient of all trainable parameters; `null` for no clipping."""
     eval_steps: Count | None = None
-    """Evaluate every so many updates; always at the end."""
+    """Evaluate every N updates; always at the end."""
     eval_samples: Count | None = None
-    """Before the end, evaluate at least so many conversations, always the same. Default: all, as at the end. With
-    `keep_best` they rank every step, the last too, and the end evaluates the best step on all conversations."""
+    """Number of conversations to evaluate before the end, rounded up to whole batches, always the same ones. Default:
+    all, as at the end. With `keep_best`, they rank every step, including the last, and the best step is then evaluated
+    on all."""
     save_steps: Count = 100
-    """Checkpoint every so many updates; always at the end, and with `keep_best` after each evaluation."""
+    """Checkpoint every N updates; always at the end, and with `keep_best` after each evaluation."""
     keep_latest: Count = 3
     """How many of the newest checkpoints to keep."""
     keep_best: CountOrZero = 0
@@ -434,12 +435,12 @@ class MeshConfig(Section):
     """How a run is split over devices, data × fsdp × tensor in number. docs/clusters.md says when to choose which."""
 
     data: Count | None = None
-    """Parts of a batch, each with its own copy of the weights; the axis that crosses slices and nodes. Default: all
-    remaining devices."""
+    """Number of copies of the weights; each copy takes a part of the batch. Only this axis crosses slices and nodes.
+    Default: all remaining devices."""
     fsdp: Count = 1
-    """Parts of a batch that share one copy of the weights and gather them layer by layer."""
+    """Number of parts into which a copy's weights and its rows are split; weights are gathered layer by layer."""
     tensor: Count = 1
-    """Parts of every layer's heads and MLP, and of the vocabulary."""
+    """Number of parts into which every layer's heads and MLP, and the vocabulary, are split."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@
     at the `<image>` markers if the file has the turn as one string. The text is tokenized as a whole, so an answer's
     leading newline may merge with the header's. Every token of assistant and system turns is supervised, from
     `<|im_start|>` to the newline after `<|im_end|>`, blank turns included, except images. Three things differ from
-    the PyTorch system. Nothing is cut. Nothing is padded (there on the left, to 2048), so positions count from the
-    first token instead of the first pad; rope sees only distances, so logits are equal up to rounding. The first token
-    is never supervised, because no token precedes it (there a pad does, if the assistant begins).
+    the PyTorch system. Nothing is cut. Nothing is padded, while the PyTorch system pads on the left to 2048: its
+    positions count from the first pad and ours from the first token, but rope sees only distances, so logits are equal
+    up to rounding. The first token is never supervised, because no token precedes it; in the PyTorch system a pad does.
 `chat`: the tokenizer's own template (`apply_chat_template`), with its default system prompt. Every answer that is not
     blank is supervised, from the end of its prompt to the token that ends it, inclusive. If the template marks answers
     with `{% generation %}`, the marked tokens are supervised instead.

@@ -144,24 +144,24 @@ def _span(config: ModalityConfig) -> int:
 def check_volume(
     path: str | Path,
     config: ModalityConfig,
-    look: Callable[[np.ndarray], object] = lambda volume: None,
+    on_volume: Callable[[np.ndarray], object] = lambda volume: None,
     *,
     note: Note = ignore,
 ) -> int:
     """Read a file to its end and preprocess it, with all windows of a run. Return the number of windows.
 
     Args:
-        look: is called with each preprocessed volume, and may raise.
+        on_volume: called with each preprocessed volume; may raise.
         note: as in `load_volume`.
     """
-    return check_opened(path, open_volume(path, config), config, look, note=note)
+    return check_opened(path, open_volume(path, config), config, on_volume, note=note)
 
 
 def check_opened(
     path: str | Path,
     image: Voxels,
     config: ModalityConfig,
-    look: Callable[[np.ndarray], object] = lambda volume: None,
+    on_volume: Callable[[np.ndarray], object] = lambda volume: None,
     *,
     note: Note = ignore,
 ) -> int:
@@ -169,7 +169,7 @@ def check_opened(
     count = count_windows(image, config)
     with checked_to_end(image):
         for window in reading_order(count, config):
-            look(preprocess(path, image, config, window, note=note))
+            on_volume(preprocess(path, image, config, window, note=note))
     return count
 
 

@@ -30,8 +30,8 @@ float32 matrix products.
 
 CPUs multiply in float32; the measured differences are 6e-8 and 9e-8. TPUs round the factors to bfloat16. Twelve models
 and batches like this one, computed entirely in bfloat16, which rounds more, differed by 1.4e-3 and 9e-3 (root mean
-square); the tolerance is five to seven times that. NVIDIA GPUs round to TF32, which has three more bits: the tolerance
-is about an eighth. Neither was measured on a GPU or TPU yet."""
+square); the tolerance is five to seven times that. NVIDIA GPUs round to TF32, which has three more bits
+than bfloat16, so errors there are about an eighth. No tolerance was measured on a GPU or TPU yet."""
 
 VISION = SiglipConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3)
 TEXT = Qwen2Config(

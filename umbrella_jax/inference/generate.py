@@ -69,9 +69,9 @@ class Decoding:
     """[B, D]: last hidden state of each prompt, from which its first token is chosen."""
     tokens: Array
     """int32 [B, N]: the answers so far, padded with `NONE`."""
-    made: Array
+    num_generated: Array
     """int32 []: number of tokens generated so far."""
-    done: Array
+    ended: Array
     """bool [B]: whether the answer has ended."""
     finite: Array
     """bool [B]: whether all logits so far were finite; a row ends at the first logits that are not."""
@@ -88,8 +88,8 @@ def prefill(params: Params, batch: Batch, *, graphdef: nnx.GraphDef, max_new_tok
         lengths=jnp.asarray(batch.lengths),
         hidden=jnp.take_along_axis(hidden, batch.lengths[:, None, None] - 1, axis=1)[:, 0],
         tokens=jnp.full((rows, max_new_tokens), NONE, jnp.int32),
-        made=jnp.zeros((), jnp.int32),
-        done=jnp.zeros(rows, bool),
+        num_generated=jnp.zeros((), jnp.int32),
+        ended=jnp.zeros(rows, bool),
         finite=jnp.ones(rows, bool),
     )
 
@@ -118,28 +118,33 @@ def decode(
     def next_token(state: Decoding, hidden: Array) -> dict[str, Array]:
         logits = language_model.logits(hidden)
         finite = jnp.isfinite(logits).all(-1)
-        token = choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, state.made), sampling)
-        kept = jnp.where(state.done, NONE, token)
-        # tokens.at[:, made] would make devices exchange rows
-        tokens = jnp.where(jnp.arange(size) == state.made, kept[:, None], state.tokens)
-        done = state.done | jnp.isin(token, stop_ids) | ~finite
-        return {"tokens": tokens, "made": state.made + 1, "done": done, "finite": state.finite & (state.done | finite)}
+        token = choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, state.num_generated), sampling)
+        kept = jnp.where(state.ended, NONE, token)
+        # tokens.at[:, num_generated] would make devices exchange rows
+        tokens = jnp.where(jnp.arange(size) == state.num_generated, kept[:, None], state.tokens)
+        ended = state.ended | jnp.isin(token, stop_ids) | ~finite
+        return {
+            "tokens": tokens,
+            "num_generated": state.num_generated + 1,
+            "ended": ended,
+            "finite": state.finite & (state.ended | finite),
+        }
 
     def unfinished(state: Decoding) -> Array:
-        return (state.made < until) & ~state.done.all()
+        return (state.num_generated < until) & ~state.ended.all()
 
     def step(state: Decoding) -> Decoding:
-        last = jnp.take(state.tokens, state.made - 1, axis=1)
+        last = jnp.take(state.tokens, state.num_generated - 1, axis=1)
         x = language_model.model.embed_tokens(jnp.maximum(last, 0)).astype(state.hidden.dtype)[:, None]
-        positions = (state.lengths + state.made - 1)[:, None]
+        positions = (state.lengths + state.num_generated - 1)[:, None]
         hidden, k, v = language_model.model.extend(x, positions, state.cache)
-        cache = state.cache.put(k, v, first_slot + state.made - 1)
+        cache = state.cache.put(k, v, first_slot + state.num_generated - 1)
         return replace(state, cache=cache, **next_token(state, hidden[:, 0]))
 
     first = jax.lax.cond(
-        state.made == 0,
+        state.num_generated == 0,
         lambda: next_token(state, state.hidden),
-        lambda: {name: getattr(state, name) for name in ("tokens", "made", "done", "finite")},
+        lambda: {name: getattr(state, name) for name in ("tokens", "num_generated", "ended", "finite")},
     )
     return jax.lax.while_loop(unfinished, step, replace(state, **first))
 
@@ -207,7 +212,7 @@ def stream(
         state = decode_to(state, count)
         _check_finite("logits", np.asarray(state.finite), model, batch)
         yield np.asarray(state.tokens[:, count - 1])
-        if state.done.all():
+        if state.ended.all():
             return
 
 

@@ -306,7 +306,7 @@ def predict(
                 )
         check_lengths(dataset.conversations, rows, known, *limit)
         inputs = read_inputs(data, {"eval": dataset})
-    params = checkpoint.params(where=partial(param_sharding, devices))
+    params = checkpoint.params(sharding_for=partial(param_sharding, devices))
     weights = {path: int(value) for path, value in checksums(params).items()}
     architecture = {"vision": asdict(checkpoint.config.vision), "text": asdict(checkpoint.config.text)}
     settings = {
@@ -334,8 +334,8 @@ def predict(
     done = {int(index): row for index, row in broadcast(part.done if part else None).items()}
     left = [index for index in range(len(rows)) if index not in done]
     say = say if first else say_nothing
-    if checkpoint.chosen:
-        say(checkpoint.chosen)
+    if checkpoint.step_message:
+        say(checkpoint.step_message)
     options: dict[str, Any] = {"say": say, "note": say_nothing, "quiet": not first}
     options["memory"] = jax.local_devices()[0].memory_stats
     with (

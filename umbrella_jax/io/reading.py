@@ -244,7 +244,8 @@ class _Items:
         return self.line + self.text.count("\n", 0, self.at)
 
     def more(self) -> bool:
-        """Read as much as is waiting to be consumed, and at least a piece. Return whether there was more."""
+        """Drop the consumed text and read on: as much again as is left, at least a piece. Return whether there was
+        more."""
         piece = self.file.read(max(_PIECE, len(self.text) - self.at))
         if piece:
             newline = self.text.rfind("\n", 0, self.at)

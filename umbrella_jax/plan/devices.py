@@ -33,7 +33,7 @@ class DeviceKind:
     bandwidth: float
     """Memory bandwidth, bytes/s."""
     link: float
-    """Bandwidth to its neighbours, bytes/s in one direction: half of what data sheets call bidirectional."""
+    """Bandwidth to its neighbours, bytes/s in one direction: half the bidirectional figure in data sheets."""
     island: int
     """Number of devices that links connect; collectives over more devices use the network."""
     network: float

@@ -186,7 +186,7 @@ class Weight:
     first: bool
     """Whether it belongs to the patch embedding, whose input needs no gradient."""
     looked_up: bool
-    """Whether rows of it are only looked up, as in untied word embeddings: it is then never gathered."""
+    """Whether its rows are only looked up, as in untied word embeddings: it is then never gathered."""
 
     def on_device(self, mesh: MeshShape) -> float:
         """Return its bytes on each device."""

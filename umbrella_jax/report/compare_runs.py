@@ -42,7 +42,7 @@ class Run:
     """The run's path below the searched directory."""
     path: Path
     state: State
-    why: str
+    stop_reason: str
     """Why the run stopped or is damaged, in words."""
     lines: tuple[Line, ...]
     """Lines of `metrics.jsonl`."""
@@ -158,7 +158,11 @@ class RunComparison:
             at = "–" if run.evaluated_step is None else f"{run.evaluated_step:,}"
             rows.append([run.name, run.state, steps, loss, *[at] * evaluated, *others])
         lines = table_lines(rows)
-        if why := [f"{visible(run.name, kept='')}: {run.state}: {visible(run.why)}" for run in self.runs if run.why]:
+        if why := [
+            f"{visible(run.name, kept='')}: {run.state}: {visible(run.stop_reason)}"
+            for run in self.runs
+            if run.stop_reason
+        ]:
             lines += ["", *why]
         if self.differ:
             lines += ["", "configs differ in"]
@@ -180,7 +184,7 @@ class RunComparison:
                     "run": run.name,
                     "path": str(run.path),
                     "state": run.state,
-                    "why": run.why,
+                    "why": run.stop_reason,
                     "step": run.step,
                     "steps": run.steps,
                     "evaluated_step": run.evaluated_step,

@@ -81,7 +81,7 @@ class Facts:
     config: RunConfig
     step: int | None
     """Step of the evaluation; None if the predictions come from elsewhere."""
-    why: str
+    step_reason: str
     """Why this step was chosen, in words."""
     answering: int
     """Step whose weights explain the answers: `step`, or the default of `predict`."""
@@ -188,7 +188,7 @@ def read_facts(
         run=run,
         config=config,
         step=at,
-        why=why,
+        step_reason=why,
         answering=choose_step(run, config.train, saved, None)[0] if at is None else at,
         saved=saved,
         versions=meta["versions"],

@@ -175,7 +175,7 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> tuple[Prepare
     adapters = lora.start(shapes, config.seed)
     trained = [path for path, label in labels.items() if label != freeze.FROZEN and path not in adapters]
     _warn_of_untrained(config, base, trained, shown, say)
-    params = base.params(config.model.frozen_dtype, where=partial(param_sharding, mesh), in_float32=trained)
+    params = base.params(config.model.frozen_dtype, sharding_for=partial(param_sharding, mesh), in_float32=trained)
     params |= place({path: Tensor.from_array(array) for path, array in adapters.items()}, partial(param_sharding, mesh))
     trainable, frozen = freeze.partition(params, labels)
     del params

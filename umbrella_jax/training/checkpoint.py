@@ -255,16 +255,18 @@ class Checkpoints:
                 [f"{self.directory / str(step)}: damaged: {name}: its checksum does not match" for name in faults]
             )
 
-    def restore_trainable(self, step: int, where: Callable[[str, tuple[int, ...]], jax.sharding.Sharding]) -> Params:
+    def restore_trainable(
+        self, step: int, sharding_for: Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+    ) -> Params:
         """Return the trained parameters of `step`. Nothing else is read.
 
         Args:
-            where: returns the sharding of a parameter, from its path and shape.
+            sharding_for: returns the sharding of a parameter, from its path and shape.
         """
         with self._reading(step, "state"):
             saved = self._shapes(step)
             like = {
-                path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(path, leaf.shape))
+                path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_for(path, leaf.shape))
                 for path, leaf in saved.items()
             }
             # not through the manager, which would read the moments too, twice the size of the parameters

@@ -101,15 +101,15 @@ def fit(
 ) -> TrainState:
     """Train until `run.num_steps` and call every hook after each update.
 
-    While a step runs, a thread reads the next batch and puts it on the devices. An error of that thread is raised when
-    the batch's turn comes. With several processes, each brings its own part of every batch (see `put_batch`).
+    While a step runs, a thread reads the next batch and puts it on the devices. An error in that thread is raised when
+    its batch is needed. With several processes, each brings its own part of every batch (see `put_batch`).
 
     Args:
-        state: is used up: the first update reuses its memory.
+        state: must not be used afterwards: the first update reuses its memory.
         batches: the batches from `state.step` on.
         hooks: called in this order.
-        pending: the line of the update that led to `state`, if it still has to be evaluated: the hooks are called for
-            it before the first update.
+        pending: the line of the update that made `state`, if an earlier process could not evaluate it. The hooks are
+            then called for it before the first update.
         say: takes a line whenever the step is compiled.
 
     Returns:
@@ -117,7 +117,8 @@ def fit(
     """
     start, skipped = int(state.step), int(state.skipped)
     train_step = partial(jit_train_step(), graphdef=run.graphdef, optimizer=run.optimizer)
-    rates = np.broadcast_to(run.schedule(np.arange(run.num_steps)), run.num_steps)  # at once: one takes a millisecond
+    # All rates at once, since each call takes a millisecond.
+    rates = np.broadcast_to(run.schedule(np.arange(run.num_steps)), run.num_steps)
     compiled_shapes: set[Any] = set()
 
     def next_batch() -> Batch:

@@ -349,10 +349,10 @@ def _grouped_lines(findings: Sequence[Finding], shown_by: Mapping[str, str]) -> 
 
 
 def _differences(texts: Sequence[str]) -> tuple[str, list[list[str]]]:
-    """Return the words that all texts share, with `…` for those that differ, and the differing words of each text.
+    """Return (sentence, differences): the words that all texts share, with `…` for the rest, and each text's own words.
 
-    Texts with different numbers of words share nothing: return the first text, and each of the others whole. Brackets
-    around a difference stay with the shared words.
+    Texts with different numbers of words are not compared: the sentence is the first text, and the differences are the
+    other texts. Brackets around a difference stay in the sentence.
     """
     words = [text.split(" ") for text in texts]
     if len({len(text) for text in words}) > 1:
@@ -377,7 +377,10 @@ def _differences(texts: Sequence[str]) -> tuple[str, list[list[str]]]:
 
 
 def _brackets(phrases: Sequence[str]) -> tuple[str, str]:
-    """Return the brackets that belong to the sentence: those around every phrase, or open in every phrase."""
+    """Return the brackets that belong to the sentence.
+
+    They enclose every phrase, or every phrase opens one without closing it, or closes one without opening it.
+    """
     opened, closed = [], []
     for phrase in phrases:
         depths = list(itertools.accumulate({"(": 1, ")": -1}.get(c, 0) for c in phrase)) or [0]
