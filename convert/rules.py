@@ -120,8 +120,8 @@ _PATHS = frozenset(rule.path for rule in TENSOR_RULES) | REPLACED
 def unwrapped_names(names: Collection[str]) -> dict[str, str]:
     """Return {name: the name without the parts that wrappers add}.
 
-    These are `_orig_mod.` and the like anywhere in the name, and a prefix of all names, such as `module.` (DDP) or
-    `base_model.model.` (PEFT), if more names are a LLaVA's without the prefix.
+    These are parts such as `_orig_mod.`, anywhere in a name, and a prefix that all names share, such as `module.` (DDP)
+    or `base_model.model.` (PEFT). A prefix is removed only if more names are a LLaVA's without it.
     """
     short = {name: _WRAPPERS.sub("", name) for name in names}
 

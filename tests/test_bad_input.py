@@ -231,7 +231,7 @@ def test_a_bids_data_set_is_no_conversation_file(refused: Refused, tmp_path: Pat
     assert expected in refused("--train-data", folder)
 
 
-def test_what_a_run_needs_is_asked_for_together(world: World, events: list[str]) -> None:
+def test_missing_paths_are_reported_together(world: World, events: list[str]) -> None:
     message = umbrella("train", "--config", world.config, code=2)
     for flag in ("--base", "--train-data", "--out"):
         assert flag in message
@@ -279,7 +279,7 @@ def test_what_trains(refused: Refused, world: World, groups: str, expected: str)
         assert expected in message
 
 
-def test_what_is_in_train_and_in_eval_is_refused(
+def test_overlap_of_train_and_eval_is_refused(
     refused: Refused, world: World, events: list[str], data: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Subjects by their names, scans by their files; allowed by name only."""

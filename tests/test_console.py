@@ -144,7 +144,7 @@ def noted(path: Path) -> list[str]:
     return [TIME.sub("", line, count=1) for line in lines]
 
 
-def test_the_log_has_all_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_has_everything_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
     with RunLog(tmp_path / "log.txt", said.append, "umbrella-jax 1") as log:
         log.say("two\nlines")

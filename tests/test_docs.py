@@ -135,7 +135,7 @@ def table_after(page: str, heading: str) -> list[list[str]]:
     return [rows[0], *rows[2:]]
 
 
-def test_measured_figures_stand_where_their_command_stands() -> None:
+def test_measured_figures_come_with_their_command() -> None:
     """README copies figures of the docs; each row says of which page."""
     _, *rows = table_after(README, "## Measured")
     assert len(rows) >= 6

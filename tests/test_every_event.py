@@ -297,7 +297,7 @@ def test_at_some_events(cases: dict[str, Case], name: str, tmp_path: Path) -> No
     check(cases[name], tmp_path / ODD, kills=kills, fills=fills)
 
 
-def test_what_tells_of_people_is_the_owners(trained: Path) -> None:
+def test_participant_data_are_readable_only_by_their_owner(trained: Path) -> None:
     """Whatever the umask lets others read; a run's settings, metrics and weights are not hidden."""
     private = {"inputs.json", "log.txt", "predictions/step_2.jsonl"}
     modes = {path.relative_to(trained).as_posix(): path.stat().st_mode & 0o777 for path in trained.rglob("*")}

@@ -167,7 +167,7 @@ def test_a_list_of_conversations_has_any_length_but_not_its_items(
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_nan_of_pandas_is_nothing(place: Callable[[str], Path], name: str) -> None:
+def test_nan_of_pandas_is_read_as_null(place: Callable[[str], Path], name: str) -> None:
     path = place(name)
     path.write_text('{"task_id": "a", "metadata": {"age": NaN}, "conversations": [{"role": "user", "content": "?"}]}')
     assert conversations(path)[0].metadata == {"age": None}
@@ -205,7 +205,7 @@ def test_a_jsonl_has_any_length_but_not_its_lines(
 
 
 @pytest.mark.parametrize(("name", "read", "error"), [*JSON, ("run.yaml", load_config, ConfigError)])
-def test_what_is_no_file_is_not_waited_for(place: Callable[[str], Path], name: str, read: Any, error: Any) -> None:
+def test_pipes_and_devices_do_not_block(place: Callable[[str], Path], name: str, read: Any, error: Any) -> None:
     """A pipe without a writer would never be opened, a device never end."""
     path = place(name)
     for make in (os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")):
@@ -514,7 +514,7 @@ def test_a_name_without_the_compression(tmp_path: Path, name: str, right: str) -
     assert f"by its content gzip; rename it to {right}" in refused(DataError, load_volume, tmp_path / name, WHOLE)
 
 
-def test_a_bomb_behind_the_voxels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bomb_after_the_voxels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(voxels, "UNPACKED", 3 * MB)
     monkeypatch.setattr(voxels, "RATIO", 2)
     path, _ = scan(tmp_path / "a.nii")
@@ -967,9 +967,7 @@ def test_a_name_forges_no_line_of_an_error(place: Callable[[str], Path]) -> None
     assert "\n" not in conversations(path)[0].label
 
 
-def test_what_a_command_prints_moves_no_cursor(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_output_moves_no_cursor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def show(arguments: Any) -> int:
         print(FORGED, end="")
         print("answer é", FORGED, file=sys.stderr)
@@ -994,7 +992,9 @@ def test_names_stay_in_their_cell() -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] can't allocate memory: 9 bytes")])
-def test_memory_is_told_as_such(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_running_out_of_memory_is_reported(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     """Whatever was being read when it ran out."""
 
     def fail(*_: Any, **__: Any) -> Any:

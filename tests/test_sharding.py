@@ -341,7 +341,7 @@ def test_batch_is_split(sizes: tuple[int, ...], axis: int) -> None:
             np.testing.assert_array_equal(shard.data, np.split(expected, of, axis)[where[shard.device]])
 
 
-def test_what_cannot_be_split_is_refused() -> None:
+def test_indivisible_sizes_are_refused() -> None:
     """Volumes too: XLA would otherwise be handed uneven parts."""
     batch = micro_batch(0, "T1")
     batch = replace(batch, volumes={"T1": np.concatenate([batch.volumes["T1"]] * 2)[:12]})
@@ -477,7 +477,7 @@ def test_evaluation_on_a_mesh_is_one_devices() -> None:
     assert len(np.unique(tokens)) > 4
 
 
-def test_a_checkpoint_goes_on_on_another_mesh(runs: dict[tuple[int, ...], Run], tmp_path: Any) -> None:
+def test_a_checkpoint_continues_on_another_mesh(runs: dict[tuple[int, ...], Run], tmp_path: Any) -> None:
     """Bit for bit what was saved, as the new mesh holds it."""
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(runs[ALL].state, {})

@@ -369,7 +369,7 @@ def test_rows_are_predictions_of_every_question(world: World, found: str) -> Non
     assert np.mean(right) == 1
 
 
-def test_a_comparison_is_answered_from_the_scan_in_question_alone(world: World, found: str) -> None:
+def test_a_comparison_is_answered_only_from_the_scan_in_question(world: World, found: str) -> None:
     """A comparison is answered like the same question without a reference, by the same network."""
     for name in ("cnn", "probe"):
         rows = answers(world, name)
@@ -484,7 +484,7 @@ def another_kind(train: list[Any], evaluation: list[Any]) -> None:
         (another_kind, "expected evaluation.tasks.age.kind"),
     ],
 )
-def test_what_cannot_be_learnt_is_refused_before_anything_is_computed(
+def test_unlearnable_tasks_are_refused_before_anything_is_computed(
     world: World, tmp_path: Path, edit: Callable[[list[Any], list[Any]], None], message: str, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("umbrella_jax.baselines.compare._Work", None)
@@ -506,7 +506,7 @@ def test_faults_of_flags_are_refused(world: World, tmp_path: Path, found: str, m
     assert "runs in one process; start only one" in umbrella(*world.command(tmp_path / "several"), code=2)
 
 
-def test_what_only_one_set_has_is_told(world: World, tmp_path: Path) -> None:
+def test_answers_of_only_one_set_are_reported(world: World, tmp_path: Path) -> None:
     """An answer that only eval has is never given; one that only train has may be given. A task without a closed set is
     skipped."""
 
@@ -528,7 +528,7 @@ def test_what_only_one_set_has_is_told(world: World, tmp_path: Path) -> None:
     assert not (tmp_path / "out/baseline/cnn.jsonl").exists()
 
 
-def test_a_subject_in_both_is_told_where_that_is_allowed(world: World, tmp_path: Path) -> None:
+def test_a_shared_subject_is_reported_if_allowed(world: World, tmp_path: Path) -> None:
     other = edited(world, tmp_path, both_have_a_subject)
     flags = ["--allow-overlap", "--only", "probe", "--task-filter", "side"]
     said = umbrella(*other.command(tmp_path / "out", *flags))

@@ -107,7 +107,7 @@ def test_run_checkpoint_and_export_are_one_model(run: Path, export: Path, native
     assert np.abs(earlier - before).max() > 1e-2
 
 
-def test_what_was_trained_to_nan_is_not_exported(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_weights_are_not_exported(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = "vision_tower.vision_model.embeddings.T1_proj.bias"
     restore = Checkpoints.restore_trainable
 
@@ -290,7 +290,7 @@ def test_an_export_holds_the_base_bit_for_bit(export: Path, world: World) -> Non
     assert ours[PATCH_EMBED + "rsfMRI_proj.weight"][0] == (64, 48)  # a Linear's
 
 
-def test_what_lies_beside_the_weights(export: Path, world: World) -> None:
+def test_other_files_beside_the_weights(export: Path, world: World) -> None:
     said = json.loads((export / "umbrella_config.json").read_text())
     assert list(said["modalities"]) == list(small_run.MODALITIES)
     for name, settings in small_run.MODALITIES.items():

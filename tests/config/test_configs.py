@@ -128,7 +128,7 @@ def test_full_size_parameter_counts(name: str, tmp_path: Path) -> None:
         assert trains["patch_embed"] == (1000 + 1) * 1152 + 729 * 1152 == 1_992_960
 
 
-def test_the_second_stage_goes_on_from_the_first(tmp_path: Path) -> None:
+def test_the_second_stage_continues_from_the_first(tmp_path: Path) -> None:
     first, second = (load_config(CONFIGS / f"stage{n}_0.5b.yaml") for n in (1, 2))
     assert second.model.base == first.output_dir
     assert second.model.modalities == first.model.modalities

@@ -195,7 +195,7 @@ def test_null_and_unused_values_mean_nothing(tmp_path, field, value):
     assert compare_reading(tmp_path, config, grown=False) == []
 
 
-def test_dropout_is_said(tmp_path):
+def test_dropout_is_reported(tmp_path):
     raw = changed(text__attention_dropout=0.1, vision__attention_dropout=0.0, text__resid_pdrop=1)
     read_config(put(tmp_path, raw), MODALITIES)
     assert unused_dropout(tmp_path) == [

@@ -754,7 +754,7 @@ def test_export_onto_a_folder_that_is_not_empty(good: Path, tmp_path: Path, flag
 
 
 @pytest.mark.parametrize("kind", ["one", "native"])
-def test_trainable_only_of_what_is_no_run(good: Path, tmp_path: Path, kind: str) -> None:
+def test_trainable_only_needs_a_run(good: Path, tmp_path: Path, kind: str) -> None:
     source = good / "one"
     if kind == "native":
         source = tmp_path / "native"

@@ -185,7 +185,7 @@ WRAPPERS = {
         for i, wrapper in enumerate([*WRAPPERS, *reversed(WRAPPERS), "Lightning"])
     ],
 )
-def test_what_wrappers_put_into_names(hubs, tmp_path, wrapper, names, files, tied):
+def test_prefixes_of_wrappers_are_removed(hubs, tmp_path, wrapper, names, files, tied):
     """The parts are removed, and the first name is reported as an example."""
     source = hubs["float32", tied]
     wrapped = {WRAPPERS[wrapper](names(n)): t for n, t in read(source).items()}

@@ -52,6 +52,6 @@ def test_modality_of():
     assert modality_of("vision_tower.vision_model.embeddings.patch_embedding.weight") is None
 
 
-def test_replaced_are_what_stock_has_in_its_embeddings():
+def test_tensors_of_the_stock_embeddings_are_replaced():
     stock = {hub_name(name) for name in make_model().state_dict() if ".embeddings." in name}
     assert stock == {name for name in REPLACED if not name.endswith("position_ids")}  # older versions saved the ids

@@ -55,7 +55,7 @@ def test_arrays_that_are_not_contiguous(tmp_path):
         np.testing.assert_array_equal(open_checkpoint(tmp_path)[name].read(), array)
 
 
-def test_headers_alone_are_read(tmp_path):
+def test_only_headers_are_read(tmp_path):
     write(tmp_path)
     file = tmp_path / "model.safetensors"
     data = bytearray(file.read_bytes())

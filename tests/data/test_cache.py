@@ -534,7 +534,7 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_run_goes_on_when_the_disk_is_full(nifti, directory, caplog, full_disk):
+def test_a_run_continues_when_the_disk_is_full(nifti, directory, caplog, full_disk):
     full_disk()  # lift the limit while the files are written
     paths = [nifti(f"{i}.nii", (6, 7, 5)) for i in range(4)]
     expected = [load_volume(path, T1).astype(np.float16) for path in paths]

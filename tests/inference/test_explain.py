@@ -201,7 +201,7 @@ def test_a_map_of_an_array(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
-def test_a_map_lies_where_a_viewer_puts_its_scan(tmp_path: Path, kind: Any) -> None:
+def test_a_map_is_placed_like_its_scan(tmp_path: Path, kind: Any) -> None:
     """This holds even if the scan's header lacks an orientation, so that a viewer must assume one."""
     config = ModalityConfig(size=(3, 5, 7), patch=(3, 5, 7), orientation="as_stored")
     processor = Processor(SimpleNamespace(chat_template=None), {"T1": config})

@@ -113,7 +113,7 @@ SAMPLING = Sampling(temperature=1.5, top_k=20, top_p=0.95)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLING], ids=["greedy", "drawn"])
-def test_a_row_alone_gets_the_answer_that_it_gets_in_a_batch(sampling):
+def test_a_single_row_gets_the_same_answer_as_in_a_batch(sampling):
     together = np.asarray(generate(model(), batch(), max_new_tokens=NEW, sampling=sampling, seeds=SEEDS))
     for number in (0, 5):
         alone = generate(model(), row(number), max_new_tokens=NEW, sampling=sampling, seeds=SEEDS[number : number + 1])

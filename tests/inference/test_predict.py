@@ -94,7 +94,7 @@ def _same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
             assert value == pytest.approx(other["likelihoods"][answer], abs=1e-4)
 
 
-def test_drawn_answers_depend_on_the_seed_alone(run: Path, data: Path, tmp_path: Path) -> None:
+def test_sampled_answers_depend_only_on_the_seed(run: Path, data: Path, tmp_path: Path) -> None:
     flags = ["--max-new-tokens", 4, "--temperature", 5]
     for name, more in {"a": ["--batch-size", 2], "b": ["--batch-size", 8], "c": ["--seed", 1]}.items():
         predict(run, data, tmp_path / name, *flags, *more)
@@ -103,7 +103,7 @@ def test_drawn_answers_depend_on_the_seed_alone(run: Path, data: Path, tmp_path:
     assert one != third
 
 
-def test_a_part_is_gone_on_with(
+def test_resume_continues_a_part_file(
     run: Path,
     world: World,
     data: Path,
@@ -198,7 +198,7 @@ def test_flags_that_mean_nothing_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_answered_is_refused_before_weights_are_read(
+def test_unanswerable_data_are_refused_before_weights_are_read(
     run: Path, world: World, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(umbrella_jax.checkpoints.checkpoint.Checkpoint, "params", None)

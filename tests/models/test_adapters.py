@@ -128,7 +128,7 @@ def test_it_starts_as_the_base(case):
     assert {path: bool(grad.any()) for path, grad in grads.items()} == {path: "lora_B" in path for path in grads}
 
 
-def test_a_start_depends_on_seed_and_path_alone(case):
+def test_initial_adapters_depend_only_on_seed_and_path(case):
     few = lora.start({path: leaf for path, leaf in case.shapes.items() if "q_proj" in path}, 7)
     all_ = lora.start(case.shapes, 7)
     assert len(few) == 4

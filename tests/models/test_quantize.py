@@ -26,7 +26,7 @@ def halves(remat: str = "full"):
     return abstract_params(config)[0], trainable, frozen
 
 
-def test_products_alone_are_quantized():
+def test_only_products_are_quantized():
     _, _, frozen = halves()
     chosen = {path.rsplit(".", 2)[-2] for path in frozen if quantizable(path)}
     tower = {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}

@@ -410,7 +410,7 @@ def test_the_best_comes_first(tmp_path: Path) -> None:
     assert [found.remat for found in plan.policies] == list(KEPT)
 
 
-def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
+def test_a_config_that_does_not_fit_is_reported(tmp_path: Path) -> None:
     run, model = full_size(tmp_path, "0.5b", "bfloat16", remat="none")
     model_config = replace(run.model, remat="none", attention="xla")
     run = replace(run, model=model_config, train=replace(run.train, batch_size=3))

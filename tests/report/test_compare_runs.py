@@ -109,7 +109,7 @@ def test_figures_are_of_the_step_that_score_takes(tmp_path: Path, capsys: pytest
     assert found["metrics"] == {"loss": 10 / 6, "eval_loss": 0.5, SEX: 0.25}
 
 
-def test_what_was_refused_is_no_run(folder: Path) -> None:
+def test_a_refused_directory_is_not_a_run(folder: Path) -> None:
     """A refused run left only a log; while a process holds the directory, the run is starting."""
     (folder / "d").mkdir()
     (folder / "d" / "log.txt").write_text("2026-01-01 10:00:00+00:00 started: x\n")

@@ -354,14 +354,14 @@ def refused(*words: object) -> str:
     return message
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
     assert "no run; expected the --out of umbrella-jax train" in refused(tmp_path)
     assert refused(tmp_path / "none").startswith(f"umbrella-jax: {tmp_path / 'none'}: not found; expected the --out of")
     (tmp_path / "file").touch()
     assert "file: a file, not a directory; expected the --out of" in refused(tmp_path / "file")
 
 
-def test_everything_at_fault_is_told_together(copy: Path, tmp_path: Path) -> None:
+def test_every_fault_is_reported_together(copy: Path, tmp_path: Path) -> None:
     shutil.rmtree(copy / "checkpoints")
     shutil.rmtree(copy / "predictions")
     (copy / "report.html").unlink(missing_ok=True)

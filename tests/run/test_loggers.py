@@ -98,7 +98,7 @@ def test_whatever_ends_a_run_all_lines_are_there(end: BaseException, tmp_path: P
     assert wandb[-1] == (0 if isinstance(end, Interrupted) else 1)
 
 
-def test_a_run_that_goes_on_replaces_what_was_behind_its_checkpoint(tmp_path: Path) -> None:
+def test_a_resumed_run_replaces_lines_after_its_checkpoint(tmp_path: Path) -> None:
     write(config(tensorboard=True), tmp_path, LINES)
     write(config(tensorboard=True), tmp_path, LINES[1:], step=1)
     starts = [e.step for e in events(tmp_path) if e.session_log.status == SessionLog.START]
@@ -115,7 +115,7 @@ def test_wandb(tmp_path: Path, wandb: list[Any]) -> None:
     ]
 
 
-def test_what_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing(config()) == []
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert missing(config()) == []

@@ -764,7 +764,7 @@ def test_a_single_process_agrees_with_itself() -> None:
         fail()
 
 
-def test_files_that_are_gone_are_named_on_every_process() -> None:
+def test_missing_files_are_named_on_every_process() -> None:
     """Files of this run reach all processes but the first as JSON, like those of the earlier run."""
     before = {"conversations": [("c", "1")], "volumes": [("a", "1"), ("b", "2")]}
     now = before | {"volumes": [("a", "1")]}

@@ -143,7 +143,7 @@ def test_frozen_is_frozen_and_the_patch_embedding_trains(run: Path, world: World
     assert changed == TRAINED
 
 
-def test_the_summary_says_what_trains(printed: str, world: World) -> None:
+def test_the_summary_lists_trainable_parameters(printed: str, world: World) -> None:
     for line in [
         # T1: 64 · (3·2·4 + 1 + 6 patches), rsfMRI: 64 · (2·3·4·2 + 1 + 4 patches)
         f"patch_embed {64 * 31 + 64 * 53:,} 0",
@@ -176,7 +176,7 @@ def test_inspect_prints_the_same_summary(printed: str, world: World, tmp_path: P
     assert "projector                  8,320               0" in other
 
 
-def test_a_run_goes_on_on_another_mesh(tmp_path: Path) -> None:
+def test_a_run_continues_on_another_mesh(tmp_path: Path) -> None:
     """Four comparisons, three times on 1×2×2 devices; resumed on 2×1×1 before the last time."""
     world = small_run.make_world(tmp_path)
     small_run.soften(world.base)

@@ -629,7 +629,7 @@ def test_a_subject_is_known_by_its_id_or_by_the_task_id() -> None:
     )
 
 
-def test_the_nan_of_pandas_is_nothing() -> None:
+def test_the_nan_of_pandas_counts_as_missing() -> None:
     """Neither a label of its own nor a subject."""
     nan = float("nan")
     rows = [row("a", "a", task_id="1", subject_label=nan), row("b", "b", task_id="2")]

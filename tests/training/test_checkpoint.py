@@ -289,7 +289,7 @@ def test_resuming_holds_one_state(tmp_path, empty, filled, monkeypatch):
     assert pending is None
 
 
-def test_what_a_killed_save_leaves_is_not_seen(tmp_path, empty, filled):
+def test_files_left_by_a_killed_save_are_ignored(tmp_path, empty, filled):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(filled(2), META)
     torn = tmp_path / "3.orbax-checkpoint-tmp"

@@ -42,7 +42,7 @@ def trained(labels):
     return {path for path, label in labels.items() if label != FROZEN}
 
 
-def test_default_trains_the_patch_embedding_alone(shapes):
+def test_default_trains_only_the_patch_embedding(shapes):
     labels = label_params(list(shapes), list(TrainConfig().groups))
     assert labels.keys() == shapes.keys()
     assert trained(labels) == {path for path in shapes if path.startswith(EMBEDDINGS)}

@@ -173,7 +173,7 @@ def test_state_does_not_depend_on_what_is_frozen():
 
 
 @pytest.mark.parametrize("present", [{"T1": True}, {"T1": True, "rsfMRI": False}])
-def test_absent_modality_is_left_alone(present):
+def test_absent_modality_is_left_untouched(present):
     """It gets no update and keeps its state, while the other modality moves and the schedule advances."""
     labels = label_params(list(SHAPES), ["patch_embed"])
     until_third = optax.piecewise_constant_schedule(1e-2, {3: 0.0})

@@ -35,7 +35,7 @@ from umbrella_jax.models.paths import COMPONENTS
 from umbrella_jax.training.step import jit_eval_step, jit_train_step, train_step
 
 
-def test_twenty_steps_move_what_trains_and_nothing_else():
+def test_twenty_steps_change_only_trainable_parameters():
     """Weight decay acts on all trainable parameters. All steps share one trace; another batch shape adds one."""
     case = golden_case()
     state = case.state()

@@ -228,7 +228,7 @@ class _Problem:
 def _problems(
     train: Dataset, evaluation: Dataset, configured: Mapping[str, TaskConfig]
 ) -> tuple[list[_Problem], list[str]]:
-    """Return the problems that eval poses and train teaches, and notes on the other tasks.
+    """Return the problems of all tasks that baselines can learn from train and answer in eval, and notes on the others.
 
     Raises DataError and ConfigError with every fault, or if there is nothing to learn.
     """
@@ -272,7 +272,7 @@ def _problems(
 
 
 def _question(conversation: Conversation, comparison: bool) -> Shown:
-    """Return the scans of the last turn that shows any; for a comparison only the last scan, which it is about."""
+    """Return the scans of the last turn that shows any; for a comparison only its last scan, the one in question."""
     turns = [tuple(part for part in message.parts if isinstance(part, Image)) for message in conversation.messages]
     last = next(filter(None, reversed(turns)), ())
     return last[-1:] if comparison else last

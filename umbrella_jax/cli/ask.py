@@ -109,7 +109,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens")
     group.add_argument(
-        "--top-p", type=float, default=1.0, metavar="SHARE", help="sample from the likeliest tokens with this share"
+        "--top-p", type=float, default=1.0, metavar="SHARE", help="sample from the likeliest tokens that sum to SHARE"
     )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed for sampling; default 0")
 

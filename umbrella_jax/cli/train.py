@@ -59,7 +59,10 @@ def add(commands: Any) -> None:
     )
     plan.add_argument("--flops", type=float, metavar="N", help="matrix-product FLOP/s measured on a device")
     plan.add_argument(
-        "--efficiency", type=float, metavar="FRACTION", help="share of peak; default 0.75 (cpu 0.8; with --flops 1)"
+        "--efficiency",
+        type=float,
+        metavar="FRACTION",
+        help="fraction of peak reached; default 0.75 (cpu 0.8; 1 with --flops)",
     )
     add_json(plan)
 

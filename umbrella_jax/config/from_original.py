@@ -153,7 +153,7 @@ _MODALITY_KEYS = {
 }
 _FLIP = (
     "data.augment.flip_any_axis: the original flips half of the 3D training volumes along a random axis, each image "
-    "independently; here all images of a conversation flip alike, 4D too. A flip turns left into right: "
+    "independently; here all images of a conversation flip together, also in 4D. A flip turns left into right: "
     "set it to 0 if any answer mentions a side"
 )
 _DIFFUSION = (

@@ -262,8 +262,8 @@ class AugmentConfig(Section):
     """Probability of a flip of the left–right axis, found by the affine; files without one are refused."""
     flip_any_axis: Probability = 0.0
     """Probability of a flip along one random axis. The original system flips only 3D volumes, with probability 0.5 and
-    each image independently, even in a conversation that compares two. Here all images of a conversation flip alike, 4D
-    too."""
+    each image independently, even in a conversation that compares two. Here all images of a conversation flip together,
+    also in 4D."""
     rotation: Annotated[float, Range(ge=0, le=90, unit="degrees")] = 0.0
     """Largest rotation about each axis of the array of `size`. If the resize made its voxels anisotropic, angles are
     those of the array, not of the head."""

@@ -290,9 +290,9 @@ class VolumeCache(Sources):
         with suppress(OSError, ValueError, KeyError, TypeError):  # no record, or a damaged one
             known = read_json(self._record(path), DataError, "remove it")
             if known["stat"] == current[1]:
-                remarks = known.get("remarks")  # older records have none: the source is checked again
+                remarks = known.get("remarks")  # records of older versions lack them, so the source is checked again
                 return _Source(known["digest"], *current, remarks=None if remarks is None else tuple(remarks))
-        # A further change within the same tick of the clock would be invisible, so a recent change counts as unsettled.
+        # A second change within one tick of the clock would not show, so the record of a recent change is not kept.
         stats, stat, changed = current
         return _Source(source_digest(path), stats, stat, changed if now - changed > _SETTLED else math.inf)
 

@@ -13,12 +13,12 @@ The number of updates U in an epoch depends only on the data. The step number is
 step s is update s mod U of epoch s div U.
 
 **Randomness.** Each (seed, epoch) draws one uniform permutation of the conversations and one uniform order of the
-updates. The permutation decides which conversations move up; all conversations of a bucket are equally likely to.
+updates. The permutation decides which conversations move up; every conversation of a bucket is equally likely to.
 Without shared volumes, a bucket is shuffled by the permutation and cut into updates. With shared volumes, the
 permutation decides which conversation begins a micro-batch and which of several equally good ones comes next.
-Conversations that share volumes then meet in a micro-batch far more often than by chance, others more rarely, and an
-update shows fewer subjects. Two conversations with different modalities, or of very different lengths, are in one
-update only if one of them moved up, or if its kind is too rare for a bucket of its own.
+So conversations that share volumes are in one micro-batch far more often than by chance, other pairs less often, and an
+update shows fewer subjects. Conversations with different modalities, or of very different lengths, are in one update
+only if one of them moved up, or is of a kind too rare for a bucket of its own.
 """
 
 import heapq

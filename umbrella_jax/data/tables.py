@@ -161,10 +161,10 @@ def _is_declared(cell: str, declared: Iterable[str]) -> bool:
 def doubtful_values(cells: Collection[str], labels: Mapping[str, str] = MappingProxyType({})) -> list[str]:
     """Return the distinct values that may mean a missing one.
 
-    These are words such as `unknown`, values whose description is such a word, and numbers that are a common code
-    (-9, 77, 999, ...) and far from the others: negative when the others are not, or beyond them by more than half
-    their range. -1 is a code only among more than MAX_CLASSES distinct numbers. If all other values are words, every
-    code and every negative number is doubtful.
+    Three kinds of values are doubtful: words such as `unknown`; values whose description is such a word; and numbers
+    that are a common code (-9, 77, 999, ...) and far from the other numbers. Far means negative if no other number is,
+    or outside their range by more than half of it. -1 counts as a code only among more than MAX_CLASSES distinct
+    numbers. If all other values are words, every code and every negative number is doubtful.
 
     Args:
         cells: values as in the table.

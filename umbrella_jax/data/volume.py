@@ -382,9 +382,9 @@ def linear_weights(length: int, zoom: float, size: int, spacing: float) -> np.nd
     """Return weights (size, length), float32, from voxels `zoom` mm apart to voxels `spacing` mm apart, in `size`.
 
     The field of view becomes round(length · zoom / spacing) voxels with the same centre, and `_centred` pads or crops
-    these to `size`. Each is the mean of the inputs around it, weighted by a triangle of half-width max(zoom, spacing):
-    linear interpolation to smaller voxels, and no aliasing to larger ones, as in PyTorch's
-    `interpolate(mode="linear", antialias=True)`. Rows of padding are 0.
+    these to `size`. Each is the mean of the inputs around it, weighted by a triangle of half-width max(zoom, spacing).
+    This interpolates linearly if voxels become smaller, and avoids aliasing if they become larger, as PyTorch's
+    `interpolate(mode="linear", antialias=True)` does. Rows of padding are 0.
     """
     resampled = max(round(length * zoom / spacing), 1)
     inside, outside = _centred(resampled, size)

@@ -277,7 +277,7 @@ class _Nibabel:
     def __init__(self, path: Path):
         self._path = path
         self._faults: tuple[str, ...] = ()
-        with readable(path), np.errstate(over="ignore", invalid="ignore"):  # from headers with nonsense
+        with readable(path), np.errstate(over="ignore", invalid="ignore"):  # damaged headers overflow
             self.files: Sequence[Path] = source_files(path)
             self.files_read = set(range(len(self.files)))
             self.kind = kind = _kind(path, self.files)
@@ -289,7 +289,7 @@ class _Nibabel:
             self.stored = stored = kind.header_class(raw, check=False)
             offset = _data_offset(path, kind, stored)
             header = kind.header_class(raw, check=False)
-            header.check_fix(logger=_SILENT)  # zeros become ones, unknown codes 0
+            header.check_fix(logger=_SILENT)  # replaces zero sizes by 1 and unknown codes by 0
             self.shape: tuple[int, ...] = tuple(int(n) for n in header.get_data_shape())
             self.dtype: np.dtype = header.get_data_dtype()
             _check_real(path, self.dtype)
@@ -327,7 +327,7 @@ class _Nibabel:
             raise
 
     def check_end(self) -> None:
-        if self._faults:  # the rest of a broken stream is meaningless
+        if self._faults:  # after an error, the rest of a stream is meaningless
             raise DataError(self._faults)
         with readable(self._path):
             if self._header_file != self._file and _packing(self._header_file):

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 GRID, ZOOMS = (48, 64, 24), (3.0, 3.0, 2.2)  # voxels of an anatomical scan, and their size in mm
-MAX_ROTATION, MAX_SHIFT = 5.0, 4.0  # degrees about, and mm along, each axis
+MAX_ROTATION, MAX_SHIFT = 5.0, 4.0  # degrees about each axis, mm along each axis
 LESION_RADIUS = (9.0, 15.0)  # mm: 3 to 5 voxels
-LESION_CENTRE = ((20.0, 40.0), (-40.0, 40.0), (-12.0, 12.0))  # mm from the middle of the head; x without its sign
-LESION_GAIN = 2.5  # times the brain's 98th percentile
+LESION_CENTRE = ((20.0, 40.0), (-40.0, 40.0), (-12.0, 12.0))  # mm from the middle; x to either side
+LESION_GAIN = 2.5  # multiple of the brain's 98th percentile
 ACTIVE_RADIUS = (12.0, 18.0)  # mm
-ACTIVE_GAIN = (0.10, 0.20)  # of the resting signal
-BLOCK = 5  # frames of rest, then as many frames of task, and so on
+ACTIVE_GAIN = (0.10, 0.20)  # increase, as a fraction of the resting signal
+BLOCK = 5  # rest and task alternate, each for this many frames
 
 LESION_QUESTION = "On which side is the lesion?"
 REFERENCE_QUESTION = "A reference scan. On which side is the lesion?"

@@ -52,9 +52,9 @@ def naming(path: Path) -> Iterator[None]:
 def check_output(path: str | Path, remedy: str, *, folder: bool) -> None:
     """Check that a file, or with `folder` a directory, can be written at `path`. Leaves nothing there.
 
-    Raises ConfigError, with the cause and the `remedy`, for a file in place of a directory or the reverse; a device or
-    a pipe, which a write would replace (/dev/null, for all users); a directory that takes no new files (read-only,
-    under /proc, another user's); or a name that is too long.
+    Raises ConfigError, with the cause and the `remedy`, in four cases: there is a file in place of a directory, or the
+    reverse; there is a device or a pipe, which a write would replace (even /dev/null, for all users); the directory
+    takes no new files (it is read-only, under /proc or another user's); the name is too long.
     """
     absolute = Path(path).absolute()
     if any(len(os.fsencode(part)) > _LONGEST for part in absolute.parts) or len(os.fsencode(absolute)) > _DEEPEST:

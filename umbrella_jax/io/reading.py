@@ -98,7 +98,7 @@ def read_text(path: str | Path, error: type[UmbrellaError], limit: int, remedy: 
     try:
         with open(path, "rb", opener=regular_file) as file:
             size, content = os.fstat(file.fileno()).st_size, bytearray()
-            # by the bytes read, too, since files of /proc report no size
+            # check the bytes read as well, since files in /proc report no size
             while max(size, len(content)) <= limit and (piece := file.read(1 << 20)):
                 content += piece
         if max(size, len(content)) <= limit and not _pointer(bytes(content[: len(_LFS)])):

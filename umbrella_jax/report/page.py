@@ -146,7 +146,7 @@ def _in_words(title: str, lines: Mapping[str, Sequence[tuple[int, float]]], chan
 
 
 def _cells(facts: Facts, task: str) -> dict[str, list[tuple[str | None, Figure | None]]]:
-    """Return {figure of a task: (None, the run's figure) and (name, its figure or None) per baseline}."""
+    """Return {figure of a task: [(None, the run's figure), (baseline, its figure or None), ...]}."""
     others = {
         name: scores.task_figures(task) if task in scores.tasks else {} for name, scores in facts.baselines.items()
     }

@@ -40,8 +40,8 @@ def evaluate(
         interrupted: returns the signal that asks the run to end, 0 without one.
         options: arguments of `Progress`; its `say` takes the line of results too.
         trainable: the parameters after `step`.
-        final: evaluate all evaluation data. Otherwise, `train.eval_samples` limits them: steps that are compared are
-            evaluated on the same conversations. The last step of a run that keeps no best is always final.
+        final: evaluate all evaluation data. Otherwise `train.eval_samples` limits them, so that steps are compared on
+            the same conversations. In a run without `keep_best`, the last step is always final.
 
     Returns:
         `eval_NAME` of each metric; None if a signal came meanwhile, in which case no answers are written.

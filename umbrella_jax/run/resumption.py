@@ -173,7 +173,9 @@ def check_same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any],
         meta: this run's.
         inputs: the files that this run reads.
     """
-    stored = to_dict(parse_stored_config(saved["config"], str(directory)))  # adds fields that are newer than the run
+    stored = to_dict(
+        parse_stored_config(saved["config"], str(directory))
+    )  # adds the fields that did not exist when the run began
     faults = _changed_settings(stored, meta["config"])
     if saved["base_fingerprint"] != meta["base_fingerprint"]:
         faults.append("model.base: not the weights that the run started from")
@@ -186,7 +188,7 @@ def check_same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any],
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
-    if saved["inputs"] != meta["inputs"] and not faults:  # with other settings, other files are expected
+    if saved["inputs"] != meta["inputs"] and not faults:  # changed settings alone explain other inputs
         record = directory.parent / INPUTS
         names = []
         if record.exists():

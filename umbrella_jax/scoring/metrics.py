@@ -189,8 +189,8 @@ def score(rows: Iterable[Prediction], tasks: Mapping[str, Task], *, resamples: i
         resamples: 0 for no intervals, which is cheap enough for evaluations during training.
 
     Raises:
-        DataError: rows of a task that is not in `tasks`, or none of one that is; references that do not fit their task;
-            predictions that are no text; likelihoods of other answers than the task's, or in only some of its rows.
+        DataError: a row's task is not in `tasks`, or a task has no rows; a reference does not fit its task; a
+            prediction is no text; likelihoods are of other answers than the task's, or only some of its rows have any.
     """
     groups = by_task(rows)
     faults = [f"task {name}: no answers; expected at least one" for name in tasks if name not in groups]

@@ -151,7 +151,7 @@ def fit(
                 "learning_rate": float(rates[step - 1 - skipped]),
                 "supervised_tokens": int(values["supervised_tokens"]),
                 "step_seconds": ended - started,
-                "wait_seconds": waited,  # of the devices since the last step: for data, evaluation and checkpoints
+                "wait_seconds": waited,  # of the devices since the last step, for data and hooks
             }
             if line["loss"] is None or line["grad_norm"] is None:
                 skipped += 1
@@ -173,7 +173,7 @@ def fit(
 
 
 def _call(hooks: Sequence[Hook], update: Update) -> None:
-    # a function of its own, so that no variable of the loop keeps an update's batch in memory during the next step
+    # Separate from `fit`: a variable of its loop would keep the update's batch in memory during the next step.
     for hook in hooks:
         hook(update)
 

@@ -73,8 +73,8 @@ def from_bids(
         split: NAME=SHARE,...; the shares sum to 1. Default train=0.8,eval=0.2.
         split_from: directory of an earlier call whose splits.tsv is used instead of `split` and `seed`.
         seed: for the split and the pairs; default 1234.
-        entities: KEY=VALUE that file names must have, such as ses=1, or KEY=none for names without the key; a key
-            that is given twice may have either value.
+        entities: KEY=VALUE that file names must have, such as ses=1, or KEY=none for names without the key; if a
+            key is given twice, either value is accepted.
         derivatives: use the scans in `root`/derivatives/THIS instead.
         missing: values that mean a missing one, besides those of `is_missing`. If given, no other value is doubted.
         pairs_per_subject: references for each scan of a query subject; default 4. Half have its label if there are

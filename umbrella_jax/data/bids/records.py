@@ -91,8 +91,9 @@ def draw_pairs(
 ) -> Iterator[tuple[LabelledScan, LabelledScan]]:
     """Yield (reference, query) for every scan as query, with `references` other subjects of the same split.
 
-    Half of a query's references have its label if there are enough; an odd one goes to either half in turn. If there
-    are too few of one half, the other fills up; if there are too few of both, a query has fewer references.
+    Half of a query's references have its label and half another, if there are enough of both. If `references` is odd,
+    successive queries give the extra one to either half in turn. If there are too few of one kind, the other fills up.
+    If there are too few in all, the query has fewer references.
     """
     labels = dict.fromkeys(subject.label for subject in subjects)
     same = {label: [s for s in subjects if s.label == label] for label in labels}
