@@ -70,7 +70,7 @@ def plural(number: int, noun: str) -> str:
 
 
 INTERVAL = 30.0
-"""Seconds between progress lines, where there is no progress bar: in a log, and on a stderr that is no terminal."""
+"""Seconds between progress lines in a log, or on stderr if it is no terminal and so has no progress bar."""
 _RECENT = 50
 """Number of newest steps or batches over which rates are averaged."""
 

@@ -248,11 +248,11 @@ def put_batch(batch: T, mesh: Mesh, *, axis: int) -> T:
     Raises:
         ConfigError: the devices do not divide the axis.
     """
-    own = parts(mesh)
+    local_parts = parts(mesh)
     for leaf in jax.tree.leaves(batch):
-        if leaf.shape[axis] % len(own.own):
-            rows = leaf.shape[axis] * own.total // len(own.own)
-            raise ConfigError(f"train.batch_size: {rows} rows cannot be split over {own.total} devices")
+        if leaf.shape[axis] % len(local_parts.own):
+            rows = leaf.shape[axis] * local_parts.total // len(local_parts.own)
+            raise ConfigError(f"train.batch_size: {rows} rows cannot be split over {local_parts.total} devices")
     sharding = NamedSharding(mesh, P(*[None] * axis, ROWS))
     # jax.device_put would first compare the arrays of all processes
     return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), batch)

@@ -170,10 +170,12 @@ def fit_cnn(
     Raises:
         RunError: no epoch's loss on the held-out questions was finite.
     """
-    own = np.setdiff1d(np.arange(len(targets)), held_out)
-    centre, scale = (0.0, 1.0) if classes else (float(targets[own].mean()), float(targets[own].std()) or 1.0)
+    trained_on = np.setdiff1d(np.arange(len(targets)), held_out)
+    centre, scale = (
+        (0.0, 1.0) if classes else (float(targets[trained_on].mean()), float(targets[trained_on].std()) or 1.0)
+    )
     scaled = targets.astype(np.int32) if classes else ((targets - centre) / scale).astype(np.float32)
-    (first,) = stream([own[:1]], None)
+    (first,) = stream([trained_on[:1]], None)
     network = SFCN([x.shape[-1] for x in first], classes or 1, widths=widths, rngs=nnx.Rngs(seed))
     network.train()
     training, *states = nnx.split(network, nnx.Param, ...)
@@ -182,13 +184,13 @@ def fit_cnn(
     inference = nnx.graphdef(network)
     moments = _ADAMW.init(params)
     rng = np.random.default_rng(seed)
-    size = min(BATCH, len(own))
-    steps = epochs * len(_batches(own, size))
+    size = min(BATCH, len(trained_on))
+    steps = epochs * len(_batches(trained_on, size))
     rates = np.asarray(optax.warmup_cosine_decay_schedule(0.0, _PEAK, round(_WARM_UP * steps), steps)(np.arange(steps)))
-    lowest, best, kept, step = np.inf, 0, None, 0
+    lowest_loss, best_epoch, best_variables, step = np.inf, 0, None, 0
     with tqdm(total=epochs, desc=f"CNN {name}".strip(), unit="epoch", disable=None) as bar:
         for epoch in range(1, epochs + 1):
-            batches = _batches(rng.permutation(own), size)
+            batches = _batches(rng.permutation(trained_on), size)
             for indices, scans in zip(batches, stream(batches, epoch), strict=True):
                 batch_targets, rate = scaled[indices], rates[step]
                 params, rest, moments = _step(params, rest, moments, rate, scans, batch_targets, graphdef=training)
@@ -197,11 +199,11 @@ def fit_cnn(
             loss = float(_losses(jnp.asarray(outputs, jnp.float32), scaled[held_out]).mean())
             bar.set_postfix(loss=loss)
             bar.update()
-            if loss < lowest:
-                lowest, best, kept = loss, epoch, (params, rest)
-    if kept is None:
+            if loss < lowest_loss:
+                lowest_loss, best_epoch, best_variables = loss, epoch, (params, rest)
+    if best_variables is None:
         raise RunError(f"CNN {name}: no epoch had a finite loss on the held-out subjects")
-    return TrainedCnn(inference, kept, best, centre, scale)
+    return TrainedCnn(inference, best_variables, best_epoch, centre, scale)
 
 
 def _batches(indices: np.ndarray, size: int) -> list[np.ndarray]:

@@ -240,7 +240,7 @@ def _problems(
     rows = {"train": blank_rows(train.conversations), "eval": blank_rows(evaluation.conversations)}
     problems, notes, faults = list[_Problem](), list[str](), list[str]()
     for name, task in tasks.items():
-        learnt, asked = (
+        train_scans, eval_scans = (
             {
                 i: _question(data.conversations[i], task.kind == "comparison")
                 for i, row in enumerate(rows[split])
@@ -250,15 +250,17 @@ def _problems(
         )
         if task.kind == "text":
             notes.append(f"{name}: no baseline, since its answers are open.")
-        elif not any(asked.values()):
+        elif not any(eval_scans.values()):
             notes.append(f"{name}: no baseline, since it shows no scan.")
-        elif not learnt:
+        elif not train_scans:
             notes.append(f"{name}: no baseline, since train has no such conversation.")
         else:
             try:
-                own = tasks_of([rows["train"][i] for i in learnt], {k: v for k, v in configured.items() if k == name})
-                _check_task(name, task, own[name], (train, learnt), (evaluation, asked))
-                task_problems, task_notes = _task_problems(name, task, own[name], rows, learnt, asked)
+                train_tasks = tasks_of(
+                    [rows["train"][i] for i in train_scans], {k: v for k, v in configured.items() if k == name}
+                )
+                _check_task(name, task, train_tasks[name], (train, train_scans), (evaluation, eval_scans))
+                task_problems, task_notes = _task_problems(name, task, train_tasks[name], rows, train_scans, eval_scans)
             except UmbrellaError as error:
                 faults += [f"baseline of {name}: {fault}" for fault in error.faults]
                 continue

@@ -65,16 +65,16 @@ def check_output(path: str | Path, remedy: str, *, folder: bool) -> None:
     if not folder and absolute.exists() and not absolute.is_file():
         raise ConfigError(f"{path}: a device or a pipe, not a regular file; {remedy}")
     folders = [absolute, *absolute.parents] if folder else absolute.parents
-    there = next(parent for parent in folders if os.path.lexists(parent))
-    if not there.is_dir():
-        kind = "a broken link" if there.is_symlink() else "a file, not a directory"
-        raise ConfigError(f"{path}: {kind if there == absolute else f'{there} is {kind}'}; {remedy}")
+    nearest = next(parent for parent in folders if os.path.lexists(parent))
+    if not nearest.is_dir():
+        kind = "a broken link" if nearest.is_symlink() else "a file, not a directory"
+        raise ConfigError(f"{path}: {kind if nearest == absolute else f'{nearest} is {kind}'}; {remedy}")
     try:
-        tempfile.TemporaryFile(dir=there).close()  # has no name on most file systems, so a kill leaves nothing
+        tempfile.TemporaryFile(dir=nearest).close()  # has no name on most file systems, so a kill leaves nothing
     except OSError as error:
         # a pseudo file system (/proc, /sys) reports that there is no such file
         cause = "it takes no new files" if error.errno in (errno.ENOENT, errno.EINVAL) else error.strerror
-        raise ConfigError(f"{path}: {there} cannot be written to: {cause}; {remedy}") from None
+        raise ConfigError(f"{path}: {nearest} cannot be written to: {cause}; {remedy}") from None
 
 
 def check_run_name(path: str | Path, remedy: str) -> None:

@@ -268,14 +268,14 @@ def stored_dtype(config: ModelConfig, config_json: Path) -> str:
     if config.frozen_dtype != "auto":
         return config.frozen_dtype
     raw = read_json(config_json, CheckpointError, "give the whole folder of a LLaVA in Hugging Face format")
-    found = raw
+    dtype_name = raw
     if isinstance(raw, dict):
         sections = [raw, *(raw[name] for name in ("text_config",) if isinstance(raw.get(name), dict))]
-        stated = (section.get(key) for section in sections for key in ("torch_dtype", "dtype"))
-        found = next((dtype for dtype in stated if dtype), "float32")
-    if found not in _STORED:
-        raise CheckpointError(f"{config_json}: dtype: expected one of {', '.join(_STORED)}, got {found!r}")
-    return found
+        stated_dtypes = (section.get(key) for section in sections for key in ("torch_dtype", "dtype"))
+        dtype_name = next((dtype for dtype in stated_dtypes if dtype), "float32")
+    if dtype_name not in _STORED:
+        raise CheckpointError(f"{config_json}: dtype: expected one of {', '.join(_STORED)}, got {dtype_name!r}")
+    return dtype_name
 
 
 def plan_hardware(

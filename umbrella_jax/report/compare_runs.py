@@ -119,10 +119,10 @@ def _read(path: Path, name: str) -> Run:
     ended = how_it_ended(path / LOG)
     done = bool(lines) and lines[-1].get("step") == lines[-1].get("steps")
     state: State = "running" if running else "finished" if done or ended == "" else "stopped"
-    why = {"stopped": ended or "no end in log.txt, as if the process was killed"}.get(state, "")
+    stop_reason = {"stopped": ended or "no end in log.txt, as if the process was killed"}.get(state, "")
     if faults:
-        state, why = "damaged", "; ".join([*(["running"] if running else []), *faults])
-    return Run(name, path, state, why, tuple(lines), config, at)
+        state, stop_reason = "damaged", "; ".join([*(["running"] if running else []), *faults])
+    return Run(name, path, state, stop_reason, tuple(lines), config, at)
 
 
 def _evaluations(lines: Iterable[Line]) -> dict[int, Line]:

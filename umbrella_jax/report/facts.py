@@ -148,25 +148,27 @@ def read_facts(
     with faults:
         lines, inputs = read_metrics(run / METRICS), _inputs(run)
     with faults:
-        file, at, why = Path(predictions or ""), None, ""
+        file, answered_step, step_reason = Path(predictions or ""), None, ""
         if predictions is None:
-            file, at, why = _evaluation(run, config.train, step)
-        if weights and at is not None and at not in saved:
+            file, answered_step, step_reason = _evaluation(run, config.train, step)
+        if weights and answered_step is not None and answered_step not in saved:
             steps = ", ".join(map(str, saved))
-            raise ConfigError(f"--explain: step {at} answered, but its checkpoint is gone; expected --step {steps}")
+            raise ConfigError(
+                f"--explain: step {answered_step} answered, but its checkpoint is gone; expected --step {steps}"
+            )
         rows = read_predictions(file)
-    others: dict[str, list[dict[str, Any]]] = {}
+    baseline_rows: dict[str, list[dict[str, Any]]] = {}
     with faults:
-        others = {} if baseline is None else _baselines(Path(baseline))
+        baseline_rows = {} if baseline is None else _baselines(Path(baseline))
     faults.raise_as(DataError)
-    read: dict[str, list[Conversation] | str] = {}
+    splits: dict[str, list[Conversation] | str] = {}
     for split in ("train", "eval"):
         if getattr(config.data, split) is not None:
             try:
-                read[split] = _conversations(config, model, split, inputs)
+                splits[split] = _conversations(config, model, split, inputs)
             except UmbrellaError as error:
-                read[split] = error.faults[0]
-    evaluated = read.get("eval", "data.eval: the run has none")
+                splits[split] = error.faults[0]
+    evaluated = splits.get("eval", "data.eval: the run has none")
     with faults:
         # infer tasks from all evaluation data if possible: the rows may cover only a part (train.eval_samples)
         all_rows = rows if isinstance(evaluated, str) else blank_rows(evaluated)
@@ -174,22 +176,24 @@ def read_facts(
         tasks = {name: task for name, task in known.items() if name in groups}
     with faults:
         conversations = _answered(evaluated, rows, file) if samples else []
-    for name, answers in others.items():
+    for name, answers in baseline_rows.items():
         faults += _baseline_faults(name, answers, rows)
     faults.raise_as(DataError)
 
     order = _order(rows, tasks)
-    chosen = [_sample(conversations[i], rows[i], tasks[task_of(rows[i])], failed) for i, failed in order[:samples]]
-    _check_volumes(chosen, inputs)
+    shown_samples = [
+        _sample(conversations[i], rows[i], tasks[task_of(rows[i])], failed) for i, failed in order[:samples]
+    ]
+    _check_volumes(shown_samples, inputs)
     _, shapes = abstract_params(replace(model, lora=config.model.lora))
     labels = freeze.label_params(list(shapes), list(config.train.groups))
     options: dict[str, Any] = {"resamples": config.evaluation.resamples}
     return Facts(
         run=run,
         config=config,
-        step=at,
-        step_reason=why,
-        answering=choose_step(run, config.train, saved, None)[0] if at is None else at,
+        step=answered_step,
+        step_reason=step_reason,
+        answering=choose_step(run, config.train, saved, None)[0] if answered_step is None else answered_step,
         saved=saved,
         versions=meta["versions"],
         base={
@@ -200,14 +204,14 @@ def read_facts(
         model=model,
         trains=freeze.counts(shapes, labels),
         trained=tuple(path for path, label in labels.items() if label != freeze.FROZEN),
-        data={split: {"path": getattr(config.data, split)} | _counts(c) for split, c in read.items()},
+        data={split: {"path": getattr(config.data, split)} | _counts(c) for split, c in splits.items()},
         lines=tuple(lines),
         predictions=file,
         rows=tuple(rows),
         scores=score(rows, tasks, **options),
         baselines={
             name: score(answers, {task: tasks[task] for task in tasks if task in by_task(answers)}, **options)
-            for name, answers in others.items()
+            for name, answers in baseline_rows.items()
         },
         calibration={
             name: tuple(_bins(tasks[name], members))
@@ -220,7 +224,7 @@ def read_facts(
             if tasks[name].kind == "regression"
         },
         failures=sum(failed for _, failed in order),
-        samples=tuple(chosen),
+        samples=tuple(shown_samples),
     )
 
 

@@ -215,24 +215,27 @@ def _pictures(image: Image, config: ModalityConfig, explained: Explanation | Non
         config,
     )
     sides = "" if codes else "planes of the array's axes, since the file does not say which side is which"
-    at, where = None, "slices through the middle"
+    voxel, position = None, "slices through the middle"
     if explained is not None:  # show the scan and its map in the same slices
         shares = explained.maps[image]
         values = shares if shares.ndim == 3 else shares.sum(-1)
-        at = tuple(int(i) for i in np.unravel_index(np.abs(values).argmax(), values.shape))
-        where = "slices through the voxel with the largest share"
+        voxel = tuple(int(i) for i in np.unravel_index(np.abs(values).argmax(), values.shape))
+        position = "slices through the voxel with the largest share"
     for part, picture in images_to_draw(array):
-        caption = ", ".join(filter(None, (part, where, sides)))
-        yield caption, png(draw_planes(cut_planes(picture, codes, spacing, at), *grey_range(picture), longest=_LONGEST))
+        caption = ", ".join(filter(None, (part, position, sides)))
+        yield (
+            caption,
+            png(draw_planes(cut_planes(picture, codes, spacing, voxel), *grey_range(picture), longest=_LONGEST)),
+        )
     if explained is not None:
-        under, size = images_to_draw(array)[0][1], np.abs(values)
+        scan, size = images_to_draw(array)[0][1], np.abs(values)
         limit = float(np.percentile(size[size > 0], 99)) if size.any() else 1.0
-        planes, over = (cut_planes(x, codes, spacing, at) for x in (under, values / limit))
+        planes, overlay = (cut_planes(x, codes, spacing, voxel) for x in (scan, values / limit))
         unit = "nats per voxel" + ("" if shares.ndim == 3 else ", all frames")
         yield (
             "red speaks for the answer, blue against it; the same slices; all shares sum to "
             f"{short(float(values.sum()))} nats",
-            png(draw_planes(planes, *grey_range(under), over, bar=(short(limit), unit), longest=_LONGEST)),
+            png(draw_planes(planes, *grey_range(scan), overlay, bar=(short(limit), unit), longest=_LONGEST)),
         )
 
 

@@ -55,28 +55,29 @@ def _compile(run: Prepared, state: TrainState, say: Say) -> None:
     Raises ConfigError naming each program that needs more memory than the device has.
     """
     device = jax.local_devices()[0]
-    has = (device.memory_stats() or {}).get("bytes_limit")
+    device_memory = (device.memory_stats() or {}).get("bytes_limit")
     if device.platform == "cpu":
-        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        device_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     sizes, planned, faults = list[int](), list[float](), list[str]()
     say("compiling; compile time and device memory of each program:")
     began = last = time.perf_counter()
-    for what, shape, program in _programs(run, state):
-        took, last = time.perf_counter() - last, time.perf_counter()
+    for name, shape, program in _programs(run, state):
+        seconds, last = time.perf_counter() - last, time.perf_counter()
         size = _memory(program)
-        say(f"  {took:.1f} s, " + ("" if size is None else f"{_bytes(size)}, ") + f"{what} of {shape}")
+        say(f"  {seconds:.1f} s, " + ("" if size is None else f"{_bytes(size)}, ") + f"{name} of {shape}")
         sizes.append(size or 0)
-        if what == "step":
+        if name == "step":
             planned.append(_planned(run, shape))
-        if has is not None and (size or 0) > has:
+        if device_memory is not None and (size or 0) > device_memory:
             faults.append(
-                f"{what} of {shape}: needs {_bytes(size or 0)} on a device that has {_bytes(has)}; {MEMORY_REMEDY}"
+                f"{name} of {shape}: needs {_bytes(size or 0)} on a device that has {_bytes(device_memory)}; "
+                f"{MEMORY_REMEDY}"
             )
     say(f"{len(sizes)} programs compiled in {time.perf_counter() - began:.1f} s")
     compiled = _bytes(max(sizes)) if any(sizes) else "not known"
     say(
         f"memory per device: {compiled} as compiled, {_bytes(max(planned))} as plan estimates; it has "
-        + ("an unknown size" if has is None else _bytes(has))
+        + ("an unknown size" if device_memory is None else _bytes(device_memory))
     )
     if faults:
         raise ConfigError(faults)

@@ -173,9 +173,8 @@ def check_same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any],
         meta: this run's.
         inputs: the files that this run reads.
     """
-    stored = to_dict(
-        parse_stored_config(saved["config"], str(directory))
-    )  # adds the fields that did not exist when the run began
+    # Parsing adds the fields that did not exist when the run began.
+    stored = to_dict(parse_stored_config(saved["config"], str(directory)))
     faults = _changed_settings(stored, meta["config"])
     if saved["base_fingerprint"] != meta["base_fingerprint"]:
         faults.append("model.base: not the weights that the run started from")
@@ -188,7 +187,7 @@ def check_same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any],
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
-    if saved["inputs"] != meta["inputs"] and not faults:  # changed settings alone explain other inputs
+    if saved["inputs"] != meta["inputs"] and not faults:  # other settings would explain other inputs
         record = directory.parent / INPUTS
         names = []
         if record.exists():

@@ -175,32 +175,32 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
             )
             state = fit(run.training, state, batches, hooks, pending=pending, say=say)
         best = checkpoints.best()
-        chosen = best[0][0] if best else num_steps
+        best_step = best[0][0] if best else num_steps
         data = run.data.evaluation if config.train.keep_best else None
-        if data and not broadcast(_is_evaluated(run, data, chosen) if log else None):
+        if data and not broadcast(_is_evaluated(run, data, best_step) if log else None):
             trainable = state.trainable
             del state  # large moments leave no room for another step's parameters
-            if chosen != num_steps:
+            if best_step != num_steps:
                 with raise_together():
-                    trainable = checkpoints.restore_trainable(chosen, partial(param_sharding, mesh))
+                    trainable = checkpoints.restore_trainable(best_step, partial(param_sharding, mesh))
             with jax.set_mesh(mesh):
-                evaluation = evaluate(run, data, interrupted, options, chosen, trainable, final=True)
+                evaluation = evaluate(run, data, interrupted, options, best_step, trainable, final=True)
             if evaluation is None:
                 number = interrupted()
                 name = signal.Signals(number).name
                 raise Interrupted(number, f"{name}: all {num_steps} steps are saved; --resume evaluates the result")
             if log:
-                add_final_metrics(out / METRICS, chosen, evaluation)
+                add_final_metrics(out / METRICS, best_step, evaluation)
     for step, value in best:
         say(f"best: {config.train.best_metric} {value:.4g} at step {step}: {checkpoints.directory / str(step)}")
     if best:
         say("answers, scores, exports and reports use the best step; choose another with --step latest or --step N")
     lines = {line["step"]: line for line in read_metrics(out / METRICS)} if log else {}
-    last, line = broadcast([lines[num_steps], with_final(lines[chosen])] if log else None)
+    last, line = broadcast([lines[num_steps], with_final(lines[best_step])] if log else None)
     shown = (name for name in ("step", "loss", "grad_norm", "learning_rate") if name in last)
     say("  ".join(_number(name, last[name]) for name in shown))
     if best:
-        say(f"evaluation of the best, step {chosen}:")
+        say(f"evaluation of the best, step {best_step}:")
     for name, value in line.items():
         if name.startswith("eval_"):
             say(_number(name, value))  # one line each: a task has many

@@ -475,19 +475,21 @@ _STATISTICS: dict[TaskKind, Callable[[Task, Sequence[Prediction], np.ndarray], d
 def _notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Prediction]], resamples: int) -> Iterator[str]:
     known = Counter(_subject(row)[0] for members in groups.values() for row in members)
     keys = " and ".join(f"{key} ({n} answers)" for key, n in sorted(known.items()))
-    how = f"95 % intervals: {resamples} resamples of subjects" if resamples else "No intervals: no resamples"
-    yield f"{how}; subjects by {keys}."
+    intervals = f"95 % intervals: {resamples} resamples of subjects" if resamples else "No intervals: no resamples"
+    yield f"{intervals}; subjects by {keys}."
     for name, task in tasks.items():
         rows = groups[name]
         if task.kind == "regression":
-            none = sum(parse_number(row["prediction"], task.unit) is None for row in rows)
-            what = "are no number" + (f" ({task.unit})" if task.unit else "")
-            so = "the end of the references' range that is farther from the truth, and not in pearson and spearman"
+            num_failed = sum(parse_number(row["prediction"], task.unit) is None for row in rows)
+            failure = "are no number" + (f" ({task.unit})" if task.unit else "")
+            counts_as = (
+                "the end of the references' range that is farther from the truth, and not in pearson and spearman"
+            )
         else:
-            none = sum(normalise(row["prediction"]) not in task.classes for row in rows) if task.answers else 0
-            what, so = f"are none of {', '.join(task.classes)}", "wrong"
-        if none:
-            yield f"{name}: {none} of {len(rows)} answers {what}; each counts as {so}."
+            num_failed = sum(normalise(row["prediction"]) not in task.classes for row in rows) if task.answers else 0
+            failure, counts_as = f"are none of {', '.join(task.classes)}", "wrong"
+        if num_failed:
+            yield f"{name}: {num_failed} of {len(rows)} answers {failure}; each counts as {counts_as}."
         if len(task.classes) == 1:
             yield f"{name}: every reference is {task.classes[0]}; list all answers in evaluation.tasks.{name}.answers."
     lacking = {

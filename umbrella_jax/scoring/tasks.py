@@ -48,7 +48,7 @@ class Task:
         return _truth(row, self.labels)
 
     def compared_with(self, row: Prediction) -> str:
-        """Return the normalised answer that `metadata.reference_label` stands for."""
+        """Return the normalised answer that has the meaning of `metadata.reference_label`."""
         return _answer_for(label_of(row, "reference_label"), self.labels)
 
     def figures(self, *, likelihoods: bool) -> list[str]:

@@ -343,7 +343,7 @@ def _check_damage(directory: Path) -> Iterator[None]:
 def param_shapes(directory: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shape and type of each parameter that `save_params` wrote, by path, without reading the parameters.
 
-    Raises CheckpointError if the record of them is damaged.
+    Raises CheckpointError if their record is damaged.
     """
     with _check_damage(directory), ocp.PyTreeCheckpointer() as checkpointer:
         saved = dict(checkpointer.metadata(_orbax_path(directory)).item_metadata)

@@ -26,7 +26,7 @@ def make_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
 
 
 def only_when_present(inner: optax.GradientTransformation, modality: str) -> optax.GradientTransformationExtraArgs:
-    """Apply `inner` only in steps whose conversations show `modality`; leave parameters and state alone in others.
+    """Apply `inner` only in steps whose conversations show `modality`; leave parameters and state unchanged in others.
 
     Otherwise, Adam's momentum and weight decay would move the patch embedding of a modality that no volume showed.
     """
