@@ -87,7 +87,7 @@ class _Section:
         return kind(value)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_checkpoint_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file. Raises CheckpointError if the file cannot be read or contains anything else."""
     data = reading.read_json(path, CheckpointError, "give the whole folder of a LLaVA in Hugging Face format, or a run")
     if not isinstance(data, dict):
@@ -103,7 +103,7 @@ def check_code(directory: Path) -> None:
     faults = []
     for file in (directory / name for name in _CODE):
         if file.exists():
-            raw = read_json(file)
+            raw = read_checkpoint_json(file)
             sections = {"": raw, **{f"{key}.": value for key, value in raw.items() if isinstance(value, dict)}}
             faults += [
                 f"{file}: {name}auto_map: names code to be run; code of a checkpoint is not, take it out of the file"
@@ -152,7 +152,7 @@ def _tied(raw: Mapping[str, Any]) -> bool:
 
 def unused_dropout(directory: str | Path) -> list[str]:
     """Return a message for each dropout in config.json, which PyTorch applies in training and this package does not."""
-    raw = read_json(Path(directory) / CONFIG)
+    raw = read_checkpoint_json(Path(directory) / CONFIG)
     sections = {"": raw, **{f"{name}.": _section(raw, name) for name in ("vision_config", "text_config")}}
     return [
         f"{Path(directory) / CONFIG}: {prefix}{key}: {value} is not applied: there is no dropout in training here"
@@ -186,7 +186,7 @@ def read_config(
     check_placeholders(directory)
     if not (directory / CONFIG).exists() and (found := folder_contents(directory)):
         raise CheckpointError(f"{directory}: no {CONFIG}; found {found}")
-    raw = read_json(directory / CONFIG)
+    raw = read_checkpoint_json(directory / CONFIG)
     check_code(directory)
     faults: list[str] = []
     sections = {"": raw, **{k: _section(raw, k) for k in ("vision_config", "text_config")}}
@@ -261,7 +261,7 @@ def stored_modalities(directory: str | Path, patch_embed: Path | None = None) ->
     path = Path(directory) / UMBRELLA_CONFIG
     stored: dict[str, ModalityConfig] = {}
     if path.exists():
-        section = {"modalities": read_json(path).get("modalities")}
+        section = {"modalities": read_checkpoint_json(path).get("modalities")}
         stored = parse_config({"model": section}, str(path)).model.modalities
     if patch_embed is not None:
         theirs = open_trainable(patch_embed).modalities
@@ -278,7 +278,7 @@ def stored_template(directory: str | Path, patch_embed: Path | None = None) -> T
     if patch_embed is not None:
         template = open_trainable(patch_embed).template
     else:
-        template = read_json(path).get("template") if path.exists() else None
+        template = read_checkpoint_json(path).get("template") if path.exists() else None
     if template not in (None, *get_args(Template)):
         raise ConfigError(f"{path}: template: expected one of {', '.join(get_args(Template))}, got {template!r}")
     return template
@@ -290,7 +290,7 @@ def stored_untrained(directory: str | Path, patch_embed: Path | None = None) -> 
     For modalities in the file `patch_embed`, its record replaces that of `umbrella_config.json`.
     """
     path = Path(directory) / UMBRELLA_CONFIG
-    untrained = _string_mapping(path, read_json(path).get("untrained")) if path.exists() else {}
+    untrained = _string_mapping(path, read_checkpoint_json(path).get("untrained")) if path.exists() else {}
     if patch_embed is not None:
         trained = open_trainable(patch_embed)
         untrained = {m: why for m, why in untrained.items() if resolve_modality(m, trained.modalities) is None}
@@ -301,7 +301,7 @@ def stored_untrained(directory: str | Path, patch_embed: Path | None = None) -> 
 def stored_first_steps(directory: str | Path) -> dict[str, int] | None:
     """Return {modality: first step that shows one} from the model folder of a run; None if it is not recorded."""
     path = Path(directory) / UMBRELLA_CONFIG
-    stated = read_json(path).get("first_steps") if path.exists() else None
+    stated = read_checkpoint_json(path).get("first_steps") if path.exists() else None
     if stated is not None and not (isinstance(stated, dict) and all(type(step) is int for step in stated.values())):
         raise ConfigError(f"{path}: first_steps: expected {{modality: step}}, got {stated!r}")
     return stated
@@ -349,13 +349,13 @@ def _modalities(
 
 def file_vocab_size(directory: str | Path) -> int:
     """Return the number of embeddings according to the checkpoint's config.json."""
-    raw = read_json(Path(directory) / CONFIG)
+    raw = read_checkpoint_json(Path(directory) / CONFIG)
     return int(_section(raw, "text_config").get("vocab_size") or 151936)
 
 
 def is_tied(directory: str | Path) -> bool:
     """Return whether the head is tied to the embeddings according to the checkpoint's config.json."""
-    return _tied(read_json(Path(directory) / CONFIG))
+    return _tied(read_checkpoint_json(Path(directory) / CONFIG))
 
 
 def _small_files(source: Path) -> list[Path]:
@@ -382,7 +382,7 @@ def changed_files(directory: Path) -> list[str]:
     affects answers, and a flipped bit in a digit or a word is still valid, so each change is reported.
     """
     record = directory / UMBRELLA_CONFIG
-    stated = read_json(record).get(FILES, {}) if record.exists() else {}
+    stated = read_checkpoint_json(record).get(FILES, {}) if record.exists() else {}
     expected, found = read_checksums(stated, record, FILES), _file_checksums(directory)
     remedy = f"recorded it; copy it again or, if the change is on purpose, delete its line from {FILES} there"
     return [

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.checksum import FILES, KEY
-from convert.config_json import CONFIG, UMBRELLA_CONFIG, _file_checksums, _section, _small_files, read_json
+from convert.config_json import CONFIG, UMBRELLA_CONFIG, _file_checksums, _section, _small_files, read_checkpoint_json
 from convert.rules import hub_name
 from umbrella_jax.config.schema import (
     ALIASES,
@@ -112,7 +112,7 @@ def write_config(
         finish: called with `out_dir` to change small files before their checksums are recorded.
     """
     source, out = Path(source_dir), Path(out_dir)
-    raw = hf_dict(read_json(source / CONFIG), config)
+    raw = hf_dict(read_checkpoint_json(source / CONFIG), config)
     if dtype is not None:
         raw = {k: v for k, v in raw.items() if k != "dtype"} | {"torch_dtype": dtype}  # transformers 5 reads either
     renamed = export_names(config.modalities, names)

@@ -15,8 +15,8 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import SingleDeviceSharding
 
 from convert.config_json import CONFIG, UMBRELLA_CONFIG, file_vocab_size, is_tied, stored_modalities
-from convert.lazy_tensor import ShardingFor, Tensor, add_product, grow, place, stack
-from convert.patch_embed_init import inflate, resample
+from convert.lazy_tensor import ShardingFor, Tensor, add_product, grow, place, stack_tensors
+from convert.patch_embed_init import inflate_patch_embed, resample_patch_embed
 from convert.rules import EMBED, LM_HEAD, REPLACED, TensorMapping, hub_name, map_tensors
 from convert.safetensors_files import open_checkpoint, weights_digest
 from convert.trainable import open_trainable
@@ -106,7 +106,7 @@ class LoadPlan:
             elif sources[0][0].layer is None:
                 tensor = sources[0][1].reshape(sources[0][0].shape)
             else:
-                tensor = stack([tensor.reshape(entry.shape) for entry, tensor in sources])
+                tensor = stack_tensors([tensor.reshape(entry.shape) for entry, tensor in sources])
             params[path] = tensor.astype(dtype)
         for name, weights in self.initial_weights.items():
             params |= {
@@ -410,7 +410,7 @@ def _random(name: str, config: LlavaConfig, *, lost: bool) -> InitialWeights:
 def _inflated(image: Mapping[str, Tensor], new: ModalityConfig) -> InitialWeights:
     def make(_: int) -> dict[str, np.ndarray]:
         kernel, bias, table = (image[hub].read() for hub in _IMAGE)
-        return inflate(kernel, bias, table, new)
+        return inflate_patch_embed(kernel, bias, table, new)
 
     return InitialWeights("inflated from SigLIP's own", tuple(image.values()), make, untrained=True)
 
@@ -418,7 +418,7 @@ def _inflated(image: Mapping[str, Tensor], new: ModalityConfig) -> InitialWeight
 def _resampled(ours: list[tuple[TensorMapping, Tensor]], old: ModalityConfig, new: ModalityConfig) -> InitialWeights:
     def make(_: int) -> dict[str, np.ndarray]:
         weight, bias, table = (tensor.reshape(entry.shape).read() for entry, tensor in ours)
-        return resample(weight, bias, table, old, new)
+        return resample_patch_embed(weight, bias, table, old, new)
 
     how = f"resampled from size {_x(old.size)}, patch {_x(old.patch)}"
     return InitialWeights(how, tuple(tensor for _, tensor in ours), make)

@@ -117,7 +117,7 @@ class Tensor:
         return dataclasses.replace(self, shape=self.shape[1:], fill=fill)
 
 
-def stack(layers: Sequence[Tensor]) -> Tensor:
+def stack_tensors(layers: Sequence[Tensor]) -> Tensor:
     """Stack tensors of the same shape and type on a new axis 0."""
 
     def fill(out: np.ndarray, index: Index) -> None:

@@ -13,13 +13,16 @@ from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.errors import CheckpointError
 
 
-def inflate(kernel: np.ndarray, bias: np.ndarray, table: np.ndarray, modality: ModalityConfig) -> dict[str, np.ndarray]:
+def inflate_patch_embed(
+    kernel: np.ndarray, bias: np.ndarray, table: np.ndarray, modality: ModalityConfig
+) -> dict[str, np.ndarray]:
     """Inflate SigLIP's 2D patch embedding to initial weights for volumes of `modality`.
 
     Rows of the kernel and of the table's grid run along H, columns along W. Channels are summed, since a grey image has
-    the same values in R, G and B. All axes are resized as in `resample`; depth and time have size 1 in an image. Along
-    depth and time this divides w by pd·pt, so a volume that is constant along both gives the same output as its slice
-    (filter inflation of I3D, Carreira & Zisserman 2017). Positions are repeated along both (ViViT, Arnab et al. 2021).
+    the same values in R, G and B. All axes are resized as in `resample_patch_embed`; depth and time have size 1 in an
+    image. Along depth and time this divides w by pd·pt, so a volume that is constant along both gives the same output
+    as its slice (filter inflation of I3D, Carreira & Zisserman 2017). Positions are repeated along both (ViViT, Arnab
+    et al. 2021).
 
     Args:
         kernel: [E, C, p, p].
@@ -40,7 +43,7 @@ def inflate(kernel: np.ndarray, bias: np.ndarray, table: np.ndarray, modality: M
     )
 
 
-def resample(
+def resample_patch_embed(
     weight: np.ndarray, bias: np.ndarray, table: np.ndarray, old: ModalityConfig, new: ModalityConfig
 ) -> dict[str, np.ndarray]:
     """Resample the patch embedding of `old` to initial weights for the size and patch of `new`.

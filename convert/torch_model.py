@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from convert.config_json import CONFIG, read_config, read_json
+from convert.config_json import CONFIG, read_checkpoint_json, read_config
 from convert.export_config import hf_dict
 from convert.from_hf import fingerprint, plan_loading
 from convert.lazy_tensor import Tensor
@@ -110,7 +110,7 @@ def load_umbrella(
         )
     if patch_embed is not None:
         fingerprint(directory, patch_embed)  # raises for another base
-    model = umbrella_model(hf_dict(read_json(directory / CONFIG), config), config, plan.params(name))
+    model = umbrella_model(hf_dict(read_checkpoint_json(directory / CONFIG), config), config, plan.params(name))
     if (directory / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     return model

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from convert.config_json import CONFIG, read_json
+from convert.config_json import CONFIG, read_checkpoint_json
 from convert.lazy_tensor import Tensor, host_memory, place
 from convert.to_hf import hub_tensors
 from umbrella_jax.batch import Batch
@@ -179,7 +179,7 @@ def compare_reading(description: Path, config: LlavaConfig, *, grown: bool) -> l
     import transformers
 
     try:
-        theirs = transformers.LlavaConfig.from_dict(read_json(description / CONFIG))
+        theirs = transformers.LlavaConfig.from_dict(read_checkpoint_json(description / CONFIG))
         text, vision = theirs.text_config, theirs.vision_config
         rope = getattr(text, "rope_parameters", None) or {"rope_theta": getattr(text, "rope_theta", None)}
         tied = theirs.tie_word_embeddings if transformers.__version__ >= "5" else text.tie_word_embeddings

@@ -29,7 +29,7 @@ from tests.helpers.small_run import (
     write_volume,
 )
 from umbrella_jax.baselines import probe as probe_module
-from umbrella_jax.baselines.cnn import SFCN, WIDTHS, by_slices, channels, fit_cnn
+from umbrella_jax.baselines.cnn import SFCN, WIDTHS, channels, conv_by_slices, fit_cnn
 from umbrella_jax.baselines.probe import FOLDS, Tower, fit_probe, folds
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.demo import make_base
@@ -79,7 +79,7 @@ def test_a_convolution_by_slices_is_xlas_own() -> None:
         return jnp.sum(jnp.sin(y))
 
     for argument in (1, 2):
-        ours, own = (jax.grad(run, argument)(f, x, kernel) for f in (by_slices, jax.lax.conv_general_dilated))
+        ours, own = (jax.grad(run, argument)(f, x, kernel) for f in (conv_by_slices, jax.lax.conv_general_dilated))
         np.testing.assert_allclose(ours, own, rtol=1e-4, atol=1e-4)
 
 

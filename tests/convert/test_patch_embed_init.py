@@ -7,7 +7,7 @@ import torch
 from flax import nnx
 from scipy.ndimage import map_coordinates
 
-from convert.patch_embed_init import inflate, resample
+from convert.patch_embed_init import inflate_patch_embed, resample_patch_embed
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.models.patch_embed import PatchEmbed
@@ -101,7 +101,7 @@ def test_volume_constant_along_depth_and_time_gives_what_the_2d_convolution_gave
     if time:
         plane, expected = plane[..., None], expected[:, :, :, None]
     volumes = np.broadcast_to(plane[:, None], (2, *config.size))
-    found = embed(inflate(kernel, bias, table, config), config, volumes)
+    found = embed(inflate_patch_embed(kernel, bias, table, config), config, volumes)
     close(found, np.broadcast_to(expected[:, None], found.shape))
 
 
@@ -116,7 +116,7 @@ def test_larger_patch_upsampled_gives_what_the_patch_gave(rng, image, plane, tim
         upsampled = interpolate(patch, plane)
         volume[tuple(map(slice, config.patch))] = upsampled[None, ..., None] if time else upsampled
     expected = np.einsum("echw,mhw->me", kernel, patches) + bias
-    found = embed(inflate(kernel, bias, np.zeros_like(table), config), config, volumes)
+    found = embed(inflate_patch_embed(kernel, bias, np.zeros_like(table), config), config, volumes)
     close(found.reshape(3, E), expected)
 
 
@@ -124,7 +124,7 @@ def test_larger_patch_upsampled_gives_what_the_patch_gave(rng, image, plane, tim
 def test_smaller_patch_is_the_nearest_response_to_white_noise(image, plane):
     kernel, bias, table = image
     depth, time = 3, 2
-    start = inflate(kernel, bias, table, modality((depth, *plane, time), (2, 3, 4, 2)))
+    start = inflate_patch_embed(kernel, bias, table, modality((depth, *plane, time), (2, 3, 4, 2)))
     weight = start["proj.weight"].reshape(E, depth, -1, time)
     close(weight, np.broadcast_to(weight[:, :1, :, :1], weight.shape))
     found, wanted = weight.sum((1, 3)).T, kernel.sum(1).reshape(E, -1).T  # [∏plane, E], [P·P, E]
@@ -140,7 +140,7 @@ def test_linear_positions_stay_linear_away_from_the_edges(rng, image, grid):
     offset, down, right = rng.normal(size=(3, E))
     rows, columns = np.mgrid[:G, :G].reshape(2, -1, 1)
     config = modality((2,) * len(grid), grid)
-    found = inflate(kernel, bias, offset + rows * down + columns * right, config)["positional_embeddings"]
+    found = inflate_patch_embed(kernel, bias, offset + rows * down + columns * right, config)["positional_embeddings"]
     found = found.reshape(*grid, E)
     if len(grid) == 4:
         close(found, np.broadcast_to(found[:, :, :, :1], found.shape))
@@ -156,7 +156,9 @@ def test_linear_positions_stay_linear_away_from_the_edges(rng, image, grid):
 @pytest.mark.parametrize("grid", [(3, G, G), (3, G, G, 2)])
 def test_positions_of_the_same_plane_are_repeated_bit_for_bit(image, grid):
     kernel, bias, table = image
-    found = inflate(kernel, bias, table, modality((2,) * len(grid), grid))["positional_embeddings"].reshape(*grid, E)
+    found = inflate_patch_embed(kernel, bias, table, modality((2,) * len(grid), grid))["positional_embeddings"].reshape(
+        *grid, E
+    )
     plane = table.reshape(1, G, G, *(1,) * (len(grid) - 3), E)
     np.testing.assert_array_equal(found, np.broadcast_to(plane, found.shape))
 
@@ -164,7 +166,7 @@ def test_positions_of_the_same_plane_are_repeated_bit_for_bit(image, grid):
 def test_table_that_is_no_square(image):
     kernel, bias, table = image
     with pytest.raises(CheckpointError, match=r"^positions of 48 patches: expected a square grid"):
-        inflate(kernel, bias, table[1:], modality((2, 3, 4), (2, 3, 4)))
+        inflate_patch_embed(kernel, bias, table[1:], modality((2, 3, 4), (2, 3, 4)))
 
 
 # --- resample ---
@@ -175,11 +177,11 @@ OLD = {3: modality((3, 5, 4), (2, 5, 3)), 4: modality((3, 4, 2, 5), (4, 2, 5, 3)
 @pytest.mark.parametrize("rank", [3, 4])
 def test_same_sizes_are_the_same_bit_for_bit(rng, rank):
     old, arrays = OLD[rank], trained(rng, OLD[rank])
-    same = resample(*arrays, old, old)
+    same = resample_patch_embed(*arrays, old, old)
     assert [a.tobytes() for a in same.values()] == [a.tobytes() for a in arrays]
-    other_grid = resample(*arrays, old, modality(old.patch, old.grid[::-1]))
+    other_grid = resample_patch_embed(*arrays, old, modality(old.patch, old.grid[::-1]))
     assert other_grid["proj.weight"].tobytes() == arrays[0].tobytes()
-    other_patch = resample(*arrays, old, modality(old.patch[::-1], old.grid))
+    other_patch = resample_patch_embed(*arrays, old, modality(old.patch[::-1], old.grid))
     assert other_patch["positional_embeddings"].tobytes() == arrays[2].tobytes()
     assert other_grid["proj.bias"].tobytes() == other_patch["proj.bias"].tobytes() == arrays[1].tobytes()
 
@@ -197,9 +199,9 @@ def test_upsampled_volumes_give_what_the_volumes_gave(rng, patch):
 
         volumes[place(old.patch)] = values = rng.normal(size=old.patch)
         upsampled[place(patch)] = interpolate(values, patch)
-    expected = embed(dict(zip(resample(*arrays, old, old), arrays, strict=True)), old, volumes)
+    expected = embed(dict(zip(resample_patch_embed(*arrays, old, old), arrays, strict=True)), old, volumes)
     largest = np.abs(expected).max()  # about 35: sums of hundreds of numbers
-    found = embed(resample(*arrays, old, new), new, upsampled)
+    found = embed(resample_patch_embed(*arrays, old, new), new, upsampled)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * largest)
 
 
@@ -207,7 +209,7 @@ def test_upsampled_volumes_give_what_the_volumes_gave(rng, patch):
 def test_smaller_patches_are_the_nearest_response_to_white_noise(rng, patch):
     old = OLD[len(patch)]
     weight, bias, table = trained(rng, old)
-    found = resample(weight, bias, table, old, modality(patch, old.grid))["proj.weight"].T
+    found = resample_patch_embed(weight, bias, table, old, modality(patch, old.grid))["proj.weight"].T
     resize = resize_matrix(old.patch, patch)
     close(resize @ (resize.T @ found - weight.T), 0)
     close(found, np.linalg.lstsq(resize.T, weight.T)[0])
@@ -217,7 +219,9 @@ def test_smaller_patches_are_the_nearest_response_to_white_noise(rng, patch):
 def test_positions_are_interpolated(rng, grid):
     old = OLD[len(grid)]
     weight, bias, table = trained(rng, old)
-    found = resample(weight, bias, table, old, modality(old.patch, grid))["positional_embeddings"].reshape(*grid, E)
+    found = resample_patch_embed(weight, bias, table, old, modality(old.patch, grid))["positional_embeddings"].reshape(
+        *grid, E
+    )
     close(found, interpolated(table[0], old.grid, grid))
     if len(grid) == 3:
         channels = torch.from_numpy(table.reshape(1, *old.grid, E)).permute(0, 4, 1, 2, 3)
@@ -230,7 +234,7 @@ def test_half_precision_is_read_exactly(rng, image, dtype):
     new = modality((2, 7, 4), (3, 4, 5))
     volume = [a.astype(dtype) for a in trained(rng, OLD[3])]
     plane = [a.astype(dtype) for a in image]
-    for function, arrays, args in ((resample, volume, (OLD[3], new)), (inflate, plane, (new,))):
+    for function, arrays, args in ((resample_patch_embed, volume, (OLD[3], new)), (inflate_patch_embed, plane, (new,))):
         half, full = function(*arrays, *args), function(*(a.astype(np.float32) for a in arrays), *args)
         for key in full:
             assert half[key].dtype == np.float32
@@ -240,11 +244,11 @@ def test_half_precision_is_read_exactly(rng, image, dtype):
 def test_one_layout_for_every_result(rng):
     """Only the last axis changes and the others have length 1, so a transposition would stay a view."""
     old, new = modality((1, 1, 4), (2, 1, 1)), modality((1, 1, 7), (3, 1, 1))
-    start = resample(*trained(rng, old), old, new)
+    start = resample_patch_embed(*trained(rng, old), old, new)
     assert all(array.flags.c_contiguous for array in start.values())
 
 
 @pytest.mark.parametrize(("old", "new"), [(3, 4), (4, 3)])
 def test_other_ranks(rng, old, new):
     with pytest.raises(CheckpointError, match=rf"^patch embedding: expected {new}D .* found {old}D .*; start from"):
-        resample(*trained(rng, OLD[old]), OLD[old], OLD[new])
+        resample_patch_embed(*trained(rng, OLD[old]), OLD[old], OLD[new])

@@ -39,7 +39,9 @@ def inflated(tensors: Arrays, modalities: dict[str, ModalityConfig]) -> Arrays:
     """Return {path: array}, inflated from SigLIP's tensors in a file."""
     image = [tensors[EMBEDDINGS + name] for name in IMAGE]
     return {
-        f"{EMBEDDINGS}{m}_{k}": a for m, c in modalities.items() for k, a in patch_embed_init.inflate(*image, c).items()
+        f"{EMBEDDINGS}{m}_{k}": a
+        for m, c in modalities.items()
+        for k, a in patch_embed_init.inflate_patch_embed(*image, c).items()
     }
 
 
@@ -52,7 +54,7 @@ def resampled(
         stored = (names or {}).get(m, m)
         weight, bias, table = (tensors[f"{EMBEDDINGS}{stored}_{key}"] for key in KEYS)
         weight = weight.reshape(len(weight), -1)  # a Conv3d's kernel; a Linear's is 2D already
-        start = patch_embed_init.resample(weight, bias, table, old[stored], config)
+        start = patch_embed_init.resample_patch_embed(weight, bias, table, old[stored], config)
         found |= {f"{EMBEDDINGS}{m}_{key}": array for key, array in start.items()}
     return found
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from convert.config_json import read_config
 from convert.from_hf import LoadPlan, load_params, plan_loading
-from convert.lazy_tensor import Index, Tensor, add_product, place, stack
+from convert.lazy_tensor import Index, Tensor, add_product, place, stack_tensors
 from umbrella_jax.models.paths import modality_of
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +91,7 @@ def test_stacked(mesh: Mesh, spec: PartitionSpec) -> None:
     """Layers are on axis 0: a device reads only its part of its own layers."""
     layers = [random((4, 12)) + i for i in range(6)]
     read: list[list[Region]] = [[] for _ in layers]
-    tensor = stack([counted(layer, r) for layer, r in zip(layers, read, strict=True)]).astype("bfloat16")
+    tensor = stack_tensors([counted(layer, r) for layer, r in zip(layers, read, strict=True)]).astype("bfloat16")
     found = place({"a": tensor}, lambda path, shape: NamedSharding(mesh, spec))["a"]
     expected = np.stack(layers).astype(ml_dtypes.bfloat16)
     for shard in found.addressable_shards:

@@ -26,7 +26,7 @@ from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.demo import make_base
 from umbrella_jax.models import split
 from umbrella_jax.sharding import make_mesh
-from umbrella_jax.training.checkpoint import crc32
+from umbrella_jax.training.checkpoint import json_crc32
 
 ANATOMICAL, RUNS = 4, 4
 BATCH_SIZE = 6  # more than there are conversations of a kind: one batch of each
@@ -234,7 +234,7 @@ def edit_meta(run: Path, edit: Callable[[dict[str, Any]], None]) -> None:
         content = json.loads(file.read_text())
         del content["crc32"]
         edit(content["run"])
-        file.write_text(json.dumps({**content, "crc32": crc32(content)}))
+        file.write_text(json.dumps({**content, "crc32": json_crc32(content)}))
 
 
 def umbrella_command(*words: object) -> list[str]:

@@ -17,7 +17,7 @@ from umbrella_jax.io.files import (
     rewrite_folder,
     write_whole,
 )
-from umbrella_jax.training.checkpoint import load_params, param_shapes, save_params
+from umbrella_jax.training.checkpoint import param_shapes, restore_params, save_params
 
 
 def names(folder: Path) -> list[str]:
@@ -106,7 +106,7 @@ def test_checkpoints_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
     check_run_name(place, "choose another")
     for folder, value in ((tmp_path / "1", 2.0), (place, 1.0)):
         save_params(folder / "params", {"a": jnp.full(3, value)})
-    params = load_params(place / "params", param_shapes(place / "params"))
+    params = restore_params(place / "params", param_shapes(place / "params"))
     assert params["a"].tolist() == [1.0] * 3
 
 

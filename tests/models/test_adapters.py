@@ -111,7 +111,7 @@ def test_logits_and_gradients_are_pytorchs(case):
 
 def test_it_starts_as_the_base(case):
     """Bit for bit; A as PEFT's, Kaiming's uniform of ±1/√inputs; and B moves at once, A only after it."""
-    start = lora.start(case.shapes, 7)
+    start = lora.init_adapters(case.shapes, 7)
     assert start.keys() == case.adapters.keys()
     for path, leaf in start.items():
         assert (leaf.dtype, leaf.shape) == (np.float32, case.shapes[path].shape)
@@ -129,12 +129,12 @@ def test_it_starts_as_the_base(case):
 
 
 def test_initial_adapters_depend_only_on_seed_and_path(case):
-    few = lora.start({path: leaf for path, leaf in case.shapes.items() if "q_proj" in path}, 7)
-    all_ = lora.start(case.shapes, 7)
+    few = lora.init_adapters({path: leaf for path, leaf in case.shapes.items() if "q_proj" in path}, 7)
+    all_ = lora.init_adapters(case.shapes, 7)
     assert len(few) == 4
     for path, leaf in few.items():
         np.testing.assert_array_equal(leaf, all_[path])
-    other = lora.start(case.shapes, 8)
+    other = lora.init_adapters(case.shapes, 8)
     firsts = [path for path in all_ if "lora_A" in path]
     assert all((all_[path] != other[path]).any() for path in firsts)
     assert len({all_[path].flat[0] * all_[path].shape[-1] ** 0.5 for path in firsts}) == len(firsts)

@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tests.helpers.small_run import modalities
 from umbrella_jax.config.schema import ModelConfig, RunConfig, TrainConfig
 from umbrella_jax.errors import Interrupted, RunError
-from umbrella_jax.run.loggers import loggers, missing
+from umbrella_jax.run.loggers import missing_loggers, open_loggers
 from umbrella_jax.rundir import Line
 
 LINES: list[Line] = [
@@ -27,7 +27,7 @@ def config(**train: bool) -> RunConfig:
 
 
 def write(settings: RunConfig, out: Path, lines: list[Line], step: int = 0, end: BaseException | None = None) -> None:
-    with loggers(settings, out, step) as log:
+    with open_loggers(settings, out, step) as log:
         assert log is not None
         for line in lines:
             log(line)
@@ -74,7 +74,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_none(tmp_path: Path) -> None:
-    with loggers(config(), tmp_path, 0) as log:
+    with open_loggers(config(), tmp_path, 0) as log:
         assert log is None
     assert not list(tmp_path.iterdir())
 
@@ -116,10 +116,10 @@ def test_wandb(tmp_path: Path, wandb: list[Any]) -> None:
 
 
 def test_missing_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert missing(config()) == []
+    assert missing_loggers(config()) == []
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert missing(config()) == []
-    assert missing(config(tensorboard=True, wandb=True)) == [
+    assert missing_loggers(config()) == []
+    assert missing_loggers(config(tensorboard=True, wandb=True)) == [
         "train.tensorboard: tensorboardX is not installed; pip install 'umbrella-jax[tensorboard]', or leave it out",
         "train.wandb: wandb is not installed; pip install 'umbrella-jax[wandb]', or --no-wandb",
     ]

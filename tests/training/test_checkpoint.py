@@ -19,7 +19,7 @@ from tests.helpers.training_case import as_bytes, small_case, to_numpy, total_by
 from umbrella_jax.config.schema import TrainConfig
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.run import resumption
-from umbrella_jax.training.checkpoint import Checkpoints, checksums, load_params, param_shapes, save_params
+from umbrella_jax.training.checkpoint import Checkpoints, checksums, param_shapes, restore_params, save_params
 from umbrella_jax.training.step import TrainState
 
 META = {"config": {"train": {"groups": {"patch_embed": {"weight_decay": 0.01}}}}, "note": "µ", "none": None}
@@ -330,7 +330,7 @@ def test_whole_model_round_trip(tmp_path, dtype):
     for where in (ONE_DEVICE, EVERYWHERE):
         shapes = param_shapes(tmp_path / "native")
         like = {path: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where) for path, s in shapes.items()}
-        loaded = load_params(tmp_path / "native", like)
+        loaded = restore_params(tmp_path / "native", like)
         assert_same(loaded, params)
         assert {leaf.sharding for leaf in loaded.values()} == {where}
     assert {str(leaf.dtype) for leaf in params.values()} == {dtype}

@@ -65,7 +65,7 @@ def channels(volume: np.ndarray) -> np.ndarray:
     return (both - both.mean((0, 1, 2))) / np.where(spread > 0, spread, 1)
 
 
-def by_slices(x: Array, kernel: Array, strides: Any, padding: str, **options: Any) -> Array:
+def conv_by_slices(x: Array, kernel: Array, strides: Any, padding: str, **options: Any) -> Array:
     """Compute `jax.lax.conv_general_dilated` in 3D as a 2D convolution of slices, each with its two neighbours.
 
     It takes the arguments with which nnx.Conv calls it for volumes [B, D, H, W, C], kernels [3, 3, 3, C, O], stride 1
@@ -85,7 +85,7 @@ class Layer(nnx.Module):
     """Convolution, batch norm, max pooling if `pools`, ReLU: [B, D, H, W, C] → [B, D', H', W', O]."""
 
     def __init__(self, inputs: int, outputs: int, *, pools: bool, rngs: nnx.Rngs):
-        convolve = by_slices if pools and jax.default_backend() == "cpu" else jax.lax.conv_general_dilated
+        convolve = conv_by_slices if pools and jax.default_backend() == "cpu" else jax.lax.conv_general_dilated
         size = (3, 3, 3) if pools else (1, 1, 1)
         self.conv = nnx.Conv(inputs, outputs, size, padding="SAME", conv_general_dilated=convolve, rngs=rngs)
         self.norm = nnx.BatchNorm(outputs, momentum=0.9, epsilon=1e-5, rngs=rngs)

@@ -19,8 +19,8 @@ from convert.config_json import (
     RANDOM_WEIGHTS,
     UMBRELLA_CONFIG,
     changed_files,
+    read_checkpoint_json,
     read_config,
-    read_json,
     stored_first_steps,
     stored_template,
     stored_untrained,
@@ -44,7 +44,7 @@ from umbrella_jax.models import LlavaConfig, Params, abstract_params
 from umbrella_jax.models.paths import adapted_weight, adapter_paths, modality_of
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL, NEWEST, Step, choose_step
 from umbrella_jax.training import freeze
-from umbrella_jax.training.checkpoint import Checkpoints, load_params, param_shapes
+from umbrella_jax.training.checkpoint import Checkpoints, param_shapes, restore_params
 from umbrella_jax.training.diagnose import nonfinite_params
 
 _log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class Checkpoint(ABC):
         if not is_run and not is_native and (run / CHECKPOINTS).is_dir():
             absent = " and ".join(name for name in (MODEL, CONFIG) if not (run / name).exists())
             raise CheckpointError(
-                f"{run}: a run without {absent}: cut off while it began; train it again with --resume"
+                f"{run}: a run without {absent}, since it was cut off while it began; train it again with --resume"
             )
         if step is not None and (not is_run or is_step):
             what = "names a step itself" if is_run else "is not a run"
@@ -352,7 +352,7 @@ class HfCheckpoint(Checkpoint):
         A toy, whose config.json says that every weight is random (`RANDOM_WEIGHTS`), has no trained weights at all.
         """
         is_stock = self.patch_embed is None and not (self.path / UMBRELLA_CONFIG).exists()
-        is_toy = is_stock and read_json(self.path / HF_CONFIG).get(RANDOM_WEIGHTS) is True
+        is_toy = is_stock and read_checkpoint_json(self.path / HF_CONFIG).get(RANDOM_WEIGHTS) is True
         return self if is_toy else super().answering()
 
     def warn_doubtful(self) -> None:
@@ -414,14 +414,14 @@ class NativeCheckpoint(Checkpoint):
         # one parameter at a time, so that only one is in memory in two types
         for path, leaf in param_shapes(directory).items():
             like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_for(path, leaf.shape))
-            params[path] = self._cast(path, load_params(directory, {path: like})[path], dtype, in_float32)
+            params[path] = self._cast(path, restore_params(directory, {path: like})[path], dtype, in_float32)
         return params
 
     @cached_property
     def _verified_params(self) -> Path:
         """Directory of the parameters, whose files are compared with their checksums on first use."""
         directory, record = self.path / PARAMS, self.path / UMBRELLA_CONFIG
-        stated = read_json(record)
+        stated = read_checkpoint_json(record)
         if KEY not in stated:
             raise CheckpointError(f"{record}: no {KEY} of the parameters; convert it again")
         check_folder(directory, read_checksums(stated[KEY], record), record)
@@ -619,7 +619,7 @@ def _merge(
 
 def _recorded(directory: Path, key: str, default: str | None = None) -> str:
     """Return a string of the directory's `umbrella_config.json`."""
-    value = read_json(directory / UMBRELLA_CONFIG).get(key, default)
+    value = read_checkpoint_json(directory / UMBRELLA_CONFIG).get(key, default)
     if not isinstance(value, str):
         raise CheckpointError(f"{directory / UMBRELLA_CONFIG}: {key}: expected a string, got {value!r}; convert again")
     return value
@@ -635,7 +635,7 @@ def _orbax_tensors(directory: Path) -> dict[str, Tensor]:
     @lru_cache(maxsize=1)
     def leaf(path: str) -> np.ndarray:
         like = jax.ShapeDtypeStruct(shapes[path].shape, shapes[path].dtype, sharding=_first_device(path, ()))
-        return np.asarray(load_params(directory, {path: like})[path])
+        return np.asarray(restore_params(directory, {path: like})[path])
 
     def tensor(path: str, shape: jax.ShapeDtypeStruct) -> Tensor:
         def fill(out: np.ndarray, index: Index) -> None:

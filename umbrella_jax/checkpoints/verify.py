@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from convert.config_json import CONFIG as HF_CONFIG
-from convert.config_json import UMBRELLA_CONFIG, read_json
+from convert.config_json import UMBRELLA_CONFIG, read_checkpoint_json
 from convert.export_config import hf_dict
 from convert.verify import (
     LogitComparison,
@@ -79,7 +79,7 @@ def verify(
     shapes_differ = any("→ [" in t.types for t in tensors)
     if forward and not configuration and not shapes_differ:
         try:
-            raw = read_json(sources[0].description / HF_CONFIG)
+            raw = read_checkpoint_json(sources[0].description / HF_CONFIG)
             if sources[0].notes:
                 raw = hf_dict(raw, model_a.config)
             logits = compare_forward(raw, tensors_a, config_a, tensors_b, config_b)

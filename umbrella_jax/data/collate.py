@@ -7,7 +7,7 @@ import numpy as np
 from umbrella_jax.batch import WHOLE, Batch, Parts
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.data.conversation import Image
-from umbrella_jax.data.epoch_plan import BatchShape, split_rows
+from umbrella_jax.data.epoch_plan import BatchShape, rows_by_part
 from umbrella_jax.data.tokenize import Encoded
 
 
@@ -43,7 +43,7 @@ def collate(
     }
     loaded: dict[Image, np.ndarray] = {}  # micro-batches and parts may share images
     for a, encoded in enumerate(batches):
-        rows_of_part = split_rows(encoded, shape.conversations, parts.total)
+        rows_of_part = rows_by_part(encoded, shape.conversations, parts.total)
         for place, part in enumerate(parts.own):
             distinct = _distinct_images(rows_of_part[part])
             first_feature: dict[Image, int] = {}

@@ -149,7 +149,7 @@ class EpochPlan:
         accumulate_steps: A, micro-batches of an update.
         seed: decides the order, together with the number of the epoch. Without one, every epoch keeps the order of the
             conversations, as far as buckets and shared volumes allow.
-        parts: equal parts to split the B rows (see `split_rows`) and the M volumes of a micro-batch into. Each part
+        parts: equal parts to split the B rows (see `rows_by_part`) and the M volumes of a micro-batch into. Each part
             holds the volumes of its own rows, so a volume that rows of two parts show is encoded twice. The grouping
             of conversations does not depend on `parts`.
     """
@@ -294,7 +294,7 @@ class EpochPlan:
         part."""
         needs: Counter[str] = Counter()
         for micro in rows:
-            for part in split_rows(micro, self.batch_size, self.parts):
+            for part in rows_by_part(micro, self.batch_size, self.parts):
                 needs |= self.sizes.distinct(part)
         return Counter({m: self.parts * count for m, count in needs.items()})
 
@@ -323,7 +323,7 @@ class EpochPlan:
         return Counter({m: self.parts * min(existing[m], largest(m)) for m in bucket.modalities})
 
 
-def split_rows(rows: Sequence[T], batch_size: int, parts: int) -> list[Sequence[T]]:
+def rows_by_part(rows: Sequence[T], batch_size: int, parts: int) -> list[Sequence[T]]:
     """Split the rows of a micro-batch, at most `batch_size`, into the parts that devices hold; trailing ones may be
     empty."""
     size = batch_size // parts

@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from umbrella_jax.config.schema import MAX_CLASSES
-from umbrella_jax.data.tables import check_columns, is_missing, parse_number, read_table, subject_rows
+from umbrella_jax.data.tables import check_columns, is_missing, parse_cell_number, read_table, subject_rows
 from umbrella_jax.errors import DataError
 from umbrella_jax.io.files import PRIVATE, write_whole
 
@@ -82,7 +82,9 @@ def _strata(subjects: Mapping[str, Mapping[str, str]]) -> dict[str, list[tuple[s
         known = {subject: cell for subject, cell in cells.items() if not is_missing(cell)}
         levels = dict.fromkeys(subjects, "") | known
         if len(set(known.values())) > MAX_CLASSES:
-            numbers = {subject: number for subject, cell in known.items() if (number := parse_number(cell)) is not None}
+            numbers = {
+                subject: number for subject, cell in known.items() if (number := parse_cell_number(cell)) is not None
+            }
             if len(numbers) < len(known):
                 continue
             bins = max(

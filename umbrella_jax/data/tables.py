@@ -135,7 +135,7 @@ def has_lost_zeros(name: str, other: str) -> bool:
     return name != other and re.sub(r"\.0$", "", name) == stripped
 
 
-def parse_number(cell: str) -> float | None:
+def parse_cell_number(cell: str) -> float | None:
     """Return the number in a cell, None for anything else, including Python's 1_000, inf and nan."""
     return float(cell) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", cell, re.ASCII) else None
 
@@ -154,8 +154,8 @@ def is_missing(cell: str, declared: Sequence[str] = (), labels: Collection[str] 
 
 
 def _is_declared(cell: str, declared: Iterable[str]) -> bool:
-    number = parse_number(cell)
-    return any(cell == value or (number is not None and number == parse_number(value)) for value in declared)
+    number = parse_cell_number(cell)
+    return any(cell == value or (number is not None and number == parse_cell_number(value)) for value in declared)
 
 
 def doubtful_values(cells: Collection[str], labels: Mapping[str, str] = MappingProxyType({})) -> list[str]:
@@ -173,7 +173,7 @@ def doubtful_values(cells: Collection[str], labels: Mapping[str, str] = MappingP
     described = {cell for cell in cells if cell in labels and not _describes_missing(labels[cell])}
     distinct = sorted(set(cells) - described)
     words = [cell for cell in distinct if cell in labels or cell.lower() in _DOUBTFUL]
-    numbers = {cell: number for cell in cells if (number := parse_number(cell)) is not None}
+    numbers = {cell: number for cell in cells if (number := parse_cell_number(cell)) is not None}
     quantity = len(numbers) > MAX_CLASSES
     codes = {cell: n for cell, n in numbers.items() if cell not in described and _is_code(n, quantity)}
     others = [number for cell, number in numbers.items() if cell not in codes]

@@ -293,7 +293,7 @@ def stop_ids(tokenizer: Any) -> list[int]:
     return sorted({i for i in ids if i is not None})
 
 
-def decode(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> str:
+def decode_ids(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> str:
     """Return the text of token ids without special tokens.
 
     Spaces are never cleaned up; transformers 4.46 to 5.6 would do so if `clean_up_tokenization_spaces` is set.
@@ -584,7 +584,7 @@ def _chat(messages: Sequence[Message], tokenizer: Any, prompt: bool) -> _Tokens:
                 f"conversations[{i}]: the chat template ends the answer without {TURN_END} or the end of text{within}, "
                 f"so the model would not learn to end it; {_REMEDY}"
             )
-        text = decode(tokenizer, np.array(ids)[answer][learned])
+        text = decode_ids(tokenizer, np.array(ids)[answer][learned])
         if normalize("NFC", text.strip()) != normalize("NFC", message.text.strip()):  # Qwen's tokenizers normalise
             raise DataError(
                 f"conversations[{i}]: the chat template turns the answer {message.text!r} into {text!r}; {_REMEDY}"

@@ -22,7 +22,7 @@ from umbrella_jax.config.schema import (
 from umbrella_jax.data.cache import Sources, VolumeCache
 from umbrella_jax.data.conversation import Conversation, Image, Message
 from umbrella_jax.data.loader import Dataset, whole_batch
-from umbrella_jax.data.tokenize import check_template, decode, encode_answers, encode_prompt, stop_ids
+from umbrella_jax.data.tokenize import check_template, decode_ids, encode_answers, encode_prompt, stop_ids
 from umbrella_jax.data.volume import check_volumes
 from umbrella_jax.errors import ConfigError, DataError, Faults
 
@@ -219,7 +219,7 @@ class Processor:
     def decode(self, tokens: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> list[str]:
         """Return the text of generated tokens, int [B, L], without special tokens and what follows the end."""
         rows = np.asarray(tokens)
-        return [decode(self.tokenizer, row[row >= 0]).strip() for row in rows]
+        return [decode_ids(self.tokenizer, row[row >= 0]).strip() for row in rows]
 
 
 def _warn(sources: Sources, modalities: Mapping[str, ModalityConfig]) -> None:

@@ -30,13 +30,14 @@ def dense(weight: Any, dtype: Any) -> Array:
 
 
 def widest_dtype(*arrays: Array) -> Any:
-    """Return the type that holds the numbers of all `arrays`: for a deliberate mix, under strict promotion too."""
+    """Return the narrowest type that holds all `arrays`. Call it to mix types on purpose: strict promotion refuses
+    that."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*arrays)
 
 
 def _over_channels(vector: Array, x: Array) -> Array:
-    """Give a vector over the last axis of x the rank of x."""
+    """Reshape a vector over the last axis of x to the rank of x, so that it broadcasts."""
     return jax.lax.broadcast_to_rank(vector, x.ndim)
 
 
@@ -136,7 +137,7 @@ class RMSNorm(nnx.Module):
         return (h * _over_channels(self.weight[...].astype(jnp.float32), h)).astype(x.dtype)
 
 
-def stack(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs) -> M:
+def stack_layers(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs) -> M:
     """Return one module whose parameters have a leading axis of `num_layers`, each layer initialised independently."""
     return nnx.split_rngs(splits=num_layers)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
 
@@ -156,7 +157,7 @@ def scan_layers(layers: nnx.Module, x: Array, *args: Any, remat: RematPolicy) ->
     """Run x through stacked `layers` in order, as a scan: compile time does not grow with depth.
 
     Args:
-        layers: a module from `stack`, called as `layer(x, *args)`.
+        layers: a module from `stack_layers`, called as `layer(x, *args)`.
         args: passed to every layer unchanged.
         remat: which products with weights the backward pass recomputes: `none`, those at the input of each layer's
             `mlp`, or all (`full`). Anything cheaper than a product is always recomputed.

@@ -135,7 +135,7 @@ class Llava(nnx.Module):
 
 
 def _show(embeds: Array, idx: Array, features: Array, start: Array) -> Array:
-    """Write features into embeds [B, T, D]: row idx − start of features [M, N, D], at positions in their range."""
+    """Write features [M, N, D] into embeds [B, T, D]: each position gets row idx − start, if there is such a row."""
     features = features.reshape(-1, features.shape[-1])
     idx = idx - start[:, None]
     here = (idx >= 0) & (idx < len(features))

@@ -28,7 +28,7 @@ def attach(model: nnx.Module, lora: LoraConfig) -> None:
             module.lora_scale = lora.scale
 
 
-def start(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int) -> dict[str, np.ndarray]:
+def init_adapters(shapes: Mapping[str, jax.ShapeDtypeStruct], seed: int) -> dict[str, np.ndarray]:
     """Initialise the adapters among `shapes`, in float32: A uniform in ±1/√inputs (PEFT's Kaiming), B zero.
 
     The values depend only on `seed` and the path, not on other parameters or on devices.

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from umbrella_jax.config.schema import AttentionBackend, RematPolicy
 from umbrella_jax.models.attention import attention, extension_attention
-from umbrella_jax.models.layers import Embedding, Linear, RMSNorm, float32_product, scan_layers, stack
+from umbrella_jax.models.layers import Embedding, Linear, RMSNorm, float32_product, scan_layers, stack_layers
 from umbrella_jax.models.parallel import split_heads, split_rows
 
 Array = jax.Array
@@ -142,7 +142,7 @@ class Qwen2Model(nnx.Module):
     def __init__(self, config: Qwen2Config, remat: RematPolicy, backend: AttentionBackend, *, rngs: nnx.Rngs):
         self.config, self.remat, self.backend = config, remat, backend
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
-        self.layers = stack(lambda rngs: Qwen2DecoderLayer(config, rngs=rngs), config.num_hidden_layers, rngs)
+        self.layers = stack_layers(lambda rngs: Qwen2DecoderLayer(config, rngs=rngs), config.num_hidden_layers, rngs)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(self, x: Array, positions: Array, lengths: Array) -> Array:

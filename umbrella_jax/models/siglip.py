@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from umbrella_jax.config.schema import AttentionBackend, ModalityConfig, RematPolicy
 from umbrella_jax.models.attention import attention, length_multiple
-from umbrella_jax.models.layers import LayerNorm, Linear, scan_layers, stack
+from umbrella_jax.models.layers import LayerNorm, Linear, scan_layers, stack_layers
 from umbrella_jax.models.patch_embed import PatchEmbed
 
 Array = jax.Array
@@ -77,7 +77,7 @@ class SiglipEncoder(nnx.Module):
     """The layers, stacked on axis 0 of their parameters."""
 
     def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
-        self.layers = stack(lambda rngs: SiglipEncoderLayer(config, rngs=rngs), config.num_hidden_layers, rngs)
+        self.layers = stack_layers(lambda rngs: SiglipEncoderLayer(config, rngs=rngs), config.num_hidden_layers, rngs)
 
 
 class SiglipVisionTransformer(nnx.Module):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.config_json import UMBRELLA_CONFIG, read_config, read_json
+from convert.config_json import UMBRELLA_CONFIG, read_checkpoint_json, read_config
 from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import RunConfig, TrainConfig
 from umbrella_jax.data.cache import source_digest
@@ -197,7 +197,7 @@ def read_facts(
         saved=saved,
         versions=meta["versions"],
         base={
-            "name": read_json(run / MODEL / UMBRELLA_CONFIG).get("base", "unknown"),
+            "name": read_checkpoint_json(run / MODEL / UMBRELLA_CONFIG).get("base", "unknown"),
             "path": str(config.model.base),
             "fingerprint": meta["base_fingerprint"],
         },

@@ -16,7 +16,7 @@ TENSORBOARD = "tensorboard"
 
 
 @contextmanager
-def loggers(config: RunConfig, out: Path, step: int) -> Iterator[Log | None]:
+def open_loggers(config: RunConfig, out: Path, step: int) -> Iterator[Log | None]:
     """Open the loggers that the config asks for, and yield one function that calls them all; None without any.
 
     At the end of the block, they are flushed and closed, even after an error.
@@ -38,7 +38,7 @@ def loggers(config: RunConfig, out: Path, step: int) -> Iterator[Log | None]:
         yield log if opened else None
 
 
-def missing(config: RunConfig) -> list[str]:
+def missing_loggers(config: RunConfig) -> list[str]:
     """Return a fault for each logger that the config asks for and that is not installed."""
     modules = {"tensorboard": ("tensorboardX", "leave it out"), "wandb": ("wandb", "--no-wandb")}
     return [

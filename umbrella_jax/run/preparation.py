@@ -27,7 +27,7 @@ from umbrella_jax.inference.predict import Choices, check_lengths
 from umbrella_jax.inference.processor import Processor
 from umbrella_jax.io.files import check_output, check_run_name
 from umbrella_jax.models import LlavaConfig, abstract_params, lora, native_backend, quantize
-from umbrella_jax.run.loggers import missing
+from umbrella_jax.run.loggers import missing_loggers
 from umbrella_jax.rundir import METRICS, Line, Say, read_metrics
 from umbrella_jax.scoring.metrics import Task, metric_names, tasks_of
 from umbrella_jax.scoring.rows import Row, blank_rows
@@ -120,7 +120,7 @@ def check(config: RunConfig) -> tuple[Path, Mesh]:
         faults += error.faults
     if config.train.eval_steps and config.data.eval is None:
         faults.append("train.eval_steps: nothing to evaluate on; name data.eval (--eval-data PATH)")
-    faults += missing(config)
+    faults += missing_loggers(config)
     if config.model.quantize and importlib.util.find_spec("qwix") is None:
         faults.append("model.quantize: qwix is not installed; pip install 'umbrella-jax[quantize]', or leave it out")
     if faults:
@@ -172,7 +172,7 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> tuple[Prepare
     if overlap:
         say(f"WARNING: {overlap}")
 
-    adapters = lora.start(shapes, config.seed)
+    adapters = lora.init_adapters(shapes, config.seed)
     trained = [path for path, label in labels.items() if label != freeze.FROZEN and path not in adapters]
     _warn_of_untrained(config, base, trained, shown, say)
     params = base.params(config.model.frozen_dtype, sharding_for=partial(param_sharding, mesh), in_float32=trained)

@@ -31,7 +31,7 @@ from umbrella_jax.io.files import PRIVATE, locked, rewrite_folder, write_whole
 from umbrella_jax.models import abstract_params
 from umbrella_jax.plan import batch_flops, sheet_of
 from umbrella_jax.run.evaluation import evaluate
-from umbrella_jax.run.loggers import loggers
+from umbrella_jax.run.loggers import open_loggers
 from umbrella_jax.run.preparation import (
     EvaluationData,
     Prepared,
@@ -159,7 +159,7 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
 
         start = int(state.step)
         written = start - bool(pending)  # the number of lines in metrics.jsonl
-        send = stack.enter_context(loggers(config, out, written)) if log else None
+        send = stack.enter_context(open_loggers(config, out, written)) if log else None
         options: dict[str, Any] = {"say": say, "note": note, "quiet": log is None}
         options["memory"] = jax.local_devices()[0].memory_stats
         progress = stack.enter_context(Progress("step", num_steps, done=start, always=True, peak=_peak(run), **options))

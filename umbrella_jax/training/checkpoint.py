@@ -189,7 +189,7 @@ class Checkpoints:
         sums = {name: int(value) for name, value in checksums(tree).items()}
         content = {"run": meta, "checksums": sums}
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave({**content, "crc32": crc32(content)})
+            state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave({**content, "crc32": json_crc32(content)})
         )
         with self._writing():
             saved = self._manager.save(step, args=args)
@@ -208,7 +208,7 @@ class Checkpoints:
     def _content(self, step: int) -> dict[str, Any]:
         with self._reading(step, "meta"):
             content = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        if not isinstance(content, dict) or content.pop("crc32", None) != crc32(content):
+        if not isinstance(content, dict) or content.pop("crc32", None) != json_crc32(content):
             raise CheckpointError(f"{self.directory / str(step)}: damaged: meta: its checksum does not match")
         return content
 
@@ -286,7 +286,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
 
 
-def crc32(content: Mapping[str, Any]) -> int:
+def json_crc32(content: Mapping[str, Any]) -> int:
     """Return the CRC-32 of a mapping's JSON with sorted keys."""
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
@@ -350,7 +350,7 @@ def param_shapes(directory: Path) -> dict[str, jax.ShapeDtypeStruct]:
         return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in saved.items()}
 
 
-def load_params(directory: Path, like: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+def restore_params(directory: Path, like: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
     """Read the parameters that `like` names, with its types and on its devices.
 
     Raises CheckpointError if they are damaged.

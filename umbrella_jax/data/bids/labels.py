@@ -10,7 +10,7 @@ from umbrella_jax.config.schema import MAX_CLASSES
 from umbrella_jax.console import plural
 from umbrella_jax.data.bids.participants import PARTICIPANTS, Participants
 from umbrella_jax.data.bids.scans import BidsFiles, Scan, left_out
-from umbrella_jax.data.tables import doubtful_values, has_lost_zeros, is_missing, match_misspelled, parse_number
+from umbrella_jax.data.tables import doubtful_values, has_lost_zeros, is_missing, match_misspelled, parse_cell_number
 from umbrella_jax.errors import DataError
 
 ValuedScan = tuple[Scan, str]
@@ -164,8 +164,8 @@ def choose_kind(
     place = f"{table.path}: {target}"
     value_of = {scan.subject: value for scan, value in valued_scans}
     counts = Counter(value for _, value in valued_scans)
-    words = [f"{value} ({subject})" for subject, value in value_of.items() if parse_number(value) is None]
-    words = words or [value for value in counts if parse_number(value) is None]
+    words = [f"{value} ({subject})" for subject, value in value_of.items() if parse_cell_number(value) is None]
+    words = words or [value for value in counts if parse_cell_number(value) is None]
     many = len(counts) > MAX_CLASSES
     commas = [word for word in words if re.match(r"[+-]?\d+(,\d+)+(\.\d+)?( |$)", word)]
     if commas and kind in (None, "regression") and not texts.keys() & counts.keys():
@@ -196,7 +196,7 @@ def _check_labels(place: str, target: str, counts: Counter[str], texts: Mapping[
     variants: dict[str, Counter[str]] = defaultdict(Counter)
     for value, count in counts.items():
         label = texts.get(value, value)
-        number = parse_number(label)
+        number = parse_cell_number(label)
         variants[" ".join(label.casefold().split()) if number is None else f"{number:g}"][label] += count
     faults = [
         f"{place}: one label or several? {', '.join(f'{label!r} ({n})' for label, n in labels.items())}; "
