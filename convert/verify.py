@@ -62,7 +62,8 @@ class LogitComparison:
 
 @dataclass(frozen=True)
 class ModelComparison:
-    """Result of `verify`. A patch embedding that only one model has is no difference: the other is a stock LLaVA."""
+    """Result of `verify`. A patch embedding that only one model has does not count as a difference: the other is a
+    stock LLaVA."""
 
     tensors: list[TensorComparison]
     configuration: list[str]

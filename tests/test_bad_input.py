@@ -190,7 +190,7 @@ def test_faults_of_a_config_come_together(refused: Refused, world: World, tmp_pa
         (["--eval-data", "none.json"], ["data.eval: none.json: not found", "(--eval-data PATH)"]),
         (["--set", "train.clip_norm"], ["train.clip_norm: expected KEY=VALUE"]),
         (["--set", "train.clip_norm=[1"], ["--set train.clip_norm: not valid YAML: line 1: "]),
-        (["--set", "seed.of=1"], ["--set: seed.of: seed is no section of keys in "]),
+        (["--set", "seed.of=1"], ["--set: seed.of: seed is not a section of "]),
         (["--batch-size", -2], ["umbrella-jax: --batch-size: train: batch_size: expected 1 or more, got -2"]),
         (
             ["--learning-rate", "-1e-3"],

@@ -70,7 +70,7 @@ def plural(number: int, noun: str) -> str:
 
 
 INTERVAL = 30.0
-"""Seconds between progress lines in a log, or on stderr if it is no terminal and so has no progress bar."""
+"""Seconds between progress lines in a log, or on stderr if that is not a terminal, which would show a bar."""
 _RECENT = 50
 """Number of newest steps or batches over which rates are averaged."""
 

@@ -96,7 +96,7 @@ def _split_dimensions(model: LlavaConfig) -> dict[str, dict[str, int]]:
             "vision MLP": vision.intermediate_size,
             "text width": text.hidden_size,
             "text heads": text.num_attention_heads,
-            # the number of kv heads is no limit: if `tensor` is larger, they are repeated
+            # The number of kv heads does not limit `tensor`: if it is larger, they are repeated.
             "text keys' width": text.num_key_value_heads * text.head_dim,
             "text MLP": text.intermediate_size,
             "vocabulary": text.vocab_size,

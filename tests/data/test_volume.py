@@ -464,7 +464,7 @@ CONTRADICTIONS = [
     (
         BOTH | {"quatern_b": 2},
         "RAS",
-        "the quaternion of its qform (code 1) is no rotation; its sform (code 1), RAS, is",
+        "the quaternion of its qform (code 1) is not a rotation; its sform (code 1), RAS, is",
     ),
     (
         {"qform": (RAS, 1), "sform": (RAS / 2, 1)},

@@ -130,13 +130,13 @@ def test_resume_continues_a_part_file(
     assert 0 < len(done) <= 4
     with part.open("a") as file:
         file.write('[9, {"task_id"')
-    assert "go on with --resume" in predict(run, data, out, *flags, code=2)
+    assert "continue with --resume" in predict(run, data, out, *flags, code=2)
     tasks = {"side": {"answers": ["left.", "right.", "up."]}}
     more = small_run.write_config(
         tmp_path / "more.yaml", {**small_run.read_config(world.config), "evaluation": {"tasks": tasks}}
     )
     said = predict(run, data, out, *flags, "--resume", "--config", more, code=2)
-    assert "cannot go on: likelihoods: {'side': ['left.', 'right.', 'up.']} now" in said
+    assert "cannot continue: likelihoods: {'side': ['left.', 'right.', 'up.']} now" in said
     _refuses_other_weights_and_ends(run, data, out, *flags)
     said = predict(run, data, out, *flags, "--resume", "--seed", 5)  # without random draws the seed has no effect
     assert f"{out}: 11 answers" in said
@@ -155,17 +155,17 @@ def _refuses_other_weights_and_ends(run: Path, data: Path, out: Path, *flags: ob
         return {path: leaf + (1e-3 if "T1_proj.bias" in path else 0) for path, leaf in params(checkpoint).items()}
 
     with mock.patch.object(Checkpoint, "params", others):
-        assert "cannot go on: weights: " in predict(run, data, out, *flags, "--resume", code=2)
+        assert "cannot continue: weights: " in predict(run, data, out, *flags, "--resume", code=2)
     file = run / "model" / "generation_config.json"
     before = file.read_text()
     file.write_text(json.dumps({"eos_token_id": 7}))
-    assert "cannot go on: stop_ids: [7, " in predict(run, data, out, *flags, "--resume", code=2)
+    assert "cannot continue: stop_ids: [7, " in predict(run, data, out, *flags, "--resume", code=2)
     file.write_text(before)
     file = run / "model" / "config.json"
     before = file.read_text()
     file.write_text(before.replace('"rope_theta": 1000000.0', '"rope_theta": 10000.0'))
     said = predict(run, data, out, *flags, "--resume", code=2)
-    assert "cannot go on: config.json: text.rope_theta: 10000.0 now, 1000000.0 when it began" in said
+    assert "cannot continue: config.json: text.rope_theta: 10000.0 now, 1000000.0 when it began" in said
     file.write_text(before)
 
 

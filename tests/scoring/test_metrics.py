@@ -319,7 +319,7 @@ def test_regression_by_hand() -> None:
         "unparsable": (0.25, None),
     }
     assert (found.task_figures("age")["pearson"].n, found.task_figures("age")["mae"].n) == (3, 4)
-    assert any("1 of 4 answers are no number (years)" in note for note in found.notes)
+    assert any("1 of 4 answers are not a number (years)" in note for note in found.notes)
     tied = [{**r, "prediction": p} for r, p in zip(rows, ["20", "25", "60", "60"], strict=True)]
     ranks = values(tied, "age", kind="regression")["spearman"]
     assert ranks == pytest.approx(4.5 / np.sqrt(5 * 4.5))  # ranks 1, 2, 3, 4 and 1, 2, 3.5, 3.5

@@ -169,7 +169,7 @@ def from_original(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         The mapping for `parse_config`, and a note on each key that is dropped or changes its meaning.
 
     Raises:
-        ConfigError: every fault: a file that is no YAML, a value without counterpart, no modality with both size and
+        ConfigError: every fault: a file that is not YAML, a value without counterpart, no modality with both size and
             patch.
     """
     source = dict(_leaves(_read(path)))

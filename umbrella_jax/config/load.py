@@ -206,7 +206,7 @@ def load_config(
         flags: {dotted key: flag} of the overrides that the command line gave, for messages.
 
     Raises:
-        ConfigError: the file is missing or no YAML, gives a key twice, or `parse_config` rejects it.
+        ConfigError: the file is missing or not YAML, gives a key twice, or `parse_config` rejects it.
     """
     path, data = _read_mapping(path)
     for key, value in (overrides or {}).items():
@@ -215,7 +215,7 @@ def load_config(
         for parent in parents:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
-                raise ConfigError(f"{flags.get(key, path)}: {key}: {parent} is no section of keys in {path}")
+                raise ConfigError(f"{flags.get(key, path)}: {key}: {parent} is not a section of {path}")
         section[last] = value
     return parse_config(data, str(path), flags)
 

@@ -94,7 +94,8 @@ class Augmentation:
         return np.ascontiguousarray(nib.apply_orientation(volume, back))
 
     def _apply_motion(self, volume: np.ndarray, fill: np.float32) -> np.ndarray:
-        """Move every frame alike, with linear interpolation; fill what comes from outside with `fill`."""
+        """Apply one rigid motion to every frame, with linear interpolation; voxels from outside the array get
+        `fill`."""
         inverse = Rotation.from_euler("xyz", self.rotation, degrees=True).as_matrix().T
         centre = (np.array(volume.shape[:3]) - 1) / 2
         offset = centre - inverse @ (centre + self.translation)  # output = R (input - centre) + centre + translation

@@ -19,7 +19,7 @@ from umbrella_jax.io.reading import KINDS, kind, parse_json, quoted, read_items,
 ROLES = ("system", "user", "assistant")
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 MAX_FAULTS = 10_000
-"""Reading stops after so many faults: in a file of something else, every single value may be one."""
+"""Number of faults after which reading stops: in a file that holds something else, every value may be a fault."""
 T = TypeVar("T")
 _SUFFIXES = (".json", ".jsonl")
 _EACH = "expected a conversation, an object, in each line"

@@ -24,8 +24,8 @@ def split_subjects(
 
     Subjects are assigned in an order drawn by `seed`. The candidates for a subject are the splits below their share of
     the subjects so far. The subject goes to the candidate that most lacks its values, summed over columns
-    (minimisation, Pocock and Simon 1975, https://doi.org/10.2307/2529712). No split ends one subject or more off its
-    share.
+    (minimisation, Pocock and Simon 1975, https://doi.org/10.2307/2529712). Every split ends less than one subject away
+    from its share.
 
     Args:
         subjects: {subject: {column: value}}. Columns with more than MAX_CLASSES distinct values are balanced in at most

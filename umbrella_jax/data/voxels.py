@@ -353,7 +353,7 @@ class _Nibabel:
 
 
 def _data_offset(path: Path, kind: Any, stored: Any) -> int:
-    """Return the byte of the first voxel. Raise DataError if `vox_offset` is no integer or is inside the header."""
+    """Return the byte of the first voxel. Raise DataError if `vox_offset` is not an integer or is inside the header."""
     if kind not in _NIFTI:
         return int(stored.get_data_offset())
     _check_axes(path, kind, stored)
@@ -406,7 +406,7 @@ def _nifti_geometry(header: Any, stored: Any) -> _Geometry:
         try:
             form = np.asarray(header.get_sform() if name == "sform" else header.get_qform(), np.float64)
         except ValueError:  # the quaternion is longer than 1
-            invalid[name] = f"the quaternion of its {names[name]} is no rotation"
+            invalid[name] = f"the quaternion of its {names[name]} is not a rotation"
             continue
         if not np.isfinite(form).all():
             invalid[name] = f"its {names[name]} holds NaN or infinity"

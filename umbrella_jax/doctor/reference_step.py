@@ -73,7 +73,7 @@ class StepResult:
 
 
 class _Draws:
-    """Random numbers that every version of numpy draws alike: numpy promises stable bits, not stable distributions."""
+    """Random numbers that are equal in every version of numpy, which promises stable bits, not stable distributions."""
 
     def __init__(self, key: int):
         self._bits = np.random.Philox(key=key)

@@ -234,7 +234,8 @@ def generate(
             answer, whatever other rows are in the batch.
 
     Raises:
-        ConfigError: the number of `seeds` differs from that of rows, or one is no uint32; `max_new_tokens` is below 1.
+        ConfigError: the number of `seeds` differs from that of rows, or a seed is not a uint32; `max_new_tokens` is
+            below 1.
         CheckpointError: the batch shows an untrained modality (`umbrella_jax.load`, `allow_untrained`); weights contain
             NaN or infinity.
         RunError: logits are not finite; names the rows.

@@ -255,7 +255,7 @@ def predict(
         modalities: modalities for a stock LLaVA.
         allow_untrained, step: as for `umbrella_jax.load`.
         resume: continue from the `.part` file of an earlier call.
-        say: called with a progress line now and then if stderr is no terminal.
+        say: receives a progress line now and then if stderr is not a terminal.
 
     Returns:
         The rows (`Row`), as in `out`; `likelihoods` are natural logarithms.
@@ -278,7 +278,7 @@ def predict(
         if out.exists():
             raise ConfigError(f"{out}: already exists; choose another file, or remove it")
         if unfinished.exists() and not resume:
-            raise ConfigError(f"{unfinished}: left by an earlier call; go on with --resume, or remove it")
+            raise ConfigError(f"{unfinished}: left by an earlier call; continue with --resume, or remove it")
         if not out.parent.is_dir():
             raise ConfigError(f"{out}: expected the name of a file in a directory that exists")
         devices = make_mesh(mesh, batch_size=batch_size)
@@ -406,7 +406,7 @@ class _Part:
         if other:
             raise ConfigError(
                 [
-                    f"{self.path}: cannot go on: {key}: {settings[key]} now, {before[key]} when it began; remove it to "
+                    f"{self.path}: cannot continue: {key}: {settings[key]} now, {before[key]} when it began; remove it to "
                     "start anew"
                     for key in other
                 ]

@@ -406,7 +406,8 @@ def _error(row: Prediction, task: Task) -> float:
 
 
 def _tolerated(task: Task, rows: Sequence[Prediction]) -> float:
-    """Return the largest error that is no failure: 0, or for numbers the mean error of always answering the median."""
+    """Return the largest error that does not count as a failure: 0, or for numbers the mean error of always answering
+    the median."""
     if task.kind != "regression":
         return 0.0
     truths = np.array([_number(task.truth(row), task) for row in rows])

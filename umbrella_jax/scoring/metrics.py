@@ -62,7 +62,8 @@ class Figure:
     """None if it is undefined or not finite."""
     low: float | None
     """Lower end of the 95 % interval. Both ends are None if there are no resamples or only one subject, if the figure
-    is undefined in more than half of the resamples, or if all resamples agree and the figure is no share of answers."""
+    is undefined in more than half of the resamples, or if all resamples agree and the figure is not a share of
+    answers."""
     high: float | None
     n: int
     """Number of answers; for `vote_accuracy`, of votes."""
@@ -190,7 +191,7 @@ def score(rows: Iterable[Prediction], tasks: Mapping[str, Task], *, resamples: i
 
     Raises:
         DataError: a row's task is not in `tasks`, or a task has no rows; a reference does not fit its task; a
-            prediction is no text; likelihoods are of other answers than the task's, or only some of its rows have any.
+            prediction is not text; likelihoods are of other answers than the task's, or only some of its rows have any.
     """
     groups = by_task(rows)
     faults = [f"task {name}: no answers; expected at least one" for name in tasks if name not in groups]
@@ -481,7 +482,7 @@ def _notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Prediction]]
         rows = groups[name]
         if task.kind == "regression":
             num_failed = sum(parse_number(row["prediction"], task.unit) is None for row in rows)
-            failure = "are no number" + (f" ({task.unit})" if task.unit else "")
+            failure = "are not a number" + (f" ({task.unit})" if task.unit else "")
             counts_as = (
                 "the end of the references' range that is farther from the truth, and not in pearson and spearman"
             )

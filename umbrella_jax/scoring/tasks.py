@@ -274,7 +274,7 @@ def _answers(
 ) -> tuple[str, ...]:
     """Return the closed set, each answer in the references' most frequent spelling.
 
-    An answer that is no reference gets a full stop if all references end with one.
+    An answer that does not occur as a reference gets a full stop if all references end with one.
     """
     texts = [row["reference"].strip() for row in rows if normalise(row["reference"])]
     spelled: dict[str, Counter[str]] = defaultdict(Counter)

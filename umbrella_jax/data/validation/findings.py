@@ -295,7 +295,7 @@ def _task_tables(report: ValidationReport) -> Iterator[StatisticsTable]:
 
 
 def _numbers(counts: Mapping[str, Counter[str]]) -> list[list[float]] | None:
-    """Return the answers of each set as numbers, None if any that is not blank is no number."""
+    """Return the answers of each set as numbers, None if an answer is neither blank nor a number."""
     try:
         return [[float(answer) for answer in c.elements() if answer] for c in counts.values()]
     except ValueError:
