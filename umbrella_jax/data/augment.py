@@ -6,8 +6,8 @@
 A FLIP TURNS LEFT INTO RIGHT. It shows a lesion of the left side on the right, while the conversation still says
 "left". Leave `left_right_flip` and `flip_any_axis` off if any text mentions sides.
 
-If the orientation is known, flips, motion and bias field act on the axes in the order R, A, S, so that two images with
-different storage orders change alike. Otherwise they act on the axes of the array.
+If the orientation is known, flips, motion and bias field act on the axes in the order R, A, S, so that images with
+different storage orders get the same changes. Otherwise they act on the axes of the array.
 """
 
 from collections.abc import Mapping
@@ -55,8 +55,8 @@ class Augmentation:
         """Apply flips, rigid motion, bias field and intensity, then noise.
 
         Args:
-            volume: preprocessed, float32 (D, H, W) or (D, H, W, T); not written to. All frames change alike, except
-                for noise.
+            volume: preprocessed, float32 (D, H, W) or (D, H, W, T); not written to. All frames get the same
+                changes, except for noise.
             axes: orientation of the three spatial axes, as `"".join(nibabel.aff2axcodes(affine))`; None if unknown.
             image: index of the image in its conversation; each image has its own noise.
             background: value outside the brain; default the minimum, 0 after `znorm_zeroback`. Motion fills with it,

@@ -406,8 +406,8 @@ class _Part:
         if other:
             raise ConfigError(
                 [
-                    f"{self.path}: cannot continue: {key}: {settings[key]} now, {before[key]} when it began; remove it to "
-                    "start anew"
+                    f"{self.path}: cannot continue: {key}: {settings[key]} now, {before[key]} when it began; remove it "
+                    "to start anew"
                     for key in other
                 ]
             )
