@@ -22,7 +22,7 @@ OURS = {
 THEIRS = {"0.5b": ("reference:8", "tuned:32", "compiled:32"), "7b": ("tuned:8", "compiled:8", "reference:8")}
 MIN_SHARE_OF_RATE = {"0.5b": 0.45, "7b": 0.55}
 MIN_SPEEDUP = {"reference": 2.5, "tuned": 1.3, "compiled": 1.3}
-KINDS = {  # kind of kernel: pattern of its name
+KERNEL_KINDS = {  # kind of kernel: pattern of its name
     "attention": "sdpa|fmha|flash|cudnn",
     "products": "nvjet|gemm|cutlass",
     "copies": "memcpy|memset|copy|broadcast|dynamic_update_slice",
@@ -67,9 +67,9 @@ def _print_ours(size: str, case: str, measured: dict[str, Any], rate: float, dev
     scan, batch, *_ = case.split(":")
     seconds = statistics.median(measured["seconds"][1:])
     achieved = minimum_flops(size, scan) * int(batch) / seconds
-    kinds = dict.fromkeys(KINDS, 0.0)
+    kinds = dict.fromkeys(KERNEL_KINDS, 0.0)
     for kernel, milliseconds, _ in measured["kernels"]:
-        kinds[next(kind for kind, words in KINDS.items() if re.search(words, kernel, re.I))] += milliseconds
+        kinds[next(kind for kind, words in KERNEL_KINDS.items() if re.search(words, kernel, re.I))] += milliseconds
     figure(
         f"{name}_seconds",
         seconds,

@@ -21,7 +21,7 @@ from umbrella_jax.data.cache import Sources
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.loader import Dataset
 from umbrella_jax.data.validation.checks import check_overlap, read_contents, validate
-from umbrella_jax.data.validation.findings import KINDS, Finding, ValidationReport, histogram
+from umbrella_jax.data.validation.findings import FINDING_KINDS, Finding, ValidationReport, histogram
 from umbrella_jax.data.validation.page import write_page
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.html import page as html_page
@@ -655,7 +655,7 @@ def test_command(command, world, tmp_path):
     assert found["counts"]["fault"] == 0
     assert found["counts"].keys() == {"fault", "warning", "note"}
     assert all(f.keys() == {"severity", "kind", "sets", "place", "reason"} for f in found["findings"])
-    assert {f["kind"] for f in found["findings"]} <= KINDS.keys()
+    assert {f["kind"] for f in found["findings"]} <= FINDING_KINDS.keys()
     assert found["sets"]["train"]["conversations"] == 12
     assert len(found["volumes"]) == 8
     assert found["sets"]["train"]["lengths"]["patches"]["max"] == 12

@@ -20,7 +20,7 @@ from umbrella_jax.checkpoints.export import write_native
 from umbrella_jax.cli import main
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.demo import DemoData, make_base, make_data
-from umbrella_jax.demo.data import BLOCK, lesion_mask
+from umbrella_jax.demo.data import BLOCK_FRAMES, lesion_mask
 from umbrella_jax.demo.run import run_demo
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.rundir import predictions_by_step
@@ -126,7 +126,7 @@ def test_labels_are_the_patients_sides(data: DemoData) -> None:
             image = nib.load(data.root / entry["path"])
             signal = image.get_fdata()
             if signal.ndim == 4:
-                task = (np.arange(signal.shape[3]) // BLOCK) % 2 == 1
+                task = (np.arange(signal.shape[3]) // BLOCK_FRAMES) % 2 == 1
                 signal = signal[..., task].mean(-1) - signal[..., ~task].mean(-1)
             voxels = np.argwhere(signal > 0.7 * signal.max())
             x = apply_affine(image.affine, voxels)[:, 0]

@@ -31,7 +31,7 @@ from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig
 from umbrella_jax.plan import HardwarePlan, parse_devices, plan_hardware
 from umbrella_jax.plan import devices as devices_module
-from umbrella_jax.plan.devices import KINDS, PEAK_EFFICIENCY
+from umbrella_jax.plan.devices import DEVICE_KINDS, PEAK_EFFICIENCY
 from umbrella_jax.plan.estimate import (
     ATTENTION_EFFICIENCY,
     BANDWIDTH_EFFICIENCY,
@@ -330,7 +330,7 @@ def test_bytes_are_xlas(size: str, remat: RematPolicy, batch_size: int, tmp_path
 
 def test_time_is_the_longest_of_what_overlaps_and_the_rest() -> None:
     counted = tiny(dtype="bfloat16")
-    slow = replace(KINDS["h100"], flops=1e6, bandwidth=1e9, link=1e6, network=1e3)
+    slow = replace(DEVICE_KINDS["h100"], flops=1e6, bandwidth=1e9, link=1e6, network=1e3)
     devices = replace(parse_devices("h100x8"), kind=slow)
     found = estimate(counted, devices, MeshShape(data=4, tensor=2), 4, "none")
     attention, (_, _, stream) = (
@@ -352,7 +352,7 @@ def test_time_is_the_longest_of_what_overlaps_and_the_rest() -> None:
 
 
 def test_collectives_beyond_the_links_take_the_network() -> None:
-    counted, kind = tiny(dtype="bfloat16"), KINDS["h100"]
+    counted, kind = tiny(dtype="bfloat16"), DEVICE_KINDS["h100"]
 
     def gradients(name: str, **sizes: int) -> float:
         mesh = MeshShape(**sizes)

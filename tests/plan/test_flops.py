@@ -8,7 +8,7 @@ from tests.helpers.training_case import SMALL_MODALITIES, TEXT, VISION
 from umbrella_jax.config.schema import GroupConfig, ModalityConfig, ModelConfig, RunConfig, TrainConfig
 from umbrella_jax.models import LlavaConfig
 from umbrella_jax.plan import at_shape, batch_flops, sheet_of
-from umbrella_jax.plan.devices import KINDS
+from umbrella_jax.plan.devices import DEVICE_KINDS
 
 OTHER = ModalityConfig(size=(4, 4, 4, 2), patch=(2, 2, 2, 1))  # 16 patches of 8 voxels
 CONFIG = LlavaConfig(
@@ -76,4 +76,4 @@ def test_text_costs_its_products_and_attention() -> None:
 )
 def test_names_of_devices(name: str, kind: str | None) -> None:
     """jax's names map to data sheets; a slower card is not mistaken for its faster namesake."""
-    assert sheet_of(name) is (KINDS[kind] if kind else None)
+    assert sheet_of(name) is (DEVICE_KINDS[kind] if kind else None)

@@ -40,7 +40,7 @@ from umbrella_jax.scoring.rows import Row, blank_rows
 from umbrella_jax.scoring.tasks import label_of
 
 BaselineKind = Literal["cnn", "probe"]
-KINDS: tuple[BaselineKind, ...] = ("cnn", "probe")
+BASELINE_KINDS: tuple[BaselineKind, ...] = ("cnn", "probe")
 Shown = tuple[Image, ...]
 """The scans of one question."""
 _COLUMNS = {"cnn": "CNN", "probe": "probe"}
@@ -91,7 +91,7 @@ def baseline(
         ConfigError, DataError, CheckpointError: every fault, before anything is computed.
         RunError: the network's loss was never finite.
     """
-    kinds = [kind for kind in KINDS if only in (None, kind)]
+    kinds = [kind for kind in BASELINE_KINDS if only in (None, kind)]
     files = {kind: Path(out) / "baseline" / f"{kind}.jsonl" for kind in kinds}
     _check(config, files.values(), epochs, width)
     checkpoint = _open(config, run, step, weights="probe" in kinds)

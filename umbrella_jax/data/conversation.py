@@ -14,7 +14,7 @@ from umbrella_jax.config.schema import modality_names, resolve_modality, unknown
 from umbrella_jax.data.schema import IMAGE_MARKER, to_current
 from umbrella_jax.data.subject_split import SPLITS
 from umbrella_jax.errors import DataError, visible
-from umbrella_jax.io.reading import KINDS, kind, parse_json, quoted, read_items, read_lines
+from umbrella_jax.io.reading import JSON_KINDS, kind, parse_json, quoted, read_items, read_lines
 
 ROLES = ("system", "user", "assistant")
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -371,7 +371,7 @@ class _Parser:
         if isinstance(value, type_):
             return value
         if value is not None or required:
-            self.add_fault(place, f"{name}: expected {KINDS[type_]}, got {kind(value)}")
+            self.add_fault(place, f"{name}: expected {JSON_KINDS[type_]}, got {kind(value)}")
         return None
 
     def parse_message(self, turn: Any, place: str) -> Message:

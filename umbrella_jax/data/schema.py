@@ -8,7 +8,7 @@ OpenAI's: `messages`, `images` as plain paths, and parts `{type: image, image: P
 import re
 from typing import Any
 
-from umbrella_jax.io.reading import KINDS, kind, quoted
+from umbrella_jax.io.reading import JSON_KINDS, kind, quoted
 
 IMAGE_MARKER = "<image>"
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -51,7 +51,7 @@ def to_current(record: dict[str, Any], name: str) -> tuple[dict[str, Any], list[
                 value = [value] if isinstance(value, str | dict) else value
             expected: type = dict if given[0] == "modality_paths" else list
             if not isinstance(value, expected):
-                faults.append(f"{given[0]}: expected {KINDS[expected]}, got {kind(value)}")
+                faults.append(f"{given[0]}: expected {JSON_KINDS[expected]}, got {kind(value)}")
             else:
                 record[names[0]] = _list_images(value, faults) if expected is dict else value
     turns, images = record.get("conversations"), record.get("images")

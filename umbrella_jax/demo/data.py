@@ -20,7 +20,7 @@ LESION_CENTRE = ((20.0, 40.0), (-40.0, 40.0), (-12.0, 12.0))  # mm from the midd
 LESION_GAIN = 2.5  # multiple of the brain's 98th percentile
 ACTIVE_RADIUS = (12.0, 18.0)  # mm
 ACTIVE_GAIN = (0.10, 0.20)  # increase, as a fraction of the resting signal
-BLOCK = 5  # rest and task alternate, each for this many frames
+BLOCK_FRAMES = 5  # rest and task alternate, each for this many frames
 
 LESION_QUESTION = "On which side is the lesion?"
 REFERENCE_QUESTION = "A reference scan. On which side is the lesion?"
@@ -188,7 +188,7 @@ def _draw_activity(
     positions = _coordinates(shape, zooms[:3])
     centre = np.array([rng.uniform(14, 20) * (-1 if side == "left" else 1), rng.uniform(-25, 25), 0.0])
     inside = 1 / (1 + np.exp(np.linalg.norm(positions - centre, axis=-1) - rng.uniform(*ACTIVE_RADIUS)))
-    task = (np.arange(frames) // BLOCK) % 2
+    task = (np.arange(frames) // BLOCK_FRAMES) % 2
     image = run * (1 + rng.uniform(*ACTIVE_GAIN) * inside[..., None] * task)
     image += rng.normal(0, 0.01 * run.mean(), run.shape)
     return image * rng.uniform(0.7, 1.4), _affine(shape, zooms[:3])

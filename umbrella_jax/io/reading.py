@@ -76,12 +76,12 @@ def regular_file(path: str, flags: int) -> int:
     return file
 
 
-KINDS = {str: "a string", list: "a list", dict: "an object", type(None): "nothing"}
+JSON_KINDS = {str: "a string", list: "a list", dict: "an object", type(None): "nothing"}
 
 
 def kind(value: Any) -> str:
     """Return the name of a JSON value's kind, for messages; a number is returned as text."""
-    return KINDS[type(value)] if type(value) in KINDS else repr(value)
+    return JSON_KINDS[type(value)] if type(value) in JSON_KINDS else repr(value)
 
 
 def quoted(value: Any) -> str:

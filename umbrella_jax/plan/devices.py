@@ -47,7 +47,7 @@ class DeviceKind:
 
 _GOOGLE, _NVIDIA = "https://cloud.google.com/tpu/docs", "https://www.nvidia.com/en-us/data-center"
 _DGX = "SXM, without sparsity; network of a DGX"
-KINDS: dict[str, DeviceKind] = {
+DEVICE_KINDS: dict[str, DeviceKind] = {
     kind.name: kind
     for kind in (
         DeviceKind("v5e", 197e12, 16e9, 819e9, 200e9, 256, 25e9 / 8, f"{_GOOGLE}/v5e", "splash"),
@@ -72,7 +72,7 @@ _NAMED: dict[str, str] = {
 
 def sheet_of(device_kind: str) -> DeviceKind | None:
     """Return the data sheet for jax's name of a device; None if the device is unknown."""
-    return next((KINDS[name] for name, pattern in _NAMED.items() if re.fullmatch(pattern, device_kind)), None)
+    return next((DEVICE_KINDS[name] for name, pattern in _NAMED.items() if re.fullmatch(pattern, device_kind)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +107,14 @@ def parse_devices(
     match = re.fullmatch(r"([a-z]\w*?)(?:[-x]([1-9]\d*))?", name.lower())
     kind = match[1] if match else name
     faults = []
-    if kind not in (*KINDS, "cpu"):
-        near = _nearest(kind, [*KINDS, "cpu"])
-        faults.append(f"--devices {name}: expected {', '.join(KINDS)} with a count (v5e-16, h100x8), or cpu{near}")
+    if kind not in (*DEVICE_KINDS, "cpu"):
+        near = _nearest(kind, [*DEVICE_KINDS, "cpu"])
+        faults.append(
+            f"--devices {name}: expected {', '.join(DEVICE_KINDS)} with a count (v5e-16, h100x8), or cpu{near}"
+        )
     elif match and kind == "cpu" and match[2]:
         faults.append(f"--devices {name}: expected cpu, which is one device")
-    if kind in KINDS and dtype != "bfloat16" and flops is None:
+    if kind in DEVICE_KINDS and dtype != "bfloat16" and flops is None:
         faults.append(
             f"model.compute_dtype: {dtype}, but the data sheet's peak is of bfloat16; expected --set "
             f"model.compute_dtype=bfloat16, or the rate of {dtype} products measured on one device (--flops)"
@@ -132,7 +134,7 @@ def parse_devices(
             "cpu", rate, memory, memory_rate(), link=0.0, island=1, network=0.0, source=source, attention="xla"
         )
         return Devices(name=name, kind=cpu, count=1, efficiency=efficiency or CPU_EFFICIENCY)
-    sheet = KINDS[kind]
+    sheet = DEVICE_KINDS[kind]
     number = int(match[2] or sheet.counted)
     if number % sheet.counted:
         raise ConfigError(

@@ -19,7 +19,7 @@ from umbrella_jax.errors import visible
 Severity = Literal["fault", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 SETS = ("train", "eval")
-KINDS = {
+FINDING_KINDS = {
     "base": "the base and its tokenizer",
     "conversation": "conversation files",
     "text": "conversations as text",
@@ -51,7 +51,7 @@ class Finding:
 
     severity: Severity
     kind: str
-    """One of KINDS."""
+    """One of FINDING_KINDS."""
     sets: tuple[str, ...]
     """The sets it concerns: train, eval or both."""
     place: str
@@ -149,9 +149,9 @@ class ValidationReport:
     findings: tuple[Finding, ...]
 
     def with_severity(self, severity: Severity) -> list[Finding]:
-        """Return the findings of one severity in the order of KINDS."""
+        """Return the findings of one severity in the order of FINDING_KINDS."""
         findings = [finding for finding in self.findings if finding.severity == severity]
-        return sorted(findings, key=lambda finding: list(KINDS).index(finding.kind))
+        return sorted(findings, key=lambda finding: list(FINDING_KINDS).index(finding.kind))
 
     @property
     def ok(self) -> bool:
@@ -329,10 +329,10 @@ def _grouped_lines(findings: Sequence[Finding], shown_by: Mapping[str, str]) -> 
     A group is one sentence with its first places. A volume that a run refuses comes with the conversation that shows
     it, since the conversation may have a wrong path.
     """
-    for kind in KINDS:
+    for kind in FINDING_KINDS:
         of_kind = [finding for finding in findings if finding.kind == kind]
         if of_kind:
-            yield f"  {KINDS[kind]} ({len(of_kind)})"
+            yield f"  {FINDING_KINDS[kind]} ({len(of_kind)})"
         for group in grouped(of_kind):
             first = group[0]
             where = [f", in {shown_by[f.place]}" if kind == "volume" and f.place in shown_by else "" for f in group]

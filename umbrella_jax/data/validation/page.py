@@ -13,7 +13,7 @@ from umbrella_jax.data.augment import examples
 from umbrella_jax.data.background import Background, background_level
 from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.validation.findings import (
-    KINDS,
+    FINDING_KINDS,
     SEVERITIES,
     Finding,
     Severity,
@@ -95,7 +95,9 @@ def write_page(
         file,
         report=report,
         findings={
-            severity: [(title, groups) for kind, title in KINDS.items() if (groups := _groups(report, severity, kind))]
+            severity: [
+                (title, groups) for kind, title in FINDING_KINDS.items() if (groups := _groups(report, severity, kind))
+            ]
             for severity in SEVERITIES
         },
         histograms=[
