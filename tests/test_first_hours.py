@@ -42,6 +42,7 @@ def test_the_page_depends_on_no_machine(written: list[tuple[str, str]]) -> None:
         assert not [line for line in block.split("\n") if len(line) > 80 and " " in line.removeprefix(FOLD).strip()]
 
 
+@pytest.mark.slow
 def test_the_short_walk(tmp_path: Path) -> None:
     """The commands behave as expected in one process with one device, and none but the long ones is skipped."""
     environment = {k: v for k, v in process_environment().items() if k != "PYTEST_CURRENT_TEST"}

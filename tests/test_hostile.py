@@ -135,8 +135,12 @@ def test_json(place: Callable[[str], Path], name: str, read: Any, error: Any, te
     path = place(name)
     path.write_text(text)
     message = refused(error, read, path)
-    assert message.startswith(f"{path}:1: not valid JSON: ")
-    assert expected in message
+    if name.endswith(".jsonl") and text.startswith("["):
+        expected = "a JSON list, not JSON Lines; rename the file to a.json"
+        assert message == f"{path}:1: {expected}"
+    else:
+        assert message.startswith(f"{path}:1: not valid JSON: ")
+        assert expected in message
 
 
 @pytest.mark.parametrize(("name", "read", "error"), [row for row in JSON if not row[0].startswith("a.")])

@@ -88,7 +88,7 @@ def test_wheel_works_without_a_checkout(built: Built, tmp_path: Path) -> None:
         return done.stdout
 
     program = (
-        "import convert, umbrella_jax.config as c;"
+        "import convert, umbrella_jax.config.load as c;"
         "print(convert.__file__, c.__file__, *c.shipped_configs().values(), sep='\\n');"
         "print(c.load_config('t1_0.5b').output_dir)"
     )

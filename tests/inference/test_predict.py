@@ -273,7 +273,7 @@ def test_weights_that_are_not_finite_answer_nothing(world: World, run: Path, tmp
     flags = ["--base", base, "--train-data", data, "--eval-data", world.eval]
     assert message in umbrella(*world.train_flags(tmp_path / "run", *flags), code=2)
     assert message in umbrella(*world.train_flags(tmp_path / "run", *flags, "--resume"), code=2)
-    predict(tmp_path / "run", data, tmp_path / "kept")
+    assert f"{path}: NaN or infinite" in predict(tmp_path / "run", data, tmp_path / "kept", code=2)
 
 
 def test_an_answer_that_does_not_fit_is_refused_before_anything_runs(

@@ -316,6 +316,7 @@ def test_two_processes_resume(two: Two, run: Path, world: World) -> None:
     assert_same(again, run)
 
 
+@pytest.mark.slow
 def test_one_killed_the_other_ends_and_both_go_on(two: Two, run: Path, world: World) -> None:
     """It ends within a minute with heartbeats every 10 s, without process 0 and without process 1."""
     out = world.root / "killed"
@@ -478,6 +479,7 @@ def test_two_processes_that_read_other_scans_are_refused(pair: Two, world: World
     assert "step 1" not in out
 
 
+@pytest.mark.slow
 def test_a_scan_that_one_process_lacks_is_reported_if_the_base_is_a_run(pair: Two, run: Path, world: World) -> None:
     """Orbax makes all processes read the base's checkpoint together, so the other process must not wait there."""
     out, empty = world.root / "unseen", world.root / "empty"
