@@ -223,7 +223,8 @@ def copy_numbers(out: np.ndarray, array: np.ndarray, file: str, name: str) -> No
         piece, source = out[start : start + rows], array[start : start + rows]
         with np.errstate(over="ignore"):
             np.copyto(piece, source, casting="unsafe")
-        # as integers, infinities of either sign are the largest but for NaNs: several times faster than np.isinf
+        # Bits read as integers: infinity exceeds every finite number of its sign; only NaNs are larger. Comparing
+        # maxima is several times faster than np.isinf.
         found = piece.view(np.int16).max() >= infinity or piece.view(np.uint16).max() >= infinity + 0x8000
         if found and np.isinf(piece).sum() > np.isinf(source).sum():
             raise CheckpointError(f"{file}: {name}: a number is too large for {out.dtype}; choose a wider type")

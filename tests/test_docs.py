@@ -363,7 +363,10 @@ def test_files_that_an_addition_touches() -> None:
         "### A modality under several names": r"\bALIASES\b|\nMODALITIES = .*anat",
         "### A group that trains": r"\bCOMPONENTS\b",
         "### A metric": r"\b(balanced_accuracy|vote_accuracy|WITH_UNIT)\b",
-        "### A language model": r"Qwen2|\"qwen2\"|language_model\.|=\"language_model\"|LANGUAGE_MODEL|\.embed_tokens",
+        "### A language model": (
+            r"Qwen2|\"qwen2\"|language_model\.|\"language_model\"|LANGUAGE_MODEL|\.embed_tokens"
+            r"|text_config|\b(config|model)\.text\b"
+        ),
     }.items():
         section = text[text.index(f"\n{heading}\n") + 1 :].split("\n### ")[0].split("\n## ")[0]
         listed = set(re.findall(r"\(\.\./((?:umbrella_jax|convert)/[\w./]+\.py)\)", section))
@@ -372,3 +375,8 @@ def test_files_that_an_addition_touches() -> None:
             str(f.relative_to(ROOT)) for f in sources if re.search(there, f.read_text()) and "demo" not in f.parts
         }
         assert listed == naming, heading
+        for item in re.split(r"\n+(?=- )", section):
+            files = re.findall(r"\(\.\./([\w./]+\.py)\)", item)
+            for name in re.findall(r"`([A-Za-z_]\w*(?:\.\w+)?)`", item) if files else ():
+                for file in files:
+                    assert re.search(rf"\b{name.split('.')[-1]}\b", (ROOT / file).read_text()), (name, file)

@@ -70,7 +70,8 @@ def folds(targets: np.ndarray, subjects: Sequence[str], *, classes: bool) -> lis
         targets: [n], classes as whole numbers, or quantities.
 
     Raises:
-        DataError: too few subjects for two parts that each leave two classes, or two subjects, to train on.
+        DataError: too few subjects: with any part held out, the rest must still have two classes (for quantities, two
+            subjects).
     """
     from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 

@@ -13,8 +13,8 @@ from umbrella_jax.errors import ConfigError
 class Range:
     """The finite numbers that a field may hold; of a list, each of its numbers.
 
-    The bounds are named as in annotated-types. Its own classes are not used because pydantic would enforce them before
-    `__post_init__`, and a report of bad numbers would then lack the section's other faults.
+    Named as in annotated-types, but not its classes: pydantic would enforce those before `__post_init__`, and one bad
+    number would hide the section's other faults.
     """
 
     ge: float = -math.inf

@@ -94,9 +94,9 @@ class ModalityConfig(Section):
     """How to scale intensities. Default: `znorm` (whole volume) in 3D, `znorm_minback` in 4D."""
     background: Annotated[BackgroundRule | float, Range()] = "auto"
     """Which voxels are background, in 4D and in 3D with `pad`: `nonpositive`, those at 0 or below, as in the original
-    system; `lowest`, those at the volume's lowest value; or those with a given number. `auto` takes `nonpositive`
-    unless voxels below 0 hold more than 5 % of the intensity. Then it takes the value 0 or the lowest one, whichever
-    more voxels share, reports it, and refuses the volume if neither is shared by 5 %."""
+    system; `lowest`, those at the volume's lowest value; or those with a given number. `auto` means `nonpositive`
+    while voxels below 0 hold at most 5 % of the intensity. Otherwise it takes 0 or the lowest value, whichever more
+    voxels have, and reports it; if neither is shared by 5 % of voxels, the volume is refused."""
     stride_within_seq: Annotated[int, Range(ge=1, le=_LONGEST_RUN)] = 1
     """Distance in frames between consecutive frames of a 4D window; 1 takes every frame."""
     stride_between_seq: Annotated[float, Range(gt=0, le=_LONGEST_RUN)] = 1.0

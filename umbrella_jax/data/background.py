@@ -53,7 +53,7 @@ class Background:
         """Return the mask of the background: bool, of the shape of `data`, or (D, H, W) of a run with one value.
 
         With `nonpositive`, the frames of a run are independent, as in the original. Otherwise a voxel is background
-        only if it has the value in every frame, since a signal without its mean passes through any value.
+        only if it has the value in every frame, because a demeaned time course can equal any value in a single frame.
         """
         if self.rule == "nonpositive":
             return data <= 0

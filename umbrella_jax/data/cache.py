@@ -203,9 +203,9 @@ class VolumeCache(Sources):
     """`Sources` that keeps preprocessed volumes on disk. Safe for threads, and for processes that share the directory.
 
     Args:
-        dtype: float32 keeps exactly the numbers of `load_volume`. float16 rounds them, whether or not the entry existed
-            before: by at most 2⁻¹¹ of their size (4.9e-4), and below 6.1e-5 by at most 3e-8. Values beyond ±65504 are
-            an error.
+        dtype: float32 keeps exactly the numbers of `load_volume`. float16 rounds, whether the entry is read or just
+            made, so both give the same numbers: relative error at most 2⁻¹¹ (4.9e-4); below 6.1e-5, absolute error at
+            most 3e-8. Values beyond ±65504 are an error.
         strict: raise OSError if an entry cannot be written (a full disk, a read-only directory). Otherwise this is one
             warning, and no further entries are written.
         verify: let `check` read each entry completely, not only its header.

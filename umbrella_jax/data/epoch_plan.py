@@ -38,8 +38,8 @@ T = TypeVar("T")
 
 MAX_SHAPES = 6
 """Shapes that a plan may compile."""
-# Fewer buckets if conversations share volumes: buckets separate conversations that share, and the other shapes are
-# needed for different numbers of volumes.
+# Fewer buckets if conversations share volumes: conversations in different buckets cannot share, and the plan's six
+# shapes are also needed for different numbers of volumes.
 _BUCKETS_WITH_SHARING = 4
 _MIN_SAVING, _MIN_SAVING_WITH_SHARING = 0.01, 0.03
 """Fraction of the total cost that a further bucket, or a further choice of M, must save to be added."""

@@ -296,7 +296,7 @@ def eval_subset(dataset: Dataset, batch_size: int, count: int, parts: Parts = WH
     first = {update.shape: place for place, update in reversed(list(enumerate(updates)))}
     others = [place for place in range(len(updates)) if place not in first.values()]
     bits = len(others).bit_length()
-    # In the order of their reversed binary digits, the first few are spread evenly, however many they are.
+    # Bit-reversed order: any number of leading elements is spread evenly over the whole.
     order = sorted(range(len(others)), key=lambda n: f"{n:0{bits}b}"[::-1])
     chosen: list[int] = []
     for place in [*sorted(first.values()), *(others[n] for n in order)]:

@@ -27,8 +27,8 @@ def quantizable(path: str) -> bool:
 def quantize(params: Params, dtype: Quantized) -> Params:
     """Replace each `quantizable` parameter by qwix's QArray; empties `params`.
 
-    W ≈ q·s with q [..., O, I] in 8 bits and s float32 [..., O, 1], the largest magnitude of an output's row divided by
-    the largest number of the 8-bit type. A product dequantises a layer's weights when it uses them, and computes in x's
+    W ≈ q·s: q [..., O, I] in 8 bits; s float32 [..., O, 1] is max|W| of each output's row, divided by the largest
+    number of the 8-bit type. A product dequantises a layer's weights when it uses them, and computes in x's
     dtype as without quantisation.
 
     Parameters are converted one by one and removed from `params`: only one exists in both forms at a time, unless the

@@ -158,7 +158,9 @@ class Qwen2Model(nnx.Module):
         return hidden, KVCache(k=k, v=v, used=used)
 
     def extend(self, x: Array, positions: Array, cache: KVCache, ways: int = 1) -> tuple[Array, Array, Array]:
-        """Continue each row in W = `ways` independent ways of N positions each.
+        """Continue each row by W = `ways` alternative continuations of N positions.
+
+        Each sees the row's cache and itself, not the others.
 
         x [B, W·N, D], positions [B, W·N] → last hidden states [B, W·N, D] after the final norm, and the new keys and
         values [L, B, K, W·N, Dh], which are not in the cache yet.
