@@ -351,7 +351,7 @@ def test_headers_that_contradict_themselves(config, ask, nifti, write_json, tmp_
     assert (finding.place, finding.reason) == (str(path), reason)
     processor = Processor(tokenizer, settings.model.modalities)
     processor.datasets(settings.data)  # what train, predict and the others read
-    processor.prompt_dataset(processor.question("?", [("T1", path)]))
+    processor.asked(processor.question("?", [("T1", path)]))
     assert [record.getMessage() for record in caplog.records] == [f"{path}: {reason}"] * 2
 
 

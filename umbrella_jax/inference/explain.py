@@ -96,7 +96,7 @@ def explain(
     if steps < 1:
         raise ConfigError(f"steps: expected 1 or more, got {steps}")
     model.config.check_trained(image.modality for image in conversation.images)
-    dataset = processor.prompt_dataset(conversation)
+    dataset = processor.asked(conversation)
     (prompt,) = dataset.prompts
     if answer is None:
         tokens = generate(

@@ -164,9 +164,9 @@ class Processor:
             ConfigError: as `question`.
             DataError: a file cannot be read as its modality; the text is longer than `max_length`.
         """
-        return whole_batch(self.prompt_dataset(self.question(text, images)), prompts=True)
+        return whole_batch(self.asked(self.question(text, images)), prompts=True)
 
-    def prompt_dataset(self, conversation: Conversation) -> Dataset:
+    def asked(self, conversation: Conversation) -> Dataset:
         """Return a data set with the prompt for the last answer of one conversation; check its volumes."""
         common: dict[str, Any] = {"template": self.template, "max_length": self.max_length}
         prompt = encode_prompt(conversation, self.tokenizer, self.modalities, **common)
