@@ -66,7 +66,7 @@ def test_a_flipped_bit_of_an_export_is_named(written):
     name, file = next((n, f) for n, f in names.items() if n.endswith("mlp.up_proj.weight"))
     content = flipped(file, place_of(file, name))
     try:
-        for reading in ({}, {"where": sharded}, {"dtype": "bfloat16"}):
+        for reading in ({}, {"sharding_for": sharded}, {"dtype": "bfloat16"}):
             with pytest.raises(CheckpointError, match=f"{name}: other bytes"):
                 Checkpoint.open(export).params(**reading)
     finally:
