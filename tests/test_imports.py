@@ -43,7 +43,7 @@ FLOORS: tuple[dict[str, set[str]], ...] = (
         "plan": {"jax"},
         "doctor": {"huggingface_hub", "jax", "numpy", "optax", "packaging"},
     },
-    {"inference": {"flax", "jax", "nibabel", "numpy", "tqdm"}},
+    {"api": set(), "inference": {"flax", "jax", "nibabel", "numpy", "tqdm"}},
     {
         "run": {"flax", "jax", "optax", "orbax", "tensorboardX", "tqdm", "wandb"},
         "baselines": {"flax", "jax", "numpy", "optax", "sklearn", "tqdm"},
