@@ -15,6 +15,8 @@ import chex
 import jax
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import umbrella_jax.run.train
 from tests.helpers import small_run
@@ -174,6 +176,8 @@ def test_inspect_prints_the_same_summary(printed: str, world: World, tmp_path: P
     assert bare[bare.index("component") :] == summary[summary.index("component") :]
     other = umbrella("inspect", "--config", world.config, "--base", tmp_path, "--set", "train.groups={projector: {}}")
     assert "projector                  8,320               0" in other
+    torch.save(load_file(world.base / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    assert "no weights there" not in umbrella("inspect", "--config", world.config, "--base", tmp_path)
 
 
 def test_a_run_continues_on_another_mesh(tmp_path: Path) -> None:

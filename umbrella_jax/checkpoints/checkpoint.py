@@ -322,7 +322,7 @@ class HfCheckpoint(Checkpoint):
 
     @property
     def has_weights(self) -> bool:
-        return any(self.path.glob("*.safetensors*"))
+        return any((*self.path.glob("*.safetensors*"), *self.path.glob("pytorch_model*.bin*")))
 
     @property
     def base_name(self) -> str:
