@@ -18,9 +18,10 @@ install=("$venv/bin/uv" pip install --quiet --python "$venv/bin/python")
 "$venv/bin/uv" pip list --python "$venv/bin/python" 2>/dev/null |
   grep -E '^(jax|jaxlib|flax|optax|orbax-checkpoint|grain|numpy|transformers|nibabel|pydantic|qwix) '
 
-# Only tests that need no PyTorch, whose versions differ.
+# Only tests that need no PyTorch, whose versions differ. Warnings, errors elsewhere, are only listed: other versions warn
+# of other things.
 run=tests/run/test_train.py::test_ mesh=tests/test_sharding.py::test_
-"$venv/bin/python" -m pytest -n 2 --dist loadfile "${@:2}" \
+"$venv/bin/python" -m pytest -W default -n 2 --dist loadfile "${@:2}" \
   --deselect tests/convert/test_safetensors_files.py::test_folder_without_weights \
   tests/models/test_golden.py tests/training/test_step.py tests/training/test_checkpoint.py \
   tests/inference/test_generate.py tests/convert/test_safetensors_files.py tests/data/test_loader.py tests/data/test_tokenize.py \

@@ -1,5 +1,6 @@
 """Checkpoints in Orbax format: the training state of a run, and all parameters of a native checkpoint."""
 
+import asyncio
 import dataclasses
 import glob
 import json
@@ -48,8 +49,23 @@ class _JsonSpec(dict[str, Any]):
         return dict(self)
 
 
+class _EventLoop(asyncio.SelectorEventLoop):
+    """An event loop that finishes its tasks before it closes."""
+
+    def close(self) -> None:
+        """Wait for the tasks that are left, then close."""
+        try:
+            if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
+                self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        finally:
+            super().close()
+
+
 def _patch_orbax() -> None:
-    """Work around two bugs by replacing modules that orbax uses.
+    """Work around three bugs by replacing modules that orbax uses.
+
+    `asyncio`: when one read fails, orbax closes the event loop under the other reads, which then print a traceback
+    each, "Event loop is closed" (0.12.8).
 
     `time`: orbax measures its waits for threads by the time of day, so setting the clock forward made saves time out.
 
@@ -60,6 +76,7 @@ def _patch_orbax() -> None:
     tensorstore: Any = sys.modules["tensorstore"]
     stores = _Replaced(tensorstore.KvStore, Spec=_JsonSpec)
     replacements = {
+        "asyncio": (asyncio, _Replaced(asyncio, new_event_loop=_EventLoop)),
         "time": (time, _Replaced(time, time=time.monotonic)),
         "ts": (
             tensorstore,
