@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from umbrella_jax.cli.options import _FLAGS
+from umbrella_jax.cli.options import _FLAGS, _SHORT
 from umbrella_jax.config import schema
 from umbrella_jax.config.ranges import Range, range_of
 
@@ -107,7 +107,9 @@ def default(field: "dataclasses.Field[Any]") -> str:
 
 def reference() -> str:
     """Return the page. Raises ValueError for a field without a docstring."""
-    lines, flag = [HEAD], {key: name for name, (_, key, *_) in _FLAGS.items()}
+    lines, flag = [HEAD], {}
+    for name, (_, key, *_) in _FLAGS.items():
+        flag[key] = f"`{name}`" + (f", short `{_SHORT[name]}`" if name in _SHORT else "")
     for key, cls in sections(schema.RunConfig):
         documented, hints = docstrings(cls), typing.get_type_hints(cls, include_extras=True)
         rows = []
@@ -120,11 +122,11 @@ def reference() -> str:
             if field.name not in documented:
                 raise ValueError(f"{cls.__name__}.{field.name}: no docstring below it")
             meaning = re.sub(r"\bdocs/(\w+\.md)", r"[\1](\1)", documented[field.name])
-            meaning += f" Flag: `{flag[path]}`." if path in flag else ""
+            meaning += f" Flag: {flag[path]}." if path in flag else ""
             kind_name = f"sections `{path}.NAME`" if is_mapping else type_name(kind)
             rows.append(f"| `{field.name}` | {kind_name} | {default(field)} | {meaning.replace('|', chr(92) + '|')} |")
         paragraphs = re.sub(r"\bdocs/(\w+\.md)", r"[\1](\1)", inspect.cleandoc(cls.__doc__ or ""))
-        paragraphs += f" Flag: `{flag[key]}`." if key in flag else ""
+        paragraphs += f" Flag: {flag[key]}." if key in flag else ""
         lines += [f"## {f'`{key}`' if key else 'Top level'}", "", paragraphs, ""]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""]
     return "\n".join(lines).rstrip() + "\n"

@@ -95,6 +95,7 @@ def test_no_flag_is_abbreviated() -> None:
         ("data from-bids ds out --target sex --target age", "--target: given twice: sex, age; give one value"),
         ("data from-bids ds out --target=sex --target sex", "--target: given twice: sex, sex; give one value"),
         ("train --config a.yaml --epochs 1 --epochs 2", "--epochs: given twice: 1.0, 2.0; give one value"),
+        ("train --config a.yaml --out x --output-dir y", "--output-dir/--out: given twice: x, y; give one value"),
         ("train --config a.yaml --set seed=1 --set seed=2", "--set seed: already given by --set"),
         (
             "train --config a.yaml --epochs 1 --set train.epochs=2",
@@ -126,6 +127,14 @@ def test_flags_have_one_meaning() -> None:
                 kinds.setdefault(flag, set()).add(path)
     assert {flag: values for flag, values in kinds.items() if len(values) > 1} == {}
     assert not [flag for flag in kinds if f"{flag}s" in kinds and flag not in ("--answer",)]
+
+
+def test_every_directory_that_is_written_has_both_names() -> None:
+    """A file, as in `predict`, has only `--out`."""
+    named = {name: {a.metavar for a in c._actions if "--out" in a.option_strings} for name, c in COMMANDS.items()}
+    both = {name for name, c in COMMANDS.items() if any("--output-dir" in a.option_strings for a in c._actions)}
+    assert both == {name for name, metavars in named.items() if metavars == {"DIR"}}
+    assert "umbrella-jax train" in both
 
 
 def test_help_and_package_import_nothing_slow() -> None:

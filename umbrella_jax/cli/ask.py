@@ -14,6 +14,7 @@ from umbrella_jax.cli.options import (
     add_command,
     add_flags,
     add_model,
+    add_out,
     modalities_of,
     start_processes,
 )
@@ -86,7 +87,7 @@ def add(commands: Any) -> None:
     explain.add_argument(
         "--path-steps", type=int, default=16, metavar="N", help="steps of integrated gradients; default 16"
     )
-    explain.add_argument("--out", required=True, metavar="DIR", help="new folder for the maps")
+    add_out(explain, "new folder for the maps", required=True)
 
 
 def _add_image(parser: argparse.ArgumentParser) -> None:

@@ -19,11 +19,12 @@ _FLAGS: dict[str, tuple[str, str, type, str, str]] = {
     "--train-data": (_DATA, "data.train", str, "PATH", "conversations (.json, .jsonl or folder)"),
     "--eval-data": (_DATA, "data.eval", str, "PATH", "conversations to evaluate on"),
     "--image-root": (_DATA, "data.image_root", str, "DIR", "folder of relative image paths"),
-    "--modality": (_DATA, "data.modality", str, "NAME", "use only conversations of this modality"),
-    "--task-filter": (_DATA, "data.task_filter", str, "NAME", "use only conversations of this task"),
+    "--modality": (_DATA, "data.modality", str, "NAME", "only conversations of this modality"),
+    "--task-filter": (_DATA, "data.task_filter", str, "NAME", "only conversations of this task"),
     "--cache": (_DATA, "data.cache", str, "DIR", "folder for preprocessed volumes"),
-    "--out": (_RUN, "output_dir", str, "DIR", "directory of the run"),
+    "--output-dir": (_RUN, "output_dir", str, "DIR", "directory of the run"),
     "--batch-size": (_RUN, "train.batch_size", int, "N", "conversations per micro-batch, over all devices"),
+    "--accumulate-steps": (_RUN, "train.accumulate_steps", int, "N", "micro-batches per update"),
     "--mesh": (_RUN, "mesh", str, "AXES", "devices per axis: data=N,fsdp=N,tensor=N"),
     "--learning-rate": (_RUN, "train.learning_rate", float, "RATE", "peak learning rate"),
     "--epochs": (_RUN, "train.epochs", float, "N", "passes over the training data"),
@@ -31,6 +32,8 @@ _FLAGS: dict[str, tuple[str, str, type, str, str]] = {
 }
 DATA_FLAGS = ("--train-data", "--eval-data", "--image-root", "--modality", "--task-filter")
 """Flags of commands that read both splits."""
+_SHORT = {"--output-dir": "--out"}
+"""{flag: its short form}."""
 
 FILES = ("FILE", "PATH", "IMAGE")
 DIRECTORIES = ("DIR", "HF_DIR", "MODEL", "OTHER", "OUT", "RUN")
@@ -60,12 +63,14 @@ class _StoreOnce(argparse.Action):
     """Store a flag's value. A second value is an error; argparse would silently keep the last one."""
 
     _namespace: argparse.Namespace | None = None
+    typed: str | None = None
+    """The name that the user typed, if the flag has several."""
 
     def __call__(self, parser: object, namespace: argparse.Namespace, values: object, flag: str | None = None) -> None:
         if flag and self._namespace is namespace:
             values = f"{getattr(namespace, self.dest)}, {values}"
             raise argparse.ArgumentError(self, f"given twice: {values}; give one value")
-        self._namespace = namespace
+        self._namespace, self.typed = namespace, flag
         setattr(namespace, self.dest, values)
 
 
@@ -104,7 +109,7 @@ def _call(
 ) -> int | None:
     """Call a command. If a fault starts with the name of an argument, replace the name with the flag the user typed."""
     typed = {
-        action.dest: action.option_strings[-1]
+        action.dest: getattr(action, "typed", None) or action.option_strings[-1]
         for action in parser._actions
         if action.option_strings and getattr(arguments, action.dest, action.default) != action.default
     }
@@ -156,7 +161,8 @@ def add_config(parser: argparse.ArgumentParser, flags: Sequence[str]) -> dict[st
         title, key, kind, metavar, text = _FLAGS[flag]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        groups[title].add_argument(flag, dest=key, type=kind, metavar=metavar, help=f"{text} [{key}]")
+        names = [flag, *([_SHORT[flag]] if flag in _SHORT else [])]
+        groups[title].add_argument(*names, dest=key, type=kind, metavar=metavar, help=f"{text} [{key}]")
     return groups
 
 
@@ -165,6 +171,11 @@ def add_flags(parser: Any, flags: Sequence[str]) -> None:
     for flag in flags:
         _, _, kind, metavar, text = _FLAGS[flag]
         parser.add_argument(flag, type=kind, metavar=metavar, help=text)
+
+
+def add_out(parser: argparse.ArgumentParser, text: str, **more: Any) -> None:
+    """Add --output-dir, and --out for short, to a command that writes a directory."""
+    parser.add_argument("--output-dir", "--out", dest="out", metavar="DIR", help=text, **more)
 
 
 def config_of(arguments: argparse.Namespace) -> RunConfig:

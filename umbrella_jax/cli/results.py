@@ -11,6 +11,7 @@ from umbrella_jax.cli.options import (
     add_command,
     add_config,
     add_json,
+    add_out,
     add_overlap,
     add_step,
     config_of,
@@ -79,9 +80,7 @@ def add(commands: Any) -> None:
         "umbrella-jax baseline --config runs/sex/config.yaml --run runs/sex --out base",
     )
     add_config(baseline, ["--base", *DATA_FLAGS, "--cache"])
-    baseline.add_argument(
-        "--out", required=True, metavar="DIR", help="folder for baseline/cnn.jsonl and baseline/probe.jsonl"
-    )
+    add_out(baseline, "folder for baseline/cnn.jsonl and baseline/probe.jsonl", required=True)
     add_step(baseline, "checkpoint of --run")
     model = baseline.add_mutually_exclusive_group()
     model.add_argument("--run", metavar="RUN", help="compare with this run; probe its vision tower")

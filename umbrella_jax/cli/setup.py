@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from umbrella_jax.cli.options import DIRECTORIES, FILES, add_command, add_group, add_json, walk
+from umbrella_jax.cli.options import DIRECTORIES, FILES, add_command, add_group, add_json, add_out, walk
 from umbrella_jax.io.files import strict_json
 
 
@@ -33,7 +33,7 @@ def add(commands: Any, parser: argparse.ArgumentParser, main: Callable[[Sequence
         "Run the whole workflow on small real scans, base to export.",
         "umbrella-jax demo --out runs/demo",
     )
-    demo.add_argument("--out", default="runs/demo", metavar="DIR", help="directory of the run; default runs/demo")
+    add_out(demo, "directory of the run; default runs/demo", default="runs/demo")
 
     config = add_group(commands, "config", "Convert configs.", "umbrella-jax config from-original old.yaml > run.yaml")
     original = add_command(

@@ -26,8 +26,8 @@ def add(commands: Any) -> None:
         "umbrella-jax train --config run.yaml --base llava --train-data train.json \\\n"
         "    --eval-data eval.json --out runs/sex",
     )
-    run_flags = ("--out", "--batch-size", "--mesh", "--learning-rate", "--epochs", "--on-nonfinite")
-    groups = add_config(train, ["--base", *DATA_FLAGS, "--cache", *run_flags])
+    steps = ("--batch-size", "--accumulate-steps", "--mesh", "--learning-rate", "--epochs", "--on-nonfinite")
+    groups = add_config(train, ["--base", *DATA_FLAGS, "--cache", "--output-dir", *steps])
     add_overlap(groups["model and data"])
     run = groups["run"]
     run.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
