@@ -13,6 +13,7 @@ import umbrella_jax
 from convert.to_hf import export
 from tests.helpers import small_run
 from tests.helpers.small_run import World, conversation, read_lines, umbrella, write_json
+from tests.helpers.strict import strict_promotion  # noqa: F401  # for every test here
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.errors import ConfigError, visible
 from umbrella_jax.inference import predict as predict_module
