@@ -53,6 +53,7 @@ MOST_LAYERS = 1000
 # Files that transformers reads; each may name code in the folder or elsewhere on the hub.
 _CODE = (CONFIG, *(f"{kind}_config.json" for kind in ("tokenizer", "processor", "preprocessor", "generation")))
 # Files that are copied with the weights; others may be a Trainer's state, another model's card, or anybody's notes.
+_TEMPLATES = "additional_chat_templates"
 _CARRIED = (
     *(
         "tokenizer*.json",  # not tokenizer*, since a file that ends in .py is code
@@ -359,9 +360,16 @@ def is_tied(directory: str | Path) -> bool:
 
 
 def _small_files(source: Path) -> list[Path]:
-    templates = source / "additional_chat_templates"
-    files = [path for path in source.iterdir() if any(fnmatchcase(path.name, pattern) for pattern in _CARRIED)]
-    return [path for path in (*files, *templates.glob("*.jinja")) if path.is_file()]
+    files = (*source.iterdir(), *(source / _TEMPLATES).glob("*"))
+    return [path for path in files if is_carried(path.relative_to(source).as_posix()) and path.is_file()]
+
+
+def is_carried(name: str) -> bool:
+    """Return whether a file of this name, with its path below the folder, is copied with the weights."""
+    folder, _, file = name.rpartition("/")
+    if folder == _TEMPLATES:
+        return fnmatchcase(file, "*.jinja")
+    return not folder and any(fnmatchcase(file, pattern) for pattern in _CARRIED)
 
 
 def _file_checksums(directory: Path) -> dict[str, str]:

@@ -1,6 +1,7 @@
-"""Write config.json and umbrella_config.json of an export."""
+"""Write config.json and umbrella_config.json of an export, and tell its files from others."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -8,8 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from convert.checksum import FILES, KEY
-from convert.config_json import CONFIG, UMBRELLA_CONFIG, _file_checksums, _section, _small_files, read_checkpoint_json
+from convert.config_json import (
+    CONFIG,
+    UMBRELLA_CONFIG,
+    _file_checksums,
+    _section,
+    _small_files,
+    is_carried,
+    read_checkpoint_json,
+)
 from convert.rules import hub_name
+from convert.safetensors_files import weight_files
 from umbrella_jax.config.schema import (
     ALIASES,
     Template,
@@ -18,6 +28,15 @@ from umbrella_jax.config.schema import (
 )
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models.llava import LlavaConfig
+
+CARD = "README.md"
+"""Name of the model card of an export."""
+LOCAL_PATH = re.compile(
+    r"(?<![\w./<~-])(?:~?/(?:[\w.@+-]+/)+[\w.@+-]*|file:/+[\w./@+-]+|[A-Za-z]:\\[\w.@+ -]+\\[\w.@+ \\-]*)"
+)
+"""An absolute path in a text, of at least two parts; URLs do not match."""
+_ORIGINS = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
+"""Keys under which transformers records the source of a configuration or tokenizer."""
 
 
 def export_names(modalities: Mapping[str, Any], names: Sequence[str] | None) -> dict[str, str]:
@@ -67,20 +86,59 @@ def hf_dict(raw: Mapping[str, Any], config: LlavaConfig) -> dict[str, Any]:
 def carried_files(source: Path) -> list[Path]:
     """Return the files of a folder that are copied with its weights: tokenizer, generation, processor, licence.
 
-    Raises CheckpointError for a link out of the folder, whose target every export would contain. A link may point to a
-    file of the same name, or into the cache of the hub.
+    Raises CheckpointError as `link_faults`.
     """
     files = _small_files(source)
-    faults = [
+    if faults := link_faults(source, files):
+        raise CheckpointError(faults)
+    return files
+
+
+def link_faults(folder: Path, files: Sequence[Path]) -> list[str]:
+    """Return a fault for each file that is a link out of the folder: a copy of the folder would contain its target.
+
+    A link may point to a file of the same name, or into the cache of the hub.
+    """
+    return [
         f"{path}: a link that leads out of the folder, to {target}; copy the file there if it belongs to the checkpoint"
         for path in files
-        if not (target := path.resolve()).is_relative_to(source.resolve())
+        if not (target := path.resolve()).is_relative_to(folder.resolve())
         and target.name != path.name
         and target.parent.name != "blobs"
     ]
-    if faults:
-        raise CheckpointError(faults)
-    return files
+
+
+def export_files(directory: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files that an export consists of, and all other files below its folder, both sorted.
+
+    An export consists of its weights, config.json, umbrella_config.json, its model card and the `carried_files`.
+
+    Raises CheckpointError if the index of the weights cannot be read.
+    """
+    expected = {*weight_files(directory), *(directory / name for name in (CONFIG, UMBRELLA_CONFIG, CARD))}
+    expected |= {*_small_files(directory)}
+    found = {path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir()}
+    return sorted(found & expected), sorted(found - expected)
+
+
+def is_replaced(name: str) -> bool:
+    """Return whether a file of a repository is replaced by the next export: if that lacks it, it is outdated.
+
+    These are all files of an export but licences, which people add themselves.
+    """
+    is_weight = re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)
+    return bool(is_weight) or (is_carried(name) and not name.startswith("LICENSE"))
+
+
+def _without_local_paths(value: Any) -> Any:
+    """Return a value of a JSON file without the local paths that transformers recorded as its source."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _without_local_paths(inner)
+        for key, inner in value.items()
+        if not (key in _ORIGINS and isinstance(inner, str) and (Path(inner).is_absolute() or LOCAL_PATH.match(inner)))
+    }
 
 
 def write_config(
@@ -99,6 +157,8 @@ def write_config(
     finish: Callable[[Path], None] = lambda directory: None,
 ) -> None:
     """Write config.json and umbrella_config.json, and copy the `carried_files` of `source_dir`.
+
+    Local paths that transformers recorded as the source of config.json or of the tokenizer are left out.
 
     Args:
         names: modality names to export under, as in `export_names`.
@@ -127,7 +187,11 @@ def write_config(
         copy = out / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
-    (out / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
+    (out / CONFIG).write_text(json.dumps(_without_local_paths(raw), indent=2) + "\n")
     finish(out)
+    if (tokenizer := out / "tokenizer_config.json").exists():
+        settings = read_checkpoint_json(tokenizer)
+        if (portable := _without_local_paths(settings)) != settings:
+            tokenizer.write_text(json.dumps(portable, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     umbrella[FILES] = _file_checksums(out)
     (out / UMBRELLA_CONFIG).write_text(json.dumps(umbrella, indent=2) + "\n")

@@ -234,6 +234,14 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """Return the files of the weights in safetensors: the single file, or the index and the shards that it names."""
+    index = directory / INDEX
+    if not index.exists():
+        return [directory / SINGLE]
+    return [index, *(directory / shard for shard in sorted(set(_weight_map(index).values())))]
+
+
 def write_checkpoint(
     directory: str | Path, tensors: Mapping[str, Tensor], max_shard_size: int | str = "5GB"
 ) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.export_config import carried_files, export_names, write_config
+from convert.export_config import CARD, carried_files, export_names, write_config
 from convert.lazy_tensor import Tensor
 from convert.model_card import model_card
 from convert.rules import EMBED, map_tensors
@@ -71,7 +71,7 @@ def export(
         checksums = write_checkpoint(part, hub_tensors(params, config, renamed), max_shard_size)
         without_training = [renamed[m] for m in untrained or ()]
         card = model_card(config, modalities, out.name, base, fingerprint, template, without_training)
-        (part / "README.md").write_text(card, encoding="utf-8")
+        (part / CARD).write_text(card, encoding="utf-8")
         write_config(source_dir, part, config, names, dtype=dtype, checksums=checksums, finish=finish, **stated)
 
 

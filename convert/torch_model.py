@@ -17,6 +17,7 @@ from torch import nn
 from convert.config_json import CONFIG, read_checkpoint_json, read_config
 from convert.export_config import hf_dict
 from convert.from_hf import fingerprint, plan_loading
+from convert.hub import fetch
 from convert.lazy_tensor import Tensor
 from convert.rules import LM_HEAD, hub_name
 from convert.to_hf import hub_tensors
@@ -92,7 +93,8 @@ def load_umbrella(
     `TorchPatchEmbed.forward` does, and one `<image>` id per patch. Activations have the type of the token embeddings.
 
     Args:
-        directory: the checkpoint in Hugging Face format; with `patch_embed`, the base of that file.
+        directory: the checkpoint in Hugging Face format, or its name on the hub (`NAME` or `NAME@REVISION`); with
+            `patch_embed`, the base of that file.
         dtype: type of all parameters; by default the types in the file.
         modalities: required without an `umbrella_config.json`.
         patch_embed: a file of `convert to-hf --trainable-only` to apply to `directory`.
@@ -100,7 +102,7 @@ def load_umbrella(
     Raises:
         CheckpointError: for everything that `from_hf` rejects, and for a modality without weights.
     """
-    directory, patch_embed = Path(directory), None if patch_embed is None else Path(patch_embed)
+    directory, patch_embed = fetch(directory), None if patch_embed is None else Path(patch_embed)
     config = read_config(directory, modalities, patch_embed=patch_embed)
     name = "auto" if dtype is None else str(dtype).removeprefix("torch.")
     plan = plan_loading(directory, config, dtype=name, patch_embed=patch_embed)

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 import umbrella_jax
+from convert.hub import fetch
 from convert.safetensors_files import open_checkpoint
 from convert.torch_model import load_umbrella
 from tests.conftest import write_tokenizer
@@ -24,7 +25,7 @@ from tests.helpers import checkpoints, small_run
 from tests.helpers.checkpoints import write_umbrella
 from tests.helpers.small_run import World, read_lines, umbrella
 from umbrella_jax import Batch, Llava, Processor
-from umbrella_jax.checkpoints.checkpoint import Checkpoint, fetch
+from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.checkpoints.verify import verify
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.inference.generate import probabilities
@@ -498,7 +499,7 @@ def test_a_model_of_the_hub_comes_in_either_format(
     """PyTorch's own format is downloaded only if there is no other."""
     repository = ["config.json", weights, "pytorch_model.bin"]
 
-    def download(name: str, allow_patterns: list[str]) -> str:
+    def download(name: str, revision: None, allow_patterns: list[str]) -> str:
         for file in repository:
             if any(fnmatch(file, pattern) for pattern in allow_patterns):
                 (tmp_path / file).touch()

@@ -118,6 +118,7 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "docs/metrics.md": ("runs/sex",),
     "docs/pytorch.md": ("exports/sex",),
     "docs/runs.md": ("conversations", "runs/sex"),
+    "docs/sharing.md": ("exports/sex",),
 }
 """Page → what README makes and the page reads."""
 NEEDS = {"runs/sex": ("conversations",)}
@@ -210,6 +211,7 @@ NOT_RUN: dict[str, str] = {
 
 PARSED: dict[str, str] = {
     "umbrella-jax train --config run.yaml --coordinator": "two machines; tests/run/test_processes.py has two processes",
+    "umbrella-jax push exports/sex my-lab/sex-t1 --message": "needs the hub; tests/checkpoints/test_push.py has one",
     "umbrella-jax train --config configs/stage1_0.5b.yaml": "tests/models/test_lora.py trains both stages",
     "umbrella-jax train --config configs/stage2_0.5b.yaml": "tests/models/test_lora.py trains both stages",
 }

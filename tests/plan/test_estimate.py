@@ -570,7 +570,7 @@ def test_no_weights_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     base, asked = write_hub_config(tmp_path / "base", "7b"), []
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download",
-        lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(base),
+        lambda name, revision, allow_patterns: asked.append((name, allow_patterns)) or str(base),
     )
     umbrella("plan", "--config", CONFIGS / "t1_7b.yaml", "--devices", "v5e-16")
     ((name, patterns),) = asked

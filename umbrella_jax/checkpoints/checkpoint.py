@@ -27,6 +27,7 @@ from convert.config_json import (
     unused_dropout,
 )
 from convert.from_hf import LoadPlan, fingerprint, plan_loading
+from convert.hub import fetch
 from convert.lazy_tensor import Index, ShardingFor, Tensor, add_product, check_finite, copy_numbers, place
 from convert.safetensors_files import weights_digest
 from umbrella_jax.config.load import load_stored_config
@@ -39,7 +40,7 @@ from umbrella_jax.config.schema import (
     resolve_modality,
 )
 from umbrella_jax.data.tokenize import load_tokenizer
-from umbrella_jax.errors import CheckpointError, ConfigError, why_not_a_directory
+from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models import LlavaConfig, Params, abstract_params
 from umbrella_jax.models.paths import adapted_weight, adapter_paths, modality_of
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL, NEWEST, Step, choose_step
@@ -50,34 +51,6 @@ from umbrella_jax.training.diagnose import nonfinite_params
 _log = logging.getLogger(__name__)
 PARAMS = "params"
 """Name of the orbax directory beside config.json in a native checkpoint."""
-
-
-def fetch(base: str, *, weights: bool = True) -> Path:
-    """Return `base` if it is a local directory, else download the model of that name from the Hugging Face hub.
-
-    Downloads are cached by huggingface_hub. Without `weights`, only the small files are downloaded.
-
-    Raises CheckpointError if there is no such directory and the hub has no such model.
-    """
-    if Path(base).is_dir():
-        return Path(base)
-    if base.count("/") != 1 or base.startswith((".", "/", "~")):
-        raise CheckpointError(
-            f"{base}: {why_not_a_directory(base)}; expected a directory in Hugging Face format, a native checkpoint or "
-            "a run"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        patterns = ["*.json", "*.jinja", "*.txt", *["*.safetensors"] * weights]
-        directory = Path(snapshot_download(base, allow_patterns=patterns))
-        if weights and not any(directory.glob("*.safetensors")):  # an older model, in PyTorch's own format
-            directory = Path(snapshot_download(base, allow_patterns=[*patterns, "pytorch_model*.bin"]))
-        return directory
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{base}: no such directory, and the hub does not give it: {reason}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +87,7 @@ class Checkpoint(ABC):
         weights: bool = True,
         step: Step | None = None,
     ) -> "Checkpoint":
-        """Open the checkpoint at `path`: a directory, a run's `checkpoints/STEP`, or a name on the hub.
+        """Open the checkpoint at `path`: a directory, a run's `checkpoints/STEP`, or a name on the hub (`fetch`).
 
         Args:
             modalities: configuration of the patch embedding; required for a stock LLaVA, otherwise read from the

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 
+from convert.hub import parse_hub_name
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.config.schema import (
     AttentionBackend,
@@ -86,12 +87,12 @@ def local_tokenizer(config: RunConfig) -> Any | None:
     base = config.model.base
     if base is None:
         return None
-    if not Path(base).is_dir() and base.count("/") == 1:
+    if not Path(base).is_dir() and (parsed := parse_hub_name(base)):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
         try:
-            base = snapshot_download(base, local_files_only=True)
+            base = snapshot_download(parsed[0], revision=parsed[1], local_files_only=True)
         except (LocalEntryNotFoundError, HFValidationError):
             return None
     return open_base(replace(config, model=replace(config.model, base=base))).tokenizer()

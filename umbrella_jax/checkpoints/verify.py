@@ -7,6 +7,7 @@ from pathlib import Path
 from convert.config_json import CONFIG as HF_CONFIG
 from convert.config_json import UMBRELLA_CONFIG, read_checkpoint_json
 from convert.export_config import hf_dict
+from convert.hub import fetch
 from convert.verify import (
     LogitComparison,
     ModelComparison,
@@ -16,7 +17,7 @@ from convert.verify import (
     compare_tensors,
     compare_tokenizers,
 )
-from umbrella_jax.checkpoints.checkpoint import Checkpoint, fetch, has_tokenizer
+from umbrella_jax.checkpoints.checkpoint import Checkpoint, has_tokenizer
 from umbrella_jax.checkpoints.export import untrained_to_leave_out
 from umbrella_jax.config.schema import ModalityConfig, resolve_modality
 from umbrella_jax.data.tokenize import stop_ids

@@ -1,10 +1,11 @@
-"""Commands for checkpoints: `convert from-hf`, `to-hf`, `verify`."""
+"""Commands for checkpoints: `convert from-hf`, `to-hf`, `verify`, and `push`."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
 from umbrella_jax.cli.options import add_command, add_config, add_group, add_json, add_step, config_of, modalities_of
+from umbrella_jax.console import wrapped
 from umbrella_jax.io.files import strict_json
 
 
@@ -62,6 +63,21 @@ def add(commands: Any) -> None:
     verify.add_argument("--no-logits", action="store_true", help="compare only tensors, not PyTorch's and JAX's logits")
     add_json(verify)
 
+    push = add_command(
+        commands,
+        "push",
+        _push,
+        "Upload an export to the Hugging Face hub, private by default.",
+        "umbrella-jax push exports/sex my-lab/sex-t1 --dry-run",
+    )
+    push.add_argument("export", metavar="EXPORT", help="directory that `convert to-hf` wrote")
+    push.add_argument("repo", metavar="REPO", help="OWNER/NAME on the hub, created if missing")
+    push.add_argument("--public", action="store_true", help="let everyone download it")
+    push.add_argument("--revision", metavar="BRANCH", help="branch, created if missing; default main")
+    push.add_argument("--message", metavar="TEXT", help="commit message")
+    push.add_argument("--dry-run", action="store_true", help="check and list the files, without any request")
+    push.add_argument("--allow-untrained", action="store_true", help="upload even if no modality is trained")
+
 
 def _from_hf(arguments: argparse.Namespace) -> None:
     from umbrella_jax.checkpoints.checkpoint import Checkpoint
@@ -115,3 +131,31 @@ def _verify(arguments: argparse.Namespace) -> int:
     comparison = verify(arguments.a, arguments.b, modalities_of(arguments), forward=not arguments.no_logits)
     print(strict_json(comparison.to_json(), indent=2) if arguments.json else "\n".join(comparison.lines()))
     return 0 if comparison.same else 1
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.checkpoints.push import check_upload, upload
+
+    job = check_upload(
+        arguments.export,
+        arguments.repo,
+        branch=arguments.revision,
+        is_private=not arguments.public,
+        allow_untrained=arguments.allow_untrained,
+    )
+    print("\n".join(job.lines()))
+    if arguments.dry_run:
+        print("dry run: nothing was sent")
+        return
+    done = upload(job, arguments.message)
+    if done.is_new_repo:
+        print(f"{job.repo}: created")
+    for what, names in (("replaced", done.replaced), ("deleted", done.deleted)):
+        if names and done.is_new_commit:
+            print("\n".join(wrapped(f"{what} there: {', '.join(names)}")))
+    for remark in done.remarks:
+        print(remark)
+    print(done.url if done.is_new_commit else f"{job.repo}: has these files already")
+    name = f"{job.repo}@{done.commit}"
+    print(f"load it, in JAX or in PyTorch, with\n  umbrella_jax.load({name!r})")
+    print(f"  convert.torch_model.load_umbrella({name!r})")

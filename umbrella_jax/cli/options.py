@@ -36,7 +36,7 @@ _SHORT = {"--output-dir": "--out"}
 """{flag: its short form}."""
 
 FILES = ("FILE", "PATH", "IMAGE")
-DIRECTORIES = ("DIR", "HF_DIR", "MODEL", "OTHER", "OUT", "RUN")
+DIRECTORIES = ("DIR", "EXPORT", "HF_DIR", "MODEL", "OTHER", "OUT", "RUN")
 """Metavars whose values the shell completes as files or as directories."""
 
 

@@ -212,8 +212,9 @@ class ModelConfig(Section):
     """The model: its weights, its patch embeddings and its precision."""
 
     base: str | None = None
-    """Weights to start from: a LLaVA directory in Hugging Face format, a native checkpoint, a name on the hub, a run or
-    one of its checkpoints/STEP. A run is read at its best checkpoint if it keeps one, else at its newest."""
+    """Weights to start from: a LLaVA directory in Hugging Face format, a native checkpoint, a name on the hub (`NAME`,
+    or `NAME@REVISION` for a branch, a tag or a commit), a run or one of its checkpoints/STEP. A run is read at its best
+    checkpoint if it keeps one, else at its newest."""
     modalities: dict[str, ModalityConfig]
     """Modalities by name, each with a patch embedding of its own. Data files may also use an alias (`aliases`)."""
     patch_embed_init: PatchEmbedInit = "random"
