@@ -25,5 +25,5 @@ run=tests/run/test_train.py::test_ mesh=tests/test_sharding.py::test_
   --deselect tests/convert/test_safetensors_files.py::test_folder_without_weights \
   tests/models/test_golden.py tests/training/test_step.py tests/training/test_checkpoint.py \
   tests/inference/test_generate.py tests/convert/test_safetensors_files.py tests/data/test_loader.py tests/data/test_tokenize.py \
-  "$run"{what_a_run_writes,each_evaluation_writes_its_answers,secrets_go_nowhere} \
+  "$run"{a_run_writes_these_files,each_evaluation_writes_its_answers,secrets_go_nowhere} \
   "$mesh"{any_mesh_is_one_device,a_checkpoint_goes_on_on_another_mesh} tests/doctor/test_diagnose.py::test_this_machine_has_no_problems

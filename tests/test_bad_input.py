@@ -269,7 +269,9 @@ def test_batch_that_the_devices_do_not_divide(world: World, events: list[str], t
         ("{'*post_layernorm*': {}}", "post_layernorm.bias, which LLaVA does not use"),
     ],
 )
-def test_what_trains(refused: Refused, world: World, groups: str, expected: str) -> None:
+def test_refuses_groups_that_train_nothing_or_overlap(
+    refused: Refused, world: World, groups: str, expected: str
+) -> None:
     flags = ["--set", f"train.groups={groups}"]
     for message in (
         refused(*flags),

@@ -58,7 +58,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
     os.close(ours)
 
 
-def test_rates_leave_out_what_compiled(clock: Clock) -> None:
+def test_rates_leave_out_steps_that_compiled(clock: Clock) -> None:
     said: list[str] = []
     with Progress("step", 1000, done=10, say=said.append, note=said.append, always=True, peak=1e6) as progress:
         clock.now += 500
@@ -180,7 +180,7 @@ def test_the_log_has_everything_printed(tmp_path: Path, capsys: pytest.CaptureFi
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
-def test_the_log_has_what_ended_it(tmp_path: Path, error: BaseException, said: str) -> None:
+def test_the_log_ends_with_the_error(tmp_path: Path, error: BaseException, said: str) -> None:
     """The log ends with the error, with a traceback if it is a bug; a resumed run appends to it."""
     path = tmp_path / "log.txt"
     with pytest.raises(type(error)), RunLog(path, print, "x"):

@@ -84,7 +84,7 @@ def test_blocks_are_fenced() -> None:
     assert [page for page in pages() if re.search(r"\n\n {4,}\S", prose(page))] == []
 
 
-def test_what_executes_blocks_can_fail(tmp_path: Path) -> None:
+def test_executing_a_wrong_block_fails(tmp_path: Path) -> None:
     page = docs_world.Page("page", tmp_path)
 
     def run(kind: str, text: str) -> None:

@@ -437,7 +437,7 @@ def test_a_damaged_block_is_no_other_format(tmp_path: Path) -> None:
     assert "Invalid data stream" in refused(DataError, load_volume, path, WHOLE)
 
 
-def test_what_is_no_scan_is_named(tmp_path: Path) -> None:
+def test_names_files_that_are_no_scans(tmp_path: Path) -> None:
     path, _ = scan(tmp_path / "a.img", 0)
     (tmp_path / "a.hdr").unlink()
     assert f"{path}: {tmp_path / 'a.hdr'} not found" in refused(DataError, load_volume, path, WHOLE)
@@ -498,9 +498,7 @@ def test_damage_of_a_compressed_header_is_not_read(tmp_path: Path) -> None:
         "no",
     ],
 )
-def test_what_gzip_allows_and_what_it_does_not(
-    tmp_path: Path, pack: Callable[[bytes], bytes], expected: str | None
-) -> None:
+def test_reads_only_valid_gzip(tmp_path: Path, pack: Callable[[bytes], bytes], expected: str | None) -> None:
     path, data = scan(tmp_path / "a.nii")
     raw = path.read_bytes()
     path = tmp_path / "a.nii.gz"

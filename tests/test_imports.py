@@ -154,7 +154,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize(("library", "allowed"), [("torch", TORCH), ("transformers", TRANSFORMERS)])
-def test_few_modules_import_what_is_slow(library: str, allowed: set[str]) -> None:
+def test_few_modules_import_slow_libraries(library: str, allowed: set[str]) -> None:
     users = {
         path.relative_to(ROOT).as_posix()
         for path in modules().values()

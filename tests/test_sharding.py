@@ -264,7 +264,7 @@ def stream(rows: int) -> set[tuple[int, ...]]:
     ],
     ids=["data", "fsdp", "tensor", "all"],
 )
-def test_what_is_exchanged(
+def test_devices_exchange_only_these_shapes(
     runs: dict[tuple[int, ...], Run], sizes: tuple[int, ...], expected: dict[str, set[tuple[int, ...]]]
 ) -> None:
     found: dict[str, set[tuple[int, ...]]] = {}
@@ -311,7 +311,7 @@ def test_an_accepted_mesh_divides_every_parameter() -> None:
         ("tensor", 16, "mesh.tensor: 16 does not divide vision heads 8, vision MLP 56, text width 40, text heads 8, "),
     ],
 )
-def test_what_an_axis_does_not_divide_is_named(axis: str, size: int, fault: str) -> None:
+def test_names_dimensions_that_an_axis_does_not_divide(axis: str, size: int, fault: str) -> None:
     (found,) = MeshShape(**{axis: size}).undivided(MODEL)
     assert found.startswith(fault)
     for what, model in {
@@ -421,7 +421,7 @@ def test_neighbours_in_the_mesh_are_near(shape: MeshShape) -> None:
             assert sum(steps) == 1
 
 
-def test_a_process_brings_what_its_devices_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_makes_the_rows_of_its_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process's devices need not be adjacent; if `tensor` spans two processes, both make the same part."""
     for shape, own in {(16, 1, 1): {(0, 1, 6, 15)}, (1, 4, 4): {(0, 1), (2, 3)}}.items():
         grid = device_grid(MeshShape(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True))), tpus(1))

@@ -326,7 +326,7 @@ def answers(world: World, name: str, out: str = "out") -> dict[str, dict[str, An
     return {row["task_id"]: row for row in read_lines(world.root / out / "baseline" / f"{name}.jsonl")}
 
 
-def test_the_table_says_what_score_does(world: World, found: str) -> None:
+def test_the_table_agrees_with_score(world: World, found: str) -> None:
     assert all(len(line) <= 80 for line in found.splitlines())
     assert re.search(r"^ +language model +CNN +probe +chance$", found.splitlines()[0])
     tasks, columns = [], []

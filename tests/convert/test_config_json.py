@@ -79,7 +79,7 @@ def test_version_5(tmp_path, tied):
     assert (config.text.num_key_value_heads, config.image_token_id) == (3, 320)
 
 
-def test_absent_fields_are_what_transformers_takes_them_to_be(tmp_path):
+def test_absent_fields_have_the_defaults_of_transformers(tmp_path):
     from transformers import LlavaConfig
 
     raw = {
@@ -108,7 +108,7 @@ def test_kv_heads_null_means_heads(tmp_path):
     ("top", "text", "tied"),
     [(..., True, True), (..., False, False), (False, True, True), (True, ..., True), (..., ..., False)],
 )
-def test_tied_is_what_transformers_5_takes_it_to_be(tmp_path, top, text, tied):
+def test_tied_embeddings_are_read_as_transformers_5_reads_them(tmp_path, top, text, tied):
     from transformers import LlavaConfig
 
     raw = changed(tie_word_embeddings=top, text__tie_word_embeddings=text)

@@ -145,7 +145,7 @@ def test_other_layouts_names(edit, written):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_transformers_5_saves(tmp_path, tied):
+def test_reads_the_files_that_transformers_5_saves(tmp_path, tied):
     model = write_umbrella(tmp_path / "hub", tied=tied)
     model.save_pretrained(tmp_path / "saved")
     assert open_checkpoint(tmp_path / "saved").keys() != open_checkpoint(tmp_path / "hub").keys()

@@ -228,7 +228,7 @@ for source in map(Path, sys.argv[2:]):
 """
 
 
-def test_what_transformers_4_46_saves(hubs, tmp_path):
+def test_reads_the_files_that_transformers_4_46_saves(hubs, tmp_path):
     sources = [hubs["float32", False], hubs["bfloat16", True]]
     under_transformers_4_46("-c", PROGRAM_446, tmp_path, *sources)
     for source in sources:
@@ -300,6 +300,7 @@ def test_bin_that_is_cut_short(hubs, tmp_path, files, percent):
     assert f"{file}: cut short" in refused(directory)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's, of the bit that is the protocol
 @pytest.mark.parametrize("files", ["bin", "bin legacy"])
 def test_damaged_bin_is_refused_by_name(tmp_path, files):
     """A file cut anywhere in its pickles, or with a flipped bit, is a CheckpointError and no other exception."""

@@ -91,7 +91,7 @@ def test_reference_is_torchs_interpolation(rng, size):
     ("depth", "grid", "time"),
     [(3, (2, 4, 9), ()), (1, (3, G, G), ()), (4, (3, 8, 5, 2), (3,)), (2, (1, G, 3, 4), (1,))],
 )
-def test_volume_constant_along_depth_and_time_gives_what_the_2d_convolution_gave(rng, image, depth, grid, time):
+def test_a_volume_constant_along_depth_and_time_embeds_as_its_plane_in_2d(rng, image, depth, grid, time):
     kernel, bias, table = image
     config = modality((depth, P, P, *time), grid)
     plane = rng.normal(size=(2, *config.size[1:3])).astype(np.float32)
@@ -107,7 +107,7 @@ def test_volume_constant_along_depth_and_time_gives_what_the_2d_convolution_gave
 
 @pytest.mark.parametrize("plane", [(7, 11), (P, 6), (10, 5)])
 @pytest.mark.parametrize("time", [(), (3,)])
-def test_larger_patch_upsampled_gives_what_the_patch_gave(rng, image, plane, time):
+def test_an_upsampled_patch_embeds_as_the_patch(rng, image, plane, time):
     kernel, bias, table = image
     config = modality((4, *plane, *time), (1,) * (3 + len(time)))
     patches = rng.normal(size=(3, P, P))
@@ -187,7 +187,7 @@ def test_same_sizes_are_the_same_bit_for_bit(rng, rank):
 
 
 @pytest.mark.parametrize("patch", [(4, 6, 9), (3, 10, 4), (3, 5, 7), (5, 4, 3, 8), (3, 4, 2, 7), (6, 4, 3, 5)])
-def test_upsampled_volumes_give_what_the_volumes_gave(rng, patch):
+def test_upsampled_volumes_embed_as_the_volumes(rng, patch):
     old = OLD[len(patch)]
     new = modality(patch, old.grid)
     arrays = trained(rng, old)

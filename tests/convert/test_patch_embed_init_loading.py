@@ -330,7 +330,7 @@ def test_train_from_inflated_and_then_from_resampled(world: World, tmp_path: Pat
         umbrella_jax.load(tmp_path / "again", modalities=old)
 
 
-def test_train_moves_what_was_inflated(world: World, tmp_path: Path) -> None:
+def test_train_moves_inflated_parameters(world: World, tmp_path: Path) -> None:
     """The run's file of trained parameters also adds the patch embedding to the stock base."""
     flags = ["--batch-size", 4, "--set", "model.patch_embed_init=inflate", "--set", "train.learning_rate=1e-4"]
     umbrella(*world.train_flags(tmp_path / "run", *flags))

@@ -97,7 +97,7 @@ def config_with(path: Path, world: World, names: tuple[str, str], **t1: object) 
 
 
 @pytest.mark.parametrize("names", [OLD, NEW])
-def test_the_file_holds_exactly_what_trained(
+def test_the_file_holds_exactly_the_trained_parameters(
     run: Path, files: dict[tuple[str, str], Path], world: World, tmp_path: Path, names: tuple[str, str]
 ) -> None:
     umbrella("convert", "to-hf", run, tmp_path / "export", "--include-untrained", "--names", ",".join(names))
@@ -135,7 +135,7 @@ def test_the_file_says_how_its_text_was_written(world: World, part: Path, tmp_pa
         Processor.load(world.base, patch_embed=tmp_path / "other")
 
 
-def test_what_trained_is_not_what_it_started_from(world: World, part: Path) -> None:
+def test_trained_parameters_differ_from_the_base(world: World, part: Path) -> None:
     """Otherwise the base would pass the tests below, too."""
     before = parameters(umbrella_jax.load(world.base, modalities=small_run.modalities(), allow_untrained=True))
     after = load_file(part)
@@ -279,7 +279,7 @@ def partly(request: pytest.FixtureRequest, world: World) -> tuple[Path, dict[str
     return run, {path: np.asarray(leaf) for path, leaf in (start | Checkpoint.open(run).trained()).items()}
 
 
-def test_what_did_not_train_is_loaded_as_it_started(partly: tuple[Path, dict[str, np.ndarray]]) -> None:
+def test_untrained_parameters_are_loaded_as_they_started(partly: tuple[Path, dict[str, np.ndarray]]) -> None:
     run, expected = partly
     same(parameters(umbrella_jax.load(run, allow_untrained=True)), expected)
     of_projector = run.name == "partly-True"
@@ -288,7 +288,7 @@ def test_what_did_not_train_is_loaded_as_it_started(partly: tuple[Path, dict[str
     assert set(Checkpoint.open(run).untrained) == ({"T1", "rsfMRI"} if of_projector else {"rsfMRI"})
 
 
-def test_what_did_not_train_is_exported_as_it_started(
+def test_untrained_parameters_are_exported_as_they_started(
     partly: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
 ) -> None:
     run, expected = partly
@@ -296,7 +296,7 @@ def test_what_did_not_train_is_exported_as_it_started(
     same(parameters(umbrella_jax.load(tmp_path / "export", allow_untrained=True)), expected)
 
 
-def test_what_did_not_train_comes_back_onto_the_base(
+def test_untrained_parameters_come_back_onto_the_base(
     partly: tuple[Path, dict[str, np.ndarray]], world: World, tmp_path: Path
 ) -> None:
     run, expected = partly

@@ -95,7 +95,7 @@ def test_one_number_by_one_bit(base, tmp_path):
     assert odd.largest == np.spacing(np.abs(tensors[WEIGHT][3, 4]))
 
 
-def test_logits_tell_what_tensors_cannot(base, tmp_path):
+def test_logits_differ_if_only_the_configuration_does(base, tmp_path):
     """The tensors are the same and the rope differs, so only the configuration differs."""
     other = edited(base, tmp_path / "b", lambda tensors: None)
     raw = json.loads((other / "config.json").read_text())
@@ -116,7 +116,7 @@ GENERATION = {
 
 
 @pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
-def test_what_generation_is_set_to_is_not_the_model(base, tmp_path, where):
+def test_generation_settings_are_not_compared(base, tmp_path, where):
     """Greedy tokens are the likeliest ones in spite of penalties and an eos at every token."""
     other = edited(base, tmp_path / "b", lambda tensors: None)
     raw = json.loads((other / where).read_text())

@@ -322,7 +322,7 @@ def test_filtered_conversations_are_not_checked(mixed):
         read_conversations(mixed, ["T1"])
 
 
-def test_filters_that_keep_nothing_list_what_exists(mixed):
+def test_filters_that_keep_nothing_list_tasks_and_modalities(mixed):
     with pytest.raises(
         DataError,
         match=r"none of 3 .* matches task_filter iq; their modalities are T1, rsfMRI, their tasks T1, T2, age, sex",

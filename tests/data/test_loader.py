@@ -74,7 +74,7 @@ def test_each_conversation_once_an_epoch(make_dataset):
     ]
 
 
-def test_a_batch_holds_what_the_conversations_show(make_dataset, modalities, tmp_path):
+def test_a_batch_holds_the_volumes_and_tokens_of_its_conversations(make_dataset, modalities, tmp_path):
     dataset = make_dataset()
     t1 = modalities["T1"]
     for batch in batches_of(dataset, batch_size=2, accumulate_steps=2):

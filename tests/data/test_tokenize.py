@@ -391,7 +391,7 @@ def test_the_tokenizers_own_template(template, name, chat_tokenizer, modalities,
     assert not prompt.supervised.any()
 
 
-def test_what_the_template_marks_is_learnt(chat_tokenizer, modalities, ids):
+def test_tokens_that_the_template_marks_are_supervised(chat_tokenizer, modalities, ids):
     """Even the newline after the end, if the template marks it."""
     tokenizer = chat_tokenizer(turns("", "{% generation %}" + TEXT + END + "{% endgeneration %}", TEXT))
     found = encode(talk(("user", "a"), ("assistant", "male")), tokenizer, modalities, LIMIT, template="chat")

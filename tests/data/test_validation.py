@@ -492,7 +492,7 @@ def test_page(config, ask, record, nifti, write_json, tokenizer, tmp_path):
     assert text.index("not found") < text.index("<svg") < text.index("<article")
 
 
-def test_the_page_shows_what_augmentation_does(config, ask, nifti, write_json, tmp_path):
+def test_the_page_shows_augmented_volumes(config, ask, nifti, write_json, tmp_path):
     nifti("a.nii", SHAPE)
     settings = config(write_json("train.json", ask("a.nii")), augment=AugmentConfig(left_right_flip=0.5, noise=0.2))
     file = tmp_path / "page.html"

@@ -66,7 +66,7 @@ def test_integrated_gradients_are_complete(case):
     assert abs(added) > 0.01
 
 
-def test_occlusion_is_what_hiding_costs(case):
+def test_occlusion_is_the_drop_when_a_box_is_hidden(case):
     batch, background, params, graphdef, f = case
     windows = {"T1": (11, 10, 9), "rsfMRI": (12, 8, 5, 6)}  # which leave smaller boxes at the ends
     maps = occlusion(batch.volumes, background, params, batch, graphdef=graphdef, windows=windows)

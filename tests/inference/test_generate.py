@@ -120,7 +120,7 @@ def test_a_single_row_gets_the_same_answer_as_in_a_batch(sampling):
         np.testing.assert_array_equal(np.asarray(alone)[0], together[number])
 
 
-def test_seeds_say_what_is_drawn():
+def test_equal_seeds_draw_equal_answers():
     drawn = partial(generate, model(), batch(), max_new_tokens=NEW, sampling=SAMPLING)
     first = np.asarray(drawn(seeds=SEEDS))
     np.testing.assert_array_equal(first, drawn(seeds=SEEDS))

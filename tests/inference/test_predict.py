@@ -61,7 +61,7 @@ def test_a_runs_own_answers_come_back(run: Path, world: World, tmp_path: Path) -
     assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
 
 
-def test_rows_say_what_was_asked_and_answered(whole: list[dict[str, Any]], data: Path) -> None:
+def test_rows_hold_reference_task_and_likelihoods(whole: list[dict[str, Any]], data: Path) -> None:
     records = json.loads(data.read_text())
     assert [row["task_id"] for row in whole] == [record["task_id"] for record in records]
     for row, record in zip(whole, records, strict=True):
@@ -218,7 +218,7 @@ def test_unanswerable_data_are_refused_before_weights_are_read(
     assert "no task of the data has a closed set of answers" in said
 
 
-def test_generate_says_what_predict_does(run: Path, world: World, whole: list[dict[str, Any]]) -> None:
+def test_generate_and_predict_agree(run: Path, world: World, whole: list[dict[str, Any]]) -> None:
     scans = world.root / "scans"
     for number in range(2):
         image = f"T1={scans / f'{number}.nii.gz'}"

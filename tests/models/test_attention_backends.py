@@ -135,7 +135,7 @@ def test_which_backend_a_device_gets():
     assert device("gpu", compute_capability="7.0") == device("gpu", compute_capability="gfx942") == "xla"
 
 
-def test_what_auto_means():
+def test_auto_chooses_a_backend_by_device_type_and_head_size():
     choose = partial(choose_backend, "auto")
     assert choose("splash", "float32", (72, 64)) == "splash"
     assert choose("cudnn", "bfloat16", (72, 64)) == choose("cudnn", "float16", (128,)) == "cudnn"

@@ -159,7 +159,7 @@ def part(second: Path) -> Path:
     return second.parent / "part" / "trainable.safetensors"
 
 
-def test_what_both_runs_trained_comes_back_onto_the_base(
+def test_parameters_of_both_runs_come_back_onto_the_base(
     world: World, export: Path, part: Path, tmp_path: Path
 ) -> None:
     """Bit for bit what the export holds: the scale is a power of two."""

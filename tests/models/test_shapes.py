@@ -221,7 +221,7 @@ def test_every_remat_policy_gives_the_same_gradient():
             assert jnp.abs(other - leaf).max() <= 1e-5 * jnp.abs(leaf).max() + 1e-10, path
 
 
-def test_remat_policies_recompute_what_they_say():
+def test_remat_policies_recompute_the_products_they_name():
     """Dots in the gradient of a tower layer with respect to its input: 6 forward and 6 backward ones with weights (no
     weight gradients), and what the policy makes again: nothing, the product into the MLP, all but the layer's last.
     Attention has 2 forward and 5 backward, each traced for the CPU and for the rest.

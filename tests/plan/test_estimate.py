@@ -130,7 +130,7 @@ def test_flops_by_hand() -> None:
     }
 
 
-def test_what_trains_decides_what_is_computed() -> None:
+def test_flops_depend_on_the_trained_parts() -> None:
     floor = tiny().flops(None)
     everything = tiny("patch_embed", "vision_tower", "projector", "language_model", tied=False).flops(None)
     assert everything["vision_tower"] - floor["vision_tower"] == LV * 2 * N * (4 * E * E + 2 * E * F)
@@ -269,7 +269,7 @@ H200 = {
 
 
 @pytest.mark.parametrize(("size", "scan"), H200)
-def test_what_was_measured_on_a_gpu(size: str, scan: str, tmp_path: Path) -> None:
+def test_estimates_are_close_to_measurements_on_a_gpu(size: str, scan: str, tmp_path: Path) -> None:
     """Seconds within 25 %, memory within 3 %."""
     run, model = full_size(tmp_path, size, "bfloat16", remat="none")
     modalities = {SCANS[scan].modality: ModalityConfig(size=SCANS[scan].size, patch=SCANS[scan].patch)}
@@ -328,7 +328,7 @@ def test_bytes_are_xlas(size: str, remat: RematPolicy, batch_size: int, tmp_path
     assert sum(ours.values()) - lasting == pytest.approx(xla.temp_size_in_bytes, rel=0.1)
 
 
-def test_time_is_the_longest_of_what_overlaps_and_the_rest() -> None:
+def test_step_time_is_the_longest_overlapping_part_plus_the_rest() -> None:
     counted = tiny(dtype="bfloat16")
     slow = replace(DEVICE_KINDS["h100"], flops=1e6, bandwidth=1e9, link=1e6, network=1e3)
     devices = replace(parse_devices("h100x8"), kind=slow)

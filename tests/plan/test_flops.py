@@ -30,7 +30,7 @@ def flops(conversations: int, run: RunConfig = RUN, **volumes: int) -> float:
 
 
 @pytest.mark.parametrize("name", ["T1", "fMRI"])
-def test_one_conversation_with_one_volume_is_what_plan_counts(name: str) -> None:
+def test_plan_counts_one_conversation_with_one_volume(name: str) -> None:
     model = at_shape(RUN, CONFIG, name, positions=40, targets=8, frozen_dtype="float32")
     assert model.workload.positions == 40
     assert flops(1, **{name: 1}) == sum(model.flops(None).values())

@@ -153,7 +153,9 @@ def test_damage_is_named(folder: Path, what: str, capsys: pytest.CaptureFixture[
     assert "deep/b" in out
 
 
-def test_what_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refuses_folders_metrics_and_plots_that_do_not_exist(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
     for words, message in (
         (["runs", str(tmp_path / "empty")], "no run in it"),

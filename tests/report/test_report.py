@@ -184,7 +184,7 @@ def test_curves_are_those_of_the_metrics(page: Page, run: Path) -> None:
     assert [str(alt).split(" over")[0] for alt in drawn] == list(curves)
 
 
-def test_what_was_run(page: Page, made: tuple[World, Path]) -> None:
+def test_the_page_has_the_data_parameters_and_versions_of_the_run(page: Page, made: tuple[World, Path]) -> None:
     world, run = made
     summary = umbrella("inspect", "--config", world.config, "--base", world.base)
     for name, (trains, frozen) in page.numbers["trains"].items():

@@ -91,7 +91,7 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [Interrupted(signal.SIGTERM, "saved"), RunError("not finite"), KeyboardInterrupt()])
-def test_whatever_ends_a_run_all_lines_are_there(end: BaseException, tmp_path: Path, wandb: list[Any]) -> None:
+def test_all_lines_are_written_however_a_run_ends(end: BaseException, tmp_path: Path, wandb: list[Any]) -> None:
     with pytest.raises(type(end)):
         write(config(tensorboard=True, wandb=True), tmp_path, LINES, end=end)
     assert len(scalars(tmp_path)) == 5

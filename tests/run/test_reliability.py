@@ -166,7 +166,7 @@ def test_killed_again_and_again_it_is_the_same_run(world: World, begin: Begin, r
     assert not list((out / "checkpoints").glob("*tmp*"))
 
 
-def test_a_full_disk_ends_the_run_and_keeps_what_is_saved(
+def test_a_full_disk_ends_the_run_and_keeps_saved_checkpoints(
     world: World, begin: Begin, run: Path, tmp_path: Path
 ) -> None:
     """Files are limited in length: the largest array is longer, however a save splits arrays; metrics are shorter."""
@@ -381,7 +381,7 @@ def test_resuming_on_changed_files_is_refused(run: Path, world: World, tmp_path:
         file.write_bytes(content)
 
 
-def test_what_the_document_promises() -> None:
+def test_the_document_names_tests_that_exist() -> None:
     """Its tests exist, and its list of settings that may change is that of `run/resumption.py`."""
     text = (ROOT / "docs" / "reliability.md").read_text()
     tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))

@@ -64,7 +64,7 @@ def run(printed: str, world: World) -> Path:
     return world.root / "run"
 
 
-def test_what_a_run_writes(run: Path, world: World) -> None:
+def test_a_run_writes_these_files(run: Path, world: World) -> None:
     written = {"config.yaml", "model", "checkpoints", "metrics.jsonl", "predictions", "inputs.json", "log.txt", ".lock"}
     assert {p.name for p in run.iterdir()} == written
     lines = read_lines(run / "metrics.jsonl")
@@ -279,7 +279,9 @@ def test_a_finished_run_resumes_to_its_end(run: Path, world: World) -> None:
         (["keep_latest=0"], "keep_latest: expected 1 or more"),
     ],
 )
-def test_best_of_what_is_refused(world: World, tmp_path: Path, settings: list[str], message: str) -> None:
+def test_refuses_best_checkpoints_without_a_metric_to_rank_them(
+    world: World, tmp_path: Path, settings: list[str], message: str
+) -> None:
     flags = [word for key in settings for word in ("--set", f"train.{key}")]
     assert message in umbrella(*world.train_flags(tmp_path, "--eval-data", world.eval, *flags), code=2)
     if "acuracy" in message:

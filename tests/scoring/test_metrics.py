@@ -563,7 +563,9 @@ SEX = [row("a", "a", "s1", task_id="one"), row("b", "b", "s2", task_id="two"), r
         ),
     ],
 )
-def test_what_cannot_be_scored(rows: Rows, configured: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_refuses_rows_and_tasks_that_cannot_be_scored(
+    rows: Rows, configured: dict[str, Any], error: type[Exception], message: str
+) -> None:
     """Tasks are checked before there is any prediction."""
     asked = [{k: v for k, v in r.items() if k != "prediction"} for r in rows]
     tasks = {"sex": TaskConfig(**configured)} if configured else {}
@@ -595,7 +597,7 @@ def test_faults_of_several_tasks_come_together() -> None:
         ({"metrics": ()}, "metrics: expected at least one"),
     ],
 )
-def test_what_cannot_be_configured(fields: dict[str, Any], message: str) -> None:
+def test_refuses_contradictory_tasks(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TaskConfig(**fields)
 

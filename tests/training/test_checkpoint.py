@@ -225,7 +225,7 @@ def test_every_number_counts_in_a_checksum():
     assert checksums({"step": jnp.int32(3)}).keys() == {"step"}
 
 
-def test_a_checkpoint_is_as_large_as_what_it_holds(tmp_path):
+def test_a_checkpoint_is_as_large_as_its_arrays(tmp_path):
     state = TrainState(
         step=jnp.int32(1),
         skipped=jnp.int32(0),

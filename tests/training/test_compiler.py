@@ -17,7 +17,7 @@ def test_nothing_on_a_cpu():
     assert compiler_options() == {}
 
 
-def test_on_nvidia_gpus_what_this_jaxlib_knows(monkeypatch):
+def test_gpus_get_the_options_that_this_jaxlib_knows(monkeypatch):
     monkeypatch.setattr(compiler, "native_backend", lambda device: "cudnn")
     monkeypatch.setitem(compiler._CUDA, "xla_gpu_no_such_option", True)
     found = compiler_options()

@@ -123,7 +123,7 @@ def test_every_group_without_parameters_is_named(shapes):
 
 
 @pytest.mark.parametrize("pattern", ["*post_layernorm*", "vision_tower.*"])
-def test_what_cannot_reach_the_loss_is_refused(shapes, pattern):
+def test_refuses_parameters_that_cannot_reach_the_loss(shapes, pattern):
     found = faults(shapes, [pattern])
     assert len(found) == 2
     for leaf in ("weight", "bias"):

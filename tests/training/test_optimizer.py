@@ -158,7 +158,7 @@ def test_frozen_parameters_get_no_update_and_no_state():
     assert total_bytes(params) > 10_000, "moments of frozen parameters would not fit into that"
 
 
-def test_state_does_not_depend_on_what_is_frozen():
+def test_state_does_not_depend_on_frozen_parameters():
     """The step passes only trainable parameters, and the result is the same."""
     labels = label_params(list(SHAPES), ["patch_embed"])
     optimizer = make_optimizer(TrainConfig(), optax.constant_schedule(0.1), labels)
