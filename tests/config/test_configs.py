@@ -14,8 +14,9 @@ from tests.helpers.small_run import umbrella
 from umbrella_jax.batch import Batch
 from umbrella_jax.checkpoints.load import open_base
 from umbrella_jax.config.load import dump_config, load_config
-from umbrella_jax.config.schema import LOWER_IS_BETTER, Metric, lower_is_better
+from umbrella_jax.config.schema import LOWER_IS_BETTER, EarlyStoppingConfig, Metric, TrainConfig, lower_is_better
 from umbrella_jax.demo import make_base
+from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import abstract_params
 from umbrella_jax.training import freeze
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule
@@ -219,6 +220,19 @@ def test_a_config_of_the_original_becomes_ours(tmp_path: Path) -> None:
         assert (other.orientation, modality.orientation) == ("as_stored", "RAS")
     base = write_hub_config(tmp_path / "base", "0.5b")
     assert "patch_embed" in umbrella("inspect", "--config", tmp_path / "ours.yaml", "--base", base)
+
+
+def test_training_settings_that_contradict_each_other_are_refused() -> None:
+    stops = EarlyStoppingConfig(metric="eval_loss", patience=3)
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(warmup_steps=2, warmup_ratio=0.1, early_stopping=stops)
+    assert [fault.partition(";")[0] for fault in caught.value.faults] == [
+        "warmup_steps and warmup_ratio: 2 and 0.1",
+        "early_stopping: without keep_best, the run would end with weights that 3 evaluations did not improve",
+        "early_stopping: without eval_steps, the only evaluation is at the end",
+    ]
+    with pytest.raises(ConfigError, match="eval_copy_rate/sex: neither high nor low values are good"):
+        EarlyStoppingConfig(metric="eval_copy_rate/sex", patience=3)
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,10 @@ def test_a_finished_run_resumes_to_its_end(run: Path, world: World) -> None:
         (["keep_best=1", "best_metric=eval_loss", "best_mode=max"], "train.best_mode: no such key"),
         (["best_metric=eval_loss"], "0 with best_metric eval_loss; set both"),
         (["keep_latest=0"], "keep_latest: expected 1 or more"),
+        (
+            ["keep_best=1", "best_metric=eval_loss", "eval_steps=1", "early_stopping={metric: eval_f1, patience: 2}"],
+            "train.early_stopping.metric: no evaluation gives eval_f1; expected one of eval_accuracy",
+        ),
     ],
 )
 def test_refuses_best_checkpoints_without_a_metric_to_rank_them(

@@ -1,17 +1,20 @@
 """The optimiser equals PyTorch's AdamW with Hugging Face's schedule, and has no state for frozen parameters."""
 
+from importlib.metadata import version
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import optax
 import pytest
 import torch
-from transformers import get_linear_schedule_with_warmup
+from transformers import TrainingArguments, get_linear_schedule_with_warmup, get_scheduler
 
 from tests.helpers.training_case import EMBEDDINGS, QUICK, total_bytes
 from umbrella_jax.config.schema import GroupConfig, TrainConfig
 from umbrella_jax.models.paths import FROZEN
 from umbrella_jax.training.freeze import label_params
-from umbrella_jax.training.optimizer import make_optimizer, make_schedule
+from umbrella_jax.training.optimizer import make_optimizer, make_schedule, warmup_updates
 
 SHAPES = {
     EMBEDDINGS + "T1_proj.weight": (5, 7),
@@ -48,15 +51,30 @@ def trained_part(tree, labels):
     return {path: leaf for path, leaf in tree.items() if labels[path] != FROZEN}
 
 
-@pytest.mark.parametrize(("warmup", "steps"), [(0, 10), (3, 10), (1, 2), (10, 10)])
-def test_schedule_is_hugging_faces(warmup, steps):
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 10), (3, 10), (1, 2), (9, 10), (10, 10), (15, 10), (0, 1)])
+@pytest.mark.parametrize(
+    ("name", "theirs"), [("linear", "linear"), ("cosine", "cosine"), ("constant", "constant_with_warmup")]
+)
+def test_schedule_is_hugging_faces(name, theirs, warmup, steps):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-    theirs = get_linear_schedule_with_warmup(optimizer, warmup, steps)
-    schedule = make_schedule(TrainConfig(learning_rate=0.3, warmup_steps=warmup), steps)
-    for step in range(steps):
-        np.testing.assert_allclose(schedule(step), theirs.get_last_lr()[0], rtol=1e-6, atol=1e-8)
+    scheduler = get_scheduler(theirs, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    rates = make_schedule(TrainConfig(learning_rate=0.3, schedule=name, warmup_steps=warmup), steps)(np.arange(steps))
+    for rate in np.broadcast_to(rates, steps):
+        np.testing.assert_allclose(rate, scheduler.get_last_lr()[0], rtol=1e-6, atol=1e-7)
         optimizer.step()
-        theirs.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "steps", "warmup"), [(0.1, 35, 4), (0.1, 30, 3), (0.07, 100, 8), (0.9, 7, 7), (0.001, 7, 1), (0.0, 7, 0)]
+)
+def test_share_of_warmup_rounds_up_as_hugging_face_does(ratio, steps, warmup):
+    """Their product is in float64, where 0.07 · 100 is a little more than 7."""
+    assert warmup_updates(TrainConfig(warmup_ratio=ratio), steps) == warmup
+    their_arguments = SimpleNamespace(warmup_steps=0, warmup_ratio=ratio)
+    if int(version("transformers").partition(".")[0]) >= 5:
+        their_arguments.warmup_steps = ratio  # one field holds a number or a share
+    assert TrainingArguments.get_warmup_steps(their_arguments, steps) == warmup
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1.0])

@@ -18,6 +18,7 @@ RematPolicy = Literal["none", "mlp", "full"]
 AttentionBackend = Literal["xla", "cudnn", "splash"]
 PatchEmbedInit = Literal["random", "inflate", "resample"]
 Template = Literal["umbrella", "original", "chat"]
+ScheduleName = Literal["linear", "cosine", "constant"]
 BackgroundRule = Literal["auto", "nonpositive", "lowest"]
 TaskKind = Literal["classification", "comparison", "regression", "text"]
 Metric = Literal[
@@ -333,6 +334,29 @@ class GroupConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EarlyStoppingConfig(Section):
+    """When to stop a run whose evaluations no longer improve.
+
+    An evaluation improves if its metric is better than in every earlier evaluation by more than `min_delta`; the first
+    finite value improves, and NaN never does. The run stops after `patience` evaluations in a row that do not improve.
+    This is the rule of Hugging Face's `EarlyStoppingCallback`. (In Keras' and Lightning's, gains below `min_delta` add
+    up until they exceed it.) The schedule's length stays that of the planned updates.
+    """
+
+    metric: str
+    """Metric to watch, such as `eval_loss`; it need not be `best_metric`. With `eval_samples`, its values come from
+    those conversations."""
+    patience: Count
+    """How many evaluations in a row may fail to improve; the last of them stops the run."""
+    min_delta: NonNegative = 0.0
+    """An improvement must be larger than this."""
+
+    def contradictions(self) -> Iterator[str]:
+        if lower_is_better(self.metric) is None:
+            yield f"metric: {self.metric}: {_NO_GOOD_END}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(Section):
     """The optimisation. Defaults are the original system's (AdamW, linear warm-up and decay)."""
 
@@ -347,9 +371,14 @@ class TrainConfig(Section):
     epochs: Positive = 1.0
     """Passes over the training conversations; 0.5 is half a pass."""
     learning_rate: Positive = 5e-5
-    """Learning rate at the end of the warm-up; from there it falls linearly to 0 at the last update."""
+    """Learning rate at the end of the warm-up."""
+    schedule: ScheduleName = "linear"
+    """Learning rate after the warm-up: falls to 0 at the end of the planned updates in a line (`linear`) or as half a
+    cosine (`cosine`), or stays (`constant`, Hugging Face's `constant_with_warmup`)."""
     warmup_steps: CountOrZero = 0
     """Updates over which the learning rate rises linearly from 0."""
+    warmup_ratio: Probability = 0.0
+    """The same as a share of the planned updates, rounded up; set one of the two."""
     betas: Annotated[tuple[float, float], Range(ge=0, lt=1)] = (0.9, 0.999)
     """AdamW's decay rates of the mean of gradients and of the mean of their squares."""
     eps: NonNegative = 1e-8
@@ -373,7 +402,9 @@ class TrainConfig(Section):
     best_metric: str | None = None
     """Metric that ranks checkpoints: `eval_loss`, `eval_accuracy`, `eval_mae/TASK` or any other of docs/metrics.md that
     the evaluation data allow. The lowest loss or error and the highest score are best; values that are not finite
-    never are."""
+    never are. Hugging Face's `load_best_model_at_end` with `metric_for_best_model` is `keep_best: 1` with this."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """When to stop before the last planned update. Default: never."""
     max_new_tokens: Count = 32
     """Longest answer at evaluation, in tokens."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -387,18 +418,28 @@ class TrainConfig(Section):
     which nothing leaves the machine until `wandb sync`."""
 
     def contradictions(self) -> Iterator[str]:
+        if self.warmup_steps and self.warmup_ratio:
+            yield f"warmup_steps and warmup_ratio: {self.warmup_steps} and {self.warmup_ratio}; set one of the two"
         if (self.keep_best > 0) != (self.best_metric is not None):
             yield (
                 f"keep_best: {self.keep_best} with best_metric {self.best_metric or 'not set'}; set both, such as 1 "
                 "and eval_loss, or neither"
             )
         if self.best_metric is not None and lower_is_better(self.best_metric) is None:
+            yield f"best_metric: {self.best_metric}: {_NO_GOOD_END}"
+        if self.early_stopping is not None and not self.keep_best:
+            patience, metric = self.early_stopping.patience, self.early_stopping.metric
             yield (
-                f"best_metric: {self.best_metric}: neither high nor low values are good; expected another, such as "
-                "eval_loss, or a copy_rate/TASK/different"
+                f"early_stopping: without keep_best, the run would end with weights that {patience} evaluations did "
+                f"not improve; set keep_best to 1 and best_metric, such as to {metric}"
             )
+        if self.early_stopping is not None and self.eval_steps is None:
+            yield "early_stopping: without eval_steps, the only evaluation is at the end; set eval_steps"
 
 
+_NO_GOOD_END = (
+    "neither high nor low values are good; expected another, such as eval_loss, or a copy_rate/TASK/different"
+)
 LOWER_IS_BETTER: dict[str, bool | None] = {
     "loss": True,
     "unparsable": True,

@@ -33,7 +33,7 @@ from umbrella_jax.scoring.metrics import Task, metric_names, tasks_of
 from umbrella_jax.scoring.rows import Row, blank_rows
 from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, shardings
 from umbrella_jax.training import freeze
-from umbrella_jax.training.optimizer import make_optimizer, make_schedule
+from umbrella_jax.training.optimizer import make_optimizer, make_schedule, warmup_updates
 from umbrella_jax.training.step import TrainState, init_state
 from umbrella_jax.training.trainer import TrainingRun
 
@@ -242,9 +242,9 @@ def _plan_lines(run: Prepared) -> list[str]:
     """Return the lines that describe steps, devices and batches of a run."""
     train, num_steps, mesh = run.config.train, run.training.num_steps, run.training.mesh
     lines = [f"{len(run.data.train_set)} conversations, {num_steps} steps, into {run.out}"]
-    if train.warmup_steps >= num_steps:
-        warmup, peak = train.warmup_steps, train.learning_rate
-        lines.append(f"WARNING: train.warmup_steps: {warmup} of {num_steps} steps: the rate never reaches {peak:g}")
+    if (warmup := warmup_updates(train, num_steps)) >= num_steps:
+        field, peak = "warmup_steps" if train.warmup_steps else "warmup_ratio", train.learning_rate
+        lines.append(f"WARNING: train.{field}: {warmup} of {num_steps} steps: the rate never reaches {peak:g}")
     sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     return [
         *lines,
@@ -280,7 +280,8 @@ def _evaluation_data(config: RunConfig, dataset: Dataset | None, processor: Proc
 
     Raises:
         DataError: an expected answer is longer than `train.max_new_tokens`.
-        ConfigError: no evaluation gives `train.best_metric`, or `evaluation.tasks` does not fit the data.
+        ConfigError: no evaluation gives `train.best_metric` or the metric of `train.early_stopping`, or
+            `evaluation.tasks` does not fit the data.
     """
     data, known = None, list[str]()
     if dataset is not None:
@@ -291,10 +292,17 @@ def _evaluation_data(config: RunConfig, dataset: Dataset | None, processor: Proc
         choices = Choices.for_tasks(dataset, processor, rows, tasks) if config.evaluation.likelihoods else None
         data = EvaluationData(dataset, rows, tasks, choices)
         known = sorted(f"eval_{name}" for name in ("loss", *metric_names(tasks, likelihoods=bool(choices))))
-    metric = config.train.best_metric
-    if metric is not None and metric not in known:
-        expected = f"one of {', '.join(known)}" if known else "data.eval too (--eval-data PATH)"
-        raise ConfigError(f"train.best_metric: no evaluation gives {metric}; expected {expected}")
+    asked = {"train.best_metric": config.train.best_metric}
+    if config.train.early_stopping:
+        asked["train.early_stopping.metric"] = config.train.early_stopping.metric
+    expected = f"one of {', '.join(known)}" if known else "data.eval too (--eval-data PATH)"
+    faults = [
+        f"{field}: no evaluation gives {metric}; expected {expected}"
+        for field, metric in asked.items()
+        if metric is not None and metric not in known
+    ]
+    if faults:
+        raise ConfigError(faults)
     return data
 
 

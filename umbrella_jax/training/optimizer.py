@@ -1,5 +1,6 @@
 """Learning-rate schedule and optimiser: AdamW for each label, combined by `optax.multi_transform`."""
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -8,21 +9,35 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from umbrella_jax.config.schema import TrainConfig
+from umbrella_jax.config.schema import ScheduleName, TrainConfig
 from umbrella_jax.models.paths import FROZEN, modality_of
 
 Array = jax.Array
 
 
-def make_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
-    """Return a schedule that rises linearly over `warmup_steps`, then falls linearly to 0 at `num_steps`.
+def warmup_updates(config: TrainConfig, num_steps: int) -> int:
+    """Return the length of the warm-up in updates. A share of `num_steps` is rounded up, as Hugging Face does."""
+    return config.warmup_steps or math.ceil(num_steps * config.warmup_ratio)
 
-    This is Hugging Face's `linear`. The first update has count 0, so a warm-up starts with a rate of 0, as theirs does.
+
+def make_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
+    """Return the learning rate by the number of updates before: a linear warm-up from 0, then `config.schedule`.
+
+    These are Hugging Face's `linear`, `cosine` and `constant_with_warmup`. The first update has count 0, so a warm-up
+    starts with a rate of 0, as theirs does.
+
+    Args:
+        num_steps: the planned updates, of which the last has count `num_steps` - 1.
     """
-    warmup, peak = config.warmup_steps, config.learning_rate
-    rise = optax.linear_schedule(0.0, peak, warmup)
-    fall = optax.linear_schedule(peak, 0.0, max(num_steps - warmup, 1))
-    return optax.join_schedules([rise, fall], [warmup])
+    warmup, peak = warmup_updates(config, num_steps), config.learning_rate
+    rest = max(num_steps - warmup, 1)
+    cosine = optax.cosine_decay_schedule(peak, rest)
+    after: dict[ScheduleName, optax.Schedule] = {
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": lambda count: cosine(jnp.asarray(count, jnp.float32)),  # optax mixes the types
+        "constant": optax.constant_schedule(peak),
+    }
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after[config.schedule]], [warmup])
 
 
 def only_when_present(inner: optax.GradientTransformation, modality: str) -> optax.GradientTransformationExtraArgs:
