@@ -59,20 +59,20 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
 
 
 def test_rates_leave_out_steps_that_compiled(clock: Clock) -> None:
-    said: list[str] = []
-    with Progress("step", 1000, done=10, say=said.append, note=said.append, always=True, peak=1e6) as progress:
+    printed: list[str] = []
+    with Progress("step", 1000, done=10, say=printed.append, log=printed.append, always=True, peak=1e6) as progress:
         clock.now += 500
         progress.advance(1, Work(2, 10, 1e6), 500, compiled=True, loss=3.25)
-        assert said == ["step 11 of 1,000  loss 3.2500"], "the first line has no rates yet"
+        assert printed == ["step 11 of 1,000  loss 3.2500"], "the first line has no rates yet"
         for _ in range(4):
             clock.now += 2.5  # includes half a second of evaluating or saving
             progress.advance(1, Work(2, 1000, 1e6), 2, compiled=False, loss=1.5)
-    assert len(said) == 1
+    assert len(printed) == 1
     assert progress.text(1.5) == "step 15 of 1,000  loss 1.5000  0:41:02 left  1 samples/s  500 tokens/s  50% of peak"
 
 
 def test_rates_are_no_powers_of_ten(clock: Clock) -> None:
-    with Progress("step", 9, say=print, note=print) as progress:
+    with Progress("step", 9, say=print, log=print) as progress:
         progress.advance(1, Work(1, 123_456), 0.05, compiled=False)
         assert "  20 samples/s  2,469,120 tokens/s" in progress.text()
         progress.advance(1, Work(2470, 0), 0.95, compiled=False)
@@ -83,29 +83,29 @@ def test_rates_are_no_powers_of_ten(clock: Clock) -> None:
 
 def test_lines_come_now_and_then(clock: Clock) -> None:
     """Without a terminal, lines come at intervals; short work prints none."""
-    said: list[str] = []
-    with Progress("answer", 100, say=said.append, note=pytest.fail) as progress:
+    printed: list[str] = []
+    with Progress("answer", 100, say=printed.append, log=pytest.fail) as progress:
         for _ in range(100):
             clock.now += INTERVAL / 10
             progress.advance(1, Work(1, 1), INTERVAL / 10, compiled=False)
-    assert [line.split(" of ")[0] for line in said] == [f"answer {n}" for n in range(10, 101, 10)]
-    said.clear()
-    with Progress("answer", 2, say=said.append, note=pytest.fail) as progress:
+    assert [line.split(" of ")[0] for line in printed] == [f"answer {n}" for n in range(10, 101, 10)]
+    printed.clear()
+    with Progress("answer", 2, say=printed.append, log=pytest.fail) as progress:
         clock.now += INTERVAL - 1
         progress.advance(2, Work(1, 1), 1, compiled=False)
-    assert said == []
-    with Progress("step", 5, say=said.append, note=pytest.fail, always=True) as progress:
+    assert printed == []
+    with Progress("step", 5, say=printed.append, log=pytest.fail, always=True) as progress:
         for _ in range(5):
             progress.advance(1, Work(1, 1), 1, compiled=False)
-    assert [line.split("  ")[0] for line in said] == ["step 1 of 5", "step 5 of 5"]
-    assert not any(re.search(r"[\x00-\x1f]", line) for line in said)
+    assert [line.split("  ")[0] for line in printed] == ["step 1 of 5", "step 5 of 5"]
+    assert not any(re.search(r"[\x00-\x1f]", line) for line in printed)
 
 
 def test_a_terminal_has_one_line(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal shows one line, cut to its width; the log has plain lines."""
-    noted: list[str] = []
+    logged: list[str] = []
     with terminal(monkeypatch) as read:
-        with Progress("step", 3, say=pytest.fail, note=noted.append, always=True) as progress:
+        with Progress("step", 3, say=pytest.fail, log=logged.append, always=True) as progress:
             for _ in range(3):
                 clock.now += 10
                 time.sleep(0.11)  # tqdm draws no more often
@@ -115,13 +115,13 @@ def test_a_terminal_has_one_line(clock: Clock, monkeypatch: pytest.MonkeyPatch) 
     shown = re.sub(r"\x1b\[\w+", "", written).split("\r")
     assert any("step 2 of 3  loss 2.0000  0:00:10 left" in part for part in shown)
     assert max(map(len, shown)) <= 50
-    assert [line.split("  ")[0] for line in noted] == ["step 1 of 3", "step 3 of 3"]
-    assert not any(re.search(r"[\x00-\x1f]", line) for line in noted)
+    assert [line.split("  ")[0] for line in logged] == ["step 1 of 3", "step 3 of 3"]
+    assert not any(re.search(r"[\x00-\x1f]", line) for line in logged)
 
 
 def test_a_process_that_is_not_the_first_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal(monkeypatch) as read:
-        with Progress("step", 1, say=lambda _: None, note=lambda _: None, quiet=True) as progress:
+        with Progress("step", 1, say=lambda _: None, log=lambda _: None, quiet=True) as progress:
             progress.advance(1, Work(1, 1), 1, compiled=False)
         assert read() == ""
 
@@ -129,7 +129,7 @@ def test_a_process_that_is_not_the_first_shows_nothing(monkeypatch: pytest.Monke
 def test_memory_where_the_device_says_it(clock: Clock) -> None:
     stats = {"bytes_in_use": 12.34e9, "peak_bytes_in_use": 31.2e9, "bytes_limit": 79.6e9}
     for known, text in ((stats, "memory 12.3, at most 31.2 of 79.6 GB"), ({"bytes_in_use": 1e9}, "memory 1.0 GB")):
-        with Progress("step", 2, say=print, note=print, memory=lambda known=known: known) as progress:
+        with Progress("step", 2, say=print, log=print, memory=lambda known=known: known) as progress:
             assert progress.text() == f"step 0 of 2  {text}"
 
 
@@ -145,29 +145,30 @@ def noted(path: Path) -> list[str]:
 
 
 def test_the_log_has_everything_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said: list[str] = []
-    with RunLog(tmp_path / "log.txt", said.append, "umbrella-jax 1") as log:
+    path, printed = tmp_path / "log.txt", list[str]()
+    with (  # noqa: PT031  # the log is open before the warning
+        pytest.warns(UserWarning, match="old file"),
+        RunLog(path, printed.append, "umbrella-jax 1") as log,
+    ):
         log.say("two\nlines")
         log.say("a name: \x1b[31m\r\udcff é")
         log.note("unsaid")
         logging.getLogger("orbax").warning("slow %s", "disk")
         logging.getLogger("orbax").info("chatter")
-        with warnings.catch_warnings(record=False):
-            warnings.simplefilter("always")
-            warnings.warn("old file", UserWarning, stacklevel=1)
-    assert said == ["two\nlines", "a name: \x1b[31m\r\udcff é"]
-    first, *rest, last = noted(tmp_path / "log.txt")
+        warnings.warn("old file", UserWarning, stacklevel=1)
+    assert printed == ["two\nlines", "a name: \x1b[31m\r\udcff é"]
+    first, *rest, last = noted(path)
     assert re.fullmatch(r"started: umbrella-jax 1, process \d+ on \S+", first)
     assert rest[:5] == ["two", "  lines", "a name: \\x1b[31m\\r\\udcff é", "unsaid", "WARNING: orbax: slow disk"]
     assert re.fullmatch(r"UserWarning: old file \(.*test_console\.py:\d+\)", rest[5])
     assert (len(rest), last) == (6, "finished:")
-    assert how_it_ended(tmp_path / "log.txt") == ""
+    assert how_it_ended(path) == ""
     logging.getLogger("orbax").warning("after it")
-    assert len(noted(tmp_path / "log.txt")) == 8
+    assert len(noted(path)) == 8
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "text"),
     [
         (Interrupted(15, "SIGTERM: saved at step 3 of 9"), "SIGTERM: saved at step 3 of 9"),
         (DataError(["one", "two"]), "2 faults:"),
@@ -180,13 +181,13 @@ def test_the_log_has_everything_printed(tmp_path: Path, capsys: pytest.CaptureFi
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
-def test_the_log_ends_with_the_error(tmp_path: Path, error: BaseException, said: str) -> None:
+def test_the_log_ends_with_the_error(tmp_path: Path, error: BaseException, text: str) -> None:
     """The log ends with the error, with a traceback if it is a bug; a resumed run appends to it."""
     path = tmp_path / "log.txt"
     with pytest.raises(type(error)), RunLog(path, print, "x"):
         raise error
-    assert noted(path)[1] == f"ended: {said}"
-    assert how_it_ended(path) == said
+    assert noted(path)[1] == f"ended: {text}"
+    assert how_it_ended(path) == text
     assert ("  Traceback (most recent call last):" in noted(path)) == isinstance(error, KeyError)
     before = path.read_bytes()
     log = RunLog(path, print, "x")
@@ -198,19 +199,21 @@ def test_the_log_ends_with_the_error(tmp_path: Path, error: BaseException, said:
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A log that cannot be written is reported once."""
-    said: list[str] = []
-    with RunLog(tmp_path / "log.txt", said.append, "x") as log:
-        flush: Callable[[], Any] = log._file.flush  # type: ignore[union-attr]
+    """A log that cannot be written is reported once, and closed."""
+    printed: list[str] = []
+    with RunLog(tmp_path / "log.txt", printed.append, "x") as log:
+        file: Any = log._file
+        flush = file.flush
 
         def full() -> None:
             flush()
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(log, "_file", type("File", (), {"write": log._file.write, "flush": full}))  # type: ignore[union-attr]
+        monkeypatch.setattr(file, "flush", full)
         log.say("one")
         log.say("two")
-    assert said == ["one", f"WARNING: {tmp_path / 'log.txt'}: no longer written: No space left on device", "two"]
+    assert file.closed
+    assert printed == ["one", f"WARNING: {tmp_path / 'log.txt'}: no longer written: No space left on device", "two"]
 
 
 def test_no_log_says_nothing_of_an_end(tmp_path: Path) -> None:

@@ -93,10 +93,10 @@ class Progress:
     Rates leave out steps that compiled; the remaining time is measured by the clock.
 
     Args:
-        what: name of the unit that is counted, such as `step`; it starts the line.
+        unit: name of what is counted, such as `step`; it starts the line.
         done: how much of the total is done already.
         say: receives a line every `INTERVAL` seconds if there is no bar; it should print and log the line.
-        note: receives the same lines if there is a bar; it should only log them.
+        log: receives the same lines if there is a bar; it should only log them.
         always: also send a line at the first and at the last count, whatever the time.
         peak: FLOP/s of all devices together.
         memory: returns a device's `memory_stats`, or None if its backend has none.
@@ -105,12 +105,12 @@ class Progress:
 
     def __init__(
         self,
-        what: str,
+        unit: str,
         total: int,
         *,
         done: int = 0,
         say: Callable[[str], None],
-        note: Callable[[str], None],
+        log: Callable[[str], None],
         always: bool = False,
         peak: float | None = None,
         memory: Callable[[], Mapping[str, Any] | None] = lambda: None,
@@ -118,7 +118,7 @@ class Progress:
     ):
         from tqdm import tqdm  # slow to import; commands that only print need no progress bar
 
-        self._what, self._total, self._done, self._always = what, total, done, always
+        self._unit, self._total, self._done, self._always = unit, total, done, always
         self._peak, self._memory = peak, memory
         self._recent: deque[tuple[Work, float]] = deque(maxlen=_RECENT)
         self._began, self._counted, self._elapsed = done, 0, 0.0
@@ -126,7 +126,7 @@ class Progress:
         # the bar has a fixed width; the rest is its description, which tqdm cuts to the terminal's width
         options: dict[str, Any] = {"bar_format": "{bar:10} {desc}", "dynamic_ncols": True, "leave": always}
         self._bar = tqdm(total=total, initial=done, disable=True if quiet else None, **options)
-        self._line = say if self._bar.disable else note
+        self._line = say if self._bar.disable else log
 
     def __enter__(self) -> "Progress":
         return self
@@ -156,7 +156,7 @@ class Progress:
 
     def text(self, loss: float | None = None) -> str:
         """Return the progress line, without the parts that are not known."""
-        parts = [f"{self._what} {self._done:,} of {self._total:,}"]
+        parts = [f"{self._unit} {self._done:,} of {self._total:,}"]
         if loss is not None:
             parts.append(f"loss {loss:.4f}")
         if self._counted and self._done < self._total:  # before the rates: a narrow terminal cuts the line

@@ -19,6 +19,7 @@ import socket
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -168,6 +169,8 @@ class RunLog:
             self._file.write("".join(f"{now} {visible(line)}\n" for line in [lines[0], *(f"  {m}" for m in lines[1:])]))
             self._file.flush()
         except OSError as error:
+            with suppress(OSError):  # closing writes what is left, and fails again
+                self._file.close()
             self._file = None
             self._say(f"WARNING: {self.path}: no longer written: {error.strerror}")
 

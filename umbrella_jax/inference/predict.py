@@ -336,7 +336,7 @@ def predict(
     say = say if first else say_nothing
     if checkpoint.step_message:
         say(checkpoint.step_message)
-    options: dict[str, Any] = {"say": say, "note": say_nothing, "quiet": not first}
+    options: dict[str, Any] = {"say": say, "log": say_nothing, "quiet": not first}
     options["memory"] = jax.local_devices()[0].memory_stats
     with (
         jax.set_mesh(devices),

@@ -139,7 +139,7 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
         log: None on all processes but the first.
     """
     config, out, mesh, num_steps = run.config, run.out, run.training.mesh, run.training.num_steps
-    say, note = (log.say, log.note) if log else (say_nothing, say_nothing)
+    say = log.say if log else say_nothing
     with (
         Checkpoints(out / CHECKPOINTS, config.train, run.earlier_lines) as checkpoints,
         Signals(say) as signals,
@@ -160,7 +160,7 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
         start = int(state.step)
         written = start - bool(pending)  # the number of lines in metrics.jsonl
         send = stack.enter_context(open_loggers(config, out, written)) if log else None
-        options: dict[str, Any] = {"say": say, "note": note, "quiet": log is None}
+        options: dict[str, Any] = {"say": say, "log": log.note if log else say_nothing, "quiet": log is None}
         options["memory"] = jax.local_devices()[0].memory_stats
         progress = stack.enter_context(Progress("step", num_steps, done=start, always=True, peak=_peak(run), **options))
         with Metrics(out / METRICS, written) if log else nullcontext() as metrics:
