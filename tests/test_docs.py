@@ -159,8 +159,8 @@ def test_plan_for_uk_biobank(tmp_path: Path) -> None:
         base = write_hub_config(tmp_path / name, name.removeprefix("t1_"))
         for cell, device in zip(cells, devices.values(), strict=True):
             words = ["plan", "--config", ROOT / "configs" / f"{name}.yaml", "--base", base, "--devices", device]
-            found = json.loads(umbrella(*words, "--subjects", "40000", "--set", "model.remat=none", "--json"))
-            best = found["largest"][0]
+            plan = json.loads(umbrella(*words, "--subjects", "40000", "--set", "model.remat=none", "--json"))
+            best = plan["largest"][0]
             hours = best["hours_per_epoch"]
             epoch = f"{hours * 3600:.0f} s" if hours * 3600 < 100 else f"{hours * 60:.1f} min"
             assert cell == f"{best['samples_per_second']:.0f}; {epoch}", (size, device)
@@ -278,13 +278,13 @@ def test_flags_in_the_text() -> None:
         file.read_text() for file in (ROOT / "scripts").rglob("*") if file.suffix in (".sh", ".sbatch", ".py")
     )
     known |= set(re.findall(r"--[a-z][\w-]+", scripts))
-    found = {
+    flags_of_pages = {
         (page, flag)
         for page in pages()
         for code in re.findall(r"`([^`]+)`", prose(page))
         for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
     }
-    assert {(page, flag) for page, flag in found if flag not in known} == set()
+    assert {(page, flag) for page, flag in flags_of_pages if flag not in known} == set()
 
 
 def test_commands_in_the_text() -> None:

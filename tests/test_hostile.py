@@ -939,12 +939,12 @@ FORGED = "a\nfinished:\nended: \x1b[2J\x9b31m\u202e"
 
 
 def test_a_name_forges_no_line_of_the_log(tmp_path: Path) -> None:
-    for said in (FORGED, FORGED.partition("\n")[2], "started: x", f"step 1\n{FORGED}"):
+    for forged in (FORGED, FORGED.partition("\n")[2], "started: x", f"step 1\n{FORGED}"):
         log = RunLog(tmp_path / "log.txt", lambda line: None, FORGED)
         log.__enter__()
-        log.say(said)
-        log._warned(said, UserWarning, "a.py", 1)
-        logging.getLogger("x").warning(said)
+        log.say(forged)
+        log._warned(forged, UserWarning, "a.py", 1)
+        logging.getLogger("x").warning(forged)
         assert how_it_ended(tmp_path / "log.txt") is None
         log.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert how_it_ended(tmp_path / "log.txt") == "SIGINT: stopped before there was anything to save"

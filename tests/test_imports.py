@@ -120,9 +120,9 @@ def test_imports_are_found() -> None:
         if True: import torch.nn
     """
     source = "\n".join(line[4:] for line in source.splitlines())
-    found = {"os.path", "jax.numpy", "umbrella_jax.models.llava.Llava", "umbrella_jax.sharding", "torch.nn"}
-    assert imports(source) == found
-    assert {name: room_of(name) for name in found if room_of(name)} == {
+    expected = {"os.path", "jax.numpy", "umbrella_jax.models.llava.Llava", "umbrella_jax.sharding", "torch.nn"}
+    assert imports(source) == expected
+    assert {name: room_of(name) for name in expected if room_of(name)} == {
         "umbrella_jax.models.llava.Llava": "models",
         "umbrella_jax.sharding": "sharding",
     }

@@ -135,11 +135,11 @@ def test_bytes_of_each_device(runs: dict[tuple[int, ...], Run], sizes: tuple[int
     run, (frozen, trained) = runs[sizes], sharded_numbers(*sizes[1:])
 
     def held(tree: Any) -> dict[jax.Device, int]:
-        found = dict.fromkeys(mesh_of(sizes).devices.flat, 0)
+        bytes_of = dict.fromkeys(mesh_of(sizes).devices.flat, 0)
         for leaf in jax.tree.leaves(tree):
             for shard in leaf.addressable_shards:
-                found[shard.device] += shard.data.nbytes
-        return found
+                bytes_of[shard.device] += shard.data.nbytes
+        return bytes_of
 
     assert set(held(run.frozen).values()) == {4 * frozen}
     assert set(held(run.state.trainable).values()) == {4 * trained}
@@ -174,13 +174,13 @@ def collectives(compiled: jax.stages.Compiled, sizes: tuple[int, ...]) -> set[Co
         name = " ".join(name for i, name in enumerate(("data", "fsdp", "tensor")) if i in along and sizes[i] > 1)
         axes.setdefault(groups_along(grid, along), name)
     call = r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(.*"
-    found = set()
+    exchanges = set()
     for match in re.finditer(call, compiled.as_text()):
         line, result, kind = match[0], match[1], match[2]
         along = "pairs" if kind == "collective-permute" else axes.get(devices_of(line, grid.size), "others")
         for dims in re.findall(r"\w+\[([\d,]*)\]", result):
-            found.add(Collective(kind, along, tuple(int(n) for n in dims.split(",") if n not in ("", "1"))))
-    return {c for c in found if c.axes}
+            exchanges.add(Collective(kind, along, tuple(int(n) for n in dims.split(",") if n not in ("", "1"))))
+    return {c for c in exchanges if c.axes}
 
 
 def groups_along(grid: np.ndarray, axes: list[int]) -> frozenset[frozenset[int]]:
@@ -312,8 +312,8 @@ def test_an_accepted_mesh_divides_every_parameter() -> None:
     ],
 )
 def test_names_dimensions_that_an_axis_does_not_divide(axis: str, size: int, fault: str) -> None:
-    (found,) = MeshShape(**{axis: size}).undivided(MODEL)
-    assert found.startswith(fault)
+    (message,) = MeshShape(**{axis: size}).undivided(MODEL)
+    assert message.startswith(fault)
     for what, model in {
         "vision width 52": replace(MODEL, vision=replace(MODEL.vision, hidden_size=52)),
         "text width 44": replace(MODEL, text=replace(MODEL.text, hidden_size=44)),
@@ -426,13 +426,13 @@ def test_a_process_makes_the_rows_of_its_devices(monkeypatch: pytest.MonkeyPatch
     for shape, own in {(16, 1, 1): {(0, 1, 6, 15)}, (1, 4, 4): {(0, 1), (2, 3)}}.items():
         grid = device_grid(MeshShape(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True))), tpus(1))
         mesh: Any = SimpleNamespace(devices=grid, shape=dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
-        found = []
+        processes = []
         for process in range(4):
             monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-            found.append(parts(mesh))
-        assert {p.total for p in found} == {shape[0] * shape[1]}
-        assert {part for p in found for part in p.own} == set(range(shape[0] * shape[1]))
-        assert own <= {p.own for p in found}
+            processes.append(parts(mesh))
+        assert {p.total for p in processes} == {shape[0] * shape[1]}
+        assert {part for p in processes for part in p.own} == set(range(shape[0] * shape[1]))
+        assert own <= {p.own for p in processes}
 
 
 # Beyond the training step.
@@ -463,15 +463,15 @@ def test_evaluation_on_a_mesh_is_one_devices() -> None:
             tokens, scores = answer(params, put_batch(batch, mesh, axis=0), stop)
         results.append((float(loss), int(count), to_numpy(grads), np.asarray(tokens), np.asarray(scores)))
         assert np.isnan(nowhere) == (sizes == ALL), "another device's volume must not pass for text"
-    (loss, count, grads, tokens, scores), (ours, counted, found, answers, scored) = results
+    (loss, count, grads, tokens, scores), (ours, counted, slopes, answers, scored) = results
     assert counted == count
     assert ours == pytest.approx(loss, rel=1e-5)
     for path, leaf in grads.items():
         if "post_layernorm" in path or fnmatchcase(path, "vision_tower.*.k_proj.bias"):
             # which nothing takes, or which moves all scores of a query alike: zero but for rounding
-            assert max(np.abs(leaf).max(), np.abs(found[path]).max()) < 1e-6, path
+            assert max(np.abs(leaf).max(), np.abs(slopes[path]).max()) < 1e-6, path
         else:
-            assert relative(found[path], leaf) <= 1e-5, path
+            assert relative(slopes[path], leaf) <= 1e-5, path
     np.testing.assert_array_equal(answers, tokens)
     np.testing.assert_allclose(scored, scores, rtol=1e-5)
     assert len(np.unique(tokens)) > 4

@@ -143,10 +143,10 @@ def test_the_epoch_is_the_one_that_is_best_on_those_held_out() -> None:
         network = fit_cnn(targets, HELD, blobs.stream, classes=2, seed=seed, epochs=10, widths=NARROW)
         return -float(network(len(HELD), blobs.stream)[HELD, wrong[HELD]].mean())
 
-    found = loss(wrong)
-    assert found < 1 < 2 < loss(blobs.sides)
-    assert found == loss(wrong)
-    assert found != loss(wrong, seed=1)
+    wrong_loss = loss(wrong)
+    assert wrong_loss < 1 < 2 < loss(blobs.sides)
+    assert wrong_loss == loss(wrong)
+    assert wrong_loss != loss(wrong, seed=1)
 
 
 # The probe.
@@ -195,27 +195,27 @@ def test_the_probe_is_scikit_learns(classes: int | None) -> None:
         return LogisticRegression(C=strength, max_iter=10_000) if classes else Ridge(strength)
 
     def loss(strength: float) -> float:
-        found = []
+        losses = []
         for part in parts:
             rest = np.setdiff1d(np.arange(60), part)
             x = scaled(features, rest)
             fitted = model(strength).fit(x[rest], targets[rest])
             if classes:
-                found.append(log_loss(targets[part], fitted.predict_proba(x[part]), labels=range(classes)))
+                losses.append(log_loss(targets[part], fitted.predict_proba(x[part]), labels=range(classes)))
             else:
-                found.append(mean_squared_error(targets[part], fitted.predict(x[part])))
-        return float(np.mean(found))
+                losses.append(mean_squared_error(targets[part], fitted.predict(x[part])))
+        return float(np.mean(losses))
 
     strengths = probe_module._STRENGTHS["C" if classes else "alpha"]
     best = min(strengths, key=loss)
     assert strengths[0] < best < strengths[-1], "the choice must matter"
-    found = fit_probe(features, targets, parts, classes=classes)
-    assert found.chosen.endswith(f"= {best:g}")
+    probe = fit_probe(features, targets, parts, classes=classes)
+    assert probe.chosen.endswith(f"= {best:g}")
     new = rng.normal(2, 5, (9, 7))
     x = StandardScaler().fit(features).transform(new)
     expected = model(best).fit(scaled(features, np.arange(60)), targets)
     np.testing.assert_allclose(
-        found(new), expected.predict_log_proba(x) if classes else expected.predict(x), rtol=1e-6, atol=1e-9
+        probe(new), expected.predict_log_proba(x) if classes else expected.predict(x), rtol=1e-6, atol=1e-9
     )
 
 
@@ -251,7 +251,7 @@ def side(i: int) -> str:
 
 def records(first: int, count: int) -> list[dict[str, Any]]:
     """Ask each subject's side, its age by its fMRI run, and its side in a comparison with the next subject."""
-    found = []
+    conversations = []
     for i in range(first, first + count):
         scan, other = f"sMRI:{i}.nii.gz", first + (i + 1 - first) % count
         about = {"subject_id": f"s{i}"}
@@ -267,8 +267,8 @@ def records(first: int, count: int) -> list[dict[str, Any]]:
             "pair": (pair, {"reference_label": side(other), "subject_label": side(i)}),
         }
         for task, (turns, more) in of.items():
-            found.append(conversation(f"{task}-{i}", "T1", turns, metadata={"task": task, **about, **more}))
-    return found
+            conversations.append(conversation(f"{task}-{i}", "T1", turns, metadata={"task": task, **about, **more}))
+    return conversations
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +306,7 @@ QUICK = ["--cnn-epochs", 2, "--cnn-width", 0.125]
 
 
 @pytest.fixture(scope="module")
-def found(world: World) -> str:
+def table(world: World) -> str:
     """The command prints the baselines next to a run that always answered the reference's label."""
     write_answers(world, world.root / "model.jsonl", lambda row: row["reference"])
     return umbrella(*world.command(world.root / "out", "--predictions", world.root / "model.jsonl", *QUICK))
@@ -326,9 +326,9 @@ def answers(world: World, name: str, out: str = "out") -> dict[str, dict[str, An
     return {row["task_id"]: row for row in read_lines(world.root / out / "baseline" / f"{name}.jsonl")}
 
 
-def test_the_table_agrees_with_score(world: World, found: str) -> None:
-    assert all(len(line) <= 80 for line in found.splitlines())
-    assert re.search(r"^ +language model +CNN +probe +chance$", found.splitlines()[0])
+def test_the_table_agrees_with_score(world: World, table: str) -> None:
+    assert all(len(line) <= 80 for line in table.splitlines())
+    assert re.search(r"^ +language model +CNN +probe +chance$", table.splitlines()[0])
     tasks, columns = [], []
     for file in (world.root / "model.jsonl", *(world.root / f"out/baseline/{kind}.jsonl" for kind in ("cnn", "probe"))):
         rows = read_predictions(file)
@@ -340,7 +340,7 @@ def test_the_table_agrees_with_score(world: World, found: str) -> None:
         "side": "classification",
     }
     assert tasks[0] == tasks[1] == tasks[2]
-    lines = found.splitlines()
+    lines = table.splitlines()
     for task in ("side", "age"):
         place = next(i for i, line in enumerate(lines) if line.startswith(f"{task} ("))
         metric = "accuracy" if task == "side" else "mae"
@@ -350,7 +350,7 @@ def test_the_table_agrees_with_score(world: World, found: str) -> None:
         assert intervals == [(f"{f.low:.3f}", f"{f.high:.3f}") for f in figures if f.low is not None]
 
 
-def test_rows_are_predictions_of_every_question(world: World, found: str) -> None:
+def test_rows_are_predictions_of_every_question(world: World, table: str) -> None:
     asked = json.loads(world.eval.read_text())
     for name in ("cnn", "probe"):
         rows = answers(world, name)
@@ -369,17 +369,17 @@ def test_rows_are_predictions_of_every_question(world: World, found: str) -> Non
     assert np.mean(right) == 1
 
 
-def test_a_comparison_is_answered_only_from_the_scan_in_question(world: World, found: str) -> None:
+def test_a_comparison_is_answered_only_from_the_scan_in_question(world: World, table: str) -> None:
     """A comparison is answered like the same question without a reference, by the same network."""
     for name in ("cnn", "probe"):
         rows = answers(world, name)
         for i in range(TRAIN, TRAIN + EVAL):
             one, other = rows[f"side-{i}"], rows[f"pair-{i}"]
             assert (one["prediction"], one["likelihoods"]) == (other["prediction"], other["likelihoods"])
-    assert "which asks the same about the same scans" in " ".join(found.split())
+    assert "which asks the same about the same scans" in " ".join(table.split())
 
 
-def test_no_answer_depends_on_a_reference_of_eval(world: World, found: str) -> None:
+def test_no_answer_depends_on_a_reference_of_eval(world: World, table: str) -> None:
     """Labels and ages of eval go round among its subjects: the answers stay, bit for bit."""
     asked = json.loads(world.eval.read_text())
     texts: dict[str, list[Any]] = {}
@@ -493,7 +493,7 @@ def test_unlearnable_tasks_are_refused_before_anything_is_computed(
     assert not (tmp_path / "out").exists()
 
 
-def test_faults_of_flags_are_refused(world: World, tmp_path: Path, found: str, monkeypatch: Any) -> None:
+def test_faults_of_flags_are_refused(world: World, tmp_path: Path, table: str, monkeypatch: Any) -> None:
     said = umbrella(*world.command(world.root / "out", "--cnn-epochs", 0, "--cnn-width", 0.01), code=2)
     for fault in ("cnn.jsonl: already exists", "probe.jsonl: already", "--cnn-epochs 0", "--cnn-width 0.01"):
         assert fault in said
@@ -517,10 +517,10 @@ def test_answers_of_only_one_set_are_reported(world: World, tmp_path: Path) -> N
             record["conversations"][-1]["content"][0]["text"] = "neither."
 
     other = edited(world, tmp_path, edit)
-    said = " ".join(umbrella(*other.command(tmp_path / "out", "--only", "probe")).split())
-    assert "side: train has no answer both, so no baseline gives it" in said
-    assert "side: train has the answer neither and eval has not" in said
-    assert "age: no baseline, since train has no such conversation" in said
+    output = " ".join(umbrella(*other.command(tmp_path / "out", "--only", "probe")).split())
+    assert "side: train has no answer both, so no baseline gives it" in output
+    assert "side: train has the answer neither and eval has not" in output
+    assert "age: no baseline, since train has no such conversation" in output
     rows = read_lines(tmp_path / "out/baseline/probe.jsonl")
     assert {row["metadata"]["task"] for row in rows} == {"side"}
     assert all(set(row["likelihoods"]) == {"left.", "right.", "both."} for row in rows)

@@ -138,14 +138,14 @@ def test_a_run_that_keeps_its_best_answers_with_it(run: Path, world: World, batc
     for step, expected in {None: best, "best": best, "latest": latest, 2: latest}.items():
         np.testing.assert_array_equal(logits(umbrella_jax.load(kept, step=step), batch), expected)
 
-    said = f"{kept}: step 1 (best eval_accuracy, 0.75; the newest is 2)"
-    assert said in umbrella("convert", "to-hf", "--include-untrained", kept, tmp_path / "export")
+    message = f"{kept}: step 1 (best eval_accuracy, 0.75; the newest is 2)"
+    assert message in umbrella("convert", "to-hf", "--include-untrained", kept, tmp_path / "export")
     np.testing.assert_array_equal(logits(umbrella_jax.load(tmp_path / "export"), batch), best)
     flags = ("Which sex?", "--image", f"T1={world.root / 'scans/0.nii.gz'}", "--answers", "left.", "right.")
-    assert said in small_run.said("generate", kept, *flags)[1]
+    assert message in small_run.said("generate", kept, *flags)[1]
     assert f"{kept}: step 2 (as asked)" in small_run.said("generate", kept, *flags, "--step", 2)[1]
     shutil.copy(kept / "predictions" / "step_2.jsonl", kept / "predictions" / "step_1.jsonl")
-    assert f"step_1.jsonl {said.removeprefix(f'{kept}: step 1 ')}" in umbrella("score", kept)
+    assert f"step_1.jsonl {message.removeprefix(f'{kept}: step 1 ')}" in umbrella("score", kept)
     assert "step_2.jsonl (the newest)" in umbrella("score", kept, "--step", "latest")
     assert f"--step 7: {kept} has no such step; expected latest or one of 1, 2" in umbrella(
         "generate", kept, *flags, "--step", 7, code=2
@@ -197,9 +197,9 @@ def test_a_lost_patch_embedding_does_not_answer(world: World, lost: Path, tmp_pa
     with pytest.raises(CheckpointError, match="modality rsfMRI: patch embedding not in the checkpoint"):
         umbrella_jax.load(lost)
     assert f"T1: patch embedding {LOST}\n" in umbrella("inspect", "--config", world.config, "--base", lost)
-    found = verify(lost.parent / "export", lost, forward=False)
-    assert not found.same
-    assert f"{lost}: modality T1: no weights" in found.configuration
+    comparison = verify(lost.parent / "export", lost, forward=False)
+    assert not comparison.same
+    assert f"{lost}: modality T1: no weights" in comparison.configuration
     umbrella(*ask, "--allow-untrained")
     umbrella(*predict, "--max-new-tokens", 8, "--allow-untrained")
     assert len(read_lines(tmp_path / "p.jsonl")) == 3
@@ -307,8 +307,8 @@ def test_the_template_of_the_text_goes_along(world: World, native: Path, tmp_pat
     """Every form of the weights records the template, and another template is rejected."""
 
     def say(path: Path, template: str) -> None:
-        said = json.loads((path / "umbrella_config.json").read_text())
-        (path / "umbrella_config.json").write_text(json.dumps(said | {"template": template}))
+        description = json.loads((path / "umbrella_config.json").read_text())
+        (path / "umbrella_config.json").write_text(json.dumps(description | {"template": template}))
 
     trained, export, again = shutil.copytree(native, tmp_path / "trained"), tmp_path / "export", tmp_path / "again"
     say(trained, "original")
@@ -443,8 +443,8 @@ def test_missing_special_tokens_are_added_and_the_vocabulary_grows(directory: Pa
     data = small_run.write_json(directory / "text.json", [text])
     flags = ["--base", base, "--train-data", data, "--batch-size", 1]
     printed = umbrella(*world.train_flags(directory / "run", *flags))
-    said = umbrella("inspect", "--config", world.config, "--base", base)
-    for output in (printed, said):
+    inspected = umbrella("inspect", "--config", world.config, "--base", base)
+    for output in (printed, inspected):
         start = output[: output.index("component")]
         assert "<|im_start|>: added to the tokenizer" in start
         assert "<image>: added to the tokenizer" in start

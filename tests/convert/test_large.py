@@ -139,5 +139,5 @@ def torch_logits(base: Path, ids: np.ndarray, volume: np.ndarray) -> np.ndarray:
     rotary = model.model.language_model
     rotary.rotary_emb = type(rotary.rotary_emb)(config=rotary.config)  # empty on the meta device, and not in the file
     with torch.no_grad():
-        found = model.eval()(input_ids=torch.from_numpy(ids).long(), pixel_values=torch.from_numpy(volume)[:, None])
-    return found.logits[0].numpy()
+        outputs = model.eval()(input_ids=torch.from_numpy(ids).long(), pixel_values=torch.from_numpy(volume)[:, None])
+    return outputs.logits[0].numpy()

@@ -101,8 +101,8 @@ def test_a_volume_constant_along_depth_and_time_embeds_as_its_plane_in_2d(rng, i
     if time:
         plane, expected = plane[..., None], expected[:, :, :, None]
     volumes = np.broadcast_to(plane[:, None], (2, *config.size))
-    found = embed(inflate_patch_embed(kernel, bias, table, config), config, volumes)
-    close(found, np.broadcast_to(expected[:, None], found.shape))
+    features = embed(inflate_patch_embed(kernel, bias, table, config), config, volumes)
+    close(features, np.broadcast_to(expected[:, None], features.shape))
 
 
 @pytest.mark.parametrize("plane", [(7, 11), (P, 6), (10, 5)])
@@ -140,16 +140,18 @@ def test_linear_positions_stay_linear_away_from_the_edges(rng, image, grid):
     offset, down, right = rng.normal(size=(3, E))
     rows, columns = np.mgrid[:G, :G].reshape(2, -1, 1)
     config = modality((2,) * len(grid), grid)
-    found = inflate_patch_embed(kernel, bias, offset + rows * down + columns * right, config)["positional_embeddings"]
-    found = found.reshape(*grid, E)
+    positions = inflate_patch_embed(kernel, bias, offset + rows * down + columns * right, config)[
+        "positional_embeddings"
+    ]
+    positions = positions.reshape(*grid, E)
     if len(grid) == 4:
-        close(found, np.broadcast_to(found[:, :, :, :1], found.shape))
-        found = found[:, :, :, 0]
+        close(positions, np.broadcast_to(positions[:, :, :, :1], positions.shape))
+        positions = positions[:, :, :, 0]
     h, w = ((np.arange(n) + 0.5) * G / n - 0.5 for n in grid[1:3])
     expected = offset + h[:, None, None] * down + w[:, None] * right
     inside = np.ix_((h >= 0) & (h <= G - 1), (w >= 0) & (w <= G - 1))
     assert expected[inside].size
-    for depth in found:
+    for depth in positions:
         close(depth[inside], expected[inside])
 
 
@@ -201,8 +203,8 @@ def test_upsampled_volumes_embed_as_the_volumes(rng, patch):
         upsampled[place(patch)] = interpolate(values, patch)
     expected = embed(dict(zip(resample_patch_embed(*arrays, old, old), arrays, strict=True)), old, volumes)
     largest = np.abs(expected).max()  # about 35: sums of hundreds of numbers
-    found = embed(resample_patch_embed(*arrays, old, new), new, upsampled)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * largest)
+    features = embed(resample_patch_embed(*arrays, old, new), new, upsampled)
+    np.testing.assert_allclose(features, expected, rtol=0, atol=1e-6 * largest)
 
 
 @pytest.mark.parametrize("patch", [(2, 3, 1), (2, 7, 3), (3, 2, 4), (2, 3, 1, 4), (4, 2, 3, 1)])

@@ -115,8 +115,8 @@ def test_inflate_leaves_a_patch_embedding_that_is_there(tmp_path: Path) -> None:
     stock = load_file(tmp_path / "stock" / "model.safetensors")
     tensors |= {EMBEDDINGS + name: stock[EMBEDDINGS + name] for name in IMAGE}
     save_file({n: t for n, t in tensors.items() if "rsfMRI" not in n}, tmp_path / "own" / "model.safetensors")
-    said = {"modalities": {"T1": {"size": MODALITIES["T1"].size, "patch": MODALITIES["T1"].patch}}}
-    small_run.write_json(tmp_path / "own" / "umbrella_config.json", said)
+    description = {"modalities": {"T1": {"size": MODALITIES["T1"].size, "patch": MODALITIES["T1"].patch}}}
+    small_run.write_json(tmp_path / "own" / "umbrella_config.json", description)
     config = read_config(tmp_path / "own", MODALITIES, init="inflate")
     params, summary = load_params(tmp_path / "own", config, init="inflate")
     before, _ = load_params(tmp_path / "own", config)
@@ -267,8 +267,8 @@ def test_from_hf(tmp_path: Path, init: str) -> None:
     config = yaml(tmp_path / "run.yaml", OTHER, init)
     printed = umbrella("convert", "from-hf", tmp_path / "base", tmp_path / "native", "--config", config)
     how = "inflated from SigLIP's own" if init == "inflate" else "resampled from size 11×9×7, patch 5×3×2"
-    said = umbrella("inspect", "--config", config, "--base", tmp_path / "base")
-    for text in (printed, said):
+    inspected = umbrella("inspect", "--config", config, "--base", tmp_path / "base")
+    for text in (printed, inspected):
         assert f"T1: patch embedding {how}\n" in text
     before = {p: np.asarray(a) for p, a in Checkpoint.open(tmp_path / "base", OTHER, init=init).params().items()}
     check(parameters(tmp_path / "native"), before, expected)
@@ -316,8 +316,8 @@ def test_train_from_inflated_and_then_from_resampled(world: World, tmp_path: Pat
     line = "T1: patch embedding resampled from size 6×7×5, patch 3×2×4\n"
     assert line in printed
     assert "rsfMRI: patch embedding resampled" not in printed
-    said = umbrella("inspect", "--config", world.config, *base, *sizes, *resample)
-    assert line in said
+    output = umbrella("inspect", "--config", world.config, *base, *sizes, *resample)
+    assert line in output
     tensors = load_file(tmp_path / "export" / "model.safetensors")
     expected |= resampled(tensors, old, {"T1": new["T1"]})
     after = parameters(tmp_path / "second")

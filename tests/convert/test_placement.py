@@ -72,15 +72,15 @@ def test_sharded(mesh: Mesh, spec: PartitionSpec, dtype: str) -> None:
     """Values are as `device_put` places them; each number is read once, however many devices hold it."""
     array, read = random((8, 24)), []
     sharding = NamedSharding(mesh, spec)
-    found = place({"a": counted(array, read).astype(dtype)}, lambda path, shape: sharding)["a"]
+    placed = place({"a": counted(array, read).astype(dtype)}, lambda path, shape: sharding)["a"]
     expected = array if dtype == "auto" else array.astype(np.dtype(dtype))
-    assert found.sharding == sharding
-    assert found.dtype == expected.dtype
-    np.testing.assert_array_equal(np.asarray(found), expected)
-    for shard in found.addressable_shards:
+    assert placed.sharding == sharding
+    assert placed.dtype == expected.dtype
+    np.testing.assert_array_equal(np.asarray(placed), expected)
+    for shard in placed.addressable_shards:
         np.testing.assert_array_equal(np.asarray(shard.data), expected[shard.index])
     assert (times(array.shape, read) == 1).all()
-    assert len(read) == len({str(shard.index) for shard in found.addressable_shards})
+    assert len(read) == len({str(shard.index) for shard in placed.addressable_shards})
 
 
 @pytest.mark.parametrize(
@@ -123,12 +123,12 @@ def test_some_devices_alone(mesh: Mesh) -> None:
         asked.append((path, shape))
         return half if path == "half" else one
 
-    found = place({name: counted(array, read[name]) for name, array in arrays.items()}, where)
+    placed = place({name: counted(array, read[name]) for name, array in arrays.items()}, where)
     assert sorted(asked) == sorted((name, array.shape) for name, array in arrays.items())
-    assert list(found) == list(arrays)
+    assert list(placed) == list(arrays)
     for name, array in arrays.items():
-        assert found[name].devices() == (set(jax.devices()[4:]) if name == "half" else {jax.devices()[5]})
-        np.testing.assert_array_equal(np.asarray(found[name]), array)
+        assert placed[name].devices() == (set(jax.devices()[4:]) if name == "half" else {jax.devices()[5]})
+        np.testing.assert_array_equal(np.asarray(placed[name]), array)
         assert (times(array.shape, read[name]) == 1).all()
 
 
@@ -150,11 +150,11 @@ def test_a_replica_may_be_given_away(mesh: Mesh) -> None:
     """Devices may share one NumPy buffer, so a step that donates its argument must not write there."""
     array = random((512, 256))  # aligned and large, which XLA's CPU backend uses without a copy
     replicated = NamedSharding(mesh, PartitionSpec())
-    found = place(
+    placed = place(
         {"a": Tensor.from_array(array.copy()), "b": Tensor.from_array(array.copy())}, lambda path, shape: replicated
     )
     write = jax.jit(_write, donate_argnums=0)
-    shards = [shard.data for shard in found["a"].addressable_shards]
+    shards = [shard.data for shard in placed["a"].addressable_shards]
     assert len({shard.unsafe_buffer_pointer() for shard in shards}) == 1, "else there is nothing to be seen here"
     given, *kept = shards
     jax.block_until_ready(write(given, jnp.zeros((), given.dtype)))
@@ -162,7 +162,7 @@ def test_a_replica_may_be_given_away(mesh: Mesh) -> None:
     for shard in kept:
         np.testing.assert_array_equal(np.asarray(shard), array)
 
-    whole = jax.jit(_write, donate_argnums=0, out_shardings=replicated)(found["b"], jnp.ones(()))
+    whole = jax.jit(_write, donate_argnums=0, out_shardings=replicated)(placed["b"], jnp.ones(()))
     for shard in whole.addressable_shards:
         np.testing.assert_array_equal(np.asarray(shard.data), np.ones_like(array))
 
@@ -262,17 +262,17 @@ def test_two_processes_read_half_each(tmp_path: Path) -> None:
     ]
     try:
         for process in processes:
-            said, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, said
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, output
     finally:
         for process in processes:
             process.kill()
     for out in outs:
-        found = dict(np.load(out))
-        assert found.keys() == expected.keys()
+        arrays = dict(np.load(out))
+        assert arrays.keys() == expected.keys()
         for path, array in expected.items():
-            assert found[path].dtype == array.dtype
-            np.testing.assert_array_equal(found[path], array)
+            assert arrays[path].dtype == array.dtype
+            np.testing.assert_array_equal(arrays[path], array)
         read = json.loads(Path(f"{out}.json").read_text())
         assert read.keys() == expected.keys()
         split = 0

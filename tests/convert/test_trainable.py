@@ -109,14 +109,14 @@ def test_the_file_holds_exactly_the_trained_parameters(
         assert array.tobytes() == whole[name].tobytes()
     with safe_open(files[names], "np") as file:
         metadata = file.metadata()
-    said = json.loads((tmp_path / "export" / "umbrella_config.json").read_text())
-    assert metadata["base_fingerprint"] == said["base_fingerprint"] == Checkpoint.open(run).fingerprint
-    assert metadata["template"] == said["template"] == "umbrella"
+    description = json.loads((tmp_path / "export" / "umbrella_config.json").read_text())
+    assert metadata["base_fingerprint"] == description["base_fingerprint"] == Checkpoint.open(run).fingerprint
+    assert metadata["template"] == description["template"] == "umbrella"
     modalities = json.loads(metadata["modalities"])
-    assert modalities == said["modalities"]
+    assert modalities == description["modalities"]
     assert list(modalities) == list(names)
-    for found, settings in zip(modalities.values(), small_run.MODALITIES.values(), strict=True):
-        assert settings.items() <= found.items()
+    for written, settings in zip(modalities.values(), small_run.MODALITIES.values(), strict=True):
+        assert settings.items() <= written.items()
     assert modalities[names[0]]["orientation"] == "RAS"
     assert modalities[names[1]]["scaling"] == "znorm_minback"
 
@@ -186,9 +186,9 @@ def test_pytorch(
         assert tensor.dtype == ours[name].dtype
         assert torch.equal(ours[name], tensor), name
     file = load_file(files[names])
-    found = {hub_name(name): tensor for name, tensor in ours.items()}
+    tensors = {hub_name(name): tensor for name, tensor in ours.items()}
     for name, array in file.items():
-        np.testing.assert_array_equal(found[name].numpy(), array)
+        np.testing.assert_array_equal(tensors[name].numpy(), array)
 
 
 def test_onto_an_export(run: Path, part: Path, world: World, trained: dict[str, np.ndarray], tmp_path: Path) -> None:
@@ -344,8 +344,8 @@ def test_a_modality_that_was_never_trained_is_left_out_of_exports(run: Path, tmp
     assert not any("rsfMRI" in name for name in load_file(tmp_path / "export" / "model.safetensors"))
     assert "rsfMRI" not in (tmp_path / "export" / "README.md").read_text()
     for pair in ((run, tmp_path / "export"), (tmp_path / "export", run)):
-        told = umbrella("convert", "verify", *pair, "--no-logits")
-        assert "rsfMRI: not compared, the other leaves it out" in told
+        output = umbrella("convert", "verify", *pair, "--no-logits")
+        assert "rsfMRI: not compared, the other leaves it out" in output
     umbrella("convert", "to-hf", run, tmp_path / "part", "--trainable-only")
     assert not any("rsfMRI" in name for name in load_file(tmp_path / "part" / "trainable.safetensors"))
     umbrella("convert", "to-hf", run, tmp_path / "whole", "--include-untrained", "--names", "sMRI,fMRI")

@@ -47,29 +47,29 @@ def test_a_conversion_is_the_same_model(base, tmp_path):
     write_native(Checkpoint.open(base), tmp_path / "native")
     write_hf(Checkpoint.open(tmp_path / "native"), tmp_path / "back", names=FAMILIES[1])
     for a, b in ((base, tmp_path / "native"), (tmp_path / "native", tmp_path / "back"), (tmp_path / "back", base)):
-        found = verify(a, b)
-        assert found.same
-        assert {t.kind for t in found.tensors} == {"identical"}
-        assert len(found.tensors) == len(load_file(base / "model.safetensors"))
-        for forward in found.forward.values():
+        comparison = verify(a, b)
+        assert comparison.same
+        assert {t.kind for t in comparison.tensors} == {"identical"}
+        assert len(comparison.tensors) == len(load_file(base / "model.safetensors"))
+        for forward in comparison.forward.values():
             assert 0 < forward.logits < 1e-5  # 0 would be one framework compared with itself
             assert forward.greedy == forward.greedy_total == 8
-        assert len(found.forward) == 2
+        assert len(comparison.forward) == 2
 
 
 def test_stock_and_its_conversion(tmp_path):
     write_stock(tmp_path / "stock", tied=False)
     write_native(Checkpoint.open(tmp_path / "stock", MODALITIES, seed=7), tmp_path / "native")
     for pair in ((tmp_path / "stock", tmp_path / "native"), (tmp_path / "native", tmp_path / "stock")):
-        found = verify(*pair)
-        assert found.same
+        comparison = verify(*pair)
+        assert comparison.same
         where = "only in A" if pair[0].name == "native" else "only in B"
-        assert found.lines()[-1] == f"the same model, but for the patch embedding, which is {where}"
-        odd = [t for t in found.tensors if t.kind != "identical"]
+        assert comparison.lines()[-1] == f"the same model, but for the patch embedding, which is {where}"
+        odd = [t for t in comparison.tensors if t.kind != "identical"]
         assert len(odd) == 6
         assert all("embeddings." in t.name and t.kind.startswith("only in ") for t in odd)
-        assert set(found.forward) == {"T1", "rsfMRI"}
-        (note,) = (note for note in found.notes if f"{tmp_path / 'stock'}: replaced by " in note)
+        assert set(comparison.forward) == {"T1", "rsfMRI"}
+        (note,) = (note for note in comparison.notes if f"{tmp_path / 'stock'}: replaced by " in note)
         assert "\n  vision_tower.vision_model.embeddings.position_embedding.weight" in note
 
 
@@ -201,9 +201,9 @@ def test_a_patch_embedding_that_both_have_lost(base, tmp_path):
 
     lost = edited(base, tmp_path / "lost", lose)
     for a, b in ((base, lost), (lost, base), (lost, lost)):
-        found = verify(a, b, forward=False)
-        assert not found.same
-        assert f"{lost}: modality T1: no weights" in found.configuration
+        comparison = verify(a, b, forward=False)
+        assert not comparison.same
+        assert f"{lost}: modality T1: no weights" in comparison.configuration
 
 
 def test_tokenizers_are_part_of_the_model(base, tmp_path):
@@ -225,14 +225,16 @@ def test_tokenizers_are_part_of_the_model(base, tmp_path):
     stated = json.loads((other / "tokenizer_config.json").read_text())
     (other / "tokenizer_config.json").write_text(json.dumps(stated | {"eos_token": "<|im_end|>"}))
     (other / "chat_template.jinja").write_text("{{ messages }}")
-    found = verify(one, other, forward=False)
-    assert not found.same
-    said = "\n".join(found.configuration)
-    assert "tokenizer: ids of 'naïve" in said
-    assert "tokenizer: eos_token: <|endoftext|> in A, <|im_end|> in B" in said
-    assert "tokenizer: chat_template: None in A" in said
-    found = verify(one, again, forward=False)
-    assert any("2 words have other ids; '<|im_end|>' is 282 in A, 281 in B" in fault for fault in found.configuration)
+    comparison = verify(one, other, forward=False)
+    assert not comparison.same
+    differences = "\n".join(comparison.configuration)
+    assert "tokenizer: ids of 'naïve" in differences
+    assert "tokenizer: eos_token: <|endoftext|> in A, <|im_end|> in B" in differences
+    assert "tokenizer: chat_template: None in A" in differences
+    comparison = verify(one, again, forward=False)
+    assert any(
+        "2 words have other ids; '<|im_end|>' is 282 in A, 281 in B" in fault for fault in comparison.configuration
+    )
 
 
 def test_preprocessing_is_part_of_the_model(base, tmp_path):
@@ -279,17 +281,17 @@ def test_command_line(base, tmp_path, capsys):
     assert printed.index(f"  {NORM}  different  float32  1") < printed.index(f"  {WEIGHT}  different")
     assert printed.splitlines()[-1] == "NOT the same model"
     assert main(["convert", "verify", str(base), str(other), "--no-logits", "--json"]) == 1
-    found = json.loads(capsys.readouterr().out)
-    assert not found["same"]
-    assert found["components"]["language_model"]["different"] == 1
-    assert found["components"]["patch_embed"] == {
+    report = json.loads(capsys.readouterr().out)
+    assert not report["same"]
+    assert report["components"]["language_model"]["different"] == 1
+    assert report["components"]["patch_embed"] == {
         "identical": 6,
         "rounded": 0,
         "different": 0,
         "only in A": 0,
         "only in B": 0,
     }
-    assert [d["name"] for d in found["differences"]] == [NORM, WEIGHT]
+    assert [d["name"] for d in report["differences"]] == [NORM, WEIGHT]
     assert main(["convert", "verify", str(base), str(tmp_path)]) == 2
     assert "config.json" in capsys.readouterr().err
 

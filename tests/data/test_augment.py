@@ -73,9 +73,9 @@ def test_left_right_flip_moves_a_voxel_to_the_other_side(codes, frames):
     volume = np.zeros(shape + frames, np.float32)
     volume[1, 4, 2] = 1
     flipped = Augmentation(left_right=True).apply(volume, codes)
-    (found,) = {tuple(index[:3]) for index in np.argwhere(flipped)}
+    (voxel,) = {tuple(index[:3]) for index in np.argwhere(flipped)}
     right, anterior, superior = nib.affines.apply_affine(affine, (1, 4, 2))
-    np.testing.assert_allclose(nib.affines.apply_affine(affine, found), (-right, anterior, superior), atol=1e-12)
+    np.testing.assert_allclose(nib.affines.apply_affine(affine, voxel), (-right, anterior, superior), atol=1e-12)
 
 
 def test_flip_any_axis():

@@ -51,11 +51,11 @@ def test_a_denoised_run_keeps_its_brain(nifti, scaling):
         "minmax": (data / data.max(), 0),
         "none": (data, 0),
     }[scaling]
-    config, found = replace(RUN, scaling=scaling, size=(8, 6, 6, 4)), []
-    volume = load_volume(nifti("a.nii", data), config, note=lambda *remark: found.append(remark[-1]))
+    config, remarks = replace(RUN, scaling=scaling, size=(8, 6, 6, 4)), []
+    volume = load_volume(nifti("a.nii", data), config, note=lambda *remark: remarks.append(remark[-1]))
     np.testing.assert_allclose(volume[1:7], expected, atol=1e-5)
     assert (volume[[0, 7]] == volume[1, 0, 0, 0]).all()  # padding is background
-    (background,) = found
+    (background,) = remarks
     assert (background.rule, background.shared) == (0.0, pytest.approx(1 - MASK.mean()))
     assert background.level == pytest.approx(level, abs=1e-5)
 
@@ -66,11 +66,11 @@ def test_auto_is_nonpositive_without_voxels_below_0(nifti, scaling, ringing):
     """They agree to the bit, also with a little ringing below 0. `test_volume.py` compares this rule with PyTorch."""
     data = np.where(MASK[..., None], np.random.default_rng(0).uniform(100, 300, (6, 6, 6, 4)), 0).astype(np.float32)
     data[0, :, 0] = ringing
-    path, found = nifti("a.nii", data), []
+    path, remarks = nifti("a.nii", data), []
     config = replace(RUN, scaling=scaling, size=(8, 6, 6, 4))
-    volume = load_volume(path, config, note=lambda *remark: found.append(remark))
+    volume = load_volume(path, config, note=lambda *remark: remarks.append(remark))
     np.testing.assert_array_equal(volume, load_volume(path, replace(config, background="nonpositive")))
-    assert found == []
+    assert remarks == []
     brain = data[data > 0]
     if scaling == "znorm_minback":
         background = (brain.min() - brain.mean(dtype=np.float64)) / brain.std()
@@ -84,11 +84,11 @@ def test_a_standardised_volume_is_padded_with_its_air(nifti, scaling, background
     config = replace(CUBES, scaling=scaling, background=background)
     padded = np.pad(data, 1, constant_values=data.min())
     expected = {"none": padded, "znorm": (padded - padded.mean()) / padded.std(), "minmax": padded / padded.max()}
-    path, found = nifti("a.nii", data), []
-    volume = load_volume(path, config, note=lambda *remark: found.append(remark[-1]))
+    path, remarks = nifti("a.nii", data), []
+    volume = load_volume(path, config, note=lambda *remark: remarks.append(remark[-1]))
     np.testing.assert_allclose(volume, expected[scaling], atol=1e-5)
     assert (volume[0] == volume[1, 0, 0]).all()
-    (background_found,) = found
+    (background_found,) = remarks
     assert background_found.level is None or background_found.level == pytest.approx(float(volume.min()), abs=1e-5)
     wide = nifti("wide.nii", np.pad(data, 3, constant_values=data.min()))  # only air is cropped
     np.testing.assert_allclose(load_volume(wide, config), expected[scaling], atol=1e-5)
@@ -209,14 +209,14 @@ def mixed(nifti, record, write_json):
 
 def test_validate_reports_backgrounds_and_finds_a_mixture(mixed):
     path, files = mixed
-    found = [f for f in validate(run_config(path)).findings if f.kind == "background"]
-    assert [(f.severity, f.place) for f in found] == [
+    findings = [f for f in validate(run_config(path)).findings if f.kind == "background"]
+    assert [(f.severity, f.place) for f in findings] == [
         ("note", str(files[0])),
         ("note", str(files[1])),
         ("warning", "rsfMRI"),
     ]
-    assert "of its intensity is below 0: background is the value 0 (70% of its voxels)" in found[0].reason
-    assert found[2].reason == (
+    assert "of its intensity is below 0: background is the value 0 (70% of its voxels)" in findings[0].reason
+    assert findings[2].reason == (
         f"background differs between the rsfMRI volumes: the value 0 in 2 (such as {files[0]}), voxels at 0 or below "
         "in 1; expected volumes prepared alike, or one rule, model.modalities.rsfMRI.background"
     )

@@ -36,8 +36,8 @@ def test_sessions_and_entities(bids, tmp_path, entities, paths):
     )
     lines = from_bids(root, tmp_path / "out", "age", split="all=1", entities=entities)
     (records,) = written(tmp_path / "out", "all")
-    found = [r["images"][0]["path"].removeprefix("sub-").partition("_T1w")[0] for r in records]
-    assert found == paths
+    names = [r["images"][0]["path"].removeprefix("sub-").partition("_T1w")[0] for r in records]
+    assert names == paths
     text = " ".join(" ".join(lines).split())  # without line breaks
     if entities:
         assert f"scans that are not {' '.join(entities)}" in text
@@ -165,7 +165,7 @@ def test_files_that_are_not_scans_are_left_out_and_counted(bids, tmp_path):
     (folders["04"] / "sub-04_run-2_T1w.nii.gz").write_text("version https://git-lfs.github.com/spec/v1\n")
     (root / "sourcedata/sub-05/anat").mkdir(parents=True)
     (root / "sourcedata/sub-05/anat/sub-05_T1w.nii.gz").write_bytes(b"scan")
-    paths, said = taken(root, tmp_path / "out", "sex")
+    paths, messages = taken(root, tmp_path / "out", "sex")
     assert paths == [f"sub-{n}/anat/sub-{n}_T1w.nii.gz" for n in list(people)[:5]]
     for part in (
         "X.nii beside X.nii.gz (1): sub-00/anat/sub-00_T1w.nii",
@@ -174,7 +174,9 @@ def test_files_that_are_not_scans_are_left_out_and_counted(bids, tmp_path):
         "`git lfs pull` them (2): sub-03/anat/sub-03_run-2_T1w.nii.gz, sub-04/anat/sub-04_run-2_T1w.nii.gz",
         "subjects without a scan (1): sub-05",
     ):
-        assert f"left out: {part}" in said.replace("pointers to files that were not downloaded; `datalad get` or ", "")
+        assert f"left out: {part}" in messages.replace(
+            "pointers to files that were not downloaded; `datalad get` or ", ""
+        )
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_splits_are_disjoint_stratified_and_a_function_of_the_seed(bids, tmp_pat
     assert [len(subjects(records)) for records in first] == [28, 4, 8]
     assert len(set.union(*map(subjects, first))) == 40
     of_subjects = [{r["metadata"]["subject_id"]: r["metadata"]["subject_label"] for r in records} for records in first]
-    labels = [Counter(found.values()) for found in of_subjects]
+    labels = [Counter(subjects_of_split.values()) for subjects_of_split in of_subjects]
     assert labels == [{"F": 21, "M": 7}, {"F": 3, "M": 1}, {"F": 6, "M": 2}]
     assert made("b") == first
     assert made("c", seed=7) != first
@@ -86,7 +86,7 @@ def test_every_target_has_the_same_split(bids, tmp_path):
         from_bids(root, tmp_path / f"{i}", target, **options)
     splits = [split_of(tmp_path / f"{i}") for i in range(len(calls))]
     assert splits[0].keys() == {f"sub-{n}" for n in people}
-    assert all(found == splits[0] for found in splits)
+    assert all(split == splits[0] for split in splits)
     for i in range(len(calls)):
         for name, records in zip(("train", "eval"), written(tmp_path / f"{i}"), strict=True):
             assert {splits[0][subject] for subject in subjects(records)} == {name}
@@ -119,8 +119,8 @@ def test_an_earlier_split_is_used(bids, tmp_path):
     lines = from_bids(root, tmp_path / "b", "age", split_from=tmp_path / "a")
     expected = split_of(tmp_path / "a")
     assert split_of(tmp_path / "b") == expected
-    found = zip(("train", "val", "eval"), written(tmp_path / "b", "train", "val", "eval"), strict=True)
-    assert {s: name for name, records in found for s in subjects(records)} == expected
+    records_of_splits = zip(("train", "val", "eval"), written(tmp_path / "b", "train", "val", "eval"), strict=True)
+    assert {s: name for name, records in records_of_splits for s in subjects(records)} == expected
     last = rows[-1].partition("\t")[0]
     assert f"left out: subjects that are not in {tmp_path / 'a'}/splits.tsv (1): {last}" in " ".join(
         " ".join(lines).split()

@@ -141,18 +141,19 @@ def test_a_spreadsheet_table_is_read(bids, tmp_path):
 def test_a_table_of_any_text_is_read_or_refused(tmp_path_factory, rows):
     file = tmp_path_factory.mktemp("table") / "participants.tsv"
     file.write_text("\n".join("\t".join(row) for row in [["participant_id", "sex"], *rows]), newline="")
-    faults, found = (), {}
+    faults, cells_by_subject = (), {}
     try:
         table = read_table(file)
         check_columns(table, ["participant_id", "sex"])
-        found = subject_rows(table)
+        cells_by_subject = subject_rows(table)
     except DataError as error:
         faults = error.faults
     assert all(fault.startswith(str(file)) for fault in faults)
     assert all(
-        re.fullmatch(r"sub-.+", name) and set(cells) == {"participant_id", "sex"} for name, cells in found.items()
+        re.fullmatch(r"sub-.+", name) and set(cells) == {"participant_id", "sex"}
+        for name, cells in cells_by_subject.items()
     )
-    assert bool(faults) != bool(found)
+    assert bool(faults) != bool(cells_by_subject)
 
 
 MISSING = ["n/a", "", "-", "?", ".", "#N/A", "NA", "N/A", "nan", "NULL", "<NA>", "#VALUE!"]

@@ -102,10 +102,10 @@ def test_batches_are_bit_identical_and_no_source_is_opened(load_dataset, directo
     full = load_dataset(VolumeCache(directory), evaluation=True)
     assert dict(full.windows) == windows
     for dataset in (filling, full):
-        for (name, found), (other, volume) in zip(volumes_of(dataset), expected, strict=True):
+        for (name, cached), (other, volume) in zip(volumes_of(dataset), expected, strict=True):
             assert name == other
-            assert found.dtype == np.float32
-            assert found.tobytes() == volume.tobytes()
+            assert cached.dtype == np.float32
+            assert cached.tobytes() == volume.tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -116,11 +116,11 @@ def test_a_loaded_volume_has_the_numbers_of_its_type(nifti, directory, dtype):
     assert (expected < 6e-5).any()  # subnormal in float16
     cache = VolumeCache(directory, dtype)
     for _ in range(2):  # make the entry, then read it
-        found = cache.load(path, config)
-        assert found.dtype == np.float32
-        assert found.flags.c_contiguous
-        assert found.flags.writeable
-        np.testing.assert_array_equal(found, expected)
+        volume = cache.load(path, config)
+        assert volume.dtype == np.float32
+        assert volume.flags.c_contiguous
+        assert volume.flags.writeable
+        np.testing.assert_array_equal(volume, expected)
     assert cache.num_made == 1
     (entry,) = entries(directory)
     assert load_file(entry)["volume"].dtype == dtype
@@ -362,8 +362,8 @@ def test_contradictions_of_headers_are_recorded(nifti, directory, sealed):
     for sources in (Sources(), VolumeCache(directory), VolumeCache(directory)):
         for path in paths:
             sources.check(path, T1)
-        (found,) = sources.remarks()
-        assert found == f"{line}left and right; the sform is used"
+        (remark,) = sources.remarks()
+        assert remark == f"{line}left and right; the sform is used"
         if (directory / "sources").exists():  # the next cache must use only the records
             sealed()
 
@@ -465,9 +465,9 @@ def test_faults_are_those_without_a_cache_and_are_not_kept(nifti, directory, tmp
     with pytest.raises(DataError) as expected:
         check_volumes(images, modalities, 2)
     for _ in range(2):
-        with pytest.raises(DataError) as found:
+        with pytest.raises(DataError) as raised:
             check_volumes(images, modalities, 2, VolumeCache(directory).check)
-        assert found.value.faults == expected.value.faults
+        assert raised.value.faults == expected.value.faults
     assert len(expected.value.faults) == len(images)
     assert len(entries(directory)) == 1  # the first window of late.nii.gz is good
     for image in images:
@@ -541,9 +541,9 @@ def test_a_run_continues_when_the_disk_is_full(nifti, directory, caplog, full_di
     resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     cache = VolumeCache(directory, "float16")
     check_volumes([Image(path, "T1") for path in paths], {"T1": T1}, 3, cache.check)
-    found = [cache.load(path, T1) for path in paths]
+    volumes = [cache.load(path, T1) for path in paths]
     full_disk()
-    np.testing.assert_array_equal(found, expected)  # rounded as if they had been written
+    np.testing.assert_array_equal(volumes, expected)  # rounded as if they had been written
     assert cache.num_made == 0
     (record,) = caplog.records
     assert record.levelno == logging.WARNING

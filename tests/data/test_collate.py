@@ -61,9 +61,9 @@ def test_every_placeholder_takes_its_own_patch(modalities, volumes):
     """Rows have different numbers of images of both modalities, share a volume, repeat one, and begin with one."""
     rows = [row(2, A, 1, F, 3, B), row(5), row(G, A, ("answer", 2)), row(1, B, B)]
     batch = one(rows, volumes, modalities, 4, 24, 8, T1=3, rsfMRI=2)
-    found = source_of_each_position(batch, modalities)
+    sources_of_rows = source_of_each_position(batch, modalities)
     value = {A: 1.0, B: 2.0, F: 4.0, G: 5.0}
-    for encoded, sources in zip(rows, found, strict=True):
+    for encoded, sources in zip(rows, sources_of_rows, strict=True):
         expected = [None] * batch.input_ids.shape[1]
         for image, start in zip(encoded.images, encoded.image_starts, strict=True):
             for patch in range(PATCHES[image.modality]):
@@ -164,9 +164,9 @@ def test_each_part_has_its_own_rows_volumes(modalities, volumes, count):
     )
     value = {A: 1.0, B: 2.0, C: 3.0, F: 4.0, G: 5.0}
     for a, rows in enumerate(batches):
-        found = source_of_each_position(jax.tree.map(lambda leaf, a=a: leaf[a], whole), modalities)
+        sources = source_of_each_position(jax.tree.map(lambda leaf, a=a: leaf[a], whole), modalities)
         for b, encoded in enumerate(rows):
-            shown = [found[b][start] for start in encoded.image_starts]
+            shown = [sources[b][start] for start in encoded.image_starts]
             assert shown == [(value[image], 0) for image in encoded.images]
         for b in range(4):
             part = b * count // 4

@@ -51,14 +51,14 @@ def random_sizes(draw):
 def test_the_first_step_that_shows_a_modality():
     known = sizes(*[(40, 2, "T1:0")] * 6, (40, 2, "T1:1 rsfMRI:2"), (40, 2, ""))
     plan = EpochPlan(known, batch_size=1, seed=0)
-    found = plan.first_steps()
+    first_steps = plan.first_steps()
     steps = {
         modality: min(
             s + 1 for s in range(8) if volumes_of(known, [r for m in plan.update(s).rows for r in m])[modality]
         )
         for modality in ("T1", "rsfMRI")
     }
-    assert found == steps
+    assert first_steps == steps
     assert EpochPlan(sizes((40, 2, "")), batch_size=1, seed=0).first_steps() == {}
 
 

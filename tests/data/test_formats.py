@@ -79,12 +79,12 @@ def test_pointer_files_are_rejected_with_a_remedy(tmp_path, name):
     assert faults(path, t1()) == (
         f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository",
     )
-    said = f"{path}: a git-annex pointer, not the file itself; run `datalad get` (or `git annex get`) on it"
+    fault = f"{path}: a git-annex pointer, not the file itself; run `datalad get` (or `git annex get`) on it"
     path.write_text("/annex/objects/SHA256E-s9--0.nii.gz\n")
-    assert faults(path, t1()) == (said,)
+    assert faults(path, t1()) == (fault,)
     path.unlink()
     path.symlink_to(f"../.git/annex/objects/x/y/{name}")
-    assert faults(path, t1()) == (said,)
+    assert faults(path, t1()) == (fault,)
 
 
 @pytest.mark.parametrize("named", ["a.hdr", "a.img"])

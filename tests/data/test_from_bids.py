@@ -110,9 +110,9 @@ def test_many_conversations_are_written_as_json_lines(bids, tmp_path, monkeypatc
     root, sets = bids(sexes(8)), {}
     for longest in (31, 32):
         monkeypatch.setattr("umbrella_jax.data.bids.from_bids.LONG", longest)
-        told = from_bids(root, tmp_path / f"out{longest}", "sex", kind="comparison", split="train=1/2,eval=1/2")
+        lines = from_bids(root, tmp_path / f"out{longest}", "sex", kind="comparison", split="train=1/2,eval=1/2")
         suffix = "jsonl" if longest < 32 else "json"  # 8 scans with 4 references each
-        assert f"--train-data {tmp_path}/out{longest}/train.{suffix}" in " ".join(told).replace(" \\", "")
+        assert f"--train-data {tmp_path}/out{longest}/train.{suffix}" in " ".join(lines).replace(" \\", "")
         names = [f"eval.{suffix}", "splits.tsv", f"train.{suffix}"]
         assert sorted(file.name for file in (tmp_path / f"out{longest}").iterdir()) == names
         read = read_conversations(tmp_path / f"out{longest}/train.{suffix}", ("T1",), root)

@@ -129,8 +129,8 @@ def test_processes_share_a_batch(make_dataset, count, monkeypatch):
         held = {v.tobytes() for b in parts[-1] for vs in b.volumes.values() for m in vs for v in m if v.any()}
         assert {load_volume(*arguments).tobytes() for arguments in opened} == held
         opened.clear()
-    for expected, *found in zip(whole, *parts, strict=True):
-        assert_equal(jax.tree.map(partial(interleave, own=4 // count), *found), expected)
+    for expected, *shares in zip(whole, *parts, strict=True):
+        assert_equal(jax.tree.map(partial(interleave, own=4 // count), *shares), expected)
 
 
 def test_a_step_without_a_modality_has_no_entry_for_it(make_dataset):
@@ -158,17 +158,17 @@ def test_evaluation_takes_every_conversation_once(make_dataset):
     dataset = make_dataset(evaluation=True)
     for prompts in (False, True):
         parts = Parts(2, (0, 1))
-        found = list(eval_batches(dataset, 4, prompts=prompts, parts=parts))
-        assert sorted(i for indices, _ in found for i in indices) == list(range(NUM))
-        assert len({tuple(v.shape for v in (b.input_ids, b.target_pos, *b.volumes.values())) for _, b in found}) == 1
+        batches = list(eval_batches(dataset, 4, prompts=prompts, parts=parts))
+        assert sorted(i for indices, _ in batches for i in indices) == list(range(NUM))
+        assert len({tuple(v.shape for v in (b.input_ids, b.target_pos, *b.volumes.values())) for _, b in batches}) == 1
         rows = dataset.prompts if prompts else dataset.encoded
-        for indices, batch in found:
+        for indices, batch in batches:
             assert all(len(volumes) % 2 == 0 for volumes in batch.volumes.values())
             assert batch.lengths.tolist() == [len(rows[i]) for i in indices] + [1] * (4 - len(indices))
             for b, i in enumerate(indices):
                 np.testing.assert_array_equal(batch.input_ids[b, : len(rows[i])], rows[i].input_ids)
         again = list(eval_batches(dataset, 4, prompts=prompts, parts=parts, threads=1))
-        assert [indices for indices, _ in again] == [indices for indices, _ in found]
+        assert [indices for indices, _ in again] == [indices for indices, _ in batches]
 
 
 def test_the_whole_batch_is_in_order(make_dataset):
@@ -252,11 +252,11 @@ def test_a_volume_that_breaks_during_the_run_reaches_the_caller(make_dataset, tm
         list(batches_of(dataset, batch_size=1, threads=3))
     dataset = make_dataset(evaluation=True)
     nib.save(nib.Nifti1Image(np.ones((6, 7), np.float32), np.eye(4)), tmp_path / "3.nii")
-    batches, found = eval_batches(dataset, 1, prompts=False), []
+    batches, loaded = eval_batches(dataset, 1, prompts=False), []
     with pytest.raises(DataError, match=r"3\.nii: shape \(6, 7\)"):
-        found.extend(indices for indices, _ in batches)
-    assert [3] not in found
-    assert found[:1] == [[0]]  # earlier batches are good
+        loaded.extend(indices for indices, _ in batches)
+    assert [3] not in loaded
+    assert loaded[:1] == [[0]]  # earlier batches are good
 
 
 def test_a_run_may_be_left_early(make_dataset):

@@ -157,14 +157,14 @@ def test_the_original_keeps_markers_and_learns_system_turns(tokenizer, modalitie
     images = [{"path": name, "modality": modality} for name, modality in (("a", "fMRI"), ("b", "T1"), ("c", "fMRI"))]
     (tmp_path / "a.json").write_text(json.dumps({"task_id": "a", "images": images, "conversations": turns}))
     (conversation,) = read_conversations(tmp_path / "a.json", modalities)
-    found = encode(conversation, tokenizer, modalities, LIMIT, template="original")
+    encoded = encode(conversation, tokenizer, modalities, LIMIT, template="original")
     pieces = ["<s>", "system\nBe brief.", "</s>", "\n", "<s>", "user\nThis ", *"IIII", "\nor ", *"IIIIII", "?", "</s>"]
     pieces += ["\n", "<s>", "assistant\nmale", "</s>", "\n", "<s>", "user\n", *"IIII", "And", "</s>", "\n"]
     pieces += ["<s>", "system\nSo.", "</s>", "\n", "<s>", "assistant\n", "</s>", "\n"]
     learnt = [1, 2, 3, 20, 21, 22, 23, *range(33, 41)]
-    assert found.input_ids.tolist() == ids(*pieces)
-    assert found.supervised.tolist() == [i in learnt for i, piece in enumerate(pieces) for _ in ids(piece)]
-    assert [image.path.name for image in found.images] == ["a", "b", "c"]
+    assert encoded.input_ids.tolist() == ids(*pieces)
+    assert encoded.supervised.tolist() == [i in learnt for i, piece in enumerate(pieces) for _ in ids(piece)]
+    assert [image.path.name for image in encoded.images] == ["a", "b", "c"]
     with_markers = encode(conversation, tokenizer, modalities, LIMIT)
     assert len(with_markers) == len(ids(*pieces)), "the other template has its images there too"
 
@@ -378,13 +378,13 @@ CHAT_CASES = {
 def test_the_tokenizers_own_template(template, name, chat_tokenizer, modalities, ids):
     tokenizer, conversation = chat_tokenizer(template), CASES[name][0]
     pieces, supervised = CHAT_CASES[name]
-    found = encode(conversation, tokenizer, modalities, LIMIT, template="chat")
-    assert found.input_ids.tolist() == ids(*pieces)
-    assert found.supervised.tolist() == [i in supervised for i, piece in enumerate(pieces) for _ in ids(piece)]
-    assert found.images == conversation.images
+    encoded = encode(conversation, tokenizer, modalities, LIMIT, template="chat")
+    assert encoded.input_ids.tolist() == ids(*pieces)
+    assert encoded.supervised.tolist() == [i in supervised for i, piece in enumerate(pieces) for _ in ids(piece)]
+    assert encoded.images == conversation.images
     image = tokenizer.convert_tokens_to_ids("<image>")
-    for start in found.image_starts:
-        assert found.input_ids[start] == image != found.input_ids[start - 1] or start - 6 in found.image_starts
+    for start in encoded.image_starts:
+        assert encoded.input_ids[start] == image != encoded.input_ids[start - 1] or start - 6 in encoded.image_starts
     last_turn = len(pieces) - 1 - pieces[::-1].index("<s>")
     prompt = encode_prompt(conversation, tokenizer, modalities, LIMIT, template="chat")
     assert prompt.input_ids.tolist() == ids(*pieces[: last_turn + 2])
@@ -536,24 +536,24 @@ def test_any_conversation(template, chat_template, chat_tokenizer, modalities):
             with pytest.raises(DataError, match="take it out"):
                 encode(conversation, **options)
             return
-        found = encode(conversation, needs_answer=False, **options)
+        encoded = encode(conversation, needs_answer=False, **options)
         patches = [modalities[i.modality].num_patches for i in conversation.images]
-        shown = found.input_ids == image
+        shown = encoded.input_ids == image
         assert shown.sum() == sum(patches)
-        starts = [range(start, start + n) for start, n in zip(found.image_starts, patches, strict=True)]
+        starts = [range(start, start + n) for start, n in zip(encoded.image_starts, patches, strict=True)]
         assert [p for positions in starts for p in positions] == np.flatnonzero(shown).tolist()
-        assert not (found.supervised & shown).any()
+        assert not (encoded.supervised & shown).any()
 
         whole, learnt = written(conversation, template)
-        first = np.ones(len(found), bool)
-        first[shown] = np.isin(np.flatnonzero(shown), found.image_starts)
-        assert decode(tokenizer, found.input_ids[first]) == whole
-        assert decode(tokenizer, found.input_ids[found.supervised]) == learnt
+        first = np.ones(len(encoded), bool)
+        first[shown] = np.isin(np.flatnonzero(shown), encoded.image_starts)
+        assert decode(tokenizer, encoded.input_ids[first]) == whole
+        assert decode(tokenizer, encoded.input_ids[encoded.supervised]) == learnt
 
         prompt = encode_prompt(conversation, **options)
         assert not prompt.supervised.any()
-        assert prompt.images == found.images
-        assert found.input_ids[: len(prompt)].tolist() == prompt.input_ids.tolist()
+        assert prompt.images == encoded.images
+        assert encoded.input_ids[: len(prompt)].tolist() == prompt.input_ids.tolist()
 
     check()
 
@@ -577,9 +577,9 @@ def test_the_original_another_way(conversation, joining, modalities):
     expected = joining(text, return_offsets_mapping=True)
     spans = [match.span() for match in re.finditer(r"<\|im_start\|>assistant\n.*?<\|im_end\|>\n", text, re.DOTALL)]
     labels = [any(a <= start and stop <= b for a, b in spans) for start, stop in expected["offset_mapping"]]
-    found = encode(conversation, joining, modalities, LIMIT, template="original", needs_answer=False)
-    assert found.input_ids.tolist() == expected["input_ids"]
-    assert found.supervised.tolist() == labels
+    encoded = encode(conversation, joining, modalities, LIMIT, template="original", needs_answer=False)
+    assert encoded.input_ids.tolist() == expected["input_ids"]
+    assert encoded.supervised.tolist() == labels
 
 
 # The tokenizer
@@ -657,20 +657,20 @@ PROCESSORS = {"chat_template": {"chat_template": "P {{ messages[0].content }}"}}
 def test_the_processors_chat_template_comes_first(tokenizer_directory, tmp_path):
     """transformers' order is processor_config.json, chat_template.json, then the tokenizer's template."""
     directory = beside(tmp_path, tokenizer_directory, **PROCESSORS)
-    said = [{"role": "user", "content": "a"}]
-    assert load_tokenizer(directory, None)[0].apply_chat_template(said, tokenize=False) == "P a"
+    messages = [{"role": "user", "content": "a"}]
+    assert load_tokenizer(directory, None)[0].apply_chat_template(messages, tokenize=False) == "P a"
     (directory / "chat_template.jinja").write_text("the tokenizer's")
     tokenizer, _ = load_tokenizer(directory, None)
-    assert tokenizer.apply_chat_template(said, tokenize=False) == "P a"
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "P a"
     check_template(tokenizer, "chat")
     save_tokenizer(tokenizer, tmp_path / "saved")
-    assert load_tokenizer(tmp_path / "saved", None)[0].apply_chat_template(said, tokenize=False) == "P a"
+    assert load_tokenizer(tmp_path / "saved", None)[0].apply_chat_template(messages, tokenize=False) == "P a"
 
     named = {"chat_template": [{"name": "default", "template": "N"}, {"name": "other", "template": "O"}]}
     beside(tmp_path, tokenizer_directory, processor_config=named)
-    assert load_tokenizer(directory, None)[0].apply_chat_template(said, tokenize=False) == "N"
+    assert load_tokenizer(directory, None)[0].apply_chat_template(messages, tokenize=False) == "N"
     beside(tmp_path, tokenizer_directory, processor_config={}, chat_template={"chat_template": None})
-    assert load_tokenizer(directory, None)[0].apply_chat_template(said, tokenize=False) == "the tokenizer's"
+    assert load_tokenizer(directory, None)[0].apply_chat_template(messages, tokenize=False) == "the tokenizer's"
     beside(tmp_path, tokenizer_directory, chat_template={"chat_template": 3})
     with pytest.raises(DataError, match=r"chat_template.json: chat_template: expected a template or several by name"):
         load_tokenizer(directory, None)

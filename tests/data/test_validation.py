@@ -649,16 +649,16 @@ def test_command(command, world, tmp_path):
     assert "in train and in eval" in result.out
     result = command("--allow-overlap", "--json", "--html", tmp_path / "page.html", "--samples", 3)
     assert result.code == 0
-    found = json.loads(result.out)
-    assert found.keys() == {"version", "ok", "counts", "findings", "sets", "volumes"}
-    assert found["ok"]
-    assert found["counts"]["fault"] == 0
-    assert found["counts"].keys() == {"fault", "warning", "note"}
-    assert all(f.keys() == {"severity", "kind", "sets", "place", "reason"} for f in found["findings"])
-    assert {f["kind"] for f in found["findings"]} <= FINDING_KINDS.keys()
-    assert found["sets"]["train"]["conversations"] == 12
-    assert len(found["volumes"]) == 8
-    assert found["sets"]["train"]["lengths"]["patches"]["max"] == 12
+    report = json.loads(result.out)
+    assert report.keys() == {"version", "ok", "counts", "findings", "sets", "volumes"}
+    assert report["ok"]
+    assert report["counts"]["fault"] == 0
+    assert report["counts"].keys() == {"fault", "warning", "note"}
+    assert all(f.keys() == {"severity", "kind", "sets", "place", "reason"} for f in report["findings"])
+    assert {f["kind"] for f in report["findings"]} <= FINDING_KINDS.keys()
+    assert report["sets"]["train"]["conversations"] == 12
+    assert len(report["volumes"]) == 8
+    assert report["sets"]["train"]["lengths"]["patches"]["max"] == 12
     assert html_page.PRIVACY in result.err
     assert (tmp_path / "page.html").read_text().count("<article>") == 3
 

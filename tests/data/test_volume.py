@@ -89,8 +89,8 @@ def test_live_against_monai_in_any_orientation(nifti, codes, size, scaling):
         elif scaling == "minmax":
             expected = expected / expected.max()
         expected = expected[0].numpy()
-        found = load_volume(path, t1(size, orientation=orientation, scaling=scaling))
-        np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()))
+        volume = load_volume(path, t1(size, orientation=orientation, scaling=scaling))
+        np.testing.assert_allclose(volume, expected, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
 def test_area_weights_are_the_mean_of_each_window():
@@ -154,12 +154,12 @@ def test_pad_against_jax(nifti, shape, zooms, spacing, size, codes):
     width = [(b, s - n - b) for b, s, n in zip(before, size, numbers, strict=True)]
     expected = np.pad(np.asarray(resampled), width)
     path = nifti("a.nii", *stored_as(data, np.diag([*zooms, 1]), codes))
-    found = load_volume(path, t1(size, mode="pad", spacing=spacing, scaling="none"))
-    assert found.flags.c_contiguous
-    np.testing.assert_allclose(found, expected, atol=2e-5 * 900)
+    volume = load_volume(path, t1(size, mode="pad", spacing=spacing, scaling="none"))
+    assert volume.flags.c_contiguous
+    np.testing.assert_allclose(volume, expected, atol=2e-5 * 900)
     if codes == "RAS":
         same = load_volume(path, t1(size, mode="pad", spacing=spacing, scaling="none", orientation="as_stored"))
-        np.testing.assert_array_equal(same, found)
+        np.testing.assert_array_equal(same, volume)
     z = load_volume(path, t1(size, mode="pad", spacing=spacing))  # over the whole volume, padding included
     np.testing.assert_allclose(z, (expected - expected.mean()) / expected.std(), atol=1e-5)
     share = load_volume(path, t1(size, mode="pad", spacing=spacing, scaling="minmax"))
@@ -180,8 +180,8 @@ def test_pad_against_monai(nifti, zooms, size, codes):
     spacing = transforms.Spacing((2.0,) * 3, mode="bilinear", padding_mode="border", scale_extent=True)
     expected = transforms.ResizeWithPadOrCrop(size)(spacing(expected))
     path = nifti("a.nii", data, affine)
-    found = load_volume(path, t1(size, mode="pad", scaling="none"))
-    np.testing.assert_allclose(found, expected[0].numpy(), atol=1e-5 * 9)
+    volume = load_volume(path, t1(size, mode="pad", scaling="none"))
+    np.testing.assert_allclose(volume, expected[0].numpy(), atol=1e-5 * 9)
     expected = transforms.NormalizeIntensity()(expected)[0].numpy()
     np.testing.assert_allclose(load_volume(path, t1(size, mode="pad")), expected, atol=1e-5)
 
@@ -200,9 +200,9 @@ def test_pad_keeps_shape_and_position_of_a_ball_that_resize_distorts(nifti):
         x, y, z = np.meshgrid(*axes, indexing="ij")
         ball = np.exp(-((x - 12) ** 2 + (y + 8) ** 2 + (z - 5) ** 2) / 2 / 15**2).astype(np.float32)
         path = nifti("a.nii", ball, np.diag([*zooms, 1]))
-        found = load_volume(path, t1((80, 80, 80), mode="pad", scaling="none"))
-        grid = np.moveaxis(np.indices(found.shape), 0, -1) * 2 - 79.0
-        weights = (found / found.sum())[..., None]
+        volume = load_volume(path, t1((80, 80, 80), mode="pad", scaling="none"))
+        grid = np.moveaxis(np.indices(volume.shape), 0, -1) * 2 - 79.0
+        weights = (volume / volume.sum())[..., None]
         middle = (weights * grid).sum((0, 1, 2))
         np.testing.assert_allclose(middle, [12, -8, 5], atol=0.3)
         width = np.sqrt((weights * (grid - middle) ** 2).sum((0, 1, 2)))
@@ -224,8 +224,8 @@ def test_voxels_of_a_brain_are_not_cropped(nifti):
     data = np.zeros((10, 8, 6), np.float32)
     data[2:8, 1:7, 1:5] = np.random.default_rng(0).uniform(1, 9, (6, 6, 4))
     path = nifti("a.nii", data, np.diag([2, 2, 2, 1]))
-    found = load_volume(path, t1((6, 6, 6), mode="pad", scaling="none"))
-    np.testing.assert_array_equal(found, data[2:8, 1:7])
+    volume = load_volume(path, t1((6, 6, 6), mode="pad", scaling="none"))
+    np.testing.assert_array_equal(volume, data[2:8, 1:7])
     fault = one_fault(path, t1((5, 6, 6), mode="pad"))  # 10 - 5 leaves out 2 and 3
     assert fault == (
         f"{path}: 24 voxels above 0 (of 2×2×2 mm) lie outside the central 10×12×12 mm; expected a larger size or "
@@ -279,8 +279,8 @@ def test_voxel_sizes(tmp_path, header_class, fields, zooms):
         )
         load_volume(path, t1(orientation="as_stored"))
     else:
-        found = load_volume(path, t1((30, 30, 30), **config))
-        assert [len(np.unique(axis)) for axis in np.nonzero(found)] == [12, 21, 20]
+        volume = load_volume(path, t1((30, 30, 30), **config))
+        assert [len(np.unique(axis)) for axis in np.nonzero(volume)] == [12, 21, 20]
 
 
 # Intensities far from 0, or close to it
@@ -489,8 +489,8 @@ def test_a_header_that_contradicts_itself(tmp_path, header_class, name, fields, 
     assert axis_codes(image, t1(orientation="as_stored")) == codes
     data = np.arange(1, 211).reshape((6, 7, 5), order="F")
     np.testing.assert_array_equal(image.read(0), data)
-    found = load_volume(path, t1(scaling="none"))
-    np.testing.assert_array_equal(found, data[::-1] if codes == "LAS" else data)
+    volume = load_volume(path, t1(scaling="none"))
+    np.testing.assert_array_equal(volume, data[::-1] if codes == "LAS" else data)
     image.check_end()
     image.check_end()
     assert len(image.remarks) == (remark is not None)
@@ -560,10 +560,10 @@ def test_all_48_orientations_of_a_modality(nifti):
     for orientation in sorted(ORIENTATIONS_48):
         expected, turned = stored_as(data, affine, orientation)
         config = t1(expected.shape, scaling="none", orientation=orientation)
-        found = load_volume(path, config)
-        np.testing.assert_array_equal(found, expected)
+        volume = load_volume(path, config)
+        np.testing.assert_array_equal(volume, expected)
         assert axis_codes(image, config) == "".join(nib.aff2axcodes(turned)) == orientation
-        np.testing.assert_array_equal(restore(path, found, config), data)
+        np.testing.assert_array_equal(restore(path, volume, config), data)
         stored = ("PIR", (4.0, 4.0, 2.0), data.shape)
         assert preprocessed_geometry(*stored, config) == (orientation, tuple(nib.affines.voxel_sizes(turned)))
         turn = nib.orientations.axcodes2ornt(orientation)
@@ -658,10 +658,10 @@ def test_scalings_4d(nifti, scaling):
         "znorm_zeroback": np.where(data > 0, z, 0),
         "znorm_minback": np.where(data > 0, z, z[data > 0].min()),
     }[scaling]
-    found = load_volume(nifti("a.nii", data), fmri(scaling=scaling))
-    assert found.dtype == np.float32
-    assert found.flags.c_contiguous
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    volume = load_volume(nifti("a.nii", data), fmri(scaling=scaling))
+    assert volume.dtype == np.float32
+    assert volume.flags.c_contiguous
+    np.testing.assert_allclose(volume, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("scaling", ["none", "minmax", "znorm_zeroback", "znorm_minback"])
@@ -692,8 +692,8 @@ def test_live_against_monai_4d(nifti, codes, size, scaling):
         background = frames[brain].min() if scaling == "znorm_minback" else 0.0
         frames = np.where(brain, frames, background)
     expected = transforms.ResizeWithPadOrCrop(size[:3], constant_values=background)(frames)
-    found = load_volume(path, fmri(size, scaling=scaling), 1)
-    np.testing.assert_allclose(found, np.moveaxis(expected.numpy(), 0, -1), atol=1e-5 * max(1, float(expected.max())))
+    volume = load_volume(path, fmri(size, scaling=scaling), 1)
+    np.testing.assert_allclose(volume, np.moveaxis(expected.numpy(), 0, -1), atol=1e-5 * max(1, float(expected.max())))
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])

@@ -206,16 +206,16 @@ def test_a_broken_machine(tmp_path: Path) -> None:
     command = f"ulimit -S -n 200 && exec {shlex.join(umbrella_command('doctor', '--json'))}"
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
-    found = json.loads(done.stdout)
-    assert [problem["what"].partition(":")[0] for problem in found["problems"]] == [
+    report = json.loads(done.stdout)
+    assert [problem["what"].partition(":")[0] for problem in report["problems"]] == [
         "jax finds no devices",
         "HF cache",
         "200 files may be open at once; expected 1024",
         "compilation cache",
     ]
-    assert all(problem["remedy"] for problem in found["problems"])
-    assert found["step"] is None
-    assert found["host"]["job"] == {"SLURM_JOB_ID": "17", "SLURM_STEP_NUM_TASKS": "2"}
+    assert all(problem["remedy"] for problem in report["problems"])
+    assert report["step"] is None
+    assert report["host"]["job"] == {"SLURM_JOB_ID": "17", "SLURM_STEP_NUM_TASKS": "2"}
 
 
 @pytest.mark.parametrize(

@@ -76,10 +76,10 @@ def _spoilt(folder: Path) -> None:
     def one(name: str, **fields: Any) -> dict[str, Any]:
         image = {"type": "image", "modality": "sMRI", "image_path": f"{name}_T1w.nii.gz"}
         asked = {"role": "user", "content": [image, {"type": "text", "text": "What is the sex of this subject?"}]}
-        said = {"role": "assistant", "content": [{"type": "text", "text": "female."}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "female."}]}
         return {
             "task_id": name,
-            "conversations": [asked, said],
+            "conversations": [asked, answer],
             "metadata": {"subject_id": name, "task": "sex"},
             **fields,
         }
@@ -158,7 +158,7 @@ def pages() -> list[str]:
 
 
 def blocks(page: str) -> list[Block]:
-    found, kind, start, indent = list[Block](), "", 0, ""
+    blocks_of_page, kind, start, indent = list[Block](), "", 0, ""
     lines: list[str] | None = None
     for number, line in enumerate((ROOT / page).read_text().splitlines(), 1):
         fence = re.match(r"^( *)```(.*)$", line)
@@ -166,28 +166,28 @@ def blocks(page: str) -> list[Block]:
             indent, kind, start, lines = fence[1], fence[2].strip(), number, []
         elif fence:
             assert lines is not None
-            found.append(Block(page, start, kind, "\n".join(lines) + "\n"))
+            blocks_of_page.append(Block(page, start, kind, "\n".join(lines) + "\n"))
             lines = None
         elif lines is not None:
             lines.append(line.removeprefix(indent))
     assert lines is None, f"{page}:{start}: a block that does not end"
-    return found
+    return blocks_of_page
 
 
 def commands(text: str) -> list[list[str]]:
     """The words of each command of a bash block; comments are left out, `\\` goes on, `&&`, `;` and `|` part."""
-    found: list[list[str]] = []
+    command_words: list[list[str]] = []
     for line in text.replace("\\\n", " ").splitlines():
         words: list[str] = []
         lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
         lexer.whitespace_split = True
         for word in [*lexer, ";"]:
             if word in (";", "&&", "|"):
-                found += [words] if words else []
+                command_words += [words] if words else []
                 words = []
             else:
                 words.append(word)
-    return found
+    return command_words
 
 
 # What runs them -----------------------------------------------------------------------------------------------------
@@ -384,8 +384,8 @@ def run_json(page: Page, block: Block) -> None:
         run = load_config(page.folder / "configs" / "joint_0.5b.yaml")
         assert len(read_conversations(file, run.model.modalities)) == 1
         return
-    said = all(isinstance(column, dict) and "Levels" in column for column in data.values())
-    assert said, f"{block.label}: neither conversation nor participants"
+    has_levels = all(isinstance(column, dict) and "Levels" in column for column in data.values())
+    assert has_levels, f"{block.label}: neither conversation nor participants"
     study = page.folder / "levels"
     shutil.copytree(page.folder / "my_study", study)
     write_json(study / "participants.json", data)
@@ -408,8 +408,8 @@ def run_yaml(page: Page, block: Block) -> None:
     if data.keys() <= {"labels", *TEMPLATES}:
         for kind in TEMPLATES.keys() & data.keys():
             target = "age" if kind == "regression" else "sex"
-            said = _said(page.folder / "my_study", page.folder / f"as_{kind}", target, kind=kind, template=file)
-            assert set(data.get("labels", {}).values()) <= said or kind == "regression"
+            answers = _said(page.folder / "my_study", page.folder / f"as_{kind}", target, kind=kind, template=file)
+            assert set(data.get("labels", {}).values()) <= answers or kind == "regression"
         return
     assert data.keys() <= RunConfig.__dataclass_fields__.keys(), f"{block.label}: neither a config nor a template"
     whole = to_dict(load_config(page.folder / "configs" / "t1_0.5b.yaml"))

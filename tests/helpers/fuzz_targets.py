@@ -398,13 +398,13 @@ def volumes(file: tuple[str, bytes, str, bytes | None], window: int) -> None:
     if path.suffix == ".hdr":
         put("a.img", voxels())
     with only(DataError, data=file):
-        found = load_volume(path, config, window)
-        assert found.shape == config.size
-        assert found.dtype == np.float32
-        assert np.isfinite(found).all()
+        volume = load_volume(path, config, window)
+        assert volume.shape == config.size
+        assert volume.dtype == np.float32
+        assert np.isfinite(volume).all()
         if plain is not None:
             plain_path = put("plain.mgh" if name == "a.mgz" else "plain.nii", plain)
-            np.testing.assert_array_equal(found, load_volume(plain_path, config, window))
+            np.testing.assert_array_equal(volume, load_volume(plain_path, config, window))
 
 
 # Checkpoints

@@ -128,8 +128,8 @@ def test_a_point_comes_back_to_where_it_was(tmp_path: Path) -> None:
     config = ModalityConfig(size=(5, 5, 5), patch=(5, 5, 5), scaling="none")
     assert open_volume(path, config).shape == data.shape
     made = restore(path, load_volume(path, config) - 1, config)
-    found = np.unravel_index(made.argmax(), made.shape)
-    assert np.abs(np.array(found) - (2, 7, 5)).max() <= 2
+    voxel = np.unravel_index(made.argmax(), made.shape)
+    assert np.abs(np.array(voxel) - (2, 7, 5)).max() <= 2
     assert made[2, 7, 5] > 0
 
 

@@ -76,13 +76,13 @@ def with_cache(batch: Batch, tokens: jax.Array) -> jax.Array:
     language_model = model().language_model
     hidden, cache = language_model.model.prefill(model().inputs_embeds(batch), batch.positions, batch.lengths)
     cache = cache.grown(tokens.shape[1])
-    found = [jnp.take_along_axis(hidden, batch.lengths[:, None, None] - 1, axis=1)]
+    states = [jnp.take_along_axis(hidden, batch.lengths[:, None, None] - 1, axis=1)]
     for n in range(tokens.shape[1]):
         x = language_model.model.embed_tokens(tokens[:, n])[:, None]
         hidden, k, v = language_model.model.extend(x, (batch.lengths + n)[:, None], cache)
         cache = cache.put(k, v, T + n)
-        found.append(hidden)
-    return language_model.logits(jnp.concatenate(found, axis=1))
+        states.append(hidden)
+    return language_model.logits(jnp.concatenate(states, axis=1))
 
 
 def test_logits_with_the_cache_are_those_without():
@@ -160,21 +160,21 @@ def test_likelihoods_are_those_of_whole_passes():
     case = mesh_case()
     state = module.prefill(case.params, batch(), graphdef=case.graphdef, max_new_tokens=1)
     given = np.broadcast_to(ANSWERS, (B, *ANSWERS.shape))
-    found = np.asarray(module.score_answers(case.params, state, given, graphdef=case.graphdef))
+    scores = np.asarray(module.score_answers(case.params, state, given, graphdef=case.graphdef))
     for a, answer in enumerate(ANSWERS):
         logits = without_cache(batch(), np.tile(np.maximum(answer[:-1], 0), (B, 1)))
         p = np.asarray(jax.nn.log_softmax(logits))
         expected = sum(p[:, n, token] for n, token in enumerate(answer) if token != NONE)
-        np.testing.assert_allclose(found[:, a], expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(scores[:, a], expected, rtol=1e-5, atol=1e-5)
     shares = probabilities(model(), batch(), ANSWERS)
     np.testing.assert_allclose(shares.sum(-1), 1, rtol=1e-12)
-    np.testing.assert_allclose(shares, np.asarray(jax.nn.softmax(found)), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(shares, np.asarray(jax.nn.softmax(scores)), rtol=1e-4, atol=1e-7)
     firsts = jax.nn.log_softmax(without_cache(batch(), np.zeros((B, ANSWERS.shape[1] - 1), np.int32)))[:, 0]
     words = np.array([[3], [7], [NONE]], np.int32)  # of one token, and of none
     given = jnp.broadcast_to(words, (B, *words.shape))
-    found = np.asarray(module.score_answers(case.params, state, given, graphdef=case.graphdef))
+    scores = np.asarray(module.score_answers(case.params, state, given, graphdef=case.graphdef))
     expected = np.stack([firsts[:, 3], firsts[:, 7], np.zeros(B)], axis=1)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_numbers_that_are_not_finite_are_no_answers():

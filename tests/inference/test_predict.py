@@ -118,10 +118,10 @@ def test_resume_continues_a_part_file(
 
     def counted(*args: Any, **options: Any) -> Any:
         asked.append(list(options["only"]))
-        for number, found in enumerate(answers(*args, **options)):
+        for number, answer in enumerate(answers(*args, **options)):
             if len(asked) == 1 and number == 1:
                 raise KeyboardInterrupt
-            yield found
+            yield answer
 
     monkeypatch.setattr(predict_module, "generate_answers", counted)
     flags = ["--likelihoods", "--max-new-tokens", 4, "--batch-size", 4]
@@ -136,11 +136,11 @@ def test_resume_continues_a_part_file(
     more = small_run.write_config(
         tmp_path / "more.yaml", {**small_run.read_config(world.config), "evaluation": {"tasks": tasks}}
     )
-    said = predict(run, data, out, *flags, "--resume", "--config", more, code=2)
-    assert "cannot continue: likelihoods: {'side': ['left.', 'right.', 'up.']} now" in said
+    output = predict(run, data, out, *flags, "--resume", "--config", more, code=2)
+    assert "cannot continue: likelihoods: {'side': ['left.', 'right.', 'up.']} now" in output
     _refuses_other_weights_and_ends(run, data, out, *flags)
-    said = predict(run, data, out, *flags, "--resume", "--seed", 5)  # without random draws the seed has no effect
-    assert f"{out}: 11 answers" in said
+    output = predict(run, data, out, *flags, "--resume", "--seed", 5)  # without random draws the seed has no effect
+    assert f"{out}: 11 answers" in output
     assert set(asked[1]) == set(range(11)) - set(done)
     _same(read_lines(out), whole)
     assert not part.exists()
@@ -165,8 +165,8 @@ def _refuses_other_weights_and_ends(run: Path, data: Path, out: Path, *flags: ob
     file = run / "model" / "config.json"
     before = file.read_text()
     file.write_text(before.replace('"rope_theta": 1000000.0', '"rope_theta": 10000.0'))
-    said = predict(run, data, out, *flags, "--resume", code=2)
-    assert "cannot continue: config.json: text.rope_theta: 10000.0 now, 1000000.0 when it began" in said
+    error_text = predict(run, data, out, *flags, "--resume", code=2)
+    assert "cannot continue: config.json: text.rope_theta: 10000.0 now, 1000000.0 when it began" in error_text
     file.write_text(before)
 
 
@@ -214,23 +214,23 @@ def test_unanswerable_data_are_refused_before_weights_are_read(
     short.write_text(re.sub(r"max_length: \d+", "max_length: 8", (run / "config.yaml").read_text()))
     assert "at most 8" in predict(run, data, tmp_path / "out", "--config", short, code=2)
     open_ended = [conversation(f"{i}", "T1", [("user", ["?"]), ("assistant", [f"word{i}."])]) for i in range(40)]
-    said = predict(run, write_json(tmp_path / "open.json", open_ended), tmp_path / "out", "--likelihoods", code=2)
-    assert "no task of the data has a closed set of answers" in said
+    error_text = predict(run, write_json(tmp_path / "open.json", open_ended), tmp_path / "out", "--likelihoods", code=2)
+    assert "no task of the data has a closed set of answers" in error_text
 
 
 def test_generate_and_predict_agree(run: Path, world: World, whole: list[dict[str, Any]]) -> None:
     scans = world.root / "scans"
     for number in range(2):
         image = f"T1={scans / f'{number}.nii.gz'}"
-        said = umbrella("generate", run, "Which sex?", "--image", image, "--max-new-tokens", 4)
-        assert said.strip() == visible(whole[number]["prediction"].strip())
+        answer_text = umbrella("generate", run, "Which sex?", "--image", image, "--max-new-tokens", 4)
+        assert answer_text.strip() == visible(whole[number]["prediction"].strip())
     shares = umbrella(
         "generate", run, "Which sex?", "--image", f"sMRI={scans / '0.nii.gz'}", "--answers", "left.", "right."
     )
-    found = {text: float(share) for share, text in re.findall(r"([\d.]+)%  (\S+)", shares)}
+    percentages = {text: float(share) for share, text in re.findall(r"([\d.]+)%  (\S+)", shares)}
     weights = {answer: math.exp(value) for answer, value in whole[0]["likelihoods"].items()}
     for answer, weight in weights.items():
-        assert found[answer] == pytest.approx(100 * weight / sum(weights.values()), abs=0.01)
+        assert percentages[answer] == pytest.approx(100 * weight / sum(weights.values()), abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -289,22 +289,22 @@ def test_an_answer_that_does_not_fit_is_refused_before_anything_runs(
     tokens = len(Processor.load(run).tokenizer.encode(long, add_special_tokens=False))
     needed = rf"eval-one.*the answer '{long}' takes {tokens} tokens, and %s is 4: no model could give it; set it to "
     needed += rf"{tokens} or more"
-    said = predict(run, data, tmp_path / "out", "--max-new-tokens", 4, code=2)
+    error_text = predict(run, data, tmp_path / "out", "--max-new-tokens", 4, code=2)
     flag = re.escape("max_new_tokens (--max-new-tokens)")
-    assert re.search(needed % flag, said)
+    assert re.search(needed % flag, error_text)
     assert not list(tmp_path.glob("out*"))
     flags = ("--config", world.config, "--base", world.base, "--eval-data", data)
     assert re.search(needed % "train.max_new_tokens", umbrella(*world.train_flags(tmp_path / "r", *flags[4:]), code=2))
 
     def reasons(*flags: object) -> str:
-        found = json.loads(small_run.said("data", "validate", *flags, "--json", code=1)[0])["findings"]
-        return "\n".join(finding["reason"] for finding in found if finding["kind"] == "answers")
+        findings = json.loads(small_run.said("data", "validate", *flags, "--json", code=1)[0])["findings"]
+        return "\n".join(finding["reason"] for finding in findings if finding["kind"] == "answers")
 
-    told = f"the answer '{long}' takes {tokens} tokens, and train.max_new_tokens is 4: no model could give it"
-    assert told in reasons(*flags)
+    reason = f"the answer '{long}' takes {tokens} tokens, and train.max_new_tokens is 4: no model could give it"
+    assert reason in reasons(*flags)
     config = {**small_run.read_config(world.config), "evaluation": {"tasks": {"T1": {"answers": ["left.", long]}}}}
     more = small_run.write_config(tmp_path / "more.yaml", config)
-    assert told in reasons("--config", more, "--base", world.base, "--eval-data", world.eval)
+    assert reason in reasons("--config", more, "--base", world.base, "--eval-data", world.eval)
 
 
 def test_images_are_pairs(run: Path) -> None:

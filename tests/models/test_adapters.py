@@ -162,7 +162,7 @@ def test_on_a_mesh_it_is_one_devices():
     params = {path: rng.normal(scale=0.2, size=leaf.shape).astype(np.float32) for path, leaf in shapes.items()}
     train = TrainConfig(groups={"patch_embed": GroupConfig(), "lora": GroupConfig()}, eps=1e-3)
     step = make_case(model, params, train, lambda count: 1e-2)
-    found = []
+    results = []
     for sizes in ((1, 1, 1), (2, 2, 2)):
         mesh = make_mesh(
             MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))),
@@ -178,8 +178,8 @@ def test_on_a_mesh_it_is_one_devices():
                 held = {shard.data.size for shard in leaf.addressable_shards}
                 split = 1 if sizes[1] == 1 else 2
                 assert held == {leaf.size // split}, path
-            found.append(to_numpy((state.trainable, metrics)))
-    (ours, numbers), (theirs, expected) = found[1], found[0]
+            results.append(to_numpy((state.trainable, metrics)))
+    (ours, numbers), (theirs, expected) = results[1], results[0]
     np.testing.assert_allclose(numbers["loss"], expected["loss"], rtol=1e-5)
     np.testing.assert_allclose(numbers["grad_norm"], expected["grad_norm"], rtol=1e-5)
     for path, leaf in theirs.items():

@@ -72,12 +72,12 @@ def check(backend, case, causal, dtype):
         out, pull = jax.vjp(attend, q, k, v)
         return [out, *pull(dout)]
 
-    found = jax.jit(ours)(q, k, v, dout)
-    assert {x.dtype for x in found} == {q.dtype}
-    for mine, other in zip(found, dense(q, k, v, dout, lengths, causal), strict=True):
+    values = jax.jit(ours)(q, k, v, dout)
+    assert {x.dtype for x in values} == {q.dtype}
+    for mine, other in zip(values, dense(q, k, v, dout, lengths, causal), strict=True):
         mine = np.asarray(mine, np.float64)
         assert np.abs(mine - other).max() <= (2e-2 if dtype == "bfloat16" else 2e-6) * np.abs(other).max()
-    for grad in found[2:]:  # of keys and values that are padding
+    for grad in values[2:]:  # of keys and values that are padding
         assert not np.asarray(grad, np.float32)[np.arange(s) >= lengths[:, None]].any()
 
 
@@ -104,7 +104,7 @@ def test_a_tower_of_odd_length_is_the_same_for_cudnn(monkeypatch):
         return xla_attention(q, k, v, lengths, causal=causal)
 
     monkeypatch.setitem(attention_module._BACKENDS, "cudnn", noted)
-    rng, found = np.random.default_rng(0), {}
+    rng, values = np.random.default_rng(0), {}
     volumes = jnp.asarray(rng.standard_normal((2, 9, 9, 9)), jnp.float32)
     dout = jnp.asarray(rng.standard_normal((2, 27, 48)), jnp.float32)
     for backend in ("xla", "cudnn"):
@@ -112,10 +112,10 @@ def test_a_tower_of_odd_length_is_the_same_for_cudnn(monkeypatch):
         rng = np.random.default_rng(1)
         params = jax.tree.map(lambda leaf, rng=rng: jnp.asarray(rng.normal(0, 0.2, leaf.shape), leaf.dtype), params)
         out, pull = jax.vjp(lambda params, x, g=graphdef: nnx.merge(g, params)("T1", x), params, volumes)
-        found[backend] = [out, *jax.tree.leaves(pull(dout))]
+        values[backend] = [out, *jax.tree.leaves(pull(dout))]
     assert seen == [(28, True)]
-    largest = max(float(jnp.abs(one).max()) for one in found["xla"])  # the gradient of k's bias is 0
-    for one, other in zip(*found.values(), strict=True):
+    largest = max(float(jnp.abs(one).max()) for one in values["xla"])  # the gradient of k's bias is 0
+    for one, other in zip(*values.values(), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * largest)
 
 

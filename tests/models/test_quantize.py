@@ -68,16 +68,16 @@ def test_logits_and_gradients_are_those_of_the_rounded_weights(dtype, limit, rem
 
     logits, grads = run(trainable, frozen)
     rounded = quantize(dict(frozen), dtype)
-    ours, found = run(trainable, rounded)
+    ours, gradients = run(trainable, rounded)
     same, slopes = run(
         trainable, {p: x if isinstance(x, jax.Array) else qwix.dequantize(x) for p, x in rounded.items()}
     )
     assert relative(ours, np.asarray(same)) <= 1e-6
-    assert all(relative(found[path], np.asarray(slope)) <= 1e-5 for path, slope in slopes.items())
+    assert all(relative(gradients[path], np.asarray(slope)) <= 1e-5 for path, slope in slopes.items())
     mask = np.arange(logits.shape[1]) < golden_batch().lengths[:, None]
     assert 0 < relative(ours[mask], np.asarray(logits[mask])) <= limit
     for path, grad in grads.items():
-        cosine = (grad * found[path]).sum() / jnp.sqrt((grad**2).sum() * (found[path] ** 2).sum())
+        cosine = (grad * gradients[path]).sum() / jnp.sqrt((grad**2).sum() * (gradients[path] ** 2).sum())
         assert cosine > 1 - limit, path
 
 

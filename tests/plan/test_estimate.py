@@ -299,17 +299,17 @@ def test_flops_of_adapters_are_xlas(remat: RematPolicy, tmp_path: Path, monkeypa
     """A large rank adds its share to a step with one layer per tower."""
     monkeypatch.setattr(jax.lax, "scan", partial(jax.lax.scan, unroll=True))
     monkeypatch.setattr(jax.lax, "map", lambda function, xs: jax.vmap(function)(xs))
-    found = []
+    counts = []
     for lora in (None, LoraConfig(rank=256, targets=("vision_tower", "projector", "language_model"))):
-        (folder := tmp_path / str(len(found))).mkdir()
+        (folder := tmp_path / str(len(counts))).mkdir()
         run, model = full_size(folder, "0.5b", "float32", layers=1, vision_layers=1, remat=remat, lora=lora)
         groups = dict.fromkeys(["patch_embed", *(["lora"] if lora else [])], GroupConfig())
         run = replace(run, model=replace(run.model, lora=lora), train=replace(run.train, groups=groups))
         cost = lowered(run, model, 1).cost_analysis()
         assert cost is not None
         ours = sum(count_model(run, model, workload(run, model, TEXT_TOKENS), "float32").flops(remat).values())
-        found.append((ours, cost["flops"]))
-    (without, theirs_without), (with_, theirs_with) = found
+        counts.append((ours, cost["flops"]))
+    (without, theirs_without), (with_, theirs_with) = counts
     assert with_ > 1.3 * without
     assert with_ - without == pytest.approx(theirs_with - theirs_without, rel=0.05)
 
@@ -332,23 +332,23 @@ def test_step_time_is_the_longest_overlapping_part_plus_the_rest() -> None:
     counted = tiny(dtype="bfloat16")
     slow = replace(DEVICE_KINDS["h100"], flops=1e6, bandwidth=1e9, link=1e6, network=1e3)
     devices = replace(parse_devices("h100x8"), kind=slow)
-    found = estimate(counted, devices, MeshShape(data=4, tensor=2), 4, "none")
+    estimated = estimate(counted, devices, MeshShape(data=4, tensor=2), 4, "none")
     attention, (_, _, stream) = (
         7 * 2 * (LV * N**2 * E + LT * T**2 * HT * DH),  # forward, its scores again, four gradients
-        counted.collectives(found.mesh, 4, "none")["activations"],
+        counted.collectives(estimated.mesh, 4, "none")["activations"],
     )
     flops = sum(counted.flops("none").values()) - attention + attention / ATTENTION_EFFICIENCY["xla"]
-    assert found.seconds["compute"] == pytest.approx(flops * 4 / 8 / (1e6 * PEAK_EFFICIENCY))
-    assert found.seconds["memory"] == pytest.approx(
-        counted.traffic(found.mesh, 4, "none") / (1e9 * BANDWIDTH_EFFICIENCY)
+    assert estimated.seconds["compute"] == pytest.approx(flops * 4 / 8 / (1e6 * PEAK_EFFICIENCY))
+    assert estimated.seconds["memory"] == pytest.approx(
+        counted.traffic(estimated.mesh, 4, "none") / (1e9 * BANDWIDTH_EFFICIENCY)
     )
-    assert found.seconds["activations"] == pytest.approx(stream / (1e6 * LINK_EFFICIENCY))
-    between = found.seconds["compute"] + found.seconds["memory"]
-    assert found.step_seconds == pytest.approx(between + found.seconds["activations"])
+    assert estimated.seconds["activations"] == pytest.approx(stream / (1e6 * LINK_EFFICIENCY))
+    between = estimated.seconds["compute"] + estimated.seconds["memory"]
+    assert estimated.step_seconds == pytest.approx(between + estimated.seconds["activations"])
     slower = estimate(counted, replace(devices, kind=replace(slow, link=1.0)), MeshShape(data=8), 8, "none")
     assert slower.step_seconds == slower.seconds["gradients"] > slower.seconds["compute"]
-    assert found.samples_per_second == pytest.approx(4 / found.step_seconds)
-    assert found.bottleneck == "compute"
+    assert estimated.samples_per_second == pytest.approx(4 / estimated.step_seconds)
+    assert estimated.bottleneck == "compute"
 
 
 def test_collectives_beyond_the_links_take_the_network() -> None:
@@ -394,20 +394,20 @@ def test_the_largest_batch_is_the_largest(remat: str, tmp_path: Path) -> None:
 def test_the_best_comes_first(tmp_path: Path) -> None:
     run, model = full_size(tmp_path, "7b", "bfloat16")
     plan = plan_hardware(run, model, parse_devices("v5e-16"), frozen_dtype="bfloat16", subjects=1000)
-    assert {found.mesh.parts for found in plan.configured} == {1, 2}  # the config's batch is 2
+    assert {e.mesh.parts for e in plan.configured} == {1, 2}  # the config's batch is 2
     larger = replace(run, train=replace(run.train, batch_size=256))
     mixed = plan_hardware(larger, model, plan.devices, frozen_dtype="bfloat16").configured
-    assert {found.fits for found in mixed} == {True, False}
-    assert all(found.fits == (found.total_bytes <= 16e9 * (1 - RESERVED)) for found in mixed)
-    for found in (plan.configured, plan.largest, mixed):
-        assert len({e.mesh for e in found}) == len(found) > 1
-        fitting = [e.samples_per_second for e in found if e.fits]
+    assert {e.fits for e in mixed} == {True, False}
+    assert all(e.fits == (e.total_bytes <= 16e9 * (1 - RESERVED)) for e in mixed)
+    for estimates in (plan.configured, plan.largest, mixed):
+        assert len({e.mesh for e in estimates}) == len(estimates) > 1
+        fitting = [e.samples_per_second for e in estimates if e.fits]
         assert fitting == pytest.approx(sorted(fitting, reverse=True), rel=1e-2)  # rounded: the simpler mesh first
-        assert [e.fits for e in found] == sorted([e.fits for e in found], reverse=True)
-    assert all(found.fits for found in plan.largest)
+        assert [e.fits for e in estimates] == sorted([e.fits for e in estimates], reverse=True)
+    assert all(e.fits for e in plan.largest)
     best = plan.largest[0]
     assert plan.hours(best) == math.ceil(1000 / best.batch_size) * best.step_seconds / 3600
-    assert [found.remat for found in plan.policies] == list(KEPT)
+    assert [e.remat for e in plan.policies] == list(KEPT)
 
 
 def test_a_config_that_does_not_fit_is_reported(tmp_path: Path) -> None:
@@ -423,10 +423,10 @@ def test_a_config_that_does_not_fit_is_reported(tmp_path: Path) -> None:
 
     small = plan(2.6e9, 3)  # 1.7 GB of weights, 0.9 GB of activations where all are kept
     assert (small.configured, small.largest) == ((), ())
-    assert [found.remat for found in small.policies] == ["mlp", "full"]
+    assert [estimated.remat for estimated in small.policies] == ["mlp", "full"]
     assert "batch 3: no mesh of these devices divides it; the next for all is 4" in small.table()
     nothing = plan(1e9, 4)
-    assert [found.fits for found in nothing.configured] == [False]
+    assert [estimated.fits for estimated in nothing.configured] == [False]
     for words in ("(too much)", "no conversation fits on any mesh under any remat policy"):
         assert words in nothing.table()
 
@@ -440,12 +440,12 @@ def test_attention_is_that_of_the_devices(tmp_path: Path) -> None:
         return plan_hardware(asked, model, parse_devices(devices), frozen_dtype="bfloat16")
 
     plans = {"splash": plan("v5e-1"), "cudnn": plan("h100"), "xla": plan("v5e-1", "xla")}
-    for name, found in plans.items():
-        assert found.model.config.attention == found.to_json()["attention"] == name
-        said = [line for line in found.assumptions() if line.startswith("attention is")]
-        assert len(said) == 1
-        assert {"splash": "splash", "cudnn": "cuDNN", "xla": "XLA"}[name] in said[0]
-    bytes_ = {name: found.configured[0].bytes for name, found in plans.items()}
+    for name, planned in plans.items():
+        assert planned.model.config.attention == planned.to_json()["attention"] == name
+        lines = [line for line in planned.assumptions() if line.startswith("attention is")]
+        assert len(lines) == 1
+        assert {"splash": "splash", "cudnn": "cuDNN", "xla": "XLA"}[name] in lines[0]
+    bytes_ = {name: planned.configured[0].bytes for name, planned in plans.items()}
     assert bytes_["cudnn"] == bytes_["xla"]
     # 729 patches by 72 are kept as 768 by 128, 793 positions by 64 as 1024 by 128
     more = 26 * 16 * (768 * 128 - 729 * 72) + 24 * 16 * (1024 * 128 - 793 * 64)
@@ -547,20 +547,21 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in ("v5p-64: 32 devices", "2 cores on each", "hours for 40,000", "75% of 459 TFLOP/s", "docs/v5p"):
         assert words in table
     assert max(map(len, table.splitlines())) <= 80
-    found = json.loads(umbrella(*flags, "--batch-size", 64, "--json"))
-    assert found["batch_size"] == 64
-    assert found["configured"][0]["mesh"] == {"data": 32, "fsdp": 1, "tensor": 1}
-    assert found["configured"][0]["hours_per_epoch"] is None
-    assert sum(found["flops_per_sample"]["floor"].values()) == pytest.approx(2.523e12, rel=1e-3)
+    report = json.loads(umbrella(*flags, "--batch-size", 64, "--json"))
+    assert report["batch_size"] == 64
+    assert report["configured"][0]["mesh"] == {"data": 32, "fsdp": 1, "tensor": 1}
+    assert report["configured"][0]["hours_per_epoch"] is None
+    assert sum(report["flops_per_sample"]["floor"].values()) == pytest.approx(2.523e12, rel=1e-3)
     auto = json.loads(umbrella(*flags, "--set", "model.frozen_dtype=auto", "--json"))
     assert auto["frozen_dtype"] == "bfloat16"  # config.json's dtype
     one = json.loads(umbrella(*flags, "--mesh", "fsdp=32", "--json"))
     assert [e["mesh"]["fsdp"] for e in one["largest"]] == [32]
     assert one["configured"] == []
-    told = umbrella(*flags, "--mesh", "fsdp=32")
-    assert "no mesh of these devices divides it; the next for all is 32" in told
+    output = umbrella(*flags, "--mesh", "fsdp=32")
+    assert "no mesh of these devices divides it; the next for all is 32" in output
     assert (
-        f"to train, the largest: --batch-size {one['largest'][0]['batch_size']} --mesh data=1,fsdp=32,tensor=1" in told
+        f"to train, the largest: --batch-size {one['largest'][0]['batch_size']} --mesh data=1,fsdp=32,tensor=1"
+        in output
     )
     assert cli.main([*map(str, flags[:-1]), "v5z-64"]) == 2
     assert "the nearest is v5" in capsys.readouterr().err

@@ -62,20 +62,20 @@ def running(folder: Path) -> Iterator[Path]:
 
 def test_states_steps_and_figures(running: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", str(running), "--json"]) == 0
-    found = {run["run"]: run for run in json.loads(capsys.readouterr().out)["runs"]}
-    assert list(found) == ["a", "c", "deep/b"]
-    about = {name: (run["state"], run["why"], run["step"], run["steps"]) for name, run in found.items()}
+    runs = {run["run"]: run for run in json.loads(capsys.readouterr().out)["runs"]}
+    assert list(runs) == ["a", "c", "deep/b"]
+    about = {name: (run["state"], run["why"], run["step"], run["steps"]) for name, run in runs.items()}
     assert about == {
         "a": ("finished", "", 6, 6),
         "c": ("running", "", 1, 6),
         "deep/b": ("stopped", "SIGTERM: saved at step 4 of 8", 4, 8),
     }
     # the loss and each headline that both evaluated runs share, at the last step of each
-    assert found["a"]["metrics"] == {"loss": 10 / 6, "eval_loss": 0.6, SEX: 1.6}
-    assert found["deep/b"]["metrics"] == {"loss": 2.5, "eval_loss": 0.4, SEX: 1.4}
-    assert found["c"]["metrics"] == {"loss": 10.0, "eval_loss": None, SEX: None}
-    assert found["a"]["config"] == {"train.epochs": 1.0, "seed": 1}
-    assert found["c"]["config"] == {"train.epochs": 2.0, "seed": 1}
+    assert runs["a"]["metrics"] == {"loss": 10 / 6, "eval_loss": 0.6, SEX: 1.6}
+    assert runs["deep/b"]["metrics"] == {"loss": 2.5, "eval_loss": 0.4, SEX: 1.4}
+    assert runs["c"]["metrics"] == {"loss": 10.0, "eval_loss": None, SEX: None}
+    assert runs["a"]["config"] == {"train.epochs": 1.0, "seed": 1}
+    assert runs["c"]["config"] == {"train.epochs": 2.0, "seed": 1}
 
 
 def test_the_table(running: Path, capsys: pytest.CaptureFixture[str]) -> None:

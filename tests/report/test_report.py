@@ -25,7 +25,7 @@ Rows = list[dict[str, Any]]
 
 def evaluation() -> list[dict[str, Any]]:
     """A classification, a comparison and a regression, of 12 subjects, about the world's scans."""
-    found = []
+    conversations = []
     for i in range(12):
         subject, label, other = f"S{i:02}", "left" if i % 3 else "right", "left" if i % 2 else "right"
         meta = {"subject_id": subject, "subject_label": label}
@@ -34,13 +34,13 @@ def evaluation() -> list[dict[str, Any]]:
             return conversation(f"{name}_{task}", "T1", turns, metadata=meta | {"task": task})
 
         scan, last = f"sMRI:{i % 4}.nii.gz", ("assistant", [f"{label}."])
-        found.append(ask("side", [("user", [scan, "Which side?"]), last], meta, ODD if i == 4 else subject))
+        conversations.append(ask("side", [("user", [scan, "Which side?"]), last], meta, ODD if i == 4 else subject))
         reference = [("user", [f"sMRI:{(i + 1) % 4}.nii.gz", "A reference."]), ("assistant", [f"{other}."])]
         pair = meta | {"reference_label": other, "comparison_type": "same" if other == label else "different"}
-        found.append(ask("pair", [*reference, ("user", [scan, "And this one?"]), last], pair))
+        conversations.append(ask("pair", [*reference, ("user", [scan, "And this one?"]), last], pair))
         turns = [("user", [f"fMRI:run-{i % 4}.nii", "How old?"]), ("assistant", [f"{20 + i * i / 4:g} years"])]
-        found.append(ask("age", turns, {"subject_id": subject, "subject_label": 20 + i * i / 4}))
-    return found
+        conversations.append(ask("age", turns, {"subject_id": subject, "subject_label": 20 + i * i / 4}))
+    return conversations
 
 
 def answered(rows: Rows) -> Rows:
@@ -217,11 +217,11 @@ def test_failures_come_first_of_every_task_in_turn(page: Page, rows: Rows) -> No
     }
     assert {sample["task_id"] for sample in samples if sample["failed"] and sample["task"] != "age"} == wrong
     truth = {row["task_id"]: row["metadata"]["subject_label"] for row in by_task(rows, "age")}
-    said = {row["task_id"]: row["prediction"] for row in by_task(rows, "age")}
+    predictions = {row["task_id"]: row["prediction"] for row in by_task(rows, "age")}
     ages = [sample for sample in samples if sample["task"] == "age"]
-    assert said[ages[0]["task_id"]] == "no idea"
+    assert predictions[ages[0]["task_id"]] == "no idea"
     limit = np.mean(np.abs(np.array(list(truth.values())) - np.median(list(truth.values()))))
-    off = [abs(float(said[s["task_id"]].split()[0]) - truth[s["task_id"]]) for s in ages[1:]]
+    off = [abs(float(predictions[s["task_id"]].split()[0]) - truth[s["task_id"]]) for s in ages[1:]]
     assert [s["failed"] for s in ages[1:]] == [error > limit for error in off]
     assert page.numbers["failures"] == len(wrong) + sum(sample["failed"] for sample in ages)  # 30 samples hold them all
     shown = [title for title in page.titles if " · " in title]
@@ -247,13 +247,13 @@ def test_it_holds_all_it_shows_and_runs_nothing(page: Page) -> None:
 def test_it_is_legible_in_a_browser_and_on_paper(page: Page, run: Path, tmp_path: Path) -> None:
     file = shutil.copy(run / "report.html", tmp_path / "report.html")
     for width, on_paper in ((1280, False), (400, False), (718, True)):  # the last: A4 within its margins
-        found = browser.measure(Path(file), width, paper=on_paper)
-        assert found["whole"] == width, found["out"]
-        assert found["out"] == []
-        assert found["cut"] == 0
-        assert found["smallest"] >= 12
-        assert found["tallest"] < 70  # no word is broken into letters
-        assert all(natural > 0 and shown > 150 for natural, shown in found["pictures"])
+        measured = browser.measure(Path(file), width, paper=on_paper)
+        assert measured["whole"] == width, measured["out"]
+        assert measured["out"] == []
+        assert measured["cut"] == 0
+        assert measured["smallest"] >= 12
+        assert measured["tallest"] < 70  # no word is broken into letters
+        assert all(natural > 0 and shown > 150 for natural, shown in measured["pictures"])
     for width in (1280, 400):
         picture = browser.screenshot(Path(file), tmp_path / f"{width}.png", width, 9000)
         assert picture.shape == (9000, width, 3)
@@ -296,10 +296,10 @@ def test_explanations_are_laid_over(run: Path, rows: Rows, tmp_path: Path) -> No
     pair["prediction"] = "both"  # the one that failed comes first
     words = ["--predictions", write_rows(tmp_path / "answers.jsonl", answers), "--samples", 1, "--explain", "gradient"]
     umbrella("report", run, *words, "--out", tmp_path / "out.html")
-    found = Page(tmp_path / "out.html")
-    assert found.titles[-1] == f"wrong pair · {pair['task_id']}"
-    assert "log-probability of “both”:" in found.text
-    coloured = [browser.picture(str(of["src"])) for tag, of in found.elements if "speaks for" in str(of.get("alt"))]
+    explained = Page(tmp_path / "out.html")
+    assert explained.titles[-1] == f"wrong pair · {pair['task_id']}"
+    assert "log-probability of “both”:" in explained.text
+    coloured = [browser.picture(str(of["src"])) for tag, of in explained.elements if "speaks for" in str(of.get("alt"))]
     assert len(coloured) == 2  # both of its scans
     for picture in coloured:
         red, green, blue = (picture[..., i].astype(int) for i in range(3))
@@ -310,7 +310,7 @@ def test_explanations_are_laid_over(run: Path, rows: Rows, tmp_path: Path) -> No
         assert (bar[0, 2] - bar[0, 0], bar[-1, 0] - bar[-1, 2]) > (60, 60)  # from against, blue, to for, red
         assert (np.diff(bar[:, 0] - bar[:, 2]) >= 0).all()
     beside = [
-        (str(of["src"]), str(of["alt"])) for tag, of in found.elements if tag == "img" and "scans" in str(of["alt"])
+        (str(of["src"]), str(of["alt"])) for tag, of in explained.elements if tag == "img" and "scans" in str(of["alt"])
     ]
     for (scan, caption), (overlaid, _) in zip(beside[::2], beside[1::2], strict=True):
         assert caption.endswith("slices through the voxel with the largest share")

@@ -54,23 +54,23 @@ def scalars(out: Path) -> list[tuple[int, str, float]]:
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Replace the package by one that records its calls."""
-    told: list[Any] = []
+    calls: list[Any] = []
 
     class Run:
         def log(self, line: Line, step: int) -> None:
-            told.append((step, line))
+            calls.append((step, line))
 
         def finish(self, exit_code: int) -> None:
-            told.append(exit_code)
+            calls.append(exit_code)
 
     def init(dir: str, config: dict[str, Any]) -> Run:
-        told.append((dir, config["train"]["wandb"]))
+        calls.append((dir, config["train"]["wandb"]))
         return Run()
 
     module = ModuleType("wandb")
     module.init = init  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", module)
-    return told
+    return calls
 
 
 def test_none(tmp_path: Path) -> None:

@@ -214,14 +214,14 @@ def two(world: World, environment: dict[str, str], pair: Two) -> Two:
 
 
 @pytest.fixture(scope="module")
-def said(two: Two, world: World) -> list[tuple[int, str, str]]:
+def outputs(two: Two, world: World) -> list[tuple[int, str, str]]:
     found = two(world.root / "two")
     assert [code for code, *_ in found] == [0, 0], found
     return found
 
 
 @pytest.fixture(scope="module")
-def run(said: Any, world: World) -> Path:
+def run(outputs: Any, world: World) -> Path:
     return world.root / "two"
 
 
@@ -289,9 +289,9 @@ def test_each_process_reads_its_own_part(records: list[dict[str, Any]], world: W
 
 
 def test_only_process_0_prints_and_writes(
-    said: list[tuple[int, str, str]], records: list[dict[str, Any]], run: Path
+    outputs: list[tuple[int, str, str]], records: list[dict[str, Any]], run: Path
 ) -> None:
-    (_, first, _), (_, *second) = said
+    (_, first, _), (_, *second) = outputs
     assert f"4 conversations, {STEPS} steps, into " in first
     assert "devices: 2 (" in first
     assert first.count("step 1: compiling") == 1
@@ -321,10 +321,10 @@ def test_one_killed_the_other_ends_and_both_go_on(two: Two, run: Path, world: Wo
     """It ends within a minute with heartbeats every 10 s, without process 0 and without process 1."""
     out = world.root / "killed"
     for killed, (more, signals) in enumerate([([], ["SIGKILL 2", ""]), (["--resume"], ["", "SIGKILL 1"])]):
-        found = two(out, *more, signals=signals)
+        ended = two(out, *more, signals=signals)
         assert time.time() - float(Path(f"{out}.{killed}.json").read_text()) < 60
-        assert found[killed][0] == -signal.SIGKILL
-        code, _, error = found[1 - killed]
+        assert ended[killed][0] == -signal.SIGKILL
+        code, _, error = ended[1 - killed]
         assert code != 0
         # found in a collective, or by JAX, which then ends the process itself
         assert "a process of the run is gone" in error or "another task died" in error
@@ -369,9 +369,9 @@ def test_two_processes_predict_as_one(pair: Two, run: Path, world: World) -> Non
     out, alone = world.root / "two.jsonl", world.root / "one.jsonl"
     words = ["predict", run, "--data", world.train, "--out", out, "--image-root", world.root / "scans"]
     words += ["--task-filter", "T3", "--likelihoods", "--max-new-tokens", 3, "--batch-size", 2]
-    (first, said, _), (second, other, _) = found = pair(out, *words)
-    assert (first, second) == (0, 0), "\n".join(err for *_, err in found)
-    assert f"{out}: 4 answers" in said
+    (first, output, _), (second, other, _) = ended = pair(out, *words)
+    assert (first, second) == (0, 0), "\n".join(err for *_, err in ended)
+    assert f"{out}: 4 answers" in output
     assert str(out) not in other, "only one process prints it"
     flags = ["--data", world.train, "--out", alone, "--image-root", world.root / "scans", "--task-filter", "T3"]
     umbrella("predict", run, *flags, "--likelihoods", "--max-new-tokens", 3)
@@ -389,17 +389,17 @@ class Recorded(Exception):
 
 def compared(monkeypatch: pytest.MonkeyPatch, world: World, *flags: object) -> dict[str, list[tuple[str, Any]]]:
     """Return the facts that a process of this run hands to `check_same`: settings, then contents."""
-    found: list[list[tuple[str, Any]]] = []
+    exchanged: list[list[tuple[str, Any]]] = []
 
     def record(facts: Sequence[tuple[str, Any]], remedy: str) -> None:
-        found.append(list(facts))
-        if len(found) == 2:
+        exchanged.append(list(facts))
+        if len(exchanged) == 2:
             raise Recorded
 
     monkeypatch.setattr("umbrella_jax.run.preparation.check_same", record)
     with pytest.raises(Recorded):
         umbrella(*world.train_flags(world.root / "never", *FLAGS, "--eval-data", world.eval, *flags))
-    return dict(zip(("settings", "contents"), found, strict=True))
+    return dict(zip(("settings", "contents"), exchanged, strict=True))
 
 
 def differences(monkeypatch: pytest.MonkeyPatch, first: list[Any], second: list[Any]) -> tuple[str, ...]:
@@ -453,13 +453,13 @@ def test_differences_between_hosts_are_named(
         other = replace(other, config=small_run.write_config(tmp_path / "run.yaml", settings))
         expected = "train.clip_norm: 0.5 on node2, 1.0 on node1 (process 0); mend it"
     try:
-        found = compared(monkeypatch, other, *flags)
+        other_facts = compared(monkeypatch, other, *flags)
     finally:
         world.train.write_bytes(content)
     kind = "settings" if what == "run.yaml" else "contents"
-    faults = differences(monkeypatch, facts[kind], found[kind])
+    faults = differences(monkeypatch, facts[kind], other_facts[kind])
     if what == "nothing":
-        assert faults == differences(monkeypatch, facts["settings"], found["settings"]) == ()
+        assert faults == differences(monkeypatch, facts["settings"], other_facts["settings"]) == ()
     else:
         assert expected in faults
         assert len(faults) <= 6  # token ids and the order of volumes depend on the conversations
@@ -554,8 +554,8 @@ def test_slurm_starts_its_tasks(environment: dict[str, str]) -> None:
         "SLURM_STEP_NUM_NODES": 1,
         "JAX_COORDINATOR_PORT": free_port(),
     }
-    found = launched(environment, *({**job, "SLURM_PROCID": i, "SLURM_LOCALID": i} for i in range(2)))
-    for i, (code, out, err) in enumerate(found):
+    ended = launched(environment, *({**job, "SLURM_PROCID": i, "SLURM_LOCALID": i} for i in range(2)))
+    for i, (code, out, err) in enumerate(ended):
         assert code == 0, err
         assert json.loads(out.splitlines()[-1]) == [i, [{"from": 0}, {"from": 1}], {"from": 0, "µ": [None] * 100}]
 
@@ -687,14 +687,14 @@ def test_descriptions_of_the_other_processes(
     before = jax.config.jax_platforms
     jax.config.update("jax_platforms", "tpu,cpu" if "tpu" in variables else None)
     try:
-        found = _peers()
+        description = _peers()
     finally:
         jax.config.update("jax_platforms", before)
     if peers is None:
-        assert found is None
+        assert description is None
     else:
-        assert found is not None
-        assert re.search(peers, found), found
+        assert description is not None
+        assert re.search(peers, description), description
 
 
 @pytest.mark.parametrize(

@@ -314,14 +314,14 @@ def test_a_damaged_checkpoint_is_passed_over(world: World, run: Path, tmp_path: 
     assert f"{out / 'checkpoints' / '99'}: damaged: " in message
     assert f"name an older checkpoint: {out / 'checkpoints' / '36'}, " in message
 
-    said = umbrella(*train_words(world, out, "--resume"))
+    output = umbrella(*train_words(world, out, "--resume"))
     for step in (36, 99):
-        assert f"{out / 'checkpoints' / str(step)}: damaged: " in said
-        assert f"renamed to {step}.damaged" in said
-    assert "resume: from step 33" in said
+        assert f"{out / 'checkpoints' / str(step)}: damaged: " in output
+        assert f"renamed to {step}.damaged" in output
+    assert "resume: from step 33" in output
     losses = {line["step"]: line["eval_loss"] for line in numbers(run) if "eval_loss" in line}
     best = min(losses, key=lambda step: losses[step])
-    assert f"best: eval_loss {losses[best]:.4g} at step {best}: {out / 'checkpoints' / str(best)}" in said
+    assert f"best: eval_loss {losses[best]:.4g} at step {best}: {out / 'checkpoints' / str(best)}" in output
     left = {"30", "33", "36", str(best)}
     assert {p.name for p in (run / "checkpoints").iterdir()} == left
     assert {p.name for p in (out / "checkpoints").iterdir()} == left | {"36.damaged", "99.damaged"}

@@ -187,14 +187,14 @@ def test_a_run_continues_on_another_mesh(tmp_path: Path) -> None:
     flags = ["--task-filter", "T3", "--batch-size", 4, "--epochs", 3, "--set", "train.save_steps=1"]
     flags += ["--learning-rate", 1e-3, "--set", "train.warmup_steps=0"]
     whole, again = tmp_path / "whole", tmp_path / "again"
-    said = umbrella(*world.train_flags(whole, *flags, "--mesh", "fsdp=2,tensor=2"), devices=4)
-    assert "3 steps, into " in said
-    assert "devices: 4 (data=1,fsdp=2,tensor=2)" in said
+    output = umbrella(*world.train_flags(whole, *flags, "--mesh", "fsdp=2,tensor=2"), devices=4)
+    assert "3 steps, into " in output
+    assert "devices: 4 (data=1,fsdp=2,tensor=2)" in output
     shutil.copytree(whole, again)
     shutil.rmtree(again / "checkpoints" / "3")
-    said = umbrella(*world.train_flags(again, *flags, "--resume"), devices=2)
-    assert "resume: from step 2" in said
-    assert "devices: 2 (data=2,fsdp=1,tensor=1)" in said
+    output = umbrella(*world.train_flags(again, *flags, "--resume"), devices=2)
+    assert "resume: from step 2" in output
+    assert "devices: 2 (data=2,fsdp=1,tensor=1)" in output
     small_run.assert_close(again, whole)
 
 
@@ -438,9 +438,9 @@ def test_evaluations_of_a_part_compile_nothing_more(
     evaluate = umbrella_jax.run.train.evaluate
 
     def counted(*args: Any) -> Any:
-        found = evaluate(*args)
+        line = evaluate(*args)
         programs.append(tuple(f._cache_size() for f in (prefill, decode, score_answers, jit_eval_step())))
-        return found
+        return line
 
     monkeypatch.setattr(umbrella_jax.run.train, "evaluate", counted)
     rows = [row for row in json.loads(world.train.read_text()) if row["task_type"] == "T3"] * 3
@@ -482,7 +482,7 @@ def test_the_end_evaluates_the_best_step_on_all_data(
     printed = umbrella(*world.train_flags(run, *flags, "--resume"))
     (first, weights), (last, _) = evaluated[False]
     assert (first, last, [step for step, _ in evaluated[True]]) == (1, 2, [1, 1])
-    chex.assert_trees_all_equal(weights, *(found for _, found in evaluated[True]))
+    chex.assert_trees_all_equal(weights, *(params for _, params in evaluated[True]))
     first_line, last_line = read_lines(run / "metrics.jsonl")
     assert f"evaluation of the best, step 1:\neval_loss {first_line['final_loss']:.4g}\n" in printed
     assert f"step 2  loss {last_line['loss']:.4g}" in printed

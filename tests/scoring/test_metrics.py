@@ -52,8 +52,8 @@ def classified(seed: int, classes: int, absent: bool = False) -> Rows:
 @pytest.mark.parametrize(("classes", "absent"), [(2, False), (4, False), (4, True)])
 def test_classification_is_scikit_learns(classes: int, absent: bool) -> None:
     rows, labels = classified(classes, classes, absent), list(LABELS[:classes])
-    found = score(rows, tasks_of(rows), resamples=0)
-    (task,) = found.tasks.values()
+    scores = score(rows, tasks_of(rows), resamples=0)
+    (task,) = scores.tasks.values()
     assert (task.kind, task.answers) == ("classification", tuple(f"{label}." for label in labels))
 
     truth = [r["reference"].strip(".") for r in rows]
@@ -78,15 +78,15 @@ def test_classification_is_scikit_learns(classes: int, absent: bool) -> None:
             "ece": np.abs(shares - means) @ counts[counts > 0] / 200,
             "unparsable": np.mean(np.array(answer) == "no idea"),
         }
-    assert {name: figure.value for name, figure in found.task_figures("sex").items()} == pytest.approx(
+    assert {name: figure.value for name, figure in scores.task_figures("sex").items()} == pytest.approx(
         expected, abs=1e-12
     )
     if not absent:
         multi = {"multi_class": "ovr", "labels": labels} if classes > 2 else {}
         theirs = sklearn.metrics.roc_auc_score(truth, p if classes > 2 else p[:, 1], **multi)
-        assert found.flat()["auroc/sex"] == pytest.approx(theirs, abs=1e-12)
+        assert scores.flat()["auroc/sex"] == pytest.approx(theirs, abs=1e-12)
     confusion = sklearn.metrics.confusion_matrix(truth, answer, labels=[*labels, "no idea"])[:-1]
-    assert found.confusion["sex"] == confusion.tolist()
+    assert scores.confusion["sex"] == confusion.tolist()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -166,7 +166,7 @@ def clustered(seed: int = 0) -> Rows:
 
 def test_an_interval_is_that_of_subjects_drawn_one_by_one() -> None:
     rows = clustered()
-    found = score(rows, tasks_of(rows), resamples=60, seed=3)
+    scores = score(rows, tasks_of(rows), resamples=60, seed=3)
     samples: dict[str, list[float]] = {"accuracy/sex": [], "f1/sex": [], "spearman/age": []}
     for draw in np.random.default_rng(3).integers(12, size=(60, 12)):
         drawn = [r for i in draw for r in rows if r["metadata"]["subject_id"] == f"s{i:02}"]
@@ -177,7 +177,7 @@ def test_an_interval_is_that_of_subjects_drawn_one_by_one() -> None:
         samples["f1/sex"].append(sklearn.metrics.f1_score(*zip(*sex, strict=True), average="macro"))
         samples["spearman/age"].append(scipy.stats.spearmanr(*np.array(age, int).T).statistic)
     for name, values in samples.items():
-        figure = found.figures[name]
+        figure = scores.figures[name]
         assert (figure.low, figure.high) == pytest.approx(np.percentile(values, [2.5, 97.5]), abs=1e-12)
         assert figure.subjects == 12
         assert figure.n == len(rows) // 2
@@ -223,15 +223,16 @@ def values(rows: Rows, task: str, **configured: Any) -> dict[str, float | None]:
 def test_classification_by_hand() -> None:
     """A missing answer is wrong, and an answer that never occurs and is never given counts for nothing."""
     rows = [row("Yes.", "yes", "a"), row("no", "yes", "b"), row("", "yes", "c"), row(" no ", "no.", "d")]
-    found = score(rows, tasks_of(rows, {"sex": TaskConfig(answers=("yes", "no", "maybe"))}))
-    assert {name: (f.value, f.chance, f.n, f.subjects) for name, f in found.task_figures("sex").items()} == {
+    scores = score(rows, tasks_of(rows, {"sex": TaskConfig(answers=("yes", "no", "maybe"))}))
+    assert {name: (f.value, f.chance, f.n, f.subjects) for name, f in scores.task_figures("sex").items()} == {
         "accuracy": (0.5, 0.75, 4, 4),
         "balanced_accuracy": (pytest.approx((1 / 3 + 1) / 2), 0.5, 4, 4),
         "f1": (pytest.approx((1 / 2 + 2 / 3) / 2), pytest.approx(6 / 7 / 2), 4, 4),  # of always yes: 6/7 and 0
         "unparsable": (0.25, None, 4, 4),
     }
-    assert found.confusion["sex"] == [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 1]]  # columns: maybe, no, yes, none of them
-    assert any("1 of 4 answers are none of maybe, no, yes" in note for note in found.notes)
+    # columns: maybe, no, yes, none of them
+    assert scores.confusion["sex"] == [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 1]]
+    assert any("1 of 4 answers are none of maybe, no, yes" in note for note in scores.notes)
 
 
 def test_likelihoods_by_hand() -> None:
@@ -239,8 +240,8 @@ def test_likelihoods_by_hand() -> None:
         row("yes", truth, str(i), likelihoods={"no": np.log(1 - p), "yes": np.log(p)})
         for i, (truth, p) in enumerate([("yes", 0.85), ("yes", 0.55), ("no", 0.55), ("no", 0.15)])
     ]
-    found = score(rows, tasks_of(rows))
-    of = found.task_figures("sex")
+    scores = score(rows, tasks_of(rows))
+    of = scores.task_figures("sex")
     assert of["auroc"].value == pytest.approx(3.5 / 4)  # one tie among four pairs
     assert of["brier"].value == pytest.approx((0.15**2 + 0.45**2 + 0.55**2 + 0.15**2) / 4)
     assert of["ece"].value == pytest.approx(
@@ -284,9 +285,9 @@ def compared(answers: str = "{}", **labels: str) -> Rows:
 def test_comparison_by_hand(spelled: str) -> None:
     rows = compared() if spelled == "plain" else compared("They are {}.", male="M", female="F")
     female, male = ("female", "male") if spelled == "plain" else ("they are female", "they are male")
-    found = score(rows, tasks_of(rows))
-    assert found.tasks["sex"].kind == "comparison"
-    of = found.task_figures("sex")
+    scores = score(rows, tasks_of(rows))
+    assert scores.tasks["sex"].kind == "comparison"
+    of = scores.task_figures("sex")
     assert {name: (f.value, f.chance, f.n) for name, f in of.items()} == {
         "accuracy": (0.6, 0.6, 5),  # chance: male for a man as reference, or female; male for a woman
         "accuracy/same": (1, 0.5, 2),
@@ -309,8 +310,8 @@ def test_regression_by_hand() -> None:
     their rank."""
     pairs = [("20 years", 20), ("25", 30), ("forty years", 40), ("60 years.", 60)]
     rows = [row(p, f"{t} years", str(t), task="age") for p, t in pairs]
-    found = score(rows, tasks_of(rows, {"age": TaskConfig(kind="regression")}))
-    assert {name: (f.value, f.chance) for name, f in found.task_figures("age").items()} == {
+    scores = score(rows, tasks_of(rows, {"age": TaskConfig(kind="regression")}))
+    assert {name: (f.value, f.chance) for name, f in scores.task_figures("age").items()} == {
         "mae": (pytest.approx((5 + 20) / 4), 12.5),
         "rmse": (pytest.approx(np.sqrt(425 / 4)), pytest.approx(np.sqrt(875 / 4))),
         "r2": (pytest.approx(1 - 425 / 875), 0),
@@ -318,8 +319,8 @@ def test_regression_by_hand() -> None:
         "spearman": (pytest.approx(1), 0),
         "unparsable": (0.25, None),
     }
-    assert (found.task_figures("age")["pearson"].n, found.task_figures("age")["mae"].n) == (3, 4)
-    assert any("1 of 4 answers are not a number (years)" in note for note in found.notes)
+    assert (scores.task_figures("age")["pearson"].n, scores.task_figures("age")["mae"].n) == (3, 4)
+    assert any("1 of 4 answers are not a number (years)" in note for note in scores.notes)
     tied = [{**r, "prediction": p} for r, p in zip(rows, ["20", "25", "60", "60"], strict=True)]
     ranks = values(tied, "age", kind="regression")["spearman"]
     assert ranks == pytest.approx(4.5 / np.sqrt(5 * 4.5))  # ranks 1, 2, 3, 4 and 1, 2, 3.5, 3.5
@@ -343,14 +344,16 @@ def test_an_interval_is_never_without_width(share: float) -> None:
     """If all resamples agree, a share has the exact binomial interval of its number of subjects; other figures have
     none."""
     rows = [row("female" if a < 2 * share else "male", "female", f"{i}") for i in range(40) for a in range(2)]
-    found = score(rows, tasks_of(rows, {"sex": TaskConfig(answers=("female", "male"))})).figures
+    figures = score(rows, tasks_of(rows, {"sex": TaskConfig(answers=("female", "male"))})).figures
     exact = scipy.stats.binomtest(round(40 * share), 40).proportion_ci(method="exact")
-    assert (found["accuracy/sex"].low, found["accuracy/sex"].high) == pytest.approx((exact.low, exact.high), abs=1e-12)
+    assert (figures["accuracy/sex"].low, figures["accuracy/sex"].high) == pytest.approx(
+        (exact.low, exact.high), abs=1e-12
+    )
     assert (exact.low, exact.high) == pytest.approx(
         {0: (0, 0.088), 0.5: (0.338, 0.662), 1: (0.912, 1)}[share], abs=1e-3
     )
-    assert found["balanced_accuracy/sex"].value == share
-    assert found["balanced_accuracy/sex"].low is found["balanced_accuracy/sex"].high is None
+    assert figures["balanced_accuracy/sex"].value == share
+    assert figures["balanced_accuracy/sex"].low is figures["balanced_accuracy/sex"].high is None
 
 
 @pytest.mark.parametrize("constant", [True, False])
@@ -374,8 +377,8 @@ def test_over_tasks() -> None:
     rows = [row("yes", "yes", "a"), row("no", "yes", "b"), row("no", "no", "c"), row("", "no", "d")]
     rows += [row("x", "x", "a", task="side"), row("x", "x", "e", task="side"), row("y", "z", "e", task="side")]
     rows += [row(str(i), str(i), "a", task="age") for i in range(20)]
-    found = score(rows, tasks_of(rows))
-    overall = found.overall()
+    scores = score(rows, tasks_of(rows))
+    overall = scores.overall()
     assert overall.keys() == {"accuracy", "macro/accuracy", "macro/balanced_accuracy", "macro/f1"}
     assert (overall["accuracy"].value, overall["accuracy"].n) == (pytest.approx(4 / 7), 7)
     assert overall["accuracy"].chance == pytest.approx((2 + 2) / 7)
@@ -671,8 +674,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert f"  auroc{figure.value:>30.3f}" in out
     assert f"{figure.low:.3f} to {figure.high:.3f}    200       40  0.500" in out
     assert main(["score", file, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["tasks"]["sex"]["figures"]["auroc"] == {
+    report = json.loads(capsys.readouterr().out)
+    assert report["tasks"]["sex"]["figures"]["auroc"] == {
         "value": figure.value,
         "low": figure.low,
         "high": figure.high,
@@ -680,7 +683,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "subjects": 40,
         "chance": 0.5,
     }
-    assert found["tasks"]["sex"]["answers"] == list(LABELS)
+    assert report["tasks"]["sex"]["answers"] == list(LABELS)
 
 
 def test_the_command_reads_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -691,9 +694,9 @@ def test_the_command_reads_a_config(tmp_path: Path, capsys: pytest.CaptureFixtur
         "evaluation: {tasks: {sex: {answers: [a, b, c], metrics: [accuracy]}}, resamples: 0}\n"
     )
     assert main(["score", file, "--json", "--config", str(config)]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["resamples"], found["tasks"]["sex"]["answers"]) == (0, ["a", "b", "c"])
-    assert found["tasks"]["sex"]["figures"].keys() == {"accuracy", "unparsable"}
+    report = json.loads(capsys.readouterr().out)
+    assert (report["resamples"], report["tasks"]["sex"]["answers"]) == (0, ["a", "b", "c"])
+    assert report["tasks"]["sex"]["figures"].keys() == {"accuracy", "unparsable"}
     for old, new, message in [
         ("accuracy", "acuracy", "evaluation.tasks.sex.metrics.0: expected one of 'accuracy', 'balanced_accuracy'"),
         ("answers", "anwers", "evaluation.tasks.sex.anwers: no such key; expected one of kind, answers, unit, metrics"),
@@ -716,11 +719,12 @@ def test_an_answer_that_was_cut_off_on_its_way_is_not_scored(
     ]
     for given, code in ([rows, 0], [[{**r, "cut": True} for r in rows[1:]], 2], [[{**rows[0], "cut": 1}], 2]):
         assert main(["score", str(write(tmp_path / "rows.jsonl", given))]) == code
-    said = capsys.readouterr().err
+    error_text = capsys.readouterr().err
     assert (
-        "task sex: c: max_new_tokens cut the answer 'left si' off before it could be 'left side'; predict again" in said
+        "task sex: c: max_new_tokens cut the answer 'left si' off before it could be 'left side'; predict again"
+        in error_text
     )
-    assert "cut: expected true or false" in said
+    assert "cut: expected true or false" in error_text
 
 
 def test_the_command_takes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -284,8 +284,8 @@ def test_resuming_holds_one_state(tmp_path, empty, filled, monkeypatch):
         assert resumption.resume_from(checkpoints, state, meta, {}, print) == (state, None)
         checkpoints.save(filled(3), meta)
     with Checkpoints(tmp_path) as checkpoints:
-        found, pending = resumption.resume_from(checkpoints, state, meta, {}, print)
-    assert_same(found, filled(3))
+        restored, pending = resumption.resume_from(checkpoints, state, meta, {}, print)
+    assert_same(restored, filled(3))
     assert pending is None
 
 

@@ -166,10 +166,10 @@ def test_summary_adds_up(groups):
     assert total == sizes
     assert rows["unused"] == [0, 80]
     assert rows["projector"] == ([0, 4320] if groups == ["patch_embed"] else [4320, 0])
-    told = {}
+    shapes_and_labels = {}
     for group in listed:
         label, *lines = group.splitlines()
-        told |= {path: (shape, label.removesuffix(":")) for path, shape in map(str.split, lines)}
-    assert told == {
+        shapes_and_labels |= {path: (shape, label.removesuffix(":")) for path, shape in map(str.split, lines)}
+    assert shapes_and_labels == {
         path: ("×".join(map(str, leaf.shape)), labels[path]) for path, leaf in params.items() if path in trained(labels)
     }

@@ -244,14 +244,14 @@ def test_with_adapters_too(remat):
     groups = {"patch_embed": GroupConfig(), "lora": GroupConfig()}
     lora = LoraConfig(rank=4, targets=("vision_tower", "projector", "language_model"))
     case = small_case(TrainConfig(groups=groups), remat=remat, lora=lora)
-    found = computed(case)
+    operations = computed(case)
     frozen = matrix_shapes(case.frozen)
     assert len(frozen) == 40
-    assert not {(name, shape) for name, shape in found if shape in frozen}
+    assert not {(name, shape) for name, shape in operations if shape in frozen}
     of_adapters = {leaf.shape[".layers." in path :] for path, leaf in case.state().trainable.items() if "lora" in path}
     inputs, outputs = {21, 28, 37, 47, 48}, {16, 21, 28, 37, 47, 48}
     assert of_adapters == {(4, n) for n in inputs} | {(n, 4) for n in outputs}
-    assert {("dot_general", shape) for shape in of_adapters} <= found
+    assert {("dot_general", shape) for shape in of_adapters} <= operations
 
 
 def test_gradients_of_weights_would_be_seen():
