@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from umbrella_jax.config.schema import RunConfig, resolve_modality, unknown_modality
 from umbrella_jax.errors import ConfigError
-from umbrella_jax.models import LlavaConfig, abstract_params
+from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig, abstract_params
 from umbrella_jax.models.attention.splash import splash_shape
 from umbrella_jax.models.quantize import quantizable
 from umbrella_jax.sharding import MeshShape, spec_of
@@ -378,38 +378,28 @@ def count_model(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dt
         )
     vision, text = model.vision, model.text
 
-    def padded(rows: int, head_dim: int) -> float:
-        shape = splash_shape(rows, head_dim) if model.attention == "splash" else (rows, head_dim)
-        return math.prod(shape) / (rows * head_dim)
+    def stack(
+        component: str, tower: SiglipConfig | Qwen2Config, rows: int, kv_heads: int, head_dim: int, gated: bool
+    ) -> Stack:
+        kept = splash_shape(rows, head_dim) if model.attention == "splash" else (rows, head_dim)
+        return Stack(
+            component=component,
+            layers=tower.num_hidden_layers,
+            rows=rows,
+            width=tower.hidden_size,
+            heads=tower.num_attention_heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            mlp=tower.intermediate_size,
+            gated=gated,
+            differentiated=differentiated[component],
+            padded=math.prod(kept) / (rows * head_dim),
+        )
 
-    vision_head_dim = vision.hidden_size // vision.num_attention_heads
+    vision_heads = vision.num_attention_heads
     stacks = (
-        Stack(
-            component="vision_tower",
-            layers=vision.num_hidden_layers,
-            rows=work.patches,
-            width=vision.hidden_size,
-            heads=vision.num_attention_heads,
-            kv_heads=vision.num_attention_heads,
-            head_dim=vision_head_dim,
-            mlp=vision.intermediate_size,
-            gated=False,
-            differentiated=differentiated["vision_tower"],
-            padded=padded(work.patches, vision_head_dim),
-        ),
-        Stack(
-            component="language_model",
-            layers=text.num_hidden_layers,
-            rows=work.positions,
-            width=text.hidden_size,
-            heads=text.num_attention_heads,
-            kv_heads=text.num_key_value_heads,
-            head_dim=text.head_dim,
-            mlp=text.intermediate_size,
-            gated=True,
-            differentiated=differentiated["language_model"],
-            padded=padded(work.positions, text.head_dim),
-        ),
+        stack("vision_tower", vision, work.patches, vision_heads, vision.hidden_size // vision_heads, gated=False),
+        stack("language_model", text, work.positions, text.num_key_value_heads, text.head_dim, gated=True),
     )
     return ModelCounts(
         config=model,

@@ -223,7 +223,7 @@ class Checkpoints:
         return self._content(step)["run"]
 
     def _content(self, step: int) -> dict[str, Any]:
-        with self._reading(step, "meta"):
+        with _reading(self.directory / str(step), "meta"):
             content = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         if not isinstance(content, dict) or content.pop("crc32", None) != json_crc32(content):
             raise CheckpointError(f"{self.directory / str(step)}: damaged: meta: its checksum does not match")
@@ -232,7 +232,7 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Return the state of `step`, with the structure and on the devices of `like`."""
         target = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like)))
-        with self._reading(step, "state"):
+        with _reading(self.directory / str(step), "state"):
             self._shapes(step)  # reads every file that orbax wrote, and so finds damage to any
             tree = self._manager.restore(step, args=ocp.args.Composite(state=target)).state
         self._verify(step, tree)
@@ -254,15 +254,6 @@ class Checkpoints:
         """Update the list of steps from the disk."""
         self._manager.reload()
 
-    @contextmanager
-    def _reading(self, step: int, item: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # damage can make orbax and tensorstore raise anything
-            if is_out_of_memory(error):
-                raise
-            raise CheckpointError(f"{self.directory / str(step)}: damaged: {item}: {_first_line(error)}") from error
-
     def _verify(self, step: int, tree: Any) -> None:
         """Raise CheckpointError that names each array of `tree` whose checksum differs from the saved one."""
         saved, found = self._content(step)["checksums"], checksums(tree)
@@ -280,7 +271,7 @@ class Checkpoints:
         Args:
             sharding_for: returns the sharding of a parameter, from its path and shape.
         """
-        with self._reading(step, "state"):
+        with _reading(self.directory / str(step), "state"):
             saved = self._shapes(step)
             like = {
                 path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_for(path, leaf.shape))
@@ -290,6 +281,17 @@ class Checkpoints:
             trainable: Params = _read(self.directory / str(step) / "state", {"trainable": like})["trainable"]
         self._verify(step, {"trainable": trainable})
         return trainable
+
+
+@contextmanager
+def _reading(directory: Path, *items: str, remedy: str = "") -> Iterator[None]:
+    """Raise a CheckpointError that names the damaged directory and item for any error but a lack of memory."""
+    try:
+        yield
+    except Exception as error:  # damage can make orbax and tensorstore raise anything
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(": ".join([str(directory), "damaged", *items, _first_line(error)]) + remedy) from error
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
@@ -347,22 +349,12 @@ def save_params(directory: Path, params: Params) -> None:
         raise
 
 
-@contextmanager
-def _check_damage(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # damage can make orbax and tensorstore raise anything
-        if is_out_of_memory(error):
-            raise
-        raise CheckpointError(f"{directory}: damaged: {_first_line(error)}; convert it again") from error
-
-
 def param_shapes(directory: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shape and type of each parameter that `save_params` wrote, by path, without reading the parameters.
 
     Raises CheckpointError if their record is damaged.
     """
-    with _check_damage(directory), ocp.PyTreeCheckpointer() as checkpointer:
+    with _reading(directory, remedy="; convert it again"), ocp.PyTreeCheckpointer() as checkpointer:
         saved = dict(checkpointer.metadata(_orbax_path(directory)).item_metadata)
         return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in saved.items()}
 
@@ -372,7 +364,7 @@ def restore_params(directory: Path, like: Mapping[str, jax.ShapeDtypeStruct]) ->
 
     Raises CheckpointError if they are damaged.
     """
-    with _check_damage(directory):
+    with _reading(directory, remedy="; convert it again"):
         return _read(directory, dict(like))
 
 
