@@ -5,6 +5,7 @@ import gzip
 import json
 import logging
 import os
+import re
 import sys
 import tracemalloc
 import zipfile
@@ -943,7 +944,8 @@ def test_a_name_forges_no_line_of_the_log(tmp_path: Path) -> None:
         log = RunLog(tmp_path / "log.txt", lambda line: None, FORGED)
         log.__enter__()
         log.say(forged)
-        log._warned(forged, UserWarning, "a.py", 1)
+        with pytest.warns(UserWarning, match=re.escape(forged)):
+            log._warned(forged, UserWarning, "a.py", 1)
         logging.getLogger("x").warning(forged)
         assert how_it_ended(tmp_path / "log.txt") is None
         log.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
