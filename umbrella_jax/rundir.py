@@ -133,6 +133,20 @@ def predictions_by_step(run: Path) -> dict[int, Path]:
     return {int(step): files[step] for step in sorted(filter(str.isdecimal, files), key=int)}
 
 
+def seed_run(directory: Path, seed: int) -> Path:
+    """Return the directory of one seed's run below that of `umbrella-jax train --seeds`."""
+    return directory / f"seed-{seed}"
+
+
+def seed_runs(directory: Path) -> dict[int, Path]:
+    """Return {seed: directory of its run} of a directory of `umbrella-jax train --seeds`, by increasing seed.
+
+    Empty for any other directory.
+    """
+    folders = {path.name.removeprefix("seed-"): path for path in directory.glob("seed-*") if path.is_dir()}
+    return {int(seed): folders[seed] for seed in sorted(filter(str.isdecimal, folders), key=int)}
+
+
 class RunLog:
     """Context manager that writes `log.txt`: printed lines, warnings, other packages' logs, and the error at the end.
 

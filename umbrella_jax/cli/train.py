@@ -13,6 +13,7 @@ from umbrella_jax.cli.options import (
     config_of,
     start_processes,
 )
+from umbrella_jax.errors import ConfigError
 from umbrella_jax.io.files import strict_json
 
 
@@ -32,6 +33,7 @@ def add(commands: Any) -> None:
     run = groups["run"]
     run.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     run.add_argument("--dry-run", action="store_true", help="check, compile and report memory; do not train")
+    run.add_argument("--seeds", type=_seeds, metavar="LIST", help="train once per seed, 1,2,3, into --out/seed-N")
     run.add_argument("--no-wandb", action="store_true", help="disable Weights & Biases [train.wandb]")
     add_cluster(train)
 
@@ -69,13 +71,30 @@ def add(commands: Any) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from umbrella_jax.distributed import exit_on_error, raise_together
+    from umbrella_jax.run.seeds import rehearse_seeds, train_seeds
     from umbrella_jax.run.train import rehearse, train
 
     start_processes(arguments)
     with exit_on_error():
         with raise_together():
             config = config_of(arguments)
-        (rehearse if arguments.dry_run else train)(config, resume=arguments.resume)
+            if arguments.seeds and any(text.partition("=")[0] == "seed" for text in arguments.set):
+                raise ConfigError("--set seed: already given by --seeds; give one of them")
+        if arguments.seeds:
+            several = rehearse_seeds if arguments.dry_run else train_seeds
+            several(config, arguments.seeds, resume=arguments.resume)
+        else:
+            (rehearse if arguments.dry_run else train)(config, resume=arguments.resume)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    words = text.split(",")
+    if not all(map(str.isdecimal, words)):
+        raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, such as 1,2,3, got {text}")
+    seeds = tuple(map(int, words))
+    if len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"a seed is given twice: {text}")
+    return seeds
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from convert.lazy_tensor import Tensor, place
@@ -81,6 +82,19 @@ class RunModel:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """What runs that differ only in their seed have in common: data that were checked, and an optimizer.
+
+    The optimizer is a static argument of the step, so only runs with the same one share a compiled step.
+    """
+
+    datasets: dict[str, Dataset]
+    inputs: Inputs
+    optimizer: optax.GradientTransformationExtraArgs
+    num_steps: int
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A run before its first step, all but the state that training changes."""
 
@@ -93,6 +107,13 @@ class Prepared:
     """Saved in every checkpoint, to compare with a run that resumes from it."""
     earlier_lines: list[Line]
     """Lines of `metrics.jsonl` that are there already."""
+
+    @property
+    def shared(self) -> Shared:
+        """What a run with another seed can use again."""
+        evaluation = self.data.evaluation
+        datasets = {"train": self.data.train_set} | ({"eval": evaluation.dataset} if evaluation else {})
+        return Shared(datasets, self.data.inputs, self.training.optimizer, self.training.num_steps)
 
 
 def check(config: RunConfig) -> tuple[Path, Mesh]:
@@ -132,8 +153,13 @@ def check(config: RunConfig) -> tuple[Path, Mesh]:
     return out, mesh
 
 
-def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> tuple[Prepared, TrainState]:
+def prepare(
+    config: RunConfig, out: Path, mesh: Mesh, say: Say, shared: Shared | None = None
+) -> tuple[Prepared, TrainState]:
     """Read and check everything that a run needs, put the weights on their devices, and print what will be trained.
+
+    Args:
+        shared: of an earlier run of this process, whose config differs only in seed and `output_dir`.
 
     Returns:
         The run, and the state before its first step. Only the caller holds that state: `fit` and `resume_from` use it
@@ -151,7 +177,7 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> tuple[Prepare
         labels = freeze.label_params(list(shapes), list(config.train.groups))
         options: dict[str, Any] = {"template": config.data.template, "max_length": config.data.max_length}
         processor = Processor(base.tokenizer(), base.config.modalities, **options)
-        datasets = processor.datasets(config.data, augment=True)
+        datasets = shared.datasets if shared else processor.datasets(config.data, augment=True)
         train_set = datasets["train"]
         overlap = check_overlap(datasets, allowed=config.data.allow_overlap)
         _check_length(config, len(train_set))
@@ -161,7 +187,7 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> tuple[Prepare
     with raise_together():
         # Separate from the block above: orbax synchronises all processes when it reads a run's identity, and would wait
         # forever for a process that had already failed.
-        fingerprint, inputs = base.identity, read_inputs(config.data, datasets)
+        fingerprint, inputs = base.identity, shared.inputs if shared else read_inputs(config.data, datasets)
     architecture = {"vision": asdict(base.config.vision), "text": asdict(base.config.text)}
     facts = [(f"{base.path}: config.json: {key}", value) for key, value in flat(architecture).items()]
     facts.append((f"{base.path}: weights", SHA256 + fingerprint))
@@ -190,7 +216,8 @@ def prepare(config: RunConfig, out: Path, mesh: Mesh, say: Say) -> tuple[Prepare
     )
     num_steps = plan.num_steps(config.train.epochs)
     schedule = make_schedule(config.train, num_steps)
-    optimizer = make_optimizer(config.train, schedule, labels)
+    same_length = shared is not None and shared.num_steps == num_steps
+    optimizer = shared.optimizer if shared and same_length else make_optimizer(config.train, schedule, labels)
     state = init_state(freeze.as_trainable(trainable), optimizer)
     state = jax.device_put(state, shardings(state, mesh))
     prepared = Prepared(

@@ -13,7 +13,7 @@ from umbrella_jax.data.inputs import Inputs, changed_inputs
 from umbrella_jax.distributed import gather, raise_together
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.io.reading import LISTING, read_json
-from umbrella_jax.rundir import CHECKPOINTS, CONFIG, INPUTS, Line, Say
+from umbrella_jax.rundir import CHECKPOINTS, CONFIG, INPUTS, Line, Say, seed_runs
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.step import TrainState
 
@@ -52,11 +52,16 @@ compared instead of its path."""
 
 
 def check_out(config: RunConfig, out: Path, resume: bool) -> None:
-    """Raise ConfigError if `out` holds a run and `resume` is not set, or a run with other settings.
+    """Raise ConfigError if `out` holds several runs, or one and `resume` is not set, or one with other settings.
 
     This comes before anything large is read. `check_same_run` compares the settings again, with those in the
     checkpoint, and compares weights and data too.
     """
+    if seeds := seed_runs(out):
+        raise ConfigError(
+            f"{out}: holds the runs of several seeds; continue them with --seeds {','.join(map(str, seeds))} --resume, "
+            "or choose another directory (--out DIR)"
+        )
     if not resume and (out / CHECKPOINTS).exists():
         raise ConfigError(f"{out}: holds a run; continue it with --resume, or choose another directory (--out DIR)")
     if resume and (out / CONFIG).exists():

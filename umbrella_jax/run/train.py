@@ -35,6 +35,7 @@ from umbrella_jax.run.loggers import open_loggers
 from umbrella_jax.run.preparation import (
     EvaluationData,
     Prepared,
+    Shared,
     check,
     check_processes,
     prepare,
@@ -117,6 +118,19 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) -> 
         RunError: loss or gradient are not finite.
         Interrupted: SIGTERM or SIGINT came. The step under way was finished and saved; `resume` continues from there.
     """
+    line, _ = train_sharing(config, None, resume=resume, say=say)
+    return line
+
+
+def train_sharing(config: RunConfig, shared: Shared | None, *, resume: bool, say: Say) -> tuple[Line, Shared]:
+    """Train as `train` does, with what an earlier run of this process shares; arguments and errors are its own.
+
+    Args:
+        shared: of a run whose config differs only in seed and `output_dir`; None for the first.
+
+    Returns:
+        The line that `train` returns, and what the next run can use again.
+    """
     first = jax.process_index() == 0
     with ExitStack() as stack:
         check_processes(config, resume=resume)
@@ -127,8 +141,8 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) -> 
                 stack.enter_context(locked(out))
             check_out(config, out, resume)
             log = stack.enter_context(RunLog(out / LOG, say, _about(mesh))) if first else None
-        run, state = prepare(config, out, mesh, log.say if log else say_nothing)
-        return _train(run, state, resume, log)
+        run, state = prepare(config, out, mesh, log.say if log else say_nothing, shared)
+        return _train(run, state, resume, log), run.shared
 
 
 def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -> Line:

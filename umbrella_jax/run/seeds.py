@@ -1,0 +1,88 @@
+"""Train the same run with several seeds, one after the other: `umbrella-jax train --seeds`.
+
+Each seed has an ordinary run, `output_dir`/seed-N. All share one process, so data are checked and steps compiled once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from umbrella_jax.config.load import load_stored_config
+from umbrella_jax.config.schema import RunConfig
+from umbrella_jax.distributed import broadcast, check_same, raise_together
+from umbrella_jax.errors import ConfigError, Faults
+from umbrella_jax.run.preparation import Shared
+from umbrella_jax.run.resumption import check_out
+from umbrella_jax.run.train import rehearse, train_sharing
+from umbrella_jax.rundir import CHECKPOINTS, CONFIG, LOG, Say, how_it_ended, say_nothing, seed_run
+
+
+def train_seeds(config: RunConfig, seeds: Sequence[int], *, resume: bool = False, say: Say = tqdm.write) -> None:
+    """Train a run per seed, each as `train` would alone, into `output_dir`/seed-N.
+
+    The first run that fails ends the command.
+
+    Args:
+        seeds: replace `config.seed`.
+        resume: skip finished runs, and continue or start the others.
+        say: takes lines to print.
+
+    Raises:
+        ConfigError: a seed's directory holds a run and `resume` is not set, or a run with other settings; or
+            `output_dir` is a run itself.
+        UmbrellaError, Interrupted: as `train` does.
+    """
+    tell = say if jax.process_index() == 0 else say_nothing
+    configs = _unfinished(config, seeds, resume, tell)
+    shared: Shared | None = None
+    for number, each in enumerate(configs, 1):
+        tell(f"seed {each.seed}, {number} of {len(configs)}: {each.output_dir}")
+        _, shared = train_sharing(each, shared, resume=resume, say=say)
+    tell(
+        "every seed is finished"
+        + (f"; compare them with umbrella-jax score {config.output_dir}" if config.data.eval else "")
+    )
+
+
+def rehearse_seeds(config: RunConfig, seeds: Sequence[int], *, resume: bool = False, say: Say = tqdm.write) -> None:
+    """Rehearse the first run that `train_seeds` would make; the others differ only in their numbers.
+
+    Raises the errors of `train_seeds` and `rehearse`.
+    """
+    tell = say if jax.process_index() == 0 else say_nothing
+    configs = _unfinished(config, seeds, resume, tell)
+    if not configs:
+        tell("every seed is finished")
+        return
+    tell(f"seed {configs[0].seed}, as an example of {len(configs)}")
+    rehearse(configs[0], resume=resume, say=say)
+
+
+def _unfinished(config: RunConfig, seeds: Sequence[int], resume: bool, tell: Say) -> list[RunConfig]:
+    """Check the directory of every seed, and return the configs of the runs that are still to be made."""
+    check_same([("--seeds", list(seeds))], "start every process with the same")
+    with raise_together():
+        if config.output_dir is None:
+            raise ConfigError("output_dir: expected a path (--out DIR)")
+        out = Path(config.output_dir)
+        if (out / CONFIG).exists() or (out / CHECKPOINTS).exists():
+            raise ConfigError(f"{out}: holds a run; several seeds need a directory of their own (--out DIR)")
+        configs = [replace(config, seed=seed, output_dir=str(seed_run(out, seed))) for seed in seeds]
+        faults = Faults()
+        for each in configs:
+            with faults:
+                check_out(each, Path(str(each.output_dir)), resume)
+        faults.raise_as(ConfigError)
+    finished = broadcast([each.seed for each in configs if resume and _is_finished(each)])
+    for seed in finished:
+        tell(f"seed {seed}: finished: {seed_run(out, seed)}")
+    return [each for each in configs if each.seed not in finished]
+
+
+def _is_finished(config: RunConfig) -> bool:
+    """Return whether `output_dir` holds a run that ended without an error after as many epochs."""
+    out = Path(str(config.output_dir))
+    return how_it_ended(out / LOG) == "" and load_stored_config(out / CONFIG).train.epochs == config.train.epochs
