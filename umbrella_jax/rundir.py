@@ -147,6 +147,14 @@ def seed_runs(directory: Path) -> dict[int, Path]:
     return {int(seed): folders[seed] for seed in sorted(filter(str.isdecimal, folders), key=int)}
 
 
+def check_one_run(directory: Path) -> None:
+    """Raise ConfigError if a directory holds the runs of several seeds, naming them."""
+    if runs := seed_runs(directory):
+        raise ConfigError(
+            f"{directory}: holds the runs of several seeds; name one: {', '.join(map(str, runs.values()))}"
+        )
+
+
 class RunLog:
     """Context manager that writes `log.txt`: printed lines, warnings, other packages' logs, and the error at the end.
 

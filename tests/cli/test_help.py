@@ -126,7 +126,7 @@ def test_flags_have_one_meaning() -> None:
                 path = "path" if metavar in (*FILES, *DIRECTORIES) else metavar
                 kinds.setdefault(flag, set()).add(path)
     assert {flag: values for flag, values in kinds.items() if len(values) > 1} == {}
-    assert not [flag for flag in kinds if f"{flag}s" in kinds and flag not in ("--answer",)]
+    assert not [flag for flag in kinds if f"{flag}s" in kinds and flag not in ("--answer", "--seed")]
 
 
 def test_every_directory_that_is_written_has_both_names() -> None:
@@ -206,6 +206,6 @@ def test_every_path_is_completed() -> None:
     """Every metavar is listed as a file, as a directory, or as neither."""
     others = {"NAME", "VALUE", "TEXT", "PROMPT", "ID", "N", "RATE", "SHARE", "FRACTION", "FACTOR", "STEP", "TIME"}
     others |= {"AXES", "ADDRESS", "KEY=VALUE", "ACTION", "TYPE", "METHOD", "COLUMN", "KIND", "SHARES", "NAMES"}
-    others |= {"SIZE", "SHELL", "COMMAND", "REPO", "BRANCH"}
+    others |= {"SIZE", "SHELL", "COMMAND", "REPO", "BRANCH", "SEEDS"}
     named = {action.metavar for command in COMMANDS.values() for action in command._actions if action.metavar}
     assert named - {*FILES, *DIRECTORIES} <= others

@@ -202,6 +202,7 @@ NOT_RUN: dict[str, str] = {
     "docker": "no daemon here",
     "bash scripts/install.sh": "the environment is the suite's; scripts/test.sh begins with it",
     "bash scripts/lock.sh": "asks the registry for versions, which change",
+    "sbatch --array=1-3": "no SLURM here; its words are those of a single run",
     "srun": "no SLURM here; tests/doctor/test_diagnose.py has its variables",
     "uv pip install": "the environment is the suite's; scripts/install.sh installs so",
     "python -m venv": "the environment is the suite's",
@@ -211,6 +212,8 @@ NOT_RUN: dict[str, str] = {
 
 PARSED: dict[str, str] = {
     "umbrella-jax train --config run.yaml --coordinator": "two machines; tests/run/test_processes.py has two processes",
+    "umbrella-jax train --seeds 1,2,3 --config t1_0.5b": "tests/run/test_seeds.py trains several seeds",
+    "umbrella-jax score runs/seeds": "tests/run/test_seeds.py scores them",
     "umbrella-jax push exports/sex my-lab/sex-t1 --message": "needs the hub; tests/checkpoints/test_push.py has one",
     "umbrella-jax train --config configs/stage1_0.5b.yaml": "tests/models/test_lora.py trains both stages",
     "umbrella-jax train --config configs/stage2_0.5b.yaml": "tests/models/test_lora.py trains both stages",

@@ -1,5 +1,6 @@
 """`train --seeds` makes an ordinary run per seed, and `score` compares them."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -118,3 +119,10 @@ def test_lists_that_are_refused(
 def test_several_seeds_in_a_run_are_refused(runs: Path, world: World) -> None:
     run = runs / "seed-1"
     assert f"{run}: holds a run; several seeds need" in umbrella(*world.train_flags(run, "--seeds", "1"), code=2)
+
+
+def test_score_compares_the_seeds(runs: Path) -> None:
+    values = [numbers(runs / f"seed-{seed}")[-1]["eval_accuracy"] for seed in (1, 2)]
+    found = json.loads(umbrella("score", runs, "--json"))["overall"]["accuracy"]
+    assert found["mean"] == pytest.approx(sum(values) / 2)
+    assert list(found["seeds"].values()) == values

@@ -43,7 +43,7 @@ from umbrella_jax.data.tokenize import load_tokenizer
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models import LlavaConfig, Params, abstract_params
 from umbrella_jax.models.paths import adapted_weight, adapter_paths, modality_of
-from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL, NEWEST, Step, choose_step
+from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL, NEWEST, Step, check_one_run, choose_step
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints, param_shapes, restore_params
 from umbrella_jax.training.diagnose import nonfinite_params
@@ -109,6 +109,8 @@ class Checkpoint(ABC):
         run = directory.parent.parent if is_step else directory
         is_run = (run / MODEL).is_dir() and (run / CONFIG).is_file()
         is_native = not is_run and (directory / PARAMS).is_dir()
+        if not is_run and not (directory / HF_CONFIG).is_file():
+            check_one_run(directory)
         if not is_run and not is_native and (run / CHECKPOINTS).is_dir():
             absent = " and ".join(name for name in (MODEL, CONFIG) if not (run / name).exists())
             raise CheckpointError(

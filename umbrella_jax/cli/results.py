@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def add(commands: Any) -> None:
         "Score predictions per task, with confidence intervals.",
         "umbrella-jax score runs/sex",
     )
-    score.add_argument("predictions", metavar="FILE", help="predictions (.jsonl), or a run")
+    score.add_argument("predictions", metavar="FILE", help="predictions (.jsonl), a run, or runs of several seeds")
     add_step(score, "evaluation of a run")
     score.add_argument("--config", metavar="FILE", help="YAML with an evaluation section; default the run's")
     add_json(score)
@@ -107,10 +108,13 @@ def _runs(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from umbrella_jax.rundir import CONFIG, choose_step, predictions_by_step
+    from umbrella_jax.rundir import CONFIG, choose_step, predictions_by_step, seed_runs
     from umbrella_jax.scoring.metrics import cut_faults, read_predictions, score, tasks_of
 
     file, stored, title = Path(arguments.predictions), None, ""
+    if runs := seed_runs(file):
+        _score_seeds(arguments, runs)
+        return
     if file.is_dir():
         run, by_step = file, predictions_by_step(file)
         if not by_step:
@@ -132,6 +136,23 @@ def _score(arguments: argparse.Namespace) -> None:
         print(strict_json(scores.to_json(), indent=1))
     else:
         print(f"{title}{scores.table()}")
+
+
+def _score_seeds(arguments: argparse.Namespace, runs: Mapping[int, Path]) -> None:
+    from umbrella_jax.report.compare_seeds import read_seeds
+    from umbrella_jax.scoring.metrics import tasks_of
+    from umbrella_jax.scoring.seeds import score_seeds
+
+    found = read_seeds(runs, arguments.step)
+    config = load_config(arguments.config).evaluation if arguments.config else found.evaluation
+    tasks = tasks_of(next(iter(found.rows.values())), config.tasks)
+    scores = score_seeds(found.rows, tasks, resamples=config.resamples)
+    if arguments.json:
+        files = {seed: str(file) for seed, file in found.files.items()}
+        print(strict_json({**scores.to_json(), "predictions": files}, indent=1))
+    else:
+        print("\n".join(f"seed {seed}: {file} ({found.reasons[seed]})" for seed, file in found.files.items()))
+        print(f"\n{scores.table()}")
 
 
 def _report(arguments: argparse.Namespace) -> None:

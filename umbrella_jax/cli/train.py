@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
     run = groups["run"]
     run.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     run.add_argument("--dry-run", action="store_true", help="check, compile and report memory; do not train")
-    run.add_argument("--seeds", type=_seeds, metavar="LIST", help="train once per seed, 1,2,3, into --out/seed-N")
+    run.add_argument("--seeds", type=_seeds, metavar="SEEDS", help="train once per seed: 1,2,3, into --out/seed-N")
     run.add_argument("--no-wandb", action="store_true", help="disable Weights & Biases [train.wandb]")
     add_cluster(train)
 

@@ -25,6 +25,7 @@ from umbrella_jax.rundir import (
     PREDICTIONS,
     Line,
     Step,
+    check_one_run,
     choose_step,
     predictions_by_step,
     read_metrics,
@@ -231,6 +232,7 @@ def read_facts(
 def check_run(run: str | Path) -> None:
     """Raise ConfigError if a path is not the directory of a run."""
     run = Path(run)
+    check_one_run(run)
     if not (run / CONFIG).is_file() or not (run / MODEL).is_dir():
         problem = "no run" if run.is_dir() else why_not_a_directory(run)
         raise ConfigError(f"{run}: {problem}; expected the --out of umbrella-jax train, with {CONFIG} and {MODEL}/")

@@ -21,7 +21,7 @@ from umbrella_jax.rundir import CHECKPOINTS, CONFIG, LOG, Say, how_it_ended, say
 
 
 def train_seeds(config: RunConfig, seeds: Sequence[int], *, resume: bool = False, say: Say = tqdm.write) -> None:
-    """Train a run per seed, each as `train` would alone, into `output_dir`/seed-N.
+    """Train a run per seed, each as `train` would by itself, into `output_dir`/seed-N.
 
     The first run that fails ends the command.
 
@@ -41,10 +41,8 @@ def train_seeds(config: RunConfig, seeds: Sequence[int], *, resume: bool = False
     for number, each in enumerate(configs, 1):
         tell(f"seed {each.seed}, {number} of {len(configs)}: {each.output_dir}")
         _, shared = train_sharing(each, shared, resume=resume, say=say)
-    tell(
-        "every seed is finished"
-        + (f"; compare them with umbrella-jax score {config.output_dir}" if config.data.eval else "")
-    )
+    advice = f"; compare them with umbrella-jax score {config.output_dir}" if config.data.eval else ""
+    tell(f"every seed is finished{advice}")
 
 
 def rehearse_seeds(config: RunConfig, seeds: Sequence[int], *, resume: bool = False, say: Say = tqdm.write) -> None:

@@ -194,6 +194,47 @@ def score(rows: Iterable[Prediction], tasks: Mapping[str, Task], *, resamples: i
             prediction is not text; likelihoods are of other answers than the task's, or only some of its rows have any.
     """
     groups = by_task(rows)
+    figures = {
+        name: values.figure() for name, values in resample(groups, tasks, resamples=resamples, seed=seed).items()
+    }
+    intervals = f"95 % intervals: {resamples} resamples of subjects" if resamples else "No intervals: no resamples"
+    return Scores(
+        tasks=dict(tasks),
+        figures=figures,
+        confusion={name: _confusion(task, groups[name]) for name, task in tasks.items() if task.answers is not None},
+        notes=(f"{intervals}; {subject_keys(groups)}.", *answer_notes(tasks, groups)),
+        resamples=resamples,
+    )
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """A figure over all answers, and over each resample of subjects."""
+
+    values: np.ndarray
+    """float [1 + R]; the first is over all answers."""
+    subject: np.ndarray
+    """Number of each answer's subject, int [n]."""
+    chance: float | None
+    is_share: bool = False
+    """Whether the value is a share of answers or votes."""
+
+    def figure(self) -> Figure:
+        """Return the value with its interval."""
+        return _figure(self.values, self.subject, self.chance, self.is_share)
+
+
+def resample(
+    groups: Mapping[str, Sequence[Prediction]], tasks: Mapping[str, Task], *, resamples: int, seed: int
+) -> dict[str, Resampled]:
+    """Return {name: values} of all figures, those over several tasks first.
+
+    The draws depend only on `resamples`, `seed` and the subjects, so two models' answers to the same conversations are
+    resampled alike. Other arguments and errors are those of `score`.
+
+    Args:
+        groups: {task: its rows}.
+    """
     faults = [f"task {name}: no answers; expected at least one" for name in tasks if name not in groups]
     for name, members in groups.items():
         if name in tasks:
@@ -224,23 +265,17 @@ def score(rows: Iterable[Prediction], tasks: Mapping[str, Task], *, resamples: i
             for name, statistic in statistics.items():
                 samples[name].append(statistic.compute(w[statistic.subject]))
     values = {name: np.concatenate(parts) for name, parts in samples.items()}
-    figures = {name: _figure(values[name], s.subject, s.chance, s.is_share) for name, s in statistics.items()}
+    found = {name: Resampled(values[name], s.subject, s.chance, s.is_share) for name, s in statistics.items()}
     for name, averaged in overall.items():
         if name != "accuracy":
-            each = [name_of(task, name.removeprefix("macro/")) for task in averaged]
-            chances = [c for one in each if (c := statistics[one].chance) is not None]
-            figures[name] = _figure(
-                np.mean([values[one] for one in each], axis=0),
-                np.concatenate([statistics[one].subject for one in each]),
+            each = [found[name_of(task, name.removeprefix("macro/"))] for task in averaged]
+            chances = [one.chance for one in each if one.chance is not None]
+            found[name] = Resampled(
+                np.mean([one.values for one in each], axis=0),
+                np.concatenate([one.subject for one in each]),
                 float(np.mean(chances)) if len(chances) == len(each) else None,
             )
-    return Scores(
-        tasks=dict(tasks),
-        figures={name: figures[name] for name in [*overall, *(n for n in statistics if n not in overall)]},
-        confusion={name: _confusion(task, groups[name]) for name, task in tasks.items() if task.answers is not None},
-        notes=tuple(_notes(tasks, groups, resamples)),
-        resamples=resamples,
-    )
+    return {name: found[name] for name in [*overall, *(n for n in statistics if n not in overall)]}
 
 
 def _subject(row: Prediction) -> tuple[str, str]:
@@ -473,11 +508,14 @@ _STATISTICS: dict[TaskKind, Callable[[Task, Sequence[Prediction], np.ndarray], d
 # Notes and tables.
 
 
-def _notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Prediction]], resamples: int) -> Iterator[str]:
+def subject_keys(groups: Mapping[str, Sequence[Prediction]]) -> str:
+    """Return in words which keys name the subjects of answers."""
     known = Counter(_subject(row)[0] for members in groups.values() for row in members)
-    keys = " and ".join(f"{key} ({n} answers)" for key, n in sorted(known.items()))
-    intervals = f"95 % intervals: {resamples} resamples of subjects" if resamples else "No intervals: no resamples"
-    yield f"{intervals}; subjects by {keys}."
+    return "subjects by " + " and ".join(f"{key} ({n} answers)" for key, n in sorted(known.items()))
+
+
+def answer_notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Prediction]]) -> Iterator[str]:
+    """Yield sentences about answers that cannot be parsed, tasks with one class, and metrics that lack likelihoods."""
     for name, task in tasks.items():
         rows = groups[name]
         if task.kind == "regression":
