@@ -39,7 +39,7 @@ def fetch(model: str | Path, *, weights: bool = True) -> Path:
 
     name, revision = parsed
     try:
-        patterns = ["*.json", "*.jinja", "*.txt", *["*.safetensors"] * weights]
+        patterns = ["*.json", "*.jinja", "*.txt", "README.md", *["*.safetensors"] * weights]
         directory = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         if weights and not any(directory.glob("*.safetensors")):  # an older model, in PyTorch's own format
             patterns.append("pytorch_model*.bin")

@@ -9,7 +9,7 @@ import numpy as np
 
 from convert.export_config import CARD, carried_files, export_names, write_config
 from convert.lazy_tensor import Tensor
-from convert.model_card import model_card
+from convert.model_card import TrainingRecord, model_card
 from convert.rules import EMBED, map_tensors
 from convert.safetensors_files import write_checkpoint
 from umbrella_jax.config.schema import Template
@@ -31,6 +31,8 @@ def export(
     fingerprint: str | None = None,
     template: Template | None = None,
     untrained: Mapping[str, str] | None = None,
+    records: Sequence[TrainingRecord] = (),
+    license: Mapping[str, str] | None = None,
     finish: Callable[[Path], None] = lambda part: None,
 ) -> None:
     """Write weights, configuration, tokenizer and a model card to the new folder `out`, atomically.
@@ -44,6 +46,8 @@ def export(
         fingerprint: SHA-256 of that model's weights.
         template: conversation template of the training data.
         untrained: {modality: reason} for modalities whose weights are untrained.
+        records: facts about the runs that made the parameters, for the model card.
+        license: of the base, as in `model_card`.
         finish: called with the folder to change small files before their checksums are recorded.
 
     Raises:
@@ -70,7 +74,7 @@ def export(
     with new_folder(out) as part:
         checksums = write_checkpoint(part, hub_tensors(params, config, renamed), max_shard_size)
         without_training = [renamed[m] for m in untrained or ()]
-        card = model_card(config, modalities, out.name, base, fingerprint, template, without_training)
+        card = model_card(config, modalities, out.name, base, fingerprint, template, without_training, records, license)
         (part / CARD).write_text(card, encoding="utf-8")
         write_config(source_dir, part, config, names, dtype=dtype, checksums=checksums, finish=finish, **stated)
 

@@ -299,7 +299,7 @@ def test_at_some_events(cases: dict[str, Case], name: str, tmp_path: Path) -> No
 
 def test_participant_data_are_readable_only_by_their_owner(trained: Path) -> None:
     """Whatever the umask lets others read; a run's settings, metrics and weights are not hidden."""
-    private = {"inputs.json", "log.txt", "predictions/step_2.jsonl"}
+    private = {"inputs.json", "counts.json", "log.txt", "predictions/step_2.jsonl"}
     modes = {path.relative_to(trained).as_posix(): path.stat().st_mode & 0o777 for path in trained.rglob("*")}
     assert {name: modes[name] for name in private} == dict.fromkeys(private, 0o600)
     assert modes["predictions"] == 0o700

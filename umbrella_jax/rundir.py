@@ -2,6 +2,7 @@
 
 config.yaml      the config with all defaults
 inputs.json      a digest of every file that the run reads
+counts.json      numbers of conversations, subjects and answers of the data
 model/           config.json, tokenizer, modalities: the model without its weights
 metrics.jsonl    one line per update, with eval_NAME of its evaluation if there was one; the best step also has
                  final_NAME if train.eval_samples limited its first evaluation
@@ -29,9 +30,8 @@ from umbrella_jax.errors import ConfigError, DataError, Interrupted, UmbrellaErr
 from umbrella_jax.io.files import open_private, strict_json, write_whole
 from umbrella_jax.io.reading import parse_json
 
-CONFIG, INPUTS, MODEL, METRICS, PREDICTIONS, CHECKPOINTS, LOG, REPORT = (
-    *("config.yaml", "inputs.json", "model", "metrics.jsonl", "predictions", "checkpoints", "log.txt", "report.html"),
-)
+CONFIG, INPUTS, COUNTS, MODEL, METRICS = "config.yaml", "inputs.json", "counts.json", "model", "metrics.jsonl"
+PREDICTIONS, CHECKPOINTS, LOG, REPORT = "predictions", "checkpoints", "log.txt", "report.html"
 Say = Callable[[str], None]
 """Prints or logs a text for people, of one or more lines."""
 Step = int | Literal["best", "latest"]

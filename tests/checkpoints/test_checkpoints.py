@@ -108,6 +108,21 @@ def test_run_checkpoint_and_export_are_one_model(run: Path, export: Path, native
     assert np.abs(earlier - before).max() > 1e-2
 
 
+def test_the_card_of_an_export_is_about_its_run(run: Path, export: Path, world: World, tmp_path: Path) -> None:
+    card = (export / "README.md").read_text()
+    assert f"\nExported: step {STEPS}. umbrella-jax " in card
+    assert "| training | **all** | <10 | not recorded | volumes: <10 T1 |" in card
+    assert "Fewer than 10 subjects, not shown: T1, T3." in card
+    assert "| `train.learning_rate` | 0.01 |" in card
+    assert not [private for private in (str(world.root), "one-0", "eval-one", "nii", "left") if private in card]
+    older = shutil.copytree(run, tmp_path / "older")
+    (older / "counts.json").write_text("[]")
+    assert f"{older / 'counts.json'}: not as " in umbrella("convert", "to-hf", older, tmp_path / "out", code=2)
+    (older / "counts.json").unlink()
+    umbrella("convert", "to-hf", older, tmp_path / "out")
+    assert "Not recorded: the run is older than the record" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_nan_weights_are_not_exported(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = "vision_tower.vision_model.embeddings.T1_proj.bias"
     restore = Checkpoints.restore_trainable

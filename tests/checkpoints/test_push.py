@@ -24,6 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder = make_base(tmp_path_factory.mktemp("push") / "base")
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"_name_or_path": "/scratch/alice/llava"}))
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: lab\n---\nThe base's own card.\n")
     return Checkpoint.open(folder, small_run.modalities())
 
 
@@ -178,8 +179,11 @@ def test_urls_and_chat_templates_are_no_paths_of_a_machine(export: Path) -> None
     umbrella("push", export, REPO, "--dry-run")
 
 
-def test_an_export_does_not_repeat_where_its_base_was(export: Path) -> None:
+def test_an_export_has_the_license_of_its_base_and_not_its_path(export: Path) -> None:
     assert "alice" not in (export / "config.json").read_text()
+    card = (export / "README.md").read_text()
+    assert "\nlicense: other\nlicense_name: lab\n" in card.split("\n---\n")[0]
+    assert "The base's own card." not in card
 
 
 def test_refuses_weights_that_changed(export: Path, hub: Hub) -> None:

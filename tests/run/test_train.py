@@ -65,7 +65,8 @@ def run(printed: str, world: World) -> Path:
 
 
 def test_a_run_writes_these_files(run: Path, world: World) -> None:
-    written = {"config.yaml", "model", "checkpoints", "metrics.jsonl", "predictions", "inputs.json", "log.txt", ".lock"}
+    written = {"config.yaml", "model", "checkpoints", "metrics.jsonl", "predictions", "log.txt", ".lock"}
+    written |= {"inputs.json", "counts.json"}
     assert {p.name for p in run.iterdir()} == written
     lines = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))

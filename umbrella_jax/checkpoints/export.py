@@ -1,5 +1,6 @@
 """Write checkpoints: native, Hugging Face, or the trained parameters only."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,14 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from convert.checksum import folder_checksums
-from convert.export_config import export_names, write_config
+from convert.export_config import CARD, export_names, write_config
 from convert.lazy_tensor import Tensor, host_memory
+from convert.model_card import TrainingRecord
 from convert.to_hf import export, hub_tensors
 from convert.trainable import FILE, Trainable, write_trainable
 from umbrella_jax.checkpoints.checkpoint import PARAMS, Checkpoint, has_tokenizer
 from umbrella_jax.data.tokenize import save_tokenizer
-from umbrella_jax.errors import CheckpointError
+from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.io.files import check_new_folder, check_run_name, new_folder
+from umbrella_jax.io.reading import parse_yaml
 from umbrella_jax.models.paths import adapted_weight, adapter_paths, modality_of
 from umbrella_jax.training.checkpoint import save_params
 
@@ -78,6 +81,7 @@ def write_hf(
     names: Sequence[str] | None = None,
     max_shard_size: int | str = "5GB",
     include_untrained: bool = False,
+    records: Sequence[TrainingRecord] = (),
 ) -> None:
     """Write a Hugging Face directory, tensor by tensor, with tokenizer and model card.
 
@@ -87,6 +91,7 @@ def write_hf(
         names, max_shard_size: as in `export`.
         include_untrained: whether to write untrained modalities, which are otherwise left out
             (`untrained_to_leave_out`).
+        records: facts about the runs that made the weights, for the model card.
     """
     check_new_folder(out)
     checkpoint = checkpoint.merged()
@@ -109,8 +114,22 @@ def write_hf(
         fingerprint=checkpoint.fingerprint if checkpoint.is_derived else None,
         template=checkpoint.template,
         untrained={name: why for name, why in checkpoint.untrained.items() if name not in left_out},
+        records=records,
+        license=_license(checkpoint.origin.path / CARD),
         finish=finish,
     )
+
+
+def _license(card: Path) -> dict[str, str]:
+    """Return the fields about the license in a model card; none if there is no card or it states none."""
+    front = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
+    try:
+        stated = parse_yaml(front[1], str(card)) if front else None
+    except ConfigError:  # somebody else's card
+        return {}
+    named = stated if isinstance(stated, dict) and isinstance(stated.get("license"), str) else {}
+    fields = ("license", "license_name", "license_link")
+    return {field: named[field] for field in fields if isinstance(named.get(field), str)}
 
 
 def write_trained(

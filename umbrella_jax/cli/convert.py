@@ -105,6 +105,7 @@ def _from_hf(arguments: argparse.Namespace) -> None:
 def _to_hf(arguments: argparse.Namespace) -> None:
     from umbrella_jax.checkpoints.checkpoint import Checkpoint
     from umbrella_jax.checkpoints.export import untrained_to_leave_out, write_hf, write_trained
+    from umbrella_jax.run.record import read_training_records
 
     checkpoint = Checkpoint.open(arguments.source, step=arguments.step)
     if checkpoint.step_message:
@@ -121,7 +122,8 @@ def _to_hf(arguments: argparse.Namespace) -> None:
         print(f"{file}: trained weights; add them to their base with")
         print(f"  umbrella-jax convert from-hf HF_DIR OUT --config FILE \\\n    --patch-embed {file}")
     else:
-        write_hf(checkpoint, out, max_shard_size=arguments.max_shard_size, **options)
+        records = read_training_records(checkpoint)
+        write_hf(checkpoint, out, max_shard_size=arguments.max_shard_size, records=records, **options)
         print(f"{out}: Hugging Face checkpoint; in PyTorch:\n  convert.torch_model.load_umbrella({str(out)!r})")
 
 

@@ -27,7 +27,7 @@ from umbrella_jax.data.inputs import dump_inputs
 from umbrella_jax.data.loader import eval_subset, task_ids, train_batches
 from umbrella_jax.distributed import broadcast, max_over_processes, raise_together
 from umbrella_jax.errors import Interrupted
-from umbrella_jax.io.files import PRIVATE, locked, rewrite_folder, write_whole
+from umbrella_jax.io.files import PRIVATE, locked, rewrite_folder, strict_json, write_whole
 from umbrella_jax.models import abstract_params
 from umbrella_jax.plan import batch_flops, sheet_of
 from umbrella_jax.run.evaluation import evaluate
@@ -47,6 +47,7 @@ from umbrella_jax.run.signals import Signals
 from umbrella_jax.rundir import (
     CHECKPOINTS,
     CONFIG,
+    COUNTS,
     INPUTS,
     LOG,
     METRICS,
@@ -60,6 +61,7 @@ from umbrella_jax.rundir import (
     say_nothing,
     with_final,
 )
+from umbrella_jax.scoring.counts import count_conversations
 from umbrella_jax.sharding import param_sharding, parts
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints
@@ -167,6 +169,7 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
             )
             write_whole(out / CONFIG, dump_config(_with_absolute_base(config, run.model.base)))
             write_whole(out / INPUTS, dump_inputs(run.data.inputs), PRIVATE)
+            write_whole(out / COUNTS, strict_json(_counts(run), indent=1) + "\n", PRIVATE)
 
         def interrupted() -> int:
             return max_over_processes(signals.received)
@@ -219,6 +222,13 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
         if name.startswith("eval_"):
             say(_number(name, value))  # one line each: a task has many
     return line
+
+
+def _counts(run: Prepared) -> dict[str, Any]:
+    """Return {train, eval: numbers about the data}."""
+    data = {"train": run.data.train_set, "eval": run.data.evaluation and run.data.evaluation.dataset}
+    tasks = run.config.evaluation.tasks
+    return {split: count_conversations(held.conversations, tasks) for split, held in data.items() if held}
 
 
 def _hooks(
