@@ -47,7 +47,8 @@ def folder(tmp_path: Path) -> Path:
     log = "started: x\nstarted: x\nWARNING: y\nended: SIGTERM: saved at step 4 of 8"
     write_run(tmp_path / "deep" / "b", lines(4, 8, ["eval_loss", SEX]), log, seed=2)
     write_run(tmp_path / "c", lines(1, 6), "started: x", seed=1, train={"epochs": 2.0})
-    (tmp_path / "c" / "metrics.jsonl").open("a").write('{"step": 2, "lo')  # which is being written
+    with (tmp_path / "c" / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 2, "lo')  # which is being written
     return tmp_path
 
 

@@ -173,8 +173,8 @@ class Pair:
 
     def end(self) -> None:
         for process in self.processes:
-            process.kill()
-            process.wait()
+            with process:  # closes its pipes
+                process.kill()
 
 
 Two = Callable[..., list[tuple[int, str, str]]]
