@@ -19,13 +19,13 @@ import os
 import socket
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from umbrella_jax.config.schema import TrainConfig, lower_is_better
+from umbrella_jax.config.schema import EarlyStoppingConfig, TrainConfig, lower_is_better
 from umbrella_jax.errors import ConfigError, DataError, Interrupted, UmbrellaError, known_cause, visible
 from umbrella_jax.io.files import open_private, strict_json, write_whole
 from umbrella_jax.io.reading import parse_json
@@ -90,6 +90,43 @@ def with_final(line: Line) -> Line:
     """Return a line with its `final_NAME`, if it has any, in place of its `eval_NAME`."""
     final = {_EVAL + name.removeprefix(_FINAL): value for name, value in line.items() if name.startswith(_FINAL)}
     return {name: value for name, value in line.items() if not (final and name.startswith((_FINAL, _EVAL)))} | final
+
+
+def evaluations(lines: Iterable[Line]) -> dict[int, Line]:
+    """Return {step: line} of the evaluated steps."""
+    return {int(line["step"] or 0): line for line in lines if any(name.startswith(_EVAL) for name in line)}
+
+
+def stopped_early(lines: Iterable[Line], rule: EarlyStoppingConfig | None) -> str | None:
+    """Return why early stopping ends a run after these lines of `metrics.jsonl`; None if the run goes on.
+
+    Args:
+        lines: by increasing step.
+        rule: `EarlyStoppingConfig` defines it; None never stops a run.
+    """
+    if rule is None:
+        return None
+    metric, failed, step = rule.metric, 0, 0
+    sign = 1 if lower_is_better(metric) else -1
+    best: tuple[float, int] | None = None  # (sign · value, step)
+    for step, line in evaluations(lines).items():
+        value = line.get(metric)
+        failed += 1
+        if value is None or not math.isfinite(value):
+            continue
+        if best is None or best[0] - sign * value > rule.min_delta:
+            failed = 0
+        best = min(best or (math.inf, 0), (sign * value, step))
+    if failed < rule.patience:
+        return None
+    count = f"{failed} evaluation{'' if failed == 1 else 's'}"
+    if best is None:
+        return f"stopped early at step {step}: {metric} was not finite in {count}"
+    by = f" by more than {rule.min_delta:g}" if rule.min_delta else ""
+    return (
+        f"stopped early at step {step}: {metric} did not improve{by} in {count} "
+        f"(best {sign * best[0]:.4g} at step {best[1]})"
+    )
 
 
 NEWEST = "the newest"

@@ -491,6 +491,39 @@ def test_the_end_evaluates_the_best_step_on_all_data(
     assert [len(read_lines(run / f"predictions/step_{step}.jsonl")) for step in (1, 2)] == [len(rows), 4]
 
 
+def test_a_run_that_stops_early_is_finished(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`runs` and `--resume` report it. With a larger patience it trains on, here to its planned end."""
+    evaluated: list[tuple[int, bool]] = []
+
+    def evaluate(*args: Any, final: bool = False) -> dict[str, float]:
+        *_, step, _ = args
+        evaluated.append((step, final))
+        return {"eval_loss": (0.9, 0.5, 0.6, 0.7, 0.4, 0.3)[step - 1]}
+
+    monkeypatch.setattr(umbrella_jax.run.train, "evaluate", evaluate)
+    run, settings = tmp_path / "run", ("eval_steps=1", "keep_best=1", "best_metric=eval_loss")
+    flags = ["--task-filter", "T3", "--eval-data", world.eval, "--epochs", 6, "--batch-size", 4]
+    flags += [word for setting in settings for word in ("--set", f"train.{setting}")]
+
+    def train(patience: int, *more: str) -> str:
+        stopping = ["--set", f"train.early_stopping={{metric: eval_loss, patience: {patience}}}"]
+        return " ".join(umbrella(*world.train_flags(run, *flags, *stopping, *more)).split())
+
+    reason = "stopped early at step 4: eval_loss did not improve in 2 evaluations (best 0.5 at step 2)"
+    printed = train(2)
+    assert reason in printed
+    assert "best: eval_loss 0.5 at step 2" in printed
+    assert evaluated == [(1, False), (2, False), (3, False), (4, False), (2, True)]
+    found = json.loads(umbrella("runs", run, "--json"))["runs"][0]
+    assert (found["state"], found["why"], found["step"], found["steps"]) == ("finished", reason, 4, 6)
+    lines = read_lines(run / "metrics.jsonl")
+    assert f"{reason}; to train on, resume with a larger" in train(2, "--resume")
+    assert (read_lines(run / "metrics.jsonl"), len(evaluated)) == (lines, 5)
+    assert "stopped early" not in train(3, "--resume")
+    assert evaluated[5:] == [(5, False), (6, False), (6, True)]
+    assert json.loads(umbrella("runs", run, "--json"))["runs"][0]["why"] == ""
+
+
 def test_data_without_images_train_nothing_and_are_refused(world: World, tmp_path: Path) -> None:
     """Before the first step, because no gradient would reach the patch embedding. `data validate` reports it too."""
     records = json.loads(world.train.read_text())

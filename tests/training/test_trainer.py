@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from tests.helpers.training_case import CONFIG, as_bytes, quick_step, small_batch, small_case, stack
-from umbrella_jax.config.schema import MeshConfig, TrainConfig
+from umbrella_jax.config.schema import EarlyStoppingConfig, MeshConfig, TrainConfig
 from umbrella_jax.errors import CheckpointError, DataError, Interrupted, RunError, UmbrellaError
+from umbrella_jax.rundir import read_metrics
 from umbrella_jax.sharding import make_mesh, put_batch, shardings
 from umbrella_jax.training import trainer
 from umbrella_jax.training.checkpoint import Checkpoints
@@ -28,6 +29,7 @@ from umbrella_jax.training.trainer import (
     Metrics,
     ReadSignal,
     SaveCheckpoint,
+    StopEarly,
     StopOnNonfinite,
     TrainingRun,
     WriteMetrics,
@@ -108,6 +110,7 @@ def run(case, tmp_path, monkeypatch):
                     report_failed_save(checkpoints),
                     ReadSignal(interrupted),
                     EvaluateRegularly(evaluate, config, save, interrupted),
+                    StopEarly(config.early_stopping, read_metrics(tmp_path / "metrics.jsonl"), print),
                     WriteMetrics(metrics, logged.append),
                     save,
                     stop_on_signal,
@@ -335,6 +338,27 @@ def test_a_signal_ends_the_run_after_a_step(case, start, run, tmp_path, when):
         state, pending = checkpoints.restore(step, whole.state), checkpoints.meta(step).get("pending")
     assert (pending is None) == (when == "between")
     resumed = run(state, map(small_batch, range(step, STEPS)), pending=pending)
+    assert as_bytes(resumed.state) == as_bytes(whole.state)
+    assert [without_time(line) for line in resumed.lines] == [without_time(line) for line in whole.lines]
+
+
+def test_a_run_interrupted_in_every_evaluation_stops_early_at_the_same_step(case, start, run, tmp_path, capsys):
+    """The loss grows, so the second and third evaluations do not improve on the first."""
+    stopping = EarlyStoppingConfig(metric="eval_loss", patience=2)
+    settings = {"eval_steps": 1, "keep_best": 1, "best_metric": "eval_loss", "early_stopping": stopping}
+    whole = run(start, map(small_batch, range(STEPS)), **settings)
+    reason = "stopped early at step 3: eval_loss did not improve in 2 evaluations (best 0.1 at\n  step 1)"
+    assert reason in capsys.readouterr().out
+    assert [line["step"] for line in whole.lines] == saved(tmp_path) == [1, 2, 3]
+    shutil.rmtree(tmp_path / "checkpoints")
+    state, pending = placed(case.state()), None
+    for step in (1, 2, 3):
+        with pytest.raises(Interrupted):
+            run(state, map(small_batch, range(step - 1, STEPS)), pending=pending, cut_off=step, **settings)
+        with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+            state, pending = checkpoints.restore(step, whole.state), checkpoints.meta(step)["pending"]
+    resumed = run(state, map(small_batch, range(3, STEPS)), pending=pending, **settings)
+    assert reason in capsys.readouterr().out
     assert as_bytes(resumed.state) == as_bytes(whole.state)
     assert [without_time(line) for line in resumed.lines] == [without_time(line) for line in whole.lines]
 

@@ -22,8 +22,10 @@ from umbrella_jax.rundir import (
     METRICS,
     Line,
     choose_step,
+    evaluations,
     how_it_ended,
     read_metrics,
+    stopped_early,
     with_final,
 )
 from umbrella_jax.scoring.tasks import headline
@@ -43,7 +45,7 @@ class Run:
     path: Path
     state: State
     stop_reason: str
-    """Why the run stopped or is damaged, in words."""
+    """Why the run stopped, early or not, or is damaged, in words."""
     lines: tuple[Line, ...]
     """Lines of `metrics.jsonl`."""
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -78,7 +80,7 @@ class Run:
 
     @cached_property
     def _evaluations(self) -> dict[int, Line]:
-        return _evaluations(self.lines)
+        return evaluations(self.lines)
 
 
 def find_runs(directory: str | Path) -> list[Run]:
@@ -101,7 +103,7 @@ def _directories(directory: Path) -> Iterator[Path]:
 
 
 def _read(path: Path, name: str) -> Run:
-    faults, lines, config = list[str](), list[Line](), {}
+    faults, lines, config, early = list[str](), list[Line](), {}, None
     try:
         lines = read_metrics(path / METRICS)
     except (UmbrellaError, OSError, UnicodeDecodeError) as error:
@@ -111,23 +113,20 @@ def _read(path: Path, name: str) -> Run:
         if (path / CONFIG).exists() or lines:  # a run writes its config before its first step
             settings = load_stored_config(path / CONFIG)
             config = {key: value for key, value in flat(to_dict(settings)).items() if key not in _OWN}
+            early = stopped_early(lines, settings.train.early_stopping)
     except UmbrellaError as error:
         faults += error.faults
     at = None
-    if (evaluated := _evaluations(lines)) and not faults:
+    if (evaluated := evaluations(lines)) and not faults:
         at, _ = choose_step(path, settings.train, evaluated, None)
     ended = how_it_ended(path / LOG)
     done = bool(lines) and lines[-1].get("step") == lines[-1].get("steps")
-    state: State = "running" if running else "finished" if done or ended == "" else "stopped"
-    stop_reason = {"stopped": ended or "no end in log.txt, as if the process was killed"}.get(state, "")
+    state: State = "running" if running else "finished" if done or early or ended == "" else "stopped"
+    killed = "no end in log.txt, as if the process was killed"
+    stop_reason = {"stopped": ended or killed, "finished": "" if done else early or ""}.get(state, "")
     if faults:
         state, stop_reason = "damaged", "; ".join([*(["running"] if running else []), *faults])
     return Run(name, path, state, stop_reason, tuple(lines), config, at)
-
-
-def _evaluations(lines: Iterable[Line]) -> dict[int, Line]:
-    """Return {step: line} of the evaluated steps."""
-    return {int(line["step"] or 0): line for line in lines if any(name.startswith("eval_") for name in line)}
 
 
 @dataclass(frozen=True)

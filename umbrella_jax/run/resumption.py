@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "train.keep_latest",
     "train.keep_best",
     "train.best_metric",
+    "train.early_stopping",
     "train.on_nonfinite",
     "train.max_skipped",
     "train.tensorboard",
@@ -46,9 +47,9 @@ MAY_CHANGE = (
     "evaluation",
 )
 """Settings that may differ when a run resumes, sections or fields. They change where it reads from, how often it
-evaluates and saves, how the devices share the work, and what happens if a loss or gradient is not finite. Of these,
-only the handling of non-finite values can change the trained weights by more than rounding. The base's fingerprint is
-compared instead of its path."""
+evaluates and saves, when it stops early, how the devices share the work, and what happens if a loss or gradient is not
+finite. Of these, only the handling of non-finite values can change an update by more than rounding. The base's
+fingerprint is compared instead of its path."""
 
 
 def check_out(config: RunConfig, out: Path, resume: bool) -> None:

@@ -21,7 +21,7 @@ from umbrella_jax.checkpoints.export import write_description
 from umbrella_jax.checkpoints.load import open_base
 from umbrella_jax.config.load import dump_config
 from umbrella_jax.config.schema import RunConfig
-from umbrella_jax.console import Progress, Work
+from umbrella_jax.console import Progress, Work, wrapped
 from umbrella_jax.data.epoch_plan import BatchShape, EpochPlan
 from umbrella_jax.data.inputs import dump_inputs
 from umbrella_jax.data.loader import eval_subset, task_ids, train_batches
@@ -72,6 +72,7 @@ from umbrella_jax.training.trainer import (
     Metrics,
     ReadSignal,
     SaveCheckpoint,
+    StopEarly,
     StopOnNonfinite,
     Update,
     WriteMetrics,
@@ -176,12 +177,14 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
 
         start = int(state.step)
         written = start - bool(pending)  # the number of lines in metrics.jsonl
+        earlier = [line for line in run.earlier_lines if int(line["step"] or 0) <= written]
+        stop_early = StopEarly(config.train.early_stopping, earlier, say)
         send = stack.enter_context(open_loggers(config, out, written)) if log else None
         options: dict[str, Any] = {"say": say, "log": log.note if log else say_nothing, "quiet": log is None}
         options["memory"] = jax.local_devices()[0].memory_stats
         progress = stack.enter_context(Progress("step", num_steps, done=start, always=True, peak=_peak(run), **options))
         with Metrics(out / METRICS, written) if log else nullcontext() as metrics:
-            hooks = _hooks(run, checkpoints, metrics, send, progress, interrupted, options)
+            hooks = _hooks(run, checkpoints, metrics, send, progress, interrupted, stop_early, options)
             batches = train_batches(
                 run.data.train_set,
                 run.data.plan,
@@ -190,14 +193,19 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
                 threads=config.data.threads,
                 parts=parts(mesh),
             )
-            state = fit(run.training, state, batches, hooks, pending=pending, say=say)
+            if not pending and start < num_steps and (reason := stop_early.reason()):
+                remedy = "to train on, resume with a larger train.early_stopping.patience or with null for the section"
+                say("\n".join(wrapped(f"{reason}; {remedy}")))
+            else:
+                state = fit(run.training, state, batches, hooks, pending=pending, say=say)
+        last_step = int(state.step)
         best = checkpoints.best()
-        best_step = best[0][0] if best else num_steps
+        best_step = best[0][0] if best else last_step
         data = run.data.evaluation if config.train.keep_best else None
         if data and not broadcast(_is_evaluated(run, data, best_step) if log else None):
             trainable = state.trainable
             del state  # large moments leave no room for another step's parameters
-            if best_step != num_steps:
+            if best_step != last_step:
                 with raise_together():
                     trainable = checkpoints.restore_trainable(best_step, partial(param_sharding, mesh))
             with jax.set_mesh(mesh):
@@ -205,7 +213,7 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
             if evaluation is None:
                 number = interrupted()
                 name = signal.Signals(number).name
-                raise Interrupted(number, f"{name}: all {num_steps} steps are saved; --resume evaluates the result")
+                raise Interrupted(number, f"{name}: all {last_step} steps are saved; --resume evaluates the result")
             if log:
                 add_final_metrics(out / METRICS, best_step, evaluation)
     for step, value in best:
@@ -213,7 +221,7 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
     if best:
         say("answers, scores, exports and reports use the best step; choose another with --step latest or --step N")
     lines = {line["step"]: line for line in read_metrics(out / METRICS)} if log else {}
-    last, line = broadcast([lines[num_steps], with_final(lines[best_step])] if log else None)
+    last, line = broadcast([lines[last_step], with_final(lines[best_step])] if log else None)
     shown = (name for name in ("step", "loss", "grad_norm", "learning_rate") if name in last)
     say("  ".join(_number(name, last[name]) for name in shown))
     if best:
@@ -238,6 +246,7 @@ def _hooks(
     send: Callable[[Line], None] | None,
     progress: Progress,
     interrupted: Callable[[], int],
+    stop_early: StopEarly,
     options: Mapping[str, Any],
 ) -> list[Hook]:
     """Return the hooks of a run in the order that trainer.py states.
@@ -259,6 +268,7 @@ def _hooks(
         report_failed_save(checkpoints),
         ReadSignal(interrupted),
         *evaluations,
+        stop_early,
         *([WriteMetrics(metrics, send)] if metrics else []),
         save,
         stop_on_signal,

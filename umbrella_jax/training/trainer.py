@@ -8,16 +8,17 @@ in the order of the list that `fit` is given. A run (umbrella_jax/run/train.py) 
 3. `report_failed_save` raises the error of a checkpoint that could not be written.
 4. `ReadSignal` asks whether a signal came.
 5. `EvaluateRegularly` adds evaluation metrics to the line.
-6. `WriteMetrics` appends the line to metrics.jsonl.
-7. `SaveCheckpoint` saves regularly, at the end, and if a signal came.
-8. `stop_on_signal` ends the run if a signal came.
+6. `StopEarly` ends the run if its evaluations no longer improve.
+7. `WriteMetrics` appends the line to metrics.jsonl.
+8. `SaveCheckpoint` saves regularly, at the end, and if a signal came.
+9. `stop_on_signal` ends the run if a signal came.
 """
 
 import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,12 +32,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from umbrella_jax.batch import Batch
-from umbrella_jax.config.schema import TrainConfig
-from umbrella_jax.distributed import raise_together
+from umbrella_jax.config.schema import EarlyStoppingConfig, TrainConfig
+from umbrella_jax.console import wrapped
+from umbrella_jax.distributed import broadcast, raise_together
 from umbrella_jax.errors import CheckpointError, Interrupted, RunError
 from umbrella_jax.io.files import append_line, naming, strict_json, write_whole
 from umbrella_jax.models import Params
-from umbrella_jax.rundir import Line, Say, read_metrics
+from umbrella_jax.rundir import Line, Say, evaluations, read_metrics, stopped_early
 from umbrella_jax.sharding import put_batch
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.diagnose import first_nonfinite, weights_error
@@ -79,11 +81,13 @@ class Update:
     """The signal that asks the run to end; 0 without one."""
     evaluation: Line = field(default_factory=dict)
     """`eval_NAME` of the evaluation after this update; empty without one."""
+    stops: bool = False
+    """Whether early stopping ends the run after this update."""
 
     @property
     def is_last(self) -> bool:
         """True for the run's last update."""
-        return self.step == self.num_steps
+        return self.stops or self.step == self.num_steps
 
 
 Hook = Callable[[Update], None]
@@ -99,7 +103,7 @@ def fit(
     pending: Line | None = None,
     say: Say = print,
 ) -> TrainState:
-    """Train until `run.num_steps` and call every hook after each update.
+    """Train until `run.num_steps`, or until a hook sets `Update.stops`, and call every hook after each update.
 
     While a step runs, a thread reads the next batch and puts it on the devices. An error in that thread is raised when
     its batch is needed. With several processes, each brings its own part of every batch (see `put_batch`).
@@ -125,8 +129,8 @@ def fit(
         return put_batch(next(batches), run.mesh, axis=1)
 
     with jax.set_mesh(run.mesh), ThreadPoolExecutor(1) as thread:
-        if pending:
-            _call(hooks, Update(step=start, num_steps=run.num_steps, state=state, line=pending))
+        if pending and _call(hooks, Update(step=start, num_steps=run.num_steps, state=state, line=pending)):
+            return state
         prefetched = thread.submit(next_batch) if start < run.num_steps else None
         ended = time.perf_counter()
         for step in range(start + 1, run.num_steps + 1):
@@ -156,7 +160,7 @@ def fit(
             if line["loss"] is None or line["grad_norm"] is None:
                 skipped += 1
                 line["skipped"] = skipped
-            _call(
+            stops = _call(
                 hooks,
                 Update(
                     step=step,
@@ -169,13 +173,17 @@ def fit(
                     compiled=compiles,
                 ),
             )
+            if stops:
+                break
     return state
 
 
-def _call(hooks: Sequence[Hook], update: Update) -> None:
+def _call(hooks: Sequence[Hook], update: Update) -> bool:
+    """Call the hooks, and return whether the run ends after this update."""
     # Separate from `fit`: a variable of its loop would keep the update's batch in memory during the next step.
     for hook in hooks:
         hook(update)
+    return update.stops
 
 
 def _finite(value: Any) -> float | None:
@@ -362,6 +370,34 @@ class EvaluateRegularly:
             self.save.save_pending(update)
             raise _interrupted(update, self.interrupted())
         update.evaluation = evaluation
+
+
+class StopEarly:
+    """Hook: end the run if its evaluations no longer improve.
+
+    The decision needs only the lines of `metrics.jsonl`, so a resumed run stops at the same step. Process 0 makes it.
+
+    Args:
+        lines: of earlier processes.
+        say: takes the line about why the run stops.
+    """
+
+    def __init__(self, rule: EarlyStoppingConfig | None, lines: Iterable[Line], say: Say):
+        self.rule, self.lines, self.say = rule, list(evaluations(lines).values()), say
+
+    def reason(self) -> str | None:
+        """Return why the run stops after the lines so far; None if it goes on."""
+        reason: str | None = broadcast(stopped_early(self.lines, self.rule))
+        return reason
+
+    def __call__(self, update: Update) -> None:
+        """Decide after each evaluation but the last."""
+        if not update.evaluation or update.is_last:
+            return
+        self.lines.append(update.line | update.evaluation)
+        if reason := self.reason():
+            self.say("\n".join(wrapped(reason)))
+            update.stops = True
 
 
 def stop_on_signal(update: Update) -> None:
