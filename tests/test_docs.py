@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.config.test_configs import write_hub_config
-from tests.helpers import docs_world, tour
+from tests.helpers import docs_world
 from tests.helpers.checkpoints import under_transformers_4_46
 from tests.helpers.docs_world import GIVEN, README, ROOT, blocks, commands, execute, pages, pattern
 from tests.helpers.small_run import umbrella
@@ -190,31 +190,6 @@ def test_pytorch_page_under_transformers_4(readme: Path, tmp_path: Path) -> None
         f"import os, transformers\nassert transformers.__version__ == '4.46.3'\nos.chdir({str(tmp_path)!r})\n{code}"
     )
     under_transformers_4_46("-c", program)
-
-
-@pytest.mark.parametrize(
-    ("epochs", "share", "ratio"), [(10, 0.5, 0.0), pytest.param(30, 0.75, 1.5, marks=pytest.mark.slow)]
-)
-def test_tour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int, share: float, ratio: float) -> None:
-    """The notebook runs, and prints and shows what it holds, but for the numbers: these with all of its steps alone."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    notebook = tour.read()
-    for cell in tour.code_of(notebook):
-        cell["source"] = "".join(cell["source"]).replace('"train.epochs": 30', f'"train.epochs": {epochs}')
-    assert len(tour.NOTEBOOK.read_bytes()) < 200_000
-    assert str(ROOT) not in tour.NOTEBOOK.read_text()
-    with docs_world.captured():
-        outputs = list(tour.run(notebook))
-    for cell, made in zip(tour.code_of(notebook), outputs, strict=True):
-        assert [output["output_type"] for output in made] == [output["output_type"] for output in cell["outputs"]]
-        for ours, held in zip(made, cell["outputs"], strict=True):
-            if "text" in held:
-                text = "".join(ours["text"]).strip()
-                assert pattern("".join(held["text"])).fullmatch(text), text
-    right, asked = map(int, re.findall(r"\d+", "".join(outputs[-2][0]["text"])))
-    assert right >= share * asked  # it learnt
-    assert float(re.findall(r"\d+\.\d+", outputs[-1][-1]["text"][0])[0]) > ratio  # and looks at the lesion
 
 
 def test_site(tmp_path: Path) -> None:

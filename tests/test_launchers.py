@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from umbrella_jax.cli import make_parser
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/*.sbatch")])
+SCRIPTS = sorted([*ROOT.glob("scripts/**/*.sh"), *ROOT.glob("scripts/*.sbatch")])
 WHEEL = "dist/umbrella_jax-0.1.0-py3-none-any.whl"
 
 # Records its arguments, then runs the file of its name in $BEHAVIOUR, if there is one.
@@ -137,6 +137,11 @@ def test_slurm(cluster: Cluster) -> None:
     cluster.run(f"bash scripts/train_slurm.sbatch {FLAGS}", SLURM_RESTART_COUNT="1")
     assert cluster.called() == [[*SRUN, "--resume"]]
     assert is_train_command([*SRUN[3:], "--resume"])
+
+
+def test_slurm_uses_an_apptainer_image(cluster: Cluster) -> None:
+    cluster.run(f"bash scripts/train_slurm.sbatch {FLAGS}", UMBRELLA_IMAGE="my images/umbrella.sif")
+    assert cluster.called() == [[*SRUN[:2], "apptainer", "exec", "--nv", "my images/umbrella.sif", *TRAIN]]
 
 
 def test_slurm_asks_for_nodes() -> None:

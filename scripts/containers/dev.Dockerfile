@@ -1,10 +1,11 @@
 # An image to develop in: Python 3.11, the packages of requirements/lock.txt, and the programs that the tests call.
 #
-#   docker build --tag umbrella-jax-dev .
-#   docker run --rm --interactive --tty --volume "$PWD:/src" --volume /src/.venv umbrella-jax-dev
+#   docker build --file scripts/containers/dev.Dockerfile --tag umbrella-jax:dev .
+#   docker run --rm --interactive --tty --volume "$PWD:/src" --volume /src/.venv umbrella-jax:dev
 #
 # The first volume is your checkout. The second keeps the image's .venv visible in it.
-FROM python:3.11-slim-bookworm
+ARG BASE=docker.io/library/python:3.11.15-slim-bookworm
+FROM $BASE
 
 # Debian deletes old versions, so pinned ones would soon not install.
 # hadolint ignore=DL3008
