@@ -27,8 +27,7 @@ from convert.safetensors_files import open_checkpoint, open_safetensors
 from tests.conftest import write_tokenizer
 from tests.helpers.checkpoints import write_stock
 from umbrella_jax.cli import main, setup
-from umbrella_jax.config.from_original import from_original
-from umbrella_jax.config.load import load_config
+from umbrella_jax.config.load import load_config, load_original
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.console import table_lines
 from umbrella_jax.data import conversation, tokenize, voxels
@@ -248,7 +247,7 @@ def bomb(line: str) -> str:
     return "\n".join(["a0: &a0 {k: 1}", *(line.format(i, ", ".join([f"*a{i - 1}"] * 10)) for i in range(1, 11))])
 
 
-@pytest.mark.parametrize("read", [load_config, from_original])
+@pytest.mark.parametrize("read", [load_config, load_original])
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -873,8 +872,8 @@ wandb: {API_KEY: s3cret, token: s3cret}
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (SECRETS, "a config of the PyTorch system (it has the sections dataset, model, trainer, wandb); convert it: "),
-        ("trainer: s3cret", "umbrella-jax config from-original"),
+        (SECRETS, "trainer.learning_rate: train.learning_rate: expected a number, got a list"),
+        ("trainer: s3cret", "no modality has both dataset.NAME.img_size and model.NAME.patch_size"),
         (
             "services: {db: {password: s3cret}}\nkey: s3cret",
             "not a config of a run: it has the keys services, key; ",
@@ -922,7 +921,7 @@ def test_values_of_a_foreign_json_are_not_shown(place: Callable[[str], Path]) ->
 def test_values_of_the_original_are_not_shown(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(SECRETS)
     with pytest.raises(ConfigError) as caught:
-        from_original(tmp_path / "a.yaml")
+        load_original(tmp_path / "a.yaml")
     assert "train.learning_rate" in str(caught.value)
     assert "s3cret" not in str(caught.value)
 

@@ -11,12 +11,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS: tuple[dict[str, set[str]], ...] = (
     {"errors": set(), "batch": {"jax"}},
-    {"io": {"ml_dtypes", "numpy", "pydantic_core", "ruamel", "torch"}, "distributed": {"jax", "numpy"}},
+    {
+        "io": {"ml_dtypes", "numpy", "pydantic_core", "ruamel", "torch"},
+        "distributed": {"jax", "numpy"},
+        "console": {"tqdm"},
+    },
     {"config": {"pydantic", "ruamel"}},
     {
         "models": {"chex", "flax", "jax", "numpy", "qwix"},
         "rundir": set(),
-        "console": {"tqdm"},
         "html": {"PIL", "jinja2", "nibabel", "numpy"},
     },
     {

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from umbrella_jax.config.from_original import from_original, render
-from umbrella_jax.config.load import load_config, parse_config
+from umbrella_jax.config.from_original import Conversion, render
+from umbrella_jax.config.load import load_config, load_original, parse_config
 from umbrella_jax.config.schema import AugmentConfig
 from umbrella_jax.errors import ConfigError, visible
 from umbrella_jax.io.reading import read_yaml
@@ -63,7 +63,8 @@ def another(value: Any) -> Any:
 
 
 def test_values(tmp_path: Any) -> None:
-    mapping, notes = from_original(write(tmp_path, ORIGINAL))
+    conversion = load_original(write(tmp_path, ORIGINAL))
+    mapping, notes = conversion.mapping, conversion.notes
     run = parse_config(mapping)
     assert run.seed == 1234
     assert run.output_dir == "results/t1"
@@ -72,13 +73,13 @@ def test_values(tmp_path: Any) -> None:
     t1, fmri = run.model.modalities.values()
     assert (t1.size, t1.patch, t1.orientation, t1.scaling) == ((96, 96, 96), (10, 10, 10), "as_stored", "znorm")
     assert (t1.aliases, fmri.aliases) == (("dMRI",), ())  # diffusion maps pass through T1 there
-    assert any(note.startswith("model.modalities.T1.aliases: [dMRI]: the original feeds") for note in notes)
+    assert any(note.startswith("model.modalities.T1.aliases: [dMRI]: assumed: the original feeds") for note in notes)
     assert (fmri.size, fmri.patch, fmri.scaling) == ((96, 96, 96, 24), (16, 16, 16, 3), "znorm_minback")
     assert (t1.mode, t1.spacing, fmri.mode, fmri.spacing) == ("resize", None, "pad", None)
     assert (run.model.compute_dtype, run.model.frozen_dtype, run.model.remat) == ("bfloat16", "bfloat16", "full")
     assert (run.data.threads, run.data.template) == (8, "original")
     assert run.data.augment == AugmentConfig(flip_any_axis=0.5)
-    assert any(note.startswith("data.augment.flip_any_axis: the original flips") for note in notes)
+    assert any(note.startswith("data.augment.flip_any_axis: 0.5: assumed: the original flips") for note in notes)
     assert (run.train.epochs, run.train.learning_rate, run.train.warmup_steps) == (50, 5e-5, 500)
     assert (run.train.batch_size, run.train.accumulate_steps, run.train.betas) == (2, 4, (0.9, 0.95))
     assert (run.train.eval_steps, run.train.save_steps, run.train.wandb) == (100, 50, True)
@@ -89,7 +90,8 @@ def test_values(tmp_path: Any) -> None:
 @pytest.mark.parametrize(("path", "value"), LEAVES, ids=[".".join(path) for path, _ in LEAVES])
 def test_no_key_is_lost(tmp_path: Any, path: tuple[str, ...], value: Any) -> None:
     """Every key is named in the notes, or another value of it changes the run or is refused."""
-    mapping, notes = from_original(write(tmp_path, ORIGINAL))
+    conversion = load_original(write(tmp_path, ORIGINAL))
+    mapping, notes = conversion.mapping, conversion.notes
     if any(note.startswith(".".join(path) + ":") for note in notes):
         return
     changed = YAML(typ="safe").load(ORIGINAL)
@@ -100,7 +102,7 @@ def test_no_key_is_lost(tmp_path: Any, path: tuple[str, ...], value: Any) -> Non
     file = tmp_path / "changed.yaml"
     YAML(typ="safe").dump(changed, file)
     try:
-        changed_mapping = from_original(file)[0]
+        changed_mapping = load_original(file).mapping
     except ConfigError:
         return
     assert changed_mapping != mapping
@@ -108,23 +110,26 @@ def test_no_key_is_lost(tmp_path: Any, path: tuple[str, ...], value: Any) -> Non
 
 def test_only_3d_volumes_are_flipped(tmp_path: Any) -> None:
     text = "{dataset: {fMRI: {img_size: 64, sequence_length: 20}}, model: {fMRI: {patch_size: [16, 16, 16, 4]}}}"
-    mapping, notes = from_original(write(tmp_path, text))
+    conversion = load_original(write(tmp_path, text))
+    mapping, notes = conversion.mapping, conversion.notes
     assert parse_config(mapping).data.augment == AugmentConfig()
     assert not any("flip" in note for note in notes)
 
 
 def test_rendered_loads(tmp_path: Any) -> None:
-    mapping, notes = from_original(write(tmp_path, ORIGINAL))
+    conversion = load_original(write(tmp_path, ORIGINAL))
+    mapping, notes = conversion.mapping, conversion.notes
     path = tmp_path / "run.yaml"
-    path.write_text(render(mapping, notes))
+    path.write_text(render(conversion))
     assert load_config(path) == parse_config(copy.deepcopy(mapping))
     assert all(f"# {note}" in path.read_text() for note in notes)
 
 
 def test_secrets_are_shown_nowhere(tmp_path: Any) -> None:
-    mapping, notes = from_original(write(tmp_path, ORIGINAL))
+    conversion = load_original(write(tmp_path, ORIGINAL))
+    notes = conversion.notes
     assert "wandb.API_KEY: dropped: keys come from the environment only" in notes
-    assert "not-for-your-eyes" not in render(mapping, notes)
+    assert "not-for-your-eyes" not in render(conversion)
 
 
 @pytest.mark.parametrize(
@@ -140,13 +145,92 @@ def test_secrets_are_shown_nowhere(tmp_path: Any) -> None:
 )
 def test_refused(tmp_path: Any, old: str, new: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        from_original(write(tmp_path, ORIGINAL.replace(old, new)))
+        load_original(write(tmp_path, ORIGINAL.replace(old, new)))
+
+
+FLAT = """
+seed: 1234
+model_name: llava-hf/llava-interleave-qwen-0.5b-hf
+T1_img_size: [96, 96, 96]
+T1_patch_size: [10, 10, 10]
+rsfMRI_img_size: [96, 96, 96, 24]
+rsfMRI_patch_size: [16, 16, 16, 3]
+batch_size: 2
+learning_rate: 0.00005
+num_epochs: 50
+max_seq_length: 2048
+"""
+NESTED = """
+seed: 1234
+dataset: {T1: {img_size: [96, 96, 96]}, rsfMRI: {img_size: [96, 96, 96, 24]}}
+model: {hf_name: llava-hf/llava-interleave-qwen-0.5b-hf, T1: {patch_size: 10}, rsfMRI: {patch_size: [16, 16, 16, 3]}}
+trainer: {per_device_batch_size: 2, learning_rate: 0.00005, max_epochs: 50}
+"""
+
+
+def test_both_forms_mean_the_same(tmp_path: Any) -> None:
+    assert load_config(write(tmp_path, FLAT)) == load_config(write(tmp_path, NESTED))
+
+
+def test_sizes_without_a_name_are_those_of_the_modality(tmp_path: Any) -> None:
+    run = load_config(write(tmp_path, "{modality: rsfMRI, img_size: [8, 8, 8, 4], patch_size: [4, 4, 4, 2]}"))
+    assert (run.model.modalities["rsfMRI"].grid, run.data.modality) == ((2, 2, 2, 2), "rsfMRI")
+
+
+def printed(path: Any, **overrides: Any) -> list[str]:
+    """Return the printed lines about a file of the original; `__` in a name stands for a dot."""
+    lines: list[str] = []
+    load_config(path, {key.replace("__", "."): value for key, value in overrides.items()}, say=lines.append)
+    return "\n".join(lines).splitlines()
+
+
+def test_the_table_says_what_is_read_assumed_and_dropped(tmp_path: Any) -> None:
+    lines = printed(write(tmp_path, ORIGINAL.replace("mixed_precision: bf16, ", "")), data__eval="eval.json")
+    words = [line.split() for line in lines]
+    assert ["train.epochs:", "50", "trainer.max_epochs"] in words
+    assert ["model.compute_dtype:", "bfloat16", "assumed"] in words  # the original's default
+    assert ["train.best_metric:", "eval_loss", "assumed"] in words
+    assert any("trainer.logging_steps: dropped: every update is logged" in line for line in lines)
+    assert "trainer.per_device_batch_size: train.batch_size is over all devices, not per" in lines
+    assert all(len(line) <= 80 for line in lines if str(tmp_path) not in line)
+
+
+def test_a_flag_replaces_a_key_and_its_fault(tmp_path: Any) -> None:
+    path = write(tmp_path, NESTED.replace("max_epochs: 50", "max_epochs: many, mixed_precision: bf16"))
+    with pytest.raises(ConfigError, match=rf"{path}: trainer\.max_epochs: train\.epochs: expected a number"):
+        load_config(path)
+    lines = printed(path, train__epochs=10, model__compute_dtype="float32")
+    assert "trainer.max_epochs: dropped: a flag sets it" in lines
+    assert not any("train.epochs" in line or "compute_dtype" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (FLAT.replace("0.00005", "fast"), "learning_rate: train.learning_rate: expected a number, got 'fast'"),
+        (FLAT.replace("[10, 10, 10]", "[10, 10]"), "T1_patch_size: model.modalities.T1: patch (10, 10): expected 3"),
+        (FLAT.replace("batch_size: 2", "batch_size: -2"), "batch_size: train: batch_size: expected 1 or more, got -2"),
+        (f"{FLAT}gradient_checkpointing: maybe", "gradient_checkpointing: expected true or false, got 'maybe'"),
+        (f"{FLAT}max_steps: 100", "max_steps: 100 has no counterpart: a run's length is train.epochs"),
+        ("{model_name: llava, T1_img_size: 96}", "no modality has both NAME_img_size and NAME_patch_size"),
+        (
+            "{model: {modalities: {T1: {size: [8, 8, 8], patch: [4, 4, 4]}}}, learning_rate: 0.1, trainer: {}}",
+            "mixes two kinds of keys: model.modalities of umbrella-jax, and of the PyTorch system learning_rate "
+            "(train.learning_rate here), trainer; keep one kind",
+        ),
+    ],
+)
+def test_faults_name_the_key_and_the_file(tmp_path: Any, text: str, message: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert f"{path}: {message}" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["seed: 1", "[1, 2]", "a: {", "dataset: {T1: {img_size: [8, 8, 8]}}"])
 def test_not_a_configuration(tmp_path: Any, text: str) -> None:
     with pytest.raises(ConfigError, match=r"original\.yaml"):
-        from_original(write(tmp_path, text))
+        load_original(write(tmp_path, text))
 
 
 def test_short_forms(tmp_path: Any) -> None:
@@ -155,7 +239,8 @@ def test_short_forms(tmp_path: Any) -> None:
     model: {T1: {patch_size: 16}, fMRI: {patch_size: [16, 16, 16, 4]}}
     trainer: {fp16: True, report_to: [tensorboard, comet], ckpt_dir: "./hf_results/{}/last.ckpt"}
     """
-    mapping, notes = from_original(write(tmp_path, text))
+    conversion = load_original(write(tmp_path, text))
+    mapping, notes = conversion.mapping, conversion.notes
     run = parse_config(mapping)
     assert run.model.modalities["T1"].grid == (6, 6, 6)
     assert run.model.modalities["fMRI"].size == (64, 64, 64, 20)
@@ -169,7 +254,8 @@ def test_short_forms(tmp_path: Any) -> None:
 def test_invisible_characters_survive_the_terminal(tmp_path):
     """A no-break space of a path is escaped as YAML has it, and so read back."""
     mapping = {"model": {"base": "a\u00a0b/\u202ec"}}
-    text = render(mapping, ["a note\u2028seed: 3"])
+    conversion = Conversion(mapping=mapping, sources={}, assumed={}, remarks=[("a", "note\u2028seed: 3")])
+    text = render(conversion)
     assert visible(text) == text
     (tmp_path / "a.yaml").write_text(text)
     assert read_yaml(tmp_path / "a.yaml") == mapping

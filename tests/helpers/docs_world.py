@@ -217,6 +217,7 @@ PARSED: dict[str, str] = {
     "umbrella-jax train --seeds 1,2,3 --config t1_0.5b": "tests/run/test_seeds.py trains several seeds",
     "umbrella-jax score runs/seeds": "tests/run/test_seeds.py scores them",
     "umbrella-jax push exports/sex my-lab/sex-t1 --message": "needs the hub; tests/checkpoints/test_push.py has one",
+    "umbrella-jax train --config umbrella_llava_train.yaml": "tests/run/test_typed.py trains with both kinds of YAML",
     "umbrella-jax train --config configs/stage1_0.5b.yaml": "tests/models/test_lora.py trains both stages",
     "umbrella-jax train --config configs/stage2_0.5b.yaml": "tests/models/test_lora.py trains both stages",
 }

@@ -15,11 +15,12 @@ from umbrella_jax.cli.options import (
     add_flags,
     add_model,
     add_out,
-    modalities_of,
+    say_once,
+    settings_of,
     start_processes,
 )
-from umbrella_jax.config.load import load_config, parse_mesh
-from umbrella_jax.config.schema import ModalityConfig, modality_names, resolve_modality
+from umbrella_jax.config.load import parse_mesh
+from umbrella_jax.config.schema import ModalityConfig, RunConfig, modality_names, resolve_modality
 from umbrella_jax.errors import ConfigError, visible
 
 METHODS = ("gradient", "integrated", "occlusion")
@@ -141,12 +142,16 @@ def _images(arguments: argparse.Namespace, modalities: Mapping[str, ModalityConf
     return images
 
 
-def _open_checkpoint(arguments: argparse.Namespace) -> Any:
-    """Open the checkpoint of MODEL. If it is not the newest of its run, print which one it is."""
+def _open_checkpoint(arguments: argparse.Namespace, config: RunConfig | None) -> Any:
+    """Open the checkpoint of MODEL. If it is not the newest of its run, print which one it is.
+
+    Args:
+        config: of --config, whose modalities a stock LLaVA needs.
+    """
     from umbrella_jax.checkpoints.checkpoint import Checkpoint
 
     options: dict[str, Any] = {"compute_dtype": arguments.compute_dtype, "step": arguments.step}
-    checkpoint = Checkpoint.open(arguments.model, modalities_of(arguments), **options)
+    checkpoint = Checkpoint.open(arguments.model, config.model.modalities if config else None, **options)
     if checkpoint.step_message:
         print(visible(checkpoint.step_message), file=sys.stderr)
     return checkpoint if arguments.allow_untrained else checkpoint.answering()
@@ -157,7 +162,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from umbrella_jax.inference.generate import probabilities, stream
     from umbrella_jax.inference.processor import Processor
 
-    sampling, checkpoint = _sampling(arguments), _open_checkpoint(arguments)
+    sampling, checkpoint = _sampling(arguments), _open_checkpoint(arguments, settings_of(arguments))
     processor = Processor.from_checkpoint(checkpoint)
     images = _images(arguments, processor.modalities)
     if not images:
@@ -199,7 +204,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 
     with exit_on_error():
         with raise_together():
-            config = load_config(arguments.config) if arguments.config else None
+            config = settings_of(arguments, say_once)
             flags = {name: getattr(arguments, name) for name in ("image_root", "modality", "task_filter", "cache")}
             given = {name: value for name, value in flags.items() if value is not None}
             data = replace(config.data if config else DataConfig(), eval=arguments.data, **given)
@@ -238,12 +243,13 @@ def _explain(arguments: argparse.Namespace) -> None:
         raise ConfigError("explain: expected PROMPT with --image, or --data PATH without PROMPT")
     out = Path(arguments.out)
     check_new_folder(out)
-    checkpoint = _open_checkpoint(arguments)
+    config = settings_of(arguments)
+    checkpoint = _open_checkpoint(arguments, config)
     processor = Processor.from_checkpoint(checkpoint)
     if arguments.data is None:
         conversations = [processor.question(arguments.prompt, _images(arguments, processor.modalities))]
     else:
-        data = load_config(arguments.config).data if arguments.config else DataConfig()
+        data = config.data if config else DataConfig()
         root, outside = arguments.image_root or data.image_root, data.allow_outside_root
         all_conversations = read_conversations(arguments.data, processor.modalities, root, allow_outside_root=outside)
         conversations = [c for c in all_conversations if not arguments.task_id or c.task_id in arguments.task_id]

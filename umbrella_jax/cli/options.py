@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from umbrella_jax.config.load import load_config, parse_mesh
+from umbrella_jax.config.load import load_config, parse_mesh, print_to_stderr
 from umbrella_jax.config.schema import RunConfig
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.io.reading import parse_yaml
@@ -178,8 +178,12 @@ def add_out(parser: argparse.ArgumentParser, text: str, **more: Any) -> None:
     parser.add_argument("--output-dir", "--out", dest="out", metavar="DIR", help=text, **more)
 
 
-def config_of(arguments: argparse.Namespace) -> RunConfig:
-    """Return the config of --config, overridden by flags and --set."""
+def config_of(arguments: argparse.Namespace, say: Callable[[str], object] = print_to_stderr) -> RunConfig:
+    """Return the config of --config, overridden by flags and --set.
+
+    Args:
+        say: as of `load_config`.
+    """
     values = {key: (getattr(arguments, key, None), flag) for flag, (_, key, *_) in _FLAGS.items()}
     overrides = {key: value for key, (value, _) in values.items() if value is not None}
     flags = {key: values[key][1] for key in overrides}
@@ -196,7 +200,7 @@ def config_of(arguments: argparse.Namespace) -> RunConfig:
         if key in overrides:
             raise ConfigError(f"--set {key}: already given by {flags[key]}; give one value")
         overrides[key], flags[key] = parse_yaml(value, f"--set {key}"), "--set"
-    return load_config(arguments.config, overrides, flags)
+    return load_config(arguments.config, overrides, flags, say)
 
 
 def add_cluster(parser: argparse.ArgumentParser) -> None:
@@ -213,6 +217,14 @@ def start_processes(arguments: argparse.Namespace) -> None:
     from umbrella_jax.distributed import start
 
     start(arguments.coordinator, arguments.num_processes, arguments.process_id, timeout=arguments.start_timeout)
+
+
+def say_once(text: str) -> None:
+    """Print a text on stderr, but only in the first process."""
+    import jax
+
+    if jax.process_index() == 0:
+        print_to_stderr(text)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -242,9 +254,15 @@ def _step(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
+def settings_of(arguments: argparse.Namespace, say: Callable[[str], object] = print_to_stderr) -> RunConfig | None:
+    """Return the config of an optional --config; None without one."""
+    return load_config(arguments.config, say=say) if arguments.config else None
+
+
 def modalities_of(arguments: argparse.Namespace) -> Any:
     """Return the modalities of --config, which a stock LLaVA needs; None without one."""
-    return load_config(arguments.config).model.modalities if arguments.config else None
+    settings = settings_of(arguments)
+    return settings.model.modalities if settings else None
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -17,8 +17,9 @@ from umbrella_jax.cli.options import (
     add_step,
     config_of,
     number,
+    settings_of,
 )
-from umbrella_jax.config.load import load_config, load_stored_config
+from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import EvaluationConfig
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.io.files import strict_json
@@ -125,7 +126,7 @@ def _score(arguments: argparse.Namespace) -> None:
         title = f"{file} ({why})\n\n"
     elif arguments.step is not None:
         raise ConfigError(f"--step {arguments.step}: {file} is not a run; leave --step out, or name the run")
-    settings = load_config(arguments.config) if arguments.config else stored
+    settings = settings_of(arguments) or stored
     config = settings.evaluation if settings else EvaluationConfig()
     rows = read_predictions(file)
     tasks = tasks_of(rows, config.tasks)

@@ -71,9 +71,10 @@ def _demo(main: Callable[[Sequence[str]], int], arguments: argparse.Namespace) -
 
 
 def _from_original(arguments: argparse.Namespace) -> None:
-    from umbrella_jax.config.from_original import from_original, render
+    from umbrella_jax.config.from_original import render
+    from umbrella_jax.config.load import load_original
 
-    print(render(*from_original(arguments.file)), end="")
+    print(render(load_original(arguments.file)), end="")
 
 
 def _completion(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

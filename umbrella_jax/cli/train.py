@@ -11,6 +11,7 @@ from umbrella_jax.cli.options import (
     add_json,
     add_overlap,
     config_of,
+    say_once,
     start_processes,
 )
 from umbrella_jax.errors import ConfigError
@@ -77,7 +78,7 @@ def _train(arguments: argparse.Namespace) -> None:
     start_processes(arguments)
     with exit_on_error():
         with raise_together():
-            config = config_of(arguments)
+            config = config_of(arguments, say_once)
             if arguments.seeds and any(text.partition("=")[0] == "seed" for text in arguments.set):
                 raise ConfigError("--set seed: already given by --seeds; give one of them")
         if arguments.seeds:

@@ -4,12 +4,15 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
 
+from umbrella_jax.config.from_original import Conversion, convert, keys_by_system
+from umbrella_jax.config.original_rules import settings
 from umbrella_jax.config.schema import SECRET, MeshConfig, RunConfig, to_dict
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.io.reading import quoted, read_yaml
@@ -43,13 +46,17 @@ def _adapter() -> Any:
 
 
 def parse_config(
-    data: Mapping[str, Any], source: str = "config", flags: Mapping[str, str] = MappingProxyType({})
+    data: Mapping[str, Any],
+    source: str = "config",
+    flags: Mapping[str, str] = MappingProxyType({}),
+    keys: Mapping[str, str] = MappingProxyType({}),
 ) -> RunConfig:
     """Check a nested mapping and return the run.
 
     Args:
         source: the file that `data` came from.
         flags: {dotted key: flag} of the values that came from the command line instead.
+        keys: {dotted key: key of the file}, if the file is the original system's.
 
     Raises:
         ConfigError: every fault, with the source of the value and its key.
@@ -60,7 +67,9 @@ def parse_config(
         config: RunConfig = _adapter().validate_python(dict(data))
         # pydantic accepts true as 1
         if booleans := list(_booleans_for_numbers(data, to_dict(config))):
-            raise ConfigError([f"{_origin(source, flags, key, '')}: {key}: {message}" for key, message in booleans])
+            raise ConfigError(
+                [f"{_origin(source, flags, keys, key, '')}: {key}: {message}" for key, message in booleans]
+            )
         return config
     except ValidationError as error:
         faults = []
@@ -74,7 +83,7 @@ def parse_config(
             else:
                 messages = (_expected_value(key, fault),)
             for message in messages:
-                faults.append(f"{_origin(source, flags, key, message)}: {key + ': ' if key else ''}{message}")
+                faults.append(f"{_origin(source, flags, keys, key, message)}: {key + ': ' if key else ''}{message}")
         raise ConfigError(faults) from None
 
 
@@ -104,18 +113,23 @@ def _without_unions(errors: Sequence[Any]) -> list[Any]:
     return merged
 
 
-def _origin(source: str, flags: Mapping[str, str], key: str, message: str) -> str:
-    """Return where a faulty value came from: a flag, the file, or the file and every flag that the message mentions.
+def _origin(source: str, flags: Mapping[str, str], keys: Mapping[str, str], key: str, message: str) -> str:
+    """Return where a faulty value came from: a flag, a key of the original's file, or the file and every flag and such
+    key that the message mentions.
 
     The message about a section starts with one of its fields and may mention others.
     """
     field = re.match(r"[\w.]*", message)
     path = ".".join(part for part in (key, field[0] if field else "") if part)
-    if exact := [flag for name, flag in flags.items() if f"{path}.".startswith(f"{name}.")]:
-        return exact[-1]
+    for place, names in (("", flags), (f"{source}: ", keys)):
+        if exact := [typed for name, typed in names.items() if f"{path}.".startswith(f"{name}.")]:
+            return f"{place}{exact[-1]}"
     words = set(re.findall(r"\w+", message))
-    inside = [flag for name, flag in flags.items() if name.startswith(f"{key}.") or not key]
-    named = [flag for name, flag in flags.items() if flag in inside and name.rpartition(".")[2] in words]
+    named = [
+        typed
+        for name, typed in {**keys, **flags}.items()
+        if (name.startswith(f"{key}.") or not key) and name.rpartition(".")[2] in words
+    ]
     return ", ".join(dict.fromkeys([source, *named]))
 
 
@@ -150,19 +164,33 @@ def _expected_value(key: str, fault: Mapping[str, Any]) -> str:
     return f"expected {expected}, got {got}"
 
 
-def _check_own(data: Mapping[Any, Any], source: str) -> None:
-    """Raise ConfigError if no key is a run's, or if the config is one of the PyTorch system."""
+def _is_original(data: Mapping[Any, Any], source: str) -> bool:
+    """Return whether a YAML file is the original system's. Raises ConfigError if it mixes keys of both, or has none."""
+    ours, theirs = keys_by_system(data)
+    if ours and theirs:
+        raise ConfigError(
+            f"{source}: mixes two kinds of keys: {_some(ours)} of umbrella-jax, and of the PyTorch system "
+            f"{_some([_with_ours(name, data.get(name)) for name in theirs])}; keep one kind"
+        )
     known = [f.name for f in dataclasses.fields(RunConfig)]
-    if "trainer" in data or ("dataset" in data and "model" in data):
+    if data and not theirs and not set(known) & set(data):
         raise ConfigError(
-            f"{source}: a config of the PyTorch system (it has the sections {', '.join(map(str, data))}); convert it: "
-            f"umbrella-jax config from-original {source} > run.yaml"
+            f"{source}: not a config of a run: it has the keys {_some(list(data))}; expected {', '.join(known)}"
         )
-    if data and not set(known) & set(data):
-        raise ConfigError(
-            f"{source}: not a config of a run: it has the keys {', '.join(map(str, list(data)[:10]))}; expected "
-            f"{', '.join(known)}"
-        )
+    return bool(theirs)
+
+
+def _with_ours(name: str, value: Any) -> str:
+    """Return a key of the original with the keys here that it sets, for messages."""
+    try:
+        new, _ = settings(name, value) or ({}, None)
+    except ConfigError:  # a value without counterpart
+        new = {}
+    return f"{name} ({', '.join(new)} here)" if new else name
+
+
+def _some(names: Sequence[object]) -> str:
+    return ", ".join(map(str, names[:10])) + (", …" if len(names) > 10 else "")
 
 
 def _expected_keys(path: Sequence[str | int]) -> str:
@@ -194,21 +222,35 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def print_to_stderr(text: str) -> None:
+    """Print a text on stderr, which no command uses for its result."""
+    print(text, file=sys.stderr)
+
+
 def load_config(
     path: str | Path,
     overrides: Mapping[str, Any] | None = None,
     flags: Mapping[str, str] = MappingProxyType({}),
+    say: Callable[[str], object] = print_to_stderr,
 ) -> RunConfig:
     """Read a YAML file, or the shipped config of that name (`t1_0.5b`) if there is no such file.
+
+    A YAML file of the original PyTorch system is converted.
 
     Args:
         overrides: {dotted key: value that replaces the file's}.
         flags: {dotted key: flag} of the overrides that the command line gave, for messages.
+        say: prints how a file of the original system is read.
 
     Raises:
-        ConfigError: the file is missing or not YAML, gives a key twice, or `parse_config` rejects it.
+        ConfigError: the file is missing or not YAML, gives a key twice, mixes keys of both systems, or `parse_config`
+            rejects it.
     """
     path, data = _read_mapping(path)
+    keys, lines = dict[str, str](), list[str]()
+    if _is_original(data, str(path)):
+        conversion = convert(data, path, overrides or {})
+        data, keys, lines = conversion.mapping, conversion.sources, conversion.lines(path)
     for key, value in (overrides or {}).items():
         *parents, last = key.split(".")
         section = data
@@ -217,7 +259,20 @@ def load_config(
             if not isinstance(section, dict):
                 raise ConfigError(f"{flags.get(key, path)}: {key}: {parent} is not a section of {path}")
         section[last] = value
-    return parse_config(data, str(path), flags)
+    config = parse_config(data, str(path), flags, keys)
+    if lines:
+        say("\n".join(lines))
+    return config
+
+
+def load_original(path: str | Path) -> Conversion:
+    """Read a YAML file of the original PyTorch system. Raises ConfigError as `load_config` does, and for any other."""
+    path, data = _read_mapping(path)
+    if not _is_original(data, str(path)):
+        raise ConfigError(f"{path}: not a configuration of the PyTorch system: no key that only that system has")
+    conversion = convert(data, path)
+    parse_config(conversion.mapping, str(path), keys=conversion.sources)
+    return conversion
 
 
 def _read_mapping(path: str | Path) -> tuple[str | Path, dict[Any, Any]]:
@@ -230,13 +285,14 @@ def _read_mapping(path: str | Path) -> tuple[str | Path, dict[Any, Any]]:
         raise ConfigError(
             f"{path}: {'empty' if data is None else 'no config'}; expected the keys of a run: model, data, train, …"
         )
-    _check_own(data, str(path))
     return path, data
 
 
 def load_stored_config(path: Path) -> RunConfig:
     """Read the config.yaml that a run wrote, maybe of an older version. Raises ConfigError as `load_config` does."""
     _, data = _read_mapping(path)
+    if _is_original(data, str(path)):
+        raise ConfigError(f"{path}: a configuration of the PyTorch system; expected one that a run here wrote")
     return parse_stored_config(data, str(path))
 
 

@@ -1,0 +1,63 @@
+"""Commands of the PyTorch system run as they are typed there."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.small_run import MODALITIES, World, keep, make_world, read_config, said, write_json
+
+TYPED = (
+    "train --config umbrella_llava_train.yaml --train-data ./sample_data/sex_comparison_conversations_v2/ "
+    "--modality T1 --batch-size 2 --epochs 10 --no-wandb --output-dir ./hf_results/umbrella_v1"
+)
+CHEAP = {"gradient_checkpointing": False, "learning_rate": 0.001}
+"""Settings of both files; without recomputation, the step compiles faster."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    world = make_world(tmp_path_factory.mktemp("world"))
+    keep(world.train, "one", "run")
+    return world
+
+
+def nested(base: Path) -> dict[str, Any]:
+    """Return the original's nested YAML, without `mixed_precision`."""
+    return {
+        "dataset": {name: {"img_size": modality["size"]} for name, modality in MODALITIES.items()},
+        "model": {"hf_name": str(base), **{name: {"patch_size": m["patch"]} for name, m in MODALITIES.items()}},
+        "trainer": {"per_device_batch_size": 4, "max_epochs": 50, "warmup_steps": 5, "eval_steps": 9, **CHEAP},
+    }
+
+
+def flat(base: Path) -> dict[str, Any]:
+    """Return the same in the names of the original's config attributes."""
+    sizes = {f"{name}_img_size": modality["size"] for name, modality in MODALITIES.items()}
+    patches = {f"{name}_patch_size": modality["patch"] for name, modality in MODALITIES.items()}
+    return {"model_name": str(base), "num_epochs": 50, "warmup_steps": 5, **CHEAP, **sizes, **patches}
+
+
+@pytest.mark.parametrize(("settings", "folders"), [(nested, ["."]), (flat, ["same_sex", "different_sex/pairs"])])
+def test_the_command_of_the_original_trains(
+    world: World, settings: Any, folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_json(tmp_path / "umbrella_llava_train.yaml", settings(world.base))  # JSON is YAML too
+    for number, record in enumerate(json.loads(world.train.read_text())):
+        for turn in record["conversations"]:
+            for part in turn["content"]:
+                if "image_path" in part:
+                    part["image_path"] = str(world.root / "scans" / part["image_path"])
+        folder = tmp_path / "sample_data" / "sex_comparison_conversations_v2" / folders[number % len(folders)]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{record['task_id']}_{number}.json", record)
+    _, printed = said(*shlex.split(TYPED))
+    assert "umbrella_llava_train.yaml: a configuration of the PyTorch system, read as" in printed
+    run = tmp_path / "hf_results" / "umbrella_v1"
+    assert (run / "checkpoints" / "20").is_dir()  # 4 conversations of T1, 10 epochs
+    config = read_config(run / "config.yaml")
+    assert (config["train"]["batch_size"], config["train"]["learning_rate"]) == (2, 0.001)
+    assert (config["model"]["compute_dtype"], config["data"]["template"]) == ("bfloat16", "original")
