@@ -145,7 +145,8 @@ def _score_seeds(arguments: argparse.Namespace, runs: Mapping[int, Path]) -> Non
     from umbrella_jax.scoring.seeds import score_seeds
 
     found = read_seeds(runs, arguments.step)
-    config = load_config(arguments.config).evaluation if arguments.config else found.evaluation
+    settings = settings_of(arguments)
+    config = settings.evaluation if settings else found.evaluation
     tasks = tasks_of(next(iter(found.rows.values())), config.tasks)
     scores = score_seeds(found.rows, tasks, resamples=config.resamples)
     if arguments.json:
