@@ -45,7 +45,7 @@ class TrainingRecord:
     counts: Mapping[str, Mapping[str, Any]] | None
     """{train, eval: as from `count_conversations`}; None if the run did not record them."""
     metrics: tuple[TaskMetric, ...] | None
-    """Metrics of the exported step; None if it was not evaluated."""
+    """Metrics of the exported step; None if it was not evaluated or cannot be scored."""
     resamples: int = 0
     """Number of resamples of subjects from which the intervals are computed."""
 
@@ -305,8 +305,8 @@ def _training(record: TrainingRecord) -> Iterator[str]:
 def _evaluation(record: TrainingRecord) -> Iterator[str]:
     if record.metrics is None:
         yield (
-            "Not recorded: this step was not evaluated. Name evaluation data (`data.eval`) in training, or score the "
-            "answers of `umbrella-jax predict` with `umbrella-jax score`."
+            "Not recorded: this step was not evaluated, or its answers cannot be scored. Name evaluation data "
+            "(`data.eval`) in training, or score the answers of `umbrella-jax predict` with `umbrella-jax score`."
         )
         return
     counts = (record.counts or {}).get("eval")

@@ -108,7 +108,9 @@ def test_run_checkpoint_and_export_are_one_model(run: Path, export: Path, native
     assert np.abs(earlier - before).max() > 1e-2
 
 
-def test_the_card_of_an_export_is_about_its_run(run: Path, export: Path, world: World, tmp_path: Path) -> None:
+def test_the_card_of_an_export_is_about_its_run(
+    run: Path, export: Path, world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     card = (export / "README.md").read_text()
     assert f"\nExported: step {STEPS}. umbrella-jax " in card
     assert "| training | **all** | <10 | not recorded | volumes: <10 T1 |" in card
@@ -119,8 +121,12 @@ def test_the_card_of_an_export_is_about_its_run(run: Path, export: Path, world: 
     (older / "counts.json").write_text("[]")
     assert f"{older / 'counts.json'}: not as " in umbrella("convert", "to-hf", older, tmp_path / "out", code=2)
     (older / "counts.json").unlink()
+    (older / "predictions" / f"step_{STEPS}.jsonl").write_text("{}\n")
     umbrella("convert", "to-hf", older, tmp_path / "out")
-    assert "Not recorded: the run is older than the record" in (tmp_path / "out" / "README.md").read_text()
+    assert "the model card will have no metrics: " in caplog.text
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Not recorded: the run is older than the record" in card
+    assert "Not recorded: this step was not evaluated, or its answers cannot be scored." in card
 
 
 def test_nan_weights_are_not_exported(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

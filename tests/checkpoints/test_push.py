@@ -89,8 +89,8 @@ def test_replaces_an_earlier_export_and_keeps_other_files(export: Path, base: Ch
     commit = repository.branches["main"][-1]
     assert commit.files == contents(export) | {"LICENSE": b"mine", "figure.png": b"mine"}
     assert commit.message == "second try"
-    assert "replaced there: README.md" in printed
-    assert "deleted there: chat_template.jinja, model.safetensors" in printed
+    assert "replaced, if changed: README.md" in printed
+    assert "deleted: chat_template.jinja, model.safetensors" in printed
     assert f"{REPO}: has these files already" in umbrella("push", export, REPO)
     assert repository.branches["main"][-1] == commit
 
@@ -173,9 +173,10 @@ def test_refuses_texts_about_machines_and_subjects(
     assert hub.requests == []
 
 
-def test_urls_and_chat_templates_are_no_paths_of_a_machine(export: Path) -> None:
+def test_accepts_texts_that_only_resemble_paths_and_subjects(export: Path) -> None:
     with (export / "README.md").open("a") as card:
         card.write("See https://example.org/a/b, http://x/y/z and <tool>/</tool>; 1/2/3, and/or/not, T1/T2.\n")
+        card.write("Trained on top of lab/llava-sub-1b with sub-networks.\n")
     umbrella("push", export, REPO, "--dry-run")
 
 
@@ -224,12 +225,14 @@ def test_refuses_names_that_the_hub_cannot_have(export: Path, hub: Hub, words: l
 
 def test_says_what_keeps_it_from_the_hub(export: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert "the hub refuses the token" in umbrella("push", export, REPO, code=2)
+    message = umbrella("push", export, REPO, code=2)
+    assert "the hub refuses the token" in message
+    assert "hf_wrong" not in message
     monkeypatch.delenv("HF_TOKEN")
     assert "no token of the hub; log in with `hf auth login`" in umbrella("push", export, REPO, code=2)
     monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert f"{REPO}: not uploaded: " in umbrella("push", export, REPO, code=1)
+    assert f"{REPO}: not uploaded to http://127.0.0.1:9: " in umbrella("push", export, REPO, code=1)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE: " in umbrella("push", export, REPO, code=2)
     assert not hub.repositories

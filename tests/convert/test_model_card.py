@@ -99,7 +99,7 @@ def test_numbers_and_texts_are_not_listed(card: Any) -> None:
     text = card(replace(RECORD, counts={"train": split}, metrics=None))
     assert "| training | age (regression) | 50 | 50 | numbers: mean 61.2, SD 7.5 years |" in text
     assert "| training | note (text) | 50 | not recorded | texts |" in text
-    assert "Not recorded: this step was not evaluated." in text
+    assert "Not recorded: this step was not evaluated" in text
 
 
 def test_states_every_run_of_a_chain(card: Any) -> None:

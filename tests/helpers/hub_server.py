@@ -5,7 +5,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 TOKEN = "hf_valid"
 
@@ -216,7 +216,11 @@ def serve(folder: Path) -> Iterator[Hub]:
         "HF_TOKEN_PATH": str(folder / "token"),
     }
     try:
-        with mock.patch.multiple(constants, **settings), mock.patch.dict("os.environ", HF_TOKEN=TOKEN):
+        with ExitStack() as patched:  # not every version has every constant; file_download copies one
+            patched.enter_context(mock.patch.multiple(constants, create=True, **settings))
+            name = "HUGGINGFACE_CO_URL_TEMPLATE"
+            patched.enter_context(mock.patch.object(file_download, name, settings[name], create=True))
+            patched.enter_context(mock.patch.dict("os.environ", HF_TOKEN=TOKEN))
             yield hub
     finally:
         server.shutdown()

@@ -25,7 +25,7 @@ from umbrella_jax.errors import CheckpointError, ConfigError, Faults, RunError, 
 from umbrella_jax.io.reading import parse_yaml
 from umbrella_jax.rundir import MODEL
 
-_SUBJECT = re.compile(r"\bsub-(?=[A-Za-z]*\d)[A-Za-z0-9]+\b")
+_SUBJECT = re.compile(r"(?<![\w-])sub-(?=[A-Za-z]*\d)[A-Za-z0-9]+\b")
 """A subject's label as BIDS writes it, with at least one digit."""
 _CONTENTS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("*.nii", "*.nii.gz", "*.mgh", "*.mgz", "*.hdr", "*.img", "*.dcm"), "a scan or a map of one"),
@@ -326,6 +326,7 @@ def _notes(checkpoint: Checkpoint, card: Mapping[str, Any], *, is_private: bool)
 @contextmanager
 def _hub_errors(repo: str) -> Iterator[None]:
     """Turn the errors of requests to the hub into ours: ConfigError for a token, RunError for everything else."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
     # the HTTP library differs between versions of huggingface_hub: its general error is a base of the hub's
@@ -335,11 +336,9 @@ def _hub_errors(repo: str) -> Iterator[None]:
     except failures as error:
         while isinstance(error, RuntimeError) and isinstance(error.__cause__, failures):  # the upload wraps its errors
             error = error.__cause__
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        status = None
-        if isinstance(error, HfHubHTTPError):
-            reason = ": ".join((error.server_message or reason).splitlines())
-            status = error.response.status_code
+        message = getattr(error, "server_message", None) or str(error) or type(error).__name__
+        reason = ": ".join(message.splitlines()[:2])
+        status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
             raise ConfigError(
                 f"{repo}: the hub refuses the token: {reason}; log in with one that may write there (`hf auth login`, "
@@ -347,4 +346,6 @@ def _hub_errors(repo: str) -> Iterator[None]:
             ) from error
         if status in (409, 412):
             raise RunError(f"{repo}: somebody else has just changed it: {reason}; push again") from error
-        raise RunError(f"{repo}: not uploaded: {reason}; push again, and only what is missing is sent") from error
+        raise RunError(
+            f"{repo}: not uploaded to {constants.ENDPOINT}: {reason}; push again, and only what is missing is sent"
+        ) from error

@@ -152,9 +152,9 @@ def _push(arguments: argparse.Namespace) -> None:
     done = upload(job, arguments.message)
     if done.is_new_repo:
         print(f"{job.repo}: created")
-    for what, names in (("replaced", done.replaced), ("deleted", done.deleted)):
+    for what, names in (("replaced, if changed", done.replaced), ("deleted", done.deleted)):
         if names and done.is_new_commit:
-            print("\n".join(wrapped(f"{what} there: {', '.join(names)}")))
+            print("\n".join(wrapped(f"{what}: {', '.join(names)}")))
     for remark in done.remarks:
         print(remark)
     print(done.url if done.is_new_commit else f"{job.repo}: has these files already")

@@ -1,5 +1,6 @@
 """Collect the facts about a run that the model card of its export states."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,15 @@ from convert.model_card import TaskMetric, TrainingRecord
 from umbrella_jax.checkpoints.checkpoint import Checkpoint, RunCheckpoint
 from umbrella_jax.config.load import flat, load_stored_config
 from umbrella_jax.config.schema import AugmentConfig, RunConfig, to_dict
-from umbrella_jax.errors import DataError
+from umbrella_jax.errors import DataError, UmbrellaError
 from umbrella_jax.io.reading import LISTING, read_json
 from umbrella_jax.models import abstract_params
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, COUNTS, NEWEST, predictions_by_step
-from umbrella_jax.scoring.metrics import read_predictions, score, tasks_of
+from umbrella_jax.scoring.metrics import cut_faults, read_predictions, score, tasks_of
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints
 
+_log = logging.getLogger(__name__)
 _SETTINGS = ("train", "model", "data", "seed")
 _LEFT_OUT = (
     *("model.base", "model.modalities", "train.tensorboard", "train.wandb", "train.eval_", "train.save_steps"),
@@ -28,7 +30,8 @@ _LEFT_OUT = (
 def read_training_records(checkpoint: Checkpoint) -> tuple[TrainingRecord, ...]:
     """Return the record of each run that made the weights of a checkpoint, first to last.
 
-    Raises DataError, CheckpointError or ConfigError if a file of a run is damaged.
+    Predictions that cannot be scored cause a warning. Raises DataError, CheckpointError or ConfigError if another file
+    of a run is damaged.
     """
     return tuple(_read(run) for run in checkpoint.runs)
 
@@ -76,12 +79,19 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _metrics(run: RunCheckpoint, config: RunConfig) -> tuple[TaskMetric, ...] | None:
-    """Return the metrics of the evaluation after the exported step, None without one."""
+    """Return the metrics of the evaluation after the exported step; None without one, or if it cannot be scored."""
     file = predictions_by_step(run.path).get(run.step or 0)
     if file is None:
         return None
-    rows = read_predictions(file)
-    scores = score(rows, tasks_of(rows, config.evaluation.tasks), resamples=config.evaluation.resamples)
+    try:
+        rows = read_predictions(file)
+        tasks = tasks_of(rows, config.evaluation.tasks)
+        if faults := cut_faults(rows, tasks):
+            raise DataError(faults)
+        scores = score(rows, tasks, resamples=config.evaluation.resamples)
+    except UmbrellaError as error:  # as `umbrella-jax score` reports; the weights can be exported all the same
+        _log.warning("the model card will have no metrics: %s", error)
+        return None
     return tuple(
         TaskMetric(task, name, figure.value, figure.low, figure.high, figure.chance, figure.n, figure.subjects)
         for task in scores.tasks
