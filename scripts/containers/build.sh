@@ -32,9 +32,9 @@ if command -v apptainer >/dev/null; then
     sed -e 's/^Bootstrap: docker$/Bootstrap: localimage/' -e "s#^From: .*#From: $BASE#" "$recipe" >"$work/apptainer.def"
     recipe=$work/apptainer.def
   fi
-  apptainer build --fakeroot --build-arg EXTRAS=report "$work/umbrella.sif" "$recipe"
+  apptainer build --sandbox --fakeroot --build-arg EXTRAS=report "$work/umbrella" "$recipe" # a directory: no compression
   mkdir "$work/home"
-  apptainer exec --no-home --home "$work/home" "$work/umbrella.sif" umbrella-jax doctor
+  apptainer exec --home "$work/home" "$work/umbrella" umbrella-jax doctor
   [ -z "$(ls -A "$work/home")" ] # nothing is written to the home directory
   summary+=$'\n'"built, and doctor passes: scripts/containers/apptainer.def"
 else
