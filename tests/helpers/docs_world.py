@@ -482,7 +482,12 @@ PICTURES: dict[str, tuple[str, ...]] = {
     README: ("HF checkpoint directory ──convert──► parameters ─┐",),
     "docs/conversion.md": ("HF directory ──convert from-hf──► native checkpoint",),
     "docs/install.md": ("loss 9.1216; 16 answers",),
-    "docs/runs.md": ("step 1,200 of 30,000", "evaluation at step 240", "seed 1: runs/seeds/seed-1"),
+    "docs/runs.md": (
+        "step 1,200 of 30,000",
+        "evaluation at step 240",
+        "resume: from step 40",
+        "seed 1: runs/seeds/seed-1",
+    ),
 }
 """Page → beginnings of its blocks of kind `picture`: drawings, and what a terminal shows while one waits."""
 

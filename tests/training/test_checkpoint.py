@@ -271,7 +271,8 @@ def test_one_device_to_eight_and_back(tmp_path, empty, filled):
 
 def test_resuming_holds_one_state(tmp_path, empty, filled, monkeypatch):
     """The initial state is freed before the checkpoint is read. Without a checkpoint, it is kept."""
-    monkeypatch.setattr(resumption, "check_same_run", lambda *_: None)
+    for check in ("check_same_run", "_describe_new_length"):
+        monkeypatch.setattr(resumption, check, lambda *_: None)
     meta, state = {"versions": {}}, jax.tree.map(jnp.copy, empty)
     restore = Checkpoints.restore
 

@@ -236,6 +236,7 @@ def prepare(
         ),
         meta={
             "config": to_dict(config),
+            "num_steps": num_steps,
             "base_fingerprint": fingerprint,
             "architecture": architecture,
             "inputs": digest_of(inputs),

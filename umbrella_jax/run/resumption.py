@@ -9,12 +9,14 @@ import orbax.checkpoint as ocp
 
 from umbrella_jax.config.load import flat, load_stored_config, parse_stored_config
 from umbrella_jax.config.schema import RunConfig, to_dict
+from umbrella_jax.console import wrapped
 from umbrella_jax.data.inputs import Inputs, changed_inputs
 from umbrella_jax.distributed import gather, raise_together
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.io.reading import LISTING, read_json
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, INPUTS, Line, Say, seed_runs
 from umbrella_jax.training.checkpoint import Checkpoints
+from umbrella_jax.training.optimizer import make_schedule, warmup_updates
 from umbrella_jax.training.step import TrainState
 
 T = TypeVar("T")
@@ -33,6 +35,7 @@ MAY_CHANGE = (
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
+    "train.epochs",
     "train.eval_samples",
     "train.eval_steps",
     "train.save_steps",
@@ -47,9 +50,9 @@ MAY_CHANGE = (
     "evaluation",
 )
 """Settings that may differ when a run resumes, sections or fields. They change where it reads from, how often it
-evaluates and saves, when it stops early, how the devices share the work, and what happens if a loss or gradient is not
-finite. Of these, only the handling of non-finite values can change an update by more than rounding. The base's
-fingerprint is compared instead of its path."""
+evaluates and saves, when it stops early, how the devices share the work, what happens if a loss or gradient is not
+finite, and how long it trains. Of these, only the last two can change an update by more than rounding, the length
+through the learning rate (`_describe_new_length`). The base's fingerprint is compared instead of its path."""
 
 
 def check_out(config: RunConfig, out: Path, resume: bool) -> None:
@@ -74,11 +77,8 @@ def check_out(config: RunConfig, out: Path, resume: bool) -> None:
 def _changed_settings(stored: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """Return a fault for each setting that differs from the stored run's and may not."""
     before, now = flat(stored), flat(config)
-    longer = "keep that, or train longer in a new run that starts from this one (--base RUN --out DIR)"
-    remedies = {"train.epochs": longer}  # the learning rate of every step depends on the number of steps
     return [
-        f"{key}: {now.get(key)} now, {before.get(key)} in the run; "
-        + remedies.get(key, "keep that, or choose another directory (--out DIR)")
+        f"{key}: {now.get(key)} now, {before.get(key)} in the run; keep that, or choose another directory (--out DIR)"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE)
     ]
@@ -128,7 +128,7 @@ def newest(
 
     Raises:
         CheckpointError: every checkpoint is damaged.
-        ConfigError: the checkpoint belongs to another run.
+        ConfigError: the checkpoint belongs to another run, or the run is to end before it.
     """
     damaged: dict[int, list[str]] = {}
     state = saved = None
@@ -151,10 +151,52 @@ def newest(
         say("resume: no checkpoint yet, starting at step 0")
         return None, {}, []
     say(f"resume: from step {step}")
+    with raise_together():
+        if line := _describe_new_length(checkpoints.directory, saved, meta, step, int(state.skipped)):
+            say("\n".join(wrapped(line)))
     for name, version in meta["versions"].items():
         if (before := saved["versions"].get(name)) != version:
             say(f"resume: {name} is {version} now, {before} before: numbers may differ in their last digits")
     return state, saved, list(damaged)
+
+
+def _describe_new_length(
+    directory: Path, saved: dict[str, Any], meta: dict[str, Any], step: int, skipped: int
+) -> str | None:
+    """Return a line about the new length of a run whose `train.epochs` changed; None if it is the same.
+
+    The epochs are those of the same plan, and the learning rate continues on the schedule of the new length. So with
+    a constant rate, the result is that of a run of the new length; else it is not, since the rates so far were others.
+
+    Args:
+        directory: of the checkpoints, for the message.
+        saved: the checkpoint's meta.
+        meta: this run's.
+        step: number of updates so far, of which `skipped` left the schedule where it was.
+
+    Raises ConfigError if no update would be left to make.
+    """
+    (old, before), (new, now) = (
+        (parse_stored_config(each["config"], str(directory)).train, each["num_steps"]) for each in (saved, meta)
+    )
+    if new.epochs == old.epochs:
+        return None
+    if now <= step:
+        raise ConfigError(
+            f"{directory}: cannot resume: train.epochs: {new.epochs:g} epochs are {now:,} updates, and {step:,} are "
+            f"made; expected more, or the {old.epochs:g} epochs of the run"
+        )
+    rate_before, rate = (float(make_schedule(*each)(step - skipped)) for each in ((old, before), (new, now)))
+    if rate == rate_before:
+        change = f"stays {rate:.4g}"
+    else:
+        change = f"{'rises' if rate > rate_before else 'falls'} from {rate_before:.4g} to {rate:.4g}"
+    warmup_before, warmup = warmup_updates(old, before), warmup_updates(new, now)
+    return (
+        f"resume: {new.epochs:g} epochs instead of {old.epochs:g}: {now:,} updates instead of {before:,}; "
+        f"the learning rate at step {step:,} {change}"
+        + ("" if warmup == warmup_before else f"; the warm-up lasts {warmup:,} updates instead of {warmup_before:,}")
+    )
 
 
 def _attempt(read: Callable[..., T], *args: Any) -> tuple[T | None, list[str]]:

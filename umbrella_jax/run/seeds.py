@@ -81,6 +81,9 @@ def _unfinished(config: RunConfig, seeds: Sequence[int], resume: bool, tell: Say
 
 
 def _is_finished(config: RunConfig) -> bool:
-    """Return whether `output_dir` holds a run that ended without an error after as many epochs."""
+    """Return whether `output_dir` holds a run that ended without an error, and would end there again."""
     out = Path(str(config.output_dir))
-    return how_it_ended(out / LOG) == "" and load_stored_config(out / CONFIG).train.epochs == config.train.epochs
+    if how_it_ended(out / LOG) != "":
+        return False
+    train = load_stored_config(out / CONFIG).train
+    return (train.epochs, train.early_stopping) == (config.train.epochs, config.train.early_stopping)
