@@ -11,7 +11,10 @@ mirror=http://deb.debian.org/debian
 debootstrap --variant=minbase --include=apptainer,buildah,ca-certificates,crun,netavark,passt,podman,python3-minimal \
   sid "$root" "$mirror" >"$root.log"
 debootstrap --variant=minbase --include=ca-certificates,python3-venv bookworm "$root/base" "$mirror" >"$root.log"
-rm -r "$root.log" "$root"/base/{dev,proc,sys}/* # an image has no devices
+rm "$root.log"
+find "$root/base/dev" -mindepth 1 -delete # an image has no devices
+chmod 755 "$root"
+chmod -R a+rX "$root/base"
 for debian in "$root" "$root/base"; do
   cp --dereference /etc/hosts /etc/resolv.conf "$debian/etc"
   cp /etc/ssl/certs/ca-certificates.crt "$debian/etc/ssl/certs" # with those that the machine's owner added
@@ -41,5 +44,5 @@ mkdir old
 pivot_root . old
 umount --lazy old
 cd /lab/checkout
-export HOME=/lab BASE=/base BUILDAH_ISOLATION=chroot
+export HOME=/lab BASE=/base BUILDAH_ISOLATION=chroot TMPDIR=/lab
 exec setpriv --reuid=lab --regid=lab --clear-groups "${@:2}"' bash "$root" "$@"
