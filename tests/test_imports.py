@@ -18,7 +18,7 @@ FLOORS: tuple[dict[str, set[str]], ...] = (
     },
     {"config": {"pydantic", "ruamel"}},
     {
-        "models": {"chex", "flax", "jax", "numpy", "qwix"},
+        "models": {"chex", "flax", "jax", "jaxtyping", "numpy", "qwix"},
         "rundir": set(),
         "html": {"PIL", "jinja2", "nibabel", "numpy"},
     },
@@ -38,7 +38,7 @@ FLOORS: tuple[dict[str, set[str]], ...] = (
     },
     {
         "data": {"grain", "isal", "nibabel", "numpy", "safetensors", "scipy", "threadpoolctl", "tqdm", "transformers"},
-        "training": {"etils", "flax", "jax", "numpy", "optax", "orbax"},
+        "training": {"etils", "flax", "jax", "jaxtyping", "numpy", "optax", "orbax"},
     },
     {
         "checkpoints": {"huggingface_hub", "jax", "numpy"},
@@ -46,7 +46,7 @@ FLOORS: tuple[dict[str, set[str]], ...] = (
         "plan": {"jax"},
         "doctor": {"huggingface_hub", "jax", "numpy", "optax", "packaging"},
     },
-    {"api": set(), "inference": {"flax", "jax", "nibabel", "numpy", "tqdm"}},
+    {"api": set(), "inference": {"flax", "jax", "jaxtyping", "nibabel", "numpy", "tqdm"}},
     {
         "run": {"flax", "jax", "optax", "orbax", "tensorboardX", "tqdm", "wandb"},
         "baselines": {"flax", "jax", "numpy", "optax", "sklearn", "tqdm"},

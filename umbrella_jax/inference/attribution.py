@@ -13,20 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
 
 from umbrella_jax.batch import Batch
 from umbrella_jax.models import Params, merge
 from umbrella_jax.training.loss import loss_sum
 
-Array = jax.Array
-Volumes = dict[str, Array]
-"""{modality: float32 [M, ...]}: the volumes of a batch, or each voxel's contribution in the same shapes."""
+Volumes = dict[str, Float[Array, "M ..."]]
+"""{modality: array}: the volumes of a batch, or each voxel's contribution in the same shapes."""
 Method = Literal["gradient", "integrated", "occlusion"]
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
-def log_probability(volumes: Volumes, params: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> Array:
-    """Return log p of all supervised tokens of the batch with `volumes` instead of its own; float32 []."""
+def log_probability(volumes: Volumes, params: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> Float32[Array, ""]:
+    """Return log p of all supervised tokens of the batch with `volumes` instead of its own."""
     shown = replace(batch, volumes=volumes)
     return -loss_sum(merge(graphdef, params), shown)[0]
 
@@ -89,8 +89,14 @@ def occlusion(
 
 
 @jax.jit
-def _hide(x: Array, background: Array, volume: Array, corner: Array, size: Array) -> Array:
-    """Replace a box of one volume of x [M, ...] by background; the box may reach beyond the end."""
+def _hide(
+    x: Float[Array, "M *size"],
+    background: Float[Array, "M *size"],
+    volume: Int[Array, ""],
+    corner: Int[Array, "rank"],
+    size: Int[Array, "rank"],
+) -> Float[Array, "M *size"]:
+    """Replace a box of one volume of x by background; the box may reach beyond the end."""
     places = jnp.meshgrid(*(jnp.arange(n) for n in x.shape[1:]), indexing="ij")
     inside = jnp.stack([(i <= p) & (p < i + n) for p, i, n in zip(places, corner, size, strict=True)]).all(0)
     hidden = inside[None] & (jnp.arange(len(x)).reshape(-1, *[1] * inside.ndim) == volume)

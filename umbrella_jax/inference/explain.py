@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import nibabel as nib
 import numpy as np
+from jaxtyping import Float, Float32
 
 from umbrella_jax.data.conversation import Conversation, Image
 from umbrella_jax.data.loader import whole_batch
@@ -33,12 +34,12 @@ class Explanation:
     """log p(answer | conversation), the ending token included; natural logarithm."""
     without: float
     """The log-probability if all volumes are background."""
-    maps: Mapping[Image, np.ndarray]
-    """{distinct image: float32 map over the preprocessed volume, of its modality's `size`}, in the unit of
+    maps: Mapping[Image, Float32[np.ndarray, "..."]]
+    """{distinct image: map over the preprocessed volume, of its modality's `size`}, in the unit of
     `log_probability`. Maps of `integrated` sum to `log_probability` − `without`."""
 
-    def in_scan(self, processor: Processor, image: Image) -> np.ndarray:
-        """Return a map on the voxels of the stored file, float32 of its shape.
+    def in_scan(self, processor: Processor, image: Image) -> Float32[np.ndarray, "..."]:
+        """Return a map on the voxels of the stored file, in its shape.
 
         The sum stays the same, except for contributions on padding; see `umbrella_jax.data.volume.restore`.
         """
@@ -142,9 +143,11 @@ def explain(
     )
 
 
-def _background(volumes: np.ndarray, levels: Sequence[float | None]) -> np.ndarray:
-    """Return the background of each volume in the shape of `volumes` [M, ...]: its level, or its lowest value if the
-    level is None. Volumes beyond the levels are padding of the batch."""
+def _background(volumes: Float[np.ndarray, "M *size"], levels: Sequence[float | None]) -> Float[np.ndarray, "M *size"]:
+    """Return the background of each volume: its level, or its lowest value if the level is None.
+
+    Volumes beyond the levels are padding of the batch.
+    """
     background = np.empty_like(volumes)
     for row, (volume, level) in enumerate(itertools.zip_longest(volumes, levels)):
         background[row] = volume.min() if level is None else level

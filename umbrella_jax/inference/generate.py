@@ -7,19 +7,19 @@ Each batch shape and answer length compiles three programs: `prefill`, `decode` 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, Key, UInt32
 
-from umbrella_jax.batch import Batch
+from umbrella_jax.batch import AnyArray, Batch
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import KVCache, Llava, Params, merge, split
 from umbrella_jax.training.diagnose import nonfinite_error
 
-Array = jax.Array
 NONE = -1
 """Token id after the end of a row."""
 
@@ -56,6 +56,7 @@ class Sampling:
 GREEDY = Sampling()
 
 
+@no_type_check  # jax also builds it with shapes, shardings or None as fields
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
@@ -63,18 +64,18 @@ class Decoding:
 
     cache: KVCache
     """Keys and values; the slots of the prompts are followed by N - 1 slots for tokens."""
-    lengths: Array
-    """int32 [B]: number of positions of each prompt."""
-    hidden: Array
-    """[B, D]: last hidden state of each prompt, from which its first token is chosen."""
-    tokens: Array
-    """int32 [B, N]: the answers so far, padded with `NONE`."""
-    num_generated: Array
-    """int32 []: number of tokens generated so far."""
-    ended: Array
-    """bool [B]: whether the answer has ended."""
-    finite: Array
-    """bool [B]: whether all logits so far were finite; a row ends at the first logits that are not."""
+    lengths: Int32[Array, "B"]
+    """Number of positions of each prompt."""
+    hidden: Float[Array, "B D"]
+    """Last hidden state of each prompt, from which its first token is chosen."""
+    tokens: Int32[Array, "B N"]
+    """The answers so far, padded with `NONE`."""
+    num_generated: Int32[Array, ""]
+    """Number of tokens generated so far."""
+    ended: Bool[Array, "B"]
+    """Whether the answer has ended."""
+    finite: Bool[Array, "B"]
+    """Whether all logits so far were finite; a row ends at the first logits that are not."""
 
 
 @partial(jax.jit, static_argnames=("graphdef", "max_new_tokens"))
@@ -98,24 +99,24 @@ def prefill(params: Params, batch: Batch, *, graphdef: nnx.GraphDef, max_new_tok
 def decode(
     params: Params,
     state: Decoding,
-    stop_ids: Array,
-    seeds: Array,
-    until: Array,
+    stop_ids: Int32[Array, "S"],
+    seeds: UInt32[Array, "B"],
+    until: Int32[Array, ""],
     *,
     graphdef: nnx.GraphDef,
     sampling: Sampling = GREEDY,
 ) -> Decoding:
-    """Generate until the rows have `until` (int32 []) tokens or have all ended. `state` is donated.
+    """Generate until the rows have `until` tokens or have all ended. `state` is donated.
 
-    A row ends with the first of `stop_ids` (int32 [S]), which is part of the result. Draws for a row depend on its own
-    seed in `seeds` (uint32 [B]) and its number of tokens, not on the other rows.
+    A row ends with the first of `stop_ids`, which is part of the result. Draws for a row depend on its own seed and its
+    number of tokens, not on the other rows.
     """
     language_model = merge(graphdef, params).language_model
     size = state.tokens.shape[1]
     first_slot = state.cache.used.shape[1] - (size - 1)
     keys = jax.vmap(jax.random.key)(seeds)
 
-    def next_token(state: Decoding, hidden: Array) -> dict[str, Array]:
+    def next_token(state: Decoding, hidden: Float[Array, "B D"]) -> dict[str, Array]:
         logits = language_model.logits(hidden)
         finite = jnp.isfinite(logits).all(-1)
         token = choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, state.num_generated), sampling)
@@ -130,7 +131,7 @@ def decode(
             "finite": state.finite & (state.ended | finite),
         }
 
-    def unfinished(state: Decoding) -> Array:
+    def unfinished(state: Decoding) -> Bool[Array, ""]:
         return (state.num_generated < until) & ~state.ended.all()
 
     def step(state: Decoding) -> Decoding:
@@ -149,8 +150,8 @@ def decode(
     return jax.lax.while_loop(unfinished, step, replace(state, **first))
 
 
-def choose(logits: Array, keys: Array, sampling: Sampling) -> Array:
-    """Choose the next tokens, int32 [B], from logits float32 [B, V], with one random key per row."""
+def choose(logits: Float32[Array, "B V"], keys: Key[Array, "B"], sampling: Sampling) -> Int32[Array, "B"]:
+    """Choose the next tokens from logits, with one random key per row."""
     if sampling.temperature == 0:
         return logits.argmax(-1).astype(jnp.int32)
     logits = logits / sampling.temperature
@@ -167,13 +168,14 @@ def choose(logits: Array, keys: Array, sampling: Sampling) -> Array:
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
-def score_answers(params: Params, state: Decoding, answers: Array, *, graphdef: nnx.GraphDef) -> Array:
-    """Return log p(answer | prompt), summed over the answer's tokens; float32 [B, A].
+def score_answers(
+    params: Params, state: Decoding, answers: Int32[Array, "B A N"], *, graphdef: nnx.GraphDef
+) -> Float32[Array, "B A"]:
+    """Return log p(answer | prompt), summed over the answer's tokens.
 
     Args:
         state: the result of `prefill`, before any call of `decode`.
-        answers: int32 [B, A, N]: token ids, the ending one included, padded with `NONE`. An answer without tokens has
-            log-probability 0.
+        answers: token ids, the ending one included, padded with `NONE`. An answer without tokens has log-probability 0.
     """
     language_model = merge(graphdef, params).language_model
     b, a, n = answers.shape
@@ -185,7 +187,9 @@ def score_answers(params: Params, state: Decoding, answers: Array, *, graphdef: 
         later, _, _ = language_model.model.extend(x, positions, state.cache, ways=a)
         hidden = jnp.concatenate([hidden, later.reshape(b, a, n - 1, -1)], axis=2)
 
-    def score(answer: tuple[Array, Array]) -> Array:  # one answer at a time, since each token has V logits
+    def score(
+        answer: tuple[Float[Array, "B N D"], Int32[Array, "B N"]],
+    ) -> Float32[Array, "B"]:  # one answer at a time, since each token has V logits
         hidden, tokens = answer
         logits = language_model.logits(hidden)
         of_token = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[..., None], axis=-1)[..., 0]
@@ -201,9 +205,9 @@ def stream(
     stop_ids: Sequence[int] = (),
     max_new_tokens: int = 32,
     sampling: Sampling = GREEDY,
-    seeds: Sequence[int] | None = None,
-) -> Iterator[np.ndarray]:
-    """Yield the tokens of `generate` one by one, int32 [B]; a row that has ended gives `NONE`.
+    seeds: Sequence[int] | Int[AnyArray, "B"] | None = None,
+) -> Iterator[Int32[np.ndarray, "B"]]:
+    """Yield the tokens of `generate` one by one; a row that has ended gives `NONE`.
 
     Arguments and errors are the same as for `generate`.
     """
@@ -223,9 +227,9 @@ def generate(
     stop_ids: Sequence[int] = (),
     max_new_tokens: int = 32,
     sampling: Sampling = GREEDY,
-    seeds: Sequence[int] | None = None,
-) -> Array:
-    """Generate the model's answers to the prompts of a batch; int32 [B, max_new_tokens].
+    seeds: Sequence[int] | Int[AnyArray, "B"] | None = None,
+) -> Int32[Array, "B {max_new_tokens}"]:
+    """Generate the model's answers to the prompts of a batch.
 
     Args:
         stop_ids: tokens that end an answer; the ending one is part of the result, followed by `NONE`.
@@ -246,13 +250,13 @@ def generate(
     return state.tokens
 
 
-def probabilities(model: Llava, batch: Batch, answers: Array | np.ndarray) -> np.ndarray:
-    """Return the probability of each answer, given that it is one of `answers`; float64 [B, A], rows sum to 1.
+def probabilities(model: Llava, batch: Batch, answers: Int[AnyArray, "... A N"]) -> Float64[np.ndarray, "B A"]:
+    """Return the probability of each answer, given that it is one of `answers`; rows sum to 1.
 
     It is not normalised by length: a longer answer is a product of more factors, as in the model.
 
     Args:
-        answers: int32 [A, N] or [B, A, N], as for `score_answers`; `Processor.answers` returns them.
+        answers: [A, N] or [B, A, N], as for `score_answers`; `Processor.answers` returns them.
 
     Raises:
         CheckpointError, RunError: as `generate`.
@@ -267,8 +271,8 @@ def probabilities(model: Llava, batch: Batch, answers: Array | np.ndarray) -> np
     return shares / shares.sum(-1, keepdims=True)
 
 
-def _check_finite(what: str, finite: np.ndarray, model: Llava, batch: Batch) -> None:
-    """Raise the error of `nonfinite_error` if any row of `finite`, bool [B], is false."""
+def _check_finite(what: str, finite: Bool[np.ndarray, "B"], model: Llava, batch: Batch) -> None:
+    """Raise the error of `nonfinite_error` if any row of `finite` is false."""
     if not finite.all():
         graphdef, params = split(model)
         names = {int(row): f"row {row} of the batch" for row in np.flatnonzero(~finite)}
@@ -281,7 +285,7 @@ def _start(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     sampling: Sampling,
-    seeds: Sequence[int] | None,
+    seeds: Sequence[int] | Int[AnyArray, "B"] | None,
 ) -> tuple[Decoding, Callable[[Decoding, int], Decoding]]:
     """Read the prompts; return their state and a function that extends their answers to a number of tokens."""
     row_seeds: Any = range(len(batch.lengths)) if seeds is None else seeds

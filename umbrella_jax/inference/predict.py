@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jaxtyping import Bool, Int32
 from tqdm import tqdm
 
 from umbrella_jax.batch import Batch
@@ -93,8 +94,8 @@ class Choices:
         """Return the choices, or None if no task has a closed set of answers."""
         return cls(dataset, processor, rows, tasks) if any(task.answers for task in tasks.values()) else None
 
-    def tokens(self, indices: Sequence[int], rows: int) -> np.ndarray:
-        """Return the answers to the conversations `indices`, int32 [rows, A, N], padded with `NONE` on every axis."""
+    def tokens(self, indices: Sequence[int], rows: int) -> Int32[np.ndarray, "{rows} A N"]:
+        """Return the answers to the conversations `indices`, padded with `NONE` on every axis."""
         out = np.full((rows, *self._shape), NONE, np.int32)
         for row, index in enumerate(indices):
             for a, ids in enumerate(self._encoded[index]):
@@ -214,9 +215,9 @@ def _require_finite(
     batch: Batch,
     graphdef: nnx.GraphDef,
     what: str,
-    finite: np.ndarray,
+    finite: Bool[np.ndarray, "B"],
 ) -> None:
-    """Raise an error that names the conversations of a batch with numbers that are not `finite`, bool [B]."""
+    """Raise an error that names the conversations of a batch with numbers that are not `finite`."""
     if not finite.all():
         rows = np.flatnonzero(~finite).tolist()
         names = {row: dataset.conversations[indices[row]].label for row in rows}

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int, Int32
 
-from umbrella_jax.batch import Batch
+from umbrella_jax.batch import AnyArray, Batch
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.checkpoints.load import same_template
 from umbrella_jax.config.schema import (
@@ -197,8 +198,8 @@ class Processor:
         )
         return whole_batch(dataset, prompts=prompts)
 
-    def answers(self, texts: Sequence[str]) -> np.ndarray:
-        """Return several answers to one question as tokens, int32 [A, N], with the ending token and padded with -1.
+    def answers(self, texts: Sequence[str]) -> Int32[np.ndarray, "A N"]:
+        """Return several answers to one question as tokens, with the ending token and padded with -1.
 
         Raises DataError if the tokens of prompt and answer do not start with the prompt's tokens.
         """
@@ -216,8 +217,8 @@ class Processor:
         """Tokens that end an answer."""
         return stop_ids(self.tokenizer)
 
-    def decode(self, tokens: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> list[str]:
-        """Return the text of generated tokens, int [B, L], without special tokens and what follows the end."""
+    def decode(self, tokens: Int[AnyArray, "B L"] | Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of generated tokens, without special tokens and what follows the end."""
         rows = np.asarray(tokens)
         return [decode_ids(self.tokenizer, row[row >= 0]).strip() for row in rows]
 

@@ -10,17 +10,18 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Int, Shaped
 
+from umbrella_jax.batch import AnyArray
 from umbrella_jax.config.schema import RematPolicy
 from umbrella_jax.models.attention.cudnn import is_cudnn_forward
 from umbrella_jax.models.parallel import look_up, split_rows
 
-Array = jax.Array
 M = TypeVar("M", bound=nnx.Module)
 _init = nnx.initializers.normal(0.02)  # as Hugging Face initialises SigLIP and Qwen2
 
 
-def dense(weight: Any, dtype: Any) -> Array:
+def dense(weight: Any, dtype: Any) -> Float[Array, "..."]:
     """Return a weight in `dtype`; dequantise it if it is a QArray (umbrella_jax/models/quantize.py)."""
     if isinstance(weight, jax.Array):
         return weight.astype(dtype)
@@ -29,21 +30,21 @@ def dense(weight: Any, dtype: Any) -> Array:
     return qwix.dequantize(weight.astype(dtype))
 
 
-def widest_dtype(*arrays: Array) -> Any:
+def widest_dtype(*arrays: Shaped[Array, "..."]) -> Any:
     """Return the narrowest type that holds all `arrays`. Call it to mix types on purpose: strict promotion refuses
     that."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*arrays)
 
 
-def _over_channels(vector: Array, x: Array) -> Array:
+def _over_channels(vector: Float[Array, "D"], x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """Reshape a vector over the last axis of x to the rank of x, so that it broadcasts."""
     return jax.lax.broadcast_to_rank(vector, x.ndim)
 
 
 @jax.custom_vjp
-def float32_product(x: Array, weight: Array) -> Array:
-    """Return x [..., I] · Wᵀ in float32 [..., O]; x and `weight` [O, I] share one type, and so do their gradients.
+def float32_product(x: Float[Array, "... I"], weight: Float[Array, "O I"]) -> Float32[Array, "... O"]:
+    """Return x · Wᵀ; x and `weight` share one type, and so do their gradients.
 
     By default jax would multiply the float32 gradient by the weight, and XLA would copy the weight to float32 for it.
     """
@@ -72,7 +73,7 @@ class Factor(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """x [..., I] → x·Wᵀ + b [..., O] in x's dtype; `weight` [O, I] may be quantised, `bias` is [O].
+    """x → x·Wᵀ + b in x's dtype; `weight` [O, I] may be quantised, `bias` is [O].
 
     With a LoRA adapter (umbrella_jax/models/lora.py) it computes x·Wᵀ + s · x·Aᵀ·Bᵀ + b.
     """
@@ -85,7 +86,7 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(_init(rngs.params(), (out_features, in_features), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if bias else None
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         y = jnp.einsum("...i,oi->...o", x, dense(self.weight[...], x.dtype))
         if self.lora_A is not None and self.lora_B is not None:
             low = jnp.einsum("...i,ri->...r", x, self.lora_A.weight[...].astype(x.dtype)) * self.lora_scale
@@ -99,12 +100,12 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """ids int [...] → rows [..., D] of `weight` [V, D]."""
+    """Rows of `weight` [V, D]."""
 
     def __init__(self, num_embeddings: int, features: int, *, rngs: nnx.Rngs):
         self.weight = nnx.Param(_init(rngs.params(), (num_embeddings, features), jnp.float32))
 
-    def __call__(self, ids: Array) -> Array:
+    def __call__(self, ids: Int[AnyArray, "..."]) -> Float[Array, "... D"]:
         return look_up(self.weight[...], ids)
 
 
@@ -116,7 +117,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((features,), jnp.float32))
         self.eps = eps
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         h = x.astype(jnp.float32)
         h = h - h.mean(-1, keepdims=True)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
@@ -131,7 +132,7 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones((features,), jnp.float32))
         self.eps = eps
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         h = x.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
         return (h * _over_channels(self.weight[...].astype(jnp.float32), h)).astype(x.dtype)
@@ -153,7 +154,9 @@ _POLICIES: dict[str, Any] = {
 }
 
 
-def scan_layers(layers: nnx.Module, x: Array, *args: Any, remat: RematPolicy) -> Array:
+def scan_layers(
+    layers: nnx.Module, x: Float[Array, "*shape"], *args: Any, remat: RematPolicy
+) -> Float[Array, "*shape"]:
     """Run x through stacked `layers` in order, as a scan: compile time does not grow with depth.
 
     Args:

@@ -15,8 +15,9 @@ from flax import nnx
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Float32, Int
 
-from umbrella_jax.batch import Batch
+from umbrella_jax.batch import AnyArray, Batch
 from umbrella_jax.config.schema import AttentionBackend, LoraConfig, ModalityConfig, RematPolicy
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.models.attention import choose_backend
@@ -26,7 +27,6 @@ from umbrella_jax.models.projector import LlavaMultiModalProjector
 from umbrella_jax.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from umbrella_jax.models.siglip import SiglipConfig, SiglipVisionModel
 
-Array = jax.Array
 Params = dict[str, Array]
 """Parameters by dotted path: Hugging Face's name without the layer number, since layers are stacked on axis 0."""
 
@@ -85,13 +85,13 @@ class Llava(nnx.Module):
         if config.lora is not None:
             attach(self, config.lora)
 
-    def image_features(self, name: str, volumes: Array) -> Array:
-        """Encode volumes [M, *size] of modality `name` to features [M, N, D], one row per patch."""
-        hidden = self.vision_tower(name, volumes.astype(self.config.compute_dtype))
+    def image_features(self, name: str, volumes: Float[AnyArray, "M *size"]) -> Float[Array, "M N D"]:
+        """Encode volumes of modality `name` to features, one row per patch."""
+        hidden = self.vision_tower(name, jnp.asarray(volumes, self.config.compute_dtype))
         return split_rows(self.multi_modal_projector(hidden))
 
-    def shown(self, batch: Batch) -> dict[str, Array]:
-        """Return {modality of `batch.volumes`: bool [], whether any position of the batch shows one of its volumes}.
+    def shown(self, batch: Batch) -> dict[str, Bool[Array, ""]]:
+        """Return {modality of `batch.volumes`: whether any position of the batch shows one of its volumes}.
 
         The batch may have a leading axis of micro-batches, as a training step's has.
         """
@@ -103,8 +103,8 @@ class Llava(nnx.Module):
             start = end
         return is_shown
 
-    def inputs_embeds(self, batch: Batch) -> Array:
-        """Return token embeddings [B, T, D]; positions with feature_idx ≥ 0 hold that row of the image features."""
+    def inputs_embeds(self, batch: Batch) -> Float[Array, "B T D"]:
+        """Return token embeddings; positions with feature_idx ≥ 0 hold that row of the image features."""
         chex.assert_equal_shape([batch.input_ids, batch.feature_idx, batch.positions])
         ids, idx = batch.input_ids, batch.feature_idx
         embeds = split_rows(self.language_model.model.embed_tokens(ids).astype(self.config.compute_dtype))
@@ -120,22 +120,24 @@ class Llava(nnx.Module):
             first += size
         return embeds
 
-    def hidden_states(self, batch: Batch) -> Array:
-        """Return the last hidden states [B, T, D] in the compute dtype."""
+    def hidden_states(self, batch: Batch) -> Float[Array, "B T D"]:
+        """Return the last hidden states in the compute dtype."""
         return self.language_model.model(self.inputs_embeds(batch), batch.positions, batch.lengths)
 
-    def target_logits(self, batch: Batch) -> Array:
-        """Return logits, float32 [B, K, V], at the supervised positions only."""
+    def target_logits(self, batch: Batch) -> Float32[Array, "B K V"]:
+        """Return logits at the supervised positions only."""
         hidden = jnp.take_along_axis(self.hidden_states(batch), batch.target_pos[..., None], axis=1)
         return self.language_model.logits(hidden)
 
-    def __call__(self, batch: Batch) -> Array:
-        """Return logits, float32 [B, T, V], at every position; those beyond a row's length are meaningless."""
+    def __call__(self, batch: Batch) -> Float32[Array, "B T V"]:
+        """Return logits at every position; those beyond a row's length are meaningless."""
         return self.language_model.logits(self.hidden_states(batch))
 
 
-def _show(embeds: Array, idx: Array, features: Array, start: Array) -> Array:
-    """Write features [M, N, D] into embeds [B, T, D]: each position gets row idx − start, if there is such a row."""
+def _show(
+    embeds: Float[Array, "B T D"], idx: Int[AnyArray, "B T"], features: Float[Array, "M N D"], start: Int[Array, "1"]
+) -> Float[Array, "B T D"]:
+    """Write features into embeds: each position gets row idx − start, if there is such a row."""
     features = features.reshape(-1, features.shape[-1])
     idx = idx - start[:, None]
     here = (idx >= 0) & (idx < len(features))

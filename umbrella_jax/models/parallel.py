@@ -12,8 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
-Array = jax.Array
+from umbrella_jax.batch import AnyArray
+
 ROWS = ("data", "fsdp")
 """Mesh axes that split rows, which are conversations or volumes."""
 HEADS = "tensor"
@@ -26,19 +28,19 @@ def ways(axes: str | Sequence[str]) -> int:
     return math.prod(shape.get(axis, 1) for axis in ([axes] if isinstance(axes, str) else axes))
 
 
-def split_rows(x: Array) -> Array:
-    """Split x [rows, ...] over the devices by rows; the other axes stay whole."""
+def split_rows(x: Float[Array, "rows *rest"]) -> Float[Array, "rows *rest"]:
+    """Split x over the devices by rows; the other axes stay whole."""
     return x if _is_unsplit() else jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))
 
 
-def split_heads(x: Array) -> Array:
-    """Split x [B, T, H, Dh] by rows and, if the number of heads divides, by heads."""
+def split_heads(x: Float[Array, "B T H Dh"]) -> Float[Array, "B T H Dh"]:
+    """Split x by rows and, if the number of heads divides, by heads."""
     heads = None if x.shape[2] % ways(HEADS) else HEADS
     return x if _is_unsplit() else jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, None, heads))
 
 
-def look_up(table: Array, ids: Array) -> Array:
-    """Return rows [B, ..., D] of a table [V, D] for ids int [B, ...]; the table is split by words and by width.
+def look_up(table: Float[Array, "V D"], ids: Int[AnyArray, "B *rest"]) -> Float[Array, "B *rest D"]:
+    """Return rows of a table by their ids; the table is split by words and by width.
 
     Devices exchange the ids and the rows they hold, usually far less than the table.
     """

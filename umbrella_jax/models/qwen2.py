@@ -6,19 +6,20 @@ Axes: B conversations, T positions, D width, F width of the MLP, H heads, K kv h
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core import FrozenDict
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Float32, Int
 
+from umbrella_jax.batch import AnyArray
 from umbrella_jax.config.schema import AttentionBackend, RematPolicy
 from umbrella_jax.models.attention import attention, extension_attention
 from umbrella_jax.models.layers import Embedding, Linear, RMSNorm, float32_product, scan_layers, stack_layers
 from umbrella_jax.models.parallel import split_heads, split_rows
-
-Array = jax.Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,25 +39,26 @@ class Qwen2Config:
     tie_word_embeddings: bool
 
 
+@no_type_check  # jax also builds it with shapes, shardings or None as fields
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class KVCache:
     """Rotated keys and values of earlier positions, for all L layers, in S slots per row."""
 
-    k: Array
-    """[L, B, K, S, Dh]"""
-    v: Array
-    """[L, B, K, S, Dh]"""
-    used: Array
-    """bool [B, S]: slots that are filled."""
+    k: Float[Array, "L B K S Dh"]
+    v: Float[Array, "L B K S Dh"]
+    used: Bool[Array, "B S"]
+    """Slots that are filled."""
 
     def grown(self, slots: int) -> "KVCache":
         """Return the cache with `slots` empty slots appended."""
         k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, slots), (0, 0))) for x in (self.k, self.v))
         return KVCache(k=k, v=v, used=jnp.pad(self.used, ((0, 0), (0, slots))))
 
-    def put(self, k: Array, v: Array, slot: Array) -> "KVCache":
-        """Return the cache with k, v [L, B, K, N, Dh] written from `slot` on, the same slot in every row.
+    def put(
+        self, k: Float[Array, "L B K N Dh"], v: Float[Array, "L B K N Dh"], slot: Int[Array, ""] | int
+    ) -> "KVCache":
+        """Return the cache with k and v written from `slot` on, the same slot in every row.
 
         With one slot for all rows, this is a cheap slice update; a slot per row would need a scatter.
         """
@@ -65,16 +67,20 @@ class KVCache:
         return KVCache(k=put(self.k, k, slot, axis=3), v=put(self.v, v, slot, axis=3), used=used)
 
 
-def rope_tables(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Return cos and sin, float32 [B, T, 1, Dh], for positions [B, T] (Su et al. 2021; GPT-NeoX's half-split order)."""
+def rope_tables(
+    positions: Int[AnyArray, "B T"], head_dim: int, theta: float
+) -> tuple[Float32[Array, "B T 1 Dh"], Float32[Array, "B T 1 Dh"]]:
+    """Return cos and sin for positions (Su et al. 2021; GPT-NeoX's half-split order)."""
     frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angle = positions[..., None].astype(jnp.float32) * frequency[None, None]
     angle = jnp.concatenate([angle, angle], -1)[:, :, None, :]
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate x [B, T, H, Dh] by its position, in float32, since late positions have large angles."""
+def rotate(
+    x: Float[Array, "B T H Dh"], cos: Float32[Array, "B T 1 Dh"], sin: Float32[Array, "B T 1 Dh"]
+) -> Float[Array, "B T H Dh"]:
+    """Rotate x by its position, in float32, since late positions have large angles."""
     h = x.astype(jnp.float32)
     first, second = jnp.split(h, 2, axis=-1)
     return (h * cos + jnp.concatenate([-second, first], -1) * sin).astype(x.dtype)
@@ -91,10 +97,16 @@ class Qwen2Attention(nnx.Module):
         self.v_proj = Linear(config.hidden_size, kv, rngs=rngs)
         self.o_proj = Linear(q, config.hidden_size, bias=False, rngs=rngs)
 
-    def __call__(self, x: Array, cos: Array, sin: Array, attend: Callable[..., Array]) -> tuple[Array, Array, Array]:
-        """Attend from x [B, T, D] by `attend(q, k, v)` with q [B, T, H, Dh] and k, v [B, T, K, Dh].
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cos: Float32[Array, "B T 1 Dh"],
+        sin: Float32[Array, "B T 1 Dh"],
+        attend: Callable[..., Array],
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K Dh"], Float[Array, "B T K Dh"]]:
+        """Attend from x by `attend(q, k, v)` with q [B, T, H, Dh] and k, v [B, T, K, Dh].
 
-        Returns the output [B, T, D], the rotated keys and the values [B, T, K, Dh].
+        Returns the output, the rotated keys and the values.
         """
         projected = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (split_heads(y.reshape(*x.shape[:2], -1, self.head_dim)) for y in projected)
@@ -110,13 +122,13 @@ class Qwen2MLP(nnx.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False, rngs=rngs)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate, up = (checkpoint_name(proj(x), "mlp") for proj in (self.gate_proj, self.up_proj))
         return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class Qwen2DecoderLayer(nnx.Module):
-    """Pre-norm block: x [B, T, D] → [B, T, D]."""
+    """Pre-norm block of attention and MLP."""
 
     def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -124,20 +136,30 @@ class Qwen2DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = Qwen2MLP(config, rngs=rngs)
 
-    def __call__(self, x: Array, cos: Array, sin: Array, attend: Callable[..., Array]) -> Array:
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cos: Float32[Array, "B T 1 Dh"],
+        sin: Float32[Array, "B T 1 Dh"],
+        attend: Callable[..., Array],
+    ) -> Float[Array, "B T D"]:
         return self.with_keys_and_values(x, cos, sin, attend)[0]
 
     def with_keys_and_values(
-        self, x: Array, cos: Array, sin: Array, attend: Callable[..., Array]
-    ) -> tuple[Array, Array, Array]:
-        """Return the block's output and its rotated keys and its values [B, T, K, Dh], for a cache."""
+        self,
+        x: Float[Array, "B T D"],
+        cos: Float32[Array, "B T 1 Dh"],
+        sin: Float32[Array, "B T 1 Dh"],
+        attend: Callable[..., Array],
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K Dh"], Float[Array, "B T K Dh"]]:
+        """Return the block's output and its rotated keys and its values, for a cache."""
         attended, k, v = self.self_attn(self.input_layernorm(x), cos, sin, attend)
         x = checkpoint_name(x + attended, "middle")
         return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
 
 class Qwen2Model(nnx.Module):
-    """Embeddings [B, T, D] → last hidden states [B, T, D], after the final norm."""
+    """Embeddings → last hidden states, after the final norm."""
 
     def __init__(self, config: Qwen2Config, remat: RematPolicy, backend: AttentionBackend, *, rngs: nnx.Rngs):
         self.config, self.remat, self.backend = config, remat, backend
@@ -145,33 +167,41 @@ class Qwen2Model(nnx.Module):
         self.layers = stack_layers(lambda rngs: Qwen2DecoderLayer(config, rngs=rngs), config.num_hidden_layers, rngs)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def __call__(self, x: Array, positions: Array, lengths: Array) -> Array:
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[AnyArray, "B T"], lengths: Int[AnyArray, "B"]
+    ) -> Float[Array, "B T D"]:
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
         attend = partial(attention, causal=True, lengths=lengths, backend=self.backend)
         return self.norm(scan_layers(self.layers, x, cos, sin, attend, remat=self.remat))
 
-    def prefill(self, x: Array, positions: Array, lengths: Array) -> tuple[Array, KVCache]:
+    def prefill(
+        self, x: Float[Array, "B T D"], positions: Int[AnyArray, "B T"], lengths: Int[AnyArray, "B"]
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Return what a call returns, and the cache from which `extend` continues."""
         attend = partial(attention, causal=True, lengths=lengths, backend=self.backend)
         hidden, k, v = self._with_keys_and_values(x, positions, attend)
         used = jnp.arange(x.shape[1])[None] < lengths[:, None]
         return hidden, KVCache(k=k, v=v, used=used)
 
-    def extend(self, x: Array, positions: Array, cache: KVCache, ways: int = 1) -> tuple[Array, Array, Array]:
-        """Continue each row by W = `ways` alternative continuations of N positions.
+    def extend(
+        self, x: Float[Array, "B T D"], positions: Int[AnyArray, "B T"], cache: KVCache, ways: int = 1
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T Dh"], Float[Array, "L B K T Dh"]]:
+        """Continue each row by W = `ways` alternative continuations of N positions; T = W·N.
 
-        Each sees the row's cache and itself, not the others.
-
-        x [B, W·N, D], positions [B, W·N] → last hidden states [B, W·N, D] after the final norm, and the new keys and
-        values [L, B, K, W·N, Dh], which are not in the cache yet.
+        Each sees the row's cache and itself, not the others. Returns the last hidden states after the final norm, and
+        the new keys and values, which are not in the cache yet.
         """
         attend = partial(extension_attention, used=cache.used, ways=ways)
         return self._with_keys_and_values(x, positions, attend, {"past_k": cache.k, "past_v": cache.v})
 
     def _with_keys_and_values(
-        self, x: Array, positions: Array, attend: Callable[..., Array], past: Mapping[str, Array] = FrozenDict()
-    ) -> tuple[Array, Array, Array]:
-        """Run the layers; return the last hidden states, and each layer's keys and values [L, B, K, T, Dh].
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[AnyArray, "B T"],
+        attend: Callable[..., Array],
+        past: Mapping[str, Array] = FrozenDict(),
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T Dh"], Float[Array, "L B K T Dh"]]:
+        """Run the layers; return the last hidden states, and each layer's keys and values.
 
         Args:
             past: keyword arguments of `attend`, stacked over the layers on axis 0; each layer gets its own slice.
@@ -197,7 +227,7 @@ class Qwen2ForCausalLM(nnx.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
 
-    def logits(self, x: Array) -> Array:
-        """Map hidden states [..., D] to logits, float32 [..., V]."""
+    def logits(self, x: Float[Array, "... D"]) -> Float32[Array, "... V"]:
+        """Map hidden states to logits."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return float32_product(x, head.weight[...].astype(x.dtype))

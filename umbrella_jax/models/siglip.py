@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
 
 from umbrella_jax.config.schema import AttentionBackend, ModalityConfig, RematPolicy
 from umbrella_jax.models.attention import attention, length_multiple
 from umbrella_jax.models.layers import LayerNorm, Linear, scan_layers, stack_layers
 from umbrella_jax.models.patch_embed import PatchEmbed
-
-Array = jax.Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ class SiglipAttention(nnx.Module):
         self.v_proj = Linear(config.hidden_size, config.hidden_size, rngs=rngs)
         self.out_proj = Linear(config.hidden_size, config.hidden_size, rngs=rngs)
 
-    def __call__(self, x: Array, attend: Callable[..., Array]) -> Array:
+    def __call__(self, x: Float[Array, "M N E"], attend: Callable[..., Array]) -> Float[Array, "M N E"]:
         q, k, v = (
             proj(x).reshape(*x.shape[:2], self.num_heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -55,12 +54,12 @@ class SiglipMLP(nnx.Module):
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "M N E"]) -> Float[Array, "M N E"]:
         return self.fc2(jax.nn.gelu(checkpoint_name(self.fc1(x), "mlp"), approximate=True))
 
 
 class SiglipEncoderLayer(nnx.Module):
-    """Pre-norm block: x [M, N, E] → [M, N, E]."""
+    """Pre-norm block of attention and MLP."""
 
     def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
         self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -68,7 +67,7 @@ class SiglipEncoderLayer(nnx.Module):
         self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = SiglipMLP(config, rngs=rngs)
 
-    def __call__(self, x: Array, attend: Callable[..., Array]) -> Array:
+    def __call__(self, x: Float[Array, "M N E"], attend: Callable[..., Array]) -> Float[Array, "M N E"]:
         x = checkpoint_name(x + self.self_attn(self.layer_norm1(x), attend), "middle")
         return x + self.mlp(self.layer_norm2(x))
 
@@ -93,7 +92,7 @@ class SiglipVisionTransformer(nnx.Module):
 
 
 class SiglipVisionModel(nnx.Module):
-    """Volumes [M, *size] of one modality → hidden states [M, N, E] of the last layer."""
+    """Volumes of one modality → hidden states of the last layer."""
 
     def __init__(
         self,
@@ -107,7 +106,7 @@ class SiglipVisionModel(nnx.Module):
         self.remat, self.backend = remat, backend
         self.vision_model = SiglipVisionTransformer(config, modalities, rngs=rngs)
 
-    def __call__(self, name: str, volumes: Array) -> Array:
+    def __call__(self, name: str, volumes: Float[Array, "M *size"]) -> Float[Array, "M N E"]:
         x = self.vision_model.embeddings(name, volumes)
         patches, lengths = x.shape[1], None
         if padding := -patches % length_multiple(self.backend):

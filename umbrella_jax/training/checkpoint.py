@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils.epath.gpath import PosixGPath
+from jaxtyping import Array, Shaped, UInt32
 
 from umbrella_jax.config.schema import TrainConfig
 from umbrella_jax.errors import CheckpointError, Interrupted, RunError, is_out_of_memory, known_cause
@@ -27,8 +28,6 @@ from umbrella_jax.io.files import disk_full_errno
 from umbrella_jax.models import Params
 from umbrella_jax.rundir import rank
 from umbrella_jax.training.step import TrainState
-
-Array = jax.Array
 
 
 class _Replaced:
@@ -315,14 +314,14 @@ def _checksums(tree: Any) -> Any:
     return jax.tree.map(_checksum, tree)
 
 
-def checksums(tree: Any) -> dict[str, np.ndarray]:
+def checksums(tree: Any) -> dict[str, UInt32[np.ndarray, ""]]:
     """Return the `_checksum` of every array, by its path in the tree. It is computed on the arrays' devices."""
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_checksums(tree)))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _checksum(x: Array) -> Array:
-    """Return the sum mod 2³² of hash(bits + position · odd), uint32 [], over an array of 1-, 2- or 4-byte numbers.
+def _checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
+    """Return the sum mod 2³² of hash(bits + position · odd) over an array of 1-, 2- or 4-byte numbers.
 
     The hash is MurmurHash3's finaliser. It is one-to-one, so a single changed number always changes the sum. Unlike a
     CRC, a sum does not depend on order or sharding, so no process needs the whole array.

@@ -9,23 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
+from jaxtyping import Array, Bool, Float
 
 from umbrella_jax.batch import Batch
 from umbrella_jax.errors import CheckpointError, RunError, UmbrellaError
 from umbrella_jax.models import Params, merge
 from umbrella_jax.training.loss import loss_sum
 
-Array = jax.Array
-
 
 @partial(jax.jit, static_argnames=("graphdef",))
-def _finite(params: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> tuple[list[Array], Array]:
-    """Return whether each part of the model is finite.
+def _finite(
+    params: Params, batch: Batch, *, graphdef: nnx.GraphDef
+) -> tuple[list[Bool[Array, "A"]], Bool[Array, "A B"]]:
+    """Return whether each of `_parts` is finite, and whether the logits of each conversation are."""
 
-    Returns bool [A] for each of `_parts`, and bool [A, B] for the logits of each conversation.
-    """
-
-    def micro_batch(micro: Batch) -> tuple[list[Array], Array]:
+    def micro_batch(micro: Batch) -> tuple[list[Bool[Array, ""]], Bool[Array, "B"]]:
         model = merge(graphdef, params)
         volumes = {name: x.astype(model.config.compute_dtype) for name, x in sorted(micro.volumes.items())}
         embedded = [model.vision_tower.vision_model.embeddings(name, x) for name, x in volumes.items()]
@@ -44,22 +42,21 @@ def _parts(batch: Batch) -> list[str]:
     return [*vision, "language_model", "loss"]
 
 
-def first_nonfinite(params: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> tuple[str, np.ndarray]:
+def first_nonfinite(params: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> tuple[str, Bool[np.ndarray, "A B"]]:
     """Find the first part of the model whose output is not finite, for a training batch (fields [A, B, ...]).
 
     All processes must call this.
 
     Returns:
-        Its name, or `gradient` if all outputs are finite; and bool [A, B], True for conversations whose logits are not
-        finite.
+        Its name, or `gradient` if all outputs are finite; and True for conversations whose logits are not finite.
     """
     finite, rows = multihost_utils.process_allgather(_finite(params, batch, graphdef=graphdef), tiled=True)
     return next((part for part, ok in zip(_parts(batch), finite, strict=True) if not ok.all()), "gradient"), ~rows
 
 
 @jax.jit
-def _finite_leaves(params: Params) -> Params:
-    return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
+def _finite_leaves(leaves: list[Float[Array, "..."]]) -> list[Bool[Array, ""]]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
 
 
 def nonfinite_params(params: Params) -> list[str]:

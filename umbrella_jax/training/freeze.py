@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32, Shaped
 
 from umbrella_jax.config.schema import LORA
 from umbrella_jax.console import table_lines
@@ -83,7 +84,7 @@ def partition(params: Mapping[str, T], labels: Mapping[str, str]) -> tuple[dict[
     return trainable, frozen
 
 
-def as_trainable(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def as_trainable(params: Mapping[str, Shaped[Array, "..."]]) -> dict[str, Float32[Array, "..."]]:
     """Return float32 copies of parameters.
 
     Updates of 1e-5 would round to nothing in bfloat16. They are always copies, because the step reuses their memory.

@@ -1,17 +1,15 @@
 """Cross entropy as a sum and a count, which add up over micro-batches and devices."""
 
-import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float32, Int32
 
 from umbrella_jax.batch import Batch
 from umbrella_jax.models import Llava
 
-Array = jax.Array
 
-
-def loss_sum(model: Llava, batch: Batch) -> tuple[Array, Array]:
-    """Return −Σ log p(target) over the supervised tokens of a batch, float32 [], and their number, int32 [].
+def loss_sum(model: Llava, batch: Batch) -> tuple[Float32[Array, ""], Int32[Array, ""]]:
+    """Return −Σ log p(target) over the supervised tokens of a batch, and their number.
 
     The mean that a run reports is Σ sum / Σ count, so every supervised token has the same weight.
     """

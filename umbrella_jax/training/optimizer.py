@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool
 
 from umbrella_jax.config.schema import ScheduleName, TrainConfig
 from umbrella_jax.models.paths import FROZEN, modality_of
-
-Array = jax.Array
 
 
 def warmup_updates(config: TrainConfig, num_steps: int) -> int:
@@ -47,7 +46,7 @@ def only_when_present(inner: optax.GradientTransformation, modality: str) -> opt
     """
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, present: Mapping[str, Array], **_: Any
+        updates: Any, state: Any, params: Any = None, *, present: Mapping[str, Bool[Array, ""]], **_: Any
     ) -> tuple[Any, Any]:
         none = jax.tree.map(jnp.zeros_like, updates)
         if modality not in present:  # known when tracing: the batch has no such volumes

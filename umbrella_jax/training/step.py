@@ -5,12 +5,13 @@ Only trainable parameters are differentiated, so no weight gradient of a frozen 
 
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import Array, Float32, Int32, Num
 
 from umbrella_jax.batch import Batch
 from umbrella_jax.models import Params, merge
@@ -18,18 +19,17 @@ from umbrella_jax.sharding import constrain
 from umbrella_jax.training.compiler import compiler_options
 from umbrella_jax.training.loss import loss_sum
 
-Array = jax.Array
 
-
+@no_type_check  # jax also builds it with shapes, shardings or None as fields
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
     """The arrays that training changes, and that a checkpoint holds."""
 
-    step: Array
-    """int32 []: number of updates, including skipped ones."""
-    skipped: Array
-    """int32 []: number of updates that were skipped because loss or gradient were not finite."""
+    step: Int32[Array, ""]
+    """Number of updates, including skipped ones."""
+    skipped: Int32[Array, ""]
+    """Number of updates that were skipped because loss or gradient were not finite."""
     trainable: Params
     """float32 trainable parameters, by path."""
     opt_state: Any
@@ -52,7 +52,7 @@ def train_step(
     *,
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformationExtraArgs,
-) -> tuple[TrainState, dict[str, Array]]:
+) -> tuple[TrainState, dict[str, Num[Array, ""]]]:
     """Make one update from A micro-batches (fields [A, B, ...]).
 
     The gradient is the sum of the micro-batches' gradients of their summed loss, divided by the number of supervised
@@ -63,7 +63,7 @@ def train_step(
         The new state, and {loss, grad_norm (before clipping), supervised_tokens}.
     """
 
-    def micro_loss(trainable: Params, micro: Batch) -> tuple[Array, Array]:
+    def micro_loss(trainable: Params, micro: Batch) -> tuple[Float32[Array, ""], Int32[Array, ""]]:
         return loss_sum(merge(graphdef, trainable | frozen), micro)
 
     def accumulate(carry: tuple[Any, Array, Array], micro: Batch) -> tuple[tuple[Any, Array, Array], None]:
@@ -93,7 +93,9 @@ def train_step(
     return constrain(new), {"loss": loss / count.astype(jnp.float32), "grad_norm": norm, "supervised_tokens": count}
 
 
-def eval_step(trainable: Params, frozen: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> tuple[Array, Array]:
+def eval_step(
+    trainable: Params, frozen: Params, batch: Batch, *, graphdef: nnx.GraphDef
+) -> tuple[Float32[Array, ""], Int32[Array, ""]]:
     """Return loss sum and number of supervised tokens of one batch (fields [B, ...])."""
     return loss_sum(merge(graphdef, trainable | frozen), batch)
 

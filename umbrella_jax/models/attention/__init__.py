@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
+from umbrella_jax.batch import AnyArray
 from umbrella_jax.config.schema import AttentionBackend
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models.attention.cudnn import MULTIPLE, cudnn_attention, cudnn_serves
@@ -21,7 +23,6 @@ from umbrella_jax.models.attention.splash import splash_attention
 from umbrella_jax.models.attention.xla import xla_attention
 from umbrella_jax.models.parallel import HEADS, ROWS, local, ways
 
-Array = jax.Array
 _BACKENDS: dict[AttentionBackend, Callable[..., Array]] = {
     "xla": xla_attention,
     "cudnn": cudnn_attention,
@@ -30,24 +31,23 @@ _BACKENDS: dict[AttentionBackend, Callable[..., Array]] = {
 
 
 def attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float[Array, "B T H Dh"],
+    k: Float[Array, "B S K Dh"],
+    v: Float[Array, "B S K Dh"],
     *,
     causal: bool,
-    lengths: Array | None = None,
+    lengths: Int[AnyArray, "B"] | None = None,
     backend: AttentionBackend = "xla",
-) -> Array:
-    """Return softmax(q·kᵀ/√Dh + mask)·v with the softmax in float32, [B, T, H, Dh] in q's dtype.
+) -> Float[Array, "B T H Dh"]:
+    """Return softmax(q·kᵀ/√Dh + mask)·v with the softmax in float32, in q's dtype.
 
     On a mesh each device computes its own rows and heads. If the mesh splits heads into more parts than there are kv
     heads, the kv heads are repeated.
 
     Args:
-        q: [B, T, H, Dh].
-        k, v: [B, S, K, Dh]; H is a multiple of K, and head h reads kv head h·K/H.
+        k, v: H is a multiple of K, and head h reads kv head h·K/H.
         causal: whether a query sees only keys up to its own position.
-        lengths: int32 [B], keys in use, counted from the left; None for all. Padding queries see these keys too.
+        lengths: keys in use, counted from the left; None for all. Padding queries see these keys too.
         backend: one that runs on these devices (`choose_backend`).
     """
     chex.assert_equal_shape([k, v])
@@ -61,17 +61,24 @@ def attention(
     return local(partial(_BACKENDS[backend], causal=causal), **specs, check_vma=False)(q, k, v, lengths)
 
 
-def extension_attention(q: Array, k: Array, v: Array, past_k: Array, past_v: Array, used: Array, ways: int) -> Array:
+def extension_attention(
+    q: Float[Array, "B T H Dh"],
+    k: Float[Array, "B T K Dh"],
+    v: Float[Array, "B T K Dh"],
+    past_k: Float[Array, "B K S Dh"],
+    past_v: Float[Array, "B K S Dh"],
+    used: Bool[Array, "B S"],
+    ways: int,
+) -> Float[Array, "B T H Dh"]:
     """Attend from new positions to their row's cache and, causally, to earlier positions of the same continuation.
 
     Args:
-        q: [B, W·N, H, Dh], W = `ways` continuations of N positions each, one after the other.
-        k, v: [B, W·N, K, Dh].
-        past_k, past_v: [B, K, S, Dh], the cache.
-        used: bool [B, S], filled slots of the cache.
+        q, k, v: T = W·N: W = `ways` continuations of N positions each, one after the other.
+        past_k, past_v: the cache.
+        used: filled slots of the cache.
 
     Returns:
-        [B, W·N, H, Dh] in q's dtype; the softmax is in float32.
+        In q's dtype; the softmax is in float32.
     """
     b, t, h, d = q.shape
     kv, n, slots = k.shape[2], t // ways, used.shape[1]

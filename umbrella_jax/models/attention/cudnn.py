@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-Array = jax.Array
-
+from umbrella_jax.batch import AnyArray
 
 MULTIPLE = 2
 """Sequence lengths must be multiples of this number: jax refuses gradients at odd lengths."""
@@ -17,8 +17,15 @@ def cudnn_serves(dtype: str, head_dim: int) -> bool:
     return dtype in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= 128
 
 
-def cudnn_attention(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool) -> Array:
-    """Compute `attention`: q [B, T, H, Dh]; k, v [B, S, K, Dh]; lengths int32 [B] or None → [B, T, H, Dh]."""
+def cudnn_attention(
+    q: Float[Array, "B T H Dh"],
+    k: Float[Array, "B S K Dh"],
+    v: Float[Array, "B S K Dh"],
+    lengths: Int[AnyArray, "B"] | None,
+    *,
+    causal: bool,
+) -> Float[Array, "B T H Dh"]:
+    """Compute `attention` on one device."""
     if lengths is None and k.shape[1] % MULTIPLE:
         lengths = jnp.full(k.shape[:1], k.shape[1], jnp.int32)  # hides the padding below
     even = [jnp.pad(x, ((0, 0), (0, -x.shape[1] % MULTIPLE), (0, 0), (0, 0))) for x in (q, k, v)]

@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-Array = jax.Array
+from umbrella_jax.batch import AnyArray
+
 _BLOCKS = (512, 384, 256)  # queries or keys per block, multiples of 128 lanes; scores of 512² take 1 MiB of VMEM
 _LANES = 128
 
@@ -18,8 +20,15 @@ def splash_shape(length: int, head_dim: int) -> tuple[int, int]:
     return length + -length % splash_block(length), head_dim + -head_dim % _LANES
 
 
-def splash_attention(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool) -> Array:
-    """Compute `attention`: q [B, T, H, Dh]; k, v [B, S, K, Dh]; lengths int32 [B] or None → [B, T, H, Dh]."""
+def splash_attention(
+    q: Float[Array, "B T H Dh"],
+    k: Float[Array, "B S K Dh"],
+    v: Float[Array, "B S K Dh"],
+    lengths: Int[AnyArray, "B"] | None,
+    *,
+    causal: bool,
+) -> Float[Array, "B T H Dh"]:
+    """Compute `attention` on one device."""
     from jax.experimental.pallas.ops.tpu import (
         splash_attention as splash,
     )  # imported here, since it is slow and only TPUs need it

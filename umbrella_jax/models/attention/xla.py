@@ -10,14 +10,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Float32, Int
 
-Array = jax.Array
+from umbrella_jax.batch import AnyArray
+
 _BLOCK_BYTES = 4 << 20  # of scores at a time, about the size of a core's cache
 _MASKED = -1e30  # not -inf, which would make a row without any key NaN
 
 
-def xla_attention(q: Array, k: Array, v: Array, lengths: Array | None, *, causal: bool) -> Array:
-    """Compute `attention`: q [B, T, H, Dh]; k, v [B, S, K, Dh]; lengths int32 [B] or None → [B, T, H, Dh]."""
+def xla_attention(
+    q: Float[Array, "B T H Dh"],
+    k: Float[Array, "B S K Dh"],
+    v: Float[Array, "B S K Dh"],
+    lengths: Int[AnyArray, "B"] | None,
+    *,
+    causal: bool,
+) -> Float[Array, "B T H Dh"]:
+    """Compute `attention` on one device."""
     b, t, h, d = q.shape
     k, v = (jnp.repeat(x, h // k.shape[2], axis=2) for x in (k, v))
     q = (q.astype(jnp.float32) * d**-0.5).astype(q.dtype)  # q has fewer numbers to scale than the scores
@@ -27,8 +36,14 @@ def xla_attention(q: Array, k: Array, v: Array, lengths: Array | None, *, causal
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q: Array, k: Array, v: Array, lengths: Array | None, causal: bool) -> Array:
-    """Attend head by head: q, already scaled, [N, T, Dh]; k, v [N, S, Dh]; lengths [N] or None → [N, T, Dh]."""
+def _attention(
+    q: Float[Array, "N T Dh"],
+    k: Float[Array, "N S Dh"],
+    v: Float[Array, "N S Dh"],
+    lengths: Int[Array, "N"] | None,
+    causal: bool,
+) -> Float[Array, "N T Dh"]:
+    """Attend head by head; q is already scaled."""
     return _forward(q, k, v, lengths, causal)[0]
 
 
@@ -64,8 +79,10 @@ def _blocks(queries: int, keys: int, causal: bool) -> list[tuple[slice, int]]:
     return [(slice(i, min(i + size, queries)), min(i + size, keys) if causal else keys) for i in starts]
 
 
-def _scores(q: Array, k: Array, length: Array | None, first: int | None) -> Array:
-    """Return masked q·kᵀ, float32 [T, S]; `first` is the first query's position if causal, else None."""
+def _scores(
+    q: Float[Array, "T Dh"], k: Float[Array, "S Dh"], length: Int[Array, ""] | None, first: int | None
+) -> Float32[Array, "T S"]:
+    """Return masked q·kᵀ; `first` is the first query's position if causal, else None."""
     scores = jnp.einsum("td,sd->ts", q, k, preferred_element_type=jnp.float32)
     t, s = scores.shape
     if length is not None:
@@ -75,8 +92,15 @@ def _scores(q: Array, k: Array, length: Array | None, first: int | None) -> Arra
     return scores
 
 
-def _one_forward(q: Array, k: Array, v: Array, length: Array | None, *, causal: bool) -> tuple[Array, Array]:
-    """Return one head's output [T, Dh] and the logarithm of its softmax's denominators, float32 [T, 1]."""
+def _one_forward(
+    q: Float[Array, "T Dh"],
+    k: Float[Array, "S Dh"],
+    v: Float[Array, "S Dh"],
+    length: Int[Array, ""] | None,
+    *,
+    causal: bool,
+) -> tuple[Float[Array, "T Dh"], Float32[Array, "T 1"]]:
+    """Return one head's output and the logarithm of its softmax's denominators."""
     outs, lses = [], []
     for block, keys in _blocks(len(q), len(k), causal):
         scores = _scores(q[block], k[:keys], length, block.start if causal else None)
@@ -90,13 +114,21 @@ def _one_forward(q: Array, k: Array, v: Array, length: Array | None, *, causal: 
 
 
 def _one_backward(
-    q: Array, k: Array, v: Array, length: Array | None, lse: Array, delta: Array, dout: Array, *, causal: bool
-) -> tuple[Array, Array, Array]:
+    q: Float[Array, "T Dh"],
+    k: Float[Array, "S Dh"],
+    v: Float[Array, "S Dh"],
+    length: Int[Array, ""] | None,
+    lse: Float32[Array, "T 1"],
+    delta: Float32[Array, "T 1"],
+    dout: Float[Array, "T Dh"],
+    *,
+    causal: bool,
+) -> tuple[Float[Array, "T Dh"], Float[Array, "S Dh"], Float[Array, "S Dh"]]:
     """Return the gradients of one head's q, k and v, computing the probabilities again (Dao et al. 2022, algorithm 4).
 
     Args:
-        lse: the logarithm of the softmax's denominators, float32 [T, 1].
-        delta: Σ out·dout over Dh, float32 [T, 1].
+        lse: the logarithm of the softmax's denominators.
+        delta: Σ out·dout over Dh.
     """
     float32 = {"preferred_element_type": jnp.float32}
     dqs, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
