@@ -485,6 +485,7 @@ PICTURES: dict[str, tuple[str, ...]] = {
     "docs/runs.md": (
         "step 1,200 of 30,000",
         "evaluation at step 240",
+        "stopped early at step 1400",
         "resume: from step 40",
         "seed 1: runs/seeds/seed-1",
     ),
