@@ -80,7 +80,7 @@ def test_unknown_flag_prints_the_usage_of_its_command(capsys: pytest.CaptureFixt
         main(["data", "validate", "--config", "run.yaml", "--imageroot=scans"])
     printed = capsys.readouterr().err
     assert printed.startswith("usage: umbrella-jax data validate")
-    assert printed.rstrip().endswith("unrecognized arguments: --imageroot=scans; did you mean --image-root?")
+    assert printed.rstrip().endswith("--imageroot scans: no such flag; did you mean --image-root?")
 
 
 def test_no_flag_is_abbreviated() -> None:

@@ -136,7 +136,7 @@ def test_secrets_are_shown_nowhere(tmp_path: Any) -> None:
     ("old", "new", "message"),
     [
         ("shuffle_time_sequence: False", "shuffle_time_sequence: True", "shuffle_time_sequence: True has no counter"),
-        ("lr_scheduler_type: linear", "lr_scheduler_type: cosine", "linear decay"),
+        ("lr_scheduler_type: linear", "lr_scheduler_type: polynomial", "expected one of linear, cosine, constant"),
         ("mixed_precision: bf16", "mixed_precision: fp8", "expected bf16, fp16 or no"),
         ("sequence_length: 24", "sequence_length: 20", "20 frames, but dataset.rsfMRI.img_size says 24"),
         ("patch_size: [10, 10, 10]", "patch_size: [10, 10]", "expected 3 numbers"),

@@ -16,7 +16,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from typing import Any, TextIO, cast
 
 from umbrella_jax.cli import ask, convert, data, results, setup, train
-from umbrella_jax.cli.options import commands_of, make_command
+from umbrella_jax.cli.options import Parser, commands_of, make_command
 from umbrella_jax.console import wrapped
 from umbrella_jax.errors import Interrupted, UmbrellaError, known_cause, visible
 
@@ -34,7 +34,7 @@ class _Version(argparse.Action):
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = make_command(
-        argparse.ArgumentParser,
+        Parser,
         "umbrella-jax",
         "Vision-language models for brain MRI on JAX.",
         "umbrella-jax train --help",

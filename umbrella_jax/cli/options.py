@@ -1,12 +1,12 @@
 """Parsers and flags that several commands share."""
 
 import argparse
-import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from umbrella_jax.cli.unknown_flags import advice, unknown_flags
 from umbrella_jax.config.load import load_config, parse_mesh, print_to_stderr
 from umbrella_jax.config.schema import RunConfig
 from umbrella_jax.errors import ConfigError, DataError
@@ -74,6 +74,20 @@ class _StoreOnce(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser of a command that reports every unknown flag, with what to write instead, before anything else."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the words of this command and those of its commands."""
+        is_group = any(isinstance(action, argparse._SubParsersAction) for action in self._actions)
+        words = list(args or ())
+        if not is_group and not {"-h", "--help"} & set(words) and (unknown := unknown_flags(self, words)):
+            names = {key: (flag, _SHORT.get(flag, flag)) for flag, (_, key, *_) in _FLAGS.items()}
+            names["model.compute_dtype"] = ("--compute-dtype",) * 2
+            self.error(advice(self, unknown, names))
+        return super().parse_known_args(args, namespace)
+
+
 def make_command(
     make: Callable[..., argparse.ArgumentParser], name: str, text: str, example: str, **more: Any
 ) -> argparse.ArgumentParser:
@@ -83,7 +97,8 @@ def make_command(
     )
     for action in (None, "store"):
         parser.register("action", action, _StoreOnce)
-    parser._negative_number_matcher = re.compile(r"-\.?\d")  # by default argparse reads -1e-3 as a flag
+    # by default argparse reads -1e-3 as a flag
+    parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")
     parser.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="print the traceback of an error"
     )
@@ -123,10 +138,8 @@ def _call(
 
 
 def _refuse(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
-    """Exit with the usage of this command (argparse would print umbrella-jax's) and the nearest flag."""
-    flags = re.findall(r"--[a-z-]+", parser.format_help())
-    near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
-    parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
+    """Exit with the usage of this command; argparse would print umbrella-jax's."""
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}")
 
 
 def add_group(commands: Any, name: str, text: str, example: str) -> Any:

@@ -40,6 +40,7 @@ _DEFAULTS_WITH_EVAL: dict[str, Any] = {
     "train.keep_best": 1,
     "train.best_metric": "eval_loss",
 }
+_EARLY_STOPPING = tuple(f"train.early_stopping.{name}" for name in ("patience", "metric", "min_delta"))
 _FLIP = (
     "the original flips half of the 3D training volumes along a random axis, each image independently; here all images "
     "of a conversation flip together, also in 4D. A flip turns left into right: set it to 0 if any answer mentions a "
@@ -215,7 +216,8 @@ class _Reading:
             self._put(key, {f"model.modalities.{name}.{field}": value}, None)
 
     def _drop(self, key: str, reason: str) -> None:
-        self._remarks.append((self._typed[key], f"{DROPPED}{reason}"))
+        remark = (self._typed[key], f"{DROPPED}{reason}")
+        self._remarks += [remark] if remark not in self._remarks else []
 
     def _put(self, key: str, new: Mapping[str, Any], remark: str | None) -> None:
         for target, value in new.items():
@@ -238,12 +240,23 @@ class _Reading:
         if has_eval:
             defaults |= _DEFAULTS_WITH_EVAL
         elif not self._is_to_edit:
-            for target in _DEFAULTS_WITH_EVAL:
+            for target in (*_DEFAULTS_WITH_EVAL, *_EARLY_STOPPING):
                 self._leave_out(target, "there are no evaluation data (--eval-data PATH)")
         _, keep_best = self._targets.get("train.keep_best", ("", has_eval))
         if not self._overrides.get("train.keep_best", keep_best):
             self._leave_out("train.best_metric", "only with load_best_model_at_end")
             defaults.pop("train.best_metric", None)
+        if _EARLY_STOPPING[1] in self._targets:  # Hugging Face's callback watches metric_for_best_model
+            key, metric = self._targets[_EARLY_STOPPING[1]]
+            self._targets[_EARLY_STOPPING[1]] = key, self._targets.get("train.best_metric", ("", metric))[1]
+        if self._source.get("trainer.lr_scheduler_type") == "constant":
+            defaults.pop("train.warmup_steps")
+            for target in ("train.warmup_steps", "train.warmup_ratio"):
+                self._leave_out(target, "Hugging Face's constant schedule has no warm-up")
+        elif "train.warmup_ratio" in self._targets or self.is_overridden("train.warmup_ratio"):
+            defaults.pop("train.warmup_steps")
+            if self._targets.get("train.warmup_steps", ("", 0))[1]:
+                self._leave_out("train.warmup_ratio", "warmup_steps comes first, as in Hugging Face's Trainer")
         compute = "model.compute_dtype"
         if compute in self._targets or self.is_overridden(compute) or _TYPE_FLAGS & self._source.keys():
             del defaults[compute], defaults["model.frozen_dtype"]

@@ -5,7 +5,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -182,11 +182,17 @@ def _is_original(data: Mapping[Any, Any], source: str) -> bool:
 
 def _with_ours(name: str, value: Any) -> str:
     """Return a key of the original with the keys here that it sets, for messages."""
+    keys = _counterparts(name, value)
+    return f"{name} ({', '.join(keys)} here)" if keys else name
+
+
+def _counterparts(name: str, value: Any) -> Collection[str]:
+    """Return the keys here that a name of the original or of Hugging Face's TrainingArguments sets."""
     try:
         new, _ = settings(name, value) or ({}, None)
     except ConfigError:  # a value without counterpart
-        new = {}
-    return f"{name} ({', '.join(new)} here)" if new else name
+        return ()
+    return new.keys()
 
 
 def _some(names: Sequence[object]) -> str:
@@ -211,6 +217,7 @@ def _expected_keys(path: Sequence[str | int]) -> str:
         for section in dataclasses.fields(RunConfig)
         if dataclasses.is_dataclass(section.type) and name in {f.name for f in dataclasses.fields(section.type)}
     ]
+    near = near or list(_counterparts(name, None))
     return f"one of {', '.join(known)}" + (f"; the nearest is {near[0]}" if near else "")
 
 

@@ -62,6 +62,13 @@ def _type_flag(name: str) -> Rule:
     return lambda value: _mixed_precision(name) if _is_true(value) else ({}, None)
 
 
+def _schedule(value: Any) -> tuple[dict[str, Any], str | None]:
+    names = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
+    if value not in names:
+        raise ConfigError(f"{quoted(value)} has no counterpart; expected one of {', '.join(names)}")
+    return {"train.schedule": names[value]}, None
+
+
 def _output_dir(value: Any) -> tuple[dict[str, Any], str | None]:
     if isinstance(value, str) and ("{" in value or value.endswith((".ckpt", ".pt", ".pth"))):
         return {}, f"{DROPPED}{quoted(value)} is a template or a file; set output_dir to a directory"
@@ -73,7 +80,8 @@ def _report_to(value: Any) -> tuple[dict[str, Any], str | None]:
     known = ("tensorboard", "wandb")
     others = loggers - {*known, "none", "False"}
     note = f"of {value}, only {' and '.join(known)} have a counterpart" if others else None
-    return {f"train.{name}": name in loggers for name in known}, note
+    asked = {f"train.{name}": True for name in known if name in loggers}
+    return asked or {f"train.{name}": False for name in known}, note
 
 
 def _best_metric(value: Any) -> tuple[dict[str, Any], str | None]:
@@ -126,9 +134,9 @@ RULES: dict[str, Rule] = {
     "trainer.max_epochs": _to("train.epochs"),
     "trainer.num_train_epochs": _to("train.epochs"),
     "trainer.learning_rate": _to("train.learning_rate"),
-    "trainer.lr_scheduler_type": _only("linear", reason="the schedule is linear warm-up, then linear decay to 0"),
+    "trainer.lr_scheduler_type": _schedule,
     "trainer.warmup_steps": _to("train.warmup_steps"),
-    "trainer.warmup_ratio": _drop("set train.warmup_steps, a number of updates"),
+    "trainer.warmup_ratio": _to("train.warmup_ratio"),
     "trainer.weight_decay": _to("train.groups.patch_embed.weight_decay"),
     "trainer.optim": _only("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", reason="the optimiser is AdamW"),
     "trainer.adam_beta1": _to("train.betas.0"),
@@ -137,7 +145,7 @@ RULES: dict[str, Rule] = {
     "trainer.max_grad_norm": lambda value: ({"train.clip_norm": value or None}, None),  # 0: no clipping
     "trainer.per_device_batch_size": _BATCH,
     "trainer.per_device_train_batch_size": _BATCH,
-    "trainer.per_device_eval_batch_size": _drop("evaluation uses train.batch_size"),
+    "trainer.per_device_eval_batch_size": _drop("evaluation uses train.batch_size; predict has --batch-size"),
     "trainer.gradient_accumulation_steps": _to("train.accumulate_steps"),
     "trainer.gradient_checkpointing": _switch({"model.remat": "full"}, {"model.remat": "none"}),
     "trainer.mixed_precision": _mixed_precision,
@@ -150,6 +158,11 @@ RULES: dict[str, Rule] = {
         {"train.keep_best": 1, "train.best_metric": "eval_loss"}, {"train.keep_best": 0}
     ),
     "trainer.metric_for_best_model": _best_metric,
+    "trainer.early_stopping_patience": lambda value: (
+        {"train.early_stopping.patience": value, "train.early_stopping.metric": "eval_loss"},
+        None,
+    ),
+    "trainer.early_stopping_threshold": _to("train.early_stopping.min_delta"),
     "trainer.output_dir": _output_dir,
     "trainer.ckpt_dir": _output_dir,
     "trainer.use_wandb": _switch({"train.wandb": True}, {"train.wandb": False}),
@@ -176,7 +189,7 @@ _REASONS: dict[str, str] = {
     "eval_output_dir": "answers are in the run's directory: predictions/",
     "save_strategy": "train.save_steps says when; always at the end",
     "greater_is_better": "which end is best follows from the metric",
-    "resume_training resume_from_checkpoint": "resuming is asked for on the command line: --resume",
+    "resume_training resume_from_checkpoint": "--resume continues a run",
     "do_train do_predict": "commands do one thing each: train, predict",
     "overwrite_output_dir": "a directory that holds a run is never overwritten",
     "deepspeed fsdp fsdp_config local_rank ddp_find_unused_parameters ddp_backend ddp_timeout num_gpus gpus": (
@@ -213,6 +226,7 @@ _OTHER_NAMES: dict[str, str] = {
     "lr": "trainer.learning_rate",
     **dict.fromkeys(("grad_accum", "grad_accum_steps", "accumulation_steps"), "trainer.gradient_accumulation_steps"),
     **dict.fromkeys(("clip_grad", "grad_clip", "max_norm"), "trainer.max_grad_norm"),
+    "wandb": "trainer.use_wandb",
     "num_workers": "trainer.dataloader_num_workers",
     "mask_user_turns": "trainer.mask_human_turns",
     **{f"wandb_{name}": f"wandb.{name}" for name in ("project", "entity", "name")},
