@@ -251,8 +251,8 @@ RESEARCHER = [
             Command(
                 "Continue with the printed command.",
                 f"umbrella-jax train {FLAGS} {DATA} --out runs/lesion --resume",
-                [r"resume: from step \d+", r"step \d+ of \d+  loss", r"eval_accuracy"],
-                show=(0, 16),
+                [r"resume: from step \d+", r"step \d+ of \d+  loss", r"step \d+  lesion\w+: accuracy"],
+                show=(0, 11),
             ),
             Command(
                 "List the runs, with their progress and state.",

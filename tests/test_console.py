@@ -69,6 +69,8 @@ def test_rates_leave_out_steps_that_compiled(clock: Clock) -> None:
             progress.advance(1, Work(2, 1000, 1e6), 2, compiled=False, loss=1.5)
     assert len(printed) == 1
     assert progress.text(1.5) == "step 15 of 1,000  loss 1.5000  0:41:02 left  1 samples/s  500 tokens/s  50% of peak"
+    progress.latest = "eval_accuracy 0.750"
+    assert progress.text().startswith("step 15 of 1,000  0:41:02 left  eval_accuracy 0.750  1 samples/s")
 
 
 def test_rates_are_no_powers_of_ten(clock: Clock) -> None:

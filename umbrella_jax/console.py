@@ -120,6 +120,8 @@ class Progress:
 
         self._unit, self._total, self._done, self._always = unit, total, done, always
         self._peak, self._memory = peak, memory
+        self.latest = ""
+        """Latest result, such as an evaluation's; part of the line."""
         self._recent: deque[tuple[Work, float]] = deque(maxlen=_RECENT)
         self._began, self._counted, self._elapsed = done, 0, 0.0
         self._last = self._printed = time.perf_counter()
@@ -162,6 +164,8 @@ class Progress:
         if self._counted and self._done < self._total:  # before the rates: a narrow terminal cuts the line
             left = self._elapsed / self._counted * (self._total - self._done)
             parts.append(f"{timedelta(seconds=round(left))} left")
+        if self.latest:
+            parts.append(self.latest)
         seconds = sum(seconds for _, seconds in self._recent)
         if seconds > 0:
             work = [work for work, _ in self._recent]

@@ -484,7 +484,7 @@ PICTURES: dict[str, tuple[str, ...]] = {
     "docs/install.md": ("loss 9.1216; 16 answers",),
     "docs/runs.md": (
         "step 1,200 of 30,000",
-        "evaluation at step 240",
+        "step 240  evaluation",
         "stopped early at step 1400",
         "resume: from step 40",
         "seed 1: runs/seeds/seed-1",

@@ -112,12 +112,12 @@ def test_each_evaluation_prints_its_results(printed: str, run: Path) -> None:
     lines = {line["step"]: line for line in read_lines(run / "metrics.jsonl")}
     log = [line[26:] for line in (run / "log.txt").read_text().splitlines()]
     for step in (EVAL, STEPS):
-        beginning = f"evaluation at step {step}: loss {lines[step]['eval_loss']:.4f}; "
-        assert [line.startswith(beginning) for line in log].count(True) == 1
-        words = " ".join(" ".join(log).partition(beginning)[2].split())
-        shown = [f"{task}: accuracy {lines[step][f'eval_accuracy/{task}']:.3f} (chance 1.000)" for task in ("T1", "T3")]
-        for text in shown:
-            assert text in words
+        beginning = f"step {step}  evaluation: loss {lines[step]['eval_loss']:.4f}"
+        assert log.count(beginning) == (1 if step == EVAL else 2), "when it was made, and at the end"
+        words = " ".join(" ".join(log[log.index(beginning) :]).split())
+        for task in ("T1", "T3"):
+            assert f"step {step} {task}: accuracy {lines[step][f'eval_accuracy/{task}']:.3f} (chance 1.000)" in words
+        assert f"(2 conversations, {round(2 * lines[step]['eval_unparsable/T1'])} unparsable)" in words
         assert beginning in printed
 
 
@@ -485,7 +485,7 @@ def test_the_end_evaluates_the_best_step_on_all_data(
     assert (first, last, [step for step, _ in evaluated[True]]) == (1, 2, [1, 1])
     chex.assert_trees_all_equal(weights, *(params for _, params in evaluated[True]))
     first_line, last_line = read_lines(run / "metrics.jsonl")
-    assert f"evaluation of the best, step 1:\neval_loss {first_line['final_loss']:.4g}\n" in printed
+    assert f"\nstep 1  evaluation: loss {first_line['final_loss']:.4f}\n" in printed
     assert f"step 2  loss {last_line['loss']:.4g}" in printed
     assert not any(name.startswith("final_") for name in last_line)
     assert [len(read_lines(run / f"predictions/step_{step}.jsonl")) for step in (1, 2)] == [len(rows), 4]

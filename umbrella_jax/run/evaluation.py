@@ -2,26 +2,29 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from umbrella_jax.console import Progress, Work, wrapped
+from umbrella_jax.console import Progress, Work, plural, wrapped
 from umbrella_jax.data.loader import eval_batches, eval_subset
+from umbrella_jax.errors import visible
 from umbrella_jax.inference.predict import generate_answers
 from umbrella_jax.io.files import PRIVATE, strict_json, write_whole
 from umbrella_jax.models import Params
 from umbrella_jax.run.preparation import EvaluationData, Prepared
 from umbrella_jax.rundir import PREDICTIONS, Line
-from umbrella_jax.scoring.metrics import Scores, score, short, task_of
+from umbrella_jax.scoring.metrics import Task, score, short, task_of
 from umbrella_jax.scoring.rows import Row, with_answer
+from umbrella_jax.scoring.tasks import name_of
 from umbrella_jax.sharding import parts, put_batch
 from umbrella_jax.training.diagnose import nonfinite_error
 from umbrella_jax.training.step import jit_eval_step
 
 _MAIN = ("accuracy", "balanced_accuracy", "auroc", "mae", "pearson")
 """Metrics of a task that are printed after each evaluation."""
+_NO_BREAK = "\xa0"
 
 
 def evaluate(
@@ -38,7 +41,7 @@ def evaluate(
 
     Args:
         interrupted: returns the signal that asks the run to end, 0 without one.
-        options: arguments of `Progress`; its `say` takes the line of results too.
+        options: arguments of `Progress`; its `say` takes the lines of results too.
         trainable: the parameters after `step`.
         final: evaluate all evaluation data. Otherwise `train.eval_samples` limits them, so that steps are compared on
             the same conversations. In a run without `keep_best`, the last step is always final.
@@ -104,21 +107,49 @@ def evaluate(
     metrics: Line = {} if mean is None else {"loss": mean}
     answered_tasks = {task_of(row) for row in answered}
     tasks = {name: task for name, task in data.tasks.items() if name in answered_tasks}
-    scores = score(answered, tasks, resamples=0)
-    options["say"](_summary(step, mean, scores))
-    return {f"eval_{name}": value for name, value in (metrics | scores.flat()).items()}
+    metrics |= score(answered, tasks, resamples=0).flat()
+    metrics = {f"eval_{name}": value for name, value in metrics.items()}
+    options["say"]("\n".join(evaluation_lines(step, metrics, [data.rows[index] for index in sorted(rows)], tasks)))
+    return metrics
 
 
-def _summary(step: int, loss: float | None, scores: Scores) -> str:
-    """Return the line about an evaluation: loss, and the main metrics of each task, the first with its chance level."""
-    parts = [] if loss is None else [f"loss {loss:.4f}"]
-    for name in scores.tasks:
-        figures = scores.task_figures(name)
-        shown = [metric for metric in _MAIN if metric in figures] or list(figures)[:1]
-        if "unparsable" not in shown and "unparsable" in figures and figures["unparsable"].value:
-            shown.append("unparsable")
-        first = figures[shown[0]]
-        texts = [f"{metric} {short(figures[metric].value)}" for metric in shown]
-        texts[0] += "" if first.chance is None else f" (chance {short(first.chance)})"
-        parts.append(f"{name}: {', '.join(texts)}, n {first.n}")
-    return "\n".join(wrapped(f"evaluation at step {step}: {'; '.join(parts)}"))
+def evaluation_lines(step: int, metrics: Line, rows: Sequence[Row], tasks: Mapping[str, Task]) -> list[str]:
+    """Return the lines about an evaluation: one of its loss, and one per task, wrapped at 80 columns.
+
+    A task's line has its main metrics, the chance level of the first, and the numbers of conversations and of
+    unparsable answers.
+
+    Args:
+        metrics: `eval_NAME` of each metric.
+        rows: the evaluated conversations, with blank answers.
+        tasks: the tasks of the rows.
+    """
+    loss = metrics.get("eval_loss")
+    lines = [] if loss is None else [f"step {step:,}  evaluation: loss {loss:.4f}"]
+    blank = score(rows, tasks, resamples=0)  # chance levels do not depend on the answers
+    for name, task in tasks.items():
+        keys = {figure: f"eval_{name_of(name, figure)}" for figure in task.figures(likelihoods=True)}
+        values = {figure: metrics[key] for figure, key in keys.items() if key in metrics}
+        if not values:  # `evaluation.tasks` was different then
+            continue
+        shown = [figure for figure in _MAIN if figure in values] or list(values)[:1]
+        texts = [f"{figure} {short(values[figure])}" for figure in shown]
+        first = blank.figures.get(name_of(name, shown[0]))
+        texts[0] += "" if first is None or first.chance is None else f" (chance {short(first.chance)})"
+        count, share = sum(task_of(row) == name for row in rows), values.get("unparsable")
+        counts = [plural(count, "conversation"), *([] if share is None else [f"{round(share * count)} unparsable"])]
+        text = f"step {step:,}  {visible(name, kept='')}: {_unbroken(texts)} ({_unbroken(counts)})"
+        lines += [line.replace(_NO_BREAK, " ") for line in wrapped(text)]
+    return lines
+
+
+def _unbroken(items: Sequence[str]) -> str:
+    """Join items with commas; lines break only between items."""
+    return ", ".join(item.replace(" ", _NO_BREAK) for item in items)
+
+
+def headline_of(metrics: Line, best_metric: str | None) -> str:
+    """Return name and value of an evaluation's main metric: `train.best_metric`, else the first but the loss."""
+    names = [name for name in metrics if name.startswith("eval_") and name != "eval_loss"] or ["eval_loss"]
+    name = best_metric if best_metric in metrics else names[0]
+    return f"{name} {short(metrics.get(name))}"

@@ -30,7 +30,7 @@ from umbrella_jax.errors import Interrupted
 from umbrella_jax.io.files import PRIVATE, locked, rewrite_folder, strict_json, write_whole
 from umbrella_jax.models import abstract_params
 from umbrella_jax.plan import batch_flops, sheet_of
-from umbrella_jax.run.evaluation import evaluate
+from umbrella_jax.run.evaluation import evaluate, evaluation_lines, headline_of
 from umbrella_jax.run.loggers import open_loggers
 from umbrella_jax.run.preparation import (
     EvaluationData,
@@ -56,6 +56,7 @@ from umbrella_jax.rundir import (
     RunLog,
     Say,
     add_final_metrics,
+    evaluations,
     predictions_by_step,
     read_metrics,
     say_nothing,
@@ -183,6 +184,8 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
         options: dict[str, Any] = {"say": say, "log": log.note if log else say_nothing, "quiet": log is None}
         options["memory"] = jax.local_devices()[0].memory_stats
         progress = stack.enter_context(Progress("step", num_steps, done=start, always=True, peak=_peak(run), **options))
+        if evaluated := evaluations(earlier):
+            progress.latest = headline_of(evaluated[max(evaluated)], config.train.best_metric)
         with Metrics(out / METRICS, written) if log else nullcontext() as metrics:
             hooks = _hooks(run, checkpoints, metrics, send, progress, interrupted, stop_early, options)
             batches = train_batches(
@@ -222,13 +225,10 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
         say("answers, scores, exports and reports use the best step; choose another with --step latest or --step N")
     lines = {line["step"]: line for line in read_metrics(out / METRICS)} if log else {}
     last, line = broadcast([lines[last_step], with_final(lines[best_step])] if log else None)
-    shown = (name for name in ("step", "loss", "grad_norm", "learning_rate") if name in last)
-    say("  ".join(_number(name, last[name]) for name in shown))
-    if best:
-        say(f"evaluation of the best, step {best_step}:")
-    for name, value in line.items():
-        if name.startswith("eval_"):
-            say(_number(name, value))  # one line each: a task has many
+    shown = (name for name in ("loss", "grad_norm", "learning_rate") if name in last)
+    say("  ".join([f"step {last_step:,}", *(_number(name, last[name]) for name in shown)]))
+    if run.data.evaluation:
+        say("\n".join(evaluation_lines(best_step, line, run.data.evaluation.rows, run.data.evaluation.tasks)))
     return line
 
 
@@ -258,16 +258,17 @@ def _hooks(
     """
     ids = partial(task_ids, run.data.train_set, run.data.plan)
     save = SaveCheckpoint(run.config.train, checkpoints, run.meta, metrics)
-    evaluations = list[Hook]()
+    evaluate_hooks = list[Hook]()
     if run.data.evaluation:
         evaluate_run = partial(evaluate, run, run.data.evaluation, interrupted, options)
-        evaluations.append(EvaluateRegularly(evaluate_run, run.config.train, save, interrupted))
+        evaluate_hooks.append(EvaluateRegularly(evaluate_run, run.config.train, save, interrupted))
     return [
         StopOnNonfinite(run.training, checkpoints, ids, options["say"]),
         _show(progress, run),
         report_failed_save(checkpoints),
         ReadSignal(interrupted),
-        *evaluations,
+        *evaluate_hooks,
+        _show_evaluation(progress, run),
         stop_early,
         *([WriteMetrics(metrics, send)] if metrics else []),
         save,
@@ -283,6 +284,16 @@ def _show(progress: Progress, run: Prepared) -> Hook:
         if update.batch is not None:
             work = _work(run.data.plan, update.step - 1, flops)
             progress.advance(1, work, update.seconds, compiled=update.compiled, loss=update.line["loss"])
+
+    return show
+
+
+def _show_evaluation(progress: Progress, run: Prepared) -> Hook:
+    """Return the hook that adds the latest evaluation to the progress line."""
+
+    def show(update: Update) -> None:
+        if update.evaluation:
+            progress.latest = headline_of(update.evaluation, run.config.train.best_metric)
 
     return show
 
