@@ -194,8 +194,8 @@ RESEARCHER = [
             Command(
                 "The patch embedding is new and trains. Everything else comes from the base and stays frozen.",
                 f"umbrella-jax inspect {FLAGS}",
-                [r"patch_embed\s+[\d,]+\s+0\n", r"language_model\s+0\s+[\d,]+\n", r"T1_proj\.weight"],
-                show=(16, 4),
+                [r"patch_embed\s+[\d,]+\s+[\d,]+\s+100%", r"language_model\s+[\d,]+\s+0\s+0%", r"T1_proj\.weight"],
+                show=(16, 8),
             ),
             Command(
                 "Estimate memory, FLOPs and time on devices that you do not have here.",
@@ -365,8 +365,8 @@ ENGINEER = [
             Command(
                 "A trainable group can be any pattern of parameter paths.",
                 f"umbrella-jax inspect {NEW} --set 'train.groups={{patch_embed: {{}}, vision_tower.*.q_proj.*: {{}}}}'",
-                [r"trains, vision_tower\.\*\.q_proj\.\*:\n", r"q_proj\.weight\s+2×64×64$"],
-                show=(0, 12),
+                [r"^vision_tower\.\*\.q_proj\.\*:\n  vision_tower\.\S+\.q_proj\.\n", r"  weight\s+2×64×64\s"],
+                show=(0, 20),
             ),
             Command(
                 "A mistake: a pattern that matches no parameter.",

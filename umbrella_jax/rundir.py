@@ -3,6 +3,7 @@
 config.yaml      the config with all defaults
 inputs.json      a digest of every file that the run reads
 counts.json      numbers of conversations, subjects and answers of the data
+summary.json     what the run trains, how and where: the tables that its start prints
 model/           config.json, tokenizer, modalities: the model without its weights
 metrics.jsonl    one line per update, with eval_NAME of its evaluation if there was one; the best step also has
                  final_NAME if train.eval_samples limited its first evaluation
@@ -30,8 +31,9 @@ from umbrella_jax.errors import ConfigError, DataError, Interrupted, UmbrellaErr
 from umbrella_jax.io.files import open_private, strict_json, write_whole
 from umbrella_jax.io.reading import parse_json
 
-CONFIG, INPUTS, COUNTS, MODEL, METRICS = "config.yaml", "inputs.json", "counts.json", "model", "metrics.jsonl"
-PREDICTIONS, CHECKPOINTS, LOG, REPORT = "predictions", "checkpoints", "log.txt", "report.html"
+CONFIG, INPUTS, COUNTS, SUMMARY, MODEL = "config.yaml", "inputs.json", "counts.json", "summary.json", "model"
+METRICS, PREDICTIONS, CHECKPOINTS = "metrics.jsonl", "predictions", "checkpoints"
+LOG, REPORT = "log.txt", "report.html"
 Say = Callable[[str], None]
 """Prints or logs a text for people, of one or more lines."""
 Step = int | Literal["best", "latest"]

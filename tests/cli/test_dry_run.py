@@ -102,9 +102,9 @@ def trained(rehearsed: str, world: World, flags: list[object], counted: list[tup
 
 def test_output(rehearsed: str) -> None:
     for text in (
-        r"trains, patch_embed/T1:\n  vision_tower\.\S+T1_positional_embeddings ",
+        r"patch_embed: vision_tower\.\S+\n  T1_positional_embeddings ",
         r"4 conversations, 2 steps, into ",
-        r"devices: 1 \(data=1,fsdp=1,tensor=1\)",
+        r"devices: 1 × cpu \(data=1,fsdp=1,tensor=1\)",
         r"plan: 1 shape to compile",
         *(rf"  \d+\.\d s, \d+\.\d MB, {what} of 4 × \d+ positions, " for what in PROGRAMS),
         r"5 programs compiled in \d+\.\d s",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -116,8 +117,8 @@ def test_full_size_parameter_counts(name: str, tmp_path: Path) -> None:
     modalities = list(load_config(CONFIGS / f"{name}.yaml").model.modalities)
     base = write_hub_config(tmp_path / "base", size)
     printed = umbrella("inspect", "--config", CONFIGS / f"{name}.yaml", "--base", base)
-    rows = [line.replace(",", "").split() for line in printed.partition("trains, ")[0].splitlines()]
-    counts = {row[0]: (int(row[1]), int(row[2])) for row in rows if len(row) == 3 and row[1].isdigit()}
+    rows = re.findall(r"^(\w+) +[\d,]+ +([\d,]+) +\S+% +([\d,]+) +\S+%$", printed, re.MULTILINE)
+    counts = {name: tuple(int(number.replace(",", "")) for number in numbers) for name, *numbers in rows}
     expected = expected_counts(size, modalities)
     trains = {"patch_embed": expected.pop("patch_embed")}
     assert counts == {

@@ -96,8 +96,23 @@ def test_inspect_counts_adapters(world: World, first: Path) -> None:
     said = umbrella("inspect", "--config", world.config, "--base", first, *LORA, *GROUPS)
     assert f"{first}: step 2 (the newest)" in said
     # 2 layers of 2·(64 + 64), 2·(128 + 64) and 2·(64 + 128)
-    assert f"lora {2 * 2 * (128 + 192 + 192):,} 0" in [" ".join(line.split()) for line in said.splitlines()]
-    assert re.search(r"^trains, lora:\n(  .*\n)*  \S+fc1\.lora_A\.weight  2×2×64$", said, re.MULTILINE)
+    size = 2 * 2 * (128 + 192 + 192)
+    assert f"lora {size:,} {size:,} 100% 0 0%" in [" ".join(line.split()) for line in said.splitlines()]
+    assert re.search(r"^lora: vision_tower\.\S+\.fc1\.\n  lora_A\.weight +2×2×64 +256$", said, re.MULTILINE)
+
+
+def test_many_tensors_share_a_line_per_module(world: World, second: Path) -> None:
+    """44 tensors train: one stacked tensor per kind and layer, and adapters. They fit a screen, of 80 columns."""
+    lora = ["--set", "model.lora={rank: 3, targets: [vision_tower, language_model]}"]
+    groups = ["--set", "train.groups={patch_embed: {}, projector: {}, lora: {}}"]
+    said = umbrella("inspect", "--config", world.config, "--base", second, *lora, *groups)
+    assert "base: second (run on base)\n" in said
+    assert "adapters of second: merged into the weights\n" in said
+    assert re.search(
+        r"^lora: language_model\.model\.layers\.\n  mlp\.down_proj ×2 +2×3×128, 2×64×3 +1,152$", said, re.M
+    )
+    assert said.count("\n") < 50
+    assert max(len(line) for line in said.splitlines() if " " in line.strip() and str(world.root) not in line) <= 80
 
 
 def test_resumed_is_not_cut_off(world: World, first: Path, second: Path) -> None:

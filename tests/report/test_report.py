@@ -188,7 +188,7 @@ def test_the_page_has_the_data_parameters_and_versions_of_the_run(page: Page, ma
     world, run = made
     summary = umbrella("inspect", "--config", world.config, "--base", world.base)
     for name, (trains, frozen) in page.numbers["trains"].items():
-        assert re.search(rf"^{name} +{trains:,} +{frozen:,}$", summary, re.MULTILINE)
+        assert re.search(rf"^{name} +{trains + frozen:,} +{trains:,} +\S+ +{frozen:,} +\S+$", summary, re.MULTILINE)
         assert f'data-trains="{trains}">{trains:,}<' in page.text
     assert page.numbers["trains"]["patch_embed"][0] > 0
     train, evaluated = page.numbers["data"]["train"], page.numbers["data"]["eval"]

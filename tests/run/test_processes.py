@@ -293,7 +293,7 @@ def test_only_process_0_prints_and_writes(
 ) -> None:
     (_, first, _), (_, *second) = outputs
     assert f"4 conversations, {STEPS} steps, into " in first
-    assert "devices: 2 (" in first
+    assert re.search(r"^devices: 2 × cpu \(data=2,fsdp=1,tensor=1\), 2 processes$", first, re.MULTILINE)
     assert first.count("step 1: compiling") == 1
     assert f"step {STEPS}  loss" in first
     said_by_us = [line for text in second for line in text.splitlines() if not line.startswith("[Gloo]")]  # of XLA
@@ -301,7 +301,7 @@ def test_only_process_0_prints_and_writes(
     # `run` itself: an unnamed file in it, by which each process tries whether it can write there
     written = [[Path(path) for path in record["written"] if Path(path) != run] for record in records]
     ours, theirs = ({p.relative_to(run).parts[0] for p in paths if p.is_relative_to(run)} for paths in written)
-    assert {".config.yaml.part", ".inputs.json.part", "metrics.jsonl", "predictions"} <= ours
+    assert {".config.yaml.part", ".inputs.json.part", ".summary.json.part", "metrics.jsonl", "predictions"} <= ours
     assert theirs <= {"checkpoints"}
 
 

@@ -66,7 +66,7 @@ def run(printed: str, world: World) -> Path:
 
 def test_a_run_writes_these_files(run: Path, world: World) -> None:
     written = {"config.yaml", "model", "checkpoints", "metrics.jsonl", "predictions", "log.txt", ".lock"}
-    written |= {"inputs.json", "counts.json"}
+    written |= {"inputs.json", "counts.json", "summary.json"}
     assert {p.name for p in run.iterdir()} == written
     lines = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -146,21 +146,50 @@ def test_frozen_is_frozen_and_the_patch_embedding_trains(run: Path, world: World
     assert changed == TRAINED
 
 
-def test_the_summary_lists_trainable_parameters(printed: str, world: World) -> None:
-    for line in [
-        # T1: 64 · (3·2·4 + 1 + 6 patches), rsfMRI: 64 · (2·3·4·2 + 1 + 4 patches)
-        f"patch_embed {64 * 31 + 64 * 53:,} 0",
-        "vision_tower 0 66,944",
-        "projector 0 8,320",
-        "language_model 0 98,880",
-    ]:
-        assert line in [" ".join(line.split()) for line in printed.splitlines()]
-    _, *groups = printed.partition("\n12 conversations")[0].split("trains, ")
-    names = [line.split()[0] for group in groups for line in group.splitlines() if line.startswith("  ")]
-    assert set(names) == TRAINED
-    assert f"12 conversations, {STEPS} steps, into {world.root / 'run'}\n" in printed
-    assert "devices: 1 (data=1,fsdp=1,tensor=1)" in printed.splitlines()
-    assert "attention: xla" in printed.splitlines()
+@pytest.fixture(scope="module")
+def counted(world: World) -> dict[str, tuple[int, int]]:
+    """Count the model's parameters: {component: (trainable, frozen)}."""
+    sizes = dict.fromkeys(["patch_embed", "vision_tower", "projector", "language_model", "unused"], (0, 0))
+    for path, leaf in parameters(world.base, modalities=small_run.modalities(), allow_untrained=True).items():
+        beginnings = {
+            PATCH_EMBED: "patch_embed",
+            "vision_tower.vision_model.post_layernorm.": "unused",
+            "vision_tower.": "vision_tower",
+            "multi_modal_projector.": "projector",
+            "language_model.": "language_model",
+        }
+        part = next(part for beginning, part in beginnings.items() if path.startswith(beginning))
+        trainable, frozen = sizes[part]
+        sizes[part] = (trainable + leaf.size, frozen) if path in TRAINED else (trainable, frozen + leaf.size)
+    return sizes | {"total": tuple(map(sum, zip(*sizes.values(), strict=True)))}
+
+
+def test_the_start_of_a_run(printed: str, counted: dict[str, tuple[int, int]], run: Path, world: World) -> None:
+    start = printed[printed.index("base: base (Hugging Face directory)\n") : printed.index("step 1: ")].splitlines()
+    assert len(start) < 45
+    assert max(len(line) for line in start if " " in line.strip() and str(run) not in line) <= 80
+    lines = [" ".join(line.split()) for line in start]
+    assert "T1: patch embedding not in the checkpoint, newly initialised" in lines
+    assert "T1 (sMRI) 6×7×5 3×2×4 2×3×1 6 64" in lines
+    assert "rsfMRI (fMRI) 4×3×5×4 2×3×4×2 2×1×1×2 4 64" in lines
+    for name, (trainable, frozen) in counted.items():
+        total = trainable + frozen
+        shares = [f"{100 * part / total:.2f}%".replace(".00%", "%") for part in (trainable, frozen)]
+        assert f"{name} {total:,} {trainable:,} {shares[0]} {frozen:,} {shares[1]}" in lines
+    for path, leaf in parameters(run).items():
+        row = f"{path.removeprefix(PATCH_EMBED)} {'×'.join(map(str, leaf.shape))} {leaf.size:,}"
+        assert (row in lines) == (path in TRAINED), row
+    for line in (
+        "the patch embedding trains: passed (T1, rsfMRI)",
+        f"what trains is what train.groups names: passed ({len(TRAINED)} tensors, in float32)",
+        f"everything else is frozen: passed ({len(parameters(run)) - len(TRAINED)} tensors, no moments)",
+        "remat: none",
+        "precision: compute float32, frozen float32, trainable and moments float32",
+        "attention: xla (auto: these devices have no kernel of their own)",
+        "devices: 1 × cpu (data=1,fsdp=1,tensor=1)",
+        f"12 conversations, {STEPS} steps, into {run}",
+    ):
+        assert line in lines
     # three of its scans are in eval too, which the world allows; no conversation names a subject
     assert "WARNING: 0 subjects and 3 scans are in train and in eval: " in printed
     # 4 of one scan and the one of text, 3 of runs, 4 of two scans; M is 4, 3 and 4
@@ -168,15 +197,36 @@ def test_the_summary_lists_trainable_parameters(printed: str, world: World) -> N
     assert "\n      1.25 images per conversation, 0.92 encoded after sharing" in printed
 
 
+def test_summary_json(run: Path, counted: dict[str, tuple[int, int]], world: World) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert {name: (count["trainable"], count["frozen"]) for name, count in summary["components"].items()} == counted
+    trained = {path: leaf for path, leaf in parameters(run).items() if path in TRAINED}
+    assert {path: (tuple(t["shape"]), t["parameters"]) for path, t in summary["trainable"].items()} == {
+        path: (leaf.shape, leaf.size) for path, leaf in trained.items()
+    }
+    assert summary["base"]["path"] == str(world.base)
+    assert summary["modalities"]["T1"] == {
+        "aliases": ["sMRI"],
+        "volume": [6, 7, 5],
+        "patch": [3, 2, 4],
+        "grid": [2, 3, 1],
+        "tokens": 6,
+        "embedding": 64,
+    }
+    assert [check["result"] for check in summary["checks"]] == ["passed"] * 3
+    assert (summary["mesh"], summary["resumed_from"]) == ({"data": 1, "fsdp": 1, "tensor": 1}, None)
+
+
 def test_inspect_prints_the_same_summary(printed: str, world: World, tmp_path: Path) -> None:
     summary = umbrella("inspect", "--config", world.config, "--base", world.base)
-    assert printed.startswith(summary)
+    assert summary in printed
     shutil.copy(world.base / "config.json", tmp_path)
     bare = umbrella("inspect", "--config", world.config, "--base", tmp_path)
-    assert "no weights there" in bare
-    assert bare[bare.index("component") :] == summary[summary.index("component") :]
+    assert "no weights there" in " ".join(bare.split())
+    assert bare[bare.index("modality") :] == summary[summary.index("modality") :]
     other = umbrella("inspect", "--config", world.config, "--base", tmp_path, "--set", "train.groups={projector: {}}")
-    assert "projector                  8,320               0" in other
+    assert re.search(r"^projector +8,320 +8,320 +100% +0 +0%$", other, re.MULTILINE)
+    assert "the patch embedding trains: not requested (frozen: T1, rsfMRI)" in other
     torch.save(load_file(world.base / "model.safetensors"), tmp_path / "pytorch_model.bin")
     assert "no weights there" not in umbrella("inspect", "--config", world.config, "--base", tmp_path)
 
@@ -190,12 +240,14 @@ def test_a_run_continues_on_another_mesh(tmp_path: Path) -> None:
     whole, again = tmp_path / "whole", tmp_path / "again"
     output = umbrella(*world.train_flags(whole, *flags, "--mesh", "fsdp=2,tensor=2"), devices=4)
     assert "3 steps, into " in output
-    assert "devices: 4 (data=1,fsdp=2,tensor=2)" in output
+    assert "devices: 4 × cpu (data=1,fsdp=2,tensor=2)" in output
     shutil.copytree(whole, again)
     shutil.rmtree(again / "checkpoints" / "3")
     output = umbrella(*world.train_flags(again, *flags, "--resume"), devices=2)
     assert "resume: from step 2" in output
-    assert "devices: 2 (data=2,fsdp=1,tensor=1)" in output
+    assert "devices: 2 × cpu (data=2,fsdp=1,tensor=1)" in output
+    summary = json.loads((again / "summary.json").read_text())
+    assert (summary["mesh"], summary["resumed_from"]) == ({"data": 2, "fsdp": 1, "tensor": 1}, 2)
     small_run.assert_close(again, whole)
 
 

@@ -4,12 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.golden_case import golden_model
-from umbrella_jax.config.schema import ModalityConfig, TrainConfig
-from umbrella_jax.errors import ConfigError
+from umbrella_jax.config.schema import GroupConfig, ModalityConfig, TrainConfig
+from umbrella_jax.errors import ConfigError, RunError
 from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig, abstract_params
 from umbrella_jax.models.paths import FROZEN, modality_of
-from umbrella_jax.training.freeze import as_trainable, label_params, partition, summary
+from umbrella_jax.training.freeze import as_trainable, check_state, label_params, partition
+from umbrella_jax.training.optimizer import make_optimizer, make_schedule
 
 EMBEDDINGS = "vision_tower.vision_model.embeddings."
 POST = "vision_tower.vision_model.post_layernorm."
@@ -150,26 +150,49 @@ def test_trainable_parameters_are_copies(shapes):
         assert leaf.unsafe_buffer_pointer() != params[path].unsafe_buffer_pointer(), path
 
 
-@pytest.mark.parametrize("groups", [["patch_embed"], ["projector", "*self_attn.k_proj.bias"]])
-def test_summary_adds_up(groups):
-    _, params = golden_model()
-    labels = label_params(list(params), groups)
-    table, *listed = summary(params, labels).split("trains, ")
-    rows = {}
-    for line in table.splitlines()[1:]:
-        name, *numbers = line.split()
-        rows[name] = [int(number.replace(",", "")) for number in numbers]
-    total = rows.pop("total")
-    assert set(rows) == {"patch_embed", "vision_tower", "projector", "language_model", "unused"}
-    assert total == [sum(column) for column in zip(*rows.values(), strict=True)]
-    sizes = [sum(leaf.size for path, leaf in params.items() if (path in trained(labels)) is t) for t in (True, False)]
-    assert total == sizes
-    assert rows["unused"] == [0, 80]
-    assert rows["projector"] == ([0, 4320] if groups == ["patch_embed"] else [4320, 0])
-    shapes_and_labels = {}
-    for group in listed:
-        label, *lines = group.splitlines()
-        shapes_and_labels |= {path: (shape, label.removesuffix(":")) for path, shape in map(str.split, lines)}
-    assert shapes_and_labels == {
-        path: ("×".join(map(str, leaf.shape)), labels[path]) for path, leaf in params.items() if path in trained(labels)
-    }
+def state_of(shapes, groups):
+    """Return the arguments of `check_state` for a run that trains `groups`."""
+    labels = label_params(list(shapes), groups)
+    trainable, frozen = partition({path: jnp.zeros(leaf.shape) for path, leaf in shapes.items()}, labels)
+    config = TrainConfig(groups={group: GroupConfig() for group in groups})
+    opt_state = make_optimizer(config, make_schedule(config, 1), labels).init(trainable)
+    return {"trainable": trainable, "frozen": frozen, "opt_state": opt_state}
+
+
+@pytest.mark.parametrize(
+    ("groups", "result", "detail"),
+    [
+        (["patch_embed"], "passed", ", ".join(sorted(NAMES))),
+        (["projector"], "not requested", "frozen: " + ", ".join(sorted(NAMES))),
+        ([f"{EMBEDDINGS}rsfMRI_proj.*", f"{EMBEDDINGS}T1_[pw]*"], "in part", ""),
+    ],
+)
+def test_checks_of_a_run_pass(shapes, groups, result, detail):
+    first, *others = check_state(groups, shapes, **state_of(shapes, groups))
+    assert (first.result, [check.result for check in others]) == (result, ["passed", "passed"])
+    assert first.detail == detail or result == "in part"
+
+
+def test_checks_name_the_parameter_that_fails(shapes):
+    groups, path, other = ["projector"], "multi_modal_projector.linear_1.weight", f"{EMBEDDINGS}T1_proj.weight"
+    linear = "multi_modal_projector.linear_2.weight"
+    state = state_of(shapes, groups)
+
+    def faults_of(frozen_dtype="auto", **changed):
+        with pytest.raises(RunError) as error:
+            check_state(groups, shapes, **state | changed, frozen_dtype=frozen_dtype)
+        return error.value.faults
+
+    trainable, frozen = state["trainable"], state["frozen"]
+    moved = {"trainable": trainable | {other: frozen[other]}, "frozen": {p: v for p, v in frozen.items() if p != other}}
+    (fault,) = faults_of(**moved)
+    assert fault.startswith(f"{other}: train.groups does not cover it, against the run's state")
+    (fault,) = faults_of(trainable={p: v for p, v in trainable.items() if p != path})
+    assert fault.startswith(f"{path}: train.groups covers it, against the run's state")
+    (fault,) = faults_of(trainable=trainable | {path: trainable[path].astype(jnp.bfloat16)})
+    assert fault.startswith(f"{path}: trains in bfloat16, expected float32")
+    (fault,) = faults_of(opt_state=(state["opt_state"], {other: frozen[other]}))
+    assert fault.startswith(f"{other}: the optimiser keeps 1 moments, expected 0")
+    found = faults_of("bfloat16", frozen=frozen)
+    assert f"{POST}weight: is frozen in float32, expected bfloat16" in found[-1]
+    assert not any(linear in fault or other in fault for fault in found)

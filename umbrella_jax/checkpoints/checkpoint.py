@@ -60,6 +60,8 @@ class Checkpoint(ABC):
     Opening a checkpoint reads its configuration and tokenizer, and no weights.
     """
 
+    kind: ClassVar[str]
+    """What it is, for messages."""
     is_derived: ClassVar[bool] = True
     """Whether the weights were made from another checkpoint, which `base_name` and `fingerprint` describe."""
     name: str
@@ -287,6 +289,7 @@ class Checkpoint(ABC):
 class HfCheckpoint(Checkpoint):
     """A directory in Hugging Face format: a stock LLaVA, or one with the 3D/4D patch embedding."""
 
+    kind: ClassVar[str] = "Hugging Face directory"
     is_derived: ClassVar[bool] = False
     init: PatchEmbedInit = "random"
     """How to initialise a patch embedding that the files lack or have in another size."""
@@ -359,6 +362,8 @@ class HfCheckpoint(Checkpoint):
 class NativeCheckpoint(Checkpoint):
     """A checkpoint of `convert from-hf`: config.json and tokenizer beside the parameters in orbax's format."""
 
+    kind: ClassVar[str] = "native checkpoint"
+
     @property
     def fingerprint(self) -> str:
         return _recorded(self.path, "base_fingerprint")
@@ -407,6 +412,7 @@ class NativeCheckpoint(Checkpoint):
 class RunCheckpoint(Checkpoint):
     """A step of a run: the parameters that it trained, on top of its base."""
 
+    kind: ClassVar[str] = "run"
     base: Checkpoint
     """The checkpoint that the run trained on top of, which may be another run."""
     why_step: str

@@ -576,15 +576,19 @@ def resolve_modality(name: str, modalities: Collection[str]) -> str | None:
     return relatives[0] if len(relatives) == 1 else None
 
 
+def aliases_of(modality: str, modalities: Collection[str]) -> list[str]:
+    """Return the other names that mean a configured modality in data files (`resolve_modality`)."""
+    own = modalities[modality] if isinstance(modalities, Mapping) else None
+    known = sorted(frozenset().union(*ALIASES))
+    candidates = dict.fromkeys([*(own.aliases if isinstance(own, ModalityConfig) else ()), *known])
+    return [name for name in candidates if name != modality and resolve_modality(name, modalities) == modality]
+
+
 def modality_names(modalities: Collection[str]) -> str:
     """Return the configured modalities, each with its aliases, for messages: `T1 (or sMRI), rsfMRI (or fMRI)`."""
-    known = sorted(frozenset().union(*ALIASES))
     names = []
     for modality in modalities:
-        own = modalities[modality] if isinstance(modalities, Mapping) else None
-        candidates = [*(own.aliases if isinstance(own, ModalityConfig) else ()), *known]
-        others = (name for name in dict.fromkeys(candidates) if name != modality)
-        aliases = [name for name in others if resolve_modality(name, modalities) == modality]
+        aliases = aliases_of(modality, modalities)
         names.append(f"{modality} (or {', '.join(aliases)})" if aliases else modality)
     return ", ".join(names) or "none"
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from umbrella_jax.batch import AnyArray, Batch
 from umbrella_jax.config.schema import AttentionBackend, LoraConfig, ModalityConfig, RematPolicy
 from umbrella_jax.errors import CheckpointError
-from umbrella_jax.models.attention import choose_backend
+from umbrella_jax.models.attention import choose_backend, explain_backend
 from umbrella_jax.models.lora import attach
 from umbrella_jax.models.parallel import ROWS, local, split_rows, ways
 from umbrella_jax.models.projector import LlavaMultiModalProjector
@@ -66,8 +66,15 @@ class LlavaConfig:
         Raises:
             ConfigError: the requested backend cannot run this model on these devices.
         """
-        head_dims = (self.vision.hidden_size // self.vision.num_attention_heads, self.text.head_dim)
-        return replace(self, attention=choose_backend(requested, native, self.compute_dtype, head_dims))
+        return replace(self, attention=choose_backend(requested, native, self.compute_dtype, self._head_dims))
+
+    def why_attention(self, requested: Literal["auto", AttentionBackend], native: AttentionBackend) -> str:
+        """Return why `with_attention` chooses its backend from the same arguments."""
+        return explain_backend(requested, native, self.compute_dtype, self._head_dims)
+
+    @property
+    def _head_dims(self) -> tuple[int, int]:
+        return self.vision.hidden_size // self.vision.num_attention_heads, self.text.head_dim
 
 
 class Llava(nnx.Module):

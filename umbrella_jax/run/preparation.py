@@ -29,6 +29,7 @@ from umbrella_jax.inference.processor import Processor
 from umbrella_jax.io.files import check_output, check_run_name
 from umbrella_jax.models import LlavaConfig, abstract_params, lora, native_backend, quantize
 from umbrella_jax.run.loggers import missing_loggers
+from umbrella_jax.run.summary import RunSummary, summarize, summarize_parameters
 from umbrella_jax.rundir import METRICS, Line, Say, read_metrics
 from umbrella_jax.scoring.metrics import Task, metric_names, tasks_of
 from umbrella_jax.scoring.rows import Row, blank_rows
@@ -103,6 +104,7 @@ class Prepared:
     model: RunModel
     data: RunData
     training: TrainingRun
+    summary: RunSummary
     meta: dict[str, Any]
     """Saved in every checkpoint, to compare with a run that resumes from it."""
     earlier_lines: list[Line]
@@ -174,7 +176,8 @@ def prepare(
         model = base.config.with_attention(config.model.attention, native_backend(mesh.devices.flat[0]))
         model = replace(model, lora=config.model.lora)
         graphdef, shapes = abstract_params(model)
-        labels = freeze.label_params(list(shapes), list(config.train.groups))
+        parameters = summarize_parameters(config, base, findings, model)
+        labels = parameters.labels
         options: dict[str, Any] = {"template": config.data.template, "max_length": config.data.max_length}
         processor = Processor(base.tokenizer(), base.config.modalities, **options)
         datasets = shared.datasets if shared else processor.datasets(config.data, augment=True)
@@ -193,8 +196,6 @@ def prepare(
     facts.append((f"{base.path}: weights", SHA256 + fingerprint))
     facts += [(name, SHA256 + digest) for files in inputs.values() for name, digest in files]
     check_same(facts, "copy it again: every host must read the same")
-    for line in [*base.summary_lines, *findings, freeze.summary(shapes, labels)]:
-        say(line)
     if overlap:
         say(f"WARNING: {overlap}")
 
@@ -220,6 +221,8 @@ def prepare(
     optimizer = shared.optimizer if shared and same_length else make_optimizer(config.train, schedule, labels)
     state = init_state(freeze.as_trainable(trainable), optimizer)
     state = jax.device_put(state, shardings(state, mesh))
+    with raise_together():
+        summary = summarize(config, parameters, state, frozen, mesh)
     prepared = Prepared(
         config=config,
         out=out,
@@ -234,6 +237,7 @@ def prepare(
             schedule=schedule,
             mesh=mesh,
         ),
+        summary=summary,
         meta={
             "config": to_dict(config),
             "num_steps": num_steps,
@@ -245,7 +249,7 @@ def prepare(
         },
         earlier_lines=earlier_lines,
     )
-    for line in _plan_lines(prepared):
+    for line in [*summary.lines(), *_plan_lines(prepared)]:
         say(line)
     return prepared, state
 
@@ -267,19 +271,13 @@ def _warn_of_untrained(
 
 
 def _plan_lines(run: Prepared) -> list[str]:
-    """Return the lines that describe steps, devices and batches of a run."""
-    train, num_steps, mesh = run.config.train, run.training.num_steps, run.training.mesh
+    """Return the lines that describe steps and batches of a run."""
+    train, num_steps = run.config.train, run.training.num_steps
     lines = [f"{len(run.data.train_set)} conversations, {num_steps} steps, into {run.out}"]
     if (warmup := warmup_updates(train, num_steps)) >= num_steps:
         field, peak = "warmup_steps" if train.warmup_steps else "warmup_ratio", train.learning_rate
         lines.append(f"WARNING: train.{field}: {warmup} of {num_steps} steps: the rate never reaches {peak:g}")
-    sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    return [
-        *lines,
-        f"devices: {mesh.size} ({sizes})",
-        f"plan: {run.data.plan.cost}",
-        f"attention: {run.model.config.attention}",
-    ]
+    return [*lines, f"plan: {run.data.plan.cost}"]
 
 
 def _check_length(config: RunConfig, conversations: int) -> None:

@@ -28,7 +28,6 @@ from umbrella_jax.data.loader import eval_subset, task_ids, train_batches
 from umbrella_jax.distributed import broadcast, max_over_processes, raise_together
 from umbrella_jax.errors import Interrupted
 from umbrella_jax.io.files import PRIVATE, locked, rewrite_folder, strict_json, write_whole
-from umbrella_jax.models import abstract_params
 from umbrella_jax.plan import batch_flops, sheet_of
 from umbrella_jax.run.evaluation import evaluate, evaluation_lines, headline_of
 from umbrella_jax.run.loggers import open_loggers
@@ -44,6 +43,7 @@ from umbrella_jax.run.preparation import (
 from umbrella_jax.run.rehearsal import rehearse
 from umbrella_jax.run.resumption import check_out, resume_from
 from umbrella_jax.run.signals import Signals
+from umbrella_jax.run.summary import summarize_parameters
 from umbrella_jax.rundir import (
     CHECKPOINTS,
     CONFIG,
@@ -52,6 +52,7 @@ from umbrella_jax.rundir import (
     LOG,
     METRICS,
     MODEL,
+    SUMMARY,
     Line,
     RunLog,
     Say,
@@ -64,7 +65,6 @@ from umbrella_jax.rundir import (
 )
 from umbrella_jax.scoring.counts import count_conversations
 from umbrella_jax.sharding import param_sharding, parts
-from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.step import TrainState
 from umbrella_jax.training.trainer import (
@@ -86,7 +86,7 @@ __all__ = ["inspect", "rehearse", "train"]
 
 
 def inspect(config: RunConfig) -> str:
-    """Return what would train: the number of trainable and frozen parameters per component, and their names.
+    """Return the base, the modalities and the parameters of a run, and what would train.
 
     Needs only the base's config.json. If its weights are there too, they are checked.
     """
@@ -96,9 +96,8 @@ def inspect(config: RunConfig) -> str:
         if base.has_weights
         else [f"{base.path}: no weights there; based on config.json only"]
     )
-    _, shapes = abstract_params(replace(base.config, lora=config.model.lora))
-    labels = freeze.label_params(list(shapes), list(config.train.groups))
-    return "\n".join([*base.summary_lines, *findings, freeze.summary(shapes, labels)])
+    model = replace(base.config, lora=config.model.lora)
+    return "\n".join(summarize_parameters(config, base, findings, model).lines())
 
 
 def train(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) -> Line:
@@ -172,6 +171,8 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
             write_whole(out / CONFIG, dump_config(_with_absolute_base(config, run.model.base)))
             write_whole(out / INPUTS, dump_inputs(run.data.inputs), PRIVATE)
             write_whole(out / COUNTS, strict_json(_counts(run), indent=1) + "\n", PRIVATE)
+            summary = replace(run.summary, resumed_from=int(state.step) or None)
+            write_whole(out / SUMMARY, strict_json(summary.to_json(), indent=2) + "\n")
 
         def interrupted() -> int:
             return max_over_processes(signals.received)

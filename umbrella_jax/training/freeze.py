@@ -6,16 +6,17 @@ embedding get the label `group/modality`, because a step leaves the modalities t
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Shaped
 
 from umbrella_jax.config.schema import LORA
-from umbrella_jax.console import table_lines
-from umbrella_jax.errors import ConfigError
+from umbrella_jax.console import plural
+from umbrella_jax.errors import ConfigError, RunError
 from umbrella_jax.models.paths import COMPONENTS, FROZEN, UNUSED, adapted_weight, component_of, modality_of
 
 T = TypeVar("T")
@@ -107,16 +108,85 @@ def counts(
     return {name: (trains, frozen) for name, (trains, frozen) in sizes.items()}
 
 
-def summary(params: Mapping[str, jax.ShapeDtypeStruct | jax.Array], labels: Mapping[str, str]) -> str:
-    """Return a table of trainable and frozen values per component, and the names of the trainable parameters."""
-    rows = [("component", "trainable", "frozen")]
-    rows += [(name, f"{trains:,}", f"{frozen:,}") for name, (trains, frozen) in counts(params, labels).items()]
-    lines = table_lines(rows, (16, 16, 16))
-    for group in dict.fromkeys(label for label in labels.values() if label != FROZEN):
-        lines.append(f"trains, {group}:")
-        lines += [f"  {path}  {_times(leaf.shape)}" for path, leaf in params.items() if labels[path] == group]
-    return "\n".join(lines)
+@dataclass(frozen=True, kw_only=True)
+class FreezeCheck:
+    """One check of a run's trainable and frozen parameters."""
+
+    name: str
+    result: str
+    """`passed`. For the patch embedding also `in part` and `not requested`, if `train.groups` leaves modalities out."""
+    detail: str
 
 
-def _times(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape))
+def check_state(
+    groups: Collection[str],
+    paths: Collection[str],
+    *,
+    trainable: Mapping[str, Any],
+    frozen: Mapping[str, Any],
+    opt_state: Any,
+    frozen_dtype: str = "auto",
+) -> list[FreezeCheck]:
+    """Check that the parameters that `groups` cover train, and no others. Arrays may be abstract (`jax.eval_shape`).
+
+    Args:
+        groups: as in `label_params`.
+        paths: all parameters of the model.
+        trainable: {path: array} that the step differentiates.
+        frozen: {path: array} that it only reads.
+        opt_state: the optimiser's state, whose moments are dicts by path.
+        frozen_dtype: type that frozen arrays must have; `auto` for any. Quantized weights have their own, and so have
+            patch embeddings, which may be newly initialised.
+
+    Raises:
+        RunError: naming each parameter that fails.
+    """
+    covered = {path for path in paths if any(_covers(group, path) for group in groups)}
+    moments: dict[str, list[Any]] = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
+        if isinstance(keys[-1], jax.tree_util.DictKey):
+            moments.setdefault(keys[-1].key, []).append(leaf)
+    faults = []
+    for path in dict.fromkeys([*paths, *trainable, *frozen, *moments]):
+        trains, own_moments = path in covered, moments.get(path, [])
+        if (path in trainable) != trains or (path in frozen) == trains:
+            faults.append(
+                f"{path}: train.groups {'covers' if trains else 'does not cover'} it, against the run's state"
+            )
+        if len(own_moments) != 2 * trains:
+            faults.append(f"{path}: the optimiser keeps {len(own_moments)} moments, expected {2 * trains}")
+        for leaf in [*own_moments, *([trainable[path]] if path in trainable else [])]:
+            if leaf.dtype != jnp.float32:
+                faults.append(f"{path}: trains in {leaf.dtype.name}, expected float32")
+        has_own_type = path not in frozen or modality_of(path) or hasattr(frozen[path], "qvalue")
+        if not has_own_type and frozen_dtype not in ("auto", frozen[path].dtype.name):
+            faults.append(f"{path}: is frozen in {frozen[path].dtype.name}, expected {frozen_dtype}")
+    if faults:
+        raise RunError([f"{fault}; this is a bug in umbrella-jax, and nothing was trained" for fault in faults])
+    return [
+        _check_patch_embed(paths, covered),
+        FreezeCheck(
+            name="what trains is what train.groups names",
+            result="passed",
+            detail=f"{plural(len(trainable), 'tensor')}, in float32",
+        ),
+        FreezeCheck(
+            name="everything else is frozen", result="passed", detail=f"{plural(len(frozen), 'tensor')}, no moments"
+        ),
+    ]
+
+
+def _check_patch_embed(paths: Collection[str], covered: Collection[str]) -> FreezeCheck:
+    sizes: dict[str, list[bool]] = {}
+    for path in paths:
+        if modality := modality_of(path):
+            sizes.setdefault(modality, []).append(path in covered)
+    named = [
+        modality if all(trains) else f"{modality} ({sum(trains)} of {len(trains)} tensors)"
+        for modality, trains in sizes.items()
+        if any(trains)
+    ]
+    others = [modality for modality, trains in sizes.items() if not any(trains)]
+    result = "passed" if all(map(all, sizes.values())) else "in part" if named else "not requested"
+    detail = "; ".join([*([", ".join(named)] if named else []), *([f"frozen: {', '.join(others)}"] if others else [])])
+    return FreezeCheck(name="the patch embedding trains", result=result, detail=detail)

@@ -112,6 +112,9 @@ def native_backend(device: jax.Device) -> AttentionBackend:
     return "cudnn" if major.isdigit() and int(major) >= 8 else "xla"
 
 
+_SERVES: dict[AttentionBackend, str] = {"cudnn": "NVIDIA GPUs since Ampere", "splash": "TPUs"}
+
+
 def choose_backend(
     requested: Literal["auto", AttentionBackend], native: AttentionBackend, dtype: str, head_dims: Collection[int]
 ) -> AttentionBackend:
@@ -126,15 +129,31 @@ def choose_backend(
     Raises:
         ConfigError: the requested backend cannot run there.
     """
-    unfit = [] if native != "cudnn" else [width for width in head_dims if not cudnn_serves(dtype, width)]
+    unmet = _unmet_by_cudnn(native, dtype, head_dims)
     if requested == "auto":
-        return "xla" if unfit else native
+        return "xla" if unmet else native
     if requested not in ("xla", native):
-        where = {"cudnn": "NVIDIA GPUs since Ampere", "splash": "TPUs"}[requested]
-        raise ConfigError(f"model.attention: {requested} is for {where}, not for this device; expected auto or xla")
-    if requested == "cudnn" and unfit:
         raise ConfigError(
-            f"model.attention: cudnn takes bfloat16 and heads of a multiple of 8 up to 128, not {dtype} with heads of "
-            f"{', '.join(map(str, unfit))}; expected auto or xla, or another model.compute_dtype"
+            f"model.attention: {requested} is for {_SERVES[requested]}, not for this device; expected auto or xla"
         )
+    if requested == "cudnn" and unmet:
+        raise ConfigError(f"model.attention: {unmet}; expected auto or xla, or another model.compute_dtype")
     return requested
+
+
+def explain_backend(
+    requested: Literal["auto", AttentionBackend], native: AttentionBackend, dtype: str, head_dims: Collection[int]
+) -> str:
+    """Return why `choose_backend` chooses its backend from the same arguments."""
+    if requested != "auto":
+        return "model.attention names it"
+    served = f"it is for {_SERVES[native]}" if native in _SERVES else "these devices have no kernel of their own"
+    return f"auto: {_unmet_by_cudnn(native, dtype, head_dims) or served}"
+
+
+def _unmet_by_cudnn(native: AttentionBackend, dtype: str, head_dims: Collection[int]) -> str:
+    """Return the requirement of cuDNN's kernel that the model does not meet; "" if it meets all, or elsewhere."""
+    unfit = [width for width in head_dims if not cudnn_serves(dtype, width)] if native == "cudnn" else []
+    heads = ", ".join(map(str, unfit))
+    needs = f"cudnn takes bfloat16 and heads of a multiple of 8 up to 128, not {dtype} with heads of {heads}"
+    return needs if unfit else ""
