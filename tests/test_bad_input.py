@@ -99,8 +99,11 @@ def section(name: str, **values: Any) -> Callable[[Record], None]:
         (section("model.modalities.T1", patches=[3, 3, 3]), ["model.modalities.T1.patches: no such key", "patch"]),
         (section("", modle={}), ["modle: no such key", "model"]),
         (section("train", batch_size="many"), ["train.batch_size: expected a whole number, got 'many'"]),
-        (section("train", batch_size=0), ["train: batch_size: expected 1 or more, got 0"]),
-        (section("train", learning_rate=float("nan")), ["learning_rate: expected a positive number, got nan"]),
+        (section("train", batch_size=0), ["train: batch_size: expected 1 to 65,536, got 0"]),
+        (
+            section("train", learning_rate=float("nan")),
+            ["learning_rate: expected a positive number, at most 1, got nan"],
+        ),
         (
             section("train", learning_rate=True, betas=[False, 0.9]),
             [
@@ -191,11 +194,17 @@ def test_faults_of_a_config_come_together(refused: Refused, world: World, tmp_pa
         (["--set", "train.clip_norm"], ["train.clip_norm: expected KEY=VALUE"]),
         (["--set", "train.clip_norm=[1"], ["--set train.clip_norm: not valid YAML: line 1: "]),
         (["--set", "seed.of=1"], ["--set: seed.of: seed is not a section of "]),
-        (["--batch-size", -2], ["umbrella-jax: --batch-size: train: batch_size: expected 1 or more, got -2"]),
+        (["--batch-size", -2], ["umbrella-jax: --batch-size: train: batch_size: expected 1 to 65,536, got -2"]),
         (
             ["--learning-rate", "-1e-3"],
-            ["--learning-rate: train: learning_rate: expected a positive number, got -0.001"],
+            ["--learning-rate: train: learning_rate: expected a positive number, at most 1, got -0.001"],
         ),
+        (
+            ["--learning-rate", 30],
+            ["--learning-rate: train: learning_rate: expected a positive number, at most 1, got"],
+        ),
+        (["--set", "data.threads=1e9"], ["--set: data: threads: expected 1 to 1,024, got 1000000000"]),
+        (["--accumulate-steps", 10**9], ["--accumulate-steps: train: accumulate_steps: expected 1 to 65,536, got"]),
         (["--epochs", 0], ["umbrella-jax: --epochs: train: epochs: expected a positive number, got 0.0"]),
         (["--set", "train.epochs=ten"], ["umbrella-jax: --set: train.epochs: expected a number, got 'ten'"]),
         (["--set", "train=ten"], ["umbrella-jax: --set: train: expected a section of keys, got 'ten'"]),

@@ -209,7 +209,10 @@ def test_a_flag_replaces_a_key_and_its_fault(tmp_path: Any) -> None:
     [
         (FLAT.replace("0.00005", "fast"), "learning_rate: train.learning_rate: expected a number, got 'fast'"),
         (FLAT.replace("[10, 10, 10]", "[10, 10]"), "T1_patch_size: model.modalities.T1: patch (10, 10): expected 3"),
-        (FLAT.replace("batch_size: 2", "batch_size: -2"), "batch_size: train: batch_size: expected 1 or more, got -2"),
+        (
+            FLAT.replace("batch_size: 2", "batch_size: -2"),
+            "batch_size: train: batch_size: expected 1 to 65,536, got -2",
+        ),
         (f"{FLAT}gradient_checkpointing: maybe", "gradient_checkpointing: expected true or false, got 'maybe'"),
         (f"{FLAT}max_steps: 100", "max_steps: 100 has no counterpart: a run's length is train.epochs"),
         ("{model_name: llava, T1_img_size: 96}", "no modality has both NAME_img_size and NAME_patch_size"),

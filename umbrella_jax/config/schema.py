@@ -64,6 +64,7 @@ a billion voxels, and so have the 1200 frames of a run at 2 mm."""
 SECRET = re.compile(r"api_?key|secret|passw|credential|(^|[_.])(token|key)$", re.IGNORECASE)
 """Names of keys whose values are never shown."""
 _LONGEST_RUN = 1 << 20  # frames: a week's
+_LARGEST_BATCH = 1 << 16  # an update of more conversations than this is a typing mistake
 MM = (1e-3, 1e3)
 """Smallest and largest voxel edge in mm, from a hundredth of MRI's resolution to half a body. A header or config with
 any other is wrong."""
@@ -308,7 +309,7 @@ class DataConfig(Section):
     supervised. `original`: the original system's ids and labels, exactly. `chat`: the tokenizer's own template."""
     max_length: Count = 8192
     """Longest conversation in positions, patches included; a longer one is refused."""
-    threads: Count = 4
+    threads: Annotated[int, Range(ge=1, le=1024)] = 4
     """Threads that read volumes ahead of the step."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random changes of training volumes; evaluation never has any."""
@@ -364,13 +365,13 @@ class TrainConfig(Section):
     """Trainable parameters: `patch_embed`, `projector`, `vision_tower`, `language_model`, `lora` (all adapters of
     `model.lora`), or a path pattern (`*`, `?`). A pattern matches adapters only if it contains `lora_`:
     `vision_tower.*.lora_*`."""
-    batch_size: Count = 2
+    batch_size: Annotated[int, Range(ge=1, le=_LARGEST_BATCH)] = 2
     """Conversations per micro-batch, over all devices."""
-    accumulate_steps: Count = 1
+    accumulate_steps: Annotated[int, Range(ge=1, le=_LARGEST_BATCH)] = 1
     """Micro-batches per update, weighted by their supervised tokens."""
     epochs: Positive = 1.0
     """Passes over the training conversations; 0.5 is half a pass."""
-    learning_rate: Positive = 5e-5
+    learning_rate: Annotated[float, Range(gt=0, le=1)] = 5e-5
     """Learning rate at the end of the warm-up."""
     schedule: ScheduleName = "linear"
     """Learning rate after the warm-up: falls to 0 at the end of the planned updates in a line (`linear`) or as half a
