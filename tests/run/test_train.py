@@ -571,7 +571,10 @@ def test_a_run_that_stops_early_is_finished(world: World, tmp_path: Path, monkey
     lines = read_lines(run / "metrics.jsonl")
     assert f"{reason}; to train on, resume with a larger" in train(2, "--resume")
     assert (read_lines(run / "metrics.jsonl"), len(evaluated)) == (lines, 5)
-    assert "stopped early" not in train(3, "--resume")
+    printed = train(3, "--resume")
+    assert "stopped early" not in printed
+    for step, before in ((5, 0.7), (6, 0.4)):
+        assert re.search(rf"step {step} of 6 loss [\d.]+ (\S+ left )?eval_loss {before:.3f} ", printed), "progress"
     assert evaluated[5:] == [(5, False), (6, False), (6, True)]
     assert json.loads(umbrella("runs", run, "--json"))["runs"][0]["why"] == ""
 
