@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -68,14 +69,20 @@ def test_apptainer_image_gets_all_files_of_the_wheel(tmp_path: Path) -> None:
             source, target = line.split()
             assert target == f"/src/{source}"
             (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(ROOT / source, tmp_path / source)
-    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path / "dist")]
-    built = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
-    assert {
-        name
-        for name in ("scripts/install.sh", "requirements/lock.txt", "requirements/uv.txt")
-        if not (tmp_path / name).exists()
-    } == set()
+    names = []
+    for root, out in ((tmp_path, tmp_path / "dist"), (ROOT, tmp_path / "whole")):
+        build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(out)]
+        built = subprocess.run(build, cwd=root, capture_output=True, text=True, check=False)
+        assert built.returncode == 0, built.stderr
+        names.append(set(zipfile.ZipFile(*out.iterdir()).namelist()))
+    assert names[0] == names[1]
+    needed = (
+        "scripts/install.sh",
+        "scripts/containers/umbrella-jax.sh",
+        "requirements/lock.txt",
+        "requirements/uv.txt",
+    )
+    assert [name for name in needed if not (tmp_path / name).exists()] == []
 
 
 def test_apptainer_caches_where_the_host_says_or_in_tmp(tmp_path: Path) -> None:

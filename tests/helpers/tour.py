@@ -1,6 +1,7 @@
 """Execute docs/tour.ipynb in Jupyter. `python -m tests.helpers.tour` stores the outputs in the file."""
 
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -26,7 +27,8 @@ def code_of(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
     """Run all cells in a kernel that starts in `folder`, and replace their outputs by what they print and show.
 
-    Like a reader's kernel, it lacks the suite's flags of XLA. Warnings, which depend on the machine, are left out.
+    Like a reader's kernel, it lacks the suite's flags of XLA. Warnings, and the progress that slow machines print, are
+    left out.
     """
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"TMPDIR": str(folder)}
     resources = {"metadata": {"path": str(folder)}}
@@ -34,6 +36,9 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
     client.execute(env=environment)
     for cell in code_of(notebook):
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        for output in cell.outputs:
+            if "text" in output:
+                output.text = re.sub(r"^answer \d+ of \d+\n", "", output.text, flags=re.MULTILINE)
 
 
 def main() -> None:
