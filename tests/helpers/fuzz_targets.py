@@ -31,8 +31,7 @@ from convert.foreign import ADAPTER
 from convert.lazy_tensor import Tensor
 from convert.safetensors_files import INDEX, SINGLE, open_checkpoint, write_safetensors
 from convert.trainable import Trainable, open_trainable, write_trainable
-from umbrella_jax.config.from_original import from_original
-from umbrella_jax.config.load import load_config
+from umbrella_jax.config.load import load_config, load_original
 from umbrella_jax.config.schema import ModalityConfig, to_dict
 from umbrella_jax.data.conversation import Conversation, read_conversations
 from umbrella_jax.data.volume import load_volume
@@ -546,7 +545,7 @@ def yaml(tree: Any) -> bytes:
 
 YAMLS: Mapping[str, tuple[Callable[[Path], Any], Any]] = {
     "run.yaml": (load_config, RUN),
-    "original.yaml": (from_original, ORIGINAL),
+    "original.yaml": (load_original, ORIGINAL),
 }
 JSONS = {"config.json": LLAVA, "umbrella_config.json": UMBRELLA}
 

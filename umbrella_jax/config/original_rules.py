@@ -64,7 +64,7 @@ def _type_flag(name: str) -> Rule:
 
 def _schedule(value: Any) -> tuple[dict[str, Any], str | None]:
     names = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
-    if value not in names:
+    if not isinstance(value, str) or value not in names:
         raise ConfigError(f"{quoted(value)} has no counterpart; expected one of {', '.join(names)}")
     return {"train.schedule": names[value]}, None
 
