@@ -11,7 +11,7 @@ import jax
 import pytest
 from bench.workload import SCANS
 
-from tests.config.test_configs import CONFIGS, write_hub_config
+from tests.config.test_configs import CONFIGS, expected_counts, write_hub_config
 from tests.helpers.full_size import TEXT_TOKENS, abstract_step, full_size
 from tests.helpers.small_run import umbrella
 from umbrella_jax import cli
@@ -469,10 +469,12 @@ def test_meshes_are_those_that_divide(tmp_path: Path) -> None:
     [
         ("v5x-16", ["v5x-16", "the nearest is v5", "h100x8"]),
         ("h10", ["the nearest is h100"]),
-        ("v5e-0", ["v5e-0", "expected v5e"]),
-        ("abacus", ["abacus", "expected v5e, v5p, v6e, a100, h100, h200 with a count"]),
+        ("v5e-0", ["v5e-0", "the nearest is v5e"]),
+        ("rtx3080x2", ["the nearest is rtx3090"]),
+        ("abacus", ["abacus", "expected v4, v5e, v5p, v6e, a100, a100-40gb, h100, h200, l40s", "here or cpu"]),
+        ("herex2", ["expected here without a count"]),
         ("v5p-3", ["2 cores per chip", "the next is v5p-4"]),
-        ("cpux2", ["cpu, which is one device"]),
+        ("cpux2", ["expected cpu without a count, which is one device"]),
     ],
 )
 def test_unknown_devices_are_refused(name: str, words: list[str]) -> None:
@@ -485,6 +487,12 @@ def test_unknown_devices_are_refused(name: str, words: list[str]) -> None:
 def test_names_of_devices() -> None:
     assert (parse_devices("v5e-16").count, parse_devices("h100x8").count, parse_devices("h200").count) == (16, 8, 1)
     assert parse_devices("v5p-64").count == 32  # Google counts TensorCores
+    assert (parse_devices("v4-8").count, parse_devices("a100-40").count, parse_devices("a100-40gbx4").count) == (
+        4,
+        40,
+        4,
+    )
+    assert (parse_devices("rtx3090").count, parse_devices("RTX4090x2").count) == (1, 2)
     assert parse_devices("h100x8").efficiency == PEAK_EFFICIENCY
     own = parse_devices("h100x8", flops=7e14, dtype="float32")
     assert (own.kind.flops, own.efficiency) == (7e14, 1.0)
@@ -493,14 +501,98 @@ def test_names_of_devices() -> None:
     assert len(error.value.faults) == 2
 
 
+# TFLOP/s of dense products with sums in float32, GB, GB/s: as the sheets print them.
+SHEETS = {
+    "v4": (275, 34.36, 1200, "https://cloud.google.com/tpu/docs/v4"),  # 32 GiB
+    "v5e": (197, 16, 819, "https://cloud.google.com/tpu/docs/v5e"),
+    "v5p": (459, 95, 2765, "https://cloud.google.com/tpu/docs/v5p"),
+    "v6e": (918, 32, 1638, "https://cloud.google.com/tpu/docs/v6e"),
+    "a100": (312, 80, 2039, "https://www.nvidia.com/en-us/data-center/a100"),
+    "a100-40gb": (312, 40, 1555, "https://www.nvidia.com/en-us/data-center/a100"),
+    "h100": (989, 80, 3350, "https://www.nvidia.com/en-us/data-center/h100"),
+    "h200": (989, 141, 4800, "https://www.nvidia.com/en-us/data-center/h200"),
+    "l40s": (362.05, 48, 864, "https://www.nvidia.com/en-us/data-center/l40s"),
+    "rtx6000ada": (1457 / 4, 48, 960, "https://www.nvidia.com/en-us/design-visualization/rtx-6000"),  # sparse float8
+    "rtx3090": (71, 24, 936, "GA102 white paper"),
+    "rtx4090": (165.2, 24, 1008, "Ada white paper"),
+    "rtx5090": (209.5, 32, 1792, "RTX Blackwell white paper"),
+    "t4": (8.1, 16, 300, "https://www.nvidia.com/en-us/data-center/tesla-t4"),
+}
+
+
+@pytest.mark.parametrize("name", SHEETS)
+def test_plan_prints_the_data_sheet(name: str) -> None:
+    assert DEVICE_KINDS.keys() == SHEETS.keys()
+    tflops, memory, bandwidth, source = SHEETS[name]
+    devices = parse_devices(name, dtype="float32" if name == "t4" else "bfloat16")
+    plan = HardwarePlan(
+        devices=devices,
+        model=tiny(),
+        frozen_dtype="bfloat16",
+        remat="none",
+        batch_size=1,
+        configured=(),
+        largest=(),
+        policies=(),
+        subjects=None,
+    )
+    text = " ".join(plan.table().split())
+    assert f"each {tflops:.4g} TFLOP/s, {memory:.4g} GB at {bandwidth} GB/s" in text
+    assert f"75% of {tflops:.4g} TFLOP/s ({source}" in text
+    assert max(map(len, plan.table().splitlines())) <= 80
+
+
+def test_a_t4_has_no_bfloat16() -> None:
+    with pytest.raises(ConfigError, match="peak is of float32; expected --set"):
+        parse_devices("t4")
+
+
+@pytest.mark.parametrize(("name", "fits"), [("v5e", False), ("rtx3090", True), ("rtx4090", True), ("v4", True)])
+def test_memory_of_one_device(name: str, fits: bool, tmp_path: Path) -> None:
+    """The 7b model has 8.14 billion frozen numbers of two bytes: too many for 16 GB, not for 24 GB."""
+    run, model = full_size(tmp_path, "7b", "bfloat16")
+    counts = expected_counts("7b", ["T1"])
+    trained = counts.pop("patch_embed")
+    weights = 2 * sum(counts.values()) + (4 + 8 + 8) * trained  # trained weights, moments and two sums of gradients
+    assert 16.2e9 < weights < 16.4e9
+    counted = count_model(run, model, workload(run, model), "bfloat16")
+    found = estimate(counted, parse_devices(name), MeshShape(), 1, "full")
+    assert weights < found.total_bytes < weights + 2e9
+    assert found.fits == (weights + 2e9 < 0.9 * SHEETS[name][1] * 1e9) == fits
+
+
 def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(devices_module, "layer_rate", lambda dtype: asked.append(dtype) or 1.5e11)
-    monkeypatch.setattr(devices_module, "memory_rate", lambda: 2e10)
-    found = parse_devices("cpu", dtype="float32")
-    assert (asked, found.kind.flops, found.count, found.efficiency) == (["float32"], 1.5e11, 1, 0.8)
-    assert parse_devices("cpu", flops=2e11).kind.flops == 2e11
-    assert len(asked) == 1
+    measured = []
+    monkeypatch.setattr(devices_module, "layer_rate", lambda dtype: measured.append(dtype) or 1.5e11)
+    monkeypatch.setattr(devices_module, "memory_rate", lambda device: 2e10)
+    for name in ("cpu", "here"):  # eight simulated devices are one processor
+        found = parse_devices(name, dtype="float32")
+        assert (found.kind.flops, found.count, found.efficiency) == (1.5e11, 1, 0.8)
+        assert parse_devices(name, flops=2e11).kind.flops == 2e11
+    assert measured == ["float32"] * 2
+
+
+@pytest.mark.parametrize(("kind", "link"), [("NVIDIA L40S", 32e9), ("NVIDIA H200", 450e9), ("NVIDIA B999", 32e9)])
+def test_accelerators_here_are_measured(kind: str, link: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        platform, device_kind, compute_capability = "gpu", kind, "9.0"
+
+        def memory_stats(self) -> dict[str, int]:
+            return {"bytes_limit": 30_000_000_000}
+
+    monkeypatch.setattr(devices_module.jax, "devices", lambda platform: [Device(), Device()])
+    monkeypatch.setattr(devices_module, "product_rate", lambda dtype, device: 3e14)
+    monkeypatch.setattr(devices_module, "memory_rate", lambda device, size: 8e11)
+    found = parse_devices("here")
+    assert (found.count, found.kind.flops, found.kind.memory, found.kind.bandwidth) == (2, 3e14, 3e10, 8e11)
+    assert (found.kind.link, found.kind.attention, found.efficiency) == (link, "cudnn", 1.0)
+    assert found.name == f"here ({kind})"
+
+
+def test_rates_are_measured() -> None:
+    device = jax.devices("cpu")[0]
+    assert 1e8 < devices_module.product_rate("float32", device, size=128, times=2) < 1e14
+    assert 1e7 < devices_module.memory_rate(device, 1 << 16) < 1e13
 
 
 def test_a_mesh_that_cannot_be_is_refused(tmp_path: Path) -> None:

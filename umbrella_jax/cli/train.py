@@ -55,7 +55,9 @@ def add(commands: Any) -> None:
         "umbrella-jax plan --config run.yaml --base llava --devices h100x8",
     )
     add_config(plan, ["--base", "--modality", "--batch-size", "--mesh"])
-    plan.add_argument("--devices", required=True, metavar="NAME", help="v5e-16, v5p-64, v6e-8, a100x8, h200x1 or cpu")
+    plan.add_argument(
+        "--devices", required=True, metavar="NAME", help="v5e-16, a100x8, rtx4090, …; here measures this machine"
+    )
     plan.add_argument("--subjects", type=int, metavar="N", help="conversations per epoch, to estimate time")
     plan.add_argument(
         "--text-tokens", type=int, default=64, metavar="N", help="text tokens per conversation; default 64"

@@ -324,7 +324,7 @@ def _peak(run: Prepared) -> float | None:
     """Return the peak FLOP/s of all devices together, or None if it is not known for the run's compute dtype."""
     mesh = run.training.mesh
     sheet = sheet_of(mesh.devices.flat[0].device_kind)
-    return sheet.flops * mesh.size if sheet and run.model.config.compute_dtype == "bfloat16" else None
+    return sheet.flops * mesh.size if sheet and run.model.config.compute_dtype == sheet.dtype else None
 
 
 def _flops(run: Prepared, shape: BatchShape) -> float:
