@@ -5,7 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+# A directory of Apptainer has files of its fake users, whom only a user namespace may remove.
+trap 'rm -rf "$work" 2>/dev/null || unshare --map-auto --map-root-user rm -rf "$work"' EXIT
 engine=
 for program in docker podman; do
   if [ -z "$engine" ] && "$program" info >"$work/info" 2>&1; then engine=$program; fi
