@@ -195,6 +195,34 @@ def test_the_table_says_what_is_read_assumed_and_dropped(tmp_path: Any) -> None:
     assert all(len(line) <= 80 for line in lines if str(tmp_path) not in line)
 
 
+TRAINER = """
+load_best_model_at_end: true
+metric_for_best_model: accuracy
+early_stopping_patience: 3
+warmup_ratio: 0.1
+lr_scheduler_type: cosine
+bf16: false
+"""
+
+
+def test_keys_of_hugging_faces_trainer_are_read(tmp_path: Any) -> None:
+    path = write(tmp_path, FLAT + TRAINER)
+    train = load_config(path, {"data.eval": "eval.json"}).train
+    assert (train.schedule, train.warmup_steps, train.warmup_ratio) == ("cosine", 0, 0.1)
+    assert (train.keep_best, train.best_metric) == (1, "eval_accuracy")
+    assert train.early_stopping is not None
+    assert (train.early_stopping.metric, train.early_stopping.patience) == ("eval_accuracy", 3)
+    assert load_config(path).model.compute_dtype == "float32"
+    lines = printed(path)
+    assert "load_best_model_at_end, metric_for_best_model, early_stopping_patience: dropped:" in lines
+    assert "  there are no evaluation data (--eval-data PATH)" in lines
+
+
+def test_a_constant_schedule_has_no_warm_up(tmp_path: Any) -> None:
+    train = load_config(write(tmp_path, f"{FLAT}warmup_steps: 9\nlr_scheduler_type: constant")).train
+    assert (train.schedule, train.warmup_steps) == ("constant", 0)
+
+
 def test_a_flag_replaces_a_key_and_its_fault(tmp_path: Any) -> None:
     path = write(tmp_path, NESTED.replace("max_epochs: 50", "max_epochs: many, mixed_precision: bf16"))
     with pytest.raises(ConfigError, match=rf"{path}: trainer\.max_epochs: train\.epochs: expected a number"):
