@@ -14,7 +14,7 @@ venv=.venv-$1
 export UV_SYSTEM_CERTS=1
 install=("$venv/bin/uv" pip install --quiet --python "$venv/bin/python")
 "${install[@]}" --resolution "$resolution" --editable ".[quantize,report,tensorboard]"
-"${install[@]}" hypothesis pytest pytest-xdist # any version: the project does not depend on these
+"${install[@]}" beartype hypothesis pytest pytest-xdist # any version: the project does not depend on these
 "$venv/bin/uv" pip list --python "$venv/bin/python" 2>/dev/null |
   grep -E '^(jax|jaxlib|flax|optax|orbax-checkpoint|grain|numpy|transformers|nibabel|pydantic|qwix) '
 

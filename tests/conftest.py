@@ -4,10 +4,12 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jaxtyping import install_import_hook
 from packaging.version import Version
 
 # Before anything asks jax for its devices. Tests in tests/test_sharding.py assert that there are eight.
@@ -28,6 +30,13 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+
+# Check arguments and results against their annotations, shapes of arrays included. An int is a float too (PEP 484).
+if find_spec("beartype"):  # a bare accelerator image has none
+    install_import_hook(
+        ["umbrella_jax.models", "umbrella_jax.training", "umbrella_jax.inference"],
+        "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+    )
 
 # Files that take longest, in that order: the last ones are short, so that no worker waits for the other.
 LONG = (

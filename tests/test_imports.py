@@ -70,6 +70,7 @@ TRANSFORMERS = {
 }
 """The modules that import transformers: for tokenizers, and for the PyTorch side of comparisons."""
 NOT_ON_AN_ACCELERATOR = (
+    "beartype",
     "qwix",
     "grain",
     "nibabel",

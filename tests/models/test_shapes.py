@@ -11,16 +11,19 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
+from jaxtyping import TypeCheckError
 
 from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import ModalityConfig
+from umbrella_jax.inference.generate import GREEDY, choose
 from umbrella_jax.models import Llava, LlavaConfig, Qwen2Config, SiglipConfig, abstract_params, merge, split
 from umbrella_jax.models.attention import attention
 from umbrella_jax.models.layers import Embedding, LayerNorm, Linear, RMSNorm
 from umbrella_jax.models.patch_embed import PatchEmbed, patchify
 from umbrella_jax.models.projector import LlavaMultiModalProjector
-from umbrella_jax.models.qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP, rope_tables
+from umbrella_jax.models.qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP, rope_tables, rotate
 from umbrella_jax.models.siglip import SiglipAttention, SiglipEncoderLayer, SiglipMLP, SiglipVisionModel
+from umbrella_jax.training.freeze import as_trainable
 
 VISION = SiglipConfig(hidden_size=21, intermediate_size=37, num_hidden_layers=3, num_attention_heads=3)
 MODALITIES = {
@@ -95,14 +98,14 @@ class TestModules(chex.TestCase):
     def test_array_modules(self):
         for name, (make, inputs, expected, *more) in CASES.items():
             graphdef, state = nnx.split(make(nnx.Rngs(0)))
-            arrays = [np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in inputs]
+            arrays = [jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32) for shape in inputs]
             out = self.variant(lambda s, *a, g=graphdef, m=more: nnx.merge(g, s)(*a, *m))(state, *arrays)
             chex.assert_shape(out, expected, custom_message=name)
             chex.assert_tree_all_finite(out)
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_qwen_layers(self):
-        x = np.random.default_rng(0).normal(size=(2, 7, 30)).astype(np.float32)
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 30)), jnp.float32)
         cos, sin = rope_tables(jnp.tile(jnp.arange(7), (2, 1)), 10, 1e6)
         chex.assert_shape([cos, sin], (2, 7, 1, 10))
         kv = (2, 7, 2, 10)
@@ -116,7 +119,7 @@ class TestModules(chex.TestCase):
         for make, width in ((lambda r: PatchEmbed(MODALITIES, 21, rngs=r), 21), (tower, 21)):
             graphdef, state = nnx.split(make(nnx.Rngs(0)))
             for name, modality in MODALITIES.items():
-                volumes = np.ones((2, *modality.size), np.float32)
+                volumes = jnp.ones((2, *modality.size))
                 out = self.variant(lambda s, v, g=graphdef, n=name: nnx.merge(g, s)(n, v))(state, volumes)
                 chex.assert_shape(out, (2, modality.num_patches, width))
 
@@ -137,6 +140,22 @@ def test_wrong_volume_size_is_refused():
     model = tower(nnx.Rngs(0))
     with pytest.raises(AssertionError, match="shape"):
         model("T1", jnp.zeros((2, 7, 11, 6)))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: LlavaMultiModalProjector(5, 7, rngs=nnx.Rngs(0))(jnp.ones((4, 5), jnp.int32)),
+        lambda: rotate(jnp.ones((2, 7, 3, 10)), *rope_tables(jnp.zeros((2, 1), jnp.int32), 10, 1e6)),
+        lambda: as_trainable({"weight": np.ones(3)}),
+        lambda: choose(jnp.ones((2, 53), jnp.bfloat16), jax.random.split(jax.random.key(0), 2), GREEDY),
+    ],
+    ids=["integers", "positions of another length", "training", "inference"],
+)
+def test_annotations_refuse_another_array(call):
+    """Each call would compute something if tests did not check shapes and types (tests/conftest.py)."""
+    with pytest.raises(TypeCheckError):
+        call()
 
 
 def test_a_patch_embedding_that_trains_has_its_gradient_summed_in_float32():
