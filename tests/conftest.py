@@ -1,5 +1,7 @@
 """What several test packages need: eight simulated devices, and a real, tiny tokenizer."""
 
+import ctypes
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -86,6 +88,24 @@ def _shared_steps() -> Iterator[None]:
         for name in ("make_schedule", "make_optimizer"):
             patch.setattr(preparation, name, once(getattr(preparation, name)))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _release_memory() -> Iterator[None]:
+    """Drop the traced and compiled programs once they take much of the memory that two workers share.
+
+    They would stay until the end of the session: 5 GB for each worker. Dropped earlier, runs of the next file would be
+    traced again.
+    """
+    yield
+    import jax
+
+    with open("/proc/self/statm") as file:
+        resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if resident > 2e9:
+        jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory otherwise
 
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
