@@ -34,9 +34,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     }
 
 # Check arguments and results against their annotations, shapes of arrays included. An int is a float too (PEP 484).
+# Not where a user's arguments arrive: those are checked by the code itself, with a message for the user.
 if find_spec("beartype"):  # a bare accelerator image has none
+    computing = ("attribution", "explain", "generate")
     install_import_hook(
-        ["umbrella_jax.models", "umbrella_jax.training", "umbrella_jax.inference"],
+        ["umbrella_jax.models", "umbrella_jax.training", *(f"umbrella_jax.inference.{name}" for name in computing)],
         "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
     )
 
