@@ -76,7 +76,7 @@ class Case:
     def state(self) -> TrainState:
         """A new state before the first update; steps give its buffers away."""
         trainable = {path: leaf for path, leaf in self.params.items() if path not in self.frozen}
-        return init_state(as_trainable(trainable), self.optimizer)
+        return init_state(as_trainable(jax.device_put(trainable)), self.optimizer)
 
     @property
     def static(self) -> dict[str, Any]:

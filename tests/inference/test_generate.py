@@ -126,7 +126,7 @@ def test_equal_seeds_draw_equal_answers():
     np.testing.assert_array_equal(first, drawn(seeds=SEEDS))
     assert (first != np.asarray(drawn(seeds=SEEDS + 1))).any(axis=1).sum() >= B - 2
     with pytest.raises(ConfigError, match=r"seeds: expected 0 to 4294967295, got -1"):
-        generate(model(), batch(), max_new_tokens=NEW, seeds=[*SEEDS[1:], -1])
+        generate(model(), batch(), max_new_tokens=NEW, seeds=[*SEEDS[1:].tolist(), -1])
     with pytest.raises(ConfigError, match="max_new_tokens: expected 1 or more, got 0"):
         generate(model(), batch(), max_new_tokens=0)
     with pytest.raises(ConfigError, match="seeds: 3 given; expected one for each of 8 rows"):
