@@ -141,9 +141,10 @@ def test_the_second_stage_continues_from_the_first(tmp_path: Path) -> None:
     expected = expected_counts("0.5b", ["T1"])
     adapters = layers * 16 * (4 * (d + d) + 3 * (d + f))
     assert adapters == 7_569_408
-    assert rows["lora"] == [str(adapters), "0"]
-    assert rows["language_model"] == ["0", str(expected["language_model"])]
-    assert rows["total"][0] == str(expected["patch_embed"] + expected["projector"] + adapters)
+    assert rows["lora"] == [str(adapters), str(adapters), "100%", "0", "0%"]
+    frozen = str(expected["language_model"])
+    assert rows["language_model"] == [frozen, "0", "0%", frozen, "100%"]
+    assert rows["total"][1] == str(expected["patch_embed"] + expected["projector"] + adapters)
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
@@ -187,8 +188,9 @@ def test_full_size_step_has_shapes(name: str, tmp_path: Path) -> None:
 
 def test_tiny_fits_the_demos_base(tmp_path: Path) -> None:
     printed = umbrella("inspect", "--config", CONFIGS / "tiny.yaml", "--base", make_base(tmp_path))
-    (row,) = (line.replace(",", "").split() for line in printed.splitlines() if line.startswith("patch_embed"))
-    assert row[1:] == [str(64 * ((6 * 8 * 4 + 1 + 48) + (4 * 4 * 3 * 10 + 1 + 40))), "0"]
+    (row,) = (line.replace(",", "").split() for line in printed.splitlines() if line.startswith("patch_embed "))
+    count = str(64 * ((6 * 8 * 4 + 1 + 48) + (4 * 4 * 3 * 10 + 1 + 40)))
+    assert row[1:] == [count, count, "100%", "0", "0%"]
 
 
 ORIGINAL = """

@@ -6,13 +6,14 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -307,6 +308,9 @@ def test_a_run_from_before_a_field_was_known_resumes(run: Path, world: World, tm
     assert f"from step {STEPS}" in umbrella(*world.train_flags(old, *flags))
     message = umbrella(*world.train_flags(old, *flags, "--set", "model.modalities.T1.mode=pad"), code=2)
     assert "cannot resume: model.modalities.T1.mode: pad now, resize in the run" in message
+    small_run.edit_meta(old, lambda meta: meta.pop("num_steps"))
+    message = umbrella(*world.train_flags(old, *flags), code=2)
+    assert "cannot resume: another version wrote it, without num_steps; " in message
 
 
 def test_a_finished_run_resumes_to_its_end(run: Path, world: World) -> None:
@@ -365,7 +369,7 @@ def planned(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     def fit(run: TrainingRun, state: TrainState, batches: Iterator[Batch], hooks: list[Any], **_: Any) -> TrainState:
         seen[:] = run, state, list(batches), {type(hook): hook for hook in hooks}
         (tmp_path / "planned" / "metrics.jsonl").write_text(f'{{"step": {run.num_steps}}}\n')
-        return state
+        return replace(state, step=jnp.int32(run.num_steps))
 
     def plan(*flags: object) -> Planned:
         monkeypatch.setattr(umbrella_jax.run.train, "fit", fit)

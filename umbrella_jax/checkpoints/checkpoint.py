@@ -3,7 +3,8 @@
 import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -534,25 +535,36 @@ class RunCheckpoint(Checkpoint):
 
         Raises CheckpointError if they are damaged, not finite, or were trained on other weights than those of `base`.
         """
+        with self._reading() as (checkpoints, step):
+            expected = checkpoints.meta(step)["base_fingerprint"]
+            trained = checkpoints.restore_trainable(step, sharding_for or _first_device)
+        if expected != self.base.identity:
+            raise CheckpointError(
+                f"{self.base.path}: not the weights that {self.path} was trained on (fingerprint "
+                f"{self.base.identity[:12]}, expected {expected[:12]}); bring them back, or name where they are as "
+                f"model.base in {self.path / CONFIG}"
+            )
+        if paths := nonfinite_params(trained):
+            folder = checkpoints.directory / str(step)
+            raise CheckpointError([f"{folder}: {path}: NaN or infinite; choose another step" for path in paths])
+        return trained
+
+    def meta(self) -> dict[str, Any]:
+        """Read what the run recorded beside the weights (`Checkpoints.meta`)."""
+        with self._reading() as (checkpoints, step):
+            return checkpoints.meta(step)
+
+    @contextmanager
+    def _reading(self) -> Iterator[tuple[Checkpoints, int]]:
+        """Open the checkpoints of the run; an error about a damaged one names the older ones."""
         step = self._existing_step()
         with Checkpoints(self.path / CHECKPOINTS, read_only=True) as checkpoints:
             try:
-                expected = checkpoints.meta(step)["base_fingerprint"]
-                trained = checkpoints.restore_trainable(step, sharding_for or _first_device)
+                yield checkpoints, step
             except CheckpointError as error:
                 older = [str(checkpoints.directory / str(other)) for other in checkpoints.steps() if other < step]
                 remedy = f"name an older checkpoint: {', '.join(older)}" if older else "there is no older checkpoint"
                 raise CheckpointError([*error.faults, remedy]) from error
-            if expected != self.base.identity:
-                raise CheckpointError(
-                    f"{self.base.path}: not the weights that {self.path} was trained on (fingerprint "
-                    f"{self.base.identity[:12]}, expected {expected[:12]}); bring them back, or name where they are as "
-                    f"model.base in {self.path / CONFIG}"
-                )
-            if paths := nonfinite_params(trained):
-                folder = checkpoints.directory / str(step)
-                raise CheckpointError([f"{folder}: {path}: NaN or infinite; choose another step" for path in paths])
-            return trained
 
     def _existing_step(self) -> int:
         if self.step is None:

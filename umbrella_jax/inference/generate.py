@@ -169,7 +169,7 @@ def choose(logits: Float32[Array, "B V"], keys: Key[Array, "B"], sampling: Sampl
 
 @partial(jax.jit, static_argnames=("graphdef",))
 def score_answers(
-    params: Params, state: Decoding, answers: Int32[Array, "B A N"], *, graphdef: nnx.GraphDef
+    params: Params, state: Decoding, answers: Int32[AnyArray, "B A N"], *, graphdef: nnx.GraphDef
 ) -> Float32[Array, "B A"]:
     """Return log p(answer | prompt), summed over the answer's tokens.
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
+from umbrella_jax.batch import AnyArray
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.models.layers import Linear, widest_dtype
 from umbrella_jax.models.parallel import split_rows
@@ -18,7 +19,7 @@ from umbrella_jax.models.parallel import split_rows
 _init = nnx.initializers.truncated_normal(0.02)
 
 
-def patchify(x: Shaped[Array, "M *size"], patch: tuple[int, ...]) -> Shaped[Array, "M N P"]:
+def patchify(x: Shaped[AnyArray, "M *size"], patch: tuple[int, ...]) -> Shaped[AnyArray, "M N P"]:
     """Cut volumes of size (D, H, W) or (D, H, W, T) into patches of P voxels, without arithmetic.
 
     Patches are in C order over (d, h, w[, t]), and so are the voxels within a patch. A remainder at the high end of an
@@ -44,7 +45,7 @@ class PatchEmbed(nnx.Module):
             table = _init(rngs.params(), (1, modality.num_patches, hidden_size), jnp.float32)
             setattr(self, f"{name}_positional_embeddings", nnx.Param(table))
 
-    def __call__(self, name: str, volumes: Float[Array, "M *size"]) -> Float[Array, "M N E"]:
+    def __call__(self, name: str, volumes: Float[AnyArray, "M *size"]) -> Float[Array, "M N E"]:
         """Embed volumes of modality `name`, in the volumes' dtype."""
         modality = self.modalities[name]
         chex.assert_shape(volumes, (None, *modality.size))

@@ -12,10 +12,9 @@ from umbrella_jax.config.schema import AugmentConfig, RunConfig, to_dict
 from umbrella_jax.errors import DataError, UmbrellaError
 from umbrella_jax.io.reading import LISTING, read_json
 from umbrella_jax.models import abstract_params
-from umbrella_jax.rundir import CHECKPOINTS, CONFIG, COUNTS, NEWEST, predictions_by_step
+from umbrella_jax.rundir import CONFIG, COUNTS, NEWEST, predictions_by_step
 from umbrella_jax.scoring.metrics import cut_faults, read_predictions, score, tasks_of
 from umbrella_jax.training import freeze
-from umbrella_jax.training.checkpoint import Checkpoints
 
 _log = logging.getLogger(__name__)
 _SETTINGS = ("train", "model", "data", "seed")
@@ -39,12 +38,10 @@ def read_training_records(checkpoint: Checkpoint) -> tuple[TrainingRecord, ...]:
 def _read(run: RunCheckpoint) -> TrainingRecord:
     config = load_stored_config(run.path / CONFIG)
     shapes = abstract_params(replace(run.config, lora=run.lora))[1]
-    with Checkpoints(run.path / CHECKPOINTS, read_only=True) as checkpoints:
-        versions = checkpoints.meta(run._existing_step())["versions"]
     return TrainingRecord(
         step=f"step {run.step}" + (f" ({run.why_step})" if run.why_step not in ("", NEWEST) else ""),
         settings=_settings(config),
-        versions=versions,
+        versions=run.meta()["versions"],
         parameters=freeze.counts(shapes, freeze.label_params(list(shapes), run.groups)),
         counts=_counts(run.path / COUNTS),
         metrics=_metrics(run, config),

@@ -224,7 +224,9 @@ def check_same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any],
     """
     if missing := sorted(meta.keys() - saved.keys()):
         remedy = "resume it with that version, or start a new run from this one (--base RUN --out DIR)"
-        raise ConfigError(f"{directory}: cannot resume: another version wrote it, without {', '.join(missing)}; {remedy}")
+        raise ConfigError(
+            f"{directory}: cannot resume: another version wrote it, without {', '.join(missing)}; {remedy}"
+        )
     # Parsing adds the fields that did not exist when the run began.
     stored = to_dict(parse_stored_config(saved["config"], str(directory)))
     faults = _changed_settings(stored, meta["config"])

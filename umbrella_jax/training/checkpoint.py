@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from etils.epath.gpath import PosixGPath
 from jaxtyping import Array, Shaped, UInt32
 
+from umbrella_jax.batch import AnyArray
 from umbrella_jax.config.schema import TrainConfig
 from umbrella_jax.errors import CheckpointError, Interrupted, RunError, is_out_of_memory, known_cause
 from umbrella_jax.io.files import disk_full_errno
@@ -358,7 +359,7 @@ def param_shapes(directory: Path) -> dict[str, jax.ShapeDtypeStruct]:
         return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in saved.items()}
 
 
-def restore_params(directory: Path, like: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+def restore_params(directory: Path, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, AnyArray]:
     """Read the parameters that `like` names, with its types and on its devices.
 
     Raises CheckpointError if they are damaged.
