@@ -448,7 +448,7 @@ def test_evaluation_on_a_mesh_is_one_devices() -> None:
         """Tokens, and the likelihoods of two answers."""
         static = {"graphdef": case.graphdef}
         state = prefill.__wrapped__(params, batch, max_new_tokens=4, **static)
-        scores = score_answers.__wrapped__(params, state, np.tile([[7, 5], [9, 5]], (B, 1, 1)), **static)
+        scores = score_answers.__wrapped__(params, state, np.tile(np.int32([[7, 5], [9, 5]]), (B, 1, 1)), **static)
         seeds = np.zeros(B, np.uint32)
         return decode.__wrapped__(params, state, stop, seeds, np.int32(4), **static).tokens, scores
 

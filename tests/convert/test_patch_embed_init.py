@@ -1,6 +1,7 @@
 """Initial weights of a patch embedding meet their definitions, checked with the patch embedding itself."""
 
 import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -53,7 +54,7 @@ def embed(start, config, volumes):
         assert array.shape == flat[f"T1_{key}"].shape
         flat[f"T1_{key}"][...] = array
     nnx.update(module, params)
-    return np.asarray(module("T1", volumes.astype(np.float32))).reshape(len(volumes), *config.grid, E)
+    return np.asarray(module("T1", jnp.asarray(volumes, np.float32))).reshape(len(volumes), *config.grid, E)
 
 
 def interpolate(x, shape):

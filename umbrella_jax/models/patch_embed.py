@@ -45,7 +45,7 @@ class PatchEmbed(nnx.Module):
             table = _init(rngs.params(), (1, modality.num_patches, hidden_size), jnp.float32)
             setattr(self, f"{name}_positional_embeddings", nnx.Param(table))
 
-    def __call__(self, name: str, volumes: Float[AnyArray, "M *size"]) -> Float[Array, "M N E"]:
+    def __call__(self, name: str, volumes: Float[Array, "M *size"]) -> Float[Array, "M N E"]:
         """Embed volumes of modality `name`, in the volumes' dtype."""
         modality = self.modalities[name]
         chex.assert_shape(volumes, (None, *modality.size))

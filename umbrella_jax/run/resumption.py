@@ -223,10 +223,9 @@ def check_same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any],
         inputs: the files that this run reads.
     """
     if missing := sorted(meta.keys() - saved.keys()):
+        missing_names = ", ".join(missing)
         remedy = "resume it with that version, or start a new run from this one (--base RUN --out DIR)"
-        raise ConfigError(
-            f"{directory}: cannot resume: another version wrote it, without {', '.join(missing)}; {remedy}"
-        )
+        raise ConfigError(f"{directory}: cannot resume: another version wrote it, without {missing_names}; {remedy}")
     # Parsing adds the fields that did not exist when the run began.
     stored = to_dict(parse_stored_config(saved["config"], str(directory)))
     faults = _changed_settings(stored, meta["config"])
