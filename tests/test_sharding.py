@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
@@ -449,8 +450,8 @@ def test_evaluation_on_a_mesh_is_one_devices() -> None:
         static = {"graphdef": case.graphdef}
         state = prefill.__wrapped__(params, batch, max_new_tokens=4, **static)
         scores = score_answers.__wrapped__(params, state, np.tile(np.int32([[7, 5], [9, 5]]), (B, 1, 1)), **static)
-        seeds = np.zeros(B, np.uint32)
-        return decode.__wrapped__(params, state, stop, seeds, np.int32(4), **static).tokens, scores
+        seeds = jnp.zeros(B, jnp.uint32)
+        return decode.__wrapped__(params, state, stop, seeds, jnp.int32(4), **static).tokens, scores
 
     evaluate, answer = (jax.jit(function, compiler_options=QUICK) for function in (evaluate, answer))
     stop, results = np.array([5], np.int32), []

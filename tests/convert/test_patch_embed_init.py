@@ -1,7 +1,7 @@
 """Initial weights of a patch embedding meet their definitions, checked with the patch embedding itself."""
 
-import ml_dtypes
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
