@@ -150,7 +150,9 @@ def test_damage_is_named(folder: Path, what: str, capsys: pytest.CaptureFixture[
     assert main(["runs", str(folder)]) == 0
     out = capsys.readouterr().out
     assert ["a", "damaged"] in [line.split()[:2] for line in out.splitlines()]
-    assert f"a: damaged: {expected}" in out or (what == "no text" and expected in out)
+    text = " ".join(out.split())
+    assert f"a: damaged: {expected}" in text or (what == "no text" and expected in text)
+    assert all(len(line) <= 80 for line in out.splitlines() if str(folder) not in line)
     assert "deep/b" in out
 
 

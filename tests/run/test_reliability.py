@@ -291,7 +291,7 @@ def test_a_second_signal_ends_at_once(second: str, code: int) -> None:
             130,
             "SIGINT: saved at step 3 of 9; continue with",
         ),
-        (KeyboardInterrupt(), 130, "SIGINT: stopped before there was anything to save"),
+        (KeyboardInterrupt(), 130, "SIGINT: stopped\n"),
     ],
 )
 def test_exit_codes_of_signals(

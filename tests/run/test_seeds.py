@@ -64,6 +64,12 @@ def test_seeds_share_data_and_programs(world: World, tmp_path: Path, monkeypatch
     assert compiled == [compiled[0]] * 2
 
 
+def test_the_start_is_printed_once_and_is_in_each_log(printed: str, runs: Path) -> None:
+    assert (printed.count("base: base"), printed.count("compiling for")) == (1, 1)
+    for seed in (1, 2):
+        assert f"steps, into {runs / f'seed-{seed}'}" in (runs / f"seed-{seed}" / "log.txt").read_text()
+
+
 def recorded(function: Callable[..., Any], record: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function`, which hands its arguments to `record` after each call."""
 

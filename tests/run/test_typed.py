@@ -57,6 +57,7 @@ def test_the_command_of_the_original_trains(
     _, printed = said(*shlex.split(TYPED))
     assert "umbrella_llava_train.yaml: a configuration of the PyTorch system, read as" in printed
     run = tmp_path / "hf_results" / "umbrella_v1"
+    assert "umbrella_llava_train.yaml: a configuration of the PyTorch system" in (run / "log.txt").read_text()
     assert (run / "checkpoints" / "20").is_dir()  # 4 conversations of T1, 10 epochs
     config = read_config(run / "config.yaml")
     assert (config["train"]["batch_size"], config["train"]["learning_rate"]) == (2, 0.001)

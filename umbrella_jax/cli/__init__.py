@@ -100,7 +100,7 @@ def _run(words: Sequence[str], arguments: argparse.Namespace, *, debug: bool) ->
             print(f"umbrella-jax: {end}; continue with\n  {command}", file=sys.stderr)
         return 128 + end.signum
     except KeyboardInterrupt:
-        print("umbrella-jax: SIGINT: stopped before there was anything to save", file=sys.stderr)
+        print("umbrella-jax: SIGINT: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
         line = str(error) if isinstance(error, UmbrellaError) else known_cause(error)

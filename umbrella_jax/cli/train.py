@@ -79,15 +79,24 @@ def _train(arguments: argparse.Namespace) -> None:
 
     start_processes(arguments)
     with exit_on_error():
+        notes = list[str]()
+
+        def say(text: str) -> None:
+            say_once(text)
+            notes.append(text)
+
         with raise_together():
-            config = config_of(arguments, say_once)
+            config = config_of(arguments, say)
             if arguments.seeds and any(text.partition("=")[0] == "seed" for text in arguments.set):
                 raise ConfigError("--set seed: already given by --seeds; give one of them")
-        if arguments.seeds:
-            several = rehearse_seeds if arguments.dry_run else train_seeds
-            several(config, arguments.seeds, resume=arguments.resume)
+        if arguments.dry_run and arguments.seeds:
+            rehearse_seeds(config, arguments.seeds, resume=arguments.resume)
+        elif arguments.dry_run:
+            rehearse(config, resume=arguments.resume)
+        elif arguments.seeds:
+            train_seeds(config, arguments.seeds, resume=arguments.resume, notes=notes)
         else:
-            (rehearse if arguments.dry_run else train)(config, resume=arguments.resume)
+            train(config, resume=arguments.resume, notes=notes)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -56,6 +56,7 @@ _TEMPLATE = (
 )
 _STORED = "the original ignores the orientation of a file"
 _DEFAULT = "the original's default"
+_MODALITIES = "model.modalities."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +80,36 @@ class Conversion:
         return [*(f"{key}: {text}" for key, text in self.remarks), *assumed]
 
     def lines(self, path: object) -> list[str]:
-        """Return a table for a terminal: each value with the file's key, and which keys are dropped, and why."""
-        values = dict(_leaves(self.mapping))
-        rows = [(f"{key}: {_text(value)}", self.sources.get(key, "assumed")) for key, value in values.items()]
+        """Return a short table for a terminal: values with the file's keys, what is assumed, dropped and why.
+
+        Values of one modality, or from one key, share a row.
+        """
+        read, assumed = dict[str, tuple[list[str], list[str]]](), list[str]()
+        for key, value in _leaves(self.mapping):
+            source = self.sources.get(key)
+            if source is None:
+                assumed.append(f"{key}={_text(value)}")
+                continue
+            modality, _, field = key.rpartition(".") if key.startswith(_MODALITIES) else ("", "", "")
+            values, sources = read.setdefault(modality or source, ([], []))
+            values.append(f"{field if modality else key}: {_text(value)}")
+            source = source.rpartition(".")[0] or source if modality else source  # dataset.T1, or T1_img_size
+            sources += [source] if source not in sources else []
+        rows = list[tuple[str, str]]()
+        for name, (values, sources) in read.items():
+            text = ", ".join(values)
+            rows.append((f"{name}: {{{text}}}" if name.startswith(_MODALITIES) else text, ", ".join(sources)))
         notes: dict[str, list[str]] = {}
         for key, text in self.remarks:
             notes.setdefault(text, []).append(key)
+        texts = [f"assumed: {', '.join(assumed)}"] if assumed else []
         ordered = sorted(notes.items(), key=lambda note: note[0].startswith(DROPPED))
+        texts += [f"{', '.join(keys)}: {text}" for text, keys in ordered]
         return [
             f"{path}: a configuration of the PyTorch system, read as",
-            *table_lines(rows, (WIDTH, 0)),
-            *(line for text, keys in ordered for line in wrapped(visible(f"{', '.join(keys)}: {text}", kept=""))),
-            "To see why, and to edit it:",
-            f"  umbrella-jax config from-original {path} > run.yaml",
+            *(table_lines(rows, (WIDTH, 0)) if rows else []),
+            *(line for text in texts for line in wrapped(visible(text, kept=""))),
+            f"why, and to edit: umbrella-jax config from-original {path} > run.yaml",
         ]
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from umbrella_jax.config.load import flat, load_stored_config
 from umbrella_jax.config.schema import Metric, to_dict
-from umbrella_jax.console import table_lines
+from umbrella_jax.console import table_lines, wrapped
 from umbrella_jax.errors import ConfigError, UmbrellaError, visible, why_not_a_directory
 from umbrella_jax.html.page import page_faults
 from umbrella_jax.io.files import is_locked, write_whole
@@ -157,12 +157,8 @@ class RunComparison:
             at = "–" if run.evaluated_step is None else f"{run.evaluated_step:,}"
             rows.append([run.name, run.state, steps, loss, *[at] * evaluated, *others])
         lines = table_lines(rows)
-        if why := [
-            f"{visible(run.name, kept='')}: {run.state}: {visible(run.stop_reason)}"
-            for run in self.runs
-            if run.stop_reason
-        ]:
-            lines += ["", *why]
+        if reasons := [f"{run.name}: {run.state}: {run.stop_reason}" for run in self.runs if run.stop_reason]:
+            lines += ["", *(part for reason in reasons for part in wrapped(visible(reason, kept="")))]
         if self.differ:
             lines += ["", "configs differ in"]
             names = [["", *(run.name for run in self.runs if run.config)]]

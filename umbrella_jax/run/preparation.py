@@ -86,13 +86,14 @@ class RunModel:
 class Shared:
     """What runs that differ only in their seed have in common: data that were checked, and an optimizer.
 
-    The optimizer is a static argument of the step, so only runs with the same one share a compiled step.
+    The optimizer is a static argument of the step, so only runs with the same one share the steps that are compiled.
     """
 
     datasets: dict[str, Dataset]
     inputs: Inputs
     optimizer: optax.GradientTransformationExtraArgs
     num_steps: int
+    compiled_shapes: set[Any]
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ class Prepared:
         """What a run with another seed can use again."""
         evaluation = self.data.evaluation
         datasets = {"train": self.data.train_set} | ({"eval": evaluation.dataset} if evaluation else {})
-        return Shared(datasets, self.data.inputs, self.training.optimizer, self.training.num_steps)
+        training = self.training
+        return Shared(datasets, self.data.inputs, training.optimizer, training.num_steps, training.compiled_shapes)
 
 
 def check(config: RunConfig) -> tuple[Path, Mesh]:
@@ -217,8 +219,8 @@ def prepare(
     )
     num_steps = plan.num_steps(config.train.epochs)
     schedule = make_schedule(config.train, num_steps)
-    same_length = shared is not None and shared.num_steps == num_steps
-    optimizer = shared.optimizer if shared and same_length else make_optimizer(config.train, schedule, labels)
+    same = shared if shared and shared.num_steps == num_steps else None
+    optimizer = same.optimizer if same else make_optimizer(config.train, schedule, labels)
     state = init_state(freeze.as_trainable(trainable), optimizer)
     state = jax.device_put(state, shardings(state, mesh))
     with raise_together():
@@ -236,6 +238,7 @@ def prepare(
             optimizer=optimizer,
             schedule=schedule,
             mesh=mesh,
+            compiled_shapes=same.compiled_shapes if same else set(),
         ),
         summary=summary,
         meta={

@@ -20,14 +20,22 @@ from umbrella_jax.run.train import rehearse, train_sharing
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, LOG, Say, how_it_ended, say_nothing, seed_run
 
 
-def train_seeds(config: RunConfig, seeds: Sequence[int], *, resume: bool = False, say: Say = tqdm.write) -> None:
+def train_seeds(
+    config: RunConfig,
+    seeds: Sequence[int],
+    *,
+    resume: bool = False,
+    notes: Sequence[str] = (),
+    say: Say = tqdm.write,
+) -> None:
     """Train a run per seed, each as `train` would by itself, into `output_dir`/seed-N.
 
-    The first run that fails ends the command.
+    The start is printed once, since the runs differ only in their numbers. The first run that fails ends the command.
 
     Args:
         seeds: replace `config.seed`.
         resume: skip finished runs, and continue or start the others.
+        notes: what was printed about the config, for each `log.txt`.
         say: takes lines to print.
 
     Raises:
@@ -40,7 +48,7 @@ def train_seeds(config: RunConfig, seeds: Sequence[int], *, resume: bool = False
     shared: Shared | None = None
     for number, each in enumerate(configs, 1):
         tell(f"seed {each.seed}, {number} of {len(configs)}: {each.output_dir}")
-        _, shared = train_sharing(each, shared, resume=resume, say=say)
+        _, shared = train_sharing(each, shared, resume=resume, notes=notes, say=say)
     advice = f"; compare them with umbrella-jax score {config.output_dir}" if config.data.eval else ""
     tell(f"every seed is finished{advice}")
 

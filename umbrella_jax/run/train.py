@@ -5,7 +5,7 @@
 
 import math
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import cache, partial
@@ -100,7 +100,7 @@ def inspect(config: RunConfig) -> str:
     return "\n".join(summarize_parameters(config, base, findings, model).lines())
 
 
-def train(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) -> Line:
+def train(config: RunConfig, *, resume: bool = False, notes: Sequence[str] = (), say: Say = tqdm.write) -> Line:
     """Train the parameters that `config.train.groups` names.
 
     Config, data and weights are checked completely before anything is compiled. All processes of a run
@@ -109,6 +109,7 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) -> 
 
     Args:
         resume: continue from the newest checkpoint in `output_dir` that is not damaged.
+        notes: what was printed about the config, for `log.txt`.
         say: takes lines to print. They are written to `log.txt` too.
 
     Returns:
@@ -121,15 +122,18 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = tqdm.write) -> 
         RunError: loss or gradient are not finite.
         Interrupted: SIGTERM or SIGINT came. The step under way was finished and saved; `resume` continues from there.
     """
-    line, _ = train_sharing(config, None, resume=resume, say=say)
+    line, _ = train_sharing(config, None, resume=resume, notes=notes, say=say)
     return line
 
 
-def train_sharing(config: RunConfig, shared: Shared | None, *, resume: bool, say: Say) -> tuple[Line, Shared]:
+def train_sharing(
+    config: RunConfig, shared: Shared | None, *, resume: bool, notes: Sequence[str], say: Say
+) -> tuple[Line, Shared]:
     """Train as `train` does, with what an earlier run of this process shares; arguments and errors are its own.
 
     Args:
-        shared: of a run whose config differs only in seed and `output_dir`; None for the first.
+        shared: of a run whose config differs only in seed and `output_dir`; None for the first. The start is then only
+            written to `log.txt`, since the first run has printed it.
 
     Returns:
         The line that `train` returns, and what the next run can use again.
@@ -144,7 +148,10 @@ def train_sharing(config: RunConfig, shared: Shared | None, *, resume: bool, say
                 stack.enter_context(locked(out))
             check_out(config, out, resume)
             log = stack.enter_context(RunLog(out / LOG, say, _about(mesh))) if first else None
-        run, state = prepare(config, out, mesh, log.say if log else say_nothing, shared)
+        for note in notes if log else ():
+            log.note(note)
+        say_start = (log.note if shared else log.say) if log else say_nothing
+        run, state = prepare(config, out, mesh, say_start, shared)
         return _train(run, state, resume, log), run.shared
 
 

@@ -56,6 +56,8 @@ class TrainingRun:
     optimizer: optax.GradientTransformationExtraArgs
     schedule: optax.Schedule
     mesh: Mesh
+    compiled_shapes: set[Any] = field(default_factory=set)
+    """Batch shapes for which the step is compiled. `fit` adds to it; runs with the same optimizer share it."""
 
 
 @dataclass(kw_only=True)
@@ -123,7 +125,6 @@ def fit(
     train_step = partial(jit_train_step(), graphdef=run.graphdef, optimizer=run.optimizer)
     # All rates at once, since each call takes a millisecond.
     rates = np.broadcast_to(run.schedule(np.arange(run.num_steps)), run.num_steps)
-    compiled_shapes: set[Any] = set()
 
     def next_batch() -> Batch:
         return put_batch(next(batches), run.mesh, axis=1)
@@ -138,8 +139,8 @@ def fit(
             began = time.perf_counter()
             batch = prefetched.result()
             shape = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
-            compiles = shape not in compiled_shapes
-            compiled_shapes.add(shape)
+            compiles = shape not in run.compiled_shapes
+            run.compiled_shapes.add(shape)
             if compiles:
                 say(f"step {step}: compiling for {describe_batch(batch)}")
             started = time.perf_counter()
