@@ -32,6 +32,7 @@ def refused(words: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("train --eval_steps 50", "write --set train.eval_steps=50"),
         ("train --save_total_limit 2", "write --set train.keep_latest=2"),
         ("train --load_best_model_at_end", "write --set train.keep_best=1 --set train.best_metric=eval_loss"),
+        ("train --load_best_model_at_end true", "write --set train.keep_best=1 --set train.best_metric=eval_loss"),
         ("train --metric_for_best_model accuracy", "write --set train.best_metric=eval_accuracy"),
         ("train --warmup_ratio 0.1", "write --set train.warmup_ratio=0.1"),
         ("train --weight_decay 0.1", "write --set train.groups.patch_embed.weight_decay=0.1"),

@@ -106,7 +106,9 @@ def _written(
     """Yield the flags that set these keys."""
     options = parser._option_string_actions
     for key, setting in new.items():
-        text = value if value is not None and setting == _parsed(value) else _yaml(setting)
+        parsed = None if value is None else _parsed(value)
+        as_typed = value is not None and setting == parsed and isinstance(setting, bool) == isinstance(parsed, bool)
+        text = value if as_typed else _yaml(setting)
         if flag := next((name for name in flags.get(key, ()) if name in options), None):
             yield _words(flag, text)
         elif key == "train.wandb" and setting is False and "--no-wandb" in options:

@@ -148,8 +148,9 @@ def train_sharing(
                 stack.enter_context(locked(out))
             check_out(config, out, resume)
             log = stack.enter_context(RunLog(out / LOG, say, _about(mesh))) if first else None
-        for note in notes if log else ():
-            log.note(note)
+        if log:
+            for note in notes:
+                log.note(note)
         say_start = (log.note if shared else log.say) if log else say_nothing
         run, state = prepare(config, out, mesh, say_start, shared)
         return _train(run, state, resume, log), run.shared
