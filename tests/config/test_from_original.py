@@ -293,3 +293,14 @@ def test_invisible_characters_survive_the_terminal(tmp_path):
     assert visible(text) == text
     (tmp_path / "a.yaml").write_text(text)
     assert read_yaml(tmp_path / "a.yaml") == mapping
+
+
+def test_an_unknown_section_of_a_flag_is_not_blamed_on_the_file(tmp_path: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^--set: trainer: no such key"):
+        load_config(write(tmp_path, FLAT), {"trainer.max_epochs": 3}, {"trainer.max_epochs": "--set"})
+
+
+def test_names_no_flag_that_only_shares_a_word_with_the_fault() -> None:
+    flags = {"data.train": "--train-data", "model.lora.rank": "--set"}
+    with pytest.raises(ConfigError, match=r"t1_0.5b.yaml, --set: model.lora: its adapters do not train"):
+        load_config("t1_0.5b", {"data.train": "a.json", "model.lora.rank": 2}, flags)

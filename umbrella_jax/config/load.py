@@ -124,11 +124,14 @@ def _origin(source: str, flags: Mapping[str, str], keys: Mapping[str, str], key:
     for place, names in (("", flags), (f"{source}: ", keys)):
         if exact := [typed for name, typed in names.items() if f"{path}.".startswith(f"{name}.")]:
             return f"{place}{exact[-1]}"
-    words = set(re.findall(r"\w+", message))
+    if message.startswith("no such key") and (inside := [flags[name] for name in flags if name.startswith(f"{key}.")]):
+        return inside[-1]  # --set trainer.max_epochs=3, without such a section in the file
+    words, dotted = (set(re.findall(pattern, message)) for pattern in (r"\w+", r"\w+(?:\.\w+)+"))
     named = [
         typed
         for name, typed in {**keys, **flags}.items()
-        if (name.startswith(f"{key}.") or not key) and name.rpartition(".")[2] in words
+        if (name.startswith(f"{key}.") and name.rpartition(".")[2] in words)
+        or (not key and any(f"{name}.".startswith(f"{mentioned}.") for mentioned in dotted))
     ]
     return ", ".join(dict.fromkeys([source, *named]))
 
