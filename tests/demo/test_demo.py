@@ -145,14 +145,14 @@ def test_uneven_counts_are_rejected(tmp_path: Path) -> None:
 def short_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     """Run the whole demo with few subjects and steps; return its folder and its result."""
     root = tmp_path_factory.mktemp("demo")
-    return root, run_demo(main, root, subjects=(8, 8), arguments=["--epochs", "0.5"])
+    return root, run_demo(main, root, subjects=(8, 4), arguments=["--epochs", "0.5"])
 
 
 def test_demo_returns_the_accuracies_of_its_files(short_demo: tuple[Path, dict[str, float]]) -> None:
     root, result = short_demo
     *_, last = predictions_by_step(root / "run").values()
     rows = read_lines(last)
-    assert len(rows) == 4 * 8
+    assert len(rows) == 4 * 4
     correct = {task: [row["prediction"] == row["reference"] for row in group] for task, group in grouped(rows).items()}
     assert result.pop("attribution") > 0
     assert result == {task: np.mean(group) for task, group in correct.items()}
