@@ -181,6 +181,7 @@ def test_citation() -> None:
     assert cited["message"]
 
 
+@pytest.mark.slow
 def test_pytorch_page_under_transformers_4(readme: Path, tmp_path: Path) -> None:
     """The page is executed under the installed transformers by test_page; here its Python once more, under 4.46."""
     page = "docs/pytorch.md"

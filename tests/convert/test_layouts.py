@@ -228,6 +228,7 @@ for source in map(Path, sys.argv[2:]):
 """
 
 
+@pytest.mark.slow
 def test_reads_the_files_that_transformers_4_46_saves(hubs, tmp_path):
     sources = [hubs["float32", False], hubs["bfloat16", True]]
     under_transformers_4_46("-c", PROGRAM_446, tmp_path, *sources)

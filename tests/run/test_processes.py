@@ -333,6 +333,7 @@ def test_one_killed_the_other_ends_and_both_go_on(two: Two, run: Path, world: Wo
     assert_same(out, run)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_ends_both_after_the_same_step(two: Two, run: Path, world: World) -> None:
     """One process resumes it: with two devices bit for bit, with one device but for rounding."""
     out = world.root / "signalled"

@@ -166,6 +166,7 @@ def test_killed_again_and_again_it_is_the_same_run(world: World, begin: Begin, r
     assert not list((out / "checkpoints").glob("*tmp*"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_keeps_saved_checkpoints(
     world: World, begin: Begin, run: Path, tmp_path: Path
 ) -> None:
