@@ -26,4 +26,5 @@ ruff check .
 ruff format --check .
 mypy
 python scripts/voice.py umbrella_jax convert scripts docs README.md
-pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" # keeps the order of tests/conftest.py
+# Three workers on two cores, since some tests wait for processes; in the order of tests/conftest.py.
+pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"

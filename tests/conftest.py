@@ -20,7 +20,7 @@ _FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_cou
 # PyTorch's golden values (tests/models/test_golden.py), and trained by the demo.
 _FLAGS += ["--xla_backend_optimization_level=0"]
 if Version(version("jaxlib")) < Version("0.11"):  # 0.12 does not know the first flag, and ends the process
-    # in one piece, since the pieces that LLVM compiles at once are no gain to two workers on two cores
+    # in one piece, since the pieces that LLVM compiles at once are no gain to workers that fill two cores
     _FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 # Many tests make the same small run. What is compiled for one is there for all: the workers of pytest-xdist and the
@@ -32,6 +32,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+
+# Searches of all traced programs for garbage would take a fifteenth of the time; `_release_memory` makes them.
+gc.set_threshold(2000, 10, 1000)
 
 # Check arguments and results against their annotations, shapes of arrays included. An int is a float too (PEP 484).
 # Not where a user's arguments arrive: those are checked by the code itself, with a message for the user.
@@ -94,7 +97,7 @@ def _shared_steps() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _release_memory() -> Iterator[None]:
-    """Drop the traced and compiled programs once they take much of the memory that two workers share.
+    """Drop the traced and compiled programs once they take much of the memory that the workers share.
 
     They would stay until the end of the session: 5 GB for each worker. Dropped earlier, runs of the next file would be
     traced again.

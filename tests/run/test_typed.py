@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.small_run import MODALITIES, World, keep, make_world, read_config, said, write_json
+from tests.helpers.small_run import MODALITIES, read_config, said, write_json
+from umbrella_jax.demo import DemoData, make_base, make_data
 
 TYPED = (
     "train --config umbrella_llava_train.yaml --train-data ./sample_data/sex_comparison_conversations_v2/ "
@@ -18,10 +19,11 @@ CHEAP = {"gradient_checkpointing": False, "learning_rate": 0.001}
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    world = make_world(tmp_path_factory.mktemp("world"))
-    keep(world.train, "one", "run")
-    return world
+def data(tmp_path_factory: pytest.TempPathFactory) -> DemoData:
+    """Conversations about four subjects; the base is in `root`/base."""
+    data = make_data(tmp_path_factory.mktemp("data"), train_subjects=4, eval_subjects=4)
+    make_base(data.root / "base")
+    return data
 
 
 def nested(base: Path) -> dict[str, Any]:
@@ -42,15 +44,14 @@ def flat(base: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("settings", "folders"), [(nested, ["."]), (flat, ["same_sex", "different_sex/pairs"])])
 def test_the_command_of_the_original_trains(
-    world: World, settings: Any, folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: DemoData, settings: Any, folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_json(tmp_path / "umbrella_llava_train.yaml", settings(world.base))  # JSON is YAML too
-    for number, record in enumerate(json.loads(world.train.read_text())):
-        for turn in record["conversations"]:
-            for part in turn["content"]:
-                if "image_path" in part:
-                    part["image_path"] = str(world.root / "scans" / part["image_path"])
+    write_json(tmp_path / "umbrella_llava_train.yaml", settings(data.root / "base"))  # JSON is YAML too
+    for number, record in enumerate(json.loads(data.train.read_text())):
+        for image in [*record["images"], *(part for turn in record["conversations"] for part in turn["content"])]:
+            for key in {"path", "image_path"} & image.keys():
+                image[key] = str(data.root / image[key])
         folder = tmp_path / "sample_data" / "sex_comparison_conversations_v2" / folders[number % len(folders)]
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{record['task_id']}_{number}.json", record)
@@ -58,7 +59,7 @@ def test_the_command_of_the_original_trains(
     assert "umbrella_llava_train.yaml: a configuration of the PyTorch system, read as" in printed
     run = tmp_path / "hf_results" / "umbrella_v1"
     assert "umbrella_llava_train.yaml: a configuration of the PyTorch system" in (run / "log.txt").read_text()
-    assert (run / "checkpoints" / "20").is_dir()  # 4 conversations of T1, 10 epochs
+    assert (run / "checkpoints" / "60").is_dir()  # 12 conversations of T1, 10 epochs
     config = read_config(run / "config.yaml")
     assert (config["train"]["batch_size"], config["train"]["learning_rate"]) == (2, 0.001)
     assert (config["model"]["compute_dtype"], config["data"]["template"]) == ("bfloat16", "original")
