@@ -181,7 +181,7 @@ def test_the_start_of_a_run(printed: str, counted: dict[str, tuple[int, int]], r
         row = f"{path.removeprefix(PATCH_EMBED)} {'×'.join(map(str, leaf.shape))} {leaf.size:,}"
         assert (row in lines) == (path in TRAINED), row
     for line in (
-        "the patch embedding trains: passed (T1, rsfMRI)",
+        "the patch embedding is trainable: passed (T1, rsfMRI)",
         f"what trains is what train.groups names: passed ({len(TRAINED)} tensors, in float32)",
         f"everything else is frozen: passed ({len(parameters(run)) - len(TRAINED)} tensors, no moments)",
         "remat: none",
@@ -192,7 +192,7 @@ def test_the_start_of_a_run(printed: str, counted: dict[str, tuple[int, int]], r
     ):
         assert line in lines
     # three of its scans are in eval too, which the world allows; no conversation names a subject
-    assert "WARNING: 0 subjects and 3 scans are in train and in eval: " in printed
+    assert "WARNING: 0 subjects and 3 scans are in train and in eval: " in " ".join(printed.split())
     # 4 of one scan and the one of text, 3 of runs, 4 of two scans; M is 4, 3 and 4
     assert "plan: 3 shapes to compile, 36.3% of positions padded\n" in printed
     assert "\n      1.25 images per conversation, 0.92 encoded after sharing" in printed
@@ -227,7 +227,7 @@ def test_inspect_prints_the_same_summary(printed: str, world: World, tmp_path: P
     assert bare[bare.index("modality") :] == summary[summary.index("modality") :]
     other = umbrella("inspect", "--config", world.config, "--base", tmp_path, "--set", "train.groups={projector: {}}")
     assert re.search(r"^projector +8,320 +8,320 +100% +0 +0%$", other, re.MULTILINE)
-    assert "the patch embedding trains: not requested (frozen: T1, rsfMRI)" in other
+    assert "the patch embedding is trainable: not requested (frozen: T1, rsfMRI)" in other
     torch.save(load_file(world.base / "model.safetensors"), tmp_path / "pytorch_model.bin")
     assert "no weights there" not in umbrella("inspect", "--config", world.config, "--base", tmp_path)
 

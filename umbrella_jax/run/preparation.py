@@ -17,6 +17,7 @@ from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.checkpoints.load import open_base
 from umbrella_jax.config.load import flat
 from umbrella_jax.config.schema import RunConfig, to_dict
+from umbrella_jax.console import wrapped
 from umbrella_jax.data.conversation import not_found
 from umbrella_jax.data.epoch_plan import EpochPlan
 from umbrella_jax.data.inputs import Inputs, digest_of, read_inputs
@@ -199,7 +200,7 @@ def prepare(
     facts += [(name, SHA256 + digest) for files in inputs.values() for name, digest in files]
     check_same(facts, "copy it again: every host must read the same")
     if overlap:
-        say(f"WARNING: {overlap}")
+        _warn(overlap, say)
 
     adapters = lora.init_adapters(shapes, config.seed)
     trained = [path for path, label in labels.items() if label != freeze.FROZEN and path not in adapters]
@@ -257,6 +258,10 @@ def prepare(
     return prepared, state
 
 
+def _warn(text: str, say: Say) -> None:
+    say("\n".join(wrapped(f"WARNING: {text}")))
+
+
 def _warn_of_untrained(
     config: RunConfig, base: Checkpoint, trained: Collection[str], shown: Collection[str], say: Say
 ) -> None:
@@ -267,10 +272,10 @@ def _warn_of_untrained(
         shown: the modalities that conversations show.
     """
     for name, why in base.untrained_after(trained).items():
-        say(f"WARNING: {name}: patch embedding {why}, and train.groups does not train it: answers would mean nothing")
+        _warn(f"{name}: patch embedding {why}, and train.groups does not train it: answers would mean nothing", say)
     for name in sorted({modality for modality in map(freeze.modality_of, trained) if modality} - set(shown)):
         start = f"untrained ({base.untrained[name]})" if name in base.untrained else "as it is in the base"
-        say(f"WARNING: {name}: no conversation in {config.data.train} shows it: its patch embedding stays {start}")
+        _warn(f"{name}: no conversation in {config.data.train} shows it: its patch embedding stays {start}", say)
 
 
 def _plan_lines(run: Prepared) -> list[str]:

@@ -189,4 +189,4 @@ def _check_patch_embed(paths: Collection[str], covered: Collection[str]) -> Free
     others = [modality for modality, trains in sizes.items() if not any(trains)]
     result = "passed" if all(map(all, sizes.values())) else "in part" if named else "not requested"
     detail = "; ".join([*([", ".join(named)] if named else []), *([f"frozen: {', '.join(others)}"] if others else [])])
-    return FreezeCheck(name="the patch embedding trains", result=result, detail=detail)
+    return FreezeCheck(name="the patch embedding is trainable", result=result, detail=detail)
