@@ -1,6 +1,7 @@
 """A file of trained parameters gives the run's parameters bit for bit on its base, and fits no other base."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -320,7 +321,7 @@ def test_a_part_of_the_patch_embedding_onto_a_base_that_has_it(run: Path, world:
 def test_a_modality_that_was_never_trained_is_known(run: Path, world: World, tmp_path: Path) -> None:
     unseen = "patch embedding not in the checkpoint, newly initialised, and no conversation of the run shows one"
     assert Checkpoint.open(run).untrained == {"rsfMRI": unseen.removeprefix("patch embedding ")}
-    log = (run / "log.txt").read_text()
+    log = " ".join(re.sub(r"(?m)^\S+ \S+\+00:00", "", (run / "log.txt").read_text()).split())
     stays = "its patch embedding stays untrained (not in the checkpoint, newly initialised)"
     assert f"WARNING: rsfMRI: no conversation in {world.root / 'anatomical.json'} shows it: {stays}" in " ".join(
         log.split()
