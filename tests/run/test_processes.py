@@ -316,6 +316,21 @@ def test_two_processes_resume(two: Two, run: Path, world: World) -> None:
     assert_same(again, run)
 
 
+def test_two_processes_stop_early_at_the_same_step(two: Two, world: World) -> None:
+    """No evaluation improves by 100, so the second one ends the run of both; resumed, it trains nothing."""
+    out = world.root / "early"
+    rule = "train.early_stopping={metric: eval_loss, patience: 1, min_delta: 100}"
+    settings = ["train.eval_steps=1", "train.keep_best=1", "train.best_metric=eval_loss", rule]
+    flags = [word for setting in settings for word in ("--set", setting)]
+    for more in ([], ["--resume"]):
+        (first, printed, error), (second, _, silent) = two(out, *flags, *more)
+        assert (first, second, silent) == (0, 0, ""), error
+        assert "stopped early at step 2: eval_loss did not improve by more than 100 in 1 evaluation" in " ".join(
+            printed.split()
+        )
+        assert len(numbers(out)) == 2
+
+
 @pytest.mark.slow
 def test_one_killed_the_other_ends_and_both_go_on(two: Two, run: Path, world: World) -> None:
     """It ends within a minute with heartbeats every 10 s, without process 0 and without process 1."""
