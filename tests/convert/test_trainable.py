@@ -280,12 +280,17 @@ def partly(request: pytest.FixtureRequest, world: World) -> tuple[Path, dict[str
     return run, {path: np.asarray(leaf) for path, leaf in (start | Checkpoint.open(run).trained()).items()}
 
 
+def log_text(run: Path) -> str:
+    """Return the words of log.txt without times and line ends."""
+    return " ".join(re.sub(r"(?m)^\S+ \S+\+00:00", "", (run / "log.txt").read_text()).split())
+
+
 def test_untrained_parameters_are_loaded_as_they_started(partly: tuple[Path, dict[str, np.ndarray]]) -> None:
     run, expected = partly
     same(parameters(umbrella_jax.load(run, allow_untrained=True)), expected)
     of_projector = run.name == "partly-True"
     said = "WARNING: T1: patch embedding not in the checkpoint, newly initialised, and train.groups does not train it"
-    assert (said in (run / "log.txt").read_text()) == of_projector
+    assert (said in log_text(run)) == of_projector
     assert set(Checkpoint.open(run).untrained) == ({"T1", "rsfMRI"} if of_projector else {"rsfMRI"})
 
 
@@ -321,7 +326,7 @@ def test_a_part_of_the_patch_embedding_onto_a_base_that_has_it(run: Path, world:
 def test_a_modality_that_was_never_trained_is_known(run: Path, world: World, tmp_path: Path) -> None:
     unseen = "patch embedding not in the checkpoint, newly initialised, and no conversation of the run shows one"
     assert Checkpoint.open(run).untrained == {"rsfMRI": unseen.removeprefix("patch embedding ")}
-    log = " ".join(re.sub(r"(?m)^\S+ \S+\+00:00", "", (run / "log.txt").read_text()).split())
+    log = log_text(run)
     stays = "its patch embedding stays untrained (not in the checkpoint, newly initialised)"
     assert f"WARNING: rsfMRI: no conversation in {world.root / 'anatomical.json'} shows it: {stays}" in " ".join(
         log.split()
