@@ -330,7 +330,7 @@ class Bomb:
         return (exec, ("import sys; sys.exploded = True",))
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch warns of what the test wrote
 @pytest.mark.parametrize("name", ["a.npy", "a.pt"])
 def test_pickles_are_not_executed(tmp_path, name):
     path = tmp_path / name

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -109,6 +110,14 @@ def make_world(root: Path, **config: Any) -> World:
         world.config,
         {k: {**v, **config.get(k, {})} if isinstance(v, dict) else config.get(k, v) for k, v in settings.items()},
     )
+    return world
+
+
+def make_world_of_one_shape(root: Path) -> World:
+    """Make a world of four conversations, two updates per epoch, all of one shape; they are evaluation data too."""
+    world = make_world(root, train={"max_new_tokens": 2, "batch_size": 2})
+    keep(world.train, "one")
+    shutil.copy(world.train, world.eval)
     return world
 
 

@@ -1,6 +1,5 @@
 """`train --resume` with another number of epochs."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,7 @@ from umbrella_jax.run.resumption import _describe_new_length
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A world whose batches have one shape: two updates per epoch."""
-    world = small_run.make_world(tmp_path_factory.mktemp("world"), train={"max_new_tokens": 2, "batch_size": 2})
-    small_run.keep(world.train, "one")
-    shutil.copy(world.train, world.eval)
-    return world
+    return small_run.make_world_of_one_shape(tmp_path_factory.mktemp("world"))
 
 
 def test_a_longer_run_of_constant_rate_is_as_if_planned_so(world: World, tmp_path: Path) -> None:

@@ -19,11 +19,7 @@ from umbrella_jax.training.step import jit_train_step
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A world whose batches have one shape, with evaluation data of three subjects."""
-    world = small_run.make_world(tmp_path_factory.mktemp("world"), train={"max_new_tokens": 2, "batch_size": 2})
-    small_run.keep(world.train, "one")
-    shutil.copy(world.train, world.eval)
-    return world
+    return small_run.make_world_of_one_shape(tmp_path_factory.mktemp("world"))
 
 
 FLAGS = ["--epochs", 2, "--set", "train.eval_steps=2", "--set", "train.save_steps=2"]
