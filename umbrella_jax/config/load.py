@@ -9,13 +9,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from umbrella_jax.config.from_original import Conversion, convert, keys_by_system
 from umbrella_jax.config.original_rules import settings
+from umbrella_jax.config.ranges import Section
 from umbrella_jax.config.schema import SECRET, MeshConfig, RunConfig, to_dict
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.io.reading import quoted, read_yaml
+
+S = TypeVar("S", bound=Section)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -39,10 +42,10 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 @cache
-def _adapter() -> Any:
+def _adapter(cls: Any) -> Any:
     from pydantic import TypeAdapter
 
-    return TypeAdapter(RunConfig)
+    return TypeAdapter(cls)
 
 
 def parse_config(
@@ -61,10 +64,22 @@ def parse_config(
     Raises:
         ConfigError: every fault, with the source of the value and its key.
     """
+    return parse_section(RunConfig, data, source, flags, keys)
+
+
+def parse_section(
+    cls: type[S],
+    data: Mapping[str, Any],
+    source: str,
+    flags: Mapping[str, str] = MappingProxyType({}),
+    keys: Mapping[str, str] = MappingProxyType({}),
+) -> S:
+    """Check a nested mapping and return it as `cls`; other arguments and errors as of `parse_config`."""
     from pydantic import ValidationError  # here, so that models import without it
 
+    root: Any = cls  # for mypy, a class is no key of a cache
     try:
-        config: RunConfig = _adapter().validate_python(dict(data))
+        config: S = _adapter(root).validate_python(dict(data))
         # pydantic accepts true as 1
         if booleans := list(_booleans_for_numbers(data, to_dict(config))):
             raise ConfigError(
@@ -79,7 +94,7 @@ def parse_config(
             if isinstance(cause, ConfigError):
                 messages = cause.faults
             elif fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                messages = (f"no such key; expected {_expected_keys(fault['loc'])}",)
+                messages = (f"no such key; expected {_expected_keys(root, fault['loc'])}",)
             else:
                 messages = (_expected_value(key, fault),)
             for message in messages:
@@ -91,7 +106,9 @@ def _booleans_for_numbers(given: Any, parsed: Any, key: str = "") -> Iterator[tu
     """Yield (key, fault) for every true or false given instead of a number."""
     if isinstance(given, Mapping):
         for name, value in given.items():
-            yield from _booleans_for_numbers(value, parsed[name], f"{key}.{name}" if key else str(name))
+            yield from _booleans_for_numbers(
+                value, parsed[name if name in parsed else str(name)], f"{key}.{name}" if key else str(name)
+            )
     elif isinstance(given, list | tuple):
         for value, number in zip(given, parsed, strict=True):
             yield from _booleans_for_numbers(value, number, key)
@@ -202,25 +219,25 @@ def _some(names: Sequence[object]) -> str:
     return ", ".join(map(str, names[:10])) + (", …" if len(names) > 10 else "")
 
 
-def _expected_keys(path: Sequence[str | int]) -> str:
+def _expected_keys(root: Any, path: Sequence[str | int]) -> str:
     """Return the known keys of the section around `path`, for the message about an unknown one."""
-    cls: Any = RunConfig
+    cls: Any = root
     for part in path[:-1]:
         if dataclasses.is_dataclass(cls):
             kind = next((f.type for f in dataclasses.fields(cls) if f.name == part), None)
             cls = get_args(kind)[0] if type(None) in get_args(kind) else kind  # SomeConfig | None
-        elif cls is not None:  # dict[str, SomeConfig]
-            cls = cls.__args__[1]
+        elif cls is not None:  # dict[str, SomeConfig] or tuple[SomeConfig, ...]
+            cls = get_args(cls)[0 if get_origin(cls) is tuple else 1]
     if not dataclasses.is_dataclass(cls):
         return "another"
     known = [f.name for f in dataclasses.fields(cls)]
     name = str(path[-1])
     near = difflib.get_close_matches(name, known, n=1) or [
         f"{section.name}.{name}"
-        for section in dataclasses.fields(RunConfig)
+        for section in dataclasses.fields(root)
         if dataclasses.is_dataclass(section.type) and name in {f.name for f in dataclasses.fields(section.type)}
     ]
-    near = near or list(_counterparts(name, None))
+    near = near or (list(_counterparts(name, None)) if root is RunConfig else [])
     return f"one of {', '.join(known)}" + (f"; the nearest is {near[0]}" if near else "")
 
 

@@ -1,0 +1,1 @@
+"""Build conversations from a study: tables and scans in, conversation files per split or fold out."""
