@@ -1,6 +1,7 @@
 """Headless Chromium as a reader's browser: pictures of a page, and how it is laid out."""
 
 import base64
+import html
 import json
 import re
 import shutil
@@ -15,12 +16,10 @@ from PIL import Image
 _NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 # What sticks out at the right, but for what scrolls within its own box, and pictures that did not load.
 _MEASURE = """
-<script>addEventListener("load", () => {
   const out = [...document.querySelectorAll("body *")].filter(e =>
     e.getBoundingClientRect().right > innerWidth + 1 && !e.closest(".scroll, pre"));
   const boxes = [...document.querySelectorAll(".scroll, pre")];
-  const note = document.createElement("pre");
-  const found = {
+  return {
     width: innerWidth, whole: document.documentElement.scrollWidth, height: document.documentElement.scrollHeight,
     out: out.map(e => e.outerHTML.slice(0, 90)),
     boxes: boxes.filter(e => e.scrollWidth > e.clientWidth + 1).length,
@@ -30,10 +29,6 @@ _MEASURE = """
     smallest: Math.min(...[...document.querySelectorAll("p, td, th, dd, figcaption")].map(e =>
       parseFloat(getComputedStyle(e).fontSize))),
   };
-  note.id = "measured";
-  note.textContent = JSON.stringify(found);
-  document.body.append(note);
-})</script>
 """
 
 
@@ -47,16 +42,38 @@ def _chromium(page: Path, *flags: str) -> str:
     return run.stdout
 
 
+def dump(page: Path) -> str:
+    """The page's elements after its own scripts ran, as the browser writes them."""
+    return _chromium(page, "--virtual-time-budget=5000", "--dump-dom")
+
+
+def evaluate(page: Path, script: str, width: int = 1280, *, paper: bool = False) -> Any:
+    """What the body of an async function returns in the loaded page, in a window of this many pixels or as on paper.
+
+    The page's policy would forbid the script, so a copy without it is opened.
+    """
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
+    call = f"""<script>addEventListener("load", async () => {{
+      const result = await (async () => {{ {script} }})().catch(error => ({{error: String(error)}}));
+      const note = document.createElement("pre");
+      note.id = "result";
+      note.textContent = JSON.stringify(result);
+      document.body.append(note);
+    }})</script>"""
+    copy = page.with_name(f"evaluated_{page.name}")
+    copy.write_text(
+        (text.replace("@media print", "@media all") if paper else text).replace("</body>", f"{call}</body>")
+    )
+    dumped = _chromium(copy, f"--window-size={width},900", "--virtual-time-budget=10000", "--dump-dom")
+    found = re.search(r'<pre id="result">(.*?)</pre>', dumped)
+    assert found, dumped[-500:]
+    return json.loads(html.unescape(found[1]))
+
+
 def measure(page: Path, width: int, *, paper: bool = False) -> dict[str, Any]:
     """How a page is laid out in a window of this many pixels, or on paper of this width."""
-    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
-    text = text.replace("</body>", f"{_MEASURE}</body>")
-    copy = page.with_name(f"measured_{page.name}")
-    copy.write_text(text.replace("@media print", "@media all") if paper else text)
-    found = re.search(r'<pre id="measured">(.*?)</pre>', _chromium(copy, f"--window-size={width},900", "--dump-dom"))
-    assert found
-    result: dict[str, Any] = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-    assert result["width"] == width
+    result: dict[str, Any] = evaluate(page, _MEASURE, width, paper=paper)
+    assert result["width"] == width, result
     return result
 
 

@@ -1,1 +1,1 @@
-"""Write HTML pages (`page.py`), and draw slices of volumes for them (`slices.py`)."""
+"""Write HTML pages (`page.py`, which lists what they share), and draw slices of volumes for them (`slices.py`)."""

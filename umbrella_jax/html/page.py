@@ -1,6 +1,17 @@
-"""Write HTML pages: single files without scripts that contain everything they show, and open anywhere, also offline."""
+"""Write HTML pages: single files that contain everything they show, and open anywhere, also offline.
+
+A page makes no request. Its policy (`Content-Security-Policy` in `pages.html`) allows no script but `page.js`, by its
+hash, and only in pages that ask for it; everything is legible without it. The parts that pages share:
+
+    parts.html   macros: data_table, count_table, histogram, slice_viewer
+    tables.py    the values of `data_table`: a table to sort and filter
+    charts.py    the values of `count_table` and `histogram`, which compare sets
+    viewer.py    the values of `slice_viewer`: a volume to scroll through
+    page.js      sorts and filters tables, and scrolls through volumes
+"""
 
 import base64
+import hashlib
 import importlib.util
 from collections.abc import Sequence
 from io import BytesIO
@@ -42,13 +53,24 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def render_page(template: Path, file: Path, **values: Any) -> None:
-    """Render a template that extends `pages.html` and write the page. All `values` are text, never markup."""
+def render_page(template: Path, file: Path, *, script: bool = False, **values: Any) -> None:
+    """Render a template that extends `pages.html` and write the page.
+
+    Args:
+        template: file of the template. It may import macros from `parts.html`.
+        file: where to write.
+        script: whether the page has tables to sort or volumes to scroll through, which need `page.js`.
+        values: of the template; texts, never markup.
+    """
     import jinja2
 
-    loader = jinja2.FileSystemLoader([template.parent, Path(__file__).parent])
+    folder = Path(__file__).parent
+    loader = jinja2.FileSystemLoader([template.parent, folder])
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    text = environment.get_template(template.name).render(privacy=PRIVACY, **values)
+    program = f"\n{(folder / 'page.js').read_text()}" if script else ""
+    digest = base64.b64encode(hashlib.sha256(program.encode()).digest()).decode()
+    values |= {"privacy": PRIVACY, "program": program, "program_hash": f"sha256-{digest}"}
+    text = environment.get_template(template.name).render(values)
     # a text from JSON may hold half a surrogate pair, which UTF-8 cannot encode
     write_whole(file, text.encode("utf-8", errors="xmlcharrefreplace"), PRIVATE)
 

@@ -69,37 +69,70 @@ class Plane:
     """Width and height in mm."""
 
 
-def cut_planes(
-    volume: np.ndarray, codes: str | None, spacing: Sequence[float] | None, at: Sequence[int] | None = None
-) -> list[Plane]:
-    """Return an axial, coronal and sagittal plane in radiological convention.
+@dataclass(frozen=True)
+class SliceStack:
+    """All slices along one axis of a volume, ready to draw."""
 
-    The left of a plane is the patient's right, or front in the sagittal plane. The top is the patient's front, or top.
+    name: str
+    """`axial`, `coronal` or `sagittal`; `slices along i` if the volume's orientation is unknown."""
+    rows: np.ndarray
+    """[slices, rows from top to bottom, columns from left to right]."""
+    letters: tuple[str, ...]
+    """Letters at the left, right, top and bottom of each slice."""
+    ends: tuple[str, str]
+    """Letters at the first and the last slice."""
+    mm: tuple[float, float]
+    """Width and height of a slice in mm."""
+
+    def plane(self, index: int) -> Plane:
+        """Return one slice."""
+        return Plane(self.rows[index], self.letters, self.mm)
+
+
+def stack_slices(volume: np.ndarray, codes: str | None, spacing: Sequence[float] | None) -> list[SliceStack]:
+    """Return the axial, coronal and sagittal slices of a volume in radiological convention.
+
+    The left of a slice is the patient's right, or front in sagittal slices. The top is the patient's front, or top.
 
     Args:
         volume: [D, H, W].
-        codes: orientation of its axes; None for planes of the axes i, j, k without the patient's sides.
+        codes: orientation of its axes; None for slices along the axes i, j, k without the patient's sides.
         spacing: mm from voxel to voxel along each axis; None to draw voxels as cubes.
-        at: the voxel that the planes go through; default the middle one.
     """
     mm, ends = np.array(spacing or (1.0, 1.0, 1.0)), [(f"+{axis}", f"-{axis}") for axis in "ijk"]
-    place = None if at is None else np.array(at)
+    names = [f"slices along {axis}" for axis in "ijk"]
     if codes is not None:
         order = nib.orientations.axcodes2ornt(codes)
-        stored = np.argsort(order[:, 0])
-        if place is not None:
-            place = np.where(order[:, 1] < 0, np.array(volume.shape) - 1 - place, place)[stored]
-        volume, mm = nib.apply_orientation(volume, order), mm[stored]
-        ends = [("R", "L"), ("A", "P"), ("S", "I")]
-    if place is None:
-        place = np.array(volume.shape) // 2
-    planes = []
+        volume, mm = nib.apply_orientation(volume, order), mm[np.argsort(order[:, 0])]
+        ends, names = [("R", "L"), ("A", "P"), ("S", "I")], ["sagittal", "coronal", "axial"]
+    stacks = []
     for axis in (2, 1, 0):
         across, up = (a for a in range(3) if a != axis)
-        rows = np.take(volume, place[axis], axis).T[::-1, ::-1]
-        size = (rows.shape[1] * mm[across], rows.shape[0] * mm[up])
-        planes.append(Plane(rows, (*ends[across], *ends[up]), size))
-    return planes
+        rows = volume.transpose(axis, up, across)[:, ::-1, ::-1]
+        size = (rows.shape[2] * mm[across], rows.shape[1] * mm[up])
+        stacks.append(SliceStack(names[axis], rows, (*ends[across], *ends[up]), ends[axis][::-1], size))
+    return stacks
+
+
+def cut_planes(
+    volume: np.ndarray, codes: str | None, spacing: Sequence[float] | None, at: Sequence[int] | None = None
+) -> list[Plane]:
+    """Return an axial, coronal and sagittal plane of a volume, as `stack_slices` orients them.
+
+    Args:
+        volume: [D, H, W].
+        codes: orientation of its axes, as in `stack_slices`.
+        spacing: mm from voxel to voxel along each axis, as in `stack_slices`.
+        at: the voxel that the planes go through; default the middle one.
+    """
+    stacks = stack_slices(volume, codes, spacing)
+    if at is None:
+        return [stack.plane(len(stack.rows) // 2) for stack in stacks]
+    place = np.array(at)
+    if codes is not None:
+        order = nib.orientations.axcodes2ornt(codes)
+        place = np.where(order[:, 1] < 0, np.array(volume.shape) - 1 - place, place)[np.argsort(order[:, 0])]
+    return [stack.plane(index) for stack, index in zip(stacks, place[::-1], strict=True)]
 
 
 def draw_planes(

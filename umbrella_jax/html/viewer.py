@@ -1,0 +1,90 @@
+"""Slices of a volume to scroll through: a picture of three planes, and a mosaic of all slices along each axis.
+
+The macro `slice_viewer` of `parts.html` writes them. The page's script shows one slice of each mosaic, with a slider;
+without it the mosaics can be unfolded.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+
+from umbrella_jax.html.page import data_url, png
+from umbrella_jax.html.slices import SliceStack, draw_planes, grey_range, stack_slices
+
+MOST_SLICES = 128
+"""Slices of a mosaic. A volume with more along an axis is shown at even distances."""
+_LONGEST = 112
+"""Pixels of the longest side of a slice."""
+_QUALITY = 70
+"""Of the JPEG images."""
+
+
+@dataclass(frozen=True)
+class Mosaic:
+    """All slices along one axis, as one image: row by row from the first to the last, from left to right."""
+
+    url: str
+    """Data URL of a JPEG image."""
+    name: str
+    """As `SliceStack.name`."""
+    numbers: tuple[int, ...]
+    """Index of each slice in the volume, from 0."""
+    length: int
+    """Number of slices that the volume has."""
+    across: int
+    """Slices in each row."""
+    size: tuple[int, int]
+    """Width and height of a slice in pixels."""
+    letters: tuple[str, ...]
+    """As `SliceStack.letters`."""
+    ends: tuple[str, str]
+    """As `SliceStack.ends`."""
+
+
+@dataclass(frozen=True)
+class SliceViewer:
+    """A volume of a page."""
+
+    title: str
+    """Name of the volume, part of the texts that describe its images."""
+    picture: str
+    """Data URL of the three middle planes with letters, shown without a script and on paper."""
+    mosaics: tuple[Mosaic, ...]
+    """One for each axis."""
+
+
+def slice_viewer(title: str, volume: np.ndarray, codes: str | None, spacing: Sequence[float] | None) -> SliceViewer:
+    """Draw a volume for the macro `slice_viewer`; about 0.3 MB of the page for a volume of 96³.
+
+    Args:
+        title: name of the volume.
+        volume: [D, H, W].
+        codes: orientation of its axes, as in `stack_slices`.
+        spacing: mm from voxel to voxel along each axis, as in `stack_slices`.
+    """
+    stacks, grey = stack_slices(volume, codes, spacing), grey_range(volume)
+    scale = _LONGEST / max(max(stack.mm) for stack in stacks)
+    picture = draw_planes([stack.plane(len(stack.rows) // 2) for stack in stacks], *grey)
+    return SliceViewer(title, png(picture), tuple(_mosaic(stack, *grey, scale) for stack in stacks))
+
+
+def _mosaic(stack: SliceStack, low: float, high: float, scale: float) -> Mosaic:
+    """Draw the slices of a stack from black at `low` to white at `high`, with `scale` pixels per mm."""
+    from PIL import Image
+
+    length = len(stack.rows)
+    numbers = tuple(np.linspace(0, length - 1, min(length, MOST_SLICES)).round().astype(int).tolist())
+    width, height = (max(round(mm * scale), 1) for mm in stack.mm)
+    across = max(round(math.sqrt(len(numbers) * height / width)), 1)
+    image = Image.new("L", (across * width, -(-len(numbers) // across) * height), 0)
+    for i, number in enumerate(numbers):
+        grey = np.clip((stack.rows[number] - low) * (255 / ((high - low) or 1)), 0, 255).astype(np.uint8)
+        tile = Image.fromarray(grey).resize((width, height), Image.Resampling.BILINEAR)
+        image.paste(tile, (i % across * width, i // across * height))
+    out = BytesIO()
+    image.save(out, "JPEG", quality=_QUALITY, optimize=True)
+    url = data_url("image/jpeg", out.getvalue())
+    return Mosaic(url, stack.name, numbers, length, across, (width, height), stack.letters, stack.ends)
