@@ -8,11 +8,12 @@ own process, with its files in the page cache. Peaks are above the memory of an
 interpreter that has imported jax and found its devices.
 
 Needs: convert  the extra `torch`, 12 GB of disk
-       data     the extra `report`, 1 GB of disk
+       data     1 GB of disk
        step     the extra `torch`, 13 GB of memory, half an hour
        gpu      an NVIDIA GPU of 80 GB or more, PyTorch for it, five minutes
        sharing  ten minutes
        quantize the extra `quantize`, five minutes
+       validate the extra `report`, 2 GB of disk, five minutes
 """
 
 import argparse
@@ -28,12 +29,13 @@ from bench.loop import loop
 from bench.quantize import quantize
 from bench.startup import startup
 from bench.step import sharing, step
+from bench.validate import validate
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="NAME")
-    for work in (convert, data, step, gpu, sharing, compile, loop, generate, quantize, startup):
+    for work in (convert, data, step, gpu, sharing, compile, loop, generate, quantize, startup, validate):
         command = commands.add_parser(work.__name__, help=(work.__doc__ or "").splitlines()[0])
         command.add_argument("--work-dir", type=Path, help="folder for files; default a temporary one")
         command.set_defaults(work=work)

@@ -2,10 +2,7 @@
 
 import json
 import os
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,32 +15,6 @@ import numpy as np
 from bench.measure import figure, measure, resident
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-def data_validate(work_dir: Path) -> None:
-    """Time the command `data validate --html` on 1,000 conversations about 200 int16 volumes of 64³, .nii.gz."""
-    import nibabel as nib
-
-    from umbrella_jax.demo import make_base
-
-    folder = work_dir / "validate"
-    if not folder.exists():
-        make_base(folder / "base")
-        rng = np.random.default_rng(0)
-        head = sum((np.indices((64, 64, 64)) - 31.5) ** 2) < 28**2
-        for i in range(200):
-            voxels = (rng.uniform(200, 2000, head.shape) * head).astype(np.int16)
-            nib.save(nib.Nifti1Image(voxels, np.diag([3, 3, 3, 1])), folder / f"sub-{i:03d}.nii.gz")
-        for name, subjects, count in (("train", range(160), 800), ("eval", range(160, 200), 200)):
-            records = [_pair(i, subjects[i % len(subjects)], subjects[i * 7 % len(subjects)]) for i in range(count)]
-            (folder / f"{name}.json").write_text(json.dumps(records))
-    words = f"data validate --config {CONFIGS / 't1_0.5b.yaml'} --base {folder / 'base'} --html {folder / 'page.html'}"
-    words += f" --train-data {folder / 'train.json'} --eval-data {folder / 'eval.json'}"
-    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "umbrella_jax.cli", *words.split()], check=True, capture_output=True)
-    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    figure("validate_seconds", seconds, "s", limit=60, cpu_seconds=round(busy, 1), conversations=1000, volumes=200)
 
 
 def _pair(number: int, *subjects: int) -> dict[str, Any]:
@@ -307,9 +278,8 @@ def data_texts(work_dir: Path) -> None:
 
 
 def data(work_dir: Path) -> None:
-    """Measure preprocessing, cache, plan, conversations and `data validate`."""
+    """Measure preprocessing, cache, plan and conversations."""
     data_preprocess(work_dir)
     data_cache(work_dir)
     data_plan(work_dir)
     data_texts(work_dir)
-    data_validate(work_dir)
