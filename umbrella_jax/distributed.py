@@ -242,16 +242,16 @@ def raise_together() -> Iterator[None]:
     if isinstance(error, UmbrellaError):
         mine = error.exit_code, list(error.faults)
     else:
-        mine = 1, [f"{type(error).__name__}: {error}"] if error else []
+        mine = 1, [known_cause(error) or f"{type(error).__name__}: {error}"] if error else []
     outcomes = gather(mine)
-    if error and not isinstance(error, UmbrellaError):
-        raise error
     failures = [(code, faults) for code, faults in outcomes if faults]
     if not failures:
         return
     code = min(code for code, _ in failures)
     is_first = jax.process_index() == 0
     jax.distributed.shutdown()  # all processes come here, so none waits for one that has exited (`exit_on_error`)
+    if error and not isinstance(error, UmbrellaError):
+        raise error
     if not is_first:
         sys.exit(code)
     kind = RunError if code == RunError.exit_code else UmbrellaError

@@ -530,7 +530,7 @@ with raise_together():
     print("both")
 with raise_together():
     if {fails}:
-        raise DataError(["one", "two"])
+        raise {error}
 print("not reached")
 """
 
@@ -626,20 +626,33 @@ def test_tpus_start_their_hosts(environment: dict[str, str], kind: str, metadata
         assert json.loads(out.splitlines()[-1]) == [i, [{"from": 0}, {"from": 1}], {"from": 0, "µ": [None] * 100}]
 
 
+def refuse(environment: dict[str, str], fails: str, error: str) -> list[tuple[int, str, str]]:
+    """Run `REFUSED` in two processes; return exit code, output and errors of each."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    words = [sys.executable, "-c", REFUSED.format(fails=fails, error=error), f"127.0.0.1:{free_port()}"]
+    return finish([subprocess.Popen([*words, str(i)], env=environment, cwd=ROOT, **pipes) for i in range(2)])
+
+
 @pytest.mark.parametrize(
     ("fails", "faults"),
     [("sys.argv[2] == '1'", ["process 1: one", "process 1: two"]), ("True", ["one", "two"])],
 )
 def test_an_error_on_one_process_ends_all(environment: dict[str, str], fails: str, faults: list[str]) -> None:
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    words = [sys.executable, "-c", REFUSED.format(fails=fails), f"127.0.0.1:{free_port()}"]
-    found = finish([subprocess.Popen([*words, str(i)], env=environment, cwd=ROOT, **pipes) for i in range(2)])
-    (first, out, error), (second, other, silent) = found
+    (first, out, error), (second, other, silent) = refuse(environment, fails, 'DataError(["one", "two"])')
     assert (first, second) == (1, 2)  # an uncaught error, and the other process, which learns of it
     for said in (out, other):
         assert [line for line in said.splitlines() if not line.startswith("[Gloo]")] == ["both"]
     assert [line.strip(" -") for line in error.splitlines()[-2:]] == faults
     assert silent == ""
+
+
+def test_an_error_of_the_system_on_one_process_ends_all(environment: dict[str, str]) -> None:
+    """The other process must not be aborted by JAX, with a stack trace of C++."""
+    found = refuse(environment, "sys.argv[2] == '1'", 'OSError(28, "No space left on device", "/x")')
+    (first, _, error), (second, _, own) = found
+    assert (first, second) == (1, 1), error  # uncaught errors
+    assert "RunError: process 1: /x: No space left on device: the disk is full" in error.splitlines()[-1]
+    assert own.splitlines()[-1].startswith("OSError")
 
 
 LOST = """
