@@ -327,7 +327,7 @@ def _modalities(
     if given is None:
         if not stored:
             remedy = "name the modalities, with size and patch, in a config (--config FILE)"
-            raise ConfigError(f"{path}: not there; {remedy}")
+            raise ConfigError(f"{path}: not found; {remedy}")
         return stored
     faults = []
     for name, theirs in stored.items():

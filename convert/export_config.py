@@ -44,16 +44,16 @@ def export_names(modalities: Mapping[str, Any], names: Sequence[str] | None) -> 
     renamed = {m: (resolve_modality(m, names) or m) if names else m for m in modalities}
     known = frozenset(modalities).union(*ALIASES)
     faults = [
-        f"{name}: no modality has this name; expected T1,rsfMRI or sMRI,fMRI"
+        f"names: {name}: no modality has this name; expected T1,rsfMRI or sMRI,fMRI"
         for name in sorted({*(names or ())} - known)
     ]
     faults += [
-        f"--names: {name} is given {count} times; give each name once"
+        f"names: {name} is given {count} times; give each name once"
         for name, count in Counter(names or ()).items()
         if count > 1
     ]
     faults += [
-        f"{m}: would be called {name} in the export, as another modality is; give other names"
+        f"names: {m} would be called {name} in the export, as another modality is; give other names"
         for m, name in renamed.items()
         if list(renamed.values()).count(name) > 1
     ]

@@ -10,10 +10,15 @@ def parse_hub_name(model: str) -> tuple[str, str | None] | None:
 
     The revision is a branch, a tag or a commit; None without one.
     """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     name, _, revision = model.partition("@")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
         return None
-    return name, revision or None
+    return (name, revision or None) if name.count("/") == 1 else None
 
 
 def fetch(model: str | Path, *, weights: bool = True) -> Path:
@@ -29,11 +34,9 @@ def fetch(model: str | Path, *, weights: bool = True) -> Path:
     if Path(model).is_dir():
         return Path(model)
     parsed = parse_hub_name(str(model))
+    expected = "expected a directory in Hugging Face format, a native checkpoint or a run"
     if parsed is None:
-        raise CheckpointError(
-            f"{model}: {why_not_a_directory(model)}; expected a directory in Hugging Face format, a native checkpoint "
-            "or a run"
-        )
+        raise CheckpointError(f"{model}: {why_not_a_directory(model)}; {expected}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -46,5 +49,7 @@ def fetch(model: str | Path, *, weights: bool = True) -> Path:
             directory = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         return directory
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{model}: no such directory, and the hub does not give it: {reason}") from None
+        reason = next(iter(str(error).splitlines()), type(error).__name__).removeprefix("Got: ")
+        raise CheckpointError(
+            f"{model}: no such directory, and the hub does not give it: {reason}; {expected}, or OWNER/NAME on the hub"
+        ) from None

@@ -496,7 +496,7 @@ def test_output_directory_that_cannot_be_made(world: World) -> None:
 def test_names_of_an_export(world: World, tmp_path: Path, names: str) -> None:
     umbrella("convert", "from-hf", world.base, tmp_path / "native", "--config", world.config)
     message = umbrella("convert", "to-hf", tmp_path / "native", tmp_path / "export", "--names", names, code=2)
-    assert f"{names.split(',')[1]}: no modality has this name; expected T1,rsfMRI or sMRI,fMRI" in message
+    assert f"--names: {names.split(',')[1]}: no modality has this name; expected T1,rsfMRI or sMRI,fMRI" in message
     assert not (tmp_path / "export").exists()
 
 

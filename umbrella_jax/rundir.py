@@ -57,7 +57,7 @@ def read_metrics(path: Path) -> list[Line]:
     """
     if not path.exists():
         return []
-    rows, lines = path.read_text(encoding="utf-8").splitlines(), []
+    rows, lines = path.read_text(encoding="utf-8", errors="replace").splitlines(), []
     for number, row in enumerate(rows, 1):
         try:
             lines.append(parse_json(row, path, DataError, "remove it", number))

@@ -529,3 +529,8 @@ def test_a_model_of_the_hub_comes_in_either_format(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert {path.name for path in fetch("llava-hf/model").iterdir()} == {"config.json", weights}
+
+
+def test_a_missing_directory_that_is_no_name_of_the_hub_is_named() -> None:
+    with pytest.raises(CheckpointError, match=r"^my runs/t1: not found; expected a directory in Hugging Face format"):
+        fetch("my runs/t1")

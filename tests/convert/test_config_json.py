@@ -328,5 +328,5 @@ def test_two_modalities_under_one_name(tmp_path):
     config = read_config(GOLDEN, {"T1": MODALITIES["T1"], "sMRI": MODALITIES["T1"]})
     with pytest.raises(ConfigError, match="would be called T1"):
         write_config(GOLDEN, tmp_path, config, ("T1", "rsfMRI"))
-    with pytest.raises(ConfigError, match=r"^--names: T1 is given 2 times; give each name once$"):
+    with pytest.raises(ConfigError, match=r"^names: T1 is given 2 times; give each name once$"):
         write_config(GOLDEN, tmp_path, read_config(GOLDEN, MODALITIES), ("T1", "rsfMRI", "T1"))

@@ -230,7 +230,9 @@ def test_number_too_large_for_the_type(
     flags = [directory, tmp_path / "native", "--config", good / "run.yaml", "--set", f"model.frozen_dtype={dtype}"]
     message = umbrella("convert", "from-hf", *flags, code=0 if fits else 2)
     assert (tmp_path / "native").exists() == fits
-    if not fits:
+    if fits:
+        assert json.loads((tmp_path / "native" / "config.json").read_text())["torch_dtype"] == dtype
+    else:
         for part in (str(directory / weight_map[LAYER]), LAYER, f"too large for {dtype}"):
             assert part in message
 

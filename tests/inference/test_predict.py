@@ -253,6 +253,24 @@ def test_maps_replace_nothing(run: Path, world: World) -> None:
     assert "scans: directory is not empty; choose another" in said
 
 
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        (["Which sex?", "--task-id", "one-0"], "--task-id: is of no use without --data; leave it out"),
+        (["--data", "eval.json", "--image", "T1=0.nii.gz"], "--image: is of no use with --data; leave it out"),
+    ],
+)
+def test_explain_refuses_flags_that_it_would_not_use(tmp_path: Path, flags: list[str], fault: str) -> None:
+    assert fault in umbrella("explain", "run", *flags, "--out", tmp_path / "maps", code=2)
+
+
+def test_explain_reads_the_section_data(world: World, run: Path, tmp_path: Path) -> None:
+    settings = {"model": {"modalities": small_run.MODALITIES}, "data": {"task_filter": "absent"}}
+    config = write_json(tmp_path / "run.yaml", settings)
+    flags = ["--config", config, "--data", world.eval, "--out", tmp_path / "maps"]
+    assert "none of 3 conversations matches task_filter absent" in umbrella("explain", run, *flags, code=2)
+
+
 def test_weights_that_are_not_finite_answer_nothing(world: World, run: Path, tmp_path: Path) -> None:
     """One NaN tensor of a modality that training does not touch: every command names it, and the run is kept."""
     path, base = "vision_tower.vision_model.embeddings.rsfMRI_proj.bias", tmp_path / "base"

@@ -430,6 +430,7 @@ def test_a_config_that_does_not_fit_is_reported(tmp_path: Path) -> None:
     assert [estimated.fits for estimated in nothing.configured] == [False]
     for words in ("(too much)", "no conversation fits on any mesh under any remat policy"):
         assert words in nothing.table()
+    assert "to train" not in nothing.table()
 
 
 def test_attention_is_that_of_the_devices(tmp_path: Path) -> None:

@@ -104,6 +104,12 @@ def test_the_command_scores_a_directory_of_seeds(tmp_path: Path, capsys: pytest.
     ("file", "old", "new", "message"),
     [
         ("config.yaml", "epochs: 1.0", "epochs: 2.0", "train.epochs: 2.0 here, 1.0 in"),
+        (
+            "../seed-1/config.yaml",
+            "tasks: {}",
+            "tasks: {site: {kind: text}}",
+            "evaluation.tasks.site.kind: None here, text in",
+        ),
         ("config.yaml", "seed: 2", "seed: 1", "its seed is 1; expected 2, as its name says"),
         ("inputs.json", "ab", "cd", "train.json: not the file that"),
         (

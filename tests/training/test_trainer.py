@@ -389,9 +389,10 @@ def test_metrics_of_lost_steps_are_taken_out(tmp_path):
         assert json.loads(path.read_text().splitlines()[-1]) == {"step": 3, "loss": 1.5}, "at once, not at the end"
     with Metrics(path, 0):
         assert path.read_text() == ""
-    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a line of metrics"):
-        Metrics(path, 3)
+    for damaged in (b'{"st', b"\xff"):
+        path.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 3}\n')
+        with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a line of metrics"):
+            Metrics(path, 3)
 
 
 def test_an_incomplete_line_is_removed(tmp_path):

@@ -11,6 +11,7 @@ from convert.checksum import folder_checksums
 from convert.export_config import CARD, export_names, write_config
 from convert.lazy_tensor import Tensor, host_memory
 from convert.model_card import TrainingRecord
+from convert.rules import EMBED
 from convert.to_hf import export, hub_tensors
 from convert.trainable import FILE, Trainable, write_trainable
 from umbrella_jax.checkpoints.checkpoint import PARAMS, Checkpoint, has_tokenizer
@@ -26,6 +27,7 @@ def write_description(
     checkpoint: Checkpoint,
     directory: Path,
     *,
+    dtype: str | None = None,
     untrained: Mapping[str, str] | None = None,
     checksums: Mapping[str, str] | None = None,
     first_steps: Mapping[str, int] | None = None,
@@ -33,6 +35,7 @@ def write_description(
     """Write everything but the weights to `directory`: config.json, umbrella_config.json, and the tokenizer.
 
     Args:
+        dtype: type of the weights; None keeps the type in config.json.
         untrained: {modality: reason} for untrained patch embeddings (`Checkpoint.untrained`).
         checksums: {file: checksum} of the weights.
         first_steps: {modality: first step of the run that shows it} (`EpochPlan.first_steps`).
@@ -43,6 +46,7 @@ def write_description(
         checkpoint.config,
         base=checkpoint.base_name,
         base_fingerprint=checkpoint.identity,
+        dtype=dtype,
         template=checkpoint.template,
         untrained=untrained,
         checksums=checksums,
@@ -65,7 +69,8 @@ def write_native(checkpoint: Checkpoint, directory: Path, *, dtype: str = "auto"
     with new_folder(directory) as part:
         save_params(part / PARAMS, params)
         checksums = folder_checksums(part / PARAMS)
-        write_description(checkpoint, part, untrained=checkpoint.untrained, checksums=checksums)
+        stored = params[EMBED].dtype.name
+        write_description(checkpoint, part, dtype=stored, untrained=checkpoint.untrained, checksums=checksums)
 
 
 def untrained_to_leave_out(checkpoint: Checkpoint) -> dict[str, str]:

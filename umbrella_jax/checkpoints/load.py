@@ -89,11 +89,11 @@ def local_tokenizer(config: RunConfig) -> Any | None:
         return None
     if not Path(base).is_dir() and (parsed := parse_hub_name(base)):
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
             base = snapshot_download(parsed[0], revision=parsed[1], local_files_only=True)
-        except (LocalEntryNotFoundError, HFValidationError):
+        except LocalEntryNotFoundError:
             return None
     return open_base(replace(config, model=replace(config.model, base=base))).tokenizer()
 

@@ -241,17 +241,30 @@ def _explain(arguments: argparse.Namespace) -> None:
 
     if (arguments.prompt is None) == (arguments.data is None):
         raise ConfigError("explain: expected PROMPT with --image, or --data PATH without PROMPT")
+    unused = ("image",) if arguments.data else ("task_id", "image_root")
+    if faults := [
+        f"{name}: is of no use {'with --data' if arguments.data else 'without --data'}; leave it out"
+        for name in unused
+        if getattr(arguments, name)
+    ]:
+        raise ConfigError(faults)
     out = Path(arguments.out)
     check_new_folder(out)
     config = settings_of(arguments)
     checkpoint = _open_checkpoint(arguments, config)
-    processor = Processor.from_checkpoint(checkpoint)
+    data = config.data if config else DataConfig()
+    processor = Processor.from_checkpoint(checkpoint, max_length=data.max_length)
     if arguments.data is None:
         conversations = [processor.question(arguments.prompt, _images(arguments, processor.modalities))]
     else:
-        data = config.data if config else DataConfig()
-        root, outside = arguments.image_root or data.image_root, data.allow_outside_root
-        all_conversations = read_conversations(arguments.data, processor.modalities, root, allow_outside_root=outside)
+        all_conversations = read_conversations(
+            arguments.data,
+            processor.modalities,
+            arguments.image_root or data.image_root,
+            modality=data.modality,
+            task_filter=data.task_filter,
+            allow_outside_root=data.allow_outside_root,
+        )
         conversations = [c for c in all_conversations if not arguments.task_id or c.task_id in arguments.task_id]
         if missing := set(arguments.task_id) - {c.task_id for c in conversations}:
             raise ConfigError(f"--task-id {', '.join(sorted(missing))}: not in {arguments.data}")

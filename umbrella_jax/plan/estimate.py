@@ -226,7 +226,7 @@ class HardwarePlan:
         else:
             lines += ["", "no conversation fits on any mesh under any remat policy: take more devices"]
         for title, estimates in (("as configured", self.configured), ("the largest", self.largest)):
-            if estimates:
+            if estimates and estimates[0].fits:
                 sizes = ",".join(f"{axis}={size}" for axis, size in dataclasses.asdict(estimates[0].mesh).items())
                 lines += ["", f"to train, {title}: --batch-size {estimates[0].batch_size} --mesh {sizes}"]
         return "\n".join(

@@ -106,7 +106,7 @@ def _read(path: Path, name: str) -> Run:
     faults, lines, config, early = list[str](), list[Line](), {}, None
     try:
         lines = read_metrics(path / METRICS)
-    except (UmbrellaError, OSError, UnicodeDecodeError) as error:
+    except (UmbrellaError, OSError) as error:
         faults.append(str(error))
     running = is_locked(path)
     try:

@@ -80,10 +80,11 @@ def _differences(found: Mapping[int, Run]) -> Iterator[str]:
     for seed, run in found.items():
         if run.config["seed"] != seed:
             yield f"{run.path}: its seed is {run.config['seed']}; expected {seed}, as its name says"
-        for key, value in run.config.items():
+        for key in dict.fromkeys([*first.config, *run.config]):
+            here, there = run.config.get(key), first.config.get(key)
             may_differ = key == "seed" or any(f"{key}.".startswith(f"{name}.") for name in _MAY_DIFFER)
-            if value != first.config.get(key) and not may_differ:
-                yield f"{run.path}: {key}: {value} here, {first.config.get(key)} in {first.path}; expected the same"
+            if here != there and not may_differ:
+                yield f"{run.path}: {key}: {here} here, {there} in {first.path}; expected the same"
         if run is not first:
             names = changed_inputs(before, read_json(run.path / INPUTS, ConfigError, "restore it", LISTING))
             yield from (f"{run.path}: {name}: not the file that {first.path} read" for name in names)
