@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -23,6 +23,8 @@ _DOUBTFUL = {
     *("not reported", "unknown or not reported", "not specified", "unspecified", "no data", "missing data"),
 }
 """Cells that may mean a missing value, or may be a label."""
+DELIMITERS = {"\t": "tab", ",": "comma", ";": "semicolon"}
+"""{character between two cells: its name}."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,28 @@ def read_table(path: Path) -> Table:
     text = read_text(path, DataError, LISTING, "expected a table of tab-separated rows")
     if "\0" in text:  # ASCII text in UTF-16 without a mark is valid UTF-8, with a NUL beside each letter
         raise DataError(f"{path}: cannot be read: contains NUL bytes, as UTF-16 does; save it as UTF-8")
-    reader = csv.reader(StringIO(text, newline=""), delimiter="\t", strict=True)
-    rows: list[tuple[int, list[str]]] = []
+    return make_table(path, split_rows(path, text, "\t"), "tab-separated cells")
+
+
+def split_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield (last line, cells) of each row of a text. Raise DataError for an unclosed quote, naming `path`."""
+    reader = csv.reader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    name = DELIMITERS[delimiter]
     try:
-        rows += ((reader.line_num, [cell.strip() for cell in row]) for row in reader)
+        for row in reader:
+            yield reader.line_num, [cell.strip() for cell in row]
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not a tab-separated row: {error}") from None
+        raise DataError(f"{path}:{reader.line_num}: not a {name}-separated row: {error}") from None
+
+
+def make_table(path: Path, rows: Iterable[tuple[int, list[str]]], noun: str) -> Table:
+    """Return the table of (line, cells), whose first row with any text is the header; `noun` is for messages."""
     rows = [(line, row) for line, row in rows if any(row)]
     header = rows[0][1] if rows else []
     while header and not header[-1]:
         header.pop()
     uneven = [(line, row) for line, row in rows[1:] if len(row) < len(header) or any(row[len(header) :])]
-    faults = [f"{path}:{line}: expected {len(header)} tab-separated cells, got {len(row)}" for line, row in uneven]
+    faults = [f"{path}:{line}: expected {len(header)} {noun}, got {len(row)}" for line, row in uneven]
     skipped = {line for line, _ in uneven}
     cells = [(line, dict(zip(header, row, strict=False))) for line, row in rows[1:] if line not in skipped]
     return Table(path, tuple(header), tuple(cells), tuple(faults))

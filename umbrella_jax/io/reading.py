@@ -93,7 +93,18 @@ def quoted(value: Any) -> str:
 def read_text(path: str | Path, error: type[UmbrellaError], limit: int, remedy: str) -> str:
     """Read a whole UTF-8 file, without its byte order mark.
 
-    Raises `error`, with the `remedy`, if the file cannot be read, has more than `limit` bytes or is not UTF-8.
+    Raises `error` as `read_content` does, and for a file that is not UTF-8.
+    """
+    try:
+        return read_content(path, error, limit, remedy).decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        raise error(f"{path}: {_reason(fault)}; {remedy}") from None
+
+
+def read_content(path: str | Path, error: type[UmbrellaError], limit: int, remedy: str) -> bytes:
+    """Read a whole file.
+
+    Raises `error`, with the `remedy`, if the file cannot be read, has more than `limit` bytes or is a pointer.
     """
     try:
         with open(path, "rb", opener=regular_file) as file:
@@ -101,13 +112,13 @@ def read_text(path: str | Path, error: type[UmbrellaError], limit: int, remedy: 
             # check the bytes read as well, since files in /proc report no size
             while max(size, len(content)) <= limit and (piece := file.read(1 << 20)):
                 content += piece
-        if max(size, len(content)) <= limit and not _pointer(bytes(content[: len(_LFS)])):
-            return content.decode("utf-8-sig")
-    except (OSError, ValueError) as fault:  # not UTF-8, or an impossible file name
+    except (OSError, ValueError) as fault:  # not found, say, or an impossible file name
         raise error(f"{path}: {_reason(fault)}; {remedy}") from None
     if pointer := _pointer(bytes(content[: len(_LFS)])):
         raise error(f"{path}: {pointer}")
-    raise error(f"{path}: larger than {limit / 2**20:g} MB; {remedy}")
+    if max(size, len(content)) > limit:
+        raise error(f"{path}: larger than {limit / 2**20:g} MB; {remedy}")
+    return bytes(content)
 
 
 def read_lines(path: str | Path, error: type[UmbrellaError], remedy: str) -> Iterator[tuple[int, str]]:

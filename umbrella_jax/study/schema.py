@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from umbrella_jax.config.load import parse_section
-from umbrella_jax.config.ranges import Count, Range, Section
+from umbrella_jax.config.ranges import Count, CountOrZero, Range, Section
 from umbrella_jax.config.schema import TaskKind
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.io.reading import read_yaml
@@ -60,6 +60,8 @@ class TableConfig(Section):
     """Sheet of a spreadsheet; needed if it has several."""
     encoding: str = "utf-8"
     """Of a text file."""
+    skip_rows: CountOrZero = 0
+    """Rows below the header that are no subjects, such as the descriptions of columns in ABCD's tables."""
     width: Count | None = None
     """Digits of ids that lost their leading zeros, as in a spreadsheet: 3 reads 7 as 007."""
 

@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from umbrella_jax.console import plural
@@ -82,11 +82,11 @@ def find_files(root: Path, derivatives: str | None, notes: list[str]) -> BidsFil
     modalities: dict[str, set[str]] = defaultdict(set)
     excluded: list[str] = []
     for folder in dict.fromkeys((base, root)):
-        ignore_files = [_read_ignore_file(place / ".bidsignore") for place in dict.fromkeys((root, folder))]
+        ignored = IgnoredFiles(folder, root)
         for modality, (kind, suffix, _) in MODALITIES.items():
-            for path in sorted(p for ses in ("", "ses-*/") for p in folder.glob(f"sub-*/{ses}{kind}/*_{suffix}.nii*")):
+            for path in list_images(folder, kind, suffix):
                 name = path.relative_to(folder).as_posix()
-                if any(file.excludes(name) for file in ignore_files):
+                if ignored.has(name):
                     excluded += [name] if folder == base else []
                     continue
                 if folder == root:
@@ -98,6 +98,26 @@ def find_files(root: Path, derivatives: str | None, notes: list[str]) -> BidsFil
     if excluded:
         notes.append(left_out("files that .bidsignore excludes", excluded))
     return BidsFiles(base, paths, {subject: frozenset(names) for subject, names in modalities.items()})
+
+
+def list_images(folder: Path, kind: str, suffix: str) -> list[Path]:
+    """Return the files `sub-*/[ses-*/]kind/*_suffix.nii*` of a data set, sorted; `kind` may be `*`."""
+    return sorted(p for ses in ("", "ses-*/") for p in folder.glob(f"sub-*/{ses}{kind}/*_{suffix}.nii*"))
+
+
+class IgnoredFiles:
+    """The files that .bidsignore excludes: the one in a folder, and the one of the data set that the folder is in.
+
+    Raises:
+        DataError: a faulty pattern.
+    """
+
+    def __init__(self, folder: Path, root: Path):
+        self._files = [_read_ignore_file(place / ".bidsignore") for place in dict.fromkeys((root, folder))]
+
+    def has(self, name: str) -> bool:
+        """Return whether a file is excluded; `name` is its path in the folder."""
+        return any(file.excludes(name) for file in self._files)
 
 
 def _read_ignore_file(file: Path) -> IgnoreFile:
@@ -127,43 +147,13 @@ def find_scans(
 
     Raises:
         DataError: no scan is left.
-        ConfigError: see `_select`.
+        ConfigError: a flag that is not KEY=VALUE; see `select_scans`.
     """
     base = files.base
     folder, suffix, _ = MODALITIES[modality]
-    scans: list[Scan] = []
-    rejected: dict[str, list[str]] = {
-        "files without a BIDS name for their folder": [],
-        "broken links; `datalad get` them": [],
-        "pointers to files that were not downloaded; `datalad get` or `git lfs pull` them": [],
-        "empty files": [],
-        "hidden files": [],
-        "X.nii beside X.nii.gz": [],
-    }
-    misnamed, broken, pointers, empty, hidden, twins = rejected.values()
-    paths = files.paths.get(modality, ())
-    compressed = {str(path) for path in paths if path.suffix == ".gz"}
-    for path in paths:
-        name = path.relative_to(base).as_posix()
-        entities = _entities(path.name, suffix)
-        folders = zip(("sub", "ses"), path.relative_to(base).parts[:-2], strict=False)
-        if path.name.startswith("."):  # such as macOS' ._sub-01_T1w.nii.gz
-            hidden.append(name)
-        # A scan in another subject's folder could end up in two splits.
-        elif entities is None or any(folder != f"{key}-{entities.get(key)}" for key, folder in folders):
-            misnamed.append(name)
-        elif not path.exists():
-            broken.append(name)
-        elif f"{path}.gz" in compressed:
-            twins.append(name)
-        elif not (size := path.stat().st_size):
-            empty.append(name)
-        elif size < 1024 and _is_pointer(path):
-            pointers.append(name)
-        else:
-            scans.append(Scan(path.relative_to(root).as_posix(), entities))
-    notes += [left_out(reason, names) for reason, names in rejected.items() if names]
-    scans = _select(scans, base, modality, selection, notes) if scans else scans
+    named = _parse_selection(selection)
+    scans = usable_scans(files.paths.get(modality, ()), base, root, suffix, notes)
+    scans = select_scans(scans, base, modality == "fMRI", named, notes) if scans else scans
     if not scans:
         raise DataError("; ".join([f"{base}: no scan; expected sub-*/[ses-*/]{folder}/*_{suffix}.nii[.gz]", *notes]))
     by_subject = defaultdict(list)
@@ -177,6 +167,64 @@ def find_scans(
             f"{plural(len(several), 'subject')} with several scans, all used; narrow with --entity KEY=VALUE: {choices}"
         )
     return dict(sorted(by_subject.items()))
+
+
+def usable_scans(paths: Sequence[Path], base: Path, root: Path, suffix: str, notes: list[str]) -> list[Scan]:
+    """Return the files with a BIDS name for their folder that are scans; `notes` receives a line about the others.
+
+    Args:
+        paths: files below `base`.
+        base: the data set, or the derivatives in it.
+        root: where the scans' paths start.
+        suffix: last part of their names, such as T1w.
+    """
+    entities_of: dict[Path, dict[str, str]] = {}
+    names: dict[Path, str] = {}
+    misnamed: list[str] = []
+    for path in paths:
+        entities = _entities(path.name, suffix)
+        folders = zip(("sub", "ses"), path.relative_to(base).parts[:-2], strict=False)
+        # A scan in another subject's folder could end up in two splits.
+        misplaced = entities is None or any(folder != f"{key}-{entities.get(key)}" for key, folder in folders)
+        if misplaced and not path.name.startswith("."):
+            misnamed.append(path.relative_to(base).as_posix())
+        else:
+            names[path], entities_of[path] = path.relative_to(base).as_posix(), entities or {}
+    if misnamed:
+        notes.append(left_out("files without a BIDS name for their folder", misnamed))
+    kept = readable_images(names, notes)
+    return [Scan(path.relative_to(root).as_posix(), entities_of[path]) for path in kept]
+
+
+def readable_images(names: Mapping[Path, str], notes: list[str]) -> list[Path]:
+    """Return the files whose content is there; `names` are those that `notes` receives about the others."""
+    rejected: dict[str, list[str]] = {
+        "broken links; `datalad get` them": [],
+        "pointers to files that were not downloaded; `datalad get` or `git lfs pull` them": [],
+        "empty files": [],
+        "hidden files": [],
+        "X.nii beside X.nii.gz": [],
+    }
+    broken, pointers, empty, hidden, twins = rejected.values()
+    kept: list[Path] = []
+    compressed = {str(path) for path in names if path.suffix == ".gz"}
+    for path, name in names.items():
+        if path.name.startswith("."):  # such as macOS' ._sub-01_T1w.nii.gz
+            reason = hidden
+        elif not path.exists():
+            reason = broken
+        elif f"{path}.gz" in compressed:
+            reason = twins
+        elif not (size := path.stat().st_size):
+            reason = empty
+        elif size < 1024 and path.is_file() and _is_pointer(path):
+            reason = pointers
+        else:
+            kept.append(path)
+            continue
+        reason.append(name)
+    notes += [left_out(reason, names) for reason, names in rejected.items() if names]
+    return kept
 
 
 def _is_pointer(path: Path) -> bool:
@@ -204,47 +252,83 @@ def _values(scans: Iterable[Scan], key: str) -> list[str]:
     return sorted({scan.entities.get(key, _NONE) for scan in scans})
 
 
-def _select(scans: list[Scan], base: Path, modality: str, selection: Sequence[str], notes: list[str]) -> list[Scan]:
-    """Keep the scans that have a selected value of every selected key.
+@dataclass(frozen=True)
+class EntitySelection:
+    """Which values of BIDS entities are asked for, and how a user asks for others."""
 
-    Without a selection of `part` only magnitudes are kept; without one of `task`, only resting-state runs.
+    values: Mapping[str, Collection[str]]
+    """{entity: its value, or several}; `none` for names without it."""
+    excluded: Mapping[str, Collection[str]] = field(default_factory=dict)
+    """{entity: values that are left out}."""
+    option: str = "--entity {}={}"
+    """Text that chooses a value, with the entity and the value in braces."""
+    repeat: str = "repeat the flag to keep several"
 
-    Raises:
-        ConfigError: a key or value that no scan has, or several variants of one scan and no choice between them.
-    """
-    selected = defaultdict(set)
+    def __str__(self) -> str:
+        return " ".join(f"{key}={value}" for key, values in self.values.items() for value in values)
+
+
+def _parse_selection(selection: Sequence[str]) -> EntitySelection:
+    """Parse the KEY=VALUE of the `--entity` flags. Raise ConfigError for any other text."""
+    values: dict[str, list[str]] = defaultdict(list)
     faults = []
     for text in selection:
         key, equals, value = text.partition("=")
         if not (key and equals and value):
             faults.append(f"--entity {text}: expected KEY=VALUE, such as ses=1 or acq=mprage")
-        elif value not in _values(scans, key):
-            there = f"{key} is {' or '.join(_values(scans, key))}" if key in _keys(scans) else f"names have no {key}"
-            faults.append(f"--entity {text}: no scan has it; {there}")
-        selected[key].add(value)
+        values[key].append(value)
     if faults:
         raise ConfigError(faults)
-    kept = [scan for scan in scans if all(scan.entities.get(key, _NONE) in values for key, values in selected.items())]
+    return EntitySelection(values)
+
+
+def select_scans(
+    scans: list[Scan], base: Path, functional: bool, selection: EntitySelection, notes: list[str]
+) -> list[Scan]:
+    """Keep the scans that have a selected value of every selected entity, and no excluded one.
+
+    Without a selection of `part` only magnitudes are kept; without one of `task`, only resting-state runs.
+
+    Raises:
+        ConfigError: an entity or value that no scan has, or several variants of one scan and no choice between them.
+    """
+    faults = []
+    for values_of in (selection.values, selection.excluded):
+        for key, value in ((key, value) for key, values in values_of.items() for value in values):
+            if value not in _values(scans, key):
+                there = (
+                    f"{key} is {' or '.join(_values(scans, key))}" if key in _keys(scans) else f"names have no {key}"
+                )
+                faults.append(f"{selection.option.format(key, value)}: no scan has it; {there}")
+    if faults:
+        raise ConfigError(faults)
+    decided = selection.values.keys() | selection.excluded.keys()
+    kept = [s for s in scans if all(s.entities.get(key, _NONE) in values for key, values in selection.values.items())]
     if len(kept) < len(scans):
-        notes.append(f"left out: scans that are not {' '.join(selection)} ({len(scans) - len(kept)})")
-    if "part" not in selected:
+        notes.append(f"left out: scans that are not {selection} ({len(scans) - len(kept)})")
+    if selection.excluded:
+        number = len(kept)
+        kept = [s for s in kept if not any(s.entities.get(k, _NONE) in vs for k, vs in selection.excluded.items())]
+        names = " ".join(f"{key}={value}" for key, values in selection.excluded.items() for value in values)
+        notes.append(f"left out: scans that are {names} ({number - len(kept)})")
+    if "part" not in decided:
         others = [scan for scan in kept if scan.entities.get("part", "mag") != "mag"]
         kept = [scan for scan in kept if scan.entities.get("part", "mag") == "mag"]
         if others:
             parts = ", ".join(_values(others, "part"))
             notes.append(f"left out: parts of complex images other than the magnitude ({len(others)}): {parts}")
-    if modality == "fMRI" and "task" not in selected:
+    if functional and "task" not in decided:
         others = [scan for scan in kept if not scan.entities.get("task", "").startswith("rest")]
         kept = [scan for scan in kept if scan.entities.get("task", "").startswith("rest")]
         if others:
-            tasks = ", ".join(_values(others, "task"))
-            notes.append(f"left out: runs of other tasks ({len(others)}); --entity task=VALUE selects one: {tasks}")
-    if faults := _variant_faults(kept, base, selected.keys()):
+            tasks, option = ", ".join(_values(others, "task")), selection.option.format("task", "VALUE")
+            notes.append(f"left out: runs of other tasks ({len(others)}); {option} selects one: {tasks}")
+    if faults := _variant_faults(kept, base, selection):
         raise ConfigError(faults)
     return kept
 
 
-def _variant_faults(scans: Iterable[Scan], base: Path, decided: Collection[str]) -> list[str]:
+def _variant_faults(scans: Iterable[Scan], base: Path, selection: EntitySelection) -> list[str]:
     """Return a fault for every undecided entity in which variants of one scan differ: echo, reconstruction, space, ...
 
     If all variants were used, one measurement would count several times.
@@ -254,7 +338,7 @@ def _variant_faults(scans: Iterable[Scan], base: Path, decided: Collection[str])
         acquisitions[tuple(scan.entities.get(key) for key in _REPEATS)].append(scan)
     variants: dict[str, list[Scan]] = defaultdict(list)
     for group in (group for group in acquisitions.values() if len(group) > 1):
-        for key in _keys(group) - {*_REPEATS, *decided}:
+        for key in _keys(group) - {*_REPEATS, *selection.values}:
             if len(_labels(group, key)) > 1:
                 variants[key] += group
     faults = []
@@ -263,7 +347,7 @@ def _variant_faults(scans: Iterable[Scan], base: Path, decided: Collection[str])
         subjects = plural(len({scan.subject for scan in group}), "subject")
         faults.append(
             f"{base}: {subjects} with several variants of one scan, which differ in {key} ({', '.join(values)}); "
-            f"choose with --entity {key}={values[0]} (repeat the flag to keep several)"
+            f"choose with {selection.option.format(key, values[0])} ({selection.repeat})"
         )
     return faults
 

@@ -1,0 +1,144 @@
+"""Find the scans of each modality of a study, by BIDS names or by a pattern."""
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from umbrella_jax.config.schema import resolve_modality
+from umbrella_jax.data.bids.scans import (
+    MODALITIES,
+    EntitySelection,
+    IgnoredFiles,
+    left_out,
+    list_images,
+    readable_images,
+    select_scans,
+    usable_scans,
+)
+from umbrella_jax.errors import ConfigError, DataError, why_not_a_directory
+from umbrella_jax.study.patterns import find_matches, names_in
+from umbrella_jax.study.schema import ScansConfig
+from umbrella_jax.study.tables import SUBJECT, VISIT
+from umbrella_jax.study.visits import Scan
+
+_PLACES = {name: (folder, suffix) for name, (folder, suffix, _) in MODALITIES.items()} | {
+    "dMRI": ("dwi", "dwi"),
+    "T2": ("anat", "T2w"),
+    "FLAIR": ("anat", "FLAIR"),
+}
+"""{modality: (BIDS folder, suffix)}, unless a study names them as the entities datatype and suffix."""
+_IMAGES = (".nii", ".nii.gz", ".mgz", ".mgh", ".npy", ".pt", ".img", ".hdr")
+
+
+@dataclass(frozen=True, slots=True)
+class FoundScan:
+    """A scan, and whose it is."""
+
+    subject: str
+    """Label without `sub-`."""
+    visit: str | None
+    """Label without `ses-`; None if the path has none."""
+    scan: Scan
+
+
+def find_modality(modality: str, config: ScansConfig, key: str, root: Path, notes: list[str]) -> list[FoundScan]:
+    """Return the scans of one modality, sorted by path.
+
+    Args:
+        modality: as the study names it.
+        config: where its scans are.
+        key: another name for the subject's placeholder: the key of the first table.
+        root: the study's root.
+        notes: receives a line about every reason to leave files out, each starting with the modality.
+
+    Raises:
+        ConfigError, DataError: a faulty choice, or no scan; the message begins with `scans.MODALITY`.
+    """
+    own_notes = list[str]()
+    try:
+        if config.bids is not None:
+            scans = _find_bids(modality, config, config.bids, root, own_notes)
+        else:
+            scans = _find_pattern(modality, str(config.pattern), key, root, own_notes)
+    except (ConfigError, DataError) as error:
+        raise DataError([f"scans.{modality}: {fault}" for fault in error.faults]) from None
+    notes += [f"{modality}: {note}" for note in own_notes]
+    return scans
+
+
+def _find_bids(modality: str, config: ScansConfig, folder: str, root: Path, notes: list[str]) -> list[FoundScan]:
+    base = root / folder
+    if not base.is_dir():
+        raise DataError(
+            f"bids: {base}: {why_not_a_directory(base)}; expected a BIDS data set, or a derivative's folder"
+        )
+    kind, suffix = _PLACES.get(resolve_modality(modality, MODALITIES) or modality, ("*", None))
+    selected: dict[str, Collection[str]] = dict(config.entities)
+    if own_suffix := selected.pop("suffix", None):
+        kind, suffix = "*", "".join(own_suffix) if len(own_suffix) == 1 else None
+    if own_kind := selected.pop("datatype", None):
+        kind = "".join(own_kind) if len(own_kind) == 1 else "*"
+    if suffix is None:
+        raise ConfigError(f"entities.suffix: expected one, such as T2w; {modality} is none of {', '.join(_PLACES)}")
+    ignored = IgnoredFiles(base, _data_set(base))
+    paths = {path: path.relative_to(base).as_posix() for path in list_images(base, kind, suffix)}
+    excluded = [name for name in paths.values() if ignored.has(name)]
+    if excluded:
+        notes.append(left_out("files that .bidsignore excludes", excluded))
+        paths = {path: name for path, name in paths.items() if not ignored.has(name)}
+    scans = usable_scans(list(paths), base, base, suffix, notes)
+    option = f"scans.{modality}.entities: {{{{{{}}: {{}}}}}}"
+    selection = EntitySelection(selected, config.exclude, option, "a list keeps several")
+    scans = select_scans(scans, base, kind == "func", selection, notes) if scans else scans
+    if not scans:
+        raise DataError("; ".join([f"{base}: no scan; expected sub-*/[ses-*/]{kind}/*_{suffix}.nii[.gz]", *notes]))
+    return [
+        FoundScan(
+            scan.entities["sub"],
+            scan.entities.get("ses"),
+            Scan(_study_path(str(base / scan.path), root), modality, scan.entities),
+        )
+        for scan in scans
+    ]
+
+
+def _data_set(base: Path) -> Path:
+    """Return the data set that a derivative's folder belongs to; the folder itself if it is none."""
+    return next((folder.parent for folder in base.parents if folder.name == "derivatives"), base)
+
+
+def _find_pattern(modality: str, pattern: str, key: str, root: Path, notes: list[str]) -> list[FoundScan]:
+    subject_names = [name for name in names_in(pattern) if name in (SUBJECT, key)]
+    if len(subject_names) != 1:
+        either = SUBJECT if key == SUBJECT else f"{SUBJECT}}} or {{{key}"
+        raise ConfigError(f"pattern: {pattern}: expected {{{either}}} for the subject, once or repeated")
+    try:
+        matches = dict(find_matches(pattern, root))
+    except (ConfigError, DataError) as error:
+        raise DataError([f"pattern: {fault}" for fault in error.faults]) from None
+    images: dict[Path, str] = {}
+    others: list[str] = []
+    for path in matches:
+        if path.lower().endswith(_IMAGES) or os.path.isdir(path):
+            images[Path(path)] = _study_path(path, root)
+        else:
+            others.append(_study_path(path, root))
+    if others:
+        notes.append(left_out("files that are no images", others))
+    kept = readable_images(images, notes)
+    if not kept:
+        raise DataError("; ".join([f"pattern: {pattern}: no scan", *notes]))
+    scans = []
+    for file in kept:
+        labels = dict(matches[str(file)])
+        subject, visit = labels.pop(subject_names[0]), labels.pop(VISIT, None)
+        visit = None if visit is None else visit.removeprefix("ses-")
+        scans.append(FoundScan(subject.removeprefix("sub-"), visit, Scan(images[file], modality, labels)))
+    return scans
+
+
+def _study_path(path: str, root: Path) -> str:
+    """Return a path relative to the study's root if it is inside, else absolute."""
+    path, folder = os.path.abspath(path), os.path.abspath(root)
+    return path[len(folder) + 1 :] if path.startswith(f"{folder}/") else path

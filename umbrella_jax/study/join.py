@@ -1,0 +1,210 @@
+"""Join a lab's tables: one row per subject, and one per subject and visit."""
+
+import glob
+import os
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from umbrella_jax.console import plural
+from umbrella_jax.data.tables import has_lost_zeros, match_misspelled
+from umbrella_jax.errors import DataError, Faults
+from umbrella_jax.study.schema import CohortConfig, TableConfig
+from umbrella_jax.study.tables import VISIT, MissingValues, read_lab_table
+
+_FEW = 3
+"""Ids of each side that a message shows."""
+
+RowKey = tuple[str, str | None]
+"""A subject's label without `sub-`, and a visit; None in tables with one row per subject."""
+
+
+class LabRow(NamedTuple):
+    """A row of a table, without missing cells."""
+
+    file: Path
+    line: int
+    subject: str
+    """As in the table, with its zeros."""
+    cells: Mapping[str, str]
+
+    @property
+    def place(self) -> str:
+        """The row in messages."""
+        return f"{self.file}:{self.line}"
+
+
+@dataclass
+class LabTable:
+    """Rows of one table, or of several with the same columns that one pattern names."""
+
+    name: str
+    """File or pattern, as the study names it."""
+    path: str
+    """The same from the working directory, for faults."""
+    key: str
+    columns: tuple[str, ...]
+    """Without the key and the visit."""
+    rows: dict[RowKey, LabRow] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> dict[str, None]:
+        """Subjects without `sub-`, in order."""
+        return dict.fromkeys(subject for subject, _ in self.rows)
+
+
+class JoinedTables:
+    """All tables of a cohort. Its subjects are those of the first table; other tables add columns.
+
+    Args:
+        subjects: tables with one row per subject.
+        sessions: tables with one row per subject and visit.
+        files: every file that was read.
+    """
+
+    def __init__(self, subjects: Sequence[LabTable], sessions: Sequence[LabTable], files: Sequence[Path]):
+        self.subjects, self.sessions, self.files = tuple(subjects), tuple(sessions), tuple(files)
+        self.first = self.subjects[0]
+        self.per_visit = frozenset(name for table in self.sessions for name in table.columns)
+        """Columns of `sessions`."""
+        names = [name for table in (*self.subjects, *self.sessions) for name in table.columns]
+        self.columns = tuple(dict.fromkeys([self.first.key, *names]))
+        """All columns; the first table's key comes first."""
+
+    def values(self, subject: str, visit: str | None) -> dict[str, str]:
+        """Return {column: cell} without missing ones. A column of `sessions` has the visit's value or none."""
+        values: dict[str, str] = {}
+        for row in self._visit_rows(subject, visit):
+            for name, cell in row.cells.items():
+                values.setdefault(name, cell)
+        for row in self._subject_rows(subject):
+            for name, cell in row.cells.items():
+                if name not in self.per_visit:
+                    values.setdefault(name, cell)
+        return values
+
+    def place(self, column: str, subject: str, visit: str | None) -> str:
+        """Return `FILE:LINE` of a value, for messages."""
+        rows = [*self._visit_rows(subject, visit), *self._subject_rows(subject)]
+        return next((row.place for row in rows if column in row.cells), self.first.path)
+
+    def table_of(self, column: str) -> str:
+        """Return the file with a column, for messages."""
+        return next((t.path for t in (*self.sessions, *self.subjects) if column in t.columns), self.first.path)
+
+    def has_visit(self, subject: str, visit: str | None) -> bool:
+        """Return whether a table of `sessions` has a row for a visit."""
+        return any((subject, visit) in table.rows for table in self.sessions)
+
+    def _visit_rows(self, subject: str, visit: str | None) -> Iterator[LabRow]:
+        return (row for table in self.sessions if (row := table.rows.get((subject, visit))))
+
+    def _subject_rows(self, subject: str) -> Iterator[LabRow]:
+        return (row for table in self.subjects if (row := table.rows.get((subject, None))))
+
+    def conflicts(self, columns: Collection[str]) -> Iterator[str]:
+        """Yield a fault for every value, of the given columns, that two tables contradict."""
+        for tables in (self.sessions, self.subjects):
+            owners: dict[str, list[LabTable]] = defaultdict(list)
+            for table in tables:
+                for name in table.columns:
+                    owners[name].append(table)
+            for name in (name for name in columns if len(owners.get(name, ())) > 1):
+                known: dict[RowKey, LabRow] = {}
+                for key, row in (
+                    item for table in owners[name] for item in table.rows.items() if name in item[1].cells
+                ):
+                    first = known.setdefault(key, row)
+                    if first.cells[name] != row.cells[name]:
+                        yield (
+                            f"{row.place}: {name}: {row.cells[name]} for {row.subject}, but {first.cells[name]} in "
+                            f"{first.place}; take one of the two columns with `columns`, or give it another name"
+                        )
+
+
+def join_tables(config: CohortConfig, root: Path, missing: MissingValues) -> JoinedTables:
+    """Read all tables of a cohort. Raise DataError with every fault."""
+    faults = Faults()
+    files: list[Path] = []
+    subjects = [t for table in config.subjects for t in _read_tables(table, root, missing, False, files, faults)]
+    sessions = [t for table in config.sessions for t in _read_tables(table, root, missing, True, files, faults)]
+    faults.raise_as(DataError)
+    first = subjects[0]
+    for table in (*subjects[1:], *sessions):
+        faults += id_faults(table, f"in {first.name}", first.labels, "width: {} sets them there")
+    faults.raise_as(DataError)
+    return JoinedTables(subjects, sessions, files)
+
+
+def _read_tables(
+    config: TableConfig, root: Path, missing: MissingValues, with_visits: bool, files: list[Path], faults: Faults
+) -> list[LabTable]:
+    """Return the tables of one entry, one per set of columns."""
+    paths = [root / config.file]
+    if "*" in config.file:
+        paths = [Path(path) for path in sorted(glob.glob(os.path.join(glob.escape(str(root)), config.file)))]
+        if not paths:
+            faults.append(f"{root / config.file}: no file matches; expected tables")
+    tables: dict[frozenset[str], LabTable] = {}
+    for path in paths:
+        files.append(path)
+        try:
+            table = read_lab_table(path, config, missing, with_visits=with_visits)
+        except DataError as error:
+            faults += error.faults
+            continue
+        columns = tuple(name for name in table.columns if name not in (config.key, VISIT))
+        empty = LabTable(config.file, str(root / config.file), config.key, columns)
+        own = tables.setdefault(frozenset(columns), empty)
+        for line, cells in table.rows:
+            subject, visit = cells[config.key], cells.get(VISIT) if with_visits else None
+            hidden = (config.key, VISIT) if with_visits else ()
+            row = LabRow(path, line, subject, {n: c for n, c in cells.items() if n not in hidden})
+            first = own.rows.setdefault((subject.removeprefix("sub-"), visit), row)
+            if first is not row:
+                other = f"line {first.line}" if first.file == path else first.place
+                what = f"{subject} has a row already, in {other}"
+                remedy = "expected one row per subject; list a table with visits in sessions"
+                if with_visits:
+                    what = f"{subject} has a row for visit {visit} already, in {other}"
+                    remedy = "expected one row per subject and visit"
+                faults.append(f"{row.place}: {config.key}: {what}; {remedy}")
+    return list(tables.values())
+
+
+def id_faults(table: LabTable, where: str, others: Collection[str], fix: str) -> list[str]:
+    """Return faults for ids of a table that others spell differently, or that match none of them.
+
+    Args:
+        where: place of the others, such as `on disk`.
+        others: their labels, without `sub-`.
+        fix: what to do if the others, not the table, have lost their zeros, with the number of digits in braces.
+    """
+    place = f"{table.path}: {table.key}"
+    pairs = match_misspelled((f"sub-{label}" for label in table.labels), (f"sub-{label}" for label in others))
+    if pairs:
+        return [f"{place}: {spelling_fault(pairs, where, fix)}"]
+    if table.labels and others and not table.labels.keys() & set(others):
+        return [f"{place}: no id of the table is {where}: {few(table.labels)} in the table, {few(others)} {where}"]
+    return []
+
+
+def spelling_fault(pairs: Mapping[str, str], where: str, fix: str) -> str:
+    """Return what is wrong with ids that two sides spell differently, and the remedy; see `id_faults`."""
+    (name, other), *more = ((re.sub("^s(ub|es)-", "", a), re.sub("^s(ub|es)-", "", b)) for a, b in pairs.items())
+    others = f" and {plural(len(more), 'other')}" if more else ""
+    remedy = "they differ only in spelling; write them the same"
+    if all(has_lost_zeros(a, b) for a, b in pairs.items()):
+        remedy = f"the table has lost leading zeros; set width: {len(other)}"
+    elif all(has_lost_zeros(b, a) for a, b in pairs.items()):
+        remedy = f"leading zeros are lost {where}; {fix.format(len(name))}"
+    return f"{name} in the table, {other} {where}{others}; {remedy}"
+
+
+def few(labels: Iterable[str], number: int = _FEW) -> str:
+    """Return the first labels, sorted, for messages."""
+    names = sorted(labels)
+    return ", ".join(names[:number]) + (", …" if len(names) > number else "")

@@ -1,0 +1,136 @@
+"""Find files by a path with placeholders, such as `{subject}/T1/{subject}_20252_{visit}_0.nii.gz`."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from umbrella_jax.errors import ConfigError, DataError
+
+_SHOWN = 3
+"""Paths, and ambiguous files, of which a message shows the first."""
+
+
+class _Part(NamedTuple):
+    """A piece of one folder's or file's name in a pattern."""
+
+    kind: str
+    """`text`, `any` for `*`, or `name` for a placeholder."""
+    text: str
+
+
+Match = tuple[str, Mapping[str, str]]
+"""A path, and {placeholder: its text}."""
+
+
+def find_matches(pattern: str, root: Path) -> list[Match]:
+    """Return the files that a pattern matches, sorted, each with the texts of the pattern's names.
+
+    A name in braces matches any text without a slash, at least one character, and the same text wherever it is
+    repeated. `*` matches any text without a slash. Folders whose names start with a dot are not searched unless the
+    pattern's do.
+
+    Args:
+        pattern: the path; relative to `root`, or absolute.
+        root: folder.
+
+    Raises:
+        ConfigError: a faulty pattern.
+        DataError: nothing matches, or a file matches in several ways.
+    """
+    segments = [segment for segment in pattern.split("/") if segment not in ("", ".")]
+    parts = [_parse(pattern, segment) for segment in segments]
+    if not segments:
+        raise ConfigError(f"{pattern!r}: expected a path, such as {{subject}}/T1.nii.gz")
+    matches: list[Match] = [("/" if pattern.startswith("/") else str(root), {})]
+    ambiguous: list[str] = []
+    for number, (segment, segment_parts) in enumerate(zip(segments, parts, strict=True)):
+        last = number == len(segments) - 1
+        found = [match for folder, names in matches for match in _step(folder, names, segment_parts, last, ambiguous)]
+        if not found:
+            raise DataError(_nothing_matches(pattern, segment, [folder for folder, _ in matches], root))
+        matches = found
+    if ambiguous:
+        more = f"; {len(ambiguous) - _SHOWN:,} other files too" if len(ambiguous) > _SHOWN else ""
+        raise DataError(
+            f"{pattern}: matches in several ways: {'; '.join(ambiguous[:_SHOWN])}{more}; write the text around the "
+            "names more exactly, or * for what needs no name"
+        )
+    return sorted(matches, key=lambda match: match[0])
+
+
+def names_in(pattern: str) -> list[str]:
+    """Return the distinct names in braces, in order."""
+    return list(dict.fromkeys(re.findall(r"\{([^{}/]+)\}", pattern)))
+
+
+def _parse(pattern: str, segment: str) -> list[_Part]:
+    if "**" in segment:
+        raise ConfigError(f"{pattern}: {segment}: ** is not supported; write one * for each folder")
+    parts = []
+    for match in re.finditer(r"\{([^{}]+)\}|(\*)|([^{}*]+)|(.)", segment):
+        name, star, text, stray = match.groups()
+        if stray:
+            raise ConfigError(f"{pattern}: {segment}: expected names in braces, such as {{subject}}")
+        parts.append(_Part("name", name) if name else _Part("any", "") if star else _Part("text", text))
+    return parts
+
+
+def _step(
+    folder: str, names: Mapping[str, str], parts: Sequence[_Part], last: bool, ambiguous: list[str]
+) -> Iterator[Match]:
+    """Yield what one segment of a pattern matches in a folder; `ambiguous` receives files with several readings."""
+    bound = [_Part("text", names[p.text]) if p.kind == "name" and p.text in names else p for p in parts]
+    if all(part.kind == "text" for part in bound):
+        path = os.path.join(folder, "".join(part.text for part in bound))
+        if os.path.lexists(path) if last else os.path.isdir(path):
+            yield path, names
+        return
+    shows_hidden = last or (bound[0].kind == "text" and bound[0].text.startswith("."))
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") and not shows_hidden:
+                continue
+            readings = _readings(bound, entry.name)
+            if not readings or not (last or entry.is_dir()):
+                continue
+            if len(readings) > 1 and not entry.name.startswith("."):
+                ways = " or ".join(", ".join(f"{k}={v}" for k, v in reading) for reading in sorted(readings)[:2])
+                ambiguous.append(f"{entry.path} ({ways})")
+            yield entry.path, {**names, **dict(next(iter(readings)))}
+
+
+def _readings(parts: Sequence[_Part], text: str) -> set[tuple[tuple[str, str], ...]]:
+    """Return every way to read a text, each as (name, its text) of all names in the parts."""
+    states: set[tuple[int, tuple[tuple[str, str], ...]]] = {(0, ())}
+    for number, part in enumerate(parts):
+        after = parts[number + 1] if number + 1 < len(parts) else None
+        step = set()
+        for start, names in states:
+            fixed = part.text if part.kind == "text" else dict(names).get(part.text) if part.kind == "name" else None
+            if fixed is not None:
+                if text.startswith(fixed, start):
+                    step.add((start + len(fixed), names))
+                continue
+            for end in range(start + (part.kind == "name"), len(text) + 1):
+                if end < len(text) if after is None else after.kind == "text" and not text.startswith(after.text, end):
+                    continue
+                step.add((end, (*names, (part.text, text[start:end])) if part.kind == "name" else names))
+        states = step
+    return {names for end, names in states if end == len(text)}
+
+
+def _nothing_matches(pattern: str, segment: str, folders: Sequence[str], root: Path) -> str:
+    """Return the message that names the first segment without a match, and paths that are there instead."""
+    there = list[str]()
+    for folder in sorted(folders):
+        try:
+            names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+        except OSError:
+            names = []
+        there += [os.path.relpath(os.path.join(folder, name), root) for name in names[: _SHOWN - len(there)]]
+        if len(there) == _SHOWN:
+            break
+    shown = f"there are {', '.join(there)}" if there else "there is nothing at that place"
+    return f"{pattern}: nothing in {root} matches as far as {segment}; {shown}"

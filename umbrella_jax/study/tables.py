@@ -1,0 +1,335 @@
+"""Read a lab's tables: text in any encoding, spreadsheets and parquet, each cell as text with the line of its row."""
+
+import csv
+import datetime
+import decimal
+import difflib
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from umbrella_jax.data.tables import (
+    DELIMITERS,
+    Table,
+    is_missing,
+    make_table,
+    parse_cell_number,
+    split_rows,
+)
+from umbrella_jax.errors import DataError
+from umbrella_jax.io.reading import LISTING, read_content
+from umbrella_jax.study.schema import StudyConfig, TableConfig
+
+VISIT = "visit"
+"""The column with the name of the visit, in every table with visits, and in `Visit.values`."""
+SUBJECT = "subject"
+"""The column with the subject's id, in `Visit.values`."""
+_TEXT_FILES = (".tsv", ".csv", ".txt")
+_SPREADSHEETS = (".xlsx", ".xls")
+_FORMATS = ", ".join((*_TEXT_FILES, *_SPREADSHEETS, ".parquet"))
+_SINGLE_BYTE = ("cp125", "latin", "iso8859", "iso-8859", "iso_8859", "windows-125", "mac")
+_NAMES_SHOWN = 20
+
+
+@dataclass
+class MissingValues:
+    """Which cells mean a missing value, per column of a study."""
+
+    declared: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """{column, or "*" for all: values}."""
+    labels: Mapping[str, Collection[str]] = field(default_factory=dict)
+    """{column: values with a label, which are not missing unless declared}."""
+    _known: dict[tuple[str, str], bool] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of_study(cls, study: StudyConfig) -> "MissingValues":
+        """Return the missing values that a study declares, and the labels of its tasks."""
+        labels: dict[str, set[str]] = {}
+        for task in study.tasks.values():
+            if task.column is not None:
+                labels.setdefault(task.column, set()).update(task.labels)
+        return cls(study.missing, labels)
+
+    def has(self, column: str, cell: str) -> bool:
+        """Return whether a cell of a column means a missing value."""
+        known = self._known.get((column, cell))
+        if known is None:
+            declared = (*self.declared.get(column, ()), *self.declared.get("*", ()))
+            known = is_missing(cell, declared=declared, labels=self.labels.get(column, ()))
+            self._known[column, cell] = known
+        return known
+
+
+def read_lab_table(path: Path, config: TableConfig, missing: MissingValues, *, with_visits: bool = False) -> Table:
+    """Read one table, with the study's names for its columns and without missing cells.
+
+    A table with a column per visit becomes one row per subject and visit that has any value.
+
+    Args:
+        path: the file, of which `config.file` may be the pattern.
+        config: columns, sheet, encoding and width of ids.
+        missing: cells to leave out of the rows.
+        with_visits: whether rows are visits, as in `sessions`.
+
+    Returns:
+        Its columns are `config.key`, then `visit` if the rows are visits, then the others. Ids have their zeros again,
+        and visits no `ses-`.
+
+    Raises:
+        DataError: the file cannot be read, a column is not there or is there twice, a row has another number of cells,
+            or a row has no subject or no visit.
+    """
+    table = _read_table(path, config)
+    faults = list(table.faults)
+    own_key = re.fullmatch(r"(sub-[^_]+)_sessions\.tsv", path.name) if config.key not in table.columns else None
+    wide = _wide_columns(table, config) if with_visits else {}
+    visit = None if wide or not with_visits else config.visit or "session_id"
+    required = [*([] if own_key else [config.key]), *([visit] if visit else [])]
+    named = {name: column for name, column in config.columns.items() if name not in wide}
+    if not config.columns:
+        named = {column: column for column in table.columns if column not in required and column}
+    faults += _column_faults(table, [*required, *named.values()])
+    faults += [
+        f"{path}: {name}: a study gives this name to {meaning}; rename the column with `columns`"
+        for name, meaning in ((VISIT, "the visit"), (SUBJECT, "the subject"))
+        if name in named and name != config.key
+    ]
+    if faults:
+        raise DataError(faults)
+    rows: list[tuple[int, Mapping[str, str]]] = []
+    for line, cells in table.rows:
+        subject = own_key[1] if own_key else _with_zeros(cells[config.key], config.width)
+        if subject.lower() in ("", "n/a", "sub-"):
+            faults.append(f"{path}:{line}: {config.key}: expected a subject's id, got {subject!r}")
+            continue
+        base = {name: cell for name, column in named.items() if not missing.has(name, cell := cells[column])}
+        base[config.key] = subject
+        if visit is not None:
+            base[VISIT] = cells[visit].removeprefix("ses-")
+            if base[VISIT].lower() in ("", "n/a"):
+                faults.append(f"{path}:{line}: {visit}: expected the name of a visit, got {cells[visit]!r}")
+                continue
+        if not wide:
+            rows.append((line, base))
+        for label in dict.fromkeys(label for columns in wide.values() for label in columns):
+            own = {n: cells[columns[label]] for n, columns in wide.items() if label in columns}
+            own = {name: cell for name, cell in own.items() if not missing.has(name, cell)}
+            if own:
+                rows.append((line, {**base, **own, VISIT: label}))
+    if faults:
+        raise DataError(faults)
+    columns = dict.fromkeys([config.key, *([VISIT] if with_visits else []), *named, *wide])
+    return Table(path, tuple(columns), tuple(rows), ())
+
+
+def _wide_columns(table: Table, config: TableConfig) -> dict[str, dict[str, str]]:
+    """Return {name in the study: {visit: column of the table}} for names with `{visit}`."""
+    wide: dict[str, dict[str, str]] = {}
+    for name, pattern in config.columns.items():
+        if f"{{{VISIT}}}" not in pattern:
+            continue
+        before, _, after = pattern.partition(f"{{{VISIT}}}")
+        regex = re.compile(f"{re.escape(before)}(.+){re.escape(after)}")
+        wide[name] = {match[1]: column for column in table.columns if (match := regex.fullmatch(column))}
+        if not wide[name]:
+            raise DataError(f"{table.path}: {name}: no column is named {pattern}; {_expected(pattern, table.columns)}")
+    return wide
+
+
+def _with_zeros(label: str, width: int | None) -> str:
+    bare = label.removeprefix("sub-")
+    return label if width is None or not bare.isdecimal() else label.removesuffix(bare) + bare.zfill(width)
+
+
+def _column_faults(table: Table, columns: Iterable[str]) -> Iterator[str]:
+    for column in dict.fromkeys(columns):
+        count = table.columns.count(column)
+        if count > 1:
+            numbers = ", ".join(str(i) for i, name in enumerate(table.columns, start=1) if name == column)
+            yield f"{table.path}: {column}: columns {numbers} have this name; rename all but one"
+        elif not count:
+            hint = ""
+            if len(table.columns) == 1 and re.search(r"[,;]", table.columns[0]):
+                hint = "; columns of .tsv are separated by tabs"
+            yield f"{table.path}: {column}: no such column; {_expected(column, table.columns)}{hint}"
+
+
+def unknown_column(name: str, columns: Sequence[str]) -> str:
+    """Return the message for a column that no table has, with the nearest names."""
+    return f"{name}: no such column; {_expected(name, columns)}"
+
+
+def _expected(name: str, columns: Sequence[str]) -> str:
+    lowered = {column.lower(): column for column in columns}
+    near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3)]
+    if near:
+        return f"the nearest {'is' if len(near) == 1 else 'are'} {', '.join(near)}"
+    more = f" and {len(columns) - _NAMES_SHOWN:,} more" if len(columns) > _NAMES_SHOWN else ""
+    return f"expected one of {', '.join(columns[:_NAMES_SHOWN]) or 'none'}{more}"
+
+
+def number_fault(cell: str) -> str:
+    """Return why a cell is no number, and the remedy."""
+    if re.fullmatch(r"[+-]?\d+,\d+", cell):
+        return f"expected a number, got {cell!r}; write a decimal point"
+    if re.match(r"\d{4}-\d\d-\d\d", cell):
+        return f"expected a number, got the date {cell}"
+    return f"expected a number, got {cell!r}"
+
+
+def cell_number(cell: str, place: str) -> float:
+    """Return the number in a cell. Raise DataError with `place` for anything else, such as a decimal comma."""
+    number = parse_cell_number(cell)
+    if number is None:
+        raise DataError(f"{place}: {number_fault(cell)}")
+    return number
+
+
+def _read_table(path: Path, config: TableConfig) -> Table:
+    suffix = path.suffix.lower()
+    if suffix in _SPREADSHEETS:
+        rows: Iterable[tuple[int, list[str]]] = _read_spreadsheet(path, config.sheet)
+        noun = "cells"
+    elif suffix == ".parquet":
+        wide = [name.partition("{visit}")[0] for name in config.columns.values() if "{visit}" in name]
+        names = {config.key, config.visit, *config.columns.values()} if config.columns and not wide else None
+        rows, noun = _read_parquet(path, names), "cells"
+    elif suffix in _TEXT_FILES:
+        text = _decode(path, config.encoding)
+        delimiter = "\t" if suffix == ".tsv" else _delimiter(text)
+        rows, noun = split_rows(path, text, delimiter), f"{DELIMITERS[delimiter]}-separated cells"
+    else:
+        raise DataError(f"{path}: no table that can be read; expected one of {_FORMATS}")
+    if config.sheet is not None and suffix not in _SPREADSHEETS:
+        raise DataError(f"{path}: sheet: only for a spreadsheet; leave it out")
+    filled = [(line, row) for line, row in rows if any(row)]
+    del filled[1 : 1 + config.skip_rows]
+    if len(filled) < 2:
+        raise DataError(f"{path}: has no row below its header; expected one row per subject or visit")
+    return make_table(path, filled, noun)
+
+
+def _decode(path: Path, encoding: str) -> str:
+    """Return the text of a file. Raise DataError, with the likely encoding, if it is not in the declared one."""
+    content = read_content(path, DataError, LISTING, "expected a table")
+    declared = encoding.lower().replace("_", "-")
+    try:
+        text = content.decode("utf-8-sig" if declared in ("utf-8", "utf8") else encoding)
+    except LookupError:
+        raise DataError(f"{path}: encoding: Python knows none named {encoding}; {_suggestion(content)}") from None
+    except UnicodeDecodeError as fault:
+        line = content.count(b"\n", 0, fault.start) + 1
+        byte = content[fault.start : fault.start + 1].hex()
+        raise DataError(f"{path}:{line}: byte 0x{byte} is not {encoding}; {_suggestion(content)}") from None
+    is_utf16 = b"\0" in content[:1000]
+    if is_utf16 != declared.startswith(("utf-16", "utf16", "utf-32", "utf32")):
+        raise DataError(f"{path}: the text is not {encoding}; {_suggestion(content)}")
+    if declared.startswith(_SINGLE_BYTE) and not content.isascii() and _decodes(content, "utf-8"):
+        raise DataError(f"{path}: the text is not {encoding}; {_suggestion(content)}")
+    return text.removeprefix("\ufeff")
+
+
+def _suggestion(content: bytes) -> str:
+    if b"\0" in content[:1000]:
+        return "set encoding: utf-16"
+    name = next(name for name in ("utf-8", "cp1252", "latin-1") if _decodes(content, name))
+    return f"set encoding: {name}" + (" if it comes from Windows" if name == "cp1252" else "")
+
+
+def _decodes(content: bytes, encoding: str) -> bool:
+    try:
+        content.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _delimiter(text: str) -> str:
+    """Return the delimiter that gives the header the most cells; a comma if there is only one."""
+    header = next((line for line in text.splitlines() if line.strip()), "")
+
+    def cells(delimiter: str) -> int:
+        return len(next(csv.reader([header], delimiter=delimiter), ()))
+
+    return max(",;\t", key=cells)
+
+
+def _read_spreadsheet(path: Path, sheet: str | None) -> Iterator[tuple[int, list[str]]]:
+    """Yield (row, cells) of a sheet. Formulas have the value that was saved; one with an error is empty."""
+    from python_calamine import CalamineError, CalamineWorkbook, SheetVisibleEnum
+
+    content = read_content(path, DataError, LISTING, "expected a spreadsheet")
+    try:
+        workbook = CalamineWorkbook.from_filelike(BytesIO(content))
+        names = [s.name for s in workbook.sheets_metadata if s.visible == SheetVisibleEnum.Visible]
+        if sheet is None and len(names) > 1:
+            raise DataError(f"{path}: has several sheets; set sheet to one of {', '.join(names)}")
+        if sheet is not None and sheet not in workbook.sheet_names:
+            raise DataError(f"{path}: sheet {sheet}: no such sheet; expected {' or '.join(names)}")
+        cells = workbook.get_sheet_by_name(sheet or names[0])
+        merged = [area for area in cells.merged_cell_ranges or () if area[0][0] != area[1][0]]
+        rows = cells.to_python(skip_empty_area=False)
+    except CalamineError as error:
+        raise DataError(f"{path}: not a spreadsheet that can be read: {error}") from None
+    if merged:
+        (first, _), (last, _) = merged[0]
+        raise DataError(f"{path}:{first + 1}: cells are merged down to row {last + 1}; write the value in every row")
+    for number, row in enumerate(rows, start=1):
+        yield number, [_cell_text(cell) for cell in row]
+
+
+def _read_parquet(path: Path, names: Collection[str | None] | None) -> Iterator[tuple[int, list[str]]]:
+    """Yield (row, cells) of the named columns, all if None; the header is row 0."""
+    try:
+        import numpy as np
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        remedy = 'pip install "umbrella-jax[parquet]"'
+        raise DataError(f"{path}: a parquet table needs pyarrow, which is not installed: {remedy}") from None
+    content = read_content(path, DataError, LISTING, "expected a parquet table")
+    try:
+        file = pq.ParquetFile(BytesIO(content))
+        header = [name for name in file.schema_arrow.names if names is None or name in names]
+        table = file.read(columns=header)
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: not a parquet table that can be read: {error}") from None
+    columns = []
+    for name in header:
+        column = table.column(name)
+        if pa.types.is_nested(column.type):
+            raise DataError(f"{path}: {name}: has a list in each cell; expected a number or a text")
+        values = column.to_pylist()
+        if pa.types.is_float32(column.type) or pa.types.is_float16(column.type):
+            short = np.dtype(column.type.to_pandas_dtype()).type  # 0.1 is 0.10000000149011612 with more digits
+            values = [None if value is None else float(str(short(value))) for value in values]
+        columns.append([_cell_text(value) for value in values])
+    yield 0, header
+    yield from enumerate(map(list, zip(*columns, strict=True)), start=1)
+
+
+def _cell_text(value: Any) -> str:
+    """Return a typed cell as text: 45.0 as 45, a date in ISO 8601, a boolean as TRUE or FALSE."""
+    if isinstance(value, str):
+        return value.strip()
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).upper()
+    if isinstance(value, float):
+        if math.isnan(value):
+            return ""
+        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.15g}"
+    if isinstance(value, datetime.datetime):
+        return value.date().isoformat() if value.time() == datetime.time() else value.isoformat()
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace").strip()
+    if isinstance(value, decimal.Decimal):
+        return f"{value:f}"
+    return str(value)
