@@ -343,6 +343,28 @@ def test_diagrams_are_legible(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cross < axes.lines[-1].get_ydata()[0] < 20, "below a line, below all answers"
 
 
+def test_groups_and_corrected_errors_are_those_of_score(run: Path, rows: Rows, tmp_path: Path) -> None:
+    people = [
+        r | {"metadata": r["metadata"] | {"sex": "F<" if i // 3 % 2 else "M", "age": i}} for i, r in enumerate(rows)
+    ]
+    file = write_rows(tmp_path / "rows.jsonl", people)
+    flags = ["--by", "sex", "--adjust", "age"]
+    umbrella("report", run, "--predictions", file, "--samples", 0, "--out", tmp_path / "page.html", *flags)
+    page = Page(tmp_path / "page.html")
+    scores = json.loads(umbrella("score", file, "--json", "--config", run / "config.yaml", *flags))
+    assert page.numbers["by"] == scores["by"]
+    assert page.numbers["adjust"] == scores["adjust"]
+    right = np.mean([r["prediction"] == r["reference"] for r in by_task(people, "side") if r["metadata"]["sex"] == "M"])
+    assert page.cells["by sex", "side accuracy", "M"][0] == pytest.approx(right)
+    gap = scores["by"]["columns"]["sex"]["tasks"]["side"]["accuracy"]["gap"]
+    assert page.cells["by sex", "side accuracy", "gap"][0] == pytest.approx(gap["value"])
+    assert "<td>F&lt;</td>" in page.text
+    mae = scores["adjust"]["tasks"]["age"]["figures"]["mae"]["corrected"]["value"]
+    assert page.cells["errors of age", "mae", "corrected"][0] == pytest.approx(mae)
+    assert "do not measure accuracy" in page.text
+    assert "--by: height: no answer has it" in refused(run, "--by", "height", "--out", tmp_path / "other.html")
+
+
 @pytest.fixture
 def copy(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "run"))

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from umbrella_jax.cli import main
 from umbrella_jax.config.schema import TaskConfig
 from umbrella_jax.console import table_lines
 from umbrella_jax.errors import ConfigError, DataError
-from umbrella_jax.scoring import metrics, weighted_statistics
+from umbrella_jax.scoring import bootstrap, metrics, weighted_statistics
 from umbrella_jax.scoring.metrics import metric_names, score, tasks_of
 from umbrella_jax.scoring.parse_answer import parse_number
 
@@ -137,6 +138,10 @@ def one_hot(codes: np.ndarray, classes: int) -> np.ndarray:
         (weighted_statistics.rmse, lambda rng, n: [rng.normal(size=n)]),
         (weighted_statistics.r2, lambda rng, n: [rng.integers(5, size=n), rng.normal(size=n)]),
         (weighted_statistics.pearson, lambda rng, n: [rng.integers(5, size=n), rng.normal(size=n)]),
+        (
+            lambda w, x, y: weighted_statistics.least_squares(w, np.stack([np.ones(len(x)), x], 1), y)[1],
+            lambda rng, n: [rng.normal(size=n), rng.normal(size=n)],
+        ),
         (weighted_statistics.spearman, lambda rng, n: [rng.integers(5, size=n), rng.integers(9, size=n)]),
     ],
 )
@@ -196,7 +201,7 @@ def test_an_interval_counts_subjects_not_answers(monkeypatch: pytest.MonkeyPatch
         for i in range(9)
     ]
     more = score(others, tasks)
-    monkeypatch.setattr(metrics, "_CHUNK", 7 * len(rows))
+    monkeypatch.setattr(bootstrap, "_CHUNK", 7 * len(rows))
     shuffled = score(rows[::-1], tasks)
     for name, figure in once.figures.items():
         ends = (figure.low, figure.high)
@@ -745,10 +750,46 @@ def test_the_command_takes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert json.loads(capsys.readouterr().out)["overall"]["accuracy"]["n"] == 3
 
 
+def test_several_files_are_scored_as_one_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Out-of-fold answers: intervals and chance of all together, and each conversation once."""
+    rows = classified(0, 3)
+    for i, r in enumerate(rows):
+        r["task_id"] = f"t{i}"
+    folds = [str(write(tmp_path / f"{fold}.jsonl", rows[fold::3])) for fold in range(3)]
+    assert metrics.pool_predictions(folds) == [*rows[::3], *rows[1::3], *rows[2::3]]
+    assert main(["score", *folds, "--json"]) == 0
+    pooled, whole = json.loads(capsys.readouterr().out), score(rows, tasks_of(rows)).task_figures("sex")
+    for name, figure in pooled["tasks"]["sex"]["figures"].items():
+        assert figure == pytest.approx(asdict(whole[name]), abs=1e-12)
+    twice = str(write(tmp_path / "twice.jsonl", [rows[0], rows[3], {**rows[6], "task_id": "other"}]))
+    assert main(["score", *folds, twice]) == 2
+    message = f"{twice}: 2 conversations also in {folds[0]} (t0, t3); expected each in one file"
+    assert message in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(DataError, match="given twice; name each file once"):
+        metrics.pool_predictions([folds[0], folds[0]])
+
+
+def test_runs_that_score_otherwise_are_no_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = []
+    for fold in range(2):
+        runs.append(str(tmp_path / f"fold-{fold}"))
+        (tmp_path / f"fold-{fold}" / "predictions").mkdir(parents=True)
+        (tmp_path / f"fold-{fold}" / "config.yaml").write_text(
+            f"model: {{modalities: {{T1: {{size: [4, 4, 4], patch: [2, 2, 2]}}}}}}\nevaluation: {{resamples: {fold}}}\n"
+        )
+        write(tmp_path / f"fold-{fold}" / "predictions" / "step_1.jsonl", [SEX[fold], SEX[2]][: 2 - fold])
+    assert main(["score", *runs]) == 2
+    assert f"{runs[1]}: other settings of evaluation than in {runs[0]}" in capsys.readouterr().err
+    assert main(["score", *runs, "--config", f"{runs[0]}/config.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{run}/predictions/step_1.jsonl (the newest)\n" in out for run in runs)
+    assert "No intervals: no resamples" in out
+
+
 def test_columns_stay_apart() -> None:
     """Columns stay apart even with the widest interval."""
     found = metrics.Figure(5.49e-07, 2.78e-11, 2.05e-06, 5, 4, 0.24)
-    (line,) = table_lines(metrics._figure_rows({"brier": found}), metrics._COLUMNS)
+    (line,) = table_lines(metrics.figure_rows({"brier": found}), metrics.COLUMNS)
     assert line.split() == ["brier", "5.49e-07", "2.78e-11–2.05e-06", "5", "4", "0.240"]
     assert len(line) == 80
 

@@ -287,3 +287,19 @@ def add_overlap(parser: Any) -> None:
     """Add --allow-overlap."""
     text = "allow train data in eval [data.allow_overlap]"
     parser.add_argument("--allow-overlap", action="store_true", help=text)
+
+
+def add_groups(parser: Any) -> None:
+    """Add the flags of scores by group and of corrected regressions."""
+    parser.add_argument("--by", type=_names, default=(), metavar="NAMES", help="also by metadata: sex,site or sex*site")
+    parser.add_argument(
+        "--adjust", type=_names, default=(), metavar="NAMES", help="correct numbers for metadata: age,sex"
+    )
+    parser.add_argument("--adjust-from", metavar="FILE", help="fit --adjust on these predictions, not on the scored")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"expected names with commas between them, got {text!r}")
+    return names

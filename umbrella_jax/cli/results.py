@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from umbrella_jax.cli.options import (
     DATA_FLAGS,
     add_command,
     add_config,
+    add_groups,
     add_json,
     add_out,
     add_overlap,
@@ -23,6 +24,7 @@ from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import EvaluationConfig
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.io.files import strict_json
+from umbrella_jax.rundir import Step
 
 
 def add(commands: Any) -> None:
@@ -46,8 +48,14 @@ def add(commands: Any) -> None:
         "Score predictions per task, with confidence intervals.",
         "umbrella-jax score runs/sex",
     )
-    score.add_argument("predictions", metavar="FILE", help="predictions (.jsonl), a run, or runs of several seeds")
+    score.add_argument(
+        "predictions",
+        nargs="+",
+        metavar="FILE",
+        help="predictions or runs, scored as one set; or runs of several seeds",
+    )
     add_step(score, "evaluation of a run")
+    add_groups(score)
     score.add_argument("--config", metavar="FILE", help="YAML with an evaluation section; default the run's")
     add_json(score)
 
@@ -64,6 +72,7 @@ def add(commands: Any) -> None:
     add_step(which, "evaluation to show")
     which.add_argument("--predictions", metavar="FILE", help="show these `predict` answers to the run's data.eval")
     report.add_argument("--baseline", metavar="DIR", help="compare with the output of `baseline --out DIR`")
+    add_groups(report)
     report.add_argument(
         "--samples", type=number, default=8, metavar="N", help="conversations shown with volumes; default 8"
     )
@@ -109,34 +118,83 @@ def _runs(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from umbrella_jax.rundir import CONFIG, choose_step, predictions_by_step, seed_runs
-    from umbrella_jax.scoring.metrics import cut_faults, read_predictions, score, tasks_of
+    from umbrella_jax.rundir import seed_runs
+    from umbrella_jax.scoring.adjustment import adjust_scores
+    from umbrella_jax.scoring.groups import score_groups
+    from umbrella_jax.scoring.metrics import cut_faults, pool_predictions, read_predictions, score, tasks_of
 
-    file, stored, title = Path(arguments.predictions), None, ""
-    if runs := seed_runs(file):
+    _check_adjust_from(arguments)
+    paths = [Path(path) for path in arguments.predictions]
+    if len(paths) == 1 and (runs := seed_runs(paths[0])):
+        if arguments.by or arguments.adjust:
+            names = ", ".join(map(str, runs.values()))
+            raise ConfigError(f"{paths[0]}: --by and --adjust score one model, not several seeds; name one of {names}")
         _score_seeds(arguments, runs)
         return
-    if file.is_dir():
-        run, by_step = file, predictions_by_step(file)
-        if not by_step:
-            raise ConfigError(f"{file}: no predictions; expected an evaluated run or a predictions file")
-        stored = load_stored_config(run / CONFIG)
-        step, why = choose_step(run, stored.train, by_step, arguments.step)
-        file = by_step[step]
-        title = f"{file} ({why})\n\n"
-    elif arguments.step is not None:
-        raise ConfigError(f"--step {arguments.step}: {file} is not a run; leave --step out, or name the run")
-    settings = settings_of(arguments) or stored
-    config = settings.evaluation if settings else EvaluationConfig()
-    rows = read_predictions(file)
+    settings = settings_of(arguments)
+    files, titles, config = _predictions_of(paths, arguments.step, settings.evaluation if settings else None)
+    rows = pool_predictions(files)
     tasks = tasks_of(rows, config.tasks)
     if faults := cut_faults(rows, tasks):
         raise DataError(faults)
+    more: dict[str, Any] = {}
+    if arguments.by:
+        more["by"] = score_groups(rows, tasks, arguments.by, resamples=config.resamples)
+    if arguments.adjust:
+        others = read_predictions(arguments.adjust_from) if arguments.adjust_from else None
+        more["adjust"] = adjust_scores(rows, tasks, arguments.adjust, fit_rows=others, resamples=config.resamples)
     scores = score(rows, tasks, resamples=config.resamples)
     if arguments.json:
-        print(strict_json(scores.to_json(), indent=1))
+        print(strict_json(scores.to_json() | {name: part.to_json() for name, part in more.items()}, indent=1))
     else:
-        print(f"{title}{scores.table()}")
+        title = "\n".join(titles) + "\n\n" if titles else ""
+        print(title + "\n\n".join(part.table() for part in (scores, *more.values())))
+
+
+def _check_adjust_from(arguments: argparse.Namespace) -> None:
+    if arguments.adjust_from and not arguments.adjust:
+        raise ConfigError("adjust_from: nothing to correct for; name it with --adjust, such as --adjust age")
+
+
+def _predictions_of(
+    paths: Sequence[Path], asked: Step | None, config: EvaluationConfig | None
+) -> tuple[list[Path], list[str], EvaluationConfig]:
+    """Return the predictions files, titles to print, and how to score.
+
+    Args:
+        asked: the step of runs, chosen in each by `choose_step`.
+        config: how to score; by default as the runs among the paths do.
+    """
+    from umbrella_jax.rundir import CONFIG, check_one_run, choose_step, predictions_by_step
+
+    files, titles, stored = list[Path](), list[str](), dict[Path, EvaluationConfig]()
+    for path in paths:
+        if path.is_dir():
+            check_one_run(path)
+            by_step = predictions_by_step(path)
+            if not by_step:
+                raise ConfigError(f"{path}: no predictions; expected an evaluated run or a predictions file")
+            run_config = load_stored_config(path / CONFIG)
+            step, why = choose_step(path, run_config.train, by_step, asked)
+            files.append(by_step[step])
+            titles.append(f"{by_step[step]} ({why})")
+            stored[path] = run_config.evaluation
+        elif asked is not None:
+            raise ConfigError(f"--step {asked}: {path} is not a run; leave --step out, or name the run")
+        else:
+            files.append(path)
+            titles += [str(path)] if len(paths) > 1 else []
+    if config is not None:
+        return files, titles, config
+    first, config = next(iter(stored.items()), (None, EvaluationConfig()))
+    if differing := [path for path, evaluation in stored.items() if evaluation != config]:
+        raise ConfigError(
+            [
+                f"{path}: other settings of evaluation than in {first}; give those to use (--config)"
+                for path in differing
+            ]
+        )
+    return files, titles, config
 
 
 def _score_seeds(arguments: argparse.Namespace, runs: Mapping[int, Path]) -> None:
@@ -162,6 +220,7 @@ def _report(arguments: argparse.Namespace) -> None:
     from umbrella_jax.report import write_report
     from umbrella_jax.rundir import NEWEST, REPORT
 
+    _check_adjust_from(arguments)
     out = Path(arguments.out) if arguments.out else Path(arguments.run) / REPORT
     facts = write_report(
         arguments.run,
@@ -169,6 +228,9 @@ def _report(arguments: argparse.Namespace) -> None:
         step=arguments.step,
         predictions=arguments.predictions,
         baseline=arguments.baseline,
+        by=arguments.by,
+        adjust=arguments.adjust,
+        adjust_from=arguments.adjust_from,
         samples=arguments.samples,
         explain=arguments.explain,
     )

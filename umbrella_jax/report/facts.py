@@ -30,6 +30,8 @@ from umbrella_jax.rundir import (
     predictions_by_step,
     read_metrics,
 )
+from umbrella_jax.scoring.adjustment import AdjustedScores, adjust_scores
+from umbrella_jax.scoring.groups import GroupedScores, score_groups
 from umbrella_jax.scoring.metrics import (
     Prediction,
     Scores,
@@ -105,6 +107,10 @@ class Facts:
     predictions: Path
     rows: tuple[Prediction, ...]
     scores: Scores
+    groups: GroupedScores | None
+    """Scores by group; None if not asked for."""
+    adjusted: AdjustedScores | None
+    """Scores of corrected regressions; None if not asked for."""
     baselines: Mapping[str, Scores]
     """{baseline: scores of the tasks that it answers}."""
     calibration: Mapping[str, tuple[Bin, ...]]
@@ -123,6 +129,9 @@ def read_facts(
     step: Step | None = None,
     predictions: str | Path | None = None,
     baseline: str | Path | None = None,
+    by: Sequence[str] = (),
+    adjust: Sequence[str] = (),
+    adjust_from: str | Path | None = None,
     samples: int = 8,
     weights: bool = False,
 ) -> Facts:
@@ -133,6 +142,9 @@ def read_facts(
         predictions: answers to the run's evaluation data from elsewhere, such as `umbrella-jax predict`, to use instead
             of an evaluation's.
         baseline: the output directory of `umbrella-jax baseline`, or another directory with a NAME.jsonl per baseline.
+        by: columns of `metadata` by which to score groups, as for `score_groups`.
+        adjust: covariates for which to correct regressions, as for `adjust_scores`.
+        adjust_from: answers on which to fit that correction, instead of the scored ones.
         samples: number of conversations to choose, failures first; 0 needs neither conversations nor volumes.
         weights: require that the checkpoint that answered still exists.
 
@@ -158,6 +170,9 @@ def read_facts(
                 f"--explain: step {answered_step} answered, but its checkpoint is gone; expected --step {steps}"
             )
         rows = read_predictions(file)
+    fit_rows = None
+    with faults:
+        fit_rows = None if adjust_from is None else read_predictions(adjust_from)
     baseline_rows: dict[str, list[dict[str, Any]]] = {}
     with faults:
         baseline_rows = {} if baseline is None else _baselines(Path(baseline))
@@ -180,6 +195,13 @@ def read_facts(
     for name, answers in baseline_rows.items():
         faults += _baseline_faults(name, answers, rows)
     faults.raise_as(DataError)
+    options: dict[str, Any] = {"resamples": config.evaluation.resamples}
+    grouped = adjusted = None
+    with faults:
+        grouped = score_groups(rows, tasks, by, **options) if by else None
+    with faults:
+        adjusted = adjust_scores(rows, tasks, adjust, fit_rows=fit_rows, **options) if adjust else None
+    faults.raise_as(DataError)
 
     order = _order(rows, tasks)
     shown_samples = [
@@ -188,7 +210,6 @@ def read_facts(
     _check_volumes(shown_samples, inputs)
     _, shapes = abstract_params(replace(model, lora=config.model.lora))
     labels = freeze.label_params(list(shapes), list(config.train.groups))
-    options: dict[str, Any] = {"resamples": config.evaluation.resamples}
     return Facts(
         run=run,
         config=config,
@@ -210,6 +231,8 @@ def read_facts(
         predictions=file,
         rows=tuple(rows),
         scores=score(rows, tasks, **options),
+        groups=grouped,
+        adjusted=adjusted,
         baselines={
             name: score(answers, {task: tasks[task] for task in tasks if task in by_task(answers)}, **options)
             for name, answers in baseline_rows.items()

@@ -35,13 +35,16 @@ def write_report(
     step: Step | None = None,
     predictions: str | Path | None = None,
     baseline: str | Path | None = None,
+    by: Sequence[str] = (),
+    adjust: Sequence[str] = (),
+    adjust_from: str | Path | None = None,
     samples: int = 8,
     explain: Method | None = None,
 ) -> Facts:
     """Write the page of a run to `file` and return its facts. Only the run's own report.html is overwritten.
 
     Args:
-        step, predictions, baseline, samples: as for `read_facts`.
+        step, predictions, baseline, by, adjust, adjust_from, samples: as for `read_facts`.
         explain: overlay each sample's volumes with the attribution of its answer by this method. It needs the base,
             and one or many backward passes per sample.
 
@@ -58,7 +61,15 @@ def write_report(
     if faults:
         raise ConfigError(faults)
     facts = read_facts(
-        run, step=step, predictions=predictions, baseline=baseline, samples=samples, weights=explain is not None
+        run,
+        step=step,
+        predictions=predictions,
+        baseline=baseline,
+        by=by,
+        adjust=adjust,
+        adjust_from=adjust_from,
+        samples=samples,
+        weights=explain is not None,
     )
     explained = _explained(facts, explain) if explain else [None] * len(facts.samples)
     last, chance = max((int(line["step"] or 0) for line in facts.lines), default=0), chances(facts)
@@ -250,6 +261,8 @@ def _embedded(facts: Facts) -> str:
         "data": facts.data,
         "curves": dict(curves(facts)),
         "scores": facts.scores.to_json(),
+        "by": None if facts.groups is None else facts.groups.to_json(),
+        "adjust": None if facts.adjusted is None else facts.adjusted.to_json(),
         "baselines": {name: scores.to_json() for name, scores in facts.baselines.items()},
         "calibration": {name: [asdict(b) for b in bins] for name, bins in facts.calibration.items()},
         "numbers": facts.numbers,

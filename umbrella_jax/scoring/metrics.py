@@ -2,20 +2,28 @@
 
 import math
 import textwrap
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from umbrella_jax.config.schema import MAX_CLASSES, TaskKind
-from umbrella_jax.console import WIDTH, table_lines
-from umbrella_jax.errors import DataError
+from umbrella_jax.console import WIDTH, plural, table_lines
+from umbrella_jax.errors import DataError, Faults
 from umbrella_jax.io.reading import kind, parse_json, read_lines
 from umbrella_jax.scoring import weighted_statistics
+from umbrella_jax.scoring.bootstrap import (
+    Figure,
+    Resampled,
+    Statistic,
+    number_subjects,
+    resample_statistics,
+    subject_of,
+)
 from umbrella_jax.scoring.parse_answer import normalise, parse_number
 from umbrella_jax.scoring.tasks import (
     LIKELIHOOD_METRICS,
@@ -23,7 +31,6 @@ from umbrella_jax.scoring.tasks import (
     Prediction,
     Task,
     by_task,
-    label_of,
     metric_names,
     name_of,
     over_tasks,
@@ -41,6 +48,7 @@ __all__ = [
     "metric_names",
     "normalise",
     "parse_number",
+    "pool_predictions",
     "read_predictions",
     "score",
     "short",
@@ -48,28 +56,9 @@ __all__ = [
     "tasks_of",
 ]
 
-_CHUNK = 2**21
-"""Number of weights in memory at a time; a resample has one per answer."""
-_COLUMNS = (28, 9, 20, 7, 9, 7)
+Part = TypeVar("Part")
+COLUMNS = (28, 9, 20, 7, 9, 7)
 """Widths of a table's columns: name, value, interval, n, subjects and chance."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A metric's value with its 95 % interval."""
-
-    value: float | None
-    """None if it is undefined or not finite."""
-    low: float | None
-    """Lower end of the 95 % interval. Both ends are None if there are no resamples or only one subject, if the figure
-    is undefined in more than half of the resamples, or if all resamples agree and the figure is not a share of
-    answers."""
-    high: float | None
-    n: int
-    """Number of answers; for `vote_accuracy`, of votes."""
-    subjects: int
-    chance: float | None
-    """Value that is reached without looking at the images; None if chance has no meaning for the metric."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +110,12 @@ class Scores:
         rows: list[str | tuple[str, ...]] = [("", "", "95 % interval", "n", "subjects", "chance")]
         for name, task in self.tasks.items():
             kind = f"{task.kind}, {task.unit}" if task.unit else task.kind
-            rows += [f"{name} ({kind})", *_figure_rows(self.task_figures(name))]
+            rows += [f"{name} ({kind})", *figure_rows(self.task_figures(name))]
             rows += _confusion_lines(task.classes, self.confusion[name]) if task.answers is not None else []
             rows.append("")
         if overall := self.overall():
-            rows += ["over all tasks", *_figure_rows(overall), ""]
-        lines = table_lines(rows, _COLUMNS)
+            rows += ["over all tasks", *figure_rows(overall), ""]
+        lines = table_lines(rows, COLUMNS)
         return "\n".join([*lines, *(line for note in self.notes for line in textwrap.wrap(note, WIDTH))])
 
 
@@ -149,6 +138,35 @@ def read_predictions(path: str | Path) -> list[dict[str, Any]]:
     if faults:
         raise DataError(faults)
     return rows
+
+
+def pool_predictions(files: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """Read several files of predictions as one set, such as the out-of-fold predictions of a cross-validation.
+
+    A conversation is known by its `task_id`, task and subject.
+
+    Raises:
+        DataError: every line of every file that is no prediction, and conversations that are in two files.
+    """
+    faults, pooled = Faults(), dict[str, list[dict[str, Any]]]()
+    for file in files:
+        with faults:
+            if str(file) in pooled:
+                raise DataError(f"{file}: given twice; name each file once")
+            pooled[str(file)] = read_predictions(file)
+    faults.raise_as(DataError)
+    seen: dict[tuple[Any, ...], str] = {}
+    for file, rows in pooled.items():
+        keys = {(str(row["task_id"]), task_of(row), subject_of(row)) for row in rows}
+        for other in dict.fromkeys(seen[key] for key in keys if key in seen):
+            both = sorted(key[0] for key in keys if seen.get(key) == other)
+            names = ", ".join(both[:3]) + (", …" if len(both) > 3 else "")
+            faults.append(
+                f"{file}: {plural(len(both), 'conversation')} also in {other} ({names}); expected each in one file"
+            )
+        seen |= dict.fromkeys(keys - seen.keys(), file)
+    faults.raise_as(DataError)
+    return [row for rows in pooled.values() for row in rows]
 
 
 def _schema_faults(row: Any) -> list[str]:
@@ -207,23 +225,6 @@ def score(rows: Iterable[Prediction], tasks: Mapping[str, Task], *, resamples: i
     )
 
 
-@dataclass(frozen=True)
-class Resampled:
-    """A figure over all answers, and over each resample of subjects."""
-
-    values: np.ndarray
-    """float [1 + R]; the first is over all answers."""
-    subject: np.ndarray
-    """Number of each answer's subject, int [n]."""
-    chance: float | None
-    is_share: bool = False
-    """Whether the value is a share of answers or votes."""
-
-    def figure(self) -> Figure:
-        """Return the value with its interval."""
-        return _figure(self.values, self.subject, self.chance, self.is_share)
-
-
 def resample(
     groups: Mapping[str, Sequence[Prediction]], tasks: Mapping[str, Task], *, resamples: int, seed: int
 ) -> dict[str, Resampled]:
@@ -235,37 +236,19 @@ def resample(
     Args:
         groups: {task: its rows}.
     """
-    faults = [f"task {name}: no answers; expected at least one" for name in tasks if name not in groups]
-    for name, members in groups.items():
-        if name in tasks:
-            faults += [*reference_faults(name, members, tasks[name]), *_answer_faults(name, members, tasks[name])]
-        else:
-            faults.append(f"task {name}: {len(members)} answers to none of the tasks {', '.join(tasks)}")
-    if faults:
-        raise DataError(faults)
-    keys = {name: [_subject(row) for row in members] for name, members in groups.items()}
-    numbers = {key: i for i, key in enumerate(sorted({key for task_keys in keys.values() for key in task_keys}))}
-    subjects = {name: np.array([numbers[key] for key in task_keys]) for name, task_keys in keys.items()}
-
+    check_answers(groups, tasks)
+    numbers = number_subjects(row for members in groups.values() for row in members)
+    statistics = _statistics(groups, tasks, numbers)
     names = {name: task.figures(likelihoods=_with_likelihoods(groups[name])) for name, task in tasks.items()}
-    statistics: dict[str, _Statistic] = {}
-    for name, task in tasks.items():
-        by_figure = _STATISTICS[task.kind](task, groups[name], subjects[name])
-        statistics |= {name_of(name, figure): by_figure[figure] for figure in names[name]}
     overall = over_tasks(names)
     if pooled := overall.get("accuracy"):
         right = np.array([normalise(row["prediction"]) == tasks[t].truth(row) for t in pooled for row in groups[t]])
         chances = [statistics[f"accuracy/{t}"].chance or 0 for t in pooled]
         chance = float(np.average(chances, weights=[len(groups[t]) for t in pooled]))
-        statistics["accuracy"] = _share(right, np.concatenate([subjects[t] for t in pooled]), chance)
-
-    samples: dict[str, list[np.ndarray]] = defaultdict(list)
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        for w in _weights(len(numbers), sum(map(len, groups.values())), resamples, seed):
-            for name, statistic in statistics.items():
-                samples[name].append(statistic.compute(w[statistic.subject]))
-    values = {name: np.concatenate(parts) for name, parts in samples.items()}
-    found = {name: Resampled(values[name], s.subject, s.chance, s.is_share) for name, s in statistics.items()}
+        subject = np.concatenate([statistics[f"accuracy/{t}"].subject for t in pooled])
+        statistics["accuracy"] = _share(right, subject, chance)
+    answers = sum(map(len, groups.values()))
+    found = resample_statistics(statistics, len(numbers), answers, resamples=resamples, seed=seed)
     for name, averaged in overall.items():
         if name != "accuracy":
             each = [found[name_of(task, name.removeprefix("macro/"))] for task in averaged]
@@ -278,10 +261,68 @@ def resample(
     return {name: found[name] for name in [*overall, *(n for n in statistics if n not in overall)]}
 
 
-def _subject(row: Prediction) -> tuple[str, str]:
-    """Return the key that names a row's subject, and the subject without BIDS' `sub-`."""
-    name = label_of(row, "subject_id")
-    return ("task_id", str(row["task_id"])) if name is None else ("subject_id", str(name).removeprefix("sub-"))
+def resample_parts(
+    parts: Mapping[Part, Mapping[str, Sequence[Prediction]]],
+    groups: Mapping[str, Sequence[Prediction]],
+    tasks: Mapping[str, Task],
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[tuple[Part, str], Resampled]:
+    """Return {(part, name): values} of the figures of each task, over parts of the answers.
+
+    Subjects are drawn over all answers, as by `resample`, so parts are resampled together even if they share subjects.
+
+    Args:
+        parts: {part: {task: its rows}}, each row one of `groups`.
+        groups: {task: all of its rows}, which `score` accepts.
+    """
+    numbers = number_subjects(row for members in groups.values() for row in members)
+    statistics = {
+        (part, name): statistic
+        for part, members in parts.items()
+        for name, statistic in _statistics(members, tasks, numbers, groups).items()
+    }
+    answers = sum(map(len, groups.values()))
+    return resample_statistics(statistics, len(numbers), answers, resamples=resamples, seed=seed)
+
+
+def _statistics(
+    groups: Mapping[str, Sequence[Prediction]],
+    tasks: Mapping[str, Task],
+    numbers: Mapping[tuple[str, str], int],
+    all_rows: Mapping[str, Sequence[Prediction]] | None = None,
+) -> dict[str, Statistic]:
+    """Return {name: statistic} of the figures of the tasks that have rows.
+
+    Args:
+        all_rows: {task: all of its rows} if `groups` has only some.
+    """
+    statistics: dict[str, Statistic] = {}
+    for name, task in tasks.items():
+        if name not in groups:
+            continue
+        rows = groups[name]
+        subject = np.array([numbers[subject_of(row)] for row in rows])
+        if task.kind == "regression":
+            by_figure = _regression(task, rows, subject, (all_rows or groups)[name])
+        else:
+            by_figure = _STATISTICS[task.kind](task, rows, subject)
+        figures = task.figures(likelihoods=_with_likelihoods(rows))
+        statistics |= {name_of(name, figure): by_figure[figure] for figure in figures}
+    return statistics
+
+
+def check_answers(groups: Mapping[str, Sequence[Prediction]], tasks: Mapping[str, Task]) -> None:
+    """Raise DataError, as `score` documents it, if answers cannot be scored. `groups` is {task: its rows}."""
+    faults = [f"task {name}: no answers; expected at least one" for name in tasks if name not in groups]
+    for name, members in groups.items():
+        if name in tasks:
+            faults += [*reference_faults(name, members, tasks[name]), *_answer_faults(name, members, tasks[name])]
+        else:
+            faults.append(f"task {name}: {len(members)} answers to none of the tasks {', '.join(tasks)}")
+    if faults:
+        raise DataError(faults)
 
 
 def _with_likelihoods(rows: Sequence[Prediction]) -> bool:
@@ -312,67 +353,16 @@ def _answer_faults(name: str, rows: Sequence[Prediction], task: Task) -> list[st
 # Statistics as functions of the answers' weights.
 
 
-@dataclass(frozen=True)
-class _Statistic:
-    compute: Callable[[np.ndarray], np.ndarray]
-    """Maps weights of the n answers [n, R] to values [R]."""
-    subject: np.ndarray
-    """Number of each answer's subject, int [n]."""
-    chance: float | None
-    is_share: bool = False
-    """Whether the value is a share of answers or votes."""
+def _mean(values: np.ndarray, subject: np.ndarray, chance: float | None) -> Statistic:
+    return Statistic(partial(weighted_statistics.mean, values=values), subject, chance)
 
 
-def _mean(values: np.ndarray, subject: np.ndarray, chance: float | None) -> _Statistic:
-    return _Statistic(partial(weighted_statistics.mean, values=values), subject, chance)
-
-
-def _share(which: np.ndarray, subject: np.ndarray, chance: float | None) -> _Statistic:
+def _share(which: np.ndarray, subject: np.ndarray, chance: float | None) -> Statistic:
     return replace(_mean(which, subject, chance), is_share=True)
 
 
-def _part(values: np.ndarray, subject: np.ndarray, which: np.ndarray, chance: float | None) -> _Statistic:
+def _part(values: np.ndarray, subject: np.ndarray, which: np.ndarray, chance: float | None) -> Statistic:
     return _share(values[which], subject[which], chance)
-
-
-def _weights(subjects: int, answers: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield how often each subject counts, float64 [subjects, R]: first once each, then chunks of resamples."""
-    yield np.ones((subjects, 1))
-    rng = np.random.default_rng(seed)
-    step = max(_CHUNK // answers, 1)
-    for start in range(0, resamples, step):
-        count = min(step, resamples - start)
-        draws = rng.integers(subjects, size=(count, subjects)) + np.arange(count)[:, None] * subjects
-        counts = np.bincount(draws.ravel(), minlength=count * subjects).reshape(count, subjects)
-        yield np.ascontiguousarray(counts.T, dtype=float)
-
-
-def _figure(values: np.ndarray, subject: np.ndarray, chance: float | None, is_share: bool = False) -> Figure:
-    """Return the figure whose value comes first in `values`, followed by those of the resamples."""
-    subjects = len(np.unique(subject))
-    value, samples = float(values[0]), values[1:][np.isfinite(values[1:])]
-    low = high = None
-    if math.isfinite(value) and subjects > 1 and 0 < len(values) - 1 <= 2 * len(samples):
-        low, high = map(float, np.percentile(samples, [2.5, 97.5]))
-        if high - low <= _SAME * max(abs(high), 1):  # agreeing resamples do not mean certainty
-            low, high = _exact_interval(value, subjects) if is_share else (None, None)
-    return Figure(value if math.isfinite(value) else None, low, high, len(subject), subjects, chance)
-
-
-_SAME = 1e-9
-"""Relative width of an interval whose resamples differ by rounding only."""
-
-
-def _exact_interval(share: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of n independent draws (Clopper & Pearson 1934).
-
-    It uses quantiles of the beta distribution, so share · n, the number of successes, need not be whole.
-    """
-    from scipy.special import betaincinv
-
-    k = share * n
-    low = 0.0 if k <= 0 else float(betaincinv(k, n - k + 1, 0.025))
-    return low, 1.0 if k >= n else float(betaincinv(k + 1, n - k, 0.975))
 
 
 def _codes(task: Task, rows: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
@@ -394,7 +384,7 @@ def _most(truth: np.ndarray) -> float | None:
     return float(np.bincount(truth).max() / len(truth)) if len(truth) else None
 
 
-def _classification(task: Task, rows: Sequence[Prediction], subject: np.ndarray) -> dict[str, _Statistic]:
+def _classification(task: Task, rows: Sequence[Prediction], subject: np.ndarray) -> dict[str, Statistic]:
     truth, answer = _codes(task, rows)
     classes = len(task.classes)
     one_hot, answered = np.eye(classes)[truth], np.eye(classes + 1)[answer][:, :classes]
@@ -404,10 +394,10 @@ def _classification(task: Task, rows: Sequence[Prediction], subject: np.ndarray)
     pair = {"truth": one_hot, "answer": answered}
     statistics = {
         "accuracy": _share(right, subject, float(most)),
-        "balanced_accuracy": _Statistic(
+        "balanced_accuracy": Statistic(
             partial(weighted_statistics.balanced_accuracy, **pair), subject, float(1 / occurring)
         ),
-        "f1": _Statistic(
+        "f1": Statistic(
             partial(weighted_statistics.macro_f1, **pair), subject, float(2 * most / (1 + most) / occurring)
         ),
         "unparsable": _share(answer == classes, subject, None),
@@ -419,9 +409,9 @@ def _classification(task: Task, rows: Sequence[Prediction], subject: np.ndarray)
     calibration = {"right": probability.argmax(1) == truth, "confidence": probability.max(1)}
     auroc = partial(weighted_statistics.macro_auroc, truth=one_hot, probability=probability)
     return statistics | {
-        "auroc": _Statistic(auroc, subject, 0.5),
+        "auroc": Statistic(auroc, subject, 0.5),
         "brier": _mean(brier, subject, float((1 - (share**2).sum()) / 2)),
-        "ece": _Statistic(partial(weighted_statistics.calibration_error, **calibration), subject, None),
+        "ece": Statistic(partial(weighted_statistics.calibration_error, **calibration), subject, None),
     }
 
 
@@ -433,7 +423,7 @@ def answer_probabilities(task: Task, rows: Sequence[Prediction]) -> np.ndarray:
     return softmax(np.array([[likelihoods[name] for name in task.classes] for likelihoods in by_class]), axis=1)
 
 
-def _comparison(task: Task, rows: Sequence[Prediction], subject: np.ndarray) -> dict[str, _Statistic]:
+def _comparison(task: Task, rows: Sequence[Prediction], subject: np.ndarray) -> dict[str, Statistic]:
     statistics = _classification(task, rows, subject)
     truth, answer = _codes(task, rows)
     code = {name: i for i, name in enumerate(task.classes)}
@@ -459,7 +449,7 @@ def _agreement(one: np.ndarray, other: np.ndarray) -> float | None:
     return float(np.bincount(one, minlength=length) @ np.bincount(other, minlength=length) / len(one) ** 2)
 
 
-def _votes(truth: np.ndarray, answer: np.ndarray, classes: int, subject: np.ndarray) -> _Statistic:
+def _votes(truth: np.ndarray, answer: np.ndarray, classes: int, subject: np.ndarray) -> Statistic:
     """Return whether each subject's majority vote is right; a subject with several right answers has a vote for each.
 
     If m answers tie as the most frequent and one is right, the vote counts 1/m. All answers outside the classes are
@@ -472,35 +462,44 @@ def _votes(truth: np.ndarray, answer: np.ndarray, classes: int, subject: np.ndar
     return _share(most[np.arange(len(pairs)), pairs[:, 1]] / most.sum(1), pairs[:, 0], _most(pairs[:, 1]))
 
 
-def _regression(task: Task, rows: Sequence[Prediction], subject: np.ndarray) -> dict[str, _Statistic]:
-    truth = np.array([parse_number(task.truth(row), task.unit) for row in rows], float)
-    answer = np.array([parse_number(row["prediction"], task.unit) for row in rows], float)  # None: NaN
+def numbers_of(task: Task, rows: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the right and the answered number of each row of a regression, float [n] each; NaN for no number."""
+    truth = [parse_number(task.truth(row), task.unit) for row in rows]
+    answer = [parse_number(row["prediction"], task.unit) for row in rows]
+    return np.array(truth, float), np.array(answer, float)
+
+
+def _regression(
+    task: Task, rows: Sequence[Prediction], subject: np.ndarray, all_rows: Sequence[Prediction]
+) -> dict[str, Statistic]:
+    """Return the statistics of a regression. The error of an answer without a number depends on `all_rows` only."""
+    truth, answer = numbers_of(task, rows)
     none = np.isnan(answer)
-    low, high = truth.min(), truth.max()
+    all_truths = numbers_of(task, all_rows)[0]
+    low, high = all_truths.min(), all_truths.max()
     answer = np.where(none, np.where(truth - low > high - truth, low, high), answer)
     error = answer - truth
     # Correlations leave out answers without a number: their replacements above depend on the truth.
     pair, own = {"x": truth[~none], "y": answer[~none]}, subject[~none]
     return {
         "mae": _mean(np.abs(error), subject, float(np.abs(truth - np.median(truth)).mean())),
-        "rmse": _Statistic(partial(weighted_statistics.rmse, error=error), subject, float(truth.std())),
-        "r2": _Statistic(partial(weighted_statistics.r2, truth=truth, answer=answer), subject, 0.0),
-        "pearson": _Statistic(partial(weighted_statistics.pearson, **pair), own, 0.0),
-        "spearman": _Statistic(partial(weighted_statistics.spearman, **pair), own, 0.0),
+        "rmse": Statistic(partial(weighted_statistics.rmse, error=error), subject, float(truth.std())),
+        "r2": Statistic(partial(weighted_statistics.r2, truth=truth, answer=answer), subject, 0.0),
+        "pearson": Statistic(partial(weighted_statistics.pearson, **pair), own, 0.0),
+        "spearman": Statistic(partial(weighted_statistics.spearman, **pair), own, 0.0),
         "unparsable": _share(none, subject, None),
     }
 
 
-def _text(task: Task, rows: Sequence[Prediction], subject: np.ndarray) -> dict[str, _Statistic]:
+def _text(task: Task, rows: Sequence[Prediction], subject: np.ndarray) -> dict[str, Statistic]:
     truths = [task.truth(row) for row in rows]
     right = np.array([normalise(row["prediction"]) == truth for row, truth in zip(rows, truths, strict=True)])
     return {"accuracy": _share(right, subject, max(Counter(truths).values()) / len(truths))}
 
 
-_STATISTICS: dict[TaskKind, Callable[[Task, Sequence[Prediction], np.ndarray], dict[str, _Statistic]]] = {
+_STATISTICS: dict[TaskKind, Callable[[Task, Sequence[Prediction], np.ndarray], dict[str, Statistic]]] = {
     "classification": _classification,
     "comparison": _comparison,
-    "regression": _regression,
     "text": _text,
 }
 
@@ -510,7 +509,7 @@ _STATISTICS: dict[TaskKind, Callable[[Task, Sequence[Prediction], np.ndarray], d
 
 def subject_keys(groups: Mapping[str, Sequence[Prediction]]) -> str:
     """Return in words which keys name the subjects of answers."""
-    known = Counter(_subject(row)[0] for members in groups.values() for row in members)
+    known = Counter(subject_of(row)[0] for members in groups.values() for row in members)
     return "subjects by " + " and ".join(f"{key} ({n} answers)" for key, n in sorted(known.items()))
 
 
@@ -541,9 +540,10 @@ def answer_notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Predic
         yield f"No {', '.join(metrics)} of {names}: their predictions hold no likelihoods."
 
 
-def _figure_rows(figures: Mapping[str, Figure]) -> Iterator[tuple[str, ...]]:
+def figure_rows(figures: Mapping[str, Figure], indent: str = "  ") -> Iterator[tuple[str, ...]]:
+    """Yield the row of each figure in a table of `COLUMNS`."""
     for name, f in figures.items():
-        yield f"  {name}", short(f.value), span(f, 20) or "–", str(f.n), str(f.subjects), short(f.chance)
+        yield f"{indent}{name}", short(f.value), span(f, 20) or "–", str(f.n), str(f.subjects), short(f.chance)
 
 
 def span(figure: Figure, width: int) -> str:

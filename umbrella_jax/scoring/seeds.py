@@ -9,9 +9,8 @@ import numpy as np
 
 from umbrella_jax.console import WIDTH, plural, table_lines
 from umbrella_jax.errors import DataError, Faults
+from umbrella_jax.scoring.bootstrap import Figure, Resampled
 from umbrella_jax.scoring.metrics import (
-    Figure,
-    Resampled,
     answer_notes,
     cut_faults,
     resample,

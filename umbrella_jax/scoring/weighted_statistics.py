@@ -10,8 +10,12 @@ import numpy as np
 
 
 def mean(w: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return the mean of values [n]: the accuracy if they are whether answers are right, the MAE if absolute errors."""
-    return values.astype(float) @ w / w.sum(0)
+    """Return the mean of values: the accuracy if they are whether answers are right, the MAE if absolute errors.
+
+    Args:
+        values: [n], or [n, R] with other values for each weighting.
+    """
+    return (values.astype(float) @ w if values.ndim == 1 else _sum(w, values)) / w.sum(0)
 
 
 def balanced_accuracy(w: np.ndarray, truth: np.ndarray, answer: np.ndarray) -> np.ndarray:
@@ -69,20 +73,35 @@ def calibration_error(w: np.ndarray, right: np.ndarray, confidence: np.ndarray, 
 
 
 def rmse(w: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """Return the root of the mean of squared errors [n]."""
+    """Return the root of the mean of squared errors, [n] or [n, R]."""
     return np.sqrt(mean(w, error**2))
 
 
 def r2(w: np.ndarray, truth: np.ndarray, answer: np.ndarray) -> np.ndarray:
-    """Return 1 − squared errors / squared deviations from the mean. `truth` and `answer` are [n]."""
-    deviation = _centred(w, truth[:, None])
-    squares = _sum(w * deviation, deviation)
-    return np.where(_varies(w, truth[:, None]), 1 - (answer - truth) ** 2 @ w / squares, np.nan)
+    """Return 1 − squared errors / squared deviations from the mean. `truth` is [n], `answer` [n] or [n, R]."""
+    truth = truth[:, None]
+    deviation = _centred(w, truth)
+    error = answer - (truth if answer.ndim == 2 else truth[:, 0])
+    squares = mean(w, error**2) * w.sum(0)
+    return np.where(_varies(w, truth), 1 - squares / _sum(w * deviation, deviation), np.nan)
 
 
 def pearson(w: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return Pearson's correlation of x and y, [n] each."""
-    return _correlation(w, x[:, None], y[:, None])
+    """Return Pearson's correlation of x, [n], and y, [n] or [n, R]."""
+    return _correlation(w, x[:, None], y if y.ndim == 2 else y[:, None])
+
+
+def least_squares(w: np.ndarray, design: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Return the coefficients [K, R] of the linear least-squares fit to `target` [n].
+
+    Args:
+        design: [n, K], with columns of similar size. If some depend linearly, the smallest coefficients are returned.
+    """
+    count = design.shape[1]
+    products = (design[:, :, None] * design[:, None, :]).reshape(len(design), -1)
+    squares = (products.T @ w).T.reshape(-1, count, count)
+    inverse = np.linalg.pinv(squares, rcond=1e-10, hermitian=True)
+    return np.einsum("rkl,lr->kr", inverse, (design * target[:, None]).T @ w)
 
 
 def spearman(w: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
