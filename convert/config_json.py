@@ -13,6 +13,7 @@ from convert.checksum import FILES, file_checksum, read_checksums
 from convert.foreign import check_placeholders, folder_contents
 from convert.trainable import open_trainable
 from umbrella_jax.config.load import parse_config
+from umbrella_jax.config.origins import Origins
 from umbrella_jax.config.schema import ModalityConfig, PatchEmbedInit, RematPolicy, Template, resolve_modality
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.io import reading
@@ -263,7 +264,7 @@ def stored_modalities(directory: str | Path, patch_embed: Path | None = None) ->
     stored: dict[str, ModalityConfig] = {}
     if path.exists():
         section = {"modalities": read_checkpoint_json(path).get("modalities")}
-        stored = parse_config({"model": section}, str(path)).model.modalities
+        stored = parse_config({"model": section}, Origins(str(path))).model.modalities
     if patch_embed is not None:
         theirs = open_trainable(patch_embed).modalities
         stored = {m: c for m, c in stored.items() if resolve_modality(m, theirs) is None} | theirs

@@ -10,6 +10,7 @@ from convert.lazy_tensor import Tensor
 from convert.rules import hub_name
 from convert.safetensors_files import open_safetensors, write_safetensors
 from umbrella_jax.config.load import parse_config
+from umbrella_jax.config.origins import Origins
 from umbrella_jax.config.schema import ModalityConfig, Template, to_dict
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.io.reading import parse_json
@@ -42,7 +43,7 @@ def open_trainable(path: Path) -> Trainable:
         raise CheckpointError(f"{path}: its header does not say {' and '.join(missing)}; {remedy}")
     stated, fingerprint = (metadata[key] for key in _STATED)
     modalities = parse_json(stated, f"{path}: modalities", CheckpointError, remedy)
-    config = parse_config({"model": {"modalities": modalities}}, str(path)).model.modalities
+    config = parse_config({"model": {"modalities": modalities}}, Origins(str(path))).model.modalities
     template: Any = metadata.get("template")  # checked by `config_json.stored_template`
     random: Any = parse_json(metadata.get("untrained", "{}"), f"{path}: untrained", CheckpointError, remedy)
     # `untrained` is checked by `config_json.stored_untrained`

@@ -217,9 +217,26 @@ def test_faults_of_a_config_come_together(refused: Refused, world: World, tmp_pa
         (["--set", "train.epochs="], ["umbrella-jax: --set: train.epochs: expected a number, got nothing"]),
         (
             ["--modality", "PET"],
-            ["umbrella-jax: data.modality: 'PET' is not configured; expected T1 (or sMRI), rsfMRI (or fMRI)"],
+            ["umbrella-jax: --modality: data.modality: 'PET' is not configured; expected T1 (or sMRI), rsfMRI ("],
         ),
         (["--task-filter", "T9"], ["task_filter T9", "their tasks T0, T1, T3"]),
+        (
+            [
+                *("--set", "train.foo=1", "--set", "train.eps=-1", "--epochs", 0, "--set", "train.max_skipped=true"),
+                *("--set", "data.threads=[", "--set", "seed", "--mesh", "x=1", "--set", "train.eval_steps=a"),
+            ],
+            [
+                "8 faults",
+                "--set: train.foo: no such key",
+                "--set: train: eps: expected 0 or more, got -1",
+                "--epochs: train: epochs: expected a positive number",
+                "--set: train.max_skipped: expected a whole number, got true",
+                "--set data.threads: not valid YAML",
+                "--set seed: expected KEY=VALUE",
+                "--mesh x=1: no such axis",
+                "--set: train.eval_steps: expected a whole number, got 'a'",
+            ],
+        ),
     ],
 )
 def test_flags(refused: Refused, flags: list[Any], expected: list[str]) -> None:

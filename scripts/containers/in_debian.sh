@@ -29,7 +29,7 @@ netns = "host"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 EOF
-chroot "$root" useradd lab
+chroot "$root" useradd --home-dir /lab lab # buildah resolves the home directory of the user
 echo lab:100000:65536 | tee "$root/etc/subuid" >"$root/etc/subgid"
 chroot "$root" chown -R lab /lab
 # pivot_root, because the kernel refuses user namespaces in a chroot. The inner shell expands the variables.

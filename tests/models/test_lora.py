@@ -122,7 +122,7 @@ def test_resumed_is_not_cut_off(world: World, first: Path, second: Path) -> None
     flags = ["--base", first, *GROUPS, "--resume"]
     other = world.train_flags(again, "--train-data", world.root / "anatomical.json", "--batch-size", 2, *flags)
     message = umbrella(*other, "--set", f"model.lora={{rank: 3, alpha: 4, targets: {TARGETS}}}", code=2)
-    assert "cannot resume: model.lora.rank: 3 now, 2 in the run" in message
+    assert "cannot resume: --set: model.lora.rank: 3 now, 2 in the run" in message
     train(world, "again", *flags, *LORA)
     assert changed(parameters(again), parameters(second)) == set()
     assert small_run.numbers(again) == small_run.numbers(second)

@@ -354,7 +354,10 @@ def test_resuming_on_changed_files_is_refused(run: Path, world: World, tmp_path:
         "conversations": (world.train, "{}: changed since the run began"),
         "eval": (world.eval, "{}: changed since the run began"),
         "tokenizer": (copy / "base" / "tokenizer.json", "token ids of data.train: changed since the run began"),
-        "config.json": (copy / "base" / "config.json", "model.base: config.json: text.rope_theta: 20000.0 now, "),
+        "config.json": (
+            copy / "base" / "config.json",
+            "--base: model.base: config.json: text.rope_theta: 20000.0 now, ",
+        ),
     }[what]
     content, stat = file.read_bytes(), file.stat()
     try:

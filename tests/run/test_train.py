@@ -272,9 +272,9 @@ def test_a_run_is_not_overwritten(run: Path, world: World) -> None:
 )
 def test_resuming_with_other_settings_is_refused(run: Path, world: World, flags: list[Any], key: str) -> None:
     """Before volumes are opened."""
-    flags = [*FLAGS, "--eval-data", world.eval, "--resume", "--image-root", run / "nowhere", *flags]
-    message = umbrella(*world.train_flags(run, *flags), code=2)
-    assert f"cannot resume: {key}" in message
+    other = [*FLAGS, "--eval-data", world.eval, "--resume", "--image-root", run / "nowhere", *flags]
+    message = umbrella(*world.train_flags(run, *other), code=2)
+    assert f"cannot resume: {flags[0]}: {key}" in message
     assert "faults" not in message  # only that one
 
 
@@ -307,7 +307,7 @@ def test_a_run_from_before_a_field_was_known_resumes(run: Path, world: World, tm
     flags = [*FLAGS, "--eval-data", world.eval, "--resume"]
     assert f"from step {STEPS}" in umbrella(*world.train_flags(old, *flags))
     message = umbrella(*world.train_flags(old, *flags, "--set", "model.modalities.T1.mode=pad"), code=2)
-    assert "cannot resume: model.modalities.T1.mode: pad now, resize in the run" in message
+    assert "cannot resume: --set: model.modalities.T1.mode: pad now, resize in the run" in message
     small_run.edit_meta(old, lambda meta: meta.pop("num_steps"))
     message = umbrella(*world.train_flags(old, *flags), code=2)
     assert "cannot resume: another version wrote it, without num_steps; " in message

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.small_run import MODALITIES, read_config, said, write_json
+from umbrella_jax.config.load import load_original
 from umbrella_jax.demo import DemoData, make_base, make_data
 
 TYPED = (
@@ -63,3 +64,40 @@ def test_the_command_of_the_original_trains(
     config = read_config(run / "config.yaml")
     assert (config["train"]["batch_size"], config["train"]["learning_rate"]) == (2, 0.001)
     assert (config["model"]["compute_dtype"], config["data"]["template"]) == ("bfloat16", "original")
+
+
+@pytest.mark.parametrize("origin", ["flag", "set", "ours", "theirs"])
+@pytest.mark.parametrize(
+    ("key", "flag", "original", "value", "fault"),
+    [
+        ("data.train", "--train-data", "trainer.train_json_path", "nope", "nope: not found"),
+        ("data.eval", "--eval-data", "trainer.eval_json_path", "nope", "nope: not found"),
+        ("data.modality", "--modality", "modality", "PET", "'PET' is not configured"),
+        ("train.epochs", "--epochs", "trainer.max_epochs", 1e9, "1,000,000,000 epochs of "),
+    ],
+)
+def test_a_fault_found_after_parsing_names_what_was_typed(
+    data: DemoData,
+    origin: str,
+    key: str,
+    flag: str,
+    original: str,
+    value: Any,
+    fault: str,
+    tmp_path: Path,
+) -> None:
+    """The flag, our key in our YAML, or the key in the original's."""
+    file, settings = tmp_path / "run.yaml", nested(data.root / "base")
+    del settings["trainer"]["max_epochs"], settings["trainer"]["eval_steps"]
+    write_json(file, settings)
+    if origin == "ours":
+        settings = load_original(file).mapping
+    section, _, name = (original if origin == "theirs" else key).rpartition(".")
+    if origin in ("ours", "theirs"):
+        settings |= {section: {**settings.get(section, {}), name: value}} if section else {name: value}
+    write_json(file, settings)
+    words = {"flag": [flag, str(value)], "set": ["--set", f"{key}={value}"]}.get(origin, [])
+    train_data = [] if key == "data.train" else ["--train-data", data.train]
+    _, printed = said("train", "--config", file, "--out", tmp_path / "run", *train_data, *words, code=2)
+    start = {"flag": flag, "set": "--set", "ours": str(file), "theirs": f"{file}: {original}"}[origin]
+    assert f"umbrella-jax: {start}: {key}: {fault}" in printed

@@ -15,12 +15,13 @@ from umbrella_jax.cli.options import (
     add_flags,
     add_model,
     add_out,
+    given_keys,
     say_once,
     settings_of,
     start_processes,
 )
 from umbrella_jax.config.load import parse_mesh
-from umbrella_jax.config.schema import ModalityConfig, RunConfig, modality_names, resolve_modality
+from umbrella_jax.config.schema import DataConfig, ModalityConfig, RunConfig, modality_names, resolve_modality
 from umbrella_jax.errors import ConfigError, visible
 
 METHODS = ("gradient", "integrated", "occlusion")
@@ -142,6 +143,12 @@ def _images(arguments: argparse.Namespace, modalities: Mapping[str, ModalityConf
     return images
 
 
+def _data(arguments: argparse.Namespace, config: RunConfig | None) -> DataConfig:
+    """Return the data section of --config or the default one, with the keys that flags set."""
+    given = {key.removeprefix("data."): value for key, value in given_keys(arguments)[0].items() if "data." in key}
+    return replace(config.data if config else DataConfig(), **given)
+
+
 def _open_checkpoint(arguments: argparse.Namespace, config: RunConfig | None) -> Any:
     """Open the checkpoint of MODEL. If it is not the newest of its run, print which one it is.
 
@@ -196,44 +203,40 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _predict(arguments: argparse.Namespace) -> None:
     import jax
 
-    from umbrella_jax.config.schema import DataConfig, MeshConfig
-    from umbrella_jax.distributed import exit_on_error, raise_together
+    from umbrella_jax.config.schema import MeshConfig
+    from umbrella_jax.distributed import raise_together
 
     start_processes(arguments)
     from umbrella_jax.inference.predict import predict
 
-    with exit_on_error():
-        with raise_together():
-            config = settings_of(arguments, say_once)
-            flags = {name: getattr(arguments, name) for name in ("image_root", "modality", "task_filter", "cache")}
-            given = {name: value for name, value in flags.items() if value is not None}
-            data = replace(config.data if config else DataConfig(), eval=arguments.data, **given)
-            mesh = MeshConfig(**parse_mesh(arguments.mesh)) if arguments.mesh else MeshConfig()
-            sampling = _sampling(arguments)
-        rows = predict(
-            arguments.model,
-            data,
-            arguments.out,
-            batch_size=arguments.batch_size,
-            max_new_tokens=arguments.max_new_tokens,
-            sampling=sampling,
-            seed=arguments.seed,
-            likelihoods=arguments.likelihoods,
-            tasks=config.evaluation.tasks if config else None,
-            modalities=config.model.modalities if config else None,
-            mesh=mesh,
-            compute_dtype=arguments.compute_dtype,
-            allow_untrained=arguments.allow_untrained,
-            step=arguments.step,
-            resume=arguments.resume,
-        )
+    with raise_together():
+        config = settings_of(arguments, say_once)
+        data = replace(_data(arguments, config), eval=arguments.data)
+        mesh = MeshConfig(**parse_mesh(arguments.mesh)) if arguments.mesh else MeshConfig()
+        sampling = _sampling(arguments)
+    rows = predict(
+        arguments.model,
+        data,
+        arguments.out,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling,
+        seed=arguments.seed,
+        likelihoods=arguments.likelihoods,
+        tasks=config.evaluation.tasks if config else None,
+        modalities=config.model.modalities if config else None,
+        mesh=mesh,
+        compute_dtype=arguments.compute_dtype,
+        allow_untrained=arguments.allow_untrained,
+        step=arguments.step,
+        resume=arguments.resume,
+    )
     if jax.process_index() == 0:
         print(f"{arguments.out}: {len(rows)} answers")
 
 
 def _explain(arguments: argparse.Namespace) -> None:
     from umbrella_jax.checkpoints.load import load_opened
-    from umbrella_jax.config.schema import DataConfig
     from umbrella_jax.data.conversation import read_conversations
     from umbrella_jax.inference.explain import explain
     from umbrella_jax.inference.processor import Processor
@@ -241,18 +244,19 @@ def _explain(arguments: argparse.Namespace) -> None:
 
     if (arguments.prompt is None) == (arguments.data is None):
         raise ConfigError("explain: expected PROMPT with --image, or --data PATH without PROMPT")
-    unused = ("image",) if arguments.data else ("task_id", "image_root")
+    without_data = {"--task-id": arguments.task_id, "--image-root": given_keys(arguments)[0]}
+    unused = {"--image": arguments.image} if arguments.data else without_data
     if faults := [
-        f"{name}: is of no use {'with --data' if arguments.data else 'without --data'}; leave it out"
-        for name in unused
-        if getattr(arguments, name)
+        f"{flag}: is of no use {'with --data' if arguments.data else 'without --data'}; leave it out"
+        for flag, value in unused.items()
+        if value
     ]:
         raise ConfigError(faults)
     out = Path(arguments.out)
     check_new_folder(out)
     config = settings_of(arguments)
     checkpoint = _open_checkpoint(arguments, config)
-    data = config.data if config else DataConfig()
+    data = _data(arguments, config)
     processor = Processor.from_checkpoint(checkpoint, max_length=data.max_length)
     if arguments.data is None:
         conversations = [processor.question(arguments.prompt, _images(arguments, processor.modalities))]
@@ -260,7 +264,7 @@ def _explain(arguments: argparse.Namespace) -> None:
         all_conversations = read_conversations(
             arguments.data,
             processor.modalities,
-            arguments.image_root or data.image_root,
+            data.image_root,
             modality=data.modality,
             task_filter=data.task_filter,
             allow_outside_root=data.allow_outside_root,

@@ -3,13 +3,16 @@
 import argparse
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from umbrella_jax.cli.unknown_flags import advice, unknown_flags
-from umbrella_jax.config.load import load_config, parse_mesh, print_to_stderr
+from umbrella_jax.config.load import parse_mesh, print_to_stderr, read_config
+from umbrella_jax.config.origins import Origins
 from umbrella_jax.config.schema import RunConfig
-from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.errors import ConfigError, Faults, UmbrellaError
 from umbrella_jax.io.reading import parse_yaml
 
 # Flags that set a key of the config: {flag: (group in the help, key, type, metavar, help)}.
@@ -122,16 +125,31 @@ def add_command(
 def _call(
     parser: argparse.ArgumentParser, call: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace
 ) -> int | None:
-    """Call a command. If a fault starts with the name of an argument, replace the name with the flag the user typed."""
+    """Call a command. In a process of several (`add_cluster`), an error prints itself and ends the process."""
+    if not hasattr(arguments, "coordinator"):
+        with _named_as_typed(parser, arguments):
+            return call(arguments)
+    from umbrella_jax.distributed import exit_on_error
+
+    with exit_on_error(), _named_as_typed(parser, arguments):
+        return call(arguments)
+
+
+@contextmanager
+def _named_as_typed(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Iterator[None]:
+    """Run a block. If a fault starts with the name of an argument or the key of a config, name what the user typed: the
+    flag instead of the argument; in front of the key its flag, or the file and the key there."""
     typed = {
         action.dest: getattr(action, "typed", None) or action.option_strings[-1]
         for action in parser._actions
         if action.option_strings and getattr(arguments, action.dest, action.default) != action.default
     }
     try:
-        return call(arguments)
-    except (ConfigError, DataError) as error:
+        yield
+    except UmbrellaError as error:
         faults = [re.sub(r"^(\w+)(?=: )", lambda found: typed.get(found[0], found[0]), fault) for fault in error.faults]
+        if origins := getattr(arguments, "origins", None):
+            faults = [origins.name_in(fault) for fault in faults]
         if faults == list(error.faults):
             raise
         raise type(error)(faults) from error
@@ -182,8 +200,8 @@ def add_config(parser: argparse.ArgumentParser, flags: Sequence[str]) -> dict[st
 def add_flags(parser: Any, flags: Sequence[str]) -> None:
     """Add flags of `_FLAGS` to a command that has no required config."""
     for flag in flags:
-        _, _, kind, metavar, text = _FLAGS[flag]
-        parser.add_argument(flag, type=kind, metavar=metavar, help=text)
+        _, key, kind, metavar, text = _FLAGS[flag]
+        parser.add_argument(flag, dest=key, type=kind, metavar=metavar, help=text)
 
 
 def add_out(parser: argparse.ArgumentParser, text: str, **more: Any) -> None:
@@ -196,12 +214,14 @@ def config_of(arguments: argparse.Namespace, say: Callable[[str], object] = prin
 
     Args:
         say: as of `load_config`.
+
+    Raises:
+        ConfigError: every fault of the flags and as `load_config`.
     """
-    values = {key: (getattr(arguments, key, None), flag) for flag, (_, key, *_) in _FLAGS.items()}
-    overrides = {key: value for key, (value, _) in values.items() if value is not None}
-    flags = {key: values[key][1] for key in overrides}
-    if mesh := overrides.get("mesh"):
-        overrides["mesh"] = parse_mesh(mesh)
+    faults = Faults()
+    overrides, flags = given_keys(arguments)
+    if "mesh" in overrides:
+        overrides["mesh"] = faults.check(partial(parse_mesh, overrides["mesh"])) or {}
     switches = {"no_wandb": ("train.wandb", False), "allow_overlap": ("data.allow_overlap", True)}
     for name, (key, value) in switches.items():
         if getattr(arguments, name, False):
@@ -209,11 +229,22 @@ def config_of(arguments: argparse.Namespace, say: Callable[[str], object] = prin
     for text in arguments.set:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"--set {text}: expected KEY=VALUE, such as --set train.clip_norm=0.5")
-        if key in overrides:
-            raise ConfigError(f"--set {key}: already given by {flags[key]}; give one value")
-        overrides[key], flags[key] = parse_yaml(value, f"--set {key}"), "--set"
-    return load_config(arguments.config, overrides, flags, say)
+            faults.append(f"--set {text}: expected KEY=VALUE, such as --set train.clip_norm=0.5")
+        elif key in overrides:
+            faults.append(f"--set {key}: already given by {flags[key]}; give one value")
+        else:
+            with faults:
+                overrides[key], flags[key] = parse_yaml(value, f"--set {key}"), "--set"
+    with faults:
+        config, arguments.origins = read_config(arguments.config, overrides, flags, say)
+    faults.raise_as(ConfigError)
+    return config
+
+
+def given_keys(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return {dotted key: value} and {dotted key: flag} of the flags that set keys and were given."""
+    names = {key: flag for flag, (_, key, *_) in _FLAGS.items() if getattr(arguments, key, None) is not None}
+    return {key: getattr(arguments, key) for key in names}, names
 
 
 def add_cluster(parser: argparse.ArgumentParser) -> None:
@@ -268,8 +299,14 @@ def _step(text: str) -> int | str:
 
 
 def settings_of(arguments: argparse.Namespace, say: Callable[[str], object] = print_to_stderr) -> RunConfig | None:
-    """Return the config of an optional --config; None without one."""
-    return load_config(arguments.config, say=say) if arguments.config else None
+    """Return the config of an optional --config; None without one. Flags that set keys do not change it."""
+    _, flags = given_keys(arguments)
+    arguments.origins = Origins(flags=flags)
+    if not arguments.config:
+        return None
+    config, origins = read_config(arguments.config, None, {}, say)
+    arguments.origins = replace(origins, flags=flags)
+    return config
 
 
 def modalities_of(arguments: argparse.Namespace) -> Any:

@@ -73,30 +73,29 @@ def add(commands: Any) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from umbrella_jax.distributed import exit_on_error, raise_together
+    from umbrella_jax.distributed import raise_together
     from umbrella_jax.run.seeds import rehearse_seeds, train_seeds
     from umbrella_jax.run.train import rehearse, train
 
     start_processes(arguments)
-    with exit_on_error():
-        notes = list[str]()
+    notes = list[str]()
 
-        def say(text: str) -> None:
-            say_once(text)
-            notes.append(text)
+    def say(text: str) -> None:
+        say_once(text)
+        notes.append(text)
 
-        with raise_together():
-            config = config_of(arguments, say)
-            if arguments.seeds and any(text.partition("=")[0] == "seed" for text in arguments.set):
-                raise ConfigError("--set seed: already given by --seeds; give one of them")
-        if arguments.dry_run and arguments.seeds:
-            rehearse_seeds(config, arguments.seeds, resume=arguments.resume)
-        elif arguments.dry_run:
-            rehearse(config, resume=arguments.resume)
-        elif arguments.seeds:
-            train_seeds(config, arguments.seeds, resume=arguments.resume, notes=notes)
-        else:
-            train(config, resume=arguments.resume, notes=notes)
+    with raise_together():
+        config = config_of(arguments, say)
+        if arguments.seeds and any(text.partition("=")[0] == "seed" for text in arguments.set):
+            raise ConfigError("--set seed: already given by --seeds; give one of them")
+    if arguments.dry_run and arguments.seeds:
+        rehearse_seeds(config, arguments.seeds, resume=arguments.resume)
+    elif arguments.dry_run:
+        rehearse(config, resume=arguments.resume)
+    elif arguments.seeds:
+        train_seeds(config, arguments.seeds, resume=arguments.resume, notes=notes)
+    else:
+        train(config, resume=arguments.resume, notes=notes)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -3,19 +3,19 @@
 import dataclasses
 import difflib
 import os
-import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from umbrella_jax.config.from_original import Conversion, convert, keys_by_system
 from umbrella_jax.config.original_rules import settings
-from umbrella_jax.config.ranges import Section
+from umbrella_jax.config.origins import Origins
+from umbrella_jax.config.ranges import Section, range_faults
 from umbrella_jax.config.schema import SECRET, MeshConfig, RunConfig, to_dict
-from umbrella_jax.errors import ConfigError
+from umbrella_jax.errors import ConfigError, Faults
 from umbrella_jax.io.reading import quoted, read_yaml
 
 S = TypeVar("S", bound=Section)
@@ -48,72 +48,86 @@ def _adapter(cls: Any) -> Any:
     return TypeAdapter(cls)
 
 
-def parse_config(
-    data: Mapping[str, Any],
-    source: str = "config",
-    flags: Mapping[str, str] = MappingProxyType({}),
-    keys: Mapping[str, str] = MappingProxyType({}),
-) -> RunConfig:
-    """Check a nested mapping and return the run.
-
-    Args:
-        source: the file that `data` came from.
-        flags: {dotted key: flag} of the values that came from the command line instead.
-        keys: {dotted key: key of the file}, if the file is the original system's.
-
-    Raises:
-        ConfigError: every fault, with the source of the value and its key.
-    """
-    return parse_section(RunConfig, data, source, flags, keys)
+_UNKNOWN = Origins()
 
 
-def parse_section(
-    cls: type[S],
-    data: Mapping[str, Any],
-    source: str,
-    flags: Mapping[str, str] = MappingProxyType({}),
-    keys: Mapping[str, str] = MappingProxyType({}),
-) -> S:
-    """Check a nested mapping and return it as `cls`; other arguments and errors as of `parse_config`."""
+def parse_config(data: Mapping[str, Any], origins: Origins = _UNKNOWN) -> RunConfig:
+    """Check a nested mapping and return the run. Raises ConfigError with every fault, its origin and its key."""
+    return parse_section(RunConfig, data, origins)
+
+
+def parse_section(cls: type[S], data: Mapping[str, Any], origins: Origins) -> S:
+    """Check a nested mapping and return it as `cls`. Raises ConfigError as `parse_config` does."""
     from pydantic import ValidationError  # here, so that models import without it
 
     root: Any = cls  # for mypy, a class is no key of a cache
+    faults, refused, checked = list[tuple[str, str]](), set[str](), set[str]()
     try:
         config: S = _adapter(root).validate_python(dict(data))
-        # pydantic accepts true as 1
-        if booleans := list(_booleans_for_numbers(data, to_dict(config))):
-            raise ConfigError(
-                [f"{_origin(source, flags, keys, key, '')}: {key}: {message}" for key, message in booleans]
-            )
-        return config
     except ValidationError as error:
-        faults = []
         for fault in _without_unions(error.errors()):
             key = ".".join(str(part) for part in fault["loc"])
             cause = fault.get("ctx", {}).get("error")
             if isinstance(cause, ConfigError):
-                messages = cause.faults
+                checked.add(key)
+                faults += [(key, message) for message in cause.faults]
             elif fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                messages = (f"no such key; expected {_expected_keys(root, fault['loc'])}",)
+                faults.append((key, f"no such key; expected {_expected_keys(root, fault['loc'])}"))
             else:
-                messages = (_expected_value(key, fault),)
-            for message in messages:
-                faults.append(f"{_origin(source, flags, keys, key, message)}: {key + ': ' if key else ''}{message}")
-        raise ConfigError(faults) from None
+                refused.add(key)
+                faults.append((key, _expected_value(key, fault)))
+    for section, name, hint, value in _number_fields(cls, data):
+        key = f"{section}.{name}" if section else name
+        if booleans := list(_booleans(key, value)):  # pydantic accepts true as 1
+            expected = _EXPECTED["float" if float in set(_parts(hint)) else "int"]
+            faults += [(place, f"expected {expected}, got {str(boolean).lower()}") for place, boolean in booleans]
+        elif section not in checked and key not in refused:  # a section with an unknown key checks no ranges
+            faults += [(section, message) for message in range_faults(name, hint, value)]
+    if faults:
+        raise ConfigError(
+            [f"{origins.of(key, message)}: {key + ': ' if key else ''}{message}" for key, message in faults]
+        ) from None
+    return config
 
 
-def _booleans_for_numbers(given: Any, parsed: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (key, fault) for every true or false given instead of a number."""
-    if isinstance(given, Mapping):
-        for name, value in given.items():
-            yield from _booleans_for_numbers(
-                value, parsed[name if name in parsed else str(name)], f"{key}.{name}" if key else str(name)
-            )
-    elif isinstance(given, list | tuple):
-        for value, number in zip(given, parsed, strict=True):
-            yield from _booleans_for_numbers(value, number, key)
-    elif isinstance(given, bool) and not isinstance(parsed, bool):
-        yield key, f"expected {_EXPECTED['int' if isinstance(parsed, int) else 'float']}, got {str(given).lower()}"
+def _number_fields(section: type, given: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str, Any, Any]]:
+    """Yield (dotted section, name, type, value) of every field that holds a number or several."""
+    for name, hint in get_type_hints(section, include_extras=True).items():
+        if name not in given:
+            continue
+        parts, value = set(_parts(hint)), given[name]
+        inner = next((part for part in parts if isinstance(part, type) and issubclass(part, Section)), None)
+        if inner:
+            below = f"{path}.{name}" if path else name
+            sections = {below: value}
+            if isinstance(value, Mapping) and any(get_origin(part) is dict for part in parts):
+                sections = {f"{below}.{key}": fields for key, fields in value.items()}
+            elif isinstance(value, list):
+                sections = {f"{below}.{index}": fields for index, fields in enumerate(value)}
+            for key, fields in sections.items():
+                if isinstance(fields, Mapping):
+                    yield from _number_fields(inner, fields, key)
+        elif {int, float} & parts and bool not in parts and not (str in parts and isinstance(value, list)):
+            yield path, name, hint, tuple(value) if isinstance(value, list) else value
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    """Yield a type and everything in its brackets."""
+    yield hint
+    for part in get_args(hint):
+        yield from _parts(part)
+
+
+def _booleans(key: str, value: Any) -> Iterator[tuple[str, bool]]:
+    """Yield (dotted key, value) of every true or false in a value."""
+    if isinstance(value, bool):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _booleans(f"{key}.{name}", inner)
+    elif isinstance(value, tuple):
+        for inner in value:
+            yield from _booleans(key, inner)
 
 
 def _without_unions(errors: Sequence[Any]) -> list[Any]:
@@ -128,29 +142,6 @@ def _without_unions(errors: Sequence[Any]) -> list[Any]:
             context = {"expected": f"{error['ctx']['expected']}, or a number"}
             merged.append(error | {"loc": error["loc"][:-1], "ctx": context})
     return merged
-
-
-def _origin(source: str, flags: Mapping[str, str], keys: Mapping[str, str], key: str, message: str) -> str:
-    """Return where a faulty value came from: a flag, a key of the original's file, or the file and every flag and such
-    key that the message mentions.
-
-    The message about a section starts with one of its fields and may mention others.
-    """
-    field = re.match(r"[\w.]*", message)
-    path = ".".join(part for part in (key, field[0] if field else "") if part)
-    for place, names in (("", flags), (f"{source}: ", keys)):
-        if exact := [typed for name, typed in names.items() if f"{path}.".startswith(f"{name}.")]:
-            return f"{place}{exact[-1]}"
-    if message.startswith("no such key") and (inside := [flags[name] for name in flags if name.startswith(f"{key}.")]):
-        return inside[-1]  # --set trainer.max_epochs=3, without such a section in the file
-    words, dotted = (set(re.findall(pattern, message)) for pattern in (r"\w+", r"\w+(?:\.\w+)+"))
-    named = [
-        typed
-        for name, typed in {**keys, **flags}.items()
-        if (name.startswith(f"{key}.") and name.rpartition(".")[2] in words)
-        or (not key and any(f"{name}.".startswith(f"{mentioned}.") for mentioned in dotted))
-    ]
-    return ", ".join(dict.fromkeys([source, *named]))
 
 
 _EXPECTED = {
@@ -273,23 +264,36 @@ def load_config(
         ConfigError: the file is missing or not YAML, gives a key twice, mixes keys of both systems, or `parse_config`
             rejects it.
     """
+    return read_config(path, overrides, flags, say)[0]
+
+
+def read_config(
+    path: str | Path, overrides: Mapping[str, Any] | None, flags: Mapping[str, str], say: Callable[[str], object]
+) -> tuple[RunConfig, Origins]:
+    """Read a config as `load_config` does, and return with it where its values came from."""
     path, data = _read_mapping(path)
-    keys, lines = dict[str, str](), list[str]()
+    keys, given, lines = dict[str, str](), list(flat(data)), list[str]()
     if _is_original(data, str(path)):
         conversion = convert(data, path, overrides or {})
-        data, keys, lines = conversion.mapping, conversion.sources, conversion.lines(path)
+        data, keys, given, lines = conversion.mapping, conversion.sources, [], conversion.lines(path)
+    faults = Faults()
     for key, value in (overrides or {}).items():
         *parents, last = key.split(".")
         section = data
         for parent in parents:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
-                raise ConfigError(f"{flags.get(key, path)}: {key}: {parent} is not a section of {path}")
-        section[last] = value
-    config = parse_config(data, str(path), flags, keys)
+                faults.append(f"{flags.get(key, path)}: {key}: {parent} is not a section of {path}")
+                break
+        else:
+            section[last] = value
+    origins = Origins(str(path), flags, keys, given)
+    with faults:
+        config = parse_config(data, origins)
+    faults.raise_as(ConfigError)
     if lines:
         say("\n".join(lines))
-    return config
+    return config, origins
 
 
 def load_original(path: str | Path) -> Conversion:
@@ -298,7 +302,7 @@ def load_original(path: str | Path) -> Conversion:
     if not _is_original(data, str(path)):
         raise ConfigError(f"{path}: not a configuration of the PyTorch system: no key that only that system has")
     conversion = convert(data, path)
-    parse_config(conversion.mapping, str(path), keys=conversion.sources)
+    parse_config(conversion.mapping, Origins(str(path), keys=conversion.sources))
     return conversion
 
 
@@ -331,7 +335,7 @@ def parse_stored_config(data: Mapping[str, Any], source: str) -> RunConfig:
     model = data.get("model")
     if isinstance(model, Mapping) and model.get("remat") == "dots":
         data = {**data, "model": {**model, "remat": "full"}}
-    return parse_config(data, source)
+    return parse_config(data, Origins(source))
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

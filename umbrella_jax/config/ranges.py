@@ -74,7 +74,12 @@ class Section:
 
 def _range_faults(section: Section) -> Iterator[str]:
     for name, hint in get_type_hints(type(section), include_extras=True).items():
-        allowed, value = range_of(hint), getattr(section, name)
-        numbers = [number for number in (value if isinstance(value, tuple) else (value,)) if isinstance(number, Real)]
-        if allowed is not None and any(float(number) not in allowed for number in numbers):
-            yield f"{name}: expected {allowed}, got {value}"
+        yield from range_faults(name, hint, getattr(section, name))
+
+
+def range_faults(name: str, hint: Any, value: Any) -> Iterator[str]:
+    """Yield a fault if a field's number, or one of its list, is out of the range of the field's type."""
+    allowed = range_of(hint)
+    numbers = [number for number in (value if isinstance(value, tuple) else (value,)) if isinstance(number, Real)]
+    if allowed is not None and any(float(number) not in allowed for number in numbers):
+        yield f"{name}: expected {allowed}, got {value}"

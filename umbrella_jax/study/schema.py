@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from umbrella_jax.config.load import parse_section
+from umbrella_jax.config.origins import Origins
 from umbrella_jax.config.ranges import Count, CountOrZero, Range, Section
 from umbrella_jax.config.schema import TaskKind
 from umbrella_jax.errors import ConfigError
@@ -279,4 +280,4 @@ def load_study(path: str | Path) -> StudyConfig:
     data = read_yaml(path, "expected a YAML file with a study: subjects, scans, tasks, …")
     if not isinstance(data, Mapping):
         raise ConfigError(f"{path}: not a study; expected the keys subjects, scans, tasks, …")
-    return parse_section(StudyConfig, data, str(path))
+    return parse_section(StudyConfig, data, Origins(str(path)))
