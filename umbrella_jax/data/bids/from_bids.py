@@ -23,7 +23,8 @@ from umbrella_jax.data.bids.labels import (
 from umbrella_jax.data.bids.participants import PARTICIPANTS, Participants, read_levels
 from umbrella_jax.data.bids.records import RecordWriter, write_records
 from umbrella_jax.data.bids.scans import MODALITIES, BidsFiles, find_files, find_scans, left_out
-from umbrella_jax.data.bids.templates import TEMPLATES, control_token_faults, read_template
+from umbrella_jax.data.bids.templates import TEMPLATES, read_template
+from umbrella_jax.data.placeholders import control_token_faults
 from umbrella_jax.data.subject_split import SPLITS, read_splits, split_names, split_subjects, write_splits
 from umbrella_jax.errors import ConfigError, DataError, Faults, why_not_a_directory
 from umbrella_jax.io.files import check_new_folder, new_folder

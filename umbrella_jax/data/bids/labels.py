@@ -1,6 +1,5 @@
 """Give every scan its value, decide which kind of question the values suit, and spell them as labels."""
 
-import re
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ from umbrella_jax.config.schema import MAX_CLASSES
 from umbrella_jax.console import plural
 from umbrella_jax.data.bids.participants import PARTICIPANTS, Participants
 from umbrella_jax.data.bids.scans import BidsFiles, Scan, left_out
+from umbrella_jax.data.labels import alike_labels, kind_faults
 from umbrella_jax.data.tables import doubtful_values, has_lost_zeros, is_missing, match_misspelled, parse_cell_number
 from umbrella_jax.errors import DataError
 
@@ -166,25 +166,11 @@ def choose_kind(
     counts = Counter(value for _, value in valued_scans)
     words = [f"{value} ({subject})" for subject, value in value_of.items() if parse_cell_number(value) is None]
     words = words or [value for value in counts if parse_cell_number(value) is None]
+    described = texts.keys() & counts.keys()
+    remedy = f"write numbers or n/a instead of {', '.join(words)}, or ask for kind classification"
+    if faults := kind_faults(place, kind, counts, words, described, remedy):
+        raise DataError(faults)
     many = len(counts) > MAX_CLASSES
-    commas = [word for word in words if re.match(r"[+-]?\d+(,\d+)+(\.\d+)?( |$)", word)]
-    if commas and kind in (None, "regression") and not texts.keys() & counts.keys():
-        raise DataError(
-            f"{place}: numbers with a comma: {', '.join(commas[:5])} ({len(commas)}); write a decimal point and no "
-            "thousands separator"
-        )
-    if kind is None and many and 0 < len(words) < len(value_of):
-        raise DataError(
-            f"{place}: numbers and words mixed; write numbers or n/a instead of {', '.join(words)}, "
-            "or ask for kind classification"
-        )
-    if kind == "regression" and words:
-        raise DataError([f"{place}: expected a number or n/a, got {word}" for word in words])
-    if kind == "comparison" and many and not words:
-        raise DataError(
-            f"{place}: {len(counts)} distinct numbers, so hardly any two subjects have the same label; "
-            "compare a column with few labels, such as groups of these numbers"
-        )
     kind = kind or ("regression" if many and not words else "classification")
     if kind != "regression":
         _check_labels(place, target, counts, texts, notes)
@@ -193,22 +179,15 @@ def choose_kind(
 
 def _check_labels(place: str, target: str, counts: Counter[str], texts: Mapping[str, str], notes: list[str]) -> None:
     """Raise DataError for labels that differ only in case, spaces or the spelling of a number."""
-    variants: dict[str, Counter[str]] = defaultdict(Counter)
+    labels: Counter[str] = Counter()
     for value, count in counts.items():
-        label = texts.get(value, value)
-        number = parse_cell_number(label)
-        variants[" ".join(label.casefold().split()) if number is None else f"{number:g}"][label] += count
-    faults = [
-        f"{place}: one label or several? {', '.join(f'{label!r} ({n})' for label, n in labels.items())}; "
-        "spell them the same, or map them with `labels` in --template"
-        for labels in variants.values()
-        if len(labels) > 1
-    ]
-    if faults:
-        raise DataError(faults)
-    initials = [label for label in variants if len(label) == 1 and label.isalpha()]
-    for label, other in ((i, o) for i in initials for o in variants if o.startswith(i) and o != i):
-        notes.append(f"treated as two labels of {target}: {', '.join([*variants[label], *variants[other]])}")
+        labels[texts.get(value, value)] += count
+    same, initials = alike_labels(labels)
+    if same:
+        spellings = [", ".join(f"{label!r} ({labels[label]})" for label in group) for group in same]
+        remedy = "spell them the same, or map them with `labels` in --template"
+        raise DataError([f"{place}: one label or several? {group}; {remedy}" for group in spellings])
+    notes += [f"treated as two labels of {target}: {', '.join(group)}" for group in initials]
     if unused := sorted(texts.keys() - counts.keys()):
         notes.append(f"values that Levels or labels describe but no scan has: {', '.join(unused)}")
 

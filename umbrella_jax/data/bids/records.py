@@ -10,6 +10,7 @@ from typing import Any
 from umbrella_jax.data.bids.labels import LabelledSubject
 from umbrella_jax.data.bids.scans import Scan
 from umbrella_jax.data.conversation import IMAGE_MARKER
+from umbrella_jax.data.labels import plain_number
 from umbrella_jax.io.files import naming, open_private, strict_json
 
 LabelledScan = tuple[LabelledSubject, Scan]
@@ -70,7 +71,7 @@ class RecordWriter:
         metadata: dict[str, Any],
     ) -> dict[str, Any]:
         subject = shown[-1][0]
-        label = _plain_number(subject.value) if self.kind == "regression" else subject.label
+        label = plain_number(subject.value) if self.kind == "regression" else subject.label
         return {
             "task_id": task_id,
             "task_type": task_type,
@@ -80,10 +81,6 @@ class RecordWriter:
             "conversations": turns,
             "metadata": {"subject_id": subject.name, "subject_label": label, **metadata, "kind": self.kind},
         }
-
-
-def _plain_number(value: str) -> int | float:
-    return int(value) if value.lstrip("+-").isdigit() else float(value)
 
 
 def draw_pairs(

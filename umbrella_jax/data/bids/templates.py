@@ -1,9 +1,8 @@
 """The wording of questions and answers, and what it may contain."""
 
 from pathlib import Path
-from string import Formatter
 
-from umbrella_jax.data.conversation import IMAGE_MARKER, TURN_END, TURN_START
+from umbrella_jax.data.placeholders import text_faults
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.io.reading import read_yaml
 
@@ -53,22 +52,6 @@ def read_template(file: str | Path | None) -> dict[str, dict[str, str]]:
 def _text_faults(kind: str, key: str, text: str) -> list[str]:
     if key not in TEMPLATES[kind]:
         return [f"no such text; expected one of {', '.join(TEMPLATES[kind])}"]
-    allowed = ["target", "label"] if key.endswith("answer") else ["target"]  # a question must not give the answer away
-    try:
-        fields = [(field, spec or conversion) for _, field, spec, conversion in Formatter().parse(text)]
-    except ValueError as error:
-        return [f"{error}; write {{{{ or }}}} for a brace"]
-    faults = [
-        f"placeholder {name!r}: expected {' or '.join(f'{{{k}}}' for k in allowed)}"
-        for name, format_spec in fields
-        if name is not None and (name not in allowed or format_spec)
-    ]
-    if "label" in allowed and not faults and all(name != "label" for name, _ in fields):
-        faults.append("expected {label} in it; without it every subject has the same answer")
-    return faults + control_token_faults(text)
-
-
-def control_token_faults(text: str) -> list[str]:
-    """Return a fault if a text contains a token that marks a turn or an image."""
-    forged = [token for token in (TURN_START, TURN_END, IMAGE_MARKER) if token in text]
-    return [f"contains {' and '.join(forged)}, which only the tokenizer may add; take it out"] if forged else []
+    if key.endswith("answer"):
+        return text_faults(text, ["target", "label"], needed="label")
+    return text_faults(text, ["target"])  # a question must not give the answer away
