@@ -1,4 +1,4 @@
-"""A study's conversations, compared with an independent reading of the table; and what is refused."""
+"""A study's conversations, compared with an independent reading of the table; and the mistakes that are refused."""
 
 from collections import Counter
 
@@ -187,7 +187,7 @@ def test_comparison_exactly():
     }
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(
     st.lists(st.sampled_from("abc"), min_size=12, max_size=30),
     st.sampled_from([1, 2, 3, 5, 10]),

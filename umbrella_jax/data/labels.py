@@ -16,7 +16,7 @@ def kind_faults(
     described: Collection[str],
     mixed_remedy: str,
 ) -> list[str]:
-    """Return what makes values unfit for a kind of question.
+    """Return faults of values that do not suit a kind of question.
 
     Args:
         place: of the column, in messages.

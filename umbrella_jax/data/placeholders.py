@@ -1,4 +1,4 @@
-"""Texts with placeholders in braces, and what a text for the model may contain."""
+"""Texts with placeholders in braces, and their faults."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -33,11 +33,15 @@ class TextTemplate:
 
     def fill(self, values: Mapping[str, str]) -> str:
         """Return the text with each placeholder replaced. Raise KeyError for a name without a value."""
-        return "".join(literal if name is None else literal + values[name] for literal, name in self.pieces)
+        return "".join([literal if name is None else literal + values[name] for literal, name in self.pieces])
+
+    def replace(self, name: str, text: str) -> "TextTemplate":
+        """Return a template with one placeholder replaced."""
+        return TextTemplate(tuple((p + text, None) if n == name else (p, n) for p, n in self.pieces))
 
 
 def text_faults(text: str, allowed: Collection[str], needed: str | None = None) -> list[str]:
-    """Return what is wrong with a text.
+    """Return the faults of a text.
 
     Args:
         text: with placeholders.

@@ -1,4 +1,4 @@
-"""Read the cases of a study's task from visits: what one question is about, and its answer.
+"""Read the cases of a study's task from visits: the visits and scans that a question shows, and its answer.
 
 **Runs of visits.** With `visits: 2` every two consecutive visits of a subject are a case; a visit between them that
 lacks a scan or a value breaks the run. Texts take their values from the visit whose value is the answer; for a change
@@ -42,7 +42,7 @@ def phrasings_of(task: TaskStudyConfig) -> dict[str, tuple[str, ...]]:
 
 
 class Case(NamedTuple):
-    """What one question is about."""
+    """A subject's visits that one question shows, with the value asked for."""
 
     visits: tuple[Visit, ...]
     """Visits shown, of one subject."""
@@ -53,17 +53,18 @@ class Case(NamedTuple):
 
     @property
     def subject(self) -> str:
+        """The subject's id."""
         return self.answered.subject
 
 
 class ShownCase(NamedTuple):
-    """A case and the scans that one conversation shows of it."""
+    """A case with the scans that one conversation shows."""
 
     case: Case
     label: str
     scans: tuple[Scan, ...]
     name: str
-    """Unique in a task: the subject, the visits, and which of their scans."""
+    """Unique in a task: the subject, the visits, and the run if they have several scans."""
 
 
 class CaseReader:
@@ -74,12 +75,16 @@ class CaseReader:
         self.place = f"tasks.{name}" + (f".column: {task.column}" if task.column is not None else "")
         self.show = task.show or tuple(study.scans)
         self.references = (task.references or ReferencesConfig()) if task.kind == "comparison" else None
-        self.target = (task.column or name).replace("_", " ")
+        target = (task.column or name).replace("_", " ")
         numbers = {parse_cell_number(value): label for value, label in task.labels.items()}
         self._label_of_number: dict[float | None, str] = {n: label for n, label in numbers.items() if n is not None}
-        self.texts = {part: tuple(map(TextTemplate.parse, texts)) for part, texts in phrasings_of(task).items()}
-        names = [name for texts in self.texts.values() for text in texts for name in text.names]
-        self.text_columns = tuple(dict.fromkeys(name for name in names if name not in ("target", "label")))
+        self.texts = {
+            part: tuple(TextTemplate.parse(text).replace("target", target) for text in texts)
+            for part, texts in phrasings_of(task).items()
+        }
+        open_parts = [part for part in self.texts if task.kind == "text" or not part.endswith("answer")]
+        names = [name for part in open_parts for text in self.texts[part] for name in text.names]
+        self.text_columns = tuple(dict.fromkeys(names))
 
     def cases(
         self, visits: Sequence[Visit], leave_out: Callable[[str, str], object] = lambda reason, row: None

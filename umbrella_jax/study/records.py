@@ -1,8 +1,8 @@
-"""Make the conversations of a study's task: what is shown, what is asked, and the right answer.
+"""Make the conversations of a study's task: scans, a question and the right answer.
 
-`cases.py` says what makes a conversation, `references.py` how a comparison's references are drawn. A query's own
-references come before it, each with its answer. `metadata.reference_id`, `reference_label` and `comparison_type` are
-about the last one; `reference_ids` and `reference_labels` list several in the order shown.
+`cases.py` explains which scans make a conversation, `references.py` how the references of a comparison are drawn.
+References come before the query, each with its answer. `metadata.reference_id`, `reference_label` and
+`comparison_type` are about the last one; `reference_ids` and `reference_labels` list several in the order shown.
 
 `covariates` come before the question, and before the question about a reference with the reference's values.
 
@@ -84,7 +84,7 @@ def make_records(
 
 
 def _numeric_columns(columns: Sequence[str], visits_of: Mapping[str, Sequence[Visit]]) -> set[str]:
-    """Return the columns with numbers only, none of them with leading zeros like a code."""
+    """Return the columns that hold only numbers; a number with leading zeros is a code."""
     numeric = set(columns)
     for visits in visits_of.values():
         for visit in visits:
@@ -156,13 +156,10 @@ class _RecordWriter:
     def _turns(self, shown: ShownCase, question: str, answer: str, split: str, task_id: str) -> list[dict[str, Any]]:
         values = shown.case.answered.values
         label = shown.label if self.task.unit is None else f"{shown.label} {self.task.unit}"
-        known = {**values, "target": self.reader.target}
-        asked = self._phrase(question, split, task_id).fill(known)
+        asked = self._phrase(question, split, task_id).fill(values)
         if "covariates" in self.reader.texts:
-            asked = f"{self.reader.texts['covariates'][0].fill(known)} {asked}"
-        answered = self._phrase(answer, split, task_id).fill(
-            known if self.task.kind == "text" else {"target": self.reader.target, "label": label}
-        )
+            asked = f"{self.reader.texts['covariates'][0].fill(values)} {asked}"
+        answered = self._phrase(answer, split, task_id).fill(values if self.task.kind == "text" else {"label": label})
         images = [{"type": "image", "modality": scan.modality, "image_path": scan.path} for scan in shown.scans]
         return [
             {"role": "user", "content": [*images, {"type": "text", "text": asked}]},

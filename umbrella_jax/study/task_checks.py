@@ -64,7 +64,7 @@ def column_faults(name: str, task: TaskStudyConfig, study: StudyConfig, columns:
 
 @dataclass
 class Survey:
-    """What a first pass over all splits finds."""
+    """Counts and first rows of a task's values, from a first pass over all splits."""
 
     left_out: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
@@ -94,11 +94,13 @@ class Survey:
         return survey
 
     def leave_out(self, reason: str, row: str) -> None:
+        """Count a run of visits that is no case."""
         self.left_out[reason] += 1
         if self.left_out[reason] <= _SHOWN:
             self.left_out_rows[reason].append(row)
 
     def count(self, cell: str, case: Case) -> None:
+        """Count a value."""
         self.counts[cell] += 1
         if self.counts[cell] <= _SHOWN:
             self.rows[cell].append(row_of(case.visits))
