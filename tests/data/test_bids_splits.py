@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.bids_case import faults, sexes, subjects, written
 from umbrella_jax.data.bids.from_bids import from_bids
 from umbrella_jax.data.conversation import read_conversations
-from umbrella_jax.data.subject_split import split_subjects
+from umbrella_jax.data.subject_split import balanced_levels, split_subjects
 
 
 @pytest.mark.parametrize("kind", ["classification", "comparison"])
@@ -136,7 +136,7 @@ def test_a_split_is_exact_and_fast():
     people = {f"{i}": {"a": "xy"[i % 2], "b": str(i * 7919 % 1000), "c": "n/a", "d": f"word {i}"} for i in range(4000)}
     shares = {"train": Fraction(7, 10), "val": Fraction(1, 3) - Fraction(1, 30), "eval": Fraction(0)}
     shares["eval"] = 1 - sum(shares.values())
-    found = split_subjects(people, {name: share for name, share in shares.items() if share}, 0)
+    found = split_subjects(balanced_levels(people), {name: share for name, share in shares.items() if share}, 0)
     sizes = Counter(found.values())
     assert all(abs(sizes[name] - share * 4000) < 1 for name, share in shares.items())
     held = Counter(int(people[s]["b"]) // 100 for s, name in found.items() if name == "val")

@@ -18,7 +18,7 @@ SPLITS = "splits.tsv"
 
 
 def split_subjects(
-    subjects: Mapping[str, Mapping[str, str]], shares: Mapping[str, Fraction], seed: int
+    levels: Mapping[str, Sequence[tuple[str, str]]], shares: Mapping[str, Fraction], seed: int
 ) -> dict[str, str]:
     """Assign every subject to a split, balanced over all columns at once.
 
@@ -28,16 +28,14 @@ def split_subjects(
     from its share.
 
     Args:
-        subjects: {subject: {column: value}}. Columns with more than MAX_CLASSES distinct values are balanced in at most
-            ten quantiles if all are numbers, and not at all otherwise. Missing values are balanced too.
+        levels: {subject: (column, level) pairs}, such as `balanced_levels` returns.
         shares: {split: share}, which sum to 1.
         seed: of the order.
 
     Returns:
         {subject: split}, subjects sorted.
     """
-    strata = _strata(subjects)
-    order = sorted(subjects)
+    order = sorted(levels)
     random.Random(seed).shuffle(order)
     unit = math.lcm(
         *(share.denominator for share in shares.values())
@@ -47,9 +45,9 @@ def split_subjects(
     totals: Counter[tuple[str, str]] = Counter()
     in_split: Counter[tuple[str, tuple[str, str]]] = Counter()
     split_of: dict[str, str] = {}
-    places = _quotas(shares, len(order))
+    places = split_sizes(shares, len(order))
     for assigned, subject in enumerate(order, start=1):
-        values = strata[subject]
+        values = levels[subject]
         totals.update(values)
         deficits = {name: part * assigned - unit * sizes[name] for name, part in parts.items() if places[name]}
         scores = {
@@ -65,7 +63,7 @@ def split_subjects(
     return dict(sorted(split_of.items()))
 
 
-def _quotas(shares: Mapping[str, Fraction], number: int) -> dict[str, int]:
+def split_sizes(shares: Mapping[str, Fraction], number: int) -> dict[str, int]:
     """Return how many of `number` subjects each split gets: its share, rounded so that the sum is `number`."""
     quotas = {name: int(share * number) for name, share in shares.items()}
     by_remainder = sorted(shares, key=lambda name: quotas[name] - shares[name] * number)
@@ -74,27 +72,41 @@ def _quotas(shares: Mapping[str, Fraction], number: int) -> dict[str, int]:
     return quotas
 
 
-def _strata(subjects: Mapping[str, Mapping[str, str]]) -> dict[str, list[tuple[str, str]]]:
-    """Return the (column, value or quantile) pairs of each subject."""
-    strata: dict[str, list[tuple[str, str]]] = {subject: [] for subject in subjects}
+def balanced_levels(subjects: Mapping[str, Mapping[str, str]]) -> dict[str, list[tuple[str, str]]]:
+    """Return each subject's (column, level) pairs, for `split_subjects`.
+
+    Columns of more than MAX_CLASSES texts are left out.
+
+    Args:
+        subjects: {subject: {column: cell}}.
+    """
+    levels: dict[str, list[tuple[str, str]]] = {subject: [] for subject in subjects}
     for column in dict.fromkeys(column for row in subjects.values() for column in row):
         cells = {subject: row.get(column, "") for subject, row in subjects.items()}
-        known = {subject: cell for subject, cell in cells.items() if not is_missing(cell)}
-        levels = dict.fromkeys(subjects, "") | known
-        if len(set(known.values())) > MAX_CLASSES:
-            numbers = {
-                subject: number for subject, cell in known.items() if (number := parse_cell_number(cell)) is not None
-            }
-            if len(numbers) < len(known):
-                continue
-            bins = max(
-                min(10, len(numbers) // 5), 1
-            )  # at least five subjects each: finer bins would leave nothing to chance
-            ranked = sorted(sorted(numbers), key=lambda subject: numbers[subject])
-            levels |= {subject: str(rank * bins // len(ranked)) for rank, subject in enumerate(ranked)}
-        for subject, level in levels.items():
-            strata[subject].append((column, level))
-    return strata
+        of_column = column_levels({subject: "" if is_missing(cell) else cell for subject, cell in cells.items()})
+        if len(set(of_column.values())) <= MAX_CLASSES + 1:  # 1 for missing values
+            for subject, level in of_column.items():
+                levels[subject].append((column, level))
+    return levels
+
+
+def column_levels(cells: Mapping[str, str]) -> dict[str, str]:
+    """Return {subject: level} of a column.
+
+    A level is the cell itself, so missing values are a level too. If all others are numbers, and more than MAX_CLASSES
+    of them are distinct, it is one of at most ten quantiles.
+
+    Args:
+        cells: {subject: cell}, empty for a missing value.
+    """
+    known = {subject: cell for subject, cell in cells.items() if cell}
+    numbers = {subject: number for subject, cell in known.items() if (number := parse_cell_number(cell)) is not None}
+    if len(set(known.values())) <= MAX_CLASSES or len(numbers) < len(known):
+        return dict(cells)
+    # at least five subjects each: finer bins would leave nothing to chance
+    bins = max(min(10, len(numbers) // 5), 1)
+    ranked = sorted(sorted(numbers), key=lambda subject: numbers[subject])
+    return {**cells, **{subject: str(rank * bins // len(ranked)) for rank, subject in enumerate(ranked)}}
 
 
 def write_splits(path: Path, split_of: Mapping[str, str]) -> None:

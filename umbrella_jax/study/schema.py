@@ -195,12 +195,17 @@ class TaskStudyConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig(Section):
-    """How subjects are divided: by shares, in folds, by leaving out one group at a time, or as a file lists them."""
+    """How subjects are divided: by shares, in folds, by leaving out one group at a time, or as a file lists them.
+
+    The tasks have no influence. Adding a subject or changing a column may change the whole split; `file` keeps one.
+    """
 
     by: str = "subject"
-    """Column whose groups stay together, such as family; default each subject on its own."""
+    """Column whose groups stay together, such as family; default each subject on its own, and so is one without a
+    value."""
     stratify: Words = ()
-    """Columns whose combinations every split gets its share of; numbers in quantiles."""
+    """Columns whose combinations every split gets its share of; numbers in quantiles, a missing value counts as one.
+    Of a column that varies between visits, the first value counts."""
     balance: Words = ()
     """Columns that are balanced one by one, for more columns than combinations can be filled."""
     sizes: dict[str, float] = field(default_factory=dict)
@@ -211,15 +216,16 @@ class SplitConfig(Section):
     leave_out: str | None = None
     """Column; each of its values is the test set of one fold."""
     file: str | None = None
-    """Table with columns participant_id and split."""
+    """Table with columns participant_id and split, or participant_id and fold (fold-1, fold-2, …: the test set that a
+    subject is in), such as an earlier splits.tsv."""
     seed: int = DEFAULT_SEED
 
     def contradictions(self) -> Iterator[str]:
         ways = [name for name in ("folds", "leave_out", "file") if getattr(self, name) is not None]
         if len(ways) > 1:
             yield f"{' and '.join(ways)}: expected one of them"
-        if self.file is not None and (self.sizes or self.stratify or self.balance):
-            yield "file: lists the splits itself; leave out sizes, stratify and balance"
+        if self.leave_out is not None and (self.stratify or self.balance) and not self.sizes:
+            yield "stratify, balance: without sizes, leave_out has nothing to divide"
         if self.stratify and self.balance:
             yield "stratify and balance: expected one of them"
         if self.sizes:
@@ -233,7 +239,8 @@ class SplitConfig(Section):
 
     def shares(self) -> dict[str, Fraction]:
         """Return {split: exact share}, so that 0.7, 0.1 and 0.2 sum to 1."""
-        default = {"train": 1.0} if self.folds or self.leave_out else {"train": 0.8, "eval": 0.2}
+        held_out = self.folds or self.leave_out or self.file
+        default = {"train": 1.0} if held_out else {"train": 0.8, "eval": 0.2}
         return {name: Fraction(repr(share)) for name, share in (self.sizes or default).items()}
 
 

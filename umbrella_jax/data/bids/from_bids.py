@@ -25,7 +25,14 @@ from umbrella_jax.data.bids.records import RecordWriter, write_records
 from umbrella_jax.data.bids.scans import MODALITIES, BidsFiles, find_files, find_scans, left_out
 from umbrella_jax.data.bids.templates import TEMPLATES, read_template
 from umbrella_jax.data.placeholders import control_token_faults
-from umbrella_jax.data.subject_split import SPLITS, read_splits, split_names, split_subjects, write_splits
+from umbrella_jax.data.subject_split import (
+    SPLITS,
+    balanced_levels,
+    read_splits,
+    split_names,
+    split_subjects,
+    write_splits,
+)
 from umbrella_jax.errors import ConfigError, DataError, Faults, why_not_a_directory
 from umbrella_jax.io.files import check_new_folder, new_folder
 
@@ -118,7 +125,10 @@ def from_bids(
         texts = {}
     notes += _value_notes(table, target, kind, valued_scans, texts)
     subjects = group_by_label(valued_scans, texts)
-    split_of = split_subjects(_balanced_columns(table, files), shares, seed) if earlier_split is None else earlier_split
+    if earlier_split is None:
+        split_of = split_subjects(balanced_levels(_balanced_columns(table, files)), shares, seed)
+    else:
+        split_of = earlier_split
     names = list(shares) if earlier_split is None else split_names(split_of)
     splits = {name: [s for s in subjects if split_of.get(s.name) == name] for name in names}
     if unassigned := list(dict.fromkeys(s.name for s in subjects if s.name not in split_of)):
