@@ -60,7 +60,7 @@ def read_cohort(config: CohortConfig, study: StudyConfig, root: Path, faults: Fa
     """
     fatal = Faults()
     conditions = _parse_conditions(study.include, fatal)
-    tables = fatal.check(lambda: join_tables(config, root, MissingValues.of_study(study)))
+    tables = fatal.check(lambda: join_tables(config, root, MissingValues.of_study(study), notes))
     scans: list[FoundScan] = []
     for modality, of_modality in config.scans.items():
         with fatal:

@@ -125,12 +125,15 @@ class JoinedTables:
                         )
 
 
-def join_tables(config: CohortConfig, root: Path, missing: MissingValues) -> JoinedTables:
-    """Read all tables of a cohort. Raise DataError with every fault."""
+def join_tables(config: CohortConfig, root: Path, missing: MissingValues, notes: list[str]) -> JoinedTables:
+    """Read all tables of a cohort; `notes` receives what is left out. Raise DataError with every fault."""
     faults = Faults()
     files: list[Path] = []
-    subjects = [t for table in config.subjects for t in _read_tables(table, root, missing, False, files, faults)]
-    sessions = [t for table in config.sessions for t in _read_tables(table, root, missing, True, files, faults)]
+
+    def read(configs: Sequence[TableConfig], with_visits: bool) -> list[LabTable]:
+        return [t for c in configs for t in _read_tables(c, root, missing, with_visits, files, faults, notes)]
+
+    subjects, sessions = read(config.subjects, False), read(config.sessions, True)
     faults.raise_as(DataError)
     first = subjects[0]
     for table in (*subjects[1:], *sessions):
@@ -140,7 +143,13 @@ def join_tables(config: CohortConfig, root: Path, missing: MissingValues) -> Joi
 
 
 def _read_tables(
-    config: TableConfig, root: Path, missing: MissingValues, with_visits: bool, files: list[Path], faults: Faults
+    config: TableConfig,
+    root: Path,
+    missing: MissingValues,
+    with_visits: bool,
+    files: list[Path],
+    faults: Faults,
+    notes: list[str],
 ) -> list[LabTable]:
     """Return the tables of one entry, one per set of columns."""
     paths = [root / config.file]
@@ -152,7 +161,7 @@ def _read_tables(
     for path in paths:
         files.append(path)
         try:
-            table = read_lab_table(path, config, missing, with_visits=with_visits)
+            table = read_lab_table(path, config, missing, notes, with_visits=with_visits)
         except DataError as error:
             faults += error.faults
             continue

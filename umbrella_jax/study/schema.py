@@ -63,6 +63,12 @@ class TableConfig(Section):
     """Of a text file."""
     skip_rows: CountOrZero = 0
     """Rows below the header that are no subjects, such as the descriptions of columns in ABCD's tables."""
+    rows: dict[str, Words] = field(default_factory=dict)
+    """{column of the table: values}; other rows are not read, such as those of later visits in a table of subjects."""
+    replace: dict[str, str] = field(default_factory=dict)
+    """{text in ids: what the scans have instead}, such as NDAR_INV: NDARINV."""
+    visit_names: dict[Word, Word] = field(default_factory=dict)
+    """{visit in the table: visit in the names of scans}; others keep their names."""
     width: Count | None = None
     """Digits of ids that lost their leading zeros, as in a spreadsheet: 3 reads 7 as 007."""
 

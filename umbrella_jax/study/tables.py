@@ -6,6 +6,7 @@ import decimal
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -64,7 +65,9 @@ class MissingValues:
         return known
 
 
-def read_lab_table(path: Path, config: TableConfig, missing: MissingValues, *, with_visits: bool = False) -> Table:
+def read_lab_table(
+    path: Path, config: TableConfig, missing: MissingValues, notes: list[str], *, with_visits: bool = False
+) -> Table:
     """Read one table, with the study's names for its columns and without missing cells.
 
     A table with a column per visit becomes one row per subject and visit that has any value.
@@ -73,6 +76,7 @@ def read_lab_table(path: Path, config: TableConfig, missing: MissingValues, *, w
         path: the file, of which `config.file` may be the pattern.
         config: columns, sheet, encoding and width of ids.
         missing: cells to leave out of the rows.
+        notes: receives a line about rows that have a declared missing value instead of an id.
         with_visits: whether rows are visits, as in `sessions`.
 
     Returns:
@@ -92,7 +96,7 @@ def read_lab_table(path: Path, config: TableConfig, missing: MissingValues, *, w
     named = {name: column for name, column in config.columns.items() if name not in wide}
     if not config.columns:
         named = {column: column for column in table.columns if column not in required and column}
-    faults += _column_faults(table, [*required, *named.values()])
+    faults += _column_faults(table, [*required, *named.values(), *config.rows])
     faults += [
         f"{path}: {name}: a study gives this name to {meaning}; rename the column with `columns`"
         for name, meaning in ((VISIT, "the visit"), (SUBJECT, "the subject"))
@@ -101,15 +105,26 @@ def read_lab_table(path: Path, config: TableConfig, missing: MissingValues, *, w
     if faults:
         raise DataError(faults)
     rows: list[tuple[int, Mapping[str, str]]] = []
-    for line, cells in table.rows:
-        subject = own_key[1] if own_key else _with_zeros(cells[config.key], config.width)
+    chosen = [(line, cells) for line, cells in table.rows if all(cells[c] in v for c, v in config.rows.items())]
+    if not chosen:
+        conditions = " and ".join(f"{column} in {', '.join(values)}" for column, values in config.rows.items())
+        raise DataError(f"{path}: rows: no row has {conditions}")
+    without_id: Counter[str] = Counter()
+    for line, cells in chosen:
+        subject = own_key[1] if own_key else cells[config.key]
+        if not own_key and any(subject in missing.declared.get(name, ()) for name in (config.key, "*")):
+            without_id[subject] += 1
+            continue
+        for text, replacement in config.replace.items():
+            subject = subject.replace(text, replacement)
+        subject = _with_zeros(subject, config.width)
         if subject.lower() in ("", "n/a", "sub-"):
             faults.append(f"{path}:{line}: {config.key}: expected a subject's id, got {subject!r}")
             continue
         base = {name: cell for name, column in named.items() if not missing.has(name, cell := cells[column])}
         base[config.key] = subject
         if visit is not None:
-            base[VISIT] = cells[visit].removeprefix("ses-")
+            base[VISIT] = config.visit_names.get(cells[visit], cells[visit]).removeprefix("ses-")
             if base[VISIT].lower() in ("", "n/a"):
                 faults.append(f"{path}:{line}: {visit}: expected the name of a visit, got {cells[visit]!r}")
                 continue
@@ -119,9 +134,12 @@ def read_lab_table(path: Path, config: TableConfig, missing: MissingValues, *, w
             own = {n: cells[columns[label]] for n, columns in wide.items() if label in columns}
             own = {name: cell for name, cell in own.items() if not missing.has(name, cell)}
             if own:
-                rows.append((line, {**base, **own, VISIT: label}))
+                rows.append((line, {**base, **own, VISIT: config.visit_names.get(label, label)}))
     if faults:
         raise DataError(faults)
+    if without_id:
+        values = ", ".join(f"{value} {number:,}" for value, number in without_id.items())
+        notes.append(f"{config.file}: rows without a subject, whose {config.key} is a missing value ({values})")
     columns = dict.fromkeys([config.key, *([VISIT] if with_visits else []), *named, *wide])
     return Table(path, tuple(columns), tuple(rows), ())
 
