@@ -183,13 +183,39 @@ def test_voxels_in_train_and_eval_and_under_several_names(config, ask, nifti, wr
     train = write_json("train.json", [ask(f"{n}.nii") for n in ("copy", "twin", "twin-copy", "shared")])
     evaluation = write_json("eval.json", [ask("a.nii.gz"), ask("shared.nii"), ask("other.nii")])
     report = validate(config(train, evaluation))
-    overlaps = {f.place: f.reason for f in reported(report, "fault")}
-    assert {f.kind for f in reported(report, "fault")} == {"overlap"}
+    overlaps = {f.place: f.reason for f in reported(report, "fault", "overlap")}
     assert overlaps.keys() == {str(tmp_path / "copy.nii"), str(tmp_path / "shared.nii")}
     assert str(tmp_path / "a.nii.gz") in overlaps[str(tmp_path / "copy.nii")]
-    (duplicate,) = reported(report, "warning", "duplicate")
+    (duplicate,) = reported(report, "fault", "duplicate")
     assert (duplicate.place, duplicate.sets) == (str(tmp_path / "twin.nii"), ("train",))
-    assert duplicate.reason == f"the same voxels as {tmp_path / 'twin-copy.nii'}"
+    expected = "expected one name for each scan, or --allow-overlap"
+    assert duplicate.reason == f"the same voxels as {tmp_path / 'twin-copy.nii'}; {expected}"
+
+
+@pytest.mark.parametrize("metadata", [{"reference_id": "S1"}, {"reference_ids": ["S0", "S1"]}])
+def test_a_reference_in_eval_may_be_of_train(config, ask, record, nifti, write_json, metadata):
+    for name in ("s0", "s1", "s2"):
+        nifti(f"{name}.nii", SHAPE)
+    train = write_json("train.json", [ask(f"{s}.nii", metadata={"subject_id": s.upper()}) for s in ("s0", "s1")])
+
+    def compared(reference, query):
+        turns = [("user", [f"T1:{reference}.nii", "A reference."]), ("assistant", ["a."])]
+        return [*turns, ("user", [f"T1:{query}.nii", "And this?"]), ("assistant", ["b."])]
+
+    pair = record(compared("s1", "s2"), metadata={"subject_id": "S2"} | metadata)
+    report = validate(config(train, write_json("eval.json", [pair])))
+    assert not reported(report, "fault", "overlap")
+    pair = record(compared("s2", "s1"), metadata={"subject_id": "S1", "reference_id": "S2"})
+    report = validate(config(train, write_json("eval.json", [pair])))  # here it is the subject in question
+    assert [f.place.rpartition("/")[2] for f in reported(report, "fault", "overlap")] == ["subject S1", "s1.nii"]
+
+
+def test_a_family_in_train_and_eval(config, ask, nifti, write_json):
+    paths = []
+    for name in ("train", "eval"):
+        nifti(f"{name}.nii", SHAPE)
+        paths.append(write_json(f"{name}.json", [ask(f"{name}.nii", metadata={"subject_id": name, "group_id": "F1"})]))
+    assert [f.place for f in reported(validate(config(*paths)), "fault", "overlap")] == ["group F1"]
 
 
 def test_a_renamed_copy_is_found_by_its_bytes(nifti, tmp_path):

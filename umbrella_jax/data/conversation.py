@@ -4,7 +4,7 @@ import os.path
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -70,8 +70,8 @@ class Conversation:
     source: str
     """Its place: `file.json[3]` or `file.jsonl:12`."""
     subjects: frozenset[str] = frozenset()
-    """Ids without BIDS' `sub-`: `subject_ids`; `subject_id` and `reference_id` of `metadata`; and the last `sub-LABEL`
-    in each image path of the file. Empty if none of these is there."""
+    """Ids without BIDS' `sub-`: `subject_ids`; `subject_id`, `reference_id` and `reference_ids` of `metadata`; and the
+    last `sub-LABEL` in each image path of the file. Empty if none of these is there."""
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -79,9 +79,46 @@ class Conversation:
         return tuple(part for message in self.messages for part in message.parts if isinstance(part, Image))
 
     @property
+    def references(self) -> frozenset[str]:
+        """The `subjects` that are shown only as references: those that `metadata` names as such."""
+        listed = self.metadata.get("reference_ids")
+        named = [self.metadata.get("reference_id"), *(listed if isinstance(listed, list) else ())]
+        return frozenset(_subject_names(named)) - frozenset(_subject_names([self.metadata.get("subject_id")]))
+
+    @property
+    def queried_images(self) -> tuple[Image, ...]:
+        """`images` without those of `references`: shown before the last turn of the user that shows one.
+
+        An image whose path names a BIDS subject belongs to that one.
+        """
+        if not (references := self.references):
+            return self.images
+        last = max((i for i, m in enumerate(self.messages) if any(isinstance(p, Image) for p in m.parts)), default=0)
+        queried = []
+        for turn, message in enumerate(self.messages):
+            for image in (part for part in message.parts if isinstance(part, Image)):
+                subject = _subject_in(image.path.parts)
+                if (turn == last) if subject is None else (subject not in references):
+                    queried.append(image)
+        return tuple(queried)
+
+    @property
     def label(self) -> str:
         """The name used in messages; `task_id` is not unique in real files."""
         return f"{self.source} ({visible(self.task_id, kept='')})"
+
+
+def _subject_names(ids: Iterable[Any]) -> list[str]:
+    """Return ids as texts without `sub-`, without those that are missing."""
+    # pandas turns whole numbers into floats, and missing ones into NaN, if a column has missing values
+    whole = [int(name) if isinstance(name, float) and name.is_integer() else name for name in ids]
+    return [str(name).removeprefix("sub-") for name in whole if isinstance(name, str | int) and str(name)]
+
+
+def _subject_in(parts: Sequence[str]) -> str | None:
+    """Return the label of the last part of a path that begins with `sub-LABEL`."""
+    match = next(filter(None, map(_SUBJECT.match, reversed(parts))), None)
+    return match[1] if match else None
 
 
 def read_conversations(
@@ -345,22 +382,11 @@ class _Parser:
 
     def collect_subjects(self, metadata: Mapping[str, Any]) -> frozenset[str]:
         """Return the ids of `Conversation.subjects`."""
-        listed = self.record.get("subject_ids")
-        named = [
-            *(listed if isinstance(listed, list) else ()),
-            metadata.get("subject_id"),
-            metadata.get("reference_id"),
-        ]
-        # pandas turns whole numbers into floats, and missing ones into NaN, if a column has missing values
-        named = [int(name) if isinstance(name, float) and name.is_integer() else name for name in named]
-        path_matches = (next(filter(None, map(_SUBJECT.match, reversed(path.split("/")))), None) for path in self.paths)
-        return frozenset(
-            map(
-                self.interned.text,
-                [str(name).removeprefix("sub-") for name in named if isinstance(name, str | int) and str(name)]
-                + [match[1] for match in path_matches if match],
-            )
-        )
+        lists = [self.record.get("subject_ids"), metadata.get("reference_ids")]
+        named = [name for names in lists if isinstance(names, list) for name in names]
+        named += [metadata.get("subject_id"), metadata.get("reference_id")]
+        in_paths = (_subject_in(path.split("/")) for path in self.paths)
+        return frozenset(map(self.interned.text, [*_subject_names(named), *filter(None, in_paths)]))
 
     def add_fault(self, place: str, message: str) -> None:
         self.faults.append(f"{place}: {message}")

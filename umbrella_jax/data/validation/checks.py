@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -109,8 +109,9 @@ def validate(
     for name, s in sets.items():
         if unnamed := sum(not c.subjects for c in s.conversations):
             unchecked(s.path, f"{unnamed} of {len(s.conversations)} conversations name no subject", name)
-    findings += overlaps(sets, volumes, "warning" if config.data.allow_overlap else "fault")
-    findings += _duplicates(volumes)
+    severity: Severity = "warning" if config.data.allow_overlap else "fault"
+    findings += overlaps(sets, volumes, severity)
+    findings += _duplicates(volumes, {f.place for f in findings if f.kind == "overlap"}, severity)
     findings += _contradictions(sets, volumes)
     findings += _answer_findings(sets)
     findings += _repeated_ids(sets)
@@ -272,13 +273,17 @@ def read_contents(path: Path) -> VolumeContents:
 def overlaps(
     sets: Mapping[str, ConversationSet], volumes: Iterable[ShownVolume], severity: Severity
 ) -> Iterator[Finding]:
-    """Yield findings for subjects and scans that train and eval share: the model may be memorising them."""
+    """Yield findings for subjects, groups and scans that train and eval share: the model may be memorising them.
+
+    A subject of train may be a reference in eval.
+    """
     expected = "expected other subjects to evaluate on than to train on, or --allow-overlap"
-    for subject, *labels in _shared_subjects(sets):
+    for place, *labels in _shared_people(sets):
         where = [first + (f" and {len(others)} more" if others else "") for first, *others in labels]
         reason = f"in train ({where[0]}) and in eval ({where[1]}); {expected}"
-        yield Finding(severity, "overlap", SETS, f"subject {subject}", reason)
-    for first, *others in _shared_scans(_by_voxels(volumes)):
+        yield Finding(severity, "overlap", SETS, place, reason)
+    only_references = _only_references(sets["eval"].conversations) if "eval" in sets else set()
+    for first, *others in _shared_scans(_by_voxels(volumes), only_references):
         names = f", also as {', '.join(others)}" if others else ""
         yield Finding(severity, "overlap", SETS, first, f"in train and in eval{names}; {expected}")
 
@@ -286,6 +291,7 @@ def overlaps(
 def check_overlap(datasets: Mapping[str, Dataset], *, allowed: bool) -> str | None:
     """Find subjects that are in train and in eval by name, and scans by name or by the bytes of their files.
 
+    A subject of train may be a reference in eval. Groups, such as families, are those of `metadata.group_id`.
     `validate` goes further: it compares voxels, which may be equal in files with other bytes.
 
     Returns:
@@ -302,12 +308,16 @@ def check_overlap(datasets: Mapping[str, Dataset], *, allowed: bool) -> str | No
     scans: dict[str, list[ShownVolume]] = defaultdict(list)
     for (path, modality), names in sets_of.items():
         scans[datasets[names[0]].sources.digest(path)].append(ShownVolume(path, modality, tuple(names), 1, None))
-    subjects = [f"subject {subject}" for subject, *_ in _shared_subjects(sets)]
-    shared = [" = ".join(paths) for paths in _shared_scans(scans.values())]
-    if not subjects and not shared:
+    people = [place for place, *_ in _shared_people(sets)]
+    only_references = _only_references(datasets["eval"].conversations) if "eval" in datasets else set()
+    shared = [" = ".join(paths) for paths in _shared_scans(scans.values(), only_references)]
+    if not people and not shared:
         return None
-    counts = f"{plural(len(subjects), 'subject')} and {plural(len(shared), 'scan')}"
-    places = [*subjects, *shared]
+    subjects = sum(place.startswith("subject ") for place in people)
+    counts = f"{plural(subjects, 'subject')} and {plural(len(shared), 'scan')}"
+    if groups := len(people) - subjects:
+        counts = f"{plural(groups, 'group')}, {counts}"
+    places = [*people, *shared]
     more = f" and {len(places) - _NAMES_SHOWN} more" if len(places) > _NAMES_SHOWN else ""
     overlap = f"{counts} are in train and in eval: {', '.join(places[:_NAMES_SHOWN])}{more}"
     if allowed:
@@ -318,18 +328,37 @@ def check_overlap(datasets: Mapping[str, Dataset], *, allowed: bool) -> str | No
     )
 
 
-def _shared_subjects(sets: Mapping[str, ConversationSet]) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield (subject, its labels in train, its labels in eval) for each subject in both."""
+def _shared_people(sets: Mapping[str, ConversationSet]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield (`subject NAME` or `group NAME`, its labels in train, its labels in eval) for each one in both."""
     if set(sets) == set(SETS):
-        train, evaluation = (sets[name].subjects for name in SETS)
-        for subject in sorted(train.keys() & evaluation.keys()):
-            yield subject, train[subject], evaluation[subject]
+        train, evaluation = (sets[name] for name in SETS)
+        pairs = {"subject": (train.subjects, evaluation.queried), "group": (train.groups, evaluation.groups)}
+        for kind, (shown, asked) in pairs.items():
+            for name in sorted(shown.keys() & asked.keys()):
+                yield f"{kind} {name}", shown[name], asked[name]
 
 
-def _shared_scans(scans: Iterable[Iterable[ShownVolume]]) -> Iterator[list[str]]:
-    """Yield the paths of each scan that is in train and in eval; `scans` are groups with equal content."""
+def _only_references(conversations: Iterable[Conversation]) -> set[tuple[Path, str]]:
+    """Return (path, modality) of the images that conversations show only as references."""
+    shown, queried = set[tuple[Path, str]](), set[tuple[Path, str]]()
+    for conversation in conversations:
+        shown.update((image.path, image.modality) for image in conversation.images)
+        queried.update((image.path, image.modality) for image in conversation.queried_images)
+    return shown - queried
+
+
+def _shared_scans(
+    scans: Iterable[Iterable[ShownVolume]], only_references: Container[tuple[Path, str]]
+) -> Iterator[list[str]]:
+    """Yield the paths of each scan that is in train and in eval.
+
+    Args:
+        scans: groups of volumes with equal content.
+        only_references: (path, modality) of the volumes that eval shows only as references.
+    """
     for group in scans:
-        if {name for volume in group for name in volume.sets} == set(SETS):
+        train = any("train" in volume.sets for volume in group)
+        if train and any("eval" in v.sets and (v.path, v.modality) not in only_references for v in group):
             yield list(dict.fromkeys(str(volume.path) for volume in group))
 
 
@@ -341,13 +370,14 @@ def _by_voxels(volumes: Iterable[ShownVolume]) -> Iterable[list[ShownVolume]]:
     return groups.values()
 
 
-def _duplicates(volumes: Sequence[ShownVolume]) -> Iterator[Finding]:
-    """Yield a warning for volumes of one set that have the same voxels; `overlaps` reports those of both sets."""
+def _duplicates(volumes: Sequence[ShownVolume], overlapping: Container[str], severity: Severity) -> Iterator[Finding]:
+    """Yield findings for volumes with the same voxels, except those that `overlaps` reports."""
     for group in _by_voxels(volumes):
         first, *others = dict.fromkeys(str(volume.path) for volume in group)
         names = tuple(name for name in SETS if any(name in volume.sets for volume in group))
-        if others and names != SETS:
-            yield Finding("warning", "duplicate", names, first, f"the same voxels as {', '.join(others)}")
+        if others and first not in overlapping:
+            reason = f"the same voxels as {', '.join(others)}; expected one name for each scan, or --allow-overlap"
+            yield Finding(severity, "duplicate", names, first, reason)
 
 
 def _contradictions(sets: Mapping[str, ConversationSet], volumes: Iterable[ShownVolume]) -> Iterator[Finding]:

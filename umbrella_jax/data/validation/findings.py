@@ -131,11 +131,24 @@ class ConversationSet:
 
     @property
     def subjects(self) -> dict[str, list[str]]:
-        """{subject: labels of the conversations about it}."""
+        """{subject: labels of the conversations that show it}."""
+        return self._labels(lambda c: sorted(c.subjects))
+
+    @property
+    def queried(self) -> dict[str, list[str]]:
+        """`subjects` without those that conversations show only as references."""
+        return self._labels(lambda c: sorted(c.subjects - c.references))
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """{`group_id` of `metadata`, such as a family: labels of its conversations}."""
+        return self._labels(lambda c: [str(group)] if (group := c.metadata.get("group_id")) is not None else [])
+
+    def _labels(self, names_of: Callable[[Conversation], list[str]]) -> dict[str, list[str]]:
         labels: dict[str, list[str]] = defaultdict(list)
         for conversation in self.conversations:
-            for subject in sorted(conversation.subjects):
-                labels[subject].append(conversation.label)
+            for name in names_of(conversation):
+                labels[name].append(conversation.label)
         return labels
 
 
