@@ -286,10 +286,19 @@ def compared(answers: str = "{}", **labels: str) -> Rows:
     ]
 
 
-@pytest.mark.parametrize("spelled", ["plain", "in a sentence"])
+def with_references(rows: Rows, *labels: str) -> Rows:
+    """Return comparisons with further references before the last one."""
+    metadata = [dict(r["metadata"]) for r in rows]
+    lists = [{"reference_labels": [*labels, m.pop("reference_label")]} for m in metadata]
+    return [r | {"metadata": m | own} for r, m, own in zip(rows, metadata, lists, strict=True)]
+
+
+@pytest.mark.parametrize("spelled", ["plain", "in a sentence", "several references"])
 def test_comparison_by_hand(spelled: str) -> None:
-    rows = compared() if spelled == "plain" else compared("They are {}.", male="M", female="F")
-    female, male = ("female", "male") if spelled == "plain" else ("they are female", "they are male")
+    rows = compared("They are {}.", male="M", female="F") if spelled == "in a sentence" else compared()
+    female, male = ("they are female", "they are male") if spelled == "in a sentence" else ("female", "male")
+    if spelled == "several references":  # the last one counts
+        rows = with_references(rows, "female", "male", "male")
     scores = score(rows, tasks_of(rows))
     assert scores.tasks["sex"].kind == "comparison"
     of = scores.task_figures("sex")
@@ -539,6 +548,12 @@ SEX = [row("a", "a", "s1", task_id="one"), row("b", "b", "s2", task_id="two"), r
             {"answers": ("male", "female")},
             DataError,
             "metadata.reference_label 'other': expected one of female, male",
+        ),
+        (
+            with_references(compared(), "male", "other"),
+            {"answers": ("male", "female")},
+            DataError,
+            "metadata.reference_labels: 'other': expected one of female, male",
         ),
         (
             [r | {"metadata": r["metadata"] | {"comparison_type": "same"}} for r in compared()],

@@ -48,8 +48,8 @@ class Task:
         return _truth(row, self.labels)
 
     def compared_with(self, row: Prediction) -> str:
-        """Return the normalised answer that has the meaning of `metadata.reference_label`."""
-        return _answer_for(label_of(row, "reference_label"), self.labels)
+        """Return the normalised answer that has the meaning of the `compared_label`."""
+        return _answer_for(compared_label(row), self.labels)
 
     def figures(self, *, likelihoods: bool) -> list[str]:
         """Return the names of the task's figures: METRIC, or METRIC/PART for some of its answers."""
@@ -73,6 +73,12 @@ def label_of(row: Prediction, key: str) -> Any:
     """Return a value of `metadata`; None if it is missing, blank, or NaN, which pandas writes for a missing value."""
     value = (row.get("metadata") or {}).get(key)
     return value if value is not None and value == value and str(value).strip() else None
+
+
+def compared_label(row: Prediction) -> Any:
+    """Return the label of the reference: `metadata.reference_label`, of several the one shown last."""
+    label, several = label_of(row, "reference_label"), label_of(row, "reference_labels")
+    return several[-1] if label is None and isinstance(several, list) and several else label
 
 
 def by_task(rows: Iterable[Prediction]) -> dict[str, list[Prediction]]:
@@ -170,7 +176,13 @@ def reference_faults(name: str, rows: Sequence[Prediction], task: Task) -> list[
         if task.kind == "regression" and parse_number(truth, task.unit) is None:
             faults.append(f"{place}: reference {truth!r}: expected a number{f' ({task.unit})' if task.unit else ''}")
         if task.kind == "comparison":
-            label, relation = label_of(row, "reference_label"), label_of(row, "comparison_type")
+            label, relation = compared_label(row), label_of(row, "comparison_type")
+            several = label_of(row, "reference_labels")
+            faults += [
+                f"{place}: metadata.reference_labels: {other!r}: {expected}"
+                for other in (several if isinstance(several, list) else ())
+                if _answer_for(other, task.labels) not in classes
+            ]
             if label is None:
                 faults.append(f"{place}: metadata.reference_label: missing; a comparison needs it")
             elif (reference := task.compared_with(row)) not in classes:
@@ -258,7 +270,7 @@ def _kind(rows: Sequence[Prediction], labels: Mapping[str, str], ambiguous: bool
         numeric = [isinstance(label, int | float) for label in own]
         if all(is_number(t) or (n and parse_number(t) is not None) for t, n in zip(truths, numeric, strict=True)):
             return "regression"
-    references = [label_of(row, "reference_label") for row in rows]
+    references = [compared_label(row) for row in rows]
     if None not in references and not ambiguous:
         plain = all(label == answer for label, answer in labels.items())
         if (labels and plain) or distinct.issuperset(_answer_for(label, labels) for label in references):
@@ -284,7 +296,7 @@ def _answers(
         names = {_truth(row, labels) for row in rows}
         names |= {normalise(answer) for row in rows for answer in row.get("likelihoods") or ()}
         if kind == "comparison":
-            references = [label_of(row, "reference_label") for row in rows]
+            references = [compared_label(row) for row in rows]
             names |= {_answer_for(label, labels) for label in references if label is not None}
         stop = "." if texts and all(text.endswith(".") for text in texts) else ""
         spellings = {name: f"{name}{stop}" for name in names}
