@@ -39,7 +39,7 @@ gc.set_threshold(2000, 10, 1000)
 # Check arguments and results against their annotations, shapes of arrays included. An int is a float too (PEP 484).
 # Not where a user's arguments arrive: those are checked by the code itself, with a message for the user.
 if find_spec("beartype"):  # a bare accelerator image has none
-    computing = ("attribution", "explain", "generate")
+    computing = ("attribution", "generate")
     install_import_hook(
         ["umbrella_jax.models", "umbrella_jax.training", *(f"umbrella_jax.inference.{name}" for name in computing)],
         "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",

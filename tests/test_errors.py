@@ -68,7 +68,7 @@ def test_exit_codes(
     assert "Traceback" not in message
     assert "many lines" not in message
     if "RESOURCE" in str(error):
-        assert "the device's memory is full: lower train.batch_size" in message
+        assert "the device's memory is full: lower the batch size" in message
 
 
 def test_one_of_several_processes_reports_a_full_device_alike(

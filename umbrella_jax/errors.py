@@ -20,8 +20,8 @@ from typing import ClassVar, TypeVar
 T = TypeVar("T")
 
 MEMORY_REMEDY = (
-    "lower train.batch_size, set model.remat: full or model.frozen_dtype: bfloat16, or split the weights "
-    "(--mesh fsdp=N); `umbrella-jax plan` says what fits"
+    "lower the batch size (--batch-size), or split the weights (--mesh fsdp=N); to train, also set model.remat: full "
+    "or model.frozen_dtype: bfloat16, and ask `umbrella-jax plan` what fits"
 )
 """The remedy for a full device."""
 _SHOWN = 50

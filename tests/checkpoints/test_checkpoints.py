@@ -267,6 +267,13 @@ def test_dtype(run: Path, export: Path, native: Path, dtype: str) -> None:
         assert {str(leaf.dtype) for leaf in params.values()} == {dtype}
 
 
+def test_arguments_that_mean_nothing_are_refused_together() -> None:
+    words: dict[str, Any] = {"dtype": "int8", "attention": "flash", "quantized": "int4", "step": "first"}
+    with pytest.raises(ConfigError) as refused:
+        umbrella_jax.load("nowhere", **words)
+    assert [fault.partition(":")[0] for fault in refused.value.faults] == list(words)
+
+
 def test_answers_of_the_run_come_back(run: Path, export: Path, world: World) -> None:
     """A notebook gets from a run, or its export, the answers that the run recorded."""
     written = [row["prediction"] for row in read_lines(run / "predictions" / f"step_{STEPS}.jsonl")]
@@ -287,7 +294,7 @@ def test_answers_end_at_a_stop_token(run: Path, world: World) -> None:
     width = max(len(left), len(right)) + 1
     rows = [[*word, end, *[-1] * width][:width] for word in (left, right)]
     assert processor.decode(rows) == ["left", "right"]
-    assert processor.decode([[pad, end]]) == [""]
+    assert processor.decode([[*left, end], [pad]]) == ["left", ""]
 
     prompts = processor.batch(world.eval, image_root=world.root / "scans", prompts=True)
     model = umbrella_jax.load(run, allow_untrained=True)

@@ -141,7 +141,7 @@ def test_too_little_memory_is_rejected(
     monkeypatch.setattr(rehearsal, "_planned", lambda *_: 0.0)
     message = umbrella(*world.train_flags(world.root / "other", *flags, "--dry-run"), code=2)
     assert "step of 2 volumes: needs 1000000000.0 GB on a device that has " in message
-    assert "lower train.batch_size" in message
+    assert "lower the batch size" in message
     assert not (world.root / "other").exists()
 
 

@@ -16,11 +16,12 @@ from tests.helpers.small_run import write_volume
 from tests.helpers.strict import strict_promotion  # noqa: F401  # for every test here
 from tests.helpers.training_case import QUICK
 from umbrella_jax.config.schema import ModalityConfig
-from umbrella_jax.data.conversation import Image
+from umbrella_jax.data.conversation import Conversation, Image, Message
 from umbrella_jax.data.volume import load_volume, open_volume, restore, window_stride
+from umbrella_jax.errors import ConfigError
 from umbrella_jax.inference import attribution as module
 from umbrella_jax.inference.attribution import gradient, integrated, log_probability, occlusion
-from umbrella_jax.inference.explain import Explanation
+from umbrella_jax.inference.explain import Explanation, explain
 from umbrella_jax.inference.processor import Processor
 from umbrella_jax.models import abstract_params
 
@@ -198,6 +199,12 @@ def test_a_map_of_an_array(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.ones((9, 10, 7), np.float32))
     made = written(tmp_path, tmp_path / "x.npy", (9, 10, 7))
     assert (made["qform_code"], made["sform_code"]) == (0, 0)
+
+
+def test_a_method_that_does_not_exist_is_refused() -> None:
+    messages = (Message("user", (Image(Path("x.nii"), "T1"), "Which?")), Message("assistant", ("",)))
+    with pytest.raises(ConfigError, match="method: expected one of gradient, integrated, occlusion, got 'saliency'"):
+        explain(None, None, Conversation("x", None, messages, {}, "x"), method="saliency")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])

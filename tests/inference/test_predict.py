@@ -248,6 +248,13 @@ def test_an_image_that_cannot_be_shown_is_refused(run: Path, image: str, message
     assert message in umbrella("generate", run, "Which sex?", "--image", image, code=2)
 
 
+def test_generate_prints_an_answer_that_ends_within_a_character(run: Path, world: World) -> None:
+    image = f"T1={world.root / 'scans/0.nii.gz'}"
+    with mock.patch.object(Processor, "decode", return_value=["caf\N{REPLACEMENT CHARACTER}"]):
+        printed = umbrella("generate", run, "Which sex?", "--image", image, "--max-new-tokens", 1)
+    assert printed == "caf\N{REPLACEMENT CHARACTER}\n"
+
+
 def test_maps_replace_nothing(run: Path, world: World) -> None:
     said = umbrella("explain", run, "Which sex?", "--image", "T1=0.nii.gz", "--out", world.root / "scans", code=2)
     assert "scans: directory is not empty; choose another" in said

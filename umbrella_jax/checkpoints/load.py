@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 
@@ -11,9 +11,12 @@ from convert.hub import parse_hub_name
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.config.schema import (
     AttentionBackend,
+    ComputeDtype,
     ModalityConfig,
     ModelConfig,
+    Quantized,
     RunConfig,
+    StoredDtype,
     Template,
 )
 from umbrella_jax.errors import ConfigError
@@ -26,10 +29,10 @@ def load(
     *,
     modalities: Mapping[str, ModalityConfig] | None = None,
     patch_embed: str | Path | None = None,
-    dtype: str = "auto",
-    compute_dtype: str = "float32",
+    dtype: StoredDtype = "auto",
+    compute_dtype: ComputeDtype = "float32",
     attention: Literal["auto", AttentionBackend] = "auto",
-    quantized: Literal["int8", "fp8"] | None = None,
+    quantized: Quantized | None = None,
     allow_untrained: bool = False,
     step: Step | None = None,
 ) -> Llava:
@@ -39,17 +42,30 @@ def load(
         modalities: configuration of the patch embedding, for a stock LLaVA, which lacks one (`allow_untrained`).
         patch_embed: a file of `convert to-hf --trainable-only`; `path` is then the base that it was trained on.
         dtype: type of every parameter; `auto` keeps the types of the files.
-        compute_dtype: type of activations, `float32` or `bfloat16`.
+        compute_dtype: type of activations.
         attention: as `model.attention` of the configuration.
         quantized: as `model.quantize` of the configuration.
         allow_untrained: let the model answer from untrained patch embeddings (`Checkpoint.untrained`).
         step: step of a run: a number, `best` or `latest`; by default the best if it keeps one, else the newest.
 
     Raises:
-        CheckpointError, ConfigError: naming every faulty tensor or field; and, without `allow_untrained`, if no
-            modality is trained. A model with trained and untrained modalities loads, and refuses to answer about the
+        CheckpointError, ConfigError: naming every faulty tensor, field or argument; and, without `allow_untrained`, if
+            no modality is trained. A model with trained and untrained modalities loads, and refuses to answer about the
             untrained ones.
     """
+    words = {
+        "dtype": (dtype, get_args(StoredDtype)),
+        "compute_dtype": (compute_dtype, get_args(ComputeDtype)),
+        "attention": (attention, ("auto", *get_args(AttentionBackend))),
+        "quantized": (quantized, (None, *get_args(Quantized))),
+        "step": (None if isinstance(step, int) else step, (None, "best", "latest", "a number")),
+    }
+    if faults := [
+        f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}"
+        for name, (value, known) in words.items()
+        if value not in known
+    ]:
+        raise ConfigError(faults)
     checkpoint = Checkpoint.open(path, modalities, compute_dtype=compute_dtype, patch_embed=patch_embed, step=step)
     if not allow_untrained:
         checkpoint = checkpoint.answering()
@@ -59,9 +75,9 @@ def load(
 def load_opened(
     checkpoint: Checkpoint,
     *,
-    dtype: str = "auto",
+    dtype: StoredDtype = "auto",
     attention: Literal["auto", AttentionBackend] = "auto",
-    quantized: Literal["int8", "fp8"] | None = None,
+    quantized: Quantized | None = None,
 ) -> Llava:
     """Load an opened checkpoint as a model on the first device; arguments as in `load`."""
     checkpoint.warn_doubtful()

@@ -61,13 +61,6 @@ class _Escaping:
         return getattr(self._stream, name)
 
 
-def _unraisable(unraisable: Any) -> None:
-    """Hide the tracebacks that asyncio prints after a failed save: the first failed write has raised its error already,
-    and asyncio prints one more traceback for every other write."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 for success, 2 for faulty input, 1 for any other failure (and for
     problems that `validate` and `verify` find), 128 + N if signal N ended it."""
@@ -80,10 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         refuse(unknown)
     # orbax warns about uses that are intended here (opening a run read-only), and prints tracebacks of errors that it
-    # also raises; asyncio prints tracebacks as `_unraisable` says.
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _unraisable
+    # also raises
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     out, err = _Escaping(sys.stdout), _Escaping(sys.stderr, kept="\n\t\r")  # progress rewrites its line
     with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
         return _run(words, arguments, debug=debug)

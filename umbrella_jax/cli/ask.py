@@ -21,7 +21,7 @@ from umbrella_jax.cli.options import (
     start_processes,
 )
 from umbrella_jax.config.load import parse_mesh
-from umbrella_jax.config.schema import DataConfig, ModalityConfig, RunConfig, modality_names, resolve_modality
+from umbrella_jax.config.schema import DataConfig, ModalityConfig, RunConfig, modality_names
 from umbrella_jax.errors import ConfigError, visible
 
 METHODS = ("gradient", "integrated", "occlusion")
@@ -135,8 +135,6 @@ def _images(arguments: argparse.Namespace, modalities: Mapping[str, ModalityConf
             name, path = "", text
         if not path or (not name and len(modalities) > 1):
             faults.append(f"--image {text}: expected MODALITY=FILE with one of {modality_names(modalities)}")
-        elif (not name or resolve_modality(name, modalities)) and not os.path.lexists(path):
-            faults.append(f"--image {text}: not found; expected a volume or a directory of frames")
         images.append((name or next(iter(modalities)), path))
     if faults:
         raise ConfigError(faults)
@@ -169,8 +167,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     from umbrella_jax.inference.generate import probabilities, stream
     from umbrella_jax.inference.processor import Processor
 
-    sampling, checkpoint = _sampling(arguments), _open_checkpoint(arguments, settings_of(arguments))
-    processor = Processor.from_checkpoint(checkpoint)
+    sampling, config = _sampling(arguments), settings_of(arguments)
+    checkpoint = _open_checkpoint(arguments, config)
+    data = config.data if config else DataConfig()
+    processor = Processor.from_checkpoint(checkpoint, max_length=data.max_length)
     images = _images(arguments, processor.modalities)
     if not images:
         first = next(iter(processor.modalities))
@@ -183,7 +183,7 @@ def _generate(arguments: argparse.Namespace) -> None:
             print(f"{share:7.2%}  {answer}")
         return
     tokens: list[int] = []
-    shown = ""
+    text = shown = ""
     for token in stream(
         model,
         batch,
@@ -197,7 +197,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose other tokens are still to come
             print(text.removeprefix(shown), end="", flush=True)
             shown = text
-    print()
+    print(text.removeprefix(shown))
 
 
 def _predict(arguments: argparse.Namespace) -> None:

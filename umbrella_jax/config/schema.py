@@ -14,6 +14,9 @@ from typing import Annotated, Any, Literal
 
 from umbrella_jax.config.ranges import Count, CountOrZero, NonNegative, Positive, Probability, Range, Section
 
+ComputeDtype = Literal["float32", "bfloat16"]
+StoredDtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantized = Literal["int8", "fp8"]
 RematPolicy = Literal["none", "mlp", "full"]
 AttentionBackend = Literal["xla", "cudnn", "splash"]
 PatchEmbedInit = Literal["random", "inflate", "resample"]
@@ -222,12 +225,12 @@ class ModelConfig(Section):
     patch_embed_init: PatchEmbedInit = "random"
     """How to initialise a patch embedding that the base lacks or has in another shape: at `random`; `inflate` SigLIP's
     own 2D one to volumes; or `resample` the base's volumetric one to this size and patch."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: ComputeDtype = "float32"
     """Type of activations and matrix products; statistics, softmax and loss stay float32. GPUs round the factors of
     float32 products to TF32, and TPUs to bfloat16, unless JAX_DEFAULT_MATMUL_PRECISION=highest is set."""
-    frozen_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    frozen_dtype: StoredDtype = "auto"
     """Type of the frozen weights; `auto` keeps the checkpoint's. Trainable weights are float32."""
-    quantize: Literal["int8", "fp8"] | None = None
+    quantize: Quantized | None = None
     """Hold the frozen weights of products in 8 bits, with one scale per output (extra `quantize`). Trainable weights,
     norms, biases, word embeddings and head keep their type. docs/performance.md has the effect on loss and answers."""
     lora: LoraConfig | None = None

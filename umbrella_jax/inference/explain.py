@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import nibabel as nib
@@ -86,7 +86,7 @@ def explain(
         method: `gradient` × input; `integrated` gradients, in `steps` steps; `occlusion` by boxes of a patch.
 
     Raises:
-        ConfigError: the conversation shows no image; or `answer` is empty.
+        ConfigError: the conversation shows no image; `answer` is empty; `method` is unknown; or `steps` is below 1.
         CheckpointError, RunError: as `umbrella_jax.generate`, or a log-probability or map is not finite.
         DataError: as `Processor.dataset`.
     """
@@ -94,6 +94,8 @@ def explain(
         raise ConfigError(f"{conversation.label}: shows no image, so its answer cannot be explained")
     if answer is not None and not answer.strip():
         raise ConfigError("answer: expected a text")
+    if method not in get_args(Method):
+        raise ConfigError(f"method: expected one of {', '.join(get_args(Method))}, got {method!r}")
     if steps < 1:
         raise ConfigError(f"steps: expected 1 or more, got {steps}")
     model.config.check_trained(image.modality for image in conversation.images)

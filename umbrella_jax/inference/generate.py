@@ -1,7 +1,7 @@
 """Generate answers to prompts, and compute the probability of given answers.
 
 `prefill` reads a prompt once and keeps its keys and values, so each further token costs a pass over that token only.
-Each batch shape and answer length compiles three programs: `prefill`, `decode` and `score_answers`.
+Each batch shape and answer length compiles `prefill` and `decode`, and `score_answers` if likelihoods are asked for.
 """
 
 from collections.abc import Callable, Iterator, Sequence

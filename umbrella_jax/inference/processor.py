@@ -1,6 +1,7 @@
 """Turn conversations into a model's batches, and its tokens into text."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,7 @@ class Processor:
 
         Raises:
             ConfigError: the model lacks a modality, or `images` are no such pairs.
+            DataError: there is no such file.
         """
         if isinstance(images, str | Path) or not all(isinstance(i, tuple | list) and len(i) == 2 for i in images):
             raise ConfigError(
@@ -155,6 +157,9 @@ class Processor:
                 parts.append(Image(Path(path), modality))
         if faults:
             raise ConfigError(faults)
+        absent = [part.path for part in parts if isinstance(part, Image) and not os.path.lexists(part.path)]
+        if absent:
+            raise DataError([f"{path}: not found; expected a volume or a directory of frames" for path in absent])
         messages = (Message("user", (*parts, text)), Message("assistant", ("",)))
         return Conversation("question", None, messages, {}, "the prompt")
 
@@ -219,7 +224,7 @@ class Processor:
 
     def decode(self, tokens: Int[AnyArray, "B L"] | Sequence[Sequence[int]]) -> list[str]:
         """Return the text of generated tokens, without special tokens and what follows the end."""
-        rows = np.asarray(tokens)
+        rows = map(np.asarray, tokens) if isinstance(tokens, Sequence) else np.asarray(tokens)
         return [decode_ids(self.tokenizer, row[row >= 0]).strip() for row in rows]
 
 

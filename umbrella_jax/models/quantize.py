@@ -1,16 +1,16 @@
 """Frozen weights in 8 bits with one scale per output, by qwix."""
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from umbrella_jax.config.schema import Quantized
 from umbrella_jax.models.llava import Params
 from umbrella_jax.models.paths import adapted_weight, component_of
 
-Quantized = Literal["int8", "fp8"]
 _TYPES: dict[Quantized, Any] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
 
