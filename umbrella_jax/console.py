@@ -156,6 +156,10 @@ class Progress:
                 self._line(text)
                 self._printed = now
 
+    def count(self) -> None:
+        """Advance by one file or picture, which has neither samples nor tokens."""
+        self.advance(1, Work(samples=0, tokens=0), 0.0, compiled=False)
+
     def text(self, loss: float | None = None) -> str:
         """Return the progress line, without the parts that are not known."""
         parts = [f"{self._unit} {self._done:,} of {self._total:,}"]

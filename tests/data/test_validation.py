@@ -14,21 +14,30 @@ import numpy as np
 import pytest
 from PIL import Image as Picture
 
-from tests.helpers import small_run
+from tests.helpers import browser, small_run
+from umbrella_jax import console
 from umbrella_jax.cli import main
 from umbrella_jax.config.schema import AugmentConfig, DataConfig, ModalityConfig, ModelConfig, RunConfig
+from umbrella_jax.data import voxels as voxels_module
 from umbrella_jax.data.cache import Sources
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.loader import Dataset
-from umbrella_jax.data.validation.checks import check_overlap, read_contents, validate
+from umbrella_jax.data.validation import page as page_module
+from umbrella_jax.data.validation.checks import check_overlap, validate
+from umbrella_jax.data.validation.contents import ContentsReader
 from umbrella_jax.data.validation.findings import FINDING_KINDS, Finding, ValidationReport, histogram
 from umbrella_jax.data.validation.page import write_page
+from umbrella_jax.data.voxels import open_voxels
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.html import page as html_page
 from umbrella_jax.html import slices
 from umbrella_jax.inference.processor import Processor
 
 SHAPE = (6, 7, 5)
+
+
+def read_contents(path):
+    return ContentsReader(open_voxels(path)).contents()
 
 
 @pytest.fixture
@@ -330,6 +339,40 @@ def test_contents(nifti, tmp_path):
         read_contents(tmp_path / "gone.nii")
 
 
+def test_every_frame_is_read_once(config, ask, record, nifti, write_json, monkeypatch):
+    nifti("a.nii.gz", SHAPE)
+    data = np.random.default_rng(0).uniform(1, 2, (4, 3, 5, 13))
+    run = nifti("run.nii.gz", data)
+    reads = []
+    original = voxels_module._Nibabel.read
+    monkeypatch.setattr(
+        voxels_module._Nibabel,
+        "read",
+        lambda self, frames: reads.append((self.files[0].name, frames)) or original(self, frames),
+    )
+    turns = [ask("a.nii.gz"), record([("user", ["fMRI:run.nii.gz"]), ("assistant", ["yes"])])]
+    report = validate(config(write_json("train.json", turns)))
+    assert sorted(reads) == [("a.nii.gz", 0), *(("run.nii.gz", frame) for frame in range(13))]
+    scan, shown = report.volumes
+    assert (scan.windows, shown.windows) == (1, 3)
+    assert shown.contents == read_contents(run)
+    reader = ContentsReader(open_voxels(run))
+    stored = np.asarray(nib.load(run).dataobj)
+    for frames in (slice(1, 8, 3), slice(2, 5), 9):  # the second goes back
+        np.testing.assert_array_equal(reader.read(frames), stored[..., frames])
+    assert reader.contents() == shown.contents
+
+
+@pytest.mark.parametrize(("unit", "stored", "seconds"), [("sec", 2.0, 2.0), ("msec", 800, 0.8), ("unknown", 0, None)])
+def test_contents_have_the_time_between_frames(nifti, unit, stored, seconds, tmp_path):
+    image = nib.load(nifti("run.nii", (2, 3, 4, 5)))
+    image.header["pixdim"][4] = stored
+    image.header.set_xyzt_units("mm", unit)
+    nib.save(nib.Nifti1Image(image.get_fdata(), None, image.header), tmp_path / "b.nii")
+    assert read_contents(tmp_path / "b.nii").tr == (seconds and pytest.approx(seconds))
+    assert read_contents(nifti("one.nii", SHAPE)).tr is None
+
+
 def test_digest_is_of_shape_and_voxels(nifti, tmp_path):
     data = np.arange(24.0).reshape(2, 3, 4)
     same = [nifti("a.nii", data.astype(np.float32)), nifti("b.nii.gz", data.astype(">i2")), tmp_path / "c.npy"]
@@ -504,11 +547,16 @@ def test_page(config, ask, record, nifti, write_json, tokenizer, tmp_path):
     write_page(report, settings.model.modalities, file, sample=24, threads=2, augment=settings.data.augment)
     text = file.read_text(encoding="utf-8")
     elements = Elements(text).found
-    assert not {tag for tag, _ in elements} & {"script", "link", "iframe", "object", "b", "i", "u", "s"}
+    assert not {tag for tag, _ in elements} & {"link", "iframe", "object", "i", "u", "s"}
+    assert [tag for tag, _ in elements].count("script") == 1
+    assert not re.search(r"<b>(gone|\w*\.nii)|<script>[^\n]", text)
     assert all(not key.startswith("on") for _, attrs in elements for key in attrs)
     links = [attrs[key] for _, attrs in elements for key in ("src", "href", "srcset", "data") if key in attrs]
     assert links
-    assert all(link.startswith("data:image/png;base64,") for link in links)
+    assert all(link.startswith(("data:image/png;base64,", "data:image/jpeg;base64,", "#")) for link in links)
+    ids = [attrs["id"] for _, attrs in elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
     assert "url(" not in text
     assert "@import" not in text
     assert len(pictures(text)) == 3  # a volume, and of a run its first frame and its deviation
@@ -516,6 +564,87 @@ def test_page(config, ask, record, nifti, write_json, tokenizer, tmp_path):
     assert html_page.PRIVACY in text.replace("&#39;", "'")
     assert "not found" in text
     assert text.index("not found") < text.index("<svg") < text.index("<article")
+
+
+@pytest.fixture
+def page_of_many(config, ask, nifti, write_json, tokenizer, tmp_path, monkeypatch):
+    """`(file, report)`: a page of 8 volumes, of which one has other voxels and one is missing."""
+    monkeypatch.setattr(page_module, "MOST_ROWS", 7)
+    for i in range(7):
+        nifti(f"sub-{i}.nii", np.random.default_rng(i).uniform(1, 2, SHAPE), np.diag([1, 1, 1 + (i == 5), 1]))
+    sexes = ["male.", "female."]
+    turns = [ask(f"sub-{i}.nii", sexes[i % 2], metadata={"task": "sex", "subject_id": str(i)}) for i in range(6)]
+    settings = config(
+        write_json("train.json", [*turns, ask("gone.nii", task_id="lost", metadata={"task": "sex"})]),
+        write_json("eval.json", [ask("sub-6.nii", sexes[0], metadata={"task": "sex"})]),
+    )
+    report = validate(settings, lambda: tokenizer)
+    file = tmp_path / "page.html"
+    write_page(report, settings.model.modalities, file, sample=2, threads=2, augment=settings.data.augment)
+    return file, report
+
+
+def test_progress_is_printed(config, ask, nifti, write_json, tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "INTERVAL", 0.0)
+    lines = []
+    turns = [ask(str(nifti(f"{i}.nii", SHAPE))) for i in range(3)]
+    settings = config(write_json("train.json", turns))
+    options = {"threads": 2, "augment": settings.data.augment, "say": lines.append}
+    report = validate(settings, say=lines.append)
+    write_page(report, settings.model.modalities, tmp_path / "page.html", sample=2, **options)
+    assert [line.split("  ")[0] for line in lines] == [
+        *(f"volume {i} of 3" for i in (1, 2, 3)),
+        *(f"picture {i} of 2" for i in (1, 2)),
+    ]
+
+
+def test_the_page_lists_flagged_volumes_first_and_compares_sets(page_of_many):
+    file, report = page_of_many
+    result = browser.evaluate(
+        file,
+        """
+        const cells = (id) => [...document.querySelectorAll(`#${id} tbody tr`)].map(row =>
+          [...row.cells].map(cell => cell.innerText));
+        const link = document.querySelector("#volumes a");
+        const [counts] = document.querySelectorAll(".counts");
+        return {volumes: cells("volumes"), conversations: cells("conversations"), findings: cells("findings"),
+                caption: document.querySelector("#volumes caption").innerText,
+                target: document.querySelector(link.getAttribute("href")).innerText,
+                thumbnails: [...document.querySelectorAll("#volumes img")].map(image => image.naturalWidth > 100),
+                answers: [...counts.rows].map(row => row.innerText.split("\t").map(text => text.trim())),
+                titles: [...document.querySelectorAll(".chart figcaption b")].map(title => title.innerText)};
+        """,
+    )
+    assert [row[:2] for row in result["volumes"]] == [
+        ["gone.nii", "fault"],
+        ["sub-5.nii", "warning"],
+        *([f"sub-{i}.nii", ""] for i in range(5)),
+    ]
+    assert result["volumes"][1][2].startswith("voxel size (mm) 1 × 1 × 2, 1 of 7 T1 volumes")
+    assert result["volumes"][1][3:10] == ["train", "T1", "1", "6 × 7 × 5", "1 × 1 × 2", "", "RAS"]
+    assert result["caption"].startswith("7 of 8 volumes (--json lists the others)")
+    assert "sub-5.nii" in result["target"]
+    assert result["thumbnails"] == [True]
+    assert len(result["findings"]) == len(report.findings)
+    assert result["findings"][0][0] == "fault"
+    assert len(result["conversations"]) == 7
+    assert result["answers"] == [
+        ["answer", "train (7)", "eval (1)"],
+        ["male.", "4 (57 %)", "1 (100 %)"],
+        ["female.", "3 (43 %)", "0 (0 %)"],
+    ]
+    assert {"conversations per subject", "positions per conversation", "mean of the voxels, as stored"} <= set(
+        result["titles"]
+    )
+
+
+def test_the_page_is_legible_in_a_browser_and_on_paper(page_of_many):
+    file, _ = page_of_many
+    for width, on_paper in ((1280, False), (400, False), (718, True)):
+        measured = browser.measure(file, width, paper=on_paper)
+        assert measured["out"] == []
+        assert measured["whole"] == width
+        assert measured["smallest"] >= 12
 
 
 def test_the_page_shows_augmented_volumes(config, ask, nifti, write_json, tmp_path):
@@ -686,7 +815,7 @@ def test_command(command, world, tmp_path):
     assert len(report["volumes"]) == 8
     assert report["sets"]["train"]["lengths"]["patches"]["max"] == 12
     assert html_page.PRIVACY in result.err
-    assert (tmp_path / "page.html").read_text().count("<article>") == 3
+    assert (tmp_path / "page.html").read_text().count("<article ") == 3
 
 
 def test_answers_that_cannot_be_scored_are_a_fault(command, world):

@@ -128,11 +128,15 @@ def _validate(arguments: argparse.Namespace) -> int:
             limit = (config.data.template, config.train.max_new_tokens, "train.max_new_tokens")
             check_lengths(conversations, rows, tasks, words, *limit)
 
-    report = validate(config, tokenizer, scored)
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    report = validate(config, tokenizer, scored, say)
     if page:
         sample = 24 if arguments.samples is None else arguments.samples
         data = config.data
-        write_page(report, config.model.modalities, page, sample=sample, threads=data.threads, augment=data.augment)
+        options: dict[str, Any] = {"threads": data.threads, "augment": data.augment, "say": say}
+        write_page(report, config.model.modalities, page, sample=sample, **options)
         print(f"{page}:\n  {PRIVACY}", file=sys.stderr)
     print(strict_json(report.to_json(), indent=1) if arguments.json else "\n".join(report.lines()))
     return 0 if report.ok else 1

@@ -208,11 +208,14 @@ def check_volumes(
 
 
 def open_volume(path: str | Path, config: ModalityConfig) -> Voxels:
-    """Open a file without reading its voxels, and check that the modality can use it.
-
-    Raises DataError unless rank, length, orientation and voxel sizes are as the modality needs them.
-    """
+    """Open a file without reading its voxels, and check that the modality can use it, as `require_fit` does."""
     image = open_voxels(path)
+    require_fit(path, image, config)
+    return image
+
+
+def require_fit(path: str | Path, image: Voxels, config: ModalityConfig) -> None:
+    """Raise DataError unless rank, length, orientation and voxel sizes are as the modality needs them."""
     rank, shape = len(config.size), image.shape
     if 0 in shape or len(shape) < rank or any(n != 1 for n in shape[rank:]):
         raise DataError(f"{path}: shape {shape}; expected {rank} axes, as the modality's size {config.size} has")
@@ -230,7 +233,6 @@ def open_volume(path: str | Path, config: ModalityConfig) -> Voxels:
         faults.append(f"{path}: {shape[3]} frames; expected at least {window}")
     if faults:
         raise DataError(faults)
-    return image
 
 
 def _orientation(image: Voxels, config: ModalityConfig) -> np.ndarray:

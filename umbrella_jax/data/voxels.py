@@ -58,6 +58,8 @@ _KINDS = (*_NIFTI, *_ANALYZE, nib.MGHImage)
 _ARRAYS = (".npy", ".pt")
 _MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 """Millimetres per unit of length, by NIfTI's codes: unknown (taken as mm), metre, mm, micron."""
+_SECONDS = {0: 1.0, 8: 1.0, 16: 1e-3, 24: 1e-6}
+"""Seconds per unit of time, by NIfTI's codes: unknown (taken as s), second, millisecond, microsecond."""
 _SIZES_DIFFER = 0.01
 """Relative difference beyond which two voxel sizes of one header contradict each other."""
 _SIDES = {"L": "left and right", "R": "left and right", "P": "front and back", "A": "front and back"}
@@ -122,6 +124,9 @@ class Voxels(Protocol):
         Raises DataError for a damaged file. Voxels that were read before may then be wrong.
         """
 
+    def read_tr(self) -> float | None:
+        """Return the seconds from frame to frame that the file states; None if it states none."""
+
 
 def open_voxels(path: str | Path) -> Voxels:
     """Open a directory of frames, or a file by its suffix.
@@ -153,7 +158,7 @@ def map_header(scan: Voxels) -> nib.Nifti1Header:
         header.set_qform(scan.affine, "scanner")
         header.set_sform(scan.affine, "scanner")
     if isinstance(scan, _Nibabel) and scan.kind is nib.MGHImage:
-        header["pixdim"][4] = scan.read_mgh_tr() / 1000
+        header["pixdim"][4] = scan.read_tr() or 0
     return header
 
 
@@ -343,13 +348,17 @@ class _Nibabel:
             if remark not in self.remarks:
                 self.remarks.append(remark)
 
-    def read_mgh_tr(self) -> float:
-        """Return the milliseconds between frames, which an MGH file stores after its voxels; 0 if it does not."""
-        with readable(self._path), ImageOpener(str(self._file)) as content:
-            content.seek(self._end)
-            footer = content.read(4)
-        tr = struct.unpack(">f", footer)[0] if len(footer) == 4 else 0.0
-        return tr if math.isfinite(tr) and tr > 0 else 0.0
+    def read_tr(self) -> float | None:
+        if self.kind in _NIFTI:
+            tr = float(self.stored["pixdim"][4]) * _SECONDS.get(int(self.stored["xyzt_units"]) & 0x38, 1.0)
+        elif self.kind is nib.MGHImage:  # after the voxels, in milliseconds
+            with readable(self._path), ImageOpener(str(self._file)) as content:
+                content.seek(self._end)
+                footer = content.read(4)
+            tr = struct.unpack(">f", footer)[0] / 1000 if len(footer) == 4 else 0.0
+        else:
+            return None
+        return tr if math.isfinite(tr) and tr > 0 else None
 
 
 def _data_offset(path: Path, kind: Any, stored: Any) -> int:
@@ -581,6 +590,9 @@ class _Arrays:
                 self._volume(frame)
             if file.suffix == ".pt":
                 _check_zip(file)
+
+    def read_tr(self) -> None:
+        return None
 
     def _volume(self, frame: int) -> np.ndarray:
         file = self.files[frame]

@@ -1,6 +1,5 @@
 """Check everything that a run would read, and report all faults and oddities at once. Changes nothing."""
 
-import hashlib
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -9,12 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import nibabel as nib
 import numpy as np
-from tqdm import tqdm
 
 from umbrella_jax.config.schema import LORA, MAX_CLASSES, RunConfig
-from umbrella_jax.console import plural
+from umbrella_jax.console import Progress, plural
 from umbrella_jax.data.augment import check_axes
 from umbrella_jax.data.background import (
     Remark,
@@ -29,6 +26,7 @@ from umbrella_jax.data.cache import check_float16
 from umbrella_jax.data.conversation import Conversation, Image, scan_conversations
 from umbrella_jax.data.loader import Dataset
 from umbrella_jax.data.tokenize import CachingTokenizer, encode, encode_prompt, reference_answer
+from umbrella_jax.data.validation.contents import ContentsReader
 from umbrella_jax.data.validation.findings import (
     PROPERTIES,
     SETS,
@@ -37,11 +35,11 @@ from umbrella_jax.data.validation.findings import (
     Severity,
     ShownVolume,
     ValidationReport,
-    VolumeContents,
 )
-from umbrella_jax.data.volume import check_volume
+from umbrella_jax.data.volume import check_opened, require_fit
 from umbrella_jax.data.voxels import open_voxels
 from umbrella_jax.errors import ConfigError, DataError, Faults
+from umbrella_jax.rundir import Say, say_nothing
 
 T = TypeVar("T")
 _ALMOST_EMPTY = 0.01  # fraction of voxels that are not 0
@@ -54,6 +52,7 @@ def validate(
     config: RunConfig,
     load_tokenizer: Callable[[], Any | None] = lambda: None,
     check_answers: Callable[[Sequence[Conversation]], object] = lambda conversations: None,
+    say: Say = say_nothing,
 ) -> ValidationReport:
     """Read all conversations and volumes of a run, train and eval, and continue after every fault.
 
@@ -63,6 +62,7 @@ def validate(
             fault.
         check_answers: checks the evaluation conversations if they have no other fault. An UmbrellaError lists the
             answers that cannot be scored.
+        say: receives a line about the progress every half minute, unless a bar on the terminal shows it.
 
     Raises:
         ConfigError: neither data.train nor data.eval is given.
@@ -98,7 +98,7 @@ def validate(
         sets[name] = ConversationSet(str(path), tuple(conversations), lengths)
     if "eval" in sets and not any(f.severity == "fault" and "eval" in f.sets for f in findings):
         collect(partial(check_answers, sets["eval"].conversations), "answers", "eval")
-    volumes, faults_of, remarks = _read_volumes(config, sets)
+    volumes, faults_of, remarks = _read_volumes(config, sets, say)
     for volume in volumes:
         findings += _as_findings("volume", volume.sets, faults_of.get(volume, ()), str(volume.path))
 
@@ -187,7 +187,7 @@ def _encode_texts(
 
 
 def _read_volumes(
-    config: RunConfig, sets: Mapping[str, ConversationSet]
+    config: RunConfig, sets: Mapping[str, ConversationSet], say: Say
 ) -> tuple[list[ShownVolume], dict[ShownVolume, tuple[str, ...]], list[Remark]]:
     """Read every distinct volume that conversations show.
 
@@ -204,70 +204,41 @@ def _read_volumes(
         return partial(check_float16, path) if config.data.cache_dtype == "float16" else lambda volume: None
 
     def read(image: Image) -> tuple[ShownVolume, tuple[str, ...]]:
+        path, modality = image.path, config.model.modalities[image.modality]
         windows, contents = 0, None
         faults: tuple[str, ...] = ()
         try:
-            windows = check_volume(
-                image.path,
-                config.model.modalities[image.modality],
-                range_check(image.path),
-                note=lambda *remark: remarks.append(remark),
+            reader = ContentsReader(open_voxels(path))
+        except DataError as error:
+            return ShownVolume(path, image.modality, tuple(shown[image]), windows, contents), error.faults
+        try:
+            require_fit(path, reader, modality)
+            windows = check_opened(
+                path, reader, modality, range_check(path), note=lambda *remark: remarks.append(remark)
             )
         except DataError as error:
             faults = error.faults
         try:
-            contents = read_contents(image.path)
+            contents = reader.contents()
         except DataError as error:
             windows, faults = 0, faults or error.faults  # for example, a file that is cut off after its last window
         if contents and "train" in shown[image]:
             try:
-                check_axes(config.data.augment, {image.path: contents.orientation})
+                check_axes(config.data.augment, {path: contents.orientation})
             except DataError as error:
                 faults += error.faults
-        return ShownVolume(image.path, image.modality, tuple(shown[image]), windows, contents), faults
+        return ShownVolume(path, image.modality, tuple(shown[image]), windows, contents), faults
 
-    with one_blas_thread(), ThreadPoolExecutor(config.data.threads) as pool:
-        pairs = list(tqdm(pool.map(read, shown), total=len(shown), desc="volumes", disable=None))
+    pairs = []
+    with (
+        one_blas_thread(),
+        ThreadPoolExecutor(config.data.threads) as pool,
+        Progress("volume", len(shown), say=say, log=say_nothing) as progress,
+    ):
+        for pair in pool.map(read, shown):
+            pairs.append(pair)
+            progress.count()
     return [volume for volume, _ in pairs], {volume: faults for volume, faults in pairs if faults}, remarks
-
-
-def read_contents(path: Path) -> VolumeContents:
-    """Read all voxels of a file or a directory of frames, one frame at a time, to the end.
-
-    Raises:
-        DataError: the file cannot be read. Voxels that are not finite are no fault here.
-    """
-    image = open_voxels(path)
-    rank = max((axis for axis, length in enumerate(image.shape, 1) if axis <= 3 or length != 1), default=0)
-    digest = hashlib.blake2b(repr(image.shape[:rank]).encode(), digest_size=16)
-    low, high, total, nonzero, count, voxels = np.inf, -np.inf, 0.0, 0, 0, 0
-    frames = image.shape[3] if len(image.shape) > 3 else 1
-    first, still = None, frames > 1
-    for frame in range(frames):
-        data = np.asarray(image.read(frame), np.float32)
-        digest.update(np.ascontiguousarray(data.T).data)  # no copy: nibabel's arrays are in Fortran order
-        first = data if first is None else first
-        still = still and np.array_equal(data, first)
-        finite = np.isfinite(data)
-        low, high = min(low, data.min(where=finite, initial=np.inf)), max(high, data.max(where=finite, initial=-np.inf))
-        total += float(data.sum(where=finite, dtype=np.float64))
-        voxels += data.size
-        count += int(np.count_nonzero(finite))
-        nonzero += int(np.count_nonzero(data))
-    image.check_end()
-    return VolumeContents(
-        shape=tuple(int(n) for n in image.shape),
-        dtype=image.dtype.name,
-        orientation=None if image.affine is None else "".join(nib.aff2axcodes(image.affine)),
-        voxel_size=None if image.zooms is None else tuple(round(float(length), 3) for length in image.zooms),
-        minimum=float(low) if count else None,
-        maximum=float(high) if count else None,
-        mean=total / count if count else None,
-        nonzero=nonzero / max(voxels, 1),
-        still=still,
-        digest=digest.hexdigest(),
-        remarks=tuple(image.remarks),
-    )
 
 
 def overlaps(
@@ -502,7 +473,7 @@ def _outliers(volumes: Sequence[ShownVolume]) -> Iterator[Finding]:
         if sum(usual.values()) <= len(readable) / 2:  # no value is typical
             continue
         for volume, contents in readable:
-            if (value := property_of(contents)) not in usual:
+            if (value := property_of(contents)) and value not in usual:
                 typical = ", ".join(f"{value} ({n})" for value, n in [*usual.items()][:_NAMES_SHOWN])
                 share = f"{counts[value]} of {len(readable)} {volume.modality} volumes"
                 reason = f"{name} {value}, {share}; usual is {typical}"

@@ -73,6 +73,8 @@ class VolumeContents:
     """Axis codes as in `nibabel.aff2axcodes`, such as LPS; None if the format has none."""
     voxel_size: tuple[float, ...] | None
     """mm along each stored axis; None if the format has none."""
+    tr: float | None
+    """Seconds from frame to frame; None for a single frame, and if the file does not state it."""
     minimum: float | None
     maximum: float | None
     mean: float | None
@@ -175,8 +177,12 @@ class ValidationReport:
         """Return the statistics as tables, without empty ones."""
         modalities = dict.fromkeys(volume.modality for volume in self.volumes)
         volume_tables = (table for modality in modalities for table in _volume_tables(self, modality))
-        tables = [_set_table(self), _length_table(self), *_task_tables(self), *volume_tables]
+        tables = [*self.overview(), *_task_tables(self), *volume_tables]
         return [table for table in tables if table.rows]
+
+    def overview(self) -> list["StatisticsTable"]:
+        """Return the first tables: the sets, and the lengths of their conversations."""
+        return [_set_table(self), _length_table(self)]
 
     def lines(self) -> list[str]:
         """Return the text for people: tables, then notes, warnings and faults in groups with their first places."""
@@ -236,10 +242,12 @@ PROPERTIES: dict[str, Callable[[VolumeContents], str]] = {
     "frames": lambda c: str(c.frames),
     "orientation": lambda c: c.orientation or "unknown",
     "voxel size (mm)": lambda c: "unknown" if c.voxel_size is None else _times(c.voxel_size),
+    "TR (s)": lambda c: "" if c.frames == 1 else "unknown" if c.tr is None else f"{c.tr:.4g}",
     "type": lambda c: c.dtype,
     "below 0": lambda c: "some voxels" if (c.minimum or 0) < 0 else "none",
 }
-"""{property: its value as text}, for properties in which most volumes of a modality agree."""
+"""{property: its value as text}, for properties in which most volumes of a modality agree. An empty text means that a
+volume does not have the property."""
 
 
 @dataclass(frozen=True)
@@ -288,7 +296,8 @@ def _task_tables(report: ValidationReport) -> Iterator[StatisticsTable]:
         counts = {name: by_task.get(task, Counter()) for name, by_task in answers.items()}
         both = sum(counts.values(), Counter())
         title = f"Answers, task {task or 'not named'}"
-        if len(both) > MAX_CLASSES and (values := _numbers(counts)) is not None:
+        if len(both) > MAX_CLASSES and (numbers := as_numbers(counts)) is not None:
+            values = numbers.values()
             summaries: dict[str, Callable[[list[float]], Any]] = {"min": min, "median": np.median, "max": max}
             rows = [
                 (name, *(f"{summarise(n):g}" if n else "" for n in values)) for name, summarise in summaries.items()
@@ -307,10 +316,10 @@ def _task_tables(report: ValidationReport) -> Iterator[StatisticsTable]:
         yield StatisticsTable(title, ("", *counts), tuple(rows))
 
 
-def _numbers(counts: Mapping[str, Counter[str]]) -> list[list[float]] | None:
+def as_numbers(answers: Mapping[str, Counter[str]]) -> dict[str, list[float]] | None:
     """Return the answers of each set as numbers, None if an answer is neither blank nor a number."""
     try:
-        return [[float(answer) for answer in c.elements() if answer] for c in counts.values()]
+        return {name: [float(answer) for answer in c.elements() if answer] for name, c in answers.items()}
     except ValueError:
         return None
 
@@ -320,7 +329,7 @@ def _volume_tables(report: ValidationReport, modality: str) -> Iterator[Statisti
     readable = [volume.contents for volume in volumes if volume.contents is not None]
     rows = []
     for name, property_of in PROPERTIES.items():
-        counts = Counter(map(property_of, readable)).most_common()
+        counts = Counter(filter(None, map(property_of, readable))).most_common()
         rows += [(name if i == 0 else "", value, str(count)) for i, (value, count) in enumerate(counts[:_ROWS_SHOWN])]
         if others := counts[_ROWS_SHOWN:]:
             rows.append(("", f"{len(others)} others", str(sum(count for _, count in others))))
