@@ -358,7 +358,7 @@ def test_groups_and_corrected_errors_are_those_of_score(run: Path, rows: Rows, t
     assert page.cells["by sex", "side accuracy", "M"][0] == pytest.approx(right)
     gap = scores["by"]["columns"]["sex"]["tasks"]["side"]["accuracy"]["gap"]
     assert page.cells["by sex", "side accuracy", "gap"][0] == pytest.approx(gap["value"])
-    assert "<td>F&lt;</td>" in page.text
+    assert '<td class="group">F&lt;</td>' in page.text
     mae = scores["adjust"]["tasks"]["age"]["figures"]["mae"]["corrected"]["value"]
     assert page.cells["errors of age", "mae", "corrected"][0] == pytest.approx(mae)
     assert "do not measure accuracy" in page.text

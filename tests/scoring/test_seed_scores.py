@@ -100,6 +100,14 @@ def test_the_command_scores_a_directory_of_seeds(tmp_path: Path, capsys: pytest.
     assert found["predictions"]["2"] == f"{out}/seed-2/predictions/step_2.jsonl"
 
 
+def test_groups_of_several_seeds_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(write_runs(tmp_path / "runs"))
+    for flag in ("--by", "--adjust"):
+        assert main(["score", out, flag, "sex"]) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert f"--by and --adjust score one model, not several seeds; name one of {out}/seed-1" in error
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
