@@ -115,3 +115,124 @@ def test_conditions_leave_out_visits_and_a_subject_counts_for_its_last_one(tmp_p
     }
     assert [visit.place for visit in cohort.visits] == ["sub-05 ses-1"]
     assert "left out: age > 40 (4): sub-01 ses-2, sub-02 ses-1, sub-03 ses-2, sub-05 ses-2" in notes
+
+
+PARTICIPANTS = ("participant_id sex age", "sub-001 F 44", "sub-002 M 51", "sub-003 F 63")
+
+
+@pytest.mark.parametrize(
+    ("lines", "keys", "fault"),
+    [
+        (
+            ("participant_id sex", "1 F", "2 M", "3 F"),
+            {},
+            "participants.tsv: participant_id: 1 in the table, 001 on disk and 2 others; the table has lost leading "
+            "zeros; set width: 3",
+        ),
+        (
+            ("participant_id sex", "0001 F", "sub-0002 M"),
+            {},
+            "participants.tsv: participant_id: 0001 in the table, 001 on disk and 1 other; they differ only in "
+            "spelling; write them the same",
+        ),
+        (
+            ("participant_id sex", "P1 F", "P2 M", "P3 M", "P4 M"),
+            {},
+            "participants.tsv: participant_id: no id of the table is on disk: P1, P2, P3, … in the table, 001, 002, "
+            "003 on disk",
+        ),
+        (
+            (*PARTICIPANTS, "002 F 30"),
+            {},
+            "participants.tsv:5: participant_id: 002 has a row already, in line 3; expected one row per subject; list "
+            "a table with visits in sessions",
+        ),
+        (
+            PARTICIPANTS,
+            {"include": 'sexe == "F"'},
+            'include: sexe == "F": sexe: no such column; the nearest is sex; a text needs quotes',
+        ),
+        (
+            PARTICIPANTS,
+            {"include": "sex == F"},
+            "include: sex == F: F: no such column; expected one of subject, visit, participant_id, sex, age; a text "
+            "needs quotes",
+        ),
+        (PARTICIPANTS, {"include": "age = 45"}, "include: age = 45: at = 45: = does not compare; write =="),
+        (
+            PARTICIPANTS,
+            {"include": "sex > 1"},
+            "participants.tsv:2: sex: expected a number, got 'F'; the condition sex > 1 compares it with a number",
+        ),
+        (
+            (*PARTICIPANTS[:3], "003 F 63,5"),
+            {"bins": {"age_bin": {"column": "age", "edges": [50]}}},
+            "participants.tsv:4: age: expected a number, got '63,5'; write a decimal point",
+        ),
+        (
+            (*PARTICIPANTS[:3], "003 unknown 63"),
+            {},
+            "participants.tsv: sex: do these mean a missing value? 'unknown' (1); write `missing: {sex: ['unknown']}` "
+            "to leave them out, `missing: {sex: n/a}` to keep every value",
+        ),
+        (PARTICIPANTS, {"missing": {"aeg": "-9"}}, "missing: aeg: no such column; the nearest is age"),
+        (
+            PARTICIPANTS,
+            {"bins": {"sex": {"column": "ages", "edges": [50]}}},
+            "bins.sex: a column has this name already; choose another",
+        ),
+        (PARTICIPANTS, {"visits": ["2"]}, "visits: 2: no scan has this visit; expected some of none"),
+        (PARTICIPANTS, {"include": "age > 99"}, "participants.tsv: no subject is left: age > 99: 3"),
+        (
+            PARTICIPANTS,
+            {"scans": {"T1": {"bids": ".", "entities": {"run": 1}}}},
+            "scans.T1: scans.T1.entities: {run: 1}: no scan has it; names have no run",
+        ),
+        (
+            PARTICIPANTS,
+            {"scans": {"PD": {"bids": "."}}},
+            "scans.PD: entities.suffix: expected one, such as T2w; PD is none of sMRI, fMRI, dMRI, T2, FLAIR",
+        ),
+        (
+            PARTICIPANTS,
+            {"scans": {"T1": {"bids": "raw"}}},
+            "scans.T1: bids: raw: not found; expected a BIDS data set, or a derivative's folder",
+        ),
+        (
+            PARTICIPANTS,
+            {"scans": {"T1": {"pattern": "sub-{subject}/func/{run}.nii.gz"}}},
+            "scans.T1: pattern: sub-{subject}/func/{run}.nii.gz: nothing matches as far as func; there are "
+            "sub-001/anat, sub-002/anat, sub-003/anat",
+        ),
+        (
+            PARTICIPANTS,
+            {"scans": {"T1": {"pattern": "sub-*/anat/{age}0{subject}_T1w.nii.gz"}}},
+            "scans.T1: pattern: sub-*/anat/{age}0{subject}_T1w.nii.gz: matches in several ways: sub-001_T1w.nii.gz "
+            "(age=sub-, subject=01 or age=sub-0, subject=1); sub-002_T1w.nii.gz (age=sub-, subject=02 or age=sub-0, "
+            "subject=2); sub-003_T1w.nii.gz (age=sub-, subject=03 or age=sub-0, subject=3); write the text around the "
+            "names more exactly, or * for what needs no name",
+        ),
+        (
+            PARTICIPANTS,
+            {"scans": {"T1": {"pattern": "sub-{id}/anat/*.nii.gz"}}},
+            "scans.T1: pattern: sub-{id}/anat/*.nii.gz: expected {subject} or {participant_id} for the subject, once "
+            "or repeated",
+        ),
+        (
+            PARTICIPANTS,
+            {"scans": {"T1": {"pattern": "sub-{subject}/anat/sub-00{age}_T1w.nii.gz"}}},
+            "participants.tsv:2: age: 44, but 1 in sub-001/anat/sub-001_T1w.nii.gz; correct one, or rename one of the "
+            "two",
+        ),
+        (
+            PARTICIPANTS,
+            {"sessions": [{"file": "participants.tsv", "visit": "age"}]},
+            "participants.tsv: has visits, but no scan's path has one; write {visit} in the pattern, or list it in "
+            "subjects",
+        ),
+    ],
+)
+def test_refuses_a_mistake_with_its_place_and_remedy(tmp_path, lines, keys, fault):
+    table(tmp_path, "participants.tsv", *lines)
+    bids(tmp_path, "001", "002", "003")
+    assert refuse(tmp_path, **keys)[0] == fault

@@ -35,7 +35,7 @@ class IgnoreFile:
 
     def excludes(self, path: str) -> bool:
         """Return whether a file is excluded; `path` is relative to the ignore file's folder, with `/` as separator."""
-        parts = path.split("/")
+        parts = path.split("/") if self._rules else []
         return any(self._matches("/".join(parts[:end]), end < len(parts)) for end in range(1, len(parts) + 1))
 
     def _matches(self, path: str, is_folder: bool) -> bool:

@@ -10,14 +10,14 @@ from itertools import pairwise
 from pathlib import Path
 
 from umbrella_jax.data.bids.scans import left_out
-from umbrella_jax.data.tables import doubtful_values, match_misspelled
+from umbrella_jax.data.tables import doubtful_values, match_misspelled, parse_cell_number
 from umbrella_jax.errors import ConfigError, DataError, Faults
 from umbrella_jax.study.conditions import CellError, Condition, parse_condition
 from umbrella_jax.study.find_scans import FoundScan, find_modality
 from umbrella_jax.study.join import JoinedTables, few, id_faults, join_tables, spelling_fault
 from umbrella_jax.study.patterns import names_in
 from umbrella_jax.study.schema import BinsConfig, CohortConfig, ScansConfig, StudyConfig
-from umbrella_jax.study.tables import SUBJECT, VISIT, MissingValues, cell_number, unknown_column
+from umbrella_jax.study.tables import SUBJECT, VISIT, MissingValues, number_fault, unknown_column
 from umbrella_jax.study.visits import Flow, Scan, Visit
 
 
@@ -197,12 +197,16 @@ def _make_candidates(
     for label, visit in sorted(groups, key=_natural_visit):
         chosen = {}
         for modality, group in groups[label, visit].items():
-            group.sort(key=lambda scan: _natural(scan.path))
             several = config.scans[modality].several
-            if len(group) > 1 and several == "error":
-                place = name_of(label) + (f" ses-{visit}" if visit else "")
-                faults.append(f"scans.{modality}: {place} has {len(group)} scans: {few(s.path for s in group)}")
-            surplus[modality] += len(group) - 1 if several in ("first", "last") else 0
+            if len(group) > 1:
+                group.sort(key=lambda scan: _natural(scan.path))
+                if several == "error":
+                    place = name_of(label) + (f" ses-{visit}" if visit else "")
+                    faults.append(
+                        f"scans.{modality}: {place} has {len(group)} scans: {few(s.path for s in group)}; choose by "
+                        "their names, or set several to all, first or last"
+                    )
+                surplus[modality] += len(group) - 1 if several in ("first", "last") else 0
             chosen[modality] = tuple({"first": group[:1], "last": group[-1:]}.get(several, group))
         values = tables.values(label, visit)
         for name in placeholders:
@@ -359,11 +363,13 @@ def _add_bins(
 ) -> None:
     labels = bins.labels or _bin_labels(bins.edges)
     for candidate in candidates:
-        if (cell := candidate.values.get(bins.column)) is not None:
+        if (cell := candidate.values.get(bins.column)) is None:
+            continue
+        if (number := parse_cell_number(cell)) is not None:
+            candidate.values[name] = labels[bisect_right(bins.edges, number)]
+        else:
             place = tables.place(bins.column, candidate.label, candidate.visit.name)
-            with faults:
-                number = cell_number(cell, f"{place}: {bins.column}")
-                candidate.values[name] = labels[bisect_right(bins.edges, number)]
+            faults.append(f"{place}: {bins.column}: {number_fault(cell)}")
 
 
 def _bin_labels(edges: Sequence[float]) -> list[str]:

@@ -16,7 +16,9 @@ _LONGEST = 2000
 """Characters of a condition."""
 _DEEPEST = 30
 """Levels of nesting."""
-_WORDS = 'expected columns, numbers, texts in quotes and the words "and", "or", "not", "in"'
+_QUOTED_LENGTH = 100
+"""Characters of a condition that a message quotes."""
+_WORDS = "expected columns (unusual names in backticks), numbers, texts in quotes, comparisons, and, or, not, in"
 _OPERATORS: Mapping[type[ast.cmpop], tuple[str, Callable[..., bool]]] = {
     ast.Eq: ("==", operator.eq),
     ast.NotEq: ("!=", operator.ne),
@@ -27,6 +29,17 @@ _OPERATORS: Mapping[type[ast.cmpop], tuple[str, Callable[..., bool]]] = {
     ast.In: ("in", lambda value, values: value in values),
     ast.NotIn: ("not in", lambda value, values: value not in values),
 }
+_QUOTED = r"\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'"
+_MISTAKES = {
+    r"&&?": 'write "and" instead of {}',
+    r"\|\|?": 'write "or" instead of {}',
+    r"\b(?:AND|OR|NOT|IN)\b": "write {} in small letters",
+    "=>|=<|<>": "write >=, <= or != instead of {}",
+    "(?<![=!<>])=(?!=)": "= does not compare; write ==",
+    "[“”„‘’‚«»]": "write straight quotes",
+    "`": "a backtick without its second; expected one before and one after a column's name",
+}
+"""{what other languages have, outside quotes: what to write}."""
 _Values = Mapping[str, str]
 _Test = Callable[[_Values], bool | None]
 
@@ -77,15 +90,20 @@ def parse_condition(text: str) -> Condition:
     Raises:
         ConfigError: the condition, where its fault is, and what was expected.
     """
+    shown = text if len(text) <= _QUOTED_LENGTH else f"{text[:_QUOTED_LENGTH]} …"
     if len(text) > _LONGEST:
-        raise ConfigError(f"{text[:40]} …: longer than {_LONGEST} characters; write several conditions")
-    source, columns, shift = _without_backticks(re.sub(r"\s", " ", text))
+        raise ConfigError(f"{shown}: longer than {_LONGEST} characters; write several conditions")
 
     def refuse(offset: int, message: str) -> ConfigError:
-        return ConfigError(f"{text}: at {text[shift(offset) :][:20].strip() or 'the end'}: {message}")
+        return ConfigError(f"{shown}: at {text[offset:][:20].strip() or 'the end'}: {message}")
 
-    if _depth(source) > _DEEPEST:
-        raise ConfigError(f"{text}: nests deeper than {_DEEPEST} levels; write several conditions")
+    bare = re.sub(rf"{_QUOTED}|`[^`]+`", lambda match: " " * len(match[0]), text)
+    for pattern, message in _MISTAKES.items():
+        if match := re.search(pattern, bare):
+            raise refuse(match.start(), message.format(match[0]))
+    if _depth(bare) > _DEEPEST:
+        raise ConfigError(f"{shown}: nests deeper than {_DEEPEST} levels; write several conditions")
+    source, columns, shift = _without_backticks(re.sub(r"\s", " ", text))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes in texts, such as "\d"
@@ -93,15 +111,13 @@ def parse_condition(text: str) -> Condition:
         compiler = _Compiler(columns)
         test = compiler.test(tree, 0)
     except SyntaxError as fault:
-        message = fault.msg.replace("'='", "=").replace("'=='", "==")
-        if re.search(r"(?<![=!<>])=(?!=)", re.sub(r"\"[^\"]*\"|'[^']*'", "", text)):
-            message = "= does not compare; write =="
-        raise refuse((fault.offset or 1) - 1, message.removeprefix("invalid syntax. ")) from None
+        message = re.sub(r"^invalid syntax.*", _WORDS, fault.msg).replace(" (detected at line 1)", "")
+        raise refuse(shift((fault.offset or 1) - 1), message) from None
     except _FaultError as fault:
         # offsets in the tree count bytes of UTF-8
-        raise refuse(len(source.encode()[: fault.column].decode()), str(fault)) from None
+        raise refuse(shift(len(source.encode()[: fault.column].decode())), str(fault)) from None
     except (ValueError, RecursionError, MemoryError) as fault:
-        raise ConfigError(f"{text}: cannot be read: {fault}") from None
+        raise ConfigError(f"{shown}: cannot be read: {fault}") from None
     return Condition(text, tuple(compiler.columns), test)
 
 
@@ -115,7 +131,7 @@ def _without_backticks(text: str) -> tuple[str, dict[str, str], Callable[[int], 
     columns: dict[str, str] = {}
     marks = [(0, 0)]  # (offset in the new text, the same place in the old)
     length = end = 0
-    for match in re.finditer(r"`([^`]+)`|\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'", text):
+    for match in re.finditer(rf"`([^`]+)`|{_QUOTED}", text):
         if match[1] is None:
             continue
         name = f"column_{len(columns)}_"
@@ -167,9 +183,6 @@ class _Compiler:
             operands = [node.left, *node.comparators]
             tests = [self.comparison(a, op, b) for a, op, b in zip(operands[:-1], node.ops, operands[1:], strict=True)]
             return tests[0] if len(tests) == 1 else _all_of(tests)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd | ast.BitOr):
-            word, sign = ("and", "&") if isinstance(node.op, ast.BitAnd) else ("or", "|")
-            raise _FaultError(node, f'write "{word}" instead of {sign}')
         if isinstance(node, ast.Name | ast.Constant):
             raise _FaultError(node, "not a comparison; write one, such as COLUMN == 1")
         raise _FaultError(node, _WORDS)
@@ -185,7 +198,7 @@ class _Compiler:
             if len({type(value) for value in values}) > 1:
                 raise _FaultError(right, "numbers and texts in one list; put quotes around all, or around none")
             return _with_constant(self.column(left), compare, values, isinstance(values[0], float))
-        if not isinstance(left, ast.Name):
+        if isinstance(right, ast.Name) and not isinstance(left, ast.Name):
             mirrored = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}.get(sign, sign)
             compare = next(function for name, function in _OPERATORS.values() if name == mirrored)
             left, right = right, left
@@ -216,7 +229,7 @@ class _Compiler:
         value = node.value if isinstance(node, ast.Constant) else None
         if isinstance(value, str):
             return value
-        if isinstance(value, bool) or (value is None and isinstance(node, ast.Constant)):
+        if isinstance(value, bool):
             raise _FaultError(node, f'expected a number, or a text in quotes, such as "{str(value).upper()}"')
         if isinstance(value, int | float) and math.isfinite(number := float(value)):
             return sign * number

@@ -82,24 +82,21 @@ def _find_bids(modality: str, config: ScansConfig, folder: str, root: Path, note
     if suffix is None:
         raise ConfigError(f"entities.suffix: expected one, such as T2w; {modality} is none of {', '.join(_PLACES)}")
     ignored = IgnoredFiles(base, _data_set(base))
-    paths = {path: path.relative_to(base).as_posix() for path in list_images(base, kind, suffix)}
-    excluded = [name for name in paths.values() if ignored.has(name)]
-    if excluded:
+    names = list_images(base, kind, suffix)
+    if excluded := [name for name in names if ignored.has(name)]:
         notes.append(left_out("files that .bidsignore excludes", excluded))
-        paths = {path: name for path, name in paths.items() if not ignored.has(name)}
-    scans = usable_scans(list(paths), base, base, suffix, notes)
+        names = sorted(set(names) - set(excluded))
+    scans = usable_scans(names, base, suffix, notes)
     option = f"scans.{modality}.entities: {{{{{{}}: {{}}}}}}"
     selection = EntitySelection(selected, config.exclude, option, "a list keeps several")
     scans = select_scans(scans, base, kind == "func", selection, notes) if scans else scans
     if not scans:
         raise DataError("; ".join([f"{base}: no scan; expected sub-*/[ses-*/]{kind}/*_{suffix}.nii[.gz]", *notes]))
+    prefix = _study_path(str(base), root)
+    prefix += "/" if prefix else ""
     return [
-        FoundScan(
-            scan.entities["sub"],
-            scan.entities.get("ses"),
-            Scan(_study_path(str(base / scan.path), root), modality, scan.entities),
-        )
-        for scan in scans
+        FoundScan(s.entities["sub"], s.entities.get("ses"), Scan(f"{prefix}{s.path}", modality, s.entities))
+        for s in scans
     ]
 
 
@@ -117,28 +114,23 @@ def _find_pattern(modality: str, pattern: str, key: str, root: Path, notes: list
         matches = dict(find_matches(pattern, root))
     except (ConfigError, DataError) as error:
         raise DataError([f"pattern: {fault}" for fault in error.faults]) from None
-    images: dict[Path, str] = {}
-    others: list[str] = []
-    for path in matches:
-        if path.lower().endswith(_IMAGES) or os.path.isdir(path):
-            images[Path(path)] = _study_path(path, root)
-        else:
-            others.append(_study_path(path, root))
+    found = {_study_path(path, root): names for path, names in matches.items()}
+    others = [p for p in found if not p.lower().endswith(_IMAGES) and not os.path.isdir(os.path.join(root, p))]
     if others:
         notes.append(left_out("files that are no images", others))
-    kept = readable_images(images, notes)
+    kept = readable_images(found.keys() - set(others), root, notes)
     if not kept:
         raise DataError("; ".join([f"pattern: {pattern}: no scan", *notes]))
     scans = []
-    for file in kept:
-        labels = dict(matches[str(file)])
+    for path in sorted(kept):
+        labels = dict(found[path])
         subject, visit = labels.pop(subject_names[0]), labels.pop(VISIT, None)
         visit = None if visit is None else visit.removeprefix("ses-")
-        scans.append(FoundScan(subject.removeprefix("sub-"), visit, Scan(images[file], modality, labels)))
+        scans.append(FoundScan(subject.removeprefix("sub-"), visit, Scan(path, modality, labels)))
     return scans
 
 
 def _study_path(path: str, root: Path) -> str:
-    """Return a path relative to the study's root if it is inside, else absolute."""
+    """Return a path relative to the study's root if it is inside, empty for the root itself, else absolute."""
     path, folder = os.path.abspath(path), os.path.abspath(root)
-    return path[len(folder) + 1 :] if path.startswith(f"{folder}/") else path
+    return path[len(folder) + 1 :] if f"{path}/".startswith(f"{folder}/") else path

@@ -69,7 +69,11 @@ class JoinedTables:
         self.subjects, self.sessions, self.files = tuple(subjects), tuple(sessions), tuple(files)
         self.first = self.subjects[0]
         self.per_visit = frozenset(name for table in self.sessions for name in table.columns)
-        """Columns of `sessions`."""
+        """Columns of `sessions`, which hide the subject's."""
+        for table in (table for table in self.subjects if self.per_visit.intersection(table.columns)):
+            for key, row in table.rows.items():
+                own = {name: cell for name, cell in row.cells.items() if name not in self.per_visit}
+                table.rows[key] = row._replace(cells=own)
         names = [name for table in (*self.subjects, *self.sessions) for name in table.columns]
         self.columns = tuple(dict.fromkeys([self.first.key, *names]))
         """All columns; the first table's key comes first."""
@@ -77,18 +81,13 @@ class JoinedTables:
     def values(self, subject: str, visit: str | None) -> dict[str, str]:
         """Return {column: cell} without missing ones. A column of `sessions` has the visit's value or none."""
         values: dict[str, str] = {}
-        for row in self._visit_rows(subject, visit):
-            for name, cell in row.cells.items():
-                values.setdefault(name, cell)
-        for row in self._subject_rows(subject):
-            for name, cell in row.cells.items():
-                if name not in self.per_visit:
-                    values.setdefault(name, cell)
+        for row in reversed(self._rows(subject, visit)):
+            values.update(row.cells)
         return values
 
     def place(self, column: str, subject: str, visit: str | None) -> str:
         """Return `FILE:LINE` of a value, for messages."""
-        rows = [*self._visit_rows(subject, visit), *self._subject_rows(subject)]
+        rows = self._rows(subject, visit)
         return next((row.place for row in rows if column in row.cells), self.first.path)
 
     def table_of(self, column: str) -> str:
@@ -99,11 +98,10 @@ class JoinedTables:
         """Return whether a table of `sessions` has a row for a visit."""
         return any((subject, visit) in table.rows for table in self.sessions)
 
-    def _visit_rows(self, subject: str, visit: str | None) -> Iterator[LabRow]:
-        return (row for table in self.sessions if (row := table.rows.get((subject, visit))))
-
-    def _subject_rows(self, subject: str) -> Iterator[LabRow]:
-        return (row for table in self.subjects if (row := table.rows.get((subject, None))))
+    def _rows(self, subject: str, visit: str | None) -> list[LabRow]:
+        rows = [table.rows.get((subject, visit)) for table in self.sessions]
+        rows += [table.rows.get((subject, None)) for table in self.subjects]
+        return [row for row in rows if row is not None]
 
     def conflicts(self, columns: Collection[str]) -> Iterator[str]:
         """Yield a fault for every value, of the given columns, that two tables contradict."""

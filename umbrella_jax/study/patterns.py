@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from umbrella_jax.console import plural
 from umbrella_jax.errors import ConfigError, DataError
 
 _SHOWN = 3
@@ -52,7 +53,8 @@ def find_matches(pattern: str, root: Path) -> list[Match]:
             raise DataError(_nothing_matches(pattern, segment, [folder for folder, _ in matches], root))
         matches = found
     if ambiguous:
-        more = f"; {len(ambiguous) - _SHOWN:,} other files too" if len(ambiguous) > _SHOWN else ""
+        ambiguous.sort()
+        more = f"; and {plural(len(ambiguous) - _SHOWN, 'other')}" if len(ambiguous) > _SHOWN else ""
         raise DataError(
             f"{pattern}: matches in several ways: {'; '.join(ambiguous[:_SHOWN])}{more}; write the text around the "
             "names more exactly, or * for what needs no name"
@@ -97,7 +99,7 @@ def _step(
                 continue
             if len(readings) > 1 and not entry.name.startswith("."):
                 ways = " or ".join(", ".join(f"{k}={v}" for k, v in reading) for reading in sorted(readings)[:2])
-                ambiguous.append(f"{entry.path} ({ways})")
+                ambiguous.append(f"{entry.name} ({ways})")
             yield entry.path, {**names, **dict(next(iter(readings)))}
 
 
@@ -113,12 +115,23 @@ def _readings(parts: Sequence[_Part], text: str) -> set[tuple[tuple[str, str], .
                 if text.startswith(fixed, start):
                     step.add((start + len(fixed), names))
                 continue
-            for end in range(start + (part.kind == "name"), len(text) + 1):
-                if end < len(text) if after is None else after.kind == "text" and not text.startswith(after.text, end):
-                    continue
+            first = start + (part.kind == "name")
+            for end in _ends(text, first, None if after is None else after.text if after.kind == "text" else ""):
                 step.add((end, (*names, (part.text, text[start:end])) if part.kind == "name" else names))
         states = step
     return {names for end, names in states if end == len(text)}
+
+
+def _ends(text: str, first: int, after: str | None) -> Iterator[int]:
+    """Yield the places from `first` on at which `after` follows; the end of the text if it is None."""
+    if after is None:
+        if first <= len(text):
+            yield len(text)
+        return
+    end = text.find(after, first)
+    while end >= 0:
+        yield end
+        end = text.find(after, end + 1)
 
 
 def _nothing_matches(pattern: str, segment: str, folders: Sequence[str], root: Path) -> str:
@@ -133,4 +146,4 @@ def _nothing_matches(pattern: str, segment: str, folders: Sequence[str], root: P
         if len(there) == _SHOWN:
             break
     shown = f"there are {', '.join(there)}" if there else "there is nothing at that place"
-    return f"{pattern}: nothing in {root} matches as far as {segment}; {shown}"
+    return f"{pattern}: nothing matches as far as {segment}; {shown}"

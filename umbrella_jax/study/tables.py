@@ -18,7 +18,6 @@ from umbrella_jax.data.tables import (
     Table,
     is_missing,
     make_table,
-    parse_cell_number,
     split_rows,
 )
 from umbrella_jax.errors import DataError
@@ -36,15 +35,14 @@ _SINGLE_BYTE = ("cp125", "latin", "iso8859", "iso-8859", "iso_8859", "windows-12
 _NAMES_SHOWN = 20
 
 
-@dataclass
+@dataclass(frozen=True)
 class MissingValues:
-    """Which cells mean a missing value, per column of a study."""
+    """Cells that mean a missing value, per column of a study."""
 
     declared: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """{column, or "*" for all: values}."""
     labels: Mapping[str, Collection[str]] = field(default_factory=dict)
     """{column: values with a label, which are not missing unless declared}."""
-    _known: dict[tuple[str, str], bool] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_study(cls, study: StudyConfig) -> "MissingValues":
@@ -55,14 +53,21 @@ class MissingValues:
                 labels.setdefault(task.column, set()).update(task.labels)
         return cls(study.missing, labels)
 
-    def has(self, column: str, cell: str) -> bool:
-        """Return whether a cell of a column means a missing value."""
-        known = self._known.get((column, cell))
-        if known is None:
-            declared = (*self.declared.get(column, ()), *self.declared.get("*", ()))
-            known = is_missing(cell, declared=declared, labels=self.labels.get(column, ()))
-            self._known[column, cell] = known
-        return known
+    def of_column(self, column: str) -> "_KnownCells":
+        """Return {cell: whether it means a missing value} of a column, for any cell."""
+        declared = (*self.declared.get(column, ()), *self.declared.get("*", ()))
+        return _KnownCells(declared, self.labels.get(column, ()))
+
+
+class _KnownCells(dict[str, bool]):
+    """{cell: whether it means a missing value}, filled when a cell is looked up."""
+
+    def __init__(self, declared: Sequence[str], labels: Collection[str]):
+        self._declared, self._labels = declared, labels
+
+    def __missing__(self, cell: str) -> bool:
+        self[cell] = is_missing(cell, declared=self._declared, labels=self._labels)
+        return self[cell]
 
 
 def read_lab_table(
@@ -109,6 +114,9 @@ def read_lab_table(
     if not chosen:
         conditions = " and ".join(f"{column} in {', '.join(values)}" for column, values in config.rows.items())
         raise DataError(f"{path}: rows: no row has {conditions}")
+    plan = [(name, column, missing.of_column(name)) for name, column in named.items()]
+    missing_in = {name: missing.of_column(name) for name in wide}
+    labels = dict.fromkeys(label for columns in wide.values() for label in columns)
     without_id: Counter[str] = Counter()
     for line, cells in chosen:
         subject = own_key[1] if own_key else cells[config.key]
@@ -121,7 +129,7 @@ def read_lab_table(
         if subject.lower() in ("", "n/a", "sub-"):
             faults.append(f"{path}:{line}: {config.key}: expected a subject's id, got {subject!r}")
             continue
-        base = {name: cell for name, column in named.items() if not missing.has(name, cell := cells[column])}
+        base = {name: cell for name, column, is_gone in plan if not is_gone[cell := cells[column]]}
         base[config.key] = subject
         if visit is not None:
             base[VISIT] = config.visit_names.get(cells[visit], cells[visit]).removeprefix("ses-")
@@ -130,9 +138,9 @@ def read_lab_table(
                 continue
         if not wide:
             rows.append((line, base))
-        for label in dict.fromkeys(label for columns in wide.values() for label in columns):
-            own = {n: cells[columns[label]] for n, columns in wide.items() if label in columns}
-            own = {name: cell for name, cell in own.items() if not missing.has(name, cell)}
+        for label in labels:
+            own = {name: cells[columns[label]] for name, columns in wide.items() if label in columns}
+            own = {name: cell for name, cell in own.items() if not missing_in[name][cell]}
             if own:
                 rows.append((line, {**base, **own, VISIT: config.visit_names.get(label, label)}))
     if faults:
@@ -154,7 +162,8 @@ def _wide_columns(table: Table, config: TableConfig) -> dict[str, dict[str, str]
         regex = re.compile(f"{re.escape(before)}(.+){re.escape(after)}")
         wide[name] = {match[1]: column for column in table.columns if (match := regex.fullmatch(column))}
         if not wide[name]:
-            raise DataError(f"{table.path}: {name}: no column is named {pattern}; {_expected(pattern, table.columns)}")
+            hint = _expected(before + after, table.columns)
+            raise DataError(f"{table.path}: {name}: no column is named {pattern}; {hint}")
     return wide
 
 
@@ -199,14 +208,6 @@ def number_fault(cell: str) -> str:
     return f"expected a number, got {cell!r}"
 
 
-def cell_number(cell: str, place: str) -> float:
-    """Return the number in a cell. Raise DataError with `place` for anything else, such as a decimal comma."""
-    number = parse_cell_number(cell)
-    if number is None:
-        raise DataError(f"{place}: {number_fault(cell)}")
-    return number
-
-
 def _read_table(path: Path, config: TableConfig) -> Table:
     suffix = path.suffix.lower()
     if suffix in _SPREADSHEETS:
@@ -214,7 +215,9 @@ def _read_table(path: Path, config: TableConfig) -> Table:
         noun = "cells"
     elif suffix == ".parquet":
         wide = [name.partition("{visit}")[0] for name in config.columns.values() if "{visit}" in name]
-        names = {config.key, config.visit, *config.columns.values()} if config.columns and not wide else None
+        names = (
+            {config.key, config.visit, *config.columns.values(), *config.rows} if config.columns and not wide else None
+        )
         rows, noun = _read_parquet(path, names), "cells"
     elif suffix in _TEXT_FILES:
         text = _decode(path, config.encoding)

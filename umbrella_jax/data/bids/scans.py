@@ -1,6 +1,8 @@
 """Find the scans of a BIDS data set by their file names."""
 
+import os
 import re
+import stat
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,8 +53,8 @@ class BidsFiles:
 
     base: Path
     """The data set, or the derivatives in it."""
-    paths: Mapping[str, Sequence[Path]]
-    """{modality: files below `base`, sorted}."""
+    names: Mapping[str, Sequence[str]]
+    """{modality: paths in `base`, sorted}."""
     modalities: Mapping[str, frozenset[str]]
     """{sub-LABEL: modalities for which the data set itself has files}; empty sets for subjects in derivatives only."""
 
@@ -78,31 +80,50 @@ def find_files(root: Path, derivatives: str | None, notes: list[str]) -> BidsFil
     if not base.is_dir():
         there = sorted(path.name for path in base.parent.glob("*") if path.is_dir()) if derivatives else []
         raise DataError(f"{base}: not found; expected a directory{', such as ' + ', '.join(there) if there else ''}")
-    paths: dict[str, list[Path]] = {}
+    names: dict[str, list[str]] = {}
     modalities: dict[str, set[str]] = defaultdict(set)
     excluded: list[str] = []
     for folder in dict.fromkeys((base, root)):
         ignored = IgnoredFiles(folder, root)
         for modality, (kind, suffix, _) in MODALITIES.items():
-            for path in list_images(folder, kind, suffix):
-                name = path.relative_to(folder).as_posix()
+            for name in list_images(folder, kind, suffix):
                 if ignored.has(name):
                     excluded += [name] if folder == base else []
                     continue
                 if folder == root:
                     modalities[name.partition("/")[0]].add(modality)
                 if folder == base:
-                    paths.setdefault(modality, []).append(path)
+                    names.setdefault(modality, []).append(name)
     derived = (*root.glob("derivatives/*/sub-*"), *(base.glob("sub-*") if derivatives else ()))
     modalities |= {name: set() for name in sorted({path.name for path in derived} - modalities.keys())}
     if excluded:
         notes.append(left_out("files that .bidsignore excludes", excluded))
-    return BidsFiles(base, paths, {subject: frozenset(names) for subject, names in modalities.items()})
+    return BidsFiles(base, names, {subject: frozenset(own) for subject, own in modalities.items()})
 
 
-def list_images(folder: Path, kind: str, suffix: str) -> list[Path]:
-    """Return the files `sub-*/[ses-*/]kind/*_suffix.nii*` of a data set, sorted; `kind` may be `*`."""
-    return sorted(p for ses in ("", "ses-*/") for p in folder.glob(f"sub-*/{ses}{kind}/*_{suffix}.nii*"))
+def list_images(folder: Path, kind: str, suffix: str) -> list[str]:
+    """Return the paths `sub-*/[ses-*/]kind/*_suffix.nii*` in a folder, sorted; `kind` may be `*`.
+
+    `Path.glob` would take minutes for 100,000 files.
+    """
+    name = re.compile(rf"[^/]*_{re.escape(suffix)}\.nii[^/]*")
+    found = []
+    for subject in _list_folder(str(folder), "sub-"):
+        own = [subject, *(f"{subject}/{ses}" for ses in _list_folder(f"{folder}/{subject}", "ses-"))]
+        for parent in own:
+            for kind_folder in [kind] if kind != "*" else _list_folder(f"{folder}/{parent}"):
+                if kind != "*" or not kind_folder.startswith("ses-"):
+                    path = f"{parent}/{kind_folder}"
+                    found += [f"{path}/{file}" for file in _list_folder(f"{folder}/{path}") if name.fullmatch(file)]
+    return sorted(found)
+
+
+def _list_folder(path: str, prefix: str = "") -> list[str]:
+    """Return the names in a folder that begin with `prefix`; nothing for what is no folder, or is not ours to read."""
+    try:
+        return [name for name in os.listdir(path) if name.startswith(prefix)]
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []
 
 
 class IgnoredFiles:
@@ -152,7 +173,11 @@ def find_scans(
     base = files.base
     folder, suffix, _ = MODALITIES[modality]
     named = _parse_selection(selection)
-    scans = usable_scans(files.paths.get(modality, ()), base, root, suffix, notes)
+    prefix = "" if base == root else f"{base.relative_to(root).as_posix()}/"
+    scans = [
+        Scan(f"{prefix}{scan.path}", scan.entities)
+        for scan in usable_scans(files.names.get(modality, ()), base, suffix, notes)
+    ]
     scans = select_scans(scans, base, modality == "fMRI", named, notes) if scans else scans
     if not scans:
         raise DataError("; ".join([f"{base}: no scan; expected sub-*/[ses-*/]{folder}/*_{suffix}.nii[.gz]", *notes]))
@@ -169,35 +194,41 @@ def find_scans(
     return dict(sorted(by_subject.items()))
 
 
-def usable_scans(paths: Sequence[Path], base: Path, root: Path, suffix: str, notes: list[str]) -> list[Scan]:
+def usable_scans(names: Iterable[str], base: Path, suffix: str, notes: list[str]) -> list[Scan]:
     """Return the files with a BIDS name for their folder that are scans; `notes` receives a line about the others.
 
     Args:
-        paths: files below `base`.
+        names: paths in `base`.
         base: the data set, or the derivatives in it.
-        root: where the scans' paths start.
         suffix: last part of their names, such as T1w.
+
+    Returns:
+        Scans with their paths in `base`.
     """
-    entities_of: dict[Path, dict[str, str]] = {}
-    names: dict[Path, str] = {}
+    entities_of: dict[str, dict[str, str]] = {}
     misnamed: list[str] = []
-    for path in paths:
-        entities = _entities(path.name, suffix)
-        folders = zip(("sub", "ses"), path.relative_to(base).parts[:-2], strict=False)
+    for name in names:
+        *folders, file = name.split("/")
+        entities = _entities(file, suffix)
         # A scan in another subject's folder could end up in two splits.
-        misplaced = entities is None or any(folder != f"{key}-{entities.get(key)}" for key, folder in folders)
-        if misplaced and not path.name.startswith("."):
-            misnamed.append(path.relative_to(base).as_posix())
+        owners = zip(("sub", "ses"), folders[:-1], strict=False)
+        misplaced = entities is None or any(folder != f"{key}-{entities.get(key)}" for key, folder in owners)
+        if misplaced and not file.startswith("."):
+            misnamed.append(name)
         else:
-            names[path], entities_of[path] = path.relative_to(base).as_posix(), entities or {}
+            entities_of[name] = entities or {}
     if misnamed:
         notes.append(left_out("files without a BIDS name for their folder", misnamed))
-    kept = readable_images(names, notes)
-    return [Scan(path.relative_to(root).as_posix(), entities_of[path]) for path in kept]
+    return [Scan(name, entities_of[name]) for name in readable_images(entities_of, base, notes)]
 
 
-def readable_images(names: Mapping[Path, str], notes: list[str]) -> list[Path]:
-    """Return the files whose content is there; `names` are those that `notes` receives about the others."""
+def readable_images(names: Iterable[str], base: Path, notes: list[str]) -> list[str]:
+    """Return the files whose content is there; `notes` receives a line about the others.
+
+    Args:
+        names: paths in `base`, or absolute ones.
+        base: folder.
+    """
     rejected: dict[str, list[str]] = {
         "broken links; `datalad get` them": [],
         "pointers to files that were not downloaded; `datalad get` or `git lfs pull` them": [],
@@ -206,30 +237,38 @@ def readable_images(names: Mapping[Path, str], notes: list[str]) -> list[Path]:
         "X.nii beside X.nii.gz": [],
     }
     broken, pointers, empty, hidden, twins = rejected.values()
-    kept: list[Path] = []
-    compressed = {str(path) for path in names if path.suffix == ".gz"}
-    for path, name in names.items():
-        if path.name.startswith("."):  # such as macOS' ._sub-01_T1w.nii.gz
-            reason = hidden
-        elif not path.exists():
-            reason = broken
-        elif f"{path}.gz" in compressed:
-            reason = twins
-        elif not (size := path.stat().st_size):
-            reason = empty
-        elif size < 1024 and path.is_file() and _is_pointer(path):
-            reason = pointers
+    names = list(names)
+    kept: list[str] = []
+    compressed = {name for name in names if name.endswith(".gz")}
+    for name in names:
+        path = os.path.join(base, name)
+        if os.path.basename(name).startswith("."):  # such as macOS' ._sub-01_T1w.nii.gz
+            hidden.append(name)
+        elif (status := _status(path)) is None:
+            broken.append(name)
+        elif f"{name}.gz" in compressed:
+            twins.append(name)
+        elif not status.st_size:
+            empty.append(name)
+        elif status.st_size < 1024 and stat.S_ISREG(status.st_mode) and _is_pointer(path):
+            pointers.append(name)
         else:
-            kept.append(path)
-            continue
-        reason.append(name)
-    notes += [left_out(reason, names) for reason, names in rejected.items() if names]
+            kept.append(name)
+    notes += [left_out(reason, own) for reason, own in rejected.items() if own]
     return kept
 
 
-def _is_pointer(path: Path) -> bool:
+def _status(path: str) -> os.stat_result | None:
+    """Return the status of a file, or None if its path or link leads nowhere."""
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _is_pointer(path: str) -> bool:
     """Return whether git-annex or git-lfs left a note in place of the file."""
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         return file.read(64).startswith((b"/annex/objects/", b"version https://git-lfs"))
 
 
