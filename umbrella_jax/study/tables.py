@@ -214,10 +214,9 @@ def _read_table(path: Path, config: TableConfig) -> Table:
         rows: Iterable[tuple[int, list[str]]] = _read_spreadsheet(path, config.sheet)
         noun = "cells"
     elif suffix == ".parquet":
-        wide = [name.partition("{visit}")[0] for name in config.columns.values() if "{visit}" in name]
-        names = (
-            {config.key, config.visit, *config.columns.values(), *config.rows} if config.columns and not wide else None
-        )
+        names = {config.key, config.visit or "session_id", *config.columns.values(), *config.rows}
+        if not config.columns or any(f"{{{VISIT}}}" in name for name in names):
+            names = set()
         rows, noun = _read_parquet(path, names), "cells"
     elif suffix in _TEXT_FILES:
         text = _decode(path, config.encoding)
@@ -303,8 +302,8 @@ def _read_spreadsheet(path: Path, sheet: str | None) -> Iterator[tuple[int, list
         yield number, [_cell_text(cell) for cell in row]
 
 
-def _read_parquet(path: Path, names: Collection[str | None] | None) -> Iterator[tuple[int, list[str]]]:
-    """Yield (row, cells) of the named columns, all if None; the header is row 0."""
+def _read_parquet(path: Path, names: Collection[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield (row, cells) of the named columns, all if there are no names; the header is row 0."""
     try:
         import numpy as np
         import pyarrow as pa
@@ -315,7 +314,7 @@ def _read_parquet(path: Path, names: Collection[str | None] | None) -> Iterator[
     content = read_content(path, DataError, LISTING, "expected a parquet table")
     try:
         file = pq.ParquetFile(BytesIO(content))
-        header = [name for name in file.schema_arrow.names if names is None or name in names]
+        header = [name for name in file.schema_arrow.names if not names or name in names]
         table = file.read(columns=header)
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a parquet table that can be read: {error}") from None
