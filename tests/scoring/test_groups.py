@@ -145,11 +145,24 @@ def test_a_group_without_a_value_is_missing() -> None:
 
 
 def test_groups_are_named_after_values_and_sorted_by_number() -> None:
-    values = [10, 2.0, "2", 2, "<5", " 10 ", True, "9" * 5000, "e\u0301", "\u00e9"]
+    values = [10, 2.0, "2", 2, "below 5", " 10 ", True, "9" * 5000, "e\u0301", "\u00e9"]
     rows = [row("a", "ab"[i % 2], i, site=value) for i, value in enumerate(values)]
     counts = score_groups(rows, tasks_of(rows), ["site"], resamples=0).columns["site"].counts
-    assert counts == {"<5": (1, 1), "2": (3, 3), "10": (2, 2), "9" * 5000: (1, 1), "true": (1, 1), "\u00e9": (2, 2)}
-    assert list(counts)[:3] == ["<5", "2", "10"]
+    assert counts == {
+        "below 5": (1, 1),
+        "2": (3, 3),
+        "10": (2, 2),
+        "9" * 5000: (1, 1),
+        "true": (1, 1),
+        "\u00e9": (2, 2),
+    }
+    assert list(counts)[:3] == ["below 5", "2", "10"]
+
+
+def test_whole_numbers_of_many_subjects_are_codes() -> None:
+    rows = [row("a", "ab"[i % 2], i, site=i % 22) for i in range(110)]
+    counts = score_groups(rows, tasks_of(rows), ["site"], resamples=0).columns["site"].counts
+    assert counts == {str(site): (5, 5) for site in range(22)}
 
 
 def test_crossed_columns() -> None:
@@ -205,8 +218,18 @@ def test_a_group_with_every_answer_right_has_a_gap_with_an_interval() -> None:
         ([None, "", float("nan")], "site", "by: site: no answer has it"),
         ([["a"], "b"], "site", "by: site: expected texts or numbers, got a list in 0-a"),
         ([{"a": 1}, "b"], "site", "by: site: expected texts or numbers, got an object in 0-a"),
-        (list(range(30, 41)), "site", "by: site: 11 different numbers; expected at most 10: make bins in study.yaml"),
-        ([str(i) for i in range(MAX_GROUPS + 1)], "site", "by: site: 51 values; expected at most 50"),
+        (
+            list(range(11)) * 4,
+            "site",
+            "by: site: 11 different numbers of 44 subjects; expected at most 10, or codes of",
+        ),
+        (
+            [i + 0.5 for i in range(11)] * 6,
+            "site",
+            "by: site: 11 different numbers of 66 subjects; expected at most 10",
+        ),
+        (list(range(31)) * 6, "site", "different numbers of 186 subjects; expected at most 10, or codes of at least 5"),
+        ([str(i) for i in range(MAX_GROUPS + 1)], "site", "by: site: 101 values; expected at most 100"),
     ],
 )
 def test_refuses_columns_that_make_no_groups(values: list[Any], column: str, message: str) -> None:

@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -113,15 +113,14 @@ def _figure(values: np.ndarray, subject: np.ndarray, chance: float | None, is_sh
     low = high = None
     if math.isfinite(value) and subjects > 1 and 0 < len(values) - 1 <= 2 * len(samples):
         low, high = map(float, np.percentile(samples, [2.5, 97.5]))
-        if not differ(samples):  # agreeing resamples do not mean certainty
+        if not differ(low, high):  # agreeing resamples do not mean certainty
             low, high = _exact_interval(value, subjects) if is_share else (None, None)
     return Figure(value if math.isfinite(value) else None, low, high, len(subject), subjects, chance)
 
 
-def differ(samples: np.ndarray) -> bool:
-    """Return whether the middle 95 % of resamples, [R] without infinities, differ by more than rounding."""
-    low, high = np.nanpercentile(samples, [2.5, 97.5])
-    return bool(high - low > _SAME * max(abs(high), 1))
+def differ(low: float | np.ndarray, high: float | np.ndarray) -> Any:
+    """Return whether the ends of intervals differ by more than rounding, so that resamples do not all agree."""
+    return high - low > _SAME * np.maximum(np.abs(high), 1)
 
 
 _SAME = 1e-9

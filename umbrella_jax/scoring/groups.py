@@ -20,8 +20,12 @@ from umbrella_jax.scoring.tasks import Prediction, Task, by_task, label_of, name
 
 MISSING = "missing"
 """Name of the group of answers without a value."""
-MAX_GROUPS = 50
+MAX_GROUPS = 100
 """Largest number of groups of a column."""
+MAX_CODES = 30
+"""Largest number of different whole numbers that may be codes, such as those of sites."""
+_SUBJECTS_PER_CODE = 5
+"""Fewest subjects per whole number, on average, for more than `MAX_CLASSES` of them to be codes."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,8 @@ def score_groups(
         resamples: 0 for no intervals.
 
     Raises:
-        DataError: no row has a column; its values are lists or objects, more than `MAX_CLASSES` numbers, or more than
-            `MAX_GROUPS` values; or as `score`.
+        DataError: no row has a column; its values are lists or objects, more than `MAX_CLASSES` numbers that do not
+            look like codes, or more than `MAX_GROUPS` values; or as `score`.
     """
     rows = list(rows)
     by_group = group_rows(rows, columns)
@@ -200,10 +204,14 @@ def _column_fault(key: str, rows: Iterable[Prediction]) -> str | None:
         if not isinstance(value, str | int | float):
             return f"by: {key}: expected texts or numbers, got {kind(value)} in {row['task_id']}"
     numbers = {value for _, value in values if not isinstance(value, str)}
-    if len(numbers) > MAX_CLASSES:
+    subjects = len({subject_of(row) for row, _ in values})
+    are_codes = all(float(number).is_integer() for number in numbers) and len(numbers) <= min(
+        MAX_CODES, subjects / _SUBJECTS_PER_CODE
+    )
+    if len(numbers) > MAX_CLASSES and not are_codes:
         return (
-            f"by: {key}: {len(numbers)} different numbers; expected at most {MAX_CLASSES}: make bins in study.yaml, or "
-            "write codes as texts"
+            f"by: {key}: {len(numbers)} different numbers of {plural(subjects, 'subject')}; expected at most "
+            f"{MAX_CLASSES}, or codes of at least {_SUBJECTS_PER_CODE} subjects each: make bins in study.yaml"
         )
     return None
 
@@ -223,11 +231,11 @@ def value_name(value: str | float) -> str:
 
 
 def _order(name: str) -> tuple[bool, bool, list[str | int]]:
-    """Return a key that sorts numbers in names by value, `<45` before them, and `MISSING` last."""
+    """Return a key that sorts numbers in names by value, `<45` and `below 45` before them, `MISSING` last."""
     parts = re.split(r"(\d{1,18})", name)
     return (
         name == MISSING,
-        not name.startswith(("<", "≤")),
+        not name.startswith(("<", "≤", "below ")),
         [int(part) if i % 2 else part for i, part in enumerate(parts)],
     )
 
@@ -258,9 +266,10 @@ def gap_between(groups: Mapping[str, Resampled], seed: int) -> Gap | None:
     low = high = None
     if (highest, lowest) in pairs:
         differences = np.array([samples[a] - samples[b] for a, b in pairs])
-        ends = np.nanpercentile(differences, [2.5, 97.5], axis=1)
-        middle, half = ends.mean(0), np.diff(ends, axis=0)[0] / 2
-        half[~np.array(list(map(differ, differences)))] = np.nan  # subjects in both groups, always with equal values
+        lows, highs = np.nanpercentile(differences, [2.5, 97.5], axis=1)
+        middle = (lows + highs) / 2
+        # a difference is constant if both groups have the same subjects
+        half = np.where(differ(lows, highs), (highs - lows) / 2, np.nan)
         farthest = np.nanmax(np.abs(differences - middle[:, None]) / half[:, None], axis=0, initial=0)
         widening = max(1.0, float(np.percentile(farthest, 95))) if len(pairs) > 1 else 1.0
         at = pairs.index((highest, lowest))
@@ -274,7 +283,7 @@ def _samples(one: Resampled, rng: np.random.Generator) -> np.ndarray | None:
     figure, samples = one.figure(), np.where(np.isfinite(one.values[1:]), one.values[1:], np.nan)
     if figure.value is None or figure.low is None:
         return None
-    if differ(samples):
+    if differ(*np.nanpercentile(samples, [2.5, 97.5])):
         return samples
     right = figure.value * figure.subjects
     return rng.beta(right + 0.5, figure.subjects - right + 0.5, len(samples))
