@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from umbrella_jax.config.load import parse_section
+from umbrella_jax.config.origins import Origins
 from umbrella_jax.errors import Faults
 from umbrella_jax.study.records import TaskRecords, make_records
 from umbrella_jax.study.schema import StudyConfig
@@ -17,7 +18,7 @@ def study_of(tasks: Mapping[str, Any], modalities: tuple[str, ...] = ("sMRI",), 
     scans = {modality: {"bids": "."} for modality in modalities}
     show = {"show": list(modalities[:1])} if len(modalities) > 1 else {}
     data = {"subjects": [{"file": "participants.tsv"}], "scans": scans, **sections}
-    return parse_section(StudyConfig, data | {"tasks": {n: show | t for n, t in tasks.items()}}, "study.yaml")
+    return parse_section(StudyConfig, data | {"tasks": {n: show | t for n, t in tasks.items()}}, Origins("study.yaml"))
 
 
 def visits_from(table: pd.DataFrame, scans: Mapping[str, int] | None = None) -> list[Visit]:

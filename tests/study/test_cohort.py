@@ -1,10 +1,16 @@
 """Which visits a study has: tables joined to scans, conditions, and who is left out why."""
 
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from umbrella_jax.config.load import parse_section
+from umbrella_jax.config.origins import Origins
 from umbrella_jax.errors import DataError, Faults
 from umbrella_jax.study.cohort import Cohort, read_cohort
 from umbrella_jax.study.schema import StudyConfig
@@ -36,9 +42,9 @@ def table(root: Path, name: str, *lines: str) -> None:
 
 
 def study(**keys) -> StudyConfig:
-    tasks = {"sex": {"kind": "classification", "column": "sex"}}
-    first = {"subjects": [{"file": "participants.tsv"}], "scans": {"T1": {"bids": "."}}, "tasks": tasks}
-    return parse_section(StudyConfig, {**first, **keys}, "study.yaml")
+    first = {"subjects": [{"file": "participants.tsv"}], "scans": {"T1": {"bids": "."}}, **keys}
+    tasks = {"sex": {"kind": "classification", "column": "sex", "show": next(iter(first["scans"]))}}
+    return parse_section(StudyConfig, {"tasks": tasks, **first}, Origins("study.yaml"))
 
 
 def read(root: Path, **keys) -> tuple[Cohort, list[str]]:
@@ -236,3 +242,197 @@ def test_refuses_a_mistake_with_its_place_and_remedy(tmp_path, lines, keys, faul
     table(tmp_path, "participants.tsv", *lines)
     bids(tmp_path, "001", "002", "003")
     assert refuse(tmp_path, **keys)[0] == fault
+
+
+AGES = st.sampled_from(["", "30", "45", "45.0", "61.5", "n/a"])
+PEOPLE = st.dictionaries(
+    st.sampled_from(["S2", "S3", "S10", "S11", "S12"]),
+    st.fixed_dictionaries(
+        {
+            "sex": st.sampled_from([None, "F", "M", "NA"]),  # None: no row in the first table
+            "ages": st.dictionaries(st.sampled_from("123"), AGES),
+            "T1": st.sets(st.sampled_from("123")),
+            "T2": st.sets(st.sampled_from("123")),
+        }
+    ),
+)
+INCLUDED = {"sex": "F", "ages": {"1": "50"}, "T1": {"1"}, "T2": {"1"}}
+
+
+@settings(max_examples=40, deadline=None)
+@given(PEOPLE, st.sampled_from(["all", "first", "last"]))
+def test_every_subject_counts_once_and_visits_equal_those_of_pandas(people, which):
+    people = {"S1": INCLUDED, **people}
+    first = pd.DataFrame([(s, p["sex"]) for s, p in people.items() if p["sex"]], columns=["id", "sex"])
+    rows = [(s, visit, age) for s, p in people.items() for visit, age in p["ages"].items()]
+    sessions = pd.DataFrame(rows, columns=["id", "session_id", "age"])
+    scans = pd.DataFrame(
+        [(s, visit, f"{m}/{s}_{visit}.nii") for s, p in people.items() for m in ("T1", "T2") for visit in sorted(p[m])],
+        columns=["id", "session_id", "path"],
+    )
+    with TemporaryDirectory() as folder:
+        root = Path(folder)
+        first.to_csv(root / "participants.csv", index=False)
+        sessions.to_csv(root / "ages.csv", index=False)
+        scan(root, *scans["path"])
+        cohort, _ = read(
+            root,
+            subjects=[{"file": "participants.csv", "key": "id"}],
+            sessions=[{"file": "ages.csv", "key": "id"}],
+            scans={m: {"pattern": f"{m}/{{id}}_{{visit}}.nii"} for m in ("T1", "T2")},
+            include=["age >= 45", 'sex == "F"'],
+            visits=which,
+        )
+        # pandas reads the same files by itself
+        sessions = pd.read_csv(root / "ages.csv", dtype={"session_id": str})
+        first = pd.read_csv(root / "participants.csv")
+    assert sorted([*cohort.flow.included, *chain(*cohort.flow.left_out.values())]) == sorted(
+        {s for s, p in people.items() if p["sex"] or p["ages"] or p["T1"] or p["T2"]}
+    )
+    visits = scans.groupby(["id", "session_id"])["path"].apply(tuple).reset_index().merge(first, on="id")
+    if which != "all":
+        by_subject = visits.sort_values("session_id").groupby("id")
+        visits = by_subject.head(1) if which == "first" else by_subject.tail(1)
+    visits = visits.merge(sessions, how="left", on=["id", "session_id"])
+    expected = visits.query("age >= 45 and sex == 'F'")
+    assert {
+        (v.subject, v.name, tuple(s.path for group in v.scans.values() for s in group), float(v.values["age"]))
+        for v in cohort.visits
+    } == set(expected[["id", "session_id", "path", "age"]].itertuples(index=False, name=None))
+
+
+def test_bids_scans_may_be_of_any_folder_with_entities_given_or_excluded(tmp_path):
+    table(tmp_path, "participants.tsv", "participant_id sex", "sub-01 F", "sub-02 M")
+    names = ["space-MNI_desc-preproc_T1w", "desc-preproc_T1w", "desc-preproc_run-2_T1w", "T2w", "FLAIR"]
+    folder = "ds/derivatives/fmriprep"
+    scan(tmp_path, *(f"{folder}/sub-{s}/anat/sub-{s}_{name}.nii.gz" for s in ("01", "02") for name in names))
+    (tmp_path / "ds/.bidsignore").write_text("sub-02/anat/*_FLAIR.nii.gz\n")
+    fmriprep = {"bids": folder}
+    scans = {
+        "T1": {**fmriprep, "entities": {"space": "none"}, "exclude": {"run": 2}},
+        "MNI": {**fmriprep, "entities": {"suffix": "T1w", "space": "MNI"}},
+        "T2": fmriprep,
+        "FLAIR": fmriprep,
+    }
+    cohort, notes = read(tmp_path, scans=scans)
+    assert [{m: [s.path for s in group] for m, group in visit.scans.items()} for visit in cohort.visits] == [
+        {
+            m: [f"{folder}/{visit}/anat/{visit}_{name}.nii.gz"]
+            for m, name in zip(scans, [names[1], names[0], *names[3:]], strict=True)
+            if (visit, m) != ("sub-02", "FLAIR")
+        }
+        for visit in ("sub-01", "sub-02")
+    ]
+    assert "FLAIR: left out: files that .bidsignore excludes (1): sub-02/anat/sub-02_FLAIR.nii.gz" in notes
+    assert "T1: left out: scans that are run=2 (2)" in notes
+    (fault,) = refuse(tmp_path, scans={"T1": fmriprep})
+    assert fault == (
+        f"scans.T1: {folder}: 2 subjects with several variants of one scan, which differ in space (MNI, none); choose "
+        "with scans.T1.entities: {space: MNI} (a list keeps several)"
+    )
+
+
+def test_names_in_a_pattern_become_columns_and_files_without_content_are_left_out(tmp_path):
+    table(tmp_path, "participants.csv", "RID sex", "7 F", "8 M", "9 F")
+    scan(tmp_path, "adni/7/bl_Siemens/a.nii", "adni/7/bl_Siemens/a.nii.gz", "adni/7/bl_Siemens/._b.nii")
+    scan(tmp_path, "adni/7/m12_GE/a.nii", "adni/7/.m24_GE/a.nii", "adni/8/bl_GE/a.json", "adni/8/bl_GE/b.mgz")
+    (tmp_path / "adni/8/bl_GE/c.nii").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "adni/8/bl_GE/d.nii").write_text("")
+    (tmp_path / "adni/8/bl_GE/e.nii").symlink_to("nowhere")
+    (tmp_path / "adni/9").symlink_to(tmp_path / "adni/8")
+    pattern = {"pattern": "adni/{RID}/{visit}_{maker}/*"}
+    cohort, notes = read(
+        tmp_path,
+        subjects=[{"file": "participants.csv", "key": "RID"}],
+        scans={"T1": pattern},
+        include='maker in ["GE", "Siemens"]',
+        visits=["m12", "bl"],
+    )
+    assert values(cohort, "maker") == {"7 ses-m12": "GE", "7 ses-bl": "Siemens", "8 ses-bl": "GE", "9 ses-bl": "GE"}
+    assert [scan.path for scan in cohort.visits[1].scans["T1"]] == ["adni/7/bl_Siemens/a.nii.gz"]
+    assert notes == [
+        "T1: left out: files that are no images (2): adni/8/bl_GE/a.json, adni/9/bl_GE/a.json",
+        "T1: left out: broken links; `datalad get` them (2): adni/8/bl_GE/e.nii, adni/9/bl_GE/e.nii",
+        "T1: left out: pointers to files that were not downloaded; `datalad get` or `git lfs pull` them (2): "
+        "adni/8/bl_GE/c.nii, adni/9/bl_GE/c.nii",
+        "T1: left out: empty files (2): adni/8/bl_GE/d.nii, adni/9/bl_GE/d.nii",
+        "T1: left out: hidden files (1): adni/7/bl_Siemens/._b.nii",
+        "T1: left out: X.nii beside X.nii.gz (1): adni/7/bl_Siemens/a.nii",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("several", "runs"), [("all", ["1", "2", "10"]), ("first", ["1"]), ("last", ["10"]), ("error", None)]
+)
+def test_several_scans_of_a_visit(tmp_path, several, runs):
+    table(tmp_path, "participants.tsv", "participant_id sex", "A F")
+    scan(tmp_path, *(f"A/run-{run}.nii" for run in (1, 2, 10)))
+    keys = {"scans": {"T1": {"pattern": "{subject}/run-{run}.nii", "several": several}}}
+    if runs is None:
+        assert refuse(tmp_path, **keys) == [
+            "scans.T1: A has 3 scans: A/run-1.nii, A/run-10.nii, A/run-2.nii; choose by their names, or set several "
+            "to all, first or last"
+        ]
+        return
+    cohort, _ = read(tmp_path, **keys)
+    assert [scan.entities["run"] for scan in cohort.visits[0].scans["T1"]] == runs
+    assert values(cohort, "run") == {"A": runs[0] if len(runs) == 1 else None}
+    if len(runs) > 1:
+        fault = "scans: run: has several values at A; a column needs one per visit: set several to first or last"
+        assert refuse(tmp_path, **keys, keep="run") == [fault]
+
+
+def test_groups_of_numbers_begin_at_their_edges(tmp_path):
+    table(
+        tmp_path, "participants.tsv", "participant_id sex bmi", "1 F 18.4", "2 F 18.5", "3 F 29.9", "4 F 30", "5 F n/a"
+    )
+    bids(tmp_path, *"12345")
+    bins = {"column": "bmi", "edges": [18.5, 30]}
+    cohort, _ = read(tmp_path, bins={"group": bins, "named": {**bins, "labels": ["thin", "mid", "fat"]}})
+    assert list(values(cohort, "group").values()) == ["below 18.5", "18.5 to 30", "18.5 to 30", "30 and above", None]
+    assert list(values(cohort, "named").values()) == ["thin", "mid", "mid", "fat", None]
+    assert cohort.columns == ("subject", "visit", "participant_id", "sex", "bmi", "group", "named")
+
+
+def test_tables_that_contradict_each_other_or_share_no_id_are_refused(tmp_path):
+    table(tmp_path, "participants.tsv", "participant_id sex note", "01 F a", "02 M n/a")
+    table(tmp_path, "more.csv", "id sex note", "1 F b", "02 F c", "03 F d")
+    table(tmp_path, "other.csv", "id iq", "X1 100")
+    bids(tmp_path, "01", "02", "03", "04")
+    first, more = {"file": "participants.tsv"}, {"file": "more.csv", "key": "id"}
+    place = "more.csv: id: 1 in the table, 01 in participants.tsv; the table has lost leading zeros; set width: 2"
+    assert refuse(tmp_path, subjects=[first, more]) == [place]
+    more["width"] = 2
+    assert refuse(tmp_path, subjects=[first, more]) == [
+        "more.csv:3: sex: F for 02, but M in participants.tsv:3; take one of the two columns with `columns`, or give "
+        "it another name"
+    ]
+    assert refuse(tmp_path, subjects=[first, {"file": "other.csv", "key": "id"}]) == [
+        "other.csv: id: no id of the table is in participants.tsv: X1 in the table, 01, 02 in participants.tsv"
+    ]
+    more["columns"] = {"note": "note"}
+    cohort, _ = read(tmp_path, subjects=[first, more])
+    assert values(cohort, "note") == {"sub-01": "a", "sub-02": "c"}
+    assert cohort.flow.left_out == {"with a scan, but without a row in participants.tsv": ["sub-03", "sub-04"]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "fault"),
+    [
+        (
+            ["01 1 30", "01 2 31"],
+            "ages.tsv: visit: 1 in the table, 01 on disk and 1 other; the table has lost leading zeros; set width: 2",
+        ),
+        (["01 bl 30"], "ages.tsv: visit: no visit of the table is on disk: bl there, 01, 02 on disk"),
+        (
+            ["01 01 30", "01 01 31"],
+            "ages.tsv:3: participant_id: 01 has a row for visit 01 already, in line 2; expected one row per subject "
+            "and visit",
+        ),
+    ],
+)
+def test_visits_that_do_not_match_the_scans_are_refused(tmp_path, rows, fault):
+    table(tmp_path, "participants.tsv", "participant_id sex", "sub-01 F")
+    table(tmp_path, "ages.tsv", "participant_id session_id age", *rows)
+    bids(tmp_path, "01/01", "01/02")
+    assert refuse(tmp_path, sessions=[{"file": "ages.tsv"}]) == [fault]

@@ -115,10 +115,10 @@ def _find_pattern(modality: str, pattern: str, key: str, root: Path, notes: list
     except (ConfigError, DataError) as error:
         raise DataError([f"pattern: {fault}" for fault in error.faults]) from None
     found = {_study_path(path, root): names for path, names in matches.items()}
-    others = [p for p in found if not p.lower().endswith(_IMAGES) and not os.path.isdir(os.path.join(root, p))]
-    if others:
-        notes.append(left_out("files that are no images", others))
-    kept = readable_images(found.keys() - set(others), root, notes)
+    images = [p for p in found if p.lower().endswith(_IMAGES) or os.path.isdir(os.path.join(root, p))]
+    if len(images) < len(found):
+        notes.append(left_out("files that are no images", sorted(found.keys() - set(images))))
+    kept = readable_images(images, root, notes)
     if not kept:
         raise DataError("; ".join([f"pattern: {pattern}: no scan", *notes]))
     scans = []
