@@ -86,6 +86,31 @@ def test_tables_sort_and_filter(write: Callable[..., Path]) -> None:
     assert result["focusable"] == 0
 
 
+def test_long_tables_show_their_first_rows(write: Callable[..., Path]) -> None:
+    rows = [(f"sub-{i:03d}", "eval" if i % 2 else "train", i) for i in range(450)]
+    result = browser.evaluate(
+        write(table=DataTable("volumes", "All volumes", COLUMNS, rows)),
+        """
+        const names = () => [...document.querySelectorAll("tbody th")].map(cell => cell.innerText);
+        const states = [];
+        const note = () => states.push([names().length, names()[0], names().at(-1),
+          document.querySelector("output").innerText, more.hidden]);
+        const more = document.querySelector(".data > button"), largest = document.querySelectorAll("thead button")[2];
+        note(); more.click(); note(); more.click(); note(); largest.click(); largest.click(); note();
+        return states;
+        """,
+    )
+    assert result == [
+        [200, "sub-000", "sub-199", "450 of 450 rows, the first 200 shown", False],
+        [400, "sub-000", "sub-399", "450 of 450 rows, the first 400 shown", False],
+        [450, "sub-000", "sub-449", "450 of 450 rows", True],
+        [
+            *(200, "sub-449", "sub-250"),
+            *("450 of 450 rows, the first 200 shown, sorted by largest voxel, descending", False),
+        ],
+    ]
+
+
 def test_the_policy_allows_the_script_of_the_page_and_no_other(write: Callable[..., Path]) -> None:
     page = write(table=DataTable("volumes", HOSTILE, COLUMNS, ROWS), viewer=volume_viewer(HOSTILE))
     dumped = browser.dump(page)
@@ -173,7 +198,8 @@ def test_histograms_have_axes_and_numbers(write: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ([2.0, 2.0, 2.2], [("2", (2,)), ("2.2", (1,))]),
+        ([2.0, 2.0, 2.2, 2.0], [("2", (3,)), ("2.2", (1,))]),
+        ([0.5, 40.5], ["0.5 to 2.5", "38.5 to 40.5"]),  # measured numbers seldom repeat
         ([np.nan, np.inf], None),
         (range(100, 120), [(str(n), (1,)) for n in range(100, 120)]),
         ([*range(1, 101), 1000, 40], ["1 to 1.413", "707.9 to 1000"]),  # logarithmic: 1000 / 1 >= 100
@@ -185,8 +211,10 @@ def test_bins_fit_the_numbers(values: list[float], expected: list[tuple[str, tup
         assert plot is expected
     elif isinstance(expected[0], str):
         assert [plot.counts.rows[0][0], plot.counts.rows[-1][0]] == expected
-        assert plot.counts.totals == (102,)
-        assert [text for _, text in plot.x_ticks] == ["1", "10", "100", "1,000"]
+        assert plot.counts.totals == (len(values),)
+        assert [text for _, text in plot.x_ticks] == (
+            ["1", "10", "100", "1,000"] if len(values) > 100 else ["10", "20", "30", "40"]
+        )
     else:
         assert list(plot.counts.rows) == expected
 

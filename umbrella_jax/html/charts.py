@@ -18,7 +18,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 44
 _WIDEST = 40
 """Most pixels across a bar."""
 _DISTINCT = 12
-"""Distinct numbers up to which each has a bar of its own."""
+"""Distinct numbers up to which each has a bar of its own, if they are whole or each occurs twice on average."""
 _LOGARITHMIC = 100
 """Ratio of the largest to the smallest number from which the axis is logarithmic."""
 
@@ -94,7 +94,7 @@ def count_table(title: str, counts: Mapping[str, Mapping[str, int]], *, axis: st
 def histogram_of(
     title: str, values: Mapping[str, Sequence[float] | np.ndarray], *, axis: str, counted: str, bins: int = 20
 ) -> Histogram | None:
-    """Lay out a histogram that compares sets, with a bar for each number if there are at most 12 different ones.
+    """Lay out a histogram that compares sets, with a bar for each number if there are few different ones.
 
     The axis is logarithmic if all numbers are above 0 and the largest is at least 100 times the smallest.
 
@@ -110,17 +110,19 @@ def histogram_of(
     """
     arrays = {name: np.asarray(row, np.float64) for name, row in values.items()}
     arrays = {name: row[np.isfinite(row)] for name, row in arrays.items()}
-    distinct = np.unique(np.concatenate([*arrays.values(), []]))
+    together = np.concatenate([*arrays.values(), []])
+    distinct = np.unique(together)
     if not len(distinct):
         return None
     low, high = float(distinct[0]), float(distinct[-1])
-    if len(distinct) <= _DISTINCT:
+    integers = bool((distinct == distinct.round()).all())
+    if len(distinct) <= _DISTINCT and (integers or len(together) >= 2 * len(distinct) or len(distinct) == 1):
         counts = {name: [int(np.sum(row == value)) for value in distinct] for name, row in arrays.items()}
-        names = [f"{value:g}" for value in distinct]
+        names = [f"{value:.0f}" if integers else f"{value:.4g}" for value in distinct]
         ticks, logarithmic = [(i + 0.5, name) for i, name in enumerate(names)], False
     else:
         logarithmic = low > 0 and high / low >= _LOGARITHMIC
-        whole = not logarithmic and bool((distinct == distinct.round()).all())
+        whole = integers and not logarithmic
         edges = np.geomspace(low, high, bins + 1) if logarithmic else np.linspace(low, high, bins + 1)
         if whole:
             edges = np.unique(np.linspace(low, high + 1, min(bins, int(high - low) + 1) + 1).round())

@@ -8,6 +8,9 @@ function element(tag, properties = {}, ...children) {
 }
 
 // Tables: a button in each heading sorts by its column; a search field and a menu for each choice filter the rows.
+// Only the first rows are in the page, because browsers take seconds to lay out thousands.
+
+const ROWS_SHOWN = 200;
 
 function valueOf(cell) {
   if (cell.dataset.key !== undefined) return Number(cell.dataset.key);
@@ -24,42 +27,48 @@ function enableTable(box) {
   const table = box.querySelector("table");
   const headings = [...table.tHead.rows[0].cells];
   const body = table.tBodies[0];
-  const rows = [...body.rows];
-  const texts = rows.map((row) => [...row.cells].map((cell) => cell.textContent).join("\n").toLowerCase());
+  const cellTexts = (row) => [...row.cells].map((cell) => cell.textContent.trim());
+  let rows = [...body.rows].map((row) => ({ row, texts: cellTexts(row), words: cellTexts(row).join("\n").toLowerCase() }));
+  let limit = ROWS_SHOWN;
   const status = element("output");
   const search = element("input", { type: "search" });
+  const more = element("button", { type: "button" }, `Show ${ROWS_SHOWN} more`);
   const controls = element("div", { className: "controls" }, element("label", {}, "Search rows ", search));
   const menus = [];
 
-  function filter() {
+  function show() {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    let shown = 0;
-    rows.forEach((row, i) => {
-      const matches = words.every((word) => texts[i].includes(word)) &&
-        menus.every(([column, menu]) => menu.value === "" || row.cells[column].textContent.trim() === menu.value);
-      row.hidden = !matches;
-      shown += matches;
-    });
-    status.textContent = `${shown.toLocaleString("en")} of ${rows.length.toLocaleString("en")} rows`;
+    const matching = rows.filter(({ texts, words: text }) => words.every((word) => text.includes(word)) &&
+      menus.every(([column, menu]) => menu.value === "" || texts[column] === menu.value));
+    body.replaceChildren(...matching.slice(0, limit).map(({ row }) => row));
+    more.hidden = matching.length <= limit;
+    const [found, all] = [matching.length, rows.length].map((count) => count.toLocaleString("en"));
+    status.textContent = `${found} of ${all} rows${more.hidden ? "" : `, the first ${limit} shown`}`;
+  }
+
+  function startOver() {
+    limit = ROWS_SHOWN;
+    show();
   }
 
   function sort(column) {
     const descending = headings[column].getAttribute("aria-sort") === "ascending";
-    const keyed = rows.map((row) => [valueOf(row.cells[column]), row]);
+    const keyed = rows.map((entry) => [valueOf(entry.row.cells[column]), entry]);
     const known = keyed.filter(([value]) => value !== "").sort(([a], [b]) => compare(a, b) * (descending ? -1 : 1));
-    body.append(...[...known, ...keyed.filter(([value]) => value === "")].map(([, row]) => row)); // unknown ones last
+    rows = [...known, ...keyed.filter(([value]) => value === "")].map(([, entry]) => entry); // unknown ones last
     headings.forEach((heading) => heading.removeAttribute("aria-sort"));
     headings[column].setAttribute("aria-sort", descending ? "descending" : "ascending");
-    status.textContent = `sorted by ${headings[column].textContent}, ${descending ? "descending" : "ascending"}`;
+    startOver();
+    status.textContent += `, sorted by ${headings[column].textContent}, ${descending ? "descending" : "ascending"}`;
   }
 
   headings.forEach((heading, column) => {
     const name = heading.textContent;
     if (heading.classList.contains("choice")) {
-      const values = [...new Set(rows.map((row) => row.cells[column].textContent.trim()))].sort(compare);
+      const values = [...new Set(rows.map(({ texts }) => texts[column]))].sort(compare);
       const menu = element("select", {}, element("option", { value: "" }, "all"),
         ...values.filter(Boolean).map((value) => element("option", { value }, value)));
-      menu.addEventListener("change", filter);
+      menu.addEventListener("change", startOver);
       menus.push([column, menu]);
       controls.append(element("label", {}, `${name} `, menu));
     }
@@ -67,10 +76,15 @@ function enableTable(box) {
     button.addEventListener("click", () => sort(column));
     heading.replaceChildren(button);
   });
-  search.addEventListener("input", filter);
+  search.addEventListener("input", startOver);
+  more.addEventListener("click", () => {
+    limit += ROWS_SHOWN;
+    show();
+  });
   controls.append(status);
   box.prepend(controls);
-  filter();
+  box.append(more);
+  show();
 }
 
 // Volumes: a slider for each axis, in place of the picture of the middle slices and the mosaics.

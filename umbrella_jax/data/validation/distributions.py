@@ -17,6 +17,17 @@ from umbrella_jax.html.charts import CountTable, Histogram, count_table, histogr
 
 _CATEGORIES = 12
 """Categories of a table; rarer ones are summed up in a last row."""
+_NUMBERS: dict[str, Callable[[VolumeContents], float | None]] = {
+    "voxel volume (mm³)": lambda c: None if c.voxel_size is None else math.prod(c.voxel_size),
+    "TR (s)": lambda c: c.tr,
+    "frames": lambda c: c.frames,
+    "smallest voxel, as stored": lambda c: c.minimum,
+    "mean of the voxels, as stored": lambda c: c.mean,
+    "largest voxel, as stored": lambda c: c.maximum,
+    "voxels that are not 0 (%)": lambda c: 100 * c.nonzero,
+}
+_IN_TABLES = ("voxel volume (mm³)", "TR (s)", "frames")
+"""Numbers that a table of `PROPERTIES` shows too; a histogram follows if they have too many values for it."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +75,12 @@ def _volumes(report: ValidationReport, modality: str) -> DistributionGroup:
         counts = {of: Counter(filter(None, map(property_of, contents))) for of, contents in of_sets.items()}
         if any(counts.values()):
             group.tables.append(_most_common(name, counts, name, "volumes"))
-    values: dict[str, Callable[[VolumeContents], float | None]] = {
-        "voxel volume (mm³)": lambda c: None if c.voxel_size is None else math.prod(c.voxel_size),
-        "TR (s)": lambda c: c.tr,
-        "frames": lambda c: c.frames if c.frames > 1 else None,
-        "smallest voxel, as stored": lambda c: c.minimum,
-        "mean of the voxels, as stored": lambda c: c.mean,
-        "largest voxel, as stored": lambda c: c.maximum,
-        "voxels that are not 0 (%)": lambda c: 100 * c.nonzero,
-    }
-    for axis, value_of in values.items():
+    for axis, value_of in _NUMBERS.items():
         numbers = {
             of: [value for c in contents if (value := value_of(c)) is not None] for of, contents in of_sets.items()
         }
-        if plot := histogram_of(axis, numbers, axis=axis, counted="volumes"):
+        in_a_table = axis in _IN_TABLES and len(set().union(*numbers.values())) <= _CATEGORIES
+        if not in_a_table and (plot := histogram_of(axis, numbers, axis=axis, counted="volumes")):
             group.histograms.append(plot)
     return group
 

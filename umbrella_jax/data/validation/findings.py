@@ -191,8 +191,12 @@ class ValidationReport:
             findings = self.with_severity(severity)
             if findings:
                 lines += [f"{plural(len(findings), severity)}:", *_grouped_lines(findings, self._shown_by()), ""]
+        return [visible(line, kept="") for line in [*lines, self.verdict()]]
+
+    def verdict(self) -> str:
+        """Return the last line for people: whether there is no fault, and the number of findings."""
         counts = ", ".join(plural(len(self.with_severity(s)), s) for s in SEVERITIES)
-        return [visible(line, kept="") for line in [*lines, f"{'good' if self.ok else 'not good'}: {counts}"]]
+        return f"{'good' if self.ok else 'not good'}: {counts}"
 
     def _shown_by(self) -> dict[str, str]:
         """Return {path of a volume: label of the first conversation that shows it}."""
