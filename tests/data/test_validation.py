@@ -219,6 +219,24 @@ def test_a_reference_in_eval_may_be_of_train(config, ask, record, nifti, write_j
     assert [f.place.rpartition("/")[2] for f in reported(report, "fault", "overlap")] == ["subject S1", "s1.nii"]
 
 
+def test_an_answer_in_the_question(config, record, nifti, write_json):
+    paths = []
+    for name, first in (("train", 0), ("eval", 12)):
+        rows = []
+        for i in range(first, first + 12):
+            nifti(f"s{i}.nii", SHAPE)
+            answer, turn = ("left.", "right.")[i % 2], f"{'R' if i % 2 else 'L'}-{i}"
+            asked = f"Scan {answer} of {turn}?" if name == "train" else "Which side?"
+            turns = [("user", [f"T1:s{i}.nii", asked]), ("assistant", [answer])]
+            rows.append(record(turns, task_id=f"t{i}", metadata={"task": "side", "subject_id": f"s{i}"}))
+        paths.append(write_json(f"{name}.json", rows))
+    report = validate(config(*paths))
+    (leak,) = reported(report, "fault", "leak")
+    assert leak.place == "task side"
+    assert leak.reason.startswith("the text shown names the answer in 12 conversations: ")
+    assert not reported(validate(config(paths[1], None)), "fault", "leak")
+
+
 def test_a_family_in_train_and_eval(config, ask, nifti, write_json):
     paths = []
     for name in ("train", "eval"):

@@ -13,7 +13,7 @@ changes no conversation. All other splits use the first phrasings.
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -21,8 +21,10 @@ from umbrella_jax.data.conversation import IMAGE_MARKER
 from umbrella_jax.data.labels import plain_number
 from umbrella_jax.data.placeholders import TextTemplate
 from umbrella_jax.data.tables import parse_cell_number
+from umbrella_jax.data.validation.leaks import Exchange, LeakSearch
 from umbrella_jax.errors import Faults
 from umbrella_jax.study.cases import CaseReader, ShownCase
+from umbrella_jax.study.leaks import column_leaks
 from umbrella_jax.study.references import ReferencePool
 from umbrella_jax.study.schema import StudyConfig, TaskStudyConfig
 from umbrella_jax.study.task_checks import TRAIN, Survey, column_faults, split_faults, value_faults
@@ -34,10 +36,35 @@ Record = dict[str, Any]
 class TaskRecords(dict[str, Iterator[Record]]):
     """{split: its conversations}, each made when it is asked for."""
 
-    def __init__(self, left_out: Mapping[str, int]):
+    def __init__(self, name: str, left_out: Mapping[str, int]):
         super().__init__()
         self.left_out = left_out
         """{reason: number of visits, or of runs of visits, that the task leaves out}."""
+        self._name, self._search = name, LeakSearch()
+
+    def searched(self, split: str, records: Iterable[Record]) -> Iterator[Record]:
+        """Yield the records, and look for leaks in them."""
+        for record in records:
+            self._search.add(split, _exchange(record))
+            yield record
+
+    def leak_faults(self) -> list[str]:
+        """Return a fault for each way in which texts or references give answers away, once all records are made."""
+        return [f"tasks.{self._name}: {' and '.join(leak.splits)}: {leak.reason}" for leak in self._search.leaks()]
+
+
+def _exchange(record: Record) -> Exchange:
+    metadata = record["metadata"]
+    asked = [turn["content"][-1]["text"] for turn in record["conversations"] if turn["role"] == "user"]
+    label = metadata.get("reference_label")
+    return Exchange(
+        record["task_id"],
+        metadata["subject_id"],
+        "\n".join(asked),
+        str(metadata["subject_label"]),
+        tuple(metadata.get("reference_labels", () if label is None else (label,))),
+        None if label is None else metadata["comparison_type"] == "same",
+    )
 
 
 def make_records(
@@ -69,17 +96,19 @@ def make_records(
         found += value_faults(reader, survey, notes)
     if not found:
         found += split_faults(reader, survey, notes)
+        found += column_leaks(reader, visits_of)
     faults += found
     if found:
-        return TaskRecords({})
-    records = TaskRecords(survey.left_out)
+        return TaskRecords(name, {})
+    records = TaskRecords(name, survey.left_out)
     writer = _RecordWriter(reader, _numeric_columns(study.keep, visits_of))
     for split, visits in visits_of.items():
         if reader.references is None:
-            records[split] = writer.questions(split, visits)
+            made = writer.questions(split, visits)
         else:
             pool = visits_of[TRAIN] if reader.references.split == TRAIN else visits
-            records[split] = writer.comparisons(split, visits, pool, notes)
+            made = writer.comparisons(split, visits, pool, notes)
+        records[split] = records.searched(split, made)
     return records
 
 

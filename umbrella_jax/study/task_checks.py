@@ -9,29 +9,17 @@ from umbrella_jax.console import plural
 from umbrella_jax.data.labels import alike_labels, kind_faults
 from umbrella_jax.data.placeholders import TextTemplate, control_token_faults, text_faults
 from umbrella_jax.data.tables import parse_cell_number
+from umbrella_jax.data.validation.leaks import ROWS_SHOWN, rows_text
 from umbrella_jax.study.cases import Case, CaseReader, phrasings_of, row_of
 from umbrella_jax.study.schema import StudyConfig, TaskStudyConfig
 from umbrella_jax.study.visits import Visit
 
 TRAIN = "train"
-_SHOWN = 20
-"""Rows that a message names."""
 OWN_METADATA = {
     *("subject_id", "subject_label", "reference_id", "reference_label", "reference_ids", "reference_labels"),
     *("comparison_type", "visit", "task", "kind", "group_id"),
 }
 """Keys of metadata that conversations always use for themselves."""
-
-
-def rows_text(rows: Sequence[str], total: int | None = None) -> str:
-    """Return the first rows, and how many more there are.
-
-    Args:
-        rows: names of rows.
-        total: number of rows, if `rows` has only the first.
-    """
-    more = max(len(rows) if total is None else total, len(rows)) - _SHOWN
-    return ", ".join(rows[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def column_faults(name: str, task: TaskStudyConfig, study: StudyConfig, columns: Collection[str]) -> Iterator[str]:
@@ -96,13 +84,13 @@ class Survey:
     def leave_out(self, reason: str, row: str) -> None:
         """Count a run of visits that is no case."""
         self.left_out[reason] += 1
-        if self.left_out[reason] <= _SHOWN:
+        if self.left_out[reason] <= ROWS_SHOWN:
             self.left_out_rows[reason].append(row)
 
     def count(self, cell: str, case: Case) -> None:
         """Count a value."""
         self.counts[cell] += 1
-        if self.counts[cell] <= _SHOWN:
+        if self.counts[cell] <= ROWS_SHOWN:
             self.rows[cell].append(row_of(case.visits))
 
     def left_out_notes(self, place: str) -> list[str]:

@@ -35,7 +35,9 @@ from umbrella_jax.data.validation.findings import (
     Severity,
     ShownVolume,
     ValidationReport,
+    task_name,
 )
+from umbrella_jax.data.validation.leaks import Exchange, LeakSearch, simplify
 from umbrella_jax.data.volume import check_opened, require_fit
 from umbrella_jax.data.voxels import open_voxels
 from umbrella_jax.errors import ConfigError, DataError, Faults
@@ -112,6 +114,7 @@ def validate(
     severity: Severity = "warning" if config.data.allow_overlap else "fault"
     findings += overlaps(sets, volumes, severity)
     findings += _duplicates(volumes, {f.place for f in findings if f.kind == "overlap"}, severity)
+    findings += _leaks(sets)
     findings += _contradictions(sets, volumes)
     findings += _answer_findings(sets)
     findings += _repeated_ids(sets)
@@ -349,6 +352,36 @@ def _duplicates(volumes: Sequence[ShownVolume], overlapping: Container[str], sev
         if others and first not in overlapping:
             reason = f"the same voxels as {', '.join(others)}; expected one name for each scan, or --allow-overlap"
             yield Finding(severity, "duplicate", names, first, reason)
+
+
+def _leaks(sets: Mapping[str, ConversationSet]) -> Iterator[Finding]:
+    """Yield a fault for each way in which texts or references give a task's answers away."""
+    searches: dict[str, LeakSearch] = defaultdict(LeakSearch)
+    for name, conversation in ((name, c) for name, s in sets.items() for c in s.conversations):
+        if conversation.images:
+            searches[task_name(conversation)].add(name, _exchange(conversation))
+    for task, search in searches.items():
+        for leak in search.leaks():
+            yield Finding("fault", "leak", leak.splits, f"task {task}", leak.reason)
+
+
+def _exchange(conversation: Conversation) -> Exchange:
+    metadata = conversation.metadata
+    label, reference, several = (metadata.get(key) for key in ("subject_label", "reference_label", "reference_labels"))
+    references = several if isinstance(several, list) else [] if reference is None else [reference]
+    is_same: bool | None = {"same": True, "different": False}.get(str(metadata.get("comparison_type")))
+    if label is not None and references:
+        is_same = simplify(str(references[-1])) == simplify(str(label))
+    last = conversation.messages[-1]
+    answer = last.text if last.role == "assistant" else ""
+    return Exchange(
+        conversation.label,
+        " ".join(sorted(conversation.subjects - conversation.references)) or conversation.label,
+        "\n".join(message.text for message in conversation.messages if message.role != "assistant"),
+        answer if answer.strip() or label is None else str(label),
+        tuple(simplify(str(reference)) for reference in references),
+        is_same,
+    )
 
 
 def _contradictions(sets: Mapping[str, ConversationSet], volumes: Iterable[ShownVolume]) -> Iterator[Finding]:

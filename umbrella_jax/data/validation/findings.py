@@ -26,6 +26,7 @@ FINDING_KINDS = {
     "images": "images in conversations",
     "volume": "volumes that a run refuses",
     "overlap": "in train and in eval",
+    "leak": "answers that can be known without the scan",
     "unchecked": "not checked",
     "duplicate": "the same voxels under several names",
     "contradiction": "the same question about the same images, answered differently",
@@ -45,8 +46,8 @@ _ROWS_SHOWN = 6  # answers of a task, and values of a property
 class Finding:
     """One entry of the report.
 
-    A fault is something that a run refuses, or data that train and eval share. Warnings and notes are for a person to
-    check.
+    A fault is something that a run refuses, data that train and eval share, a copy of a scan, or an answer that can be
+    known without it. Warnings and notes are for a person to check.
     """
 
     severity: Severity
@@ -112,6 +113,11 @@ class ShownVolume:
         return self.contents.digest if self.contents else str(self.path)
 
 
+def task_name(conversation: Conversation) -> str:
+    """Return the task of a conversation: `metadata.task`, else `task_type`."""
+    return str(conversation.metadata.get("task") or conversation.task_type or "")
+
+
 @dataclass(frozen=True)
 class ConversationSet:
     """The conversations of train or eval that have no fault."""
@@ -128,7 +134,7 @@ class ConversationSet:
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for c in self.conversations:
             if c.messages[-1].role == "assistant":
-                counts[str(c.metadata.get("task") or c.task_type or "")][c.messages[-1].text.strip()] += 1
+                counts[task_name(c)][c.messages[-1].text.strip()] += 1
         return counts
 
     @property
