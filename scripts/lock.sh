@@ -13,4 +13,5 @@ old=(transformers==4.46.3 tokenizers==0.20.3 huggingface-hub==0.36.2 requests ur
 printf '%s\n' "${old[@]}" | "${lock[@]}" --no-deps --output-file requirements/transformers-4.46.txt -
 # PyTorch's own index has builds only for CPUs, 2.13.0+cpu. Add the hash of the one for Python 3.11 on x86-64 Linux.
 cpu=6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
-sed -i "s/^torch==2\.13\.0 .*/&\n    --hash=sha256:$cpu \\\\/" requirements/lock.txt
+grep --quiet "$cpu" requirements/lock.txt || # uv keeps it if its index lists that build
+  sed -i "s/^torch==2\.13\.0 .*/&\n    --hash=sha256:$cpu \\\\/" requirements/lock.txt

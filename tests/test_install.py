@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -53,6 +54,19 @@ class Built:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     root = tmp_path_factory.mktemp("built")
     return Built(build(ROOT, "wheel", root / "wheel"), build(ROOT, "sdist", root / "sdist"))
+
+
+def test_lock_adds_the_hash_of_torch_for_cpus_once(tmp_path: Path) -> None:
+    """Also if uv wrote it, as it does from an index that lists PyTorch's builds for CPUs."""
+    script, text = (ROOT / "scripts" / "lock.sh").read_text(), (ROOT / "requirements" / "lock.txt").read_text()
+    ending = script[script.index("\ncpu=") :]
+    (cpu,) = re.findall(r"^cpu=(\w+)$", ending, re.MULTILINE)
+    lock = tmp_path / "requirements" / "lock.txt"
+    lock.parent.mkdir()
+    lock.write_text(text.replace(f"    --hash=sha256:{cpu} \\\n", ""))
+    for _ in range(2):
+        subprocess.run(["bash", "-euc", ending], cwd=tmp_path, check=True)
+        assert lock.read_text() == text
 
 
 def test_wheel_has_the_packages_and_the_configs(built: Built) -> None:

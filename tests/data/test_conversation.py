@@ -153,6 +153,29 @@ def test_a_directory_of_several_splits_is_refused(record, tmp_path, names, split
             read_conversations(tmp_path, NAMES)
 
 
+@pytest.mark.parametrize(
+    ("names", "flags"),
+    [
+        (
+            ["train/sex/a.json", "validation/sex/a.json", "test/sex/a.json"],
+            ": --train-data '{0}/train' --eval-data '{0}/validation'",
+        ),
+        (["train.jsonl", "eval.jsonl"], ": --train-data '{0}/train.jsonl' --eval-data '{0}/eval.jsonl'"),
+        (["a/train.json", "a/eval.json"], ""),
+        (["train/a.json", "val/a.json", "train_2/a.json"], ""),
+    ],
+)
+def test_the_flags_for_several_splits_are_named(record, tmp_path, names, flags):
+    """The PyTorch system's public data are a directory of train, validation and test."""
+    root = tmp_path / "two words"
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(json.dumps(record([("user", ["hi"]), ("assistant", ["ho"])])))
+    with pytest.raises(DataError) as caught:
+        read_conversations(root, NAMES)
+    assert caught.value.faults[0].partition("a directory of one split")[2] == flags.format(root)
+
+
 def test_hidden_files_of_a_directory_are_skipped(record, tmp_path):
     """Jupyter keeps copies of edited files in .ipynb_checkpoints, which would count twice."""
     for name in (".home/a.json", ".home/b/c.json", ".home/.ipynb_checkpoints/a-checkpoint.json", ".home/._a.json"):

@@ -254,7 +254,7 @@ def test_a_renamed_copy_is_found_by_its_bytes(nifti, tmp_path):
         for name, file in (("train", "sub-01.nii.gz"), ("eval", "sub-17.nii.gz"))
     }
     same = f"{tmp_path / 'sub-01.nii.gz'} = {tmp_path / 'sub-17.nii.gz'}"
-    with pytest.raises(DataError, match=f"0 subjects and 1 scan are in train and in eval: {same}; evaluate"):
+    with pytest.raises(DataError, match=f"data.train, data.eval: 1 scan is in train and in eval: {same}; evaluate"):
         check_overlap(sets, allowed=False)
     assert same in str(check_overlap(sets, allowed=True))
 

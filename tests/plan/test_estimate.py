@@ -518,7 +518,7 @@ SHEETS = {
     "rtx3090": (71, 24, 936, "GA102 white paper"),
     "rtx4090": (165.2, 24, 1008, "Ada white paper"),
     "rtx5090": (209.5, 32, 1792, "RTX Blackwell white paper"),
-    "t4": (8.1, 16, 300, "https://www.nvidia.com/en-us/data-center/tesla-t4"),
+    "t4": (8.1, 16, 320, "https://www.nvidia.com/en-us/data-center/tesla-t4"),
 }
 
 

@@ -98,6 +98,18 @@ def test_the_table(running: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_differences_of_many_runs_are_listed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A column per run would not fit 80 columns."""
+    for number in range(9):
+        epochs = float(number % 2 + 1)
+        write_run(tmp_path / f"a_run_{number}", lines(1, 1), "started: x\nfinished:", train={"epochs": epochs})
+    assert main(["runs", str(tmp_path)]) == 0
+    _, _, differences = capsys.readouterr().out.partition("configs differ in\n")
+    assert differences == (
+        "train.epochs\n  1.0: a_run_0, a_run_2, a_run_4, a_run_6, a_run_8\n  2.0: a_run_1, a_run_3, a_run_5, a_run_7\n"
+    )
+
+
 def test_figures_are_of_the_step_that_score_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The best of a run that keeps its best, on all evaluation data once its end has evaluated it on all."""
     train = {"keep_best": 1, "best_metric": "eval_loss"}

@@ -307,6 +307,12 @@ def test_files_left_by_a_killed_save_are_ignored(tmp_path, empty, filled):
         assert_same(checkpoints.restore(3, empty), filled(3))
 
 
+def test_reading_logs_no_warning(tmp_path, caplog):
+    """Of orbax, which announces that a directory is opened read-only; notebooks print it."""
+    with Checkpoints(tmp_path, read_only=True):
+        assert caplog.messages == []
+
+
 def test_moments_are_read_only_when_needed(tmp_path, filled, monkeypatch):
     """The moments of a fully trained language model would not fit on one device."""
     with Checkpoints(tmp_path) as checkpoints:

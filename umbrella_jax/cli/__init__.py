@@ -72,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug, refuse = vars(arguments).pop("debug", False), vars(arguments).pop("refuse")
     if unknown:
         refuse(unknown)
-    # orbax warns about uses that are intended here (opening a run read-only), and prints tracebacks of errors that it
-    # also raises
+    # orbax prints tracebacks of errors that it also raises
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     out, err = _Escaping(sys.stdout), _Escaping(sys.stderr, kept="\n\t\r")  # progress rewrites its line
     with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):

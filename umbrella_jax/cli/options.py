@@ -88,6 +88,10 @@ class Parser(argparse.ArgumentParser):
             names = {key: (flag, _SHORT.get(flag, flag)) for flag, (_, key, *_) in _FLAGS.items()}
             names["model.compute_dtype"] = ("--compute-dtype",) * 2
             self.error(advice(self, unknown, names))
+        typed = re.search(r"--seeds[ =](\d+,?( \d+,?)+)", " ".join(words))
+        if typed and "--seeds" in self._option_string_actions:
+            seeds = ",".join(re.findall(r"\d+", typed[1]))
+            self.error(f"--seeds {typed[1]}: separate seeds by commas: --seeds {seeds}")
         return super().parse_known_args(args, namespace)
 
 

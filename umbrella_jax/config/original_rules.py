@@ -168,7 +168,7 @@ RULES: dict[str, Rule] = {
     "trainer.use_wandb": _switch({"train.wandb": True}, {"train.wandb": False}),
     "trainer.no_wandb": _switch({"train.wandb": False}, {}),
     "trainer.task_filter": _to("data.task_filter"),
-    "trainer.max_steps": _only(-1, reason="a run's length is train.epochs: passes over the data, such as 0.5"),
+    "trainer.max_steps": _only(-1, reason="set the length in passes over the data, train.epochs (--epochs 0.5)"),
     "trainer.mask_human_turns": _only(True, reason="only answers are supervised"),
     "trainer.mask_padding_tokens": _only(True, reason="padding is never supervised"),
     "trainer.task_type_weights": _only({}, reason="every supervised token has the same weight"),

@@ -271,6 +271,7 @@ def conversation_files(path: Path) -> list[Path]:
             more = f" and {len(splits) - 4} more" if len(splits) > 4 else ""
             raise DataError(
                 f"{path}: contains several splits: {names}{more}; name one file, or a directory of one split"
+                f"{_split_flags(path, splits)}"
             )
         return files
     if not path.is_file():
@@ -300,6 +301,19 @@ def _splits(root: Path, files: Sequence[Path]) -> list[Path]:
     words = {file: _SPLIT.findall(name) for file, name in names.items()}
     named = [file for file in files if words[file]]
     return named if len({tuple(sorted(set(words[file]))) for file in named}) > 1 else []
+
+
+def _split_flags(root: Path, files: Sequence[Path]) -> str:
+    """Return the flags that name the splits to train and to evaluate on, if the names directly below `root` say which
+    these are."""
+    entries = dict.fromkeys(root / file.relative_to(root).parts[0] for file in files)
+    words = {entry: _SPLIT.findall(_CAMEL.sub("_", entry.stem).lower()) for entry in entries}
+    named = {word: [entry for entry in words if words[entry] == [word]] for word in ("train", "val", "eval", "dev")}
+    training, evaluation = (named.pop("train"), next(filter(None, named.values()), []))
+    if len(training) != 1 or len(evaluation) != 1:
+        return ""
+    train_flag, eval_flag = (shlex.quote(str(entry)) for entry in (*training, *evaluation))
+    return f": --train-data {train_flag} --eval-data {eval_flag}"
 
 
 def _records(file: Path, faults: list[str]) -> Iterator[tuple[str, Any]]:

@@ -3,13 +3,16 @@
 `DEVICE_KINDS` has the figures and the address of each sheet. Peaks are those of dense bfloat16 products with sums in
 float32. NVIDIA's sheets print twice that for sparse matrices, and GeForce cards sum in float32 at half the rate.
 
-TPUs: https://cloud.google.com/tpu/docs/v4 (v5e, v5p, v6e); links of v4: Jouppi et al. 2023, 6 of 50 GB/s.
+TPUs: https://cloud.google.com/tpu/docs/v4 (v5e, v5p, v6e); links of v4: Jouppi et al., ISCA 2023, Table 4, 6 of 50
+GB/s.
 A100, H100, H200, L40S, T4: https://www.nvidia.com/en-us/data-center/a100 (h100, h200, l40s, tesla-t4); the SXM column
-of the first three. A T4 has no bfloat16, so its peak is that of float32.
+of the first three. A T4 has no bfloat16, so its peak is that of float32. Its memory has 256 bits at twice 5,001 MHz, as
+its driver reports (https://gist.github.com/Terminus-IMRC/5e4b7782c27106dec287050b323cd059), which is 320 GB/s.
 RTX 6000 Ada: https://www.nvidia.com/en-us/design-visualization/rtx-6000; 1457 TFLOPS of sparse float8 are four times
-those of dense bfloat16.
+those of dense bfloat16: 142 SMs with 1,024 FLOP per cycle at 2,505 MHz.
 GeForce RTX 3090, 4090, 5090: "peak BF16 tensor TFLOPS with FP32 accumulate" in the white papers of GA102, Ada and RTX
-Blackwell, below https://images.nvidia.com/aem-dam/Solutions/geforce.
+Blackwell, below https://images.nvidia.com/aem-dam/Solutions/geforce. The 3090's memory has 384 bits at 19.5 Gbit/s,
+which is 936 GB/s.
 """
 
 import dataclasses
@@ -87,7 +90,7 @@ DEVICE_KINDS: dict[str, DeviceKind] = {
             "rtx5090", 209.5e12, 32e9, 1792e9, _PCIE5, 8, _ETHERNET, f"RTX Blackwell white paper; {_CARD}", "cudnn"
         ),
         DeviceKind(
-            "t4", 8.1e12, 16e9, 300e9, _PCIE3, 8, _ETHERNET, f"{_CENTER}/tesla-t4; {_CARD}", "xla", dtype="float32"
+            "t4", 8.1e12, 16e9, 320e9, _PCIE3, 8, _ETHERNET, f"{_CENTER}/tesla-t4; {_CARD}", "xla", dtype="float32"
         ),
     )
 }

@@ -160,12 +160,25 @@ class RunComparison:
         if reasons := [f"{run.name}: {run.state}: {run.stop_reason}" for run in self.runs if run.stop_reason]:
             lines += ["", *(part for reason in reasons for part in wrapped(visible(reason, kept="")))]
         if self.differ:
-            lines += ["", "configs differ in"]
-            names = [["", *(run.name for run in self.runs if run.config)]]
-            lines += table_lines(
-                names + [[key, *(str(run.config.get(key)) for run in self.runs if run.config)] for key in self.differ]
-            )
+            lines += ["", "configs differ in", *self._differences()]
         return "\n".join(lines)
+
+    def _differences(self) -> list[str]:
+        """Return a table of the keys that differ; if its columns do not fit, each key's values and the runs with it."""
+        runs = [run for run in self.runs if run.config]
+        rows = [["", *(run.name for run in runs)]]
+        lines = table_lines(rows + [[key, *(str(run.config.get(key)) for run in runs)] for key in self.differ])
+        if "" not in lines:
+            return lines
+        lines = []
+        for key in self.differ:
+            names: dict[str, list[str]] = {}
+            for run in runs:
+                names.setdefault(str(run.config.get(key)), []).append(run.name)
+            lines.append(visible(key, kept=""))
+            for value, same in names.items():
+                lines += wrapped(visible(f"  {value}: {', '.join(same)}", kept=""))
+        return lines
 
     def _values(self, run: Run) -> dict[str, float | None]:
         return {name: run.value(name) for name in ("loss", *self.metrics)}

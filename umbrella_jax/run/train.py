@@ -213,6 +213,7 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
         last_step = int(state.step)
         best = checkpoints.best()
         best_step = best[0][0] if best else last_step
+        is_printed = best_step == last_step and (last_step > start or bool(pending))
         data = run.data.evaluation if config.train.keep_best else None
         if data and not broadcast(_is_evaluated(run, data, best_step) if log else None):
             trainable = state.trainable
@@ -222,6 +223,7 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
                     trainable = checkpoints.restore_trainable(best_step, partial(param_sharding, mesh))
             with jax.set_mesh(mesh):
                 evaluation = evaluate(run, data, interrupted, options, best_step, trainable, final=True)
+            is_printed = True
             if evaluation is None:
                 number = interrupted()
                 name = signal.Signals(number).name
@@ -236,7 +238,7 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
     last, line = broadcast([lines[last_step], with_final(lines[best_step])] if log else None)
     shown = (name for name in ("loss", "grad_norm", "learning_rate") if name in last)
     say("  ".join([f"step {last_step:,}", *(_number(name, last[name]) for name in shown)]))
-    if run.data.evaluation:
+    if run.data.evaluation and not is_printed:
         say("\n".join(evaluation_lines(best_step, line, run.data.evaluation.rows, run.data.evaluation.tasks)))
     return line
 

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import glob
 import json
+import logging
 import math
 import os
 import shutil
@@ -107,6 +108,21 @@ def _orbax_path(directory: Path) -> _LiteralPath:
     return _LiteralPath(os.path.abspath(directory))
 
 
+@contextmanager
+def _reading_unannounced() -> Iterator[None]:
+    """Run a block without orbax's warning that a directory is opened read-only, which is intended."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("Given directory is read only")
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
 class Checkpoints:
     """The checkpoints of a run, `directory/<step>/`: trained parameters, moments and step, and the run's meta.
 
@@ -138,7 +154,8 @@ class Checkpoints:
             )
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(_orbax_path(directory), options=options, item_handlers=handlers)
+        with _reading_unannounced():
+            self._manager = ocp.CheckpointManager(_orbax_path(directory), options=options, item_handlers=handlers)
         self._values: dict[int, float] = {}
         for line in lines:
             self._rank(int(line["step"]), line)

@@ -288,12 +288,14 @@ def check_overlap(datasets: Mapping[str, Dataset], *, allowed: bool) -> str | No
     if not people and not shared:
         return None
     subjects = sum(place.startswith("subject ") for place in people)
-    counts = f"{plural(subjects, 'subject')} and {plural(len(shared), 'scan')}"
-    if groups := len(people) - subjects:
-        counts = f"{plural(groups, 'group')}, {counts}"
+    numbers = {"group": len(people) - subjects, "subject": subjects, "scan": len(shared)}
+    *first, last = (plural(number, noun) for noun, number in numbers.items() if number)
+    counts = f"{', '.join(first)} and {last}" if first else last
     places = [*people, *shared]
     more = f" and {len(places) - _NAMES_SHOWN} more" if len(places) > _NAMES_SHOWN else ""
-    overlap = f"{counts} are in train and in eval: {', '.join(places[:_NAMES_SHOWN])}{more}"
+    overlap = (
+        f"{counts} {'is' if len(places) == 1 else 'are'} in train and in eval: {', '.join(places[:_NAMES_SHOWN])}{more}"
+    )
     if allowed:
         return f"{overlap}; the model may be memorising them (data.allow_overlap)"
     raise DataError(
