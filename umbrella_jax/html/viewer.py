@@ -103,12 +103,13 @@ def _tile(rows: np.ndarray, mm: tuple[float, float], scale: float, low: float, h
 
 
 def _jpeg(tiles: Sequence[Any], across: int, size: tuple[int, int]) -> str:
-    """Return a data URL of tiles in rows of `across`, each in a box of this size."""
+    """Return a data URL of tiles in rows of `across`, each in the middle of a box of this size."""
     from PIL import Image
 
     image = Image.new("L", (across * size[0], -(-len(tiles) // across) * size[1]), 0)
     for i, tile in enumerate(tiles):
-        image.paste(tile, (i % across * size[0], i // across * size[1]))
+        beside, above = (size[0] - tile.width) // 2, (size[1] - tile.height) // 2
+        image.paste(tile, (i % across * size[0] + beside, i // across * size[1] + above))
     out = BytesIO()
     image.save(out, "JPEG", quality=_QUALITY, optimize=True)
     return data_url("image/jpeg", out.getvalue())

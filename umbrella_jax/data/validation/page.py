@@ -185,9 +185,9 @@ def _volume_table(
         "set": ("choice", lambda v: ", ".join(v.sets)),
         "modality": ("choice", lambda v: v.modality),
         "conversations": ("number", lambda v: shown_by[v.path, v.modality]),
-        "shape": ("text", lambda v: v.contents and " × ".join(map(str, v.contents.shape))),
+        "shape": ("choice", lambda v: v.contents and " × ".join(map(str, v.contents.shape))),
         "voxel size (mm)": (
-            "text",
+            "choice",
             lambda v: v.contents and v.contents.voxel_size and " × ".join(f"{mm:g}" for mm in v.contents.voxel_size),
         ),
         "TR (s)": ("number", lambda v: v.contents and v.contents.tr),
