@@ -138,6 +138,7 @@ def test_counts_the_answers_left_out() -> None:
         ({"site": ["a", "b", "c"]}, ["site"], "adjust: site: 3 different values, some of them texts"),
         ({"site": [1, 2, "3"]}, ["site"], "adjust: site: 3 different values, some of them texts"),
         ({"site": [[1], "b"]}, ["site"], "adjust: site: expected numbers or texts, got a list in s0-0"),
+        ({"size": [1, 10**400]}, ["size"], "adjust: size: expected numbers below 1e+100 in size in s1-0"),
         ({"months": None}, ["age", "months"], "adjust: task age: age, months: one is constant or a linear function"),
         ({"rare": [1.5, *[None] * 28, 2.5]}, ["rare"], "adjust: task age: 4 answers with a number and rare"),
     ],

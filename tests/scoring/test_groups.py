@@ -145,14 +145,15 @@ def test_a_group_without_a_value_is_missing() -> None:
 
 
 def test_groups_are_named_after_values_and_sorted_by_number() -> None:
-    values = [10, 2.0, "2", 2, "below 5", " 10 ", True, "9" * 5000, "e\u0301", "\u00e9"]
+    values = [10, 2.0, "2", 2, "below 5", " 10 ", True, 10**20, "9" * 90, "e\u0301", "\u00e9"]
     rows = [row("a", "ab"[i % 2], i, site=value) for i, value in enumerate(values)]
     counts = score_groups(rows, tasks_of(rows), ["site"], resamples=0).columns["site"].counts
     assert counts == {
         "below 5": (1, 1),
         "2": (3, 3),
         "10": (2, 2),
-        "9" * 5000: (1, 1),
+        "9" * 90: (1, 1),
+        "1" + "0" * 20: (1, 1),
         "true": (1, 1),
         "\u00e9": (2, 2),
     }
@@ -205,6 +206,10 @@ def test_a_group_with_every_answer_right_has_a_gap_with_an_interval() -> None:
     other = rng.binomial(25, 13 / 25, 100_000) / 25
     expected = np.percentile(scipy.stats.beta.rvs(12.5, 0.5, size=100_000, random_state=rng) - other, [2.5, 97.5])
     assert (gap.low, gap.high) == pytest.approx(expected, abs=0.04)
+    only_right = [r | {"prediction": "a" if r["metadata"]["site"] == "x" else "b"} for r in rows]
+    gap = score_groups(only_right, tasks_of(rows), ["site"]).columns["site"].figures["accuracy/side"].gap
+    assert gap
+    assert (gap.value, gap.high) == (1, 1)
     balanced = score_groups(rows, tasks_of(rows), ["site"]).columns["site"].figures["balanced_accuracy/side"]
     assert balanced.gap
     assert balanced.gap.low is None  # no share of answers

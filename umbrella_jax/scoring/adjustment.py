@@ -18,6 +18,8 @@ from umbrella_jax.scoring.tasks import Prediction, Task, by_task, label_of
 
 SOURCES = "Beheshti et al. 2019; de Lange & Cole 2020; Smith et al. 2019"
 """Publications of the correction; docs/metrics.md has their addresses."""
+_TOO_LARGE = 1e100
+"""Size of numbers whose squares could overflow."""
 _ErrorOf = Callable[[np.ndarray], np.ndarray]
 """Maps weights [n, R] to errors [n], or to [n, R] if they depend on the weights."""
 
@@ -195,6 +197,8 @@ def _coding(covariate: str, rows: Sequence[Prediction]) -> tuple[str, str] | Non
     for row, value in values:
         if not isinstance(value, str | int | float):
             raise DataError(f"adjust: {covariate}: expected numbers or texts, got {kind(value)} in {row['task_id']}")
+        if not isinstance(value, str) and not abs(value) < _TOO_LARGE:
+            raise DataError(f"adjust: {covariate}: expected numbers below {_TOO_LARGE:g} in size in {row['task_id']}")
     names = sorted({value_name(value) for _, value in values})
     if len(names) == 1:
         raise DataError(f"adjust: {covariate}: all answers have the same value; leave it out")

@@ -24,6 +24,8 @@ MAX_GROUPS = 100
 """Largest number of groups of a column."""
 MAX_CODES = 30
 """Largest number of different whole numbers that may be codes, such as those of sites."""
+_LONGEST = 100
+"""Characters of a group's name."""
 _SUBJECTS_PER_CODE = 5
 """Fewest subjects per whole number, on average, for more than `MAX_CLASSES` of them to be codes."""
 
@@ -203,9 +205,11 @@ def _column_fault(key: str, rows: Iterable[Prediction]) -> str | None:
     for row, value in values:
         if not isinstance(value, str | int | float):
             return f"by: {key}: expected texts or numbers, got {kind(value)} in {row['task_id']}"
+        if len(value_name(value)) > _LONGEST:
+            return f"by: {key}: expected at most {_LONGEST} characters, got more in {row['task_id']}"
     numbers = {value for _, value in values if not isinstance(value, str)}
     subjects = len({subject_of(row) for row, _ in values})
-    are_codes = all(float(number).is_integer() for number in numbers) and len(numbers) <= min(
+    are_codes = all(isinstance(number, int) or number.is_integer() for number in numbers) and len(numbers) <= min(
         MAX_CODES, subjects / _SUBJECTS_PER_CODE
     )
     if len(numbers) > MAX_CLASSES and not are_codes:
@@ -249,7 +253,8 @@ def gap_between(groups: Mapping[str, Resampled], seed: int) -> Gap | None:
     https://doi.org/10.1016/j.csda.2007.07.005, for percentiles). With two groups, it is the percentile interval.
 
     If all resamples of a share agree, its values are drawn from Jeffreys' Beta(k + ½, m − k + ½) instead, with m
-    subjects and k = m × share (Brown, Cai & DasGupta 2001, https://doi.org/10.1214/ss/1009213286).
+    subjects and k = m × share (Brown, Cai & DasGupta 2001, https://doi.org/10.1214/ss/1009213286). As these draws are
+    below 1, the interval is extended to the gap itself.
 
     Args:
         groups: {group: a figure's values}, of the same draws.
@@ -260,6 +265,7 @@ def gap_between(groups: Mapping[str, Resampled], seed: int) -> Gap | None:
         return None
     order = sorted(values, key=values.__getitem__, reverse=True)
     highest, lowest = order[0], order[-1]
+    value = values[highest] - values[lowest]
     rng = np.random.default_rng([seed, 2])
     samples = {name: own for name in order if (own := _samples(groups[name], rng)) is not None}
     pairs = list(itertools.combinations(samples, 2))
@@ -274,8 +280,9 @@ def gap_between(groups: Mapping[str, Resampled], seed: int) -> Gap | None:
         widening = max(1.0, float(np.percentile(farthest, 95))) if len(pairs) > 1 else 1.0
         at = pairs.index((highest, lowest))
         if np.isfinite(half[at]):
-            low, high = float(middle[at] - widening * half[at]), float(middle[at] + widening * half[at])
-    return Gap(highest, lowest, values[highest] - values[lowest], low, high, len(pairs))
+            low = min(float(middle[at] - widening * half[at]), value)
+            high = max(float(middle[at] + widening * half[at]), value)
+    return Gap(highest, lowest, value, low, high, len(pairs))
 
 
 def _samples(one: Resampled, rng: np.random.Generator) -> np.ndarray | None:
