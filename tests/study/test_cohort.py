@@ -136,10 +136,10 @@ PARTICIPANTS = ("participant_id sex age", "sub-001 F 44", "sub-002 M 51", "sub-0
             "zeros; set width: 3",
         ),
         (
-            ("participant_id sex", "0001 F", "sub-0002 M"),
+            ("participant_id sex", "P001 F", "0-02 M", "3.0 F"),
             {},
-            "participants.tsv: participant_id: 0001 in the table, 001 on disk and 1 other; they differ only in "
-            "spelling; write them the same",
+            "participants.tsv: participant_id: 0-02 in the table, 002 on disk and 1 other; they differ only in "
+            "spelling; write them the same, or use `replace`",
         ),
         (
             ("participant_id sex", "P1 F", "P2 M", "P3 M", "P4 M"),
@@ -173,7 +173,8 @@ PARTICIPANTS = ("participant_id sex age", "sub-001 F 44", "sub-002 M 51", "sub-0
         (
             (*PARTICIPANTS[:3], "003 F 63,5"),
             {"bins": {"age_bin": {"column": "age", "edges": [50]}}},
-            "participants.tsv:4: age: expected a number, got '63,5'; write a decimal point",
+            "participants.tsv:4: age: expected a number, got '63,5'; write a decimal point, and no separator of "
+            "thousands",
         ),
         (
             (*PARTICIPANTS[:3], "003 unknown 63"),
@@ -203,6 +204,11 @@ PARTICIPANTS = ("participant_id sex age", "sub-001 F 44", "sub-002 M 51", "sub-0
             PARTICIPANTS,
             {"scans": {"T1": {"bids": "raw"}}},
             "scans.T1: bids: raw: not found; expected a BIDS data set, or a derivative's folder",
+        ),
+        (
+            PARTICIPANTS,
+            {"scans": {"T1": {"bids": "."}, "T2": {"pattern": "other/{subject}.nii"}}},
+            "scans.T2: no subject is in participants.tsv: X1 on disk, 001, 002, 003 in the table",
         ),
         (
             PARTICIPANTS,
@@ -241,6 +247,7 @@ PARTICIPANTS = ("participant_id sex age", "sub-001 F 44", "sub-002 M 51", "sub-0
 def test_refuses_a_mistake_with_its_place_and_remedy(tmp_path, lines, keys, fault):
     table(tmp_path, "participants.tsv", *lines)
     bids(tmp_path, "001", "002", "003")
+    scan(tmp_path, "other/X1.nii")
     assert refuse(tmp_path, **keys)[0] == fault
 
 
@@ -396,11 +403,11 @@ def test_groups_of_numbers_begin_at_their_edges(tmp_path):
 
 def test_tables_that_contradict_each_other_or_share_no_id_are_refused(tmp_path):
     table(tmp_path, "participants.tsv", "participant_id sex note", "01 F a", "02 M n/a")
-    table(tmp_path, "more.csv", "id sex note", "1 F b", "02 F c", "03 F d")
+    table(tmp_path, "more.csv", "id sex note", "1.0 F b", "02 F c", "03 F d")
     table(tmp_path, "other.csv", "id iq", "X1 100")
     bids(tmp_path, "01", "02", "03", "04")
     first, more = {"file": "participants.tsv"}, {"file": "more.csv", "key": "id"}
-    place = "more.csv: id: 1 in the table, 01 in participants.tsv; the table has lost leading zeros; set width: 2"
+    place = "more.csv: id: 1.0 in the table, 01 in participants.tsv; the table has lost leading zeros; set width: 2"
     assert refuse(tmp_path, subjects=[first, more]) == [place]
     more["width"] = 2
     assert refuse(tmp_path, subjects=[first, more]) == [
@@ -421,7 +428,8 @@ def test_tables_that_contradict_each_other_or_share_no_id_are_refused(tmp_path):
     [
         (
             ["01 1 30", "01 2 31"],
-            "ages.tsv: visit: 1 in the table, 01 on disk and 1 other; the table has lost leading zeros; set width: 2",
+            "ages.tsv: visit: 1 in the table, 01 on disk and 1 other; map them, as in visit_names: {'1': "
+            "'01', '2': '02'}",
         ),
         (["01 bl 30"], "ages.tsv: visit: no visit of the table is on disk: bl there, 01, 02 on disk"),
         (
@@ -436,3 +444,23 @@ def test_visits_that_do_not_match_the_scans_are_refused(tmp_path, rows, fault):
     table(tmp_path, "ages.tsv", "participant_id session_id age", *rows)
     bids(tmp_path, "01/01", "01/02")
     assert refuse(tmp_path, sessions=[{"file": "ages.tsv"}]) == [fault]
+
+
+def test_phenotype_tables_add_their_columns_and_scans_without_a_visit_are_told_apart(tmp_path):
+    table(tmp_path, "participants.tsv", "participant_id sex", "sub-01 F", "sub-02 M")
+    table(tmp_path, "phenotype/bdi.tsv", "participant_id bdi", "sub-01 12")
+    table(tmp_path, "phenotype/iq.tsv", "participant_id iq", "sub-02 99", "sub-01 101", "sub-05 100")
+    bids(tmp_path, "01", "02")
+    scan(tmp_path, "sub-01/ses-2/func/sub-01_ses-2_task-rest_bold.nii.gz")
+    cohort, notes = read(
+        tmp_path,
+        subjects=[{"file": "participants.tsv"}, {"file": "phenotype/*.tsv"}],
+        scans={"T1": {"bids": "."}, "fMRI": {"bids": "."}},
+    )
+    assert values(cohort, "bdi") == {"sub-01": "12", "sub-01 ses-2": "12", "sub-02": None}
+    assert values(cohort, "iq") == {"sub-01": "101", "sub-01 ses-2": "101", "sub-02": "99"}
+    assert cohort.flow.left_out == {"in other tables, but without a row in participants.tsv": ["sub-05"]}
+    assert [path.name for path in cohort.inputs] == ["participants.tsv", "bdi.tsv", "iq.tsv"]
+    assert (
+        "subjects whose scans of T1 name no visit, but others do; they count as a visit of their own (1): sub-01"
+    ) in notes

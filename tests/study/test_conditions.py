@@ -87,7 +87,7 @@ def test_numbers_are_compared_as_numbers_and_texts_as_texts():
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        ("45,5", "age: expected a number, got '45,5'; write a decimal point"),
+        ("45,5", "age: expected a number, got '45,5'; write a decimal point, and no separator of thousands"),
         ("2012-03-04", "age: expected a number, got the date 2012-03-04"),
         ("old", "age: expected a number, got 'old'"),
     ],

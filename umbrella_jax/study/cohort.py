@@ -12,9 +12,10 @@ from pathlib import Path
 from umbrella_jax.data.bids.scans import left_out
 from umbrella_jax.data.tables import doubtful_values, match_misspelled, parse_cell_number
 from umbrella_jax.errors import ConfigError, DataError, Faults
+from umbrella_jax.study.cases import phrasings_of
 from umbrella_jax.study.conditions import CellError, Condition, parse_condition
 from umbrella_jax.study.find_scans import FoundScan, find_modality
-from umbrella_jax.study.join import JoinedTables, few, id_faults, join_tables, spelling_fault
+from umbrella_jax.study.join import JoinedTables, describe_pairs, few, id_faults, join_tables
 from umbrella_jax.study.patterns import names_in
 from umbrella_jax.study.schema import BinsConfig, CohortConfig, ScansConfig, StudyConfig
 from umbrella_jax.study.tables import SUBJECT, VISIT, MissingValues, number_fault, unknown_column
@@ -69,7 +70,7 @@ def read_cohort(config: CohortConfig, study: StudyConfig, root: Path, faults: Fa
     assert tables is not None
     columns = _column_names(config, study, tables)
     fatal += _column_faults(config, study, conditions, columns, tables)
-    fatal += id_faults(tables.first, "on disk", dict.fromkeys(s.subject for s in scans), "rename the scans")
+    fatal += _subject_faults(tables, scans)
     fatal += _visit_name_faults(tables, scans)
     fatal.raise_as(DataError)
 
@@ -99,7 +100,7 @@ def used_columns(study: StudyConfig) -> set[str]:
     used |= {split.by, *split.stratify, *split.balance, *([split.leave_out] if split.leave_out else [])}
     for task in study.tasks.values():
         used |= {task.column} if task.column else set()
-        for text in (*(task.question or ()), *(task.answer or ()), task.covariates or ""):
+        for text in (text for phrasings in phrasings_of(task).values() for text in phrasings):
             used.update(re.findall(r"\{([^{}]+)\}", text))
     return used
 
@@ -148,6 +149,20 @@ def _column_faults(
                 yield f"include: {condition.text}: {unknown_column(name, columns)}; a text needs quotes"
 
 
+def _subject_faults(tables: JoinedTables, scans: Iterable[FoundScan]) -> list[str]:
+    """Return faults for subjects that the first table and the scans spell differently, or that match nowhere."""
+    on_disk: dict[str, dict[str, None]] = defaultdict(dict)
+    for scan in scans:
+        on_disk[scan.scan.modality][scan.subject] = None
+    first = tables.first
+    faults = id_faults(first, "on disk", {label for labels in on_disk.values() for label in labels})
+    return faults or [
+        f"scans.{modality}: no subject is in {first.name}: {few(labels)} on disk, {few(first.labels)} in the table"
+        for modality, labels in on_disk.items()
+        if not labels.keys() & first.labels.keys()
+    ]
+
+
 def _visit_name_faults(tables: JoinedTables, scans: Iterable[FoundScan]) -> list[str]:
     """Return faults for visits that tables and scans spell differently, or that match nowhere."""
     if not tables.sessions:
@@ -172,7 +187,9 @@ def _visit_name_faults(tables: JoinedTables, scans: Iterable[FoundScan]) -> list
             if visits - others and others - visits:
                 pairs |= match_misspelled((f"ses-{v}" for v in visits), (f"ses-{v}" for v in others))
         if pairs:
-            faults.append(f"{table.path}: visit: {spelling_fault(pairs, 'on disk', 'rename the scans')}")
+            names = ", ".join(f"{a[len('ses-') :]!r}: {b[len('ses-') :]!r}" for a, b in list(pairs.items())[:2])
+            remedy = f"map them, as in visit_names: {{{names}}}"
+            faults.append(f"{table.path}: visit: {describe_pairs(pairs, 'on disk')}; {remedy}")
         elif not any(visits & on_disk.get(subject, set()) for subject, visits in in_table.items()):
             ours, theirs = (set().union(*visits.values()) for visits in (in_table, on_disk))
             faults.append(
@@ -220,6 +237,14 @@ def _make_candidates(
     for modality, number in surplus.items():
         if number:
             notes.append(f"{modality}: {number:,} scans left out: several is {config.scans[modality].several}")
+    without = {candidate.label: candidate for candidate in candidates if candidate.visit.name is None}
+    mixed = dict.fromkeys(c.visit.subject for c in candidates if c.visit.name is not None and c.label in without)
+    if mixed:
+        modalities = " and ".join(dict.fromkeys(m for candidate in without.values() for m in candidate.visit.scans))
+        reason = (
+            f"subjects whose scans of {modalities} name no visit, but others do; they count as a visit of their own"
+        )
+        notes.append(f"{reason} ({len(mixed):,}): {few(mixed)}")
     return candidates
 
 

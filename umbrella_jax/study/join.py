@@ -2,7 +2,6 @@
 
 import glob
 import os
-import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -135,7 +134,7 @@ def join_tables(config: CohortConfig, root: Path, missing: MissingValues, notes:
     faults.raise_as(DataError)
     first = subjects[0]
     for table in (*subjects[1:], *sessions):
-        faults += id_faults(table, f"in {first.name}", first.labels, "width: {} sets them there")
+        faults += id_faults(table, f"in {first.name}", first.labels)
     faults.raise_as(DataError)
     return JoinedTables(subjects, sessions, files)
 
@@ -182,33 +181,33 @@ def _read_tables(
     return list(tables.values())
 
 
-def id_faults(table: LabTable, where: str, others: Collection[str], fix: str) -> list[str]:
+def id_faults(table: LabTable, where: str, others: Collection[str]) -> list[str]:
     """Return faults for ids of a table that others spell differently, or that match none of them.
 
     Args:
+        table: the table.
         where: place of the others, such as `on disk`.
         others: their labels, without `sub-`.
-        fix: what to do if the others, not the table, have lost their zeros, with the number of digits in braces.
     """
     place = f"{table.path}: {table.key}"
     pairs = match_misspelled((f"sub-{label}" for label in table.labels), (f"sub-{label}" for label in others))
     if pairs:
-        return [f"{place}: {spelling_fault(pairs, where, fix)}"]
+        widths = {len(other) for other in pairs.values()}
+        remedy = "they differ only in spelling; write them the same, or use `replace`"
+        if all(has_lost_zeros(name, other) for name, other in pairs.items()) and len(widths) == 1:
+            remedy = f"the table has lost leading zeros; set width: {widths.pop() - len('sub-')}"
+        elif all(has_lost_zeros(other, name) for name, other in pairs.items()):
+            remedy = f"the ids {where} have lost leading zeros; write them the same"
+        return [f"{place}: {describe_pairs(pairs, where)}; {remedy}"]
     if table.labels and others and not table.labels.keys() & set(others):
         return [f"{place}: no id of the table is {where}: {few(table.labels)} in the table, {few(others)} {where}"]
     return []
 
 
-def spelling_fault(pairs: Mapping[str, str], where: str, fix: str) -> str:
-    """Return what is wrong with ids that two sides spell differently, and the remedy; see `id_faults`."""
-    (name, other), *more = ((re.sub("^s(ub|es)-", "", a), re.sub("^s(ub|es)-", "", b)) for a, b in pairs.items())
-    others = f" and {plural(len(more), 'other')}" if more else ""
-    remedy = "they differ only in spelling; write them the same"
-    if all(has_lost_zeros(a, b) for a, b in pairs.items()):
-        remedy = f"the table has lost leading zeros; set width: {len(other)}"
-    elif all(has_lost_zeros(b, a) for a, b in pairs.items()):
-        remedy = f"leading zeros are lost {where}; {fix.format(len(name))}"
-    return f"{name} in the table, {other} {where}{others}; {remedy}"
+def describe_pairs(pairs: Mapping[str, str], where: str) -> str:
+    """Return the first pair of {sub-LABEL or ses-LABEL of a table: that of the others}, and how many more there are."""
+    (name, other), *more = ((a[len("sub-") :], b[len("sub-") :]) for a, b in pairs.items())
+    return f"{name} in the table, {other} {where}" + (f" and {plural(len(more), 'other')}" if more else "")
 
 
 def few(labels: Iterable[str], number: int = _FEW) -> str:

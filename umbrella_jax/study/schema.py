@@ -83,7 +83,8 @@ class ScansConfig(Section):
     """Path with {subject} (or {KEY}, the key of the first table), perhaps {visit}, and any other names in braces, whose
     text becomes a column. `*` matches any text without a slash."""
     entities: dict[str, Words] = field(default_factory=dict)
-    """{BIDS entity: its value, or several}; `none` for files without it."""
+    """{BIDS entity: its value, or several}; `none` for files without it. `suffix` and `datatype` are entities too, such
+    as T2w and anat, for a modality whose name does not say them."""
     exclude: dict[str, Words] = field(default_factory=dict)
     """{BIDS entity: values whose files are left out}."""
     several: Literal["all", "first", "last", "error"] = "all"

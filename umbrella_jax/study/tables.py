@@ -168,8 +168,8 @@ def _wide_columns(table: Table, config: TableConfig) -> dict[str, dict[str, str]
 
 
 def _with_zeros(label: str, width: int | None) -> str:
-    bare = label.removeprefix("sub-")
-    return label if width is None or not bare.isdecimal() else label.removesuffix(bare) + bare.zfill(width)
+    match = re.fullmatch(r"(sub-)?([0-9]+)(\.0)?", label)
+    return label if width is None or match is None else (match[1] or "") + match[2].zfill(width)
 
 
 def _column_faults(table: Table, columns: Iterable[str]) -> Iterator[str]:
@@ -202,7 +202,7 @@ def _expected(name: str, columns: Sequence[str]) -> str:
 def number_fault(cell: str) -> str:
     """Return why a cell is no number, and the remedy."""
     if re.fullmatch(r"[+-]?\d+,\d+", cell):
-        return f"expected a number, got {cell!r}; write a decimal point"
+        return f"expected a number, got {cell!r}; write a decimal point, and no separator of thousands"
     if re.match(r"\d{4}-\d\d-\d\d", cell):
         return f"expected a number, got the date {cell}"
     return f"expected a number, got {cell!r}"
