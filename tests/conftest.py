@@ -23,6 +23,8 @@ if Version(version("jaxlib")) < Version("0.11"):  # 0.12 does not know the first
     # in one piece, since the pieces that LLVM compiles at once are no gain to workers that fill two cores
     _FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
+# Threads of OpenMP and OpenBLAS spin while they wait. With small arrays that took most of the time.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 # Many tests make the same small run. What is compiled for one is there for all: the workers of pytest-xdist and the
 # processes that tests start get the first process's environment.
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -37,27 +39,38 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 gc.set_threshold(2000, 10, 1000)
 
 # Check arguments and results against their annotations, shapes of arrays included. An int is a float too (PEP 484).
-# Not where a user's arguments arrive: those are checked by the code itself, with a message for the user.
+# Not where a user's arguments arrive: those are checked by the code itself, with a message for the user. Not in
+# models/paths.py either: it has no arrays, and more than half of all calls are to its functions.
 if find_spec("beartype"):  # a bare accelerator image has none
+    package = Path(__file__).parents[1] / "umbrella_jax"
+    models = [f"models.{path.stem}" for path in (package / "models").glob("[a-z]*") if path.stem != "paths"]
     computing = ("attribution", "generate")
+    modules = [*models, "training", *(f"inference.{name}" for name in computing)]
     install_import_hook(
-        ["umbrella_jax.models", "umbrella_jax.training", *(f"umbrella_jax.inference.{name}" for name in computing)],
+        [f"umbrella_jax.{name}" for name in modules],
         "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
     )
 
 # Files that take longest, in that order: the last ones are short, so that no worker waits for the other.
 LONG = (
     "run/test_processes.py",
-    "demo/test_demo.py",
-    "run/test_reliability.py",
     "test_docs.py",
-    "test_sharding.py",
+    "inference/test_predict.py",
+    "demo/test_demo.py",
+    "checkpoints/test_checkpoints.py",
     "models/test_golden.py",
+    "training/test_step.py",
     "baselines/test_compare.py",
     "run/test_train.py",
-    "training/test_step.py",
-    "models/test_adapters.py",
+    "convert/test_layouts.py",
+    "test_sharding.py",
+    "convert/test_verify.py",
+    "test_every_event.py",
     "models/test_shapes.py",
+    "run/test_reliability.py",
+    "models/test_adapters.py",
+    "models/test_quantize.py",
+    "convert/test_trainable.py",
     "report/test_report.py",
     "test_fuzz.py",
 )

@@ -1,4 +1,4 @@
-"""PyTorch users get the same numbers from an UMBRELLA checkpoint, under transformers 5 and 4.46."""
+"""PyTorch users get the same numbers from an UMBRELLA checkpoint (under 4.46: tests/test_transformers_446.py)."""
 
 import copy
 import shutil
@@ -16,7 +16,7 @@ from convert.safetensors_files import open_checkpoint
 from convert.to_hf import export
 from convert.torch_model import TorchPatchEmbed, load_umbrella
 from tests.helpers import torch_golden
-from tests.helpers.checkpoints import MODALITIES, under_transformers_4_46, write_stock, write_umbrella
+from tests.helpers.checkpoints import MODALITIES, write_stock, write_umbrella
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.errors import CheckpointError
 
@@ -26,10 +26,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("folder", torch_golden.FOLDERS)
 def test_golden(folder):
     torch_golden.check(folder)
-
-
-def test_golden_under_transformers_4():
-    under_transformers_4_46("-m", "tests.helpers.torch_golden", "4.46.3")
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from tests.helpers.checkpoints import under_transformers_4_46
 from umbrella_jax.data.conversation import Conversation, Image, Message, read_conversations
 from umbrella_jax.data.tokenize import (
     CachingTokenizer,
@@ -674,23 +673,3 @@ def test_the_processors_chat_template_comes_first(tokenizer_directory, tmp_path)
     beside(tmp_path, tokenizer_directory, chat_template={"chat_template": 3})
     with pytest.raises(DataError, match=r"chat_template.json: chat_template: expected a template or several by name"):
         load_tokenizer(directory, None)
-
-
-DECODE_446 = """
-import sys, transformers
-from umbrella_jax.inference.processor import Processor
-assert transformers.__version__ == "4.46.3"
-from umbrella_jax.data.tokenize import load_tokenizer
-processor = Processor(load_tokenizer(sys.argv[1], None)[0], {})
-assert processor.tokenizer.clean_up_tokenization_spaces
-texts = ["left , then right .", "it 's 3 . 5"]
-found = [processor.decode([processor.tokenizer.encode(text, add_special_tokens=False)])[0] for text in texts]
-assert found == texts, found
-"""
-
-
-def test_spaces_of_an_answer_stay(tokenizer_directory, tmp_path):
-    """Under transformers 4.46 to 5.6 `clean_up_tokenization_spaces` would remove some."""
-    stated = json.loads((tokenizer_directory / "tokenizer_config.json").read_text())
-    stated |= {"clean_up_tokenization_spaces": True, "tokenizer_class": "PreTrainedTokenizerFast"}
-    under_transformers_4_46("-c", DECODE_446, beside(tmp_path, tokenizer_directory, tokenizer_config=stated))

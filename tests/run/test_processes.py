@@ -316,6 +316,7 @@ def test_two_processes_resume(two: Two, run: Path, world: World) -> None:
     assert_same(again, run)
 
 
+@pytest.mark.slow
 def test_two_processes_stop_early_at_the_same_step(two: Two, world: World) -> None:
     """No evaluation improves by 100, so the second one ends the run of both; resumed, it trains nothing."""
     out = world.root / "early"
@@ -366,6 +367,7 @@ def test_a_signal_to_one_ends_both_after_the_same_step(two: Two, run: Path, worl
     assert_close(one, run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["fsdp=2", "tensor=2"])
 def test_weights_are_split_over_processes(two: Two, run: Path, world: World, mesh: str) -> None:
     """Repeat the last step on a mesh where no process has all weights; with `tensor`, both have all rows."""
@@ -380,6 +382,7 @@ def test_weights_are_split_over_processes(two: Two, run: Path, world: World, mes
     assert read_lines(again / answers) == read_lines(run / answers)
 
 
+@pytest.mark.slow
 def test_two_processes_predict_as_one(pair: Two, run: Path, world: World) -> None:
     """They answer every conversation once, in order, with likelihoods, and both refuse what one refuses."""
     out, alone = world.root / "two.jsonl", world.root / "one.jsonl"
