@@ -53,8 +53,9 @@ def made(
     faults, notes = Faults(), list[str]()
     name = task or next(iter(study.tasks))
     records = make_records(name, study.tasks[name], study, visits_of, faults, notes)
+    made_records = {split: list(members) for split, members in records.items()}
     assert not faults, faults
-    return {split: list(members) for split, members in records.items()}, notes, records
+    return made_records, notes, records
 
 
 def faults_of(study: StudyConfig, visits_of: Mapping[str, list[Visit]]) -> list[str]:
@@ -63,6 +64,8 @@ def faults_of(study: StudyConfig, visits_of: Mapping[str, list[Visit]]) -> list[
     ((name, task),) = study.tasks.items()
     records = make_records(name, task, study, visits_of, faults, [])
     assert bool(records) != bool(faults)
+    for members in records.values():
+        assert list(members)
     return faults
 
 

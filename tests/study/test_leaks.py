@@ -127,13 +127,11 @@ def test_refuses_a_column_that_tells_the_answer(task, message):
     ],
 )
 def test_takes_covariates_choices_and_references_that_give_nothing_away(task):
-    _, _, records = made(study_of({"t": task}), splits())
-    assert records.leak_faults() == []
+    made(study_of({"t": task}), splits())
 
 
 def test_refuses_a_subject_id_that_names_the_label():
-    _, _, records = made(study_of({"t": DX | {"covariates": "Scan {subject}."}}), splits())
-    (fault,) = records.leak_faults()
+    (fault,) = faults_of(study_of({"t": DX | {"covariates": "Scan {subject}."}}), splits())
     rows = ", ".join(f"{subject}_t" for subject in ORDER[:20])
     where = "tasks.t: train and eval: the text shown names the answer in 24 conversations"
     assert fault == f"{where}: {rows} and 4 more"
@@ -143,8 +141,7 @@ def test_refuses_words_that_go_with_one_answer():
     table = TABLE.assign(arm=["xp", "yq", "yq", "xp"] * 6)
     task = {"kind": "classification", "column": "both", "covariates": "{sex}{arm}"}
     table["both"] = [s + a for s, a in zip(table.sex, table.arm, strict=True)]  # no column alone determines it
-    _, _, records = made(study_of({"t": task}), splits(table))
-    (fault,) = records.leak_faults()
+    (fault,) = faults_of(study_of({"t": task}), splits(table))
     assert "words give the answer away: 'Fxp What is the both of this subject?' always goes with 'fxp' (6: " in fault
 
 

@@ -300,6 +300,7 @@ MISTAKES = [
         {},
         "tasks.t.answer[1]: expected {label} in it; without it every subject has the same answer",
     ),
+    ({"kind": "classification", "column": "sex", "question": []}, {}, "tasks.t.question: expected at least one text"),
     (
         {"kind": "text", "answer": "A subject."},
         {},

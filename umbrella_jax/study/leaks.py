@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from umbrella_jax.data.tables import parse_cell_number
-from umbrella_jax.data.validation.leaks import LOG_CHANCE, ROWS_SHOWN, may_be_accident, rows_text
+from umbrella_jax.data.validation.leaks import LOG_CHANCE, may_be_accident, rows_text
 from umbrella_jax.errors import Faults
 from umbrella_jax.io.reading import sha256
 from umbrella_jax.study.cases import CaseReader, row_of
@@ -129,30 +129,22 @@ def column_leaks(reader: CaseReader, visits_of: Mapping[str, Sequence[Visit]]) -
     else:
         answered, asked = {task.column or ""}, set(reader.text_columns)
     sources = {made_of.get(name, name): name for name in answered}
-    rows, number = _first_rows(reader, visits_of)
     for column in sorted(asked):
         target = sources.get(made_of.get(column, column))
         if target is not None and task.value != "change":
             same = "is the answer" if column == target else f"is made of the same values as the answer, {target}"
-            yield (
-                f"tasks.{reader.name}: {{{column}}} in the text {same}, so the scan is not needed "
-                f"({number:,}: {rows_text(rows, number)}); take it out"
-            )
-        elif task.kind != "text" and (reason := _determined_by(column, reader, visits_of)):
-            yield (
-                f"tasks.{reader.name}: {{{column}}} in the text determines the answer, so the scan is not needed: "
-                f"{reason} ({number:,}: {rows_text(rows, number)}); take it out"
-            )
+            reason = f"{same}, so the scan is not needed"
+        elif task.kind != "text" and (how := _determined_by(column, reader, visits_of)):
+            reason = f"determines the answer, so the scan is not needed: {how}"
+        else:
+            continue
+        yield f"tasks.{reader.name}: {{{column}}} in the text {reason} ({_all_rows(reader, visits_of)}); take it out"
 
 
-def _first_rows(reader: CaseReader, visits_of: Mapping[str, Sequence[Visit]]) -> tuple[list[str], int]:
-    rows, number = list[str](), 0
-    for visits in visits_of.values():
-        for case in reader.cases(visits):
-            number += 1
-            if len(rows) < ROWS_SHOWN:
-                rows.append(row_of(case.visits))
-    return rows, number
+def _all_rows(reader: CaseReader, visits_of: Mapping[str, Sequence[Visit]]) -> str:
+    """Return the number of a task's cases and the first of them."""
+    rows = [row_of(case.visits) for visits in visits_of.values() for case in reader.cases(visits)]
+    return f"{len(rows):,}: {rows_text(rows)}"
 
 
 def _determined_by(column: str, reader: CaseReader, visits_of: Mapping[str, Sequence[Visit]]) -> str | None:

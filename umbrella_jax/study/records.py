@@ -13,7 +13,7 @@ changes no conversation. All other splits use the first phrasings.
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -36,21 +36,10 @@ Record = dict[str, Any]
 class TaskRecords(dict[str, Iterator[Record]]):
     """{split: its conversations}, each made when it is asked for."""
 
-    def __init__(self, name: str, left_out: Mapping[str, int]):
+    def __init__(self, left_out: Mapping[str, int]):
         super().__init__()
         self.left_out = left_out
         """{reason: number of visits, or of runs of visits, that the task leaves out}."""
-        self._name, self._search = name, LeakSearch()
-
-    def searched(self, split: str, records: Iterable[Record]) -> Iterator[Record]:
-        """Yield the records, and look for leaks in them."""
-        for record in records:
-            self._search.add(split, _exchange(record))
-            yield record
-
-    def leak_faults(self) -> list[str]:
-        """Return a fault for each way in which texts or references give answers away, once all records are made."""
-        return [f"tasks.{self._name}: {' and '.join(leak.splits)}: {leak.reason}" for leak in self._search.leaks()]
 
 
 def _exchange(record: Record) -> Exchange:
@@ -82,9 +71,10 @@ def make_records(
         task: what to ask.
         study: gives the modalities, `keep`, and the seed and groups of the split.
         visits_of: {split: its visits}, sorted by subject and visit.
-        faults: receives what is wrong with the task; there are no conversations then.
+        faults: receives what is wrong with the task; there are no conversations then. Faults of texts and references
+            that give answers away come when the last conversation of all splits has been made.
         notes: receives what is left out and why, and what a person should look at. A line about queries with too few
-            references comes once a split's conversations are made.
+            references comes when a split's last conversation has been made.
     """
     found = Faults()
     columns = {column for visits in visits_of.values() for visit in visits for column in visit.values}
@@ -99,17 +89,32 @@ def make_records(
         found += column_leaks(reader, visits_of)
     faults += found
     if found:
-        return TaskRecords(name, {})
-    records = TaskRecords(name, survey.left_out)
+        return TaskRecords({})
     writer = _RecordWriter(reader, _numeric_columns(study.keep, visits_of))
+    records = TaskRecords(survey.left_out)
     for split, visits in visits_of.items():
         if reader.references is None:
-            made = writer.questions(split, visits)
+            records[split] = writer.questions(split, visits)
         else:
             pool = visits_of[TRAIN] if reader.references.split == TRAIN else visits
-            made = writer.comparisons(split, visits, pool, notes)
-        records[split] = records.searched(split, made)
+            records[split] = writer.comparisons(split, visits, pool, notes)
+    _search_leaks(name, records, faults)
     return records
+
+
+def _search_leaks(name: str, records: TaskRecords, faults: Faults) -> None:
+    """Look for leaks in the records as they are made; the end of the last split adds the faults."""
+    search, unfinished = LeakSearch(), set(records)
+
+    def searched(split: str, made: Iterator[Record]) -> Iterator[Record]:
+        for record in made:
+            search.add(split, _exchange(record))
+            yield record
+        unfinished.discard(split)
+        if not unfinished:
+            faults.extend(f"tasks.{name}: {' and '.join(leak.splits)}: {leak.reason}" for leak in search.leaks())
+
+    records |= {split: searched(split, made) for split, made in records.items()}
 
 
 def _numeric_columns(columns: Sequence[str], visits_of: Mapping[str, Sequence[Visit]]) -> set[str]:

@@ -196,6 +196,9 @@ class TaskStudyConfig(Section):
                 yield f"value: change is a number, and this is {self.kind}"
         if self.kind == "regression" and self.labels:
             yield "labels: a regression has numbers; leave them out"
+        for name in ("show", "visits"):
+            if getattr(self, name) == ():
+                yield f"{name}: expected at least one"
         if self.value != "last" and self.visits == 1:
             yield "value: one visit is shown; set visits to 2 or more"
 

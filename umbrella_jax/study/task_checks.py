@@ -37,6 +37,8 @@ def column_faults(name: str, task: TaskStudyConfig, study: StudyConfig, columns:
     for part, phrasings in phrasings_of(task).items():
         labelled = part.endswith("answer") and task.kind != "text"
         allowed = ["target", "label"] if labelled else ["target", *sorted(columns)]
+        if not phrasings:
+            yield f"tasks.{name}.{part}: expected at least one text"
         for number, text in enumerate(phrasings):
             key = f"tasks.{name}.{part}" + (f"[{number}]" if len(phrasings) > 1 else "")
             if part == "answer" and task.kind == "text":
