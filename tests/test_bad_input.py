@@ -219,6 +219,15 @@ def test_faults_of_a_config_come_together(refused: Refused, world: World, tmp_pa
             ["--modality", "PET"],
             ["umbrella-jax: --modality: data.modality: 'PET' is not configured; expected T1 (or sMRI), rsfMRI ("],
         ),
+        (["--modality", "t1"], ["umbrella-jax: --modality: data.modality: 't1' is not configured; write T1\n"]),
+        (
+            ["--batch-size", "2.5", "--epochs", "ten"],
+            [
+                "2 faults",
+                "--batch-size: train.batch_size: expected a whole number, got '2.5'",
+                "--epochs: train.epochs: expected a number, got 'ten'",
+            ],
+        ),
         (["--task-filter", "T9"], ["task_filter T9", "their tasks T0, T1, T3"]),
         (
             [

@@ -245,7 +245,7 @@ def test_a_flag_replaces_a_key_and_its_fault(tmp_path: Any) -> None:
             "batch_size: train: batch_size: expected 1 to 65,536, got -2",
         ),
         (f"{FLAT}gradient_checkpointing: maybe", "gradient_checkpointing: expected true or false, got 'maybe'"),
-        (f"{FLAT}max_steps: 100", "max_steps: 100 has no counterpart: a run's length is train.epochs"),
+        (f"{FLAT}max_steps: 100", "max_steps: 100 has no counterpart: set the length in passes over the data"),
         ("{model_name: llava, T1_img_size: 96}", "no modality has both NAME_img_size and NAME_patch_size"),
         (
             "{model: {modalities: {T1: {size: [8, 8, 8], patch: [4, 4, 4]}}}, learning_rate: 0.1, trainer: {}}",
@@ -296,8 +296,24 @@ def test_invisible_characters_survive_the_terminal(tmp_path):
 
 
 def test_an_unknown_section_of_a_flag_is_not_blamed_on_the_file(tmp_path: Any) -> None:
-    with pytest.raises(ConfigError, match=r"^--set: trainer: no such key"):
-        load_config(write(tmp_path, FLAT), {"trainer.max_epochs": 3}, {"trainer.max_epochs": "--set"})
+    with pytest.raises(ConfigError, match=r"^--set: trainers: no such key"):
+        load_config(write(tmp_path, FLAT), {"trainers.max_epochs": 3}, {"trainers.max_epochs": "--set"})
+
+
+def test_a_flag_with_the_original_key_names_ours(tmp_path: Any) -> None:
+    flags = dict.fromkeys(["trainer.max_epochs", "lr"], "--set")
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, FLAT), {"trainer.max_epochs": 3, "lr": 1}, flags)
+    assert caught.value.faults == (
+        "--set: trainer.max_epochs: a key of the PyTorch system; write train.epochs",
+        "--set: lr: a key of the PyTorch system; write train.learning_rate",
+    )
+
+
+def test_a_field_that_a_flag_left_out_is_not_blamed_on_the_file() -> None:
+    key = "train.early_stopping.patience"
+    with pytest.raises(ConfigError, match=r"^--set: train\.early_stopping\.metric: missing; expected a value"):
+        load_config("t1_0.5b", {key: 3}, {key: "--set"})
 
 
 def test_names_no_flag_that_only_shares_a_word_with_the_fault() -> None:

@@ -125,7 +125,7 @@ def test_diffusion_maps_are_a_modality_of_their_own_unless_the_config_says_other
     [
         (["train.json", "eval.json"], "eval.json, train.json"),
         (["sex/train.jsonl", "sex/val.json", "notes.json"], "sex/train.jsonl, sex/val.json"),
-        (["train/a.json", "train/b.json", "test/a.json"], "test/a.json, train/a.json, train/b.json"),
+        (["train/a.json", "train/b.json", "test/a.json"], "test/, train/"),
         (["age_training.json", "age_validation.json"], "age_training.json, age_validation.json"),
         (["testset.json", "trainset.json"], "testset.json, trainset.json"),
         (["sexTest.json", "sexTrain.json"], "sexTest.json, sexTrain.json"),

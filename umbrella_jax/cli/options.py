@@ -197,8 +197,16 @@ def add_config(parser: argparse.ArgumentParser, flags: Sequence[str]) -> dict[st
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         names = [flag, *([_SHORT[flag]] if flag in _SHORT else [])]
-        groups[title].add_argument(*names, dest=key, type=kind, metavar=metavar, help=f"{text} [{key}]")
+        groups[title].add_argument(*names, dest=key, type=partial(_read, kind), metavar=metavar, help=f"{text} [{key}]")
     return groups
+
+
+def _read(kind: type, text: str) -> Any:
+    """Return a flag's value as `kind`, or the text if it is none, which the check of the config reports."""
+    try:
+        return kind(text)
+    except ValueError:
+        return text
 
 
 def add_flags(parser: Any, flags: Sequence[str]) -> None:

@@ -278,7 +278,12 @@ def read_config(
         data, keys, given, lines = conversion.mapping, conversion.sources, [], conversion.lines(path)
     faults = Faults()
     for key, value in (overrides or {}).items():
-        *parents, last = key.split(".")
+        *parents, last = names = key.split(".")
+        is_ours = names[0] in {f.name for f in dataclasses.fields(RunConfig)}
+        theirs = () if is_ours else _counterparts(key, value)
+        if theirs:
+            faults.append(f"{flags.get(key, path)}: {key}: a key of the PyTorch system; write {' and '.join(theirs)}")
+            continue
         section = data
         for parent in parents:
             section = section.setdefault(parent, {})

@@ -41,7 +41,15 @@ class Origins:
                 return f"{place}{exact[-1]}"
         inside = [flag for name, flag in self.flags.items() if name.startswith(f"{key}.")]
         if message.startswith("no such key") and inside:
-            return inside[-1]  # --set trainer.max_epochs=3, without such a section in the file
+            return inside[-1]  # --set trainers.max_epochs=3, without such a section in the file
+        section = f"{key.rpartition('.')[0]}."
+        beside = [flag for name, flag in self.flags.items() if name.startswith(section)]
+        if (
+            message.startswith("missing")
+            and beside
+            and not any(n.startswith(section) for n in (*self.keys, *self.given))
+        ):
+            return beside[-1]  # --set train.early_stopping.patience=3, without its metric
         words, dotted = (set(re.findall(pattern, message)) for pattern in (r"\w+", r"\w+(?:\.\w+)+"))
         named = [
             typed

@@ -600,6 +600,9 @@ def modality_names(modalities: Collection[str]) -> str:
 def unknown_modality(name: str, modalities: Collection[str]) -> str:
     """Return the message about a modality that is not configured, and what to do about it."""
     first = next(iter(modalities), "NAME")
+    for known in (*modalities, *itertools.chain(*ALIASES)):
+        if known.lower() == name.lower() and resolve_modality(known, modalities):
+            return f"{name!r} is not configured; write {known}"
     return (
         f"{name!r} is not configured; expected {modality_names(modalities)}. Configure model.modalities.{name}, or let "
         f"another modality accept it, such as model.modalities.{first}.aliases: [{name}]"

@@ -267,11 +267,14 @@ def conversation_files(path: Path) -> list[Path]:
             pair = " and ".join(file.name for file in twins[:2])
             raise DataError(f"{twins[0].parent}: {pair}: one set in two formats, or two sets? Name one of the files")
         if splits := _splits(path, files):
-            names = ", ".join(str(file.relative_to(path)) for file in splits[:4])
-            more = f" and {len(splits) - 4} more" if len(splits) > 4 else ""
+            entries = {path / file.relative_to(path).parts[0]: None for file in splits}
+            words = {entry: _SPLIT.findall(_CAMEL.sub("_", entry.stem).lower()) for entry in entries}
+            shown = list(entries) if all(words.values()) else splits  # train/ and test/, or sex/train.json
+            names = ", ".join(f"{entry.relative_to(path)}{'/' if entry.is_dir() else ''}" for entry in shown[:4])
+            more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
             raise DataError(
                 f"{path}: contains several splits: {names}{more}; name one file, or a directory of one split"
-                f"{_split_flags(path, splits)}"
+                f"{_split_flags(words)}"
             )
         return files
     if not path.is_file():
@@ -303,16 +306,17 @@ def _splits(root: Path, files: Sequence[Path]) -> list[Path]:
     return named if len({tuple(sorted(set(words[file]))) for file in named}) > 1 else []
 
 
-def _split_flags(root: Path, files: Sequence[Path]) -> str:
-    """Return the flags that name the splits to train and to evaluate on, if the names directly below `root` say which
-    these are."""
-    entries = dict.fromkeys(root / file.relative_to(root).parts[0] for file in files)
-    words = {entry: _SPLIT.findall(_CAMEL.sub("_", entry.stem).lower()) for entry in entries}
-    named = {word: [entry for entry in words if words[entry] == [word]] for word in ("train", "val", "eval", "dev")}
+def _split_flags(words: Mapping[Path, list[str]]) -> str:
+    """Return the flags that name the splits to train and to evaluate on, if it is clear which these are.
+
+    Args:
+        words: {file or directory: words for a split in its name}.
+    """
+    named = {word: [path for path in words if words[path] == [word]] for word in ("train", "val", "eval", "dev")}
     training, evaluation = (named.pop("train"), next(filter(None, named.values()), []))
     if len(training) != 1 or len(evaluation) != 1:
         return ""
-    train_flag, eval_flag = (shlex.quote(str(entry)) for entry in (*training, *evaluation))
+    train_flag, eval_flag = (shlex.quote(str(path)) for path in (*training, *evaluation))
     return f": --train-data {train_flag} --eval-data {eval_flag}"
 
 
