@@ -182,7 +182,7 @@ def test_the_start_of_a_run(printed: str, counted: dict[str, tuple[int, int]], r
         assert (row in lines) == (path in TRAINED), row
     for line in (
         "the patch embedding is trainable: passed (T1, rsfMRI)",
-        f"what trains is what train.groups names: passed ({len(TRAINED)} tensors, in float32)",
+        f"trainable parameters match train.groups: passed ({len(TRAINED)} tensors, in float32)",
         f"everything else is frozen: passed ({len(parameters(run)) - len(TRAINED)} tensors, no moments)",
         "remat: none",
         "precision: compute float32, frozen float32, trainable and moments float32",

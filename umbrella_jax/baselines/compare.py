@@ -6,7 +6,6 @@ not its reference.
 """
 
 import math
-import textwrap
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from umbrella_jax.baselines.table import side_by_side
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.checkpoints.load import open_base, same_template
 from umbrella_jax.config.schema import RunConfig, TaskConfig
+from umbrella_jax.console import wrapped
 from umbrella_jax.data.conversation import Conversation, Image
 from umbrella_jax.data.loader import Dataset, prefetch
 from umbrella_jax.data.validation.checks import check_overlap
@@ -58,7 +58,7 @@ class Baselines:
 
     def table(self) -> str:
         """Return the text for a terminal of 80 columns."""
-        notes = [line for note in self.notes for line in textwrap.wrap(note, 80)]
+        notes = [line for note in self.notes for line in wrapped(note)]
         return "\n".join([*side_by_side(self.scores), *notes])
 
 

@@ -169,8 +169,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     sampling, config = _sampling(arguments), settings_of(arguments)
     checkpoint = _open_checkpoint(arguments, config)
-    data = config.data if config else DataConfig()
-    processor = Processor.from_checkpoint(checkpoint, max_length=data.max_length)
+    processor = Processor.from_checkpoint(checkpoint, max_length=_data(arguments, config).max_length)
     images = _images(arguments, processor.modalities)
     if not images:
         first = next(iter(processor.modalities))

@@ -3,7 +3,6 @@
 A setting without counterpart here is an error, so a run never differs silently.
 """
 
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,6 +11,7 @@ from umbrella_jax.config.original_rules import DROPPED, FLAT, RULES
 from umbrella_jax.config.schema import SECRET, ModelConfig, RunConfig, TrainConfig, resolve_modality
 from umbrella_jax.console import WIDTH, table_lines, wrapped
 from umbrella_jax.errors import ConfigError, visible
+from umbrella_jax.io.files import yaml_text
 from umbrella_jax.io.reading import quoted
 
 _SIZE, _FRAMES, _PATCH = "dataset.{}.img_size", "dataset.{}.sequence_length", "model.{}.patch_size"
@@ -305,18 +305,8 @@ class _Reading:
 
 def render(conversion: Conversion) -> str:
     """Return the YAML of a run for `load_config`, below the notes as comments."""
-    from ruamel.yaml import YAML
-
-    out = io.StringIO()
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = None
-    yaml.sort_base_mapping_type_on_output = False
-    yaml.dump(conversion.mapping, out)
-    if visible(out.getvalue()) != out.getvalue():  # write characters that a terminal hides as YAML's escapes
-        yaml.allow_unicode, out = False, io.StringIO()
-        yaml.dump(conversion.mapping, out)
     comments = [f"# {line}" for note in conversion.notes for line in note.splitlines()]
-    return "\n".join([*comments, out.getvalue()])
+    return "\n".join([*comments, yaml_text(conversion.mapping)])
 
 
 def _nested_name(name: str, modality: str) -> str:

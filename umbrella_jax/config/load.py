@@ -16,6 +16,7 @@ from umbrella_jax.config.origins import Origins
 from umbrella_jax.config.ranges import Section, range_faults
 from umbrella_jax.config.schema import SECRET, MeshConfig, RunConfig, to_dict
 from umbrella_jax.errors import ConfigError, Faults
+from umbrella_jax.io.files import yaml_text
 from umbrella_jax.io.reading import quoted, read_yaml
 
 S = TypeVar("S", bound=Section)
@@ -353,13 +354,4 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def dump_config(config: RunConfig) -> str:
     """Return the resolved run as YAML."""
-    import io
-
-    from ruamel.yaml import YAML
-
-    out = io.StringIO()
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = None
-    yaml.sort_base_mapping_type_on_output = False  # the dataclasses' order, not the alphabet's
-    yaml.dump(to_dict(config), out)
-    return out.getvalue()
+    return yaml_text(to_dict(config))

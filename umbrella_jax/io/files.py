@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import io
 import json
 import math
 import os
@@ -9,12 +10,12 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from umbrella_jax.errors import ConfigError, RunError
+from umbrella_jax.errors import ConfigError, RunError, visible
 
 SHARED, PRIVATE = 0o666, 0o600
 """Modes of new files, before the umask. Files with participant data are PRIVATE."""
@@ -289,6 +290,21 @@ def strict_json(value: Any, **options: Any) -> str:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError:
         return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def yaml_text(mapping: Mapping[str, Any]) -> str:
+    """Return plain values as YAML, in the mapping's order; characters that a terminal hides are escaped."""
+    from ruamel.yaml import YAML
+
+    def dump(*, allow_unicode: bool) -> str:
+        out, yaml = io.StringIO(), YAML(typ="safe", pure=True)
+        yaml.default_flow_style, yaml.allow_unicode = None, allow_unicode
+        yaml.sort_base_mapping_type_on_output = False
+        yaml.dump(mapping, out)
+        return out.getvalue()
+
+    text = dump(allow_unicode=True)
+    return text if visible(text) == text else dump(allow_unicode=False)
 
 
 def _finite(value: Any) -> Any:

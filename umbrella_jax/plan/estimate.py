@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import textwrap
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from umbrella_jax.config.schema import AttentionBackend, MeshConfig, ModelConfig, RunConfig
-from umbrella_jax.console import table_lines
+from umbrella_jax.console import table_lines, wrapped
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.io.reading import read_json
 from umbrella_jax.models import LlavaConfig
@@ -188,7 +187,7 @@ class HardwarePlan:
             f"trains {model.trained:,} numbers; {sum(model.frozen.values()) / 1e9:.3f} GB frozen in "
             f"{self.frozen_dtype}; computes in {model.config.compute_dtype}"
         )
-        lines = [*_wrapped(f"{devices.name}: {chips}, each {speeds}"), *_wrapped(trains), ""]
+        lines = [*wrapped(f"{devices.name}: {chips}, each {speeds}"), *wrapped(trains), ""]
         counts = [model.flops(remat) for remat in _COUNTS.values()]
         unit, scaled = _unit(max(sum(count.values()) for count in counts))
         lines += table_lines(
@@ -230,7 +229,7 @@ class HardwarePlan:
                 sizes = ",".join(f"{axis}={size}" for axis, size in dataclasses.asdict(estimates[0].mesh).items())
                 lines += ["", f"to train, {title}: --batch-size {estimates[0].batch_size} --mesh {sizes}"]
         return "\n".join(
-            [*lines, "", "assumed:", *(line for text in self.assumptions() for line in _wrapped(f"- {text}"))]
+            [*lines, "", "assumed:", *(line for text in self.assumptions() for line in wrapped(f"- {text}"))]
         )
 
     def _compare(self, title: str, estimates: Sequence[StepEstimate], name: Callable[[StepEstimate], str]) -> list[str]:
@@ -246,10 +245,6 @@ class HardwarePlan:
         if self.subjects is not None:
             rows.append([f"hours for {self.subjects:,}", *(f"{self.hours(e):.3g}" for e in estimates)])
         return table_lines(rows)
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, 80, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _unit(size: float, largest: str = "T") -> tuple[str, Callable[[float], str]]:

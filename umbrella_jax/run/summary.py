@@ -145,7 +145,7 @@ class RunSummary:
     parameters: ParameterSummary
     remat: str
     precision: Mapping[str, str]
-    """{compute, frozen, trainable: types}."""
+    """{compute, frozen, trainable and moments: types}."""
     attention: str
     attention_reason: str
     device_kinds: Sequence[str]

@@ -166,7 +166,7 @@ def check_state(
     return [
         _check_patch_embed(paths, covered),
         FreezeCheck(
-            name="what trains is what train.groups names",
+            name="trainable parameters match train.groups",
             result="passed",
             detail=f"{plural(len(trainable), 'tensor')}, in float32",
         ),
