@@ -640,7 +640,7 @@ def test_the_page_lists_flagged_volumes_first_and_compares_sets(page_of_many):
     ]
     assert result["volumes"][1][2].startswith("voxel size (mm) 1 × 1 × 2, 1 of 7 T1 volumes")
     assert result["volumes"][1][3:10] == ["train", "T1", "1", "6 × 7 × 5", "1 × 1 × 2", "", "RAS"]
-    assert result["caption"].startswith("7 of 8 volumes (--json lists the others)")
+    assert result["caption"].startswith("7 of 8 volumes, the worst first; paths start at /")
     assert "sub-5.nii" in result["target"]
     assert result["thumbnails"] == [True]
     assert len(result["findings"]) == len(report.findings)

@@ -34,7 +34,7 @@ from umbrella_jax.html.viewer import slice_viewer, thumbnail
 from umbrella_jax.rundir import Say, say_nothing
 
 MOST_ROWS = 5000
-"""Rows of a table; flagged ones come first, and the caption counts those left out."""
+"""Rows of a table; flagged ones come first, and the caption states how many there are."""
 MOST_THUMBNAILS = 200
 """Flagged volumes with a small picture in the table."""
 _PLACES = 20
@@ -241,9 +241,9 @@ def _columns(names: Sequence[str], kinds: Sequence[Any]) -> list[TableColumn]:
 
 
 def _caption(every: Sequence[object], rows: Sequence[object], noun: str, folder: str = "") -> str:
-    """Return a table's caption, which counts the rows that the table leaves out."""
+    """Return a table's caption, which states how many rows there are if the table leaves some out."""
     total = plural(len(every), noun)
-    count = total if len(rows) == len(every) else f"{len(rows):,} of {total} (--json lists the others)"
+    count = total if len(rows) == len(every) else f"{len(rows):,} of {total}"
     return f"{count}, the worst first" + (f"; paths start at {folder}" if folder else "")
 
 
