@@ -180,7 +180,18 @@ def test_refuses_merged_rows_and_files_that_are_no_tables(tmp_path):
     book.save(path)
     assert refuse(path) == ["a.xlsx:2: cells are merged down to row 3; write the value in every row"]
     assert refuse(write(tmp_path / "b.xlsx", "id,x\n"))[0].startswith("b.xlsx: not a spreadsheet that can be read: ")
+    book.active["XFD1048576"] = 1  # calamine would ask for 400 GB
+    book.active.unmerge_cells("B2:B3")
+    book.save(path)
+    assert refuse(path) == [
+        "a.xlsx: not a spreadsheet that can be read: damaged, or has a cell far from all others; save the table as .csv"
+    ]
     assert refuse(write(tmp_path / "c.parquet", "id,x\n"))[0].startswith("c.parquet: not a parquet table")
+    pd.DataFrame({"id": range(100)}).to_parquet(tmp_path / "c.parquet")
+    content = bytearray((tmp_path / "c.parquet").read_bytes())
+    content[-200:-100] = b"x" * 100
+    (tmp_path / "c.parquet").write_bytes(content)
+    assert refuse(tmp_path / "c.parquet")[0].startswith("c.parquet: not a parquet table")
     formats = ".tsv, .csv, .txt, .xlsx, .xls, .parquet"
     assert refuse(write(tmp_path / "d.ods", "")) == [f"d.ods: no table that can be read; expected one of {formats}"]
     assert refuse(tmp_path / "e.csv") == ["e.csv: not found; expected a table"]

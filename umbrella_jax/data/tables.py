@@ -23,6 +23,7 @@ _DOUBTFUL = {
     *("not reported", "unknown or not reported", "not specified", "unspecified", "no data", "missing data"),
 }
 """Cells that may mean a missing value, or may be a label."""
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 DELIMITERS = {"\t": "tab", ",": "comma", ";": "semicolon"}
 """{character between two cells: its name}."""
 
@@ -149,7 +150,7 @@ def has_lost_zeros(name: str, other: str) -> bool:
 
 def parse_cell_number(cell: str) -> float | None:
     """Return the number in a cell, None for anything else, including Python's 1_000, inf and nan."""
-    return float(cell) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", cell, re.ASCII) else None
+    return float(cell) if _NUMBER.fullmatch(cell) else None
 
 
 def is_missing(cell: str, declared: Sequence[str] = (), labels: Collection[str] = ()) -> bool:

@@ -1,17 +1,16 @@
 """Read a lab's tables: text in any encoding, spreadsheets and parquet, each cell as text with the line of its row."""
 
 import csv
-import datetime
-import decimal
 import difflib
-import math
+import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from umbrella_jax.data.tables import (
     DELIMITERS,
@@ -22,6 +21,7 @@ from umbrella_jax.data.tables import (
 )
 from umbrella_jax.errors import DataError
 from umbrella_jax.io.reading import LISTING, read_content
+from umbrella_jax.study import sheet_process
 from umbrella_jax.study.schema import StudyConfig, TableConfig
 
 VISIT = "visit"
@@ -280,26 +280,16 @@ def _delimiter(text: str) -> str:
 
 def _read_spreadsheet(path: Path, sheet: str | None) -> Iterator[tuple[int, list[str]]]:
     """Yield (row, cells) of a sheet. Formulas have the value that was saved; one with an error is empty."""
-    from python_calamine import CalamineError, CalamineWorkbook, SheetVisibleEnum
-
     content = read_content(path, DataError, LISTING, "expected a spreadsheet")
-    try:
-        workbook = CalamineWorkbook.from_filelike(BytesIO(content))
-        names = [s.name for s in workbook.sheets_metadata if s.visible == SheetVisibleEnum.Visible]
-        if sheet is None and len(names) > 1:
-            raise DataError(f"{path}: has several sheets; set sheet to one of {', '.join(names)}")
-        if sheet is not None and sheet not in workbook.sheet_names:
-            raise DataError(f"{path}: sheet {sheet}: no such sheet; expected {' or '.join(names)}")
-        cells = workbook.get_sheet_by_name(sheet or names[0])
-        merged = [area for area in cells.merged_cell_ranges or () if area[0][0] != area[1][0]]
-        rows = cells.to_python(skip_empty_area=False)
-    except CalamineError as error:
-        raise DataError(f"{path}: not a spreadsheet that can be read: {error}") from None
-    if merged:
-        (first, _), (last, _) = merged[0]
-        raise DataError(f"{path}:{first + 1}: cells are merged down to row {last + 1}; write the value in every row")
-    for number, row in enumerate(rows, start=1):
-        yield number, [_cell_text(cell) for cell in row]
+    command = [sys.executable, "-P", sheet_process.__file__, *([] if sheet is None else [sheet])]
+    child = subprocess.run(command, input=content, capture_output=True, check=False)
+    if child.returncode:
+        reason = "damaged, or has a cell far from all others"
+        raise DataError(f"{path}: not a spreadsheet that can be read: {reason}; save the table as .csv")
+    answer = json.loads(child.stdout)
+    if isinstance(answer, str):
+        raise DataError(f"{path}{answer}")
+    yield from answer
 
 
 def _read_parquet(path: Path, names: Collection[str]) -> Iterator[tuple[int, list[str]]]:
@@ -316,40 +306,19 @@ def _read_parquet(path: Path, names: Collection[str]) -> Iterator[tuple[int, lis
         file = pq.ParquetFile(BytesIO(content))
         header = [name for name in file.schema_arrow.names if not names or name in names]
         table = file.read(columns=header)
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: not a parquet table that can be read: {error}") from None
-    columns = []
-    for name in header:
-        column = table.column(name)
-        if pa.types.is_nested(column.type):
-            raise DataError(f"{path}: {name}: has a list in each cell; expected a number or a text")
-        values = column.to_pylist()
-        if pa.types.is_float32(column.type) or pa.types.is_float16(column.type):
-            short = np.dtype(column.type.to_pandas_dtype()).type  # 0.1 is 0.10000000149011612 with more digits
-            values = [None if value is None else float(str(short(value))) for value in values]
-        columns.append([_cell_text(value) for value in values])
+        columns = []
+        for name in header:
+            column = table.column(name)
+            if pa.types.is_nested(column.type):
+                raise DataError(f"{path}: {name}: has a list in each cell; expected a number or a text")
+            values = column.to_pylist()
+            if pa.types.is_float32(column.type) or pa.types.is_float16(column.type):
+                short = np.dtype(column.type.to_pandas_dtype()).type  # 0.1 is 0.10000000149011612 with more digits
+                values = [None if value is None else float(str(short(value))) for value in values]
+            columns.append([sheet_process.cell_text(value) for value in values])
+    except DataError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a parquet table that can be read: {str(error).splitlines()[0]}") from None
     yield 0, header
     yield from enumerate(map(list, zip(*columns, strict=True)), start=1)
-
-
-def _cell_text(value: Any) -> str:
-    """Return a typed cell as text: 45.0 as 45, a date in ISO 8601, a boolean as TRUE or FALSE."""
-    if isinstance(value, str):
-        return value.strip()
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(value).upper()
-    if isinstance(value, float):
-        if math.isnan(value):
-            return ""
-        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.15g}"
-    if isinstance(value, datetime.datetime):
-        return value.date().isoformat() if value.time() == datetime.time() else value.isoformat()
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace").strip()
-    if isinstance(value, decimal.Decimal):
-        return f"{value:f}"
-    return str(value)

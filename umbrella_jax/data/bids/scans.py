@@ -20,6 +20,8 @@ _REPEATS = ("sub", "ses", "run", "task", "dir")
 _NONE = "none"
 """The value by which `--entity` selects scans without the entity."""
 _NAMES_SHOWN = 20
+_LABEL = re.compile("([a-zA-Z0-9]+)-([a-zA-Z0-9+]+)_")
+_LABELS = re.compile(f"({_LABEL.pattern})+")
 
 
 @dataclass(frozen=True)
@@ -274,8 +276,8 @@ def _is_pointer(path: str) -> bool:
 
 def _entities(name: str, suffix: str) -> dict[str, str] | None:
     """Return {"sub": "01", "run": "2"} for sub-01_run-2_T1w.nii.gz, None for a name that is not BIDS."""
-    label = "([a-zA-Z0-9]+)-([a-zA-Z0-9+]+)_"
-    return dict(re.findall(label, name)) if re.fullmatch(rf"({label})+{suffix}\.nii(\.gz)?", name) else None
+    end = re.fullmatch(rf"(.*_){suffix}\.nii(\.gz)?", name)
+    return dict(_LABEL.findall(end[1])) if end and _LABELS.fullmatch(end[1]) else None
 
 
 def _keys(scans: Iterable[Scan]) -> set[str]:
