@@ -163,8 +163,7 @@ class _RecordWriter:
                 turns[query.label] += 1
                 short += config.per_query - len(drawn)
                 for number, people in enumerate(drawn, start=1):
-                    chosen = [rng.choice(pool.cases[person]) for person in people]
-                    references = [rng.choice([*reader.shown(reference)]) for reference in chosen]
+                    references = [pool.draw_shown(person, rng) for person in people]
                     yield self._comparison(split, query, references, number)
         if short:
             expected = f"{config.per_query} per query: too few other subjects"

@@ -12,7 +12,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 
-from umbrella_jax.study.cases import Case, CaseReader
+from umbrella_jax.study.cases import CaseReader, ShownCase
 from umbrella_jax.study.visits import Visit
 
 Person = tuple[str, str]
@@ -25,13 +25,17 @@ class ReferencePool:
     """Subjects whose cases can be references, by label."""
 
     def __init__(self, reader: CaseReader, visits: Sequence[Visit]):
-        self.cases: dict[Person, list[Case]] = defaultdict(list)
+        self._shown: dict[Person, list[tuple[ShownCase, ...]]] = defaultdict(list)
         for case in reader.cases(visits):
-            self.cases[reader.label(case), case.subject].append(case)
-        self.labels = sorted({label for label, _ in self.cases})
-        self._everybody = sorted(self.cases)
+            self._shown[reader.label(case), case.subject].append(tuple(reader.shown(case)))
+        self.labels = sorted({label for label, _ in self._shown})
+        self._everybody = sorted(self._shown)
         self._alike = {label: [person for person in self._everybody if person[0] == label] for label in self.labels}
         self._others = {label: [person for person in self._everybody if person[0] != label] for label in self.labels}
+
+    def draw_shown(self, person: Person, rng: random.Random) -> ShownCase:
+        """Return one of a person's cases, with one of the scans that it can show."""
+        return rng.choice(rng.choice(self._shown[person]))
 
     def draw_single(self, label: str, subject: str, number: int, turn: int, rng: random.Random) -> list[Person]:
         """Return `number` references of a query, half of them with its label; fewer if there are not so many.
