@@ -44,12 +44,12 @@ def leaks(visits_of, root, **sections) -> list[str]:
 def test_refuses_people_in_two_splits(tmp_path):
     shared = {"train": visits_from(TABLE[:17]), "eval": visits_from(TABLE[15:])}
     assert leaks(shared, tmp_path)[:2] == [
-        "split: subject AD-15 is in several splits: train (AD-15), eval (AD-15); expected it in one of them",
-        "split: subject CN-16 is in several splits: train (CN-16), eval (CN-16); expected it in one of them",
+        "split: subject AD-15 is in several splits: train (AD-15), eval (AD-15); expected it in one only",
+        "split: subject CN-16 is in several splits: train (CN-16), eval (CN-16); expected it in one only",
     ]
     families = {"train": visits_from(TABLE[:17]), "eval": visits_from(TABLE[17:])}
     assert leaks(families, tmp_path, split={"by": "family"}) == [
-        "split: family F8 is in several splits: train (CN-16), eval (AD-17); expected it in one of them"
+        "split: family F8 is in several splits: train (CN-16), eval (AD-17); expected it in one only"
     ]
     assert not leaks(families, tmp_path)
 

@@ -1,5 +1,6 @@
 """A study's conversations, compared with an independent reading of the table; and the mistakes that are refused."""
 
+import json
 from collections import Counter
 
 import pandas as pd
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.study_visits import asked, faults_of, made, study_of, visits_from
+from umbrella_jax.data.conversation import read_conversations
 
 TABLE = pd.DataFrame(
     {
@@ -230,6 +232,20 @@ def test_references_are_of_others_of_the_right_split_and_balanced(labels, count,
             for label in "abc":
                 of_label = [q for q in parts[name].subject if label_of[q] == label]
                 assert abs(sum(kinds[q, True] for q in of_label) - sum(kinds[q, False] for q in of_label)) <= 1
+
+
+def test_references_of_train_are_no_overlap(tmp_path):
+    task = {"kind": "comparison", "column": "sex", "references": {"count": 3, "per_query": 2}}
+    records, _, _ = made(study_of({"sex": task}), splits(TABLE))
+    sets = {}
+    for split, members in records.items():
+        (tmp_path / f"{split}.json").write_text(json.dumps(members))
+        sets[split] = read_conversations(tmp_path / f"{split}.json", ["T1"])
+    train = {subject for c in sets["train"] for subject in c.subjects}
+    for conversation, record in zip(sets["eval"], records["eval"], strict=True):
+        assert conversation.subjects - conversation.references == {record["metadata"]["subject_id"][4:]}
+        assert conversation.references <= train
+        assert [i.path.name for i in conversation.queried_images] == [record["images"][-1]["path"].split("/")[1]]
 
 
 MISTAKES = [

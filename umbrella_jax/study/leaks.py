@@ -21,7 +21,7 @@ from umbrella_jax.study.schema import StudyConfig
 from umbrella_jax.study.visits import Visit
 
 _HEAD = 1 << 16
-"""Bytes of a file that are compared before all of it is."""
+"""Bytes of each file that are compared first."""
 _PAIRS_SHOWN = 10
 
 
@@ -42,7 +42,7 @@ def check_leaks(study: StudyConfig, visits_of: Mapping[str, Sequence[Visit]], ro
     for kind, name_of in kinds.items():
         for name, splits in _shared((split, name_of(visit), visit.place) for split, visit in everything).items():
             where = ", ".join(f"{split} ({rows_text(rows)})" for split, rows in splits.items())
-            faults.append(f"split: {kind} {name} is in several splits: {where}; expected it in one of them")
+            faults.append(f"split: {kind} {name} is in several splits: {where}; expected it in one only")
     faults += scan_faults((visit for _, visit in everything), root)
 
 
@@ -142,7 +142,7 @@ def column_leaks(reader: CaseReader, visits_of: Mapping[str, Sequence[Visit]]) -
 
 
 def _all_rows(reader: CaseReader, visits_of: Mapping[str, Sequence[Visit]]) -> str:
-    """Return the number of a task's cases and the first of them."""
+    """Return the number of cases of a task, and the first ones."""
     rows = [row_of(case.visits) for visits in visits_of.values() for case in reader.cases(visits)]
     return f"{len(rows):,}: {rows_text(rows)}"
 
