@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from make_config_reference import sections
 
+from umbrella_jax.config.load import load_config
 from umbrella_jax.config.ranges import Range, range_of
 from umbrella_jax.config.schema import RunConfig, TrainConfig
 from umbrella_jax.errors import ConfigError
@@ -51,3 +52,9 @@ def test_every_number_declares_its_range() -> None:
         if field.name not in related and numbers(field.type) and range_of(field.type) is None
     ]
     assert missing == []
+
+
+@pytest.mark.parametrize("key", ["train.batch_size", "seed", "train.epochs"])
+def test_refuses_a_whole_number_too_large_for_a_float(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key.rpartition('.')[2]}: expected .*, got 1000"):
+        load_config("tiny", {key: 10**400})

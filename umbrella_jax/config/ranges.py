@@ -24,7 +24,11 @@ class Range:
     unit: str = ""
 
     def __contains__(self, number: float) -> bool:
-        return math.isfinite(number) and self.gt < number < self.lt and self.ge <= number <= self.le
+        try:
+            is_finite = math.isfinite(number)
+        except OverflowError:  # a whole number too large for a float
+            return False
+        return is_finite and self.gt < number < self.lt and self.ge <= number <= self.le
 
     def __str__(self) -> str:
         """Return the range in words, such as `0 or more`, `0 to 90 degrees` or `a positive number`."""
@@ -81,5 +85,5 @@ def range_faults(name: str, hint: Any, value: Any) -> Iterator[str]:
     """Yield a fault if a field's number, or one of its list, is out of the range of the field's type."""
     allowed = range_of(hint)
     numbers = [number for number in (value if isinstance(value, tuple) else (value,)) if isinstance(number, Real)]
-    if allowed is not None and any(float(number) not in allowed for number in numbers):
+    if allowed is not None and any((n if isinstance(n, int) else float(n)) not in allowed for n in numbers):
         yield f"{name}: expected {allowed}, got {value}"
