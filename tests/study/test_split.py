@@ -301,20 +301,19 @@ def test_a_file_keeps_folds(tmp_path):
 
 def test_refuses_a_faulty_file(tmp_path):
     visits = cohort(5, family="aabb")
-    file = tmp_path / "splits.tsv"
-    file.write_text("participant_id\tsplit\ns000\ttrain\ns001\teval\ns001\ttrain\ns003\tA B\ns004\n")
-    assert faults_of(visits, tmp_path, file="splits.tsv", by="family") == [
-        f"{file}:6: expected 2 tab-separated cells, got 1",
+    file = tmp_path / "splits.csv"
+    file.write_text("participant_id,split\ns000,train\ns001,eval\ns001,train\ns003,A B\n")
+    assert faults_of(visits, tmp_path, file=file.name, by="family") == [
         f"{file}:4: participant_id: sub-s001: is in line 3 too; expected one row",
         f"{file}:5: split: expected a name of letters and digits, got 'A B'",
         f"s002: not in {file}; add a row, or leave the subject out with include",
         f"s004: not in {file}; add a row, or leave the subject out with include",
         f"{file}: family a: in train (s000) and eval (s001); expected all of a group in one",
     ]
-    (fault,) = faults_of(visits, tmp_path, file="splits.tsv", sizes={"train": 1})
+    (fault,) = faults_of(visits, tmp_path, file=file.name, sizes={"train": 1})
     assert "lists the splits itself" in fault
-    file.write_text("participant_id\tfold\n" + "".join(f"s00{i}\tfold-{1 + 2 * (i % 2)}\n" for i in range(5)))
-    (fault,) = faults_of(visits, tmp_path, file="splits.tsv")
+    file.write_text("participant_id,fold\n" + "".join(f"s00{i},fold-{1 + 2 * (i % 2)}\n" for i in range(5)))
+    (fault,) = faults_of(visits, tmp_path, file=file.name)
     assert "fold-1, fold-3; expected fold-1, fold-2, … without a gap" in fault
     (fault,) = faults_of(visits, tmp_path, file="none.tsv")
     assert "none.tsv: not found" in fault

@@ -26,9 +26,10 @@ from pathlib import Path
 
 from umbrella_jax.console import plural
 from umbrella_jax.data.subject_split import column_levels, split_sizes, split_subjects
-from umbrella_jax.data.tables import check_columns, parse_cell_number, read_table, with_prefix
+from umbrella_jax.data.tables import check_columns, parse_cell_number, with_prefix
 from umbrella_jax.errors import DataError, Faults
-from umbrella_jax.study.schema import SplitConfig
+from umbrella_jax.study.schema import SplitConfig, TableConfig
+from umbrella_jax.study.tables import MissingValues, read_lab_table
 from umbrella_jax.study.visits import Visit
 
 TEST = "test"
@@ -285,15 +286,15 @@ class _Splitter:
 
     def _from_file(self, file: Path) -> list[Partition]:
         """Return the partitions that a table lists: its column `split`, or `fold` with each subject's test fold."""
-        table = read_table(file)
+        table = read_lab_table(file, TableConfig(file=file.name), MissingValues())
         column = "fold" if "fold" in table.columns and "split" not in table.columns else "split"
-        check_columns(table, ("participant_id", column))
+        check_columns(table, (column,))
         if column == "split" and (self._split.sizes or self._split.stratify or self._split.balance):
             raise DataError(f"{file}: lists the splits itself; leave out split.sizes, stratify and balance")
         subjects = {with_prefix("sub", subject): subject for subject in self._visits}
-        faults, lines, listed, unknown = Faults(table.faults), dict[str, int](), dict[str, str](), list[str]()
+        faults, lines, listed, unknown = Faults(), dict[str, int](), dict[str, str](), list[str]()
         for line, cells in table.rows:
-            name, cell = with_prefix("sub", cells["participant_id"]), cells[column]
+            name, cell = with_prefix("sub", cells["participant_id"]), cells.get(column, "")
             if name in lines:
                 faults.append(f"{file}:{line}: participant_id: {name}: is in line {lines[name]} too; expected one row")
             elif name in subjects and not (re.fullmatch(r"\w+", cell) if column == "split" else _fold_number(cell)):
