@@ -182,6 +182,19 @@ def test_slurm_does_not_requeue_a_failure(cluster: Cluster) -> None:
     assert cluster.called() == [SRUN]
 
 
+CV = ["srun", "--kill-on-bad-exit=1", "umbrella-jax", "cv", "my study", "--config", "run.yaml", "--out", "runs/cv"]
+
+
+def test_slurm_array_trains_a_fold_per_job(cluster: Cluster) -> None:
+    command = "bash scripts/cv_slurm.sbatch 'my study' --config run.yaml --out runs/cv"
+    assert "submit it as an array: sbatch --array=1-5" in cluster.run(command, code=1)
+    array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "10"}
+    assert lines_of_words(cluster.run(command, DRY_RUN="1", **array)) == [[*CV, "--fold", "3"]]
+    cluster.run(command, **array)
+    assert cluster.called() == [[*CV, "--fold", "3"]]
+    assert make_parser().parse_args([*CV[3:], "--fold", "3"]).fold == 3
+
+
 # TPU VM.
 
 TPU = f"scripts/train_tpu_vm.sh brain us-west4-a v5litepod-16 {WHEEL} 10.0.0.2:/share {FLAGS}"

@@ -11,6 +11,7 @@ predictions/     answers of each evaluation
 checkpoints/     trained parameters, moments and step, in orbax format
 log.txt          everything printed, and how the run ended; a resumed run appends to it
 report.html      the page of `umbrella-jax report`
+test/            answers to the test set of a fold, of a run of `umbrella-jax cv`
 .lock            held by the process that is training
 """
 
@@ -22,6 +23,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -34,6 +36,9 @@ from umbrella_jax.io.reading import parse_json
 CONFIG, INPUTS, COUNTS, SUMMARY, MODEL = "config.yaml", "inputs.json", "counts.json", "summary.json", "model"
 METRICS, PREDICTIONS, CHECKPOINTS = "metrics.jsonl", "predictions", "checkpoints"
 LOG, REPORT = "log.txt", "report.html"
+TEST = "test"
+FOLDS = "folds.json"
+"""The file of a cross-validation, beside the runs of its folds."""
 Say = Callable[[str], None]
 """Prints or logs a text for people, of one or more lines."""
 Step = int | Literal["best", "latest"]
@@ -187,11 +192,59 @@ def seed_runs(directory: Path) -> dict[int, Path]:
 
 
 def check_one_run(directory: Path) -> None:
-    """Raise ConfigError if a directory holds the runs of several seeds, naming them."""
+    """Raise ConfigError if a directory holds the runs of several seeds or folds, naming them."""
     if runs := seed_runs(directory):
         raise ConfigError(
             f"{directory}: holds the runs of several seeds; name one: {', '.join(map(str, runs.values()))}"
         )
+    if folds := fold_runs(directory):
+        names = ", ".join(str(fold.run) for fold in folds)
+        raise ConfigError(f"{directory}: holds the runs of several folds; name one: {names}")
+
+
+@dataclass(frozen=True)
+class FoldRun:
+    """The run of one fold of a cross-validation."""
+
+    run: Path
+    """Its directory, which has the fold's name."""
+    left_out: str | None
+    """The value of the column whose subjects are the test set; None for folds that are drawn."""
+
+    @property
+    def title(self) -> str:
+        """The fold in messages and tables, such as `fold-1` or `fold-1 without Oslo`."""
+        return self.run.name if self.left_out is None else f"{self.run.name} without {self.left_out}"
+
+
+def fold_runs(directory: Path) -> list[FoldRun]:
+    """Return the folds of a directory of `umbrella-jax cv`, whether they were trained or not.
+
+    Empty for any other directory. Raises ConfigError if its list of folds is damaged.
+    """
+    file = directory / FOLDS
+    if not file.is_file():
+        return []
+    try:
+        folds = parse_json(file.read_text(encoding="utf-8"), file, ConfigError, "restore it")["folds"]
+        return [FoldRun(directory / fold["name"], fold["left_out"]) for fold in folds]
+    except (ValueError, TypeError, KeyError):
+        raise ConfigError(f"{file}: not a list of folds; restore it, or choose another directory") from None
+
+
+def step_to_test(run: Path, train: TrainConfig) -> tuple[int, str]:
+    """Return the step of a fold's run that answers its test set, and why; the run has made at least one step.
+
+    It is the best step on the fold's eval split if the run keeps its best, else the newest, never one that was chosen
+    on the test set.
+    """
+    lines = read_metrics(run / METRICS)
+    return choose_step(run, train, {*evaluations(lines), int(lines[-1]["step"] or 0)}, None)
+
+
+def test_answers(run: Path, step: int) -> Path:
+    """Return the file of a step's answers to the test set of a fold."""
+    return run / TEST / f"step_{step}.jsonl"
 
 
 class RunLog:

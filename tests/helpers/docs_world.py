@@ -218,7 +218,8 @@ PARSED: dict[str, str] = {
     "umbrella-jax score runs/seeds": "tests/run/test_seeds.py scores them",
     "umbrella-jax score runs/sex --by": "README's conversations keep no columns; tests/scoring/test_groups.py has some",
     "umbrella-jax score runs/age": "no run about age; tests/scoring/test_adjustment.py has answers",
-    "umbrella-jax score runs/cv": "tests/scoring/test_metrics.py scores several runs",
+    "umbrella-jax score site-a.jsonl": "tests/scoring/test_metrics.py scores several files",
+    "umbrella-jax cv": "tests/run/test_cross_validation.py trains two folds",
     "umbrella-jax push exports/sex my-lab/sex-t1 --message": "needs the hub; tests/checkpoints/test_push.py has one",
     "umbrella-jax train --config umbrella_llava_train.yaml": "tests/run/test_typed.py trains with both kinds of YAML",
     "umbrella-jax train --config configs/stage1_0.5b.yaml": "tests/models/test_lora.py trains both stages",
@@ -333,16 +334,16 @@ def script(page: Page, words: list[str], settings: Mapping[str, str]) -> str:
     """A launcher, as a dry run: what it prints. The flags of `umbrella-jax` in it are ones that that takes."""
     if words[0] == "sbatch":
         first = next(i for i, word in enumerate(words[1:], 1) if not word.startswith("-"))
-        words, settings = ["bash", *words[first:]], {**settings, "DRY_RUN": "1"}
+        words, settings = ["bash", *words[first:]], {**settings, "DRY_RUN": "1", "SLURM_ARRAY_TASK_ID": "1"}
     elif words[0].endswith("train_tpu_vm.sh"):
         words = [words[0], *(["--dry-run"] if "--dry-run" not in words else []), *words[1:]]
         assert re.search(rf" dist/umbrella_jax-{re.escape(project()['version'])}-py3-none-any.whl ", " ".join(words))
     run = subprocess.run(words, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    trained = re.findall(r"umbrella-jax(?:\\ | )train(?:\\ | )(.*)", run.stdout)
+    trained = re.findall(r"umbrella-jax(?:\\ | )(train|cv)(?:\\ | )(.*)", run.stdout)
     assert trained, f"{page.name}: {shlex.join(words)} trains nothing"
-    for flags in trained:
-        make_parser().parse_args(["train", *shlex.split(flags.replace("\\ ", " ").strip())])
+    for command, flags in trained:
+        make_parser().parse_args([command, *shlex.split(flags.replace("\\ ", " ").strip())])
     return run.stdout
 
 
@@ -491,6 +492,7 @@ PICTURES: dict[str, tuple[str, ...]] = {
         "stopped early at step 1400",
         "resume: from step 40",
         "seed 1: runs/seeds/seed-1",
+        "fold-1 without Oslo, 1 of 3",
     ),
 }
 """Page → beginnings of its blocks of kind `picture`: drawings, and what a terminal shows while one waits."""

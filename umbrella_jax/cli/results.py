@@ -118,8 +118,10 @@ def _runs(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from umbrella_jax.rundir import seed_runs
+    from umbrella_jax.report.compare_folds import read_folds
+    from umbrella_jax.rundir import fold_runs, seed_runs
     from umbrella_jax.scoring.adjustment import adjust_scores
+    from umbrella_jax.scoring.folds import score_folds
     from umbrella_jax.scoring.groups import score_groups
     from umbrella_jax.scoring.metrics import cut_faults, pool_predictions, read_predictions, score, tasks_of
 
@@ -132,8 +134,15 @@ def _score(arguments: argparse.Namespace) -> None:
         _score_seeds(arguments, runs)
         return
     settings = settings_of(arguments)
-    files, titles, config = _predictions_of(paths, arguments.step, settings.evaluation if settings else None)
-    rows = pool_predictions(files)
+    folds = None
+    if len(paths) == 1 and (runs_of_folds := fold_runs(paths[0])):
+        if arguments.step is not None:
+            raise ConfigError(f"--step {arguments.step}: {paths[0]} has one step per fold; leave --step out")
+        folds = read_folds(runs_of_folds, settings.evaluation if settings else None)
+        rows, titles, config = folds.pooled, folds.lines, folds.evaluation
+    else:
+        files, titles, config = _predictions_of(paths, arguments.step, settings.evaluation if settings else None)
+        rows = pool_predictions(files)
     tasks = tasks_of(rows, config.tasks)
     if faults := cut_faults(rows, tasks):
         raise DataError(faults)
@@ -143,12 +152,36 @@ def _score(arguments: argparse.Namespace) -> None:
     if arguments.adjust:
         others = read_predictions(arguments.adjust_from) if arguments.adjust_from else None
         more["adjust"] = adjust_scores(rows, tasks, arguments.adjust, fit_rows=others, resamples=config.resamples)
-    scores = score(rows, tasks, resamples=config.resamples)
+    scores = (
+        score_folds(folds.rows, tasks, resamples=config.resamples)
+        if folds
+        else score(rows, tasks, resamples=config.resamples)
+    )
     if arguments.json:
         print(strict_json(scores.to_json() | {name: part.to_json() for name, part in more.items()}, indent=1))
     else:
         title = "\n".join(titles) + "\n\n" if titles else ""
         print(title + "\n\n".join(part.table() for part in (scores, *more.values())))
+
+
+def print_folds(directory: Path) -> None:
+    """Print the scores of a cross-validation, as `score` does; if a fold is not finished, which ones instead."""
+    from umbrella_jax.report.compare_folds import read_folds, unfinished_folds
+    from umbrella_jax.rundir import fold_runs
+    from umbrella_jax.scoring.folds import score_folds
+    from umbrella_jax.scoring.metrics import cut_faults, tasks_of
+
+    runs = fold_runs(directory)
+    if unfinished := unfinished_folds(runs):
+        print("\n".join(f"{run}: {lacking}" for run, lacking in unfinished.items()))
+        print(f"no scores yet: {len(unfinished)} of {len(runs)} folds are not finished")
+        return
+    folds = read_folds(runs, None)
+    tasks = tasks_of(folds.pooled, folds.evaluation.tasks)
+    if faults := cut_faults(folds.pooled, tasks):
+        raise DataError(faults)
+    scores = score_folds(folds.rows, tasks, resamples=folds.evaluation.resamples)
+    print("\n".join(folds.lines) + "\n\n" + scores.table())
 
 
 def _check_adjust_from(arguments: argparse.Namespace) -> None:

@@ -1,6 +1,8 @@
-"""Commands for training: `train`, `inspect`, `plan`."""
+"""Commands for training: `train`, `cv`, `inspect`, `plan`."""
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from umbrella_jax.cli.options import (
@@ -28,15 +30,20 @@ def add(commands: Any) -> None:
         "umbrella-jax train --config run.yaml --base llava --train-data train.json \\\n"
         "    --eval-data eval.json --out runs/sex",
     )
-    steps = ("--batch-size", "--accumulate-steps", "--mesh", "--learning-rate", "--epochs", "--on-nonfinite")
-    groups = add_config(train, ["--base", *DATA_FLAGS, "--cache", "--output-dir", *steps])
-    add_overlap(groups["model and data"])
-    run = groups["run"]
+    run = _add_training(train, DATA_FLAGS)
     run.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
-    run.add_argument("--dry-run", action="store_true", help="check, compile and report memory; do not train")
     run.add_argument("--seeds", type=_seeds, metavar="SEEDS", help="train once per seed: 1,2,3, into --out/seed-N")
-    run.add_argument("--no-wandb", action="store_true", help="disable Weights & Biases [train.wandb]")
-    add_cluster(train)
+
+    cv = add_command(
+        commands,
+        "cv",
+        _cv,
+        "Train, test and score the folds of a study.",
+        "umbrella-jax cv --config run.yaml --base llava study --out runs/cv",
+    )
+    cv.add_argument("study", metavar="DIR", help="folds of `data build`: conversations of train, eval, test")
+    run = _add_training(cv, ("--modality", "--task-filter"))
+    run.add_argument("--fold", type=int, metavar="N", help="only fold N, from 1, as for a cluster's job array")
 
     inspect = add_command(
         commands,
@@ -72,6 +79,18 @@ def add(commands: Any) -> None:
     add_json(plan)
 
 
+def _add_training(parser: argparse.ArgumentParser, data_flags: Sequence[str]) -> Any:
+    """Add the flags that commands which train share; return the group of those about the run."""
+    steps = ("--batch-size", "--accumulate-steps", "--mesh", "--learning-rate", "--epochs", "--on-nonfinite")
+    groups = add_config(parser, ["--base", *data_flags, "--cache", "--output-dir", *steps])
+    add_overlap(groups["model and data"])
+    run = groups["run"]
+    run.add_argument("--dry-run", action="store_true", help="check, compile and report memory; do not train")
+    run.add_argument("--no-wandb", action="store_true", help="disable Weights & Biases [train.wandb]")
+    add_cluster(parser)
+    return run
+
+
 def _train(arguments: argparse.Namespace) -> None:
     from umbrella_jax.distributed import raise_together
     from umbrella_jax.run.seeds import rehearse_seeds, train_seeds
@@ -96,6 +115,33 @@ def _train(arguments: argparse.Namespace) -> None:
         train_seeds(config, arguments.seeds, resume=arguments.resume, notes=notes)
     else:
         train(config, resume=arguments.resume, notes=notes)
+
+
+def _cv(arguments: argparse.Namespace) -> None:
+    import jax
+
+    from umbrella_jax.cli.results import print_folds
+    from umbrella_jax.distributed import raise_together
+    from umbrella_jax.run.cross_validation import cross_validate, rehearse_folds
+
+    start_processes(arguments)
+    notes = list[str]()
+
+    def say(text: str) -> None:
+        say_once(text)
+        notes.append(text)
+
+    with raise_together():
+        config = config_of(arguments, say)
+        keys = {text.partition("=")[0] for text in arguments.set}
+        if taken := sorted(keys & {"data.train", "data.eval", "data.image_root"}):
+            raise ConfigError([f"--set {key}: cv takes the data from {arguments.study}; leave it out" for key in taken])
+    if arguments.dry_run:
+        rehearse_folds(config, arguments.study, only=arguments.fold)
+        return
+    cross_validate(config, arguments.study, only=arguments.fold, notes=notes)
+    if jax.process_index() == 0:
+        print_folds(Path(str(config.output_dir)))
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -85,12 +85,13 @@ class RunModel:
 
 @dataclass(frozen=True)
 class Shared:
-    """What runs that differ only in their seed have in common: data that were checked, and an optimizer.
+    """What runs that differ only in seed or data have in common: data that were checked, and an optimizer.
 
     The optimizer is a static argument of the step, so only runs with the same one share the steps that are compiled.
     """
 
     datasets: dict[str, Dataset]
+    """Empty if the data differ, and so are `inputs`."""
     inputs: Inputs
     optimizer: optax.GradientTransformationExtraArgs
     num_steps: int
@@ -164,7 +165,8 @@ def prepare(
     """Read and check everything that a run needs, put the weights on their devices, and print what will be trained.
 
     Args:
-        shared: of an earlier run of this process, whose config differs only in seed and `output_dir`.
+        shared: of an earlier run of this process, whose config differs only in seed, `output_dir` and, if its data
+            are empty, in data.
 
     Returns:
         The run, and the state before its first step. Only the caller holds that state: `fit` and `resume_from` use it
@@ -183,7 +185,7 @@ def prepare(
         labels = parameters.labels
         options: dict[str, Any] = {"template": config.data.template, "max_length": config.data.max_length}
         processor = Processor(base.tokenizer(), base.config.modalities, **options)
-        datasets = shared.datasets if shared else processor.datasets(config.data, augment=True)
+        datasets = (shared and shared.datasets) or processor.datasets(config.data, augment=True)
         train_set = datasets["train"]
         overlap = check_overlap(datasets, allowed=config.data.allow_overlap)
         _check_length(config, len(train_set))
@@ -193,7 +195,7 @@ def prepare(
     with raise_together():
         # Separate from the block above: orbax synchronises all processes when it reads a run's identity, and would wait
         # forever for a process that had already failed.
-        fingerprint, inputs = base.identity, shared.inputs if shared else read_inputs(config.data, datasets)
+        fingerprint, inputs = base.identity, (shared and shared.inputs) or read_inputs(config.data, datasets)
     architecture = {"vision": asdict(base.config.vision), "text": asdict(base.config.text)}
     facts = [(f"{base.path}: config.json: {key}", value) for key, value in flat(architecture).items()]
     facts.append((f"{base.path}: weights", SHA256 + fingerprint))

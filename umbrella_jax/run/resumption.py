@@ -1,6 +1,6 @@
 """Find the checkpoint that a run resumes from, and check that it belongs to the same run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,9 +12,9 @@ from umbrella_jax.config.schema import RunConfig, to_dict
 from umbrella_jax.console import wrapped
 from umbrella_jax.data.inputs import Inputs, changed_inputs
 from umbrella_jax.distributed import gather, raise_together
-from umbrella_jax.errors import CheckpointError, ConfigError
+from umbrella_jax.errors import CheckpointError, ConfigError, Faults
 from umbrella_jax.io.reading import LISTING, read_json
-from umbrella_jax.rundir import CHECKPOINTS, CONFIG, INPUTS, Line, Say, seed_runs
+from umbrella_jax.rundir import CHECKPOINTS, CONFIG, INPUTS, LOG, Line, Say, fold_runs, how_it_ended, seed_runs
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.optimizer import make_schedule, warmup_updates
 from umbrella_jax.training.step import TrainState
@@ -66,12 +66,45 @@ def check_out(config: RunConfig, out: Path, resume: bool) -> None:
             f"{out}: holds the runs of several seeds; continue them with --seeds {','.join(map(str, seeds))} --resume, "
             "or choose another directory (--out DIR)"
         )
+    if fold_runs(out):
+        raise ConfigError(
+            f"{out}: holds the runs of several folds; continue them with umbrella-jax cv, or choose another directory "
+            "(--out DIR)"
+        )
     if not resume and (out / CHECKPOINTS).exists():
         raise ConfigError(f"{out}: holds a run; continue it with --resume, or choose another directory (--out DIR)")
     if resume and (out / CONFIG).exists():
         faults = _changed_settings(to_dict(load_stored_config(out / CONFIG)), to_dict(config))
         if faults:
             raise ConfigError([f"{out}: cannot resume: {fault}" for fault in faults])
+
+
+def directory_of_runs(config: RunConfig, what: str) -> Path:
+    """Return `output_dir` for `what`, several runs. Raise ConfigError if there is none, or if it is a run itself."""
+    if config.output_dir is None:
+        raise ConfigError("output_dir: expected a path (--out DIR)")
+    out = Path(config.output_dir)
+    if (out / CONFIG).exists() or (out / CHECKPOINTS).exists():
+        raise ConfigError(f"{out}: holds a run; {what} need a directory of their own (--out DIR)")
+    return out
+
+
+def check_outs(configs: Iterable[RunConfig], resume: bool) -> None:
+    """Raise ConfigError as `check_out` does, with the faults of all runs."""
+    faults = Faults()
+    for config in configs:
+        with faults:
+            check_out(config, Path(str(config.output_dir)), resume)
+    faults.raise_as(ConfigError)
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Return whether `output_dir` holds a run that ended without an error, and would end there again."""
+    out = Path(str(config.output_dir))
+    if how_it_ended(out / LOG) != "":
+        return False
+    train = load_stored_config(out / CONFIG).train
+    return (train.epochs, train.early_stopping) == (config.train.epochs, config.train.early_stopping)
 
 
 def _changed_settings(stored: dict[str, Any], config: dict[str, Any]) -> list[str]:

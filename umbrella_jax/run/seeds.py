@@ -5,19 +5,16 @@ Each seed has an ordinary run, `output_dir`/seed-N. All share one process, so da
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 from tqdm import tqdm
 
-from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import RunConfig
 from umbrella_jax.distributed import broadcast, check_same, raise_together
-from umbrella_jax.errors import ConfigError, Faults
 from umbrella_jax.run.preparation import Shared
-from umbrella_jax.run.resumption import check_out
+from umbrella_jax.run.resumption import check_outs, directory_of_runs, is_finished
 from umbrella_jax.run.train import rehearse, train_sharing
-from umbrella_jax.rundir import CHECKPOINTS, CONFIG, LOG, Say, how_it_ended, say_nothing, seed_run
+from umbrella_jax.rundir import Say, say_nothing, seed_run
 
 
 def train_seeds(
@@ -71,27 +68,10 @@ def _unfinished(config: RunConfig, seeds: Sequence[int], resume: bool, tell: Say
     """Check the directory of every seed, and return the configs of the runs that are still to be made."""
     check_same([("--seeds", list(seeds))], "start every process with the same")
     with raise_together():
-        if config.output_dir is None:
-            raise ConfigError("output_dir: expected a path (--out DIR)")
-        out = Path(config.output_dir)
-        if (out / CONFIG).exists() or (out / CHECKPOINTS).exists():
-            raise ConfigError(f"{out}: holds a run; several seeds need a directory of their own (--out DIR)")
-        configs = [replace(config, seed=seed, output_dir=str(seed_run(out, seed))) for seed in seeds]
-        faults = Faults()
-        for each in configs:
-            with faults:
-                check_out(each, Path(str(each.output_dir)), resume)
-        faults.raise_as(ConfigError)
-    finished = broadcast([each.seed for each in configs if resume and _is_finished(each)])
-    for seed in finished:
-        tell(f"seed {seed}: finished: {seed_run(out, seed)}")
-    return [each for each in configs if each.seed not in finished]
-
-
-def _is_finished(config: RunConfig) -> bool:
-    """Return whether `output_dir` holds a run that ended without an error, and would end there again."""
-    out = Path(str(config.output_dir))
-    if how_it_ended(out / LOG) != "":
-        return False
-    train = load_stored_config(out / CONFIG).train
-    return (train.epochs, train.early_stopping) == (config.train.epochs, config.train.early_stopping)
+        out = directory_of_runs(config, "several seeds")
+        configs = {f"seed {seed}": replace(config, seed=seed, output_dir=str(seed_run(out, seed))) for seed in seeds}
+        check_outs(configs.values(), resume)
+    finished = broadcast([name for name, each in configs.items() if resume and is_finished(each)])
+    for name in finished:
+        tell(f"{name}: finished: {configs[name].output_dir}")
+    return [each for name, each in configs.items() if name not in finished]

@@ -132,8 +132,8 @@ def train_sharing(
     """Train as `train` does, with what an earlier run of this process shares; arguments and errors are its own.
 
     Args:
-        shared: of a run whose config differs only in seed and `output_dir`; None for the first. The start is then only
-            written to `log.txt`, since the first run has printed it.
+        shared: as of `prepare`; None for the first run. The start is then only written to `log.txt`, since the first
+            run has printed it.
 
     Returns:
         The line that `train` returns, and what the next run can use again.

@@ -286,7 +286,7 @@ class _Splitter:
 
     def _from_file(self, file: Path) -> list[Partition]:
         """Return the partitions that a table lists: its column `split`, or `fold` with each subject's test fold."""
-        table = read_lab_table(file, TableConfig(file=file.name), MissingValues())
+        table = read_lab_table(file, TableConfig(file=file.name), MissingValues(), self._notes)
         column = "fold" if "fold" in table.columns and "split" not in table.columns else "split"
         check_columns(table, (column,))
         if column == "split" and (self._split.sizes or self._split.stratify or self._split.balance):
