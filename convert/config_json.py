@@ -116,7 +116,7 @@ def check_code(directory: Path) -> None:
         raise CheckpointError(faults)
 
 
-def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+def section_of(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return an object within config.json, empty if it is absent, so that its fields are reported as absent."""
     return raw[name] if isinstance(raw.get(name), dict) else {}
 
@@ -149,13 +149,13 @@ def _tied(raw: Mapping[str, Any]) -> bool:
 
     transformers 4 only reads text_config; both read the same from what `hf_dict` writes.
     """
-    return bool(raw.get("tie_word_embeddings")) or bool(_section(raw, "text_config").get("tie_word_embeddings"))
+    return bool(raw.get("tie_word_embeddings")) or bool(section_of(raw, "text_config").get("tie_word_embeddings"))
 
 
 def unused_dropout(directory: str | Path) -> list[str]:
     """Return a message for each dropout in config.json, which PyTorch applies in training and this package does not."""
     raw = read_checkpoint_json(Path(directory) / CONFIG)
-    sections = {"": raw, **{f"{name}.": _section(raw, name) for name in ("vision_config", "text_config")}}
+    sections = {"": raw, **{f"{name}.": section_of(raw, name) for name in ("vision_config", "text_config")}}
     return [
         f"{Path(directory) / CONFIG}: {prefix}{key}: {value} is not applied: there is no dropout in training here"
         for prefix, section in sections.items()
@@ -191,7 +191,7 @@ def read_config(
     raw = read_checkpoint_json(directory / CONFIG)
     check_code(directory)
     faults: list[str] = []
-    sections = {"": raw, **{k: _section(raw, k) for k in ("vision_config", "text_config")}}
+    sections = {"": raw, **{k: section_of(raw, k) for k in ("vision_config", "text_config")}}
     for section, key, default, only, why in _ONLY:
         value = sections[section].get(key, default)
         if value != only or isinstance(value, bool) != isinstance(only, bool):
@@ -352,7 +352,7 @@ def _modalities(
 def file_vocab_size(directory: str | Path) -> int:
     """Return the number of embeddings according to the checkpoint's config.json."""
     raw = read_checkpoint_json(Path(directory) / CONFIG)
-    return int(_section(raw, "text_config").get("vocab_size") or 151936)
+    return int(section_of(raw, "text_config").get("vocab_size") or 151936)
 
 
 def is_tied(directory: str | Path) -> bool:
@@ -360,7 +360,7 @@ def is_tied(directory: str | Path) -> bool:
     return _tied(read_checkpoint_json(Path(directory) / CONFIG))
 
 
-def _small_files(source: Path) -> list[Path]:
+def small_files(source: Path) -> list[Path]:
     files = (*source.iterdir(), *(source / _TEMPLATES).glob("*"))
     return [path for path in files if is_carried(path.relative_to(source).as_posix()) and path.is_file()]
 
@@ -373,9 +373,9 @@ def is_carried(name: str) -> bool:
     return not folder and any(fnmatchcase(file, pattern) for pattern in _CARRIED)
 
 
-def _file_checksums(directory: Path) -> dict[str, str]:
+def file_checksums(directory: Path) -> dict[str, str]:
     """Return {path below `directory`: CRC-32} of config.json and the `carried_files`, except licences."""
-    files = sorted(path for path in (directory / CONFIG, *_small_files(directory)) if path.is_file())
+    files = sorted(path for path in (directory / CONFIG, *small_files(directory)) if path.is_file())
     return {
         path.relative_to(directory).as_posix(): file_checksum(path)
         for path in files
@@ -392,7 +392,7 @@ def changed_files(directory: Path) -> list[str]:
     """
     record = directory / UMBRELLA_CONFIG
     stated = read_checkpoint_json(record).get(FILES, {}) if record.exists() else {}
-    expected, found = read_checksums(stated, record, FILES), _file_checksums(directory)
+    expected, found = read_checksums(stated, record, FILES), file_checksums(directory)
     remedy = f"recorded it; copy it again or, if the change is on purpose, delete its line from {FILES} there"
     return [
         f"{directory / name}: {'changed since' if name in found else 'missing, but'} {UMBRELLA_CONFIG} {remedy}"

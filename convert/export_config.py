@@ -12,11 +12,11 @@ from convert.checksum import FILES, KEY
 from convert.config_json import (
     CONFIG,
     UMBRELLA_CONFIG,
-    _file_checksums,
-    _section,
-    _small_files,
+    file_checksums,
     is_carried,
     read_checkpoint_json,
+    section_of,
+    small_files,
 )
 from convert.rules import hub_name
 from convert.safetensors_files import weight_files
@@ -64,9 +64,9 @@ def export_names(modalities: Mapping[str, Any], names: Sequence[str] | None) -> 
 
 def hf_dict(raw: Mapping[str, Any], config: LlavaConfig) -> dict[str, Any]:
     """Return config.json `raw` with fields that transformers 4.46 and 5 both read as `config`; others are kept."""
-    rope = dict(_section(raw, "text_config").get("rope_parameters") or {})
+    rope = dict(section_of(raw, "text_config").get("rope_parameters") or {})
     text = {
-        **_section(raw, "text_config"),
+        **section_of(raw, "text_config"),
         "vocab_size": config.text.vocab_size,
         "rope_theta": config.text.rope_theta,  # 4.46 does not know rope_parameters
         "tie_word_embeddings": config.text.tie_word_embeddings,
@@ -88,7 +88,7 @@ def carried_files(source: Path) -> list[Path]:
 
     Raises CheckpointError as `link_faults`.
     """
-    files = _small_files(source)
+    files = small_files(source)
     if faults := link_faults(source, files):
         raise CheckpointError(faults)
     return files
@@ -116,7 +116,7 @@ def export_files(directory: Path) -> tuple[list[Path], list[Path]]:
     Raises CheckpointError if the index of the weights cannot be read.
     """
     expected = {*weight_files(directory), *(directory / name for name in (CONFIG, UMBRELLA_CONFIG, CARD))}
-    expected |= {*_small_files(directory)}
+    expected |= {*small_files(directory)}
     found = {path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir()}
     return sorted(found & expected), sorted(found - expected)
 
@@ -193,5 +193,5 @@ def write_config(
         settings = read_checkpoint_json(tokenizer)
         if (portable := _without_local_paths(settings)) != settings:
             tokenizer.write_text(json.dumps(portable, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    umbrella[FILES] = _file_checksums(out)
+    umbrella[FILES] = file_checksums(out)
     (out / UMBRELLA_CONFIG).write_text(json.dumps(umbrella, indent=2) + "\n")

@@ -18,7 +18,7 @@ import pytest
 
 from umbrella_jax import console as module
 from umbrella_jax.baselines.table import side_by_side
-from umbrella_jax.console import INTERVAL, Progress, Work, table_lines
+from umbrella_jax.console import INTERVAL, Progress, Work, table_lines, wrapped
 from umbrella_jax.errors import DataError, Interrupted
 from umbrella_jax.rundir import RunLog, how_it_ended
 from umbrella_jax.scoring.metrics import score, tasks_of
@@ -264,3 +264,10 @@ def test_columns_of_predictors_do_not_touch() -> None:
     assert r2[2] == "-1.01e+05"
     below = lines[[line.split()[:1] for line in lines].index(["r2"]) + 1].replace(" to ", "–")
     assert len(below.split()) == 3
+
+
+def test_wrapping_keeps_empty_lines() -> None:
+    """They part the blocks of a table that is wrapped once more, as in a run's summary."""
+    assert wrapped("") == [""]
+    lines = table_lines([(name, *["1" * 40] * 2) for name in ("T1", "T2")])
+    assert [part for line in lines for part in wrapped(line)] == lines

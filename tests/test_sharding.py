@@ -346,7 +346,7 @@ def test_indivisible_sizes_are_refused() -> None:
     """Volumes too: XLA would otherwise be handed uneven parts."""
     batch = micro_batch(0, "T1")
     batch = replace(batch, volumes={"T1": np.concatenate([batch.volumes["T1"]] * 2)[:12]})
-    with pytest.raises(ConfigError, match="12 rows cannot be split over 8 devices"):
+    with pytest.raises(ConfigError, match="12 rows cannot be split over 8 devices; expected a multiple of 8"):
         put_batch(stack(batch), mesh_of(DATA), axis=1)
 
 

@@ -47,9 +47,9 @@ def table_lines(
         lines += [""] if number else []
         for row in shown:
             if isinstance(row, str):
-                lines += wrapped(row) or [""]
+                lines += wrapped(row)
                 continue
-            *above, first = wrapped(row[0]) or [""]
+            *above, first = wrapped(row[0])
             if len(first) > label:
                 above, first = [*above, first], ""
             numbers = "".join(row[1 + i].rjust(widths[i]) for i in block)
@@ -58,10 +58,13 @@ def table_lines(
 
 
 def wrapped(line: str) -> list[str]:
-    """Wrap a line at `WIDTH` and indent its continuation; a word without spaces, such as a path, stays whole."""
+    """Wrap a line at `WIDTH` and indent its continuation; a word without spaces, such as a path, stays whole.
+
+    An empty line stays one line.
+    """
     indent = " " * (len(line) - len(line.lstrip()))
     options: dict[str, Any] = {"initial_indent": indent, "subsequent_indent": f"{indent}  "}
-    return textwrap.wrap(line.lstrip(), WIDTH, break_long_words=False, break_on_hyphens=False, **options)
+    return textwrap.wrap(line.lstrip(), WIDTH, break_long_words=False, break_on_hyphens=False, **options) or [""]
 
 
 def plural(number: int, noun: str) -> str:

@@ -104,6 +104,11 @@ def evaluations(lines: Iterable[Line]) -> dict[int, Line]:
     return {int(line["step"] or 0): line for line in lines if any(name.startswith(_EVAL) for name in line)}
 
 
+def points(lines: Iterable[Line], name: str) -> list[tuple[int, float]]:
+    """Return (step, value) of the lines whose value of a metric is finite."""
+    return [(int(line["step"] or 0), value) for line in lines if (value := line.get(name)) is not None]
+
+
 def stopped_early(lines: Iterable[Line], rule: EarlyStoppingConfig | None) -> str | None:
     """Return why early stopping ends a run after these lines of `metrics.jsonl`; None if the run goes on.
 
@@ -150,7 +155,8 @@ def choose_step(run: Path, train: TrainConfig, steps: Collection[int], asked: St
     Raises:
         ConfigError: `asked` is not one of the steps, or is the best of a run that keeps no best or has no finite value.
     """
-    expected = f"expected latest or one of {', '.join(map(str, sorted(steps)))}"
+    words = "best, latest" if train.keep_best and asked != "best" else "latest"
+    expected = f"expected {words} or one of {', '.join(map(str, sorted(steps)))}"
     if isinstance(asked, int):
         if asked not in steps:
             raise ConfigError(f"--step {asked}: {run} has no such step; {expected}")

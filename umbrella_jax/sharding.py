@@ -252,7 +252,10 @@ def put_batch(batch: T, mesh: Mesh, *, axis: int) -> T:
     for leaf in jax.tree.leaves(batch):
         if leaf.shape[axis] % len(local_parts.own):
             rows = leaf.shape[axis] * local_parts.total // len(local_parts.own)
-            raise ConfigError(f"train.batch_size: {rows} rows cannot be split over {local_parts.total} devices")
+            raise ConfigError(
+                f"train.batch_size: {rows} rows cannot be split over {local_parts.total} devices; "
+                f"expected a multiple of {local_parts.total}"
+            )
     sharding = NamedSharding(mesh, P(*[None] * axis, ROWS))
     # jax.device_put would first compare the arrays of all processes
     return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), batch)

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from sklearn.metrics import log_loss, mean_squared_error
 from sklearn.preprocessing import StandardScaler
 
 import umbrella_jax
+from tests.helpers.golden_case import MODALITIES
 from tests.helpers.small_run import (
     conversation,
     modalities,
@@ -30,10 +31,12 @@ from tests.helpers.small_run import (
 )
 from umbrella_jax.baselines import probe as probe_module
 from umbrella_jax.baselines.cnn import SFCN, WIDTHS, channels, conv_by_slices, fit_cnn
+from umbrella_jax.baselines.compare import baseline
 from umbrella_jax.baselines.probe import FOLDS, Tower, fit_probe, folds
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
+from umbrella_jax.config.schema import ModelConfig, RunConfig
 from umbrella_jax.demo import make_base
-from umbrella_jax.errors import DataError
+from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.models.paths import VISION_TOWER
 from umbrella_jax.scoring.metrics import read_predictions, score, tasks_of
 
@@ -491,6 +494,11 @@ def test_unlearnable_tasks_are_refused_before_anything_is_computed(
     said = umbrella(*edited(world, tmp_path, edit).command(tmp_path / "out"), code=2)
     assert message in said
     assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_baseline_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="only: expected cnn or probe, got 'mlp'"):
+        baseline(RunConfig(model=ModelConfig(modalities=MODALITIES)), tmp_path, only=cast(Any, "mlp"))
 
 
 def test_faults_of_flags_are_refused(world: World, tmp_path: Path, table: str, monkeypatch: Any) -> None:

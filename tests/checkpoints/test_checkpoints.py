@@ -168,7 +168,7 @@ def test_a_run_that_keeps_its_best_answers_with_it(run: Path, world: World, batc
     shutil.copy(kept / "predictions" / "step_2.jsonl", kept / "predictions" / "step_1.jsonl")
     assert f"step_1.jsonl {message.removeprefix(f'{kept}: step 1 ')}" in umbrella("score", kept)
     assert "step_2.jsonl (the newest)" in umbrella("score", kept, "--step", "latest")
-    assert f"--step 7: {kept} has no such step; expected latest or one of 1, 2" in umbrella(
+    assert f"--step 7: {kept} has no such step; expected best, latest or one of 1, 2" in umbrella(
         "generate", kept, *flags, "--step", 7, code=2
     )
     assert f"--step best: {run} keeps no best (train.keep_best is 0)" in umbrella(

@@ -93,7 +93,7 @@ def baseline(
     """
     kinds = [kind for kind in BASELINE_KINDS if only in (None, kind)]
     files = {kind: Path(out) / "baseline" / f"{kind}.jsonl" for kind in kinds}
-    _check(config, files.values(), epochs, width)
+    _check(config, only, files.values(), epochs, width)
     checkpoint = _open(config, run, step, weights="probe" in kinds)
     data = config.data
     processor = Processor.from_checkpoint(checkpoint, template=data.template, max_length=data.max_length)
@@ -135,7 +135,7 @@ def _widths(width: float) -> tuple[int, ...]:
     return tuple(round(width * published) for published in WIDTHS)
 
 
-def _check(config: RunConfig, files: Collection[Path], epochs: int, width: float) -> None:
+def _check(config: RunConfig, only: str | None, files: Collection[Path], epochs: int, width: float) -> None:
     """Check everything that can be checked before any file is read. Raises ConfigError."""
     faults = [
         f"{name}: expected a path ({flag})"
@@ -143,6 +143,8 @@ def _check(config: RunConfig, files: Collection[Path], epochs: int, width: float
         if getattr(config.data, name.removeprefix("data.")) is None
     ]
     faults += [f"{file}: already exists; choose another --out, or remove it" for file in files if file.exists()]
+    if only is not None and only not in BASELINE_KINDS:
+        faults.append(f"only: expected {' or '.join(BASELINE_KINDS)}, got {only!r}")
     if epochs < 1:
         faults.append(f"--cnn-epochs {epochs}: expected 1 or more")
     if not math.isfinite(width) or min(_widths(width)) < 1:

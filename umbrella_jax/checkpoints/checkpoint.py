@@ -234,7 +234,7 @@ class Checkpoint(ABC):
         """Compare the names, shapes and types in the files with the model's, without reading weights.
 
         Returns messages about what will be initialised, left out or grown. Raises CheckpointError with every problem,
-        and for a run without a checkpoint.
+        and for a run without a checkpoint. A run's base and what it trained are compared when they are read.
         """
 
     def check_finite(self) -> None:

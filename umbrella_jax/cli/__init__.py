@@ -100,6 +100,6 @@ def _run(words: Sequence[str], arguments: argparse.Namespace, *, debug: bool) ->
             traceback.print_exc()
         lines = f"umbrella-jax: {line}".split("\n")
         if sys.stderr.isatty():  # a log keeps each message on its line
-            lines = [part for each in lines for part in wrapped(each) or [""]]
+            lines = [part for each in lines for part in wrapped(each)]
         print(*lines, sep="\n", file=sys.stderr)
         return error.exit_code if isinstance(error, UmbrellaError) else 1

@@ -24,6 +24,7 @@ from umbrella_jax.rundir import (
     choose_step,
     evaluations,
     how_it_ended,
+    points,
     read_metrics,
     stopped_early,
     with_final,
@@ -213,10 +214,10 @@ class RunComparison:
         axes = figure.subplots(1 + len(others), squeeze=False)[:, 0]
         for number, run in enumerate(self.runs):
             style: dict[str, Any] = {"color": f"C{number}", "linewidth": 1.2}
-            axes[0].plot(*_points(run, "loss"), **style, label=run.name)
-            axes[0].plot(*_points(run, "eval_loss"), **style, marker="o", markersize=4, linestyle="--")
+            axes[0].plot(*_curve(run, "loss"), **style, label=run.name)
+            axes[0].plot(*_curve(run, "eval_loss"), **style, marker="o", markersize=4, linestyle="--")
             for panel, name in zip(axes[1:], others, strict=True):
-                panel.plot(*_points(run, name), **style, marker="o", markersize=4, label=run.name)
+                panel.plot(*_curve(run, name), **style, marker="o", markersize=4, label=run.name)
         axes[0].set_ylabel("loss; evaluations have marks")
         for panel, name in zip(axes[1:], others, strict=True):
             panel.set_ylabel(name.removeprefix("eval_"))
@@ -269,10 +270,10 @@ def plot_faults(file: Path) -> list[str]:
     return faults
 
 
-def _points(run: Run, name: str) -> tuple[list[int], list[float]]:
+def _curve(run: Run, name: str) -> tuple[list[int], list[float]]:
     """Return the steps and values at which a metric is finite."""
-    points = [(int(line["step"] or 0), value) for line in run.lines if (value := line.get(name)) is not None]
-    return [step for step, _ in points], [value for _, value in points]
+    found = points(run.lines, name)
+    return [step for step, _ in found], [value for _, value in found]
 
 
 def _short(value: float | None) -> str:

@@ -6,18 +6,13 @@ from typing import Any
 
 from umbrella_jax.html.page import data_url
 from umbrella_jax.report.facts import BINS, Bin, Facts
-from umbrella_jax.rundir import Line
+from umbrella_jax.rundir import points
 from umbrella_jax.scoring.metrics import Task
 from umbrella_jax.scoring.tasks import WITH_UNIT, headline
 
 _SIZE = (4.3, 2.9)  # inches; as wide as a phone, so a diagram is never scaled down much
 Points = list[tuple[int, float]]
 """(step, value)"""
-
-
-def points(lines: Sequence[Line], name: str) -> Points:
-    """Return the finite values of a metric, by step."""
-    return [(int(line["step"] or 0), value) for line in lines if (value := line.get(name)) is not None]
 
 
 def with_unit(task: Task, metric: str) -> str:
