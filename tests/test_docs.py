@@ -193,6 +193,7 @@ def test_pytorch_page_under_transformers_4(readme: Path, tmp_path: Path) -> None
     under_transformers_4_46("-c", program)
 
 
+@pytest.mark.slow
 def test_site(tmp_path: Path) -> None:
     """The site builds without a warning, so no link or anchor is dead, and it has a page per module."""
     pytest.importorskip("mkdocs", reason="needs the extra `docs`")
