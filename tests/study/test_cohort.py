@@ -1,4 +1,4 @@
-"""Which visits a study has: tables joined to scans, conditions, and who is left out why."""
+"""The visits of a study: tables joined to scans, conditions, and reasons to leave subjects out."""
 
 from itertools import chain
 from pathlib import Path
@@ -219,10 +219,11 @@ PARTICIPANTS = ("participant_id sex age", "sub-001 F 44", "sub-002 M 51", "sub-0
         (
             PARTICIPANTS,
             {"scans": {"T1": {"pattern": "sub-*/anat/{age}0{subject}_T1w.nii.gz"}}},
-            "scans.T1: pattern: sub-*/anat/{age}0{subject}_T1w.nii.gz: matches in several ways: sub-001_T1w.nii.gz "
-            "(age=sub-, subject=01 or age=sub-0, subject=1); sub-002_T1w.nii.gz (age=sub-, subject=02 or age=sub-0, "
-            "subject=2); sub-003_T1w.nii.gz (age=sub-, subject=03 or age=sub-0, subject=3); write the text around the "
-            "names more exactly, or * for what needs no name",
+            "scans.T1: pattern: sub-*/anat/{age}0{subject}_T1w.nii.gz: matches in several ways: "
+            "sub-001/anat/sub-001_T1w.nii.gz (age=sub-, subject=01 or age=sub-0, subject=1); "
+            "sub-002/anat/sub-002_T1w.nii.gz (age=sub-, subject=02 or age=sub-0, subject=2); "
+            "sub-003/anat/sub-003_T1w.nii.gz (age=sub-, subject=03 or age=sub-0, subject=3); write the text around "
+            "the names more exactly, or * for what needs no name",
         ),
         (
             PARTICIPANTS,
@@ -464,3 +465,16 @@ def test_phenotype_tables_add_their_columns_and_scans_without_a_visit_are_told_a
     assert (
         "subjects whose scans of T1 name no visit, but others do; they count as a visit of their own (1): sub-01"
     ) in notes
+
+
+def test_the_tables_subjects_decide_where_an_id_ends(tmp_path):
+    table(tmp_path, "adni.csv", "PTID sex", "002_S_0413 F", "002_S_0559 M")
+    scan(tmp_path, "002_S_0413_bl.nii", "002_S_0559_m12.nii")
+    subjects, scans = [{"file": "adni.csv", "key": "PTID"}], {"T1": {"pattern": "{PTID}_{visit}.nii"}}
+    cohort, _ = read(tmp_path, subjects=subjects, scans=scans)
+    assert values(cohort, "sex") == {"002_S_0413 ses-bl": "F", "002_S_0559 ses-m12": "M"}
+    table(tmp_path, "adni.csv", "PTID sex", "002_S_0413 F", "002_S_0559 M", "002 F")
+    assert refuse(tmp_path, subjects=subjects, scans=scans)[0].startswith(
+        "scans.T1: pattern: {PTID}_{visit}.nii: matches in several ways: 002_S_0413_bl.nii (PTID=002, "
+        "visit=S_0413_bl or PTID=002_S_0413, visit=bl); 002_S_0559_m12.nii "
+    )

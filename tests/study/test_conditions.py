@@ -1,4 +1,4 @@
-"""Conditions on columns: what they mean, and which texts are none."""
+"""Conditions on columns: their meaning, and texts that are no conditions."""
 
 import pandas as pd
 import pytest
@@ -38,7 +38,7 @@ CONDITIONS = st.recursive(
 
 @given(CONDITIONS, ROWS)
 def test_a_condition_means_what_pandas_query_means(text, row):
-    """Only where no value is missing: pandas has no unknown."""
+    """If no value is missing; pandas has no unknown."""
     values = {name: cell for name, cell in row.items() if cell is not None}
     condition = parse_condition(text)
     holds = condition.holds(values)

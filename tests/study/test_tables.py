@@ -1,6 +1,7 @@
 """A lab's tables in every format: each cell a text, each row with its line."""
 
 import datetime
+import sys
 from pathlib import Path
 
 import openpyxl
@@ -94,8 +95,15 @@ def test_parquet_keeps_whole_numbers_whole(tmp_path):
     assert read(tmp_path / "a.parquet", columns={"years": "age"}).rows[0] == (1, {"id": "1", "years": "45"})
 
 
-def test_rows_that_describe_columns_are_skipped(tmp_path):
-    """As in ABCD's releases."""
+def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    remedy = 'pip install "umbrella-jax[parquet]"'
+    assert refuse(tmp_path / "a.parquet") == [
+        f"a.parquet: a parquet table needs pyarrow, which is not installed: {remedy}"
+    ]
+
+
+def test_rows_that_describe_columns_are_skipped_as_in_abcd(tmp_path):
     text = '"subjectkey"\t"interview_age"\n"The NDAR id"\t"Age in months"\n"NDAR_INV1"\t"120"\n'
     table = read(write(tmp_path / "abcd.txt", text), key="subjectkey", skip_rows=1)
     assert table.rows == ((3, {"subjectkey": "NDAR_INV1", "interview_age": "120"}),)

@@ -3,7 +3,7 @@
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -62,10 +62,11 @@ def read_cohort(config: CohortConfig, study: StudyConfig, root: Path, faults: Fa
     fatal = Faults()
     conditions = _parse_conditions(study.include, fatal)
     tables = fatal.check(lambda: join_tables(config, root, MissingValues.of_study(study), notes))
+    labels: Collection[str] = () if tables is None else tables.first.labels
     scans: list[FoundScan] = []
     for modality, of_modality in config.scans.items():
         with fatal:
-            scans += find_modality(modality, of_modality, config.subjects[0].key, root, notes)
+            scans += find_modality(modality, of_modality, config.subjects[0].key, labels, root, notes)
     fatal.raise_as(DataError)
     assert tables is not None
     columns = _column_names(config, study, tables)

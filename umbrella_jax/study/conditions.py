@@ -39,7 +39,7 @@ _MISTAKES = {
     "[“”„‘’‚«»]": "write straight quotes",
     "`": "a backtick without its second; expected one before and one after a column's name",
 }
-"""{what other languages have, outside quotes: what to write}."""
+"""{pattern of a common mistake, outside quotes: remedy}."""
 _Values = Mapping[str, str]
 _Test = Callable[[_Values], bool | None]
 
@@ -74,7 +74,7 @@ class CellError(DataError):
 
 
 class _FaultError(ValueError):
-    """What is wrong at a node of the syntax tree."""
+    """A fault at a node of the syntax tree."""
 
     def __init__(self, node: ast.AST, message: str):
         super().__init__(message)

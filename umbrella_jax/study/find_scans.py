@@ -42,13 +42,16 @@ class FoundScan:
     scan: Scan
 
 
-def find_modality(modality: str, config: ScansConfig, key: str, root: Path, notes: list[str]) -> list[FoundScan]:
+def find_modality(
+    modality: str, config: ScansConfig, key: str, subjects: Collection[str], root: Path, notes: list[str]
+) -> list[FoundScan]:
     """Return the scans of one modality, sorted by path.
 
     Args:
         modality: as the study names it.
         config: where its scans are.
         key: another name for the subject's placeholder: the key of the first table.
+        subjects: its labels, without `sub-`, which decide if a pattern can match a path in several ways.
         root: the study's root.
         notes: receives a line about every reason to leave files out, each starting with the modality.
 
@@ -60,7 +63,7 @@ def find_modality(modality: str, config: ScansConfig, key: str, root: Path, note
         if config.bids is not None:
             scans = _find_bids(modality, config, config.bids, root, own_notes)
         else:
-            scans = _find_pattern(modality, str(config.pattern), key, root, own_notes)
+            scans = _find_pattern(modality, str(config.pattern), key, subjects, root, own_notes)
     except (ConfigError, DataError) as error:
         raise DataError([f"scans.{modality}: {fault}" for fault in error.faults]) from None
     notes += [f"{modality}: {note}" for note in own_notes]
@@ -105,13 +108,15 @@ def _data_set(base: Path) -> Path:
     return next((folder.parent for folder in base.parents if folder.name == "derivatives"), base)
 
 
-def _find_pattern(modality: str, pattern: str, key: str, root: Path, notes: list[str]) -> list[FoundScan]:
+def _find_pattern(
+    modality: str, pattern: str, key: str, subjects: Collection[str], root: Path, notes: list[str]
+) -> list[FoundScan]:
     subject_names = [name for name in names_in(pattern) if name in (SUBJECT, key)]
     if len(subject_names) != 1:
         either = SUBJECT if key == SUBJECT else f"{SUBJECT}}} or {{{key}"
         raise ConfigError(f"pattern: {pattern}: expected {{{either}}} for the subject, once or repeated")
     try:
-        matches = dict(find_matches(pattern, root))
+        matches = find_matches(pattern, root, lambda names: names[subject_names[0]].removeprefix("sub-") in subjects)
     except (ConfigError, DataError) as error:
         raise DataError([f"pattern: {fault}" for fault in error.faults]) from None
     found = {_study_path(path, root): names for path, names in matches.items()}

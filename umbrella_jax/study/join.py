@@ -5,6 +5,7 @@ import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ class LabTable:
     """Without the key and the visit."""
     rows: dict[RowKey, LabRow] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def labels(self) -> dict[str, None]:
         """Subjects without `sub-`, in order."""
         return dict.fromkeys(subject for subject, _ in self.rows)

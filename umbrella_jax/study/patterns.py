@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from umbrella_jax.console import plural
 from umbrella_jax.errors import ConfigError, DataError
 
 _SHOWN = 3
-"""Paths, and ambiguous files, of which a message shows the first."""
+"""Paths that a message shows."""
 
 
 class _Part(NamedTuple):
@@ -21,11 +21,11 @@ class _Part(NamedTuple):
     text: str
 
 
-Match = tuple[str, Mapping[str, str]]
-"""A path, and {placeholder: its text}."""
+Names = Mapping[str, str]
+"""{placeholder: its text}."""
 
 
-def find_matches(pattern: str, root: Path) -> list[Match]:
+def find_matches(pattern: str, root: Path, is_known: Callable[[Names], bool]) -> dict[str, Names]:
     """Return the files that a pattern matches, sorted, each with the texts of the pattern's names.
 
     A name in braces matches any text without a slash, at least one character, and the same text wherever it is
@@ -35,31 +35,43 @@ def find_matches(pattern: str, root: Path) -> list[Match]:
     Args:
         pattern: the path; relative to `root`, or absolute.
         root: folder.
+        is_known: returns whether a subject is known; it decides if a path can be read in several ways, such as
+            `002_S_0413_bl` for `{subject}_{visit}`.
 
     Raises:
         ConfigError: a faulty pattern.
-        DataError: nothing matches, or a file matches in several ways.
+        DataError: nothing matches, or a path can be read in several ways.
     """
     segments = [segment for segment in pattern.split("/") if segment not in ("", ".")]
     parts = [_parse(pattern, segment) for segment in segments]
     if not segments:
         raise ConfigError(f"{pattern!r}: expected a path, such as {{subject}}/T1.nii.gz")
-    matches: list[Match] = [("/" if pattern.startswith("/") else str(root), {})]
-    ambiguous: list[str] = []
+    matches: list[tuple[str, Names]] = [("/" if pattern.startswith("/") else str(root), {})]
     for number, (segment, segment_parts) in enumerate(zip(segments, parts, strict=True)):
         last = number == len(segments) - 1
-        found = [match for folder, names in matches for match in _step(folder, names, segment_parts, last, ambiguous)]
+        found = [match for folder, names in matches for match in _step(folder, names, segment_parts, last)]
         if not found:
             raise DataError(_nothing_matches(pattern, segment, [folder for folder, _ in matches], root))
         matches = found
+    readings: dict[str, list[Names]] = {}
+    for path, names in sorted(matches, key=lambda match: (match[0], *match[1].items())):
+        readings.setdefault(path, []).append(names)
+    ambiguous = []
+    for path, ways in readings.items():
+        if len(ways) > 1 and not os.path.basename(path).startswith("."):
+            known = [names for names in ways if is_known(names)]
+            if len(known) == 1:
+                readings[path] = known
+            else:
+                shown = (", ".join(f"{name}={text}" for name, text in names.items()) for names in (known or ways)[:2])
+                ambiguous.append(f"{os.path.relpath(path, root)} ({' or '.join(shown)})")
     if ambiguous:
-        ambiguous.sort()
         more = f"; and {plural(len(ambiguous) - _SHOWN, 'other')}" if len(ambiguous) > _SHOWN else ""
         raise DataError(
             f"{pattern}: matches in several ways: {'; '.join(ambiguous[:_SHOWN])}{more}; write the text around the "
             "names more exactly, or * for what needs no name"
         )
-    return sorted(matches, key=lambda match: match[0])
+    return {path: ways[0] for path, ways in readings.items()}
 
 
 def names_in(pattern: str) -> list[str]:
@@ -79,10 +91,8 @@ def _parse(pattern: str, segment: str) -> list[_Part]:
     return parts
 
 
-def _step(
-    folder: str, names: Mapping[str, str], parts: Sequence[_Part], last: bool, ambiguous: list[str]
-) -> Iterator[Match]:
-    """Yield what one segment of a pattern matches in a folder; `ambiguous` receives files with several readings."""
+def _step(folder: str, names: Names, parts: Sequence[_Part], last: bool) -> Iterator[tuple[str, Names]]:
+    """Yield what one segment of a pattern matches in a folder, once for each way to read it."""
     bound = [_Part("text", names[p.text]) if p.kind == "name" and p.text in names else p for p in parts]
     if all(part.kind == "text" for part in bound):
         path = os.path.join(folder, "".join(part.text for part in bound))
@@ -95,12 +105,8 @@ def _step(
             if entry.name.startswith(".") and not shows_hidden:
                 continue
             readings = _readings(bound, entry.name)
-            if not readings or not (last or entry.is_dir()):
-                continue
-            if len(readings) > 1 and not entry.name.startswith("."):
-                ways = " or ".join(", ".join(f"{k}={v}" for k, v in reading) for reading in sorted(readings)[:2])
-                ambiguous.append(f"{entry.name} ({ways})")
-            yield entry.path, {**names, **dict(next(iter(readings)))}
+            if readings and (last or entry.is_dir()):
+                yield from ((entry.path, {**names, **dict(reading)}) for reading in readings)
 
 
 def _readings(parts: Sequence[_Part], text: str) -> set[tuple[tuple[str, str], ...]]:

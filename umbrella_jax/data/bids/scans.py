@@ -295,7 +295,7 @@ def _values(scans: Iterable[Scan], key: str) -> list[str]:
 
 @dataclass(frozen=True)
 class EntitySelection:
-    """Which values of BIDS entities are asked for, and how a user asks for others."""
+    """The requested values of BIDS entities, and how a user requests others."""
 
     values: Mapping[str, Collection[str]]
     """{entity: its value, or several}; `none` for names without it."""
