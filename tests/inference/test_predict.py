@@ -263,12 +263,20 @@ def test_maps_replace_nothing(run: Path, world: World) -> None:
 @pytest.mark.parametrize(
     ("flags", "fault"),
     [
-        (["Which sex?", "--task-id", "one-0"], "--task-id: is of no use without --data; leave it out"),
-        (["--data", "eval.json", "--image", "T1=0.nii.gz"], "--image: is of no use with --data; leave it out"),
+        (["explain", "--task-id", "one-0"], "--task-id: is of no use without --data; leave it out"),
+        (["explain", "--method", "gradient", "--path-steps", 4], "--path-steps: is of no use with --method gradient"),
+        (["generate", "--answers", "left.", "--temperature", 1], "--temperature: is of no use with --answers"),
     ],
 )
-def test_explain_refuses_flags_that_it_would_not_use(tmp_path: Path, flags: list[str], fault: str) -> None:
-    assert fault in umbrella("explain", "run", *flags, "--out", tmp_path / "maps", code=2)
+def test_flags_that_would_not_be_used_are_refused(tmp_path: Path, flags: list[Any], fault: str) -> None:
+    command, *others = flags
+    out = ["--out", tmp_path / "maps"] if command == "explain" else []
+    assert fault in umbrella(command, "run", "Which sex?", *others, *out, code=2)
+
+
+def test_explain_takes_the_images_of_its_data(tmp_path: Path) -> None:
+    flags = ["--data", "eval.json", "--image", "T1=0.nii.gz", "--out", tmp_path / "maps"]
+    assert "--image: is of no use with --data; leave it out" in umbrella("explain", "run", *flags, code=2)
 
 
 def test_explain_reads_the_section_data(world: World, run: Path, tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from umbrella_jax.config.load import parse_mesh
 from umbrella_jax.config.schema import DataConfig, ModalityConfig, RunConfig, modality_names
 from umbrella_jax.errors import ConfigError, visible
 
+_PATH_STEPS = 16
+"""Default number of steps of integrated gradients."""
 METHODS = ("gradient", "integrated", "occlusion")
 """Methods of explanation."""
 
@@ -87,7 +89,7 @@ def add(commands: Any) -> None:
         help="gradient (× input), integrated (gradients, the default) or occlusion (of one patch at a time)",
     )
     explain.add_argument(
-        "--path-steps", type=int, default=16, metavar="N", help="steps of integrated gradients; default 16"
+        "--path-steps", type=int, metavar="N", help=f"steps of integrated gradients; default {_PATH_STEPS}"
     )
     add_out(explain, "new folder for the maps", required=True)
 
@@ -168,6 +170,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     from umbrella_jax.inference.processor import Processor
 
     sampling, config = _sampling(arguments), settings_of(arguments)
+    if arguments.answers and sampling.temperature:
+        raise ConfigError("--temperature: is of no use with --answers, from which nothing is drawn; leave it out")
     checkpoint = _open_checkpoint(arguments, config)
     processor = Processor.from_checkpoint(checkpoint, max_length=_data(arguments, config).max_length)
     images = _images(arguments, processor.modalities)
@@ -245,11 +249,14 @@ def _explain(arguments: argparse.Namespace) -> None:
         raise ConfigError("explain: expected PROMPT with --image, or --data PATH without PROMPT")
     without_data = {"--task-id": arguments.task_id, "--image-root": given_keys(arguments)[0]}
     unused = {"--image": arguments.image} if arguments.data else without_data
-    if faults := [
+    faults = [
         f"{flag}: is of no use {'with --data' if arguments.data else 'without --data'}; leave it out"
         for flag, value in unused.items()
         if value
-    ]:
+    ]
+    if arguments.path_steps is not None and arguments.method != "integrated":
+        faults.append(f"--path-steps: is of no use with --method {arguments.method}; leave it out")
+    if faults:
         raise ConfigError(faults)
     out = Path(arguments.out)
     check_new_folder(out)
@@ -281,7 +288,7 @@ def _explain(arguments: argparse.Namespace) -> None:
                 conversation,
                 answer=arguments.answer,
                 method=arguments.method,
-                steps=arguments.path_steps,
+                steps=_PATH_STEPS if arguments.path_steps is None else arguments.path_steps,
             )
             # a task_id may contain "../"
             name = f"{number}_{re.sub(r'[^A-Za-z0-9-]+', '_', conversation.task_id)}"
