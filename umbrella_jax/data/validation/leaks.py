@@ -82,7 +82,7 @@ class _Rows:
 
 
 class LeakSearch:
-    """Searches the conversations of one task for leaks. Memory does not grow with their number."""
+    """Searches the conversations of one task for leaks, and their texts up to 20,000 distinct ones."""
 
     def __init__(self) -> None:
         self._texts: dict[tuple[str, str], _Rows] = defaultdict(_Rows)
