@@ -421,6 +421,7 @@ def test_tables_that_contradict_each_other_or_share_no_id_are_refused(tmp_path):
     more["columns"] = {"note": "note"}
     cohort, _ = read(tmp_path, subjects=[first, more])
     assert values(cohort, "note") == {"sub-01": "a", "sub-02": "c"}
+    assert set(cohort.visits[1].values) == set(cohort.columns) - {"visit"}
     assert cohort.flow.left_out == {"with a scan, but without a row in participants.tsv": ["sub-03", "sub-04"]}
 
 
@@ -478,3 +479,18 @@ def test_the_tables_subjects_decide_where_an_id_ends(tmp_path):
         "scans.T1: pattern: {PTID}_{visit}.nii: matches in several ways: 002_S_0413_bl.nii (PTID=002, "
         "visit=S_0413_bl or PTID=002_S_0413, visit=bl); 002_S_0559_m12.nii "
     )
+
+
+def test_an_external_cohort_has_the_studys_conditions_and_its_own_tables(tmp_path):
+    table(tmp_path, "participants.tsv", "participant_id sex age iq", "sub-01 F 30 -9")
+    table(tmp_path, "other.csv", "eid sex age", "7 F 30", "8 M 50")
+    scan(tmp_path, "other/007.nii.gz", "other/008.nii.gz")
+    external = {
+        "subjects": [{"file": "other.csv", "key": "eid", "width": 3}],
+        "scans": {"T1": {"pattern": "other/{eid}.nii.gz"}},
+    }
+    config, faults = study(external={"abroad": external}, include="age < 40", missing={"iq": "-9"}), Faults()
+    cohort = read_cohort(config.external["abroad"], config, tmp_path, faults, [])
+    assert not faults
+    assert [visit.subject for visit in cohort.visits] == ["007"]
+    assert cohort.flow.left_out == {"age < 40": ["008"]}

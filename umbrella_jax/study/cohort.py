@@ -135,7 +135,7 @@ def _column_faults(
     tables: JoinedTables,
 ) -> Iterator[str]:
     """Yield a fault for every column that missing values, bins or conditions name and no table has."""
-    for name in study.missing:
+    for name in study.missing if config is study else ():  # an external cohort may have fewer columns
         if name != "*" and name not in columns:
             yield f"missing: {unknown_column(name, columns)}"
     own = {*tables.columns, *_placeholders(config.scans, tables.first.key), SUBJECT, VISIT}

@@ -23,7 +23,7 @@ RowKey = tuple[str, str | None]
 
 
 class LabRow(NamedTuple):
-    """A row of a table, without missing cells."""
+    """A row of a table, without missing cells, the subject and the visit."""
 
     file: Path
     line: int
@@ -79,10 +79,14 @@ class JoinedTables:
         """All columns; the first table's key comes first."""
 
     def values(self, subject: str, visit: str | None) -> dict[str, str]:
-        """Return {column: cell} without missing ones. A column of `sessions` has the visit's value or none."""
+        """Return {column: cell} without missing ones of a subject in the first table, at a visit.
+
+        A column of `sessions` has the visit's value or none.
+        """
         values: dict[str, str] = {}
         for row in reversed(self._rows(subject, visit)):
             values.update(row.cells)
+        values[self.first.key] = self.first.rows[subject, None].subject
         return values
 
     def place(self, column: str, subject: str, visit: str | None) -> str:
@@ -168,8 +172,7 @@ def _read_tables(
         own = tables.setdefault(frozenset(columns), empty)
         for line, cells in table.rows:
             subject, visit = cells[config.key], cells.get(VISIT) if with_visits else None
-            hidden = (config.key, VISIT) if with_visits else ()
-            row = LabRow(path, line, subject, {n: c for n, c in cells.items() if n not in hidden})
+            row = LabRow(path, line, subject, {n: c for n, c in cells.items() if n not in (config.key, VISIT)})
             first = own.rows.setdefault((subject.removeprefix("sub-"), visit), row)
             if first is not row:
                 other = f"line {first.line}" if first.file == path else first.place
