@@ -120,6 +120,7 @@ def test_groups_of_several_seeds_are_refused(tmp_path: Path, capsys: pytest.Capt
         ),
         ("config.yaml", "seed: 2", "seed: 1", "its seed is 1; expected 2, as its name says"),
         ("inputs.json", "ab", "cd", "train.json: not the file that"),
+        ("inputs.json", "volumes", "scans", "inputs.json: not the digests that a run writes as it starts; restore it"),
         (
             "predictions/step_2.jsonl",
             '"t3"',

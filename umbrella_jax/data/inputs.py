@@ -15,14 +15,15 @@ from pathlib import Path
 from umbrella_jax.config.schema import DataConfig
 from umbrella_jax.data.conversation import conversation_files
 from umbrella_jax.data.loader import Dataset
+from umbrella_jax.errors import ConfigError
 from umbrella_jax.io.files import strict_json
-from umbrella_jax.io.reading import sha256
+from umbrella_jax.io.reading import LISTING, read_json, sha256
 
+KINDS = ("conversations", "tokens", "volumes")
 Inputs = dict[str, list[tuple[str, str]]]
 """{kind: (name, SHA-256) of each input, in the order in which the run reads them}.
 
-The kinds are `conversations`, `tokens` (the encoded conversations) and `volumes`. A change in one kind usually
-changes the next ones too.
+The kinds are `KINDS`; `tokens` are the encoded conversations. A change in one kind usually changes the next ones too.
 """
 
 
@@ -36,7 +37,7 @@ def read_inputs(data: DataConfig, datasets: Mapping[str, Dataset]) -> Inputs:
     Raises:
         DataError: a volume no longer exists.
     """
-    inputs: Inputs = {"conversations": [], "tokens": [], "volumes": []}
+    inputs: Inputs = {kind: [] for kind in KINDS}
     volumes: dict[Path, Dataset] = {}
     for split, dataset in datasets.items():
         for file in conversation_files(Path(getattr(data, split))):
@@ -58,6 +59,15 @@ def read_inputs(data: DataConfig, datasets: Mapping[str, Dataset]) -> Inputs:
 def dump_inputs(inputs: Inputs) -> str:
     """Return the digests as JSON, for people and for `changed_inputs`."""
     return strict_json(inputs, indent=1) + "\n"
+
+
+def load_stored_inputs(path: Path, remedy: str) -> Inputs:
+    """Read what `dump_inputs` wrote. Raises ConfigError, with the `remedy`, for any other file."""
+    recorded = read_json(path, ConfigError, remedy, LISTING)
+    try:
+        return {kind: [(str(name), str(digest)) for name, digest in recorded[kind]] for kind in KINDS}
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(f"{path}: not the digests that a run writes as it starts; {remedy}") from None
 
 
 def digest_of(inputs: Inputs) -> str:

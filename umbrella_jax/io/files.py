@@ -209,7 +209,7 @@ def append_line(file: int, path: Path, line: bytes) -> None:
     """
     with naming(path):
         if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file)):
-            raise RunError(f"{path}: deleted, moved or replaced while the run was writing to it; the run ends")
+            raise RunError(f"{path}: deleted, moved or replaced while it was being written; start again")
         size = os.fstat(file).st_size
         try:
             while line:

@@ -7,9 +7,8 @@ from typing import Any
 
 from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import EvaluationConfig
-from umbrella_jax.data.inputs import changed_inputs
+from umbrella_jax.data.inputs import changed_inputs, load_stored_inputs
 from umbrella_jax.errors import ConfigError, Faults
-from umbrella_jax.io.reading import LISTING, read_json
 from umbrella_jax.report.compare_runs import Run, find_runs
 from umbrella_jax.rundir import CONFIG, INPUTS, Step, choose_step, predictions_by_step
 from umbrella_jax.scoring.metrics import read_predictions
@@ -76,7 +75,7 @@ def read_seeds(runs: Mapping[int, Path], asked: Step | None) -> SeedPredictions:
 def _differences(found: Mapping[int, Run]) -> Iterator[str]:
     """Yield a fault for each setting in which a run differs from the first, and for inputs that differ."""
     first = next(iter(found.values()))
-    before = read_json(first.path / INPUTS, ConfigError, "restore it", LISTING)
+    before = load_stored_inputs(first.path / INPUTS, "restore it")
     for seed, run in found.items():
         if run.config["seed"] != seed:
             yield f"{run.path}: its seed is {run.config['seed']}; expected {seed}, as its name says"
@@ -86,5 +85,5 @@ def _differences(found: Mapping[int, Run]) -> Iterator[str]:
             if here != there and not may_differ:
                 yield f"{run.path}: {key}: {here} here, {there} in {first.path}; expected the same"
         if run is not first:
-            names = changed_inputs(before, read_json(run.path / INPUTS, ConfigError, "restore it", LISTING))
+            names = changed_inputs(before, load_stored_inputs(run.path / INPUTS, "restore it"))
             yield from (f"{run.path}: {name}: not the file that {first.path} read" for name in names)

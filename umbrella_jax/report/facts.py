@@ -13,6 +13,7 @@ from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import RunConfig, TrainConfig
 from umbrella_jax.data.cache import source_digest
 from umbrella_jax.data.conversation import Conversation, conversation_files, read_conversations
+from umbrella_jax.data.inputs import load_stored_inputs
 from umbrella_jax.errors import CheckpointError, ConfigError, DataError, Faults, UmbrellaError, why_not_a_directory
 from umbrella_jax.io import reading
 from umbrella_jax.models import LlavaConfig, abstract_params
@@ -308,7 +309,7 @@ def _task_ids(rows: Sequence[Prediction]) -> Counter[str]:
 
 def _inputs(run: Path) -> dict[str, set[str]]:
     """Return {kind: digests of the files that the run read}."""
-    recorded = reading.read_json(run / INPUTS, ConfigError, "a run writes it as it starts", reading.LISTING)
+    recorded = load_stored_inputs(run / INPUTS, "restore it")
     return {kind: {digest for _, digest in files} for kind, files in recorded.items()}
 
 

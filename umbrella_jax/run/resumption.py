@@ -10,10 +10,9 @@ import orbax.checkpoint as ocp
 from umbrella_jax.config.load import flat, load_stored_config, parse_stored_config
 from umbrella_jax.config.schema import RunConfig, to_dict
 from umbrella_jax.console import wrapped
-from umbrella_jax.data.inputs import Inputs, changed_inputs
+from umbrella_jax.data.inputs import Inputs, changed_inputs, load_stored_inputs
 from umbrella_jax.distributed import gather, raise_together
 from umbrella_jax.errors import CheckpointError, ConfigError, Faults
-from umbrella_jax.io.reading import LISTING, read_json
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, INPUTS, LOG, Line, Say, fold_runs, how_it_ended, seed_runs
 from umbrella_jax.training.checkpoint import Checkpoints
 from umbrella_jax.training.optimizer import make_schedule, warmup_updates
@@ -277,7 +276,7 @@ def check_same_run(directory: Path, saved: dict[str, Any], meta: dict[str, Any],
         record = directory.parent / INPUTS
         names = []
         if record.exists():
-            names = changed_inputs(read_json(record, ConfigError, f"remove {record}", LISTING), inputs)
+            names = changed_inputs(load_stored_inputs(record, "remove it"), inputs)
         faults = [f"{name}: changed since the run began" for name in names] or [
             f"conversations, tokenizer or volumes have changed since the run began; {record} does not say which"
         ]
