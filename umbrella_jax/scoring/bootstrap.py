@@ -27,7 +27,7 @@ class Figure:
     answers."""
     high: float | None
     n: int
-    """Number of answers; for `vote_accuracy`, of votes."""
+    """Number of answers, or of votes if subjects vote."""
     subjects: int
     chance: float | None
     """Value that is reached without looking at the images; None if chance has no meaning for the metric."""
