@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
@@ -84,27 +83,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _shared_steps() -> Iterator[None]:
-    """Give runs with equal settings the same optimizer object, which lets them share the traced and compiled step.
+    from tests.helpers.shared_steps import shared_steps
 
-    `jax.jit` compares the optimizer, a static argument, by identity. To trace and lower a step takes ten times as long
-    as the rest of a small run.
-    """
-    from umbrella_jax.run import preparation
-
-    made: dict[object, Any] = {}
-
-    def once(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            key = function.__name__, *(repr(argument) for argument in arguments)  # a schedule's repr has its address
-            if key not in made:
-                made[key] = function(*arguments)
-            return made[key]
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("make_schedule", "make_optimizer"):
-            patch.setattr(preparation, name, once(getattr(preparation, name)))
+    with shared_steps():
         yield
 
 

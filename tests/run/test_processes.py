@@ -26,6 +26,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers import small_run
+from tests.helpers.shared_steps import shared_steps
 from tests.helpers.small_run import World, assert_close, latest, numbers, read_lines, trained, umbrella
 from umbrella_jax import distributed
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
@@ -807,4 +808,5 @@ def test_missing_files_are_named_on_every_process() -> None:
 
 
 if __name__ == "__main__":
-    child()
+    with shared_steps():
+        child()
