@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import xlwt
 
-from umbrella_jax.errors import DataError
+from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.study.schema import TableConfig
 from umbrella_jax.study.tables import MissingValues, read_lab_table
 
@@ -117,6 +117,11 @@ def test_a_column_per_visit_becomes_a_row_per_visit(tmp_path):
         (2, {"id": "7", "sex": "F", "visit": "2", "age": "55"}),
         (2, {"id": "7", "sex": "F", "visit": "3", "bmi": "30"}),
     )
+
+
+def test_refuses_two_ways_to_name_the_visit():
+    with pytest.raises(ConfigError, match="visit: columns name the visit already; leave it out"):
+        TableConfig(file="a.csv", visit="v", columns={"age": "age_{visit}"})
 
 
 def test_missing_values_are_declared_per_column_and_labels_are_none(tmp_path):

@@ -72,6 +72,10 @@ class TableConfig(Section):
     width: Count | None = None
     """Digits of ids that lost their leading zeros, as in a spreadsheet: 3 reads 7 as 007."""
 
+    def contradictions(self) -> Iterator[str]:
+        if self.visit is not None and any("{visit}" in name for name in self.columns.values()):
+            yield "visit: columns name the visit already; leave it out"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScansConfig(Section):
