@@ -29,13 +29,14 @@ from bench.loop import loop
 from bench.quantize import quantize
 from bench.startup import startup
 from bench.step import sharing, step
+from bench.study import study
 from bench.validate import validate
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="NAME")
-    for work in (convert, data, step, gpu, sharing, compile, loop, generate, quantize, startup, validate):
+    for work in (convert, data, step, gpu, sharing, compile, loop, generate, quantize, startup, study, validate):
         command = commands.add_parser(work.__name__, help=(work.__doc__ or "").splitlines()[0])
         command.add_argument("--work-dir", type=Path, help="folder for files; default a temporary one")
         command.set_defaults(work=work)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
@@ -136,3 +137,11 @@ def tiny_tokenizer() -> Callable[..., Path]:
 def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer with all special tokens, written once."""
     return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_directory: Path) -> Any:
+    """The tokenizer of `tokenizer_directory`, read."""
+    from umbrella_jax.data.tokenize import load_tokenizer
+
+    return load_tokenizer(tokenizer_directory, None)[0]

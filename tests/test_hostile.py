@@ -31,7 +31,6 @@ from umbrella_jax.config.load import load_config, load_original
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.console import table_lines
 from umbrella_jax.data import conversation, tokenize, voxels
-from umbrella_jax.data.bids.from_bids import from_bids
 from umbrella_jax.data.conversation import read_conversations
 from umbrella_jax.data.tokenize import encode, load_tokenizer
 from umbrella_jax.data.volume import load_volume
@@ -40,6 +39,7 @@ from umbrella_jax.errors import CheckpointError, ConfigError, DataError, Umbrell
 from umbrella_jax.io import reading
 from umbrella_jax.rundir import RunLog, how_it_ended
 from umbrella_jax.scoring.metrics import read_predictions
+from umbrella_jax.study.from_bids import from_bids
 from umbrella_jax.training.checkpoint import param_shapes
 
 MB = 1 << 20

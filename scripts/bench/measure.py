@@ -2,6 +2,9 @@
 
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -36,6 +39,17 @@ def measure(work: Callable[..., Any], *args: Any) -> dict[str, Any]:
     if "error" in result:
         raise RuntimeError(result["error"])
     return result
+
+
+def run(words: list[str]) -> dict[str, float]:
+    """Run `umbrella-jax WORDS`; return its seconds, its processor seconds, and the GB of memory at its peak."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "umbrella_jax.cli", *words], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status):
+        raise RuntimeError(f"{words} failed")
+    busy = usage.ru_utime + usage.ru_stime
+    return {"seconds": time.perf_counter() - start, "processor": busy, "peak": usage.ru_maxrss * 1024 / 1e9}
 
 
 def _measured(results: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -1,16 +1,12 @@
 """Time and memory of the command `data validate --html`."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.measure import figure
+from bench.measure import figure, run
 
 CONFIG = Path(__file__).parents[2] / "configs/t1_0.5b.yaml"
 
@@ -44,17 +40,6 @@ def make_conversations(file: Path, subjects: range, number: int) -> None:
             turns += [{"role": "user", "content": [image, question]}, {"role": "assistant", "content": [answer]}]
         records.append({"task_id": str(i), "conversations": turns, "metadata": {"task": "sex"}})
     file.write_text(json.dumps(records))
-
-
-def run(words: list[str]) -> dict[str, float]:
-    """Run a command; return its seconds, its processor seconds, and the GB of memory at its peak."""
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "umbrella_jax.cli", *words], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status):
-        raise RuntimeError(f"{words} failed")
-    busy = usage.ru_utime + usage.ru_stime
-    return {"seconds": time.perf_counter() - start, "processor": busy, "peak": usage.ru_maxrss * 1024 / 1e9}
 
 
 def validate(work_dir: Path) -> None:

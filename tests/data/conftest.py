@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from umbrella_jax.config.schema import ModalityConfig
-from umbrella_jax.data.tokenize import load_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -20,11 +19,6 @@ def modalities() -> dict[str, ModalityConfig]:
         "T1": ModalityConfig(size=(6, 7, 5), patch=(3, 2, 4)),
         "rsfMRI": ModalityConfig(size=(4, 3, 5, 4), patch=(2, 3, 4, 2)),
     }
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tokenizer_directory: Path) -> Any:
-    return load_tokenizer(tokenizer_directory, None)[0]
 
 
 @pytest.fixture
@@ -71,39 +65,3 @@ def write_json(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-@pytest.fixture
-def bids(tmp_path, nifti):
-    """`bids({"01": {"sex": "F"}}, {"01": ["anat/sub-01_T1w.nii.gz"]})` makes a data set; default: a T1w per subject."""
-
-    def make(participants, scans=None, sidecar=None, root="ds", encoding="utf-8"):
-        folder = tmp_path / root
-        folder.mkdir()
-        columns = list(dict.fromkeys(column for row in participants.values() for column in row))
-        rows = [[f"sub-{name}", *(row.get(c, "n/a") for c in columns)] for name, row in participants.items()]
-        lines = ["\t".join(row) for row in [["participant_id", *columns], *rows]]
-        (folder / "participants.tsv").write_text("\n".join(lines) + "\n", encoding=encoding)
-        if sidecar is not None:
-            (folder / "participants.json").write_text(json.dumps(sidecar))
-        for name, files in (scans or {name: [f"anat/sub-{name}_T1w.nii.gz"] for name in participants}).items():
-            for file in files:
-                nifti(f"{root}/sub-{name}/{file}", (4, 3, 5, 10) if "_bold" in file else (6, 7, 5))
-        return folder
-
-    return make
-
-
-@pytest.fixture
-def visits(bids):
-    """`visits()` makes 6 subjects with two sessions, 20 years apart in age."""
-
-    def make(sessions=("ses-1", "ses-2"), **people):
-        people = people or {f"{i:02}": {"age": str(20 + i)} for i in range(6)}
-        root = bids(people, {n: [f"ses-{k}/anat/sub-{n}_ses-{k}_T1w.nii" for k in (1, 2)] for n in people})
-        for i, name in enumerate(people):
-            rows = "".join(f"{ses}\t{20 + i + 20 * k}\n" for k, ses in enumerate(sessions))
-            (root / f"sub-{name}/sub-{name}_sessions.tsv").write_text(f"session_id\tage\n{rows}")
-        return root
-
-    return make

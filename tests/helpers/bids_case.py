@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from umbrella_jax.data.bids.from_bids import from_bids
 from umbrella_jax.errors import DataError
+from umbrella_jax.study.from_bids import from_bids
 
 
 def sexes(num):

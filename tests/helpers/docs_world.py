@@ -29,12 +29,13 @@ from tests.helpers.small_run import MODALITIES, VOLUME_SHAPES, read_config, writ
 from umbrella_jax.cli import main, make_parser
 from umbrella_jax.config.load import load_config, parse_config
 from umbrella_jax.config.schema import RunConfig, to_dict
-from umbrella_jax.data.bids.from_bids import from_bids
 from umbrella_jax.data.bids.templates import TEMPLATES
 from umbrella_jax.data.conversation import read_conversations
 from umbrella_jax.demo import make_base
 from umbrella_jax.demo.run import ATTRIBUTION_TEXT, print_accuracies
 from umbrella_jax.sharding import make_mesh
+from umbrella_jax.study.from_bids import from_bids
+from umbrella_jax.study.schema import load_study
 
 ROOT = Path(__file__).parents[2]
 README = "README.md"
@@ -219,6 +220,7 @@ PARSED: dict[str, str] = {
     "umbrella-jax score runs/sex --by": "README's conversations keep no columns; tests/scoring/test_groups.py has some",
     "umbrella-jax score runs/age": "no run about age; tests/scoring/test_adjustment.py has answers",
     "umbrella-jax score site-a.jsonl": "tests/scoring/test_metrics.py scores several files",
+    "umbrella-jax data build study.yaml": "tests/study/test_build.py builds a study",
     "umbrella-jax cv": "tests/run/test_cross_validation.py trains two folds",
     "umbrella-jax push exports/sex my-lab/sex-t1 --message": "needs the hub; tests/checkpoints/test_push.py has one",
     "umbrella-jax train --config umbrella_llava_train.yaml": "tests/run/test_typed.py trains with both kinds of YAML",
@@ -432,6 +434,17 @@ def run_yaml(page: Page, block: Block) -> None:
     )
 
 
+def run_study(page: Page, block: Block) -> None:
+    """A study file; or a part of one, laid over the page's first."""
+    file = page.folder / f"block_{block.line}.yaml"
+    file.write_text(block.text)
+    study = read_config(file)
+    whole = page.namespace.setdefault("study", study)
+    if "tasks" not in study:
+        write_config(file, {**whole, **study, "scans": whole["scans"] | study.get("scans", {})})
+    load_study(file)
+
+
 NUMBER = r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?"
 
 
@@ -485,7 +498,7 @@ def check_tree(page: Page, block: Block) -> None:
 PICTURES: dict[str, tuple[str, ...]] = {
     README: ("HF checkpoint directory ──convert──► parameters ─┐",),
     "docs/conversion.md": ("HF directory ──convert from-hf──► native checkpoint",),
-    "docs/install.md": ("loss 9.1216; 16 answers",),
+    "docs/install.md": ("loss 9.1216; 16 answers", "built, and doctor passes"),
     "docs/runs.md": (
         "step 1,200 of 30,000",
         "step 240  evaluation",
@@ -508,6 +521,7 @@ RUNNERS: dict[str, Callable[[Page, Block], None]] = {
     "pycon": run_session,
     "json": run_json,
     "yaml": run_yaml,
+    "yaml study": run_study,
     "output": compare_output,
     "demo": compare_demo,
     "tree": check_tree,

@@ -115,12 +115,12 @@ def test_conditions_leave_out_visits_and_a_subject_counts_for_its_last_one(tmp_p
     conditions = ["age > 40", "sex != 'F' or age < 50"]
     cohort, notes = read(tmp_path, sessions=[{"file": "ages.tsv"}], include=conditions)
     assert cohort.flow.left_out == {
-        "age > 40": ["sub-03"],
-        "age > 40: value missing": ["sub-02"],
-        "sex != 'F' or age < 50": ["sub-01", "sub-04"],
+        "`age > 40` is false": ["sub-03"],
+        "`age > 40` is unknown, since a value is missing": ["sub-02"],
+        "`sex != 'F' or age < 50` is false": ["sub-01", "sub-04"],
     }
     assert [visit.place for visit in cohort.visits] == ["sub-05 ses-1"]
-    assert "left out: age > 40 (4): sub-01 ses-2, sub-02 ses-1, sub-03 ses-2, sub-05 ses-2" in notes
+    assert "left out: `age > 40` is false (4): sub-01 ses-2, sub-02 ses-1, sub-03 ses-2, sub-05 ses-2" in notes
 
 
 PARTICIPANTS = ("participant_id sex age", "sub-001 F 44", "sub-002 M 51", "sub-003 F 63")
@@ -189,7 +189,7 @@ PARTICIPANTS = ("participant_id sex age", "sub-001 F 44", "sub-002 M 51", "sub-0
             "bins.sex: a column has this name already; choose another",
         ),
         (PARTICIPANTS, {"visits": ["2"]}, "visits: 2: no scan has this visit; expected some of none"),
-        (PARTICIPANTS, {"include": "age > 99"}, "participants.tsv: no subject is left: age > 99: 3"),
+        (PARTICIPANTS, {"include": "age > 99"}, "participants.tsv: no subject is left: `age > 99` is false: 3"),
         (
             PARTICIPANTS,
             {"scans": {"T1": {"bids": ".", "entities": {"run": 1}}}},
@@ -493,4 +493,4 @@ def test_an_external_cohort_has_the_studys_conditions_and_its_own_tables(tmp_pat
     cohort = read_cohort(config.external["abroad"], config, tmp_path, faults, [])
     assert not faults
     assert [visit.subject for visit in cohort.visits] == ["007"]
-    assert cohort.flow.left_out == {"age < 40": ["008"]}
+    assert cohort.flow.left_out == {"`age < 40` is false": ["008"]}

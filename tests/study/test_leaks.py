@@ -8,7 +8,7 @@ import pytest
 from tests.helpers.study_visits import faults_of, made, study_of, visits_from
 from umbrella_jax.data.validation.leaks import Exchange, LeakSearch
 from umbrella_jax.errors import Faults
-from umbrella_jax.study.leaks import check_leaks
+from umbrella_jax.study.leaks import scan_faults, split_leaks
 
 TABLE = pd.DataFrame(
     {
@@ -37,7 +37,8 @@ def splits(table: pd.DataFrame = TABLE) -> dict:
 
 def leaks(visits_of, root, **sections) -> list[str]:
     faults = Faults()
-    check_leaks(study_of({"dx": DX}, **sections), visits_of, root, faults)
+    faults += split_leaks(study_of({"dx": DX}, **sections), visits_of)
+    faults += scan_faults((visit for visits in visits_of.values() for visit in visits), root)
     return faults
 
 

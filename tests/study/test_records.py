@@ -198,9 +198,9 @@ def test_comparison_exactly():
     st.integers(0, 3),
 )
 def test_references_are_of_others_of_the_right_split_and_balanced(labels, count, per_query, split, seed):
-    labels = [*"abc" * 4, *labels, *"abc" * 4]  # so that 10 references of 3 labels are there in both splits
+    labels = [*"abc" * 6, *labels, *"abc" * 6]  # so that there are five different lists of 10 references in both splits
     table = pd.DataFrame({"subject": [f"s{i:02}" for i in range(len(labels))], "x": labels})
-    parts = {"train": table[:-12], "eval": table[-12:]}
+    parts = {"train": table[:-18], "eval": table[-18:]}
     task = {"kind": "comparison", "column": "x", "references": {"count": count, "per_query": per_query, "split": split}}
     study = study_of({"x": task}, split={"seed": seed})
     label_of = table.set_index("subject").x

@@ -1,4 +1,4 @@
-"""Commands for data: `data from-bids`, `validate`, `cache`."""
+"""Commands for data: `data build`, `from-bids`, `from-table`, `validate`, `cache`."""
 
 import argparse
 import sys
@@ -17,7 +17,6 @@ from umbrella_jax.cli.options import (
     number,
 )
 from umbrella_jax.config.schema import MAX_CLASSES
-from umbrella_jax.data.bids.from_bids import from_bids
 from umbrella_jax.data.bids.templates import TEMPLATES
 from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.errors import ConfigError
@@ -30,8 +29,17 @@ def add(commands: Any) -> None:
         commands,
         "data",
         "Make and check conversation files, preprocess volumes.",
-        "umbrella-jax data from-bids ds000001 conversations --target sex",
+        "umbrella-jax data build study.yaml conversations",
     )
+    build = add_command(
+        data,
+        "build",
+        _build,
+        "Turn a study file's tables and scans into conversations.",
+        "umbrella-jax data build study.yaml conversations",
+    )
+    build.add_argument("study", metavar="STUDY", help="YAML file: subjects, scans, conditions, tasks, split")
+    build.add_argument("out", metavar="OUT", help="directory for conversations, record and page")
     bids = add_command(
         data,
         "from-bids",
@@ -71,6 +79,26 @@ def add(commands: Any) -> None:
     bids.add_argument("--seed", type=int, metavar="N", help="random seed for splits and pairs; default 1234")
     bids.add_argument("--pairs-per-subject", type=int, metavar="N", help="references per compared scan; default 4")
 
+    table = add_command(
+        data,
+        "from-table",
+        _from_table,
+        "Turn a table and scans into conversations.",
+        "umbrella-jax data from-table t.csv out --target sex --scans '{subject}.nii'",
+    )
+    table.add_argument("table", metavar="TABLE", help=".tsv, .csv, .xlsx, .xls or .parquet, a row per subject")
+    table.add_argument("out", metavar="OUT", help="directory for the conversation files")
+    table.add_argument("--target", required=True, metavar="COLUMN", help="column with the right answers")
+    table.add_argument("--scans", required=True, metavar="PATTERN", help="paths of the scans, with {KEY} for the id")
+    table.add_argument("--key", metavar="COLUMN", help="column with the subject's id; default participant_id")
+    table.add_argument("--root", metavar="DIR", help="where paths of scans start; default the folder of the table")
+    table.add_argument("--modality", metavar="NAME", help="of the scans; default sMRI")
+    table.add_argument("--kind", choices=list(TEMPLATES), metavar="KIND", help="as for from-bids")
+    table.add_argument("--missing", action="append", metavar="VALUE", help="value that means missing; repeatable")
+    table.add_argument("--width", type=number, metavar="N", help="digits of ids that lost their leading zeros")
+    table.add_argument("--stratify", action="append", metavar="COLUMN", help="balance the split by it; repeatable")
+    table.add_argument("--seed", type=int, metavar="N", help="random seed for split and references; default 1234")
+
     check = add_command(
         data,
         "validate",
@@ -95,10 +123,27 @@ def add(commands: Any) -> None:
     cache.add_argument("--verify", action="store_true", help="also check cached volumes; replace damaged ones")
 
 
+def _build(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.study.build import build_study
+
+    check_output(arguments.out, "choose another directory", folder=True)
+    print("\n".join(build_study(arguments.study, arguments.out)))
+
+
 def _from_bids(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.study.from_bids import from_bids
+
     options = {key: value for key, value in vars(arguments).items() if key != "call" and value is not None}
     check_output(arguments.out, "choose another directory", folder=True)
     print("\n".join(from_bids(**options)))
+
+
+def _from_table(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.study.from_table import from_table
+
+    options = {key: value for key, value in vars(arguments).items() if key != "call" and value is not None}
+    check_output(arguments.out, "choose another directory", folder=True)
+    print("\n".join(from_table(**options)))
 
 
 def _validate(arguments: argparse.Namespace) -> int:

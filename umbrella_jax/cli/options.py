@@ -38,7 +38,7 @@ DATA_FLAGS = ("--train-data", "--eval-data", "--image-root", "--modality", "--ta
 _SHORT = {"--output-dir": "--out"}
 """{flag: its short form}."""
 
-FILES = ("FILE", "PATH", "IMAGE")
+FILES = ("FILE", "PATH", "IMAGE", "STUDY", "TABLE")
 DIRECTORIES = ("DIR", "EXPORT", "HF_DIR", "MODEL", "OTHER", "OUT", "RUN")
 """Metavars whose values the shell completes as files or as directories."""
 

@@ -18,6 +18,8 @@ from umbrella_jax.io.reading import JSON_KINDS, kind, parse_json, quoted, read_i
 
 ROLES = ("system", "user", "assistant")
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+LOCK_FILE = "study.lock.json"
+"""Record of a built study, beside its conversations."""
 MAX_FAULTS = 10_000
 """Number of faults after which reading stops: in a file that holds something else, every value may be a fault."""
 T = TypeVar("T")
@@ -250,7 +252,8 @@ def _names(values: Collection[str]) -> str:
 def conversation_files(path: Path) -> list[Path]:
     """Return the file itself, or the files below a directory, sorted.
 
-    Hidden files and folders, such as an editor's `.ipynb_checkpoints`, and links to directories are skipped.
+    Hidden files and folders, such as an editor's `.ipynb_checkpoints`, links to directories, and the record of a built
+    study are skipped.
 
     Raises:
         DataError: the path is neither; or the directory contains several splits (as one set, a run would train on its
@@ -260,7 +263,7 @@ def conversation_files(path: Path) -> list[Path]:
         if (path / "dataset_description.json").exists() or (path / "participants.tsv").exists():
             command = f"umbrella-jax data from-bids {shlex.quote(str(path))} OUT --target COLUMN"
             raise DataError(f"{path}: a BIDS data set, not conversations; make them with `{command}`")
-        below = (file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
+        below = (f for f in path.rglob("*") if f.suffix in _SUFFIXES and f.name != LOCK_FILE and f.is_file())
         files = sorted(f for f in below if not any(part.startswith(".") for part in f.relative_to(path).parts))
         names_of = Counter(file.with_suffix("") for file in files)
         if twins := [file for file in files if names_of[file.with_suffix("")] > 1]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.checkpoints.load import open_base
 from umbrella_jax.config.schema import RunConfig, TaskConfig
-from umbrella_jax.data.conversation import Conversation, read_conversations
+from umbrella_jax.data.conversation import LOCK_FILE, Conversation, read_conversations
 from umbrella_jax.distributed import broadcast, check_same, raise_together
 from umbrella_jax.errors import ConfigError, DataError, Faults
 from umbrella_jax.inference.predict import check_lengths, predict
@@ -27,8 +27,7 @@ from umbrella_jax.run.train import rehearse, train_sharing
 from umbrella_jax.rundir import FOLDS, FoldRun, Say, fold_runs, say_nothing, seed_runs, step_to_test, test_answers
 from umbrella_jax.scoring.rows import blank_rows
 from umbrella_jax.scoring.tasks import Task, task_of, tasks_of
-
-LOCK = "study.lock.json"
+from umbrella_jax.study.lock import read_lock
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def _open_folds(config: RunConfig, study: Path, only: int | None, tell: Say) -> 
         out = directory_of_runs(config, "folds")
         if seed_runs(out):
             raise ConfigError(f"{out}: holds the runs of several seeds; choose another directory (--out DIR)")
-        lock = _read_lock(study)
+        lock = _read_folds(study)
         if only is not None and not 1 <= only <= len(lock["folds"]):
             raise ConfigError(f"fold: {only}: {study} has folds 1 to {len(lock['folds'])}; expected one of them")
         _check_same_study(out, study)
@@ -154,14 +153,11 @@ def _open_folds(config: RunConfig, study: Path, only: int | None, tell: Say) -> 
     return folds, tasks
 
 
-def _read_lock(study: Path) -> dict[str, Any]:
-    """Read the record of a built study. Raise ConfigError if it is none, or has no folds."""
-    file = study / LOCK
-    lock = read_json(file, ConfigError, "expected a folder that `umbrella-jax data build` made")
-    if not isinstance(lock, dict) or not {"folds", "image_root", "suffix"} <= lock.keys():
-        raise ConfigError(f"{file}: not the record of a built study; build it again with `umbrella-jax data build`")
+def _read_folds(study: Path) -> dict[str, Any]:
+    """Return the record of a built study with folds. Raise DataError for a folder that is none, or has no folds."""
+    lock = read_lock(study)
     if not lock["folds"]:
-        raise ConfigError(
+        raise DataError(
             f"{study}: has no folds; build it with split.folds or split.leave_out, or use umbrella-jax train"
         )
     return lock
@@ -172,7 +168,7 @@ def _check_same_study(out: Path, study: Path) -> None:
     if (out / FOLDS).exists():
         fold_runs(out)
         before = read_json(out / FOLDS, ConfigError, "restore it").get("study_sha256")
-        if before != sha256(study / LOCK):
+        if before != sha256(study / LOCK_FILE):
             raise ConfigError(
                 f"{out}: its folds are not those of {study}, which may have been built again; choose another directory "
                 "(--out DIR)"
@@ -185,8 +181,8 @@ def _record(out: Path, study: Path) -> None:
     if not (out / FOLDS).exists():
         record = {
             "study": str(study.absolute()),
-            "study_sha256": sha256(study / LOCK),
-            "folds": _read_lock(study)["folds"],
+            "study_sha256": sha256(study / LOCK_FILE),
+            "folds": _read_folds(study)["folds"],
         }
         write_whole(out / FOLDS, strict_json(record, indent=1) + "\n", PRIVATE)
 

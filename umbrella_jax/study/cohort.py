@@ -414,7 +414,7 @@ def _apply(
 ) -> list[_Candidate]:
     """Keep the visits at which a condition holds. A subject without any left counts for its last visit's reason."""
     kept: list[_Candidate] = []
-    fails, unknown = condition.text, f"{condition.text}: value missing"
+    fails, unknown = f"`{condition.text}` is false", f"`{condition.text}` is unknown, since a value is missing"
     left: dict[str, str] = {}
     visits: dict[str, list[str]] = defaultdict(list)
     for candidate in candidates:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from umbrella_jax.data.tables import parse_cell_number
 from umbrella_jax.data.validation.leaks import LOG_CHANCE, may_be_accident, rows_text
-from umbrella_jax.errors import Faults
 from umbrella_jax.io.reading import sha256
 from umbrella_jax.study.cases import CaseReader, row_of
 from umbrella_jax.study.schema import StudyConfig
@@ -25,14 +24,12 @@ _HEAD = 1 << 16
 _PAIRS_SHOWN = 10
 
 
-def check_leaks(study: StudyConfig, visits_of: Mapping[str, Sequence[Visit]], root: Path, faults: Faults) -> None:
-    """Collect a fault for each subject or group that is in two splits, and for each scan that has two names or owners.
+def split_leaks(study: StudyConfig, visits_of: Mapping[str, Sequence[Visit]]) -> Iterator[str]:
+    """Yield a fault for each subject or group that is in two splits.
 
     Args:
         study: names the group, `split.by`.
         visits_of: {split: its visits}.
-        root: folder that scans' paths start at.
-        faults: receives the faults.
     """
     everything = [(split, visit) for split, visits in visits_of.items() for visit in visits]
     by = study.split.by
@@ -42,8 +39,7 @@ def check_leaks(study: StudyConfig, visits_of: Mapping[str, Sequence[Visit]], ro
     for kind, name_of in kinds.items():
         for name, splits in _shared((split, name_of(visit), visit.place) for split, visit in everything).items():
             where = ", ".join(f"{split} ({rows_text(rows)})" for split, rows in splits.items())
-            faults.append(f"split: {kind} {name} is in several splits: {where}; expected it in one only")
-    faults += scan_faults((visit for _, visit in everything), root)
+            yield f"split: {kind} {name} is in several splits: {where}; expected it in one only"
 
 
 def _shared(members: Iterable[tuple[str, str | None, str]]) -> dict[str, dict[str, list[str]]]:

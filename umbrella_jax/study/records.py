@@ -63,6 +63,8 @@ def make_records(
     visits_of: Mapping[str, Sequence[Visit]],
     faults: Faults,
     notes: list[str],
+    *,
+    refuse_rare_labels: bool = True,
 ) -> TaskRecords:
     """Return the conversations of one task, of the schema in docs/data.md.
 
@@ -75,6 +77,7 @@ def make_records(
             that give answers away come when the last conversation of all splits has been made.
         notes: receives what is left out and why, and what a person should look at. A line about queries with too few
             references comes when a split's last conversation has been made.
+        refuse_rare_labels: whether labels that one subject has, or that a split lacks, are faults; else they are notes.
     """
     found = Faults()
     columns = {column for visits in visits_of.values() for visit in visits for column in visit.values}
@@ -85,7 +88,11 @@ def make_records(
         notes += survey.left_out_notes(reader.place)
         found += value_faults(reader, survey, notes)
     if not found:
-        found += split_faults(reader, survey, notes)
+        rare_labels = [*split_faults(reader, survey, notes)]
+        if refuse_rare_labels:
+            found += rare_labels
+        else:
+            notes += rare_labels
         found += column_leaks(reader, visits_of)
     faults += found
     if found:

@@ -7,7 +7,7 @@ Names of columns are checked when the tables are read.
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +19,7 @@ from umbrella_jax.config.origins import Origins
 from umbrella_jax.config.ranges import Count, CountOrZero, Range, Section
 from umbrella_jax.config.schema import TaskKind
 from umbrella_jax.errors import ConfigError
+from umbrella_jax.io.files import yaml_text
 from umbrella_jax.io.reading import read_yaml
 
 DEFAULT_SEED = 1234
@@ -302,3 +303,23 @@ def load_study(path: str | Path) -> StudyConfig:
     if not isinstance(data, Mapping):
         raise ConfigError(f"{path}: not a study; expected the keys subjects, scans, tasks, …")
     return parse_section(StudyConfig, data, Origins(str(path)))
+
+
+def dump_study(study: StudyConfig) -> str:
+    """Return a study as YAML, without values that are the default."""
+    return yaml_text(_without_defaults(study))
+
+
+def _without_defaults(value: Any) -> Any:
+    if is_dataclass(value):
+        given = {f.name: getattr(value, f.name) for f in fields(value)}
+        return {f.name: _without_defaults(given[f.name]) for f in fields(value) if not _is_default(f, given[f.name])}
+    if isinstance(value, Mapping):
+        return {name: _without_defaults(v) for name, v in value.items()}
+    return [_without_defaults(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _is_default(of: "Field[Any]", value: Any) -> bool:
+    if of.default_factory is not MISSING:
+        return bool(value == of.default_factory())
+    return of.default is not MISSING and bool(value == of.default)

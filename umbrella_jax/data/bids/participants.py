@@ -21,8 +21,13 @@ class Participants:
     """{sub-LABEL: {column: cell}}, sorted."""
     sessions: Mapping[tuple[str, str], str]
     """{(sub-LABEL, ses-LABEL): value}; empty if no table has the target per session."""
-    session_tables: str
-    """Names of the tables that `sessions` come from, for messages."""
+    session_files: tuple[str, ...]
+    """Tables that `sessions` come from, below the data set; one pattern for all sub-*_sessions.tsv."""
+
+    @property
+    def session_tables(self) -> str:
+        """The tables that `sessions` come from, for messages."""
+        return ", ".join(name.removeprefix("sub-*/") for name in self.session_files)
 
     @classmethod
     def read(cls, root: Path, target: str) -> "Participants":
@@ -51,9 +56,9 @@ class Participants:
                 )
         if faults:
             raise DataError(faults)
-        names = dict.fromkeys("sub-*_sessions.tsv" if v.file.startswith("sub-") else v.file for v in values)
+        names = dict.fromkeys("sub-*/sub-*_sessions.tsv" if v.file.startswith("sub-") else v.file for v in values)
         sessions = {key: value.value for key, value in first.items()}
-        return cls(table.path, subject_rows(table), sessions, ", ".join(names))
+        return cls(table.path, subject_rows(table), sessions, tuple(names))
 
     def value(self, subject: str, session: str | None, target: str) -> str | None:
         """Return the target of a subject (`sub-LABEL`) in a session (LABEL); None if the tables have none.

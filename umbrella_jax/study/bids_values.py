@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from umbrella_jax.config.schema import MAX_CLASSES
+from umbrella_jax.config.schema import MAX_CLASSES, TaskKind
 from umbrella_jax.console import plural
 from umbrella_jax.data.bids.participants import PARTICIPANTS, Participants
 from umbrella_jax.data.bids.scans import BidsFiles, Scan, left_out
@@ -144,10 +144,10 @@ def choose_kind(
     table: Participants,
     target: str,
     valued_scans: Sequence[ValuedScan],
-    kind: str | None,
+    kind: TaskKind | None,
     texts: Mapping[str, str],
     notes: list[str],
-) -> str:
+) -> TaskKind:
     """Return the requested kind of conversation, or without a request the one that the values suggest.
 
     Args:

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.bids_case import faults, sexes, taken, written
-from umbrella_jax.data.bids.from_bids import from_bids
 from umbrella_jax.data.tables import check_columns, doubtful_values, read_table, subject_rows
 from umbrella_jax.errors import DataError
+from umbrella_jax.study.from_bids import from_bids
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,8 @@ def test_labels_merge_spellings(bids, tmp_path):
 
 def labels_of(folder):
     (records,) = written(folder, "all")
-    return {record["task_id"].partition("_T1w")[0]: record["metadata"]["subject_label"] for record in records}
+    about = {record["task_id"]: record["metadata"] for record in records}
+    return {name.removesuffix(f"_{own['task']}"): own["subject_label"] for name, own in about.items()}
 
 
 def test_values_per_session_need_sessions_in_names(bids, tmp_path):

@@ -8,14 +8,14 @@ from collections import Counter
 import pytest
 
 from tests.helpers.bids_case import faults, sexes, turns, written
-from tests.helpers.small_run import umbrella
+from tests.helpers.small_run import modalities, umbrella
 from umbrella_jax.config.load import load_config
 from umbrella_jax.config.schema import resolve_modality
-from umbrella_jax.data.bids.from_bids import from_bids
 from umbrella_jax.data.bids.scans import MODALITIES
 from umbrella_jax.data.conversation import read_conversations
 from umbrella_jax.data.loader import Dataset
 from umbrella_jax.errors import DataError
+from umbrella_jax.study.from_bids import from_bids
 
 
 def test_classification_exactly(bids, tmp_path):
@@ -23,7 +23,7 @@ def test_classification_exactly(bids, tmp_path):
     from_bids(root, tmp_path / "out", "sex", split="all=1")
     ((first, second),) = written(tmp_path / "out", "all")
     assert first == {
-        "task_id": "sub-01_T1w_sex_classification",
+        "task_id": "sub-01_sex_classification",
         "task_type": "T1",
         "subject_ids": ["sub-01"],
         "modalities": ["sMRI"],
@@ -103,23 +103,23 @@ def test_a_rare_label_is_compared_with_other_labels(bids, tmp_path):
     (records,) = written(tmp_path / "out", "all")
     found = Counter((r["metadata"]["subject_label"], r["metadata"]["comparison_type"]) for r in records)
     assert found == {("rare", "different"): 3, ("common", "same"): 6, ("common", "different"): 3}
-    assert "all: 4 pairs short of 4 per scan: too few other subjects" in lines
+    assert "4 conversations short of 4 per query: too few other subjects" in " ".join(" ".join(lines).split())
 
 
 def test_many_conversations_are_written_as_json_lines(bids, tmp_path, monkeypatch):
     root, sets = bids(sexes(8)), {}
-    for longest in (31, 32):
-        monkeypatch.setattr("umbrella_jax.data.bids.from_bids.LONG", longest)
+    for longest in (23, 24):
+        monkeypatch.setattr("umbrella_jax.study.build.LONG", longest)
         lines = from_bids(root, tmp_path / f"out{longest}", "sex", kind="comparison", split="train=1/2,eval=1/2")
-        suffix = "jsonl" if longest < 32 else "json"  # 8 scans with 4 references each
+        suffix = "jsonl" if longest < 24 else "json"  # 8 scans with 3 references each
         assert f"--train-data {tmp_path}/out{longest}/train.{suffix}" in " ".join(lines).replace(" \\", "")
-        names = [f"eval.{suffix}", "splits.tsv", f"train.{suffix}"]
+        names = [f"eval.{suffix}", "splits.tsv", "study.html", "study.yaml", f"train.{suffix}"]
         assert sorted(file.name for file in (tmp_path / f"out{longest}").iterdir()) == names
         read = read_conversations(tmp_path / f"out{longest}/train.{suffix}", ("T1",), root)
         sets[longest] = [(c.task_id, c.messages, c.metadata) for c in read]
-    assert sets[31] == sets[32]
+    assert sets[23] == sets[24]
     with pytest.raises(DataError, match=r"contains several splits: eval\.jsonl, train\.jsonl"):
-        read_conversations(tmp_path / "out31", ("T1",))
+        read_conversations(tmp_path / "out23", ("T1",))
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
@@ -213,8 +213,9 @@ def test_faults_are_listed_together_and_nothing_is_written(bids, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_directory_with_other_splits_is_refused(bids, tmp_path, write_json):
-    write_json("out/val.jsonl", [])
+def test_a_directory_with_other_splits_is_refused(bids, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "val.jsonl").write_text("")
     (fault,) = faults(bids(sexes(10)), tmp_path / "out", "sex")
     assert "out: directory is not empty; choose another" in fault
 
@@ -246,17 +247,17 @@ def test_no_subject_is_compared_with_their_own_other_visit(visits, tmp_path):
 
 @pytest.mark.parametrize("kind", ["classification", "comparison"])
 @pytest.mark.parametrize("modality", ["sMRI", "fMRI"])
-def test_written_conversations_can_be_read(bids, tmp_path, tokenizer, modalities, kind, modality):
+def test_written_conversations_can_be_read(bids, tmp_path, tokenizer, kind, modality):
     names = {"sMRI": "anat/sub-{}_T1w.nii.gz", "fMRI": "func/sub-{}_task-rest_bold.nii.gz"}
     root = bids(sexes(10), {n: [names[modality].format(n)] for n in sexes(10)})
     from_bids(root, tmp_path / "out", "sex", kind=kind, modality=modality)
     for name, num in (("train", 8), ("eval", 2)):
         file = tmp_path / "out" / f"{name}.json"
         options = {"max_length": 400, "threads": 1, "evaluation": name == "eval"}
-        dataset = Dataset.load(file, tokenizer, modalities, image_root=root, **options)
+        dataset = Dataset.load(file, tokenizer, modalities(), image_root=root, **options)
         assert len(dataset.windows) == num
         assert {i.modality for i in dataset.windows} == {"T1" if modality == "sMRI" else "rsfMRI"}
-        assert len(read_conversations(file, modalities, root, task_filter="T1" if kind != "comparison" else "T3")) > 0
+        assert len(read_conversations(file, modalities(), root, task_filter="T1" if kind != "comparison" else "T3")) > 0
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
@@ -307,3 +308,15 @@ def test_one_cause_is_one_fault(bids, tmp_path):
     table = root / "participants.tsv"
     table.write_text(table.read_text().replace("\t", ","))
     assert all("must be separated by tabs" in fault for fault in faults(root, tmp_path / "out", "sex"))
+
+
+@pytest.mark.parametrize("kind", ["classification", "comparison"])
+def test_its_study_builds_the_same_again(kind, bids, tmp_path):
+    """The study that it writes says all that the flags said."""
+    people = {f"{i:02}": {"group": ["-1", "1", "2"][i % 3], "age": str(i)} for i in range(18)}
+    root = bids(people, sidecar={"group": {"Levels": {"1": "patient", "2": "control"}}})
+    from_bids(root, tmp_path / "out", "group", kind=kind, missing=["-1"], pairs_per_subject={"comparison": 2}.get(kind))
+    umbrella("data", "build", tmp_path / "out" / "study.yaml", tmp_path / "again")
+    for name in ("train.json", "eval.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    assert (tmp_path / "again" / "study.lock.json").is_file()

@@ -7,9 +7,9 @@ from fractions import Fraction
 import pytest
 
 from tests.helpers.bids_case import faults, sexes, subjects, written
-from umbrella_jax.data.bids.from_bids import from_bids
 from umbrella_jax.data.conversation import read_conversations
 from umbrella_jax.data.subject_split import balanced_levels, split_subjects
+from umbrella_jax.study.from_bids import from_bids
 
 
 @pytest.mark.parametrize("kind", ["classification", "comparison"])

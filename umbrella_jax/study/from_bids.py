@@ -1,17 +1,25 @@
-"""Turn a BIDS data set into conversation files, one for each split of its subjects."""
+"""Turn a BIDS data set into conversations about one column: write a study of it, and build it."""
 
 import math
-import random
+import os
 import re
 import shlex
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from umbrella_jax.config.schema import modality_names, resolve_modality
+from umbrella_jax.config.schema import TaskKind, modality_names, resolve_modality
 from umbrella_jax.console import plural, wrapped
-from umbrella_jax.data.bids.labels import (
+from umbrella_jax.data.bids.participants import PARTICIPANTS, Participants, read_levels
+from umbrella_jax.data.bids.scans import MODALITIES, BidsFiles, find_files, find_scans, left_out
+from umbrella_jax.data.bids.scans import Scan as BidsScan
+from umbrella_jax.data.bids.templates import TEMPLATES, read_template
+from umbrella_jax.data.placeholders import control_token_faults
+from umbrella_jax.data.subject_split import SPLITS, balanced_levels, read_splits, split_names, split_subjects
+from umbrella_jax.errors import ConfigError, DataError, Faults, why_not_a_directory
+from umbrella_jax.io.files import check_new_folder
+from umbrella_jax.study.bids_values import (
     LabelledSubject,
     ValuedScan,
     choose_kind,
@@ -20,27 +28,21 @@ from umbrella_jax.data.bids.labels import (
     labels_of,
     scans_with_values,
 )
-from umbrella_jax.data.bids.participants import PARTICIPANTS, Participants, read_levels
-from umbrella_jax.data.bids.records import RecordWriter, write_records
-from umbrella_jax.data.bids.scans import MODALITIES, BidsFiles, find_files, find_scans, left_out
-from umbrella_jax.data.bids.templates import TEMPLATES, read_template
-from umbrella_jax.data.placeholders import control_token_faults
-from umbrella_jax.data.subject_split import (
-    SPLITS,
-    balanced_levels,
-    read_splits,
-    split_names,
-    split_subjects,
-    write_splits,
+from umbrella_jax.study.build import write_study
+from umbrella_jax.study.built import STUDY
+from umbrella_jax.study.cohort import Cohort
+from umbrella_jax.study.schema import (
+    DEFAULT_SEED,
+    ReferencesConfig,
+    ScansConfig,
+    SplitConfig,
+    StudyConfig,
+    TableConfig,
+    TaskStudyConfig,
+    dump_study,
 )
-from umbrella_jax.errors import ConfigError, DataError, Faults, why_not_a_directory
-from umbrella_jax.io.files import check_new_folder, new_folder
-
-LONG = 100_000
-"""Conversations (90 MB) that are written as JSON lists. Most programs can only read a list as a whole, so more are
-written as JSON Lines."""
-_DEFAULT_SEED = 1234
-_DEFAULT_REFERENCES = 4
+from umbrella_jax.study.split import Partition
+from umbrella_jax.study.visits import Flow, Scan, Visit
 
 
 def from_bids(
@@ -48,7 +50,7 @@ def from_bids(
     out: str | Path,
     target: str,
     *,
-    kind: str | None = None,
+    kind: TaskKind | None = None,
     modality: str = "sMRI",
     template: str | Path | None = None,
     split: str | None = None,
@@ -101,7 +103,7 @@ def from_bids(
     faults.check(lambda: _check_arguments(out, kind, modality, pairs_per_subject))
     if split_from is not None and not (split is None and seed is None):
         faults.append("split_from: the split comes from another directory; leave out split and seed")
-    seed = _DEFAULT_SEED if seed is None else seed
+    seed = DEFAULT_SEED if seed is None else seed
     shares = faults.check(lambda: _parse_shares(split or "train=0.8,eval=0.2"))
     earlier_split = faults.check(lambda: read_splits(Path(split_from) / SPLITS)) if split_from is not None else None
     sections = faults.check(lambda: read_template(template))
@@ -139,25 +141,82 @@ def from_bids(
     if faults:
         raise DataError(faults)
 
-    writer = RecordWriter(target, kind, modality, sections[kind])
-    references = pairs_per_subject or _DEFAULT_REFERENCES
-    num_scans = {name: sum(len(subject.scans) for subject in members) for name, members in splits.items()}
-    num_records = sum(num_scans.values()) * (references if kind == "comparison" else 1)
-    suffix = ".jsonl" if num_records > LONG else ".json"
+    task = f"{target}_classification_via_comparison" if kind == "comparison" else f"{target}_{kind}"
+    texts_of_parts = {part: (text,) for part, text in sections[kind].items()}
+    references = ReferencesConfig(per_query=pairs_per_subject or ReferencesConfig().per_query, split="same")
+    config = StudyConfig(
+        root=os.path.relpath(root.absolute(), out.absolute()),
+        subjects=(TableConfig(file=PARTICIPANTS),),
+        sessions=tuple(
+            TableConfig(file=name, columns={} if name.startswith("sub-") else {target: target})
+            for name in table.session_files
+        ),
+        scans={modality: _scans_config(derivatives, entities)},
+        missing={target: tuple(missing)},
+        tasks={
+            re.sub(r"\W", "_", task): TaskStudyConfig(
+                kind=kind,
+                column=target,
+                labels=texts,
+                question=texts_of_parts["question"],
+                answer=texts_of_parts["answer"],
+                reference_question=texts_of_parts.get("reference_question"),
+                reference_answer=texts_of_parts.get("reference_answer"),
+                references=references if kind == "comparison" else None,
+            )
+        },
+        split=SplitConfig(file=os.path.relpath((out / SPLITS).absolute(), root.absolute()), seed=seed),
+    )
+    cohort = _cohort(table, modality, scans, valued_scans, target)
+    partition = Partition(None, None, split_of)
+    built, suffix = write_study(
+        config, dump_study(config), root, out, {STUDY: cohort}, [partition], notes, short_form=True
+    )
     lines = [f"{root}: {target}, {kind}, {modality}, {count_people(subjects)} of {len(table.rows)} subjects"]
-    with new_folder(out, 0o700) as folder:
-        for name, members in splits.items():
-            rng = random.Random(f"{seed} {name}")
-            counts = write_records(folder / f"{name}{suffix}", writer.records(members, references, rng))
-            size = f"{plural(count_people(members), 'subject')}, {plural(counts.total(), 'conversation')}"
-            lines.append(f"{out / f'{name}{suffix}'}: {size}: {_label_summary(kind, subjects, members)}")
-            if kind == "comparison":
-                lines.append(f"  pairs: same {counts['same']}, different {counts['different']}")
-                if short := references * num_scans[name] - counts.total():
-                    notes.append(f"{name}: {short} pairs short of {references} per scan: too few other subjects")
-        write_splits(folder / SPLITS, split_of)
+    for name, counts in built.counts[STUDY].items():
+        size = f"{plural(len(counts.subjects), 'subject')}, {plural(counts.conversations, 'conversation')}"
+        lines.append(f"{out / f'{name}{suffix}'}: {size}: {_label_summary(kind, subjects, splits[name])}")
+        for types in counts.comparison_types.values():
+            lines.append(f"  pairs: same {types['same']}, different {types['different']}")
     lines += [line for note in notes for line in wrapped(note)]
     return [*lines, *_next_command(root, out, target, modality, splits, suffix)]
+
+
+def _scans_config(derivatives: str | None, entities: Sequence[str]) -> ScansConfig:
+    selected: dict[str, list[str]] = defaultdict(list)
+    for entity in entities:
+        key, _, value = entity.partition("=")
+        selected[key].append(value)
+    folder = f"derivatives/{derivatives}" if derivatives else "."
+    return ScansConfig(bids=folder, entities={key: tuple(values) for key, values in selected.items()})
+
+
+def _cohort(
+    table: Participants,
+    modality: str,
+    scans: Mapping[str, Sequence[BidsScan]],
+    valued_scans: Sequence[ValuedScan],
+    target: str,
+) -> Cohort:
+    """Return the visits with a value, and everybody who has none."""
+    groups: dict[tuple[str, str | None], list[ValuedScan]] = defaultdict(list)
+    for scan, value in valued_scans:
+        groups[scan.subject, scan.entities.get("ses")].append((scan, value))
+    visits = tuple(
+        Visit(
+            subject,
+            session,
+            {target: group[0][1]},
+            {modality: tuple(Scan(s.path, modality, s.entities) for s, _ in group)},
+        )
+        for (subject, session), group in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] or ""))
+    )
+    flow = Flow(included=list(dict.fromkeys(visit.subject for visit in visits)))
+    included = set(flow.included)
+    flow.leave_out(f"in {PARTICIPANTS}, but without a scan", [s for s in table.rows if s not in scans])
+    flow.leave_out(f"with a scan, but without a row in {PARTICIPANTS}", [s for s in scans if s not in table.rows])
+    flow.leave_out(f"no value of {target}", [s for s in scans if s in table.rows and s not in included])
+    return Cohort(visits, flow, (target,), (table.path,))
 
 
 def _check_arguments(out: Path, kind: str | None, modality: str, pairs: int | None) -> None:

@@ -1,0 +1,175 @@
+"""A whole study: built, validated, trained on and scored by site."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from tests.helpers import small_run
+from tests.helpers.small_run import umbrella
+from tests.helpers.study_world import NO_ROW, NO_SCAN, NO_SEX, SUBJECTS, TOO_YOUNG, make_study
+
+SPLITS = ("train", "eval", "test")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="module")
+def printed(study: Path) -> str:
+    return umbrella("data", "build", study, study.parent / "built")
+
+
+@pytest.fixture(scope="module")
+def built(printed: str, study: Path) -> Path:
+    return study.parent / "built"
+
+
+@pytest.fixture(scope="module")
+def table(study: Path) -> pd.DataFrame:
+    """One row per subject and visit, read by pandas."""
+    bids = study.parent / "bids"
+    subjects = pd.read_csv(bids / "participants.tsv", sep="\t", dtype=str)
+    visits = []
+    for file in bids.glob("sub-*/sub-*_sessions.tsv"):
+        rows = pd.read_csv(file, sep="\t", dtype={"session_id": str})
+        visits.append(rows.assign(participant_id=file.parent.name))
+    rows = subjects.merge(pd.concat(visits), on="participant_id")
+    rows["moca"] = rows["moca"].mask(rows["moca"] == -9)
+    return rows.set_index(["participant_id", rows["session_id"].str.removeprefix("ses-")]).sort_index()
+
+
+def records(built: Path, *splits: str) -> Iterator[dict[str, Any]]:
+    for split in splits or SPLITS:
+        yield from json.loads((built / f"{split}.json").read_text())
+
+
+def row_of(about: dict[str, Any], table: pd.DataFrame) -> pd.Series:
+    """The row of a record's visit, the last one if it shows several."""
+    return table.loc[about["subject_id"], str(about["visit"])[-1]]
+
+
+def test_every_label_is_the_tables(built: Path, table: pd.DataFrame) -> None:
+    tasks: dict[str, int] = {}
+    for record in records(built):
+        about = record["metadata"]
+        row = row_of(about, table)
+        task = about["task"]
+        tasks[task] = tasks.get(task, 0) + 1
+        by_visit = table.loc[about["subject_id"]]["moca"]
+        expected = {
+            "sex": {"M": "male", "F": "female"}.get(row["sex"]),
+            "age": row["age"],
+            "diagnosis": row["diagnosis"],
+            "compared": row["diagnosis"],
+            "decline": by_visit.get("2", 0) - by_visit["1"],
+        }
+        answer = record["conversations"][-1]["content"][0]["text"]
+        if task == "caption":
+            assert answer == f"A {row['sex']} subject, diagnosis {row['diagnosis']}."
+            continue
+        assert about["subject_label"] == expected[task], record["task_id"]
+        assert str(about["subject_label"]) in answer
+    assert tasks.keys() == {"sex", "age", "diagnosis", "compared", "decline", "caption"}
+
+
+def test_every_eligible_visit_is_asked_about(built: Path, table: pd.DataFrame) -> None:
+    eligible = table[table["age"] >= 45].drop(index=[f"sub-{i:03}" for i in NO_SCAN], level=0)
+    expected = {
+        "sex": eligible["sex"].notna().sum(),
+        "age": len(eligible),
+        "decline": eligible["moca"].unstack().dropna().shape[0],
+    }
+    for task, number in expected.items():
+        assert sum(r["metadata"]["task"] == task for r in records(built)) == number, task
+
+
+def test_two_modalities_of_one_visit_and_covariates(built: Path, table: pd.DataFrame) -> None:
+    shown = [r for r in records(built) if r["metadata"]["task"] == "diagnosis"]
+    for record in shown:
+        about = record["metadata"]
+        row = table.loc[about["subject_id"], str(about["visit"])]
+        assert record["task_type"] == "T2"
+        assert [image["modality"] for image in record["images"]] == ["sMRI", "fMRI"]
+        assert all(f"{about['subject_id']}_ses-{about['visit']}_" in image["path"] for image in record["images"])
+        question = record["conversations"][-2]["content"][-1]["text"]
+        assert question.startswith(f"Age {row['age']}, sex {row['sex']}.")
+    assert {r["metadata"]["subject_id"] for r in shown}.isdisjoint(f"sub-{i:03}" for i in NO_SEX)
+
+
+def test_no_family_is_in_two_splits(built: Path, table: pd.DataFrame) -> None:
+    families = [
+        {table.loc[r["metadata"]["subject_id"]]["family"].iloc[0] for r in records(built, split)} for split in SPLITS
+    ]
+    assert len(set.union(*families)) == sum(map(len, families))
+    listed = pd.read_csv(built / "splits.tsv", sep="\t", index_col=0)["split"]
+    assert all(listed[r["metadata"]["subject_id"]] == split for split in SPLITS for r in records(built, split))
+
+
+def test_references_are_from_the_training_set(built: Path) -> None:
+    split_of = pd.read_csv(built / "splits.tsv", sep="\t", index_col=0)["split"]
+    compared = [r for r in records(built) if r["metadata"]["task"] == "compared"]
+    assert compared
+    for record in compared:
+        about = record["metadata"]
+        assert split_of[about["reference_id"]] == "train"
+        assert about["reference_id"] != about["subject_id"]
+
+
+def test_the_flow_counts_every_subject_once(built: Path) -> None:
+    flow = json.loads((built / "study.lock.json").read_text())["flow"]["study"]
+    left_out = flow["left_out"]
+    assert flow["included"] + sum(left_out.values()) == SUBJECTS + len(NO_ROW)
+    assert sorted(left_out.values()) == sorted([len(NO_SCAN), len(TOO_YOUNG), len(NO_ROW)])
+    assert any("age >= 45" in reason for reason in left_out)
+
+
+def test_kept_columns_are_metadata_and_not_text(built: Path, table: pd.DataFrame) -> None:
+    for record in records(built):
+        about = record["metadata"]
+        row = row_of(about, table)
+        assert about["site"] == row["site"]
+        assert (about["age_bin"] == "60 and above") == (row["age"] >= 60)
+
+
+def test_a_second_build_is_the_same(built: Path, study: Path, tmp_path: Path) -> None:
+    umbrella("data", "build", study, tmp_path / "again")
+    for name in ("train.json", "eval.json", "test.json", "splits.tsv"):
+        assert (tmp_path / "again" / name).read_bytes() == (built / name).read_bytes()
+
+
+def test_validated_trained_and_scored_by_site(built: Path, study: Path, tmp_path: Path) -> None:
+    world = small_run.make_world(tmp_path, train={"max_new_tokens": 32, "batch_size": 40, "epochs": 1})
+    images = ["--image-root", study.parent / "bids"]
+    data = ["--train-data", built / "train.json", "--eval-data", built / "eval.json", *images]
+    no_overlap = ["--set", "data.allow_overlap=false"]
+    umbrella("data", "validate", "--config", world.config, "--base", world.base, *data, *no_overlap)
+    umbrella(*world.train_flags(tmp_path / "run", *data, *no_overlap, "--set", "train.eval_samples=4"))
+    predictions = tmp_path / "predictions.jsonl"
+    umbrella("predict", tmp_path / "run", "--data", built / "test.json", "--out", predictions, *images)
+    scores = json.loads(umbrella("score", predictions, "--by", "site,age_bin", "--json"))
+    by_site = scores["by"]["columns"]["site"]
+    asked = [record["metadata"] for record in records(built, "test")]
+    sites = {site: [about for about in asked if about["site"] == site] for site in "ABC"}
+    assert by_site["groups"] == {
+        site: {"n": len(members), "subjects": len({about["subject_id"] for about in members})}
+        for site, members in sites.items()
+    }
+    assert by_site["tasks"].keys() == {about["task"] for about in asked}
+
+
+def test_the_length_of_the_study_does_not_change_a_conversation(study: Path, built: Path, tmp_path: Path) -> None:
+    """Another task is another task: what the first six ask stays as it was."""
+    more = study.read_text() + "\n"
+    more = more.replace("tasks:\n", "tasks:\n  site_of: {kind: classification, column: site, show: sMRI}\n")
+    other = study.parent / "more.yaml"
+    other.write_text(more)
+    umbrella("data", "build", other, tmp_path / "more")
+    ours = {r["task_id"]: r for r in records(built)}
+    theirs = {r["task_id"]: r for r in records(tmp_path / "more")}
+    assert ours.items() <= theirs.items()

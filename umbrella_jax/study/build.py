@@ -1,0 +1,213 @@
+"""Build a study: read its tables and scans, split its subjects, and write conversations, a record and a page."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from umbrella_jax.console import plural, wrapped
+from umbrella_jax.data.conversation import LOCK_FILE
+from umbrella_jax.data.subject_split import SPLITS
+from umbrella_jax.errors import DataError, Faults, why_not_a_directory
+from umbrella_jax.io.files import PRIVATE, check_new_folder, naming, new_folder, open_private, strict_json, write_whole
+from umbrella_jax.study.built import STUDY, BuiltStudy, SplitCounts, visits_by_split
+from umbrella_jax.study.cohort import Cohort, read_cohort
+from umbrella_jax.study.leaks import scan_faults, split_leaks
+from umbrella_jax.study.lock import describe_study
+from umbrella_jax.study.page import PAGE, write_page
+from umbrella_jax.study.records import TaskRecords, make_records
+from umbrella_jax.study.schema import StudyConfig, load_study
+from umbrella_jax.study.split import Partition, split_cohort
+from umbrella_jax.study.visits import Visit
+
+LONG = 100_000
+"""Conversations in all splits (90 MB) up to which the files are JSON lists. Most programs can only read a list as a
+whole, so more are written as JSON Lines."""
+
+
+def build_study(path: str | Path, out: str | Path) -> list[str]:
+    """Build a study file into `out`, an empty or new directory that appears when it is complete.
+
+    `out` gets what `write_study` writes.
+
+    Returns:
+        Lines about what was written, what was left out and why.
+
+    Raises:
+        ConfigError, DataError: every fault of the study file, tables and scans, before anything is written.
+    """
+    path = Path(path)
+    config = load_study(path)
+    return build_config(config, path.read_text(encoding="utf-8"), path.parent / config.root, Path(out), str(path))
+
+
+def build_config(config: StudyConfig, text: str, root: Path, out: Path, source: str) -> list[str]:
+    """Read the tables and scans of a study and write it, as `build_study` does.
+
+    Args:
+        config: the study.
+        text: the same, as a file.
+        root: folder that paths start at.
+        out: an empty or new directory.
+        source: name of the study in messages.
+    """
+    faults, notes = Faults(), list[str]()
+    with faults:
+        check_new_folder(out)
+    if not root.is_dir():
+        faults.append(f"{source}: root: {root}: {why_not_a_directory(root)}; expected the folder that paths start at")
+        faults.raise_as(DataError)
+    cohorts = _read_cohorts(config, root, faults, notes)
+    partitions = split_cohort(config.split, cohorts[STUDY].visits, root, faults, notes)
+    faults.raise_as(DataError)
+    built, suffix = write_study(config, text, root, out, cohorts, partitions, notes)
+    return summary_lines(built, out, suffix)
+
+
+def write_study(
+    config: StudyConfig,
+    text: str,
+    root: Path,
+    out: Path,
+    cohorts: Mapping[str, Cohort],
+    partitions: Sequence[Partition],
+    notes: list[str],
+    *,
+    short_form: bool = False,
+) -> tuple[BuiltStudy, str]:
+    """Write conversations, splits and page of a study whose tables and scans are read.
+
+    `out` gets SPLIT.json per split (or fold-K/SPLIT.json per fold and split), each a list with one conversation per
+    line, or SPLIT.jsonl for more than LONG conversations; splits.tsv with the split (or fold) of every subject;
+    study.yaml, which is `text`; study.html, a page to look at; and study.lock.json, see
+    `describe_study`.
+
+    Args:
+        config: the study.
+        text: the same, as a file.
+        root: where image paths start.
+        out: an empty or new directory.
+        cohorts: {STUDY, or the split of an external cohort: its visits}.
+        partitions: the splits.
+        notes: what was left out so far; receives what the tasks leave out.
+        short_form: for `data from-bids`, whose split never depends on the labels: labels that are rare or that a split
+            lacks are notes, not faults; and there is no record, which would be a .json beside the conversations.
+
+    Returns:
+        The study as built, and the suffix of its conversation files.
+
+    Raises:
+        DataError: every fault of the tasks; nothing is written then.
+    """
+    faults = Faults()
+    faults += scan_faults((visit for cohort in cohorts.values() for visit in cohort.visits), root)
+    counts: dict[str, dict[str, SplitCounts]] = {}
+    with new_folder(out, 0o700) as folder:
+        for partition in partitions:
+            # Later folds differ from the first only in who is in which split; their notes would repeat the same.
+            fold_notes = notes if partition is partitions[0] else list[str]()
+            splits, tasks = _make_partition(config, partition, cohorts, faults, fold_notes, short_form)
+            place = folder / (partition.name or "")
+            place.mkdir(mode=0o700, exist_ok=True)
+            counts[partition.name or STUDY] = {
+                split: _write_lines(place / f"{split}.jsonl", chain.from_iterable([task[split] for task in tasks]))
+                for split in splits
+            }
+        faults.raise_as(DataError)
+        suffix = ".jsonl"
+        if sum(c.conversations for splits in counts.values() for c in splits.values()) <= LONG:
+            suffix = ".json"
+            for file in sorted(folder.rglob("*.jsonl")):
+                _make_list(file)
+        built = BuiltStudy(config, text, root, cohorts, partitions, counts, notes)
+        column = "fold" if built.has_folds else "split"
+        rows = "".join(f"{subject}\t{group}\n" for subject, group in built.group_of.items())
+        write_whole(folder / SPLITS, f"participant_id\t{column}\n{rows}", PRIVATE)
+        write_whole(folder / "study.yaml", text, PRIVATE)
+        write_page(built, folder / PAGE)
+        if not short_form:
+            record = strict_json(describe_study(built, out, suffix), indent=1)
+            write_whole(folder / LOCK_FILE, record + "\n", PRIVATE)
+    return built, suffix
+
+
+def _read_cohorts(config: StudyConfig, root: Path, faults: Faults, notes: list[str]) -> dict[str, Cohort]:
+    """Read the study's cohort and the external ones. Raise DataError with the faults of all."""
+    cohorts = {}
+    for name, cohort_config in {STUDY: config, **config.external}.items():
+        own_notes = list[str]()
+        with faults:
+            cohorts[name] = read_cohort(cohort_config, config, root, faults, own_notes)
+        notes += own_notes if name == STUDY else [f"external.{name}: {note}" for note in own_notes]
+    faults.raise_as(DataError)
+    return cohorts
+
+
+def _make_partition(
+    config: StudyConfig,
+    partition: Partition,
+    cohorts: Mapping[str, Cohort],
+    faults: Faults,
+    notes: list[str],
+    short_form: bool,
+) -> tuple[list[str], list[TaskRecords]]:
+    """Return the splits and each task's records, made as they are read. Raise DataError with every fault so far."""
+    visits_of: dict[str, Sequence[Visit]] = {**visits_by_split(partition, cohorts[STUDY].visits)}
+    visits_of |= {name: cohort.visits for name, cohort in cohorts.items() if name != STUDY}
+    faults += split_leaks(config, visits_of)
+    tasks = [
+        make_records(name, task, config, visits_of, faults, notes, refuse_rare_labels=not short_form)
+        for name, task in config.tasks.items()
+    ]
+    faults.raise_as(DataError)
+    return list(visits_of), tasks
+
+
+def _write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> SplitCounts:
+    """Write JSON Lines and return what they contain; only one record is in memory at a time."""
+    counts = SplitCounts()
+    with naming(file), open(file, "w", encoding="utf-8", opener=open_private) as lines:
+        for record in records:
+            lines.write(strict_json(record, ensure_ascii=False) + "\n")
+            counts.add(record)
+    return counts
+
+
+def _make_list(lines_file: Path) -> None:
+    """Replace a file of JSON Lines by one with a JSON list, an item per line."""
+    file = lines_file.with_suffix(".json")
+    with (
+        naming(file),
+        open(lines_file, encoding="utf-8", newline="\n") as lines,
+        open(file, "w", encoding="utf-8", opener=open_private) as out,
+    ):
+        out.write("[\n" + "".join(f"{',' + chr(10) if n else ''}{line[:-1]}" for n, line in enumerate(lines)) + "\n]\n")
+    lines_file.unlink()
+
+
+def summary_lines(built: BuiltStudy, out: Path, suffix: str) -> list[str]:
+    """Return what `data build` prints: the flow, then each file with its tasks, then every note."""
+    lines = []
+    for name, cohort in built.cohorts.items():
+        flow = cohort.flow
+        lines.append(f"{name}: {plural(flow.total, 'subject')}, {len(flow.included)} included")
+        lines += [f"  left out: {len(subjects)} {reason}" for reason, subjects in flow.left_out.items()]
+    for name, splits in built.counts.items():
+        for split, counts in splits.items():
+            file = out / ("" if name == STUDY else name) / f"{split}{suffix}"
+            size = f"{plural(len(counts.subjects), 'subject')}, {plural(counts.conversations, 'conversation')}"
+            lines.append(f"{file}: {size}")
+            lines += [f"  {task}: {_task_summary(built, task, counts)}" for task in counts.labels]
+    return [*lines, *(line for note in built.notes for line in wrapped(note))]
+
+
+def _task_summary(built: BuiltStudy, task: str, counts: SplitCounts) -> str:
+    labels = counts.labels[task]
+    size = plural(labels.total(), "conversation")
+    kind = built.config.tasks[task].kind
+    if kind == "text":
+        return size
+    if kind == "regression":
+        numbers = [float(label) for label in labels]
+        return f"{size}, {min(numbers):g} to {max(numbers):g}"
+    return f"{size}: {', '.join(f'{label} {number}' for label, number in sorted(labels.items()))}"
