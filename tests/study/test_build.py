@@ -11,6 +11,8 @@ import pytest
 from tests.helpers import small_run
 from tests.helpers.small_run import umbrella
 from tests.helpers.study_world import NO_ROW, NO_SCAN, NO_SEX, SUBJECTS, TOO_YOUNG, make_study
+from umbrella_jax.errors import UmbrellaError
+from umbrella_jax.study.build import build_study
 
 SPLITS = ("train", "eval", "test")
 
@@ -173,3 +175,27 @@ def test_the_length_of_the_study_does_not_change_a_conversation(study: Path, bui
     ours = {r["task_id"]: r for r in records(built)}
     theirs = {r["task_id"]: r for r in records(tmp_path / "more")}
     assert ours.items() <= theirs.items()
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("study", "external.study: expected a name of letters and digits other than study and those of splits"),
+        ("abroad", "external.abroad: splits.tsv lists subjects in a split of this name; choose another"),
+    ],
+)
+def test_refuses_an_external_cohort_that_would_hide_subjects(name: str, fault: str, tmp_path: Path) -> None:
+    """A split of the study with the same name would be lost."""
+    rows = [f"sub-{i}\t{'FM'[i % 2]}" for i in range(4)]
+    (tmp_path / "participants.tsv").write_text("\n".join(["participant_id\tsex", *rows]))
+    rows = [f"sub-{i}\t{'train' if i < 2 else 'abroad'}" for i in range(4)]
+    (tmp_path / "splits.tsv").write_text("\n".join(["participant_id\tsplit", *rows]))
+    for i in range(4):
+        (tmp_path / f"sub-{i}.nii").write_bytes(bytes([i]))
+    cohort = {"subjects": [{"file": "participants.tsv"}], "scans": {"T1": {"pattern": "{subject}.nii"}}}
+    tasks = {"sex": {"kind": "classification", "column": "sex"}}
+    config = {**cohort, "tasks": tasks, "split": {"file": "splits.tsv"}, "external": {name: cohort}}
+    (tmp_path / "study.yaml").write_text(json.dumps(config))
+    with pytest.raises(UmbrellaError) as caught:
+        build_study(tmp_path / "study.yaml", tmp_path / "out")
+    assert [message.removeprefix(f"{tmp_path}/study.yaml: ") for message in caught.value.faults] == [fault]

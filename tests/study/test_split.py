@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold, StratifiedKFold
 
-from umbrella_jax.data.subject_split import write_splits
 from umbrella_jax.errors import ConfigError, Faults
 from umbrella_jax.study.schema import SplitConfig
 from umbrella_jax.study.split import Partition, split_cohort
@@ -282,7 +281,8 @@ def test_large_groups_do_not_all_go_to_the_training_set():
 def test_a_file_keeps_a_split(tmp_path):
     visits = cohort(30, sex="FM")
     expected, _ = split_visits(visits, sizes={"train": 0.7, "eval": 0.2, "test": 0.1})
-    write_splits(tmp_path / "splits.tsv", {f"sub-{s}": split for s, split in expected[0].split_of.items()})
+    rows = "".join(f"sub-{subject}\t{split}\n" for subject, split in one(expected).items())
+    (tmp_path / "splits.tsv").write_text(f"participant_id\tsplit\n{rows}")
     found, notes = split_visits(visits[:-2], tmp_path, file="splits.tsv")
     assert one(found) == {s: split for s, split in one(expected).items() if s < "s028"}
     assert notes == [

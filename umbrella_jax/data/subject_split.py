@@ -11,7 +11,6 @@ from pathlib import Path
 from umbrella_jax.config.schema import MAX_CLASSES
 from umbrella_jax.data.tables import check_columns, is_missing, parse_cell_number, read_table, subject_rows
 from umbrella_jax.errors import DataError
-from umbrella_jax.io.files import PRIVATE, write_whole
 
 SPLITS = "splits.tsv"
 """Name of the file, beside the conversations, that lists every subject's split."""
@@ -109,14 +108,8 @@ def column_levels(cells: Mapping[str, str]) -> dict[str, str]:
     return {**cells, **{subject: str(rank * bins // len(ranked)) for rank, subject in enumerate(ranked)}}
 
 
-def write_splits(path: Path, split_of: Mapping[str, str]) -> None:
-    """Write {subject: split} as a tab-separated table."""
-    rows = "".join(f"{subject}\t{split}\n" for subject, split in split_of.items())
-    write_whole(path, f"participant_id\tsplit\n{rows}", PRIVATE)
-
-
 def read_splits(path: Path) -> dict[str, str]:
-    """Read {subject: split} as `write_splits` writes it. Raise DataError for any other file."""
+    """Read {subject: split} from a table of participant_id and split. Raise DataError for any other file."""
     table = read_table(path)
     check_columns(table, ("participant_id", "split"))
     split_of = {subject: cells["split"] for subject, cells in subject_rows(table).items()}

@@ -10,13 +10,13 @@ from umbrella_jax.data.conversation import LOCK_FILE
 from umbrella_jax.data.subject_split import SPLITS
 from umbrella_jax.errors import DataError, Faults, why_not_a_directory
 from umbrella_jax.io.files import PRIVATE, check_new_folder, naming, new_folder, open_private, strict_json, write_whole
-from umbrella_jax.study.built import STUDY, BuiltStudy, SplitCounts, visits_by_split
+from umbrella_jax.study.built import BuiltStudy, SplitCounts, visits_by_split
 from umbrella_jax.study.cohort import Cohort, read_cohort
 from umbrella_jax.study.leaks import scan_faults, split_leaks
 from umbrella_jax.study.lock import describe_study
 from umbrella_jax.study.page import PAGE, write_page
 from umbrella_jax.study.records import TaskRecords, make_records
-from umbrella_jax.study.schema import StudyConfig, load_study
+from umbrella_jax.study.schema import STUDY, StudyConfig, load_study
 from umbrella_jax.study.split import Partition, split_cohort
 from umbrella_jax.study.visits import Visit
 
@@ -59,6 +59,12 @@ def build_config(config: StudyConfig, text: str, root: Path, out: Path, source: 
         faults.raise_as(DataError)
     cohorts = _read_cohorts(config, root, faults, notes)
     partitions = split_cohort(config.split, cohorts[STUDY].visits, root, faults, notes)
+    splits = {split for partition in partitions for split in partition.split_of.values()}
+    faults += [
+        f"external.{name}: {config.split.file} lists subjects in a split of this name; choose another"
+        for name in config.external
+        if name in splits
+    ]
     faults.raise_as(DataError)
     built, suffix = write_study(config, text, root, out, cohorts, partitions, notes)
     return summary_lines(built, out, suffix)

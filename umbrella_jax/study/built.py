@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+from umbrella_jax.data.subject_split import split_names
 from umbrella_jax.study.cohort import Cohort
-from umbrella_jax.study.schema import StudyConfig
+from umbrella_jax.study.schema import TEST, StudyConfig
 from umbrella_jax.study.split import Partition
 from umbrella_jax.study.visits import Visit
-
-STUDY = "study"
-"""Name of the study's own cohort and, without folds, of its one partition; external cohorts are named by split."""
 
 
 @dataclass
@@ -78,14 +76,13 @@ class BuiltStudy:
         """{subject: its split, or with folds the fold whose test set it is in}, sorted."""
         if not self.has_folds:
             return dict(sorted(self.partitions[0].split_of.items()))
-        tested = ((s, str(p.name)) for p in self.partitions for s, split in p.split_of.items() if split == "test")
+        tested = ((s, str(p.name)) for p in self.partitions for s, split in p.split_of.items() if split == TEST)
         return dict(sorted(tested))
 
 
 def visits_by_split(partition: Partition, visits: Sequence[Visit]) -> dict[str, list[Visit]]:
     """Return {split: its visits}, train first; visits of subjects without a split are left out."""
-    names = sorted(set(partition.split_of.values()), key=lambda name: (name != "train", name))
-    splits: dict[str, list[Visit]] = {name: [] for name in names}
+    splits: dict[str, list[Visit]] = {name: [] for name in split_names(partition.split_of)}
     for visit in visits:
         if (split := partition.split_of.get(visit.subject)) is not None:
             splits[split].append(visit)

@@ -29,10 +29,11 @@ from umbrella_jax.study.bids_values import (
     scans_with_values,
 )
 from umbrella_jax.study.build import write_study
-from umbrella_jax.study.built import STUDY
 from umbrella_jax.study.cohort import Cohort
 from umbrella_jax.study.schema import (
     DEFAULT_SEED,
+    STUDY,
+    TRAIN,
     ReferencesConfig,
     ScansConfig,
     SplitConfig,
@@ -315,10 +316,10 @@ def _label_summary(kind: str, subjects: Collection[LabelledSubject], members: It
 
 def _next_command(root: Path, out: Path, target: str, modality: str, splits: Collection[str], suffix: str) -> list[str]:
     """Return the lines of the command that trains on the conversations."""
-    if "train" not in splits:
+    if TRAIN not in splits:
         return []
     flags = {"config": MODALITIES[modality][2], "base": "LLAVA_DIR"}
-    flags |= {f"{name}-data": str(out / f"{name}{suffix}") for name in ("train", "eval") if name in splits}
+    flags |= {f"{name}-data": str(out / f"{name}{suffix}") for name in (TRAIN, "eval") if name in splits}
     flags |= {"image-root": str(root), "out": f"runs/{target}"}
     lines = ["umbrella-jax train"]
     for flag in (f"--{name} {shlex.quote(value)}" for name, value in flags.items()):

@@ -7,7 +7,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
@@ -96,7 +95,6 @@ def _sizes(path: Path) -> Hashable:
     return tuple(file.stat().st_size for file in _files(path))
 
 
-@cache  # folds compare the same files
 def _heads(path: Path) -> Hashable:
     digest = blake2b()
     for file in _files(path):
@@ -105,7 +103,6 @@ def _heads(path: Path) -> Hashable:
     return digest.digest()
 
 
-@cache
 def _digests(path: Path) -> Hashable:
     return tuple(map(sha256, _files(path)))
 

@@ -16,8 +16,8 @@ from umbrella_jax.errors import DataError
 from umbrella_jax.html.charts import CountTable, Histogram, count_table, histogram_of
 from umbrella_jax.html.page import page_faults, png, render_page
 from umbrella_jax.html.slices import cut_planes, draw_planes, grey_range
-from umbrella_jax.study.built import STUDY, BuiltStudy, visits_by_split
-from umbrella_jax.study.schema import StudyConfig
+from umbrella_jax.study.built import BuiltStudy, visits_by_split
+from umbrella_jax.study.schema import STUDY, TEST, StudyConfig
 from umbrella_jax.study.visits import Visit
 
 PAGE = "study.html"
@@ -88,7 +88,7 @@ def _sets(built: BuiltStudy) -> dict[str, list[Visit]]:
     if not built.has_folds:
         return visits_by_split(built.partitions[0], visits) | external
     return {
-        f"{p.name} ({p.left_out})" if p.left_out else str(p.name): visits_by_split(p, visits).get("test", [])
+        f"{p.name} ({p.left_out})" if p.left_out else str(p.name): visits_by_split(p, visits).get(TEST, [])
         for p in built.partitions
     } | external
 
@@ -98,11 +98,11 @@ def _flow(built: BuiltStudy, name: str) -> CohortFlow:
     splits = []
     for partition, counts in zip(built.partitions, built.counts.values(), strict=True):
         for split, of_split in counts.items():
-            in_cohort = split == name if name != STUDY else split not in built.cohorts
-            if not in_cohort or (built.has_folds and name == STUDY and split != "test"):
+            in_cohort = split == name if name != STUDY else split not in built.config.external
+            if not in_cohort or (built.has_folds and name == STUDY and split != TEST):
                 continue
             members = [s for s in flow.included if name != STUDY or partition.split_of.get(s) == split]
-            title = f"{partition.name}: {partition.left_out or 'test'}" if partition.name and name == STUDY else split
+            title = f"{partition.name}: {partition.left_out or TEST}" if partition.name and name == STUDY else split
             facts = [f"{task}: {labels.total()} conversations" for task, labels in of_split.labels.items()]
             splits.append(FlowSplit(title, len(members), facts))
         if name != STUDY:
@@ -156,7 +156,7 @@ def _label_charts(built: BuiltStudy) -> list[CountTable | Histogram]:
         values: dict[str, list[str | None]] = {}
         for name, splits in built.counts.items():
             for split, counts in splits.items():
-                if name == STUDY or split == "test":
+                if name == STUDY or split == TEST:
                     values[split if name == STUDY else name] = list(counts.labels.get(task, Counter()).elements())
         charts.append(_chart(f"{task}: answers", values, config.column or "answer", "conversations"))
     return charts

@@ -26,8 +26,8 @@ from umbrella_jax.errors import Faults
 from umbrella_jax.study.cases import CaseReader, ShownCase
 from umbrella_jax.study.leaks import column_leaks
 from umbrella_jax.study.references import ReferencePool
-from umbrella_jax.study.schema import StudyConfig, TaskStudyConfig
-from umbrella_jax.study.task_checks import TRAIN, Survey, column_faults, split_faults, value_faults
+from umbrella_jax.study.schema import TRAIN, StudyConfig, TaskStudyConfig
+from umbrella_jax.study.task_checks import Survey, column_faults, split_faults, value_faults
 from umbrella_jax.study.visits import Visit
 
 Record = dict[str, Any]

@@ -23,6 +23,10 @@ from umbrella_jax.io.files import yaml_text
 from umbrella_jax.io.reading import read_yaml
 
 DEFAULT_SEED = 1234
+TRAIN, TEST = "train", "test"
+"""The split to train on, and the one that a fold holds out."""
+STUDY = "study"
+"""Name of the study's own cohort and, without folds, of its one partition; external cohorts are named by split."""
 
 
 def _as_text(value: Any) -> Any:
@@ -249,13 +253,13 @@ class SplitConfig(Section):
                 yield f"sizes.{name}: expected a name of letters and digits, and a share above 0 and at most 1"
             if not faulty and sum(self.shares().values()) != 1:
                 yield f"sizes: sum to {sum(self.sizes.values()):g}; expected 1"
-            if len(ways) == 1 and "test" in self.sizes:
+            if len(ways) == 1 and TEST in self.sizes:
                 yield f"sizes.test: the test set is what {ways[0]} holds out; leave it out"
 
     def shares(self) -> dict[str, Fraction]:
         """Return {split: exact share}, so that 0.7, 0.1 and 0.2 sum to 1."""
         held_out = self.folds or self.leave_out or self.file
-        default = {"train": 1.0} if held_out else {"train": 0.8, "eval": 0.2}
+        default = {TRAIN: 1.0} if held_out else {TRAIN: 0.8, "eval": 0.2}
         return {name: Fraction(repr(share)) for name, share in (self.sizes or default).items()}
 
 
@@ -293,8 +297,8 @@ class StudyConfig(CohortConfig):
             if task.show is None and len(self.scans) > 1:
                 yield f"tasks.{name}.show: missing; expected one or several of {', '.join(self.scans)}"
         for name in self.external:
-            if name in self.split.shares() or name == "test" or not re.fullmatch(r"\w+", name):
-                yield f"external.{name}: expected a name of letters and digits that no other split has"
+            if name in (*self.split.shares(), TEST, STUDY) or not re.fullmatch(r"\w+", name):
+                yield f"external.{name}: expected a name of letters and digits other than {STUDY} and those of splits"
 
 
 def load_study(path: str | Path) -> StudyConfig:
@@ -319,7 +323,7 @@ def _without_defaults(value: Any) -> Any:
     return [_without_defaults(v) for v in value] if isinstance(value, tuple) else value
 
 
-def _is_default(of: "Field[Any]", value: Any) -> bool:
-    if of.default_factory is not MISSING:
-        return bool(value == of.default_factory())
-    return of.default is not MISSING and bool(value == of.default)
+def _is_default(declared: "Field[Any]", value: Any) -> bool:
+    if declared.default_factory is not MISSING:
+        return bool(value == declared.default_factory())
+    return declared.default is not MISSING and bool(value == declared.default)

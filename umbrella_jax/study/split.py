@@ -28,12 +28,10 @@ from umbrella_jax.console import plural
 from umbrella_jax.data.subject_split import column_levels, split_sizes, split_subjects
 from umbrella_jax.data.tables import check_columns, parse_cell_number, with_prefix
 from umbrella_jax.errors import DataError, Faults
-from umbrella_jax.study.schema import SplitConfig, TableConfig
+from umbrella_jax.study.schema import TEST, SplitConfig, TableConfig
 from umbrella_jax.study.tables import MissingValues, read_lab_table
 from umbrella_jax.study.visits import Visit
 
-TEST = "test"
-"""The split of a fold that is held out."""
 _MAX_FOLDS = 100
 _FEW = 10
 """Subjects of a left-out value below which a note says that its scores are uncertain."""

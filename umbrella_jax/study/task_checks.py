@@ -11,10 +11,9 @@ from umbrella_jax.data.placeholders import TextTemplate, control_token_faults, t
 from umbrella_jax.data.tables import parse_cell_number
 from umbrella_jax.data.validation.leaks import ROWS_SHOWN, rows_text
 from umbrella_jax.study.cases import Case, CaseReader, phrasings_of, row_of
-from umbrella_jax.study.schema import StudyConfig, TaskStudyConfig
+from umbrella_jax.study.schema import TRAIN, StudyConfig, TaskStudyConfig
 from umbrella_jax.study.visits import Visit
 
-TRAIN = "train"
 OWN_METADATA = {
     *("subject_id", "subject_label", "reference_id", "reference_label", "reference_ids", "reference_labels"),
     *("comparison_type", "visit", "task", "kind", "group_id"),
