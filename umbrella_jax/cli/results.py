@@ -235,16 +235,16 @@ def _score_seeds(arguments: argparse.Namespace, runs: Mapping[int, Path]) -> Non
     from umbrella_jax.scoring.metrics import tasks_of
     from umbrella_jax.scoring.seeds import score_seeds
 
-    found = read_seeds(runs, arguments.step)
+    answers = read_seeds(runs, arguments.step)
     settings = settings_of(arguments)
-    config = settings.evaluation if settings else found.evaluation
-    tasks = tasks_of(next(iter(found.rows.values())), config.tasks)
-    scores = score_seeds(found.rows, tasks, resamples=config.resamples)
+    config = settings.evaluation if settings else answers.evaluation
+    tasks = tasks_of(next(iter(answers.rows.values())), config.tasks)
+    scores = score_seeds(answers.rows, tasks, resamples=config.resamples)
     if arguments.json:
-        files = {seed: str(file) for seed, file in found.files.items()}
+        files = {seed: str(file) for seed, file in answers.files.items()}
         print(strict_json({**scores.to_json(), "predictions": files}, indent=1))
     else:
-        print("\n".join(f"seed {seed}: {file} ({found.reasons[seed]})" for seed, file in found.files.items()))
+        print("\n".join(f"seed {seed}: {file} ({answers.reasons[seed]})" for seed, file in answers.files.items()))
         print(f"\n{scores.table()}")
 
 

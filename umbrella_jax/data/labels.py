@@ -4,8 +4,14 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 
-from umbrella_jax.config.schema import MAX_CLASSES
+from umbrella_jax.config.schema import MAX_CLASSES, TaskKind
 from umbrella_jax.data.tables import parse_cell_number
+
+
+def infer_kind(values: Collection[str]) -> TaskKind:
+    """Return regression for more than MAX_CLASSES distinct values that are all numbers, else classification."""
+    numbers = all(parse_cell_number(value) is not None for value in values)
+    return "regression" if numbers and len(set(values)) > MAX_CLASSES else "classification"
 
 
 def kind_faults(

@@ -99,23 +99,23 @@ def subject_rows(table: Table) -> dict[str, Mapping[str, str]]:
     Raises:
         DataError: for every faulty row, row without a subject, and second row of a subject.
     """
-    found: dict[str, Mapping[str, str]] = {}
+    cells_of: dict[str, Mapping[str, str]] = {}
     faults = list(table.faults)
     for line, cells in table.rows:
         name = with_prefix("sub", cells["participant_id"])
         if name == "sub-":
             faults.append(f"{table.path}:{line}: participant_id: expected sub-LABEL, got {cells['participant_id']!r}")
-        elif name in found:
+        elif name in cells_of:
             faults.append(
                 f"{table.path}:{line}: participant_id: {name} has a row already; expected one row per subject "
                 "(values per visit go to sub-LABEL/sub-LABEL_sessions.tsv)"
             )
-        found[name] = cells
-    if not faults and not found:
+        cells_of[name] = cells
+    if not faults and not cells_of:
         faults.append(f"{table.path}: has no subject; expected one row per subject below the header")
     if faults:
         raise DataError(faults)
-    return dict(sorted(found.items()))
+    return dict(sorted(cells_of.items()))
 
 
 def with_prefix(entity: str, label: str) -> str:
@@ -133,7 +133,7 @@ def match_misspelled(names: Iterable[str], others: Iterable[str]) -> dict[str, s
     for other in others - names:
         by_key.setdefault(_id_key(other), []).append(other)
     pairs = {name: by_key.get(_id_key(name), []) for name in sorted(names - others)}
-    return {name: found[0] for name, found in pairs.items() if len(found) == 1}
+    return {name: counterparts[0] for name, counterparts in pairs.items() if len(counterparts) == 1}
 
 
 def _id_key(name: str) -> str:

@@ -110,13 +110,13 @@ def histogram_of(
     """
     arrays = {name: np.asarray(row, np.float64) for name, row in values.items()}
     arrays = {name: row[np.isfinite(row)] for name, row in arrays.items()}
-    together = np.concatenate([*arrays.values(), []])
-    distinct = np.unique(together)
+    pooled = np.concatenate([*arrays.values(), []])
+    distinct = np.unique(pooled)
     if not len(distinct):
         return None
     low, high = float(distinct[0]), float(distinct[-1])
     integers = bool((distinct == distinct.round()).all())
-    if len(distinct) <= _DISTINCT and (integers or len(together) >= 2 * len(distinct) or len(distinct) == 1):
+    if len(distinct) <= _DISTINCT and (integers or len(pooled) >= 2 * len(distinct) or len(distinct) == 1):
         counts = {name: [int(np.sum(row == value)) for value in distinct] for name, row in arrays.items()}
         names = [f"{value:.0f}" if integers else f"{value:.4g}" for value in distinct]
         ticks, logarithmic = [(i + 0.5, name) for i, name in enumerate(names)], False

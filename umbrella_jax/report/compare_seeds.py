@@ -45,18 +45,18 @@ def read_seeds(runs: Mapping[int, Path], asked: Step | None) -> SeedPredictions:
             differ in their settings or in the files that they read.
         DataError: predictions are damaged.
     """
-    faults, found = Faults(), dict[int, Run]()
+    faults, run_of = Faults(), dict[int, Run]()
     for seed, path in runs.items():
         with faults:
-            (found[seed],) = find_runs(path)
+            (run_of[seed],) = find_runs(path)
     faults += [
         f"{run.path}: {run.state}: {run.stop_reason or f'step {run.step} of {run.steps}'}; finish it (--resume)"
         + ("" if run.state == "damaged" else ", or choose a step that all seeds have (--step N)")
-        for run in found.values()
+        for run in run_of.values()
         if run.state == "damaged" or (run.state != "finished" and not isinstance(asked, int))
     ]
     faults.raise_as(ConfigError)
-    faults += _differences(found)
+    faults += _differences(run_of)
     faults.raise_as(ConfigError)
     files, reasons = dict[int, Path](), dict[int, str]()
     configs = {seed: load_stored_config(path / CONFIG) for seed, path in runs.items()}
@@ -72,11 +72,11 @@ def read_seeds(runs: Mapping[int, Path], asked: Step | None) -> SeedPredictions:
     return SeedPredictions(rows, files, reasons, next(iter(configs.values())).evaluation)
 
 
-def _differences(found: Mapping[int, Run]) -> Iterator[str]:
+def _differences(run_of: Mapping[int, Run]) -> Iterator[str]:
     """Yield a fault for each setting in which a run differs from the first, and for inputs that differ."""
-    first = next(iter(found.values()))
+    first = next(iter(run_of.values()))
     before = load_stored_inputs(first.path / INPUTS, "restore it")
-    for seed, run in found.items():
+    for seed, run in run_of.items():
         if run.config["seed"] != seed:
             yield f"{run.path}: its seed is {run.config['seed']}; expected {seed}, as its name says"
         for key in dict.fromkeys([*first.config, *run.config]):

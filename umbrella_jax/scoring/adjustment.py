@@ -149,7 +149,7 @@ def adjust_scores(
                 for figure, compute in _figures(used, error_of).items():
                     statistics[name, figure, which] = Statistic(compute, subject, chances.get(figure))
     collected.raise_as(DataError)
-    found = resample_statistics(statistics, len(numbers), len(rows), resamples=resamples, seed=seed)
+    resampled = resample_statistics(statistics, len(numbers), len(rows), resamples=resamples, seed=seed)
     adjustments = {
         name: TaskAdjustment(
             float(coefficients[0]),
@@ -158,7 +158,7 @@ def adjust_scores(
             left_out,
             {
                 figure: AdjustedFigure(
-                    found[name, figure, "uncorrected"].figure(), found[name, figure, "corrected"].figure()
+                    resampled[name, figure, "uncorrected"].figure(), resampled[name, figure, "corrected"].figure()
                 )
                 for task_name, figure, which in statistics
                 if (task_name, which) == (name, "corrected")

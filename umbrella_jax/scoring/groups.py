@@ -76,9 +76,9 @@ class GroupedScores:
 
     def task_figures(self, column: str, task: str) -> dict[str, GroupFigure]:
         """Return a task's figures in the groups of a column: {METRIC or METRIC/PART: figure}."""
-        found = self.columns[column].figures
+        own_figures = self.columns[column].figures
         names = {figure: name_of(task, figure) for figure in self.tasks[task].figures(likelihoods=True)}
-        return {figure: found[name] for figure, name in names.items() if name in found}
+        return {figure: own_figures[name] for figure, name in names.items() if name in own_figures}
 
     def to_json(self) -> dict[str, Any]:
         """Return a mapping for JSON; docs/metrics.md documents the keys."""
@@ -145,9 +145,9 @@ def score_groups(
     groups = by_task(rows)
     check_answers(groups, tasks)
     parts = {(column, name): by_task(members) for column, named in by_group.items() for name, members in named.items()}
-    found = resample_parts(parts, groups, tasks, resamples=resamples, seed=seed)
+    resampled = resample_parts(parts, groups, tasks, resamples=resamples, seed=seed)
     figures: dict[str, dict[str, dict[str, Resampled]]] = {column: defaultdict(dict) for column in by_group}
-    for ((column, name), figure), values in found.items():
+    for ((column, name), figure), values in resampled.items():
         figures[column][figure][name] = values
     groupings = {
         column: Grouping(
@@ -172,7 +172,7 @@ def group_rows(rows: Sequence[Prediction], columns: Sequence[str]) -> dict[str, 
     """
     known = {key: None for row in rows for key in row.get("metadata") or () if label_of(row, key) is not None}
     faults = list[str]()
-    found: dict[str, dict[str, list[Prediction]]] = {}
+    rows_of: dict[str, dict[str, list[Prediction]]] = {}
     for column in dict.fromkeys(columns):
         keys = [column] if column in known else [key.strip() for key in column.split("*")]
         unknown = [key for key in keys if key not in known]
@@ -188,10 +188,10 @@ def group_rows(rows: Sequence[Prediction], columns: Sequence[str]) -> dict[str, 
             faults.append(
                 f"by: {column}: {len(members)} values; expected at most {MAX_GROUPS}, with several subjects each"
             )
-        found[column] = {name: members[name] for name in sorted(members, key=_order)}
+        rows_of[column] = {name: members[name] for name in sorted(members, key=_order)}
     if faults:
         raise DataError(faults)
-    return found
+    return rows_of
 
 
 def _expected(known: Iterable[str]) -> str:

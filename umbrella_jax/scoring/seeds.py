@@ -114,24 +114,24 @@ def score_seeds(
     """
     if faults := conversation_faults(rows):
         raise DataError(faults)
-    collected, found = Faults(), dict[int, dict[str, Resampled]]()
+    collected, of_seed = Faults(), dict[int, dict[str, Resampled]]()
     groups = {number: by_task(own) for number, own in rows.items()}
     for number, own in rows.items():
         faults = cut_faults(own, tasks)
         try:
-            found[number] = resample(groups[number], tasks, resamples=resamples, seed=seed)
+            of_seed[number] = resample(groups[number], tasks, resamples=resamples, seed=seed)
         except DataError as error:
             faults += error.faults
         collected += [f"seed {number}: {fault}" for fault in faults]
     collected.raise_as(DataError)
     drawn = _drawn_seeds(len(rows), resamples, seed)
-    own_names, *others = found.values()
+    own_names, *others = of_seed.values()
     names = [name for name in own_names if all(name in other for other in others)]
     first = next(iter(groups.values()))
     return SeedScores(
         seeds=tuple(rows),
         tasks=dict(tasks),
-        figures={name: _over_seeds({n: own[name] for n, own in found.items()}, drawn) for name in names},
+        figures={name: _over_seeds({n: own[name] for n, own in of_seed.items()}, drawn) for name in names},
         notes=(_interval_note(len(rows), resamples, first), *_seed_notes(tasks, groups)),
         resamples=resamples,
     )
@@ -166,13 +166,13 @@ def _drawn_seeds(number: int, resamples: int, seed: int) -> np.ndarray:
     return np.concatenate([np.ones((1, number), int), counts]).T
 
 
-def _over_seeds(found: Mapping[int, Resampled], drawn: np.ndarray) -> SeedFigure:
+def _over_seeds(of_seed: Mapping[int, Resampled], drawn: np.ndarray) -> SeedFigure:
     """Return a figure over seeds from that of each seed.
 
     Args:
         drawn: the result of `_drawn_seeds`.
     """
-    each = list(found.values())
+    each = list(of_seed.values())
     values = np.stack([one.values for one in each])
     # a seed that was not drawn does not count, also if its figure is undefined
     with np.errstate(invalid="ignore"):
@@ -182,7 +182,7 @@ def _over_seeds(found: Mapping[int, Resampled], drawn: np.ndarray) -> SeedFigure
     chance = float(np.mean(chances)) if len(chances) == len(each) else None
     mean = Resampled(means, fewest.subject, chance, each[0].is_share).figure()
     sd = float(values[:, 0].std(ddof=1)) if len(each) > 1 and mean.value is not None else None
-    return SeedFigure(mean, sd, {seed: one.figure().value for seed, one in found.items()})
+    return SeedFigure(mean, sd, {seed: one.figure().value for seed, one in of_seed.items()})
 
 
 def _interval_note(seeds: int, resamples: int, groups: Mapping[str, Sequence[Prediction]]) -> str:

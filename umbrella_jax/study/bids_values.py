@@ -5,15 +5,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from umbrella_jax.config.schema import MAX_CLASSES, TaskKind
+from umbrella_jax.config.schema import TaskKind
 from umbrella_jax.console import plural
 from umbrella_jax.data.bids.participants import PARTICIPANTS, Participants
-from umbrella_jax.data.bids.scans import BidsFiles, Scan, left_out
-from umbrella_jax.data.labels import alike_labels, kind_faults
+from umbrella_jax.data.bids.scans import BidsFiles, BidsScan, left_out
+from umbrella_jax.data.labels import alike_labels, infer_kind, kind_faults
 from umbrella_jax.data.tables import doubtful_values, has_lost_zeros, is_missing, match_misspelled, parse_cell_number
 from umbrella_jax.errors import DataError
 
-ValuedScan = tuple[Scan, str]
+ValuedScan = tuple[BidsScan, str]
 """A scan and the value of its target, as in the table."""
 
 
@@ -27,13 +27,13 @@ class LabelledSubject:
     """As in the table."""
     label: str
     """As in the conversation."""
-    scans: tuple[Scan, ...]
+    scans: tuple[BidsScan, ...]
 
 
 def scans_with_values(
     table: Participants,
     files: BidsFiles,
-    scans: Mapping[str, Sequence[Scan]],
+    scans: Mapping[str, Sequence[BidsScan]],
     target: str,
     missing: Sequence[str],
     labels: Mapping[str, str],
@@ -63,7 +63,7 @@ def scans_with_values(
         else:
             valued.append((scan, value))
     # A value is missing for a subject, or for a session if sessions have values of their own.
-    owner: Callable[[Scan], str] = (lambda scan: scan.visit) if table.sessions else (lambda scan: scan.subject)
+    owner: Callable[[BidsScan], str] = (lambda scan: scan.visit) if table.sessions else (lambda scan: scan.subject)
     empty = dict.fromkeys(owner(scan) for scan, value in valued if value.lower() in ("", "n/a"))
     coded = {
         owner(scan): value
@@ -112,7 +112,7 @@ def scans_with_values(
     return kept
 
 
-def _misspelled_ids(table: Participants, files: BidsFiles, scans: Mapping[str, Sequence[Scan]]) -> list[str]:
+def _misspelled_ids(table: Participants, files: BidsFiles, scans: Mapping[str, Sequence[BidsScan]]) -> list[str]:
     """Return faults for ids that tables and folders spell differently."""
     faults = []
     pairs = match_misspelled(table.rows, [*files.modalities, *scans])
@@ -170,8 +170,7 @@ def choose_kind(
     remedy = f"write numbers or n/a instead of {', '.join(words)}, or ask for kind classification"
     if faults := kind_faults(place, kind, counts, words, described, remedy):
         raise DataError(faults)
-    many = len(counts) > MAX_CLASSES
-    kind = kind or ("regression" if many and not words else "classification")
+    kind = kind or infer_kind(counts)
     if kind != "regression":
         _check_labels(place, target, counts, texts, notes)
     return kind

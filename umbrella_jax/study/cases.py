@@ -104,18 +104,18 @@ class CaseReader:
     def _runs(
         self, subject: str, visits: tuple[Visit, ...], leave_out: Callable[[str, str], object]
     ) -> Iterator[tuple[Visit, ...]]:
-        wanted = self.task.visits
-        if isinstance(wanted, int):
-            if len(visits) < wanted:
-                leave_out(f"fewer than {wanted} visits", subject)
-            for start in range(len(visits) - wanted + 1):
-                yield visits[start : start + wanted]
+        requested_visits = self.task.visits
+        if isinstance(requested_visits, int):
+            if len(visits) < requested_visits:
+                leave_out(f"fewer than {requested_visits} visits", subject)
+            for start in range(len(visits) - requested_visits + 1):
+                yield visits[start : start + requested_visits]
             return
         by_name = {visit.name: visit for visit in visits}
-        if missing := [name for name in wanted if name not in by_name]:
+        if missing := [name for name in requested_visits if name not in by_name]:
             leave_out(f"no visit {missing[0]}", subject)
         else:
-            yield tuple(by_name[name] for name in wanted)
+            yield tuple(by_name[name] for name in requested_visits)
 
     def _lacking(self, shown: Sequence[Visit], answered: Visit, valued: Sequence[Visit]) -> str | None:
         """Return why a run of visits is no case."""

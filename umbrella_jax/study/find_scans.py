@@ -10,11 +10,10 @@ from umbrella_jax.data.bids.scans import (
     MODALITIES,
     EntitySelection,
     IgnoredFiles,
+    choose_scans,
     left_out,
     list_images,
     readable_images,
-    select_scans,
-    usable_scans,
 )
 from umbrella_jax.errors import ConfigError, DataError, why_not_a_directory
 from umbrella_jax.study.patterns import find_matches, names_in
@@ -89,12 +88,9 @@ def _find_bids(modality: str, config: ScansConfig, folder: str, root: Path, note
     if excluded := [name for name in names if ignored.has(name)]:
         notes.append(left_out("files that .bidsignore excludes", excluded))
         names = sorted(set(names) - set(excluded))
-    scans = usable_scans(names, base, suffix, notes)
     option = f"scans.{modality}.entities: {{{{{{}}: {{}}}}}}"
     selection = EntitySelection(selected, config.exclude, option, "a list keeps several")
-    scans = select_scans(scans, base, kind == "func", selection, notes) if scans else scans
-    if not scans:
-        raise DataError("; ".join([f"{base}: no scan; expected sub-*/[ses-*/]{kind}/*_{suffix}.nii[.gz]", *notes]))
+    scans = choose_scans(names, base, (kind, suffix), selection, notes)
     prefix = _study_path(str(base), root)
     prefix += "/" if prefix else ""
     return [
@@ -119,16 +115,16 @@ def _find_pattern(
         matches = find_matches(pattern, root, lambda names: names[subject_names[0]].removeprefix("sub-") in subjects)
     except (ConfigError, DataError) as error:
         raise DataError([f"pattern: {fault}" for fault in error.faults]) from None
-    found = {_study_path(path, root): names for path, names in matches.items()}
-    images = [p for p in found if p.lower().endswith(_IMAGES) or os.path.isdir(os.path.join(root, p))]
-    if len(images) < len(found):
-        notes.append(left_out("files that are no images", sorted(found.keys() - set(images))))
+    names_of = {_study_path(path, root): names for path, names in matches.items()}
+    images = [p for p in names_of if p.lower().endswith(_IMAGES) or os.path.isdir(os.path.join(root, p))]
+    if len(images) < len(names_of):
+        notes.append(left_out("files that are no images", sorted(names_of.keys() - set(images))))
     kept = readable_images(images, root, notes)
     if not kept:
         raise DataError("; ".join([f"pattern: {pattern}: no scan", *notes]))
     scans = []
     for path in sorted(kept):
-        labels = dict(found[path])
+        labels = dict(names_of[path])
         subject, visit = labels.pop(subject_names[0]), labels.pop(VISIT, None)
         visit = None if visit is None else visit.removeprefix("ses-")
         scans.append(FoundScan(subject.removeprefix("sub-"), visit, Scan(path, modality, labels)))

@@ -12,8 +12,7 @@ from pathlib import Path
 from umbrella_jax.config.schema import TaskKind, modality_names, resolve_modality
 from umbrella_jax.console import plural, wrapped
 from umbrella_jax.data.bids.participants import PARTICIPANTS, Participants, read_levels
-from umbrella_jax.data.bids.scans import MODALITIES, BidsFiles, find_files, find_scans, left_out
-from umbrella_jax.data.bids.scans import Scan as BidsScan
+from umbrella_jax.data.bids.scans import MODALITIES, BidsFiles, BidsScan, find_files, find_scans, left_out
 from umbrella_jax.data.bids.templates import TEMPLATES, read_template
 from umbrella_jax.data.placeholders import control_token_faults
 from umbrella_jax.data.subject_split import SPLITS, balanced_levels, read_splits, split_names, split_subjects

@@ -5,8 +5,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from umbrella_jax.config.schema import MAX_CLASSES, TaskKind
-from umbrella_jax.data.tables import parse_cell_number
+from umbrella_jax.config.schema import TaskKind
+from umbrella_jax.data.labels import infer_kind
 from umbrella_jax.errors import Faults
 from umbrella_jax.study.build import build_config
 from umbrella_jax.study.cohort import read_cohort
@@ -77,8 +77,7 @@ def from_table(
     if kind is None:
         faults = Faults()
         labels = study("classification")
-        values = {v.values.get(target) for v in read_cohort(labels, labels, root, faults, []).visits} - {None}
-        numbers = all(parse_cell_number(str(value)) is not None for value in values)
-        kind = "regression" if numbers and len(values) > MAX_CLASSES else "classification"
+        visits = read_cohort(labels, labels, root, faults, []).visits
+        kind = infer_kind([visit.values[target] for visit in visits if target in visit.values])
     config = study(kind)
     return build_config(config, dump_study(config), root, out, str(table))

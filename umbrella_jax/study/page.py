@@ -140,8 +140,8 @@ def _chart(title: str, values: Mapping[str, Sequence[str | None]], axis: str, co
     order = [*sorted(common, key=lambda cell: (numbers[cell] or 0, cell)), "other values", "missing"]
     counts = {}
     for name, row in values.items():
-        found = Counter(map(name_of, row))
-        counts[name] = {category: found[category] for category in order}
+        number_of = Counter(map(name_of, row))
+        counts[name] = {category: number_of[category] for category in order}
     used = {category for row in counts.values() for category, n in row.items() if n}
     counts = {name: {c: n for c, n in row.items() if c in used} for name, row in counts.items()}
     return count_table(title, counts, axis=axis, counted=counted)

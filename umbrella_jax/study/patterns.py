@@ -49,10 +49,10 @@ def find_matches(pattern: str, root: Path, is_known: Callable[[Names], bool]) ->
     matches: list[tuple[str, Names]] = [("/" if pattern.startswith("/") else str(root), {})]
     for number, (segment, segment_parts) in enumerate(zip(segments, parts, strict=True)):
         last = number == len(segments) - 1
-        found = [match for folder, names in matches for match in _step(folder, names, segment_parts, last)]
-        if not found:
+        longer = [match for folder, names in matches for match in _step(folder, names, segment_parts, last)]
+        if not longer:
             raise DataError(_nothing_matches(pattern, segment, [folder for folder, _ in matches], root))
-        matches = found
+        matches = longer
     readings: dict[str, list[Names]] = {}
     for path, names in sorted(matches, key=lambda match: (match[0], *match[1].items())):
         readings.setdefault(path, []).append(names)
@@ -93,18 +93,18 @@ def _parse(pattern: str, segment: str) -> list[_Part]:
 
 def _step(folder: str, names: Names, parts: Sequence[_Part], last: bool) -> Iterator[tuple[str, Names]]:
     """Yield what one segment of a pattern matches in a folder, once for each way to read it."""
-    bound = [_Part("text", names[p.text]) if p.kind == "name" and p.text in names else p for p in parts]
-    if all(part.kind == "text" for part in bound):
-        path = os.path.join(folder, "".join(part.text for part in bound))
+    parts = [_Part("text", names[p.text]) if p.kind == "name" and p.text in names else p for p in parts]
+    if all(part.kind == "text" for part in parts):
+        path = os.path.join(folder, "".join(part.text for part in parts))
         if os.path.lexists(path) if last else os.path.isdir(path):
             yield path, names
         return
-    shows_hidden = last or (bound[0].kind == "text" and bound[0].text.startswith("."))
+    shows_hidden = last or (parts[0].kind == "text" and parts[0].text.startswith("."))
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(".") and not shows_hidden:
                 continue
-            readings = _readings(bound, entry.name)
+            readings = _readings(parts, entry.name)
             if readings and (last or entry.is_dir()):
                 yield from ((entry.path, {**names, **dict(reading)}) for reading in readings)
 

@@ -79,23 +79,23 @@ def make_records(
             references comes when a split's last conversation has been made.
         refuse_rare_labels: whether labels that one subject has, or that a split lacks, are faults; else they are notes.
     """
-    found = Faults()
+    own_faults = Faults()
     columns = {column for visits in visits_of.values() for visit in visits for column in visit.values}
-    found += column_faults(name, task, study, columns)
-    if not found:
+    own_faults += column_faults(name, task, study, columns)
+    if not own_faults:
         reader = CaseReader(name, task, study)
         survey = Survey.take(reader, visits_of)
         notes += survey.left_out_notes(reader.place)
-        found += value_faults(reader, survey, notes)
-    if not found:
+        own_faults += value_faults(reader, survey, notes)
+    if not own_faults:
         rare_labels = [*split_faults(reader, survey, notes)]
         if refuse_rare_labels:
-            found += rare_labels
+            own_faults += rare_labels
         else:
             notes += rare_labels
-        found += column_leaks(reader, visits_of)
-    faults += found
-    if found:
+        own_faults += column_leaks(reader, visits_of)
+    faults += own_faults
+    if own_faults:
         return TaskRecords({})
     writer = _RecordWriter(reader, _numeric_columns(study.keep, visits_of))
     records = TaskRecords(survey.left_out)

@@ -114,14 +114,14 @@ class _Splitter:
 
     def _folds(self, tests: Mapping[str, Sequence[str]], *, named: bool) -> list[Partition]:
         """Return a partition per test set, whose other subjects are divided as `sizes` says."""
-        found = []
+        partitions = []
         for number, (value, tested) in enumerate(tests.items(), 1):
             rest = sorted(self._visits.keys() - set(tested))
             split_of = self._divide(rest, self._shares, self._split.seed + number, f"fold-{number}: ")
             self._check_filled(split_of, f"fold-{number}: ")
             split_of |= dict.fromkeys(tested, TEST)
-            found.append(Partition(f"fold-{number}", value if named else None, dict(sorted(split_of.items()))))
-        return found
+            partitions.append(Partition(f"fold-{number}", value if named else None, dict(sorted(split_of.items()))))
+        return partitions
 
     def _equal_folds(self, number: int) -> dict[str, list[str]]:
         units = self._units(list(self._visits))
@@ -216,20 +216,20 @@ class _Splitter:
 
     def _single_values(self, setting: str, column: str, *, required: bool) -> dict[str, str]:
         """Return {subject: its value}. Raise DataError for subjects with several, or without one if `required`."""
-        faults, found = Faults(), {}
+        faults, value_of = Faults(), {}
         for subject, own in self._values(setting, column).items():
             if len(own) > 1:
                 faults.append(
                     f"{subject}: split.{setting}: {column}: {' and '.join(own)} at different visits; expected one"
                 )
             elif own:
-                found[subject] = own[0]
+                value_of[subject] = own[0]
             elif required:
                 faults.append(
                     f"{subject}: split.{setting}: {column} is missing; add it, or leave the subject out with include"
                 )
         faults.raise_as(DataError)
-        return found
+        return value_of
 
     def _check_left_out(self, value_of: Mapping[str, str]) -> None:
         column, counts = self._split.leave_out, Counter(value_of.values())

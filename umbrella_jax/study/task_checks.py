@@ -41,12 +41,12 @@ def column_faults(name: str, task: TaskStudyConfig, study: StudyConfig, columns:
         for number, text in enumerate(phrasings):
             key = f"tasks.{name}.{part}" + (f"[{number}]" if len(phrasings) > 1 else "")
             if part == "answer" and task.kind == "text":
-                found = text_faults(text, sorted(columns))
-                if not found and not TextTemplate.parse(text).names:
-                    found = ["expected {COLUMN} in it; without it every subject has the same answer"]
+                own_faults = text_faults(text, sorted(columns))
+                if not own_faults and not TextTemplate.parse(text).names:
+                    own_faults = ["expected {COLUMN} in it; without it every subject has the same answer"]
             else:
-                found = text_faults(text, allowed, needed="label" if labelled else None)
-            yield from (f"{key}: {fault}" for fault in found)
+                own_faults = text_faults(text, allowed, needed="label" if labelled else None)
+            yield from (f"{key}: {fault}" for fault in own_faults)
     for value, label in task.labels.items():
         yield from (f"tasks.{name}.labels.{value}: {fault}" for fault in control_token_faults(label))
 

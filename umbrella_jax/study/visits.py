@@ -14,11 +14,6 @@ class Scan:
     entities: Mapping[str, str]
     """{BIDS entity or name in the pattern: its text in the path}."""
 
-    @property
-    def name(self) -> str:
-        """The file name without its extensions."""
-        return self.path.rpartition("/")[2].partition(".")[0]
-
 
 @dataclass(frozen=True, slots=True)
 class Visit:

@@ -25,18 +25,13 @@ _LABELS = re.compile(f"({_LABEL.pattern})+")
 
 
 @dataclass(frozen=True)
-class Scan:
+class BidsScan:
     """One image file of a subject."""
 
     path: str
     """Relative to the data set, as conversations give it."""
     entities: Mapping[str, str]
     """{key: label} from the file name, such as {"sub": "01", "run": "2"}."""
-
-    @property
-    def name(self) -> str:
-        """The file name without its extensions."""
-        return self.path.rpartition("/")[2].partition(".")[0]
 
     @property
     def subject(self) -> str:
@@ -109,15 +104,15 @@ def list_images(folder: Path, kind: str, suffix: str) -> list[str]:
     `Path.glob` would take minutes for 100,000 files.
     """
     name = re.compile(rf"[^/]*_{re.escape(suffix)}\.nii[^/]*")
-    found = []
+    paths = []
     for subject in _list_folder(str(folder), "sub-"):
         own = [subject, *(f"{subject}/{ses}" for ses in _list_folder(f"{folder}/{subject}", "ses-"))]
         for parent in own:
             for kind_folder in [kind] if kind != "*" else _list_folder(f"{folder}/{parent}"):
                 if kind != "*" or not kind_folder.startswith("ses-"):
                     path = f"{parent}/{kind_folder}"
-                    found += [f"{path}/{file}" for file in _list_folder(f"{folder}/{path}") if name.fullmatch(file)]
-    return sorted(found)
+                    paths += [f"{path}/{file}" for file in _list_folder(f"{folder}/{path}") if name.fullmatch(file)]
+    return sorted(paths)
 
 
 def _list_folder(path: str, prefix: str = "") -> list[str]:
@@ -155,7 +150,7 @@ def _read_ignore_file(file: Path) -> IgnoreFile:
 
 def find_scans(
     root: Path, files: BidsFiles, modality: str, selection: Sequence[str], notes: list[str]
-) -> dict[str, list[Scan]]:
+) -> dict[str, list[BidsScan]]:
     """Select the scans of one modality.
 
     Args:
@@ -170,19 +165,14 @@ def find_scans(
 
     Raises:
         DataError: no scan is left.
-        ConfigError: a flag that is not KEY=VALUE; see `select_scans`.
+        ConfigError: a flag that is not KEY=VALUE; or as `choose_scans`.
     """
     base = files.base
     folder, suffix, _ = MODALITIES[modality]
     named = _parse_selection(selection)
+    scans = choose_scans(files.names.get(modality, ()), base, (folder, suffix), named, notes)
     prefix = "" if base == root else f"{base.relative_to(root).as_posix()}/"
-    scans = [
-        Scan(f"{prefix}{scan.path}", scan.entities)
-        for scan in usable_scans(files.names.get(modality, ()), base, suffix, notes)
-    ]
-    scans = select_scans(scans, base, modality == "fMRI", named, notes) if scans else scans
-    if not scans:
-        raise DataError("; ".join([f"{base}: no scan; expected sub-*/[ses-*/]{folder}/*_{suffix}.nii[.gz]", *notes]))
+    scans = [BidsScan(f"{prefix}{scan.path}", scan.entities) for scan in scans]
     by_subject = defaultdict(list)
     for scan in scans:
         by_subject[scan.subject].append(scan)
@@ -196,17 +186,37 @@ def find_scans(
     return dict(sorted(by_subject.items()))
 
 
-def usable_scans(names: Iterable[str], base: Path, suffix: str, notes: list[str]) -> list[Scan]:
-    """Return the files with a BIDS name for their folder that are scans; `notes` receives a line about the others.
+def choose_scans(
+    names: Iterable[str], base: Path, place: tuple[str, str], selection: "EntitySelection", notes: list[str]
+) -> list[BidsScan]:
+    """Return the files that have a BIDS name for their folder, can be read, and are selected.
+
+    Without a selection of `part` only magnitudes are kept; without one of `task`, only resting-state runs.
 
     Args:
         names: paths in `base`.
         base: the data set, or the derivatives in it.
-        suffix: last part of their names, such as T1w.
+        place: (folder, suffix) of their names, such as (anat, T1w).
+        selection: which entities to use.
+        notes: receives a line about every reason to leave files out.
 
     Returns:
         Scans with their paths in `base`.
+
+    Raises:
+        DataError: no scan is left.
+        ConfigError: an entity or value that no scan has, or several variants of one scan and no choice between them.
     """
+    folder, suffix = place
+    scans = _usable_scans(names, base, suffix, notes)
+    scans = _select_scans(scans, base, folder == "func", selection, notes) if scans else scans
+    if not scans:
+        raise DataError("; ".join([f"{base}: no scan; expected sub-*/[ses-*/]{folder}/*_{suffix}.nii[.gz]", *notes]))
+    return scans
+
+
+def _usable_scans(names: Iterable[str], base: Path, suffix: str, notes: list[str]) -> list[BidsScan]:
+    """Return the files with a BIDS name for their folder that are scans; `notes` receives a line about the others."""
     entities_of: dict[str, dict[str, str]] = {}
     misnamed: list[str] = []
     for name in names:
@@ -221,7 +231,7 @@ def usable_scans(names: Iterable[str], base: Path, suffix: str, notes: list[str]
             entities_of[name] = entities or {}
     if misnamed:
         notes.append(left_out("files without a BIDS name for their folder", misnamed))
-    return [Scan(name, entities_of[name]) for name in readable_images(entities_of, base, notes)]
+    return [BidsScan(name, entities_of[name]) for name in readable_images(entities_of, base, notes)]
 
 
 def readable_images(names: Iterable[str], base: Path, notes: list[str]) -> list[str]:
@@ -280,15 +290,15 @@ def _entities(name: str, suffix: str) -> dict[str, str] | None:
     return dict(_LABEL.findall(end[1])) if end and _LABELS.fullmatch(end[1]) else None
 
 
-def _keys(scans: Iterable[Scan]) -> set[str]:
+def _keys(scans: Iterable[BidsScan]) -> set[str]:
     return {key for scan in scans for key in scan.entities}
 
 
-def _labels(scans: Iterable[Scan], key: str) -> set[str | None]:
+def _labels(scans: Iterable[BidsScan], key: str) -> set[str | None]:
     return {scan.entities.get(key) for scan in scans}
 
 
-def _values(scans: Iterable[Scan], key: str) -> list[str]:
+def _values(scans: Iterable[BidsScan], key: str) -> list[str]:
     """Return the values that `--entity` may select a key by, sorted."""
     return sorted({scan.entities.get(key, _NONE) for scan in scans})
 
@@ -323,16 +333,10 @@ def _parse_selection(selection: Sequence[str]) -> EntitySelection:
     return EntitySelection(values)
 
 
-def select_scans(
-    scans: list[Scan], base: Path, functional: bool, selection: EntitySelection, notes: list[str]
-) -> list[Scan]:
-    """Keep the scans that have a selected value of every selected entity, and no excluded one.
-
-    Without a selection of `part` only magnitudes are kept; without one of `task`, only resting-state runs.
-
-    Raises:
-        ConfigError: an entity or value that no scan has, or several variants of one scan and no choice between them.
-    """
+def _select_scans(
+    scans: list[BidsScan], base: Path, functional: bool, selection: EntitySelection, notes: list[str]
+) -> list[BidsScan]:
+    """Keep the scans that have a selected value of every selected entity, and no excluded one, as `choose_scans`."""
     faults = []
     for values_of in (selection.values, selection.excluded):
         for key, value in ((key, value) for key, values in values_of.items() for value in values):
@@ -369,7 +373,7 @@ def select_scans(
     return kept
 
 
-def _variant_faults(scans: Iterable[Scan], base: Path, selection: EntitySelection) -> list[str]:
+def _variant_faults(scans: Iterable[BidsScan], base: Path, selection: EntitySelection) -> list[str]:
     """Return a fault for every undecided entity in which variants of one scan differ: echo, reconstruction, space, ...
 
     If all variants were used, one measurement would count several times.
@@ -377,7 +381,7 @@ def _variant_faults(scans: Iterable[Scan], base: Path, selection: EntitySelectio
     acquisitions = defaultdict(list)
     for scan in scans:
         acquisitions[tuple(scan.entities.get(key) for key in _REPEATS)].append(scan)
-    variants: dict[str, list[Scan]] = defaultdict(list)
+    variants: dict[str, list[BidsScan]] = defaultdict(list)
     for group in (group for group in acquisitions.values() if len(group) > 1):
         for key in _keys(group) - {*_REPEATS, *selection.values}:
             if len(_labels(group, key)) > 1:

@@ -72,12 +72,13 @@ def _volumes(report: ValidationReport, modality: str) -> DistributionGroup:
     group = DistributionGroup(f"{modality}: {len(volumes):,} volumes that can be read")
     of_sets = {name: list(_contents(volumes, name)) for name in report.sets}
     for name, property_of in PROPERTIES.items():
-        counts = {of: Counter(filter(None, map(property_of, contents))) for of, contents in of_sets.items()}
+        counts = {set_name: Counter(filter(None, map(property_of, contents))) for set_name, contents in of_sets.items()}
         if any(counts.values()):
             group.tables.append(_most_common(name, counts, name, "volumes"))
     for axis, value_of in _NUMBERS.items():
         numbers = {
-            of: [value for c in contents if (value := value_of(c)) is not None] for of, contents in of_sets.items()
+            set_name: [value for c in contents if (value := value_of(c)) is not None]
+            for set_name, contents in of_sets.items()
         }
         in_a_table = axis in _IN_TABLES and len(set().union(*numbers.values())) <= _CATEGORIES
         if not in_a_table and (plot := histogram_of(axis, numbers, axis=axis, counted="volumes")):

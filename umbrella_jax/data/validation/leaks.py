@@ -225,10 +225,10 @@ def _named_answers(texts: Mapping[tuple[str, str], _Rows]) -> Iterator[str]:
         text = _words(question)
         is_own = words[answer] in text
         if len(answers) <= MAX_CLASSES:
-            found = [other for other, word in words.items() if word in text]
-            if not found or len(found) == len(answers):  # nothing, or the choices
+            mentioned = [other for other, word in words.items() if word in text]
+            if not mentioned or len(mentioned) == len(answers):  # nothing, or the choices
                 continue
-            expected += rows.subjects * sum(answers[other] for other in found) / total
+            expected += rows.subjects * sum(answers[other] for other in mentioned) / total
         else:
             other = others[(number + len(others) // 2) % len(others)]
             expected += rows.subjects * (words[other] in text and other != answer)

@@ -216,14 +216,14 @@ def _conversation_table(report: ValidationReport, by_place: Mapping[str, Sequenc
     entries.sort(key=lambda entry: _rank(by_place.get(entry[1].label, ())))
     rows = []
     for name, c, length in entries[:MOST_ROWS]:
-        found = by_place.get(c.label, ())
+        own_findings = by_place.get(c.label, ())
         questions = [message.text.strip() for message in c.messages if message.role == "user"]
         answers = [message.text.strip() for message in c.messages if message.role == "assistant"]
         rows.append(
             (
                 c.label.removeprefix(folder),
-                _severity_cell(found),
-                _reasons(found),
+                _severity_cell(own_findings),
+                _reasons(own_findings),
                 name,
                 str(c.metadata.get("task") or c.task_type or ""),
                 ", ".join(sorted(c.subjects)),
