@@ -18,7 +18,7 @@ def side_by_side(scores: Mapping[str, Scores]) -> list[str]:
     first = next(iter(scores.values()))
     rows: list[str | tuple[str, ...]] = [("", *scores, "chance")]
     for name, task in first.tasks.items():
-        rows += [f"{name} ({task.kind}, {task.unit})" if task.unit else f"{name} ({task.kind})"]
+        rows += [f"{name} ({task.title})"]
         rows += [*_rows([s.task_figures(name) for s in scores.values()]), ""]
     if first.overall():
         rows += ["over all tasks", *_rows([s.overall() for s in scores.values()]), ""]

@@ -20,7 +20,7 @@ from umbrella_jax.config.schema import MAX_CLASSES
 from umbrella_jax.data.bids.templates import TEMPLATES
 from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.errors import ConfigError
-from umbrella_jax.io.files import check_output, strict_json
+from umbrella_jax.io.files import strict_json
 
 
 def add(commands: Any) -> None:
@@ -126,7 +126,6 @@ def add(commands: Any) -> None:
 def _build(arguments: argparse.Namespace) -> None:
     from umbrella_jax.study.build import build_study
 
-    check_output(arguments.out, "choose another directory", folder=True)
     print("\n".join(build_study(arguments.study, arguments.out)))
 
 
@@ -134,7 +133,6 @@ def _from_bids(arguments: argparse.Namespace) -> None:
     from umbrella_jax.study.from_bids import from_bids
 
     options = {key: value for key, value in vars(arguments).items() if key != "call" and value is not None}
-    check_output(arguments.out, "choose another directory", folder=True)
     print("\n".join(from_bids(**options)))
 
 
@@ -142,7 +140,6 @@ def _from_table(arguments: argparse.Namespace) -> None:
     from umbrella_jax.study.from_table import from_table
 
     options = {key: value for key, value in vars(arguments).items() if key != "call" and value is not None}
-    check_output(arguments.out, "choose another directory", folder=True)
     print("\n".join(from_table(**options)))
 
 

@@ -13,6 +13,8 @@ from umbrella_jax.scoring.tasks import Prediction, label_of
 Key = TypeVar("Key")
 _CHUNK = 2**21
 """Number of weights in memory at a time; a resample has one per answer."""
+_SAME = 1e-9
+"""Relative width of an interval whose resamples differ by rounding only."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,16 @@ class Resampled:
     """Whether the value is a share of answers or votes."""
 
     def figure(self) -> Figure:
-        """Return the value with its interval."""
-        return _figure(self.values, self.subject, self.chance, self.is_share)
+        """Return the value over all answers, with the interval of the resamples."""
+        subjects = len(np.unique(self.subject))
+        value, samples = float(self.values[0]), self.values[1:][np.isfinite(self.values[1:])]
+        low = high = None
+        if math.isfinite(value) and subjects > 1 and 0 < len(self.values) - 1 <= 2 * len(samples):
+            low, high = map(float, np.percentile(samples, [2.5, 97.5]))
+            if not differ(low, high):  # agreeing resamples do not mean certainty
+                low, high = _exact_interval(value, subjects) if self.is_share else (None, None)
+        n, finite = len(self.subject), math.isfinite(value)
+        return Figure(value if finite else None, low, high, n, subjects, self.chance)
 
 
 def subject_of(row: Prediction) -> tuple[str, str]:
@@ -106,25 +116,9 @@ def _weights(subjects: int, answers: int, resamples: int, seed: int) -> Iterator
         yield np.ascontiguousarray(counts.T, dtype=float)
 
 
-def _figure(values: np.ndarray, subject: np.ndarray, chance: float | None, is_share: bool = False) -> Figure:
-    """Return the figure whose value comes first in `values`, followed by those of the resamples."""
-    subjects = len(np.unique(subject))
-    value, samples = float(values[0]), values[1:][np.isfinite(values[1:])]
-    low = high = None
-    if math.isfinite(value) and subjects > 1 and 0 < len(values) - 1 <= 2 * len(samples):
-        low, high = map(float, np.percentile(samples, [2.5, 97.5]))
-        if not differ(low, high):  # agreeing resamples do not mean certainty
-            low, high = _exact_interval(value, subjects) if is_share else (None, None)
-    return Figure(value if math.isfinite(value) else None, low, high, len(subject), subjects, chance)
-
-
 def differ(low: float | np.ndarray, high: float | np.ndarray) -> Any:
     """Return whether the ends of intervals differ by more than rounding, so that resamples do not all agree."""
     return high - low > _SAME * np.maximum(np.abs(high), 1)
-
-
-_SAME = 1e-9
-"""Relative width of an interval whose resamples differ by rounding only."""
 
 
 def _exact_interval(share: float, n: int) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from umbrella_jax.errors import DataError
 from umbrella_jax.io.reading import kind
 from umbrella_jax.scoring.bootstrap import Figure, Resampled, differ, subject_of
 from umbrella_jax.scoring.metrics import COLUMNS, check_answers, figure_rows, resample_parts, short, span
-from umbrella_jax.scoring.tasks import Prediction, Task, by_task, label_of, name_of
+from umbrella_jax.scoring.tasks import Prediction, Task, by_task, figures_of_task, label_of
 
 MISSING = "missing"
 """Name of the group of answers without a value."""
@@ -76,9 +76,7 @@ class GroupedScores:
 
     def task_figures(self, column: str, task: str) -> dict[str, GroupFigure]:
         """Return a task's figures in the groups of a column: {METRIC or METRIC/PART: figure}."""
-        own_figures = self.columns[column].figures
-        names = {figure: name_of(task, figure) for figure in self.tasks[task].figures(likelihoods=True)}
-        return {figure: own_figures[name] for figure, name in names.items() if name in own_figures}
+        return figures_of_task(task, self.tasks[task], self.columns[column].figures)
 
     def to_json(self) -> dict[str, Any]:
         """Return a mapping for JSON; docs/metrics.md documents the keys."""
@@ -104,7 +102,7 @@ class GroupedScores:
             rows: list[str | tuple[str, ...]] = [f"by {column}: answers of subjects: {', '.join(counts)}"]
             rows.append(("", "", "95 % interval", "n", "subjects", "chance"))
             for name, task in self.tasks.items():
-                rows.append(f"{name} ({f'{task.kind}, {task.unit}' if task.unit else task.kind})")
+                rows.append(f"{name} ({task.title})")
                 for figure, values in self.task_figures(column, name).items():
                     rows += [f"  {figure}", *figure_rows(values.groups, "    ")]
                     rows += [] if values.gap is None else [_gap_row(values.gap)]

@@ -1,7 +1,6 @@
 """Score predictions task by task. docs/metrics.md says what each figure means."""
 
 import math
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from umbrella_jax.config.schema import MAX_CLASSES, TaskKind
-from umbrella_jax.console import WIDTH, plural, table_lines
+from umbrella_jax.console import WIDTH, plural, table_lines, wrapped
 from umbrella_jax.errors import DataError, Faults
 from umbrella_jax.io.reading import kind, parse_json, read_lines
 from umbrella_jax.scoring import weighted_statistics
@@ -31,6 +30,8 @@ from umbrella_jax.scoring.tasks import (
     Prediction,
     Task,
     by_task,
+    figures_of_task,
+    figures_over_tasks,
     metric_names,
     name_of,
     over_tasks,
@@ -79,12 +80,11 @@ class Scores:
 
     def overall(self) -> dict[str, Figure]:
         """Return the figures over several tasks."""
-        return {name: f for name, f in self.figures.items() if name == "accuracy" or name.startswith("macro/")}
+        return figures_over_tasks(self.figures)
 
     def task_figures(self, task: str) -> dict[str, Figure]:
         """Return a task's figures: {METRIC or METRIC/PART: figure}."""
-        names = {figure: name_of(task, figure) for figure in self.tasks[task].figures(likelihoods=True)}
-        return {figure: self.figures[name] for figure, name in names.items() if name in self.figures}
+        return figures_of_task(task, self.tasks[task], self.figures)
 
     def to_json(self) -> dict[str, Any]:
         """Return a mapping for JSON; docs/metrics.md documents the keys."""
@@ -109,14 +109,13 @@ class Scores:
         """Return the text for a terminal of 80 columns."""
         rows: list[str | tuple[str, ...]] = [("", "", "95 % interval", "n", "subjects", "chance")]
         for name, task in self.tasks.items():
-            kind = f"{task.kind}, {task.unit}" if task.unit else task.kind
-            rows += [f"{name} ({kind})", *figure_rows(self.task_figures(name))]
+            rows += [f"{name} ({task.title})", *figure_rows(self.task_figures(name))]
             rows += _confusion_lines(task.classes, self.confusion[name]) if task.answers is not None else []
             rows.append("")
         if overall := self.overall():
             rows += ["over all tasks", *figure_rows(overall), ""]
         lines = table_lines(rows, COLUMNS)
-        return "\n".join([*lines, *(line for note in self.notes for line in textwrap.wrap(note, WIDTH))])
+        return "\n".join([*lines, *(line for note in self.notes for line in wrapped(note))])
 
 
 def read_predictions(path: str | Path) -> list[dict[str, Any]]:

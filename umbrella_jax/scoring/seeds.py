@@ -1,13 +1,12 @@
 """Score the answers of several seeds of one run: mean, spread, and an interval over seeds and subjects."""
 
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from umbrella_jax.console import WIDTH, plural, table_lines
+from umbrella_jax.console import plural, table_lines, wrapped
 from umbrella_jax.errors import DataError, Faults
 from umbrella_jax.scoring.bootstrap import Figure, Resampled
 from umbrella_jax.scoring.metrics import (
@@ -18,7 +17,7 @@ from umbrella_jax.scoring.metrics import (
     span,
     subject_keys,
 )
-from umbrella_jax.scoring.tasks import Prediction, Task, by_task, name_of, task_of
+from umbrella_jax.scoring.tasks import Prediction, Task, by_task, figures_of_task, figures_over_tasks, task_of
 
 _COLUMNS = (23, 8, 8, 18, 7, 9, 7)
 """Widths of a table's columns: name, mean, standard deviation, interval, n, subjects and chance."""
@@ -56,23 +55,21 @@ class SeedScores:
 
     def task_figures(self, task: str) -> dict[str, SeedFigure]:
         """Return a task's figures: {METRIC or METRIC/PART: figure}."""
-        names = {figure: name_of(task, figure) for figure in self.tasks[task].figures(likelihoods=True)}
-        return {figure: self.figures[name] for figure, name in names.items() if name in self.figures}
+        return figures_of_task(task, self.tasks[task], self.figures)
 
     def overall(self) -> dict[str, SeedFigure]:
         """Return the figures over several tasks."""
-        return {name: f for name, f in self.figures.items() if name == "accuracy" or name.startswith("macro/")}
+        return figures_over_tasks(self.figures)
 
     def table(self) -> str:
         """Return the text for a terminal of 80 columns."""
         rows: list[str | tuple[str, ...]] = [("", "mean", "sd", "95 % interval", "n", "subjects", "chance")]
         for name, task in self.tasks.items():
-            kind = f"{task.kind}, {task.unit}" if task.unit else task.kind
-            rows += [f"{name} ({kind})", *_figure_rows(self.task_figures(name)), ""]
+            rows += [f"{name} ({task.title})", *_figure_rows(self.task_figures(name)), ""]
         if overall := self.overall():
             rows += ["over all tasks", *_figure_rows(overall), ""]
         lines = table_lines(rows, _COLUMNS)
-        return "\n".join([*lines, *(line for note in self.notes for line in textwrap.wrap(note, WIDTH))])
+        return "\n".join([*lines, *(line for note in self.notes for line in wrapped(note))])
 
     def to_json(self) -> dict[str, Any]:
         """Return a mapping for JSON; docs/metrics.md documents the keys."""

@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from umbrella_jax.config.schema import MAX_CLASSES, Metric, TaskConfig, TaskKind
 from umbrella_jax.errors import ConfigError, DataError, UmbrellaError
@@ -12,6 +12,7 @@ from umbrella_jax.scoring.parse_answer import is_number, normalise, parse_number
 Prediction = Mapping[str, Any]
 """A row of predictions: `{task_id, task_type, prediction, reference, metadata}`, and for a closed set `likelihoods`,
 `{answer: natural log of its probability}`, if they were computed."""
+F = TypeVar("F")
 LIKELIHOOD_METRICS: tuple[Metric, ...] = ("auroc", "brier", "ece")
 METRICS: dict[TaskKind, tuple[Metric, ...]] = {
     "classification": ("accuracy", "balanced_accuracy", "f1", *LIKELIHOOD_METRICS),
@@ -37,6 +38,11 @@ class Task:
     unit: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     """{label of `metadata`: answer that means it}, both normalised. A label that is missing here is its own answer."""
+
+    @property
+    def title(self) -> str:
+        """The kind and, if there is one, the unit: `regression, years`."""
+        return f"{self.kind}, {self.unit}" if self.unit else self.kind
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -148,6 +154,17 @@ def name_of(task: str, figure: str) -> str:
     """Return the full name of a task's figure: METRIC/TASK or METRIC/TASK/PART."""
     metric, *part = figure.split("/", 1)
     return "/".join([metric, task, *part])
+
+
+def figures_of_task(name: str, task: Task, figures: Mapping[str, F]) -> dict[str, F]:
+    """Return a task's figures, {METRIC or METRIC/PART: figure}, of {name as in `metric_names`: figure}."""
+    full_names = {figure: name_of(name, figure) for figure in task.figures(likelihoods=True)}
+    return {figure: figures[full_name] for figure, full_name in full_names.items() if full_name in figures}
+
+
+def figures_over_tasks(figures: Mapping[str, F]) -> dict[str, F]:
+    """Return the figures over several tasks of {name as in `metric_names`: figure}."""
+    return {name: figure for name, figure in figures.items() if name == "accuracy" or name.startswith("macro/")}
 
 
 def over_tasks(figures_by_task: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
