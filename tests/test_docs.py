@@ -340,6 +340,8 @@ def test_files_that_an_addition_touches() -> None:
         "### A modality under several names": r"\bALIASES\b|\nMODALITIES = .*anat",
         "### A group that trains": r"\bCOMPONENTS\b",
         "### A metric": r"\b(balanced_accuracy|vote_accuracy|WITH_UNIT)\b",
+        "### A kind of task": r"\"regression\"",
+        "### A table format": r"parquet",
         "### A language model": (
             r"Qwen2|\"qwen2\"|language_model\.|\"language_model\"|LANGUAGE_MODEL|\.embed_tokens"
             r"|text_config|\b(config|model)\.text\b"

@@ -158,6 +158,15 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert set(order) == found.keys()
 
 
+def test_no_two_public_classes_share_a_name() -> None:
+    places: dict[str, list[str]] = {}
+    for name, path in modules().items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(name)
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
 @pytest.mark.parametrize(("library", "allowed"), [("torch", TORCH), ("transformers", TRANSFORMERS)])
 def test_few_modules_import_slow_libraries(library: str, allowed: set[str]) -> None:
     users = {

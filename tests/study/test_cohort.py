@@ -193,7 +193,7 @@ PARTICIPANTS = ("participant_id sex age", "sub-001 F 44", "sub-002 M 51", "sub-0
         (
             PARTICIPANTS,
             {"scans": {"T1": {"bids": ".", "entities": {"run": 1}}}},
-            "scans.T1: scans.T1.entities: {run: 1}: no scan has it; names have no run",
+            "scans.T1: entities: {run: 1}: no scan has it; names have no run",
         ),
         (
             PARTICIPANTS,

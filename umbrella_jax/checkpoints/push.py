@@ -32,7 +32,7 @@ _CONTENTS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("*.jsonl",), "conversations or predictions"),
     (("*.html", "*.pdf"), "a page with scans and answers"),
     (("*.png", "*.jpg", "*.jpeg", "*.webp", "*.svg", "*.gif"), "a picture"),
-    (("*.tsv", "*.csv", "*.xlsx", "*.parquet"), "a table"),
+    (("*.tsv", "*.csv", "*.xlsx", "*.xls", "*.parquet"), "a table"),
     (("*.yaml", "*.yml", "*.txt", "*.log"), "settings or notes, with paths of this machine"),
     (("*.npy", "*.npz", "*.pt", "*.pth", "*.bin"), "arrays"),
 )

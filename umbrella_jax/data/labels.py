@@ -28,7 +28,7 @@ def kind_faults(
         place: of the column, in messages.
         kind: of the question; None if it is to be inferred.
         values: the distinct values.
-        words: values that are no numbers, each as `value (where)`.
+        words: values that are not numbers, each as `value (where)`.
         described: values that have a text as their label.
         mixed_remedy: what to do about many values that are partly numbers, partly words.
     """

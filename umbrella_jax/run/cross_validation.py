@@ -154,7 +154,7 @@ def _open_folds(config: RunConfig, study: Path, only: int | None, tell: Say) -> 
 
 
 def _read_folds(study: Path) -> dict[str, Any]:
-    """Return the record of a built study with folds. Raise DataError for a folder that is none, or has no folds."""
+    """Return the record of a built study with folds. Raise DataError for any other folder."""
     lock = read_lock(study)
     if not lock["folds"]:
         raise DataError(

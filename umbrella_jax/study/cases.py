@@ -89,7 +89,7 @@ class CaseReader:
     def cases(
         self, visits: Sequence[Visit], leave_out: Callable[[str, str], object] = lambda reason, row: None
     ) -> Iterator[Case]:
-        """Yield the cases of a split. Call `leave_out(reason, row)` for every run of visits that is none."""
+        """Yield the cases of a split. Call `leave_out(reason, row)` for every other run of visits."""
         column, kind = self.task.column, self.task.value
         for subject, group in groupby(visits, key=lambda visit: visit.subject):
             for shown in self._runs(subject, tuple(group), leave_out):
@@ -118,7 +118,7 @@ class CaseReader:
             yield tuple(by_name[name] for name in requested_visits)
 
     def _lacking(self, shown: Sequence[Visit], answered: Visit, valued: Sequence[Visit]) -> str | None:
-        """Return why a run of visits is no case."""
+        """Return why a run of visits is not a case; None if it is one."""
         for visit in shown:
             for modality in self.show:
                 if modality not in visit.scans:

@@ -60,13 +60,13 @@ class Condition:
             None if a missing value decides, by Kleene's logic: `missing or True` holds, `missing and False` does not.
 
         Raises:
-            CellError: a cell that is compared with a number is none.
+            CellError: a cell that is compared with a number is not one.
         """
         return self._test(values)
 
 
 class CellError(DataError):
-    """A cell that is compared with a number, and is none."""
+    """A cell that is compared with a number, but is not one."""
 
     def __init__(self, column: str, cell: str):
         super().__init__(f"{column}: {number_fault(cell)}")

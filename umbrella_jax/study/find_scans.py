@@ -64,7 +64,8 @@ def find_modality(
         else:
             scans = _find_pattern(modality, str(config.pattern), key, subjects, root, own_notes)
     except (ConfigError, DataError) as error:
-        raise DataError([f"scans.{modality}: {fault}" for fault in error.faults]) from None
+        place = f"scans.{modality}"
+        raise DataError([f"{place}: {fault.removeprefix(f'{place}.')}" for fault in error.faults]) from None
     notes += [f"{modality}: {note}" for note in own_notes]
     return scans
 
@@ -100,7 +101,7 @@ def _find_bids(modality: str, config: ScansConfig, folder: str, root: Path, note
 
 
 def _data_set(base: Path) -> Path:
-    """Return the data set that a derivative's folder belongs to; the folder itself if it is none."""
+    """Return the data set that a derivative's folder belongs to, and otherwise the folder itself."""
     return next((folder.parent for folder in base.parents if folder.name == "derivatives"), base)
 
 

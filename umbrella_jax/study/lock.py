@@ -78,7 +78,7 @@ def _describe_split(counts: SplitCounts, kinds: Mapping[str, str]) -> dict[str, 
 
 
 def read_lock(folder: Path) -> dict[str, Any]:
-    """Read the record of a built study. Raise DataError if `folder` is none."""
+    """Read the record of a built study. Raise DataError for any other folder."""
     file = folder / LOCK_FILE
     lock = read_json(file, DataError, "expected a folder that `umbrella-jax data build` made")
     if not isinstance(lock, dict) or not {"folds", "image_root", "suffix"} <= lock.keys():

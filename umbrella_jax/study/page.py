@@ -67,7 +67,6 @@ def write_page(built: BuiltStudy, file: Path) -> None:
     render_page(
         Path(__file__).with_name("page.html"),
         file,
-        script=False,
         built=built,
         flows=[_flow(built, name) for name in built.cohorts],
         columns=[_column_chart(name, sets) for name in columns],

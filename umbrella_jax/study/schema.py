@@ -67,7 +67,7 @@ class TableConfig(Section):
     encoding: str = "utf-8"
     """Of a text file."""
     skip_rows: CountOrZero = 0
-    """Rows below the header that are no subjects, such as the descriptions of columns in ABCD's tables."""
+    """Rows below the header that are not subjects, such as the descriptions of columns in ABCD's tables."""
     rows: dict[str, Words] = field(default_factory=dict)
     """{column of the table: values}; other rows are not read, such as those of later visits in a table of subjects."""
     replace: dict[str, str] = field(default_factory=dict)

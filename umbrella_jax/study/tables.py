@@ -200,7 +200,7 @@ def _expected(name: str, columns: Sequence[str]) -> str:
 
 
 def number_fault(cell: str) -> str:
-    """Return why a cell is no number, and the remedy."""
+    """Return why a cell is not a number, and the remedy."""
     if re.fullmatch(r"[+-]?\d+,\d+", cell):
         return f"expected a number, got {cell!r}; write a decimal point, and no separator of thousands"
     if re.match(r"\d{4}-\d\d-\d\d", cell):

@@ -83,7 +83,7 @@ class Survey:
         return survey
 
     def leave_out(self, reason: str, row: str) -> None:
-        """Count a run of visits that is no case."""
+        """Count a run of visits that is not a case."""
         self.left_out[reason] += 1
         if self.left_out[reason] <= ROWS_SHOWN:
             self.left_out_rows[reason].append(row)

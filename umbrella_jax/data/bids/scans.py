@@ -116,7 +116,7 @@ def list_images(folder: Path, kind: str, suffix: str) -> list[str]:
 
 
 def _list_folder(path: str, prefix: str = "") -> list[str]:
-    """Return the names in a folder that begin with `prefix`; nothing for what is no folder, or is not ours to read."""
+    """Return the names in a folder that begin with `prefix`; none if it is not a folder that can be read."""
     try:
         return [name for name in os.listdir(path) if name.startswith(prefix)]
     except (FileNotFoundError, NotADirectoryError, PermissionError):
