@@ -66,75 +66,56 @@ def build_config(config: StudyConfig, text: str, root: Path, out: Path, source: 
         if name in splits
     ]
     faults.raise_as(DataError)
-    built, suffix = write_study(config, text, root, out, cohorts, partitions, notes)
+    built = BuiltStudy(config, text, root, cohorts, partitions, notes)
+    suffix = write_study(built, out)
     return summary_lines(built, out, suffix)
 
 
-def write_study(
-    config: StudyConfig,
-    text: str,
-    root: Path,
-    out: Path,
-    cohorts: Mapping[str, Cohort],
-    partitions: Sequence[Partition],
-    notes: list[str],
-    *,
-    short_form: bool = False,
-) -> tuple[BuiltStudy, str]:
+def write_study(built: BuiltStudy, out: Path, *, short_form: bool = False) -> str:
     """Write conversations, splits and page of a study whose tables and scans are read.
 
     `out` gets SPLIT.json per split (or fold-K/SPLIT.json per fold and split), each a list with one conversation per
     line, or SPLIT.jsonl for more than LONG conversations; splits.tsv with the split (or fold) of every subject;
-    study.yaml, which is `text`; study.html, a page to look at; and study.lock.json, see
-    `describe_study`.
+    study.yaml, the study's text; study.html, a page to look at; and study.lock.json, see `describe_study`.
 
     Args:
-        config: the study.
-        text: the same, as a file.
-        root: where image paths start.
+        built: the study, without counts; gets these, and notes about what the tasks leave out.
         out: an empty or new directory.
-        cohorts: {STUDY, or the split of an external cohort: its visits}.
-        partitions: the splits.
-        notes: what was left out so far; receives what the tasks leave out.
         short_form: for `data from-bids`, whose split never depends on the labels: labels that are rare or that a split
             lacks are notes, not faults; and there is no record, which would be a .json beside the conversations.
 
     Returns:
-        The study as built, and the suffix of its conversation files.
+        The suffix of the conversation files.
 
     Raises:
         DataError: every fault of the tasks; nothing is written then.
     """
     faults = Faults()
-    faults += scan_faults((visit for cohort in cohorts.values() for visit in cohort.visits), root)
-    counts: dict[str, dict[str, SplitCounts]] = {}
+    faults += scan_faults((visit for cohort in built.cohorts.values() for visit in cohort.visits), built.root)
     with new_folder(out, 0o700) as folder:
-        for partition in partitions:
-            # Later folds differ from the first only in who is in which split; their notes would repeat the same.
-            fold_notes = notes if partition is partitions[0] else list[str]()
-            splits, tasks = _make_partition(config, partition, cohorts, faults, fold_notes, short_form)
+        for partition in built.partitions:
+            splits, tasks = _make_partition(built, partition, faults, refuse_rare_labels=not short_form)
             place = folder / (partition.name or "")
             place.mkdir(mode=0o700, exist_ok=True)
-            counts[partition.name or STUDY] = {
+            built.counts[partition.name or STUDY] = {
                 split: _write_lines(place / f"{split}.jsonl", chain.from_iterable([task[split] for task in tasks]))
                 for split in splits
             }
         faults.raise_as(DataError)
         suffix = ".jsonl"
-        if sum(c.conversations for splits in counts.values() for c in splits.values()) <= LONG:
+        if sum(c.conversations for of_splits in built.counts.values() for c in of_splits.values()) <= LONG:
             suffix = ".json"
             for file in sorted(folder.rglob("*.jsonl")):
                 _make_list(file)
-        built = BuiltStudy(config, text, root, cohorts, partitions, counts, notes)
         column = "fold" if built.has_folds else "split"
         rows = "".join(f"{subject}\t{group}\n" for subject, group in built.group_of.items())
         write_whole(folder / SPLITS, f"participant_id\t{column}\n{rows}", PRIVATE)
-        write_whole(folder / "study.yaml", text, PRIVATE)
+        write_whole(folder / "study.yaml", built.text, PRIVATE)
         write_page(built, folder / PAGE)
         if not short_form:
             record = strict_json(describe_study(built, out, suffix), indent=1)
             write_whole(folder / LOCK_FILE, record + "\n", PRIVATE)
-    return built, suffix
+    return suffix
 
 
 def _read_cohorts(config: StudyConfig, root: Path, faults: Faults, notes: list[str]) -> dict[str, Cohort]:
@@ -150,20 +131,17 @@ def _read_cohorts(config: StudyConfig, root: Path, faults: Faults, notes: list[s
 
 
 def _make_partition(
-    config: StudyConfig,
-    partition: Partition,
-    cohorts: Mapping[str, Cohort],
-    faults: Faults,
-    notes: list[str],
-    short_form: bool,
+    built: BuiltStudy, partition: Partition, faults: Faults, *, refuse_rare_labels: bool
 ) -> tuple[list[str], list[TaskRecords]]:
     """Return the splits and each task's records, made as they are read. Raise DataError with every fault so far."""
-    visits_of: dict[str, Sequence[Visit]] = {**visits_by_split(partition, cohorts[STUDY].visits)}
-    visits_of |= {name: cohort.visits for name, cohort in cohorts.items() if name != STUDY}
-    faults += split_leaks(config, visits_of)
+    visits_of: dict[str, Sequence[Visit]] = {**visits_by_split(partition, built.cohorts[STUDY].visits)}
+    visits_of |= {name: cohort.visits for name, cohort in built.cohorts.items() if name != STUDY}
+    faults += split_leaks(built.config, visits_of)
+    # Later folds differ from the first only in who is in which split; their notes would repeat the same.
+    notes = built.notes if partition is built.partitions[0] else list[str]()
     tasks = [
-        make_records(name, task, config, visits_of, faults, notes, refuse_rare_labels=not short_form)
-        for name, task in config.tasks.items()
+        make_records(name, task, built.config, visits_of, faults, notes, refuse_rare_labels=refuse_rare_labels)
+        for name, task in built.config.tasks.items()
     ]
     faults.raise_as(DataError)
     return list(visits_of), tasks

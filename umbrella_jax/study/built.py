@@ -51,7 +51,7 @@ class SplitCounts:
 
 @dataclass(frozen=True)
 class BuiltStudy:
-    """Everything that a built study consists of."""
+    """Everything that a study consists of; `write_study` adds the counts."""
 
     config: StudyConfig
     text: str
@@ -61,10 +61,10 @@ class BuiltStudy:
     cohorts: Mapping[str, Cohort]
     """{STUDY, or the split of an external cohort: its visits and flow}."""
     partitions: Sequence[Partition]
-    counts: Mapping[str, Mapping[str, SplitCounts]]
-    """{fold, or STUDY without folds: {split: what it contains}}."""
-    notes: Sequence[str]
+    notes: list[str]
     """What was left out and why, for the user."""
+    counts: dict[str, dict[str, SplitCounts]] = field(default_factory=dict)
+    """{fold, or STUDY without folds: {split: what it contains}}."""
 
     @property
     def has_folds(self) -> bool:

@@ -28,6 +28,7 @@ from umbrella_jax.study.bids_values import (
     scans_with_values,
 )
 from umbrella_jax.study.build import write_study
+from umbrella_jax.study.built import BuiltStudy
 from umbrella_jax.study.cohort import Cohort
 from umbrella_jax.study.schema import (
     DEFAULT_SEED,
@@ -169,9 +170,8 @@ def from_bids(
     )
     cohort = _cohort(table, modality, scans, valued_scans, target)
     partition = Partition(None, None, split_of)
-    built, suffix = write_study(
-        config, dump_study(config), root, out, {STUDY: cohort}, [partition], notes, short_form=True
-    )
+    built = BuiltStudy(config, dump_study(config), root, {STUDY: cohort}, [partition], notes)
+    suffix = write_study(built, out, short_form=True)
     lines = [f"{root}: {target}, {kind}, {modality}, {count_people(subjects)} of {len(table.rows)} subjects"]
     for name, counts in built.counts[STUDY].items():
         size = f"{plural(len(counts.subjects), 'subject')}, {plural(counts.conversations, 'conversation')}"

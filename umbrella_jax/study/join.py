@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from umbrella_jax.console import plural
-from umbrella_jax.data.tables import has_lost_zeros, match_misspelled
+from umbrella_jax.data.tables import Table, has_lost_zeros, match_misspelled
 from umbrella_jax.errors import DataError, Faults
 from umbrella_jax.study.schema import CohortConfig, TableConfig
 from umbrella_jax.study.tables import VISIT, MissingValues, read_lab_table
@@ -129,60 +129,61 @@ class JoinedTables:
 
 def join_tables(config: CohortConfig, root: Path, missing: MissingValues, notes: list[str]) -> JoinedTables:
     """Read all tables of a cohort; `notes` receives what is left out. Raise DataError with every fault."""
-    faults = Faults()
-    files: list[Path] = []
-
-    def read(configs: Sequence[TableConfig], with_visits: bool) -> list[LabTable]:
-        return [t for c in configs for t in _read_tables(c, root, missing, with_visits, files, faults, notes)]
-
-    subjects, sessions = read(config.subjects, False), read(config.sessions, True)
+    reader = _TableReader(root, missing, notes)
+    subjects = reader.read(config.subjects, with_visits=False)
+    sessions = reader.read(config.sessions, with_visits=True)
+    faults = reader.faults
     faults.raise_as(DataError)
     first = subjects[0]
     for table in (*subjects[1:], *sessions):
         faults += id_faults(table, f"in {first.name}", first.labels)
     faults.raise_as(DataError)
-    return JoinedTables(subjects, sessions, files)
+    return JoinedTables(subjects, sessions, reader.files)
 
 
-def _read_tables(
-    config: TableConfig,
-    root: Path,
-    missing: MissingValues,
-    with_visits: bool,
-    files: list[Path],
-    faults: Faults,
-    notes: list[str],
-) -> list[LabTable]:
-    """Return the tables of one entry, one per set of columns."""
-    paths = [root / config.file]
-    if "*" in config.file:
-        paths = [Path(path) for path in sorted(glob.glob(os.path.join(glob.escape(str(root)), config.file)))]
-        if not paths:
-            faults.append(f"{root / config.file}: no file matches; expected tables")
-    tables: dict[frozenset[str], LabTable] = {}
-    for path in paths:
-        files.append(path)
-        try:
-            table = read_lab_table(path, config, missing, notes, with_visits=with_visits)
-        except DataError as error:
-            faults += error.faults
-            continue
-        columns = tuple(name for name in table.columns if name not in (config.key, VISIT))
-        empty = LabTable(config.file, str(root / config.file), config.key, columns)
-        own = tables.setdefault(frozenset(columns), empty)
-        for line, cells in table.rows:
-            subject, visit = cells[config.key], cells.get(VISIT) if with_visits else None
-            row = LabRow(path, line, subject, {n: c for n, c in cells.items() if n not in (config.key, VISIT)})
-            first = own.rows.setdefault((subject.removeprefix("sub-"), visit), row)
+class _TableReader:
+    """Reads tables one after the other, and collects what is wrong with all."""
+
+    def __init__(self, root: Path, missing: MissingValues, notes: list[str]):
+        self.files, self.faults = list[Path](), Faults()
+        self._root, self._missing, self._notes = root, missing, notes
+
+    def read(self, configs: Iterable[TableConfig], *, with_visits: bool) -> list[LabTable]:
+        """Return the tables of the entries, one per set of columns of each."""
+        return [table for config in configs for table in self._read_entry(config, with_visits)]
+
+    def _read_entry(self, config: TableConfig, with_visits: bool) -> Iterable[LabTable]:
+        pattern = self._root / config.file
+        paths = [pattern]
+        if "*" in config.file:
+            paths = [Path(path) for path in sorted(glob.glob(os.path.join(glob.escape(str(self._root)), config.file)))]
+            if not paths:
+                self.faults.append(f"{pattern}: no file matches; expected tables")
+        tables: dict[frozenset[str], LabTable] = {}
+        for path in paths:
+            self.files.append(path)
+            with self.faults:
+                table = read_lab_table(path, config, self._missing, self._notes, with_visits=with_visits)
+                columns = tuple(name for name in table.columns if name not in (config.key, VISIT))
+                empty = LabTable(config.file, str(pattern), config.key, columns)
+                self._add_rows(tables.setdefault(frozenset(columns), empty), table, with_visits)
+        return tables.values()
+
+    def _add_rows(self, table: LabTable, own: Table, with_visits: bool) -> None:
+        """Add the rows of one file, each a subject, or a visit of one, that has none yet."""
+        for line, cells in own.rows:
+            subject, visit = cells[table.key], cells.get(VISIT) if with_visits else None
+            others = {name: cell for name, cell in cells.items() if name not in (table.key, VISIT)}
+            row = LabRow(own.path, line, subject, others)
+            first = table.rows.setdefault((subject.removeprefix("sub-"), visit), row)
             if first is not row:
-                other = f"line {first.line}" if first.file == path else first.place
+                other = f"line {first.line}" if first.file == own.path else first.place
                 what = f"{subject} has a row already, in {other}"
                 remedy = "expected one row per subject; list a table with visits in sessions"
                 if with_visits:
                     what = f"{subject} has a row for visit {visit} already, in {other}"
                     remedy = "expected one row per subject and visit"
-                faults.append(f"{row.place}: {config.key}: {what}; {remedy}")
-    return list(tables.values())
+                self.faults.append(f"{row.place}: {table.key}: {what}; {remedy}")
 
 
 def id_faults(table: LabTable, where: str, others: Collection[str]) -> list[str]:
