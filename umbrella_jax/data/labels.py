@@ -18,6 +18,7 @@ def kind_faults(
     place: str,
     kind: str | None,
     values: Collection[str],
+    *,
     words: Sequence[str],
     described: Collection[str],
     mixed_remedy: str,

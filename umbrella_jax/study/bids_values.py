@@ -35,6 +35,7 @@ def scans_with_values(
     files: BidsFiles,
     scans: Mapping[str, Sequence[BidsScan]],
     target: str,
+    *,
     missing: Sequence[str],
     labels: Mapping[str, str],
     notes: list[str],
@@ -145,6 +146,7 @@ def choose_kind(
     target: str,
     valued_scans: Sequence[ValuedScan],
     kind: TaskKind | None,
+    *,
     texts: Mapping[str, str],
     notes: list[str],
 ) -> TaskKind:
@@ -168,7 +170,7 @@ def choose_kind(
     words = words or [value for value in counts if parse_cell_number(value) is None]
     described = texts.keys() & counts.keys()
     remedy = f"write numbers or n/a instead of {', '.join(words)}, or ask for kind classification"
-    if faults := kind_faults(place, kind, counts, words, described, remedy):
+    if faults := kind_faults(place, kind, counts, words=words, described=described, mixed_remedy=remedy):
         raise DataError(faults)
     kind = kind or infer_kind(counts)
     if kind != "regression":

@@ -118,10 +118,12 @@ def from_bids(
         raise DataError(faults)
 
     texts = {**levels, **sections.pop("labels", {})}
-    valued_scans = faults.check(lambda: scans_with_values(table, files, scans, target, missing, texts, notes))
+    valued_scans = faults.check(
+        lambda: scans_with_values(table, files, scans, target, missing=missing, labels=texts, notes=notes)
+    )
     if valued_scans is None:
         raise DataError(faults)
-    kind = faults.check(lambda: choose_kind(table, target, valued_scans, kind, texts, notes))
+    kind = faults.check(lambda: choose_kind(table, target, valued_scans, kind, texts=texts, notes=notes))
     if kind is None or shares is None or faults:
         raise DataError(faults)
     if kind == "regression":

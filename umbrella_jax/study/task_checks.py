@@ -123,7 +123,7 @@ def value_faults(reader: CaseReader, survey: Survey, notes: list[str]) -> Iterat
     )
     described = task.labels.keys() & counts.keys()
     for kind in {"comparison": (None, "comparison"), "classification": (None,)}.get(task.kind, (task.kind,)):
-        yield from kind_faults(place, kind, counts, words, described, remedy)
+        yield from kind_faults(place, kind, counts, words=words, described=described, mixed_remedy=remedy)
     if task.kind == "regression":
         if len(counts) == 1:
             yield f"{place}: every visit has {next(iter(counts))}; expected at least two values"
