@@ -171,6 +171,7 @@ def test_json_that_we_write_is_strict() -> None:
 def test_json_is_written_by_strict_json() -> None:
     """Exempt are texts to hash, messages between processes, and values without numbers that could be infinite."""
     exempt = {"training/checkpoint.py", "distributed.py", "data/cache.py", "data/tokenize.py", "data/inputs.py"}
+    exempt |= {"study/sheet_process.py"}
     exempt |= {"demo/base.py", "demo/data.py", "safetensors_files.py", "export_config.py", "trainable.py", "files.py"}
     for path in SOURCES:
         if not path.as_posix().endswith(tuple(exempt)):

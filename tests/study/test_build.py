@@ -1,6 +1,7 @@
 """A whole study: built, validated, trained on and scored by site."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,21 +149,32 @@ def test_a_second_build_is_the_same(built: Path, study: Path, tmp_path: Path) ->
 def test_validated_trained_and_scored_by_site(built: Path, study: Path, tmp_path: Path) -> None:
     world = small_run.make_world(tmp_path, train={"max_new_tokens": 32, "batch_size": 40, "epochs": 1})
     images = ["--image-root", study.parent / "bids"]
-    data = ["--train-data", built / "train.json", "--eval-data", built / "eval.json", *images]
-    no_overlap = ["--set", "data.allow_overlap=false"]
-    umbrella("data", "validate", "--config", world.config, "--base", world.base, *data, *no_overlap)
-    umbrella(*world.train_flags(tmp_path / "run", *data, *no_overlap, "--set", "train.eval_samples=4"))
+    data = ["--train-data", built / "train.json", *images, "--set", "data.allow_overlap=false"]
+    words = ["--config", world.config, "--base", world.base, *data, "--eval-data", built / "eval.json"]
+    umbrella("data", "validate", *words)
+    umbrella(*world.train_flags(tmp_path / "run", *data))
     predictions = tmp_path / "predictions.jsonl"
-    umbrella("predict", tmp_path / "run", "--data", built / "test.json", "--out", predictions, *images)
+    flags = [
+        "--data",
+        built / "test.json",
+        "--out",
+        predictions,
+        *images,
+        "--task-filter",
+        "sex",
+        "--max-new-tokens",
+        5,
+    ]
+    umbrella("predict", tmp_path / "run", *flags)
     scores = json.loads(umbrella("score", predictions, "--by", "site,age_bin", "--json"))
     by_site = scores["by"]["columns"]["site"]
-    asked = [record["metadata"] for record in records(built, "test")]
+    asked = [r["metadata"] for r in records(built, "test") if r["metadata"]["task"] == "sex"]
     sites = {site: [about for about in asked if about["site"] == site] for site in "ABC"}
     assert by_site["groups"] == {
         site: {"n": len(members), "subjects": len({about["subject_id"] for about in members})}
         for site, members in sites.items()
     }
-    assert by_site["tasks"].keys() == {about["task"] for about in asked}
+    assert by_site["tasks"].keys() == {"sex"}
 
 
 def test_the_length_of_the_study_does_not_change_a_conversation(study: Path, built: Path, tmp_path: Path) -> None:
@@ -199,3 +211,34 @@ def test_refuses_an_external_cohort_that_would_hide_subjects(name: str, fault: s
     with pytest.raises(UmbrellaError) as caught:
         build_study(tmp_path / "study.yaml", tmp_path / "out")
     assert [message.removeprefix(f"{tmp_path}/study.yaml: ") for message in caught.value.faults] == [fault]
+
+
+def test_the_page_shows_flow_columns_and_examples(built: Path) -> None:
+    page = (built / "study.html").read_text()
+    text = " ".join(re.sub(r"<[^>]*>", " ", page).split())
+    assert "25 subjects in tables and scans" in text
+    assert "2 left out: `age &gt;= 45` is false" in text
+    assert "21 included" in text
+    splits = {split: {r["metadata"]["subject_id"] for r in records(built, split)} for split in SPLITS}
+    assert all(f"{len(members)} {split}" in text for split, members in splits.items())
+    examples = re.findall(r"<h3>(\w+), (\w+): ", page)
+    assert len(examples) == 12
+    assert {task for task, _ in examples} == {"sex", "age", "diagnosis", "compared", "decline", "caption"}
+    assert page.count('src="data:image/png') >= 12
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page)
+
+
+def test_a_leak_in_the_texts_leaves_no_folder(study: Path, tmp_path: Path) -> None:
+    """Every conversation has been made by then."""
+    bids = study.parent / "bids"
+    rows = pd.read_csv(bids / "participants.tsv", sep="\t", dtype=str)
+    rows["code"] = rows["sex"].map({"M": "male", "F": "female"}) + rows.index.astype(str)
+    rows.to_csv(bids / "coded.tsv", sep="\t", index=False)
+    text = study.read_text().replace("participants.tsv", "coded.tsv")
+    text = text.replace("F: female}, show: sMRI}", 'F: female}, show: sMRI, covariates: "Scan {code}."}')
+    leaking = study.parent / "leaking.yaml"
+    leaking.write_text(text)
+    error = umbrella("data", "build", leaking, tmp_path / "out", code=2)
+    assert "tasks.sex" in error
+    assert not (tmp_path / "out").exists()
+    assert not [*tmp_path.glob(".*")]
