@@ -159,12 +159,12 @@ def test_a_list_of_conversations_has_any_length_but_not_its_items(
         file.truncate(1 << 30)
     assert f"{path}:1: not valid JSON: Expecting value (column 1)" in refused(DataError, conversations, path)
     record = {"task_id": "é", "conversations": [{"role": "user", "content": "?\u2028"}]}
-    path.write_text(json.dumps([record] * 30_000, indent=1, ensure_ascii=False))
-    assert path.stat().st_size > 2 * MB
-    with costs_at_most(10 * MB):  # 75 MB as one value
-        assert sum(1 for _ in reading.read_items(path, DataError, "")) == 30_000
+    path.write_text(json.dumps([record] * 10_000, indent=1, ensure_ascii=False))
+    assert path.stat().st_size > MB
+    with costs_at_most(10 * MB):  # 25 MB as one value
+        assert sum(1 for _ in reading.read_items(path, DataError, "")) == 10_000
     monkeypatch.setattr(reading, "_PIECE", 100)
-    assert [c.source for c in conversations(path)][-1] == f"{path}[29999]"
+    assert [c.source for c in conversations(path)][-1] == f"{path}[9999]"
     monkeypatch.setattr(reading, "LINE", 1000)
     path.write_text(json.dumps([record, record | {"metadata": {"note": "x" * 3000}}], indent=1))
     assert f"{path}:11: not valid JSON: Longer than" in refused(DataError, conversations, path)
@@ -254,8 +254,8 @@ def bomb(line: str) -> str:
         ("model: !!python/object/apply:os.system ['touch touched']", "line 1: a tag, "),
         ("model: {}\nseed: !!int 3", "line 2: a tag, "),
         ("model: !!binary aGk=", "line 1: a tag, "),
-        ("[" * DEEP, "line 1: nests deeper than 20 levels"),
-        ("{a: " * (DEEP // 2), "line 1: nests deeper than 20 levels"),
+        ("[" * (DEEP // 5), "line 1: nests deeper than 20 levels"),
+        ("{a: " * (DEEP // 10), "line 1: nests deeper than 20 levels"),
         (bomb("a{0}: &a{0} [{1}]"), "more than 10000 values"),
         (bomb("a{0}: &a{0} {{<<: [{1}]}}"), "more than 10000 values"),
         ("a: &a [*a]", "more than 10000 values"),

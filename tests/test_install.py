@@ -87,6 +87,7 @@ def test_sdist_has_the_project_and_builds_the_same_wheel(built: Built, tmp_path:
     assert again.read_bytes() == built.wheel.read_bytes()
 
 
+@pytest.mark.slow
 def test_wheel_works_without_a_checkout(built: Built, tmp_path: Path) -> None:
     """The wheel's files are used, not the checkout's, with this environment's dependencies, in an empty directory."""
     site, empty = tmp_path / "site", tmp_path / "empty"

@@ -7,6 +7,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.checkpoints import under_transformers_4_46
 
 PROGRAM = """
@@ -25,6 +27,7 @@ assert answers == texts, answers
 """
 
 
+@pytest.mark.slow
 def test_golden_values_and_spaces_of_an_answer(tokenizer_directory: Path, tmp_path: Path) -> None:
     """Transformers 4.46 to 5.6 would remove spaces of an answer, by `clean_up_tokenization_spaces`."""
     folder = shutil.copytree(tokenizer_directory, tmp_path / "tokenizer")

@@ -235,6 +235,7 @@ def child(directory: str, port: str, process: str, out: str) -> None:
     Path(f"{out}.json").write_text(json.dumps(read))
 
 
+@pytest.mark.slow
 def test_two_processes_read_half_each(tmp_path: Path) -> None:
     write_umbrella(tmp_path / "base", shards=2)
     expected = {
