@@ -159,12 +159,12 @@ def test_a_list_of_conversations_has_any_length_but_not_its_items(
         file.truncate(1 << 30)
     assert f"{path}:1: not valid JSON: Expecting value (column 1)" in refused(DataError, conversations, path)
     record = {"task_id": "é", "conversations": [{"role": "user", "content": "?\u2028"}]}
-    path.write_text(json.dumps([record] * 10_000, indent=1, ensure_ascii=False))
+    path.write_text(json.dumps([record] * 12_000, indent=1, ensure_ascii=False))
     assert path.stat().st_size > MB
-    with costs_at_most(10 * MB):  # 25 MB as one value
-        assert sum(1 for _ in reading.read_items(path, DataError, "")) == 10_000
+    with costs_at_most(10 * MB):  # 30 MB as one value
+        assert sum(1 for _ in reading.read_items(path, DataError, "")) == 12_000
     monkeypatch.setattr(reading, "_PIECE", 100)
-    assert [c.source for c in conversations(path)][-1] == f"{path}[9999]"
+    assert [c.source for c in conversations(path)][-1] == f"{path}[11999]"
     monkeypatch.setattr(reading, "LINE", 1000)
     path.write_text(json.dumps([record, record | {"metadata": {"note": "x" * 3000}}], indent=1))
     assert f"{path}:11: not valid JSON: Longer than" in refused(DataError, conversations, path)
