@@ -6,15 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optax
 import pytest
 
 from tests.helpers import small_run
 from tests.helpers.small_run import World, numbers, read_lines, umbrella, write_json
 from umbrella_jax.config.schema import TrainConfig
+from umbrella_jax.errors import DataError
 from umbrella_jax.inference import predict
 from umbrella_jax.run import cross_validation
+from umbrella_jax.run.preparation import Shared
 from umbrella_jax.rundir import step_to_test
 from umbrella_jax.scoring.folds import NOTE
+from umbrella_jax.study.lock import read_lock
 
 SETTINGS = ("train.save_steps=2", "train.eval_steps=2", "evaluation.likelihoods=true")
 BEST = ("train.keep_best=1", "train.best_metric=eval_loss")
@@ -205,6 +209,28 @@ def test_refuses_what_is_not_the_study(study: Study, cv: Path, tmp_path: Path) -
     assert "has no folds; build it with split.folds or split.leave_out" in err
     err = umbrella(*Study(study.world, tmp_path / "nowhere").cv(tmp_path / "cv"), code=2)
     assert "nowhere/study.lock.json: not found; expected a folder that `umbrella-jax data build` made" in err
+
+
+def test_refuses_a_study_that_is_built_again_while_a_fold_trains(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(study.folder, tmp_path / "built")
+
+    def trained(*_: Any, **__: Any) -> Any:
+        write_json(folder / "study.lock.json", json.loads((folder / "study.lock.json").read_text()) | {"note": "again"})
+        return None, Shared({}, {}, optax.identity(), 1, set())
+
+    monkeypatch.setattr(cross_validation, "train_sharing", trained)
+    err = umbrella(*Study(study.world, folder).cv(tmp_path / "cv"), code=2)
+    assert f"{tmp_path}/cv: its folds are not those of {folder}, which may have been built again" in err
+
+
+@pytest.mark.parametrize("damage", [{"folds": [1]}, {"folds": [{"name": "../x"}]}, {"image_root": 5}, {"suffix": None}])
+def test_refuses_a_damaged_record(study: Study, tmp_path: Path, damage: dict[str, Any]) -> None:
+    lock = json.loads((study.folder / "study.lock.json").read_text())
+    write_json(tmp_path / "study.lock.json", lock | damage)
+    with pytest.raises(DataError, match="not the record of a built study"):
+        read_lock(tmp_path)
 
 
 def test_commands_of_one_run_name_the_folds(study: Study, cv: Path) -> None:

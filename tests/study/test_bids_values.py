@@ -103,11 +103,16 @@ def table(root, text, encoding="utf-8"):
         (["0.0", "sub-1.0", "2.0"], "sub-0.0 in the table, sub-00 on disk and 2 others; the table has lost leading"),
         (["00", "01", "2"], "participant_id: sub-2 in the table, sub-02 on disk; the table has lost leading zeros"),
         (["00", "01", "_02"], "sub-_02 in the table, sub-02 on disk; they differ only in spelling"),
+        (["00", "01", "2é"], "sub-2é in the table, sub-02e\u0301 on disk; they differ only in spelling"),
         (["00", "01", "Sub-02"], "sub-Sub-02 in the table, sub-02 on disk; they differ only in spelling"),
     ],
 )
 def test_misspelled_ids_are_named(bids, tmp_path, names, expected):
     root = bids(sexes(3))
+    if "2é" in names:
+        scan = root / "sub-02" / "anat" / "sub-02_T1w.nii.gz"
+        scan.rename(scan.with_name("sub-02e\u0301_T1w.nii.gz"))
+        (root / "sub-02").rename(root / "sub-02e\u0301")
     table(root, "participant_id\tsex\n" + "".join(f"{name}\t{'FM'[i % 2]}\n" for i, name in enumerate(names)))
     (fault,) = faults(root, tmp_path / "out", "sex")
     assert expected in fault

@@ -433,6 +433,11 @@ def test_tables_that_contradict_each_other_or_share_no_id_are_refused(tmp_path):
             "ages.tsv: visit: 1 in the table, 01 on disk and 1 other; map them, as in visit_names: {'1': "
             "'01', '2': '02'}",
         ),
+        (
+            ["01 ses-1 30", "01 ses-2 31"],
+            "ages.tsv: visit: 1 in the table, 01 on disk and 1 other; map them, as in visit_names: {'1': "
+            "'01', '2': '02'}",
+        ),
         (["01 bl 30"], "ages.tsv: visit: no visit of the table is on disk: bl there, 01, 02 on disk"),
         (
             ["01 01 30", "01 01 31"],
@@ -446,6 +451,10 @@ def test_visits_that_do_not_match_the_scans_are_refused(tmp_path, rows, fault):
     table(tmp_path, "ages.tsv", "participant_id session_id age", *rows)
     bids(tmp_path, "01/01", "01/02")
     assert refuse(tmp_path, sessions=[{"file": "ages.tsv"}]) == [fault]
+    if "visit_names" in fault:
+        names = {"1": "01", "2": "02"}
+        cohort, _ = read(tmp_path, sessions=[{"file": "ages.tsv", "visit_names": names}])
+        assert values(cohort, "age") == {"sub-01 ses-01": "30", "sub-01 ses-02": "31"}
 
 
 def test_phenotype_tables_add_their_columns_and_scans_without_a_visit_are_told_apart(tmp_path):
@@ -494,3 +503,33 @@ def test_an_external_cohort_has_the_studys_conditions_and_its_own_tables(tmp_pat
     assert not faults
     assert [visit.subject for visit in cohort.visits] == ["007"]
     assert cohort.flow.left_out == {"`age < 40` is false": ["008"]}
+
+
+def test_visits_of_subjects_whose_ids_differ_in_zeros_stay_together(tmp_path):
+    ids = ["1", "01", "001"]
+    table(tmp_path, "people.csv", "eid sex", *(f"{i} F" for i in ids))
+    scan(tmp_path, *(f"{i}_{visit}.nii" for i in ids for visit in ("pre", "post")))
+    tasks = {"sex": {"kind": "classification", "column": "sex", "visits": 2}}
+    scans = {"T1": {"pattern": "{eid}_{visit}.nii"}}
+    cohort, notes = read(tmp_path, subjects=[{"file": "people.csv", "key": "eid"}], scans=scans, tasks=tasks)
+    assert [visit.place for visit in cohort.visits] == [f"{i} ses-{v}" for i in sorted(ids) for v in ("post", "pre")]
+    assert "tasks with several visits show them in the order post, pre; list them in visits for another" in notes
+
+
+def test_a_text_of_a_condition_that_no_visit_has_is_refused_as_a_number_or_named(tmp_path):
+    table(tmp_path, "participants.tsv", "participant_id site sex", "01 3.0 F", "02 2.0 M")
+    bids(tmp_path, "01", "02")
+    assert refuse(tmp_path, include='site != "3"') == [
+        'participants.tsv:2: site: 3.0 is not the text "3" of site != "3"; write 3 without quotes to compare numbers'
+    ]
+    cohort, notes = read(tmp_path, include='sex != "male"')
+    assert len(cohort.visits) == 2
+    assert 'include: sex != "male": no visit has the text "male" in sex' in notes
+
+
+def test_a_scan_outside_the_root_is_beside_the_linked_folder(tmp_path):
+    table(tmp_path, "real/participants.tsv", "participant_id sex", "01 F")
+    scan(tmp_path, "scans/01.nii", "other/scans/01.nii")
+    (tmp_path / "other" / "link").symlink_to(tmp_path / "real")
+    cohort, _ = read(tmp_path / "other" / "link", scans={"T1": {"pattern": "../scans/{subject}.nii"}})
+    assert cohort.visits[0].scans["T1"][0].path == str(tmp_path / "scans" / "01.nii")

@@ -42,3 +42,14 @@ def test_its_study_builds_the_same_again(lab: Path) -> None:
     umbrella("data", "build", lab / "out" / "study.yaml", lab / "again")
     for name in ("train.json", "eval.json", "splits.tsv"):
         assert (lab / "out" / name).read_bytes() == (lab / "again" / name).read_bytes()
+
+
+def test_the_way_to_the_images_leads_out_of_a_linked_folder(lab: Path) -> None:
+    """`out/..` is where the folder really is."""
+    far = lab / "a" / "b" / "c"
+    far.mkdir(parents=True)
+    (lab / "link").symlink_to(far)
+    umbrella("data", "from-table", lab / "table.xlsx", lab / "link" / "out", "--target", "Sex", *FLAGS)
+    umbrella("data", "build", lab / "link" / "out" / "study.yaml", lab / "link" / "again")
+    lock = json.loads((far / "again" / "study.lock.json").read_text())
+    assert (far / "again" / lock["image_root"] / "001" / "T1.nii.gz").exists()

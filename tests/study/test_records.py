@@ -29,6 +29,9 @@ LONG = pd.DataFrame(
 )
 
 
+DX = {"kind": "classification", "column": "dx"}
+
+
 def splits(table: pd.DataFrame, **scans: int) -> dict:
     """Return {split: visits}: the last four subjects in eval."""
     held_out = sorted(set(table.subject))[-4:]
@@ -89,6 +92,28 @@ def test_regression_has_unit_and_decimals(decimals, texts):
     assert {
         r["metadata"]["subject_id"]: r["metadata"]["subject_label"] for s in records.values() for r in s
     } == expected
+
+
+@pytest.mark.parametrize(
+    ("cell", "decimals", "text"),
+    [("1e3", None, "1000"), ("007", None, "7"), (".5", None, "0.5"), ("+4.50", None, "4.50"), ("-0.04", 1, "0.0")],
+)
+def test_a_number_is_answered_as_people_write_it(cell, decimals, text):
+    study = study_of({"t": {"kind": "regression", "column": "age", "decimals": decimals}})
+    records, _, _ = made(study, splits(TABLE.assign(age=[cell, *TABLE.age[1:]])))
+    assert asked(records["train"][0])[-1] == text
+    assert records["train"][0]["metadata"]["subject_label"] == float(cell)
+
+
+@pytest.mark.parametrize("task", [{"kind": "text", "answer": "{target}."}, DX | {"covariates": "{target}."}])
+def test_a_column_called_target_has_its_value_in_captions_and_covariates(task):
+    records, _, _ = made(study_of({"t": task}), splits(TABLE.assign(target=[f"v{i % 3}" for i in range(12)])))
+    assert any("v1." in text for text in asked(records["train"][1]))
+
+
+def test_codes_of_many_digits_are_different_labels():
+    table = TABLE.assign(dx=["10000001", "10000002"] * 6)
+    made(study_of({"t": DX}), splits(table))
 
 
 def test_a_caption_names_its_columns():

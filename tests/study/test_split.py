@@ -331,7 +331,8 @@ def test_refuses_a_faulty_file(tmp_path):
         (
             {"by": "household", "stratify": ("smoker", "sex", "handed")},
             [
-                f"split.{name}: no included subject has a value; expected one of age, family, moved, sex, site"
+                f"split.{name}: no included subject has a value; expected one of age, family, home, moved, scanner, "
+                "sex, site"
                 for name in ("by: household", "stratify: smoker", "stratify: handed")
             ],
         ),
@@ -340,6 +341,14 @@ def test_refuses_a_faulty_file(tmp_path):
         (
             {"leave_out": "age"},
             ["s002: split.leave_out: age is missing; add it, or leave the subject out with include"],
+        ),
+        (
+            {"leave_out": "scanner", "by": "home"},
+            ["split.by: home: one value or several? '1', '1.0'; spell them the same in the table"],
+        ),
+        (
+            {"leave_out": "scanner"},
+            ["split.leave_out: scanner: one value or several? 'GE', 'Ge'; spell them the same in the table"],
         ),
         ({"leave_out": "sex"}, ["split.leave_out: sex: 1 value; expected 2 to 100, one per fold"]),
         (
@@ -361,6 +370,7 @@ def test_refuses_what_cannot_be_split(config, expected):
             f"s{i:03}",
             name,
             {"family": "abc"[i % 3], "site": str(i % 2), "sex": "F"}
+            | {"scanner": ("GE", "Ge", "Siemens")[i % 3], "home": ("1", "1.0", "2")[i % 3]}
             | ({} if i == 2 else {"age": str(i)})
             | {"moved": "B" if (i, name) == (1, "2") else "A"},
             {},

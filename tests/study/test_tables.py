@@ -116,6 +116,8 @@ def test_a_column_per_visit_becomes_a_row_per_visit(tmp_path):
     assert table.rows == (
         (2, {"id": "7", "sex": "F", "visit": "2", "age": "55"}),
         (2, {"id": "7", "sex": "F", "visit": "3", "bmi": "30"}),
+        (3, {"id": "8", "sex": "M", "visit": "2"}),
+        (3, {"id": "8", "sex": "M", "visit": "3"}),
     )
 
 

@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
+from decimal import Decimal
 
 from umbrella_jax.config.schema import MAX_CLASSES, TaskKind
 from umbrella_jax.data.tables import parse_cell_number
@@ -63,7 +64,8 @@ def alike_labels(labels: Iterable[str]) -> tuple[list[list[str]], list[list[str]
     variants: dict[str, list[str]] = defaultdict(list)
     for label in labels:
         number = parse_cell_number(label)
-        variants[" ".join(label.casefold().split()) if number is None else f"{number:g}"].append(label)
+        key = " ".join(label.casefold().split()) if number is None else str(Decimal(label).normalize())
+        variants[key].append(label)
     same = [group for group in variants.values() if len(group) > 1]
     initials = [label for label in variants if len(label) == 1 and label.isalpha()]
     pairs = [(i, other) for i in initials for other in variants if other.startswith(i) and other != i]

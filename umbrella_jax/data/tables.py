@@ -1,7 +1,9 @@
 """Read tab-separated tables, and recognise ids and missing values in the spellings that people really use."""
 
 import csv
+import math
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -138,8 +140,9 @@ def match_misspelled(names: Iterable[str], others: Iterable[str]) -> dict[str, s
 
 def _id_key(name: str) -> str:
     entity, _, label = name.partition("-")
-    label = re.sub(r"[^a-z0-9]", "", re.sub(r"\.0$", "", label.lower())).removeprefix(entity)
-    return f"{entity}-{label.lstrip('0')}"
+    label = re.sub(r"\.0$", "", unicodedata.normalize("NFKC", label).casefold())
+    label = re.sub(r"(?<![0-9])0+(?=[0-9])|[\W_]", "", label)
+    return f"{entity}-{label.removeprefix(entity).lstrip('0')}"
 
 
 def has_lost_zeros(name: str, other: str) -> bool:
@@ -149,8 +152,9 @@ def has_lost_zeros(name: str, other: str) -> bool:
 
 
 def parse_cell_number(cell: str) -> float | None:
-    """Return the number in a cell, None for anything else, including Python's 1_000, inf and nan."""
-    return float(cell) if _NUMBER.fullmatch(cell) else None
+    """Return the number in a cell, None for anything else, including Python's 1_000, inf, nan and 1e999."""
+    number = float(cell) if _NUMBER.fullmatch(cell) else math.inf
+    return number if math.isfinite(number) else None
 
 
 def is_missing(cell: str, declared: Sequence[str] = (), labels: Collection[str] = ()) -> bool:

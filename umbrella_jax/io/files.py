@@ -91,6 +91,11 @@ def check_run_name(path: str | Path, remedy: str) -> None:
         raise ConfigError(f"{absolute!a}: checkpoints need a path in UTF-8; {remedy}") from None
 
 
+def relative_path(path: Path, folder: Path) -> str:
+    """Return the path from a folder to a file or folder; `..` is the parent of where a linked folder really is."""
+    return os.path.relpath(os.path.join(os.path.realpath(path.parent), path.name), os.path.realpath(folder))
+
+
 def check_new_folder(out: str | Path) -> None:
     """Check that `new_folder` can make `out`. Raise ConfigError if it is not empty, and as `check_output` does."""
     out = Path(out)

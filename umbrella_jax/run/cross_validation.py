@@ -84,9 +84,13 @@ def cross_validate(
             tell(f"{fold.title}: finished: {fold.run}")
             continue
         tell(f"{fold.title}, {number} of {len(folds)}: {fold.run}")
+        with raise_together():
+            _check_same_study(Path(str(config.output_dir)), Path(study))
         if not trained:
             _, shared = train_sharing(fold.config, shared, resume=True, notes=notes, say=say)
             shared = replace(shared, datasets={}, inputs={})
+            with raise_together():  # training may have taken days
+                _check_same_study(Path(str(config.output_dir)), Path(study))
         _test(fold, tasks, say)
 
 

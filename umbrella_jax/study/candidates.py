@@ -98,12 +98,13 @@ def naming(config: CohortConfig, tables: JoinedTables) -> Callable[[str], str]:
     return lambda label: rows[label, None].subject if (label, None) in rows else label
 
 
-def natural_visit(key: tuple[str, str | None]) -> tuple[tuple[str | int, ...], ...]:
+def natural_visit(key: tuple[str, str | None]) -> tuple[tuple[tuple[str | int, ...], str], ...]:
     """Return a key that sorts (subject, visit), each as `natural` does."""
     return natural(key[0]), natural(key[1])
 
 
 @lru_cache(maxsize=1 << 17)
-def natural(text: str | None) -> tuple[str | int, ...]:
-    """Return a key by which run-2 comes before run-10; nothing comes first."""
-    return tuple(int(part) if n % 2 else part for n, part in enumerate(re.split(r"([0-9]+)", text or "")))
+def natural(text: str | None) -> tuple[tuple[str | int, ...], str]:
+    """Return a key by which run-2 comes before run-10, and no two texts are equal; nothing comes first."""
+    parts = re.split(r"([0-9]+)", text or "")
+    return tuple(int(part) if n % 2 else part for n, part in enumerate(parts)), text or ""

@@ -41,6 +41,11 @@ def phrasings_of(task: TaskStudyConfig) -> dict[str, tuple[str, ...]]:
     return texts | ({} if task.covariates is None else {"covariates": (task.covariates,)})
 
 
+def names_target(part: str, task: TaskStudyConfig) -> bool:
+    """Return whether {target} in a part is the name of the task's column, and no column of its own."""
+    return part != "covariates" and not (part == "answer" and task.kind == "text")
+
+
 class Case(NamedTuple):
     """A subject's visits that one question shows, with the value asked for."""
 
@@ -78,9 +83,10 @@ class CaseReader:
         target = (task.column or name).replace("_", " ")
         numbers = {parse_cell_number(value): label for value, label in task.labels.items()}
         self._label_of_number: dict[float | None, str] = {n: label for n, label in numbers.items() if n is not None}
+        parsed = {part: [*map(TextTemplate.parse, texts)] for part, texts in phrasings_of(task).items()}
         self.texts = {
-            part: tuple(TextTemplate.parse(text).replace("target", target) for text in texts)
-            for part, texts in phrasings_of(task).items()
+            part: tuple(text.replace("target", target) if names_target(part, task) else text for text in own)
+            for part, own in parsed.items()
         }
         open_parts = [part for part in self.texts if task.kind == "text" or not part.endswith("answer")]
         names = [name for part in open_parts for text in self.texts[part] for name in text.names]
@@ -138,7 +144,7 @@ class CaseReader:
         if self.task.kind != "regression":
             return self.text_of(case.cells[0])
         number, decimals = self.number(case), self.task.decimals
-        return number if decimals is None else f"{Decimal(number):.{decimals}f}"
+        return number if decimals is None else f"{Decimal(number):z.{decimals}f}"
 
     def text_of(self, cell: str) -> str:
         """Return the label of a value; numbers are compared as numbers."""
@@ -147,9 +153,9 @@ class CaseReader:
         return self._label_of_number.get(parse_cell_number(cell), cell)
 
     def number(self, case: Case) -> str:
-        """Return the exact number of a regression."""
-        first, *others = case.cells
-        return format(Decimal(others[0]) - Decimal(first), "f") if others else first
+        """Return the exact number of a regression, with the decimal places of the table."""
+        first, *others = map(Decimal, case.cells)
+        return format(others[0] - first if others else first, "zf")
 
     def shown(self, case: Case) -> Iterator[ShownCase]:
         """Yield what each conversation about the case shows."""

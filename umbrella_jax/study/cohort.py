@@ -33,6 +33,8 @@ from umbrella_jax.study.schema import BinsConfig, CohortConfig, StudyConfig
 from umbrella_jax.study.tables import SUBJECT, VISIT, MissingValues, number_fault
 from umbrella_jax.study.visits import Flow, Visit
 
+_VISITS_SHOWN = 20
+
 
 @dataclass(frozen=True)
 class Cohort:
@@ -84,8 +86,12 @@ def read_cohort(config: CohortConfig, study: StudyConfig, root: Path, faults: Fa
     selection = _Selection(tables, candidates, faults, notes)
     selection.leave_out_unmatched(config, scans)
     selection.choose_visits(study.visits)
+    if any(isinstance(task.visits, int) and task.visits > 1 for task in study.tasks.values()):
+        selection.note_order(study.visits)
     for name, bins in study.bins.items():
         selection.add_bins(name, bins)
+    for condition in conditions:
+        selection.check_texts(condition)
     for condition in conditions:
         selection.apply(condition)
     flow, candidates = selection.flow, selection.candidates
@@ -167,6 +173,34 @@ class _Selection:
         lost = dict.fromkeys(c.visit.subject for c in self.candidates if c.label not in visits_of)
         self._leave_out(f"without a scan at visit {' or '.join(chosen)}", list(lost))
         self.candidates = [visits[name] for visits in visits_of.values() for name in chosen if name in visits]
+
+    def note_order(self, chosen: str | Sequence[str]) -> None:
+        """Add a note about the order of visits that several are shown in, unless their names are numbers or a list."""
+        names = sorted({c.visit.name for c in self.candidates if c.visit.name is not None}, key=natural)
+        if chosen == "all" and not all(name.isdecimal() for name in names):
+            order = ", ".join(names[:_VISITS_SHOWN]) + (", …" if len(names) > _VISITS_SHOWN else "")
+            remedy = "list them in visits for another"
+            self._notes.append(f"tasks with several visits show them in the order {order}; {remedy}")
+
+    def check_texts(self, condition: Condition) -> None:
+        """Add a fault for a text whose number a cell writes in another way, as 3.0 for "3"; a note for an unused text.
+
+        Either may be a mistake that includes, or leaves out, the wrong subjects.
+        """
+        for column, texts in condition.texts.items():
+            holders = {c.values[column]: c for c in self.candidates if column in c.values}
+            numbers = {cell: number for cell in holders if (number := parse_cell_number(cell)) is not None}
+            for text in dict.fromkeys(texts):
+                number = parse_cell_number(text)
+                same = [cell for cell, own in numbers.items() if own == number and cell != text]
+                for cell in same:
+                    place = self._tables.place(column, holders[cell].label, holders[cell].visit.name)
+                    remedy = f"write {text} without quotes to compare numbers"
+                    self._faults.append(
+                        f'{place}: {column}: {cell} is not the text "{text}" of {condition.text}; {remedy}'
+                    )
+                if not same and text not in holders:
+                    self._notes.append(f'include: {condition.text}: no visit has the text "{text}" in {column}')
 
     def add_bins(self, name: str, bins: BinsConfig) -> None:
         """Add the column of groups to every visit that has the number."""

@@ -5,7 +5,7 @@ import math
 import operator
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from umbrella_jax.data.tables import parse_cell_number
@@ -51,6 +51,8 @@ class Condition:
     text: str
     columns: tuple[str, ...]
     """Columns that it names, in order."""
+    texts: Mapping[str, Sequence[str]]
+    """{column: texts that it compares with its cells}."""
     _test: _Test
 
     def holds(self, values: Mapping[str, str]) -> bool | None:
@@ -118,7 +120,7 @@ def parse_condition(text: str) -> Condition:
         raise refuse(shift(len(source.encode()[: fault.column].decode())), str(fault)) from None
     except (ValueError, RecursionError, MemoryError) as fault:
         raise ConfigError(f"{shown}: cannot be read: {fault}") from None
-    return Condition(text, tuple(compiler.columns), test)
+    return Condition(text, tuple(compiler.columns), compiler.texts, test)
 
 
 def _without_backticks(text: str) -> tuple[str, dict[str, str], Callable[[int], int]]:
@@ -170,6 +172,7 @@ class _Compiler:
     def __init__(self, names: Mapping[str, str]):
         self._names = names
         self.columns: dict[str, None] = {}
+        self.texts: dict[str, list[str]] = {}
 
     def test(self, node: ast.expr, depth: int) -> _Test:
         if depth > _DEEPEST:
@@ -197,7 +200,7 @@ class _Compiler:
             values = [self.constant(value) for value in right.elts]
             if len({type(value) for value in values}) > 1:
                 raise _FaultError(right, "numbers and texts in one list; put quotes around all, or around none")
-            return _with_constant(self.column(left), compare, values, isinstance(values[0], float))
+            return self._with_constant(self.column(left), compare, values, values)
         if isinstance(right, ast.Name) and not isinstance(left, ast.Name):
             mirrored = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}.get(sign, sign)
             compare = next(function for name, function in _OPERATORS.values() if name == mirrored)
@@ -208,7 +211,28 @@ class _Compiler:
         value = self.constant(right)
         if isinstance(value, str) and sign not in ("==", "!=") and parse_cell_number(value) is not None:
             raise _FaultError(right, f"texts are compared letter by letter; write {value} without quotes")
-        return _with_constant(column, compare, value, isinstance(value, float))
+        return self._with_constant(column, compare, value, [value])
+
+    def _with_constant(
+        self, column: str, compare: Callable[..., bool], constant: object, values: Sequence[float | str]
+    ) -> _Test:
+        """Compare a column with a constant: one of `values`, which are all texts or all numbers, or a list of them."""
+        texts = [value for value in values if isinstance(value, str)]
+        if texts:
+            self.texts.setdefault(column, []).extend(texts)
+
+        def holds(values: _Values) -> bool | None:
+            cell = values.get(column)
+            if cell is None:
+                return None
+            if texts:
+                return compare(cell, constant)
+            number = parse_cell_number(cell)
+            if number is None:
+                raise CellError(column, cell)
+            return compare(number, constant)
+
+        return holds
 
     def column(self, node: ast.expr) -> str:
         if not isinstance(node, ast.Name):
@@ -258,21 +282,6 @@ def _negated(test: _Test) -> _Test:
     def holds(values: _Values) -> bool | None:
         result = test(values)
         return None if result is None else not result
-
-    return holds
-
-
-def _with_constant(column: str, compare: Callable[..., bool], constant: object, as_number: bool) -> _Test:
-    def holds(values: _Values) -> bool | None:
-        cell = values.get(column)
-        if cell is None:
-            return None
-        if not as_number:
-            return compare(cell, constant)
-        number = parse_cell_number(cell)
-        if number is None:
-            raise CellError(column, cell)
-        return compare(number, constant)
 
     return holds
 

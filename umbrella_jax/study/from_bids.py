@@ -1,7 +1,6 @@
 """Turn a BIDS data set into conversations about one column: write a study of it, and build it."""
 
 import math
-import os
 import re
 import shlex
 from collections import Counter, defaultdict
@@ -17,7 +16,7 @@ from umbrella_jax.data.bids.templates import TEMPLATES, read_template
 from umbrella_jax.data.placeholders import control_token_faults
 from umbrella_jax.data.subject_split import SPLITS, balanced_levels, read_splits, split_names, split_subjects
 from umbrella_jax.errors import ConfigError, DataError, Faults, why_not_a_directory
-from umbrella_jax.io.files import check_new_folder
+from umbrella_jax.io.files import check_new_folder, relative_path
 from umbrella_jax.study.bids_values import (
     LabelledSubject,
     ValuedScan,
@@ -148,7 +147,7 @@ def from_bids(
     texts_of_parts = {part: (text,) for part, text in sections[kind].items()}
     references = ReferencesConfig(per_query=pairs_per_subject or ReferencesConfig().per_query, split="same")
     config = StudyConfig(
-        root=os.path.relpath(root.absolute(), out.absolute()),
+        root=relative_path(root, out),
         subjects=(TableConfig(file=PARTICIPANTS),),
         sessions=tuple(
             TableConfig(file=name, columns={} if name.startswith("sub-") else {target: target})
@@ -168,7 +167,7 @@ def from_bids(
                 references=references if kind == "comparison" else None,
             )
         },
-        split=SplitConfig(file=os.path.relpath((out / SPLITS).absolute(), root.absolute()), seed=seed),
+        split=SplitConfig(file=relative_path(out / SPLITS, root), seed=seed),
     )
     cohort = _cohort(table, modality, scans, valued_scans, target)
     partition = Partition(None, None, split_of)

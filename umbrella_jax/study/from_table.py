@@ -1,6 +1,5 @@
 """Turn a table and a folder of scans into conversations about one column: write a study of them, and build it."""
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from umbrella_jax.config.schema import TaskKind
 from umbrella_jax.data.labels import infer_kind
 from umbrella_jax.errors import Faults
+from umbrella_jax.io.files import relative_path
 from umbrella_jax.study.build import build_config
 from umbrella_jax.study.cohort import read_cohort
 from umbrella_jax.study.schema import (
@@ -66,8 +66,8 @@ def from_table(
 
     def study(kind: TaskKind) -> StudyConfig:
         return StudyConfig(
-            root=os.path.relpath(root.absolute(), out.absolute()),
-            subjects=(TableConfig(file=os.path.relpath(table.absolute(), root.absolute()), key=key, width=width),),
+            root=relative_path(root, out),
+            subjects=(TableConfig(file=relative_path(table, root), key=key, width=width),),
             scans={modality: ScansConfig(pattern=scans)},
             missing={target: tuple(missing)} if missing else {},
             tasks={re.sub(r"\W", "_", target): TaskStudyConfig(kind=kind, column=target)},

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from umbrella_jax.config.schema import to_dict
 from umbrella_jax.data.conversation import LOCK_FILE
 from umbrella_jax.errors import DataError
+from umbrella_jax.io.files import relative_path
 from umbrella_jax.io.reading import read_json, sha256
 from umbrella_jax.study.built import BuiltStudy, SplitCounts
 from umbrella_jax.study.visits import Visit
@@ -35,7 +37,7 @@ def describe_study(built: BuiltStudy, out: Path, suffix: str) -> dict[str, Any]:
             **{name: version(name) for name in ("umbrella-jax", "numpy", "scikit-learn")},
             "python": platform.python_version(),
         },
-        "image_root": os.path.relpath(built.root.absolute(), out.absolute()),
+        "image_root": relative_path(built.root, out),
         "suffix": suffix,
         "folds": [{"name": p.name, "left_out": p.left_out} for p in built.partitions] if built.has_folds else [],
         "inputs": {
@@ -77,10 +79,26 @@ def _describe_split(counts: SplitCounts, kinds: Mapping[str, str]) -> dict[str, 
     return {"subjects": len(counts.subjects), "tasks": tasks}
 
 
+def _is_record(lock: Mapping[str, Any]) -> bool:
+    """Return whether a record has what others read of it."""
+    folds, root, suffix = (lock.get(key) for key in ("folds", "image_root", "suffix"))
+    return (
+        isinstance(root, str)
+        and suffix in (".json", ".jsonl")
+        and isinstance(folds, list)
+        and all(
+            isinstance(fold, dict)
+            and re.fullmatch(r"fold-\d+", str(fold.get("name")))
+            and isinstance(fold.get("left_out"), str | None)
+            for fold in folds
+        )
+    )
+
+
 def read_lock(folder: Path) -> dict[str, Any]:
     """Read the record of a built study. Raise DataError for any other folder."""
     file = folder / LOCK_FILE
     lock = read_json(file, DataError, "expected a folder that `umbrella-jax data build` made")
-    if not isinstance(lock, dict) or not {"folds", "image_root", "suffix"} <= lock.keys():
+    if not isinstance(lock, dict) or not _is_record(lock):
         raise DataError(f"{file}: not the record of a built study; build it again with `umbrella-jax data build`")
     return lock

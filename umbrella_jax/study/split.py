@@ -25,6 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from umbrella_jax.console import plural
+from umbrella_jax.data.labels import alike_labels
 from umbrella_jax.data.subject_split import column_levels, split_sizes, split_subjects
 from umbrella_jax.data.tables import check_columns, parse_cell_number, with_prefix
 from umbrella_jax.errors import DataError, Faults
@@ -228,6 +229,9 @@ class _Splitter:
                 faults.append(
                     f"{subject}: split.{setting}: {column} is missing; add it, or leave the subject out with include"
                 )
+        for alike in alike_labels(dict.fromkeys(value_of.values()))[0]:
+            names = ", ".join(map(repr, alike))
+            faults.append(f"split.{setting}: {column}: one value or several? {names}; spell them the same in the table")
         faults.raise_as(DataError)
         return value_of
 

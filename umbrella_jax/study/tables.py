@@ -117,6 +117,7 @@ def read_lab_table(
     plan = [(name, column, missing.of_column(name)) for name, column in named.items()]
     missing_in = {name: missing.of_column(name) for name in wide}
     labels = dict.fromkeys(label for columns in wide.values() for label in columns)
+    visit_names = {name.removeprefix("ses-"): other.removeprefix("ses-") for name, other in config.visit_names.items()}
     without_id: Counter[str] = Counter()
     for line, cells in chosen:
         subject = own_key[1] if own_key else cells[config.key]
@@ -132,7 +133,8 @@ def read_lab_table(
         base = {name: cell for name, column, is_gone in plan if not is_gone[cell := cells[column]]}
         base[config.key] = subject
         if visit is not None:
-            base[VISIT] = config.visit_names.get(cells[visit], cells[visit]).removeprefix("ses-")
+            own_visit = cells[visit].removeprefix("ses-")
+            base[VISIT] = visit_names.get(own_visit, own_visit)
             if base[VISIT].lower() in ("", "n/a"):
                 faults.append(f"{path}:{line}: {visit}: expected the name of a visit, got {cells[visit]!r}")
                 continue
@@ -141,8 +143,8 @@ def read_lab_table(
         for label in labels:
             own = {name: cells[columns[label]] for name, columns in wide.items() if label in columns}
             own = {name: cell for name, cell in own.items() if not missing_in[name][cell]}
-            if own:
-                rows.append((line, {**base, **own, VISIT: config.visit_names.get(label, label)}))
+            if own or len(base) > 1:  # columns without {visit} have their value at every visit
+                rows.append((line, {**base, **own, VISIT: visit_names.get(label, label)}))
     if faults:
         raise DataError(faults)
     if without_id:

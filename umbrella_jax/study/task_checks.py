@@ -10,7 +10,7 @@ from umbrella_jax.data.labels import alike_labels, kind_faults
 from umbrella_jax.data.placeholders import TextTemplate, control_token_faults, text_faults
 from umbrella_jax.data.tables import parse_cell_number
 from umbrella_jax.data.validation.leaks import ROWS_SHOWN, rows_text
-from umbrella_jax.study.cases import Case, CaseReader, phrasings_of, row_of
+from umbrella_jax.study.cases import Case, CaseReader, names_target, phrasings_of, row_of
 from umbrella_jax.study.schema import TRAIN, StudyConfig, TaskStudyConfig
 from umbrella_jax.study.visits import Visit
 
@@ -35,13 +35,14 @@ def column_faults(name: str, task: TaskStudyConfig, study: StudyConfig, columns:
             yield f"keep: {column}: metadata of this name is there already; rename the column in `columns`"
     for part, phrasings in phrasings_of(task).items():
         labelled = part.endswith("answer") and task.kind != "text"
-        allowed = ["target", "label"] if labelled else ["target", *sorted(columns)]
+        allowed = ["target"] if names_target(part, task) else []
+        allowed += ["label"] if labelled else sorted({*columns} - {*allowed})
         if not phrasings:
             yield f"tasks.{name}.{part}: expected at least one text"
         for number, text in enumerate(phrasings):
             key = f"tasks.{name}.{part}" + (f"[{number}]" if len(phrasings) > 1 else "")
             if part == "answer" and task.kind == "text":
-                own_faults = text_faults(text, sorted(columns))
+                own_faults = text_faults(text, allowed)
                 if not own_faults and not TextTemplate.parse(text).names:
                     own_faults = ["expected {COLUMN} in it; without it every subject has the same answer"]
             else:
