@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -86,6 +87,7 @@ NOT_ON_AN_ACCELERATOR = (
 )
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Return {dotted name: path} of all modules of the package."""
     paths = sorted(path for top in ("umbrella_jax", "convert") for path in (ROOT / top).rglob("*.py"))
@@ -94,6 +96,7 @@ def modules() -> dict[str, Path]:
     return dict(zip(names, paths, strict=True))
 
 
+@cache  # four tests ask for those of every module
 def imports(source: str) -> set[str]:
     """Return the dotted names that a source imports, imports inside functions included."""
     names: set[str] = set()

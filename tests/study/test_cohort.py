@@ -267,7 +267,7 @@ PEOPLE = st.dictionaries(
 INCLUDED = {"sex": "F", "ages": {"1": "50"}, "T1": {"1"}, "T2": {"1"}}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(PEOPLE, st.sampled_from(["all", "first", "last"]))
 def test_every_subject_counts_once_and_visits_equal_those_of_pandas(people, which):
     people = {"S1": INCLUDED, **people}

@@ -86,7 +86,7 @@ shares_drawn = st.lists(st.integers(1, 9), min_size=1, max_size=5).map(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(tables, shares_drawn, st.integers(0, 9))
 def test_strata_and_sizes_are_within_one_of_their_shares(table, shares, seed):
     rows = [{"subject": f"s{i}", "sex": sex, "site": site} for i, (sex, site) in enumerate(table)]
@@ -102,7 +102,7 @@ def test_strata_and_sizes_are_within_one_of_their_shares(table, shares, seed):
     assert_within_one(one(partitions), shares, strata)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(tables, st.integers(2, 12), st.integers(0, 9))
 def test_folds_and_their_splits_are_within_one(table, number, seed):
     rows = [{"subject": f"s{i}", "sex": "x" + sex, "site": site} for i, (sex, site) in enumerate(table)]
@@ -117,7 +117,7 @@ def test_folds_and_their_splits_are_within_one(table, number, seed):
         assert_within_one(rest, {"train": Fraction(3, 5), "eval": Fraction(2, 5)}, strata)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 15), min_size=12, max_size=80), st.booleans(), st.integers(0, 9))
 def test_no_group_is_in_two_splits(families, in_folds, seed):
     rows = [{"subject": f"s{i}", "family": str(f or "")} for i, f in enumerate(families)]
