@@ -86,7 +86,7 @@ def parse_section(cls: type[S], data: Mapping[str, Any], origins: Origins) -> S:
             faults += [(section, message) for message in range_faults(name, hint, value)]
     if faults:
         raise ConfigError(
-            [f"{origins.of(key, message)}: {key + ': ' if key else ''}{message}" for key, message in faults]
+            [f"{origins.place_of(key, message)}: {key + ': ' if key else ''}{message}" for key, message in faults]
         ) from None
     return config
 

@@ -28,7 +28,7 @@ class Origins:
     given: Collection[str] = ()
     """Dotted keys of the file, if it is one of umbrella-jax."""
 
-    def of(self, key: str, message: str) -> str:
+    def place_of(self, key: str, message: str) -> str:
         """Return where a faulty value came from: a flag, a key of the original's file, or the file and every flag and
         such key that the message mentions.
 
@@ -75,7 +75,7 @@ class Origins:
     def _typed(self, key: str) -> list[str]:
         """Return where the user gave a key, its section or its fields."""
         if any(f"{key}.".startswith(f"{name}.") for name in self.flags):
-            return [self.of(key, "")]
+            return [self.place_of(key, "")]
 
         def is_related(name: str) -> bool:
             return f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}.")

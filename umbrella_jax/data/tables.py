@@ -1,4 +1,4 @@
-"""Read tab-separated tables, and recognise ids and missing values in the spellings that people really use."""
+"""Read tab-separated tables, and tell ids, numbers and missing values in the spellings that people really use."""
 
 import csv
 import math
@@ -32,13 +32,13 @@ DELIMITERS = {"\t": "tab", ",": "comma", ";": "semicolon"}
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a tab-separated file, with white space around cells removed."""
+    """Rows of a table, with white space around cells removed."""
 
     path: Path
     columns: tuple[str, ...]
     """Names in the header; a name may occur twice."""
     rows: tuple[tuple[int, Mapping[str, str]], ...]
-    """(line of the file, {column: cell})."""
+    """(line or row of the file, {column: cell})."""
     faults: tuple[str, ...]
     """Messages about rows with more or fewer cells than the header, which `rows` leaves out."""
 

@@ -139,8 +139,8 @@ def adjust_scores(
     fits: dict[str, tuple[np.ndarray, int, int]] = {}
     for name, task in chosen.items():
         with collected:
-            used = _Answers.of(task, groups[name], coding)
-            fitted = used if fit_rows is None else _Answers.of(task, fit_groups[name], coding)
+            used = _Answers.select(task, groups[name], coding)
+            fitted = used if fit_rows is None else _Answers.select(task, fit_groups[name], coding)
             fitted.check_design(name)
             fits[name] = fitted.fit(), len(fitted.truth), len(groups[name]) - len(used.truth)
             subject = np.array([numbers[subject_of(row)] for row in used.rows], int)
@@ -214,17 +214,18 @@ def _coding(covariate: str, rows: Sequence[Prediction]) -> tuple[str, str] | Non
 
 @dataclass(frozen=True)
 class _Answers:
-    """The answers to a regression that have a number and all covariates."""
+    """The n answers to a regression that have a number and all covariates."""
 
     rows: list[Prediction]
     truth: np.ndarray
+    """float [n]."""
     error: np.ndarray
-    """answer − truth."""
+    """answer − truth, float [n]."""
     covariates: dict[str, np.ndarray]
-    """Each [n]."""
+    """{covariate: float [n]}."""
 
     @classmethod
-    def of(cls, task: Task, rows: Sequence[Prediction], coding: Mapping[str, tuple[str, str] | None]) -> "_Answers":
+    def select(cls, task: Task, rows: Sequence[Prediction], coding: Mapping[str, tuple[str, str] | None]) -> "_Answers":
         """Select the answers."""
         complete = [row for row in rows if all(label_of(row, name) is not None for name in coding)]
         truth, answer = numbers_of(task, complete)

@@ -16,7 +16,7 @@ from umbrella_jax.study.visits import Visit
 
 @dataclass
 class SplitCounts:
-    """What the conversations of one split contain."""
+    """Counts and examples of one split's conversations."""
 
     subjects: set[str] = field(default_factory=set)
     """Subjects that are asked about; references are not counted."""
