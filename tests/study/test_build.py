@@ -242,3 +242,32 @@ def test_a_leak_in_the_texts_leaves_no_folder(study: Path, tmp_path: Path) -> No
     assert "tasks.sex" in error
     assert not (tmp_path / "out").exists()
     assert not [*tmp_path.glob(".*")]
+
+
+def test_other_people_with_the_same_ids_get_a_prefix(tmp_path: Path) -> None:
+    for cohort in ("own", "other"):
+        rows = [f"{i:02}\t{'MF'[i % 2]}\tf{i}\n" for i in range(20)]
+        for i in range(20):
+            scan = tmp_path / cohort / f"sub-{i:02}" / "anat" / f"sub-{i:02}_T1w.nii"
+            scan.parent.mkdir(parents=True)
+            scan.write_text(f"{cohort} {i}")
+        (tmp_path / cohort / "participants.tsv").write_text("participant_id\tsex\tfamily\n" + "".join(rows))
+    study = tmp_path / "study.yaml"
+    cohort = "{subjects: [{file: other/participants.tsv}], scans: {sMRI: {bids: other}}%s}"
+    text = f"""\
+subjects: [{{file: own/participants.tsv}}]
+scans: {{sMRI: {{bids: own}}}}
+tasks: {{sex: {{kind: classification, column: sex}}}}
+split: {{by: family, stratify: sex, sizes: {{train: 0.8, eval: 0.2}}}}
+external: {{abroad: {cohort}}}
+"""
+    study.write_text(text % "")
+    err = umbrella("data", "build", study, tmp_path / "built", code=2)
+    for name in ("subject sub-00", "family f0"):
+        assert f"split: {name} is in several splits: " in err
+    assert "; if it is another family with the same id, set external.abroad.prefix" in err
+    study.write_text(text % ", prefix: X-")
+    umbrella("data", "build", study, tmp_path / "built")
+    abroad = {r["metadata"]["subject_id"]: r["metadata"] for r in records(tmp_path / "built", "abroad")}
+    assert abroad.keys() == {f"X-sub-{i:02}" for i in range(20)}
+    assert all(about["group_id"] == f"X-f{int(name[-2:])}" for name, about in abroad.items())

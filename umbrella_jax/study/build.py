@@ -16,7 +16,7 @@ from umbrella_jax.study.leaks import scan_faults, split_leaks
 from umbrella_jax.study.lock import describe_study
 from umbrella_jax.study.page import PAGE, write_page
 from umbrella_jax.study.records import TaskRecords, make_records
-from umbrella_jax.study.schema import STUDY, StudyConfig, load_study
+from umbrella_jax.study.schema import STUDY, ExternalConfig, StudyConfig, load_study
 from umbrella_jax.study.split import Partition, split_cohort
 from umbrella_jax.study.visits import Visit
 
@@ -125,6 +125,8 @@ def _read_cohorts(config: StudyConfig, root: Path, faults: Faults, notes: list[s
         own_notes = list[str]()
         with faults:
             cohorts[name] = read_cohort(cohort_config, config, root, faults, own_notes)
+            if isinstance(cohort_config, ExternalConfig):
+                cohorts[name] = cohorts[name].with_prefix(cohort_config.prefix, config.split.by)
         notes += own_notes if name == STUDY else [f"external.{name}: {note}" for note in own_notes]
     faults.raise_as(DataError)
     return cohorts

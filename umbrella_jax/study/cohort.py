@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -47,6 +47,16 @@ class Cohort:
     """All columns that values may have: `subject`, `visit`, and those of tables, patterns and bins."""
     inputs: tuple[Path, ...]
     """The tables that were read."""
+
+    def with_prefix(self, prefix: str, group: str) -> "Cohort":
+        """Return the cohort with a text before the names of its subjects and the values of the column `group`."""
+        visits = []
+        for visit in self.visits:
+            named = {name: prefix + visit.values[name] for name in (SUBJECT, group) if name in visit.values}
+            visits.append(replace(visit, subject=prefix + visit.subject, values={**visit.values, **named}))
+        left_out = {reason: [prefix + name for name in names] for reason, names in self.flow.left_out.items()}
+        flow = Flow(left_out, [prefix + name for name in self.flow.included])
+        return replace(self, visits=tuple(visits), flow=flow)
 
 
 def read_cohort(config: CohortConfig, study: StudyConfig, root: Path, faults: Faults, notes: list[str]) -> Cohort:

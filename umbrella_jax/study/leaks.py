@@ -38,7 +38,12 @@ def split_leaks(study: StudyConfig, visits_of: Mapping[str, Sequence[Visit]]) ->
     for kind, name_of in kinds.items():
         for name, splits in _shared((split, name_of(visit), visit.place) for split, visit in everything).items():
             where = ", ".join(f"{split} ({rows_text(rows)})" for split, rows in splits.items())
-            yield f"split: {kind} {name} is in several splits: {where}; expected it in one only"
+            remedy = "".join(
+                f"; if it is another {kind} with the same id, set external.{split}.prefix"
+                for split in splits
+                if split in study.external
+            )
+            yield f"split: {kind} {name} is in several splits: {where}; expected it in one only{remedy}"
 
 
 def _shared(members: Iterable[tuple[str, str | None, str]]) -> dict[str, dict[str, list[str]]]:

@@ -264,6 +264,19 @@ class SplitConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExternalConfig(CohortConfig):
+    """Another cohort, for a split of its own."""
+
+    prefix: str = ""
+    """Put before its subjects' ids and groups (`split.by`), for other people that have the same ids."""
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if not re.fullmatch(r"[\w.-]*", self.prefix):
+            yield "prefix: expected letters, digits, . - and _"
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudyConfig(CohortConfig):
     """A study: which subjects, what is asked about them, and how they are split."""
 
@@ -281,7 +294,7 @@ class StudyConfig(CohortConfig):
     """Columns for the conversations' metadata, where scores by group find them. The model never sees them."""
     tasks: dict[str, TaskStudyConfig]
     split: SplitConfig = field(default_factory=SplitConfig)
-    external: dict[str, CohortConfig] = field(default_factory=dict)
+    external: dict[str, ExternalConfig] = field(default_factory=dict)
     """{split: another cohort, all of it in that split}, for an external test set."""
 
     def contradictions(self) -> Iterator[str]:
