@@ -118,11 +118,16 @@ def test_executing_a_wrong_block_fails(tmp_path: Path) -> None:
 # What is generated, computed or copied.
 
 
-def test_configuration_is_generated() -> None:
-    made = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "make_config_reference.py"], capture_output=True, text=True, check=True
-    ).stdout
-    assert (ROOT / "docs" / "configuration.md").read_text() == made
+@pytest.mark.parametrize(("name", "page"), [("run", "configuration.md"), ("study", "study_keys.md")])
+def test_pages_of_keys_are_generated(name: str, page: str) -> None:
+    script = [sys.executable, ROOT / "scripts" / "make_config_reference.py", name]
+    made = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    assert (ROOT / "docs" / page).read_text() == made
+
+
+def test_the_site_lists_every_page() -> None:
+    listed = re.findall(r"\w+\.md", (ROOT / "docs" / "site" / "mkdocs.yml").read_text())
+    assert {Path(page).name for page in pages() if page.startswith("docs/")} - set(listed) == set()
 
 
 def table_after(page: str, heading: str) -> list[list[str]]:

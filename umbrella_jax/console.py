@@ -1,11 +1,13 @@
 """Tables, sentences and progress lines for a terminal."""
 
+import shlex
 import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from umbrella_jax.errors import visible
@@ -65,6 +67,23 @@ def wrapped(line: str) -> list[str]:
     indent = " " * (len(line) - len(line.lstrip()))
     options: dict[str, Any] = {"initial_indent": indent, "subsequent_indent": f"{indent}  "}
     return textwrap.wrap(line.lstrip(), WIDTH, break_long_words=False, break_on_hyphens=False, **options) or [""]
+
+
+def command_lines(command: str, flags: Mapping[str, str | Path]) -> list[str]:
+    """Return a command over several lines that a person can paste into a shell.
+
+    Args:
+        command: its words without flags, quoted.
+        flags: {flag without `--`: value}.
+    """
+    lines = [command]
+    for flag in (f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()):
+        if len(lines[-1]) + len(flag) < WIDTH - 4:  # the caller indents it, and ` \\` follows
+            lines[-1] += f" {flag}"
+        else:
+            lines[-1] += " \\"
+            lines.append(f"  {flag}")
+    return lines
 
 
 def plural(number: int, noun: str) -> str:

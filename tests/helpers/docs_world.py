@@ -221,6 +221,9 @@ PARSED: dict[str, str] = {
     "umbrella-jax score runs/age": "no run about age; tests/scoring/test_adjustment.py has answers",
     "umbrella-jax score site-a.jsonl": "tests/scoring/test_metrics.py scores several files",
     "umbrella-jax data build study.yaml": "tests/study/test_build.py builds a study",
+    "umbrella-jax data from-table": "tests/study/test_from_table.py has a spreadsheet",
+    "umbrella-jax predict runs/conversations": "tests/study/test_build.py trains on a study and answers its test set",
+    "umbrella-jax score test.jsonl": "tests/study/test_build.py scores it by site",
     "umbrella-jax cv": "tests/run/test_cross_validation.py trains two folds",
     "umbrella-jax push exports/sex my-lab/sex-t1 --message": "needs the hub; tests/checkpoints/test_push.py has one",
     "umbrella-jax train --config umbrella_llava_train.yaml": "tests/run/test_typed.py trains with both kinds of YAML",
@@ -507,6 +510,7 @@ PICTURES: dict[str, tuple[str, ...]] = {
         "seed 1: runs/seeds/seed-1",
         "fold-1 without Oslo, 1 of 3",
     ),
+    "docs/study.md": ("study: 25 subjects, 21 included",),
 }
 """Page → beginnings of its blocks of kind `picture`: drawings, and what a terminal shows while one waits."""
 

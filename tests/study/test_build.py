@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from tests.helpers import small_run
+from tests.helpers import browser, small_run
 from tests.helpers.small_run import umbrella
 from tests.helpers.study_world import NO_ROW, NO_SCAN, NO_SEX, SUBJECTS, TOO_YOUNG, make_study
 from umbrella_jax.errors import UmbrellaError
+from umbrella_jax.study import build
 from umbrella_jax.study.build import build_study
 
 SPLITS = ("train", "eval", "test")
@@ -81,6 +84,29 @@ def test_every_label_is_the_tables(built: Path, table: pd.DataFrame) -> None:
     assert tasks.keys() == {"sex", "age", "diagnosis", "compared", "decline", "caption"}
 
 
+def test_the_commands_that_follow_have_the_paths(printed: str, built: Path, study: Path) -> None:
+    look, _, commands = printed.partition("next:\n")
+    assert look.endswith(f"look at {built}/study.html\n")
+    validate, train = (shlex.split(line) for line in commands.replace("\\\n", " ").splitlines())
+    data = ["--image-root", str(study.parent / "bids"), "--train-data", f"{built}/train.json"]
+    data += ["--eval-data", f"{built}/eval.json"]
+    model = ["--config", "joint_0.5b", "--base", "LLAVA_DIR"]
+    assert validate == ["umbrella-jax", "data", "validate", *model, *data]
+    assert train == ["umbrella-jax", "train", *model, *data, "--out", "runs/built"]
+    assert all(len(line) <= 80 or line.count(" --") + line.count("/") > 1 for line in printed.splitlines())
+
+
+def test_folds_have_a_line_each(study: Path, tmp_path: Path) -> None:
+    folds = study.parent / "folds.yaml"
+    folds.write_text(re.sub("split: .*", "split: {stratify: site, folds: 4}", study.read_text()))
+    printed = " ".join(umbrella("data", "build", folds, tmp_path / "built").split())
+    assert re.findall(r"(fold-\d): subjects: train \d+, test \d+ ", printed) == [f"fold-{i}" for i in range(1, 5)]
+    tested = [record for file in tmp_path.glob("built/*/test.json") for record in json.loads(file.read_text())]
+    ages = [record for record in tested if record["metadata"]["task"] == "age"]
+    assert f" age: {len(ages)} conversations, " in printed
+    assert f"umbrella-jax cv {tmp_path}/built " in printed
+
+
 def test_every_eligible_visit_is_asked_about(built: Path, table: pd.DataFrame) -> None:
     eligible = table[table["age"] >= 45].drop(index=[f"sub-{i:03}" for i in NO_SCAN], level=0)
     expected = {
@@ -138,6 +164,23 @@ def test_kept_columns_are_metadata_and_not_text(built: Path, table: pd.DataFrame
         row = row_of(about, table)
         assert about["site"] == row["site"]
         assert (about["age_bin"] == "60 and above") == (row["age"] >= 60)
+
+
+def test_the_page_is_legible_in_a_browser_and_on_paper(built: Path, tmp_path: Path) -> None:
+    page = Path(shutil.copy(built / "study.html", tmp_path))
+    for width, on_paper in ((1280, False), (400, False), (718, True)):  # the last: A4 within its margins
+        measured = browser.measure(page, width, paper=on_paper)
+        assert measured["out"] == []
+        assert measured["whole"] == width
+        assert measured["smallest"] >= 12
+
+
+def test_notes_of_folds_come_once_or_name_their_fold() -> None:
+    shared, left = "t: treated as two labels: a, A", "t: left out: no fMRI scan (2): {}"
+    notes = {"fold-1": [left.format("s1, s2"), shared, "t: small"], "fold-2": [left.format("s2, s1"), shared]}
+    assert build._join_notes(notes) == [left.format("s1, s2"), shared, "fold-1: t: small"]
+    many = build._join_notes({f"fold-{i}": [f"t: {i} subjects"] for i in range(50)})
+    assert many[9:] == ["fold-9: t: 9 subjects", "and 40 more notes about folds"]
 
 
 def test_a_second_build_is_the_same(built: Path, study: Path, tmp_path: Path) -> None:

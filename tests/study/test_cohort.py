@@ -120,7 +120,8 @@ def test_conditions_leave_out_visits_and_a_subject_counts_for_its_last_one(tmp_p
         "`sex != 'F' or age < 50` is false": ["sub-01", "sub-04"],
     }
     assert [visit.place for visit in cohort.visits] == ["sub-05 ses-1"]
-    assert "left out: `age > 40` is false (4): sub-01 ses-2, sub-02 ses-1, sub-03 ses-2, sub-05 ses-2" in notes
+    visits = "sub-01 ses-2, sub-02 ses-1, sub-03 ses-2, sub-05 ses-2"
+    assert f"left out: visits at which `age > 40` is false (4): {visits}" in notes
 
 
 PARTICIPANTS = ("participant_id sex age", "sub-001 F 44", "sub-002 M 51", "sub-003 F 63")
@@ -180,7 +181,7 @@ PARTICIPANTS = ("participant_id sex age", "sub-001 F 44", "sub-002 M 51", "sub-0
             (*PARTICIPANTS[:3], "003 unknown 63"),
             {},
             "participants.tsv: sex: do these mean a missing value? 'unknown' (1); write `missing: {sex: ['unknown']}` "
-            "to leave them out, `missing: {sex: n/a}` to keep every value",
+            "to leave them out, `missing: {sex: []}` to keep every value",
         ),
         (PARTICIPANTS, {"missing": {"aeg": "-9"}}, "missing: aeg: no such column; the nearest is age"),
         (

@@ -262,8 +262,7 @@ def test_notes_name_strata_and_values_that_are_small():
         "them; balance evens out columns one by one"
     ]
     assert split_visits(visits, leave_out="site")[1] == [
-        "split.leave_out: site B has 2 subjects: its scores will be uncertain",
-        "split.leave_out: site C has 1 subject: its scores will be uncertain",
+        "split.leave_out: fewer than 10 subjects, so scores will be uncertain: site B (2), C (1)",
     ]
 
 
@@ -354,7 +353,8 @@ def test_refuses_a_faulty_file(tmp_path):
         (
             {"leave_out": "site", "by": "family"},
             [
-                f"split.leave_out: family {name}; expected all of a group in one"
+                f"split.leave_out: family {name}; expected all of a group in one; leave out such groups with "
+                "include, or drop split.by"
                 for name in (
                     "a: in site 0 (s000) and site 1 (s003)",
                     "b: in site 1 (s001) and site 0 (s004)",

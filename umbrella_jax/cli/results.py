@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
         "predictions",
         nargs="+",
         metavar="FILE",
-        help="predictions or runs, scored as one set; or runs of several seeds",
+        help="predictions or runs, scored as one set; or runs of several seeds or folds",
     )
     add_step(score, "evaluation of a run")
     add_groups(score)

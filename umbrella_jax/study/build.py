@@ -1,11 +1,15 @@
 """Build a study: read its tables and scans, split its subjects, and write conversations, a record and a page."""
 
+import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from umbrella_jax.console import plural, wrapped
+from umbrella_jax.config.schema import resolve_modality
+from umbrella_jax.console import command_lines, plural, wrapped
+from umbrella_jax.data.bids.scans import MODALITIES, left_out
 from umbrella_jax.data.conversation import LOCK_FILE
 from umbrella_jax.data.subject_split import SPLITS
 from umbrella_jax.errors import DataError, Faults, why_not_a_directory
@@ -23,6 +27,10 @@ from umbrella_jax.study.visits import Visit
 LONG = 100_000
 """Conversations in all splits (90 MB) up to which the files are JSON lists. Most programs can only read a list as a
 whole, so more are written as JSON Lines."""
+_FOLD_NOTES = 10
+"""Notes about single folds that are printed."""
+_LABELS_SHOWN = 20
+"""Labels of a task that are printed, the most frequent ones."""
 
 
 def build_study(path: str | Path, out: str | Path) -> list[str]:
@@ -92,9 +100,11 @@ def write_study(built: BuiltStudy, out: Path, *, short_form: bool = False) -> st
     """
     faults = Faults()
     faults += scan_faults((visit for cohort in built.cohorts.values() for visit in cohort.visits), built.root)
+    task_notes: dict[str, list[str]] = {}
     with new_folder(out, 0o700) as folder:
         for partition in built.partitions:
-            splits, tasks = _make_partition(built, partition, faults, refuse_rare_labels=not short_form)
+            notes = task_notes.setdefault(partition.name or STUDY, [])
+            splits, tasks = _make_partition(built, partition, faults, notes, refuse_rare_labels=not short_form)
             place = folder / (partition.name or "")
             place.mkdir(mode=0o700, exist_ok=True)
             built.counts[partition.name or STUDY] = {
@@ -102,6 +112,7 @@ def write_study(built: BuiltStudy, out: Path, *, short_form: bool = False) -> st
                 for split in splits
             }
         faults.raise_as(DataError)
+        built.notes.extend(_join_notes(task_notes))
         suffix = ".jsonl"
         if sum(c.conversations for of_splits in built.counts.values() for c in of_splits.values()) <= LONG:
             suffix = ".json"
@@ -132,15 +143,23 @@ def _read_cohorts(config: StudyConfig, root: Path, faults: Faults, notes: list[s
     return cohorts
 
 
+def _join_notes(notes_of: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the notes of all folds' tasks: those about who is in which split name their fold, others come once."""
+    first = next(iter(notes_of.values()))
+    # what a task leaves out does not depend on the fold, but the order in which its rows are named does
+    common = [n for n in first if ": left out: " in n or all(n in notes for notes in notes_of.values())]
+    own = [f"{f}: {n}" for f, notes in notes_of.items() for n in notes if n not in common and ": left out: " not in n]
+    more = [f"and {len(own) - _FOLD_NOTES:,} more notes about folds"] if len(own) > _FOLD_NOTES else []
+    return [*common, *own[:_FOLD_NOTES], *more]
+
+
 def _make_partition(
-    built: BuiltStudy, partition: Partition, faults: Faults, *, refuse_rare_labels: bool
+    built: BuiltStudy, partition: Partition, faults: Faults, notes: list[str], *, refuse_rare_labels: bool
 ) -> tuple[list[str], list[TaskRecords]]:
     """Return the splits and each task's records, made as they are read. Raise DataError with every fault so far."""
     visits_of: dict[str, Sequence[Visit]] = {**visits_by_split(partition, built.cohorts[STUDY].visits)}
     visits_of |= {name: cohort.visits for name, cohort in built.cohorts.items() if name != STUDY}
     faults += split_leaks(built.config, visits_of)
-    # Later folds differ from the first only in who is in which split; their notes would repeat the same.
-    notes = built.notes if partition is built.partitions[0] else list[str]()
     tasks = [
         make_records(name, task, built.config, visits_of, faults, notes, refuse_rare_labels=refuse_rare_labels)
         for name, task in built.config.tasks.items()
@@ -172,28 +191,57 @@ def _make_list(lines_file: Path) -> None:
 
 
 def summary_lines(built: BuiltStudy, out: Path, suffix: str) -> list[str]:
-    """Return what `data build` prints: the flow, then each file with its tasks, then every note."""
+    """Return what `data build` prints: the flow, each file or fold, the tasks, every note, and the next commands."""
     lines = []
     for name, cohort in built.cohorts.items():
         flow = cohort.flow
-        lines.append(f"{name}: {plural(flow.total, 'subject')}, {len(flow.included)} included")
-        lines += [f"  left out: {len(subjects)} {reason}" for reason, subjects in flow.left_out.items()]
-    for name, splits in built.counts.items():
-        for split, counts in splits.items():
-            file = out / ("" if name == STUDY else name) / f"{split}{suffix}"
+        lines.append(f"{name}: {plural(flow.total, 'subject')}, {len(flow.included):,} included")
+        lines += [f"  {left_out(reason, subjects)}" for reason, subjects in flow.left_out.items()]
+    if built.has_folds:
+        for partition in built.partitions:
+            sizes = [f"{s} {len(counts.subjects):,}" for s, counts in built.counts[str(partition.name)].items()]
+            without = f" without {partition.left_out}" if partition.left_out is not None else ""
+            lines.append(f"{out / str(partition.name)}{without}: subjects: {', '.join(sizes)}")
+        lines += ["test sets of all folds together:", *_task_lines(built, built.tested_labels)]
+    else:
+        for split, counts in built.counts[STUDY].items():
             size = f"{plural(len(counts.subjects), 'subject')}, {plural(counts.conversations, 'conversation')}"
-            lines.append(f"{file}: {size}")
-            lines += [f"  {task}: {_task_summary(built, task, counts)}" for task in counts.labels]
-    return [*lines, *(line for note in built.notes for line in wrapped(note))]
+            lines += [f"{out / f'{split}{suffix}'}: {size}", *_task_lines(built, counts.labels)]
+    return [*(line for text in (*lines, *built.notes) for line in wrapped(text)), *_next_commands(built, out, suffix)]
 
 
-def _task_summary(built: BuiltStudy, task: str, counts: SplitCounts) -> str:
-    labels = counts.labels[task]
-    size = plural(labels.total(), "conversation")
-    kind = built.config.tasks[task].kind
-    if kind == "text":
-        return size
-    if kind == "regression":
-        numbers = [float(label) for label in labels]
-        return f"{size}, {min(numbers):g} to {max(numbers):g}"
-    return f"{size}: {', '.join(f'{label} {number}' for label, number in sorted(labels.items()))}"
+def _task_lines(built: BuiltStudy, labels_of: Mapping[str, Counter[str]]) -> list[str]:
+    """Return a line per task with its conversations, and its labels or the range of its numbers."""
+    lines = []
+    for task, labels in labels_of.items():
+        size, kind = f"  {task}: {plural(labels.total(), 'conversation')}", built.config.tasks[task].kind
+        if kind == "regression":
+            numbers = [float(label) for label in labels]
+            size += f", {min(numbers):g} to {max(numbers):g}"
+        elif kind != "text":
+            shown = labels.most_common(_LABELS_SHOWN)
+            size += f": {', '.join(f'{label} ({number:,})' for label, number in sorted(shown))}"
+            size += f", and {len(labels) - len(shown):,} more labels" if len(labels) > len(shown) else ""
+        lines.append(size)
+    return lines
+
+
+def _next_commands(built: BuiltStudy, out: Path, suffix: str) -> list[str]:
+    """Return the lines of the commands that check the scans and train."""
+    shown = [resolve_modality(name, MODALITIES) for name in built.config.scans]
+    shipped = MODALITIES[shown[0]][2] if len(shown) == 1 and shown[0] else "joint_0.5b"
+    model: dict[str, str | Path] = {"config": shipped if all(shown) else "CONFIG.yaml", "base": "LLAVA_DIR"}
+    folds, splits = built.has_folds, next(iter(built.counts.values()))
+    if "train" not in splits:
+        return []
+    folder = out / str(built.partitions[0].name) if folds else out
+    # the test set of a fold: its scans and those of train are all scans, unless there is an eval split
+    other = next((s for s in (("test", "eval") if folds else ("eval", "test")) if s in splits), None)
+    data: dict[str, str | Path] = {"image-root": built.root, "train-data": folder / f"train{suffix}"}
+    data |= {"eval-data": folder / f"{other}{suffix}"} if other else {}
+    lines = command_lines("umbrella-jax data validate", {**model, **data})
+    if folds:
+        lines += command_lines(f"umbrella-jax cv {shlex.quote(str(out))}", {**model, "out": "runs/cv"})
+    else:
+        lines += command_lines("umbrella-jax train", {**model, **data, "out": f"runs/{out.name}"})
+    return [f"look at {out / PAGE}", "next:", *(f"  {line}" for line in lines)]

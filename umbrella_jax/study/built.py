@@ -72,6 +72,15 @@ class BuiltStudy:
         return self.partitions[0].name is not None
 
     @property
+    def tested_labels(self) -> dict[str, Counter[str]]:
+        """{task: {label or number: conversations}} in the test sets of all folds."""
+        labels: dict[str, Counter[str]] = {}
+        for splits in self.counts.values():
+            for task, counts in splits[TEST].labels.items():
+                labels[task] = labels.get(task, Counter()) + counts
+        return labels
+
+    @property
     def group_of(self) -> dict[str, str]:
         """{subject: its split, or with folds the fold whose test set it is in}, sorted."""
         if not self.has_folds:

@@ -146,7 +146,7 @@ class _Selection:
             f"with a scan, but without a row in {name}": on_disk - rows.keys(),
             f"in other tables, but without a row in {name}": elsewhere - rows.keys() - on_disk,
         }.items():
-            self._leave_out(reason, [name_of(label) for label in sorted(labels, key=natural)])
+            self.flow.leave_out(reason, [name_of(label) for label in sorted(labels, key=natural)])
         if tables.sessions:
             where = ", ".join(dict.fromkeys(table.name for table in tables.sessions))
             there = {(candidate.label, candidate.visit.name) for candidate in self.candidates}
@@ -181,7 +181,7 @@ class _Selection:
             if candidate.visit.name in chosen:
                 visits_of[candidate.label][candidate.visit.name] = candidate
         lost = dict.fromkeys(c.visit.subject for c in self.candidates if c.label not in visits_of)
-        self._leave_out(f"without a scan at visit {' or '.join(chosen)}", list(lost))
+        self.flow.leave_out(f"without a scan at visit {' or '.join(chosen)}", list(lost))
         self.candidates = [visits[name] for visits in visits_of.values() for name in chosen if name in visits]
 
     def note_order(self, chosen: str | Sequence[str]) -> None:
@@ -214,7 +214,7 @@ class _Selection:
 
     def add_bins(self, name: str, bins: BinsConfig) -> None:
         """Add the column of groups to every visit that has the number."""
-        labels = bins.labels or _bin_labels(bins.edges)
+        labels = bin_labels(bins)
         for candidate in self.candidates:
             if (cell := candidate.values.get(bins.column)) is None:
                 continue
@@ -246,17 +246,15 @@ class _Selection:
         included = {candidate.visit.subject for candidate in kept}
         for reason in (fails, unknown):
             self.flow.leave_out(reason, [s for s, own in reason_of.items() if own == reason and s not in included])
-            if visits[reason]:
-                self._notes.append(left_out(reason, visits[reason]))
+            if visits[reason] and self.candidates[0].visit.name is not None:
+                self._notes.append(left_out(f"visits at which {reason}", visits[reason]))
         self.candidates = kept
 
-    def _leave_out(self, reason: str, subjects: Sequence[str]) -> None:
-        self.flow.leave_out(reason, subjects)
-        if subjects:
-            self._notes.append(left_out(f"subjects {reason}", subjects))
 
-
-def _bin_labels(edges: Sequence[float]) -> list[str]:
-    texts = [f"{edge:.15g}" for edge in edges]
+def bin_labels(bins: BinsConfig) -> Sequence[str]:
+    """Return the names of groups of numbers, from the lowest to the highest."""
+    if bins.labels is not None:
+        return bins.labels
+    texts = [f"{edge:.15g}" for edge in bins.edges]
     between = [f"{low} to {high}" for low, high in pairwise(texts)]
     return [f"below {texts[0]}", *between, f"{texts[-1]} and above"]

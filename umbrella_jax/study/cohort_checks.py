@@ -138,6 +138,6 @@ def doubtful_value_faults(
             listed = ", ".join(f"{value!r} ({counts[value]:,})" for value in odd)
             yield (
                 f"{tables.table_of(name)}: {name}: do these mean a missing value? {listed}; write "
-                f"`missing: {{{name}: [{', '.join(map(repr, odd))}]}}` to leave them out, `missing: {{{name}: n/a}}` "
+                f"`missing: {{{name}: [{', '.join(map(repr, odd))}]}}` to leave them out, `missing: {{{name}: []}}` "
                 "to keep every value"
             )

@@ -2,14 +2,13 @@
 
 import math
 import re
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 from umbrella_jax.config.schema import TaskKind, modality_names, resolve_modality
-from umbrella_jax.console import plural, wrapped
+from umbrella_jax.console import command_lines, plural, wrapped
 from umbrella_jax.data.bids.participants import PARTICIPANTS, Participants, read_levels
 from umbrella_jax.data.bids.scans import MODALITIES, BidsFiles, BidsScan, find_files, find_scans, left_out
 from umbrella_jax.data.bids.templates import TEMPLATES, read_template
@@ -321,11 +320,4 @@ def _next_command(root: Path, out: Path, target: str, modality: str, splits: Col
     flags = {"config": MODALITIES[modality][2], "base": "LLAVA_DIR"}
     flags |= {f"{name}-data": str(out / f"{name}{suffix}") for name in (TRAIN, "eval") if name in splits}
     flags |= {"image-root": str(root), "out": f"runs/{target}"}
-    lines = ["umbrella-jax train"]
-    for flag in (f"--{name} {shlex.quote(value)}" for name, value in flags.items()):
-        if len(lines[-1]) + len(flag) < 76:
-            lines[-1] += f" {flag}"
-        else:  # a shell continuation, so that the command can be pasted
-            lines[-1] += " \\"
-            lines.append(f"  {flag}")
-    return ["next:", *(f"  {line}" for line in lines)]
+    return ["next:", *(f"  {line}" for line in command_lines("umbrella-jax train", flags))]

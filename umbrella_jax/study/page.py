@@ -17,6 +17,7 @@ from umbrella_jax.html.charts import CountTable, Histogram, count_table, histogr
 from umbrella_jax.html.page import page_faults, png, render_page
 from umbrella_jax.html.slices import cut_planes, draw_planes, grey_range
 from umbrella_jax.study.built import BuiltStudy, visits_by_split
+from umbrella_jax.study.cohort import bin_labels
 from umbrella_jax.study.schema import STUDY, TEST, StudyConfig
 from umbrella_jax.study.visits import Visit
 
@@ -69,7 +70,7 @@ def write_page(built: BuiltStudy, file: Path) -> None:
         file,
         built=built,
         flows=[_flow(built, name) for name in built.cohorts],
-        columns=[_column_chart(name, sets) for name in columns],
+        columns=[_column_chart(name, sets, built.config) for name in columns],
         labels=_label_charts(built),
         shared=_shared(built.config, sets),
         examples=[
@@ -101,7 +102,9 @@ def _flow(built: BuiltStudy, name: str) -> CohortFlow:
             if not in_cohort or (built.has_folds and name == STUDY and split != TEST):
                 continue
             members = [s for s in flow.included if name != STUDY or partition.split_of.get(s) == split]
-            title = f"{partition.name}: {partition.left_out or TEST}" if partition.name and name == STUDY else split
+            title = split
+            if partition.name and name == STUDY:
+                title = f"tested in {partition.name}" + (f" ({partition.left_out})" if partition.left_out else "")
             facts = [f"{task}: {labels.total()} conversations" for task, labels in of_split.labels.items()]
             splits.append(FlowSplit(title, len(members), facts))
         if name != STUDY:
@@ -110,18 +113,27 @@ def _flow(built: BuiltStudy, name: str) -> CohortFlow:
     return CohortFlow(title, flow.total, list(flow.left_out.items()), len(flow.included), splits)
 
 
-def _column_chart(column: str, sets: Mapping[str, Sequence[Visit]]) -> CountTable | Histogram:
+def _column_chart(column: str, sets: Mapping[str, Sequence[Visit]], config: StudyConfig) -> CountTable | Histogram:
     """Return the distribution of a column over subjects, each with the value of the first visit that has one."""
     values: dict[str, dict[str, str | None]] = {}
     for name, visits in sets.items():
         of_set = values.setdefault(name, {})
         for visit in visits:
             of_set[visit.subject] = of_set.get(visit.subject) or visit.values.get(column)
-    return _chart(column, {name: list(of_set.values()) for name, of_set in values.items()}, column, "subjects")
+    cells = {name: list(of_set.values()) for name, of_set in values.items()}
+    return _chart(column, cells, column, "subjects", _bin_order(config, column))
 
 
-def _chart(title: str, values: Mapping[str, Sequence[str | None]], axis: str, counted: str) -> CountTable | Histogram:
-    """Return a histogram of numbers with many values, else a table of counts."""
+def _bin_order(config: StudyConfig, column: str | None) -> Sequence[str]:
+    """Return the names of a column's groups from the lowest to the highest; empty if it has no bins."""
+    bins = config.bins.get(column or "")
+    return () if bins is None else bin_labels(bins)
+
+
+def _chart(
+    title: str, values: Mapping[str, Sequence[str | None]], axis: str, counted: str, first: Sequence[str] = ()
+) -> CountTable | Histogram:
+    """Return a histogram of numbers with many values, else a table of counts; categories of `first` come first."""
     distinct = Counter(cell for row in values.values() for cell in row if cell is not None)
     numbers = {cell: parse_cell_number(cell) for cell in distinct}
     if len(distinct) > MAX_CLASSES and None not in numbers.values():
@@ -136,7 +148,8 @@ def _chart(title: str, values: Mapping[str, Sequence[str | None]], axis: str, co
     def name_of(cell: str | None) -> str:
         return "missing" if cell is None else cell if cell in common else "other values"
 
-    order = [*sorted(common, key=lambda cell: (numbers[cell] or 0, cell)), "other values", "missing"]
+    ranks = {cell: rank for rank, cell in enumerate(first, -len(first))}
+    order = [*sorted(common, key=lambda c: (ranks.get(c, 0), numbers[c] or 0, c)), "other values", "missing"]
     counts = {}
     for name, row in values.items():
         number_of = Counter(map(name_of, row))
@@ -157,7 +170,8 @@ def _label_charts(built: BuiltStudy) -> list[CountTable | Histogram]:
             for split, counts in splits.items():
                 if name == STUDY or split == TEST:
                     values[split if name == STUDY else name] = list(counts.labels.get(task, Counter()).elements())
-        charts.append(_chart(f"{task}: answers", values, config.column or "answer", "conversations"))
+        order = [config.labels.get(name, name) for name in _bin_order(built.config, config.column)]
+        charts.append(_chart(f"{task}: answers", values, config.column or "answer", "conversations", order))
     return charts
 
 

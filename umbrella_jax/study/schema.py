@@ -111,7 +111,10 @@ class CohortConfig(Section):
     """Subjects, their values per visit, and their scans."""
 
     subjects: tuple[TableConfig, ...]
+    """Tables with one row per subject, joined by `key`. Only subjects of the first one take part."""
     sessions: tuple[TableConfig, ...] = ()
+    """Tables with one row, or one column, per visit. Their columns take the place of columns of the same name in
+    `subjects`."""
     scans: dict[str, ScansConfig]
     """{modality: where its scans are}."""
 
@@ -133,7 +136,9 @@ class BinsConfig(Section):
     """
 
     column: str
+    """Column of numbers."""
     edges: tuple[float, ...]
+    """Numbers at which a new group begins, in rising order."""
     labels: Texts | None = None
     """A name per group, one more than edges; default `below 18.5`, `18.5 to 25`, …, `30 and above`."""
 
@@ -161,6 +166,7 @@ class TaskStudyConfig(Section):
     """One question about every subject, visit or pair that has what it needs."""
 
     kind: TaskKind
+    """What the answer is: a label, a label after references with theirs, a number, or a sentence."""
     column: str | None = None
     """Column with the right answer; not for kind text, whose answer names its columns."""
     labels: dict[Word, str] = field(default_factory=dict)
@@ -171,7 +177,9 @@ class TaskStudyConfig(Section):
     answer: Texts | None = None
     """Phrasings with {label}; for kind text, with {COLUMN} for each column named."""
     reference_question: Texts | None = None
+    """Phrasings about a reference of a comparison, as in `question`."""
     reference_answer: Texts | None = None
+    """Phrasings with {label}, the reference's."""
     covariates: str | None = None
     """Text before the question, such as `Age {age}, sex {sex}.`"""
     unit: str | None = None
@@ -238,6 +246,7 @@ class SplitConfig(Section):
     """Table with columns participant_id and split, or participant_id and fold (fold-1, fold-2, …: the test set that a
     subject is in), such as an earlier splits.tsv."""
     seed: int = DEFAULT_SEED
+    """Seed of the split, of the references of comparisons and of the choice of phrasings."""
 
     def contradictions(self) -> Iterator[str]:
         ways = [name for name in ("folds", "leave_out", "file") if getattr(self, name) is not None]
@@ -293,6 +302,7 @@ class StudyConfig(CohortConfig):
     keep: Words = ()
     """Columns for the conversations' metadata, where scores by group find them. The model never sees them."""
     tasks: dict[str, TaskStudyConfig]
+    """{task: what it asks}."""
     split: SplitConfig = field(default_factory=SplitConfig)
     external: dict[str, ExternalConfig] = field(default_factory=dict)
     """{split: another cohort, all of it in that split}, for an external test set."""

@@ -69,6 +69,7 @@ class _Splitter:
 
     def __init__(self, split: SplitConfig, visits: Sequence[Visit], root: Path, notes: list[str]):
         self._split, self._root, self._notes = split, root, notes
+        self._inexact: list[str] = []  # sizes of splits that whole groups do not allow, for one note
         self._visits: dict[str, list[Visit]] = {subject: [] for subject in sorted({v.subject for v in visits})}
         for visit in visits:
             self._visits[visit.subject].append(visit)
@@ -82,6 +83,17 @@ class _Splitter:
 
     def partitions(self) -> list[Partition]:
         """Return the partitions. Raise DataError with every fault."""
+        partitions = self._partitions()
+        if self._inexact:
+            more = len(self._inexact) - _NAMED
+            self._notes.append(
+                f"split.by: whole groups of {self._split.by} do not allow the exact sizes: "
+                + "; ".join(self._inexact[:_NAMED])
+                + (f"; and {more} more" if more > 0 else "")
+            )
+        return partitions
+
+    def _partitions(self) -> list[Partition]:
         split, subjects = self._split, list(self._visits)
         if split.file is not None:
             return self._from_file(self._root / split.file)
@@ -227,12 +239,12 @@ class _Splitter:
                 f"split.leave_out: {column}: {plural(len(counts), 'value')}; expected 2 to {_MAX_FOLDS}, one per fold"
             )
         if faults := list(self._torn_groups(value_of, f"{column} ")):
-            raise DataError([f"split.leave_out: {fault}" for fault in faults])
-        for value, number in sorted(counts.items()):
-            if number < _FEW:
-                self._notes.append(
-                    f"split.leave_out: {column} {value} has {plural(number, 'subject')}: its scores will be uncertain"
-                )
+            remedy = "leave out such groups with include, or drop split.by"
+            raise DataError([f"split.leave_out: {fault}; {remedy}" for fault in faults])
+        if small := [f"{value} ({number})" for value, number in sorted(counts.items()) if number < _FEW]:
+            self._notes.append(
+                f"split.leave_out: fewer than {_FEW} subjects, so scores will be uncertain: {column} {', '.join(small)}"
+            )
 
     def _torn_groups(self, split_of: Mapping[str, str], prefix: str) -> Iterator[str]:
         """Yield a fault for each group whose subjects are in two splits."""
@@ -267,9 +279,7 @@ class _Splitter:
         off = {name: counts[name] for name, share in shares.items() if abs(counts[name] - share * total) >= 1}
         if off:
             sizes = ", ".join(f"{name} {n} (ideal {float(shares[name] * total):.1f})" for name, n in off.items())
-            self._notes.append(
-                f"split.by: {place}whole groups of {self._split.by} do not allow the exact sizes: {sizes}"
-            )
+            self._inexact.append(f"{place}{sizes}")
 
     def _from_file(self, file: Path) -> list[Partition]:
         """Return the partitions that a table lists: its column `split`, or `fold` with each subject's test fold."""

@@ -400,4 +400,4 @@ def _variant_faults(scans: Iterable[BidsScan], base: Path, selection: EntitySele
 def left_out(reason: str, names: Sequence[str]) -> str:
     """Return the note `left out: REASON (COUNT): NAMES`, with the first names only."""
     more = f", and {len(names) - _NAMES_SHOWN:,} more" if len(names) > _NAMES_SHOWN else ""
-    return f"left out: {reason} ({len(names)}): {', '.join(names[:_NAMES_SHOWN])}{more}"
+    return f"left out: {reason} ({len(names):,}): {', '.join(names[:_NAMES_SHOWN])}{more}"
