@@ -53,3 +53,8 @@ def test_the_way_to_the_images_leads_out_of_a_linked_folder(lab: Path) -> None:
     umbrella("data", "build", lab / "link" / "out" / "study.yaml", lab / "link" / "again")
     lock = json.loads((far / "again" / "study.lock.json").read_text())
     assert (far / "again" / lock["image_root"] / "001" / "T1.nii.gz").exists()
+
+
+def test_refuses_a_folder_that_is_not_empty_before_it_reads(lab: Path) -> None:
+    err = umbrella("data", "from-table", lab / "none.csv", lab, "--target", "Sex", *FLAGS, code=2)
+    assert err.startswith(f"umbrella-jax: {lab}: directory is not empty; choose another")

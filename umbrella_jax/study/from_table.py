@@ -7,7 +7,7 @@ from pathlib import Path
 from umbrella_jax.config.schema import TaskKind
 from umbrella_jax.data.labels import infer_kind
 from umbrella_jax.errors import Faults
-from umbrella_jax.io.files import relative_path
+from umbrella_jax.io.files import check_new_folder, relative_path
 from umbrella_jax.study.build import build_config
 from umbrella_jax.study.cohort import read_cohort
 from umbrella_jax.study.schema import (
@@ -62,6 +62,7 @@ def from_table(
         ConfigError, DataError: every fault of the arguments, the table and the scans.
     """
     table, out = Path(table), Path(out)
+    check_new_folder(out)
     root = table.parent if root is None else Path(root)
 
     def study(kind: TaskKind) -> StudyConfig:
