@@ -111,6 +111,13 @@ def test_a_column_called_target_has_its_value_in_captions_and_covariates(task):
     assert any("v1." in text for text in asked(records["train"][1]))
 
 
+def test_subjects_that_differ_in_a_space_have_conversations_of_their_own():
+    records, _, _ = made(
+        study_of({"t": DX}), splits(TABLE.assign(subject=[f"{i // 2}{' _'[i % 2]}x" for i in range(12)]))
+    )
+    assert len({r["task_id"] for members in records.values() for r in members}) == 12
+
+
 def test_codes_of_many_digits_are_different_labels():
     table = TABLE.assign(dx=["10000001", "10000002"] * 6)
     made(study_of({"t": DX}), splits(table))

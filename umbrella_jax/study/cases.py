@@ -160,7 +160,8 @@ class CaseReader:
     def shown(self, case: Case) -> Iterator[ShownCase]:
         """Yield what each conversation about the case shows."""
         slots = [visit.scans[modality] for visit in case.visits for modality in self.show]
-        label, name = self.label(case), row_of(case.visits).replace(" ", "_")
+        label = self.label(case)
+        name = "_".join([case.subject, *(f"ses-{visit.name}" for visit in case.visits if visit.name is not None)])
         leading = max(slots, key=len)
         if len(leading) == 1:
             yield ShownCase(case, label, tuple(scans[0] for scans in slots), name)
