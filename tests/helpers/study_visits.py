@@ -52,7 +52,7 @@ def made(
     """Return the records of one task by split, its notes, and what `make_records` returned. Expect no fault."""
     faults, notes = Faults(), list[str]()
     name = task or next(iter(study.tasks))
-    records = make_records(name, study.tasks[name], study, visits_of, faults, notes)
+    records = make_records(name, study, visits_of, faults, notes)
     made_records = {split: list(members) for split, members in records.items()}
     assert not faults, faults
     return made_records, notes, records
@@ -61,8 +61,8 @@ def made(
 def faults_of(study: StudyConfig, visits_of: Mapping[str, list[Visit]]) -> list[str]:
     """Return the faults of a study's only task."""
     faults = Faults()
-    ((name, task),) = study.tasks.items()
-    records = make_records(name, task, study, visits_of, faults, [])
+    (name,) = study.tasks
+    records = make_records(name, study, visits_of, faults, [])
     assert bool(records) != bool(faults)
     for members in records.values():
         assert list(members)

@@ -161,8 +161,8 @@ def _make_partition(
     visits_of |= {name: cohort.visits for name, cohort in built.cohorts.items() if name != STUDY}
     faults += split_leaks(built.config, visits_of)
     tasks = [
-        make_records(name, task, built.config, visits_of, faults, notes, refuse_rare_labels=refuse_rare_labels)
-        for name, task in built.config.tasks.items()
+        make_records(name, built.config, visits_of, faults, notes, refuse_rare_labels=refuse_rare_labels)
+        for name in built.config.tasks
     ]
     faults.raise_as(DataError)
     return list(visits_of), tasks

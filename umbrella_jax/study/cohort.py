@@ -77,9 +77,10 @@ def read_cohort(config: CohortConfig, study: StudyConfig, root: Path, faults: Fa
     tables = fatal.check(lambda: join_tables(config, root, MissingValues.of_study(study), notes))
     labels: Collection[str] = () if tables is None else tables.first.labels
     scans: list[FoundScan] = []
+    key = config.subjects[0].key
     for modality, of_modality in config.scans.items():
         with fatal:
-            scans += find_modality(modality, of_modality, config.subjects[0].key, labels, root, notes)
+            scans += find_modality(modality, of_modality, root, notes, key=key, subjects=labels)
     fatal.raise_as(DataError)
     assert tables is not None
     columns = _column_names(config, study, tables)

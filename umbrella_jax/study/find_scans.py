@@ -42,17 +42,17 @@ class FoundScan:
 
 
 def find_modality(
-    modality: str, config: ScansConfig, key: str, subjects: Collection[str], root: Path, notes: list[str]
+    modality: str, config: ScansConfig, root: Path, notes: list[str], *, key: str, subjects: Collection[str]
 ) -> list[FoundScan]:
     """Return the scans of one modality, sorted by path.
 
     Args:
         modality: as the study names it.
         config: where its scans are.
-        key: another name for the subject's placeholder: the key of the first table.
-        subjects: its labels, without `sub-`, which decide if a pattern can match a path in several ways.
         root: the study's root.
         notes: receives a line about every reason to leave files out, each starting with the modality.
+        key: another name for the subject's placeholder: the key of the first table.
+        subjects: its labels, without `sub-`, which decide if a pattern can match a path in several ways.
 
     Raises:
         ConfigError, DataError: a faulty choice, or no scan; the message begins with `scans.MODALITY`.
@@ -62,7 +62,7 @@ def find_modality(
         if config.bids is not None:
             scans = _find_bids(modality, config, config.bids, root, own_notes)
         else:
-            scans = _find_pattern(modality, str(config.pattern), key, subjects, root, own_notes)
+            scans = _find_pattern(modality, str(config.pattern), root, own_notes, key=key, subjects=subjects)
     except (ConfigError, DataError) as error:
         place = f"scans.{modality}"
         raise DataError([f"{place}: {fault.removeprefix(f'{place}.')}" for fault in error.faults]) from None
@@ -106,7 +106,7 @@ def _data_set(base: Path) -> Path:
 
 
 def _find_pattern(
-    modality: str, pattern: str, key: str, subjects: Collection[str], root: Path, notes: list[str]
+    modality: str, pattern: str, root: Path, notes: list[str], *, key: str, subjects: Collection[str]
 ) -> list[FoundScan]:
     subject_names = [name for name in names_in(pattern) if name in (SUBJECT, key)]
     if len(subject_names) != 1:

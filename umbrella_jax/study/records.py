@@ -26,7 +26,7 @@ from umbrella_jax.errors import Faults
 from umbrella_jax.study.cases import CaseReader, ShownCase
 from umbrella_jax.study.leaks import column_leaks
 from umbrella_jax.study.references import ReferencePool
-from umbrella_jax.study.schema import TRAIN, StudyConfig, TaskStudyConfig
+from umbrella_jax.study.schema import TRAIN, StudyConfig
 from umbrella_jax.study.task_checks import Survey, column_faults, split_faults, value_faults
 from umbrella_jax.study.visits import Visit
 
@@ -58,7 +58,6 @@ def _exchange(record: Record) -> Exchange:
 
 def make_records(
     name: str,
-    task: TaskStudyConfig,
     study: StudyConfig,
     visits_of: Mapping[str, Sequence[Visit]],
     faults: Faults,
@@ -70,8 +69,7 @@ def make_records(
 
     Args:
         name: of the task.
-        task: what to ask.
-        study: gives the modalities, `keep`, and the seed and groups of the split.
+        study: gives the task, the modalities, `keep`, and the seed and groups of the split.
         visits_of: {split: its visits}, sorted by subject and visit.
         faults: receives what is wrong with the task; there are no conversations then. Faults of texts and references
             that give answers away come when the last conversation of all splits has been made.
@@ -79,7 +77,7 @@ def make_records(
             references comes when a split's last conversation has been made.
         refuse_rare_labels: whether labels that one subject has, or that a split lacks, are faults; else they are notes.
     """
-    own_faults = Faults()
+    task, own_faults = study.tasks[name], Faults()
     columns = {column for visits in visits_of.values() for visit in visits for column in visit.values}
     own_faults += column_faults(name, task, study, columns)
     if not own_faults:
