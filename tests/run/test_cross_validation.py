@@ -119,10 +119,12 @@ def test_answers_are_pooled_and_scored_once(printed: str, cv: Path) -> None:
     by_fold = {name: figures["accuracy/side"]["value"] for name, figures in scores["folds"].items()}
     assert by_fold == {"fold-1 without A": sum(right[:2]) / 2, "fold-2 without B": sum(right[2:]) / 2}
     assert f"fold-1 without A: {answers_of(cv, 1)} (best eval_loss, " in printed
+    assert "resume: " not in printed
+    assert "as asked" not in printed
     assert printed.count(f"{NOTE}\n") == 1
     assert len(NOTE) <= 80
     assert printed.endswith(umbrella("score", cv))
-    assert "by site: answers of subjects: A 2 of 2, B 2 of 2" in umbrella("score", cv, "--by", "site")
+    assert "by site: answers (subjects): A 2 (2), B 2 (2)" in umbrella("score", cv, "--by", "site")
 
 
 def test_resume_does_what_is_unfinished(cv: Path, study: Study, tmp_path: Path) -> None:

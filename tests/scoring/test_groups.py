@@ -250,7 +250,7 @@ def test_the_command_prints_groups(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["score", str(file), "--by", "sex,age_bin"]) == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
-    assert "by sex: answers of subjects: F 64 of 16, M 32 of 8\n" in text
+    assert "by sex: answers (subjects): F 64 (16), M 32 (8)\n" in text
     assert "\n    gap: " in text
     assert "one in 20 of the 26 intervals of gaps would exclude 0" in " ".join(text.split())
     assert main(["score", str(file), "--by", "sex", "--json"]) == 0

@@ -79,7 +79,7 @@ def cross_validate(
             _record(Path(str(config.output_dir)), Path(study))
     shared: Shared | None = None
     for number, fold in enumerate(folds, 1):
-        trained, tested = broadcast([is_finished(fold.config), _is_tested(fold)])
+        trained, tested, begun = broadcast([is_finished(fold.config), _is_tested(fold), fold.run.exists()])
         if trained and tested:
             tell(f"{fold.title}: finished: {fold.run}")
             continue
@@ -87,7 +87,7 @@ def cross_validate(
         with raise_together():
             _check_same_study(Path(str(config.output_dir)), Path(study))
         if not trained:
-            _, shared = train_sharing(fold.config, shared, resume=True, notes=notes, say=say)
+            _, shared = train_sharing(fold.config, shared, resume=begun, notes=notes, say=say)
             shared = replace(shared, datasets={}, inputs={})
             with raise_together():  # training may have taken days
                 _check_same_study(Path(str(config.output_dir)), Path(study))
@@ -236,6 +236,11 @@ def _test(fold: _Fold, tasks: dict[str, Task], say: Say) -> None:
             answers.parent.mkdir(0o700, exist_ok=True)
     if jax.process_index() == 0:
         say(f"{fold.title}: answering {fold.test} with step {step} ({why})")
+
+    def say_others(line: str) -> None:
+        if not line.startswith(f"{fold.run}: step "):  # the line above says it, and why
+            say(line)
+
     known = {
         name: TaskConfig(kind=task.kind, answers=task.answers if task.answers and len(task.answers) > 1 else None)
         for name, task in tasks.items()
@@ -253,5 +258,5 @@ def _test(fold: _Fold, tasks: dict[str, Task], say: Say) -> None:
         compute_dtype=config.model.compute_dtype,
         step=step,
         resume=True,
-        say=say,
+        say=say_others,
     )

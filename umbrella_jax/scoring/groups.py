@@ -98,8 +98,8 @@ class GroupedScores:
         """Return the text for a terminal of 80 columns."""
         lines = list[str]()
         for column, grouping in self.columns.items():
-            counts = (f"{name} {n:,} of {s:,}" for name, (n, s) in grouping.counts.items())
-            rows: list[str | tuple[str, ...]] = [f"by {column}: answers of subjects: {', '.join(counts)}"]
+            counts = (f"{name} {n:,} ({s:,})" for name, (n, s) in grouping.counts.items())
+            rows: list[str | tuple[str, ...]] = [f"by {column}: answers (subjects): {', '.join(counts)}"]
             rows.append(("", "", "95 % interval", "n", "subjects", "chance"))
             for name, task in self.tasks.items():
                 rows.append(f"{name} ({task.title})")
