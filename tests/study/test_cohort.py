@@ -506,6 +506,16 @@ def test_an_external_cohort_has_the_studys_conditions_and_its_own_tables(tmp_pat
     assert cohort.flow.left_out == {"`age < 40` is false": ["008"]}
 
 
+def test_ids_that_lost_a_zero_inside_are_refused(tmp_path):
+    table(tmp_path, "people.csv", "eid sex", "P9 F", "P10 M", "Zoë F", "Åse M")
+    scan(tmp_path, "P09.nii", "P10.nii", "Ida.nii", "Åse.nii")
+    keys = {"subjects": [{"file": "people.csv", "key": "eid"}], "scans": {"T1": {"pattern": "{eid}.nii"}}}
+    assert refuse(tmp_path, **keys) == [
+        "people.csv: eid: P9 in the table, P09 on disk; they differ only in spelling; write them the same, or use "
+        "`replace`"
+    ]
+
+
 def test_visits_of_subjects_whose_ids_differ_in_zeros_stay_together(tmp_path):
     ids = ["1", "01", "001"]
     table(tmp_path, "people.csv", "eid sex", *(f"{i} F" for i in ids))
