@@ -134,8 +134,9 @@ def _find_pattern(
 
 def _study_path(path: str, root: Path) -> str:
     """Return a path relative to the study's root if it is inside, empty for the root itself, else absolute."""
-    path, folder = str(Path.cwd() / path), str(Path.cwd() / root)
-    if "/../" in f"{path.removeprefix(folder)}/":  # `..` is the parent of where a linked folder really is
+    if ".." in path.removeprefix(str(root)).split("/"):  # the parent of where a linked folder really is
         path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
         folder = os.path.realpath(root)
+    else:
+        path, folder = os.path.abspath(path), os.path.abspath(root)
     return path[len(folder) + 1 :] if f"{path}/".startswith(f"{folder}/") else path
