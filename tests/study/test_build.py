@@ -98,13 +98,15 @@ def test_the_commands_that_follow_have_the_paths(printed: str, built: Path, stud
 
 def test_folds_have_a_line_each(study: Path, tmp_path: Path) -> None:
     folds = study.parent / "folds.yaml"
-    folds.write_text(re.sub("split: .*", "split: {stratify: site, folds: 4}", study.read_text()))
+    folds.write_text(re.sub("split: .*", "split: {stratify: site, folds: 7}", study.read_text()))
     printed = " ".join(umbrella("data", "build", folds, tmp_path / "built").split())
-    assert re.findall(r"(fold-\d): subjects: train \d+, test \d+ ", printed) == [f"fold-{i}" for i in range(1, 5)]
+    assert re.findall(r"(fold-\d): subjects: train \d+, test \d+ ", printed) == [f"fold-{i}" for i in range(1, 8)]
     tested = [record for file in tmp_path.glob("built/*/test.json") for record in json.loads(file.read_text())]
     ages = [record for record in tested if record["metadata"]["task"] == "age"]
     assert f" age: {len(ages)} conversations, " in printed
     assert f"umbrella-jax cv {tmp_path}/built " in printed
+    on_paper = browser.measure(tmp_path / "built" / "study.html", 718, paper=True)
+    assert (on_paper["whole"], on_paper["out"], on_paper["cut"]) == (718, [], 0)
 
 
 def test_every_eligible_visit_is_asked_about(built: Path, table: pd.DataFrame) -> None:
