@@ -135,7 +135,7 @@ def default(field: "dataclasses.Field[Any]") -> str:
         return "required"
     if isinstance(value, dict):
         return f"`{{{', '.join(f'{name}: {{}}' for name in value)}}}`"
-    if value is None:
+    if value in (None, ""):
         return "–"
     if isinstance(value, tuple):
         return f"`[{', '.join(map(str, value))}]`"
