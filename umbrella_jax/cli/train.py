@@ -16,6 +16,7 @@ from umbrella_jax.cli.options import (
     say_once,
     start_processes,
 )
+from umbrella_jax.config.schema import RunConfig
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.io.files import strict_json
 
@@ -91,10 +92,13 @@ def _add_training(parser: argparse.ArgumentParser, data_flags: Sequence[str]) ->
     return run
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def _start(arguments: argparse.Namespace, faults: Sequence[str]) -> tuple[RunConfig, list[str]]:
+    """Start the processes, and return the config and the lines that reading it printed.
+
+    Raises:
+        ConfigError: on every process: those of the config, else `faults`, which are contradictions between flags.
+    """
     from umbrella_jax.distributed import raise_together
-    from umbrella_jax.run.seeds import rehearse_seeds, train_seeds
-    from umbrella_jax.run.train import rehearse, train
 
     start_processes(arguments)
     notes = list[str]()
@@ -105,8 +109,18 @@ def _train(arguments: argparse.Namespace) -> None:
 
     with raise_together():
         config = config_of(arguments, say)
-        if arguments.seeds and any(text.partition("=")[0] == "seed" for text in arguments.set):
-            raise ConfigError("--set seed: already given by --seeds; give one of them")
+        if faults:
+            raise ConfigError(faults)
+    return config, notes
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.run.seeds import rehearse_seeds, train_seeds
+    from umbrella_jax.run.train import rehearse, train
+
+    has_two = arguments.seeds and any(text.partition("=")[0] == "seed" for text in arguments.set)
+    faults = ["--set seed: already given by --seeds; give one of them"] if has_two else []
+    config, notes = _start(arguments, faults)
     if arguments.dry_run and arguments.seeds:
         rehearse_seeds(config, arguments.seeds, resume=arguments.resume)
     elif arguments.dry_run:
@@ -121,21 +135,12 @@ def _cv(arguments: argparse.Namespace) -> None:
     import jax
 
     from umbrella_jax.cli.results import print_folds
-    from umbrella_jax.distributed import raise_together
     from umbrella_jax.run.cross_validation import cross_validate, rehearse_folds
 
-    start_processes(arguments)
-    notes = list[str]()
-
-    def say(text: str) -> None:
-        say_once(text)
-        notes.append(text)
-
-    with raise_together():
-        config = config_of(arguments, say)
-        keys = {text.partition("=")[0] for text in arguments.set}
-        if taken := sorted(keys & {"data.train", "data.eval", "data.image_root"}):
-            raise ConfigError([f"--set {key}: cv takes the data from {arguments.study}; leave it out" for key in taken])
+    keys = {text.partition("=")[0] for text in arguments.set}
+    taken = sorted(keys & {"data.train", "data.eval", "data.image_root"})
+    faults = [f"--set {key}: cv takes the data from {arguments.study}; leave it out" for key in taken]
+    config, notes = _start(arguments, faults)
     if arguments.dry_run:
         rehearse_folds(config, arguments.study, only=arguments.fold)
         return
