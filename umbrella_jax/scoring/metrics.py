@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from umbrella_jax.config.schema import MAX_CLASSES, TaskKind
+from umbrella_jax.config.schema import MAX_CLASSES, Metric, TaskKind
 from umbrella_jax.console import WIDTH, plural, table_lines, wrapped
 from umbrella_jax.errors import DataError, Faults
 from umbrella_jax.io.reading import kind, parse_json, read_lines
@@ -303,13 +303,40 @@ def _statistics(
             continue
         rows = groups[name]
         subject = np.array([numbers[subject_of(row)] for row in rows])
-        if task.kind == "regression":
-            by_figure = _regression(task, rows, subject, (all_rows or groups)[name])
-        else:
-            by_figure = _STATISTICS[task.kind](task, rows, subject)
+        by_figure = _statistics_of_task(task, rows, subject, (all_rows or groups)[name])
         figures = task.figures(likelihoods=_with_likelihoods(rows))
         statistics |= {name_of(name, figure): by_figure[figure] for figure in figures}
     return statistics
+
+
+def _statistics_of_task(
+    task: Task, rows: Sequence[Prediction], subject: np.ndarray, all_rows: Sequence[Prediction]
+) -> dict[str, Statistic]:
+    if task.kind == "regression":
+        return _regression(task, rows, subject, all_rows)
+    return _STATISTICS[task.kind](task, rows, subject)
+
+
+def statistic_of(task: Task, figure: str, rows: Sequence[Prediction], subject: np.ndarray) -> Statistic:
+    """Return a figure of a task, METRIC or METRIC/PART, as a function of how often each row counts.
+
+    Args:
+        subject: number of each row's subject, int [n].
+    """
+    return _statistics_of_task(task, rows, subject, rows)[figure]
+
+
+def answer_values(task: Task, metric: Metric, rows: Sequence[Prediction]) -> np.ndarray | None:
+    """Return the value of each answer, float [n], whose mean is the metric; None if it is no mean over answers.
+
+    They are 1 for right and 0 for wrong answers (`accuracy`), or absolute errors (`mae`).
+    """
+    if metric == "accuracy":
+        return np.array([normalise(row["prediction"]) == task.truth(row) for row in rows], float)
+    if metric == "mae":
+        truth, answer = numbers_of(task, rows)
+        return np.abs(_with_ends(truth, answer, truth) - truth)
+    return None
 
 
 def check_answers(groups: Mapping[str, Sequence[Prediction]], tasks: Mapping[str, Task]) -> None:
@@ -468,15 +495,19 @@ def numbers_of(task: Task, rows: Sequence[Prediction]) -> tuple[np.ndarray, np.n
     return np.array(truth, float), np.array(answer, float)
 
 
+def _with_ends(truth: np.ndarray, answer: np.ndarray, all_truths: np.ndarray) -> np.ndarray:
+    """Return the answers, and for each without a number the end of all truths' range that is farther from its truth."""
+    low, high = all_truths.min(), all_truths.max()
+    return np.where(np.isnan(answer), np.where(truth - low > high - truth, low, high), answer)
+
+
 def _regression(
     task: Task, rows: Sequence[Prediction], subject: np.ndarray, all_rows: Sequence[Prediction]
 ) -> dict[str, Statistic]:
     """Return the statistics of a regression. The error of an answer without a number depends on `all_rows` only."""
     truth, answer = numbers_of(task, rows)
     none = np.isnan(answer)
-    all_truths = numbers_of(task, all_rows)[0]
-    low, high = all_truths.min(), all_truths.max()
-    answer = np.where(none, np.where(truth - low > high - truth, low, high), answer)
+    answer = _with_ends(truth, answer, numbers_of(task, all_rows)[0])
     error = answer - truth
     # Correlations leave out answers without a number: their replacements above depend on the truth.
     pair, own = {"x": truth[~none], "y": answer[~none]}, subject[~none]
