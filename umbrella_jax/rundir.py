@@ -8,6 +8,7 @@ model/           config.json, tokenizer, modalities: the model without its weigh
 metrics.jsonl    one line per update, with eval_NAME of its evaluation if there was one; the best step also has
                  final_NAME if train.eval_samples limited its first evaluation
 predictions/     answers of each evaluation
+controls/        answers of the last evaluation under each control, such as blank volumes
 checkpoints/     trained parameters, moments and step, in orbax format
 log.txt          everything printed, and how the run ended; a resumed run appends to it
 report.html      the page of `umbrella-jax report`
@@ -36,7 +37,9 @@ from umbrella_jax.io.reading import parse_json
 CONFIG, INPUTS, COUNTS, SUMMARY, MODEL = "config.yaml", "inputs.json", "counts.json", "summary.json", "model"
 METRICS, PREDICTIONS, CHECKPOINTS = "metrics.jsonl", "predictions", "checkpoints"
 LOG, REPORT = "log.txt", "report.html"
-TEST = "test"
+TEST, CONTROLS = "test", "controls"
+CONTROL_NAMES = ("blank", "noise", "shuffled", "shuffled-reference", "other-modality", "paraphrase")
+"""Names of controls and of their files, in the order of tables; umbrella_jax/inference/controls.py defines them."""
 FOLDS = "folds.json"
 """The file of a cross-validation, beside the runs of its folds."""
 Say = Callable[[str], None]
@@ -181,6 +184,26 @@ def predictions_by_step(run: Path) -> dict[int, Path]:
     """Return {step: predictions file of the evaluation after it} of a run, by increasing step."""
     files = {file.stem.removeprefix("step_"): file for file in (run / PREDICTIONS).glob("step_*.jsonl")}
     return {int(step): files[step] for step in sorted(filter(str.isdecimal, files), key=int)}
+
+
+def run_control(run: Path, step: int, name: str) -> Path:
+    """Return the file of a step's answers under a control."""
+    return run / CONTROLS / f"step_{step}" / f"{name}.jsonl"
+
+
+def control_beside(predictions: Path, name: str) -> Path:
+    """Return the file in which `umbrella-jax predict` writes the answers under a control: X.NAME.jsonl of X.jsonl."""
+    return predictions.with_name(f"{predictions.stem}.{name}{predictions.suffix}")
+
+
+def controls_of(predictions: Path) -> dict[str, Path]:
+    """Return {control: its file} of a file of true answers: those beside it, or in a run those of the same step."""
+    step = predictions.stem.removeprefix("step_")
+    if predictions.parent.name == PREDICTIONS and step.isdecimal():
+        files = {name: run_control(predictions.parents[1], int(step), name) for name in CONTROL_NAMES}
+    else:
+        files = {name: control_beside(predictions, name) for name in CONTROL_NAMES}
+    return {name: file for name, file in files.items() if file.is_file()}
 
 
 def seed_run(directory: Path, seed: int) -> Path:
