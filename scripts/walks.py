@@ -274,7 +274,7 @@ RESEARCHER = [
                 "Compare with a 3D CNN and a linear probe on the same split.",
                 f"umbrella-jax baseline {FLAGS} {DATA} --run runs/lesion --out runs/lesion "
                 "--cnn-width 0.25 --cnn-epochs 4",
-                [r"language model\s+CNN\s+probe\s+chance"],
+                [r"accuracy\s+95 % interval.*\n\s+language model .*\n\s+CNN .*\n\s+probe "],
                 show=(10, 8),
                 is_long=True,
             ),

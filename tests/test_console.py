@@ -21,7 +21,7 @@ from umbrella_jax.baselines.table import side_by_side
 from umbrella_jax.console import INTERVAL, Progress, Work, table_lines, wrapped
 from umbrella_jax.errors import DataError, Interrupted
 from umbrella_jax.rundir import RunLog, how_it_ended
-from umbrella_jax.scoring.metrics import score, tasks_of
+from umbrella_jax.scoring.metrics import score, short, tasks_of
 
 
 class Clock:
@@ -242,28 +242,35 @@ def test_columns_that_do_not_fit_follow_in_blocks() -> None:
     assert table_lines([["a", "b"], ["ccccc", "10"]], (4, 3)) == ["a     b", "ccccc", "     10"]
 
 
-def test_columns_of_predictors_do_not_touch() -> None:
-    """Intervals of large numbers are longer than a column."""
+def test_a_model_and_six_baselines_are_rows_of_a_terminal() -> None:
+    """Numbers of any size, a baseline that does not answer every task, and chance in the last row."""
 
-    def rows(shift: float) -> list[dict[str, object]]:
+    def rows(task: str, shift: float) -> list[dict[str, object]]:
         return [
             {
-                "task_id": str(i),
-                "task_type": "T1",
+                "task_id": f"{task}{i}",
+                "task_type": task,
                 "prediction": f"{-900 - 99 * i + shift}",
                 "reference": f"{-900 - 91 * i}",
             }
             for i in range(12)
         ]
 
-    predictors = {name: rows(shift) for name, shift in (("language model", 0.0), ("CNN", 1e5), ("probe", -123.456))}
-    scores = {name: score(of, tasks_of(of, {}), resamples=50) for name, of in predictors.items()}
+    names = ("language model", "CNN", "probe", "connectivity", "intensity", "covariates", "another")
+    answers = {name: [*rows("T1", 1e5 * i), *rows("T2", -0.5 * i)] for i, name in enumerate(names)}
+    answers["connectivity"] = rows("T2", 3.0)
+    scores = {name: score(of, tasks_of(of, {}), resamples=50) for name, of in answers.items()}
     lines = side_by_side(scores)
     assert max(map(len, lines)) <= 80
-    (r2,) = [line.split() for line in lines if "r2" in line]
-    assert r2[2] == "-1.01e+05"
-    below = lines[[line.split()[:1] for line in lines].index(["r2"]) + 1].replace(" to ", "–")
-    assert len(below.split()) == 3
+    one, two, over = (lines.index(title) for title in ("T1 (regression)", "T2 (regression)", "over all tasks"))
+    assert [line[:16].strip() for line in lines[one + 2 : one + 9]] == [n for n in names if n != "connectivity"] + [
+        "chance"
+    ]
+    assert [line[:16].strip() for line in lines[two + 2 : two + 10]] == [*names, "chance"]
+    mae = scores["CNN"].figures["mae/T1"]
+    assert lines[one + 1].split()[:4] == ["mae", "95", "%", "interval"]
+    assert lines[one + 3].split()[:5] == ["CNN", short(mae.value), short(mae.low), "to", short(mae.high)]
+    assert "connectivity" not in "".join(lines[over:])
 
 
 def test_wrapping_keeps_empty_lines() -> None:

@@ -1,13 +1,12 @@
 """A network and a probe beside the model: that they learn, from what, and that nothing of eval reaches them."""
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,16 +28,18 @@ from tests.helpers.small_run import (
     write_json,
     write_volume,
 )
-from umbrella_jax.baselines import probe as probe_module
+from umbrella_jax.baselines import linear
 from umbrella_jax.baselines.cnn import SFCN, WIDTHS, channels, conv_by_slices, fit_cnn
-from umbrella_jax.baselines.compare import baseline
-from umbrella_jax.baselines.probe import FOLDS, Tower, fit_probe, folds
+from umbrella_jax.baselines.compare import BASELINES, baseline
+from umbrella_jax.baselines.linear import FOLDS, fit_linear, folds
+from umbrella_jax.baselines.probe import Tower
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
+from umbrella_jax.cli.results import BASELINES as NAMES
 from umbrella_jax.config.schema import ModelConfig, RunConfig
 from umbrella_jax.demo import make_base
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.models.paths import VISION_TOWER
-from umbrella_jax.scoring.metrics import read_predictions, score, tasks_of
+from umbrella_jax.scoring.metrics import read_predictions, score, short, tasks_of
 
 NARROW = (8, 8, 16, 16, 16, 32)
 
@@ -209,10 +210,10 @@ def test_the_probe_is_scikit_learns(classes: int | None) -> None:
                 losses.append(mean_squared_error(targets[part], fitted.predict(x[part])))
         return float(np.mean(losses))
 
-    strengths = probe_module._STRENGTHS["C" if classes else "alpha"]
+    strengths = linear._STRENGTHS["C" if classes else "alpha"]
     best = min(strengths, key=loss)
     assert strengths[0] < best < strengths[-1], "the choice must matter"
-    probe = fit_probe(features, targets, parts, classes=classes)
+    probe = fit_linear(features, targets, parts, classes=classes)
     assert probe.chosen.endswith(f"= {best:g}")
     new = rng.normal(2, 5, (9, 7))
     x = StandardScaler().fit(features).transform(new)
@@ -224,7 +225,7 @@ def test_the_probe_is_scikit_learns(classes: int | None) -> None:
 
 def test_a_class_that_no_subject_taught_is_never_likely() -> None:
     features, targets = np.random.default_rng(0).normal(size=(20, 3)), np.arange(20) % 2 * 2  # of classes 0, 1, 2
-    found = fit_probe(features, targets, folds(targets, [str(i) for i in range(20)], classes=True), classes=3)
+    found = fit_linear(features, targets, folds(targets, [str(i) for i in range(20)], classes=True), classes=3)
     outputs = found(features)
     assert np.isfinite(outputs).all()
     assert (outputs[:, 1] < -700).all()
@@ -331,7 +332,6 @@ def answers(world: World, name: str, out: str = "out") -> dict[str, dict[str, An
 
 def test_the_table_agrees_with_score(world: World, table: str) -> None:
     assert all(len(line) <= 80 for line in table.splitlines())
-    assert re.search(r"^ +language model +CNN +probe +chance$", table.splitlines()[0])
     tasks, columns = [], []
     for file in (world.root / "model.jsonl", *(world.root / f"out/baseline/{kind}.jsonl" for kind in ("cnn", "probe"))):
         rows = read_predictions(file)
@@ -347,10 +347,13 @@ def test_the_table_agrees_with_score(world: World, table: str) -> None:
     for task in ("side", "age"):
         place = next(i for i, line in enumerate(lines) if line.startswith(f"{task} ("))
         metric = "accuracy" if task == "side" else "mae"
-        values, intervals = lines[place + 1].split(), re.findall(r"(\S+) to (\S+)", lines[place + 2])
+        assert lines[place + 1].split()[:4] == [metric, "95", "%", "interval"]
         figures = [column.task_figures(task)[metric] for column in columns]
-        assert values == [metric, *(f"{f.value:.3f}" for f in figures), f"{figures[0].chance:.3f}"]
-        assert intervals == [(f"{f.low:.3f}", f"{f.high:.3f}") for f in figures if f.low is not None]
+        for figure, title, line in zip(figures, ("language model", "CNN", "probe"), lines[place + 2 :], strict=False):
+            interval = [] if figure.low is None else [short(figure.low), "to", short(figure.high)]
+            words = line.split(title)[1].split()
+            assert words[: 1 + len(interval)] == [short(figure.value), *interval]
+        assert lines[place + 5].split()[:2] == ["chance", short(figures[0].chance)]
 
 
 def test_rows_are_predictions_of_every_question(world: World, table: str) -> None:
@@ -490,15 +493,16 @@ def another_kind(train: list[Any], evaluation: list[Any]) -> None:
 def test_unlearnable_tasks_are_refused_before_anything_is_computed(
     world: World, tmp_path: Path, edit: Callable[[list[Any], list[Any]], None], message: str, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("umbrella_jax.baselines.compare._Work", None)
+    monkeypatch.setattr("umbrella_jax.baselines.compare.Inputs", None)
     said = umbrella(*edited(world, tmp_path, edit).command(tmp_path / "out"), code=2)
     assert message in said
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_baseline_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="only: expected cnn or probe, got 'mlp'"):
-        baseline(RunConfig(model=ModelConfig(modalities=MODALITIES)), tmp_path, only=cast(Any, "mlp"))
+    with pytest.raises(ConfigError, match=r"only: expected some of cnn, probe.*, got 'mlp'"):
+        baseline(RunConfig(model=ModelConfig(modalities=MODALITIES)), tmp_path, only=["mlp"])
+    assert tuple(BASELINES) == NAMES
 
 
 def test_faults_of_flags_are_refused(world: World, tmp_path: Path, table: str, monkeypatch: Any) -> None:

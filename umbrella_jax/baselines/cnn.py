@@ -14,10 +14,11 @@ its 40 outputs, that is 2,952,936 parameters. Differences from the paper:
 Axes: B questions, D, H, W voxels, C channels, K outputs.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,10 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
+from umbrella_jax.baselines.baseline import EPOCHS, Baseline
+from umbrella_jax.baselines.problems import LearningProblem, Shown, TrainingQuestion, modalities_of
+from umbrella_jax.data.conversation import Image
+from umbrella_jax.data.loader import prefetch
 from umbrella_jax.errors import RunError
 
 Array = jax.Array
@@ -41,13 +46,13 @@ Variables = tuple[Any, Any]
 WIDTHS = (32, 64, 128, 256, 256, 64)
 """The published numbers of channels."""
 BATCH = 8
-EPOCHS = 50
-"""Default number of epochs."""
 _PEAK, _WARM_UP = 3e-3, 0.1
 """Peak learning rate, and the fraction of the steps that warm up to it."""
 _ADAMW = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(1e-2))
 """AdamW without its learning rate, which is an argument of the step, so a second network need not compile again."""
 _DROPOUT = 0.5
+_KEPT = 4 << 30
+"""Bytes of scans kept in memory between epochs; further scans are read again."""
 
 
 def channels(volume: np.ndarray) -> np.ndarray:
@@ -250,3 +255,97 @@ def _outputs(graphdef: nnx.GraphDef, variables: Variables, indices: np.ndarray, 
     batches = _batches(indices, min(BATCH, len(indices)))
     outputs = [_forward(*variables, scans, graphdef=graphdef) for scans in stream(batches, None)]
     return np.concatenate(outputs).astype(np.float64)[: len(indices)]
+
+
+def _first_windows(questions: Sequence[Shown], index: int, epoch: int | None) -> Shown:
+    return questions[index]
+
+
+class CnnBaseline(Baseline):
+    """The network, trained on a window of each run that is drawn each epoch; it answers from the first windows."""
+
+    name: ClassVar[str] = "cnn"
+    title: ClassVar[str] = "CNN"
+
+    def __init__(self, inputs: Any):
+        super().__init__(inputs)
+        self._kept: dict[Image, np.ndarray] = {}
+        self._bytes = 0
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of the network."""
+        return tuple(round(self.inputs.options.width * published) for published in WIDTHS)
+
+    def answer(self, problems: Sequence[LearningProblem]) -> tuple[list[np.ndarray], list[str]]:
+        """Train a network for each problem; problems that ask the same about the same scans share one."""
+        fitted: dict[tuple[TrainingQuestion, ...], TrainedCnn] = {}
+        answers, notes = list[np.ndarray](), list[str]()
+        epochs = self.inputs.options.epochs
+        for problem in problems:
+            began = time.monotonic()
+            again = problem.samples in fitted
+            if not again:
+                fitted[problem.samples] = fit_cnn(
+                    problem.targets,
+                    problem.parts[0],
+                    self._stream(self._drawn(problem.samples)),
+                    classes=len(problem.classes) or None,
+                    seed=self.inputs.config.seed,
+                    epochs=epochs,
+                    widths=self.widths,
+                    name=problem.name,
+                )
+            network = fitted[problem.samples]
+            asked = list(dict.fromkeys(problem.asked.values()))
+            outputs = network(len(asked), self._stream(partial(_first_windows, asked)))
+            by_scans = dict(zip(asked, outputs, strict=True))
+            answers.append(np.stack([by_scans[shown] for shown in problem.asked.values()]))
+            held_out, total = len(problem.parts[0]), len(problem.samples)
+            notes.append(
+                f"CNN: {problem.name}: " + "the network of an earlier task, which asks the same about the same scans."
+                if again
+                else f"CNN: {problem.name}: SFCN (Peng et al. 2021) of {network.parameters:,} parameters on "
+                f"{', '.join(modalities_of(asked[0]))}; trained on {total - held_out} questions, epoch {network.best} "
+                f"of {epochs} chosen by {held_out} of other subjects of train; {time.monotonic() - began:.0f} s."
+            )
+        return answers, notes
+
+    def _stream(self, shown: Callable[[int, int | None], Shown]) -> Stream:
+        """Return the stream of questions, given the scans that each shows in an epoch."""
+
+        def batches(indices: Sequence[np.ndarray], epoch: int | None) -> Iterator[Scans]:
+            def make(batch: int) -> Scans:
+                questions = [shown(int(i), epoch) for i in indices[batch]]
+                return tuple(np.stack([self._channels(i) for i in images]) for images in zip(*questions, strict=True))
+
+            return prefetch(make, 0, len(indices), self.inputs.config.data.threads)
+
+        return batches
+
+    def _channels(self, image: Image) -> np.ndarray:
+        """Return a scan as the network takes it; keep it if there is room."""
+        if image in self._kept:
+            return self._kept[image]
+        scan = channels(self.inputs.evaluation.volume(image))
+        if self._bytes + scan.nbytes <= _KEPT:
+            self._kept[image] = scan
+            self._bytes += scan.nbytes
+        return scan
+
+    def _drawn(self, samples: Sequence[TrainingQuestion]) -> Callable[[int, int | None], Shown]:
+        """Return a function from a sample's number and an epoch to its scans.
+
+        The epoch draws their windows; without an epoch they have their first windows.
+        """
+
+        def shown(index: int, epoch: int | None) -> Shown:
+            sample, train = samples[index], self.inputs.train
+            if epoch is None:
+                return sample.shown
+            images = train.encoded[sample.conversation].images
+            row = train.training_row(sample.conversation, self.inputs.config.seed, epoch)
+            windows = dict(zip(images, row.images, strict=True))
+            return tuple(windows[image] for image in sample.shown)
+
+        return shown

@@ -1,16 +1,13 @@
-"""A linear baseline: a probe of the frozen vision tower's features.
+"""A linear probe of the frozen vision tower.
 
-The probe is scikit-learn's logistic regression or ridge regression on standardised features. Cross-validation, with all
-scans of a subject in one part, chooses its regularisation.
-
-Axes: n questions, M volumes, E width of the tower.
+Axes: M volumes, E width of the tower.
 """
 
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +15,15 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from umbrella_jax.errors import DataError
-from umbrella_jax.models import LlavaConfig, Params
+from convert.lazy_tensor import place
+from umbrella_jax.baselines.baseline import ScanBaseline
+from umbrella_jax.data.conversation import Image
+from umbrella_jax.data.loader import prefetch
+from umbrella_jax.models import LlavaConfig, Params, native_backend
 from umbrella_jax.models.paths import VISION_TOWER
 from umbrella_jax.models.siglip import SiglipVisionModel
 
-FOLDS = 5
-"""Number of parts for cross-validation; fewer if a class has fewer subjects."""
-NEVER = float(np.log(np.finfo(np.float64).tiny))
-"""Log-probability used instead of log 0, since scores must be finite: the log of the smallest normal float64."""
-_STRENGTHS = {"C": np.logspace(-5, 2, 8).tolist(), "alpha": np.logspace(-2, 5, 8).tolist()}
-"""Candidate regularisations of logistic regression (C) and ridge regression (alpha)."""
+_BATCH = 8
 
 
 class Tower:
@@ -61,90 +56,39 @@ def _features(
     return tower(name, volumes.astype(dtype)).astype(jnp.float32).mean(1)
 
 
-def folds(targets: np.ndarray, subjects: Sequence[str], *, classes: bool) -> list[np.ndarray]:
-    """Split questions into at most FOLDS parts that share no subject, and return the question numbers of each part.
+class ProbeBaseline(ScanBaseline):
+    """Regression on the mean over patches of the tower's last hidden state, in the first window of a run."""
 
-    Parts have similar shares of each class. The result depends only on the arguments.
+    name: ClassVar[str] = "probe"
+    title: ClassVar[str] = "probe"
+    needs_weights: ClassVar[bool] = True
 
-    Args:
-        targets: [n], classes as whole numbers, or quantities.
+    def measure(self, images: Iterable[Image]) -> tuple[dict[Image, np.ndarray], list[str]]:
+        """Return the features of each image's first window, float32 [E], and notes."""
+        began, inputs, checkpoint = time.monotonic(), self.inputs, self.inputs.checkpoint
+        config = checkpoint.config.with_attention(inputs.config.model.attention, native_backend(jax.devices()[0]))
+        tensors = {path: tensor for path, tensor in checkpoint.tensors().items() if path.startswith(VISION_TOWER)}
+        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        tower = Tower(config, place(tensors, lambda path, shape: first))
+        features: dict[Image, np.ndarray] = {}
+        by_modality: dict[str, list[Image]] = defaultdict(list)
+        for image in images:
+            by_modality[image.modality].append(image)
+        for modality, scans in by_modality.items():
 
-    Raises:
-        DataError: too few subjects: with any part held out, the rest must still have two classes (for quantities, two
-            subjects).
-    """
-    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
+            def make(batch: int, scans: list[Image] = scans) -> np.ndarray:
+                part = scans[batch * _BATCH : (batch + 1) * _BATCH]
+                volumes = np.stack([inputs.evaluation.volume(image) for image in part])
+                return np.resize(
+                    volumes, (_BATCH, *volumes.shape[1:])
+                )  # one shape for all batches; the first images fill up
 
-    groups = np.unique(np.asarray(subjects), return_inverse=True)[1]
-    if classes:
-        counts = sorted(len(np.unique(groups[targets == k])) for k in np.unique(targets))
-        room, needed = (counts[-2] if len(counts) > 1 else 0), "two subjects of each of two answers"
-        split: Any = StratifiedGroupKFold
-    else:
-        room, needed, split = len(np.unique(groups)), "three subjects", GroupKFold
-    if room < (2 if classes else 3):
-        raise DataError(f"too few subjects to hold some out; expected at least {needed}")
-    with warnings.catch_warnings():  # about classes with fewer members than parts, which is fine here
-        warnings.simplefilter("ignore", UserWarning)
-        pairs = list(split(min(FOLDS, room)).split(np.zeros(len(targets)), targets, groups))
-    if classes and any(len(np.unique(targets[rest])) < 2 for rest, _ in pairs):
-        raise DataError("subjects cannot be held out so that two answers are left; expected more subjects of each")
-    return [part for _, part in pairs]
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A fitted probe."""
-
-    model: Any
-    """scikit-learn's pipeline."""
-    chosen: str
-    """The chosen regularisation, such as `C = 0.01`."""
-    classes: int | None
-
-    def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Answer from features [n, E], float64: log-probabilities of classes [n, K], or quantities [n]."""
-        if self.classes is None:
-            return self.model.predict(features)
-        probability = np.zeros((len(features), self.classes))
-        probability[:, self.model.classes_] = self.model.predict_proba(features)
-        return _log(probability)
-
-
-def fit_probe(features: np.ndarray, targets: np.ndarray, parts: Sequence[np.ndarray], *, classes: int | None) -> Probe:
-    """Fit a probe to all questions, with the regularisation that scores best in cross-validation over `parts`.
-
-    Args:
-        features: float [n, E].
-        targets: int [n], each below `classes`; or float [n], quantities, if `classes` is None.
-        parts: the result of `folds`.
-    """
-    from sklearn.linear_model import LogisticRegression, Ridge
-    from sklearn.model_selection import GridSearchCV
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    model, scoring, name = (
-        (LogisticRegression(max_iter=10_000), _log_likelihood, "C")
-        if classes
-        else (Ridge(), "neg_mean_squared_error", "alpha")
-    )
-    key = f"{type(model).__name__.lower()}__{name}"
-    pairs = [(np.setdiff1d(np.arange(len(targets)), part), part) for part in parts]
-    search = GridSearchCV(
-        make_pipeline(StandardScaler(), model), {key: _STRENGTHS[name]}, scoring=scoring, cv=pairs, error_score="raise"
-    )
-    search.fit(features.astype(np.float64), targets)
-    return Probe(search.best_estimator_, f"{name} = {search.best_params_[key]:g}", classes)
-
-
-def _log_likelihood(model: Any, features: np.ndarray, targets: np.ndarray) -> float:
-    """Return the mean log-probability of the right classes, including classes that the model has not seen."""
-    probability = np.zeros((len(features), max(*model.classes_, *targets) + 1))
-    probability[:, model.classes_] = model.predict_proba(features)
-    return float(_log(probability[np.arange(len(targets)), targets]).mean())
-
-
-def _log(probability: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore"):
-        return np.maximum(np.log(probability), NEVER)
+            batches = prefetch(make, 0, -(-len(scans) // _BATCH), inputs.config.data.threads)
+            rows = np.concatenate([tower(modality, volumes) for volumes in batches])
+            features |= dict(zip(scans, rows, strict=False))
+        patch_embed = "as the run trained it" if checkpoint.runs else "as a run would start it, not trained"
+        note = (
+            f"probe: on the mean over patches of the tower's last hidden state of {checkpoint.path}, patch embedding "
+            f"{patch_embed}; {len(features)} scans in {time.monotonic() - began:.0f} s."
+        )
+        return features, [note]

@@ -1,37 +1,48 @@
 """The metrics of several predictors on the same questions, in one table."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from umbrella_jax.console import table_lines
-from umbrella_jax.scoring.metrics import Figure, Scores, short, span
+from umbrella_jax.scoring.metrics import Figure, Scores, short
 
-_NAME, _COLUMN, _CHANCE = 21, 17, 8
-"""Least widths; with three predictors a line has 80 columns."""
+_INTERVAL = "95 % interval"
 
 
 def side_by_side(scores: Mapping[str, Scores]) -> list[str]:
-    """Return lines for a terminal: a column per predictor, 95 % intervals below the values, and chance.
+    """Return lines for a terminal: a block per task, with a row per predictor and a column per figure.
 
-    Chance is left out if it differs between predictors, since it depends on their answers; `unparsable` if it is 0 for
-    all. All `scores` have the same tasks.
+    The last row is chance, which is left out of a column if it differs between predictors, since it depends on their
+    answers. `unparsable` is left out if it is 0 for all. A predictor without a task has no row there. Figures over all
+    tasks are only of predictors that answer all of them.
     """
-    first = next(iter(scores.values()))
-    rows: list[str | tuple[str, ...]] = [("", *scores, "chance")]
-    for name, task in first.tasks.items():
-        rows += [f"{name} ({task.title})"]
-        rows += [*_rows([s.task_figures(name) for s in scores.values()]), ""]
-    if first.overall():
-        rows += ["over all tasks", *_rows([s.overall() for s in scores.values()]), ""]
-    return table_lines(rows, (_NAME, *[_COLUMN] * len(scores), _CHANCE))
+    tasks = dict(sorted((name, task) for s in scores.values() for name, task in s.tasks.items()))
+    lines = list[str]()
+    for name, task in tasks.items():
+        figures = {title: s.task_figures(name) for title, s in scores.items() if name in s.tasks}
+        lines += [*table_lines([f"{name} ({task.title})", *_rows(figures)]), ""]
+    overall = {title: s.overall() for title, s in scores.items() if s.tasks.keys() == tasks.keys()}
+    if any(overall.values()):
+        lines += [*table_lines(["over all tasks", *_rows(overall)]), ""]
+    return lines
 
 
-def _rows(columns: Sequence[Mapping[str, Figure]]) -> Iterator[tuple[str, ...]]:
-    for name in dict.fromkeys(name for column in columns for name in column):
-        figures = [column.get(name) for column in columns]
-        if name == "unparsable" and not any(figure and figure.value for figure in figures):
+def _rows(predictors: Mapping[str, Mapping[str, Figure]]) -> Iterator[tuple[str, ...]]:
+    """Yield the header, a row for each predictor, and chance."""
+    header, chance = [""], ["  chance"]
+    cells = {title: [f"  {title}"] for title in predictors}
+    for name in dict.fromkeys(name for figures in predictors.values() for name in figures):
+        column = {title: figures.get(name) for title, figures in predictors.items()}
+        if name == "unparsable" and not any(figure and figure.value for figure in column.values()):
             continue
-        chances = {figure.chance for figure in figures if figure}
-        chance = short(chances.pop()) if len(chances) == 1 else "–"
-        yield (f"  {name}", *(short(figure.value if figure else None) for figure in figures), chance)
-        if any(figure and figure.low is not None for figure in figures):
-            yield ("", *(span(figure, _COLUMN) if figure else "" for figure in figures), "")
+        with_interval = any(figure and figure.low is not None for figure in column.values())
+        header += [name, *([_INTERVAL] if with_interval else [])]
+        for title, figure in column.items():
+            cells[title].append(short(figure.value if figure else None))
+            if with_interval:
+                known = figure is not None and figure.low is not None and figure.high is not None
+                cells[title].append(f"{short(figure.low)} to {short(figure.high)}" if figure and known else "")
+        chances = {figure.chance for figure in column.values() if figure}
+        chance += [short(chances.pop()) if len(chances) == 1 else "–", *([""] if with_interval else [])]
+    yield tuple(header)
+    yield from map(tuple, cells.values())
+    yield tuple(chance)

@@ -26,6 +26,9 @@ from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.io.files import strict_json
 from umbrella_jax.rundir import Step
 
+BASELINES = ("cnn", "probe")
+"""Names of `umbrella_jax.baselines.compare.BASELINES`, which is slow to import."""
+
 
 def add(commands: Any) -> None:
     """Add the commands."""
@@ -96,7 +99,14 @@ def add(commands: Any) -> None:
     model = baseline.add_mutually_exclusive_group()
     model.add_argument("--run", metavar="RUN", help="compare with this run; probe its vision tower")
     model.add_argument("--predictions", metavar="FILE", help="compare with these answers to the eval data")
-    baseline.add_argument("--only", choices=["cnn", "probe"], metavar="NAME", help="cnn or probe; default both")
+    baseline.add_argument(
+        "--only",
+        nargs="+",
+        choices=BASELINES,
+        default=(),
+        metavar="NAME",
+        help=f"some of {', '.join(BASELINES)}; default all that apply",
+    )
     baseline.add_argument("--cnn-epochs", type=int, default=50, metavar="N", help="epochs of the CNN; default 50")
     baseline.add_argument(
         "--cnn-width", type=float, default=1.0, metavar="FACTOR", help="factor of the CNN's channels; default 1"
@@ -278,6 +288,7 @@ def _baseline(arguments: argparse.Namespace) -> None:
     with raise_together():
         if not is_single_process():
             raise ConfigError("baseline: runs in one process; start only one")
+    from umbrella_jax.baselines.baseline import BaselineOptions
     from umbrella_jax.baselines.compare import baseline
 
     comparison = baseline(
@@ -287,7 +298,6 @@ def _baseline(arguments: argparse.Namespace) -> None:
         predictions=arguments.predictions,
         step=arguments.step,
         only=arguments.only,
-        epochs=arguments.cnn_epochs,
-        width=arguments.cnn_width,
+        options=BaselineOptions(epochs=arguments.cnn_epochs, width=arguments.cnn_width),
     )
     print(comparison.table())
