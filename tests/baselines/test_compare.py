@@ -353,12 +353,13 @@ def test_the_table_agrees_with_score(world: World, table: str) -> None:
             interval = [] if figure.low is None else [short(figure.low), "to", short(figure.high)]
             words = line.split(title)[1].split()
             assert words[: 1 + len(interval)] == [short(figure.value), *interval]
-        assert lines[place + 5].split()[:2] == ["chance", short(figures[0].chance)]
+        assert lines[place + 5].split()[0] == "intensity"
+        assert lines[place + 6].split()[:2] == ["chance", short(figures[0].chance)]
 
 
 def test_rows_are_predictions_of_every_question(world: World, table: str) -> None:
     asked = json.loads(world.eval.read_text())
-    for name in ("cnn", "probe"):
+    for name in ("cnn", "probe", "intensity"):
         rows = answers(world, name)
         assert list(rows) == [record["task_id"] for record in asked]
         for task_id, row in rows.items():
@@ -399,7 +400,7 @@ def test_no_answer_depends_on_a_reference_of_eval(world: World, table: str) -> N
                 record["metadata"]["subject_label"] = str(text)
     other = World(world.root, world.config, world.train, write_json(world.root / "other.json", asked))
     umbrella(*other.command(world.root / "again", *QUICK))
-    for name in ("cnn", "probe"):
+    for name in ("cnn", "probe", "intensity"):
         before, after = answers(world, name), answers(world, name, "again")
         for task_id, row in before.items():
             assert after[task_id]["prediction"] == row["prediction"]
@@ -540,8 +541,16 @@ def test_answers_of_only_one_set_are_reported(world: World, tmp_path: Path) -> N
     assert not (tmp_path / "out/baseline/cnn.jsonl").exists()
 
 
+def test_a_baseline_is_left_out_where_it_does_not_apply(world: World, table: str, tmp_path: Path) -> None:
+    """By default with a note; if it is asked for and applies to no task, with an error."""
+    reason = "covariates: not for age, pair, side: no metadata of train has age, sex,"
+    assert reason in " ".join(table.split())
+    assert reason in umbrella(*world.command(tmp_path, "--only", "intensity", "covariates"), code=2)
+    assert not (tmp_path / "baseline").exists()
+
+
 def test_a_shared_subject_is_reported_if_allowed(world: World, tmp_path: Path) -> None:
     other = edited(world, tmp_path, both_have_a_subject)
-    flags = ["--allow-overlap", "--only", "probe", "--task-filter", "side"]
+    flags = ["--allow-overlap", "--only", "intensity", "--task-filter", "side"]
     said = umbrella(*other.command(tmp_path / "out", *flags))
     assert "1 subject and 1 scan are in train and in eval: subject s0, " in " ".join(said.split())

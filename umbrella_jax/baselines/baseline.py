@@ -30,6 +30,8 @@ class BaselineOptions:
     """Epochs of the network."""
     width: float = 1.0
     """Factor of the network's published channels."""
+    covariates: Sequence[str] = ()
+    """Columns of the metadata; default those of `umbrella_jax.baselines.covariates.COVARIATES`."""
 
 
 DEFAULTS = BaselineOptions()

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from umbrella_jax.baselines.baseline import DEFAULTS, Baseline, BaselineOptions, Inputs
 from umbrella_jax.baselines.cnn import WIDTHS, CnnBaseline
+from umbrella_jax.baselines.covariates import CovariatesBaseline
+from umbrella_jax.baselines.intensity import IntensityBaseline
 from umbrella_jax.baselines.probe import ProbeBaseline
 from umbrella_jax.baselines.problems import LearningProblem, answer_rows, find_problems
 from umbrella_jax.baselines.table import side_by_side
@@ -29,7 +31,9 @@ from umbrella_jax.scoring.metrics import Scores, read_predictions, score, task_o
 from umbrella_jax.scoring.parse_answer import normalise
 from umbrella_jax.scoring.rows import Row, blank_rows
 
-BASELINES: Mapping[str, type[Baseline]] = {kind.name: kind for kind in (CnnBaseline, ProbeBaseline)}
+BASELINES: Mapping[str, type[Baseline]] = {
+    kind.name: kind for kind in (CnnBaseline, ProbeBaseline, IntensityBaseline, CovariatesBaseline)
+}
 """{name: baseline}, in the order of the table."""
 MODEL = "language model"
 """Column of the language model's answers."""

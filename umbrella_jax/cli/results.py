@@ -26,7 +26,7 @@ from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.io.files import strict_json
 from umbrella_jax.rundir import Step
 
-BASELINES = ("cnn", "probe")
+BASELINES = ("cnn", "probe", "intensity", "covariates")
 """Names of `umbrella_jax.baselines.compare.BASELINES`, which is slow to import."""
 
 
@@ -110,6 +110,9 @@ def add(commands: Any) -> None:
     baseline.add_argument("--cnn-epochs", type=int, default=50, metavar="N", help="epochs of the CNN; default 50")
     baseline.add_argument(
         "--cnn-width", type=float, default=1.0, metavar="FACTOR", help="factor of the CNN's channels; default 1"
+    )
+    baseline.add_argument(
+        "--covariates", nargs="+", default=(), metavar="NAME", help="columns of metadata; default age, sex, site, …"
     )
     add_overlap(baseline)
 
@@ -298,6 +301,8 @@ def _baseline(arguments: argparse.Namespace) -> None:
         predictions=arguments.predictions,
         step=arguments.step,
         only=arguments.only,
-        options=BaselineOptions(epochs=arguments.cnn_epochs, width=arguments.cnn_width),
+        options=BaselineOptions(
+            epochs=arguments.cnn_epochs, width=arguments.cnn_width, covariates=arguments.covariates
+        ),
     )
     print(comparison.table())

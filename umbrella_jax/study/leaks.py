@@ -173,10 +173,10 @@ def _determined_by(column: str, reader: CaseReader, visits_of: Mapping[str, Sequ
     if any(number is None for number in numbers.values()):
         return None
     ordered = [effect_of[cell] for cell in sorted(numbers, key=lambda cell: numbers[cell] or 0.0)]
-    return _order(ordered, reader.task.kind == "regression")
+    return describe_order(ordered, reader.task.kind == "regression")
 
 
-def _order(effects: Sequence[str], is_number: bool) -> str | None:
+def describe_order(effects: Sequence[str], is_number: bool) -> str | None:
     """Return how labels or numbers follow the order of another number, None if they may do so by accident.
 
     Args:

@@ -1,0 +1,130 @@
+"""Covariates: which columns are used, and that the model is scikit-learn's."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.compose import ColumnTransformer
+from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+from umbrella_jax.baselines.baseline import BaselineOptions, Inputs
+from umbrella_jax.baselines.covariates import CovariatesBaseline
+from umbrella_jax.baselines.linear import folds
+from umbrella_jax.baselines.problems import LearningProblem, TrainingQuestion
+from umbrella_jax.data.conversation import Image
+from umbrella_jax.scoring.tasks import Task
+
+TRAIN, EVAL = 80, 20
+Columns = dict[str, Sequence[Any]]
+
+
+def learned(
+    name: str, answers: Sequence[Any], columns: Columns, **options: Any
+) -> tuple[CovariatesBaseline, LearningProblem]:
+    """Return the baseline, and a task of TRAIN subjects and EVAL further ones, whose answers it never sees."""
+    rows = [{"metadata": {k: v[i] for k, v in columns.items() if v[i] is not None}} for i in range(TRAIN + EVAL)]
+    shown = [(Image(Path(f"{i}.nii"), "T1"),) for i in range(TRAIN + EVAL)]
+    is_label = isinstance(answers[0], str)
+    samples = tuple(TrainingQuestion(shown[i], answers[i], f"s{i}", i) for i in range(TRAIN))
+    classes = tuple(sorted({*answers[:TRAIN]})) if is_label else ()
+    targets = np.array([classes.index(s.target) if classes else s.target for s in samples])
+    problem = LearningProblem(
+        name,
+        Task("classification" if is_label else "regression", ()),
+        {},
+        samples,
+        {i: shown[TRAIN + i] for i in range(EVAL)},
+        classes,
+        targets,
+        folds(targets, [s.subject for s in samples], classes=is_label),
+    )
+    given: Any = {"config": None, "train": None, "evaluation": None, "checkpoint": None}
+    inputs = Inputs(train_rows=rows[:TRAIN], eval_rows=rows[TRAIN:], options=BaselineOptions(**options), **given)
+    return CovariatesBaseline(inputs), problem
+
+
+RNG = np.random.default_rng(0)
+AGE = RNG.uniform(20, 80, TRAIN + EVAL).round(1).tolist()
+SITE = [("Oslo", "Leeds", "Turin", "Ghent")[i % 4] for i in range(TRAIN + EVAL)]
+SEX = [("F", "M")[i // 2 % 2] for i in range(TRAIN + EVAL)]
+BY_SITE = ["patient" if site in ("Oslo", "Turin") else "control" for site in SITE]
+COLUMNS: Columns = {"age": AGE, "sex": SEX, "site": SITE}
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_the_model_is_a_pipeline_of_scikit_learn(classes: bool) -> None:
+    """With missing numbers and texts, and a site that train lacks."""
+    columns: Columns = {
+        "Age": [None if i % 7 == 3 else age for i, age in enumerate(AGE)],
+        "site": [None if i % 9 == 4 else "Rome" if i == TRAIN else site for i, site in enumerate(SITE)],
+    }
+    noise = RNG.normal(0, 20, TRAIN + EVAL)
+    score = [age + 30 * (site == "Oslo") + n for age, site, n in zip(AGE, SITE, noise, strict=True)]
+    answers = ["high" if s > 60 else "low" for s in score] if classes else score
+    baseline, problem = learned("risk", answers, columns)
+    assert baseline.why_not(problem) is None
+    (outputs,), (note,) = baseline.answer([problem])
+    strength = float(note.partition(" = ")[2].split()[0])
+    table = np.array(
+        [[np.nan if a is None else a, s or ""] for a, s in zip(columns["Age"], columns["site"], strict=True)], object
+    )
+    model = make_pipeline(
+        ColumnTransformer(
+            [
+                ("numbers", make_pipeline(SimpleImputer(add_indicator=True), StandardScaler()), [0]),
+                ("texts", OneHotEncoder(handle_unknown="ignore"), [1]),
+            ]
+        ),
+        LogisticRegression(C=strength, max_iter=10_000) if classes else Ridge(strength),
+    ).fit(table[:TRAIN], problem.targets)
+    expected = model.predict_log_proba(table[TRAIN:]) if classes else model.predict(table[TRAIN:])
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
+    assert "Age, site" in note
+
+
+def test_a_task_that_only_the_site_predicts_is_solved() -> None:
+    baseline, problem = learned("group", BY_SITE, COLUMNS)
+    (outputs,), (note,) = baseline.answer([problem])
+    assert [problem.classes[i] for i in outputs.argmax(1)] == BY_SITE[TRAIN:]
+    assert "age, sex, site" in note
+
+
+YOUNG = ["young" if age < 50 else "old" for age in AGE]
+
+
+@pytest.mark.parametrize(
+    ("name", "answers", "used", "reason"),
+    [
+        ("age", AGE, ["sex", "site"], "is the answer"),
+        ("years_regression", AGE, ["sex", "site"], "is the answer"),
+        ("months", [12 * age + 1 for age in AGE], ["sex", "site"], "it rises with it"),
+        ("sex_classification", ["male" if sex == "M" else "female" for sex in SEX], ["age", "site"], "is the answer"),
+        ("man", ["male" if sex == "M" else "female" for sex in SEX], ["age", "site"], "is the answer"),
+        ("group", ["yes" if sex == "M" else "no" for sex in SEX], ["age", "site"], "F → no, M → yes"),
+        ("decade", YOUNG, ["sex", "site"], "from low to high it is young, old"),
+    ],
+)
+def test_the_answers_own_column_is_left_out(name: str, answers: Sequence[Any], used: list[str], reason: str) -> None:
+    baseline, problem = learned(name, answers, COLUMNS)
+    _, (note,) = baseline.answer([problem])
+    assert f"{', '.join(used)}; without" in note
+    assert reason in note
+    named, problem = learned(name, answers, COLUMNS, covariates=["age", "sex"])
+    assert reason != "is the answer" or len(named.features(problem).train.T) == 1
+
+
+def test_only_columns_of_train_with_several_values_are_used() -> None:
+    constant: Columns = {"site": ["Oslo"] * (TRAIN + EVAL), "visit": SEX}
+    baseline, problem = learned("group", BY_SITE, constant)
+    assert "keeps columns by `keep`" in (baseline.why_not(problem) or "")
+    baseline, problem = learned("sex", SEX, {"sex": SEX})
+    assert baseline.why_not(problem) == "its metadata has no other column than sex"
+    baseline, problem = learned("group", BY_SITE, constant, covariates=["visit", "height"])
+    assert baseline.why_not(problem) is None
+    (fault,) = baseline.check([problem])
+    assert "height: no conversation of train has it in its metadata; expected some of site, visit" in fault
