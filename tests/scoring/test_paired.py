@@ -1,14 +1,19 @@
 """Paired differences: their tests are scipy's and statsmodels', their intervals those of paired resamples."""
 
+import csv
+from io import StringIO
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import permutation_test
+from scipy.stats import binomtest, permutation_test
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
+from umbrella_jax.errors import DataError
 from umbrella_jax.scoring.paired import EXACT, MCNEMAR, RANDOM, correct_holm, exact_mcnemar, paired_test
+from umbrella_jax.scoring.paired_scores import PairedScores, compare_predictors
+from umbrella_jax.scoring.paper_table import to_csv, to_latex, to_markdown
 from umbrella_jax.scoring.tasks import Task
 
 Rows = list[dict[str, Any]]
@@ -25,7 +30,7 @@ def sides(right: np.ndarray, truths: np.ndarray, subjects: np.ndarray) -> Rows:
             "task_type": "side",
             "prediction": str(names[int(truth == is_right)]),
             "reference": str(names[int(truth)]),
-            "metadata": {"subject_id": f"s{subject}"},
+            "metadata": {"subject_id": f"s{subject:02}"},
         }
         for i, (is_right, truth, subject) in enumerate(zip(right, truths, subjects, strict=True))
     ]
@@ -34,7 +39,7 @@ def sides(right: np.ndarray, truths: np.ndarray, subjects: np.ndarray) -> Rows:
 def ages(errors: np.ndarray, subjects: np.ndarray) -> Rows:
     row: dict[str, Any] = {"task_type": "age", "reference": "50"}
     return [
-        row | {"task_id": f"t{i}", "prediction": f"{50 + error:.17g}", "metadata": {"subject_id": f"s{subject}"}}
+        row | {"task_id": f"t{i}", "prediction": f"{50 + error:.17g}", "metadata": {"subject_id": f"s{subject:02}"}}
         for i, (error, subject) in enumerate(zip(errors, subjects, strict=True))
     ]
 
@@ -116,7 +121,117 @@ def test_equal_answers_do_not_differ() -> None:
 
 
 def test_the_correction_is_statsmodels_holm() -> None:
-    for seed in range(20):
+    for seed in range(3):
         p = np.random.default_rng(seed).random(6) ** 3
         p[1] = p[4]
         assert correct_holm(p) == pytest.approx(multipletests(p, method="holm")[1])
+
+
+SUBJECTS = np.arange(20)
+TRUTHS = np.arange(20) % 2 == 0
+TASKS = {"side": SIDE, "age": AGE}
+
+
+def answers(wrong: int, error: float) -> Rows:
+    """Return rows of 20 subjects: the first `wrong` sides are wrong, and every age is off by about `error`."""
+    rows = sides(wrong <= SUBJECTS, TRUTHS, SUBJECTS)
+    return rows + ages(error * (1 + np.sin(SUBJECTS)), SUBJECTS)
+
+
+@pytest.fixture(scope="module")
+def compared() -> PairedScores:
+    controls = {"blank": [answers(11, 30)]}
+    baselines = {"cnn": answers(6, 9), "pro_be & co": answers(4, 9.5), "covariates": answers(8, 40)[:20]}
+    return compare_predictors([answers(2, 5)], TASKS, controls=controls, baselines=baselines, resamples=80, seed=7)
+
+
+def test_a_difference_has_the_interval_of_the_same_resamples(compared: PairedScores) -> None:
+    draws = np.random.default_rng(7).integers(20, size=(80, 20))
+    apart = (SUBJECTS >= 2).astype(float) - (SUBJECTS >= 6)
+    cnn = next(one for one in compared.predictors["side"] if one.name == "cnn")
+    assert cnn.difference is not None
+    figure = cnn.difference.figure
+    assert figure.value == pytest.approx(0.2)
+    assert (figure.low, figure.high) == pytest.approx(np.percentile(apart[draws].mean(1), [2.5, 97.5]))
+
+
+def test_only_best_baselines_and_controls_are_tested_each_over_the_tasks(compared: PairedScores) -> None:
+    best = {task: one.name for task in TASKS if (one := compared.best_baseline(task))}
+    assert best == {"side": "pro_be & co", "age": "cnn"}
+    p = {task: {one.name: one.difference for one in own} for task, own in compared.predictors.items()}
+    exact = {"blank": binomtest(0, 9).pvalue, "pro_be & co": binomtest(0, 2).pvalue}
+    for name, other, value in (("blank", "blank", exact["blank"]), ("pro_be & co", "cnn", exact["pro_be & co"])):
+        side, age = p["side"][name], p["age"][other]
+        assert side is not None
+        assert age is not None
+        assert side.p == pytest.approx(value)
+        assert [side.p_holm, age.p_holm] == pytest.approx(multipletests([side.p, age.p], method="holm")[1])
+    assert [name for name, one in p["side"].items() if one and one.p_holm is None] == ["cnn", "covariates"]
+    assert "covariates" not in p["age"]
+
+
+def test_questions_without_a_control_are_left_out_of_both() -> None:
+    control = [row | ({"left_out": "no other scan"} if i < 5 else {}) for i, row in enumerate(answers(15, 0)[:20])]
+    scores = compare_predictors([answers(4, 0)], TASKS, controls={"shuffled": [control]}, resamples=0)
+    _, shuffled = scores.predictors["side"]
+    assert shuffled.difference is not None
+    assert (shuffled.figure.n, shuffled.figure.value) == (15, pytest.approx(5 / 15))
+    assert shuffled.difference.figure.value == pytest.approx(1 - 5 / 15)
+    assert shuffled.difference.p == pytest.approx(binomtest(0, 10).pvalue)
+
+
+def test_seeds_have_a_mean_a_spread_and_an_interval_over_both() -> None:
+    seeds = [answers(wrong, 0)[:20] for wrong in (1, 2, 6)]
+    baseline = answers(7, 0)[:20]
+    scores = compare_predictors(seeds, {"side": SIDE}, baselines={"cnn": baseline}, resamples=50, seed=3)
+    model, cnn = scores.predictors["side"]
+    assert model.figure.value == pytest.approx(0.85)
+    assert model.sd == pytest.approx(np.std([0.95, 0.9, 0.7], ddof=1))
+    draws = np.random.default_rng(3).integers(20, size=(50, 20))
+    drawn = np.random.default_rng([3, 1]).integers(3, size=(50, 3))
+    right = np.array([wrong <= SUBJECTS for wrong in (1, 2, 6)]) - (SUBJECTS >= 7).astype(float)
+    means = [right[np.ix_(some, who)].mean() for some, who in zip(drawn, draws, strict=True)]
+    assert cnn.difference is not None
+    assert (cnn.difference.figure.low, cnn.difference.figure.high) == pytest.approx(np.percentile(means, [2.5, 97.5]))
+
+
+def test_refuses_other_conversations_than_the_models() -> None:
+    others = [row | {"reference": "right"} for row in answers(2, 5)]
+    with pytest.raises(
+        DataError, match=r"baseline cnn: task side: other conversations than the run's: t0, t10, t12, …"
+    ):
+        compare_predictors([answers(2, 5)], TASKS, baselines={"cnn": others}, resamples=0)
+
+
+def test_a_csv_has_every_digit(compared: PairedScores) -> None:
+    rows = list(csv.DictReader(StringIO(to_csv(compared))))
+    names = ["model", "blank", "cnn", "pro_be & co"]
+    assert [row["predictor"] for row in rows] == [*names, "covariates", *names]
+    for row in rows:
+        one = next(one for one in compared.predictors[row["task"]] if one.name == row["predictor"])
+        assert float(row["value"]) == one.figure.value
+        assert int(row["best_baseline"]) == one.is_best
+        if one.difference:
+            assert float(row["difference_low"]) == one.difference.figure.low
+            assert [row["p"], row["p_holm"]] == [
+                "" if p is None else repr(p) for p in (one.difference.p, one.difference.p_holm)
+            ]
+
+
+def test_tables_round_alike_and_escape_names(compared: PairedScores) -> None:
+    markdown, latex = to_markdown(compared), to_latex(compared)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
+    assert {len(row) for row in cells} == {9}
+    by_name = {row[1]: row for row in cells[2:7]}
+    assert by_name["model"][:5] == ["side: accuracy", "model", "20", "20", "0.900"]
+    assert by_name["blank (control)"][6:] == ["+0.450", "0.250 to 0.650", "0.004"]
+    assert by_name["pro_be & co (baseline) \\*"][6:] == ["+0.100", "0.000 to 0.251", "0.500"]
+    lines = [line for line in latex.splitlines() if line.endswith(r" \\")]
+    assert {line.replace(r"\&", "").count("&") for line in lines} == {8}
+    assert r" & pro\_be \& co (baseline) * & 20 & 20 & 0.800 & " in latex
+    assert latex.count("{") == latex.count("}")
+    assert "$-$" in latex
+    assert "−" not in latex
+    for text in (markdown, latex):
+        assert "Holm" in text
+        assert "Chance, without looking at the images: side 0.500" in text

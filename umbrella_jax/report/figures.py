@@ -7,17 +7,11 @@ from typing import Any
 from umbrella_jax.html.page import data_url
 from umbrella_jax.report.facts import BINS, Bin, Facts
 from umbrella_jax.rundir import points
-from umbrella_jax.scoring.metrics import Task
-from umbrella_jax.scoring.tasks import WITH_UNIT, headline
+from umbrella_jax.scoring.tasks import headline, with_unit
 
 _SIZE = (4.3, 2.9)  # inches; as wide as a phone, so a diagram is never scaled down much
 Points = list[tuple[int, float]]
 """(step, value)"""
-
-
-def with_unit(task: Task, metric: str) -> str:
-    """Return the name of a metric with its unit."""
-    return f"{metric} ({task.unit})" if task.unit and metric in WITH_UNIT else metric
 
 
 def curves(facts: Facts) -> Iterator[tuple[str, dict[str, Points]]]:

@@ -18,10 +18,10 @@ from umbrella_jax.inference.attribution import Method
 from umbrella_jax.inference.explain import Explanation
 from umbrella_jax.io.files import strict_json
 from umbrella_jax.report.facts import Facts, Sample, check_run, read_facts
-from umbrella_jax.report.figures import chances, curves, draw_calibration, draw_curves, draw_numbers, with_unit
+from umbrella_jax.report.figures import chances, curves, draw_calibration, draw_curves, draw_numbers
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, REPORT, Step
 from umbrella_jax.scoring.metrics import Figure, short
-from umbrella_jax.scoring.tasks import headline
+from umbrella_jax.scoring.tasks import headline, with_unit
 
 _LONGEST = 150
 """Longest side of a plane in pixels; three planes and their letters are legible on a phone."""

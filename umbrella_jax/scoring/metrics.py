@@ -32,6 +32,7 @@ from umbrella_jax.scoring.tasks import (
     by_task,
     figures_of_task,
     figures_over_tasks,
+    headline,
     metric_names,
     name_of,
     over_tasks,
@@ -315,6 +316,13 @@ def _statistics_of_task(
     if task.kind == "regression":
         return _regression(task, rows, subject, all_rows)
     return _STATISTICS[task.kind](task, rows, subject)
+
+
+def headline_of(task: Task, rows: Sequence[Prediction]) -> Metric | None:
+    """Return the main metric of a task's answers; None if all of its metrics need likelihoods that they lack."""
+    figures = task.figures(likelihoods=_with_likelihoods(rows))
+    metrics = [metric for metric in task.metrics if metric in figures]
+    return headline(metrics) if metrics else None
 
 
 def statistic_of(task: Task, figure: str, rows: Sequence[Prediction], subject: np.ndarray) -> Statistic:

@@ -11,12 +11,8 @@ from umbrella_jax.scoring.metrics import answer_values, statistic_of
 from umbrella_jax.scoring.tasks import Prediction, Task
 
 PERMUTATIONS = 9999
-"""Number of random permutations, if not all of them are few enough to enumerate."""
-MCNEMAR, EXACT, RANDOM = (
-    "exact McNemar test",
-    "exact paired permutation test over subjects",
-    f"paired permutation test over subjects, {PERMUTATIONS:,} draws",
-)
+"""Number of random permutations; if all of them are not more, each is made once."""
+MCNEMAR, EXACT, RANDOM = "exact McNemar", "exact permutation", "random permutation"
 _CHUNK = 2**21
 """Number of weights in memory at a time."""
 _SAME = 1e-9
@@ -98,7 +94,7 @@ def permutation_test(difference: Callable[[np.ndarray], np.ndarray], subjects: i
         counts = [min(step, PERMUTATIONS - start) for start in range(0, PERMUTATIONS, step)]
         values = np.concatenate([difference(rng.integers(2, size=(subjects, n)).astype(float)) for n in counts])
     rounding = _SAME * np.nanmax(np.abs(values), initial=abs(observed))
-    as_large = np.count_nonzero(~(np.abs(values) < abs(observed) - rounding))  # an undefined one counts too
+    as_large = int(np.count_nonzero(~(np.abs(values) < abs(observed) - rounding)))  # an undefined one counts too
     if is_exact:
         return PairedTest(as_large / len(values), EXACT)
     return PairedTest((as_large + 1) / (PERMUTATIONS + 1), RANDOM)
@@ -117,8 +113,8 @@ def exact_mcnemar(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def correct_holm(p: Sequence[float]) -> list[float]:
-    """Return p values corrected for their number (Holm 1979): any of them below 0.05 by chance in 5 % of families."""
-    order, corrected, largest = np.argsort(p, kind="stable"), [0.0] * len(p), 0.0
+    """Correct p values for their number by the method of Holm (1979), https://www.jstor.org/stable/4615733."""
+    order, corrected, largest = sorted(range(len(p)), key=p.__getitem__), [0.0] * len(p), 0.0
     for rank, i in enumerate(order):
         largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
         corrected[i] = largest

@@ -121,7 +121,7 @@ def score_seeds(
             faults += error.faults
         collected += [f"seed {number}: {fault}" for fault in faults]
     collected.raise_as(DataError)
-    drawn = _drawn_seeds(len(rows), resamples, seed)
+    drawn = drawn_seeds(len(rows), resamples, seed)
     own_names, *others = of_seed.values()
     names = [name for name in own_names if all(name in other for other in others)]
     first = next(iter(groups.values()))
@@ -155,7 +155,7 @@ def _conversation(row: Prediction) -> tuple[str, str, str, str]:
     return str(row["task_id"]), task_of(row), row["reference"], repr(sorted((row.get("metadata") or {}).items()))
 
 
-def _drawn_seeds(number: int, resamples: int, seed: int) -> np.ndarray:
+def drawn_seeds(number: int, resamples: int, seed: int) -> np.ndarray:
     """Return how often each seed counts, int [S, 1 + R]: first once each, then in each resample."""
     # a second number keeps this stream apart from that of the subjects
     draws = np.random.default_rng([seed, 1]).integers(number, size=(resamples, number))
@@ -163,13 +163,13 @@ def _drawn_seeds(number: int, resamples: int, seed: int) -> np.ndarray:
     return np.concatenate([np.ones((1, number), int), counts]).T
 
 
-def _over_seeds(of_seed: Mapping[int, Resampled], drawn: np.ndarray) -> SeedFigure:
-    """Return a figure over seeds from that of each seed.
+def mean_over_seeds(each: Sequence[Resampled], drawn: np.ndarray) -> Resampled:
+    """Return the mean of a figure over seeds, over all answers and in each resample of subjects and seeds.
 
     Args:
-        drawn: the result of `_drawn_seeds`.
+        each: the figure of each seed.
+        drawn: the result of `drawn_seeds`.
     """
-    each = list(of_seed.values())
     values = np.stack([one.values for one in each])
     # a seed that was not drawn does not count, also if its figure is undefined
     with np.errstate(invalid="ignore"):
@@ -177,9 +177,21 @@ def _over_seeds(of_seed: Mapping[int, Resampled], drawn: np.ndarray) -> SeedFigu
     fewest = min(each, key=lambda one: len(one.subject))
     chances = [one.chance for one in each if one.chance is not None]
     chance = float(np.mean(chances)) if len(chances) == len(each) else None
-    mean = Resampled(means, fewest.subject, chance, each[0].is_share).figure()
-    sd = float(values[:, 0].std(ddof=1)) if len(each) > 1 and mean.value is not None else None
-    return SeedFigure(mean, sd, {seed: one.figure().value for seed, one in of_seed.items()})
+    return Resampled(means, fewest.subject, chance, each[0].is_share)
+
+
+def sd_over_seeds(each: Sequence[Resampled]) -> float | None:
+    """Return a figure's standard deviation over seeds; None for a single seed or an undefined figure."""
+    values = [float(one.values[0]) for one in each]
+    if len(values) < 2 or not np.isfinite(values).all():
+        return None
+    return float(np.std(values, ddof=1)) if max(values) > min(values) else 0.0  # exact, while a sum is rounded
+
+
+def _over_seeds(of_seed: Mapping[int, Resampled], drawn: np.ndarray) -> SeedFigure:
+    each = list(of_seed.values())
+    mean = mean_over_seeds(each, drawn).figure()
+    return SeedFigure(mean, sd_over_seeds(each), {seed: one.figure().value for seed, one in of_seed.items()})
 
 
 def _interval_note(seeds: int, resamples: int, groups: Mapping[str, Sequence[Prediction]]) -> str:

@@ -13,6 +13,7 @@ Prediction = Mapping[str, Any]
 """A row of predictions: `{task_id, task_type, prediction, reference, metadata}`, and for a closed set `likelihoods`,
 `{answer: natural log of its probability}`, if they were computed."""
 F = TypeVar("F")
+Name = TypeVar("Name", bound=str)
 LIKELIHOOD_METRICS: tuple[Metric, ...] = ("auroc", "brier", "ece")
 METRICS: dict[TaskKind, tuple[Metric, ...]] = {
     "classification": ("accuracy", "balanced_accuracy", "f1", *LIKELIHOOD_METRICS),
@@ -145,9 +146,14 @@ def metric_names(tasks: Mapping[str, Task], *, likelihoods: bool = False) -> lis
     return [*over_tasks(by_name), *names]
 
 
-def headline(metrics: Sequence[str]) -> str:
+def headline(metrics: Sequence[Name]) -> Name:
     """Return the main one of a task's metrics."""
-    return next((name for name in ("accuracy", "mae") if name in metrics), metrics[0])
+    return next((name for name in metrics if name in ("accuracy", "mae")), metrics[0])
+
+
+def with_unit(task: Task, metric: str) -> str:
+    """Return the name of a metric with its unit."""
+    return f"{metric} ({task.unit})" if task.unit and metric in WITH_UNIT else metric
 
 
 def name_of(task: str, figure: str) -> str:
