@@ -125,6 +125,9 @@ def test_answers_are_pooled_and_scored_once(printed: str, cv: Path) -> None:
     assert len(NOTE) <= 80
     assert printed.endswith(umbrella("score", cv))
     assert "by site: answers (subjects): A 2 (2), B 2 (2)" in umbrella("score", cv, "--by", "site")
+    table = umbrella("score", cv, "--table", "md")
+    assert NOTE in table
+    assert f"| side: accuracy | model     |   4 |        4 | {sum(right) / 4:.3f} |" in table
 
 
 def test_resume_does_what_is_unfinished(cv: Path, study: Study, tmp_path: Path) -> None:

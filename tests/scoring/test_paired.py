@@ -1,7 +1,9 @@
 """Paired differences: their tests are scipy's and statsmodels', their intervals those of paired resamples."""
 
 import csv
+import json
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from scipy.stats import binomtest, permutation_test
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
+from umbrella_jax.cli import main
 from umbrella_jax.errors import DataError
 from umbrella_jax.scoring.paired import EXACT, MCNEMAR, RANDOM, correct_holm, exact_mcnemar, paired_test
 from umbrella_jax.scoring.paired_scores import PairedScores, compare_predictors
@@ -235,3 +238,36 @@ def test_tables_round_alike_and_escape_names(compared: PairedScores) -> None:
     for text in (markdown, latex):
         assert "Holm" in text
         assert "Chance, without looking at the images: side 0.500" in text
+
+
+def write(path: Path, rows: Rows) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_the_command_compares_and_writes_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "answers.jsonl", answers(2, 5))
+    write(tmp_path / "answers.blank.jsonl", [row | {"control": "blank"} for row in answers(11, 30)])
+    for fold in (0, 1):
+        write(tmp_path / f"base/fold-{fold}/baseline/cnn.jsonl", answers(6, 9)[fold::2])
+    flags = ["score", file, "--baseline", str(tmp_path / "base")]
+    table = tmp_path / "new" / "table.md"
+    assert main([*flags, "--table", str(table)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == f"{table}: table of 2 tasks\n"
+    assert max(map(len, printed.out.splitlines())) <= 80
+    line = next(line.split() for line in printed.out.splitlines() if line.startswith("  cnn *") and "0.700" in line)
+    assert [line[i] for i in (2, 6, 10)] == ["0.700", "+0.200", "0.250"]
+    assert "| blank (control)" in table.read_text()
+    assert main([*flags, "--json"]) == 0
+    compared = json.loads(capsys.readouterr().out)["compared"]
+    assert [one["name"] for one in compared["tasks"]["side"]["predictors"]] == ["model", "blank", "cnn"]
+    assert main([*flags, "--table", "md"]) == 0
+    assert capsys.readouterr().out == table.read_text()
+    for target, fault in (
+        (str(table), "already exists; choose another name, or remove it"),
+        ("table.docx", "expected FILE.md, FILE.csv, FILE.tex, or md, csv, tex to print it"),
+    ):
+        assert main([*flags, "--table", target]) == 2
+        assert f"--table {target}: {fault}" in " ".join(capsys.readouterr().err.split())

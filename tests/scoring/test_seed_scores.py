@@ -1,5 +1,7 @@
 """Scores over several seeds: by hand, against a bootstrap written out, and of directories as runs leave them."""
 
+import csv
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,6 +100,14 @@ def test_the_command_scores_a_directory_of_seeds(tmp_path: Path, capsys: pytest.
     assert figure["seeds"] == {"1": 0.75, "2": 0.5, "3": 1.0}
     assert (figure["mean"], figure["sd"], found["resamples"]) == (0.75, pytest.approx(0.25), 50)
     assert found["predictions"]["2"] == f"{out}/seed-2/predictions/step_2.jsonl"
+    for seed in RIGHT:
+        control = Path(out, f"seed-{seed}", "controls", "step_2", "blank.jsonl")
+        control.parent.mkdir(parents=True)
+        control.write_text("".join(json.dumps(row) + "\n" for row in rows([0, 1, 0, 0])))
+    assert main(["score", out, "--table", "csv"]) == 0
+    model, blank = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert (float(model["value"]), float(model["sd"]), model["seeds"]) == (0.75, pytest.approx(0.25), "3")
+    assert (blank["predictor"], float(blank["value"]), float(blank["difference"])) == ("blank", 0.25, 0.5)
 
 
 def test_groups_of_several_seeds_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

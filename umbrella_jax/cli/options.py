@@ -338,6 +338,11 @@ def add_overlap(parser: Any) -> None:
     parser.add_argument("--allow-overlap", action="store_true", help=text)
 
 
+def add_baseline(parser: Any) -> None:
+    """Add --baseline to a command that compares a run's answers."""
+    parser.add_argument("--baseline", metavar="DIR", help="compare with the output of `baseline --out DIR`")
+
+
 def add_groups(parser: Any) -> None:
     """Add the flags of scores by group and of corrected regressions."""
     parser.add_argument("--by", type=_names, default=(), metavar="NAMES", help="also by metadata: sex,site or sex*site")

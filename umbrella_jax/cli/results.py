@@ -3,12 +3,14 @@
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from umbrella_jax.cli.ask import METHODS
 from umbrella_jax.cli.options import (
     DATA_FLAGS,
+    add_baseline,
     add_command,
     add_config,
     add_groups,
@@ -22,7 +24,8 @@ from umbrella_jax.cli.options import (
 )
 from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import EvaluationConfig
-from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.console import plural
+from umbrella_jax.errors import ConfigError, DataError, visible
 from umbrella_jax.io.files import strict_json
 from umbrella_jax.rundir import Step
 
@@ -59,6 +62,12 @@ def add(commands: Any) -> None:
     )
     add_step(score, "evaluation of a run")
     add_groups(score)
+    add_baseline(score)
+    score.add_argument(
+        "--table",
+        metavar="FILE",
+        help="new .md, .csv or .tex with a table for a paper; or md, csv or tex to print it",
+    )
     score.add_argument("--config", metavar="FILE", help="YAML with an evaluation section; default the run's")
     add_json(score)
 
@@ -74,7 +83,7 @@ def add(commands: Any) -> None:
     which = report.add_mutually_exclusive_group()
     add_step(which, "evaluation to show")
     which.add_argument("--predictions", metavar="FILE", help="show these `predict` answers to the run's data.eval")
-    report.add_argument("--baseline", metavar="DIR", help="compare with the output of `baseline --out DIR`")
+    add_baseline(report)
     add_groups(report)
     report.add_argument(
         "--samples", type=number, default=8, metavar="N", help="conversations shown with volumes; default 8"
@@ -132,13 +141,17 @@ def _runs(arguments: argparse.Namespace) -> None:
 
 def _score(arguments: argparse.Namespace) -> None:
     from umbrella_jax.report.compare_folds import read_folds
+    from umbrella_jax.report.predictors import read_controls
     from umbrella_jax.rundir import fold_runs, seed_runs
     from umbrella_jax.scoring.adjustment import adjust_scores
-    from umbrella_jax.scoring.folds import score_folds
+    from umbrella_jax.scoring.folds import NOTE, score_folds
     from umbrella_jax.scoring.groups import score_groups
     from umbrella_jax.scoring.metrics import cut_faults, pool_predictions, read_predictions, score, tasks_of
+    from umbrella_jax.scoring.paper_table import check_table
 
     _check_adjust_from(arguments)
+    if arguments.table:
+        check_table(arguments.table, prints_json=arguments.json)
     paths = [Path(path) for path in arguments.predictions]
     if len(paths) == 1 and (runs := seed_runs(paths[0])):
         if arguments.by or arguments.adjust:
@@ -152,7 +165,7 @@ def _score(arguments: argparse.Namespace) -> None:
         if arguments.step is not None:
             raise ConfigError(f"--step {arguments.step}: {paths[0]} has one step per fold; leave --step out")
         folds = read_folds(runs_of_folds, settings.evaluation if settings else None)
-        rows, titles, config = folds.pooled, folds.lines, folds.evaluation
+        rows, titles, config, files = folds.pooled, folds.lines, folds.evaluation, [*folds.files.values()]
     else:
         files, titles, config = _predictions_of(paths, arguments.step, settings.evaluation if settings else None)
         rows = pool_predictions(files)
@@ -170,11 +183,61 @@ def _score(arguments: argparse.Namespace) -> None:
         if folds
         else score(rows, tasks, resamples=config.resamples)
     )
+    compared = None
+    if arguments.baseline or arguments.table:
+        controls = {name: [[row for part in own for row in part]] for name, own in read_controls(files).items()}
+        compared = _compare(arguments, [rows], controls, tasks, config.resamples, (NOTE,) if folds else ())
+    _print_scores(arguments, titles, scores, more, compared, {})
+
+
+def _compare(
+    arguments: argparse.Namespace,
+    model: Sequence[Sequence[dict[str, Any]]],
+    controls: Mapping[str, Sequence[Sequence[dict[str, Any]]]],
+    tasks: Mapping[str, Any],
+    resamples: int,
+    notes: Sequence[str] = (),
+) -> Any:
+    """Return the model's scores beside its controls and the baselines of --baseline, with these further notes."""
+    from umbrella_jax.report.predictors import read_baselines
+    from umbrella_jax.scoring.paired_scores import compare_predictors
+
+    baselines = read_baselines(arguments.baseline) if arguments.baseline else {}
+    compared = compare_predictors(model, tasks, controls=controls, baselines=baselines, resamples=resamples)
+    return replace(compared, notes=(*compared.notes, *notes))
+
+
+def _print_scores(
+    arguments: argparse.Namespace,
+    titles: Sequence[str],
+    scores: Any,
+    more: Mapping[str, Any],
+    compared: Any,
+    numbers: Mapping[str, Any],
+) -> None:
+    """Print scores as --json and --table ask.
+
+    Args:
+        more: {key in the JSON: further scores}.
+        compared: the scores beside controls and baselines; None if not asked for.
+        numbers: more keys of the JSON.
+    """
+    from umbrella_jax.scoring.paper_table import FORMATS, write_table
+
+    if arguments.table in FORMATS:
+        print(visible(FORMATS[arguments.table](compared)), end="")
+        return
+    if arguments.baseline:
+        more = {**more, "compared": compared}
     if arguments.json:
-        print(strict_json(scores.to_json() | {name: part.to_json() for name, part in more.items()}, indent=1))
+        named = {name: part.to_json() for name, part in more.items()}
+        print(strict_json({**scores.to_json(), **named, **numbers}, indent=1))
     else:
-        title = "\n".join(titles) + "\n\n" if titles else ""
-        print(title + "\n\n".join(part.table() for part in (scores, *more.values())))
+        title = ["\n".join(titles)] if titles else []
+        print("\n\n".join([*title, scores.table(), *(part.table() for part in more.values())]))
+    if arguments.table:
+        write_table(arguments.table, compared)
+        print(f"{arguments.table}: table of {plural(len(compared.predictors), 'task')}", file=sys.stderr)
 
 
 def print_folds(directory: Path) -> None:
@@ -245,6 +308,7 @@ def _predictions_of(
 
 def _score_seeds(arguments: argparse.Namespace, runs: Mapping[int, Path]) -> None:
     from umbrella_jax.report.compare_seeds import read_seeds
+    from umbrella_jax.report.predictors import read_controls
     from umbrella_jax.scoring.metrics import tasks_of
     from umbrella_jax.scoring.seeds import score_seeds
 
@@ -253,12 +317,13 @@ def _score_seeds(arguments: argparse.Namespace, runs: Mapping[int, Path]) -> Non
     config = settings.evaluation if settings else answers.evaluation
     tasks = tasks_of(next(iter(answers.rows.values())), config.tasks)
     scores = score_seeds(answers.rows, tasks, resamples=config.resamples)
-    if arguments.json:
-        files = {seed: str(file) for seed, file in answers.files.items()}
-        print(strict_json({**scores.to_json(), "predictions": files}, indent=1))
-    else:
-        print("\n".join(f"seed {seed}: {file} ({answers.reasons[seed]})" for seed, file in answers.files.items()))
-        print(f"\n{scores.table()}")
+    compared = None
+    if arguments.baseline or arguments.table:
+        controls = read_controls(list(answers.files.values()))
+        compared = _compare(arguments, list(answers.rows.values()), controls, tasks, config.resamples)
+    titles = [f"seed {seed}: {file} ({answers.reasons[seed]})" for seed, file in answers.files.items()]
+    files = {seed: str(file) for seed, file in answers.files.items()}
+    _print_scores(arguments, titles, scores, {}, compared, {"predictions": files})
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ class FoldPredictions:
 
     rows: Mapping[str, Sequence[dict[str, Any]]]
     """{title of a fold: its rows}."""
+    files: Mapping[str, Path]
     lines: Sequence[str]
     """A line per fold with its file and why its step was chosen."""
     evaluation: EvaluationConfig
@@ -77,4 +78,5 @@ def read_folds(folds: Sequence[FoldRun], evaluation: EvaluationConfig | None) ->
         files[fold.title] = test_answers(fold.run, step)
         lines.append(f"{fold.title}: {files[fold.title]} ({why})")
     pool_predictions(files.values())  # refuses a conversation that is in two
-    return FoldPredictions({title: read_predictions(file) for title, file in files.items()}, lines, evaluation)
+    rows = {title: read_predictions(file) for title, file in files.items()}
+    return FoldPredictions(rows, files, lines, evaluation)

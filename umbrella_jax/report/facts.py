@@ -17,6 +17,7 @@ from umbrella_jax.data.inputs import load_stored_inputs
 from umbrella_jax.errors import CheckpointError, ConfigError, DataError, Faults, UmbrellaError, why_not_a_directory
 from umbrella_jax.io import reading
 from umbrella_jax.models import LlavaConfig, abstract_params
+from umbrella_jax.report.predictors import read_baselines
 from umbrella_jax.rundir import (
     CHECKPOINTS,
     CONFIG,
@@ -176,7 +177,7 @@ def read_facts(
         fit_rows = None if adjust_from is None else read_predictions(adjust_from)
     baseline_rows: dict[str, list[dict[str, Any]]] = {}
     with faults:
-        baseline_rows = {} if baseline is None else _baselines(Path(baseline))
+        baseline_rows = {} if baseline is None else read_baselines(baseline)
     faults.raise_as(DataError)
     splits: dict[str, list[Conversation] | str] = {}
     for split in ("train", "eval"):
@@ -280,15 +281,6 @@ def _evaluation(run: Path, train: TrainConfig, step: Step | None) -> tuple[Path,
         raise ConfigError(f"{run / PREDICTIONS}: no predictions; train with data.eval (--eval-data PATH)")
     at, why = choose_step(run, train, files, step)
     return files[at], at, why
-
-
-def _baselines(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    inner = folder / "baseline"
-    files = sorted((inner if inner.is_dir() else folder).glob("*.jsonl"))
-    if not files:
-        problem = "no .jsonl in it" if folder.is_dir() else why_not_a_directory(folder)
-        raise ConfigError(f"--baseline {folder}: {problem}; expected the --out of umbrella-jax baseline")
-    return {file.stem: read_predictions(file) for file in files}
 
 
 def _baseline_faults(name: str, rows: Sequence[Prediction], expected: Sequence[Prediction]) -> Iterator[str]:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 
-from umbrella_jax.errors import ConfigError, why_not_a_directory
+from umbrella_jax.errors import ConfigError
+from umbrella_jax.io.files import check_output, write_whole
 from umbrella_jax.scoring.bootstrap import Figure
 from umbrella_jax.scoring.metrics import short
 from umbrella_jax.scoring.paired_scores import (
@@ -94,18 +95,26 @@ FORMATS: dict[str, Callable[[PairedScores], str]] = {"md": to_markdown, "csv": t
 """{format and suffix of a file: function that returns the table as text}."""
 
 
-def check_table(target: str) -> None:
+def check_table(target: str, *, prints_json: bool = False) -> None:
     """Raise ConfigError unless a target is one of `FORMATS`, to be printed, or a new file with such a suffix."""
     if target in FORMATS:
+        if prints_json:
+            raise ConfigError(f"--table {target}: prints the table, and --json prints JSON; name a file: FILE.{target}")
         return
     file = Path(target)
     if file.suffix.removeprefix(".") not in FORMATS:
-        suffixes = ", ".join(f"FILE.{name}" for name in FORMATS)
-        raise ConfigError(f"--table {target}: expected {suffixes}, or {', '.join(FORMATS)} to print it")
+        files = ", ".join(f"FILE.{name}" for name in FORMATS)
+        raise ConfigError(f"--table {target}: expected {files}, or {', '.join(FORMATS)} to print it")
     if file.exists():
         raise ConfigError(f"--table {file}: already exists; choose another name, or remove it")
-    if not file.absolute().parent.is_dir():
-        raise ConfigError(f"--table {file}: {file.parent}: {why_not_a_directory(file.absolute().parent)}")
+    check_output(file, "choose another file (--table)", folder=False)
+
+
+def write_table(target: str, scores: PairedScores) -> None:
+    """Write a table to a file that `check_table` accepted, in the format of its suffix."""
+    file = Path(target)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, FORMATS[file.suffix.removeprefix(".")](scores))
 
 
 def _cells(scores: PairedScores, task: str) -> Iterator[tuple[str, ...]]:
