@@ -43,7 +43,7 @@ FLOORS: tuple[dict[str, set[str]], ...] = (
     },
     {
         "checkpoints": {"huggingface_hub", "jax", "numpy"},
-        "scoring": {"numpy", "scipy"},
+        "scoring": {"numpy", "rouge_score", "sacrebleu", "scipy"},
         "study": {"nibabel", "numpy", "pyarrow", "pydantic", "python_calamine", "sklearn"},
         "plan": {"jax"},
         "doctor": {"huggingface_hub", "jax", "numpy", "optax", "packaging"},

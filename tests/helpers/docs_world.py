@@ -33,6 +33,7 @@ from umbrella_jax.data.bids.templates import TEMPLATES
 from umbrella_jax.data.conversation import read_conversations
 from umbrella_jax.demo import make_base
 from umbrella_jax.demo.run import ATTRIBUTION_TEXT, print_accuracies
+from umbrella_jax.scoring.findings import read_word_list
 from umbrella_jax.sharding import make_mesh
 from umbrella_jax.study.from_bids import from_bids
 from umbrella_jax.study.schema import load_study
@@ -416,10 +417,13 @@ def _said(study: Path, out: Path, target: str, **options: Any) -> set[str]:
 
 
 def run_yaml(page: Page, block: Block) -> None:
-    """A part of a config, laid over one; or a template of `data from-bids`."""
+    """A part of a config, laid over one; a template of `data from-bids`; or a list of words."""
     file = page.folder / f"block_{block.line}.yaml"
     file.write_text(block.text)
     data = read_config(file)
+    if "findings" in data:
+        read_word_list(file)
+        return
     if data.keys() <= {"labels", *TEMPLATES}:
         for kind in TEMPLATES.keys() & data.keys():
             target = "age" if kind == "regression" else "sex"

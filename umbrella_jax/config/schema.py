@@ -23,7 +23,7 @@ PatchEmbedInit = Literal["random", "inflate", "resample"]
 Template = Literal["umbrella", "original", "chat"]
 ScheduleName = Literal["linear", "cosine", "constant"]
 BackgroundRule = Literal["auto", "nonpositive", "lowest"]
-TaskKind = Literal["classification", "comparison", "regression", "text"]
+TaskKind = Literal["classification", "comparison", "regression", "text", "report"]
 Metric = Literal[
     "accuracy",
     "balanced_accuracy",
@@ -38,6 +38,12 @@ Metric = Literal[
     "r2",
     "pearson",
     "spearman",
+    "finding_f1",
+    "region_f1",
+    "laterality_f1",
+    "bleu",
+    "chrf",
+    "rouge_l",
 ]
 
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
@@ -55,6 +61,8 @@ ALIASES: tuple[frozenset[str], ...] = (
     frozenset({"rsfMRI", "fMRI"}),
 )
 """Names for the same kind of scan. The original system uses one, its newer checkpoints and data files the other."""
+OPEN_KINDS: tuple[TaskKind, ...] = ("text", "report")
+"""Kinds of tasks with free text as their answers."""
 AS_STORED = "as_stored"
 ORIENTATIONS: frozenset[str] = frozenset(
     "".join(ends) for axes in itertools.permutations(("RL", "AP", "SI")) for ends in itertools.product(*axes)
@@ -460,6 +468,12 @@ LOWER_IS_BETTER: dict[str, bool | None] = {
     "r2": False,
     "pearson": False,
     "spearman": False,
+    "finding_f1": False,
+    "region_f1": False,
+    "laterality_f1": False,
+    "bleu": False,
+    "chrf": False,
+    "rouge_l": False,
 }
 """{metric: whether low values are good; None if neither end is}, for every `Metric`, the loss and `unparsable`."""
 
@@ -501,16 +515,22 @@ class TaskConfig(Section):
     unit: str | None = None
     """Unit that may follow the number of a regression, such as `years`; any other word after it makes the answer
     unparsable. Default: the unit of the references; if they have none, whatever follows the number is ignored."""
+    findings: str | None = None
+    """List of words (YAML) by which the findings of a report are found; it makes the task a `report`. Default: the
+    package's list for brain MRI."""
     metrics: tuple[Metric, ...] | None = None
     """Metrics to report. Default: all of the task's kind."""
 
     def contradictions(self) -> Iterator[str]:
-        closed, number = ("classification", "comparison"), ("regression",)
-        for name, kinds in [("answers", closed), ("unit", number)]:
+        closed, number, text = ("classification", "comparison"), ("regression",), ("report",)
+        for name, kinds in [("answers", closed), ("unit", number), ("findings", text)]:
             if getattr(self, name) is not None and self.kind not in (None, *kinds):
                 yield f"{name}: a {self.kind} has none; leave it out, or set kind to {' or '.join(kinds)}"
         if self.answers is not None and self.unit is not None:
             yield "answers and unit: expected one of them: labels have no unit, numbers no closed set"
+        for name in ("answers", "unit"):
+            if self.findings is not None and getattr(self, name) is not None:
+                yield f"{name} and findings: expected one of them: a report has no {name}"
         if self.answers is not None and len(self.answers) < 2:
             yield f"answers: expected at least two, got {len(self.answers)}"
         if self.metrics == ():

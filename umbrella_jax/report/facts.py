@@ -49,6 +49,7 @@ from umbrella_jax.scoring.metrics import (
 )
 from umbrella_jax.scoring.rows import blank_rows
 from umbrella_jax.scoring.tasks import by_task
+from umbrella_jax.scoring.text import different_statements
 from umbrella_jax.training import freeze
 from umbrella_jax.training.checkpoint import Checkpoints
 
@@ -75,7 +76,7 @@ class Sample:
     task: str
     failed: bool
     verdict: str
-    """The result in words: `correct`, `wrong`, `no number` or `off by` how much."""
+    """The result in words: `correct`, `wrong`, `no number`, `off by` how much, or how many statements differ."""
 
 
 @dataclass(frozen=True)
@@ -410,13 +411,18 @@ def _sample(conversation: Conversation, row: Prediction, task: Task, failed: boo
     error = _error(row, task)
     if task.kind == "regression":
         verdict = f"off by {short(error)} {task.unit or ''}".strip() if np.isfinite(error) else "no number"
+    elif task.kind == "report":
+        verdict = f"{error:.0%} of statements differ" if failed else "same statements"
     else:
         verdict = "wrong" if failed else "correct"  # not "right", which is a side
     return Sample(conversation, row, task_of(row), failed, verdict)
 
 
 def _error(row: Prediction, task: Task) -> float:
-    """Return the absolute error of a number, or 1 for another wrong answer and 0 for a right one."""
+    """Return the absolute error of a number, the share of different statements of a report, or 1 for another wrong
+    answer and 0 for a right one."""
+    if task.kind == "report":
+        return different_statements(task, row)
     if task.kind != "regression":
         return float(normalise(row["prediction"]) != task.truth(row))
     answer = _answer(row, task)

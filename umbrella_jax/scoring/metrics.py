@@ -40,6 +40,7 @@ from umbrella_jax.scoring.tasks import (
     task_of,
     tasks_of,
 )
+from umbrella_jax.scoring.text import report_statistics, text_signatures
 
 __all__ = [
     "METRICS",
@@ -539,6 +540,7 @@ _STATISTICS: dict[TaskKind, Callable[[Task, Sequence[Prediction], np.ndarray], d
     "classification": _classification,
     "comparison": _comparison,
     "text": _text,
+    "report": report_statistics,
 }
 
 
@@ -552,7 +554,9 @@ def subject_keys(groups: Mapping[str, Sequence[Prediction]]) -> str:
 
 
 def answer_notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Prediction]]) -> Iterator[str]:
-    """Yield sentences about answers that cannot be parsed, tasks with one class, and metrics that lack likelihoods."""
+    """Yield sentences about answers that cannot be parsed, tasks with one class, and metrics that lack likelihoods; and
+    the signatures of BLEU, chrF and ROUGE-L."""
+    yield from text_signatures({metric for task in tasks.values() for metric in task.metrics})
     for name, task in tasks.items():
         rows = groups[name]
         if task.kind == "regression":

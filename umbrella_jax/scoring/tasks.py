@@ -2,11 +2,13 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any, TypeVar, get_args
 
-from umbrella_jax.config.schema import MAX_CLASSES, Metric, TaskConfig, TaskKind
+from umbrella_jax.config.schema import MAX_CLASSES, OPEN_KINDS, Metric, TaskConfig, TaskKind
 from umbrella_jax.errors import ConfigError, DataError, UmbrellaError
+from umbrella_jax.scoring.findings import MENTION_KINDS, MentionKind, WordList, default_word_list, read_word_list
 from umbrella_jax.scoring.parse_answer import is_number, normalise, parse_number, same_unit, stated_unit
 
 Prediction = Mapping[str, Any]
@@ -15,13 +17,18 @@ Prediction = Mapping[str, Any]
 F = TypeVar("F")
 Name = TypeVar("Name", bound=str)
 LIKELIHOOD_METRICS: tuple[Metric, ...] = ("auroc", "brier", "ece")
+FINDING_METRICS: dict[Metric, MentionKind] = {"finding_f1": "finding", "region_f1": "region", "laterality_f1": "side"}
+"""{metric of statements: their kind}."""
+TEXT_METRICS: tuple[Metric, ...] = ("bleu", "chrf", "rouge_l")
+"""Metrics of overlapping words, which need the extra `text`."""
 METRICS: dict[TaskKind, tuple[Metric, ...]] = {
     "classification": ("accuracy", "balanced_accuracy", "f1", *LIKELIHOOD_METRICS),
     "comparison": ("accuracy", "balanced_accuracy", "f1", "copy_rate", "vote_accuracy", *LIKELIHOOD_METRICS),
     "regression": ("mae", "rmse", "r2", "pearson", "spearman"),
     "text": ("accuracy",),
+    "report": (*FINDING_METRICS, *TEXT_METRICS),
 }
-"""The metrics that each kind of task can have. All kinds but `text` have `unparsable` too."""
+"""The metrics that each kind of task can have. All kinds but `text` and `report` have `unparsable` too."""
 WITH_UNIT: tuple[Metric, ...] = ("mae", "rmse")
 """Metrics in the unit of the answers."""
 MACRO = tuple(metric for metric in get_args(Metric) if metric not in (*WITH_UNIT, "copy_rate"))
@@ -39,6 +46,10 @@ class Task:
     unit: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     """{label of `metadata`: answer that means it}, both normalised. A label that is missing here is its own answer."""
+    words: WordList | None = None
+    """List of words of a report; None for other kinds."""
+    stated: Mapping[MentionKind, tuple[str, ...]] = field(default_factory=dict)
+    """{kind: names of findings, regions and sides that the references of a report mention}, in the list's order."""
 
     @property
     def title(self) -> str:
@@ -54,6 +65,10 @@ class Task:
         """Return the right answer, normalised: the reference or, if it is blank, that of `metadata.subject_label`."""
         return _truth(row, self.labels)
 
+    def reference_text(self, row: Prediction) -> str:
+        """Return the right answer as it is written: the reference or, if it is blank, `metadata.subject_label`."""
+        return str(row["reference"]).strip() or str(label_of(row, "subject_label")).strip()
+
     def compared_with(self, row: Prediction) -> str:
         """Return the normalised answer that has the meaning of the `compared_label`."""
         return _answer_for(compared_label(row), self.labels)
@@ -68,7 +83,9 @@ class Task:
                 names += ["accuracy/same", "accuracy/different", *(f"accuracy/reference={c}" for c in self.classes)]
             if metric == "copy_rate":
                 names.append("copy_rate/different")
-        return names if self.kind == "text" else [*names, "unparsable"]
+            if metric in FINDING_METRICS:
+                names += [f"{metric}/{name}" for name in self.stated[FINDING_METRICS[metric]]]
+        return names if self.kind in OPEN_KINDS else [*names, "unparsable"]
 
 
 def task_of(row: Prediction) -> str:
@@ -256,12 +273,29 @@ def _task(name: str, rows: Sequence[Prediction], config: TaskConfig) -> Task:
     metrics = config.metrics or METRICS[kind]
     if kind == "regression":
         task = Task(kind, metrics, unit=config.unit or _stated_unit([_truth(row, {}) for row in rows]))
+    elif kind == "report":
+        task = _report(name, rows, config, metrics)
     else:
         closed = kind in ("classification", "comparison")
         task = Task(kind, metrics, _answers(rows, labels, kind, config) if closed else None, labels=labels)
     if faults := reference_faults(name, rows, task):
         raise DataError(faults)
     return task
+
+
+def _report(name: str, rows: Sequence[Prediction], config: TaskConfig, metrics: tuple[Metric, ...]) -> Task:
+    """Return a task of reports. Raises ConfigError for a faulty list of words, or if the extra `text` is missing."""
+    absent = [package for package in ("sacrebleu", "rouge_score") if find_spec(package) is None]
+    if absent and set(metrics) & set(TEXT_METRICS):
+        raise ConfigError(
+            f"task {name}: {', '.join(TEXT_METRICS)} of a report need {' and '.join(absent)}, which is not installed: "
+            'pip install "umbrella-jax[text]", or choose others in evaluation.tasks.NAME.metrics'
+        )
+    words = read_word_list(config.findings) if config.findings else default_word_list()
+    task = Task("report", metrics, words=words)
+    mentions = [mention for row in rows for mention in words.mentions(task.reference_text(row))]
+    known = {kind: {mention.name for mention in mentions if mention.kind == kind} for kind in MENTION_KINDS}
+    return replace(task, stated={k: tuple(n for n in words.names(k) if n in known[k]) for k in MENTION_KINDS})
 
 
 def _labels(rows: Sequence[Prediction]) -> tuple[dict[str, str], list[str]]:
@@ -285,6 +319,8 @@ def _kind(rows: Sequence[Prediction], labels: Mapping[str, str], ambiguous: bool
     distinct = set(truths)
     if config.unit is not None:
         return "regression"
+    if config.findings is not None:
+        return "report"
     stated = label_of(rows[0], "kind")
     for kind in METRICS if config.answers is None else ():
         if stated == kind and all(label_of(row, "kind") == kind for row in rows):

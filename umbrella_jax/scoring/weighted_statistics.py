@@ -18,6 +18,41 @@ def mean(w: np.ndarray, values: np.ndarray) -> np.ndarray:
     return (values.astype(float) @ w if values.ndim == 1 else _sum(w, values)) / w.sum(0)
 
 
+def ratio(w: np.ndarray, part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Return the sum of parts [n] over the sum of wholes [n], such as micro F1: 2 hits over statements of both."""
+    return (part.astype(float) @ w) / (whole.astype(float) @ w)
+
+
+def bleu(w: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return sacrebleu's BLEU (Papineni et al. 2002) with its defaults: orders 1 to 4, smoothing `exp`; 0 to 100.
+
+    Args:
+        counts: [n, 10], as sacrebleu counts an answer: its length and the reference's, then matching n-grams and all
+            n-grams of the answer, each by order.
+    """
+    sums = counts.T.astype(float) @ w
+    length, expected, matching, total = sums[0], sums[1], sums[2:6], sums[6:]
+    unmatched = (matching == 0).cumsum(0)  # each order without a match halves the precision once more
+    precision = np.where(matching > 0, matching, 0.5**unmatched) / total
+    log_mean = np.log(precision).mean(0)
+    penalty = np.minimum(1 - expected / length, 0)
+    return np.where((matching > 0).any(0) & (total > 0).all(0), 100 * np.exp(penalty + log_mean), 0.0)
+
+
+def chrf(w: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return sacrebleu's chrF2 (Popović 2015) with its defaults: characters 1 to 6, effective order; 0 to 100.
+
+    Args:
+        counts: [n, 18], as sacrebleu counts an answer: for each order the n-grams of the answer, those of the reference
+            and those in both.
+    """
+    answer, expected, both = np.moveaxis((counts.T.astype(float) @ w).reshape(6, 3, -1), 1, 0)
+    known = (answer > 0) & (expected > 0)
+    precision, recall = (_over_classes(both / all_grams, known) for all_grams in (answer, expected))
+    score = 5 * precision * recall / (4 * precision + recall)
+    return np.where(precision + recall > 0, 100 * score, 0.0)
+
+
 def balanced_accuracy(w: np.ndarray, truth: np.ndarray, answer: np.ndarray) -> np.ndarray:
     """Return the mean recall over the classes that occur.
 

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from umbrella_jax.config.schema import resolve_modality
+from umbrella_jax.config.schema import OPEN_KINDS, resolve_modality
 from umbrella_jax.console import command_lines, plural, wrapped
 from umbrella_jax.data.bids.scans import MODALITIES, left_out
 from umbrella_jax.data.conversation import LOCK_FILE
@@ -218,7 +218,7 @@ def _task_lines(built: BuiltStudy, labels_of: Mapping[str, Counter[str]]) -> lis
         if kind == "regression":
             numbers = [float(label) for label in labels]
             size += f", {min(numbers):g} to {max(numbers):g}"
-        elif kind != "text":
+        elif kind not in OPEN_KINDS:
             shown = labels.most_common(_LABELS_SHOWN)
             size += f": {', '.join(f'{label} ({number:,})' for label, number in sorted(shown))}"
             size += f", and {len(labels) - len(shown):,} more labels" if len(labels) > len(shown) else ""

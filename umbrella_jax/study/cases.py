@@ -14,6 +14,7 @@ from decimal import Decimal
 from itertools import groupby
 from typing import NamedTuple
 
+from umbrella_jax.config.schema import OPEN_KINDS
 from umbrella_jax.data.bids.templates import TEMPLATES
 from umbrella_jax.data.placeholders import TextTemplate
 from umbrella_jax.data.tables import parse_cell_number
@@ -43,7 +44,7 @@ def phrasings_of(task: TaskStudyConfig) -> dict[str, tuple[str, ...]]:
 
 def names_target(part: str, task: TaskStudyConfig) -> bool:
     """Return whether {target} in a part is the name of the task's column, and no column of its own."""
-    return part != "covariates" and not (part == "answer" and task.kind == "text")
+    return part != "covariates" and not (part == "answer" and task.kind in OPEN_KINDS)
 
 
 class Case(NamedTuple):
@@ -88,7 +89,7 @@ class CaseReader:
             part: tuple(text.replace("target", target) if names_target(part, task) else text for text in own)
             for part, own in parsed.items()
         }
-        open_parts = [part for part in self.texts if task.kind == "text" or not part.endswith("answer")]
+        open_parts = [part for part in self.texts if task.kind in OPEN_KINDS or not part.endswith("answer")]
         names = [name for part in open_parts for text in self.texts[part] for name in text.names]
         self.text_columns = tuple(dict.fromkeys(names))
 
@@ -139,7 +140,7 @@ class CaseReader:
 
     def label(self, case: Case) -> str:
         """Return the text of the answer's label, or its number with its decimals but without its unit."""
-        if self.task.kind == "text":
+        if self.task.kind in OPEN_KINDS:
             return ""
         if self.task.kind != "regression":
             return self.text_of(case.cells[0])

@@ -11,6 +11,7 @@ from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 
+from umbrella_jax.config.schema import OPEN_KINDS
 from umbrella_jax.data.tables import parse_cell_number
 from umbrella_jax.data.validation.leaks import LOG_CHANCE, may_be_accident, rows_text
 from umbrella_jax.io.reading import sha256
@@ -121,7 +122,7 @@ def column_leaks(reader: CaseReader, visits_of: Mapping[str, Sequence[Visit]]) -
     """
     task, bins = reader.task, reader.study.bins
     made_of = {name: config.column for name, config in bins.items()}
-    if task.kind == "text":
+    if task.kind in OPEN_KINDS:
         answered = {name for text in reader.texts["answer"] for name in text.names}
         asked = {name for part in ("question", "covariates") for t in reader.texts.get(part, ()) for name in t.names}
     else:
@@ -132,7 +133,7 @@ def column_leaks(reader: CaseReader, visits_of: Mapping[str, Sequence[Visit]]) -
         if target is not None and task.value != "change":
             same = "is the answer" if column == target else f"is made of the same values as the answer, {target}"
             reason = f"{same}, so the scan is not needed"
-        elif task.kind != "text" and (how := _determined_by(column, reader, visits_of)):
+        elif task.kind not in OPEN_KINDS and (how := _determined_by(column, reader, visits_of)):
             reason = f"determines the answer, so the scan is not needed: {how}"
         else:
             continue

@@ -9,7 +9,7 @@ from typing import Any
 
 import nibabel as nib
 
-from umbrella_jax.config.schema import MAX_CLASSES
+from umbrella_jax.config.schema import MAX_CLASSES, OPEN_KINDS
 from umbrella_jax.data.tables import parse_cell_number
 from umbrella_jax.data.voxels import open_voxels
 from umbrella_jax.errors import DataError
@@ -163,7 +163,7 @@ def _label_charts(built: BuiltStudy) -> list[CountTable | Histogram]:
     """Return the answers of each task in each split; of folds, in their test sets."""
     charts = []
     for task, config in built.config.tasks.items():
-        if config.kind == "text":
+        if config.kind in OPEN_KINDS:
             continue
         values: dict[str, list[str | None]] = {}
         for name, splits in built.counts.items():

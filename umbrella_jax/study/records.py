@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
+from umbrella_jax.config.schema import OPEN_KINDS
 from umbrella_jax.data.conversation import IMAGE_MARKER
 from umbrella_jax.data.labels import plain_number
 from umbrella_jax.data.placeholders import TextTemplate
@@ -197,7 +198,9 @@ class _RecordWriter:
         asked = self._phrase(question, split, task_id).fill(values)
         if "covariates" in self.reader.texts:
             asked = f"{self.reader.texts['covariates'][0].fill(values)} {asked}"
-        answered = self._phrase(answer, split, task_id).fill(values if self.task.kind == "text" else {"label": label})
+        answered = self._phrase(answer, split, task_id).fill(
+            values if self.task.kind in OPEN_KINDS else {"label": label}
+        )
         images = [{"type": "image", "modality": scan.modality, "image_path": scan.path} for scan in shown.scans]
         return [
             {"role": "user", "content": [*images, {"type": "text", "text": asked}]},
@@ -248,6 +251,6 @@ class _RecordWriter:
         }
 
     def _subject_label(self, shown: ShownCase, turns: Sequence[Mapping[str, Any]]) -> str | int | float:
-        if self.task.kind == "text":
+        if self.task.kind in OPEN_KINDS:
             return str(turns[-1]["content"][0]["text"])
         return plain_number(self.reader.number(shown.case)) if self.task.kind == "regression" else shown.label

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator
 from umbrella_jax.config.load import parse_section
 from umbrella_jax.config.origins import Origins
 from umbrella_jax.config.ranges import Count, CountOrZero, Range, Section
-from umbrella_jax.config.schema import TaskKind
+from umbrella_jax.config.schema import OPEN_KINDS, TaskKind
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.io.files import yaml_text
 from umbrella_jax.io.reading import read_yaml
@@ -166,16 +166,16 @@ class TaskStudyConfig(Section):
     """One question about every subject, visit or pair that has what it needs."""
 
     kind: TaskKind
-    """What the answer is: a label, a label after references with theirs, a number, or a sentence."""
+    """What the answer is: a label, a label after references with theirs, a number, a sentence or a report."""
     column: str | None = None
-    """Column with the right answer; not for kind text, whose answer names its columns."""
+    """Column with the right answer; not for the kinds text and report, whose answer names its columns."""
     labels: dict[Word, str] = field(default_factory=dict)
     """{value of the column: text of the label}."""
     question: Texts | None = None
     """Phrasings, in which {COLUMN} is replaced by a value of the subject (a covariate) and {target} by the name of the
     column. Training draws one per conversation; other splits use the first."""
     answer: Texts | None = None
-    """Phrasings with {label}; for kind text, with {COLUMN} for each column named."""
+    """Phrasings with {label}; for the kinds text and report, with {COLUMN} for each column named."""
     reference_question: Texts | None = None
     """Phrasings about a reference of a comparison, as in `question`."""
     reference_answer: Texts | None = None
@@ -196,9 +196,9 @@ class TaskStudyConfig(Section):
     """For kind comparison."""
 
     def contradictions(self) -> Iterator[str]:
-        if self.kind == "text":
+        if self.kind in OPEN_KINDS:
             if self.column is not None:
-                yield "column: kind text takes its columns from the answer; leave it out"
+                yield f"column: kind {self.kind} takes its columns from the answer; leave it out"
             if self.answer is None:
                 yield "answer: missing; expected a text with {COLUMN} for each column that it names"
         elif self.column is None:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
+from umbrella_jax.config.schema import OPEN_KINDS
 from umbrella_jax.console import plural
 from umbrella_jax.data.labels import alike_labels, kind_faults
 from umbrella_jax.data.placeholders import TextTemplate, control_token_faults, text_faults
@@ -34,14 +35,14 @@ def column_faults(name: str, task: TaskStudyConfig, study: StudyConfig, columns:
         if column in OWN_METADATA:
             yield f"keep: {column}: metadata of this name is there already; rename the column in `columns`"
     for part, phrasings in phrasings_of(task).items():
-        labelled = part.endswith("answer") and task.kind != "text"
+        labelled = part.endswith("answer") and task.kind not in OPEN_KINDS
         allowed = ["target"] if names_target(part, task) else []
         allowed += ["label"] if labelled else sorted({*columns} - {*allowed})
         if not phrasings:
             yield f"tasks.{name}.{part}: expected at least one text"
         for number, text in enumerate(phrasings):
             key = f"tasks.{name}.{part}" + (f"[{number}]" if len(phrasings) > 1 else "")
-            if part == "answer" and task.kind == "text":
+            if part == "answer" and task.kind in OPEN_KINDS:
                 own_faults = text_faults(text, allowed)
                 if not own_faults and not TextTemplate.parse(text).names:
                     own_faults = ["expected {COLUMN} in it; without it every subject has the same answer"]

@@ -1,0 +1,149 @@
+"""Metrics of reports and captions: overlap of words with the reference, and agreement of their statements."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cache, lru_cache, partial
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from umbrella_jax.config.schema import Metric
+from umbrella_jax.scoring import weighted_statistics
+from umbrella_jax.scoring.bootstrap import Statistic
+from umbrella_jax.scoring.findings import MENTION_KINDS, MentionKind, WordList, default_word_list
+from umbrella_jax.scoring.tasks import FINDING_METRICS, TEXT_METRICS, Prediction, Task
+
+_PAIRS = 200
+"""Number of pairs from which chance is computed; with more answers, one pair for each."""
+_TEXTS = 2**15
+"""Number of pairs of texts whose counts are kept."""
+
+Pairs = Sequence[tuple[str, str]]
+"""(answer, reference) of each row."""
+
+
+def report_statistics(task: Task, rows: Sequence[Prediction], subject: np.ndarray) -> dict[str, Statistic]:
+    """Return the statistics of a task of reports.
+
+    Chance is the value of answering with a random report of another subject; None if there is only one subject.
+
+    Args:
+        subject: number of each row's subject, int [n].
+    """
+    pairs = [(str(row["prediction"]), task.reference_text(row)) for row in rows]
+    random_pairs = [(pairs[other][1], pairs[i][1]) for i, other in _other_reports(subject)]
+    statistics: dict[str, Statistic] = {}
+    for figure in task.figures(likelihoods=False):
+        metric, _, name = figure.partition("/")
+        compute, counts = _METRICS[metric] if metric in _METRICS else _statement_metric(task, metric, name)
+        chance = np.array([np.nan])
+        if random_pairs:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                chance = compute(np.ones((len(random_pairs), 1)), *counts(random_pairs))
+        statistics[figure] = Statistic(
+            partial(_weighted, compute=compute, counts=counts(pairs)),
+            subject,
+            float(chance[0]) if np.isfinite(chance[0]) else None,
+        )
+    return statistics
+
+
+def different_statements(task: Task, row: Prediction) -> float:
+    """Return the share of the statements of answer and reference, of all kinds, that only one of them makes."""
+    words = task.words or default_word_list()
+    one, other = (
+        {(kind, statement) for kind in MENTION_KINDS for statement in words.statements(text, kind)}
+        for text in (str(row["prediction"]), task.reference_text(row))
+    )
+    return len(one ^ other) / max(len(one | other), 1)
+
+
+def text_signatures(metrics: Collection[Metric]) -> Iterator[str]:
+    """Yield a sentence per metric of overlapping words: the versions and settings that a paper states."""
+    for metric in TEXT_METRICS:
+        if metric in metrics:
+            if metric == "rouge_l":
+                yield f"rouge_l: F1 of ROUGE-L by rouge-score {version('rouge-score')}, without stemming; 0 to 1."
+            else:
+                yield f"{metric}: sacrebleu, {_scorer(metric).get_signature()}; 0 to 100."
+
+
+def _weighted(w: np.ndarray, compute: Callable[..., np.ndarray], counts: Sequence[np.ndarray]) -> np.ndarray:
+    return compute(w, *counts)
+
+
+def _other_reports(subject: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yield (row, random row of another subject), for each row at least once and at least _PAIRS times in all."""
+    if len(np.unique(subject)) < 2:
+        return
+    rng = np.random.default_rng(0)
+    for _ in range(-(-_PAIRS // len(subject))):
+        for row, own in enumerate(subject):
+            yield row, int(rng.choice(np.flatnonzero(subject != own)))
+
+
+@cache
+def _scorer(metric: Metric) -> Any:
+    """Return sacrebleu's metric; it knows its signature after it has scored something."""
+    from sacrebleu.metrics import BLEU, CHRF
+
+    scorer = BLEU(force=True) if metric == "bleu" else CHRF()
+    scorer.corpus_score(["a"], [["a"]])
+    return scorer
+
+
+@lru_cache(_TEXTS)
+def _sacrebleu_counts(metric: Metric, answer: str, reference: str) -> tuple[int, ...]:
+    (counts,) = _scorer(metric)._extract_corpus_statistics([answer], [[reference]])  # as sacrebleu's own bootstrap does
+    return tuple(counts)
+
+
+@lru_cache(_TEXTS)
+def _rouge_l(answer: str, reference: str) -> float:
+    return float(_rouge_scorer().score(reference, answer)["rougeL"].fmeasure)
+
+
+@cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"])
+
+
+def _overlaps(pairs: Pairs, metric: Metric) -> tuple[np.ndarray]:
+    return (np.array([_sacrebleu_counts(metric, *pair) for pair in pairs]),)
+
+
+def _common_subsequences(pairs: Pairs) -> tuple[np.ndarray]:
+    return (np.array([_rouge_l(*pair) for pair in pairs]),)
+
+
+def _agreements(pairs: Pairs, words: WordList, kind: MentionKind, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return twice the statements that both texts make, and those of one plus those of the other, int [n] each.
+
+    Args:
+        name: count only statements of this finding, region or side; empty for all.
+    """
+    counts = []
+    for pair in pairs:
+        one, other = (
+            {statement for statement in words.statements(text, kind) if name in ("", statement[-2])} for text in pair
+        )
+        counts.append((2 * len(one & other), len(one) + len(other)))
+    both, either = np.array(counts).T
+    return both, either
+
+
+def _statement_metric(task: Task, metric: str, name: str) -> tuple[Callable[..., np.ndarray], Callable[..., Any]]:
+    kind = next(kind for known, kind in FINDING_METRICS.items() if known == metric)
+    return weighted_statistics.ratio, partial(
+        _agreements, words=task.words or default_word_list(), kind=kind, name=name
+    )
+
+
+_METRICS: dict[str, tuple[Callable[..., np.ndarray], Callable[..., Any]]] = {
+    "bleu": (weighted_statistics.bleu, partial(_overlaps, metric="bleu")),
+    "chrf": (weighted_statistics.chrf, partial(_overlaps, metric="chrf")),
+    "rouge_l": (weighted_statistics.mean, _common_subsequences),
+}
+"""{metric: (how it is computed from weights and counts, counts of pairs)}."""
