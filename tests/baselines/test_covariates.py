@@ -12,12 +12,11 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
+from tests.helpers.baseline_case import make_problem
 from umbrella_jax.baselines.baseline import BaselineOptions, Inputs
 from umbrella_jax.baselines.covariates import CovariatesBaseline
-from umbrella_jax.baselines.linear import folds
-from umbrella_jax.baselines.problems import LearningProblem, TrainingQuestion
+from umbrella_jax.baselines.problems import LearningProblem
 from umbrella_jax.data.conversation import Image
-from umbrella_jax.scoring.tasks import Task
 
 TRAIN, EVAL = 80, 20
 Columns = dict[str, Sequence[Any]]
@@ -29,20 +28,7 @@ def learned(
     """Return the baseline, and a task of TRAIN subjects and EVAL further ones, whose answers it never sees."""
     rows = [{"metadata": {k: v[i] for k, v in columns.items() if v[i] is not None}} for i in range(TRAIN + EVAL)]
     shown = [(Image(Path(f"{i}.nii"), "T1"),) for i in range(TRAIN + EVAL)]
-    is_label = isinstance(answers[0], str)
-    samples = tuple(TrainingQuestion(shown[i], answers[i], f"s{i}", i) for i in range(TRAIN))
-    classes = tuple(sorted({*answers[:TRAIN]})) if is_label else ()
-    targets = np.array([classes.index(s.target) if classes else s.target for s in samples])
-    problem = LearningProblem(
-        name,
-        Task("classification" if is_label else "regression", ()),
-        {},
-        samples,
-        {i: shown[TRAIN + i] for i in range(EVAL)},
-        classes,
-        targets,
-        folds(targets, [s.subject for s in samples], classes=is_label),
-    )
+    problem = make_problem(name, answers, shown, TRAIN)
     given: Any = {"config": None, "train": None, "evaluation": None, "checkpoint": None}
     inputs = Inputs(train_rows=rows[:TRAIN], eval_rows=rows[TRAIN:], options=BaselineOptions(**options), **given)
     return CovariatesBaseline(inputs), problem
@@ -111,9 +97,9 @@ YOUNG = ["young" if age < 50 else "old" for age in AGE]
 )
 def test_the_answers_own_column_is_left_out(name: str, answers: Sequence[Any], used: list[str], reason: str) -> None:
     baseline, problem = learned(name, answers, COLUMNS)
-    _, (note,) = baseline.answer([problem])
-    assert f"{', '.join(used)}; without" in note
-    assert reason in note
+    about = baseline.features(problem).about
+    assert about.startswith(f"{', '.join(used)}; without")
+    assert reason in about
     named, problem = learned(name, answers, COLUMNS, covariates=["age", "sex"])
     assert reason != "is the answer" or len(named.features(problem).train.T) == 1
 

@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from umbrella_jax.baselines import intensity
+from umbrella_jax.baselines import frames
 from umbrella_jax.baselines.intensity import FEATURES, describe_scan, otsu_threshold
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.data.conversation import Image
@@ -43,7 +43,7 @@ def test_features_are_of_the_files_own_voxels(tmp_path: Path, orientation: str) 
 
 def test_a_run_is_described_over_all_its_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Frames are read a few at a time; a window has four of the eleven."""
-    monkeypatch.setattr(intensity, "_CHUNK", 4 * 8**3 * 3)
+    monkeypatch.setattr(frames, "_CHUNK", 4 * 8**3 * 3)
     run = np.random.default_rng(0).uniform(900, 910, (8, 8, 8, 11))
     run[:3] = 0
     features = describe_scan(write(tmp_path / "run.nii.gz", run), RUN)

@@ -6,7 +6,9 @@ Axes: n questions of train, m questions of eval, F features, K classes.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -18,6 +20,8 @@ from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.loader import Dataset
 from umbrella_jax.scoring.rows import Row
 
+Connectivity = Literal["correlation", "partial", "tangent"]
+"""Kinds of functional connectivity."""
 EPOCHS = 50
 """Default number of epochs of the network."""
 
@@ -30,6 +34,9 @@ class BaselineOptions:
     """Epochs of the network."""
     width: float = 1.0
     """Factor of the network's published channels."""
+    atlas: str | Path | None = None
+    """Image of labels, or one of `umbrella_jax.baselines.atlas.COORDINATES`."""
+    connectivity: Connectivity = "correlation"
     covariates: Sequence[str] = ()
     """Columns of the metadata; default those of `umbrella_jax.baselines.covariates.COVARIATES`."""
 
@@ -64,8 +71,23 @@ class Baseline(ABC):
     needs_weights: ClassVar[bool] = False
     """Whether it reads weights of the checkpoint."""
 
+    extra: ClassVar[tuple[str, str] | None] = None
+    """(module, extra of the package that installs it) without which it cannot run."""
+
     def __init__(self, inputs: Inputs):
         self.inputs = inputs
+
+    @classmethod
+    def option_faults(cls, options: BaselineOptions) -> list[str]:
+        """Return the faults of the baseline's options, before any data are read."""
+        return []
+
+    @classmethod
+    def missing_extra(cls) -> str | None:
+        """Return which package is missing, and how to install it; None if nothing is."""
+        if cls.extra is None or find_spec(cls.extra[0]) is not None:
+            return None
+        return f'needs {cls.extra[0]}; install it: pip install "umbrella-jax[{cls.extra[1]}]"'
 
     def why_not(self, problem: LearningProblem) -> str | None:
         """Return why this baseline cannot learn a problem, a clause such as `shows no 4D scan`; None if it can."""

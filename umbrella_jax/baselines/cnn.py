@@ -14,6 +14,7 @@ its 40 outputs, that is 2,952,936 parameters. Differences from the paper:
 Axes: B questions, D, H, W voxels, C channels, K outputs.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from umbrella_jax.baselines.baseline import EPOCHS, Baseline
+from umbrella_jax.baselines.baseline import EPOCHS, Baseline, BaselineOptions, Inputs
 from umbrella_jax.baselines.problems import LearningProblem, Shown, TrainingQuestion, modalities_of
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.loader import prefetch
@@ -267,10 +268,21 @@ class CnnBaseline(Baseline):
     name: ClassVar[str] = "cnn"
     title: ClassVar[str] = "CNN"
 
-    def __init__(self, inputs: Any):
+    def __init__(self, inputs: Inputs):
         super().__init__(inputs)
         self._kept: dict[Image, np.ndarray] = {}
         self._bytes = 0
+
+    @classmethod
+    def option_faults(cls, options: BaselineOptions) -> list[str]:
+        """Return the faults of the number of epochs and of the width."""
+        faults = []
+        if options.epochs < 1:
+            faults.append(f"--cnn-epochs {options.epochs}: expected 1 or more")
+        if not math.isfinite(options.width) or round(options.width * min(WIDTHS)) < 1:
+            published = ", ".join(map(str, WIDTHS))
+            faults.append(f"--cnn-width {options.width}: expected a share of {published} channels, such as 0.25")
+        return faults
 
     @property
     def widths(self) -> tuple[int, ...]:

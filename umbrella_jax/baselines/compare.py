@@ -5,14 +5,14 @@ itself shows, or columns of its metadata, and no word of the text. For a compari
 not its reference.
 """
 
-import math
 from collections import defaultdict, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from umbrella_jax.baselines.baseline import DEFAULTS, Baseline, BaselineOptions, Inputs
-from umbrella_jax.baselines.cnn import WIDTHS, CnnBaseline
+from umbrella_jax.baselines.cnn import CnnBaseline
+from umbrella_jax.baselines.connectivity import ConnectivityBaseline
 from umbrella_jax.baselines.covariates import CovariatesBaseline
 from umbrella_jax.baselines.intensity import IntensityBaseline
 from umbrella_jax.baselines.probe import ProbeBaseline
@@ -32,7 +32,8 @@ from umbrella_jax.scoring.parse_answer import normalise
 from umbrella_jax.scoring.rows import Row, blank_rows
 
 BASELINES: Mapping[str, type[Baseline]] = {
-    kind.name: kind for kind in (CnnBaseline, ProbeBaseline, IntensityBaseline, CovariatesBaseline)
+    kind.name: kind
+    for kind in (CnnBaseline, ProbeBaseline, ConnectivityBaseline, IntensityBaseline, CovariatesBaseline)
 }
 """{name: baseline}, in the order of the table."""
 MODEL = "language model"
@@ -147,8 +148,9 @@ def _choose(
     for each in baselines:
         reasons: dict[str, list[str]] = defaultdict(list)
         unlearnable = dict[str, str]()
+        missing = each.missing_extra()
         for problem in problems:
-            if reason := each.why_not(problem):
+            if reason := missing or each.why_not(problem):
                 unlearnable.setdefault(problem.name, reason)
         for task, reason in unlearnable.items():
             reasons[reason].append(task)
@@ -173,11 +175,10 @@ def _check(config: RunConfig, only: Sequence[str], files: Collection[Path], opti
     ]
     faults += [f"{file}: already exists; choose another --out, or remove it" for file in files if file.exists()]
     faults += [f"only: expected some of {', '.join(BASELINES)}, got {name!r}" for name in only if name not in BASELINES]
-    if options.epochs < 1:
-        faults.append(f"--cnn-epochs {options.epochs}: expected 1 or more")
-    if not math.isfinite(options.width) or round(options.width * min(WIDTHS)) < 1:
-        channels = ", ".join(map(str, WIDTHS))
-        faults.append(f"--cnn-width {options.width}: expected a share of {channels} channels, such as 0.25")
+    for name, kind in BASELINES.items():
+        faults += kind.option_faults(options)
+        if name in only and (missing := kind.missing_extra()):
+            faults.append(f"{name}: {missing}")
     if faults:
         raise ConfigError(faults)
     for file in files:

@@ -5,7 +5,7 @@ All are read from the file, in its own voxels: nothing is resampled, cropped or 
 Axes: D, H, W voxels, T frames.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from umbrella_jax.baselines.baseline import ScanBaseline
+from umbrella_jax.baselines.frames import read_frames
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.data.background import find_background
 from umbrella_jax.data.blas import one_blas_thread
@@ -26,8 +27,6 @@ PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _IN_MASK = ("mean", "sd", *(f"p{p}" for p in PERCENTILES), "volume", "right", "anterior", "superior")
 FEATURES = tuple(f"{mask}_{name}" for mask in ("foreground", "bright") for name in _IN_MASK)
 """Names of the features of a scan; a 4D run has `temporal_sd` too."""
-_CHUNK = 64 << 20
-"""Bytes of frames, as float32, that are read at a time."""
 _BINS = 256
 
 
@@ -75,14 +74,6 @@ def describe_scan(image: Image, config: ModalityConfig) -> np.ndarray:
     if deviation is not None:
         parts.append(np.array([deviation[foreground].mean() if foreground.any() else 0.0]))
     return np.concatenate(parts).astype(np.float64)
-
-
-def read_frames(scan: Voxels) -> Iterator[np.ndarray]:
-    """Yield all frames of a run in order, float32 [D, H, W, t], a few at a time."""
-    frames = scan.shape[3]
-    step = max(_CHUNK // (4 * int(np.prod(scan.shape[:3]))), 1)
-    for start in range(0, frames, step):
-        yield scan.read(slice(start, min(start + step, frames))).astype(np.float32, copy=False)
 
 
 def _over_time(scan: Voxels) -> tuple[np.ndarray, np.ndarray]:

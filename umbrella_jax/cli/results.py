@@ -29,7 +29,7 @@ from umbrella_jax.errors import ConfigError, DataError, visible
 from umbrella_jax.io.files import strict_json
 from umbrella_jax.rundir import Step
 
-BASELINES = ("cnn", "probe", "intensity", "covariates")
+BASELINES = ("cnn", "probe", "connectivity", "intensity", "covariates")
 """Names of `umbrella_jax.baselines.compare.BASELINES`, which is slow to import."""
 
 
@@ -119,6 +119,14 @@ def add(commands: Any) -> None:
     baseline.add_argument("--cnn-epochs", type=int, default=50, metavar="N", help="epochs of the CNN; default 50")
     baseline.add_argument(
         "--cnn-width", type=float, default=1.0, metavar="FACTOR", help="factor of the CNN's channels; default 1"
+    )
+    baseline.add_argument("--atlas", metavar="FILE", help="label image for connectivity, or an atlas of nilearn")
+    baseline.add_argument(
+        "--connectivity",
+        choices=["correlation", "partial", "tangent"],
+        default="correlation",
+        metavar="KIND",
+        help="correlation (default), partial or tangent",
     )
     baseline.add_argument(
         "--covariates", nargs="+", default=(), metavar="NAME", help="columns of metadata; default age, sex, site, …"
@@ -367,7 +375,11 @@ def _baseline(arguments: argparse.Namespace) -> None:
         step=arguments.step,
         only=arguments.only,
         options=BaselineOptions(
-            epochs=arguments.cnn_epochs, width=arguments.cnn_width, covariates=arguments.covariates
+            atlas=arguments.atlas,
+            connectivity=arguments.connectivity,
+            epochs=arguments.cnn_epochs,
+            width=arguments.cnn_width,
+            covariates=arguments.covariates,
         ),
     )
     print(comparison.table())
