@@ -69,8 +69,17 @@ def make_run(root: Path) -> tuple[World, Path]:
     flags += ["--set", "train.eval_samples=20"]
     umbrella(*world.train_flags(out, *flags))
     last = out / "predictions" / f"step_{STEP}.jsonl"
-    write_rows(last, answered(read_lines(last)))
+    rows = answered(read_lines(last))
+    write_rows(last, rows)
+    write_rows(out / "controls" / f"step_{STEP}" / "blank.jsonl", blanked(rows))
     return world, out
+
+
+def blanked(rows: Rows) -> Rows:
+    """Answer without the scan: pairs as with it, all other sides are left, and every age is 40."""
+    by_task = {"side": {"prediction": "left."}, "age": {"prediction": "40"}, "pair": {}}
+    plain = [{key: value for key, value in row.items() if key != "likelihoods"} for row in rows]
+    return [row | {"control": "blank"} | by_task[row["metadata"]["task"]] for row in plain]
 
 
 def write_rows(path: Path, rows: Rows) -> Path:
@@ -143,6 +152,39 @@ def test_errors_of_numbers_are_those_of_the_predictions(page: Page, rows: Rows) 
     errors = [farther[t] if p == "no idea" else abs(float(p) - t) for t, p in pairs]
     assert page.cells["age", "mae", "run"][0] == pytest.approx(np.mean(errors))
     assert page.cells["age", "mae", "cnn"][0] == pytest.approx(np.mean([abs(30 - t) for t in truths]))
+
+
+def test_controls_and_baselines_are_those_of_score(page: Page, rows: Rows, run: Path, baselines: Path) -> None:
+    scores = json.loads(umbrella("score", run, "--baseline", baselines, "--json"))
+    assert page.numbers["compared"] == scores["compared"]
+    for task in ("side", "pair"):
+        changed = np.mean([row["prediction"] != "left." for row in by_task(rows, task)]) if task == "side" else 0
+        assert page.cells[f"{task}: controls", "changed", "blank"][0] == pytest.approx(changed)
+    cnn = next(one for one in scores["compared"]["tasks"]["age"]["predictors"] if one["name"] == "cnn")
+    value, text = page.cells["age: mae", "difference", "cnn"]
+    assert value == cnn["difference"]["figure"]["value"]
+    assert f"{cnn['difference']['figure']['low']:.3f} to" in text
+
+
+def test_the_first_screen_says_how_much_the_answers_show(page: Page, run: Path, rows: Rows, tmp_path: Path) -> None:
+    first_screen = page.text.split('<h2 id="scan">')[0]
+    assert "It was asked 36 questions of 3 tasks about 12 subjects; the answers are those after step 3" in first_screen
+    assert (
+        "<b>No evidence that the answers come from the scan</b>: without it, they are not clearly worse.<"
+        in first_screen
+    )
+    assert "<li>pair: none of 12 answers changes with blank volumes" in first_screen
+    assert "the best baseline, cnn" in first_screen
+    assert "Few subjects (age 12, pair 12, side 12): with fewer than 30," in first_screen
+    right = [row | {"prediction": row["reference"]} for row in rows]
+    write_rows(tmp_path / "right.blank.jsonl", blanked(rows))
+    file = write_rows(tmp_path / "right.jsonl", right)
+    umbrella("report", run, "--predictions", file, "--samples", 0, "--out", tmp_path / "right.html")
+    other = Page(tmp_path / "right.html").text
+    assert "No evidence" not in other
+    assert "No baseline was given" in other
+    umbrella("report", run, "--step", 2, "--samples", 0, "--out", tmp_path / "two.html")
+    assert "No control without the scan was run" in Page(tmp_path / "two.html").text
 
 
 def test_confusion_is_that_of_the_predictions(page: Page, rows: Rows) -> None:
@@ -254,9 +296,9 @@ def test_it_is_legible_in_a_browser_and_on_paper(page: Page, run: Path, tmp_path
         assert measured["smallest"] >= 12
         assert measured["tallest"] < 70  # no word is broken into letters
         assert all(natural > 0 and shown > 150 for natural, shown in measured["pictures"])
-    for width in (1280, 400):
-        picture = browser.screenshot(Path(file), tmp_path / f"{width}.png", width, 9000)
-        assert picture.shape == (9000, width, 3)
+    for width, height in ((1280, 9000), (400, 14000)):
+        picture = browser.screenshot(Path(file), tmp_path / f"{width}.png", width, height)
+        assert picture.shape == (height, width, 3)
         assert (picture == (176, 0, 32)).all(-1).sum() > 500  # the badge of a failure
         assert (picture.max(-1) < 8).mean() > 0.02  # around slices
         assert (picture == 255).all(-1).mean() > 0.5

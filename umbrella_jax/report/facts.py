@@ -17,7 +17,7 @@ from umbrella_jax.data.inputs import load_stored_inputs
 from umbrella_jax.errors import CheckpointError, ConfigError, DataError, Faults, UmbrellaError, why_not_a_directory
 from umbrella_jax.io import reading
 from umbrella_jax.models import LlavaConfig, abstract_params
-from umbrella_jax.report.predictors import read_baselines
+from umbrella_jax.report.predictors import read_baselines, read_controls
 from umbrella_jax.rundir import (
     CHECKPOINTS,
     CONFIG,
@@ -33,6 +33,7 @@ from umbrella_jax.rundir import (
     read_metrics,
 )
 from umbrella_jax.scoring.adjustment import AdjustedScores, adjust_scores
+from umbrella_jax.scoring.bootstrap import number_subjects
 from umbrella_jax.scoring.groups import GroupedScores, score_groups
 from umbrella_jax.scoring.metrics import (
     Prediction,
@@ -47,6 +48,8 @@ from umbrella_jax.scoring.metrics import (
     task_of,
     tasks_of,
 )
+from umbrella_jax.scoring.paired_scores import PairedScores, compare_predictors
+from umbrella_jax.scoring.reliance import ControlScores, score_controls
 from umbrella_jax.scoring.rows import blank_rows
 from umbrella_jax.scoring.tasks import by_task
 from umbrella_jax.scoring.text import different_statements
@@ -116,10 +119,16 @@ class Facts:
     """Scores of corrected regressions; None if not asked for."""
     baselines: Mapping[str, Scores]
     """{baseline: scores of the tasks that it answers}."""
+    controls: ControlScores
+    """Scores under the controls that were run; empty without any."""
+    compared: PairedScores
+    """The main figures beside those of controls and baselines."""
     calibration: Mapping[str, tuple[Bin, ...]]
     """{task whose answers have likelihoods: its bins that are not empty}."""
     numbers: Mapping[str, tuple[tuple[float, float | None], ...]]
     """{regression task: (truth, answer) per row}; the answer is None if it has no number."""
+    num_subjects: int
+    """Number of subjects of all rows together."""
     failures: int
     """Number of failed rows. A number has failed if its error exceeds the mean error of always answering the median."""
     samples: tuple[Sample, ...]
@@ -197,6 +206,9 @@ def read_facts(
         conversations = _answered(evaluated, rows, file) if samples else []
     for name, answers in baseline_rows.items():
         faults += _baseline_faults(name, answers, rows)
+    control_rows: dict[str, list[dict[str, Any]]] = {}
+    with faults:
+        control_rows = {name: own[0] for name, own in read_controls([file]).items()}
     faults.raise_as(DataError)
     options: dict[str, Any] = {"resamples": config.evaluation.resamples}
     grouped = adjusted = None
@@ -204,6 +216,8 @@ def read_facts(
         grouped = score_groups(rows, tasks, by, **options) if by else None
     with faults:
         adjusted = adjust_scores(rows, tasks, adjust, fit_rows=fit_rows, **options) if adjust else None
+    with faults:
+        controls = score_controls(rows, control_rows, tasks, **options)
     faults.raise_as(DataError)
 
     order = _order(rows, tasks)
@@ -240,6 +254,14 @@ def read_facts(
             name: score(answers, {task: tasks[task] for task in tasks if task in by_task(answers)}, **options)
             for name, answers in baseline_rows.items()
         },
+        controls=controls,
+        compared=compare_predictors(
+            [rows],
+            tasks,
+            controls={name: [own] for name, own in control_rows.items()},
+            baselines=baseline_rows,
+            **options,
+        ),
         calibration={
             name: tuple(_bins(tasks[name], members))
             for name, members in groups.items()
@@ -250,6 +272,7 @@ def read_facts(
             for name, members in groups.items()
             if tasks[name].kind == "regression"
         },
+        num_subjects=len(number_subjects(rows)),
         failures=sum(failed for _, failed in order),
         samples=tuple(shown_samples),
     )

@@ -17,11 +17,13 @@ from umbrella_jax.html.slices import cut_planes, draw_planes, grey_range, images
 from umbrella_jax.inference.attribution import Method
 from umbrella_jax.inference.explain import Explanation
 from umbrella_jax.io.files import strict_json
+from umbrella_jax.report.evidence import abstract, limitations, task_summaries
 from umbrella_jax.report.facts import Facts, Sample, check_run, read_facts
 from umbrella_jax.report.figures import chances, curves, draw_calibration, draw_curves, draw_numbers
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, REPORT, Step
 from umbrella_jax.scoring.metrics import Figure, short
-from umbrella_jax.scoring.tasks import headline, with_unit
+from umbrella_jax.scoring.paired_scores import BEST, format_difference, format_p
+from umbrella_jax.scoring.tasks import with_unit
 
 _LONGEST = 150
 """Longest side of a plane in pixels; three planes and their letters are legible on a phone."""
@@ -86,10 +88,13 @@ def write_report(
             for title, lines in curves(facts)
             if any(lines.values())
         ],
-        results=[
-            (name, with_unit(task, headline(task.metrics)), _cells(facts, name)[headline(task.metrics)])
-            for name, task in facts.scores.tasks.items()
-        ],
+        abstract=abstract(facts),
+        summaries=task_summaries(facts),
+        limitations=list(limitations(facts)),
+        with_unit=with_unit,
+        format_difference=format_difference,
+        format_p=format_p,
+        best=BEST,
         overall={name: [(None, figure)] for name, figure in facts.scores.overall().items()},
         tasks=[_task(facts, name) for name in facts.scores.tasks],
         cards=cards,
@@ -264,6 +269,9 @@ def _embedded(facts: Facts) -> str:
         "by": None if facts.groups is None else facts.groups.to_json(),
         "adjust": None if facts.adjusted is None else facts.adjusted.to_json(),
         "baselines": {name: scores.to_json() for name, scores in facts.baselines.items()},
+        "controls": facts.controls.to_json(),
+        "compared": facts.compared.to_json(),
+        "limitations": list(limitations(facts)),
         "calibration": {name: [asdict(b) for b in bins] for name, bins in facts.calibration.items()},
         "numbers": facts.numbers,
         "failures": facts.failures,

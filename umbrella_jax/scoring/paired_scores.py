@@ -14,6 +14,7 @@ from umbrella_jax.scoring.bootstrap import Figure, Resampled, subject_of
 from umbrella_jax.scoring.metrics import check_answers, headline_of, resample_parts, short, span, subject_keys
 from umbrella_jax.scoring.paired import MCNEMAR, PERMUTATIONS, correct_holm, paired_test
 from umbrella_jax.scoring.parse_answer import normalise
+from umbrella_jax.scoring.reliance import PARAPHRASE
 from umbrella_jax.scoring.seeds import drawn_seeds, mean_over_seeds, sd_over_seeds
 from umbrella_jax.scoring.tasks import Prediction, Task, by_task, name_of, with_unit
 
@@ -121,7 +122,8 @@ def compare_predictors(
     Args:
         model: the model's rows; with several seeds, all to the same questions.
         tasks: the result of `tasks_of`.
-        controls: {name: rows under this control}, of one seed or of as many as `model`.
+        controls: {name: rows under this control}, of one seed or of as many as `model`. Paraphrases, which are several
+            questions instead of one, are left out.
         baselines: {name: rows}. A predictor may lack tasks; in a task it has a row for every question of the model.
             Rows with `left_out` have no answer: then the difference is on the other questions.
         resamples: 0 for no intervals.
@@ -130,7 +132,7 @@ def compare_predictors(
         DataError: a predictor answers other questions than the model, or as `score`.
     """
     answers: dict[_Key, Answers] = {_MODEL: model}
-    answers |= {("control", name): rows for name, rows in (controls or {}).items()}
+    answers |= {("control", name): rows for name, rows in (controls or {}).items() if name != PARAPHRASE}
     answers |= {("baseline", name): [rows] for name, rows in (baselines or {}).items()}
     groups = by_task(model[0])
     check_answers(groups, tasks)
