@@ -36,6 +36,7 @@ from tests.helpers.mesh_case import (
 from tests.helpers.training_case import QUICK, stack, to_numpy
 from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import MeshConfig
+from umbrella_jax.data.answer_trees import answer_trees
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.inference.generate import decode, prefill, score_answers
 from umbrella_jax.models import Params, abstract_params
@@ -449,7 +450,7 @@ def test_evaluation_on_a_mesh_is_one_devices() -> None:
         """Tokens, and the likelihoods of two answers."""
         static = {"graphdef": case.graphdef}
         state = prefill.__wrapped__(params, batch, max_new_tokens=4, **static)
-        scores = score_answers.__wrapped__(params, state, np.tile(np.int32([[7, 5], [9, 5]]), (B, 1, 1)), **static)
+        scores = score_answers.__wrapped__(params, state, answer_trees([((7, 5), (9, 5))] * B), **static)
         seeds = jnp.zeros(B, jnp.uint32)
         return decode.__wrapped__(params, state, stop, seeds, jnp.int32(4), **static).tokens, scores
 

@@ -22,6 +22,43 @@ class Parts:
 
 
 WHOLE = Parts()
+NONE = -1
+"""Token id after the end of a row."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class AnswerTree:
+    """A possible answers to each of B prompts, as a tree of their tokens: answers that begin alike share nodes.
+
+    The nodes of a row are numbered from 0, parents first. Node 0 is the last position of the prompt; every other one is
+    a token of an answer that another token follows. Trees with fewer nodes or answers are padded.
+    """
+
+    tokens: AnyArray
+    """int32 [B, N]; the token of each node; 0 for node 0 and padding."""
+    depths: AnyArray
+    """int32 [B, N]; number of the answer's tokens up to the node: 0 for node 0."""
+    next_tokens: AnyArray
+    """int32 [B, N, A]; the token that follows the node in each answer; `NONE` for an answer that does not pass it."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class NumberTargets:
+    """What the loss over numbers (`train.number_loss`) needs of B conversations with A candidate numbers.
+
+    A conversation without a number has `mask` False everywhere.
+    """
+
+    tree: AnswerTree
+    """The candidates as answers to the prompt of the last answer."""
+    prompt_lengths: AnyArray
+    """int32 [B]; positions before the last answer; 1 without a number."""
+    errors: AnyArray
+    """float32 [B, A]; candidate − truth, in standard deviations of the task's training references."""
+    mask: AnyArray
+    """bool [B, A]; True for candidates, False for padding."""
 
 
 @jax.tree_util.register_dataclass
@@ -57,3 +94,5 @@ class Batch:
     A modality may be absent. A training step leaves a modality's parameters untouched if no position of the batch shows
     one of its volumes, even if there are padding volumes.
     """
+    numbers: NumberTargets | None = None
+    """Candidate numbers of regressions; None unless `train.number_loss` is set."""

@@ -352,3 +352,46 @@ def test_a_runs_evaluations_are_in_the_order_of_their_steps(tmp_path: Path) -> N
     for name in ("step_9.jsonl", "step_10.jsonl", "step_x.jsonl", ".step_11.jsonl.part"):
         (folder / name).touch()
     assert list(predictions_by_step(tmp_path).items()) == [(9, folder / "step_9.jsonl"), (10, folder / "step_10.jsonl")]
+
+
+def test_candidate_numbers_are_scored_and_read(run: Path, world: World, tmp_path: Path) -> None:
+    """Numbers in references and blank ones, beside a closed set; likelihoods are those of the same texts as labels."""
+    (one,) = (row for row in json.loads(world.train.read_text()) if row["task_id"] == "one-0")
+    *question, right = one["conversations"]
+    data = []
+    for task, answer in (("age", "12"), ("age", "7"), ("side", "left."), ("side", "right."), ("blank", "")):
+        turns = [*question, right | {"content": [{"type": "text", "text": answer}]}]
+        data.append(one | {"task_id": f"{task}-{answer}", "conversations": turns, "metadata": {"task": task}})
+    file = write_json(tmp_path / "data.json", data)
+    settings = small_run.read_config(world.config)
+    grid = {"low": 6, "high": 12}
+    configs = {
+        "grid": {"age": {"numbers": grid}, "blank": {"numbers": grid | {"text": "{} years"}}},
+        "closed": {"age": {"answers": [f"{n}" for n in range(6, 13)]}},
+    }
+    rows = {}
+    for name, tasks in configs.items():
+        config = small_run.write_config(tmp_path / f"{name}.yaml", settings | {"evaluation": {"tasks": tasks}})
+        flags = [] if name == "grid" else ["--likelihoods"]
+        kept = file if name == "grid" else write_json(tmp_path / "kept.json", data[:2])
+        predict(run, kept, tmp_path / f"{name}.jsonl", "--config", config, *flags)
+        rows[name] = read_lines(tmp_path / f"{name}.jsonl")
+    for row, expected in zip(rows["grid"][:2], rows["closed"], strict=True):
+        assert row["likelihoods"] == pytest.approx(expected["likelihoods"], abs=1e-4)
+        shares = {int(text): math.exp(value) for text, value in row["likelihoods"].items()}
+        mean = sum(n * share for n, share in shares.items()) / sum(shares.values())
+        assert row["number"]["expectation"] == pytest.approx(mean)
+        assert set(row["number"]) == {"expectation", "median", "interval_80", "interval_95"}
+    assert ["likelihoods" in row for row in rows["grid"]] == [True, True, False, False, True]
+    assert list(rows["grid"][4]["likelihoods"]) == [f"{n} years" for n in range(6, 13)]
+
+    image = ["--image", f"T1={world.root / 'scans' / '0.nii.gz'}"]
+    asked = ["generate", run, "Which sex?", *image, "--numbers", "6:12:1"]
+    *_, mean, median, inner, outer = umbrella(*asked, "--number-text", "{}").splitlines()
+    number = rows["grid"][0]["number"]
+    assert mean.split() == ["expectation", f"{number['expectation']:.4g}"]
+    assert median.split() == ["median", f"{number['median']:g}"]
+    for line, level in ((inner, 80), (outer, 95)):
+        low, high = number[f"interval_{level}"]
+        assert line.split() == [f"{level}", "%", "interval", f"{low:g}", "to", f"{high:g}"]
+    assert "expected exactly one number, as in '27.5'; give --number-text" in umbrella(*asked, code=2)

@@ -21,7 +21,7 @@ from umbrella_jax.cli.options import (
     start_processes,
 )
 from umbrella_jax.config.load import parse_mesh
-from umbrella_jax.config.schema import DataConfig, ModalityConfig, RunConfig, modality_names
+from umbrella_jax.config.schema import DataConfig, ModalityConfig, NumbersConfig, RunConfig, modality_names
 from umbrella_jax.errors import ConfigError, visible
 
 _PATH_STEPS = 16
@@ -43,6 +43,12 @@ def add(commands: Any) -> None:
     generate.add_argument("prompt", metavar="PROMPT", help="question to the model")
     _add_image(generate)
     generate.add_argument("--answers", nargs="+", metavar="TEXT", help="score these answers instead of generating one")
+    generate.add_argument(
+        "--numbers", type=_grid, metavar="LOW:HIGH:STEP", help="also print expectation, median and intervals"
+    )
+    generate.add_argument(
+        "--number-text", metavar="TEXT", help="how numbers are written, as '{} years.'; default as the answer"
+    )
     _add_sampling(generate)
 
     predict = add_command(
@@ -119,6 +125,14 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed for sampling; default 0")
 
 
+def _grid(text: str) -> tuple[float, ...]:
+    try:
+        low, high, step = map(float, text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected LOW:HIGH:STEP, such as 18:90:1, got {text!r}") from None
+    return low, high, step
+
+
 def _sampling(arguments: argparse.Namespace) -> Any:
     from umbrella_jax.inference.generate import Sampling
 
@@ -166,10 +180,25 @@ def _open_checkpoint(arguments: argparse.Namespace, config: RunConfig | None) ->
 
 def _generate(arguments: argparse.Namespace) -> None:
     from umbrella_jax.checkpoints.load import load_opened
-    from umbrella_jax.inference.generate import probabilities, stream
+    from umbrella_jax.inference.generate import probabilities, read_numbers, stream
     from umbrella_jax.inference.processor import Processor
+    from umbrella_jax.scoring.number_grid import NumberGrid, NumberTemplate
 
     sampling, config = _sampling(arguments), settings_of(arguments)
+    numbers = None
+    if arguments.numbers:
+        low, high, step = arguments.numbers
+        numbers = NumbersConfig(low=low, high=high, step=step, text=arguments.number_text)
+    faults = [
+        f"{flag}: is of no use {reason}; leave it out"
+        for flag, reason in {
+            "--numbers": arguments.answers and numbers and "with --answers",
+            "--number-text": arguments.number_text and not numbers and "without --numbers",
+        }.items()
+        if reason
+    ]
+    if faults:
+        raise ConfigError(faults)
     if arguments.answers and sampling.temperature:
         raise ConfigError("--temperature: is of no use with --answers, from which nothing is drawn; leave it out")
     checkpoint = _open_checkpoint(arguments, config)
@@ -201,6 +230,16 @@ def _generate(arguments: argparse.Namespace) -> None:
             print(text.removeprefix(shown), end="", flush=True)
             shown = text
     print(text.removeprefix(shown))
+    if numbers:
+        place, remedy = "--numbers", "give --number-text, such as '{} years.'"
+        given = NumberTemplate.parse(numbers.text) if numbers.text else None
+        grid = NumberGrid.write(numbers, given or NumberTemplate.infer(place, [text], remedy), place)
+        (number,) = read_numbers(model, batch, processor.numbers(grid), grid.values).summaries()
+        for name, value in number.items():
+            level = name.removeprefix("interval_")
+            label = name if level == name else f"{level} % interval"
+            ends = value if isinstance(value, list) else [value]
+            print(f"{label:<16}{' to '.join(f'{end:.4g}' for end in ends)}")
 
 
 def _predict(arguments: argparse.Namespace) -> None:

@@ -155,6 +155,7 @@ def _score(arguments: argparse.Namespace) -> None:
     from umbrella_jax.scoring.folds import NOTE, score_folds
     from umbrella_jax.scoring.groups import score_groups
     from umbrella_jax.scoring.metrics import cut_faults, pool_predictions, read_predictions, score, tasks_of
+    from umbrella_jax.scoring.number_calibration import calibrate_numbers
     from umbrella_jax.scoring.paper_table import check_table
 
     _check_adjust_from(arguments)
@@ -181,6 +182,8 @@ def _score(arguments: argparse.Namespace) -> None:
     if faults := cut_faults(rows, tasks):
         raise DataError(faults)
     more: dict[str, Any] = {}
+    if calibration := calibrate_numbers(rows, tasks, resamples=config.resamples):
+        more["numbers"] = calibration
     if arguments.by:
         more["by"] = score_groups(rows, tasks, arguments.by, resamples=config.resamples)
     if arguments.adjust:

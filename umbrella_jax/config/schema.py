@@ -44,6 +44,9 @@ Metric = Literal[
     "bleu",
     "chrf",
     "rouge_l",
+    "crps",
+    "coverage",
+    "interval_width",
 ]
 
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
@@ -474,6 +477,9 @@ LOWER_IS_BETTER: dict[str, bool | None] = {
     "bleu": False,
     "chrf": False,
     "rouge_l": False,
+    "crps": True,
+    "coverage": None,
+    "interval_width": None,
 }
 """{metric: whether low values are good; None if neither end is}, for every `Metric`, the loss and `unparsable`."""
 
@@ -481,7 +487,8 @@ LOWER_IS_BETTER: dict[str, bool | None] = {
 def lower_is_better(metric: str) -> bool | None:
     """Return whether low values of an evaluation's metric, `eval_METRIC/TASK`, are good; None if neither end is.
 
-    A `copy_rate` should be near chance, except where copying is an error (`copy_rate/TASK/different`).
+    A `copy_rate` should be near chance, except where copying is an error (`copy_rate/TASK/different`), and a `coverage`
+    near its nominal level.
     """
     name = metric.removeprefix("eval_").removeprefix("macro/")
     kind = name.partition("/")[0]
@@ -503,6 +510,41 @@ class MeshConfig(Section):
     """Number of parts into which every layer's heads and MLP, and the vocabulary, are split."""
 
 
+MAX_NUMBERS = 1000
+"""Largest number of candidate numbers of a task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumbersConfig(Section):
+    """Candidate numbers of a regression: `low`, `low + step`, ... up to `high`.
+
+    The model's likelihoods of all of them give an expectation, a median and intervals beside its answer
+    (docs/metrics.md, "Numbers with intervals").
+    """
+
+    low: Annotated[float, Range()]
+    """Smallest candidate; no reference may be smaller."""
+    high: Annotated[float, Range()]
+    """Largest candidate; no reference may be larger."""
+    step: Positive = 1.0
+    """Distance between candidates."""
+    text: str | None = None
+    """How an answer is written, with `{}` for the number or `{:.1f}` for one with one decimal: `{} years.` Default: as
+    the references, which must then differ in nothing but the number."""
+
+    def contradictions(self) -> Iterator[str]:
+        if self.high <= self.low:
+            yield f"high: expected more than low ({self.low:g}), got {self.high:g}"
+        elif not 1 <= (steps := (self.high - self.low) / self.step) < MAX_NUMBERS:
+            yield f"step: {self.step:g} gives {int(steps) + 1:,} candidates; expected 2 to {MAX_NUMBERS}"
+        if self.text is not None and len(re.findall(NUMBER_PLACE, self.text)) != 1:
+            yield f"text: expected one place for the number, as in '{{}} years.' or '{{:.1f}} mm', got {self.text!r}"
+
+
+NUMBER_PLACE = r"\{(?::\.(\d)f)?\}"
+"""Pattern of the place of the number in `NumbersConfig.text`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig(Section):
     """How to score the answers to one task; the rules of docs/metrics.md infer fields left out from the data."""
@@ -515,6 +557,9 @@ class TaskConfig(Section):
     unit: str | None = None
     """Unit that may follow the number of a regression, such as `years`; any other word after it makes the answer
     unparsable. Default: the unit of the references; if they have none, whatever follows the number is ignored."""
+    numbers: NumbersConfig | None = None
+    """Candidate numbers of a regression. With them, each evaluation and `umbrella-jax predict` give an expectation, a
+    median and intervals beside the answer."""
     findings: str | None = None
     """List of words (YAML) by which the findings of a report are found; it makes the task a `report`. Default: the
     package's list for brain MRI."""
@@ -523,12 +568,13 @@ class TaskConfig(Section):
 
     def contradictions(self) -> Iterator[str]:
         closed, number, text = ("classification", "comparison"), ("regression",), ("report",)
-        for name, kinds in [("answers", closed), ("unit", number), ("findings", text)]:
+        for name, kinds in [("answers", closed), ("unit", number), ("numbers", number), ("findings", text)]:
             if getattr(self, name) is not None and self.kind not in (None, *kinds):
                 yield f"{name}: a {self.kind} has none; leave it out, or set kind to {' or '.join(kinds)}"
-        if self.answers is not None and self.unit is not None:
-            yield "answers and unit: expected one of them: labels have no unit, numbers no closed set"
-        for name in ("answers", "unit"):
+        for name in ("unit", "numbers"):
+            if self.answers is not None and getattr(self, name) is not None:
+                yield f"answers and {name}: expected one of them: labels have no {name}, numbers no closed set"
+        for name in ("answers", "unit", "numbers"):
             if self.findings is not None and getattr(self, name) is not None:
                 yield f"{name} and findings: expected one of them: a report has no {name}"
         if self.answers is not None and len(self.answers) < 2:
@@ -547,7 +593,8 @@ class EvaluationConfig(Section):
     """Tasks by name: `metadata.task` of the conversations, else their `task_type`. Tasks not listed here are inferred
     from the data."""
     likelihoods: bool = False
-    """At each evaluation, also compute the probability of every answer of a closed set, for AUROC and calibration."""
+    """At each evaluation, also compute the probability of every answer of a closed set, for AUROC and calibration.
+    Those of candidate numbers (`numbers` of a task) are always computed."""
     resamples: CountOrZero = 1000
     """Resamples of subjects for the 95 % intervals of a report; 0 for no intervals. Evaluations during training have
     none."""

@@ -338,8 +338,8 @@ def whole_batch(dataset: Dataset, *, prompts: bool) -> Batch:
 
 
 def _first(batch: Batch) -> Batch:
-    """Return the first micro-batch, without axis A."""
-    leaves: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(Batch)}
+    """Return the first micro-batch, without axis A, of a batch without candidate numbers."""
+    leaves: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(Batch) if f.name != "numbers"}
     volumes = leaves.pop("volumes")
     first: dict[str, Any] = {name: leaf[0] for name, leaf in leaves.items()}
     return Batch(**first | {"volumes": {modality: leaf[0] for modality, leaf in volumes.items()}})

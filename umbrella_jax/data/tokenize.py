@@ -375,6 +375,33 @@ def encode_answers(
     return encoded
 
 
+def encode_numbers(
+    conversation: Conversation,
+    numbers: Sequence[str],
+    stems: Sequence[str],
+    tokenizer: Any,
+    *,
+    template: Template = "umbrella",
+) -> list[list[int]]:
+    """Return the tokens of each number after `encode_prompt`, up to the one after the number, inclusive.
+
+    What follows is the same for all numbers, and a model that has learnt the task writes it with probability 1. If a
+    token spans the end of a number, all are encoded as by `encode_answers`.
+
+    Args:
+        numbers: answers with one number each.
+        stems: each answer up to the end of its number.
+
+    Raises:
+        DataError: as `encode_answers`.
+    """
+    whole = encode_answers(conversation, numbers, tokenizer, template=template)
+    starts = [ids[:-1] for ids in encode_answers(conversation, stems, tokenizer, template=template)]
+    if any(ids[: len(start)] != start for ids, start in zip(whole, starts, strict=True)):
+        return whole
+    return [ids[: len(start) + 1] for ids, start in zip(whole, starts, strict=True)]
+
+
 def length_faults(
     questions: Iterable[tuple[Conversation, Iterable[str]]],
     tokenizer: Any,

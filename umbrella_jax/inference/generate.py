@@ -15,13 +15,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, Key, UInt32
 
-from umbrella_jax.batch import AnyArray, Batch
+from umbrella_jax.batch import NONE as NONE
+from umbrella_jax.batch import AnswerTree, AnyArray, Batch
+from umbrella_jax.data.answer_trees import answer_trees
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import KVCache, Llava, Params, merge, split
+from umbrella_jax.models.qwen2 import visible_nodes
+from umbrella_jax.scoring.numeric import NumberDistributions
 from umbrella_jax.training.diagnose import nonfinite_error
-
-NONE = -1
-"""Token id after the end of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,33 +170,22 @@ def choose(logits: Float32[Array, "B V"], keys: Key[Array, "B"], sampling: Sampl
 
 @partial(jax.jit, static_argnames=("graphdef",))
 def score_answers(
-    params: Params, state: Decoding, answers: Int32[AnyArray, "B A N"], *, graphdef: nnx.GraphDef
+    params: Params, state: Decoding, answers: AnswerTree, *, graphdef: nnx.GraphDef
 ) -> Float32[Array, "B A"]:
     """Return log p(answer | prompt), summed over the answer's tokens.
 
     Args:
         state: the result of `prefill`, before any call of `decode`.
-        answers: token ids, the ending one included, padded with `NONE`. An answer without tokens has log-probability 0.
+        answers: as `answer_trees` returns them. An answer without tokens has log-probability 0.
     """
     language_model = merge(graphdef, params).language_model
-    b, a, n = answers.shape
-    hidden = jnp.broadcast_to(state.hidden[:, None, None], (b, a, 1, state.hidden.shape[-1]))
-    if n > 1:  # the prompt's last hidden state predicts the first token
-        inputs = jnp.maximum(answers[..., :-1], 0).reshape(b, a * (n - 1))
-        x = language_model.model.embed_tokens(inputs).astype(state.hidden.dtype)
-        positions = jnp.tile(state.lengths[:, None] + jnp.arange(n - 1)[None], (1, a))
-        later, _, _ = language_model.model.extend(x, positions, state.cache, ways=a)
-        hidden = jnp.concatenate([hidden, later.reshape(b, a, n - 1, -1)], axis=2)
-
-    def score(
-        answer: tuple[Float[Array, "B N D"], Int32[Array, "B N"]],
-    ) -> Float32[Array, "B"]:  # one answer at a time, since each token has V logits
-        hidden, tokens = answer
-        logits = language_model.logits(hidden)
-        of_token = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[..., None], axis=-1)[..., 0]
-        return jnp.where(tokens == NONE, 0, of_token - jax.nn.logsumexp(logits, axis=-1)).sum(-1)
-
-    return jax.lax.map(score, (hidden.swapaxes(0, 1), answers.swapaxes(0, 1))).T
+    x = language_model.model.embed_tokens(answers.tokens[:, 1:]).astype(state.hidden.dtype)
+    positions = state.lengths[:, None] + answers.depths[:, 1:] - 1
+    sees = visible_nodes(answers)[:, 1:, 1:]
+    later, _, _ = language_model.model.extend(x, positions, state.cache, sees)
+    # the prompt's last hidden state predicts the first token
+    hidden = jnp.concatenate([state.hidden[:, None], later], axis=1)
+    return language_model.answer_scores(hidden, answers.next_tokens)
 
 
 def stream(
@@ -256,7 +246,8 @@ def probabilities(model: Llava, batch: Batch, answers: Int[AnyArray, "... A N"])
     It is not normalised by length: a longer answer is a product of more factors, as in the model.
 
     Args:
-        answers: [A, N] or [B, A, N], as for `score_answers`; `Processor.answers` returns them.
+        answers: token ids [A, N] or [B, A, N], the ending one included, padded with `NONE`; `Processor.answers`
+            returns them.
 
     Raises:
         CheckpointError, RunError: as `generate`.
@@ -264,11 +255,26 @@ def probabilities(model: Llava, batch: Batch, answers: Int[AnyArray, "... A N"])
     model.config.check_trained(batch.volumes)
     graphdef, params = split(model)
     state = prefill(params, batch, graphdef=graphdef, max_new_tokens=1)
-    tokens = jnp.broadcast_to(jnp.asarray(answers), (len(batch.lengths), *answers.shape[-2:]))
-    scores = np.asarray(score_answers(params, state, tokens, graphdef=graphdef), np.float64)
+    tokens = np.broadcast_to(np.asarray(answers), (len(batch.lengths), *answers.shape[-2:]))
+    scores = np.asarray(score_answers(params, state, answer_trees(tokens.tolist()), graphdef=graphdef), np.float64)
     _check_finite("likelihoods", np.asarray(np.isfinite(scores).all(-1)), model, batch)
     shares = np.exp(scores - scores.max(-1, keepdims=True))
     return shares / shares.sum(-1, keepdims=True)
+
+
+def read_numbers(
+    model: Llava, batch: Batch, numbers: Int[AnyArray, "... A N"], values: Sequence[float]
+) -> NumberDistributions:
+    """Return the model's distributions over candidate numbers, one for each row of the batch.
+
+    Args:
+        numbers: tokens of the candidates, as `Processor.numbers` returns them.
+        values: the candidates, ascending (`NumberGrid.values`).
+
+    Raises:
+        CheckpointError, RunError: as `generate`.
+    """
+    return NumberDistributions(np.array(values, np.float64), probabilities(model, batch, numbers))
 
 
 def _check_finite(what: str, finite: Bool[np.ndarray, "B"], model: Llava, batch: Batch) -> None:

@@ -16,19 +16,20 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool
 from tqdm import tqdm
 
-from umbrella_jax.batch import Batch
-from umbrella_jax.checkpoints.checkpoint import Checkpoint
-from umbrella_jax.config.load import flat
+from umbrella_jax.batch import AnswerTree, Batch
+from umbrella_jax.checkpoints.checkpoint import Checkpoint, RunCheckpoint
+from umbrella_jax.config.load import flat, load_stored_config
 from umbrella_jax.config.schema import DataConfig, MeshConfig, ModalityConfig, TaskConfig, Template, to_dict
 from umbrella_jax.console import Progress, Work
+from umbrella_jax.data.answer_trees import AnswerEncoder, Answers, answer_trees, tree_shape
 from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.data.epoch_plan import BatchShape
 from umbrella_jax.data.inputs import digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, empty_batch, eval_batches, eval_shapes
-from umbrella_jax.data.tokenize import CachingTokenizer, encode_answers, length_faults
+from umbrella_jax.data.tokenize import length_faults
 from umbrella_jax.distributed import SHA256, broadcast, check_same, gather, raise_together
 from umbrella_jax.errors import ConfigError, DataError, Faults
 from umbrella_jax.inference.generate import GREEDY, NONE, Sampling, decode, prefill, score_answers
@@ -36,9 +37,10 @@ from umbrella_jax.inference.processor import Processor
 from umbrella_jax.io.files import PRIVATE, append_line, check_output, naming, strict_json, take_lock, write_whole
 from umbrella_jax.io.reading import parse_json
 from umbrella_jax.models import Params, abstract_params, native_backend
-from umbrella_jax.rundir import Say, Step, say_nothing
+from umbrella_jax.rundir import CONFIG, Say, Step, say_nothing
 from umbrella_jax.scoring.metrics import Task, task_of, tasks_of
 from umbrella_jax.scoring.rows import Answer, Row, blank_rows, with_answer
+from umbrella_jax.scoring.tasks import number_tasks
 from umbrella_jax.sharding import MeshShape, abstract_batch, make_mesh, param_sharding, parts, put_batch
 from umbrella_jax.training.checkpoint import checksums
 from umbrella_jax.training.diagnose import nonfinite_error
@@ -53,7 +55,7 @@ def check_lengths(
     max_new_tokens: int,
     setting: str,
 ) -> None:
-    """Raise DataError if a right answer, or one of a closed set, takes more than `max_new_tokens` tokens.
+    """Raise DataError if a right or a possible answer takes more than `max_new_tokens` tokens.
 
     Args:
         tasks: the known tasks; a row with a blank reference is not checked if its task is unknown.
@@ -64,9 +66,9 @@ def check_lengths(
         task = tasks.get(task_of(row))
         if row["reference"]:
             yield row["reference"]
-        elif task:
+        elif task and task.numbers is None:
             yield task.truth(row)
-        yield from (task and task.answers) or ()
+        yield from task.choices if task else ()
 
     asked = zip(conversations, map(answers, rows), strict=True)
     if faults := length_faults(asked, tokenizer, max_new_tokens, setting, template=template):
@@ -74,33 +76,52 @@ def check_lengths(
 
 
 class Choices:
-    """The closed set of answers to each conversation, as tokens of one shape [A, N] for the whole data set."""
+    """The answers to each conversation whose likelihoods are computed, as trees of one shape for the whole data set."""
 
     def __init__(self, dataset: Dataset, processor: Processor, rows: Sequence[Row], tasks: Mapping[str, Task]):
-        """Encode the answers. Raises DataError if the tokens of prompt and answer do not start with the prompt's."""
-        self.texts = [tasks[task_of(row)].answers or () for row in rows]
-        encoded, faults, tokenizer = [], Faults(), CachingTokenizer(processor.tokenizer)
-        for conversation, texts in zip(dataset.conversations, self.texts, strict=True):
+        """Encode the closed sets and candidate numbers of `tasks`; rows of other tasks have none.
+
+        Raises DataError if the tokens of prompt and answer do not start with the prompt's.
+        """
+        asked = [tasks.get(task_of(row)) for row in rows]
+        self.texts = [task.choices if task else () for task in asked]
+        encode, faults = AnswerEncoder(processor.tokenizer, processor.template), Faults()
+        self._encoded = list[Answers]()
+        for conversation, task in zip(dataset.conversations, asked, strict=True):
             with faults:
-                encoded.append(encode_answers(conversation, texts, tokenizer, template=processor.template))
+                stems = task.numbers.stems if task and task.numbers else None
+                self._encoded.append(encode(conversation, task.choices, stems) if task else ())
         faults.raise_as(DataError)
-        self._shape = (max(map(len, encoded)), max(len(ids) for answers in encoded for ids in answers))
-        self._encoded = encoded
+        starts = range(0, max(map(len, self.texts)), _CHUNK)
+        self._chunks = {start: tree_shape([_chunk(answers, start) for answers in self._encoded]) for start in starts}
 
     @classmethod
     def for_tasks(
-        cls, dataset: Dataset, processor: Processor, rows: Sequence[Row], tasks: Mapping[str, Task]
+        cls,
+        dataset: Dataset,
+        processor: Processor,
+        rows: Sequence[Row],
+        tasks: Mapping[str, Task],
+        *,
+        closed_sets: bool,
     ) -> "Choices | None":
-        """Return the choices, or None if no task has a closed set of answers."""
-        return cls(dataset, processor, rows, tasks) if any(task.answers for task in tasks.values()) else None
+        """Return the choices: all candidate numbers and, if `closed_sets`, all closed sets; None if there are none."""
+        having = {n: task for n, task in tasks.items() if task.numbers is not None or (closed_sets and task.answers)}
+        return cls(dataset, processor, rows, having) if having else None
 
-    def tokens(self, indices: Sequence[int], rows: int) -> Int32[np.ndarray, "{rows} A N"]:
-        """Return the answers to the conversations `indices`, padded with `NONE` on every axis."""
-        out = np.full((rows, *self._shape), NONE, np.int32)
-        for row, index in enumerate(indices):
-            for a, ids in enumerate(self._encoded[index]):
-                out[row, a, : len(ids)] = ids
-        return out
+    def trees(self, indices: Sequence[int], rows: int) -> Iterator[AnswerTree]:
+        """Yield the answers to the conversations `indices`, a chunk at a time, each padded to `rows` rows."""
+        for start, shape in self._chunks.items():
+            answers = [_chunk(self._encoded[index], start) for index in indices]
+            yield answer_trees([*answers, *[()] * (rows - len(answers))], shape)
+
+
+_CHUNK = 256
+"""Largest number of answers whose likelihoods are computed at a time, which bounds the memory."""
+
+
+def _chunk(answers: Answers, start: int) -> Answers:
+    return answers if start == 0 and len(answers) <= _CHUNK else answers[start : start + _CHUNK]
 
 
 def generate_answers(
@@ -147,7 +168,9 @@ def generate_answers(
         state = prefill(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens)
         scores = None
         if choices is not None:
-            scores = _gathered(score_answers(params, state, choices.tokens(indices, rows), graphdef=graphdef))
+            trees = choices.trees(indices, rows)
+            scored = [score_answers(params, state, tree, graphdef=graphdef) for tree in trees]
+            scores = np.concatenate(_gathered(scored), axis=1)
             require("likelihoods", np.isfinite(scores[: len(indices)]).all(-1))
         seeds = np.zeros(rows, np.uint32)
         seeds[: len(indices)] = [np.random.SeedSequence([seed, i]).generate_state(1)[0] for i in indices]
@@ -196,8 +219,8 @@ def compile_answers(
             compiled.output_shardings,
         )
         if choices is not None:
-            tokens = choices.tokens((), rows)
-            yield "likelihoods", shape, score_answers.lower(params, state, tokens, graphdef=graphdef).compile()
+            for tree in choices.trees((), rows):
+                yield "likelihoods", shape, score_answers.lower(params, state, tree, graphdef=graphdef).compile()
         seeds, until = np.zeros(rows, np.uint32), jnp.int32(max_new_tokens)
         options: dict[str, Any] = {"graphdef": graphdef, "sampling": sampling}
         yield "answers", shape, decode.lower(params, state, stop, seeds, until, **options).compile()
@@ -252,14 +275,16 @@ def predict(
         source: a run, an export, a native checkpoint, or anything else that `umbrella_jax.load` takes.
         data: the settings of the data; `eval` names the conversations.
         likelihoods: also compute the likelihood of every answer of a closed set.
-        tasks: as `evaluation.tasks` of a configuration.
+            Those of candidate numbers are always computed.
+        tasks: as `evaluation.tasks` of a configuration; by default those of the run.
         modalities: modalities for a stock LLaVA.
         allow_untrained, step: as for `umbrella_jax.load`.
         resume: continue from the `.part` file of an earlier call.
         say: receives a progress line now and then if stderr is not a terminal.
 
     Returns:
-        The rows (`Row`), as in `out`; `likelihoods` are natural logarithms.
+        The rows (`Row`), as in `out`; `likelihoods` are natural logarithms. With candidate numbers, a row has
+        `number` too: `expectation`, `median`, `interval_80` and `interval_95`.
 
     Raises:
         ConfigError: `out` exists, or its directory does not; an earlier call left a `.part` file without `resume`, or
@@ -295,16 +320,19 @@ def predict(
         dataset = processor.datasets(data, ("eval",))["eval"]
         checkpoint.config.check_trained(image.modality for c in dataset.conversations for image in c.images)
         rows = blank_rows(dataset.conversations)
-        choices, known = None, dict[str, Task]()
+        choices = None
         limit = (processor.tokenizer, processor.template, max_new_tokens, "max_new_tokens (--max-new-tokens)")
-        if likelihoods:
-            names = {task_of(row) for row in rows}
-            known = tasks_of(rows, {name: task for name, task in (tasks or {}).items() if name in names})
-            choices = Choices.for_tasks(dataset, processor, rows, known)
-            if choices is None:
-                raise ConfigError(
-                    "likelihoods: no task of the data has a closed set of answers; name them in evaluation.tasks"
-                )
+        if tasks is None and isinstance(checkpoint, RunCheckpoint):
+            tasks = load_stored_config(checkpoint.path / CONFIG).evaluation.tasks
+        configured = {name: task for name, task in (tasks or {}).items() if name in set(map(task_of, rows))}
+        known = tasks_of(rows, configured) if likelihoods else number_tasks(rows, configured)
+        if known:
+            choices = Choices.for_tasks(dataset, processor, rows, known, closed_sets=likelihoods)
+        if likelihoods and choices is None:
+            raise ConfigError(
+                "likelihoods: no task of the data has a closed set of answers or candidate numbers; name them in "
+                "evaluation.tasks"
+            )
         check_lengths(dataset.conversations, rows, known, *limit)
         inputs = read_inputs(data, {"eval": dataset})
     params = checkpoint.params(sharding_for=partial(param_sharding, devices))
@@ -320,7 +348,7 @@ def predict(
         "conversations": len(rows),
         "max_new_tokens": max_new_tokens,
         "sampling": asdict(sampling) | ({"seed": seed} if sampling.temperature else {}),
-        "likelihoods": {name: list(task.answers) for name, task in known.items() if task.answers},
+        "likelihoods": {name: list(task.choices) for name, task in known.items() if task.choices},
         "cache_dtype": data.cache_dtype,
         "compute_dtype": compute_dtype,
         **{f"config.json: {key}": value for key, value in flat(architecture).items()},
@@ -359,7 +387,10 @@ def predict(
             only=left,
             progress=progress,
         ):
-            fresh = {index: with_answer(rows[index], answer) for index, answer in batch_answers.items()}
+            fresh = {
+                index: with_answer(rows[index], answer, known.get(task_of(rows[index])))
+                for index, answer in batch_answers.items()
+            }
             done |= fresh
             if part:
                 part.write(fresh)

@@ -21,12 +21,14 @@ from umbrella_jax.config.schema import (
     modality_names,
     resolve_modality,
 )
+from umbrella_jax.data.answer_trees import AnswerEncoder
 from umbrella_jax.data.cache import Sources, VolumeCache
 from umbrella_jax.data.conversation import Conversation, Image, Message
 from umbrella_jax.data.loader import Dataset, whole_batch
-from umbrella_jax.data.tokenize import check_template, decode_ids, encode_answers, encode_prompt, stop_ids
+from umbrella_jax.data.tokenize import check_template, decode_ids, encode_prompt, stop_ids
 from umbrella_jax.data.volume import check_volumes
 from umbrella_jax.errors import ConfigError, DataError, Faults
+from umbrella_jax.scoring.number_grid import NumberGrid
 
 _log = logging.getLogger(__name__)
 _REMARKS = 10
@@ -208,10 +210,20 @@ class Processor:
 
         Raises DataError if the tokens of prompt and answer do not start with the prompt's tokens.
         """
+        return self._answers(texts, None)
+
+    def numbers(self, grid: NumberGrid) -> Int32[np.ndarray, "A N"]:
+        """Return candidate numbers as tokens, each up to the token after the number and padded with -1.
+
+        Raises DataError as `answers`.
+        """
+        return self._answers(grid.texts, grid.stems)
+
+    def _answers(self, texts: Sequence[str], stems: Sequence[str] | None) -> Int32[np.ndarray, "A N"]:
         conversation = Conversation(
             "prompt", None, (Message("user", ("",)), Message("assistant", ("",))), {}, "answers"
         )
-        encoded = encode_answers(conversation, texts, self.tokenizer, template=self.template)
+        encoded = AnswerEncoder(self.tokenizer, self.template)(conversation, texts, stems)
         out = np.full((len(encoded), max(map(len, encoded))), -1, np.int32)
         for row, ids in zip(out, encoded, strict=True):
             row[: len(ids)] = ids

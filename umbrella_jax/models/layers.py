@@ -18,6 +18,7 @@ from umbrella_jax.models.attention.cudnn import is_cudnn_forward
 from umbrella_jax.models.parallel import look_up, split_rows
 
 M = TypeVar("M", bound=nnx.Module)
+X = TypeVar("X")
 _init = nnx.initializers.normal(0.02)  # as Hugging Face initialises SigLIP and Qwen2
 
 
@@ -155,20 +156,26 @@ _POLICIES: dict[str, Any] = {
 
 
 def scan_layers(
-    layers: nnx.Module, x: Float[Array, "*shape"], *args: Any, remat: RematPolicy
-) -> Float[Array, "*shape"]:
+    layers: nnx.Module,
+    x: X,
+    *args: Any,
+    remat: RematPolicy,
+    call: Callable[..., X] = lambda layer, x, *args: layer(x, *args),
+) -> X:
     """Run x through stacked `layers` in order, as a scan: compile time does not grow with depth.
 
     Args:
-        layers: a module from `stack_layers`, called as `layer(x, *args)`.
+        layers: a module from `stack_layers`, called as `call(layer, x, *args)`.
+        x: an array, or a tree of arrays; their first axis is rows.
         args: passed to every layer unchanged.
         remat: which products with weights the backward pass recomputes: `none`, those at the input of each layer's
             `mlp`, or all (`full`). Anything cheaper than a product is always recomputed.
+        call: returns the layer's output, of the same shapes as x.
     """
     graphdef, params = nnx.split(layers)
 
-    def body(x: Array, params: nnx.State) -> tuple[Array, None]:
-        return nnx.merge(graphdef, params)(split_rows(x), *args), None
+    def body(x: X, params: nnx.State) -> tuple[X, None]:
+        return call(nnx.merge(graphdef, params), jax.tree.map(split_rows, x), *args), None
 
     body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)  # a scan prevents CSE anyway
     return jax.lax.scan(body, x, params)[0]

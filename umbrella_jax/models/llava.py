@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from umbrella_jax.batch import AnyArray, Batch
+from umbrella_jax.batch import AnswerTree, AnyArray, Batch
 from umbrella_jax.config.schema import AttentionBackend, LoraConfig, ModalityConfig, RematPolicy
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.models.attention import choose_backend, explain_backend
@@ -133,8 +133,24 @@ class Llava(nnx.Module):
 
     def target_logits(self, batch: Batch) -> Float32[Array, "B K V"]:
         """Return logits at the supervised positions only."""
-        hidden = jnp.take_along_axis(self.hidden_states(batch), batch.target_pos[..., None], axis=1)
-        return self.language_model.logits(hidden)
+        return self._logits_at(self.hidden_states(batch), batch.target_pos)
+
+    def target_logits_and_scores(
+        self, batch: Batch, tree: AnswerTree, prompt_lengths: Int[AnyArray, "B"]
+    ) -> tuple[Float32[Array, "B K V"], Float32[Array, "B A"]]:
+        """Return logits at the supervised positions, and log p(answer | prompt) of each answer of `tree`.
+
+        Args:
+            prompt_lengths: positions of each conversation that the answers continue.
+        """
+        decoder = self.language_model.model
+        embeds = self.inputs_embeds(batch)
+        hidden, nodes = decoder.with_answers(embeds, batch.positions, batch.lengths, tree, prompt_lengths)
+        scores = self.language_model.answer_scores(nodes, tree.next_tokens)
+        return self._logits_at(hidden, batch.target_pos), scores
+
+    def _logits_at(self, hidden: Float[Array, "B T D"], places: Int[AnyArray, "B K"]) -> Float32[Array, "B K V"]:
+        return self.language_model.logits(jnp.take_along_axis(hidden, places[..., None], axis=1))
 
     def __call__(self, batch: Batch) -> Float32[Array, "B T V"]:
         """Return logits at every position; those beyond a row's length are meaningless."""

@@ -15,7 +15,7 @@ from flax.core import FrozenDict
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from umbrella_jax.batch import AnyArray
+from umbrella_jax.batch import NONE, AnswerTree, AnyArray
 from umbrella_jax.config.schema import AttentionBackend, RematPolicy
 from umbrella_jax.models.attention import attention, extension_attention
 from umbrella_jax.models.layers import Embedding, Linear, RMSNorm, float32_product, scan_layers, stack_layers
@@ -174,6 +174,38 @@ class Qwen2Model(nnx.Module):
         attend = partial(attention, causal=True, lengths=lengths, backend=self.backend)
         return self.norm(scan_layers(self.layers, x, cos, sin, attend, remat=self.remat))
 
+    def with_answers(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[AnyArray, "B T"],
+        lengths: Int[AnyArray, "B"],
+        tree: AnswerTree,
+        prompt_lengths: Int[AnyArray, "B"],
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B N D"]]:
+        """Return what a call returns, and the last hidden states of the nodes of `tree`.
+
+        Both go through the layers together, so that no layer's keys and values are kept for another pass.
+
+        Args:
+            tree: answers to the first part of each row.
+            prompt_lengths: positions of that part; no node sees a position after it.
+        """
+        tables = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        node_positions = prompt_lengths[:, None] + tree.depths[:, 1:] - 1
+        node_tables = rope_tables(node_positions, self.config.head_dim, self.config.rope_theta)
+        attend = partial(attention, causal=True, lengths=lengths, backend=self.backend)
+        used = jnp.arange(x.shape[1])[None] < prompt_lengths[:, None]
+        sees = visible_nodes(tree)[:, 1:, 1:]
+
+        def call(layer: Qwen2DecoderLayer, both: tuple[Array, Array]) -> tuple[Array, Array]:
+            x, k, v = layer.with_keys_and_values(both[0], *tables, attend)
+            past = {"past_k": k.transpose(0, 2, 1, 3), "past_v": v.transpose(0, 2, 1, 3)}
+            return x, layer(both[1], *node_tables, partial(extension_attention, used=used, sees=sees, **past))
+
+        both = (x, self.embed_tokens(tree.tokens[:, 1:]).astype(x.dtype))
+        hidden, nodes = map(self.norm, scan_layers(self.layers, both, remat=self.remat, call=call))
+        return hidden, _with_root(hidden, nodes, prompt_lengths)
+
     def prefill(
         self, x: Float[Array, "B T D"], positions: Int[AnyArray, "B T"], lengths: Int[AnyArray, "B"]
     ) -> tuple[Float[Array, "B T D"], KVCache]:
@@ -184,14 +216,21 @@ class Qwen2Model(nnx.Module):
         return hidden, KVCache(k=k, v=v, used=used)
 
     def extend(
-        self, x: Float[Array, "B T D"], positions: Int[AnyArray, "B T"], cache: KVCache, ways: int = 1
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[AnyArray, "B T"],
+        cache: KVCache,
+        sees: Bool[Array, "B T T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T Dh"], Float[Array, "L B K T Dh"]]:
-        """Continue each row by W = `ways` alternative continuations of N positions; T = W·N.
+        """Continue each row by T positions, which see the row's cache.
 
-        Each sees the row's cache and itself, not the others. Returns the last hidden states after the final norm, and
-        the new keys and values, which are not in the cache yet.
+        Returns the last hidden states after the final norm, and the new keys and values, which are not in the cache
+        yet.
+
+        Args:
+            sees: which new positions see each other; None for all up to itself.
         """
-        attend = partial(extension_attention, used=cache.used, ways=ways)
+        attend = partial(extension_attention, used=cache.used, sees=sees)
         return self._with_keys_and_values(x, positions, attend, {"past_k": cache.k, "past_v": cache.v})
 
     def _with_keys_and_values(
@@ -231,3 +270,48 @@ class Qwen2ForCausalLM(nnx.Module):
         """Map hidden states to logits."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return float32_product(x, head.weight[...].astype(x.dtype))
+
+    def answer_scores(
+        self, hidden: Float[Array, "B N D"], next_tokens: Int[AnyArray, "B N A"]
+    ) -> Float32[Array, "B A"]:
+        """Return log p(answer | prompt) of the answers of an `AnswerTree`, summed over their tokens.
+
+        Args:
+            hidden: last hidden states of the nodes.
+            next_tokens: as in `AnswerTree`. An answer that passes no node has log-probability 0.
+        """
+        b, n, a = next_tokens.shape
+        # A few nodes at a time, since each has V logits. The backward pass computes them again.
+        size = max(1, min(n, _MAX_LOGITS // (b * self.model.config.vocab_size)))
+        padding = ((0, 0), (0, -n % size), (0, 0))
+        hidden = jnp.pad(hidden, padding).reshape(b, -1, size, hidden.shape[-1]).swapaxes(0, 1)
+        tokens = jnp.pad(next_tokens, padding, constant_values=NONE).reshape(b, -1, size, a).swapaxes(0, 1)
+
+        def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
+            hidden, tokens = chunk
+            logits = self.logits(hidden)
+            of_tokens = jnp.take_along_axis(logits, jnp.maximum(tokens, 0), axis=-1)
+            scores = of_tokens - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+            return total + jnp.where(tokens == NONE, 0, scores).sum(1), None
+
+        return jax.lax.scan(jax.checkpoint(add, prevent_cse=False), jnp.zeros((b, a)), (hidden, tokens))[0]
+
+
+_MAX_LOGITS = 2**26
+"""Largest number of logits in memory while answers are scored: 256 MB in float32."""
+
+
+def visible_nodes(tree: AnswerTree) -> Bool[Array, "B N N"]:
+    """Return whether each node sees each other one: itself and its ancestors, with which it shares an answer."""
+    passes = (jnp.asarray(tree.next_tokens) != NONE).astype(jnp.float32)
+    shared = jnp.einsum("bia,bja->bij", passes, passes) > 0
+    is_before = tree.depths[:, None, :] <= tree.depths[:, :, None]
+    return (shared & is_before) | jnp.eye(shared.shape[1], dtype=bool)[None]  # so that padding sees a key too
+
+
+def _with_root(
+    hidden: Float[Array, "B T D"], nodes: Float[Array, "B M D"], prompt_lengths: Int[AnyArray, "B"]
+) -> Float[Array, "B N D"]:
+    """Put the hidden state of each prompt's last position, which is node 0, before those of the other nodes."""
+    last = jnp.take_along_axis(hidden, prompt_lengths[:, None, None] - 1, axis=1)
+    return jnp.concatenate([last, nodes], axis=1)

@@ -207,7 +207,7 @@ def _card(facts: Facts, sample: Sample, explained: Explanation | None) -> dict[s
     return {
         "sample": sample,
         "right": sample.row["reference"].strip() or facts.scores.tasks[sample.task].truth(sample.row),
-        "likelihoods": sample.row.get("likelihoods") or {},
+        "likelihoods": {} if sample.row.get("number") else sample.row.get("likelihoods") or {},
         "explained": explained,
         "turns": [
             (m.role, [f"[{names[part]}: {part.modality}]" if isinstance(part, Image) else part for part in m.parts])

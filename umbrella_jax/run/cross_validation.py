@@ -241,8 +241,13 @@ def _test(fold: _Fold, tasks: dict[str, Task], say: Say) -> None:
         if not line.startswith(f"{fold.run}: step "):  # the line above says it, and why
             say(line)
 
+    configured = config.evaluation.tasks
     known = {
-        name: TaskConfig(kind=task.kind, answers=task.answers if task.answers and len(task.answers) > 1 else None)
+        name: TaskConfig(
+            kind=task.kind,
+            answers=task.answers if task.answers and len(task.answers) > 1 else None,
+            numbers=configured[name].numbers if name in configured else None,
+        )
         for name, task in tasks.items()
     }
     closed = any(tasks[task_of(row)].answers for row in blank_rows(fold.test_set))

@@ -97,7 +97,9 @@ def evaluate(
         ):
             if interrupted():
                 return None
-            rows |= {index: with_answer(data.rows[index], answer) for index, answer in new.items()}
+            for index, answer in new.items():
+                row = data.rows[index]
+                rows[index] = with_answer(row, answer, data.tasks.get(task_of(row)))
     answered = [rows[index] for index in sorted(rows)]
     if jax.process_index() == 0:
         folder = run.out / PREDICTIONS

@@ -325,9 +325,10 @@ def _evaluation_data(config: RunConfig, dataset: Dataset | None, processor: Proc
         tasks = tasks_of(rows, config.evaluation.tasks)
         limit = (processor.tokenizer, processor.template, config.train.max_new_tokens, "train.max_new_tokens")
         check_lengths(dataset.conversations, rows, tasks, *limit)
-        choices = Choices.for_tasks(dataset, processor, rows, tasks) if config.evaluation.likelihoods else None
+        likelihoods = config.evaluation.likelihoods
+        choices = Choices.for_tasks(dataset, processor, rows, tasks, closed_sets=likelihoods)
         data = EvaluationData(dataset, rows, tasks, choices)
-        known = sorted(f"eval_{name}" for name in ("loss", *metric_names(tasks, likelihoods=bool(choices))))
+        known = sorted(f"eval_{name}" for name in ("loss", *metric_names(tasks, likelihoods=likelihoods)))
     asked = {"train.best_metric": config.train.best_metric}
     if config.train.early_stopping:
         asked["train.early_stopping.metric"] = config.train.early_stopping.metric

@@ -23,6 +23,7 @@ from umbrella_jax.scoring.bootstrap import (
     resample_statistics,
     subject_of,
 )
+from umbrella_jax.scoring.numeric import number_statistics
 from umbrella_jax.scoring.parse_answer import normalise, parse_number
 from umbrella_jax.scoring.tasks import (
     LIKELIHOOD_METRICS,
@@ -372,17 +373,25 @@ def _answer_faults(name: str, rows: Sequence[Prediction], task: Task) -> list[st
         if not isinstance(row.get("prediction"), str)
     ]
     having = [row for row in rows if row.get("likelihoods")]
-    if task.answers is None or not having:
+    expected = [*task.classes] if task.numbers is None else sorted(task.numbers.texts)
+    if not expected or not having:
         return faults
     if len(having) < len(rows):
         faults.append(f"task {name}: {len(having)} of {len(rows)} answers have likelihoods; expected all or none")
     for row in having:
         place, likelihoods = f"task {name}: {row['task_id']}: likelihoods", row["likelihoods"]
-        if sorted(map(normalise, likelihoods)) != sorted(task.classes):
-            faults.append(f"{place} of {', '.join(likelihoods)}; expected of {', '.join(task.classes)}")
+        given = likelihoods if task.numbers is not None else map(normalise, likelihoods)
+        if sorted(given) != sorted(expected):
+            faults.append(f"{place} of {_listed(likelihoods)}; expected of {_listed(expected)}")
         elif not all(isinstance(value, int | float) and math.isfinite(value) for value in likelihoods.values()):
             faults.append(f"{place}: expected finite numbers, got {', '.join(map(repr, likelihoods.values()))}")
     return faults
+
+
+def _listed(texts: Iterable[str]) -> str:
+    """Return texts with commas between them, without the middle of more than ten."""
+    texts = list(texts)
+    return ", ".join(texts if len(texts) <= MAX_CLASSES else [*texts[:3], "…", texts[-1]])
 
 
 # Statistics as functions of the answers' weights.
@@ -520,7 +529,7 @@ def _regression(
     error = answer - truth
     # Correlations leave out answers without a number: their replacements above depend on the truth.
     pair, own = {"x": truth[~none], "y": answer[~none]}, subject[~none]
-    return {
+    statistics = {
         "mae": _mean(np.abs(error), subject, float(np.abs(truth - np.median(truth)).mean())),
         "rmse": Statistic(partial(weighted_statistics.rmse, error=error), subject, float(truth.std())),
         "r2": Statistic(partial(weighted_statistics.r2, truth=truth, answer=answer), subject, 0.0),
@@ -528,6 +537,10 @@ def _regression(
         "spearman": Statistic(partial(weighted_statistics.spearman, **pair), own, 0.0),
         "unparsable": _share(none, subject, None),
     }
+    if task.numbers is None or not _with_likelihoods(rows):
+        return statistics
+    chances = {name: statistic.chance for name, statistic in statistics.items() if statistic.chance is not None}
+    return statistics | number_statistics(task, rows, truth, subject, chances)
 
 
 def _text(task: Task, rows: Sequence[Prediction], subject: np.ndarray) -> dict[str, Statistic]:

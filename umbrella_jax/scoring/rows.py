@@ -6,11 +6,12 @@ from typing import Any
 
 from umbrella_jax.data.conversation import Conversation
 from umbrella_jax.data.tokenize import reference_answer
-from umbrella_jax.scoring.tasks import label_of
+from umbrella_jax.scoring.numeric import read_number
+from umbrella_jax.scoring.tasks import Task, label_of
 
 Row = dict[str, Any]
 """A row of predictions.jsonl: `task_id`, `task_type`, `prediction`, `reference`, `metadata`; `cut` if `max_new_tokens`
-ended the answer; `likelihoods` if requested."""
+ended the answer; `likelihoods` if requested; `number` if these are of candidate numbers (`read_number`)."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Answer:
     cut: bool = False
     """Whether `max_new_tokens` ended the answer."""
     log_likelihoods: Mapping[str, float] | None = None
-    """{answer of the closed set: log p(answer | prompt)}, summed over its tokens, the ending one included."""
+    """{answer of the closed set: log p(answer | prompt)}, summed over its tokens, the ending one included; or
+    {candidate number: the same up to the token after the number}."""
 
 
 def blank_rows(conversations: Iterable[Conversation]) -> list[Row]:
@@ -46,8 +48,14 @@ def _subject(conversation: Conversation) -> dict[str, str]:
     return {} if known or len(conversation.subjects) != 1 else {"subject_id": next(iter(conversation.subjects))}
 
 
-def with_answer(row: Row, answer: Answer) -> Row:
-    """Return the row with the answer as its prediction."""
+def with_answer(row: Row, answer: Answer, task: Task | None = None) -> Row:
+    """Return the row with the answer as its prediction.
+
+    Args:
+        task: if it has candidate numbers, the row gets `number` too.
+    """
     cut = {"cut": True} if answer.cut else {}
-    likelihoods = {} if answer.log_likelihoods is None else {"likelihoods": dict(answer.log_likelihoods)}
-    return row | {"prediction": answer.text} | cut | likelihoods
+    if answer.log_likelihoods is None:
+        return row | {"prediction": answer.text} | cut
+    number = {"number": read_number(task.numbers, answer.log_likelihoods)} if task and task.numbers else {}
+    return row | {"prediction": answer.text} | cut | number | {"likelihoods": dict(answer.log_likelihoods)}

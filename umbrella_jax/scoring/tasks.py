@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any, TypeVar, get_args
 
-from umbrella_jax.config.schema import MAX_CLASSES, OPEN_KINDS, Metric, TaskConfig, TaskKind
-from umbrella_jax.errors import ConfigError, DataError, UmbrellaError
+from umbrella_jax.config.schema import MAX_CLASSES, OPEN_KINDS, Metric, NumbersConfig, TaskConfig, TaskKind
+from umbrella_jax.errors import ConfigError, DataError, Faults, UmbrellaError
 from umbrella_jax.scoring.findings import MENTION_KINDS, MentionKind, WordList, default_word_list, read_word_list
+from umbrella_jax.scoring.number_grid import NumberGrid
 from umbrella_jax.scoring.parse_answer import is_number, normalise, parse_number, same_unit, stated_unit
 
 Prediction = Mapping[str, Any]
@@ -21,17 +22,30 @@ FINDING_METRICS: dict[Metric, MentionKind] = {"finding_f1": "finding", "region_f
 """{metric of statements: their kind}."""
 TEXT_METRICS: tuple[Metric, ...] = ("bleu", "chrf", "rouge_l")
 """Metrics of overlapping words, which need the extra `text`."""
+LEVELS = (80, 95)
+"""Levels, in percent, of the central intervals of a number."""
+NUMBER_PARTS: dict[Metric, tuple[str, ...]] = {
+    "mae": ("expectation", "median"),
+    "rmse": ("expectation",),
+    "r2": ("expectation",),
+    "pearson": ("expectation",),
+    "coverage": tuple(map(str, LEVELS)),
+    "interval_width": tuple(map(str, LEVELS)),
+}
+"""{metric: its parts that need the likelihoods of candidate numbers}."""
+NUMBER_METRICS: tuple[Metric, ...] = ("crps", "coverage", "interval_width")
+"""Metrics of the distribution over candidate numbers; the last two have only parts."""
 METRICS: dict[TaskKind, tuple[Metric, ...]] = {
     "classification": ("accuracy", "balanced_accuracy", "f1", *LIKELIHOOD_METRICS),
     "comparison": ("accuracy", "balanced_accuracy", "f1", "copy_rate", "vote_accuracy", *LIKELIHOOD_METRICS),
-    "regression": ("mae", "rmse", "r2", "pearson", "spearman"),
+    "regression": ("mae", "rmse", "r2", "pearson", "spearman", *NUMBER_METRICS),
     "text": ("accuracy",),
     "report": (*FINDING_METRICS, *TEXT_METRICS),
 }
 """The metrics that each kind of task can have. All kinds but `text` and `report` have `unparsable` too."""
-WITH_UNIT: tuple[Metric, ...] = ("mae", "rmse")
+WITH_UNIT: tuple[Metric, ...] = ("mae", "rmse", "crps", "interval_width")
 """Metrics in the unit of the answers."""
-MACRO = tuple(metric for metric in get_args(Metric) if metric not in (*WITH_UNIT, "copy_rate"))
+MACRO = tuple(metric for metric in get_args(Metric) if metric not in (*WITH_UNIT, "copy_rate", "coverage"))
 """Metrics averaged over tasks: those without a unit and with a good end, high or low."""
 
 
@@ -44,6 +58,8 @@ class Task:
     answers: tuple[str, ...] | None = None
     """The closed set of answers as they are written; None if answers are open or numbers."""
     unit: str | None = None
+    numbers: NumberGrid | None = None
+    """The candidate numbers of a regression whose likelihoods are computed; None if there are none."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """{label of `metadata`: answer that means it}, both normalised. A label that is missing here is its own answer."""
     words: WordList | None = None
@@ -61,6 +77,11 @@ class Task:
         """The closed set of answers, normalised."""
         return tuple(map(normalise, self.answers or ()))
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The candidate numbers or the closed set, as they are written; empty without either."""
+        return self.answers or () if self.numbers is None else self.numbers.texts
+
     def truth(self, row: Prediction) -> str:
         """Return the right answer, normalised: the reference or, if it is blank, that of `metadata.subject_label`."""
         return _truth(row, self.labels)
@@ -77,8 +98,12 @@ class Task:
         """Return the names of the task's figures: METRIC, or METRIC/PART for some of its answers."""
         names: list[str] = []
         for metric in self.metrics:
-            if likelihoods or metric not in LIKELIHOOD_METRICS:
+            has_numbers = likelihoods and self.numbers is not None
+            if metric in NUMBER_METRICS:
+                names += [metric] if has_numbers and metric not in NUMBER_PARTS else []
+            elif likelihoods or metric not in LIKELIHOOD_METRICS:
                 names.append(metric)
+            names += [f"{metric}/{part}" for part in NUMBER_PARTS.get(metric, ()) if has_numbers]
             if self.kind == "comparison" and metric == "accuracy":
                 names += ["accuracy/same", "accuracy/different", *(f"accuracy/reference={c}" for c in self.classes)]
             if metric == "copy_rate":
@@ -156,9 +181,9 @@ def metric_names(tasks: Mapping[str, Task], *, likelihoods: bool = False) -> lis
     have it), `METRIC/TASK` and `METRIC/TASK/PART`.
 
     Args:
-        likelihoods: whether the rows have likelihoods.
+        likelihoods: whether the rows of closed sets have likelihoods; those of tasks with candidate numbers do.
     """
-    by_name = {name: task.figures(likelihoods=likelihoods) for name, task in tasks.items()}
+    by_name = {name: task.figures(likelihoods=likelihoods or task.numbers is not None) for name, task in tasks.items()}
     names = [name_of(task, figure) for task, figures in by_name.items() for figure in figures]
     return [*over_tasks(by_name), *names]
 
@@ -272,7 +297,8 @@ def _task(name: str, rows: Sequence[Prediction], config: TaskConfig) -> Task:
         raise ConfigError(faults)
     metrics = config.metrics or METRICS[kind]
     if kind == "regression":
-        task = Task(kind, metrics, unit=config.unit or _stated_unit([_truth(row, {}) for row in rows]))
+        unit = config.unit or _stated_unit([_truth(row, {}) for row in rows])
+        task = Task(kind, metrics, unit=unit, numbers=_numbers(name, rows, unit, config))
     elif kind == "report":
         task = _report(name, rows, config, metrics)
     else:
@@ -317,7 +343,7 @@ def _kind(rows: Sequence[Prediction], labels: Mapping[str, str], ambiguous: bool
     truths = [_truth(row, labels) for row in rows]
     own = [label_of(row, "subject_label") for row in rows]
     distinct = set(truths)
-    if config.unit is not None:
+    if config.unit is not None or config.numbers is not None:
         return "regression"
     if config.findings is not None:
         return "report"
@@ -365,6 +391,50 @@ def _answers(
         max(sorted(spelled[name]), key=spelled[name].__getitem__) if name in spelled else text
         for name, text in sorted(spellings.items())
     )
+
+
+def _numbers(name: str, rows: Sequence[Prediction], unit: str | None, config: TaskConfig) -> NumberGrid | None:
+    """Return the candidate numbers: those of the rows' likelihoods if there are any, else those of the config."""
+    if likelihoods := next((row["likelihoods"] for row in rows if row.get("likelihoods")), None):
+        values = {text: parse_number(text, unit) for text in likelihoods}
+        if unreadable := [text for text, value in values.items() if value is None]:
+            raise DataError(f"task {name}: likelihoods of {unreadable[0]!r}, which is not a number")
+        ordered = sorted((value, text) for text, value in values.items() if value is not None)
+        texts = tuple(text for _, text in ordered)
+        return NumberGrid(tuple(value for value, _ in ordered), texts, texts)
+    return None if config.numbers is None else _configured_numbers(name, rows, unit, config.numbers)
+
+
+def _configured_numbers(name: str, rows: Sequence[Prediction], unit: str | None, config: NumbersConfig) -> NumberGrid:
+    place = f"evaluation.tasks.{name}.numbers"
+    grid = NumberGrid.make(config, [row["reference"] for row in rows if row["reference"].strip()], place)
+    low, high = grid.values[0], grid.values[-1]
+    for row in rows:
+        value = parse_number(_truth(row, {}), unit)
+        if value is not None and not low <= value <= high:
+            raise ConfigError(
+                f"{place}: {row['task_id']}: reference {row['reference']!r} is not from {low:g} to {high:g}; change "
+                "low or high"
+            )
+    return grid
+
+
+def number_tasks(rows: Iterable[Prediction], configured: Mapping[str, TaskConfig]) -> dict[str, Task]:
+    """Return the tasks with configured candidate numbers that have rows, whose references may be blank.
+
+    Raises ConfigError if the candidates do not fit the references, or if there are none to take their text from.
+    """
+    tasks = dict[str, Task]()
+    faults = Faults()
+    for name, members in by_task(rows).items():
+        config = configured.get(name, TaskConfig())
+        if config.numbers is not None:
+            with faults:
+                unit = config.unit or _stated_unit([_truth(row, {}) for row in members])
+                numbers = _configured_numbers(name, members, unit, config.numbers)
+                tasks[name] = Task("regression", METRICS["regression"], unit=unit, numbers=numbers)
+    faults.raise_as(ConfigError)
+    return tasks
 
 
 def _stated_unit(truths: Sequence[str]) -> str | None:

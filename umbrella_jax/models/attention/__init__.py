@@ -68,32 +68,32 @@ def extension_attention(
     past_k: Float[Array, "B K S Dh"],
     past_v: Float[Array, "B K S Dh"],
     used: Bool[Array, "B S"],
-    ways: int,
+    sees: Bool[Array, "B T T"] | None = None,
 ) -> Float[Array, "B T H Dh"]:
-    """Attend from new positions to their row's cache and, causally, to earlier positions of the same continuation.
+    """Attend from new positions to their row's cache and to each other.
 
     Args:
-        q, k, v: T = W·N: W = `ways` continuations of N positions each, one after the other.
         past_k, past_v: the cache.
         used: filled slots of the cache.
+        sees: whether each new position sees each other one, itself included; None for all up to itself.
 
     Returns:
         In q's dtype; the softmax is in float32.
     """
     b, t, h, d = q.shape
-    kv, n, slots = k.shape[2], t // ways, used.shape[1]
+    kv, slots = k.shape[2], used.shape[1]
+    sees = jnp.tri(t, dtype=bool)[None] if sees is None else sees
     float32 = {"preferred_element_type": jnp.float32}
-    q = (q.astype(jnp.float32) * d**-0.5).astype(q.dtype).reshape(b, ways, n, kv, h // kv, d)
-    k, v = (x.reshape(b, ways, n, kv, d) for x in (k, v))
-    before = jnp.einsum("bwnkgd,bksd->bkwgns", q, past_k, **float32)
-    before = jnp.where(used[:, None, None, None, None], before, -jnp.inf)
-    own = jnp.einsum("bwnkgd,bwmkd->bkwgnm", q, k, **float32)
-    own = jnp.where(jnp.tri(n, dtype=bool), own, -jnp.inf)  # every position sees itself: no row without a key
+    q = (q.astype(jnp.float32) * d**-0.5).astype(q.dtype).reshape(b, t, kv, h // kv, d)
+    before = jnp.einsum("btkgd,bksd->bkgts", q, past_k, **float32)
+    before = jnp.where(used[:, None, None, None], before, -jnp.inf)
+    own = jnp.einsum("btkgd,bskd->bkgts", q, k, **float32)
+    own = jnp.where(sees[:, None, None], own, -jnp.inf)  # every position sees itself: no row without a key
     p = jax.nn.softmax(jnp.concatenate([before, own], -1), axis=-1).astype(v.dtype)
     # Keep the operands' axis order: XLA's CPU backend has no bfloat16 product with a transposed float32 result.
-    out = jnp.einsum("bkwgns,bksd->bkwgnd", p[..., :slots], past_v, **float32)
-    out += jnp.einsum("bkwgnm,bwmkd->bkwgnd", p[..., slots:], v, **float32)
-    return out.astype(q.dtype).transpose(0, 2, 4, 1, 3, 5).reshape(b, t, h, d)
+    out = jnp.einsum("bkgts,bksd->bkgtd", p[..., :slots], past_v, **float32)
+    out += jnp.einsum("bkgts,bskd->bkgtd", p[..., slots:], v, **float32)
+    return out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
 
 
 def length_multiple(backend: AttentionBackend) -> int:
