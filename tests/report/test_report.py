@@ -17,6 +17,8 @@ from tests.helpers.small_run import World, conversation, read_lines, umbrella, w
 from umbrella_jax.html import page as html_page
 from umbrella_jax.html import slices
 from umbrella_jax.report import facts, figures
+from umbrella_jax.scoring.bootstrap import Figure
+from umbrella_jax.scoring.number_calibration import CalibratedLevel
 
 STEP = 3
 ODD = "<script>alert(1)</script>&'\""
@@ -376,6 +378,11 @@ def test_diagrams_are_legible(monkeypatch: pytest.MonkeyPatch) -> None:
     assert axes.get_ylim()[0] == 0
     axes = figures.draw_calibration([facts.Bin(40, 1.0, 1.0)])
     assert not axes.collections[0].get_clip_on()
+    coverage = Figure(0.5, 0.3, 0.6, 12, 12, None)
+    axes = figures.draw_coverage([CalibratedLevel(80, 0.82, coverage, Figure(9.0, None, None, 12, 12, None))])
+    (whisker,) = axes.collections[0].get_segments()
+    assert whisker.tolist() == [[0.82, 0.3], [0.82, 0.6]]
+    assert axes.collections[1].get_offsets().tolist() == [[0.82, 0.5]]
     axes = figures.draw_numbers([(20.0, 30.0), (60.0, 55.0), (20.0, None)], "years")
     ((_, cross),) = axes.collections[1].get_offsets()
     assert (

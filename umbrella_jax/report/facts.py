@@ -48,6 +48,7 @@ from umbrella_jax.scoring.metrics import (
     task_of,
     tasks_of,
 )
+from umbrella_jax.scoring.number_calibration import NumberCalibration, calibrate_numbers
 from umbrella_jax.scoring.paired_scores import PairedScores, compare_predictors
 from umbrella_jax.scoring.reliance import ControlScores, score_controls
 from umbrella_jax.scoring.rows import blank_rows
@@ -125,6 +126,8 @@ class Facts:
     """The main figures beside those of controls and baselines."""
     calibration: Mapping[str, tuple[Bin, ...]]
     """{task whose answers have likelihoods: its bins that are not empty}."""
+    intervals: NumberCalibration | None
+    """Coverage of the intervals of regressions with candidate numbers; None if no task has any."""
     numbers: Mapping[str, tuple[tuple[float, float | None], ...]]
     """{regression task: (truth, answer) per row}; the answer is None if it has no number."""
     num_subjects: int
@@ -267,6 +270,7 @@ def read_facts(
             for name, members in groups.items()
             if tasks[name].answers is not None and all(row.get("likelihoods") for row in members)
         },
+        intervals=calibrate_numbers(rows, tasks, **options),
         numbers={
             name: tuple((_number(tasks[name].truth(row), tasks[name]), _answer(row, tasks[name])) for row in members)
             for name, members in groups.items()

@@ -7,6 +7,7 @@ from typing import Any
 from umbrella_jax.html.page import data_url
 from umbrella_jax.report.facts import BINS, Bin, Facts
 from umbrella_jax.rundir import points
+from umbrella_jax.scoring.number_calibration import CalibratedLevel
 from umbrella_jax.scoring.tasks import headline, with_unit
 
 _SIZE = (4.3, 2.9)  # inches; as wide as a phone, so a diagram is never scaled down much
@@ -72,6 +73,19 @@ def draw_calibration(bins: Sequence[Bin]) -> str:
         axes.annotate(str(b.count), (b.confidence, b.accuracy), (0, 9), textcoords="offset points", fontsize=8)
     axes.set_xticks([i / BINS for i in range(0, BINS + 1, 2)])
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.12))
+    return _svg(figure)
+
+
+def draw_coverage(levels: Sequence[CalibratedLevel]) -> str:
+    """Draw the share of truths in a model's intervals over the probability that the model gives to them, with 95 %
+    intervals; a calibrated model is on the diagonal."""
+    figure, axes = _axes("probability of the interval", "fraction of truths inside")
+    axes.plot([0, 1], [0, 1], color="#999", linewidth=1, linestyle="--")
+    points_of = [(one.mass, one.coverage) for one in levels if one.coverage.value is not None]
+    ends = [(x, f.value if f.low is None else f.low, f.value if f.high is None else f.high) for x, f in points_of]
+    axes.vlines([x for x, *_ in ends], [low for _, low, _ in ends], [high for *_, high in ends], alpha=0.5)
+    axes.scatter([x for x, _ in points_of], [f.value for _, f in points_of], s=20, clip_on=False)
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     return _svg(figure)
 
 

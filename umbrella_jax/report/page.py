@@ -19,7 +19,7 @@ from umbrella_jax.inference.explain import Explanation
 from umbrella_jax.io.files import strict_json
 from umbrella_jax.report.evidence import abstract, limitations, task_summaries
 from umbrella_jax.report.facts import Facts, Sample, check_run, read_facts
-from umbrella_jax.report.figures import chances, curves, draw_calibration, draw_curves, draw_numbers
+from umbrella_jax.report.figures import chances, curves, draw_calibration, draw_coverage, draw_curves, draw_numbers
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, REPORT, Step
 from umbrella_jax.scoring.metrics import Figure, short
 from umbrella_jax.scoring.paired_scores import BEST, format_difference, format_p
@@ -174,6 +174,7 @@ def _cells(facts: Facts, task: str) -> dict[str, list[tuple[str | None, Figure |
 
 def _task(facts: Facts, name: str) -> dict[str, Any]:
     task, scores = facts.scores.tasks[name], facts.scores
+    levels = facts.intervals.levels.get(name) if facts.intervals else None
     return {
         "name": name,
         "task": task,
@@ -181,6 +182,7 @@ def _task(facts: Facts, name: str) -> dict[str, Any]:
         "confusion": scores.confusion.get(name),
         "calibration": draw_calibration(facts.calibration[name]) if name in facts.calibration else None,
         "numbers": draw_numbers(facts.numbers[name], task.unit) if name in facts.numbers else None,
+        "intervals": draw_coverage(levels) if levels else None,
         "unparsable": any(answer is None for _, answer in facts.numbers.get(name, ())),
     }
 
@@ -274,6 +276,7 @@ def _embedded(facts: Facts) -> str:
         "limitations": list(limitations(facts)),
         "calibration": {name: [asdict(b) for b in bins] for name, bins in facts.calibration.items()},
         "numbers": facts.numbers,
+        "intervals": None if facts.intervals is None else facts.intervals.to_json(),
         "failures": facts.failures,
         "samples": [{"task_id": s.row["task_id"], "task": s.task, "failed": s.failed} for s in facts.samples],
     }
