@@ -104,6 +104,7 @@ def make_world(root: Path, **config: Any) -> World:
         "model": {"modalities": MODALITIES, "remat": "none"},
         "data": {"image_root": str(root / "scans"), "threads": 2, "allow_overlap": True},
         "train": {"batch_size": BATCH_SIZE, "learning_rate": 1e-2, "warmup_steps": 2, "max_new_tokens": 4},
+        "evaluation": {"controls": []},  # each would compile programs of its own
         "seed": 0,
     }
     write_config(

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from umbrella_jax.cli.options import (
     add_cluster,
@@ -21,8 +21,16 @@ from umbrella_jax.cli.options import (
     start_processes,
 )
 from umbrella_jax.config.load import parse_mesh
-from umbrella_jax.config.schema import DataConfig, ModalityConfig, NumbersConfig, RunConfig, modality_names
+from umbrella_jax.config.schema import (
+    ControlName,
+    DataConfig,
+    ModalityConfig,
+    NumbersConfig,
+    RunConfig,
+    modality_names,
+)
 from umbrella_jax.errors import ConfigError, visible
+from umbrella_jax.rundir import controls_of
 
 _PATH_STEPS = 16
 """Default number of steps of integrated gradients."""
@@ -63,6 +71,14 @@ def add(commands: Any) -> None:
     predict.add_argument("--out", required=True, metavar="FILE", help="answers (.jsonl), in the order of the data")
     add_flags(predict, ["--image-root", "--modality", "--task-filter", "--cache"])
     predict.add_argument("--likelihoods", action="store_true", help="also score every answer of a closed set")
+    predict.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        choices=get_args(ControlName),
+        metavar="NAME",
+        help="also answer without the evidence: blank, noise, shuffled, other-modality or paraphrase; repeatable",
+    )
     predict.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="conversations per batch, over all devices; default 8"
     )
@@ -265,6 +281,8 @@ def _predict(arguments: argparse.Namespace) -> None:
         sampling=sampling,
         seed=arguments.seed,
         likelihoods=arguments.likelihoods,
+        controls=list(dict.fromkeys(arguments.control)),
+        paraphrases=config.evaluation.paraphrases if config else None,
         tasks=config.evaluation.tasks if config else None,
         modalities=config.model.modalities if config else None,
         mesh=mesh,
@@ -275,6 +293,8 @@ def _predict(arguments: argparse.Namespace) -> None:
     )
     if jax.process_index() == 0:
         print(f"{arguments.out}: {len(rows)} answers")
+        for name, file in controls_of(Path(arguments.out)).items():
+            print(f"{file}: answers under the control {name}")
 
 
 def _explain(arguments: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ from umbrella_jax.config.schema import EvaluationConfig
 from umbrella_jax.console import plural
 from umbrella_jax.errors import ConfigError, DataError, visible
 from umbrella_jax.io.files import strict_json
-from umbrella_jax.rundir import Step
+from umbrella_jax.rundir import CONTROL_NAMES, Step
 
 BASELINES = ("cnn", "probe", "connectivity", "intensity", "covariates")
 """Names of `umbrella_jax.baselines.compare.BASELINES`, which is slow to import."""
@@ -61,6 +61,13 @@ def add(commands: Any) -> None:
         help="predictions or runs, scored as one set; or runs of several seeds or folds",
     )
     add_step(score, "evaluation of a run")
+    score.add_argument(
+        "--control",
+        action="append",
+        choices=CONTROL_NAMES,
+        metavar="NAME",
+        help="compare with these controls, such as blank; repeatable; default all that are found",
+    )
     add_groups(score)
     add_baseline(score)
     score.add_argument(
@@ -157,6 +164,7 @@ def _score(arguments: argparse.Namespace) -> None:
     from umbrella_jax.scoring.metrics import cut_faults, pool_predictions, read_predictions, score, tasks_of
     from umbrella_jax.scoring.number_calibration import calibrate_numbers
     from umbrella_jax.scoring.paper_table import check_table
+    from umbrella_jax.scoring.reliance import score_controls
 
     _check_adjust_from(arguments)
     if arguments.table:
@@ -184,6 +192,9 @@ def _score(arguments: argparse.Namespace) -> None:
     more: dict[str, Any] = {}
     if calibration := calibrate_numbers(rows, tasks, resamples=config.resamples):
         more["numbers"] = calibration
+    controls = {name: _joined(own) for name, own in read_controls(files, arguments.control).items()}
+    if controls:
+        more["controls"] = score_controls(rows, controls, tasks, resamples=config.resamples)
     if arguments.by:
         more["by"] = score_groups(rows, tasks, arguments.by, resamples=config.resamples)
     if arguments.adjust:
@@ -196,9 +207,14 @@ def _score(arguments: argparse.Namespace) -> None:
     )
     compared = None
     if arguments.baseline or arguments.table:
-        controls = {name: [[row for part in own for row in part]] for name, own in read_controls(files).items()}
-        compared = _compare(arguments, [rows], controls, tasks, config.resamples, (NOTE,) if folds else ())
+        beside = {name: [own] for name, own in controls.items()}
+        compared = _compare(arguments, [rows], beside, tasks, config.resamples, (NOTE,) if folds else ())
     _print_scores(arguments, titles, scores, more, compared, {})
+
+
+def _joined(parts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the rows of several files as one set."""
+    return [row for part in parts for row in part]
 
 
 def _compare(
@@ -212,8 +228,10 @@ def _compare(
     """Return the model's scores beside its controls and the baselines of --baseline, with these further notes."""
     from umbrella_jax.report.predictors import read_baselines
     from umbrella_jax.scoring.paired_scores import compare_predictors
+    from umbrella_jax.scoring.reliance import PARAPHRASE
 
     baselines = read_baselines(arguments.baseline) if arguments.baseline else {}
+    controls = {name: rows for name, rows in controls.items() if name != PARAPHRASE}  # answers each question again
     compared = compare_predictors(model, tasks, controls=controls, baselines=baselines, resamples=resamples)
     return replace(compared, notes=(*compared.notes, *notes))
 
@@ -254,9 +272,11 @@ def _print_scores(
 def print_folds(directory: Path) -> None:
     """Print the scores of a cross-validation, as `score` does; if a fold is not finished, which ones instead."""
     from umbrella_jax.report.compare_folds import read_folds, unfinished_folds
+    from umbrella_jax.report.predictors import read_controls
     from umbrella_jax.rundir import fold_runs
     from umbrella_jax.scoring.folds import score_folds
     from umbrella_jax.scoring.metrics import cut_faults, tasks_of
+    from umbrella_jax.scoring.reliance import score_controls
 
     runs = fold_runs(directory)
     if unfinished := unfinished_folds(runs):
@@ -267,8 +287,11 @@ def print_folds(directory: Path) -> None:
     tasks = tasks_of(folds.pooled, folds.evaluation.tasks)
     if faults := cut_faults(folds.pooled, tasks):
         raise DataError(faults)
-    scores = score_folds(folds.rows, tasks, resamples=folds.evaluation.resamples)
-    print("\n".join(folds.lines) + "\n\n" + scores.table())
+    scores: list[Any] = [score_folds(folds.rows, tasks, resamples=folds.evaluation.resamples)]
+    controls = {name: _joined(own) for name, own in read_controls(list(folds.files.values())).items()}
+    if controls:
+        scores.append(score_controls(folds.pooled, controls, tasks, resamples=folds.evaluation.resamples))
+    print("\n".join(folds.lines) + "\n\n" + "\n\n".join(part.table() for part in scores))
 
 
 def _check_adjust_from(arguments: argparse.Namespace) -> None:

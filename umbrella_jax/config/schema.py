@@ -24,6 +24,7 @@ Template = Literal["umbrella", "original", "chat"]
 ScheduleName = Literal["linear", "cosine", "constant"]
 BackgroundRule = Literal["auto", "nonpositive", "lowest"]
 TaskKind = Literal["classification", "comparison", "regression", "text", "report"]
+ControlName = Literal["blank", "noise", "shuffled", "other-modality", "paraphrase"]
 Metric = Literal[
     "accuracy",
     "balanced_accuracy",
@@ -598,6 +599,25 @@ class EvaluationConfig(Section):
     resamples: CountOrZero = 1000
     """Resamples of subjects for the 95 % intervals of a report; 0 for no intervals. Evaluations during training have
     none."""
+    controls: tuple[ControlName, ...] = ("blank",)
+    """Controls of a run's last evaluation: the same questions with each volume replaced by its background (`blank`), by
+    its own voxels in random order (`noise`), by a scan of another subject (`shuffled`) or of the same subject and
+    another modality (`other-modality`), and the same scans with each question in other words (`paraphrase`).
+    docs/evidence.md says how to read them; `[]` for none."""
+    paraphrases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Other wordings of each task's question, for `paraphrase`: `{TASK: [QUESTION, ...]}`. Each replaces the text of
+    the last turn of the user."""
+
+    def contradictions(self) -> Iterator[str]:
+        if twice := sorted({name for name in self.controls if self.controls.count(name) > 1}):
+            yield f"controls: {', '.join(twice)}: named twice; name each once"
+        if "paraphrase" in self.controls and not self.paraphrases:
+            yield "controls: paraphrase: no wordings of a question; list them in paraphrases"
+        for task, questions in self.paraphrases.items():
+            if not questions or not all(question.strip() for question in questions):
+                yield f"paraphrases.{task}: expected at least one question, and none blank"
+            elif len({*questions}) < len(questions):
+                yield f"paraphrases.{task}: a question is listed twice; list each once"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,6 +105,21 @@ class Conversation:
         return tuple(queried)
 
     @property
+    def image_subjects(self) -> tuple[str | None, ...]:
+        """The subject of each of `images`, from its path or from `metadata`; None if neither names it."""
+        names = [name if (name := _subject_in(i.path.parts)) in self.subjects else None for i in self.images]
+        if len(self.subjects) == 1:
+            return tuple(name or next(iter(self.subjects)) for name in names)
+        queried = frozenset(self.queried_images)
+        own = _subject_names([self.metadata.get("subject_id")])
+        listed = self.metadata.get("reference_ids")
+        others = _subject_names(listed if isinstance(listed, list) else [self.metadata.get("reference_id")])
+        references = [i for i, image in enumerate(self.images) if image not in queried]
+        known = dict.fromkeys(range(len(names)), own[0] if self.references and own else None)
+        known |= dict(zip(references, others if len(others) == len(references) else [None] * len(names), strict=False))
+        return tuple(name or known[i] for i, name in enumerate(names))
+
+    @property
     def label(self) -> str:
         """The name used in messages; `task_id` is not unique in real files."""
         return f"{self.source} ({visible(self.task_id, kept='')})"

@@ -3,9 +3,9 @@
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,15 @@ from tqdm import tqdm
 from umbrella_jax.batch import AnswerTree, Batch
 from umbrella_jax.checkpoints.checkpoint import Checkpoint, RunCheckpoint
 from umbrella_jax.config.load import flat, load_stored_config
-from umbrella_jax.config.schema import DataConfig, MeshConfig, ModalityConfig, TaskConfig, Template, to_dict
+from umbrella_jax.config.schema import (
+    ControlName,
+    DataConfig,
+    MeshConfig,
+    ModalityConfig,
+    TaskConfig,
+    Template,
+    to_dict,
+)
 from umbrella_jax.console import Progress, Work
 from umbrella_jax.data.answer_trees import AnswerEncoder, Answers, answer_trees, tree_shape
 from umbrella_jax.data.conversation import Conversation
@@ -32,12 +40,13 @@ from umbrella_jax.data.loader import Dataset, empty_batch, eval_batches, eval_sh
 from umbrella_jax.data.tokenize import length_faults
 from umbrella_jax.distributed import SHA256, broadcast, check_same, gather, raise_together
 from umbrella_jax.errors import ConfigError, DataError, Faults
+from umbrella_jax.inference.controls import ControlledDataset, left_out_lines, make_controls
 from umbrella_jax.inference.generate import GREEDY, NONE, Sampling, decode, prefill, score_answers
 from umbrella_jax.inference.processor import Processor
 from umbrella_jax.io.files import PRIVATE, append_line, check_output, naming, strict_json, take_lock, write_whole
 from umbrella_jax.io.reading import parse_json
 from umbrella_jax.models import Params, abstract_params, native_backend
-from umbrella_jax.rundir import CONFIG, Say, Step, say_nothing
+from umbrella_jax.rundir import CONFIG, CONTROL_NAMES, Say, Step, control_beside, say_nothing
 from umbrella_jax.scoring.metrics import Task, task_of, tasks_of
 from umbrella_jax.scoring.rows import Answer, Row, blank_rows, with_answer
 from umbrella_jax.scoring.tasks import number_tasks
@@ -204,10 +213,15 @@ def compile_answers(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     choices: Choices | None = None,
+    skip: Collection[BatchShape] = (),
 ) -> Iterator[tuple[str, BatchShape, jax.stages.Compiled]]:
-    """Yield (name, batch shape, compiled program) of everything that `generate_answers` would compile; run nothing."""
+    """Yield (name, batch shape, compiled program) of everything that `generate_answers` would compile; run nothing.
+
+    Shapes in `skip` are left out.
+    """
     stop = np.array(processor.stop_ids, np.int32)
-    for shape in eval_shapes(dataset, batch_size, prompts=True, parts=parts(mesh)):
+    shapes = eval_shapes(dataset, batch_size, prompts=True, parts=parts(mesh))
+    for shape in (shape for shape in shapes if shape not in skip):
         batch = abstract_batch(empty_batch(dataset, shape), mesh, axis=0)
         rows = len(batch.lengths)
         lowered = prefill.lower(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens)
@@ -247,6 +261,28 @@ def _require_finite(
         raise nonfinite_error(what, names, params, batch, graphdef=graphdef)
 
 
+@dataclass(frozen=True)
+class _Questions:
+    """The questions of the data, or those of a control, and the file for the answers."""
+
+    out: Path
+    unit: str
+    """Start of the progress line."""
+    dataset: Dataset
+    rows: Mapping[int, Row]
+    """{number of a conversation: its row}, in the order of the file."""
+    asked: Sequence[int]
+    """Numbers of the conversations to answer."""
+
+    @classmethod
+    def of_controls(cls, out: Path, controls: Mapping[str, Sequence[ControlledDataset]]) -> "Iterator[_Questions]":
+        """Yield the questions of each control, whose answers belong beside `out`."""
+        for name, own in controls.items():
+            for one in own:
+                file, changed = control_beside(out, name), one.changed
+                yield cls(file, f"{name}: answer", one.dataset, changed.rows, changed.asked)
+
+
 def predict(
     source: str | Path,
     data: DataConfig,
@@ -257,6 +293,8 @@ def predict(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     likelihoods: bool = False,
+    controls: Sequence[ControlName] = (),
+    paraphrases: Mapping[str, Sequence[str]] | None = None,
     tasks: Mapping[str, TaskConfig] | None = None,
     modalities: Mapping[str, ModalityConfig] | None = None,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  # frozen
@@ -269,13 +307,16 @@ def predict(
     """Answer every conversation of `data.eval` and write the rows to `out`, a .jsonl file, in the data's order.
 
     All processes of a cluster call this with the same arguments and share `out`. Rows are first collected in a file
-    with `.part` added to the name, which becomes `out` at the end.
+    with `.part` added to the name, which becomes `out` at the end. So do the answers under `controls`, which then are
+    in files of their own: X.NAME.jsonl beside X.jsonl.
 
     Args:
         source: a run, an export, a native checkpoint, or anything else that `umbrella_jax.load` takes.
         data: the settings of the data; `eval` names the conversations.
         likelihoods: also compute the likelihood of every answer of a closed set.
             Those of candidate numbers are always computed.
+        controls: also answer under these, as in `evaluation.controls` of a configuration.
+        paraphrases: as `evaluation.paraphrases` of a configuration, for the control `paraphrase`.
         tasks: as `evaluation.tasks` of a configuration; by default those of the run.
         modalities: modalities for a stock LLaVA.
         allow_untrained, step: as for `umbrella_jax.load`.
@@ -283,13 +324,13 @@ def predict(
         say: receives a progress line now and then if stderr is not a terminal.
 
     Returns:
-        The rows (`Row`), as in `out`; `likelihoods` are natural logarithms. With candidate numbers, a row has
-        `number` too: `expectation`, `median`, `interval_80` and `interval_95`.
+        The rows (`Row`) of the true answers, as in `out`; `likelihoods` are natural logarithms. With candidate numbers,
+        a row has `number` too: `expectation`, `median`, `interval_80` and `interval_95`.
 
     Raises:
-        ConfigError: `out` exists, or its directory does not; an earlier call left a `.part` file without `resume`, or
-            with other settings; the model lacks a modality of the data.
-        DataError, CheckpointError: as for training.
+        ConfigError: `out` or the file of a control exists, or their directory does not; an earlier call left a `.part`
+            file without `resume`, or with other settings; the model lacks a modality of the data.
+        DataError, CheckpointError: as for training; DataError if a control cannot be made (`change_conversations`).
     """
     out, first = Path(out), jax.process_index() == 0
     with raise_together():
@@ -301,8 +342,9 @@ def predict(
         if first:
             check_output(out, "choose another file", folder=False)
         unfinished = out.with_name(f"{out.name}.part")
-        if out.exists():
-            raise ConfigError(f"{out}: already exists; choose another file, or remove it")
+        finished = [file for file in (out, *(control_beside(out, name) for name in CONTROL_NAMES)) if file.exists()]
+        if finished and not (resume and unfinished.exists()):
+            raise ConfigError([f"{file}: already exists; choose another file, or remove it" for file in finished])
         if unfinished.exists() and not resume:
             raise ConfigError(f"{unfinished}: left by an earlier call; continue with --resume, or remove it")
         if not out.parent.is_dir():
@@ -318,7 +360,6 @@ def predict(
             checkpoint = checkpoint.answering()
         processor = Processor.from_checkpoint(checkpoint, max_length=data.max_length)
         dataset = processor.datasets(data, ("eval",))["eval"]
-        checkpoint.config.check_trained(image.modality for c in dataset.conversations for image in c.images)
         rows = blank_rows(dataset.conversations)
         choices = None
         limit = (processor.tokenizer, processor.template, max_new_tokens, "max_new_tokens (--max-new-tokens)")
@@ -334,6 +375,12 @@ def predict(
                 "evaluation.tasks"
             )
         check_lengths(dataset.conversations, rows, known, *limit)
+        made = make_controls(dataset, processor, controls, paraphrases or {})
+        questions = [
+            _Questions(out, "answer", dataset, dict(enumerate(rows)), range(len(rows))),
+            *_Questions.of_controls(out, made),
+        ]
+        checkpoint.config.check_trained(image.modality for own in questions for image in own.dataset.windows)
         inputs = read_inputs(data, {"eval": dataset})
     params = checkpoint.params(sharding_for=partial(param_sharding, devices))
     weights = {path: int(value) for path, value in checksums(params).items()}
@@ -349,6 +396,10 @@ def predict(
         "max_new_tokens": max_new_tokens,
         "sampling": asdict(sampling) | ({"seed": seed} if sampling.temperature else {}),
         "likelihoods": {name: list(task.choices) for name, task in known.items() if task.choices},
+        "controls": list(made),
+        "paraphrases": {task: list(texts) for task, texts in (paraphrases or {}).items()}
+        if "paraphrase" in made
+        else {},
         "cache_dtype": data.cache_dtype,
         "compute_dtype": compute_dtype,
         **{f"config.json: {key}": value for key, value in flat(architecture).items()},
@@ -361,45 +412,50 @@ def predict(
             part = _Part(unfinished, settings)
     model = checkpoint.config.with_attention("auto", native_backend(devices.devices.flat[0]))
     done = {int(index): row for index, row in broadcast(part.done if part else None).items()}
-    left = [index for index in range(len(rows)) if index not in done]
     say = say if first else say_nothing
-    if checkpoint.step_message:
-        say(checkpoint.step_message)
+    for line in [*([checkpoint.step_message] if checkpoint.step_message else []), *left_out_lines(made)]:
+        say(line)
     options: dict[str, Any] = {"say": say, "log": say_nothing, "quiet": not first}
     options["memory"] = jax.local_devices()[0].memory_stats
-    with (
-        jax.set_mesh(devices),
-        part or nullcontext(),
-        Progress("answer", len(rows), done=len(done), **options) as progress,
-    ):
-        for batch_answers in generate_answers(
-            params,
-            abstract_params(model)[0],
-            dataset,
-            processor,
-            devices,
-            batch_size=batch_size,
-            threads=data.threads,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            choices=choices,
-            only=left,
-            progress=progress,
-        ):
-            fresh = {
-                index: with_answer(rows[index], answer, known.get(task_of(rows[index])))
-                for index, answer in batch_answers.items()
-            }
-            done |= fresh
-            if part:
-                part.write(fresh)
-    answered = [done[index] for index in range(len(rows))]
+    with jax.set_mesh(devices), part or nullcontext():
+        for place, own in enumerate(questions):
+            start = place * len(rows)  # number of the row of the first conversation in the `.part` file
+            left = [index for index in own.asked if start + index not in done]
+            total = len(own.asked)
+            with Progress(own.unit, total, done=total - len(left), **options) as progress:
+                for batch_answers in generate_answers(
+                    params,
+                    abstract_params(model)[0],
+                    own.dataset,
+                    processor,
+                    devices,
+                    batch_size=batch_size,
+                    threads=data.threads,
+                    max_new_tokens=max_new_tokens,
+                    sampling=sampling,
+                    seed=seed,
+                    choices=choices,
+                    only=left,
+                    progress=progress,
+                ):
+                    fresh = {
+                        start + index: with_answer(own.rows[index], answer, known.get(task_of(rows[index])))
+                        for index, answer in batch_answers.items()
+                    }
+                    done |= fresh
+                    if part:
+                        part.write(fresh)
+    files: dict[Path, list[Row]] = {}
+    for place, own in enumerate(questions):
+        files.setdefault(own.out, []).extend(
+            done.get(place * len(rows) + index, row) for index, row in own.rows.items()
+        )
     if part:
-        write_whole(out, "".join(strict_json(row) + "\n" for row in answered), PRIVATE)
+        for file, answered in reversed(files.items()):  # `out` is the last
+            write_whole(file, "".join(strict_json(row) + "\n" for row in answered), PRIVATE)
         part.path.unlink()
-    gather(None)  # wait until the file is written
-    return answered
+    gather(None)  # wait until the files are written
+    return files[out]
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ class FoldPredictions:
     rows: Mapping[str, Sequence[dict[str, Any]]]
     """{title of a fold: its rows}."""
     files: Mapping[str, Path]
+    """{title of a fold: its predictions file}."""
     lines: Sequence[str]
     """A line per fold with its file and why its step was chosen."""
     evaluation: EvaluationConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from umbrella_jax.errors import ConfigError, DataError, Faults, why_not_a_directory
-from umbrella_jax.rundir import controls_of
+from umbrella_jax.rundir import CONTROL_NAMES, controls_of
 from umbrella_jax.scoring.metrics import pool_predictions, read_predictions
 
 Rows = list[dict[str, Any]]
@@ -41,11 +41,27 @@ def read_baselines(folder: str | Path) -> dict[str, Rows]:
     return baselines
 
 
-def read_controls(predictions: Sequence[Path]) -> dict[str, list[Rows]]:
-    """Return {control: rows of each file} of the controls that all of these predictions files have.
+def read_controls(predictions: Sequence[Path], asked: Sequence[str] | None = None) -> dict[str, list[Rows]]:
+    """Return {control: rows of each file} of controls that all of these predictions files have.
 
-    Raises DataError for damaged answers.
+    Args:
+        asked: names of the controls to read. Default: all.
+
+    Raises:
+        ConfigError: a file has no answers under an asked control.
+        DataError: answers are damaged.
     """
-    files = [controls_of(file) for file in predictions]
-    names = [name for name in files[0] if all(name in others for others in files)]
-    return {name: [read_predictions(own[name]) for own in files] for name in names}
+    files = {file: controls_of(file) for file in predictions}
+    if faults := [
+        f"--control {name}: {file} has no answers under this control; predict again with --control {name}"
+        for name in asked or ()
+        for file, own in files.items()
+        if name not in own
+    ]:
+        raise ConfigError(faults)
+    names = [
+        name
+        for name in CONTROL_NAMES
+        if (asked is None or name in asked) and all(name in own for own in files.values())
+    ]
+    return {name: [read_predictions(own[name]) for own in files.values()] for name in names}

@@ -18,6 +18,7 @@ from umbrella_jax.config.schema import RunConfig, TaskConfig
 from umbrella_jax.data.conversation import LOCK_FILE, Conversation, read_conversations
 from umbrella_jax.distributed import broadcast, check_same, raise_together
 from umbrella_jax.errors import ConfigError, DataError, Faults
+from umbrella_jax.inference.controls import applicable_controls, change_conversations
 from umbrella_jax.inference.predict import check_lengths, predict
 from umbrella_jax.io.files import PRIVATE, strict_json, write_whole
 from umbrella_jax.io.reading import read_json, sha256
@@ -154,6 +155,7 @@ def _open_folds(config: RunConfig, study: Path, only: int | None, tell: Say) -> 
         folds = folds if only is None else folds[only - 1 : only]
         check_outs((fold.config for fold in folds), resume=True)
         _check_answers(base, config, folds, tasks)
+        _check_controls(base, folds)
     return folds, tasks
 
 
@@ -220,6 +222,25 @@ def _check_answers(base: Checkpoint, config: RunConfig, folds: Sequence[_Fold], 
     faults.raise_as(DataError)
 
 
+def _check_controls(base: Checkpoint, folds: Sequence[_Fold]) -> None:
+    """Raise DataError if a control of a test set cannot be made."""
+    faults = Faults()
+    for fold in folds:
+        try:
+            change_conversations(fold.test_set, list(base.config.modalities), **_controls(fold))
+        except DataError as error:
+            faults += [f"evaluation.controls: {fold.test}: {fault}" for fault in error.faults]
+    faults.raise_as(DataError)
+
+
+def _controls(fold: _Fold) -> dict[str, Any]:
+    """Return the controls of a fold's test set, and the wordings of the tasks that it has, as for `predict`."""
+    evaluation, tasks = fold.config.evaluation, {task_of(row) for row in blank_rows(fold.test_set)}
+    paraphrases = {task: questions for task, questions in evaluation.paraphrases.items() if task in tasks}
+    names = applicable_controls(evaluation.controls, fold.test_set)
+    return {"controls": [n for n in names if n != "paraphrase" or paraphrases], "paraphrases": paraphrases}
+
+
 def _is_tested(fold: _Fold) -> bool:
     if not is_finished(fold.config):
         return False
@@ -258,6 +279,7 @@ def _test(fold: _Fold, tasks: dict[str, Task], say: Say) -> None:
         batch_size=config.train.batch_size,
         max_new_tokens=config.train.max_new_tokens,
         likelihoods=config.evaluation.likelihoods and closed,
+        **_controls(fold),
         tasks=known,
         mesh=config.mesh,
         compute_dtype=config.model.compute_dtype,

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from umbrella_jax.data.loader import Dataset, make_epoch_plan
 from umbrella_jax.data.validation.checks import check_overlap
 from umbrella_jax.distributed import SHA256, check_same, raise_together
 from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.inference.controls import ControlledDataset, applicable_controls, make_controls
 from umbrella_jax.inference.predict import Choices, check_lengths
 from umbrella_jax.inference.processor import Processor
 from umbrella_jax.io.files import check_output, check_run_name
@@ -58,6 +59,8 @@ class EvaluationData:
     tasks: dict[str, Task]
     choices: Choices | None
     """The answers whose likelihoods are computed; None if the run asks for none."""
+    controls: Mapping[str, Sequence[ControlledDataset]]
+    """The data under each control of `evaluation.controls`, as from `make_controls`."""
 
 
 @dataclass(frozen=True)
@@ -315,7 +318,7 @@ def _evaluation_data(config: RunConfig, dataset: Dataset | None, processor: Proc
     """Return the evaluation data, or None if the run has none.
 
     Raises:
-        DataError: an expected answer is longer than `train.max_new_tokens`.
+        DataError: an expected answer is longer than `train.max_new_tokens`, or a control cannot be made.
         ConfigError: no evaluation gives `train.best_metric` or the metric of `train.early_stopping`, or
             `evaluation.tasks` does not fit the data.
     """
@@ -327,7 +330,12 @@ def _evaluation_data(config: RunConfig, dataset: Dataset | None, processor: Proc
         check_lengths(dataset.conversations, rows, tasks, *limit)
         likelihoods = config.evaluation.likelihoods
         choices = Choices.for_tasks(dataset, processor, rows, tasks, closed_sets=likelihoods)
-        data = EvaluationData(dataset, rows, tasks, choices)
+        names = applicable_controls(config.evaluation.controls, dataset.conversations)
+        try:
+            controls = make_controls(dataset, processor, names, config.evaluation.paraphrases)
+        except DataError as error:
+            raise DataError([f"evaluation.controls: {fault}" for fault in error.faults]) from None
+        data = EvaluationData(dataset, rows, tasks, choices, controls)
         known = sorted(f"eval_{name}" for name in ("loss", *metric_names(tasks, likelihoods=likelihoods)))
     asked = {"train.best_metric": config.train.best_metric}
     if config.train.early_stopping:

@@ -99,16 +99,22 @@ def _programs(run: Prepared, state: TrainState) -> Iterator[tuple[str, BatchShap
             eval_batch = abstract_batch(empty_batch(dataset, shape), mesh, axis=0)
             lowered = jit_eval_step().lower(state.trainable, frozen, eval_batch, graphdef=graphdef)
             yield "evaluation", shape, lowered.compile()
-        yield from compile_answers(
-            state.trainable | frozen,
-            graphdef,
-            dataset,
-            run.model.processor,
-            mesh,
-            batch_size=batch_size,
-            max_new_tokens=config.train.max_new_tokens,
-            choices=run.data.evaluation.choices,
-        )
+        seen = set[BatchShape]()
+        controls = [(f"{name}: ", one.dataset) for name, own in run.data.evaluation.controls.items() for one in own]
+        for control, asked in (("", dataset), *controls):
+            for name, shape, program in compile_answers(
+                state.trainable | frozen,
+                graphdef,
+                asked,
+                run.model.processor,
+                mesh,
+                batch_size=batch_size,
+                max_new_tokens=config.train.max_new_tokens,
+                choices=run.data.evaluation.choices,
+                skip=seen,
+            ):
+                yield f"{control}{name}", shape, program
+            seen |= {*eval_shapes(asked, batch_size, prompts=True, parts=parts(mesh))}
 
 
 def _memory(program: jax.stages.Compiled) -> int | None:

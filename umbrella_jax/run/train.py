@@ -29,6 +29,7 @@ from umbrella_jax.distributed import broadcast, max_over_processes, raise_togeth
 from umbrella_jax.errors import Interrupted
 from umbrella_jax.io.files import PRIVATE, locked, rewrite_folder, strict_json, write_whole
 from umbrella_jax.plan import batch_flops, sheet_of
+from umbrella_jax.run.controls import answer_controls, unanswered_controls
 from umbrella_jax.run.evaluation import evaluate, evaluation_lines, headline_of
 from umbrella_jax.run.loggers import open_loggers
 from umbrella_jax.run.preparation import (
@@ -214,22 +215,26 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
         best = checkpoints.best()
         best_step = best[0][0] if best else last_step
         is_printed = best_step == last_step and (last_step > start or bool(pending))
-        data = run.data.evaluation if config.train.keep_best else None
-        if data and not broadcast(_is_evaluated(run, data, best_step) if log else None):
+        data = run.data.evaluation
+        is_evaluated, is_controlled = broadcast(_finished_parts(run, best_step) if log else None)
+        if data and not (is_evaluated and is_controlled):
             trainable = state.trainable
             del state  # large moments leave no room for another step's parameters
             if best_step != last_step:
                 with raise_together():
                     trainable = checkpoints.restore_trainable(best_step, partial(param_sharding, mesh))
             with jax.set_mesh(mesh):
-                evaluation = evaluate(run, data, interrupted, options, best_step, trainable, final=True)
-            is_printed = True
-            if evaluation is None:
+                if not is_evaluated:
+                    evaluation = evaluate(run, data, interrupted, options, best_step, trainable, final=True)
+                    is_evaluated = is_printed = evaluation is not None
+                    if evaluation is not None and log:
+                        add_final_metrics(out / METRICS, best_step, evaluation)
+                if is_evaluated:
+                    is_controlled = answer_controls(run, data, interrupted, options, best_step, trainable)
+            if not is_controlled:
                 number = interrupted()
                 name = signal.Signals(number).name
                 raise Interrupted(number, f"{name}: all {last_step} steps are saved; --resume evaluates the result")
-            if log:
-                add_final_metrics(out / METRICS, best_step, evaluation)
     for step, value in best:
         say(f"best: {config.train.best_metric} {value:.4g} at step {step}: {checkpoints.directory / str(step)}")
     if best:
@@ -311,6 +316,14 @@ def _show_evaluation(progress: Progress, run: Prepared) -> Hook:
 
 def _number(name: str, value: float | None) -> str:
     return f"{name} {math.nan if value is None else value:.4g}"
+
+
+def _finished_parts(run: Prepared, step: int) -> tuple[bool, bool]:
+    """Return whether a step was evaluated on all evaluation data, and whether its controls were answered."""
+    data = run.data.evaluation
+    if data is None:
+        return True, True
+    return not run.config.train.keep_best or _is_evaluated(run, data, step), not unanswered_controls(run, data, step)
 
 
 def _is_evaluated(run: Prepared, data: EvaluationData, step: int) -> bool:
