@@ -117,6 +117,7 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "docs/architecture.md": ("conversations", "runs/sex"),
     "docs/conversion.md": ("runs/sex",),
     "docs/data.md": ("conversations",),
+    "docs/evidence.md": ("runs/sex",),
     "docs/metrics.md": ("runs/sex",),
     "docs/pytorch.md": ("exports/sex",),
     "docs/runs.md": ("conversations", "runs/sex"),

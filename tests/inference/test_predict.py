@@ -18,7 +18,7 @@ from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.errors import ConfigError, visible
 from umbrella_jax.inference import predict as predict_module
 from umbrella_jax.inference.processor import Processor
-from umbrella_jax.rundir import predictions_by_step
+from umbrella_jax.rundir import controls_of, predictions_by_step
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,25 @@ def test_answers_depend_on_neither_batch_nor_devices(
     _same(read_lines(tmp_path / "out"), whole)
 
 
+def test_controls_depend_on_neither_batch_nor_devices(
+    run: Path, data: Path, whole: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    flags = ["--likelihoods", "--max-new-tokens", 4, "--control", "shuffled"]
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    printed = predict(run, data, one, *flags, "--batch-size", 3)
+    predict(run, data, other, *flags, devices=4)
+    _same(read_lines(one), whole)
+    assert list(controls_of(one)) == ["shuffled", "shuffled-reference"]
+    for name, file in controls_of(one).items():
+        assert f"{file}: answers under the control {name}" in printed
+        rows, others = read_lines(file), read_lines(controls_of(other)[name])
+        assert {row["control"] for row in rows} == {name}
+        left_out = [row for row in rows if "left_out" in row]
+        assert left_out == [row for row in others if "left_out" in row]
+        _same(*([row for row in own if "left_out" not in row] for own in (rows, others)))
+    assert len(left_out) == 7  # of the 11, four are comparisons
+
+
 def _same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     for row, other in zip(rows, expected, strict=True):
         assert {k: v for k, v in row.items() if k != "likelihoods"} == {
@@ -112,25 +131,26 @@ def test_resume_continues_a_part_file(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Cut off in its second batch, with a last line that was torn apart: each conversation is answered once."""
+    """Cut off in the second batch of a control, with a last line that was torn apart: each answer is made once."""
     out, asked = tmp_path / "out.jsonl", list[list[int]]()
     answers = predict_module.generate_answers
 
     def counted(*args: Any, **options: Any) -> Any:
         asked.append(list(options["only"]))
         for number, answer in enumerate(answers(*args, **options)):
-            if len(asked) == 1 and number == 1:
+            if len(asked) == 2 and number == 1:
                 raise KeyboardInterrupt
             yield answer
 
     monkeypatch.setattr(predict_module, "generate_answers", counted)
-    flags = ["--likelihoods", "--max-new-tokens", 4, "--batch-size", 4]
+    flags = ["--likelihoods", "--max-new-tokens", 4, "--batch-size", 4, "--control", "noise"]
     predict(run, data, out, *flags, code=130)
     part = tmp_path / "out.jsonl.part"
     done = [json.loads(line)[0] for line in part.read_text().splitlines()[1:]]
-    assert 0 < len(done) <= 4
+    assert set(range(11)) < set(done)
+    assert len(done) <= 11 + 4
     with part.open("a") as file:
-        file.write('[9, {"task_id"')
+        file.write('[19, {"task_id"')
     assert "continue with --resume" in predict(run, data, out, *flags, code=2)
     tasks = {"side": {"answers": ["left.", "right.", "up."]}}
     more = small_run.write_config(
@@ -141,8 +161,10 @@ def test_resume_continues_a_part_file(
     _refuses_other_weights_and_ends(run, data, out, *flags)
     output = predict(run, data, out, *flags, "--resume", "--seed", 5)  # without random draws the seed has no effect
     assert f"{out}: 11 answers" in output
-    assert set(asked[1]) == set(range(11)) - set(done)
+    assert asked[2] == []
+    assert {11 + number for number in asked[3]} == set(range(22)) - set(done)
     _same(read_lines(out), whole)
+    assert [row["control"] for row in read_lines(tmp_path / "out.noise.jsonl")] == ["noise"] * 11
     assert not part.exists()
     assert "already exists" in predict(run, data, out, *flags, "--resume", code=2)
     assert "in a directory that exists" in predict(run, data, tmp_path / "none" / "a.jsonl", code=2)
