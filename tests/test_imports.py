@@ -48,7 +48,7 @@ FLOORS: tuple[dict[str, set[str]], ...] = (
         "plan": {"jax"},
         "doctor": {"huggingface_hub", "jax", "numpy", "optax", "packaging"},
     },
-    {"api": set(), "inference": {"flax", "jax", "jaxtyping", "nibabel", "numpy", "tqdm"}},
+    {"api": set(), "inference": {"flax", "jax", "jaxtyping", "llguidance", "nibabel", "numpy", "tqdm"}},
     {
         "run": {"flax", "jax", "optax", "orbax", "tensorboardX", "tqdm", "wandb"},
         "baselines": {"flax", "jax", "nibabel", "nilearn", "numpy", "optax", "scipy", "sklearn", "tqdm"},

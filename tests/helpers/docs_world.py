@@ -34,6 +34,7 @@ from umbrella_jax.data.conversation import read_conversations
 from umbrella_jax.demo import make_base
 from umbrella_jax.demo.run import ATTRIBUTION_TEXT, print_accuracies
 from umbrella_jax.scoring.findings import read_word_list
+from umbrella_jax.scoring.structured import read_schema
 from umbrella_jax.sharding import make_mesh
 from umbrella_jax.study.from_bids import from_bids
 from umbrella_jax.study.schema import load_study
@@ -394,8 +395,11 @@ def run_session(page: Page, block: Block) -> None:
 
 
 def run_json(page: Page, block: Block) -> None:
-    """A conversation, or a participants.json."""
+    """A conversation, a participants.json, or a schema, which becomes the page's schema.json."""
     data = json.loads(block.text)
+    if data.get("type") == "object":
+        assert read_schema(write_json(page.folder / "schema.json", data)).fields
+        return
     if "conversations" in data:
         file = write_json(page.folder / "example.json", data)
         run = load_config(page.folder / "configs" / "joint_0.5b.yaml")

@@ -12,13 +12,15 @@ import pytest
 import umbrella_jax
 from convert.to_hf import export
 from tests.helpers import small_run
-from tests.helpers.small_run import World, conversation, read_lines, umbrella, write_json
+from tests.helpers.small_run import World, conversation, read_config, read_lines, umbrella, write_config, write_json
 from tests.helpers.strict import strict_promotion  # noqa: F401  # for every test here
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.errors import ConfigError, visible
 from umbrella_jax.inference import predict as predict_module
 from umbrella_jax.inference.processor import Processor
 from umbrella_jax.rundir import controls_of, predictions_by_step
+
+CLOSED: dict[str, Any] = {"required": ["a"], "additionalProperties": False}
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,31 @@ def _same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
         }
         for answer, value in row["likelihoods"].items():
             assert value == pytest.approx(other["likelihoods"][answer], abs=1e-4)
+
+
+def test_a_task_with_a_schema_is_answered_in_json_and_others_freely(run: Path, data: Path, tmp_path: Path) -> None:
+    schema = write_json(
+        tmp_path / "schema.json", {"type": "object", "properties": {"a": {"type": "boolean"}}, **CLOSED}
+    )
+    records = json.loads(data.read_text())
+    for number, record in enumerate(records):
+        record["metadata"]["task"] = "json" if number % 2 else "side"
+    mixed, config = write_json(tmp_path / "mixed.json", records), tmp_path / "run.yaml"
+    settings = read_config(run / "config.yaml")
+    settings["evaluation"]["tasks"] = {"json": {"schema": str(schema)}}
+    write_config(config, settings)
+    flags = ["--max-new-tokens", 60, "--batch-size", 8]
+    predict(run, mixed, tmp_path / "free", *flags)
+    predict(run, mixed, tmp_path / "masked", *flags, "--config", config, devices=4)
+    for row, free in zip(read_lines(tmp_path / "masked"), read_lines(tmp_path / "free"), strict=True):
+        if row["metadata"]["task"] == "side":
+            assert row == free
+        else:
+            assert isinstance(json.loads(row["prediction"])["a"], bool)
+    printed = umbrella("generate", run, "Which sex?", "--schema", schema, "--max-new-tokens", 60)
+    assert isinstance(json.loads(printed)["a"], bool)
+    predict(run, mixed, tmp_path / "cut", "--max-new-tokens", 3, "--schema", schema)
+    assert all(row["cut"] for row in read_lines(tmp_path / "cut"))
 
 
 def test_sampled_answers_depend_only_on_the_seed(run: Path, data: Path, tmp_path: Path) -> None:

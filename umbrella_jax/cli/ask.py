@@ -57,6 +57,7 @@ def add(commands: Any) -> None:
     generate.add_argument(
         "--number-text", metavar="TEXT", help="how numbers are written, as '{} years.'; default as the answer"
     )
+    _add_schema(generate)
     _add_sampling(generate)
 
     predict = add_command(
@@ -82,6 +83,7 @@ def add(commands: Any) -> None:
     predict.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="conversations per batch, over all devices; default 8"
     )
+    _add_schema(predict)
     add_flags(predict, ["--mesh"])
     predict.add_argument("--resume", action="store_true", help="continue an interrupted call")
     _add_sampling(predict)
@@ -124,6 +126,10 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE",
         help="image as MODALITY=FILE; repeatable",
     )
+
+
+def _add_schema(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--schema", metavar="FILE", help="JSON schema that each answer follows (extra `text`)")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -196,6 +202,7 @@ def _open_checkpoint(arguments: argparse.Namespace, config: RunConfig | None) ->
 
 def _generate(arguments: argparse.Namespace) -> None:
     from umbrella_jax.checkpoints.load import load_opened
+    from umbrella_jax.inference.constrained import JsonConstraint
     from umbrella_jax.inference.generate import probabilities, read_numbers, stream
     from umbrella_jax.inference.processor import Processor
     from umbrella_jax.scoring.number_grid import NumberGrid, NumberTemplate
@@ -210,6 +217,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         for flag, reason in {
             "--numbers": arguments.answers and numbers and "with --answers",
             "--number-text": arguments.number_text and not numbers and "without --numbers",
+            "--schema": arguments.answers and arguments.schema and "with --answers",
         }.items()
         if reason
     ]
@@ -219,6 +227,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise ConfigError("--temperature: is of no use with --answers, from which nothing is drawn; leave it out")
     checkpoint = _open_checkpoint(arguments, config)
     processor = Processor.from_checkpoint(checkpoint, max_length=_data(arguments, config).max_length)
+    constraint = None
+    if arguments.schema:
+        constraint = JsonConstraint.load(arguments.schema, processor, checkpoint.config.text.vocab_size)
     images = _images(arguments, processor.modalities)
     if not images:
         first = next(iter(processor.modalities))
@@ -239,6 +250,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
         seeds=[arguments.seed],
+        masks=constraint.masks(1) if constraint else None,
     ):
         tokens.append(int(token[0]))
         (text,) = processor.decode([tokens])
@@ -281,6 +293,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         sampling=sampling,
         seed=arguments.seed,
         likelihoods=arguments.likelihoods,
+        schema=arguments.schema,
         controls=list(dict.fromkeys(arguments.control)),
         paraphrases=config.evaluation.paraphrases if config else None,
         tasks=config.evaluation.tasks if config else None,

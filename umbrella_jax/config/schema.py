@@ -48,6 +48,7 @@ Metric = Literal[
     "crps",
     "coverage",
     "interval_width",
+    "field_accuracy",
 ]
 
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
@@ -481,8 +482,11 @@ LOWER_IS_BETTER: dict[str, bool | None] = {
     "crps": True,
     "coverage": None,
     "interval_width": None,
+    "field_accuracy": False,
+    "field_mae": True,
 }
-"""{metric: whether low values are good; None if neither end is}, for every `Metric`, the loss and `unparsable`."""
+"""{metric: whether low values are good; None if neither end is}, for every `Metric`, the loss, `unparsable` and
+`field_mae`, which `field_accuracy` brings."""
 
 
 def lower_is_better(metric: str) -> bool | None:
@@ -564,20 +568,23 @@ class TaskConfig(Section):
     findings: str | None = None
     """List of words (YAML) by which the findings of a report are found; it makes the task a `report`. Default: the
     package's list for brain MRI."""
+    schema: str | None = None
+    """JSON schema (a file) that each answer follows; it makes the task a `report`, scored field by field."""
     metrics: tuple[Metric, ...] | None = None
-    """Metrics to report. Default: all of the task's kind."""
+    """Metrics to report. Default: all of the task's kind; with `schema`, accuracy and field_accuracy."""
 
     def contradictions(self) -> Iterator[str]:
         closed, number, text = ("classification", "comparison"), ("regression",), ("report",)
-        for name, kinds in [("answers", closed), ("unit", number), ("numbers", number), ("findings", text)]:
+        keys = [("answers", closed), ("unit", number), ("numbers", number), ("findings", text), ("schema", text)]
+        for name, kinds in keys:
             if getattr(self, name) is not None and self.kind not in (None, *kinds):
                 yield f"{name}: a {self.kind} has none; leave it out, or set kind to {' or '.join(kinds)}"
         for name in ("unit", "numbers"):
             if self.answers is not None and getattr(self, name) is not None:
                 yield f"answers and {name}: expected one of them: labels have no {name}, numbers no closed set"
-        for name in ("answers", "unit", "numbers"):
-            if self.findings is not None and getattr(self, name) is not None:
-                yield f"{name} and findings: expected one of them: a report has no {name}"
+        for name, own in itertools.product(("answers", "unit", "numbers"), ("findings", "schema")):
+            if getattr(self, name) is not None and getattr(self, own) is not None:
+                yield f"{name} and {own}: expected one of them: a report has no {name}"
         if self.answers is not None and len(self.answers) < 2:
             yield f"answers: expected at least two, got {len(self.answers)}"
         if self.metrics == ():

@@ -2,12 +2,13 @@
 
 `prefill` reads a prompt once and keeps its keys and values, so each further token costs a pass over that token only.
 Each batch shape and answer length compiles `prefill` and `decode`, and `score_answers` if likelihoods are asked for.
+Tokens may be limited step by step (`TokenMasks`), as `inference/constrained.py` does for answers in JSON.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, no_type_check
+from typing import Any, Protocol, no_type_check, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,7 @@ def decode(
     stop_ids: Int32[Array, "S"],
     seeds: UInt32[Array, "B"],
     until: Int32[Array, ""],
+    allowed: UInt32[AnyArray, "B W"] | None = None,
     *,
     graphdef: nnx.GraphDef,
     sampling: Sampling = GREEDY,
@@ -111,6 +113,10 @@ def decode(
 
     A row ends with the first of `stop_ids`, which is part of the result. Draws for a row depend on its own seed and its
     number of tokens, not on the other rows.
+
+    Args:
+        allowed: tokens to choose from, before `sampling` limits them further: bit i % 32 of word i // 32 is set for
+            token i. It holds for all tokens of this call, so `until` is then one more than there are.
     """
     language_model = merge(graphdef, params).language_model
     size = state.tokens.shape[1]
@@ -120,6 +126,9 @@ def decode(
     def next_token(state: Decoding, hidden: Float[Array, "B D"]) -> dict[str, Array]:
         logits = language_model.logits(hidden)
         finite = jnp.isfinite(logits).all(-1)
+        if allowed is not None:
+            bits = (jnp.asarray(allowed)[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & 1
+            logits = jnp.where(bits.reshape(len(bits), -1)[:, : logits.shape[-1]] == 1, logits, -jnp.inf)
         token = choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, state.num_generated), sampling)
         kept = jnp.where(state.ended, NONE, token)
         # tokens.at[:, num_generated] would make devices exchange rows
@@ -188,6 +197,39 @@ def score_answers(
     return language_model.answer_scores(hidden, answers.next_tokens)
 
 
+@runtime_checkable
+class TokenMasks(Protocol):
+    """Limits the next token of each of B rows, given the tokens so far."""
+
+    def allowed(self) -> UInt32[np.ndarray, "B W"]:
+        """Return the tokens that may come next, as for `decode`."""
+
+    def accept(self, tokens: Int32[np.ndarray, "B"]) -> None:
+        """Append a token to each row; `NONE` to a row that has ended."""
+
+
+def decode_masked(
+    state: Decoding,
+    masks: TokenMasks,
+    decode_to: Callable[[Decoding, int, UInt32[np.ndarray, "B W"]], Decoding],
+    fetch: Callable[[Any], Any] = jax.device_get,
+) -> Decoding:
+    """Generate token by token until the rows are full or have all ended.
+
+    Args:
+        state: the result of `prefill`.
+        decode_to: extends a state to a number of tokens with masks.
+        fetch: brings arrays of the devices to this host.
+    """
+    for count in range(1, state.tokens.shape[1] + 1):
+        state = decode_to(state, count, masks.allowed())
+        tokens, ended = fetch((state.tokens, state.ended))
+        if ended.all():
+            break
+        masks.accept(tokens[:, count - 1])
+    return state
+
+
 def stream(
     model: Llava,
     batch: Batch,
@@ -196,6 +238,7 @@ def stream(
     max_new_tokens: int = 32,
     sampling: Sampling = GREEDY,
     seeds: Sequence[int] | Int[AnyArray, "B"] | None = None,
+    masks: TokenMasks | None = None,
 ) -> Iterator[Int32[np.ndarray, "B"]]:
     """Yield the tokens of `generate` one by one; a row that has ended gives `NONE`.
 
@@ -203,11 +246,14 @@ def stream(
     """
     state, decode_to = _start(model, batch, stop_ids, max_new_tokens, sampling, seeds)
     for count in range(1, max_new_tokens + 1):
-        state = decode_to(state, count)
+        state = decode_to(state, count, masks.allowed() if masks else None)
         _check_finite("logits", np.asarray(state.finite), model, batch)
-        yield np.asarray(state.tokens[:, count - 1])
+        tokens = np.asarray(state.tokens[:, count - 1])
+        yield tokens
         if state.ended.all():
             return
+        if masks:
+            masks.accept(tokens)
 
 
 def generate(
@@ -218,6 +264,7 @@ def generate(
     max_new_tokens: int = 32,
     sampling: Sampling = GREEDY,
     seeds: Sequence[int] | Int[AnyArray, "B"] | None = None,
+    masks: TokenMasks | None = None,
 ) -> Int32[Array, "B {max_new_tokens}"]:
     """Generate the model's answers to the prompts of a batch.
 
@@ -226,6 +273,7 @@ def generate(
         sampling: how to choose tokens; by default always the most likely.
         seeds: one seed per row for random draws; by default the row's number. The same seed and prompt give the same
             answer, whatever other rows are in the batch.
+        masks: limits of the rows' tokens, such as a new `JsonSchemaMasks`.
 
     Raises:
         ConfigError: the number of `seeds` differs from that of rows, or a seed is not a uint32; `max_new_tokens` is
@@ -235,7 +283,7 @@ def generate(
         RunError: logits are not finite; names the rows.
     """
     state, decode_to = _start(model, batch, stop_ids, max_new_tokens, sampling, seeds)
-    state = decode_to(state, max_new_tokens)
+    state = decode_masked(state, masks, decode_to) if masks else decode_to(state, max_new_tokens, None)
     _check_finite("logits", np.asarray(state.finite), model, batch)
     return state.tokens
 
@@ -292,7 +340,7 @@ def _start(
     max_new_tokens: int,
     sampling: Sampling,
     seeds: Sequence[int] | Int[AnyArray, "B"] | None,
-) -> tuple[Decoding, Callable[[Decoding, int], Decoding]]:
+) -> tuple[Decoding, Callable[[Decoding, int, UInt32[np.ndarray, "B W"] | None], Decoding]]:
     """Read the prompts; return their state and a function that extends their answers to a number of tokens."""
     row_seeds: Any = range(len(batch.lengths)) if seeds is None else seeds
     faults = [] if max_new_tokens > 0 else [f"max_new_tokens: expected 1 or more, got {max_new_tokens}"]
@@ -305,7 +353,7 @@ def _start(
     keys, stop = jnp.asarray(row_seeds, jnp.uint32), jnp.asarray(stop_ids, jnp.int32)
     graphdef, params = split(model)
 
-    def decode_to(state: Decoding, count: int) -> Decoding:
-        return decode(params, state, stop, keys, jnp.int32(count), graphdef=graphdef, sampling=sampling)
+    def decode_to(state: Decoding, count: int, allowed: UInt32[np.ndarray, "B W"] | None) -> Decoding:
+        return decode(params, state, stop, keys, jnp.int32(count), allowed, graphdef=graphdef, sampling=sampling)
 
     return prefill(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens), decode_to

@@ -40,8 +40,18 @@ from umbrella_jax.data.loader import Dataset, empty_batch, eval_batches, eval_sh
 from umbrella_jax.data.tokenize import length_faults
 from umbrella_jax.distributed import SHA256, broadcast, check_same, gather, raise_together
 from umbrella_jax.errors import ConfigError, DataError, Faults
+from umbrella_jax.inference.constrained import Constraints
 from umbrella_jax.inference.controls import ControlledDataset, left_out_lines, make_controls
-from umbrella_jax.inference.generate import GREEDY, NONE, Sampling, decode, prefill, score_answers
+from umbrella_jax.inference.generate import (
+    GREEDY,
+    NONE,
+    Decoding,
+    Sampling,
+    decode,
+    decode_masked,
+    prefill,
+    score_answers,
+)
 from umbrella_jax.inference.processor import Processor
 from umbrella_jax.io.files import PRIVATE, append_line, check_output, naming, strict_json, take_lock, write_whole
 from umbrella_jax.io.reading import parse_json
@@ -146,6 +156,7 @@ def generate_answers(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     choices: Choices | None = None,
+    constraints: Constraints | None = None,
     only: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[dict[int, Answer]]:
@@ -156,12 +167,14 @@ def generate_answers(
     Args:
         dataset: loaded with `evaluation=True`.
         choices: answers whose likelihoods to compute too.
+        constraints: JSON schemas that answers must follow.
         only: numbers of the conversations to answer; by default all.
         progress: counts conversations.
 
     Raises:
         DataError: a volume can no longer be read.
         CheckpointError, RunError: weights, or logits for some conversations, are not finite; on all processes alike.
+        RunError: a JSON schema is too complex.
     """
     stop = np.array(processor.stop_ids, np.int32)
     batches = eval_batches(dataset, batch_size, prompts=True, threads=threads, parts=parts(mesh), only=only)
@@ -184,7 +197,14 @@ def generate_answers(
         seeds = np.zeros(rows, np.uint32)
         seeds[: len(indices)] = [np.random.SeedSequence([seed, i]).generate_state(1)[0] for i in indices]
         options: dict[str, Any] = {"graphdef": graphdef, "sampling": sampling}
-        state = decode(params, state, stop, seeds, jnp.int32(max_new_tokens), **options)
+
+        def decode_to(
+            state: Decoding, count: int, allowed: Any = None, seeds: Any = seeds, options: Any = options
+        ) -> Decoding:
+            return decode(params, state, stop, seeds, jnp.int32(count), allowed, **options)
+
+        masks = constraints.masks(indices, rows) if constraints else None
+        state = decode_masked(state, masks, decode_to, _gathered) if masks else decode_to(state, max_new_tokens)
         tokens, finite = (rows[: len(indices)] for rows in _gathered((state.tokens, state.finite)))
         require("logits", finite)
         texts = processor.decode(tokens)
@@ -213,6 +233,7 @@ def compile_answers(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     choices: Choices | None = None,
+    constraints: Constraints | None = None,
     skip: Collection[BatchShape] = (),
 ) -> Iterator[tuple[str, BatchShape, jax.stages.Compiled]]:
     """Yield (name, batch shape, compiled program) of everything that `generate_answers` would compile; run nothing.
@@ -238,6 +259,10 @@ def compile_answers(
         seeds, until = np.zeros(rows, np.uint32), jnp.int32(max_new_tokens)
         options: dict[str, Any] = {"graphdef": graphdef, "sampling": sampling}
         yield "answers", shape, decode.lower(params, state, stop, seeds, until, **options).compile()
+        if constraints is not None:
+            allowed = constraints.allow_all(rows)
+            program = decode.lower(params, state, stop, seeds, until, allowed, **options)
+            yield "answers in JSON", shape, program.compile()
 
 
 def _gathered(arrays: Any) -> Any:
@@ -293,6 +318,7 @@ def predict(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     likelihoods: bool = False,
+    schema: str | Path | None = None,
     controls: Sequence[ControlName] = (),
     paraphrases: Mapping[str, Sequence[str]] | None = None,
     tasks: Mapping[str, TaskConfig] | None = None,
@@ -315,6 +341,7 @@ def predict(
         data: the settings of the data; `eval` names the conversations.
         likelihoods: also compute the likelihood of every answer of a closed set.
             Those of candidate numbers are always computed.
+        schema: JSON schema that every answer follows, instead of those of `tasks`.
         controls: also answer under these, as in `evaluation.controls` of a configuration.
         paraphrases: as `evaluation.paraphrases` of a configuration, for the control `paraphrase`.
         tasks: as `evaluation.tasks` of a configuration; by default those of the run.
@@ -375,6 +402,8 @@ def predict(
                 "evaluation.tasks"
             )
         check_lengths(dataset.conversations, rows, known, *limit)
+        schemas = {name: schema or (tasks or {}).get(name, TaskConfig()).schema for name in map(task_of, rows)}
+        constraints = Constraints.for_tasks(rows, schemas, processor, checkpoint.config.text.vocab_size)
         made = make_controls(dataset, processor, controls, paraphrases or {})
         questions = [
             _Questions(out, "answer", dataset, dict(enumerate(rows)), range(len(rows))),
@@ -400,6 +429,7 @@ def predict(
         "paraphrases": {task: list(texts) for task, texts in (paraphrases or {}).items()}
         if "paraphrase" in made
         else {},
+        "schemas": constraints.texts if constraints else [],
         "cache_dtype": data.cache_dtype,
         "compute_dtype": compute_dtype,
         **{f"config.json: {key}": value for key, value in flat(architecture).items()},
@@ -435,6 +465,7 @@ def predict(
                     sampling=sampling,
                     seed=seed,
                     choices=choices,
+                    constraints=constraints,
                     only=left,
                     progress=progress,
                 ):

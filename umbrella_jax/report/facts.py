@@ -40,7 +40,6 @@ from umbrella_jax.scoring.metrics import (
     Scores,
     Task,
     answer_probabilities,
-    normalise,
     parse_number,
     read_predictions,
     score,
@@ -438,7 +437,7 @@ def _sample(conversation: Conversation, row: Prediction, task: Task, failed: boo
     error = _error(row, task)
     if task.kind == "regression":
         verdict = f"off by {short(error)} {task.unit or ''}".strip() if np.isfinite(error) else "no number"
-    elif task.kind == "report":
+    elif task.kind == "report" and task.schema is None:
         verdict = f"{error:.0%} of statements differ" if failed else "same statements"
     else:
         verdict = "wrong" if failed else "correct"  # not "right", which is a side
@@ -448,10 +447,10 @@ def _sample(conversation: Conversation, row: Prediction, task: Task, failed: boo
 def _error(row: Prediction, task: Task) -> float:
     """Return the absolute error of a number, the share of different statements of a report, or 1 for another wrong
     answer and 0 for a right one."""
-    if task.kind == "report":
+    if task.kind == "report" and task.schema is None:
         return different_statements(task, row)
     if task.kind != "regression":
-        return float(normalise(row["prediction"]) != task.truth(row))
+        return float(task.answer_of(row) != task.truth(row))
     answer = _answer(row, task)
     return np.inf if answer is None else abs(answer - _number(task.truth(row), task))
 

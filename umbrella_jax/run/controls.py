@@ -71,6 +71,7 @@ def answer_controls(
                     threads=config.data.threads,
                     max_new_tokens=config.train.max_new_tokens,
                     choices=data.choices,
+                    constraints=data.constraints,
                     only=asked,
                     progress=progress,
                 ):

@@ -92,6 +92,7 @@ def evaluate(
             batch_size=config.train.batch_size,
             max_new_tokens=config.train.max_new_tokens,
             choices=data.choices,
+            constraints=data.constraints,
             progress=progress,
             **common,
         ):

@@ -25,6 +25,7 @@ from umbrella_jax.data.loader import Dataset, make_epoch_plan
 from umbrella_jax.data.validation.checks import check_overlap
 from umbrella_jax.distributed import SHA256, check_same, raise_together
 from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.inference.constrained import Constraints
 from umbrella_jax.inference.controls import ControlledDataset, applicable_controls, make_controls
 from umbrella_jax.inference.predict import Choices, check_lengths
 from umbrella_jax.inference.processor import Processor
@@ -61,6 +62,8 @@ class EvaluationData:
     """The answers whose likelihoods are computed; None if the run asks for none."""
     controls: Mapping[str, Sequence[ControlledDataset]]
     """The data under each control of `evaluation.controls`, as from `make_controls`."""
+    constraints: Constraints | None = None
+    """JSON schemas that answers must follow; None if no task has one."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ def prepare(
         _check_length(config, len(train_set))
         shown = {image.modality for image in train_set.windows}
         _check_shown(config, labels, shown, len(train_set))
-        evaluation = _evaluation_data(config, datasets.get("eval"), processor)
+        evaluation = _evaluation_data(config, datasets.get("eval"), processor, model.text.vocab_size)
     with raise_together():
         # Separate from the block above: orbax synchronises all processes when it reads a run's identity, and would wait
         # forever for a process that had already failed.
@@ -314,8 +317,13 @@ def _check_shown(config: RunConfig, labels: Mapping[str, str], shown: Collection
         )
 
 
-def _evaluation_data(config: RunConfig, dataset: Dataset | None, processor: Processor) -> EvaluationData | None:
+def _evaluation_data(
+    config: RunConfig, dataset: Dataset | None, processor: Processor, vocab_size: int
+) -> EvaluationData | None:
     """Return the evaluation data, or None if the run has none.
+
+    Args:
+        vocab_size: number of the model's logits.
 
     Raises:
         DataError: an expected answer is longer than `train.max_new_tokens`, or a control cannot be made.
@@ -335,7 +343,9 @@ def _evaluation_data(config: RunConfig, dataset: Dataset | None, processor: Proc
             controls = make_controls(dataset, processor, names, config.evaluation.paraphrases)
         except DataError as error:
             raise DataError([f"evaluation.controls: {fault}" for fault in error.faults]) from None
-        data = EvaluationData(dataset, rows, tasks, choices, controls)
+        schemas = {name: task.schema for name, task in config.evaluation.tasks.items()}
+        constraints = Constraints.for_tasks(rows, schemas, processor, vocab_size)
+        data = EvaluationData(dataset, rows, tasks, choices, controls, constraints)
         known = sorted(f"eval_{name}" for name in ("loss", *metric_names(tasks, likelihoods=likelihoods)))
     asked = {"train.best_metric": config.train.best_metric}
     if config.train.early_stopping:

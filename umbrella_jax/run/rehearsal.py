@@ -111,6 +111,7 @@ def _programs(run: Prepared, state: TrainState) -> Iterator[tuple[str, BatchShap
                 batch_size=batch_size,
                 max_new_tokens=config.train.max_new_tokens,
                 choices=run.data.evaluation.choices,
+                constraints=run.data.evaluation.constraints,
                 skip=seen,
             ):
                 yield f"{control}{name}", shape, program

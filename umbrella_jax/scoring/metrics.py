@@ -25,6 +25,7 @@ from umbrella_jax.scoring.bootstrap import (
 )
 from umbrella_jax.scoring.numeric import number_statistics
 from umbrella_jax.scoring.parse_answer import normalise, parse_number
+from umbrella_jax.scoring.structured import parse_answer_object
 from umbrella_jax.scoring.tasks import (
     LIKELIHOOD_METRICS,
     METRICS,
@@ -188,7 +189,8 @@ def cut_faults(rows: Iterable[Prediction], tasks: Mapping[str, Task]) -> list[st
     """Return a fault for each answer that `max_new_tokens` cut off on its way to the reference."""
     faults = []
     for row in rows:
-        truth, answer = tasks[task_of(row)].truth(row), normalise(row["prediction"])
+        task = tasks[task_of(row)]
+        truth, answer = task.truth(row), task.answer_of(row)
         if row.get("cut") and answer and truth != answer and truth.startswith(answer):
             faults.append(
                 f"task {task_of(row)}: {row['task_id']}: max_new_tokens cut the answer {row['prediction']!r} off "
@@ -244,7 +246,7 @@ def resample(
     names = {name: task.figures(likelihoods=_with_likelihoods(groups[name])) for name, task in tasks.items()}
     overall = over_tasks(names)
     if pooled := overall.get("accuracy"):
-        right = np.array([normalise(row["prediction"]) == tasks[t].truth(row) for t in pooled for row in groups[t]])
+        right = np.array([tasks[t].answer_of(row) == tasks[t].truth(row) for t in pooled for row in groups[t]])
         chances = [statistics[f"accuracy/{t}"].chance or 0 for t in pooled]
         chance = float(np.average(chances, weights=[len(groups[t]) for t in pooled]))
         subject = np.concatenate([statistics[f"accuracy/{t}"].subject for t in pooled])
@@ -342,7 +344,7 @@ def answer_values(task: Task, metric: Metric, rows: Sequence[Prediction]) -> np.
     They are 1 for right and 0 for wrong answers (`accuracy`), or absolute errors (`mae`).
     """
     if metric == "accuracy":
-        return np.array([normalise(row["prediction"]) == task.truth(row) for row in rows], float)
+        return np.array([task.answer_of(row) == task.truth(row) for row in rows], float)
     if metric == "mae":
         truth, answer = numbers_of(task, rows)
         return np.abs(_with_ends(truth, answer, truth) - truth)
@@ -578,6 +580,9 @@ def answer_notes(tasks: Mapping[str, Task], groups: Mapping[str, Sequence[Predic
             counts_as = (
                 "the end of the references' range that is farther from the truth, and not in pearson and spearman"
             )
+        elif task.schema is not None:
+            num_failed = sum(parse_answer_object(row["prediction"]) is None for row in rows)
+            failure, counts_as = "are no JSON object", "wrong in every field"
         else:
             num_failed = sum(normalise(row["prediction"]) not in task.classes for row in rows) if task.answers else 0
             failure, counts_as = f"are none of {', '.join(task.classes)}", "wrong"

@@ -318,7 +318,7 @@ def _resample(
 def _metric(task: Task) -> str | None:
     if task.kind == "regression":
         return "mae"
-    return "accuracy" if "accuracy" in METRICS[task.kind] else None
+    return "accuracy" if "accuracy" in METRICS[task.kind] or task.schema is not None else None
 
 
 def _statistics(
@@ -348,8 +348,8 @@ def _statistics(
         sign = -1
     else:
         truths = np.array([task.truth(row) for row in true])
-        answers = np.array([normalise(row["prediction"]) for row in other])
-        true_value = np.array([normalise(row["prediction"]) for row in true]) == truths
+        answers = np.array([task.answer_of(row) for row in other])
+        true_value = np.array([task.answer_of(row) for row in true]) == truths
         value = answers == truths
         chance = partial(_agreement, truth=truths, answer=answers)
         sign = 1
@@ -384,7 +384,7 @@ _ROUNDING = 1e-9
 
 def _changed(task: Task, one: Sequence[Prediction], other: Sequence[Prediction]) -> np.ndarray:
     """Return whether each answer differs, bool [n]; equal numbers of a regression may be written differently."""
-    texts = [np.array([normalise(row["prediction"]) for row in rows]) for rows in (one, other)]
+    texts = [np.array([task.answer_of(row) for row in rows]) for rows in (one, other)]
     differs: np.ndarray = texts[0] != texts[1]
     if task.kind == "regression":
         first, second = (numbers_of(task, rows)[1] for rows in (one, other))

@@ -11,6 +11,7 @@ from umbrella_jax.errors import ConfigError, DataError, Faults, UmbrellaError
 from umbrella_jax.scoring.findings import MENTION_KINDS, MentionKind, WordList, default_word_list, read_word_list
 from umbrella_jax.scoring.number_grid import NumberGrid
 from umbrella_jax.scoring.parse_answer import is_number, normalise, parse_number, same_unit, stated_unit
+from umbrella_jax.scoring.structured import AnswerSchema, canonical, field_number, parse_answer_object, read_schema
 
 Prediction = Mapping[str, Any]
 """A row of predictions: `{task_id, task_type, prediction, reference, metadata}`, and for a closed set `likelihoods`,
@@ -35,6 +36,8 @@ NUMBER_PARTS: dict[Metric, tuple[str, ...]] = {
 """{metric: its parts that need the likelihoods of candidate numbers}."""
 NUMBER_METRICS: tuple[Metric, ...] = ("crps", "coverage", "interval_width")
 """Metrics of the distribution over candidate numbers; the last two have only parts."""
+SCHEMA_METRICS: tuple[Metric, ...] = ("accuracy", "field_accuracy")
+"""Metrics of a report with a JSON schema, besides those of every report."""
 METRICS: dict[TaskKind, tuple[Metric, ...]] = {
     "classification": ("accuracy", "balanced_accuracy", "f1", *LIKELIHOOD_METRICS),
     "comparison": ("accuracy", "balanced_accuracy", "f1", "copy_rate", "vote_accuracy", *LIKELIHOOD_METRICS),
@@ -66,6 +69,10 @@ class Task:
     """List of words of a report; None for other kinds."""
     stated: Mapping[MentionKind, tuple[str, ...]] = field(default_factory=dict)
     """{kind: names of findings, regions and sides that the references of a report mention}, in the list's order."""
+    schema: AnswerSchema | None = None
+    """Schema of the answers of a report in JSON."""
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """{number field of the schema: smallest and largest number of the references}."""
 
     @property
     def title(self) -> str:
@@ -84,7 +91,15 @@ class Task:
 
     def truth(self, row: Prediction) -> str:
         """Return the right answer, normalised: the reference or, if it is blank, that of `metadata.subject_label`."""
+        if self.schema is not None and (text := canonical(self.reference_text(row))) is not None:
+            return text
         return _truth(row, self.labels)
+
+    def answer_of(self, row: Prediction) -> str:
+        """Return the prediction, normalised as `truth`."""
+        if self.schema is not None and (text := canonical(row["prediction"])) is not None:
+            return text
+        return normalise(row["prediction"])
 
     def reference_text(self, row: Prediction) -> str:
         """Return the right answer as it is written: the reference or, if it is blank, `metadata.subject_label`."""
@@ -110,7 +125,9 @@ class Task:
                 names.append("copy_rate/different")
             if metric in FINDING_METRICS:
                 names += [f"{metric}/{name}" for name in self.stated[FINDING_METRICS[metric]]]
-        return names if self.kind in OPEN_KINDS else [*names, "unparsable"]
+            if metric == "field_accuracy" and self.schema is not None:
+                names += [f"{'field_mae' if n else metric}/{name}" for name, n in self.schema.fields.items()]
+        return names if self.kind in OPEN_KINDS and self.schema is None else [*names, "unparsable"]
 
 
 def task_of(row: Prediction) -> str:
@@ -238,6 +255,8 @@ def reference_faults(name: str, rows: Sequence[Prediction], task: Task) -> list[
         truth = task.truth(row)
         if task.answers is not None and truth not in classes:
             faults.append(f"{place}: reference {truth!r}: {expected}")
+        if task.schema is not None and parse_answer_object(task.reference_text(row)) is None:
+            faults.append(f"{place}: reference {truth!r}: expected a JSON object (evaluation.tasks.{name}.schema)")
         if task.kind == "regression" and parse_number(truth, task.unit) is None:
             faults.append(f"{place}: reference {truth!r}: expected a number{f' ({task.unit})' if task.unit else ''}")
         if task.kind == "comparison":
@@ -286,16 +305,17 @@ def _task(name: str, rows: Sequence[Prediction], config: TaskConfig) -> Task:
         )
     kind = config.kind or _kind(rows, labels, bool(ambiguous), config)
     place = f"evaluation.tasks.{name}"
+    known = METRICS[kind] if config.schema is None else (*SCHEMA_METRICS, *METRICS[kind])
     faults = [
-        f"{place}.metrics: {metric}: a {kind} has none; expected some of {', '.join(METRICS[kind])}"
+        f"{place}.metrics: {metric}: a {kind} has none; expected some of {', '.join(known)}"
         for metric in config.metrics or ()
-        if metric not in METRICS[kind]
+        if metric not in known
     ]
     if twice := [answer for answer, n in Counter(map(normalise, config.answers or ())).items() if n > 1]:
         faults.append(f"{place}.answers: {', '.join(twice)}: listed several times, ignoring case and full stop")
     if faults:
         raise ConfigError(faults)
-    metrics = config.metrics or METRICS[kind]
+    metrics = config.metrics or (METRICS[kind] if config.schema is None else SCHEMA_METRICS)
     if kind == "regression":
         unit = config.unit or _stated_unit([_truth(row, {}) for row in rows])
         task = Task(kind, metrics, unit=unit, numbers=_numbers(name, rows, unit, config))
@@ -318,10 +338,24 @@ def _report(name: str, rows: Sequence[Prediction], config: TaskConfig, metrics: 
             'pip install "umbrella-jax[text]", or choose others in evaluation.tasks.NAME.metrics'
         )
     words = read_word_list(config.findings) if config.findings else default_word_list()
-    task = Task("report", metrics, words=words)
+    schema = read_schema(config.schema) if config.schema else None
+    task = Task("report", metrics, words=words, schema=schema)
     mentions = [mention for row in rows for mention in words.mentions(task.reference_text(row))]
     known = {kind: {mention.name for mention in mentions if mention.kind == kind} for kind in MENTION_KINDS}
-    return replace(task, stated={k: tuple(n for n in words.names(k) if n in known[k]) for k in MENTION_KINDS})
+    stated = {kind: tuple(name for name in words.names(kind) if name in known[kind]) for kind in MENTION_KINDS}
+    return replace(
+        task, stated=stated, ranges={} if schema is None else _ranges(schema, map(task.reference_text, rows))
+    )
+
+
+def _ranges(schema: AnswerSchema, references: Iterable[str]) -> dict[str, tuple[float, float]]:
+    answers = list(map(parse_answer_object, references))
+    numbers = {
+        field: [number for answer in answers if (number := field_number(answer, field)) is not None]
+        for field, is_number in schema.fields.items()
+        if is_number
+    }
+    return {field: (min(known), max(known)) for field, known in numbers.items() if known}
 
 
 def _labels(rows: Sequence[Prediction]) -> tuple[dict[str, str], list[str]]:
@@ -345,7 +379,7 @@ def _kind(rows: Sequence[Prediction], labels: Mapping[str, str], ambiguous: bool
     distinct = set(truths)
     if config.unit is not None or config.numbers is not None:
         return "regression"
-    if config.findings is not None:
+    if config.findings is not None or config.schema is not None:
         return "report"
     stated = label_of(rows[0], "kind")
     for kind in METRICS if config.answers is None else ():

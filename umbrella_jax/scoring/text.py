@@ -10,6 +10,7 @@ import numpy as np
 from umbrella_jax.config.schema import Metric
 from umbrella_jax.scoring import weighted_statistics
 from umbrella_jax.scoring.bootstrap import Statistic
+from umbrella_jax.scoring.fields import field_statistics
 from umbrella_jax.scoring.findings import MENTION_KINDS, MentionKind, WordList, default_word_list
 from umbrella_jax.scoring.tasks import FINDING_METRICS, TEXT_METRICS, Prediction, Task
 
@@ -32,9 +33,11 @@ def report_statistics(task: Task, rows: Sequence[Prediction], subject: np.ndarra
     """
     pairs = [(str(row["prediction"]), task.reference_text(row)) for row in rows]
     random_pairs = [(pairs[other][1], pairs[i][1]) for i, other in _other_reports(subject)]
-    statistics: dict[str, Statistic] = {}
+    statistics = {} if task.schema is None else field_statistics(task, rows, subject)
     for figure in task.figures(likelihoods=False):
         metric, _, name = figure.partition("/")
+        if metric not in (*FINDING_METRICS, *TEXT_METRICS):
+            continue
         compute, counts = _METRICS[metric] if metric in _METRICS else _statement_metric(task, metric, name)
         chance = np.array([np.nan])
         if random_pairs:
