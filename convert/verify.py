@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from flax import nnx
 
 from convert.config_json import CONFIG, read_checkpoint_json
 from convert.lazy_tensor import Tensor, host_memory, place
@@ -18,7 +20,7 @@ from convert.to_hf import hub_tensors
 from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import resolve_modality
 from umbrella_jax.console import table_lines
-from umbrella_jax.models.llava import LlavaConfig, abstract_params, merge
+from umbrella_jax.models.llava import LlavaConfig, Params, abstract_params, merge
 from umbrella_jax.models.paths import modality_of
 
 Outcome = Literal["identical", "rounded", "different", "only in A", "only in B"]
@@ -273,11 +275,10 @@ def compare_forward(
     params = place({p: t.astype(narrow[p]) for p, t in b.items()}, host_memory)
     params = {path: leaf.astype("float32") for path, leaf in params.items()}
     graphdef, _ = abstract_params(config_b)
-    run = jax.jit(lambda params, batch: merge(graphdef, params).target_logits(batch))
     found = {}
     for name, (sequence, volume, expected) in cases.items():
         with jax.default_matmul_precision("highest"):  # GPUs and TPUs round float32 factors by default
-            logits = np.asarray(run(params, _batch(sequence, name, volume, config_b)))[0]
+            logits = np.asarray(_target_logits(params, _batch(sequence, name, volume, config_b), graphdef=graphdef))[0]
         generated = sequence[0, -_GREEDY:]
         agree = logits[-_GREEDY - 1 : -1].argmax(-1) == generated
         found[name] = LogitComparison(
@@ -286,6 +287,11 @@ def compare_forward(
             _GREEDY,
         )
     return found
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _target_logits(params: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> jax.Array:
+    return merge(graphdef, params).target_logits(batch)
 
 
 def _renamed(path: str, names: Mapping[str, str]) -> str:

@@ -314,7 +314,7 @@ def test_other_commands_take_an_odd_name(world: World, trained: Path, tmp_path: 
     table = "".join(f"sub-{subject}\t{'MF'[subject % 2]}\n" for subject in range(8))
     (place / "bids" / "participants.tsv").write_text(f"participant_id\tsex\n{table}")
     data = ["--config", world.config, "--train-data", world.train, "--eval-data", world.eval]
-    image = f"T1={world.root}/scans/0.nii.gz"
+    image, answer = f"T1={world.root}/scans/0.nii.gz", ("--answer", "left.")
     export = place / "export"
     closed = ["--base", world.base, "--set", "evaluation.tasks={T1: {kind: classification, answers: [left., right.]}}"]
     for words in (
@@ -324,9 +324,9 @@ def test_other_commands_take_an_odd_name(world: World, trained: Path, tmp_path: 
         ["plan", "--config", world.config, "--base", world.base, "--devices", "h100x8", "--flops", 1e12],
         ["convert", "to-hf", trained, export],
         ["convert", "verify", export, trained, "--no-logits"],
-        ["explain", export, "Which sex?", "--image", image, "--method", "gradient", "--out", place / "maps"],
+        ["explain", export, "Which sex?", "--image", image, "--method", "gradient", *answer, "--out", place / "maps"],
         ["runs", world.root, "--plot", place / "runs.svg"],
-        ["baseline", *data, *closed, "--out", place / "baseline", "--cnn-epochs", 1, "--cnn-width", 0.03125],
+        ["baseline", *data, *closed, "--out", place / "baseline", "--only", "probe"],
     ):
         code, err = run(*words)
         assert code == 0, (words, err)

@@ -200,7 +200,7 @@ def lost(export: Path) -> Path:
 
 def test_a_lost_patch_embedding_does_not_answer(world: World, lost: Path, tmp_path: Path) -> None:
     scan = f"T1={world.root}/scans/0.nii.gz"
-    ask = ["generate", lost, "Which sex?", "--image", scan, "--max-new-tokens", 1]
+    ask = ["generate", lost, "Which sex?", "--image", scan, "--max-new-tokens", 4]
     predict = [
         "predict",
         lost,
@@ -223,7 +223,7 @@ def test_a_lost_patch_embedding_does_not_answer(world: World, lost: Path, tmp_pa
     assert not comparison.same
     assert f"{lost}: modality T1: no weights" in comparison.configuration
     umbrella(*ask, "--allow-untrained")
-    umbrella(*predict, "--max-new-tokens", 8, "--allow-untrained")
+    umbrella(*predict, "--max-new-tokens", 4, "--allow-untrained")
     assert len(read_lines(tmp_path / "p.jsonl")) == 3
 
 
@@ -248,16 +248,16 @@ def test_a_model_answers_about_the_modality_that_was_trained(world: World, nativ
     small_run.write_json(directory / "umbrella_config.json", described)
     model, processor = umbrella_jax.load(directory), Processor.load(directory)
     scan, series = (("T1", world.root / "scans" / "0.nii.gz"), ("rsfMRI", world.root / "scans" / "run-0.nii"))
-    umbrella_jax.generate(model, processor.prompt("Which sex?", [scan]), max_new_tokens=1)
+    umbrella_jax.generate(model, processor.prompt("Which sex?", [scan]), max_new_tokens=4)
     prompt = processor.prompt("Which sex?", [series])
     with pytest.raises(CheckpointError, match="modality rsfMRI: patch embedding not in the checkpoint"):
-        umbrella_jax.generate(model, prompt, max_new_tokens=1)
+        umbrella_jax.generate(model, prompt, max_new_tokens=4)
     with pytest.raises(CheckpointError, match="modality rsfMRI"):
         probabilities(model, prompt, processor.answers(["left.", "right."]))
     with pytest.raises(CheckpointError, match="modality rsfMRI"):
         umbrella_jax.explain(model, processor, processor.question("Which sex?", [series]))
     allowed = umbrella_jax.load(directory, allow_untrained=True)
-    umbrella_jax.generate(allowed, prompt, max_new_tokens=1)
+    umbrella_jax.generate(allowed, prompt, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -3,6 +3,7 @@
 import json
 import shutil
 from argparse import Namespace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -110,6 +111,24 @@ def assert_same(params, expected):
         assert np.asarray(params[path]).tobytes() == np.asarray(array).tobytes(), path
 
 
+@lru_cache(maxsize=12)
+def params_of(source, config):
+    """Load the parameters of a checkpoint that no test changes, once for all tests that compare with them."""
+    return load_params(source, config)[0]
+
+
+@lru_cache(maxsize=12)
+def contents_of(source):
+    """Read a checkpoint that no test changes, once for all tests that compare with it."""
+    return contents(source)
+
+
+@lru_cache(maxsize=12)
+def fingerprint_of(source):
+    """Compute the fingerprint of a checkpoint that no test changes once."""
+    return fingerprint(source)
+
+
 def assert_round_trip(directory, source, out, modalities=MODALITIES):
     """`directory` has the parameters of `source`, and its export the tensors of `source`.
 
@@ -117,9 +136,9 @@ def assert_round_trip(directory, source, out, modalities=MODALITIES):
     """
     config = read_config(directory, modalities)
     params, summary = load_params(directory, config)
-    assert_same(params, load_params(source, config)[0])
+    assert_same(params, params_of(source, config))
     export(out, params, config, directory)
-    assert contents(out) == contents(source)
+    assert contents(out) == contents_of(source)
     assert read_config(out) == config
     assert {path.name for path in out.iterdir() if path.suffix in (".bin", ".safetensors")} == {"model.safetensors"}
     assert not list(out.glob("*.index.json"))
@@ -154,7 +173,7 @@ def test_names_and_files(hubs, tmp_path, names, files, dtype, tied):
     directory = write(tmp_path / "in", source, tensors, files)
     assert open_checkpoint(directory).keys() == tensors.keys()
     assert assert_round_trip(directory, source, tmp_path / "out") == []
-    assert fingerprint(directory) == fingerprint(source)
+    assert fingerprint(directory) == fingerprint_of(source)
 
 
 def compiled_inside(name):
@@ -195,7 +214,7 @@ def test_prefixes_of_wrappers_are_removed(hubs, tmp_path, wrapper, names, files,
     long, short = line.rpartition(": ")[2].split(" → ")
     assert long in wrapped
     assert short in {names(n) for n in read(source)}
-    assert fingerprint(directory) == fingerprint(source)
+    assert fingerprint(directory) == fingerprint_of(source)
 
 
 def test_the_same_tensor_with_and_without_a_wrapper(hubs, tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from scipy.ndimage import map_coordinates
 
 from convert.patch_embed_init import inflate_patch_embed, resample_patch_embed
@@ -44,16 +45,15 @@ def trained(rng, config):
 
 def embed(start, config, volumes):
     """Embed volumes [M, *size] as [M, *grid, E], with `start` as parameters of the model's patch embedding."""
-    module = PatchEmbed({"T1": config}, E, rngs=nnx.Rngs(0))
-    params = nnx.state(module, nnx.Param)
-    flat = {".".join(map(str, path)): param for path, param in nnx.to_flat_state(params)}
-    assert flat.keys() == {f"T1_{key}" for key in start}
+    abstract = nnx.eval_shape(lambda: PatchEmbed({"T1": config}, E, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(abstract, nnx.Param)
+    shapes = flatten_dict(nnx.to_pure_dict(params), sep=".")
+    assert shapes.keys() == {f"T1_{key}" for key in start}
     for key, array in start.items():
         assert array.dtype == np.float32
         assert array.flags.c_contiguous
-        assert array.shape == flat[f"T1_{key}"].shape
-        flat[f"T1_{key}"][...] = array
-    nnx.update(module, params)
+        assert array.shape == shapes[f"T1_{key}"].shape
+    module = nnx.merge(graphdef, unflatten_dict({f"T1_{key}": jnp.asarray(a) for key, a in start.items()}, sep="."))
     return np.asarray(module("T1", jnp.asarray(volumes, np.float32))).reshape(len(volumes), *config.grid, E)
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from convert.config_json import read_config
 from convert.lazy_tensor import Tensor
 from convert.rules import EMBED, LM_HEAD
-from convert.verify import _compare, _ulp, compare_reading
+from convert.verify import _compare, _target_logits, _ulp, compare_reading
 from tests.conftest import write_tokenizer
 from tests.helpers.checkpoints import FAMILIES, MODALITIES, write_stock, write_umbrella
 from umbrella_jax.checkpoints.checkpoint import Checkpoint, RunCheckpoint
@@ -256,6 +256,7 @@ def test_products_are_of_float32_on_any_device(base, monkeypatch):
         return target_logits(self, batch)
 
     monkeypatch.setattr(Llava, "target_logits", noted)
+    _target_logits.clear_cache()  # traced before, it would not call `noted`
     assert verify(base, base).same
     assert set(seen) == {"highest"}
 

@@ -14,7 +14,7 @@ from scipy.special import softmax
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from tests.helpers.page import Page
-from tests.helpers.small_run import read_lines
+from tests.helpers.small_run import on, read_lines
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.checkpoints.export import write_native
 from umbrella_jax.cli import main
@@ -143,9 +143,10 @@ def test_uneven_counts_are_rejected(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def short_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
-    """Run the whole demo with few subjects and steps; return its folder and its result."""
+    """Run the whole demo with few subjects and steps, on one device; return its folder and its result."""
     root = tmp_path_factory.mktemp("demo")
-    return root, run_demo(main, root, subjects=(8, 4), arguments=["--epochs", "0.5"])
+    with on(1):
+        return root, run_demo(main, root, subjects=(8, 4), arguments=["--epochs", "0.5"])
 
 
 def test_demo_returns_the_accuracies_of_its_files(short_demo: tuple[Path, dict[str, float]]) -> None:

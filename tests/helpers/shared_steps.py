@@ -2,10 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 from unittest import mock
 
+from umbrella_jax.config.schema import TrainConfig
 from umbrella_jax.run import preparation
+
+UNUSED = (
+    *("epochs", "batch_size", "accumulate_steps"),  # the number of updates is an argument of its own
+    *("eval_steps", "eval_samples", "save_steps", "keep_latest", "keep_best", "best_metric", "early_stopping"),
+    *("max_new_tokens", "on_nonfinite", "max_skipped", "tensorboard", "wandb"),
+)
+"""Settings that neither the schedule nor the optimizer reads."""
 
 
 @contextmanager
@@ -17,15 +26,22 @@ def shared_steps() -> Iterator[None]:
     """
     made: dict[object, Any] = {}
 
-    def once(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            key = function.__name__, *(repr(argument) for argument in arguments)  # a schedule's repr has its address
-            if key not in made:
-                made[key] = function(*arguments)
-            return made[key]
+    def once(function: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
+        def call(config: TrainConfig, *arguments: Any) -> Any:
+            used = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in UNUSED}
+            arguments_key = function.__name__, repr(used), key(config, *arguments)
+            if arguments_key not in made:
+                made[arguments_key] = function(config, *arguments)
+            return made[arguments_key]
 
         return call
 
-    names = "make_schedule", "make_optimizer"
-    with mock.patch.multiple(preparation, **{name: once(getattr(preparation, name)) for name in names}):
+    def steps_key(config: TrainConfig, num_steps: int) -> int:
+        return 0 if config.schedule == "constant" and not config.warmup_ratio else num_steps
+
+    def labels_key(config: TrainConfig, schedule: object, labels: object) -> str:
+        return repr((schedule, labels))  # with the schedule's address
+
+    schedule, optimizer = once(preparation.make_schedule, steps_key), once(preparation.make_optimizer, labels_key)
+    with mock.patch.multiple(preparation, make_schedule=schedule, make_optimizer=optimizer):
         yield

@@ -533,18 +533,18 @@ def test_the_end_evaluates_the_best_step_on_all_data(
     rows = [row for row in json.loads(world.train.read_text()) if row["task_type"] == "T3"] * 3
     data = small_run.write_json(tmp_path / "eval.json", [row | {"task_id": f"{i}"} for i, row in enumerate(rows)])
     run, settings = tmp_path / "run", ("eval_steps=1", "eval_samples=1", "keep_best=1", "best_metric=eval_accuracy")
-    flags = ["--task-filter", "T3", "--eval-data", data, "--epochs", 2, "--batch-size", 4]
+    flags = ["--task-filter", "T3", "--eval-data", data, "--epochs", 3, "--batch-size", 4]
     flags += [word for setting in settings for word in ("--set", f"train.{setting}")]
     umbrella(*world.train_flags(run, *flags), code=2)
     printed = umbrella(*world.train_flags(run, *flags, "--resume"))
-    (first, weights), (last, _) = evaluated[False]
-    assert (first, last, [step for step, _ in evaluated[True]]) == (1, 2, [1, 1])
+    (first, weights), _, (last, _) = evaluated[False]
+    assert (first, last, [step for step, _ in evaluated[True]]) == (1, 3, [1, 1])
     chex.assert_trees_all_equal(weights, *(params for _, params in evaluated[True]))
-    first_line, last_line = read_lines(run / "metrics.jsonl")
+    first_line, _, last_line = read_lines(run / "metrics.jsonl")
     assert f"\nstep 1  evaluation: loss {first_line['final_loss']:.4f}\n" in printed
-    assert f"step 2  loss {last_line['loss']:.4g}" in printed
+    assert f"step 3  loss {last_line['loss']:.4g}" in printed
     assert not any(name.startswith("final_") for name in last_line)
-    assert [len(read_lines(run / f"predictions/step_{step}.jsonl")) for step in (1, 2)] == [len(rows), 4]
+    assert [len(read_lines(run / f"predictions/step_{step}.jsonl")) for step in (1, 3)] == [len(rows), 4]
 
 
 def test_a_run_that_stops_early_is_finished(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,7 +192,8 @@ def test_a_second_build_is_the_same(built: Path, study: Path, tmp_path: Path) ->
 
 
 def test_validated_trained_and_scored_by_site(built: Path, study: Path, tmp_path: Path) -> None:
-    world = small_run.make_world(tmp_path, train={"max_new_tokens": 32, "batch_size": 40, "epochs": 1})
+    # all tasks are planned for; one update is enough, since each kind of batch compiles for seconds
+    world = small_run.make_world(tmp_path, train={"max_new_tokens": 32, "batch_size": 40, "epochs": 0.1})
     images = ["--image-root", study.parent / "bids"]
     data = ["--train-data", built / "train.json", *images, "--set", "data.allow_overlap=false"]
     words = ["--config", world.config, "--base", world.base, *data, "--eval-data", built / "eval.json"]

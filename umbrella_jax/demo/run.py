@@ -96,14 +96,16 @@ def _attribution_ratio(checkpoint: Path, data: DemoData) -> float:
     import numpy as np
 
     from umbrella_jax.checkpoints.load import load
+    from umbrella_jax.config.load import load_config
     from umbrella_jax.data.conversation import read_conversations
     from umbrella_jax.inference.explain import explain
     from umbrella_jax.inference.processor import Processor
 
     model, processor = load(checkpoint), Processor.load(checkpoint)
+    longest = load_config(CONFIG).train.max_new_tokens
     rng, ratios = np.random.default_rng(0), []
     for conversation in read_conversations(data.eval, processor.modalities, task_filter="lesion_side"):
-        explained = explain(model, processor, conversation, steps=8)
+        explained = explain(model, processor, conversation, steps=8, max_new_tokens=longest)
         (image,) = explained.maps
         attribution = np.abs(explained.in_scan(processor, image))
         (subject,) = conversation.subjects

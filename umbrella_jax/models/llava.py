@@ -184,7 +184,7 @@ def abstract_params(config: LlavaConfig) -> tuple[nnx.GraphDef, dict[str, jax.Sh
     return graphdef, dict(shapes)
 
 
-@lru_cache(maxsize=8)  # tracing takes longer than reading a checkpoint's headers, and there are several callers
+@lru_cache(maxsize=32)  # tracing takes longer than reading a checkpoint's headers, and there are several callers
 def _abstract(config: LlavaConfig) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0))), nnx.Param)
     return graphdef, flatten_dict(nnx.to_pure_dict(state), sep=".")
