@@ -414,6 +414,33 @@ def test_groups_and_corrected_errors_are_those_of_score(run: Path, rows: Rows, t
     assert "--by: height: no answer has it" in refused(run, "--by", "height", "--out", tmp_path / "other.html")
 
 
+def test_reports_are_side_by_side_with_their_differences(run: Path, rows: Rows, tmp_path: Path) -> None:
+    copied = shutil.copytree(run, tmp_path / "run")
+    settings = small_run.read_config(copied / "config.yaml")
+    settings["evaluation"]["tasks"] = {"side": {"kind": "report"}}
+    small_run.write_config(copied / "config.yaml", settings)
+    reference, answer = "Left frontal infarct & no mass.", "Right frontal infarct\nwithout a mass <1 cm."
+    reports = [row | {"reference": reference, "prediction": answer} for row in by_task(rows, "side")]
+    file = write_rows(tmp_path / "reports.jsonl", reports)
+    umbrella("report", copied, "--predictions", file, "--samples", 1, "--out", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    (card,) = re.findall(r'<div class="reports">(.*?)</div>', text, re.DOTALL)
+    marks = re.findall(r'<mark(?: class="(\w+)")? title="(.*?)">(.*?)</mark>', card)
+    assert marks == [
+        ("differs", "frontal lobe left: present", "Left"),
+        ("", "frontal lobe: present", "frontal"),
+        ("", "infarct: present", "infarct"),
+        ("", "tumour: absent", "mass"),
+        ("differs", "frontal lobe right: present", "Right"),
+        ("", "frontal lobe: present", "frontal"),
+        ("", "infarct: present", "infarct"),
+        ("", "tumour: absent", "mass"),
+    ]
+    shown = f"expected: {reference} answered: {answer}".replace("&", "&amp;").replace("<", "&lt;")
+    assert re.sub("<.*?>", "", card).split() == shown.split()
+    assert "40% of statements differ" in text  # two of five
+
+
 @pytest.fixture
 def copy(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "run"))

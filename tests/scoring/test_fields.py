@@ -8,6 +8,7 @@ import pytest
 
 from umbrella_jax.config.schema import TaskConfig
 from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.scoring.fields import compare_fields
 from umbrella_jax.scoring.metrics import metric_names, score, tasks_of
 from umbrella_jax.scoring.structured import read_schema
 
@@ -76,6 +77,14 @@ def test_fields_by_hand(schema: Path) -> None:
         }
     )
     assert figures["field_mae/age"].n == 2
+    second = {"reference": json.dumps(REFERENCES[1]), "prediction": ANSWERS[1]}
+    assert compare_fields(scores.tasks["t"], second) == [
+        ("finding", '"tumour"', '"none"'),
+        ("size.mm", "20", "14.5"),
+        ("size.sure", "true", "true"),
+        ("age", "null", "40"),
+        ("grade", "2", None),
+    ]
     assert scores.flat()["accuracy"] == pytest.approx(1 / 3)
     assert {*metric_names(scores.tasks)} == {*scores.figures}
     assert "t: 1 of 3 answers are no JSON object; each counts as wrong in every field." in scores.notes

@@ -1,5 +1,7 @@
 """Metrics of reports against sacrebleu and rouge-score themselves, and by hand."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,12 +9,13 @@ import pytest
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
+from tests.helpers.small_run import MODALITIES, read_lines, said, umbrella, write_config
 from umbrella_jax.config.schema import TaskConfig
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.scoring import tasks as tasks_module
 from umbrella_jax.scoring.bootstrap import Figure
 from umbrella_jax.scoring.metrics import score, tasks_of
-from umbrella_jax.scoring.text import report_statistics
+from umbrella_jax.scoring.text import report_statistics, write_reports
 
 Rows = list[dict[str, Any]]
 SENTENCES = (
@@ -22,6 +25,7 @@ SENTENCES = (
     "Mild atrophy, no acute infarct.",
     "Yes",
 )
+TASKS = {"tasks": {"report": {"kind": "report"}, "sex": {"answers": ["a", "b"]}}}
 REPORT = {"report": TaskConfig(kind="report")}
 
 
@@ -102,3 +106,26 @@ def test_refuses_reports_without_the_extra_that_their_metrics_need(monkeypatch: 
     with pytest.raises(ConfigError, match=r'sacrebleu and rouge_score.*pip install "umbrella-jax\[text\]"'):
         tasks_of(rows, REPORT)
     assert tasks_of(rows, {"report": TaskConfig(kind="report", metrics=("finding_f1",))})
+
+
+def test_reports_are_written_for_other_programs(tmp_path: Path) -> None:
+    rows = [*random_rows(0, 3), row("b", "a", 9) | {"metadata": {"task": "sex"}}]
+    predictions, out, config = tmp_path / "p.jsonl", tmp_path / "reports.jsonl", tmp_path / "c.yaml"
+    predictions.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_config(config, {"model": {"modalities": MODALITIES}, "evaluation": {"resamples": 0, **TASKS}})
+    words = ["score", predictions, "--config", config, "--reports", out]
+    _, error_text = said(*words)
+    assert f"{out}: 3 reports" in error_text
+    assert read_lines(out) == [
+        {
+            "task_id": r["task_id"],
+            "task": "report",
+            "subject": r["metadata"]["subject_id"],
+            "ref": r["reference"],
+            "hyp": r["prediction"],
+        }
+        for r in rows[:3]
+    ]
+    assert "already exists; choose another file" in umbrella(*words, code=2)
+    with pytest.raises(ConfigError, match=r"no task with sentences as answers.*sex \(classification\)"):
+        write_reports([rows[3]], tasks_of([rows[3]], {"sex": TaskConfig(answers=("a", "b"))}), tmp_path / "none.jsonl")

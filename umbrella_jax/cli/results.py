@@ -75,6 +75,9 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="new .md, .csv or .tex with a table for a paper; or md, csv or tex to print it",
     )
+    score.add_argument(
+        "--reports", metavar="FILE", help="new .jsonl with reports and references, for RadEval and GREEN"
+    )
     score.add_argument("--config", metavar="FILE", help="YAML with an evaluation section; default the run's")
     add_json(score)
 
@@ -165,15 +168,17 @@ def _score(arguments: argparse.Namespace) -> None:
     from umbrella_jax.scoring.number_calibration import calibrate_numbers
     from umbrella_jax.scoring.paper_table import check_table
     from umbrella_jax.scoring.reliance import score_controls
+    from umbrella_jax.scoring.text import write_reports
 
     _check_adjust_from(arguments)
     if arguments.table:
         check_table(arguments.table, prints_json=arguments.json)
     paths = [Path(path) for path in arguments.predictions]
     if len(paths) == 1 and (runs := seed_runs(paths[0])):
-        if arguments.by or arguments.adjust:
+        if arguments.by or arguments.adjust or arguments.reports:
             names = ", ".join(map(str, runs.values()))
-            raise ConfigError(f"{paths[0]}: --by and --adjust score one model, not several seeds; name one of {names}")
+            flags = "--by, --adjust and --reports are"
+            raise ConfigError(f"{paths[0]}: {flags} for one model, not for several seeds; name one of {names}")
         _score_seeds(arguments, runs)
         return
     settings = settings_of(arguments)
@@ -189,6 +194,9 @@ def _score(arguments: argparse.Namespace) -> None:
     tasks = tasks_of(rows, config.tasks)
     if faults := cut_faults(rows, tasks):
         raise DataError(faults)
+    if arguments.reports:
+        count = write_reports(rows, tasks, arguments.reports)
+        print(f"{arguments.reports}: {count} reports", file=sys.stderr)
     more: dict[str, Any] = {}
     if calibration := calibrate_numbers(rows, tasks, resamples=config.resamples):
         more["numbers"] = calibration

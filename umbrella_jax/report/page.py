@@ -21,9 +21,11 @@ from umbrella_jax.report.evidence import abstract, limitations, task_summaries
 from umbrella_jax.report.facts import Facts, Sample, check_run, read_facts
 from umbrella_jax.report.figures import chances, curves, draw_calibration, draw_coverage, draw_curves, draw_numbers
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, REPORT, Step
+from umbrella_jax.scoring.fields import compare_fields
 from umbrella_jax.scoring.metrics import Figure, short
 from umbrella_jax.scoring.paired_scores import BEST, format_difference, format_p
 from umbrella_jax.scoring.tasks import with_unit
+from umbrella_jax.scoring.text import mark_statements
 
 _LONGEST = 150
 """Longest side of a plane in pixels; three planes and their letters are legible on a phone."""
@@ -206,9 +208,16 @@ def _explained(facts: Facts, method: Method) -> list[Explanation | None]:
 
 def _card(facts: Facts, sample: Sample, explained: Explanation | None) -> dict[str, Any]:
     names = {image: number for number, image in enumerate(dict.fromkeys(sample.conversation.images), 1)}
+    task, row = facts.scores.tasks[sample.task], sample.row
+    reports = None
+    if task.kind == "report" and task.schema is None:
+        texts = task.reference_text(row), str(row["prediction"])
+        reports = {"expected": mark_statements(task, *texts), "answered": mark_statements(task, *reversed(texts))}
     return {
         "sample": sample,
-        "right": sample.row["reference"].strip() or facts.scores.tasks[sample.task].truth(sample.row),
+        "reports": reports,
+        "fields": [] if task.schema is None else compare_fields(task, row),
+        "right": row["reference"].strip() or task.truth(row),
         "likelihoods": {} if sample.row.get("number") else sample.row.get("likelihoods") or {},
         "explained": explained,
         "turns": [

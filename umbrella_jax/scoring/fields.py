@@ -56,6 +56,13 @@ def field_statistics(task: Task, rows: Sequence[Prediction], subject: np.ndarray
     return statistics | {"field_accuracy": Statistic(ratio, subject, chance)}
 
 
+def compare_fields(task: Task, row: Prediction) -> list[tuple[str, str | None, str | None]]:
+    """Return (field, value in the reference, value in the answer) of each field as JSON; None if it is missing."""
+    assert task.schema is not None
+    reference, answer = map(parse_answer_object, (task.reference_text(row), str(row["prediction"])))
+    return [(name, field_text(reference, name), field_text(answer, name)) for name in task.schema.fields]
+
+
 def _mean(values: np.ndarray, subject: np.ndarray, chance: float | None, *, is_share: bool = False) -> Statistic:
     chance = None if chance is None else float(chance)
     return Statistic(partial(weighted_statistics.mean, values=values), subject, chance, is_share)

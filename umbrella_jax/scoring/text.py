@@ -1,18 +1,22 @@
 """Metrics of reports and captions: overlap of words with the reference, and agreement of their statements."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from umbrella_jax.config.schema import Metric
+from umbrella_jax.config.schema import OPEN_KINDS, Metric
+from umbrella_jax.errors import ConfigError
+from umbrella_jax.io.files import PRIVATE, check_output, strict_json, write_whole
 from umbrella_jax.scoring import weighted_statistics
 from umbrella_jax.scoring.bootstrap import Statistic
 from umbrella_jax.scoring.fields import field_statistics
-from umbrella_jax.scoring.findings import MENTION_KINDS, MentionKind, WordList, default_word_list
-from umbrella_jax.scoring.tasks import FINDING_METRICS, TEXT_METRICS, Prediction, Task
+from umbrella_jax.scoring.findings import MENTION_KINDS, Mention, MentionKind, WordList, default_word_list
+from umbrella_jax.scoring.tasks import FINDING_METRICS, TEXT_METRICS, Prediction, Task, label_of, task_of
 
 _PAIRS = 200
 """Number of pairs from which chance is computed; with more answers, one pair for each."""
@@ -59,6 +63,73 @@ def different_statements(task: Task, row: Prediction) -> float:
         for text in (str(row["prediction"]), task.reference_text(row))
     )
     return len(one ^ other) / max(len(one | other), 1)
+
+
+@dataclass(frozen=True)
+class MarkedText:
+    """A piece of a report."""
+
+    text: str
+    statements: str
+    """Its statements in words, such as `infarct: absent`; empty if it makes none."""
+    differs: bool
+    """Whether the other report lacks one of its statements."""
+
+
+def mark_statements(task: Task, text: str, other: str) -> list[MarkedText]:
+    """Cut a report into pieces, those with statements and the text between them.
+
+    Args:
+        other: the report to compare it with.
+    """
+    words = task.words or default_word_list()
+    known = {(mention.kind, mention.statement) for mention in words.mentions(other)}
+    by_place: dict[tuple[int, int], list[Mention]] = {}
+    for mention in words.mentions(text):
+        by_place.setdefault((mention.start, mention.end), []).append(mention)
+    pieces, at = list[MarkedText](), 0
+    for (start, end), mentions in sorted(by_place.items()):
+        own = [mention for mention in mentions if mention.kind != "side" or mention.about]
+        if not own or start < at:
+            continue
+        differs = any((mention.kind, mention.statement) not in known for mention in own)
+        stated = "; ".join(f"{' '.join(mention.statement[:-1])}: {mention.statement[-1]}" for mention in own)
+        pieces += [MarkedText(text[at:start], "", False), MarkedText(text[start:end], stated, differs)]
+        at = end
+    return [piece for piece in (*pieces, MarkedText(text[at:], "", False)) if piece.text]
+
+
+def write_reports(rows: Sequence[Prediction], tasks: Mapping[str, Task], file: str | Path) -> int:
+    """Write answers in whole sentences to a .jsonl file, for other programs that score reports, and return their number.
+
+    Each line is an object of `task_id`, `task`, `subject` (None if unknown), `ref`, the reference, and `hyp`, the
+    answer.
+
+    Args:
+        rows: any predictions; those of tasks with other answers are left out.
+        tasks: the result of `tasks_of`.
+
+    Raises ConfigError if no task is of the kinds text and report, or the file exists.
+    """
+    lines = [
+        {
+            "task_id": row["task_id"],
+            "task": name,
+            "subject": label_of(row, "subject_id"),
+            "ref": tasks[name].reference_text(row),
+            "hyp": row["prediction"],
+        }
+        for row in rows
+        if tasks[name := task_of(row)].kind in OPEN_KINDS and tasks[name].schema is None
+    ]
+    if not lines:
+        kinds = ", ".join(f"{name} ({task.kind})" for name, task in tasks.items())
+        raise ConfigError(f"reports: no task with sentences as answers, of kind report or text: {kinds}")
+    check_output(file, "choose another file", folder=False)
+    if Path(file).exists():
+        raise ConfigError(f"{file}: already exists; choose another file, or remove it")
+    write_whole(Path(file), "".join(strict_json(line) + "\n" for line in lines), PRIVATE)
+    return len(lines)
 
 
 def text_signatures(metrics: Collection[Metric]) -> Iterator[str]:
