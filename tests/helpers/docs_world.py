@@ -221,6 +221,7 @@ PARSED: dict[str, str] = {
     "umbrella-jax train --seeds 1,2,3 --config t1_0.5b": "tests/run/test_seeds.py trains several seeds",
     "umbrella-jax score runs/seeds": "tests/run/test_seeds.py scores them",
     "umbrella-jax score runs/sex --by": "README's conversations keep no columns; tests/scoring/test_groups.py has some",
+    "umbrella-jax score reports.jsonl": "no reports; tests/scoring/test_text.py has some",
     "umbrella-jax score runs/age": "no run about age; tests/scoring/test_adjustment.py has answers",
     "umbrella-jax score site-a.jsonl": "tests/scoring/test_metrics.py scores several files",
     "umbrella-jax data build study.yaml": "tests/study/test_build.py builds a study",

@@ -100,7 +100,7 @@ def mark_statements(task: Task, text: str, other: str) -> list[MarkedText]:
 
 
 def write_reports(rows: Sequence[Prediction], tasks: Mapping[str, Task], file: str | Path) -> int:
-    """Write answers in whole sentences to a .jsonl file, for other programs that score reports, and return their number.
+    """Write answers in sentences to a .jsonl file, for other programs that score reports; return their number.
 
     Each line is an object of `task_id`, `task`, `subject` (None if unknown), `ref`, the reference, and `hyp`, the
     answer.
