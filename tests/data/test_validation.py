@@ -391,6 +391,23 @@ def test_contents_have_the_time_between_frames(nifti, unit, stored, seconds, tmp
     assert read_contents(nifti("one.nii", SHAPE)).tr is None
 
 
+def test_warns_of_repetition_times_that_differ_unless_runs_are_resampled(config, record, nifti, write_json, tmp_path):
+    turns = []
+    for name, tr in (("a", 2.0), ("b", 0.8), ("c", 0.8)):
+        nifti(f"{name}.nii", (4, 3, 5, 12))
+        (tmp_path / f"{name}.json").write_text(json.dumps({"RepetitionTime": tr}))
+        turns.append(record([("user", [f"fMRI:{name}.nii"]), ("assistant", ["yes"])]))
+    settings = config(write_json("train.json", turns))
+    (warning,) = reported(validate(settings), "warning", "repetition_time")
+    assert re.match(
+        r"0.8 s in 2 runs \(such as .*b.nii\), 2 s in 1 run .*set model.modalities.rsfMRI.tr", warning.reason
+    )
+    runs = replace(settings.model.modalities["rsfMRI"], tr=0.8)
+    model = replace(settings.model, modalities={**settings.model.modalities, "rsfMRI": runs})
+    (note,) = reported(validate(replace(settings, model=model)), "note", "repetition_time")
+    assert note.reason.endswith("resampled to 0.8 s")
+
+
 def test_digest_is_of_shape_and_voxels(nifti, tmp_path):
     data = np.arange(24.0).reshape(2, 3, 4)
     same = [nifti("a.nii", data.astype(np.float32)), nifti("b.nii.gz", data.astype(">i2")), tmp_path / "c.npy"]

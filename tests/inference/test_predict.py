@@ -1,5 +1,6 @@
 """`generate` and `predict`: a model's answers to one question and to a data set, and what is refused."""
 
+import itertools
 import json
 import math
 import re
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 import umbrella_jax
@@ -17,6 +20,7 @@ from tests.helpers.strict import strict_promotion  # noqa: F401  # for every tes
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.errors import ConfigError, visible
 from umbrella_jax.inference import predict as predict_module
+from umbrella_jax.inference.explain import Explanation, explain
 from umbrella_jax.inference.processor import Processor
 from umbrella_jax.rundir import controls_of, predictions_by_step
 
@@ -195,6 +199,86 @@ def test_resume_continues_a_part_file(
     assert not part.exists()
     assert "already exists" in predict(run, data, out, *flags, "--resume", code=2)
     assert "in a directory that exists" in predict(run, data, tmp_path / "none" / "a.jsonl", code=2)
+
+
+def _cut_into_windows(world: World, number: int) -> list[Path]:
+    """Return a run's four windows (two frames apart), each as a run of one window."""
+    whole = nib.load(world.root / "scans" / f"run-{number}.nii")
+    data, paths = np.asarray(whole.dataobj), []
+    for window in range(4):
+        paths.append(world.root / "scans" / f"run-{number}-window-{window}.nii")
+        nib.save(nib.Nifti1Image(data[..., 2 * window : 2 * window + 4], whole.affine), paths[-1])
+    return paths
+
+
+def test_predict_averages_over_the_windows_of_a_run(
+    run: Path, world: World, data: Path, whole: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same, resumed after the first batch: windows of one conversation are then in two calls."""
+    flags = ["--likelihoods", "--max-new-tokens", 4]
+    asked = [
+        conversation(f"{i}-{w}", "T1", [("user", [f"fMRI:{path}", "Awake?"]), ("assistant", ["left."])])
+        | {"metadata": {"task": "side"}}
+        for i in range(3)
+        for w, path in enumerate(_cut_into_windows(world, i))
+    ]
+    predict(run, write_json(tmp_path / "cut.json", [*asked, json.loads(data.read_text())[0]]), tmp_path / "cut", *flags)
+    single = {row["task_id"]: row["likelihoods"] for row in read_lines(tmp_path / "cut")}
+
+    flags += ["--windows", "all", "--batch-size", 5]
+    answers = predict_module.generate_answers
+    monkeypatch.setattr(predict_module, "generate_answers", lambda *a, **o: itertools.islice(answers(*a, **o), 2))
+    with pytest.raises(KeyError):
+        predict(run, data, tmp_path / "out.jsonl", *flags)
+    monkeypatch.undo()
+    predict(run, data, tmp_path / "out.jsonl", *flags, "--resume")
+    merged = {row["task_id"]: row for row in read_lines(tmp_path / "out.jsonl")}
+    assert [*merged] == [row["task_id"] for row in whole]
+    for i in range(3):
+        for answer, value in merged[f"run-{i}"]["likelihoods"].items():
+            chances = [math.exp(single[f"{i}-{window}"][answer]) for window in range(4)]
+            assert math.exp(value) == pytest.approx(sum(chances) / 4, rel=1e-3)
+        assert merged[f"run-{i}"]["windows"] == 4
+    _same(
+        [merged[row["task_id"]] for row in whole if "run" not in row["task_id"]],
+        [r for r in whole if "run" not in r["task_id"]],
+    )
+
+
+def test_a_run_evaluates_with_the_windows_of_its_config(world: World, tmp_path: Path) -> None:
+    asked = [
+        conversation(f"run-{i}", "T1", [("user", [f"fMRI:run-{i}.nii", "Awake?"]), ("assistant", [answer])])
+        | {"metadata": {"kind": "classification"}}
+        for i, answer in enumerate(("left.", "right."))
+    ]
+    data, settings = write_json(tmp_path / "runs.json", asked), ["evaluation.windows=3", "evaluation.likelihoods=true"]
+    settings += ["train.eval_samples=1", "train.eval_steps=1", "train.batch_size=1"]
+    flags = ["--eval-data", data, *(word for setting in settings for word in ("--set", setting))]
+    umbrella(*world.train_flags(tmp_path / "run", *flags, "--train-data", data, "--epochs", 1))
+    first, last = map(read_lines, predictions_by_step(tmp_path / "run").values())
+    assert [len(first), len(last)] == [1, 2]
+    assert [row["windows"] for row in first + last] == [3, 3, 3]
+    (tmp_path / "scans").symlink_to(world.root / "scans")
+    predict(tmp_path / "run", data, tmp_path / "out", "--max-new-tokens", 4, "--likelihoods")
+    _same(last, read_lines(tmp_path / "out"))
+
+
+def test_explain_averages_over_the_windows_of_a_run(run: Path, world: World) -> None:
+    model, processor = umbrella_jax.load(run), Processor.load(run)
+
+    def explained(path: Path, **options: Any) -> tuple[Explanation, np.ndarray]:
+        asked = processor.question("Awake?", [("rsfMRI", path)])
+        explanation = explain(model, processor, asked, answer="left.", method="gradient", **options)
+        (image,) = explanation.scans
+        return explanation, explanation.in_scan(processor, image)
+
+    whole, shown = explained(world.root / "scans" / "run-0.nii", windows="all")
+    single = [explained(path) for path in _cut_into_windows(world, 0)]
+    expected = np.zeros_like(shown)
+    for window, (_, values) in enumerate(single):
+        expected[..., 2 * window : 2 * window + 4] += values / 4
+    np.testing.assert_allclose(shown, expected, atol=1e-5 * np.abs(expected).max())
+    assert whole.log_probability == pytest.approx(np.mean([one.log_probability for one, _ in single]), rel=1e-4)
 
 
 def _refuses_other_weights_and_ends(run: Path, data: Path, out: Path, *flags: object) -> None:

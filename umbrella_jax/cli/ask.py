@@ -24,6 +24,7 @@ from umbrella_jax.config.load import parse_mesh
 from umbrella_jax.config.schema import (
     ControlName,
     DataConfig,
+    EvaluationWindows,
     ModalityConfig,
     NumbersConfig,
     RunConfig,
@@ -72,6 +73,7 @@ def add(commands: Any) -> None:
     predict.add_argument("--out", required=True, metavar="FILE", help="answers (.jsonl), in the order of the data")
     add_flags(predict, ["--image-root", "--modality", "--task-filter", "--cache"])
     predict.add_argument("--likelihoods", action="store_true", help="also score every answer of a closed set")
+    _add_windows(predict, "average over", "those of the run or --config")
     predict.add_argument(
         "--control",
         action="append",
@@ -112,6 +114,7 @@ def add(commands: Any) -> None:
         metavar="NAME",
         help="gradient (× input), integrated (gradients, the default) or occlusion (of one patch at a time)",
     )
+    _add_windows(explain, "average the maps of", "first")
     explain.add_argument(
         "--path-steps", type=int, metavar="N", help=f"steps of integrated gradients; default {_PATH_STEPS}"
     )
@@ -130,6 +133,26 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
 
 def _add_schema(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schema", metavar="FILE", help="JSON schema that each answer follows (extra `text`)")
+
+
+def _add_windows(parser: argparse.ArgumentParser, what: str, default: str) -> None:
+    parser.add_argument(
+        "--windows",
+        type=_windows,
+        metavar="WHICH",
+        help=f"windows of 4D runs to {what}: first, all or a number; default {default}",
+    )
+
+
+def _windows(text: str) -> EvaluationWindows:
+    """Parse --windows."""
+    if text == "all":
+        return "all"
+    if text == "first":
+        return "first"
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected first, all or a number of windows, got {text!r}")
+    return int(text)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -296,6 +319,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         schema=arguments.schema,
         controls=list(dict.fromkeys(arguments.control)),
         paraphrases=config.evaluation.paraphrases if config else None,
+        windows=arguments.windows or (config.evaluation.windows if config else None),
         tasks=config.evaluation.tasks if config else None,
         modalities=config.model.modalities if config else None,
         mesh=mesh,
@@ -360,6 +384,7 @@ def _explain(arguments: argparse.Namespace) -> None:
                 conversation,
                 answer=arguments.answer,
                 method=arguments.method,
+                windows=arguments.windows or "first",
                 steps=_PATH_STEPS if arguments.path_steps is None else arguments.path_steps,
             )
             # a task_id may contain "../"

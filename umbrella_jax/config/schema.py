@@ -23,6 +23,7 @@ PatchEmbedInit = Literal["random", "inflate", "resample"]
 Template = Literal["umbrella", "original", "chat"]
 ScheduleName = Literal["linear", "cosine", "constant"]
 BackgroundRule = Literal["auto", "nonpositive", "lowest"]
+EvaluationWindows = Literal["first", "all"] | Count
 TaskKind = Literal["classification", "comparison", "regression", "text", "report"]
 ControlName = Literal["blank", "noise", "shuffled", "other-modality", "paraphrase"]
 Metric = Literal[
@@ -119,6 +120,9 @@ class ModalityConfig(Section):
     """Distance in frames between consecutive frames of a 4D window; 1 takes every frame."""
     stride_between_seq: Annotated[float, Range(gt=0, le=_LONGEST_RUN)] = 1.0
     """Distance between consecutive 4D windows, as a multiple of a window's length."""
+    tr: Annotated[float, Range(ge=0.05, le=30, unit="s")] | None = None
+    """Repetition time to which 4D runs are resampled before windows are cut, for data of several scanners. That of a
+    run comes from its header or its JSON sidecar; docs/fmri.md describes the filter. Default: frames as they are."""
     aliases: tuple[str, ...] = ()
     """Further names for this modality in data files and checkpoints: `[dMRI]` feeds diffusion maps through it, as the
     original system does. `sMRI` and `T1` always mean the same, and so do `fMRI` and `rsfMRI`."""
@@ -152,6 +156,8 @@ class ModalityConfig(Section):
             yield f"size {self.size}: {math.prod(self.size)} voxels; expected at most {MAX_VOXELS}"
         if rank == 3 and (self.stride_within_seq, self.stride_between_seq) != (1, 1.0):
             yield "stride_within_seq and stride_between_seq: only 4D volumes have windows"
+        if rank == 3 and self.tr is not None:
+            yield f"tr {self.tr}: only 4D runs have a repetition time"
         if rank == 4 and self.mode != "pad":
             yield f"mode {self.mode}: expected pad for 4D volumes"
         if self.spacing is not None and (rank, self.mode) != (3, "pad"):
@@ -603,6 +609,10 @@ class EvaluationConfig(Section):
     likelihoods: bool = False
     """At each evaluation, also compute the probability of every answer of a closed set, for AUROC and calibration.
     Those of candidate numbers (`numbers` of a task) are always computed."""
+    windows: EvaluationWindows = "first"
+    """Windows of each 4D run to answer from: the `first`, `all`, or a number of them, spread evenly over the run.
+    Probabilities and numbers are averaged over them. `all` uses the whole run, as results are usually reported, and
+    takes as many times longer; the loss is that of the first window. docs/fmri.md has the rules."""
     resamples: CountOrZero = 1000
     """Resamples of subjects for the 95 % intervals of a report; 0 for no intervals. Evaluations during training have
     none."""

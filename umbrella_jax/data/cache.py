@@ -8,10 +8,11 @@ The methods `check` and `load` do the steps of `check_volume` and `load_volume` 
     DIR/tmp/                         files that are being written
 
 An entry is a safetensors file with one tensor, `volume`. Its name is the SHA-256 of its key, which is stored in its
-metadata. The key holds the digest of the source's content, all parameters of the modality except the patch, the window,
-the type and PREPROCESSING_VERSION. A changed source or parameter therefore makes another entry, and files with equal
-content share one. The metadata also names the versions of NumPy and nibabel, which are not part of the key. Nothing is
-ever deleted: you may remove entries that no run uses at any time.
+metadata. The key holds the digest of the source's content and of the files beside it that its voxels depend on
+(`companion_files`), all parameters of the modality except the patch, the window, the type and PREPROCESSING_VERSION. A
+changed source or parameter therefore makes another entry, and files with equal content share one. The metadata also
+names the versions of NumPy and nibabel, which are not part of the key. Nothing is ever deleted: you may remove entries
+that no run uses at any time.
 
 Why one file per volume and not ArrayRecord or Zarr: each file is written under a temporary name and then renamed. So
 any number of processes can fill one directory without locks, which network file systems do not honour; a crash or a
@@ -61,6 +62,7 @@ from umbrella_jax.data.volume import (
     check_opened,
     check_volumes,
     checked_to_end,
+    companion_files,
     count_windows,
     open_volume,
     preprocess,
@@ -94,6 +96,8 @@ class _Source:
     """One hash of all `stat`s, as written to the record in sources/."""
     changed: float
     """Time of the last change, in seconds."""
+    companions: tuple[tuple[Path, str], ...] = ()
+    """(file, SHA-256) of each of its `companion_files`."""
     remarks: tuple[str, ...] | None = None
     """`Voxels.remarks`; None until the source was checked to its end."""
 
@@ -112,7 +116,7 @@ class Sources:
     def check(self, path: str | Path, config: ModalityConfig) -> int:
         """Do what `check_volume` does. Also raise DataError if the file changes meanwhile."""
         path = Path(path)
-        source, image = self._current(path), open_volume(path, config)
+        source, image = self._current(path, config), open_volume(path, config)
         self._checked[path, config] = count = check_opened(path, image, config, note=self._note)
         self._check_unchanged(path, image, source)
         self._remember(path, image, source)
@@ -121,7 +125,7 @@ class Sources:
     def load(self, path: str | Path, config: ModalityConfig, window: int = 0) -> np.ndarray:
         """Do what `load_volume` does, for a file that `check` has read to its end. Raise DataError if it changed."""
         path = Path(path)
-        source, image = self._source(path), open_volume(path, config)
+        source, image = self._source(path, config), open_volume(path, config)
         volume = preprocess(path, image, config, window)
         self._check_unchanged(path, image, source)
         return volume
@@ -132,7 +136,12 @@ class Sources:
 
     def digest(self, path: str | Path) -> str:
         """Return the `source_digest` of a file as it was when it was first read."""
-        return self._source(Path(path)).digest
+        path = Path(path)
+        return self._sources[path].digest if path in self._sources else source_digest(path)
+
+    def companions(self, path: str | Path) -> tuple[tuple[Path, str], ...]:
+        """Return (file, SHA-256) of each of the `companion_files` of a checked file."""
+        return self._sources[Path(path)].companions
 
     def background(self, path: Path, config: ModalityConfig, window: int) -> float | None:
         """Return the background's value in a checked, preprocessed volume; None means the lowest value."""
@@ -164,16 +173,16 @@ class Sources:
             for remark, (first, *others) in paths.items()
         ]
 
-    def _source(self, path: Path) -> _Source:
+    def _source(self, path: Path, config: ModalityConfig) -> _Source:
         """Return the source as it was when it was first read, or last checked."""
         if path not in self._sources:
-            self._sources[path] = self._current(path)
+            self._sources[path] = self._current(path, config)
         return self._sources[path]
 
-    def _current(self, path: Path) -> _Source:
+    def _current(self, path: Path, config: ModalityConfig) -> _Source:
         """Return the source as it is now."""
         stat = _stat(path)  # before hashing, so that a change in between is noticed when the file is read
-        return _Source(source_digest(path), *stat)
+        return _Source(source_digest(path), *stat, companions=_companions(path, config))
 
     def _remember(self, path: Path, image: Voxels, source: _Source) -> None:
         """Keep the remarks about a source that was checked to its end."""
@@ -183,11 +192,17 @@ class Sources:
         """Raise DataError if the content of the source has changed. Only times and inodes may change."""
         with readable(path):
             same = all(source.stats[i : i + 1].tolist() == [_stamp(image.files[i].stat())] for i in image.files_read)
+            changed_files = [file for file, digest in source.companions if sha256(file) != digest]
         if not same:
             stats, stat, changed = _stat(path)
             if source_digest(path) != source.digest:
-                raise DataError(f"{path}: changed since the run began; leave volumes as they are, and start again")
-            self._sources[path] = replace(source, stats=stats, stat=stat, changed=changed)
+                changed_files.append(path)
+            else:
+                self._sources[path] = replace(source, stats=stats, stat=stat, changed=changed)
+        if changed_files:
+            raise DataError(
+                f"{changed_files[-1]}: changed since the run began; leave volumes as they are, and start again"
+            )
 
 
 def check_float16(path: Path, volume: np.ndarray) -> None:
@@ -237,7 +252,7 @@ class VolumeCache(Sources):
             OSError: an entry cannot be written, if `strict`.
         """
         path = Path(path)
-        self._sources[path] = source = self._current(path)
+        self._sources[path] = source = self._current(path, config)
         first = self._read(self._key(source, config, 0), config, header_only=not self._verify)
         image: Voxels | None = None
         if first and source.remarks is not None:
@@ -268,7 +283,7 @@ class VolumeCache(Sources):
         After `check`, this is the content that the source had then; the source itself is not looked at.
         """
         path = Path(path)
-        source = self._source(path)
+        source = self._source(path, config)
         entry = self._read(self._key(source, config, window), config)
         volume = entry[1] if entry else self._make(path, open_volume(path, config), config, window, source)
         return _widen(volume) if volume.dtype == np.float16 else volume
@@ -276,7 +291,7 @@ class VolumeCache(Sources):
     def axes(self, path: str | Path, config: ModalityConfig) -> str | None:
         """Return the `axis_codes` of a file, from its first entry if possible."""
         path = Path(path)
-        entry = self._read(self._key(self._source(path), config, 0), config, header_only=True)
+        entry = self._read(self._key(self._source(path, config), config, 0), config, header_only=True)
         return (entry[0]["axes"] or None) if entry else super().axes(path, config)
 
     # sources
@@ -284,17 +299,20 @@ class VolumeCache(Sources):
     def _record(self, path: Path) -> Path:
         return self.directory / "sources" / _spread(_sha256(os.path.abspath(path)), ".json")
 
-    def _current(self, path: Path) -> _Source:
+    def _current(self, path: Path, config: ModalityConfig) -> _Source:
         """Return the source as it is now. Hash it only if it differs from its record."""
         now, current = time.time(), _stat(path)
+        companions = _companions(path, config)  # these are small, so they are hashed each time
         with suppress(OSError, ValueError, KeyError, TypeError):  # no record, or a damaged one
             known = read_json(self._record(path), DataError, "remove it")
             if known["stat"] == current[1]:
                 remarks = known.get("remarks")  # records of older versions lack them, so the source is checked again
-                return _Source(known["digest"], *current, remarks=None if remarks is None else tuple(remarks))
+                remarks = None if remarks is None else tuple(remarks)
+                return _Source(known["digest"], *current, companions=companions, remarks=remarks)
         # A second change within one tick of the clock would not show, so the record of a recent change is not kept.
         stats, stat, changed = current
-        return _Source(source_digest(path), stats, stat, changed if now - changed > _SETTLED else math.inf)
+        changed = changed if now - changed > _SETTLED else math.inf
+        return _Source(source_digest(path), stats, stat, changed, companions=companions)
 
     def _remember(self, path: Path, image: Voxels, source: _Source) -> None:
         super()._remember(path, image, source)
@@ -313,6 +331,8 @@ class VolumeCache(Sources):
             "dtype": self.dtype.name,
             "preprocessing": PREPROCESSING_VERSION,
         }
+        if source.companions:
+            key["companions"] = [digest for _, digest in source.companions]
         return json.dumps(key, sort_keys=True)
 
     def _file(self, key: str) -> Path:
@@ -455,8 +475,15 @@ def fill_cache(config: RunConfig, *, verify: bool = False) -> str:
 
 @lru_cache
 def _parameters(config: ModalityConfig) -> dict[str, Any]:
-    """Return the parameters that preprocessing depends on: all except the patch."""
-    return {name: value for name, value in config.meaning.items() if name != "patch"}
+    """Return the parameters that preprocessing depends on: all except the patch, and those that are off."""
+    off = [name for name in ("tr",) if getattr(config, name) is None]  # so the entries of older versions stay valid
+    return {name: value for name, value in config.meaning.items() if name not in ("patch", *off)}
+
+
+def _companions(path: Path, config: ModalityConfig) -> tuple[tuple[Path, str], ...]:
+    """Return (file, SHA-256) of each of the `companion_files`."""
+    with readable(path):
+        return tuple((file, sha256(file)) for file in companion_files(path, config))
 
 
 def _widen(volume: np.ndarray) -> np.ndarray:

@@ -23,7 +23,8 @@ KINDS = ("conversations", "tokens", "volumes")
 Inputs = dict[str, list[tuple[str, str]]]
 """{kind: (name, SHA-256) of each input, in the order in which the run reads them}.
 
-The kinds are `KINDS`; `tokens` are the encoded conversations. A change in one kind usually changes the next ones too.
+The kinds are `KINDS`; `tokens` are the encoded conversations; `volumes` include the files beside them that their voxels
+depend on, such as sidecars. A change in one kind usually changes the next ones too.
 """
 
 
@@ -53,6 +54,8 @@ def read_inputs(data: DataConfig, datasets: Mapping[str, Dataset]) -> Inputs:
 
     with ThreadPoolExecutor(data.threads) as pool:
         inputs["volumes"] += zip(map(str, volumes), pool.map(digest, volumes), strict=True)
+    companions = dict(pair for path, dataset in volumes.items() for pair in dataset.sources.companions(path))
+    inputs["volumes"] += [(str(path), own) for path, own in companions.items()]
     return inputs
 
 

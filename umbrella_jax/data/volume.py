@@ -23,6 +23,8 @@ from umbrella_jax.config.schema import AS_STORED, ModalityConfig
 from umbrella_jax.data.background import Background, Note, find_background, ignore, unknown_background
 from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.conversation import Image
+from umbrella_jax.data.reframe import ReframedRun, resample_run
+from umbrella_jax.data.repetition_time import read_repetition_time, repetition_time_files
 from umbrella_jax.data.voxels import Voxels, open_voxels
 from umbrella_jax.errors import DataError
 
@@ -45,9 +47,9 @@ def load_volume(path: str | Path, config: ModalityConfig, window: int = 0, *, no
     stored around a scan makes no difference, except for a shift of less than a voxel. It crops background only: a file
     that would lose other voxels is rejected.
 
-    4D: read only the window's frames, orient, scale over the window's brain (the voxels that are not background), then
-    pad around the centre with the scaled background, or crop, to `config.size[:3]`. As in the original, the crop may
-    cut off brain.
+    4D: bring the run to the repetition time `config.tr` if it is set; read only the window's frames, orient, scale over
+    the window's brain (the voxels that are not background), then pad around the centre with the scaled background, or
+    crop, to `config.size[:3]`. As in the original, the crop may cut off brain.
 
     `config.background` decides which voxels are background (`umbrella_jax.data.background`). An oblique scan is not
     rotated; its axes are assigned to the nearest anatomical ones.
@@ -208,14 +210,23 @@ def check_volumes(
 
 
 def open_volume(path: str | Path, config: ModalityConfig) -> Voxels:
-    """Open a file without reading its voxels, and check that the modality can use it, as `require_fit` does."""
-    image = open_voxels(path)
-    require_fit(path, image, config)
-    return image
+    """Open a file without reading its voxels, and check that the modality can use it, as `fit_voxels` does."""
+    return fit_voxels(path, open_voxels(path), config)
 
 
-def require_fit(path: str | Path, image: Voxels, config: ModalityConfig) -> None:
-    """Raise DataError unless rank, length, orientation and voxel sizes are as the modality needs them."""
+def companion_files(path: Path, config: ModalityConfig) -> list[Path]:
+    """Return the files beside a volume on which its preprocessed voxels depend: the sidecar with its repetition time.
+
+    Raises DataError as `fit_voxels` does.
+    """
+    return [] if config.tr is None else repetition_time_files(path)
+
+
+def fit_voxels(path: str | Path, image: Voxels, config: ModalityConfig) -> Voxels:
+    """Return an opened file with its frames at the modality's repetition time (`tr`), if it has one.
+
+    Raises DataError unless rank, length, orientation, voxel sizes and repetition time are as the modality needs them.
+    """
     rank, shape = len(config.size), image.shape
     if 0 in shape or len(shape) < rank or any(n != 1 for n in shape[rank:]):
         raise DataError(f"{path}: shape {shape}; expected {rank} axes, as the modality's size {config.size} has")
@@ -228,11 +239,18 @@ def require_fit(path: str | Path, image: Voxels, config: ModalityConfig) -> None
     if config.spacing is not None and image.zooms is None:
         remedy = "use a file with voxel sizes, or set mode: resize for the modality"
         faults.append(f"{path}: no voxel sizes: {image.why_no_zooms}; {remedy}")
-    if rank == 4 and not num_windows(shape[3], config):
+    if config.tr is not None:
+        try:
+            image = resample_run(image, read_repetition_time(Path(path), image), config.tr)
+        except DataError as error:
+            faults += error.faults
+    if rank == 4 and not num_windows(image.shape[3], config):
         window = f"a window of {config.size[3]}, {config.stride_within_seq} apart"
-        faults.append(f"{path}: {shape[3]} frames; expected at least {window}")
+        resampled = "" if image.shape == shape else f", {image.shape[3]} of them at {config.tr:g} s"
+        faults.append(f"{path}: {shape[3]} frames{resampled}; expected at least {window}")
     if faults:
         raise DataError(faults)
+    return image
 
 
 def _orientation(image: Voxels, config: ModalityConfig) -> np.ndarray:
@@ -260,8 +278,8 @@ def restore(path: str | Path, values: np.ndarray, config: ModalityConfig, window
     """Bring a map over the preprocessed volume back to the voxels of the file as it is stored.
 
     This is the transpose of the resampling: a voxel of the preprocessed volume gives each voxel of the file a share,
-    by the weight with which it was made from it. Sums are kept, except for values on padding. Frames outside the
-    window get 0.
+    by the weight with which it was made from it. Sums are kept, except for values on padding. With `tr`, this is so
+    along time too. Frames that the window is not made from get 0.
 
     Args:
         values: float32 of shape `config.size`.
@@ -280,12 +298,16 @@ def restore(path: str | Path, values: np.ndarray, config: ModalityConfig, window
     if rank == 3:
         restored = nib.apply_orientation(resample(values, [w.T for w in _weights(shape, image, config)]), back)
         return restored.reshape(image.shape)
-    out = np.zeros((*image.shape[:3], image.shape[3]), np.float32)
     inside, outside = zip(*(_centred(n, s) for n, s in zip(shape, config.size[:3], strict=True)), strict=True)
     frames = np.zeros((*shape, config.size[3]), np.float32)
     frames[inside] = values[outside]
     start, step = window * window_stride(config), config.stride_within_seq
-    out[..., start : start + _span(config) : step] = nib.apply_orientation(frames, back)
+    shown, spread = range(start, start + _span(config), step), nib.apply_orientation(frames, back)
+    while isinstance(image, ReframedRun):
+        shown, spread = image.spread(shown, spread)
+        image = image.run
+    out = np.zeros(image.shape[:4], np.float32)
+    out[..., shown.start : shown.stop : shown.step] = spread
     return out.reshape(image.shape)
 
 

@@ -108,6 +108,8 @@ class Voxels(Protocol):
     """Its files, as `source_files` lists them."""
     files_read: set[int]
     """Indices of the files that were read so far."""
+    has_time_unit: bool
+    """Whether the file states the unit of `read_tr`."""
 
     def read(self, frames: slice | int) -> np.ndarray:
         """Read frames: (D, H, W, n) for a slice, (D, H, W) for one index.
@@ -292,6 +294,7 @@ class _Nibabel:
             with ImageOpener(str(self._header_file)) as opened:
                 raw = opened.read(kind.header_class.template_dtype.itemsize)
             self.stored = stored = kind.header_class(raw, check=False)
+            self.has_time_unit = kind not in _NIFTI or int(stored["xyzt_units"]) & 0x38 in (8, 16, 24)
             offset = _data_offset(path, kind, stored)
             header = kind.header_class(raw, check=False)
             header.check_fix(logger=_SILENT)  # replaces zero sizes by 1 and unknown codes by 0
@@ -569,6 +572,7 @@ class _Arrays:
     affine: np.ndarray | None = None
     zooms: np.ndarray | None = None
     why_no_affine = why_no_zooms = ".npy and .pt arrays do not hold one"
+    has_time_unit = False
 
     def __init__(self, files: list[Path], run: bool = False):
         self.files: Sequence[Path] = files

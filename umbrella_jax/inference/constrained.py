@@ -132,6 +132,11 @@ class Constraints:
         """The distinct schemas, as JSON."""
         return sorted({constraint.schema.text for constraint in self._constraints if constraint is not None})
 
+    def repeated(self, conversations: Sequence[int]) -> "Constraints":
+        """Return the constraints of a data set that has these conversations, in this order and possibly repeated."""
+        own = [self._constraints[number] for number in conversations]
+        return Constraints(own, self._vocab_size, self._stop_ids)
+
     def allow_all(self, rows: int) -> UInt32[np.ndarray, "{rows} W"]:
         """Return masks of a batch that allow every token."""
         return JsonMasks([None] * rows, self._vocab_size).allowed()

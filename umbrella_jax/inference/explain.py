@@ -1,6 +1,7 @@
 """Explain an answer by maps over its scans, in the scans' own space."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,15 +13,17 @@ import nibabel as nib
 import numpy as np
 from jaxtyping import Float, Float32
 
+from umbrella_jax.config.schema import EvaluationWindows
 from umbrella_jax.data.conversation import Conversation, Image
-from umbrella_jax.data.loader import whole_batch
-from umbrella_jax.data.tokenize import encode_answers
+from umbrella_jax.data.loader import Dataset, whole_batch
+from umbrella_jax.data.tokenize import Encoded, encode_answers
 from umbrella_jax.data.volume import restore
 from umbrella_jax.data.voxels import map_header, open_voxels
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.inference.attribution import Method, gradient, integrated, log_probability, occlusion
 from umbrella_jax.inference.generate import generate
 from umbrella_jax.inference.processor import Processor
+from umbrella_jax.inference.windows import expand
 from umbrella_jax.models import Llava, split
 from umbrella_jax.training.diagnose import nonfinite_error
 
@@ -31,19 +34,33 @@ class Explanation:
 
     answer: str
     log_probability: float
-    """log p(answer | conversation), the ending token included; natural logarithm."""
+    """log p(answer | conversation), the ending token included; natural logarithm, the mean over the windows shown."""
     without: float
     """The log-probability if all volumes are background."""
     maps: Mapping[Image, Float32[np.ndarray, "..."]]
-    """{distinct image: map over the preprocessed volume, of its modality's `size`}, in the unit of
-    `log_probability`. Maps of `integrated` sum to `log_probability` − `without`."""
+    """{distinct image, of a run each window: map over the preprocessed volume, of its modality's `size`}, in the unit
+    of `log_probability`. Maps of `integrated` sum to `log_probability` − `without`."""
+
+    @property
+    def scans(self) -> tuple[Image, ...]:
+        """The distinct images, each run once, at its first window."""
+        return tuple(dict.fromkeys(replace(image, window=0) for image in self.maps))
 
     def in_scan(self, processor: Processor, image: Image) -> Float32[np.ndarray, "..."]:
-        """Return a map on the voxels of the stored file, in its shape.
+        """Return the map of one of `scans` on the voxels of the stored file, in its shape, from all windows shown.
 
         The sum stays the same, except for contributions on padding; see `umbrella_jax.data.volume.restore`.
         """
-        return restore(image.path, self.maps[image], processor.modalities[image.modality], image.window)
+        config = processor.modalities[image.modality]
+        shown = [
+            (own.window, values)
+            for own, values in self.maps.items()
+            if replace(own, window=0) == replace(image, window=0)
+        ]
+        first, *others = (restore(image.path, values, config, window) for window, values in shown)
+        for other in others:
+            first += other
+        return first
 
     def write(self, processor: Processor, folder: str | Path) -> list[Path]:
         """Write a NIfTI per image, with the scan's geometry, so viewers can overlay them. Returns the paths.
@@ -54,7 +71,7 @@ class Explanation:
         folder = Path(folder)
         folder.mkdir(0o700, parents=True, exist_ok=True)
         paths = []
-        for number, image in enumerate(self.maps):
+        for number, image in enumerate(self.scans):
             stem = image.path.name.split(".")[0]
             paths.append(folder / f"{number}_{stem}_attribution.nii.gz")
             header = map_header(open_voxels(image.path))
@@ -74,15 +91,19 @@ def explain(
     method: Method = "integrated",
     steps: int = 16,
     max_new_tokens: int = 32,
+    windows: EvaluationWindows = "first",
 ) -> Explanation:
     """Distribute an answer's log-probability over the voxels of the conversation's volumes.
+
+    With several windows, each is explained by itself, and the maps and log-probabilities are averaged.
 
     Voxel values are measured from the background: the volume's lowest value, unless the volume or its scaling
     (`znorm_zeroback`) has another (`Dataset.background`).
 
     Args:
         conversation: its last turn is the assistant's; the text of that turn is not read.
-        answer: the text to explain; by default the model's answer.
+        answer: the text to explain; by default the model's answer to the first window.
+        windows: windows of each run to explain, as `evaluation.windows` of a configuration.
         method: `gradient` × input; `integrated` gradients, in `steps` steps; `occlusion` by boxes of a patch.
 
     Raises:
@@ -100,7 +121,6 @@ def explain(
         raise ConfigError(f"steps: expected 1 or more, got {steps}")
     model.config.check_trained(image.modality for image in conversation.images)
     dataset = processor.asked(conversation)
-    (prompt,) = dataset.prompts
     if answer is None:
         tokens = generate(
             model,
@@ -110,14 +130,45 @@ def explain(
         )
         (answer,) = processor.decode(tokens)
     (ids,) = encode_answers(conversation, [answer], processor.tokenizer, template=processor.template)
-    whole = replace(
+    versions = expand(dataset, windows).dataset.prompts
+    explained = [
+        _explain_version(model, processor, dataset, _with_answer(prompt, ids), method=method, steps=steps)
+        for prompt in versions
+    ]
+    maps: dict[Image, np.ndarray] = {}
+    for image, values in (pair for version in explained for pair in version.maps.items()):
+        share = values / len(versions)
+        maps[image] = maps[image] + share if image in maps else share
+    log_probability, without = (
+        math.fsum(getattr(version, name) for version in explained) / len(versions)
+        for name in ("log_probability", "without")
+    )
+    return Explanation(answer, log_probability, without, maps)
+
+
+def _with_answer(prompt: Encoded, ids: Sequence[int]) -> Encoded:
+    """Return a prompt with an answer, whose tokens are the only supervised ones."""
+    return replace(
         prompt,
         input_ids=np.concatenate([prompt.input_ids, np.array(ids, np.int32)]),
         supervised=np.repeat([False, True], [len(prompt), len(ids)]),
     )
+
+
+def _explain_version(
+    model: Llava, processor: Processor, dataset: Dataset, whole: Encoded, *, method: Method, steps: int
+) -> Explanation:
+    """Explain the supervised tokens of one conversation that shows one window of each run.
+
+    Args:
+        dataset: of the conversation; has its volumes.
+        whole: its tokens.
+    """
+    (conversation,) = dataset.conversations
     batch = whole_batch(replace(dataset, encoded=(whole,)), prompts=False)
     graphdef, params = split(model)
-    shown = {name: [i for i in dict.fromkeys(conversation.images) if i.modality == name] for name in batch.volumes}
+    distinct = list(dict.fromkeys(whole.images))
+    shown = {name: [i for i in distinct if i.modality == name] for name in batch.volumes}
     levels = {name: [dataset.background(image) for image in images] for name, images in shown.items()}
     background = {name: _background(np.asarray(x), levels[name]) for name, x in batch.volumes.items()}
     put = partial(jax.tree.map, jax.numpy.asarray)
@@ -132,17 +183,12 @@ def explain(
         contributions = occlusion(volumes, background, params, batch, windows=boxes, **common)
     logs = [float(log_probability(x, params, batch, **common)) for x in (volumes, background)]
     if not all(np.isfinite(np.asarray(x)).all() for x in (logs, *contributions.values())):
-        names = ", ".join([conversation.label, *(str(image.path) for image in dict.fromkeys(conversation.images))])
+        names = ", ".join([conversation.label, *(str(image.path) for image in distinct)])
         raise nonfinite_error("log-probabilities or maps", {0: names}, params, batch, graphdef=graphdef)
     maps: dict[Image, np.ndarray] = {}
     for name, values in contributions.items():
         maps |= dict(zip(shown[name], np.asarray(values), strict=False))
-    return Explanation(
-        answer,
-        logs[0],
-        logs[1],
-        {image: maps[image] for image in dict.fromkeys(conversation.images)},
-    )
+    return Explanation("", logs[0], logs[1], {image: maps[image] for image in distinct})
 
 
 def _background(volumes: Float[np.ndarray, "M *size"], levels: Sequence[float | None]) -> Float[np.ndarray, "M *size"]:

@@ -5,8 +5,10 @@ import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from umbrella_jax.config.load import flat, load_stored_config
 from umbrella_jax.config.schema import (
     ControlName,
     DataConfig,
+    EvaluationWindows,
     MeshConfig,
     ModalityConfig,
     TaskConfig,
@@ -53,6 +56,7 @@ from umbrella_jax.inference.generate import (
     score_answers,
 )
 from umbrella_jax.inference.processor import Processor
+from umbrella_jax.inference.windows import ExpandedDataset, expand
 from umbrella_jax.io.files import PRIVATE, append_line, check_output, naming, strict_json, take_lock, write_whole
 from umbrella_jax.io.reading import parse_json
 from umbrella_jax.models import Params, abstract_params, native_backend
@@ -127,6 +131,15 @@ class Choices:
         """Return the choices: all candidate numbers and, if `closed_sets`, all closed sets; None if there are none."""
         having = {n: task for n, task in tasks.items() if task.numbers is not None or (closed_sets and task.answers)}
         return cls(dataset, processor, rows, having) if having else None
+
+    def repeated(self, conversations: Sequence[int]) -> "Choices":
+        """Return the choices of a data set that has these conversations, in this order and possibly repeated."""
+        if list(conversations) == list(range(len(self.texts))):
+            return self
+        repeated = copy(self)
+        repeated.texts = [self.texts[number] for number in conversations]
+        repeated._encoded = [self._encoded[number] for number in conversations]
+        return repeated
 
     def trees(self, indices: Sequence[int], rows: int) -> Iterator[AnswerTree]:
         """Yield the answers to the conversations `indices`, a chunk at a time, each padded to `rows` rows."""
@@ -293,19 +306,21 @@ class _Questions:
     out: Path
     unit: str
     """Start of the progress line."""
-    dataset: Dataset
+    expanded: ExpandedDataset
     rows: Mapping[int, Row]
     """{number of a conversation: its row}, in the order of the file."""
     asked: Sequence[int]
     """Numbers of the conversations to answer."""
 
     @classmethod
-    def of_controls(cls, out: Path, controls: Mapping[str, Sequence[ControlledDataset]]) -> "Iterator[_Questions]":
+    def of_controls(
+        cls, out: Path, controls: Mapping[str, Sequence[ControlledDataset]], windows: EvaluationWindows
+    ) -> "Iterator[_Questions]":
         """Yield the questions of each control, whose answers belong beside `out`."""
         for name, own in controls.items():
             for one in own:
                 file, changed = control_beside(out, name), one.changed
-                yield cls(file, f"{name}: answer", one.dataset, changed.rows, changed.asked)
+                yield cls(file, f"{name}: answer", expand(one.dataset, windows), changed.rows, changed.asked)
 
 
 def predict(
@@ -321,6 +336,7 @@ def predict(
     schema: str | Path | None = None,
     controls: Sequence[ControlName] = (),
     paraphrases: Mapping[str, Sequence[str]] | None = None,
+    windows: EvaluationWindows | None = None,
     tasks: Mapping[str, TaskConfig] | None = None,
     modalities: Mapping[str, ModalityConfig] | None = None,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  # frozen
@@ -344,7 +360,7 @@ def predict(
         schema: JSON schema that every answer follows, instead of those of `tasks`.
         controls: also answer under these, as in `evaluation.controls` of a configuration.
         paraphrases: as `evaluation.paraphrases` of a configuration, for the control `paraphrase`.
-        tasks: as `evaluation.tasks` of a configuration; by default those of the run.
+        windows, tasks: as `evaluation.windows` and `evaluation.tasks` of a configuration; by default those of the run.
         modalities: modalities for a stock LLaVA.
         allow_untrained, step: as for `umbrella_jax.load`.
         resume: continue from the `.part` file of an earlier call.
@@ -390,10 +406,14 @@ def predict(
         rows = blank_rows(dataset.conversations)
         choices = None
         limit = (processor.tokenizer, processor.template, max_new_tokens, "max_new_tokens (--max-new-tokens)")
-        if tasks is None and isinstance(checkpoint, RunCheckpoint):
-            tasks = load_stored_config(checkpoint.path / CONFIG).evaluation.tasks
+        if isinstance(checkpoint, RunCheckpoint):
+            of_run = load_stored_config(checkpoint.path / CONFIG).evaluation
+            windows, tasks = windows or of_run.windows, of_run.tasks if tasks is None else tasks
+        expanded = expand(dataset, windows or "first")
         configured = {name: task for name, task in (tasks or {}).items() if name in set(map(task_of, rows))}
-        known = tasks_of(rows, configured) if likelihoods else number_tasks(rows, configured)
+        # how the answers of several windows are merged depends on the task
+        need_tasks = likelihoods or len(expanded.dataset) > len(rows)
+        known = tasks_of(rows, configured) if need_tasks else number_tasks(rows, configured)
         if known:
             choices = Choices.for_tasks(dataset, processor, rows, known, closed_sets=likelihoods)
         if likelihoods and choices is None:
@@ -406,10 +426,12 @@ def predict(
         constraints = Constraints.for_tasks(rows, schemas, processor, checkpoint.config.text.vocab_size)
         made = make_controls(dataset, processor, controls, paraphrases or {})
         questions = [
-            _Questions(out, "answer", dataset, dict(enumerate(rows)), range(len(rows))),
-            *_Questions.of_controls(out, made),
+            _Questions(out, "answer", expanded, dict(enumerate(rows)), range(len(rows))),
+            *_Questions.of_controls(out, made, windows or "first"),
         ]
-        checkpoint.config.check_trained(image.modality for own in questions for image in own.dataset.windows)
+        # number of the first row of each in the `.part` file
+        starts = list(accumulate((len(own.expanded.dataset) for own in questions[:-1]), initial=0))
+        checkpoint.config.check_trained(image.modality for own in questions for image in own.expanded.dataset.windows)
         inputs = read_inputs(data, {"eval": dataset})
     params = checkpoint.params(sharding_for=partial(param_sharding, devices))
     weights = {path: int(value) for path, value in checksums(params).items()}
@@ -422,6 +444,7 @@ def predict(
         "stop_ids": processor.stop_ids,
         "modalities": {name: to_dict(modality) for name, modality in processor.modalities.items()},
         "conversations": len(rows),
+        **({"windows": windows} if len(expanded.dataset) > len(rows) else {}),
         "max_new_tokens": max_new_tokens,
         "sampling": asdict(sampling) | ({"seed": seed} if sampling.temperature else {}),
         "likelihoods": {name: list(task.choices) for name, task in known.items() if task.choices},
@@ -448,15 +471,15 @@ def predict(
     options: dict[str, Any] = {"say": say, "log": say_nothing, "quiet": not first}
     options["memory"] = jax.local_devices()[0].memory_stats
     with jax.set_mesh(devices), part or nullcontext():
-        for place, own in enumerate(questions):
-            start = place * len(rows)  # number of the row of the first conversation in the `.part` file
-            left = [index for index in own.asked if start + index not in done]
-            total = len(own.asked)
+        for start, own in zip(starts, questions, strict=True):
+            versions = own.expanded.numbers(own.asked)
+            left = [number for number in versions if start + number not in done]
+            total = len(versions)
             with Progress(own.unit, total, done=total - len(left), **options) as progress:
                 for batch_answers in generate_answers(
                     params,
                     abstract_params(model)[0],
-                    own.dataset,
+                    own.expanded.dataset,
                     processor,
                     devices,
                     batch_size=batch_size,
@@ -464,23 +487,24 @@ def predict(
                     max_new_tokens=max_new_tokens,
                     sampling=sampling,
                     seed=seed,
-                    choices=choices,
-                    constraints=constraints,
+                    choices=choices and choices.repeated(own.expanded.owners),
+                    constraints=constraints and constraints.repeated(own.expanded.owners),
                     only=left,
                     progress=progress,
                 ):
                     fresh = {
-                        start + index: with_answer(own.rows[index], answer, known.get(task_of(rows[index])))
-                        for index, answer in batch_answers.items()
+                        start + number: with_answer(
+                            row := own.rows[own.expanded.owners[number]], answer, known.get(task_of(row))
+                        )
+                        for number, answer in batch_answers.items()
                     }
                     done |= fresh
                     if part:
                         part.write(fresh)
     files: dict[Path, list[Row]] = {}
-    for place, own in enumerate(questions):
-        files.setdefault(own.out, []).extend(
-            done.get(place * len(rows) + index, row) for index, row in own.rows.items()
-        )
+    for start, own in zip(starts, questions, strict=True):
+        merged = own.expanded.merge({number: done[start + number] for number in own.expanded.numbers(own.asked)}, known)
+        files.setdefault(own.out, []).extend(merged.get(index, row) for index, row in own.rows.items())
     if part:
         for file, answered in reversed(files.items()):  # `out` is the last
             write_whole(file, "".join(strict_json(row) + "\n" for row in answered), PRIVATE)

@@ -9,6 +9,7 @@ from umbrella_jax.console import Progress, wrapped
 from umbrella_jax.distributed import broadcast, raise_together
 from umbrella_jax.inference.controls import left_out_lines
 from umbrella_jax.inference.predict import generate_answers
+from umbrella_jax.inference.windows import expand
 from umbrella_jax.io.files import PRIVATE, strict_json, write_whole
 from umbrella_jax.models import Params
 from umbrella_jax.run.preparation import EvaluationData, Prepared
@@ -59,26 +60,29 @@ def answer_controls(
         rows = list[Row]()
         for one in data.controls[name]:
             own = dict(one.changed.rows)
-            asked = one.changed.asked
+            expanded = expand(one.dataset, config.evaluation.windows)
+            asked, versions = expanded.numbers(one.changed.asked), dict[int, Row]()
             with Progress(f"{name} at step {step}: answer", len(asked), **options) as progress:
                 for answers in generate_answers(
                     trainable | run.training.frozen,
                     run.training.graphdef,
-                    one.dataset,
+                    expanded.dataset,
                     run.model.processor,
                     mesh,
                     batch_size=config.train.batch_size,
                     threads=config.data.threads,
                     max_new_tokens=config.train.max_new_tokens,
-                    choices=data.choices,
-                    constraints=data.constraints,
+                    choices=data.choices and data.choices.repeated(expanded.owners),
+                    constraints=data.constraints and data.constraints.repeated(expanded.owners),
                     only=asked,
                     progress=progress,
                 ):
                     if interrupted():
                         return False
                     for index, answer in answers.items():
-                        own[index] = with_answer(own[index], answer, data.tasks.get(task_of(own[index])))
+                        row = own[expanded.owners[index]]
+                        versions[index] = with_answer(row, answer, data.tasks.get(task_of(row)))
+            own |= expanded.merge(versions, data.tasks)
             rows += own.values()
         if jax.process_index() == 0:
             file = run_control(run.out, step, name)

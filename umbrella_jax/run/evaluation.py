@@ -81,26 +81,31 @@ def evaluate(
             progress.advance(len(indices), work, time.perf_counter() - begun, compiled=shape not in shapes)
             shapes.add(shape)
             begun = time.perf_counter()
-    rows: dict[int, Row] = {}
-    with Progress(f"evaluation at step {step}: answer", total, **options) as progress:
+    versions: dict[int, Row] = {}
+    only = None if common["only"] is None else data.expanded.numbers(common["only"])
+    with Progress(
+        f"evaluation at step {step}: answer", len(data.expanded.dataset if only is None else only), **options
+    ) as progress:
         for new in generate_answers(
             trainable | frozen,
             graphdef,
-            dataset,
+            data.expanded.dataset,
             run.model.processor,
             mesh,
             batch_size=config.train.batch_size,
             max_new_tokens=config.train.max_new_tokens,
-            choices=data.choices,
-            constraints=data.constraints,
+            choices=data.choices and data.choices.repeated(data.expanded.owners),
+            constraints=data.constraints and data.constraints.repeated(data.expanded.owners),
             progress=progress,
-            **common,
+            threads=config.data.threads,
+            only=only,
         ):
             if interrupted():
                 return None
             for index, answer in new.items():
-                row = data.rows[index]
-                rows[index] = with_answer(row, answer, data.tasks.get(task_of(row)))
+                row = data.rows[data.expanded.owners[index]]
+                versions[index] = with_answer(row, answer, data.tasks.get(task_of(row)))
+    rows = data.expanded.merge(versions, data.tasks)
     answered = [rows[index] for index in sorted(rows)]
     if jax.process_index() == 0:
         folder = run.out / PREDICTIONS

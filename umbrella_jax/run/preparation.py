@@ -29,6 +29,7 @@ from umbrella_jax.inference.constrained import Constraints
 from umbrella_jax.inference.controls import ControlledDataset, applicable_controls, make_controls
 from umbrella_jax.inference.predict import Choices, check_lengths
 from umbrella_jax.inference.processor import Processor
+from umbrella_jax.inference.windows import ExpandedDataset, expand
 from umbrella_jax.io.files import check_output, check_run_name
 from umbrella_jax.models import LlavaConfig, abstract_params, lora, native_backend, quantize
 from umbrella_jax.run.loggers import missing_loggers
@@ -55,6 +56,8 @@ class EvaluationData:
     """The evaluation data of a run."""
 
     dataset: Dataset
+    expanded: ExpandedDataset
+    """What the model answers: the data set with the windows of `evaluation.windows`."""
     rows: list[Row]
     """A row without answer for each conversation."""
     tasks: dict[str, Task]
@@ -336,7 +339,7 @@ def _evaluation_data(
         tasks = tasks_of(rows, config.evaluation.tasks)
         limit = (processor.tokenizer, processor.template, config.train.max_new_tokens, "train.max_new_tokens")
         check_lengths(dataset.conversations, rows, tasks, *limit)
-        likelihoods = config.evaluation.likelihoods
+        expanded, likelihoods = expand(dataset, config.evaluation.windows), config.evaluation.likelihoods
         choices = Choices.for_tasks(dataset, processor, rows, tasks, closed_sets=likelihoods)
         names = applicable_controls(config.evaluation.controls, dataset.conversations)
         try:
@@ -345,7 +348,7 @@ def _evaluation_data(
             raise DataError([f"evaluation.controls: {fault}" for fault in error.faults]) from None
         schemas = {name: task.schema for name, task in config.evaluation.tasks.items()}
         constraints = Constraints.for_tasks(rows, schemas, processor, vocab_size)
-        data = EvaluationData(dataset, rows, tasks, choices, controls, constraints)
+        data = EvaluationData(dataset, expanded, rows, tasks, choices, controls, constraints)
         known = sorted(f"eval_{name}" for name in ("loss", *metric_names(tasks, likelihoods=likelihoods)))
     asked = {"train.best_metric": config.train.best_metric}
     if config.train.early_stopping:

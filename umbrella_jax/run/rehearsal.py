@@ -13,6 +13,7 @@ from umbrella_jax.data.loader import empty_batch, eval_shapes
 from umbrella_jax.distributed import raise_together
 from umbrella_jax.errors import MEMORY_REMEDY, ConfigError
 from umbrella_jax.inference.predict import compile_answers
+from umbrella_jax.inference.windows import expand
 from umbrella_jax.plan import at_shape
 from umbrella_jax.run.preparation import Prepared, check, check_processes, prepare
 from umbrella_jax.run.resumption import check_out, newest
@@ -101,7 +102,8 @@ def _programs(run: Prepared, state: TrainState) -> Iterator[tuple[str, BatchShap
             yield "evaluation", shape, lowered.compile()
         seen = set[BatchShape]()
         controls = [(f"{name}: ", one.dataset) for name, own in run.data.evaluation.controls.items() for one in own]
-        for control, asked in (("", dataset), *controls):
+        for control, base in (("", dataset), *controls):
+            asked = expand(base, config.evaluation.windows).dataset
             for name, shape, program in compile_answers(
                 state.trainable | frozen,
                 graphdef,

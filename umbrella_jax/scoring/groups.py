@@ -135,8 +135,8 @@ def score_groups(
         resamples: 0 for no intervals.
 
     Raises:
-        DataError: no row has a column; its values are lists or objects, more than `MAX_CLASSES` numbers that do not
-            look like codes, or more than `MAX_GROUPS` values; or as `score`.
+        DataError: no row has a column; its values are lists or objects, more than `MAX_CLASSES` whole numbers that do
+            not look like codes, or more than `MAX_GROUPS` values; or as `score`.
     """
     rows = list(rows)
     by_group = group_rows(rows, columns)
@@ -166,7 +166,9 @@ def score_groups(
 def group_rows(rows: Sequence[Prediction], columns: Sequence[str]) -> dict[str, dict[str, list[Prediction]]]:
     """Return {column: {group: its rows}}, groups in natural order and `MISSING` last.
 
-    A group is named after its value: 1, 1.0 and "1" are one group. Arguments and errors are those of `score_groups`.
+    A group is named after its value: 1, 1.0 and "1" are one group. More than `MAX_CLASSES` numbers that are not all
+    whole are a measured quantity, such as `mean_fd`, and are cut into thirds of the answers. Arguments and errors are
+    those of `score_groups`.
     """
     known = {key: None for row in rows for key in row.get("metadata") or () if label_of(row, key) is not None}
     faults = list[str]()
@@ -180,8 +182,9 @@ def group_rows(rows: Sequence[Prediction], columns: Sequence[str]) -> dict[str, 
         if unknown or own:
             continue
         members: dict[str, list[Prediction]] = defaultdict(list)
+        cuts = {key: _cuts(key, rows) for key in keys}
         for row in rows:
-            members[_group_of(row, keys)].append(row)
+            members[_group_of(row, cuts)].append(row)
         if len(members) > MAX_GROUPS:
             faults.append(
                 f"by: {column}: {len(members)} values; expected at most {MAX_GROUPS}, with several subjects each"
@@ -207,6 +210,8 @@ def _column_fault(key: str, rows: Iterable[Prediction]) -> str | None:
             return f"by: {key}: expected at most {_LONGEST} characters, got more in {row['task_id']}"
     numbers = {value for _, value in values if not isinstance(value, str)}
     subjects = len({subject_of(row) for row, _ in values})
+    if _cuts(key, [row for row, _ in values]) is not None:
+        return None
     are_codes = all(isinstance(number, int) or number.is_integer() for number in numbers) and len(numbers) <= min(
         MAX_CODES, subjects / _SUBJECTS_PER_CODE
     )
@@ -218,9 +223,28 @@ def _column_fault(key: str, rows: Iterable[Prediction]) -> str | None:
     return None
 
 
-def _group_of(row: Prediction, keys: Sequence[str]) -> str:
-    values = [label_of(row, key) for key in keys]
-    return MISSING if None in values else " × ".join(map(value_name, values))
+def _cuts(key: str, rows: Iterable[Prediction]) -> tuple[float, float] | None:
+    """Return the numbers that cut a measured quantity into thirds of the answers; None for any other column."""
+    values = [value for row in rows if (value := label_of(row, key)) is not None]
+    if len(set(values)) <= MAX_CLASSES or not all(type(value) in (int, float) for value in values):
+        return None
+    if all(float(value).is_integer() for value in values):
+        return None
+    low, high = np.quantile(np.array(values, np.float64), [1 / 3, 2 / 3])
+    return float(low), float(high)
+
+
+def _group_of(row: Prediction, cuts: Mapping[str, tuple[float, float] | None]) -> str:
+    """Return the group of a row; `cuts` are those of each column."""
+    values = {key: label_of(row, key) for key in cuts}
+    return MISSING if None in values.values() else " × ".join(_name(value, cuts[key]) for key, value in values.items())
+
+
+def _name(value: str | float, cuts: tuple[float, float] | None) -> str:
+    if cuts is None or isinstance(value, str):
+        return value_name(value)
+    low, high = (f"{cut:.3g}" for cut in cuts)
+    return f"≤ {low}" if value <= cuts[0] else f"{low} to {high}" if value <= cuts[1] else f"> {high}"
 
 
 def value_name(value: str | float) -> str:

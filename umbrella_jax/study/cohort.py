@@ -29,6 +29,7 @@ from umbrella_jax.study.cohort_checks import (
 from umbrella_jax.study.conditions import CellError, Condition, parse_condition
 from umbrella_jax.study.find_scans import FoundScan, find_modality
 from umbrella_jax.study.join import JoinedTables, few, join_tables
+from umbrella_jax.study.motion import MEAN_FD, mean_over_runs, missing_note, with_motion
 from umbrella_jax.study.schema import BinsConfig, CohortConfig, StudyConfig
 from umbrella_jax.study.tables import SUBJECT, VISIT, MissingValues, number_fault
 from umbrella_jax.study.visits import Flow, Visit
@@ -44,7 +45,8 @@ class Cohort:
     """Included visits, sorted by subject and visit."""
     flow: Flow
     columns: tuple[str, ...]
-    """All columns that values may have: `subject`, `visit`, and those of tables, patterns and bins."""
+    """All columns that values may have: `subject`, `visit`, those of tables, patterns and bins, and `mean_fd` if the
+    study uses it."""
     inputs: tuple[Path, ...]
     """The tables that were read."""
 
@@ -83,15 +85,17 @@ def read_cohort(config: CohortConfig, study: StudyConfig, root: Path, faults: Fa
             scans += find_modality(modality, of_modality, root, notes, key=key, subjects=labels)
     fatal.raise_as(DataError)
     assert tables is not None
-    columns = _column_names(config, study, tables)
+    used = used_columns(study) | {name for condition in conditions for name in condition.columns}
+    columns = _column_names(config, study, tables, used)
     fatal += unknown_column_faults(config, study, conditions, columns, tables)
     fatal += subject_id_faults(tables, scans)
     fatal += visit_name_faults(tables, scans)
     fatal.raise_as(DataError)
 
-    used = used_columns(study) | {name for condition in conditions for name in condition.columns}
     faults += tables.conflicts(sorted(used))
     candidates = make_candidates(config, tables, scans, notes, faults)
+    if MEAN_FD in used and MEAN_FD not in tables.columns:
+        candidates = _with_motion(candidates, root, faults, notes)
     faults += placeholder_faults(config, tables, candidates, used)
     faults += doubtful_value_faults(study, tables, candidates, used)
     selection = _Selection(tables, candidates, faults, notes)
@@ -123,9 +127,28 @@ def _parse_conditions(texts: Iterable[str], faults: Faults) -> list[Condition]:
     return conditions
 
 
-def _column_names(config: CohortConfig, study: StudyConfig, tables: JoinedTables) -> tuple[str, ...]:
-    names = (SUBJECT, VISIT, *tables.columns, *placeholder_columns(config.scans, tables.first.key), *study.bins)
-    return tuple(dict.fromkeys(names))
+def _with_motion(candidates: Iterable[Candidate], root: Path, faults: Faults, notes: list[str]) -> list[Candidate]:
+    """Return the candidates with the column of mean framewise displacement, the mean over the runs of the visit."""
+    missing: list[str] = []
+    moved = []
+    for candidate in candidates:
+        visit = candidate.visit
+        with faults:
+            visit = replace(visit, scans=with_motion(visit.scans, root, missing))
+        cell = mean_over_runs(scan for group in visit.scans.values() for scan in group)
+        if cell is not None:
+            candidate.values[MEAN_FD] = cell  # these are the visit's values too
+        moved.append(replace(candidate, visit=visit))
+    if missing:
+        notes.append(missing_note(missing))
+    return moved
+
+
+def _column_names(
+    config: CohortConfig, study: StudyConfig, tables: JoinedTables, used: Collection[str]
+) -> tuple[str, ...]:
+    names = [SUBJECT, VISIT, *tables.columns, *placeholder_columns(config.scans, tables.first.key), *study.bins]
+    return tuple(dict.fromkeys([*names, *([MEAN_FD] if MEAN_FD in used else [])]))
 
 
 class _Selection:

@@ -10,6 +10,7 @@ from umbrella_jax.study.cases import phrasings_of
 from umbrella_jax.study.conditions import Condition
 from umbrella_jax.study.find_scans import FoundScan
 from umbrella_jax.study.join import JoinedTables, describe_pairs, few, id_faults
+from umbrella_jax.study.motion import MEAN_FD
 from umbrella_jax.study.schema import CohortConfig, StudyConfig
 from umbrella_jax.study.tables import SUBJECT, VISIT, unknown_column
 
@@ -37,7 +38,7 @@ def unknown_column_faults(
     for name in study.missing if config is study else ():  # an external cohort may have fewer columns
         if name != "*" and name not in columns:
             yield f"missing: {unknown_column(name, columns)}"
-    own = {*tables.columns, *placeholder_columns(config.scans, tables.first.key), SUBJECT, VISIT}
+    own = {*tables.columns, *placeholder_columns(config.scans, tables.first.key), SUBJECT, VISIT, MEAN_FD}
     for name, bins in study.bins.items():
         if name in own:
             yield f"bins.{name}: a column has this name already; choose another"

@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from umbrella_jax.study.bids_values import (
 from umbrella_jax.study.build import write_study
 from umbrella_jax.study.built import BuiltStudy
 from umbrella_jax.study.cohort import Cohort
+from umbrella_jax.study.motion import MEAN_FD, mean_over_runs, missing_note, with_motion
 from umbrella_jax.study.schema import (
     DEFAULT_SEED,
     STUDY,
@@ -68,6 +70,8 @@ def from_bids(
 
     `out`/splits.tsv lists every subject's split. The split depends on participants.tsv, on which subjects have a scan
     and on `seed`, never on the target (see `split_subjects`). All scans of a subject are in one split.
+
+    With fMRIPrep's tables of confounds beside the runs, `metadata` has `mean_fd`, the mean framewise displacement.
 
     Args:
         root: the data set, with participants.tsv.
@@ -144,6 +148,9 @@ def from_bids(
 
     task = f"{target}_classification_via_comparison" if kind == "comparison" else f"{target}_{kind}"
     texts_of_parts = {part: (text,) for part, text in sections[kind].items()}
+    cohort = _cohort(table, modality, scans, valued_scans, target)
+    if modality == "fMRI" and target != MEAN_FD:
+        cohort = _with_motion(cohort, root, notes)
     references = ReferencesConfig(per_query=pairs_per_subject or ReferencesConfig().per_query, split="same")
     config = StudyConfig(
         root=relative_path(root, out),
@@ -154,6 +161,7 @@ def from_bids(
         ),
         scans={modality: _scans_config(derivatives, entities)},
         missing={target: tuple(missing)},
+        keep=tuple(column for column in cohort.columns if column == MEAN_FD and column != target),
         tasks={
             re.sub(r"\W", "_", task): TaskStudyConfig(
                 kind=kind,
@@ -168,7 +176,6 @@ def from_bids(
         },
         split=SplitConfig(file=relative_path(out / SPLITS, root), seed=seed),
     )
-    cohort = _cohort(table, modality, scans, valued_scans, target)
     partition = Partition(None, None, split_of)
     built = BuiltStudy(config, dump_study(config), root, {STUDY: cohort}, [partition], notes)
     suffix = write_study(built, out, short_form=True)
@@ -217,6 +224,22 @@ def _cohort(
     flow.leave_out(f"with a scan, but without a row in {PARTICIPANTS}", [s for s in scans if s not in table.rows])
     flow.leave_out(f"no value of {target}", [s for s in scans if s in table.rows and s not in included])
     return Cohort(visits, flow, (target,), (table.path,))
+
+
+def _with_motion(cohort: Cohort, root: Path, notes: list[str]) -> Cohort:
+    """Return the cohort with the column of mean framewise displacement, if some run has a table of confounds."""
+    missing, faults, visits = list[str](), Faults(), list[Visit]()
+    for visit in cohort.visits:
+        with faults:
+            scans = with_motion(visit.scans, root, missing)
+            cell = mean_over_runs(scan for group in scans.values() for scan in group)
+            visits.append(replace(visit, scans=scans, values={**visit.values, **({MEAN_FD: cell} if cell else {})}))
+    faults.raise_as(DataError)
+    if missing:
+        notes.append(missing_note(missing))
+    if not any(MEAN_FD in visit.values for visit in visits):
+        return cohort
+    return replace(cohort, visits=tuple(visits), columns=(*cohort.columns, MEAN_FD))
 
 
 def _check_arguments(out: Path, kind: str | None, modality: str, pairs: int | None) -> None:

@@ -26,6 +26,7 @@ from umbrella_jax.data.validation.leaks import Exchange, LeakSearch
 from umbrella_jax.errors import Faults
 from umbrella_jax.study.cases import CaseReader, ShownCase
 from umbrella_jax.study.leaks import column_leaks
+from umbrella_jax.study.motion import MEAN_FD, mean_over_runs
 from umbrella_jax.study.references import ReferencePool
 from umbrella_jax.study.schema import TRAIN, StudyConfig
 from umbrella_jax.study.task_checks import Survey, column_faults, split_faults, value_faults
@@ -225,7 +226,11 @@ class _RecordWriter:
     ) -> Record:
         case, scans = shown[-1].case, [(one.case.subject, scan) for one in shown for scan in one.scans]
         visits = ", ".join(visit.name for visit in case.visits if visit.name is not None)
-        own = case.answered.values
+        own = dict(case.answered.values)
+        if any(scan.mean_fd is not None for visit in case.visits for group in visit.scans.values() for scan in group):
+            own.pop(MEAN_FD, None)  # that of all runs of the visit
+            if (motion := mean_over_runs(shown[-1].scans)) is not None:
+                own[MEAN_FD] = motion
         group = {"group_id": own[self.group]} if self.group is not None and self.group in own else {}
         return {
             "task_id": task_id,

@@ -300,7 +300,8 @@ class StudyConfig(CohortConfig):
     include: Texts = ()
     """Conditions on columns, such as `age >= 45 and diagnosis in ["CN", "MCI"]`; all must hold."""
     keep: Words = ()
-    """Columns for the conversations' metadata, where scores by group find them. The model never sees them."""
+    """Columns for the conversations' metadata, where scores by group find them. The model never sees them. `mean_fd` is
+    the mean framewise displacement of the runs that a conversation shows, from fMRIPrep's tables beside them."""
     tasks: dict[str, TaskStudyConfig]
     """{task: what it asks}."""
     split: SplitConfig = field(default_factory=SplitConfig)

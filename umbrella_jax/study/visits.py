@@ -13,6 +13,8 @@ class Scan:
     modality: str
     entities: Mapping[str, str]
     """{BIDS entity or name in the pattern: its text in the path}."""
+    mean_fd: float | None = None
+    """Mean framewise displacement of a run in mm, if the study uses it and a table of confounds states it."""
 
 
 @dataclass(frozen=True, slots=True)

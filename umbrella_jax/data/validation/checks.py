@@ -4,6 +4,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,10 +22,12 @@ from umbrella_jax.data.background import (
     describe_mixture,
     group_by_modality,
 )
+from umbrella_jax.data.bids.sidecars import find_sidecars
 from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.cache import check_float16
 from umbrella_jax.data.conversation import Conversation, Image, scan_conversations
 from umbrella_jax.data.loader import Dataset
+from umbrella_jax.data.repetition_time import read_repetition_time
 from umbrella_jax.data.tokenize import CachingTokenizer, encode, encode_prompt, reference_answer
 from umbrella_jax.data.validation.contents import ContentsReader
 from umbrella_jax.data.validation.findings import (
@@ -35,10 +38,11 @@ from umbrella_jax.data.validation.findings import (
     Severity,
     ShownVolume,
     ValidationReport,
+    VolumeContents,
     task_name,
 )
 from umbrella_jax.data.validation.leaks import Exchange, LeakSearch, simplify
-from umbrella_jax.data.volume import check_opened, require_fit
+from umbrella_jax.data.volume import check_opened, fit_voxels
 from umbrella_jax.data.voxels import open_voxels
 from umbrella_jax.errors import ConfigError, DataError, Faults
 from umbrella_jax.rundir import Say, say_nothing
@@ -119,6 +123,7 @@ def validate(
     findings += _answer_findings(sets)
     findings += _repeated_ids(sets)
     findings += _headers(volumes)
+    findings += _repetition_times(config, volumes)
     findings += _empty(volumes)
     findings += _backgrounds(config, volumes, remarks)
     for modality in config.model.modalities:
@@ -215,16 +220,16 @@ def _read_volumes(
         except DataError as error:
             return ShownVolume(path, image.modality, tuple(shown[image]), windows, contents), error.faults
         try:
-            require_fit(path, reader, modality)
-            windows = check_opened(
-                path, reader, modality, range_check(path), note=lambda *remark: remarks.append(remark)
-            )
+            run = fit_voxels(path, reader, modality)
+            windows = check_opened(path, run, modality, range_check(path), note=lambda *remark: remarks.append(remark))
         except DataError as error:
             faults = error.faults
         try:
             contents = reader.contents()
         except DataError as error:
             windows, faults = 0, faults or error.faults  # for example, a file that is cut off after its last window
+        if contents is not None and contents.frames > 1:
+            contents = _with_repetition_time(path, reader, contents)
         if contents and "train" in shown[image]:
             try:
                 check_axes(config.data.augment, {path: contents.orientation})
@@ -242,6 +247,18 @@ def _read_volumes(
             pairs.append(pair)
             progress.count()
     return [volume for volume, _ in pairs], {volume: faults for volume, faults in pairs if faults}, remarks
+
+
+def _with_repetition_time(path: Path, reader: ContentsReader, contents: VolumeContents) -> VolumeContents:
+    """Return the contents of a run with its sidecar's repetition time, or with a remark if header and sidecar differ.
+
+    Without any statement of it, `contents` stay as they are.
+    """
+    try:
+        return replace(contents, tr=read_repetition_time(path, reader))
+    except DataError as error:
+        remarks = tuple(fault.removeprefix(f"{path}: ") for fault in error.faults)
+    return replace(contents, remarks=contents.remarks + remarks) if find_sidecars(path) else contents
 
 
 def overlaps(
@@ -432,6 +449,27 @@ def _headers(volumes: Iterable[ShownVolume]) -> Iterator[Finding]:
     for volume in volumes:
         for remark in volume.contents.remarks if volume.contents else ():
             yield Finding("warning", "header", volume.sets, str(volume.path), remark)
+
+
+def _repetition_times(config: RunConfig, volumes: Sequence[ShownVolume]) -> Iterator[Finding]:
+    """Yield a line about the repetition times of each 4D modality: a warning if they differ and `tr` is not set."""
+    for modality, settings in config.model.modalities.items():
+        runs_at: dict[str, list[ShownVolume]] = defaultdict(list)
+        for volume in volumes:
+            if len(settings.size) == 4 and volume.modality == modality and volume.contents is not None:
+                runs_at[PROPERTIES["TR (s)"](volume.contents)].append(volume)
+        if len(runs_at) < 2:
+            continue
+        counts = ", ".join(
+            f"{f'{time} s' if time != 'unknown' else time} in {plural(len(runs), 'run')} (such as {runs[0].path})"
+            for time, runs in sorted(runs_at.items())
+        )
+        sets = tuple(name for name in SETS if any(name in v.sets for runs in runs_at.values() for v in runs))
+        if settings.tr is None:
+            remedy = f"a frame means another time in each; set model.modalities.{modality}.tr to resample them to one"
+            yield Finding("warning", "repetition_time", sets, modality, f"{counts}: {remedy}")
+        else:
+            yield Finding("note", "repetition_time", sets, modality, f"{counts}: resampled to {settings.tr:g} s")
 
 
 def _empty(volumes: Iterable[ShownVolume]) -> Iterator[Finding]:

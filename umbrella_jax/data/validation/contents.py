@@ -22,6 +22,7 @@ class ContentsReader:
         self._voxels = voxels
         self.shape, self.dtype, self.affine, self.zooms = voxels.shape, voxels.dtype, voxels.affine, voxels.zooms
         self.why_no_affine, self.why_no_zooms = voxels.why_no_affine, voxels.why_no_zooms
+        self.has_time_unit = voxels.has_time_unit
         self.files: Sequence[Path] = voxels.files
         self.files_read, self.remarks = voxels.files_read, voxels.remarks
         rank = max((axis for axis, length in enumerate(self.shape, 1) if axis <= 3 or length != 1), default=0)

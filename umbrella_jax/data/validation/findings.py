@@ -32,6 +32,7 @@ FINDING_KINDS = {
     "contradiction": "the same question about the same images, answered differently",
     "answers": "answers",
     "header": "headers that contradict themselves",
+    "repetition_time": "repetition times of runs",
     "empty": "nearly empty volumes",
     "background": "background of volumes with voxels below 0",
     "outlier": "volumes unlike the others of their modality",
@@ -75,7 +76,8 @@ class VolumeContents:
     voxel_size: tuple[float, ...] | None
     """mm along each stored axis; None if the format has none."""
     tr: float | None
-    """Seconds from frame to frame; None for a single frame, and if the file does not state it."""
+    """Seconds from frame to frame, as the sidecar or else the header states it; None for a single frame, and if
+    neither does."""
     minimum: float | None
     maximum: float | None
     mean: float | None

@@ -1,0 +1,87 @@
+"""Measure how much subjects moved: the mean framewise displacement of runs, from fMRIPrep's tables of confounds."""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from umbrella_jax.console import plural
+from umbrella_jax.data.bids.sidecars import find_confounds
+from umbrella_jax.data.tables import is_missing
+from umbrella_jax.errors import DataError
+from umbrella_jax.io.reading import read_text
+from umbrella_jax.study.visits import Scan
+
+MEAN_FD = "mean_fd"
+"""The column with the mean framewise displacement, in mm."""
+_DISPLACEMENT = ("framewise_displacement", "FramewiseDisplacement")
+"""Its column in a table of confounds, in current versions of fMRIPrep and in those before 1.2."""
+_LARGEST = 64 << 20
+"""Bytes of a table of confounds; one of 1,200 frames with 500 columns has 10 MB."""
+_NAMES_SHOWN = 20
+
+
+def mean_framewise_displacement(table: Path) -> float:
+    """Return the mean framewise displacement of a run in mm, as in Power et al. 2012, from its table of confounds.
+
+    The first frame has no displacement (`n/a`) and does not count.
+
+    Raises:
+        DataError: the table has no such column, no number in it, or another text than a number.
+    """
+    text = read_text(table, DataError, _LARGEST, "expected fMRIPrep's table of confounds")
+    rows = csv.DictReader(io.StringIO(text), delimiter="\t")
+    column = next((name for name in _DISPLACEMENT if name in (rows.fieldnames or ())), None)
+    if column is None:
+        raise DataError(f"{table}: no column {_DISPLACEMENT[0]}; expected fMRIPrep's table of confounds")
+    numbers = []
+    for line, row in enumerate(rows, start=2):
+        cell = (row[column] or "").strip()
+        if is_missing(cell):
+            continue
+        try:
+            numbers.append(float(cell))
+        except ValueError:
+            raise DataError(f"{table}:{line}: {column}: expected a number or n/a, got {cell!r}") from None
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise DataError(f"{table}: {column}: expected a finite number for every frame but the first")
+    return math.fsum(numbers) / len(numbers)
+
+
+def with_motion(scans: Mapping[str, Sequence[Scan]], root: Path, missing: list[str]) -> dict[str, tuple[Scan, ...]]:
+    """Return the scans of a visit, with `mean_fd` where a run has a table of confounds beside it.
+
+    Args:
+        scans: {modality: its scans}.
+        root: folder that their paths start at.
+        missing: receives the path of each BIDS run without such a table.
+    """
+    return {modality: tuple(_measured(scan, root, missing) for scan in group) for modality, group in scans.items()}
+
+
+def _measured(scan: Scan, root: Path, missing: list[str]) -> Scan:
+    path = root / scan.path
+    if not path.name.partition(".")[0].endswith("_bold"):
+        return scan
+    table = find_confounds(path)
+    if table is None:
+        missing.append(scan.path)
+        return scan
+    return replace(scan, mean_fd=mean_framewise_displacement(table))
+
+
+def mean_over_runs(scans: Iterable[Scan]) -> str | None:
+    """Return the mean of `mean_fd` over the runs that have one, as a cell of a table; None without any."""
+    known = [scan.mean_fd for scan in scans if scan.mean_fd is not None]
+    return f"{math.fsum(known) / len(known):.4f}" if known else None
+
+
+def missing_note(missing: Sequence[str]) -> str:
+    """Return the note about runs without a table of confounds, with the first names only."""
+    more = f", and {len(missing) - _NAMES_SHOWN:,} more" if len(missing) > _NAMES_SHOWN else ""
+    return (
+        f"{MEAN_FD} is blank for {plural(len(missing), 'run')} without *_desc-confounds_timeseries.tsv beside it: "
+        f"{', '.join(missing[:_NAMES_SHOWN])}{more}"
+    )
