@@ -118,10 +118,13 @@ def _release_memory() -> Iterator[None]:
     yield
     import jax
 
+    from tests.helpers.shared_steps import shared_context
+
     with open("/proc/self/statm") as file:
         resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    if resident > 2e9:
+    if resident > 3e9:
         jax.clear_caches()
+        shared_context.cache_clear()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory otherwise
 

@@ -18,7 +18,8 @@ from umbrella_jax.training.optimizer import make_optimizer
 from umbrella_jax.training.step import init_state, jit_train_step
 
 EMBEDDINGS = "vision_tower.vision_model.embeddings."
-
+KEYS = {"T1": "t1", "rsfMRI": "fmri"}
+"""How the arrays of forward.npz name each modality."""
 
 optimised = partial(jax.jit, compiler_options=OPTIMISED)
 
@@ -30,39 +31,42 @@ def model():
     return abstract_params(config)[0], params
 
 
-@pytest.mark.parametrize(("name", "key"), [("T1", "t1"), ("rsfMRI", "fmri")])
-def test_features(model, name, key):
+@pytest.fixture(scope="module")
+def values(model):
+    """What one optimised program computes: values of each modality's tower, merged embeddings, and logits."""
     graphdef, params = model
 
     @optimised
-    def run(params, volumes):
-        tower = merge(graphdef, params).vision_tower
-        features = merge(graphdef, params).image_features(name, volumes)
-        return tower.vision_model.embeddings(name, volumes), tower(name, volumes), features
+    def run(params, batch, volumes):
+        model, towers = merge(graphdef, params), {}
+        for name, own in volumes.items():
+            tower = model.vision_tower
+            hidden = tower.vision_model.embeddings(name, own), tower(name, own)
+            towers[name] = (*hidden, model.image_features(name, own))
+        return towers, model.inputs_embeds(batch), model(batch)
 
-    embedded, hidden, features = run(params, golden("forward")[key][:, 0])
-    assert relative(embedded, golden("forward")[f"{key}_patch_embed"]) <= 1e-5
-    assert relative(hidden, golden("forward")[f"{key}_hidden"]) <= 1e-5
-    assert relative(features, golden("forward")[f"{key}_features"]) <= 1e-5
+    volumes = {name: golden("forward")[key][:, 0] for name, key in KEYS.items()}
+    return run(params, golden_batch(), volumes)
 
 
-def test_merge_and_logits(model):
-    graphdef, params = model
+@pytest.mark.parametrize("name", KEYS)
+def test_features(values, name):
+    embedded, hidden, features = values[0][name]
+    assert relative(embedded, golden("forward")[f"{KEYS[name]}_patch_embed"]) <= 1e-5
+    assert relative(hidden, golden("forward")[f"{KEYS[name]}_hidden"]) <= 1e-5
+    assert relative(features, golden("forward")[f"{KEYS[name]}_features"]) <= 1e-5
 
-    @optimised
-    def run(params, batch):
-        model = merge(graphdef, params)
-        return model.inputs_embeds(batch), model(batch)
 
-    merged, logits = run(params, golden_batch())
+def test_merge_and_logits(values):
+    _, merged, logits = values
     mask = golden("forward")["attention_mask"].astype(bool)[..., None]
     assert relative(np.where(mask, merged, 0), np.where(mask, golden("forward")["merged"], 0)) <= 1e-5
     assert relative(np.where(mask, logits, 0), golden("forward")["logits"]) <= 1e-5
 
 
-@pytest.mark.parametrize("remat", ["none", "mlp", "full"])
-def test_loss_and_gradients(remat):
-    config, params = golden_model(remat=remat)
+def test_loss_and_gradients():
+    """With remat `mlp`; `test_ten_adamw_steps` has `full`, and all policies have one gradient (test_shapes.py)."""
+    config, params = golden_model(remat="mlp")
     graphdef, _ = abstract_params(config)
     trainable, frozen = partition(params, label_params(list(params), ["patch_embed"]))
 
@@ -124,7 +128,9 @@ def trained_model():
 
 
 def test_greedy(trained_model):
-    tokens = np.asarray(generate(trained_model, golden_batch(), max_new_tokens=24))
+    never = 319  # a stop token, as `test_greedy_stops` has one: both then run one program
+    tokens = np.asarray(generate(trained_model, golden_batch(), stop_ids=[never], max_new_tokens=24))
+    assert not any(never in golden("greedy")[f"row{row}"] for row in range(4))
     for row in range(4):
         np.testing.assert_array_equal(tokens[row], golden("greedy")[f"row{row}"])
 

@@ -125,15 +125,19 @@ class TestModules(chex.TestCase):
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_llava(self):
-        for tie in (True, False):
-            graphdef, params = split(Llava(llava_config(tie=tie), rngs=nnx.Rngs(0)))
+        for tie, modalities in ((True, MODALITIES), (False, ONE)):
+            graphdef, params = split(Llava(llava_config(tie=tie, modalities=modalities), rngs=nnx.Rngs(0)))
             assert ("language_model.lm_head.weight" in params) != tie
-            out = self.variant(lambda p, b, g=graphdef: merge(g, p)(b))(params, random_batch())
+
+            def run(params, batch, graphdef=graphdef):
+                model = merge(graphdef, params)
+                return model(batch), model.target_logits(batch)
+
+            out, targets = self.variant(run)(params, random_batch(modalities=modalities))
             chex.assert_shape(out, (3, 29, 53))
-            targets = self.variant(lambda p, b, g=graphdef: merge(g, p).target_logits(b))(params, random_batch())
             chex.assert_shape(targets, (3, 4, 53))
             rows = np.arange(3)[:, None]
-            chex.assert_trees_all_close(targets, out[rows, random_batch().target_pos], atol=1e-5)
+            chex.assert_trees_all_close(targets, out[rows, random_batch(modalities=modalities).target_pos], atol=1e-5)
 
 
 def test_wrong_volume_size_is_refused():

@@ -32,7 +32,7 @@ from umbrella_jax import distributed
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.data.inputs import changed_inputs
 from umbrella_jax.distributed import _local_devices, _peers, broadcast, gather, raise_together, start
-from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.errors import ConfigError, DataError, UmbrellaError
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3
@@ -528,13 +528,12 @@ print(json.dumps([jax.process_index(), gather(own), broadcast(own | {"µ": [None
 REFUSED = """
 import sys
 from umbrella_jax.distributed import start, raise_together
-from umbrella_jax.errors import DataError
 start(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
 with raise_together():
     print("both")
 with raise_together():
-    if {fails}:
-        raise {error}
+    if sys.argv[2] == "1":
+        raise OSError(28, "No space left on device", "/x")
 print("not reached")
 """
 
@@ -630,31 +629,41 @@ def test_tpus_start_their_hosts(environment: dict[str, str], kind: str, metadata
         assert json.loads(out.splitlines()[-1]) == [i, [{"from": 0}, {"from": 1}], {"from": 0, "µ": [None] * 100}]
 
 
-def refuse(environment: dict[str, str], fails: str, error: str) -> list[tuple[int, str, str]]:
-    """Run `REFUSED` in two processes; return exit code, output and errors of each."""
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    words = [sys.executable, "-c", REFUSED.format(fails=fails, error=error), f"127.0.0.1:{free_port()}"]
-    return finish([subprocess.Popen([*words, str(i)], env=environment, cwd=ROOT, **pipes) for i in range(2)])
+@pytest.mark.parametrize(("alone", "faults"), [(True, ("process 1: one", "process 1: two")), (False, ("one", "two"))])
+def test_an_error_on_one_process_ends_all(
+    monkeypatch: pytest.MonkeyPatch, alone: bool, faults: tuple[str, ...]
+) -> None:
+    """Process 0 raises the faults of all; process 1 exits silently with the same code."""
+    outcome = DataError.exit_code, ["one", "two"]
+    shut_down: list[int] = []
 
+    def fail(fails: bool) -> None:
+        if fails:
+            raise DataError(["one", "two"])
 
-@pytest.mark.parametrize(
-    ("fails", "faults"),
-    [("sys.argv[2] == '1'", ["process 1: one", "process 1: two"]), ("True", ["one", "two"])],
-)
-def test_an_error_on_one_process_ends_all(environment: dict[str, str], fails: str, faults: list[str]) -> None:
-    (first, out, error), (second, other, silent) = refuse(environment, fails, 'DataError(["one", "two"])')
-    assert (first, second) == (1, 2)  # an uncaught error, and the other process, which learns of it
-    for said in (out, other):
-        assert [line for line in said.splitlines() if not line.startswith("[Gloo]")] == ["both"]
-    assert [line.strip(" -") for line in error.splitlines()[-2:]] == faults
-    assert silent == ""
+    monkeypatch.setattr(distributed, "is_single_process", lambda: False)
+    monkeypatch.setattr(distributed, "gather", lambda mine: [(1, []) if alone else outcome, outcome])
+    for process in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        monkeypatch.setattr(jax.distributed, "shutdown", lambda process=process: shut_down.append(process))
+        with pytest.raises(SystemExit if process else UmbrellaError) as error, raise_together():
+            fail(process == 1 or not alone)
+        if isinstance(error.value, UmbrellaError):
+            assert error.value.faults == faults
+        else:
+            assert error.value.code == DataError.exit_code
+    assert shut_down == [0, 1]
 
 
 def test_an_error_of_the_system_on_one_process_ends_all(environment: dict[str, str]) -> None:
     """The other process must not be aborted by JAX, with a stack trace of C++."""
-    found = refuse(environment, "sys.argv[2] == '1'", 'OSError(28, "No space left on device", "/x")')
-    (first, _, error), (second, _, own) = found
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    words = [sys.executable, "-c", REFUSED, f"127.0.0.1:{free_port()}"]
+    found = finish([subprocess.Popen([*words, str(i)], env=environment, cwd=ROOT, **pipes) for i in range(2)])
+    (first, out, error), (second, other, own) = found
     assert (first, second) == (1, 1), error  # uncaught errors
+    for said in (out, other):
+        assert [line for line in said.splitlines() if not line.startswith("[Gloo]")] == ["both"]
     assert "RunError: process 1: /x: No space left on device: the disk is full" in error.splitlines()[-1]
     assert own.splitlines()[-1].startswith("OSError")
 

@@ -31,7 +31,7 @@ class Tower:
 
     def __init__(self, config: LlavaConfig, params: Params):
         """Initialise the tower from the model's parameters whose paths begin with VISION_TOWER."""
-        graphdef, _ = nnx.split(
+        self._graphdef, _ = nnx.split(
             nnx.eval_shape(
                 lambda: SiglipVisionModel(
                     config.vision, config.modalities, config.remat, config.attention, rngs=nnx.Rngs(0)
@@ -39,18 +39,19 @@ class Tower:
             )
         )
         self._params = unflatten_dict({path.removeprefix(VISION_TOWER): leaf for path, leaf in params.items()}, sep=".")
-        self._features = jax.jit(partial(_features, graphdef, config.compute_dtype), static_argnames="name")
+        self._dtype = config.compute_dtype
 
     def __call__(self, name: str, volumes: np.ndarray) -> np.ndarray:
         """Return the features of volumes [M, *size] of modality `name`, float32 [M, E].
 
         They are the mean over patches of the last hidden state, which the projector receives, before `post_layernorm`.
         """
-        return np.asarray(self._features(self._params, volumes, name=name))
+        return np.asarray(_features(self._params, volumes, graphdef=self._graphdef, dtype=self._dtype, name=name))
 
 
+@partial(jax.jit, static_argnames=("graphdef", "dtype", "name"))
 def _features(
-    graphdef: nnx.GraphDef, dtype: str, params: Mapping[str, Any], volumes: jax.Array, *, name: str
+    params: Mapping[str, Any], volumes: jax.Array, *, graphdef: nnx.GraphDef, dtype: str, name: str
 ) -> jax.Array:
     tower = nnx.merge(graphdef, params)
     return tower(name, volumes.astype(dtype)).astype(jnp.float32).mean(1)
