@@ -252,6 +252,14 @@ def umbrella_command(*words: object) -> list[str]:
     return [sys.executable, "-m", "umbrella_jax.cli", *map(str, words)]
 
 
+def hide_torch() -> None:
+    """Keep transformers from importing torch for its tokenizers in this process, which takes 2 to 4 s."""
+    from transformers.utils.import_utils import is_torch_available
+
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    is_torch_available.cache_clear()
+
+
 def process_environment() -> dict[str, str]:
     """This process's environment but for the simulated devices."""
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]

@@ -33,7 +33,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def values(model):
-    """What one optimised program computes: values of each modality's tower, merged embeddings, and logits."""
+    """Compute each tower's values, the merged embeddings and the logits in one optimised program."""
     graphdef, params = model
 
     @optimised
@@ -65,7 +65,7 @@ def test_merge_and_logits(values):
 
 
 def test_loss_and_gradients():
-    """With remat `mlp`; `test_ten_adamw_steps` has `full`, and all policies have one gradient (test_shapes.py)."""
+    """Compare remat `mlp`; `test_ten_adamw_steps` has `full`, and all policies have one gradient (test_shapes.py)."""
     config, params = golden_model(remat="mlp")
     graphdef, _ = abstract_params(config)
     trainable, frozen = partition(params, label_params(list(params), ["patch_embed"]))

@@ -50,6 +50,7 @@ def child() -> None:
     from umbrella_jax import cli
     from umbrella_jax.run import evaluation, train
 
+    small_run.hide_torch()
     if "HEARTBEAT" in os.environ:  # seconds between JAX's checks that the others are alive; its default is 100
         beat = int(os.environ["HEARTBEAT"])
         jax.distributed.initialize = partial(jax.distributed.initialize, heartbeat_timeout_seconds=beat)
