@@ -23,6 +23,8 @@ def stated(text: str, kind: MentionKind = "finding") -> set[str]:
         ("No infarct; atrophy.", {"no infarct", "atrophy"}),
         ("No infarct but atrophy.", {"no infarct", "atrophy"}),
         ("No abnormality except for a cyst.", {"no abnormality", "cyst"}),
+        ("No new infarct and the known mass is unchanged.", {"no infarct", "tumour"}),
+        ("No comparison: infarct.", {"infarct"}),
         ("No infarct, there is atrophy.", {"no infarct", "atrophy"}),
         ("Atrophy without hydrocephalus.", {"atrophy", "no hydrocephalus"}),
         ("A mass (without oedema) and an infarct.", {"tumour", "no oedema", "infarct"}),
@@ -75,8 +77,8 @@ def test_a_side_belongs_to_the_nearest_region_or_finding(text: str, expected: se
 
 
 def test_a_region_is_absent_if_its_finding_is() -> None:
-    text = "Atrophy of the hippocampus without infarct of the thalamus. The ventricles are enlarged."
-    assert stated(text, "region") == {"hippocampus", "no thalamus", "ventricles"}
+    text = "Atrophy of the hippocampus without infarct of the thalamus. The ventricles are enlarged. Pons: normal."
+    assert stated(text, "region") == {"hippocampus", "no thalamus", "ventricles", "no brain stem"}
     mentions = default_word_list().mentions("Tumour of the pons.")
     assert [(m.name, m.about, m.start, m.end) for m in mentions] == [
         ("tumour", None, 0, 6),

@@ -22,7 +22,7 @@ from umbrella_jax.sharding import parts, put_batch
 from umbrella_jax.training.diagnose import nonfinite_error
 from umbrella_jax.training.step import jit_eval_step
 
-_MAIN = ("accuracy", "balanced_accuracy", "auroc", "mae", "pearson", "finding_f1", "rouge_l")
+_MAIN = ("accuracy", "balanced_accuracy", "auroc", "mae", "pearson", "finding_f1", "rouge_l", "field_accuracy")
 """Metrics of a task that are printed after each evaluation."""
 _NO_BREAK = "\xa0"
 

@@ -44,18 +44,21 @@ without significant change; without interval change; no further
 """Look like negations and are none."""
 _ENDS = """
 but; however; nevertheless; yet; though; although; except; except for; with the exception of; apart from; aside from;
-other than; besides; still; which; there is; there are; there was; there were; due to; secondary to; caused by; , with
+other than; besides; still; which; and the; there is; there are; there was; there were; due to; secondary to;
+caused by; , with
 """
 """Words that end a negation."""
 _VERBS = ("is", "are", "was", "were", "has", "have", "shows", "show", "demonstrates", "present", "seen", "noted")
 """Words of a complete statement: a comma after one ends the reach of a later negation."""
 _JOIN = frozenset(("and", "or", ",", "&"))
 """Join the members of a list."""
-_PART = frozenset((",", "and", "with", "without", "but", "while", "(", ")"))
+_PART = frozenset((",", ":", "and", "with", "without", "but", "while", "(", ")"))
 """Separate terms that hardly belong together."""
+_BARRIERS = ("(", ")", ":")
+"""Marks that end a negation within a sentence."""
 _DISTANCE = 5
 """Number of words that one of `_PART` counts as."""
-_TOKEN = re.compile(r"(?P<word>\d+[.,]\d+|[^\W_]+(?:['’][^\W_]+)*)|(?P<end>[.;:!?]|\n(?=\s*[^a-z\s]))|(?P<mark>[,&()])")
+_TOKEN = re.compile(r"(?P<word>\d+[.,]\d+|[^\W_]+(?:['’][^\W_]+)*)|(?P<end>[.;!?]|\n(?=\s*[^a-z\s]))|(?P<mark>[,:&()])")
 
 
 @dataclass(frozen=True)
@@ -293,7 +296,7 @@ def _negated(matches: Sequence[_Match], tokens: Sequence[_Token]) -> set[int]:
         for place in order:
             other = matches[place]
             between = tokens[at + 1 : other.first] if ahead else tokens[other.last + 1 : at]
-            if "end" in kinds[place] or any(token.text in "()" for token in between):
+            if "end" in kinds[place] or any(token.text in _BARRIERS for token in between):
                 break
             # "Atrophy is present, infarct is not seen": the comma parts two statements
             if not ahead and _own_statement(tokens[other.last + 1 : match.first]):
