@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from umbrella_jax.config import ModalityConfig, RunConfig, load_config
     from umbrella_jax.errors import CheckpointError, ConfigError, DataError, UmbrellaError
     from umbrella_jax.inference.explain import explain
+    from umbrella_jax.inference.features import features
     from umbrella_jax.inference.generate import Sampling, generate, stream
     from umbrella_jax.inference.predict import predict
     from umbrella_jax.inference.processor import Processor
@@ -36,6 +37,7 @@ _HOME = {
     "Sampling": "umbrella_jax.inference.generate",
     "UmbrellaError": "umbrella_jax.errors",
     "explain": "umbrella_jax.inference.explain",
+    "features": "umbrella_jax.inference.features",
     "generate": "umbrella_jax.inference.generate",
     "load": "umbrella_jax.checkpoints.load",
     "load_config": "umbrella_jax.config",
@@ -56,6 +58,7 @@ __all__ = [
     "Sampling",
     "UmbrellaError",
     "explain",
+    "features",
     "generate",
     "load",
     "load_config",

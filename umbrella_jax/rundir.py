@@ -8,6 +8,7 @@ model/           config.json, tokenizer, modalities: the model without its weigh
 metrics.jsonl    one line per update, with eval_NAME of its evaluation if there was one; the best step also has
                  final_NAME if train.eval_samples limited its first evaluation
 predictions/     answers of each evaluation
+baseline/        answers of baselines, of `umbrella-jax baseline RUN`
 controls/        answers of the last evaluation under each control, such as blank volumes
 checkpoints/     trained parameters, moments and step, in orbax format
 log.txt          everything printed, and how the run ended; a resumed run appends to it

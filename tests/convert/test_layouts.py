@@ -163,14 +163,10 @@ def hubs(tmp_path_factory):
 # Names and files.
 
 
-def layouts():
-    """Yield all names with all files and types. By default, a third is tested, in which each pair occurs."""
-    for i, (name, file, dtype) in enumerate(product(range(len(NAMES)), range(len(FILES)), range(len(DTYPES)))):
-        marks = () if (name + file) % len(DTYPES) == dtype else pytest.mark.slow
-        yield pytest.param(NAMES[name], FILES[file], DTYPES[dtype], i % 2 == 0, marks=marks)
-
-
-@pytest.mark.parametrize(("names", "files", "dtype", "tied"), [*layouts()])
+@pytest.mark.parametrize(
+    ("names", "files", "dtype", "tied"),
+    [(*case, i % 2 == 0) for i, case in enumerate(product(NAMES, FILES, DTYPES))],
+)
 def test_names_and_files(hubs, tmp_path, names, files, dtype, tied):
     source = hubs[dtype, tied]
     tensors = {names(n): t for n, t in read(source).items()}

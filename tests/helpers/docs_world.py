@@ -239,7 +239,7 @@ PARSED: dict[str, str] = {
 CHEAPER: dict[str, tuple[list[str], str]] = {
     "umbrella-jax plan": (["--set", "model.compute_dtype=bfloat16"], "as configs/ has it; see _configs"),
     "umbrella-jax baseline": (
-        ["--only", "probe"],
+        ["--only", "probe", "intensity"],
         "the network compiles long; tests/baselines/test_compare.py has it",
     ),
 }

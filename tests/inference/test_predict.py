@@ -83,12 +83,7 @@ def test_rows_hold_reference_task_and_likelihoods(whole: list[dict[str, Any]], d
 
 
 @pytest.mark.parametrize(
-    ("flags", "devices"),
-    [
-        pytest.param(["--batch-size", 1], 1, marks=pytest.mark.slow),  # test_generate_and_predict_agree asks one by one
-        (["--batch-size", 3], 1),
-        (["--batch-size", 8], 4),
-    ],
+    ("flags", "devices"), [(["--batch-size", 1], 1), (["--batch-size", 3], 1), (["--batch-size", 8], 4)]
 )
 def test_answers_depend_on_neither_batch_nor_devices(
     run: Path, data: Path, whole: list[dict[str, Any]], flags: list[object], devices: int, tmp_path: Path

@@ -1,4 +1,4 @@
-"""Commands that ask a model: `generate`, `predict`, `explain`."""
+"""Commands that ask a model: `generate`, `predict`, `explain`, `features`."""
 
 import argparse
 import os
@@ -119,6 +119,28 @@ def add(commands: Any) -> None:
         "--path-steps", type=int, metavar="N", help=f"steps of integrated gradients; default {_PATH_STEPS}"
     )
     add_out(explain, "new folder for the maps", required=True)
+
+    features = add_command(
+        commands,
+        "features",
+        _features,
+        "Write what the vision tower makes of each scan (.npz).",
+        "umbrella-jax features runs/sex --out features.npz",
+    )
+    add_model(features)
+    features.add_argument("--data", metavar="PATH", help="conversations whose scans to take; default the run's")
+    features.add_argument("--out", required=True, metavar="FILE", help="new file (.npz)")
+    features.add_argument(
+        "--layer",
+        choices=["tower", "projector"],
+        default="tower",
+        metavar="NAME",
+        help="tower: its last hidden state (default); or projector: its output",
+    )
+    features.add_argument("--patches", action="store_true", help="also write the features of each patch")
+    features.add_argument("--float16", action="store_true", help="write float16, in half the space of float32")
+    features.add_argument("--batch-size", type=int, default=8, metavar="N", help="scans per batch; default 8")
+    add_flags(features, ["--image-root", "--modality", "--task-filter", "--cache"])
 
 
 def _add_image(parser: argparse.ArgumentParser) -> None:
@@ -332,6 +354,32 @@ def _predict(arguments: argparse.Namespace) -> None:
         print(f"{arguments.out}: {len(rows)} answers")
         for name, file in controls_of(Path(arguments.out)).items():
             print(f"{file}: answers under the control {name}")
+
+
+def _features(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.config.load import load_stored_config
+    from umbrella_jax.inference.features import features
+    from umbrella_jax.rundir import CONFIG
+
+    config, own, data = settings_of(arguments), Path(arguments.model) / CONFIG, None
+    if arguments.data is not None:
+        data = replace(_data(arguments, config), train=None, eval=arguments.data)
+    elif own.is_file():
+        data = _data(arguments, load_stored_config(own))
+    count = features(
+        arguments.model,
+        arguments.out,
+        data,
+        modalities=config.model.modalities if config else None,
+        layer=arguments.layer,
+        patches=arguments.patches,
+        dtype="float16" if arguments.float16 else "float32",
+        batch_size=arguments.batch_size,
+        compute_dtype=arguments.compute_dtype,
+        allow_untrained=arguments.allow_untrained,
+        step=arguments.step,
+    )
+    print(f"{arguments.out}: {count} scans\n  contains participant data: handle it like the scans")
 
 
 def _explain(arguments: argparse.Namespace) -> None:

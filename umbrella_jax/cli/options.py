@@ -185,9 +185,10 @@ def number(text: str) -> int:
     return int(text)
 
 
-def add_config(parser: argparse.ArgumentParser, flags: Sequence[str]) -> dict[str, Any]:
+def add_config(parser: argparse.ArgumentParser, flags: Sequence[str], *, required: bool = True) -> dict[str, Any]:
     """Add --config, --set and the `flags` that set keys; return their groups by title."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run, or a shipped one: t1_0.5b")
+    text = "YAML of the run, or a shipped one: t1_0.5b"
+    parser.add_argument("--config", required=required, metavar="FILE", help=text)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="set any key: train.clip_norm=0.5; repeatable"
     )

@@ -109,14 +109,15 @@ def add(commands: Any) -> None:
         commands,
         "baseline",
         _baseline,
-        "Train a 3D CNN and a linear probe on the same split.",
-        "umbrella-jax baseline --config runs/sex/config.yaml --run runs/sex --out base",
+        "Train simple models on the same split, to compare.",
+        "umbrella-jax baseline runs/sex --only probe intensity covariates",
     )
-    add_config(baseline, ["--base", *DATA_FLAGS, "--cache"])
-    add_out(baseline, "folder for baseline/cnn.jsonl and baseline/probe.jsonl", required=True)
-    add_step(baseline, "checkpoint of --run")
+    baseline.add_argument("own", nargs="?", metavar="RUN", help="run to compare with; gives config and data")
+    add_config(baseline, ["--base", *DATA_FLAGS, "--cache"], required=False)
+    add_out(baseline, "folder for baseline/NAME.jsonl; default RUN")
+    add_step(baseline, "checkpoint of the run")
     model = baseline.add_mutually_exclusive_group()
-    model.add_argument("--run", metavar="RUN", help="compare with this run; probe its vision tower")
+    model.add_argument("--run", metavar="RUN", help="compare with this run, with another --config")
     model.add_argument("--predictions", metavar="FILE", help="compare with these answers to the eval data")
     baseline.add_argument(
         "--only",
@@ -398,6 +399,7 @@ def _baseline(arguments: argparse.Namespace) -> None:
     with raise_together():
         if not is_single_process():
             raise ConfigError("baseline: runs in one process; start only one")
+    _use_own_run(arguments)
     from umbrella_jax.baselines.baseline import BaselineOptions
     from umbrella_jax.baselines.compare import baseline
 
@@ -417,3 +419,24 @@ def _baseline(arguments: argparse.Namespace) -> None:
         ),
     )
     print(comparison.table())
+
+
+def _use_own_run(arguments: argparse.Namespace) -> None:
+    """Use the config, answers and output directory of RUN. Raises ConfigError if other flags contradict it."""
+    from umbrella_jax.report.facts import check_run
+    from umbrella_jax.rundir import CONFIG
+
+    own = arguments.own
+    if own is None:
+        flags = {"--config FILE": arguments.config, "--out DIR": arguments.out}
+        if missing := [flag for flag, value in flags.items() if value is None]:
+            raise ConfigError(f"baseline: expected RUN, or {' and '.join(missing)}")
+        return
+    given = {"--config": arguments.config, "--run": arguments.run, "--predictions": arguments.predictions}
+    if faults := [
+        f"{flag}: is of no use with RUN; leave one out" for flag, value in given.items() if value is not None
+    ]:
+        raise ConfigError(faults)
+    check_run(own)
+    arguments.run, arguments.config = own, str(Path(own) / CONFIG)
+    arguments.out = arguments.out or own

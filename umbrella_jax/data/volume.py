@@ -311,6 +311,35 @@ def restore(path: str | Path, values: np.ndarray, config: ModalityConfig, window
     return out.reshape(image.shape)
 
 
+def voxel_affine(image: Voxels, config: ModalityConfig) -> np.ndarray | None:
+    """Return the affine, (4, 4), from indices of the preprocessed volume to RAS+ mm; None without an orientation.
+
+    For mode `resize` an index is mapped to the middle of the voxels that it would average with equal weights, which is
+    exact if the size divides the file's; otherwise to within half a voxel.
+    """
+    if image.affine is None:
+        return None
+    orientation = _orientation(image, config)
+    stored = np.argsort(orientation[:, 0])  # the stored axis that each axis was
+    scales, offsets = np.ones(3), np.zeros(3)
+    for axis, (length, size) in enumerate(zip(np.array(image.shape[:3])[stored], config.size, strict=False)):
+        length = int(length)
+        if len(config.size) == 3 and config.mode == "resize":
+            scales[axis], offsets[axis] = length / size, (length / size - 1) / 2
+            continue
+        resampled, scale = length, 1.0
+        if len(config.size) == 3:
+            assert config.spacing is not None  # by ModalityConfig
+            assert image.zooms is not None  # by open_volume
+            zoom = float(image.zooms[stored[axis]])
+            resampled, scale = max(round(length * zoom / config.spacing), 1), config.spacing / zoom
+        inside, outside = _centred(resampled, size)
+        first = inside.start - outside.start - (resampled - 1) / 2  # index 0, measured from the centre
+        scales[axis], offsets[axis] = scale, (length - 1) / 2 + first * scale
+    oriented = nib.orientations.inv_ornt_aff(orientation, image.shape[:3])
+    return image.affine @ oriented @ nib.affines.from_matvec(np.diag(scales), offsets)
+
+
 def _preprocess_3d(path: str | Path, image: Voxels, config: ModalityConfig) -> tuple[np.ndarray, Background | None]:
     data = _read(path, image, config, 0)
     weights = _weights(data.shape, image, config)

@@ -68,7 +68,7 @@ def run_demo(
     command("convert", "to-hf", run, export)
     # A quarter of the network's published channels and few epochs are enough for these drawings.
     small = ["--cnn-width", 0.25, "--cnn-epochs", 5]
-    command("baseline", "--config", CONFIG, *data_options, "--run", run, "--out", run, *small)
+    command("baseline", run, *small)
 
     *_, last_evaluation = predictions_by_step(run).values()
     rows = read_predictions(last_evaluation)
