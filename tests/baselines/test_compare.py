@@ -144,7 +144,7 @@ def test_the_network_learns_on_which_side_a_blob_is(optimised_network: None) -> 
 def test_the_network_learns_how_bright_a_blob_is(optimised_network: None) -> None:
     """In the quantity's own unit."""
     blobs, others = Blobs(count=160), Blobs(count=40, seed=1)
-    network = fit_cnn(50 + 10 * blobs.values, HELD, blobs.stream, classes=None, seed=0, epochs=12, widths=NARROW)
+    network = fit_cnn(50 + 10 * blobs.values, HELD, blobs.stream, classes=None, seed=0, epochs=20, widths=NARROW)
     error = np.abs(network(40, others.stream) - (50 + 10 * others.values)).mean()
     assert error < np.abs(10 * (others.values - np.median(others.values))).mean() / 2
 
