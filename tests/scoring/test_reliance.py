@@ -10,7 +10,13 @@ import pytest
 from umbrella_jax.errors import DataError
 from umbrella_jax.scoring.bootstrap import Figure
 from umbrella_jax.scoring.metrics import tasks_of
-from umbrella_jax.scoring.reliance import ControlFigures, ControlScores, _paired_error, score_controls
+from umbrella_jax.scoring.reliance import (
+    ControlFigures,
+    ControlScores,
+    _paired_error,
+    score_control_seeds,
+    score_controls,
+)
 
 Rows = list[dict[str, Any]]
 
@@ -196,3 +202,16 @@ def test_refuses_answers_to_other_conversations() -> None:
     ]:
         with pytest.raises(DataError, match=fault):
             compare(TRUE, blank=control)
+
+
+def test_seeds_have_the_ratio_of_their_means() -> None:
+    other = [{**row, "prediction": row["reference"]} for row in TRUE]
+    blank = [under("blank", TRUE, ["male"] * 6 + ["female"] * 2), under("blank", other, ["female"] * 8)]
+    scores = score_control_seeds({1: TRUE, 2: other}, {"blank": blank}, tasks_of(TRUE))
+    own = scores.controls["sex"]["blank"]
+    assert own.true
+    assert own.true.value == (7 / 8 + 1) / 2
+    assert reliance(own).value == pytest.approx(((7 / 8 - 6 / 8) + (1 - 4 / 8)) / ((7 / 8 - 4 / 8) + (1 - 4 / 8)))
+    assert scores.notes[0].startswith("Means over 2 seeds. 95 % intervals: 1000 resamples of subjects and of the 2 se")
+    with pytest.raises(DataError, match="seed 2: blank: 7 answers"):
+        score_control_seeds({1: TRUE, 2: other}, {"blank": [blank[0], blank[1][1:]]}, tasks_of(TRUE))

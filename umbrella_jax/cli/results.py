@@ -237,10 +237,8 @@ def _compare(
     """Return the model's scores beside its controls and the baselines of --baseline, with these further notes."""
     from umbrella_jax.report.predictors import read_baselines
     from umbrella_jax.scoring.paired_scores import compare_predictors
-    from umbrella_jax.scoring.reliance import PARAPHRASE
 
     baselines = read_baselines(arguments.baseline) if arguments.baseline else {}
-    controls = {name: rows for name, rows in controls.items() if name != PARAPHRASE}  # answers each question again
     compared = compare_predictors(model, tasks, controls=controls, baselines=baselines, resamples=resamples)
     return replace(compared, notes=(*compared.notes, *notes))
 
@@ -353,6 +351,7 @@ def _score_seeds(arguments: argparse.Namespace, runs: Mapping[int, Path]) -> Non
     from umbrella_jax.report.compare_seeds import read_seeds
     from umbrella_jax.report.predictors import read_controls
     from umbrella_jax.scoring.metrics import tasks_of
+    from umbrella_jax.scoring.reliance import score_control_seeds
     from umbrella_jax.scoring.seeds import score_seeds
 
     answers = read_seeds(runs, arguments.step)
@@ -360,13 +359,16 @@ def _score_seeds(arguments: argparse.Namespace, runs: Mapping[int, Path]) -> Non
     config = settings.evaluation if settings else answers.evaluation
     tasks = tasks_of(next(iter(answers.rows.values())), config.tasks)
     scores = score_seeds(answers.rows, tasks, resamples=config.resamples)
+    controls = read_controls(list(answers.files.values()), arguments.control)
+    more: dict[str, Any] = {}
+    if controls:
+        more["controls"] = score_control_seeds(answers.rows, controls, tasks, resamples=config.resamples)
     compared = None
     if arguments.baseline or arguments.table:
-        controls = read_controls(list(answers.files.values()))
         compared = _compare(arguments, list(answers.rows.values()), controls, tasks, config.resamples)
     titles = [f"seed {seed}: {file} ({answers.reasons[seed]})" for seed, file in answers.files.items()]
     files = {seed: str(file) for seed, file in answers.files.items()}
-    _print_scores(arguments, titles, scores, {}, compared, {"predictions": files})
+    _print_scores(arguments, titles, scores, more, compared, {"predictions": files})
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -231,7 +231,7 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
                         add_final_metrics(out / METRICS, best_step, evaluation)
                 if is_evaluated:
                     is_controlled = answer_controls(run, data, interrupted, options, best_step, trainable)
-            if not is_controlled:
+            if not (is_evaluated and is_controlled):
                 number = interrupted()
                 name = signal.Signals(number).name
                 raise Interrupted(number, f"{name}: all {last_step} steps are saved; --resume evaluates the result")

@@ -36,6 +36,7 @@ from umbrella_jax.scoring.bootstrap import (
 )
 from umbrella_jax.scoring.metrics import COLUMNS, check_answers, figure_rows, numbers_of, short, subject_keys
 from umbrella_jax.scoring.parse_answer import normalise
+from umbrella_jax.scoring.seeds import drawn_seeds, interval_note, mean_over_seeds
 from umbrella_jax.scoring.tasks import METRICS, Prediction, Task, by_task, task_of
 
 PARAPHRASE = "paraphrase"
@@ -52,6 +53,12 @@ _LITTLE, _MOST = 0.2, 0.8
 """Reliance, or share of changed answers, that counts as little and as most."""
 _NAMED = 3
 """Number of conversations that a fault names."""
+
+
+_Control = tuple[str, str]
+"""A control, and the phrasing of a paraphrase."""
+_Pair = tuple[Prediction, Prediction]
+"""The true answer and the control's."""
 
 
 @dataclass(frozen=True)
@@ -191,28 +198,67 @@ def score_controls(
     """
     matched, left_out = _match(rows, controls, tasks)
     resampled = _resample(rows, matched, tasks, resamples, seed)
+    intervals = f"95 % intervals: {resamples} resamples of subjects" if resamples else "No intervals: no resamples"
+    note = f"{intervals}; {subject_keys(by_task(rows))}."
+    return _scores(tasks, matched, left_out, resampled, note, resamples)
+
+
+def score_control_seeds(
+    rows: Mapping[int, Sequence[Prediction]],
+    controls: Mapping[str, Sequence[Sequence[Prediction]]],
+    tasks: Mapping[str, Task],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> ControlScores:
+    """Compare the answers of several seeds of one run under each control with the true ones.
+
+    Figures are means over seeds, with the intervals over seeds and subjects of `score_seeds`. Reliance is the ratio of
+    the means. Other arguments and errors are those of `score_controls`; an error names the seed.
+
+    Args:
+        rows: {seed: its true answers}, to the same conversations.
+        controls: {control: answers of each seed}, in the order of `rows`.
+    """
+    each, faults = list[dict[tuple[str, _Control, str], Resampled]](), Faults()
+    for place, (number, own) in enumerate(rows.items()):
+        try:
+            matched, left_out = _match(own, {name: answers[place] for name, answers in controls.items()}, tasks)
+            each.append(_resample(own, matched, tasks, resamples, seed))
+        except DataError as error:
+            faults += [f"seed {number}: {fault}" for fault in error.faults]
+    faults.raise_as(DataError)
+    drawn = drawn_seeds(len(rows), resamples, seed)
+    means = {key: mean_over_seeds([own[key] for own in each], drawn) for key in each[0]}
+    note = interval_note(len(rows), resamples, by_task(next(iter(rows.values()))))
+    return _scores(tasks, matched, left_out, means, f"Means over {plural(len(rows), 'seed')}. {note}", resamples)
+
+
+def _scores(
+    tasks: Mapping[str, Task],
+    matched: Mapping[tuple[str, _Control], Sequence[_Pair]],
+    left_out: Mapping[tuple[str, str], Mapping[str, int]],
+    resampled: Mapping[tuple[str, _Control, str], Resampled],
+    note: str,
+    resamples: int,
+) -> ControlScores:
     figures: dict[str, dict[str, ControlFigures]] = defaultdict(dict)
     for task, control in matched:
         if control[0] != PARAPHRASE:
             own = {name: values for (t, c, name), values in resampled.items() if (t, c) == (task, control)}
-            figures[task][control[0]] = _control_figures(tasks[task], control[0], own, left_out[task, control[0]])
+            reasons = left_out.get((task, control[0]), {})
+            figures[task][control[0]] = _control_figures(tasks[task], control[0], own, reasons)
     by_task_asked = {task: _paraphrase_figures(how, task, matched, resampled) for task, how in tasks.items()}
-    intervals = f"95 % intervals: {resamples} resamples of subjects" if resamples else "No intervals: no resamples"
     return ControlScores(
         tasks=dict(tasks),
         controls=dict(figures),
         paraphrases={task: own for task, own in by_task_asked.items() if own is not None},
-        notes=(f"{intervals}; {subject_keys(by_task(rows))}.", *_left_out_notes(left_out)),
+        notes=(note, *_left_out_notes(left_out)),
         resamples=resamples,
     )
 
 
 # Matching.
-
-_Control = tuple[str, str]
-"""A control, and the phrasing of a paraphrase."""
-_Pair = tuple[Prediction, Prediction]
-"""The true answer and the control's."""
 
 
 def _match(
@@ -357,10 +403,8 @@ def _statistics(
     def margin(w: np.ndarray) -> np.ndarray:
         return sign * (weighted_statistics.mean(w, true_value) - chance(w))
 
-    def reliance(w: np.ndarray) -> np.ndarray:
-        lost = sign * (weighted_statistics.mean(w, true_value) - weighted_statistics.mean(w, value))
-        beyond = margin(w)
-        return np.where(beyond > _ROUNDING, lost / beyond + 0.0, np.nan)  # + 0.0 turns -0.0 into 0.0
+    def lost(w: np.ndarray) -> np.ndarray:
+        return sign * (weighted_statistics.mean(w, true_value) - weighted_statistics.mean(w, value))
 
     share = metric == "accuracy"
     return statistics | {
@@ -368,7 +412,7 @@ def _statistics(
         "control": mean(value, is_share=share),
         "chance": statistic(chance),
         "margin": statistic(margin),
-        "reliance": statistic(reliance),
+        "lost": statistic(lost),
     }
 
 
@@ -439,7 +483,7 @@ def _control_figures(
     task: Task, control: str, resampled: Mapping[str, Resampled], left_out: Mapping[str, int]
 ) -> ControlFigures:
     figures = {name: values.figure() for name, values in resampled.items()}
-    metric, margin, reliance = _metric(task), figures.get("margin"), figures.get("reliance")
+    metric, margin, reliance = _metric(task), figures.get("margin"), _reliance(resampled)
     changed, chance = figures["changed"], figures["chance"].value if "chance" in figures else None
     if reliance is not None and margin is not None:
         if margin.value is None or margin.value <= _ROUNDING:
@@ -460,6 +504,16 @@ def _control_figures(
         verdict="",
     )
     return replace(own, verdict=_verdict(own, control, margin))
+
+
+def _reliance(resampled: Mapping[str, Resampled]) -> Figure | None:
+    """Return the ratio of the loss to the margin over chance; None without these."""
+    if "margin" not in resampled:
+        return None
+    lost, margin = resampled["lost"], resampled["margin"].values
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.where(margin > _ROUNDING, lost.values / margin + 0.0, np.nan)  # + 0.0 turns -0.0 into 0.0
+    return Resampled(ratio, lost.subject, None).figure()
 
 
 def _percent(value: float | None) -> str:

@@ -129,7 +129,7 @@ def score_seeds(
         seeds=tuple(rows),
         tasks=dict(tasks),
         figures={name: _over_seeds({n: own[name] for n, own in of_seed.items()}, drawn) for name in names},
-        notes=(_interval_note(len(rows), resamples, first), *_seed_notes(tasks, groups)),
+        notes=(interval_note(len(rows), resamples, first), *_seed_notes(tasks, groups)),
         resamples=resamples,
     )
 
@@ -194,7 +194,8 @@ def _over_seeds(of_seed: Mapping[int, Resampled], drawn: np.ndarray) -> SeedFigu
     return SeedFigure(mean, sd_over_seeds(each), {seed: one.figure().value for seed, one in of_seed.items()})
 
 
-def _interval_note(seeds: int, resamples: int, groups: Mapping[str, Sequence[Prediction]]) -> str:
+def interval_note(seeds: int, resamples: int, groups: Mapping[str, Sequence[Prediction]]) -> str:
+    """Return a sentence about the intervals of figures over seeds. `groups` is {task: rows of one seed}."""
     if not resamples:
         what = "No intervals: no resamples"
     elif seeds == 1:
