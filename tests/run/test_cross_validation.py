@@ -1,6 +1,7 @@
 """`umbrella-jax cv` trains and tests the folds of a study, and scores their answers once."""
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from umbrella_jax.rundir import step_to_test
 from umbrella_jax.scoring.folds import NOTE
 from umbrella_jax.study.lock import read_lock
 
-SETTINGS = ("train.save_steps=2", "train.eval_steps=2", "evaluation.likelihoods=true")
+SETTINGS = ("train.save_steps=2", "train.eval_steps=2", "evaluation.likelihoods=true", "evaluation.controls=[blank]")
 BEST = ("train.keep_best=1", "train.best_metric=eval_loss")
 FLAGS = ["--epochs", 4, *(word for setting in (*SETTINGS, *BEST) for word in ("--set", setting))]
 
@@ -39,8 +40,8 @@ class Study:
 
 
 def answers_of(cv: Path, fold: int) -> Path:
-    """Return the one file with a fold's answers."""
-    (file,) = (cv / f"fold-{fold}" / "test").iterdir()
+    """Return the one file with a fold's answers, apart from those with blank volumes."""
+    (file,) = (file for file in (cv / f"fold-{fold}" / "test").iterdir() if ".blank" not in file.name)
     return file
 
 
@@ -118,6 +119,8 @@ def test_answers_are_pooled_and_scored_once(printed: str, cv: Path) -> None:
     assert (figure["value"], figure["n"], figure["subjects"]) == (sum(right) / 4, 4, 4)
     by_fold = {name: figures["accuracy/side"]["value"] for name, figures in scores["folds"].items()}
     assert by_fold == {"fold-1 without A": sum(right[:2]) / 2, "fold-2 without B": sum(right[2:]) / 2}
+    blank = scores["controls"]["tasks"]["side"]["blank"]
+    assert (blank["true"]["value"], blank["changed"]["n"], blank["nats"]["n"]) == (sum(right) / 4, 4, 4)
     assert f"fold-1 without A: {answers_of(cv, 1)} (best eval_loss, " in printed
     assert "resume: " not in printed
     assert "as asked" not in printed
@@ -127,7 +130,7 @@ def test_answers_are_pooled_and_scored_once(printed: str, cv: Path) -> None:
     assert "by site: answers (subjects): A 2 (2), B 2 (2)" in umbrella("score", cv, "--by", "site")
     table = umbrella("score", cv, "--table", "md")
     assert NOTE in table
-    assert f"| side: accuracy | model     |   4 |        4 | {sum(right) / 4:.3f} |" in table
+    assert re.search(rf"^\| side: accuracy \| model +\| +4 \| +4 \| {sum(right) / 4:.3f} \|", table, re.MULTILINE)
 
 
 def test_resume_does_what_is_unfinished(cv: Path, study: Study, tmp_path: Path) -> None:
@@ -138,7 +141,7 @@ def test_resume_does_what_is_unfinished(cv: Path, study: Study, tmp_path: Path) 
     for name, lines in (("log.txt", 1), ("metrics.jsonl", 2)):
         file = again / "fold-1" / name
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:-lines]))
-    answers_of(again, 2).unlink()
+    shutil.rmtree(again / "fold-2/test")
     err = umbrella("score", again, code=2)
     assert f"{again}/fold-1: stopped: no end in log.txt, as if the process was killed; run umbrella-jax cv again" in err
     assert f"{again}/fold-2: trained, but its test set is not answered yet; run umbrella-jax cv again" in err
@@ -192,6 +195,10 @@ def test_refuses_settings_that_need_an_eval_split(study: Study, tmp_path: Path) 
         (["--fold", 3], "--fold: 3: {study} has folds 1 to 2; expected one of them"),
         (["--set", "data.train=a.json"], "--set data.train: cv takes the data from {study}; leave it out"),
         (["--set", "train.max_new_tokens=1"], "train.max_new_tokens"),
+        (
+            ["--set", "evaluation.controls=[other-modality]"],
+            "evaluation.controls: {study}/fold-1/test.json: other-modality: cannot be made for any conversation",
+        ),
         (
             ["--learning-rate", 0.5],
             "{cv}/fold-1: cannot resume: --learning-rate: train.learning_rate: 0.5 now, 0.01 in the run",
