@@ -64,9 +64,10 @@ def test_merge_and_logits(values):
     assert relative(np.where(mask, logits, 0), golden("forward")["logits"]) <= 1e-5
 
 
-def test_loss_and_gradients():
-    """Compare remat `mlp`; `test_ten_adamw_steps` has `full`, and all policies have one gradient (test_shapes.py)."""
-    config, params = golden_model(remat="mlp")
+@pytest.mark.parametrize("remat", ["mlp", pytest.param("none", marks=pytest.mark.slow)])
+def test_loss_and_gradients(remat):
+    """Compare two policies; `test_ten_adamw_steps` has `full`, and all have one gradient (test_shapes.py)."""
+    config, params = golden_model(remat=remat)
     graphdef, _ = abstract_params(config)
     trainable, frozen = partition(params, label_params(list(params), ["patch_embed"]))
 
