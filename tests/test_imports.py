@@ -38,7 +38,10 @@ FLOORS: tuple[dict[str, set[str]], ...] = (
         "sharding": {"jax", "numpy"},
     },
     {
-        "data": {"grain", "isal", "nibabel", "numpy", "safetensors", "scipy", "threadpoolctl", "tqdm", "transformers"},
+        "data": {
+            *("grain", "isal", "nibabel", "nilearn", "numpy", "safetensors", "scipy", "threadpoolctl", "tqdm"),
+            "transformers",
+        },
         "training": {"etils", "flax", "jax", "jaxtyping", "numpy", "optax", "orbax"},
     },
     {

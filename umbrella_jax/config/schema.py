@@ -23,6 +23,8 @@ PatchEmbedInit = Literal["random", "inflate", "resample"]
 Template = Literal["umbrella", "original", "chat"]
 ScheduleName = Literal["linear", "cosine", "constant"]
 BackgroundRule = Literal["auto", "nonpositive", "lowest"]
+ConfoundStrategy = Literal["motion", "high_pass", "wm_csf", "global_signal", "compcor", "scrub"]
+ConfoundTerms = Literal["basic", "power2", "derivatives", "full"]
 EvaluationWindows = Literal["first", "all"] | Count
 TaskKind = Literal["classification", "comparison", "regression", "text", "report"]
 ControlName = Literal["blank", "noise", "shuffled", "other-modality", "paraphrase"]
@@ -88,6 +90,54 @@ any other is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConfoundsConfig(Section):
+    """Nuisance signals that are regressed out of 4D runs before anything else (extra `fmri`).
+
+    They come from fMRIPrep's table beside each run. Names, choices and defaults are those of nilearn's
+    `load_confounds`. It needs `data.cache`, so each run is cleaned once. docs/fmri.md describes it.
+    """
+
+    strategy: tuple[ConfoundStrategy, ...] = ("motion", "high_pass", "wm_csf")
+    """Signals to regress out. `scrub` also removes the frames with motion; `high_pass` are fMRIPrep's cosines, which
+    `compcor` needs."""
+    motion: ConfoundTerms = "full"
+    """Head motion: 6 parameters (`basic`), with squares or derivatives (12), or both (24, `full`)."""
+    wm_csf: ConfoundTerms = "basic"
+    """Signals of white matter and CSF: `basic`, with squares or derivatives, or `full`."""
+    global_signal: ConfoundTerms = "basic"
+    """Global signal, with the same choices."""
+    compcor: Literal["anat_combined", "anat_separated", "temporal", "temporal_anat_combined"] = "anat_combined"
+    """Kind of CompCor components."""
+    n_compcor: Literal["all"] | Count = "all"
+    """Number of CompCor components."""
+    scrub: CountOrZero = 5
+    """With `scrub`: shortest piece of frames between removed ones that is kept."""
+    fd_threshold: Positive = 0.5
+    """With `scrub`: largest framewise displacement of a kept frame, in mm."""
+    std_dvars_threshold: Positive = 1.5
+    """With `scrub`: largest standardised DVARS of a kept frame."""
+    max_scrubbed: Probability = 0.5
+    """Largest share of a run's frames that may be removed; a run beyond it is refused."""
+    columns: tuple[str, ...] = ()
+    """More columns of the table to regress out; `*` and `?` stand for any characters."""
+    pattern: str | None = None
+    """Where a run's table is, relative to the run's folder, such as `../tables/sub-{sub}_{name}.tsv`; in braces, a BIDS
+    entity of the run's name, or `name`, all of it. Default: fMRIPrep's name, beside the run."""
+    detrend: bool = True
+    """Remove a linear trend too."""
+    high_pass: Annotated[float, Range(gt=0, le=10, unit="Hz")] | None = None
+    """Cutoff of a Butterworth high-pass filter, instead of the cosines of `strategy`, such as 0.008."""
+
+    def contradictions(self) -> Iterator[str]:
+        if not self.strategy and not self.columns and self.high_pass is None and not self.detrend:
+            yield "strategy: nothing to remove; name a strategy or columns, or leave confounds out"
+        if "compcor" in self.strategy and "high_pass" not in self.strategy:
+            yield "strategy: compcor needs high_pass: its components were computed after that filter"
+        if self.high_pass is not None and "high_pass" in self.strategy:
+            yield f"high_pass: {self.high_pass}: strategy has fMRIPrep's cosines, which filter too; choose one of them"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModalityConfig(Section):
     """How volumes of one modality are preprocessed and cut into patches.
 
@@ -123,6 +173,8 @@ class ModalityConfig(Section):
     tr: Annotated[float, Range(ge=0.05, le=30, unit="s")] | None = None
     """Repetition time to which 4D runs are resampled before windows are cut, for data of several scanners. That of a
     run comes from its header or its JSON sidecar; docs/fmri.md describes the filter. Default: frames as they are."""
+    confounds: ConfoundsConfig | None = None
+    """Nuisance signals to regress out of 4D runs. Default: none."""
     aliases: tuple[str, ...] = ()
     """Further names for this modality in data files and checkpoints: `[dMRI]` feeds diffusion maps through it, as the
     original system does. `sMRI` and `T1` always mean the same, and so do `fMRI` and `rsfMRI`."""
@@ -158,6 +210,8 @@ class ModalityConfig(Section):
             yield "stride_within_seq and stride_between_seq: only 4D volumes have windows"
         if rank == 3 and self.tr is not None:
             yield f"tr {self.tr}: only 4D runs have a repetition time"
+        if rank == 3 and self.confounds is not None:
+            yield "confounds: only 4D runs have them"
         if rank == 4 and self.mode != "pad":
             yield f"mode {self.mode}: expected pad for 4D volumes"
         if self.spacing is not None and (rank, self.mode) != (3, "pad"):

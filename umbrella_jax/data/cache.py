@@ -476,7 +476,9 @@ def fill_cache(config: RunConfig, *, verify: bool = False) -> str:
 @lru_cache
 def _parameters(config: ModalityConfig) -> dict[str, Any]:
     """Return the parameters that preprocessing depends on: all except the patch, and those that are off."""
-    off = [name for name in ("tr",) if getattr(config, name) is None]  # so the entries of older versions stay valid
+    off = [
+        name for name in ("tr", "confounds") if getattr(config, name) is None
+    ]  # so the entries of older versions stay valid
     return {name: value for name, value in config.meaning.items() if name not in ("patch", *off)}
 
 

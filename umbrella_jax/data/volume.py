@@ -22,6 +22,7 @@ from tqdm import tqdm
 from umbrella_jax.config.schema import AS_STORED, ModalityConfig
 from umbrella_jax.data.background import Background, Note, find_background, ignore, unknown_background
 from umbrella_jax.data.blas import one_blas_thread
+from umbrella_jax.data.confounds import DenoisedRun, confounds_files, confounds_table, require_nilearn
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.reframe import ReframedRun, resample_run
 from umbrella_jax.data.repetition_time import read_repetition_time, repetition_time_files
@@ -47,9 +48,10 @@ def load_volume(path: str | Path, config: ModalityConfig, window: int = 0, *, no
     stored around a scan makes no difference, except for a shift of less than a voxel. It crops background only: a file
     that would lose other voxels is rejected.
 
-    4D: bring the run to the repetition time `config.tr` if it is set; read only the window's frames, orient, scale over
-    the window's brain (the voxels that are not background), then pad around the centre with the scaled background, or
-    crop, to `config.size[:3]`. As in the original, the crop may cut off brain.
+    4D: remove the signals of `config.confounds` and bring the run to the repetition time `config.tr`, if these are set;
+    take the window's frames, orient, scale over the window's brain (the voxels that are not background), then pad
+    around the centre with the scaled background, or crop, to `config.size[:3]`. As in the original, the crop may cut
+    off brain.
 
     `config.background` decides which voxels are background (`umbrella_jax.data.background`). An oblique scan is not
     rotated; its axes are assigned to the nearest anatomical ones.
@@ -215,15 +217,19 @@ def open_volume(path: str | Path, config: ModalityConfig) -> Voxels:
 
 
 def companion_files(path: Path, config: ModalityConfig) -> list[Path]:
-    """Return the files beside a volume on which its preprocessed voxels depend: the sidecar with its repetition time.
+    """Return the files beside a volume on which its preprocessed voxels depend: its table of confounds, and the sidecar
+    with its repetition time.
 
     Raises DataError as `fit_voxels` does.
     """
-    return [] if config.tr is None else repetition_time_files(path)
+    confounds = config.confounds
+    files = [] if confounds is None else confounds_files(path, confounds)
+    timed = config.tr is not None or (confounds is not None and confounds.high_pass is not None)
+    return [*files, *repetition_time_files(path)] if timed else files
 
 
 def fit_voxels(path: str | Path, image: Voxels, config: ModalityConfig) -> Voxels:
-    """Return an opened file with its frames at the modality's repetition time (`tr`), if it has one.
+    """Return an opened file with its frames as the modality needs them: without confounds, at the repetition time `tr`.
 
     Raises DataError unless rank, length, orientation, voxel sizes and repetition time are as the modality needs them.
     """
@@ -239,18 +245,30 @@ def fit_voxels(path: str | Path, image: Voxels, config: ModalityConfig) -> Voxel
     if config.spacing is not None and image.zooms is None:
         remedy = "use a file with voxel sizes, or set mode: resize for the modality"
         faults.append(f"{path}: no voxel sizes: {image.why_no_zooms}; {remedy}")
-    if config.tr is not None:
+    if not faults:
         try:
-            image = resample_run(image, read_repetition_time(Path(path), image), config.tr)
+            image = _reframe(Path(path), image, config)
         except DataError as error:
             faults += error.faults
     if rank == 4 and not num_windows(image.shape[3], config):
         window = f"a window of {config.size[3]}, {config.stride_within_seq} apart"
-        resampled = "" if image.shape == shape else f", {image.shape[3]} of them at {config.tr:g} s"
+        resampled = "" if image.shape == shape else f", {image.shape[3]} of them after scrubbing and resampling"
         faults.append(f"{path}: {shape[3]} frames{resampled}; expected at least {window}")
     if faults:
         raise DataError(faults)
     return image
+
+
+def _reframe(path: Path, image: Voxels, config: ModalityConfig) -> Voxels:
+    """Return a run without its confounds, at the modality's repetition time."""
+    confounds = config.confounds
+    own_tr = None
+    if config.tr is not None or (confounds is not None and confounds.high_pass is not None):
+        own_tr = read_repetition_time(path, image)
+    if confounds is not None:
+        require_nilearn("confounds")
+        image = DenoisedRun(image, confounds_table(path, confounds), confounds, own_tr)
+    return image if config.tr is None or own_tr is None else resample_run(image, own_tr, config.tr)
 
 
 def _orientation(image: Voxels, config: ModalityConfig) -> np.ndarray:

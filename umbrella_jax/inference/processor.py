@@ -23,6 +23,7 @@ from umbrella_jax.config.schema import (
 )
 from umbrella_jax.data.answer_trees import AnswerEncoder
 from umbrella_jax.data.cache import Sources, VolumeCache
+from umbrella_jax.data.confounds import check_confounds
 from umbrella_jax.data.conversation import Conversation, Image, Message
 from umbrella_jax.data.loader import Dataset, whole_batch
 from umbrella_jax.data.tokenize import check_template, decode_ids, encode_prompt, stop_ids
@@ -115,8 +116,9 @@ class Processor:
     ) -> dict[str, Dataset]:
         """Load the `splits` that a configuration has; with `augment`, the training split is augmented.
 
-        Raises DataError with the faults of all splits.
+        Raises DataError with the faults of all splits, and ConfigError as `check_confounds`.
         """
+        check_confounds(self.modalities, data.cache)
         datasets, faults, sources = dict[str, Dataset](), Faults(), VolumeCache.from_config(data)
         for split in splits:
             with faults:

@@ -1,25 +1,21 @@
 """Measure how much subjects moved: the mean framewise displacement of runs, from fMRIPrep's tables of confounds."""
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from umbrella_jax.console import plural
-from umbrella_jax.data.bids.sidecars import find_confounds
-from umbrella_jax.data.tables import is_missing
+from umbrella_jax.data.bids.sidecars import cells_as_numbers, find_confounds, read_confounds_table
 from umbrella_jax.errors import DataError
-from umbrella_jax.io.reading import read_text
 from umbrella_jax.study.visits import Scan
 
 MEAN_FD = "mean_fd"
 """The column with the mean framewise displacement, in mm."""
 _DISPLACEMENT = ("framewise_displacement", "FramewiseDisplacement")
 """Its column in a table of confounds, in current versions of fMRIPrep and in those before 1.2."""
-_LARGEST = 64 << 20
-"""Bytes of a table of confounds; one of 1,200 frames with 500 columns has 10 MB."""
 _NAMES_SHOWN = 20
 
 
@@ -31,27 +27,19 @@ def mean_framewise_displacement(table: Path) -> float:
     Raises:
         DataError: the table has no such column, no number in it, or another text than a number.
     """
-    text = read_text(table, DataError, _LARGEST, "expected fMRIPrep's table of confounds")
-    rows = csv.DictReader(io.StringIO(text), delimiter="\t")
-    column = next((name for name in _DISPLACEMENT if name in (rows.fieldnames or ())), None)
+    columns = read_confounds_table(table)
+    column = next((name for name in _DISPLACEMENT if name in columns), None)
     if column is None:
         raise DataError(f"{table}: no column {_DISPLACEMENT[0]}; expected fMRIPrep's table of confounds")
-    numbers = []
-    for line, row in enumerate(rows, start=2):
-        cell = (row[column] or "").strip()
-        if is_missing(cell):
-            continue
-        try:
-            numbers.append(float(cell))
-        except ValueError:
-            raise DataError(f"{table}:{line}: {column}: expected a number or n/a, got {cell!r}") from None
-    if not numbers or not all(map(math.isfinite, numbers)):
+    numbers = cells_as_numbers(table, column, columns[column])
+    known = numbers[~np.isnan(numbers)]
+    if not len(known) or not np.isfinite(known).all():
         raise DataError(f"{table}: {column}: expected a finite number for every frame but the first")
-    return math.fsum(numbers) / len(numbers)
+    return float(known.mean())
 
 
 def with_motion(scans: Mapping[str, Sequence[Scan]], root: Path, missing: list[str]) -> dict[str, tuple[Scan, ...]]:
-    """Return the scans of a visit, with `mean_fd` where a run has a table of confounds beside it.
+    """Return the scans of a visit, with `mean_fd` of each run with a table of confounds beside it.
 
     Args:
         scans: {modality: its scans}.

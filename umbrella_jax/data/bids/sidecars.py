@@ -1,5 +1,7 @@
 """Find the files that BIDS keeps beside a scan: JSON sidecars with inheritance, and tables of confounds."""
 
+import csv
+import io
 import os
 import re
 from collections.abc import Sequence
@@ -7,8 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from umbrella_jax.errors import DataError
-from umbrella_jax.io.reading import read_json
+from umbrella_jax.io.reading import read_json, read_text
 
 CONFOUNDS = ("desc-confounds_timeseries.tsv", "desc-confounds_regressors.tsv")
 """Ends of the names of fMRIPrep's tables of confounds, in current versions and in those before 20.2."""
@@ -16,6 +20,8 @@ _VARIANT = ("space", "res", "den", "desc", "hemi", "cohort")
 """Entities of a derivative that its table of confounds does not have: the table is about the whole run."""
 _ENTITY = re.compile(r"([a-zA-Z0-9]+)-([a-zA-Z0-9+]+)")
 _DATA_SET = "dataset_description.json"
+_LARGEST_TABLE = 64 << 20
+"""Bytes of a table of confounds; one of 1,200 frames with 500 columns has 10 MB."""
 _LEVELS = 3
 """Folders above a scan's own in which BIDS may keep a sidecar: session, subject, data set."""
 
@@ -91,6 +97,31 @@ def find_confounds(scan: Path) -> Path | None:
         if best:
             return scan.parent / best[0]
     return None
+
+
+def read_confounds_table(table: Path) -> dict[str, list[str]]:
+    """Return {column: its cells} of a table of confounds.
+
+    Raises DataError if it cannot be read, or a row has another number of cells than the header.
+    """
+    text = read_text(table, DataError, _LARGEST_TABLE, "expected fMRIPrep's table of confounds")
+    header, *rows = csv.reader(io.StringIO(text), delimiter="\t") if text.strip() else [[]]
+    for line, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise DataError(f"{table}:{line}: {len(row)} cells; expected {len(header)}, as the header has")
+    return {name: [row[place] for row in rows] for place, name in enumerate(header)}
+
+
+def cells_as_numbers(table: Path, column: str, cells: Sequence[str]) -> np.ndarray:
+    """Return the numbers of a column, float64, with NaN for `n/a`. Raises DataError for another text."""
+    numbers = np.full(len(cells), np.nan)
+    for place, cell in enumerate(cells):
+        if cell.strip().lower() not in ("", "n/a", "nan"):
+            try:
+                numbers[place] = float(cell)
+            except ValueError:
+                raise DataError(f"{table}:{place + 2}: {column}: expected a number or n/a, got {cell!r}") from None
+    return numbers
 
 
 def _entities_before(name: str, suffix: str) -> tuple[dict[str, str], str] | None:
