@@ -32,7 +32,7 @@ def quick():
     plain = log_probability.__wrapped__
     options = {"static_argnames": ("graphdef",), "compiler_options": QUICK}
     patch.setattr(module, "log_probability", jax.jit(plain, **options))
-    patch.setattr(module, "_slope", jax.jit(jax.grad(plain), **options))
+    patch.setattr(module, "value_and_slope", jax.jit(jax.value_and_grad(plain), **options))
     yield
     patch.undo()
 

@@ -31,7 +31,8 @@ def log_probability(volumes: Volumes, params: Params, batch: Batch, *, graphdef:
     return -loss_sum(merge(graphdef, params), shown)[0]
 
 
-_slope = partial(jax.jit, static_argnames=("graphdef",))(jax.grad(log_probability))
+value_and_slope = partial(jax.jit, static_argnames=("graphdef",))(jax.value_and_grad(log_probability))
+"""Return log p as `log_probability` and its gradient in `volumes`."""
 
 
 def gradient(volumes: Volumes, background: Volumes, params: Params, batch: Batch, *, graphdef: nnx.GraphDef) -> Volumes:
@@ -40,7 +41,7 @@ def gradient(volumes: Volumes, background: Volumes, params: Params, batch: Batch
     It is the first-order change of the answer's log-probability due to each voxel. `background` has the shapes of
     `volumes`.
     """
-    slope = _slope(volumes, params, batch, graphdef=graphdef)
+    _, slope = value_and_slope(volumes, params, batch, graphdef=graphdef)
     return jax.tree.map(lambda x, x0, g: (x - x0) * g, volumes, background, slope)
 
 
@@ -55,7 +56,7 @@ def integrated(
     for step in range(steps):
         share = (step + 0.5) / steps
         between = jax.tree.map(lambda x, x0, share=share: x0 + share * (x - x0), volumes, background)
-        total = jax.tree.map(jnp.add, total, _slope(between, params, batch, graphdef=graphdef))
+        total = jax.tree.map(jnp.add, total, value_and_slope(between, params, batch, graphdef=graphdef)[1])
     return jax.tree.map(lambda x, x0, g: (x - x0) * g / steps, volumes, background, total)
 
 

@@ -20,7 +20,14 @@ from umbrella_jax.data.tokenize import Encoded, encode_answers
 from umbrella_jax.data.volume import restore
 from umbrella_jax.data.voxels import map_header, open_voxels
 from umbrella_jax.errors import ConfigError
-from umbrella_jax.inference.attribution import Method, gradient, integrated, log_probability, occlusion
+from umbrella_jax.inference.attribution import (
+    Method,
+    gradient,
+    integrated,
+    log_probability,
+    occlusion,
+    value_and_slope,
+)
 from umbrella_jax.inference.generate import generate
 from umbrella_jax.inference.processor import Processor
 from umbrella_jax.inference.windows import expand
@@ -181,7 +188,10 @@ def _explain_version(
     else:
         boxes = {name: processor.modalities[name].patch for name in volumes}
         contributions = occlusion(volumes, background, params, batch, windows=boxes, **common)
-    logs = [float(log_probability(x, params, batch, **common)) for x in (volumes, background)]
+    if method == "occlusion":
+        logs = [float(log_probability(x, params, batch, **common)) for x in (volumes, background)]
+    else:  # two more gradients take less than a second program, whose compilation often outlasts everything else
+        logs = [float(value_and_slope(x, params, batch, **common)[0]) for x in (volumes, background)]
     if not all(np.isfinite(np.asarray(x)).all() for x in (logs, *contributions.values())):
         names = ", ".join([conversation.label, *(str(image.path) for image in distinct)])
         raise nonfinite_error("log-probabilities or maps", {0: names}, params, batch, graphdef=graphdef)
