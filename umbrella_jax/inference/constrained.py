@@ -156,7 +156,7 @@ class Constraints:
 
 
 def grammar_vocabulary(processor: Processor, vocab_size: int) -> Any:
-    """Return a model's tokens as llguidance reads them; for 150,000 tokens this takes about a second.
+    """Return the tokens of a model as llguidance reads them, which takes seconds for a large vocabulary.
 
     Raises ConfigError if llguidance is not installed, or the tokenizer is not one of the tokenizers library.
     """
