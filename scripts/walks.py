@@ -271,11 +271,10 @@ RESEARCHER = [
                 show=(18, 3),
             ),
             Command(
-                "Compare with a 3D CNN and a linear probe on the same split.",
-                f"umbrella-jax baseline {FLAGS} {DATA} --run runs/lesion --out runs/lesion "
-                "--cnn-width 0.25 --cnn-epochs 4",
+                "Compare with simple models on the same split.",
+                "umbrella-jax baseline runs/lesion --cnn-width 0.25 --cnn-epochs 4",
                 [r"accuracy\s+95 % interval.*\n\s+language model .*\n\s+CNN .*\n\s+probe "],
-                show=(10, 8),
+                show=(7, 15),
                 is_long=True,
             ),
             Command(

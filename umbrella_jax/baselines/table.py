@@ -1,11 +1,9 @@
 """The metrics of several predictors on the same questions, in one table."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from umbrella_jax.console import table_lines
 from umbrella_jax.scoring.metrics import Figure, Scores, short
-
-_INTERVAL = "95 % interval"
 
 
 def side_by_side(scores: Mapping[str, Scores]) -> list[str]:
@@ -26,23 +24,25 @@ def side_by_side(scores: Mapping[str, Scores]) -> list[str]:
     return lines
 
 
-def _rows(predictors: Mapping[str, Mapping[str, Figure]]) -> Iterator[tuple[str, ...]]:
-    """Yield the header, a row for each predictor, and chance."""
-    header, chance = [""], ["  chance"]
-    cells = {title: [f"  {title}"] for title in predictors}
+def _rows(predictors: Mapping[str, Mapping[str, Figure]]) -> list[list[str]]:
+    """Return the header, a row for each predictor, and chance. A figure and its interval are one cell."""
+    rows = [[""], *([f"  {title}"] for title in predictors), ["  chance"]]
     for name in dict.fromkeys(name for figures in predictors.values() for name in figures):
-        column = {title: figures.get(name) for title, figures in predictors.items()}
-        if name == "unparsable" and not any(figure and figure.value for figure in column.values()):
+        figures = [of.get(name) for of in predictors.values()]
+        if name == "unparsable" and not any(figure and figure.value for figure in figures):
             continue
-        with_interval = any(figure and figure.low is not None for figure in column.values())
-        header += [name, *([_INTERVAL] if with_interval else [])]
-        for title, figure in column.items():
-            cells[title].append(short(figure.value if figure else None))
-            if with_interval:
-                known = figure is not None and figure.low is not None and figure.high is not None
-                cells[title].append(f"{short(figure.low)} to {short(figure.high)}" if figure and known else "")
-        chances = {figure.chance for figure in column.values() if figure}
-        chance += [short(chances.pop()) if len(chances) == 1 else "–", *([""] if with_interval else [])]
-    yield tuple(header)
-    yield from map(tuple, cells.values())
-    yield tuple(chance)
+        intervals = [_interval(figure) for figure in figures]
+        chances = {figure.chance for figure in figures if figure}
+        values = [short(figure.value if figure else None) for figure in figures]
+        column = [name, *values, short(chances.pop()) if len(chances) == 1 else "–"]
+        beside = ["95 % interval", *intervals, ""] if any(intervals) else [""] * len(column)
+        widths = [max(map(len, cells)) for cells in (column, beside)]
+        for row, value, interval in zip(rows, column, beside, strict=True):
+            row.append(f"{value:>{widths[0]}}  {interval:>{widths[1]}}" if any(intervals) else value)
+    return rows
+
+
+def _interval(figure: Figure | None) -> str:
+    if figure is None or figure.low is None or figure.high is None:
+        return ""
+    return f"{short(figure.low)} to {short(figure.high)}"
