@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from umbrella_jax.baselines.atlas import Atlas, mean_signals, read_atlas
 from umbrella_jax.baselines.baseline import BaselineOptions, Inputs
 from umbrella_jax.baselines.connectivity import ConnectivityBaseline
 from umbrella_jax.baselines.problems import LearningProblem
-from umbrella_jax.config.schema import DataConfig, ModalityConfig
+from umbrella_jax.config.schema import ConfoundsConfig, DataConfig, ModalityConfig
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.voxels import open_voxels
 from umbrella_jax.errors import ConfigError, UmbrellaError
@@ -189,3 +190,19 @@ def test_files_that_are_no_atlas_are_refused(tmp_path: Path, runs: list[Path]) -
     assert "expected one of correlation, partial, tangent" in json.dumps(
         ConnectivityBaseline.option_faults(BaselineOptions(connectivity="cosine"))  # type: ignore[arg-type]
     )
+
+
+def test_runs_are_cleaned_as_configured(atlas_file: Path, tmp_path: Path) -> None:
+    """Regressing a signal out of each voxel or out of the regions' means is the same; its place stays the file's."""
+    confounds = ConfoundsConfig(strategy=(), columns=("pulse",), pattern="{name}.tsv", detrend=True)
+    run = write_run(tmp_path / "bold.nii.gz", 0.5, 0)
+    pulse = np.sin(np.arange(FRAMES))
+    (tmp_path / "bold.tsv").write_text("pulse\n" + "".join(f"{value!r}\n" for value in pulse.tolist()))
+    baseline, problem = learned([run] * 6, atlas=atlas_file)
+    modalities: Any = baseline.inputs.evaluation.modalities
+    modalities["rsfMRI"] = replace(RUN, confounds=confounds)
+    baseline.read([problem])
+    (signals,) = baseline._signals.values()
+    masker = NiftiLabelsMasker(atlas_file, standardize="zscore_sample", detrend=True)
+    np.testing.assert_allclose(signals, masker.fit_transform(run, confounds=pulse[:, None]), rtol=1e-3, atol=1e-3)
+    assert baseline._place(problem.samples[0].shown[0]).in_mni

@@ -29,6 +29,7 @@ from umbrella_jax.baselines.problems import LearningProblem, Shown
 from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.volume import checked_to_end, open_volume
+from umbrella_jax.data.voxels import open_voxels
 from umbrella_jax.errors import DataError, UmbrellaError
 
 DEFAULT_ATLAS = "dosenbach_2010"
@@ -52,8 +53,8 @@ class _Place:
 class ConnectivityBaseline(LinearBaseline):
     """Regression on the connectivity of each 4D scan of a question, over all frames of its file.
 
-    Each region's signal is the mean of its voxels, without its linear trend and standardised. Regions that any run
-    lacks are left out for all.
+    Runs are cleaned as the modality's `confounds` and `tr` say. Each region's signal is the mean of its voxels, without
+    its linear trend and standardised. Regions that any run lacks are left out for all.
     """
 
     name: ClassVar[str] = "connectivity"
@@ -174,7 +175,7 @@ class ConnectivityBaseline(LinearBaseline):
 
     def _place(self, image: Image) -> "_Place":
         if image not in self._places:
-            scan = open_volume(image.path, self.inputs.evaluation.modalities[image.modality])
+            scan = open_voxels(image.path)
             self._places[image] = _Place(scan.shape[:3], scan.affine, *is_in_mni(image.path, scan))
         return self._places[image]
 

@@ -1,6 +1,6 @@
 """A baseline of the plainest properties of a scan: how bright it is and how large the head or brain in it is.
 
-All are read from the file, in its own voxels: nothing is resampled, cropped or scaled.
+All are read from the file, in its own voxels: nothing is resampled, cropped, scaled or cleaned.
 
 Axes: D, H, W voxels, T frames.
 """
@@ -19,8 +19,8 @@ from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.data.background import find_background
 from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.conversation import Image
-from umbrella_jax.data.volume import checked_to_end, open_volume
-from umbrella_jax.data.voxels import Voxels
+from umbrella_jax.data.volume import checked_to_end
+from umbrella_jax.data.voxels import Voxels, open_voxels
 from umbrella_jax.errors import DataError
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
@@ -42,7 +42,7 @@ class IntensityBaseline(ScanBaseline):
         with one_blas_thread(), ThreadPoolExecutor(data.threads) as pool:
             described = pool.map(lambda image: describe_scan(image, modalities[image.modality]), images)
             rows = dict(zip(images, tqdm(described, "intensity", len(images), disable=None), strict=True))
-        unknown = [image.path for image in images if open_volume(image.path, modalities[image.modality]).zooms is None]
+        unknown = [image.path for image in images if open_voxels(image.path).zooms is None]
         if not unknown:
             return rows, []
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
@@ -61,7 +61,7 @@ def describe_scan(image: Image, config: ModalityConfig) -> np.ndarray:
     Raises:
         DataError: the file is damaged, or a voxel is not finite.
     """
-    scan = open_volume(image.path, config)
+    scan = open_voxels(image.path)
     with checked_to_end(scan):
         volume, deviation = _over_time(scan) if len(config.size) == 4 else (scan.read(0).astype(np.float32), None)
     if not np.isfinite(volume).all():

@@ -27,7 +27,8 @@ from umbrella_jax.config.schema import AttentionBackend, ComputeDtype, DataConfi
 from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.conversation import Image, read_conversations
 from umbrella_jax.data.loader import prefetch
-from umbrella_jax.data.volume import check_volumes, open_volume, voxel_affine
+from umbrella_jax.data.volume import check_volumes, voxel_affine
+from umbrella_jax.data.voxels import open_voxels
 from umbrella_jax.errors import ConfigError, DataError, Faults, RunError
 from umbrella_jax.io.files import PRIVATE, check_output, naming
 from umbrella_jax.models import LlavaConfig, Params, native_backend
@@ -248,7 +249,7 @@ def _scans(data: DataConfig, modalities: Mapping[str, ModalityConfig]) -> list[_
 def _patch_affine(image: Image, modalities: Mapping[str, ModalityConfig]) -> np.ndarray:
     """Return the affine, (4, 4), from a patch's place in the grid to its centre in mm; NaN if it is unknown."""
     config = modalities[image.modality]
-    voxels = voxel_affine(open_volume(image.path, config), config)
+    voxels = voxel_affine(open_voxels(image.path), config)
     if voxels is None:
         return np.full((4, 4), np.nan)
     patch = np.array(config.patch[:3], np.float64)
