@@ -183,6 +183,15 @@ def test_demo_report_shows_the_numbers_of_its_files(short_demo: tuple[Path, dict
                 assert page.cells[task, name, whose][0] == pytest.approx(value), (whose, task, name)
                 cells.add(whose)
     assert cells == {"run", "cnn", "probe"}
+    for task, own in page.numbers["controls"]["tasks"].items():
+        assert own.keys() - {"shuffled-reference"} == {"blank", "noise", "shuffled"}, task
+    compared = page.numbers["compared"]["tasks"]
+    latex = (root / "table.tex").read_text()
+    for task, own in compared.items():
+        roles = Counter(one["role"] for one in own["predictors"])
+        assert roles["control"] == len(page.numbers["controls"]["tasks"][task])
+        assert roles["baseline"] >= 2
+        assert f"{task}: accuracy".replace("_", "\\_") in latex
     assert len(page.numbers["samples"]) == 3
     assert sum("speaks for" in str(attributes.get("alt")) for tag, attributes in page.elements if tag == "img") >= 3
 

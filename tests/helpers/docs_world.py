@@ -511,6 +511,7 @@ def check_tree(page: Page, block: Block) -> None:
 PICTURES: dict[str, tuple[str, ...]] = {
     README: ("HF checkpoint directory ──convert──► parameters ─┐",),
     "docs/conversion.md": ("HF directory ──convert from-hf──► native checkpoint",),
+    "docs/evidence.md": ("95 % interval  model −",),
     "docs/install.md": ("loss 9.1216; 16 answers", "built, and doctor passes"),
     "docs/runs.md": (
         "step 1,200 of 30,000",

@@ -177,6 +177,7 @@ def test_the_first_screen_says_how_much_the_answers_show(page: Page, run: Path, 
     )
     assert "<li>pair: none of 12 answers changes with blank volumes" in first_screen
     assert "the best baseline, cnn" in first_screen
+    assert "<li>The only control is blank volumes" in first_screen
     assert "Few subjects (age 12, pair 12, side 12): with fewer than 30," in first_screen
     right = [row | {"prediction": row["reference"]} for row in rows]
     write_rows(tmp_path / "right.blank.jsonl", blanked(rows))

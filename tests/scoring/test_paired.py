@@ -15,6 +15,7 @@ from statsmodels.stats.multitest import multipletests
 from umbrella_jax.cli import main
 from umbrella_jax.errors import DataError
 from umbrella_jax.scoring.paired import EXACT, MCNEMAR, RANDOM, correct_holm, exact_mcnemar, paired_test
+from umbrella_jax.scoring.paired import permutation_test as permutation_test_of
 from umbrella_jax.scoring.paired_scores import PairedScores, compare_predictors
 from umbrella_jax.scoring.paper_table import to_csv, to_latex, to_markdown
 from umbrella_jax.scoring.tasks import Task
@@ -86,6 +87,11 @@ def test_many_subjects_have_random_permutations_near_scipys() -> None:
     assert found.p is not None
     assert 0.005 < found.p < 0.2
     assert found.p == pytest.approx(expected.pvalue, abs=4 * np.sqrt(found.p / 10_000 * 1.5))
+
+
+def test_a_thousand_subjects_who_all_differ() -> None:
+    test = permutation_test_of(lambda kept: (2 * kept - 1).sum(0), 1100, seed=0)
+    assert test.p == 1 / 10_000
 
 
 def test_a_metric_that_is_no_mean_is_permuted_as_scipy_would() -> None:

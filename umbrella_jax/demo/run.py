@@ -64,7 +64,8 @@ def run_demo(
     command("convert", "from-hf", base, native, "--config", CONFIG)
     data_options = ["--base", native, "--train-data", data.train, "--eval-data", data.eval]
     data_options += ["--cache", directory / "cache"]
-    command("train", "--config", CONFIG, *data_options, "--out", run, *arguments)
+    controls = ["--set", "evaluation.controls=[blank,noise,shuffled]"]
+    command("train", "--config", CONFIG, *data_options, *controls, "--out", run, *arguments)
     command("convert", "to-hf", run, export)
     # A quarter of the network's published channels and few epochs are enough for these drawings.
     small = ["--cnn-width", 0.25, "--cnn-epochs", 5]
@@ -76,6 +77,7 @@ def run_demo(
     if answers != [row["prediction"] for row in rows]:
         raise RunError(f"{export}: answers differ from the run's; the export lacks trained weights")
     print(f"\n{export}: loaded again; its {len(answers)} held-out answers equal the run's")
+    command("score", run, "--baseline", run, "--table", directory / "table.tex")
     if faults := page_faults("report", run / "report.html", PACKAGES):
         print("\n".join(["", "no report of the run:", *faults]))
     else:

@@ -1,6 +1,6 @@
 """Put the evidence about a run into words: how sure it is, whether it needs the scan, and where it is weak."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from umbrella_jax.config.schema import lower_is_better
@@ -9,6 +9,7 @@ from umbrella_jax.report.facts import Facts
 from umbrella_jax.scoring.bootstrap import Figure
 from umbrella_jax.scoring.metrics import short
 from umbrella_jax.scoring.paired_scores import PredictorScore, format_difference, format_p
+from umbrella_jax.scoring.reliance import ControlFigures
 from umbrella_jax.scoring.tasks import with_unit
 
 FEW = 30
@@ -39,7 +40,7 @@ class TaskSummary:
     needs_scan: bool | None
     """Whether the figure is worse without the scan; None if no such control was run."""
     verdict: str
-    """The sentence about the control in `scan`; empty without one."""
+    """What a control shows under which the figure is not worse; empty if there is none."""
 
 
 def task_summaries(facts: Facts) -> list[TaskSummary]:
@@ -67,6 +68,8 @@ def limitations(facts: Facts) -> Iterator[str]:
             "No control without the scan was run, so nothing shows that the answers come from the images "
             "(evaluation.controls, or predict --control)."
         )
+    elif all(controls.keys() == {"blank"} for controls in facts.controls.controls.values()):
+        yield "The only control is blank volumes, which no scan resembles; shuffled shows another subject's."
     if not facts.baselines:
         yield "No baseline was given, so a small model may do as well (umbrella-jax baseline, report --baseline)."
     if few := {one.name: one.figure.subjects for one in summaries if one.figure.subjects < FEW}:
@@ -92,19 +95,18 @@ def _task_summary(facts: Facts, task: str) -> TaskSummary:
     predictors = facts.compared.predictors[task]
     metric, figure = facts.compared.metrics[task], predictors[0].figure
     controls = facts.controls.controls.get(task, {})
-    shown = next((name for name in (*_WITHOUT_SCAN, *controls) if name in controls), None)
-    verdict = controls[shown].verdict if shown else ""
     removing = [one for one in predictors if one.role == "control" and one.name in _WITHOUT_SCAN]
+    useless = [one.name for one in removing if not _is_worse(one, metric)]
     return TaskSummary(
         name=task,
         metric=with_unit(facts.scores.tasks[task], metric),
         figure=figure,
         certainty=_certainty(figure),
-        scan=_reliance(shown, controls[shown].reliance) if shown else "no control without the scan was run",
+        scan=_reliance(controls),
         baseline=_baseline(facts.compared.best_baseline(task), metric),
         is_share=metric == "accuracy",
-        needs_scan=all(_is_worse(one, metric) for one in removing) if removing else None,
-        verdict=verdict,
+        needs_scan=not useless if removing else None,
+        verdict=controls[useless[0]].verdict if useless else "",
     )
 
 
@@ -128,10 +130,17 @@ def _certainty(figure: Figure) -> str:
     return "; ".join(parts)
 
 
-def _reliance(control: str, reliance: Figure | None) -> str:
+def _reliance(controls: Mapping[str, ControlFigures]) -> str:
+    """Return the reliance under the first control that has an interval, otherwise under the first."""
+    reliances = {name: controls[name].reliance for name in (*_WITHOUT_SCAN, *controls) if name in controls}
+    if not reliances:
+        return "no control without the scan was run"
+    sure = (name for name, reliance in reliances.items() if reliance is not None and reliance.low is not None)
+    control = next(sure, next(iter(reliances)))
+    reliance = reliances[control]
     if reliance is None or reliance.value is None:
         return f"reliance on the scan undefined ({control})"
-    interval = "" if reliance.low is None else f", {short(reliance.low)} to {short(reliance.high)}"
+    interval = "" if reliance.low is None else f", 95 % interval {short(reliance.low)} to {short(reliance.high)}"
     return f"reliance on the scan {short(reliance.value)}{interval} ({control})"
 
 

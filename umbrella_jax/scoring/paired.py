@@ -84,7 +84,7 @@ def permutation_test(difference: Callable[[np.ndarray], np.ndarray], subjects: i
         difference: maps whether each subject keeps its own answers, float [subjects, R] of 0 and 1, to R differences.
     """
     observed = float(difference(np.ones((subjects, 1)))[0])
-    is_exact = 2.0**subjects <= PERMUTATIONS + 1
+    is_exact = 2**subjects <= PERMUTATIONS + 1
     if not np.isfinite(observed):
         return PairedTest(None, EXACT if is_exact else RANDOM)
     if is_exact:
@@ -92,7 +92,9 @@ def permutation_test(difference: Callable[[np.ndarray], np.ndarray], subjects: i
     else:
         rng, step = np.random.default_rng([seed, 3]), max(_CHUNK // subjects, 1)
         counts = [min(step, PERMUTATIONS - start) for start in range(0, PERMUTATIONS, step)]
-        values = np.concatenate([difference(rng.integers(2, size=(subjects, n)).astype(float)) for n in counts])
+        values = np.concatenate(
+            [difference(rng.integers(2, size=(subjects, n), dtype=np.uint8).astype(float)) for n in counts]
+        )
     rounding = _SAME * np.nanmax(np.abs(values), initial=abs(observed))
     as_large = int(np.count_nonzero(~(np.abs(values) < abs(observed) - rounding)))  # an undefined one counts too
     if is_exact:
