@@ -18,7 +18,8 @@ MENTION_KINDS: tuple[MentionKind, ...] = ("finding", "region", "side")
 _SECTIONS: dict[str, MentionKind] = {"findings": "finding", "absent": "finding", "regions": "region", "sides": "side"}
 _EXTEND = "extend"
 
-# Triggers after Chapman et al. 2001 (NegEx), as far as reports of imaging use them.
+# Triggers after Chapman et al. 2001 (NegEx), as far as reports of imaging use them. They are listed here because the
+# libraries with NegEx, negspacy and medspaCy, bring all of spaCy.
 _BEFORE = """
 no; not; without; without evidence of; no evidence of; no evidence for; no sign of; no indication of; no suggestion of;
 absence of; absent; lack of; lacks; lacking; negative for; free of; devoid of; clear of; deny; denies; denied; denying;
