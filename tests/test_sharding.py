@@ -4,7 +4,6 @@ import math
 import re
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,12 +33,12 @@ from tests.helpers.mesh_case import (
     micro_batch,
 )
 from tests.helpers.training_case import QUICK, stack, to_numpy
-from umbrella_jax.batch import Batch
-from umbrella_jax.config.schema import MeshConfig
+from umbrella_jax.batch import Batch, NumberTargets
+from umbrella_jax.config.schema import MeshConfig, NumberLossConfig
 from umbrella_jax.data.answer_trees import answer_trees
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.inference.generate import decode, prefill, score_answers
-from umbrella_jax.models import Params, abstract_params
+from umbrella_jax.models import Params, abstract_params, merge
 from umbrella_jax.sharding import (
     RULES,
     MeshShape,
@@ -53,7 +52,8 @@ from umbrella_jax.sharding import (
     spec_of,
 )
 from umbrella_jax.training.checkpoint import Checkpoints
-from umbrella_jax.training.step import TrainState, eval_step, jit_train_step
+from umbrella_jax.training.loss import LossSums, loss_sums
+from umbrella_jax.training.step import TrainState, jit_train_step
 
 ONE, DATA, FSDP, TENSOR, ALL = (1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)
 MESHES = [DATA, FSDP, TENSOR, ALL]
@@ -441,10 +441,23 @@ def test_a_process_makes_the_rows_of_its_devices(monkeypatch: pytest.MonkeyPatch
 
 
 def test_evaluation_on_a_mesh_is_one_devices() -> None:
-    """Loss, its gradient by every parameter, and answers, with both modalities in a batch."""
+    """Losses (over numbers too), their gradient by every parameter, and answers, with both modalities in a batch."""
     case, batch = mesh_case(), micro_batch(2, "T1", "rsfMRI")
+    candidates = [((7, 5), (9, 3, 5), (9, 4, 5))] * (B - 1) + [()]  # the last row has no number
+    numbers = NumberTargets(
+        tree=answer_trees(candidates),
+        prompt_lengths=np.arange(3, 3 + B, dtype=np.int32),
+        errors=np.tile(np.float32([-2, 0.5, 1]), (B, 1)),
+        mask=np.tile(np.arange(B)[:, None] < B - 1, (1, 3)),
+    )
+    batch = replace(batch, numbers=numbers)
     others = replace(batch, feature_idx=np.roll(batch.feature_idx, 1, axis=0))  # each the features of the row before
-    evaluate = jax.value_and_grad(partial(eval_step, graphdef=case.graphdef), has_aux=True)
+
+    def losses(params: Params, batch: Batch) -> tuple[jax.Array, LossSums]:
+        sums = loss_sums(merge(case.graphdef, params), batch, NumberLossConfig())
+        return sums.cross_entropy + 10 * sums.number_errors, sums
+
+    evaluate = jax.value_and_grad(losses, has_aux=True)
 
     def answer(params: Params, batch: Batch, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Tokens, and the likelihoods of two answers."""
@@ -460,10 +473,11 @@ def test_evaluation_on_a_mesh_is_one_devices() -> None:
         mesh = mesh_of(sizes)
         with jax.set_mesh(mesh):
             params = jax.device_put(case.params, shardings(case.params, mesh))
-            (loss, count), grads = evaluate(params, {}, put_batch(batch, mesh, axis=0))
-            (nowhere, _), _ = evaluate(params, {}, put_batch(others, mesh, axis=0))
-            tokens, scores = answer(params, put_batch(batch, mesh, axis=0), stop)
-        results.append((float(loss), int(count), to_numpy(grads), np.asarray(tokens), np.asarray(scores)))
+            (loss, sums), grads = evaluate(params, put_batch(batch, mesh, axis=0))
+            (nowhere, _), _ = evaluate(params, put_batch(others, mesh, axis=0))
+            tokens, scores = answer(params, put_batch(replace(batch, numbers=None), mesh, axis=0), stop)
+        count = int(sums.tokens), int(sums.numbers)
+        results.append((float(loss), count, to_numpy(grads), np.asarray(tokens), np.asarray(scores)))
         assert np.isnan(nowhere) == (sizes == ALL), "another device's volume must not pass for text"
     (loss, count, grads, tokens, scores), (ours, counted, slopes, answers, scored) = results
     assert counted == count

@@ -434,6 +434,23 @@ class EarlyStoppingConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NumberLossConfig(Section):
+    """A loss over the candidate numbers of regressions, added to the cross-entropy (docs/recipes.md says when).
+
+    p is the model's distribution over `evaluation.tasks.NAME.numbers`, normalised over them, and errors are in standard
+    deviations of the task's training references: 1 is the loss of always answering their mean. Conversations of other
+    tasks have only cross-entropy.
+    """
+
+    weight: Positive = 1.0
+    """Factor of the mean over an update's numbers, beside the mean cross-entropy of its tokens."""
+    form: Literal["expected_squared_error", "squared_error_of_expectation"] = "expected_squared_error"
+    """`expected_squared_error`: Σ p(y) (y − truth)², smallest if p is certain, so it narrows the intervals.
+    `squared_error_of_expectation`: (Σ p(y) y − truth)², the loss of RAFT (Lukasik et al., ICLR 2025), which leaves the
+    width of p to the cross-entropy. The first is the second plus the variance of p."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(Section):
     """The optimisation. Defaults are the original system's (AdamW, linear warm-up and decay)."""
 
@@ -464,6 +481,8 @@ class TrainConfig(Section):
     """Whether weight decay applies to biases and norms too, as in plain `torch.optim.AdamW`."""
     clip_norm: Positive | None = 1.0
     """Largest global norm of the gradient of all trainable parameters; `null` for no clipping."""
+    number_loss: NumberLossConfig | None = None
+    """A loss over candidate numbers beside the cross-entropy. Default: none."""
     eval_steps: Count | None = None
     """Evaluate every N updates; always at the end."""
     eval_samples: Count | None = None
@@ -712,6 +731,8 @@ class RunConfig(Section):
             yield "train.groups: lora: there are no adapters; set model.lora too (rank, alpha, targets)"
         if self.model.lora is not None and not adapted:
             yield "model.lora: its adapters do not train; name the group lora in train.groups, or leave it out"
+        if self.train.number_loss and not any(task.numbers for task in self.evaluation.tasks.values()):
+            yield "train.number_loss: no task has candidate numbers; set evaluation.tasks.NAME.numbers, or leave it out"
         shortest = min(length for modality in self.model.modalities.values() for length in modality.size[:3])
         if 2 * self.data.augment.translation >= shortest:
             yield (

@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from umbrella_jax.batch import WHOLE, Batch, Parts
+from umbrella_jax.batch import WHOLE, AnswerTree, Batch, NumberTargets, Parts
 from umbrella_jax.config.schema import ModalityConfig
+from umbrella_jax.data.answer_trees import answer_trees
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.epoch_plan import BatchShape, rows_by_part
-from umbrella_jax.data.tokenize import Encoded
+from umbrella_jax.data.tokenize import Encoded, NumberTarget
 
 
 def collate(
@@ -17,6 +18,7 @@ def collate(
     modalities: Mapping[str, ModalityConfig],
     shape: BatchShape,
     parts: Parts = WHOLE,
+    number_shape: tuple[int, int] | None = None,
 ) -> Batch:
     """Pad A micro-batches to `shape`. Each part of a micro-batch holds every distinct image of its rows once.
 
@@ -25,6 +27,7 @@ def collate(
         volume: returns the float32 array of an image, of its modality's size; called at most once per image.
         shape: must hold every micro-batch; otherwise NumPy raises. `parts.total` divides its B and each M.
         parts: the parts to make; only their volumes are requested.
+        number_shape: (N, A) of `NumberTargets.tree`; None for a batch without them.
 
     Returns:
         `Batch` of NumPy arrays with a leading axis A.
@@ -42,6 +45,7 @@ def collate(
         m: np.empty((len(batches), n * len(parts.own), *modalities[m].size), np.float32) for m, n in room.items()
     }
     loaded: dict[Image, np.ndarray] = {}  # micro-batches and parts may share images
+    numbers: list[NumberTarget | None] = [None] * (rows[0] * rows[1])
     for a, encoded in enumerate(batches):
         rows_of_part = rows_by_part(encoded, shape.conversations, parts.total)
         for place, part in enumerate(parts.own):
@@ -60,6 +64,7 @@ def collate(
 
             for b, row in enumerate(rows_of_part[part], start=place * size):
                 lengths[a, b] = len(row)
+                numbers[a * rows[1] + b] = row.number
                 input_ids[a, b, : len(row)] = row.input_ids
                 for image, start in zip(row.images, row.image_starts, strict=True):
                     offsets = np.arange(modalities[image.modality].num_patches)
@@ -77,6 +82,32 @@ def collate(
         target_ids=target_ids,
         target_mask=target_mask,
         volumes=volumes,
+        numbers=None if number_shape is None else _number_targets(numbers, rows[:2], number_shape),
+    )
+
+
+def _number_targets(
+    numbers: Sequence[NumberTarget | None], rows: tuple[int, int], shape: tuple[int, int]
+) -> NumberTargets:
+    """Return the targets of A · B rows, with leading axes A and B."""
+    tree = answer_trees([() if number is None else number.answers for number in numbers], shape)
+    lengths = np.ones(len(numbers), np.int32)
+    errors = np.zeros((len(numbers), shape[1]), np.float32)
+    mask = np.zeros(errors.shape, bool)
+    for row, number in enumerate(numbers):
+        if number is not None:
+            lengths[row] = number.prompt_length
+            errors[row, : len(number.values)] = number.values - number.truth
+            mask[row, : len(number.values)] = True
+
+    def split(array: np.ndarray) -> np.ndarray:
+        return array.reshape(*rows, *array.shape[1:])
+
+    return NumberTargets(
+        tree=AnswerTree(tokens=split(tree.tokens), depths=split(tree.depths), next_tokens=split(tree.next_tokens)),
+        prompt_lengths=split(lengths),
+        errors=split(errors),
+        mask=split(mask),
     )
 
 

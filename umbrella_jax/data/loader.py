@@ -15,13 +15,14 @@ import numpy as np
 
 from umbrella_jax.batch import WHOLE, Batch, Parts
 from umbrella_jax.config.schema import AugmentConfig, ModalityConfig, Template
+from umbrella_jax.data.answer_trees import tree_shape
 from umbrella_jax.data.augment import check_axes, draw_augmentation
 from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.cache import Sources
 from umbrella_jax.data.collate import collate
 from umbrella_jax.data.conversation import Conversation, Image, read_conversations
 from umbrella_jax.data.epoch_plan import BatchShape, ConversationSizes, EpochPlan, PlannedUpdate, exact_shape
-from umbrella_jax.data.tokenize import CachingTokenizer, Encoded, encode, encode_all, encode_prompt
+from umbrella_jax.data.tokenize import CachingTokenizer, Encoded, NumberTarget, encode, encode_all, encode_prompt
 from umbrella_jax.data.volume import check_volumes
 from umbrella_jax.errors import DataError, Faults
 
@@ -47,6 +48,8 @@ class Dataset:
     """Random changes of the volumes in training."""
     axes: Mapping[tuple[Path, str], str | None] = field(default_factory=dict)
     """{(file, modality): orientation of the preprocessed array}, see `axis_codes`; empty without augmentation."""
+    numbers: Mapping[int, NumberTarget] = field(default_factory=dict)
+    """{number of a conversation: its target of the loss over numbers}; empty without that loss."""
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -76,7 +79,13 @@ class Dataset:
             changed = None if self.augment == _UNCHANGED else (seed, epoch, index, places[image])
             return replace(image, window=window, changed=changed) if window or changed else image
 
-        return replace(encoded, images=tuple(drawn(image) for image in encoded.images))
+        images = tuple(drawn(image) for image in encoded.images)
+        return replace(encoded, images=images, number=self.numbers.get(index))
+
+    @cached_property
+    def number_shape(self) -> tuple[int, int] | None:
+        """(N, A) of the trees of `numbers`; None if there are none."""
+        return tree_shape([number.answers for number in self.numbers.values()]) if self.numbers else None
 
     @cached_property
     def _number(self) -> dict[Image, int]:
@@ -235,6 +244,7 @@ def train_batches(
             dataset.modalities,
             update.shape,
             parts,
+            dataset.number_shape,
         )
 
     return prefetch(make, start_step, num_steps, threads)
@@ -316,7 +326,8 @@ def empty_batch(dataset: Dataset, shape: BatchShape, *, accumulate_steps: int | 
 
     Without `accumulate_steps`, it has no axis A of micro-batches.
     """
-    batch = collate([()] * (accumulate_steps or 1), dataset.volume, dataset.modalities, shape)
+    shapes: dict[str, Any] = {"number_shape": dataset.number_shape} if accumulate_steps else {}
+    batch = collate([()] * (accumulate_steps or 1), dataset.volume, dataset.modalities, shape, **shapes)
     return batch if accumulate_steps else _first(batch)
 
 

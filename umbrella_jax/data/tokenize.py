@@ -42,6 +42,20 @@ _Tokens = tuple[list[int], list[bool]]
 
 
 @dataclass(frozen=True)
+class NumberTarget:
+    """The number that a training conversation ends with, and the candidates beside it."""
+
+    answers: Sequence[Sequence[int]]
+    """Tokens of each candidate."""
+    values: np.ndarray
+    """float32 [A]; the candidates, in standard deviations of the task's training references."""
+    truth: float
+    """The number, in the same unit."""
+    prompt_length: int
+    """Positions before the answer."""
+
+
+@dataclass(frozen=True)
 class Encoded:
     """A conversation as T positions of the model's input."""
 
@@ -53,6 +67,8 @@ class Encoded:
     """Images in the order of their placeholders."""
     image_starts: np.ndarray
     """int32 [len(images)]; position of the first placeholder of each image."""
+    number: NumberTarget | None = None
+    """Set in training with a loss over numbers, if the conversation has one."""
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -33,6 +33,7 @@ from umbrella_jax.inference.windows import ExpandedDataset, expand
 from umbrella_jax.io.files import check_output, check_run_name
 from umbrella_jax.models import LlavaConfig, abstract_params, lora, native_backend, quantize
 from umbrella_jax.run.loggers import missing_loggers
+from umbrella_jax.run.number_targets import find_number_targets
 from umbrella_jax.run.summary import RunSummary, summarize, summarize_parameters
 from umbrella_jax.rundir import METRICS, Line, Say, read_metrics
 from umbrella_jax.scoring.metrics import Task, metric_names, tasks_of
@@ -197,6 +198,8 @@ def prepare(
         datasets = (shared and shared.datasets) or processor.datasets(config.data, augment=True)
         train_set = datasets["train"]
         overlap = check_overlap(datasets, allowed=config.data.allow_overlap)
+        if config.train.number_loss and not train_set.numbers:
+            train_set = replace(train_set, numbers=find_number_targets(train_set, processor, config.evaluation.tasks))
         _check_length(config, len(train_set))
         shown = {image.modality for image in train_set.windows}
         _check_shown(config, labels, shown, len(train_set))

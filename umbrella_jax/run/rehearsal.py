@@ -91,7 +91,8 @@ def _programs(run: Prepared, state: TrainState) -> Iterator[tuple[str, BatchShap
         for shape in dict.fromkeys(shape for shapes in run.data.plan.shapes for shape in shapes):
             batch = empty_batch(run.data.train_set, shape, accumulate_steps=config.train.accumulate_steps)
             arguments = state, frozen, abstract_batch(batch, mesh, axis=1)
-            lowered = jit_train_step().lower(*arguments, graphdef=graphdef, optimizer=run.training.optimizer)
+            options = {"optimizer": run.training.optimizer, "number_loss": config.train.number_loss}
+            lowered = jit_train_step().lower(*arguments, graphdef=graphdef, **options)
             yield "step", shape, lowered.compile()
         if run.data.evaluation is None:
             return

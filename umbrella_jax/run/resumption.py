@@ -109,10 +109,16 @@ def is_finished(config: RunConfig) -> bool:
 def _changed_settings(stored: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """Return a fault for each setting that differs from the stored run's and may not."""
     before, now = flat(stored), flat(config)
+    has_number_loss = config["train"]["number_loss"] is not None
+
+    def may_change(key: str) -> bool:
+        is_learnt = has_number_loss and ".numbers." in key
+        return not is_learnt and any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE)
+
     return [
         f"{key}: {now.get(key)} now, {before.get(key)} in the run; keep that, or choose another directory (--out DIR)"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE)
+        if before.get(key) != now.get(key) and not may_change(key)
     ]
 
 

@@ -122,7 +122,8 @@ def fit(
         The state after the last update.
     """
     start, skipped = int(state.step), int(state.skipped)
-    train_step = partial(jit_train_step(), graphdef=run.graphdef, optimizer=run.optimizer)
+    static = {"graphdef": run.graphdef, "optimizer": run.optimizer, "number_loss": run.config.number_loss}
+    train_step = partial(jit_train_step(), **static)
     # All rates at once, since each call takes a millisecond.
     rates = np.broadcast_to(run.schedule(np.arange(run.num_steps)), run.num_steps)
 
@@ -158,6 +159,8 @@ def fit(
                 "step_seconds": ended - started,
                 "wait_seconds": waited,  # of the devices since the last step, for data and hooks
             }
+            if "number_loss" in values:
+                line["number_loss"] = _finite(values["number_loss"])
             if line["loss"] is None or line["grad_norm"] is None:
                 skipped += 1
                 line["skipped"] = skipped
