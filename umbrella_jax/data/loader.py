@@ -48,7 +48,7 @@ class Dataset:
     """Random changes of the volumes in training."""
     axes: Mapping[tuple[Path, str], str | None] = field(default_factory=dict)
     """{(file, modality): orientation of the preprocessed array}, see `axis_codes`; empty without augmentation."""
-    numbers: Mapping[int, NumberTarget] = field(default_factory=dict)
+    number_targets: Mapping[int, NumberTarget] = field(default_factory=dict)
     """{number of a conversation: its target of the loss over numbers}; empty without that loss."""
 
     def __len__(self) -> int:
@@ -80,12 +80,13 @@ class Dataset:
             return replace(image, window=window, changed=changed) if window or changed else image
 
         images = tuple(drawn(image) for image in encoded.images)
-        return replace(encoded, images=images, number=self.numbers.get(index))
+        return replace(encoded, images=images, number=self.number_targets.get(index))
 
     @cached_property
     def number_shape(self) -> tuple[int, int] | None:
-        """(N, A) of the trees of `numbers`; None if there are none."""
-        return tree_shape([number.answers for number in self.numbers.values()]) if self.numbers else None
+        """(N, A) of the trees of `number_targets`; None if there are none."""
+        targets = self.number_targets.values()
+        return tree_shape([target.answers for target in targets]) if targets else None
 
     @cached_property
     def _number(self) -> dict[Image, int]:

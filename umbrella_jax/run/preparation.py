@@ -198,8 +198,9 @@ def prepare(
         datasets = (shared and shared.datasets) or processor.datasets(config.data, augment=True)
         train_set = datasets["train"]
         overlap = check_overlap(datasets, allowed=config.data.allow_overlap)
-        if config.train.number_loss and not train_set.numbers:
-            train_set = replace(train_set, numbers=find_number_targets(train_set, processor, config.evaluation.tasks))
+        if config.train.number_loss and not train_set.number_targets:
+            targets = find_number_targets(train_set, processor, config.evaluation.tasks)
+            train_set = replace(train_set, number_targets=targets)
         _check_length(config, len(train_set))
         shown = {image.modality for image in train_set.windows}
         _check_shown(config, labels, shown, len(train_set))
