@@ -26,8 +26,8 @@ from umbrella_jax.data.reframe import ReframedRun
 from umbrella_jax.data.voxels import Voxels
 from umbrella_jax.errors import ConfigError, DataError, is_out_of_memory
 
-_SLAB = 1 << 24
-"""Numbers of a run that are cleaned at a time: 128 MiB in float64."""
+_SLAB = 1 << 22
+"""Numbers of a run that are cleaned at a time: 32 MiB in float64, of which nilearn makes several copies."""
 
 
 def check_confounds(modalities: Mapping[str, ModalityConfig], cache: str | None) -> None:
