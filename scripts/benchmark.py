@@ -14,12 +14,14 @@ Needs: convert  the extra `torch`, 12 GB of disk
        sharing  ten minutes
        quantize the extra `quantize`, five minutes
        validate the extra `report`, 2 GB of disk, five minutes
+       baselines the extra `fmri`, two minutes
 """
 
 import argparse
 import tempfile
 from pathlib import Path
 
+from bench.baselines import baselines
 from bench.compile import compile
 from bench.convert import convert
 from bench.data import data
@@ -36,7 +38,21 @@ from bench.validate import validate
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="NAME")
-    for work in (convert, data, step, gpu, sharing, compile, loop, generate, quantize, startup, study, validate):
+    for work in (
+        convert,
+        data,
+        step,
+        gpu,
+        sharing,
+        compile,
+        loop,
+        generate,
+        quantize,
+        startup,
+        study,
+        validate,
+        baselines,
+    ):
         command = commands.add_parser(work.__name__, help=(work.__doc__ or "").splitlines()[0])
         command.add_argument("--work-dir", type=Path, help="folder for files; default a temporary one")
         command.set_defaults(work=work)
