@@ -71,6 +71,11 @@ def test_a_run_that_cannot_see_says_so(world: World, monkeypatch: pytest.MonkeyP
     assert {row["prediction"] for row in read_lines(folder / "paraphrase.jsonl")} == {"left."}
     assert all((folder / f"{name}.jsonl").stat().st_mode & 0o077 == 0 for name in CONTROLS)
 
+    out, root = world.root / "out.jsonl", world.root / "scans"
+    options = ["--image-root", root, "--control", "paraphrase", "--max-new-tokens", 3, "--batch-size", 4]
+    umbrella("predict", run, "--data", world.eval, "--out", out, *options)  # with the wordings of the run
+    assert read_lines(world.root / "out.paraphrase.jsonl") == read_lines(folder / "paraphrase.jsonl")
+
     found = json.loads(umbrella("score", run, "--json"))["controls"]
     for name in CONTROLS[:2]:
         reliance = found["tasks"]["T1"][name]["reliance"]

@@ -359,7 +359,8 @@ def predict(
             Those of candidate numbers are always computed.
         schema: JSON schema that every answer follows, instead of those of `tasks`.
         controls: also answer under these, as in `evaluation.controls` of a configuration.
-        paraphrases: as `evaluation.paraphrases` of a configuration, for the control `paraphrase`.
+        paraphrases: as `evaluation.paraphrases` of a configuration, for the control `paraphrase`; by default those of
+            the run.
         windows, tasks: as `evaluation.windows` and `evaluation.tasks` of a configuration; by default those of the run.
         modalities: modalities for a stock LLaVA.
         allow_untrained, step: as for `umbrella_jax.load`.
@@ -409,6 +410,9 @@ def predict(
         if isinstance(checkpoint, RunCheckpoint):
             of_run = load_stored_config(checkpoint.path / CONFIG).evaluation
             windows, tasks = windows or of_run.windows, of_run.tasks if tasks is None else tasks
+            if paraphrases is None:
+                asked = set(map(task_of, rows))
+                paraphrases = {task: texts for task, texts in of_run.paraphrases.items() if task in asked}
         expanded = expand(dataset, windows or "first")
         configured = {name: task for name, task in (tasks or {}).items() if name in set(map(task_of, rows))}
         # how the answers of several windows are merged depends on the task
