@@ -1,4 +1,4 @@
-"""Put the evidence about a run into words: how sure it is, whether it needs the scan, and where it is weak."""
+"""Put the evidence about a run into words: how sure it is, whether it needs the scan, and its limitations."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ def task_summaries(facts: Facts) -> list[TaskSummary]:
 
 
 def abstract(facts: Facts) -> str:
-    """Return what was trained and what was asked of whom."""
+    """Return sentences about the training data and the questions."""
     train = facts.data.get("train", {})
     learnt = ""
     if "conversations" in train:

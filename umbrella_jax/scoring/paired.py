@@ -11,7 +11,7 @@ from umbrella_jax.scoring.metrics import answer_values, statistic_of
 from umbrella_jax.scoring.tasks import Prediction, Task
 
 PERMUTATIONS = 9999
-"""Number of random permutations; if all of them are not more, each is made once."""
+"""Number of random permutations. Fewer possible ones are enumerated instead."""
 MCNEMAR, EXACT, RANDOM = "exact McNemar", "exact permutation", "random permutation"
 _CHUNK = 2**21
 """Number of weights in memory at a time."""
