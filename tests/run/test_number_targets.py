@@ -64,7 +64,7 @@ def test_targets_are_the_numbers_of_configured_tasks(world: World) -> None:
 
 
 def test_a_run_logs_the_loss_over_numbers(world: World, tmp_path: Path) -> None:
-    """Beside the cross entropy, which alone an evaluation has; the candidates may not change when it resumes."""
+    """It decreases, apart from the cross entropy. The candidates may not change when the run resumes."""
     flags = ["--eval-data", world.train, "--set", "train.number_loss={weight: 3}", "--set", "train.max_new_tokens=12"]
     grid = "evaluation.tasks={age: {numbers: {low: 20, high: 29}}}"
     out = tmp_path / "run"
