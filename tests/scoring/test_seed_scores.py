@@ -103,7 +103,7 @@ def test_the_command_scores_a_directory_of_seeds(tmp_path: Path, capsys: pytest.
     for seed in RIGHT:
         control = Path(out, f"seed-{seed}", "controls", "step_2", "blank.jsonl")
         control.parent.mkdir(parents=True)
-        control.write_text("".join(json.dumps(row) + "\n" for row in rows([0, 1, 0, 0])))
+        control.write_text("".join(json.dumps(row | {"control": "blank"}) + "\n" for row in rows([0, 1, 0, 0])))
     assert main(["score", out, "--table", "csv"]) == 0
     model, blank = csv.DictReader(io.StringIO(capsys.readouterr().out))
     assert (float(model["value"]), float(model["sd"]), model["seeds"]) == (0.75, pytest.approx(0.25), "3")
