@@ -273,7 +273,7 @@ def generate(
         sampling: how to choose tokens; by default always the most likely.
         seeds: one seed per row for random draws; by default the row's number. The same seed and prompt give the same
             answer, whatever other rows are in the batch.
-        masks: limits of the rows' tokens, such as a new `JsonSchemaMasks`.
+        masks: limits of the rows' tokens, such as `JsonConstraint.masks` returns them.
 
     Raises:
         ConfigError: the number of `seeds` differs from that of rows, or a seed is not a uint32; `max_new_tokens` is

@@ -4,10 +4,12 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
+from umbrella_jax.scoring import weighted_statistics
 from umbrella_jax.scoring.tasks import Prediction, label_of
 
 Key = TypeVar("Key")
@@ -46,6 +48,13 @@ class Statistic:
     chance: float | None
     is_share: bool = False
     """Whether the value is a share of answers or votes."""
+
+    @classmethod
+    def mean(
+        cls, values: np.ndarray, subject: np.ndarray, chance: float | None = None, *, is_share: bool = False
+    ) -> "Statistic":
+        """Return the mean of a value of each answer [n]; with `is_share`, of whether something is true of it."""
+        return cls(partial(weighted_statistics.mean, values=values), subject, chance, is_share)
 
 
 @dataclass(frozen=True)

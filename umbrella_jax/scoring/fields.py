@@ -27,8 +27,8 @@ def field_statistics(task: Task, rows: Sequence[Prediction], subject: np.ndarray
     exact = np.array([task.answer_of(row) == task.truth(row) for row in rows])
     most = max(Counter(map(task.truth, rows)).values()) / len(rows) if rows else None
     statistics = {
-        "accuracy": _mean(exact, subject, most, is_share=True),
-        "unparsable": _mean(np.array([answer is None for answer in answers]), subject, None, is_share=True),
+        "accuracy": Statistic.mean(exact, subject, most, is_share=True),
+        "unparsable": Statistic.mean(np.array([answer is None for answer in answers]), subject, is_share=True),
     }
     all_right, all_known, by_chance = np.zeros(len(rows)), np.zeros(len(rows)), 0
     for field, is_number in task.schema.fields.items():
@@ -39,8 +39,8 @@ def field_statistics(task: Task, rows: Sequence[Prediction], subject: np.ndarray
             low, high = task.ranges.get(field, (np.nan, np.nan))
             worst = np.maximum(truths - low, high - truths)
             error = np.where(np.isnan(numbers), worst, np.abs(numbers - truths))[known]
-            spread = np.abs(truths[known] - np.median(truths[known])).mean() if known.any() else None
-            statistics[f"field_mae/{field}"] = _mean(error, subject[known], spread)
+            spread = float(np.abs(truths[known] - np.median(truths[known])).mean()) if known.any() else None
+            statistics[f"field_mae/{field}"] = Statistic.mean(error, subject[known], spread)
             continue
         texts = [field_text(reference, field) for reference in references]
         known = np.array([text is not None for text in texts], bool)
@@ -48,8 +48,8 @@ def field_statistics(task: Task, rows: Sequence[Prediction], subject: np.ndarray
             [field_text(answer, field) == text for answer, text in zip(answers, texts, strict=True)]
         )
         frequent = max(Counter(text for text in texts if text is not None).values(), default=0)
-        chance = frequent / known.sum() if known.any() else None
-        statistics[f"field_accuracy/{field}"] = _mean(right[known], subject[known], chance, is_share=True)
+        chance = float(frequent / known.sum()) if known.any() else None
+        statistics[f"field_accuracy/{field}"] = Statistic.mean(right[known], subject[known], chance, is_share=True)
         all_right, all_known, by_chance = all_right + right, all_known + known, by_chance + frequent
     chance = by_chance / all_known.sum() if all_known.any() else None
     ratio = partial(weighted_statistics.ratio, part=all_right, whole=all_known)
@@ -61,8 +61,3 @@ def compare_fields(task: Task, row: Prediction) -> list[tuple[str, str | None, s
     assert task.schema is not None
     reference, answer = map(parse_answer_object, (task.reference_text(row), str(row["prediction"])))
     return [(name, field_text(reference, name), field_text(answer, name)) for name in task.schema.fields]
-
-
-def _mean(values: np.ndarray, subject: np.ndarray, chance: float | None, *, is_share: bool = False) -> Statistic:
-    chance = None if chance is None else float(chance)
-    return Statistic(partial(weighted_statistics.mean, values=values), subject, chance, is_share)

@@ -308,7 +308,7 @@ def _negated(matches: Sequence[_Match], tokens: Sequence[_Token]) -> set[int]:
 
 
 def _own_statement(tokens: Sequence[_Token]) -> bool:
-    """Return whether a verb stands before a comma."""
+    """Return whether a comma follows a verb."""
     texts = [token.text for token in tokens]
     return "," in texts and any(text in _MEMBERS for text in texts[: len(texts) - texts[::-1].index(",")])
 

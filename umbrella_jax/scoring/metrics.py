@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -399,12 +399,8 @@ def _listed(texts: Iterable[str]) -> str:
 # Statistics as functions of the answers' weights.
 
 
-def _mean(values: np.ndarray, subject: np.ndarray, chance: float | None) -> Statistic:
-    return Statistic(partial(weighted_statistics.mean, values=values), subject, chance)
-
-
 def _share(which: np.ndarray, subject: np.ndarray, chance: float | None) -> Statistic:
-    return replace(_mean(which, subject, chance), is_share=True)
+    return Statistic.mean(which, subject, chance, is_share=True)
 
 
 def _part(values: np.ndarray, subject: np.ndarray, which: np.ndarray, chance: float | None) -> Statistic:
@@ -456,7 +452,7 @@ def _classification(task: Task, rows: Sequence[Prediction], subject: np.ndarray)
     auroc = partial(weighted_statistics.macro_auroc, truth=one_hot, probability=probability)
     return statistics | {
         "auroc": Statistic(auroc, subject, 0.5),
-        "brier": _mean(brier, subject, float((1 - (share**2).sum()) / 2)),
+        "brier": Statistic.mean(brier, subject, float((1 - (share**2).sum()) / 2)),
         "ece": Statistic(partial(weighted_statistics.calibration_error, **calibration), subject, None),
     }
 
@@ -532,7 +528,7 @@ def _regression(
     # Correlations leave out answers without a number: their replacements above depend on the truth.
     pair, own = {"x": truth[~none], "y": answer[~none]}, subject[~none]
     statistics = {
-        "mae": _mean(np.abs(error), subject, float(np.abs(truth - np.median(truth)).mean())),
+        "mae": Statistic.mean(np.abs(error), subject, float(np.abs(truth - np.median(truth)).mean())),
         "rmse": Statistic(partial(weighted_statistics.rmse, error=error), subject, float(truth.std())),
         "r2": Statistic(partial(weighted_statistics.r2, truth=truth, answer=answer), subject, 0.0),
         "pearson": Statistic(partial(weighted_statistics.pearson, **pair), own, 0.0),

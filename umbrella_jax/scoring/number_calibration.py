@@ -9,7 +9,7 @@ import numpy as np
 from umbrella_jax.console import table_lines, wrapped
 from umbrella_jax.scoring.bootstrap import Figure, Statistic, number_subjects, resample_statistics, subject_of
 from umbrella_jax.scoring.metrics import numbers_of, short, span
-from umbrella_jax.scoring.numeric import coverage_statistic, distributions_of, mean_statistic
+from umbrella_jax.scoring.numeric import coverage_statistic, distributions_of
 from umbrella_jax.scoring.tasks import Prediction, Task, by_task
 
 CALIBRATION_LEVELS = (10, 20, 30, 40, 50, 60, 70, 80, 90, 95)
@@ -90,7 +90,7 @@ def calibrate_numbers(
             low, high = numbers.interval(level)
             masses[name, level] = float(numbers.mass(low, high).mean())
             statistics[name, level, "coverage"] = coverage_statistic(low, high, truth, subject)
-            statistics[name, level, "width"] = mean_statistic(high - low, subject, None)
+            statistics[name, level, "width"] = Statistic.mean(high - low, subject)
     answers = max(map(len, groups.values()))
     samples = resample_statistics(statistics, len(subjects), answers, resamples=resamples, seed=seed)
     return NumberCalibration(

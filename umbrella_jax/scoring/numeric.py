@@ -115,22 +115,17 @@ def number_statistics(
         "pearson/expectation": Statistic(
             partial(weighted_statistics.pearson, x=truth, y=expectation), subject, chances["pearson"]
         ),
-        "crps": mean_statistic(numbers.crps(truth), subject, float(spread)),
-        **{f"mae/{part}": mean_statistic(values, subject, chances["mae"]) for part, values in absolute.items()},
+        "crps": Statistic.mean(numbers.crps(truth), subject, float(spread)),
+        **{f"mae/{part}": Statistic.mean(values, subject, chances["mae"]) for part, values in absolute.items()},
     }
     for level in LEVELS:
         low, high = numbers.interval(level)
         statistics[f"coverage/{level}"] = coverage_statistic(low, high, truth, subject)
-        statistics[f"interval_width/{level}"] = mean_statistic(high - low, subject, None)
+        statistics[f"interval_width/{level}"] = Statistic.mean(high - low, subject)
     return statistics
-
-
-def mean_statistic(values: np.ndarray, subject: np.ndarray, chance: float | None) -> Statistic:
-    """Return the statistic of the mean of values."""
-    return Statistic(partial(weighted_statistics.mean, values=values), subject, chance)
 
 
 def coverage_statistic(low: np.ndarray, high: np.ndarray, truth: np.ndarray, subject: np.ndarray) -> Statistic:
     """Return the statistic of the share of truths from `low` to `high`, both included."""
     inside = (low <= truth) & (truth <= high)
-    return Statistic(partial(weighted_statistics.mean, values=inside), subject, None, is_share=True)
+    return Statistic.mean(inside, subject, is_share=True)

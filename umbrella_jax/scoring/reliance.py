@@ -16,13 +16,14 @@ estimates the information that the model uses in the scan (Ethayarajh et al. 202
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from umbrella_jax.config.schema import Metric
 from umbrella_jax.console import plural, table_lines, wrapped
 from umbrella_jax.errors import DataError, Faults
 from umbrella_jax.scoring import weighted_statistics
@@ -34,7 +35,15 @@ from umbrella_jax.scoring.bootstrap import (
     resample_statistics,
     subject_of,
 )
-from umbrella_jax.scoring.metrics import COLUMNS, check_answers, figure_rows, numbers_of, short, subject_keys
+from umbrella_jax.scoring.metrics import (
+    COLUMNS,
+    answer_values,
+    check_answers,
+    figure_rows,
+    numbers_of,
+    short,
+    subject_keys,
+)
 from umbrella_jax.scoring.parse_answer import normalise
 from umbrella_jax.scoring.seeds import drawn_seeds, interval_note, mean_over_seeds
 from umbrella_jax.scoring.tasks import METRICS, Prediction, Task, by_task, task_of
@@ -65,7 +74,7 @@ _Pair = tuple[Prediction, Prediction]
 class ControlFigures:
     """One task's answers under one control, beside the true ones to the same conversations."""
 
-    metric: str | None
+    metric: Metric | None
     """`accuracy`, or `mae` of a regression; None if the task has neither, and then only `changed` is computed."""
     true: Figure | None
     """The metric with the scans. Its `chance`, and that of `control`, is E: the metric of the control's answers if they
@@ -349,19 +358,22 @@ def _resample(
             answers = [[true for true, _ in phrasings[0]], *([other for _, other in pairs] for pairs in phrasings)]
             subject = np.array([numbers[subject_of(row)] for row in answers[0]])
             equal = [~_changed(how, one, other) for one, other in itertools.combinations(answers, 2)]
-            share = partial(weighted_statistics.mean, values=np.mean(equal, axis=0))
-            statistics[task, (PARAPHRASE, ""), "agreement"] = Statistic(share, subject, None, is_share=True)
+            statistics[task, (PARAPHRASE, ""), "agreement"] = Statistic.mean(
+                np.mean(equal, axis=0), subject, is_share=True
+            )
             if how.kind == "regression":
                 values = [numbers_of(how, own)[1] for own in answers]
                 difference = np.array([np.abs(one - other) for one, other in itertools.combinations(values, 2)])
                 parsed = ~np.isnan(difference)
-                mean = partial(_ratio, above=np.where(parsed, difference, 0).sum(0), below=parsed.sum(0).astype(float))
+                mean = partial(
+                    weighted_statistics.ratio, part=np.where(parsed, difference, 0).sum(0), whole=parsed.sum(0)
+                )
                 statistics[task, (PARAPHRASE, ""), "difference"] = Statistic(mean, subject, None)
     most = max((len(statistic.subject) for statistic in statistics.values()), default=1)
     return resample_statistics(statistics, len(numbers), most, resamples=resamples, seed=seed)
 
 
-def _metric(task: Task) -> str | None:
+def _metric(task: Task) -> Metric | None:
     if task.kind == "regression":
         return "mae"
     return "accuracy" if "accuracy" in METRICS[task.kind] or task.schema is not None else None
@@ -371,32 +383,22 @@ def _statistics(
     task: Task, true: Sequence[Prediction], other: Sequence[Prediction], subject: np.ndarray
 ) -> dict[str, Statistic]:
     """Return the statistics of one task under one control."""
-
-    def statistic(compute: Callable[[np.ndarray], np.ndarray], *, is_share: bool = False) -> Statistic:
-        return Statistic(compute, subject, None, is_share)
-
-    def mean(values: np.ndarray, *, is_share: bool = False) -> Statistic:
-        return statistic(partial(weighted_statistics.mean, values=values), is_share=is_share)
-
-    statistics = {"changed": mean(_changed(task, true, other), is_share=True)}
+    statistics = {"changed": Statistic.mean(_changed(task, true, other), subject, is_share=True)}
     if task.answers is not None and all(row.get("likelihoods") for row in (*true, *other)):
-        statistics["nats"] = mean(_log_p(task, true) - _log_p(task, other))
+        statistics["nats"] = Statistic.mean(_log_p(task, true) - _log_p(task, other), subject)
     if (metric := _metric(task)) is None:
         return statistics
+    true_value, value = (answer_values(task, metric, rows) for rows in (true, other))
+    assert true_value is not None
+    assert value is not None
     if metric == "mae":
-        truth, with_scan = numbers_of(task, true)
-        _, answer = numbers_of(task, other)
+        truth, answer = numbers_of(task, other)
         worst = np.maximum(truth - truth.min(), truth.max() - truth)  # an answer without a number, as in `score`
-        true_value, value = (
-            np.where(np.isnan(numbers), worst, np.abs(numbers - truth)) for numbers in (with_scan, answer)
-        )
         chance = partial(_paired_error, truth=truth, answer=answer, worst=worst)
         sign = -1
     else:
         truths = np.array([task.truth(row) for row in true])
         answers = np.array([task.answer_of(row) for row in other])
-        true_value = np.array([task.answer_of(row) for row in true]) == truths
-        value = answers == truths
         chance = partial(_agreement, truth=truths, answer=answers)
         sign = 1
 
@@ -408,18 +410,12 @@ def _statistics(
 
     share = metric == "accuracy"
     return statistics | {
-        "true": mean(true_value, is_share=share),
-        "control": mean(value, is_share=share),
-        "chance": statistic(chance),
-        "margin": statistic(margin),
-        "lost": statistic(lost),
+        "true": Statistic.mean(true_value, subject, is_share=share),
+        "control": Statistic.mean(value, subject, is_share=share),
+        "chance": Statistic(chance, subject, None),
+        "margin": Statistic(margin, subject, None),
+        "lost": Statistic(lost, subject, None),
     }
-
-
-def _ratio(w: np.ndarray, above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Return Σ above / Σ below, [R], of values [n] and weights [n, R]."""
-    ratio: np.ndarray = (above @ w) / (below @ w)
-    return ratio
 
 
 _ROUNDING = 1e-9
@@ -574,7 +570,11 @@ def _paraphrase_figures(
         return None if values is None else values.figure()
 
     agreement = resampled[name, (PARAPHRASE, ""), "agreement"].figure()
-    span = f" (95 % interval: {_percent(agreement.low)} to {_percent(agreement.high)})" if agreement.high else ""
+    span = (
+        f" (95 % interval: {_percent(agreement.low)} to {_percent(agreement.high)})"
+        if agreement.high is not None
+        else ""
+    )
     return ParaphraseFigures(
         metric=_metric(task),
         agreement=agreement,
