@@ -15,6 +15,7 @@ from umbrella_jax.inference.controls import (
     Changed,
     change_conversations,
     control_dataset,
+    inapplicable_lines,
     left_out_lines,
     make_controls,
 )
@@ -83,6 +84,20 @@ def test_another_modality_is_the_same_subjects() -> None:
     assert shown(made) == [[str(scan("a", "rsfMRI").path)], [str(scan("a").path)]]
     assert made.rows[2]["left_out"] == "its subject has no scan of another modality in the data"
     assert made.conversations[2] == asked[2]
+
+
+def test_another_modality_is_not_one_that_is_shown_anyway() -> None:
+    asked = [ask(scan("a"), scan("a", "rsfMRI")), ask(scan("a"))]
+    (made,) = change(asked, "other-modality")["other-modality"]
+    assert made.asked == [1]
+    assert made.rows[0]["left_out"] == "its subject has no scan of another modality that it does not show in the data"
+
+
+def test_controls_of_questions_without_scans_are_left_out_with_a_line() -> None:
+    assert inapplicable_lines(["blank", "paraphrase"], [ask(scan("a")), ask()]) == []
+    assert inapplicable_lines(["blank", "noise", "paraphrase"], [ask()]) == [
+        "blank, noise: left out: no conversation of the data shows a scan"
+    ]
 
 
 def test_a_question_is_put_in_other_words() -> None:

@@ -62,7 +62,7 @@ def test_a_run_that_cannot_see_says_so(world: World, monkeypatch: pytest.MonkeyP
     assert [file.name for file in folder.iterdir()] == ["blank.jsonl"]
     printed = umbrella(*flags, "--resume")
     assert asked == [f"{name} at step 30" for name in ("blank", "shuffled", "shuffled", "paraphrase")]
-    assert "controls at step 30:\n  T1: the answers do not depend on the scan: none of 20 answers changes" in printed
+    assert "controls at step 30:\n  T1: the answers hardly depend on the scan: none of 20 answers changes" in printed
 
     true = read_lines(run / "predictions" / "step_30.jsonl")
     assert [row["prediction"] for row in true] == [row["reference"] for row in true]

@@ -12,13 +12,15 @@ import pytest
 
 from tests.helpers import small_run
 from tests.helpers.small_run import World, numbers, read_lines, umbrella, write_json
-from umbrella_jax.config.schema import TrainConfig
+from umbrella_jax.config.schema import TaskConfig, TrainConfig
 from umbrella_jax.errors import DataError
 from umbrella_jax.inference import predict
 from umbrella_jax.run import cross_validation
+from umbrella_jax.run.cross_validation import tasks_to_answer
 from umbrella_jax.run.preparation import Shared
 from umbrella_jax.rundir import step_to_test
 from umbrella_jax.scoring.folds import NOTE
+from umbrella_jax.scoring.tasks import Task
 from umbrella_jax.study.lock import read_lock
 
 SETTINGS = ("train.save_steps=2", "train.eval_steps=2", "evaluation.likelihoods=true", "evaluation.controls=[blank]")
@@ -108,6 +110,19 @@ def test_each_fold_is_the_run_and_the_answers_that_it_would_have_alone(cv: Path,
     ours = read_lines(answers_of(cv, 2))
     assert [row.pop("likelihoods").keys() for row in ours] == [{"left.", "right."}] * 2
     assert ours == read_lines(tmp_path / "test.jsonl")
+
+
+def test_each_fold_answers_with_the_settings_of_its_tasks() -> None:
+    configured = {"note": TaskConfig(schema="note.json"), "age": TaskConfig(unit="years")}
+    tasks = {"note": Task("report", ("accuracy",)), "age": Task("regression", ("mae",)), "sex": SEX}
+    assert tasks_to_answer(configured, tasks) == {
+        "note": TaskConfig(kind="report", schema="note.json"),
+        "age": TaskConfig(kind="regression", unit="years"),
+        "sex": TaskConfig(kind="classification", answers=("female", "male")),
+    }
+
+
+SEX = Task("classification", ("accuracy",), ("female", "male"))
 
 
 def test_answers_are_pooled_and_scored_once(printed: str, cv: Path) -> None:

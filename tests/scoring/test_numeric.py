@@ -1,5 +1,7 @@
 """Numbers with intervals: distributions set by hand, and every figure against its definition."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy.integrate import quad
@@ -10,6 +12,7 @@ from umbrella_jax.scoring.metrics import score, tasks_of
 from umbrella_jax.scoring.number_calibration import calibrate_numbers
 from umbrella_jax.scoring.number_grid import NumberGrid
 from umbrella_jax.scoring.numeric import NumberDistributions, read_number
+from umbrella_jax.scoring.tasks import number_tasks
 
 
 def make_rows(truths, values, probabilities, text="{:g} years."):
@@ -95,6 +98,22 @@ def test_intervals_of_a_calibrated_model_cover_as_they_say() -> None:
 
 
 PLACE = "evaluation.tasks.age.numbers"
+
+
+@pytest.mark.parametrize("text", ["{} months", "T 3: {} years"])
+def test_refuses_a_text_in_which_the_candidates_are_not_read_as_numbers(text: str) -> None:
+    rows = [{"task_id": str(n), "task_type": "age", "reference": f"{n} years", "metadata": {}} for n in (4, 5)]
+    numbers = NumbersConfig(low=4, high=6, text=text)
+    with pytest.raises(ConfigError, match=rf"{PLACE}: candidate '{text.format(4)}' cannot be read as 4 years"):
+        number_tasks(rows, {"age": TaskConfig(numbers=numbers)})
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"step": 0}, {"step": math.nan}, {"high": math.inf}, {"high": math.nan}, {"low": -math.inf}]
+)
+def test_refuses_candidates_without_end(numbers: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(numbers))):
+        NumbersConfig(**{"low": 0, "high": 9, **numbers})
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_answers_from_the_text_have_reliance_0() -> None:
     assert reliance(own).value == 0
     assert low < 0 < high < 0.25
     assert own.verdict == (
-        "the answers do not depend on the scan: none of 40 answers changes with blank volumes (95 % interval: at most "
+        "the answers hardly depend on the scan: none of 40 answers changes with blank volumes (95 % interval: at most "
         "9 % do)."
     )
     few = compare(true[:4], blank=under("blank", true[:4], [row["prediction"] for row in true[:4]]))
@@ -136,6 +136,30 @@ def test_answers_from_the_scan_have_reliance_1() -> None:
     own = compare(true, shuffled=under("shuffled", true, answers)).controls["sex"]["shuffled"]
     low, high = ends(own)
     assert 0.7 < low < 1 < high < 1.3
+
+
+def test_a_small_fall_of_log_p_is_not_called_independence() -> None:
+    def likelihoods(male: float) -> dict[str, float]:
+        return {"male": math.log(male), "female": math.log(1 - male)}
+
+    right, blank = (
+        [{**row, "likelihoods": likelihoods(p if row["reference"] == "male" else 1 - p)} for row in TRUE * 3]
+        for p in (0.9, 0.8)
+    )
+    true = [{**row, "metadata": {"subject_id": str(n)}, "task_id": str(n)} for n, row in enumerate(right)]
+    other = [
+        {**row, "likelihoods": lower["likelihoods"], "control": "blank"} for row, lower in zip(true, blank, strict=True)
+    ]
+    other[0]["likelihoods"] = true[0]["likelihoods"]  # else all resamples agree
+    (verdict,) = compare(true, blank=other).verdicts()
+    assert "hardly depend" in verdict
+    assert verdict.endswith("though log p(right answer) falls by 0.113 nats.")
+
+
+def test_one_subject_shows_nothing_about_others() -> None:
+    one = [{**row, "metadata": {"subject_id": "sub-1"}} for row in TRUE]
+    (verdict,) = compare(one, blank=under("blank", one, ["male"] * 8)).verdicts()
+    assert verdict.endswith("reliance has no interval.")
 
 
 def test_no_reliance_without_accuracy_beyond_chance() -> None:
@@ -195,6 +219,7 @@ def test_agreement_of_phrasings_by_hand() -> None:
 def test_refuses_answers_to_other_conversations() -> None:
     blank = under("blank", TRUE, ["male"] * 8)
     for control, fault in [
+        ([], "blank: no answers"),
         (blank[1:], "blank: 7 answers, not to the same conversations as the 8 true ones; they differ in sex-0"),
         ([*blank[1:], {**blank[0], "reference": "female"}], "blank: sex-0: its reference differs"),
         ([*blank[1:], {**blank[0], "control": "noise"}], "blank: sex-0: not an answer under this control"),

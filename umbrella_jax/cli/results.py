@@ -24,7 +24,7 @@ from umbrella_jax.cli.options import (
 )
 from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import EvaluationConfig
-from umbrella_jax.console import plural
+from umbrella_jax.console import plural, wrapped
 from umbrella_jax.errors import ConfigError, DataError, visible
 from umbrella_jax.io.files import strict_json
 from umbrella_jax.rundir import CONTROL_NAMES, Step
@@ -160,7 +160,7 @@ def _runs(arguments: argparse.Namespace) -> None:
 
 def _score(arguments: argparse.Namespace) -> None:
     from umbrella_jax.report.compare_folds import read_folds
-    from umbrella_jax.report.predictors import read_controls
+    from umbrella_jax.report.predictors import lacking_controls, read_controls
     from umbrella_jax.rundir import fold_runs, seed_runs
     from umbrella_jax.scoring.adjustment import adjust_scores
     from umbrella_jax.scoring.folds import NOTE, score_folds
@@ -201,6 +201,7 @@ def _score(arguments: argparse.Namespace) -> None:
     more: dict[str, Any] = {}
     if calibration := calibrate_numbers(rows, tasks, resamples=config.resamples):
         more["numbers"] = calibration
+    _print_lacking(lacking_controls(files, arguments.control))
     controls = {name: _joined(own) for name, own in read_controls(files, arguments.control).items()}
     if controls:
         more["controls"] = score_controls(rows, controls, tasks, resamples=config.resamples)
@@ -219,6 +220,11 @@ def _score(arguments: argparse.Namespace) -> None:
         beside = {name: [own] for name, own in controls.items()}
         compared = _compare(arguments, [rows], beside, tasks, config.resamples, (NOTE,) if folds else ())
     _print_scores(arguments, titles, scores, more, compared, {})
+
+
+def _print_lacking(lines: Sequence[str]) -> None:
+    for line in lines:
+        print("\n".join(wrapped(line)), file=sys.stderr)
 
 
 def _joined(parts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -279,7 +285,7 @@ def _print_scores(
 def print_folds(directory: Path) -> None:
     """Print the scores of a cross-validation, as `score` does; if a fold is not finished, which ones instead."""
     from umbrella_jax.report.compare_folds import read_folds, unfinished_folds
-    from umbrella_jax.report.predictors import read_controls
+    from umbrella_jax.report.predictors import lacking_controls, read_controls
     from umbrella_jax.rundir import fold_runs
     from umbrella_jax.scoring.folds import score_folds
     from umbrella_jax.scoring.metrics import cut_faults, tasks_of
@@ -295,6 +301,7 @@ def print_folds(directory: Path) -> None:
     if faults := cut_faults(folds.pooled, tasks):
         raise DataError(faults)
     scores: list[Any] = [score_folds(folds.rows, tasks, resamples=folds.evaluation.resamples)]
+    _print_lacking(lacking_controls(list(folds.files.values())))
     controls = {name: _joined(own) for name, own in read_controls(list(folds.files.values())).items()}
     if controls:
         scores.append(score_controls(folds.pooled, controls, tasks, resamples=folds.evaluation.resamples))
@@ -349,7 +356,7 @@ def _predictions_of(
 
 def _score_seeds(arguments: argparse.Namespace, runs: Mapping[int, Path]) -> None:
     from umbrella_jax.report.compare_seeds import read_seeds
-    from umbrella_jax.report.predictors import read_controls
+    from umbrella_jax.report.predictors import lacking_controls, read_controls
     from umbrella_jax.scoring.metrics import tasks_of
     from umbrella_jax.scoring.reliance import score_control_seeds
     from umbrella_jax.scoring.seeds import score_seeds
@@ -359,6 +366,7 @@ def _score_seeds(arguments: argparse.Namespace, runs: Mapping[int, Path]) -> Non
     config = settings.evaluation if settings else answers.evaluation
     tasks = tasks_of(next(iter(answers.rows.values())), config.tasks)
     scores = score_seeds(answers.rows, tasks, resamples=config.resamples)
+    _print_lacking(lacking_controls(list(answers.files.values()), arguments.control))
     controls = read_controls(list(answers.files.values()), arguments.control)
     more: dict[str, Any] = {}
     if controls:

@@ -619,6 +619,8 @@ class NumbersConfig(Section):
     def contradictions(self) -> Iterator[str]:
         if self.high <= self.low:
             yield f"high: expected more than low ({self.low:g}), got {self.high:g}"
+        elif not math.isfinite(self.high - self.low) or not self.step > 0:
+            pass  # a fault of its own
         elif not 1 <= (steps := (self.high - self.low) / self.step) < MAX_NUMBERS:
             yield f"step: {self.step:g} gives {int(steps) + 1:,} candidates; expected 2 to {MAX_NUMBERS}"
         if self.text is not None and len(re.findall(NUMBER_PLACE, self.text)) != 1:

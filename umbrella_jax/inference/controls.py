@@ -11,6 +11,7 @@ A control changes conversations before they are encoded, so an image token takes
 shown. Draws depend on the seed and on the scans of the data set, never on batches, devices or the model.
 """
 
+import itertools
 from bisect import bisect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,6 +107,13 @@ def applicable_controls(names: Sequence[ControlName], conversations: Sequence[Co
     return [name for name in names if shown or name == "paraphrase"]
 
 
+def inapplicable_lines(names: Sequence[ControlName], conversations: Sequence[Conversation]) -> list[str]:
+    """Return a line about the names that `applicable_controls` leaves out, if there are any."""
+    kept = applicable_controls(names, conversations)
+    left_out = [name for name in names if name not in kept]
+    return [f"{', '.join(left_out)}: left out: no conversation of the data shows a scan"] if left_out else []
+
+
 _Replaced = Mapping[int, Image] | str
 """{number of an image of a conversation: image shown instead}, or why there is none."""
 
@@ -189,11 +197,11 @@ class _Scans:
                 return self._same_place(image, self._of[image.modality][subject])
         return None
 
-    def of_another_modality(self, image: Image) -> Image | None:
-        """Return the same subject's scan of the model's next modality that the subject has."""
+    def of_another_modality(self, image: Image, shown: frozenset[str]) -> Image | None:
+        """Return the same subject's scan of the model's next modality that is not `shown` and that the subject has."""
         first = self.modalities.index(image.modality) + 1
         for name in (*self.modalities[first:], *self.modalities[: first - 1]):
-            if scans := self._of[name].get(self.subject(image)):
+            if name not in shown and (scans := self._of[name].get(self.subject(image))):
                 return self._same_place(image, scans)
         return None
 
@@ -221,11 +229,13 @@ def _noise(_: _Scans, conversation: Conversation) -> _Replaced:
 
 
 def _other_modality(scans: _Scans, conversation: Conversation) -> _Replaced:
-    replaced = dict[int, Image]()
-    for number, (image, queried) in enumerate(zip(conversation.images, scans.queried(conversation), strict=True)):
+    replaced, in_question = dict[int, Image](), scans.queried(conversation)
+    shown = frozenset(itertools.compress((image.modality for image in conversation.images), in_question))
+    for number, (image, queried) in enumerate(zip(conversation.images, in_question, strict=True)):
         if queried:
-            if (other := scans.of_another_modality(image)) is None:
-                return "its subject has no scan of another modality in the data"
+            if (other := scans.of_another_modality(image, shown)) is None:
+                several = " that it does not show" if len(shown) > 1 else ""
+                return f"its subject has no scan of another modality{several} in the data"
             replaced[number] = other
     return replaced or _NO_IMAGE
 

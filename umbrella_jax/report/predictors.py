@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from umbrella_jax.console import plural
 from umbrella_jax.errors import ConfigError, DataError, Faults, why_not_a_directory
 from umbrella_jax.rundir import CONTROL_NAMES, controls_of
 from umbrella_jax.scoring.metrics import pool_predictions, read_predictions
@@ -65,3 +66,16 @@ def read_controls(predictions: Sequence[Path], asked: Sequence[str] | None = Non
         if (asked is None or name in asked) and all(name in own for own in files.values())
     ]
     return {name: [read_predictions(own[name]) for own in files.values()] for name in names}
+
+
+def lacking_controls(predictions: Sequence[Path], asked: Sequence[str] | None = None) -> list[str]:
+    """Return a line per control that some of these predictions files have, and others lack; none for those `asked`."""
+    files = {file: controls_of(file) for file in predictions}
+    lines = list[str]()
+    for name in CONTROL_NAMES if asked is None else ():
+        lacking = [file for file, own in files.items() if name not in own]
+        if 0 < len(lacking) < len(files):
+            others = f" and {plural(len(lacking) - 1, 'other file')}" if len(lacking) > 1 else ""
+            missing = f"no such answers of {lacking[0]}{others}"
+            lines.append(f"{name}: left out: {missing}; predict again with --control {name}")
+    return lines

@@ -4,7 +4,7 @@ Each fold has an ordinary run, `output_dir`/fold-K, which reads the fold's train
 then answers the fold's test set, into fold-K/test.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from umbrella_jax.config.schema import RunConfig, TaskConfig
 from umbrella_jax.data.conversation import LOCK_FILE, Conversation, read_conversations
 from umbrella_jax.distributed import broadcast, check_same, raise_together
 from umbrella_jax.errors import ConfigError, DataError, Faults
-from umbrella_jax.inference.controls import applicable_controls, change_conversations
+from umbrella_jax.inference.controls import applicable_controls, change_conversations, inapplicable_lines
 from umbrella_jax.inference.predict import check_lengths, predict
 from umbrella_jax.io.files import PRIVATE, strict_json, write_whole
 from umbrella_jax.io.reading import read_json, sha256
@@ -247,6 +247,23 @@ def _is_tested(fold: _Fold) -> bool:
     return test_answers(fold.run, step_to_test(fold.run, fold.config.train)[0]).exists()
 
 
+def tasks_to_answer(configured: Mapping[str, TaskConfig], tasks: Mapping[str, Task]) -> dict[str, TaskConfig]:
+    """Return the settings of tasks for one fold's test set, with the kinds and closed sets that all folds share.
+
+    Args:
+        configured: `evaluation.tasks`.
+        tasks: the tasks of all test sets together.
+    """
+    return {
+        name: replace(
+            configured.get(name, TaskConfig()),
+            kind=task.kind,
+            answers=task.answers if task.answers and len(task.answers) > 1 else None,
+        )
+        for name, task in tasks.items()
+    }
+
+
 def _test(fold: _Fold, tasks: dict[str, Task], say: Say) -> None:
     """Answer a fold's test set with the checkpoint that its run's settings choose."""
     config = fold.config
@@ -258,19 +275,13 @@ def _test(fold: _Fold, tasks: dict[str, Task], say: Say) -> None:
     if jax.process_index() == 0:
         say(f"{fold.title}: answering {fold.test} with step {step} ({why})")
 
+        for line in inapplicable_lines(config.evaluation.controls, fold.test_set):
+            say(line)
+
     def say_others(line: str) -> None:
         if not line.startswith(f"{fold.run}: step "):  # the line above says it, and why
             say(line)
 
-    configured = config.evaluation.tasks
-    known = {
-        name: TaskConfig(
-            kind=task.kind,
-            answers=task.answers if task.answers and len(task.answers) > 1 else None,
-            numbers=configured[name].numbers if name in configured else None,
-        )
-        for name, task in tasks.items()
-    }
     closed = any(tasks[task_of(row)].answers for row in blank_rows(fold.test_set))
     predict(
         fold.run,
@@ -280,7 +291,7 @@ def _test(fold: _Fold, tasks: dict[str, Task], say: Say) -> None:
         max_new_tokens=config.train.max_new_tokens,
         likelihoods=config.evaluation.likelihoods and closed,
         **_controls(fold),
-        tasks=known,
+        tasks=tasks_to_answer(config.evaluation.tasks, tasks),
         mesh=config.mesh,
         compute_dtype=config.model.compute_dtype,
         step=step,

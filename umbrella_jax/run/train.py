@@ -27,6 +27,7 @@ from umbrella_jax.data.inputs import dump_inputs
 from umbrella_jax.data.loader import eval_subset, task_ids, train_batches
 from umbrella_jax.distributed import broadcast, max_over_processes, raise_together
 from umbrella_jax.errors import Interrupted
+from umbrella_jax.inference.controls import inapplicable_lines
 from umbrella_jax.io.files import PRIVATE, locked, rewrite_folder, strict_json, write_whole
 from umbrella_jax.plan import batch_flops, sheet_of
 from umbrella_jax.run.controls import answer_controls, unanswered_controls
@@ -217,6 +218,8 @@ def _train(run: Prepared, state: TrainState, resume: bool, log: RunLog | None) -
         is_printed = best_step == last_step and (last_step > start or bool(pending))
         data = run.data.evaluation
         is_evaluated, is_controlled = broadcast(_finished_parts(run, best_step) if log else None)
+        for text in inapplicable_lines(config.evaluation.controls, data.dataset.conversations) if data else []:
+            say("\n".join(wrapped(text)))
         if data and not (is_evaluated and is_controlled):
             trainable = state.trainable
             del state  # large moments leave no room for another step's parameters

@@ -281,6 +281,8 @@ def _match(
     matched: dict[tuple[str, _Control], list[_Pair]] = defaultdict(list)
     left_out: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for name, own in controls.items():
+        if not own:
+            faults.append(f"{name}: no answers; leave this control out, or answer under it")
         parts: dict[str, list[Prediction]] = defaultdict(list)
         for row in own:
             if row.get("control") != name:
@@ -526,7 +528,11 @@ def _verdict(own: ControlFigures, control: str, margin: Figure | None) -> str:
         if changed.high is None:
             return f"{none}."
         if changed.high <= _LITTLE:
-            return f"the answers do not depend on {what}: {none} (95 % interval: at most {_percent(changed.high)} do)."
+            fall = ""
+            if own.nats is not None and own.nats.low is not None and own.nats.low > 0:
+                fall = f", though log p(right answer) falls by {short(own.nats.value)} nats"
+            most = f"95 % interval: at most {_percent(changed.high)} do"
+            return f"the answers hardly depend on {what}: {none} ({most}){fall}."
         return f"{none}; of so few subjects that up to {_percent(changed.high)} may."
     share = f"{_percent(changed.value)} of the answers change {how}"
     if own.true is None or own.control is None or reliance is None or margin is None:
@@ -539,7 +545,7 @@ def _verdict(own: ControlFigures, control: str, margin: Figure | None) -> str:
     if reliance.low is None or reliance.high is None:
         if margin.low is not None and margin.low <= 0:
             return f"{values}, which may be chance: too little to tell how much depends on {what}."
-        if abs(reliance.value - 1) <= _ROUNDING:
+        if abs(reliance.value - 1) <= _ROUNDING and changed.high is not None:
             return f"{values}: nothing but chance agreement is left without {what}."
         return f"{values}; reliance has no interval."
     span = f"{_percent(reliance.low)} to {_percent(reliance.high)}"

@@ -442,6 +442,13 @@ def _numbers(name: str, rows: Sequence[Prediction], unit: str | None, config: Ta
 def _configured_numbers(name: str, rows: Sequence[Prediction], unit: str | None, config: NumbersConfig) -> NumberGrid:
     place = f"evaluation.tasks.{name}.numbers"
     grid = NumberGrid.make(config, [row["reference"] for row in rows if row["reference"].strip()], place)
+    for number, text in zip(grid.values, grid.texts, strict=True):
+        if parse_number(text, unit) != number:
+            meant = f"{number:g} {unit}" if unit else f"{number:g}"
+            raise ConfigError(
+                f"{place}: candidate {text!r} cannot be read as {meant}; give {place}.text the unit of the references, "
+                "and no other number"
+            )
     low, high = grid.values[0], grid.values[-1]
     for row in rows:
         value = parse_number(_truth(row, {}), unit)
