@@ -1,6 +1,7 @@
 """Confounds: nuisance regression and scrubbing as nilearn does them, with the mean kept and time going on."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,6 +158,50 @@ def test_refuses_tables_that_do_not_fit(run: Path, table: dict[str, np.ndarray],
     file.unlink()
     with pytest.raises(DataError, match=r"no table of confounds; expected \*_desc-confounds_timeseries.tsv beside it"):
         open_volume(run, confounds())
+
+
+@pytest.mark.parametrize(
+    ("column", "frames", "cell", "config", "message"),
+    [
+        ("trans_x", [30], "n/a", {}, "trans_x: missing values after the first frame"),
+        ("trans_x_derivative1", [1], "", {}, "trans_x_derivative1: missing values after the first frame"),
+        ("csf", [4], "bad", {}, "tsv:6: csf: expected a number or n/a, got 'bad'"),
+        ("csf", [4], "inf", {"strategy": (), "columns": ("csf",)}, "tsv:6: csf: expected a number or n/a, got 'inf'"),
+        ("framewise_displacement", [7], "n/a", {"strategy": ("scrub",)}, "framewise_displacement: missing values"),
+        (
+            "framewise_displacement",
+            range(2, FRAMES),
+            "9",
+            {"strategy": ("motion", "scrub"), "max_scrubbed": 1.0},
+            "24 regressors for 1 frame that scrubbing keeps would leave nothing; leave the run out",
+        ),
+        ("csf", [4], "0", {"strategy": (), "high_pass": 0.7}, "holds frequencies below 0.625 Hz; confounds.high_pass"),
+        (None, [], "", {}, "one column, 'trans_x,trans_x_der.*; columns must be separated by tabs"),
+    ],
+)
+def test_refuses_cells_that_cannot_be_regressed_out(
+    column: str | None, frames: Sequence[int], cell: str, config: dict[str, object], message: str, run: Path
+) -> None:
+    file = run.parent / f"{NAME}_desc-confounds_timeseries.tsv"
+    rows = [line.split("\t") for line in file.read_text().splitlines()]
+    for frame in frames:
+        rows[frame + 1][rows[0].index(column)] = cell
+    file.write_text("\n".join(("\t" if column else ",").join(row) for row in rows) + "\n\n")
+    with pytest.raises(DataError, match=message):
+        open_volume(run, confounds(**config))
+
+
+def test_a_filter_needs_nineteen_frames(table: dict[str, np.ndarray], run: Path) -> None:
+    image = nib.load(run)
+    file = run.parent / f"{NAME}_desc-confounds_timeseries.tsv"
+    config = confounds(strategy=(), high_pass=0.1)
+    for frames in (19, 18):
+        nib.save(image.slicer[..., :frames], run)
+        write_table(file, {name: column[:frames] for name, column in table.items()})
+        if frames == 19:
+            assert np.isfinite(open_volume(run, config).read(slice(None))).all()
+    with pytest.raises(DataError, match="its run has 18 frames; confounds.high_pass needs 19 or more"):
+        open_volume(run, config)
 
 
 def test_refuses_a_run_without_cache_and_options_that_exclude_each_other() -> None:

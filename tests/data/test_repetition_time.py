@@ -138,6 +138,7 @@ def test_the_nearest_sidecar_states_the_time_if_the_header_has_no_unit(write, tm
         (1.0, "unknown", None, r"run.nii: its repetition time is unknown: .*; pixdim\[4\] is 1, but without a unit"),
         (0.0, "sec", None, r"run.nii: its repetition time is unknown: neither its header nor a JSON sidecar"),
         (800.0, "sec", None, r"its header says a repetition time of 800 s; expected 0.05 to 30 s"),
+        (0.0, "sec", 10**400, r"run.json: RepetitionTime: expected seconds, got 1000"),
         (0.0, "sec", "two", r"run.json: RepetitionTime: expected seconds, got 'two'"),
     ],
 )
@@ -152,7 +153,7 @@ def test_refuses_runs_whose_repetition_time_is_not_known(tr, unit, sidecar, mess
 
 def test_refuses_a_run_that_is_too_short_at_the_new_time_and_tr_of_a_volume(write):
     with pytest.raises(
-        DataError, match="20 frames, 7 of them after scrubbing and resampling; expected at least a window of 8"
+        DataError, match="20 frames, 7 after scrubbing and resampling; expected at least a window of 8"
     ):
         open_volume(write("run.nii", 0.7, 20), replace(FMRI, tr=2.0))
     with pytest.raises(ConfigError, match=r"tr 2\.0: only 4D runs have a repetition time"):

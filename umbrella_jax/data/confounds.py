@@ -5,6 +5,7 @@ Regressors and frames to scrub are those of `nilearn.interfaces.fmriprep.load_co
 see a brain as before.
 """
 
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from umbrella_jax.config.schema import ConfoundsConfig, ModalityConfig
+from umbrella_jax.console import plural
 from umbrella_jax.data.bids.sidecars import (
     CONFOUNDS,
     cells_as_numbers,
@@ -28,6 +30,12 @@ from umbrella_jax.errors import ConfigError, DataError, is_out_of_memory
 
 _SLAB = 1 << 22
 """Numbers of a run that are cleaned at a time: 32 MiB in float64, of which nilearn makes several copies."""
+_SCRUBBING = ("framewise_displacement", "std_dvars")
+"""Columns by which nilearn decides which frames to scrub."""
+_QUOTED = r"'(\w+)'"
+"""A name in the message of a KeyError of pandas."""
+_SHORTEST_FILTERED = 19
+"""Frames that nilearn's Butterworth filter of order 5 needs: it pads by 18 of a run's own."""
 
 
 def check_confounds(modalities: Mapping[str, ModalityConfig], cache: str | None) -> None:
@@ -95,20 +103,21 @@ def read_confounds(table: Path, config: ConfoundsConfig, frames: int) -> tuple[n
     rows = max(map(len, content.values()), default=0)
     if rows != frames:
         raise DataError(f"{table}: {rows} rows; expected one for each of the run's {frames} frames")
-    regressors, kept = [np.empty((frames, 0))], np.arange(frames)
+    names, regressors, kept = list[str](), [np.empty((frames, 0))], np.arange(frames)
     if config.strategy:
-        selected, mask = _load_confounds(table, config)
-        regressors.append(selected)
+        if "scrub" in config.strategy:
+            _check_scrubbing(table, content)
+        selected, signals, mask = _load_confounds(table, config, content)
+        names += selected
+        regressors.append(signals)
         kept = kept if mask is None else np.asarray(mask)
     if config.columns:
-        names = [name for name in content if any(fnmatchcase(name, pattern) for pattern in config.columns)]
+        own_names = [name for name in content if any(fnmatchcase(name, pattern) for pattern in config.columns)]
         if unused := [pattern for pattern in config.columns if not any(fnmatchcase(name, pattern) for name in content)]:
             raise DataError(f"{table}: no column {', '.join(unused)}; it has {', '.join(content)}")
-        own = np.stack([cells_as_numbers(table, name, content[name]) for name in names], axis=1)
+        own = np.stack([cells_as_numbers(table, name, content[name]) for name in own_names], axis=1)
         own[0] = np.where(np.isnan(own[0]), own[1] if frames > 1 else 0, own[0])  # derivatives begin with n/a
-        if np.isnan(own).any():
-            empty = [name for name, column in zip(names, own.T, strict=True) if np.isnan(column).any()]
-            raise DataError(f"{table}: {', '.join(empty)}: missing values after the first frame; expected numbers")
+        names += own_names
         regressors.append(own)
     matrix = np.concatenate(regressors, axis=1)
     if frames - len(kept) > config.max_scrubbed * frames:
@@ -117,15 +126,33 @@ def read_confounds(table: Path, config: ConfoundsConfig, frames: int) -> tuple[n
             "(confounds.max_scrubbed); leave the run out, or raise it"
         )
     if matrix.shape[1] + 2 > len(kept):  # a mean and a trend besides
+        scrubbed = len(kept) < frames
         raise DataError(
-            f"{table}: {matrix.shape[1]} regressors for {len(kept)} frames would leave nothing; expected fewer columns "
-            "or a longer run"
+            f"{table}: {plural(matrix.shape[1], 'regressor')} for {plural(len(kept), 'frame')}"
+            f"{' that scrubbing keeps' if scrubbed else ''} would leave nothing; "
+            + ("leave the run out" if scrubbed else "expected fewer columns or a longer run")
         )
+    if not np.isfinite(matrix).all():
+        empty = [name for name, column in zip(names, matrix.T, strict=True) if not np.isfinite(column).all()]
+        raise DataError(f"{table}: {', '.join(empty)}: missing values after the first frame; expected numbers")
     return matrix, kept
 
 
-def _load_confounds(table: Path, config: ConfoundsConfig) -> tuple[np.ndarray, Any]:
-    """Call nilearn's `load_confounds`, which finds a table by the name of its run: give it links with such names."""
+def _check_scrubbing(table: Path, content: Mapping[str, Sequence[str]]) -> None:
+    """Raise DataError if a column that decides which frames are scrubbed has no number after the first frame: nilearn
+    would keep that frame."""
+    for name in _SCRUBBING:
+        if name in content and np.isnan(cells_as_numbers(table, name, content[name])[1:]).any():
+            raise DataError(f"{table}: {name}: missing values after the first frame; scrub needs numbers")
+
+
+def _load_confounds(
+    table: Path, config: ConfoundsConfig, content: Mapping[str, Sequence[str]]
+) -> tuple[list[str], np.ndarray, Any]:
+    """Call nilearn's `load_confounds`, which finds a table by the name of its run: give it links with such names.
+
+    Returns (names of the regressors, the regressors, mask of the frames to keep).
+    """
     from nilearn.interfaces.fmriprep import load_confounds
 
     end = next((end for end in CONFOUNDS if table.name.endswith(end)), CONFOUNDS[0])
@@ -145,8 +172,27 @@ def _load_confounds(table: Path, config: ConfoundsConfig) -> tuple[np.ndarray, A
             if is_out_of_memory(error):
                 raise
             reason = " ".join(str(error).replace(folder + "/", "").split())
+            if isinstance(error, KeyError):
+                missing = str(error.args[0]).partition("dtype")[0]
+                reason = f"no column {', '.join(re.findall(_QUOTED, missing)) or missing}"
+            else:
+                for name, cells in content.items():
+                    cells_as_numbers(table, name, cells)  # a text in some column is the likely cause
             raise DataError(f"{table}: nilearn cannot take {', '.join(config.strategy)} from it: {reason}") from None
-    return selected.to_numpy(np.float64), mask
+    return [*map(str, selected.columns)], selected.to_numpy(np.float64), mask
+
+
+def _check_filter(table: Path, high_pass: float, tr: float, frames: int) -> None:
+    """Raise DataError if a run cannot be filtered; nilearn would lower the cutoff and leave almost nothing."""
+    if high_pass * 2 * tr >= 1:
+        raise DataError(
+            f"{table}: a run with a repetition time of {tr:g} s holds frequencies below {1 / (2 * tr):.4g} Hz; "
+            f"confounds.high_pass is {high_pass:g} Hz, lower it"
+        )
+    if frames < _SHORTEST_FILTERED:
+        raise DataError(
+            f"{table}: its run has {plural(frames, 'frame')}; confounds.high_pass needs {_SHORTEST_FILTERED} or more"
+        )
 
 
 class DenoisedRun(ReframedRun):
@@ -162,7 +208,12 @@ class DenoisedRun(ReframedRun):
 
         Args:
             tr: repetition time in seconds, needed for `high_pass`.
+
+        Raises:
+            DataError: as `read_confounds`; or the run is too short or too slow for `high_pass`.
         """
+        if config.high_pass is not None and tr is not None:
+            _check_filter(table, config.high_pass, tr, run.shape[3])
         self._regressors, self._kept = read_confounds(table, config, run.shape[3])
         self._config, self._tr = config, tr
         self._first = int(self._kept[0])

@@ -1,6 +1,6 @@
 """Read the repetition time of a run, from its header and from its JSON sidecar."""
 
-import math
+import sys
 from pathlib import Path
 
 from umbrella_jax.data.bids.sidecars import find_sidecars, read_sidecar_field
@@ -12,6 +12,8 @@ PLAUSIBLE = (0.05, 30.0)
 _FIELD = "RepetitionTime"
 _ROUNDING = 1e-3
 """Seconds by which a header and a sidecar may differ, since both are often rounded to milliseconds."""
+_SHOWN = 40
+"""Characters of a wrong value that a message shows."""
 
 
 def read_repetition_time(path: Path, image: Voxels) -> float:
@@ -36,8 +38,8 @@ def read_repetition_time(path: Path, image: Voxels) -> float:
             f"it to the header, with the unit, or as {_FIELD} to {path.name.partition('.')[0]}.json"
         )
     value, sidecar = stated
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"{sidecar}: {_FIELD}: expected seconds, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise DataError(f"{sidecar}: {_FIELD}: expected seconds, got {repr(value)[:_SHOWN]}")
     if header is not None and abs(header - value) > _ROUNDING:
         raise DataError(
             f"{path}: its header says a repetition time of {header:g} s, {sidecar} says {value:g} s; correct one of "

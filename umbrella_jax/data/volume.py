@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from umbrella_jax.config.schema import AS_STORED, ModalityConfig
+from umbrella_jax.console import plural
 from umbrella_jax.data.background import Background, Note, find_background, ignore, unknown_background
 from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.confounds import DenoisedRun, confounds_files, confounds_table, require_nilearn
@@ -252,8 +253,8 @@ def fit_voxels(path: str | Path, image: Voxels, config: ModalityConfig) -> Voxel
             faults += error.faults
     if rank == 4 and not num_windows(image.shape[3], config):
         window = f"a window of {config.size[3]}, {config.stride_within_seq} apart"
-        resampled = "" if image.shape == shape else f", {image.shape[3]} of them after scrubbing and resampling"
-        faults.append(f"{path}: {shape[3]} frames{resampled}; expected at least {window}")
+        resampled = "" if image.shape == shape else f", {image.shape[3]} after scrubbing and resampling"
+        faults.append(f"{path}: {plural(shape[3], 'frame')}{resampled}; expected at least {window}")
     if faults:
         raise DataError(faults)
     return image

@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from umbrella_jax.data.tables import parse_cell_number
 from umbrella_jax.errors import DataError
 from umbrella_jax.io.reading import read_json, read_text
 
@@ -102,10 +104,17 @@ def find_confounds(scan: Path) -> Path | None:
 def read_confounds_table(table: Path) -> dict[str, list[str]]:
     """Return {column: its cells} of a table of confounds.
 
-    Raises DataError if it cannot be read, or a row has another number of cells than the header.
+    Raises DataError if it cannot be read, its cells are not separated by tabs, two columns have one name, or a row has
+    another number of cells than the header.
     """
     text = read_text(table, DataError, _LARGEST_TABLE, "expected fMRIPrep's table of confounds")
     header, *rows = csv.reader(io.StringIO(text), delimiter="\t") if text.strip() else [[]]
+    while rows and not rows[-1]:
+        rows.pop()  # blank lines at the end
+    if len(header) == 1 and re.search(r"[,; ]", header[0].strip()):
+        raise DataError(f"{table}: one column, {header[0][:60]!r}; columns must be separated by tabs")
+    if repeated := sorted(name for name, count in Counter(header).items() if count > 1):
+        raise DataError(f"{table}: {', '.join(repeated)}: several columns of this name; expected one")
     for line, row in enumerate(rows, start=2):
         if len(row) != len(header):
             raise DataError(f"{table}:{line}: {len(row)} cells; expected {len(header)}, as the header has")
@@ -113,14 +122,14 @@ def read_confounds_table(table: Path) -> dict[str, list[str]]:
 
 
 def cells_as_numbers(table: Path, column: str, cells: Sequence[str]) -> np.ndarray:
-    """Return the numbers of a column, float64, with NaN for `n/a`. Raises DataError for another text."""
+    """Return the numbers of a column, float64, with NaN for `n/a`. Raises DataError for infinity or another text."""
     numbers = np.full(len(cells), np.nan)
     for place, cell in enumerate(cells):
         if cell.strip().lower() not in ("", "n/a", "nan"):
-            try:
-                numbers[place] = float(cell)
-            except ValueError:
-                raise DataError(f"{table}:{place + 2}: {column}: expected a number or n/a, got {cell!r}") from None
+            number = parse_cell_number(cell.strip())
+            if number is None:
+                raise DataError(f"{table}:{place + 2}: {column}: expected a number or n/a, got {cell!r}")
+            numbers[place] = number
     return numbers
 
 

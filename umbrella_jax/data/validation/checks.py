@@ -126,8 +126,9 @@ def validate(
     findings += _repetition_times(config, volumes)
     findings += _empty(volumes)
     findings += _backgrounds(config, volumes, remarks)
-    for modality in config.model.modalities:
-        findings += _outliers([v for v in volumes if v.modality == modality])
+    for modality, settings in config.model.modalities.items():
+        compared = [name for name in PROPERTIES if name != "TR (s)" or settings.tr is None]
+        findings += _outliers([v for v in volumes if v.modality == modality], compared)
     return ValidationReport(sets, tuple(volumes), tuple(findings))
 
 
@@ -534,13 +535,16 @@ def _backgrounds(config: RunConfig, volumes: Sequence[ShownVolume], remarks: Seq
             yield Finding("warning", "background", sets, modality, mixed)
 
 
-def _outliers(volumes: Sequence[ShownVolume]) -> Iterator[Finding]:
+def _outliers(volumes: Sequence[ShownVolume], compared: Sequence[str]) -> Iterator[Finding]:
     """Yield a warning for rare values of properties that most volumes share, and for maxima 10 times off the median.
 
-    All `volumes` are of one modality.
+    Args:
+        volumes: of one modality.
+        compared: names of PROPERTIES.
     """
     readable = [(volume, volume.contents) for volume in volumes if volume.contents is not None]
-    for name, property_of in PROPERTIES.items():
+    for name in compared:
+        property_of = PROPERTIES[name]
         counts = Counter(property_of(contents) for _, contents in readable)
         usual = {value: n for value, n in counts.most_common() if n > max(len(readable) // _RARE, 1)}
         if sum(usual.values()) <= len(readable) / 2:  # no value is typical
