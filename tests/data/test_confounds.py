@@ -175,8 +175,8 @@ def test_refuses_tables_that_do_not_fit(run: Path, table: dict[str, np.ndarray],
             {"strategy": ("motion", "scrub"), "max_scrubbed": 1.0},
             "24 regressors for 1 frame that scrubbing keeps would leave nothing; leave the run out",
         ),
-        ("csf", [4], "0", {"strategy": (), "high_pass": 0.7}, "holds frequencies below 0.625 Hz; confounds.high_pass"),
-        (None, [], "", {}, "one column, 'trans_x,trans_x_der.*; columns must be separated by tabs"),
+        ("csf", [4], "0", {"strategy": (), "high_pass": 0.7}, r"holds frequencies below 0\.625 Hz; confounds\.high_pass"),
+        (None, [], "", {}, r"one column, 'trans_x,trans_x_der.*; columns must be separated by tabs"),
     ],
 )
 def test_refuses_cells_that_cannot_be_regressed_out(
@@ -200,7 +200,7 @@ def test_a_filter_needs_nineteen_frames(table: dict[str, np.ndarray], run: Path)
         write_table(file, {name: column[:frames] for name, column in table.items()})
         if frames == 19:
             assert np.isfinite(open_volume(run, config).read(slice(None))).all()
-    with pytest.raises(DataError, match="its run has 18 frames; confounds.high_pass needs 19 or more"):
+    with pytest.raises(DataError, match=r"its run has 18 frames; confounds\.high_pass needs 19 or more"):
         open_volume(run, config)
 
 
