@@ -30,6 +30,7 @@ from tests.helpers.small_run import (
     write_volume,
 )
 from umbrella_jax.baselines import cnn, linear
+from umbrella_jax.baselines.baseline import BaselineOptions
 from umbrella_jax.baselines.cnn import SFCN, WIDTHS, channels, conv_by_slices, fit_cnn
 from umbrella_jax.baselines.compare import BASELINES, baseline
 from umbrella_jax.baselines.linear import FOLDS, fit_linear, folds
@@ -522,6 +523,16 @@ def test_an_unknown_baseline_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"only: expected some of cnn, probe.*, got 'mlp'"):
         baseline(RunConfig(model=ModelConfig(modalities=MODALITIES)), tmp_path, only=["mlp"])
     assert tuple(BASELINES) == NAMES
+
+
+def test_settings_of_baselines_that_only_leaves_out_are_refused(tmp_path: Path) -> None:
+    options = BaselineOptions(epochs=3, width=0.5, atlas="atlas.nii", connectivity="partial", covariates=["age"])
+    with pytest.raises(ConfigError) as refused:
+        baseline(RunConfig(model=ModelConfig(modalities=MODALITIES)), tmp_path, only=["intensity"], options=options)
+    flags = {"cnn": ("--cnn-epochs", "--cnn-width"), "connectivity": ("--atlas", "--connectivity")}
+    for name, own in (flags | {"covariates": ("--covariates",)}).items():
+        for flag in own:
+            assert f"{flag}: is of no use without {name} in --only; leave it out" in refused.value.faults
 
 
 def test_faults_of_flags_are_refused(world: World, tmp_path: Path, table: str, monkeypatch: Any) -> None:

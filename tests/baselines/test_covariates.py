@@ -26,7 +26,10 @@ def learned(
     name: str, answers: Sequence[Any], columns: Columns, **options: Any
 ) -> tuple[CovariatesBaseline, LearningProblem]:
     """Return the baseline, and a task of TRAIN subjects and EVAL further ones, whose answers it never sees."""
-    rows = [{"metadata": {k: v[i] for k, v in columns.items() if v[i] is not None}} for i in range(TRAIN + EVAL)]
+    rows = [
+        {"task_id": str(i), "metadata": {k: v[i] for k, v in columns.items() if v[i] is not None}}
+        for i in range(TRAIN + EVAL)
+    ]
     shown = [(Image(Path(f"{i}.nii"), "T1"),) for i in range(TRAIN + EVAL)]
     problem = make_problem(name, answers, shown, TRAIN)
     given: Any = {"config": None, "train": None, "evaluation": None, "checkpoint": None}
@@ -114,3 +117,29 @@ def test_only_columns_of_train_with_several_values_are_used() -> None:
     assert baseline.why_not(problem) is None
     (fault,) = baseline.check([problem])
     assert "height: no conversation of train has it in its metadata; expected some of site, visit" in fault
+
+
+def test_unknown_values_in_a_column_of_numbers_are_missing_and_texts_are_named() -> None:
+    """One word must not turn every age into a text, nor a code be an age."""
+    answers = [
+        "old" if age + noise > 50 else "young" for age, noise in zip(AGE, RNG.normal(0, 8, len(AGE)), strict=True)
+    ]
+    expected = learned("group", answers, {"age": [None if i % 7 == 0 else age for i, age in enumerate(AGE)]})
+    (outputs,), _ = expected[0].answer([expected[1]])
+    for unknown in ("missing", -999):
+        column: list[Any] = [unknown if i % 7 == 0 else age for i, age in enumerate(AGE)]
+        baseline, problem = learned("group", answers, {"age": column})
+        (others,), (note,) = baseline.answer([problem])
+        np.testing.assert_allclose(others, outputs, rtol=1e-6)
+        assert f"age ({unknown} counts as missing, 12 questions)" in note
+    baseline, problem = learned("group", answers, {"age": [f"{age}Y" for age in AGE]})
+    assert f"age (as {len({*AGE[:TRAIN]})} texts, such as {AGE[0]}Y)" in baseline.answer([problem])[1][0]
+
+
+def test_refuses_numbers_whose_squares_overflow_and_leaves_out_codes_of_the_answer() -> None:
+    ages = [1e300 if i == 3 else age for i, age in enumerate(AGE)]
+    baseline, problem = learned("group", BY_SITE, {"age": ages})
+    (fault,) = baseline.check([problem])
+    assert "3: metadata: age: 1e+300; expected numbers up to 1e+100" in fault
+    baseline, problem = learned("group", BY_SITE, {"age": [int(answer == "patient") for answer in BY_SITE]})
+    assert baseline.why_not(problem) == "its metadata has no other column than age"

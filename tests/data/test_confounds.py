@@ -175,8 +175,8 @@ def test_refuses_tables_that_do_not_fit(run: Path, table: dict[str, np.ndarray],
             {"strategy": ("motion", "scrub"), "max_scrubbed": 1.0},
             "24 regressors for 1 frame that scrubbing keeps would leave nothing; leave the run out",
         ),
-        ("csf", [4], "0", {"strategy": (), "high_pass": 0.7}, r"holds frequencies below 0\.625 Hz; confounds\.high_pass"),
-        (None, [], "", {}, r"one column, 'trans_x,trans_x_der.*; columns must be separated by tabs"),
+        ("csf", [4], "0", {"strategy": (), "high_pass": 0.7}, r"below 0\.625 Hz; confounds\.high_pass is 0\.7 Hz"),
+        (None, [], "", {}, "one column, 'trans_x,trans_x_derivative1,.*; columns must be separated by tabs"),
     ],
 )
 def test_refuses_cells_that_cannot_be_regressed_out(

@@ -73,6 +73,8 @@ class Baseline(ABC):
 
     extra: ClassVar[tuple[str, str] | None] = None
     """(module, extra of the package that installs it) without which it cannot run."""
+    flags: ClassVar[Mapping[str, str]] = {}
+    """{field of `BaselineOptions` that only this baseline reads: its flag}."""
 
     def __init__(self, inputs: Inputs):
         self.inputs = inputs

@@ -16,7 +16,7 @@ Axes: B questions, D, H, W voxels, C channels, K outputs.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -267,6 +267,7 @@ class CnnBaseline(Baseline):
 
     name: ClassVar[str] = "cnn"
     title: ClassVar[str] = "CNN"
+    flags: ClassVar[Mapping[str, str]] = {"epochs": "--cnn-epochs", "width": "--cnn-width"}
 
     def __init__(self, inputs: Inputs):
         super().__init__(inputs)

@@ -176,6 +176,13 @@ def _check(config: RunConfig, only: Sequence[str], files: Collection[Path], opti
     faults += [f"{file}: already exists; choose another --out, or remove it" for file in files if file.exists()]
     faults += [f"only: expected some of {', '.join(BASELINES)}, got {name!r}" for name in only if name not in BASELINES]
     for name, kind in BASELINES.items():
+        if only and name not in only:
+            faults += [
+                f"{flag}: is of no use without {name} in --only; leave it out"
+                for option, flag in kind.flags.items()
+                if getattr(options, option) != getattr(DEFAULTS, option)
+            ]
+            continue
         faults += kind.option_faults(options)
         if name in only and (missing := kind.missing_extra()):
             faults.append(f"{name}: {missing}")

@@ -5,7 +5,7 @@ nilearn cleans the signals and computes the connectivity.
 Axes: T frames, R regions, n questions.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,6 +60,7 @@ class ConnectivityBaseline(LinearBaseline):
     name: ClassVar[str] = "connectivity"
     title: ClassVar[str] = "connectivity"
     extra: ClassVar[tuple[str, str] | None] = ("nilearn", "fmri")
+    flags: ClassVar[Mapping[str, str]] = {"atlas": "--atlas", "connectivity": "--connectivity"}
 
     def __init__(self, inputs: Inputs):
         super().__init__(inputs)

@@ -6,14 +6,15 @@ left out too, unless the user names it: a site whose subjects all have one diagn
 Axes: n questions, C columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from umbrella_jax.baselines.baseline import LinearBaseline, ProblemFeatures
 from umbrella_jax.baselines.problems import LearningProblem
-from umbrella_jax.data.tables import is_missing, parse_cell_number
+from umbrella_jax.console import plural
+from umbrella_jax.data.tables import doubtful_values, is_missing, parse_cell_number
 from umbrella_jax.data.validation.leaks import may_be_accident
 from umbrella_jax.scoring.groups import value_name
 from umbrella_jax.scoring.parse_answer import normalise
@@ -25,17 +26,20 @@ COVARIATES = ("age", "sex", "gender", "site", "scanner", "mean_fd")
 """Columns that are used unless the user names others; upper and lower case are the same."""
 _NAMES = {"sex", "gender", "site", "scanner"}
 """Columns whose numbers are codes."""
+_LARGEST = 1e100
+"""Largest number of a column; the squares of larger ones may overflow."""
 
 
 class CovariatesBaseline(LinearBaseline):
     """Regression on columns: numbers standardised, each text a column of 0 and 1.
 
     A missing number becomes the mean, with a column that marks it; a missing text is a text of its own. Texts that
-    train lacks count as none.
+    train lacks count as none. In a column of numbers, words such as `unknown` and codes such as -999 are missing too.
     """
 
     name: ClassVar[str] = "covariates"
     title: ClassVar[str] = "covariates"
+    flags: ClassVar[Mapping[str, str]] = {"covariates": "--covariates"}
 
     def why_not(self, problem: LearningProblem) -> str | None:
         """Return a reason if no column is left."""
@@ -48,14 +52,23 @@ class CovariatesBaseline(LinearBaseline):
         return f"no metadata of train has {names} with several values; a study keeps columns by `keep`"
 
     def check(self, problems: Sequence[LearningProblem]) -> list[str]:
-        """Return a fault for each column that the user names and train lacks."""
+        """Return a fault for each column that the user names and train lacks, and for each number beyond 1e100."""
         rows = [row for problem in problems for row in self._train_rows(problem)]
         known = sorted({key for row in rows for key in row["metadata"] if _value(row, key) is not None})
-        return [
+        faults = [
             f"covariates: {name}: no conversation of train has it in its metadata; expected some of {', '.join(known)}"
             for name in self.inputs.options.covariates
             if name not in known
         ]
+        for name in dict.fromkeys(name for problem in problems for name in self._columns(problem)[0]):
+            asked = (self.inputs.eval_rows[i] for problem in problems for i in problem.asked)
+            for row in (*rows, *asked) if _is_numeric(name, rows) else ():
+                number = parse_cell_number("" if (value := _value(row, name)) is None else _text(value))
+                if number is not None and abs(number) > _LARGEST:
+                    faults.append(
+                        f"{row['task_id']}: metadata: {name}: {number:g}; expected numbers up to {_LARGEST:g}, or null"
+                    )
+        return list(dict.fromkeys(faults))
 
     def features(self, problem: LearningProblem) -> ProblemFeatures:
         """Return the columns as they are, and the transformer that encodes them."""
@@ -63,12 +76,13 @@ class CovariatesBaseline(LinearBaseline):
         train_rows = self._train_rows(problem)
         asked_rows = [self.inputs.eval_rows[i] for i in problem.asked]
         numeric = [name for name in columns if _is_numeric(name, train_rows)]
-        about = ", ".join(columns)
+        about = ", ".join(_described(name, train_rows) for name in columns)
         for name, reason in left_out.items():
             about += f"; without {name}, which {reason}"
+        doubtful = {name: doubtful_values(_texts(name, train_rows)) for name in numeric}
         return ProblemFeatures(
-            _table(train_rows, columns, numeric),
-            _table(asked_rows, columns, numeric),
+            _table(train_rows, columns, doubtful),
+            _table(asked_rows, columns, doubtful),
             make_transformer(
                 [columns.index(n) for n in numeric], [columns.index(n) for n in columns if n not in numeric]
             ),
@@ -83,7 +97,7 @@ class CovariatesBaseline(LinearBaseline):
         rows, asked_for = self._train_rows(problem), self.inputs.options.covariates
         known = dict.fromkeys(key for row in rows for key in row["metadata"])
         columns, left_out = list[str](), dict[str, str]()
-        for name in asked_for or sorted(key for key in known if key.casefold() in COVARIATES):
+        for name in dict.fromkeys(asked_for) or sorted(key for key in known if key.casefold() in COVARIATES):
             if len({_text(value) for row in rows if (value := _value(row, name)) is not None}) < 2:
                 continue
             if is_answer(name, problem, rows):
@@ -133,8 +147,9 @@ def fixes_answer(name: str, problem: LearningProblem, rows: Sequence[Row]) -> st
                 return None
             subjects.setdefault(_text(value), set()).add(sample.subject)
     if _is_numeric(name, rows):
-        ordered = sorted(effect_of, key=float)
-        return describe_order([str(effect_of[value]) for value in ordered], not problem.classes)
+        ordered = sorted((value for value in effect_of if parse_cell_number(value) is not None), key=float)
+        if how := describe_order([str(effect_of[value]) for value in ordered], not problem.classes):
+            return how
     if not problem.classes or len(effect_of) != len(set(effect_of.values())):
         return None
     if may_be_accident({(value, str(effect_of[value])): len(of) for value, of in subjects.items()}):
@@ -158,21 +173,49 @@ def make_transformer(numbers: Sequence[int], texts: Sequence[int]) -> Any:
     )
 
 
-def _table(rows: Sequence[Row], columns: Sequence[str], numeric: Sequence[str]) -> np.ndarray:
-    """Return the columns as objects [n, C]: floats with NaN, or texts with a blank one if the value is missing."""
+def _table(rows: Sequence[Row], columns: Sequence[str], numeric: Mapping[str, Sequence[str]]) -> np.ndarray:
+    """Return the columns as objects [n, C]: floats with NaN, or texts with a blank one if the value is missing.
+
+    Args:
+        numeric: {column of numbers: its values that count as missing}.
+    """
     table = np.empty((len(rows), len(columns)), object)
     for i, row in enumerate(rows):
         for j, name in enumerate(columns):
             value = _value(row, name)
             text = "" if value is None else _text(value)
-            number = parse_cell_number(text)
-            table[i, j] = (np.nan if number is None else number) if name in numeric else text
+            if name in numeric:
+                number = None if text in numeric[name] else parse_cell_number(text)
+                table[i, j] = np.nan if number is None else number
+            else:
+                table[i, j] = text
     return table
 
 
+def _texts(name: str, rows: Sequence[Row]) -> list[str]:
+    return [_text(value) for row in rows if (value := _value(row, name)) is not None]
+
+
 def _is_numeric(name: str, rows: Sequence[Row]) -> bool:
-    texts = {_text(value) for row in rows if (value := _value(row, name)) is not None}
-    return name.casefold() not in _NAMES and all(parse_cell_number(text) is not None for text in texts)
+    """Return whether a column of train has numbers, apart from doubtful values."""
+    texts = _texts(name, rows)
+    return name.casefold() not in _NAMES and all(
+        parse_cell_number(text) is not None for text in {*texts}.difference(doubtful_values(texts))
+    )
+
+
+def _described(name: str, rows: Sequence[Row]) -> str:
+    """Return a column's name for the note, and how it was read unless that is plain."""
+    texts = _texts(name, rows)
+    if name.casefold() in _NAMES:
+        return name
+    if not _is_numeric(name, rows):
+        example = next(text for text in texts if parse_cell_number(text) is None)
+        return f"{name} (as {plural(len({*texts}), 'text')}, such as {example})"
+    if doubtful := doubtful_values(texts):
+        count = sum(text in doubtful for text in texts)
+        return f"{name} ({', '.join(doubtful)} counts as missing, {plural(count, 'question')})"
+    return name
 
 
 def _value(row: Row, name: str) -> Any:
