@@ -160,7 +160,7 @@ def test_regions_without_a_signal(runs: list[Path], atlas_file: Path, tmp_path: 
     assert "5 regions" in notes[0]
     assert "left out: region 2." in notes[1]
     assert baseline.features(problem).train.shape == (16, 10)
-    data[labels > 3] = 7
+    data[labels > 3] = 1000.1 + 0.37 * np.arange(FRAMES)  # a trend, whose rest is rounding
     bad = write(tmp_path / "bad.nii.gz", data)
     baseline, problem = learned([*runs[:5], bad, *runs[6:]], atlas=atlas_file)
     with pytest.raises(UmbrellaError, match=r"bad.nii.gz: 5 of 6 regions of atlas.nii.gz have no signal"):
@@ -174,10 +174,28 @@ def test_a_task_without_runs_has_none(runs: list[Path], monkeypatch: pytest.Monk
     assert baseline.missing_extra() == 'needs nilearn; install it: pip install "umbrella-jax[fmri]"'
 
 
+def test_an_atlas_of_another_place_or_space_is_refused(atlas_file: Path, tmp_path: Path) -> None:
+    far = AFFINE.copy()
+    far[0, 3] += 500
+    image = nib.load(atlas_file)
+    runs = [write_run(tmp_path / f"sub-{i}_space-T1w_bold.nii", 0.0, i) for i in range(6)]
+    for atlas, message in [
+        (atlas_file, "atlas.nii.gz is in MNI space, but its name has space-T1w"),
+        (write(tmp_path / "far.nii", image.dataobj, far, code=2), "6 of 6 regions of far.nii lie outside it"),
+    ]:
+        baseline, problem = learned(runs, atlas=atlas)
+        assert message in baseline.check([problem])[0]
+    scanner = [write_run(tmp_path / f"sub-{i}_bold.nii", 0.0, i, code=1) for i in range(6)]
+    baseline, problem = learned(scanner, atlas=atlas_file)
+    assert baseline.check([problem]) == []
+    assert "is in MNI space, but of" in baseline.read([problem])[1]
+
+
 def test_files_that_are_no_atlas_are_refused(tmp_path: Path, runs: list[Path]) -> None:
     for name, data, message in [
-        ("real.nii", np.full(SHAPE, 0.5, np.float32), "values that are no labels"),
-        ("one.nii", np.ones(SHAPE, np.int16), "1 labels other than 0"),
+        ("real.nii", np.full(SHAPE, 0.5, np.float32), "0.5 is no label; expected whole numbers from 0"),
+        ("large.nii", np.full(SHAPE, 2.0**31), "2147483648 is no label"),
+        ("one.nii", np.ones(SHAPE, np.int16), "1 label other than 0"),
     ]:
         with pytest.raises(ConfigError, match=message):
             read_atlas(write(tmp_path / name, data))

@@ -152,9 +152,7 @@ def test_refuses_runs_whose_repetition_time_is_not_known(tr, unit, sidecar, mess
 
 
 def test_refuses_a_run_that_is_too_short_at_the_new_time_and_tr_of_a_volume(write):
-    with pytest.raises(
-        DataError, match="20 frames, 7 after scrubbing and resampling; expected at least a window of 8"
-    ):
+    with pytest.raises(DataError, match="20 frames, 7 after scrubbing and resampling; expected at least a window of 8"):
         open_volume(write("run.nii", 0.7, 20), replace(FMRI, tr=2.0))
     with pytest.raises(ConfigError, match=r"tr 2\.0: only 4D runs have a repetition time"):
         ModalityConfig(size=SHAPE, patch=SHAPE, tr=2.0)

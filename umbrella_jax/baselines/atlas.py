@@ -14,6 +14,7 @@ from scipy.sparse import csr_array
 from scipy.spatial import cKDTree
 
 from umbrella_jax.baselines.frames import read_frames
+from umbrella_jax.console import plural
 from umbrella_jax.data.tables import check_columns, read_table
 from umbrella_jax.data.voxels import Voxels, map_header, open_voxels
 from umbrella_jax.errors import ConfigError, DataError
@@ -22,6 +23,7 @@ COORDINATES = ("dosenbach_2010", "power_2011", "seitzman_2018")
 """Atlases of spheres in MNI space that nilearn has in its package."""
 RADIUS = 5.0
 """Radius of a sphere in mm, if the atlas states none."""
+_LARGEST_LABEL = np.iinfo(np.int32).max
 _SPACE = re.compile(r"(?:^|_)space-([0-9A-Za-z+]+)(?=_|$)")
 _SCANNER, _MNI = 1, 4
 """NIfTI's codes of a coordinate system: of the scanner, and MNI152."""
@@ -40,6 +42,8 @@ class Atlas:
     """float [R, 3], in mm of MNI space; None for an image of labels."""
     radii: np.ndarray | None = None
     """float [R], in mm."""
+    in_mni: bool = False
+    """Whether it is known to be in MNI space."""
 
     def weights(self, shape: tuple[int, ...], affine: np.ndarray) -> csr_array:
         """Return the matrix [R, V] that maps the voxels of a grid, in C order, to the mean of each region.
@@ -57,9 +61,13 @@ class Atlas:
         labels = self.labels
         if labels.shape != shape or not np.allclose(labels.affine, affine, atol=1e-3):
             from nilearn.image import resample_to_img
+            from nilearn.image.resampling import BoundingBoxError
 
             grid = nib.Nifti1Image(np.zeros(shape, np.uint8), affine)
-            labels = resample_to_img(labels, grid, interpolation="nearest", force_resample=True, copy_header=True)
+            try:
+                labels = resample_to_img(labels, grid, interpolation="nearest", force_resample=True, copy_header=True)
+            except BoundingBoxError:  # they share no voxel
+                return [np.zeros(0, int)] * len(self.values)
         flat = np.asarray(labels.dataobj).reshape(-1)
         order = np.argsort(flat, kind="stable")
         starts, ends = (np.searchsorted(flat[order], self.values, side) for side in ("left", "right"))
@@ -102,14 +110,18 @@ def read_atlas(name: str | Path) -> Atlas:
     data = voxels.read(0).reshape(voxels.shape[:3])
     voxels.check_end()
     values = np.unique(data)
-    if not np.isfinite(values).all() or (values != np.rint(values)).any() or values.min() < 0:
-        raise ConfigError(f"atlas: {path}: values that are no labels; expected whole numbers from 0")
+    wrong = ~np.isfinite(values) | (values != np.rint(values)) | (values < 0) | (values > _LARGEST_LABEL)
+    if wrong.any():
+        raise ConfigError(
+            f"atlas: {path}: {values[wrong][0]:.10g} is no label; expected whole numbers from 0 to {_LARGEST_LABEL}"
+        )
     labels = tuple(int(value) for value in values if value)
     if len(labels) < 2:
-        raise ConfigError(f"atlas: {path}: {len(labels)} labels other than 0; expected at least 2")
+        raise ConfigError(f"atlas: {path}: {plural(len(labels), 'label')} other than 0; expected at least 2")
     names = _region_names(path)
     image = nib.Nifti1Image(data.astype(np.int32), voxels.affine)
-    return Atlas(path.name, tuple(names.get(label, str(label)) for label in labels), image, labels)
+    regions = tuple(names.get(label, str(label)) for label in labels)
+    return Atlas(path.name, regions, image, labels, in_mni=bool(is_in_mni(path, voxels)[0]))
 
 
 def _region_names(path: Path) -> Mapping[int, str]:
@@ -129,7 +141,13 @@ def _spheres(name: str) -> Atlas:
     centres = np.asarray(fetched.rois[["x", "y", "z"]], np.float64)
     radii = np.asarray(fetched.get("radius", np.full(len(centres), RADIUS)), np.float64)
     regions = tuple(f"({x:g}, {y:g}, {z:g})" for x, y, z in centres)
-    return Atlas(name, regions, centres=centres, radii=radii)
+    return Atlas(name, regions, centres=centres, radii=radii, in_mni=True)
+
+
+def space_of(path: Path) -> str | None:
+    """Return the label of the entity `space` of a BIDS name; None without one."""
+    match = _SPACE.search(path.name.split(".")[0])
+    return match[1] if match else None
 
 
 def is_in_mni(path: Path, scan: Voxels) -> tuple[bool | None, str]:
@@ -137,8 +155,8 @@ def is_in_mni(path: Path, scan: Voxels) -> tuple[bool | None, str]:
 
     The entity `space` of a BIDS name decides; without one, the code of the header's coordinate system.
     """
-    if match := _SPACE.search(path.name.split(".")[0]):
-        return match[1].startswith("MNI"), f"its name has space-{match[1]}"
+    if (space := space_of(path)) is not None:
+        return space.startswith("MNI"), f"its name has space-{space}"
     header = map_header(scan)
     code = int(header["sform_code"]) or int(header["qform_code"])
     if code == _MNI:

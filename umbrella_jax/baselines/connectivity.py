@@ -16,7 +16,7 @@ import numpy as np
 from scipy.sparse import csr_array
 from tqdm import tqdm
 
-from umbrella_jax.baselines.atlas import COORDINATES, Atlas, is_in_mni, mean_signals, read_atlas
+from umbrella_jax.baselines.atlas import COORDINATES, Atlas, is_in_mni, mean_signals, read_atlas, space_of
 from umbrella_jax.baselines.baseline import (
     BaselineOptions,
     Connectivity,
@@ -106,7 +106,9 @@ class ConnectivityBaseline(LinearBaseline):
         faults = []
         for image in self._images(problems):
             place = self._place(image)
-            if self.atlas.labels is None and place.in_mni is False:
+            # programs such as ANTs write the scanner's code in any space, so it only refuses atlases of coordinates
+            certain = self.atlas.labels is None or space_of(image.path) is not None
+            if self.atlas.in_mni and place.in_mni is False and certain:
                 in_mni = f"{self.atlas.name} is in MNI space, but {place.why}"
                 faults.append(f"{image.path}: {in_mni}; expected another --atlas")
                 continue
@@ -141,12 +143,10 @@ class ConnectivityBaseline(LinearBaseline):
         if lost := [name for name, kept in zip(self.atlas.regions, self._kept, strict=True) if not kept]:
             more = ", …" if len(lost) > 5 else ""
             notes.append(f"connectivity: regions that some run lacks are left out: {', '.join(lost[:5])}{more}.")
-        unknown = [image.path for image in images if self._place(image).in_mni is None]
-        if self.atlas.labels is None and unknown:
-            notes.append(
-                f"connectivity: {self.atlas.name} is in MNI space; whether {unknown[0]} is, neither its name nor its "
-                "header states."
-            )
+        doubtful = [image for image in images if self.atlas.in_mni and not self._place(image).in_mni]
+        if doubtful:
+            why = self._place(doubtful[0]).why
+            notes.append(f"connectivity: {self.atlas.name} is in MNI space, but of {doubtful[0].path} {why}.")
         return notes
 
     def features(self, problem: LearningProblem) -> ProblemFeatures:
@@ -201,12 +201,16 @@ class ConnectivityBaseline(LinearBaseline):
 
 
 def clean(signals: np.ndarray) -> np.ndarray:
-    """Return signals [T, R] without their linear trends and standardised by nilearn, float32; constant ones are 0."""
+    """Return signals [T, R] without their linear trends, by nilearn, and standardised, float32.
+
+    A signal that is constant or only a trend is 0: the rest of it is rounding.
+    """
     from nilearn.signal import clean as nilearn_clean
 
-    cleaned = nilearn_clean(signals, detrend=True, standardize="zscore_sample", filter=False)
-    constant = signals.std(0) <= 1e-6 * np.abs(signals.mean(0))
-    return np.where(constant, 0, cleaned).astype(np.float32)
+    detrended = nilearn_clean(signals, detrend=True, standardize=None, filter=False)
+    deviation = detrended.std(0, ddof=1)
+    varies = deviation > 1e-6 * np.abs(signals).max(0)
+    return np.where(varies, detrended / np.where(varies, deviation, 1), 0).astype(np.float32)
 
 
 def make_measure(kind: Connectivity) -> Any:
