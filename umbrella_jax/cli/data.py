@@ -148,7 +148,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     from umbrella_jax.data.validation.checks import validate
     from umbrella_jax.data.validation.page import check_page, write_page
     from umbrella_jax.html.page import PRIVACY
-    from umbrella_jax.inference.predict import check_lengths
+    from umbrella_jax.inference.answers import check_lengths
     from umbrella_jax.scoring.rows import blank_rows
     from umbrella_jax.scoring.tasks import tasks_of
 

@@ -7,16 +7,16 @@ import jax
 
 from umbrella_jax.console import Progress, wrapped
 from umbrella_jax.distributed import broadcast, raise_together
+from umbrella_jax.inference.answers import generate_answers
 from umbrella_jax.inference.controls import left_out_lines
-from umbrella_jax.inference.predict import generate_answers
 from umbrella_jax.inference.windows import expand
 from umbrella_jax.io.files import PRIVATE, strict_json, write_whole
 from umbrella_jax.models import Params
 from umbrella_jax.run.preparation import EvaluationData, Prepared
 from umbrella_jax.rundir import predictions_by_step, run_control
-from umbrella_jax.scoring.metrics import read_predictions, task_of
+from umbrella_jax.scoring.metrics import read_predictions
 from umbrella_jax.scoring.reliance import score_controls
-from umbrella_jax.scoring.rows import Row, with_answer
+from umbrella_jax.scoring.rows import Row
 
 
 def unanswered_controls(run: Prepared, data: EvaluationData, step: int) -> list[str]:
@@ -66,22 +66,22 @@ def answer_controls(
                 for answers in generate_answers(
                     trainable | run.training.frozen,
                     run.training.graphdef,
-                    expanded.dataset,
+                    expanded,
+                    own,
+                    data.tasks,
                     run.model.processor,
                     mesh,
                     batch_size=config.train.batch_size,
                     threads=config.data.threads,
                     max_new_tokens=config.train.max_new_tokens,
-                    choices=data.choices and data.choices.repeated(expanded.owners),
-                    constraints=data.constraints and data.constraints.repeated(expanded.owners),
+                    choices=data.choices,
+                    constraints=data.constraints,
                     only=asked,
                     progress=progress,
                 ):
                     if interrupted():
                         return False
-                    for index, answer in answers.items():
-                        row = own[expanded.owners[index]]
-                        versions[index] = with_answer(row, answer, data.tasks.get(task_of(row)))
+                    versions |= answers
             own |= expanded.merge(versions, data.tasks)
             rows += own.values()
         if jax.process_index() == 0:

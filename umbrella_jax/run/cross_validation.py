@@ -18,8 +18,9 @@ from umbrella_jax.config.schema import RunConfig, TaskConfig
 from umbrella_jax.data.conversation import LOCK_FILE, Conversation, read_conversations
 from umbrella_jax.distributed import broadcast, check_same, raise_together
 from umbrella_jax.errors import ConfigError, DataError, Faults
+from umbrella_jax.inference.answers import check_lengths
 from umbrella_jax.inference.controls import applicable_controls, change_conversations, inapplicable_lines
-from umbrella_jax.inference.predict import check_lengths, predict
+from umbrella_jax.inference.predict import predict
 from umbrella_jax.io.files import PRIVATE, strict_json, write_whole
 from umbrella_jax.io.reading import read_json, sha256
 from umbrella_jax.run.preparation import Shared

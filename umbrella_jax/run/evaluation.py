@@ -10,13 +10,13 @@ import jax
 from umbrella_jax.console import Progress, Work, plural, wrapped
 from umbrella_jax.data.loader import eval_batches, eval_subset
 from umbrella_jax.errors import visible
-from umbrella_jax.inference.predict import generate_answers
+from umbrella_jax.inference.answers import generate_answers
 from umbrella_jax.io.files import PRIVATE, strict_json, write_whole
 from umbrella_jax.models import Params
 from umbrella_jax.run.preparation import EvaluationData, Prepared
 from umbrella_jax.rundir import PREDICTIONS, Line
 from umbrella_jax.scoring.metrics import Task, score, short, task_of
-from umbrella_jax.scoring.rows import Row, with_answer
+from umbrella_jax.scoring.rows import Row
 from umbrella_jax.scoring.tasks import name_of
 from umbrella_jax.sharding import parts, put_batch
 from umbrella_jax.training.diagnose import nonfinite_error
@@ -89,22 +89,22 @@ def evaluate(
         for new in generate_answers(
             trainable | frozen,
             graphdef,
-            data.expanded.dataset,
+            data.expanded,
+            dict(enumerate(data.rows)),
+            data.tasks,
             run.model.processor,
             mesh,
             batch_size=config.train.batch_size,
             max_new_tokens=config.train.max_new_tokens,
-            choices=data.choices and data.choices.repeated(data.expanded.owners),
-            constraints=data.constraints and data.constraints.repeated(data.expanded.owners),
+            choices=data.choices,
+            constraints=data.constraints,
             progress=progress,
             threads=config.data.threads,
             only=only,
         ):
             if interrupted():
                 return None
-            for index, answer in new.items():
-                row = data.rows[data.expanded.owners[index]]
-                versions[index] = with_answer(row, answer, data.tasks.get(task_of(row)))
+            versions |= new
     rows = data.expanded.merge(versions, data.tasks)
     answered = [rows[index] for index in sorted(rows)]
     if jax.process_index() == 0:

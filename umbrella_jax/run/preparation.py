@@ -25,9 +25,9 @@ from umbrella_jax.data.loader import Dataset, make_epoch_plan
 from umbrella_jax.data.validation.checks import check_overlap
 from umbrella_jax.distributed import SHA256, check_same, raise_together
 from umbrella_jax.errors import ConfigError, DataError
+from umbrella_jax.inference.answers import Choices, check_lengths
 from umbrella_jax.inference.constrained import Constraints
 from umbrella_jax.inference.controls import ControlledDataset, applicable_controls, make_controls
-from umbrella_jax.inference.predict import Choices, check_lengths
 from umbrella_jax.inference.processor import Processor
 from umbrella_jax.inference.windows import ExpandedDataset, expand
 from umbrella_jax.io.files import check_output, check_run_name

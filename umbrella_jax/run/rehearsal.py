@@ -12,7 +12,7 @@ from umbrella_jax.data.epoch_plan import BatchShape
 from umbrella_jax.data.loader import empty_batch, eval_shapes
 from umbrella_jax.distributed import raise_together
 from umbrella_jax.errors import MEMORY_REMEDY, ConfigError
-from umbrella_jax.inference.predict import compile_answers
+from umbrella_jax.inference.answers import compile_answers
 from umbrella_jax.inference.windows import expand
 from umbrella_jax.plan import at_shape
 from umbrella_jax.run.preparation import Prepared, check, check_processes, prepare
