@@ -136,6 +136,11 @@ def test_cleaned_runs_are_resampled_and_cached_with_their_table(
     np.testing.assert_array_equal(cache.load(run, config, 2), load_volume(run, config, 2))
     (beside,) = cache.companions(run)
     assert beside[0].name == f"{NAME}_desc-confounds_timeseries.tsv"
+    moved = confounds(pattern=beside[0].name, max_scrubbed=0.9)  # neither changes a voxel
+    again = VolumeCache(tmp_path / "cache")
+    again.check(run, replace(moved, tr=2.0))
+    assert (again.num_found, again.num_made) == (4, 0)
+    assert moved.meaning == confounds().meaning != confounds(motion="basic").meaning
     write_table(beside[0], table | {"csf": table["white_matter"]})
     again = VolumeCache(tmp_path / "cache")
     again.check(run, config)

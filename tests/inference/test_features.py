@@ -21,7 +21,7 @@ from tests.helpers.small_run import (
     write_json,
     write_volume,
 )
-from umbrella_jax.config.schema import DataConfig, ModalityConfig
+from umbrella_jax.config.schema import ConfoundsConfig, DataConfig, ModalityConfig
 from umbrella_jax.data.volume import load_volume, open_volume, restore, voxel_affine
 from umbrella_jax.errors import ConfigError
 
@@ -148,3 +148,12 @@ def test_subjects_of_references_are_told_apart(world: World, tmp_path: Path) -> 
             str(tmp_path / "0.nii.gz"): "4",
             str(tmp_path / "sub-9_T1w.nii.gz"): "9",
         }
+
+
+def test_runs_with_confounds_need_a_cache(world: World, tmp_path: Path) -> None:
+    """Each would be cleaned twice otherwise, and a 3D scan has none."""
+    runs = {"rsfMRI": replace(modalities()["rsfMRI"], confounds=ConfoundsConfig())}
+    data = DataConfig(eval=str(world.eval), image_root=str(world.root / "scans"))
+    options: dict[str, Any] = {"modalities": modalities() | runs, "allow_untrained": True}
+    with pytest.raises(ConfigError, match=r"model.modalities.rsfMRI.confounds: .* data.cache \(--cache DIR\)"):
+        umbrella_jax.features(world.base, tmp_path / "features.npz", data, **options)

@@ -237,8 +237,15 @@ class ModalityConfig(Section):
 
     @property
     def meaning(self) -> dict[str, Any]:
-        """Every field on which the meaning of a patch embedding depends: all but `aliases`."""
-        return {name: value for name, value in to_dict(self).items() if name != "aliases"}
+        """Every field on which the meaning of a patch embedding depends.
+
+        All but `aliases`, and of `confounds` the place of the tables and the largest share of removed frames.
+        """
+        meaning = {name: value for name, value in to_dict(self).items() if name != "aliases"}
+        if self.confounds is not None:
+            own = meaning["confounds"].items()
+            meaning["confounds"] = {name: value for name, value in own if name not in ("pattern", "max_scrubbed")}
+        return meaning
 
 
 @dataclass(frozen=True, kw_only=True)

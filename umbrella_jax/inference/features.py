@@ -25,6 +25,7 @@ from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import AttentionBackend, ComputeDtype, DataConfig, ModalityConfig
 from umbrella_jax.data.cache import VolumeCache
+from umbrella_jax.data.confounds import check_confounds
 from umbrella_jax.data.conversation import Image, read_conversations
 from umbrella_jax.data.loader import prefetch
 from umbrella_jax.data.volume import check_volumes, voxel_affine
@@ -163,6 +164,7 @@ def features(
     for scan in scans:
         by_modality[scan.image.modality].append(scan)
     checkpoint.config.check_trained(by_modality)
+    check_confounds({name: checkpoint.config.modalities[name] for name in by_modality}, data.cache)
     sources = VolumeCache.from_config(data)
     check_volumes((scan.image for scan in scans), checkpoint.config.modalities, data.threads, sources.check)
     tower, rows, pooled = Tower.load(checkpoint, layer), list[_Scan](), list[np.ndarray]()
