@@ -45,6 +45,20 @@ def stated(text: str, kind: MentionKind = "finding") -> set[str]:
         ("HEMORRHAGE, edema, tumors", {"haemorrhage", "oedema", "tumour"}),
         ("Massive lesional cysticercosis", set()),  # no term is matched inside a word
         ("A 3.5 cm mass without a bleed.", {"tumour", "no haemorrhage"}),
+        (
+            "Infarct: none. Oedema: no, mass: yes (bleed: absent).",
+            {"no infarct", "no oedema", "tumour", "no haemorrhage"},
+        ),
+        ("Infarct - negative", {"no infarct"}),
+        ("No evidence of any of: infarct, oedema.", {"no infarct", "no oedema"}),
+        ("MRI without and with contrast. An MRI without contrast shows a cyst.", {"cyst"}),
+        ("The MRI does not show an infarct.", {"no infarct"}),
+        ("An infarct that was not seen on the prior study.", {"infarct"}),
+        ("The infarct is no longer seen compared to the prior study.", {"no infarct"}),
+        ("No oedema around the known mass.", {"no oedema", "tumour"}),
+        ("No infarct of the thalamus or bleed of the pons.", {"no infarct", "no haemorrhage"}),
+        ("Not without atrophy; no doubt an infarct.", {"atrophy", "infarct"}),
+        ("Œdema, hæmorrhage, in\N{SOFT HYPHEN}farct, ﬁstula", {"oedema", "haemorrhage", "infarct"}),
     ],
 )
 def test_negation_and_spelling(text: str, expected: set[str]) -> None:
@@ -74,6 +88,12 @@ def test_negation_and_spelling(text: str, expected: set[str]) -> None:
 )
 def test_a_side_belongs_to_the_nearest_region_or_finding(text: str, expected: set[str]) -> None:
     assert stated(text, "side") == expected
+
+
+def test_accents_may_be_characters_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "words.yaml").write_text("findings: {infarct: [ischémie]}", encoding="utf-8")
+    words = read_word_list(tmp_path / "words.yaml")
+    assert len(words.mentions("Isch\N{COMBINING ACUTE ACCENT}mie, ischémie, ische\N{COMBINING ACUTE ACCENT}mie")) == 2
 
 
 def test_a_region_is_absent_if_its_finding_is() -> None:

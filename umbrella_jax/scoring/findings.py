@@ -1,5 +1,6 @@
 """Find the findings, regions and sides that a report states or negates, by a list of words."""
 
+import itertools
 import re
 import unicodedata
 from collections import defaultdict
@@ -24,7 +25,8 @@ _BEFORE = """
 no; not; without; without evidence of; no evidence of; no evidence for; no sign of; no indication of; no suggestion of;
 absence of; absent; lack of; lacks; lacking; negative for; free of; devoid of; clear of; deny; denies; denied; denying;
 never; neither; nor; none of; rule out; rules out; ruled out; excludes; exclude; excluding; resolution of; rather than;
-instead of; failed to show; fails to show; cannot see; doesn't; don't; didn't; isn't; aren't; wasn't; weren't
+instead of; failed to show; fails to show; cannot see; not show; not demonstrate; not reveal;
+doesn't; don't; didn't; isn't; aren't; wasn't; weren't
 """
 """Triggers that negate the words after them."""
 _AFTER = """
@@ -40,13 +42,14 @@ not only; no increase; no change; no significant change; no interval change; no 
 change; no suspicious change; no worsening; no progression; not certain; not necessarily; not excluded; not ruled out;
 cannot be excluded; cannot be ruled out; can not be excluded; can not be ruled out; cannot exclude; cannot rule out;
 can't be excluded; can't exclude; not be excluded; not be ruled out; without difficulty; without change;
-without significant change; without interval change; no further
+without significant change; without interval change; no further; not without; no doubt; without doubt; without a doubt;
+with and without; with or without; without and with; without or with
 """
 """Look like negations and are none."""
 _ENDS = """
 but; however; nevertheless; yet; though; although; except; except for; with the exception of; apart from; aside from;
 other than; besides; still; which; and the; there is; there are; there was; there were; due to; secondary to;
-caused by; , with
+caused by; , with; shows; showed; demonstrates; demonstrated; reveals; revealed
 """
 """Words that end a negation."""
 _VERBS = ("is", "are", "was", "were", "has", "have", "shows", "show", "demonstrates", "present", "seen", "noted")
@@ -57,9 +60,24 @@ _PART = frozenset((",", ":", "and", "with", "without", "but", "while", "(", ")")
 """Separate terms that hardly belong together."""
 _BARRIERS = ("(", ")", ":")
 """Marks that end a negation within a sentence."""
+_ANSWERS = ("no", "none", "absent", "negative")
+"""After a colon and to the end of a statement they answer the term before it."""
+_OPEN = frozenset(("any", "of", "the", "following"))
+"""Words between a trigger and a colon that belong to the trigger: `no evidence of any of the following:`."""
+_LATER = frozenset(("on", "in", "at", "the", "a", "any", "previously", "previous", "prior", "before", "earlier"))
+_EARLIER = frozenset(("previously", "previous", "prior", "before", "earlier"))
+"""A negation of the past, such as `not seen on the prior study`, says that the finding is new."""
+_INSIDE = frozenset(("of", "in", "within", "around", "near", "from", "by", "to"))
+_KNOWN = frozenset(("the", "this", "that", "these", "those", "known"))
+"""One of `_INSIDE` and then of these begin what is there: `no enhancement of the lesion`."""
 _DISTANCE = 5
 """Number of words that one of `_PART` counts as."""
-_TOKEN = re.compile(r"(?P<word>\d+[.,]\d+|[^\W_]+(?:['’][^\W_]+)*)|(?P<end>[.;!?]|\n(?=\s*[^a-z\s]))|(?P<mark>[,:&()])")
+_UNSEEN = "\u00ad\u200b\u200c\u200d\u2060\ufeff"
+"""Soft hyphens and characters without width, which PDFs leave inside words."""
+_TOKEN = re.compile(
+    rf"(?P<word>\d+[.,]\d+|[^\W_](?:['’{_UNSEEN}\u0300-\u036f]*[^\W_])*[\u0300-\u036f]*)"
+    r"|(?P<end>[.;!?]|\n(?=\s*[^a-z\s]))|(?P<mark>[,:&()])|(?<=\s)(?P<dash>[-–—])(?=\s)"
+)
 
 
 @dataclass(frozen=True)
@@ -220,10 +238,13 @@ def _is_term(value: Any) -> bool:
     return isinstance(value, str) and bool(_tokens_of(value))
 
 
+_WRITTEN_AS = str.maketrans({"’": "'", "æ": "e", "œ": "e", **dict.fromkeys(_UNSEEN)})
+
+
 @lru_cache(maxsize=2**15)
 def _stem(word: str) -> str:
     """Normalise a word: case, British spelling, the ending of a plural."""
-    word = unicodedata.normalize("NFC", word.casefold()).replace("’", "'")
+    word = unicodedata.normalize("NFC", word.casefold()).translate(_WRITTEN_AS)
     word = word.replace("ae", "e").replace("oe", "e").replace("tumour", "tumor").replace("grey", "gray")
     if len(word) < 4 or "'" in word or word.endswith(("ss", "us")):
         return word
@@ -242,7 +263,8 @@ def _sentences(text: str) -> list[list[_Token]]:
             sentences.append([])
             continue
         depth = max(depth + (found[0] == "(") - (found[0] == ")"), 0)
-        sentences[-1].append(_Token(_stem(found[0]) if found["word"] else found[0], found.start(), found.end(), depth))
+        text = _stem(found[0]) if found["word"] else ":" if found["dash"] else found[0]
+        sentences[-1].append(_Token(text, found.start(), found.end(), depth))
     return sentences
 
 
@@ -251,6 +273,8 @@ def _tokens_of(phrase: str) -> tuple[str, ...]:
 
 
 _MEMBERS = frozenset(map(_stem, _VERBS))
+_ANSWER_STEMS, _LATER_STEMS = frozenset(map(_stem, _ANSWERS)), frozenset(map(_stem, _LATER))
+_EARLIER_STEMS, _KNOWN_STEMS = frozenset(map(_stem, _EARLIER)), frozenset(map(_stem, _KNOWN))
 
 
 @lru_cache(maxsize=2**15)
@@ -285,32 +309,69 @@ def _in_sentence(words: WordList, tokens: Sequence[_Token]) -> Iterable[Mention]
 def _negated(matches: Sequence[_Match], tokens: Sequence[_Token]) -> set[int]:
     """Return the first tokens of the matches that a trigger negates."""
     kinds = [{section for section, _ in match.meanings} for match in matches]
-    negated: set[int] = set()
+    texts = [token.text for token in tokens]
+    negated = _answered(matches, texts)
     for number, (match, trigger) in enumerate(zip(matches, kinds, strict=True)):
         if "next" in trigger:
             negated |= {other.first for other in matches[number + 1 : number + 2] if other.first == match.last + 1}
         ahead = "before" in trigger
-        if not ahead and "after" not in trigger:
+        if not (ahead or "after" in trigger) or _is_answer(match, texts) or _is_past(match, texts):
             continue
         order = range(number + 1, len(matches)) if ahead else range(number - 1, -1, -1)
-        at = match.last if ahead else match.first
+        at, finding = match.last if ahead else match.first, None
         for place in order:
             other = matches[place]
-            between = tokens[at + 1 : other.first] if ahead else tokens[other.last + 1 : at]
-            if "end" in kinds[place] or any(token.text in _BARRIERS for token in between):
+            between = texts[at + 1 : other.first] if ahead else texts[other.last + 1 : at]
+            if at == match.last and ":" in between and set(between[: between.index(":")]) <= _OPEN:
+                between.remove(":")
+            if "end" in kinds[place] or any(text in _BARRIERS for text in between):
                 break
             # "Atrophy is present, infarct is not seen": the comma parts two statements
-            if not ahead and _own_statement(tokens[other.last + 1 : match.first]):
+            if not ahead and _own_statement(texts[other.last + 1 : match.first]):
                 break
-            negated.add(other.first)
             at = other.last if ahead else other.first
+            if ahead and "findings" in kinds[place]:
+                if finding is not None and _is_known(texts[finding + 1 : other.first]):
+                    continue
+                finding = other.last
+            negated.add(other.first)
     return negated
 
 
-def _own_statement(tokens: Sequence[_Token]) -> bool:
-    """Return whether a comma follows a verb."""
-    texts = [token.text for token in tokens]
-    return "," in texts and any(text in _MEMBERS for text in texts[: len(texts) - texts[::-1].index(",")])
+def _is_answer(match: _Match, texts: Sequence[str]) -> bool:
+    """Return whether a trigger answers the term before it, as in `Infarct: none`."""
+    after = texts[match.last + 1 : match.last + 2]
+    return texts[match.first - 1 : match.first] == [":"] and (not after or after[0] in (",", ")"))
+
+
+def _answered(matches: Sequence[_Match], texts: Sequence[str]) -> set[int]:
+    """Return the first tokens of the matches that a word after a colon answers with no."""
+    answered: set[int] = set()
+    for place, text in enumerate(texts[1:], 1):
+        if text in _ANSWER_STEMS and _is_answer(_Match((), place, place), texts):
+            start = max((n for n in range(place) if texts[n] in (",", "(")), default=-1)
+            answered |= {match.first for match in matches if start < match.first < place}
+    return answered
+
+
+def _is_past(match: _Match, texts: Sequence[str]) -> bool:
+    """Return whether a trigger after a term is of an earlier time, as in `not seen previously`."""
+    if texts[match.first] != "not":
+        return False
+    after = list(itertools.takewhile(_LATER_STEMS.__contains__, texts[match.last + 1 : match.last + 5]))
+    return any(text in _EARLIER_STEMS for text in after)
+
+
+def _is_known(texts: Sequence[str]) -> bool:
+    """Return whether the words between two findings say that the second is there, as in `oedema around the lesion`."""
+    starts = [n for n, pair in enumerate(pairwise(texts)) if pair[0] in _INSIDE and pair[1] in _KNOWN_STEMS]
+    return bool(starts) and not _JOIN.intersection(texts[starts[-1] :])
+
+
+def _own_statement(texts: Sequence[str]) -> bool:
+    """Return whether a verb stands before the last comma."""
+    commas = [n for n, text in enumerate(texts) if text == ","]
+    return bool(commas) and any(text in _MEMBERS for text in texts[: commas[-1]])
 
 
 def _nearest(term: _Term, others: Sequence[_Term], tokens: Sequence[_Token]) -> _Term | None:
