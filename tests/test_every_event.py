@@ -306,6 +306,7 @@ def test_participant_data_are_readable_only_by_their_owner(trained: Path) -> Non
     assert modes["config.yaml"] == modes["metrics.jsonl"] == 0o666 & ~UMASK
 
 
+@pytest.mark.slow
 def test_other_commands_take_an_odd_name(world: World, trained: Path, tmp_path: Path) -> None:
     place = tmp_path / ODD
     for subject in range(8):

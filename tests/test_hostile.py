@@ -26,6 +26,7 @@ from convert.from_hf import fingerprint
 from convert.safetensors_files import open_checkpoint, open_safetensors
 from tests.conftest import write_tokenizer
 from tests.helpers.checkpoints import write_stock
+from tests.helpers.commands import replace_command
 from umbrella_jax.cli import main, setup
 from umbrella_jax.config.load import load_config, load_original
 from umbrella_jax.config.schema import ModalityConfig
@@ -977,7 +978,7 @@ def test_output_moves_no_cursor(capsys: pytest.CaptureFixture[str], monkeypatch:
         assert sys.stdout.isatty() in (True, False)
         return 3
 
-    monkeypatch.setattr(setup, "_doctor", show)
+    replace_command(monkeypatch, setup, "_doctor", show)
     assert main(["doctor"]) == 3
     out, err = capsys.readouterr()
     assert out == visible(FORGED)

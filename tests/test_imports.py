@@ -53,7 +53,7 @@ FLOORS: tuple[dict[str, set[str]], ...] = (
     },
     {"api": set(), "inference": {"flax", "jax", "jaxtyping", "llguidance", "nibabel", "numpy", "tqdm"}},
     {
-        "run": {"flax", "jax", "optax", "orbax", "tensorboardX", "tqdm", "wandb"},
+        "run": {"flax", "jax", "numpy", "optax", "orbax", "tensorboardX", "tqdm", "wandb"},
         "baselines": {"flax", "jax", "nibabel", "nilearn", "numpy", "optax", "scipy", "sklearn", "tqdm"},
         "report": {"matplotlib", "nibabel", "numpy"},
         "demo": {"nibabel", "numpy", "safetensors", "tokenizers", "transformers"},

@@ -134,6 +134,7 @@ class Blobs:
 HELD = np.arange(20)
 
 
+@pytest.mark.slow
 def test_the_network_learns_on_which_side_a_blob_is(optimised_network: None) -> None:
     blobs, others = Blobs(), Blobs(count=40, seed=1)
     network = fit_cnn(blobs.sides, HELD, blobs.stream, classes=2, seed=0, epochs=8, widths=NARROW)

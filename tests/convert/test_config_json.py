@@ -11,7 +11,7 @@ from convert.export_config import hf_dict, write_config
 from convert.model_card import model_card
 from convert.verify import compare_reading
 from tests.helpers.checkpoints import MODALITIES, make_model
-from umbrella_jax.config.schema import ModalityConfig
+from umbrella_jax.config.schema import ConfoundsConfig, ModalityConfig
 from umbrella_jax.errors import CheckpointError, ConfigError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava"  # written by transformers 4.46.3
@@ -300,7 +300,7 @@ def test_every_parameter_of_the_preprocessing_is_in_an_export(tmp_path):
     fmri = dataclasses.replace(
         MODALITIES["rsfMRI"], scaling="none", stride_within_seq=2, stride_between_seq=0.5, orientation="as_stored"
     )
-    fmri = dataclasses.replace(fmri, aliases=("bold",), background=-1.5)
+    fmri = dataclasses.replace(fmri, aliases=("bold",), background=-1.5, tr=2.0, confounds=ConfoundsConfig())
     default = ModalityConfig(size=(9, 9, 9), patch=(3, 3, 3))
     changed = {f.name for f in dataclasses.fields(t1) for m in (t1, fmri) if getattr(m, f.name) != f.default}
     assert changed == {f.name for f in dataclasses.fields(ModalityConfig)}

@@ -293,6 +293,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return world
 
 
+@pytest.mark.slow
 def test_train_from_inflated_and_then_from_resampled(world: World, tmp_path: Path) -> None:
     """Only the projector trains, so that the patch embedding keeps its initial weights.
 

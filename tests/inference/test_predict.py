@@ -83,7 +83,12 @@ def test_rows_hold_reference_task_and_likelihoods(whole: list[dict[str, Any]], d
 
 
 @pytest.mark.parametrize(
-    ("flags", "devices"), [(["--batch-size", 1], 1), (["--batch-size", 3], 1), (["--batch-size", 8], 4)]
+    ("flags", "devices"),
+    [
+        (["--batch-size", 3], 1),
+        pytest.param(["--batch-size", 1], 1, marks=pytest.mark.slow),
+        pytest.param(["--batch-size", 8], 4, marks=pytest.mark.slow),  # so do answers under a control, below
+    ],
 )
 def test_answers_depend_on_neither_batch_nor_devices(
     run: Path, data: Path, whole: list[dict[str, Any]], flags: list[object], devices: int, tmp_path: Path
@@ -120,6 +125,7 @@ def _same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
             assert value == pytest.approx(other["likelihoods"][answer], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_task_with_a_schema_is_answered_in_json_and_others_freely(run: Path, data: Path, tmp_path: Path) -> None:
     schema = write_json(
         tmp_path / "schema.json", {"type": "object", "properties": {"a": {"type": "boolean"}}, **CLOSED}
@@ -245,6 +251,7 @@ def test_predict_averages_over_the_windows_of_a_run(
     )
 
 
+@pytest.mark.slow
 def test_a_run_evaluates_with_the_windows_of_its_config(world: World, tmp_path: Path) -> None:
     asked = [
         conversation(f"run-{i}", "T1", [("user", [f"fMRI:run-{i}.nii", "Awake?"]), ("assistant", [answer])])

@@ -140,6 +140,7 @@ def test_initial_adapters_depend_only_on_seed_and_path(case):
     assert len({all_[path].flat[0] * all_[path].shape[-1] ** 0.5 for path in firsts}) == len(firsts)
 
 
+@pytest.mark.slow
 def test_beside_quantized_weights(case):
     """Adapters give the same numbers on quantised weights as on the dequantised ones; they are not quantised."""
     rounded = quantize(dict(case.params | case.adapters), "int8")
@@ -154,6 +155,7 @@ def test_beside_quantized_weights(case):
     assert all(relative(grads[path], np.asarray(slope)) <= 1e-5 for path, slope in slopes.items())
 
 
+@pytest.mark.slow
 def test_on_a_mesh_it_is_one_devices():
     """A step of patch embedding and adapters, whose inputs and outputs are split as those of the weights are."""
     model = replace(MODEL, lora=ALL)

@@ -66,6 +66,7 @@ def changed(after: dict[str, np.ndarray], before: dict[str, np.ndarray]) -> set[
     return {path for path, leaf in after.items() if leaf.tobytes() != before[path].tobytes()}
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_run(first: Path, second: Path) -> None:
     """Nothing but what it trains is other than the first run's end, whose step it names."""
     assert load_config(second / "config.yaml").model.base == str(first / "checkpoints" / "2")

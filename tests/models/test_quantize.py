@@ -55,7 +55,9 @@ def test_each_output_has_a_scale_of_its_own(dtype):
         assert error.max() > 0
 
 
-@pytest.mark.parametrize(("dtype", "limit", "remat"), [("int8", 0.05, "full"), ("fp8", 0.12, "none")])
+@pytest.mark.parametrize(
+    ("dtype", "limit", "remat"), [("int8", 0.05, "full"), pytest.param("fp8", 0.12, "none", marks=pytest.mark.slow)]
+)
 def test_logits_and_gradients_are_those_of_the_rounded_weights(dtype, limit, remat):
     """And near those of the weights as they were, as far as 8 bits reach in a network of 32 to 64 wide."""
     graphdef, trainable, frozen = halves(remat)
@@ -81,6 +83,7 @@ def test_logits_and_gradients_are_those_of_the_rounded_weights(dtype, limit, rem
         assert cosine > 1 - limit, path
 
 
+@pytest.mark.slow
 def test_on_a_mesh_it_is_one_devices():
     """Each device holds its part of a weight and of its scales."""
     case, batch, results = mesh_case(), micro_batch(2, "T1"), []

@@ -20,6 +20,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return small_run.make_world_of_one_shape(tmp_path_factory.mktemp("world"))
 
 
+@pytest.mark.slow
 def test_a_longer_run_of_constant_rate_is_as_if_planned_so(world: World, tmp_path: Path) -> None:
     """Also if the first run kept its best and was evaluated at its end."""
     longer, planned = tmp_path / "longer", tmp_path / "planned"

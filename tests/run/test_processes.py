@@ -486,6 +486,7 @@ def test_differences_between_hosts_are_named(
         assert len(faults) <= 6  # token ids and the order of volumes depend on the conversations
 
 
+@pytest.mark.slow
 def test_two_processes_that_read_other_scans_are_refused(pair: Two, world: World, tmp_path: Path) -> None:
     """Before the first step, with the host's name, which is this machine for both."""
     shutil.copytree(world.root / "scans", tmp_path / "scans")

@@ -161,6 +161,13 @@ def test_a_table_of_any_text_is_read_or_refused(tmp_path_factory, rows):
     assert bool(faults) != bool(cells_by_subject)
 
 
+def test_refuses_an_id_with_rows_that_a_quote_has_swallowed(tmp_path):
+    file = tmp_path / "participants.tsv"
+    file.write_text('participant_id\tsex\nsub-1\tF\n"\tM\nsub-3\t"\tF\n')
+    with pytest.raises(DataError, match=r"participants.tsv:4: participant_id: contains a tab or line break"):
+        subject_rows(read_table(file))
+
+
 MISSING = ["n/a", "", "-", "?", ".", "#N/A", "NA", "N/A", "nan", "NULL", "<NA>", "#VALUE!"]
 
 

@@ -107,6 +107,11 @@ def subject_rows(table: Table) -> dict[str, Mapping[str, str]]:
         name = with_prefix("sub", cells["participant_id"])
         if name == "sub-":
             faults.append(f"{table.path}:{line}: participant_id: expected sub-LABEL, got {cells['participant_id']!r}")
+        elif re.search(r"[\t\r\n]", name):
+            faults.append(
+                f"{table.path}:{line}: participant_id: contains a tab or line break, so a quote has swallowed cells; "
+                "remove the quotes around it"
+            )
         elif name in cells_of:
             faults.append(
                 f"{table.path}:{line}: participant_id: {name} has a row already; expected one row per subject "
