@@ -9,10 +9,7 @@ import numpy as np
 
 from umbrella_jax.baselines.baseline import ScanBaseline
 from umbrella_jax.data.conversation import Image
-from umbrella_jax.data.loader import prefetch
 from umbrella_jax.inference.features import Tower
-
-_BATCH = 8
 
 
 class ProbeBaseline(ScanBaseline):
@@ -31,17 +28,9 @@ class ProbeBaseline(ScanBaseline):
         for image in images:
             by_modality[image.modality].append(image)
         for modality, scans in by_modality.items():
-
-            def make(batch: int, scans: list[Image] = scans) -> np.ndarray:
-                part = scans[batch * _BATCH : (batch + 1) * _BATCH]
-                volumes = np.stack([inputs.evaluation.volume(image) for image in part])
-                return np.resize(
-                    volumes, (_BATCH, *volumes.shape[1:])
-                )  # one shape for all batches; the first images fill up
-
-            batches = prefetch(make, 0, -(-len(scans) // _BATCH), inputs.config.data.threads)
-            rows = np.concatenate([tower(modality, volumes) for volumes in batches])
-            features |= dict(zip(scans, rows, strict=False))
+            batches = tower.batches(modality, scans, inputs.evaluation.volume, threads=inputs.config.data.threads)
+            for part, rows in batches:
+                features |= dict(zip(part, rows, strict=True))
         patch_embed = "as the run trained it" if checkpoint.runs else "as a run would start it, not trained"
         note = (
             f"probe: on the mean over patches of the tower's last hidden state of {checkpoint.path}, patch embedding "

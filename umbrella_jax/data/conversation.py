@@ -104,17 +104,6 @@ class Conversation:
                     queried.append(image)
         return tuple(queried)
 
-    def subject_of(self, image: Image) -> str | None:
-        """Return the subject that one of the `images` shows; None if it is unknown.
-
-        It is the one that the path names; otherwise the query, or the only one of the `references`.
-        """
-        if (named := _subject_in(image.path.parts)) is not None:
-            return named
-        references = self.references
-        candidates = self.subjects - references if image in self.queried_images else references
-        return next(iter(candidates)) if len(candidates) == 1 else None
-
     @property
     def image_subjects(self) -> tuple[str | None, ...]:
         """The subject of each of `images`, from its path or from `metadata`; None if neither names it."""

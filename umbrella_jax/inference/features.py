@@ -5,7 +5,7 @@ Axes: n scans, M volumes, N patches, E width of the tower or, after the projecto
 
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -88,6 +88,32 @@ class Tower:
         """
         options = {"graphdef": self._graphdef, "dtype": self._dtype, "name": name, "patches": patches}
         return np.asarray(_features(self._params, volumes, **options))
+
+    def batches(
+        self,
+        name: str,
+        images: Sequence[Image],
+        load: Callable[[Image], np.ndarray],
+        *,
+        batch_size: int = 8,
+        threads: int,
+        patches: bool = False,
+    ) -> Iterator[tuple[Sequence[Image], np.ndarray]]:
+        """Yield batches of images of modality `name` in order, each with the features that a call returns.
+
+        Args:
+            load: returns the preprocessed volume of an image; called by several `threads`, ahead of the device.
+        """
+        size = min(batch_size, len(images))
+
+        def make(batch: int) -> tuple[Sequence[Image], np.ndarray]:
+            part = images[batch * batch_size : (batch + 1) * batch_size]
+            volumes = np.stack([load(image) for image in part])
+            # one shape for all batches: the first volumes fill up the last one
+            return part, np.resize(volumes, (size, *volumes.shape[1:]))
+
+        for part, volumes in prefetch(make, 0, -(-len(images) // batch_size), threads):
+            yield part, self(name, volumes, patches=patches)[: len(part)]
 
 
 @partial(jax.jit, static_argnames=("graphdef", "dtype", "name", "patches"))
@@ -172,27 +198,21 @@ def features(
         for modality, members in sorted(by_modality.items()):
             config = checkpoint.config.modalities[modality]
 
-            def make(
-                batch: int, members: list[_Scan] = members, config: ModalityConfig = config
-            ) -> tuple[list[_Scan], np.ndarray]:
-                part = members[batch * batch_size : (batch + 1) * batch_size]
-                volumes = np.stack([sources.load(scan.image.path, config) for scan in part])
-                size = min(batch_size, len(members))
-                # one shape for all batches: the first volumes fill up the last one
-                return part, np.resize(volumes, (size, *volumes.shape[1:]))
+            def load(image: Image, config: ModalityConfig = config) -> np.ndarray:
+                return sources.load(image.path, config)
 
-            shape: tuple[int, ...] = ()
+            images, shape = [scan.image for scan in members], tuple[int, ...]()
+            options: dict[str, Any] = {"batch_size": batch_size, "threads": data.threads, "patches": patches}
             with _member(archive, f"patches_{modality}") if patches else _nothing() as write:
-                for part, volumes in prefetch(make, 0, -(-len(members) // batch_size), data.threads):
-                    values = tower(modality, volumes, patches=patches)[: len(part)]
+                for part, values in tower.batches(modality, images, load, **options):
                     own = values.mean(1) if patches else values
                     for array in (values, own):
                         _check_finite(part, array, dtype)
                     shape = (len(members), *values.shape[1:])
                     write(values.astype(dtype), shape)
                     pooled.append(own.astype(dtype))
-                    rows += part
                     bar.update(len(part))
+            rows += members
             grid = [size // patch for size, patch in zip(config.size, config.patch, strict=True)]
             _add(archive, f"grid_{modality}", np.array(grid))
         _add(archive, "features", np.concatenate(pooled))
@@ -237,11 +257,10 @@ def _scans(data: DataConfig, modalities: Mapping[str, ModalityConfig]) -> list[_
                 task_filter=data.task_filter,
                 allow_outside_root=data.allow_outside_root,
             ):
-                for image in conversation.images:
+                for image, subject in zip(conversation.images, conversation.image_subjects, strict=True):
                     if image not in scans or not scans[image].subject:
                         before = scans.get(image)
-                        subject = conversation.subject_of(image) or ""
-                        scans[image] = _Scan(image, subject, before.split if before else split)
+                        scans[image] = _Scan(image, subject or "", before.split if before else split)
     faults.raise_as(DataError)
     if not scans:
         raise DataError("no conversation shows a scan; expected at least one")
@@ -258,11 +277,11 @@ def _patch_affine(image: Image, modalities: Mapping[str, ModalityConfig]) -> np.
     return voxels @ nib.affines.from_matvec(np.diag(patch), (patch - 1) / 2)
 
 
-def _check_finite(scans: list[_Scan], values: np.ndarray, dtype: str) -> None:
+def _check_finite(images: Sequence[Image], values: np.ndarray, dtype: str) -> None:
     limit = np.finfo(dtype).max
-    for scan, row in zip(scans, values, strict=True):
+    for image, row in zip(images, values, strict=True):
         if not (np.abs(row) <= limit).all():
-            raise RunError(f"{scan.image.path}: a feature is not finite in {dtype}; expected float32, or sound weights")
+            raise RunError(f"{image.path}: a feature is not finite in {dtype}; expected float32, or sound weights")
 
 
 @contextmanager
