@@ -218,15 +218,20 @@ def open_volume(path: str | Path, config: ModalityConfig) -> Voxels:
 
 
 def companion_files(path: Path, config: ModalityConfig) -> list[Path]:
-    """Return the files beside a volume on which its preprocessed voxels depend: its table of confounds, and the sidecar
-    with its repetition time.
+    """Return the files beside a volume on which its preprocessed voxels depend.
+
+    These are its table of confounds, and the sidecar with its repetition time.
 
     Raises DataError as `fit_voxels` does.
     """
     confounds = config.confounds
     files = [] if confounds is None else confounds_files(path, confounds)
-    timed = config.tr is not None or (confounds is not None and confounds.high_pass is not None)
-    return [*files, *repetition_time_files(path)] if timed else files
+    return [*files, *repetition_time_files(path)] if _needs_own_tr(config) else files
+
+
+def _needs_own_tr(config: ModalityConfig) -> bool:
+    """Return whether a run's own repetition time matters: to resample its frames, or to filter them."""
+    return config.tr is not None or (config.confounds is not None and config.confounds.high_pass is not None)
 
 
 def fit_voxels(path: str | Path, image: Voxels, config: ModalityConfig) -> Voxels:
@@ -263,9 +268,7 @@ def fit_voxels(path: str | Path, image: Voxels, config: ModalityConfig) -> Voxel
 def _reframe(path: Path, image: Voxels, config: ModalityConfig) -> Voxels:
     """Return a run without its confounds, at the modality's repetition time."""
     confounds = config.confounds
-    own_tr = None
-    if config.tr is not None or (confounds is not None and confounds.high_pass is not None):
-        own_tr = read_repetition_time(path, image)
+    own_tr = read_repetition_time(path, image) if _needs_own_tr(config) else None
     if confounds is not None:
         require_nilearn("confounds")
         image = DenoisedRun(image, confounds_table(path, confounds), confounds, own_tr)

@@ -139,7 +139,7 @@ def explain(
     (ids,) = encode_answers(conversation, [answer], processor.tokenizer, template=processor.template)
     versions = expand(dataset, windows).dataset.prompts
     explained = [
-        _explain_version(model, processor, dataset, _with_answer(prompt, ids), method=method, steps=steps)
+        _explain_version(model, processor, dataset, _with_answer(prompt, ids), answer, method=method, steps=steps)
         for prompt in versions
     ]
     maps: dict[Image, np.ndarray] = {}
@@ -163,13 +163,14 @@ def _with_answer(prompt: Encoded, ids: Sequence[int]) -> Encoded:
 
 
 def _explain_version(
-    model: Llava, processor: Processor, dataset: Dataset, whole: Encoded, *, method: Method, steps: int
+    model: Llava, processor: Processor, dataset: Dataset, whole: Encoded, answer: str, *, method: Method, steps: int
 ) -> Explanation:
     """Explain the supervised tokens of one conversation that shows one window of each run.
 
     Args:
         dataset: of the conversation; has its volumes.
         whole: its tokens.
+        answer: text of the supervised ones.
     """
     (conversation,) = dataset.conversations
     batch = whole_batch(replace(dataset, encoded=(whole,)), prompts=False)
@@ -198,7 +199,7 @@ def _explain_version(
     maps: dict[Image, np.ndarray] = {}
     for name, values in contributions.items():
         maps |= dict(zip(shown[name], np.asarray(values), strict=False))
-    return Explanation("", logs[0], logs[1], {image: maps[image] for image in distinct})
+    return Explanation(answer, logs[0], logs[1], {image: maps[image] for image in distinct})
 
 
 def _background(volumes: Float[np.ndarray, "M *size"], levels: Sequence[float | None]) -> Float[np.ndarray, "M *size"]:
