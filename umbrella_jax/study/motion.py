@@ -22,19 +22,21 @@ _NAMES_SHOWN = 20
 def mean_framewise_displacement(table: Path) -> float:
     """Return the mean framewise displacement of a run in mm, as in Power et al. 2012, from its table of confounds.
 
-    The first frame has no displacement (`n/a`) and does not count.
+    The first frame has no displacement and does not count, whether the table has `n/a` or 0 there.
 
     Raises:
-        DataError: the table has no such column, no number in it, or another text than a number.
+        DataError: the table has no such column, no number in it, another text than a number, or a number below 0.
     """
     columns = read_confounds_table(table)
     column = next((name for name in _DISPLACEMENT if name in columns), None)
     if column is None:
         raise DataError(f"{table}: no column {_DISPLACEMENT[0]}; expected fMRIPrep's table of confounds")
-    numbers = cells_as_numbers(table, column, columns[column])
+    numbers = cells_as_numbers(table, column, columns[column])[1:]
     known = numbers[~np.isnan(numbers)]
     if not len(known):
         raise DataError(f"{table}: {column}: expected a number for every frame but the first")
+    if known.min() < 0:
+        raise DataError(f"{table}: {column}: {known.min():g}; expected displacements of 0 mm or more")
     return float(known.mean())
 
 
