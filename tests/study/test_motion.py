@@ -99,7 +99,7 @@ def test_the_mean_leaves_out_the_first_frame(tmp_path):
     table = write_table(run, [0.2, 0.4])
     table.write_text(table.read_text().replace("n/a", "0"))  # as some tools write it
     assert mean_framewise_displacement(table) == pytest.approx(0.3)
-    with pytest.raises(DataError, match="framewise_displacement: -0.2; expected displacements of 0 mm or more"):
+    with pytest.raises(DataError, match=r"framewise_displacement: -0\.2; expected displacements of 0 mm or more"):
         mean_framewise_displacement(write_table(run, [0.4, -0.2]))
     with pytest.raises(DataError, match="no column framewise_displacement"):
         mean_framewise_displacement(write_table(run, [0.2], "dvars"))
