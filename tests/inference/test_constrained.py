@@ -13,9 +13,9 @@ import umbrella_jax
 from tests.helpers.small_run import modalities, write_json
 from tests.helpers.training_case import QUICK, generating_with
 from umbrella_jax.demo import make_base
-from umbrella_jax.errors import ConfigError
+from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.inference import constrained
-from umbrella_jax.inference.constrained import JsonConstraint, JsonMasks
+from umbrella_jax.inference.constrained import Constraints, JsonConstraint, JsonMasks
 from umbrella_jax.inference.generate import GREEDY, NONE, Sampling, generate
 from umbrella_jax.models import Llava
 
@@ -104,6 +104,26 @@ def test_an_answer_that_is_valid_anyway_stays(
         assert words[0, token // 32] >> (token % 32) & 1
         assert (token == ids[-1]) == bool(words[0, processor.stop_ids[0] // 32] >> (processor.stop_ids[0] % 32) & 1)
         masks.accept(np.array([token], np.int32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"finding": "cyst"}, "from 'cyst"),
+        ({"note": "ö"}, "from "),
+        ({"lesions": 13}, "from '3"),
+    ],
+)
+def test_refuses_references_that_no_answer_could_equal(
+    schema: Path, model: Llava, processor: umbrella_jax.Processor, changes: dict[str, Any], place: str
+) -> None:
+    answer = {"finding": "tumour", "left": True, "lesions": 3, "where": []}
+    texts = [json.dumps(answer), json.dumps(answer | changes), "No JSON."]  # an ö becomes \\u00f6
+    rows = [{"task_id": f"t{n}", "task_type": "note", "reference": text} for n, text in enumerate(texts)]
+    arguments = {"note": schema}, processor, model.config.text.vocab_size
+    with pytest.raises(DataError, match=rf"^t1: its reference does not follow {schema} {place}"):
+        Constraints.for_tasks(rows, *arguments)
+    assert Constraints.for_tasks([rows[0], rows[2]], *arguments)
 
 
 @pytest.mark.parametrize(

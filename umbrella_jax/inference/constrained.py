@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, UInt32
 
-from umbrella_jax.errors import ConfigError, RunError
+from umbrella_jax.errors import ConfigError, DataError, RunError
 from umbrella_jax.inference.generate import NONE
 from umbrella_jax.inference.processor import Processor
 from umbrella_jax.scoring.rows import Row
-from umbrella_jax.scoring.structured import AnswerSchema, read_schema
+from umbrella_jax.scoring.structured import AnswerSchema, parse_answer_object, read_schema
 from umbrella_jax.scoring.tasks import task_of
 
 _WHITESPACE = r" |\n {0,12}"
 """White space between the parts of an answer, as `json.dumps` writes it with and without `indent`."""
+_SHOWN = 30
+"""Number of characters of a reference that a fault shows."""
 _ALL = np.uint32(2**32 - 1)
 _INNER = ("properties", "$defs", "definitions", "items", "prefixItems", "anyOf", "oneOf", "allOf")
 """Keywords whose values are schemas, or lists or mappings of schemas."""
@@ -60,6 +62,15 @@ class JsonConstraint:
         from llguidance import LLMatcher
 
         return LLMatcher(self._vocabulary, self._grammar)
+
+    def refused_end(self, text: str, tokenizer: Any) -> str | None:
+        """Return the end of a text from which on it does not follow the schema; None if it follows it."""
+        ids, matcher = tokenizer.encode(text, add_special_tokens=False), self.matcher()
+        follows = matcher.validate_tokens(ids)
+        if follows < len(ids):
+            return str(tokenizer.decode(ids[follows:]))
+        matcher.consume_tokens(ids)
+        return None if matcher.is_accepting() else ""
 
     def masks(self, rows: int) -> "JsonMasks":
         """Return the masks of so many new answers, for `generate` and `stream`."""
@@ -118,14 +129,29 @@ class Constraints:
             files: {task: its schema}.
             vocab_size: number of the model's logits.
 
-        Raises ConfigError: as `JsonConstraint.load`, for every schema.
+        Raises:
+            ConfigError: as `JsonConstraint.load`, for every schema.
+            DataError: a reference is a JSON object that does not follow its schema, so no answer could equal it.
         """
         used = {name: file for name in sorted(set(map(task_of, rows))) if (file := files.get(name)) is not None}
         if not used:
             return None
         vocabulary = grammar_vocabulary(processor, vocab_size)
         by_task = {name: JsonConstraint(read_schema(file), vocabulary) for name, file in used.items()}
-        return cls([by_task.get(task_of(row)) for row in rows], vocab_size, processor.stop_ids)
+        own = [by_task.get(task_of(row)) for row in rows]
+        faults = list[str]()
+        for row, constraint in zip(rows, own, strict=True):
+            if constraint is None or parse_answer_object(text := row["reference"].strip()) is None:
+                continue
+            if (end := constraint.refused_end(text, processor.tokenizer)) is not None:
+                place = f"from {end[:_SHOWN]!r} on" if end else "at its end"
+                faults.append(
+                    f"{row['task_id']}: its reference does not follow {constraint.schema.file} {place}; check values, "
+                    "order of the fields and white space, and write letters as they are (docs/answers.md)"
+                )
+        if faults:
+            raise DataError(faults)
+        return cls(own, vocab_size, processor.stop_ids)
 
     @property
     def texts(self) -> list[str]:
