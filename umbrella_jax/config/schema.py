@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 from umbrella_jax.config.ranges import Count, CountOrZero, NonNegative, Positive, Probability, Range, Section
@@ -89,6 +90,17 @@ MM = (1e-3, 1e3)
 any other is wrong."""
 
 
+def _has_plain_placeholders(pattern: str) -> bool:
+    """Return whether each pair of braces holds letters and digits only."""
+    try:
+        parts = [part for part in Formatter().parse(pattern) if part[1] is not None]
+    except ValueError:  # an open brace
+        return False
+    return all(
+        re.fullmatch("[0-9a-zA-Z]+", name or "") and not (spec or conversion) for _, name, spec, conversion in parts
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConfoundsConfig(Section):
     """Nuisance signals that are regressed out of 4D runs before anything else (extra `fmri`).
@@ -129,6 +141,8 @@ class ConfoundsConfig(Section):
     """Cutoff of a Butterworth high-pass filter, instead of the cosines of `strategy`, such as 0.008."""
 
     def contradictions(self) -> Iterator[str]:
+        if self.pattern is not None and not _has_plain_placeholders(self.pattern):
+            yield f"pattern: {self.pattern}: expected the name of one entity in each pair of braces, such as {{sub}}"
         if not self.strategy and not self.columns and self.high_pass is None and not self.detrend:
             yield "strategy: nothing to remove; name a strategy or columns, or leave confounds out"
         if "compcor" in self.strategy and "high_pass" not in self.strategy:

@@ -61,7 +61,7 @@ def require_nilearn(key: str) -> None:
 def confounds_table(path: Path, config: ConfoundsConfig) -> Path:
     """Return the table of confounds of a run.
 
-    Raises DataError if there is none, and ConfigError for a placeholder of `pattern` that the run's name lacks.
+    Raises DataError if there is none, or the run's name lacks an entity of `pattern`.
     """
     if config.pattern is None:
         table = find_confounds(path)
@@ -76,9 +76,9 @@ def confounds_table(path: Path, config: ConfoundsConfig) -> Path:
     known = ", ".join(f"{{{name}}}" for name in values)
     try:
         table = path.parent / config.pattern.format_map(values)
-    except (KeyError, IndexError, ValueError, AttributeError):
-        raise ConfigError(
-            f"confounds.pattern: {config.pattern}: {path.name} has no such part; expected some of {known}"
+    except KeyError as error:
+        raise DataError(
+            f"{path}: its name has no {error.args[0]}, as in confounds.pattern {config.pattern}; expected some of {known}"
         ) from None
     if not table.is_file():
         raise DataError(f"{path}: no table of confounds: {table} not found; expected it, as confounds.pattern says")
