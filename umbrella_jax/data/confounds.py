@@ -78,7 +78,8 @@ def confounds_table(path: Path, config: ConfoundsConfig) -> Path:
         table = path.parent / config.pattern.format_map(values)
     except KeyError as error:
         raise DataError(
-            f"{path}: its name has no {error.args[0]}, as in confounds.pattern {config.pattern}; expected some of {known}"
+            f"{path}: its name has no {error.args[0]}, as in confounds.pattern {config.pattern}; expected some of "
+            f"{known}"
         ) from None
     if not table.is_file():
         raise DataError(f"{path}: no table of confounds: {table} not found; expected it, as confounds.pattern says")
