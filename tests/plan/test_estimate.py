@@ -534,6 +534,7 @@ def test_plan_prints_the_data_sheet(name: str) -> None:
     tflops, memory, bandwidth, source = SHEETS[name]
     devices = parse_devices(name, dtype="float32" if name == "t4" else "bfloat16")
     plan = HardwarePlan(
+        has_number_loss=True,
         devices=devices,
         model=tiny(),
         frozen_dtype="bfloat16",
@@ -547,6 +548,7 @@ def test_plan_prints_the_data_sheet(name: str) -> None:
     text = " ".join(plan.table().split())
     assert f"each {tflops:.4g} TFLOP/s, {memory:.4g} GB at {bandwidth} GB/s" in text
     assert f"75% of {tflops:.4g} TFLOP/s ({source}" in text
+    assert "candidate numbers are not counted" in text
     assert max(map(len, plan.table().splitlines())) <= 80
 
 

@@ -168,6 +168,16 @@ def test_controls_and_baselines_are_those_of_score(page: Page, rows: Rows, run: 
     assert f"{cnn['difference']['figure']['low']:.3f} to" in text
 
 
+def test_baselines_in_a_run_are_compared_by_default(copy: Path, baselines: Path) -> None:
+    shutil.copytree(baselines / "baseline", copy / "baseline")
+    printed = f"baselines: those in {copy / 'baseline'}; --baseline DIR takes others"
+    scored = " ".join(umbrella("score", copy).split())
+    assert printed in scored
+    assert "cnn" in scored
+    assert printed in umbrella("report", copy, "--samples", 0)
+    assert "cnn" in Page(copy / "report.html").numbers["baselines"]
+
+
 def test_the_first_screen_says_how_much_the_answers_show(page: Page, run: Path, rows: Rows, tmp_path: Path) -> None:
     first_screen = page.text.split('<h2 id="scan">')[0]
     assert "It was asked 36 questions of 3 tasks about 12 subjects; the answers are those after step 3" in first_screen
@@ -177,6 +187,7 @@ def test_the_first_screen_says_how_much_the_answers_show(page: Page, run: Path, 
     )
     assert "<li>pair: none of 12 answers changes with blank volumes" in first_screen
     assert "the best baseline, cnn" in first_screen
+    assert "reliance on the scan unknown: the figure may be chance (blank)" in first_screen
     assert "<li>The only control is blank volumes" in first_screen
     assert "Few subjects (age 12, pair 12, side 12): with fewer than 30," in first_screen
     right = [row | {"prediction": row["reference"]} for row in rows]
@@ -484,7 +495,7 @@ def test_answers_to_other_conversations_are_refused(copy: Path, rows: Rows, base
     assert "answers to other conversations than those of data.eval" in refused(copy, "--predictions", other)
     write_rows(tmp_path / "other" / "cnn.jsonl", rows[1:])
     message = refused(copy, "--baseline", tmp_path / "other")
-    assert "--baseline: cnn: task side: other conversations than the run's: S00_side" in message
+    assert "other: cnn: task side: other conversations than the run's: S00_side" in message
     odd = [row | {"metadata": row["metadata"] | {"task": "handedness"}} for row in rows]
     write_rows(tmp_path / "other" / "cnn.jsonl", odd)
     assert "task handedness: not one of the run's, age, pair, side" in refused(copy, "--baseline", tmp_path / "other")

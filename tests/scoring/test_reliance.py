@@ -96,7 +96,7 @@ def test_reliance_of_a_regression_by_hand() -> None:
         {"true": 1.0, "control": mae, "chance": mae, "changed": 11 / 12, "reliance": 1.0}
     )
     assert figures(noise) == pytest.approx(
-        {"true": 1.0, "control": worst, "chance": worst, "changed": 1.0, "reliance": 1.0}
+        {"true": 1.0, "control": worst, "chance": 143 / 36, "changed": 1.0, "reliance": 1.0}
     )
 
 
@@ -104,11 +104,11 @@ def test_error_of_random_pairs_is_that_of_all_pairs() -> None:
     rng = np.random.default_rng(0)
     truth, answer = rng.integers(0, 9, 30).astype(float), rng.integers(-2, 12, 30).astype(float)
     answer[:5] = np.nan
-    worst = np.maximum(truth, 8 - truth)
     w = rng.integers(0, 3, (30, 4)).astype(float)
-    errors = np.where(np.isnan(answer)[:, None], worst, np.abs(answer[:, None] - truth))
-    expected = [(np.outer(own, own) * errors).sum() / own.sum() ** 2 for own in w.T]
-    np.testing.assert_allclose(_paired_error(w, truth, answer, worst), expected)
+    guesses = [np.abs(truth[:, None] - truth) @ own / own.sum() for own in w.T]  # of an answer without a number
+    errors = [np.where(np.isnan(answer)[:, None], guess, np.abs(answer[:, None] - truth)) for guess in guesses]
+    expected = [own @ error @ own / own.sum() ** 2 for own, error in zip(w.T, errors, strict=True)]
+    np.testing.assert_allclose(_paired_error(w, truth, answer), expected)
 
 
 def test_answers_from_the_text_have_reliance_0() -> None:
@@ -160,6 +160,19 @@ def test_one_subject_shows_nothing_about_others() -> None:
     one = [{**row, "metadata": {"subject_id": "sub-1"}} for row in TRUE]
     (verdict,) = compare(one, blank=under("blank", one, ["male"] * 8)).verdicts()
     assert verdict.endswith("reliance has no interval.")
+
+
+def test_nonsense_without_the_scan_is_no_reliance() -> None:
+    """A model at chance does not rely on the scan because it answers blank volumes with other words."""
+    true = rows("sex", SEXES, ["male", "female"] * 4)
+    nonsense = compare(true, blank=under("blank", true, ["a scan"] * 8)).controls["sex"]["blank"]
+    assert figures(nonsense) == {"true": 0.5, "control": 0.0, "chance": 0.5, "changed": 1.0, "reliance": None}
+    good = compare(TRUE, blank=under("blank", TRUE, ["a scan"] * 8))
+    assert reliance(good.controls["sex"]["blank"]).value == 1
+    assert "sex, blank: 8 of 8 answers are none of female, male; reliance counts each as a guess." in good.notes
+    same = rows("sex", SEXES, ["male"] * 4 + ["female"] * 2 + ["?"] * 2)
+    blind = compare(same, blank=under("blank", same, [row["prediction"] for row in same])).controls["sex"]["blank"]
+    assert reliance(blind).value == 0
 
 
 def test_no_reliance_without_accuracy_beyond_chance() -> None:

@@ -73,7 +73,7 @@ def add(commands: Any) -> None:
     predict.add_argument("--out", required=True, metavar="FILE", help="answers (.jsonl), in the order of the data")
     add_flags(predict, ["--image-root", "--modality", "--task-filter", "--cache"])
     predict.add_argument("--likelihoods", action="store_true", help="also score every answer of a closed set")
-    _add_windows(predict, "average over", "those of the run or --config")
+    _add_windows(predict, "the run's")
     predict.add_argument(
         "--control",
         action="append",
@@ -114,7 +114,7 @@ def add(commands: Any) -> None:
         metavar="NAME",
         help="gradient (× input), integrated (gradients, the default) or occlusion (of one patch at a time)",
     )
-    _add_windows(explain, "average the maps of", "first")
+    _add_windows(explain, "first")
     explain.add_argument(
         "--path-steps", type=int, metavar="N", help=f"steps of integrated gradients; default {_PATH_STEPS}"
     )
@@ -157,12 +157,12 @@ def _add_schema(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schema", metavar="FILE", help="JSON schema that each answer follows (extra `text`)")
 
 
-def _add_windows(parser: argparse.ArgumentParser, what: str, default: str) -> None:
+def _add_windows(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--windows",
         type=_windows,
         metavar="WHICH",
-        help=f"windows of 4D runs to {what}: first, all or a number; default {default}",
+        help=f"4D windows: first, all or a number; default {default}",
     )
 
 

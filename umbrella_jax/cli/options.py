@@ -341,7 +341,7 @@ def add_overlap(parser: Any) -> None:
 
 def add_baseline(parser: Any) -> None:
     """Add --baseline to a command that compares a run's answers."""
-    parser.add_argument("--baseline", metavar="DIR", help="compare with the output of `baseline --out DIR`")
+    parser.add_argument("--baseline", metavar="DIR", help="compare with the output of `baseline`; default a run's own")
 
 
 def add_groups(parser: Any) -> None:

@@ -160,7 +160,7 @@ def _runs(arguments: argparse.Namespace) -> None:
 
 def _score(arguments: argparse.Namespace) -> None:
     from umbrella_jax.report.compare_folds import read_folds
-    from umbrella_jax.report.predictors import lacking_controls, read_controls
+    from umbrella_jax.report.predictors import lacking_controls, own_baselines, read_controls
     from umbrella_jax.rundir import fold_runs, seed_runs
     from umbrella_jax.scoring.adjustment import adjust_scores
     from umbrella_jax.scoring.folds import NOTE, score_folds
@@ -184,6 +184,9 @@ def _score(arguments: argparse.Namespace) -> None:
         return
     settings = settings_of(arguments)
     folds = None
+    is_default = len(paths) == 1 and arguments.baseline is None
+    if is_default:
+        arguments.baseline = own_baselines(paths[0])
     if len(paths) == 1 and (runs_of_folds := fold_runs(paths[0])):
         if arguments.step is not None:
             raise ConfigError(f"--step {arguments.step}: {paths[0]} has one step per fold; leave --step out")
@@ -192,6 +195,7 @@ def _score(arguments: argparse.Namespace) -> None:
     else:
         files, titles, config = _predictions_of(paths, arguments.step, settings.evaluation if settings else None)
         rows = pool_predictions(files)
+        titles += [_default_baselines(arguments.baseline)] if is_default and arguments.baseline else []
     tasks = tasks_of(rows, config.tasks)
     if faults := cut_faults(rows, tasks):
         raise DataError(faults)
@@ -225,6 +229,11 @@ def _score(arguments: argparse.Namespace) -> None:
 def _print_lacking(lines: Sequence[str]) -> None:
     for line in lines:
         print("\n".join(wrapped(line)), file=sys.stderr)
+
+
+def _default_baselines(run: str) -> str:
+    """Return a sentence about the baselines that are shown without --baseline."""
+    return f"baselines: those in {Path(run) / 'baseline'}; --baseline DIR takes others"
 
 
 def _joined(parts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -382,16 +391,18 @@ def _score_seeds(arguments: argparse.Namespace, runs: Mapping[int, Path]) -> Non
 def _report(arguments: argparse.Namespace) -> None:
     from umbrella_jax.html.page import PRIVACY
     from umbrella_jax.report import write_report
+    from umbrella_jax.report.predictors import own_baselines
     from umbrella_jax.rundir import NEWEST, REPORT
 
     _check_adjust_from(arguments)
+    default = own_baselines(arguments.run) if arguments.baseline is None else None
     out = Path(arguments.out) if arguments.out else Path(arguments.run) / REPORT
     facts = write_report(
         arguments.run,
         out,
         step=arguments.step,
         predictions=arguments.predictions,
-        baseline=arguments.baseline,
+        baseline=arguments.baseline or default,
         by=arguments.by,
         adjust=arguments.adjust,
         adjust_from=arguments.adjust_from,
@@ -399,7 +410,8 @@ def _report(arguments: argparse.Namespace) -> None:
         explain=arguments.explain,
     )
     chosen = f" step {facts.step} ({facts.step_reason})" if facts.step_reason not in ("", NEWEST) else ""
-    print(f"{out}:{chosen}\n  {PRIVACY}")
+    lines = [f"{out}:{chosen}", *([f"  {_default_baselines(default)}"] if default else []), f"  {PRIVACY}"]
+    print("\n".join(lines))
 
 
 def _baseline(arguments: argparse.Namespace) -> None:

@@ -33,6 +33,10 @@ _ATTENTION = {
     "splash": "attention is splash, a flash kernel, which writes no scores; its padding (heads to 128, lengths to "
     "blocks) counts as memory, not as FLOPs",
 }
+_NUMBER_LOSS = (
+    "train.number_loss: positions and logits of the candidate numbers are not counted, so time and memory of "
+    "regressions are too low; --text-tokens, higher by the number of candidates, adds their positions"
+)
 _STORED = ("float32", "bfloat16", "float16")  # types in which weights are read
 _SHOWN = 4  # meshes in a table of at most 80 columns
 _COUNTS: dict[str, str | None] = {"floor": None} | {policy: policy for policy in KEPT}
@@ -122,6 +126,8 @@ class HardwarePlan:
     policies: tuple[StepEstimate, ...]
     """The largest batch on its best mesh, per remat policy."""
     subjects: int | None
+    has_number_loss: bool
+    """Whether `train.number_loss` is set, whose candidates are not counted."""
 
     def hours(self, step: StepEstimate) -> float | None:
         """Return the hours of an epoch of one conversation per subject, in whole steps; None without `subjects`."""
@@ -143,6 +149,7 @@ class HardwarePlan:
             "latencies, data loading and evaluation are not counted",
             "the masked half of causal attention is counted",
             _ATTENTION[self.model.config.attention],
+            *([_NUMBER_LOSS] if self.has_number_loss else []),
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -335,4 +342,5 @@ def plan_hardware(
         largest=largest(remat),
         policies=tuple(found[0] for policy in KEPT if (found := largest(policy))),
         subjects=subjects,
+        has_number_loss=config.train.number_loss is not None,
     )

@@ -71,7 +71,7 @@ def limitations(facts: Facts) -> Iterator[str]:
     elif all(controls.keys() == {"blank"} for controls in facts.controls.controls.values()):
         yield "The only control is blank volumes, which no scan resembles; shuffled shows another subject's."
     if not facts.baselines:
-        yield "No baseline was given, so a small model may do as well (umbrella-jax baseline, report --baseline)."
+        yield "No baseline was given, so a small model may do as well (umbrella-jax baseline RUN)."
     if few := {one.name: one.figure.subjects for one in summaries if one.figure.subjects < FEW}:
         counts = ", ".join(f"{name} {count}" for name, count in few.items())
         yield f"Few subjects ({counts}): with fewer than {FEW}, the intervals are too narrow."
@@ -96,17 +96,21 @@ def _task_summary(facts: Facts, task: str) -> TaskSummary:
     metric, figure = facts.compared.metrics[task], predictors[0].figure
     controls = facts.controls.controls.get(task, {})
     removing = [one for one in predictors if one.role == "control" and one.name in _WITHOUT_SCAN]
-    useless = [one.name for one in removing if not _is_worse(one, metric)]
+    useless = next((one for one in removing if not _is_worse(one, metric)), None)
+    verdict = controls[useless.name].verdict if useless else ""
+    if useless and controls[useless.name].metric is None:
+        values = f"{short(useless.figure.value)} under {useless.name} and {short(figure.value)} with the scans"
+        verdict = f"{metric} is {values}; {verdict}"
     return TaskSummary(
         name=task,
         metric=with_unit(facts.scores.tasks[task], metric),
         figure=figure,
         certainty=_certainty(figure),
         scan=_reliance(controls),
-        baseline=_baseline(facts.compared.best_baseline(task), metric),
+        baseline=_baseline(facts.compared.best_baseline(task), metric, any_given=bool(facts.baselines)),
         is_share=metric == "accuracy",
-        needs_scan=not useless if removing else None,
-        verdict=controls[useless[0]].verdict if useless else "",
+        needs_scan=useless is None if removing else None,
+        verdict=verdict,
     )
 
 
@@ -137,16 +141,20 @@ def _reliance(controls: Mapping[str, ControlFigures]) -> str:
         return "no control without the scan was run"
     sure = (name for name, reliance in reliances.items() if reliance is not None and reliance.low is not None)
     control = next(sure, next(iter(reliances)))
-    reliance = reliances[control]
+    own, reliance = controls[control], reliances[control]
+    if own.metric is None:
+        return f"{short(own.changed.value)} of the answers change ({control}); reliance is of accuracy and mae only"
+    if own.true is not None and _may_be_chance(own.true):
+        return f"reliance on the scan unknown: the figure may be chance ({control})"
     if reliance is None or reliance.value is None:
         return f"reliance on the scan undefined ({control})"
     interval = "" if reliance.low is None else f", 95 % interval {short(reliance.low)} to {short(reliance.high)}"
     return f"reliance on the scan {short(reliance.value)}{interval} ({control})"
 
 
-def _baseline(best: PredictorScore | None, metric: str) -> str:
+def _baseline(best: PredictorScore | None, metric: str, *, any_given: bool) -> str:
     if best is None or best.difference is None:
-        return "no baseline was given"
+        return "no baseline answers this task" if any_given else "no baseline was given"
     apart, p = best.difference.figure, best.difference.p_holm
     relation = "not clearly different from"
     if p is not None and p < _ALPHA and apart.value is not None:

@@ -207,7 +207,7 @@ def read_facts(
     with faults:
         conversations = _answered(evaluated, rows, file) if samples else []
     for name, answers in baseline_rows.items():
-        faults += _baseline_faults(name, answers, rows)
+        faults += _baseline_faults(str(baseline), name, answers, rows)
     control_rows: dict[str, list[dict[str, Any]]] = {}
     with faults:
         control_rows = {name: own[0] for name, own in read_controls([file]).items()}
@@ -310,16 +310,19 @@ def _evaluation(run: Path, train: TrainConfig, step: Step | None) -> tuple[Path,
     return files[at], at, why
 
 
-def _baseline_faults(name: str, rows: Sequence[Prediction], expected: Sequence[Prediction]) -> Iterator[str]:
+def _baseline_faults(
+    folder: str, name: str, rows: Sequence[Prediction], expected: Sequence[Prediction]
+) -> Iterator[str]:
     """Yield a fault for each task that the run lacks or whose conversations differ from the run's."""
     run_ids = {task: _task_ids(members) for task, members in by_task(expected).items()}
     for task, members in by_task(rows).items():
         if task not in run_ids:
-            yield f"--baseline: {name}: task {task}: not one of the run's, {', '.join(run_ids)}"
+            yield f"--baseline {folder}: {name}: task {task}: not one of the run's, {', '.join(run_ids)}"
             continue
         ids = _task_ids(members)
         if differ := sorted({*ids - run_ids[task]} | {*run_ids[task] - ids}):
-            yield f"--baseline: {name}: task {task}: other conversations than the run's: {', '.join(differ[:5])}"
+            ids_shown = ", ".join(differ[:5])
+            yield f"--baseline {folder}: {name}: task {task}: other conversations than the run's: {ids_shown}"
 
 
 def _task_ids(rows: Sequence[Prediction]) -> Counter[str]:

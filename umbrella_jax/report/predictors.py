@@ -42,6 +42,11 @@ def read_baselines(folder: str | Path) -> dict[str, Rows]:
     return baselines
 
 
+def own_baselines(run: str | Path) -> str | None:
+    """Return `run` if `umbrella-jax baseline RUN` has written answers into it, otherwise None."""
+    return str(run) if any(Path(run).glob(_PLACES[0])) else None
+
+
 def read_controls(predictions: Sequence[Path], asked: Sequence[str] | None = None) -> dict[str, list[Rows]]:
     """Return {control: rows of each file} of controls that all of these predictions files have.
 

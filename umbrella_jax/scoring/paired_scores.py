@@ -294,13 +294,13 @@ def _notes(
     yield f"p, two-sided: {'; '.join(named)}."
     if len(predictors) > 1:
         yield (
-            f"p is corrected for the {len(predictors)} tasks (Holm 1979), for the best baseline and for each control "
-            "apart."
+            f"p is corrected for the {len(predictors)} tasks (Holm 1979), separately for the best baseline and "
+            "for each control."
         )
     if any(one.role == "baseline" for one in others):
         yield (
-            f"{BEST} the best baseline by these very answers, the only one tested. The choice favours the baseline: p "
-            "is cautious about a model that is better, and too small for a baseline that is."
+            f"{BEST} the best baseline on these same answers, the only one tested. The choice favours the baseline: p is "
+            "cautious about a model that is better, and too small for a baseline that is."
         )
 
 

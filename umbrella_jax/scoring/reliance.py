@@ -9,6 +9,8 @@ expected agreement, https://doi.org/10.1177/001316446002000104. The figure is 0 
 only chance agreement is left. Its numerator is the perceptual score of Gat et al. (2021),
 https://arxiv.org/abs/2110.14375, which divides by A_true, so a model that answers by chance would seem to rely on text.
 In a regression A is the negative mean absolute error, and −E that of randomly paired answers and truths.
+An answer that is none of the closed set, or no number, counts in all three as a guess drawn from the truths: otherwise
+a model at chance that talks nonsense without the scan would seem to rely on it.
 
 If rows have likelihoods, the mean loss of log p(right answer), in nats, needs no threshold. With blank volumes it
 estimates the information that the model uses in the scan (Ethayarajh et al. 2022, https://arxiv.org/abs/2110.08420).
@@ -209,7 +211,7 @@ def score_controls(
     resampled = _resample(rows, matched, tasks, resamples, seed)
     intervals = f"95 % intervals: {resamples} resamples of subjects" if resamples else "No intervals: no resamples"
     note = f"{intervals}; {subject_keys(by_task(rows))}."
-    return _scores(tasks, matched, left_out, resampled, note, resamples)
+    return _scores(tasks, matched, left_out, resampled, (note, *_unparsed_notes(tasks, matched)), resamples)
 
 
 def score_control_seeds(
@@ -240,7 +242,7 @@ def score_control_seeds(
     drawn = drawn_seeds(len(rows), resamples, seed)
     means = {key: mean_over_seeds([own[key] for own in each], drawn) for key in each[0]}
     note = interval_note(len(rows), resamples, by_task(next(iter(rows.values()))))
-    return _scores(tasks, matched, left_out, means, f"Means over {plural(len(rows), 'seed')}. {note}", resamples)
+    return _scores(tasks, matched, left_out, means, (f"Means over {plural(len(rows), 'seed')}. {note}",), resamples)
 
 
 def _scores(
@@ -248,7 +250,7 @@ def _scores(
     matched: Mapping[tuple[str, _Control], Sequence[_Pair]],
     left_out: Mapping[tuple[str, str], Mapping[str, int]],
     resampled: Mapping[tuple[str, _Control, str], Resampled],
-    note: str,
+    notes: tuple[str, ...],
     resamples: int,
 ) -> ControlScores:
     figures: dict[str, dict[str, ControlFigures]] = defaultdict(dict)
@@ -262,7 +264,7 @@ def _scores(
         tasks=dict(tasks),
         controls=dict(figures),
         paraphrases={task: own for task, own in by_task_asked.items() if own is not None},
-        notes=(note, *_left_out_notes(left_out)),
+        notes=(*notes, *_left_out_notes(left_out)),
         resamples=resamples,
     )
 
@@ -395,20 +397,27 @@ def _statistics(
     assert value is not None
     if metric == "mae":
         truth, answer = numbers_of(task, other)
-        worst = np.maximum(truth - truth.min(), truth.max() - truth)  # an answer without a number, as in `score`
-        chance = partial(_paired_error, truth=truth, answer=answer, worst=worst)
+        parsed = [~np.isnan(numbers_of(task, rows)[1]) for rows in (true, other)]
+        chance, guess = (partial(_paired_error, truth=truth, answer=own) for own in (answer, truth))
         sign = -1
     else:
         truths = np.array([task.truth(row) for row in true])
-        answers = np.array([task.answer_of(row) for row in other])
-        chance = partial(_agreement, truth=truths, answer=answers)
+        texts = [np.array([task.answer_of(row) for row in rows]) for rows in (true, other)]
+        parsed = [np.full(len(own), task.answers is None) | np.isin(own, task.classes) for own in texts]
+        chance = partial(_agreement, truth=truths, answer=texts[1], parsed=parsed[1])
+        guess = partial(_agreement, truth=truths, answer=truths, parsed=np.ones(len(truths), bool))
         sign = 1
 
+    def achieved(w: np.ndarray, values: np.ndarray, is_parsed: np.ndarray) -> np.ndarray:
+        """Return the metric if answers that cannot be parsed are guesses, [R]."""
+        mean_of = partial(weighted_statistics.mean, w)
+        return mean_of(np.where(is_parsed, values, 0)) + mean_of(~is_parsed) * guess(w)
+
     def margin(w: np.ndarray) -> np.ndarray:
-        return sign * (weighted_statistics.mean(w, true_value) - chance(w))
+        return sign * (achieved(w, true_value, parsed[0]) - chance(w))
 
     def lost(w: np.ndarray) -> np.ndarray:
-        return sign * (weighted_statistics.mean(w, true_value) - weighted_statistics.mean(w, value))
+        return sign * (achieved(w, true_value, parsed[0]) - achieved(w, value, parsed[1]))
 
     share = metric == "accuracy"
     return statistics | {
@@ -443,35 +452,40 @@ def _log_p(task: Task, rows: Sequence[Prediction]) -> np.ndarray:
     return np.array([own[task.classes.index(task.truth(row))] for own, row in zip(log_p, rows, strict=True)])
 
 
-def _agreement(w: np.ndarray, truth: np.ndarray, answer: np.ndarray) -> np.ndarray:
-    """Return Σ_c p_answer(c) · p_truth(c), [R]. Texts [n], and weights [n, R]."""
+def _agreement(w: np.ndarray, truth: np.ndarray, answer: np.ndarray, parsed: np.ndarray) -> np.ndarray:
+    """Return Σ_c p_answer(c) · p_truth(c), [R].
+
+    Args:
+        w: weights [n, R].
+        truth, answer: texts [n].
+        parsed: whether an answer is of the closed set, bool [n]; others count as drawn from the truths.
+    """
     names, codes = np.unique(np.concatenate([truth, answer]), return_inverse=True)
-    counts = np.zeros((2, len(names), w.shape[1]))
-    for own, code in zip(counts, np.split(codes, 2), strict=True):
-        np.add.at(own, code, w)
-    return counts.prod(0).sum(0) / w.sum(0) ** 2
+    of_truths, of_answers = np.zeros((2, len(names), w.shape[1]))
+    np.add.at(of_truths, codes[: len(truth)], w)
+    np.add.at(of_answers, codes[len(truth) :][parsed], w[parsed])
+    of_answers += of_truths * weighted_statistics.mean(w, ~parsed)
+    return (of_truths * of_answers).sum(0) / w.sum(0) ** 2
 
 
-def _paired_error(w: np.ndarray, truth: np.ndarray, answer: np.ndarray, worst: np.ndarray) -> np.ndarray:
+def _paired_error(w: np.ndarray, truth: np.ndarray, answer: np.ndarray) -> np.ndarray:
     """Return the mean absolute error of answers and truths that are paired at random, [R].
 
     E|a − t| = ∫ F_a(x) (1 − F_t(x)) + F_t(x) (1 − F_a(x)) dx for independent a and t with distribution functions F.
 
     Args:
         w: weights [n, R].
-        truth, answer: numbers [n]; NaN for an answer that is none, whose error is that of `worst`.
-        worst: largest possible error of each truth [n].
+        truth, answer: numbers [n]; NaN for an answer that is none, which counts as drawn from the truths.
     """
     parsed = ~np.isnan(answer)
     x = np.unique(np.concatenate([truth, answer[parsed]]))
-    below = np.zeros((2, len(x), w.shape[1]))
-    np.add.at(below[0], np.searchsorted(x, truth), w)
-    np.add.at(below[1], np.searchsorted(x, answer[parsed]), w[parsed])
-    total, numbers = w.sum(0), w[parsed].sum(0)
-    f_truth, f_answer = (counts.cumsum(0)[:-1] for counts in below)
-    f_truth, f_answer = f_truth / total, f_answer / np.maximum(numbers, 1)
-    error = np.diff(x) @ (f_answer * (1 - f_truth) + f_truth * (1 - f_answer))
-    return (numbers * error + (total - numbers) * weighted_statistics.mean(w, worst)) / total
+    of_truths, of_answers = np.zeros((2, len(x), w.shape[1]))
+    np.add.at(of_truths, np.searchsorted(x, truth), w)
+    np.add.at(of_answers, np.searchsorted(x, answer[parsed]), w[parsed])
+    of_answers += of_truths * weighted_statistics.mean(w, ~parsed)
+    f_truth, f_answer = (counts.cumsum(0)[:-1] / w.sum(0) for counts in (of_truths, of_answers))
+    error: np.ndarray = np.diff(x) @ (f_answer * (1 - f_truth) + f_truth * (1 - f_answer))
+    return error
 
 
 # Figures and words.
@@ -589,6 +603,25 @@ def _paraphrase_figures(
         phrasings={control[1]: figure(control, "control") for control in phrasings},
         verdict=f"two phrasings get the same answer in {_percent(agreement.value)} of the pairs{span}.",
     )
+
+
+def _unparsed_notes(
+    tasks: Mapping[str, Task], matched: Mapping[tuple[str, _Control], Sequence[_Pair]]
+) -> Iterator[str]:
+    """Yield a sentence per task and control that changes the scan about answers that cannot be parsed."""
+    for (task, (control, _)), pairs in matched.items():
+        how, others = tasks[task], [other for _, other in pairs]
+        if control == PARAPHRASE:
+            continue
+        if how.kind == "regression":
+            count, what = int(np.isnan(numbers_of(how, others)[1]).sum()), "not a number"
+        elif how.answers is not None:
+            count = sum(how.answer_of(row) not in how.classes for row in others)
+            what = f"none of {', '.join(how.classes)}"
+        else:
+            continue
+        if count:
+            yield f"{task}, {control}: {count} of {len(others)} answers are {what}; reliance counts each as a guess."
 
 
 def _left_out_notes(left_out: Mapping[tuple[str, str], Mapping[str, int]]) -> Iterator[str]:
