@@ -299,8 +299,8 @@ def _notes(
         )
     if any(one.role == "baseline" for one in others):
         yield (
-            f"{BEST} the best baseline on these same answers, the only one tested. The choice favours the baseline: p is "
-            "cautious about a model that is better, and too small for a baseline that is."
+            f"{BEST} best baseline on these answers, the only one tested. The choice favours the baseline: p "
+            "is cautious about a model that is better, and too small for a baseline that is."
         )
 
 
