@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.integrate import quad
 
+from umbrella_jax.baselines.table import side_by_side
 from umbrella_jax.config.schema import NumbersConfig, TaskConfig, lower_is_better
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.scoring.metrics import score, tasks_of
@@ -73,6 +74,19 @@ def test_figures_are_their_definitions() -> None:
     assert lower_is_better("eval_crps/age")
     assert lower_is_better("eval_mae/age/expectation")
     assert lower_is_better("eval_coverage/age/80") is None
+
+
+def test_a_table_beside_baselines_has_only_the_metrics_that_baselines_have() -> None:
+    rows = make_rows([20, 40, 60], [20, 40, 60], np.full((3, 3), 1 / 3))
+    plain = [{key: value for key, value in row.items() if key != "likelihoods"} for row in rows]
+    scores = {
+        name: score(own, tasks_of(own, {"age": TaskConfig(kind="regression")}), resamples=0)
+        for name, own in (("language model", rows), ("CNN", plain))
+    }
+    assert "mae/age/expectation" in scores["language model"].flat()
+    text = "\n".join(side_by_side(scores))
+    assert "mae" in text
+    assert not any(name in text for name in ("expectation", "median", "crps", "coverage", "interval_width"))
 
 
 def test_intervals_of_a_calibrated_model_cover_as_they_say() -> None:

@@ -4,16 +4,20 @@ from collections.abc import Mapping
 
 from umbrella_jax.console import table_lines
 from umbrella_jax.scoring.metrics import Figure, Scores, short
+from umbrella_jax.scoring.tasks import NUMBER_METRICS, NUMBER_PARTS
+
+_NUMBER_FIGURES = {*NUMBER_METRICS, *(f"{metric}/{part}" for metric, parts in NUMBER_PARTS.items() for part in parts)}
 
 
 def side_by_side(scores: Mapping[str, Scores]) -> list[str]:
     """Return lines for a terminal: a block per task, with a row per predictor and a column per figure.
 
     The last row is chance, which is left out of a column if it differs between predictors, since it depends on their
-    answers. `unparsable` is left out if it is 0 for all. A predictor without a task has no row there. Figures over all
-    tasks are only of predictors that answer all of them.
+    answers. `unparsable` is left out if it is 0 for all, and so are metrics of candidate numbers, which no baseline
+    has. A predictor without a task has no row there. Figures over all tasks are only of predictors that answer all of
+    them.
     """
-    tasks = dict(sorted((name, task) for s in scores.values() for name, task in s.tasks.items()))
+    tasks = dict(sorted({name: task for s in scores.values() for name, task in s.tasks.items()}.items()))
     lines = list[str]()
     for name, task in tasks.items():
         figures = {title: s.task_figures(name) for title, s in scores.items() if name in s.tasks}
@@ -29,7 +33,7 @@ def _rows(predictors: Mapping[str, Mapping[str, Figure]]) -> list[list[str]]:
     rows = [[""], *([f"  {title}"] for title in predictors), ["  chance"]]
     for name in dict.fromkeys(name for figures in predictors.values() for name in figures):
         figures = [of.get(name) for of in predictors.values()]
-        if name == "unparsable" and not any(figure and figure.value for figure in figures):
+        if name in _NUMBER_FIGURES or (name == "unparsable" and not any(f and f.value for f in figures)):
             continue
         intervals = [_interval(figure) for figure in figures]
         chances = {figure.chance for figure in figures if figure}

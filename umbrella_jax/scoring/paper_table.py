@@ -60,14 +60,18 @@ def to_markdown(scores: PairedScores) -> str:
 
 def to_latex(scores: PairedScores) -> str:
     r"""Return a LaTeX table; its preamble needs \usepackage{booktabs}."""
-    columns = "".join("l" if i < _LEFT else "r" for i in range(len(_HEADER)))
+    columns = "l" + "r" * (len(_HEADER) - _LEFT)
     lines = [
         r"% needs \usepackage{booktabs}",
-        *(r"\begin{table}", r"\centering", r"\small", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"),
-        _latex_row(_HEADER),
+        *(r"\begin{table}", r"\centering", r"\small"),
+        *(r"\caption{Model, controls and baselines on the same questions.}", r"\label{tab:evidence}"),
+        *(rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _latex_row(_HEADER[1:])),
     ]
     for task in scores.predictors:
-        lines += [r"\midrule", *map(_latex_row, _cells(scores, task))]
+        rows = list(_cells(scores, task))
+        title = rows[0][0].translate(_LATEX)
+        lines += [r"\midrule", rf"\multicolumn{{{len(_HEADER) - 1}}}{{l}}{{{title}}} \\"]
+        lines += [_latex_row(row[1:]) for row in rows]
     notes = [note.translate(_LATEX) for note in _notes(scores)]
     lines += [r"\bottomrule", r"\end{tabular}", "", r"\smallskip", r"\begin{minipage}{\linewidth}\footnotesize"]
     return "\n".join([*lines, *(f"{note}\\par" for note in notes), r"\end{minipage}", r"\end{table}", ""])
