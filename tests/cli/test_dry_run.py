@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import small_run
 from tests.helpers.small_run import World, read_lines, umbrella
-from umbrella_jax.inference import predict
+from umbrella_jax.inference import answers
 from umbrella_jax.run import evaluation, rehearsal, train
 from umbrella_jax.rundir import how_it_ended
 from umbrella_jax.training import trainer
@@ -17,9 +17,9 @@ from umbrella_jax.training import trainer
 PROGRAMS = {
     "step": ((rehearsal, "jit_train_step"), (trainer, "jit_train_step")),
     "evaluation": ((rehearsal, "jit_eval_step"), (evaluation, "jit_eval_step")),
-    "prompts": ((predict, "prefill"),),
-    "likelihoods": ((predict, "score_answers"),),
-    "answers": ((predict, "decode"),),
+    "prompts": ((answers, "prefill"),),
+    "likelihoods": ((answers, "score_answers"),),
+    "answers": ((answers, "decode"),),
 }
 
 
