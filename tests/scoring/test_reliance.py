@@ -156,6 +156,19 @@ def test_a_small_fall_of_log_p_is_not_called_independence() -> None:
     assert verdict.endswith("though log p(right answer) falls by 0.113 nats.")
 
 
+def test_a_part_is_not_claimed_if_all_may_be_lost() -> None:
+    truths = ["male", "female"] * 20
+    true = rows("sex", truths, truths)
+    wrong = [{"male": "female", "female": "male"}[truth] if i % 4 < 2 else truth for i, truth in enumerate(truths)]
+    scores = compare(true, shuffled=under("shuffled", true, wrong))
+    reliance = scores.controls["sex"]["shuffled"].reliance
+    assert reliance is not None
+    assert reliance.low is not None
+    assert 0.2 < reliance.low < 0.8 < 1 == reliance.value
+    (verdict,) = scores.verdicts()
+    assert "depend on the scan in part or entirely" in verdict
+
+
 def test_one_subject_shows_nothing_about_others() -> None:
     one = [{**row, "metadata": {"subject_id": "sub-1"}} for row in TRUE]
     (verdict,) = compare(one, blank=under("blank", one, ["male"] * 8)).verdicts()

@@ -571,7 +571,8 @@ def _verdict(own: ControlFigures, control: str, margin: Figure | None) -> str:
         return f"{values}: no dependence on {what} is shown; of {part}, {span} may be lost."
     if reliance.low >= _MOST:
         return f"the answers depend on {what}: {values}; of {part}, at least {_percent(reliance.low)} is lost."
-    return f"{values}: the answers depend on {what} in part; of {part}, {span} is lost."
+    extent = "in part" if reliance.high < 1 else "in part or entirely"
+    return f"{values}: the answers depend on {what} {extent}; of {part}, {span} is lost."
 
 
 def _paraphrase_figures(
