@@ -26,5 +26,5 @@ ruff check .
 ruff format --check .
 mypy
 python scripts/voice.py umbrella_jax convert scripts docs README.md
-# Three workers on two cores, since some tests wait for processes; in the order of tests/conftest.py.
-pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+# Two workers, in the order of tests/conftest.py. With a third, two cores take longer: each traces programs of its own.
+pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

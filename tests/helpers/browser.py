@@ -42,9 +42,17 @@ def _chromium(page: Path, *flags: str) -> str:
     return run.stdout
 
 
-def dump(page: Path) -> str:
-    """The page's elements after its own scripts ran, as the browser writes them."""
-    return _chromium(page, "--virtual-time-budget=5000", "--dump-dom")
+def dump(page: Path, *flags: str, until: str = "") -> str:
+    """The page's elements after its own scripts ran, as the browser writes them; tried again until they contain a text.
+
+    Images are decoded beside the virtual time, which may end before a busy machine is done.
+    """
+    dumped = ""
+    for _ in range(5):
+        dumped = _chromium(page, *flags, "--virtual-time-budget=10000", "--dump-dom")
+        if until in dumped:
+            break
+    return dumped
 
 
 def evaluate(page: Path, script: str, width: int = 1280, *, paper: bool = False) -> Any:
@@ -64,11 +72,8 @@ def evaluate(page: Path, script: str, width: int = 1280, *, paper: bool = False)
     copy.write_text(
         (text.replace("@media print", "@media all") if paper else text).replace("</body>", f"{call}</body>")
     )
-    found = None
-    for _ in range(5):  # images are decoded beside the virtual time, which may end before a busy machine is done
-        dumped = _chromium(copy, f"--window-size={width},900", "--virtual-time-budget=10000", "--dump-dom")
-        if found := re.search(r'<pre id="result">(.*?)</pre>', dumped):
-            break
+    dumped = dump(copy, f"--window-size={width},900", until='<pre id="result">')
+    found = re.search(r'<pre id="result">(.*?)</pre>', dumped)
     assert found, dumped[-500:]
     return json.loads(html.unescape(found[1]))
 
