@@ -384,7 +384,7 @@ def _features(arguments: argparse.Namespace) -> None:
 
 def _explain(arguments: argparse.Namespace) -> None:
     from umbrella_jax.checkpoints.load import load_opened
-    from umbrella_jax.data.conversation import read_conversations
+    from umbrella_jax.data.conversation import read_with_config
     from umbrella_jax.inference.explain import explain
     from umbrella_jax.inference.processor import Processor
     from umbrella_jax.io.files import check_new_folder, new_folder
@@ -411,14 +411,7 @@ def _explain(arguments: argparse.Namespace) -> None:
     if arguments.data is None:
         conversations = [processor.question(arguments.prompt, _images(arguments, processor.modalities))]
     else:
-        all_conversations = read_conversations(
-            arguments.data,
-            processor.modalities,
-            data.image_root,
-            modality=data.modality,
-            task_filter=data.task_filter,
-            allow_outside_root=data.allow_outside_root,
-        )
+        all_conversations = read_with_config(arguments.data, processor.modalities, data)
         conversations = [c for c in all_conversations if not arguments.task_id or c.task_id in arguments.task_id]
         if missing := set(arguments.task_id) - {c.task_id for c in conversations}:
             raise ConfigError(f"--task-id {', '.join(sorted(missing))}: not in {arguments.data}")

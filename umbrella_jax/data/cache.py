@@ -55,7 +55,7 @@ from umbrella_jax.data.background import (
     group_by_modality,
     summarize_backgrounds,
 )
-from umbrella_jax.data.conversation import Image, read_conversations
+from umbrella_jax.data.conversation import Image, read_with_config
 from umbrella_jax.data.volume import (
     PREPROCESSING_VERSION,
     axis_codes,
@@ -455,14 +455,7 @@ def fill_cache(config: RunConfig, *, verify: bool = False) -> str:
     images: dict[Image, None] = {}
     for path in paths:
         with faults:
-            conversations = read_conversations(
-                path,
-                modalities,
-                data.image_root,
-                modality=data.modality,
-                task_filter=data.task_filter,
-                allow_outside_root=data.allow_outside_root,
-            )
+            conversations = read_with_config(path, modalities, data)
             images |= dict.fromkeys(image for conversation in conversations for image in conversation.images)
     faults.raise_as(DataError)
     cache = VolumeCache(str(data.cache), data.cache_dtype, strict=True, verify=verify)

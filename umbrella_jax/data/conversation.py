@@ -10,7 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from umbrella_jax.config.schema import modality_names, resolve_modality, unknown_modality
+from umbrella_jax.config.schema import DataConfig, modality_names, resolve_modality, unknown_modality
 from umbrella_jax.data.schema import IMAGE_MARKER, to_current
 from umbrella_jax.data.subject_split import SPLITS
 from umbrella_jax.errors import DataError, visible
@@ -136,6 +136,18 @@ def _subject_in(parts: Sequence[str]) -> str | None:
     """Return the label of the last part of a path that begins with `sub-LABEL`."""
     match = next(filter(None, map(_SUBJECT.match, reversed(parts))), None)
     return match[1] if match else None
+
+
+def read_with_config(path: str | Path, modalities: Collection[str], data: DataConfig) -> list[Conversation]:
+    """Read conversations, as `read_conversations` does, with the image root and the filters of a configuration."""
+    return read_conversations(
+        path,
+        modalities,
+        data.image_root,
+        modality=data.modality,
+        task_filter=data.task_filter,
+        allow_outside_root=data.allow_outside_root,
+    )
 
 
 def read_conversations(

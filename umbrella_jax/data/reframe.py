@@ -5,6 +5,7 @@ takes a map over them back by the transposed weights.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +20,7 @@ _SAME = 1e-5
 """Relative difference up to which two repetition times are equal: a hundredth of a frame in a thousand."""
 
 
-class ReframedRun:
+class ReframedRun(ABC):
     """An opened run with other frames than the run that it reads, which is otherwise the same (`Voxels`)."""
 
     def __init__(self, run: Voxels, frames: int):
@@ -30,13 +31,13 @@ class ReframedRun:
         self.why_no_affine, self.why_no_zooms = run.why_no_affine, run.why_no_zooms
         self.remarks, self.files, self.files_read = run.remarks, run.files, run.files_read
 
+    @abstractmethod
     def weights(self, frames: Sequence[int]) -> tuple[int, np.ndarray]:
         """Return (first frame of `run`, weights [frames, frames of `run` from there]), float64. Rows sum to 1."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, frames: slice | int) -> np.ndarray:
         """Return frames, as `Voxels.read` does."""
-        raise NotImplementedError
 
     def check_end(self) -> None:
         """Read the rest, as `Voxels.check_end` does."""

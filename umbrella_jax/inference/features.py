@@ -26,7 +26,7 @@ from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import AttentionBackend, ComputeDtype, DataConfig, ModalityConfig
 from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.confounds import check_confounds
-from umbrella_jax.data.conversation import Image, read_conversations
+from umbrella_jax.data.conversation import Image, read_with_config
 from umbrella_jax.data.loader import prefetch
 from umbrella_jax.data.volume import check_volumes, voxel_affine
 from umbrella_jax.data.voxels import open_voxels
@@ -249,14 +249,7 @@ def _scans(data: DataConfig, modalities: Mapping[str, ModalityConfig]) -> list[_
         if (path := getattr(data, split)) is None:
             continue
         with faults:
-            for conversation in read_conversations(
-                path,
-                modalities,
-                data.image_root,
-                modality=data.modality,
-                task_filter=data.task_filter,
-                allow_outside_root=data.allow_outside_root,
-            ):
+            for conversation in read_with_config(path, modalities, data):
                 for image, subject in zip(conversation.images, conversation.image_subjects, strict=True):
                     if image not in scans or not scans[image].subject:
                         before = scans.get(image)

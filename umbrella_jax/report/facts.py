@@ -12,7 +12,7 @@ from convert.config_json import UMBRELLA_CONFIG, read_checkpoint_json, read_conf
 from umbrella_jax.config.load import load_stored_config
 from umbrella_jax.config.schema import RunConfig, TrainConfig
 from umbrella_jax.data.cache import source_digest
-from umbrella_jax.data.conversation import Conversation, conversation_files, read_conversations
+from umbrella_jax.data.conversation import Conversation, conversation_files, read_with_config
 from umbrella_jax.data.inputs import load_stored_inputs
 from umbrella_jax.errors import CheckpointError, ConfigError, DataError, Faults, UmbrellaError, why_not_a_directory
 from umbrella_jax.io import reading
@@ -346,14 +346,7 @@ def _conversations(
         if reading.sha256(file) not in inputs["conversations"]
     ]:
         raise DataError(changed)
-    return read_conversations(
-        path,
-        model.modalities,
-        data.image_root,
-        modality=data.modality,
-        task_filter=data.task_filter,
-        allow_outside_root=data.allow_outside_root,
-    )
+    return read_with_config(path, model.modalities, data)
 
 
 def _answered(
