@@ -27,6 +27,9 @@ if Version(version("jaxlib")) < Version("0.11"):  # 0.12 does not know the first
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 # Threads of OpenMP and OpenBLAS spin while they wait. With small arrays that took most of the time.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+# libtpu, here for its compiler, asks at its first use on which slice it runs, and complains if nobody answers.
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 # Many tests make the same small run. What is compiled for one is there for all: the workers of pytest-xdist and the
 # processes that tests start get the first process's environment.
 if "PYTEST_XDIST_WORKER" not in os.environ:
