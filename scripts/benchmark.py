@@ -15,6 +15,7 @@ Needs: convert  the extra `torch`, 12 GB of disk
        quantize the extra `quantize`, five minutes
        validate the extra `report`, 2 GB of disk, five minutes
        baselines the extra `fmri`, two minutes
+       start    1 GB of disk, ten minutes
 """
 
 import argparse
@@ -29,6 +30,7 @@ from bench.generate import generate
 from bench.gpu import gpu
 from bench.loop import loop
 from bench.quantize import quantize
+from bench.start import start
 from bench.startup import startup
 from bench.step import sharing, step
 from bench.study import study
@@ -48,6 +50,7 @@ def main() -> None:
         loop,
         generate,
         quantize,
+        start,
         startup,
         study,
         validate,
