@@ -16,6 +16,8 @@ import pytest
 from jaxtyping import config, install_import_hook
 from packaging.version import Version
 
+from umbrella_jax import tpu
+
 # Before anything asks jax for its devices. Tests in tests/test_sharding.py assert that there are eight.
 _FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 # Most of the suite's time would be XLA optimising programs that run once. What users run, optimised, is compared with
@@ -27,9 +29,7 @@ if Version(version("jaxlib")) < Version("0.11"):  # 0.12 does not know the first
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 # Threads of OpenMP and OpenBLAS spin while they wait. With small arrays that took most of the time.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-# libtpu, here for its compiler, asks at its first use on which slice it runs, and complains if nobody answers.
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+tpu.describe_machine()
 # Many tests make the same small run. What is compiled for one is there for all: the workers of pytest-xdist and the
 # processes that tests start get the first process's environment.
 if "PYTEST_XDIST_WORKER" not in os.environ:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS: tuple[dict[str, set[str]], ...] = (
-    {"errors": set(), "batch": {"jax"}},
+    {"errors": set(), "batch": {"jax"}, "tpu": set()},
     {
         "io": {"ml_dtypes", "numpy", "pydantic_core", "ruamel", "torch"},
         "distributed": {"jax", "numpy"},

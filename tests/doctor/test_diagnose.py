@@ -15,6 +15,7 @@ import pytest
 from convert.config_json import read_config
 from convert.lazy_tensor import Tensor
 from tests.helpers.small_run import umbrella_command
+from umbrella_jax import tpu
 from umbrella_jax.doctor import diagnose, reference_step
 from umbrella_jax.doctor.diagnose import Diagnosis, Problem
 from umbrella_jax.models import abstract_params
@@ -219,16 +220,22 @@ def test_a_broken_machine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "packages", "problem"),
+    ("environment", "packages", "has_tpu", "problem"),
     [
-        ({}, ["libtpu"], "libtpu is installed, but jax finds no such device"),
-        ({"JAX_PLATFORMS": "cpu"}, ["libtpu"], None),
-        ({}, [], None),
+        ({}, ["libtpu"], True, "libtpu is installed, but jax finds no such device"),
+        ({}, ["libtpu"], False, None),  # there only to compile
+        ({"JAX_PLATFORMS": "cpu"}, ["libtpu"], True, None),
+        ({}, [], False, None),
     ],
 )
 def test_unused_accelerator(
-    environment: dict[str, str], packages: list[str], problem: str | None, monkeypatch: pytest.MonkeyPatch
+    environment: dict[str, str],
+    packages: list[str],
+    has_tpu: bool,
+    problem: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(tpu, "has_chips", lambda: has_tpu)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     for key, value in environment.items():
         monkeypatch.setenv(key, value)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any, TextIO, cast
 
+from umbrella_jax import tpu
 from umbrella_jax.cli import ask, convert, data, results, setup, train
 from umbrella_jax.cli.options import Parser, commands_of, make_command
 from umbrella_jax.console import wrapped
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug, refuse = vars(arguments).pop("debug", False), vars(arguments).pop("refuse")
     if unknown:
         refuse(unknown)
+    tpu.describe_machine()
     # orbax prints tracebacks of errors that it also raises
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     out, err = _Escaping(sys.stdout), _Escaping(sys.stderr, kept="\n\t\r")  # progress rewrites its line

@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from umbrella_jax import tpu
+
 NAME = "umbrella-jax"
 VERSIONS = (
     *(NAME, "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "nibabel"),
@@ -193,7 +195,8 @@ def _unused_accelerators(used_platform: str) -> Iterator[Problem]:
     if used_platform != "cpu" or wants_cpu:
         return
     in_slurm = " (SLURM: srun --gpus=1)" if "SLURM_JOB_ID" in os.environ else ""
-    installed = [name for name in ACCELERATORS if _version(name)]
+    # libtpu is also the compiler of `plan --compile`, which needs no TPU
+    installed = [name for name in ACCELERATORS if _version(name) and (name != "libtpu" or tpu.has_chips())]
     driver = Path("/proc/driver/nvidia/version").exists()
     if driver and not any(ACCELERATORS[name] == "gpu" for name in installed):
         yield Problem(

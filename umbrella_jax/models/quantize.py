@@ -1,5 +1,6 @@
 """Frozen weights in 8 bits with one scale per output, by qwix."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -34,21 +35,31 @@ def quantize(params: Params, dtype: Quantized) -> Params:
     Parameters are converted one by one and removed from `params`: only one exists in both forms at a time, unless the
     caller holds on to them.
     """
-    import qwix  # imported here, since the model runs without it
-
     quantized: Params = {}
     for path in list(params):
         leaf = params.pop(path)
         if quantizable(path):
-            axes = tuple(range(leaf.ndim - 1))
-            make = partial(qwix.quantize, qtype=_TYPES[dtype], channelwise_axes=axes, scale_dtype=jnp.float32)
-            shardings = _shardings_like(leaf, jax.eval_shape(make, leaf))
-            leaf = jax.jit(make, out_shardings=shardings)(leaf)
+            make = _quantizer(leaf, dtype)
+            leaf = jax.jit(make, out_shardings=_shardings_like(leaf, jax.eval_shape(make, leaf)))(leaf)
         quantized[path] = leaf
     return quantized
 
 
-def _shardings_like(leaf: jax.Array, parts: Any) -> Any:
+def quantized_shape(leaf: jax.ShapeDtypeStruct, dtype: Quantized) -> Any:
+    """Return the shapes and shardings of the QArray that `quantize` makes of a parameter."""
+    parts = jax.eval_shape(_quantizer(leaf, dtype), leaf)
+    shardings = _shardings_like(leaf, parts)
+    return jax.tree.map(lambda part, s: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=s), parts, shardings)
+
+
+def _quantizer(leaf: jax.Array | jax.ShapeDtypeStruct, dtype: Quantized) -> Callable[..., Any]:
+    import qwix  # imported here, since the model runs without it
+
+    axes = tuple(range(leaf.ndim - 1))
+    return partial(qwix.quantize, qtype=_TYPES[dtype], channelwise_axes=axes, scale_dtype=jnp.float32)
+
+
+def _shardings_like(leaf: jax.Array | jax.ShapeDtypeStruct, parts: Any) -> Any:
     """Shard the parts of a QArray as the weight `leaf` is; axes on which a scale has length 1 stay whole."""
     sharding = leaf.sharding
     if not isinstance(sharding, NamedSharding):

@@ -128,17 +128,19 @@ class Devices:
     kind: DeviceKind
     count: int
     efficiency: float
+    slices: int = 1
+    """Number of TPU slices, of equal size, among which the network is all there is."""
 
     @property
     def island_size(self) -> int:
         """Number of devices that fast links connect, within a slice or a node."""
-        return min(self.count, self.kind.island)
+        return min(self.count // self.slices, self.kind.island)
 
 
 def parse_devices(
     name: str, *, flops: float | None = None, efficiency: float | None = None, dtype: str = "bfloat16"
 ) -> Devices:
-    """Parse a name such as `v5e-16`, `h100x8`, `a100-40gb`, `h200`, `cpu` or `here`.
+    """Parse a name such as `v5e-16`, `h100x8`, `a100-40gb`, `h200`, `cpu` or `here`; `v5e-16x2` are two slices.
 
     `here` measures the devices that jax finds on this machine, and `cpu` its processor.
 
@@ -152,7 +154,7 @@ def parse_devices(
         ConfigError: the kind is unknown, cannot have this count, or its data sheet has no peak for this dtype.
     """
     kinds = "|".join([*DEVICE_KINDS, *_MEASURED])
-    match = re.fullmatch(rf"({kinds})(?:[-x]([1-9]\d*))?", name.lower())
+    match = re.fullmatch(rf"({kinds})(?:[-x]([1-9]\d*))?(?:(?<=\d)x([1-9]\d*))?", name.lower())
     faults = []
     if not match:
         known = [*DEVICE_KINDS, *_MEASURED]
@@ -163,6 +165,8 @@ def parse_devices(
     elif match[1] in _MEASURED and match[2]:
         faults.append(f"--devices {name}: expected {match[1]} without a count, which is {_MEASURED[match[1]]}")
     sheet = DEVICE_KINDS.get(match[1]) if match else None
+    if match and match[3] and (sheet is None or sheet.attention != "splash"):
+        faults.append(f"--devices {name}: only TPUs come in slices; expected {name.lower().rpartition('x')[0]}")
     if sheet and dtype != sheet.dtype and flops is None:
         faults.append(
             f"model.compute_dtype: {dtype}, but the data sheet's peak is of {sheet.dtype}; expected --set "
@@ -186,7 +190,9 @@ def parse_devices(
     if flops:
         sheet = dataclasses.replace(sheet, flops=flops, source=f"{sheet.source}; --flops")
     default = 1.0 if flops else PEAK_EFFICIENCY
-    return Devices(name=name, kind=sheet, count=number // sheet.counted, efficiency=efficiency or default)
+    slices = int(match[3] or 1)
+    count = number // sheet.counted * slices
+    return Devices(name=name, kind=sheet, count=count, efficiency=efficiency or default, slices=slices)
 
 
 def _measure(name: str, flops: float | None, efficiency: float | None, dtype: str) -> Devices:

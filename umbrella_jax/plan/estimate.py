@@ -83,7 +83,7 @@ def estimate(model: ModelCounts, devices: Devices, mesh: MeshShape, batch_size: 
         "memory": model.traffic(mesh, batch_size, remat) / (kind.bandwidth * BANDWIDTH_EFFICIENCY),
     }
     for name, (count, stride, size) in model.collectives(mesh, batch_size, remat).items():
-        rate = kind.link if count * stride <= kind.island else kind.network
+        rate = kind.link if count * stride <= devices.island_size else kind.network
         seconds[name] = size / (rate * LINK_EFFICIENCY) if count > 1 else 0.0
     overlapping = max(seconds["compute"] + seconds["memory"], seconds["gradients"], seconds["weights"])
     device_bytes = model.device_bytes(mesh, batch_size, remat)

@@ -20,20 +20,24 @@ _CUDA: dict[str, Any] = {
 
 
 @cache
-def compiler_options() -> dict[str, Any]:
-    """Return the `compiler_options` of `jax.jit` for the kind of the first device, as far as this jaxlib knows them.
+def compiler_options(device: jax.Device | None = None) -> dict[str, Any]:
+    """Return the `compiler_options` of `jax.jit` for devices of this kind, as far as this jaxlib knows them.
 
-    Initialises the devices.
+    Args:
+        device: need not be at hand (umbrella_jax/plan/compile_step.py). By default the first of this machine, whose
+            devices are then initialised.
     """
-    if native_backend(jax.devices()[0]) != "cudnn":
+    device = device or jax.devices()[0]
+    if native_backend(device) != "cudnn":
         return {}
-    return {name: value for name, value in _CUDA.items() if _known(name, value)}
+    return {name: value for name, value in _CUDA.items() if _known(name, value, device)}
 
 
-def _known(name: str, value: Any) -> bool:
+def _known(name: str, value: Any, device: jax.Device) -> bool:
     """Return whether jaxlib knows an option. jaxlib lists none, so this tries to compile with it."""
+    placed = jax.sharding.SingleDeviceSharding(device)
     try:
-        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+        jax.jit(lambda: 0, out_shardings=placed, compiler_options={name: value}).lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "No such compile option" not in str(error):
             raise

@@ -121,17 +121,17 @@ def eval_step(
 
 
 @cache
-def jit_train_step() -> Any:
-    """Return `train_step`, jitted for the devices of this process.
+def jit_train_step(device: jax.Device | None = None) -> Any:
+    """Return `train_step`, jitted for devices such as this one, by default for those of this process.
 
     The old state is donated: the new one reuses its memory. Frozen weights are only read.
     """
     static = ("graphdef", "optimizer", "number_loss")
-    options = compiler_options()
+    options = compiler_options(device)
     return jax.jit(train_step, static_argnames=static, donate_argnames="state", compiler_options=options)
 
 
 @cache
-def jit_eval_step() -> Any:
-    """Return `eval_step`, jitted for the devices of this process."""
-    return jax.jit(eval_step, static_argnames="graphdef", compiler_options=compiler_options())
+def jit_eval_step(device: jax.Device | None = None) -> Any:
+    """Return `eval_step`, jitted as `jit_train_step`."""
+    return jax.jit(eval_step, static_argnames="graphdef", compiler_options=compiler_options(device))

@@ -1,0 +1,61 @@
+"""The training step is compiled for TPUs that are not at hand, by their own compiler."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from umbrella_jax import tpu
+from umbrella_jax.config.load import load_config
+from umbrella_jax.doctor import reference_step
+from umbrella_jax.plan import parse_devices
+from umbrella_jax.plan.compile_step import Collective, _torus, compile_step, count_collectives
+from umbrella_jax.plan.flops import workload
+from umbrella_jax.sharding import MeshShape
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+
+
+def test_compiles_a_step_for_two_slices():
+    run = load_config(TINY, {"data.modality": "T1"})
+    model = replace(reference_step.CONFIG, compute_dtype="bfloat16")
+    devices, mesh = parse_devices("v5e-16x2"), MeshShape(data=32)
+    program = compile_step(run, model, devices, mesh, 32, workload(run, model), frozen_dtype="bfloat16", hlo=True)
+    assert program.fits
+    assert program.available_bytes is None
+    assert program.bytes["aliased"] > 0.9 * program.bytes["outputs"] > 0  # the old state's memory is used again
+    assert program.bytes["temporaries"] > 0
+    gradients = sum(4 * size for size in (24, 6 * 24, 24 * 24))  # patch embedding: bias, positions, weight
+    assert gradients <= program.collectives["all-reduce"].bytes < 2 * gradients
+    assert "splash_mha" in program.hlo  # TPU attention, on a machine whose own is XLA's
+
+
+def test_counts_collectives_with_their_results():
+    hlo = """
+      %all-reduce.1 = (f32[], bf16[2,3]{1,0:T(8,128)(2,1)S(1)}) all-reduce(%a, %b), channel_id=1
+      %x = f32[2] get-tuple-element(%all-reduce.1), index=1
+      %all-gather-start.2 = bf16[4] all-gather-start(%c)
+      %all-gather-done.2 = bf16[4] all-gather-done(%all-gather-start.2)
+      %all-gather.3 = pred[5] all-gather(%d)"""
+    assert count_collectives(hlo) == {
+        "all-gather": Collective(count=2, bytes=8 + 5),
+        "all-reduce": Collective(count=1, bytes=4 + 12),
+    }
+
+
+def test_slices_are_as_compact_as_google_offers_them():
+    flat = {4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 256: (16, 16)}
+    deep = {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4)}
+    assert {count: _torus(count, 2) for count in flat} == flat
+    assert {count: _torus(count, 3) for count in deep} == deep
+
+
+@pytest.mark.skipif(tpu.has_chips(), reason="this machine has a TPU")
+def test_libtpu_is_silent_on_a_machine_without_a_tpu():
+    environment = {name: value for name, value in os.environ.items() if name not in tpu._WITHOUT_TPU}
+    script = "from umbrella_jax import tpu; tpu.describe_machine(); import jax; jax.devices()"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == ""

@@ -1,0 +1,264 @@
+"""Compile a training step for devices that are not at hand, and read memory, costs and collectives of the program.
+
+Nothing is run and no weight is read: the compiler gets shapes and shardings. TPU programs are compiled by libtpu, which
+is also the compiler on a TPU VM (the extra `aot`).
+"""
+
+import importlib.util
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from umbrella_jax import tpu
+from umbrella_jax.batch import Batch
+from umbrella_jax.config.schema import RunConfig
+from umbrella_jax.errors import ConfigError
+from umbrella_jax.models import LlavaConfig, abstract_params
+from umbrella_jax.models.quantize import quantizable, quantized_shape
+from umbrella_jax.plan.devices import Devices
+from umbrella_jax.plan.flops import Workload
+from umbrella_jax.sharding import MeshShape, abstract_batch, device_grid, param_sharding, shardings
+from umbrella_jax.training import freeze
+from umbrella_jax.training.optimizer import make_optimizer, make_schedule
+from umbrella_jax.training.step import init_state, jit_train_step
+
+_UPDATES = 1000  # of the schedule, which changes no program
+_TORUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
+"""Dimensions of a TPU's slices."""
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_BITS = re.compile(r"\d+")
+_COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-broadcast|collective-permute|reduce-scatter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """The exchanges of one kind in a compiled program; those in a loop count once."""
+
+    count: int
+    bytes: int
+    """Bytes of their results on a device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledProgram:
+    """A compiler's figures of a program, per device."""
+
+    fits: bool
+    """Whether the compiler accepts it: it refuses a program that needs more memory than the device has."""
+    seconds: float
+    """Duration of the compilation, without tracing."""
+    needed_bytes: int | None
+    """Memory that it needs, in the compiler's own words if it refuses, else the sum of `bytes` but for aliased ones."""
+    available_bytes: int | None
+    """Memory that a refusal says there is; None if the program fits."""
+    bytes: dict[str, int]
+    """Bytes by use: arguments, outputs, outputs in an argument's memory (aliased), temporaries and code; empty if the
+    program does not fit."""
+    flops: float | None
+    """FLOPs; those of a loop's body count once. None if the program does not fit."""
+    bytes_accessed: float | None
+    """Bytes read and written, counted likewise."""
+    collectives: dict[str, Collective]
+    hlo: str | None
+    """The compiled program as text, if it was asked for."""
+
+
+def compile_step(
+    config: RunConfig,
+    model: LlavaConfig,
+    devices: Devices,
+    mesh: MeshShape,
+    batch_size: int,
+    work: Workload,
+    *,
+    frozen_dtype: str,
+    hlo: bool = False,
+) -> CompiledProgram:
+    """Compile the training step of a run for `devices`, with the attention and the options that it has there.
+
+    Args:
+        config: the run; its batch size, mesh and remat policy are not used.
+        model: the base, with the remat policy.
+        devices: as from `parse_devices`; need not be at hand.
+        mesh: how they are arranged.
+        batch_size: conversations of a micro-batch.
+        work: one conversation.
+        frozen_dtype: type of frozen weights before `model.quantize`.
+        hlo: whether to return the compiled program as text.
+
+    Raises:
+        ConfigError: these devices have no compiler here, or the model cannot run on them.
+    """
+    target = target_mesh(devices, mesh)
+    model = model.with_attention(config.model.attention, devices.kind.attention)
+    graphdef, shapes = abstract_params(replace(model, lora=config.model.lora))
+    labels = freeze.label_params(list(shapes), list(config.train.groups))
+    trainable, frozen = freeze.partition(shapes, labels)
+    optimizer = make_optimizer(config.train, make_schedule(config.train, _UPDATES), labels)
+    state = jax.eval_shape(partial(init_state, optimizer=optimizer), _placed(trainable, "float32", target))
+    state = jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, shardings(state, target)
+    )
+    weights = _placed(frozen, frozen_dtype, target)
+    if config.model.quantize:
+        kind = config.model.quantize
+        weights = {path: quantized_shape(leaf, kind) if quantizable(path) else leaf for path, leaf in weights.items()}
+    batch = abstract_batch(_batch(config, model, batch_size, work), target, axis=1)
+    with jax.set_mesh(target):
+        step = jit_train_step(target.devices.flat[0])
+        lowered = step.lower(
+            *(state, weights, batch), graphdef=graphdef, optimizer=optimizer, number_loss=config.train.number_loss
+        )
+        return compile_lowered(lowered, hlo=hlo)
+
+
+def target_mesh(devices: Devices, shape: MeshShape) -> Mesh:
+    """Return a mesh of devices that exist only for a compiler.
+
+    Raises ConfigError if there is no compiler for them here.
+    """
+    kind = devices.kind
+    if kind.name not in _TORUS:
+        raise ConfigError(f"--devices {devices.name}: only TPU programs can be compiled elsewhere; expected a TPU")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError('--compile: the TPU compiler is not installed; pip install "umbrella-jax[aot]"')
+    tpu.describe_machine()
+    sizes = _torus(devices.count // devices.slices, _TORUS[kind.name])
+    options: dict[str, Any] = {"num_slices": devices.slices} if devices.slices > 1 else {}
+    if math.prod(sizes) == 1:  # the default are hosts of four chips
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if kind.name == "v4":  # one device per chip, as on a TPU VM
+        options["chip_config_name"] = "megacore"
+    name = f"{kind.name}:{'x'.join(map(str, sizes))}"
+    try:
+        found = topologies.get_topology_desc(name, "tpu", **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"--devices {devices.name}: libtpu knows no slice {name}: {error}") from None
+    return Mesh(device_grid(shape, found), ("data", "fsdp", "tensor"))
+
+
+def _torus(count: int, dimensions: int) -> tuple[int, ...]:
+    """Return the sizes of the most compact torus, in the order in which Google writes them: 2×2×1, 2×4, 2×4×4."""
+    if dimensions == 1:
+        return (count,)
+    shapes = [
+        (size, *_torus(count // size, dimensions - 1))
+        for size in range(1, round(count ** (1 / dimensions)) + 1)
+        if count % size == 0
+    ]
+    shape = tuple(sorted(min(shapes, key=sum)))
+    return (*shape[1:], 1) if shape[0] == 1 and dimensions == 3 else shape
+
+
+def _placed(params: Mapping[str, jax.ShapeDtypeStruct], dtype: str, mesh: Mesh) -> dict[str, Any]:
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=param_sharding(mesh, path))
+        for path, leaf in params.items()
+    }
+
+
+def _batch(config: RunConfig, model: LlavaConfig, batch_size: int, work: Workload) -> Batch:
+    """Return the shapes of an update's batch; every conversation shows one volume."""
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.train.accumulate_steps, batch_size, *shape), dtype)
+
+    return Batch(
+        input_ids=array(work.positions),
+        positions=array(work.positions),
+        feature_idx=array(work.positions),
+        lengths=array(),
+        target_pos=array(work.supervised),
+        target_ids=array(work.supervised),
+        target_mask=array(work.supervised, dtype=bool),
+        volumes={work.modality: array(*model.modalities[work.modality].size, dtype=jnp.float32)},
+    )
+
+
+def compile_lowered(lowered: jax.stages.Lowered, *, hlo: bool = False) -> CompiledProgram:
+    """Compile a lowered program; that it needs too much memory is a result, not an error."""
+    began = time.perf_counter()
+    try:
+        with _no_cache():
+            program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed, available = _refusal(str(error))
+        return CompiledProgram(
+            fits=False,
+            seconds=time.perf_counter() - began,
+            needed_bytes=needed,
+            available_bytes=available,
+            bytes={},
+            flops=None,
+            bytes_accessed=None,
+            collectives={},
+            hlo=None,
+        )
+    seconds = time.perf_counter() - began
+    analysis: Any = program.memory_analysis()
+    costs, text = program.cost_analysis() or {}, program.as_text() or ""
+    sizes = {
+        "arguments": analysis.argument_size_in_bytes,
+        "outputs": analysis.output_size_in_bytes,
+        "aliased": analysis.alias_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
+        "code": analysis.generated_code_size_in_bytes,
+    }
+    return CompiledProgram(
+        fits=True,
+        seconds=seconds,
+        needed_bytes=sum(sizes.values()) - 2 * sizes["aliased"],
+        available_bytes=None,
+        bytes=sizes,
+        flops=costs.get("flops"),
+        bytes_accessed=costs.get("bytes accessed"),
+        collectives=count_collectives(text),
+        hlo=text if hlo else None,
+    )
+
+
+@contextmanager
+def _no_cache() -> Iterator[None]:
+    """Disable the compilation cache: programs of other platforms cannot be loaded from it."""
+    enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+
+
+def _refusal(message: str) -> tuple[int | None, int | None]:
+    """Return the bytes that a refused program needs, and those that there are."""
+    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    if found is None:
+        return None, None
+    return tuple(int(float(found[i]) * _UNITS[found[i + 1]]) for i in (1, 3))  # type: ignore[return-value]
+
+
+def count_collectives(hlo: str) -> dict[str, Collective]:
+    """Count the exchanges between devices in the text of a compiled program, by kind."""
+    counts, sizes = Counter[str](), Counter[str]()
+    for line in re.finditer(rf" = (.*?) ({_COLLECTIVES})(?:-start)?\(", hlo):
+        counts[line[2]] += 1
+        sizes[line[2]] += sum(map(_size, re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", line[1])))
+    return {kind: Collective(count=counts[kind], bytes=sizes[kind]) for kind in sorted(counts)}
+
+
+def _size(shape: tuple[str, str]) -> int:
+    dtype, sizes = shape
+    bits = 8 if dtype == "pred" else int((_BITS.search(dtype) or ["0"])[0])
+    return math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
