@@ -104,6 +104,23 @@ def _one_parser() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_repr_of_configs() -> Iterator[None]:
+    """Keep transformers from formatting each config that it reads, for a line of its log that nobody sees: that takes
+    half of the time in which it reads a tokenizer."""
+    from transformers import PreTrainedConfig
+
+    with mock.patch.object(PreTrainedConfig, "__repr__", object.__repr__):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_fsync() -> Iterator[None]:
+    """Keep Python from waiting for the disk: no file of a test has to survive a power failure."""
+    with mock.patch.object(os, "fsync", return_value=None):
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _check_annotations(request: pytest.FixtureRequest) -> None:
     """Check annotations where programs are tested. Elsewhere the checks would take a quarter of the time of tracing."""

@@ -2,8 +2,10 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,7 +58,8 @@ from umbrella_jax.training.loss import LossSums, loss_sums
 from umbrella_jax.training.step import TrainState, jit_train_step
 
 ONE, DATA, FSDP, TENSOR, ALL = (1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)
-MESHES = [DATA, FSDP, TENSOR, ALL]
+slow = pytest.mark.slow  # for meshes of one axis, each a program of its own; ALL has the three axes
+MESHES = [*(pytest.param(sizes, marks=slow) for sizes in (DATA, FSDP, TENSOR)), ALL]
 EMBEDDINGS = "vision_tower.vision_model.embeddings."
 
 
@@ -77,30 +80,42 @@ class Run:
     compiled: jax.stages.Compiled
 
 
+def placed(sizes: tuple[int, ...]) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Return state and frozen parameters, placed on a mesh as a run places them."""
+    case, mesh = mesh_case(), mesh_of(sizes)
+    tree = case.state(), case.frozen
+    result: tuple[TrainState, dict[str, jax.Array]] = jax.device_put(tree, shardings(tree, mesh))
+    return result
+
+
+Runs = Callable[[tuple[int, ...]], Run]
+
+
 @pytest.fixture(scope="module")
-def runs() -> dict[tuple[int, ...], Run]:
-    """{sizes: run}, each placed as a run places it."""
-    case, result = mesh_case(), {}
-    for sizes in (ONE, *MESHES):
-        mesh, state = mesh_of(sizes), case.state()
+def run_on() -> Runs:
+    """Return `run_on(sizes)`, which runs once on each mesh."""
+
+    @cache
+    def make(sizes: tuple[int, ...]) -> Run:
+        (state, frozen), mesh = placed(sizes), mesh_of(sizes)
         with jax.set_mesh(mesh):
-            state, frozen = jax.device_put((state, case.frozen), shardings((state, case.frozen), mesh))
             batch = put_batch(mesh_batch(), mesh, axis=1)
             # A compiled step accepts only one sharding: the second step's state has the same as the first's.
-            step = jit_train_step().lower(state, frozen, batch, **case.static).compile(QUICK)
+            step = jit_train_step().lower(state, frozen, batch, **mesh_case().static).compile(QUICK)
             history, states = [], []
             for _ in range(3):
                 state, metrics = step(state, frozen, batch)
                 history.append(to_numpy(metrics))
                 states.append(to_numpy(state))
-        result[sizes] = Run(history, states[0], state, frozen, step)
-    return result
+        return Run(history, states[0], state, frozen, step)
+
+    return make
 
 
 @pytest.mark.parametrize("sizes", MESHES)
-def test_any_mesh_is_one_device(runs: dict[tuple[int, ...], Run], sizes: tuple[int, ...]) -> None:
+def test_any_mesh_is_one_device(run_on: Runs, sizes: tuple[int, ...]) -> None:
     """Loss, gradient, and three steps."""
-    one, run = runs[ONE], runs[sizes]
+    one, run = run_on(ONE), run_on(sizes)
     for expected, metrics in zip(one.history, run.history, strict=True):
         assert metrics["supervised_tokens"] == expected["supervised_tokens"]
         for name in ("loss", "grad_norm"):
@@ -133,8 +148,8 @@ def sharded_numbers(fsdp: int, tensor: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("sizes", [ONE, *MESHES])
-def test_bytes_of_each_device(runs: dict[tuple[int, ...], Run], sizes: tuple[int, ...]) -> None:
-    run, (frozen, trained) = runs[sizes], sharded_numbers(*sizes[1:])
+def test_bytes_of_each_device(run_on: Runs, sizes: tuple[int, ...]) -> None:
+    run, (frozen, trained) = run_on(sizes), sharded_numbers(*sizes[1:])
 
     def held(tree: Any) -> dict[jax.Device, int]:
         bytes_of = dict.fromkeys(mesh_of(sizes).devices.flat, 0)
@@ -149,10 +164,13 @@ def test_bytes_of_each_device(runs: dict[tuple[int, ...], Run], sizes: tuple[int
     assert set(held(moments).values()) == {2 * 4 * trained}
 
 
-@pytest.mark.parametrize(("sizes", "room"), [(DATA, 1.1), (FSDP, 1.1), (TENSOR, 1.6), (ALL, 1.2)])
-def test_each_device_computes_an_eighth(runs: dict[tuple[int, ...], Run], sizes: tuple[int, ...], room: float) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "room"),
+    [*(pytest.param(*case, marks=slow) for case in ((DATA, 1.1), (FSDP, 1.1), (TENSOR, 1.6))), (ALL, 1.2)],
+)
+def test_each_device_computes_an_eighth(run_on: Runs, sizes: tuple[int, ...], room: float) -> None:
     """And some more, of norms, rope and the ends, at widths as small as here."""
-    flops = {s: runs[s].compiled.cost_analysis()["flops"] for s in (ONE, sizes)}
+    flops = {s: run_on(s).compiled.cost_analysis()["flops"] for s in (ONE, sizes)}
     assert flops[sizes] <= room * flops[ONE] / 8
 
 
@@ -241,18 +259,19 @@ def stream(rows: int) -> set[tuple[int, ...]]:
     ("sizes", "expected"),
     [
         # of all the weights, the trained part's gradient
-        (DATA, {"all-reduce data": TRAINED | SCALAR}),
+        pytest.param(DATA, {"all-reduce data": TRAINED | SCALAR}, marks=slow),
         # the weights of a layer at a time, never a stack of them; ids, and for them what the table of words has
-        (
+        pytest.param(
             FSDP,
             {
                 "all-gather fsdp": matrices(1) | TRAINED | {(B, T)},
                 "all-to-all fsdp": {(T, D // 8)},
                 "all-reduce fsdp": TRAINED | SCALAR,
             },
+            marks=slow,
         ),
         # no weights
-        (TENSOR, {"all-reduce tensor": stream(B)}),
+        pytest.param(TENSOR, {"all-reduce tensor": stream(B)}, marks=slow),
         (
             ALL,
             {
@@ -267,10 +286,10 @@ def stream(rows: int) -> set[tuple[int, ...]]:
     ids=["data", "fsdp", "tensor", "all"],
 )
 def test_devices_exchange_only_these_shapes(
-    runs: dict[tuple[int, ...], Run], sizes: tuple[int, ...], expected: dict[str, set[tuple[int, ...]]]
+    run_on: Runs, sizes: tuple[int, ...], expected: dict[str, set[tuple[int, ...]]]
 ) -> None:
     found: dict[str, set[tuple[int, ...]]] = {}
-    for c in collectives(runs[sizes].compiled, sizes):
+    for c in collectives(run_on(sizes).compiled, sizes):
         # fewer kv heads than parts: keys and values are gathered before they are turned, their gradients added up
         few = sizes == TENSOR and math.prod(c.shape) <= B * T * KV_HEADS * DH and c.axes in ("tensor", "others")
         # XLA shares the patch embedding's weight gradient out over `tensor` too
@@ -493,13 +512,14 @@ def test_evaluation_on_a_mesh_is_one_devices() -> None:
     assert len(np.unique(tokens)) > 4
 
 
-def test_a_checkpoint_continues_on_another_mesh(runs: dict[tuple[int, ...], Run], tmp_path: Any) -> None:
+def test_a_checkpoint_continues_on_another_mesh(run_on: Runs, tmp_path: Any) -> None:
     """Bit for bit what was saved, as the new mesh holds it."""
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(runs[ALL].state, {})
+        checkpoints.save(run_on(ALL).state, {})
     for sizes in (FSDP, ONE):
+        there, _ = placed(sizes)
         with Checkpoints(tmp_path) as checkpoints:
-            state = checkpoints.restore(3, runs[sizes].state)
-        for leaf, like, saved in zip(*map(jax.tree.leaves, (state, runs[sizes].state, runs[ALL].state)), strict=True):
+            state = checkpoints.restore(3, there)
+        for leaf, like, saved in zip(*map(jax.tree.leaves, (state, there, run_on(ALL).state)), strict=True):
             assert leaf.sharding == like.sharding
             np.testing.assert_array_equal(leaf, saved)

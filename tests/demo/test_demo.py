@@ -3,6 +3,7 @@
 import filecmp
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ from tests.helpers.page import Page
 from tests.helpers.small_run import on, read_lines
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.checkpoints.export import write_native
-from umbrella_jax.cli import main
+from umbrella_jax.cli import main, make_parser
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.demo import DemoData, make_base, make_data
 from umbrella_jax.demo.data import BLOCK_FRAMES, lesion_mask
 from umbrella_jax.demo.run import run_demo
-from umbrella_jax.errors import CheckpointError
+from umbrella_jax.errors import CheckpointError, RunError
 from umbrella_jax.rundir import predictions_by_step
 
 
@@ -141,6 +142,19 @@ def test_uneven_counts_are_rejected(tmp_path: Path) -> None:
         make_data(tmp_path, train_subjects=10)
 
 
+def test_it_types_commands_and_ends_with_one_that_fails(tmp_path: Path) -> None:
+    typed = []
+
+    def fail_in_baseline(words: Sequence[str]) -> int:
+        make_parser().parse_args(words)
+        typed.append(words[0])
+        return int(words[0] == "baseline")
+
+    with pytest.raises(RunError, match="demo: umbrella-jax baseline failed"):
+        run_demo(fail_in_baseline, tmp_path, subjects=(8, 4), arguments=["--epochs", "0.5"])
+    assert typed == ["convert", "train", "convert", "baseline"]
+
+
 @pytest.fixture(scope="module")
 def short_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     """Run the whole demo with few subjects and steps, on one device; return its folder and its result."""
@@ -149,6 +163,7 @@ def short_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
         return root, run_demo(main, root, subjects=(8, 4), arguments=["--epochs", "0.5"])
 
 
+@pytest.mark.slow
 def test_demo_returns_the_accuracies_of_its_files(short_demo: tuple[Path, dict[str, float]]) -> None:
     root, result = short_demo
     *_, last = predictions_by_step(root / "run").values()
@@ -159,6 +174,7 @@ def test_demo_returns_the_accuracies_of_its_files(short_demo: tuple[Path, dict[s
     assert result == {task: np.mean(group) for task, group in correct.items()}
 
 
+@pytest.mark.slow
 def test_demo_report_shows_the_numbers_of_its_files(short_demo: tuple[Path, dict[str, float]]) -> None:
     root, _ = short_demo
     run = root / "run"

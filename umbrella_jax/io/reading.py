@@ -13,6 +13,8 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -409,15 +411,21 @@ def parse_yaml(text: str, place: str) -> Any:
     Raises ConfigError naming `place` for text that is not YAML, a key given twice, a tag (`!`, which asks for a type of
     its own), and nesting or aliases beyond the limits.
     """
-    from ruamel.yaml import YAML
-
     try:
-        _check_plain(text)
-        return YAML(typ="safe", pure=True).load(text)
+        return deepcopy(_plain_yaml(text))
     except Exception as fault:  # the scanner, and the constructors of dates and numbers, raise nearly anything
         if is_out_of_memory(fault):
             raise
         raise ConfigError(f"{place}: not valid YAML: {_yaml_reason(fault)}") from None
+
+
+@lru_cache(maxsize=64)
+def _plain_yaml(text: str) -> Any:
+    """Parse YAML. Results are kept: a run's config takes 30 ms, and commands read it several times."""
+    from ruamel.yaml import YAML
+
+    _check_plain(text)
+    return YAML(typ="safe", pure=True).load(text)
 
 
 def _yaml_reason(fault: Exception) -> str:
