@@ -108,7 +108,9 @@ def test_a_tower_of_odd_length_is_the_same_for_cudnn(monkeypatch):
     volumes = jnp.asarray(rng.standard_normal((2, 9, 9, 9)), jnp.float32)
     dout = jnp.asarray(rng.standard_normal((2, 27, 48)), jnp.float32)
     for backend in ("xla", "cudnn"):
-        graphdef, params = nnx.split(SiglipVisionModel(config, modality, "none", backend, rngs=nnx.Rngs(0)), nnx.Param)
+        graphdef, params = nnx.split(
+            SiglipVisionModel(config, modality, "none", backend, "scanned", rngs=nnx.Rngs(0)), nnx.Param
+        )
         rng = np.random.default_rng(1)
         params = jax.tree.map(lambda leaf, rng=rng: jnp.asarray(rng.normal(0, 0.2, leaf.shape), leaf.dtype), params)
         out, pull = jax.vjp(lambda params, x, g=graphdef: nnx.merge(g, params)("T1", x), params, volumes)

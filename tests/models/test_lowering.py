@@ -13,7 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from tests.helpers.full_size import abstract_step, full_size
 from umbrella_jax.models import SiglipConfig
 from umbrella_jax.models.attention import attention
-from umbrella_jax.models.layers import scan_layers
+from umbrella_jax.models.layers import run_layers
 from umbrella_jax.models.siglip import SiglipEncoder
 
 # jax vouches for its TPU kernels, not for these, when an export is to be kept for years
@@ -62,7 +62,7 @@ def test_a_layer_keeps_only_the_values_of_its_policy(backend):
     attend = partial(attention, causal=False, backend=backend)
 
     def kept(remat):
-        loss = lambda x, p: scan_layers(nnx.merge(graphdef, p), x, attend, remat=remat).sum()  # noqa: E731
+        loss = lambda x, p: run_layers(nnx.merge(graphdef, p), x, attend, remat=remat, loop="scanned").sum()  # noqa: E731
         x = jax.ShapeDtypeStruct((5, 729, 144), jnp.bfloat16)
         jaxpr = jax.make_jaxpr(jax.grad(loss))(x, params)
         scan = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan")

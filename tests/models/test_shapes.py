@@ -77,7 +77,7 @@ ONE = {"T1": MODALITIES["T1"]}
 
 
 def tower(rngs):
-    return SiglipVisionModel(VISION, MODALITIES, "none", "xla", rngs=rngs)
+    return SiglipVisionModel(VISION, MODALITIES, "none", "xla", "scanned", rngs=rngs)
 
 
 ATTEND = partial(attention, causal=True)

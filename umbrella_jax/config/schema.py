@@ -20,6 +20,7 @@ StoredDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantized = Literal["int8", "fp8"]
 RematPolicy = Literal["none", "mlp", "full"]
 AttentionBackend = Literal["xla", "cudnn", "splash"]
+LayerLoop = Literal["scanned", "unrolled"]
 PatchEmbedInit = Literal["random", "inflate", "resample"]
 Template = Literal["umbrella", "original", "chat"]
 ScheduleName = Literal["linear", "cosine", "constant"]
@@ -331,6 +332,10 @@ class ModelConfig(Section):
     """LoRA adapters, trained instead of the weights they adapt: the group `lora` of `train.groups`."""
     remat: RematPolicy = "full"
     """Which products the backward pass recomputes: `none`, those into each layer's MLP (`mlp`), or all (`full`)."""
+    layers: Literal["auto", LayerLoop] = "auto"
+    """Loop over layers: `scanned` compiles one layer; `unrolled` compiles all, which on a GPU saves copies of weights
+    and activations. Both compute the same but for rounding, and a run may resume with either. `auto` takes `unrolled`
+    on GPUs if the run is long enough to repay the longer compilation, else `scanned`."""
     attention: Literal["auto", AttentionBackend] = "auto"
     """Attention kernel; all compute the same but for rounding. `splash` needs a TPU; `cudnn` an NVIDIA GPU since
     Ampere, bfloat16, and heads of a multiple of 8 up to 128; `xla` runs anywhere. `auto` takes the first that can

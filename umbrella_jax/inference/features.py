@@ -50,7 +50,7 @@ class Tower:
 
         def make() -> nnx.List:
             tower = SiglipVisionModel(
-                config.vision, config.modalities, config.remat, config.attention, rngs=nnx.Rngs(0)
+                config.vision, config.modalities, config.remat, config.attention, config.layers, rngs=nnx.Rngs(0)
             )
             sizes = config.vision.hidden_size, config.text.hidden_size
             projector = [LlavaMultiModalProjector(*sizes, rngs=nnx.Rngs(0))] if layer == "projector" else []

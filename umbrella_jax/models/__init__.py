@@ -1,6 +1,7 @@
 """The model in Flax NNX: SigLIP with a 3D/4D patch embedding, a projector and Qwen2. Nothing here reads files."""
 
 from umbrella_jax.models.attention import native_backend
+from umbrella_jax.models.layer_loop import unstack
 from umbrella_jax.models.llava import Llava, LlavaConfig, Params, abstract_params, merge, split
 from umbrella_jax.models.quantize import quantize
 from umbrella_jax.models.qwen2 import KVCache, Qwen2Config
@@ -18,4 +19,5 @@ __all__ = [
     "native_backend",
     "quantize",
     "split",
+    "unstack",
 ]

@@ -1,4 +1,4 @@
-"""Leaf modules, and the scan over stacked layers.
+"""Leaf modules, and the run through stacked layers.
 
 Weights keep PyTorch's layout, [out, in]. Conversion is then the identity, and the backward pass of a frozen layer,
 which needs only dy·W, reads them without a transposition.
@@ -13,11 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from umbrella_jax.batch import AnyArray
-from umbrella_jax.config.schema import RematPolicy
+from umbrella_jax.config.schema import LayerLoop, RematPolicy
 from umbrella_jax.models.attention.cudnn import is_cudnn_forward
+from umbrella_jax.models.layer_loop import loop_over_layers
 from umbrella_jax.models.parallel import look_up, split_rows
 
-M = TypeVar("M", bound=nnx.Module)
 X = TypeVar("X")
 _init = nnx.initializers.normal(0.02)  # as Hugging Face initialises SigLIP and Qwen2
 
@@ -139,11 +139,6 @@ class RMSNorm(nnx.Module):
         return (h * _over_channels(self.weight[...].astype(jnp.float32), h)).astype(x.dtype)
 
 
-def stack_layers(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs) -> M:
-    """Return one module whose parameters have a leading axis of `num_layers`, each layer initialised independently."""
-    return nnx.split_rngs(splits=num_layers)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
-
-
 # The values that a layer's nonlinearities need in the backward pass. Inputs of products are not kept: a frozen product
 # does not need them.
 _KEPT = ("qkv", "attention", "middle", "mlp")
@@ -155,14 +150,15 @@ _POLICIES: dict[str, Any] = {
 }
 
 
-def scan_layers(
+def run_layers(
     layers: nnx.Module,
     x: X,
     *args: Any,
     remat: RematPolicy,
+    loop: LayerLoop,
     call: Callable[..., X] = lambda layer, x, *args: layer(x, *args),
 ) -> X:
-    """Run x through stacked `layers` in order, as a scan: compile time does not grow with depth.
+    """Run x through stacked `layers` in order.
 
     Args:
         layers: a module from `stack_layers`, called as `call(layer, x, *args)`.
@@ -170,6 +166,7 @@ def scan_layers(
         args: passed to every layer unchanged.
         remat: which products with weights the backward pass recomputes: `none`, those at the input of each layer's
             `mlp`, or all (`full`). Anything cheaper than a product is always recomputed.
+        loop: `scanned` or `unrolled` (`loop_over_layers`).
         call: returns the layer's output, of the same shapes as x.
     """
     graphdef, params = nnx.split(layers)
@@ -177,5 +174,6 @@ def scan_layers(
     def body(x: X, params: nnx.State) -> tuple[X, None]:
         return call(nnx.merge(graphdef, params), jax.tree.map(split_rows, x), *args), None
 
-    body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)  # a scan prevents CSE anyway
-    return jax.lax.scan(body, x, params)[0]
+    # A scan prevents by itself that XLA merges what is recomputed with the first computation, which would then be kept.
+    body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=loop == "unrolled")
+    return loop_over_layers(body, x, params, loop)[0]

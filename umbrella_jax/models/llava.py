@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from umbrella_jax.batch import AnswerTree, AnyArray, Batch
-from umbrella_jax.config.schema import AttentionBackend, LoraConfig, ModalityConfig, RematPolicy
+from umbrella_jax.config.schema import AttentionBackend, LayerLoop, LoraConfig, ModalityConfig, RematPolicy
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.models.attention import choose_backend, explain_backend
 from umbrella_jax.models.lora import attach
@@ -42,6 +42,7 @@ class LlavaConfig:
     compute_dtype: str = "float32"
     remat: RematPolicy = "none"
     attention: AttentionBackend = "xla"
+    layers: LayerLoop = "scanned"
     lora: LoraConfig | None = None
     """LoRA adapters to attach; None for none."""
     untrained: Mapping[str, str] = FrozenDict()
@@ -83,12 +84,12 @@ class Llava(nnx.Module):
     def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.vision_tower = SiglipVisionModel(
-            config.vision, config.modalities, config.remat, config.attention, rngs=rngs
+            config.vision, config.modalities, config.remat, config.attention, config.layers, rngs=rngs
         )
         self.multi_modal_projector = LlavaMultiModalProjector(
             config.vision.hidden_size, config.text.hidden_size, rngs=rngs
         )
-        self.language_model = Qwen2ForCausalLM(config.text, config.remat, config.attention, rngs=rngs)
+        self.language_model = Qwen2ForCausalLM(config.text, config.remat, config.attention, config.layers, rngs=rngs)
         if config.lora is not None:
             attach(self, config.lora)
 

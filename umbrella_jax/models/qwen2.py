@@ -16,9 +16,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from umbrella_jax.batch import NONE, AnswerTree, AnyArray
-from umbrella_jax.config.schema import AttentionBackend, RematPolicy
+from umbrella_jax.config.schema import AttentionBackend, LayerLoop, RematPolicy
 from umbrella_jax.models.attention import attention, extension_attention
-from umbrella_jax.models.layers import Embedding, Linear, RMSNorm, float32_product, scan_layers, stack_layers
+from umbrella_jax.models.layer_loop import loop_over_layers, stack_layers
+from umbrella_jax.models.layers import Embedding, Linear, RMSNorm, float32_product, run_layers
 from umbrella_jax.models.parallel import split_heads, split_rows
 
 
@@ -161,8 +162,16 @@ class Qwen2DecoderLayer(nnx.Module):
 class Qwen2Model(nnx.Module):
     """Embeddings → last hidden states, after the final norm."""
 
-    def __init__(self, config: Qwen2Config, remat: RematPolicy, backend: AttentionBackend, *, rngs: nnx.Rngs):
-        self.config, self.remat, self.backend = config, remat, backend
+    def __init__(
+        self,
+        config: Qwen2Config,
+        remat: RematPolicy,
+        backend: AttentionBackend,
+        loop: LayerLoop,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.remat, self.backend, self.loop = config, remat, backend, loop
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
         self.layers = stack_layers(lambda rngs: Qwen2DecoderLayer(config, rngs=rngs), config.num_hidden_layers, rngs)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -172,7 +181,7 @@ class Qwen2Model(nnx.Module):
     ) -> Float[Array, "B T D"]:
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
         attend = partial(attention, causal=True, lengths=lengths, backend=self.backend)
-        return self.norm(scan_layers(self.layers, x, cos, sin, attend, remat=self.remat))
+        return self.norm(run_layers(self.layers, x, cos, sin, attend, remat=self.remat, loop=self.loop))
 
     def with_answers(
         self,
@@ -203,7 +212,7 @@ class Qwen2Model(nnx.Module):
             return x, layer(both[1], *node_tables, partial(extension_attention, used=used, sees=sees, **past))
 
         both = (x, self.embed_tokens(tree.tokens[:, 1:]).astype(x.dtype))
-        hidden, nodes = map(self.norm, scan_layers(self.layers, both, remat=self.remat, call=call))
+        hidden, nodes = map(self.norm, run_layers(self.layers, both, remat=self.remat, loop=self.loop, call=call))
         return hidden, _with_root(hidden, nodes, prompt_lengths)
 
     def prefill(
@@ -254,15 +263,23 @@ class Qwen2Model(nnx.Module):
             x, k, v = layer.with_keys_and_values(split_rows(x), cos, sin, partial(attend, **past))
             return x, (k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
 
-        x, (k, v) = jax.lax.scan(body, x, (params, dict(past)))
+        x, (k, v) = loop_over_layers(body, x, (params, dict(past)), self.loop)
         return self.norm(x), k, v
 
 
 class Qwen2ForCausalLM(nnx.Module):
     """The decoder, and the head that maps hidden states to words: tied to the embeddings, or separate."""
 
-    def __init__(self, config: Qwen2Config, remat: RematPolicy, backend: AttentionBackend, *, rngs: nnx.Rngs):
-        self.model = Qwen2Model(config, remat, backend, rngs=rngs)
+    def __init__(
+        self,
+        config: Qwen2Config,
+        remat: RematPolicy,
+        backend: AttentionBackend,
+        loop: LayerLoop,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.model = Qwen2Model(config, remat, backend, loop, rngs=rngs)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
 

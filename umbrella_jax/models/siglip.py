@@ -13,9 +13,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from umbrella_jax.config.schema import AttentionBackend, ModalityConfig, RematPolicy
+from umbrella_jax.config.schema import AttentionBackend, LayerLoop, ModalityConfig, RematPolicy
 from umbrella_jax.models.attention import attention, length_multiple
-from umbrella_jax.models.layers import LayerNorm, Linear, scan_layers, stack_layers
+from umbrella_jax.models.layer_loop import stack_layers
+from umbrella_jax.models.layers import LayerNorm, Linear, run_layers
 from umbrella_jax.models.patch_embed import PatchEmbed
 
 
@@ -100,10 +101,11 @@ class SiglipVisionModel(nnx.Module):
         modalities: Mapping[str, ModalityConfig],
         remat: RematPolicy,
         backend: AttentionBackend,
+        loop: LayerLoop,
         *,
         rngs: nnx.Rngs,
     ):
-        self.remat, self.backend = remat, backend
+        self.remat, self.backend, self.loop = remat, backend, loop
         self.vision_model = SiglipVisionTransformer(config, modalities, rngs=rngs)
 
     def __call__(self, name: str, volumes: Float[Array, "M *size"]) -> Float[Array, "M N E"]:
@@ -113,4 +115,5 @@ class SiglipVisionModel(nnx.Module):
             x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
             lengths = jnp.full(x.shape[:1], patches, jnp.int32)
         attend = partial(attention, causal=False, lengths=lengths, backend=self.backend)
-        return scan_layers(self.vision_model.encoder.layers, x, attend, remat=self.remat)[:, :patches]
+        layers = self.vision_model.encoder.layers
+        return run_layers(layers, x, attend, remat=self.remat, loop=self.loop)[:, :patches]

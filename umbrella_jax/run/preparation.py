@@ -16,14 +16,14 @@ from convert.lazy_tensor import Tensor, place
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.checkpoints.load import open_base
 from umbrella_jax.config.load import flat
-from umbrella_jax.config.schema import RunConfig, to_dict
+from umbrella_jax.config.schema import LayerLoop, RunConfig, to_dict
 from umbrella_jax.console import wrapped
 from umbrella_jax.data.conversation import not_found
 from umbrella_jax.data.epoch_plan import EpochPlan
 from umbrella_jax.data.inputs import Inputs, digest_of, read_inputs
 from umbrella_jax.data.loader import Dataset, make_epoch_plan
 from umbrella_jax.data.validation.checks import check_overlap
-from umbrella_jax.distributed import SHA256, check_same, raise_together
+from umbrella_jax.distributed import SHA256, broadcast, check_same, raise_together
 from umbrella_jax.errors import ConfigError, DataError
 from umbrella_jax.inference.answers import Choices, check_lengths
 from umbrella_jax.inference.constrained import Constraints
@@ -31,7 +31,7 @@ from umbrella_jax.inference.controls import ControlledDataset, applicable_contro
 from umbrella_jax.inference.processor import Processor
 from umbrella_jax.inference.windows import ExpandedDataset, expand
 from umbrella_jax.io.files import check_output, check_run_name
-from umbrella_jax.models import LlavaConfig, abstract_params, lora, native_backend, quantize
+from umbrella_jax.models import LlavaConfig, abstract_params, lora, native_backend, quantize, unstack
 from umbrella_jax.run.loggers import missing_loggers
 from umbrella_jax.run.number_targets import find_number_targets
 from umbrella_jax.run.summary import RunSummary, summarize, summarize_parameters
@@ -40,6 +40,7 @@ from umbrella_jax.scoring.metrics import Task, metric_names, tasks_of
 from umbrella_jax.scoring.rows import Row, blank_rows
 from umbrella_jax.sharding import MeshShape, make_mesh, param_sharding, parts, shardings
 from umbrella_jax.training import freeze
+from umbrella_jax.training.compiler import choose_loop
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule, warmup_updates
 from umbrella_jax.training.step import TrainState, init_state
 from umbrella_jax.training.trainer import TrainingRun
@@ -190,7 +191,7 @@ def prepare(
         findings = base.check(config.model.frozen_dtype)
         model = base.config.with_attention(config.model.attention, native_backend(mesh.devices.flat[0]))
         model = replace(model, lora=config.model.lora)
-        graphdef, shapes = abstract_params(model)
+        shapes = abstract_params(model)[1]
         parameters = summarize_parameters(config, base, findings, model)
         labels = parameters.labels
         options: dict[str, Any] = {"template": config.data.template, "max_length": config.data.max_length}
@@ -234,13 +235,18 @@ def prepare(
         parts=parts(mesh).total,
     )
     num_steps = plan.num_steps(config.train.epochs)
+    loop, loop_reason = _choose_loop(config, mesh, plan, num_steps)
+    model = replace(model, layers=loop)
     schedule = make_schedule(config.train, num_steps)
     same = shared if shared and shared.num_steps == num_steps else None
     optimizer = same.optimizer if same else make_optimizer(config.train, schedule, labels)
     state = init_state(freeze.as_trainable(trainable), optimizer)
     state = jax.device_put(state, shardings(state, mesh))
     with raise_together():
-        summary = summarize(config, parameters, state, frozen, mesh)
+        summary = summarize(config, parameters, state, frozen, mesh, loop, loop_reason)
+    frozen_types = sorted({leaf.dtype.name for leaf in frozen.values()})
+    if loop == "unrolled":
+        frozen = unstack(frozen)
     prepared = Prepared(
         config=config,
         out=out,
@@ -249,7 +255,7 @@ def prepare(
         training=TrainingRun(
             config=config.train,
             num_steps=num_steps,
-            graphdef=graphdef,
+            graphdef=abstract_params(model)[0],
             frozen=frozen,
             optimizer=optimizer,
             schedule=schedule,
@@ -263,7 +269,7 @@ def prepare(
             "base_fingerprint": fingerprint,
             "architecture": architecture,
             "inputs": digest_of(inputs),
-            "frozen_types": sorted({leaf.dtype.name for leaf in frozen.values()}),
+            "frozen_types": frozen_types,
             "versions": versions(),
         },
         earlier_lines=earlier_lines,
@@ -271,6 +277,14 @@ def prepare(
     for line in [*summary.lines(), *_plan_lines(prepared)]:
         say(line)
     return prepared, state
+
+
+def _choose_loop(config: RunConfig, mesh: Mesh, plan: EpochPlan, num_steps: int) -> tuple[LayerLoop, str]:
+    """Resolve `model.layers` as `choose_loop` does, the same on every process and if the run is resumed."""
+    programs = len({shape for shapes in plan.shapes for shape in shapes})
+    passes = num_steps * config.train.accumulate_steps / programs
+    cached = broadcast(bool(jax.config.jax_compilation_cache_dir))  # type: ignore[attr-defined]
+    return choose_loop(config.model.layers, mesh.devices.flat[0].platform, passes, cached=cached)
 
 
 def _warn(text: str, say: Say) -> None:

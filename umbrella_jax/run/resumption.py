@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "model.base",
     "model.remat",
     "model.attention",
+    "model.layers",
     "data.image_root",
     "data.allow_outside_root",
     "data.allow_overlap",

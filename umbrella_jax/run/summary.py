@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
-from umbrella_jax.config.schema import RunConfig, aliases_of
+from umbrella_jax.config.schema import LayerLoop, RunConfig, aliases_of
 from umbrella_jax.console import table_lines, wrapped
 from umbrella_jax.errors import visible
 from umbrella_jax.models import LlavaConfig, abstract_params, native_backend
@@ -148,6 +148,8 @@ class RunSummary:
     """{compute, frozen, trainable and moments: types}."""
     attention: str
     attention_reason: str
+    layers: LayerLoop
+    layers_reason: str
     device_kinds: Sequence[str]
     mesh: Mapping[str, int]
     """{axis: number of devices}."""
@@ -163,6 +165,7 @@ class RunSummary:
             f"remat: {self.remat}",
             f"precision: {', '.join(f'{what} {dtypes}' for what, dtypes in self.precision.items())}",
             f"attention: {self.attention} ({self.attention_reason})",
+            f"layers: {self.layers} ({self.layers_reason})",
             f"devices: {math.prod(self.mesh.values())} × {', '.join(self.device_kinds)} ({axes}){processes}",
         ]
         return [*self.parameters.lines(), *(line for text in settings for line in wrapped(text))]
@@ -198,7 +201,13 @@ def summarize_parameters(
 
 
 def summarize(
-    config: RunConfig, parameters: ParameterSummary, state: TrainState, frozen: Mapping[str, Any], mesh: Mesh
+    config: RunConfig,
+    parameters: ParameterSummary,
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    mesh: Mesh,
+    loop: LayerLoop,
+    loop_reason: str,
 ) -> RunSummary:
     """Check the state of a run before its first step, and return its summary.
 
@@ -206,6 +215,7 @@ def summarize(
         parameters: what `summarize_parameters` returned.
         state: with the trainable parameters and the optimiser's state.
         frozen: {path: array} of the frozen parameters.
+        loop: the loop over layers, and why, as from `choose_loop`.
 
     Raises:
         RunError: as `freeze.check_state` does.
@@ -231,6 +241,8 @@ def summarize(
         },
         attention=model.attention,
         attention_reason=model.why_attention(requested, native_backend(mesh.devices.flat[0])),
+        layers=loop,
+        layers_reason=loop_reason,
         device_kinds=sorted({device.device_kind for device in mesh.devices.flat}),
         mesh=dict(mesh.shape),
         processes=jax.process_count(),

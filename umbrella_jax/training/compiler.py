@@ -1,10 +1,14 @@
-"""XLA options for the training step on NVIDIA GPUs. docs/performance.md has the gain of each."""
+"""How XLA compiles the training step: its options on NVIDIA GPUs, and whether it gets every layer or a loop over them.
+
+docs/performance.md has the gain of each.
+"""
 
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
+from umbrella_jax.config.schema import LayerLoop
 from umbrella_jax.models import native_backend
 
 _CUDA: dict[str, Any] = {
@@ -17,6 +21,31 @@ _CUDA: dict[str, Any] = {
     # a scan writes every element of its stacked output, so the output need not be filled with zeros first
     "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
 }
+
+_REPAID_AFTER, _REPAID_AFTER_IF_CACHED = 500, 100
+"""Forward and backward passes per program after which unrolled layers have saved more time than their compilation takes
+longer. With a compilation cache, runs with other seeds or folds and resumed ones share one compilation."""
+
+
+def choose_loop(
+    requested: Literal["auto", LayerLoop], platform: str, passes: float, *, cached: bool
+) -> tuple[LayerLoop, str]:
+    """Resolve `model.layers`; return the loop over layers, and why.
+
+    Args:
+        requested: `model.layers`.
+        platform: of the devices, such as `gpu`.
+        passes: forward and backward passes of the run per program that it compiles.
+        cached: whether compiled programs are kept for other runs.
+    """
+    if requested != "auto":
+        return requested, "model.layers names it"
+    if platform != "gpu":
+        return "scanned", "auto: unrolling pays on GPUs"
+    needed = _REPAID_AFTER_IF_CACHED if cached else _REPAID_AFTER
+    if passes < needed:
+        return "scanned", f"auto: {passes:,.0f} passes per program do not repay a longer compilation, {needed} do"
+    return "unrolled", f"auto: {passes:,.0f} passes per program repay a longer compilation"
 
 
 @cache
