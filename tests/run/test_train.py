@@ -187,6 +187,7 @@ def test_the_start_of_a_run(printed: str, counted: dict[str, tuple[int, int]], r
         "remat: none",
         "precision: compute float32, frozen float32, trainable and moments float32",
         "attention: xla (auto: these devices have no kernel of their own)",
+        "layers: scanned (auto: unrolling pays on GPUs)",
         "devices: 1 × cpu (data=1,fsdp=1,tensor=1)",
         f"12 conversations, {STEPS} steps, into {run}",
     ):

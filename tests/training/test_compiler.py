@@ -3,7 +3,7 @@
 import pytest
 
 from umbrella_jax.training import compiler
-from umbrella_jax.training.compiler import compiler_options
+from umbrella_jax.training.compiler import choose_loop, compiler_options
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +35,25 @@ def test_other_refusals_are_not_hidden(monkeypatch):
     monkeypatch.setitem(compiler._CUDA, "xla_gpu_enable_triton_gemm", "perhaps")
     with pytest.raises(Exception, match="xla_gpu_enable_triton_gemm"):
         compiler_options()
+
+
+@pytest.mark.parametrize(
+    ("requested", "platform", "passes", "cached", "loop", "reason"),
+    [
+        ("auto", "cpu", 1e6, True, "scanned", "auto: unrolling pays on GPUs"),
+        ("auto", "tpu", 1e6, True, "scanned", "auto: unrolling pays on GPUs"),
+        ("auto", "gpu", 1234, False, "unrolled", "auto: 1,234 passes per program repay a longer compilation"),
+        (
+            "auto",
+            "gpu",
+            300,
+            False,
+            "scanned",
+            "auto: 300 passes per program do not repay a longer compilation, 500 do",
+        ),
+        ("auto", "gpu", 300, True, "unrolled", "auto: 300 passes per program repay a longer compilation"),
+        ("unrolled", "cpu", 1, False, "unrolled", "model.layers names it"),
+    ],
+)
+def test_layers_are_unrolled_where_it_repays(requested, platform, passes, cached, loop, reason):
+    assert choose_loop(requested, platform, passes, cached=cached) == (loop, reason)
