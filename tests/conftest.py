@@ -39,6 +39,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+    # No test may leave what it checked in the user's index of checked files, or find it there.
+    os.environ.setdefault("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))  # its fonts, searched for once
+    os.environ["XDG_CACHE_HOME"] = os.path.join(_COMPILED.name, "home")
 
 # Searches of all traced programs for garbage would take a fifteenth of the time; `_release_memory` makes them.
 gc.set_threshold(2000, 10, 1000)

@@ -155,6 +155,11 @@ def is_single_process() -> bool:
     return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
+def process_index() -> int:
+    """Return the number of this process. Does not initialise jax's devices unless `start` has."""
+    return 0 if is_single_process() else jax.process_index()
+
+
 def gather(value: Any) -> list[Any]:
     """Return the `value` of every process, in their order. All processes must call it at the same point.
 
@@ -226,6 +231,9 @@ def check_same(facts: Sequence[tuple[str, Any]], remedy: str) -> None:
 @contextmanager
 def raise_together() -> Iterator[None]:
     """Run a block on every process and wait for all. If it fails on one process, it fails on all.
+
+    A block may contain others, if one of these is its first exchange: a process that fails before it meets the rest
+    there.
 
     Raises:
         UmbrellaError: on process 0, with the faults of all processes; the others exit silently with the same code. A

@@ -1,6 +1,5 @@
 """The cache: the same batches without opening a source, despite crashes, full disks, changed sources and damage."""
 
-import json
 import logging
 import os
 import resource
@@ -59,6 +58,10 @@ def sealed(monkeypatch):
 
 def entries(directory: Path) -> list[Path]:
     return sorted((directory / "volumes").rglob("*.*"))
+
+
+def index_files(directory: Path) -> list[Path]:
+    return sorted((directory / "checked").glob("*"))
 
 
 def made(directory, path, config, **options) -> int:
@@ -266,7 +269,7 @@ def test_a_changed_frame_is_noticed(directory, tmp_path):
     np.testing.assert_array_equal(cache.load(folder, config, 0), load_volume(folder, config, 0))
 
 
-def test_only_the_digest_of_a_settled_file_is_recorded(nifti, directory, monkeypatch):
+def test_only_the_check_of_a_settled_file_is_remembered(nifti, directory, monkeypatch, caplog):
     hashed = []
     original = cache_module.source_digest
     monkeypatch.setattr(cache_module, "source_digest", lambda path: hashed.append(path) or original(path))
@@ -277,10 +280,12 @@ def test_only_the_digest_of_a_settled_file_is_recorded(nifti, directory, monkeyp
     monkeypatch.setattr(cache_module, "_SETTLED", -1.0)
     assert [made(directory, path, T1) for _ in range(3)] == [0, 0, 0]
     assert len(hashed) == 3
-    (record,) = (directory / "sources").rglob("*.json")
-    record.write_bytes(record.read_bytes()[:-9])
+    (index,) = index_files(directory)
+    index.write_bytes(index.read_bytes()[:-9])
     assert made(directory, path, T1) == 0
     assert len(hashed) == 4
+    assert f"{index}: damaged" in caplog.text
+    assert index not in index_files(directory)
 
 
 @pytest.mark.parametrize("call", ["check", "load"])
@@ -321,8 +326,8 @@ def test_after_the_check_a_source_is_not_needed(nifti, directory):
         cache.check(path, T1)
 
 
-def test_a_source_is_checked_to_its_end_once(nifti, directory, sealed, monkeypatch):
-    """This includes a source whose entries an older version made, possibly from damaged voxels."""
+def test_a_source_is_checked_to_its_end_once(nifti, directory, monkeypatch):
+    """If the index is lost, a source is checked again even if it has all its entries."""
     path = nifti("a.nii.gz", (6, 7, 5))
     checks = []
     original = voxels_module._Nibabel.check_end
@@ -330,14 +335,10 @@ def test_a_source_is_checked_to_its_end_once(nifti, directory, sealed, monkeypat
     for _ in range(3):
         VolumeCache(directory).check(path, T1)
     assert len(checks) == 1
-    (record,) = (directory / "sources").rglob("*.json")
-    before = json.loads(record.read_text())
-    assert before.pop("remarks") == []
-    record.write_text(json.dumps(before))  # as older versions, which did not check, wrote it
-    assert made(directory, path, T1) == 0
+    for index in index_files(directory):
+        index.unlink()
+    VolumeCache(directory).check(path, T1)
     assert len(checks) == 2
-    sealed()
-    assert made(directory, path, T1) == 0
 
 
 def test_a_damaged_source_is_not_recorded(nifti, directory):
@@ -348,7 +349,7 @@ def test_a_damaged_source_is_not_recorded(nifti, directory):
     for _ in range(2):
         with pytest.raises(DataError, match="CRC check failed"):
             VolumeCache(directory).check(path, RUN)
-    assert list((directory / "sources").rglob("*.json")) == []
+    assert index_files(directory) == []
 
 
 def test_contradictions_of_headers_are_recorded(nifti, directory, sealed):
@@ -364,7 +365,7 @@ def test_contradictions_of_headers_are_recorded(nifti, directory, sealed):
             sources.check(path, T1)
         (remark,) = sources.remarks()
         assert remark == f"{line}left and right; the sform is used"
-        if (directory / "sources").exists():  # the next cache must use only the records
+        if index_files(directory):  # the next cache must use only the index
             sealed()
 
 
@@ -506,7 +507,7 @@ def test_a_damaged_entry_is_noticed_and_made_again(nifti, directory, caplog, kin
     expected = cache.load(path, T1)
     (entry,) = entries(directory)
     calls = [lambda: cache.load(path, T1), lambda: VolumeCache(directory, dtype, verify=True).check(path, T1)]
-    if kind != "payload":  # without `verify`, a check does not read the payload
+    if kind == "empty":  # without `verify`, a start looks at the size only
         calls.append(lambda: VolumeCache(directory, dtype).check(path, T1))
     for call in calls:
         caplog.clear()
@@ -526,7 +527,7 @@ SMALL = 600
 
 @pytest.fixture
 def full_disk():
-    """Limit the files of this process to 600 bytes: a source's record fits, a volume does not. Yield a function that
+    """Limit the files of this process to 600 bytes: a small index fits, a volume does not. Yield a function that
     lifts the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, hard))
@@ -548,7 +549,7 @@ def test_a_run_continues_when_the_disk_is_full(nifti, directory, caplog, full_di
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "no more volumes are kept" in record.getMessage()
-    assert [path for path in directory.rglob("*") if path.is_file() and path.suffix != ".json"] == []
+    assert [path for path in directory.rglob("*") if path.is_file() and path.parent.name != "checked"] == []
     assert made(directory, paths[0], T1, dtype="float16") == 1
 
 

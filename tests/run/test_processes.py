@@ -280,13 +280,13 @@ def test_each_process_reads_its_own_part(records: list[dict[str, Any]], world: W
         }
         for record in records
     ]
-    # every process checks every file, and reads it once more for the digest that processes and resumed runs compare
-    assert opened[0]["check"] == opened[1]["check"]
-    assert opened[1]["check"].keys() == scans
-    # some scans are in the evaluation data too; subtract the check and the digest
-    once = min(opened[1]["check"].values()) - 2
+    # one of the two checks a file, for both, and nothing but the check reads it
+    assert opened[0]["check"].keys() | opened[1]["check"].keys() == scans
+    assert not opened[0]["check"].keys() & opened[1]["check"].keys()
+    assert abs(len(opened[0]["check"]) - len(opened[1]["check"])) <= 1
     for own in (o["train"] for o in opened):
-        assert own.total() == STEPS * 3 * once
+        once = own.total() // (STEPS * 3)
+        assert own.total() == STEPS * 3 * once > 0
         assert max(own.values()) <= STEPS * once
 
 

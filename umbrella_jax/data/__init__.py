@@ -14,6 +14,9 @@ A volume, from a file to an array:
                        `preprocess` orients, resamples or crops, and scales its voxels
     cache.py           `Sources` and `VolumeCache`: the same for a whole run, with checks for changed files and, in the
                        cache, preprocessed volumes on disk
+    checked.py         remember what the check of each volume established, so that the next start only looks it up
+    shares.py          divide the checks between the processes of a run
+    threads.py         map a function over many items in threads
     augment.py         change a preprocessed volume at random
 
 Batches:

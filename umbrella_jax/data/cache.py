@@ -1,10 +1,11 @@
 """The volumes of a run: `Sources` reads files and notices if they change; `VolumeCache` keeps preprocessed volumes on
 disk, so that a file is decompressed, resampled and scaled once for all runs.
 
-The methods `check` and `load` do the steps of `check_volume` and `load_volume` (`umbrella_jax.data.volume`).
+The methods `check` and `load` do the steps of `check_volume` and `load_volume` (`umbrella_jax.data.volume`), and
+`check_all` those of `check_volumes`.
 
     DIR/volumes/ab/ab….safetensors   one volume, or one window of a run
-    DIR/sources/cd/cd….json          one source file: its digest, the contradictions of its header, and its `stat`
+    DIR/checked/….jsonl.gz           the sources that were checked (`umbrella_jax.data.checked`)
     DIR/tmp/                         files that are being written
 
 An entry is a safetensors file with one tensor, `volume`. Its name is the SHA-256 of its key, which is stored in its
@@ -19,10 +20,10 @@ any number of processes can fill one directory without locks, which network file
 full disk leaves no half-written entry; and any program can read the files. Damage is noticed later: a wrong length when
 a run begins, a flipped bit (CRC-32) when the entry is read. A damaged entry is made again, with a warning.
 
-A source is hashed, and checked to its end for damage, once. Its digest is valid as long as its path, size, times of
-change (`mtime`, `ctime`) and inode stay the same. A change of the content that leaves all of these is therefore not
-noticed, for example after the clock was set back, or on a file system that does not keep them. A source that changes
-during a run is noticed when it is read.
+A source is hashed, and checked to its end for damage, once. What the check established is remembered, with or without a
+cache, as long as the source's path, size and times of change (`mtime`, `ctime`) stay the same. A change of the content
+that leaves all of these is therefore not noticed, for example after the clock was set back, or on a file system that
+does not keep them. A source that changes during a run is noticed when it is read.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -45,6 +46,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from safetensors.numpy import save
+from tqdm import tqdm
 
 from umbrella_jax.config.schema import DataConfig, ModalityConfig, RunConfig
 from umbrella_jax.console import plural
@@ -55,12 +57,15 @@ from umbrella_jax.data.background import (
     group_by_modality,
     summarize_backgrounds,
 )
+from umbrella_jax.data.blas import one_blas_thread
+from umbrella_jax.data.checked import ABANDONED, CheckedFiles, Established
 from umbrella_jax.data.conversation import Image, read_with_config
+from umbrella_jax.data.shares import Division, divide, exchange
+from umbrella_jax.data.threads import map_in_threads
 from umbrella_jax.data.volume import (
     PREPROCESSING_VERSION,
     axis_codes,
     check_opened,
-    check_volumes,
     checked_to_end,
     companion_files,
     count_windows,
@@ -69,16 +74,17 @@ from umbrella_jax.data.volume import (
     reading_order,
 )
 from umbrella_jax.data.voxels import Voxels, readable, source_files
+from umbrella_jax.distributed import raise_together
 from umbrella_jax.errors import ConfigError, DataError, Faults
 from umbrella_jax.io.files import check_output
-from umbrella_jax.io.reading import parse_json, read_json, sha256
+from umbrella_jax.io.reading import parse_json, sha256
 
 _log = logging.getLogger(__name__)
 _SETTLED = 2.0
-"""Seconds without a change before a digest is recorded. Within one tick of the file system's clock, a file could change
-again without a visible difference."""
-_ABANDONED = 3600.0
-"""Seconds after which a file in tmp/ is assumed to be left over from a crash."""
+"""Seconds without a change before a check is remembered. Within one tick of the file system's clock, a file could
+change again without a visible difference."""
+CHECKS_VERSION = 1
+"""Increase it when a check finds or reports more than before: volumes that were checked earlier are then read again."""
 _CODES = {"float32": "F32", "float16": "F16"}
 """Names of the types in a safetensors header."""
 _LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
@@ -89,38 +95,171 @@ class _Source:
     """A source as it was when it was first read."""
 
     digest: str
-    """SHA-256 of its content."""
+    """SHA-256 of its content; empty until it was hashed."""
     stats: np.ndarray
     """int64 [files], a hash of the `stat` of each file; a directory of frames may have thousands."""
     stat: str
-    """One hash of all `stat`s, as written to the record in sources/."""
+    """One hash of all `stat`s."""
     changed: float
-    """Time of the last change, in seconds."""
+    """Time of the last change, in seconds; infinite if it could change again without a visible difference."""
     companions: tuple[tuple[Path, str], ...] = ()
     """(file, SHA-256) of each of its `companion_files`."""
-    remarks: tuple[str, ...] | None = None
-    """`Voxels.remarks`; None until the source was checked to its end."""
+    remarks: tuple[str, ...] = ()
+    """`Voxels.remarks`; complete after the source was checked."""
+
+    @property
+    def companion_digests(self) -> tuple[str, ...]:
+        """SHA-256 of each of its `companion_files`."""
+        return tuple(digest for _, digest in self.companions)
+
+
+_Place = tuple[Path, ModalityConfig]
 
 
 class Sources:
     """Checks and loads volumes from files that must not change during a run. Safe for threads.
 
     `load` rejects a file that has changed since `check` read it.
+
+    Args:
+        known: the files that were checked before, by any run; they are not read again. Default: every file is read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: CheckedFiles | None = None) -> None:
+        self.num_checked = 0
+        """Number of files that were read, and not only looked up."""
+        self._known = known
+        self._lock = threading.Lock()
         self._sources: dict[Path, _Source] = {}
         self._backgrounds: dict[tuple[Path, ModalityConfig, int], Background] = {}
-        self._checked: dict[tuple[Path, ModalityConfig], int] = {}  # number of windows
+        self._checked: dict[_Place, int] = {}  # number of windows
+        self._faults: dict[_Place, tuple[str, ...]] = {}
+        self._axes: dict[_Place, str | None] = {}
 
     def check(self, path: str | Path, config: ModalityConfig) -> int:
-        """Do what `check_volume` does. Also raise DataError if the file changes meanwhile."""
+        """Do what `check_volume` does, unless the file is known. Also raise DataError if the file changes meanwhile."""
         path = Path(path)
-        source, image = self._current(path, config), open_volume(path, config)
-        self._checked[path, config] = count = check_opened(path, image, config, note=self._note)
+        source = self._look(path, config)
+        if (established := self._find(path, config, source)) is not None:
+            self._accept(path, config, source, established)
+        else:
+            self._read_through(path, config, source)
+            if self._known is not None:
+                self._known.write()
+        return self._checked[path, config]
+
+    def check_all(
+        self, images: Iterable[Image], modalities: Mapping[str, ModalityConfig], threads: int, *, share: bool = False
+    ) -> dict[Image, int]:
+        """Check each distinct image once, in threads, and show the progress on a terminal.
+
+        A file that is known, or that an earlier call has checked, is not read.
+
+        Args:
+            share: divide the files between the processes of the run, if all of them see the same files. All must then
+                call it at the same point; each gets the results, and the faults, of all.
+
+        Returns:
+            {image: number of its windows}, 1 in 3D, in the order of first appearance.
+
+        Raises:
+            DataError: with every fault of every file.
+        """
+        places = {image: (image.path, modalities[image.modality]) for image in images}
+        todo = [place for place in dict.fromkeys(places.values()) if not self._is_checked(place)]
+        if todo or share:
+            with raise_together() if share else nullcontext():
+                if self._known is not None:
+                    self._known.read({_name(*place) for place in todo})
+                found = list(map_in_threads(lambda place: self._look_up(*place), todo, threads))
+            stats = [source.stat if source else "" for source, _ in found]
+            files = [f"{_name(*place)[1]} {stat}" for place, stat in zip(todo, stats, strict=True)]
+            known = [established is not None for _, established in found]
+            part = divide(files, known) if share else Division([i for i, is_known in enumerate(known) if not is_known])
+            results: dict[int, Any] = {i: e.to_json() for i in part.sends if (e := found[i][1]) is not None}
+            with raise_together() if share else nullcontext():
+                results |= self._read_all([(i, *todo[i], found[i][0]) for i in part.checks], threads)
+            results |= exchange(part, results)
+            for i, (path, config) in enumerate(todo):
+                source, established = found[i]
+                if established is None and isinstance(results[i], list):
+                    self._faults[path, config] = tuple(results[i])
+                elif source is not None and (path, config) not in self._checked:
+                    self._accept(path, config, source, established or Established.from_json(results[i]))
+        if faults := [fault for place in dict.fromkeys(places.values()) for fault in self._faults.get(place, ())]:
+            raise DataError(faults)
+        return {image: self._checked[place] for image, place in places.items()}
+
+    def _is_checked(self, place: _Place) -> bool:
+        return place in self._checked or place in self._faults
+
+    def _look_up(self, path: Path, config: ModalityConfig) -> tuple[_Source | None, Established | None]:
+        """Return the source, and what is known about it; (None, None) if it cannot be found."""
+        try:
+            source = self._look(path, config)
+        except DataError:  # the check reports it
+            return None, None
+        return source, self._find(path, config, source)
+
+    def _read_all(
+        self, places: Sequence[tuple[int, Path, ModalityConfig, _Source | None]], threads: int
+    ) -> dict[int, dict[str, Any] | list[str]]:
+        """Check files. Return {index: what was established, or the faults}, as JSON."""
+
+        def read(place: tuple[int, Path, ModalityConfig, _Source | None]) -> dict[str, Any] | list[str]:
+            _, path, config, source = place
+            try:
+                return self._read_through(path, config, source or self._look(path, config)).to_json()
+            except DataError as error:
+                return list(error.faults)  # the error itself would keep its frames alive, and in them the opened file
+
+        try:
+            with one_blas_thread():
+                progress = tqdm(map_in_threads(read, places, threads), "volumes", len(places), disable=None)
+                return {i: result for (i, *_), result in zip(places, progress, strict=True)}
+        finally:
+            if self._known is not None:
+                self._known.write(final=True)
+
+    def _look(self, path: Path, config: ModalityConfig) -> _Source:
+        """Return a source as it is now, without its content."""
+        now, (stats, stat, changed) = time.time(), _stat(path)
+        # A second change within one tick of the clock would not show, so a recent change is not remembered.
+        changed = changed if now - changed > _SETTLED else math.inf
+        return _Source("", stats, stat, changed, _companions(path, config))  # companions are small
+
+    def _find(self, path: Path, config: ModalityConfig, source: _Source) -> Established | None:
+        """Return what is known about a source; None if it must be read."""
+        if self._known is None:
+            return None
+        established = self._known.find(*_name(path, config), source.stat)
+        return established if established and established.companions == source.companion_digests else None
+
+    def _accept(self, path: Path, config: ModalityConfig, source: _Source, established: Established) -> None:
+        """Keep what was established about a source, now or earlier."""
+        self._sources[path] = replace(source, digest=established.sha256, remarks=established.remarks)
+        self._checked[path, config], self._axes[path, config] = established.windows, established.axes
+        for window, background in established.backgrounds:
+            self._backgrounds[path, config, window] = background
+
+    def _read_through(self, path: Path, config: ModalityConfig, source: _Source) -> Established:
+        """Check a source to its end, and remember what that established."""
+        source = replace(source, digest=source_digest(path))
+        established = self._establish(path, config, source)
+        with self._lock:
+            self.num_checked += 1
+        self._accept(path, config, source, established)
+        if self._known is not None and source.changed < math.inf:
+            self._known.add(*_name(path, config), source.stat, established)
+        return established
+
+    def _establish(self, path: Path, config: ModalityConfig, source: _Source) -> Established:
+        """Read and preprocess a source to its end."""
+        backgrounds: list[tuple[int, Background]] = []
+        image = open_volume(path, config)
+        count = check_opened(path, image, config, note=lambda *remark: backgrounds.append(remark[2:]))
         self._check_unchanged(path, image, source)
-        self._remember(path, image, source)
-        return count
+        return _established(image, config, source, count, backgrounds)
 
     def load(self, path: str | Path, config: ModalityConfig, window: int = 0) -> np.ndarray:
         """Do what `load_volume` does, for a file that `check` has read to its end. Raise DataError if it changed."""
@@ -132,7 +271,10 @@ class Sources:
 
     def axes(self, path: str | Path, config: ModalityConfig) -> str | None:
         """Return the `axis_codes` of a file."""
-        return axis_codes(open_volume(path, config), config)
+        path = Path(path)
+        return (
+            self._axes[path, config] if (path, config) in self._axes else axis_codes(open_volume(path, config), config)
+        )
 
     def digest(self, path: str | Path) -> str:
         """Return the `source_digest` of a file as it was when it was first read."""
@@ -159,14 +301,11 @@ class Sources:
             lines += summarize_backgrounds(modality, backgrounds, total)
         return lines
 
-    def _note(self, path: Path, config: ModalityConfig, window: int, background: Background) -> None:
-        self._backgrounds[path, config, window] = background
-
     def remarks(self) -> list[str]:
         """Return the contradictions in the headers of the checked files, one line for all files with the same one."""
         paths: dict[str, list[Path]] = {}
         for path, source in sorted(self._sources.items()):
-            for remark in source.remarks or ():
+            for remark in source.remarks:
                 paths.setdefault(remark, []).append(path)
         return [
             f"{first} and {plural(len(others), 'more file')}: {remark}" if others else f"{first}: {remark}"
@@ -176,17 +315,10 @@ class Sources:
     def _source(self, path: Path, config: ModalityConfig) -> _Source:
         """Return the source as it was when it was first read, or last checked."""
         if path not in self._sources:
-            self._sources[path] = self._current(path, config)
+            source = self._look(path, config)  # before hashing, so that a change in between is noticed when it is read
+            known = self._find(path, config, source)
+            self._sources[path] = replace(source, digest=known.sha256 if known else source_digest(path))
         return self._sources[path]
-
-    def _current(self, path: Path, config: ModalityConfig) -> _Source:
-        """Return the source as it is now."""
-        stat = _stat(path)  # before hashing, so that a change in between is noticed when the file is read
-        return _Source(source_digest(path), *stat, companions=_companions(path, config))
-
-    def _remember(self, path: Path, image: Voxels, source: _Source) -> None:
-        """Keep the remarks about a source that was checked to its end."""
-        self._sources[path] = replace(source, remarks=tuple(image.remarks))
 
     def _check_unchanged(self, path: Path, image: Voxels, source: _Source) -> None:
         """Raise DataError if the content of the source has changed. Only times and inodes may change."""
@@ -194,11 +326,11 @@ class Sources:
             same = all(source.stats[i : i + 1].tolist() == [_stamp(image.files[i].stat())] for i in image.files_read)
             changed_files = [file for file, digest in source.companions if sha256(file) != digest]
         if not same:
-            stats, stat, changed = _stat(path)
+            stats, stat, _ = _stat(path)
             if source_digest(path) != source.digest:
                 changed_files.append(path)
             else:
-                self._sources[path] = replace(source, stats=stats, stat=stat, changed=changed)
+                self._sources[path] = replace(source, stats=stats, stat=stat)
         if changed_files:
             raise DataError(
                 f"{changed_files[-1]}: changed since the run began; leave volumes as they are, and start again"
@@ -227,55 +359,70 @@ class VolumeCache(Sources):
     """
 
     def __init__(self, directory: str | Path, dtype: str = "float32", *, strict: bool = False, verify: bool = False):
-        super().__init__()
+        super().__init__(CheckedFiles(directory))
         self.directory, self.dtype = Path(directory), np.dtype(dtype)
         self.num_made, self.num_found, self.nbytes = 0, 0, 0
         self._strict, self._verify, self._writes = strict, verify, True
-        self._lock = threading.Lock()
         with suppress(OSError):  # the directory or the file may not exist
             for file in (self.directory / "tmp").iterdir():
-                if time.time() - file.stat().st_mtime > _ABANDONED:
+                if time.time() - file.stat().st_mtime > ABANDONED:
                     file.unlink()
 
     @classmethod
     def from_config(cls, data: DataConfig) -> Sources:
-        """Return the cache that a configuration names, or plain `Sources` if it names none."""
-        return Sources() if data.cache is None else cls(data.cache, data.cache_dtype)
+        """Return the cache that a configuration names; if it names none, `Sources` with the index of this user."""
+        return Sources(CheckedFiles.of_user()) if data.cache is None else cls(data.cache, data.cache_dtype)
 
-    def check(self, path: str | Path, config: ModalityConfig) -> int:
-        """Do what `check_volume` does, and keep the volumes.
+    def _find(self, path: Path, config: ModalityConfig, source: _Source) -> Established | None:
+        """Return what is known about a source that has all its entries; of these, only the sizes are looked at."""
+        established = super()._find(path, config, source)
+        if established is None or self._verify:
+            return None
+        source, sizes = replace(source, digest=established.sha256), []
+        smallest = math.prod(config.size) * self.dtype.itemsize
+        for window in range(established.windows):
+            try:
+                sizes.append(self._file(self._key(source, config, window)).stat().st_size)
+            except OSError:
+                return None
+            if sizes[-1] <= smallest:  # it is cut off
+                return None
+        self._count("num_found", *sizes)
+        return established
 
-        A source that was checked before and has all its entries is not opened.
+    def _establish(self, path: Path, config: ModalityConfig, source: _Source) -> Established:
+        """Do what `Sources` does, and keep the volumes.
+
+        With `verify`, a known source that has all its entries is not opened.
 
         Raises:
             DataError: as `load_volume`; also if the source changes meanwhile, or has values beyond float16.
             OSError: an entry cannot be written, if `strict`.
         """
-        path = Path(path)
-        self._sources[path] = source = self._current(path, config)
-        first = self._read(self._key(source, config, 0), config, header_only=not self._verify)
+        known = super()._find(path, config, source) if self._verify else None
         image: Voxels | None = None
-        if first and source.remarks is not None:
-            count = int(first[0]["windows"])
+        if known is not None:
+            count = known.windows
         else:
             image = open_volume(path, config)
             count = count_windows(image, config)
+        backgrounds: list[tuple[int, Background]] = []
         with nullcontext() if image is None else checked_to_end(image):
             for window in reading_order(count, config):
                 key = self._key(source, config, window)
-                entry = first if window == 0 else self._read(key, config, header_only=not self._verify)
+                entry = self._read(key, config, header_only=not self._verify)
                 if entry:
                     self._count("num_found", self._file(key).stat().st_size)
                     if background := entry[0]["background"]:
-                        self._note(path, config, window, Background(**json.loads(background)))
+                        backgrounds.append((window, Background(**json.loads(background))))
                 else:
                     image = image or open_volume(path, config)
-                    self._make(path, image, config, window, source)
-        if image is not None and source.remarks is None:
-            self._check_unchanged(path, image, source)
-            self._remember(path, image, source)
-        self._checked[path, config] = count
-        return count
+                    backgrounds += self._make(path, image, config, window, source)[1]
+        if image is None:
+            assert known is not None
+            return known
+        self._check_unchanged(path, image, source)
+        return _established(image, config, source, count, backgrounds)
 
     def load(self, path: str | Path, config: ModalityConfig, window: int = 0) -> np.ndarray:
         """Do what `load_volume` does, from the cache if possible. Return float32, C-contiguous.
@@ -285,40 +432,16 @@ class VolumeCache(Sources):
         path = Path(path)
         source = self._source(path, config)
         entry = self._read(self._key(source, config, window), config)
-        volume = entry[1] if entry else self._make(path, open_volume(path, config), config, window, source)
+        volume = entry[1] if entry else self._make(path, open_volume(path, config), config, window, source)[0]
         return _widen(volume) if volume.dtype == np.float16 else volume
 
     def axes(self, path: str | Path, config: ModalityConfig) -> str | None:
         """Return the `axis_codes` of a file, from its first entry if possible."""
         path = Path(path)
+        if (path, config) in self._axes:
+            return self._axes[path, config]
         entry = self._read(self._key(self._source(path, config), config, 0), config, header_only=True)
         return (entry[0]["axes"] or None) if entry else super().axes(path, config)
-
-    # sources
-
-    def _record(self, path: Path) -> Path:
-        return self.directory / "sources" / _spread(_sha256(os.path.abspath(path)), ".json")
-
-    def _current(self, path: Path, config: ModalityConfig) -> _Source:
-        """Return the source as it is now. Hash it only if it differs from its record."""
-        now, current = time.time(), _stat(path)
-        companions = _companions(path, config)  # these are small, so they are hashed each time
-        with suppress(OSError, ValueError, KeyError, TypeError):  # no record, or a damaged one
-            known = read_json(self._record(path), DataError, "remove it")
-            if known["stat"] == current[1]:
-                remarks = known.get("remarks")  # records of older versions lack them, so the source is checked again
-                remarks = None if remarks is None else tuple(remarks)
-                return _Source(known["digest"], *current, companions=companions, remarks=remarks)
-        # A second change within one tick of the clock would not show, so the record of a recent change is not kept.
-        stats, stat, changed = current
-        changed = changed if now - changed > _SETTLED else math.inf
-        return _Source(source_digest(path), stats, stat, changed, companions=companions)
-
-    def _remember(self, path: Path, image: Voxels, source: _Source) -> None:
-        super()._remember(path, image, source)
-        if source.changed < math.inf:
-            record = {"path": os.path.abspath(path), "stat": source.stat, "digest": source.digest}
-            self._write(self._record(path), json.dumps(record | {"remarks": image.remarks}).encode())
 
     # entries
 
@@ -332,7 +455,7 @@ class VolumeCache(Sources):
             "preprocessing": PREPROCESSING_VERSION,
         }
         if source.companions:
-            key["companions"] = [digest for _, digest in source.companions]
+            key["companions"] = list(source.companion_digests)
         return json.dumps(key, sort_keys=True)
 
     def _file(self, key: str) -> Path:
@@ -371,12 +494,12 @@ class VolumeCache(Sources):
             return None
         return metadata, volume
 
-    def _make(self, path: Path, image: Voxels, config: ModalityConfig, window: int, source: _Source) -> np.ndarray:
-        """Preprocess a volume, write its entry, and return the volume in the type of the cache."""
-        backgrounds: list[Background] = []
-        volume = preprocess(path, image, config, window, note=lambda *remark: backgrounds.append(remark[-1]))
-        for background in backgrounds:
-            self._note(path, config, window, background)
+    def _make(
+        self, path: Path, image: Voxels, config: ModalityConfig, window: int, source: _Source
+    ) -> tuple[np.ndarray, list[tuple[int, Background]]]:
+        """Preprocess a volume and write its entry. Return it in the type of the cache, with an unusual background."""
+        backgrounds: list[tuple[int, Background]] = []
+        volume = preprocess(path, image, config, window, note=lambda *remark: backgrounds.append(remark[2:]))
         self._check_unchanged(path, image, source)  # a changed volume would be kept under the old digest
         if self.dtype == np.float16:
             check_float16(path, volume)
@@ -386,7 +509,7 @@ class VolumeCache(Sources):
             "key": key,
             "path": os.path.abspath(path),
             "axes": axis_codes(image, config) or "",
-            "background": "".join(json.dumps(asdict(background)) for background in backgrounds),
+            "background": "".join(json.dumps(asdict(background)) for _, background in backgrounds),
             "windows": str(count_windows(image, config)),
             "crc32": str(zlib.crc32(volume.data)),
             "versions": f"numpy {np.__version__}, nibabel {nib.__version__}",
@@ -394,7 +517,7 @@ class VolumeCache(Sources):
         content = save({"volume": volume}, metadata)
         if self._write(self._file(key), content):
             self._count("num_made", len(content))
-        return volume
+        return volume, backgrounds
 
     def _write(self, file: Path, content: bytes) -> bool:
         """Write a file atomically. Return whether it was written."""
@@ -421,11 +544,11 @@ class VolumeCache(Sources):
             return False
         return True
 
-    def _count(self, counter: str, nbytes: int) -> None:
-        """Count an entry and its size."""
+    def _count(self, counter: str, *sizes: int) -> None:
+        """Count entries and their sizes in bytes."""
         with self._lock:
-            setattr(self, counter, getattr(self, counter) + 1)
-            self.nbytes += nbytes
+            setattr(self, counter, getattr(self, counter) + len(sizes))
+            self.nbytes += sum(sizes)
 
 
 def fill_cache(config: RunConfig, *, verify: bool = False) -> str:
@@ -459,7 +582,7 @@ def fill_cache(config: RunConfig, *, verify: bool = False) -> str:
             images |= dict.fromkeys(image for conversation in conversations for image in conversation.images)
     faults.raise_as(DataError)
     cache = VolumeCache(str(data.cache), data.cache_dtype, strict=True, verify=verify)
-    check_volumes(random.Random().sample(list(images), len(images)), modalities, data.threads, cache.check)
+    cache.check_all(random.Random().sample(list(images), len(images)), modalities, data.threads)
     return (
         f"{cache.directory}: {len(images)} files, {cache.num_made + cache.num_found} volumes in {data.cache_dtype}: "
         f"{cache.num_made} made, {cache.num_found} found; {cache.nbytes / 1e6:.1f} MB"
@@ -473,6 +596,30 @@ def _parameters(config: ModalityConfig) -> dict[str, Any]:
         name for name in ("tr", "confounds") if getattr(config, name) is None
     ]  # so the entries of older versions stay valid
     return {name: value for name, value in config.meaning.items() if name not in ("patch", *off)}
+
+
+def _name(path: Path, config: ModalityConfig) -> tuple[str, str]:
+    """Return the names of a file and of its check in the index: everything that the result of the check depends on."""
+    return os.path.abspath(path), _check_name(config, PREPROCESSING_VERSION)
+
+
+@lru_cache
+def _check_name(config: ModalityConfig, version: int) -> str:
+    check = {
+        "modality": _parameters(config),
+        "preprocessing": version,
+        "checks": CHECKS_VERSION,
+        "nibabel": nib.__version__,
+    }
+    return _sha256(json.dumps(check, sort_keys=True))[:16]
+
+
+def _established(
+    image: Voxels, config: ModalityConfig, source: _Source, windows: int, backgrounds: Iterable[tuple[int, Background]]
+) -> Established:
+    """Return what the check of an opened source to its end established."""
+    found = axis_codes(image, config), tuple(image.remarks), tuple(sorted(backgrounds, key=lambda found: found[0]))
+    return Established(source.digest, windows, *found, companions=source.companion_digests)
 
 
 def _companions(path: Path, config: ModalityConfig) -> tuple[tuple[Path, str], ...]:
@@ -499,7 +646,8 @@ def _stat(path: Path) -> tuple[np.ndarray, str, float]:
     """Return `stats`, `stat` and `changed` of a `_Source`."""
     with readable(path):
         files = [(file, file.stat()) for file in source_files(path)]
-    identity = [[file.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for file, s in files]
+    # Without inodes: file systems in user space, such as gcsfuse, number files anew on each host.
+    identity = [[file.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for file, s in files]
     stats = np.array([_stamp(s) for _, s in files], np.int64)
     return stats, _sha256(json.dumps(identity)), max(max(s.st_mtime, s.st_ctime) for _, s in files)
 

@@ -4,7 +4,6 @@ A batch of a step is a pure function of the plan's seed and the step.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from umbrella_jax.data.collate import collate
 from umbrella_jax.data.conversation import Conversation, Image, read_conversations
 from umbrella_jax.data.epoch_plan import BatchShape, ConversationSizes, EpochPlan, PlannedUpdate, exact_shape
 from umbrella_jax.data.tokenize import CachingTokenizer, Encoded, NumberTarget, encode, encode_all, encode_prompt
-from umbrella_jax.data.volume import check_volumes
 from umbrella_jax.errors import DataError, Faults
 
 T = TypeVar("T")
@@ -154,6 +152,33 @@ class Dataset:
             task_filter=task_filter,
             allow_outside_root=allow_outside_root,
         )
+        return cls.from_conversations(
+            conversations,
+            tokenizer,
+            modalities,
+            template=template,
+            max_length=max_length,
+            threads=threads,
+            evaluation=evaluation,
+            sources=sources,
+            augment=augment,
+        )
+
+    @classmethod
+    def from_conversations(
+        cls,
+        conversations: Sequence[Conversation],
+        tokenizer: Any,
+        modalities: Mapping[str, ModalityConfig],
+        *,
+        template: Template = "umbrella",
+        max_length: int,
+        threads: int,
+        evaluation: bool = False,
+        sources: Sources | None = None,
+        augment: AugmentConfig = _UNCHANGED,
+    ) -> "Dataset":
+        """Encode conversations and check their volumes; arguments and errors as for `load`."""
         common: dict[str, Any] = {"modalities": modalities, "max_length": max_length, "template": template}
         common["tokenizer"] = CachingTokenizer(tokenizer)
         images = [image for conversation in conversations for image in conversation.images]
@@ -165,13 +190,11 @@ class Dataset:
             to_prompt = conversations if evaluation else ()
             prompts = encode_all(to_prompt, partial(encode_prompt, **common), modalities)
         with faults:
-            windows = check_volumes(images, modalities, threads, sources.check)
+            windows = sources.check_all(images, modalities, threads)
         faults.raise_as(DataError)
         axes: dict[tuple[Path, str], str | None] = {}
-        if augment != _UNCHANGED:  # only then, since this opens every file again
-            with ThreadPoolExecutor(threads) as pool:
-                codes = pool.map(lambda image: sources.axes(image.path, modalities[image.modality]), windows)
-                axes = {(image.path, image.modality): c for image, c in zip(windows, codes, strict=True)}
+        if augment != _UNCHANGED:
+            axes = {(i.path, i.modality): sources.axes(i.path, modalities[i.modality]) for i in windows}
             check_axes(augment, {path: c for (path, _), c in axes.items()})
         return cls(tuple(conversations), encoded, prompts, windows, modalities, sources, augment, axes)
 

@@ -10,7 +10,6 @@ brings a map over the preprocessed volume back to the voxels of the file.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from umbrella_jax.data.confounds import DenoisedRun, confounds_files, confounds_
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.reframe import ReframedRun, resample_run
 from umbrella_jax.data.repetition_time import read_repetition_time, repetition_time_files
+from umbrella_jax.data.threads import map_in_threads
 from umbrella_jax.data.voxels import Voxels, open_voxels
 from umbrella_jax.errors import DataError
 
@@ -203,8 +203,8 @@ def check_volumes(
             return error.faults  # the error itself would keep its frames alive, and in them the opened file
 
     distinct = list(dict.fromkeys(images))
-    with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
-        progress = tqdm(pool.map(count_or_faults, distinct), "volumes", len(distinct), disable=None)
+    with one_blas_thread():
+        progress = tqdm(map_in_threads(count_or_faults, distinct, threads), "volumes", len(distinct), disable=None)
         results = dict(zip(distinct, progress, strict=True))
     faults = [fault for result in results.values() if isinstance(result, tuple) for fault in result]
     if faults:

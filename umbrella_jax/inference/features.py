@@ -28,7 +28,7 @@ from umbrella_jax.data.cache import VolumeCache
 from umbrella_jax.data.confounds import check_confounds
 from umbrella_jax.data.conversation import Image, read_with_config
 from umbrella_jax.data.loader import prefetch
-from umbrella_jax.data.volume import check_volumes, voxel_affine
+from umbrella_jax.data.volume import voxel_affine
 from umbrella_jax.data.voxels import open_voxels
 from umbrella_jax.errors import ConfigError, DataError, Faults, RunError
 from umbrella_jax.io.files import PRIVATE, check_output, naming
@@ -192,7 +192,7 @@ def features(
     checkpoint.config.check_trained(by_modality)
     check_confounds({name: checkpoint.config.modalities[name] for name in by_modality}, data.cache)
     sources = VolumeCache.from_config(data)
-    check_volumes((scan.image for scan in scans), checkpoint.config.modalities, data.threads, sources.check)
+    sources.check_all((scan.image for scan in scans), checkpoint.config.modalities, data.threads)
     tower, rows, pooled = Tower.load(checkpoint, layer), list[_Scan](), list[np.ndarray]()
     with _new_archive(out) as archive, tqdm(total=len(scans), desc="features", disable=None) as bar:
         for modality, members in sorted(by_modality.items()):

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from umbrella_jax.config.schema import (
 from umbrella_jax.data.answer_trees import AnswerEncoder
 from umbrella_jax.data.cache import Sources, VolumeCache
 from umbrella_jax.data.confounds import check_confounds
-from umbrella_jax.data.conversation import Conversation, Image, Message
+from umbrella_jax.data.conversation import Conversation, Image, Message, read_with_config
 from umbrella_jax.data.loader import Dataset, whole_batch
 from umbrella_jax.data.tokenize import check_template, decode_ids, encode_prompt, stop_ids
-from umbrella_jax.data.volume import check_volumes
+from umbrella_jax.distributed import raise_together
 from umbrella_jax.errors import ConfigError, DataError, Faults
 from umbrella_jax.scoring.number_grid import NumberGrid
 
@@ -116,24 +117,38 @@ class Processor:
     ) -> dict[str, Dataset]:
         """Load the `splits` that a configuration has; with `augment`, the training split is augmented.
 
-        Raises DataError with the faults of all splits, and ConfigError as `check_confounds`.
+        All processes of a run must call it at the same point: they divide the volumes between them, and each raises the
+        faults of all.
+
+        Raises DataError with every fault of the conversation files; if these are good, with every fault of texts and
+        volumes. Raises ConfigError as `check_confounds`.
         """
-        check_confounds(self.modalities, data.cache)
-        datasets, faults, sources = dict[str, Dataset](), Faults(), VolumeCache.from_config(data)
-        for split in splits:
+        conversations, datasets = dict[str, list[Conversation]](), dict[str, Dataset]()
+        faults, sources = Faults(), VolumeCache.from_config(data)
+        with raise_together():  # first, since the processes then divide the volumes
+            check_confounds(self.modalities, data.cache)
+            for split in splits:
+                with faults:
+                    if (path := getattr(data, split)) is not None:
+                        conversations[split] = read_with_config(path, self.modalities, data)
+            faults.raise_as(DataError)
+        images = [image for each in conversations.values() for conversation in each for image in conversation.images]
+        with suppress(DataError):  # raised again below, with the faults of the texts
+            sources.check_all(images, self.modalities, data.threads, share=True)
+        del images
+        for split in list(conversations):
             with faults:
-                if (path := getattr(data, split)) is not None:
-                    datasets[split] = self.dataset(
-                        path,
-                        image_root=data.image_root,
-                        modality=data.modality,
-                        task_filter=data.task_filter,
-                        allow_outside_root=data.allow_outside_root,
-                        threads=data.threads,
-                        evaluation=split == "eval",
-                        sources=sources,
-                        augment=data.augment if augment and split == "train" else AugmentConfig(),
-                    )
+                datasets[split] = Dataset.from_conversations(
+                    conversations.pop(split),
+                    self.tokenizer,
+                    self.modalities,
+                    template=self.template,
+                    max_length=self.max_length,
+                    threads=data.threads,
+                    evaluation=split == "eval",
+                    sources=sources,
+                    augment=data.augment if augment and split == "train" else AugmentConfig(),
+                )
         faults.raise_as(DataError)
         _warn(sources, self.modalities)
         return datasets
@@ -181,7 +196,7 @@ class Processor:
         common: dict[str, Any] = {"template": self.template, "max_length": self.max_length}
         prompt = encode_prompt(conversation, self.tokenizer, self.modalities, **common)
         sources = Sources()
-        windows = check_volumes(conversation.images, self.modalities, 4, sources.check)
+        windows = sources.check_all(conversation.images, self.modalities, 4)
         _warn(sources, self.modalities)
         return Dataset((conversation,), (), (prompt,), windows, self.modalities, sources)
 

@@ -3,7 +3,6 @@
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from umbrella_jax.data.cache import check_float16
 from umbrella_jax.data.conversation import Conversation, Image, scan_conversations
 from umbrella_jax.data.loader import Dataset
 from umbrella_jax.data.repetition_time import read_repetition_time
+from umbrella_jax.data.threads import map_in_threads
 from umbrella_jax.data.tokenize import CachingTokenizer, encode, encode_prompt, reference_answer
 from umbrella_jax.data.validation.contents import ContentsReader
 from umbrella_jax.data.validation.findings import (
@@ -241,10 +241,9 @@ def _read_volumes(
     pairs = []
     with (
         one_blas_thread(),
-        ThreadPoolExecutor(config.data.threads) as pool,
         Progress("volume", len(shown), say=say, log=say_nothing) as progress,
     ):
-        for pair in pool.map(read, shown):
+        for pair in map_in_threads(read, shown, config.data.threads):
             pairs.append(pair)
             progress.count()
     return [volume for volume, _ in pairs], {volume: faults for volume, faults in pairs if faults}, remarks

@@ -1,0 +1,242 @@
+"""Remember what the check of each volume established, so that the next start only calls `stat` on it.
+
+    DIR/checked/TIME-ID.jsonl.gz    what one process checked; a line of JSON for each volume
+
+The folder is in `data.cache`, or without a cache in `~/.cache/umbrella-jax` (`$XDG_CACHE_HOME/umbrella-jax`). `zcat`
+and every library that reads JSON Lines show it:
+
+    {"path": "/data/sub-01_T1w.nii.gz", "check": "5d0b…", "stat": "…", "sha256": "…", "windows": 1, "axes": "RAS", …}
+
+An entry holds for a path, a modality and a version of our checks (`check`), as long as `stat` is the same: names, sizes
+and both times of the files (`mtime`, `ctime`). A change of the content that leaves all of these is not noticed;
+`umbrella-jax data validate` reads every volume, and if you remove the folder, so does the next start. Faults are never
+remembered, so a faulty volume is read, and reported, at every start.
+
+Any number of processes and hosts write here without locks: each writes files of its own, under a temporary name that is
+then renamed, so a killed process leaves whole files only. If there are many, the next start merges them. You may delete
+the folder at any time.
+"""
+
+import gzip
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Container, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from isal import igzip, igzip_lib
+
+from umbrella_jax.data.background import Background
+
+_log = logging.getLogger(__name__)
+_FOLDER = "checked"
+_SECONDS = 30.0
+"""Seconds of work after which it is written, so that a killed start loses no more."""
+_MANY = 32
+"""Number of files from which on they are merged."""
+_DAMAGED = (gzip.BadGzipFile, EOFError, ValueError, KeyError, TypeError, cast(type[Exception], igzip_lib.IsalError))
+ABANDONED = 3600.0
+"""Seconds after which a temporary file is assumed to be left over from a crash."""
+
+
+@dataclass(frozen=True)
+class Established:
+    """What the check of a volume established; the same messages can be made from it as from the check."""
+
+    sha256: str
+    """`source_digest` of the volume."""
+    windows: int
+    axes: str | None
+    """Its `axis_codes`."""
+    remarks: tuple[str, ...] = ()
+    """Contradictions in its header."""
+    backgrounds: tuple[tuple[int, Background], ...] = ()
+    """(window, background) of the windows with an unusual background."""
+    companions: tuple[str, ...] = ()
+    """SHA-256 of each of its `companion_files`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields for JSON, without empty ones."""
+        fields = {name: value for name, value in vars(self).items() if value not in ((), None)}
+        if self.backgrounds:
+            fields["backgrounds"] = [[window, asdict(background)] for window, background in self.backgrounds]
+        return fields
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Established":
+        """Return what `to_json` wrote, among other fields. Raises KeyError or TypeError for anything else."""
+        return cls(
+            fields["sha256"],
+            fields["windows"],
+            fields.get("axes"),
+            tuple(fields.get("remarks", ())),
+            tuple((window, Background(**background)) for window, background in fields.get("backgrounds", ())),
+            tuple(fields.get("companions", ())),
+        )
+
+
+class CheckedFiles:
+    """The volumes that were checked before. Safe for threads, and for processes that share the directory.
+
+    Args:
+        directory: holds the folder `checked`.
+        private: whether only this user may read the folder, since it names participants.
+    """
+
+    def __init__(self, directory: str | Path, *, private: bool = False):
+        self.directory = Path(directory) / _FOLDER
+        self._private = private
+        self._entries: dict[tuple[str, str], str] | None = None
+        self._lock = threading.Lock()
+        self._new: list[str] = []
+        self._own: list[Path] = []
+        self._written = time.monotonic()
+        self._writes = True
+
+    @classmethod
+    def of_user(cls) -> "CheckedFiles | None":
+        """Return the index of this user; None if the user has no home."""
+        try:
+            root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        except RuntimeError:
+            return None
+        return cls(root / "umbrella-jax", private=True)
+
+    def read(self, wanted: Container[tuple[str, str]] | None = None) -> None:
+        """Read the entries of (path, check) pairs, all by default, instead of those that are in memory.
+
+        Damaged files are ignored, with a warning.
+        """
+        entries: dict[tuple[str, str], str] = {}
+        for line, key in self._lines():
+            if wanted is None or key in wanted:
+                entries[key] = line
+        with self._lock:
+            self._entries = entries
+
+    def find(self, path: str, check: str, stat: str) -> Established | None:
+        """Return what is known about a file that is as it was; None if it must be checked."""
+        if self._entries is None:
+            self.read()
+        assert self._entries is not None
+        line = self._entries.get((path, check))
+        if line is not None:
+            with suppress(ValueError, KeyError, TypeError):  # written by something else
+                fields = json.loads(line)
+                return Established.from_json(fields) if fields["stat"] == stat else None
+        return None
+
+    def add(self, path: str, check: str, stat: str, established: Established) -> None:
+        """Remember a volume; it is on disk after `write`, or half a minute later."""
+        line = json.dumps({"path": path, "check": check, "stat": stat, **established.to_json()})
+        with self._lock:
+            self._new.append(line)
+            if self._entries is not None:
+                self._entries[path, check] = line
+            is_due = time.monotonic() - self._written > _SECONDS
+        if is_due:
+            self.write()
+
+    def write(self, *, final: bool = False) -> None:
+        """Write what is new, into one file for this process if `final`; merge the files of all if they are many.
+
+        A full disk or a read-only folder is a warning: later starts check these volumes again.
+        """
+        with self._lock:
+            lines, self._new, self._written = self._new, [], time.monotonic()
+            if not self._writes:
+                return
+            try:
+                if lines:
+                    self._own.append(self._put("\n".join(lines) + "\n"))
+                if final and len(self._own) > 1:
+                    self._merge(self._own)
+                    self._own = []
+                if final and len(files := self._files()) > _MANY:
+                    self._merge(files)
+            except OSError as error:
+                self._writes = False
+                _log.warning(
+                    "%s: cannot remember which volumes were checked: %s; the next start checks them again",
+                    self.directory,
+                    error.strerror or error,
+                )
+
+    def _files(self) -> list[Path]:
+        """Return the files, oldest first."""
+        return sorted(self.directory.glob("*.jsonl.gz"))
+
+    def _lines(self) -> Iterator[tuple[str, tuple[str, str]]]:
+        """Yield (line, (path, check)) of all entries, oldest first."""
+        done: set[str] = set()
+        for _ in range(3):  # while another process merges, files disappear after the merged one has appeared
+            files, is_complete = [file for file in self._files() if file.name not in done], True
+            for file in files:
+                try:
+                    yield from _parsed(file)
+                    done.add(file.name)
+                except FileNotFoundError:
+                    is_complete = False
+                except _DAMAGED as error:
+                    _log.warning("%s: damaged (%s), removed; its volumes are checked again", file, error)
+                    done.add(file.name)
+                    with suppress(OSError):
+                        file.unlink()
+                except OSError as error:
+                    _log.warning("%s: cannot be read (%s); its volumes are checked again", file, error.strerror)
+                    done.add(file.name)
+            if is_complete:
+                return
+
+    def _merge(self, files: list[Path]) -> None:
+        """Write the newest entries of some files as one file, and remove these."""
+        entries: dict[tuple[str, str], str] = {}
+        for file in files:
+            try:
+                for line, key in _parsed(file):
+                    entries.pop(key, None)
+                    entries[key] = line
+            except (OSError, *_DAMAGED):  # another process merges them, or the next start removes one
+                return
+        self._put("\n".join(entries.values()) + "\n")
+        for file in files:
+            file.unlink(missing_ok=True)
+
+    def _put(self, text: str) -> Path:
+        """Write a file atomically."""
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700 if self._private else 0o777)
+        for part in self.directory.glob("*.part"):
+            with suppress(OSError):
+                if time.time() - part.stat().st_mtime > ABANDONED:
+                    part.unlink()
+        name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:12]}"
+        part, file = self.directory / f"{name}.part", self.directory / f"{name}.jsonl.gz"
+
+        def open_part(path: str, flags: int) -> int:
+            return os.open(path, flags, 0o600 if self._private else 0o666)
+
+        try:
+            with open(part, "xb", opener=open_part) as out:
+                out.write(gzip.compress(text.encode("utf-8", "surrogateescape"), 6, mtime=0))
+                out.flush()
+                os.fsync(out.fileno())
+            part.replace(file)
+        except OSError:
+            with suppress(OSError):
+                part.unlink()
+            raise
+        return file
+
+
+def _parsed(file: Path) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yield (line, (path, check)) of each entry of a file."""
+    with igzip.open(file, "rt", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            fields = json.loads(line)
+            yield line.rstrip("\n"), (fields["path"], fields["check"])
