@@ -12,6 +12,7 @@ Needs: convert  the extra `torch`, 12 GB of disk
        step     the extra `torch`, 13 GB of memory, half an hour
        gpu      an NVIDIA GPU of 80 GB or more, PyTorch for it, five minutes
        sharing  ten minutes
+       products the extra `torch`, two minutes
        quantize the extra `quantize`, five minutes
        validate the extra `report`, 2 GB of disk, five minutes
        baselines the extra `fmri`, two minutes
@@ -29,6 +30,7 @@ from bench.data import data
 from bench.generate import generate
 from bench.gpu import gpu
 from bench.loop import loop
+from bench.products import products
 from bench.quantize import quantize
 from bench.start import start
 from bench.startup import startup
@@ -49,6 +51,7 @@ def main() -> None:
         compile,
         loop,
         generate,
+        products,
         quantize,
         start,
         startup,
