@@ -19,7 +19,7 @@ from umbrella_jax.inference.generate import GREEDY, choose
 from umbrella_jax.models import Llava, LlavaConfig, Qwen2Config, SiglipConfig, abstract_params, merge, split
 from umbrella_jax.models.attention import attention
 from umbrella_jax.models.layers import Embedding, LayerNorm, Linear, RMSNorm
-from umbrella_jax.models.patch_embed import PatchEmbed, patchify
+from umbrella_jax.models.patch_embed import PatchEmbed, cut_for_tpu, patchify
 from umbrella_jax.models.projector import LlavaMultiModalProjector
 from umbrella_jax.models.qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP, rope_tables, rotate
 from umbrella_jax.models.siglip import SiglipAttention, SiglipEncoderLayer, SiglipMLP, SiglipVisionModel
@@ -198,6 +198,15 @@ def test_patchify_cuts_in_c_order(size, patch):
     for n, index in enumerate(np.ndindex(*grid)):
         block = x[:, *(slice(i * p, (i + 1) * p) for i, p in zip(index, patch, strict=True))]
         np.testing.assert_array_equal(out[:, n], block.reshape(2, -1))
+
+
+@pytest.mark.parametrize(("size", "patch"), [((7, 11, 5), (3, 2, 5)), ((5, 4, 7, 9), (2, 4, 3, 4))])
+def test_patches_for_tpus_give_the_same_products(size, patch):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, *size)), jnp.float32)
+    weight = jnp.asarray(rng.normal(size=(6, np.prod(patch))), jnp.float32)
+    patches, reordered = cut_for_tpu(x, weight, patch)
+    np.testing.assert_allclose(patches @ reordered.T, patchify(x, patch) @ weight.T, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [True, False])

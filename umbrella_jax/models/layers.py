@@ -92,12 +92,13 @@ class Linear(nnx.Module):
         if self.lora_A is not None and self.lora_B is not None:
             low = jnp.einsum("...i,ri->...r", x, self.lora_A.weight[...].astype(x.dtype)) * self.lora_scale
             y = y + jnp.einsum("...r,or->...o", low, self.lora_B.weight[...].astype(x.dtype))
-        if self.bias is None:
-            return y
-        # Add a trained bias in float32, so that its gradient is summed over rows and devices in float32 too.
-        bias = self.bias[...]
-        wide = widest_dtype(y, bias)
-        return (y.astype(wide) + _over_channels(bias.astype(wide), y)).astype(x.dtype)
+        return y if self.bias is None else add_bias(y, self.bias[...])
+
+
+def add_bias(y: Float[Array, "... O"], bias: Float[Array, "O"]) -> Float[Array, "... O"]:
+    """Return y + bias in y's dtype; a trained bias is added in float32, in which its gradient is then summed."""
+    wide = widest_dtype(y, bias)
+    return (y.astype(wide) + _over_channels(bias.astype(wide), y)).astype(y.dtype)
 
 
 class Embedding(nnx.Module):

@@ -5,15 +5,17 @@ Parameters have the original system's names: `{modality}_proj` and `{modality}_p
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import chex
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
 from umbrella_jax.batch import AnyArray
 from umbrella_jax.config.schema import ModalityConfig
-from umbrella_jax.models.layers import Linear, widest_dtype
+from umbrella_jax.models.layers import Linear, add_bias, dense, widest_dtype
 from umbrella_jax.models.parallel import split_rows
 
 _init = nnx.initializers.truncated_normal(0.02)
@@ -31,6 +33,26 @@ def patchify(x: Shaped[AnyArray, "M *size"], patch: tuple[int, ...]) -> Shaped[A
     x = x.reshape(x.shape[0], *(n for gp in zip(grid, patch, strict=True) for n in gp))
     x = x.transpose(0, *range(1, x.ndim, 2), *range(2, x.ndim, 2))
     return x.reshape(x.shape[0], math.prod(grid), math.prod(patch))
+
+
+def cut_for_tpu(
+    volumes: Shaped[Array, "M *size"], weight: Float[Array, "E P"], patch: tuple[int, ...]
+) -> tuple[Shaped[Array, "M N P"], Float[Array, "E P"]]:
+    """Cut volumes as `patchify` does, and order the voxels of patches and weight as (w, d, h[, t]).
+
+    W stays the innermost axis until all others are in place, since a TPU pads the innermost axis to 128: a patch's 10
+    voxels would take 12 times their bytes. The barrier keeps XLA from turning the cut and the product after it into a
+    convolution, which it compiles ten times as long, to a program with the same padding.
+    """
+    pd, ph, pw, pt = (*patch, 1)[:4]
+    x = volumes.reshape(*volumes.shape[:4], -1)  # T is 1 if there is none
+    m, d, h, w, t = x.shape[0], *(s // p for s, p in zip(x.shape[1:], (pd, ph, pw, pt), strict=True))
+    x = x[:, : d * pd, : h * ph, : w * pw, : t * pt].reshape(m, d, pd, h, ph, w * pw, t, pt)
+    x = x.transpose(0, 1, 3, 6, 2, 4, 7, 5).reshape(m, d, h, t, pd * ph * pt, w * pw)
+    x = x.swapaxes(4, 5).reshape(m, d, h, t, w, math.prod(patch))
+    x = x.swapaxes(3, 4).reshape(m, d * h * w * t, math.prod(patch))
+    width_first = jnp.moveaxis(weight.reshape(-1, *patch), 3, 1).reshape(weight.shape)
+    return jax.lax.optimization_barrier(x), width_first
 
 
 class PatchEmbed(nnx.Module):
@@ -51,6 +73,12 @@ class PatchEmbed(nnx.Module):
         chex.assert_shape(volumes, (None, *modality.size))
         table = getattr(self, f"{name}_positional_embeddings")[...]
         # A patch embedding that trains computes in float32: its gradient is summed over rows and devices in that type.
-        x = patchify(volumes, modality.patch).astype(widest_dtype(volumes, table))
-        x = getattr(self, f"{name}_proj")(x)
+        dtype = widest_dtype(volumes, table)
+        proj = getattr(self, f"{name}_proj")
+        patches, weight = jax.lax.platform_dependent(
+            *(volumes, dense(proj.weight[...], dtype)),
+            tpu=partial(cut_for_tpu, patch=modality.patch),
+            default=lambda volumes, weight: (patchify(volumes, modality.patch), weight),
+        )
+        x = add_bias(jnp.einsum("...i,oi->...o", patches.astype(dtype), weight), proj.bias[...])
         return split_rows((x + table.astype(x.dtype)).astype(volumes.dtype))
