@@ -3,6 +3,7 @@
 from functools import cache
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from convert.config_json import read_config
@@ -27,9 +28,11 @@ def golden(name: str) -> dict[str, np.ndarray]:
 
 
 def golden_model(**options: str) -> tuple[LlavaConfig, Params]:
+    """Return config and parameters, which no device is bound to: a step would be compiled again for its own result."""
     directory = GOLDEN / "umbrella_T1_rsfMRI"
     config = read_config(directory, MODALITIES, **options)  # type: ignore[arg-type]
-    return config, load_params(directory, config)[0]
+    params, _ = load_params(directory, config)
+    return config, {path: jnp.asarray(np.asarray(leaf)) for path, leaf in params.items()}
 
 
 def golden_batch(rows: list[int] | None = None) -> Batch:

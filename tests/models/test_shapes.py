@@ -93,51 +93,54 @@ CASES = {  # constructor, input shapes, output shape, further arguments
 }
 
 
-class TestModules(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
-    def test_array_modules(self):
-        for name, (make, inputs, expected, *more) in CASES.items():
-            graphdef, state = nnx.split(make(nnx.Rngs(0)))
-            arrays = [jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32) for shape in inputs]
-            out = self.variant(lambda s, *a, g=graphdef, m=more: nnx.merge(g, s)(*a, *m))(state, *arrays)
-            chex.assert_shape(out, expected, custom_message=name)
-            chex.assert_tree_all_finite(out)
+@pytest.fixture(params=[jax.jit, pytest.param(lambda function: function, marks=pytest.mark.slow)], ids=["jit", "eager"])
+def variant(request):
+    return request.param
 
-    @chex.variants(with_jit=True, without_jit=True)
-    def test_qwen_layers(self):
-        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 30)), jnp.float32)
-        cos, sin = rope_tables(jnp.tile(jnp.arange(7), (2, 1)), 10, 1e6)
-        chex.assert_shape([cos, sin], (2, 7, 1, 10))
-        kv = (2, 7, 2, 10)
-        for make, shapes in ((Qwen2Attention, ((2, 7, 30), kv, kv)), (Qwen2DecoderLayer, (2, 7, 30))):
-            graphdef, state = nnx.split(make(text_config(), rngs=nnx.Rngs(0)))
-            out = self.variant(lambda s, g=graphdef: nnx.merge(g, s)(x, cos, sin, ATTEND))(state)
-            chex.assert_shape(out, shapes)
 
-    @chex.variants(with_jit=True, without_jit=True)
-    def test_tower_and_patch_embed(self):
-        for make, width in ((lambda r: PatchEmbed(MODALITIES, 21, rngs=r), 21), (tower, 21)):
-            graphdef, state = nnx.split(make(nnx.Rngs(0)))
-            for name, modality in MODALITIES.items():
-                volumes = jnp.ones((2, *modality.size))
-                out = self.variant(lambda s, v, g=graphdef, n=name: nnx.merge(g, s)(n, v))(state, volumes)
-                chex.assert_shape(out, (2, modality.num_patches, width))
+def test_array_modules(variant):
+    for name, (make, inputs, expected, *more) in CASES.items():
+        graphdef, state = nnx.split(make(nnx.Rngs(0)))
+        arrays = [jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32) for shape in inputs]
+        out = variant(lambda s, *a, g=graphdef, m=more: nnx.merge(g, s)(*a, *m))(state, *arrays)
+        chex.assert_shape(out, expected, custom_message=name)
+        chex.assert_tree_all_finite(out)
 
-    @chex.variants(with_jit=True, without_jit=True)
-    def test_llava(self):
-        for tie, modalities in ((True, MODALITIES), (False, ONE)):
-            graphdef, params = split(Llava(llava_config(tie=tie, modalities=modalities), rngs=nnx.Rngs(0)))
-            assert ("language_model.lm_head.weight" in params) != tie
 
-            def run(params, batch, graphdef=graphdef):
-                model = merge(graphdef, params)
-                return model(batch), model.target_logits(batch)
+def test_qwen_layers(variant):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 30)), jnp.float32)
+    cos, sin = rope_tables(jnp.tile(jnp.arange(7), (2, 1)), 10, 1e6)
+    chex.assert_shape([cos, sin], (2, 7, 1, 10))
+    kv = (2, 7, 2, 10)
+    for make, shapes in ((Qwen2Attention, ((2, 7, 30), kv, kv)), (Qwen2DecoderLayer, (2, 7, 30))):
+        graphdef, state = nnx.split(make(text_config(), rngs=nnx.Rngs(0)))
+        out = variant(lambda s, g=graphdef: nnx.merge(g, s)(x, cos, sin, ATTEND))(state)
+        chex.assert_shape(out, shapes)
 
-            out, targets = self.variant(run)(params, random_batch(modalities=modalities))
-            chex.assert_shape(out, (3, 29, 53))
-            chex.assert_shape(targets, (3, 4, 53))
-            rows = np.arange(3)[:, None]
-            chex.assert_trees_all_close(targets, out[rows, random_batch(modalities=modalities).target_pos], atol=1e-5)
+
+def test_tower_and_patch_embed(variant):
+    for make, width in ((lambda r: PatchEmbed(MODALITIES, 21, rngs=r), 21), (tower, 21)):
+        graphdef, state = nnx.split(make(nnx.Rngs(0)))
+        for name, modality in MODALITIES.items():
+            volumes = jnp.ones((2, *modality.size))
+            out = variant(lambda s, v, g=graphdef, n=name: nnx.merge(g, s)(n, v))(state, volumes)
+            chex.assert_shape(out, (2, modality.num_patches, width))
+
+
+def test_llava(variant):
+    for tie, modalities in ((True, MODALITIES), (False, ONE)):
+        graphdef, params = split(Llava(llava_config(tie=tie, modalities=modalities), rngs=nnx.Rngs(0)))
+        assert ("language_model.lm_head.weight" in params) != tie
+
+        def run(params, batch, graphdef=graphdef):
+            model = merge(graphdef, params)
+            return model(batch), model.target_logits(batch)
+
+        out, targets = variant(run)(params, random_batch(modalities=modalities))
+        chex.assert_shape(out, (3, 29, 53))
+        chex.assert_shape(targets, (3, 4, 53))
+        rows = np.arange(3)[:, None]
+        chex.assert_trees_all_close(targets, out[rows, random_batch(modalities=modalities).target_pos], atol=1e-5)
 
 
 def test_wrong_volume_size_is_refused():
