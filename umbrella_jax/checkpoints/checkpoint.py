@@ -42,7 +42,7 @@ from umbrella_jax.config.schema import (
 )
 from umbrella_jax.data.tokenize import load_tokenizer
 from umbrella_jax.errors import CheckpointError, ConfigError
-from umbrella_jax.models import LlavaConfig, Params, abstract_params
+from umbrella_jax.models import LlavaConfig, Params, abstract_params, quantize
 from umbrella_jax.models.paths import adapted_weight, adapter_paths, modality_of
 from umbrella_jax.rundir import CHECKPOINTS, CONFIG, MODEL, NEWEST, Step, check_one_run, choose_step
 from umbrella_jax.training import freeze
@@ -196,8 +196,8 @@ class Checkpoint(ABC):
         return ()
 
     def merged(self) -> Self:
-        """Return the same model without adapters: those of a run are added to the weights that they adapt."""
-        return replace(self, config=replace(self.config, lora=None))
+        """Return the same model without adapters, which are added to the weights, and without 8-bit products."""
+        return replace(self, config=replace(self.config, lora=None, product_dtype=None))
 
     def answering(self) -> Self:
         """Return the same model, which refuses to answer from untrained weights (`LlavaConfig.check_trained`).
@@ -254,6 +254,8 @@ class Checkpoint(ABC):
     ) -> Params:
         """Read all parameters, each straight onto its devices; adapters stay separate if `config` has them.
 
+        If `config` has 8-bit products, the weights that the run did not train are quantised.
+
         Args:
             dtype: type of every parameter; `auto` keeps the types of the files.
             sharding_for: maps a parameter's path and shape to its sharding; by default the first device.
@@ -261,6 +263,7 @@ class Checkpoint(ABC):
 
         Raises:
             CheckpointError: also if a number is too large for `dtype`.
+        ConfigError: qwix is needed and not installed.
         """
         return self._params(dtype, sharding_for or _first_device, in_float32)
 
@@ -451,7 +454,7 @@ class RunCheckpoint(Checkpoint):
         return cls(
             name=name,
             path=run,
-            config=replace(config, lora=settings.model.lora),
+            config=replace(config, lora=settings.model.lora, product_dtype=settings.model.product_dtype),
             template=stored_template(run / MODEL),
             base=replace(base, config=config),
             step=step,
@@ -522,6 +525,16 @@ class RunCheckpoint(Checkpoint):
     def tensors(self, dtype: str = "auto") -> dict[str, Tensor]:
         trained = {path: Tensor.from_array(leaf, str(self.path), path) for path, leaf in self.trained().items()}
         return _merge(self.base.tensors(dtype), trained, self.lora, dtype)
+
+    def params(
+        self, dtype: str = "auto", *, sharding_for: ShardingFor | None = None, in_float32: Collection[str] = ()
+    ) -> Params:
+        params = super().params(dtype, sharding_for=sharding_for, in_float32=in_float32)
+        if self.config.product_dtype is None:
+            return params
+        labels = freeze.label_params(list(params), self.groups)
+        frozen = {path: params.pop(path) for path in list(params) if labels[path] == freeze.FROZEN}
+        return params | quantize(frozen, self.config.product_dtype)
 
     def _params(self, dtype: str, sharding_for: ShardingFor, in_float32: Collection[str]) -> Params:
         if self.lora != self.config.lora:  # adapters are merged, which `tensors` does

@@ -33,6 +33,7 @@ def load(
     compute_dtype: ComputeDtype = "float32",
     attention: Literal["auto", AttentionBackend] = "auto",
     quantized: Quantized | None = None,
+    quantize_activations: bool = False,
     allow_untrained: bool = False,
     step: Step | None = None,
 ) -> Llava:
@@ -44,7 +45,8 @@ def load(
         dtype: type of every parameter; `auto` keeps the types of the files.
         compute_dtype: type of activations.
         attention: as `model.attention` of the configuration.
-        quantized: as `model.quantize` of the configuration.
+        quantized: as `model.quantize` of the configuration. A run with `quantize_activations` has its own by default.
+        quantize_activations: as `model.quantize_activations` of the configuration; needs `quantized`.
         allow_untrained: let the model answer from untrained patch embeddings (`Checkpoint.untrained`).
         step: step of a run: a number, `best` or `latest`; by default the best if it keeps one, else the newest.
 
@@ -66,10 +68,13 @@ def load(
         if value not in known
     ]:
         raise ConfigError(faults)
+    if quantize_activations and quantized is None:
+        raise ConfigError("quantize_activations: needs quantized weights; set quantized to int8 or fp8")
     checkpoint = Checkpoint.open(path, modalities, compute_dtype=compute_dtype, patch_embed=patch_embed, step=step)
     if not allow_untrained:
         checkpoint = checkpoint.answering()
-    return load_opened(checkpoint, dtype=dtype, attention=attention, quantized=quantized)
+    options: dict[str, Any] = {"quantized": quantized, "quantize_activations": quantize_activations}
+    return load_opened(checkpoint, dtype=dtype, attention=attention, **options)
 
 
 def load_opened(
@@ -78,12 +83,16 @@ def load_opened(
     dtype: StoredDtype = "auto",
     attention: Literal["auto", AttentionBackend] = "auto",
     quantized: Quantized | None = None,
+    quantize_activations: bool = False,
 ) -> Llava:
     """Load an opened checkpoint as a model on the first device; arguments as in `load`."""
     checkpoint.warn_doubtful()
     config = checkpoint.config.with_attention(attention, native_backend(jax.devices()[0]))
-    params = checkpoint.params(dtype)
-    return merge(abstract_params(config)[0], quantize(params, quantized) if quantized else params)
+    if quantized is None:
+        return merge(abstract_params(config)[0], checkpoint.params(dtype))
+    params = replace(checkpoint, config=replace(config, product_dtype=None)).params(dtype)
+    config = replace(config, product_dtype=quantized if quantize_activations else None)
+    return merge(abstract_params(config)[0], quantize(params, quantized))
 
 
 def same_template(field: str, template: Template, checkpoint: Checkpoint) -> Template:

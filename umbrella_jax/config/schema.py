@@ -328,6 +328,10 @@ class ModelConfig(Section):
     quantize: Quantized | None = None
     """Hold the frozen weights of products in 8 bits, with one scale per output (extra `quantize`). Trainable weights,
     norms, biases, word embeddings and head keep their type. docs/performance.md has the effect on loss and answers."""
+    quantize_activations: bool = False
+    """Compute products with quantised weights in 8 bits too, forward; gradients stay in `compute_dtype`. int8 is for
+    TPUs since v5e and NVIDIA GPUs; fp8 for NVIDIA GPUs since Ada and Hopper. Elsewhere a warning says that they are
+    emulated. docs/recipes.md has the effect on loss and answers."""
     lora: LoraConfig | None = None
     """LoRA adapters, trained instead of the weights they adapt: the group `lora` of `train.groups`."""
     remat: RematPolicy = "full"
@@ -341,9 +345,16 @@ class ModelConfig(Section):
     Ampere, bfloat16, and heads of a multiple of 8 up to 128; `xla` runs anywhere. `auto` takes the first that can
     run."""
 
+    @property
+    def product_dtype(self) -> Quantized | None:
+        """8-bit type of products with quantised weights; None if they run in `compute_dtype`."""
+        return self.quantize if self.quantize_activations else None
+
     def contradictions(self) -> Iterator[str]:
         if not self.modalities:
             yield "modalities: expected at least one"
+        if self.quantize_activations and self.quantize is None:
+            yield "quantize_activations: needs quantized weights; set quantize to int8 or fp8, or leave it out"
         for name, modality in self.modalities.items():
             if not name.isidentifier():
                 yield f"modalities.{name}: expected letters, digits and _"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from umbrella_jax import tpu
 
@@ -185,8 +185,18 @@ def _devices(problems: list[Problem]) -> dict[str, Any]:
     problems.extend(_unused_accelerators(used))
     return {
         "platform": used,
-        "devices": [{"kind": device.device_kind, **_device_memory(device)} for device in devices],
+        "devices": [
+            {"kind": device.device_kind, "products_in_8_bits": _eight_bit_types(device), **_device_memory(device)}
+            for device in devices
+        ],
     }
+
+
+def _eight_bit_types(device: Any) -> list[str]:
+    from umbrella_jax.config.schema import Quantized
+    from umbrella_jax.models.eight_bit import has_eight_bit_products
+
+    return [dtype for dtype in get_args(Quantized) if has_eight_bit_products(device, dtype)]
 
 
 def _unused_accelerators(used_platform: str) -> Iterator[Problem]:
@@ -392,6 +402,8 @@ def _format_devices(facts: dict[str, Any]) -> list[str]:
         memory = [device["memory"] - (device["in_use"] or 0) for device in devices if device["memory"]]
         available = f", {_gib(min(memory))} each for jax" if memory else ""
         lines.append(f"{len(devices)} × {kind} ({facts['platform']}){available}")
+        types = " and ".join(devices[0]["products_in_8_bits"])
+        lines.append(f"  products in 8 bits (model.quantize_activations): {types or 'emulated'}")
     return lines or ["none"]
 
 

@@ -15,20 +15,12 @@ from jaxtyping import Array, Float, Float32, Int, Shaped
 from umbrella_jax.batch import AnyArray
 from umbrella_jax.config.schema import LayerLoop, RematPolicy
 from umbrella_jax.models.attention.cudnn import is_cudnn_forward
+from umbrella_jax.models.eight_bit import dense, eight_bit_product
 from umbrella_jax.models.layer_loop import loop_over_layers
 from umbrella_jax.models.parallel import look_up, split_rows
 
 X = TypeVar("X")
 _init = nnx.initializers.normal(0.02)  # as Hugging Face initialises SigLIP and Qwen2
-
-
-def dense(weight: Any, dtype: Any) -> Float[Array, "..."]:
-    """Return a weight in `dtype`; dequantise it if it is a QArray (umbrella_jax/models/quantize.py)."""
-    if isinstance(weight, jax.Array):
-        return weight.astype(dtype)
-    import qwix
-
-    return qwix.dequantize(weight.astype(dtype))
 
 
 def widest_dtype(*arrays: Shaped[Array, "..."]) -> Any:
@@ -76,19 +68,25 @@ class Factor(nnx.Module):
 class Linear(nnx.Module):
     """x → x·Wᵀ + b in x's dtype; `weight` [O, I] may be quantised, `bias` is [O].
 
-    With a LoRA adapter (umbrella_jax/models/lora.py) it computes x·Wᵀ + s · x·Aᵀ·Bᵀ + b.
+    With a LoRA adapter (umbrella_jax/models/lora.py) it computes x·Wᵀ + s · x·Aᵀ·Bᵀ + b. With `in_8_bits` it computes
+    x·Wᵀ in the 8 bits of a quantised weight.
     """
 
     lora_A: Factor | None = None
     lora_B: Factor | None = None
     lora_scale: float = 1.0
+    in_8_bits: bool = False
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, rngs: nnx.Rngs):
         self.weight = nnx.Param(_init(rngs.params(), (out_features, in_features), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if bias else None
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        y = jnp.einsum("...i,oi->...o", x, dense(self.weight[...], x.dtype))
+        weight = self.weight[...]
+        if self.in_8_bits and not isinstance(weight, jax.Array):
+            y = eight_bit_product(x, weight)
+        else:
+            y = jnp.einsum("...i,oi->...o", x, dense(weight, x.dtype))
         if self.lora_A is not None and self.lora_B is not None:
             low = jnp.einsum("...i,ri->...r", x, self.lora_A.weight[...].astype(x.dtype)) * self.lora_scale
             y = y + jnp.einsum("...r,or->...o", low, self.lora_B.weight[...].astype(x.dtype))

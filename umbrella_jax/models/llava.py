@@ -18,9 +18,17 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from umbrella_jax.batch import AnswerTree, AnyArray, Batch
-from umbrella_jax.config.schema import AttentionBackend, LayerLoop, LoraConfig, ModalityConfig, RematPolicy
+from umbrella_jax.config.schema import (
+    AttentionBackend,
+    LayerLoop,
+    LoraConfig,
+    ModalityConfig,
+    Quantized,
+    RematPolicy,
+)
 from umbrella_jax.errors import CheckpointError
 from umbrella_jax.models.attention import choose_backend, explain_backend
+from umbrella_jax.models.layers import Linear
 from umbrella_jax.models.lora import attach
 from umbrella_jax.models.parallel import ROWS, local, split_rows, ways
 from umbrella_jax.models.projector import LlavaMultiModalProjector
@@ -45,6 +53,8 @@ class LlavaConfig:
     layers: LayerLoop = "scanned"
     lora: LoraConfig | None = None
     """LoRA adapters to attach; None for none."""
+    product_dtype: Quantized | None = None
+    """8-bit type of products with quantised weights (`model.quantize_activations`); None for the compute dtype."""
     untrained: Mapping[str, str] = FrozenDict()
     """{modality: message}: modalities with an untrained patch embedding, which may not answer questions."""
 
@@ -92,6 +102,10 @@ class Llava(nnx.Module):
         self.language_model = Qwen2ForCausalLM(config.text, config.remat, config.attention, config.layers, rngs=rngs)
         if config.lora is not None:
             attach(self, config.lora)
+        if config.product_dtype is not None:
+            for _, module in nnx.iter_modules(self):
+                if isinstance(module, Linear):
+                    module.in_8_bits = True
 
     def image_features(self, name: str, volumes: Float[AnyArray, "M *size"]) -> Float[Array, "M N D"]:
         """Encode volumes of modality `name` to features, one row per patch."""

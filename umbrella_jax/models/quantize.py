@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from umbrella_jax.config.schema import Quantized
+from umbrella_jax.errors import ConfigError
 from umbrella_jax.models.llava import Params
 from umbrella_jax.models.paths import adapted_weight, component_of
 
@@ -30,10 +31,12 @@ def quantize(params: Params, dtype: Quantized) -> Params:
 
     W ≈ q·s: q [..., O, I] in 8 bits; s float32 [..., O, 1] is max|W| of each output's row, divided by the largest
     number of the 8-bit type. A product dequantises a layer's weights when it uses them, and computes in x's
-    dtype as without quantisation.
+    dtype as without quantisation; or it computes in 8 bits (`LlavaConfig.product_dtype`).
 
     Parameters are converted one by one and removed from `params`: only one exists in both forms at a time, unless the
     caller holds on to them.
+
+    Raises ConfigError if qwix is not installed.
     """
     quantized: Params = {}
     for path in list(params):
@@ -49,11 +52,16 @@ def quantized_shape(leaf: jax.ShapeDtypeStruct, dtype: Quantized) -> Any:
     """Return the shapes and shardings of the QArray that `quantize` makes of a parameter."""
     parts = jax.eval_shape(_quantizer(leaf, dtype), leaf)
     shardings = _shardings_like(leaf, parts)
+    if shardings is None:
+        return parts
     return jax.tree.map(lambda part, s: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=s), parts, shardings)
 
 
 def _quantizer(leaf: jax.Array | jax.ShapeDtypeStruct, dtype: Quantized) -> Callable[..., Any]:
-    import qwix  # imported here, since the model runs without it
+    try:
+        import qwix  # imported here, since the model runs without it
+    except ModuleNotFoundError:
+        raise ConfigError("model.quantize: qwix is not installed; pip install 'umbrella-jax[quantize]'") from None
 
     axes = tuple(range(leaf.ndim - 1))
     return partial(qwix.quantize, qtype=_TYPES[dtype], channelwise_axes=axes, scale_dtype=jnp.float32)

@@ -69,6 +69,8 @@ class CompiledProgram:
     """FLOPs; those of a loop's body count once. None if the program does not fit."""
     bytes_accessed: float | None
     """Bytes read and written, counted likewise."""
+    products: dict[str, int]
+    """{type of the first factor: number of products}, in XLA's words (`s8`, `f8e4m3fn`); those in a loop count once."""
     collectives: dict[str, Collective]
     hlo: str | None
     """The compiled program as text, if it was asked for."""
@@ -102,7 +104,8 @@ def compile_step(
     """
     target = target_mesh(devices, mesh)
     model = model.with_attention(config.model.attention, devices.kind.attention)
-    graphdef, shapes = abstract_params(replace(model, lora=config.model.lora))
+    model = replace(model, lora=config.model.lora, product_dtype=config.model.product_dtype)
+    graphdef, shapes = abstract_params(model)
     labels = freeze.label_params(list(shapes), list(config.train.groups))
     trainable, frozen = freeze.partition(shapes, labels)
     optimizer = make_optimizer(config.train, make_schedule(config.train, _UPDATES), labels)
@@ -204,6 +207,7 @@ def compile_lowered(lowered: jax.stages.Lowered, *, hlo: bool = False) -> Compil
             bytes={},
             flops=None,
             bytes_accessed=None,
+            products={},
             collectives={},
             hlo=None,
         )
@@ -225,6 +229,7 @@ def compile_lowered(lowered: jax.stages.Lowered, *, hlo: bool = False) -> Compil
         bytes=sizes,
         flops=costs.get("flops"),
         bytes_accessed=costs.get("bytes accessed"),
+        products=count_products(text),
         collectives=count_collectives(text),
         hlo=text if hlo else None,
     )
@@ -247,6 +252,16 @@ def _refusal(message: str) -> tuple[int | None, int | None]:
     if found is None:
         return None, None
     return tuple(int(float(found[i]) * _UNITS[found[i + 1]]) for i in (1, 3))  # type: ignore[return-value]
+
+
+def count_products(hlo: str) -> dict[str, int]:
+    """Count the products of matrices in the text of a compiled program, by the type of their first factor.
+
+    TPUs compute them as convolutions, and GPUs by calls of cuBLAS.
+    """
+    types = dict(re.findall(r"^\s*(?:ROOT )?%?([\w.-]+) = ([a-z]\w*)\[", hlo, re.MULTILINE))
+    products = re.findall(r" (?:dot|convolution)\(%?([\w.-]+)| custom-call\(%?([\w.-]+).*__cublas\$", hlo)
+    return dict(sorted(Counter(types.get(dot or call, "unknown") for dot, call in products).items()))
 
 
 def count_collectives(hlo: str) -> dict[str, Collective]:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from umbrella_jax.config.schema import AttentionBackend
+from umbrella_jax.config.schema import AttentionBackend, Quantized
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import native_backend
 
@@ -113,6 +113,23 @@ _NAMED: dict[str, str] = {
 }
 """{kind: pattern of jax's `device_kind`}, tried in this order. Variants of another speed match none: H100 PCIe, H100
 NVL, H200 NVL, RTX 3090 Ti, RTX 4090 D and laptop GPUs."""
+
+
+_INT8: dict[str, float] = {
+    "v4": 1,
+    **dict.fromkeys(("v5e", "v5p", "v6e", "a100", "a100-40gb", "h100", "h200", "l40s", "rtx6000ada"), 2),
+    **dict.fromkeys(("rtx3090", "rtx4090", "rtx5090"), 4),
+    "t4": 16,
+}
+_FP8: dict[str, float] = dict.fromkeys(("h100", "h200", "l40s", "rtx6000ada", "rtx4090", "rtx5090"), 2)
+"""{kind: peak of dense products in 8 bits relative to `flops`}, from the same sheets: in int8 393 TOPS on a v5e, 1836
+on a v6e, 3958 with sparsity on an H100. GeForce cards sum float8, like bfloat16, in float32 at half the rate."""
+
+
+def eight_bit_peak(kind: DeviceKind, dtype: Quantized) -> float:
+    """Return the peak of products in 8 bits relative to `kind.flops`; 0 if it has none, or if that is unknown."""
+    sheet = DEVICE_KINDS.get(kind.name) or sheet_of(kind.name)
+    return {"int8": _INT8, "fp8": _FP8}[dtype].get(sheet.name, 0.0) if sheet else 0.0
 
 
 def sheet_of(device_kind: str) -> DeviceKind | None:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from umbrella_jax.console import table_lines, wrapped
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.io.reading import read_json
 from umbrella_jax.models import LlavaConfig
-from umbrella_jax.plan.devices import Devices
+from umbrella_jax.plan.devices import Devices, eight_bit_peak
 from umbrella_jax.plan.flops import KEPT, ModelCounts, count_model, workload
 from umbrella_jax.sharding import MeshShape, mesh_shape, mesh_shapes
 from umbrella_jax.training import freeze
@@ -78,6 +78,8 @@ def estimate(model: ModelCounts, devices: Devices, mesh: MeshShape, batch_size: 
     """
     kind, attention = devices.kind, model.attention_flops(remat)
     flops = sum(model.flops(remat).values()) - attention + attention / ATTENTION_EFFICIENCY[model.config.attention]
+    if model.config.product_dtype and (peak := eight_bit_peak(kind, model.config.product_dtype)):
+        flops -= model.eight_bit_flops(remat) * (1 - 1 / peak)
     seconds = {
         "compute": flops * batch_size / devices.count / (kind.flops * devices.efficiency),
         "memory": model.traffic(mesh, batch_size, remat) / (kind.bandwidth * BANDWIDTH_EFFICIENCY),
@@ -150,7 +152,25 @@ class HardwarePlan:
             "the masked half of causal attention is counted",
             _ATTENTION[self.model.config.attention],
             *([_NUMBER_LOSS] if self.has_number_loss else []),
+            *self._eight_bit_products(),
         ]
+
+    def _eight_bit_products(self) -> Iterator[str]:
+        """Yield what is assumed of products in 8 bits, if there are any."""
+        dtype = self.model.config.product_dtype
+        if dtype is None:
+            return
+        kind = self.devices.kind
+        if peak := eight_bit_peak(kind, dtype):
+            yield (
+                f"forward products with frozen weights reach the same share of {peak:g} times that peak in {dtype}; "
+                "rounding activations and scaling sums are not counted, so the gain is an upper bound"
+            )
+        else:
+            yield (
+                f"model.quantize_activations: {kind.name} is not known to have {dtype} products; XLA emulates them, "
+                "which is not counted, so leave it out"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, in bytes, FLOPs and seconds."""
@@ -193,6 +213,7 @@ class HardwarePlan:
         trains = (
             f"trains {model.trained:,} numbers; {sum(model.frozen.values()) / 1e9:.3f} GB frozen in "
             f"{self.frozen_dtype}; computes in {model.config.compute_dtype}"
+            + (f", products with them in {model.config.product_dtype}" if model.config.product_dtype else "")
         )
         lines = [*wrapped(f"{devices.name}: {chips}, each {speeds}"), *wrapped(trains), ""]
         counts = [model.flops(remat) for remat in _COUNTS.values()]
@@ -308,7 +329,9 @@ def plan_hardware(
     if subjects is not None and subjects < 1:
         raise ConfigError(f"--subjects {subjects}: expected 1 or more")
     model = dataclasses.replace(
-        model.with_attention(config.model.attention, devices.kind.attention), lora=config.model.lora
+        model.with_attention(config.model.attention, devices.kind.attention),
+        lora=config.model.lora,
+        product_dtype=config.model.product_dtype,
     )
     counted = count_model(config, model, workload(config, model, text_tokens), frozen_dtype)
     remat, batch_size = config.model.remat, config.train.batch_size
@@ -333,7 +356,8 @@ def plan_hardware(
     return HardwarePlan(
         devices=devices,
         model=counted,
-        frozen_dtype=frozen_dtype + (f", products in {config.model.quantize}" if config.model.quantize else ""),
+        frozen_dtype=frozen_dtype
+        + (f", weights of products in {config.model.quantize}" if config.model.quantize else ""),
         remat=remat,
         batch_size=batch_size,
         configured=best_first(

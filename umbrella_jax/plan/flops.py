@@ -112,6 +112,8 @@ class Product:
     trained: bool
     differentiated: bool
     """Whether its input needs a gradient."""
+    in_8_bits: bool
+    """Whether it is computed in 8 bits, but for gradients (`model.quantize_activations`)."""
 
     @property
     def flops(self) -> float:
@@ -245,6 +247,15 @@ class ModelCounts:
             total[stack.component] += stack.attention_flops * runs
         return total
 
+    def eight_bit_flops(self, remat: str) -> float:
+        """Return the part of `flops` that is computed in 8 bits: forward products, also those that are recomputed."""
+        recomputed = RECOMPUTED[remat]
+        return sum(
+            product.flops * (1 + (product.differentiated and product.name in recomputed))
+            for product in self.products
+            if product.in_8_bits
+        )
+
     def device_bytes(self, mesh: MeshShape, batch_size: int, remat: str) -> dict[str, float]:
         """Return the bytes on each device at the peak of a step, by use."""
         local = batch_size / mesh.parts
@@ -374,6 +385,7 @@ def count_model(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dt
                 outputs=leaf.shape[-2],
                 trained=path in trained,
                 differentiated=differentiated[part] and part != "patch_embed",
+                in_8_bits=config.model.quantize_activations and path not in trained and quantizable(path),
             )
         )
     vision, text = model.vision, model.text

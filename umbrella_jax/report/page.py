@@ -117,6 +117,7 @@ def _settings(facts: Facts) -> Iterator[tuple[str, str]]:
         f"vision {model.vision.num_hidden_layers} layers of {model.vision.hidden_size}, language "
         f"{model.text.num_hidden_layers} layers of {model.text.hidden_size}; computed in {model.compute_dtype}"
         + (f", frozen weights in {config.model.quantize}" if config.model.quantize else "")
+        + (", and products with them" if config.model.quantize_activations else "")
         + (f", adapters of rank {lora.rank} ({', '.join(lora.targets)})" if (lora := config.model.lora) else ""),
     )
     for name, modality in model.modalities.items():

@@ -32,6 +32,7 @@ from umbrella_jax.inference.processor import Processor
 from umbrella_jax.inference.windows import ExpandedDataset, expand
 from umbrella_jax.io.files import check_output, check_run_name
 from umbrella_jax.models import LlavaConfig, abstract_params, lora, native_backend, quantize, unstack
+from umbrella_jax.models.eight_bit import has_eight_bit_products
 from umbrella_jax.run.loggers import missing_loggers
 from umbrella_jax.run.number_targets import find_number_targets
 from umbrella_jax.run.summary import RunSummary, summarize, summarize_parameters
@@ -190,7 +191,7 @@ def prepare(
             raise ConfigError(faults)
         findings = base.check(config.model.frozen_dtype)
         model = base.config.with_attention(config.model.attention, native_backend(mesh.devices.flat[0]))
-        model = replace(model, lora=config.model.lora)
+        model = replace(model, lora=config.model.lora, product_dtype=config.model.product_dtype)
         shapes = abstract_params(model)[1]
         parameters = summarize_parameters(config, base, findings, model)
         labels = parameters.labels
@@ -221,6 +222,13 @@ def prepare(
     adapters = lora.init_adapters(shapes, config.seed)
     trained = [path for path, label in labels.items() if label != freeze.FROZEN and path not in adapters]
     _warn_of_untrained(config, base, trained, shown, say)
+    if (dtype := config.model.product_dtype) and not has_eight_bit_products(mesh.devices.flat[0], dtype):
+        kind = mesh.devices.flat[0].device_kind
+        _warn(
+            f"model.quantize_activations: {kind} is not known to have {dtype} products; XLA emulates them, which is "
+            "slower than without; see docs/recipes.md",
+            say,
+        )
     params = base.params(config.model.frozen_dtype, sharding_for=partial(param_sharding, mesh), in_float32=trained)
     params |= place({path: Tensor.from_array(array) for path, array in adapters.items()}, partial(param_sharding, mesh))
     trainable, frozen = freeze.partition(params, labels)
