@@ -143,6 +143,7 @@ def test_the_network_learns_on_which_side_a_blob_is(optimised_network: None) -> 
     assert (found.argmax(1) == others.sides).mean() >= 0.95
 
 
+@pytest.mark.slow
 def test_the_network_learns_how_bright_a_blob_is(optimised_network: None) -> None:
     """In the quantity's own unit."""
     blobs, others = Blobs(count=160), Blobs(count=40, seed=1)

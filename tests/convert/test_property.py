@@ -185,7 +185,7 @@ def exported(directory):
     return {name: bits(tensor.read()) for name, tensor in open_checkpoint(directory).items()}
 
 
-@settings(SETTINGS, max_examples=20)
+@settings(SETTINGS, max_examples=12)
 @given(cases())
 def test_parameters_and_export_are_the_file(case):
     with tempfile.TemporaryDirectory() as root:

@@ -72,7 +72,9 @@ def tokens_of(model: Llava, processor: umbrella_jax.Processor, masks: JsonMasks 
     ]
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=3.0, top_k=50, top_p=0.95)])
+@pytest.mark.parametrize(
+    "sampling", [pytest.param(GREEDY, marks=pytest.mark.slow), Sampling(temperature=3.0, top_k=50, top_p=0.95)]
+)
 def test_answers_of_random_weights_parse_and_validate(
     model: Llava, processor: umbrella_jax.Processor, constraint: JsonConstraint, sampling: Sampling
 ) -> None:

@@ -270,6 +270,7 @@ def test_a_run_evaluates_with_the_windows_of_its_config(world: World, tmp_path: 
     _same(last, read_lines(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_explain_averages_over_the_windows_of_a_run(run: Path, world: World) -> None:
     model, processor = umbrella_jax.load(run), Processor.load(run)
 

@@ -79,7 +79,11 @@ def make_batch(rows, volumes):
     )
 
 
-@pytest.fixture(scope="module", params=[(True, 2), (False, 6)], ids="tied {0[0]}, {0[1]} kv heads".format)
+@pytest.fixture(
+    scope="module",
+    params=[(True, 2), pytest.param((False, 6), marks=pytest.mark.slow)],
+    ids="tied {0[0]}, {0[1]} kv heads".format,
+)
 def both(request, tmp_path_factory):
     """One checkpoint in either framework, with the batch and what PyTorch says to it, row by row and unpadded."""
     tied, kv_heads = request.param

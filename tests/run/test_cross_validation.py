@@ -174,6 +174,7 @@ def test_resume_does_what_is_unfinished(cv: Path, study: Study, tmp_path: Path) 
     assert f"fold-1 without A: finished: {again}/fold-1\nfold-2 without B: finished: {again}/fold-2\n" in out
 
 
+@pytest.mark.slow
 def test_an_interrupted_test_set_continues(
     study: Study, cv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

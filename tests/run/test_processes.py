@@ -606,7 +606,7 @@ def metadata() -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.mark.parametrize("kind", ["TPU VM", "GKE"])
+@pytest.mark.parametrize("kind", ["TPU VM", pytest.param("GKE", marks=pytest.mark.slow)])
 def test_tpus_start_their_hosts(environment: dict[str, str], kind: str, metadata: str) -> None:
     """JAX reads the metadata, and the variables that GKE sets."""
     chips = {"JAX_FORCE_TPU_INIT": 1, "TPU_LIBRARY_PATH": sys.executable, "JAX_COORDINATOR_PORT": free_port()}
@@ -693,7 +693,7 @@ def test_a_process_that_fails_ends_the_run(environment: dict[str, str]) -> None:
     assert found[1][2] == "umbrella-jax: process 1 ends, and with it the run:\na volume is gone\n"
 
 
-@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("process", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_missing_process_is_named(environment: dict[str, str], process: int, tmp_path: Path) -> None:
     words = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, "--process-id", process]
     command = small_run.umbrella_command("train", "--config", tmp_path, *words, "--start-timeout", 1)

@@ -205,6 +205,7 @@ def test_a_disk_that_is_really_full(world: World, environment: dict[str, str], r
     assert_same_run(kept, run)
 
 
+@pytest.mark.slow
 def test_a_deleted_directory_ends_the_run(world: World, tmp_path: Path) -> None:
     out, ended = tmp_path / "deleted", Event()
 

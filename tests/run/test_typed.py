@@ -43,6 +43,7 @@ def flat(base: Path) -> dict[str, Any]:
     return {"model_name": str(base), "num_epochs": 50, "warmup_steps": 5, **CHEAP, **sizes, **patches}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("settings", "folders"), [(nested, ["."]), (flat, ["same_sex", "different_sex/pairs"])])
 def test_the_command_of_the_original_trains(
     data: DemoData, settings: Any, folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -191,6 +191,7 @@ def test_a_second_build_is_the_same(built: Path, study: Path, tmp_path: Path) ->
         assert (tmp_path / "again" / name).read_bytes() == (built / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_validated_trained_and_scored_by_site(built: Path, study: Path, tmp_path: Path) -> None:
     # all tasks are planned for; one update is enough, since each kind of batch compiles for seconds
     world = small_run.make_world(tmp_path, train={"max_new_tokens": 32, "batch_size": 40, "epochs": 0.1})

@@ -154,7 +154,11 @@ def test_bfloat16_checkpoint_trains_in_float32():
 
 @pytest.mark.parametrize(
     "groups",
-    [["projector", "language_model.*.self_attn.*"], ["vision_tower", "patch_embed"], ["language_model"]],
+    [
+        ["projector", "language_model.*.self_attn.*"],
+        pytest.param(["vision_tower", "patch_embed"], marks=pytest.mark.slow),
+        ["language_model"],
+    ],
 )
 def test_other_groups_train(groups):
     case = small_case(TrainConfig(groups=dict.fromkeys(groups, GroupConfig()), decay_bias=True))
