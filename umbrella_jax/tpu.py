@@ -8,6 +8,8 @@ _WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    # it would otherwise print a stack trace if a signal ends the process
+    "LIBTPU_INIT_ARGS": "--install_signal_handlers=false",
     # without a chip to share, several processes may compile at once
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }

@@ -1,5 +1,6 @@
 """The training step is compiled for TPUs that are not at hand, by their own compiler."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.config.test_configs import write_hub_config
+from tests.helpers.small_run import umbrella
 from umbrella_jax import tpu
 from umbrella_jax.config.load import load_config
 from umbrella_jax.doctor import reference_step
+from umbrella_jax.plan import compile_step as compile_module
 from umbrella_jax.plan import parse_devices
-from umbrella_jax.plan.compile_step import Collective, _torus, compile_step, count_collectives
+from umbrella_jax.plan.compile_step import Collective, CompiledProgram, _torus, compile_step, count_collectives
 from umbrella_jax.plan.flops import workload
 from umbrella_jax.sharding import MeshShape
 
@@ -31,6 +35,50 @@ def test_compiles_a_step_for_two_slices():
     gradients = sum(4 * size for size in (24, 6 * 24, 24 * 24))  # patch embedding: bias, positions, weight
     assert gradients <= program.collectives["all-reduce"].bytes < 2 * gradients
     assert "splash_mha" in program.hlo  # TPU attention, on a machine whose own is XLA's
+
+
+ACCEPTED = CompiledProgram(
+    fits=True,
+    seconds=130.0,
+    needed_bytes=4_000_000_000,
+    available_bytes=None,
+    bytes={"arguments": 10**9, "outputs": 10**6, "aliased": 10**6, "temporaries": 3 * 10**9, "code": 10**7},
+    flops=1e12,
+    bytes_accessed=1e10,
+    collectives={"all-reduce": Collective(count=2, bytes=8_000_000)},
+    hlo=None,
+)
+REFUSED = replace(ACCEPTED, fits=False, needed_bytes=20 * 10**9, available_bytes=16 * 10**9, bytes={}, collectives={})
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (ACCEPTED, ["accepts it after 2.2 min", "temporaries 3.00", "at the peak 4.00", "all-reduce 2 × 4 MB"]),
+        (REFUSED, ["refuses it after 2.2 min: 20.00 of 16.00 GB"]),
+    ],
+)
+def test_plan_shows_the_compilers_figures_beside_its_own(program, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(compile_module, "compile_step", lambda *args, **options: program)
+    base = write_hub_config(tmp_path / "base", "0.5b")
+    flags = ["plan", "--config", TINY.with_name("t1_0.5b.yaml"), "--base", base, "--devices", "v5e-16", "--compile"]
+    flags += ["--mesh", "data=16", "--batch-size", 16]
+    table = umbrella(*flags)
+    for text in [*words, "plan"]:
+        assert text in " ".join(table.split())
+    assert max(map(len, table.splitlines())) <= 80
+    report = json.loads(umbrella(*flags, "--json"))["compiled"]
+    assert report["fits"] == program.fits
+    assert report["needed_bytes"] == program.needed_bytes
+    assert report["mesh"] == {"data": 16, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("devices", "words"), [("v5e-16", 'pip install "umbrella-jax[aot]"'), ("a100x8", "only TPU programs")]
+)
+def test_a_missing_compiler_is_reported_before_the_base_is_read(devices, words, monkeypatch):
+    monkeypatch.setattr(compile_module.importlib.util, "find_spec", lambda name: None)
+    assert words in umbrella("plan", "--base", "nowhere", "--devices", devices, "--compile", code=2)
 
 
 def test_counts_collectives_with_their_results():
@@ -57,5 +105,6 @@ def test_slices_are_as_compact_as_google_offers_them():
 def test_libtpu_is_silent_on_a_machine_without_a_tpu():
     environment = {name: value for name, value in os.environ.items() if name not in tpu._WITHOUT_TPU}
     script = "from umbrella_jax import tpu; tpu.describe_machine(); import jax; jax.devices()"
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
+    script += "; import os; os.kill(os.getpid(), 15)"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-15, "")

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def add(commands: Any) -> None:
         metavar="FRACTION",
         help="fraction of peak reached; default 0.75 (cpu 0.8; 1 with --flops)",
     )
+    plan.add_argument("--compile", action="store_true", help="also compile the step for these TPUs (minutes)")
     add_json(plan)
 
 
@@ -168,18 +170,31 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from umbrella_jax.checkpoints.load import open_base
     from umbrella_jax.plan import parse_devices, plan_hardware, stored_dtype
+    from umbrella_jax.plan.compile_step import check_compiler, compile_step
 
     config = config_of(arguments)
     devices = parse_devices(
         arguments.devices, flops=arguments.flops, efficiency=arguments.efficiency, dtype=config.model.compute_dtype
     )
+    if arguments.compile:
+        check_compiler(devices)
     base = open_base(config, weights=False)
+    frozen_dtype = stored_dtype(config.model, base.description / "config.json")
     plan = plan_hardware(
         config,
         base.config,
         devices,
-        frozen_dtype=stored_dtype(config.model, base.description / "config.json"),
+        frozen_dtype=frozen_dtype,
         text_tokens=arguments.text_tokens,
         subjects=arguments.subjects,
     )
-    print(strict_json(plan.to_json(), indent=2) if arguments.json else plan.table())
+    report, lines = plan.to_json(), [plan.table()]
+    if arguments.compile and (step := plan.recommended):
+        model = replace(base.config, remat=config.model.remat)
+        program = compile_step(
+            *(config, model, devices, step.mesh, step.batch_size, plan.model.workload), frozen_dtype=frozen_dtype
+        )
+        report["compiled"] = {"batch_size": step.batch_size, "mesh": asdict(step.mesh), **program.to_json()}
+        title = f"batch {step.batch_size}, {step.mesh}, remat {step.remat}:"
+        lines += ["", title, *program.lines(step.total_bytes)]
+    print(strict_json(report, indent=2) if arguments.json else "\n".join(lines))

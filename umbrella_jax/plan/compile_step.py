@@ -4,6 +4,7 @@ Nothing is run and no weight is read: the compiler gets shapes and shardings. TP
 is also the compiler on a TPU VM (the extra `aot`).
 """
 
+import importlib.metadata
 import importlib.util
 import math
 import re
@@ -11,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from jax.sharding import Mesh
 from umbrella_jax import tpu
 from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import RunConfig
+from umbrella_jax.console import table_lines, wrapped
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import LlavaConfig, abstract_params
 from umbrella_jax.models.quantize import quantizable, quantized_shape
@@ -59,7 +61,8 @@ class CompiledProgram:
     seconds: float
     """Duration of the compilation, without tracing."""
     needed_bytes: int | None
-    """Memory that it needs, in the compiler's own words if it refuses, else the sum of `bytes` but for aliased ones."""
+    """Memory that it needs: its peak, or if it is refused what the refusal says. Less than the sum of `bytes`, since
+    temporaries of one time make room for those of another."""
     available_bytes: int | None
     """Memory that a refusal says there is; None if the program fits."""
     bytes: dict[str, int]
@@ -74,6 +77,38 @@ class CompiledProgram:
     collectives: dict[str, Collective]
     hlo: str | None
     """The compiled program as text, if it was asked for."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, without the text."""
+        return asdict(replace(self, hlo=None)) | {"compiler": compiler_version()}
+
+    def lines(self, planned: float) -> list[str]:
+        """Return the figures for a terminal, beside the bytes that the plan estimates."""
+        minutes = f"{self.seconds / 60:.1f} min" if self.seconds >= 120 else f"{self.seconds:.0f} s"
+        if not self.fits:
+            sizes = "" if self.needed_bytes is None else f": {_gb(self.needed_bytes)} of {_gb(self.available_bytes)} GB"
+            return [f"{compiler_version()} refuses it after {minutes}{sizes}; plan: {_gb(planned)} GB"]
+        rows = [["GB per device, as compiled", ""], *([use, _gb(size)] for use, size in self.bytes.items())]
+        rows += [["at the peak", _gb(self.needed_bytes)], ["plan", _gb(planned)]]
+        if self.needed_bytes:
+            rows.append(["plan, relative", f"{planned / self.needed_bytes - 1:+.0%}"])
+        exchanges = [
+            f"{kind} {each.count} × {each.bytes / each.count / 1e6:.3g} MB" for kind, each in self.collectives.items()
+        ]
+        return [
+            f"{compiler_version()} accepts it after {minutes}",
+            *table_lines(rows),
+            *wrapped(f"collectives, each loop's once: {', '.join(exchanges) or 'none'}"),
+        ]
+
+
+def compiler_version() -> str:
+    """Return name and version of the TPU compiler."""
+    return f"libtpu {importlib.metadata.version('libtpu')}"
+
+
+def _gb(size: float | None) -> str:
+    return "?" if size is None else f"{size / 1e9:.2f}"
 
 
 def compile_step(
@@ -126,17 +161,25 @@ def compile_step(
         return compile_lowered(lowered, hlo=hlo)
 
 
+def check_compiler(devices: Devices) -> None:
+    """Check that there is a compiler for these devices here. Raises ConfigError."""
+    if devices.kind.name not in _TORUS:
+        names = ", ".join(_TORUS)
+        raise ConfigError(f"--devices {devices.name}: only TPU programs can be compiled elsewhere; expected {names}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(
+            f'--devices {devices.name}: the TPU compiler is not installed; pip install "umbrella-jax[aot]"'
+        )
+
+
 def target_mesh(devices: Devices, shape: MeshShape) -> Mesh:
     """Return a mesh of devices that exist only for a compiler.
 
     Raises ConfigError if there is no compiler for them here.
     """
-    kind = devices.kind
-    if kind.name not in _TORUS:
-        raise ConfigError(f"--devices {devices.name}: only TPU programs can be compiled elsewhere; expected a TPU")
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError('--compile: the TPU compiler is not installed; pip install "umbrella-jax[aot]"')
+    check_compiler(devices)
     tpu.describe_machine()
+    kind = devices.kind
     sizes = _torus(devices.count // devices.slices, _TORUS[kind.name])
     options: dict[str, Any] = {"num_slices": devices.slices} if devices.slices > 1 else {}
     if math.prod(sizes) == 1:  # the default are hosts of four chips
@@ -224,7 +267,7 @@ def compile_lowered(lowered: jax.stages.Lowered, *, hlo: bool = False) -> Compil
     return CompiledProgram(
         fits=True,
         seconds=seconds,
-        needed_bytes=sum(sizes.values()) - 2 * sizes["aliased"],
+        needed_bytes=analysis.peak_memory_in_bytes,
         available_bytes=None,
         bytes=sizes,
         flops=costs.get("flops"),

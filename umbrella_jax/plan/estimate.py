@@ -137,6 +137,11 @@ class HardwarePlan:
             return None
         return math.ceil(self.subjects / step.batch_size) * step.step_seconds / 3600
 
+    @property
+    def recommended(self) -> StepEstimate | None:
+        """The config's batch on its best mesh; the largest batch if no mesh divides the config's."""
+        return next(iter((*self.configured, *self.largest)), None)
+
     def assumptions(self) -> list[str]:
         """List the assumptions that the figures rest on, as sentences."""
         kind, work = self.devices.kind, self.model.workload
