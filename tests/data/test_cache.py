@@ -19,9 +19,11 @@ from safetensors.numpy import load_file
 from umbrella_jax.cli import main
 from umbrella_jax.config.schema import DataConfig, ModalityConfig
 from umbrella_jax.data import cache as cache_module
+from umbrella_jax.data import checked as checked_module
 from umbrella_jax.data import volume as volume_module
 from umbrella_jax.data import voxels as voxels_module
 from umbrella_jax.data.cache import Sources, VolumeCache
+from umbrella_jax.data.checked import CheckedFiles
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.loader import Dataset, eval_batches, make_epoch_plan, train_batches
 from umbrella_jax.data.volume import PREPROCESSING_VERSION, check_volumes, load_volume
@@ -34,7 +36,7 @@ RUN = ModalityConfig(size=(4, 3, 5, 4), patch=(2, 3, 4, 2))
 @pytest.fixture(autouse=True)
 def settled(monkeypatch):
     """Treat new files as settled, so that their digests are recorded."""
-    monkeypatch.setattr(cache_module, "_SETTLED", -1.0)
+    monkeypatch.setattr(checked_module, "SETTLED", -1.0)
 
 
 @pytest.fixture
@@ -274,10 +276,10 @@ def test_only_the_check_of_a_settled_file_is_remembered(nifti, directory, monkey
     original = cache_module.source_digest
     monkeypatch.setattr(cache_module, "source_digest", lambda path: hashed.append(path) or original(path))
     path = nifti("a.nii", (6, 7, 5))
-    monkeypatch.setattr(cache_module, "_SETTLED", 60.0)
+    monkeypatch.setattr(checked_module, "SETTLED", 60.0)
     assert [made(directory, path, T1) for _ in range(2)] == [1, 0]
     assert len(hashed) == 2  # a further change within a tick of the clock would be invisible
-    monkeypatch.setattr(cache_module, "_SETTLED", -1.0)
+    monkeypatch.setattr(checked_module, "SETTLED", -1.0)
     assert [made(directory, path, T1) for _ in range(3)] == [0, 0, 0]
     assert len(hashed) == 3
     (index,) = index_files(directory)
@@ -585,6 +587,24 @@ def test_data_cache(config_file, directory, capsys):
     assert "3 volumes in float16: 3 made" in capsys.readouterr().out
 
 
+def test_parts_of_a_cache_make_it_whole(config_file, directory, capsys):
+    """The three files are divided over two parts; a part that is missing is named, one that is there is skipped."""
+    assert main(command(config_file, "--cache", directory, "--shard", "1/2")) == 0
+    printed = capsys.readouterr().out
+    assert "2 files, 2 volumes in float32: 2 made" in printed
+    assert "part 1 of 2 is complete; missing: 2/2 (1 of 1 file)" in printed
+    for made_now in (1, 0):
+        assert main(command(config_file, "--cache", directory, "--shard", "2/2")) == 0
+        printed = capsys.readouterr().out
+        assert f"1 files, 1 volumes in float32: {made_now} made" in printed
+        assert "part 2 of 2 is complete; all are there" in printed
+    assert main(command(config_file, "--cache", directory)) == 0
+    assert "0 made, 3 found" in capsys.readouterr().out
+    for wrong in ("0/2", "3/2", "2"):
+        assert main(command(config_file, "--cache", directory, "--shard", wrong)) == 2
+        assert f"--shard {wrong}: expected I/N" in capsys.readouterr().err
+
+
 def test_data_cache_on_a_full_disk_fails(config_file, directory, capsys, full_disk):
     code = main(command(config_file, "--cache", directory))
     full_disk()
@@ -657,6 +677,9 @@ def test_processes_fill_one_directory_together(large_config, directory, capsys):
     assert all("40 volumes in float32" in text for text in printed)
     assert len(entries(directory)) == 40
     assert list((directory / "tmp").iterdir()) == []
+    index = CheckedFiles(directory)
+    index.read()
+    assert len(index.names()) == 40
     assert_valid(large_config, directory, capsys, found=40)
 
 

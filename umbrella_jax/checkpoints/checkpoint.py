@@ -2,6 +2,8 @@
 
 import hashlib
 import logging
+import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,7 +42,9 @@ from umbrella_jax.config.schema import (
     Template,
     resolve_modality,
 )
+from umbrella_jax.data.checked import CheckedFiles, describe_stat
 from umbrella_jax.data.tokenize import load_tokenizer
+from umbrella_jax.distributed import broadcast, process_index, raise_together
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.models import LlavaConfig, Params, abstract_params, quantize
 from umbrella_jax.models.paths import adapted_weight, adapter_paths, modality_of
@@ -164,6 +168,14 @@ class Checkpoint(ABC):
     def identity(self) -> str:
         """SHA-256 of all weights; a run records the identity of its base."""
         return self.fingerprint
+
+    def share_fingerprint(self) -> None:
+        """Let one process of the run read the weights for `fingerprint`, if all see the same files.
+
+        All processes must call it at the same point.
+        """
+        if self.origin is not self:
+            self.origin.share_fingerprint()
 
     @property
     @abstractmethod
@@ -312,7 +324,34 @@ class HfCheckpoint(Checkpoint):
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint(self.path, self.patch_embed)
+        """SHA-256 of the weights, computed once as long as names, sizes and times of the files stay the same."""
+        known = CheckedFiles.of_user("weights")
+        if known is None:
+            return fingerprint(self.path, self.patch_embed)
+        stat, changed = self._stat()
+        overlay = "" if self.patch_embed is None else self.patch_embed.absolute()
+        name = os.path.abspath(self.path), f"fingerprint 1 {overlay}"
+        known.read({name})
+        if (fields := known.find(*name, stat)) is not None:
+            return str(fields["sha256"])
+        digest = fingerprint(self.path, self.patch_embed)
+        if changed < math.inf:
+            known.add(*name, stat, {"sha256": digest})
+            known.write(final=True)
+        return digest
+
+    def share_fingerprint(self) -> None:
+        with raise_together():
+            stat, _ = self._stat()
+            own = self.fingerprint if process_index() == 0 else ""
+        first_stat, first = broadcast([stat, own])
+        if first_stat == stat:
+            self.__dict__["fingerprint"] = first  # as `cached_property` keeps it
+
+    def _stat(self) -> tuple[str, float]:
+        """Return the `describe_stat` of the files that the fingerprint depends on."""
+        files = sorted(file for file in self.path.iterdir() if file.is_file())
+        return describe_stat((file.name, file.stat()) for file in [*files, *filter(None, [self.patch_embed])])
 
     @cached_property
     def untrained(self) -> dict[str, str]:

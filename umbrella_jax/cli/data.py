@@ -121,6 +121,7 @@ def add(commands: Any) -> None:
     )
     add_config(cache, [*DATA_FLAGS, "--cache"])
     cache.add_argument("--verify", action="store_true", help="also check cached volumes; replace damaged ones")
+    cache.add_argument("--shard", metavar="I/N", help="make the Ith of N parts, I from 1, such as in a job array")
 
 
 def _build(arguments: argparse.Namespace) -> None:
@@ -187,4 +188,4 @@ def _validate(arguments: argparse.Namespace) -> int:
 def _cache(arguments: argparse.Namespace) -> None:
     from umbrella_jax.data.cache import fill_cache
 
-    print(fill_cache(config_of(arguments), verify=arguments.verify))
+    print("\n".join(fill_cache(config_of(arguments), verify=arguments.verify, shard=arguments.shard)))

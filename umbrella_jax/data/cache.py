@@ -36,7 +36,7 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -58,7 +58,7 @@ from umbrella_jax.data.background import (
     summarize_backgrounds,
 )
 from umbrella_jax.data.blas import one_blas_thread
-from umbrella_jax.data.checked import ABANDONED, CheckedFiles, Established
+from umbrella_jax.data.checked import ABANDONED, CheckedFiles, Established, describe_stat
 from umbrella_jax.data.conversation import Image, read_with_config
 from umbrella_jax.data.shares import Division, divide, exchange
 from umbrella_jax.data.threads import map_in_threads
@@ -80,9 +80,6 @@ from umbrella_jax.io.files import check_output
 from umbrella_jax.io.reading import parse_json, sha256
 
 _log = logging.getLogger(__name__)
-_SETTLED = 2.0
-"""Seconds without a change before a check is remembered. Within one tick of the file system's clock, a file could
-change again without a visible difference."""
 CHECKS_VERSION = 1
 """Increase it when a check finds or reports more than before: volumes that were checked earlier are then read again."""
 _CODES = {"float32": "F32", "float16": "F16"}
@@ -101,7 +98,7 @@ class _Source:
     stat: str
     """One hash of all `stat`s."""
     changed: float
-    """Time of the last change, in seconds; infinite if it could change again without a visible difference."""
+    """Time of the last change, as `describe_stat` returns it."""
     companions: tuple[tuple[Path, str], ...] = ()
     """(file, SHA-256) of each of its `companion_files`."""
     remarks: tuple[str, ...] = ()
@@ -170,10 +167,10 @@ class Sources:
         if todo or share:
             with raise_together() if share else nullcontext():
                 if self._known is not None:
-                    self._known.read({_name(*place) for place in todo})
+                    self._known.read({self.name(*place) for place in todo})
                 found = list(map_in_threads(lambda place: self._look_up(*place), todo, threads))
             stats = [source.stat if source else "" for source, _ in found]
-            files = [f"{_name(*place)[1]} {stat}" for place, stat in zip(todo, stats, strict=True)]
+            files = [f"{self.name(*place)[1]} {stat}" for place, stat in zip(todo, stats, strict=True)]
             known = [established is not None for _, established in found]
             part = divide(files, known) if share else Division([i for i, is_known in enumerate(known) if not is_known])
             results: dict[int, Any] = {i: e.to_json() for i in part.sends if (e := found[i][1]) is not None}
@@ -189,6 +186,10 @@ class Sources:
         if faults := [fault for place in dict.fromkeys(places.values()) for fault in self._faults.get(place, ())]:
             raise DataError(faults)
         return {image: self._checked[place] for image, place in places.items()}
+
+    def name(self, path: Path, config: ModalityConfig) -> tuple[str, str]:
+        """Return the names of a file and of its check in the index."""
+        return os.path.abspath(path), _check_name(config, None, PREPROCESSING_VERSION)
 
     def _is_checked(self, place: _Place) -> bool:
         return place in self._checked or place in self._faults
@@ -223,17 +224,18 @@ class Sources:
 
     def _look(self, path: Path, config: ModalityConfig) -> _Source:
         """Return a source as it is now, without its content."""
-        now, (stats, stat, changed) = time.time(), _stat(path)
-        # A second change within one tick of the clock would not show, so a recent change is not remembered.
-        changed = changed if now - changed > _SETTLED else math.inf
+        stats, stat, changed = _stat(path)
         return _Source("", stats, stat, changed, _companions(path, config))  # companions are small
 
     def _find(self, path: Path, config: ModalityConfig, source: _Source) -> Established | None:
         """Return what is known about a source; None if it must be read."""
         if self._known is None:
             return None
-        established = self._known.find(*_name(path, config), source.stat)
-        return established if established and established.companions == source.companion_digests else None
+        fields = self._known.find(*self.name(path, config), source.stat)
+        with suppress(KeyError, TypeError):  # another program wrote it
+            established = Established.from_json(fields) if fields else None
+            return established if established and established.companions == source.companion_digests else None
+        return None
 
     def _accept(self, path: Path, config: ModalityConfig, source: _Source, established: Established) -> None:
         """Keep what was established about a source, now or earlier."""
@@ -250,7 +252,7 @@ class Sources:
             self.num_checked += 1
         self._accept(path, config, source, established)
         if self._known is not None and source.changed < math.inf:
-            self._known.add(*_name(path, config), source.stat, established)
+            self._known.add(*self.name(path, config), source.stat, established.to_json())
         return established
 
     def _establish(self, path: Path, config: ModalityConfig, source: _Source) -> Established:
@@ -424,6 +426,15 @@ class VolumeCache(Sources):
         self._check_unchanged(path, image, source)
         return _established(image, config, source, count, backgrounds)
 
+    def name(self, path: Path, config: ModalityConfig) -> tuple[str, str]:
+        return os.path.abspath(path), _check_name(config, self.dtype.name, PREPROCESSING_VERSION)
+
+    def known_names(self, names: Container[tuple[str, str]]) -> Collection[tuple[str, str]]:
+        """Return those of some (path, check) pairs that any process has checked so far."""
+        assert self._known is not None
+        self._known.read(names)
+        return self._known.names()
+
     def load(self, path: str | Path, config: ModalityConfig, window: int = 0) -> np.ndarray:
         """Do what `load_volume` does, from the cache if possible. Return float32, C-contiguous.
 
@@ -551,17 +562,18 @@ class VolumeCache(Sources):
             self.nbytes += sum(sizes)
 
 
-def fill_cache(config: RunConfig, *, verify: bool = False) -> str:
-    """Put every volume of a run's training and evaluation data into its cache. Return a line with the counts.
+def fill_cache(config: RunConfig, *, verify: bool = False, shard: str | None = None) -> list[str]:
+    """Put every volume of a run's training and evaluation data into its cache. Return lines with the counts.
 
-    Several processes that fill one directory, on one machine or many, share the work: each takes the files in a random
-    order.
+    Several processes that fill one directory, on one machine or many, share the work: without `shard`, each takes the
+    files in a random order.
 
     Args:
         verify: read every existing entry, and make damaged ones again.
+        shard: "I/N": only the Ith of N parts of the files, I from 1. The lines then name the parts that are missing.
 
     Raises:
-        ConfigError: the configuration names no cache or no data.
+        ConfigError: the configuration names no cache or no data, or `shard` no part.
         DataError: with every fault of the conversation files; if these are good, with every fault of the volumes. Good
             volumes are kept.
         OSError: an entry cannot be written.
@@ -573,7 +585,12 @@ def fill_cache(config: RunConfig, *, verify: bool = False) -> str:
         faults.append("data.cache: expected a directory (--cache D)")
     if not paths:
         faults.append("data.train: expected a path (--train-data PATH), or data.eval (--eval-data PATH)")
+    part = (1, 1) if shard is None else _parse_shard(shard)
+    if part is None:
+        faults.append(f"--shard {shard}: expected I/N, the Ith of N parts, such as 1/40 to 40/40")
     faults.raise_as(ConfigError)
+    assert part is not None
+    number, count = part
     check_output(Path(str(data.cache)), "choose another directory (--cache DIR)", folder=True)
     images: dict[Image, None] = {}
     for path in paths:
@@ -581,12 +598,40 @@ def fill_cache(config: RunConfig, *, verify: bool = False) -> str:
             conversations = read_with_config(path, modalities, data)
             images |= dict.fromkeys(image for conversation in conversations for image in conversation.images)
     faults.raise_as(DataError)
-    cache = VolumeCache(str(data.cache), data.cache_dtype, strict=True, verify=verify)
-    cache.check_all(random.Random().sample(list(images), len(images)), modalities, data.threads)
-    return (
-        f"{cache.directory}: {len(images)} files, {cache.num_made + cache.num_found} volumes in {data.cache_dtype}: "
+    cache, everything = VolumeCache(str(data.cache), data.cache_dtype, strict=True, verify=verify), list(images)
+    own = everything[number - 1 :: count]
+    cache.check_all(own if shard else random.Random().sample(own, len(own)), modalities, data.threads)
+    lines = [
+        f"{cache.directory}: {len(own)} files, {cache.num_made + cache.num_found} volumes in {data.cache_dtype}: "
         f"{cache.num_made} made, {cache.num_found} found; {cache.nbytes / 1e6:.1f} MB"
-    )
+    ]
+    if shard:
+        missing = _missing_shards(cache, everything, modalities, count)
+        lines.append(
+            f"part {number} of {count} is complete; " + (f"missing: {missing}" if missing else "all are there")
+        )
+    return lines
+
+
+def _parse_shard(shard: str) -> tuple[int, int] | None:
+    number, _, count = shard.partition("/")
+    if number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
+        return int(number), int(count)
+    return None
+
+
+def _missing_shards(
+    cache: VolumeCache, images: Sequence[Image], modalities: Mapping[str, ModalityConfig], count: int
+) -> str:
+    """Return the parts of a cache with volumes that no process has checked, such as "7/40 (12 of 1000 files)"."""
+    names = [cache.name(image.path, modalities[image.modality]) for image in images]
+    known = cache.known_names(set(names))
+    missing = []
+    for number in range(count):
+        own = names[number::count]
+        if lacking := sum(name not in known for name in own):
+            missing.append(f"{number + 1}/{count} ({lacking} of {plural(len(own), 'file')})")
+    return ", ".join(missing)
 
 
 @lru_cache
@@ -598,19 +643,16 @@ def _parameters(config: ModalityConfig) -> dict[str, Any]:
     return {name: value for name, value in config.meaning.items() if name not in ("patch", *off)}
 
 
-def _name(path: Path, config: ModalityConfig) -> tuple[str, str]:
-    """Return the names of a file and of its check in the index: everything that the result of the check depends on."""
-    return os.path.abspath(path), _check_name(config, PREPROCESSING_VERSION)
-
-
 @lru_cache
-def _check_name(config: ModalityConfig, version: int) -> str:
+def _check_name(config: ModalityConfig, dtype: str | None, version: int) -> str:
+    """Return a hash of everything that the result of a check depends on, and of the type of a cache's entries."""
     check = {
         "modality": _parameters(config),
         "preprocessing": version,
         "checks": CHECKS_VERSION,
         "nibabel": nib.__version__,
     }
+    check |= {} if dtype is None else {"dtype": dtype}
     return _sha256(json.dumps(check, sort_keys=True))[:16]
 
 
@@ -646,10 +688,8 @@ def _stat(path: Path) -> tuple[np.ndarray, str, float]:
     """Return `stats`, `stat` and `changed` of a `_Source`."""
     with readable(path):
         files = [(file, file.stat()) for file in source_files(path)]
-    # Without inodes: file systems in user space, such as gcsfuse, number files anew on each host.
-    identity = [[file.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for file, s in files]
     stats = np.array([_stamp(s) for _, s in files], np.int64)
-    return stats, _sha256(json.dumps(identity)), max(max(s.st_mtime, s.st_ctime) for _, s in files)
+    return stats, *describe_stat((file.name, s) for file, s in files)
 
 
 def _stamp(s: os.stat_result) -> int:

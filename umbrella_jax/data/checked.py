@@ -18,13 +18,15 @@ the folder at any time.
 """
 
 import gzip
+import hashlib
 import json
 import logging
+import math
 import os
 import threading
 import time
 import uuid
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,12 +37,13 @@ from isal import igzip, igzip_lib
 from umbrella_jax.data.background import Background
 
 _log = logging.getLogger(__name__)
-_FOLDER = "checked"
 _SECONDS = 30.0
 """Seconds of work after which it is written, so that a killed start loses no more."""
 _MANY = 32
 """Number of files from which on they are merged."""
 _DAMAGED = (gzip.BadGzipFile, EOFError, ValueError, KeyError, TypeError, cast(type[Exception], igzip_lib.IsalError))
+SETTLED = 2.0
+"""Seconds without a change before a file is remembered."""
 ABANDONED = 3600.0
 """Seconds after which a temporary file is assumed to be left over from a crash."""
 
@@ -82,15 +85,16 @@ class Established:
 
 
 class CheckedFiles:
-    """The volumes that were checked before. Safe for threads, and for processes that share the directory.
+    """The files that were checked before. Safe for threads, and for processes that share the directory.
 
     Args:
-        directory: holds the folder `checked`.
+        directory: holds the folder.
+        folder: its name.
         private: whether only this user may read the folder, since it names participants.
     """
 
-    def __init__(self, directory: str | Path, *, private: bool = False):
-        self.directory = Path(directory) / _FOLDER
+    def __init__(self, directory: str | Path, folder: str = "checked", *, private: bool = False):
+        self.directory = Path(directory) / folder
         self._private = private
         self._entries: dict[tuple[str, str], str] | None = None
         self._lock = threading.Lock()
@@ -100,13 +104,13 @@ class CheckedFiles:
         self._writes = True
 
     @classmethod
-    def of_user(cls) -> "CheckedFiles | None":
+    def of_user(cls, folder: str = "checked") -> "CheckedFiles | None":
         """Return the index of this user; None if the user has no home."""
         try:
             root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         except RuntimeError:
             return None
-        return cls(root / "umbrella-jax", private=True)
+        return cls(root / "umbrella-jax", folder, private=True)
 
     def read(self, wanted: Container[tuple[str, str]] | None = None) -> None:
         """Read the entries of (path, check) pairs, all by default, instead of those that are in memory.
@@ -120,21 +124,22 @@ class CheckedFiles:
         with self._lock:
             self._entries = entries
 
-    def find(self, path: str, check: str, stat: str) -> Established | None:
-        """Return what is known about a file that is as it was; None if it must be checked."""
+    def names(self) -> Collection[tuple[str, str]]:
+        """Return the (path, check) pairs that are in memory."""
+        return (self._entries or {}).keys()
+
+    def find(self, path: str, check: str, stat: str) -> dict[str, Any] | None:
+        """Return the fields of a file that is as it was; None if it must be checked."""
         if self._entries is None:
             self.read()
         assert self._entries is not None
         line = self._entries.get((path, check))
-        if line is not None:
-            with suppress(ValueError, KeyError, TypeError):  # written by something else
-                fields = json.loads(line)
-                return Established.from_json(fields) if fields["stat"] == stat else None
-        return None
+        fields: dict[str, Any] = {} if line is None else json.loads(line)
+        return fields if fields.get("stat") == stat else None
 
-    def add(self, path: str, check: str, stat: str, established: Established) -> None:
-        """Remember a volume; it is on disk after `write`, or half a minute later."""
-        line = json.dumps({"path": path, "check": check, "stat": stat, **established.to_json()})
+    def add(self, path: str, check: str, stat: str, fields: Mapping[str, Any]) -> None:
+        """Remember a file; it is on disk after `write`, or half a minute later."""
+        line = json.dumps({"path": path, "check": check, "stat": stat, **fields})
         with self._lock:
             self._new.append(line)
             if self._entries is not None:
@@ -232,6 +237,20 @@ class CheckedFiles:
                 part.unlink()
             raise
         return file
+
+
+def describe_stat(files: Iterable[tuple[str, os.stat_result]]) -> tuple[str, float]:
+    """Return a hash of the names, sizes and times of files, and the time of the last change in seconds.
+
+    The time is infinite if a file changed so recently that another change within a tick of the file system's clock
+    would leave everything the same: it must not be remembered.
+    """
+    files = list(files)
+    # Without inodes: file systems in user space, such as gcsfuse, number files anew on each host.
+    identity = [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in files]
+    changed = max(max(s.st_mtime, s.st_ctime) for _, s in files)
+    text = json.dumps(identity).encode("utf-8", "surrogateescape")
+    return hashlib.sha256(text).hexdigest()[:32], changed if time.time() - changed > SETTLED else math.inf
 
 
 def _parsed(file: Path) -> Iterator[tuple[str, tuple[str, str]]]:

@@ -207,6 +207,7 @@ def prepare(
         shown = {image.modality for image in train_set.windows}
         _check_shown(config, labels, shown, len(train_set))
         evaluation = _evaluation_data(config, datasets.get("eval"), processor, model.text.vocab_size)
+    base.share_fingerprint()
     with raise_together():
         # Separate from the block above: orbax synchronises all processes when it reads a run's identity, and would wait
         # forever for a process that had already failed.
