@@ -16,7 +16,14 @@ from umbrella_jax.config.load import load_config
 from umbrella_jax.doctor import reference_step
 from umbrella_jax.plan import compile_step as compile_module
 from umbrella_jax.plan import parse_devices
-from umbrella_jax.plan.compile_step import Collective, CompiledProgram, _torus, compile_step, count_collectives
+from umbrella_jax.plan.compile_step import (
+    Collective,
+    CompiledProgram,
+    _torus,
+    compile_step,
+    count_collectives,
+    count_products,
+)
 from umbrella_jax.plan.flops import workload
 from umbrella_jax.sharding import MeshShape
 
@@ -45,6 +52,7 @@ ACCEPTED = CompiledProgram(
     bytes={"arguments": 10**9, "outputs": 10**6, "aliased": 10**6, "temporaries": 3 * 10**9, "code": 10**7},
     flops=1e12,
     bytes_accessed=1e10,
+    products={"bf16": 40, "s8": 15},
     collectives={"all-reduce": Collective(count=2, bytes=8_000_000)},
     hlo=None,
 )
@@ -54,7 +62,16 @@ REFUSED = replace(ACCEPTED, fits=False, needed_bytes=20 * 10**9, available_bytes
 @pytest.mark.parametrize(
     ("program", "words"),
     [
-        (ACCEPTED, ["accepts it after 2.2 min", "temporaries 3.00", "at the peak 4.00", "all-reduce 2 × 4 MB"]),
+        (
+            ACCEPTED,
+            [
+                "accepts it after 2.2 min",
+                "temporaries 3.00",
+                "at the peak 4.00",
+                "all-reduce 2 × 4 MB",
+                "40 bf16, 15 s8",
+            ],
+        ),
         (REFUSED, ["refuses it after 2.2 min: 20.00 of 16.00 GB"]),
     ],
 )
@@ -79,6 +96,30 @@ def test_plan_shows_the_compilers_figures_beside_its_own(program, words, tmp_pat
 def test_a_missing_compiler_is_reported_before_the_base_is_read(devices, words, monkeypatch):
     monkeypatch.setattr(compile_module.importlib.util, "find_spec", lambda name: None)
     assert words in umbrella("plan", "--base", "nowhere", "--devices", devices, "--compile", code=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", ["v5e-1", "v6e-1"])
+def test_frozen_products_are_compiled_in_8_bits(devices):
+    """Six in a layer of the tower, two in the projector, seven in a layer of the decoder; loops count once."""
+    run = load_config(TINY, {"data.modality": "T1", "model.quantize": "int8", "model.quantize_activations": True})
+    model = replace(reference_step.CONFIG, compute_dtype="bfloat16")
+    mesh, work = MeshShape(data=1), workload(run, model)
+    program = compile_step(run, model, parse_devices(devices), mesh, 2, work, frozen_dtype="bfloat16")
+    assert program.products["s8"] >= 6 + 2 + 7
+    assert program.products["bf16"] > 6 + 2 + 7  # gradients, attention and head
+
+
+def test_counts_products_by_the_type_of_their_first_factor():
+    hlo = """
+      %a = s8[2,3]{1,0} parameter(0)
+      b.1 = f8e4m3fn[2,3] parameter(1)
+      %c.2 = (s32[2,2]{1,0}, s8[4]) custom-call(%a, %a), custom_call_target="__cublas$lt$matmul", x={}
+      %d = (f32[2,2]) custom-call(b.1, %a, %e), custom_call_target="__cublas$lt$matmul$f8"
+      ROOT %e = s32[2,2] convolution(%a, %a), window={size=1}
+      %f = bf16[2,2] custom-call(%a), custom_call_target="Sharding"
+      %g = bf16[2,2] dot(%f, %f)"""
+    assert count_products(hlo) == {"bf16": 1, "f8e4m3fn": 1, "s8": 2}
 
 
 def test_counts_collectives_with_their_results():

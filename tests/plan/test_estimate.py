@@ -26,6 +26,7 @@ from umbrella_jax.config.schema import (
     MeshConfig,
     ModalityConfig,
     ModelConfig,
+    Quantized,
     RematPolicy,
     RunConfig,
     TrainConfig,
@@ -81,6 +82,29 @@ def tiny(*groups: str, tied: bool = True, dtype: str = "float32", lora: LoraConf
         train=TrainConfig(groups={group: GroupConfig() for group in groups or ("patch_embed",)}),
     )
     return count_model(config, model, workload(config, model, T - N), "bfloat16")
+
+
+def in_8_bits(devices: str, dtype: Quantized | None) -> HardwarePlan:
+    """Return the plan of the tiny model whose products are in an 8-bit type; None for bfloat16."""
+    model = tiny(dtype="bfloat16").config
+    settings = {"quantize": dtype, "quantize_activations": True} if dtype else {}
+    config = RunConfig(model=ModelConfig(modalities=dict(model.modalities), remat="none", **settings))  # type: ignore[arg-type]
+    return plan_hardware(config, model, parse_devices(devices), frozen_dtype="bfloat16", text_tokens=T - N)
+
+
+def test_products_in_8_bits_take_less_time_where_the_device_has_them() -> None:
+    """Forward ones of the tower, the projector and the decoder, at twice the peak; the others as before."""
+    weights = LV * N * (4 * E * E + 2 * E * F) + N * (E * D + D * D)
+    weights += LT * T * (2 * D * HT * DH + 2 * D * KV * DH + 3 * D * G)
+    plain, int8, fp8 = (in_8_bits("v5e-1", dtype) for dtype in (None, "int8", "fp8"))
+    assert int8.model.flops(None) == plain.model.flops(None)
+    seconds = [plan.configured[0].seconds["compute"] for plan in (plain, int8, fp8)]
+    batch, rate = plain.configured[0].batch_size, DEVICE_KINDS["v5e"].flops * PEAK_EFFICIENCY
+    assert seconds[0] - seconds[1] == pytest.approx(2 * weights / 2 * batch / rate)
+    assert seconds[2] == seconds[0]
+    assert "2 times that peak in int8" in " ".join(int8.assumptions())
+    assert "v5e is not known to have fp8 products" in " ".join(fp8.assumptions())
+    assert "products with them in int8" in int8.table().replace("\n", " ")
 
 
 def lowered(run: RunConfig, model: LlavaConfig, batch_size: int) -> jax.stages.Lowered:

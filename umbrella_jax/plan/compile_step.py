@@ -92,12 +92,14 @@ class CompiledProgram:
         rows += [["at the peak", _gb(self.needed_bytes)], ["plan", _gb(planned)]]
         if self.needed_bytes:
             rows.append(["plan, relative", f"{planned / self.needed_bytes - 1:+.0%}"])
+        products = [f"{count} {dtype}" for dtype, count in self.products.items()]
         exchanges = [
             f"{kind} {each.count} × {each.bytes / each.count / 1e6:.3g} MB" for kind, each in self.collectives.items()
         ]
         return [
             f"{compiler_version()} accepts it after {minutes}",
             *table_lines(rows),
+            *wrapped(f"products by type, each loop's once: {', '.join(products)}"),
             *wrapped(f"collectives, each loop's once: {', '.join(exchanges) or 'none'}"),
         ]
 
