@@ -345,7 +345,9 @@ def test_flops_of_adapters_are_xlas(remat: RematPolicy) -> None:
     assert with_ - without == pytest.approx(theirs_with - theirs_without, rel=0.05)
 
 
-@pytest.mark.parametrize(("size", "remat", "batch_size"), [("0.5b", "none", 1), ("7b", "full", 4)])
+@pytest.mark.parametrize(
+    ("size", "remat", "batch_size"), [pytest.param("0.5b", "none", 1, marks=pytest.mark.slow), ("7b", "full", 4)]
+)
 def test_bytes_are_xlas(size: str, remat: RematPolicy, batch_size: int, tmp_path: Path) -> None:
     """At the real sizes and depths; compiled, not run. In float32: XLA's CPU makes copies for bfloat16 products."""
     run, model = full_size(tmp_path, size, "float32", remat=remat)

@@ -233,6 +233,7 @@ def test_inspect_prints_the_same_summary(printed: str, world: World, tmp_path: P
     assert "no weights there" not in umbrella("inspect", "--config", world.config, "--base", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_continues_on_another_mesh(tmp_path: Path) -> None:
     """Four comparisons, three times on 1×2×2 devices; resumed on 2×1×1 before the last time."""
     world = small_run.make_world(tmp_path)
@@ -488,6 +489,7 @@ def test_loggers(
     assert planned().hooks[WriteMetrics].log is None
 
 
+@pytest.mark.slow
 def test_evaluations_of_a_part_compile_nothing_more(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
