@@ -1,6 +1,7 @@
 """Qwen2 (Yang et al. 2024; Qwen1.5 is the same network) under Hugging Face's names.
 
-Axes: B conversations, T positions, D width, F width of the MLP, H heads, K kv heads, Dh head width, V words.
+Axes: B conversations, T positions, D width, F width of the MLP, H heads, K kv heads, Dh head width, R half of Dh,
+V words.
 """
 
 from collections.abc import Callable, Mapping
@@ -70,21 +71,19 @@ class KVCache:
 
 def rope_tables(
     positions: Int[AnyArray, "B T"], head_dim: int, theta: float
-) -> tuple[Float32[Array, "B T 1 Dh"], Float32[Array, "B T 1 Dh"]]:
+) -> tuple[Float32[Array, "B T 1 R"], Float32[Array, "B T 1 R"]]:
     """Return cos and sin for positions (Su et al. 2021; GPT-NeoX's half-split order)."""
     frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions[..., None].astype(jnp.float32) * frequency[None, None]
-    angle = jnp.concatenate([angle, angle], -1)[:, :, None, :]
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(
-    x: Float[Array, "B T H Dh"], cos: Float32[Array, "B T 1 Dh"], sin: Float32[Array, "B T 1 Dh"]
+    x: Float[Array, "B T H Dh"], cos: Float32[Array, "B T 1 R"], sin: Float32[Array, "B T 1 R"]
 ) -> Float[Array, "B T H Dh"]:
-    """Rotate x by its position, in float32, since late positions have large angles."""
-    h = x.astype(jnp.float32)
-    first, second = jnp.split(h, 2, axis=-1)
-    return (h * cos + jnp.concatenate([-second, first], -1) * sin).astype(x.dtype)
+    """Rotate x by its position, in float32, since late positions have large angles: number i with number i + R."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
 
 class Qwen2Attention(nnx.Module):
@@ -101,8 +100,8 @@ class Qwen2Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        cos: Float32[Array, "B T 1 Dh"],
-        sin: Float32[Array, "B T 1 Dh"],
+        cos: Float32[Array, "B T 1 R"],
+        sin: Float32[Array, "B T 1 R"],
         attend: Callable[..., Array],
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K Dh"], Float[Array, "B T K Dh"]]:
         """Attend from x by `attend(q, k, v)` with q [B, T, H, Dh] and k, v [B, T, K, Dh].
@@ -140,8 +139,8 @@ class Qwen2DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        cos: Float32[Array, "B T 1 Dh"],
-        sin: Float32[Array, "B T 1 Dh"],
+        cos: Float32[Array, "B T 1 R"],
+        sin: Float32[Array, "B T 1 R"],
         attend: Callable[..., Array],
     ) -> Float[Array, "B T D"]:
         return self.with_keys_and_values(x, cos, sin, attend)[0]
@@ -149,8 +148,8 @@ class Qwen2DecoderLayer(nnx.Module):
     def with_keys_and_values(
         self,
         x: Float[Array, "B T D"],
-        cos: Float32[Array, "B T 1 Dh"],
-        sin: Float32[Array, "B T 1 Dh"],
+        cos: Float32[Array, "B T 1 R"],
+        sin: Float32[Array, "B T 1 R"],
         attend: Callable[..., Array],
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K Dh"], Float[Array, "B T K Dh"]]:
         """Return the block's output and its rotated keys and its values, for a cache."""

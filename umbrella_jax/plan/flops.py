@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from umbrella_jax.config.schema import RunConfig, resolve_modality, unknown_modality
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import LlavaConfig, Qwen2Config, SiglipConfig, abstract_params
-from umbrella_jax.models.attention.splash import splash_shape
 from umbrella_jax.models.quantize import quantizable
 from umbrella_jax.sharding import MeshShape, spec_of
 from umbrella_jax.training import freeze
@@ -140,8 +139,6 @@ class Stack:
     mlp: int
     gated: bool
     differentiated: bool
-    padded: float = 1.0
-    """Kept size of attention's output relative to its own size; `splash` keeps it padded."""
 
     @property
     def attention_flops(self) -> float:
@@ -168,7 +165,7 @@ class Stack:
             "input": self.width * size,
             "middle": self.width * size,
             "qkv": (heads / tensor + 2 * kv * self.head_dim) * size,
-            "attention": heads * self.padded * size / tensor,
+            "attention": heads * size / tensor,
             "lse": self.heads * 4 / tensor,
             "mlp": self.mlp * (1 + self.gated) * size / tensor,
         }
@@ -393,7 +390,6 @@ def count_model(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dt
     def stack(
         component: str, tower: SiglipConfig | Qwen2Config, rows: int, kv_heads: int, head_dim: int, gated: bool
     ) -> Stack:
-        kept = splash_shape(rows, head_dim) if model.attention == "splash" else (rows, head_dim)
         return Stack(
             component=component,
             layers=tower.num_hidden_layers,
@@ -405,7 +401,6 @@ def count_model(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dt
             mlp=tower.intermediate_size,
             gated=gated,
             differentiated=differentiated[component],
-            padded=math.prod(kept) / (rows * head_dim),
         )
 
     vision_heads = vision.num_attention_heads

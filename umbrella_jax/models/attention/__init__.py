@@ -52,7 +52,8 @@ def attention(
     """
     chex.assert_equal_shape([k, v])
     chex.assert_equal_shape_prefix([q, k], 1)
-    q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
+    if backend != "splash":  # which keeps them in the kernel's layout
+        q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
     kv = k.shape[2]
     if (times := math.lcm(kv, ways(HEADS)) // kv) > 1:
         k, v = (jnp.repeat(x, times, axis=2) for x in (k, v))

@@ -1,13 +1,25 @@
-"""Attention by splash, the flash kernel for TPUs that comes with jax."""
+"""Attention by splash, the flash kernel for TPUs that comes with jax.
+
+TPUs store the last two axes of an array in tiles of 8×128. With heads of 64 or 72 numbers on the last axis, almost half
+of each tile would be padding. Here positions are on the last axis: in the kernel's inputs, in the gradients, and in the
+arrays that the backward pass keeps.
+
+Axes: B rows, T queries, S keys, H heads, K kv heads, Dh head width, N a length in whole blocks.
+"""
+
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from umbrella_jax.batch import AnyArray
 
-_BLOCKS = (512, 384, 256)  # queries or keys per block, multiples of 128 lanes; scores of 512² take 1 MiB of VMEM
 _LANES = 128
+_BLOCKS = (512, 384, 256)  # queries or keys per block, multiples of _LANES; scores of 512² take 1 MiB of VMEM
 
 
 def splash_block(length: int) -> int:
@@ -15,9 +27,9 @@ def splash_block(length: int) -> int:
     return min(_BLOCKS, key=lambda block: -length % block)
 
 
-def splash_shape(length: int, head_dim: int) -> tuple[int, int]:
-    """Return length and head width as the kernel pads them: to whole blocks, and to whole lanes (64 and 72 to 128)."""
-    return length + -length % splash_block(length), head_dim + -head_dim % _LANES
+def splash_length(length: int) -> int:
+    """Return `length` rounded up to whole blocks."""
+    return length + -length % splash_block(length)
 
 
 def splash_attention(
@@ -29,32 +41,100 @@ def splash_attention(
     causal: bool,
 ) -> Float[Array, "B T H Dh"]:
     """Compute `attention` on one device."""
+    lengths = jnp.full(k.shape[:1], k.shape[1], jnp.int32) if lengths is None else lengths
+    scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)  # splash does not scale
+    # Pad to whole tiles before the values are kept: they take no more memory, and are not padded again.
+    tiles = (_keep(_pad(x.transpose(0, 2, 3, 1), _LANES), "qkv") for x in (scaled, k, v))
+    return _attention(*tiles, lengths, causal)[..., : q.shape[1]].transpose(0, 3, 1, 2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(
+    q: Float[Array, "B H Dh T"],
+    k: Float[Array, "B K Dh S"],
+    v: Float[Array, "B K Dh S"],
+    lengths: Int[Array, "B"],
+    causal: bool,
+) -> Float[Array, "B H Dh T"]:
+    """Attend from queries that are already scaled.
+
+    It calls the kernel's two passes one by one, because the kernel's own gradient rule keeps the output with heads of
+    Dh numbers on the last axis.
+    """
+    return _forward(q, k, v, lengths, causal)[0]
+
+
+def _forward(q: Array, k: Array, v: Array, lengths: Array, causal: bool) -> tuple[Array, tuple[Any, ...]]:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    kernel = _kernel(q, k, causal)
+    masks = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
+
+    def attend(q: Array, k: Array, v: Array, segments: Any) -> tuple[Array, Array]:
+        out, (*_, lse, _, _) = splash._splash_attention_fwd(*masks, q, k, v, segments, None, **kernel.kwargs)
+        return out, lse
+
+    out, lse = jax.vmap(attend)(_to_kernel(q), _to_kernel(k), _to_kernel(v), _segments(q, k, lengths))
+    out = _keep(_from_kernel(out, q.shape[-1]), "attention")
+    return out, (q, k, v, lengths, out, checkpoint_name(lse, "attention"))
+
+
+def _backward(causal: bool, residuals: tuple[Any, ...], dout: Array) -> tuple[Array | None, ...]:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    q, k, v, lengths, out, lse = residuals
+    kernel = _kernel(q, k, causal)
+    masks, segments = (kernel.dq_mask_info, kernel.dkv_mask_info), _segments(q, k, lengths)
+    t, s = q.shape[-1], k.shape[-1]
+
+    def gradients(kept: tuple[Any, ...], dout: Array) -> tuple[Array, Array, Array]:
+        return splash._splash_attention_bwd(**kernel.kwargs, res=(*kept, *masks), do=dout)[3:6]
+
+    q, k, v, out, dout = map(_to_kernel, (q, k, v, out, dout))
+    dq, dk, dv = jax.vmap(gradients)((q, k, v, segments, None, out, lse), dout)
+    return _from_kernel(dq, t), _from_kernel(dk, s), _from_kernel(dv, s), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _kernel(q: Float[Array, "B H Dh T"], k: Float[Array, "B K Dh S"], causal: bool) -> Any:
     from jax.experimental.pallas.ops.tpu import (
         splash_attention as splash,
     )  # imported here, since it is slow and only TPUs need it
 
-    def padded(x: Array) -> Array:
-        length, width = splash_shape(x.shape[1], x.shape[3])
-        x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, width - x.shape[3])))
-        return x.transpose(0, 2, 1, 3)
-
-    scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)  # splash does not scale
-    queries, keys, values = padded(scaled), padded(k), padded(v)
-    heads, t, s = *queries.shape[1:3], keys.shape[2]
+    (bq, t), (bkv, s) = ((splash_block(x.shape[-1]), splash_length(x.shape[-1])) for x in (q, k))
     mask = splash.CausalMask((t, s)) if causal else splash.FullMask((t, s))
-    bq, bkv = splash_block(q.shape[1]), splash_block(k.shape[1])
-    kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([mask] * heads),
-        block_sizes=splash.BlockSizes(
-            block_q=bq, block_kv=bkv, block_q_dkv=bq, block_kv_dkv=bkv, block_q_dq=bq, block_kv_dq=bkv
-        ),
+    blocks: dict[str, Any] = {"block_q": bq, "block_kv": bkv, "block_q_dkv": bq, "block_kv_dkv": bkv}
+    layouts: dict[str, Any] = dict.fromkeys(("q_layout", "k_layout", "v_layout"), splash.QKVLayout.SEQ_MINOR)
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * q.shape[1]),
+        block_sizes=splash.BlockSizes(**blocks, block_q_dq=bq, block_kv_dq=bkv, **layouts),
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name="attention",
     )
-    # Segment 1 holds every query, padding included, and the keys in use, so no query is without a key.
-    lengths = jnp.full(k.shape[:1], k.shape[1]) if lengths is None else lengths
-    used = (jnp.arange(s)[None] < lengths[:, None]).astype(jnp.int32)
-    segments = splash.SegmentIds(q=jnp.ones((len(used), t), jnp.int32), kv=used)
-    out = jax.vmap(kernel)(queries, keys, values, segments)
-    return out.transpose(0, 2, 1, 3)[:, : q.shape[1], :, : q.shape[3]]
+
+
+def _segments(q: Float[Array, "B H Dh T"], k: Float[Array, "B K Dh S"], lengths: Int[Array, "B"]) -> Any:
+    """Return segment 1 for every query, padding included, and for the keys in use: no query is without a key."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    used = jnp.arange(splash_length(k.shape[-1]))[None] < lengths[:, None]
+    queries = jnp.ones((len(used), splash_length(q.shape[-1])), jnp.int32)
+    return splash.SegmentIds(q=queries, kv=used.astype(jnp.int32))
+
+
+def _pad(x: Float[Array, "B H Dh T"], multiple: int) -> Float[Array, "B H Dh N"]:
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[-1] % multiple)))
+
+
+def _to_kernel(x: Float[Array, "B H Dh T"]) -> Float[Array, "B H N Dh"]:
+    return _pad(x, splash_block(x.shape[-1])).swapaxes(2, 3)
+
+
+def _from_kernel(x: Float[Array, "B H N Dh"], length: int) -> Float[Array, "B H Dh T"]:
+    return with_layout_constraint(x[:, :, :length].swapaxes(2, 3), Layout((0, 1, 2, 3)))
+
+
+def _keep(x: Float[Array, "B H Dh T"], name: str) -> Float[Array, "B H Dh T"]:
+    return checkpoint_name(x.reshape(x.shape[0], -1, x.shape[-1]), name).reshape(x.shape)
