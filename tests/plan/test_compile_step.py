@@ -95,7 +95,7 @@ def test_plan_shows_the_compilers_figures_beside_its_own(program, words, tmp_pat
 )
 def test_a_missing_compiler_is_reported_before_the_base_is_read(devices, words, monkeypatch):
     monkeypatch.setattr(compile_module.importlib.util, "find_spec", lambda name: None)
-    assert words in umbrella("plan", "--base", "nowhere", "--devices", devices, "--compile", code=2)
+    assert words in umbrella("plan", "--config", TINY, "--base", "nowhere", "--devices", devices, "--compile", code=2)
 
 
 @pytest.mark.slow
