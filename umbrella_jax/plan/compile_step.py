@@ -293,7 +293,11 @@ def _no_cache() -> Iterator[None]:
 
 def _refusal(message: str) -> tuple[int | None, int | None]:
     """Return the bytes that a refused program needs, and those that there are."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    # before scheduling, and after it
+    total = re.search(
+        r"required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message
+    )
+    found = total or re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
     if found is None:
         return None, None
     return tuple(int(float(found[i]) * _UNITS[found[i + 1]]) for i in (1, 3))  # type: ignore[return-value]
