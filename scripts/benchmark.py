@@ -14,6 +14,8 @@ Needs: convert  the extra `torch`, 12 GB of disk
        sharing  ten minutes
        products the extra `torch`, two minutes
        quantize the extra `quantize`, five minutes
+       answers  the extra `torch`, 6 GB of memory, ten minutes; sized for the GPU
+                if there is one
        validate the extra `report`, 2 GB of disk, five minutes
        baselines the extra `fmri`, two minutes
        start    1 GB of disk, ten minutes
@@ -23,6 +25,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from bench.answers import answers
 from bench.baselines import baselines
 from bench.compile import compile
 from bench.convert import convert
@@ -52,6 +55,7 @@ def main() -> None:
         loop,
         generate,
         products,
+        answers,
         quantize,
         start,
         startup,

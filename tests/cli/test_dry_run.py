@@ -17,6 +17,7 @@ from umbrella_jax.training import trainer
 PROGRAMS = {
     "step": ((rehearsal, "jit_train_step"), (trainer, "jit_train_step")),
     "evaluation": ((rehearsal, "jit_eval_step"), (evaluation, "jit_eval_step")),
+    "volumes": ((answers, "encode"),),
     "prompts": ((answers, "prefill"),),
     "likelihoods": ((answers, "score_answers"),),
     "answers": ((answers, "decode"),),
@@ -106,8 +107,8 @@ def test_output(rehearsed: str) -> None:
         r"4 conversations, 2 steps, into ",
         r"devices: 1 × cpu \(data=1,fsdp=1,tensor=1\)",
         r"plan: 1 shape to compile",
-        *(rf"  \d+\.\d s, \d+\.\d MB, {what} of 4 × \d+ positions, " for what in PROGRAMS),
-        r"5 programs compiled in \d+\.\d s",
+        *(rf"  \d+\.\d s, \d+\.\d MB, {what} of 4 × (\d+ positions|T1)" for what in PROGRAMS),
+        r"6 programs compiled in \d+\.\d s",
         r"memory per device: \d+\.\d MB as compiled, \d+\.\d MB as plan estimates; it has \d+\.\d GB",
         r"nothing was written to ",
     ):

@@ -53,7 +53,7 @@ def step_traced_once() -> Any:
 def generating_with(options: dict[str, Any]) -> Iterator[None]:
     """Compile the three programs of `umbrella_jax.inference.generate` with these options."""
     static = {
-        "prefill": ("graphdef", "max_new_tokens"),
+        "prefill": ("graphdef", "max_new_tokens", "question_slots"),
         "decode": ("graphdef", "sampling"),
         "score_answers": ("graphdef",),
     }

@@ -19,6 +19,7 @@ from tests.helpers.small_run import World, conversation, read_config, read_lines
 from tests.helpers.strict import strict_promotion  # noqa: F401  # for every test here
 from umbrella_jax.checkpoints.checkpoint import Checkpoint
 from umbrella_jax.errors import ConfigError, visible
+from umbrella_jax.inference import answers, question_plan
 from umbrella_jax.inference import predict as predict_module
 from umbrella_jax.inference.explain import Explanation, explain
 from umbrella_jax.inference.processor import Processor
@@ -123,6 +124,36 @@ def _same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
         }
         for answer, value in row["likelihoods"].items():
             assert value == pytest.approx(other["likelihoods"][answer], abs=1e-4)
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_questions_about_the_same_scans_share_what_they_begin_with(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: int
+) -> None:
+    """Answers and likelihoods equal those of prompts that are read whole, and each volume is encoded once."""
+    asked = list[dict[str, Any]]()
+    for number, question in enumerate(("", "Look at all of it, from the left to the right. ", "Again: ")):
+        for record in json.loads(data.read_text()):
+            record["conversations"][-2]["content"][-1]["text"] = f"{question}Which {number}?"
+            asked.append(record | {"task_id": f"{record['task_id']}-{number}"})
+    many, flags = write_json(tmp_path / "many.json", asked), ["--likelihoods", "--max-new-tokens", 4]
+    slots, asks = list[np.ndarray](), list[Any]()
+    encode, ask = answers.encode, answers.ask
+    monkeypatch.setattr(answers, "encode", lambda *a, **o: (slots.append(np.asarray(a[2])), encode(*a, **o))[1])
+    monkeypatch.setattr(answers, "ask", lambda *a, **o: (asks.append(a), ask(*a, **o))[1])
+    before = ask._cache_size()
+    predict(run, many, tmp_path / "shared", *flags, devices=devices)
+    assert len(asks) >= 3
+    assert ask._cache_size() - before == len({a[3].shape + a[1].k.shape for a in asks}), "once per shape"
+    if devices == 1:
+        assert sum((own < 4).sum() for own in slots) == 7, "of four scans and three runs"
+    rows = read_lines(tmp_path / "shared")
+    assert [row["task_id"] for row in rows] == [record["task_id"] for record in asked]
+    asks.clear()
+    monkeypatch.setattr(question_plan, "_MIN_SAVING", 2)
+    predict(run, many, tmp_path / "whole", *flags)
+    assert not asks
+    _same(read_lines(tmp_path / "whole"), rows)
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
 """Answer a data set on all devices of all processes: tokens, likelihoods of possible answers, rows of predictions."""
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,18 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
-from jaxtyping import Bool
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from umbrella_jax.batch import AnswerTree, Batch
+from umbrella_jax.batch import AnswerTree
 from umbrella_jax.config.schema import (
     Template,
 )
 from umbrella_jax.console import Progress, Work
 from umbrella_jax.data.answer_trees import AnswerEncoder, Answers, answer_trees, tree_shape
+from umbrella_jax.data.collate import collate
 from umbrella_jax.data.conversation import Conversation
-from umbrella_jax.data.epoch_plan import BatchShape
-from umbrella_jax.data.loader import Dataset, empty_batch, eval_batches, eval_shapes
+from umbrella_jax.data.epoch_plan import exact_shape
+from umbrella_jax.data.loader import Dataset, measure_conversations
 from umbrella_jax.data.tokenize import length_faults
 from umbrella_jax.errors import DataError, Faults
 from umbrella_jax.inference.constrained import Constraints
@@ -31,14 +32,18 @@ from umbrella_jax.inference.generate import (
     NONE,
     Decoding,
     Sampling,
+    ask,
     decode,
     decode_masked,
+    encode,
     prefill,
     score_answers,
 )
 from umbrella_jax.inference.processor import Processor
+from umbrella_jax.inference.question_batches import QuestionBatches, VolumesToEncode
 from umbrella_jax.inference.windows import ExpandedDataset
-from umbrella_jax.models import Params
+from umbrella_jax.models import Params, merge
+from umbrella_jax.models.parallel import ROWS
 from umbrella_jax.scoring.metrics import Task, task_of
 from umbrella_jax.scoring.rows import Answer, Row, with_answer
 from umbrella_jax.sharding import abstract_batch, parts, put_batch
@@ -117,11 +122,11 @@ class Choices:
         repeated._encoded = [self._encoded[number] for number in conversations]
         return repeated
 
-    def trees(self, indices: Sequence[int], rows: int) -> Iterator[AnswerTree]:
-        """Yield the answers to the conversations `indices`, a chunk at a time, each padded to `rows` rows."""
+    def trees(self, conversations: Sequence[int | None]) -> Iterator[AnswerTree]:
+        """Yield the answers to the conversation of each row, a chunk at a time; a row that is None has none."""
         for start, shape in self._chunks.items():
-            answers = [_chunk(self._encoded[index], start) for index in indices]
-            yield answer_trees([*answers, *[()] * (rows - len(answers))], shape)
+            encoded = [() if number is None else self._encoded[number] for number in conversations]
+            yield answer_trees([_chunk(answers, start) for answers in encoded], shape)
 
 
 _CHUNK = 256
@@ -151,10 +156,10 @@ def generate_answers(
     only: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[dict[int, Row]]:
-    """Yield {number of a version: answered row} batch by batch; every process gets all rows.
+    """Yield {number of a version: answered row}, a batch at a time; every process gets all rows.
 
     Random draws for a version depend only on `seed` and its number. `ExpandedDataset.merge` merges the rows of a
-    conversation's versions.
+    conversation's versions. The next batch is started before the results of one are fetched.
 
     Args:
         expanded: the conversations, each with its versions; loaded with `evaluation=True`.
@@ -174,50 +179,87 @@ def generate_answers(
     choices = choices and choices.repeated(owners)
     constraints = constraints and constraints.repeated(owners)
     stop = np.array(processor.stop_ids, np.int32)
-    batches = eval_batches(dataset, batch_size, prompts=True, threads=threads, parts=parts(mesh), only=only)
-    shapes: set[Any] = set()
-    started = time.perf_counter()
-    for indices, own in batches:
-        batch: Batch = put_batch(own, mesh, axis=0)
-        size = len(batch.lengths)
-        shape = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
-        compiled = shape not in shapes
-        shapes.add(shape)
-        require = partial(_require_finite, dataset, indices, params, batch, graphdef)
-        state = prefill(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens)
-        scores = None
-        if choices is not None:
-            trees = choices.trees(indices, size)
-            scored = [score_answers(params, state, tree, graphdef=graphdef) for tree in trees]
-            scores = np.concatenate(_gathered(scored), axis=1)
-            require("likelihoods", np.isfinite(scores[: len(indices)]).all(-1))
-        seeds = np.zeros(size, np.uint32)
-        seeds[: len(indices)] = [np.random.SeedSequence([seed, i]).generate_state(1)[0] for i in indices]
-        options: dict[str, Any] = {"graphdef": graphdef, "sampling": sampling}
+    batches = _plan(params, graphdef, dataset, mesh, batch_size, max_new_tokens, only)
+    features = {
+        name: jnp.zeros(kept.shape, kept.dtype, device=kept.sharding)
+        for name, kept in _features(params, graphdef, batches, mesh).items()
+    }
+    shapes = set[tuple[int, int]]()
+    static: dict[str, Any] = {"graphdef": graphdef}
+    require = partial(_require_finite, dataset, params, graphdef, mesh, batch_size)
+    compiled, begun = False, time.perf_counter()
 
-        def decode_to(
-            state: Decoding, count: int, allowed: Any = None, seeds: Any = seeds, options: Any = options
-        ) -> Decoding:
-            return decode(params, state, stop, seeds, jnp.int32(count), allowed, **options)
+    def start(state: Decoding, numbers: Sequence[int | None]) -> tuple[Decoding, _Answering]:
+        """Start the answers to what the rows of `state` have read."""
+        trees = choices.trees(numbers) if choices is not None else ()
+        scores = [score_answers(params, state, tree, graphdef=graphdef) for tree in trees]
+        seeds = [0 if i is None else np.random.SeedSequence([seed, i]).generate_state(1)[0] for i in numbers]
 
-        masks = constraints.masks(indices, size) if constraints else None
+        def decode_to(state: Decoding, count: int, allowed: Any = None) -> Decoding:
+            keys, until = np.array(seeds, np.uint32), jnp.int32(count)
+            return decode(params, state, stop, keys, until, allowed, sampling=sampling, **static)
+
+        masks = constraints.masks(numbers) if constraints else None
         state = decode_masked(state, masks, decode_to, _gathered) if masks else decode_to(state, max_new_tokens)
-        tokens, finite = (array[: len(indices)] for array in _gathered((state.tokens, state.finite)))
-        require("logits", finite)
-        texts = processor.decode(tokens)
+        return state, _Answering(numbers, state.tokens, state.finite, scores)
+
+    def finish(started: _Answering) -> dict[int, Row]:
+        """Wait for answers, and return their rows."""
+        nonlocal compiled
+        places = {number: place for place, number in enumerate(started.numbers) if number is not None}
+        tokens, finite, scored = _gathered((started.tokens, started.finite, started.scores))
+        scores = np.concatenate(scored, axis=1) if scored else None
+        if scores is not None:
+            require("likelihoods", {number: bool(np.isfinite(scores[row]).all()) for number, row in places.items()})
+        require("logits", {number: bool(finite[row]) for number, row in places.items()})
+        own_tokens = tokens[[*places.values()]]
         answered = dict[int, Row]()
-        for place, (index, text) in enumerate(zip(indices, texts, strict=True)):
-            known = choices.texts[index] if choices else ()
+        for (number, place), text in zip(places.items(), processor.decode(own_tokens), strict=True):
+            known = choices.texts[number] if choices else ()
             likelihoods = dict(zip(known, map(float, scores[place]), strict=False)) if scores is not None else {}
             cut = bool((tokens[place] != NONE).all()) and tokens[place, -1] not in stop
-            row = rows[owners[index]]
-            answered[index] = with_answer(row, Answer(text, cut, likelihoods or None), tasks.get(task_of(row)))
+            row = rows[owners[number]]
+            answered[number] = with_answer(row, Answer(text, cut, likelihoods or None), tasks.get(task_of(row)))
         if progress:
-            prompt_tokens = sum(len(dataset.prompts[index]) for index in indices)
-            work = Work(samples=len(indices), tokens=prompt_tokens + int((tokens != NONE).sum()))
-            progress.advance(len(indices), work, time.perf_counter() - started, compiled=compiled)
-        yield answered
-        started = time.perf_counter()
+            prompt_tokens = sum(len(dataset.prompts[number]) for number in places)
+            work = Work(samples=len(places), tokens=prompt_tokens + int((own_tokens != NONE).sum()))
+            progress.advance(len(places), work, time.perf_counter() - begun, compiled=compiled)
+        compiled = False
+        return answered
+
+    started: _Answering | None = None
+    for made in batches(threads):
+        if isinstance(made, VolumesToEncode):
+            name, placed = made.modality, put_batch((made.volumes, made.slots), mesh, axis=0)
+            features[name] = encode(params, *placed, features[name], name=name, **static)
+            continue
+        compiled |= made.shape not in shapes
+        shapes.add(made.shape)
+        contexts, is_asked, questions = put_batch((made.contexts, made.is_asked, made.questions), mesh, axis=0)
+        sizes = static | {"max_new_tokens": max_new_tokens}
+        state = prefill(params, contexts, features, is_asked, question_slots=made.shape[1], **sizes)
+        for number, numbers in enumerate(made.numbers):
+            if questions:
+                state = ask(params, state.cache, contexts.lengths, *questions[number], **sizes)
+            state, starting = start(state, numbers)
+            if started is not None:
+                yield finish(started)
+                begun = time.perf_counter()
+            started = starting
+        del state  # so that its memory is free for the next batch
+    if started is not None:
+        yield finish(started)
+
+
+@dataclass(frozen=True)
+class _Answering:
+    """Answers to a batch that the devices may still be working on."""
+
+    numbers: Sequence[int | None]
+    """Number of each row's version; None for a row without one."""
+    tokens: jax.Array
+    finite: jax.Array
+    scores: Sequence[jax.Array]
 
 
 def compile_answers(
@@ -232,35 +274,87 @@ def compile_answers(
     sampling: Sampling = GREEDY,
     choices: Choices | None = None,
     constraints: Constraints | None = None,
-    skip: Collection[BatchShape] = (),
-) -> Iterator[tuple[str, BatchShape, jax.stages.Compiled]]:
-    """Yield (name, batch shape, compiled program) of everything that `generate_answers` would compile; run nothing.
+    seen: set[Any],
+) -> Iterator[tuple[str, str, jax.stages.Compiled]]:
+    """Yield (name, shape, compiled program) of everything that `generate_answers` would compile; run nothing.
 
-    Shapes in `skip` are left out.
+    Args:
+        seen: programs to leave out; those that are compiled are added.
     """
     stop = np.array(processor.stop_ids, np.int32)
-    shapes = eval_shapes(dataset, batch_size, prompts=True, parts=parts(mesh))
-    for shape in (shape for shape in shapes if shape not in skip):
-        batch = abstract_batch(empty_batch(dataset, shape), mesh, axis=0)
-        rows = len(batch.lengths)
-        lowered = prefill.lower(params, batch, graphdef=graphdef, max_new_tokens=max_new_tokens)
-        compiled = lowered.compile()
-        yield "prompts", shape, compiled
-        state = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            lowered.out_info,
-            compiled.output_shardings,
-        )
+    batches = _plan(params, graphdef, dataset, mesh, batch_size, max_new_tokens)
+    features = _features(params, graphdef, batches, mesh)
+    for name, kept in features.items():
+        volumes = batches.empty_volumes(name)
+        key = name, len(volumes.slots), kept.shape
+        if key not in seen:
+            seen.add(key)
+            placed = abstract_batch((volumes.volumes, volumes.slots), mesh, axis=0)
+            program = encode.lower(params, *placed, kept, graphdef=graphdef, name=name)
+            yield "volumes", f"{len(volumes.slots)} × {name}", program.compile()
+    kept_shapes = tuple((name, kept.shape) for name, kept in features.items())
+    for shape in batches.whole.shapes():
+        if (shape, kept_shapes) in seen:
+            continue
+        seen.add((shape, kept_shapes))
+        empty = batches.empty_prompts(shape)
+        contexts, is_asked, questions = abstract_batch((empty.contexts, empty.is_asked, empty.questions), mesh, axis=0)
+        sizes: dict[str, Any] = {"graphdef": graphdef, "max_new_tokens": max_new_tokens}
+        text = f"{batch_size} × {shape[0]} positions"
+        state, compiled = _compile(prefill, params, contexts, features, is_asked, question_slots=shape[1], **sizes)
+        yield "prompts", text, compiled
+        if questions:
+            state, compiled = _compile(ask, params, state.cache, contexts.lengths, *questions[0], **sizes)
+            yield "questions", f"{batch_size} × {shape[1]} positions after {shape[0]}", compiled
         if choices is not None:
-            for tree in choices.trees((), rows):
-                yield "likelihoods", shape, score_answers.lower(params, state, tree, graphdef=graphdef).compile()
-        seeds, until = np.zeros(rows, np.uint32), jnp.int32(max_new_tokens)
+            for tree in choices.trees([None] * batch_size):
+                yield "likelihoods", text, score_answers.lower(params, state, tree, graphdef=graphdef).compile()
+        arguments = params, state, stop, np.zeros(batch_size, np.uint32), jnp.int32(max_new_tokens)
         options: dict[str, Any] = {"graphdef": graphdef, "sampling": sampling}
-        yield "answers", shape, decode.lower(params, state, stop, seeds, until, **options).compile()
+        yield "answers", text, decode.lower(*arguments, None, **options).compile()
         if constraints is not None:
-            allowed = constraints.allow_all(rows)
-            program = decode.lower(params, state, stop, seeds, until, allowed, **options)
-            yield "answers in JSON", shape, program.compile()
+            allowed = constraints.allow_all(batch_size)
+            yield "answers in JSON", text, decode.lower(*arguments, allowed, **options).compile()
+
+
+def _compile(function: Any, *args: Any, **options: Any) -> tuple[Any, jax.stages.Compiled]:
+    """Compile a program; return the shapes and shardings of its results too."""
+    lowered = function.lower(*args, **options)
+    compiled = lowered.compile()
+    shapes = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        lowered.out_info,
+        compiled.output_shardings,
+    )
+    return shapes, compiled
+
+
+def _plan(
+    params: Params,
+    graphdef: nnx.GraphDef,
+    dataset: Dataset,
+    mesh: Mesh,
+    batch_size: int,
+    max_new_tokens: int,
+    only: Sequence[int] | None = None,
+) -> QuestionBatches:
+    """Plan the batches of the prompts `only`, by default of all."""
+    config = merge(graphdef, params).config
+    size = config.text.hidden_size * jnp.dtype(config.compute_dtype).itemsize
+    sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "bytes_per_patch": size}
+    return QuestionBatches(dataset, parts(mesh), **sizes, only=only)
+
+
+def _features(
+    params: Params, graphdef: nnx.GraphDef, batches: QuestionBatches, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return {modality: shape of the features that are kept, split over the mesh by volumes}."""
+    config, sharding = merge(graphdef, params).config, NamedSharding(mesh, PartitionSpec(ROWS))
+    width, dtype = config.text.hidden_size, jnp.dtype(config.compute_dtype)
+    return {
+        name: jax.ShapeDtypeStruct((slots, config.modalities[name].num_patches, width), dtype, sharding=sharding)
+        for name, slots in batches.features.slots.items()
+    }
 
 
 def _gathered(arrays: Any) -> Any:
@@ -270,15 +364,25 @@ def _gathered(arrays: Any) -> Any:
 
 def _require_finite(
     dataset: Dataset,
-    indices: Sequence[int],
     params: Params,
-    batch: Batch,
     graphdef: nnx.GraphDef,
+    mesh: Mesh,
+    batch_size: int,
     what: str,
-    finite: Bool[np.ndarray, "B"],
+    finite: Mapping[int, bool],
 ) -> None:
-    """Raise an error that names the conversations of a batch with numbers that are not `finite`."""
-    if not finite.all():
-        rows = np.flatnonzero(~finite).tolist()
-        names = {row: dataset.conversations[indices[row]].label for row in rows}
-        raise nonfinite_error(what, names, params, batch, graphdef=graphdef)
+    """Raise an error that names the conversations whose numbers are not finite.
+
+    Args:
+        finite: {number of a conversation: whether its numbers are finite}.
+    """
+    if all(finite.values()):
+        return
+    numbers = [number for number, is_finite in finite.items() if not is_finite]
+    prompts, own = [dataset.prompts[number] for number in numbers], parts(mesh)
+    shape = exact_shape(measure_conversations(prompts, dataset.modalities))
+    volumes = tuple((name, count * own.total) for name, count in shape.volumes)
+    shape = replace(shape, conversations=batch_size, volumes=volumes)
+    batch = jax.tree.map(lambda leaf: leaf[0], collate([prompts], dataset.volume, dataset.modalities, shape, own))
+    names = {row: dataset.conversations[number].label for row, number in enumerate(numbers)}
+    raise nonfinite_error(what, names, params, put_batch(batch, mesh, axis=0), graphdef=graphdef)

@@ -80,20 +80,14 @@ class JsonConstraint:
 class JsonMasks:
     """The masks of a batch's answers (`TokenMasks`); some rows may be free."""
 
-    def __init__(self, matchers: Sequence[Any | None], vocab_size: int, stop_ids: Sequence[int] = (), free: int = 0):
+    def __init__(self, matchers: Sequence[Any | None], vocab_size: int):
         """Begin the answers.
 
         Args:
             matchers: llguidance's state of each row; None for a row without a schema.
-            stop_ids: ends of an answer, to which padding rows are limited.
-            free: number of padding rows, after those of `matchers`.
         """
         self._matchers = [*matchers]
-        self._mask = np.full((len(matchers) + free, -(-vocab_size // 32)), _ALL)
-        if free:
-            self._mask[len(matchers) :] = 0
-            for token in stop_ids:
-                self._mask[len(matchers) :, token // 32] |= np.uint32(1 << (token % 32))
+        self._mask = np.full((len(matchers), -(-vocab_size // 32)), _ALL)
 
     def allowed(self) -> UInt32[np.ndarray, "B W"]:
         """Return the tokens that may come next, as for `decode`."""
@@ -116,8 +110,8 @@ class JsonMasks:
 class Constraints:
     """The schema that the answer to each conversation of a data set must follow, if it has one."""
 
-    def __init__(self, constraints: Sequence[JsonConstraint | None], vocab_size: int, stop_ids: Sequence[int]):
-        self._constraints, self._vocab_size, self._stop_ids = constraints, vocab_size, stop_ids
+    def __init__(self, constraints: Sequence[JsonConstraint | None], vocab_size: int):
+        self._constraints, self._vocab_size = constraints, vocab_size
 
     @classmethod
     def for_tasks(
@@ -151,7 +145,7 @@ class Constraints:
                 )
         if faults:
             raise DataError(faults)
-        return cls(own, vocab_size, processor.stop_ids)
+        return cls(own, vocab_size)
 
     @property
     def texts(self) -> list[str]:
@@ -161,24 +155,22 @@ class Constraints:
     def repeated(self, conversations: Sequence[int]) -> "Constraints":
         """Return the constraints of a data set that has these conversations, in this order and possibly repeated."""
         own = [self._constraints[number] for number in conversations]
-        return Constraints(own, self._vocab_size, self._stop_ids)
+        return Constraints(own, self._vocab_size)
 
     def allow_all(self, rows: int) -> UInt32[np.ndarray, "{rows} W"]:
         """Return masks of a batch that allow every token."""
         return JsonMasks([None] * rows, self._vocab_size).allowed()
 
-    def masks(self, indices: Sequence[int], rows: int) -> JsonMasks | None:
+    def masks(self, conversations: Sequence[int | None]) -> JsonMasks | None:
         """Return the masks of a batch; None if all of its answers are free.
 
         Args:
-            indices: numbers of the batch's conversations.
-            rows: number of the batch's rows; those after the conversations are padding.
+            conversations: number of each row's conversation; None for a row without an answer.
         """
-        own = [self._constraints[index] for index in indices]
+        own = [None if number is None else self._constraints[number] for number in conversations]
         if not any(own):
             return None
-        matchers = [None if constraint is None else constraint.matcher() for constraint in own]
-        return JsonMasks(matchers, self._vocab_size, self._stop_ids, rows - len(own))
+        return JsonMasks([None if one is None else one.matcher() for one in own], self._vocab_size)
 
 
 def grammar_vocabulary(processor: Processor, vocab_size: int) -> Any:

@@ -1,11 +1,13 @@
 """Generate answers to prompts, and compute the probability of given answers.
 
 `prefill` reads a prompt once and keeps its keys and values, so each further token costs a pass over that token only.
-Each batch shape and answer length compiles `prefill` and `decode`, and `score_answers` if likelihoods are asked for.
+Prompts that begin alike share the pass over their beginning: `ask` continues it by each of their questions in turn.
+Each batch shape and answer length compiles `prefill` and `decode`, `ask` for prompts that begin alike, and
+`score_answers` if likelihoods are asked for. `encode` encodes volumes ahead of the prompts that show them.
 Tokens may be limited step by step (`TokenMasks`), as `inference/constrained.py` does for answers in JSON.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, no_type_check, runtime_checkable
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, Key, UInt32
 
 from umbrella_jax.batch import NONE as NONE
@@ -21,6 +24,7 @@ from umbrella_jax.batch import AnswerTree, AnyArray, Batch
 from umbrella_jax.data.answer_trees import answer_trees
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import KVCache, Llava, Params, merge, split
+from umbrella_jax.models.parallel import ROWS, local
 from umbrella_jax.models.qwen2 import visible_nodes
 from umbrella_jax.scoring.numeric import NumberDistributions
 from umbrella_jax.training.diagnose import nonfinite_error
@@ -80,19 +84,105 @@ class Decoding:
     """Whether all logits so far were finite; a row ends at the first logits that are not."""
 
 
-@partial(jax.jit, static_argnames=("graphdef", "max_new_tokens"))
-def prefill(params: Params, batch: Batch, *, graphdef: nnx.GraphDef, max_new_tokens: int) -> Decoding:
-    """Read the prompts of a batch and encode each of its volumes once."""
+@partial(jax.jit, static_argnames=("graphdef", "name"), donate_argnames="features")
+def encode(
+    params: Params,
+    volumes: Float[AnyArray, "M *size"],
+    slots: Int32[AnyArray, "M"],
+    features: Float[Array, "S N D"],
+    *,
+    graphdef: nnx.GraphDef,
+    name: str,
+) -> Float[Array, "S N D"]:
+    """Write the features of volumes of modality `name` into slots of `features`, which is donated.
+
+    Args:
+        slots: on a mesh, a slot within the part of the device that holds the volume; S or more for a volume to ignore.
+    """
     model = merge(graphdef, params)
-    hidden, cache = model.language_model.model.prefill(model.inputs_embeds(batch), batch.positions, batch.lengths)
-    rows = len(batch.lengths)
+
+    def put(features: Array, new: Array, slots: Array) -> Array:
+        return features.at[slots].set(new.astype(features.dtype), mode="drop")
+
+    rows = PartitionSpec(ROWS)
+    new = model.image_features(name, volumes)
+    return local(put, in_specs=rows, out_specs=rows, check_vma=True)(features, new, jnp.asarray(slots))
+
+
+@partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "question_slots"))
+def prefill(
+    params: Params,
+    batch: Batch,
+    features: Mapping[str, Array] | None = None,
+    is_asked: Bool[AnyArray, "B"] | None = None,
+    *,
+    graphdef: nnx.GraphDef,
+    max_new_tokens: int,
+    question_slots: int = 0,
+) -> Decoding:
+    """Read the prompts of a batch and encode each of its volumes once.
+
+    Args:
+        features: {modality: features [M, N, D]} for `batch.feature_idx`, in place of those of `batch.volumes`.
+        is_asked: rows that get an answer; None for all.
+        question_slots: slots of the cache to leave free for `ask`.
+    """
+    model = merge(graphdef, params)
+    embeds = model.inputs_embeds(batch, features)
+    hidden, cache = model.language_model.model.prefill(embeds, batch.positions, batch.lengths)
+    last = jnp.take_along_axis(hidden, batch.lengths[:, None, None] - 1, axis=1)[:, 0]
+    cache = cache.grown(question_slots + max_new_tokens - 1)
+    return _begin(cache, batch.lengths, last, max_new_tokens, is_asked)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "max_new_tokens"), donate_argnames="cache")
+def ask(
+    params: Params,
+    cache: KVCache,
+    context_lengths: Int32[AnyArray, "B"],
+    questions: Int32[AnyArray, "B T"],
+    question_lengths: Int32[AnyArray, "B"],
+    *,
+    graphdef: nnx.GraphDef,
+    max_new_tokens: int,
+) -> Decoding:
+    """Continue each context by a question; what its cache holds beyond the context is overwritten.
+
+    Args:
+        cache: that of a `prefill` of the contexts with T `question_slots`; donated.
+        question_lengths: tokens of each question; a row with 0 is not asked.
+    """
+    language_model = merge(graphdef, params).language_model
+    slots, size = cache.used.shape[1], questions.shape[1]
+    used = jnp.arange(slots)[None] < context_lengths[:, None]
+    cache = replace(cache, used=used)
+    x = language_model.model.embed_tokens(questions).astype(cache.k.dtype)
+    positions = context_lengths[:, None] + jnp.arange(size)[None]
+    hidden, k, v = language_model.model.extend(x, positions, cache)
+    first = slots - (max_new_tokens - 1) - size
+    is_asked = jnp.arange(size)[None] < question_lengths[:, None]
+    cache = cache.put(k, v, first)
+    cache = replace(cache, used=jax.lax.dynamic_update_slice_in_dim(used, is_asked, first, axis=1))
+    last = jnp.take_along_axis(hidden, jnp.maximum(question_lengths, 1)[:, None, None] - 1, axis=1)[:, 0]
+    return _begin(cache, context_lengths + question_lengths, last, max_new_tokens, question_lengths > 0)
+
+
+def _begin(
+    cache: KVCache,
+    lengths: Int32[AnyArray, "B"],
+    hidden: Float[Array, "B D"],
+    max_new_tokens: int,
+    is_asked: Bool[AnyArray, "B"] | None,
+) -> Decoding:
+    """Return the state before the first token of an answer."""
+    rows = len(lengths)
     return Decoding(
-        cache=cache.grown(max_new_tokens - 1),
-        lengths=jnp.asarray(batch.lengths),
-        hidden=jnp.take_along_axis(hidden, batch.lengths[:, None, None] - 1, axis=1)[:, 0],
+        cache=cache,
+        lengths=jnp.asarray(lengths),
+        hidden=hidden,
         tokens=jnp.full((rows, max_new_tokens), NONE, jnp.int32),
         num_generated=jnp.zeros((), jnp.int32),
-        ended=jnp.zeros(rows, bool),
+        ended=jnp.zeros(rows, bool) if is_asked is None else ~is_asked,
         finite=jnp.ones(rows, bool),
     )
 

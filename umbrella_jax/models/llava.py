@@ -125,8 +125,12 @@ class Llava(nnx.Module):
             start = end
         return is_shown
 
-    def inputs_embeds(self, batch: Batch) -> Float[Array, "B T D"]:
-        """Return token embeddings; positions with feature_idx ≥ 0 hold that row of the image features."""
+    def inputs_embeds(self, batch: Batch, features: Mapping[str, Array] | None = None) -> Float[Array, "B T D"]:
+        """Return token embeddings; positions with feature_idx ≥ 0 hold that row of the image features.
+
+        Args:
+            features: {modality: features [M, N, D]} to show in place of those of `batch.volumes`.
+        """
         chex.assert_equal_shape([batch.input_ids, batch.feature_idx, batch.positions])
         ids, idx = batch.input_ids, batch.feature_idx
         embeds = split_rows(self.language_model.model.embed_tokens(ids).astype(self.config.compute_dtype))
@@ -134,11 +138,11 @@ class Llava(nnx.Module):
         embeds = jnp.where((idx >= 0)[..., None], jnp.nan, embeds)
         parts, first = ways(ROWS), 0
         rows, part = PartitionSpec(ROWS), jnp.arange(parts)
-        for name in sorted(batch.volumes):
-            features = self.image_features(name, batch.volumes[name])
-            size = features.shape[0] * features.shape[1]
+        for name in sorted(batch.volumes if features is None else features):
+            shown = self.image_features(name, batch.volumes[name]) if features is None else features[name]
+            size = shown.shape[0] * shown.shape[1]
             start = first + part * (size // parts)
-            embeds = local(_show, in_specs=rows, out_specs=rows, check_vma=True)(embeds, idx, features, start)
+            embeds = local(_show, in_specs=rows, out_specs=rows, check_vma=True)(embeds, idx, shown, start)
             first += size
         return embeds
 

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -84,8 +85,11 @@ def _compile(run: Prepared, state: TrainState, say: Say) -> None:
         raise ConfigError(faults)
 
 
-def _programs(run: Prepared, state: TrainState) -> Iterator[tuple[str, BatchShape, jax.stages.Compiled]]:
-    """Yield each program that `fit` and `evaluate` call, compiled but not run, with its name and batch shape."""
+def _programs(run: Prepared, state: TrainState) -> Iterator[tuple[str, Any, jax.stages.Compiled]]:
+    """Yield each program that `fit` and `evaluate` call, compiled but not run, with its name and its shape.
+
+    The shape is a `BatchShape`, or the text of one.
+    """
     config, mesh, frozen, graphdef = run.config, run.training.mesh, run.training.frozen, run.training.graphdef
     with jax.set_mesh(mesh):
         for shape in dict.fromkeys(shape for shapes in run.data.plan.shapes for shape in shapes):
@@ -101,11 +105,11 @@ def _programs(run: Prepared, state: TrainState) -> Iterator[tuple[str, BatchShap
             eval_batch = abstract_batch(empty_batch(dataset, shape), mesh, axis=0)
             lowered = jit_eval_step().lower(state.trainable, frozen, eval_batch, graphdef=graphdef)
             yield "evaluation", shape, lowered.compile()
-        seen = set[BatchShape]()
+        seen = set[Any]()
         controls = [(f"{name}: ", one.dataset) for name, own in run.data.evaluation.controls.items() for one in own]
         for control, base in (("", dataset), *controls):
             asked = expand(base, config.evaluation.windows).dataset
-            for name, shape, program in compile_answers(
+            for name, rows, program in compile_answers(
                 state.trainable | frozen,
                 graphdef,
                 asked,
@@ -115,10 +119,9 @@ def _programs(run: Prepared, state: TrainState) -> Iterator[tuple[str, BatchShap
                 max_new_tokens=config.train.max_new_tokens,
                 choices=run.data.evaluation.choices,
                 constraints=run.data.evaluation.constraints,
-                skip=seen,
+                seen=seen,
             ):
-                yield f"{control}{name}", shape, program
-            seen |= {*eval_shapes(asked, batch_size, prompts=True, parts=parts(mesh))}
+                yield f"{control}{name}", rows, program
 
 
 def _memory(program: jax.stages.Compiled) -> int | None:
