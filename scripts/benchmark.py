@@ -18,6 +18,7 @@ Needs: convert  the extra `torch`, 12 GB of disk
                 if there is one
        validate the extra `report`, 2 GB of disk, five minutes
        baselines the extra `fmri`, two minutes
+       tpu      the extra `aot`, two hours on two cores; --quick ten minutes
        start    1 GB of disk, ten minutes
 """
 
@@ -39,6 +40,7 @@ from bench.start import start
 from bench.startup import startup
 from bench.step import sharing, step
 from bench.study import study
+from bench.tpu import tpu
 from bench.validate import validate
 
 
@@ -62,15 +64,21 @@ def main() -> None:
         study,
         validate,
         baselines,
+        tpu,
     ):
         command = commands.add_parser(work.__name__, help=(work.__doc__ or "").splitlines()[0])
         command.add_argument("--work-dir", type=Path, help="folder for files; default a temporary one")
         command.set_defaults(work=work)
-    arguments = parser.parse_args()
+    command = commands.choices["tpu"]
+    command.add_argument("--cells", default="*", metavar="GLOB", help="which, as in 0.5b/t1/none/v5e-*")
+    command.add_argument("--results", type=Path, metavar="FILE", help="append to it, and skip the cells it has")
+    command.add_argument("--quick", action="store_true", help="only batches that are refused, which takes seconds")
+    arguments = vars(parser.parse_args())
+    work, chosen = arguments.pop("work"), arguments.pop("work_dir")
     with tempfile.TemporaryDirectory() as temporary:
-        work_dir = arguments.work_dir or Path(temporary)
+        work_dir = chosen or Path(temporary)
         work_dir.mkdir(parents=True, exist_ok=True)
-        arguments.work(work_dir)
+        work(work_dir, **arguments)
 
 
 if __name__ == "__main__":
