@@ -1,4 +1,4 @@
-"""From a command to its first batch: how a start grows with the cohort, cold and warm, on one and two processes."""
+"""Seconds and memory from a command to its first batch, by the size of the cohort: cold, warm and resumed."""
 
 import gzip
 import json
@@ -66,9 +66,8 @@ def start_cohort(work_dir: Path, number: int) -> None:
             opened = sum((Counter(result["opened"]) for result in results), Counter())
             more = {"conversations": number, "volumes": number // SHOWN, "processes": processes, "state": state}
             more["processor"] = round(sum(result["processor"] for result in results), 1)
-            # A volume of the first batch is opened again, to make the batch.
             more["checked"] = sum(result["checked"] for result in results)
-            more["opened_most"] = max(opened.values(), default=0)
+            more["opens"] = opened.total()  # a volume of the first batch is opened again, to make the batch
             more["peak_gb"] = round(max(result["peak"] for result in results), 2)
             figure("start_seconds", max(result["seconds"] for result in results), "s", **more)
 
@@ -133,7 +132,7 @@ def _child(queue: Any, coordinator: str, number: int, index: int, work: Any, arg
     opened: Counter[str] = Counter()
 
     def hook(event: str, arguments: Any) -> None:
-        if event == "open" and isinstance(arguments[0], str | os.PathLike):
+        if event == "open" and arguments[1] is not None and isinstance(arguments[0], str | os.PathLike):  # no `os.open`
             name = os.fspath(arguments[0])
             if isinstance(name, str) and name.endswith(".nii.gz"):
                 opened[name] += 1
@@ -156,11 +155,10 @@ def _check(scans: Path) -> int:
     from umbrella_jax.config.schema import ModalityConfig
     from umbrella_jax.data.cache import Sources
     from umbrella_jax.data.conversation import Image
-    from umbrella_jax.data.volume import check_volumes
 
     config = ModalityConfig(size=(96, 96, 96), patch=(10, 10, 10))
     images = [Image(path, "T1") for path in sorted(scans.iterdir())]
-    return len(check_volumes(images, {"T1": config}, 2, Sources().check))
+    return len(Sources().check_all(images, {"T1": config}, 2))
 
 
 def _first_batch(cohort: Path, base: Path, resumed: bool) -> int:
@@ -188,4 +186,4 @@ def _first_batch(cohort: Path, base: Path, resumed: bool) -> int:
     first = plan.updates_per_epoch * 3 // 2 if resumed else 0
     batches = train_batches(train_set, plan, start_step=first, num_steps=first + 1, threads=2)
     next(iter(batches))
-    return getattr(train_set.sources, "num_checked", len(train_set.windows))
+    return train_set.sources.num_checked

@@ -274,7 +274,7 @@ def test_a_changed_frame_is_noticed(directory, tmp_path):
 def test_only_the_check_of_a_settled_file_is_remembered(nifti, directory, monkeypatch, caplog):
     hashed = []
     original = cache_module.source_digest
-    monkeypatch.setattr(cache_module, "source_digest", lambda path: hashed.append(path) or original(path))
+    monkeypatch.setattr(cache_module, "source_digest", lambda path, *_: hashed.append(path) or original(path, *_))
     path = nifti("a.nii", (6, 7, 5))
     monkeypatch.setattr(checked_module, "SETTLED", 60.0)
     assert [made(directory, path, T1) for _ in range(2)] == [1, 0]

@@ -62,7 +62,7 @@ def test_a_warm_start_gives_the_same_messages_and_reads_only_faulty_files(images
     assert cold.background_remarks(MODALITIES)
     opened = []
     original = cache_module.open_volume
-    monkeypatch.setattr(cache_module, "open_volume", lambda path, config: opened.append(path) or original(path, config))
+    monkeypatch.setattr(cache_module, "open_volume", lambda path, *more: opened.append(path) or original(path, *more))
     warm, *again = check(images, tmp_path)
     assert again == [windows, faults]
     assert [path.name for path in opened] == ["bad.nii.gz"]

@@ -853,7 +853,7 @@ def test_check_volumes_looks_at_every_overlapping_window(nifti):
 def test_check_volumes_reads_each_image_once(nifti, modalities, monkeypatch):
     loads = []
     original = umbrella_jax.data.voxels._kind
-    monkeypatch.setattr(umbrella_jax.data.voxels, "_kind", lambda path, _: loads.append(path) or original(path, _))
+    monkeypatch.setattr(umbrella_jax.data.voxels, "_kind", lambda path, *_: loads.append(path) or original(path, *_))
     images = [Image(nifti(f"{i}.nii", (6, 7, 5)), "T1") for i in range(3)]
     check_volumes(images * 4, modalities, threads=3)
     assert sorted(loads) == sorted(i.path for i in images)
@@ -881,9 +881,9 @@ def test_a_faulty_file_is_not_kept_open(nifti, modalities, monkeypatch):
     opened, held = [], []
     original = umbrella_jax.data.volume.open_voxels
 
-    def counted(path):
+    def counted(path, *more):
         held.append(sum(reference() is not None for reference in opened))
-        image = original(path)
+        image = original(path, *more)
         opened.append(weakref.ref(image))
         return image
 

@@ -284,6 +284,7 @@ def test_each_process_reads_its_own_part(records: list[dict[str, Any]], world: W
     assert opened[0]["check"].keys() | opened[1]["check"].keys() == scans
     assert not opened[0]["check"].keys() & opened[1]["check"].keys()
     assert abs(len(opened[0]["check"]) - len(opened[1]["check"])) <= 1
+    assert {*opened[0]["check"].values(), *opened[1]["check"].values()} == {2}  # `open`, and `os.open` of its opener
     for own in (o["train"] for o in opened):
         once = own.total() // (STEPS * 3)
         assert own.total() == STEPS * 3 * once > 0

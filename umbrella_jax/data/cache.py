@@ -77,9 +77,11 @@ from umbrella_jax.data.voxels import Voxels, readable, source_files
 from umbrella_jax.distributed import raise_together
 from umbrella_jax.errors import ConfigError, DataError, Faults
 from umbrella_jax.io.files import check_output
-from umbrella_jax.io.reading import parse_json, sha256
+from umbrella_jax.io.reading import parse_json, regular_file, sha256
 
 _log = logging.getLogger(__name__)
+_SMALL_FILE = 64 << 20
+"""Bytes of the largest file that is read as a whole to be checked, by each thread."""
 CHECKS_VERSION = 1
 """Increase it when a check finds or reports more than before: volumes that were checked earlier are then read again."""
 _CODES = {"float32": "F32", "float16": "F16"}
@@ -246,8 +248,9 @@ class Sources:
 
     def _read_through(self, path: Path, config: ModalityConfig, source: _Source) -> Established:
         """Check a source to its end, and remember what that established."""
-        source = replace(source, digest=source_digest(path))
-        established = self._establish(path, config, source)
+        content = _small_content(path, source)
+        source = replace(source, digest=source_digest(path, content))
+        established = self._establish(path, config, source, content)
         with self._lock:
             self.num_checked += 1
         self._accept(path, config, source, established)
@@ -255,10 +258,12 @@ class Sources:
             self._known.add(*self.name(path, config), source.stat, established.to_json())
         return established
 
-    def _establish(self, path: Path, config: ModalityConfig, source: _Source) -> Established:
-        """Read and preprocess a source to its end."""
+    def _establish(
+        self, path: Path, config: ModalityConfig, source: _Source, content: bytes | None = None
+    ) -> Established:
+        """Read and preprocess a source to its end, from its content if that was read before."""
         backgrounds: list[tuple[int, Background]] = []
-        image = open_volume(path, config)
+        image = open_volume(path, config, content)
         count = check_opened(path, image, config, note=lambda *remark: backgrounds.append(remark[2:]))
         self._check_unchanged(path, image, source)
         return _established(image, config, source, count, backgrounds)
@@ -392,7 +397,9 @@ class VolumeCache(Sources):
         self._count("num_found", *sizes)
         return established
 
-    def _establish(self, path: Path, config: ModalityConfig, source: _Source) -> Established:
+    def _establish(
+        self, path: Path, config: ModalityConfig, source: _Source, content: bytes | None = None
+    ) -> Established:
         """Do what `Sources` does, and keep the volumes.
 
         With `verify`, a known source that has all its entries is not opened.
@@ -406,7 +413,7 @@ class VolumeCache(Sources):
         if known is not None:
             count = known.windows
         else:
-            image = open_volume(path, config)
+            image = open_volume(path, config, content)
             count = count_windows(image, config)
         backgrounds: list[tuple[int, Background]] = []
         with nullcontext() if image is None else checked_to_end(image):
@@ -696,13 +703,28 @@ def _stamp(s: os.stat_result) -> int:
     return hash((s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino))
 
 
-def source_digest(path: Path) -> str:
-    """Return the SHA-256 of a source: of the suffix of each file, or the name of a frame, and its content's SHA-256."""
+def source_digest(path: Path, content: bytes | None = None) -> str:
+    """Return the SHA-256 of a source: of the suffix of each file, or the name of a frame, and its content's SHA-256.
+
+    Args:
+        content: of a single file, if it was read before.
+    """
     parts = []
     with readable(path):
-        for file in source_files(path):
+        if content is not None:
+            parts.append([path.suffix, hashlib.sha256(content).hexdigest()])
+        for file in source_files(path) if content is None else ():
             parts.append([file.name if path.is_dir() else file.suffix, sha256(file)])
     return _sha256(json.dumps(parts))
+
+
+def _small_content(path: Path, source: _Source) -> bytes | None:
+    """Return the bytes of a single, small file, so that it is opened once; None for anything else."""
+    with readable(path):
+        if len(source.stats) > 1 or path.is_dir() or path.stat().st_size > _SMALL_FILE:
+            return None
+        with open(path, "rb", opener=regular_file) as file:
+            return file.read(_SMALL_FILE + 1)
 
 
 def _sha256(text: str) -> str:

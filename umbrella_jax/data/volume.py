@@ -212,9 +212,13 @@ def check_volumes(
     return {image: count for image, count in results.items() if isinstance(count, int)}
 
 
-def open_volume(path: str | Path, config: ModalityConfig) -> Voxels:
-    """Open a file without reading its voxels, and check that the modality can use it, as `fit_voxels` does."""
-    return fit_voxels(path, open_voxels(path), config)
+def open_volume(path: str | Path, config: ModalityConfig, content: bytes | None = None) -> Voxels:
+    """Open a file without reading its voxels, and check that the modality can use it, as `fit_voxels` does.
+
+    Args:
+        content: as for `open_voxels`.
+    """
+    return fit_voxels(path, open_voxels(path, content), config)
 
 
 def companion_files(path: Path, config: ModalityConfig) -> list[Path]:
@@ -480,13 +484,24 @@ def resample(volume: np.ndarray, weights: Sequence[np.ndarray]) -> np.ndarray:
     order = sorted(range(3), key=lambda axis: -abs(volume.strides[axis]))
     slow, middle, fast = (weights[axis] for axis in order)
     data = volume.transpose(order)
-    reduced = np.zeros((len(slow), *data.shape[1:]), np.float32)
-    for row, out in zip(slow, reduced, strict=True):
-        near = np.flatnonzero(row)
-        if len(near):
-            some = slice(near[0], near[-1] + 1)
-            out[...] = np.tensordot(row[some], data[some].astype(np.float32), 1)
-    return np.ascontiguousarray((middle @ reduced @ fast.T).transpose(np.argsort(order)))
+    if _is_identity(slow):
+        reduced = data.astype(np.float32)
+    else:
+        reduced = np.zeros((len(slow), *data.shape[1:]), np.float32)
+        for row, out in zip(slow, reduced, strict=True):
+            near = np.flatnonzero(row)
+            if len(near):
+                some = slice(near[0], near[-1] + 1)
+                out[...] = np.tensordot(row[some], data[some].astype(np.float32), 1)
+    reduced = reduced if _is_identity(middle) else middle @ reduced
+    reduced = reduced if _is_identity(fast) else reduced @ fast.T
+    return np.ascontiguousarray(reduced.transpose(np.argsort(order)))
+
+
+def _is_identity(weights: np.ndarray) -> bool:
+    """Return whether weights leave an axis as it is; the product would give the same numbers."""
+    length = len(weights)
+    return weights.shape == (length, length) and bool((weights.diagonal() == 1).all()) and weights.sum() == length
 
 
 def _weights(shape: tuple[int, ...], image: Voxels, config: ModalityConfig) -> list[np.ndarray]:

@@ -30,6 +30,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,6 +80,8 @@ _GEOMETRY += ("qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z")
 _PACKINGS = {".gz": "gzip", ".mgz": "gzip", ".bz2": "bzip2", ".zst": "zstd"}
 _MAGIC = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
 _CHUNK = 1 << 20
+_SNIFFED = 1024
+"""Bytes of a header by which nibabel tells formats apart."""
 _SILENT = logging.Logger("nibabel", logging.CRITICAL + 1)
 """Replaces nibabel's logger, whose messages name no file. `Voxels.remarks` reports what matters."""
 _RAS_FLAG = slice(28, 30)
@@ -130,8 +133,12 @@ class Voxels(Protocol):
         """Return the seconds from frame to frame that the file states; None if it states none."""
 
 
-def open_voxels(path: str | Path) -> Voxels:
+def open_voxels(path: str | Path, content: bytes | None = None) -> Voxels:
     """Open a directory of frames, or a file by its suffix.
+
+    Args:
+        content: of a single file, if it was read before; the file is then not opened again. For formats that cannot use
+            it, it is ignored.
 
     Raises DataError if the path is missing or unreadable, the voxels are not real numbers, the header promises more
     than the file can hold, or frames are missing.
@@ -139,7 +146,7 @@ def open_voxels(path: str | Path) -> Voxels:
     path = Path(path)
     if _is_directory(path):
         return _Arrays(_frames(path), run=True)
-    return _Arrays([path]) if path.suffix in _ARRAYS else _Nibabel(path)
+    return _Arrays([path]) if path.suffix in _ARRAYS else _Nibabel(path, content)
 
 
 def map_header(scan: Voxels) -> nib.Nifti1Header:
@@ -281,18 +288,21 @@ class _Nibabel:
     `nibabel.load` would also read extensions of any length, the `.mat` of an Analyze pair and the tags of an `.mgz`.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, content: bytes | None = None):
         self._path = path
         self._faults: tuple[str, ...] = ()
         with readable(path), np.errstate(over="ignore", invalid="ignore"):  # damaged headers overflow
             self.files: Sequence[Path] = source_files(path)
             self.files_read = set(range(len(self.files)))
-            self.kind = kind = _kind(path, self.files)
+            if len(self.files) > 1 or _packing(path) not in (None, "gzip"):
+                content = None
+            head = None if content is None else _head(path, content)
+            content = None if head is None else content  # reading it again finds what is wrong
+            self.kind = kind = _kind(path, self.files, content, head)
             parts = kind.filespec_to_file_map(path)
             self._file = file = Path(parts["image"].filename)
             self._header_file = Path(parts.get("header", parts["image"]).filename)
-            with ImageOpener(str(self._header_file)) as opened:
-                raw = opened.read(kind.header_class.template_dtype.itemsize)
+            raw = self._read_header(kind.header_class.template_dtype.itemsize, head)
             self.stored = stored = kind.header_class(raw, check=False)
             self.has_time_unit = kind not in _NIFTI or int(stored["xyzt_units"]) & 0x38 in (8, 16, 24)
             offset = _data_offset(path, kind, stored)
@@ -318,10 +328,19 @@ class _Nibabel:
             self.remarks = [*_field_remarks(kind, stored, offset, self.dtype), *geometry.remarks]
             # igzip takes two thirds of the time of nibabel's own reader. The file is not memory-mapped, because a
             # mapped file that is cut short kills the process with SIGBUS.
-            self._content = _unpacked(file) if _packing(file) else str(file)
+            self._content: Any = _unpacked(file, content) if _packing(file) else str(file)
+            if content is not None and not _packing(file):
+                self._content = BytesIO(content)
             scale = (1.0 if slope is None else slope, 0.0 if inter is None else inter)
             spec = (self.shape, self.dtype, offset, *scale)
             self._data = ArrayProxy(self._content, spec, mmap=False, keep_file_open=True)
+
+    def _read_header(self, size: int, head: bytes | None) -> bytes:
+        """Return the first bytes of the header's file, decompressed, which `head` begins with."""
+        if head is not None:
+            return head[:size]
+        with ImageOpener(str(self._header_file)) as opened:
+            return bytes(opened.read(size))
 
     def read(self, frames: slice | int) -> np.ndarray:
         _check_count(self._path, self.shape, frames)
@@ -494,9 +513,20 @@ def _packing(file: Path) -> str | None:
     return _PACKINGS.get(file.suffix.lower())
 
 
-def _unpacked(file: Path) -> Any:
-    """Open a compressed file as a stream of its decompressed content."""
-    return igzip.open(file) if _packing(file) == "gzip" else ImageOpener(str(file))
+def _unpacked(file: Path, content: bytes | None = None) -> Any:
+    """Open a compressed file, or its content, as a stream of its decompressed content."""
+    if _packing(file) == "gzip":
+        return igzip.open(file if content is None else BytesIO(content))
+    return ImageOpener(str(file))
+
+
+def _head(file: Path, content: bytes) -> bytes | None:
+    """Return the first bytes of a file's decompressed content, as many as nibabel looks at; None if it is damaged."""
+    if _packing(file) is None:
+        return content[:_SNIFFED]
+    with suppress(Exception), _unpacked(file, content) as unpacked:
+        return bytes(unpacked.read(_SNIFFED))
+    return None
 
 
 def _read_to_end(file: Path, content: Any) -> int:
@@ -510,14 +540,23 @@ def _read_to_end(file: Path, content: Any) -> int:
     return int(content.tell())
 
 
-def _check_name(file: Path) -> None:
-    """Raise DataError if a file's compression does not match its name, or if the file is not a scan at all."""
-    with file.open("rb") as opened:
-        head = opened.read(600)
+def _check_name(file: Path, whole: bytes | None) -> None:
+    """Raise DataError if a file's compression does not match its name, or if the file is not a scan at all.
+
+    Args:
+        whole: its bytes, if they were read before.
+    """
+    if whole is None:
+        with file.open("rb") as opened:
+            head = opened.read(600)
+    else:
+        head = whole[:600]
     named = _packing(file)
     content = next((name for name, magic in _MAGIC.items() if head.startswith(magic)), None)
     if not head:
         raise DataError(f"{file}: cannot be read: it is empty; copy it again")
+    if named == content and named:
+        return
     if pointer := describe_pointer(file):
         raise DataError(f"{file}: {pointer}")
     if named == content:
@@ -536,12 +575,17 @@ def _check_name(file: Path) -> None:
     )
 
 
-def _kind(path: Path, files: Sequence[Path]) -> Any:
-    """Return nibabel's class for a file, by its name and the beginning of its header."""
+def _kind(path: Path, files: Sequence[Path], content: bytes | None, head: bytes | None) -> Any:
+    """Return nibabel's class for a file, by its name and the beginning of its header.
+
+    Args:
+        content: of the only file, if it was read before.
+        head: its first bytes, decompressed.
+    """
     for file in files:
         if not (file.suffix == ".img" and len(files) > 1):  # a file of voxels may begin with any bytes
-            _check_name(file)
-    sniffed = None
+            _check_name(file, content)
+    sniffed = None if head is None else (head, str(path))
     for kind in nib.all_image_classes:
         matches, sniffed = kind.path_maybe_image(path, sniffed)
         if matches and kind in _KINDS:
