@@ -5,8 +5,8 @@ their stack, and puts what the backward pass needs into another one: on a GPU th
 holds every layer, and weights that are kept per layer (`unstack`) are read where they are.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,17 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
     return unstacked
 
 
+def unstacked_shapes(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the shapes and shardings of what `unstack` makes of parameters, from those of the parameters."""
+
+    def of_layers(stack: Any) -> PerLayer:
+        parts = jax.eval_shape(_split, stack)
+        put = lambda part, s: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=s)  # noqa: E731
+        return cast(PerLayer, jax.tree.map(put, parts, _shardings_of_layers(stack)))
+
+    return {path: of_layers(leaf) if ".layers." in path else leaf for path, leaf in params.items()}
+
+
 def _split(leaf: Any) -> PerLayer:
     """Split a stacked array, or a tree of them, into its layers.
 
@@ -81,7 +92,7 @@ def _shardings_of_layers(leaf: Any) -> PerLayer:
             return None
         return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
-    return PerLayer([jax.tree.map(sharding_of, leaf)] * len(jax.tree.leaves(leaf)[0]))
+    return PerLayer([jax.tree.map(sharding_of, leaf)] * jax.tree.leaves(leaf)[0].shape[0])
 
 
 def loop_over_layers(body: Callable[[X, Any], tuple[X, Any]], x: X, params: Any, loop: LayerLoop) -> tuple[X, Any]:

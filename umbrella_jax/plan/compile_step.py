@@ -1,7 +1,8 @@
 """Compile a training step for devices that are not at hand, and read memory, costs and collectives of the program.
 
 Nothing is run and no weight is read: the compiler gets shapes and shardings. TPU programs are compiled by libtpu, which
-is also the compiler on a TPU VM (the extra `aot`).
+is also the compiler on a TPU VM (the extra `aot`), GPU programs by that of jax's CUDA plugin
+(umbrella_jax/plan/gpu_target.py).
 """
 
 import importlib.metadata
@@ -27,11 +28,14 @@ from umbrella_jax.config.schema import RunConfig
 from umbrella_jax.console import table_lines, wrapped
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.models import LlavaConfig, abstract_params
+from umbrella_jax.models.layer_loop import unstacked_shapes
 from umbrella_jax.models.quantize import quantizable, quantized_shape
+from umbrella_jax.plan import gpu_target
 from umbrella_jax.plan.devices import Devices
 from umbrella_jax.plan.flops import Workload
 from umbrella_jax.sharding import MeshShape, abstract_batch, device_grid, param_sharding, shardings
 from umbrella_jax.training import freeze
+from umbrella_jax.training.compiler import choose_loop
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule
 from umbrella_jax.training.step import init_state, jit_train_step
 
@@ -56,8 +60,10 @@ class Collective:
 class CompiledProgram:
     """A compiler's figures of a program, per device."""
 
+    compiler: str
+    """Its name and version."""
     fits: bool
-    """Whether the compiler accepts it: it refuses a program that needs more memory than the device has."""
+    """Whether the device has the memory that it needs. A TPU's compiler refuses a program that does not fit."""
     seconds: float
     """Duration of the compilation, without tracing."""
     needed_bytes: int | None
@@ -80,14 +86,15 @@ class CompiledProgram:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, without the text."""
-        return asdict(replace(self, hlo=None)) | {"compiler": compiler_version()}
+        return asdict(replace(self, hlo=None))
 
     def lines(self, planned: float) -> list[str]:
         """Return the figures for a terminal, beside the bytes that the plan estimates."""
         minutes = f"{self.seconds / 60:.1f} min" if self.seconds >= 120 else f"{self.seconds:.0f} s"
         if not self.fits:
             sizes = "" if self.needed_bytes is None else f": {_gb(self.needed_bytes)} of {_gb(self.available_bytes)} GB"
-            return [f"{compiler_version()} refuses it after {minutes}{sizes}; plan: {_gb(planned)} GB"]
+            verdict = "accepts it, but it does not fit," if self.bytes else "refuses it"
+            return [f"{self.compiler} {verdict} after {minutes}{sizes}; plan: {_gb(planned)} GB"]
         rows = [["GB per device, as compiled", ""], *([use, _gb(size)] for use, size in self.bytes.items())]
         rows += [["at the peak", _gb(self.needed_bytes)], ["plan", _gb(planned)]]
         if self.needed_bytes:
@@ -97,15 +104,14 @@ class CompiledProgram:
             f"{kind} {each.count} × {each.bytes / each.count / 1e6:.3g} MB" for kind, each in self.collectives.items()
         ]
         return [
-            f"{compiler_version()} accepts it after {minutes}",
+            f"{self.compiler} accepts it after {minutes}",
             *table_lines(rows),
             *wrapped(f"products by type, each loop's once: {', '.join(products)}"),
             *wrapped(f"collectives, each loop's once: {', '.join(exchanges) or 'none'}"),
         ]
 
 
-def compiler_version() -> str:
-    """Return name and version of the TPU compiler."""
+def _libtpu() -> str:
     return f"libtpu {importlib.metadata.version('libtpu')}"
 
 
@@ -140,8 +146,10 @@ def compile_step(
         ConfigError: these devices have no compiler here, or the model cannot run on them.
     """
     target = target_mesh(devices, mesh)
+    platform = target.devices.flat[0].platform
     model = model.with_attention(config.model.attention, devices.kind.attention)
-    model = replace(model, lora=config.model.lora, product_dtype=config.model.product_dtype)
+    loop, _ = choose_loop(config.model.layers, platform, math.inf, cached=True)
+    model = replace(model, lora=config.model.lora, product_dtype=config.model.product_dtype, layers=loop)
     graphdef, shapes = abstract_params(model)
     labels = freeze.label_params(list(shapes), list(config.train.groups))
     trainable, frozen = freeze.partition(shapes, labels)
@@ -154,20 +162,31 @@ def compile_step(
     if config.model.quantize:
         kind = config.model.quantize
         weights = {path: quantized_shape(leaf, kind) if quantizable(path) else leaf for path, leaf in weights.items()}
+    if loop == "unrolled":
+        weights = unstacked_shapes(weights)
     batch = abstract_batch(_batch(config, model, batch_size, work), target, axis=1)
+    step = jit_train_step(target.devices.flat[0])
     with jax.set_mesh(target):
-        step = jit_train_step(target.devices.flat[0])
         lowered = step.lower(
             *(state, weights, batch), graphdef=graphdef, optimizer=optimizer, number_loss=config.train.number_loss
         )
-        return compile_lowered(lowered, hlo=hlo)
+        if platform != "gpu":
+            return compile_lowered(lowered, _libtpu(), hlo=hlo)
+        program = compile_lowered(lowered, gpu_target.compiler_version(), options=gpu_target.OPTIONS, hlo=hlo)
+    memory = int(devices.kind.memory)
+    if (program.needed_bytes or 0) > memory:  # this compiler refuses nothing
+        return replace(program, fits=False, available_bytes=memory)
+    return program
 
 
 def check_compiler(devices: Devices) -> None:
     """Check that there is a compiler for these devices here. Raises ConfigError."""
+    if devices.kind.name in gpu_target.CHIPS:
+        gpu_target.find_plugin(devices)
+        return
     if devices.kind.name not in _TORUS:
-        names = ", ".join(_TORUS)
-        raise ConfigError(f"--devices {devices.name}: only TPU programs can be compiled elsewhere; expected {names}")
+        known = ", ".join([*_TORUS, *gpu_target.CHIPS])
+        raise ConfigError(f"--devices {devices.name}: no program can be compiled for these; expected {known}")
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             f'--devices {devices.name}: the TPU compiler is not installed; pip install "umbrella-jax[aot]"'
@@ -180,6 +199,8 @@ def target_mesh(devices: Devices, shape: MeshShape) -> Mesh:
     Raises ConfigError if there is no compiler for them here.
     """
     check_compiler(devices)
+    if devices.kind.name in gpu_target.CHIPS:
+        return Mesh(device_grid(shape, gpu_target.gpu_topology(devices)), ("data", "fsdp", "tensor"))
     tpu.describe_machine()
     kind = devices.kind
     sizes = _torus(devices.count // devices.slices, _TORUS[kind.name])
@@ -234,17 +255,20 @@ def _batch(config: RunConfig, model: LlavaConfig, batch_size: int, work: Workloa
     )
 
 
-def compile_lowered(lowered: jax.stages.Lowered, *, hlo: bool = False) -> CompiledProgram:
+def compile_lowered(
+    lowered: jax.stages.Lowered, compiler: str, *, options: Mapping[str, Any] | None = None, hlo: bool = False
+) -> CompiledProgram:
     """Compile a lowered program; that it needs too much memory is a result, not an error."""
     began = time.perf_counter()
     try:
         with _no_cache():
-            program = lowered.compile()
+            program = lowered.compile(dict(options or {}))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needed, available = _refusal(str(error))
         return CompiledProgram(
+            compiler=compiler,
             fits=False,
             seconds=time.perf_counter() - began,
             needed_bytes=needed,
@@ -267,6 +291,7 @@ def compile_lowered(lowered: jax.stages.Lowered, *, hlo: bool = False) -> Compil
         "code": analysis.generated_code_size_in_bytes,
     }
     return CompiledProgram(
+        compiler=compiler,
         fits=True,
         seconds=seconds,
         needed_bytes=analysis.peak_memory_in_bytes,
