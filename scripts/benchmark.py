@@ -11,6 +11,7 @@ Needs: convert  the extra `torch`, 12 GB of disk
        data     1 GB of disk
        step     the extra `torch`, 13 GB of memory, half an hour
        gpu      an NVIDIA GPU of 80 GB or more, PyTorch for it, five minutes
+       gpu_trials   the same, four minutes
        gpu_program  "jax[cuda12]", no GPU, JAX_PLATFORMS=cpu, ten minutes
        sharing  ten minutes
        products the extra `torch`, two minutes
@@ -33,7 +34,7 @@ from bench.compile import compile
 from bench.convert import convert
 from bench.data import data
 from bench.generate import generate
-from bench.gpu import gpu
+from bench.gpu import gpu, gpu_trials
 from bench.gpu_program import gpu_program
 from bench.loop import loop
 from bench.products import products
@@ -54,6 +55,7 @@ def main() -> None:
         data,
         step,
         gpu,
+        gpu_trials,
         gpu_program,
         sharing,
         compile,

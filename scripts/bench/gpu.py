@@ -16,10 +16,11 @@ from umbrella_jax.plan import parse_devices, sheet_of
 
 # The last case of each size is about the largest that fits an H200.
 OURS = {
-    "0.5b": ("t1:8", "t1:32:defaults", "t1:32", "t1-16:128", "rsfmri:24", "t1:128"),
-    "7b": ("t1:8:defaults", "t1:8", "rsfmri:8", "t1:32"),
+    "0.5b": ("t1:8", "t1:32:scanned", "t1:32", "t1-16:128", "rsfmri:24", "t1:128"),
+    "7b": ("t1:8:scanned", "t1:8", "rsfmri:8", "t1:32"),
 }
 THEIRS = {"0.5b": ("reference:8", "tuned:32", "compiled:32"), "7b": ("tuned:8", "compiled:8", "reference:8")}
+TRIED = ("scanned", "unrolled", "defaults", "gelu", "norm", "qkv", "heads80", "heads128", "gelu+norm")
 MIN_SHARE_OF_RATE = {"0.5b": 0.45, "7b": 0.55}
 MIN_SPEEDUP = {"reference": 2.5, "tuned": 1.3, "compiled": 1.3}
 KERNEL_KINDS = {  # kind of kernel: pattern of its name
@@ -47,6 +48,19 @@ def gpu(work_dir: Path) -> None:
         for case in THEIRS[size]:
             mode, _, batch = case.partition(":")
             _print_theirs(f"gpu_{size}_{mode}_{batch}", mode, _merged(theirs, case), _merged(ours, f"t1:{batch}"))
+
+
+def gpu_trials(work_dir: Path) -> None:
+    """Measure changes of the model or of its compilation that may make a step faster on a GPU (trials.py), in turn."""
+    jax.config.update("jax_platforms", "cpu")
+    cases = [f"t1:32:{tried}" for tried in TRIED]
+    common = ("--size", "0.5b", "--dtype", "bfloat16", "--remat", "none", "--steps", "7", "--trace")
+    lines = run(JAX, *common, "--case", *cases)
+    (work_dir / "trials.json").write_text(json.dumps(lines))
+    for case in cases:
+        measured = _merged(lines, case)
+        _print_ours("0.5b", case, measured, lines[0]["matmul_flops"], lines[0]["device"])
+        figure(f"gpu_0.5b_{case.replace(':', '_')}_loss", measured.get("loss"), "")
 
 
 def _merged(lines: Sequence[dict[str, Any]], case: str) -> dict[str, Any]:

@@ -3,22 +3,27 @@
 import argparse
 import ctypes
 import json
+import math
 import resource
 import tempfile
 import time
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from bench.trace import kernels
+from bench.trials import TRIALS, trying
 from bench.workload import ANSWER, HUB_CONFIGS, IMAGE, SCANS, TEXT, VolumeSpec
 from convert.config_json import CONFIG, UMBRELLA_CONFIG, read_config
 from umbrella_jax.batch import Batch
 from umbrella_jax.config.schema import ModalityConfig, RematPolicy, TrainConfig, to_dict
-from umbrella_jax.models import LlavaConfig, Params, abstract_params, native_backend
+from umbrella_jax.models import LlavaConfig, Params, abstract_params, native_backend, unstack
 from umbrella_jax.plan.devices import layer_rate
 from umbrella_jax.training import freeze
+from umbrella_jax.training.compiler import choose_loop
 from umbrella_jax.training.optimizer import make_optimizer, make_schedule
 from umbrella_jax.training.step import init_state, jit_train_step, train_step
 
@@ -82,17 +87,13 @@ def model_config(size: str, scan: VolumeSpec, dtype: str, remat: RematPolicy, la
         return read_config(Path(folder), compute_dtype=dtype, remat=remat)
 
 
-def random_params(config: LlavaConfig, rng: np.random.Generator, frozen: Params | None = None) -> tuple[Params, Params]:
-    """Return (trainable, frozen): a float32 patch embedding, and the rest in the compute dtype.
-
-    Parameters in `frozen` are used again; the others are drawn.
-    """
+def random_params(config: LlavaConfig, rng: np.random.Generator) -> tuple[Params, Params]:
+    """Return (trainable, frozen): a float32 patch embedding, and the rest in the compute dtype, as the layers' loop
+    takes it."""
     shapes = abstract_params(config)[1]
     labels = freeze.label_params(list(shapes), ["patch_embed"])
-    params = dict(frozen or {})
+    params: Params = {}
     for i, (path, leaf) in enumerate(shapes.items()):
-        if path in params:
-            continue
         dtype = config.compute_dtype if labels[path] == freeze.FROZEN else "float32"
         if jax.default_backend() == "cpu":
             values = np.empty(leaf.shape, np.float32)
@@ -102,23 +103,33 @@ def random_params(config: LlavaConfig, rng: np.random.Generator, frozen: Params 
             params[path] = jax.device_put(values).astype(dtype)
         else:
             params[path] = jax.random.normal(jax.random.key(i, impl="rbg"), leaf.shape, dtype) * 0.02 + ("norm" in path)
-    return freeze.partition(params, labels)
+    trainable, frozen = freeze.partition(params, labels)
+    del params
+    return trainable, unstack(frozen) if config.layers == "unrolled" else frozen
 
 
 class JaxStep:
-    """A compiled training step with its state, frozen parameters and batch."""
+    """A compiled training step with its state, frozen parameters and batch.
 
-    def __init__(self, config: LlavaConfig, trainable: Params, frozen: Params, batch: Batch, *, defaults: bool):
+    `options` may be `defaults`, for XLA's default options, and names of trials.
+    """
+
+    def __init__(
+        self, config: LlavaConfig, trainable: Params, frozen: Params, batch: Batch, options: Collection[str] = ()
+    ):
         labels = freeze.label_params([*trainable, *frozen], ["patch_embed"])
         train = TrainConfig()
         optimizer = make_optimizer(train, make_schedule(train, 100), labels)
         self.state, self.frozen, self.batch = init_state(trainable, optimizer), frozen, jax.device_put(batch)
         static = {"graphdef": abstract_params(config)[0], "optimizer": optimizer}
         jitted = jit_train_step()
-        if defaults:
+        if trials := TRIALS.keys() & set(options):
+            jax.clear_caches()  # what is traced is remembered by the function that was there before
+        if "defaults" in options:
             jitted = jax.jit(train_step, static_argnames=tuple(static), donate_argnames="state")
         start = time.perf_counter()
-        self.compiled = jitted.lower(self.state, frozen, self.batch, **static).compile()
+        with trying(trials):
+            self.compiled = jitted.lower(self.state, self.frozen, self.batch, **static).compile()
         self.compile_seconds = time.perf_counter() - start
 
     def __call__(self) -> float:
@@ -144,8 +155,9 @@ def main() -> None:
         "--case",
         nargs="+",
         default=["t1:1"],
-        metavar="SCAN:BATCH[:defaults]",
-        help="cases to measure in turn; `defaults` compiles with XLA's default options",
+        metavar="SCAN:BATCH[:OPTION+OPTION]",
+        help="cases to measure in turn; options: `scanned` or `unrolled` layers (default those of a long run), "
+        "`defaults` for XLA's default options, and trials: " + ", ".join(TRIALS),
     )
     parser.add_argument("--remat", choices=["none", "mlp", "full"], required=True)
     parser.add_argument("--steps", type=int, required=True)
@@ -158,18 +170,22 @@ def main() -> None:
     args = parser.parse_args()
     if args.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", args.compilation_cache)
-    rng, backend, frozen = np.random.default_rng(0), native_backend(jax.devices()[0]), None
+    backend = native_backend(jax.devices()[0])
     rates = {"matmul_flops": matmul_rate(args.dtype)}
     rates |= {"layer_flops": layer_rate(args.dtype)} if jax.default_backend() == "cpu" else {}
     print(json.dumps(rates | {"device": jax.devices()[0].device_kind}), flush=True)
     for case in args.case:
-        name, count, *defaults = case.split(":")
+        name, count, *words = case.split(":")
+        options = words[0].split("+") if words else []
         scan, size = SCANS[name], int(count)
         config = model_config(args.size, scan, args.dtype, args.remat, args.layers).with_attention("auto", backend)
-        trainable, frozen = random_params(config, rng, frozen)
+        loop, _ = choose_loop("auto", jax.devices()[0].platform, math.inf, cached=True)
+        config = replace(config, layers=next((word for word in options if word in ("scanned", "unrolled")), loop))
+        rng = np.random.default_rng(0)
+        trainable, frozen = random_params(config, rng)
         batch = make_batch(scan, size, args.images, args.volumes or size * args.images, rng)
         try:
-            step = JaxStep(config, trainable, frozen, batch, defaults=bool(defaults))
+            step = JaxStep(config, trainable, frozen, batch, options)
             print(json.dumps({"case": case, "compile_seconds": step.compile_seconds}), flush=True)
             ctypes.CDLL(None).malloc_trim(0)  # returns the compiler's memory, which is not the step's
             for _ in range(args.steps):
@@ -184,6 +200,7 @@ def main() -> None:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             print(json.dumps({"case": case, "error": "out of memory"}), flush=True)
+        step = trainable = frozen = None  # the next case needs their memory
 
 
 if __name__ == "__main__":
