@@ -45,6 +45,7 @@ def test_compiles_a_step_for_two_slices():
 
 
 ACCEPTED = CompiledProgram(
+    compiler="libtpu 1.2.3",
     fits=True,
     seconds=130.0,
     needed_bytes=4_000_000_000,

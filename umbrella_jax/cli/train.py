@@ -78,7 +78,7 @@ def add(commands: Any) -> None:
         metavar="FRACTION",
         help="fraction of peak reached; default 0.75 (cpu 0.8; 1 with --flops)",
     )
-    plan.add_argument("--compile", action="store_true", help="also compile the step for these TPUs (minutes)")
+    plan.add_argument("--compile", action="store_true", help="also compile the step for these devices (minutes)")
     add_json(plan)
 
 
