@@ -93,11 +93,12 @@ def test_plan_shows_the_compilers_figures_beside_its_own(program, words, tmp_pat
 
 @pytest.mark.parametrize(
     ("devices", "words"),
-    [("v5e-16", 'pip install "umbrella-jax[aot]"'), ("a100x8", 'pip install "jax[cuda12]'), ("t4", "expected v4,")],
+    [("v5e-16", 'pip install "umbrella-jax[aot]"'), ("a100x8", 'pip install "jax[cuda12]'), ("l40s", "expected v4,")],
 )
 def test_a_missing_compiler_is_reported_before_the_base_is_read(devices, words, monkeypatch):
     monkeypatch.setattr(compile_module.importlib.util, "find_spec", lambda name: None)
-    assert words in umbrella("plan", "--config", TINY, "--base", "nowhere", "--devices", devices, "--compile", code=2)
+    flags = ["plan", "--config", TINY.with_name("t1_0.5b.yaml"), "--base", "nowhere", "--devices", devices, "--compile"]
+    assert words in umbrella(*flags, code=2)
 
 
 @pytest.mark.slow
