@@ -5,7 +5,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -174,14 +173,13 @@ def demo_sizes(work_dir: Path) -> Any:
     from umbrella_jax.config.load import load_config
     from umbrella_jax.data.conversation import read_conversations
     from umbrella_jax.data.loader import measure_conversations
-    from umbrella_jax.data.tokenize import encode, encode_all, load_tokenizer
+    from umbrella_jax.data.tokenize import encode_all, load_tokenizer
     from umbrella_jax.demo import make_base, make_data
 
     modalities = load_config(CONFIGS / "tiny.yaml").model.modalities
     tokenizer, _ = load_tokenizer(make_base(work_dir / "demo_base"), None)
     conversations = read_conversations(make_data(work_dir / "demo_data").train, modalities)
-    encoder = partial(encode, tokenizer=tokenizer, modalities=modalities, max_length=8192)
-    return measure_conversations(encode_all(conversations, encoder, modalities), modalities)
+    return measure_conversations(encode_all(conversations, tokenizer, modalities, 8192), modalities)
 
 
 def synthetic_sizes(subjects: int, single: int, pairs: int, text: int) -> Any:
@@ -190,6 +188,7 @@ def synthetic_sizes(subjects: int, single: int, pairs: int, text: int) -> Any:
     An image has 729 patches and each turn 20 to 60 tokens; a conversation without an image has 20 to 800 tokens.
     """
     from umbrella_jax.data.epoch_plan import ConversationSizes
+    from umbrella_jax.data.ragged import Ragged
 
     rng = np.random.default_rng(0)
     volumes: list[tuple[int, ...]] = [(int(rng.integers(subjects)),) for _ in range(single)]
@@ -199,7 +198,8 @@ def synthetic_sizes(subjects: int, single: int, pairs: int, text: int) -> Any:
     volumes += [()] * text
     turns = np.array([len(shown) * 729 + rng.integers(20, 60, 2 * len(shown)).sum() for shown in volumes])
     lengths = np.where(turns > 0, turns, rng.integers(20, 800, len(volumes)))
-    return ConversationSizes(lengths, rng.integers(3, 30, len(volumes)), volumes, ["T1"] * subjects, {"T1": 729})
+    targets = rng.integers(3, 30, len(volumes))
+    return ConversationSizes(lengths, targets, Ragged.from_rows(volumes), ["T1"] * subjects, {"T1": 729})
 
 
 def data_plan(work_dir: Path) -> None:
@@ -238,7 +238,7 @@ def read_texts(work_dir: Path, number: int, distinct: bool) -> list[float]:
     from umbrella_jax.data.cache import Sources
     from umbrella_jax.data.conversation import read_conversations
     from umbrella_jax.data.loader import Dataset, make_epoch_plan
-    from umbrella_jax.data.tokenize import CachingTokenizer, encode, encode_all, load_tokenizer
+    from umbrella_jax.data.tokenize import encode_all, load_tokenizer
 
     file = work_dir / f"texts_{number}_{distinct}.jsonl"
     with file.open("w") as lines:
@@ -248,16 +248,15 @@ def read_texts(work_dir: Path, number: int, distinct: bool) -> list[float]:
                 record["conversations"][-1]["content"][0]["text"] = f"Number {i}, that is male."
             lines.write(json.dumps(record) + "\n")
     modalities = {"T1": ModalityConfig(size=(90, 90, 90), patch=(10, 10, 10))}
-    tokenizer = CachingTokenizer(load_tokenizer(work_dir / "demo_base", None)[0])
-    encoder = partial(encode, tokenizer=tokenizer, modalities=modalities, max_length=8192)
+    tokenizer, _ = load_tokenizer(work_dir / "demo_base", None)
     gc.collect()
     before, times = resident(), [time.process_time()]
     conversations = read_conversations(file, modalities)
     times.append(time.process_time())
-    rows = encode_all(conversations, encoder, modalities)
+    rows = encode_all(conversations, tokenizer, modalities, 8192)
     times.append(time.process_time())
-    windows = dict.fromkeys((image for row in conversations for image in row.images), 1)
-    dataset = Dataset(tuple(conversations), rows, (), windows, modalities, Sources())
+    windows = dict.fromkeys(conversations.images, 1)
+    dataset = Dataset(conversations, rows, (), windows, modalities, Sources())
     plan = make_epoch_plan(dataset, batch_size=8, accumulate_steps=1, seed=0)
     times.append(time.process_time())
     gc.collect()

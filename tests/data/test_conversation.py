@@ -117,7 +117,7 @@ def test_diffusion_maps_are_a_modality_of_their_own_unless_the_config_says_other
         (c,) = read_conversations(path, configured)
         assert [i.modality for i in c.images] == ["T1", expected]
         kept = read_conversations(path, configured, modality="sMRI") if expected == "T1" else [c]
-        assert kept == [c]
+        assert list(kept) == [c]
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def mixed(record, write_json):
 def test_filters(mixed, modality, task, kept):
     everything = read_conversations(mixed, NAMES)
     found = read_conversations(mixed, NAMES, modality=modality, task_filter=task)
-    assert found == [everything[i] for i in kept]
+    assert list(found) == [everything[i] for i in kept]
 
 
 def test_filtered_conversations_are_not_checked(mixed):

@@ -1,5 +1,6 @@
 """The epoch plan: every conversation once per epoch, few shapes, little padding, and the documented randomness."""
 
+import hashlib
 from collections import Counter
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from umbrella_jax.data import epoch_plan
 from umbrella_jax.data.epoch_plan import (
     BatchShape,
     ConversationSizes,
@@ -16,6 +18,7 @@ from umbrella_jax.data.epoch_plan import (
     group_by_shared_volumes,
     round_positions,
 )
+from umbrella_jax.data.ragged import Ragged
 
 PATCHES = {"T1": 27, "dMRI": 30, "rsfMRI": 64}
 
@@ -27,7 +30,7 @@ def sizes(*rows):
     return ConversationSizes(
         lengths=np.array([length for length, _, _ in rows]),
         targets=np.array([targets for _, targets, _ in rows]),
-        volumes=[tuple(number[n] for n in dict.fromkeys(row)) for row in names],
+        volumes=Ragged.from_rows([number[n] for n in dict.fromkeys(row)] for row in names),
         modality=[name.partition(":")[0] for name in number],
         patches=PATCHES,
     )
@@ -233,16 +236,20 @@ def test_a_single_pass_has_fewer_shapes():
 def test_group_by_shared_volumes():
     volumes = [(0, 1), (2, 3), (4, 5), (1, 0), (3, 6), (6, 2), (7,)]
     # 3 needs no more than 0. After 1, both 4 and 5 need the same new volume, so one follows the other.
-    assert list(group_by_shared_volumes([0, 1, 2, 3, 4, 5, 6], volumes, [2, 3, 2])) == [[0, 3], [1, 4, 5], [2, 6]]
-    assert list(group_by_shared_volumes([6, 5, 4, 3, 2, 1, 0], volumes, [1, 3, 3])) == [[6], [5, 4, 1], [3, 0, 2]]
-    assert list(group_by_shared_volumes([2, 0, 1], [(0,), (1,), (2,)], [2, 1])) == [[2, 0], [1]]
+    assert group([0, 1, 2, 3, 4, 5, 6], volumes, [2, 3, 2]) == [[0, 3], [1, 4, 5], [2, 6]]
+    assert group([6, 5, 4, 3, 2, 1, 0], volumes, [1, 3, 3]) == [[6], [5, 4, 1], [3, 0, 2]]
+    assert group([2, 0, 1], [(0,), (1,), (2,)], [2, 1]) == [[2, 0], [1]]
+
+
+def group(order, volumes, sizes):
+    return list(group_by_shared_volumes(np.array(order), Ragged.from_rows(volumes), sizes))
 
 
 def test_the_volume_that_most_others_need_comes_first():
     """After 0 (volumes a b), 1 (a c) would let one more in. Each of 2, 3, 4 adds volume e, which lets two others in."""
     names = ["ab", "ac", "ae", "be", "e", "cd"]
     volumes = [tuple(map(ord, name)) for name in names]
-    (batch,) = group_by_shared_volumes([0, 1, 2, 3, 4, 5], volumes, [4])
+    (batch,) = group([0, 1, 2, 3, 4, 5], volumes, [4])
     assert batch[0] == 0
     assert sorted(batch[1:]) == [2, 3, 4]
 
@@ -250,12 +257,49 @@ def test_the_volume_that_most_others_need_comes_first():
 def test_a_volume_that_all_show_does_not_slow_the_plan_down():
     """20,000 conversations share a reference. To consider all of them for each batch would take minutes."""
     n = 20_000
-    known = ConversationSizes(
-        np.full(n, 100), np.ones(n, int), [(0, i) for i in range(1, n + 1)], ["T1"] * (n + 1), PATCHES
-    )
+    volumes = Ragged.from_rows((0, i) for i in range(1, n + 1))
+    known = ConversationSizes(np.full(n, 100), np.ones(n, int), volumes, ["T1"] * (n + 1), PATCHES)
     plan = EpochPlan(known, batch_size=8, seed=0)
     assert plan.cost.volumes == pytest.approx(9 / 8)
     assert plan.cost.shown == 2
+
+
+def random_rows(seed, number, most, pool, hub=False):
+    """Return sizes of conversations that show up to `most` of `pool` volumes of each modality, and one hub."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(number):
+        shown = [f"{m}:{v}" for m in sorted(PATCHES) for v in rng.integers(pool, size=rng.integers(most + 1))]
+        rows.append((int(rng.integers(40, 1500)), int(rng.integers(1, 20)), " ".join(["T1:hub"] * hub + shown)))
+    return sizes(*rows)
+
+
+@pytest.mark.parametrize(
+    ("known", "options", "digest"),
+    [
+        (random_rows(0, 300, 1, 100), {"batch_size": 8, "seed": 1}, "03bd1e7f800f8b31"),
+        (random_rows(1, 200, 2, 40, hub=True), {"batch_size": 8, "accumulate_steps": 2, "seed": 2}, "8308a535682dc5a6"),
+        (random_rows(2, 200, 7, 60), {"batch_size": 4, "parts": 2, "seed": 3}, "c4f35150693756c0"),
+        (random_rows(3, 200, 9, 5, hub=True), {"batch_size": 2}, "b1049b3ce8d5d139"),
+    ],
+    ids=["few", "hub", "many", "many of few"],
+)
+def test_plans_are_those_of_earlier_versions(known, options, digest):
+    """A resumed run must continue with the same batches. The digests are of the plans of version 0.1."""
+    plan = EpochPlan(known, **options)
+    text = repr([(u.rows, str(u.shape)) for epoch in (0, 5) for u in plan.epoch(epoch)])
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("pool", [10, 300])
+def test_grouping_with_numpy_changes_nothing(pool, monkeypatch):
+    volumes = [dict.fromkeys([0, *row]) for row in np.random.default_rng(0).integers(1, pool, (400, 6)).tolist()]
+    batches = []
+    for few in (0, 100):
+        monkeypatch.setattr(epoch_plan, "_FEW", few)
+        monkeypatch.setattr(epoch_plan, "_COUNTED", 2)
+        batches.append(group(range(400), volumes, [4, 6] * 40))
+    assert batches[0] == batches[1]
 
 
 def test_shared_volumes_come_together():
@@ -268,7 +312,8 @@ def test_shared_volumes_come_together():
         volumes = [dict(u.shape.volumes)["T1"] for u in plan.epoch(epoch)]
         assert sum(volumes) / len(pairs) < 0.9
     assert plan.cost.volumes == pytest.approx(sum(dict(u.shape.volumes)["T1"] for u in plan.epoch(0)) / len(pairs))
-    apart = replace(known, volumes=[(2 * i, 2 * i + 1) for i in range(len(pairs))], modality=["T1"] * 2 * len(pairs))
+    apart = Ragged.from_rows((2 * i, 2 * i + 1) for i in range(len(pairs)))
+    apart = replace(known, volumes=apart, modality=["T1"] * 2 * len(pairs))
     plan = EpochPlan(apart, batch_size=8, seed=0)
     assert plan.shapes == ((BatchShape(8, 104, 8, (("T1", 16),)),),)
 

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import tracemalloc
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from umbrella_jax.data.conversation import Conversation, Image, Message, read_conversations
+from umbrella_jax.data.conversation import Conversation, Conversations, Image, Message, read_conversations
 from umbrella_jax.data.tokenize import (
-    CachingTokenizer,
     check_template,
     encode,
     encode_all,
@@ -221,13 +219,16 @@ def test_reference_answer():
 
 
 @pytest.mark.parametrize("template", ["umbrella", "original", "chat"])
-def test_caching_changes_nothing(template, tokenizer, modalities, monkeypatch):
-    """A caching tokenizer encodes every conversation like the plain one, also the second time."""
+def test_encoding_many_changes_nothing(template, tokenizer, modalities, monkeypatch):
+    """`encode_all` encodes every conversation as `encode` and `encode_prompt` do, and knows its sizes."""
+    monkeypatch.setattr("umbrella_jax.data.tokenize._ENCODED_AHEAD", 3)
     monkeypatch.setattr(tokenizer, "chat_template", PLAIN)
     options = {"modalities": modalities, "max_length": LIMIT, "template": template}
     conversations = [case[0] for case in CASES.values() if template != "chat" or case[0].messages[-1].text] * 2
     for encoder in (encode, encode_prompt):
-        rows = encode_all(conversations, partial(encoder, tokenizer=CachingTokenizer(tokenizer), **options), modalities)
+        rows = encode_all(Conversations(conversations), tokenizer, prompts=encoder is encode_prompt, **options)
+        assert rows.lengths.tolist() == [len(row) for row in rows]
+        assert rows.targets.tolist() == [row.supervised.sum() for row in rows]
         for row, conversation in zip(rows, conversations, strict=True):
             expected = encoder(conversation, tokenizer=tokenizer, **options)
             for name in ("input_ids", "supervised", "image_starts"):
@@ -236,11 +237,11 @@ def test_caching_changes_nothing(template, tokenizer, modalities, monkeypatch):
 
 
 def test_encoded_conversations_take_little_memory(tokenizer, modalities):
-    conversations = [talk(("user", Image(T1.path, "T1", i), "Sex?"), ("assistant", "male")) for i in range(2000)]
-    encoder = partial(encode, tokenizer=CachingTokenizer(tokenizer), modalities=modalities, max_length=LIMIT)
-    encode_all(conversations, encoder, modalities)
+    talks = [talk(("user", Image(T1.path, "T1", i), "Sex?"), ("assistant", "male")) for i in range(2000)]
+    conversations = Conversations(talks)
+    encode_all(conversations, tokenizer, modalities, LIMIT)
     tracemalloc.start()
-    rows = encode_all(conversations, encoder, modalities)
+    rows = encode_all(conversations, tokenizer, modalities, LIMIT)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert held < 100 * len(rows)  # an `Encoded` has some 700 bytes
@@ -248,10 +249,9 @@ def test_encoded_conversations_take_little_memory(tokenizer, modalities):
 
 def test_encode_all_lists_every_fault(tokenizer, modalities):
     good, long, mute = talk(("assistant", "b")), talk(("assistant", "b" * 99)), talk(("user", "a"))
-    encoder = partial(encode, tokenizer=tokenizer, modalities=modalities, max_length=40)
-    assert len(encode_all([good, good], encoder, modalities)) == 2
+    assert len(encode_all(Conversations([good, good]), tokenizer, modalities, 40)) == 2
     with pytest.raises(DataError) as caught:
-        encode_all([long, good, mute], encoder, modalities)
+        encode_all(Conversations([long, good, mute]), tokenizer, modalities, 40)
     assert ["expected at most 40" in caught.value.faults[0], "no assistant turn" in caught.value.faults[1]] == [
         True
     ] * 2

@@ -3,14 +3,18 @@
 import os.path
 import re
 import shlex
+from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
+
+import numpy as np
 
 from umbrella_jax.config.schema import DataConfig, modality_names, resolve_modality, unknown_modality
+from umbrella_jax.data.ragged import Ragged
 from umbrella_jax.data.schema import IMAGE_MARKER, to_current
 from umbrella_jax.data.subject_split import SPLITS
 from umbrella_jax.errors import DataError, visible
@@ -125,6 +129,125 @@ class Conversation:
         return f"{self.source} ({visible(self.task_id, kept='')})"
 
 
+_ANY_IMAGE = Image(Path(), "")
+"""Stands for the next image of a conversation in a message that `Conversations` stores once."""
+
+
+class Conversations(Sequence[Conversation]):
+    """Conversations in columns, for millions of them in little memory; each `Conversation` is built on access.
+
+    Equal images, equal names and messages that differ only in their images are stored once.
+
+    Args:
+        conversations: are read one after the other and not kept.
+    """
+
+    images: list[Image]
+    """The distinct images, in the order of first appearance."""
+    messages: list[Message]
+    """The distinct messages, each with the same image in every place of one."""
+    message_rows: Ragged
+    """Indices of each conversation's messages in `messages`."""
+    image_rows: Ragged
+    """Indices of each conversation's `Conversation.images` in `images`."""
+
+    def __init__(self, conversations: Iterable[Conversation]):
+        images, subjects, sources = dict[Image, int](), dict[str, int](), dict[tuple[str, str], int]()
+        messages: dict[tuple[str, tuple[str | None, ...], bool], int] = {}
+        keys: dict[tuple[str, ...], tuple[str, ...]] = {}
+        message_rows, image_rows, subject_rows = _RaggedBuilder(), _RaggedBuilder(), _RaggedBuilder()
+        value_ends, source_codes, numbers = array("q", [0]), array("i"), array("q")
+        self._task_ids, self._task_types = list[str](), list[str | None]()
+        self._keys, self._values = list[tuple[str, ...]](), list[Any]()
+        for conversation in conversations:
+            self._task_ids.append(conversation.task_id)
+            self._task_types.append(conversation.task_type)
+            for message in conversation.messages:
+                parts = tuple([part if isinstance(part, str) else None for part in message.parts])
+                message_rows.add(messages.setdefault((message.role, parts, message.inline), len(messages)))
+                if None in parts:
+                    for part in message.parts:
+                        if not isinstance(part, str):
+                            image_rows.add(images.setdefault(part, len(images)))
+            message_rows.end_row()
+            image_rows.end_row()
+            own = tuple(conversation.metadata)
+            self._keys.append(keys.setdefault(own, own))
+            self._values.extend(conversation.metadata.values())
+            value_ends.append(len(self._values))
+            for name in conversation.subjects:
+                subject_rows.add(subjects.setdefault(name, len(subjects)))
+            subject_rows.end_row()
+            head, number, tail = _split_source(conversation.source)
+            source_codes.append(sources.setdefault((head, tail), len(sources)))
+            numbers.append(number)
+        self.images, self._subjects, self._sources = list(images), list(subjects), list(sources)
+        self.messages = [
+            Message(role, tuple([_ANY_IMAGE if part is None else part for part in parts]), inline)
+            for role, parts, inline in messages
+        ]
+        self.message_rows, self.image_rows, self._subject_rows = (
+            builder.rows() for builder in (message_rows, image_rows, subject_rows)
+        )
+        self._value_ends, self._source_codes, self._numbers = value_ends, source_codes, numbers
+
+    def __len__(self) -> int:
+        return len(self._task_ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Conversation]: ...
+    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]  # raises IndexError
+        images = map(self.images.__getitem__, self.image_rows[index].tolist())
+        messages = [self.messages[code] for code in self.message_rows[index].tolist()]
+        head, tail = self._sources[self._source_codes[index]]
+        number = self._numbers[index]
+        values = self._values[self._value_ends[index] : self._value_ends[index + 1]]
+        return Conversation(
+            task_id=self._task_ids[index],
+            task_type=self._task_types[index],
+            messages=tuple([_with_images(message, images) for message in messages]),
+            metadata=dict(zip(self._keys[index], values, strict=True)),
+            source=head if number < 0 else f"{head}{number}{tail}",
+            subjects=frozenset([self._subjects[code] for code in self._subject_rows[index].tolist()]),
+        )
+
+
+class _RaggedBuilder:
+    """Collects a `Ragged` value by value."""
+
+    def __init__(self) -> None:
+        self._values, self._ends = array("i"), array("q", [0])
+        self.add = self._values.append
+
+    def end_row(self) -> None:
+        self._ends.append(len(self._values))
+
+    def rows(self) -> Ragged:
+        return Ragged(np.array(self._values, np.int32), np.array(self._ends, np.int64))
+
+
+def _with_images(message: Message, images: Iterator[Image]) -> Message:
+    """Return a message of `Conversations` with the next images in their places."""
+    if _ANY_IMAGE not in message.parts:
+        return message
+    parts = tuple([part if isinstance(part, str) else next(images) for part in message.parts])
+    return Message(message.role, parts, message.inline)
+
+
+def _split_source(source: str) -> tuple[str, int, str]:
+    """Split the place of a conversation into the texts around its number, and the number; it is -1 if there is none."""
+    opening, tail = ("[", "]") if source.endswith("]") else (":", "")
+    head, separator, number = source.removesuffix(tail).rpartition(opening)
+    if number.isdecimal() and str(int(number)) == number:
+        return head + separator, int(number), tail
+    return source, -1, ""
+
+
 def _subject_names(ids: Iterable[Any]) -> list[str]:
     """Return ids as texts without `sub-`, without those that are missing."""
     # pandas turns whole numbers into floats, and missing ones into NaN, if a column has missing values
@@ -138,7 +261,7 @@ def _subject_in(parts: Sequence[str]) -> str | None:
     return match[1] if match else None
 
 
-def read_with_config(path: str | Path, modalities: Collection[str], data: DataConfig) -> list[Conversation]:
+def read_with_config(path: str | Path, modalities: Collection[str], data: DataConfig) -> Conversations:
     """Read conversations, as `read_conversations` does, with the image root and the filters of a configuration."""
     return read_conversations(
         path,
@@ -158,7 +281,7 @@ def read_conversations(
     modality: str | None = None,
     task_filter: str | None = None,
     allow_outside_root: bool = False,
-) -> list[Conversation]:
+) -> Conversations:
     """Read a .json file (an object or a list), a .jsonl file (one object per line), or all such files in a directory.
 
     Older schemas are read too, see `umbrella_jax.data.schema`. Conversations that a filter leaves out are not checked:
@@ -197,7 +320,7 @@ def scan_conversations(
     modality: str | None = None,
     task_filter: str | None = None,
     allow_outside_root: bool = False,
-) -> tuple[list[Conversation], list[str]]:
+) -> tuple[Conversations, list[str]]:
     """Return the good conversations and the faults of the others; arguments as in `read_conversations`.
 
     After MAX_FAULTS faults reading stops, and one more fault reports that.
@@ -213,33 +336,41 @@ def scan_conversations(
             f"data.image_root: {image_root}: {reason}; expected the directory where relative image paths start "
             "(--image-root DIR)"
         )
-    conversations: list[Conversation] = []
     faults: list[str] = []
     number, shown, tasks = 0, set[str](), set[str]()
+    is_filtered = modality is not None or task_filter is not None
     interned = _Interned(modalities)
-    for file in conversation_files(Path(path)):
-        root = (file.parent if image_root is None else Path(image_root)).absolute()
-        for source, record in _records(file, faults):
-            number += 1
-            record, schema_faults = to_current(record, Path(source).name) if isinstance(record, dict) else (record, [])
-            record_modalities, record_tasks = _shown_modalities(record), _tasks(record)
-            shown |= record_modalities
-            tasks |= record_tasks
-            if task_filter is not None and task_filter not in record_tasks:
-                continue
-            resolve = interned.resolve
-            if modality is not None and any(resolve(modality) != resolve(name) for name in record_modalities):
-                continue
-            try:
-                parser = _Parser(record, source, root, interned, allow_outside_root)
-                conversations.append(parser.parse(schema_faults))
-            except DataError as error:
-                faults.extend(error.faults)
+    files = conversation_files(Path(path))
+
+    def parse_all() -> Iterator[Conversation]:
+        nonlocal number, shown, tasks
+        for file in files:
+            root = (file.parent if image_root is None else Path(image_root)).absolute()
+            for source, record in _records(file, faults):
+                number += 1
+                schema_faults = list[str]()
+                if isinstance(record, dict):
+                    record, schema_faults = to_current(record, source)
+                if is_filtered:
+                    record_modalities, record_tasks = _shown_modalities(record), _tasks(record)
+                    shown |= record_modalities
+                    tasks |= record_tasks
+                    if task_filter is not None and task_filter not in record_tasks:
+                        continue
+                    resolve = interned.resolve
+                    if modality is not None and any(resolve(modality) != resolve(name) for name in record_modalities):
+                        continue
+                try:
+                    yield _Parser(record, source, root, interned, allow_outside_root).parse(schema_faults)
+                except DataError as error:
+                    faults.extend(error.faults)
+                if len(faults) > MAX_FAULTS:
+                    break
             if len(faults) > MAX_FAULTS:
-                break
-        if len(faults) > MAX_FAULTS:
-            faults.append(f"{file}: stopped here: too many errors; fix these first")
-            break
+                faults.append(f"{file}: stopped here: too many errors; fix these first")
+                return
+
+    conversations = Conversations(parse_all())
     if not conversations and not faults:
         given = {"modality": modality, "task_filter": task_filter}
         filters = [f"{name} {value}" for name, value in given.items() if value is not None]
@@ -382,7 +513,9 @@ class _Interned:
         self.join: Callable[[Path, str], Path] = cache(Path.joinpath)
         self.image: Callable[[Path, str], Image] = cache(Image)
         self.text: Callable[[str], str] = cache(str)
-        self.message: Callable[[str, tuple[str | Image, ...], bool], Message] = cache(Message)
+        self.subject: Callable[[str], str | None] = cache(lambda path: _subject_in(path.split("/")))
+        self.images: dict[tuple[Any, ...], Image] = {}
+        """{values that name a path and a modality: the image}, of those without fault."""
 
 
 class _Parser:
@@ -391,30 +524,38 @@ class _Parser:
     def __init__(self, record: Any, source: str, root: Path, interned: _Interned, allow_outside_root: bool):
         self.record, self.source, self.root, self.interned = record, source, root, interned
         self.allow_outside_root = allow_outside_root
-        self.place = source
+        self.task_id: str | None = None
         self.faults: list[str] = []
         self.listed: list[Any] | None = None  # the record's `images`
         self.shown = 0  # number of images so far
         self.paths: list[str] = []  # image paths so far, as in the record
 
+    @property
+    def place(self) -> str:
+        """The record's name in messages."""
+        return self.source if self.task_id is None else f"{self.source} ({visible(self.task_id, kept='')})"
+
+    def place_in(self, turn: int, part: int | None = None) -> str:
+        """Return the name of a turn or one of its parts in messages."""
+        return f"{self.place}: conversations[{turn}]" + ("" if part is None else f".content[{part}]")
+
     def parse(self, schema_faults: Collection[str] = ()) -> Conversation:
         """Return the conversation. Raise DataError with `schema_faults` and every fault of the record."""
         if not isinstance(self.record, dict):
             raise DataError(f"{self.source}: expected a conversation, an object, got {kind(self.record)}")
-        task_id = self.get_field(self.record, "task_id", str, self.place)
-        self.place = self.source if task_id is None else f"{self.source} ({visible(task_id, kept='')})"
+        self.task_id = task_id = self.get_field("task_id", str)
         if schema_faults:  # the meaning of the other fields is then unclear
             raise DataError([*self.faults, *(f"{self.place}: {fault}" for fault in schema_faults)])
-        task_type = self.get_field(self.record, "task_type", str, self.place, required=False)
-        metadata = self.get_field(self.record, "metadata", dict, self.place, required=False)
-        self.listed = self.get_field(self.record, "images", list, self.place, required=False)
-        turns = self.get_field(self.record, "conversations", list, self.place)
+        task_type = self.get_field("task_type", str, required=False)
+        metadata = self.get_field("metadata", dict, required=False)
+        self.listed = self.get_field("images", list, required=False)
+        turns = self.get_field("conversations", list)
         if turns is None and self.record.get("conversations") is None:
             keys = ", ".join(list(self.record)[:20]) or "none"
             self.faults[-1] += f"; its keys are {keys}; expected turns in `conversations` or `messages`"
         if turns == []:
             self.add_fault(self.place, "conversations: expected at least one message, got none")
-        messages = [self.parse_message(turn, f"{self.place}: conversations[{i}]") for i, turn in enumerate(turns or [])]
+        messages = [self.parse_message(turn, i) for i, turn in enumerate(turns or ())]
         if self.listed is not None and len(self.listed) != self.shown:
             shown = f"images: {len(self.listed)} listed, {self.shown} shown"
             self.add_fault(
@@ -433,55 +574,62 @@ class _Parser:
         lists = [self.record.get("subject_ids"), metadata.get("reference_ids")]
         named = [name for names in lists if isinstance(names, list) for name in names]
         named += [metadata.get("subject_id"), metadata.get("reference_id")]
-        in_paths = (_subject_in(path.split("/")) for path in self.paths)
+        in_paths = map(self.interned.subject, self.paths)
         return frozenset(map(self.interned.text, [*_subject_names(named), *filter(None, in_paths)]))
 
     def add_fault(self, place: str, message: str) -> None:
         self.faults.append(f"{place}: {message}")
 
-    def get_field(self, record: dict[str, Any], name: str, type_: type, place: str, required: bool = True) -> Any:
-        """Return the field, None if it is absent or has another type; collect a fault unless it may be absent."""
-        value = record.get(name)
+    def get_field(self, name: str, type_: type, required: bool = True) -> Any:
+        """Return a field, None if it is absent or has another type; collect a fault unless it may be absent."""
+        value = self.record.get(name)
         if isinstance(value, type_):
             return value
         if value is not None or required:
-            self.add_fault(place, f"{name}: expected {JSON_KINDS[type_]}, got {kind(value)}")
+            self.add_fault(self.place, f"{name}: expected {JSON_KINDS[type_]}, got {kind(value)}")
         return None
 
-    def parse_message(self, turn: Any, place: str) -> Message:
-        """Return a turn as a message."""
+    def parse_message(self, turn: Any, number: int) -> Message:
+        """Return the turn with this number as a message."""
         if not isinstance(turn, dict):
-            self.add_fault(place, f"expected an object with role and content, got {kind(turn)}")
+            self.add_fault(self.place_in(number), f"expected an object with role and content, got {kind(turn)}")
             return Message("", ())
         role = turn.get("role")
         if role not in ROLES:
-            self.add_fault(place, f"role: expected one of {', '.join(ROLES)}, got {quoted(role)}")
+            self.add_fault(self.place_in(number), f"role: expected one of {', '.join(ROLES)}, got {quoted(role)}")
         content = turn.get("content")
         inline = isinstance(content, str)
         if isinstance(content, str):  # its markers are its images, listed in `images`
             content = [{"type": "image"}] * content.count(IMAGE_MARKER) + [{"type": "text", "text": content}]
         if not isinstance(content, list):
+            place = self.place_in(number)
             self.add_fault(place, f"content: expected a string or a list of parts, got {kind(content)}")
             return Message(str(role), ())
-        parts = [self.parse_part(part, f"{place}.content[{i}]") for i, part in enumerate(content)]
+        parts = [self.parse_part(part, number, i) for i, part in enumerate(content)]
         if role == "assistant" and any(isinstance(part, Image) for part in parts):
+            place = self.place_in(number)
             self.add_fault(place, "an image in an assistant turn; expected text, images belong to the user's turns")
-        return self.interned.message(self.interned.text(str(role)), self.images_at_markers(parts, place), inline)
+        return Message(str(role), self.images_at_markers(parts, number), inline)
 
-    def parse_part(self, part: Any, place: str) -> str | Image:
+    def parse_part(self, part: Any, turn: int, number: int) -> str | Image:
         """Return a part of a turn: its text or its image."""
         part_type = part.get("type") if isinstance(part, dict) else None
         if part_type == "image":
-            return self.parse_image(part, place)
+            return self.parse_image(part, turn, number)
         if part_type != "text":
+            place = self.place_in(turn, number)
             self.add_fault(place, f"expected an object of type text or image, got {quoted(part_type)}")
             return ""
-        text = self.get_field(part, "text", str, place) or ""
+        text = part.get("text")
+        if not isinstance(text, str):
+            self.add_fault(self.place_in(turn, number), f"text: expected {JSON_KINDS[str]}, got {kind(text)}")
+            return ""
         if forged := [token for token in (TURN_START, TURN_END) if token in text]:
+            place = self.place_in(turn, number)
             self.add_fault(place, f"text: contains {' and '.join(forged)}, which would forge a turn; take it out")
-        return self.interned.text(text)
+        return text
 
-    def parse_image(self, part: dict[str, Any], place: str) -> Image:
+    def parse_image(self, part: dict[str, Any], turn: int, number: int) -> Image:
         """Return an image part, completed by the next entry of the record's `images`."""
         listed = self.listed[self.shown] if self.listed is not None and self.shown < len(self.listed) else {}
         if not isinstance(listed, dict):
@@ -489,16 +637,26 @@ class _Parser:
             listed = {}
         self.shown += 1
         names = [part.get("modality"), listed.get("modality")]
+        values = [part.get("image_path"), listed.get("path")]
+        key = (self.root, *names, *values)
+        is_plain = all(value is None or isinstance(value, str) for value in key[1:])
+        if is_plain and (known := self.interned.images.get(key)):
+            self.paths += [value for value in values if value]
+            return known
+        place, faults = self.place_in(turn, number), len(self.faults)
         if names == [None, None] and len(self.interned.modalities) == 1:
             names = list(self.interned.modalities)  # no other is possible
-        paths = [self.with_slashes(value, place) for value in (part.get("image_path"), listed.get("path"))]
+        paths = [self.with_slashes(value, place) for value in values]
         path = self.resolve_value("image_path", paths, partial(self.interned.join, self.root), place)
         if path and not self.allow_outside_root and (outside := [p for p in paths if p and self.is_outside(p)]):
             remedy = "expected a path inside it, an absolute one, or data.allow_outside_root: true"
             self.add_fault(place, f"image_path: {outside[0]} leads out of {self.root}; {remedy}")
         modality = self.resolve_value("modality", names, self.interned.resolve, place)
         self.paths += [path for path in paths if isinstance(path, str)]
-        return self.interned.image(path or self.root, modality or "")
+        image = self.interned.image(path or self.root, modality or "")
+        if is_plain and paths == values and len(self.faults) == faults:
+            self.interned.images[key] = image
+        return image
 
     def with_slashes(self, path: Any, place: str) -> Any:
         r"""Return a relative path from Windows (`sub-01\anat`) with slashes, any other value unchanged.
@@ -543,12 +701,13 @@ class _Parser:
     def expected_value(self, key: str) -> str:
         return modality_names(self.interned.modalities) if key == "modality" else "a path"
 
-    def images_at_markers(self, parts: list[str | Image], place: str) -> tuple[str | Image, ...]:
+    def images_at_markers(self, parts: list[str | Image], turn: int) -> tuple[str | Image, ...]:
         """Return the parts with the images moved to the `<image>` markers of the text, if it has any."""
-        images = [part for part in parts if isinstance(part, Image)]
-        markers = sum(part.count(IMAGE_MARKER) for part in parts if isinstance(part, str))
+        markers = sum([part.count(IMAGE_MARKER) for part in parts if isinstance(part, str)])
         if not markers:
             return tuple(parts)
+        images = [part for part in parts if isinstance(part, Image)]
+        place = self.place_in(turn)
         if markers != len(images):
             self.add_fault(
                 place, f"{markers} {IMAGE_MARKER} markers, {len(images)} images; expected a marker for each, or none"

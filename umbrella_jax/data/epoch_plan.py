@@ -28,11 +28,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial
-from itertools import product
+from itertools import chain, pairwise, product
 from threading import Lock
 from typing import TypeVar
 
 import numpy as np
+
+from umbrella_jax.data.ragged import Ragged
 
 T = TypeVar("T")
 
@@ -46,6 +48,10 @@ _MIN_SAVING, _MIN_SAVING_WITH_SHARING = 0.01, 0.03
 _REHEARSED = 10_000
 """Conversations that a trial run of the plan covers, in whole epochs, to learn how many volumes updates hold."""
 _TARGETS_MULTIPLE = 8
+_FEW = 4
+"""Volumes per conversation above which NumPy groups faster than Python."""
+_COUNTED = 16
+"""Up to how many conversations per volume NumPy counts their seen volumes, in units of the lookahead."""
 _LOOKAHEAD = 4
 """How many of a volume's conversations to consider next, in units of the micro-batch. A limit is needed because a
 reference scan may be in every conversation."""
@@ -77,7 +83,7 @@ class ConversationSizes:
     """int [n]; positions."""
     targets: np.ndarray
     """int [n]; supervised positions."""
-    volumes: Sequence[tuple[int, ...]]
+    volumes: Ragged
     """[n]; numbers of the distinct volumes that each conversation shows. Equal numbers are one shared volume."""
     modality: Sequence[str]
     """Modality of each volume, by number."""
@@ -87,9 +93,38 @@ class ConversationSizes:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def distinct(self, rows: Iterable[int]) -> Counter[str]:
-        """Return {modality: number of distinct volumes that the rows show}."""
-        return Counter(self.modality[v] for v in {v for row in rows for v in self.volumes[row]})
+    @cached_property
+    def names(self) -> list[str]:
+        """The modalities that volumes have, sorted."""
+        return sorted(set(self.modality))
+
+    @cached_property
+    def kinds(self) -> np.ndarray:
+        """int64 [volumes]; the index in `names` of each volume's modality."""
+        number = {name: index for index, name in enumerate(self.names)}
+        return np.array([number[name] for name in self.modality], np.int64)
+
+    @cached_property
+    def shown(self) -> np.ndarray:
+        """int64 [n, names]; volumes of each modality that each conversation shows."""
+        each = [self.volumes.sums(self.kinds == kind) for kind in range(len(self.names))]
+        return np.stack(each, axis=1) if each else np.zeros((len(self), 0), np.int64)
+
+    def distinct(self, rows: np.ndarray, groups: np.ndarray, number: int) -> np.ndarray:
+        """Count the distinct volumes that groups of rows show.
+
+        Args:
+            rows: int [r]; conversations.
+            groups: int [r]; the group of each, below `number`.
+
+        Returns:
+            int64 [number, names].
+        """
+        shown = self.volumes.take(rows)
+        keys = np.unique(groups[shown.owners] * len(self.modality) + shown.values)
+        owners, volumes = np.divmod(keys, max(len(self.modality), 1))
+        size = len(self.names)
+        return np.bincount(owners * size + self.kinds[volumes], minlength=number * size).reshape(number, size)
 
 
 @dataclass(frozen=True)
@@ -138,6 +173,10 @@ class _Bucket:
     updates: int = 0
     moves_to: int | None = None
     """Index of the bucket that takes the remainder; None to keep it here, in updates that are not full."""
+
+
+_Rows = tuple[tuple[int, ...], ...]
+"""The conversations of each micro-batch of an update."""
 
 
 class EpochPlan:
@@ -189,7 +228,8 @@ class EpochPlan:
         left, first = set(self.sizes.modality), dict[str, int]()
         for step in range(self.updates_per_epoch if left else 0):
             rows = (row for micro in self.update(step).rows for row in micro)
-            shown = {self.sizes.modality[volume] for row in rows for volume in self.sizes.volumes[row]} & left
+            shown = {name for row in rows for name, n in zip(self.sizes.names, self.sizes.shown[row], strict=True) if n}
+            shown &= left
             first |= dict.fromkeys(sorted(shown), step + 1)
             left -= shown
             if not left:
@@ -210,7 +250,18 @@ class EpochPlan:
 
     def _make_epoch(self, epoch: int) -> list[PlannedUpdate]:
         composed = self._first if epoch == 0 else self._compose(epoch)
-        return [PlannedUpdate(rows, self._shape(bucket, rows)) for bucket, rows in composed]
+        needs, buckets = self._needs(composed), np.array([bucket for bucket, _ in composed])
+        choice = np.zeros(len(composed), np.int64)  # the smallest shape that holds the rows
+        for bucket in set(buckets.tolist()):
+            shapes = [dict(shape.volumes) for shape in self.shapes[bucket]]
+            room = np.array([[volumes.get(name, 0) for name in self.sizes.names] for volumes in shapes], np.int64)
+            fits = (needs[buckets == bucket][:, None] <= room).all(axis=2)
+            assert fits.any(axis=1).all(), "the last shape holds any update"
+            choice[buckets == bucket] = fits.argmax(axis=1)
+        return [
+            PlannedUpdate(rows, self.shapes[bucket][shape])
+            for (bucket, rows), shape in zip(composed, choice.tolist(), strict=True)
+        ]
 
     @cached_property
     def cost(self) -> PlanCost:
@@ -222,10 +273,10 @@ class EpochPlan:
             shapes=len({shape for shapes in self.shapes for shape in shapes}),
             padding=1 - int(self.sizes.lengths.sum()) / positions,
             volumes=volumes / n,
-            shown=sum(map(len, self.sizes.volumes)) / n,
+            shown=len(self.sizes.volumes.values) / n,
         )
 
-    def _compose(self, epoch: int) -> list[tuple[int, tuple[tuple[int, ...], ...]]]:
+    def _compose(self, epoch: int) -> list[tuple[int, _Rows]]:
         """Return (index of the bucket, rows of each micro-batch) for every update of an epoch, in order."""
         n = len(self.sizes)
         rng = None if self.seed is None else np.random.default_rng([self.seed, epoch])
@@ -241,7 +292,7 @@ class EpochPlan:
             # Evenly, because an update of few conversations would move the parameters as far as a full one.
             totals = _even(len(members), bucket.updates)
             sizes = [size for total in totals for size in _even(total, self.accumulate_steps)]
-            micro = group_by_shared_volumes(members.tolist(), self.sizes.volumes, sizes)
+            micro = group_by_shared_volumes(members, self.sizes.volumes, sizes)
             for batch in zip(*[micro] * self.accumulate_steps, strict=True):
                 updates.append((index, tuple(map(tuple, batch))))
         return updates if rng is None else [updates[i] for i in rng.permutation(len(updates))]
@@ -249,11 +300,11 @@ class EpochPlan:
     def _make_shapes(self) -> tuple[tuple[BatchShape, ...], ...]:
         """Return the shapes of each bucket. The first epochs show how many volumes its updates need."""
         epochs = 1 if self.seed is None else max(1, min(8, _REHEARSED // len(self.sizes)))
-        needs: dict[int, list[Counter[str]]] = {}
-        for epoch in range(epochs):
-            for index, rows in self._compose(epoch) if epoch else self._first:
-                needs.setdefault(index, []).append(self._needs(rows))
-        ladders = {i: _VolumeLadder(self._most_volumes(i), needs[i], self.sizes.patches) for i in sorted(needs)}
+        composed = [update for epoch in range(epochs) for update in (self._compose(epoch) if epoch else self._first)]
+        all_needs, buckets = self._needs(composed), np.array([bucket for bucket, _ in composed])
+        needs = {i: all_needs[buckets == i] for i in sorted(set(buckets.tolist()))}
+        patches = {name: self.sizes.patches[name] for name in self.sizes.names}
+        ladders = {i: _VolumeLadder(self._most_volumes(i), needs[i], patches) for i in needs}
         rungs = dict.fromkeys(ladders, 1)
         price = sum(len(needs[i]) * self.batch_size * self._buckets[i].positions + ladders[i].cost(1) for i in needs)
         least = _MIN_SAVING * price
@@ -284,19 +335,19 @@ class EpochPlan:
                 volumes=volumes,
             )
 
-    def _shape(self, bucket: int, rows: Sequence[Sequence[int]]) -> BatchShape:
-        """Return the smallest shape of the bucket that holds the rows."""
-        needs = self._needs(rows)
-        return next(shape for shape in self.shapes[bucket] if needs <= Counter(dict(shape.volumes)))
+    def _needs(self, composed: Sequence[tuple[int, _Rows]]) -> np.ndarray:
+        """Return int64 [updates, names]: the M that holds the micro-batches of each update.
 
-    def _needs(self, rows: Sequence[Sequence[int]]) -> Counter[str]:
-        """Return {modality: M} that holds these micro-batches. M is a multiple of `parts`, and set by the fullest
-        part."""
-        needs: Counter[str] = Counter()
-        for micro in rows:
-            for part in rows_by_part(micro, self.batch_size, self.parts):
-                needs |= self.sizes.distinct(part)
-        return Counter({m: self.parts * count for m, count in needs.items()})
+        M is a multiple of `parts`, and set by the fullest part.
+        """
+        batches = [micro for _, rows in composed for micro in rows]
+        lengths, size = np.array([len(micro) for micro in batches]), self.batch_size // self.parts
+        rows = np.fromiter(chain.from_iterable(batches), np.int64, int(lengths.sum()))
+        places = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        part = np.repeat(np.arange(len(batches)) * self.parts, lengths) + places // size
+        distinct = self.sizes.distinct(rows, part, len(batches) * self.parts)
+        parts = self.accumulate_steps * self.parts
+        return self.parts * distinct.reshape(len(composed), parts, len(self.sizes.names)).max(axis=1)
 
     def _feeding(self, index: int) -> list[_Bucket]:
         """Return the buckets whose conversations may end up in this one, itself included."""
@@ -312,15 +363,14 @@ class EpochPlan:
         It assumes that a part consists of the rows that show most volumes, but never counts more than exist.
         """
         bucket = self._buckets[index]
-        members = np.concatenate([b.members for b in self._feeding(index)]).tolist()
+        members = np.concatenate([b.members for b in self._feeding(index)])
         rows = -(-bucket.conversations // (bucket.updates * self.accumulate_steps))  # rows of the largest micro-batch
         rows = min(rows, self.batch_size // self.parts)  # rows of one part
-        volumes, modality, existing = self.sizes.volumes, self.sizes.modality, self.sizes.distinct(members)
-
-        def largest(name: str) -> int:
-            return sum(heapq.nlargest(rows, (sum(modality[v] == name for v in volumes[i]) for i in members)))
-
-        return Counter({m: self.parts * min(existing[m], largest(m)) for m in bucket.modalities})
+        existing = self.sizes.distinct(members, np.zeros_like(members), 1)[0]
+        shown = self.sizes.shown[members]
+        largest = np.sort(shown, axis=0)[-rows:].sum(axis=0)
+        most = dict(zip(self.sizes.names, (self.parts * np.minimum(existing, largest)).tolist(), strict=True))
+        return Counter({name: most[name] for name in bucket.modalities})
 
 
 def rows_by_part(rows: Sequence[T], batch_size: int, parts: int) -> list[Sequence[T]]:
@@ -332,11 +382,12 @@ def rows_by_part(rows: Sequence[T], batch_size: int, parts: int) -> list[Sequenc
 
 def exact_shape(sizes: ConversationSizes) -> BatchShape:
     """Return the shape of one batch with all conversations."""
+    everything = np.arange(len(sizes))
     return BatchShape(
         conversations=len(sizes),
         positions=round_positions(int(sizes.lengths.max())),
         targets=_multiple(max(int(sizes.targets.max()), 1), _TARGETS_MULTIPLE),
-        volumes=_counts(sizes.distinct(range(len(sizes)))),
+        volumes=_counts(dict(zip(sizes.names, sizes.distinct(everything, everything * 0, 1)[0].tolist(), strict=True))),
     )
 
 
@@ -349,9 +400,7 @@ def round_positions(length: int) -> int:
     return _multiple(length, min(max(1 << (length.bit_length() - 6), 8), 128) if length >= 256 else 8)
 
 
-def group_by_shared_volumes(
-    order: Sequence[int], volumes: Sequence[tuple[int, ...]], sizes: Iterable[int]
-) -> Iterator[list[int]]:
+def group_by_shared_volumes(order: np.ndarray, volumes: Ragged, sizes: Sequence[int]) -> Iterator[list[int]]:
     """Cut `order` into micro-batches of the given sizes, with conversations that share volumes together.
 
     A micro-batch begins with the first conversation that is left. The next one is a conversation that needs the fewest
@@ -359,59 +408,186 @@ def group_by_shared_volumes(
     go to the first in `order`. If no volumes are shared, the result follows `order`. The time is nearly linear in the
     total number of volumes named.
 
-    Grouping the edges of a graph into sets of B that touch few nodes is NP-hard; this is a heuristic.
+    Grouping the edges of a graph into sets of B that touch few nodes is NP-hard; this is a heuristic. A run's batches
+    depend on every choice that it makes.
 
     Args:
-        order: conversations.
+        order: int [r]; conversations.
         volumes: the volumes of each conversation.
         sizes: number of conversations of each micro-batch.
 
     Yields:
         The conversations of each micro-batch.
     """
-    rank = {c: i for i, c in enumerate(order)}
-    waiting: dict[int, list[int]] = {}  # {volume: its conversations, the first in `order` last}
-    for c in reversed(order):
+    shown = volumes.take(order)
+    known, numbers = np.unique(shown.values, return_inverse=True)
+    shown = Ragged(numbers, shown.ends)
+    places: Iterable[list[int]]  # in `order`
+    if len(known) == len(numbers):  # none is shared
+        ends = np.cumsum(sizes).tolist()
+        places = (list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True))
+    elif len(numbers) <= _FEW * len(order):
+        places = _group_few(shown, len(known), sizes)
+    else:
+        places = _group_many(shown, len(known), sizes)
+    conversations = order.tolist()
+    for batch in places:
+        yield [conversations[place] for place in batch]
+
+
+def _group_few(shown: Ragged, number: int, sizes: Iterable[int]) -> Iterator[list[int]]:
+    """Group conversations, numbered in their order, that show few of the `number` volumes each."""
+    flat, ends = shown.values.tolist(), shown.ends.tolist()
+    volumes = [flat[start:end] for start, end in pairwise(ends)]
+    waiting: list[list[int]] = [[] for _ in range(number)]  # the conversations of each volume, the first one last
+    for c in reversed(range(len(volumes))):
         for v in volumes[c]:
-            waiting.setdefault(v, []).append(c)
-    left, starts = set(order), iter(order)
+            waiting[v].append(c)
+    left, starts = bytearray(b"\1" * len(volumes)), iter(range(len(volumes)))
     for size in sizes:
         batch: list[int] = []
         seen: set[int] = set()
         opens: Counter[int] = Counter()  # {new volume: conversations that need only this one}
-        heap: list[tuple[int, int, int, int]] = []
+        heap: list[tuple[int, int, int]] = []
         while len(batch) < size:
-            while heap and (heap[0][3] not in left or heap[0][0] != len(_missing(volumes[heap[0][3]], seen))):
+            while heap and not (left[heap[0][2]] and heap[0][0] == len(_missing(volumes[heap[0][2]], seen))):
                 heapq.heappop(heap)
-            chosen = heap[0][3] if heap else next(c for c in starts if c in left)
+            chosen = heap[0][2] if heap else next(c for c in starts if left[c])
             batch.append(chosen)
-            left.remove(chosen)
+            left[chosen] = 0
             new = _missing(volumes[chosen], seen)
             seen.update(new)
             near = {
                 c: _missing(volumes[c], seen) for v in new for c in _first_waiting(waiting[v], left, _LOOKAHEAD * size)
             }
-            opens.update(missing[0] for missing in near.values() if len(missing) == 1)
+            for missing in near.values():
+                if len(missing) == 1:
+                    opens[missing[0]] += 1
             for c, missing in near.items():
-                heapq.heappush(heap, (len(missing), -opens[missing[0]] if len(missing) == 1 else 0, rank[c], c))
+                heapq.heappush(heap, (len(missing), -opens[missing[0]] if len(missing) == 1 else 0, c))
         yield batch
 
 
-def _missing(volumes: tuple[int, ...], seen: set[int]) -> list[int]:
+def _missing(volumes: Sequence[int], seen: set[int]) -> list[int]:
     return [v for v in volumes if v not in seen]
 
 
-def _first_waiting(waiting: list[int], left: set[int], most: int) -> list[int]:
+def _first_waiting(waiting: list[int], left: bytearray, most: int) -> list[int]:
     """Return the first conversations of `waiting` that are still `left`, at most `most`; remove the others from it."""
     if len(waiting) <= most:
-        waiting[:] = [c for c in waiting if c in left]
+        waiting[:] = [c for c in waiting if left[c]]
         return waiting[::-1]
     taken: list[int] = []
     while waiting and len(taken) < most:
-        if (c := waiting.pop()) in left:
+        if left[c := waiting.pop()]:
             taken.append(c)
     waiting.extend(reversed(taken))
     return taken
+
+
+def _group_many(shown: Ragged, number: int, sizes: Iterable[int]) -> Iterator[list[int]]:
+    """Group as `_group_few` does, with NumPy, which is faster if conversations show many volumes each."""
+    n, waiting = len(shown), _Waiting(shown, number)
+    left, starts = np.ones(n, bool), iter(range(n))
+    seen, opens = np.zeros(number, bool), np.zeros(number, np.int64)
+    needed, hits, slots = shown.lengths, np.zeros(n, np.int64), np.zeros(n, np.int64)
+    runs: list[tuple[np.ndarray, int]] = []  # candidates near each conversation of the batch, the best first
+    heap: list[tuple[int, int, int, int, int]] = []  # the best of each run that is left
+
+    def push(run: int, place: int) -> None:
+        keys, most = runs[run]
+        if place < len(keys):
+            rest, c = divmod(int(keys[place]), n)
+            missing, others = divmod(rest, most + 1)
+            heapq.heappush(heap, (missing, others - most, c, run, place))
+
+    for size in sizes:
+        batch: list[int] = []
+        touched: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # to reset `seen`, `hits` and `opens`
+        is_counted = True  # whether `hits` is the number of volumes of a conversation that were seen
+        runs.clear()
+        heap.clear()
+        while len(batch) < size:
+            while heap and not (left[heap[0][2]] and heap[0][0] == np.count_nonzero(~seen[shown[heap[0][2]]])):
+                *_, run, place = heapq.heappop(heap)
+                push(run, place + 1)
+            chosen = heap[0][2] if heap else next(c for c in starts if left[c])
+            batch.append(chosen)
+            left[chosen] = False
+            new = shown[chosen]
+            new = new[~seen[new]]
+            seen[new] = True
+            near, everywhere = waiting.find(new, left, _LOOKAHEAD * size)
+            opened = near[:0]
+            if is_counted := is_counted and everywhere is not None:
+                np.add.at(hits, everywhere, 1)
+            if len(near):
+                slots[near] = np.arange(len(near))
+                near = near[slots[near] == np.arange(len(near))]  # each once
+                if is_counted:
+                    missing = needed[near] - hits[near]
+                else:
+                    volumes = shown.take(near)
+                    missing = np.add.reduceat(~seen[volumes.values], volumes.ends[:-1], dtype=np.int64)
+                single = np.flatnonzero(missing == 1)
+                opened = shown.take(near[single]).values
+                opened = opened[~seen[opened]]
+                np.add.at(opens, opened, 1)
+                others = np.zeros(len(near), np.int64)
+                others[single] = opens[opened]
+                most = int(others.max())
+                runs.append((np.sort((missing * (most + 1) + most - others) * n + near), most))
+                push(len(runs) - 1, 0)
+            touched.append((new, near if everywhere is None else everywhere, opened))
+        for new, conversations, opened in touched:
+            seen[new], hits[conversations], opens[opened] = False, 0, 0
+        yield batch
+
+
+class _Waiting:
+    """The conversations of each volume, in order, without most of those that are no longer left."""
+
+    def __init__(self, shown: Ragged, number: int):
+        self._conversations = shown.owners[np.argsort(shown.values, kind="stable")]
+        self._ends = np.cumsum(np.bincount(shown.values, minlength=number))
+        self._starts = np.concatenate([[0], self._ends[:-1]])
+
+    def find(self, volumes: np.ndarray, left: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the first `most` conversations of each volume that are still `left`, and all that are.
+
+        A conversation is there once for each of the volumes. The second is None if they are too many.
+        """
+        while True:
+            starts, stops = self._starts[volumes], self._ends[volumes]
+            remaining = stops - starts
+            is_whole = bool((remaining <= _COUNTED * most).all())
+            lengths = remaining if is_whole else np.minimum(remaining, 2 * most)
+            ends = np.concatenate([[0], np.cumsum(lengths)])
+            conversations = self._conversations[np.arange(ends[-1]) + np.repeat(starts - ends[:-1], lengths)]
+            is_left = left[conversations]
+            if is_whole and int(remaining.max(initial=0)) <= most:
+                return (conversations[is_left],) * 2
+            total = np.concatenate([[0], np.cumsum(is_left)])
+            before = total[ends[:-1]]
+            is_short = (total[ends[1:]] - before < most) & (remaining > lengths)
+            if not is_short.any():
+                first = conversations[is_left & (total[1:] - np.repeat(before, lengths) <= most)]
+                return first, conversations[is_left] if is_whole else None
+            for volume in volumes[is_short].tolist():
+                self._drop(volume, left, most)
+
+    def _drop(self, volume: int, left: np.ndarray, most: int) -> None:
+        """Remove conversations that are not `left` from the start of a volume, until `most` others are there."""
+        start, end, length = int(self._starts[volume]), int(self._ends[volume]), 4 * most
+        while True:
+            stop = min(start + length, end)
+            kept = self._conversations[start:stop]
+            kept = kept[left[kept]]
+            if len(kept) >= most or stop == end:
+                break
+            length *= 2
+        self._starts[volume] = stop - len(kept)
+        self._conversations[stop - len(kept) : stop] = kept
 
 
 def _make_buckets(sizes: ConversationSizes, update_size: int, min_updates_saved: int) -> list[_Bucket]:
@@ -421,15 +597,21 @@ def _make_buckets(sizes: ConversationSizes, update_size: int, min_updates_saved:
         update_size: conversations of a full update.
         min_updates_saved: updates that a further bucket must save.
     """
-    members: dict[frozenset[str], list[int]] = {}
-    for i, volumes in enumerate(sizes.volumes):
-        members.setdefault(frozenset(sizes.modality[v] for v in volumes), []).append(i)
+    bits = (sizes.shown > 0) @ (1 << np.arange(len(sizes.names)))  # a bit for each modality
+    kinds, first, kind_of = np.unique(bits, return_index=True, return_inverse=True)
+    members = {
+        frozenset(name for bit, name in enumerate(sizes.names) if kinds[kind] >> bit & 1): np.flatnonzero(
+            kind_of == kind
+        )
+        for kind in np.argsort(first).tolist()
+    }
     while len(members) > MAX_SHAPES:  # merge the rarest set of modalities into the most similar one
         rarest = min(members, key=lambda s: (len(members[s]), sorted(s)))
         others = members.keys() - {rarest}
         members = _join(members, rarest, min(others, key=lambda s: (len(s ^ rarest), len(members[s]), sorted(s))))
-    rounded = np.array([round_positions(int(length)) for length in sizes.lengths])
-    patches = np.array([sum(sizes.patches[sizes.modality[v]] for v in volumes) for volumes in sizes.volumes])
+    lengths, length_of = np.unique(sizes.lengths, return_inverse=True)
+    rounded = np.array([round_positions(length) for length in lengths.tolist()])[length_of]
+    patches = sizes.shown @ np.array([sizes.patches[name] for name in sizes.names], np.int64)
     price = partial(
         _cheapest,
         sizes=sizes,
@@ -448,11 +630,12 @@ def _make_buckets(sizes: ConversationSizes, update_size: int, min_updates_saved:
 
 
 def _join(
-    members: Mapping[frozenset[str], list[int]], one: frozenset[str], other: frozenset[str]
-) -> dict[frozenset[str], list[int]]:
+    members: Mapping[frozenset[str], np.ndarray], one: frozenset[str], other: frozenset[str]
+) -> dict[frozenset[str], np.ndarray]:
     """Merge two sets of modalities: their conversations become members of the union."""
     joined = {modalities: indices for modalities, indices in members.items() if modalities not in (one, other)}
-    joined[one | other] = sorted([*joined.get(one | other, []), *members[one], *members[other]])
+    together = [joined[one | other]] if one | other in joined else []
+    joined[one | other] = np.sort(np.concatenate([*together, members[one], members[other]]))
     return joined
 
 
@@ -464,7 +647,7 @@ of each bucket."""
 
 
 def _cheapest(
-    members: Mapping[frozenset[str], list[int]],
+    members: Mapping[frozenset[str], np.ndarray],
     *,
     sizes: ConversationSizes,
     rounded: np.ndarray,
@@ -475,24 +658,24 @@ def _cheapest(
     """Split each set of modalities by length into the cheapest buckets.
 
     Args:
-        members: {modalities: conversations that show them}.
+        members: {modalities: conversations that show them, ascending}.
         rounded: int [n], T of each conversation.
         patches: int [n], patches of each conversation's volumes.
         update_size: conversations of a full update.
         min_positions_saved: least positions that a further bucket must save.
     """
-    counted = {m: Counter(v for i in own for v in sizes.volumes[i]) for m, own in members.items()}
-    shared = {m for m, counts in counted.items() if max(counts.values(), default=0) > 1}
+    counts = {m: np.bincount(sizes.volumes.take(own).values) for m, own in members.items()}
+    shared = {m for m, each in counts.items() if each.max(initial=0) > 1}
     most = max(_BUCKETS_WITH_SHARING, len(members)) if shared else MAX_SHAPES
     least = int(rounded.sum() + patches.sum())
     # For each set of modalities, the best bounds for every number of buckets ...
     choices: list[list[list[_Bucket]]] = []
-    for modalities, indices in sorted(members.items(), key=lambda item: sorted(item[0])):
-        own, share = np.array(indices), _MIN_SAVING_WITH_SHARING if modalities in shared else _MIN_SAVING
+    for modalities, own in sorted(members.items(), key=lambda item: sorted(item[0])):
+        share = _MIN_SAVING_WITH_SHARING if modalities in shared else _MIN_SAVING
         min_saving = max(int(least * share), min_positions_saved)
-        values, counts = np.unique(rounded[own], return_counts=True)
+        values, frequencies = np.unique(rounded[own], return_counts=True)
         choices.append([])
-        for _, bounds in _bounds(values, counts, most):
+        for _, bounds in _bounds(values, frequencies, most):
             place = np.searchsorted(values[bounds], rounded[own])
             parts = [own[place == i] for i in range(len(bounds))]
             choices[-1].append(
@@ -543,21 +726,23 @@ class _VolumeLadder:
 
     Args:
         most: the top rung, which holds any update.
-        needs: {modality: M} of each update of the first epochs; the lower rungs are chosen from these.
-        patches: {modality: patches of a volume}.
+        needs: int [updates, modalities]; M of each update of the first epochs. The lower rungs are chosen from these.
+        patches: {modality: patches of a volume}, in the order of the columns of `needs`.
     """
 
-    def __init__(self, most: Counter[str], needs: Sequence[Counter[str]], patches: Mapping[str, int]):
+    def __init__(self, most: Counter[str], needs: np.ndarray, patches: Mapping[str, int]):
         def cost(volumes: Counter[str]) -> int:
             return sum(count * patches[m] for m, count in volumes.items())
 
         # Ascending and nested: a rung that holds an update also holds every cheaper one.
-        steps: dict[tuple[tuple[str, int], ...], int] = {}
-        held: Counter[str] = Counter()
-        for need in sorted(needs, key=cost):
-            held |= need
-            key = tuple(sorted(held.items()))
-            steps[key] = steps.get(key, 0) + 1
+        order = np.argsort(needs @ np.array([*patches.values()], np.int64), kind="stable")
+        held = np.maximum.accumulate(needs[order])
+        starts = np.flatnonzero(np.concatenate([[True], (held[1:] != held[:-1]).any(axis=1)]))
+        updates = np.diff([*starts.tolist(), len(held)]).tolist()
+        steps = {
+            _counts(dict(zip(patches, rung, strict=True))): number
+            for rung, number in zip(held[starts].tolist(), updates, strict=True)
+        }
         steps.setdefault(tuple(sorted(most.items())), 0)
         self._rungs = [Counter(dict(step)) for step in steps]
         values = np.array([cost(rung) for rung in self._rungs])

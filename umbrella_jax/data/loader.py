@@ -3,7 +3,7 @@
 A batch of a step is a pure function of the plan's seed and the step.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,9 +19,10 @@ from umbrella_jax.data.augment import check_axes, draw_augmentation
 from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.cache import Sources
 from umbrella_jax.data.collate import collate
-from umbrella_jax.data.conversation import Conversation, Image, read_conversations
+from umbrella_jax.data.conversation import Conversation, Conversations, Image, read_conversations
 from umbrella_jax.data.epoch_plan import BatchShape, ConversationSizes, EpochPlan, PlannedUpdate, exact_shape
-from umbrella_jax.data.tokenize import CachingTokenizer, Encoded, NumberTarget, encode, encode_all, encode_prompt
+from umbrella_jax.data.ragged import Ragged
+from umbrella_jax.data.tokenize import Encoded, EncodedConversations, NumberTarget, encode_all
 from umbrella_jax.errors import DataError, Faults
 
 T = TypeVar("T")
@@ -32,7 +33,7 @@ _UNCHANGED = AugmentConfig()
 class Dataset:
     """Conversations with their tokens; every volume that they show has been checked."""
 
-    conversations: tuple[Conversation, ...]
+    conversations: Sequence[Conversation]
     encoded: Sequence[Encoded]
     """Tokens of each whole conversation."""
     prompts: Sequence[Encoded]
@@ -167,7 +168,7 @@ class Dataset:
     @classmethod
     def from_conversations(
         cls,
-        conversations: Sequence[Conversation],
+        conversations: Conversations,
         tokenizer: Any,
         modalities: Mapping[str, ModalityConfig],
         *,
@@ -179,43 +180,46 @@ class Dataset:
         augment: AugmentConfig = _UNCHANGED,
     ) -> "Dataset":
         """Encode conversations and check their volumes; arguments and errors as for `load`."""
-        common: dict[str, Any] = {"modalities": modalities, "max_length": max_length, "template": template}
-        common["tokenizer"] = CachingTokenizer(tokenizer)
-        images = [image for conversation in conversations for image in conversation.images]
+        encode = partial(encode_all, conversations, tokenizer, modalities, max_length, template=template)
         sources = Sources() if sources is None else sources
+        encoded: Sequence[Encoded] = ()
+        prompts: Sequence[Encoded] = ()
         faults = Faults()
         with faults:
-            encoded = encode_all(conversations, partial(encode, needs_answer=not evaluation, **common), modalities)
+            encoded = encode(needs_answer=not evaluation)
         with faults:
-            to_prompt = conversations if evaluation else ()
-            prompts = encode_all(to_prompt, partial(encode_prompt, **common), modalities)
+            prompts = encode(prompts=True) if evaluation else ()
         with faults:
-            windows = sources.check_all(images, modalities, threads)
+            windows = sources.check_all(conversations.images, modalities, threads)
         faults.raise_as(DataError)
         axes: dict[tuple[Path, str], str | None] = {}
         if augment != _UNCHANGED:
             axes = {(i.path, i.modality): sources.axes(i.path, modalities[i.modality]) for i in windows}
             check_axes(augment, {path: c for (path, _), c in axes.items()})
-        return cls(tuple(conversations), encoded, prompts, windows, modalities, sources, augment, axes)
+        return cls(conversations, encoded, prompts, windows, modalities, sources, augment, axes)
 
 
-def measure_conversations(rows: Iterable[Encoded], modalities: Mapping[str, ModalityConfig]) -> ConversationSizes:
+def measure_conversations(rows: Sequence[Encoded], modalities: Mapping[str, ModalityConfig]) -> ConversationSizes:
     """Return the sizes of conversations for a plan.
 
     Equal images are one volume, so every difference between two volumes must be part of `Image`.
     """
+    patches = {name: config.num_patches for name, config in modalities.items()}
+    if isinstance(rows, EncodedConversations):
+        shown = [image.modality for image in rows.images]
+        return ConversationSizes(rows.lengths, rows.targets, rows.image_rows.distinct(), shown, patches)
     number: dict[Image, int] = {}
     lengths, targets, volumes = [], [], []
     for row in rows:
         lengths.append(len(row))
         targets.append(np.count_nonzero(row.supervised))
-        volumes.append(tuple(number.setdefault(i, len(number)) for i in dict.fromkeys(row.images)))
+        volumes.append([number.setdefault(i, len(number)) for i in dict.fromkeys(row.images)])
     return ConversationSizes(
         lengths=np.array(lengths),
         targets=np.array(targets),
-        volumes=volumes,
+        volumes=Ragged.from_rows(volumes),
         modality=[image.modality for image in number],
-        patches={name: config.num_patches for name, config in modalities.items()},
+        patches=patches,
     )
 
 
@@ -223,8 +227,15 @@ def make_epoch_plan(
     dataset: Dataset, *, batch_size: int, accumulate_steps: int, seed: int, parts: int = 1
 ) -> EpochPlan:
     """Return the plan of a training run; see `EpochPlan`."""
-    rows = (dataset.training_row(index, seed, 0) for index in range(len(dataset)))
-    sizes = measure_conversations(rows, dataset.modalities)
+    # Windows do not matter: an epoch draws one per run, so images that are equal before are equal afterwards.
+    sizes = measure_conversations(dataset.encoded, dataset.modalities)
+    if dataset.augment != _UNCHANGED:  # each conversation changes its volumes in its own way
+        shown = sizes.volumes
+        sizes = replace(
+            sizes,
+            volumes=Ragged(np.arange(len(shown.values), dtype=np.int32), shown.ends),
+            modality=[sizes.modality[volume] for volume in shown.values.tolist()],
+        )
     return EpochPlan(sizes, batch_size=batch_size, accumulate_steps=accumulate_steps, seed=seed, parts=parts)
 
 

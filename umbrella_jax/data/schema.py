@@ -5,6 +5,7 @@ Older: `conversation`, `brain_scans`, `modality_paths`, and turns `{from, value}
 OpenAI's: `messages`, `images` as plain paths, and parts `{type: image, image: PATH}` or `{type: image_url}`.
 """
 
+import os.path
 import re
 from typing import Any
 
@@ -23,14 +24,15 @@ _PATH_KEYS = ("image", "path", "url", "image_url")
 _URL = re.compile(r"(https?|s3|gs|data):", re.IGNORECASE)
 
 
-def to_current(record: dict[str, Any], name: str) -> tuple[dict[str, Any], list[str]]:
+def to_current(record: dict[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:
     """Convert a record of any schema to the current one.
 
     A field that is null counts as absent. Faulty fields are kept as far as possible, so that filters can read them.
 
     Args:
         record: a JSON object.
-        name: task_id for a record with `messages` that has neither `task_id` nor `id`.
+        source: its place; the name of the file in it is the task_id of a record with `messages` that has neither
+            `task_id` nor `id`.
 
     Returns:
         The record, and faults of its schema without the name of the record.
@@ -38,10 +40,12 @@ def to_current(record: dict[str, Any], name: str) -> tuple[dict[str, Any], list[
     record = dict(record)
     faults: list[str] = []
     if record.get("task_id") is None:
-        number = record.get("id", name if "messages" in record else None)
+        number = record.get("id", os.path.basename(source) if "messages" in record else None)
         if type(number) in (int, str):
             record["task_id"] = str(number)
     for names in (_TURNS, _IMAGES):
+        if record.keys().isdisjoint(names[1:]):
+            continue
         given = [name for name in names if record.get(name) is not None]
         if len(given) > 1:
             faults.append(f"{' and '.join(given)}: given together; {_READ}")
@@ -59,27 +63,33 @@ def to_current(record: dict[str, Any], name: str) -> tuple[dict[str, Any], list[
         record["images"] = [{"path": image} if isinstance(image, str) else image for image in images]
     if isinstance(turns, list) and not faults:
         turns = _convert_turns(turns, record.get("images"), faults)
-        record["conversations"] = [_with_paths(turn, f"conversations[{i}]", faults) for i, turn in enumerate(turns)]
+        record["conversations"] = [_with_paths(turn, i, faults) for i, turn in enumerate(turns)]
     return record, faults
 
 
-def _with_paths(turn: Any, place: str, faults: list[str]) -> Any:
+def _with_paths(turn: Any, number: int, faults: list[str]) -> Any:
     """Return the turn with the path of every image part in `image_path`."""
     content = turn.get("content") if isinstance(turn, dict) else None
-    if not isinstance(content, list):
+    if not isinstance(content, list) or not any(map(_lacks_path, content)):
         return turn
     parts: list[Any] = []
     for i, part in enumerate(content):
-        if isinstance(part, dict) and part.get("type") in ("image", "image_url") and part.get("image_path") is None:
+        if _lacks_path(part):
             path = next((part[key] for key in _PATH_KEYS if part.get(key) is not None), None)
             path = path.get("url", path.get("path")) if isinstance(path, dict) else path
             if isinstance(path, str) and _URL.match(path):
-                faults.append(f"{place}.content[{i}]: an image by its URL; expected the path of a file")
+                place = f"conversations[{number}].content[{i}]"
+                faults.append(f"{place}: an image by its URL; expected the path of a file")
             if isinstance(path, str):
                 path = path.removeprefix("file://")
             part = {**part, "type": "image", "image_path": path}
         parts.append(part)
     return {**turn, "content": parts}
+
+
+def _lacks_path(part: Any) -> bool:
+    """Return whether a part is an image without `image_path`."""
+    return isinstance(part, dict) and part.get("type") in ("image", "image_url") and part.get("image_path") is None
 
 
 def _list_images(paths: Any, faults: list[str]) -> list[dict[str, Any]]:
@@ -99,9 +109,9 @@ def _convert_turns(turns: list[Any], images: Any, faults: list[str]) -> list[Any
     Images go to the markers in the text. If there is no marker, they go before the text of the user's turn, which must
     be the only one.
     """
-    keys = {key for turn in turns if isinstance(turn, dict) for key in turn}
-    if not keys & {"from", "value"}:
+    if not any("from" in turn or "value" in turn for turn in turns if isinstance(turn, dict)):
         return turns
+    keys = {key for turn in turns if isinstance(turn, dict) for key in turn}
     if mixed := sorted(keys & {"role", "content"}):
         faults.append(f"conversations: {', '.join(mixed)} beside from, value; {_READ}")
         return turns

@@ -20,7 +20,8 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, overload
 from unicodedata import normalize
@@ -28,7 +29,16 @@ from unicodedata import normalize
 import numpy as np
 
 from umbrella_jax.config.schema import ModalityConfig, Template
-from umbrella_jax.data.conversation import IMAGE_MARKER, TURN_END, TURN_START, Conversation, Image, Message
+from umbrella_jax.data.conversation import (
+    IMAGE_MARKER,
+    TURN_END,
+    TURN_START,
+    Conversation,
+    Conversations,
+    Image,
+    Message,
+)
+from umbrella_jax.data.ragged import Ragged
 from umbrella_jax.errors import DataError, Faults, is_out_of_memory
 from umbrella_jax.io.reading import LISTING, read_json
 
@@ -74,38 +84,42 @@ class Encoded:
         return len(self.input_ids)
 
 
+@dataclass(frozen=True)
+class _Pieces:
+    """The tokens of distinct pieces of conversations, one after the other: whole conversations, or their messages."""
+
+    ids: Ragged
+    """Token ids with one placeholder per image."""
+    supervised: np.ndarray
+    """bool [total]."""
+    is_image: np.ndarray
+    """bool [total]; which ids are placeholders."""
+
+
 class EncodedConversations(Sequence[Encoded]):
     """Encoded conversations in little memory; each `Encoded` is built on access.
 
-    Stored are each distinct text once, with one placeholder per image, and the images of each conversation. That is
-    some 30 bytes for a conversation whose text occurs elsewhere, while an `Encoded` has 5 bytes per position.
+    Each distinct piece of text is stored once, with one placeholder per image. For a conversation whose texts occur
+    elsewhere that is some 30 bytes, while an `Encoded` has 5 bytes per position.
     """
 
-    def __init__(self, modalities: Mapping[str, ModalityConfig]):
-        self._patches = {name: config.num_patches for name, config in modalities.items()}
-        self._texts: list[tuple[bytes, bytes, bytes]] = []
-        """Ids (int32), supervised (bool) and indices of image placeholders (int32) of each distinct text."""
-        self._index_of: dict[tuple[bytes, bytes, bytes], int] = {}
-        self._text_index = array("l")  # index in `_texts` of each conversation
-        self._images: list[Image] = []
-        self._image_ends = array("l", [0])  # end in `_images` of each conversation's images, after a leading 0
-
-    def append(self, row: Encoded) -> None:
-        """Append a conversation."""
-        kept = np.ones(len(row), bool)
-        for image, start in zip(row.images, row.image_starts, strict=True):
-            kept[start + 1 : start + self._patches[image.modality]] = False
-        places = (np.cumsum(kept, dtype=np.int32) - 1)[row.image_starts]
-        text = row.input_ids[kept].tobytes(), row.supervised[kept].tobytes(), places.tobytes()
-        index = self._index_of.setdefault(text, len(self._texts))
-        if index == len(self._texts):
-            self._texts.append(text)
-        self._text_index.append(index)
-        self._images += row.images
-        self._image_ends.append(len(self._images))
+    def __init__(
+        self,
+        pieces: _Pieces,
+        piece_rows: Ragged,
+        image_rows: Ragged,
+        images: Sequence[Image],
+        modalities: Mapping[str, ModalityConfig],
+        *,
+        supervised: bool,
+    ):
+        """Initialise from the pieces and the images, with the indices of those of each conversation."""
+        self._pieces, self._piece_rows, self._supervised = pieces, piece_rows, supervised
+        self.images, self.image_rows = images, image_rows
+        self._patches = np.array([modalities[image.modality].num_patches for image in images], np.int64)
 
     def __len__(self) -> int:
-        return len(self._text_index)
+        return len(self._piece_rows)
 
     @overload
     def __getitem__(self, index: int) -> Encoded: ...
@@ -115,19 +129,43 @@ class EncodedConversations(Sequence[Encoded]):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         index = range(len(self))[index]  # raises IndexError
-        ids, supervised, places = self._texts[self._text_index[index]]
-        images = tuple(self._images[self._image_ends[index] : self._image_ends[index + 1]])
-        return _expand(
-            np.frombuffer(ids, np.int32),
-            np.frombuffer(supervised, bool),
-            images,
-            np.frombuffer(places, np.int32),
-            [self._patches[image.modality] for image in images],
+        ends = self._pieces.ids.ends
+        spans = [slice(ends[piece], ends[piece + 1]) for piece in self._piece_rows[index]]
+        ids, supervised, is_image = (
+            np.concatenate([column[span] for span in spans])
+            for column in (self._pieces.ids.values, self._pieces.supervised, self._pieces.is_image)
         )
+        shown = self.image_rows[index]
+        images = tuple([self.images[image] for image in shown.tolist()])
+        return _expand(ids, supervised & self._supervised, images, np.flatnonzero(is_image), self._patches[shown])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [n]; the positions of each conversation."""
+        texts = self._piece_rows.sums(self._pieces.ids.lengths)
+        return texts + self.image_rows.sums(self._patches - 1)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """int64 [n]; the supervised positions of each conversation."""
+        return self._piece_rows.sums(self._in_pieces(self._pieces.supervised)) * self._supervised
+
+    @property
+    def placeholders(self) -> np.ndarray:
+        """int64 [n]; the images in the tokens of each conversation."""
+        return self._piece_rows.sums(self._in_pieces(self._pieces.is_image))
+
+    def _in_pieces(self, marked: np.ndarray) -> np.ndarray:
+        """Return int64 [pieces]: how many of the tokens of each piece are `marked` (bool [total])."""
+        return Ragged(np.arange(len(marked)), self._pieces.ids.ends).sums(marked)
 
 
 def _expand(
-    ids: np.ndarray, supervised: np.ndarray, images: tuple[Image, ...], places: np.ndarray, patches: Sequence[int]
+    ids: np.ndarray,
+    supervised: np.ndarray,
+    images: tuple[Image, ...],
+    places: np.ndarray,
+    patches: Sequence[int] | np.ndarray,
 ) -> Encoded:
     """Repeat the placeholder at each of `places` (int32 [images]) as often as its image has `patches`."""
     repeats = np.ones(len(ids), np.int32)
@@ -153,13 +191,30 @@ class CachingTokenizer:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self.encode = lru_cache(_CACHE_SIZE)(tokenizer.encode)
+        self._ahead: dict[str, list[int]] = {}
+        self._encode = lru_cache(_CACHE_SIZE)(tokenizer.encode)
         self.convert_tokens_to_ids = lru_cache(_CACHE_SIZE)(tokenizer.convert_tokens_to_ids)
         self.all_special_tokens = tokenizer.all_special_tokens
         self._cached_template = lru_cache(_CACHE_SIZE)(self._apply_template)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
+
+    def encode_ahead(self, texts: Iterable[str]) -> None:
+        """Encode texts without special tokens in one call, several times as fast as one by one.
+
+        Their ids are kept until the next call.
+        """
+        distinct = list(dict.fromkeys(texts))
+        options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+        ids = self._tokenizer(distinct, **options)["input_ids"] if distinct else []
+        self._ahead = dict(zip(distinct, ids, strict=True))
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> Any:
+        """Return the token ids of a text."""
+        if not add_special_tokens and (ids := self._ahead.get(text)) is not None:
+            return ids
+        return self._encode(text, add_special_tokens=add_special_tokens)
 
     def apply_chat_template(self, chat: Sequence[Mapping[str, Any]], **options: Any) -> Any:
         """Apply the tokenizer's chat template, through a cache."""
@@ -456,18 +511,103 @@ def length_faults(
 
 
 def encode_all(
-    conversations: Iterable[Conversation],
-    encoder: Callable[[Conversation], Encoded],
+    conversations: Conversations,
+    tokenizer: Any,
     modalities: Mapping[str, ModalityConfig],
+    max_length: int,
+    *,
+    template: Template = "umbrella",
+    needs_answer: bool = True,
+    prompts: bool = False,
 ) -> EncodedConversations:
-    """Encode every conversation by `encoder`, which must use the same `modalities`. Raise DataError with all faults."""
-    encoded = EncodedConversations(modalities)
-    faults = Faults()
-    for conversation in conversations:
-        with faults:
-            encoded.append(encoder(conversation))
-    faults.raise_as(DataError)
+    """Encode conversations, and each distinct text once.
+
+    Args:
+        conversations: as read from files, so each has a message, and no answer has an image.
+        tokenizer, modalities, max_length, template, needs_answer: see `encode`.
+        prompts: encode what answers are generated from, as `encode_prompt` does, in place of whole conversations.
+
+    Raises:
+        DataError: with the faults of every conversation that `encode` or `encode_prompt` refuses.
+    """
+    tokenizer = CachingTokenizer(tokenizer)
+    messages, message_rows = conversations.messages, conversations.message_rows
+    last = message_rows.ends[1:] - 1
+    pieces: Iterable[Sequence[Message]]
+    if template == "umbrella":  # which writes each message as if it were the only one
+        pieces, piece_rows = ([message] for message in messages), message_rows
+        if prompts:
+            pieces = chain(pieces, [()])
+            piece_rows = Ragged(message_rows.values.copy(), message_rows.ends)
+            piece_rows.values[last] = len(messages)
+    else:
+        codes = dict[bytes, int]()
+        rows = (row[:-1] if prompts else row for row in message_rows)
+        numbers = np.array([codes.setdefault(row.tobytes(), len(codes)) for row in rows], np.int32)
+        pieces = ([messages[i] for i in np.frombuffer(code, np.int32).tolist()] for code in codes)
+        piece_rows = Ragged(numbers, np.arange(len(numbers) + 1))
+    columns, is_faulty = _encode_pieces(pieces, tokenizer, template, prompts)
+    encoded = EncodedConversations(
+        columns, piece_rows, conversations.image_rows, conversations.images, modalities, supervised=not prompts
+    )
+
+    control = re.compile("|".join(map(re.escape, sorted(_all_control_tokens(tokenizer)))))
+    is_forged = np.array([control.search(message.text) is not None for message in messages], bool)
+    refused = piece_rows.sums(is_faulty) > 0
+    refused |= message_rows.sums(is_forged) - prompts * is_forged[message_rows.values[last]] > 0
+    refused |= encoded.placeholders != encoded.image_rows.lengths
+    refused |= encoded.lengths > max_length
+    if prompts:
+        refused |= ~np.array([message.role == "assistant" for message in messages], bool)[message_rows.values[last]]
+    elif needs_answer:
+        refused |= message_rows.sums(np.array([_is_answer(message) for message in messages], bool)) == 0
+    if refused.any():
+        common: dict[str, Any] = {"modalities": modalities, "max_length": max_length, "template": template}
+        encoder = encode_prompt if prompts else partial(encode, needs_answer=needs_answer)
+        faults = Faults()
+        for index in np.flatnonzero(refused).tolist():
+            with faults:
+                encoder(conversations[index], tokenizer, **common)
+        raise DataError(faults)
     return encoded
+
+
+_ENCODED_AHEAD = 10_000
+"""Pieces of conversations whose texts the tokenizer gets in one call."""
+
+
+def _encode_pieces(
+    pieces: Iterable[Sequence[Message]], tokenizer: CachingTokenizer, template: Template, prompts: bool
+) -> tuple[_Pieces, np.ndarray]:
+    """Return the tokens of pieces, and bool [pieces]: which the template refuses.
+
+    Args:
+        prompts: write the header of an answer after a piece: after each one, but in `umbrella` only after an empty one.
+    """
+    ids, ends, supervised, is_faulty = array("i"), array("q", [0]), bytearray(), list[bool]()
+    remaining = iter(pieces)
+    while chunk := list(islice(remaining, _ENCODED_AHEAD)):
+        headers = [prompts and not (piece and template == "umbrella") for piece in chunk]
+        if template == "umbrella":
+            tokenizer.encode_ahead(
+                part for piece in chunk for message in piece for part in _joined(message) if isinstance(part, str)
+            )
+        elif template == "original":
+            tokenizer.encode_ahead(map(_original_text, chunk, headers))
+        for piece, header in zip(chunk, headers, strict=True):
+            own: _Tokens = [], []
+            with (faults := Faults()):
+                own = _TEMPLATES[template](piece, tokenizer, header)
+            ids.extend(own[0])
+            supervised.extend(own[1])
+            ends.append(len(ids))
+            is_faulty.append(bool(faults))
+    values = np.array(ids, np.int32)
+    return _Pieces(
+        ids=Ragged(values, np.array(ends, np.int64)),
+        supervised=np.array(supervised, np.uint8).astype(bool),
+        is_image=values == tokenizer.convert_tokens_to_ids(IMAGE_MARKER),
+    ), np.array(is_faulty, bool)
 
 
 def reference_answer(conversation: Conversation) -> str:
@@ -533,9 +673,12 @@ def _encode(
 
 def _control_tokens(messages: Sequence[Message], tokenizer: Any) -> list[str]:
     """Return the control tokens in the texts, which would forge an image, a turn or the end of one."""
-    control = {TURN_START, TURN_END, IMAGE_MARKER, *tokenizer.all_special_tokens}
     texts = [message.text for message in messages]
-    return sorted(token for token in control if any(token in text for text in texts))
+    return sorted(token for token in _all_control_tokens(tokenizer) if any(token in text for text in texts))
+
+
+def _all_control_tokens(tokenizer: Any) -> set[str]:
+    return {TURN_START, TURN_END, IMAGE_MARKER, *tokenizer.all_special_tokens}
 
 
 def _text_ids(tokenizer: Any, text: str) -> list[int]:
@@ -568,13 +711,17 @@ def _umbrella(messages: Sequence[Message], tokenizer: Any, prompt: bool) -> _Tok
     return [i for ids, _ in pieces for i in ids], [supervised for ids, supervised in pieces for _ in ids]
 
 
-def _original(messages: Sequence[Message], tokenizer: Any, prompt: bool) -> _Tokens:
+def _original_text(messages: Sequence[Message], prompt: bool) -> str:
     text = ""
     for message in messages:
         images = IMAGE_MARKER * sum(isinstance(part, Image) for part in message.parts)
         inline = "".join(part if isinstance(part, str) else IMAGE_MARKER for part in message.parts)
         text += f"{TURN_START}{message.role}\n{inline if message.inline else images + message.text}{TURN_END}\n"
-    ids = _text_ids(tokenizer, text + (f"{TURN_START}assistant\n" if prompt else ""))
+    return text + (f"{TURN_START}assistant\n" if prompt else "")
+
+
+def _original(messages: Sequence[Message], tokenizer: Any, prompt: bool) -> _Tokens:
+    ids = _text_ids(tokenizer, _original_text(messages, prompt))
     # a turn starts at its control token, and no other token spans that
     start, image = tokenizer.convert_tokens_to_ids((TURN_START, IMAGE_MARKER))
     turn = np.cumsum(np.array(ids) == start) - 1

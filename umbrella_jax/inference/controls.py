@@ -24,9 +24,9 @@ import numpy as np
 
 from umbrella_jax.config.schema import ControlName
 from umbrella_jax.console import plural
-from umbrella_jax.data.conversation import Conversation, Image
+from umbrella_jax.data.conversation import Conversation, Conversations, Image
 from umbrella_jax.data.loader import Dataset
-from umbrella_jax.data.tokenize import CachingTokenizer, encode_all, encode_prompt
+from umbrella_jax.data.tokenize import encode_all
 from umbrella_jax.errors import DataError, Faults
 from umbrella_jax.inference.processor import Processor
 from umbrella_jax.scoring.rows import Row, blank_rows
@@ -366,20 +366,21 @@ def control_dataset(
     Raises:
         DataError: a prompt is longer than the processor's limit, or a question contains a control token.
     """
-    encoder = partial(
-        encode_prompt,
-        tokenizer=CachingTokenizer(processor.tokenizer),
-        modalities=processor.modalities,
-        max_length=processor.max_length,
-        template=processor.template,
-    )
+    conversations = Conversations(changed.conversations)
     try:
-        prompts = encode_all(changed.conversations, encoder, processor.modalities)
+        prompts = encode_all(
+            conversations,
+            processor.tokenizer,
+            processor.modalities,
+            processor.max_length,
+            template=processor.template,
+            prompts=True,
+        )
     except DataError as error:
         raise DataError([f"{name}: {fault}" for fault in error.faults]) from None
-    images = dict.fromkeys(image for conversation in changed.conversations for image in conversation.images)
+    images = conversations.images
     parts: dict[str, Any] = {
-        "conversations": tuple(changed.conversations),
+        "conversations": conversations,
         "encoded": (),
         "prompts": prompts,
         "windows": {image: dataset.windows.get(image, 1) for image in images},

@@ -191,7 +191,7 @@ def read_facts(
     with faults:
         baseline_rows = {} if baseline is None else read_baselines(baseline)
     faults.raise_as(DataError)
-    splits: dict[str, list[Conversation] | str] = {}
+    splits: dict[str, Sequence[Conversation] | str] = {}
     for split in ("train", "eval"):
         if getattr(config.data, split) is not None:
             try:
@@ -337,7 +337,7 @@ def _inputs(run: Path) -> dict[str, set[str]]:
 
 def _conversations(
     config: RunConfig, model: LlavaConfig, split: str, inputs: Mapping[str, set[str]]
-) -> list[Conversation]:
+) -> Sequence[Conversation]:
     """Read a split's conversations as the run did. Raises DataError if they cannot be read or have changed."""
     data, path = config.data, Path(getattr(config.data, split))
     if changed := [
@@ -350,7 +350,7 @@ def _conversations(
 
 
 def _answered(
-    conversations: list[Conversation] | str, rows: Sequence[Prediction], file: Path
+    conversations: Sequence[Conversation] | str, rows: Sequence[Prediction], file: Path
 ) -> Sequence[Conversation]:
     """Return the conversation of each row. Raises DataError if they cannot be read or are others."""
     remedy = "or leave the conversations out (--samples 0)"
@@ -378,7 +378,7 @@ def _check_volumes(samples: Sequence[Sample], inputs: Mapping[str, set[str]]) ->
         raise DataError(faults)
 
 
-def _counts(conversations: list[Conversation] | str) -> dict[str, Any]:
+def _counts(conversations: Sequence[Conversation] | str) -> dict[str, Any]:
     if isinstance(conversations, str):
         return {"unknown": conversations}
     return {

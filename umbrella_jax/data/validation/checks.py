@@ -24,7 +24,7 @@ from umbrella_jax.data.background import (
 from umbrella_jax.data.bids.sidecars import find_sidecars
 from umbrella_jax.data.blas import one_blas_thread
 from umbrella_jax.data.cache import check_float16
-from umbrella_jax.data.conversation import Conversation, Image, scan_conversations
+from umbrella_jax.data.conversation import Conversation, Conversations, Image, scan_conversations
 from umbrella_jax.data.loader import Dataset
 from umbrella_jax.data.repetition_time import read_repetition_time
 from umbrella_jax.data.threads import map_in_threads
@@ -101,7 +101,7 @@ def validate(
         findings += _as_findings("conversation", (name,), faults)
         lengths, faults = _encode_texts(config, conversations, base_tokenizer, evaluation=name == "eval")
         findings += _as_findings("text", (name,), faults)
-        sets[name] = ConversationSet(str(path), tuple(conversations), lengths)
+        sets[name] = ConversationSet(str(path), conversations, lengths)
     if "eval" in sets and not any(f.severity == "fault" and "eval" in f.sets for f in findings):
         collect(partial(check_answers, sets["eval"].conversations), "answers", "eval")
     volumes, faults_of, remarks = _read_volumes(config, sets, say)
@@ -149,7 +149,7 @@ def _as_findings(kind: str, sets: Iterable[str], faults: Iterable[str], place: s
             yield Finding("fault", kind, tuple(sets), *((place, fault) if place is not None else (where, reason)))
 
 
-def _read_conversations(config: RunConfig, path: str) -> tuple[list[Conversation], list[str]]:
+def _read_conversations(config: RunConfig, path: str) -> tuple[Conversations, list[str]]:
     data = config.data
     return scan_conversations(
         path,

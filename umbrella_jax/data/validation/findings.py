@@ -125,7 +125,7 @@ class ConversationSet:
     """The conversations of train or eval that have no fault."""
 
     path: str
-    conversations: tuple[Conversation, ...]
+    conversations: Sequence[Conversation]
     lengths: Mapping[str, np.ndarray]
     """{positions, patches, text, supervised: int array [conversations]}; positions = patches + text. Empty without a
     tokenizer."""
