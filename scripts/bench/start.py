@@ -16,6 +16,7 @@ import numpy as np
 
 from bench.data import CONFIGS
 from bench.measure import figure
+from bench.start_texts import start_texts
 
 VOLUMES = 400
 """Volumes of 96³ that are checked for the rate."""
@@ -26,6 +27,7 @@ SHOWN = 3
 def start(work_dir: Path) -> None:
     """Measure seconds and memory up to the first batch, and the volumes checked per second."""
     start_rate(work_dir)
+    start_texts(work_dir)
     for number in (10_000, 40_000, 120_000):
         start_cohort(work_dir, number)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from umbrella_jax.config.schema import ModalityConfig
-from umbrella_jax.data.conversation import Image, read_conversations
+from umbrella_jax.data.conversation import Conversations, Image, read_conversations
 from umbrella_jax.errors import DataError
 
 NAMES = ("T1", "rsfMRI")
@@ -624,3 +624,21 @@ def test_windows_paths(write_json, tmp_path, record):
         assert f"image_path: {path} is a Windows path; expected one of this machine" in fault
     (fault,) = faults(write_json("a.json", record([("user", ["T1:..\\x.nii"])])))
     assert f"../x.nii leads out of {tmp_path}" in fault
+
+
+def test_columns_give_every_conversation_back(record, write_json):
+    """Equal messages, images and names are stored once; each conversation has its own."""
+    records = [
+        record([("user", ["T1:a", "Sex?", "rsfMRI:b"]), ("assistant", [answer])], metadata=metadata)
+        for answer, metadata in [("male", {"subject_id": "sub-1", "age": 7.5}), ("male", {}), ("old", {"x": [1, None]})]
+    ]
+    stored = read_conversations(write_json("a.json", [*records, record([("user", ["T1:c", "Sex?", "T1:a"])])]), NAMES)
+    assert [image.path.name for image in stored.images] == ["a", "b", "c"]
+    assert len(stored.messages) == 3
+    first, _, third, last = stored
+    assert [part if isinstance(part, str) else part.path.name for part in last.messages[0].parts] == ["c", "Sex?", "a"]
+    assert (first.metadata, third.metadata) == ({"subject_id": "sub-1", "age": 7.5}, {"x": [1, None]})
+    assert (first.subjects, third.subjects) == ({"1"}, frozenset())
+    sources = ["a.json", "a.json[03]", "b:12", "a[3]:7"]
+    others = [replace(first, source=source, task_type=None) for source in sources]
+    assert list(Conversations([*stored, *others])) == [*stored, *others]

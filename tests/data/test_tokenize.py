@@ -222,12 +222,16 @@ def test_reference_answer():
 def test_encoding_many_changes_nothing(template, tokenizer, modalities, monkeypatch):
     """`encode_all` encodes every conversation as `encode` and `encode_prompt` do, and knows its sizes."""
     monkeypatch.setattr("umbrella_jax.data.tokenize._ENCODED_AHEAD", 3)
+    monkeypatch.setattr("umbrella_jax.data.tokenize._BLOCK", 3)
     monkeypatch.setattr(tokenizer, "chat_template", PLAIN)
     options = {"modalities": modalities, "max_length": LIMIT, "template": template}
     conversations = [case[0] for case in CASES.values() if template != "chat" or case[0].messages[-1].text] * 2
     for encoder in (encode, encode_prompt):
         rows = encode_all(Conversations(conversations), tokenizer, prompts=encoder is encode_prompt, **options)
         assert rows.lengths.tolist() == [len(row) for row in rows]
+        for (ids, supervised), row in zip(rows.tokens(), rows, strict=True):
+            np.testing.assert_array_equal(ids, row.input_ids, strict=True)
+            np.testing.assert_array_equal(supervised, row.supervised, strict=True)
         assert rows.targets.tolist() == [row.supervised.sum() for row in rows]
         for row, conversation in zip(rows, conversations, strict=True):
             expected = encoder(conversation, tokenizer=tokenizer, **options)

@@ -603,7 +603,7 @@ def fill_cache(config: RunConfig, *, verify: bool = False, shard: str | None = N
     for path in paths:
         with faults:
             conversations = read_with_config(path, modalities, data)
-            images |= dict.fromkeys(image for conversation in conversations for image in conversation.images)
+            images |= dict.fromkeys(conversations.images)
     faults.raise_as(DataError)
     cache, everything = VolumeCache(str(data.cache), data.cache_dtype, strict=True, verify=verify), list(images)
     own = everything[number - 1 :: count]

@@ -9,12 +9,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 
 from umbrella_jax.config.schema import DataConfig
 from umbrella_jax.data.conversation import conversation_files
 from umbrella_jax.data.loader import Dataset
+from umbrella_jax.data.tokenize import EncodedConversations
 from umbrella_jax.errors import ConfigError
 from umbrella_jax.io.files import strict_json
 from umbrella_jax.io.reading import LISTING, read_json, sha256
@@ -44,8 +45,10 @@ def read_inputs(data: DataConfig, datasets: Mapping[str, Dataset]) -> Inputs:
         for file in conversation_files(Path(getattr(data, split))):
             inputs["conversations"].append((str(file), sha256(file)))
         tokens = hashlib.sha256()
-        for row in chain(dataset.encoded, dataset.prompts):  # rows are encoded on demand
-            tokens.update(row.input_ids.tobytes() + row.supervised.tobytes())
+        for rows in (dataset.encoded, dataset.prompts):
+            columns = attrgetter("input_ids", "supervised")
+            for ids, supervised in rows.tokens() if isinstance(rows, EncodedConversations) else map(columns, rows):
+                tokens.update(ids.tobytes() + supervised.tobytes())
         inputs["tokens"].append((f"token ids of data.{split}", tokens.hexdigest()))
         volumes |= {image.path: dataset for image in dataset.windows}
 

@@ -25,7 +25,7 @@ from umbrella_jax.config.schema import (
 from umbrella_jax.data.answer_trees import AnswerEncoder
 from umbrella_jax.data.cache import Sources, VolumeCache
 from umbrella_jax.data.confounds import check_confounds
-from umbrella_jax.data.conversation import Conversation, Image, Message, read_with_config
+from umbrella_jax.data.conversation import Conversation, Conversations, Image, Message, read_with_config
 from umbrella_jax.data.loader import Dataset, whole_batch
 from umbrella_jax.data.tokenize import check_template, decode_ids, encode_prompt, stop_ids
 from umbrella_jax.distributed import raise_together
@@ -123,7 +123,7 @@ class Processor:
         Raises DataError with every fault of the conversation files; if these are good, with every fault of texts and
         volumes. Raises ConfigError as `check_confounds`.
         """
-        conversations, datasets = dict[str, list[Conversation]](), dict[str, Dataset]()
+        conversations, datasets = dict[str, Conversations](), dict[str, Dataset]()
         faults, sources = Faults(), VolumeCache.from_config(data)
         with raise_together():  # first, since the processes then divide the volumes
             check_confounds(self.modalities, data.cache)

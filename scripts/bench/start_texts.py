@@ -1,0 +1,97 @@
+"""What conversations cost at a start, without their volumes: reading, encoding, planning."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from bench.measure import figure, measure
+
+
+def start_texts(work_dir: Path) -> None:
+    """Measure a start without volumes, with repeated and with distinct answers, and epochs of shared volumes."""
+    from umbrella_jax.demo import make_base
+
+    make_base(work_dir / "demo_base")
+    for number, distinct in ((120_000, False), (1_000_000, False), (1_000_000, True)):
+        result = measure(read_and_plan, work_dir, number, distinct)
+        names = ("read", "encode", "digest", "plan", "epoch")
+        more = {name: round(seconds, 1) for name, seconds in zip(names, result["value"], strict=True)}
+        more |= {"processor": round(sum(result["value"]), 1), "peak_gb": round(result["peak"], 2)}
+        figure("start_texts_seconds", result["seconds"], "s", conversations=number, distinct=distinct, **more)
+    for pool in (40_000, 2_000):
+        result = measure(plan_shared, 50_000, 20, pool)
+        seconds, processor = result["value"]
+        figure("start_epoch_seconds", seconds, "s", volumes_each=20, of=pool, processor=round(processor, 1))
+
+
+def read_and_plan(work_dir: Path, number: int, distinct: bool) -> list[float]:
+    """Read, encode, digest and plan conversations of `write_texts`; return the processor seconds of each step."""
+    import hashlib
+
+    from umbrella_jax.config.schema import ModalityConfig
+    from umbrella_jax.data.cache import Sources
+    from umbrella_jax.data.conversation import read_conversations
+    from umbrella_jax.data.loader import Dataset, make_epoch_plan
+    from umbrella_jax.data.tokenize import encode_all, load_tokenizer
+
+    file = work_dir / f"texts_{number}_{distinct}.jsonl"
+    if not file.exists():
+        write_texts(file, number, distinct)
+    modalities = {"T1": ModalityConfig(size=(90, 90, 90), patch=(10, 10, 10))}
+    tokenizer, _ = load_tokenizer(work_dir / "demo_base", None)
+    times = [time.process_time()]
+    conversations = read_conversations(file, modalities)
+    times.append(time.process_time())
+    rows = encode_all(conversations, tokenizer, modalities, 8192)
+    times.append(time.process_time())
+    tokens = hashlib.sha256()
+    for ids, supervised in rows.tokens():
+        tokens.update(ids.tobytes() + supervised.tobytes())
+    times.append(time.process_time())
+    dataset = Dataset(conversations, rows, (), dict.fromkeys(conversations.images, 1), modalities, Sources())
+    plan = make_epoch_plan(dataset, batch_size=8, accumulate_steps=1, seed=0)
+    times.append(time.process_time())
+    plan.epoch(1)
+    times.append(time.process_time())
+    return np.diff(times).tolist()
+
+
+def write_texts(file: Path, number: int, distinct: bool) -> None:
+    """Write three conversations about each subject, with one T1 each; answers are distinct if asked for."""
+    with file.open("w") as lines:
+        for i in range(number):
+            subject = f"sub-{i // 3:06d}"
+            age = 20 + i % 700 / 10
+            task, question, answer = (
+                ("sex", "What is the sex of this subject?", "male." if i % 2 else "female."),
+                ("age", "How old is this subject, in years?", f"The subject is {age} years old."),
+                ("diagnosis", "Does this subject have a diagnosis of depression?", "no." if i % 5 else "yes."),
+            )[i % 3]
+            image = {"type": "image", "modality": "sMRI", "image_path": f"{subject}/anat/{subject}_T1w.nii.gz"}
+            text = f"Answer {i} about {subject}: {answer}" if distinct else answer
+            record = {
+                "task_id": f"{subject}_{task}",
+                "task_type": "T1",
+                "conversations": [
+                    {"role": "user", "content": [image, {"type": "text", "text": question}]},
+                    {"role": "assistant", "content": [{"type": "text", "text": text}]},
+                ],
+                "metadata": {"task": task, "subject_id": subject, "age": age, "site": f"site{i // 3 % 20}"},
+            }
+            lines.write(json.dumps(record) + "\n")
+
+
+def plan_shared(number: int, each: int, pool: int) -> list[float]:
+    """Plan an epoch of conversations that show random volumes of a pool; return its seconds and processor seconds."""
+    from umbrella_jax.data.epoch_plan import ConversationSizes, EpochPlan
+    from umbrella_jax.data.ragged import Ragged
+
+    rng = np.random.default_rng(0)
+    volumes = Ragged.from_rows(rng.choice(pool, each, replace=False).tolist() for _ in range(number))
+    sizes = ConversationSizes(np.full(number, 800), np.full(number, 9), volumes, ["T1"] * pool, {"T1": 27})
+    plan = EpochPlan(sizes, batch_size=8, seed=0)
+    start, busy = time.perf_counter(), time.process_time()
+    plan.epoch(1)
+    return [time.perf_counter() - start, time.process_time() - busy]
