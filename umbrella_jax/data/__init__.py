@@ -3,7 +3,7 @@
 Text, from a file to tokens:
 
     schema.py          convert records of the original's format to the current one
-    conversation.py    read conversation files into `Conversation` objects
+    conversation.py    read conversation files: `Conversations` holds millions in columns, with `ragged.py`
     tokenize.py        write a conversation in a template: token ids and the mask of supervised tokens
 
 A volume, from a file to an array:

@@ -9,16 +9,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar, overload
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from umbrella_jax.config.schema import DataConfig, modality_names, resolve_modality, unknown_modality
-from umbrella_jax.data.ragged import Ragged
 from umbrella_jax.data.schema import IMAGE_MARKER, to_current
 from umbrella_jax.data.subject_split import SPLITS
 from umbrella_jax.errors import DataError, visible
 from umbrella_jax.io.reading import JSON_KINDS, kind, parse_json, quoted, read_items, read_lines
+
+if TYPE_CHECKING:
+    from umbrella_jax.data.ragged import Ragged
 
 ROLES = ("system", "user", "assistant")
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -146,9 +146,9 @@ class Conversations(Sequence[Conversation]):
     """The distinct images, in the order of first appearance."""
     messages: list[Message]
     """The distinct messages, each with the same image in every place of one."""
-    message_rows: Ragged
+    message_rows: "Ragged"
     """Indices of each conversation's messages in `messages`."""
-    image_rows: Ragged
+    image_rows: "Ragged"
     """Indices of each conversation's `Conversation.images` in `images`."""
 
     def __init__(self, conversations: Iterable[Conversation]):
@@ -227,8 +227,10 @@ class _RaggedBuilder:
     def end_row(self) -> None:
         self._ends.append(len(self._values))
 
-    def rows(self) -> Ragged:
-        return Ragged(np.array(self._values, np.int32), np.array(self._ends, np.int64))
+    def rows(self) -> "Ragged":
+        from umbrella_jax.data.ragged import Ragged  # imported here: the command line must not wait for NumPy
+
+        return Ragged.from_arrays(self._values, self._ends)
 
 
 def _with_images(message: Message, images: Iterator[Image]) -> Message:

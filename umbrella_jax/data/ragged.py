@@ -1,5 +1,6 @@
 """Rows of different lengths in two flat arrays, for millions of rows in little memory."""
 
+from array import array
 from collections.abc import Iterable, Iterator
 from itertools import chain, pairwise
 
@@ -22,6 +23,11 @@ class Ragged:
         """Store rows that are given as Python integers."""
         listed = [list(row) for row in rows]
         return cls.from_lengths(np.fromiter(chain.from_iterable(listed), np.int32), np.array([*map(len, listed)]))
+
+    @classmethod
+    def from_arrays(cls, values: "array[int]", ends: "array[int]") -> "Ragged":
+        """Copy the values and ends, of types `i` and `q`."""
+        return cls(np.array(values, np.int32), np.array(ends, np.int64))
 
     @classmethod
     def from_lengths(cls, values: np.ndarray, lengths: np.ndarray) -> "Ragged":

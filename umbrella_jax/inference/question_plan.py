@@ -20,6 +20,7 @@ import numpy as np
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.epoch_plan import ConversationSizes, EpochPlan, round_positions, rows_by_part
+from umbrella_jax.data.ragged import Ragged
 from umbrella_jax.data.tokenize import Encoded
 
 _MIN_SAVING = 0.25
@@ -114,7 +115,7 @@ class QuestionPlan:
         sizes = ConversationSizes(
             lengths=np.array([context.length for context in contexts]),
             targets=np.zeros(len(contexts), int),
-            volumes=[()] * len(contexts),
+            volumes=Ragged.from_rows([()] * len(contexts)),
             modality=(),
             patches={},
         )
