@@ -22,7 +22,7 @@ CHECKS = [
     for name in ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward", "LayoutConstraint")
 ]
 KERNELS = {
-    "splash": ("tpu", "splash_mha_fwd_segmented_residuals", "splash_mha_dkv_segmented", "splash_mha_dq_segmented"),
+    "splash": ("tpu", "splash_mha_fwd_segmented_residuals", "splash_mha_dkv_segmented"),
     "cudnn": ("cuda", "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"),
 }
 

@@ -19,11 +19,12 @@ from jaxtyping import Array, Float, Int
 from umbrella_jax.batch import AnyArray
 
 _LANES = 128
-_BLOCKS = (512, 384, 256)  # queries or keys per block, multiples of _LANES; scores of 512² take 1 MiB of VMEM
+_BLOCKS = (1024, 896, 768, 640, 512, 384, 256)  # queries or keys per block, multiples of _LANES
+_PARTS = (512, 384, 256, 128)  # keys of a block at a time; scores of 512·1024 take 2 MiB of VMEM
 
 
 def splash_block(length: int) -> int:
-    """Return the block size that pads `length` least: 384 pads 729 to 768, 512 pads 793 to 1024."""
+    """Return the largest block size of those that pad `length` least: 768 for 729, 896 for 793."""
     return min(_BLOCKS, key=lambda block: -length % block)
 
 
@@ -105,11 +106,14 @@ def _kernel(q: Float[Array, "B H Dh T"], k: Float[Array, "B K Dh S"], causal: bo
 
     (bq, t), (bkv, s) = ((splash_block(x.shape[-1]), splash_length(x.shape[-1])) for x in (q, k))
     mask = splash.CausalMask((t, s)) if causal else splash.FullMask((t, s))
-    blocks: dict[str, Any] = {"block_q": bq, "block_kv": bkv, "block_q_dkv": bq, "block_kv_dkv": bkv}
+    part = next(size for size in _PARTS if bkv % size == 0)
+    blocks: dict[str, Any] = {"block_q": bq, "block_kv": bkv, "block_kv_compute": part}
+    backward: dict[str, Any] = {"block_q_dkv": bq, "block_kv_dkv": bkv, "block_kv_dkv_compute": part}
     layouts: dict[str, Any] = dict.fromkeys(("q_layout", "k_layout", "v_layout"), splash.QKVLayout.SEQ_MINOR)
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * q.shape[1]),
-        block_sizes=splash.BlockSizes(**blocks, block_q_dq=bq, block_kv_dq=bkv, **layouts),
+        # One backward kernel, not two: it computes scores and their gradient once.
+        block_sizes=splash.BlockSizes(**blocks, **backward, **layouts, use_fused_bwd_kernel=True),
         head_shards=1,
         q_seq_shards=1,
     )
