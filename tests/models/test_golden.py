@@ -1,5 +1,6 @@
 """Equal to PyTorch: the golden case, float32, with XLA's optimisations, as users run it."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ from tests.helpers.golden_case import golden, golden_batch, golden_model, relati
 from tests.helpers.training_case import OPTIMISED, generating_with
 from umbrella_jax.config.schema import TrainConfig
 from umbrella_jax.inference.generate import generate
-from umbrella_jax.models import abstract_params, merge
+from umbrella_jax.models import abstract_params, merge, unstack
 from umbrella_jax.training.freeze import as_trainable, label_params, partition
 from umbrella_jax.training.loss import loss_sum
 from umbrella_jax.training.optimizer import make_optimizer
@@ -64,12 +65,21 @@ def test_merge_and_logits(values):
     assert relative(np.where(mask, logits, 0), golden("forward")["logits"]) <= 1e-5
 
 
-@pytest.mark.parametrize("remat", ["mlp", pytest.param("none", marks=pytest.mark.slow)])
-def test_loss_and_gradients(remat):
+@pytest.mark.parametrize(
+    ("remat", "layers"),
+    [
+        ("mlp", "scanned"),
+        pytest.param("none", "scanned", marks=pytest.mark.slow),
+        pytest.param("none", "unrolled", marks=pytest.mark.slow),
+    ],
+)
+def test_loss_and_gradients(remat, layers):
     """Compare two policies; `test_ten_adamw_steps` has `full`, and all have one gradient (test_shapes.py)."""
     config, params = golden_model(remat=remat)
-    graphdef, _ = abstract_params(config)
+    graphdef, _ = abstract_params(replace(config, layers=layers))
     trainable, frozen = partition(params, label_params(list(params), ["patch_embed"]))
+    if layers == "unrolled":
+        frozen = unstack(frozen)
 
     def loss(trainable):
         total, count = loss_sum(merge(graphdef, trainable | frozen), golden_batch())
