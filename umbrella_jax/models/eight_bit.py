@@ -36,15 +36,17 @@ def eight_bit_product(x: Float[Array, "... I"], weight: Any) -> Float[Array, "..
     """Return x · Wᵀ in x's dtype, computed in the 8-bit type of `weight`, a QArray [O, I].
 
     Each row of x becomes q·s: q in 8 bits, and s float32, max|row| divided by the largest number of the type. Products
-    of int8 are summed in int32, those of fp8 in float32. The sums are multiplied by both scales in float32.
+    of int8 are summed in int32, those of fp8 in float32 and then rounded to x's dtype, because GPUs write the sums to
+    memory. The sums are multiplied by both scales in float32.
 
     The gradient of x is dy · W in dy's dtype, with W dequantised, as if x had not been rounded. W gets no gradient.
     """
     import qwix
 
     rounded = qwix.quantize(x.astype(jnp.float32), weight.qtype, channelwise_axes=tuple(range(x.ndim - 1)))
-    with jax.numpy_dtype_promotion("standard"):  # qwix multiplies int32 by float32
-        return qwix.dot_general(rounded, weight, (((x.ndim - 1,), (1,)), ((), ()))).astype(x.dtype)
+    contracted = (((x.ndim - 1,), (1,)), ((), ()))
+    with jax.numpy_dtype_promotion("standard"):  # qwix multiplies sums of int32 or bfloat16 by float32
+        return qwix.dot_general(rounded, weight, contracted, preferred_element_type=x.dtype)
 
 
 def _eight_bit_product(x: Array, weight: Any) -> tuple[Array, Any]:
