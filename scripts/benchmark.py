@@ -15,7 +15,8 @@ Needs: convert  the extra `torch`, 12 GB of disk
        gpu_program  "jax[cuda12]", no GPU, JAX_PLATFORMS=cpu, ten minutes
        sharing  ten minutes
        products the extra `torch`, two minutes
-       quantize the extra `quantize`, five minutes
+       quantize the extra `quantize`; for the programs of other machines, the
+                extra `aot` and jax[cuda12]; ten minutes
        answers  the extra `torch`, 6 GB of memory, ten minutes; sized for the GPU
                 if there is one
        validate the extra `report`, 2 GB of disk, five minutes
