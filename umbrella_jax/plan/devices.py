@@ -34,6 +34,10 @@ from umbrella_jax.models import native_backend
 PEAK_EFFICIENCY = 0.75
 """Fraction of a data sheet's peak that products reach. On an H200 it is 0.71 to 0.76, the same as for products measured
 in isolation; so a measured rate is reached in full (docs/performance.md)."""
+RESERVED = 0.1
+"""Fraction of a device's memory that the runtime and fragmentation need."""
+PLAN_ERROR = 0.04
+"""Fraction by which a TPU program may need more than the plan says (scripts/benchmark.py tpu)."""
 CPU_EFFICIENCY = 0.8
 """Fraction of a CPU's measured rate that products reach, since the measurement is the best of several."""
 _MEASURED = {"here": "all devices of this machine", "cpu": "one device"}
@@ -62,6 +66,13 @@ class DeviceKind:
     """How much one device adds to the number in a name: `v5p-64` is 64 TensorCores, two on each of 32 chips."""
     dtype: str = "bfloat16"
     """Type of the products of `flops`."""
+    usable: float | None = None
+    """Bytes that a program may use, as its compiler says when it refuses one (`plan --compile`)."""
+
+    @property
+    def room(self) -> float:
+        """Bytes that a plan may fill: the rest is for its own error, or for the runtime and fragmentation."""
+        return self.memory * (1 - RESERVED) if self.usable is None else self.usable * (1 - PLAN_ERROR)
 
 
 _GOOGLE, _NVIDIA = "https://cloud.google.com/tpu/docs", "https://www.nvidia.com/en-us"
@@ -75,9 +86,23 @@ DEVICE_KINDS: dict[str, DeviceKind] = {
     kind.name: kind
     for kind in (
         DeviceKind("v4", 275e12, 32 * 2.0**30, 1200e9, 300e9, 4096, 50e9 / 8, f"{_GOOGLE}/v4", "splash", counted=2),
-        DeviceKind("v5e", 197e12, 16e9, 819e9, 200e9, 256, 25e9 / 8, f"{_GOOGLE}/v5e", "splash"),
-        DeviceKind("v5p", 459e12, 95e9, 2765e9, 600e9, 8960, 50e9 / 8, f"{_GOOGLE}/v5p", "splash", counted=2),
-        DeviceKind("v6e", 918e12, 32e9, 1638e9, 400e9, 256, 100e9 / 8, f"{_GOOGLE}/v6e", "splash"),
+        DeviceKind("v5e", 197e12, 16e9, 819e9, 200e9, 256, 25e9 / 8, f"{_GOOGLE}/v5e", "splash", usable=15.75 * 2**30),
+        DeviceKind(
+            "v5p",
+            459e12,
+            95e9,
+            2765e9,
+            600e9,
+            8960,
+            50e9 / 8,
+            f"{_GOOGLE}/v5p",
+            "splash",
+            counted=2,
+            usable=95.74 * 2**30,
+        ),
+        DeviceKind(
+            "v6e", 918e12, 32e9, 1638e9, 400e9, 256, 100e9 / 8, f"{_GOOGLE}/v6e", "splash", usable=31.25 * 2**30
+        ),
         DeviceKind("a100", 312e12, 80e9, 2039e9, 300e9, 8, 200e9 / 8, f"{_CENTER}/a100; {_DGX}", "cudnn"),
         DeviceKind("a100-40gb", 312e12, 40e9, 1555e9, 300e9, 8, 200e9 / 8, f"{_CENTER}/a100; {_DGX}", "cudnn"),
         DeviceKind("h100", 989e12, 80e9, 3350e9, 450e9, 8, 400e9 / 8, f"{_CENTER}/h100; {_DGX}", "cudnn"),

@@ -25,8 +25,6 @@ BANDWIDTH_EFFICIENCY = 0.7
 """Fraction of the memory bandwidth that operations between products reach: 0.63 to 0.85 on an H200."""
 LINK_EFFICIENCY = 0.8
 """Fraction of the links' bandwidth that large transfers reach."""
-RESERVED = 0.1
-"""Fraction of a device's memory that the runtime and fragmentation need."""
 _ATTENTION = {
     "xla": "attention is XLA's, which keeps no scores; temporary scores and their traffic are not counted",
     "cudnn": "attention is cuDNN's flash kernel, which writes no scores",
@@ -95,7 +93,7 @@ def estimate(model: ModelCounts, devices: Devices, mesh: MeshShape, batch_size: 
         remat=remat,
         batch_size=batch_size,
         bytes=device_bytes,
-        fits=sum(device_bytes.values()) <= kind.memory * (1 - RESERVED),
+        fits=sum(device_bytes.values()) <= kind.room,
         seconds=seconds,
         step_seconds=step,
         samples_per_second=batch_size / step,
@@ -104,7 +102,7 @@ def estimate(model: ModelCounts, devices: Devices, mesh: MeshShape, batch_size: 
 
 def largest_batch(model: ModelCounts, devices: Devices, mesh: MeshShape, remat: str) -> int:
     """Return the largest micro-batch that fits, a multiple of the mesh's parts; 0 if none does."""
-    available = devices.kind.memory * (1 - RESERVED)
+    available = devices.kind.room
 
     def total(local: int) -> float:
         return sum(model.device_bytes(mesh, local * mesh.parts, remat).values())
@@ -150,8 +148,8 @@ class HardwarePlan:
             f"{work.supervised} supervised; no padding, no volume shared",
             f"products, recomputed ones included, reach {self.devices.efficiency:.0%} of {kind.flops / 1e12:.4g} "
             f"TFLOP/s ({kind.source}), attention's {ATTENTION_EFFICIENCY[self.model.config.attention]:.0%} of that",
-            f"memory reaches {BANDWIDTH_EFFICIENCY:.0%} of its bandwidth, links {LINK_EFFICIENCY:.0%}; {RESERVED:.0%} "
-            "of memory is left free",
+            f"memory reaches {BANDWIDTH_EFFICIENCY:.0%} of its bandwidth, links {LINK_EFFICIENCY:.0%}; "
+            f"{kind.room / 1e9:.4g} GB of memory are used at most",
             "a step takes max(compute + memory, collectives of gradients, of weights) + collectives of activations",
             "latencies, data loading and evaluation are not counted",
             "the masked half of causal attention is counted",

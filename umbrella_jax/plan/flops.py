@@ -21,6 +21,15 @@ from umbrella_jax.training import freeze
 _SUPERVISED = 8  # supervised tokens per conversation; batch shapes pad this number to a multiple of 8
 
 
+_SUBLANES, _LANES = 8, 128
+"""Sizes of a TPU's tiles, on the last two axes of an array."""
+
+
+def padding(length: int, multiple: int) -> float:
+    """Return how many times its length an axis takes, padded to a multiple."""
+    return -(-length // multiple) * multiple / length
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """One conversation with one volume."""
@@ -139,6 +148,8 @@ class Stack:
     mlp: int
     gated: bool
     differentiated: bool
+    tiled: bool = False
+    """Whether a device stores arrays in tiles, as TPUs do."""
 
     @property
     def attention_flops(self) -> float:
@@ -169,6 +180,20 @@ class Stack:
             "lse": self.heads * 4 / tensor,
             "mlp": self.mlp * (1 + self.gated) * size / tensor,
         }
+
+    def stored(self, tensor: int, size: int) -> dict[str, float]:
+        """Return the bytes per conversation of each of `values`, with the padding of tiles.
+
+        splash keeps q, k, v and its output with positions on the last axis; the others have their width there.
+        """
+        values = {name: self.rows * value for name, value in self.values(tensor, size).items()}
+        if self.tiled:
+            for name in ("qkv", "attention"):
+                values[name] *= padding(self.rows, _LANES)
+            for name in ("input", "middle"):
+                values[name] *= padding(self.rows, _SUBLANES) * padding(self.width, _LANES)
+            values["mlp"] *= padding(self.rows, _SUBLANES) * padding(self.mlp // tensor, _LANES)
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,10 +235,17 @@ class ModelCounts:
     stacks: tuple[Stack, ...]
     weights: tuple[Weight, ...]
     gathered: float
-    """Bytes of the largest frozen piece that is gathered at once: two layers, or the word embeddings."""
+    """Numbers of the frozen layers that are gathered at once, which are two."""
+    head: float
+    """Numbers of the weight that gives the logits, which is gathered too."""
     layer: dict[str, float]
     """{component: bytes of the frozen weights of one layer}."""
     differentiated: dict[str, bool]
+
+    @property
+    def tiled(self) -> bool:
+        """Whether devices store arrays in tiles, as TPUs do; known from their attention."""
+        return self.config.attention == "splash"
 
     @property
     def trained(self) -> int:
@@ -259,26 +291,46 @@ class ModelCounts:
         size, work, text = self.size, self.workload, self.config.text
         kept = working = 0.0
         for stack in self.stacks:
-            values = stack.values(mesh.tensor, size)
+            values = stack.stored(mesh.tensor, size)
             lasting = sum(values[name] for name in KEPT[remat]) if stack.differentiated else values["input"]
-            kept += stack.differentiated * stack.layers * stack.rows * lasting
+            kept += stack.differentiated * stack.layers * lasting
             # One layer's backward pass: values that were not kept, gradients in the MLP, and three residual streams.
-            passing = sum(values.values()) - lasting + values["mlp"] + stack.mlp * size / mesh.tensor
-            passing += 3 * stack.width * size
-            working = max(working, local * stack.rows * passing + self.layer[stack.component] / mesh.tensor)
+            passing = sum(values.values()) - lasting + values["mlp"] / (1 + stack.gated) + 3 * values["input"]
+            if not self.tiled:  # a TPU's compiler writes gradients over the MLP's values
+                passing += values["mlp"]
+            working = max(working, local * passing + self.layer[stack.component] / mesh.tensor)
         trained = sum(weight.on_device(mesh) for weight in self.weights if weight.trained)
-        volumes = work.voxels * (4 + size) + work.patches * work.patch_dim * size
+        logits = local * work.supervised * text.vocab_size * 4 * 2 / mesh.tensor  # the logits and their gradient
+        gathered, head = (size * part / mesh.tensor * (mesh.fsdp > 1) for part in (self.gathered, self.head))
+        if not self.tiled:
+            gathered = max(gathered, head)
+        elif working + gathered > logits + head:  # the head is done with when the first layer's backward pass begins
+            logits = 0.0
+        else:
+            gathered, working = head, 0.0
         ends = work.patches + 2 * work.positions  # projector output; language model input and output
         return {
             "frozen weights": sum(w.on_device(mesh) for w in self.weights if not w.trained),
-            "gathered weights": self.gathered / mesh.tensor * (mesh.fsdp > 1),
+            "gathered weights": gathered,
             "trained weights and moments": 3 * trained,
             "gradients": 2 * trained,  # the micro-batch's gradients, and the sum so far
-            "volumes": local * volumes,
+            "volumes": local * self.volume_bytes,
             "activations": local * (kept + ends * text.hidden_size * size),
             "one layer at work": working,
-            "logits": local * work.supervised * text.vocab_size * 4 * 2 / mesh.tensor,  # the logits and their gradient
+            "logits": logits,
         }
+
+    @property
+    def volume_bytes(self) -> float:
+        """Bytes of a volume in float32 and of its patches in the compute dtype, which the gradient of the weight needs.
+
+        On other devices than TPUs a copy of the volume in the compute dtype is counted too.
+        """
+        work, patches = self.workload, self.workload.patches * self.workload.patch_dim * self.size
+        if not self.tiled:
+            return work.voxels * (4 + self.size) + patches
+        width = self.config.modalities[work.modality].size[2]  # innermost on a TPU (umbrella_jax/models/patch_embed.py)
+        return work.voxels * padding(width, _LANES) * 4 + patches * padding(work.patch_dim, _LANES)
 
     def attention_flops(self, remat: str) -> float:
         """Return the FLOPs of attention in one conversation."""
@@ -401,6 +453,7 @@ def count_model(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dt
             mlp=tower.intermediate_size,
             gated=gated,
             differentiated=differentiated[component],
+            tiled=model.attention == "splash",
         )
 
     vision_heads = vision.num_attention_heads
@@ -414,8 +467,8 @@ def count_model(config: RunConfig, model: LlavaConfig, work: Workload, frozen_dt
         products=tuple(products),
         stacks=stacks,
         weights=tuple(weights),
-        gathered=max(2 * max(numbers.values()), text.vocab_size * text.hidden_size)
-        * jnp.dtype(model.compute_dtype).itemsize,
+        gathered=2 * max(numbers.values()),
+        head=text.vocab_size * text.hidden_size,
         layer=layer,
         differentiated=differentiated,
     )
