@@ -28,8 +28,8 @@ LINK_EFFICIENCY = 0.8
 _ATTENTION = {
     "xla": "attention is XLA's, which keeps no scores; temporary scores and their traffic are not counted",
     "cudnn": "attention is cuDNN's flash kernel, which writes no scores",
-    "splash": "attention is splash, a flash kernel, which writes no scores; its padding (heads to 128, lengths to "
-    "blocks) counts as memory, not as FLOPs",
+    "splash": "attention is splash, a flash kernel, which writes no scores; padding to tiles of 8 by 128 counts as "
+    "memory, not as FLOPs",
 }
 _NUMBER_LOSS = (
     "train.number_loss: positions and logits of the candidate numbers are not counted, so time and memory of "
@@ -149,7 +149,11 @@ class HardwarePlan:
             f"products, recomputed ones included, reach {self.devices.efficiency:.0%} of {kind.flops / 1e12:.4g} "
             f"TFLOP/s ({kind.source}), attention's {ATTENTION_EFFICIENCY[self.model.config.attention]:.0%} of that",
             f"memory reaches {BANDWIDTH_EFFICIENCY:.0%} of its bandwidth, links {LINK_EFFICIENCY:.0%}; "
-            f"{kind.room / 1e9:.4g} GB of memory are used at most",
+            + (
+                f"{RESERVED:.0%} of memory is left free"
+                if kind.usable is None
+                else f"{PLAN_ERROR:.0%} of the {kind.usable / 1e9:.4g} GB for programs are left free"
+            ),
             "a step takes max(compute + memory, collectives of gradients, of weights) + collectives of activations",
             "latencies, data loading and evaluation are not counted",
             "the masked half of causal attention is counted",
