@@ -13,7 +13,7 @@ from umbrella_jax.console import table_lines, wrapped
 from umbrella_jax.errors import CheckpointError, ConfigError
 from umbrella_jax.io.reading import read_json
 from umbrella_jax.models import LlavaConfig
-from umbrella_jax.plan.devices import Devices, eight_bit_peak
+from umbrella_jax.plan.devices import PLAN_ERROR, RESERVED, Devices, eight_bit_peak
 from umbrella_jax.plan.flops import KEPT, ModelCounts, count_model, workload
 from umbrella_jax.sharding import MeshShape, mesh_shape, mesh_shapes
 from umbrella_jax.training import freeze
