@@ -101,6 +101,16 @@ def trained(rehearsed: str, world: World, flags: list[object], counted: list[tup
     return world.root / "run"
 
 
+@pytest.mark.slow  # six programs for TPUs; tests/plan/test_compile_step.py compiles one; before `recorded` patches
+def test_programs_are_compiled_for_tpus_that_are_not_at_hand(world: World, flags: list[object]) -> None:
+    elsewhere = ["--dry-run", "--devices", "v5e-4", "--set", "model.attention=splash"]
+    output = umbrella(*world.train_flags(world.root / "elsewhere", *flags, *elsewhere))
+    assert "on v5e-4, data×fsdp×tensor 4×1×1:" in output
+    for what in PROGRAMS:
+        assert re.search(rf"  \d+\.\d s, \d+\.\d MB, {what} of 4 × (\d+ positions|T1)", output), what
+    assert "as plan estimates; it has 16.9 GB" in output
+
+
 def test_output(rehearsed: str) -> None:
     for text in (
         r"patch_embed: vision_tower\.\S+\n  T1_positional_embeddings ",
@@ -133,6 +143,20 @@ def test_memory_covers_arguments_and_results(rehearsed: str) -> None:
     assert sizes.keys() == PROGRAMS.keys()
     assert 0.7 < float(sizes["step"]) < 20
     assert float(sizes["likelihoods"]) < float(sizes["step"])
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--devices", "v5e-4"], "--devices: expected --dry-run too"),
+        (["--devices", "h100x8", "--dry-run"], "a dry run compiles for TPUs only"),
+        (["--devices", "v5e-8", "--dry-run"], "train.batch_size: 4 rows cannot be split over data × fsdp = 8 devices"),
+    ],
+)
+def test_other_devices_are_checked_before_anything_is_read(
+    world: World, flags: list[object], more: list[str], words: str
+) -> None:
+    assert words in umbrella(*world.train_flags(world.root / "elsewhere", *flags, *more, "--base", "nowhere"), code=2)
 
 
 def test_too_little_memory_is_rejected(

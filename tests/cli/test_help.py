@@ -206,6 +206,6 @@ def test_every_path_is_completed() -> None:
     """Every metavar is listed as a file, as a directory, or as neither."""
     others = {"NAME", "VALUE", "TEXT", "PROMPT", "ID", "N", "RATE", "SHARE", "FRACTION", "FACTOR", "STEP", "TIME"}
     others |= {"AXES", "ADDRESS", "KEY=VALUE", "ACTION", "TYPE", "METHOD", "COLUMN", "KIND", "SHARES", "NAMES"}
-    others |= {"LOW:HIGH:STEP", "SIZE", "SHELL", "COMMAND", "REPO", "BRANCH", "SEEDS", "PATTERN", "WHICH"}
+    others |= {"LOW:HIGH:STEP", "SIZE", "SHELL", "COMMAND", "REPO", "BRANCH", "SEEDS", "PATTERN", "WHICH", "I/N"}
     named = {action.metavar for command in COMMANDS.values() for action in command._actions if action.metavar}
     assert named - {*FILES, *DIRECTORIES} <= others

@@ -34,6 +34,7 @@ def add(commands: Any) -> None:
     )
     run = _add_training(train, DATA_FLAGS)
     run.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    run.add_argument("--devices", metavar="NAME", help="with --dry-run: compile for v5e-16, v5p-64, …")
     run.add_argument("--seeds", type=_seeds, metavar="SEEDS", help="train once per seed: 1,2,3, into --out/seed-N")
 
     cv = add_command(
@@ -117,16 +118,21 @@ def _start(arguments: argparse.Namespace, faults: Sequence[str]) -> tuple[RunCon
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from umbrella_jax.plan import parse_devices
     from umbrella_jax.run.seeds import rehearse_seeds, train_seeds
     from umbrella_jax.run.train import rehearse, train
 
     has_two = arguments.seeds and any(text.partition("=")[0] == "seed" for text in arguments.set)
     faults = ["--set seed: already given by --seeds; give one of them"] if has_two else []
+    if arguments.devices and (arguments.seeds or not arguments.dry_run):
+        faults.append("--devices: expected --dry-run too, without --seeds")
     config, notes = _start(arguments, faults)
     if arguments.dry_run and arguments.seeds:
         rehearse_seeds(config, arguments.seeds, resume=arguments.resume)
     elif arguments.dry_run:
-        rehearse(config, resume=arguments.resume)
+        dtype = config.model.compute_dtype
+        devices = parse_devices(arguments.devices, flops=1.0, dtype=dtype) if arguments.devices else None
+        rehearse(config, resume=arguments.resume, devices=devices)
     elif arguments.seeds:
         train_seeds(config, arguments.seeds, resume=arguments.resume, notes=notes)
     else:

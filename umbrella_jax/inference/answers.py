@@ -196,7 +196,7 @@ def generate_answers(
         seeds = [0 if i is None else np.random.SeedSequence([seed, i]).generate_state(1)[0] for i in numbers]
 
         def decode_to(state: Decoding, count: int, allowed: Any = None) -> Decoding:
-            keys, until = np.array(seeds, np.uint32), jnp.int32(count)
+            keys, until = np.array(seeds, np.uint32), np.int32(count)
             return decode(params, state, stop, keys, until, allowed, sampling=sampling, **static)
 
         masks = constraints.masks(numbers) if constraints else None
@@ -309,7 +309,7 @@ def compile_answers(
         if choices is not None:
             for tree in choices.trees([None] * batch_size):
                 yield "likelihoods", text, score_answers.lower(params, state, tree, graphdef=graphdef).compile()
-        arguments = params, state, stop, np.zeros(batch_size, np.uint32), jnp.int32(max_new_tokens)
+        arguments = params, state, stop, np.zeros(batch_size, np.uint32), np.int32(max_new_tokens)
         options: dict[str, Any] = {"graphdef": graphdef, "sampling": sampling}
         yield "answers", text, decode.lower(*arguments, None, **options).compile()
         if constraints is not None:

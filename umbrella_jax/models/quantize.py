@@ -48,6 +48,12 @@ def quantize(params: Params, dtype: Quantized) -> Params:
     return quantized
 
 
+def abstract_param(param: Any, sharding: NamedSharding) -> Any:
+    """Return the shapes of a parameter, or of a QArray's parts, sharded as a parameter with this sharding is."""
+    shardings = _shardings_like(jax.ShapeDtypeStruct(param.shape, jnp.float32, sharding=sharding), param)
+    return jax.tree.map(lambda part, s: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=s), param, shardings)
+
+
 def quantized_shape(leaf: jax.ShapeDtypeStruct, dtype: Quantized) -> Any:
     """Return the shapes and shardings of the QArray that `quantize` makes of a parameter."""
     parts = jax.eval_shape(_quantizer(leaf, dtype), leaf)

@@ -260,19 +260,15 @@ def compile_lowered(
 ) -> CompiledProgram:
     """Compile a lowered program; that it needs too much memory is a result, not an error."""
     began = time.perf_counter()
-    try:
-        with _no_cache():
-            program = lowered.compile(dict(options or {}))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        needed, available = _refusal(str(error))
+    with no_cache():
+        program = compile_or_refuse(lowered, options)
+    if isinstance(program, Refusal):
         return CompiledProgram(
             compiler=compiler,
             fits=False,
             seconds=time.perf_counter() - began,
-            needed_bytes=needed,
-            available_bytes=available,
+            needed_bytes=program.needed,
+            available_bytes=program.available,
             bytes={},
             flops=None,
             bytes_accessed=None,
@@ -294,7 +290,7 @@ def compile_lowered(
         compiler=compiler,
         fits=True,
         seconds=seconds,
-        needed_bytes=analysis.peak_memory_in_bytes,
+        needed_bytes=peak_memory(program),
         available_bytes=None,
         bytes=sizes,
         flops=costs.get("flops"),
@@ -305,8 +301,34 @@ def compile_lowered(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A compiler's refusal of a program that needs more memory than the device has, in bytes as far as it says."""
+
+    needed: int | None
+    available: int | None
+
+
+def compile_or_refuse(
+    lowered: jax.stages.Lowered, options: Mapping[str, Any] | None = None
+) -> jax.stages.Compiled | Refusal:
+    """Compile a lowered program. Only TPU compilers refuse; programs of others may fail when they run."""
+    try:
+        return lowered.compile(dict(options) if options else None)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _refusal(str(error))
+
+
+def peak_memory(program: jax.stages.Compiled) -> int | None:
+    """Return the bytes that a TPU program needs on a device: less than its arguments and temporaries together."""
+    analysis: Any = program.memory_analysis()
+    return None if analysis is None else int(analysis.peak_memory_in_bytes)
+
+
 @contextmanager
-def _no_cache() -> Iterator[None]:
+def no_cache() -> Iterator[None]:
     """Disable the compilation cache: programs of other platforms cannot be loaded from it."""
     enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
@@ -316,16 +338,16 @@ def _no_cache() -> Iterator[None]:
         jax.config.update("jax_enable_compilation_cache", enabled)
 
 
-def _refusal(message: str) -> tuple[int | None, int | None]:
-    """Return the bytes that a refused program needs, and those that there are."""
+def _refusal(message: str) -> Refusal:
     # before scheduling, and after it
     total = re.search(
         r"required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message
     )
     found = total or re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
     if found is None:
-        return None, None
-    return tuple(int(float(found[i]) * _UNITS[found[i + 1]]) for i in (1, 3))  # type: ignore[return-value]
+        return Refusal(needed=None, available=None)
+    needed, available = (int(float(found[i]) * _UNITS[found[i + 1]]) for i in (1, 3))
+    return Refusal(needed=needed, available=available)
 
 
 def count_products(hlo: str) -> dict[str, int]:
