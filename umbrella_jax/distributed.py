@@ -232,7 +232,7 @@ def check_same(facts: Sequence[tuple[str, Any]], remedy: str) -> None:
 def raise_together() -> Iterator[None]:
     """Run a block on every process and wait for all. If it fails on one process, it fails on all.
 
-    A block may contain others, if one of these is its first exchange: a process that fails before it meets the rest
+    A block may contain others, if such a block is its first exchange: a process that fails before it meets the rest
     there.
 
     Raises:

@@ -155,7 +155,7 @@ class Sources:
         A file that is known, or that an earlier call has checked, is not read.
 
         Args:
-            share: divide the files between the processes of the run, if all of them see the same files. All must then
+            share: divide the files between the processes of the run, if all processes see the same files. All must then
                 call it at the same point; each gets the results, and the faults, of all.
 
         Returns:
@@ -381,7 +381,7 @@ class VolumeCache(Sources):
         return Sources(CheckedFiles.of_user()) if data.cache is None else cls(data.cache, data.cache_dtype)
 
     def _find(self, path: Path, config: ModalityConfig, source: _Source) -> Established | None:
-        """Return what is known about a source that has all its entries; of these, only the sizes are looked at."""
+        """Return what is known about a source that has all its entries; only their sizes are looked at."""
         established = super()._find(path, config, source)
         if established is None or self._verify:
             return None

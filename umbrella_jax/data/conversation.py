@@ -134,7 +134,7 @@ _ANY_IMAGE = Image(Path(), "")
 
 
 class Conversations(Sequence[Conversation]):
-    """Conversations in columns, for millions of them in little memory; each `Conversation` is built on access.
+    """Conversations in columns, millions in little memory; each `Conversation` is built on access.
 
     Equal images, equal names and messages that differ only in their images are stored once.
 
@@ -517,7 +517,7 @@ class _Interned:
         self.text: Callable[[str], str] = cache(str)
         self.subject: Callable[[str], str | None] = cache(lambda path: _subject_in(path.split("/")))
         self.images: dict[tuple[Any, ...], Image] = {}
-        """{values that name a path and a modality: the image}, of those without fault."""
+        """{values that name a path and a modality: the image}, without faulty ones."""
 
 
 class _Parser:

@@ -62,7 +62,7 @@ class Ragged:
     def take(self, rows: np.ndarray) -> "Ragged":
         """Return some of the rows, in the given order."""
         starts = self.ends[rows]
-        lengths = self.ends[rows + 1] - starts  # of these rows only, since some callers take a few of very many
+        lengths = self.ends[rows + 1] - starts  # only these rows: some callers take a few of very many
         ends = np.concatenate([[0], np.cumsum(lengths)])
         places = np.arange(ends[-1]) + np.repeat(starts - ends[:-1], lengths)
         return Ragged(self.values[places], ends)

@@ -1,4 +1,4 @@
-"""Divide the checks of a run's volumes between its processes, so that each file is read by one of them."""
+"""Divide the checks of a run's volumes between its processes, so that one process reads each file."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""Map a function over many items in threads, with few of them under way."""
+"""Map a function over many items in threads, with few calls under way."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

@@ -123,7 +123,7 @@ def prefill(
     """Read the prompts of a batch and encode each of its volumes once.
 
     Args:
-        features: {modality: features [M, N, D]} for `batch.feature_idx`, in place of those of `batch.volumes`.
+        features: {modality: features [M, N, D]} for `batch.feature_idx`, instead of encoding `batch.volumes`.
         is_asked: rows that get an answer; None for all.
         question_slots: slots of the cache to leave free for `ask`.
     """

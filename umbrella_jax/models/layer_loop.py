@@ -72,7 +72,7 @@ def unstacked_shapes(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _split(leaf: Any) -> PerLayer:
-    """Split a stacked array, or a tree of them, into its layers.
+    """Split a stacked array, or a tree of stacked arrays, into its layers.
 
     Its gradient is a concatenation. That of an index per layer would be a sum of whole stacks.
     """

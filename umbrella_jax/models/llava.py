@@ -129,7 +129,7 @@ class Llava(nnx.Module):
         """Return token embeddings; positions with feature_idx ≥ 0 hold that row of the image features.
 
         Args:
-            features: {modality: features [M, N, D]} to show in place of those of `batch.volumes`.
+            features: {modality: features [M, N, D]} to show instead of encoding `batch.volumes`.
         """
         chex.assert_equal_shape([batch.input_ids, batch.feature_idx, batch.positions])
         ids, idx = batch.input_ids, batch.feature_idx
