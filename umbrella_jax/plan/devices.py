@@ -36,7 +36,7 @@ PEAK_EFFICIENCY = 0.75
 in isolation; so a measured rate is reached in full (docs/performance.md)."""
 RESERVED = 0.1
 """Fraction of a device's memory that the runtime and fragmentation need."""
-PLAN_ERROR = 0.04
+PLAN_ERROR = 0.025
 """Fraction by which a TPU program may need more than the plan says (scripts/benchmark.py tpu)."""
 CPU_EFFICIENCY = 0.8
 """Fraction of a CPU's measured rate that products reach, since the measurement is the best of several."""

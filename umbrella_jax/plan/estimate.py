@@ -152,7 +152,7 @@ class HardwarePlan:
             + (
                 f"{RESERVED:.0%} of memory is left free"
                 if kind.usable is None
-                else f"{PLAN_ERROR:.0%} of the {kind.usable / 1e9:.4g} GB for programs are left free"
+                else f"{PLAN_ERROR:.1%} of the {kind.usable / 1e9:.4g} GB for programs are left free"
             ),
             "a step takes max(compute + memory, collectives of gradients, of weights) + collectives of activations",
             "latencies, data loading and evaluation are not counted",
