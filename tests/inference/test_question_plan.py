@@ -77,6 +77,11 @@ def test_reads_prompts_whole_if_they_share_nothing() -> None:
     assert {context.length for batch in plan.batches for context in batch.contexts} == {len(given[0])}
 
 
+def test_no_image_is_cut_if_a_prompt_ends_with_one() -> None:
+    plan = plan_of([prompt([7, 8, 9], scan(0))] * 4 + [prompt([], scan(1))] * 2)
+    assert {batch.question_positions for batch in plan.batches} == {0}
+
+
 def test_some_prompts_fill_batches_of_the_same_shapes() -> None:
     given = [prompt([7, i, 9], scan(i % 10)) for i in range(40)]
     plan = plan_of(given)

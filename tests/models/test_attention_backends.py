@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from umbrella_jax.config.schema import ModalityConfig
 from umbrella_jax.errors import ConfigError
@@ -95,6 +96,14 @@ def test_values_and_gradients(backend, case, causal, dtype):
 def test_values_and_gradients_on_a_gpu(backend, case, causal, dtype):
     assert native_backend(jax.devices()[0]) == "cudnn"
     check(backend, case, causal, dtype)
+
+
+@pytest.mark.parametrize("name", ["_splash_attention_fwd", "_splash_attention_bwd"])
+def test_refuses_splash_if_jax_has_another_kernel(monkeypatch, name):
+    monkeypatch.delattr(splash_attention_kernel, name)
+    x = jnp.zeros((1, 8, 1, 64))
+    with pytest.raises(ConfigError, match="set it to xla"):
+        jax.eval_shape(partial(attention, causal=True, backend="splash"), x, x, x)
 
 
 def test_a_tower_of_odd_length_is_the_same_for_cudnn(monkeypatch):

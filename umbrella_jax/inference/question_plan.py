@@ -96,7 +96,11 @@ class QuestionPlan:
         """
         lengths = [len(prompt) for prompt in prompts]
         groups, rounds = _by_context(prompts, modalities), 1
-        is_shared = sum(length * (len(own) - 1) for length, own in groups) >= _MIN_SAVING * sum(lengths)
+        saved = sum(length * (len(own) - 1) for length, own in groups)
+        # Only contexts show images, so each prompt needs a token after its last one.
+        is_shared = saved >= _MIN_SAVING * sum(lengths) and all(
+            _images_end(prompt, modalities) < len(prompt) for prompt in prompts
+        )
         if is_shared:
             rounds = _best_rounds(groups, lengths, batch_size, max_new_tokens)
         else:
@@ -175,10 +179,17 @@ def _by_context(prompts: Sequence[Encoded], modalities: Mapping[str, ModalityCon
     for number, prompt in enumerate(prompts):
         key: Any = number
         if prompt.images:
-            end = int(prompt.image_starts[-1]) + modalities[prompt.images[-1].modality].num_patches
-            key = prompt.images, blake2b(prompt.input_ids[:end].tobytes(), digest_size=16).digest()
+            shown = prompt.input_ids[: _images_end(prompt, modalities)]
+            key = prompt.images, blake2b(shown.tobytes(), digest_size=16).digest()
         groups.setdefault(key, []).append(number)
     return [(_common_length([prompts[number].input_ids for number in numbers]), numbers) for numbers in groups.values()]
+
+
+def _images_end(prompt: Encoded, modalities: Mapping[str, ModalityConfig]) -> int:
+    """Return the first position after a prompt's last image; 0 without images."""
+    if not prompt.images:
+        return 0
+    return int(prompt.image_starts[-1]) + modalities[prompt.images[-1].modality].num_patches
 
 
 def _common_length(rows: Sequence[np.ndarray]) -> int:

@@ -7,6 +7,7 @@ arrays that the backward pass keeps.
 Axes: B rows, T queries, S keys, H heads, K kv heads, Dh head width, N a length in whole blocks.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from umbrella_jax.batch import AnyArray
+from umbrella_jax.errors import ConfigError
 
 _LANES = 128
 _BLOCKS = (1024, 896, 768, 640, 512, 384, 256)  # queries or keys per block, multiples of _LANES
@@ -66,13 +68,11 @@ def _attention(
 
 
 def _forward(q: Array, k: Array, v: Array, lengths: Array, causal: bool) -> tuple[Array, tuple[Any, ...]]:
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-
-    kernel = _kernel(q, k, causal)
+    kernel, (forward, _) = _kernel(q, k, causal), _passes()
     masks = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
 
     def attend(q: Array, k: Array, v: Array, segments: Any) -> tuple[Array, Array]:
-        out, (*_, lse, _, _) = splash._splash_attention_fwd(*masks, q, k, v, segments, None, **kernel.kwargs)
+        out, (*_, lse, _, _) = forward(*masks, q, k, v, segments, None, **kernel.kwargs)
         return out, lse
 
     out, lse = jax.vmap(attend)(_to_kernel(q), _to_kernel(k), _to_kernel(v), _segments(q, k, lengths))
@@ -81,15 +81,13 @@ def _forward(q: Array, k: Array, v: Array, lengths: Array, causal: bool) -> tupl
 
 
 def _backward(causal: bool, residuals: tuple[Any, ...], dout: Array) -> tuple[Array | None, ...]:
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-
     q, k, v, lengths, out, lse = residuals
-    kernel = _kernel(q, k, causal)
+    kernel, (_, backward) = _kernel(q, k, causal), _passes()
     masks, segments = (kernel.dq_mask_info, kernel.dkv_mask_info), _segments(q, k, lengths)
     t, s = q.shape[-1], k.shape[-1]
 
     def gradients(kept: tuple[Any, ...], dout: Array) -> tuple[Array, Array, Array]:
-        return splash._splash_attention_bwd(**kernel.kwargs, res=(*kept, *masks), do=dout)[3:6]
+        return backward(**kernel.kwargs, res=(*kept, *masks), do=dout)[3:6]
 
     q, k, v, out, dout = map(_to_kernel, (q, k, v, out, dout))
     dq, dk, dv = jax.vmap(gradients)((q, k, v, segments, None, out, lse), dout)
@@ -97,6 +95,22 @@ def _backward(causal: bool, residuals: tuple[Any, ...], dout: Array) -> tuple[Ar
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _passes() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return the kernel's forward and backward pass, which jax 0.8 to 0.12 have but do not export.
+
+    Raises ConfigError if this jax lacks them.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    try:
+        return splash._splash_attention_fwd, splash._splash_attention_bwd
+    except AttributeError:
+        raise ConfigError(
+            f"model.attention: the splash kernel of jax {jax.__version__} is not the one this version calls; set it to "
+            "xla, or install jax 0.8 to 0.12"
+        ) from None
 
 
 def _kernel(q: Float[Array, "B H Dh T"], k: Float[Array, "B K Dh S"], causal: bool) -> Any:
