@@ -123,6 +123,7 @@ def test_knows_which_devices_multiply_in_8_bits():
         device("gpu", "NVIDIA A100-SXM4-80GB", "8.0"): (True, False),
         device("gpu", "NVIDIA H200", "9.0"): (True, True),
         device("gpu", "NVIDIA B200", "10.0"): (True, True),
+        device("gpu", "AMD Instinct MI300X", "gfx942"): (False, False),
     }
     for one, expected in devices.items():
         assert (has_eight_bit_products(one, "int8"), has_eight_bit_products(one, "fp8")) == expected, one.device_kind

@@ -15,9 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from umbrella_jax.batch import AnswerTree
-from umbrella_jax.config.schema import (
-    Template,
-)
+from umbrella_jax.config.schema import Template
 from umbrella_jax.console import Progress, Work
 from umbrella_jax.data.answer_trees import AnswerEncoder, Answers, answer_trees, tree_shape
 from umbrella_jax.data.collate import collate

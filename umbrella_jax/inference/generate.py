@@ -274,7 +274,7 @@ def score_answers(
     """Return log p(answer | prompt), summed over the answer's tokens.
 
     Args:
-        state: the result of `prefill`, before any call of `decode`.
+        state: the result of `prefill` or `ask`, before any call of `decode`.
         answers: as `answer_trees` returns them. An answer without tokens has log-probability 0.
     """
     language_model = merge(graphdef, params).language_model
@@ -307,7 +307,7 @@ def decode_masked(
     """Generate token by token until the rows are full or have all ended.
 
     Args:
-        state: the result of `prefill`.
+        state: the result of `prefill` or `ask`.
         decode_to: extends a state to a number of tokens with masks.
         fetch: brings arrays of the devices to this host.
     """

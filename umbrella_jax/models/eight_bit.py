@@ -18,7 +18,8 @@ _CAPABILITY: dict[Quantized, float] = {"int8": 7.5, "fp8": 8.9}
 def has_eight_bit_products(device: jax.Device, dtype: Quantized) -> bool:
     """Return whether a device is known to multiply in an 8-bit type. On others XLA converts to a wider one first."""
     if device.platform == "gpu":
-        return float(getattr(device, "compute_capability", 0)) >= _CAPABILITY[dtype]
+        capability = getattr(device, "compute_capability", "")  # NVIDIA's are `9.0`, AMD's `gfx942`
+        return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= _CAPABILITY[dtype]
     return device.platform == "tpu" and re.fullmatch(_TPUS[dtype], device.device_kind) is not None
 
 
