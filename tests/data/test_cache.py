@@ -1,5 +1,6 @@
 """The cache: the same batches without opening a source, despite crashes, full disks, changed sources and damage."""
 
+import json
 import logging
 import os
 import resource
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -223,6 +225,31 @@ def test_a_changed_source_is_noticed(nifti, directory):
     np.testing.assert_array_equal(cache.load(path, T1), load_volume(path, T1))
     path.write_bytes(content)
     assert made(directory, path, T1) == 0  # back again: its entry is still there
+
+
+def test_two_modalities_of_a_run_depend_on_their_own_sidecars(nifti, directory, tmp_path):
+    """The second one does not read the sidecar."""
+    run = nifti("run_bold.nii", (4, 3, 5, 20))
+    sidecar, resampled, plain = tmp_path / "run_bold.json", replace(RUN, tr=1.0), RUN
+    images = [Image(run, "resampled"), Image(run, "plain")]
+    for seconds in (2.0, 1.0):
+        sidecar.write_text(json.dumps({"RepetitionTime": seconds}))
+        cache = VolumeCache(directory)
+        cache.check_all(images, {"resampled": resampled, "plain": plain}, 1)
+        assert [file for file, _ in cache.companions(run, resampled)] == [sidecar]
+        np.testing.assert_array_equal(cache.load(run, resampled), load_volume(run, resampled))
+
+
+def test_a_change_without_a_trace_is_noticed_by_verify(nifti, directory, monkeypatch):
+    monkeypatch.setattr(cache_module, "_stat", lambda path: (np.zeros(1, np.int64), "same", 0.0))
+    path = nifti("a.nii", (6, 7, 5))
+    VolumeCache(directory).check(path, T1)
+    other = nifti("b.nii", (6, 7, 5))
+    VolumeCache(directory).check(other, T1)  # whose entry is there
+    other.replace(path)
+    cache = VolumeCache(directory, verify=True)
+    cache.check(path, T1)
+    np.testing.assert_array_equal(cache.load(path, T1), load_volume(path, T1))
 
 
 def test_equal_content_is_kept_once(nifti, directory, tmp_path):

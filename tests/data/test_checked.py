@@ -1,6 +1,7 @@
 """What a check established is known at the next start, by every process, until the file changes."""
 
 import gzip
+import json
 import os
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from umbrella_jax.data.cache import Sources
 from umbrella_jax.data.checked import CheckedFiles
 from umbrella_jax.data.conversation import Image
 from umbrella_jax.data.threads import AHEAD, map_in_threads
+from umbrella_jax.data.volume import load_volume
 from umbrella_jax.errors import DataError
 
 T1 = ModalityConfig(size=(6, 7, 5), patch=(3, 2, 4))
@@ -70,14 +72,19 @@ def test_a_warm_start_gives_the_same_messages_and_reads_only_faulty_files(images
     assert warm.background_remarks(MODALITIES) == cold.background_remarks(MODALITIES)
     for image in images[:2]:
         config = MODALITIES[image.modality]
-        assert warm.digest(image.path) == cold.digest(image.path)
+        assert warm.digest(image.path, config) == cold.digest(image.path, config)
         assert warm.axes(image.path, config) == cold.axes(image.path, config)
         np.testing.assert_array_equal(warm.load(image.path, config), cold.load(image.path, config))
 
 
-@pytest.mark.parametrize("change", ["content", "time", "modality", "version"])
+@pytest.mark.parametrize("change", ["content", "time", "link", "modality", "version"])
 def test_a_change_is_read_again(nifti, tmp_path, monkeypatch, change):
     image = Image(nifti("a.nii", (6, 7, 5)), "T1")
+    if change == "link":  # to a file of the same size and times
+        stat, same = Path.stat, image.path.stat()
+        monkeypatch.setattr(Path, "stat", lambda path, **more: same if path == image.path else stat(path, **more))
+        target = image.path.rename(tmp_path / "b.nii")
+        image.path.symlink_to(target)
     check([image], tmp_path)
     assert check([image], tmp_path)[0].num_checked == 0
     modalities = MODALITIES
@@ -87,6 +94,9 @@ def test_a_change_is_read_again(nifti, tmp_path, monkeypatch, change):
         os.utime(image.path, ns=(before.st_atime_ns, before.st_mtime_ns))  # only `ctime` differs
     elif change == "time":
         os.utime(image.path, (1, 1))
+    elif change == "link":
+        image.path.unlink()
+        image.path.symlink_to(target.rename(tmp_path / "c.nii"))
     elif change == "modality":
         modalities = {"T1": ModalityConfig(size=T1.size, patch=T1.patch, scaling="minmax")}
     else:
@@ -142,7 +152,8 @@ def test_processes_write_files_of_their_own_which_are_merged(tmp_path, monkeypat
 
 
 def test_a_damaged_index_is_removed_and_the_rest_is_used(tmp_path, caplog):
-    for content in (b"no gzip", gzip.compress(b"no json"), gzip.compress(b'{"path": "/a"}')):
+    lines = (b"no json", b'{"path": "/a"}', b'{"path": [], "check": ""}', b"[" * 100_000)
+    for content in (b"no gzip", *map(gzip.compress, lines)):
         index = CheckedFiles(tmp_path)
         index.add("/good", "c", "s", {})
         index.write(final=True)
@@ -152,6 +163,47 @@ def test_a_damaged_index_is_removed_and_the_rest_is_used(tmp_path, caplog):
         assert names(tmp_path) == ["/good"]
         assert f"{damaged}: damaged" in caplog.text
         assert not damaged.exists()
+
+
+def test_a_file_read_from_memory_is_named_in_its_faults(nifti, tmp_path):
+    path = nifti("a.nii.gz", (6, 7, 5))
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-4]))
+    with pytest.raises(DataError) as expected:
+        load_volume(path, T1)
+    assert check([Image(path, "T1")], tmp_path)[2] == expected.value.faults
+
+
+def test_what_another_program_wrote_is_checked_again(nifti, tmp_path):
+    image = Image(nifti("a.nii", (6, 7, 5)), "T1")
+    check([image], tmp_path)
+    (file,) = (tmp_path / "checked").iterdir()
+    for field, value in (("windows", "1"), ("windows", -1), ("sha256", None), ("backgrounds", "ab")):
+        fields = json.loads(gzip.decompress(file.read_bytes())) | {field: value}
+        index = CheckedFiles(tmp_path / field)
+        index.add(fields.pop("path"), fields.pop("check"), fields.pop("stat"), fields)
+        index.write()
+        assert check([image], tmp_path / field)[0].num_checked == 1
+
+
+def test_files_of_another_user_that_cannot_be_removed_do_not_multiply(tmp_path, monkeypatch, caplog):
+    unlink = Path.unlink
+    foreign = set[str]()
+
+    def refuse(path: Path, *options: object, **more: bool) -> None:
+        if path.name in foreign:
+            raise PermissionError(1, "Operation not permitted", str(path))
+        unlink(path, *options, **more)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    for start in range(checked._MANY + 3):
+        own = CheckedFiles(tmp_path)
+        own.add(f"/{start}", "c", "s", {})
+        own.write(final=True)
+        if start < checked._MANY:
+            foreign |= {file.name for file in own.directory.iterdir()}
+    assert len(list(own.directory.iterdir())) == checked._MANY + 1
+    assert len(names(tmp_path)) == checked._MANY + 3
+    assert not caplog.records
 
 
 def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path, caplog):

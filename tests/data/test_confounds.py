@@ -134,7 +134,7 @@ def test_cleaned_runs_are_resampled_and_cached_with_their_table(
     cache = VolumeCache(tmp_path / "cache", strict=True)
     assert cache.check(run, config) == count_windows(open_volume(run, config), config) == 4
     np.testing.assert_array_equal(cache.load(run, config, 2), load_volume(run, config, 2))
-    (beside,) = cache.companions(run)
+    (beside,) = cache.companions(run, config)
     assert beside[0].name == f"{NAME}_desc-confounds_timeseries.tsv"
     moved = confounds(pattern=beside[0].name, max_scrubbed=0.9)  # neither changes a voxel
     again = VolumeCache(tmp_path / "cache")

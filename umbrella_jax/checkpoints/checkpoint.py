@@ -351,7 +351,7 @@ class HfCheckpoint(Checkpoint):
     def _stat(self) -> tuple[str, float]:
         """Return the `describe_stat` of the files that the fingerprint depends on."""
         files = sorted(file for file in self.path.iterdir() if file.is_file())
-        return describe_stat((file.name, file.stat()) for file in [*files, *filter(None, [self.patch_embed])])
+        return describe_stat((file, file.stat()) for file in [*files, *filter(None, [self.patch_embed])])
 
     @cached_property
     def untrained(self) -> dict[str, str]:

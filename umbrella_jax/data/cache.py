@@ -17,8 +17,9 @@ that no run uses at any time.
 
 Why one file per volume and not ArrayRecord or Zarr: each file is written under a temporary name and then renamed. So
 any number of processes can fill one directory without locks, which network file systems do not honour; a crash or a
-full disk leaves no half-written entry; and any program can read the files. Damage is noticed later: a wrong length when
-a run begins, a flipped bit (CRC-32) when the entry is read. A damaged entry is made again, with a warning.
+full disk leaves no half-written entry; and any program can read the files. Damage is noticed later: an entry that is
+shorter than its voxels when a run begins, another wrong length or a flipped bit (CRC-32) when the entry is read. A
+damaged entry is made again, with a warning.
 
 A source is hashed, and checked to its end for damage, once. What the check established is remembered, with or without a
 cache, as long as the source's path, size and times of change (`mtime`, `ctime`) stay the same. A change of the content
@@ -129,7 +130,7 @@ class Sources:
         """Number of files that were read, and not only looked up."""
         self._known = known
         self._lock = threading.Lock()
-        self._sources: dict[Path, _Source] = {}
+        self._sources: dict[_Place, _Source] = {}  # two modalities of one file may have different companions
         self._backgrounds: dict[tuple[Path, ModalityConfig, int], Background] = {}
         self._checked: dict[_Place, int] = {}  # number of windows
         self._faults: dict[_Place, tuple[str, ...]] = {}
@@ -234,14 +235,14 @@ class Sources:
         if self._known is None:
             return None
         fields = self._known.find(*self.name(path, config), source.stat)
-        with suppress(KeyError, TypeError):  # another program wrote it
+        with suppress(KeyError, TypeError, ValueError):  # another program wrote it
             established = Established.from_json(fields) if fields else None
             return established if established and established.companions == source.companion_digests else None
         return None
 
     def _accept(self, path: Path, config: ModalityConfig, source: _Source, established: Established) -> None:
         """Keep what was established about a source, now or earlier."""
-        self._sources[path] = replace(source, digest=established.sha256, remarks=established.remarks)
+        self._sources[path, config] = replace(source, digest=established.sha256, remarks=established.remarks)
         self._checked[path, config], self._axes[path, config] = established.windows, established.axes
         for window, background in established.backgrounds:
             self._backgrounds[path, config, window] = background
@@ -265,7 +266,7 @@ class Sources:
         backgrounds: list[tuple[int, Background]] = []
         image = open_volume(path, config, content)
         count = check_opened(path, image, config, note=lambda *remark: backgrounds.append(remark[2:]))
-        self._check_unchanged(path, image, source)
+        self._check_unchanged(path, config, image, source)
         return _established(image, config, source, count, backgrounds)
 
     def load(self, path: str | Path, config: ModalityConfig, window: int = 0) -> np.ndarray:
@@ -273,7 +274,7 @@ class Sources:
         path = Path(path)
         source, image = self._source(path, config), open_volume(path, config)
         volume = preprocess(path, image, config, window)
-        self._check_unchanged(path, image, source)
+        self._check_unchanged(path, config, image, source)
         return volume
 
     def axes(self, path: str | Path, config: ModalityConfig) -> str | None:
@@ -283,14 +284,14 @@ class Sources:
             self._axes[path, config] if (path, config) in self._axes else axis_codes(open_volume(path, config), config)
         )
 
-    def digest(self, path: str | Path) -> str:
+    def digest(self, path: str | Path, config: ModalityConfig) -> str:
         """Return the `source_digest` of a file as it was when it was first read."""
-        path = Path(path)
-        return self._sources[path].digest if path in self._sources else source_digest(path)
+        source = self._sources.get((Path(path), config))
+        return source.digest if source else source_digest(Path(path))
 
-    def companions(self, path: str | Path) -> tuple[tuple[Path, str], ...]:
+    def companions(self, path: str | Path, config: ModalityConfig) -> tuple[tuple[Path, str], ...]:
         """Return (file, SHA-256) of each of the `companion_files` of a checked file."""
-        return self._sources[Path(path)].companions
+        return self._sources[Path(path), config].companions
 
     def background(self, path: Path, config: ModalityConfig, window: int) -> float | None:
         """Return the background's value in a checked, preprocessed volume; None means the lowest value."""
@@ -311,7 +312,7 @@ class Sources:
     def remarks(self) -> list[str]:
         """Return the contradictions in the headers of the checked files, one line for all files with the same one."""
         paths: dict[str, list[Path]] = {}
-        for path, source in sorted(self._sources.items()):
+        for path, source in sorted({path: source for (path, _), source in self._sources.items()}.items()):
             for remark in source.remarks:
                 paths.setdefault(remark, []).append(path)
         return [
@@ -321,13 +322,13 @@ class Sources:
 
     def _source(self, path: Path, config: ModalityConfig) -> _Source:
         """Return the source as it was when it was first read, or last checked."""
-        if path not in self._sources:
+        if (path, config) not in self._sources:
             source = self._look(path, config)  # before hashing, so that a change in between is noticed when it is read
             known = self._find(path, config, source)
-            self._sources[path] = replace(source, digest=known.sha256 if known else source_digest(path))
-        return self._sources[path]
+            self._sources[path, config] = replace(source, digest=known.sha256 if known else source_digest(path))
+        return self._sources[path, config]
 
-    def _check_unchanged(self, path: Path, image: Voxels, source: _Source) -> None:
+    def _check_unchanged(self, path: Path, config: ModalityConfig, image: Voxels, source: _Source) -> None:
         """Raise DataError if the content of the source has changed. Only times and inodes may change."""
         with readable(path):
             same = all(source.stats[i : i + 1].tolist() == [_stamp(image.files[i].stat())] for i in image.files_read)
@@ -337,7 +338,7 @@ class Sources:
             if source_digest(path) != source.digest:
                 changed_files.append(path)
             else:
-                self._sources[path] = replace(source, stats=stats, stat=stat)
+                self._sources[path, config] = replace(source, stats=stats, stat=stat)
         if changed_files:
             raise DataError(
                 f"{changed_files[-1]}: changed since the run began; leave volumes as they are, and start again"
@@ -409,6 +410,8 @@ class VolumeCache(Sources):
             OSError: an entry cannot be written, if `strict`.
         """
         known = super()._find(path, config, source) if self._verify else None
+        if known is not None and known.sha256 != source.digest:  # it changed, and its `stat` did not
+            known = None
         image: Voxels | None = None
         if known is not None:
             count = known.windows
@@ -430,7 +433,7 @@ class VolumeCache(Sources):
         if image is None:
             assert known is not None
             return known
-        self._check_unchanged(path, image, source)
+        self._check_unchanged(path, config, image, source)
         return _established(image, config, source, count, backgrounds)
 
     def name(self, path: Path, config: ModalityConfig) -> tuple[str, str]:
@@ -518,7 +521,7 @@ class VolumeCache(Sources):
         """Preprocess a volume and write its entry. Return it in the type of the cache, with an unusual background."""
         backgrounds: list[tuple[int, Background]] = []
         volume = preprocess(path, image, config, window, note=lambda *remark: backgrounds.append(remark[2:]))
-        self._check_unchanged(path, image, source)  # a changed volume would be kept under the old digest
+        self._check_unchanged(path, config, image, source)  # a changed volume would be kept under the old digest
         if self.dtype == np.float16:
             check_float16(path, volume)
         volume = np.ascontiguousarray(volume, self.dtype)  # safetensors writes other memory orders wrongly
@@ -696,7 +699,7 @@ def _stat(path: Path) -> tuple[np.ndarray, str, float]:
     with readable(path):
         files = [(file, file.stat()) for file in source_files(path)]
     stats = np.array([_stamp(s) for _, s in files], np.int64)
-    return stats, *describe_stat((file.name, s) for file, s in files)
+    return stats, *describe_stat(files)
 
 
 def _stamp(s: os.stat_result) -> int:

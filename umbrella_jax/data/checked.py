@@ -7,10 +7,10 @@ and every library that reads JSON Lines show it:
 
     {"path": "/data/sub-01_T1w.nii.gz", "check": "5d0b…", "stat": "…", "sha256": "…", "windows": 1, "axes": "RAS", …}
 
-An entry holds for a path, a modality and a version of our checks (`check`), as long as `stat` is the same: names, sizes
-and both times of the files (`mtime`, `ctime`). A change of the content that leaves all of these is not noticed;
-`umbrella-jax data validate` reads every volume, and if you remove the folder, so does the next start. Faults are never
-remembered, so a faulty volume is read, and reported, at every start.
+An entry holds for a path, a modality and a version of our checks (`check`), as long as `stat` is the same: names,
+targets of links, sizes and both times of the files (`mtime`, `ctime`). A change of the content that leaves all of these
+is not noticed; `umbrella-jax data validate` reads every volume, and if you remove the folder, so does the next start.
+Faults are never remembered, so a faulty volume is read, and reported, at every start.
 
 Any number of processes and hosts write here without locks: each writes files of its own, under a temporary name that is
 then renamed, so a killed process leaves whole files only. If there are many, the next start merges them. You may delete
@@ -41,7 +41,15 @@ _SECONDS = 30.0
 """Seconds of work after which it is written, so that a killed start loses no more."""
 _MANY = 32
 """Number of files from which on they are merged."""
-_DAMAGED = (gzip.BadGzipFile, EOFError, ValueError, KeyError, TypeError, cast(type[Exception], igzip_lib.IsalError))
+_DAMAGED = (
+    gzip.BadGzipFile,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RecursionError,
+    cast(type[Exception], igzip_lib.IsalError),
+)
 SETTLED = 2.0
 """Seconds without a change before a file is remembered."""
 ABANDONED = 3600.0
@@ -73,11 +81,14 @@ class Established:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Established":
-        """Return what `to_json` wrote, among other fields. Raises KeyError or TypeError for anything else."""
+        """Return what `to_json` wrote, among other fields. Raises KeyError, TypeError or ValueError for the rest."""
+        sha256, windows, axes = fields["sha256"], fields["windows"], fields.get("axes")
+        if not (isinstance(sha256, str) and isinstance(windows, int) and isinstance(axes, str | None) and windows > 0):
+            raise TypeError
         return cls(
-            fields["sha256"],
-            fields["windows"],
-            fields.get("axes"),
+            sha256,
+            windows,
+            axes,
             tuple(fields.get("remarks", ())),
             tuple((window, Background(**background)) for window, background in fields.get("backgrounds", ())),
             tuple(fields.get("companions", ())),
@@ -211,7 +222,8 @@ class CheckedFiles:
                 return
         self._put("\n".join(entries.values()) + "\n")
         for file in files:
-            file.unlink(missing_ok=True)
+            with suppress(OSError):  # another process removed it, or it is another user's
+                file.unlink()
 
     def _put(self, text: str) -> Path:
         """Write a file atomically."""
@@ -239,18 +251,29 @@ class CheckedFiles:
         return file
 
 
-def describe_stat(files: Iterable[tuple[str, os.stat_result]]) -> tuple[str, float]:
-    """Return a hash of the names, sizes and times of files, and the time of the last change in seconds.
+def describe_stat(files: Iterable[tuple[Path, os.stat_result]]) -> tuple[str, float]:
+    """Return a hash of the names, targets of links, sizes and times of files, and the time of the last change.
 
-    The time is infinite if a file changed so recently that another change within a tick of the file system's clock
+    The time, in seconds, is infinite if a file changed so recently that another change within a tick of the file system's clock
     would leave everything the same: it must not be remembered.
     """
     files = list(files)
     # Without inodes: file systems in user space, such as gcsfuse, number files anew on each host.
-    identity = [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in files]
+    identity = [[_name(file), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for file, s in files]
     changed = max(max(s.st_mtime, s.st_ctime) for _, s in files)
     text = json.dumps(identity).encode("utf-8", "surrogateescape")
     return hashlib.sha256(text).hexdigest()[:32], changed if time.time() - changed > SETTLED else math.inf
+
+
+def _name(file: Path) -> str:
+    """Return the name of a file, with the target of a link.
+
+    Two files may have the same size and times, since a clock ticks every few milliseconds.
+    """
+    try:
+        return f"{file.name} -> {os.readlink(file)}"
+    except OSError:
+        return file.name
 
 
 def _parsed(file: Path) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -258,4 +281,7 @@ def _parsed(file: Path) -> Iterator[tuple[str, tuple[str, str]]]:
     with igzip.open(file, "rt", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             fields = json.loads(line)
-            yield line.rstrip("\n"), (fields["path"], fields["check"])
+            path, check = fields["path"], fields["check"]
+            if not (isinstance(path, str) and isinstance(check, str)):
+                raise ValueError("an entry without a path")
+            yield line.rstrip("\n"), (path, check)

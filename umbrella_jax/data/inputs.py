@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
 from pathlib import Path
 
-from umbrella_jax.config.schema import DataConfig
+from umbrella_jax.config.schema import DataConfig, ModalityConfig
 from umbrella_jax.data.conversation import conversation_files
 from umbrella_jax.data.loader import Dataset
 from umbrella_jax.data.tokenize import EncodedConversations
@@ -40,7 +40,8 @@ def read_inputs(data: DataConfig, datasets: Mapping[str, Dataset]) -> Inputs:
         DataError: a volume no longer exists.
     """
     inputs: Inputs = {kind: [] for kind in KINDS}
-    volumes: dict[Path, Dataset] = {}
+    volumes: dict[Path, tuple[Dataset, ModalityConfig]] = {}
+    companions: dict[Path, str] = {}
     for split, dataset in datasets.items():
         for file in conversation_files(Path(getattr(data, split))):
             inputs["conversations"].append((str(file), sha256(file)))
@@ -50,14 +51,17 @@ def read_inputs(data: DataConfig, datasets: Mapping[str, Dataset]) -> Inputs:
             for ids, supervised in rows.tokens() if isinstance(rows, EncodedConversations) else map(columns, rows):
                 tokens.update(ids.tobytes() + supervised.tobytes())
         inputs["tokens"].append((f"token ids of data.{split}", tokens.hexdigest()))
-        volumes |= {image.path: dataset for image in dataset.windows}
+        for image in dataset.windows:
+            config = dataset.modalities[image.modality]
+            volumes.setdefault(image.path, (dataset, config))
+            companions |= dataset.sources.companions(image.path, config)
 
     def digest(path: Path) -> str:
-        return volumes[path].sources.digest(path)
+        dataset, config = volumes[path]
+        return dataset.sources.digest(path, config)
 
     with ThreadPoolExecutor(data.threads) as pool:
         inputs["volumes"] += zip(map(str, volumes), pool.map(digest, volumes), strict=True)
-    companions = dict(pair for path, dataset in volumes.items() for pair in dataset.sources.companions(path))
     inputs["volumes"] += [(str(path), own) for path, own in companions.items()]
     return inputs
 

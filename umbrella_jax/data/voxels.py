@@ -516,7 +516,7 @@ def _packing(file: Path) -> str | None:
 def _unpacked(file: Path, content: bytes | None = None) -> Any:
     """Open a compressed file, or its content, as a stream of its decompressed content."""
     if _packing(file) == "gzip":
-        return igzip.open(file if content is None else BytesIO(content))
+        return igzip.IGzipFile(str(file), "rb", fileobj=None if content is None else BytesIO(content))
     return ImageOpener(str(file))
 
 

@@ -298,7 +298,9 @@ def check_overlap(datasets: Mapping[str, Dataset], *, allowed: bool) -> str | No
             sets_of[image.path, image.modality].append(name)
     scans: dict[str, list[ShownVolume]] = defaultdict(list)
     for (path, modality), names in sets_of.items():
-        scans[datasets[names[0]].sources.digest(path)].append(ShownVolume(path, modality, tuple(names), 1, None))
+        first = datasets[names[0]]
+        digest = first.sources.digest(path, first.modalities[modality])
+        scans[digest].append(ShownVolume(path, modality, tuple(names), 1, None))
     people = [place for place, *_ in _shared_people(sets)]
     only_references = _only_references(datasets["eval"].conversations) if "eval" in datasets else set()
     shared = [" = ".join(paths) for paths in _shared_scans(scans.values(), only_references)]
