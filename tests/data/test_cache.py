@@ -625,6 +625,9 @@ def test_parts_of_a_cache_make_it_whole(config_file, directory, capsys):
         printed = capsys.readouterr().out
         assert f"1 files, 1 volumes in float32: {made_now} made" in printed
         assert "part 2 of 2 is complete; all are there" in printed
+    os.utime(directory.parent / "a.nii", (1, 1))
+    assert main(command(config_file, "--cache", directory, "--shard", "2/2", "--verify")) == 0
+    assert "part 2 of 2 is complete; missing: 1/2 (1 of 2 files)" in capsys.readouterr().out
     assert main(command(config_file, "--cache", directory)) == 0
     assert "0 made, 3 found" in capsys.readouterr().out
     for wrong in ("0/2", "3/2", "2"):
@@ -706,7 +709,7 @@ def test_processes_fill_one_directory_together(large_config, directory, capsys):
     assert list((directory / "tmp").iterdir()) == []
     index = CheckedFiles(directory)
     index.read()
-    assert len(index.names()) == 40
+    assert len(index._entries) == 40
     assert_valid(large_config, directory, capsys, found=40)
 
 

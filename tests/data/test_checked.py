@@ -116,7 +116,7 @@ def test_a_file_that_just_changed_is_not_remembered(nifti, tmp_path, monkeypatch
 def names(directory: Path) -> list[str]:
     index = CheckedFiles(directory)
     index.read()
-    return sorted(path for path, _ in index.names())
+    return sorted(path for path, _ in index._entries)
 
 
 def test_processes_write_files_of_their_own_which_are_merged(tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_processes_write_files_of_their_own_which_are_merged(tmp_path, monkeypat
     monkeypatch.setattr(checked, "_parsed", merge_first)
     reader.read()
     assert len(list(folder.iterdir())) == 1
-    assert sorted(reader.names()) == sorted((f"/{i}", "c") for i in [*range(checked._MANY), 99])
+    assert sorted(reader._entries) == sorted((f"/{i}", "c") for i in [*range(checked._MANY), 99])
     assert reader.find("/5", "c", "s")["sha256"] == "new"
     assert reader.find("/5", "c", "other") is None
 

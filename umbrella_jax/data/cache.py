@@ -37,7 +37,7 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -439,11 +439,12 @@ class VolumeCache(Sources):
     def name(self, path: Path, config: ModalityConfig) -> tuple[str, str]:
         return os.path.abspath(path), _check_name(config, self.dtype.name, PREPROCESSING_VERSION)
 
-    def known_names(self, names: Container[tuple[str, str]]) -> Collection[tuple[str, str]]:
-        """Return those of some (path, check) pairs that any process has checked so far."""
+    def is_missing(self, images: Iterable[Image], modalities: Mapping[str, ModalityConfig], threads: int) -> list[bool]:
+        """Return for each image whether `check` would read its file: new, changed, faulty, or without its entries."""
+        places = [(image.path, modalities[image.modality]) for image in images]
         assert self._known is not None
-        self._known.read(names)
-        return self._known.names()
+        self._known.read({self.name(*place) for place in places})
+        return [known is None for _, known in map_in_threads(lambda place: self._look_up(*place), places, threads)]
 
     def load(self, path: str | Path, config: ModalityConfig, window: int = 0) -> np.ndarray:
         """Do what `load_volume` does, from the cache if possible. Return float32, C-contiguous.
@@ -616,7 +617,8 @@ def fill_cache(config: RunConfig, *, verify: bool = False, shard: str | None = N
         f"{cache.num_made} made, {cache.num_found} found; {cache.nbytes / 1e6:.1f} MB"
     ]
     if shard:
-        missing = _missing_shards(cache, everything, modalities, count)
+        is_missing = VolumeCache(str(data.cache), data.cache_dtype).is_missing(everything, modalities, data.threads)
+        missing = _missing_shards(is_missing, number, count)
         lines.append(
             f"part {number} of {count} is complete; " + (f"missing: {missing}" if missing else "all are there")
         )
@@ -630,17 +632,16 @@ def _parse_shard(shard: str) -> tuple[int, int] | None:
     return None
 
 
-def _missing_shards(
-    cache: VolumeCache, images: Sequence[Image], modalities: Mapping[str, ModalityConfig], count: int
-) -> str:
-    """Return the parts of a cache with volumes that no process has checked, such as "7/40 (12 of 1000 files)"."""
-    names = [cache.name(image.path, modalities[image.modality]) for image in images]
-    known = cache.known_names(set(names))
+def _missing_shards(is_missing: Sequence[bool], own: int, count: int) -> str:
+    """Return the parts with missing files, such as "7/40 (12 of 1000 files)".
+
+    The part that was just filled is not one of them: its files may be too new for the index.
+    """
     missing = []
-    for number in range(count):
-        own = names[number::count]
-        if lacking := sum(name not in known for name in own):
-            missing.append(f"{number + 1}/{count} ({lacking} of {plural(len(own), 'file')})")
+    for number in range(1, count + 1):
+        part = is_missing[number - 1 :: count]
+        if number != own and any(part):
+            missing.append(f"{number}/{count} ({sum(part)} of {plural(len(part), 'file')})")
     return ", ".join(missing)
 
 

@@ -26,7 +26,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,10 +134,6 @@ class CheckedFiles:
                 entries[key] = line
         with self._lock:
             self._entries = entries
-
-    def names(self) -> Collection[tuple[str, str]]:
-        """Return the (path, check) pairs that are in memory."""
-        return (self._entries or {}).keys()
 
     def find(self, path: str, check: str, stat: str) -> dict[str, Any] | None:
         """Return the fields of a file that is as it was; None if it must be checked."""
@@ -254,8 +250,8 @@ class CheckedFiles:
 def describe_stat(files: Iterable[tuple[Path, os.stat_result]]) -> tuple[str, float]:
     """Return a hash of the names, targets of links, sizes and times of files, and the time of the last change.
 
-    The time, in seconds, is infinite if a file changed so recently that another change within a tick of the file system's clock
-    would leave everything the same: it must not be remembered.
+    The time, in seconds, is infinite if a file changed so recently that another change within a tick of the file
+    system's clock would leave everything the same: it must not be remembered.
     """
     files = list(files)
     # Without inodes: file systems in user space, such as gcsfuse, number files anew on each host.
