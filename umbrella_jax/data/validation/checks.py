@@ -298,8 +298,8 @@ def check_overlap(datasets: Mapping[str, Dataset], *, allowed: bool) -> str | No
             sets_of[image.path, image.modality].append(name)
     scans: dict[str, list[ShownVolume]] = defaultdict(list)
     for (path, modality), names in sets_of.items():
-        first = datasets[names[0]]
-        digest = first.sources.digest(path, first.modalities[modality])
+        dataset = datasets[names[0]]
+        digest = dataset.sources.digest(path, dataset.modalities[modality])
         scans[digest].append(ShownVolume(path, modality, tuple(names), 1, None))
     people = [place for place, *_ in _shared_people(sets)]
     only_references = _only_references(datasets["eval"].conversations) if "eval" in datasets else set()
